@@ -1,0 +1,95 @@
+#include "bindings/arrays.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "message.h"
+
+namespace selfattn::bindings {
+namespace {
+
+static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "NumPy's shapes are viewed as int64");
+
+constexpr int bool_number = 0, float_number = 11, double_number = 12;  // NPY_BOOL, NPY_FLOAT, NPY_DOUBLE
+
+std::string dtype_name(const py::array& array) { return py::str(array.dtype().attr("name")); }
+
+[[noreturn]] void refuse_type(const char* function, const char* name, const std::string& got, const char* rule) {
+  throw py::type_error(std::string(function) + ": " + name + " has dtype " + got + ", but " + rule);
+}
+
+py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>(object); }
+
+}  // namespace
+
+TensorView view_of(const py::array& array, DType dtype) {
+  TensorView view;
+  view.data = const_cast<void*>(array.data());
+  view.dtype = dtype;
+  view.ndim = static_cast<int>(array.ndim());
+  view.shape = reinterpret_cast<const std::int64_t*>(array.shape());
+  view.strides = reinterpret_cast<const std::int64_t*>(array.strides());
+  return view;
+}
+
+TensorView float_view(const char* function, const char* name, py::handle object) {
+  const py::array array = as_array(object);
+  const int number = array.dtype().num();
+  if (number == float_number) return view_of(array, DType::f32);
+  if (number == double_number) return view_of(array, DType::f64);
+  refuse_type(function, name, dtype_name(array),
+              "float32 and float64 are accepted: convert it with .astype(numpy.float32)");
+}
+
+TensorView matching_view(const char* function, const char* name, py::handle object, const char* like_name,
+                         DType like) {
+  const TensorView view = float_view(function, name, object);
+  if (view.dtype != like)
+    refuse_type(function, name, dtype_name(as_array(object)),
+                (std::string(like_name) + " has " + (like == DType::f32 ? "float32" : "float64") +
+                 ": they must agree, convert one with .astype")
+                    .c_str());
+  return view;
+}
+
+TensorView bool_view(const char* function, const char* name, py::handle object) {
+  if (object.is_none()) return {};
+  const py::array array = as_array(object);
+  if (array.dtype().num() != bool_number)
+    refuse_type(function, name, dtype_name(array),
+                "a mask is bool, True = attend: write `array != 0` for 1 = attend, or pass numbers to add as bias");
+  return view_of(array, DType::boolean);
+}
+
+TensorView optional_view(py::handle object, DType dtype) {
+  return object.is_none() ? TensorView{} : view_of(as_array(object), dtype);
+}
+
+py::array new_array(const Shape& shape, DType dtype) {
+  const std::vector<py::ssize_t> extents(shape.extent, shape.extent + shape.ndim);
+  return dtype == DType::f32 ? py::array(py::dtype::of<float>(), extents) : py::array(py::dtype::of<double>(), extents);
+}
+
+void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype) {
+  const char* wanted = dtype == DType::f32 ? "float32" : "float64";
+  const int number = dtype == DType::f32 ? float_number : double_number;
+  const char order = out.dtype().byteorder();
+  if (out.dtype().num() != number || order == '>' || order == '<')
+    refuse_type(function, "out", dtype_name(out) + (order == '=' || order == '|' ? "" : " of foreign byte order"),
+                (std::string("the result is ") + wanted).c_str());
+  const TensorView view = view_of(out, dtype);
+  if (view.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, view.shape))
+    refuse(function, "out has shape ", shape_text(view), " but the result has ", to_text(shape.extent, shape.ndim));
+  if (!out.writeable()) refuse(function, "out is read-only");
+  for (int axis = 0; axis < view.ndim; ++axis)
+    if (view.strides[axis] == 0 && view.shape[axis] > 1)
+      refuse(function, "out has stride 0 along axis ", axis, ", so that its elements share memory");
+}
+
+bool interrupted() {
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+}  // namespace selfattn::bindings

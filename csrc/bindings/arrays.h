@@ -1,0 +1,44 @@
+// py::array <-> TensorView.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "problem.h"
+#include "tensor_view.h"
+
+namespace selfattn::bindings {
+
+namespace py = pybind11;
+
+// Views of arrays that Python's layer has already made ndarrays of native byte order. Each throws TypeError naming
+// the function, the argument, what it got and what is accepted.
+TensorView float_view(const char* function, const char* name, py::handle array);
+TensorView bool_view(const char* function, const char* name, py::handle array);
+
+// None gives an absent view. The dtype was settled when Python's layer converted the argument.
+TensorView optional_view(py::handle array, DType dtype);
+
+// The view of an array that must have the same dtype as `like`, whose argument is called `like_name`.
+TensorView matching_view(const char* function, const char* name, py::handle array, const char* like_name, DType like);
+
+py::array new_array(const Shape& shape, DType dtype);
+TensorView view_of(const py::array& array, DType dtype);
+
+// Checks an `out` argument: shape, dtype, writeable, no two elements in one place.
+void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype);
+
+// Asks Python whether a signal handler raised; takes the GIL for it. The exception stays set.
+bool interrupted();
+
+// Releases the GIL for work that is long enough to be worth the switch.
+class MaybeReleaseGil {
+ public:
+  explicit MaybeReleaseGil(double flops) {
+    if (flops > 2e5) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
+}  // namespace selfattn::bindings

@@ -1,0 +1,158 @@
+#include "bindings/attention.h"
+
+#include "attend.h"
+#include "parallel.h"
+#include "registry.h"
+
+namespace selfattn::bindings {
+
+Options::Options(const py::tuple& values) {
+  int i = 0;
+  const auto next = [&] { return values[static_cast<std::size_t>(i++)]; };
+  mask = next();
+  bias = next();
+  causal = next().cast<bool>();
+  q_offset = next();
+  window_left = next().cast<std::int64_t>();
+  window_right = next().cast<std::int64_t>();
+  q_lens = next();
+  kv_lens = next();
+  scale = next();
+  softcap = next().cast<double>();
+  alibi_slopes = next();
+  sinks = next();
+  bshd = next().cast<bool>();
+  return_lse = next().cast<bool>();
+  return_weights = next().cast<bool>();
+  num_threads = next().cast<int>();
+}
+
+AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
+                                const TensorView& v) {
+  AttentionArguments a;
+  a.function = function;
+  a.q = q;
+  a.k = k;
+  a.v = v;
+  a.mask = bool_view(function, "mask", options.mask);
+  if (!options.bias.is_none()) a.bias = float_view(function, "bias", options.bias);
+  a.q_offset = optional_view(options.q_offset, DType::i64);
+  a.q_lens = optional_view(options.q_lens, DType::i64);
+  a.kv_lens = optional_view(options.kv_lens, DType::i64);
+  a.alibi_slopes = optional_view(options.alibi_slopes, DType::f64);
+  a.sinks = optional_view(options.sinks, DType::f64);
+  a.bshd = options.bshd;
+  a.causal = options.causal;
+  a.window_left = options.window_left;
+  a.window_right = options.window_right;
+  a.has_scale = !options.scale.is_none();
+  if (a.has_scale) a.scale = options.scale.cast<double>();
+  a.softcap = options.softcap;
+  return a;
+}
+
+Extras::Extras(const Options& options, Problem& problem) {
+  if (options.return_lse) {
+    const py::array array = new_array(lse_shape(problem), problem.dtype);
+    attach_lse(problem, view_of(array, problem.dtype));
+    lse = array;
+  }
+  if (options.return_weights) {
+    const py::array array = new_array(weights_shape(problem), problem.dtype);
+    attach_weights(problem, view_of(array, problem.dtype));
+    weights = array;
+  }
+}
+
+py::object Extras::join(py::object out) const {
+  if (lse.is_none() && weights.is_none()) return out;
+  if (weights.is_none()) return py::make_tuple(out, lse);
+  if (lse.is_none()) return py::make_tuple(out, weights);
+  return py::make_tuple(out, lse, weights);
+}
+
+int threads_for(const Options& options) {
+  return options.num_threads > 0 ? options.num_threads : default_threads().count;
+}
+
+void run_attention(const Problem& problem, const Plan& plan) {
+  bool finished;
+  {
+    const MaybeReleaseGil released(plan.flops);
+    finished = attend(problem, plan, interrupted);
+  }
+  if (!finished) throw py::error_already_set();
+}
+
+py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& options) {
+  py::dict d;
+  d["isa"] = plan.kernels->name;
+  d["kernel"] = plan.attend->name;
+  d["reason"] = plan.reason;
+  d["query_rows"] = plan.rows;
+  d["block_rows"] = plan.block_rows;
+  d["key_block"] = plan.key_block;
+  d["range_keys"] = plan.range_keys;
+  d["ranges"] = plan.ranges;
+  d["tasks"] = plan.tasks;
+  d["threads"] = plan.threads;
+  d["threads_source"] = plan.threads == 1                ? "one thread is enough for this much work"
+                        : options.num_threads > 0 ? "num_threads argument"
+                                                  : default_threads().source;
+  d["scratch_bytes_per_thread"] = plan.thread_bytes;
+  d["shared_bytes"] = plan.shared_bytes;
+  py::list copied;
+  if (plan.copies_queries) copied.append("q");
+  if (plan.copies_keys) copied.append("k");
+  if (plan.copies_values) copied.append("v");
+  if (problem.out && plan.copies_out) copied.append("out");
+  d["copied_blockwise"] = copied;
+  d["flops"] = plan.flops;
+  return d;
+}
+
+namespace {
+
+Problem problem_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options) {
+  const TensorView query = float_view(function, "q", q);
+  const TensorView key = matching_view(function, "k", k, "q", query.dtype);
+  const TensorView value = matching_view(function, "v", v, "q", query.dtype);
+  return make_problem(arguments_of(function, options, query, key, value));
+}
+
+py::object attention(py::handle q, py::handle k, py::handle v, py::object out, const py::tuple& option_values) {
+  constexpr const char* function = "attention";
+  const Options options(option_values);
+  Problem problem = problem_of(function, q, k, v, options);
+  if (out.is_none())
+    out = new_array(out_shape(problem), problem.dtype);
+  else
+    check_out(function, py::reinterpret_borrow<py::array>(out), out_shape(problem), problem.dtype);
+  attach_out(problem, view_of(py::reinterpret_borrow<py::array>(out), problem.dtype));
+  const Extras extras(options, problem);
+  run_attention(problem, make_plan(problem, active_kernels(), threads_for(options)));
+  return extras.join(std::move(out));
+}
+
+// The checks of `out` alone, for a caller that computes into a temporary because out overlaps with an input.
+void check_only(const char* function, py::handle q, py::handle k, py::handle v, const py::array& out,
+                const py::tuple& option_values) {
+  const Problem problem = problem_of(function, q, k, v, Options(option_values));
+  check_out(function, out, out_shape(problem), problem.dtype);
+}
+
+py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& option_values) {
+  const Options options(option_values);
+  const Problem problem = problem_of("explain", q, k, v, options);
+  return describe_plan(problem, make_plan(problem, active_kernels(), threads_for(options)), options);
+}
+
+}  // namespace
+
+void register_attention(py::module_& module) {
+  module.def("attention", &attention);
+  module.def("check_out", &check_only);
+  module.def("explain", &explain);
+}
+
+}  // namespace selfattn::bindings

@@ -1,0 +1,42 @@
+// attention(): arguments from Python to a Problem, and results back.
+#pragma once
+#include "bindings/arrays.h"
+#include "plan.h"
+#include "problem.h"
+
+namespace selfattn::bindings {
+
+// Everything of a call but q, k and v, as Python's layer hands it over; arrays are None where absent.
+struct Options {
+  py::object mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
+  bool causal = false, bshd = false, return_lse = false, return_weights = false;
+  std::int64_t window_left = -1, window_right = -1;
+  py::object scale;  // None: the default
+  double softcap = 0;
+  int num_threads = 0;  // 0: the default
+
+  explicit Options(const py::tuple& values);
+};
+
+AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
+                                const TensorView& v);
+
+// Results other than out that were asked for, allocated and attached.
+struct Extras {
+  py::object lse = py::none(), weights = py::none();
+  Extras(const Options& options, Problem& problem);
+  py::object join(py::object out) const;  // out alone, or the tuple
+};
+
+int threads_for(const Options& options);
+
+// Runs the plan; raises what a signal handler raised.
+void run_attention(const Problem& problem, const Plan& plan);
+
+py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& options);
+
+void register_attention(py::module_& module);
+void register_layer(py::module_& module);
+void register_machine(py::module_& module);
+
+}  // namespace selfattn::bindings

@@ -1,0 +1,131 @@
+// SelfAttention's core object and apply_rope.
+#include "layer.h"
+
+#include <cstring>
+#include <vector>
+
+#include "bindings/attention.h"
+#include "message.h"
+#include "parallel.h"
+#include "registry.h"
+#include "rope.h"
+
+namespace selfattn::bindings {
+namespace {
+
+std::optional<Rope> rope_of(py::handle description) {
+  if (description.is_none()) return std::nullopt;
+  const py::tuple t = py::reinterpret_borrow<py::tuple>(description);
+  return Rope{t[0].cast<double>(), t[1].cast<std::int64_t>(), t[2].cast<bool>()};
+}
+
+class Layer {
+ public:
+  // Arrays of one dtype whose shapes Python's layer has checked; biases, w_o and rope may be None.
+  Layer(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases,
+        std::int64_t num_heads, std::int64_t num_kv_heads, py::handle rope)
+      : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
+
+  py::object call(const char* function, py::handle x, py::handle context, py::handle positions,
+                  const py::tuple& option_values) const {
+    const Options options(option_values);
+    const TensorView input = input_view(function, "x", x, weights_.query.depth());
+    const TensorView other = context.is_none() ? TensorView{}
+                                               : input_view(function, "context", context, weights_.key.depth());
+    const int threads = threads_for(options);
+    LayerCall call(weights_, input, other, optional_view(positions, DType::i64),
+                   arguments_of(function, options, {}, {}, {}));
+    const py::array out = new_array(call.out_shape(), weights_.dtype);
+    const Extras extras(options, call.problem());
+    bool finished;
+    {
+      const MaybeReleaseGil released(call.flops());
+      finished = call.run(view_of(out, weights_.dtype), threads, interrupted);
+    }
+    if (!finished) throw py::error_already_set();
+    return extras.join(out);
+  }
+
+  const char* isa() const { return weights_.kernels->name; }
+
+ private:
+  static LayerWeights make(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases,
+                           std::int64_t num_heads, std::int64_t num_kv_heads, py::handle rope) {
+    const KernelSet& kernels = active_kernels();
+    const DType dtype = float_view("SelfAttention", "w_q", w_q).dtype;
+    const TypeKernels& types = dtype == DType::f32 ? kernels.f32 : kernels.f64;
+    const auto projection = [&](py::handle weights, std::size_t bias) {
+      return Projection(types, optional_view(weights, dtype), optional_view(biases[bias], dtype));
+    };
+    const auto columns = [](py::handle w) { return py::reinterpret_borrow<py::array>(w).shape(1); };
+    LayerWeights layer{&kernels,           dtype,
+                       num_heads,          num_kv_heads,
+                       columns(w_q) / num_heads, columns(w_v) / num_kv_heads,
+                       projection(w_q, 0), projection(w_k, 1),
+                       projection(w_v, 2), std::nullopt,
+                       rope_of(rope)};
+    if (!w_o.is_none()) layer.output.emplace(projection(w_o, 3));
+    return layer;
+  }
+
+  TensorView input_view(const char* function, const char* name, py::handle array, std::int64_t depth) const {
+    const TensorView view = matching_view(function, name, array, "w_q", weights_.dtype);
+    if (view.ndim < 2 || view.ndim >= max_axes)
+      refuse(function, name, " has shape ", shape_text(view), " but needs 2 dimensions or more: (..., S, d_model)");
+    if (view.extent(0) != depth)
+      refuse(function, name, " has d_model ", view.extent(0), " but the weights have ", depth, " rows");
+    return view;
+  }
+
+  const LayerWeights weights_;
+};
+
+// x and out (..., length, heads..., head_dim) in one shape; positions has one integer per entry of the axes in front
+// of head_dim, broadcast by strides. Python's layer has prepared all of this.
+void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description) {
+  const TensorView from = float_view("apply_rope", "x", x);
+  const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);
+  const TensorView places = optional_view(positions, DType::i64);
+  const Rope rope = *rope_of(rope_description);
+  const std::int64_t head_dim = from.extent(0);
+  std::vector<double> tables(static_cast<std::size_t>(rope.rotary_dim));
+  double* cosines = tables.data();
+  double* sines = cosines + rope.rotary_dim / 2;
+  std::int64_t vectors = 1;
+  for (int axis = 1; axis < from.ndim; ++axis) vectors *= from.extent(axis);
+  const py::gil_scoped_release release;
+  bool known = false;
+  std::int64_t last = 0;
+  for (std::int64_t index = 0; index < vectors; ++index) {
+    const char* source = static_cast<const char*>(from.data);
+    char* target = static_cast<char*>(to.data);
+    const char* place = static_cast<const char*>(places.data);
+    std::int64_t rest = index;
+    for (int axis = 1; axis < from.ndim; ++axis) {
+      const std::int64_t i = rest % from.extent(axis);
+      rest /= from.extent(axis);
+      source += i * from.stride(axis);
+      target += i * to.stride(axis);
+      place += i * places.stride(axis - 1);
+    }
+    std::int64_t position;
+    std::memcpy(&position, place, sizeof position);
+    if (!known || position != last) rope_tables(rope, position, cosines, sines);
+    known = true;
+    last = position;
+    rope_rotate(rope, from.dtype, head_dim, cosines, sines, source, from.stride(0), target, to.stride(0));
+  }
+}
+
+}  // namespace
+
+void register_layer(py::module_& module) {
+  py::class_<Layer>(module, "Layer")
+      .def(py::init<py::handle, py::handle, py::handle, py::handle, const py::tuple&, std::int64_t, std::int64_t,
+                    py::handle>())
+      .def("call", &Layer::call)
+      .def_property_readonly("isa", &Layer::isa);
+  module.def("apply_rope", &apply_rope);
+}
+
+}  // namespace selfattn::bindings

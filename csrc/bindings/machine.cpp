@@ -1,0 +1,77 @@
+#include "bindings/attention.h"
+#include "kernels/kernel_set.h"
+#include "machine.h"
+#include "parallel.h"
+#include "peaks.h"
+#include "registry.h"
+
+#include <pybind11/stl.h>
+
+#include <cmath>
+
+namespace selfattn::bindings {
+namespace {
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const KernelSet* kernels : available_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+py::dict build_config() {
+  py::dict d;
+  d["compiler"] = SELFATTN_COMPILER;
+  d["flags"] = SELFATTN_FLAGS;
+  d["build_type"] = SELFATTN_BUILD_TYPE;
+#if defined(SELFATTN_OPENMP)
+  d["openmp"] = _OPENMP;
+#else
+  d["openmp"] = py::none();
+#endif
+#if defined(SELFATTN_X86_ISAS)
+  d["isas"] = py::make_tuple("avx512", "avx2", "portable");
+#else
+  d["isas"] = py::make_tuple("portable");
+#endif
+  return d;
+}
+
+double fma_peak(const std::string& isa, const std::string& dtype, double seconds) {
+  const KernelSet& kernels = kernels_named(isa);
+  const py::gil_scoped_release release;
+  return measure_fma_peak(dtype == "float64" ? kernels.f64 : kernels.f32, seconds);
+}
+
+double read_bandwidth(std::size_t bytes, int num_threads, double seconds) {
+  const py::gil_scoped_release release;
+  return measure_read_bandwidth(bytes, num_threads, seconds);
+}
+
+// Whether results below the smallest normal number survive in this thread: 0 if some library switched them off.
+bool subnormals_survive() {
+  volatile float smallest = 1.17549435e-38f;
+  volatile float half = smallest * 0.5f;
+  return half != 0.0f;
+}
+
+}  // namespace
+
+void register_machine(py::module_& module) {
+  module.def("isas", &isas);
+  module.def("active_isa", [] { return active_kernels().name; });
+  module.def("select_isa", &select_kernels);
+  module.def("default_threads", [] {
+    const ThreadDefault threads = default_threads();
+    return py::make_tuple(threads.count, threads.source);
+  });
+  module.def("set_default_threads", &set_default_threads);
+  module.def("parallel_backend", &parallel_backend);
+  module.def("affinity_count", &affinity_count);
+  module.def("cgroup_quota", &cgroup_quota);
+  module.def("subnormals_survive", &subnormals_survive);
+  module.def("build_config", &build_config);
+  module.def("measure_fma_peak", &fma_peak);
+  module.def("measure_read_bandwidth", &read_bandwidth);
+}
+
+}  // namespace selfattn::bindings

@@ -1,0 +1,9 @@
+#include "bindings/attention.h"
+#include "parallel.h"
+
+PYBIND11_MODULE(_core, module) {
+  selfattn::prepare_for_fork();
+  selfattn::bindings::register_attention(module);
+  selfattn::bindings::register_layer(module);
+  selfattn::bindings::register_machine(module);
+}

@@ -1,0 +1,252 @@
+// Attention for few query rows against many keys (decode): vectors run along head_dim for q.k, along keys for the
+// softmax, along value_dim for the sum of values. Each key and value is read once for up to four rows; the kernel is
+// bound by the memory that holds them.
+#pragma once
+#include "kernels/kernel_set.h"
+#include "kernels/score_terms.h"
+#include "kernels/scratch.h"
+#include "kernels/values.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+// MaxSums: vector accumulators that fit the registers beside their operands.
+template <class T, int MaxSums>
+struct RowAttention {
+  static constexpr int W = Vec<T>::width;
+  static constexpr int max_rows_at_once = W < 4 ? W : 4;
+
+  static std::int64_t padded(std::int64_t count) { return (count + W - 1) / W * W; }
+
+  struct Scratch {
+    std::int64_t query_step, out_step;
+    int score_step;
+    T* queries;  // [row][query_step], zero-padded
+    T* out;      // [row][out_step]
+    T* scores;   // [row][score_step]
+    T* terms;    // the same shape
+    T *begin, *end, *distance, *slope, *rescale;
+    std::size_t bytes;
+
+    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : query_step(padded(head_dim)), out_step(padded(value_dim)), score_step(static_cast<int>(padded(key_block))) {
+      Carver carver{static_cast<char*>(base)};
+      queries = carver.take<T>(rows * query_step);
+      out = carver.take<T>(rows * out_step);
+      scores = carver.take<T>(std::int64_t{rows} * score_step);
+      terms = carver.take<T>(std::int64_t{rows} * score_step);
+      begin = carver.take<T>(rows);
+      end = carver.take<T>(rows);
+      distance = carver.take<T>(rows);
+      slope = carver.take<T>(rows);
+      rescale = carver.take<T>(rows);
+      bytes = carver.used;
+    }
+    explicit Scratch(const RowBlock& block)
+        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+  };
+
+  static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
+    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+  }
+
+  static void begin(const RowBlock& block) noexcept {
+    const Scratch s(block);
+    for (int r = 0; r < block.count; ++r) {
+      const Row& row = block.rows[r];
+      static_cast<T*>(block.row_max)[r] = static_cast<T>(row.sink);
+      static_cast<T*>(block.row_sum)[r] = row.sink == minus_infinity<double> ? T(0) : T(1);
+      const T* query = static_cast<const T*>(row.query);
+      for (std::int64_t d = 0; d < block.head_dim; d += W)
+        store(s.queries + r * s.query_step + d, load_up_to(query + d, block.head_dim - d));
+      for (std::int64_t d = 0; d < s.out_step; d += W) store(s.out + r * s.out_step + d, broadcast(T(0)));
+    }
+  }
+
+  static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
+    const Scratch s(block);
+    const bool limited = describe_rows(block, s, keys);
+    ScoreTile<T> tile{s.scores,  nullptr, block.count, static_cast<int>(padded(keys.count)),
+                      s.score_step, limited, s.begin,     s.end,
+                      s.distance,   s.slope};
+    bool hides = limited;
+    if (block.terms.mask || block.terms.bias != BiasType::none) {
+      const TermsSeen<T> seen = gather_terms(block, s, keys);
+      if (seen.all_hidden() && !block.rows[0].scores) return;
+      tile.terms = s.terms;
+      hides = hides || seen.any_hidden;
+    }
+    dot_rows<max_rows_at_once>(block, s, keys, 0);
+    apply_terms<AcrossKeys>(tile, block.terms);
+    if (block.rows[0].scores) keep_scores(block, s, keys);
+    for (int r = 0; r < block.count; ++r) softmax(block, tile, r, s.rescale[r]);
+    if (hides && !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim))
+      accumulate_visible(block, s, tile, keys);
+    else
+      accumulate_rows<max_rows_at_once>(block, s, keys, 0);
+  }
+
+  // Limits and positions counted from the block's first key. The lanes that fill the last vector are beyond every end.
+  static bool describe_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    bool limited = keys.count % W != 0;
+    for (int r = 0; r < block.count; ++r) {
+      const Row& row = block.rows[r];
+      const auto within = [&](std::int64_t key) {
+        const std::int64_t relative = key - keys.first;
+        return static_cast<T>(relative < 0 ? 0 : relative > keys.count ? keys.count : relative);
+      };
+      s.begin[r] = within(row.key_begin);
+      s.end[r] = within(row.key_end);
+      s.distance[r] = static_cast<T>(row.position - keys.first);
+      s.slope[r] = static_cast<T>(row.slope * log2_e);
+      limited = limited || row.key_begin > keys.first || row.key_end < keys.first + keys.count;
+    }
+    return limited;
+  }
+
+  static TermsSeen<T> gather_terms(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    TermsSeen<T> seen;
+    for (int r = 0; r < block.count; ++r)
+      for (int j = 0; j < keys.count; j += W) {
+        const int n = keys.count - j < W ? keys.count - j : W;
+        const Vec<T> term = term_chunk<T>(block.rows[r], block.terms, keys.first + j, n);
+        store(s.terms + r * s.score_step + j, seen.note(term));
+      }
+    return seen;
+  }
+
+  static void keep_scores(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    for (int r = 0; r < block.count; ++r) {
+      T* kept = static_cast<T*>(block.rows[r].scores) + keys.first;
+      for (int j = 0; j < keys.count; j += W) store_up_to(kept + j, load(s.scores + r * s.score_step + j), keys.count - j);
+    }
+  }
+
+  // scores = q . k * multiplier, `Rows` rows at a time, then halves of it for the remainder.
+  template <int Rows>
+  static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row) {
+    constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
+    const T* data = static_cast<const T*>(keys.keys);
+    const std::int64_t whole = block.head_dim / W * W;
+    const int tail = static_cast<int>(block.head_dim - whole);
+    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
+    for (; row + Rows <= block.count; row += Rows)
+      for (int j = 0; j < keys.count; j += Keys) {
+        const T* key[Keys];  // the last key stands in for those beyond the end; its sums go to hidden lanes
+        for (int k = 0; k < Keys; ++k) key[k] = data + (j + k < keys.count ? j + k : keys.count - 1) * keys.key_step;
+        Vec<T> sums[W];
+        for (int i = 0; i < W; ++i) sums[i] = broadcast(T(0));
+        const auto step = [&](std::int64_t d, auto load_key) {
+          Vec<T> right[Keys];
+          for (int k = 0; k < Keys; ++k) right[k] = load_key(key[k] + d);
+          for (int r = 0; r < Rows; ++r) {
+            const Vec<T> query = load(s.queries + (row + r) * s.query_step + d);
+            for (int k = 0; k < Keys; ++k) sums[r * Keys + k] = fma(query, right[k], sums[r * Keys + k]);
+          }
+        };
+        for (std::int64_t d = 0; d < whole; d += W) step(d, [](const T* p) { return load(p); });
+        if (tail != 0) step(whole, [tail](const T* p) { return load_partial(p, tail); });
+        T products[W];
+        store(products, reduce_sums(sums) * multiplier);
+        for (int r = 0; r < Rows; ++r)
+          for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_step + j + k] = products[r * Keys + k];
+      }
+    if constexpr (Rows > 1)
+      if (row < block.count) dot_rows<Rows / 2>(block, s, keys, row);
+  }
+
+  static void softmax(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {
+    T& row_max = static_cast<T*>(block.row_max)[row];
+    T& row_sum = static_cast<T*>(block.row_sum)[row];
+    T* scores = tile.scores + row * tile.step;
+    Vec<T> largest = broadcast(row_max);
+    for (int j = 0; j < tile.lanes; j += W) largest = max(largest, load(scores + j));
+    const T peak = reduce_max(largest);
+    // -inf minus -inf is NaN; a row that has seen no key yet shifts by 0 and keeps its weights at 0.
+    const Vec<T> shift = broadcast(peak == minus_infinity<T> ? T(0) : peak);
+    Vec<T> sum = broadcast(T(0));
+    for (int j = 0; j < tile.lanes; j += W) {
+      const Vec<T> prob = exp2(load(scores + j) - shift);
+      store(scores + j, prob);
+      sum = sum + prob;
+    }
+    T factor[W];
+    store(factor, exp2(broadcast(row_max) - shift));
+    rescale = factor[0];
+    row_max = peak;
+    row_sum = row_sum * rescale + reduce_sum(sum);
+  }
+
+  template <int Rows>
+  static void accumulate_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row) {
+    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, MaxSums / Rows>(block, s, keys, row, 0);
+    if constexpr (Rows > 1)
+      if (row < block.count) accumulate_rows<Rows / 2>(block, s, keys, row);
+  }
+
+  // out = out * rescale + probs . values for `Cols` vectors of dims at a time, then halves of it for the remainder.
+  template <int Rows, int Cols>
+  static void accumulate_dims(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row, std::int64_t dim) {
+    const T* values = static_cast<const T*>(keys.values);
+    const auto sweep = [&](auto load_value) {
+      Vec<T> sums[Rows][Cols];
+      for (auto& line : sums)
+        for (Vec<T>& sum : line) sum = broadcast(T(0));
+      const T* value = values + dim;
+      const T* probs = s.scores + row * s.score_step;
+      for (int j = 0; j < keys.count; ++j, value += keys.value_step) {
+        Vec<T> right[Cols];
+        for (int c = 0; c < Cols; ++c) right[c] = load_value(value + c * W);
+        for (int r = 0; r < Rows; ++r) {
+          const Vec<T> prob = broadcast(probs[r * s.score_step + j]);
+          for (int c = 0; c < Cols; ++c) sums[r][c] = fma(prob, right[c], sums[r][c]);
+        }
+      }
+      for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < Cols; ++c) {
+          T* out = s.out + (row + r) * s.out_step + dim + c * W;
+          store(out, fma(load(out), broadcast(s.rescale[row + r]), sums[r][c]));
+        }
+    };
+    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const T* p) { return load(p); });
+    if constexpr (Cols > 1) {
+      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, keys, row, dim);
+    } else if (dim < block.value_dim) {
+      const int tail = static_cast<int>(block.value_dim - dim);
+      sweep([tail](const T* p) { return load_partial(p, tail); });
+    }
+  }
+
+  // The same sums in the same order, but a hidden key is left out instead of multiplied by 0.
+  static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
+                                 const KeyBlock& keys) {
+    const T* values = static_cast<const T*>(keys.values);
+    for (int r = 0; r < block.count; ++r)
+      for (std::int64_t dim = 0; dim < block.value_dim; dim += W) {
+        Vec<T> sum = broadcast(T(0));
+        for (int j = 0; j < keys.count; ++j) {
+          const Mask<T> seen = visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
+          if (!any(seen)) continue;
+          const Vec<T> value = load_up_to(values + j * keys.value_step + dim, block.value_dim - dim);
+          sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
+        }
+        T* out = s.out + r * s.out_step + dim;
+        store(out, fma(load(out), broadcast(s.rescale[r]), sum));
+      }
+  }
+
+  static void finish(const RowBlock& block) noexcept {
+    const Scratch s(block);
+    for (int r = 0; r < block.count; ++r) {
+      const T sum = static_cast<const T*>(block.row_sum)[r];
+      // A row that saw nothing has sum 0 and output 0.
+      const Vec<T> factor = broadcast(block.normalise && sum != T(0) ? T(1) / sum : T(1));
+      T* out = static_cast<T*>(block.rows[r].out);
+      for (std::int64_t d = 0; d < block.value_dim; d += W)
+        store_up_to(out + d, load(s.out + r * s.out_step + d) * factor, block.value_dim - d);
+    }
+  }
+
+  static constexpr AttendKernel kernel{"row", 1, scratch_bytes, begin, absorb, finish};
+};
+
+}  // namespace selfattn::SELFATTN_ISA

@@ -1,0 +1,15 @@
+#define SELFATTN_ISA avx2
+#define SELFATTN_VEC "simd/vec_avx2.h"
+#include "kernels/type_kernels.h"
+
+namespace selfattn::avx2 {
+
+// 4 x 3 sums, 3 vectors of the right-hand side and 1 broadcast: all 16 registers.
+extern constexpr KernelSet kernels{
+    .name = "avx2",
+    .features = feature_avx2_fma,
+    .f32 = type_kernels<float, 4, 3, 8, 6>,
+    .f64 = type_kernels<double, 4, 3, 8, 2>,
+};
+
+}  // namespace selfattn::avx2

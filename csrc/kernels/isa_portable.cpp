@@ -1,0 +1,15 @@
+#define SELFATTN_ISA portable
+#define SELFATTN_VEC "simd/vec_portable.h"
+#include "kernels/type_kernels.h"
+
+namespace selfattn::portable {
+
+// 4 x 2 sums, 2 vectors of the right-hand side and 1 broadcast: 11 of 16 registers.
+extern constexpr KernelSet kernels{
+    .name = "portable",
+    .features = 0,
+    .f32 = type_kernels<float, 4, 2, 8, 6>,
+    .f64 = type_kernels<double, 4, 2, 8, 2>,
+};
+
+}  // namespace selfattn::portable

@@ -1,0 +1,112 @@
+// The contract between the drivers in csrc/ and the kernels that are compiled once per ISA.
+//
+// A block of query rows attends to blocks of keys one after the other:
+//   begin(rows); absorb(rows, keys 0..127); absorb(rows, keys 128..255); ...; finish(rows)
+// Rows carry everything that differs between them, so that a kernel knows nothing of batches, heads, groups or layouts.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace selfattn {
+
+// Scores, row_max and lse inside the core are in units of log2, so that exp needs no conversion.
+constexpr double log2_e = 1.4426950408889634074;
+constexpr double ln_2 = 0.69314718055994530942;
+
+struct Row {
+  const void* query;         // head_dim contiguous elements
+  void* out;                 // value_dim contiguous elements
+  const std::uint8_t* mask;  // the row's mask at key 0, or null: all visible
+  const char* bias;          // the row's bias at key 0, or null: none
+  void* scores;              // where the row's final scores are kept, at key 0, or null: nowhere
+  std::int64_t key_begin;    // keys in [key_begin, key_end) are visible ...
+  std::int64_t key_end;      // ... unless mask or bias hide them
+  std::int64_t position;     // the key at ALiBi distance 0
+  double slope;              // ALiBi slope
+  double sink;               // logit that joins the denominator only (log2), or -inf
+};
+
+enum class BiasType : std::uint8_t { none, f32, f64 };
+
+// How a product q.k becomes a score; the same for every row of a call.
+struct ScoreTerms {
+  double multiplier = 0;  // first factor; the result is in log2 units unless softcap follows
+  double softcap = 0;     // then softcap * tanh(score), in log2 units; 0: none
+  bool alibi = false;
+  bool mask = false;
+  BiasType bias = BiasType::none;
+  std::int64_t mask_step = 0;  // bytes from key to key
+  std::int64_t bias_step = 0;
+};
+
+struct KeyBlock {
+  std::int64_t first;  // index of the block's first key
+  int count;
+  const void* keys;  // rows of head_dim contiguous elements, `key_step` elements apart
+  std::int64_t key_step;
+  const void* values;  // rows of value_dim contiguous elements, `value_step` elements apart
+  std::int64_t value_step;
+};
+
+struct RowBlock {
+  const Row* rows;
+  int count;
+  int key_block;  // the largest KeyBlock::count to come
+  std::int64_t head_dim;
+  std::int64_t value_dim;
+  ScoreTerms terms;
+  bool normalise;  // finish divides by row_sum; otherwise the block is one of several key ranges
+  void* row_max;   // per row, in the element type; valid after finish, room for whole strips
+  void* row_sum;
+  void* scratch;  // scratch_bytes(...) bytes on a 64-byte boundary
+};
+
+struct AttendKernel {
+  const char* name;
+  int strip_rows;  // rows that share registers; blocks are best a multiple of it
+  std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
+  void (*begin)(const RowBlock&) noexcept;
+  void (*absorb)(const RowBlock&, const KeyBlock&) noexcept;
+  void (*finish)(const RowBlock&) noexcept;
+};
+
+// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns.
+struct ProjectArgs {
+  const void* x;  // rows of depth contiguous elements, `x_step` elements apart
+  std::int64_t x_step;
+  std::int64_t rows;
+  std::int64_t depth;
+  const void* panel;  // [depth][panel_columns], zero-padded
+  const void* bias;   // panel_columns elements, or null
+  void* out;          // `columns` contiguous elements a row, rows `out_step` elements apart
+  std::int64_t out_step;
+  int columns;  // at most panel_columns
+};
+
+// The kernels of one element type.
+struct TypeKernels {
+  AttendKernel tile;  // many rows: vectors run across query rows
+  AttendKernel row;   // few rows: vectors run along head_dim and along keys
+  int row_limit;      // up to this many rows `row` is the faster of the two
+  int panel_columns;
+  void (*project)(const ProjectArgs&) noexcept;
+  // scores[j] = exp2(scores[j] - row_max) * factor
+  void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
+  // Runs FMAs on registers only; returns their number of floating-point operations.
+  double (*fma_loop)(std::int64_t rounds) noexcept;
+};
+
+struct KernelSet {
+  const char* name;
+  std::uint32_t features;  // bits of Feature that the machine must have
+  TypeKernels f32;
+  TypeKernels f64;
+};
+
+// What a CPU and its operating system can do, as far as kernels ask for it.
+enum Feature : std::uint32_t {
+  feature_avx2_fma = 1u << 0,
+  feature_avx512 = 1u << 1,  // F, DQ, VL, BW and the registers enabled
+};
+
+}  // namespace selfattn

@@ -1,0 +1,50 @@
+// Moves rows of memory into columns of vectors and back: queries and scores' terms on the way in, outputs on the way out.
+#pragma once
+#include <cstdint>
+
+#include "simd/vec.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class T>
+inline Vec<T> load_up_to(const T* p, std::int64_t n) {
+  return n >= Vec<T>::width ? load(p) : load_partial(p, static_cast<int>(n));
+}
+
+template <class T>
+inline void store_up_to(T* p, Vec<T> a, std::int64_t n) {
+  if (n >= Vec<T>::width)
+    store(p, a);
+  else
+    store_partial(p, a, static_cast<int>(n));
+}
+
+// columns[j * step + i] = row_chunk(i, j..): `row_chunk(i, j, n)` gives n elements of row i from column j on.
+template <class T, class RowChunk>
+inline void rows_to_columns(T* columns, std::int64_t step, int rows, std::int64_t count, RowChunk row_chunk) {
+  constexpr int W = Vec<T>::width;
+  for (int i = 0; i < rows; i += W)
+    for (std::int64_t j = 0; j < count; j += W) {
+      const int n = static_cast<int>(count - j < W ? count - j : W);
+      Vec<T> square[W];
+      for (int l = 0; l < W; ++l) square[l] = row_chunk(i + l, j, n);
+      transpose(square);
+      for (int l = 0; l < n; ++l) store(columns + (j + l) * step + i, square[l]);
+    }
+}
+
+// row(i)[j] = column_chunk(j, i..): the way back.
+template <class T, class Row, class ColumnChunk>
+inline void columns_to_rows(int rows, std::int64_t count, Row row, ColumnChunk column_chunk) {
+  constexpr int W = Vec<T>::width;
+  for (int i = 0; i < rows; i += W)
+    for (std::int64_t j = 0; j < count; j += W) {
+      const int n = static_cast<int>(count - j < W ? count - j : W);
+      Vec<T> square[W];
+      for (int l = 0; l < W; ++l) square[l] = l < n ? column_chunk(j + l, i) : broadcast(T(0));
+      transpose(square);
+      for (int l = 0; l < W && i + l < rows; ++l) store_up_to(row(i + l) + j, square[l], n);
+    }
+}
+
+}  // namespace selfattn::SELFATTN_ISA

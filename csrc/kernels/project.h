@@ -1,0 +1,25 @@
+// Linear projection: out = x . weights + bias for some rows of x and one packed panel of weight columns.
+#pragma once
+#include "kernels/kernel_set.h"
+#include "kernels/pack.h"
+#include "kernels/tile_matmul.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class T, int TileRows, int Vectors>
+inline void project(const ProjectArgs& args) noexcept {
+  constexpr int W = Vec<T>::width;
+  const T* bias = static_cast<const T*>(args.bias);
+  T* out = static_cast<T*>(args.out);
+  multiply_rows<TileRows, Vectors>(
+      RowMajor<T>{static_cast<const T*>(args.x), args.x_step}, args.rows, static_cast<const T*>(args.panel),
+      std::int64_t{Vectors} * W, args.depth, [&](std::int64_t i, const auto& sums) {
+        for (const auto& row : sums) {
+          T* o = out + i++ * args.out_step;
+          for (int c = 0; c < Vectors && c * W < args.columns; ++c)
+            store_up_to(o + c * W, bias ? row[c] + load(bias + c * W) : row[c], args.columns - c * W);
+        }
+      });
+}
+
+}  // namespace selfattn::SELFATTN_ISA

@@ -1,0 +1,20 @@
+// Carves one allocation into aligned pieces. With a null base it only counts.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace selfattn::SELFATTN_ISA {
+
+struct Carver {
+  char* base;
+  std::size_t used = 0;
+
+  template <class T>
+  T* take(std::int64_t count) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+}  // namespace selfattn::SELFATTN_ISA

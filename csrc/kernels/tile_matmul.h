@@ -1,0 +1,59 @@
+// The micro-kernel: a tile of rows x vectors of sums, kept in registers.
+//
+//   sums[r][c] = sum_k a(r, k) * b[k][c]      a broadcast element by element, b loaded vector by vector
+//
+// With 24 accumulators of AVX-512 a step of 8 x 3 costs 24 FMAs and 11 loads: bound by the FMA units. Each sum is one
+// chain of FMAs in the order of k, whatever the tile's shape, so results do not depend on where a tile ends.
+#pragma once
+#include <cstdint>
+
+#include "simd/vec.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+// The broadcast operand: a row-major matrix as it stands in memory, or its transpose.
+template <class T>
+struct RowMajor {
+  const T* data;
+  std::int64_t step;  // elements from row to row
+  T at(int r, std::int64_t k) const { return data[r * step + k]; }
+  RowMajor from_row(std::int64_t r) const { return {data + r * step, step}; }
+};
+template <class T>
+struct Transposed {
+  const T* data;
+  std::int64_t step;
+  T at(int r, std::int64_t k) const { return data[k * step + r]; }
+  Transposed from_row(std::int64_t r) const { return {data + r, step}; }
+};
+
+template <int Rows, int Cols, class T, class A>
+[[gnu::always_inline]] inline void multiply_tile(A a, const T* b, std::int64_t b_step, std::int64_t depth,
+                                                 Vec<T> (&sums)[Rows][Cols]) {
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < Cols; ++c) sums[r][c] = broadcast(T(0));
+  for (std::int64_t k = 0; k < depth; ++k, b += b_step) {
+    Vec<T> right[Cols];
+    for (int c = 0; c < Cols; ++c) right[c] = load(b + c * Vec<T>::width);
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<T> left = broadcast(a.at(r, k));
+      for (int c = 0; c < Cols; ++c) sums[r][c] = fma(left, right[c], sums[r][c]);
+    }
+  }
+}
+
+// Calls finish(first_row, sums) for each tile of `rows` rows: tiles of Rows, then of halves of it for the remainder.
+template <int Rows, int Cols, class T, class A, class Finish>
+[[gnu::always_inline]] inline void multiply_rows(A a, std::int64_t rows, const T* b, std::int64_t b_step,
+                                                 std::int64_t depth, Finish finish, std::int64_t done = 0) {
+  for (; rows - done >= Rows; done += Rows) {
+    Vec<T> sums[Rows][Cols];
+    multiply_tile<Rows, Cols>(a.from_row(done), b, b_step, depth, sums);
+    finish(done, sums);
+  }
+  if constexpr (Rows > 1) {
+    if (done < rows) multiply_rows<Rows / 2, Cols, T>(a, rows, b, b_step, depth, finish, done);
+  }
+}
+
+}  // namespace selfattn::SELFATTN_ISA

@@ -1,0 +1,42 @@
+// Puts the kernels of one element type together for the ISA of this translation unit.
+#pragma once
+#include "kernels/attend_row.h"
+#include "kernels/attend_tile.h"
+#include "kernels/kernel_set.h"
+#include "kernels/project.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class T>
+inline void weigh(void* scores, std::int64_t count, double row_max, double factor) noexcept {
+  T* score = static_cast<T*>(scores);
+  const Vec<T> shift = broadcast(static_cast<T>(row_max));
+  const Vec<T> scale = broadcast(static_cast<T>(factor));
+  for (std::int64_t j = 0; j < count; j += Vec<T>::width)
+    store_up_to(score + j, exp2(load_up_to(score + j, count - j) - shift) * scale, count - j);
+}
+
+template <class T, int Chains>
+inline double fma_loop(std::int64_t rounds) noexcept {
+  Vec<T> sums[Chains];
+  for (int i = 0; i < Chains; ++i) sums[i] = broadcast(static_cast<T>(i));
+  Vec<T> factor = broadcast(T(0.999)), term = broadcast(T(0.001));
+  for (std::int64_t n = 0; n < rounds; ++n)
+    for (int i = 0; i < Chains; ++i) {
+      sums[i] = fma(sums[i], factor, term);
+      asm volatile("" : "+x"(sums[i].r));  // one instruction per term: no unrolling into a closed form
+    }
+  return 2.0 * Chains * Vec<T>::width * static_cast<double>(rounds);
+}
+
+// Tile shapes, sums of the row kernel and chains are what fits the registers: see each isa_*.cpp.
+template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
+constexpr TypeKernels type_kernels{.tile = TileAttention<T, TileRows, TileVectors>::kernel,
+                                   .row = RowAttention<T, MaxSums>::kernel,
+                                   .row_limit = RowLimit,
+                                   .panel_columns = TileVectors * Vec<T>::width,
+                                   .project = project<T, TileRows, TileVectors>,
+                                   .weigh = weigh<T>,
+                                   .fma_loop = fma_loop<T, MaxSums>};
+
+}  // namespace selfattn::SELFATTN_ISA

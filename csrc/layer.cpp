@@ -1,0 +1,296 @@
+#include "layer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "attend.h"
+#include "key_source.h"
+#include "message.h"
+#include "plan.h"
+#include "scratch_pool.h"
+
+namespace selfattn {
+namespace {
+
+constexpr std::align_val_t alignment{64};
+// Rows of x that a task takes through one panel: x's block stays in L2 while the panels pass.
+constexpr std::int64_t project_rows = 96;
+
+char* allocate(std::int64_t bytes) {
+  return static_cast<char*>(::operator new(static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)), alignment));
+}
+
+std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// A view of a C-contiguous buffer with axes (batch..., length, heads, dim).
+struct BufferView {
+  std::int64_t shape[max_axes], strides[max_axes];
+  TensorView view;
+
+  BufferView(char* data, DType dtype, const TensorView& x, std::int64_t heads, std::int64_t dim) {
+    view = {data, dtype, x.ndim + 1, shape, strides};
+    std::copy_n(x.shape, x.ndim - 1, shape);
+    shape[x.ndim - 1] = heads;
+    shape[x.ndim] = dim;
+    std::int64_t stride = size_of(dtype);
+    for (int axis = x.ndim; axis >= 0; --axis) {
+      strides[axis] = stride;
+      stride *= shape[axis];
+    }
+  }
+};
+
+std::int64_t row_count(const TensorView& x) {
+  std::int64_t rows = 1;
+  for (int axis = 0; axis < x.ndim - 1; ++axis) rows *= x.shape[axis];
+  return rows;
+}
+
+// One projection of a call: x (any strides) to a matrix of contiguous rows.
+struct ProjectionJob {
+  const Projection& projection;
+  RowsView x;
+  char* out;
+  std::int64_t out_step;  // bytes from row to row
+  std::int64_t blocks() const { return (x.rows + project_rows - 1) / project_rows; }
+  std::int64_t tasks() const { return x.outer * blocks() * projection.panels(); }
+  double flops() const {
+    return 2.0 * static_cast<double>(x.outer) * static_cast<double>(x.rows) *
+           static_cast<double>(projection.depth()) * static_cast<double>(projection.columns());
+  }
+  bool in_place() const {
+    const std::int64_t size = projection.element_size();
+    bool aligned = reinterpret_cast<std::uintptr_t>(x.data) % static_cast<std::uintptr_t>(size) == 0 &&
+                   x.row % size == 0 && x.column == size;
+    for (int axis = 0; axis < x.outer_axes; ++axis) aligned = aligned && x.outer_stride[axis] % size == 0;
+    return aligned;
+  }
+
+  void run(std::int64_t task, char* bounce) const noexcept {
+    const std::int64_t panel = task % projection.panels();
+    task /= projection.panels();
+    const std::int64_t first = task % blocks() * project_rows;
+    const std::int64_t outer = task / blocks();
+    const std::int64_t rows = std::min(project_rows, x.rows - first), size = projection.element_size();
+    const char* from = x.at(outer) + first * x.row;
+    std::int64_t step = x.row;
+    if (!in_place()) {
+      step = projection.depth() * size;
+      copy_rows(bounce, step, size, from, x.row, x.column, rows, projection.depth(), size);
+      from = bounce;
+    }
+    projection.project(panel, from, step / size, rows, out + (outer * x.rows + first) * out_step, out_step / size);
+  }
+};
+
+bool project_all(const ProjectionJob* jobs, int count, int max_threads, Interrupted interrupted) {
+  std::int64_t tasks = 0;
+  double flops = 0;
+  std::size_t bounce_bytes = 0;
+  for (int i = 0; i < count; ++i) {
+    tasks += jobs[i].tasks();
+    flops += jobs[i].flops();
+    if (!jobs[i].in_place())
+      bounce_bytes = std::max(bounce_bytes, static_cast<std::size_t>(padded(
+                                                project_rows * jobs[i].projection.depth() *
+                                                jobs[i].projection.element_size())));
+  }
+  const int threads = useful_threads(flops, 0, tasks, max_threads);
+  const Scratch bounce(bounce_bytes * static_cast<std::size_t>(threads));
+  TaskLoop loop(tasks, threads, interrupted);
+  const auto body = [&](std::int64_t index, int slot) {
+    const ProjectionJob* job = jobs;
+    for (; index >= job->tasks(); ++job) index -= job->tasks();
+    job->run(index, bounce.data() + bounce_bytes * static_cast<std::size_t>(slot));
+  };
+  return loop.run(body);
+}
+
+}  // namespace
+
+void Projection::Free::operator()(char* p) const { ::operator delete(p, alignment); }
+
+Projection::Projection(const TypeKernels& kernels, const TensorView& weights, const TensorView& bias)
+    : kernels_(&kernels), depth_(weights.shape[0]), columns_(weights.shape[1]), size_(size_of(weights.dtype)) {
+  const std::int64_t width = kernels.panel_columns;
+  const std::int64_t bytes = panels() * depth_ * width * size_;
+  panels_.reset(allocate(bytes));
+  std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
+  const char* from = static_cast<const char*>(weights.data);
+  for (std::int64_t first = 0; first < columns_; first += width)
+    copy_rows(panels_.get() + first * depth_ * size_, width * size_, size_, from + first * weights.strides[1],
+              weights.strides[0], weights.strides[1], depth_, std::min(width, columns_ - first), size_);
+  if (!bias) return;
+  bias_.reset(allocate(panels() * width * size_));
+  std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * size_));
+  copy_rows(bias_.get(), 0, size_, static_cast<const char*>(bias.data), 0, bias.strides[0], 1, columns_, size_);
+}
+
+void Projection::project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
+                         std::int64_t out_step) const noexcept {
+  const std::int64_t width = kernels_->panel_columns, first = panel * width;
+  kernels_->project({x, x_step, rows, depth_, panels_.get() + first * depth_ * size_,
+                     bias_ ? bias_.get() + first * size_ : nullptr, static_cast<char*>(out) + first * size_, out_step,
+                     static_cast<int>(std::min(width, columns_ - first))});
+}
+
+RowsView::RowsView(const TensorView& x)
+    : data(static_cast<const char*>(x.data)),
+      rows(x.extent(1)),
+      row(x.stride(1)),
+      column(x.stride(0)),
+      outer_axes(x.ndim - 2),
+      outer(1) {
+  while (outer_axes > 0 && (x.strides[outer_axes - 1] == rows * row || x.shape[outer_axes - 1] == 1))
+    rows *= x.shape[--outer_axes];
+  for (int axis = 0; axis < outer_axes; ++axis) {
+    outer_shape[axis] = x.shape[axis];
+    outer_stride[axis] = x.strides[axis];
+    outer *= x.shape[axis];
+  }
+}
+
+const char* RowsView::at(std::int64_t index) const {
+  const char* p = data;
+  for (int axis = outer_axes - 1; axis >= 0; --axis) {
+    p += index % outer_shape[axis] * outer_stride[axis];
+    index /= outer_shape[axis];
+  }
+  return p;
+}
+
+struct LayerCall::State {
+  const LayerWeights& layer;
+  TensorView x, context, positions;
+  std::int64_t query_rows, key_rows;
+  std::int64_t query_bytes, key_bytes, value_bytes;
+  Scratch inputs;  // queries, keys, values
+  BufferView query, key, value;
+  Problem problem;
+  std::optional<Scratch> heads;  // attention's result, before the output projection
+
+  State(const LayerWeights& weights, const TensorView& x_view, const TensorView& context_view,
+        const TensorView& positions_view)
+      : layer(weights),
+        x(x_view),
+        context(context_view ? context_view : x_view),
+        positions(positions_view),
+        query_rows(row_count(x)),
+        key_rows(row_count(context)),
+        query_bytes(padded(query_rows * weights.query.columns() * size_of(weights.dtype))),
+        key_bytes(padded(key_rows * weights.key.columns() * size_of(weights.dtype))),
+        value_bytes(padded(key_rows * weights.value.columns() * size_of(weights.dtype))),
+        inputs(static_cast<std::size_t>(query_bytes + key_bytes + value_bytes + 64)),
+        query(inputs.data(), weights.dtype, x, weights.num_heads, weights.head_dim),
+        key(inputs.data() + query_bytes, weights.dtype, context, weights.num_kv_heads, weights.head_dim),
+        value(inputs.data() + query_bytes + key_bytes, weights.dtype, context, weights.num_kv_heads,
+              weights.value_dim) {}
+
+  // Positions count along the rows of one sequence; where given, they belong to x and, without a context, to its keys.
+  std::int64_t position_of(std::int64_t row, std::int64_t length, bool given) const {
+    if (!given) return row % length;
+    const char* p = static_cast<const char*>(positions.data);
+    for (int axis = 0; axis < positions.ndim; ++axis) {  // right-aligned against (..., S)
+      const std::int64_t extent = x.extent(axis + 1);
+      if (positions.extent(axis) != 1) p += row % extent * positions.stride(axis);
+      row /= extent;
+    }
+    std::int64_t position;
+    std::memcpy(&position, p, sizeof position);
+    return position;
+  }
+
+  bool rotate(int max_threads, Interrupted interrupted) const {
+    const Rope& rope = *layer.rope;
+    const bool one_input = context.data == x.data && context.shape == x.shape;
+    const auto half = static_cast<std::size_t>(rope.rotary_dim / 2);
+    const double flops = static_cast<double>(query_rows + key_rows) * static_cast<double>(rope.rotary_dim) * 100;
+    const int threads = useful_threads(flops, 0, query_rows + key_rows, max_threads);
+    const Scratch tables(static_cast<std::size_t>(threads) * 2 * half * sizeof(double));
+    const auto turn = [&](const BufferView& buffer, std::int64_t row, std::int64_t position, double* cosines) {
+      const TensorView& v = buffer.view;
+      rope_tables(rope, position, cosines, cosines + half);
+      for (std::int64_t head = 0; head < v.extent(1); ++head) {
+        char* at = static_cast<char*>(v.data) + row * v.stride(2) + head * v.stride(1);
+        rope_rotate(rope, layer.dtype, layer.head_dim, cosines, cosines + half, at, v.stride(0), at, v.stride(0));
+      }
+    };
+    TaskLoop loop(query_rows + key_rows, threads, interrupted);
+    const auto body = [&](std::int64_t index, int slot) {
+      double* cosines = reinterpret_cast<double*>(tables.data()) + static_cast<std::size_t>(slot) * 2 * half;
+      const bool given = static_cast<bool>(positions);
+      if (index < query_rows)
+        turn(query, index, position_of(index, x.extent(1), given), cosines);
+      else
+        turn(key, index - query_rows, position_of(index - query_rows, context.extent(1), given && one_input), cosines);
+    };
+    return loop.run(body);
+  }
+};
+
+LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context,
+                     const TensorView& positions, AttentionArguments arguments)
+    : state_(std::make_unique<State>(layer, x, context, positions)) {
+  arguments.q = state_->query.view;
+  arguments.k = state_->key.view;
+  arguments.v = state_->value.view;
+  arguments.bshd = true;
+  state_->problem = make_problem(arguments);
+  if (layer.output) {
+    const Problem& p = state_->problem;
+    state_->heads.emplace(static_cast<std::size_t>(p.batch * p.q_len * layer.num_heads * layer.value_dim *
+                                                       size_of(layer.dtype) + 64));
+  }
+}
+
+LayerCall::~LayerCall() = default;
+
+Problem& LayerCall::problem() { return state_->problem; }
+
+Shape LayerCall::out_shape() const {
+  Shape shape = selfattn::out_shape(state_->problem);
+  --shape.ndim;  // heads and value_dim become one axis
+  const LayerWeights& layer = state_->layer;
+  shape.extent[shape.ndim - 1] = layer.output ? layer.output->columns() : layer.num_heads * layer.value_dim;
+  return shape;
+}
+
+double LayerCall::flops() const {
+  const State& s = *state_;
+  return 2.0 * (static_cast<double>(s.query_rows) * static_cast<double>(s.layer.query.depth() * s.layer.query.columns()) +
+                static_cast<double>(s.key_rows) * static_cast<double>(s.layer.key.depth() *
+                                                                      (s.layer.key.columns() + s.layer.value.columns())));
+}
+
+bool LayerCall::run(const TensorView& out, int max_threads, Interrupted interrupted) {
+  State& s = *state_;
+  const LayerWeights& layer = s.layer;
+  Problem& problem = s.problem;
+  const std::int64_t size = size_of(layer.dtype);
+  // The attention's result as (batch..., length, heads, value_dim).
+  const TensorView rows{nullptr, layer.dtype, out.ndim, out.shape, out.strides};
+  const BufferView heads(layer.output ? s.heads->data() : static_cast<char*>(out.data), layer.dtype, rows,
+                         layer.num_heads, layer.value_dim);
+  attach_out(problem, heads.view);
+  const Plan plan = make_plan(problem, *layer.kernels, max_threads);
+
+  const auto buffer = [](const BufferView& b) { return static_cast<char*>(b.view.data); };
+  const ProjectionJob inputs[] = {
+      {layer.query, RowsView(s.x), buffer(s.query), layer.query.columns() * size},
+      {layer.key, RowsView(s.context), buffer(s.key), layer.key.columns() * size},
+      {layer.value, RowsView(s.context), buffer(s.value), layer.value.columns() * size},
+  };
+  if (!project_all(inputs, 3, max_threads, interrupted)) return false;
+  if (layer.rope && !s.rotate(max_threads, interrupted)) return false;
+  if (!attend(problem, plan, interrupted)) return false;
+  if (!layer.output) return true;
+  const std::int64_t joined = layer.num_heads * layer.value_dim * size;
+  const std::int64_t shape[] = {problem.batch * problem.q_len, layer.num_heads * layer.value_dim};
+  const std::int64_t strides[] = {joined, size};
+  const ProjectionJob output{*layer.output, RowsView({buffer(heads), layer.dtype, 2, shape, strides}),
+                             static_cast<char*>(out.data), layer.output->columns() * size};
+  return project_all(&output, 1, max_threads, interrupted);
+}
+
+}  // namespace selfattn

@@ -1,0 +1,120 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+
+#include "kernels/kernel_set.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace selfattn {
+
+#if defined(__x86_64__)
+namespace {
+
+std::uint64_t enabled_registers() {
+  std::uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return std::uint64_t{high} << 32 | low;
+}
+
+constexpr bool has(std::uint64_t word, std::uint64_t bits) { return (word & bits) == bits; }
+
+}  // namespace
+
+std::uint32_t cpu_features() {
+  std::uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  constexpr std::uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;
+  if (!has(c, fma | osxsave | avx)) return 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  constexpr std::uint32_t avx2 = 1u << 5;
+  constexpr std::uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  constexpr std::uint64_t ymm = 0x06, zmm = 0xe6;                              // XCR0: state that the system saves
+  const std::uint64_t registers = enabled_registers();
+  std::uint32_t features = 0;
+  if (has(b, avx2) && has(registers, ymm)) features |= feature_avx2_fma;
+  if (features != 0 && has(b, avx512) && has(registers, zmm)) features |= feature_avx512;
+  return features;
+}
+#else
+std::uint32_t cpu_features() { return 0; }
+#endif
+
+int affinity_count() {
+#if defined(__linux__)
+  // The mask grows until the kernel's fits.
+  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 4) {
+    cpu_set_t* set = CPU_ALLOC(static_cast<std::size_t>(cpus));
+    if (!set) return 0;
+    const std::size_t bytes = CPU_ALLOC_SIZE(static_cast<std::size_t>(cpus));
+    const int count = sched_getaffinity(0, bytes, set) == 0 ? CPU_COUNT_S(bytes, set) : 0;
+    CPU_FREE(set);
+    if (count > 0) return count;
+  }
+#endif
+  return 0;
+}
+
+namespace {
+
+double read_v2(const std::string& folder) {  // cpu.max: "max 100000" or "150000 100000"
+  std::ifstream file(folder + "/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (!(file >> quota >> period) || quota == "max" || period <= 0) return 0;
+  std::istringstream number(quota);
+  double value = 0;
+  return number >> value && value > 0 ? value / period : 0;
+}
+
+double read_v1(const std::string& folder) {  // quota -1: no limit
+  std::ifstream quota_file(folder + "/cpu.cfs_quota_us"), period_file(folder + "/cpu.cfs_period_us");
+  double quota = 0, period = 0;
+  return quota_file >> quota && period_file >> period && quota > 0 && period > 0 ? quota / period : 0;
+}
+
+// The smallest limit from a group up to the root of its hierarchy: every ancestor's limit holds too.
+template <class Read>
+double smallest_limit(const std::string& mount, std::string group, Read read) {
+  double smallest = 0;
+  for (;;) {
+    const double limit = read(mount + group);
+    if (limit > 0 && (smallest == 0 || limit < smallest)) smallest = limit;
+    const std::size_t slash = group.find_last_of('/');
+    if (slash == std::string::npos) return smallest;
+    group.resize(slash);
+  }
+}
+
+}  // namespace
+
+double cgroup_quota(const std::string& root) {
+  std::ifstream groups(root + "/proc/self/cgroup");
+  double smallest = 0;
+  const auto take = [&](double limit) {
+    if (limit > 0 && (smallest == 0 || limit < smallest)) smallest = limit;
+  };
+  for (std::string line; std::getline(groups, line);) {  // "0::/path" (v2) or "4:cpu,cpuacct:/path" (v1)
+    const std::size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    std::string controllers(1, ',');
+    controllers.append(line, first + 1, second - first - 1).append(1, ',');
+    std::string path = line.substr(second + 1);
+    if (!path.empty() && path.back() == '/') path.pop_back();
+    if (controllers == ",,")
+      take(smallest_limit(root + "/sys/fs/cgroup", path, read_v2));
+    else if (controllers.find(",cpu,") != std::string::npos)
+      for (const char* mount : {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"})
+        take(smallest_limit(root + mount, path, read_v1));
+  }
+  return smallest;
+}
+
+}  // namespace selfattn

@@ -1,0 +1,182 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "machine.h"
+
+#if defined(SELFATTN_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define SELFATTN_HAS_FORK 1
+#endif
+
+namespace selfattn {
+namespace {
+
+enum class Backend { openmp, threads, serial };
+
+Backend choose_backend() {
+#if defined(SELFATTN_OPENMP)
+  constexpr Backend built = Backend::openmp;
+#else
+  constexpr Backend built = Backend::threads;
+#endif
+  const char* name = std::getenv("SELFATTN_PARALLEL");
+  if (!name) return built;
+  if (std::strcmp(name, "serial") == 0) return Backend::serial;
+  if (std::strcmp(name, "threads") == 0) return Backend::threads;
+  return built;
+}
+
+Backend backend() {
+  static const Backend chosen = choose_backend();
+  return chosen;
+}
+
+// The calling thread takes caller_slot, the others what the counter gives: OpenMP's own thread numbers are unsafe
+// where two runtimes meet in one process.
+void run_threads(const Region& region, int num_threads) {
+  std::vector<std::thread> others;
+  others.reserve(static_cast<std::size_t>(num_threads - 1));
+  try {
+    for (int slot = 1; slot < num_threads; ++slot) others.emplace_back(region.work, region.context, slot);
+  } catch (const std::system_error&) {
+    // The system grants no more threads: the team is as large as it got.
+  }
+  region.work(region.context, caller_slot);
+  for (std::thread& other : others) other.join();
+}
+
+#if defined(SELFATTN_OPENMP)
+void run_openmp(const Region& region, int num_threads) {
+  const std::thread::id caller = std::this_thread::get_id();
+  std::atomic<int> next{caller_slot + 1};
+#pragma omp parallel num_threads(num_threads) default(shared)
+  {
+    const bool is_caller = std::this_thread::get_id() == caller;
+    region.work(region.context, is_caller ? caller_slot : next.fetch_add(1, std::memory_order_relaxed));
+  }
+}
+#endif
+
+void run_here(const Region& region, int num_threads) {
+  if (num_threads <= 1 || backend() == Backend::serial) return region.work(region.context, caller_slot);
+#if defined(SELFATTN_OPENMP)
+  if (backend() == Backend::openmp) return run_openmp(region, num_threads);
+#endif
+  run_threads(region, num_threads);
+}
+
+// libgomp keeps a thread's team in that thread. Of a forked process only the forking thread survives, still believing
+// in its team, and its next region would wait for ever. So the survivor hands its regions to a helper thread, born in
+// the child, which has a team of its own. Threads that the child starts later are not concerned.
+class Helper {
+ public:
+  Helper() { std::thread([this] { serve(); }).detach(); }
+
+  void run(const Region& region, int num_threads) {
+    std::unique_lock lock(mutex_);
+    region_ = &region;
+    num_threads_ = num_threads;
+    changed_.notify_all();
+    while (!changed_.wait_for(lock, std::chrono::milliseconds(50), [this] { return region_ == nullptr; })) {
+      lock.unlock();
+      region.poll(region.context);
+      lock.lock();
+    }
+  }
+
+ private:
+  void serve() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return region_ != nullptr; });
+      lock.unlock();
+      run_here(*region_, num_threads_);
+      lock.lock();
+      region_ = nullptr;
+      changed_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  const Region* region_ = nullptr;
+  int num_threads_ = 0;
+};
+
+thread_local bool survived_fork = false;
+Helper* helper = nullptr;  // the survivor's; never deleted, since the thread behind it serves until the process ends
+
+[[maybe_unused]] void after_fork_in_child() {
+  survived_fork = true;
+  helper = nullptr;  // the parent's helper thread does not exist here
+}
+
+std::atomic<int> chosen_threads{0};
+
+ThreadDefault detect_threads() {
+  static const int quota = static_cast<int>(std::ceil(cgroup_quota("")));
+  ThreadDefault limit{std::max(1, static_cast<int>(std::thread::hardware_concurrency())), "hardware"};
+  const auto lower = [&](int count, const char* source) {
+    if (count > 0 && count < limit.count) limit = {count, source};
+  };
+#if defined(SELFATTN_OPENMP)
+  // The thread's own setting: OMP_NUM_THREADS, omp_set_num_threads, threadpoolctl.
+  lower(omp_get_max_threads(), "OpenMP");
+#endif
+  lower(affinity_count(), "CPU affinity");
+  lower(quota, "control group quota");
+  return limit;
+}
+
+}  // namespace
+
+void run_region(const Region& region, int num_threads) {
+  if (runs_on_helper(num_threads)) {
+    if (!helper) helper = new Helper;
+    return helper->run(region, num_threads);
+  }
+  run_here(region, num_threads);
+}
+
+ThreadDefault default_threads() {
+  const int chosen = chosen_threads.load(std::memory_order_relaxed);
+  return chosen > 0 ? ThreadDefault{chosen, "set_num_threads"} : detect_threads();
+}
+
+void set_default_threads(int count) { chosen_threads.store(count, std::memory_order_relaxed); }
+
+const char* parallel_backend() {
+  switch (backend()) {
+    case Backend::openmp:
+      return "openmp";
+    case Backend::threads:
+      return "threads";
+    case Backend::serial:
+      break;
+  }
+  return "serial";
+}
+
+void prepare_for_fork() {
+#if defined(SELFATTN_HAS_FORK)
+  pthread_atfork(nullptr, nullptr, after_fork_in_child);
+#endif
+}
+
+bool runs_on_helper(int num_threads) {
+  return num_threads > 1 && survived_fork && backend() == Backend::openmp;
+}
+
+}  // namespace selfattn

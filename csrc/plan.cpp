@@ -1,0 +1,96 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "slot.h"
+#include "task_loop.h"
+
+namespace selfattn {
+namespace {
+
+// 128 keys of scores for a strip of 48 floats are 24 KiB: they stay in L1 between the two products.
+constexpr int largest_key_block = 128;
+constexpr int smallest_key_block = 8;
+// K and V blocks beyond this would leave L2 between the strips of a row block.
+constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
+// Two strips share each K and V block that comes from L2 or beyond.
+constexpr int strips_per_block = 2;
+constexpr std::size_t largest_scratch = std::size_t{2} << 20;
+// Few rows leave too few tasks for a team, so the keys are parted as well. Merging costs one pass over `rows` outputs
+// per range, which is nothing beside reading this many keys.
+constexpr std::int64_t row_range_keys = 1024;
+constexpr std::int64_t tile_range_keys = 2048;
+constexpr std::int64_t row_blocks_with_ranges = 2;
+bool in_place(const Problem& problem, const Operand& operand) {
+  const std::int64_t size = size_of(problem.dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(operand.data) % static_cast<std::uintptr_t>(size) == 0 &&
+                 operand.row % size == 0 && operand.head % size == 0;
+  for (int axis = 0; axis < problem.batch_axes; ++axis) aligned = aligned && operand.batch[axis] % size == 0;
+  return aligned && operand.column == size;
+}
+
+int choose_key_block(const Problem& problem) {
+  const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
+  const std::int64_t fitting = key_block_bytes / std::max<std::int64_t>(row_bytes, 1) / smallest_key_block;
+  return static_cast<int>(std::clamp<std::int64_t>(fitting * smallest_key_block, smallest_key_block, largest_key_block));
+}
+
+void choose_kernel(Plan& plan, const Problem& problem) {
+  if (plan.rows <= plan.types->row_limit) {
+    plan.attend = &plan.types->row;
+    plan.reason = "few query rows per KV head: bound by reading K and V";
+    plan.block_rows = static_cast<int>(std::max<std::int64_t>(plan.rows, 1));
+    return;
+  }
+  plan.attend = &plan.types->tile;
+  plan.reason = "enough query rows per KV head to fill the vectors";
+  const int strip = plan.attend->strip_rows;
+  plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, strips_per_block * strip));
+  const auto bytes = [&](int rows) {
+    return plan.attend->scratch_bytes(rows, plan.key_block, problem.head_dim, problem.value_dim);
+  };
+  // Very wide heads: fewer rows, to keep the scratch within its limit.
+  for (int rows = strip; rows >= strip / 2 && bytes(plan.block_rows) > largest_scratch; rows /= 2)
+    plan.block_rows = std::min(plan.block_rows, rows);
+}
+
+double cache_bytes(const Problem& problem) {
+  return static_cast<double>(problem.batch) * static_cast<double>(problem.num_kv_heads) *
+         static_cast<double>(problem.kv_len) *
+         static_cast<double>((problem.head_dim + problem.value_dim) * size_of(problem.dtype));
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const KernelSet& kernels, int max_threads) {
+  Plan plan{};
+  plan.kernels = &kernels;
+  plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
+  plan.rows = problem.q_len * problem.group_size;
+  plan.key_block = choose_key_block(problem);
+  choose_kernel(plan, problem);
+  plan.row_blocks = (plan.rows + plan.block_rows - 1) / plan.block_rows;
+
+  const std::int64_t range = plan.attend == &plan.types->row ? row_range_keys : tile_range_keys;
+  plan.range_keys = (range + plan.key_block - 1) / plan.key_block * plan.key_block;  // blocks never straddle ranges
+  plan.ranges = 1;
+  if (plan.row_blocks <= row_blocks_with_ranges)
+    plan.ranges = std::max<std::int64_t>((problem.kv_len + plan.range_keys - 1) / plan.range_keys, 1);
+  if (plan.ranges == 1) plan.range_keys = std::max<std::int64_t>(problem.kv_len, 1);
+  plan.tasks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.ranges;
+
+  plan.copies_queries = !in_place(problem, problem.query);
+  plan.copies_keys = !in_place(problem, problem.key);
+  plan.copies_values = !in_place(problem, problem.value);
+  plan.copies_out = !problem.out || !in_place(problem, problem.out);
+
+  plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
+               static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
+               static_cast<double>(problem.head_dim + problem.value_dim);
+  plan.threads = useful_threads(plan.flops, cache_bytes(problem), plan.tasks, max_threads);
+  plan.thread_bytes = Slot(nullptr, plan, problem).bytes;
+  plan.shared_bytes = Shared(nullptr, plan, problem).bytes;
+  return plan;
+}
+
+}  // namespace selfattn

@@ -1,0 +1,34 @@
+// How to compute a problem: kernels, block sizes, tasks, threads and memory. Pure arithmetic: no memory is touched and
+// nothing is asked of the machine.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernel_set.h"
+#include "problem.h"
+
+namespace selfattn {
+
+struct Plan {
+  const KernelSet* kernels;
+  const TypeKernels* types;
+  const AttendKernel* attend;
+  const char* reason;        // why this kernel
+  std::int64_t rows;         // query rows of one KV head: q_len * group_size
+  int block_rows;            // query rows of one task
+  std::int64_t row_blocks;   // of one KV head
+  int key_block;             // keys that a kernel takes at a time
+  std::int64_t range_keys;   // keys of one task
+  std::int64_t ranges;       // tasks along the keys; more than one: their results are merged
+  std::int64_t tasks;
+  bool copies_queries, copies_keys, copies_values, copies_out;  // operands that kernels cannot read or write in place
+  int threads;
+  std::size_t thread_bytes;   // scratch of one thread
+  std::size_t shared_bytes;   // task order, partial results and their counters
+  double flops;
+};
+
+// Depends on threads only in `threads`: the bits of a result never do.
+Plan make_plan(const Problem& problem, const KernelSet& kernels, int max_threads);
+
+}  // namespace selfattn

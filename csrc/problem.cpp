@@ -1,0 +1,254 @@
+#include "problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "message.h"
+
+namespace selfattn {
+namespace {
+
+// Beyond any length, and far enough from the ends of int64 that sums of two cannot overflow.
+constexpr std::int64_t far = std::int64_t{1} << 60;
+
+std::int64_t clamp_far(std::int64_t n) { return std::clamp(n, -far, far); }
+
+std::int64_t integer_at(const char* p) {
+  std::int64_t n;
+  std::memcpy(&n, p, sizeof n);
+  return n;
+}
+
+// The last three axes of q, k, v and out; a 2-D array is one head.
+struct Axes {
+  std::int64_t heads, head_stride, length, row_stride, dim, column_stride;
+};
+
+Axes trailing_axes(const TensorView& view, bool bshd) {
+  if (view.ndim == 2) return {1, 0, view.extent(1), view.stride(1), view.extent(0), view.stride(0)};
+  const int head = bshd ? 1 : 2, row = bshd ? 2 : 1;
+  return {view.extent(head), view.stride(head), view.extent(row), view.stride(row), view.extent(0), view.stride(0)};
+}
+
+int leading_axes(const TensorView& view, int trailing) { return std::max(view.ndim - trailing, 0); }
+
+// Strides of an operand's leading axes along the problem's batch axes, right-aligned.
+void place_batch(const Problem& problem, Operand& operand, const TensorView& view, int trailing) {
+  operand.data = static_cast<char*>(view.data);
+  const int missing = problem.batch_axes - leading_axes(view, trailing);
+  for (int axis = 0; axis < problem.batch_axes; ++axis)
+    operand.batch[axis] = axis < missing || view.shape[axis - missing] == 1 ? 0 : view.strides[axis - missing];
+}
+
+void place(const Problem& problem, Operand& operand, const TensorView& view, const Axes& axes) {
+  place_batch(problem, operand, view, 3);
+  operand.head = axes.head_stride;
+  operand.row = axes.row_stride;
+  operand.column = axes.column_stride;
+}
+
+void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
+  const struct {
+    const char* name;
+    const TensorView& view;
+  } operands[] = {{"q", arguments.q}, {"k", arguments.k}, {"v", arguments.v}};
+  problem.batch_axes = std::max(problem.ndim - 3, 0);
+  for (int axis = 0; axis < problem.batch_axes; ++axis) problem.batch_shape[axis] = 1;
+  for (const auto& [name, view] : operands) {
+    const int leading = leading_axes(view, 3);
+    for (int i = 0; i < leading; ++i) {
+      std::int64_t& extent = problem.batch_shape[problem.batch_axes - leading + i];
+      if (view.shape[i] == 1 || view.shape[i] == extent) continue;
+      if (extent != 1)
+        refuse(arguments.function, "the leading dimensions ", to_text(view.shape, leading), " of ", name,
+               " do not broadcast against ", to_text(problem.batch_shape, problem.batch_axes));
+      extent = view.shape[i];
+    }
+  }
+  for (int axis = 0; axis < problem.batch_axes; ++axis)
+    if (__builtin_mul_overflow(problem.batch, problem.batch_shape[axis], &problem.batch))
+      refuse(arguments.function, "the leading dimensions ", to_text(problem.batch_shape, problem.batch_axes),
+             " have too many entries");
+}
+
+void check_rank(const AttentionArguments& arguments, const char* name, const TensorView& view) {
+  if (view.ndim < 2)
+    refuse(arguments.function, name, " has shape ", shape_text(view), " but needs at least 2 dimensions ",
+           arguments.bshd ? "(..., sequence, heads, head_dim)" : "(..., heads, sequence, head_dim)");
+}
+
+void set_shapes(Problem& problem, const AttentionArguments& a) {
+  check_rank(a, "q", a.q);
+  const Axes q = trailing_axes(a.q, a.bshd);
+  if (q.dim == 0) refuse(a.function, "q has head_dim 0, but the softmax scale needs head_dim >= 1");
+  check_rank(a, "k", a.k);
+  const Axes k = trailing_axes(a.k, a.bshd);
+  if (k.dim != q.dim) refuse(a.function, "k has head_dim ", k.dim, " but q has ", q.dim);
+  if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0)
+    refuse(a.function, "q has ", q.heads, " heads, which is not a multiple of the ", k.heads, " heads of k");
+  check_rank(a, "v", a.v);
+  const Axes v = trailing_axes(a.v, a.bshd);
+  if (v.heads != k.heads) refuse(a.function, "v has ", v.heads, " heads but k has ", k.heads);
+  if (v.length != k.length) refuse(a.function, "v has length ", v.length, " but k has ", k.length);
+  problem.ndim = std::max({a.q.ndim, a.k.ndim, a.v.ndim});
+  broadcast_batch(problem, a);
+  problem.num_heads = q.heads;
+  problem.num_kv_heads = k.heads;
+  problem.group_size = k.heads == 0 ? 0 : q.heads / k.heads;
+  problem.q_len = q.length;
+  problem.kv_len = k.length;
+  problem.head_dim = q.dim;
+  problem.value_dim = v.dim;
+  place(problem, problem.query, a.q, q);
+  place(problem, problem.key, a.k, k);
+  place(problem, problem.value, a.v, v);
+}
+
+// An argument that broadcasts to `target` (which it must not extend), right-aligned.
+void check_broadcast(const char* function, const char* name, const TensorView& view, const Shape& target) {
+  bool fits = view.ndim <= target.ndim;
+  for (int i = 0; fits && i < view.ndim; ++i)
+    fits = view.extent(i) == 1 || view.extent(i) == target.extent[target.ndim - 1 - i];
+  if (!fits)
+    refuse(function, name, " has shape ", shape_text(view), ", which does not broadcast to ",
+           to_text(target.extent, target.ndim));
+}
+
+// mask and bias: right-aligned against (..., num_heads, q_len, kv_len).
+void place_score_operand(Problem& problem, Operand& operand, const char* function, const char* name,
+                         const TensorView& view) {
+  if (!view) return;
+  check_broadcast(function, name, view, weights_shape(problem));
+  place_batch(problem, operand, view, 3);
+  const auto stride = [&](int axis) { return view.ndim > axis && view.extent(axis) != 1 ? view.stride(axis) : 0; };
+  operand.column = stride(0);
+  operand.row = stride(1);
+  operand.head = problem.ndim > 2 ? stride(2) : 0;
+}
+
+// Lengths and offsets: one integer per batch entry.
+void place_per_batch(Problem& problem, Operand& operand, const char* function, const char* name,
+                     const TensorView& view) {
+  if (!view) return;
+  Shape target;
+  for (int axis = 0; axis < problem.batch_axes; ++axis) target.append(problem.batch_shape[axis]);
+  if (target.ndim == 0) target.append(1);
+  check_broadcast(function, name, view, target);
+  place_batch(problem, operand, view, 0);
+  if (problem.batch_axes == 0) operand.data = static_cast<char*>(view.data);
+}
+
+void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
+                   std::int64_t limit, const char* limit_name) {
+  if (!operand) return;
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    const std::int64_t length = integer_at(problem.at(operand, b));
+    if (length < 0 || length > limit)
+      refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
+  }
+}
+
+void place_per_head(Problem& problem, const AttentionArguments& a) {
+  if (a.alibi_slopes) {
+    Shape target;
+    for (int axis = 0; axis < problem.batch_axes; ++axis) target.append(problem.batch_shape[axis]);
+    target.append(problem.num_heads);
+    check_broadcast(a.function, "alibi_slopes", a.alibi_slopes, target);
+    place_batch(problem, problem.alibi_slopes, a.alibi_slopes, 1);
+    if (a.alibi_slopes.ndim > 0 && a.alibi_slopes.extent(0) != 1)
+      problem.alibi_slopes.head = a.alibi_slopes.stride(0);
+  }
+  if (a.sinks) {
+    if (a.sinks.ndim != 1 || a.sinks.extent(0) != problem.num_heads)
+      refuse(a.function, "sinks has shape ", shape_text(a.sinks), " but needs one logit per head: (",
+             problem.num_heads, ",)");
+    place_batch(problem, problem.sinks, a.sinks, 1);
+    problem.sinks.head = a.sinks.stride(0);
+  }
+}
+
+Shape with_batch(const Problem& problem) {
+  Shape shape;
+  for (int axis = 0; axis < problem.batch_axes; ++axis) shape.append(problem.batch_shape[axis]);
+  return shape;
+}
+
+}  // namespace
+
+Problem make_problem(const AttentionArguments& a) {
+  Problem problem;
+  problem.dtype = a.q.dtype;
+  problem.bshd = a.bshd;
+  set_shapes(problem, a);
+  place_score_operand(problem, problem.mask, a.function, "mask", a.mask);
+  place_score_operand(problem, problem.bias, a.function, "bias", a.bias);
+  problem.bias_dtype = a.bias.dtype;
+  problem.causal = a.causal;
+  place_per_batch(problem, problem.q_offset, a.function, "q_offset", a.q_offset);
+  problem.window_left = std::min(a.window_left, far);
+  problem.window_right = std::min(a.window_right, far);
+  place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
+  check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "the length of q");
+  place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
+  check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k");
+  problem.scale = a.has_scale ? a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
+  problem.softcap = a.softcap;
+  place_per_head(problem, a);
+  return problem;
+}
+
+std::int64_t Problem::keys_of(std::int64_t b) const { return kv_lens ? integer_at(at(kv_lens, b)) : kv_len; }
+
+std::int64_t Problem::queries_of(std::int64_t b) const { return q_lens ? integer_at(at(q_lens, b)) : q_len; }
+
+std::int64_t Problem::offset_of(std::int64_t b) const {
+  return q_offset ? clamp_far(integer_at(at(q_offset, b))) : keys_of(b) - q_len;
+}
+
+Shape out_shape(const Problem& problem) {
+  Shape shape = with_batch(problem);
+  if (problem.ndim > 2) shape.append(problem.bshd ? problem.q_len : problem.num_heads);
+  shape.append(problem.ndim > 2 && problem.bshd ? problem.num_heads : problem.q_len);
+  shape.append(problem.value_dim);
+  return shape;
+}
+
+Shape lse_shape(const Problem& problem) {
+  Shape shape = with_batch(problem);
+  if (problem.ndim > 2) shape.append(problem.num_heads);
+  shape.append(problem.q_len);
+  return shape;
+}
+
+Shape weights_shape(const Problem& problem) {
+  Shape shape = lse_shape(problem);
+  shape.append(problem.kv_len);
+  return shape;
+}
+
+void attach_out(Problem& problem, const TensorView& out) {
+  place(problem, problem.out, out, trailing_axes(out, problem.bshd));
+}
+
+void attach_lse(Problem& problem, const TensorView& lse) {
+  place_batch(problem, problem.lse, lse, 2);
+  problem.lse.row = lse.stride(0);
+  problem.lse.head = lse.ndim > 1 ? lse.stride(1) : 0;
+}
+
+void attach_weights(Problem& problem, const TensorView& weights) {
+  place(problem, problem.weights, weights, trailing_axes(weights, /*bshd=*/false));
+}
+
+KeyRange visible_keys(const Problem& problem, std::int64_t query, std::int64_t offset, std::int64_t valid_keys) {
+  const std::int64_t position = query + offset;
+  std::int64_t begin = 0, end = valid_keys;
+  if (problem.causal) end = std::min(end, position + 1);
+  if (problem.window_left >= 0) begin = std::max(begin, position - problem.window_left);
+  if (problem.window_right >= 0) end = std::min(end, position + problem.window_right + 1);
+  end = std::max<std::int64_t>(end, 0);
+  return {std::min(begin, end), end};
+}
+
+}  // namespace selfattn

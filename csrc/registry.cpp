@@ -1,0 +1,77 @@
+#include "registry.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "machine.h"
+
+namespace selfattn {
+
+namespace portable {
+extern const KernelSet kernels;
+}
+#if defined(SELFATTN_X86_ISAS)
+namespace avx2 {
+extern const KernelSet kernels;
+}
+namespace avx512 {
+extern const KernelSet kernels;
+}
+#endif
+
+namespace {
+
+// Best first.
+constexpr const KernelSet* all_kernels[] = {
+#if defined(SELFATTN_X86_ISAS)
+    &avx512::kernels,
+    &avx2::kernels,
+#endif
+    &portable::kernels,
+};
+
+std::atomic<const KernelSet*> active{nullptr};
+
+const KernelSet& default_kernels() {
+  const char* name = std::getenv("SELFATTN_ISA");
+  return name && *name ? kernels_named(name) : *available_kernels().front();
+}
+
+}  // namespace
+
+const std::vector<const KernelSet*>& available_kernels() {
+  static const std::vector<const KernelSet*> available = [] {
+    std::vector<const KernelSet*> usable;
+    const std::uint32_t features = cpu_features();
+    for (const KernelSet* kernels : all_kernels)
+      if ((kernels->features & features) == kernels->features) usable.push_back(kernels);
+    return usable;
+  }();
+  return available;
+}
+
+const KernelSet& kernels_named(const std::string& name) {
+  std::string names;
+  for (const KernelSet* kernels : available_kernels()) {
+    if (name == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::invalid_argument("SELFATTN_ISA: '" + name + "' is not an instruction set that this machine can run; it has " +
+                              names);
+}
+
+const KernelSet& active_kernels() {
+  const KernelSet* kernels = active.load(std::memory_order_relaxed);
+  if (!kernels) {
+    kernels = &default_kernels();
+    active.store(kernels, std::memory_order_relaxed);
+  }
+  return *kernels;
+}
+
+void select_kernels(const std::string& name) {
+  active.store(name.empty() ? &default_kernels() : &kernels_named(name), std::memory_order_relaxed);
+}
+
+}  // namespace selfattn

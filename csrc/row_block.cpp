@@ -1,0 +1,225 @@
+#include "row_block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "key_source.h"
+
+namespace selfattn {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+struct Place {
+  std::int64_t query, head;
+};
+
+Place place_of(const Problem& problem, const RowSpan& span, std::int64_t i) {
+  const std::int64_t row = span.first + i;
+  return {row / problem.group_size, span.kv_head * problem.group_size + row % problem.group_size};
+}
+
+char* element(const Problem& problem, const Operand& operand, const RowSpan& span, Place place) {
+  return problem.at(operand, span.batch) + place.head * operand.head + place.query * operand.row;
+}
+
+double read_real(const char* p, DType dtype) {
+  if (dtype == DType::f64) {
+    double x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  float x;
+  std::memcpy(&x, p, sizeof x);
+  return static_cast<double>(x);
+}
+
+void write_real(char* p, double x, DType dtype) {
+  if (dtype == DType::f64) {
+    std::memcpy(p, &x, sizeof x);
+  } else {
+    const float narrow = static_cast<float>(x);
+    std::memcpy(p, &narrow, sizeof narrow);
+  }
+}
+
+void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dtype) {
+  for (std::int64_t i = 0; i < count; ++i) write_real(p + i * step, x, dtype);
+}
+
+// Distinguishes a row whose scores all are -inf by their values (IEEE: NaN) from one that sees no key (0).
+bool sees_a_key(const Problem& problem, const Row& row) {
+  for (std::int64_t j = row.key_begin; j < row.key_end; ++j) {
+    if (row.mask && row.mask[j * problem.mask.column] == 0) continue;
+    if (row.bias && read_real(row.bias + j * problem.bias.column, problem.bias_dtype) == -infinity) continue;
+    return true;
+  }
+  return false;
+}
+
+double base2(double x) { return x * log2_e; }
+
+// scores become weights; keys outside the row's range were never computed.
+void finish_weights(const Problem& problem, const Plan& plan, const Row& row, double row_max, double row_sum,
+                    bool undefined) {
+  char* weights = static_cast<char*>(row.scores);
+  const std::int64_t size = size_of(problem.dtype);
+  const auto zero = [&](std::int64_t from, std::int64_t to) {
+    std::memset(weights + from * size, 0, static_cast<std::size_t>((to - from) * size));
+  };
+  zero(0, row.key_begin);
+  if (undefined)
+    fill_row(weights + row.key_begin * size, size, row.key_end - row.key_begin,
+             std::numeric_limits<double>::quiet_NaN(), problem.dtype);
+  else if (row_sum == 0)
+    zero(row.key_begin, row.key_end);
+  else
+    plan.types->weigh(weights + row.key_begin * size, row.key_end - row.key_begin, row_max, 1.0 / row_sum);
+  zero(row.key_end, problem.kv_len);
+}
+
+template <class T>
+void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block, const RowSpan& span,
+           const Slot& slot) {
+  T* row_max = reinterpret_cast<T*>(slot.row_max);
+  T* row_sum = reinterpret_cast<T*>(slot.row_sum);
+  for (int i = 0; i < span.valid; ++i) {
+    const Row& row = slot.rows[i];
+    const double start = problem.sinks
+                             ? base2(read_real(problem.sinks.data + place_of(problem, span, i).head * problem.sinks.head,
+                                               DType::f64))
+                             : -infinity;
+    T peak = static_cast<T>(start);
+    T sum = start == -infinity ? T(0) : T(1);
+    T* out = static_cast<T*>(row.out);
+    std::fill_n(out, problem.value_dim, T(0));
+    for (std::int64_t r = 0; r < plan.ranges; ++r) {
+      const Partial part = shared.partial(plan, problem, block, r);
+      const T part_max = reinterpret_cast<const T*>(part.row_max)[i];
+      const T part_sum = reinterpret_cast<const T*>(part.row_sum)[i];
+      if (part_sum == T(0)) continue;  // the range showed this row nothing
+      const T highest = part_max < peak ? peak : part_max;
+      const T shift = highest == static_cast<T>(-infinity) ? T(0) : highest;
+      const T keep = std::exp2(peak - shift), take = std::exp2(part_max - shift);
+      const T* part_out = reinterpret_cast<const T*>(part.out) + i * problem.value_dim;
+      for (std::int64_t d = 0; d < problem.value_dim; ++d) out[d] = out[d] * keep + part_out[d] * take;
+      sum = sum * keep + part_sum * take;
+      peak = highest;
+    }
+    row_max[i] = peak;
+    row_sum[i] = sum;
+    const T factor = sum == T(0) ? T(1) : T(1) / sum;
+    for (std::int64_t d = 0; d < problem.value_dim; ++d) out[d] *= factor;
+  }
+}
+
+}  // namespace
+
+RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, std::int64_t kv_head,
+                std::int64_t row_block) {
+  const std::int64_t first = row_block * plan.block_rows;
+  const auto within = [&](std::int64_t rows) {
+    return static_cast<int>(std::clamp<std::int64_t>(rows - first, 0, plan.block_rows));
+  };
+  return {batch, kv_head, first, within(plan.rows), within(problem.queries_of(batch) * problem.group_size)};
+}
+
+KeyRange span_keys(const Problem& problem, const RowSpan& span) {
+  if (span.valid == 0) return {0, 0};
+  const std::int64_t keys = problem.keys_of(span.batch), offset = problem.offset_of(span.batch);
+  // Both ends move monotonically with the query.
+  const KeyRange first = visible_keys(problem, place_of(problem, span, 0).query, offset, keys);
+  const KeyRange last = visible_keys(problem, place_of(problem, span, span.valid - 1).query, offset, keys);
+  return {std::min(first.begin, last.begin), std::max(first.end, last.end)};
+}
+
+void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks) {
+  const std::int64_t size = size_of(problem.dtype);
+  const std::int64_t keys = problem.keys_of(span.batch), offset = problem.offset_of(span.batch);
+  const char* query = problem.at(problem.query, span.batch);
+  char* out = problem.at(problem.out, span.batch);
+  const char* slopes = problem.alibi_slopes ? problem.at(problem.alibi_slopes, span.batch) : nullptr;
+  for (int i = 0; i < span.valid; ++i) {
+    const Place place = place_of(problem, span, i);
+    const KeyRange visible = visible_keys(problem, place.query, offset, keys);
+    Row& row = slot.rows[i];
+    const char* from = query + place.head * problem.query.head + place.query * problem.query.row;
+    row.query = from;
+    if (plan.copies_queries) {
+      char* copy = slot.queries + i * problem.head_dim * size;
+      copy_rows(copy, 0, size, from, 0, problem.query.column, 1, problem.head_dim, size);
+      row.query = copy;
+    }
+    row.out = plan.copies_out ? slot.out + i * problem.value_dim * size
+                              : out + place.head * problem.out.head + place.query * problem.out.row;
+    row.mask = problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
+    row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
+    row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
+    row.key_begin = visible.begin;
+    row.key_end = visible.end;
+    row.position = place.query + offset;
+    row.slope = slopes ? read_real(slopes + place.head * problem.alibi_slopes.head, DType::f64) : 0;
+    row.sink = with_sinks ? base2(read_real(problem.sinks.data + place.head * problem.sinks.head, DType::f64))
+                          : -infinity;
+  }
+}
+
+ScoreTerms score_terms(const Problem& problem) {
+  ScoreTerms terms;
+  const bool capped = problem.softcap != 0;
+  terms.multiplier = capped ? problem.scale / problem.softcap : base2(problem.scale);
+  terms.softcap = base2(problem.softcap);
+  terms.alibi = static_cast<bool>(problem.alibi_slopes);
+  terms.mask = static_cast<bool>(problem.mask);
+  terms.mask_step = problem.mask.column;
+  terms.bias = !problem.bias ? BiasType::none : problem.bias_dtype == DType::f32 ? BiasType::f32 : BiasType::f64;
+  terms.bias_step = problem.bias.column;
+  return terms;
+}
+
+void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot,
+                   const char* row_max, const char* row_sum) {
+  const std::int64_t size = size_of(problem.dtype);
+  for (int i = 0; i < span.valid; ++i) {
+    const Row& row = slot.rows[i];
+    const Place place = place_of(problem, span, i);
+    const double max = read_real(row_max + i * size, problem.dtype);
+    const double sum = read_real(row_sum + i * size, problem.dtype);
+    const bool undefined = sum == 0 && sees_a_key(problem, row);
+    if (undefined)
+      fill_row(static_cast<char*>(row.out), size, problem.value_dim, std::numeric_limits<double>::quiet_NaN(),
+               problem.dtype);
+    if (plan.copies_out)
+      copy_rows(element(problem, problem.out, span, place), 0, problem.out.column, static_cast<char*>(row.out), 0, size,
+                1, problem.value_dim, size);
+    if (problem.lse)
+      write_real(element(problem, problem.lse, span, place), sum == 0 ? -infinity : (max + std::log2(sum)) * ln_2,
+                 problem.dtype);
+    if (problem.weights) finish_weights(problem, plan, row, max, sum, undefined);
+  }
+}
+
+void clear_rows(const Problem& problem, const RowSpan& span) {
+  for (int i = span.valid; i < span.count; ++i) {
+    const Place place = place_of(problem, span, i);
+    fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0, problem.dtype);
+    if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.dtype);
+    if (problem.weights)
+      fill_row(element(problem, problem.weights, span, place), problem.weights.column, problem.kv_len, 0,
+               problem.dtype);
+  }
+}
+
+void merge_ranges(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block,
+                  const RowSpan& span, const Slot& slot) {
+  describe_rows(problem, plan, span, slot, /*with_sinks=*/false);
+  if (problem.dtype == DType::f32)
+    merge<float>(problem, plan, shared, block, span, slot);
+  else
+    merge<double>(problem, plan, shared, block, span, slot);
+  complete_rows(problem, plan, span, slot, slot.row_max, slot.row_sum);
+}
+
+}  // namespace selfattn

@@ -1,0 +1,195 @@
+// AVX2 and FMA: eight floats or four doubles. Every vec_*.h offers the same operations in the same order.
+#pragma once
+#if !defined(__AVX2__) || !defined(__FMA__)
+#error "vec_avx2.h needs AVX2 and FMA"
+#endif
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class T>
+struct Vec;
+template <>
+struct Vec<float> {
+  static constexpr int width = 8;
+  __m256 r;
+};
+template <>
+struct Vec<double> {
+  static constexpr int width = 4;
+  __m256d r;
+};
+
+// All bits of a lane set or none.
+template <class T>
+struct Mask;
+template <>
+struct Mask<float> {
+  __m256 r;
+};
+template <>
+struct Mask<double> {
+  __m256d r;
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+using MaskF = Mask<float>;
+using MaskD = Mask<double>;
+
+inline __m256i first_lanes_f32(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_lanes_f64(int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+
+// Construction, loads and stores. Partial ones touch the first n lanes only, n < width; the rest reads as 0.
+inline VecF broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline VecD broadcast(double x) { return {_mm256_set1_pd(x)}; }
+inline VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline VecF load_partial(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes_f32(n))}; }
+inline VecD load_partial(const double* p, int n) { return {_mm256_maskload_pd(p, first_lanes_f64(n))}; }
+inline void store(float* p, VecF a) { _mm256_storeu_ps(p, a.r); }
+inline void store(double* p, VecD a) { _mm256_storeu_pd(p, a.r); }
+inline void store_partial(float* p, VecF a, int n) { _mm256_maskstore_ps(p, first_lanes_f32(n), a.r); }
+inline void store_partial(double* p, VecD a, int n) { _mm256_maskstore_pd(p, first_lanes_f64(n), a.r); }
+// 0, 1, 2, ...
+inline VecF iota(float) { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline VecD iota(double) { return {_mm256_setr_pd(0, 1, 2, 3)}; }
+
+// Arithmetic. max returns b where either operand is NaN.
+inline VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.r, b.r)}; }
+inline VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.r, b.r)}; }
+inline VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.r, b.r)}; }
+inline VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.r, b.r)}; }
+inline VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.r, b.r)}; }
+inline VecD operator*(VecD a, VecD b) { return {_mm256_mul_pd(a.r, b.r)}; }
+inline VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.r, b.r)}; }
+inline VecD operator/(VecD a, VecD b) { return {_mm256_div_pd(a.r, b.r)}; }
+inline VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.r, b.r, c.r)}; }
+inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.r, b.r, c.r)}; }
+inline VecF max(VecF a, VecF b) { return {_mm256_max_ps(a.r, b.r)}; }
+inline VecD max(VecD a, VecD b) { return {_mm256_max_pd(a.r, b.r)}; }
+inline VecF abs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.r)}; }
+inline VecD abs(VecD a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.r)}; }
+inline VecF copy_sign(VecF size, VecF sign) {
+  return {_mm256_or_ps(abs(size).r, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign.r))};
+}
+inline VecD copy_sign(VecD size, VecD sign) {
+  return {_mm256_or_pd(abs(size).r, _mm256_and_pd(_mm256_set1_pd(-0.0), sign.r))};
+}
+
+// Comparisons are false where either operand is NaN, but for is_nan.
+inline MaskF operator<(VecF a, VecF b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
+inline MaskD operator<(VecD a, VecD b) { return {_mm256_cmp_pd(a.r, b.r, _CMP_LT_OQ)}; }
+inline MaskF operator<=(VecF a, VecF b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LE_OQ)}; }
+inline MaskD operator<=(VecD a, VecD b) { return {_mm256_cmp_pd(a.r, b.r, _CMP_LE_OQ)}; }
+inline MaskF operator==(VecF a, VecF b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_EQ_OQ)}; }
+inline MaskD operator==(VecD a, VecD b) { return {_mm256_cmp_pd(a.r, b.r, _CMP_EQ_OQ)}; }
+inline MaskF is_nan(VecF a) { return {_mm256_cmp_ps(a.r, a.r, _CMP_UNORD_Q)}; }
+inline MaskD is_nan(VecD a) { return {_mm256_cmp_pd(a.r, a.r, _CMP_UNORD_Q)}; }
+inline MaskF operator&(MaskF a, MaskF b) { return {_mm256_and_ps(a.r, b.r)}; }
+inline MaskD operator&(MaskD a, MaskD b) { return {_mm256_and_pd(a.r, b.r)}; }
+inline MaskF operator|(MaskF a, MaskF b) { return {_mm256_or_ps(a.r, b.r)}; }
+inline MaskD operator|(MaskD a, MaskD b) { return {_mm256_or_pd(a.r, b.r)}; }
+inline bool any(MaskF a) { return _mm256_movemask_ps(a.r) != 0; }
+inline bool any(MaskD a) { return _mm256_movemask_pd(a.r) != 0; }
+inline bool all(MaskF a) { return _mm256_movemask_ps(a.r) == 0xff; }
+inline bool all(MaskD a) { return _mm256_movemask_pd(a.r) == 0xf; }
+// where ? a : b
+inline VecF select(MaskF where, VecF a, VecF b) { return {_mm256_blendv_ps(b.r, a.r, where.r)}; }
+inline VecD select(MaskD where, VecD a, VecD b) { return {_mm256_blendv_pd(b.r, a.r, where.r)}; }
+
+// Pieces of exp2: round to the nearest integer; x * 2^n for integral n, exactly 0 from n = -127 (-1023) downwards.
+inline VecF round(VecF a) { return {_mm256_round_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline VecD round(VecD a) { return {_mm256_round_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline VecF scale_by_power(VecF x, VecF n) {
+  const __m256i e = _mm256_cvtps_epi32(_mm256_max_ps(n.r, _mm256_set1_ps(-127.0f)));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(x.r, _mm256_castsi256_ps(power))};
+}
+inline VecD scale_by_power(VecD x, VecD n) {
+  const __m128i e = _mm256_cvtpd_epi32(_mm256_max_pd(n.r, _mm256_set1_pd(-1023.0)));
+  const __m256i biased = _mm256_add_epi64(_mm256_cvtepi32_epi64(e), _mm256_set1_epi64x(1023));
+  return {_mm256_mul_pd(x.r, _mm256_castsi256_pd(_mm256_slli_epi64(biased, 52)))};
+}
+
+// Reductions over lanes, in a fixed order.
+inline float reduce_max(VecF a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.r), _mm256_extractf128_ps(a.r, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+inline double reduce_max(VecD a) {
+  const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(a.r), _mm256_extractf128_pd(a.r, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
+}
+inline float reduce_sum(VecF a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.r), _mm256_extractf128_ps(a.r, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline double reduce_sum(VecD a) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.r), _mm256_extractf128_pd(a.r, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+// Lane i of the result is the sum over the lanes of v[i].
+inline VecF reduce_sums(const VecF (&v)[8]) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0].r, v[1].r), _mm256_hadd_ps(v[2].r, v[3].r));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4].r, v[5].r), _mm256_hadd_ps(v[6].r, v[7].r));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+}
+inline VecD reduce_sums(const VecD (&v)[4]) {
+  const __m256d a = _mm256_hadd_pd(v[0].r, v[1].r);
+  const __m256d b = _mm256_hadd_pd(v[2].r, v[3].r);
+  return {_mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31))};
+}
+
+// Bytes of a boolean array: 0 where the byte is not zero, -inf where it is.
+inline VecF load_hidden(const std::uint8_t* p, float) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256()));
+  return {_mm256_and_ps(hidden, _mm256_set1_ps(-__builtin_inff()))};
+}
+inline VecD load_hidden(const std::uint8_t* p, double) {
+  const __m256i bytes = _mm256_cvtepu8_epi64(_mm_loadu_si32(p));
+  const __m256d hidden = _mm256_castsi256_pd(_mm256_cmpeq_epi64(bytes, _mm256_setzero_si256()));
+  return {_mm256_and_pd(hidden, _mm256_set1_pd(-__builtin_inf()))};
+}
+
+// Turns rows into columns.
+inline void transpose(VecF (&v)[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {  // pairs of rows, interleaved by single floats
+    t[i] = _mm256_unpacklo_ps(v[i].r, v[i + 1].r);
+    t[i + 1] = _mm256_unpackhi_ps(v[i].r, v[i + 1].r);
+  }
+  __m256 u[8];
+  for (int i = 0; i < 8; i += 4) {  // quads of rows, by pairs of floats
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // 128-bit halves
+    v[i].r = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    v[i + 4].r = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+inline void transpose(VecD (&v)[4]) {
+  const __m256d a = _mm256_unpacklo_pd(v[0].r, v[1].r);
+  const __m256d b = _mm256_unpackhi_pd(v[0].r, v[1].r);
+  const __m256d c = _mm256_unpacklo_pd(v[2].r, v[3].r);
+  const __m256d d = _mm256_unpackhi_pd(v[2].r, v[3].r);
+  v[0].r = _mm256_permute2f128_pd(a, c, 0x20);
+  v[1].r = _mm256_permute2f128_pd(b, d, 0x20);
+  v[2].r = _mm256_permute2f128_pd(a, c, 0x31);
+  v[3].r = _mm256_permute2f128_pd(b, d, 0x31);
+}
+
+}  // namespace selfattn::SELFATTN_ISA

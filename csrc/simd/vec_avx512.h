@@ -1,0 +1,197 @@
+// AVX-512: sixteen floats or eight doubles. Every vec_*.h offers the same operations in the same order.
+#pragma once
+#if !defined(__AVX512F__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__) || !defined(__AVX512BW__)
+#error "vec_avx512.h needs AVX-512 F, DQ, BW and VL"
+#endif
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class T>
+struct Vec;
+template <>
+struct Vec<float> {
+  static constexpr int width = 16;
+  __m512 r;
+};
+template <>
+struct Vec<double> {
+  static constexpr int width = 8;
+  __m512d r;
+};
+
+// One bit per lane.
+template <class T>
+struct Mask;
+template <>
+struct Mask<float> {
+  __mmask16 r;
+};
+template <>
+struct Mask<double> {
+  __mmask8 r;
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+using MaskF = Mask<float>;
+using MaskD = Mask<double>;
+
+inline MaskF first_lanes_f32(int n) { return {static_cast<__mmask16>((1u << n) - 1u)}; }
+inline MaskD first_lanes_f64(int n) { return {static_cast<__mmask8>((1u << n) - 1u)}; }
+
+// Construction, loads and stores. Partial ones touch the first n lanes only, n < width; the rest reads as 0.
+inline VecF broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline VecD broadcast(double x) { return {_mm512_set1_pd(x)}; }
+inline VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline VecF load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes_f32(n).r, p)}; }
+inline VecD load_partial(const double* p, int n) { return {_mm512_maskz_loadu_pd(first_lanes_f64(n).r, p)}; }
+inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.r); }
+inline void store(double* p, VecD a) { _mm512_storeu_pd(p, a.r); }
+inline void store_partial(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, first_lanes_f32(n).r, a.r); }
+inline void store_partial(double* p, VecD a, int n) { _mm512_mask_storeu_pd(p, first_lanes_f64(n).r, a.r); }
+// 0, 1, 2, ...
+inline VecF iota(float) {
+  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+inline VecD iota(double) { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }
+
+// Arithmetic. max returns b where either operand is NaN.
+inline VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.r, b.r)}; }
+inline VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.r, b.r)}; }
+inline VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.r, b.r)}; }
+inline VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.r, b.r)}; }
+inline VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.r, b.r)}; }
+inline VecD operator*(VecD a, VecD b) { return {_mm512_mul_pd(a.r, b.r)}; }
+inline VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.r, b.r)}; }
+inline VecD operator/(VecD a, VecD b) { return {_mm512_div_pd(a.r, b.r)}; }
+inline VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.r, b.r, c.r)}; }
+inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.r, b.r, c.r)}; }
+inline VecF max(VecF a, VecF b) { return {_mm512_max_ps(a.r, b.r)}; }
+inline VecD max(VecD a, VecD b) { return {_mm512_max_pd(a.r, b.r)}; }
+inline VecF abs(VecF a) { return {_mm512_abs_ps(a.r)}; }
+inline VecD abs(VecD a) { return {_mm512_abs_pd(a.r)}; }
+inline VecF copy_sign(VecF size, VecF sign) {
+  return {_mm512_or_ps(_mm512_abs_ps(size.r), _mm512_and_ps(_mm512_set1_ps(-0.0f), sign.r))};
+}
+inline VecD copy_sign(VecD size, VecD sign) {
+  return {_mm512_or_pd(_mm512_abs_pd(size.r), _mm512_and_pd(_mm512_set1_pd(-0.0), sign.r))};
+}
+
+// Comparisons are false where either operand is NaN, but for is_nan.
+inline MaskF operator<(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ)}; }
+inline MaskD operator<(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.r, b.r, _CMP_LT_OQ)}; }
+inline MaskF operator<=(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LE_OQ)}; }
+inline MaskD operator<=(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.r, b.r, _CMP_LE_OQ)}; }
+inline MaskF operator==(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_EQ_OQ)}; }
+inline MaskD operator==(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.r, b.r, _CMP_EQ_OQ)}; }
+inline MaskF is_nan(VecF a) { return {_mm512_cmp_ps_mask(a.r, a.r, _CMP_UNORD_Q)}; }
+inline MaskD is_nan(VecD a) { return {_mm512_cmp_pd_mask(a.r, a.r, _CMP_UNORD_Q)}; }
+inline MaskF operator&(MaskF a, MaskF b) { return {static_cast<__mmask16>(a.r & b.r)}; }
+inline MaskD operator&(MaskD a, MaskD b) { return {static_cast<__mmask8>(a.r & b.r)}; }
+inline MaskF operator|(MaskF a, MaskF b) { return {static_cast<__mmask16>(a.r | b.r)}; }
+inline MaskD operator|(MaskD a, MaskD b) { return {static_cast<__mmask8>(a.r | b.r)}; }
+inline bool any(MaskF a) { return a.r != 0; }
+inline bool any(MaskD a) { return a.r != 0; }
+inline bool all(MaskF a) { return a.r == 0xffff; }
+inline bool all(MaskD a) { return a.r == 0xff; }
+// where ? a : b
+inline VecF select(MaskF where, VecF a, VecF b) { return {_mm512_mask_blend_ps(where.r, b.r, a.r)}; }
+inline VecD select(MaskD where, VecD a, VecD b) { return {_mm512_mask_blend_pd(where.r, b.r, a.r)}; }
+
+// Pieces of exp2: round to the nearest integer; x * 2^n for integral n (scalef also reaches subnormal results).
+inline VecF round(VecF a) { return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline VecD round(VecD a) { return {_mm512_roundscale_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline VecF scale_by_power(VecF x, VecF n) { return {_mm512_scalef_ps(x.r, n.r)}; }
+inline VecD scale_by_power(VecD x, VecD n) { return {_mm512_scalef_pd(x.r, n.r)}; }
+
+// Reductions over lanes, in a fixed order.
+inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a.r); }
+inline double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.r); }
+inline float reduce_sum(VecF a) { return _mm512_reduce_add_ps(a.r); }
+inline double reduce_sum(VecD a) { return _mm512_reduce_add_pd(a.r); }
+
+// Lane i of the result is the sum over the lanes of v[i]: 45 instructions for 16 sums, where 16 reductions take 112.
+inline VecF reduce_sums(const VecF (&v)[16]) {
+  __m512 s[4];
+  for (int i = 0; i < 4; ++i) {
+    const VecF* q = v + 4 * i;
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(q[0].r, q[1].r), _mm512_unpackhi_ps(q[0].r, q[1].r));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(q[2].r, q[3].r), _mm512_unpackhi_ps(q[2].r, q[3].r));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    s[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  }
+  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(s[0], s[1], 0x88), _mm512_shuffle_f32x4(s[0], s[1], 0xdd));
+  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(s[2], s[3], 0x88), _mm512_shuffle_f32x4(s[2], s[3], 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd))};
+}
+inline VecD reduce_sums(const VecD (&v)[8]) {
+  __m512d s[4];
+  for (int i = 0; i < 4; ++i) {
+    const VecD* q = v + 2 * i;
+    s[i] = _mm512_add_pd(_mm512_unpacklo_pd(q[0].r, q[1].r), _mm512_unpackhi_pd(q[0].r, q[1].r));
+  }
+  const __m512d x = _mm512_add_pd(_mm512_shuffle_f64x2(s[0], s[1], 0x88), _mm512_shuffle_f64x2(s[0], s[1], 0xdd));
+  const __m512d y = _mm512_add_pd(_mm512_shuffle_f64x2(s[2], s[3], 0x88), _mm512_shuffle_f64x2(s[2], s[3], 0xdd));
+  return {_mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x88), _mm512_shuffle_f64x2(x, y, 0xdd))};
+}
+
+// Bytes of a boolean array: 0 where the byte is not zero, -inf where it is.
+inline VecF load_hidden(const std::uint8_t* p, float) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __mmask16 hidden = _mm_cmpeq_epi8_mask(bytes, _mm_setzero_si128());
+  return {_mm512_maskz_mov_ps(hidden, _mm512_set1_ps(-__builtin_inff()))};
+}
+inline VecD load_hidden(const std::uint8_t* p, double) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __mmask16 hidden = _mm_cmpeq_epi8_mask(bytes, _mm_setzero_si128());
+  return {_mm512_maskz_mov_pd(static_cast<__mmask8>(hidden), _mm512_set1_pd(-__builtin_inf()))};
+}
+
+// Turns rows into columns.
+inline void transpose(VecF (&v)[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows, interleaved by single floats
+    t[i] = _mm512_unpacklo_ps(v[i].r, v[i + 1].r);
+    t[i + 1] = _mm512_unpackhi_ps(v[i].r, v[i + 1].r);
+  }
+  __m512 u[16];
+  for (int i = 0; i < 16; i += 4) {  // quads of rows, by pairs of floats
+    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+    u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+    u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+    u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+  }
+  for (int i = 0; i < 4; ++i) {  // 128-bit lanes
+    const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+    v[i].r = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[i + 8].r = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[i + 4].r = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[i + 12].r = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+inline void transpose(VecD (&v)[8]) {
+  __m512d t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_pd(v[i].r, v[i + 1].r);
+    t[i + 1] = _mm512_unpackhi_pd(v[i].r, v[i + 1].r);
+  }
+  for (int i = 0; i < 2; ++i) {  // 128-bit lanes
+    const __m512d a = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
+    const __m512d b = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+    const __m512d c = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88);
+    const __m512d d = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
+    v[i].r = _mm512_shuffle_f64x2(a, c, 0x88);
+    v[i + 4].r = _mm512_shuffle_f64x2(a, c, 0xdd);
+    v[i + 2].r = _mm512_shuffle_f64x2(b, d, 0x88);
+    v[i + 6].r = _mm512_shuffle_f64x2(b, d, 0xdd);
+  }
+}
+
+}  // namespace selfattn::SELFATTN_ISA

@@ -1,0 +1,209 @@
+// Any CPU: 16-byte vectors in the compiler's own vector language (SSE2 on x86-64, the baseline elsewhere).
+// Every vec_*.h offers the same operations in the same order.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class T>
+struct Vec {
+  static constexpr int width = 16 / static_cast<int>(sizeof(T));
+  typedef T Register __attribute__((vector_size(16)));
+  Register r;
+};
+
+// All bits of a lane set or none.
+template <class T>
+struct Mask {
+  decltype(typename Vec<T>::Register{} < typename Vec<T>::Register{}) r;
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+
+// Construction, loads and stores. Partial ones touch the first n lanes only, n < width; the rest reads as 0.
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return {x - typename Vec<T>::Register{}};  // x - 0 in every lane keeps the sign of a zero
+}
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v.r, p, sizeof v.r);
+  return v;
+}
+template <class T>
+inline Vec<T> load_partial(const T* p, int n) {
+  Vec<T> v{};
+  for (int i = 0; i < n; ++i) v.r[i] = p[i];
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> a) {
+  std::memcpy(p, &a.r, sizeof a.r);
+}
+template <class T>
+inline void store_partial(T* p, Vec<T> a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = a.r[i];
+}
+// 0, 1, 2, ...
+template <class T>
+inline Vec<T> iota(T) {
+  Vec<T> v{};
+  for (int i = 0; i < Vec<T>::width; ++i) v.r[i] = static_cast<T>(i);
+  return v;
+}
+
+// where ? a : b
+template <class T>
+inline Vec<T> select(Mask<T> where, Vec<T> a, Vec<T> b) {
+  return {where.r ? a.r : b.r};
+}
+
+// Arithmetic. max returns b where either operand is NaN.
+template <class T>
+inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return {a.r + b.r};
+}
+template <class T>
+inline Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return {a.r - b.r};
+}
+template <class T>
+inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return {a.r * b.r};
+}
+template <class T>
+inline Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return {a.r / b.r};
+}
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return {a.r * b.r + c.r};
+}
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return {a.r > b.r ? a.r : b.r};
+}
+template <class T>
+inline Vec<T> abs(Vec<T> a) {
+  return {a.r < 0 ? -a.r : a.r};
+}
+template <class T>
+inline Vec<T> copy_sign(Vec<T> size, Vec<T> sign) {
+  return {sign.r < 0 ? -abs(size).r : abs(size).r};
+}
+
+// Comparisons are false where either operand is NaN, but for is_nan.
+template <class T>
+inline Mask<T> operator<(Vec<T> a, Vec<T> b) {
+  return {a.r < b.r};
+}
+template <class T>
+inline Mask<T> operator<=(Vec<T> a, Vec<T> b) {
+  return {a.r <= b.r};
+}
+template <class T>
+inline Mask<T> operator==(Vec<T> a, Vec<T> b) {
+  return {a.r == b.r};
+}
+template <class T>
+inline Mask<T> is_nan(Vec<T> a) {
+  return {a.r != a.r};
+}
+template <class T>
+inline Mask<T> operator&(Mask<T> a, Mask<T> b) {
+  return {a.r & b.r};
+}
+template <class T>
+inline Mask<T> operator|(Mask<T> a, Mask<T> b) {
+  return {a.r | b.r};
+}
+template <class T>
+inline bool any(Mask<T> a) {
+  std::uint64_t halves[2];
+  std::memcpy(halves, &a.r, sizeof halves);
+  return (halves[0] | halves[1]) != 0;
+}
+template <class T>
+inline bool all(Mask<T> a) {
+  std::uint64_t halves[2];
+  std::memcpy(halves, &a.r, sizeof halves);
+  return (halves[0] & halves[1]) == ~std::uint64_t{0};
+}
+
+// Pieces of exp2: round to the nearest integer (|a| < 2^22 or 2^51); x * 2^n for integral n, exactly 0 from n = -127
+// (-1023) downwards.
+template <class T>
+inline Vec<T> round(Vec<T> a) {
+  const T magic = sizeof(T) == 4 ? static_cast<T>(12582912.0) : static_cast<T>(6755399441055744.0);  // 1.5 * 2^23, 2^52
+  return {(a.r + magic) - magic};
+}
+inline VecF scale_by_power(VecF x, VecF n) {
+  VecF v;
+  for (int i = 0; i < VecF::width; ++i) {
+    const float limited = n.r[i] > -127.0f ? (n.r[i] < 128.0f ? n.r[i] : 128.0f) : -127.0f;
+    const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(limited) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    v.r[i] = x.r[i] * power;
+  }
+  return v;
+}
+inline VecD scale_by_power(VecD x, VecD n) {
+  VecD v;
+  for (int i = 0; i < VecD::width; ++i) {
+    const double limited = n.r[i] > -1023.0 ? (n.r[i] < 1024.0 ? n.r[i] : 1024.0) : -1023.0;
+    const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(limited) + 1023) << 52;
+    double power;
+    std::memcpy(&power, &bits, sizeof power);
+    v.r[i] = x.r[i] * power;
+  }
+  return v;
+}
+
+// Reductions over lanes, in a fixed order.
+template <class T>
+inline T reduce_max(Vec<T> a) {
+  T m = a.r[0];
+  for (int i = 1; i < Vec<T>::width; ++i) m = m > a.r[i] ? m : a.r[i];
+  return m;
+}
+template <class T>
+inline T reduce_sum(Vec<T> a) {
+  T s = a.r[0];
+  for (int i = 1; i < Vec<T>::width; ++i) s += a.r[i];
+  return s;
+}
+
+// Lane i of the result is the sum over the lanes of v[i].
+template <class T, int N>
+inline Vec<T> reduce_sums(const Vec<T> (&v)[N]) {
+  static_assert(N == Vec<T>::width);
+  Vec<T> sums;
+  for (int i = 0; i < N; ++i) sums.r[i] = reduce_sum(v[i]);
+  return sums;
+}
+
+// Bytes of a boolean array: 0 where the byte is not zero, -inf where it is.
+template <class T>
+inline Vec<T> load_hidden(const std::uint8_t* p, T) {
+  Vec<T> v{};
+  for (int i = 0; i < Vec<T>::width; ++i) v.r[i] = p[i] != 0 ? T(0) : -static_cast<T>(__builtin_inf());
+  return v;
+}
+
+// Turns rows into columns.
+template <class T, int N>
+inline void transpose(Vec<T> (&v)[N]) {
+  static_assert(N == Vec<T>::width);
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < i; ++j) {
+      const T held = v[i].r[j];
+      v[i].r[j] = v[j].r[i];
+      v[j].r[i] = held;
+    }
+}
+
+}  // namespace selfattn::SELFATTN_ISA

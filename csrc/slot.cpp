@@ -1,0 +1,50 @@
+#include "slot.h"
+
+#define SELFATTN_ISA core  // this file's own copy of what kernels compile per ISA
+#include "kernels/scratch.h"
+
+namespace selfattn {
+
+using core::Carver;
+
+Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
+  const std::int64_t size = size_of(problem.dtype);
+  // Kernels write whole strips of maxima and sums.
+  const std::int64_t lanes = (plan.block_rows + plan.attend->strip_rows - 1) / plan.attend->strip_rows *
+                             std::int64_t{plan.attend->strip_rows};
+  Carver carver{base};
+  const auto take_if = [&](bool needed, std::int64_t count) {
+    return needed ? carver.take<char>(count * size) : nullptr;
+  };
+  rows = carver.take<Row>(plan.block_rows);
+  row_max = carver.take<char>(lanes * size);
+  row_sum = carver.take<char>(lanes * size);
+  kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
+      plan.attend->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
+  queries = take_if(plan.copies_queries, plan.block_rows * problem.head_dim);
+  keys = take_if(plan.copies_keys, plan.key_block * problem.head_dim);
+  values = take_if(plan.copies_values, plan.key_block * problem.value_dim);
+  out = take_if(plan.copies_out, plan.block_rows * problem.value_dim);
+  bytes = carver.used;
+}
+
+Shared::Shared(char* base, const Plan& plan, const Problem& problem) {
+  const std::int64_t size = size_of(problem.dtype);
+  Carver carver{base};
+  num_units = problem.batch * plan.row_blocks;
+  units = plan.threads > 1 ? carver.take<Unit>(num_units) : nullptr;
+  const std::int64_t blocks = plan.ranges > 1 ? num_units * problem.num_kv_heads : 0;
+  finished = carver.take<std::atomic<std::int32_t>>(blocks);
+  partial_bytes = static_cast<std::size_t>(plan.block_rows * (problem.value_dim + 2) * size + 63) / 64 * 64;
+  partials = carver.take<char>(blocks * plan.ranges * static_cast<std::int64_t>(partial_bytes));
+  bytes = carver.used;
+}
+
+Partial Shared::partial(const Plan& plan, const Problem& problem, std::int64_t block, std::int64_t range) const {
+  const std::int64_t size = size_of(problem.dtype);
+  char* base = partials + static_cast<std::size_t>(block * plan.ranges + range) * partial_bytes;
+  char* row_max = base + plan.block_rows * problem.value_dim * size;
+  return {base, row_max, row_max + plan.block_rows * size};
+}
+
+}  // namespace selfattn

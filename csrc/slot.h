@@ -1,0 +1,52 @@
+// How the scratch of one call is divided. Plan counts with these, attend carves with them: one description for both.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace selfattn {
+
+// One thread's memory.
+struct Slot {
+  Row* rows;
+  char* row_max;
+  char* row_sum;
+  char* kernel_scratch;
+  char* queries;  // bounce buffers, where an operand cannot be used in place
+  char* keys;
+  char* values;
+  char* out;
+  std::size_t bytes;
+
+  Slot(char* base, const Plan& plan, const Problem& problem);
+};
+
+// One entry of the task order: a block of query rows of every KV head of a batch entry.
+struct Unit {
+  std::int64_t batch;
+  std::int64_t row_block;
+  std::int64_t cost;
+};
+
+// Results of one key range of one row block, before they are merged.
+struct Partial {
+  char* out;
+  char* row_max;
+  char* row_sum;
+};
+
+struct Shared {
+  Unit* units;
+  std::int64_t num_units;
+  std::atomic<std::int32_t>* finished;  // ranges done, per row block
+  char* partials;
+  std::size_t partial_bytes;  // of one range of one row block
+  std::size_t bytes;
+
+  Shared(char* base, const Plan& plan, const Problem& problem);
+  Partial partial(const Plan& plan, const Problem& problem, std::int64_t block, std::int64_t range) const;
+};
+
+}  // namespace selfattn

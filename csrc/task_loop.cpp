@@ -1,0 +1,21 @@
+#include "task_loop.h"
+
+#include <algorithm>
+
+namespace selfattn {
+namespace {
+
+// What a second thread costs is repaid by this much work; the two rates only turn work into time.
+constexpr double seconds_per_thread = 10e-6;
+constexpr double flops_per_second = 50e9;
+constexpr double bytes_per_second = 10e9;
+
+}  // namespace
+
+int useful_threads(double flops, double bytes, std::int64_t tasks, int max_threads) {
+  const double seconds = std::max(flops / flops_per_second, bytes / bytes_per_second);
+  const double useful = std::min(seconds / seconds_per_thread, static_cast<double>(tasks));
+  return useful < 2 ? 1 : std::max(std::min(max_threads, static_cast<int>(std::min(useful, 1e6))), 1);
+}
+
+}  // namespace selfattn

@@ -1,0 +1,69 @@
+// Threads claim tasks from one counter until none is left or somebody asks to stop.
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace selfattn {
+
+// Asked on the calling thread every 50 ms or so; true: stop.
+using Interrupted = bool (*)();
+
+class TaskLoop {
+ public:
+  TaskLoop(std::int64_t tasks, int threads, Interrupted interrupted)
+      : tasks_(tasks), threads_(threads), interrupted_(interrupted), caller_waits_(runs_on_helper(threads)) {}
+
+  // Calls task(index, slot) for every index, slot < threads. Returns false if it was stopped before the end.
+  template <class F>
+  bool run(F& task) {
+    struct Context {
+      TaskLoop& loop;
+      F& task;
+    } context{*this, task};
+    run_region({[](void* opaque, int slot) noexcept {
+                  auto& [loop, body] = *static_cast<Context*>(opaque);
+                  if (slot >= loop.threads_) return;  // a team larger than asked for
+                  while (!loop.should_stop(slot)) {
+                    const std::int64_t index = loop.next_.fetch_add(1, std::memory_order_relaxed);
+                    if (index >= loop.tasks_) return;
+                    body(index, slot);
+                  }
+                },
+                [](void* opaque) noexcept { static_cast<Context*>(opaque)->loop.ask(); }, &context},
+               threads_);
+    return !stopped_.load(std::memory_order_relaxed);
+  }
+
+  // Long tasks ask this between their steps.
+  bool should_stop(int slot) noexcept {
+    if (slot == caller_slot && !caller_waits_ && Clock::now() - last_asked_ > interval) {
+      ask();
+      last_asked_ = Clock::now();
+    }
+    return stopped_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds interval{50};
+
+  void ask() noexcept {
+    if (interrupted_ && interrupted_()) stopped_.store(true, std::memory_order_relaxed);
+  }
+
+  const std::int64_t tasks_;
+  const int threads_;
+  const Interrupted interrupted_;
+  const bool caller_waits_;  // on a helper thread, which has slot 0 but gets no signals
+  std::atomic<std::int64_t> next_{0};
+  std::atomic<bool> stopped_{false};
+  Clock::time_point last_asked_ = Clock::now();
+};
+
+// How many threads so much work is worth: bits never depend on it.
+int useful_threads(double flops, double bytes, std::int64_t tasks, int max_threads);
+
+}  // namespace selfattn

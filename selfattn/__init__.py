@@ -1,0 +1,35 @@
+"""Exact, fused self-attention for CPUs: NumPy in, NumPy out."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+from ._attention import attention, explain
+from ._bias import alibi_slopes, t5_bias
+from ._info import show_config, show_runtime
+from ._layer import SelfAttention, self_attention
+from ._rope import RoPE, apply_rope
+from ._states import merge_states
+from ._threads import active_isa, get_num_threads, isas, set_num_threads, use_isa
+
+__version__ = _version("selfattn")
+
+__all__ = [
+    "RoPE",
+    "SelfAttention",
+    "__version__",
+    "active_isa",
+    "alibi_slopes",
+    "apply_rope",
+    "attention",
+    "explain",
+    "get_num_threads",
+    "isas",
+    "merge_states",
+    "self_attention",
+    "set_num_threads",
+    "show_config",
+    "show_runtime",
+    "t5_bias",
+    "use_isa",
+]

@@ -1,0 +1,248 @@
+"""What users pass becomes what the core takes: arrays, options, and the messages when it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What other libraries call our options.
+_HINTS = {
+    "attn_bias": "bias",
+    "attn_mask": "mask",
+    "attention_bias": "bias",
+    "attention_mask": "mask",
+    "cache_seqlens": "kv_lens",
+    "dropout_p": None,
+    "dropout": None,
+    "enable_gqa": None,
+    "is_causal": "causal",
+    "key_value_seq_lengths": "kv_lens",
+    "local_window_size": "window",
+    "logit_softcap": "softcap",
+    "logits_soft_cap": "softcap",
+    "n_threads": "num_threads",
+    "need_weights": "return_weights",
+    "nonpad_kv_seqlen": "kv_lens",
+    "query_seq_lengths": "q_lens",
+    "return_softmax_lse": "return_lse",
+    "sm_scale": "scale",
+    "softmax_scale": "scale",
+    "window_size": "window",
+}
+_NO_NEED = {
+    "dropout_p": "there is no dropout at inference",
+    "dropout": "there is no dropout at inference",
+    "enable_gqa": "grouped heads are recognised by the shapes of k and v",
+}
+_PRECISIONS = ("highest", "high", "medium")
+_LAYOUTS = ("bhsd", "bshd")
+
+
+def refuse_unknown(function: str, unknown: Mapping[str, object]) -> None:
+    """Raise the TypeError for keywords that `function` does not have, with a hint where one is known."""
+    for name in unknown:
+        message = f"{function}: unexpected keyword argument '{name}'"
+        if name in _NO_NEED:
+            message += f" ({_NO_NEED[name]})"
+        elif _HINTS.get(name):
+            message += f" (did you mean '{_HINTS[name]}'?)"
+        raise TypeError(message)
+
+
+def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as an ndarray of native byte order, without a copy wherever that is possible."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{function}: {name} is a MaskedArray, whose mask would be lost: pass .data, and what is "
+            "hidden as mask="
+        )
+    array = value if isinstance(value, np.ndarray) else _from_foreign(function, name, value)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array if type(array) is np.ndarray else array.view(np.ndarray)
+
+
+def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
+    device = getattr(value, "__dlpack_device__", None)
+    if device is not None:
+        kind = int(device()[0])
+        if kind != 1:  # kDLCPU
+            raise TypeError(
+                f"{function}: {name} is on device {tuple(device())} (DLPack), but only CPU memory is "
+                "accepted: copy it to the CPU first"
+            )
+        # Frameworks' own conversion says best why it refuses, e.g. a tensor that requires grad.
+        if not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(
+            f"{function}: {name} of type {type(value).__name__} is not an array of numbers: float32 and "
+            "float64 are accepted"
+        )
+    return array
+
+
+def _integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
+    array = as_array(function, name, value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
+    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{function}: {name} holds {int(array.max())}, which is beyond int64")
+    return array.astype(np.int64, copy=False)
+
+
+def _reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
+    array = as_array(function, name, value)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but float32 or float64 is needed")
+    return array.astype(np.float64, copy=False)
+
+
+def _number(function: str, name: str, value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{function}: {name} is {value!r}, but a real number is needed")
+    if isinstance(value, np.complexfloating):
+        raise TypeError(f"{function}: {name} is {value!r}, but a real number is needed")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{function}: {name} is {value!r}, but it must be finite")
+    return number
+
+
+def _softcap(function: str, value: Any) -> float:
+    number = _number(function, "softcap", value)
+    if number <= 0:
+        raise ValueError(f"{function}: softcap is {value!r}, but it must be greater than 0")
+    return number
+
+
+def _window(function: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(
+            f"{function}: window is {value!r}, but a pair (left, right) is needed, with None for unbounded"
+        )
+    left, right = value
+    return _reach(function, value, left), _reach(function, value, right)
+
+
+def _reach(function: str, window: Any, side: Any) -> int:
+    if side is None:
+        return -1
+    if isinstance(side, (bool, np.bool_)) or not isinstance(side, (int, np.integer)):
+        raise TypeError(f"{function}: window is {window!r}, but its entries are integers or None")
+    if side < 0:
+        raise ValueError(
+            f"{function}: window is {window!r}, but its entries cannot be negative: use None for unbounded"
+        )
+    return min(int(side), 1 << 60)
+
+
+def flag(function: str, name: str, value: Any) -> bool:
+    """Return a bool, refusing what is only truthy."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {name} is {value!r}, but True or False is needed")
+    return bool(value)
+
+
+def thread_count(function: str, value: Any) -> int:
+    """Return a checked number of threads; None becomes 0, the default."""
+    if value is None:
+        return 0
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: num_threads is {value!r}, but an integer is needed")
+    if not 1 <= value <= 4096:
+        raise ValueError(f"{function}: num_threads is {value}, but it must be in 1..4096")
+    return int(value)
+
+
+def _choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{function}: {name} is {value!r}, but it must be one of {listed}")
+
+
+def core_options(
+    function: str,
+    mask: Any,
+    bias: Any,
+    causal: Any,
+    q_offset: Any,
+    window: Any,
+    q_lens: Any,
+    kv_lens: Any,
+    scale: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    layout: Any,
+    return_lse: Any,
+    return_weights: Any,
+    precision: Any,
+    num_threads: Any,
+) -> tuple[Any, ...]:
+    """Return the options in the order in which the core unpacks them (`bindings::Options`)."""
+    if mask is not None:
+        mask = as_array(function, "mask", mask)
+    if bias is not None:
+        bias = as_array(function, "bias", bias)
+    if causal is not True and causal is not False:
+        causal = flag(function, "causal", causal)
+    if q_offset is not None:
+        q_offset = _integers(function, "q_offset", q_offset)
+    left, right = (-1, -1) if window is None else _window(function, window)
+    if q_lens is not None:
+        q_lens = _integers(function, "q_lens", q_lens)
+    if kv_lens is not None:
+        kv_lens = _integers(function, "kv_lens", kv_lens)
+    if scale is not None:
+        scale = _number(function, "scale", scale)
+    cap = 0.0 if softcap is None else _softcap(function, softcap)
+    if alibi_slopes is not None:
+        alibi_slopes = _reals(function, "alibi_slopes", alibi_slopes)
+    if sinks is not None:
+        sinks = _reals(function, "sinks", sinks)
+    if layout != "bhsd":
+        _choice(function, "layout", layout, _LAYOUTS)
+    return_lse = flag(function, "return_lse", return_lse)
+    return_weights = flag(function, "return_weights", return_weights)
+    if precision != "highest":
+        _choice(function, "precision", precision, _PRECISIONS)
+    threads = thread_count(function, num_threads)
+    return (
+        mask,
+        bias,
+        causal,
+        q_offset,
+        left,
+        right,
+        q_lens,
+        kv_lens,
+        scale,
+        cap,
+        alibi_slopes,
+        sinks,
+        layout == "bshd",
+        return_lse,
+        return_weights,
+        threads,
+    )
+
+
+def out_array(function: str, out: Any) -> NDArray[Any]:
+    """Check that `out` is an ndarray; shape and dtype are the core's to check."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"{function}: out is a {type(out).__name__}, but a numpy.ndarray is needed")
+    return out
+
+
+def overlaps(out: NDArray[Any], *operands: Any) -> bool:
+    """Return whether writing `out` might change an operand."""
+    return any(isinstance(o, np.ndarray) and np.may_share_memory(out, o) for o in operands)

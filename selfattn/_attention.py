@@ -1,0 +1,201 @@
+"""The fused attention function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import as_array, core_options, out_array, overlaps, refuse_unknown
+
+
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: bool = False,
+    q_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    q_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: NDArray[Any] | None = None,
+    precision: str = "highest",
+    num_threads: int | None = None,
+    **unknown: Any,
+) -> Any:
+    r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
+
+    Nothing of size Sq × Sk is stored unless `return_weights` asks for it. Scores are formed in this order:
+    ``scale``, ``softcap``, ``+ bias``, ALiBi, then what is hidden, softmax (with the sink in its denominator).
+
+    Parameters
+    ----------
+    q : array_like, shape (..., H, Sq, D)
+        Queries, float32 or float64. A 2-D array is one head. Anything with ``__array__`` or CPU DLPack will do;
+        any strides; leading dimensions broadcast against those of k and v as in `numpy.matmul`.
+    k : array_like, shape (..., Hkv, Sk, D)
+        Keys, of q's dtype. Query head ``h`` reads KV head ``h // (H // Hkv)``.
+    v : array_like, shape (..., Hkv, Sk, Dv)
+        Values, of q's dtype.
+    mask : array_like of bool, optional
+        True = attend. Broadcasts to (..., H, Sq, Sk), in either layout.
+    bias : array_like of float32 or float64, optional
+        Added to the scores; −inf hides a key exactly as a False in `mask` does. Broadcasts like `mask`.
+    causal : bool, default False
+        Key j is visible to query i iff ``j <= i + offset``.
+    q_offset : int or integer array (B,), optional
+        The offset. By default ``kv_len − Sq``: the last query is aligned with the last valid key.
+    window : (left, right), optional
+        Key j is visible iff ``−left <= j − (i + offset) <= right``, in tokens; None = unbounded on that side.
+    q_lens, kv_lens : integer array (B,), optional
+        Valid queries and keys of each batch entry. Rows from q_lens on give 0 (lse −inf); keys from kv_lens on
+        are hidden.
+    scale : float, optional
+        Factor of the scores, default ``1 / sqrt(D)``. Any finite number.
+    softcap : float, optional
+        c > 0: a score s becomes ``c · tanh(s / c)``.
+    alibi_slopes : array_like, shape (H,) or (B, H), optional
+        Adds ``−slope · |i + offset − j|``.
+    sinks : array_like, shape (H,), optional
+        One logit per head that joins the softmax's denominator only.
+    layout : {"bhsd", "bshd"}
+        "bshd": the sequence axis of q, k, v and out stands before the head axis. Other operands and results keep
+        their shape.
+    return_lse : bool, default False
+        Also return the log-sum-exp of each row's scores (natural logarithm, sink included).
+    return_weights : bool, default False
+        Also return the attention weights, which takes memory for Sq × Sk numbers per head.
+    out : ndarray, optional
+        Where to put the result: its exact shape and dtype, any strides. May overlap with an input.
+    precision : {"highest", "high", "medium"}
+        The least accurate products allowed for float32. All give float32 accuracy today.
+    num_threads : int, optional
+        Threads to use at most; default `get_num_threads`. Never changes a bit of the result.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, Sq, Dv)
+        In q's dtype; (..., Sq, H, Dv) in layout "bshd", (Sq, Dv) where q, k and v are 2-D.
+    lse : ndarray, shape (..., H, Sq)
+        Only with `return_lse`.
+    weights : ndarray, shape (..., H, Sq, Sk)
+        Only with `return_weights`.
+
+    Raises
+    ------
+    TypeError
+        A dtype or kind of argument that is not accepted, or an unknown keyword.
+    ValueError
+        Shapes that do not fit together, or a value out of range. Nothing has been written.
+    MemoryError
+        The result or the scratch memory could not be allocated.
+
+    Notes
+    -----
+    A row that sees no key (by mask, bias, causal, window and lengths) gives exactly 0, weight 0 and lse −inf. What
+    is hidden never matters, not even as NaN; what is visible propagates as in IEEE arithmetic.
+    For a given instruction set, shape and options the bits of one batch entry and KV head depend on nothing else.
+
+    The mechanism is that of Vaswani et al., "Attention is all you need" (2017); the one-pass softmax that of Milakov
+    and Gimelshein (2018) and Dao et al., "FlashAttention" (2022).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 2, 4, 10, 8), dtype=np.float32)
+    >>> sa.attention(q, k, v, causal=True).shape
+    (2, 4, 10, 8)
+    """
+    if unknown:
+        refuse_unknown("attention", unknown)
+    if type(q) is not np.ndarray or not q.dtype.isnative:
+        q = as_array("attention", "q", q)
+    if type(k) is not np.ndarray or not k.dtype.isnative:
+        k = as_array("attention", "k", k)
+    if type(v) is not np.ndarray or not v.dtype.isnative:
+        v = as_array("attention", "v", v)
+    options = core_options(
+        "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, scale, softcap,
+        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads,
+    )  # fmt: skip
+    if out is None:
+        return _core.attention(q, k, v, None, options)
+    out_array("attention", out)
+    if not overlaps(out, q, k, v, *options):
+        return _core.attention(q, k, v, out, options)
+    return _through_temporary(q, k, v, out, options)
+
+
+def _through_temporary(
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any], options: tuple[Any, ...]
+) -> Any:
+    _core.check_out("attention", q, k, v, out, options)
+    result = _core.attention(q, k, v, None, options)
+    if isinstance(result, tuple):
+        out[...] = result[0]
+        return (out, *result[1:])
+    out[...] = result
+    return out
+
+
+class Explanation(dict[str, Any]):
+    """What a call would do. `str()` of it is for reading; the entries are for programs."""
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in self.items())
+
+
+def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any) -> Explanation:
+    """Tell which kernel, instruction set, blocks, threads and memory a call of `attention` would use, and why.
+
+    Parameters
+    ----------
+    q, k, v : array_like
+        As for `attention`; their values are not read.
+    **options
+        Those of `attention`.
+
+    Returns
+    -------
+    Explanation
+        A dict with a readable `str()`: isa, kernel and the reason for it, query_rows and block_rows (of one KV head
+        and of one task), key_block, range_keys and ranges (the keys of one task and the number of such ranges),
+        tasks, threads and what decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise (the
+        operands that cannot be used in place), flops.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> x = np.zeros((1, 8, 512, 64), dtype=np.float32)
+    >>> sa.explain(x, x, x)["kernel"]
+    'tile'
+    """
+    for ignored in ("out",):
+        options.pop(ignored, None)
+    known = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
+    refuse_unknown("explain", options)
+    arrays = [as_array("explain", name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+    return Explanation(_core.explain(*arrays, core_options("explain", **known)))
+
+
+_DEFAULTS: dict[str, Any] = {
+    name: default
+    for name, default in (attention.__kwdefaults__ or {}).items()
+    if name != "out"
+}  # fmt: skip

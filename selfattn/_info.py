@@ -1,0 +1,91 @@
+"""What was built, and what it finds on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+
+from . import _core
+
+Mode = Literal["stdout", "dicts"]
+
+
+def show_config(mode: Mode = "stdout") -> dict[str, Any] | None:
+    """Show how this package was built.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print it, or return it as a dict.
+
+    Returns
+    -------
+    dict or None
+        version, compiler, flags, build_type, openmp (the version's date or None), isas (compiled in).
+    """
+    return _show({"version": version("selfattn"), **_core.build_config()}, mode)
+
+
+def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
+    """Show what the package uses here, and where the number of threads comes from.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print it, or return it as a dict.
+
+    Returns
+    -------
+    dict or None
+        isa (active), isas (available), isa_source, threads, threads_source, affinity (CPUs), cgroup_quota (CPUs or
+        None), parallel (backend), subnormals (False: some library switched them off in this thread), python, numpy,
+        machine, openmp_runtimes (if threadpoolctl is installed).
+    """
+    threads, source = _core.default_threads()
+    facts: dict[str, Any] = {
+        "isa": _core.active_isa(),
+        "isas": list(_core.isas()),
+        "isa_source": "SELFATTN_ISA" if os.environ.get("SELFATTN_ISA") else "best available",
+        "threads": threads,
+        "threads_source": source,
+        "affinity": _core.affinity_count() or None,
+        "cgroup_quota": _core.cgroup_quota("") or None,
+        "parallel": _core.parallel_backend(),
+        "subnormals": _core.subnormals_survive(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    runtimes = _openmp_runtimes()
+    if runtimes is not None:
+        facts["openmp_runtimes"] = runtimes
+    return _show(facts, mode)
+
+
+def _openmp_runtimes() -> list[str] | None:
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return None
+    return [
+        f"{pool['prefix']} ({pool['num_threads']} threads)"
+        for pool in threadpool_info()
+        if pool["user_api"] == "openmp"
+    ]
+
+
+def _show(facts: dict[str, Any], mode: Mode) -> dict[str, Any] | None:
+    if mode == "dicts":
+        return facts
+    if mode != "stdout":
+        raise ValueError(f"mode is {mode!r}, but it must be 'stdout' or 'dicts'")
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        sys.stdout.write(f"{name:{width}}  {text}\n")
+    return None

@@ -1,0 +1,347 @@
+"""Self-attention from x to output: projections, heads, attention, output projection in one call of the core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import as_array, core_options, out_array, refuse_unknown
+from ._attention import _DEFAULTS
+from ._rope import RoPE, positions_for, rope_or_none
+
+_OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
+
+
+class SelfAttention:
+    """Multi-head attention with learned projections, its weights packed once for this machine's kernels.
+
+    ``y = concat_h(softmax(scale · (x w_q)_h (c w_k)_hᵀ) · (c w_v)_h) · w_o`` with ``c = context`` or ``x``
+    (Vaswani et al., "Attention is all you need", 2017), each product with its bias.
+
+    Parameters
+    ----------
+    w_q : array_like, shape (d_model, H·D)
+        ``x @ w_q`` is literal: a PyTorch ``Linear`` holds the transpose, pass ``linear.weight.T``. float32 or
+        float64; all weights and inputs share one dtype.
+    w_k : array_like, shape (d_context, Hkv·D)
+    w_v : array_like, shape (d_context, Hkv·Dv)
+    w_o : array_like, shape (H·Dv, d_out), optional
+        Without it the concatenated heads are returned.
+    b_q, b_k, b_v, b_o : array_like, optional
+        Biases, one number per column of the matrix.
+    num_heads : int
+        H.
+    num_kv_heads : int, optional
+        Hkv, a divisor of H; default H.
+    rope : RoPE or True, optional
+        Rotates q and k before attention.
+
+    Attributes
+    ----------
+    num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
+    dtype : numpy.dtype
+    isa : str
+        The instruction set that the weights are packed for: the active one when the layer was made.
+
+    Notes
+    -----
+    A layer is immutable and may be called from many threads at once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> w_q, w_k, w_v, w_o = rng.standard_normal((4, 32, 32), dtype=np.float32)
+    >>> layer = sa.SelfAttention(w_q, w_k, w_v, w_o, num_heads=4)
+    >>> layer(rng.standard_normal((2, 10, 32), dtype=np.float32), causal=True).shape
+    (2, 10, 32)
+    """
+
+    __slots__ = (
+        "_core", "_rope", "d_context", "d_model", "d_out", "dtype", "head_dim", "isa", "num_heads",
+        "num_kv_heads", "value_dim",
+    )  # fmt: skip
+
+    _core: _core.Layer
+    _rope: RoPE | None
+    d_context: int
+    d_model: int
+    d_out: int
+    dtype: np.dtype[Any]
+    head_dim: int
+    isa: str
+    num_heads: int
+    num_kv_heads: int
+    value_dim: int
+
+    def __init__(
+        self,
+        w_q: ArrayLike,
+        w_k: ArrayLike,
+        w_v: ArrayLike,
+        w_o: ArrayLike | None = None,
+        *,
+        b_q: ArrayLike | None = None,
+        b_k: ArrayLike | None = None,
+        b_v: ArrayLike | None = None,
+        b_o: ArrayLike | None = None,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        rope: RoPE | bool | None = None,
+    ) -> None:
+        self._build(
+            "SelfAttention",
+            {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
+            {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
+            num_heads,
+            num_kv_heads,
+            rope,
+        )
+
+    def _build(
+        self,
+        function: str,
+        weights: dict[str, Any],
+        biases: dict[str, Any],
+        num_heads: Any,
+        num_kv_heads: Any,
+        rope: Any,
+    ) -> None:
+        w = {n: None if x is None else _matrix(function, n, x) for n, x in weights.items()}
+        dtype = w["w_q"].dtype
+        for name, matrix in w.items():
+            if matrix is not None and matrix.dtype != dtype:
+                raise TypeError(f"{function}: {name} has dtype {matrix.dtype} but w_q has {dtype}")
+        heads = _count(function, "num_heads", num_heads)
+        kv_heads = heads if num_kv_heads is None else _count(function, "num_kv_heads", num_kv_heads)
+        if heads % kv_heads:
+            raise ValueError(
+                f"{function}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}"
+            )
+        head_dim = _split(function, "w_q", w["w_q"], "num_heads", heads)
+        if _split(function, "w_k", w["w_k"], "num_kv_heads", kv_heads) != head_dim:
+            raise ValueError(
+                f"{function}: w_k has {w['w_k'].shape[1]} columns but {kv_heads} KV heads of head_dim {head_dim} "
+                f"(from w_q) need {kv_heads * head_dim}"
+            )
+        value_dim = _split(function, "w_v", w["w_v"], "num_kv_heads", kv_heads)
+        if w["w_v"].shape[0] != w["w_k"].shape[0]:
+            raise ValueError(
+                f"{function}: w_v has {w['w_v'].shape[0]} rows but w_k has {w['w_k'].shape[0]}"
+            )
+        if w["w_o"] is not None and w["w_o"].shape[0] != heads * value_dim:
+            raise ValueError(
+                f"{function}: w_o has {w['w_o'].shape[0]} rows but {heads} heads of value_dim {value_dim} need "
+                f"{heads * value_dim}"
+            )
+        vectors = [
+            _vector(function, name, biases[name], w["w" + name[1:]], dtype) for name in biases
+        ]
+        description = rope_or_none(function, rope)
+        turn = None if description is None else description.for_core(function, head_dim)
+        core = _core.Layer(
+            w["w_q"], w["w_k"], w["w_v"], w["w_o"], tuple(vectors), heads, kv_heads, turn
+        )
+        d_out = heads * value_dim if w["w_o"] is None else w["w_o"].shape[1]
+        for name, value in {
+            "_core": core, "_rope": description, "d_context": w["w_k"].shape[0],
+            "d_model": w["w_q"].shape[0], "d_out": d_out, "dtype": dtype, "head_dim": head_dim,
+            "isa": core.isa, "num_heads": heads, "num_kv_heads": kv_heads, "value_dim": value_dim,
+        }.items():  # fmt: skip
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"SelfAttention is immutable: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"SelfAttention is immutable: cannot delete {name!r}")
+
+    def __repr__(self) -> str:
+        return (
+            f"SelfAttention(d_model={self.d_model}, num_heads={self.num_heads}, "
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
+            f"d_out={self.d_out}, dtype={self.dtype}, isa={self.isa!r})"
+        )
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        context: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        out: NDArray[Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Attend.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., S, d_model)
+            The queries' input, and the keys' and values' unless `context` is given.
+        context : array_like, shape (..., Sk, d_context), optional
+            The keys' and values' input (cross-attention).
+        positions : integer array, shape (S,) or (..., S), optional
+            Where the tokens of x sit, for `rope`; default 0, 1, 2, ... Tokens of a context sit at their index.
+        out : ndarray, optional
+            Where to put y.
+        **options
+            Those of `attention`, but for `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens, scale,
+            softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads. Shapes are those of
+            heads: mask and bias broadcast to (..., H, S, Sk).
+
+        Returns
+        -------
+        y : ndarray, shape (..., S, d_out)
+            With `return_lse` and `return_weights` a tuple, as from `attention`.
+        """
+        return self._call("SelfAttention", x, context, positions, out, options)
+
+    def _call(
+        self, function: str, x: Any, context: Any, positions: Any, out: Any, options: dict[str, Any]
+    ) -> Any:
+        unknown = options.keys() - _OPTIONS.keys()
+        if unknown:
+            refuse_unknown(function, {name: options[name] for name in options if name in unknown})
+        values = core_options(function, **{**_OPTIONS, "layout": "bhsd", **options})
+        x = as_array(function, "x", x)
+        if context is not None:
+            context = as_array(function, "context", context)
+        if positions is not None:
+            if self._rope is None:
+                raise ValueError(f"{function}: positions is given, but the layer has no rope")
+            positions = positions_for(function, positions, x.shape[:-1])
+        if out is not None:
+            _check_out(function, out, self, x, context)
+        result = self._core.call(function, x, context, positions, values)
+        if out is None:
+            return result
+        if isinstance(result, tuple):
+            out[...] = result[0]
+            return (out, *result[1:])
+        out[...] = result
+        return out
+
+
+def self_attention(
+    x: ArrayLike,
+    w_q: ArrayLike,
+    w_k: ArrayLike,
+    w_v: ArrayLike,
+    w_o: ArrayLike | None = None,
+    *,
+    b_q: ArrayLike | None = None,
+    b_k: ArrayLike | None = None,
+    b_v: ArrayLike | None = None,
+    b_o: ArrayLike | None = None,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    context: ArrayLike | None = None,
+    rope: RoPE | bool | None = None,
+    positions: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    **attention_options: Any,
+) -> Any:
+    """Compute multi-head self-attention from x to output in one call.
+
+    The same as ``SelfAttention(w_q, ...)(x, ...)``, which see; a layer that is called more than once is better made
+    once, since that packs the weights.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., S, d_model)
+    w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, rope
+        See `SelfAttention`.
+    context, positions, out, **attention_options
+        See `SelfAttention.__call__`.
+
+    Returns
+    -------
+    ndarray, shape (..., S, d_out)
+        With `return_lse` and `return_weights` a tuple, as from `attention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((10, 32), dtype=np.float32)
+    >>> w_q, w_k, w_v = rng.standard_normal((3, 32, 32), dtype=np.float32)
+    >>> y, weights = sa.self_attention(x, w_q, w_k, w_v, num_heads=4, return_weights=True)
+    >>> y.shape, weights.shape
+    ((10, 32), (4, 10, 10))
+    """
+    layer = SelfAttention.__new__(SelfAttention)
+    layer._build(
+        "self_attention",
+        {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
+        {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
+        num_heads,
+        num_kv_heads,
+        rope,
+    )
+    return layer._call("self_attention", x, context, positions, out, attention_options)
+
+
+def _matrix(function: str, name: str, value: Any) -> NDArray[Any]:
+    array = as_array(function, name, value)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError(
+            f"{function}: {name} has dtype {array.dtype}, but float32 and float64 are accepted"
+        )
+    if array.ndim != 2:
+        raise ValueError(f"{function}: {name} has shape {array.shape}, but a matrix is needed")
+    return array
+
+
+def _vector(
+    function: str, name: str, value: Any, matrix: NDArray[Any] | None, dtype: np.dtype[Any]
+) -> NDArray[Any] | None:
+    if value is None:
+        return None
+    if matrix is None:
+        raise ValueError(f"{function}: {name} is given without {'w' + name[1:]}")
+    array = as_array(function, name, value)
+    if array.dtype != dtype:
+        raise TypeError(f"{function}: {name} has dtype {array.dtype} but w_q has {dtype}")
+    if array.shape != (matrix.shape[1],):
+        raise ValueError(
+            f"{function}: {name} has shape {array.shape} but {'w' + name[1:]} has {matrix.shape[1]} columns"
+        )
+    return array
+
+
+def _count(function: str, name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
+    if value < 1:
+        raise ValueError(f"{function}: {name} is {value}, but it must be at least 1")
+    return int(value)
+
+
+def _split(function: str, name: str, matrix: NDArray[Any], heads_name: str, heads: int) -> int:
+    columns = int(matrix.shape[1])
+    if columns == 0 or columns % heads:
+        raise ValueError(
+            f"{function}: {name} has {columns} columns, which {heads_name} {heads} does not divide into heads"
+        )
+    return columns // heads
+
+
+def _check_out(function: str, out: Any, layer: SelfAttention, x: NDArray[Any], context: Any) -> None:
+    array = out_array(function, out)
+    leading = x.shape[:-2]
+    if context is not None:
+        leading = np.broadcast_shapes(leading, context.shape[:-2])
+    shape = (*leading, x.shape[-2] if x.ndim > 1 else 0, layer.d_out)
+    if array.shape != shape:
+        raise ValueError(f"{function}: out has shape {array.shape} but the result has {shape}")
+    if array.dtype != layer.dtype or not array.dtype.isnative:
+        raise TypeError(f"{function}: out has dtype {array.dtype} but the result is {layer.dtype}")
+    if not array.flags.writeable:
+        raise ValueError(f"{function}: out is read-only")
+    if any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
+        raise ValueError(f"{function}: out has stride 0, so that its elements share memory")

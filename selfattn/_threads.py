@@ -1,0 +1,72 @@
+"""How many threads a call may use, and which instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import _core
+from ._arguments import thread_count
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set the number of threads that calls use at most, for the whole process.
+
+    Parameters
+    ----------
+    n : int or None
+        None returns to what is detected: the least of OpenMP's setting in the calling thread, the CPUs that the
+        process may run on, and the control group's CPU quota rounded up.
+    """
+    _core.set_default_threads(thread_count("set_num_threads", n))
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that a call from this thread may use.
+
+    Examples
+    --------
+    >>> import selfattn as sa
+    >>> sa.get_num_threads() >= 1
+    True
+    """
+    return int(_core.default_threads()[0])
+
+
+def isas() -> list[str]:
+    """Return the instruction sets that this machine can run, best first.
+
+    Examples
+    --------
+    >>> import selfattn as sa
+    >>> sa.isas()[-1]
+    'portable'
+    """
+    return list(_core.isas())
+
+
+def active_isa() -> str:
+    """Return the instruction set in use: that of the environment's ``SELFATTN_ISA``, else the best."""
+    return str(_core.active_isa())
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Use another instruction set within a ``with`` block, in the whole process: for tests and comparisons.
+
+    Parameters
+    ----------
+    name : str
+        One of `isas`.
+
+    Raises
+    ------
+    ValueError
+        This machine cannot run it.
+    """
+    before = active_isa()
+    _core.select_isa(name)
+    try:
+        yield
+    finally:
+        _core.select_isa(before)
