@@ -13,8 +13,12 @@ constexpr int largest_key_block = 128;
 constexpr int smallest_key_block = 8;
 // K and V blocks beyond this would leave L2 between the strips of a row block.
 constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
-// Two strips share each K and V block that comes from L2 or beyond.
-constexpr int strips_per_block = 2;
+// More strips in a block share each K and V block that comes from beyond L2; fewer leave more tasks to balance.
+constexpr int fewest_strips = 2;
+constexpr int most_strips = 8;
+constexpr std::int64_t blocks_wanted = 8;
+// Queries and outputs of a row block stay in L2 beside the K and V block.
+constexpr std::int64_t row_block_bytes = std::int64_t{448} << 10;
 constexpr std::size_t largest_scratch = std::size_t{2} << 20;
 // Few rows leave too few tasks for a team, so the keys are parted as well. Merging costs one pass over `rows` outputs
 // per range, which is nothing beside reading this many keys.
@@ -45,7 +49,11 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   plan.attend = &plan.types->tile;
   plan.reason = "enough query rows per KV head to fill the vectors";
   const int strip = plan.attend->strip_rows;
-  plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, strips_per_block * strip));
+  const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
+  const std::int64_t fitting = row_block_bytes / row_bytes / strip;
+  const std::int64_t strips = std::min(plan.rows / blocks_wanted / strip, fitting);
+  plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most_strips));
+  plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
   const auto bytes = [&](int rows) {
     return plan.attend->scratch_bytes(rows, plan.key_block, problem.head_dim, problem.value_dim);
   };

@@ -136,14 +136,9 @@ struct TileAttention {
       hides = hides || seen.any_hidden;
     }
 
-    const T* queries = s.queries + strip.first_row * block.head_dim;
-    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
-    multiply_rows<TileRows, Cols>(RowMajor<T>{static_cast<const T*>(keys.keys), keys.key_step}, keys.count, queries,
-                                  lanes, block.head_dim, [&](std::int64_t key, const auto& sums) {
-                                    T* scores = s.scores + key * lanes;
-                                    for (const auto& row : sums)
-                                      for (const Vec<T>& sum : row) store(scores, sum * multiplier), scores += W;
-                                  });
+    score_keys<Cols>(static_cast<const T*>(keys.keys), keys.key_step, keys.count,
+                     s.queries + strip.first_row * block.head_dim, block.head_dim,
+                     static_cast<T>(block.terms.multiplier), s.scores);
     apply_terms<AcrossRows>(tile, block.terms);
     if (block.rows[strip.first_row].scores) keep_scores(block, s, strip, keys);
 
@@ -152,11 +147,32 @@ struct TileAttention {
     T* out = s.out + strip.first_row * block.value_dim;
     if (hides && !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim))
       return accumulate_visible<Cols>(block, tile, keys, rescale, out);
-    multiply_rows<TileRows, Cols>(Transposed<T>{static_cast<const T*>(keys.values), keys.value_step}, block.value_dim,
-                                  s.scores, lanes, keys.count, [&](std::int64_t dim, const auto& sums) {
-                                    T* o = out + dim * lanes;
+    accumulate<Cols>(static_cast<const T*>(keys.values), keys.value_step, keys.count, s.scores, rescale,
+                     block.value_dim, out);
+  }
+
+  // The two products stand alone so that their loops have all registers for themselves.
+  template <int Cols>
+  [[gnu::noinline]] static void score_keys(const T* keys, std::int64_t key_step, int count, const T* queries,
+                                           std::int64_t head_dim, T multiplier, T* scores) {
+    multiply_rows<TileRows, Cols>(RowMajor<T>{keys, key_step}, count, queries, Cols * W, head_dim,
+                                  [&](std::int64_t key, const auto& sums) {
+                                    T* score = scores + key * Cols * W;
                                     for (const auto& row : sums)
-                                      for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
+                                      for (int c = 0; c < Cols; ++c, score += W)
+                                        store(score, row[c] * broadcast(multiplier));
+                                  });
+  }
+
+  template <int Cols>
+  [[gnu::noinline]] static void accumulate(const T* values, std::int64_t value_step, int count, const T* probs,
+                                           const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out) {
+    multiply_rows<TileRows, Cols>(Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count,
+                                  [&](std::int64_t dim, const auto& sums) {
+                                    T* o = out + dim * Cols * W;
+                                    for (const auto& row : sums)
+                                      for (int c = 0; c < Cols; ++c, o += W)
+                                        store(o, fma(load(o), rescale[c], row[c]));
                                   });
   }
 

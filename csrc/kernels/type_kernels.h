@@ -16,16 +16,18 @@ inline void weigh(void* scores, std::int64_t count, double row_max, double facto
     store_up_to(score + j, exp2(load_up_to(score + j, count - j) - shift) * scale, count - j);
 }
 
+// Each sum is a recurrence that no compiler may shorten; `Chains` of them hide the latency of one.
 template <class T, int Chains>
 inline double fma_loop(std::int64_t rounds) noexcept {
   Vec<T> sums[Chains];
   for (int i = 0; i < Chains; ++i) sums[i] = broadcast(static_cast<T>(i));
-  Vec<T> factor = broadcast(T(0.999)), term = broadcast(T(0.001));
+  const Vec<T> factor = broadcast(T(0.999)), term = broadcast(T(0.001));
   for (std::int64_t n = 0; n < rounds; ++n)
-    for (int i = 0; i < Chains; ++i) {
-      sums[i] = fma(sums[i], factor, term);
-      asm volatile("" : "+x"(sums[i].r));  // one instruction per term: no unrolling into a closed form
-    }
+    for (int i = 0; i < Chains; ++i) sums[i] = fma(sums[i], factor, term);
+  Vec<T> total = sums[0];
+  for (int i = 1; i < Chains; ++i) total = total + sums[i];
+  volatile T used = reduce_sum(total);
+  static_cast<void>(used);
   return 2.0 * Chains * Vec<T>::width * static_cast<double>(rounds);
 }
 

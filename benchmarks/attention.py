@@ -1,0 +1,22 @@
+"""Compare selfattn with NumPy, PyTorch and ONNX Runtime on named workloads.
+
+Run `python benchmarks/attention.py --help` for the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from selfattn._bench.command import add_arguments, run
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, default=None)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Right answers within the promised error bound, on as many rows as a second allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfattn import reference
+
+from .workload import Array, Arrays, Workload
+
+Float64 = NDArray[np.float64]
+
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
+MAX_PAIRS = 2**22  # pairs of a query and a key a check computes in float64: under a second
+
+
+class Mismatch(AssertionError):
+    """A result is further from the reference than the error bound allows."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Part of an output as it should be.
+
+    Attributes
+    ----------
+    index : tuple
+        Which part of the output.
+    value, bound : ndarray of float64
+        The reference and the error allowed, element by element.
+    """
+
+    index: tuple[slice, ...]
+    value: Float64
+    bound: Float64
+
+
+def attention_reference(
+    q: Array, k: Array, v: Array, options: Mapping[str, Any]
+) -> tuple[Float64, Float64]:
+    """Compute a reference output and its error bound in units of the unit roundoff u.
+
+    The bound is (16 + 4 s) u sum_j p_j |v_j| with s the largest magnitude that adding up a
+    score of that row meets: scale sum_d |q_d k_d|, plus |bias| and the like.
+
+    Parameters
+    ----------
+    q, k, v : ndarray, shapes (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv)
+    options : mapping
+        Keyword arguments of `selfattn.attention`.
+    """
+    q, k, v = (np.asarray(array, dtype=np.float64) for array in (q, k, v))
+    both = reference.attention(q, k, np.concatenate([v, np.abs(v)], axis=-1), **options)
+    value, magnitude = np.split(np.asarray(both, dtype=np.float64), 2, axis=-1)
+    return value, amplification(q, k, options) * magnitude
+
+
+def bound_of(units: Float64, dtype: str) -> Float64:
+    """Turn units of the unit roundoff into a bound; the reference's own rounding is added."""
+    roundoff = UNIT_ROUNDOFF[dtype] + UNIT_ROUNDOFF["float64"]
+    return units * roundoff + float(np.finfo(dtype).tiny)
+
+
+def amplification(q: Array, k: Array, options: Mapping[str, Any]) -> Float64:
+    """Compute the 16 + 4 s of every row, shape (B, H, Sq, 1)."""
+    q, k = np.asarray(q, dtype=np.float64), np.asarray(k, dtype=np.float64)
+    return 16.0 + 4.0 * _score_magnitude(q, k, options)
+
+
+def _score_magnitude(q: Float64, k: Float64, options: Mapping[str, Any]) -> Float64:
+    """Largest magnitude met in computing a score of each row, shape (B, H, Sq, 1)."""
+    batch, num_heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    if kv_len == 0:
+        return np.zeros((batch, num_heads, q_len, 1))
+    keys = np.repeat(np.abs(k), num_heads // k.shape[1], axis=1)
+    scale = options.get("scale")
+    scale = head_dim**-0.5 if scale is None else abs(scale)
+    size = scale * (np.abs(q) @ keys.swapaxes(-1, -2))
+    if options.get("bias") is not None:
+        bias = np.asarray(options["bias"], dtype=np.float64)
+        size = size + np.where(np.isfinite(bias), np.abs(bias), 0.0)
+    if options.get("alibi_slopes") is not None:
+        slopes = np.asarray(options["alibi_slopes"], dtype=np.float64)[..., :, None, None]
+        # Wherever the diagonal lies, no distance that matters exceeds the longer side.
+        size = size + np.abs(slopes) * max(q_len, kv_len)
+    return np.asarray(size.max(axis=-1, keepdims=True))
+
+
+def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
+    """Compute what a right output holds: all, or rows at start, middle and end of some heads."""
+    if workload.kind == "block":
+        return _block_parts(workload, arrays)
+    parts = []
+    entries = _few(workload.batch)
+    heads = _few(workload.num_heads)
+    rows = MAX_PAIRS // (len(entries) * len(heads) * workload.kv_len)
+    for entry in entries:
+        for head in heads:
+            for start, stop in _row_ranges(workload.q_len, max(1, rows)):
+                parts.append(_attention_part(workload, arrays, entry, head, slice(start, stop)))
+    return parts
+
+
+def _few(count: int) -> list[int]:
+    """First, middle and last of `count` things."""
+    return sorted({0, count // 2, count - 1})
+
+
+def _row_ranges(q_len: int, rows: int) -> list[tuple[int, int]]:
+    """All rows, or three ranges with `rows` rows in total: start, middle and end."""
+    if rows >= q_len:
+        return [(0, q_len)]
+    part = max(1, rows // 3)
+    starts = sorted({0, q_len // 2, q_len - part})
+    return [(start, min(start + part, q_len)) for start in starts]
+
+
+def _attention_part(
+    workload: Workload, arrays: Arrays, entry: int, head: int, rows: slice
+) -> Expected:
+    at_entry, at_head = slice(entry, entry + 1), slice(head, head + 1)
+    kv_head = head // workload.group_size
+    at_kv_head = slice(kv_head, kv_head + 1)
+    options = workload.attention_options(arrays)
+    for name in ("mask", "bias"):
+        if name in options:
+            options[name] = _cut(options[name], (at_entry, at_head, rows))
+    if "kv_lens" in options:
+        options["kv_lens"] = options["kv_lens"][at_entry]
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = options["alibi_slopes"][at_head]
+    if workload.options.causal or workload.options.window or workload.options.alibi:
+        options["q_offset"] = int(workload.offsets()[entry]) + rows.start
+    value, units = attention_reference(
+        arrays["q"][at_entry, at_head, rows],
+        arrays["k"][at_entry, at_kv_head],
+        arrays["v"][at_entry, at_kv_head],
+        options,
+    )
+    return Expected((at_entry, at_head, rows), value, bound_of(units, workload.dtype))
+
+
+def _cut(array: Array, index: tuple[slice, ...]) -> Array:
+    """array[index], leaving axes alone that are broadcast."""
+    whole = slice(None)
+    return array[tuple(whole if array.shape[i] == 1 else part for i, part in enumerate(index))]
+
+
+def _block_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
+    """Projections and attention in float64 for the first, middle and last batch entries."""
+    options = workload.attention_options(arrays)
+    double = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
+    parts = []
+    for entry in _few(workload.batch):
+        at_entry = slice(entry, entry + 1)
+        q, k, v = (
+            split_heads(double["x"][at_entry] @ double[f"w_{name}"] + double[f"b_{name}"], heads)
+            for name, heads in (
+                ("q", workload.num_heads),
+                ("k", workload.num_kv_heads),
+                ("v", workload.num_kv_heads),
+            )
+        )
+        value, units = attention_reference(q, k, v, options)
+        # Roundings have random signs: their sums over d_model and over the concatenated heads
+        # grow like square roots. Worst cases would allow a thousand times what is ever seen.
+        units = join_heads(units + 4.0 * workload.d_model**0.5)
+        units = np.sqrt(units**2 @ double["w_o"] ** 2) + np.abs(double["b_o"])
+        value = join_heads(value) @ double["w_o"] + double["b_o"]
+        parts.append(Expected((at_entry,), value, bound_of(units, workload.dtype)))
+    return parts
+
+
+def split_heads(rows: Array, num_heads: int) -> Array:
+    """(B, S, H * D) to (B, H, S, D)."""
+    batch, length, width = rows.shape
+    heads: Array = rows.reshape(batch, length, num_heads, width // num_heads).swapaxes(1, 2)
+    return heads
+
+
+def join_heads(heads: Array) -> Array:
+    """(B, H, S, D) to (B, S, H * D)."""
+    batch, num_heads, length, dim = heads.shape
+    rows: Array = heads.swapaxes(1, 2).reshape(batch, length, num_heads * dim)
+    return rows
+
+
+def check(name: str, out: Array, parts: list[Expected]) -> float:
+    """Compare an output with what it should hold.
+
+    Returns
+    -------
+    float
+        The largest error as a fraction of its bound, at most 1.
+
+    Raises
+    ------
+    Mismatch
+        If any error exceeds its bound, or is not a number.
+    """
+    worst = 0.0
+    for part in parts:
+        error = np.abs(np.asarray(out[part.index], dtype=np.float64) - part.value)
+        fraction = float((error / part.bound).max(initial=0.0))
+        if not fraction <= 1.0:
+            raise Mismatch(
+                f"{name}: error {error.max():.3g} is {fraction:.3g} times its bound "
+                f"at output part {part.index}"
+            )
+        worst = max(worst, fraction)
+    return worst
+
+
+def check_everywhere(name: str, out: Array, trusted: Array, parts: list[Expected]) -> None:
+    """Compare a whole output with one that `check` accepted, by a few times the largest bound.
+
+    Raises
+    ------
+    Mismatch
+        If the outputs differ in shape or by more than that.
+    """
+    if out.shape != trusted.shape:
+        raise Mismatch(f"{name}: output has shape {out.shape}, expected {trusted.shape}")
+    allowed = 4.0 * max(float(part.bound.max(initial=0.0)) for part in parts)
+    difference = float(np.abs(out - trusted).max(initial=0.0))
+    if not difference <= allowed:
+        raise Mismatch(f"{name}: differs from selfattn by {difference:.3g}, allowed {allowed:.3g}")

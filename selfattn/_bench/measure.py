@@ -1,0 +1,177 @@
+"""One workload, all peers: check every result, then time them in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import selfattn
+
+from .check import check, check_everywhere, expected_parts
+from .peer import CannotRun, Peer, Run
+from .peers import OWN
+from .timing import Peaks, Quartiles, interleave, ratios
+from .workload import Arrays, Workload
+
+PEAK_SHARE = 0.05  # of a workload's time budget, for each of two peak measurements
+PEAK_SECONDS = (0.005, 0.1)  # shortest and longest of one
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one workload with one number of threads.
+
+    Attributes
+    ----------
+    workload : Workload
+    threads : int
+    isa : str
+        The ISA selfattn ran.
+    rounds : int
+    times : dict of str to Quartiles
+        Seconds per call by peer.
+    ratios : dict of str to Quartiles
+        Peer's time over selfattn's, pairwise per round.
+    errors : dict of str to float
+        Largest error found before timing, as a fraction of its bound.
+    skipped : dict of str to str
+        Peers that did not run, and why.
+    peak : float
+        FLOP/s or, for a memory-bound workload, bytes/s measured in the same run.
+    """
+
+    workload: Workload
+    threads: int
+    isa: str
+    rounds: int
+    times: dict[str, Quartiles]
+    ratios: dict[str, Quartiles]
+    errors: dict[str, float]
+    skipped: dict[str, str] = field(default_factory=dict)
+    peak: float = float("nan")
+
+    @property
+    def work(self) -> int:
+        """Bytes of K and V of a memory-bound workload, FLOPs of any other."""
+        return self.workload.kv_bytes() if self.workload.memory_bound else self.workload.flops()
+
+    @property
+    def unit(self) -> str:
+        """Unit of rate and peak once divided by 1e9."""
+        return "GB/s" if self.workload.memory_bound else "GFLOP/s"
+
+    def rate(self, peer: str = OWN.name) -> float:
+        """Work per second at the median time."""
+        return self.work / self.times[peer].median
+
+    @property
+    def fraction_of_peak(self) -> float:
+        """Rate of selfattn over the peak."""
+        return self.rate() / self.peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, derived figures included, as plain types."""
+        record = asdict(self)
+        record["flops"] = self.workload.flops()
+        record["kv_bytes"] = self.workload.kv_bytes()
+        record["unit"] = self.unit
+        record["rates"] = {name: self.rate(name) / 1e9 for name in self.times}
+        record["peak"] = self.peak / 1e9
+        record["fraction_of_peak"] = self.fraction_of_peak
+        return record
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Result:
+        """Invert `to_dict`."""
+        return cls(
+            workload=Workload.from_dict(record["workload"]),
+            threads=record["threads"],
+            isa=record["isa"],
+            rounds=record["rounds"],
+            times={name: Quartiles(**value) for name, value in record["times"].items()},
+            ratios={name: Quartiles(**value) for name, value in record["ratios"].items()},
+            errors=record["errors"],
+            skipped=record["skipped"],
+            peak=record["peak"] * 1e9,
+        )
+
+
+def measure(workload: Workload, peers: Sequence[Peer], threads: int, seconds: float) -> Result:
+    """Check and time one workload.
+
+    Parameters
+    ----------
+    workload : Workload
+    peers : sequence of Peer
+        selfattn is measured whether it is among them or not.
+    threads : int
+        For selfattn and every peer alike.
+    seconds : float
+        Time budget of the interleaved rounds.
+
+    Raises
+    ------
+    Mismatch
+        If any peer's result is outside the error bound; nothing has been timed then.
+    """
+    arrays = workload.make_arrays()
+    runs, skipped = prepare(workload, peers, arrays, threads)
+    errors = check_all(workload, arrays, runs)
+    peaks = Peaks(threads, float(np.clip(PEAK_SHARE * seconds, *PEAK_SECONDS)))
+    before = _peak(peaks, workload)
+    samples = interleave(runs, seconds)
+    peak = max(before, _peak(peaks, workload))
+    return Result(
+        workload=workload,
+        threads=threads,
+        isa=selfattn.active_isa(),
+        rounds=len(samples[OWN.name]),
+        times={name: Quartiles.of(times) for name, times in samples.items()},
+        ratios=ratios(samples, OWN.name),
+        errors=errors,
+        skipped=skipped,
+        peak=peak,
+    )
+
+
+def prepare(
+    workload: Workload, peers: Sequence[Peer], arrays: Arrays, threads: int
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Prepare the call of every peer that can run the workload; say why the others cannot."""
+    runs = {OWN.name: OWN.prepare(workload, arrays, threads)}
+    skipped = {}
+    for peer in peers:
+        if peer.name in runs:
+            continue
+        reason = peer.why_not(workload)
+        if not reason:
+            try:
+                runs[peer.name] = peer.prepare(workload, arrays, threads)
+            except CannotRun as error:
+                reason = str(error)
+        if reason:
+            skipped[peer.name] = reason
+    return runs, skipped
+
+
+def check_all(workload: Workload, arrays: Arrays, runs: dict[str, Run]) -> dict[str, float]:
+    """Largest error of every peer as a fraction of its bound; raises `Mismatch` beyond 1."""
+    parts = expected_parts(workload, arrays)
+    trusted = np.asarray(runs[OWN.name]())
+    errors = {OWN.name: check(f"{OWN.name} on {workload.name}", trusted, parts)}
+    for name, run in runs.items():
+        if name == OWN.name:
+            continue
+        out = np.asarray(run())
+        check_everywhere(f"{name} on {workload.name}", out, trusted, parts)
+        errors[name] = check(f"{name} on {workload.name}", out, parts)
+    return errors
+
+
+def _peak(peaks: Peaks, workload: Workload) -> float:
+    if workload.memory_bound:
+        return peaks.bandwidth(workload.kv_bytes())
+    return peaks.flops(workload.dtype)

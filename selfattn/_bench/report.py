@@ -1,0 +1,157 @@
+"""Results as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import selfattn
+
+from .measure import Result
+from .peers import OWN, PEERS
+
+THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "SELFATTN_ISA")
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line per workload and number of threads, then geometric means and what was skipped."""
+    peers = _peers_seen(results)
+    header = ["workload", "threads", "time", "rate", "of peak"]
+    rows = [header + [f"vs {PEERS[name].label}" for name in peers]]
+    rows += [_row(result, peers) for result in results]
+    for threads in sorted({result.threads for result in results}):
+        rows.append(_mean_row([r for r in results if r.threads == threads], threads, peers))
+    lines = [_heading(results), "", *_aligned(rows), *_skipped_lines(results)]
+    lines.append("\nvs: the peer's time over selfattn's, median of interleaved rounds [quartiles].")
+    return "\n".join(lines)
+
+
+def _heading(results: Sequence[Result]) -> str:
+    isas = ", ".join(sorted({result.isa for result in results}))
+    versions = ", ".join(f"{name} {version}" for name, version in _versions(results).items())
+    return f"ISA {isas}; {versions}"
+
+
+def _peers_seen(results: Sequence[Result]) -> list[str]:
+    seen = {name for result in results for name in (*result.times, *result.skipped)}
+    return [name for name in PEERS if name in seen and name != OWN.name]
+
+
+def _row(result: Result, peers: Sequence[str]) -> list[str]:
+    return [
+        result.workload.name,
+        str(result.threads),
+        format_seconds(result.times[OWN.name].median),
+        f"{result.rate() / 1e9:.1f} {result.unit}",
+        f"{result.fraction_of_peak:.0%}",
+        *(_ratio(result, name) for name in peers),
+    ]
+
+
+def _ratio(result: Result, peer: str) -> str:
+    if peer not in result.ratios:
+        return "-"
+    ratio = result.ratios[peer]
+    return f"{ratio.median:.2f}x [{ratio.q1:.2f}, {ratio.q3:.2f}]"
+
+
+def _mean_row(results: Sequence[Result], threads: int, peers: Sequence[str]) -> list[str]:
+    means = (geometric_mean(results, name) for name in peers)
+    return [
+        "geometric mean",
+        str(threads),
+        "",
+        "",
+        "",
+        *("-" if mean is None else f"{mean:.2f}x" for mean in means),
+    ]
+
+
+def geometric_mean(results: Sequence[Result], peer: str) -> float | None:
+    """Geometric mean of the median ratios to a peer over the workloads it ran."""
+    medians = [result.ratios[peer].median for result in results if peer in result.ratios]
+    return float(np.exp(np.mean(np.log(medians)))) if medians else None
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _skipped_lines(results: Sequence[Result]) -> list[str]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for peer, reason in result.skipped.items():
+            names = reasons.setdefault((peer, reason), [])
+            if result.workload.name not in names:
+                names.append(result.workload.name)
+    lines = [
+        f"  {PEERS[peer].label}: {', '.join(names)}: {reason}"
+        for (peer, reason), names in reasons.items()
+    ]
+    return ["", "not run:", *lines] if lines else []
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits in the unit that suits."""
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def count_threads(threads: int) -> str:
+    """Write a number of threads in words."""
+    return f"{threads} thread" if threads == 1 else f"{threads} threads"
+
+
+def to_record(results: Sequence[Result]) -> dict[str, Any]:
+    """All results, and everything known about the machine and the software, as plain types."""
+    return {
+        "versions": _versions(results),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": processor_name(),
+            "cpu_count": os.cpu_count(),
+        },
+        "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "config": selfattn.show_config(mode="dicts"),
+        "runtime": selfattn.show_runtime(mode="dicts"),
+        "results": [result.to_dict() for result in results],
+    }
+
+
+def write_json(results: Sequence[Result], path: str | Path) -> None:
+    """Write `to_record` to a file."""
+    text = json.dumps(to_record(results), indent=1, default=str)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def processor_name() -> str:
+    """Return the processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _versions(results: Sequence[Result]) -> dict[str, str]:
+    """Versions of Python and of everything that was measured."""
+    measured = {name for result in results for name in result.times} | {OWN.name}
+    versions = {PEERS[name].label: PEERS[name].version() for name in PEERS if name in measured}
+    return {**versions, "Python": platform.python_version()}

@@ -1,0 +1,154 @@
+"""Fair timing of several calls in one process, and the peaks to hold them against."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import selfattn
+from selfattn import _core
+
+Timed = Mapping[str, Callable[[], Any]]
+
+MIN_SAMPLE_SECONDS = 2e-3  # far above the resolution of the clock and one interrupt
+MIN_ROUNDS = 5
+MAX_ROUNDS = 1000
+WARM_CALL_LIMIT = 20e-3  # a longer call does not feel whether its threads were awake
+
+# Threads of a pool spin after a call, waiting for more: OpenBLAS 100 ms, ONNX Runtime 30 ms,
+# OpenMP 5 ms. The next peer would share its cores with them, so each sample waits until the
+# process is idle. The kernel counts the time of running threads in ticks of up to 4 ms.
+IDLE_WINDOW = 10e-3
+IDLE_SHARE = 0.2
+MAX_SETTLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median of a sample, and what a quarter of it lies below and above."""
+
+    q1: float
+    median: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Quartiles of a non-empty sample."""
+        q1, median, q3 = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75))
+        return cls(float(q1), float(median), float(q3))
+
+
+def interleave(runs: Timed, seconds: float) -> dict[str, list[float]]:
+    """Time calls in turns, A B C, B C A, ..., until `seconds` have passed.
+
+    Each sample repeats its call for at least 2 ms. At least five rounds are made.
+
+    Parameters
+    ----------
+    runs : mapping of name to call
+    seconds : float
+        Time budget of all calls together.
+
+    Returns
+    -------
+    dict
+        Seconds per call of each round, by name; the same number of rounds for all.
+    """
+    plans = {name: _calibrate(run) for name, run in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for turn in range(MAX_ROUNDS):
+            if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+                break
+            first = turn % len(names)
+            for name in (*names[first:], *names[:first]):
+                samples[name].append(_sample(runs[name], plans[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one sample of a call is taken."""
+
+    repeats: int
+    warm: bool
+
+
+def _calibrate(run: Callable[[], Any]) -> _Plan:
+    """Choose repeats that make one sample long enough, by the faster of two calls."""
+    seconds = _time(run, 1)
+    if seconds < WARM_CALL_LIMIT:
+        seconds = min(seconds, _time(run, 1))
+    repeats = max(1, math.ceil(MIN_SAMPLE_SECONDS / seconds))
+    return _Plan(repeats, warm=seconds < WARM_CALL_LIMIT)
+
+
+def _sample(run: Callable[[], Any], plan: _Plan) -> float:
+    """Seconds per call, once all threads rest and, for short calls, after a call to wake them."""
+    _settle()
+    if plan.warm:
+        run()
+    return _time(run, plan.repeats)
+
+
+def _settle() -> None:
+    """Wait until no thread of this process computes any more."""
+    deadline = time.perf_counter() + MAX_SETTLE_SECONDS
+    while time.perf_counter() < deadline:
+        start, busy = time.perf_counter(), time.process_time()
+        time.sleep(IDLE_WINDOW)
+        if time.process_time() - busy < IDLE_SHARE * (time.perf_counter() - start):
+            return
+
+
+def _time(run: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return max((time.perf_counter() - start) / repeats, 1e-9)
+
+
+def ratios(samples: Mapping[str, Sequence[float]], own: str) -> dict[str, Quartiles]:
+    """Each peer's time over `own`'s in the same round: above 1, `own` is faster."""
+    return {
+        name: Quartiles.of([peer / mine for peer, mine in zip(times, samples[own], strict=True)])
+        for name, times in samples.items()
+        if name != own
+    }
+
+
+class Peaks:
+    """What this machine can do at best, measured beside the workloads.
+
+    Parameters
+    ----------
+    threads : int
+    seconds : float
+        Duration of one measurement.
+    """
+
+    def __init__(self, threads: int, seconds: float) -> None:
+        self.threads = threads
+        self.seconds = seconds
+        self.isa = selfattn.active_isa()
+
+    def flops(self, dtype: str) -> float:
+        """FLOP/s of a loop of multiply-adds on one core, times the threads."""
+        return float(_core.measure_fma_peak(self.isa, dtype, self.seconds)) * self.threads
+
+    def bandwidth(self, num_bytes: int) -> float:
+        """Bytes/s of all threads reading an array of this size again and again."""
+        return float(_core.measure_read_bandwidth(num_bytes, self.threads, self.seconds))

@@ -1,0 +1,253 @@
+"""What a workload is: shapes, options, the work it contains and the arrays it runs on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+RandomArrays = dict[str, tuple[tuple[int, ...], float]]  # shape and standard deviation
+
+# A core does more than 8 FLOPs in the time memory takes to deliver one byte: below, it waits.
+MEMORY_BOUND_INTENSITY = 8.0
+
+VISIBLE_SHARE = 0.75  # of a random mask's entries
+SOFT_BIAS = 2.0  # standard deviation of a random bias
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a workload asks of `selfattn.attention` beyond q, k and v.
+
+    Attributes
+    ----------
+    causal : bool
+    window : tuple of (int or None), optional
+    softcap : float, optional
+    mask : {"none", "pairs", "keys"}
+        "pairs" is a random mask of shape (1, 1, q_len, kv_len); "keys" gives `kv_lens` as a
+        mask of shape (batch, 1, 1, kv_len), as tokenizers do.
+    bias : bool
+        A random bias of shape (1, num_heads, q_len, kv_len).
+    alibi : bool
+    kv_lens : tuple of int, optional
+        One length per batch row.
+    """
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    mask: Literal["none", "pairs", "keys"] = "none"
+    bias: bool = False
+    alibi: bool = False
+    kv_lens: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One named case of attention, or of the whole block with its projections.
+
+    Attributes
+    ----------
+    name, why : str
+        The name people use, and one line on what the case stands for.
+    kind : {"attention", "block"}
+        "block" is x @ w_q, w_k, w_v, attention, @ w_o, with biases.
+    batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, value_dim : int
+    d_model : int
+        Width of x in a block, 0 otherwise.
+    dtype : str
+    options : Options
+    """
+
+    name: str
+    why: str
+    kind: Literal["attention", "block"]
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+    d_model: int = 0
+    dtype: str = "float32"
+    options: Options = Options()
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Workload:
+        """Rebuild a workload from `dataclasses.asdict`, also after a trip through JSON."""
+        values = {field.name: record[field.name] for field in fields(cls)}
+        options = dict(record["options"])
+        for name in ("window", "kv_lens"):
+            if options[name] is not None:
+                options[name] = tuple(options[name])
+        return cls(**{**values, "options": Options(**options)})
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """The default softmax scale, 1 / sqrt(head_dim)."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return numpy_dtype(self.dtype).itemsize
+
+    def kv_lens(self) -> NDArray[np.int64]:
+        """Count the valid keys of every batch row, shape (batch,)."""
+        lens = self.options.kv_lens or (self.kv_len,) * self.batch
+        return np.asarray(lens, dtype=np.int64)
+
+    def offsets(self) -> NDArray[np.int64]:
+        """Position of query 0 among the keys, per batch row: the last query meets the last key."""
+        # A mask hides keys without moving the diagonal, kv_lens moves it.
+        lens = self.kv_len if self.options.mask == "keys" else self.kv_lens()
+        return np.broadcast_to(np.asarray(lens - self.q_len, dtype=np.int64), (self.batch,))
+
+    def key_ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First visible key and the one after the last, shapes (batch, q_len).
+
+        Rules with a shape known in advance count: causal, window and lengths. A "pairs" mask
+        or a bias does not, for no kernel can know its holes before reading it.
+        """
+        position = np.arange(self.q_len) + self.offsets()[:, None]
+        first = np.zeros_like(position)
+        after_last = np.broadcast_to(self.kv_lens()[:, None], position.shape)
+        left, right = self.options.window or (None, None)
+        if self.options.causal:
+            after_last = np.minimum(after_last, position + 1)
+        if right is not None:
+            after_last = np.minimum(after_last, position + right + 1)
+        if left is not None:
+            first = np.maximum(first, position - left)
+        return first, np.maximum(after_last, first)
+
+    def visible_pairs(self) -> int:
+        """Pairs of a query and a key it sees, of one head, summed over the batch."""
+        first, after_last = self.key_ranges()
+        return int((after_last - first).sum())
+
+    def attention_flops(self) -> int:
+        """FLOPs of the two products: 2 (head_dim + value_dim) per head and visible pair."""
+        return 2 * (self.head_dim + self.value_dim) * self.num_heads * self.visible_pairs()
+
+    def projection_flops(self) -> int:
+        """FLOPs of a block's four projections, 2 M N K each; 0 for plain attention."""
+        if self.kind == "attention":
+            return 0
+        query_columns = self.num_heads * (self.head_dim + self.value_dim)
+        key_columns = self.num_kv_heads * (self.head_dim + self.value_dim)
+        rows_by_columns = self.q_len * query_columns + self.kv_len * key_columns
+        return 2 * self.batch * self.d_model * rows_by_columns
+
+    def flops(self) -> int:
+        """All FLOPs of one call."""
+        return self.attention_flops() + self.projection_flops()
+
+    def kv_bytes(self) -> int:
+        """Bytes of the valid rows of K and V, each counted once."""
+        row = self.num_kv_heads * (self.head_dim + self.value_dim) * self.itemsize
+        return row * int(self.kv_lens().sum())
+
+    @property
+    def memory_bound(self) -> bool:
+        """Whether reading K and V, not arithmetic, limits the speed: decode."""
+        if self.kind == "block" or self.q_len >= self.kv_len:
+            return False
+        return self.flops() < MEMORY_BOUND_INTENSITY * self.kv_bytes()
+
+    def make_arrays(self, seed: int = 0) -> Arrays:
+        """Random arrays of this workload by name; the same seed gives the same arrays.
+
+        Returns
+        -------
+        dict
+            q, k, v and the options that are arrays, or x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o
+            for a block.
+        """
+        rng = np.random.default_rng(seed)
+        dtype = numpy_dtype(self.dtype)
+        arrays = {
+            name: _normal(rng, shape, dtype, deviation)
+            for name, (shape, deviation) in self._random_arrays().items()
+        }
+        if self.options.mask == "pairs":
+            arrays["mask"] = rng.random((1, 1, self.q_len, self.kv_len)) < VISIBLE_SHARE
+            arrays["mask"][..., 0] = True  # no row without a key: peers disagree about those
+        elif self.options.mask == "keys":
+            arrays["mask"] = np.arange(self.kv_len) < self.kv_lens()[:, None, None, None]
+        elif self.options.kv_lens is not None:
+            arrays["kv_lens"] = self.kv_lens()
+        if self.options.alibi:
+            exponents = -8.0 * np.arange(1, self.num_heads + 1) / self.num_heads
+            arrays["alibi_slopes"] = np.exp2(exponents).astype(np.float32)
+        return arrays
+
+    def _random_arrays(self) -> RandomArrays:
+        """Shape and standard deviation of every array of normal random numbers."""
+        if self.kind == "block":
+            return self._block_arrays()
+        key_rows = (self.batch, self.num_kv_heads, self.kv_len)
+        shapes: RandomArrays = {
+            "q": ((self.batch, self.num_heads, self.q_len, self.head_dim), 1.0),
+            "k": ((*key_rows, self.head_dim), 1.0),
+            "v": ((*key_rows, self.value_dim), 1.0),
+        }
+        if self.options.bias:
+            shapes["bias"] = ((1, self.num_heads, self.q_len, self.kv_len), SOFT_BIAS)
+        return shapes
+
+    def _block_arrays(self) -> RandomArrays:
+        columns = {
+            "q": self.num_heads * self.head_dim,
+            "k": self.num_kv_heads * self.head_dim,
+            "v": self.num_kv_heads * self.value_dim,
+        }
+        concat = self.num_heads * self.value_dim
+        shapes: RandomArrays = {"x": ((self.batch, self.q_len, self.d_model), 1.0)}
+        for name, width in columns.items():
+            shapes[f"w_{name}"] = ((self.d_model, width), self.d_model**-0.5)
+            shapes[f"b_{name}"] = ((width,), 0.1)
+        shapes["w_o"] = ((concat, self.d_model), concat**-0.5)
+        shapes["b_o"] = ((self.d_model,), 0.1)
+        return shapes
+
+    def attention_options(self, arrays: Arrays) -> dict[str, Any]:
+        """Keyword arguments of `selfattn.attention` and of the reference for these arrays."""
+        names = ("mask", "bias", "kv_lens", "alibi_slopes")
+        given: dict[str, Any] = {name: arrays[name] for name in names if name in arrays}
+        if self.options.causal:
+            given["causal"] = True
+        if self.options.window is not None:
+            given["window"] = self.options.window
+        if self.options.softcap is not None:
+            given["softcap"] = self.options.softcap
+        return given
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Find a NumPy dtype by name; bfloat16 comes from `ml_dtypes`."""
+    if name == "bfloat16":
+        bfloat16: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        return bfloat16
+    return np.dtype(name)
+
+
+def _normal(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], deviation: float
+) -> Array:
+    drawn = rng.standard_normal(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
+    drawn *= deviation
+    return drawn.astype(dtype, copy=False)

@@ -1,0 +1,279 @@
+"""`python -m selfattn selftest`: is this machine's selfattn right? A sweep against float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import selfattn
+
+from . import reference
+from ._bench.check import (
+    Expected,
+    Mismatch,
+    amplification,
+    attention_reference,
+    bound_of,
+    check,
+    expected_parts,
+)
+from ._bench.peers import OWN
+from ._bench.workload import Array
+from ._bench.workloads import block_workload
+
+Attention = Callable[..., Any]
+Options = dict[str, Any]
+Shape = tuple[int, int, int, int, int, int, int]
+
+DTYPES = ("float32", "float64")
+MINUS_INFINITY = -(2.0**100)
+
+# batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, value_dim
+SHAPES: tuple[Shape, ...] = (
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 1, 1, 1, 7, 3, 5),
+    (1, 1, 1, 16, 16, 64, 64),
+    (1, 12, 12, 24, 24, 64, 64),
+    (2, 3, 3, 17, 31, 8, 8),
+    (1, 4, 2, 33, 65, 40, 40),
+    (1, 2, 1, 64, 64, 64, 64),
+    (1, 8, 2, 1, 300, 128, 128),
+    (2, 4, 1, 5, 129, 32, 32),
+    (1, 1, 1, 97, 128, 72, 72),
+    (1, 2, 2, 130, 257, 80, 80),
+    (1, 1, 1, 200, 200, 96, 48),
+    (1, 1, 1, 7, 513, 256, 256),
+    (1, 1, 1, 300, 40, 64, 64),
+    (1, 3, 3, 3, 2, 127, 1),
+    (1, 2, 2, 48, 48, 33, 65),
+    (1, 1, 1, 4, 0, 8, 8),
+    (2, 2, 2, 12, 1100, 16, 16),
+)
+
+# Shapes the options are tried on: small, odd with groups, decode, several blocks.
+OPTION_SHAPES = (SHAPES[4], SHAPES[5], SHAPES[8], SHAPES[10])
+
+Rng = np.random.Generator
+
+
+def _mask(rng: Rng, shape: Shape) -> Options:
+    batch, num_heads, _, q_len, kv_len = shape[:5]
+    mask = rng.random((batch, num_heads, q_len, kv_len)) < 0.6
+    mask[..., 0, :] = False  # a row that sees nothing
+    return {"mask": mask}
+
+
+def _key_mask(rng: Rng, shape: Shape) -> Options:
+    return {"mask": rng.random((shape[0], 1, 1, shape[4])) < 0.5}
+
+
+def _bias(rng: Rng, shape: Shape) -> Options:
+    bias = rng.standard_normal((shape[1], shape[3], shape[4]), dtype=np.float32)
+    bias[bias < -1.5] = -np.inf
+    return {"bias": bias}
+
+
+def _lens(rng: Rng, shape: Shape) -> Options:
+    batch, q_len, kv_len = shape[0], shape[3], shape[4]
+    return {
+        "kv_lens": rng.integers(0, kv_len + 1, batch),
+        "q_lens": rng.integers(0, q_len + 1, batch),
+    }
+
+
+def _alibi(rng: Rng, shape: Shape) -> Options:
+    return {"alibi_slopes": rng.random(shape[1], dtype=np.float32)}
+
+
+def _sinks(rng: Rng, shape: Shape) -> Options:
+    return {"sinks": rng.standard_normal(shape[1], dtype=np.float32)}
+
+
+def _everything(rng: Rng, shape: Shape) -> Options:
+    makers = (_mask, _bias, _lens, _alibi, _sinks)
+    options = {name: value for make in makers for name, value in make(rng, shape).items()}
+    return {**options, "causal": True, "window": (20, 0), "softcap": 4.0, "scale": 0.3}
+
+
+OPTIONS: dict[str, tuple[Callable[[Rng, Shape], Options], ...]] = {
+    "offsets": (
+        lambda rng, shape: {"causal": True, "q_offset": 0},
+        lambda rng, shape: {"causal": True, "q_offset": -3},
+        lambda rng, shape: {"causal": True, "q_offset": rng.integers(0, 50, shape[0])},
+    ),
+    "windows": (
+        lambda rng, shape: {"window": (9, 0)},
+        lambda rng, shape: {"window": (None, 4), "q_offset": 2},
+        lambda rng, shape: {"window": (3, 70), "causal": True},
+    ),
+    "masks": (_mask, _key_mask),
+    "bias": (_bias,),
+    "scores": (
+        lambda rng, shape: {"scale": -0.7},
+        lambda rng, shape: {"scale": 0.0},
+        lambda rng, shape: {"scale": 20.0},
+        lambda rng, shape: {"softcap": 2.0},
+    ),
+    "alibi, sinks": (_alibi, _sinks),
+    "lengths": (_lens, lambda rng, shape: {**_lens(rng, shape), "causal": True}),
+    "everything": (_everything,),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: its arrays in float32, and a group to report it under.
+
+    `returns` asks for lse and weights as well.
+    """
+
+    group: str
+    shape: Shape
+    options: Options
+    arrays: tuple[Array, Array, Array]
+    returns: bool = False
+
+
+def cases() -> Iterator[Case]:
+    """All cases of `attention`, the same each time."""
+    rng = np.random.default_rng(20)
+    for shape in SHAPES:
+        yield Case("plain", shape, {}, _arrays(rng, shape))
+    for shape in SHAPES:
+        yield Case("causal", shape, {"causal": True}, _arrays(rng, shape))
+    for group, makers in OPTIONS.items():
+        for make in makers:
+            for shape in OPTION_SHAPES:
+                yield Case(group, shape, make(rng, shape), _arrays(rng, shape))
+    for shape in OPTION_SHAPES:
+        for make in (_everything, _lens, _bias):
+            options, arrays = make(rng, shape), _arrays(rng, shape)
+            yield Case("lse, weights", shape, options, arrays, returns=True)
+
+
+def _arrays(rng: Rng, shape: Shape) -> tuple[Array, Array, Array]:
+    batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, value_dim = shape
+    return (
+        rng.standard_normal((batch, num_heads, q_len, head_dim), dtype=np.float32),
+        rng.standard_normal((batch, num_kv_heads, kv_len, head_dim), dtype=np.float32),
+        rng.standard_normal((batch, num_kv_heads, kv_len, value_dim), dtype=np.float32),
+    )
+
+
+class Tally:
+    """Checks made, failed, and the worst error of one group."""
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+        self.checks = 0
+        self.failures: list[str] = []
+        self.worst = 0.0
+
+    def add(self, name: str, call: Callable[[], Any], *expected: list[Expected]) -> None:
+        """Check one call, every array it returns; an exception is a failure like a wrong number."""
+        self.checks += 1
+        try:
+            returned = call() if len(expected) > 1 else (call(),)
+            for array, parts in zip(returned, expected, strict=True):
+                # float32 and float64 both hold this stand-in for -inf, and its error is 0.
+                finite = np.where(np.isneginf(array), MINUS_INFINITY, array)
+                self.worst = max(self.worst, check(name, finite, parts))
+        except Mismatch as error:
+            self.failures.append(str(error))
+        except Exception as error:  # whatever a broken build throws belongs in the report
+            self.failures.append(f"{name}: {type(error).__name__}: {error}")
+
+    def line(self) -> str:
+        """One line of the report."""
+        verdict = f"{len(self.failures)} FAILED" if self.failures else "ok"
+        return (
+            f"{self.group:14}{self.checks:5} checks, "
+            f"largest error {self.worst:7.2%} of its bound: {verdict}"
+        )
+
+
+def run(attention: Attention | None = None, write: Callable[[str], Any] = print) -> int:
+    """Check `attention` and the layer on every ISA of this machine, in float32 and float64.
+
+    Parameters
+    ----------
+    attention : callable, optional
+        What to check instead of `selfattn.attention`.
+    write : callable
+        Receives the lines of the report.
+
+    Returns
+    -------
+    int
+        Number of failed checks.
+    """
+    start = time.perf_counter()
+    tallies: dict[str, Tally] = {}
+    for case in cases():
+        _check_case(tallies.setdefault(case.group, Tally(case.group)), case, attention)
+    tallies["layer"] = _check_layers()
+    for tally in tallies.values():
+        write(tally.line())
+        for failure in tally.failures[:5]:
+            write(f"    {failure}")
+    checks = sum(tally.checks for tally in tallies.values())
+    failures = sum(len(tally.failures) for tally in tallies.values())
+    seconds = time.perf_counter() - start
+    isas = ", ".join(selfattn.isas())
+    verdict = f"{failures} of {checks} checks FAILED" if failures else f"all {checks} checks passed"
+    write(f"{verdict} on {isas} in {seconds:.1f} s")
+    return failures
+
+
+def _check_case(tally: Tally, case: Case, attention: Attention | None) -> None:
+    references = _references(case)
+    asked = {"return_lse": True, "return_weights": True} if case.returns else {}
+    for dtype in DTYPES:
+        q, k, v = (array.astype(dtype) for array in case.arrays)
+        expected = [
+            [Expected((slice(None),), value, bound_of(units, dtype))] for value, units in references
+        ]
+        for isa in selfattn.isas():
+            name = f"{case.group} {dtype} {isa} shape {case.shape}"
+            call = partial(attention or selfattn.attention, q, k, v, **case.options, **asked)
+            with _use_isa(isa):
+                tally.add(name, call, *expected)
+
+
+def _references(case: Case) -> list[tuple[Array, Array]]:
+    """Every array the call should return, with its bound in units of the unit roundoff."""
+    found = [attention_reference(*case.arrays, case.options)]
+    if case.returns:
+        q, k, v = (array.astype(np.float64) for array in case.arrays)
+        _, lse, weights = reference.attention(
+            q, k, v, **case.options, return_lse=True, return_weights=True
+        )
+        row_units = amplification(q, k, case.options)
+        lse = np.where(np.isneginf(lse), MINUS_INFINITY, lse)
+        found += [(lse, row_units[..., 0] + np.abs(lse)), (weights, row_units * weights)]
+    return found
+
+
+def _check_layers() -> Tally:
+    tally = Tally("layer")
+    grouped = replace(block_workload("", "", 2, 37, 96, 6), num_kv_heads=2)
+    for block in (grouped, block_workload("", "", 1, 70, 128, 2)):
+        for dtype in DTYPES:
+            workload = replace(block, dtype=dtype)
+            arrays = workload.make_arrays()
+            parts = expected_parts(workload, arrays)
+            for isa in selfattn.isas():
+                with _use_isa(isa):
+                    name = f"layer {dtype} {isa} d_model {workload.d_model}"
+                    tally.add(name, OWN.prepare(workload, arrays, threads=2), parts)
+    return tally
+
+
+def _use_isa(name: str) -> AbstractContextManager[Any]:
+    return selfattn.use_isa(name)
