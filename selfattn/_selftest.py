@@ -233,7 +233,8 @@ def run(attention: Attention | None = None, write: Callable[[str], Any] = print)
 
 def _check_case(tally: Tally, case: Case, attention: Attention | None) -> None:
     references = _references(case)
-    asked = {"return_lse": True, "return_weights": True} if case.returns else {}
+    function: Attention = attention or selfattn.attention
+    asked: Options = {"return_lse": True, "return_weights": True} if case.returns else {}
     for dtype in DTYPES:
         q, k, v = (array.astype(dtype) for array in case.arrays)
         expected = [
@@ -241,7 +242,7 @@ def _check_case(tally: Tally, case: Case, attention: Attention | None) -> None:
         ]
         for isa in selfattn.isas():
             name = f"{case.group} {dtype} {isa} shape {case.shape}"
-            call = partial(attention or selfattn.attention, q, k, v, **case.options, **asked)
+            call = partial(function, q, k, v, **case.options, **asked)
             with _use_isa(isa):
                 tally.add(name, call, *expected)
 

@@ -82,11 +82,9 @@ class Own(Peer):
         """See `Peer.prepare`."""
         options = workload.attention_options(arrays)
         if workload.kind == "block":
+            weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
             layer = selfattn.SelfAttention(
-                *(arrays[name] for name in BLOCK_INPUTS[:4]),
-                **{name: arrays[name] for name in BLOCK_INPUTS[4:]},
-                num_heads=workload.num_heads,
-                num_kv_heads=workload.num_kv_heads,
+                **weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads
             )
             return lambda: layer(arrays["x"], num_threads=threads, **options)
         q, k, v = (arrays[name] for name in "qkv")

@@ -1,0 +1,93 @@
+"""Merging the results of attention over parts of the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ._arguments import as_array
+
+
+def merge_states(
+    outs: Sequence[ArrayLike] | ArrayLike, lses: Sequence[ArrayLike] | ArrayLike
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    r"""Merge attention over disjoint parts of the keys into attention over all of them.
+
+    ``lse = log Σ_p exp(lse_p)`` and ``out = Σ_p exp(lse_p − lse) · out_p``, summed in the order given.
+
+    Parameters
+    ----------
+    outs : sequence of array_like, each (..., Sq, Dv)
+        Results of `attention` over each part; float32 or float64.
+    lses : sequence of array_like, each (..., Sq)
+        Their log-sum-exps (``return_lse=True``), of the same dtype. −inf: the part showed the row nothing.
+
+    Returns
+    -------
+    out : ndarray, shape (..., Sq, Dv)
+    lse : ndarray, shape (..., Sq)
+        −inf, with out 0, where no part showed the row anything.
+
+    Notes
+    -----
+    The identity behind flash-decoding and ring attention: Rabe and Staats, "Self-attention does not need O(n²)
+    memory" (2021).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 6, 4))
+    >>> parts = [sa.attention(q, k[s], v[s], return_lse=True) for s in (slice(0, 2), slice(2, 6))]
+    >>> out, lse = sa.merge_states([p[0] for p in parts], [p[1] for p in parts])
+    >>> bool(np.allclose(out, sa.attention(q, k, v), rtol=0, atol=1e-14))
+    True
+    """
+    values = [_real(f"outs[{i}]", x) for i, x in enumerate(outs)]  # type: ignore[arg-type]
+    logs = [_real(f"lses[{i}]", x) for i, x in enumerate(lses)]  # type: ignore[arg-type]
+    if not values:
+        raise ValueError("merge_states: outs is empty, but there must be at least one part")
+    if len(values) != len(logs):
+        raise ValueError(f"merge_states: outs has {len(values)} parts but lses has {len(logs)}")
+    _check(values, logs)
+    dtype = values[0].dtype
+    peak = logs[0].astype(np.float64)
+    for log in logs[1:]:
+        peak = np.maximum(peak, log)
+    shift = np.where(np.isneginf(peak), 0.0, peak)
+    total = np.zeros(peak.shape)
+    out = np.zeros(values[0].shape)
+    for value, log in zip(values, logs, strict=True):
+        weight = np.exp(log - shift)
+        # A part that showed a row nothing takes no part in it, whatever its out holds.
+        out += np.where(weight[..., None] == 0, 0.0, value * weight[..., None])
+        total += weight
+    out /= np.where(total == 0, 1.0, total)[..., None]
+    with np.errstate(divide="ignore"):
+        lse = shift + np.log(total)
+    return out.astype(dtype), lse.astype(dtype)
+
+
+def _real(name: str, value: Any) -> NDArray[Any]:
+    array = as_array("merge_states", name, value)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError(f"merge_states: {name} has dtype {array.dtype}, but float32 and float64 are accepted")
+    return array
+
+
+def _check(values: list[NDArray[Any]], logs: list[NDArray[Any]]) -> None:
+    first = values[0]
+    for i, (value, log) in enumerate(zip(values, logs, strict=True)):
+        if value.shape != first.shape:
+            raise ValueError(f"merge_states: outs[{i}] has shape {value.shape} but outs[0] has {first.shape}")
+        if value.ndim == 0 or log.shape != value.shape[:-1]:
+            raise ValueError(
+                f"merge_states: lses[{i}] has shape {log.shape}, but outs[{i}] {value.shape} needs {value.shape[:-1]}"
+            )
+        for name, array in (("outs", value), ("lses", log)):
+            if array.dtype != first.dtype:
+                raise TypeError(f"merge_states: {name}[{i}] has dtype {array.dtype} but outs[0] has {first.dtype}")

@@ -1,0 +1,178 @@
+"""The specification: attention in plain NumPy, one step after the other, in double precision.
+
+Nothing here is fused, blocked or fast. Tests and the self-test hold the core against it, and whoever wants to know what
+an option means can read it here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+
+class Result(NamedTuple):
+    """What `attention` computes, and what its error is measured against."""
+
+    out: NDArray[Any]  # (..., H, Sq, Dv), or (..., Sq, H, Dv) in layout "bshd"
+    lse: NDArray[Any]  # (..., H, Sq)
+    weights: NDArray[Any]  # (..., H, Sq, Sk)
+    magnitude: NDArray[Any]  # sum_j p_ij |v_j|, the shape of out
+    sigma: float  # the largest |scale| * sum_d |q_d k_d| of a visible pair
+
+
+def _per_batch(values: ArrayLike | None, batch: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """Lengths or offsets as (*batch, 1, 1, 1), to broadcast against (..., H, Sq, Sk)."""
+    if values is None:
+        return None
+    array = np.asarray(values, dtype=np.int64)
+    return np.broadcast_to(array if batch else array.reshape(()), batch)[..., None, None, None]
+
+
+def _distances(
+    q_len: int,
+    kv_len: int,
+    batch: tuple[int, ...],
+    q_offset: ArrayLike | None,
+    kv_lens: ArrayLike | None,
+) -> NDArray[np.int64]:
+    """j - (i + offset) for every pair, (*batch, 1, Sq, Sk) or broadcastable to it."""
+    keys = _per_batch(kv_lens, batch)
+    offset = _per_batch(q_offset, batch)
+    if offset is None:
+        offset = (np.int64(kv_len) if keys is None else keys) - np.int64(q_len)
+    return np.asarray(np.arange(kv_len) - (np.arange(q_len)[:, None] + offset))
+
+
+def visibility(
+    q_len: int,
+    kv_len: int,
+    batch: tuple[int, ...] = (),
+    num_heads: int = 1,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: bool = False,
+    q_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    q_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
+) -> NDArray[np.bool_]:
+    """Return which key every query sees, (*batch, H, Sq, Sk)."""
+    visible = np.ones((*batch, num_heads, q_len, kv_len), dtype=bool)
+    distance = _distances(q_len, kv_len, batch, q_offset, kv_lens)
+    if causal:
+        visible &= distance <= 0
+    left, right = window or (None, None)
+    if left is not None:
+        visible &= distance >= -left
+    if right is not None:
+        visible &= distance <= right
+    keys, queries = _per_batch(kv_lens, batch), _per_batch(q_lens, batch)
+    if keys is not None:
+        visible &= np.arange(kv_len) < keys
+    if queries is not None:
+        visible &= np.arange(q_len)[:, None] < queries
+    if mask is not None:
+        visible &= np.asarray(mask)
+    if bias is not None:
+        visible &= np.asarray(bias) != -np.inf
+    return visible
+
+
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: bool = False,
+    q_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    q_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    layout: str = "bhsd",
+    dtype: DTypeLike = np.float64,
+) -> Result:
+    """Compute attention step by step; arguments as for `selfattn.attention`.
+
+    Parameters
+    ----------
+    dtype : dtype, default float64
+        The precision to compute in; `numpy.longdouble` to judge float64 results.
+    """
+    q, k, v = (np.asarray(x, dtype=dtype) for x in (q, k, v))
+    ndim = max(q.ndim, k.ndim, v.ndim)
+    q, k, v = (x[None] if x.ndim == 2 else x.swapaxes(-2, -3) if layout == "bshd" else x for x in (q, k, v))
+    num_heads, q_len, head_dim = q.shape[-3:]
+    kv_len = k.shape[-2]
+    group = num_heads // max(k.shape[-3], 1)
+    k, v = np.repeat(k, group, axis=-3), np.repeat(v, group, axis=-3)
+    batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    limits: dict[str, Any] = {"q_offset": q_offset, "kv_lens": kv_lens}
+    visible = visibility(
+        q_len, kv_len, batch, num_heads, mask=mask, bias=bias, causal=causal, window=window, q_lens=q_lens, **limits
+    )
+    scale = 1 / np.sqrt(head_dim) if scale is None else scale
+    with np.errstate(all="ignore"):
+        scores = scale * np.matmul(q, k.swapaxes(-1, -2))
+        sizes = abs(scale) * np.matmul(abs(q), abs(k).swapaxes(-1, -2))
+        sigma = float(np.max(np.where(visible, sizes, 0), initial=0))
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + np.asarray(bias, dtype=dtype)
+        if alibi_slopes is not None:
+            slopes = np.asarray(alibi_slopes, dtype=dtype)[..., None, None]
+            scores = scores - slopes * abs(_distances(q_len, kv_len, batch, **limits))
+        scores = np.where(visible, scores, -np.inf)
+        return _softmax(scores, visible, v, sinks, q_lens, sigma, ndim, layout)
+
+
+def _softmax(
+    scores: NDArray[Any],
+    visible: NDArray[np.bool_],
+    v: NDArray[Any],
+    sinks: ArrayLike | None,
+    q_lens: ArrayLike | None,
+    sigma: float,
+    ndim: int,
+    layout: str,
+) -> Result:
+    sink = np.full(scores.shape[:-1], -np.inf, dtype=scores.dtype)
+    if sinks is not None:
+        sink[...] = np.asarray(sinks, dtype=scores.dtype)[:, None]
+    queries = _per_batch(q_lens, scores.shape[:-3])
+    if queries is not None:
+        sink[np.broadcast_to(np.arange(scores.shape[-2]) >= queries[..., 0], sink.shape)] = -np.inf
+    peak = np.maximum(np.max(scores, axis=-1, initial=-np.inf), sink)
+    sees = visible.any(axis=-1)
+    # A row that sees nothing subtracts 0; one whose visible scores all are -inf subtracts -inf, which gives NaN.
+    shift = np.where(np.isneginf(peak) & ~sees, 0, peak)[..., None]
+    parts = np.where(visible, np.exp(scores - shift), 0)
+    total = parts.sum(axis=-1) + np.where(np.isneginf(sink), 0, np.exp(sink - shift[..., 0]))
+    weights = np.where(visible, parts / np.where(total == 0, 1, total)[..., None], 0)
+    lse = np.where(np.isneginf(peak), -np.inf, peak + np.log(total))
+    out = _weighted_sum(weights, visible, v)
+    magnitude = _weighted_sum(weights, visible, abs(v))
+    if ndim == 2:
+        return Result(out[0], lse[0], weights[0], magnitude[0], sigma)
+    if layout == "bshd":
+        out, magnitude = out.swapaxes(-2, -3), magnitude.swapaxes(-2, -3)
+    return Result(out, lse, weights, magnitude, sigma)
+
+
+def _weighted_sum(weights: NDArray[Any], visible: NDArray[np.bool_], v: NDArray[Any]) -> NDArray[Any]:
+    """weights @ v in which a hidden value takes no part, not even as 0 * NaN."""
+    finite = np.isfinite(v)
+    total = np.matmul(weights, np.where(finite, v, 0))
+    for j in np.flatnonzero(~finite.all(axis=tuple(i for i in range(v.ndim) if i != v.ndim - 2))):
+        odd = np.where(finite[..., j, :], 0, v[..., j, :])[..., None, :]
+        total = total + np.where(visible[..., j, None], weights[..., j, None] * odd, 0)
+    return total
