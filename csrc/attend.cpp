@@ -71,8 +71,16 @@ class Run {
         (task.batch * problem_.num_kv_heads + task.kv_head) * plan_.row_blocks + task.row_block;
     describe_rows(problem_, plan_, span, slot, /*with_sinks=*/problem_.sinks && !parted);
 
-    RowBlock block{slot.rows,          span.valid, plan_.key_block, problem_.head_dim, problem_.value_dim, terms_,
-                   /*normalise=*/!parted, slot.row_max, slot.row_sum,  slot.kernel_scratch};
+    RowBlock block{slot.rows,
+                   span.valid,
+                   plan_.key_block,
+                   problem_.head_dim,
+                   problem_.value_dim,
+                   terms_,
+                   /*normalise=*/!parted,
+                   slot.row_max,
+                   slot.row_sum,
+                   slot.kernel_scratch};
     if (parted) redirect(block, slot, shared_.partial(plan_, problem_, block_index, task.range));
     plan_.attend->begin(block);
     if (!absorb_keys(task, span, block, slot, slot_index)) return;

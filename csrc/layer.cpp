@@ -56,8 +56,8 @@ struct ProjectionJob {
   std::int64_t blocks() const { return (x.rows + project_rows - 1) / project_rows; }
   std::int64_t tasks() const { return x.outer * blocks() * projection.panels(); }
   double flops() const {
-    return 2.0 * static_cast<double>(x.outer) * static_cast<double>(x.rows) *
-           static_cast<double>(projection.depth()) * static_cast<double>(projection.columns());
+    return 2.0 * static_cast<double>(x.outer) * static_cast<double>(x.rows) * static_cast<double>(projection.depth()) *
+           static_cast<double>(projection.columns());
   }
   bool in_place() const {
     const std::int64_t size = projection.element_size();
@@ -92,9 +92,8 @@ bool project_all(const ProjectionJob* jobs, int count, int max_threads, Interrup
     tasks += jobs[i].tasks();
     flops += jobs[i].flops();
     if (!jobs[i].in_place())
-      bounce_bytes = std::max(bounce_bytes, static_cast<std::size_t>(padded(
-                                                project_rows * jobs[i].projection.depth() *
-                                                jobs[i].projection.element_size())));
+      bounce_bytes = std::max(bounce_bytes, static_cast<std::size_t>(padded(project_rows * jobs[i].projection.depth() *
+                                                                            jobs[i].projection.element_size())));
   }
   const int threads = useful_threads(flops, 0, tasks, max_threads);
   const Scratch bounce(bounce_bytes * static_cast<std::size_t>(threads));
@@ -239,8 +238,8 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   state_->problem = make_problem(arguments);
   if (layer.output) {
     const Problem& p = state_->problem;
-    state_->heads.emplace(static_cast<std::size_t>(p.batch * p.q_len * layer.num_heads * layer.value_dim *
-                                                       size_of(layer.dtype) + 64));
+    state_->heads.emplace(
+        static_cast<std::size_t>(p.batch * p.q_len * layer.num_heads * layer.value_dim * size_of(layer.dtype) + 64));
   }
 }
 
@@ -258,9 +257,10 @@ Shape LayerCall::out_shape() const {
 
 double LayerCall::flops() const {
   const State& s = *state_;
-  return 2.0 * (static_cast<double>(s.query_rows) * static_cast<double>(s.layer.query.depth() * s.layer.query.columns()) +
-                static_cast<double>(s.key_rows) * static_cast<double>(s.layer.key.depth() *
-                                                                      (s.layer.key.columns() + s.layer.value.columns())));
+  return 2.0 *
+         (static_cast<double>(s.query_rows) * static_cast<double>(s.layer.query.depth() * s.layer.query.columns()) +
+          static_cast<double>(s.key_rows) *
+              static_cast<double>(s.layer.key.depth() * (s.layer.key.columns() + s.layer.value.columns())));
 }
 
 bool LayerCall::run(const TensorView& out, int max_threads, Interrupted interrupted) {

@@ -64,7 +64,7 @@ class LayerCall {
   LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context, const TensorView& positions,
             AttentionArguments arguments);
   ~LayerCall();
-  Problem& problem();     // to attach lse and weights
+  Problem& problem();  // to attach lse and weights
   Shape out_shape() const;
   double flops() const;
   // False: interrupted.

@@ -82,7 +82,9 @@ void run_here(const Region& region, int num_threads) {
 // the child, which has a team of its own. Threads that the child starts later are not concerned.
 class Helper {
  public:
-  Helper() { std::thread([this] { serve(); }).detach(); }
+  Helper() {
+    std::thread([this] { serve(); }).detach();
+  }
 
   void run(const Region& region, int num_threads) {
     std::unique_lock lock(mutex_);
@@ -175,8 +177,6 @@ void prepare_for_fork() {
 #endif
 }
 
-bool runs_on_helper(int num_threads) {
-  return num_threads > 1 && survived_fork && backend() == Backend::openmp;
-}
+bool runs_on_helper(int num_threads) { return num_threads > 1 && survived_fork && backend() == Backend::openmp; }
 
 }  // namespace selfattn

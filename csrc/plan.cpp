@@ -36,7 +36,8 @@ bool in_place(const Problem& problem, const Operand& operand) {
 int choose_key_block(const Problem& problem) {
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
   const std::int64_t fitting = key_block_bytes / std::max<std::int64_t>(row_bytes, 1) / smallest_key_block;
-  return static_cast<int>(std::clamp<std::int64_t>(fitting * smallest_key_block, smallest_key_block, largest_key_block));
+  return static_cast<int>(
+      std::clamp<std::int64_t>(fitting * smallest_key_block, smallest_key_block, largest_key_block));
 }
 
 void choose_kernel(Plan& plan, const Problem& problem) {

@@ -13,18 +13,18 @@ struct Plan {
   const KernelSet* kernels;
   const TypeKernels* types;
   const AttendKernel* attend;
-  const char* reason;        // why this kernel
-  std::int64_t rows;         // query rows of one KV head: q_len * group_size
-  int block_rows;            // query rows of one task
-  std::int64_t row_blocks;   // of one KV head
-  int key_block;             // keys that a kernel takes at a time
-  std::int64_t range_keys;   // keys of one task
-  std::int64_t ranges;       // tasks along the keys; more than one: their results are merged
+  const char* reason;       // why this kernel
+  std::int64_t rows;        // query rows of one KV head: q_len * group_size
+  int block_rows;           // query rows of one task
+  std::int64_t row_blocks;  // of one KV head
+  int key_block;            // keys that a kernel takes at a time
+  std::int64_t range_keys;  // keys of one task
+  std::int64_t ranges;      // tasks along the keys; more than one: their results are merged
   std::int64_t tasks;
   bool copies_queries, copies_keys, copies_values, copies_out;  // operands that kernels cannot read or write in place
   int threads;
-  std::size_t thread_bytes;   // scratch of one thread
-  std::size_t shared_bytes;   // task order, partial results and their counters
+  std::size_t thread_bytes;  // scratch of one thread
+  std::size_t shared_bytes;  // task order, partial results and their counters
   double flops;
 };
 

@@ -156,13 +156,12 @@ void place_per_head(Problem& problem, const AttentionArguments& a) {
     target.append(problem.num_heads);
     check_broadcast(a.function, "alibi_slopes", a.alibi_slopes, target);
     place_batch(problem, problem.alibi_slopes, a.alibi_slopes, 1);
-    if (a.alibi_slopes.ndim > 0 && a.alibi_slopes.extent(0) != 1)
-      problem.alibi_slopes.head = a.alibi_slopes.stride(0);
+    if (a.alibi_slopes.ndim > 0 && a.alibi_slopes.extent(0) != 1) problem.alibi_slopes.head = a.alibi_slopes.stride(0);
   }
   if (a.sinks) {
     if (a.sinks.ndim != 1 || a.sinks.extent(0) != problem.num_heads)
-      refuse(a.function, "sinks has shape ", shape_text(a.sinks), " but needs one logit per head: (",
-             problem.num_heads, ",)");
+      refuse(a.function, "sinks has shape ", shape_text(a.sinks), " but needs one logit per head: (", problem.num_heads,
+             ",)");
     place_batch(problem, problem.sinks, a.sinks, 1);
     problem.sinks.head = a.sinks.stride(0);
   }

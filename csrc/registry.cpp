@@ -57,8 +57,8 @@ const KernelSet& kernels_named(const std::string& name) {
     if (name == kernels->name) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::invalid_argument("SELFATTN_ISA: '" + name + "' is not an instruction set that this machine can run; it has " +
-                              names);
+  throw std::invalid_argument("SELFATTN_ISA: '" + name +
+                              "' is not an instruction set that this machine can run; it has " + names);
 }
 
 const KernelSet& active_kernels() {

@@ -87,10 +87,10 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
   T* row_sum = reinterpret_cast<T*>(slot.row_sum);
   for (int i = 0; i < span.valid; ++i) {
     const Row& row = slot.rows[i];
-    const double start = problem.sinks
-                             ? base2(read_real(problem.sinks.data + place_of(problem, span, i).head * problem.sinks.head,
-                                               DType::f64))
-                             : -infinity;
+    const double start =
+        problem.sinks
+            ? base2(read_real(problem.sinks.data + place_of(problem, span, i).head * problem.sinks.head, DType::f64))
+            : -infinity;
     T peak = static_cast<T>(start);
     T sum = start == -infinity ? T(0) : T(1);
     T* out = static_cast<T*>(row.out);
@@ -161,8 +161,8 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.key_end = visible.end;
     row.position = place.query + offset;
     row.slope = slopes ? read_real(slopes + place.head * problem.alibi_slopes.head, DType::f64) : 0;
-    row.sink = with_sinks ? base2(read_real(problem.sinks.data + place.head * problem.sinks.head, DType::f64))
-                          : -infinity;
+    row.sink =
+        with_sinks ? base2(read_real(problem.sinks.data + place.head * problem.sinks.head, DType::f64)) : -infinity;
   }
 }
 
@@ -179,8 +179,8 @@ ScoreTerms score_terms(const Problem& problem) {
   return terms;
 }
 
-void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot,
-                   const char* row_max, const char* row_sum) {
+void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,
+                   const char* row_sum) {
   const std::int64_t size = size_of(problem.dtype);
   for (int i = 0; i < span.valid; ++i) {
     const Row& row = slot.rows[i];

@@ -27,8 +27,8 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
 ScoreTerms score_terms(const Problem& problem);
 
 // From row_max, row_sum and slot.rows' outputs: lse, weights, and the outputs themselves where they were bounced.
-void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot,
-                   const char* row_max, const char* row_sum);
+void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,
+                   const char* row_sum);
 
 // Results of the rows beyond q_lens.
 void clear_rows(const Problem& problem, const RowSpan& span);

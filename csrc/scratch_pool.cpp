@@ -8,7 +8,8 @@ namespace {
 
 constexpr std::align_val_t alignment{64};
 constexpr std::size_t granule = std::size_t{64} << 10;
-constexpr std::size_t largest_kept = std::size_t{8} << 20;  // a call that needs more is long: allocating costs it little
+constexpr std::size_t largest_kept = std::size_t{8}
+                                     << 20;  // a call that needs more is long: allocating costs it little
 constexpr int places = 32;
 
 // The size stands in the block itself, so that a place is one word and taking it one exchange.

@@ -10,8 +10,8 @@ using core::Carver;
 Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
   // Kernels write whole strips of maxima and sums.
-  const std::int64_t lanes = (plan.block_rows + plan.attend->strip_rows - 1) / plan.attend->strip_rows *
-                             std::int64_t{plan.attend->strip_rows};
+  const std::int64_t lanes =
+      (plan.block_rows + plan.attend->strip_rows - 1) / plan.attend->strip_rows * std::int64_t{plan.attend->strip_rows};
   Carver carver{base};
   const auto take_if = [&](bool needed, std::int64_t count) {
     return needed ? carver.take<char>(count * size) : nullptr;

@@ -26,11 +26,8 @@ class TaskLoop {
     run_region({[](void* opaque, int slot) noexcept {
                   auto& [loop, body] = *static_cast<Context*>(opaque);
                   if (slot >= loop.threads_) return;  // a team larger than asked for
-                  while (!loop.should_stop(slot)) {
-                    const std::int64_t index = loop.next_.fetch_add(1, std::memory_order_relaxed);
-                    if (index >= loop.tasks_) return;
-                    body(index, slot);
-                  }
+                  std::int64_t index;
+                  while (!loop.should_stop(slot) && loop.claim(index)) body(index, slot);
                 },
                 [](void* opaque) noexcept { static_cast<Context*>(opaque)->loop.ask(); }, &context},
                threads_);
@@ -49,6 +46,11 @@ class TaskLoop {
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds interval{50};
+
+  bool claim(std::int64_t& index) noexcept {
+    index = next_.fetch_add(1, std::memory_order_relaxed);
+    return index < tasks_;
+  }
 
   void ask() noexcept {
     if (interrupted_ && interrupted_()) stopped_.store(true, std::memory_order_relaxed);

@@ -39,7 +39,7 @@ _NO_NEED = {
     "enable_gqa": "grouped heads are recognised by the shapes of k and v",
 }
 _PRECISIONS = ("highest", "high", "medium")
-_LAYOUTS = ("bhsd", "bshd")
+LAYOUTS = ("bhsd", "bshd")
 
 
 def refuse_unknown(function: str, unknown: Mapping[str, object]) -> None:
@@ -57,8 +57,7 @@ def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an ndarray of native byte order, without a copy wherever that is possible."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
-            f"{function}: {name} is a MaskedArray, whose mask would be lost: pass .data, and what is "
-            "hidden as mask="
+            f"{function}: {name} is a MaskedArray, whose mask would be lost: pass .data, and what is hidden as mask="
         )
     array = value if isinstance(value, np.ndarray) else _from_foreign(function, name, value)
     if not array.dtype.isnative:
@@ -87,7 +86,8 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
     return array
 
 
-def _integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
+def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
+    """Return integers of any width as int64."""
     array = as_array(function, name, value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
@@ -126,9 +126,7 @@ def _softcap(function: str, value: Any) -> float:
 
 def _window(function: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(
-            f"{function}: window is {value!r}, but a pair (left, right) is needed, with None for unbounded"
-        )
+        raise TypeError(f"{function}: window is {value!r}, but a pair (left, right) is needed, with None for unbounded")
     left, right = value
     return _reach(function, value, left), _reach(function, value, right)
 
@@ -163,7 +161,8 @@ def thread_count(function: str, value: Any) -> int:
     return int(value)
 
 
-def _choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+def choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of `choices`."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{function}: {name} is {value!r}, but it must be one of {listed}")
@@ -196,12 +195,12 @@ def core_options(
     if causal is not True and causal is not False:
         causal = flag(function, "causal", causal)
     if q_offset is not None:
-        q_offset = _integers(function, "q_offset", q_offset)
+        q_offset = integers(function, "q_offset", q_offset)
     left, right = (-1, -1) if window is None else _window(function, window)
     if q_lens is not None:
-        q_lens = _integers(function, "q_lens", q_lens)
+        q_lens = integers(function, "q_lens", q_lens)
     if kv_lens is not None:
-        kv_lens = _integers(function, "kv_lens", kv_lens)
+        kv_lens = integers(function, "kv_lens", kv_lens)
     if scale is not None:
         scale = _number(function, "scale", scale)
     cap = 0.0 if softcap is None else _softcap(function, softcap)
@@ -210,11 +209,11 @@ def core_options(
     if sinks is not None:
         sinks = _reals(function, "sinks", sinks)
     if layout != "bhsd":
-        _choice(function, "layout", layout, _LAYOUTS)
+        choice(function, "layout", layout, LAYOUTS)
     return_lse = flag(function, "return_lse", return_lse)
     return_weights = flag(function, "return_weights", return_weights)
     if precision != "highest":
-        _choice(function, "precision", precision, _PRECISIONS)
+        choice(function, "precision", precision, _PRECISIONS)
     threads = thread_count(function, num_threads)
     return (
         mask,

@@ -186,16 +186,11 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any) -> Explana
     >>> sa.explain(x, x, x)["kernel"]
     'tile'
     """
-    for ignored in ("out",):
-        options.pop(ignored, None)
+    options.pop("out", None)
     known = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
     refuse_unknown("explain", options)
-    arrays = [as_array("explain", name, x) for name, x in (("q", q), ("k", k), ("v", v))]
-    return Explanation(_core.explain(*arrays, core_options("explain", **known)))
+    q, k, v = (as_array("explain", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    return Explanation(_core.explain(q, k, v, core_options("explain", **known)))
 
 
-_DEFAULTS: dict[str, Any] = {
-    name: default
-    for name, default in (attention.__kwdefaults__ or {}).items()
-    if name != "out"
-}  # fmt: skip
+_DEFAULTS: dict[str, Any] = {name: x for name, x in (attention.__kwdefaults__ or {}).items() if name != "out"}

@@ -92,8 +92,8 @@ def t5_bias(
     sides = 2 if bidirectional else 1
     if array.ndim != 2 or array.shape[0] < 2 * sides or array.shape[0] % sides:
         raise ValueError(
-            f"{function}: table has shape {array.shape}, but (num_buckets, H) is needed with at least {2 * sides} buckets"
-            + (", an even number" if bidirectional else "")
+            f"{function}: table has shape {array.shape}, but (num_buckets, H) is needed, with at least "
+            f"{2 * sides} buckets" + (", an even number" if bidirectional else "")
         )
     buckets = array.shape[0] // sides
     exact = buckets // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,9 +62,18 @@ class SelfAttention:
     """
 
     __slots__ = (
-        "_core", "_rope", "d_context", "d_model", "d_out", "dtype", "head_dim", "isa", "num_heads",
-        "num_kv_heads", "value_dim",
-    )  # fmt: skip
+        "_core",
+        "_rope",
+        "d_context",
+        "d_model",
+        "d_out",
+        "dtype",
+        "head_dim",
+        "isa",
+        "num_heads",
+        "num_kv_heads",
+        "value_dim",
+    )
 
     _core: _core.Layer
     _rope: RoPE | None
@@ -93,65 +102,43 @@ class SelfAttention:
         num_kv_heads: int | None = None,
         rope: RoPE | bool | None = None,
     ) -> None:
-        self._build(
-            "SelfAttention",
-            {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
-            {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
-            num_heads,
-            num_kv_heads,
-            rope,
-        )
+        self._build("SelfAttention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
 
     def _build(
         self,
         function: str,
-        weights: dict[str, Any],
-        biases: dict[str, Any],
+        weights: tuple[Any, Any, Any, Any],
+        biases: tuple[Any, Any, Any, Any],
         num_heads: Any,
         num_kv_heads: Any,
         rope: Any,
     ) -> None:
-        w = {n: None if x is None else _matrix(function, n, x) for n, x in weights.items()}
-        dtype = w["w_q"].dtype
-        for name, matrix in w.items():
-            if matrix is not None and matrix.dtype != dtype:
-                raise TypeError(f"{function}: {name} has dtype {matrix.dtype} but w_q has {dtype}")
         heads = _count(function, "num_heads", num_heads)
         kv_heads = heads if num_kv_heads is None else _count(function, "num_kv_heads", num_kv_heads)
         if heads % kv_heads:
-            raise ValueError(
-                f"{function}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}"
-            )
-        head_dim = _split(function, "w_q", w["w_q"], "num_heads", heads)
-        if _split(function, "w_k", w["w_k"], "num_kv_heads", kv_heads) != head_dim:
-            raise ValueError(
-                f"{function}: w_k has {w['w_k'].shape[1]} columns but {kv_heads} KV heads of head_dim {head_dim} "
-                f"(from w_q) need {kv_heads * head_dim}"
-            )
-        value_dim = _split(function, "w_v", w["w_v"], "num_kv_heads", kv_heads)
-        if w["w_v"].shape[0] != w["w_k"].shape[0]:
-            raise ValueError(
-                f"{function}: w_v has {w['w_v'].shape[0]} rows but w_k has {w['w_k'].shape[0]}"
-            )
-        if w["w_o"] is not None and w["w_o"].shape[0] != heads * value_dim:
-            raise ValueError(
-                f"{function}: w_o has {w['w_o'].shape[0]} rows but {heads} heads of value_dim {value_dim} need "
-                f"{heads * value_dim}"
-            )
-        vectors = [
-            _vector(function, name, biases[name], w["w" + name[1:]], dtype) for name in biases
-        ]
-        description = rope_or_none(function, rope)
-        turn = None if description is None else description.for_core(function, head_dim)
-        core = _core.Layer(
-            w["w_q"], w["w_k"], w["w_v"], w["w_o"], tuple(vectors), heads, kv_heads, turn
+            raise ValueError(f"{function}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+        w = _Weights.check(function, weights, heads, kv_heads)
+        columns = (w.q, w.k, w.v, w.o)
+        vectors = tuple(
+            _vector(function, name, bias, matrix, w.q.dtype)
+            for name, bias, matrix in zip("qkvo", biases, columns, strict=True)
         )
-        d_out = heads * value_dim if w["w_o"] is None else w["w_o"].shape[1]
+        description = rope_or_none(function, rope)
+        turn = None if description is None else description.for_core(function, w.head_dim)
+        core = _core.Layer(*columns, vectors, heads, kv_heads, turn)
         for name, value in {
-            "_core": core, "_rope": description, "d_context": w["w_k"].shape[0],
-            "d_model": w["w_q"].shape[0], "d_out": d_out, "dtype": dtype, "head_dim": head_dim,
-            "isa": core.isa, "num_heads": heads, "num_kv_heads": kv_heads, "value_dim": value_dim,
-        }.items():  # fmt: skip
+            "_core": core,
+            "_rope": description,
+            "d_context": w.k.shape[0],
+            "d_model": w.q.shape[0],
+            "d_out": heads * w.value_dim if w.o is None else w.o.shape[1],
+            "dtype": w.q.dtype,
+            "head_dim": w.head_dim,
+            "isa": core.isa,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "value_dim": w.value_dim,
+        }.items():
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -200,9 +187,7 @@ class SelfAttention:
         """
         return self._call("SelfAttention", x, context, positions, out, options)
 
-    def _call(
-        self, function: str, x: Any, context: Any, positions: Any, out: Any, options: dict[str, Any]
-    ) -> Any:
+    def _call(self, function: str, x: Any, context: Any, positions: Any, out: Any, options: dict[str, Any]) -> Any:
         unknown = options.keys() - _OPTIONS.keys()
         if unknown:
             refuse_unknown(function, {name: options[name] for name in options if name in unknown})
@@ -275,42 +260,68 @@ def self_attention(
     ((10, 32), (4, 10, 10))
     """
     layer = SelfAttention.__new__(SelfAttention)
-    layer._build(
-        "self_attention",
-        {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
-        {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
-        num_heads,
-        num_kv_heads,
-        rope,
-    )
+    layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
     return layer._call("self_attention", x, context, positions, out, attention_options)
 
 
-def _matrix(function: str, name: str, value: Any) -> NDArray[Any]:
+class _Weights(NamedTuple):
+    """Matrices of one dtype whose shapes fit together."""
+
+    q: NDArray[Any]
+    k: NDArray[Any]
+    v: NDArray[Any]
+    o: NDArray[Any] | None
+    head_dim: int
+    value_dim: int
+
+    @classmethod
+    def check(cls, function: str, weights: tuple[Any, Any, Any, Any], num_heads: int, num_kv_heads: int) -> _Weights:
+        q = _matrix(function, "w_q", weights[0], None)
+        head_dim = _split(function, "w_q", q, "num_heads", num_heads)
+        k = _matrix(function, "w_k", weights[1], q.dtype)
+        if k.shape[1] != num_kv_heads * head_dim:
+            raise ValueError(
+                f"{function}: w_k has {k.shape[1]} columns, but {num_kv_heads} KV heads of head_dim {head_dim} "
+                f"(from w_q) need {num_kv_heads * head_dim}"
+            )
+        v = _matrix(function, "w_v", weights[2], q.dtype)
+        value_dim = _split(function, "w_v", v, "num_kv_heads", num_kv_heads)
+        if v.shape[0] != k.shape[0]:
+            raise ValueError(f"{function}: w_v has {v.shape[0]} rows but w_k has {k.shape[0]}")
+        if weights[3] is None:
+            return cls(q, k, v, None, head_dim, value_dim)
+        o = _matrix(function, "w_o", weights[3], q.dtype)
+        if o.shape[0] != num_heads * value_dim:
+            raise ValueError(
+                f"{function}: w_o has {o.shape[0]} rows, but {num_heads} heads of value_dim {value_dim} need "
+                f"{num_heads * value_dim}"
+            )
+        return cls(q, k, v, o, head_dim, value_dim)
+
+
+def _matrix(function: str, name: str, value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
     array = as_array(function, name, value)
     if array.dtype not in (np.float32, np.float64):
-        raise TypeError(
-            f"{function}: {name} has dtype {array.dtype}, but float32 and float64 are accepted"
-        )
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but float32 and float64 are accepted")
+    if dtype is not None and array.dtype != dtype:
+        raise TypeError(f"{function}: {name} has dtype {array.dtype} but w_q has {dtype}")
     if array.ndim != 2:
         raise ValueError(f"{function}: {name} has shape {array.shape}, but a matrix is needed")
     return array
 
 
 def _vector(
-    function: str, name: str, value: Any, matrix: NDArray[Any] | None, dtype: np.dtype[Any]
+    function: str, letter: str, value: Any, matrix: NDArray[Any] | None, dtype: np.dtype[Any]
 ) -> NDArray[Any] | None:
     if value is None:
         return None
     if matrix is None:
-        raise ValueError(f"{function}: {name} is given without {'w' + name[1:]}")
-    array = as_array(function, name, value)
+        raise ValueError(f"{function}: b_{letter} is given without w_{letter}")
+    array = as_array(function, f"b_{letter}", value)
     if array.dtype != dtype:
-        raise TypeError(f"{function}: {name} has dtype {array.dtype} but w_q has {dtype}")
+        raise TypeError(f"{function}: b_{letter} has dtype {array.dtype} but w_q has {dtype}")
     if array.shape != (matrix.shape[1],):
-        raise ValueError(
-            f"{function}: {name} has shape {array.shape} but {'w' + name[1:]} has {matrix.shape[1]} columns"
-        )
+        raise ValueError(f"{function}: b_{letter} has shape {array.shape} but w_{letter} has {matrix.shape[1]} columns")
     return array
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import _choice, _integers, _LAYOUTS, as_array, out_array
+from ._arguments import LAYOUTS, as_array, choice, integers, out_array
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def rope_or_none(function: str, rope: Any) -> RoPE | None:
 
 def positions_for(function: str, positions: Any, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """Return positions, checked to broadcast to `shape` = (..., S)."""
-    array = _integers(function, "positions", positions)
+    array = integers(function, "positions", positions)
     try:
         fits = np.broadcast_shapes(array.shape, shape) == shape and array.ndim > 0
     except ValueError:
@@ -73,7 +73,7 @@ def positions_for(function: str, positions: Any, shape: tuple[int, ...]) -> NDAr
 def apply_rope(
     x: ArrayLike,
     positions: ArrayLike | None = None,
-    rope: RoPE = RoPE(),  # noqa: B008, a frozen description
+    rope: RoPE = RoPE(),
     *,
     layout: str = "bhsd",
     out: NDArray[Any] | None = None,
@@ -107,7 +107,7 @@ def apply_rope(
     """
     function = "apply_rope"
     array = as_array(function, "x", x)
-    _choice(function, "layout", layout, _LAYOUTS)
+    choice(function, "layout", layout, LAYOUTS)
     if not isinstance(rope, RoPE):
         raise TypeError(f"{function}: rope is {rope!r}, but a RoPE is needed")
     if array.ndim < 2:

@@ -47,8 +47,8 @@ def merge_states(
     >>> bool(np.allclose(out, sa.attention(q, k, v), rtol=0, atol=1e-14))
     True
     """
-    values = [_real(f"outs[{i}]", x) for i, x in enumerate(outs)]  # type: ignore[arg-type]
-    logs = [_real(f"lses[{i}]", x) for i, x in enumerate(lses)]  # type: ignore[arg-type]
+    values = [_real(f"outs[{i}]", x) for i, x in enumerate(_parts(outs))]
+    logs = [_real(f"lses[{i}]", x) for i, x in enumerate(_parts(lses))]
     if not values:
         raise ValueError("merge_states: outs is empty, but there must be at least one part")
     if len(values) != len(logs):
@@ -70,6 +70,10 @@ def merge_states(
     with np.errstate(divide="ignore"):
         lse = shift + np.log(total)
     return out.astype(dtype), lse.astype(dtype)
+
+
+def _parts(values: Any) -> list[Any]:
+    return list(values)
 
 
 def _real(name: str, value: Any) -> NDArray[Any]:

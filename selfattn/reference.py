@@ -175,4 +175,4 @@ def _weighted_sum(weights: NDArray[Any], visible: NDArray[np.bool_], v: NDArray[
     for j in np.flatnonzero(~finite.all(axis=tuple(i for i in range(v.ndim) if i != v.ndim - 2))):
         odd = np.where(finite[..., j, :], 0, v[..., j, :])[..., None, :]
         total = total + np.where(visible[..., j, None], weights[..., j, None] * odd, 0)
-    return total
+    return np.asarray(total)

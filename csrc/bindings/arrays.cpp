@@ -42,8 +42,7 @@ TensorView float_view(const char* function, const char* name, py::handle object)
               "float32 and float64 are accepted: convert it with .astype(numpy.float32)");
 }
 
-TensorView matching_view(const char* function, const char* name, py::handle object, const char* like_name,
-                         DType like) {
+TensorView matching_view(const char* function, const char* name, py::handle object, const char* like_name, DType like) {
   const TensorView view = float_view(function, name, object);
   if (view.dtype != like)
     refuse_type(function, name, dtype_name(as_array(object)),

@@ -96,7 +96,7 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
   d["ranges"] = plan.ranges;
   d["tasks"] = plan.tasks;
   d["threads"] = plan.threads;
-  d["threads_source"] = plan.threads == 1                ? "one thread is enough for this much work"
+  d["threads_source"] = plan.threads == 1         ? "one thread is enough for this much work"
                         : options.num_threads > 0 ? "num_threads argument"
                                                   : default_threads().source;
   d["scratch_bytes_per_thread"] = plan.thread_bytes;

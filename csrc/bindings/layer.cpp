@@ -22,16 +22,16 @@ std::optional<Rope> rope_of(py::handle description) {
 class Layer {
  public:
   // Arrays of one dtype whose shapes Python's layer has checked; biases, w_o and rope may be None.
-  Layer(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases,
-        std::int64_t num_heads, std::int64_t num_kv_heads, py::handle rope)
+  Layer(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases, std::int64_t num_heads,
+        std::int64_t num_kv_heads, py::handle rope)
       : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
 
   py::object call(const char* function, py::handle x, py::handle context, py::handle positions,
                   const py::tuple& option_values) const {
     const Options options(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
-    const TensorView other = context.is_none() ? TensorView{}
-                                               : input_view(function, "context", context, weights_.key.depth());
+    const TensorView other =
+        context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
     const int threads = threads_for(options);
     LayerCall call(weights_, input, other, optional_view(positions, DType::i64),
                    arguments_of(function, options, {}, {}, {}));
@@ -58,11 +58,16 @@ class Layer {
       return Projection(types, optional_view(weights, dtype), optional_view(biases[bias], dtype));
     };
     const auto columns = [](py::handle w) { return py::reinterpret_borrow<py::array>(w).shape(1); };
-    LayerWeights layer{&kernels,           dtype,
-                       num_heads,          num_kv_heads,
-                       columns(w_q) / num_heads, columns(w_v) / num_kv_heads,
-                       projection(w_q, 0), projection(w_k, 1),
-                       projection(w_v, 2), std::nullopt,
+    LayerWeights layer{&kernels,
+                       dtype,
+                       num_heads,
+                       num_kv_heads,
+                       columns(w_q) / num_heads,
+                       columns(w_v) / num_kv_heads,
+                       projection(w_q, 0),
+                       projection(w_k, 1),
+                       projection(w_v, 2),
+                       std::nullopt,
                        rope_of(rope)};
     if (!w_o.is_none()) layer.output.emplace(projection(w_o, 3));
     return layer;

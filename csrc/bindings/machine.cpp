@@ -1,6 +1,6 @@
+#include "machine.h"
 #include "bindings/attention.h"
 #include "kernels/kernel_set.h"
-#include "machine.h"
 #include "parallel.h"
 #include "peaks.h"
 #include "registry.h"

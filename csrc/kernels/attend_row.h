@@ -65,7 +65,7 @@ struct RowAttention {
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
     const bool limited = describe_rows(block, s, keys);
-    ScoreTile<T> tile{s.scores,  nullptr, block.count, static_cast<int>(padded(keys.count)),
+    ScoreTile<T> tile{s.scores,     nullptr, block.count, static_cast<int>(padded(keys.count)),
                       s.score_step, limited, s.begin,     s.end,
                       s.distance,   s.slope};
     bool hides = limited;
@@ -117,7 +117,8 @@ struct RowAttention {
   static void keep_scores(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
     for (int r = 0; r < block.count; ++r) {
       T* kept = static_cast<T*>(block.rows[r].scores) + keys.first;
-      for (int j = 0; j < keys.count; j += W) store_up_to(kept + j, load(s.scores + r * s.score_step + j), keys.count - j);
+      for (int j = 0; j < keys.count; j += W)
+        store_up_to(kept + j, load(s.scores + r * s.score_step + j), keys.count - j);
     }
   }
 
@@ -185,7 +186,8 @@ struct RowAttention {
 
   // out = out * rescale + probs . values for `Cols` vectors of dims at a time, then halves of it for the remainder.
   template <int Rows, int Cols>
-  static void accumulate_dims(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row, std::int64_t dim) {
+  static void accumulate_dims(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row,
+                              std::int64_t dim) {
     const T* values = static_cast<const T*>(keys.values);
     const auto sweep = [&](auto load_value) {
       Vec<T> sums[Rows][Cols];
@@ -224,7 +226,8 @@ struct RowAttention {
       for (std::int64_t dim = 0; dim < block.value_dim; dim += W) {
         Vec<T> sum = broadcast(T(0));
         for (int j = 0; j < keys.count; ++j) {
-          const Mask<T> seen = visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
+          const Mask<T> seen =
+              visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
           if (!any(seen)) continue;
           const Vec<T> value = load_up_to(values + j * keys.value_step + dim, block.value_dim - dim);
           sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);

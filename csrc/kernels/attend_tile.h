@@ -65,8 +65,8 @@ struct TileAttention {
     const Row* rows = block.rows + first_row;
     const int left = block.count - first_row;
     const int count = left < strip_rows ? left : strip_rows;
-    Strip strip{first_row,         count, (count + W - 1) / W, rows[0].key_begin, rows[0].key_begin,
-                rows[0].key_end, rows[0].key_end};
+    Strip strip{first_row,         count,           (count + W - 1) / W, rows[0].key_begin,
+                rows[0].key_begin, rows[0].key_end, rows[0].key_end};
     for (int i = 1; i < count; ++i) {
       const std::int64_t begin = rows[i].key_begin, end = rows[i].key_end;
       strip.begin_min = begin < strip.begin_min ? begin : strip.begin_min;
@@ -171,8 +171,7 @@ struct TileAttention {
                                   [&](std::int64_t dim, const auto& sums) {
                                     T* o = out + dim * Cols * W;
                                     for (const auto& row : sums)
-                                      for (int c = 0; c < Cols; ++c, o += W)
-                                        store(o, fma(load(o), rescale[c], row[c]));
+                                      for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
                                   });
   }
 

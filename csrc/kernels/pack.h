@@ -1,4 +1,5 @@
-// Moves rows of memory into columns of vectors and back: queries and scores' terms on the way in, outputs on the way out.
+// Moves rows of memory into columns of vectors and back: queries and scores' terms on the way in, outputs on the way
+// out.
 #pragma once
 #include <cstdint>
 

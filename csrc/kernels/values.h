@@ -11,7 +11,8 @@ inline bool all_finite(const T* values, std::int64_t step, int rows, std::int64_
   const Vec<T> zero = broadcast(T(0));
   Vec<T> sum = zero;
   for (int r = 0; r < rows; ++r, values += step)
-    for (std::int64_t d = 0; d < value_dim; d += Vec<T>::width) sum = sum + load_up_to(values + d, value_dim - d) * zero;
+    for (std::int64_t d = 0; d < value_dim; d += Vec<T>::width)
+      sum = sum + load_up_to(values + d, value_dim - d) * zero;
   return !any(is_nan(sum));
 }
 

@@ -40,13 +40,11 @@ class Expected:
     bound: Float64
 
 
-def attention_reference(
-    q: Array, k: Array, v: Array, options: Mapping[str, Any]
-) -> tuple[Float64, Float64]:
-    """Compute a reference output and its error bound in units of the unit roundoff u.
+def attention_reference(q: Array, k: Array, v: Array, options: Mapping[str, Any]) -> tuple[reference.Result, float]:
+    """Compute a reference result and how often its error bound counts the unit roundoff u.
 
-    The bound is (16 + 4 s) u sum_j p_j |v_j| with s the largest magnitude that adding up a
-    score of that row meets: scale sum_d |q_d k_d|, plus |bias| and the like.
+    The bound of an output is (16 + 4 s) u sum_j p_j |v_j|, s the largest
+    scale sum_d |q_d k_d| of the call; the factor 16 + 4 s is returned.
 
     Parameters
     ----------
@@ -54,42 +52,14 @@ def attention_reference(
     options : mapping
         Keyword arguments of `selfattn.attention`.
     """
-    q, k, v = (np.asarray(array, dtype=np.float64) for array in (q, k, v))
-    both = reference.attention(q, k, np.concatenate([v, np.abs(v)], axis=-1), **options)
-    value, magnitude = np.split(np.asarray(both, dtype=np.float64), 2, axis=-1)
-    return value, amplification(q, k, options) * magnitude
+    result = reference.attention(q, k, v, **options)
+    return result, 16.0 + 4.0 * result.sigma
 
 
 def bound_of(units: Float64, dtype: str) -> Float64:
     """Turn units of the unit roundoff into a bound; the reference's own rounding is added."""
     roundoff = UNIT_ROUNDOFF[dtype] + UNIT_ROUNDOFF["float64"]
     return units * roundoff + float(np.finfo(dtype).tiny)
-
-
-def amplification(q: Array, k: Array, options: Mapping[str, Any]) -> Float64:
-    """Compute the 16 + 4 s of every row, shape (B, H, Sq, 1)."""
-    q, k = np.asarray(q, dtype=np.float64), np.asarray(k, dtype=np.float64)
-    return 16.0 + 4.0 * _score_magnitude(q, k, options)
-
-
-def _score_magnitude(q: Float64, k: Float64, options: Mapping[str, Any]) -> Float64:
-    """Largest magnitude met in computing a score of each row, shape (B, H, Sq, 1)."""
-    batch, num_heads, q_len, head_dim = q.shape
-    kv_len = k.shape[2]
-    if kv_len == 0:
-        return np.zeros((batch, num_heads, q_len, 1))
-    keys = np.repeat(np.abs(k), num_heads // k.shape[1], axis=1)
-    scale = options.get("scale")
-    scale = head_dim**-0.5 if scale is None else abs(scale)
-    size = scale * (np.abs(q) @ keys.swapaxes(-1, -2))
-    if options.get("bias") is not None:
-        bias = np.asarray(options["bias"], dtype=np.float64)
-        size = size + np.where(np.isfinite(bias), np.abs(bias), 0.0)
-    if options.get("alibi_slopes") is not None:
-        slopes = np.asarray(options["alibi_slopes"], dtype=np.float64)[..., :, None, None]
-        # Wherever the diagonal lies, no distance that matters exceeds the longer side.
-        size = size + np.abs(slopes) * max(q_len, kv_len)
-    return np.asarray(size.max(axis=-1, keepdims=True))
 
 
 def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
@@ -121,9 +91,7 @@ def _row_ranges(q_len: int, rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + part, q_len)) for start in starts]
 
 
-def _attention_part(
-    workload: Workload, arrays: Arrays, entry: int, head: int, rows: slice
-) -> Expected:
+def _attention_part(workload: Workload, arrays: Arrays, entry: int, head: int, rows: slice) -> Expected:
     at_entry, at_head = slice(entry, entry + 1), slice(head, head + 1)
     kv_head = head // workload.group_size
     at_kv_head = slice(kv_head, kv_head + 1)
@@ -137,13 +105,14 @@ def _attention_part(
         options["alibi_slopes"] = options["alibi_slopes"][at_head]
     if workload.options.causal or workload.options.window or workload.options.alibi:
         options["q_offset"] = int(workload.offsets()[entry]) + rows.start
-    value, units = attention_reference(
+    result, factor = attention_reference(
         arrays["q"][at_entry, at_head, rows],
         arrays["k"][at_entry, at_kv_head],
         arrays["v"][at_entry, at_kv_head],
         options,
     )
-    return Expected((at_entry, at_head, rows), value, bound_of(units, workload.dtype))
+    bound = bound_of(factor * result.magnitude, workload.dtype)
+    return Expected((at_entry, at_head, rows), result.out, bound)
 
 
 def _cut(array: Array, index: tuple[slice, ...]) -> Array:
@@ -167,12 +136,12 @@ def _block_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
                 ("v", workload.num_kv_heads),
             )
         )
-        value, units = attention_reference(q, k, v, options)
+        result, factor = attention_reference(q, k, v, options)
         # Roundings have random signs: their sums over d_model and over the concatenated heads
         # grow like square roots. Worst cases would allow a thousand times what is ever seen.
-        units = join_heads(units + 4.0 * workload.d_model**0.5)
+        units = join_heads(factor * result.magnitude + 4.0 * workload.d_model**0.5)
         units = np.sqrt(units**2 @ double["w_o"] ** 2) + np.abs(double["b_o"])
-        value = join_heads(value) @ double["w_o"] + double["b_o"]
+        value = join_heads(result.out) @ double["w_o"] + double["b_o"]
         parts.append(Expected((at_entry,), value, bound_of(units, workload.dtype)))
     return parts
 
@@ -210,8 +179,7 @@ def check(name: str, out: Array, parts: list[Expected]) -> float:
         fraction = float((error / part.bound).max(initial=0.0))
         if not fraction <= 1.0:
             raise Mismatch(
-                f"{name}: error {error.max():.3g} is {fraction:.3g} times its bound "
-                f"at output part {part.index}"
+                f"{name}: error {error.max():.3g} is {fraction:.3g} times its bound at output part {part.index}"
             )
         worst = max(worst, fraction)
     return worst

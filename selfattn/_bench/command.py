@@ -28,24 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser, default: Sequence[str] | None
         Workloads to run when none is named; all by default.
     """
     which = "all" if default is None else ", ".join(default)
-    parser.add_argument(
-        "--workloads", nargs="+", metavar="NAME", help=f"what to run (default: {which})"
-    )
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help=f"what to run (default: {which})")
     parser.add_argument("--list", action="store_true", help="list the workloads and stop")
     parser.add_argument("--shape", metavar="B,H,S,D", help="run this shape instead")
     parser.add_argument("--dtype", choices=list(UNIT_ROUNDOFF), help="run the workloads in it")
-    parser.add_argument(
-        "--threads", nargs="+", type=positive_int, metavar="N", help="numbers of threads to use"
-    )
+    parser.add_argument("--threads", nargs="+", type=positive_int, metavar="N", help="numbers of threads to use")
     parser.add_argument(
         "--peers",
         nargs="+",
         metavar="PEER",
         help=f"some of {', '.join(PEERS)} (default: installed)",
     )
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, metavar="S", help="time per workload (default 2)"
-    )
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="time per workload (default 2)")
     parser.add_argument("--json", metavar="FILE", help="write everything to this file")
     parser.add_argument("--plot", metavar="FILE", help="draw ratios to PyTorch (needs matplotlib)")
     parser.set_defaults(default_workloads=default)

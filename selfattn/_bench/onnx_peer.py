@@ -44,9 +44,7 @@ class OnnxRuntime(Peer):
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 4
         try:
-            session = runtime.InferenceSession(
-                model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
-            )
+            session = runtime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
             out = np.empty(_out_shape(workload), dtype=arrays[next(iter(feeds))].dtype)
             binding = _bind(session, feeds, out)
             session.run_with_iobinding(binding)
@@ -94,9 +92,7 @@ def _bind(session: Any, feeds: dict[str, Array], out: Array) -> Any:
     return binding
 
 
-def _model(
-    workload: Workload, arrays: Arrays, mask: Array | None, causal: bool
-) -> tuple[Any, dict[str, Array]]:
+def _model(workload: Workload, arrays: Arrays, mask: Array | None, causal: bool) -> tuple[Any, dict[str, Array]]:
     """Build the model and the arrays to feed it."""
     helper = importlib.import_module("onnx.helper")
     numpy_helper = importlib.import_module("onnx.numpy_helper")

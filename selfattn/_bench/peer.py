@@ -83,9 +83,7 @@ class Own(Peer):
         options = workload.attention_options(arrays)
         if workload.kind == "block":
             weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
-            layer = selfattn.SelfAttention(
-                **weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads
-            )
+            layer = selfattn.SelfAttention(**weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads)
             return lambda: layer(arrays["x"], num_threads=threads, **options)
         q, k, v = (arrays[name] for name in "qkv")
         return lambda: selfattn.attention(q, k, v, num_threads=threads, **options)

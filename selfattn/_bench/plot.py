@@ -67,9 +67,7 @@ def _measured_peer(results: Sequence[Result], wanted: str) -> str:
     raise ValueError("plot: no peer was measured beside selfattn")
 
 
-def _draw_bars(
-    axes: Any, places: Sequence[float], ratios: Sequence[Quartiles], height: float, suffix: str
-) -> None:
+def _draw_bars(axes: Any, places: Sequence[float], ratios: Sequence[Quartiles], height: float, suffix: str) -> None:
     """Bars from 1 to the median, the quartiles as error bars, the median as text."""
     median = np.array([ratio.median for ratio in ratios])
     low = median - [ratio.q1 for ratio in ratios]

@@ -98,10 +98,7 @@ def _skipped_lines(results: Sequence[Result]) -> list[str]:
             names = reasons.setdefault((peer, reason), [])
             if result.workload.name not in names:
                 names.append(result.workload.name)
-    lines = [
-        f"  {PEERS[peer].label}: {', '.join(names)}: {reason}"
-        for (peer, reason), names in reasons.items()
-    ]
+    lines = [f"  {PEERS[peer].label}: {', '.join(names)}: {reason}" for (peer, reason), names in reasons.items()]
     return ["", "not run:", *lines] if lines else []
 
 

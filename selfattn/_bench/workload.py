@@ -180,8 +180,7 @@ class Workload:
         rng = np.random.default_rng(seed)
         dtype = numpy_dtype(self.dtype)
         arrays = {
-            name: _normal(rng, shape, dtype, deviation)
-            for name, (shape, deviation) in self._random_arrays().items()
+            name: _normal(rng, shape, dtype, deviation) for name, (shape, deviation) in self._random_arrays().items()
         }
         if self.options.mask == "pairs":
             arrays["mask"] = rng.random((1, 1, self.q_len, self.kv_len)) < VISIBLE_SHARE
@@ -245,9 +244,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def _normal(
-    rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], deviation: float
-) -> Array:
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], deviation: float) -> Array:
     drawn = rng.standard_normal(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
     drawn *= deviation
     return drawn.astype(dtype, copy=False)

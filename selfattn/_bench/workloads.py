@@ -58,9 +58,7 @@ def attention_workload(
     )
 
 
-def block_workload(
-    name: str, why: str, batch: int, seq_len: int, d_model: int, num_heads: int
-) -> Workload:
+def block_workload(name: str, why: str, batch: int, seq_len: int, d_model: int, num_heads: int) -> Workload:
     """Describe one call of a `SelfAttention` layer with d_model = num_heads * head_dim."""
     head_dim = d_model // num_heads
     return Workload(
@@ -148,27 +146,15 @@ _OPTIONS = [
         kv_lens=PADDED_LENS,
         mask="keys",
     ),
-    attention_workload(
-        "alibi-causal-1k", "ALiBi, as in MPT and BLOOM", 12, 1024, 64, causal=True, alibi=True
-    ),
-    attention_workload(
-        "softcap-1k", "capped scores, as in Gemma 2", 8, 1024, 128, causal=True, softcap=50.0
-    ),
+    attention_workload("alibi-causal-1k", "ALiBi, as in MPT and BLOOM", 12, 1024, 64, causal=True, alibi=True),
+    attention_workload("softcap-1k", "capped scores, as in Gemma 2", 8, 1024, 128, causal=True, softcap=50.0),
 ]
 
 _DECODE = [
-    attention_workload(
-        "decode-4k-gqa", "one new token, GQA 32/8, 4,096 keys", (32, 8), (1, 4096), 128, causal=True
-    ),
-    attention_workload(
-        "decode-32k-gqa", "one new token, 32,768 keys", (32, 8), (1, 32768), 128, causal=True
-    ),
-    attention_workload(
-        "decode-4k-mha", "one new token, a KV head per head", 32, (1, 4096), 128, causal=True
-    ),
-    attention_workload(
-        "spec-8x3k", "8 drafted tokens on 3,000 keys", (32, 8), (8, 3000), 128, causal=True
-    ),
+    attention_workload("decode-4k-gqa", "one new token, GQA 32/8, 4,096 keys", (32, 8), (1, 4096), 128, causal=True),
+    attention_workload("decode-32k-gqa", "one new token, 32,768 keys", (32, 8), (1, 32768), 128, causal=True),
+    attention_workload("decode-4k-mha", "one new token, a KV head per head", 32, (1, 4096), 128, causal=True),
+    attention_workload("spec-8x3k", "8 drafted tokens on 3,000 keys", (32, 8), (8, 3000), 128, causal=True),
     attention_workload(
         "batch-decode-16x700",
         "one new token of each of 16 sequences",
