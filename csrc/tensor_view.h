@@ -10,13 +10,13 @@ enum class DType : std::uint8_t { f32, f64, i64, boolean };
 constexpr std::int64_t size_of(DType dtype) { return dtype == DType::boolean ? 1 : dtype == DType::f32 ? 4 : 8; }
 
 struct TensorView {
-  void* data = nullptr;  // null: the argument is absent
+  void* data = nullptr;
   DType dtype = DType::f32;
-  int ndim = 0;
+  int ndim = -1;  // -1: the argument is absent; 0 is a scalar, whose shape may be null
   const std::int64_t* shape = nullptr;
   const std::int64_t* strides = nullptr;  // bytes
 
-  explicit operator bool() const { return shape != nullptr; }
+  explicit operator bool() const { return ndim >= 0; }
   // Counted from the end: axis 0 is the last one.
   std::int64_t extent(int from_end) const { return shape[ndim - 1 - from_end]; }
   std::int64_t stride(int from_end) const { return strides[ndim - 1 - from_end]; }

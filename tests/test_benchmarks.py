@@ -328,9 +328,7 @@ def test_json(results, tmp_path):
     report.write_json(results, tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
     assert [entry["threads"] for entry in record["results"]] == [1, 1, 2, 2]
-    assert record["results"][0]["fraction_of_peak"] == pytest.approx(
-        WORKLOADS["bert-512"].flops() / 2e-3 / 1e12
-    )
+    assert record["results"][0]["fraction_of_peak"] == pytest.approx(WORKLOADS["bert-512"].flops() / 2e-3 / 1e12)
     assert {"selfattn", "NumPy", "PyTorch", "Python"} == set(record["versions"])
     assert record["machine"]["platform"]
     assert record["runtime"]

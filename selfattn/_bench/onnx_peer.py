@@ -67,10 +67,8 @@ def _mask(workload: Workload, arrays: Arrays) -> tuple[Array | None, bool]:
     only_causal = options.causal and options.window is None and options.kv_lens is None
     if only_causal and square and options.mask == "none" and not options.bias and not options.alibi:
         return None, True
-    if options.bias or options.alibi:
-        mask = additive_mask(workload, arrays)
-    else:
-        mask = dense_mask(workload, arrays)
+    added = options.bias or options.alibi
+    mask = additive_mask(workload, arrays) if added else dense_mask(workload, arrays)
     if mask is None:
         return None, False
     shape = (workload.batch, mask.shape[1], workload.q_len, workload.kv_len)
