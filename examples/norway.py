@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sentence", nargs="?", default=SENTENCE)
     parser.add_argument("--word", help=f"the token to look at (default: {WORD}, or else the longest token)")
-    parser.add_argument("--layer", type=int, choices=range(1, 7), default=3, help="1 to 6 (default: 3)")
+    parser.add_argument("--layer", type=int, choices=range(1, 7), default=1, help="1 to 6 (default: 1)")
     parser.add_argument("--output", default="norway.png", help="the picture's file (default: norway.png)")
     return parser.parse_args()
 

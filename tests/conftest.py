@@ -1,0 +1,100 @@
+"""Fixtures that every test module shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn
+from selfattn import reference
+
+KNOWN_ISAS = ("avx512", "avx2", "portable")
+
+
+def pytest_report_header() -> str:
+    available = selfattn.isas()
+    skipped = [name for name in KNOWN_ISAS if name not in available] or ["none"]
+    return f"selfattn ISAs: {', '.join(available)} (active: {selfattn.active_isa()}; skipped: {', '.join(skipped)})"
+
+
+@pytest.fixture(params=KNOWN_ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each instruction set."""
+    if request.param not in selfattn.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    with selfattn.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def unit(dtype: Any) -> float:
+    return 2.0**-24 if dtype == np.float32 else 2.0**-53
+
+
+def _assert_accurate(out: Any, exact: reference.Result, *, trivial: bool = False) -> float:
+    """Hold `out` to |out - exact| <= (16 + 4 sigma) u magnitude; return the largest share of the bound that was used.
+
+    A comparison of nothing but zeros verifies nothing: it fails unless `trivial`.
+    """
+    assert out.shape == exact.out.shape
+    assert np.array_equal(np.isnan(out), np.isnan(exact.out)), "NaN in other places than the reference's"
+    assert trivial or out.size == 0 or np.count_nonzero(exact.magnitude > 0) * 4 >= exact.magnitude.size, "trivial"
+    with np.errstate(invalid="ignore"):
+        error = np.where(np.isfinite(exact.out), abs(out - exact.out), 0)
+    bound = (16 + 4 * exact.sigma) * unit(out.dtype) * exact.magnitude
+    # The result itself must be rounded to out's type; below its normal numbers that is an absolute error.
+    bound = bound + float(np.finfo(out.dtype).smallest_subnormal)
+    bound = np.where(np.isnan(bound), np.inf, bound)
+    share = float(np.max(error / bound, initial=0))
+    assert share <= 1, f"error is {share:.3g} times its bound"
+    return share
+
+
+@pytest.fixture
+def assert_accurate() -> Callable[..., float]:
+    return _assert_accurate
+
+
+@pytest.fixture
+def check(assert_accurate: Callable[..., float]) -> Callable[..., Any]:
+    """Compute attention, hold out, lse and weights to the reference, and return out."""
+
+    def run(q: Any, k: Any, v: Any, *, trivial: bool = False, **options: Any) -> Any:
+        precise = np.longdouble if q.dtype == np.float64 else np.float64
+        exact = reference.attention(q, k, v, dtype=precise, **options)
+        out, lse, weights = selfattn.attention(q, k, v, return_lse=True, return_weights=True, **options)
+        assert_accurate(out, exact, trivial=trivial)
+        tolerance = (16 + 4 * exact.sigma) * unit(q.dtype)
+        finite = np.isfinite(exact.lse)
+        assert np.array_equal(finite, np.isfinite(lse))
+        assert np.array_equal(np.isneginf(lse), np.isneginf(exact.lse))
+        assert np.all(abs(lse[finite] - exact.lse[finite]) <= tolerance * (1 + abs(exact.lse[finite])))
+        assert np.array_equal(np.isnan(weights), np.isnan(exact.weights))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # Numerator and denominator err; a small weight errs with the size of its logit, biases included.
+            logits = np.where(exact.weights > 0, abs(np.log(exact.weights)), 0)
+            allowed = (2 * tolerance + 4 * logits * unit(q.dtype)) * exact.weights + 1e-37
+            excess = abs(weights - exact.weights) - allowed
+        assert np.nanmax(excess, initial=0) <= 0
+        # The fused call without weights takes other steps to the same bits.
+        assert np.array_equal(selfattn.attention(q, k, v, **options), out, equal_nan=True)
+        return out
+
+    return run
+
+
+@pytest.fixture
+def normal(rng: np.random.Generator) -> Callable[..., Any]:
+    """Unit normals: normal(2, 4, 10, 8) or normal(..., dtype=numpy.float64)."""
+
+    def make(*shape: int, dtype: Any = np.float32) -> Any:
+        return rng.standard_normal(shape).astype(dtype)
+
+    return make

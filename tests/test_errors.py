@@ -1,0 +1,152 @@
+"""Bad input: the exception names the function, the argument, the value and the rule; nothing has been written."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+
+Q = np.zeros((2, 4, 5, 8), np.float32)
+K = np.zeros((2, 2, 7, 8), np.float32)
+
+
+def array(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.zeros(shape, dtype)
+
+
+# arguments that replace good ones, exception, message
+CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"q": array(8)}, ValueError, "q has shape (8,) but needs at least 2 dimensions"),
+    ({"q": array(2, 4, 5, 0)}, ValueError, "q has head_dim 0"),
+    ({"k": array(2, 2, 7, 9)}, ValueError, "k has head_dim 9 but q has 8"),
+    ({"k": array(2, 3, 7, 8)}, ValueError, "q has 4 heads, which is not a multiple of the 3 heads of k"),
+    ({"k": array(2, 0, 7, 8)}, ValueError, "not a multiple of the 0 heads of k"),
+    ({"v": array(2, 4, 7, 8)}, ValueError, "v has 4 heads but k has 2"),
+    ({"v": array(2, 2, 6, 8)}, ValueError, "v has length 6 but k has 7"),
+    ({"k": array(3, 2, 7, 8)}, ValueError, "the leading dimensions (3,) of k do not broadcast against (2,)"),
+    ({"q": Q.astype(np.float16)}, TypeError, "q has dtype float16, but float32 and float64 are accepted"),
+    ({"k": K.astype(np.float64)}, TypeError, "k has dtype float64, but q has float32"),
+    ({"v": K.astype(np.int32)}, TypeError, "v has dtype int32, but float32 and float64 are accepted"),
+    ({"q": Q.astype(complex)}, TypeError, "q has dtype complex128"),
+    ({"q": Q.astype(bool)}, TypeError, "q has dtype bool"),
+    ({"q": Q.astype(object)}, TypeError, "q"),
+    ({"q": "text"}, TypeError, "q"),
+    ({"q": None}, TypeError, "q of type NoneType is not an array"),
+    ({"q": np.ma.masked_less(Q, 0)}, TypeError, "q is a MaskedArray"),
+    ({"mask": np.ma.masked_less(Q, 0)}, TypeError, "mask is a MaskedArray"),
+    ({"mask": array(5, 7, dtype=np.int8)}, TypeError, "mask has dtype int8, but a mask is bool, True = attend"),
+    ({"mask": array(5, 7)}, TypeError, "mask has dtype float32, but a mask is bool"),
+    ({"mask": array(5, 6, dtype=bool)}, ValueError, "mask has shape (5, 6), which does not broadcast to (2, 4, 5, 7)"),
+    ({"mask": array(1, 2, 4, 5, 7, dtype=bool)}, ValueError, "mask has shape (1, 2, 4, 5, 7)"),
+    ({"bias": array(5, 7, dtype=np.float16)}, TypeError, "bias has dtype float16"),
+    ({"bias": array(5, 7, dtype=bool)}, TypeError, "bias has dtype bool"),
+    ({"bias": array(3, 5, 7)}, ValueError, "bias has shape (3, 5, 7), which does not broadcast"),
+    ({"causal": 1}, TypeError, "causal is 1, but True or False is needed"),
+    ({"causal": "yes"}, TypeError, "causal is 'yes'"),
+    ({"q_offset": 1.5}, TypeError, "q_offset has dtype float64, but integers are needed"),
+    ({"q_offset": True}, TypeError, "q_offset has dtype bool"),
+    ({"q_offset": [1, 2, 3]}, ValueError, "q_offset has shape (3,), which does not broadcast to (2,)"),
+    ({"q_offset": np.uint64(1 << 63)}, ValueError, "q_offset holds 9223372036854775808"),
+    ({"window": 4}, TypeError, "window is 4, but a pair (left, right) is needed"),
+    ({"window": True}, TypeError, "window is True"),
+    ({"window": (1, 2, 3)}, TypeError, "window is (1, 2, 3)"),
+    ({"window": (-1, 0)}, ValueError, "window is (-1, 0), but its entries cannot be negative: use None for unbounded"),
+    ({"window": (1.0, 0)}, TypeError, "window is (1.0, 0), but its entries are integers or None"),
+    ({"window": (True, 0)}, TypeError, "window is (True, 0)"),
+    ({"q_lens": [6, 1]}, ValueError, "q_lens holds 6, which is outside 0..5 (the length of q)"),
+    ({"q_lens": -1}, ValueError, "q_lens holds -1, which is outside 0..5"),
+    ({"kv_lens": [8, 1]}, ValueError, "kv_lens holds 8, which is outside 0..7 (the length of k)"),
+    ({"kv_lens": [1.0, 2.0]}, TypeError, "kv_lens has dtype float64"),
+    ({"kv_lens": [[1], [2]]}, ValueError, "kv_lens has shape (2, 1), which does not broadcast to (2,)"),
+    ({"scale": np.nan}, ValueError, "scale is nan, but it must be finite"),
+    ({"scale": np.inf}, ValueError, "scale is inf"),
+    ({"scale": 10**400}, ValueError, "but it must be finite"),
+    ({"scale": "1"}, TypeError, "scale is '1', but a real number is needed"),
+    ({"scale": True}, TypeError, "scale is True"),
+    ({"scale": 1j}, TypeError, "scale is 1j"),
+    ({"softcap": 0}, ValueError, "softcap is 0, but it must be greater than 0"),
+    ({"softcap": -2.0}, ValueError, "softcap is -2.0"),
+    ({"softcap": np.inf}, ValueError, "softcap is inf, but it must be finite"),
+    ({"alibi_slopes": array(3)}, ValueError, "alibi_slopes has shape (3,), which does not broadcast to (2, 4)"),
+    ({"alibi_slopes": [1, 2, 3, 4]}, TypeError, "alibi_slopes has dtype int64, but float32 or float64 is needed"),
+    ({"sinks": array(1)}, ValueError, "sinks has shape (1,) but needs one logit per head: (4,)"),
+    ({"sinks": array(2, 4)}, ValueError, "sinks has shape (2, 4)"),
+    ({"sinks": array(4, dtype=np.float16)}, TypeError, "sinks has dtype float16"),
+    ({"layout": "sbhd"}, ValueError, "layout is 'sbhd', but it must be one of 'bhsd', 'bshd'"),
+    ({"layout": None}, ValueError, "layout is None"),
+    ({"return_lse": 1}, TypeError, "return_lse is 1"),
+    ({"return_weights": None}, TypeError, "return_weights is None"),
+    ({"precision": "low"}, ValueError, "precision is 'low', but it must be one of 'highest', 'high', 'medium'"),
+    ({"num_threads": 0}, ValueError, "num_threads is 0, but it must be in 1..4096"),
+    ({"num_threads": 2.0}, TypeError, "num_threads is 2.0, but an integer is needed"),
+    ({"num_threads": True}, TypeError, "num_threads is True"),
+    ({"is_causal": True}, TypeError, "unexpected keyword argument 'is_causal' (did you mean 'causal'?)"),
+    ({"attn_mask": None}, TypeError, "did you mean 'mask'?"),
+    ({"softmax_scale": 1.0}, TypeError, "did you mean 'scale'?"),
+    ({"dropout_p": 0.0}, TypeError, "there is no dropout at inference"),
+    ({"enable_gqa": True}, TypeError, "grouped heads are recognised"),
+    ({"nonsense": 1}, TypeError, "unexpected keyword argument 'nonsense'"),
+]
+
+
+@pytest.mark.parametrize(("changed", "exception", "message"), CASES, ids=lambda x: str(x)[:40])
+def test_bad_input(changed: dict[str, Any], exception: type[Exception], message: str) -> None:
+    out = np.full((2, 4, 5, 8), 7, np.float32)
+    arguments: dict[str, Any] = {"q": Q, "k": K, "v": K, "out": out, **changed}
+    with pytest.raises(exception, match=r"^attention: .*" + re.escape(message)):
+        sa.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    assert np.all(out == 7)
+
+
+def test_sixteen_bit_types_are_refused_for_now() -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    for x in (Q.astype(bfloat16), Q.astype(np.float16)):
+        with pytest.raises(TypeError, match=f"q has dtype {x.dtype.name}, but float32 and float64 are accepted: convert"):
+            sa.attention(x, x, x)
+        with pytest.raises(TypeError, match="float32 and float64 are accepted"):
+            sa.SelfAttention(*[np.zeros((8, 8), x.dtype)] * 3, num_heads=1)
+
+
+def test_reports_in_the_order_of_the_arguments() -> None:
+    with pytest.raises(ValueError, match="k has head_dim"):
+        sa.attention(Q, K[..., :3], K[:, :1], mask=np.ones((9, 9), bool), kv_lens=99)
+    with pytest.raises(ValueError, match="v has 1 heads"):
+        sa.attention(Q, K, K[:, :1], mask=np.ones((9, 9), bool), kv_lens=99)
+    with pytest.raises(ValueError, match="mask has shape"):
+        sa.attention(Q, K, K, mask=np.ones((9, 9), bool), kv_lens=99)
+
+
+def test_too_large_results_are_memory_errors() -> None:
+    wide = np.broadcast_to(np.float32(0), (1 << 22, 1 << 22, 4, 1))
+    with pytest.raises((MemoryError, ValueError)):
+        sa.attention(wide, wide[:, :1], wide[:, :1])
+    left, middle, right = (np.broadcast_to(np.float32(0), shape) for shape in (
+        (1 << 30, 1, 1, 1, 2, 1), (1, 1 << 30, 1, 1, 2, 1), (1, 1, 1 << 30, 1, 2, 1)))  # fmt: skip
+    with pytest.raises(ValueError, match="have too many entries"):
+        sa.attention(left, middle, right)
+
+
+def test_random_bad_calls_raise_only_what_is_documented(rng: Any) -> None:
+    values = [
+        None, True, 0, -1, 3, 2.5, np.nan, 1 << 70, "bhsd", "bshd", b"", (), (1, 2), (None, None), [1, 2], [[1.0]], {}, object(),
+        np.float32(1), np.zeros(()), np.zeros(4), np.zeros((2, 2), bool), np.zeros((5, 7), bool), np.zeros((2, 4, 5, 7)),
+        np.zeros((0, 3)), np.zeros((2, 4, 5, 8), np.float32), np.zeros((2, 2, 7, 8), np.float32), np.zeros(2, np.int64),
+        np.zeros((1,) * 60, np.float32), np.zeros(3, "datetime64[s]"), np.zeros(3, [("x", "f4")]), np.array(["a"]),
+    ]  # fmt: skip
+    names = ["q", "k", "v", *(sa.attention.__kwdefaults__ or {})]
+    refused = 0
+    for _ in range(6000):
+        arguments: dict[str, Any] = {"q": Q, "k": K, "v": K}
+        for name in rng.choice(names, size=rng.integers(1, 5), replace=False):
+            arguments[str(name)] = values[rng.integers(len(values))]
+        try:
+            sa.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+        except (TypeError, ValueError, MemoryError, BufferError):
+            refused += 1
+    assert refused > 3000
+    assert not Q.any()
+    assert not K.any()

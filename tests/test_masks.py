@@ -1,0 +1,193 @@
+"""What is hidden: every kind of limit, alone and together; hidden values are inert, visible ones propagate."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import reference
+
+# batch, heads, kv heads, q_len, kv_len: tile kernel, row kernel, several blocks, split keys.
+SHAPES = [(2, 4, 2, 50, 70), (2, 4, 2, 3, 70), (1, 2, 1, 130, 300), (2, 4, 1, 1, 2500), (1, 1, 1, 60, 4500)]
+
+
+def arrays(rng: np.random.Generator, shape: Any, dim: int = 8) -> tuple[Any, Any, Any]:
+    batch, heads, kv_heads, q_len, kv_len = shape
+    return tuple(
+        rng.standard_normal((batch, h, n, dim)).astype(np.float32)
+        for h, n in ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("axes", [a for n in range(5) for a in itertools.combinations(range(4), n)])
+def test_mask_broadcasts(isa: str, check: Any, rng: Any, axes: Any) -> None:
+    shape = (2, 4, 2, 20, 37)
+    full = (2, 4, 20, 37)
+    mask = rng.random([1 if axis in axes else n for axis, n in enumerate(full)]) < 0.6
+    check(*arrays(rng, shape), mask=mask, trivial=True)
+    if axes[: len(axes)] == tuple(range(len(axes))):  # leading axes may be left out altogether
+        check(*arrays(rng, shape), mask=mask.reshape(mask.shape[len(axes) :]), trivial=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bias(isa: str, check: Any, rng: Any, shape: Any, dtype: Any) -> None:
+    _, heads, _, q_len, kv_len = shape
+    bias = rng.standard_normal((heads, q_len, kv_len)).astype(dtype)
+    bias[rng.random(bias.shape) < 0.3] = -np.inf
+    check(*arrays(rng, shape), bias=bias)
+    check(*arrays(rng, shape), bias=bias, mask=rng.random((q_len, kv_len)) < 0.7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("offset", [None, 0, 5, -3, -200, 10_000, "array"])
+@pytest.mark.parametrize("window", [None, (4, None), (None, 2), (40, 3), (0, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_causal_window_offset(isa: str, check: Any, rng: Any, shape: Any, offset: Any, window: Any, causal: bool) -> None:
+    if offset == "array":
+        offset = rng.integers(-5, shape[4], shape[0])
+    check(*arrays(rng, shape, 4), causal=causal, q_offset=offset, window=window, trivial=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lengths(isa: str, check: Any, rng: Any, shape: Any) -> None:
+    batch, _, _, q_len, kv_len = shape
+    for kv, q in ((kv_len, q_len), (0, q_len), (kv_len // 2, q_len // 2), (1, 1), (kv_len, 0)):
+        options = {"kv_lens": np.linspace(kv, kv_len, batch).astype(int), "q_lens": np.linspace(q, q_len, batch).astype(int)}
+        for causal, sinks in itertools.product((False, True), (None, np.linspace(-1, 1, shape[1]))):
+            check(*arrays(rng, shape), causal=causal, sinks=sinks, trivial=True, **options)
+    check(*arrays(rng, shape), kv_lens=kv_len // 3, q_lens=q_len, causal=True, trivial=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_everything_at_once(isa: str, check: Any, rng: Any, shape: Any) -> None:
+    batch, heads, _, q_len, kv_len = shape
+    parts: dict[str, Any] = {
+        "mask": rng.random((batch, 1, q_len, kv_len)) < 0.8,
+        "bias": rng.standard_normal((heads, 1, kv_len)).astype(np.float32),
+        "causal": True,
+        "window": (kv_len // 2, 1),
+        "kv_lens": rng.integers(kv_len // 2, kv_len + 1, batch),
+        "alibi_slopes": rng.random((batch, heads)) / 10,
+        "softcap": 3.0,
+        "sinks": rng.standard_normal(heads),
+    }
+    for count in range(1, len(parts) + 1):
+        for names in itertools.islice(itertools.combinations(parts, count), 0, None, 3):
+            check(*arrays(rng, shape, 4), trivial=True, **{name: parts[name] for name in names})
+
+
+@pytest.mark.parametrize("q_len", [1, 20, 130])
+@pytest.mark.parametrize("first", [0, 1, 127, 128, 129, 256, 300])
+def test_masks_that_empty_tiles(isa: str, check: Any, normal: Any, q_len: int, first: int) -> None:
+    q, k, v = normal(1, 2, q_len, 8), normal(1, 2, 300, 8), normal(1, 2, 300, 8)
+    keys = np.arange(300)
+    for mask in (keys >= first, keys < first, (keys // 64) % 2 == 1, keys == min(first, 299)):
+        check(q, k, v, mask=mask, trivial=True)
+    rows = np.ones((q_len, 300), bool)
+    rows[: q_len // 2] = False
+    check(q, k, v, mask=rows & (keys < 250), trivial=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["mask", "bias", "kv_lens", "causal", "window"])
+def test_rows_that_see_nothing(isa: str, rng: Any, shape: Any, how: str) -> None:
+    q, k, v = arrays(rng, shape)
+    q_len, kv_len = shape[3:]
+    options: dict[str, Any] = {
+        "mask": {"mask": np.zeros((q_len, kv_len), bool)},
+        "bias": {"bias": np.full((q_len, kv_len), -np.inf)},
+        "kv_lens": {"kv_lens": np.zeros(shape[0], int)},
+        "causal": {"causal": True, "q_offset": -q_len},
+        "window": {"window": (0, 0), "q_offset": kv_len},
+    }[how]
+    out, lse, weights = sa.attention(q, k, v, return_lse=True, return_weights=True, **options)
+    assert not out.any()
+    assert not weights.any()
+    assert np.isneginf(lse).all()
+    sinks = np.linspace(-2, 3, shape[1]).astype(np.float32)
+    out, lse = sa.attention(q, k, v, return_lse=True, sinks=sinks, **options)
+    assert not out.any()
+    assert np.allclose(lse, sinks[:, None], rtol=1e-6)
+
+
+def hidden_cases(shape: Any, rng: np.random.Generator) -> list[tuple[dict[str, Any], Any]]:
+    """Options, and the keys (B, 1, Sk) that they hide from every row."""
+    batch, heads, _, q_len, kv_len = shape
+    keys = np.arange(kv_len)
+    lengths = rng.integers(1, kv_len, batch)
+    some = rng.random(kv_len) < 0.5
+    bias = np.where(some, 0.3, -np.inf)
+    last = max(kv_len - 7, 1)
+    return [
+        ({"kv_lens": lengths}, keys >= lengths[:, None, None]),
+        ({"mask": some}, ~some[None, None]),
+        ({"bias": bias}, ~some[None, None]),
+        ({"causal": True, "q_offset": last - q_len}, (keys >= last)[None, None]),
+        ({"window": (3, 3), "q_offset": 20}, ((keys < 17) | (keys > 22 + q_len))[None, None]),
+    ]
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hidden_values_are_inert(isa: str, rng: Any, shape: Any, garbage: float) -> None:
+    for options, hidden in hidden_cases(shape, rng):
+        q, k, v = arrays(rng, shape)
+        expected = sa.attention(q, k, v, return_lse=True, return_weights=True, **options)
+        for spoiled in (k, v):
+            spoiled[np.broadcast_to(hidden, spoiled.shape[:3])] = garbage
+        found = sa.attention(q, k, v, return_lse=True, return_weights=True, **options)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), options
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v", "bias"])
+@pytest.mark.parametrize("q_len", [4, 60])
+def test_visible_values_reach_the_rows_that_see_them(isa: str, normal: Any, value: float, where: str, q_len: int) -> None:
+    kv_len, place = 200, 150
+    q, k, v = normal(1, q_len, 8), normal(1, kv_len, 8), normal(1, kv_len, 8)
+    bias = np.zeros((q_len, kv_len), np.float32)
+    options = {"bias": bias, "causal": True, "q_offset": place - q_len // 2}
+    before = sa.attention(q, k, v, **options)
+    sees = np.arange(q_len) + place - q_len // 2 >= place
+    match where:
+        case "q":
+            q[0, q_len // 2 :, 3] = value
+        case "k":
+            k[0, place] = value
+        case "v":
+            v[0, place] = value
+        case "bias":
+            bias[:, place] = value
+    out = sa.attention(q, k, v, **options)
+    assert not np.isfinite(out[0, sees]).any()
+    assert np.array_equal(out[0, ~sees], before[0, ~sees])
+
+
+def test_a_row_whose_visible_scores_are_all_minus_infinity_is_nan(isa: str) -> None:
+    # Not the same as seeing nothing.
+    for q_len in (2, 30):
+        q, k, v = np.ones((q_len, 2), np.float32), np.full((5, 2), -np.inf, np.float32), np.ones((5, 2), np.float32)
+        out, lse = sa.attention(q, k, v, return_lse=True)
+        assert np.isnan(out).all()
+        assert np.isneginf(lse).all()
+        assert not sa.attention(q, k, v, mask=np.zeros((q_len, 5), bool)).any()
+        assert not sa.attention(q, k, v, sinks=[0.0]).any()
+
+
+def test_mask_and_bias_hide_alike(isa: str, normal: Any, rng: Any) -> None:
+    q, k, v = normal(2, 40, 8), normal(2, 90, 8), normal(2, 90, 8)
+    mask = rng.random((40, 90)) < 0.5
+    bias = np.where(mask, np.float32(0), np.float32(-np.inf))
+    assert np.array_equal(sa.attention(q, k, v, mask=mask), sa.attention(q, k, v, bias=bias))
+    nan = np.where(mask, np.float32(0), np.float32(np.nan))
+    assert np.array_equal(sa.attention(q, k, v, mask=mask, bias=nan), sa.attention(q, k, v, mask=mask))
+
+
+def test_reference_sees_what_the_definition_says() -> None:
+    seen = reference.visibility(3, 5, (), 1, causal=True, window=(2, None))[0]
+    assert seen.astype(int).tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]

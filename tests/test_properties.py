@@ -1,0 +1,125 @@
+"""Hypothesis: shapes, strides and options at random, against the reference; and what must not change a result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import selfattn as sa
+
+checked = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+lengths = st.one_of(st.integers(1, 20), st.sampled_from([47, 48, 49, 96, 97, 127, 128, 129, 300]))
+
+
+@st.composite
+def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    heads, q_len, kv_len = kv_heads * group, draw(lengths), draw(lengths)
+    dim, value_dim = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    shapes = [(batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, value_dim)]
+    arrays = []
+    for shape in shapes:
+        step = draw(st.sampled_from([1, 1, 2, -1]))
+        wide = rng.standard_normal((*shape[:-1], shape[-1] * abs(step))).astype(dtype)
+        arrays.append(wide[..., ::step] if draw(st.booleans()) else np.asfortranarray(wide[..., ::step]))
+    scores = (batch, heads, q_len, kv_len)
+    options: dict[str, Any] = {}
+
+    def broadcast() -> tuple[int, ...]:
+        return tuple(n if draw(st.booleans()) else 1 for n in scores)
+
+    if draw(st.booleans()):
+        options["causal"] = True
+    if draw(st.booleans()):
+        options["q_offset"] = rng.integers(-q_len, kv_len + 5, batch) if draw(st.booleans()) else draw(st.integers(-9, 99))
+    if draw(st.booleans()):
+        side = st.one_of(st.none(), st.integers(0, 150))
+        options["window"] = (draw(side), draw(side))
+    if draw(st.booleans()):
+        options["mask"] = rng.random(broadcast()) < draw(st.sampled_from([0.1, 0.5, 0.95]))
+    if draw(st.booleans()):
+        options["bias"] = rng.standard_normal(broadcast()).astype(draw(st.sampled_from([np.float32, np.float64])))
+    if draw(st.booleans()):
+        options["kv_lens"] = rng.integers(0, kv_len + 1, batch)
+    if draw(st.booleans()):
+        options["q_lens"] = rng.integers(0, q_len + 1, batch)
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.floats(0.1, 30))
+    if draw(st.booleans()):
+        options["alibi_slopes"] = rng.random(heads) / 50
+    if draw(st.booleans()):
+        options["sinks"] = rng.standard_normal(heads)
+    if draw(st.booleans()):
+        options["scale"] = draw(st.floats(-1, 1))
+    return arrays, options
+
+
+@checked
+@given(problems())
+def test_any_problem(isa: str, check: Any, problem: Any) -> None:
+    arrays, options = problem
+    check(*arrays, trivial=True, **options)
+
+
+@checked
+@given(st.integers(0, 1 << 30), st.integers(1, 60), st.integers(1, 200))
+def test_the_order_of_keys_hardly_matters(seed: int, q_len: int, kv_len: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, 6)) for n in (q_len, kv_len, kv_len))
+    mask = rng.random((q_len, kv_len)) < 0.7
+    order = rng.permutation(kv_len)
+    found = sa.attention(q, k[order], v[order], mask=mask[:, order])
+    assert np.allclose(found, sa.attention(q, k, v, mask=mask), rtol=0, atol=1e-13)
+
+
+@checked
+@given(st.integers(0, 1 << 30), st.integers(1, 60), st.integers(1, 140), st.integers(1, 140))
+def test_hidden_keys_behind_the_others_change_no_bit(isa: str, seed: int, q_len: int, kv_len: int, more: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, 6)).astype(np.float32) for n in (q_len, kv_len + more, kv_len + more))
+    k[kv_len:], v[kv_len:] = np.nan, np.inf
+    expected = sa.attention(q, k[:kv_len], v[:kv_len])
+    assert np.array_equal(sa.attention(q, k, v, kv_lens=kv_len), expected)
+    assert np.array_equal(sa.attention(q, k, v, mask=np.arange(kv_len + more) < kv_len), expected)
+
+
+@checked
+@given(st.integers(0, 1 << 30), st.integers(2, 150), st.integers(1, 149))
+def test_causal_rows_ignore_what_comes_later(isa: str, seed: int, length: int, cut: int) -> None:
+    rng = np.random.default_rng(seed)
+    cut = min(cut, length - 1)
+    q, k, v = (rng.standard_normal((length, 6)).astype(np.float32) for _ in range(3))
+    expected = sa.attention(q, k, v, causal=True)
+    k[cut:], v[cut:] = np.nan, np.nan
+    found = sa.attention(q, k, v, causal=True)
+    assert np.array_equal(found[:cut], expected[:cut])
+    assert np.isnan(found[cut:]).all()
+
+
+@checked
+@given(st.integers(0, 1 << 30), st.integers(1, 40), st.lists(st.integers(1, 90), min_size=1, max_size=5))
+def test_parts_merge_into_the_whole(seed: int, q_len: int, sizes: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum([0, *sizes])
+    q, k, v = (rng.standard_normal((n, 6)) for n in (q_len, ends[-1], ends[-1]))
+    mask = rng.random((q_len, ends[-1])) < 0.3
+    parts = [
+        sa.attention(q, k[a:b], v[a:b], mask=mask[:, a:b], return_lse=True)
+        for a, b in zip(ends[:-1], ends[1:], strict=True)
+    ]
+    out, lse = sa.merge_states(*zip(*parts, strict=True))
+    expected, expected_lse = sa.attention(q, k, v, mask=mask, return_lse=True)
+    assert np.allclose(out, expected, rtol=0, atol=1e-13)
+    assert np.allclose(lse, expected_lse, rtol=1e-13)
+
+
+@pytest.mark.parametrize("factor", [-2.0, 0.5, 4.0])
+def test_values_scale_through(isa: str, normal: Any, factor: float) -> None:
+    q, k, v = normal(70, 8), normal(90, 8), normal(90, 8)
+    assert np.array_equal(sa.attention(q, k, v * np.float32(factor)), sa.attention(q, k, v) * np.float32(factor))
