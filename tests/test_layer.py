@@ -1,0 +1,314 @@
+"""SelfAttention and self_attention against the same steps in float64 NumPy."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import reference
+
+WEIGHTS = ("w_q", "w_k", "w_v", "w_o")
+BIASES = ("b_q", "b_k", "b_v", "b_o")
+
+
+def rotate(x: Any, positions: Any, rope: sa.RoPE) -> Any:
+    """Rotate (..., H, S, D) in float64, pair by pair."""
+    size = rope.rotary_dim or x.shape[-1]
+    x = x.copy()
+    for i in range(size // 2):
+        first, second = (2 * i, 2 * i + 1) if rope.interleaved else (i, i + size // 2)
+        angle = np.asarray(positions)[..., None, :] * float(rope.base) ** (-2 * i / size)
+        a, b = x[..., first].copy(), x[..., second].copy()
+        x[..., first], x[..., second] = a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)
+    return x
+
+
+def expected(
+    x: Any, params: dict[str, Any], heads: int, kv_heads: int, *, context: Any = None, rope: Any = None,
+    positions: Any = None, **options: Any,
+) -> tuple[Any, reference.Result]:  # fmt: skip
+    """The layer in float64: its output and what attention made of the projections."""
+    p = {name: None if w is None else w.astype(np.float64) for name, w in params.items()}
+    x64 = x.astype(np.float64)
+    c64 = x64 if context is None else context.astype(np.float64)
+
+    def project(source: Any, letter: str, count: int) -> Any:
+        y = source @ p["w_" + letter]
+        if p.get("b_" + letter) is not None:
+            y = y + p["b_" + letter]
+        return y.reshape(*y.shape[:-1], count, -1).swapaxes(-2, -3)
+
+    q, k, v = project(x64, "q", heads), project(c64, "k", kv_heads), project(c64, "v", kv_heads)
+    if rope is not None:
+        own = np.arange(x.shape[-2]) if positions is None else positions
+        q = rotate(q, own, rope)
+        k = rotate(k, own if context is None else np.arange(context.shape[-2]), rope)
+    result = reference.attention(q, k, v, **options)
+    y = result.out.swapaxes(-2, -3)
+    y = y.reshape(*y.shape[:-2], -1)
+    if p.get("w_o") is not None:
+        y = y @ p["w_o"] + (0 if p.get("b_o") is None else p["b_o"])
+    return y, result
+
+
+@pytest.fixture
+def make(rng: Any) -> Any:
+    """Random weights of a layer: make(d_model, heads, kv_heads, head_dim, value_dim, d_out)."""
+
+    def build(
+        d_model: int, heads: int, kv_heads: int, head_dim: int, value_dim: int, d_out: int | None,
+        *, d_context: int | None = None, biases: bool = True, dtype: Any = np.float32,
+    ) -> dict[str, Any]:  # fmt: skip
+        def normal(*shape: int) -> Any:
+            return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype)
+
+        inner = d_context or d_model
+        params = {
+            "w_q": normal(d_model, heads * head_dim),
+            "w_k": normal(inner, kv_heads * head_dim),
+            "w_v": normal(inner, kv_heads * value_dim),
+            "w_o": None if d_out is None else normal(heads * value_dim, d_out),
+        }
+        if biases:
+            params |= {"b" + name[1:]: normal(w.shape[1]) for name, w in params.items() if w is not None}
+        return params
+
+    return build
+
+
+def tolerance(dtype: Any) -> float:
+    return 3e-6 if dtype == np.float32 else 1e-14
+
+
+def close(found: Any, wanted: Any) -> None:
+    # Errors of three products in a row; outputs are of the order of 1.
+    assert found.shape == wanted.shape
+    assert np.max(abs(found - wanted), initial=0) <= tolerance(found.dtype) * max(1, np.max(abs(wanted), initial=0))
+
+
+SHAPES = [
+    # d_model, heads, kv heads, head_dim, value_dim, d_out
+    (32, 4, 4, 8, 8, 32),
+    (33, 4, 2, 8, 12, 21),
+    (96, 6, 1, 16, 16, None),
+    (7, 1, 1, 5, 3, 2),
+    (384, 12, 12, 32, 32, 384),
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("biases", [False, True])
+def test_shapes(isa: str, make: Any, normal: Any, shape: Any, biases: bool, dtype: Any) -> None:
+    params = make(*shape, biases=biases, dtype=dtype)
+    layer = sa.SelfAttention(**params, num_heads=shape[1], num_kv_heads=shape[2])
+    assert (layer.d_model, layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim) == shape[:5]
+    assert layer.d_out == (shape[5] or shape[1] * shape[4])
+    assert layer.dtype == dtype
+    assert layer.isa == isa
+    for leading in ((), (2,), (3, 1, 2)):
+        for length in (1, 19, 100):
+            x = normal(*leading, length, shape[0], dtype=dtype)
+            y, lse, weights = layer(x, causal=True, return_lse=True, return_weights=True)
+            wanted, result = expected(x, params, shape[1], shape[2], causal=True)
+            close(y, wanted)
+            close(weights, result.weights)
+            close(lse, result.lse)
+            once = sa.self_attention(x, **params, num_heads=shape[1], num_kv_heads=shape[2], causal=True)
+            assert np.array_equal(once, y)
+
+
+def test_cross_attention(isa: str, make: Any, normal: Any) -> None:
+    params = make(24, 4, 2, 8, 6, 10, d_context=17)
+    layer = sa.SelfAttention(**params, num_heads=4, num_kv_heads=2)
+    assert layer.d_context == 17
+    for leading, inner in (((2,), (2,)), ((2,), (1,)), ((), (3,)), ((3, 2), (2,))):
+        x, context = normal(*leading, 9, 24), normal(*inner, 40, 17)
+        wanted, _ = expected(x, params, 4, 2, context=context)
+        close(layer(x, context=context), wanted)
+    close(layer(x, context=context, kv_lens=5), expected(x, params, 4, 2, context=context, kv_lens=[[5, 5]] * 3)[0])
+
+
+@pytest.mark.parametrize("rope", [sa.RoPE(), sa.RoPE(interleaved=True), sa.RoPE(500.0, 4), sa.RoPE(1e4, 6, True)])
+def test_rope(isa: str, make: Any, normal: Any, rng: Any, rope: sa.RoPE) -> None:
+    params = make(24, 4, 2, 8, 8, 24)
+    layer = sa.SelfAttention(**params, num_heads=4, num_kv_heads=2, rope=rope)
+    x = normal(2, 50, 24)
+    close(layer(x, causal=True), expected(x, params, 4, 2, rope=rope, causal=True)[0])
+    for positions in (np.arange(50) + 1000, rng.integers(0, 5000, (2, 50)), rng.integers(0, 9, (2, 50)).astype(np.int8)):
+        found = layer(x, positions=positions)
+        close(found, expected(x, params, 4, 2, rope=rope, positions=positions)[0])
+    context = normal(2, 30, 24)
+    found = layer(x, context=context, positions=np.arange(50) + 7)
+    close(found, expected(x, params, 4, 2, rope=rope, context=context, positions=np.arange(50) + 7)[0])
+
+
+def test_rope_true_is_the_default_rope(make: Any, normal: Any) -> None:
+    params, x = make(16, 2, 2, 8, 8, None), normal(11, 16)
+    layers = [sa.SelfAttention(**params, num_heads=2, rope=rope) for rope in (True, sa.RoPE(), None)]
+    assert np.array_equal(layers[0](x), layers[1](x))
+    assert not np.array_equal(layers[0](x), layers[2](x))
+
+
+def test_every_attention_option(isa: str, make: Any, normal: Any, rng: Any) -> None:
+    params = make(24, 4, 2, 8, 8, 24)
+    layer = sa.SelfAttention(**params, num_heads=4, num_kv_heads=2)
+    x = normal(3, 40, 24)
+    for options in (
+        {"mask": rng.random((3, 1, 40, 40)) < 0.7},
+        {"bias": normal(4, 40, 40)},
+        {"causal": True, "q_offset": 0},
+        {"window": (5, 2)},
+        {"q_lens": [40, 3, 0], "kv_lens": [40, 20, 1]},
+        {"scale": 0.1, "softcap": 2.0},
+        {"alibi_slopes": sa.alibi_slopes(4)},
+        {"sinks": normal(4)},
+    ):
+        close(layer(x, **options), expected(x, params, 4, 2, **options)[0])
+    assert np.array_equal(layer(x, precision="high", num_threads=1), layer(x, num_threads=2))
+
+
+def test_out(isa: str, make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(24, 4, 4, 8, 8, 10), num_heads=4)
+    x = normal(2, 30, 24)
+    wanted = layer(x)
+    for out in (np.zeros_like(wanted), np.zeros((2, 30, 20), np.float32)[..., ::2], np.zeros((30, 2, 10), np.float32).swapaxes(0, 1)):
+        assert layer(x, out=out) is out
+        assert np.array_equal(out, wanted)
+    found, weights = layer(x, out=out, return_weights=True)
+    assert found is out
+    assert weights.shape == (2, 4, 30, 30)
+    square = sa.SelfAttention(**make(24, 4, 4, 6, 6, 24), num_heads=4)
+    wanted = square(x)
+    assert np.array_equal(square(x, out=x), wanted)
+
+
+def test_strides_do_not_matter(isa: str, make: Any, normal: Any) -> None:
+    params = make(24, 4, 2, 8, 8, 24)
+    layer = sa.SelfAttention(**params, num_heads=4, num_kv_heads=2)
+    x = normal(2, 3, 50, 24)
+    wanted = layer(x)
+    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
+    odd[...] = x
+    for other in (np.asfortranarray(x), x[:, :, ::-1].copy()[:, :, ::-1], x.astype(">f4"), odd, np.repeat(x, 2, -1)[..., ::2]):
+        assert np.array_equal(layer(other), wanted)
+    assert np.array_equal(layer(np.broadcast_to(x[:1], x.shape)), layer(np.repeat(x[:1], 2, 0)))
+    transposed = {name: w if w is None else np.asfortranarray(w) for name, w in params.items()}
+    assert np.array_equal(sa.SelfAttention(**transposed, num_heads=4, num_kv_heads=2)(x), wanted)
+
+
+def test_batch_and_threads_do_not_matter(isa: str, make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(96, 6, 2, 16, 16, 96), num_heads=6, num_kv_heads=2, rope=True)
+    x = normal(5, 120, 96)
+    wanted = layer(x, causal=True, num_threads=1)
+    for threads in (2, 3, 8):
+        assert np.array_equal(layer(x, causal=True, num_threads=threads), wanted)
+    for b in range(5):
+        assert np.array_equal(layer(x[b], causal=True), wanted[b])
+    padded = np.concatenate([x, np.full((5, 30, 96), np.nan, np.float32)], axis=1)
+    padded[:, 120:] = 0
+    lengths = np.full(5, 120)
+    found = layer(padded, kv_lens=lengths, causal=True, q_offset=np.zeros(5, int))
+    assert np.array_equal(found[:, :120], wanted)
+
+
+def test_weights_are_copied_and_the_layer_is_immutable(make: Any, normal: Any) -> None:
+    params, x = make(16, 2, 2, 8, 8, 16), normal(9, 16)
+    layer = sa.SelfAttention(**params, num_heads=2)
+    before = layer(x)
+    for w in params.values():
+        w[...] = np.nan
+    assert np.array_equal(layer(x), before)
+    for name in ("num_heads", "dtype", "anything"):
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(layer, name, 3)
+        with pytest.raises(AttributeError, match="immutable"):
+            delattr(layer, name)
+    assert "num_heads=2" in repr(layer)
+
+
+def test_many_threads_share_a_layer(make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(48, 4, 4, 12, 12, 48), num_heads=4, rope=True)
+    inputs = [normal(2, n, 48) for n in (3, 60, 150, 33)]
+    wanted = [layer(x, causal=True) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: layer(inputs[i % 4], causal=True), range(200)))
+    assert all(np.array_equal(y, wanted[i % 4]) for i, y in enumerate(found))
+
+
+def test_empty(isa: str, make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(16, 2, 2, 8, 8, 5), num_heads=2)
+    assert layer(normal(0, 9, 16)).shape == (0, 9, 5)
+    assert layer(normal(2, 0, 16)).shape == (2, 0, 5)
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    params: dict[str, Any] = {name: np.zeros((16, 16), np.float32) for name in WEIGHTS}
+    return {**params, "num_heads": 4, **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "exception", "message"),
+    [
+        ({"w_q": np.zeros((16, 18), np.float32)}, ValueError, "w_q has 18 columns, which num_heads 4 does not divide"),
+        ({"w_q": np.zeros(16, np.float32)}, ValueError, r"w_q has shape \(16,\), but a matrix is needed"),
+        ({"w_q": np.zeros((16, 16), np.int64)}, TypeError, "w_q has dtype int64, but float32 and float64 are accepted"),
+        ({"w_k": np.zeros((16, 16))}, TypeError, "w_k has dtype float64 but w_q has float32"),
+        ({"w_k": np.zeros((16, 12), np.float32)}, ValueError, "w_k has 12 columns, but 4 KV heads of head_dim 4"),
+        ({"w_v": np.zeros((15, 16), np.float32)}, ValueError, "w_v has 15 rows but w_k has 16"),
+        ({"w_v": np.zeros((16, 18), np.float32)}, ValueError, "w_v has 18 columns, which num_kv_heads 4"),
+        ({"w_o": np.zeros((15, 16), np.float32)}, ValueError, "w_o has 15 rows, but 4 heads of value_dim 4 need 16"),
+        ({"b_q": np.zeros(15, np.float32)}, ValueError, r"b_q has shape \(15,\) but w_q has 16 columns"),
+        ({"b_v": np.zeros(16)}, TypeError, "b_v has dtype float64 but w_q has float32"),
+        ({"w_o": None, "b_o": np.zeros(16, np.float32)}, ValueError, "b_o is given without w_o"),
+        ({"num_heads": 0}, ValueError, "num_heads is 0, but it must be at least 1"),
+        ({"num_heads": 4.0}, TypeError, "num_heads is 4.0, but an integer is needed"),
+        ({"num_kv_heads": 3}, ValueError, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"rope": "yes"}, TypeError, "rope is 'yes', but a RoPE, True or None is needed"),
+        ({"rope": sa.RoPE(rotary_dim=6)}, ValueError, "rope turns 6 elements, but head_dim is 4"),
+    ],
+)
+def test_bad_weights(changed: dict[str, Any], exception: type[Exception], message: str) -> None:
+    with pytest.raises(exception, match="SelfAttention: " + message):
+        sa.SelfAttention(**arguments(**changed))
+    with pytest.raises(exception, match="self_attention: " + message):
+        sa.self_attention(np.zeros((3, 16), np.float32), **arguments(**changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "exception", "message"),
+    [
+        ({"x": np.zeros((3, 15), np.float32)}, ValueError, "x has d_model 15 but the weights have 16 rows"),
+        ({"x": np.zeros(16, np.float32)}, ValueError, r"x has shape \(16,\) but needs 2 dimensions or more"),
+        ({"x": np.zeros((3, 16))}, TypeError, "x has dtype float64, but w_q has float32"),
+        ({"x": np.zeros((3, 16), np.float16)}, TypeError, "x has dtype float16"),
+        ({"context": np.zeros((3, 15), np.float32)}, ValueError, "context has d_model 15"),
+        ({"positions": [0, 1, 2]}, ValueError, "positions is given, but the layer has no rope"),
+        ({"mask": np.ones((2, 2), bool)}, ValueError, r"mask has shape \(2, 2\), which does not broadcast to \(4, 3, 3\)"),
+        ({"layout": "bshd"}, TypeError, "unexpected keyword argument 'layout'"),
+        ({"is_causal": True}, TypeError, "did you mean 'causal'"),
+        ({"out": np.zeros((3, 15), np.float32)}, ValueError, r"out has shape \(3, 15\) but the result has \(3, 16\)"),
+        ({"out": np.zeros((3, 16))}, TypeError, "out has dtype float64 but the result is float32"),
+        ({"out": []}, TypeError, "out is a list"),
+        ({"num_threads": -1}, ValueError, "num_threads is -1"),
+    ],
+)
+def test_bad_calls(changed: dict[str, Any], exception: type[Exception], message: str) -> None:
+    call = {"x": np.zeros((3, 16), np.float32), **changed}
+    with pytest.raises(exception, match="SelfAttention: .*" + message):
+        sa.SelfAttention(**arguments())(**call)
+    with pytest.raises(exception, match="self_attention: .*" + message):
+        sa.self_attention(**arguments(), **call)
+
+
+def test_positions_must_fit(make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(16, 2, 2, 8, 8, None), num_heads=2, rope=True)
+    for positions in ([0, 1], 3, [[0] * 5] * 3):
+        with pytest.raises(ValueError, match=r"positions has shape .*, which does not broadcast to \(2, 5\)"):
+            layer(normal(2, 5, 16), positions=positions)
+    with pytest.raises(TypeError, match="positions has dtype float64"):
+        layer(normal(2, 5, 16), positions=np.zeros(5))

@@ -1,0 +1,100 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+
+
+def exact(x: Any, positions: Any, rope: sa.RoPE) -> Any:
+    """(..., H, S, D) in long double, pair by pair; positions (..., S)."""
+    size = rope.rotary_dim or x.shape[-1]
+    x = x.astype(np.longdouble)
+    for i in range(size // 2):
+        first, second = (2 * i, 2 * i + 1) if rope.interleaved else (i, i + size // 2)
+        rate = np.longdouble(rope.base) ** (np.longdouble(-2 * i) / size)
+        angle = np.asarray(positions, np.longdouble)[..., None, :] * rate
+        a, b = x[..., first].copy(), x[..., second].copy()
+        x[..., first], x[..., second] = a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)
+    return x
+
+
+ROPES = [sa.RoPE(), sa.RoPE(interleaved=True), sa.RoPE(1e6, 6), sa.RoPE(100.0, 4, True)]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_against_long_double(normal: Any, rng: Any, rope: sa.RoPE, dtype: Any) -> None:
+    x = normal(2, 3, 20, 8, dtype=dtype)
+    for positions in (None, np.arange(20) * 7, rng.integers(0, 1 << 20, (2, 20)), np.array([[5], [1 << 20]])):
+        given = np.arange(20) if positions is None else np.broadcast_to(positions, (2, 20)) if np.ndim(positions) > 1 else positions
+        wanted = exact(x, given, rope)
+        found = sa.apply_rope(x, positions, rope)
+        assert found.dtype == dtype
+        assert np.max(abs(found - wanted)) < (1e-6 if dtype == np.float32 else 1e-9)
+        swapped = sa.apply_rope(x.swapaxes(1, 2), positions, rope, layout="bshd")
+        assert np.array_equal(swapped.swapaxes(1, 2), found)
+
+
+def test_far_positions_keep_their_accuracy(normal: Any) -> None:
+    x, positions = normal(1, 4, 64), np.array([1 << 20, (1 << 20) + 1, 0, -(1 << 20)])
+    assert np.max(abs(sa.apply_rope(x, positions) - exact(x, positions, sa.RoPE()))) < 1e-5
+
+
+def test_scores_depend_on_distance_only(normal: Any) -> None:
+    q, k = normal(1, 1, 16, dtype=np.float64), normal(1, 1, 16, dtype=np.float64)
+    scores = [np.vdot(sa.apply_rope(q, [i]), sa.apply_rope(k, [i - 5])) for i in (5, 100, 4000)]
+    assert np.ptp(scores) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 1, 3, 5, 8), (0, 5, 8), (2, 0, 8)])
+def test_shapes_and_out(normal: Any, shape: Any) -> None:
+    x = normal(*shape)
+    wanted = sa.apply_rope(x)
+    assert wanted.shape == shape
+    out = np.empty_like(x)
+    assert sa.apply_rope(x, out=out) is out
+    assert np.array_equal(out, wanted)
+    strided = np.zeros((*shape[:-1], 16), np.float32)[..., ::2]
+    assert np.array_equal(sa.apply_rope(x, out=strided), wanted)
+    assert np.array_equal(sa.apply_rope(x[..., ::-1].copy()[..., ::-1]), wanted)
+    assert np.array_equal(sa.apply_rope(x, out=x), wanted)
+    assert np.array_equal(x, wanted)
+
+
+def test_out_may_overlap(normal: Any) -> None:
+    buffer = normal(6, 8)
+    wanted = sa.apply_rope(buffer[:5].copy())
+    assert np.array_equal(sa.apply_rope(buffer[:5], out=buffer[1:]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [
+        ({"x": np.zeros(8)}, ValueError, r"x has shape \(8,\) but needs 2 dimensions"),
+        ({"x": np.zeros((5, 7))}, ValueError, "rope turns 7 elements, but head_dim is 7"),
+        ({"x": np.zeros((5, 8), int)}, TypeError, "x has dtype int64"),
+        ({"positions": np.zeros(5)}, TypeError, "positions has dtype float64, but integers are needed"),
+        ({"positions": np.zeros(4, int)}, ValueError, r"positions has shape \(4,\), which does not broadcast to \(5,\)"),
+        ({"rope": True}, TypeError, "rope is True, but a RoPE is needed"),
+        ({"rope": sa.RoPE(rotary_dim=10)}, ValueError, "rope turns 10 elements, but head_dim is 8"),
+        ({"layout": "x"}, ValueError, "layout is 'x'"),
+        ({"out": np.zeros((5, 7))}, ValueError, r"out has shape \(5, 7\) but x has \(5, 8\)"),
+        ({"out": np.zeros((5, 8), np.float32)}, TypeError, "out has dtype float32 but x has float64"),
+        ({"out": np.broadcast_to(np.zeros(8), (5, 8))}, ValueError, "out is read-only"),
+        ({"out": "x"}, TypeError, "out is a str"),
+    ],
+)
+def test_errors(arguments: dict[str, Any], exception: type[Exception], message: str) -> None:
+    with pytest.raises(exception, match="^apply_rope: " + message):
+        sa.apply_rope(**{"x": np.zeros((5, 8)), **arguments})
+
+
+@pytest.mark.parametrize("bad", [{"base": 0.0}, {"base": np.inf}, {"rotary_dim": 3}, {"rotary_dim": 0}])
+def test_bad_descriptions(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="RoPE: "):
+        sa.RoPE(**bad)
