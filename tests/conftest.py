@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,3 +102,22 @@ def normal(rng: np.random.Generator) -> Callable[..., Any]:
         return rng.standard_normal(shape).astype(dtype)
 
     return make
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Run code in a fresh interpreter, which must end well, and return what it printed."""
+
+    def run(code: str, *, expected_exit: int = 0, **environment: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            env={**os.environ, **environment},
+            check=False,
+        )
+        assert result.returncode == expected_exit, result.stderr
+        return result.stdout + result.stderr if expected_exit else result.stdout
+
+    return run

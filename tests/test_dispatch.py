@@ -1,0 +1,87 @@
+"""Which instruction set is in use, and what the package says of itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+
+
+def test_the_best_comes_first() -> None:
+    names = sa.isas()
+    assert names[-1] == "portable"
+    assert sa.active_isa() in names
+
+
+@pytest.mark.parametrize("name", sa.isas())
+def test_the_environment_chooses(run_python: Any, name: str) -> None:
+    code = "import selfattn as sa; print(sa.active_isa(), sa.show_runtime(mode='dicts')['isa_source'])"
+    assert run_python(code, SELFATTN_ISA=name).split() == [name, "SELFATTN_ISA"]
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "neon"])
+def test_an_unknown_name_is_a_clear_error(run_python: Any, name: str) -> None:
+    code = "import numpy as np, selfattn as sa; x = np.ones((2, 2)); sa.attention(x, x, x)"
+    printed = run_python(code, expected_exit=1, SELFATTN_ISA=name)
+    assert f"ValueError: SELFATTN_ISA: '{name}' is not an instruction set that this machine can run" in printed
+    assert ", ".join(sa.isas()) in printed
+
+
+def test_use_isa_returns_to_what_was() -> None:
+    before = sa.active_isa()
+    with sa.use_isa("portable"):
+        assert sa.active_isa() == "portable"
+        with pytest.raises(RuntimeError), sa.use_isa(before):
+            raise RuntimeError
+        assert sa.active_isa() == "portable"
+    assert sa.active_isa() == before
+    with pytest.raises(ValueError, match="'mmx' is not an instruction set"), sa.use_isa("mmx"):
+        pass
+    assert sa.active_isa() == before
+
+
+def test_instruction_sets_agree(normal: Any) -> None:
+    q, k, v = normal(2, 100, 32), normal(2, 300, 32), normal(2, 300, 32)
+    results = []
+    for name in sa.isas():
+        with sa.use_isa(name):
+            results.append(sa.attention(q, k, v, causal=True))
+    for result in results[1:]:
+        assert np.allclose(result, results[0], atol=1e-6)
+
+
+def test_a_layer_keeps_the_set_it_was_made_for(normal: Any) -> None:
+    w, x = normal(16, 16), normal(30, 16)
+    with sa.use_isa("portable"):
+        layer = sa.SelfAttention(w, w, w, num_heads=2)
+        expected = layer(x)
+    assert layer.isa == "portable"
+    assert np.array_equal(layer(x), expected)
+
+
+def test_self_description(capsys: pytest.CaptureFixture[str]) -> None:
+    for show, names in (
+        (sa.show_config, {"version", "compiler", "flags", "build_type", "openmp", "isas"}),
+        (sa.show_runtime, {"isa", "isas", "threads", "threads_source", "affinity", "cgroup_quota", "parallel", "subnormals"}),
+    ):
+        facts = show(mode="dicts")
+        assert facts is not None
+        assert names <= facts.keys()
+        json.dumps(facts)
+        assert show() is None
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in names)
+        with pytest.raises(ValueError, match="mode is 'xml'"):
+            show(mode="xml")  # type: ignore[arg-type]
+    runtime = sa.show_runtime(mode="dicts")
+    assert runtime is not None
+    assert runtime["subnormals"] is True
+    assert runtime["threads"] == sa.get_num_threads()
+    config = sa.show_config(mode="dicts")
+    assert config is not None
+    assert set(sa.isas()) <= set(config["isas"])
+    assert config["version"] == sa.__version__

@@ -1,0 +1,160 @@
+"""After fork: no hang, the same bits, still several threads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+PREPARE = """
+import os, sys, threading, warnings
+import multiprocessing as mp
+import numpy as np
+import selfattn as sa
+
+warnings.simplefilter("ignore")  # Python 3.12 warns of fork where there are threads
+
+x = np.random.default_rng(0).standard_normal((2, 4, 400, 32)).astype(np.float32)
+SERIAL = sa.show_runtime(mode="dicts")["parallel"] == "serial"
+
+def compute():
+    return sa.attention(x, x, x, causal=True, num_threads=2)
+
+def thread_count():
+    return len(os.listdir("/proc/self/task"))
+
+expected = compute()  # warm: the parent's team exists
+
+def right():
+    "The same bits, several times, with more than one thread at work."
+    most = []
+    stop = threading.Event()
+    def watch():
+        while not stop.is_set():
+            most.append(thread_count())
+    big = np.zeros((1, 8, 1500, 32), np.float32)
+    good = all(np.array_equal(compute(), expected) for _ in range(5))
+    before = thread_count()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    sa.attention(big, big, big, num_threads=2)
+    stop.set()
+    watcher.join()
+    # The watcher itself, and the team's second thread (which may have been there before).
+    parallel = SERIAL or not sys.platform.startswith("linux") or max(most) >= 3
+    return good and parallel
+
+def in_child(action):
+    child = os.fork()
+    if child == 0:
+        try:
+            ok = action()
+        except BaseException as error:
+            print("child:", repr(error), file=sys.stderr)
+            ok = False
+        os._exit(0 if ok else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+CASES = {
+    "fork": "assert in_child(right) and right()",
+    "nested": "assert in_child(lambda: right() and in_child(lambda: right() and in_child(right)) and right())",
+    "nested without a call between": "assert in_child(lambda: in_child(right))",
+    "many children": "assert all(in_child(right) for _ in range(3))",
+    "from another thread": """
+        results = []
+        def work():
+            compute()
+            results.append(in_child(right))
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert results == [True] and in_child(right)
+    """,
+    "threads of a child": """
+        def threads():
+            results = []
+            workers = [threading.Thread(target=lambda: results.append(np.array_equal(compute(), expected))) for _ in range(4)]
+            for worker in workers: worker.start()
+            for worker in workers: worker.join()
+            return results == [True] * 4 and right()
+        assert in_child(threads)
+    """,
+    "fork from a thread of a child": """
+        def action():
+            results = []
+            worker = threading.Thread(target=lambda: results.append(np.array_equal(compute(), expected) and in_child(right)))
+            worker.start()
+            worker.join()
+            return results == [True] and right()
+        assert in_child(action)
+    """,
+    "while other threads compute": """
+        stop = threading.Event()
+        def busy():
+            while not stop.is_set():
+                compute()
+        workers = [threading.Thread(target=busy) for _ in range(2)]
+        for worker in workers: worker.start()
+        good = all(in_child(right) for _ in range(4))
+        stop.set()
+        for worker in workers: worker.join()
+        assert good
+    """,
+    "layer": """
+        rng = np.random.default_rng(1)
+        w = [rng.standard_normal((64, 64)).astype(np.float32) for _ in range(4)]
+        layer = sa.SelfAttention(*w, num_heads=4, rope=True)
+        data = rng.standard_normal((4, 200, 64)).astype(np.float32)
+        before = layer(data, num_threads=2)
+        assert in_child(lambda: np.array_equal(layer(data, num_threads=2), before))
+    """,
+}
+
+
+def run(code: str, file: str | None = None) -> None:
+    command = [sys.executable, file] if file else [sys.executable, "-c", PREPARE + textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fork(case: str) -> None:
+    run(CASES[case])
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_multiprocessing(method: str, tmp_path: object) -> None:
+    # A file, because spawn imports the main module again.
+    file = os.path.join(str(tmp_path), "main.py")
+    with open(file, "w", encoding="utf8") as script:
+        script.write(PREPARE)
+        script.write(
+            textwrap.dedent(f"""
+            def job(_):
+                return np.array_equal(compute(), expected)
+
+            if __name__ == "__main__":
+                with mp.get_context({method!r}).Pool(2) as pool:
+                    assert pool.map(job, range(6)) == [True] * 6
+            """)
+        )
+    run("", file)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+def test_fork_beside_a_warm_torch() -> None:
+    run("""
+        import torch
+        torch.set_num_threads(2)
+        t = torch.randn(500, 500)
+        t @ t
+        torch.nn.functional.softmax(torch.randn(4000, 4000), -1)
+        assert in_child(right) and right()
+    """)

@@ -1,0 +1,124 @@
+"""Memory: linear in the length, steady over many calls, and an exception when there is none."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own accounts")
+
+PRELUDE = """
+    import resource
+    import numpy as np
+    import selfattn as sa
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+"""
+
+
+def test_peak_is_linear_in_the_length(run_python: Any) -> None:
+    added = run_python(
+        PRELUDE
+        + """
+    for n in (8192, 16384):
+        x = np.ones((1, n, 64), np.float32)
+        before = peak()
+        out, lse = sa.attention(x, x, x, causal=True, return_lse=True, num_threads=2)
+        print(peak() - before - out.nbytes)
+    """
+    ).split()
+    # Scores would take 256 MiB and 1 GiB.
+    assert all(int(n) < 8 << 20 for n in added)
+
+
+def test_steady_over_many_calls(run_python: Any) -> None:
+    growth = run_python(
+        PRELUDE
+        + """
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal((32, 32)).astype(np.float32) for _ in range(4)]
+    layer = sa.SelfAttention(*w, num_heads=4)
+    problems = [rng.standard_normal((3, 2, n, 16)).astype(np.float32) for n in (1, 17, 100, 300)]
+    bad = np.zeros((3, 3), np.float32)
+
+    def mixed(i):
+        q, k, v = problems[i % 4]
+        sa.attention(q, k, v, causal=i % 3 == 0, return_lse=i % 5 == 0, return_weights=i % 7 == 0, num_threads=1 + i % 2)
+        layer(problems[1].reshape(1, -1, 32)[:, : 1 + i % 40], num_threads=1 + i % 2)
+        try:
+            sa.attention(bad, problems[0], bad)
+        except ValueError:
+            pass
+
+    for i in range(2000):
+        mixed(i)
+    before = resident()
+    for i in range(10_000):
+        mixed(i)
+    print(resident() - before)
+    """
+    )
+    assert int(growth) < 1 << 20
+
+
+def test_scratch_is_reused(run_python: Any) -> None:
+    # With `out` given, the hundredth call asks the system for no more memory than the second.
+    growth = run_python(
+        PRELUDE
+        + """
+    x = np.ones((1, 8, 600, 64), np.float32)
+    out = np.empty_like(x)
+    for _ in range(3):
+        sa.attention(x, x, x, out=out, num_threads=2)
+    before = peak()
+    for _ in range(100):
+        sa.attention(x, x, x, out=out, num_threads=2)
+    print(peak() - before)
+    """
+    )
+    assert int(growth) < 256 << 10
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "sa.attention(wide, key, key)",  # the result
+        "sa.attention(x, x, x, return_weights=True)",
+        "sa.attention(x[:1], key, key, return_weights=True, num_threads=1)",
+        "sa.attention(head, head, head)",  # scratch
+        "layer(x)",
+    ],
+)
+def test_no_memory_is_an_exception(run_python: Any, call: str) -> None:
+    printed = run_python(
+        PRELUDE
+        + f"""
+    one = np.ones((1, 1), np.float32)
+    x = np.broadcast_to(one, (200_000, 64))
+    wide = np.broadcast_to(one, (1, 1 << 28, 4))
+    key = np.broadcast_to(one, (1 << 29, 4)) if "1]" in {call!r} else np.broadcast_to(one, (8, 4))
+    x = np.broadcast_to(one, (200_000, 4)) if "x[:1]" in {call!r} else x
+    head = np.broadcast_to(one, (40, 1 << 24))
+    layer = sa.SelfAttention(*[np.ones((64, 4096), np.float32)] * 3, num_heads=1)
+    y = np.ones((60, 8), np.float32)
+    sa.attention(y, y, y)
+    limit = 600 << 20
+    resource.setrlimit(resource.RLIMIT_AS, (limit + resident() * 12, limit + resident() * 12))
+    try:
+        {call}
+    except MemoryError:
+        print("MemoryError")
+    assert np.array_equal(sa.attention(y, y, y), y)
+    print("works")
+    """,
+        OMP_NUM_THREADS="1",
+        OPENBLAS_NUM_THREADS="1",
+    )
+    assert printed.split() == ["MemoryError", "works"]
