@@ -127,7 +127,8 @@ class Run {
 }  // namespace
 
 bool attend(const Problem& problem, const Plan& plan, Interrupted interrupted) {
-  if (plan.tasks == 0) return true;
+  const bool nothing_to_write = problem.value_dim == 0 && !problem.lse && !problem.weights;
+  if (plan.tasks == 0 || nothing_to_write) return true;
   return Run(problem, plan, interrupted).execute();
 }
 

@@ -17,11 +17,19 @@ constexpr std::align_val_t alignment{64};
 // Rows of x that a task takes through one panel: x's block stays in L2 while the panels pass.
 constexpr std::int64_t project_rows = 96;
 
+// Bytes of a buffer of so many elements; a product that overflows is memory that nobody has.
+template <class... Sizes>
+std::int64_t bytes_of(Sizes... sizes) {
+  std::int64_t bytes = 1;
+  for (const std::int64_t size : {static_cast<std::int64_t>(sizes)...})
+    if (__builtin_mul_overflow(bytes, size, &bytes)) throw std::bad_alloc();
+  if (bytes > std::int64_t{1} << 60) throw std::bad_alloc();
+  return (bytes + 63) / 64 * 64;
+}
+
 char* allocate(std::int64_t bytes) {
   return static_cast<char*>(::operator new(static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)), alignment));
 }
-
-std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // A view of a C-contiguous buffer with axes (batch..., length, heads, dim).
 struct BufferView {
@@ -92,8 +100,8 @@ bool project_all(const ProjectionJob* jobs, int count, int max_threads, Interrup
     tasks += jobs[i].tasks();
     flops += jobs[i].flops();
     if (!jobs[i].in_place())
-      bounce_bytes = std::max(bounce_bytes, static_cast<std::size_t>(padded(project_rows * jobs[i].projection.depth() *
-                                                                            jobs[i].projection.element_size())));
+      bounce_bytes = std::max(bounce_bytes, static_cast<std::size_t>(bytes_of(project_rows, jobs[i].projection.depth(),
+                                                                              jobs[i].projection.element_size())));
   }
   const int threads = useful_threads(flops, 0, tasks, max_threads);
   const Scratch bounce(bounce_bytes * static_cast<std::size_t>(threads));
@@ -113,7 +121,7 @@ void Projection::Free::operator()(char* p) const { ::operator delete(p, alignmen
 Projection::Projection(const TypeKernels& kernels, const TensorView& weights, const TensorView& bias)
     : kernels_(&kernels), depth_(weights.shape[0]), columns_(weights.shape[1]), size_(size_of(weights.dtype)) {
   const std::int64_t width = kernels.panel_columns;
-  const std::int64_t bytes = panels() * depth_ * width * size_;
+  const std::int64_t bytes = bytes_of(panels(), depth_, width, size_);
   panels_.reset(allocate(bytes));
   std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
   const char* from = static_cast<const char*>(weights.data);
@@ -121,7 +129,7 @@ Projection::Projection(const TypeKernels& kernels, const TensorView& weights, co
     copy_rows(panels_.get() + first * depth_ * size_, width * size_, size_, from + first * weights.strides[1],
               weights.strides[0], weights.strides[1], depth_, std::min(width, columns_ - first), size_);
   if (!bias) return;
-  bias_.reset(allocate(panels() * width * size_));
+  bias_.reset(allocate(bytes_of(panels(), width, size_)));
   std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * size_));
   copy_rows(bias_.get(), 0, size_, static_cast<const char*>(bias.data), 0, bias.strides[0], 1, columns_, size_);
 }
@@ -177,9 +185,9 @@ struct LayerCall::State {
         positions(positions_view),
         query_rows(row_count(x)),
         key_rows(row_count(context)),
-        query_bytes(padded(query_rows * weights.query.columns() * size_of(weights.dtype))),
-        key_bytes(padded(key_rows * weights.key.columns() * size_of(weights.dtype))),
-        value_bytes(padded(key_rows * weights.value.columns() * size_of(weights.dtype))),
+        query_bytes(bytes_of(query_rows, weights.query.columns(), size_of(weights.dtype))),
+        key_bytes(bytes_of(key_rows, weights.key.columns(), size_of(weights.dtype))),
+        value_bytes(bytes_of(key_rows, weights.value.columns(), size_of(weights.dtype))),
         inputs(static_cast<std::size_t>(query_bytes + key_bytes + value_bytes + 64)),
         query(inputs.data(), weights.dtype, x, weights.num_heads, weights.head_dim),
         key(inputs.data() + query_bytes, weights.dtype, context, weights.num_kv_heads, weights.head_dim),
@@ -239,7 +247,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   if (layer.output) {
     const Problem& p = state_->problem;
     state_->heads.emplace(
-        static_cast<std::size_t>(p.batch * p.q_len * layer.num_heads * layer.value_dim * size_of(layer.dtype) + 64));
+        static_cast<std::size_t>(bytes_of(p.batch, p.q_len, layer.num_heads, layer.value_dim, size_of(layer.dtype))));
   }
 }
 

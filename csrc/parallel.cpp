@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -146,7 +147,11 @@ ThreadDefault detect_threads() {
 
 void run_region(const Region& region, int num_threads) {
   if (runs_on_helper(num_threads)) {
-    if (!helper) helper = new Helper;
+    try {
+      if (!helper) helper = new Helper;
+    } catch (const std::system_error&) {
+      return region.work(region.context, caller_slot);  // the system grants no thread: alone, then
+    }
     return helper->run(region, num_threads);
   }
   run_here(region, num_threads);

@@ -25,6 +25,9 @@ constexpr std::size_t largest_scratch = std::size_t{2} << 20;
 constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
+constexpr std::int64_t most_ranges = 256;  // bounds the memory for results to merge, whatever length a view claims
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
+
 bool in_place(const Problem& problem, const Operand& operand) {
   const std::int64_t size = size_of(problem.dtype);
   bool aligned = reinterpret_cast<std::uintptr_t>(operand.data) % static_cast<std::uintptr_t>(size) == 0 &&
@@ -78,13 +81,13 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int max_threads
   plan.rows = problem.q_len * problem.group_size;
   plan.key_block = choose_key_block(problem);
   choose_kernel(plan, problem);
-  plan.row_blocks = (plan.rows + plan.block_rows - 1) / plan.block_rows;
+  plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
-  const std::int64_t range = plan.attend == &plan.types->row ? row_range_keys : tile_range_keys;
-  plan.range_keys = (range + plan.key_block - 1) / plan.key_block * plan.key_block;  // blocks never straddle ranges
-  plan.ranges = 1;
-  if (plan.row_blocks <= row_blocks_with_ranges)
-    plan.ranges = std::max<std::int64_t>((problem.kv_len + plan.range_keys - 1) / plan.range_keys, 1);
+  const bool few = plan.row_blocks <= row_blocks_with_ranges;
+  const std::int64_t wanted = plan.attend == &plan.types->row ? row_range_keys : tile_range_keys;
+  const std::int64_t range = std::max(wanted, ceil_div(problem.kv_len, most_ranges));
+  plan.range_keys = ceil_div(range, plan.key_block) * plan.key_block;  // blocks never straddle ranges
+  plan.ranges = few ? std::max<std::int64_t>(ceil_div(problem.kv_len, plan.range_keys), 1) : 1;
   if (plan.ranges == 1) plan.range_keys = std::max<std::int64_t>(problem.kv_len, 1);
   plan.tasks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.ranges;
 

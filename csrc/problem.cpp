@@ -12,6 +12,9 @@ namespace {
 // Beyond any length, and far enough from the ends of int64 that sums of two cannot overflow.
 constexpr std::int64_t far = std::int64_t{1} << 60;
 
+// Broadcast views can claim any width; up to this one no scratch size overflows.
+constexpr std::int64_t widest = (std::int64_t{1} << 31) - 1;
+
 std::int64_t clamp_far(std::int64_t n) { return std::clamp(n, -far, far); }
 
 std::int64_t integer_at(const char* p) {
@@ -82,6 +85,7 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   check_rank(a, "q", a.q);
   const Axes q = trailing_axes(a.q, a.bshd);
   if (q.dim == 0) refuse(a.function, "q has head_dim 0, but the softmax scale needs head_dim >= 1");
+  if (q.dim > widest) refuse(a.function, "q has head_dim ", q.dim, ", but at most ", widest, " is possible");
   check_rank(a, "k", a.k);
   const Axes k = trailing_axes(a.k, a.bshd);
   if (k.dim != q.dim) refuse(a.function, "k has head_dim ", k.dim, " but q has ", q.dim);
@@ -91,6 +95,7 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   const Axes v = trailing_axes(a.v, a.bshd);
   if (v.heads != k.heads) refuse(a.function, "v has ", v.heads, " heads but k has ", k.heads);
   if (v.length != k.length) refuse(a.function, "v has length ", v.length, " but k has ", k.length);
+  if (v.dim > widest) refuse(a.function, "v has head_dim ", v.dim, ", but at most ", widest, " is possible");
   problem.ndim = std::max({a.q.ndim, a.k.ndim, a.v.ndim});
   broadcast_batch(problem, a);
   problem.num_heads = q.heads;

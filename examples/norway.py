@@ -116,7 +116,9 @@ def save_picture(weights: Any, tokens: list[str], args: argparse.Namespace) -> N
     from selfattn import viz
 
     figure = Figure(figsize=(7, 6), layout="constrained")
-    viz.heatmap(weights, tokens, ax=figure.add_subplot(), head="mean", title=f"MiniLM layer {args.layer}, mean of heads")
+    viz.heatmap(
+        weights, tokens, ax=figure.add_subplot(), head="mean", title=f"MiniLM layer {args.layer}, mean of heads"
+    )
     figure.savefig(args.output, dpi=150)
     print(f"\nSaved the picture of layer {args.layer} to {Path(args.output).resolve()}")
 

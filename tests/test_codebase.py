@@ -48,7 +48,9 @@ def test_openmp_is_known_in_one_place() -> None:
 def test_kernels_neither_throw_nor_allocate() -> None:
     for file in (CSRC / "kernels").iterdir():
         text = re.sub(r"//.*", "", file.read_text(encoding="utf8"))
-        assert not re.search(r"\bthrow\b|\bnew\b|\bmalloc\b|std::vector|printf|\bstatic\s+(?!const|\w+[^;]*\()", text), file
+        assert not re.search(
+            r"\bthrow\b|\bnew\b|\bmalloc\b|std::vector|printf|\bstatic\s+(?!const|\w+[^;]*\()", text
+        ), file
 
 
 def test_vector_headers_offer_the_same_operations() -> None:

@@ -48,7 +48,7 @@ def test_threads_do_not_matter(isa: str, rng: Any, shape: Any, options: Any, dty
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_batch_and_neighbours_do_not_matter(isa: str, rng: Any, shape: Any) -> None:
-    batch, heads, kv_heads, q_len, kv_len, _ = shape
+    batch, heads, kv_heads, _q_len, kv_len, _ = shape
     q, k, v = make(rng, shape)
     lengths = rng.integers(kv_len // 2, kv_len + 1, batch)
     bias = rng.standard_normal((batch, heads, 1, kv_len)).astype(np.float32)

@@ -66,7 +66,10 @@ def test_a_layer_keeps_the_set_it_was_made_for(normal: Any) -> None:
 def test_self_description(capsys: pytest.CaptureFixture[str]) -> None:
     for show, names in (
         (sa.show_config, {"version", "compiler", "flags", "build_type", "openmp", "isas"}),
-        (sa.show_runtime, {"isa", "isas", "threads", "threads_source", "affinity", "cgroup_quota", "parallel", "subnormals"}),
+        (
+            sa.show_runtime,
+            {"isa", "isas", "threads", "threads_source", "affinity", "cgroup_quota", "parallel", "subnormals"},
+        ),
     ):
         facts = show(mode="dicts")
         assert facts is not None

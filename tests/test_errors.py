@@ -105,7 +105,9 @@ def test_bad_input(changed: dict[str, Any], exception: type[Exception], message:
 def test_sixteen_bit_types_are_refused_for_now() -> None:
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
     for x in (Q.astype(bfloat16), Q.astype(np.float16)):
-        with pytest.raises(TypeError, match=f"q has dtype {x.dtype.name}, but float32 and float64 are accepted: convert"):
+        with pytest.raises(
+            TypeError, match=f"q has dtype {x.dtype.name}, but float32 and float64 are accepted: convert"
+        ):
             sa.attention(x, x, x)
         with pytest.raises(TypeError, match="float32 and float64 are accepted"):
             sa.SelfAttention(*[np.zeros((8, 8), x.dtype)] * 3, num_heads=1)
@@ -130,13 +132,39 @@ def test_too_large_results_are_memory_errors() -> None:
         sa.attention(left, middle, right)
 
 
+def claim(*shape: int) -> Any:
+    """A view that claims any shape over four bytes of memory."""
+    return np.lib.stride_tricks.as_strided(np.ones(1, np.float32), shape, (0,) * len(shape))
+
+
+def test_views_that_claim_more_than_there_can_be() -> None:
+    x = np.ones((4, 1), np.float32)
+    with pytest.raises(ValueError, match="q has head_dim 1099511627776, but at most 2147483647 is possible"):
+        sa.attention(claim(4, 1 << 40), claim(4, 1 << 40), x)
+    with pytest.raises(ValueError, match="v has head_dim 1099511627776, but at most"):
+        sa.attention(x, x, claim(4, 1 << 40))
+    for q_len in (1, 40):  # as many keys as one likes, if only a few are visible
+        keys = claim(1 << 50, 1)
+        out = sa.attention(claim(q_len, 1), keys, keys, causal=True, window=(300, 0), return_lse=True)
+        assert np.array_equal(out[0], np.ones((q_len, 1)))
+    assert sa.attention(claim(1 << 40, 1), x, np.ones((4, 0), np.float32)).shape == (1 << 40, 0)
+    w = np.ones((16, 16), np.float32)
+    layer = sa.SelfAttention(w, w, w, w, num_heads=4)
+    for shape in ((1 << 56, 16), (1 << 30, 1 << 26, 16), (1 << 44, 16)):
+        with pytest.raises(MemoryError):
+            layer(claim(*shape))
+        with pytest.raises(MemoryError):
+            layer(w, context=claim(*shape))
+    with pytest.raises(MemoryError):
+        sa.SelfAttention(claim(1, 1 << 58), claim(1, 1 << 58), w[:1], num_heads=1)
+
+
 def test_random_bad_calls_raise_only_what_is_documented(rng: Any) -> None:
-    values = [
-        None, True, 0, -1, 3, 2.5, np.nan, 1 << 70, "bhsd", "bshd", b"", (), (1, 2), (None, None), [1, 2], [[1.0]], {}, object(),
-        np.float32(1), np.zeros(()), np.zeros(4), np.zeros((2, 2), bool), np.zeros((5, 7), bool), np.zeros((2, 4, 5, 7)),
-        np.zeros((0, 3)), np.zeros((2, 4, 5, 8), np.float32), np.zeros((2, 2, 7, 8), np.float32), np.zeros(2, np.int64),
-        np.zeros((1,) * 60, np.float32), np.zeros(3, "datetime64[s]"), np.zeros(3, [("x", "f4")]), np.array(["a"]),
-    ]  # fmt: skip
+    plain = [None, True, 0, -1, 3, 2.5, np.nan, 1 << 70, "bhsd", "bshd", b"", (), (1, 2), (None, None), [1, 2], [[1.0]]]
+    shapes = [(), (4,), (2, 4, 5, 7), (0, 3), (2, 4, 5, 8), (2, 2, 7, 8), (1,) * 60]
+    dtypes = [np.float32, np.float64, bool, np.int64, "datetime64[s]", [("x", "f4")], "U1"]
+    arrays = [np.zeros(shape, dtype) for shape in shapes for dtype in dtypes]
+    values: list[Any] = [*plain * 2, {}, object(), np.float32(1), *arrays]
     names = ["q", "k", "v", *(sa.attention.__kwdefaults__ or {})]
     refused = 0
     for _ in range(6000):

@@ -80,7 +80,8 @@ CASES = {
     "threads of a child": """
         def threads():
             results = []
-            workers = [threading.Thread(target=lambda: results.append(np.array_equal(compute(), expected))) for _ in range(4)]
+            job = lambda: results.append(np.array_equal(compute(), expected))
+            workers = [threading.Thread(target=job) for _ in range(4)]
             for worker in workers: worker.start()
             for worker in workers: worker.join()
             return results == [True] * 4 and right()
@@ -89,7 +90,8 @@ CASES = {
     "fork from a thread of a child": """
         def action():
             results = []
-            worker = threading.Thread(target=lambda: results.append(np.array_equal(compute(), expected) and in_child(right)))
+            job = lambda: results.append(np.array_equal(compute(), expected) and in_child(right))
+            worker = threading.Thread(target=job)
             worker.start()
             worker.join()
             return results == [True] and right()

@@ -35,7 +35,11 @@ class TestMergeStates:
     def test_parts_that_showed_nothing_are_no_ops(self) -> None:
         out, lse = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.5, -2.0])
         nothing, never = np.full((2, 2), np.nan), np.full(2, -np.inf)
-        for outs, lses in (([out, nothing], [lse, never]), ([nothing, out, nothing], [never, lse, never]), ([out], [lse])):
+        for outs, lses in (
+            ([out, nothing], [lse, never]),
+            ([nothing, out, nothing], [never, lse, never]),
+            ([out], [lse]),
+        ):
             merged, merged_lse = sa.merge_states(outs, lses)
             assert np.array_equal(merged, out)
             assert np.array_equal(merged_lse, lse)
@@ -59,7 +63,12 @@ class TestMergeStates:
             ([np.zeros((2, 3)), np.zeros((2, 4))], [np.zeros(2)] * 2, ValueError, r"outs\[1\] has shape \(2, 4\)"),
             ([np.zeros((2, 3))], [np.zeros(3)], ValueError, r"lses\[0\] has shape \(3,\)"),
             ([np.zeros((2, 3), np.float16)], [np.zeros(2)], TypeError, r"outs\[0\] has dtype float16"),
-            ([np.zeros((2, 3), np.float32)], [np.zeros(2)], TypeError, r"lses\[0\] has dtype float64 but outs\[0\] has float32"),
+            (
+                [np.zeros((2, 3), np.float32)],
+                [np.zeros(2)],
+                TypeError,
+                r"lses\[0\] has dtype float64 but outs\[0\] has float32",
+            ),
         ],
     )
     def test_errors(self, outs: Any, lses: Any, exception: Any, message: str) -> None:
@@ -75,7 +84,9 @@ class TestAlibiSlopes:
 
     def test_other_numbers_interleave(self) -> None:
         # The paper's code: the slopes of 8 heads, then every other slope of 16.
-        assert np.allclose(sa.alibi_slopes(12), [2.0**-i for i in range(1, 9)] + [2.0**-i for i in (0.5, 1.5, 2.5, 3.5)])
+        assert np.allclose(
+            sa.alibi_slopes(12), [2.0**-i for i in range(1, 9)] + [2.0**-i for i in (0.5, 1.5, 2.5, 3.5)]
+        )
         assert sa.alibi_slopes(12).dtype == np.float32
 
     @pytest.mark.parametrize("bad", [0, -1])

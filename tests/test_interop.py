@@ -58,7 +58,9 @@ def test_subclasses_and_memmap(x: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", [(2, 0), (8, 1), (13, 0)])
 def test_other_devices_are_refused(x: Any, device: Any) -> None:
-    with pytest.raises(TypeError, match=rf"attention: k is on device \({device[0]}, {device[1]}\) \(DLPack\), but only CPU"):
+    with pytest.raises(
+        TypeError, match=rf"attention: k is on device \({device[0]}, {device[1]}\) \(DLPack\), but only CPU"
+    ):
         sa.attention(x, OnlyDLPack(x, device), x)
 
 

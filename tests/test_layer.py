@@ -139,7 +139,11 @@ def test_rope(isa: str, make: Any, normal: Any, rng: Any, rope: sa.RoPE) -> None
     layer = sa.SelfAttention(**params, num_heads=4, num_kv_heads=2, rope=rope)
     x = normal(2, 50, 24)
     close(layer(x, causal=True), expected(x, params, 4, 2, rope=rope, causal=True)[0])
-    for positions in (np.arange(50) + 1000, rng.integers(0, 5000, (2, 50)), rng.integers(0, 9, (2, 50)).astype(np.int8)):
+    for positions in (
+        np.arange(50) + 1000,
+        rng.integers(0, 5000, (2, 50)),
+        rng.integers(0, 9, (2, 50)).astype(np.int8),
+    ):
         found = layer(x, positions=positions)
         close(found, expected(x, params, 4, 2, rope=rope, positions=positions)[0])
     context = normal(2, 30, 24)
@@ -176,7 +180,11 @@ def test_out(isa: str, make: Any, normal: Any) -> None:
     layer = sa.SelfAttention(**make(24, 4, 4, 8, 8, 10), num_heads=4)
     x = normal(2, 30, 24)
     wanted = layer(x)
-    for out in (np.zeros_like(wanted), np.zeros((2, 30, 20), np.float32)[..., ::2], np.zeros((30, 2, 10), np.float32).swapaxes(0, 1)):
+    for out in (
+        np.zeros_like(wanted),
+        np.zeros((2, 30, 20), np.float32)[..., ::2],
+        np.zeros((30, 2, 10), np.float32).swapaxes(0, 1),
+    ):
         assert layer(x, out=out) is out
         assert np.array_equal(out, wanted)
     found, weights = layer(x, out=out, return_weights=True)
@@ -194,7 +202,13 @@ def test_strides_do_not_matter(isa: str, make: Any, normal: Any) -> None:
     wanted = layer(x)
     odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
     odd[...] = x
-    for other in (np.asfortranarray(x), x[:, :, ::-1].copy()[:, :, ::-1], x.astype(">f4"), odd, np.repeat(x, 2, -1)[..., ::2]):
+    for other in (
+        np.asfortranarray(x),
+        x[:, :, ::-1].copy()[:, :, ::-1],
+        x.astype(">f4"),
+        odd,
+        np.repeat(x, 2, -1)[..., ::2],
+    ):
         assert np.array_equal(layer(other), wanted)
     assert np.array_equal(layer(np.broadcast_to(x[:1], x.shape)), layer(np.repeat(x[:1], 2, 0)))
     transposed = {name: w if w is None else np.asfortranarray(w) for name, w in params.items()}
@@ -288,7 +302,11 @@ def test_bad_weights(changed: dict[str, Any], exception: type[Exception], messag
         ({"x": np.zeros((3, 16), np.float16)}, TypeError, "x has dtype float16"),
         ({"context": np.zeros((3, 15), np.float32)}, ValueError, "context has d_model 15"),
         ({"positions": [0, 1, 2]}, ValueError, "positions is given, but the layer has no rope"),
-        ({"mask": np.ones((2, 2), bool)}, ValueError, r"mask has shape \(2, 2\), which does not broadcast to \(4, 3, 3\)"),
+        (
+            {"mask": np.ones((2, 2), bool)},
+            ValueError,
+            r"mask has shape \(2, 2\), which does not broadcast to \(4, 3, 3\)",
+        ),
         ({"layout": "bshd"}, TypeError, "unexpected keyword argument 'layout'"),
         ({"is_causal": True}, TypeError, "did you mean 'causal'"),
         ({"out": np.zeros((3, 15), np.float32)}, ValueError, r"out has shape \(3, 15\) but the result has \(3, 16\)"),

@@ -65,7 +65,11 @@ LAYOUTS = [negative, spread, far_rows, misaligned, packed_record, fortran, heads
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("q_len", [2, 70])
 def test_layouts_of_q_k_v(isa: str, normal: Any, layout: Any, dtype: Any, q_len: int) -> None:
-    q, k, v = normal(2, 4, q_len, 20, dtype=dtype), normal(2, 2, 150, 20, dtype=dtype), normal(2, 2, 150, 9, dtype=dtype)
+    q, k, v = (
+        normal(2, 4, q_len, 20, dtype=dtype),
+        normal(2, 2, 150, 20, dtype=dtype),
+        normal(2, 2, 150, 9, dtype=dtype),
+    )
     expected = sa.attention(q, k, v, causal=True)
     for operands in ((layout(q), k, v), (q, layout(k), v), (q, k, layout(v)), tuple(map(layout, (q, k, v)))):
         assert np.array_equal(sa.attention(*operands, causal=True), expected)

@@ -47,7 +47,9 @@ def test_bias(isa: str, check: Any, rng: Any, shape: Any, dtype: Any) -> None:
 @pytest.mark.parametrize("offset", [None, 0, 5, -3, -200, 10_000, "array"])
 @pytest.mark.parametrize("window", [None, (4, None), (None, 2), (40, 3), (0, 0)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_causal_window_offset(isa: str, check: Any, rng: Any, shape: Any, offset: Any, window: Any, causal: bool) -> None:
+def test_causal_window_offset(
+    isa: str, check: Any, rng: Any, shape: Any, offset: Any, window: Any, causal: bool
+) -> None:
     if offset == "array":
         offset = rng.integers(-5, shape[4], shape[0])
     check(*arrays(rng, shape, 4), causal=causal, q_offset=offset, window=window, trivial=True)
@@ -57,7 +59,10 @@ def test_causal_window_offset(isa: str, check: Any, rng: Any, shape: Any, offset
 def test_lengths(isa: str, check: Any, rng: Any, shape: Any) -> None:
     batch, _, _, q_len, kv_len = shape
     for kv, q in ((kv_len, q_len), (0, q_len), (kv_len // 2, q_len // 2), (1, 1), (kv_len, 0)):
-        options = {"kv_lens": np.linspace(kv, kv_len, batch).astype(int), "q_lens": np.linspace(q, q_len, batch).astype(int)}
+        options = {
+            "kv_lens": np.linspace(kv, kv_len, batch).astype(int),
+            "q_lens": np.linspace(q, q_len, batch).astype(int),
+        }
         for causal, sinks in itertools.product((False, True), (None, np.linspace(-1, 1, shape[1]))):
             check(*arrays(rng, shape), causal=causal, sinks=sinks, trivial=True, **options)
     check(*arrays(rng, shape), kv_lens=kv_len // 3, q_lens=q_len, causal=True, trivial=True)
@@ -117,7 +122,7 @@ def test_rows_that_see_nothing(isa: str, rng: Any, shape: Any, how: str) -> None
 
 def hidden_cases(shape: Any, rng: np.random.Generator) -> list[tuple[dict[str, Any], Any]]:
     """Options, and the keys (B, 1, Sk) that they hide from every row."""
-    batch, heads, _, q_len, kv_len = shape
+    batch, _heads, _, q_len, kv_len = shape
     keys = np.arange(kv_len)
     lengths = rng.integers(1, kv_len, batch)
     some = rng.random(kv_len) < 0.5
@@ -147,7 +152,9 @@ def test_hidden_values_are_inert(isa: str, rng: Any, shape: Any, garbage: float)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v", "bias"])
 @pytest.mark.parametrize("q_len", [4, 60])
-def test_visible_values_reach_the_rows_that_see_them(isa: str, normal: Any, value: float, where: str, q_len: int) -> None:
+def test_visible_values_reach_the_rows_that_see_them(
+    isa: str, normal: Any, value: float, where: str, q_len: int
+) -> None:
     kv_len, place = 200, 150
     q, k, v = normal(1, q_len, 8), normal(1, kv_len, 8), normal(1, kv_len, 8)
     bias = np.zeros((q_len, kv_len), np.float32)

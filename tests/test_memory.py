@@ -50,7 +50,8 @@ def test_steady_over_many_calls(run_python: Any) -> None:
 
     def mixed(i):
         q, k, v = problems[i % 4]
-        sa.attention(q, k, v, causal=i % 3 == 0, return_lse=i % 5 == 0, return_weights=i % 7 == 0, num_threads=1 + i % 2)
+        asked = {'causal': i % 3 == 0, 'return_lse': i % 5 == 0, 'return_weights': i % 7 == 0}
+        sa.attention(q, k, v, num_threads=1 + i % 2, **asked)
         layer(problems[1].reshape(1, -1, 32)[:, : 1 + i % 40], num_threads=1 + i % 2)
         try:
             sa.attention(bad, problems[0], bad)

@@ -95,7 +95,9 @@ def test_layers_and_embeddings_against_float64(model: Any, exact: list[Any]) -> 
             assert np.allclose(found[0], result.weights, rtol=0, atol=2e-5)
 
 
-def test_attention_of_each_layer_within_its_bound(minilm: Any, model: Any, exact: list[Any], assert_accurate: Any) -> None:
+def test_attention_of_each_layer_within_its_bound(
+    minilm: Any, model: Any, exact: list[Any], assert_accurate: Any
+) -> None:
     # The attention alone: projections in float64, rounded to float32, are what both sides start from.
     import selfattn as sa
 

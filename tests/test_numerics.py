@@ -28,7 +28,9 @@ def test_every_small_key_length(isa: str, check: Any, normal: Any, dtype: Any, q
         check(q, normal(1, kv_len, 9, dtype=dtype), normal(1, kv_len, 17, dtype=dtype))
 
 
-@pytest.mark.parametrize("size", [*range(1, 21), 31, 32, 33, 47, 48, 49, 63, 64, 65, 72, 80, 96, 127, 128, 129, 160, 256])
+@pytest.mark.parametrize(
+    "size", [*range(1, 21), 31, 32, 33, 47, 48, 49, 63, 64, 65, 72, 80, 96, 127, 128, 129, 160, 256]
+)
 def test_every_head_size(isa: str, check: Any, normal: Any, size: int) -> None:
     for dtype in (np.float32, np.float64):
         for q_len in (2, 33):

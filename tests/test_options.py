@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_softcap(isa: str, check: Any, qkv: Any, cap: float) -> None:
 
 
 def test_alibi(isa: str, check: Any, qkv: Any) -> None:
-    batch, heads, q_len = qkv[0].shape[:3]
+    batch, heads, _q_len = qkv[0].shape[:3]
     slopes = sa.alibi_slopes(heads)
     for options in ({}, {"causal": True}, {"q_offset": 7}, {"window": (30, 3)}, {"kv_lens": np.full(batch, 50)}):
         check(*qkv, alibi_slopes=slopes, **options)
@@ -65,9 +66,7 @@ def test_weights_are_what_out_is_made_of(isa: str, qkv: Any) -> None:
 def test_lse_merges_parts_into_the_whole(isa: str, qkv: Any) -> None:
     q, k, v = qkv
     cuts = [0, 10, 11, k.shape[2]]
-    parts = [
-        sa.attention(q, k[:, :, a:b], v[:, :, a:b], return_lse=True) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    parts = [sa.attention(q, k[:, :, a:b], v[:, :, a:b], return_lse=True) for a, b in itertools.pairwise(cuts)]
     out, lse = sa.merge_states(*zip(*parts, strict=True))
     expected, expected_lse = sa.attention(q, k, v, return_lse=True)
     assert np.allclose(out, expected, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
     if draw(st.booleans()):
         options["causal"] = True
     if draw(st.booleans()):
-        options["q_offset"] = rng.integers(-q_len, kv_len + 5, batch) if draw(st.booleans()) else draw(st.integers(-9, 99))
+        options["q_offset"] = (
+            rng.integers(-q_len, kv_len + 5, batch) if draw(st.booleans()) else draw(st.integers(-9, 99))
+        )
     if draw(st.booleans()):
         side = st.one_of(st.none(), st.integers(0, 150))
         options["window"] = (draw(side), draw(side))
@@ -109,10 +112,7 @@ def test_parts_merge_into_the_whole(seed: int, q_len: int, sizes: list[int]) -> 
     ends = np.cumsum([0, *sizes])
     q, k, v = (rng.standard_normal((n, 6)) for n in (q_len, ends[-1], ends[-1]))
     mask = rng.random((q_len, ends[-1])) < 0.3
-    parts = [
-        sa.attention(q, k[a:b], v[a:b], mask=mask[:, a:b], return_lse=True)
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    parts = [sa.attention(q, k[a:b], v[a:b], mask=mask[:, a:b], return_lse=True) for a, b in itertools.pairwise(ends)]
     out, lse = sa.merge_states(*zip(*parts, strict=True))
     expected, expected_lse = sa.attention(q, k, v, mask=mask, return_lse=True)
     assert np.allclose(out, expected, rtol=0, atol=1e-13)

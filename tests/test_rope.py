@@ -31,7 +31,13 @@ ROPES = [sa.RoPE(), sa.RoPE(interleaved=True), sa.RoPE(1e6, 6), sa.RoPE(100.0, 4
 def test_against_long_double(normal: Any, rng: Any, rope: sa.RoPE, dtype: Any) -> None:
     x = normal(2, 3, 20, 8, dtype=dtype)
     for positions in (None, np.arange(20) * 7, rng.integers(0, 1 << 20, (2, 20)), np.array([[5], [1 << 20]])):
-        given = np.arange(20) if positions is None else np.broadcast_to(positions, (2, 20)) if np.ndim(positions) > 1 else positions
+        given = (
+            np.arange(20)
+            if positions is None
+            else np.broadcast_to(positions, (2, 20))
+            if np.ndim(positions) > 1
+            else positions
+        )
         wanted = exact(x, given, rope)
         found = sa.apply_rope(x, positions, rope)
         assert found.dtype == dtype
@@ -79,7 +85,11 @@ def test_out_may_overlap(normal: Any) -> None:
         ({"x": np.zeros((5, 7))}, ValueError, "rope turns 7 elements, but head_dim is 7"),
         ({"x": np.zeros((5, 8), int)}, TypeError, "x has dtype int64"),
         ({"positions": np.zeros(5)}, TypeError, "positions has dtype float64, but integers are needed"),
-        ({"positions": np.zeros(4, int)}, ValueError, r"positions has shape \(4,\), which does not broadcast to \(5,\)"),
+        (
+            {"positions": np.zeros(4, int)},
+            ValueError,
+            r"positions has shape \(4,\), which does not broadcast to \(5,\)",
+        ),
         ({"rope": True}, TypeError, "rope is True, but a RoPE is needed"),
         ({"rope": sa.RoPE(rotary_dim=10)}, ValueError, "rope turns 10 elements, but head_dim is 8"),
         ({"layout": "x"}, ValueError, "layout is 'x'"),

@@ -27,6 +27,7 @@ struct TileAttention {
     int vectors;                        // registers that hold these rows
     std::int64_t begin_min, begin_max;  // over the rows' key_begin ...
     std::int64_t end_min, end_max;      // ... and key_end
+    bool shares_terms;                  // all rows read the same mask and bias
   };
 
   struct Scratch {
@@ -66,13 +67,14 @@ struct TileAttention {
     const int left = block.count - first_row;
     const int count = left < strip_rows ? left : strip_rows;
     Strip strip{first_row,         count,           (count + W - 1) / W, rows[0].key_begin,
-                rows[0].key_begin, rows[0].key_end, rows[0].key_end};
+                rows[0].key_begin, rows[0].key_end, rows[0].key_end,     /*shares_terms=*/true};
     for (int i = 1; i < count; ++i) {
       const std::int64_t begin = rows[i].key_begin, end = rows[i].key_end;
       strip.begin_min = begin < strip.begin_min ? begin : strip.begin_min;
       strip.begin_max = begin > strip.begin_max ? begin : strip.begin_max;
       strip.end_min = end < strip.end_min ? end : strip.end_min;
       strip.end_max = end > strip.end_max ? end : strip.end_max;
+      strip.shares_terms = strip.shares_terms && rows[i].mask == rows[0].mask && rows[i].bias == rows[0].bias;
     }
     return strip;
   }
@@ -191,12 +193,25 @@ struct TileAttention {
   }
 
   static TermsSeen<T> gather_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
-    TermsSeen<T> seen;
+    const Row* rows = block.rows + strip.first_row;
     const int lanes = strip.vectors * W;
-    rows_to_columns(s.terms, lanes, lanes, keys.count, [&](int row, std::int64_t j, int n) {
-      if (row >= strip.rows) return broadcast(T(0));
-      return seen.note(term_chunk<T>(block.rows[strip.first_row + row], block.terms, keys.first + j, n));
-    });
+    TermsSeen<T> seen;
+    const auto chunk = [&](int row, std::int64_t j, int n) {
+      return seen.note(term_chunk<T>(rows[row], block.terms, keys.first + j, n));
+    };
+    if (strip.shares_terms) {  // a mask of keys alone: read once, then the same for every lane
+      for (int j = 0; j < keys.count; j += W) {
+        const int n = keys.count - j < W ? keys.count - j : W;
+        T terms[W];
+        store(terms, chunk(0, j, n));
+        for (int i = 0; i < n; ++i)
+          for (int l = 0; l < lanes; l += W) store(s.terms + (j + i) * lanes + l, broadcast(terms[i]));
+      }
+    } else {
+      rows_to_columns(s.terms, lanes, lanes, keys.count, [&](int row, std::int64_t j, int n) {
+        return row < strip.rows ? chunk(row, j, n) : broadcast(T(0));
+      });
+    }
     return seen;
   }
 

@@ -97,6 +97,22 @@ inline void apply_terms(const ScoreTile<T>& tile, const ScoreTerms& terms) {
     });
 }
 
+// One number of a bias array of either type, at any address.
+template <class T>
+inline T bias_at(const char* p, BiasType type) {
+  if (type == BiasType::f32) {
+    float x;
+    std::memcpy(&x, p, sizeof x);
+    return static_cast<T>(x);
+  }
+  double x;
+  std::memcpy(&x, p, sizeof x);
+  return static_cast<T>(x);
+}
+
+template <class T>
+constexpr BiasType bias_type_of = sizeof(T) == sizeof(float) ? BiasType::f32 : BiasType::f64;
+
 // Mask and bias of one row for n <= width keys from `key` on: the bias in log2 units, or -inf where the key is hidden.
 // Lanes from n on repeat the last key.
 template <class T>
@@ -105,20 +121,12 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
   Vec<T> sum = broadcast(T(0));
   if (row.bias) {
     const char* bias = row.bias + key * terms.bias_step;
-    T buffer[W] = {};
-    for (int j = 0; j < n; ++j, bias += terms.bias_step) {
-      if (terms.bias == BiasType::f32) {
-        float x;
-        std::memcpy(&x, bias, sizeof x);
-        buffer[j] = static_cast<T>(x);
-      } else {
-        double x;
-        std::memcpy(&x, bias, sizeof x);
-        buffer[j] = static_cast<T>(x);
-      }
-    }
-    for (int j = n; j < W; ++j) buffer[j] = buffer[n - 1];
-    sum = load(buffer) * broadcast(static_cast<T>(log2_e));
+    const bool in_place = terms.bias == bias_type_of<T> && terms.bias_step == sizeof(T) && n == W &&
+                          reinterpret_cast<std::uintptr_t>(bias) % sizeof(T) == 0;
+    T buffer[W];
+    if (!in_place)
+      for (int j = 0; j < W; ++j) buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * terms.bias_step, terms.bias);
+    sum = load(in_place ? reinterpret_cast<const T*>(bias) : buffer) * broadcast(static_cast<T>(log2_e));
   }
   if (row.mask) {
     const std::uint8_t* mask = row.mask + key * terms.mask_step;
