@@ -1,6 +1,7 @@
 #include "problem.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstring>
 
@@ -60,6 +61,7 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
   for (int axis = 0; axis < problem.batch_axes; ++axis) problem.batch_shape[axis] = 1;
   for (const auto& [name, view] : operands) {
     const int leading = leading_axes(view, 3);
+    assert(leading <= problem.batch_axes);
     for (int i = 0; i < leading; ++i) {
       std::int64_t& extent = problem.batch_shape[problem.batch_axes - leading + i];
       if (view.shape[i] == 1 || view.shape[i] == extent) continue;
