@@ -20,6 +20,8 @@ MIN_SAMPLE_SECONDS = 2e-3  # far above the resolution of the clock and one inter
 MIN_ROUNDS = 5
 MAX_ROUNDS = 1000
 WARM_CALL_LIMIT = 20e-3  # a longer call does not feel whether its threads were awake
+# A team that wakes up may start with two threads on one core; the system takes some ticks to part them.
+WARM_SECONDS = 30e-3
 
 # Threads of a pool spin after a call, waiting for more: OpenBLAS 100 ms, ONNX Runtime 30 ms,
 # OpenMP 5 ms. The next peer would share its cores with them, so each sample waits until the
@@ -97,9 +99,10 @@ def _calibrate(run: Callable[[], Any]) -> _Plan:
 
 
 def _sample(run: Callable[[], Any], plan: _Plan) -> float:
-    """Seconds per call, once all threads rest and, for short calls, after a call to wake them."""
+    """Seconds per call, once all other threads rest and, for short calls, its own are at work."""
     _settle()
-    if plan.warm:
+    start = time.perf_counter()
+    while plan.warm and time.perf_counter() - start < WARM_SECONDS:
         run()
     return _time(run, plan.repeats)
 
