@@ -4,37 +4,12 @@
 #include <memory>
 #include <optional>
 
-#include "kernels/kernel_set.h"
 #include "problem.h"
+#include "projection.h"
 #include "rope.h"
 #include "task_loop.h"
 
 namespace selfattn {
-
-// A weight matrix (depth, columns) with its bias, packed for one kernel set: panels of columns, [panel][depth][column].
-class Projection {
- public:
-  // `weights` is 2-D, `bias` 1-D or absent; any strides.
-  Projection(const TypeKernels& kernels, const TensorView& weights, const TensorView& bias);
-  std::int64_t depth() const { return depth_; }
-  std::int64_t columns() const { return columns_; }
-  std::int64_t panels() const { return (columns_ + kernels_->panel_columns - 1) / kernels_->panel_columns; }
-  const TypeKernels& kernels() const { return *kernels_; }
-  std::int64_t element_size() const { return size_; }
-
-  // Columns of one panel for `rows` rows of x; x and out have contiguous elements.
-  void project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
-               std::int64_t out_step) const noexcept;
-
- private:
-  struct Free {
-    void operator()(char* p) const;
-  };
-  const TypeKernels* kernels_;
-  std::int64_t depth_, columns_, size_;
-  std::unique_ptr<char, Free> panels_;
-  std::unique_ptr<char, Free> bias_;
-};
 
 struct LayerWeights {
   const KernelSet* kernels;
@@ -43,18 +18,6 @@ struct LayerWeights {
   Projection query, key, value;
   std::optional<Projection> output;
   std::optional<Rope> rope;
-};
-
-// x (..., S, d_model) as rows: leading axes that continue the rows' stride are folded into them.
-struct RowsView {
-  const char* data;
-  std::int64_t rows, row, column;  // bytes
-  int outer_axes;
-  std::int64_t outer_shape[max_axes], outer_stride[max_axes];
-  std::int64_t outer;  // product of outer_shape
-
-  explicit RowsView(const TensorView& x);
-  const char* at(std::int64_t outer_index) const;
 };
 
 // One call of a layer. The arguments' q, k and v are set here; everything else is the caller's.

@@ -1,0 +1,70 @@
+// Linear projections with packed weights: x . w + b, several at once.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "kernels/kernel_set.h"
+#include "problem.h"
+#include "task_loop.h"
+
+namespace selfattn {
+
+// Bytes of a buffer of so many elements; a product that overflows is memory that nobody has.
+template <class... Sizes>
+std::int64_t bytes_of(Sizes... sizes) {
+  std::int64_t bytes = 1;
+  for (const std::int64_t size : {static_cast<std::int64_t>(sizes)...})
+    if (__builtin_mul_overflow(bytes, size, &bytes)) throw std::bad_alloc();
+  if (bytes > std::int64_t{1} << 60) throw std::bad_alloc();
+  return (bytes + 63) / 64 * 64;
+}
+
+// A weight matrix (depth, columns) with its bias, packed for one kernel set: panels of columns, [panel][depth][column].
+class Projection {
+ public:
+  // `weights` is 2-D, `bias` 1-D or absent; any strides.
+  Projection(const TypeKernels& kernels, const TensorView& weights, const TensorView& bias);
+  std::int64_t depth() const { return depth_; }
+  std::int64_t columns() const { return columns_; }
+  std::int64_t panels() const { return (columns_ + kernels_->panel_columns - 1) / kernels_->panel_columns; }
+  std::int64_t element_size() const { return size_; }
+
+  // Columns of one panel for `rows` rows of x; x and out have contiguous elements.
+  void project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
+               std::int64_t out_step) const noexcept;
+
+ private:
+  struct Free {
+    void operator()(char* p) const;
+  };
+  const TypeKernels* kernels_;
+  std::int64_t depth_, columns_, size_;
+  std::unique_ptr<char, Free> panels_;
+  std::unique_ptr<char, Free> bias_;
+};
+
+// x (..., S, d_model) as rows: leading axes that continue the rows' stride are folded into them.
+struct RowsView {
+  const char* data;
+  std::int64_t rows, row, column;  // bytes
+  int outer_axes;
+  std::int64_t outer_shape[max_axes], outer_stride[max_axes];
+  std::int64_t outer;  // product of outer_shape
+
+  explicit RowsView(const TensorView& x);
+  const char* at(std::int64_t outer_index) const;
+};
+
+// One projection of a call: x (any strides) to a matrix of contiguous rows.
+struct ProjectionJob {
+  const Projection& projection;
+  RowsView x;
+  char* out;
+  std::int64_t out_step;  // bytes from row to row
+};
+
+// Runs all jobs as one list of tasks. False: interrupted.
+bool project_all(const ProjectionJob* jobs, int count, int max_threads, Interrupted interrupted);
+
+}  // namespace selfattn
