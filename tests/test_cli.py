@@ -30,11 +30,12 @@ def test_info_json_holds_both_dictionaries(capsys):
     assert facts["runtime"]
 
 
-def test_module_runs_as_a_command():
+def test_module_runs_as_a_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "selfattn", "info", "--json"],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
         check=True,
     )
     assert json.loads(done.stdout)["config"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -120,43 +121,40 @@ CASES = {
 }
 
 
-def run(code: str, file: str | None = None) -> None:
-    command = [sys.executable, file] if file else [sys.executable, "-c", PREPARE + textwrap.dedent(code)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+def run(code: str, folder: Path) -> None:
+    """Run a program from a file, because spawn imports the main module again."""
+    file = folder / "main.py"
+    file.write_text(PREPARE + textwrap.dedent(code), encoding="utf8")
+    result = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fork(case: str) -> None:
-    run(CASES[case])
+def test_fork(case: str, tmp_path: Path) -> None:
+    run(CASES[case], tmp_path)
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_multiprocessing(method: str, tmp_path: object) -> None:
-    # A file, because spawn imports the main module again.
-    file = os.path.join(str(tmp_path), "main.py")
-    with open(file, "w", encoding="utf8") as script:
-        script.write(PREPARE)
-        script.write(
-            textwrap.dedent(f"""
-            def job(_):
-                return np.array_equal(compute(), expected)
+def test_multiprocessing(method: str, tmp_path: Path) -> None:
+    code = f"""
+        def job(_):
+            return np.array_equal(compute(), expected)
 
-            if __name__ == "__main__":
-                with mp.get_context({method!r}).Pool(2) as pool:
-                    assert pool.map(job, range(6)) == [True] * 6
-            """)
-        )
-    run("", file)
+        if __name__ == "__main__":
+            with mp.get_context({method!r}).Pool(2) as pool:
+                assert pool.map(job, range(6)) == [True] * 6
+    """
+    run(code, tmp_path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
-def test_fork_beside_a_warm_torch() -> None:
-    run("""
+def test_fork_beside_a_warm_torch(tmp_path: Path) -> None:
+    code = """
         import torch
         torch.set_num_threads(2)
         t = torch.randn(500, 500)
         t @ t
         torch.nn.functional.softmax(torch.randn(4000, 4000), -1)
         assert in_child(right) and right()
-    """)
+    """
+    run(code, tmp_path)

@@ -60,6 +60,7 @@ def measure_in_process(
             [sys.executable, "-m", "selfattn._bench.worker"],
             input=json.dumps(request),
             text=True,
+            cwd=folder,  # in the project's own folder the sources would be found, which lack the core
             env=environment,
             check=False,
         )
