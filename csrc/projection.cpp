@@ -1,21 +1,18 @@
 #include "projection.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
+#include "aligned_memory.h"
 #include "key_source.h"
 #include "scratch_pool.h"
 
 namespace selfattn {
 namespace {
 
-constexpr std::align_val_t alignment{64};
 // Rows of x that a task takes through one panel: x's block stays in L2 while the panels pass.
 constexpr std::int64_t project_rows = 96;
-
-char* allocate(std::int64_t bytes) {
-  return static_cast<char*>(::operator new(static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)), alignment));
-}
 
 std::int64_t blocks(const ProjectionJob& job) { return (job.x.rows + project_rows - 1) / project_rows; }
 
@@ -56,20 +53,20 @@ void run_task(const ProjectionJob& job, std::int64_t task, char* bounce) noexcep
 
 }  // namespace
 
-void Projection::Free::operator()(char* p) const { ::operator delete(p, alignment); }
+void Projection::Free::operator()(char* p) const { std::free(p); }
 
 Projection::Projection(const TypeKernels& kernels, const TensorView& weights, const TensorView& bias)
     : kernels_(&kernels), depth_(weights.shape[0]), columns_(weights.shape[1]), size_(size_of(weights.dtype)) {
   const std::int64_t width = kernels.panel_columns;
   const std::int64_t bytes = bytes_of(panels(), depth_, width, size_);
-  panels_.reset(allocate(bytes));
+  panels_.reset(allocate_aligned(static_cast<std::size_t>(bytes)));
   std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
   const char* from = static_cast<const char*>(weights.data);
   for (std::int64_t first = 0; first < columns_; first += width)
     copy_rows(panels_.get() + first * depth_ * size_, width * size_, size_, from + first * weights.strides[1],
               weights.strides[0], weights.strides[1], depth_, std::min(width, columns_ - first), size_);
   if (!bias) return;
-  bias_.reset(allocate(bytes_of(panels(), width, size_)));
+  bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, size_))));
   std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * size_));
   copy_rows(bias_.get(), 0, size_, static_cast<const char*>(bias.data), 0, bias.strides[0], 1, columns_, size_);
 }

@@ -1,12 +1,14 @@
 #include "scratch_pool.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <new>
+
+#include "aligned_memory.h"
 
 namespace selfattn {
 namespace {
 
-constexpr std::align_val_t alignment{64};
 constexpr std::size_t granule = std::size_t{64} << 10;
 constexpr std::size_t largest_kept = std::size_t{8}
                                      << 20;  // a call that needs more is long: allocating costs it little
@@ -20,7 +22,7 @@ constexpr std::size_t header = 64;
 
 std::atomic<Block*> kept[places];
 
-void release(Block* block) { ::operator delete(block, alignment); }
+void release(Block* block) { std::free(block); }
 
 }  // namespace
 
@@ -38,7 +40,7 @@ Scratch::Scratch(std::size_t bytes) {
     release(block);  // too small for today's calls: make room for a larger one
   }
   size_ = (bytes + granule - 1) / granule * granule;
-  Block* block = new (::operator new(size_ + header, alignment)) Block{size_};
+  Block* block = new (allocate_aligned(size_ + header)) Block{size_};
   data_ = reinterpret_cast<char*>(block) + header;
 }
 
