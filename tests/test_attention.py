@@ -51,6 +51,47 @@ def test_layout_with_the_sequence_in_front(isa: str, check: Any, normal: Any, q:
         assert np.array_equal(out, swapped.swapaxes(-2, -3))
 
 
+def every_option(rng: np.random.Generator, batch: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> Any:
+    """Every option that has a batch or head axis, in full shape."""
+    return {
+        "mask": rng.random((*batch, heads, q_len, kv_len)) < 0.8,
+        "bias": rng.standard_normal((*batch, heads, q_len, kv_len)).astype(np.float32),
+        "q_offset": rng.integers(0, kv_len, batch),
+        "q_lens": rng.integers(q_len // 2, q_len + 1, batch),
+        "kv_lens": rng.integers(kv_len // 2, kv_len + 1, batch),
+        "alibi_slopes": rng.random((*batch, heads)) / 20,
+        "sinks": rng.standard_normal(heads),
+    }
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("q_len", [3, 60])
+def test_options_along_several_leading_axes(
+    isa: str, check: Any, normal: Any, rng: Any, layout: str, q_len: int
+) -> None:
+    batch, heads, kv_len = (2, 3), 4, 50
+    q, k, v = normal(*batch, heads, q_len, 8), normal(3, 2, kv_len, 8), normal(2, 1, 2, kv_len, 6)
+    if layout == "bshd":
+        q, k, v = (x.swapaxes(-2, -3) for x in (q, k, v))
+    options = every_option(rng, batch, heads, q_len, kv_len)
+    check(q, k, v, layout=layout, causal=True, **options)
+    for name, value in options.items():
+        full = {name: value}
+        check(q, k, v, layout=layout, causal=True, trivial=True, **full)
+        if name == "sinks":
+            continue
+        check(q, k, v, layout=layout, causal=True, trivial=True, **{name: value[0]})  # without its first axis
+        check(q, k, v, layout=layout, causal=True, trivial=True, **{name: value[:, :1]})
+    out = np.zeros(sa.attention(q, k, v, layout=layout).shape, np.float32)
+    assert sa.attention(q, k, v, layout=layout, out=out, **options) is out
+    assert np.array_equal(out, sa.attention(q, k, v, layout=layout, **options))
+
+
+def test_many_leading_axes(isa: str, check: Any, normal: Any) -> None:
+    shape = (1,) * 12 + (2, 1, 3)
+    check(normal(*shape, 2, 5, 4), normal(*(1,) * 14, 3, 1, 7, 4), normal(2, 1, 1, 1, 7, 4), causal=True)
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0, 0.0, 1, 3.5, np.float32(0.25), 1e-20])
 def test_scale(isa: str, check: Any, normal: Any, scale: Any) -> None:
     check(normal(2, 9, 8), normal(2, 70, 8), normal(2, 70, 8), scale=scale)

@@ -68,6 +68,28 @@ def test_batch_and_neighbours_do_not_matter(isa: str, rng: Any, shape: Any) -> N
             assert same(part, (out[one, heads_of], lse[one, heads_of]))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_entry_alone_gives_the_same_bits_with_every_option(isa: str, rng: Any, shape: Any, dtype: Any) -> None:
+    batch, heads, kv_heads, q_len, kv_len, _ = shape
+    q, k, v = make(rng, shape, dtype)
+    options: dict[str, Any] = {
+        "mask": rng.random((batch, heads, q_len, kv_len)) < 0.8,
+        "alibi_slopes": rng.random((batch, heads)) / 50,
+        "q_lens": rng.integers(q_len // 2, q_len + 1, batch),
+        "q_offset": rng.integers(0, kv_len, batch),
+    }
+    sinks, group = rng.standard_normal(heads), heads // kv_heads
+    asked: dict[str, Any] = {"window": (kv_len // 2, 9), "softcap": 5.0, "return_lse": True, "return_weights": True}
+    together = sa.attention(q, k, v, sinks=sinks, **options, **asked)
+    for b in range(batch):
+        for h in range(kv_heads):
+            one, kv, members = slice(b, b + 1), slice(h, h + 1), slice(h * group, (h + 1) * group)
+            own = {name: x[one, members] if x.ndim > 1 else x[one] for name, x in options.items()}
+            alone = sa.attention(q[one, members], k[one, kv], v[one, kv], sinks=sinks[members], **own, **asked)
+            assert same(alone, [x[one, members] for x in together])
+
+
 def test_runs_do_not_matter(isa: str, rng: Any) -> None:
     qkv = make(rng, SHAPES[2])
     expected = sa.attention(*qkv)

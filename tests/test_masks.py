@@ -175,6 +175,53 @@ def test_visible_values_reach_the_rows_that_see_them(
     assert np.array_equal(out[0, ~sees], before[0, ~sees])
 
 
+@pytest.mark.parametrize("shape", [(1, 700), (5, 700), (40, 700), (1, 4000), (60, 5000), (130, 900)])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_value_propagates_from_any_block(isa: str, normal: Any, shape: Any, which: str, value: float) -> None:
+    # A NaN met early must survive all later blocks and the merging of ranges.
+    q_len, kv_len = shape
+    for place in (0, 5, kv_len // 2, kv_len - 1):
+        for options in ({}, {"causal": True}, {"mask": np.arange(kv_len) % 3 < 2}, {"sinks": [0.5]}, {"softcap": 3.0}):
+            qkv = {"q": normal(1, q_len, 8), "k": normal(1, kv_len, 8), "v": normal(1, kv_len, 8)}
+            qkv[which][0, min(place, qkv[which].shape[1] - 1), 3] = value
+            exact = reference.attention(**qkv, **options)
+            out, lse = sa.attention(**qkv, **options, return_lse=True)
+            for found, wanted in ((out, exact.out), (lse, exact.lse)):
+                finite = np.isfinite(wanted)
+                assert np.array_equal(np.isnan(found), np.isnan(wanted))
+                assert np.array_equal(found[np.isinf(wanted)], wanted[np.isinf(wanted)])
+                assert np.allclose(found[finite], wanted[finite], atol=1e-4)
+
+
+OVERFLOWS = pytest.mark.xfail(reason="log2 e times the bias overflows float32, and then counts as -inf")
+
+
+@pytest.mark.parametrize(
+    "lowest",
+    [
+        -1e9,
+        -2.3e38,
+        pytest.param(float(np.finfo(np.float32).min), marks=OVERFLOWS),
+        pytest.param(-1e300, marks=OVERFLOWS),
+    ],
+)
+@pytest.mark.parametrize("q_len", [2, 40])
+def test_a_large_finite_bias_hides_nothing(isa: str, normal: Any, lowest: float, q_len: int) -> None:
+    # Models pad with the lowest float. Beside other keys such a key weighs nothing; a row of nothing else has a mean.
+    q, k, v = normal(q_len, 8), normal(50, 8), normal(50, 8)
+    bias = np.zeros((q_len, 50), np.float64 if lowest < -1e39 else np.float32)
+    bias[:, 20:] = lowest
+    expected = sa.attention(q, k, v, mask=np.arange(50) < 20)
+    assert np.array_equal(sa.attention(q, k, v, bias=bias), expected)
+    bias[1] = lowest
+    out, lse = sa.attention(q, k, v, bias=bias, return_lse=True)
+    assert np.isfinite(out).all()
+    assert np.all(out[1] <= v.max(axis=0))
+    assert np.all(out[1] >= v.min(axis=0))
+    assert not np.isnan(lse).any()
+
+
 def test_a_row_whose_visible_scores_are_all_minus_infinity_is_nan(isa: str) -> None:
     # Not the same as seeing nothing.
     for q_len in (2, 30):
