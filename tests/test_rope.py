@@ -104,6 +104,23 @@ def test_errors(arguments: dict[str, Any], exception: type[Exception], message: 
         sa.apply_rope(**{"x": np.zeros((5, 8)), **arguments})
 
 
+@pytest.mark.xfail(reason="not checked", raises=pytest.fail.Exception)
+def test_out_must_not_share_memory_with_itself() -> None:
+    shared = np.lib.stride_tricks.as_strided(np.zeros(8), (5, 8), (0, 8), writeable=True)
+    with pytest.raises(ValueError, match="apply_rope: out has stride 0"):
+        sa.apply_rope(np.zeros((5, 8)), out=shared)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"base": "x"}, {"base": None}, {"base": 10**400}, {"rotary_dim": 4.0}, {"rotary_dim": "4"}, {"interleaved": "x"}],
+)
+@pytest.mark.xfail(reason="types are not checked")
+def test_descriptions_of_bad_types(bad: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"RoPE: {next(iter(bad))} is "):
+        sa.RoPE(**bad)
+
+
 @pytest.mark.parametrize("bad", [{"base": 0.0}, {"base": np.inf}, {"rotary_dim": 3}, {"rotary_dim": 0}])
 def test_bad_descriptions(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="RoPE: "):
