@@ -10,6 +10,8 @@ namespace {
 
 // 128 keys of scores for a strip of 48 floats are 24 KiB: they stay in L1 between the two products.
 constexpr int largest_key_block = 128;
+// Few rows have few scores. Long blocks change seldom between the two streams of memory, K and V.
+constexpr int row_key_block = 512;
 constexpr int smallest_key_block = 8;
 // K and V blocks beyond this would leave L2 between the strips of a row block.
 constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
@@ -46,6 +48,7 @@ int choose_key_block(const Problem& problem) {
 void choose_kernel(Plan& plan, const Problem& problem) {
   if (plan.rows <= plan.types->row_limit) {
     plan.attend = &plan.types->row;
+    plan.key_block = row_key_block;
     plan.reason = "few query rows per KV head: bound by reading K and V";
     plan.block_rows = static_cast<int>(std::max<std::int64_t>(plan.rows, 1));
     return;

@@ -1,7 +1,8 @@
 // Attention for few query rows against many keys (decode): vectors run along head_dim for q.k, along keys for the
-// softmax, along value_dim for the sum of values. Each key and value is read once for up to four rows; the kernel is
-// bound by the memory that holds them.
+// softmax, along value_dim for the sum of values. Up to eight rows are bound by the memory that holds keys and values,
+// which is therefore read from end to end, each row of it once; more rows are bound by the FMA units.
 #pragma once
+#include "kernels/ahead.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
 #include "kernels/scratch.h"
@@ -14,6 +15,8 @@ template <class T, int MaxSums>
 struct RowAttention {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
+  // Values that stay in L1 while several rows or dims take turns with them: 32 rows of 128 floats are 16 KiB.
+  static constexpr int chunk_keys = 32;
 
   static std::int64_t padded(std::int64_t count) { return (count + W - 1) / W * W; }
 
@@ -75,14 +78,17 @@ struct RowAttention {
       tile.terms = s.terms;
       hides = hides || seen.any_hidden;
     }
-    dot_rows<max_rows_at_once>(block, s, keys, 0);
+    if (streams(block))
+      dot_rows<max_rows_at_once, 1>(block, s, keys, 0);
+    else
+      dot_rows<max_rows_at_once, 4>(block, s, keys, 0);
     apply_terms<AcrossKeys>(tile, block.terms);
     if (block.rows[0].scores) keep_scores(block, s, keys);
     for (int r = 0; r < block.count; ++r) softmax(block, tile, r, s.rescale[r]);
     if (hides && !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim))
       accumulate_visible(block, s, tile, keys);
     else
-      accumulate_rows<max_rows_at_once>(block, s, keys, 0);
+      accumulate(block, s, keys);
   }
 
   // Limits and positions counted from the block's first key. The lanes that fill the last vector are beyond every end.
@@ -122,37 +128,56 @@ struct RowAttention {
     }
   }
 
-  // scores = q . k * multiplier, `Rows` rows at a time, then halves of it for the remainder.
-  template <int Rows>
+  static bool streams(const RowBlock& block) { return block.count <= 2 * max_rows_at_once; }
+
+  // scores = q . k * multiplier, `Rows` rows at a time, then halves of it for the remainder; `Abreast` keys at a time:
+  // one reads memory in order, several reuse each query that was loaded.
+  template <int Rows, int Abreast>
   static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
+    constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     const T* data = static_cast<const T*>(keys.keys);
     const std::int64_t whole = block.head_dim / W * W;
     const int tail = static_cast<int>(block.head_dim - whole);
     const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
+    const Ahead<T> values{static_cast<const T*>(keys.values), keys.value_step, block.value_dim};
     for (; row + Rows <= block.count; row += Rows)
       for (int j = 0; j < keys.count; j += Keys) {
-        const T* key[Keys];  // the last key stands in for those beyond the end; its sums go to hidden lanes
-        for (int k = 0; k < Keys; ++k) key[k] = data + (j + k < keys.count ? j + k : keys.count - 1) * keys.key_step;
+        const T* queries = s.queries + row * s.query_step;
         Vec<T> sums[W];
-        for (int i = 0; i < W; ++i) sums[i] = broadcast(T(0));
-        const auto step = [&](std::int64_t d, auto load_key) {
-          Vec<T> right[Keys];
-          for (int k = 0; k < Keys; ++k) right[k] = load_key(key[k] + d);
-          for (int r = 0; r < Rows; ++r) {
-            const Vec<T> query = load(s.queries + (row + r) * s.query_step + d);
-            for (int k = 0; k < Keys; ++k) sums[r * Keys + k] = fma(query, right[k], sums[r * Keys + k]);
-          }
-        };
-        for (std::int64_t d = 0; d < whole; d += W) step(d, [](const T* p) { return load(p); });
-        if (tail != 0) step(whole, [tail](const T* p) { return load_partial(p, tail); });
+        if (abreast > 1 && row == 0) {
+          const int here = keys.count - j < Keys ? keys.count - j : Keys;
+          touch(data + j * keys.key_step, keys.key_step, here, block.head_dim);
+          values.fetch(j, j + here);
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < Keys; k += abreast) {
+          const T* key[abreast];  // the last key stands in for those beyond the end; its sums go to hidden lanes
+          for (int i = 0; i < abreast; ++i)
+            key[i] = data + (j + k + i < keys.count ? j + k + i : keys.count - 1) * keys.key_step;
+          Vec<T> dots[abreast][Rows];
+          for (auto& line : dots)
+            for (Vec<T>& dot : line) dot = broadcast(T(0));
+          const auto step = [&](std::int64_t d, auto load_key) {
+            Vec<T> right[abreast];
+            for (int i = 0; i < abreast; ++i) right[i] = load_key(key[i] + d);
+            for (int r = 0; r < Rows; ++r) {
+              const Vec<T> query = load(queries + r * s.query_step + d);
+              for (int i = 0; i < abreast; ++i) dots[i][r] = fma(query, right[i], dots[i][r]);
+            }
+          };
+          for (std::int64_t d = 0; d < whole; d += W) step(d, [](const T* p) { return load(p); });
+          if (tail != 0) step(whole, [tail](const T* p) { return load_partial(p, tail); });
+          for (int i = 0; i < abreast; ++i)
+            for (int r = 0; r < Rows; ++r) sums[r * Keys + k + i] = dots[i][r];
+        }
         T products[W];
         store(products, reduce_sums(sums) * multiplier);
         for (int r = 0; r < Rows; ++r)
           for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_step + j + k] = products[r * Keys + k];
       }
     if constexpr (Rows > 1)
-      if (row < block.count) dot_rows<Rows / 2>(block, s, keys, row);
+      if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, row);
   }
 
   static void softmax(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {
@@ -177,45 +202,74 @@ struct RowAttention {
     row_sum = row_sum * rescale + reduce_sum(sum);
   }
 
-  template <int Rows>
-  static void accumulate_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row) {
-    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, MaxSums / Rows>(block, s, keys, row, 0);
-    if constexpr (Rows > 1)
-      if (row < block.count) accumulate_rows<Rows / 2>(block, s, keys, row);
+  struct Chunk {
+    const T* values;
+    std::int64_t step;
+    int first_key;
+    int count;
+
+    Chunk(const KeyBlock& keys, int first)
+        : values(static_cast<const T*>(keys.values) + first * keys.value_step),
+          step(keys.value_step),
+          first_key(first),
+          count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
+  };
+
+  // out = out * rescale + probs . values, a chunk of keys after the other.
+  static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    const Ahead<T> next{static_cast<const T*>(keys.next_keys), keys.key_step, block.head_dim};
+    for (int first = 0; first < keys.count; first += chunk_keys) {
+      const Chunk chunk(keys, first);
+      if (!streams(block)) next.fetch(first, first + chunk.count);
+      accumulate_rows<max_rows_at_once>(block, s, chunk, 0);
+    }
   }
 
-  // out = out * rescale + probs . values for `Cols` vectors of dims at a time, then halves of it for the remainder.
+  // As many rows at a time as leave each value to be read once, in order; or, where the FMA units are the limit, as
+  // many as there are.
+  template <int Rows>
+  static void accumulate_rows(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row) {
+    constexpr int columns = MaxSums / Rows;
+    if constexpr (Rows > 1)
+      if (streams(block) && block.value_dim > columns * W) return accumulate_rows<Rows / 2>(block, s, chunk, row);
+    if (block.value_dim > columns * W && row == 0) touch(chunk.values, chunk.step, chunk.count, block.value_dim);
+    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
+    if constexpr (Rows > 1)
+      if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
+  }
+
+  // `Cols` vectors of dims at a time, then halves of it for the remainder.
   template <int Rows, int Cols>
-  static void accumulate_dims(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row,
-                              std::int64_t dim) {
-    const T* values = static_cast<const T*>(keys.values);
+  static void accumulate_dims(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row, std::int64_t dim) {
     const auto sweep = [&](auto load_value) {
       Vec<T> sums[Rows][Cols];
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
-      const T* value = values + dim;
-      const T* probs = s.scores + row * s.score_step;
-      for (int j = 0; j < keys.count; ++j, value += keys.value_step) {
-        Vec<T> right[Cols];
-        for (int c = 0; c < Cols; ++c) right[c] = load_value(value + c * W);
-        for (int r = 0; r < Rows; ++r) {
-          const Vec<T> prob = broadcast(probs[r * s.score_step + j]);
-          for (int c = 0; c < Cols; ++c) sums[r][c] = fma(prob, right[c], sums[r][c]);
-        }
-      }
-      for (int r = 0; r < Rows; ++r)
+      const T* value = chunk.values + dim;
+      const T* probs = s.scores + row * s.score_step + chunk.first_key;
+      for (int j = 0; j < chunk.count; ++j, value += chunk.step)
         for (int c = 0; c < Cols; ++c) {
-          T* out = s.out + (row + r) * s.out_step + dim + c * W;
-          store(out, fma(load(out), broadcast(s.rescale[row + r]), sums[r][c]));
+          const Vec<T> right = in_register(load_value(value + c * W));
+          for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
         }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < Cols; ++c) add_sum(s, chunk, row + r, dim + c * W, sums[r][c]);
     };
     for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const T* p) { return load(p); });
     if constexpr (Cols > 1) {
-      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, keys, row, dim);
+      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, chunk, row, dim);
     } else if (dim < block.value_dim) {
       const int tail = static_cast<int>(block.value_dim - dim);
       sweep([tail](const T* p) { return load_partial(p, tail); });
     }
+  }
+
+  static void add_sum(const Scratch& s, const Chunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
+    T* out = s.out + row * s.out_step + dim;
+    const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
+    store(out, fma(load(out), broadcast(rescale), sum));
   }
 
   // The same sums in the same order, but a hidden key is left out instead of multiplied by 0.
@@ -223,18 +277,19 @@ struct RowAttention {
                                  const KeyBlock& keys) {
     const T* values = static_cast<const T*>(keys.values);
     for (int r = 0; r < block.count; ++r)
-      for (std::int64_t dim = 0; dim < block.value_dim; dim += W) {
-        Vec<T> sum = broadcast(T(0));
-        for (int j = 0; j < keys.count; ++j) {
-          const Mask<T> seen =
-              visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
-          if (!any(seen)) continue;
-          const Vec<T> value = load_up_to(values + j * keys.value_step + dim, block.value_dim - dim);
-          sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
+      for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
+        for (int first = 0; first < keys.count; first += chunk_keys) {
+          const Chunk chunk(keys, first);
+          Vec<T> sum = broadcast(T(0));
+          for (int j = first; j < first + chunk.count; ++j) {
+            const Mask<T> seen =
+                visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
+            if (!any(seen)) continue;
+            const Vec<T> value = load_up_to(values + j * keys.value_step + dim, block.value_dim - dim);
+            sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
+          }
+          add_sum(s, chunk, r, dim, sum);
         }
-        T* out = s.out + r * s.out_step + dim;
-        store(out, fma(load(out), broadcast(s.rescale[r]), sum));
-      }
   }
 
   static void finish(const RowBlock& block) noexcept {

@@ -8,6 +8,7 @@
 // number of strips; a strip is as many rows as `Vectors` registers hold. Strips know which keys their rows can see, so
 // causal and window limits cost at most half a strip.
 #pragma once
+#include "kernels/ahead.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
 #include "kernels/scratch.h"
@@ -103,6 +104,7 @@ struct TileAttention {
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
+    bool fetches = true;  // the first strip that works asks for the memory of all
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
       // The part of the block that any row of the strip can see.
@@ -116,15 +118,18 @@ struct TileAttention {
                           static_cast<const T*>(keys.keys) + skipped * keys.key_step,
                           keys.key_step,
                           static_cast<const T*>(keys.values) + skipped * keys.value_step,
-                          keys.value_step};
-      absorb_strip<Vectors>(block, s, strip, seen);
+                          keys.value_step,
+                          fetches ? keys.next_keys : nullptr};
+      absorb_strip<Vectors>(block, s, strip, seen, fetches);
+      fetches = false;
     }
   }
 
   template <int Cols>
-  static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
+  static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys,
+                           bool fetches) {
     if constexpr (Cols > 1)
-      if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys);
+      if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, fetches);
     constexpr int lanes = Cols * W;
     const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
     if (limited || block.terms.alibi || block.terms.mask || block.terms.bias != BiasType::none)
@@ -138,9 +143,10 @@ struct TileAttention {
       hides = hides || seen.any_hidden;
     }
 
-    score_keys<Cols>(static_cast<const T*>(keys.keys), keys.key_step, keys.count,
-                     s.queries + strip.first_row * block.head_dim, block.head_dim,
-                     static_cast<T>(block.terms.multiplier), s.scores);
+    score_keys<Cols>(
+        static_cast<const T*>(keys.keys), keys.key_step, keys.count, s.queries + strip.first_row * block.head_dim,
+        block.head_dim, static_cast<T>(block.terms.multiplier), s.scores,
+        Ahead<T>{fetches ? static_cast<const T*>(keys.values) : nullptr, keys.value_step, block.value_dim});
     apply_terms<AcrossRows>(tile, block.terms);
     if (block.rows[strip.first_row].scores) keep_scores(block, s, strip, keys);
 
@@ -150,16 +156,23 @@ struct TileAttention {
     if (hides && !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim))
       return accumulate_visible<Cols>(block, tile, keys, rescale, out);
     accumulate<Cols>(static_cast<const T*>(keys.values), keys.value_step, keys.count, s.scores, rescale,
-                     block.value_dim, out);
+                     block.value_dim, out,
+                     Ahead<T>{static_cast<const T*>(keys.next_keys), keys.key_step, block.head_dim});
+  }
+
+  template <int Rows, int Cols>
+  static constexpr std::int64_t rows_of(const Vec<T> (&)[Rows][Cols]) {
+    return Rows;
   }
 
   // The two products stand alone so that their loops have all registers for themselves.
   template <int Cols>
   [[gnu::noinline]] static void score_keys(const T* keys, std::int64_t key_step, int count, const T* queries,
-                                           std::int64_t head_dim, T multiplier, T* scores) {
+                                           std::int64_t head_dim, T multiplier, T* scores, const Ahead<T>& values) {
     multiply_rows<TileRows, Cols>(RowMajor<T>{keys, key_step}, count, queries, Cols * W, head_dim,
                                   [&](std::int64_t key, const auto& sums) {
                                     T* score = scores + key * Cols * W;
+                                    values.fetch(key, key + rows_of(sums));
                                     for (const auto& row : sums)
                                       for (int c = 0; c < Cols; ++c, score += W)
                                         store(score, row[c] * broadcast(multiplier));
@@ -168,10 +181,12 @@ struct TileAttention {
 
   template <int Cols>
   [[gnu::noinline]] static void accumulate(const T* values, std::int64_t value_step, int count, const T* probs,
-                                           const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out) {
+                                           const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
+                                           const Ahead<T>& next_keys) {
     multiply_rows<TileRows, Cols>(Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count,
                                   [&](std::int64_t dim, const auto& sums) {
                                     T* o = out + dim * Cols * W;
+                                    next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
                                     for (const auto& row : sums)
                                       for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
                                   });

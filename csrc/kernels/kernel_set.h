@@ -46,6 +46,7 @@ struct KeyBlock {
   std::int64_t key_step;
   const void* values;  // rows of value_dim contiguous elements, `value_step` elements apart
   std::int64_t value_step;
+  const void* next_keys;  // where the keys of the block to come start, as many and as far apart, or null: unknown
 };
 
 struct RowBlock {

@@ -57,6 +57,15 @@ inline void store(float* p, VecF a) { _mm256_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm256_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm256_maskstore_ps(p, first_lanes_f32(n), a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm256_maskstore_pd(p, first_lanes_f64(n), a.r); }
+// Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
+inline VecF in_register(VecF a) {
+  asm("" : "+x"(a.r));
+  return a;
+}
+inline VecD in_register(VecD a) {
+  asm("" : "+x"(a.r));
+  return a;
+}
 // 0, 1, 2, ...
 inline VecF iota(float) { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
 inline VecD iota(double) { return {_mm256_setr_pd(0, 1, 2, 3)}; }

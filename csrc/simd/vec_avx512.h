@@ -53,6 +53,15 @@ inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm512_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, first_lanes_f32(n).r, a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm512_mask_storeu_pd(p, first_lanes_f64(n).r, a.r); }
+// Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
+inline VecF in_register(VecF a) {
+  asm("" : "+v"(a.r));
+  return a;
+}
+inline VecD in_register(VecD a) {
+  asm("" : "+v"(a.r));
+  return a;
+}
 // 0, 1, 2, ...
 inline VecF iota(float) { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 inline VecD iota(double) { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }

@@ -47,6 +47,11 @@ template <class T>
 inline void store_partial(T* p, Vec<T> a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.r[i];
 }
+// Loaded once, however often it is used: nothing to do where loads are instructions of their own.
+template <class T>
+inline Vec<T> in_register(Vec<T> a) {
+  return a;
+}
 // 0, 1, 2, ...
 template <class T>
 inline Vec<T> iota(T) {

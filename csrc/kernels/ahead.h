@@ -1,0 +1,32 @@
+// Memory that is needed soon.
+#pragma once
+#include <cstdint>
+
+namespace selfattn::SELFATTN_ISA {
+
+constexpr std::int64_t cache_line = 64;
+
+// Rows asked for between the tiles of a product arrive while it computes.
+template <class T>
+struct Ahead {
+  const T* rows;  // or null: nothing to ask for
+  std::int64_t step;
+  std::int64_t width;
+
+  void fetch(std::int64_t from, std::int64_t to) const {
+    if (!rows) return;
+    for (std::int64_t r = from; r < to; ++r)
+      for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))
+        __builtin_prefetch(rows + r * step + i, 0, 2);
+  }
+};
+
+// Reads rows from end to end, as hardware prefetchers like it, in front of a product that reads them crosswise.
+template <class T>
+inline void touch(const T* rows, std::int64_t step, int count, std::int64_t width) {
+  for (int r = 0; r < count; ++r)
+    for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))
+      static_cast<void>(*static_cast<const volatile T*>(rows + r * step + i));
+}
+
+}  // namespace selfattn::SELFATTN_ISA
