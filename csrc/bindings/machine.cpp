@@ -68,6 +68,7 @@ void register_machine(py::module_& module) {
   module.def("parallel_backend", &parallel_backend);
   module.def("affinity_count", &affinity_count);
   module.def("cgroup_quota", &cgroup_quota);
+  module.def("cgroup_cpus", &cgroup_cpus);
   module.def("subnormals_survive", &subnormals_survive);
   module.def("build_config", &build_config);
   module.def("measure_fma_peak", &fma_peak);
