@@ -49,7 +49,6 @@ class Array {
 
   // The memory with everything between the elements, to see that nobody wrote there.
   std::vector<char> bytes() const { return {memory_.get(), memory_.get() + size_}; }
-  void restore(const std::vector<char>& bytes) const { std::memcpy(memory_.get(), bytes.data(), bytes.size()); }
 
  private:
   struct Free {
