@@ -148,9 +148,17 @@ void place_per_batch(Problem& problem, Operand& operand, const char* function, c
 
 void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
                    std::int64_t limit, const char* limit_name) {
-  if (!operand) return;
-  for (std::int64_t b = 0; b < problem.batch; ++b) {
-    const std::int64_t length = integer_at(problem.at(operand, b));
+  if (!operand || problem.batch == 0) return;
+  // Along axes where the operand broadcasts, the batch may claim any extent without holding anything new.
+  const auto extent = [&](int axis) { return operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis]; };
+  std::int64_t entries = 1;
+  for (int axis = 0; axis < problem.batch_axes; ++axis) entries *= extent(axis);
+  for (std::int64_t i = 0; i < entries; ++i) {
+    const char* p = operand.data;
+    std::int64_t rest = i;
+    for (int axis = problem.batch_axes - 1; axis >= 0; rest /= extent(axis--))
+      p += rest % extent(axis) * operand.batch[axis];
+    const std::int64_t length = integer_at(p);
     if (length < 0 || length > limit)
       refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
   }

@@ -137,6 +137,27 @@ def claim(*shape: int) -> Any:
     return np.lib.stride_tricks.as_strided(np.ones(1, np.float32), shape, (0,) * len(shape))
 
 
+def test_lengths_are_read_once_however_often_they_broadcast(run_python: Any) -> None:
+    # In a child, which has a time limit: counting to 2**50 takes for ever.
+    code = """
+        import numpy as np
+        import selfattn as sa
+        x = np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (1 << 50, 1, 4, 1), (0,) * 4)
+        nothing = np.ones((1, 1, 4, 0), np.float32)
+        print(sa.attention(x, x[:1], nothing, q_lens=[4], kv_lens=[3]).shape == (1 << 50, 1, 4, 0))
+        for lengths in ([5], [-1]):
+            try:
+                sa.attention(x, x[:1], nothing, kv_lens=lengths)
+            except ValueError as error:
+                print(error)
+    """
+    assert run_python(code).splitlines() == [
+        "True",
+        "attention: kv_lens holds 5, which is outside 0..4 (the length of k)",
+        "attention: kv_lens holds -1, which is outside 0..4 (the length of k)",
+    ]
+
+
 def test_views_that_claim_more_than_there_can_be() -> None:
     x = np.ones((4, 1), np.float32)
     with pytest.raises(ValueError, match="q has head_dim 1099511627776, but at most 2147483647 is possible"):

@@ -11,7 +11,7 @@
 namespace selfattn::native {
 namespace {
 
-constexpr double effort = 40000;
+constexpr double effort = 10000;
 
 [[noreturn]] void fail(const std::string& what) {
   std::fprintf(stderr, "FOUND: %s\n", what.c_str());

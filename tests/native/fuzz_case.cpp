@@ -44,10 +44,11 @@ Sizes read_sizes(Bytes& bytes) {
   if (s.ndim[k] == 2 || s.ndim[v] == 2 || s.ndim[q] == 2) s.kv_heads = 1;
   if (s.ndim[q] == 2) s.group = 1;
   constexpr std::int64_t lengths[] = {8, 40, 130, 3300};
-  s.q_len = bytes.below(bytes.one_of(lengths) / 8 + 8);
-  s.kv_len = bytes.below(bytes.one_of(lengths) + 1);
+  const auto up_to = [&](std::int64_t n) { return (bytes.below(n + 1) + 1) % (n + 1); };  // 0 is the rare end
+  s.q_len = up_to(bytes.one_of(lengths) / 8 + 8);
+  s.kv_len = up_to(bytes.one_of(lengths));
   s.head_dim = 1 + bytes.below(bytes.one_of({8, 40, 200}));
-  s.value_dim = bytes.below(bytes.one_of({8, 40, 200}) + 1);
+  s.value_dim = up_to(bytes.one_of({8, 40, 200}));
   return s;
 }
 
@@ -202,7 +203,7 @@ bool affordable(const Sizes& s, const Extents (&shapes)[names]) {
   double entries = 1;
   for (const std::int64_t n : broadcast_batch(shapes)) entries *= static_cast<double>(n);
   for (const std::int64_t n : {s.kv_heads, s.group, s.q_len + 1, s.kv_len + 1}) entries *= static_cast<double>(n);
-  return entries * static_cast<double>(s.head_dim + s.value_dim + 2) <= 3e6;
+  return entries * static_cast<double>(s.head_dim + s.value_dim + 2) <= 1e6;
 }
 
 }  // namespace
