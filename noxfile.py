@@ -108,7 +108,7 @@ def tsan(session: nox.Session) -> None:
     # Debug symbols for readable reports; libgomp's barriers would be races to it.
     programs = build_native(session, "-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo")
     environment = {"TSAN_OPTIONS": "halt_on_error=1"}
-    session.run(str(programs / "stress_threads"), *(session.posargs or ["10"]), env=environment)
+    session.run(str(programs / "stress_threads"), *(session.posargs or ["10"]), env=environment, external=True)
 
 
 @nox.session
@@ -122,7 +122,7 @@ def fuzz(session: nox.Session) -> None:
     found.mkdir(exist_ok=True)
     limits = [f"-max_total_time={(session.posargs or ['600'])[0]}", "-timeout=10", "-max_len=256", "-len_control=0"]
     folders = [str(found), str(Path("tests/native/corpus").resolve())]
-    session.run(str(programs / "fuzz_attend"), *limits, f"-artifact_prefix={found}/", *folders)
+    session.run(str(programs / "fuzz_attend"), *limits, f"-artifact_prefix={found}/", *folders, external=True)
 
 
 @nox.session
