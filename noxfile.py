@@ -13,8 +13,7 @@ nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "venv"
 
-CPP = [str(p) for p in sorted(Path("csrc").rglob("*.*")) if p.suffix in {".h", ".cpp"}]
-NATIVE = [str(p) for p in sorted(Path("tests/native").iterdir()) if p.suffix in {".h", ".cpp"}]
+CPP = [str(p) for folder in ("csrc", "tests") for p in sorted(Path(folder).rglob("*.*")) if p.suffix in {".h", ".cpp"}]
 # Pinned: another version would format differently.
 LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
@@ -50,7 +49,7 @@ def lint(session: nox.Session) -> None:
     session.install(*LINTERS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("clang-format", "--dry-run", "--Werror", *CPP, *NATIVE)
+    session.run("clang-format", "--dry-run", "--Werror", *CPP)
     session.run("mypy")
 
 
@@ -67,6 +66,34 @@ def integration(session: nox.Session) -> None:
     session.install(TORCH, "onnx", "onnxruntime")
     install_tests(session)
     session.run("pytest", *session.posargs)
+
+
+def run_native(session: nox.Session, *settings: str) -> None:
+    """Build the tests that need no Python, and run them on every instruction set of that build."""
+    session.install("numpy", "cmake", "ninja")
+    build = Path(session.create_tmp()) / "native"
+    shutil.rmtree(build, ignore_errors=True)
+    defines = ["CMAKE_BUILD_TYPE=Release", "SELFATTN_BUILD_PYTHON=OFF", "SELFATTN_BUILD_NATIVE_TESTS=ON"]
+    options = [f"-D{name}" for name in (*defines, "SELFATTN_WERROR=ON")]
+    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *options, *settings)
+    session.run("cmake", "--build", str(build))
+    session.run("python", "tests/native/write_vectors.py", str(build / "vectors.bin"))
+    session.run("ctest", "--test-dir", str(build), "--output-on-failure", *session.posargs)
+
+
+@nox.session
+def native(session: nox.Session) -> None:
+    """Test the core without Python."""
+    run_native(session)
+
+
+@nox.session
+def neon(session: nox.Session) -> None:
+    """Test the core on AArch64: cross-compiled, under emulation."""
+    missing = [name for name in ("aarch64-linux-gnu-g++", "qemu-aarch64") if not shutil.which(name)]
+    if missing:
+        session.skip(f"needs {' and '.join(missing)}")
+    run_native(session, "--toolchain", "cmake/aarch64-linux-gnu.cmake")
 
 
 @nox.session
@@ -135,7 +162,7 @@ def tidy(session: nox.Session) -> None:
     # Without OpenMP, whose header belongs to another compiler.
     defines = [f"-Dpybind11_DIR={str(pybind).strip()}", "-DSELFATTN_USE_OPENMP=OFF"]
     session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *defines)
-    sources = [name for name in CPP if name.endswith(".cpp") and "isa_" not in name]
+    sources = [name for name in CPP if name.startswith("csrc") and name.endswith(".cpp") and "isa_" not in name]
     session.run("clang-tidy", "--quiet", "-p", str(build), *sources)
 
 
