@@ -71,7 +71,7 @@ Case many_tasks() {
 Case decode() { return make({1, 2, 2, 1, 20000, 16}); }
 
 Case few_rows() {
-  Case c = make({1, 2, 2, 40, 9000, 8}, DType::f64);
+  Case c = make({1, 2, 2, 14, 9000, 8}, DType::f64);
   c.lse = c.weights = true;
   return c;
 }
