@@ -1,17 +1,25 @@
 # add_isa(name flags...): compiles csrc/kernels/isa_<name>.cpp with the flags of that instruction set and no others.
-# No exceptions and no link-time optimisation: nothing of such a file may be merged with code for another CPU.
 function(add_isa name)
-  set(target selfattn_${name})
-  add_library(${target} OBJECT csrc/kernels/isa_${name}.cpp)
-  target_include_directories(${target} PRIVATE csrc)
+  set_property(GLOBAL APPEND PROPERTY SELFATTN_ISAS ${name})
+  set_property(GLOBAL PROPERTY SELFATTN_ISA_FLAGS_${name} ${ARGN})
+  add_isa_objects(selfattn_${name} ${name} ${PROJECT_SOURCE_DIR}/csrc/kernels/isa_${name}.cpp)
+  target_link_libraries(selfattn_core PUBLIC $<TARGET_OBJECTS:selfattn_${name}>)
+endfunction()
+
+# add_isa_objects(target isa sources...): an object library for one instruction set.
+# No exceptions and no link-time optimisation: nothing of such a file may be merged with code for another CPU.
+function(add_isa_objects target isa)
+  get_property(flags GLOBAL PROPERTY SELFATTN_ISA_FLAGS_${isa})
+  add_library(${target} OBJECT ${ARGN})
+  target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
   target_compile_features(${target} PRIVATE cxx_std_20)
-  target_compile_options(${target} PRIVATE ${SELFATTN_WARNINGS} ${ARGN} -ffp-contract=off -fno-math-errno
+  target_compile_options(${target} PRIVATE ${SELFATTN_WARNINGS} ${flags} -ffp-contract=off -fno-math-errno
     -fno-trapping-math -fno-exceptions -fno-lto)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    # GCC's own AVX-512 headers trip this warning.
-    target_compile_options(${target} PRIVATE -Wno-maybe-uninitialized -Wno-uninitialized)
+    # GCC's own AVX-512 headers trip these warnings. Instructions scheduled before registers are allocated, GCC's default
+    # outside x86, move all loads of a step to its front, and sums spill to make room.
+    target_compile_options(${target} PRIVATE -Wno-maybe-uninitialized -Wno-uninitialized -fno-schedule-insns)
   endif()
   set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
     VISIBILITY_INLINES_HIDDEN ON)
-  target_link_libraries(selfattn_core PUBLIC $<TARGET_OBJECTS:${target}>)
 endfunction()

@@ -1,6 +1,7 @@
 #include "machine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <sstream>
 
@@ -64,20 +65,32 @@ int affinity_count() {
 
 namespace {
 
+// The whole word as a number; 0 unless it is positive. What the system itself writes stays far below the bound.
+double positive(const std::string& word) {
+  constexpr double bound = 1e15;
+  std::istringstream text(word);
+  double number = 0;
+  return text >> number && text.eof() && number > 0 && number < bound ? number : 0;
+}
+
+double cpus(const std::string& quota, const std::string& period) {
+  const double numerator = positive(quota), denominator = positive(period);
+  return denominator >= 1 ? numerator / denominator : 0;
+}
+
 double read_v2(const std::string& folder) {  // cpu.max: "max 100000" or "150000 100000"
   std::ifstream file(folder + "/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (!(file >> quota >> period) || quota == "max" || period <= 0) return 0;
-  std::istringstream number(quota);
-  double value = 0;
-  return number >> value && value > 0 ? value / period : 0;
+  std::string quota, period;
+  file >> quota >> period;
+  return cpus(quota, period);
 }
 
 double read_v1(const std::string& folder) {  // quota -1: no limit
   std::ifstream quota_file(folder + "/cpu.cfs_quota_us"), period_file(folder + "/cpu.cfs_period_us");
-  double quota = 0, period = 0;
-  return quota_file >> quota && period_file >> period && quota > 0 && period > 0 ? quota / period : 0;
+  std::string quota, period;
+  quota_file >> quota;
+  period_file >> period;
+  return cpus(quota, period);
 }
 
 // The smallest limit from a group up to the root of its hierarchy: every ancestor's limit holds too.
@@ -109,12 +122,15 @@ double cgroup_quota(const std::string& root) {
     std::string path = line.substr(second + 1);
     if (!path.empty() && path.back() == '/') path.pop_back();
     if (controllers == ",,")
-      take(smallest_limit(root + "/sys/fs/cgroup", path, read_v2));
+      for (const char* mount : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"})  // the latter beside v1 hierarchies
+        take(smallest_limit(root + mount, path, read_v2));
     else if (controllers.find(",cpu,") != std::string::npos)
       for (const char* mount : {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"})
         take(smallest_limit(root + mount, path, read_v1));
   }
   return smallest;
 }
+
+int cgroup_cpus(const std::string& root) { return static_cast<int>(std::min(std::ceil(cgroup_quota(root)), 1e9)); }
 
 }  // namespace selfattn

@@ -14,4 +14,7 @@ int affinity_count();
 // CPUs' worth of time that the control group allows, e.g. 1.5; 0: no limit found. `root` is "/" outside tests.
 double cgroup_quota(const std::string& root);
 
+// The same, rounded up to whole CPUs.
+int cgroup_cpus(const std::string& root);
+
 }  // namespace selfattn

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -129,17 +128,18 @@ Helper* helper = nullptr;  // the survivor's; never deleted, since the thread be
 std::atomic<int> chosen_threads{0};
 
 ThreadDefault detect_threads() {
-  static const int quota = static_cast<int>(std::ceil(cgroup_quota("")));
+  static const int quota = cgroup_cpus("");
   ThreadDefault limit{std::max(1, static_cast<int>(std::thread::hardware_concurrency())), "hardware"};
   const auto lower = [&](int count, const char* source) {
     if (count > 0 && count < limit.count) limit = {count, source};
   };
-#if defined(SELFATTN_OPENMP)
-  // The thread's own setting: OMP_NUM_THREADS, omp_set_num_threads, threadpoolctl.
-  lower(omp_get_max_threads(), "OpenMP");
-#endif
   lower(affinity_count(), "CPU affinity");
   lower(quota, "control group quota");
+#if defined(SELFATTN_OPENMP)
+  // The thread's own setting: OMP_NUM_THREADS, omp_set_num_threads, threadpoolctl. Last, since OpenMP itself starts
+  // from the affinity: it decides only where somebody set less.
+  lower(omp_get_max_threads(), "OpenMP");
+#endif
   return limit;
 }
 

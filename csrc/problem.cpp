@@ -16,6 +16,9 @@ constexpr std::int64_t far = std::int64_t{1} << 60;
 // Broadcast views can claim any width; up to this one no scratch size overflows.
 constexpr std::int64_t widest = (std::int64_t{1} << 31) - 1;
 
+// More elements of a result than any machine can address; up to here no count of tasks and no size overflows.
+constexpr std::int64_t most_elements = std::int64_t{1} << 47;
+
 std::int64_t clamp_far(std::int64_t n) { return std::clamp(n, -far, far); }
 
 std::int64_t integer_at(const char* p) {
@@ -77,6 +80,17 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
              " have too many entries");
 }
 
+// Empty results count as well: they too have rows.
+void check_size(const Problem& problem, const char* function) {
+  std::int64_t elements = 1;
+  bool fits = true;
+  for (const std::int64_t n : {problem.batch, problem.num_heads, problem.q_len, problem.value_dim + 1})
+    fits = fits && !__builtin_mul_overflow(elements, std::max<std::int64_t>(n, 1), &elements);
+  if (fits && elements <= most_elements) return;
+  const Shape shape = out_shape(problem);
+  refuse(function, "the result of shape ", to_text(shape.extent, shape.ndim), " is more than any memory holds");
+}
+
 void check_rank(const AttentionArguments& arguments, const char* name, const TensorView& view) {
   if (view.ndim < 2)
     refuse(arguments.function, name, " has shape ", shape_text(view), " but needs at least 2 dimensions ",
@@ -107,6 +121,7 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   problem.kv_len = k.length;
   problem.head_dim = q.dim;
   problem.value_dim = v.dim;
+  check_size(problem, a.function);
   place(problem, problem.query, a.q, q);
   place(problem, problem.key, a.k, k);
   place(problem, problem.value, a.v, v);
@@ -148,9 +163,17 @@ void place_per_batch(Problem& problem, Operand& operand, const char* function, c
 
 void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
                    std::int64_t limit, const char* limit_name) {
-  if (!operand) return;
-  for (std::int64_t b = 0; b < problem.batch; ++b) {
-    const std::int64_t length = integer_at(problem.at(operand, b));
+  if (!operand || problem.batch == 0) return;
+  // Along axes where the operand broadcasts, the batch may claim any extent without holding anything new.
+  const auto extent = [&](int axis) { return operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis]; };
+  std::int64_t entries = 1;
+  for (int axis = 0; axis < problem.batch_axes; ++axis) entries *= extent(axis);
+  for (std::int64_t i = 0; i < entries; ++i) {
+    const char* p = operand.data;
+    std::int64_t rest = i;
+    for (int axis = problem.batch_axes - 1; axis >= 0; rest /= extent(axis--))
+      p += rest % extent(axis) * operand.batch[axis];
+    const std::int64_t length = integer_at(p);
     if (length < 0 || length > limit)
       refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
   }

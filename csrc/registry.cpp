@@ -19,6 +19,11 @@ namespace avx512 {
 extern const KernelSet kernels;
 }
 #endif
+#if defined(SELFATTN_ARM_ISAS)
+namespace neon {
+extern const KernelSet kernels;
+}
+#endif
 
 namespace {
 
@@ -27,6 +32,9 @@ constexpr const KernelSet* all_kernels[] = {
 #if defined(SELFATTN_X86_ISAS)
     &avx512::kernels,
     &avx2::kernels,
+#endif
+#if defined(SELFATTN_ARM_ISAS)
+    &neon::kernels,
 #endif
     &portable::kernels,
 };
@@ -39,6 +47,8 @@ const KernelSet& default_kernels() {
 }
 
 }  // namespace
+
+std::span<const KernelSet* const> compiled_kernels() { return all_kernels; }
 
 const std::vector<const KernelSet*>& available_kernels() {
   static const std::vector<const KernelSet*> available = [] {

@@ -1,5 +1,6 @@
 // The only file that names every ISA.
 #pragma once
+#include <span>
 #include <string>
 #include <vector>
 
@@ -7,7 +8,10 @@
 
 namespace selfattn {
 
-// Kernel sets that this machine can run, best first.
+// Every kernel set of this build, best first.
+std::span<const KernelSet* const> compiled_kernels();
+
+// Those that this machine can run, best first.
 const std::vector<const KernelSet*>& available_kernels();
 
 // The set in use: SELFATTN_ISA's, else the best. Throws std::invalid_argument if SELFATTN_ISA names none of them.

@@ -16,7 +16,8 @@ import pytest
 import selfattn
 from selfattn import reference
 
-KNOWN_ISAS = ("avx512", "avx2", "portable")
+KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "kernels"
+KNOWN_ISAS = sorted(file.stem.removeprefix("isa_") for file in KERNELS.glob("isa_*.cpp"))
 
 
 def pytest_report_header() -> str:

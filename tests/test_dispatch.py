@@ -23,7 +23,7 @@ def test_the_environment_chooses(run_python: Any, name: str) -> None:
     assert run_python(code, SELFATTN_ISA=name).split() == [name, "SELFATTN_ISA"]
 
 
-@pytest.mark.parametrize("name", ["sse9", "AVX2", "neon"])
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "vax"])
 def test_an_unknown_name_is_a_clear_error(run_python: Any, name: str) -> None:
     code = "import numpy as np, selfattn as sa; x = np.ones((2, 2)); sa.attention(x, x, x)"
     printed = run_python(code, expected_exit=1, SELFATTN_ISA=name)

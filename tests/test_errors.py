@@ -130,11 +130,37 @@ def test_too_large_results_are_memory_errors() -> None:
         (1 << 30, 1, 1, 1, 2, 1), (1, 1 << 30, 1, 1, 2, 1), (1, 1, 1 << 30, 1, 2, 1)))  # fmt: skip
     with pytest.raises(ValueError, match="have too many entries"):
         sa.attention(left, middle, right)
+    # Neither a count nor a size may overflow, whether anything is allocated (attention) or not (explain).
+    q, k, v = claim(1 << 40, 1, 1 << 19, 1), claim(1, 1, 1 << 30, 1), claim(1, 1, 1 << 30, 0)
+    for call in (sa.attention, sa.explain):
+        with pytest.raises(ValueError, match=r"the result of shape \(\d+, 1, \d+, 0\) is more than any memory holds"):
+            call(q, k, v)
 
 
 def claim(*shape: int) -> Any:
     """A view that claims any shape over four bytes of memory."""
     return np.lib.stride_tricks.as_strided(np.ones(1, np.float32), shape, (0,) * len(shape))
+
+
+def test_lengths_are_read_once_however_often_they_broadcast(run_python: Any) -> None:
+    # In a child, which has a time limit: counting to 2**44 takes hours.
+    code = """
+        import numpy as np
+        import selfattn as sa
+        x = np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (1 << 44, 1, 4, 1), (0,) * 4)
+        nothing = np.ones((1, 1, 4, 0), np.float32)
+        print(sa.attention(x, x[:1], nothing, q_lens=[4], kv_lens=[3]).shape == (1 << 44, 1, 4, 0))
+        for lengths in ([5], [-1]):
+            try:
+                sa.attention(x, x[:1], nothing, kv_lens=lengths)
+            except ValueError as error:
+                print(error)
+    """
+    assert run_python(code).splitlines() == [
+        "True",
+        "attention: kv_lens holds 5, which is outside 0..4 (the length of k)",
+        "attention: kv_lens holds -1, which is outside 0..4 (the length of k)",
+    ]
 
 
 def test_views_that_claim_more_than_there_can_be() -> None:

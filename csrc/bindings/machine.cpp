@@ -8,13 +8,14 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <span>
 
 namespace selfattn::bindings {
 namespace {
 
-std::vector<std::string> isas() {
+std::vector<std::string> names_of(std::span<const KernelSet* const> sets) {
   std::vector<std::string> names;
-  for (const KernelSet* kernels : available_kernels()) names.emplace_back(kernels->name);
+  for (const KernelSet* kernels : sets) names.emplace_back(kernels->name);
   return names;
 }
 
@@ -28,11 +29,7 @@ py::dict build_config() {
 #else
   d["openmp"] = py::none();
 #endif
-#if defined(SELFATTN_X86_ISAS)
-  d["isas"] = py::make_tuple("avx512", "avx2", "portable");
-#else
-  d["isas"] = py::make_tuple("portable");
-#endif
+  d["isas"] = py::tuple(py::cast(names_of(compiled_kernels())));
   return d;
 }
 
@@ -57,7 +54,7 @@ bool subnormals_survive() {
 }  // namespace
 
 void register_machine(py::module_& module) {
-  module.def("isas", &isas);
+  module.def("isas", [] { return names_of(available_kernels()); });
   module.def("active_isa", [] { return active_kernels().name; });
   module.def("select_isa", &select_kernels);
   module.def("default_threads", [] {
@@ -68,6 +65,7 @@ void register_machine(py::module_& module) {
   module.def("parallel_backend", &parallel_backend);
   module.def("affinity_count", &affinity_count);
   module.def("cgroup_quota", &cgroup_quota);
+  module.def("cgroup_cpus", &cgroup_cpus);
   module.def("subnormals_survive", &subnormals_survive);
   module.def("build_config", &build_config);
   module.def("measure_fma_peak", &fma_peak);

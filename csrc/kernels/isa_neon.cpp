@@ -1,0 +1,16 @@
+#define SELFATTN_ISA neon
+#define SELFATTN_VEC "simd/vec_neon.h"
+#include "kernels/type_kernels.h"
+
+namespace selfattn::neon {
+
+// 8 x 3 sums, 3 vectors of the right-hand side and 1 broadcast: 28 of 32 registers. Every AArch64 CPU has these
+// instructions, so no feature is asked for.
+extern constexpr KernelSet kernels{
+    .name = "neon",
+    .features = 0,
+    .f32 = type_kernels<float, 8, 3, 16, 6>,
+    .f64 = type_kernels<double, 8, 3, 16, 2>,
+};
+
+}  // namespace selfattn::neon

@@ -1,0 +1,62 @@
+#include "attend_case.h"
+
+#include "slot.h"
+
+namespace selfattn::native {
+namespace {
+
+Extents extents(const Shape& shape) { return {shape.extent, shape.extent + shape.ndim}; }
+
+bool same_bits(const Array& a, const Array& b) {
+  if (static_cast<bool>(a) != static_cast<bool>(b)) return false;
+  if (!a) return true;
+  if (a.shape() != b.shape()) return false;
+  for (std::int64_t i = 0; i < a.count(); ++i)
+    if (std::memcmp(a.at(i), b.at(i), static_cast<std::size_t>(size_of(a.dtype()))) != 0) return false;
+  return true;
+}
+
+}  // namespace
+
+AttentionArguments Case::arguments() const {
+  AttentionArguments a = options;
+  a.q = q.view();
+  a.k = k.view();
+  a.v = v.view();
+  a.mask = mask.view();
+  a.bias = bias.view();
+  a.q_offset = q_offset.view();
+  a.q_lens = q_lens.view();
+  a.kv_lens = kv_lens.view();
+  a.alibi_slopes = alibi_slopes.view();
+  a.sinks = sinks.view();
+  return a;
+}
+
+bool Results::operator==(const Results& other) const {
+  return same_bits(out, other.out) && same_bits(lse, other.lse) && same_bits(weights, other.weights);
+}
+
+Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how, Interrupted interrupted) {
+  Problem problem = make_problem(c.arguments());
+  Results results;
+  results.out = Array(problem.dtype, extents(out_shape(problem)), c.out);
+  attach_out(problem, results.out.view());
+  if (c.lse) {
+    results.lse = Array(problem.dtype, extents(lse_shape(problem)));
+    attach_lse(problem, results.lse.view());
+  }
+  if (c.weights) {
+    results.weights = Array(problem.dtype, extents(weights_shape(problem)));
+    attach_weights(problem, results.weights.view());
+  }
+  results.plan = make_plan(problem, kernels, threads);
+  if (how == Threads::forced && threads != results.plan.threads) {
+    results.plan.threads = threads;
+    results.plan.shared_bytes = Shared(nullptr, results.plan, problem).bytes;
+  }
+  results.finished = attend(problem, results.plan, interrupted);
+  return results;
+}
+
+}  // namespace selfattn::native

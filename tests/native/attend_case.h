@@ -1,0 +1,33 @@
+// One attention call with memory for everything that it reads, and the call itself.
+#pragma once
+#include "arrays.h"
+#include "attend.h"
+#include "plan.h"
+#include "problem.h"
+
+namespace selfattn::native {
+
+struct Case {
+  Array q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
+  AttentionArguments options;  // everything but the arrays
+  bool lse = false, weights = false;
+  Layout out;
+
+  AttentionArguments arguments() const;
+};
+
+struct Results {
+  Array out, lse, weights;
+  bool finished = false;
+  Plan plan{};
+
+  bool operator==(const Results& other) const;  // every bit of every element
+};
+
+enum class Threads { as_planned, forced };
+
+// `forced`: as many threads as asked for, however small the problem.
+Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how = Threads::as_planned,
+                Interrupted interrupted = nullptr);
+
+}  // namespace selfattn::native

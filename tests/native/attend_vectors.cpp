@@ -1,0 +1,107 @@
+// attend_vectors ISA FILE: computes every case of the file on one instruction set and compares.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attend.h"
+#include "check.h"
+#include "compare.h"
+#include "registry.h"
+#include "vectors_file.h"
+
+namespace selfattn::test {
+namespace {
+
+AttentionArguments arguments_of(const VectorCase& c) {
+  AttentionArguments a;
+  a.q = c.view("q");
+  a.k = c.view("k");
+  a.v = c.view("v");
+  a.mask = c.view("mask");
+  a.bias = c.view("bias");
+  a.q_offset = c.view("q_offset");
+  a.q_lens = c.view("q_lens");
+  a.kv_lens = c.view("kv_lens");
+  a.alibi_slopes = c.view("alibi_slopes");
+  a.sinks = c.view("sinks");
+  a.bshd = c.number("bshd", 0) != 0;
+  a.causal = c.number("causal", 0) != 0;
+  a.window_left = static_cast<std::int64_t>(c.number("window_left", -1));
+  a.window_right = static_cast<std::int64_t>(c.number("window_right", -1));
+  a.has_scale = c.numbers.count("scale") != 0;
+  a.scale = c.number("scale", 0);
+  a.softcap = c.number("softcap", 0);
+  return a;
+}
+
+Array array_of(DType dtype, const Shape& shape) {
+  return {dtype, std::vector<std::int64_t>(shape.extent, shape.extent + shape.ndim)};
+}
+
+struct Results {
+  Array out, lse, weights;
+  const char* kernel;
+};
+
+Results compute(const VectorCase& c, const KernelSet& kernels, int threads, bool with_weights) {
+  Problem problem = make_problem(arguments_of(c));
+  Results results{array_of(problem.dtype, out_shape(problem)), array_of(problem.dtype, lse_shape(problem)),
+                  array_of(problem.dtype, weights_shape(problem)), nullptr};
+  attach_out(problem, results.out.view());
+  attach_lse(problem, results.lse.view());
+  if (with_weights) attach_weights(problem, results.weights.view());
+  const Plan plan = make_plan(problem, kernels, threads);
+  results.kernel = plan.attend->name;
+  if (!attend(problem, plan, nullptr)) throw std::runtime_error("interrupted");
+  return results;
+}
+
+// One line for the case; true if it passed.
+bool run(const VectorCase& c, const KernelSet& kernels) {
+  begin_section(c.name.c_str());
+  const Results fused = compute(c, kernels, 1, false), whole = compute(c, kernels, 3, true);
+  const double sigma = c.numbers.at("sigma");
+  const double out = compare_out(fused.out, c.array("out"), c.array("magnitude"), sigma);
+  const double lse = compare_lse(fused.lse, c.array("lse"), sigma);
+  const double weights = compare_weights(whole.weights, c.array("weights"), sigma);
+  // Neither threads nor the weights beside it change a result.
+  const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
+  const bool passed = out <= 1 && lse <= 1 && weights <= 1 && same;
+  std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f%s\n", passed ? "ok  " : "FAIL",
+              c.name.c_str(), fused.kernel, out, lse, weights, same ? "" : "; other bits with threads and weights");
+  return passed;
+}
+
+int run_all(const char* isa, const char* path) {
+  const auto& available = available_kernels();
+  const auto found = std::find_if(available.begin(), available.end(),
+                                  [isa](const KernelSet* kernels) { return std::strcmp(kernels->name, isa) == 0; });
+  if (found == available.end()) {
+    std::printf("skipped: this machine has no %s\n", isa);
+    return skipped;
+  }
+  const std::vector<VectorCase> cases = read_vectors(path);
+  const auto failed = std::count_if(cases.begin(), cases.end(), [&](const VectorCase& c) { return !run(c, **found); });
+  std::printf("%s: %zu cases, %td failed\n", isa, cases.size(), failed);
+  return failed == 0 && !cases.empty() ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace selfattn::test
+
+int main(int count, char** arguments) {
+  if (count != 3) {
+    std::fprintf(stderr, "usage: attend_vectors ISA FILE\n");
+    return 2;
+  }
+  selfattn::test::report_faults();
+  try {
+    return selfattn::test::run_all(arguments[1], arguments[2]);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "attend_vectors: %s\n", error.what());
+    return 1;
+  }
+}

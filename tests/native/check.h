@@ -1,0 +1,28 @@
+// What the native tests report with. Plain functions, compiled for any CPU: code that is compiled for one instruction
+// set must not share inline functions with code for another.
+#pragma once
+
+namespace selfattn::test {
+
+constexpr int skipped = 77;  // exit status of a test that this machine cannot run
+
+// Names what the following checks look at, also for a crash.
+void begin_section(const char* name);
+
+void expect(bool passed, const char* what, const char* file, int line);
+
+// Zeros of either sign are the same, and so are all NaNs.
+void expect_same(double got, double expected, const char* what);
+
+// Prints the value as well: how close to its limit it is tells more than that it passed.
+void expect_at_most(double value, double limit, const char* what);
+
+// A memory fault ends the program with the name of the section.
+void report_faults();
+
+// Prints the sum of all; the exit status.
+int finish(const char* title);
+
+}  // namespace selfattn::test
+
+#define SELFATTN_CHECK(condition) ::selfattn::test::expect((condition), #condition, __FILE__, __LINE__)

@@ -1,0 +1,60 @@
+#include "compare.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace selfattn::test {
+namespace {
+
+double unit_of(const Array& array) { return array.dtype() == DType::f32 ? 0x1p-24 : 0x1p-53; }
+
+double smallest_of(const Array& array) {
+  return array.dtype() == DType::f32 ? static_cast<double>(std::numeric_limits<float>::denorm_min())
+                                     : std::numeric_limits<double>::denorm_min();
+}
+
+double relative_bound(const Array& array, double sigma) { return (16 + 4 * sigma) * unit_of(array); }
+
+// The largest error over its bound; bound(i) is asked for finite values only. What is not finite must be the same.
+template <class Bound>
+double largest_share(const Array& got, const Array& exact, Bound bound) {
+  if (got.size() != exact.size()) return wrong;
+  double share = 0;
+  for (std::int64_t i = 0; i < got.size(); ++i) {
+    const double x = got.at(i), y = exact.at(i);
+    if (std::isnan(y) ? std::isnan(x) : x == y) continue;
+    if (!std::isfinite(x) || !std::isfinite(y)) return wrong;
+    share = std::max(share, std::abs(x - y) / bound(i, y));
+  }
+  return share;
+}
+
+}  // namespace
+
+double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma) {
+  if (magnitude.size() != exact.size()) return wrong;
+  return largest_share(out, exact, [&](std::int64_t i, double) {
+    // The result itself must be rounded to its type; below the normal numbers that is an absolute error.
+    return relative_bound(out, sigma) * magnitude.at(i) + smallest_of(out);
+  });
+}
+
+double compare_lse(const Array& lse, const Array& exact, double sigma) {
+  return largest_share(lse, exact,
+                       [&](std::int64_t, double y) { return relative_bound(lse, sigma) * (1 + std::abs(y)); });
+}
+
+double compare_weights(const Array& weights, const Array& exact, double sigma) {
+  return largest_share(weights, exact, [&](std::int64_t, double y) {
+    // Numerator and denominator err; a small weight errs with the size of its logit, biases included.
+    const double logit = y > 0 ? std::abs(std::log(y)) : 0;
+    return (2 * relative_bound(weights, sigma) + 4 * logit * unit_of(weights)) * y + 1e-37;
+  });
+}
+
+bool same_bits(const Array& a, const Array& b) {
+  return a.bytes() == b.bytes() && std::memcmp(a.data(), b.data(), a.bytes()) == 0;
+}
+
+}  // namespace selfattn::test

@@ -1,0 +1,72 @@
+// libFuzzer's target: any bytes are an attention call, which must be refused with a message or give the right answer,
+// the same on one thread as on several, without touching memory that is not its own.
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "definition.h"
+#include "fuzz_case.h"
+
+namespace selfattn::native {
+namespace {
+
+constexpr double effort = 10000;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FOUND: %s\n", what.c_str());
+  std::abort();
+}
+
+// Returns whether the call is accepted.
+bool accepted(const Described& d) {
+  try {
+    make_problem(d.input.arguments());
+    return true;
+  } catch (const std::invalid_argument& refusal) {
+    const std::string message = refusal.what();
+    if (message.rfind("attention: ", 0) != 0 || message.size() < 20) fail("message without content: " + message);
+    if (d.valid) fail("refuses a valid call: " + message);
+    return false;
+  }
+}
+
+void plan_only(const Described& d) {
+  const Problem problem = make_problem(d.input.arguments());
+  const Plan one = make_plan(problem, *d.kernels, 1), several = make_plan(problem, *d.kernels, d.threads);
+  if (one.threads != 1 || several.threads < 1 || several.threads > d.threads) fail("a plan's number of threads");
+  if (one.block_rows != several.block_rows || one.key_block != several.key_block || one.ranges != several.ranges)
+    fail("a plan depends on the number of threads");
+}
+
+// Nothing between the elements of `out` is written: what belongs to no element still has its first value.
+void check_gaps(const Array& out) {
+  out.each([&](char* p) { std::memset(p, 0xff, static_cast<std::size_t>(size_of(out.dtype()))); });
+  for (const char byte : out.bytes())
+    if (byte != '\xff') fail("bytes between the elements of out were written");
+}
+
+void compute_and_check(const Described& d) {
+  const Results one = compute(d.input, *d.kernels, 1, Threads::forced);
+  const Results several = compute(d.input, *d.kernels, d.threads, Threads::forced);
+  if (!one.finished || !several.finished) fail("a call that nobody interrupted did not finish");
+  if (!(one == several)) fail("other bits on " + std::to_string(d.threads) + " threads");
+  if (d.well_behaved)
+    if (const std::string wrong = judge(d.input, one, effort); !wrong.empty()) fail(wrong);
+  check_gaps(several.out);
+}
+
+}  // namespace
+}  // namespace selfattn::native
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  using namespace selfattn::native;
+  const Described d = describe(data, size);
+  if (!d.input.q) return -1;  // nothing that NumPy could express: not worth keeping
+  if (!accepted(d)) return 0;
+  if (d.computable)
+    compute_and_check(d);
+  else
+    plan_only(d);
+  return 0;
+}

@@ -1,0 +1,259 @@
+#include "fuzz_case.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "registry.h"
+
+namespace selfattn::native {
+namespace {
+
+// Zeros where the bytes have ended: a short input is a plain call.
+class Bytes {
+ public:
+  Bytes(const std::uint8_t* data, std::size_t size) : data_(data), left_(size) {}
+  int next() { return left_ == 0 ? 0 : (--left_, *data_++); }
+  std::int64_t below(std::int64_t n) { return (n > 256 ? next() * 256 + next() : next()) % n; }
+  bool flag() { return next() % 2 == 1; }
+  template <class T, std::size_t n>
+  T one_of(const T (&values)[n]) {
+    return values[below(static_cast<std::int64_t>(n))];
+  }
+
+ private:
+  const std::uint8_t* data_;
+  std::size_t left_;
+};
+
+enum Name { q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks, names };
+
+struct Sizes {
+  int ndim[3];    // of q, k and v
+  Extents batch;  // before any operand broadcasts
+  std::int64_t kv_heads, group, q_len, kv_len, head_dim, value_dim;
+};
+
+Sizes read_sizes(Bytes& bytes) {
+  Sizes s{};
+  constexpr int ranks[] = {4, 4, 3, 2, 5};
+  for (int& ndim : s.ndim) ndim = bytes.one_of(ranks);
+  s.batch.resize(static_cast<std::size_t>(std::max(*std::max_element(s.ndim, s.ndim + 3) - 3, 0)));
+  for (std::int64_t& extent : s.batch) extent = bytes.one_of({1, 2, 3, 1, 2, 0});
+  s.kv_heads = bytes.one_of({1, 2, 3, 1, 2, 0});
+  s.group = bytes.one_of({1, 2, 3, 4, 7});
+  if (s.ndim[k] == 2 || s.ndim[v] == 2 || s.ndim[q] == 2) s.kv_heads = 1;
+  if (s.ndim[q] == 2) s.group = 1;
+  constexpr std::int64_t lengths[] = {8, 40, 130, 3300};
+  const auto up_to = [&](std::int64_t n) { return (bytes.below(n + 1) + 1) % (n + 1); };  // 0 is the rare end
+  s.q_len = up_to(bytes.one_of(lengths) / 8 + 8);
+  s.kv_len = up_to(bytes.one_of(lengths));
+  s.head_dim = 1 + bytes.below(bytes.one_of({8, 40, 200}));
+  s.value_dim = up_to(bytes.one_of({8, 40, 200}));
+  return s;
+}
+
+// Extents that no memory could hold, as views with stride 0 claim them.
+void read_claims(Bytes& bytes, Sizes& s) {
+  std::int64_t* const claimable[] = {
+      &s.q_len, &s.kv_len, &s.kv_heads, &s.group, &s.head_dim, &s.value_dim, s.batch.empty() ? &s.q_len : &s.batch[0]};
+  for (int i = 0; i < 3; ++i)
+    *bytes.one_of(claimable) = std::max<std::int64_t>((std::int64_t{1} << bytes.below(62)) - bytes.below(3), 0);
+  s.head_dim = std::max<std::int64_t>(s.head_dim, 1);
+}
+
+Extents operand_shape(Bytes& bytes, const Sizes& s, int ndim, std::int64_t heads, std::int64_t len, std::int64_t dim,
+                      bool bshd) {
+  if (ndim == 2) return {len, dim};
+  Extents shape(s.batch.end() - (ndim - 3), s.batch.end());
+  for (std::int64_t& extent : shape)
+    if (bytes.next() % 4 == 1) extent = 1;
+  shape.insert(shape.end(), {bshd ? len : heads, bshd ? heads : len, dim});
+  return shape;
+}
+
+Extents broadcast_batch(const Extents (&shapes)[names]) {
+  Extents batch;
+  for (const Name name : {q, k, v})
+    for (std::size_t i = 3; i < shapes[name].size(); ++i) {
+      const std::size_t from_end = i - 3;
+      if (batch.size() <= from_end) batch.resize(from_end + 1, 1);
+      const std::int64_t extent = shapes[name][shapes[name].size() - 1 - i];
+      if (extent != 1) batch[from_end] = extent;
+    }
+  std::reverse(batch.begin(), batch.end());
+  return batch;
+}
+
+// A shape that broadcasts to `target`: leading axes missing, others 1.
+Extents broadcasting(Bytes& bytes, const Extents& target) {
+  const auto missing = bytes.next() % 4 == 1 ? bytes.below(static_cast<std::int64_t>(target.size()) + 1) : 0;
+  Extents shape(target.begin() + missing, target.end());
+  for (std::int64_t& extent : shape)
+    if (bytes.next() % 4 == 1) extent = 1;
+  return shape;
+}
+
+void read_shapes(Bytes& bytes, const Sizes& s, bool bshd, Extents (&shapes)[names], bool (&present)[names]) {
+  const std::int64_t heads = s.kv_heads * s.group;
+  shapes[q] = operand_shape(bytes, s, s.ndim[q], heads, s.q_len, s.head_dim, bshd);
+  shapes[k] = operand_shape(bytes, s, s.ndim[k], s.kv_heads, s.kv_len, s.head_dim, bshd);
+  shapes[v] = operand_shape(bytes, s, s.ndim[v], s.kv_heads, s.kv_len, s.value_dim, bshd);
+  const Extents batch = broadcast_batch(shapes);
+  Extents scores = batch, per_head = batch;
+  if (*std::max_element(s.ndim, s.ndim + 3) > 2) scores.push_back(heads);
+  scores.insert(scores.end(), {s.q_len, s.kv_len});
+  per_head.push_back(heads);
+  const Extents per_batch = batch.empty() ? Extents{1} : batch;
+  const int wanted = bytes.next();
+  for (int name = mask; name < names; ++name) present[name] = wanted >> (name - mask) & 1;
+  for (const Name name : {mask, bias}) shapes[name] = broadcasting(bytes, scores);
+  for (const Name name : {q_offset, q_lens, kv_lens}) shapes[name] = broadcasting(bytes, per_batch);
+  shapes[alibi_slopes] = broadcasting(bytes, per_head);
+  shapes[sinks] = {heads};
+}
+
+// Makes a shape wrong in one place, or at least other than it was.
+void spoil(Bytes& bytes, Extents& shape) {
+  if (shape.empty() || bytes.next() % 4 == 3) {
+    bytes.flag() && !shape.empty() ? shape.erase(shape.begin()) : shape.insert(shape.begin(), bytes.below(4));
+    return;
+  }
+  std::int64_t& extent = shape[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(shape.size())))];
+  extent =
+      bytes.one_of({extent + 1, std::max<std::int64_t>(extent - 1, 0), std::int64_t{0}, std::int64_t{1}, 2 * extent});
+}
+
+Layout read_layout(Bytes& bytes, std::size_t ndim, DType dtype, bool may_repeat) {
+  Layout layout;
+  const int style = bytes.next();
+  const std::int64_t size = size_of(dtype);
+  for (std::size_t axis = ndim; axis-- > 0;) layout.order.push_back(static_cast<int>(axis));
+  if (style & 1)
+    for (std::size_t i = ndim; i > 1; --i)
+      std::swap(layout.order[i - 1], layout.order[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(i)))]);
+  if (style & 2)
+    for (std::size_t axis = 0; axis < ndim; ++axis) layout.gaps.push_back(bytes.below(4) * size);
+  if (style & 4)
+    for (std::size_t axis = 0; axis < ndim; ++axis) layout.negative.push_back(bytes.flag());
+  if (style & 8 && may_repeat)
+    for (std::size_t axis = 0; axis < ndim; ++axis) layout.repeated.push_back(bytes.flag());
+  if ((style & 48) == 48) {  // off the type's grid
+    layout.misalignment = bytes.below(8);
+    for (std::int64_t& gap : layout.gaps) gap += bytes.below(2);
+  }
+  return layout;
+}
+
+struct Values {
+  Random random;
+  double size;  // of the numbers
+  int odd;      // one in so many is NaN, infinite or enormous; 0: none
+  int share;    // of a mask's entries that are True, of 256
+};
+
+double real(Values& values, double size) {
+  if (values.odd > 0 && values.random.below(values.odd) == 0) {
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    const double odd[] = {inf, -inf, std::numeric_limits<double>::quiet_NaN(), 1e38, -1e38, 1e-42, 0};
+    return odd[values.random.below(7)];
+  }
+  return values.random.real() * size;
+}
+
+void fill(Bytes& bytes, Name name, const Array& array, Values& values, std::int64_t limit) {
+  const bool far = name == q_offset && bytes.next() % 8 == 7, wrong = limit < 0;
+  constexpr std::int64_t ends[] = {std::numeric_limits<std::int64_t>::max(), std::numeric_limits<std::int64_t>::min(),
+                                   std::int64_t{1} << 60, -(std::int64_t{1} << 40)};
+  array.each([&](char* p) {
+    if (name == mask) return store(p, DType::boolean, values.random.below(256) < values.share);
+    if (name == bias && values.random.below(8) == 0)
+      return store(p, array.dtype(), -std::numeric_limits<double>::infinity());
+    if (array.dtype() != DType::i64) return store(p, array.dtype(), real(values, name == bias ? 3 : values.size));
+    std::int64_t n = far     ? ends[values.random.below(4)]
+                     : wrong ? values.random.below(64) - 32
+                             : values.random.below(limit + 1) - (name == q_offset ? limit / 2 : 0);
+    std::memcpy(p, &n, sizeof n);
+  });
+}
+
+void read_options(Bytes& bytes, Described& d) {
+  AttentionArguments& options = d.input.options;
+  const int flags = bytes.next();
+  options.bshd = flags & 1;
+  options.causal = flags & 2;
+  d.input.lse = flags & 4;
+  d.input.weights = flags & 8;
+  constexpr std::int64_t reaches[] = {0, 1, 7, 33, 128, 1000, std::int64_t{1} << 60};
+  if (flags & 16) options.window_left = bytes.one_of(reaches);
+  if (flags & 32) options.window_right = bytes.one_of(reaches);
+  options.has_scale = flags & 64;
+  if (options.has_scale) options.scale = bytes.one_of({0.5, 1.0, 0.0, -0.7, 1e-3, 2.0});
+  if (flags & 128) options.softcap = bytes.one_of({5.0, 0.5, 50.0, 1e4});
+}
+
+// Whether NumPy could express it: fewer bytes than its integers count.
+bool expressible(const Extents& shape) {
+  std::int64_t bytes = 8;
+  for (const std::int64_t n : shape)
+    if (n > 0 && __builtin_mul_overflow(bytes, n, &bytes)) return false;
+  return true;
+}
+
+bool affordable(const Sizes& s, const Extents (&shapes)[names]) {
+  double entries = 1;
+  for (const std::int64_t n : broadcast_batch(shapes)) entries *= static_cast<double>(n);
+  for (const std::int64_t n : {s.kv_heads, s.group, s.q_len + 1, s.kv_len + 1}) entries *= static_cast<double>(n);
+  return entries * static_cast<double>(s.head_dim + s.value_dim + 2) <= 1e6;
+}
+
+}  // namespace
+
+Described describe(const std::uint8_t* data, std::size_t size) {
+  Bytes bytes(data, size);
+  Described d;
+  const std::vector<const KernelSet*>& sets = available_kernels();
+  d.kernels = sets[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(sets.size())))];
+  d.threads = 2 + static_cast<int>(bytes.below(3));
+  const int mode = bytes.next();
+  const DType dtype = mode & 1 ? DType::f64 : DType::f32, bias_dtype = mode & 2 ? DType::f64 : DType::f32;
+  const bool spoiled = (mode & 12) == 12, claims = (mode & 48) == 48, wrong_values = (mode & 192) == 192;
+  read_options(bytes, d);
+
+  Sizes sizes = read_sizes(bytes);
+  if (claims) read_claims(bytes, sizes);
+  std::int64_t heads;
+  if (__builtin_mul_overflow(sizes.kv_heads, sizes.group, &heads)) return d;
+  Extents shapes[names];
+  bool present[names] = {true, true, true};
+  read_shapes(bytes, sizes, d.input.options.bshd, shapes, present);
+  if (spoiled) spoil(bytes, shapes[bytes.below(names)]);
+  d.computable = !claims && affordable(sizes, shapes);
+  d.valid = !spoiled && !claims && !(wrong_values && (present[q_lens] || present[kv_lens]));
+
+  Values values{Random(static_cast<std::uint64_t>(bytes.next())), bytes.one_of({1.0, 0.1, 2.0, 1e30}),
+                bytes.one_of({0, 0, 0, 3, 50, 2000}), bytes.one_of({128, 255, 250, 5, 0})};
+  d.well_behaved = values.size <= 2 && values.odd == 0;
+  Array* const arrays[names] = {
+      &d.input.q,        &d.input.k,      &d.input.v,       &d.input.mask,         &d.input.bias,
+      &d.input.q_offset, &d.input.q_lens, &d.input.kv_lens, &d.input.alibi_slopes, &d.input.sinks};
+  const DType dtypes[names] = {dtype,      dtype,      dtype,      DType::boolean, bias_dtype,
+                               DType::i64, DType::i64, DType::i64, DType::f64,     DType::f64};
+  const std::int64_t limits[names] = {0, 0, 0, 0, 0, 40, sizes.q_len, sizes.kv_len, 0, 0};
+  for (int i = 0; i < names; ++i) {
+    if (!present[i]) continue;
+    if (!expressible(shapes[i])) {
+      d.input = Case{};
+      return d;
+    }
+    Layout layout = read_layout(bytes, shapes[i].size(), dtypes[i], /*may_repeat=*/true);
+    if (!d.computable) layout.repeated.assign(shapes[i].size(), true);
+    *arrays[i] = Array(dtypes[i], shapes[i], layout);
+    fill(bytes, static_cast<Name>(i), *arrays[i], values, wrong_values ? -1 : limits[i]);
+  }
+  // The result's rank, in whatever order its axes have.
+  const std::size_t ndim = std::max({shapes[q].size(), shapes[k].size(), shapes[v].size()});
+  d.input.out = read_layout(bytes, ndim, dtype, /*may_repeat=*/false);
+  return d;
+}
+
+}  // namespace selfattn::native

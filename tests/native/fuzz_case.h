@@ -1,0 +1,21 @@
+// Bytes of a fuzzer -> an attention call.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "attend_case.h"
+
+namespace selfattn::native {
+
+struct Described {
+  Case input;
+  bool valid = true;         // must be accepted; otherwise it may also be refused
+  bool computable = true;    // small enough to compute; otherwise only planned
+  bool well_behaved = true;  // all numbers finite and moderate
+  const KernelSet* kernels = nullptr;
+  int threads = 2;
+};
+
+Described describe(const std::uint8_t* data, std::size_t size);
+
+}  // namespace selfattn::native

@@ -1,0 +1,86 @@
+#include "kernel_set_checks.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+
+namespace selfattn::test {
+namespace {
+
+template <class T>
+std::vector<T> numbers(std::size_t count) {
+  std::mt19937 random(7);
+  std::uniform_real_distribution<T> distribution(-2, 2);
+  std::vector<T> values(count);
+  for (T& value : values) value = distribution(random);
+  return values;
+}
+
+// Every sum is one chain of FMAs, to the bit; what lies between the rows of the output stays as it was.
+template <class T>
+void check_project(const TypeKernels& kernels, bool fuses, int rows, int columns, bool with_bias) {
+  constexpr int depth = 13, gap = 3;
+  constexpr T untouched = -77;
+  const int panel_columns = kernels.panel_columns;
+  const auto x = numbers<T>(static_cast<std::size_t>(rows * depth));
+  const auto panel = numbers<T>(static_cast<std::size_t>(depth * panel_columns));
+  const auto bias = numbers<T>(static_cast<std::size_t>(panel_columns));
+  const int out_step = columns + gap;
+  std::vector<T> out(static_cast<std::size_t>(rows * out_step), untouched);
+  kernels.project(
+      {x.data(), depth, rows, depth, panel.data(), with_bias ? bias.data() : nullptr, out.data(), out_step, columns});
+  for (int i = 0; i < rows; ++i)
+    for (int n = 0; n < out_step; ++n) {
+      T sum = 0;
+      for (int k = 0; k < depth && n < columns; ++k) {
+        const T a = x[static_cast<std::size_t>(i * depth + k)],
+                b = panel[static_cast<std::size_t>(k * panel_columns + n)];
+        sum = fuses ? std::fma(a, b, sum) : a * b + sum;
+      }
+      if (with_bias && n < columns) sum += bias[static_cast<std::size_t>(n)];
+      expect_same(out[static_cast<std::size_t>(i * out_step + n)], n < columns ? sum : untouched, "project");
+    }
+}
+
+template <class T>
+void check_weigh(const TypeKernels& kernels) {
+  for (std::size_t count = 0; count < 40; ++count) {
+    auto scores = numbers<T>(count + 1);
+    for (T& score : scores) score = 10 * score - 25;
+    scores.back() = -77;
+    const auto before = scores;
+    kernels.weigh(scores.data(), static_cast<std::int64_t>(count), 1.5, 0.25);
+    expect_same(scores.back(), -77, "weigh beyond its end");
+    for (std::size_t i = 0; i < count; ++i) {
+      const double exact = std::exp2(static_cast<double>(before[i]) - 1.5) * 0.25;
+      // Rounding t = score - 1.5 alone is worth |t| ln 2 units.
+      const double units = 5 + std::abs(static_cast<double>(before[i]) - 1.5);
+      SELFATTN_CHECK(std::abs(scores[i] - exact) <= units * std::numeric_limits<T>::epsilon() * exact);
+    }
+  }
+}
+
+template <class T>
+void check_type(const TypeKernels& kernels, bool fuses) {
+  SELFATTN_CHECK(kernels.tile.strip_rows > 1 && kernels.row.strip_rows == 1);
+  for (const int rows : {1, 2, 7, 8, 19})
+    for (const int columns : {1, kernels.panel_columns / 2, kernels.panel_columns - 1, kernels.panel_columns})
+      for (const bool with_bias : {false, true}) check_project<T>(kernels, fuses, rows, columns, with_bias);
+  check_weigh<T>(kernels);
+  SELFATTN_CHECK(kernels.fma_loop(10) >= 2 * 10);
+}
+
+}  // namespace
+
+void check_kernel_set(const KernelSet& kernels) {
+  begin_section(kernels.name);
+  const bool fuses = std::strcmp(kernels.name, "portable") != 0;
+  check_type<float>(kernels.f32, fuses);
+  check_type<double>(kernels.f64, fuses);
+}
+
+}  // namespace selfattn::test

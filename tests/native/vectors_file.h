@@ -1,0 +1,50 @@
+// Test cases of attention from a file: lines of text, and behind each line that announces an array its bytes.
+//
+//   selfattn vectors 1
+//   case <name>
+//   number <name> <value>
+//   array <name> f32|f64|i64|bool <ndim> <extents...>       followed by the elements, little-endian, and a newline
+//   end
+#pragma once
+#include <cstdint>
+#include <iosfwd>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "guarded_memory.h"
+#include "tensor_view.h"
+
+namespace selfattn::test {
+
+// A C-contiguous array whose memory ends at a guard.
+class Array {
+ public:
+  Array(DType dtype, std::vector<std::int64_t> shape);
+  DType dtype() const { return dtype_; }
+  std::int64_t size() const;
+  std::size_t bytes() const { return static_cast<std::size_t>(size() * size_of(dtype_)); }
+  char* data() const { return memory_.data(); }
+  TensorView view() const;
+  double at(std::int64_t i) const;  // of a float array, in the order of memory
+
+ private:
+  DType dtype_;
+  std::vector<std::int64_t> shape_, strides_;
+  GuardedMemory memory_;
+};
+
+struct VectorCase {
+  std::string name;
+  std::map<std::string, double> numbers;
+  std::map<std::string, Array> arrays;
+
+  double number(const std::string& key, double otherwise) const;
+  const Array& array(const std::string& key) const;  // throws where it is missing
+  TensorView view(const std::string& key) const;     // of an absent one: absent
+};
+
+// All cases. Throws std::runtime_error where the file is not as it should be.
+std::vector<VectorCase> read_vectors(const std::string& path);
+
+}  // namespace selfattn::test
