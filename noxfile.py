@@ -77,7 +77,19 @@ def asan(session: nox.Session) -> None:
         "PYTHONMALLOC": "malloc",
     }
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
-    skipped = ["memory", "fork", "minilm", "cli", "benchmarks", "codebase", "viz", "readme", "threads", "dispatch"]
+    skipped = [
+        "memory",
+        "fork",
+        "minilm",
+        "cli",
+        "benchmarks",
+        "codebase",
+        "viz",
+        "readme",
+        "threads",
+        "dispatch",
+        "guard_pages",
+    ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
 
