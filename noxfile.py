@@ -89,6 +89,7 @@ def asan(session: nox.Session) -> None:
         "threads",
         "dispatch",
         "guard_pages",
+        "hostile",
     ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)

@@ -146,13 +146,21 @@ void place_per_batch(Problem& problem, Operand& operand, const char* function, c
   if (problem.batch_axes == 0) operand.data = static_cast<char*>(view.data);
 }
 
+// An axis of stride 0 repeats one entry, as often as a view may claim: it is looked at once.
 void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
                    std::int64_t limit, const char* limit_name) {
-  if (!operand) return;
-  for (std::int64_t b = 0; b < problem.batch; ++b) {
-    const std::int64_t length = integer_at(problem.at(operand, b));
+  if (!operand || problem.batch == 0) return;
+  std::int64_t index[max_axes] = {};
+  for (int axis = 0; axis >= 0;) {
+    const char* p = operand.data;
+    for (int i = 0; i < problem.batch_axes; ++i) p += index[i] * operand.batch[i];
+    const std::int64_t length = integer_at(p);
     if (length < 0 || length > limit)
       refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
+    for (axis = problem.batch_axes - 1; axis >= 0; --axis) {
+      if (operand.batch[axis] != 0 && ++index[axis] < problem.batch_shape[axis]) break;
+      index[axis] = 0;
+    }
   }
 }
 
