@@ -90,6 +90,7 @@ def asan(session: nox.Session) -> None:
         "dispatch",
         "guard_pages",
         "hostile",
+        "allocation",
     ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
