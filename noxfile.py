@@ -124,7 +124,7 @@ def asan(session: nox.Session) -> None:
     }
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
     skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "benchmarks", "codebase", "viz", "readme"]
-    skipped += ["threads", "dispatch"]
+    skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
 

@@ -5,8 +5,8 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -47,11 +47,11 @@ Backend backend() {
 // where two runtimes meet in one process.
 void run_threads(const Region& region, int num_threads) {
   std::vector<std::thread> others;
-  others.reserve(static_cast<std::size_t>(num_threads - 1));
   try {
+    others.reserve(static_cast<std::size_t>(num_threads - 1));
     for (int slot = 1; slot < num_threads; ++slot) others.emplace_back(region.work, region.context, slot);
-  } catch (const std::system_error&) {
-    // The system grants no more threads: the team is as large as it got.
+  } catch (const std::exception&) {
+    // The system grants no more threads, or no memory for them: the team is as large as it got.
   }
   region.work(region.context, caller_slot);
   for (std::thread& other : others) other.join();
@@ -149,8 +149,8 @@ void run_region(const Region& region, int num_threads) {
   if (runs_on_helper(num_threads)) {
     try {
       if (!helper) helper = new Helper;
-    } catch (const std::system_error&) {
-      return region.work(region.context, caller_slot);  // the system grants no thread: alone, then
+    } catch (const std::exception&) {
+      return region.work(region.context, caller_slot);  // the system grants no thread or no memory: alone, then
     }
     return helper->run(region, num_threads);
   }

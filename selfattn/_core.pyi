@@ -6,31 +6,26 @@ from numpy.typing import NDArray
 
 Options = tuple[Any, ...]
 
-class Layer:
-    def __init__(
-        self,
-        w_q: NDArray[Any],
-        w_k: NDArray[Any],
-        w_v: NDArray[Any],
-        w_o: NDArray[Any] | None,
-        biases: tuple[NDArray[Any] | None, ...],
-        num_heads: int,
-        num_kv_heads: int,
-        rope: tuple[float, int, bool] | None,
-        /,
-    ) -> None: ...
-    def call(
-        self,
-        function: str,
-        x: NDArray[Any],
-        context: NDArray[Any] | None,
-        positions: NDArray[Any] | None,
-        options: Options,
-        /,
-    ) -> Any: ...
-    @property
-    def isa(self) -> str: ...
+Layer = object  # a capsule
 
+def make_layer(
+    weights: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None],
+    biases: tuple[NDArray[Any] | None, ...],
+    num_heads: int,
+    num_kv_heads: int,
+    rope: tuple[float, int, bool] | None,
+    /,
+) -> Layer: ...
+def call_layer(
+    layer: Layer,
+    function: str,
+    x: NDArray[Any],
+    context: NDArray[Any] | None,
+    positions: NDArray[Any] | None,
+    options: Options,
+    /,
+) -> Any: ...
+def layer_isa(layer: Layer, /) -> str: ...
 def attention(
     q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any] | None, options: Options, /
 ) -> Any: ...

@@ -125,7 +125,7 @@ class SelfAttention:
         )
         description = rope_or_none(function, rope)
         turn = None if description is None else description.for_core(function, w.head_dim)
-        core = _core.Layer(*columns, vectors, heads, kv_heads, turn)
+        core = _core.make_layer(columns, vectors, heads, kv_heads, turn)
         for name, value in {
             "_core": core,
             "_rope": description,
@@ -134,7 +134,7 @@ class SelfAttention:
             "d_out": heads * w.value_dim if w.o is None else w.o.shape[1],
             "dtype": w.q.dtype,
             "head_dim": w.head_dim,
-            "isa": core.isa,
+            "isa": _core.layer_isa(core),
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "value_dim": w.value_dim,
@@ -201,7 +201,7 @@ class SelfAttention:
             positions = positions_for(function, positions, x.shape[:-1])
         if out is not None:
             _check_out(function, out, self, x, context)
-        result = self._core.call(function, x, context, positions, values)
+        result = _core.call_layer(self._core, function, x, context, positions, values)
         if out is None:
             return result
         if isinstance(result, tuple):

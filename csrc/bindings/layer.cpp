@@ -1,7 +1,8 @@
-// SelfAttention's core object and apply_rope.
+// What SelfAttention holds of the core, and apply_rope.
 #include "layer.h"
 
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "bindings/attention.h"
@@ -85,6 +86,28 @@ class Layer {
   const LayerWeights weights_;
 };
 
+constexpr const char* layer_name = "selfattn.Layer";
+
+// A capsule rather than a class: pybind11 registers instances where a failed allocation ends the process.
+py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads,
+                       std::int64_t num_kv_heads, py::handle rope) {
+  auto layer = std::make_unique<Layer>(matrices[0], matrices[1], matrices[2], matrices[3], biases, num_heads,
+                                       num_kv_heads, rope);
+  py::capsule owner(layer.get(), layer_name,
+                    [](PyObject* capsule) { delete static_cast<Layer*>(PyCapsule_GetPointer(capsule, layer_name)); });
+  layer.release();
+  return owner;
+}
+
+const Layer& layer_of(const py::capsule& capsule) { return *capsule.get_pointer<Layer>(); }
+
+py::object call_layer(const py::capsule& capsule, const char* function, py::handle x, py::handle context,
+                      py::handle positions, const py::tuple& option_values) {
+  return layer_of(capsule).call(function, x, context, positions, option_values);
+}
+
+const char* layer_isa(const py::capsule& capsule) { return layer_of(capsule).isa(); }
+
 // x and out (..., length, heads..., head_dim) in one shape; positions has one integer per entry of the axes in front
 // of head_dim, broadcast by strides. Python's layer has prepared all of this.
 void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description) {
@@ -125,11 +148,9 @@ void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle r
 }  // namespace
 
 void register_layer(py::module_& module) {
-  py::class_<Layer>(module, "Layer")
-      .def(py::init<py::handle, py::handle, py::handle, py::handle, const py::tuple&, std::int64_t, std::int64_t,
-                    py::handle>())
-      .def("call", &Layer::call)
-      .def_property_readonly("isa", &Layer::isa);
+  module.def("make_layer", &make_layer);
+  module.def("call_layer", &call_layer);
+  module.def("layer_isa", &layer_isa);
   module.def("apply_rope", &apply_rope);
 }
 

@@ -30,16 +30,19 @@ struct Transposed {
 template <int Rows, int Cols, class T, class A>
 [[gnu::always_inline]] inline void multiply_tile(A a, const T* b, std::int64_t b_step, std::int64_t depth,
                                                  Vec<T> (&sums)[Rows][Cols]) {
+  Vec<T> own[Rows][Cols];  // not the caller's: GCC would store those in the loop on some ISAs
   for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Cols; ++c) sums[r][c] = broadcast(T(0));
+    for (int c = 0; c < Cols; ++c) own[r][c] = broadcast(T(0));
   for (std::int64_t k = 0; k < depth; ++k, b += b_step) {
     Vec<T> right[Cols];
     for (int c = 0; c < Cols; ++c) right[c] = load(b + c * Vec<T>::width);
     for (int r = 0; r < Rows; ++r) {
       const Vec<T> left = broadcast(a.at(r, k));
-      for (int c = 0; c < Cols; ++c) sums[r][c] = fma(left, right[c], sums[r][c]);
+      for (int c = 0; c < Cols; ++c) own[r][c] = fma(left, right[c], own[r][c]);
     }
   }
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < Cols; ++c) sums[r][c] = own[r][c];
 }
 
 // Calls finish(first_row, sums) for each tile of `rows` rows: tiles of Rows, then of halves of it for the remainder.

@@ -66,6 +66,15 @@ inline void store_partial(float* p, VecF a, int n) {
 inline void store_partial(double* p, VecD a, int n) {
   if (n > 0) vst1q_lane_f64(p, a.r, 0);
 }
+// Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
+inline VecF in_register(VecF a) {
+  asm("" : "+w"(a.r));
+  return a;
+}
+inline VecD in_register(VecD a) {
+  asm("" : "+w"(a.r));
+  return a;
+}
 // 0, 1, 2, ...
 inline VecF iota(float) { return {float32x4_t{0, 1, 2, 3}}; }
 inline VecD iota(double) { return {float64x2_t{0, 1}}; }

@@ -1,0 +1,133 @@
+"""The child process of `test_allocation`: calls in which one allocation after the other fails."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import selfattn as sa
+
+_shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+_shim.failing_malloc_live.restype = ctypes.c_long
+_shim.failing_malloc_arm.argtypes = [ctypes.c_long, ctypes.c_int]
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """What is to fail. Each is wide enough for two threads and finds no scratch of its size left from another."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    few, cache = normal(1, 2, 2, 64), normal(1, 2, 5000, 64)
+    many = normal(2, 4, 130, 40)
+    backwards, lengths = many[..., ::-1], np.array([100, 130], np.int32)
+    out = np.empty_like(many)
+    sinks = normal(4)
+    x, context = normal(2, 90, 48), normal(2, 70, 48)
+    weights = [normal(48, 48) for _ in range(4)]
+    biases = {f"b_{name}": normal(48) for name in "qkvo"}
+    layer = sa.SelfAttention(*weights, **biases, num_heads=4, rope=True)
+    both = {"return_lse": True, "return_weights": True}
+    return {
+        "tile": lambda: sa.attention(many, many, many, num_threads=3),
+        "ranges": lambda: sa.attention(few, cache, cache, num_threads=3),
+        "serial": lambda: sa.attention(few, cache, cache, num_threads=1),
+        "results": lambda: sa.attention(many, many, many, num_threads=3, **both),
+        "converted": lambda: sa.attention(backwards, many, backwards, kv_lens=lengths, sinks=sinks, num_threads=3),
+        "overlap": lambda: overlapping(many),
+        "out": lambda: sa.attention(many, many, many, out=out, num_threads=3),
+        "layer": lambda: layer(x, context=context, num_threads=3, **both),
+        "layer backwards": lambda: layer(x[:, ::-1], num_threads=3),
+        "self_attention": lambda: sa.self_attention(x, *weights, **biases, num_heads=4, num_threads=3),
+        "rope": lambda: sa.apply_rope(many),
+        "explain": lambda: str(sa.explain(many, many, many)),
+    }
+
+
+def overlapping(x: Any) -> Any:
+    y = x.copy()
+    return sa.attention(y, y, y, out=y, num_threads=3)
+
+
+def digest(result: Any) -> bytes:
+    parts = result if isinstance(result, tuple) else (result,)
+    return hashlib.sha256(b"".join(x.tobytes() if isinstance(x, np.ndarray) else x.encode() for x in parts)).digest()
+
+
+def attempt(call: Callable[[], Any], expected: bytes, n: int, everyone: bool) -> tuple[bool, bool]:
+    """Let the n-th allocation fail; return whether there was one, and whether the call failed of it."""
+    result, failed = None, False
+    _shim.failing_malloc_arm(n, everyone)
+    try:
+        result = call()
+    except MemoryError:
+        failed = True
+    finally:
+        reached = bool(_shim.failing_malloc_disarm())
+    assert reached or not failed
+    assert failed or digest(result) == expected, "no exception, and a wrong result"
+    assert digest(call()) == expected, "the next call is wrong"
+    return reached, failed
+
+
+def in_fresh_processes(everyone: bool) -> None:
+    """Let each allocation of a first call fail, in a fork for each; print how many there were and how many raised."""
+    for name, call in calls().items():
+        expected = in_child(lambda call=call: digest(call()))  # a fork as well: no scratch may be left here
+        raised = n = 0
+        while True:
+            n += 1
+            reached, failed = in_child(partial(answer, call, expected, n, everyone))
+            if not reached:
+                break
+            raised += failed
+        print(name.replace(" ", "_"), n - 1, raised)
+
+
+def answer(call: Callable[[], Any], expected: bytes, n: int, everyone: bool) -> bytes:
+    return bytes(attempt(call, expected, n, everyone))
+
+
+def in_child(action: Callable[[], bytes]) -> bytes:
+    """Return what `action` returns in a fork of this process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, action())
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        received = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, f"ended by signal {os.WTERMSIG(status)}"
+    assert received, "failed"
+    return received
+
+
+def leaking(everyone: bool) -> None:
+    """Print how many bytes more are in use after a second round of failures than after the first."""
+    rounds = []
+    for _ in range(3):
+        for call in calls().values():
+            expected = digest(call())
+            n = 1
+            while attempt(call, expected, n, everyone)[0]:
+                n += 1
+        gc.collect()
+        rounds.append(_shim.failing_malloc_live())
+    print(*(after - before for before, after in itertools.pairwise(rounds)))

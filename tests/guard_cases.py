@@ -1,0 +1,158 @@
+"""Random calls of odd sizes: what `test_guard_pages` places beside inaccessible memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import selfattn as sa
+
+LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 97, 127, 128, 129)
+HEAD_DIMS = (1, 3, 7, 15, 17, 31, 33, 40, 64, 65, 72, 129)
+LONG = (1025, 2049, 2175)  # few rows: the keys are parted into ranges
+
+
+class Case(NamedTuple):
+    """A call: arrays that may be placed anywhere, and everything else."""
+
+    kind: str  # attention, layer, rope
+    arrays: dict[str, Any]
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in self.arrays.items())
+        return f"{self.kind}: {shapes}; {self.settings}"
+
+
+def cases(seed: int) -> Any:
+    """Every head_dim with every number of queries in both dtypes, then layers and rope."""
+    rng = np.random.default_rng(seed)
+    for dtype in (np.float32, np.float64):
+        for head_dim in HEAD_DIMS:
+            for q_len in LENGTHS:
+                yield attention_case(rng, dtype, head_dim, q_len, int(rng.choice(LENGTHS)))
+            yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[:3])), int(rng.choice(LONG)))
+            yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[3:])), int(rng.choice(LONG)))
+            for _ in range(4):
+                yield layer_case(rng, dtype, head_dim)
+            if head_dim > 1:
+                yield rope_case(rng, dtype, head_dim)
+
+
+def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
+    small = q_len * kv_len < 5000 and kv_len < LONG[0]
+    batch = int(rng.integers(1, 3)) if small else 1
+    kv_heads = int(rng.integers(1, 3)) if small else 1
+    heads = kv_heads * int(rng.integers(1, 4))
+    value_dim = int(rng.choice(HEAD_DIMS))
+    bshd = rng.random() < 0.4
+
+    def tokens(heads: int, length: int, dim: int) -> Any:
+        x = rng.standard_normal((batch, length, heads, dim) if bshd else (batch, heads, length, dim))
+        return x.astype(dtype)
+
+    arrays = {
+        "q": tokens(heads, q_len, head_dim),
+        "k": tokens(kv_heads, kv_len, head_dim),
+        "v": tokens(kv_heads, kv_len, value_dim),
+        **score_arrays(rng, (batch, heads, q_len, kv_len)),
+    }
+    if rng.random() < 0.7:
+        arrays["out"] = tokens(heads, q_len, value_dim)
+    return Case("attention", arrays, {**score_settings(rng), "layout": "bshd" if bshd else "bhsd"})
+
+
+def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Draw optional operands of scores of this shape."""
+    batch, heads, q_len, kv_len = shape
+    widths = np.float32, np.float64
+
+    def broadcastable() -> tuple[int, ...]:
+        full = tuple(1 if rng.random() < 0.3 else n for n in shape)
+        return full[int(rng.integers(4)) :]
+
+    makers = {
+        "mask": lambda: rng.random(broadcastable()) < 0.7,
+        "bias": lambda: rng.standard_normal(broadcastable()).astype(rng.choice(widths)),
+        "kv_lens": lambda: rng.integers(0, kv_len + 1, batch),
+        "q_lens": lambda: rng.integers(0, q_len + 1, batch),
+        "q_offset": lambda: rng.integers(-q_len, kv_len + 1, batch),
+        "alibi_slopes": lambda: rng.random((batch, heads)[int(rng.integers(2)) :]).astype(rng.choice(widths)),
+        "sinks": lambda: rng.standard_normal(heads).astype(rng.choice(widths)),
+    }
+    return {name: make() for name, make in makers.items() if rng.random() < 0.35}
+
+
+def score_settings(rng: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "causal": bool(rng.random() < 0.4),
+        "return_lse": bool(rng.random() < 0.4),
+        "return_weights": bool(rng.random() < 0.4),
+        "num_threads": int(rng.integers(1, 3)),
+    }
+    if rng.random() < 0.3:
+        settings["window"] = tuple(None if rng.random() < 0.2 else int(n) for n in rng.integers(0, 70, 2))
+    if rng.random() < 0.3:
+        settings["softcap"] = 5.0
+    return settings
+
+
+def layer_case(rng: Any, dtype: Any, head_dim: int) -> Case:
+    batch, length, context_len = (int(rng.choice(LENGTHS[:n])) for n in (3, 13, 13))
+    depth, other_depth, value_dim, d_out = (int(n) for n in rng.choice(HEAD_DIMS[:9], 4))
+    kv_heads = int(rng.integers(1, 3))
+    heads = kv_heads * int(rng.integers(1, 3))
+    cross = rng.random() < 0.4
+    other_depth, keys = (other_depth, context_len) if cross else (depth, length)
+    rope = head_dim > 1 and rng.random() < 0.5
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape).astype(dtype)
+
+    arrays = {
+        "x": normal(batch, length, depth),
+        "w_q": normal(depth, heads * head_dim),
+        "w_k": normal(other_depth, kv_heads * head_dim),
+        "w_v": normal(other_depth, kv_heads * value_dim),
+        **score_arrays(rng, (batch, heads, length, keys)),
+    }
+    if cross:
+        arrays["context"] = normal(batch, context_len, other_depth)
+    if rng.random() < 0.7:
+        arrays["w_o"] = normal(heads * value_dim, d_out)
+    for letter in "qkvo":
+        if f"w_{letter}" in arrays and rng.random() < 0.5:
+            arrays[f"b_{letter}"] = normal(arrays[f"w_{letter}"].shape[1])
+    if rope and rng.random() < 0.7:
+        arrays["positions"] = rng.integers(0, 1000, (batch, length)[int(rng.integers(2)) :])
+    if rng.random() < 0.5:
+        arrays["out"] = normal(batch, length, arrays["w_o"].shape[1] if "w_o" in arrays else heads * value_dim)
+    settings = {**score_settings(rng), "num_heads": heads, "num_kv_heads": kv_heads}
+    if rope:
+        settings["rope"] = sa.RoPE(rotary_dim=head_dim // 2 * 2, interleaved=bool(rng.random() < 0.5))
+    return Case("layer", arrays, settings)
+
+
+def rope_case(rng: Any, dtype: Any, head_dim: int) -> Case:
+    length = int(rng.choice(LENGTHS))
+    x = rng.standard_normal((2, 3, length, head_dim)).astype(dtype)
+    arrays = {"x": x, "positions": rng.integers(0, 1 << 20, length)}
+    if rng.random() < 0.7:
+        arrays["out"] = np.empty_like(x)
+    rope = sa.RoPE(rotary_dim=head_dim // 2 * 2, interleaved=bool(rng.random() < 0.5))
+    return Case("rope", arrays, {"rope": rope})
+
+
+def call(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    """Make the call with these arrays, which may be other ones than the case's own; return all results."""
+    given = {**arrays, **case.settings}
+    if case.kind == "attention":
+        result = sa.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+    elif case.kind == "rope":
+        result = sa.apply_rope(given.pop("x"), given.pop("positions"), given.pop("rope"), **given)
+    else:
+        layer_names = {"w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "num_heads", "num_kv_heads", "rope"}
+        layer = sa.SelfAttention(**{name: given.pop(name) for name in layer_names & given.keys()})
+        result = layer(given.pop("x"), **given)
+    return result if isinstance(result, tuple) else (result,)
