@@ -40,6 +40,13 @@ def packed_record(x: Any) -> Any:
     return records["x"]
 
 
+def records_of_rows(x: Any) -> Any:
+    # Contiguous elements, but rows whose distance is no multiple of them.
+    records = np.zeros(x.shape[:-1], np.dtype([("x", x.dtype, x.shape[-1:]), ("pad", "u1")]))
+    records["x"] = x
+    return records["x"]
+
+
 def fortran(x: Any) -> Any:
     return np.asfortranarray(x)
 
@@ -58,7 +65,18 @@ def swapped(x: Any) -> Any:
     return x.astype(x.dtype.newbyteorder())
 
 
-LAYOUTS = [negative, spread, far_rows, misaligned, packed_record, fortran, heads_last, read_only, swapped]
+LAYOUTS = [
+    negative,
+    spread,
+    far_rows,
+    misaligned,
+    packed_record,
+    records_of_rows,
+    fortran,
+    heads_last,
+    read_only,
+    swapped,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

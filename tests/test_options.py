@@ -50,6 +50,12 @@ def test_alibi(isa: str, check: Any, qkv: Any) -> None:
     check(*qkv, alibi_slopes=slopes, mask=np.arange(qkv[1].shape[2]) % 3 > 0)
 
 
+def test_one_slope_for_all_heads(isa: str, qkv: Any) -> None:
+    expected = sa.attention(*qkv, alibi_slopes=np.full(qkv[0].shape[1], 0.07))
+    for slopes in ([0.07], np.array(0.07), np.broadcast_to(np.array([[0.07]]), (qkv[0].shape[0], 1))):
+        assert np.array_equal(sa.attention(*qkv, alibi_slopes=slopes), expected)
+
+
 def test_sinks(isa: str, check: Any, qkv: Any) -> None:
     heads = qkv[0].shape[1]
     for sinks in (np.linspace(-3, 8, heads), np.full(heads, -np.inf), np.full(heads, 60, np.float32)):
