@@ -54,7 +54,7 @@ def test_split_keys(isa: str, check: Any, normal: Any, length: int, q_len: int) 
         check(normal(1, 1, q_len, 8), normal(1, 1, length, 8), normal(1, 1, length, 8), **options)
 
 
-@pytest.mark.parametrize("q_len", [2, 40])
+@pytest.mark.parametrize("q_len", [2, 16, 40])
 @pytest.mark.parametrize("dim", [700, 1500])
 def test_split_keys_of_wide_heads(isa: str, check: Any, normal: Any, q_len: int, dim: int) -> None:
     # Wide heads have key blocks of odd lengths, which must not straddle two ranges.

@@ -185,3 +185,9 @@ def test_explain_tells_what_a_call_would_do(isa: str, normal: Any) -> None:
 def test_scratch_stays_small(isa: str, normal: Any, dim: int, dtype: Any) -> None:
     x = np.broadcast_to(np.zeros((), dtype), (1, 8, 4096, dim))
     assert sa.explain(x, x, x)["scratch_bytes_per_thread"] <= 2 << 20
+
+
+def test_very_wide_heads_have_smaller_blocks(isa: str, check: Any, normal: Any) -> None:
+    x = normal(1, 120, 4096)
+    assert sa.explain(x, x, x)["scratch_bytes_per_thread"] <= 2 << 20
+    check(x, x[:, :20], x[:, :20], scale=0.001)
