@@ -354,5 +354,4 @@ def _check_out(function: str, out: Any, layer: SelfAttention, x: NDArray[Any], c
         raise TypeError(f"{function}: out has dtype {array.dtype} but the result is {layer.dtype}")
     if not array.flags.writeable:
         raise ValueError(f"{function}: out is read-only")
-    if any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
-        raise ValueError(f"{function}: out has stride 0, so that its elements share memory")
+    _core.check_own_memory(function, array)

@@ -129,6 +129,8 @@ def apply_rope(
         raise TypeError(f"{function}: out has dtype {out.dtype} but x has {array.dtype}")
     elif not out.flags.writeable:
         raise ValueError(f"{function}: out is read-only")
+    else:
+        _core.check_own_memory(function, out)
     same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
     if not same and np.may_share_memory(out, array):
         tokens = tokens.copy()
