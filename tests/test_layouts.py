@@ -64,7 +64,6 @@ LAYOUTS = [
     far_rows,
     misaligned,
     packed_record,
-    records_of_rows,
     fortran,
     heads_last,
     read_only,
