@@ -174,7 +174,7 @@ def coverage(session: nox.Session) -> None:
     session.env["COVERAGE_FILE"] = str(build / "python")
     # Where every allocation of the process fails, those of the measurement fail as well.
     left_out = "--deselect=tests/test_allocation.py::test_each_allocation_in_turn[process"
-    session.run("coverage", "run", "-m", "pytest", "-q", left_out, *session.posargs)
+    session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", left_out, *session.posargs)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
     found = str(build / "lines.json")
