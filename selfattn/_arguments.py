@@ -106,7 +106,8 @@ def _reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
     return array.astype(np.float64, copy=False)
 
 
-def _number(function: str, name: str, value: Any) -> float:
+def real(function: str, name: str, value: Any) -> float:
+    """Return a finite number as float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{function}: {name} is {value!r}, but a real number is needed")
     if isinstance(value, np.complexfloating):
@@ -121,7 +122,7 @@ def _number(function: str, name: str, value: Any) -> float:
 
 
 def _softcap(function: str, value: Any) -> float:
-    number = _number(function, "softcap", value)
+    number = real(function, "softcap", value)
     if number <= 0:
         raise ValueError(f"{function}: softcap is {value!r}, but it must be greater than 0")
     return number
@@ -205,7 +206,7 @@ def core_options(
     if kv_lens is not None:
         kv_lens = integers(function, "kv_lens", kv_lens)
     if scale is not None:
-        scale = _number(function, "scale", scale)
+        scale = real(function, "scale", scale)
     cap = 0.0 if softcap is None else _softcap(function, softcap)
     if alibi_slopes is not None:
         alibi_slopes = _reals(function, "alibi_slopes", alibi_slopes)

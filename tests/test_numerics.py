@@ -85,16 +85,17 @@ def test_the_longest_sums(isa: str, assert_accurate: Any, normal: Any, case: str
     assert_accurate(sa.attention(q, k, v), reference.attention(q, k, v))
 
 
-@pytest.mark.xfail(reason="roundings of one direction add up along the chain of a key block, and of blocks")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 128), (200, 4096), (200, 65_536)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 128), (200, 128), (200, 4096), (200, 65_536)])
 def test_sums_of_equal_values(isa: str, rng: Any, q_len: int, kv_len: int, dtype: Any) -> None:
     # Any value must come out of its own mean; for 1.1 the roundings happen to cancel, for most others they do not.
     values = rng.uniform(1, 2, 300).astype(dtype)
     q, k = np.zeros((q_len, 1), dtype), np.zeros((kv_len, 1), dtype)
     out = sa.attention(q, k, np.broadcast_to(values, (kv_len, 300)))
     error = abs(out.astype(np.longdouble) - values) / values
-    assert np.max(error) <= 16 * float(np.finfo(dtype).eps) / 2
+    # All roundings may go one way: one per key of a block, two per block.
+    worst = 16 + 2 * min(kv_len, 128) + kv_len / 64
+    assert np.max(error) <= worst * float(np.finfo(dtype).eps) / 2
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

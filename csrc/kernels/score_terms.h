@@ -99,7 +99,7 @@ inline void hide_beyond_limits(const ScoreTile<T>& tile) {
 
 inline bool has_terms(const ScoreTerms& terms) { return terms.mask || terms.bias != BiasType::none; }
 
-// Adds what term_chunk gives to scores and notes whether it hid any.
+// Adds what term_chunk gives to scores and notes whether it may have hidden any.
 template <class T>
 struct AddTerm {
   // In log2 units the lowest finite numbers, which some use to mean "almost hidden", must not become -inf.
@@ -107,11 +107,11 @@ struct AddTerm {
   Mask<T> hidden = broadcast(T(0)) < broadcast(T(0));
 
   Vec<T> operator()(Vec<T> score, Vec<T> term) {
-    const Mask<T> here = term == broadcast(minus_infinity<T>);
-    hidden = hidden | here;
+    const Mask<T> infinite = abs(term) == broadcast(-minus_infinity<T>);
+    hidden = hidden | infinite;  // +inf hides nothing, but is rare enough to be looked at twice
     const Vec<T> finite = max(broadcast(-limit), min(broadcast(limit), term));
     const Vec<T> sum = fma(finite, broadcast(static_cast<T>(log2_e)), score);
-    return select(here, term, sum);  // a sum alone would let a NaN score through
+    return select(infinite, term, sum);  // a sum alone would let a NaN score through
   }
 };
 
