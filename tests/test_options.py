@@ -187,6 +187,6 @@ def test_scratch_stays_small(isa: str, normal: Any, dim: int, dtype: Any) -> Non
 
 
 def test_very_wide_heads_have_smaller_blocks(isa: str, check: Any, normal: Any) -> None:
-    x = normal(1, 120, 4096)
-    assert sa.explain(x, x, x)["scratch_bytes_per_thread"] <= 2 << 20
-    check(x, x[:, :20], x[:, :20], scale=0.001)
+    q, k = normal(1, 120, 4096), normal(1, 20, 4096)
+    assert sa.explain(q, k, k)["scratch_bytes_per_thread"] <= 2 << 20
+    check(q, k, k)
