@@ -143,7 +143,7 @@ def test_arrays_have_the_shapes_and_are_reproducible():
 
 
 def test_find_and_shape_refuse_what_they_do_not_know():
-    assert find(None) == list(ALL)
+    assert find(["bert-512", "tiny-16"]) == [WORKLOADS["bert-512"], WORKLOADS["tiny-16"]]
     with pytest.raises(ValueError, match="no workload 'x'"):
         find(["x"])
     assert from_shape("2,3,4,5").q_len == 4

@@ -11,7 +11,7 @@ from .workload import Arrays, Workload
 class WithoutOption(Own):
     """The call with the workload's `baseline` instead of its options."""
 
-    name, label = "plain", "without the option"
+    name, label = "plain", "selfattn without the option"
     by_default = False
 
     def why_not(self, workload: Workload) -> str:
@@ -31,7 +31,7 @@ class WithoutOption(Own):
 class OneThread(Own):
     """The same call with one thread."""
 
-    name, label = "single", "one thread"
+    name, label = "single", "selfattn on one thread"
     by_default = False
 
     def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
