@@ -367,14 +367,6 @@ def test_attention_script(tmp_path):
     assert len(json.loads(file.read_text())["results"]) == 4
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_memory_script():
-    printed = run_script("memory.py", "--lengths", "256", "512", "--threads", "1")
-    rows = [line.split() for line in printed.splitlines()[2:4]]
-    assert [row[0] for row in rows] == ["256", "512"]
-    assert all(float(cell) >= 0 for row in rows for cell in row)
-
-
 def test_peers_share_one_interface():
     assert all(isinstance(peer, Peer) for peer in PEERS.values())
     assert list(PEERS) == ["selfattn", "numpy", "pytorch", "onnxruntime", "openvino", "jax", "vllm", "plain", "single"]
