@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,18 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def fill(path: str | Path, record: dict[str, Any], results: Sequence[Result]) -> None:
+def fill(
+    path: str | Path, record: dict[str, Any], results: Sequence[Result], picture: str | Path | None = None
+) -> None:
     """Replace what stands between the two marks of a Markdown file.
+
+    Parameters
+    ----------
+    path : str or Path
+    record, results
+        What `read_records` returns.
+    picture : str or Path, optional
+        A roofline to show above the tables.
 
     Raises
     ------
@@ -77,4 +88,8 @@ def fill(path: str | Path, record: dict[str, Any], results: Sequence[Result]) ->
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in before or END in after:
         raise ValueError(f"bench: {path} must hold {BEGIN} and {END}, once each and in this order")
-    Path(path).write_text(f"{before}{BEGIN}\n\n{markdown(record, results)}\n\n{END}{after}", encoding="utf-8")
+    shown = ""
+    if picture is not None:
+        target = Path(os.path.relpath(picture, Path(path).parent)).as_posix()
+        shown = f"![Roofline: FLOP per byte against GFLOP/s]({target})\n\n"
+    Path(path).write_text(f"{before}{BEGIN}\n\n{shown}{markdown(record, results)}\n\n{END}{after}", encoding="utf-8")

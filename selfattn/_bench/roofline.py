@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,19 +19,26 @@ FEW_BYTES = 2**20  # K and V below this size say nothing about a memory
 INTENSITY_MARGIN = 2.0
 
 
+class Stream(NamedTuple):
+    """So many bytes, and bytes/s when they are read again and again."""
+
+    size: int
+    bandwidth: float
+
+
 def intensity(result: Result) -> float:
     """FLOPs per byte of operands and result."""
     return result.workload.flops() / result.workload.operand_bytes()
 
 
-def roofs(results: Sequence[Result]) -> tuple[float, float, float]:
-    """FLOP/s of registers, and bytes/s of the largest and of the smallest K and V above a MiB.
+def roofs(results: Sequence[Result]) -> tuple[float, Stream, Stream]:
+    """FLOP/s of registers, and the streams over the largest and the smallest K and V above a MiB.
 
     The largest come from memory; the smallest stay in a cache.
     """
-    sized = [result for result in results if result.workload.kv_bytes() >= FEW_BYTES] or list(results)
-    by_size = sorted(sized, key=lambda result: result.workload.kv_bytes())
-    return max(result.flop_peak for result in results), by_size[-1].bandwidth, by_size[0].bandwidth
+    streams = [Stream(result.workload.kv_bytes(), result.bandwidth) for result in results]
+    streams = sorted(stream for stream in streams if stream.size >= FEW_BYTES) or sorted(streams)
+    return max(result.flop_peak for result in results), streams[-1], streams[0]
 
 
 def write_roofline(results: Sequence[Result], path: str | Path) -> None:
@@ -66,13 +73,14 @@ def _draw_roofs(axes: Any, results: Sequence[Result]) -> None:
     low = min(map(intensity, results)) / INTENSITY_MARGIN
     high = max(map(intensity, results)) * INTENSITY_MARGIN
     x = np.geomspace(low, high, 200)
-    axes.plot(x, np.minimum(peak, memory * x) / 1e9, color="black", linewidth=1.2, zorder=1)
-    axes.plot(x, np.minimum(peak, cache * x) / 1e9, color="black", linewidth=0.8, linestyle="--", zorder=1)
-    axes.text(high, peak / 1e9, f"multiply-adds: {peak / 1e9:.0f} GFLOP/s ", ha="right", va="bottom", fontsize=7)
-    for bandwidth, label in ((memory, "largest K and V"), (cache, "smallest K and V")):
+    for stream, style in ((memory, "-"), (cache, "--")):
+        axes.plot(
+            x, np.minimum(peak, stream.bandwidth * x) / 1e9, color="black", linewidth=1, linestyle=style, zorder=1
+        )
         start = low * 1.1
-        text = f"read stream, {label}: {bandwidth / 1e9:.0f} GB/s"
-        axes.text(start, bandwidth * start / 1e9, text, rotation=35, rotation_mode="anchor", fontsize=7)
+        text = f"{stream.bandwidth / 1e9:.0f} GB/s, reading {stream.size / 1e6:.3g} MB"
+        axes.text(start, stream.bandwidth * start / 1e9, text, rotation=35, rotation_mode="anchor", fontsize=7)
+    axes.text(high, peak / 1e9, f"{peak / 1e9:.0f} GFLOP/s, multiply-adds ", ha="right", va="bottom", fontsize=7)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)

@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
             results, failed = _measured(args, groups)
             record = to_record(results)
         missed = _report(args, groups, record, results)
-        if args.fill:
-            fill(args.fill, record, results)
         if args.roofline:
             write_roofline(results, args.roofline)
+        if args.fill:
+            fill(args.fill, record, results, picture=args.roofline)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
