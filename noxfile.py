@@ -62,8 +62,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """The suite with PyTorch and ONNX Runtime beside it."""
-    session.install(TORCH, "onnx", "onnxruntime")
+    """The suite with the peers beside it."""
+    session.install(TORCH, "onnx", "onnxruntime", "openvino", "jax")
     install_tests(session)
     session.run("pytest", *session.posargs)
 
@@ -105,6 +105,15 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def targets(session: nox.Session) -> None:
+    """Hold speed against its targets beside all peers, and memory against its limits; options behind `--`."""
+    session.install(TORCH, "openvino", "jax")
+    session.install(".[bench]")
+    session.run("python", "benchmarks/targets.py", *session.posargs, success_codes=[0, 1])
+    session.run("python", "benchmarks/memory.py")
+
+
+@nox.session
 def asan(session: nox.Session) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC)."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
@@ -123,8 +132,9 @@ def asan(session: nox.Session) -> None:
         "PYTHONMALLOC": "malloc",
     }
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
-    skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "benchmarks", "codebase", "viz", "readme"]
+    skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "codebase", "viz", "readme"]
     skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
+    skipped += ["benchmarks", "bench_peers", "bench_memory", "bench_targets", "bench_reports"]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
 

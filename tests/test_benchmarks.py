@@ -143,7 +143,7 @@ def test_arrays_have_the_shapes_and_are_reproducible():
 
 
 def test_find_and_shape_refuse_what_they_do_not_know():
-    assert find(None) == list(ALL)
+    assert find(["bert-512", "tiny-16"]) == [WORKLOADS["bert-512"], WORKLOADS["tiny-16"]]
     with pytest.raises(ValueError, match="no workload 'x'"):
         find(["x"])
     assert from_shape("2,3,4,5").q_len == 4
@@ -151,7 +151,7 @@ def test_find_and_shape_refuse_what_they_do_not_know():
         from_shape("2,3,-4,5")
 
 
-@pytest.mark.parametrize("name", list(PEERS))
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in ("plain", "vllm")])
 @by_name(SMALL)
 def test_peers_are_right(name, workload):
     peer = PEERS[name]
@@ -306,7 +306,8 @@ def results():
             },
             errors={"selfattn": 0.1, "numpy": 0.2, "pytorch": 0.3},
             skipped={"onnxruntime": "a reason"},
-            peak=1e12,
+            flop_peak=1e12,
+            bandwidth=1e12,
         )
         for threads in (1, 2)
         for name, factor in (("bert-512", 1.0), ("decode-4k-gqa", 4.0))
@@ -366,14 +367,6 @@ def test_attention_script(tmp_path):
     assert len(json.loads(file.read_text())["results"]) == 4
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_memory_script():
-    printed = run_script("memory.py", "--lengths", "256", "512", "--threads", "1")
-    rows = [line.split() for line in printed.splitlines()[2:4]]
-    assert [row[0] for row in rows] == ["256", "512"]
-    assert all(float(cell) >= 0 for row in rows for cell in row)
-
-
 def test_peers_share_one_interface():
     assert all(isinstance(peer, Peer) for peer in PEERS.values())
-    assert list(PEERS) == ["selfattn", "numpy", "pytorch", "onnxruntime"]
+    assert list(PEERS) == ["selfattn", "numpy", "pytorch", "onnxruntime", "openvino", "jax", "vllm", "plain", "single"]

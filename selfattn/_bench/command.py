@@ -10,6 +10,7 @@ from dataclasses import replace
 import selfattn
 
 from .check import UNIT_ROUNDOFF
+from .grid import EVERY
 from .peers import PEERS, choose
 from .plot import write_plot
 from .report import table, write_json
@@ -89,7 +90,7 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
         workloads = [from_shape(args.shape)]
     else:
         names = args.workloads or args.default_workloads
-        workloads = find(None if names is None else list(names))
+        workloads = list(WORKLOADS.values()) if names is None else find(list(names), EVERY)
     if args.dtype:
         workloads = [replace(workload, dtype=args.dtype) for workload in workloads]
     return workloads

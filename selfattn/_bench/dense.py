@@ -23,6 +23,13 @@ def range_mask(workload: Workload) -> NDArray[np.bool_] | None:
     return visible[:, None]
 
 
+def square_causal(workload: Workload) -> bool:
+    """Whether `causal` alone hides keys, and a diagonal that starts top-left is the same as ours."""
+    options = workload.options
+    others = options.window or options.kv_lens or options.bias or options.alibi or options.mask != "none"
+    return options.causal and not others and workload.q_len == workload.kv_len
+
+
 def alibi_bias(workload: Workload, slopes: Array) -> Array:
     """-slope |i + offset - j|, shape (batch or 1, num_heads, q_len, kv_len)."""
     offsets = np.unique(workload.offsets())

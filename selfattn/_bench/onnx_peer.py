@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .dense import additive_mask, dense_mask
+from .dense import additive_mask, dense_mask, square_causal
 from .peer import BLOCK_INPUTS, MAX_SCORES_BYTES, CannotRun, Peer, Run
 from .workload import Array, Arrays, Workload
 
@@ -63,9 +63,7 @@ class OnnxRuntime(Peer):
 def _mask(workload: Workload, arrays: Arrays) -> tuple[Array | None, bool]:
     """Choose the mask to hand over, and whether `is_causal` does the rest."""
     options = workload.options
-    square = workload.q_len == workload.kv_len
-    only_causal = options.causal and options.window is None and options.kv_lens is None
-    if only_causal and square and options.mask == "none" and not options.bias and not options.alibi:
+    if square_causal(workload):
         return None, True
     added = options.bias or options.alibi
     mask = additive_mask(workload, arrays) if added else dense_mask(workload, arrays)

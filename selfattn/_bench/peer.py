@@ -38,11 +38,14 @@ class Peer(ABC):
         What tables and plots call it.
     module : str
         The module that must be importable.
+    by_default : bool
+        Whether it runs without being asked for.
     """
 
     name: str
     label: str
     module: str
+    by_default = True
 
     def available(self) -> bool:
         """Whether the module is installed."""
@@ -55,6 +58,10 @@ class Peer(ABC):
     def why_not(self, workload: Workload) -> str:
         """Why this peer cannot run the workload; empty if it can."""
         return ""
+
+    def answered(self, workload: Workload) -> Workload:
+        """Return the workload whose result this peer computes: another one only in a variant of our own."""
+        return workload
 
     def supports(self, workload: Workload) -> bool:
         """Whether this peer can run the workload."""

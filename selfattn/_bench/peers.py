@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from .jax_peer import Jax
 from .onnx_peer import OnnxRuntime
+from .openvino_peer import OpenVino
 from .peer import NumPy, Own, Peer
 from .torch_peer import PyTorch
+from .variants import OneThread, WithoutOption
+from .vllm_peer import Vllm
 
 OWN = Own()
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, NumPy(), PyTorch(), OnnxRuntime())}
+OTHERS: tuple[Peer, ...] = (NumPy(), PyTorch(), OnnxRuntime(), OpenVino(), Jax(), Vllm())
+VARIANTS: tuple[Peer, ...] = (WithoutOption(), OneThread())
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, *OTHERS, *VARIANTS)}
+
+ALIASES = {"torch": "pytorch"}  # the name people import and install
 
 
 def choose(names: list[str] | None) -> list[Peer]:
@@ -19,10 +27,11 @@ def choose(names: list[str] | None) -> list[Peer]:
         For a name that is unknown or not installed.
     """
     if names is None:
-        return [peer for peer in PEERS.values() if peer.available()]
-    for name in names:
+        return [peer for peer in PEERS.values() if peer.by_default and peer.available()]
+    wanted = [ALIASES.get(name, name) for name in names]
+    for name in wanted:
         if name not in PEERS:
             raise ValueError(f"bench: no peer {name!r}; known are {', '.join(PEERS)}")
         if not PEERS[name].available():
             raise ValueError(f"bench: {PEERS[name].label} is not installed")
-    return [OWN, *(PEERS[name] for name in PEERS if name in names and name != OWN.name)]
+    return [OWN, *(PEERS[name] for name in PEERS if name in wanted and name != OWN.name)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,55 @@ import numpy as np
 import selfattn
 
 from .measure import Result
-from .peers import OWN, PEERS
+from .peers import OTHERS, OWN, PEERS
 
-THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "SELFATTN_ISA")
+ISA_VARIABLES = ("SELFATTN_ISA", "ATEN_CPU_CAPABILITY")  # what selfattn and PyTorch may be held to
+VARIABLES = (
+    *ISA_VARIABLES,
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "XLA_FLAGS",
+    "OMP_WAIT_POLICY",
+    "OMP_PROC_BIND",
+    "GOMP_SPINCOUNT",
+)
 
 
 def table(results: Sequence[Result]) -> str:
     """One line per workload and number of threads, then geometric means and what was skipped."""
-    peers = _peers_seen(results)
+    lines = [heading(to_record(results)), "", *table_lines(results)]
+    lines.append("\nvs: the peer's time over selfattn's, median of interleaved rounds [quartiles].")
+    return "\n".join(lines)
+
+
+def table_lines(results: Sequence[Result]) -> list[str]:
+    """Lines of the table, without what is the same for all results."""
+    peers = peers_seen(results)
     header = ["workload", "threads", "time", "rate", "of peak"]
     rows = [header + [f"vs {PEERS[name].label}" for name in peers]]
     rows += [_row(result, peers) for result in results]
     for threads in sorted({result.threads for result in results}):
         rows.append(_mean_row([r for r in results if r.threads == threads], threads, peers))
-    lines = [_heading(results), "", *_aligned(rows), *_skipped_lines(results)]
-    lines.append("\nvs: the peer's time over selfattn's, median of interleaved rounds [quartiles].")
+    return [*_aligned(rows), *_skipped_lines(results)]
+
+
+def heading(record: Mapping[str, Any]) -> str:
+    """What ran where: ISA, versions, processor, the environment's say, and who was not there."""
+    isas = ", ".join(sorted({result["isa"] for result in record["results"]}))
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    environment = {**dict.fromkeys(ISA_VARIABLES, "not set"), **record["environment"]}
+    lines = [
+        f"ISA {isas}; {versions}",
+        f"processor: {record['machine']['processor']}",
+        f"environment: {', '.join(f'{name} {value}' for name, value in environment.items())}",
+    ]
+    if record["missing"]:
+        lines.append(f"not installed: {', '.join(record['missing'])}")
     return "\n".join(lines)
 
 
-def _heading(results: Sequence[Result]) -> str:
-    isas = ", ".join(sorted({result.isa for result in results}))
-    versions = ", ".join(f"{name} {version}" for name, version in _versions(results).items())
-    return f"ISA {isas}; {versions}"
-
-
-def _peers_seen(results: Sequence[Result]) -> list[str]:
+def peers_seen(results: Sequence[Result]) -> list[str]:
+    """Names of all peers but selfattn that were to run, in the order of the columns."""
     seen = {name for result in results for name in (*result.times, *result.skipped)}
     return [name for name in PEERS if name in seen and name != OWN.name]
 
@@ -119,12 +143,13 @@ def to_record(results: Sequence[Result]) -> dict[str, Any]:
     """All results, and everything known about the machine and the software, as plain types."""
     return {
         "versions": _versions(results),
+        "missing": [peer.label for peer in OTHERS if not peer.available()],
         "machine": {
             "platform": platform.platform(),
             "processor": processor_name(),
             "cpu_count": os.cpu_count(),
         },
-        "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "config": selfattn.show_config(mode="dicts"),
         "runtime": selfattn.show_runtime(mode="dicts"),
         "results": [result.to_dict() for result in results],
@@ -150,5 +175,5 @@ def processor_name() -> str:
 def _versions(results: Sequence[Result]) -> dict[str, str]:
     """Versions of Python and of everything that was measured."""
     measured = {name for result in results for name in result.times} | {OWN.name}
-    versions = {PEERS[name].label: PEERS[name].version() for name in PEERS if name in measured}
+    versions = {peer.label: peer.version() for peer in (OWN, *OTHERS) if peer.name in measured}
     return {**versions, "Python": platform.python_version()}

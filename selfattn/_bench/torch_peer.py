@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .dense import additive_mask, range_mask
+from .dense import additive_mask, range_mask, square_causal
 from .peer import MAX_SCORES_BYTES, Peer, Run
 from .workload import Array, Arrays, Workload
 
@@ -43,17 +43,9 @@ class PyTorch(Peer):
 
         return run
 
-    @staticmethod
-    def _square_causal(workload: Workload) -> bool:
-        """Whether is_causal, whose diagonal starts top-left, means the same as bottom-right."""
-        options = workload.options
-        alone = options.window is None and options.mask == "none" and options.kv_lens is None
-        alone = alone and not options.bias and not options.alibi
-        return options.causal and alone and workload.q_len == workload.kv_len
-
     def _plain(self, workload: Workload) -> bool:
         """Whether SDPA needs no mask array."""
-        if self._square_causal(workload):
+        if square_causal(workload):
             return True
         options = workload.options
         arrays_needed = options.mask != "none" or options.bias or options.alibi
@@ -63,7 +55,7 @@ class PyTorch(Peer):
         options: dict[str, Any] = {}
         if workload.group_size > 1:
             options["enable_gqa"] = True
-        if self._square_causal(workload):
+        if square_causal(workload):
             options["is_causal"] = True
         elif not self._plain(workload):
             options["attn_mask"] = _tensor(torch, self._mask(workload, arrays))

@@ -27,6 +27,7 @@ THREAD_LIMITS = (
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
+    "NPROC",  # XLA's
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -19,6 +20,8 @@ MEMORY_BOUND_INTENSITY = 8.0
 
 VISIBLE_SHARE = 0.75  # of a random mask's entries
 SOFT_BIAS = 2.0  # standard deviation of a random bias
+TILE = 256  # side of the squares of a "tiles" mask
+TILE_PERIOD = 4  # one in so many of them is visible
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,10 @@ class Options:
     causal : bool
     window : tuple of (int or None), optional
     softcap : float, optional
-    mask : {"none", "pairs", "keys"}
-        "pairs" is a random mask of shape (1, 1, q_len, kv_len); "keys" gives `kv_lens` as a
-        mask of shape (batch, 1, 1, kv_len), as tokenizers do.
+    mask : {"none", "pairs", "tiles", "keys"}
+        "pairs" is a random mask of shape (1, 1, q_len, kv_len); "tiles" one of that shape that
+        shows every fourth square of 256 pairs a side; "keys" gives `kv_lens` as a mask of shape
+        (batch, 1, 1, kv_len), as tokenizers do.
     bias : bool
         A random bias of shape (1, num_heads, q_len, kv_len).
     alibi : bool
@@ -43,10 +47,19 @@ class Options:
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
-    mask: Literal["none", "pairs", "keys"] = "none"
+    mask: Literal["none", "pairs", "tiles", "keys"] = "none"
     bias: bool = False
     alibi: bool = False
     kv_lens: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Options:
+        """Rebuild options from `dataclasses.asdict`, also after a trip through JSON."""
+        values = dict(record)
+        for name in ("window", "kv_lens"):
+            if values[name] is not None:
+                values[name] = tuple(values[name])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class Workload:
         Width of x in a block, 0 otherwise.
     dtype : str
     options : Options
+    baseline : Options, optional
+        Other options, to hold selfattn's own time against.
     """
 
     name: str
@@ -79,16 +94,16 @@ class Workload:
     d_model: int = 0
     dtype: str = "float32"
     options: Options = Options()
+    baseline: Options | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Workload:
         """Rebuild a workload from `dataclasses.asdict`, also after a trip through JSON."""
         values = {field.name: record[field.name] for field in fields(cls)}
-        options = dict(record["options"])
-        for name in ("window", "kv_lens"):
-            if options[name] is not None:
-                options[name] = tuple(options[name])
-        return cls(**{**values, "options": Options(**options)})
+        for name in ("options", "baseline"):
+            if values[name] is not None:
+                values[name] = Options.from_dict(values[name])
+        return cls(**values)
 
     @property
     def group_size(self) -> int:
@@ -119,8 +134,8 @@ class Workload:
     def key_ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First visible key and the one after the last, shapes (batch, q_len).
 
-        Rules with a shape known in advance count: causal, window and lengths. A "pairs" mask
-        or a bias does not, for no kernel can know its holes before reading it.
+        Rules with a shape known in advance count: causal, window and lengths. A mask or a bias
+        does not, for no kernel can know its holes before reading it.
         """
         position = np.arange(self.q_len) + self.offsets()[:, None]
         first = np.zeros_like(position)
@@ -134,9 +149,22 @@ class Workload:
             first = np.maximum(first, position - left)
         return first, np.maximum(after_last, first)
 
+    def tile_mask(self) -> NDArray[np.bool_]:
+        """Mark every fourth square along rows and along columns, shape (q_len, kv_len)."""
+        row, column = np.arange(self.q_len) // TILE, np.arange(self.kv_len) // TILE
+        visible: NDArray[np.bool_] = (column - row[:, None]) % TILE_PERIOD == 0
+        return visible
+
     def visible_pairs(self) -> int:
-        """Pairs of a query and a key it sees, of one head, summed over the batch."""
+        """Pairs of a query and a key it sees, of one head, summed over the batch.
+
+        A "tiles" mask counts, because whole squares of it can be skipped; a "pairs" mask does not.
+        """
         first, after_last = self.key_ranges()
+        if self.options.mask == "tiles":
+            keys = np.arange(self.kv_len)
+            visible = (keys >= first[..., None]) & (keys < after_last[..., None])
+            return int((visible & self.tile_mask()).sum())
         return int((after_last - first).sum())
 
     def attention_flops(self) -> int:
@@ -160,6 +188,13 @@ class Workload:
         """Bytes of the valid rows of K and V, each counted once."""
         row = self.num_kv_heads * (self.head_dim + self.value_dim) * self.itemsize
         return row * int(self.kv_lens().sum())
+
+    def operand_bytes(self) -> int:
+        """Bytes of all arrays a call must read or write, each counted once."""
+        arrays = sum(math.prod(shape) for shape, _ in self._random_arrays().values())
+        width = self.d_model if self.kind == "block" else self.num_heads * self.value_dim
+        mask = self.q_len * self.kv_len if self.options.mask in ("pairs", "tiles") else 0
+        return (arrays + self.batch * self.q_len * width) * self.itemsize + mask
 
     @property
     def memory_bound(self) -> bool:
@@ -185,6 +220,8 @@ class Workload:
         if self.options.mask == "pairs":
             arrays["mask"] = rng.random((1, 1, self.q_len, self.kv_len)) < VISIBLE_SHARE
             arrays["mask"][..., 0] = True  # no row without a key: peers disagree about those
+        elif self.options.mask == "tiles":
+            arrays["mask"] = self.tile_mask()[None, None]
         elif self.options.mask == "keys":
             arrays["mask"] = np.arange(self.kv_len) < self.kv_lens()[:, None, None, None]
         elif self.options.kv_lens is not None:
@@ -225,14 +262,20 @@ class Workload:
 
     def attention_options(self, arrays: Arrays) -> dict[str, Any]:
         """Keyword arguments of `selfattn.attention` and of the reference for these arrays."""
-        names = ("mask", "bias", "kv_lens", "alibi_slopes")
-        given: dict[str, Any] = {name: arrays[name] for name in names if name in arrays}
-        if self.options.causal:
+        options = self.options
+        wanted = {
+            "mask": options.mask != "none",
+            "bias": options.bias,
+            "kv_lens": options.kv_lens is not None,
+            "alibi_slopes": options.alibi,
+        }
+        given: dict[str, Any] = {name: arrays[name] for name in wanted if wanted[name] and name in arrays}
+        if options.causal:
             given["causal"] = True
-        if self.options.window is not None:
-            given["window"] = self.options.window
-        if self.options.softcap is not None:
-            given["softcap"] = self.options.softcap
+        if options.window is not None:
+            given["window"] = options.window
+        if options.softcap is not None:
+            given["softcap"] = options.softcap
         return given
 
 

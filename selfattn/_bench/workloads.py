@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .workload import Options, Workload
@@ -183,20 +184,18 @@ ALL: tuple[Workload, ...] = (
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in ALL}
 
 
-def find(names: list[str] | None) -> list[Workload]:
-    """Workloads by name, all of them for None.
+def find(names: list[str], known: Mapping[str, Workload] = WORKLOADS) -> list[Workload]:
+    """Workloads by name.
 
     Raises
     ------
     ValueError
         For an unknown name; the message lists the known ones.
     """
-    if names is None:
-        return list(WORKLOADS.values())
     for name in names:
-        if name not in WORKLOADS:
-            raise ValueError(f"bench: no workload {name!r}; known are {', '.join(WORKLOADS)}")
-    return [WORKLOADS[name] for name in names]
+        if name not in known:
+            raise ValueError(f"bench: no workload {name!r}; known are {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def from_shape(shape: str, dtype: str = "float32") -> Workload:

@@ -1,0 +1,23 @@
+"""Hold selfattn's speed against its targets, group by group, beside PyTorch and other peers.
+
+`SELFATTN_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/targets.py` does so without AVX-512.
+Run `python benchmarks/targets.py --help` for the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from selfattn._bench.targets_command import add_arguments, run
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What repeated calls ask of the heap, counted by a library that stands before the C library's `malloc`.
+
+The counting process is `python -m selfattn._bench.allocations`, started with that library preloaded:
+`malloc`, `calloc`, `realloc`, `aligned_alloc` and `posix_memalign` of every thread and of every library count.
+Python's own small objects come from arenas it holds already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import selfattn
+
+from .workload import numpy_dtype
+from .workloads import WORKLOADS
+
+WARM_CALLS = 20  # fill the pools of scratch memory and threads
+CALLS = 100
+CASES = ("tiny-16", "vit-197", "padded-lens-128", "mask-bool-512", "alibi-causal-1k", "decode-4k-gqa", "f64-512")
+RESULT_CASE = "vit-197"  # is also called without `out`, which allocates: the counter must see it
+NO_OUT = ", no out"
+
+
+def why_not() -> str:
+    """Why nothing can be counted here; empty if it can."""
+    if platform.libc_ver()[0] != "glibc":
+        return "needs glibc"
+    return "" if shutil.which("cc") else "needs a C compiler"
+
+
+def count(source: Path, threads: int) -> dict[str, tuple[int, int]]:
+    """Count in a new process.
+
+    Parameters
+    ----------
+    source : Path
+        The C source of the library that counts.
+    threads : int
+
+    Returns
+    -------
+    dict
+        Allocations of `CALLS` calls by anybody in the process, and those by selfattn's core, by case.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder) / "counting_malloc.so")
+        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, str(source), "-ldl"], check=True)
+        printed = subprocess.check_output(
+            [sys.executable, "-m", "selfattn._bench.allocations", str(threads)],
+            text=True,
+            cwd=folder,  # in the project's own folder the sources would be found, which lack the core
+            env={**os.environ, "LD_PRELOAD": library},
+        )
+    return {name: (everybody, core) for name, (everybody, core) in json.loads(printed).items()}
+
+
+def count_here(threads: int) -> dict[str, tuple[int, int]]:
+    """Count in this process, which has the library preloaded."""
+    shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    found = (ctypes.c_long * 2)()
+    counts = {}
+    for name, call in _calls(threads):
+        for _ in range(WARM_CALLS):
+            call()
+        shim.counting_malloc_start()
+        for _ in range(CALLS):
+            call()
+        shim.counting_malloc_stop(found)
+        counts[name] = (found[0], found[1])
+    return counts
+
+
+def _calls(threads: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name in CASES:
+        workload = WORKLOADS[name]
+        arrays = workload.make_arrays()
+        options = {**workload.attention_options(arrays), "num_threads": threads}
+        q, k, v = (arrays[letter] for letter in "qkv")
+        out = np.empty((*q.shape[:-1], workload.value_dim), numpy_dtype(workload.dtype))
+        yield name, _call(q, k, v, {**options, "out": out})
+        if name == RESULT_CASE:
+            yield f"{name}{NO_OUT}", _call(q, k, v, options)
+
+
+def _call(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: selfattn.attention(q, k, v, **options)
+
+
+if __name__ == "__main__":
+    print(json.dumps(count_here(int(sys.argv[1]))))

@@ -1,0 +1,160 @@
+"""The workloads that selfattn's speed is judged by, in groups with targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .target import PEAK, Group, Target
+from .workload import Options, Workload
+from .workloads import WORKLOADS, attention_workload, block_workload
+
+# Heads by head_dim, then by length: few where a call would take long.
+_PREFILL_HEADS = {
+    64: {128: 12, 256: 12, 512: 12, 1024: 12, 2048: 8, 4096: 4, 8192: 2},
+    128: {128: 8, 256: 8, 512: 8, 1024: 8, 2048: 4, 4096: 2, 8192: 1},
+}
+_LONG = 2048  # from this length on, a prefill's products outweigh everything else
+
+PREFILL = tuple(
+    attention_workload(
+        f"prefill-{length}-d{dim}{'-causal' if causal else ''}",
+        f"prompt of {length} tokens, {heads} head{'s'[: heads - 1]} of {dim}",
+        heads,
+        length,
+        dim,
+        causal=causal,
+    )
+    for dim, by_length in _PREFILL_HEADS.items()
+    for length, heads in by_length.items()
+    for causal in (False, True)
+)
+
+
+def _odd(heads: int, lens: int | tuple[int, int], dim: int, causal: bool = False) -> Workload:
+    q_len, kv_len = (lens, lens) if isinstance(lens, int) else lens
+    label = f"{q_len}" if q_len == kv_len else f"{q_len}x{kv_len}"
+    name = f"odd-{label}-d{dim}{'-causal' if causal else ''}"
+    return attention_workload(name, f"{heads} heads of {dim}", heads, (q_len, kv_len), dim, causal=causal)
+
+
+ODD = (
+    _odd(12, 96, 32),
+    _odd(12, 511, 32, causal=True),
+    _odd(16, 129, 72, causal=True),
+    _odd(16, 729, 72),
+    _odd(8, (777, 633), 80),
+    _odd(8, (100, 700), 80),
+    _odd(8, 384, 96, causal=True),
+    _odd(8, (700, 97), 96),
+    _odd(8, 333, 160),
+    _odd(8, (150, 451), 160, causal=True),
+    _odd(4, 500, 256),
+    _odd(8, 250, 256, causal=True),
+)
+
+DECODE = (WORKLOADS["decode-4k-gqa"], WORKLOADS["decode-32k-gqa"])
+
+FEW = tuple(
+    attention_workload(
+        f"few-{count}x3000", f"{count} drafted tokens on 3,000 keys", (32, 8), (count, 3000), 128, causal=True
+    )
+    for count in (2, 3, 4, 6, 8, 12, 16)
+)
+
+TINY = (WORKLOADS["tiny-64"], WORKLOADS["tiny-16"], WORKLOADS["tiny-24"])
+
+BLOCK = tuple(
+    block_workload(
+        f"block-{d_model}-{length}-b{batch}", f"a layer of width {d_model}, batch {batch}", batch, length, d_model, 12
+    )
+    for d_model in (384, 768)
+    for length in (128, 256, 512)
+    for batch in (1, 8)
+)
+
+
+def _option(name: str, why: str, heads: int, length: int, *, without: Options, **options: object) -> Workload:
+    workload = attention_workload(f"option-{name}-{length}", why, heads, length, 64, **options)
+    return replace(workload, baseline=without)
+
+
+_CAUSAL = Options(causal=True)
+_PAIRWISE = tuple(
+    _option(name, why, 12, length, without=Options(), **options)
+    for name, why, options in (
+        ("mask", "a boolean mask per pair", {"mask": "pairs"}),
+        ("bias", "an additive bias per head and pair", {"bias": True}),
+    )
+    for length in (512, 1024)
+)
+_TILES = _option("tiles", "three of four squares of 256 pairs hidden", 12, 2048, without=Options(), mask="tiles")
+_WINDOWS = (
+    _option("window", "256 keys to the left", 2, 8192, without=_CAUSAL, causal=True, window=(255, 0)),
+    _option("band", "128 keys to either side", 2, 8192, without=Options(), window=(128, 127)),
+)
+OPTIONS = (
+    *_PAIRWISE,
+    _TILES,
+    *_WINDOWS,
+    _option("causal", "half of the pairs hidden", 12, 1024, without=Options(), causal=True),
+    _option("alibi", "ALiBi", 12, 1024, without=_CAUSAL, causal=True, alibi=True),
+    _option("softcap", "capped scores", 12, 1024, without=_CAUSAL, causal=True, softcap=50.0),
+)
+
+DOUBLE = (
+    WORKLOADS["f64-512"],
+    attention_workload("f64-100-d80", "double precision, odd", 12, 100, 80, dtype="float64"),
+    attention_workload("f64-1024-causal", "double precision", 12, 1024, 64, causal=True, dtype="float64"),
+    attention_workload("f64-2048-d128", "double precision", 2, 2048, 128, dtype="float64"),
+)
+
+
+def _names(workloads: tuple[Workload, ...]) -> tuple[str, ...]:
+    return tuple(workload.name for workload in workloads)
+
+
+_COST = 1 / 1.15  # an option that costs 15 %
+
+GROUPS: dict[str, Group] = {
+    group.name: group
+    for group in (
+        Group(
+            "prefill",
+            "Prefill: a prompt of S tokens",
+            PREFILL,
+            (
+                Target("pytorch", floor=1.15, mean=1.5),
+                Target("vllm", floor=1.15),
+                Target(PEAK, floor=0.75, threads=1, only=_names(tuple(w for w in PREFILL if w.q_len >= _LONG))),
+                Target("single", floor=1.85, threads=2, longer_than=1e-3),
+            ),
+        ),
+        Group("odd", "Mid-size and odd shapes", ODD, (Target("pytorch", floor=1.1, mean=1.5),)),
+        Group(
+            "decode",
+            "Decode: one query against many keys",
+            DECODE,
+            (Target("pytorch", floor=3.0), Target(PEAK, floor=0.85)),
+        ),
+        Group("few", "A few queries against 3,000 keys", FEW, (Target("pytorch", floor=2.5),)),
+        Group("tiny", "Tiny: call overhead counts", TINY, (Target("pytorch", floor=3.0),)),
+        Group("block", "SelfAttention: projections and attention", BLOCK, (Target("pytorch", floor=1.25),)),
+        Group(
+            "options",
+            "Options against the same call without",
+            OPTIONS,
+            (
+                Target("plain", floor=8.0, only=_names(_WINDOWS)),
+                Target("plain", floor=_COST, only=_names(_PAIRWISE)),
+                # Four times less to do, at the cost of a mask.
+                Target("plain", floor=4 * _COST, only=(_TILES.name,)),
+            ),
+        ),
+        Group("float64", "Double precision", DOUBLE, (Target("pytorch", floor=1.2),)),
+    )
+}
+
+EVERY: dict[str, Workload] = {
+    **WORKLOADS,
+    **{workload.name: workload for group in GROUPS.values() for workload in group.workloads},
+}

@@ -1,0 +1,95 @@
+"""Results as Markdown tables, and where they go in a document."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .grid import GROUPS
+from .measure import Result
+from .peers import OWN, PEERS
+from .report import format_seconds, heading, peers_seen
+from .target import Group, judge
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+ABSENT = "–"
+
+
+def markdown(record: dict[str, Any], results: Sequence[Result]) -> str:
+    """Write a table for every group of which something was measured, and its verdicts below."""
+    parts = ["\n".join(f"- {line}" for line in heading(record).splitlines())]
+    for group in GROUPS.values():
+        shown: dict[str, dict[int, Result]] = {workload.name: {} for workload in group.workloads}
+        for result in results:
+            if result.workload.name in shown:
+                shown[result.workload.name][result.threads] = result
+        parts += _group_parts(group, {name: by_threads for name, by_threads in shown.items() if by_threads})
+    return "\n\n".join(parts)
+
+
+def _group_parts(group: Group, shown: dict[str, dict[int, Result]]) -> list[str]:
+    """Heading, table and verdicts; nothing if no workload was measured."""
+    results = [result for by_threads in shown.values() for result in by_threads.values()]
+    if not results:
+        return []
+    threads = sorted({result.threads for result in results})
+    peers = peers_seen(results)
+    header = ["workload", "time", "rate", "of peak", *(PEERS[name].label for name in peers)]
+    lines = [_line(header), _line(["---", *["--:"] * (len(header) - 1)])]
+    for name, by_threads in shown.items():
+        columns = [_cells(by_threads[count], peers) if count in by_threads else None for count in threads]
+        lines.append(_line([f"`{name}`", *_joined(columns, len(header) - 1)]))
+    verdicts = [f"- {verdict}" for verdict in judge(group, results)]
+    counts = " / ".join(map(str, threads))
+    return [f"### {group.title}", f"Threads: {counts}.", "\n".join(lines), "\n".join(verdicts)]
+
+
+def _cells(result: Result, peers: Sequence[str]) -> list[str]:
+    return [
+        format_seconds(result.times[OWN.name].median),
+        f"{result.rate() / 1e9:.0f} {result.unit}",
+        f"{result.fraction_of_peak:.0%}",
+        *(f"{result.ratios[name].median:.2f}×" if name in result.ratios else ABSENT for name in peers),
+    ]
+
+
+def _joined(columns: Sequence[list[str] | None], count: int) -> list[str]:
+    """Cell by cell, what the numbers of threads have to say; one sign where none has anything."""
+    rows = [[ABSENT] * count if column is None else column for column in columns]
+    return [ABSENT if set(cells) == {ABSENT} else " / ".join(cells) for cells in zip(*rows, strict=True)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def fill(
+    path: str | Path, record: dict[str, Any], results: Sequence[Result], picture: str | Path | None = None
+) -> None:
+    """Replace what stands between the two marks of a Markdown file.
+
+    Parameters
+    ----------
+    path : str or Path
+    record, results
+        What `read_records` returns.
+    picture : str or Path, optional
+        A roofline to show above the tables.
+
+    Raises
+    ------
+    ValueError
+        If the file does not hold both marks once, in order.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in before or END in after:
+        raise ValueError(f"bench: {path} must hold {BEGIN} and {END}, once each and in this order")
+    shown = ""
+    if picture is not None:
+        target = Path(os.path.relpath(picture, Path(path).parent)).as_posix()
+        shown = f"![Roofline: FLOP per byte against GFLOP/s]({target})\n\n"
+    Path(path).write_text(f"{before}{BEGIN}\n\n{shown}{markdown(record, results)}\n\n{END}{after}", encoding="utf-8")

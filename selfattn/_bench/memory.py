@@ -1,0 +1,86 @@
+"""Peak memory of one call, and the scratch memory that calls say they need.
+
+Every peak comes from a fresh process, `python -m selfattn._bench.memory`: its peak resident size during
+the call, less what was resident before with q, k and v in place. Reads /proc, so it needs Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import selfattn
+
+from .peer import MAX_SCORES_BYTES
+from .peers import PEERS
+from .workload import Workload, numpy_dtype
+from .workloads import attention_workload
+
+HEAD_DIM = 64
+WARM_LENGTH = 32  # starts the thread pools, whose stacks are no part of the question
+WIDE_DIMS = (256, 512, 1024)  # wider heads than the benchmarks have, for scratch memory
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def measure_here(name: str, length: int, threads: int) -> int:
+    """Bytes of peak resident memory one causal call adds in this process."""
+    for size in (WARM_LENGTH, length):
+        workload = attention_workload("memory", "", 1, size, HEAD_DIM, causal=True)
+        run = PEERS[name].prepare(workload, workload.make_arrays(), threads)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+        before = resident_bytes("VmRSS")
+        run()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+def measure_peak(name: str, length: int, threads: int) -> int | None:
+    """Do so in a new process; None if a score matrix of more than 2 GiB would be needed."""
+    if name != "selfattn" and length * length * 4 > MAX_SCORES_BYTES:
+        return None
+    command = [sys.executable, "-m", "selfattn._bench.memory", name, str(length), str(threads)]
+    # In the project's own folder the sources would be found, which lack the core.
+    return int(json.loads(subprocess.check_output(command, text=True, cwd="/")))
+
+
+def growth(lengths: list[int], added: list[int]) -> float:
+    """Find the exponent x of the best fit added ~ S^x, over the upper half of the lengths."""
+    half = len(lengths) // 2
+    logs = np.log(np.maximum(added[half:], 1)), np.log(lengths[half:])
+    return float(np.polyfit(logs[1], logs[0], 1)[0])
+
+
+def wide_workloads() -> Iterator[Workload]:
+    """Cases with heads wider than anybody's model has."""
+    for dtype in ("float32", "float64"):
+        for dim in WIDE_DIMS:
+            yield attention_workload(f"{dtype}-d{dim}", "wide heads", 2, 1024, dim, causal=True, dtype=dtype)
+
+
+def scratch(workloads: Iterable[Workload], threads: int) -> dict[str, tuple[int, int]]:
+    """Bytes of scratch per thread and bytes shared by all threads, by workload of plain attention."""
+    found = {}
+    for workload in workloads:
+        if workload.kind == "attention":
+            # Zeros take no memory until somebody reads them, and nobody does.
+            dtype, keys = numpy_dtype(workload.dtype), (workload.batch, workload.num_kv_heads, workload.kv_len)
+            q = np.zeros((workload.batch, workload.num_heads, workload.q_len, workload.head_dim), dtype)
+            k, v = (np.zeros((*keys, dim), dtype) for dim in (workload.head_dim, workload.value_dim))
+            told = selfattn.explain(q, k, v, causal=workload.options.causal, num_threads=threads)
+            found[workload.name] = (told["scratch_bytes_per_thread"], told["shared_bytes"])
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,121 @@
+"""OpenVINO's ScaledDotProductAttention (opset 13)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from .dense import additive_mask, dense_mask, square_causal
+from .peer import Peer, Run
+from .workload import Array, Arrays, Workload
+
+
+class OpenVino(Peer):
+    """A compiled model of one attention node, or of a block: MatMul and Add around it.
+
+    The node has no groups of query heads. K and V are repeated beforehand where it masks by itself;
+    elsewhere the heads of a group become more rows of one head, which reads K and V once.
+    """
+
+    name, label, module = "openvino", "OpenVINO", "openvino"
+
+    def why_not(self, workload: Workload) -> str:
+        """See `Peer.why_not`."""
+        if workload.dtype != "float32":
+            return "computes in float32 at most"
+        if workload.options.softcap is not None:
+            return "ScaledDotProductAttention has no softcap"
+        if workload.kind == "block" and workload.group_size > 1:
+            return "its node has no groups of heads"
+        return ""
+
+    def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
+        """See `Peer.prepare`."""
+        openvino = importlib.import_module("openvino")
+        causal = square_causal(workload)
+        mask = None if causal else _mask(workload, arrays)
+        if workload.kind == "block":
+            feeds, out = {"x": arrays["x"]}, np.empty_like(arrays["x"])
+        else:
+            feeds = _repeated(workload, arrays) if causal else _folded(workload, arrays)
+            out = np.empty((*feeds["q"].shape[:-1], workload.value_dim), dtype=workload.dtype)
+        if mask is not None:
+            feeds["mask"] = mask
+        model = _model(openvino, workload, arrays, feeds, causal)
+        request = openvino.Core().compile_model(model, "CPU", _settings(threads)).create_infer_request()
+        for index, array in enumerate(feeds.values()):
+            request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+        request.set_output_tensor(0, openvino.Tensor(out, shared_memory=True))
+        # The block's node is the only one whose result has three axes.
+        result = out if out.ndim == 3 else out.reshape(workload.batch, workload.num_heads, workload.q_len, -1)
+
+        def run() -> Array:
+            # The tensors hold only addresses, so `feeds` must live as long as this call.
+            assert feeds
+            request.infer(share_inputs=True, share_outputs=True)
+            return result
+
+        return run
+
+
+def _settings(threads: int) -> dict[str, Any]:
+    """One call at a time, in float32, on threads that the system may place as it does everybody's."""
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _mask(workload: Workload, arrays: Arrays) -> Array | None:
+    """Everything that hides or adds, for rows as `_folded` orders them."""
+    added = workload.options.bias or workload.options.alibi
+    dense = additive_mask(workload, arrays) if added else dense_mask(workload, arrays)
+    if dense is None:
+        return None
+    mask = np.broadcast_to(dense, (*dense.shape[:2], workload.q_len, workload.kv_len))
+    if mask.shape[1] == 1:
+        mask = np.tile(mask, (1, 1, workload.group_size, 1))
+    rows = workload.group_size * workload.q_len
+    return np.array(mask, order="C").reshape(mask.shape[0], -1, rows, workload.kv_len)
+
+
+def _folded(workload: Workload, arrays: Arrays) -> dict[str, Array]:
+    rows = workload.group_size * workload.q_len
+    q = arrays["q"].reshape(workload.batch, workload.num_kv_heads, rows, workload.head_dim)
+    return {"q": q, "k": arrays["k"], "v": arrays["v"]}
+
+
+def _repeated(workload: Workload, arrays: Arrays) -> dict[str, Array]:
+    k, v = (np.repeat(arrays[name], workload.group_size, axis=1) for name in "kv")
+    return {"q": arrays["q"], "k": k, "v": v}
+
+
+def _model(openvino: Any, workload: Workload, arrays: Arrays, feeds: dict[str, Array], causal: bool) -> Any:
+    ops = importlib.import_module("openvino.opset13")
+    inputs = {name: ops.parameter(array.shape, openvino.Type(array.dtype), name=name) for name, array in feeds.items()}
+    block = workload.kind == "block"
+    q, k, v = _projected(ops, workload, arrays, inputs["x"]) if block else (inputs[name] for name in "qkv")
+    options = {"attention_mask": inputs["mask"]} if "mask" in inputs else {}
+    out = ops.scaled_dot_product_attention(q, k, v, causal=causal, **options)
+    if block:
+        rows = ops.transpose(out, np.array([0, 2, 1, 3]))
+        concat = ops.reshape(rows, np.array([workload.batch, workload.q_len, -1]), False)
+        out = _linear(ops, arrays, concat, "o")
+    return openvino.Model([out], list(inputs.values()), workload.name)
+
+
+def _projected(ops: Any, workload: Workload, arrays: Arrays, x: Any) -> tuple[Any, ...]:
+    """q, k and v of a block, shape (batch, heads, length, dim); its groups hold one query head each."""
+    shape = np.array([workload.batch, workload.q_len, workload.num_heads, -1])
+    order = np.array([0, 2, 1, 3])
+    return tuple(ops.transpose(ops.reshape(_linear(ops, arrays, x, name), shape, False), order) for name in "qkv")
+
+
+def _linear(ops: Any, arrays: Arrays, x: Any, name: str) -> Any:
+    product = ops.matmul(x, ops.constant(arrays[f"w_{name}"]), False, False)
+    return ops.add(product, ops.constant(arrays[f"b_{name}"]))

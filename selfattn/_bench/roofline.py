@@ -1,0 +1,110 @@
+"""Results as a roofline: arithmetic intensity against FLOP/s, below what the machine allows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .grid import GROUPS
+from .measure import Result
+from .report import count_threads
+
+MARKERS = "osD^vP*X"
+COLORS = ("#2a7f9e", "#c8553d", "#6a4c93", "#2e8b57", "#b8860b", "#444444", "#d1495b", "#00798c")
+FEW_BYTES = 2**20  # K and V below this size say nothing about a memory
+INTENSITY_MARGIN = 2.0
+
+
+class Stream(NamedTuple):
+    """So many bytes, and bytes/s when they are read again and again."""
+
+    size: int
+    bandwidth: float
+
+
+def intensity(result: Result) -> float:
+    """FLOPs per byte of operands and result."""
+    return result.workload.flops() / result.workload.operand_bytes()
+
+
+def roofs(results: Sequence[Result]) -> tuple[float, Stream, Stream]:
+    """FLOP/s of registers, and the streams over the largest and the smallest K and V above a MiB.
+
+    The largest come from memory; the smallest stay in a cache.
+    """
+    streams = [Stream(result.workload.kv_bytes(), result.bandwidth) for result in results]
+    streams = sorted(stream for stream in streams if stream.size >= FEW_BYTES) or sorted(streams)
+    return max(result.flop_peak for result in results), streams[-1], streams[0]
+
+
+def write_roofline(results: Sequence[Result], path: str | Path) -> None:
+    """Draw float32 results, one panel per number of threads; the suffix of `path` gives the format.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    ValueError
+        If there is no float32 result.
+    """
+    results = [result for result in results if result.workload.dtype == "float32"]
+    if not results:
+        raise ValueError("plot: no float32 result to draw")
+    # The figure is built without pyplot, which would keep it alive and might want a screen.
+    figure_class = importlib.import_module("matplotlib.figure").Figure
+    threads = sorted({result.threads for result in results})
+    figure = figure_class(figsize=(6.5 * len(threads), 5), layout="constrained")
+    panels = figure.subplots(1, len(threads), squeeze=False)[0]
+    for axes, count in zip(panels, threads, strict=True):
+        shown = [result for result in results if result.threads == count]
+        _draw_roofs(axes, shown)
+        _draw_points(axes, shown)
+        isa = ", ".join(sorted({result.isa for result in shown}))
+        axes.set_title(f"{count_threads(count)}, ISA {isa}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_roofs(axes: Any, results: Sequence[Result]) -> None:
+    peak, memory, cache = roofs(results)
+    low = min(map(intensity, results)) / INTENSITY_MARGIN
+    high = max(map(intensity, results)) * INTENSITY_MARGIN
+    x = np.geomspace(low, high, 200)
+    for stream, style in ((memory, "-"), (cache, "--")):
+        axes.plot(
+            x, np.minimum(peak, stream.bandwidth * x) / 1e9, color="black", linewidth=1, linestyle=style, zorder=1
+        )
+        start = low * 1.1
+        text = f"{stream.bandwidth / 1e9:.0f} GB/s, reading {stream.size / 1e6:.3g} MB"
+        axes.text(start, stream.bandwidth * start / 1e9, text, rotation=35, rotation_mode="anchor", fontsize=7)
+    axes.text(high, peak / 1e9, f"{peak / 1e9:.0f} GFLOP/s, multiply-adds ", ha="right", va="bottom", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.grid(which="major", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("FLOP per byte of operands and result")
+    axes.set_ylabel("GFLOP/s")
+
+
+def _draw_points(axes: Any, results: Sequence[Result]) -> None:
+    """One sign per group; workloads of no group share one."""
+    by_group: dict[str, list[Result]] = {}
+    group_of = {workload.name: group.name for group in GROUPS.values() for workload in group.workloads}
+    for result in results:
+        by_group.setdefault(group_of.get(result.workload.name, "other"), []).append(result)
+    for index, (name, members) in enumerate(by_group.items()):
+        axes.scatter(
+            [intensity(result) for result in members],
+            [result.workload.flops() / result.times["selfattn"].median / 1e9 for result in members],
+            s=22,
+            marker=MARKERS[index % len(MARKERS)],
+            color=COLORS[index % len(COLORS)],
+            label=name,
+            zorder=2,
+        )
+    axes.legend(fontsize=7, loc="lower right")

@@ -1,0 +1,146 @@
+"""The options and the flow of `benchmarks/targets.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .command import positive_int
+from .grid import GROUPS
+from .markdown import fill, markdown
+from .measure import Result
+from .peers import OTHERS, OWN, choose
+from .record import read_records
+from .report import heading, table_lines, to_record, write_json
+from .roofline import write_roofline
+from .target import Group, judge
+from .vllm_peer import LIBRARY_VARIABLE
+from .worker import WorkerFailed, measure_in_process
+from .workload import Workload
+
+NOTE = """\
+vs: the peer's time over selfattn's, median of interleaved rounds [quartiles].
+A target holds for every workload ("worst") and, where "geomean" has one, for the geometric mean."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="only these of the groups' workloads")
+    parser.add_argument("--list", action="store_true", help="list groups, workloads and targets, and stop")
+    parser.add_argument("--threads", nargs="+", type=positive_int, default=[1, 2], metavar="N", help="default: 1 2")
+    peers = ", ".join(peer.name for peer in OTHERS)
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"some of {peers} (default: installed, not numpy)")
+    parser.add_argument("--vllm", metavar="FILE", help=f"vLLM's shared library (default: {LIBRARY_VARIABLE})")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="time per workload (default 2)")
+    parser.add_argument("--json", metavar="FILE", help="write results to this file, after every group")
+    parser.add_argument("--from", dest="files", nargs="+", metavar="FILE", help="measure nothing, report these files")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--fill", metavar="FILE", help="put the tables into this Markdown file, at its marks")
+    parser.add_argument("--roofline", metavar="FILE", help="draw the roofline (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure or read, and report.
+
+    Returns
+    -------
+    int
+        0; 1 if a target was missed, a result was wrong or an option was.
+    """
+    if args.vllm:
+        os.environ[LIBRARY_VARIABLE] = str(Path(args.vllm).resolve())
+    try:
+        groups = _chosen(args)
+        if args.list:
+            print("\n".join(_listed(groups)))
+            return 0
+        if args.files:
+            record, results = read_records(args.files)
+            failed = False
+        else:
+            results, failed = _measured(args, groups)
+            record = to_record(results)
+        missed = _report(args, groups, record, results)
+        if args.roofline:
+            write_roofline(results, args.roofline)
+        if args.fill:
+            fill(args.fill, record, results, picture=args.roofline)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 1 if failed or missed else 0
+
+
+def _chosen(args: argparse.Namespace) -> list[tuple[Group, list[Workload]]]:
+    """Groups, and those of their workloads that were asked for."""
+    groups = [GROUPS[name] for name in args.groups or GROUPS]
+    wanted = args.workloads or [workload.name for group in groups for workload in group.workloads]
+    known = {workload.name for group in groups for workload in group.workloads}
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"bench: no workload {name!r} in {', '.join(group.name for group in groups)}")
+    chosen = [(group, [workload for workload in group.workloads if workload.name in wanted]) for group in groups]
+    return [(group, workloads) for group, workloads in chosen if workloads]
+
+
+def _listed(chosen: Sequence[tuple[Group, Sequence[Workload]]]) -> Iterator[str]:
+    width = max(len(workload.name) for _, workloads in chosen for workload in workloads)
+    for group, workloads in chosen:
+        yield f"{group.name}: {group.title}"
+        yield from (f"  {workload.name:{width}}  {workload.why}" for workload in workloads)
+        yield from (f"  target {target}" for target in group.targets)
+
+
+def _measured(
+    args: argparse.Namespace, groups: Sequence[tuple[Group, Sequence[Workload]]]
+) -> tuple[list[Result], bool]:
+    """Measure group by group, so that one that fails leaves the others; say whether one did."""
+    peers = [peer.name for peer in choose(args.peers) if peer is not OWN and (args.peers or peer.name != "numpy")]
+    results: list[Result] = []
+    failed = False
+    for group, workloads in groups:
+        for threads in args.threads:
+            try:
+                results += measure_in_process(workloads, group.peers(peers, threads), threads, args.seconds)
+            except WorkerFailed as error:
+                print(f"{group.name}: {error}", file=sys.stderr)
+                failed = True
+        if args.json:
+            write_json(results, args.json)
+        if not args.markdown:
+            print("\n".join(_group_lines(group, results)), end="\n\n", flush=True)
+    return results, failed
+
+
+def _report(
+    args: argparse.Namespace,
+    groups: Sequence[tuple[Group, Sequence[Workload]]],
+    record: dict[str, Any],
+    results: Sequence[Result],
+) -> bool:
+    """Print what has not been printed yet; return whether a target was missed."""
+    if args.markdown:
+        print(markdown(record, results))
+    elif args.files:
+        for group, _ in groups:
+            print("\n".join(_group_lines(group, results)), end="\n\n")
+    missed = [
+        f"  {group.name}: {verdict}" for group, _ in groups for verdict in judge(group, results) if verdict.missed
+    ]
+    if not args.markdown:
+        print(heading(record), NOTE, *(["missed:", *missed] if missed else ["no target missed"]), sep="\n")
+    return bool(missed)
+
+
+def _group_lines(group: Group, results: Sequence[Result]) -> list[str]:
+    """The group's table and verdicts, however little of it was measured."""
+    names = [workload.name for workload in group.workloads]
+    shown = sorted((r for r in results if r.workload.name in names), key=lambda r: names.index(r.workload.name))
+    if not shown:
+        return [f"{group.title}: not measured"]
+    return [group.title, "", *table_lines(shown), "", *(f"  {verdict}" for verdict in judge(group, shown))]

@@ -1,0 +1,117 @@
+"""The grid, its targets, and how results are judged by them. Nothing about speed."""
+
+from __future__ import annotations
+
+import pytest
+
+from selfattn._bench.grid import EVERY, GROUPS
+from selfattn._bench.peer import MAX_SCORES_BYTES, Own
+from selfattn._bench.peers import PEERS
+from selfattn._bench.target import PEAK, Group, Target, judge
+from selfattn._bench.workloads import WORKLOADS
+
+IN_GROUPS = [workload for group in GROUPS.values() for workload in group.workloads]
+MAX_FLOPS = 4e10  # less than a second on any core with vectors
+
+
+def group(*targets: Target) -> Group:
+    return Group("g", "a test", GROUPS["tiny"].workloads, targets)
+
+
+def test_names_of_groups_are_unique_and_mean_one_workload():
+    names = [workload.name for workload in IN_GROUPS]
+    assert len(set(names)) == len(names)
+    assert all(workload.why for workload in IN_GROUPS)
+    assert all(EVERY[name] == workload for name, workload in WORKLOADS.items())
+    assert set(EVERY) == set(names) | set(WORKLOADS)
+
+
+def test_the_grid_is_the_promised_one():
+    shapes = {(w.q_len, w.head_dim, w.options.causal) for w in GROUPS["prefill"].workloads}
+    lengths = (128, 256, 512, 1024, 2048, 4096, 8192)
+    assert shapes == {(length, dim, causal) for length in lengths for dim in (64, 128) for causal in (False, True)}
+    odd = GROUPS["odd"].workloads
+    assert {w.head_dim for w in odd} == {32, 72, 80, 96, 160, 256}
+    assert sum(w.q_len != w.kv_len for w in odd) >= 3
+    assert {w.q_len for w in GROUPS["few"].workloads} == {2, 3, 4, 6, 8, 12, 16}
+    assert {w.kv_len for w in GROUPS["decode"].workloads} == {4096, 32768}
+    assert all(w.memory_bound for w in GROUPS["decode"].workloads)
+    assert len(GROUPS["block"].workloads) == 12
+
+
+@pytest.mark.parametrize("workload", IN_GROUPS, ids=lambda w: w.name)
+def test_calls_are_short_and_fit_everybody(workload):
+    assert workload.flops() < MAX_FLOPS
+    assert workload.batch * workload.num_heads * workload.q_len * workload.kv_len * 4 < MAX_SCORES_BYTES
+
+
+def test_targets_name_peers_and_workloads_that_are_there():
+    for member in GROUPS.values():
+        names = {workload.name for workload in member.workloads}
+        for target in member.targets:
+            assert target.against == PEAK or target.against in PEERS
+            assert set(target.only) <= names
+            assert target.against != "plain" or all(EVERY[name].baseline for name in target.only)
+    peak = next(target for target in GROUPS["prefill"].targets if target.against == PEAK)
+    assert {EVERY[name].q_len for name in peak.only} == {2048, 4096, 8192}
+
+
+def test_a_mean_and_a_floor_are_both_required(made_up):
+    both = group(Target("pytorch", floor=1.1, mean=1.5))
+
+    def state(*ratios):
+        names = ("tiny-64", "tiny-16", "tiny-24")
+        (verdict,) = judge(both, [made_up(name, pytorch=x) for name, x in zip(names, ratios, strict=False)])
+        return verdict.state
+
+    assert state(1.5, 1.5, 1.5) == "met"
+    assert state(1.1, 2.25) == "met"
+    assert state(1.09, 9.0) == "missed"
+    assert state(1.4, 1.5) == "missed"
+
+
+def test_the_verdict_names_the_worst(made_up):
+    (verdict,) = judge(
+        group(Target("pytorch", floor=3.0)), [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=1.0)]
+    )
+    assert verdict.mean == pytest.approx(2.0)
+    assert str(verdict) == "PyTorch, 1 thread: geomean 2.00x, worst 1.00x (target 3.00x) tiny-16: missed"
+    (verdict,) = judge(group(Target(PEAK, floor=0.75, mean=0.8)), [made_up("tiny-64", fraction=0.85)])
+    assert str(verdict) == "peak, 1 thread: geomean 85% (target 80%), worst 85% (target 75%) tiny-64: met"
+
+
+def test_targets_count_where_they_say(made_up):
+    target = Target("single", floor=1.85, threads=2, only=("tiny-64", "tiny-16"), longer_than=1e-3)
+    slow = {"seconds": 1e-3, "single": 1.5}
+    results = [
+        made_up("tiny-64", threads=2, **slow),
+        made_up("tiny-16", threads=2, seconds=4e-4, single=1.5),
+        made_up("tiny-24", threads=2, **slow),
+        made_up("tiny-64", threads=1, **slow),
+    ]
+    (verdict,) = judge(group(target), results)
+    assert verdict.values == {"tiny-64": 1.5}
+    assert judge(group(target), results[3:]) == []
+
+
+def test_what_was_not_measured_is_said(made_up):
+    (verdict,) = judge(group(Target("pytorch", floor=3.0)), [made_up("tiny-64")])
+    assert str(verdict) == "PyTorch, 1 thread: not measured"
+    assert not verdict.missed
+
+
+def test_peers_without_a_target_must_not_be_faster(made_up):
+    result = made_up("tiny-64", threads=2, pytorch=5.0, jax=0.99, onnxruntime=1.0, single=0.5)
+    states = {verdict.target.against: verdict.state for verdict in judge(group(Target("pytorch", floor=3.0)), [result])}
+    assert states == {"pytorch": "met", "jax": "missed", "onnxruntime": "met"}
+
+
+def test_groups_add_the_variants_they_are_held_against():
+    assert GROUPS["prefill"].peers(["pytorch"], 2) == ["pytorch", "single"]
+    assert GROUPS["prefill"].peers(["pytorch"], 1) == ["pytorch"]
+    assert GROUPS["options"].peers([], 1) == ["plain"]
+    assert GROUPS["tiny"].peers(["jax"], 2) == ["jax"]
+
+
+def test_variants_are_of_selfattn():
+    assert all(isinstance(PEERS[name], Own) for name in ("plain", "single"))
