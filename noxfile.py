@@ -164,6 +164,38 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Break one line at a time: do the tests notice? Options of tests/mutants/run.py behind `--`."""
+    session.install("numpy", "pybind11>=3,<4", "cmake", "ninja", "pytest", "hypothesis", "ml_dtypes")
+    session.run("python", "tests/mutants/run.py", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Lines that the suite runs: 95 % of C++ and of Python, all of what checks arguments, hides keys and merges."""
+    if shutil.which("gcov") is None:
+        session.skip("needs gcc and gcov")
+    session.install("coverage>=7.10", "gcovr>=8")
+    build = Path(session.create_tmp()).resolve() / "build"
+    shutil.rmtree(build, ignore_errors=True)
+    # Atomic, since counts that threads lose would make others negative.
+    flags = "-O1 --coverage -fprofile-update=atomic"
+    install_tests(session, f"-Cbuild-dir={build}", f"-Ccmake.define.CMAKE_CXX_FLAGS_RELEASE={flags}")
+    session.env["COVERAGE_FILE"] = str(build / "python")
+    # Where every allocation of the process fails, those of the measurement fail as well.
+    left_out = "--deselect=tests/test_allocation.py::test_each_allocation_in_turn[process"
+    session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", left_out, *session.posargs)
+    session.run("coverage", "combine", "-q")
+    session.run("coverage", "report", "--skip-covered", "--fail-under=95")
+    found = str(build / "lines.json")
+    # Instantiations of a template count as one; a large count is no error of the compiler's.
+    merging = ["--merge-lines", "--gcov-suspicious-hits-threshold=0", "--json", found]
+    session.run("gcovr", "--root=.", "--filter=csrc/", *merging, "--txt", "--fail-under-line=95", str(build))
+    whole = [f"--filter=csrc/{name}" for name in ("problem[.]cpp", "row_block[.]cpp", "kernels/score_terms[.]h")]
+    session.run("gcovr", "--root=.", "--add-tracefile", found, *whole, "--txt", "--fail-under-line=100")
+
+
+@nox.session
 def tidy(session: nox.Session) -> None:
     """clang-tidy over the core and the bindings."""
     session.install("clang-tidy==23.1.4", "cmake", "ninja", "pybind11>=3,<4")

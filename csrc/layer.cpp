@@ -77,12 +77,12 @@ struct LayerCall::State {
     return position;
   }
 
-  bool rotate(int max_threads, Interrupted interrupted) const {
+  bool rotate(int num_threads, Interrupted interrupted) const {
     const Rope& rope = *layer.rope;
     const bool one_input = context.data == x.data && context.shape == x.shape;
     const auto half = static_cast<std::size_t>(rope.rotary_dim / 2);
     const double flops = static_cast<double>(query_rows + key_rows) * static_cast<double>(rope.rotary_dim) * 100;
-    const int threads = useful_threads(flops, 0, query_rows + key_rows, max_threads);
+    const int threads = useful_threads(flops, 0, query_rows + key_rows, num_threads);
     const Scratch tables(static_cast<std::size_t>(threads) * 2 * half * sizeof(double));
     const auto turn = [&](const BufferView& buffer, std::int64_t row, std::int64_t position, double* cosines) {
       const TensorView& v = buffer.view;
@@ -141,7 +141,7 @@ double LayerCall::flops() const {
          product(p.batch, p.num_heads, p.q_len, p.kv_len, p.head_dim + p.value_dim);
 }
 
-bool LayerCall::run(const TensorView& out, int max_threads, Interrupted interrupted) {
+bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrupted) {
   State& s = *state_;
   const LayerWeights& layer = s.layer;
   Problem& problem = s.problem;
@@ -151,7 +151,7 @@ bool LayerCall::run(const TensorView& out, int max_threads, Interrupted interrup
   const BufferView heads(layer.output ? s.heads->data() : static_cast<char*>(out.data), layer.dtype, rows,
                          layer.num_heads, layer.value_dim);
   attach_out(problem, heads.view);
-  const Plan plan = make_plan(problem, *layer.kernels, max_threads);
+  const Plan plan = make_plan(problem, *layer.kernels, num_threads);
 
   const auto buffer = [](const BufferView& b) { return static_cast<char*>(b.view.data); };
   const ProjectionJob inputs[] = {
@@ -159,8 +159,8 @@ bool LayerCall::run(const TensorView& out, int max_threads, Interrupted interrup
       {layer.key, RowsView(s.context), buffer(s.key), layer.key.columns() * size},
       {layer.value, RowsView(s.context), buffer(s.value), layer.value.columns() * size},
   };
-  if (!project_all(inputs, 3, max_threads, interrupted)) return false;
-  if (layer.rope && !s.rotate(max_threads, interrupted)) return false;
+  if (!project_all(inputs, 3, num_threads, interrupted)) return false;
+  if (layer.rope && !s.rotate(num_threads, interrupted)) return false;
   if (!attend(problem, plan, interrupted)) return false;
   if (!layer.output) return true;
   const std::int64_t joined = layer.num_heads * layer.value_dim * size;
@@ -168,7 +168,7 @@ bool LayerCall::run(const TensorView& out, int max_threads, Interrupted interrup
   const std::int64_t strides[] = {joined, size};
   const ProjectionJob output{*layer.output, RowsView({buffer(heads), layer.dtype, 2, shape, strides}),
                              static_cast<char*>(out.data), layer.output->columns() * size};
-  return project_all(&output, 1, max_threads, interrupted);
+  return project_all(&output, 1, num_threads, interrupted);
 }
 
 }  // namespace selfattn

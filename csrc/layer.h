@@ -31,7 +31,7 @@ class LayerCall {
   Shape out_shape() const;
   double flops() const;
   // False: interrupted.
-  bool run(const TensorView& out, int max_threads, Interrupted interrupted);
+  bool run(const TensorView& out, int num_threads, Interrupted interrupted);
 
  private:
   struct State;

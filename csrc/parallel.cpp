@@ -129,7 +129,8 @@ std::atomic<int> chosen_threads{0};
 
 ThreadDefault detect_threads() {
   static const int quota = cgroup_cpus("");
-  ThreadDefault limit{std::max(1, static_cast<int>(std::thread::hardware_concurrency())), "hardware"};
+  static const int hardware = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  ThreadDefault limit{hardware, "hardware"};
   const auto lower = [&](int count, const char* source) {
     if (count > 0 && count < limit.count) limit = {count, source};
   };

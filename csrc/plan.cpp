@@ -77,7 +77,7 @@ double cache_bytes(const Problem& problem) {
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, const KernelSet& kernels, int max_threads) {
+Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads) {
   Plan plan{};
   plan.kernels = &kernels;
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
@@ -102,7 +102,7 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int max_threads
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
                static_cast<double>(problem.head_dim + problem.value_dim);
-  plan.threads = useful_threads(plan.flops, cache_bytes(problem), plan.tasks, max_threads);
+  plan.threads = useful_threads(plan.flops, cache_bytes(problem), plan.tasks, num_threads);
   plan.thread_bytes = Slot(nullptr, plan, problem).bytes;
   plan.shared_bytes = Shared(nullptr, plan, problem).bytes;
   return plan;

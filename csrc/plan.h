@@ -1,5 +1,4 @@
-// How to compute a problem: kernels, block sizes, tasks, threads and memory. Pure arithmetic: no memory is touched and
-// nothing is asked of the machine.
+// How to compute a problem: kernels, block sizes, tasks, threads and memory. Arithmetic alone: no memory is touched.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -28,7 +27,7 @@ struct Plan {
   double flops;
 };
 
-// Depends on threads only in `threads`: the bits of a result never do.
-Plan make_plan(const Problem& problem, const KernelSet& kernels, int max_threads);
+// num_threads 0: the default. The plan depends on it only in `threads`: the bits of a result never do.
+Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads);
 
 }  // namespace selfattn

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "message.h"
 
@@ -205,6 +206,18 @@ Shape with_batch(const Problem& problem) {
 
 }  // namespace
 
+// Scores start as products with scale in units of log2, or with scale / softcap: a factor that is not finite in the
+// type of computation would turn every 0 into NaN.
+void check_scale(const AttentionArguments& a, const Problem& problem) {
+  const double log2_e = 1.4426950408889634;
+  const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
+                                                  : std::numeric_limits<double>::max();
+  if (std::abs(problem.scale) > most / log2_e)
+    refuse(a.function, "scale is ", problem.scale, ", but its size must not exceed ", most / log2_e);
+  if (problem.softcap != 0 && std::abs(problem.scale) / problem.softcap > most)
+    refuse(a.function, "softcap is ", problem.softcap, ", but scale / softcap must not exceed ", most);
+}
+
 Problem make_problem(const AttentionArguments& a) {
   Problem problem;
   problem.dtype = a.q.dtype;
@@ -223,6 +236,7 @@ Problem make_problem(const AttentionArguments& a) {
   check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k");
   problem.scale = a.has_scale ? a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
+  check_scale(a, problem);
   place_per_head(problem, a);
   return problem;
 }

@@ -104,7 +104,7 @@ const char* RowsView::at(std::int64_t index) const {
   return p;
 }
 
-bool project_all(const ProjectionJob* jobs, int count, int max_threads, Interrupted interrupted) {
+bool project_all(const ProjectionJob* jobs, int count, int num_threads, Interrupted interrupted) {
   std::int64_t tasks = 0;
   double work = 0;
   std::size_t bounce_bytes = 0;
@@ -115,7 +115,7 @@ bool project_all(const ProjectionJob* jobs, int count, int max_threads, Interrup
       bounce_bytes = std::max(bounce_bytes, static_cast<std::size_t>(bytes_of(project_rows, jobs[i].projection.depth(),
                                                                               jobs[i].projection.element_size())));
   }
-  const int threads = useful_threads(work, 0, tasks, max_threads);
+  const int threads = useful_threads(work, 0, tasks, num_threads);
   const Scratch bounce(bounce_bytes * static_cast<std::size_t>(threads));
   TaskLoop loop(tasks, threads, interrupted);
   const auto body = [&](std::int64_t index, int slot) {

@@ -65,6 +65,6 @@ struct ProjectionJob {
 };
 
 // Runs all jobs as one list of tasks. False: interrupted.
-bool project_all(const ProjectionJob* jobs, int count, int max_threads, Interrupted interrupted);
+bool project_all(const ProjectionJob* jobs, int count, int num_threads, Interrupted interrupted);
 
 }  // namespace selfattn

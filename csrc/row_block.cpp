@@ -61,6 +61,28 @@ bool sees_a_key(const Problem& problem, const Row& row) {
 
 double base2(double x) { return x * log2_e; }
 
+// A finite number stays finite in the type of computation, with room for sums.
+double within_range(double x, DType dtype) {
+  const double most = dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max()) / 4
+                                          : std::numeric_limits<double>::max() / 4;
+  return std::isfinite(x) ? std::clamp(x, -most, most) : x;
+}
+
+double sink_of(const Problem& problem, std::int64_t head) {
+  if (!problem.sinks) return -infinity;
+  const double sink = read_real(problem.sinks.data + head * problem.sinks.head, DType::f64);
+  return within_range(base2(sink), problem.dtype);
+}
+
+double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
+  if (!problem.alibi_slopes) return 0;
+  const double slope =
+      read_real(problem.at(problem.alibi_slopes, batch) + head * problem.alibi_slopes.head, DType::f64);
+  // Times the distance of any two keys it stays finite.
+  constexpr double farthest = 1e12;
+  return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
+}
+
 // scores become weights; keys outside the row's range were never computed.
 void finish_weights(const Problem& problem, const Plan& plan, const Row& row, double row_max, double row_sum,
                     bool undefined) {
@@ -87,10 +109,7 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
   T* row_sum = reinterpret_cast<T*>(slot.row_sum);
   for (int i = 0; i < span.valid; ++i) {
     const Row& row = slot.rows[i];
-    const double start =
-        problem.sinks
-            ? base2(read_real(problem.sinks.data + place_of(problem, span, i).head * problem.sinks.head, DType::f64))
-            : -infinity;
+    const double start = sink_of(problem, place_of(problem, span, i).head);
     T peak = static_cast<T>(start);
     T sum = start == -infinity ? T(0) : T(1);
     T* out = static_cast<T*>(row.out);
@@ -140,7 +159,6 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
   const std::int64_t keys = problem.keys_of(span.batch), offset = problem.offset_of(span.batch);
   const char* query = problem.at(problem.query, span.batch);
   char* out = problem.at(problem.out, span.batch);
-  const char* slopes = problem.alibi_slopes ? problem.at(problem.alibi_slopes, span.batch) : nullptr;
   for (int i = 0; i < span.valid; ++i) {
     const Place place = place_of(problem, span, i);
     const KeyRange visible = visible_keys(problem, place.query, offset, keys);
@@ -159,18 +177,24 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
     row.key_begin = visible.begin;
     row.key_end = visible.end;
-    row.position = place.query + offset;
-    row.slope = slopes ? read_real(slopes + place.head * problem.alibi_slopes.head, DType::f64) : 0;
-    row.sink =
-        with_sinks ? base2(read_real(problem.sinks.data + place.head * problem.sinks.head, DType::f64)) : -infinity;
+    // Beyond the visible keys the distance grows alike for all: the part that softmax would drop is left out, since
+    // scores of that size would drop the rest. A sink has no distance, so that with one nothing is dropped.
+    const std::int64_t position = place.query + offset;
+    row.position =
+        problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
+    row.slope = slope_of(problem, span.batch, place.head);
+    row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
+    row.sink = with_sinks ? sink_of(problem, place.head) : -infinity;
   }
 }
 
 ScoreTerms score_terms(const Problem& problem) {
   ScoreTerms terms;
-  const bool capped = problem.softcap != 0;
+  // A cap beyond the numbers of the type caps nothing.
+  const bool capped = problem.softcap != 0 && std::isfinite(base2(problem.softcap)) &&
+                      base2(problem.softcap) == within_range(base2(problem.softcap), problem.dtype);
   terms.multiplier = capped ? problem.scale / problem.softcap : base2(problem.scale);
-  terms.softcap = base2(problem.softcap);
+  terms.softcap = capped ? base2(problem.softcap) : 0;
   terms.alibi = static_cast<bool>(problem.alibi_slopes);
   terms.mask = static_cast<bool>(problem.mask);
   terms.mask_step = problem.mask.column;
@@ -195,8 +219,8 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
       copy_rows(element(problem, problem.out, span, place), 0, problem.out.column, static_cast<char*>(row.out), 0, size,
                 1, problem.value_dim, size);
     if (problem.lse)
-      write_real(element(problem, problem.lse, span, place), sum == 0 ? -infinity : (max + std::log2(sum)) * ln_2,
-                 problem.dtype);
+      write_real(element(problem, problem.lse, span, place),
+                 sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.dtype);
     if (problem.weights) finish_weights(problem, plan, row, max, sum, undefined);
   }
 }

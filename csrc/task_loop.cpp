@@ -12,10 +12,12 @@ constexpr double bytes_per_second = 10e9;
 
 }  // namespace
 
-int useful_threads(double flops, double bytes, std::int64_t tasks, int max_threads) {
+int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
   const double seconds = std::max(flops / flops_per_second, bytes / bytes_per_second);
   const double useful = std::min(seconds / seconds_per_thread, static_cast<double>(tasks));
-  return useful < 2 ? 1 : std::max(std::min(max_threads, static_cast<int>(std::min(useful, 1e6))), 1);
+  if (useful < 2) return 1;
+  const int limit = num_threads > 0 ? num_threads : default_threads().count;
+  return std::max(std::min(limit, static_cast<int>(std::min(useful, 1e6))), 1);
 }
 
 }  // namespace selfattn

@@ -65,7 +65,8 @@ class TaskLoop {
   Clock::time_point last_asked_ = Clock::now();
 };
 
-// How many threads so much work is worth: bits never depend on it.
-int useful_threads(double flops, double bytes, std::int64_t tasks, int max_threads);
+// How many threads so much work is worth, at most num_threads or, where that is 0, the default: which takes system
+// calls to find out and is asked for only where a team pays. Bits never depend on it.
+int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads);
 
 }  // namespace selfattn

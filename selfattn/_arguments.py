@@ -91,9 +91,12 @@ def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
     array = as_array(function, name, value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
-    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{function}: {name} holds {int(array.max())}, which is beyond int64")
-    return array.astype(np.int64, copy=False)
+    if array.dtype == np.uint64 and array.size:
+        # An axis of stride 0 may claim any length, but holds one number.
+        held = array[tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides)]
+        if int(held.max()) > np.iinfo(np.int64).max:
+            raise ValueError(f"{function}: {name} holds {int(held.max())}, which is beyond int64")
+    return array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64, copy=False)
 
 
 def _reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
@@ -103,7 +106,8 @@ def _reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
     return array.astype(np.float64, copy=False)
 
 
-def _number(function: str, name: str, value: Any) -> float:
+def real(function: str, name: str, value: Any) -> float:
+    """Return a finite number as float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{function}: {name} is {value!r}, but a real number is needed")
     if isinstance(value, np.complexfloating):
@@ -118,7 +122,7 @@ def _number(function: str, name: str, value: Any) -> float:
 
 
 def _softcap(function: str, value: Any) -> float:
-    number = _number(function, "softcap", value)
+    number = real(function, "softcap", value)
     if number <= 0:
         raise ValueError(f"{function}: softcap is {value!r}, but it must be greater than 0")
     return number
@@ -202,7 +206,7 @@ def core_options(
     if kv_lens is not None:
         kv_lens = integers(function, "kv_lens", kv_lens)
     if scale is not None:
-        scale = _number(function, "scale", scale)
+        scale = real(function, "scale", scale)
     cap = 0.0 if softcap is None else _softcap(function, softcap)
     if alibi_slopes is not None:
         alibi_slopes = _reals(function, "alibi_slopes", alibi_slopes)
@@ -240,8 +244,3 @@ def out_array(function: str, out: Any) -> NDArray[Any]:
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"{function}: out is a {type(out).__name__}, but a numpy.ndarray is needed")
     return out
-
-
-def overlaps(out: NDArray[Any], *operands: Any) -> bool:
-    """Return whether writing `out` might change an operand."""
-    return any(isinstance(o, np.ndarray) and np.may_share_memory(out, o) for o in operands)

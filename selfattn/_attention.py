@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, out_array, overlaps, refuse_unknown
+from ._arguments import as_array, core_options, out_array, refuse_unknown
 
 
 def attention(
@@ -134,22 +134,7 @@ def attention(
     )  # fmt: skip
     if out is None:
         return _core.attention(q, k, v, None, options)
-    out_array("attention", out)
-    if not overlaps(out, q, k, v, *options):
-        return _core.attention(q, k, v, out, options)
-    return _through_temporary(q, k, v, out, options)
-
-
-def _through_temporary(
-    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any], options: tuple[Any, ...]
-) -> Any:
-    _core.check_out("attention", q, k, v, out, options)
-    result = _core.attention(q, k, v, None, options)
-    if isinstance(result, tuple):
-        out[...] = result[0]
-        return (out, *result[1:])
-    out[...] = result
-    return out
+    return _core.attention(q, k, v, out_array("attention", out), options)
 
 
 class Explanation(dict[str, Any]):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import LAYOUTS, as_array, choice, integers, out_array
+from ._arguments import LAYOUTS, as_array, choice, flag, integers, out_array, real
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,13 @@ class RoPE:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.base) and self.base > 0):
+        if real("RoPE", "base", self.base) <= 0:
             raise ValueError(f"RoPE: base is {self.base!r}, but it must be finite and greater than 0")
+        flag("RoPE", "interleaved", self.interleaved)
+        if self.rotary_dim is not None and (
+            isinstance(self.rotary_dim, bool) or not isinstance(self.rotary_dim, (int, np.integer))
+        ):
+            raise TypeError(f"RoPE: rotary_dim is {self.rotary_dim!r}, but an integer is needed")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(f"RoPE: rotary_dim is {self.rotary_dim!r}, but it must be even and at least 2")
 
@@ -129,6 +134,8 @@ def apply_rope(
         raise TypeError(f"{function}: out has dtype {out.dtype} but x has {array.dtype}")
     elif not out.flags.writeable:
         raise ValueError(f"{function}: out is read-only")
+    else:
+        _core.check_own_memory(function, out)
     same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
     if not same and np.may_share_memory(out, array):
         tokens = tokens.copy()

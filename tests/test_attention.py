@@ -129,6 +129,16 @@ def test_empty_dimensions(isa: str, normal: Any, q: Any, k: Any, v: Any, out: An
         assert np.isfinite(lse).all()
 
 
+@pytest.mark.parametrize("q_len", [3, 50])
+def test_scores_without_values(isa: str, normal: Any, q_len: int) -> None:
+    q, k, v = normal(2, q_len, 8), normal(2, 70, 8), normal(2, 70, 0)
+    _, lse = sa.attention(q, k, v, return_lse=True)
+    _, weights = sa.attention(q, k, v, return_weights=True)
+    _, wanted_lse, wanted_weights = sa.attention(q, k, k, return_lse=True, return_weights=True)
+    assert np.array_equal(lse, wanted_lse)
+    assert np.array_equal(weights, wanted_weights)
+
+
 def test_lists_are_arrays() -> None:
     out = sa.attention([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]], [[1.0], [3.0]])
     weight = 1 / (1 + np.exp(1 / np.sqrt(2)))

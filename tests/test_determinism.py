@@ -102,3 +102,15 @@ def test_order_of_the_batch_does_not_matter(isa: str, rng: Any) -> None:
     expected = sa.attention(*qkv, kv_lens=lengths)
     order = [2, 0, 1]
     assert np.array_equal(sa.attention(*(x[order] for x in qkv), kv_lens=lengths[order]), expected[order])
+
+
+@pytest.mark.parametrize("kv_len", [300, 5000])
+@pytest.mark.parametrize("options", [{"window": (200, 5)}, {"causal": True, "window": (60, None)}], ids=str)
+def test_queries_before_and_behind_do_not_matter(isa: str, rng: Any, options: Any, kv_len: int) -> None:
+    # They see keys that begin and end elsewhere.
+    q, k, v = make(rng, (1, 2, 2, 250, kv_len, 16))
+    offset = kv_len - 250
+    out = sa.attention(q, k, v, q_offset=offset, **options)
+    for first, last in ((30, 250), (0, 190), (77, 200)):
+        part = sa.attention(q[:, :, first:last], k, v, q_offset=offset + first, **options)
+        assert np.array_equal(part, out[:, :, first:last])

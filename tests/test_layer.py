@@ -229,6 +229,24 @@ def test_batch_and_threads_do_not_matter(isa: str, make: Any, normal: Any) -> No
     assert np.array_equal(found[:, :120], wanted)
 
 
+def test_threads_copy_odd_inputs_for_themselves(isa: str, make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(96, 6, 6, 16, 16, 96), num_heads=6)
+    x = normal(2, 700, 96)
+    wanted, spread = layer(x), np.repeat(x, 2, -1)[..., ::2]
+    for _ in range(5):
+        assert np.array_equal(layer(spread, num_threads=4), wanted)
+
+
+def test_positions_broadcast(isa: str, make: Any, normal: Any) -> None:
+    params, x = make(16, 2, 2, 8, 8, None), normal(3, 2, 9, 16)
+    layer = sa.SelfAttention(**params, num_heads=2, rope=True)
+    rows = np.arange(9) * 5
+    for positions in (rows, rows[None], rows[None, None], np.arange(2)[:, None], np.arange(3)[:, None, None] + rows):
+        full = np.broadcast_to(positions, x.shape[:-1]).copy()
+        wanted, _ = expected(x, params, 2, 2, rope=sa.RoPE(), positions=full)
+        close(layer(x, positions=positions), wanted)
+
+
 def test_weights_are_copied_and_the_layer_is_immutable(make: Any, normal: Any) -> None:
     params, x = make(16, 2, 2, 8, 8, 16), normal(9, 16)
     layer = sa.SelfAttention(**params, num_heads=2)
@@ -322,13 +340,7 @@ def test_bad_calls(changed: dict[str, Any], exception: type[Exception], message:
         sa.self_attention(**arguments(), **call)
 
 
-@pytest.mark.parametrize(
-    "with_out",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="out's shape is checked first, without the function's name")),
-    ],
-)
+@pytest.mark.parametrize("with_out", [False, True])
 def test_x_and_context_must_fit(with_out: bool) -> None:
     layer, x = sa.SelfAttention(**arguments()), np.zeros((2, 3, 16), np.float32)
     out = np.zeros_like(x) if with_out else None

@@ -58,7 +58,17 @@ def swapped(x: Any) -> Any:
     return x.astype(x.dtype.newbyteorder())
 
 
-LAYOUTS = [negative, spread, far_rows, misaligned, packed_record, fortran, heads_last, read_only, swapped]
+LAYOUTS = [
+    negative,
+    spread,
+    far_rows,
+    misaligned,
+    packed_record,
+    fortran,
+    heads_last,
+    read_only,
+    swapped,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,6 +83,23 @@ def test_layouts_of_q_k_v(isa: str, normal: Any, layout: Any, dtype: Any, q_len:
     expected = sa.attention(q, k, v, causal=True)
     for operands in ((layout(q), k, v), (q, layout(k), v), (q, k, layout(v)), tuple(map(layout, (q, k, v)))):
         assert np.array_equal(sa.attention(*operands, causal=True), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("q_len", [2, 70])
+def test_rows_at_odd_distances(isa: str, normal: Any, dtype: Any, q_len: int) -> None:
+    # One head of contiguous elements, but rows whose distance is no multiple of them.
+    def records(x: Any) -> Any:
+        rows = np.zeros(len(x), np.dtype([("x", dtype, x.shape[1:]), ("pad", "u1")]))
+        rows["x"] = x
+        return rows["x"]
+
+    q, k, v = normal(q_len, 20, dtype=dtype), normal(150, 20, dtype=dtype), normal(150, 9, dtype=dtype)
+    expected = sa.attention(q, k, v)
+    for operands in ((records(q), k, v), (q, records(k), v), (q, k, records(v))):
+        assert np.array_equal(sa.attention(*operands), expected)
+    out = records(np.zeros_like(expected))
+    assert np.array_equal(sa.attention(q, k, v, out=out), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -69,6 +69,24 @@ def test_steady_over_many_calls(run_python: Any) -> None:
     assert int(growth) < 1 << 20
 
 
+def test_large_scratch_is_given_back(run_python: Any) -> None:
+    held = run_python(
+        PRELUDE
+        + """
+    w = np.ones((64, 512), np.float32)
+    layer = sa.SelfAttention(w, w, w, num_heads=8)
+    x, out = np.ones((8192, 64), np.float32), np.ones((8192, 512), np.float32)
+    layer(x[:64])
+    before = resident()
+    layer(x, window=(8, 0), out=out)  # 48 MiB of projections
+    print(resident() - before, peak() - before)
+    """
+    )
+    now, most = map(int, held.split())
+    assert most > 40 << 20
+    assert now < 12 << 20
+
+
 def test_scratch_is_reused(run_python: Any) -> None:
     # With `out` given, the hundredth call asks the system for no more memory than the second.
     growth = run_python(

@@ -1,6 +1,7 @@
 #include "bindings/arrays.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -70,6 +71,52 @@ py::array new_array(const Shape& shape, DType dtype) {
   return dtype == DType::f32 ? py::array(py::dtype::of<float>(), extents) : py::array(py::dtype::of<double>(), extents);
 }
 
+namespace {
+
+struct Bytes {
+  std::uintptr_t begin, end;
+};
+
+Bytes bytes_of(const TensorView& view) {
+  const auto start = reinterpret_cast<std::uintptr_t>(view.data);
+  std::int64_t below = 0, above = size_of(view.dtype);
+  for (int axis = 0; axis < view.ndim; ++axis) {
+    if (view.shape[axis] == 0) return {start, start};
+    const std::int64_t reach = (view.shape[axis] - 1) * view.strides[axis];
+    (reach < 0 ? below : above) += reach;
+  }
+  return {start + static_cast<std::uintptr_t>(below), start + static_cast<std::uintptr_t>(above)};
+}
+
+}  // namespace
+
+bool meet(const TensorView& a, const TensorView& b) {
+  if (!a || !b) return false;
+  const Bytes x = bytes_of(a), y = bytes_of(b);
+  return x.begin < y.end && y.begin < x.end;
+}
+
+void check_own_memory(const char* function, const TensorView& out) {
+  struct Axis {
+    std::int64_t stride, extent;
+    int number;
+  };
+  Axis axes[max_axes];
+  int count = 0;
+  for (int axis = 0; axis < out.ndim; ++axis) {
+    if (out.shape[axis] == 0) return;
+    if (out.shape[axis] > 1) axes[count++] = {std::abs(out.strides[axis]), out.shape[axis], axis};
+  }
+  std::sort(axes, axes + count, [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
+  std::int64_t filled = size_of(out.dtype);  // bytes that the axes so far span
+  for (int i = 0; i < count; ++i) {
+    if (axes[i].stride < filled)
+      refuse(function, "out has stride ", axes[i].stride, " along axis ", axes[i].number,
+             ", so that its elements share memory");
+    filled += (axes[i].extent - 1) * axes[i].stride;
+  }
+}
+
 void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype) {
   const char* wanted = dtype == DType::f32 ? "float32" : "float64";
   const int number = dtype == DType::f32 ? float_number : double_number;
@@ -81,9 +128,7 @@ void check_out(const char* function, const py::array& out, const Shape& shape, D
   if (view.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, view.shape))
     refuse(function, "out has shape ", shape_text(view), " but the result has ", to_text(shape.extent, shape.ndim));
   if (!out.writeable()) refuse(function, "out is read-only");
-  for (int axis = 0; axis < view.ndim; ++axis)
-    if (view.strides[axis] == 0 && view.shape[axis] > 1)
-      refuse(function, "out has stride 0 along axis ", axis, ", so that its elements share memory");
+  check_own_memory(function, view);
 }
 
 bool interrupted() {

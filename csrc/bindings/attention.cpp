@@ -71,10 +71,6 @@ py::object Extras::join(py::object out) const {
   return py::make_tuple(out, lse, weights);
 }
 
-int threads_for(const Options& options) {
-  return options.num_threads > 0 ? options.num_threads : default_threads().count;
-}
-
 void run_attention(const Problem& problem, const Plan& plan) {
   bool finished;
   {
@@ -113,45 +109,57 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
 
 namespace {
 
-Problem problem_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options) {
+AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v,
+                                const Options& options) {
   const TensorView query = float_view(function, "q", q);
   const TensorView key = matching_view(function, "k", k, "q", query.dtype);
   const TensorView value = matching_view(function, "v", v, "q", query.dtype);
-  return make_problem(arguments_of(function, options, query, key, value));
+  return arguments_of(function, options, query, key, value);
+}
+
+// Whether writing `out` might change an operand that is still to be read.
+bool meets_any(const TensorView& out, const AttentionArguments& a) {
+  for (const TensorView* operand :
+       {&a.q, &a.k, &a.v, &a.mask, &a.bias, &a.q_offset, &a.q_lens, &a.kv_lens, &a.alibi_slopes, &a.sinks})
+    if (meet(out, *operand)) return true;
+  return false;
 }
 
 py::object attention(py::handle q, py::handle k, py::handle v, py::object out, const py::tuple& option_values) {
   constexpr const char* function = "attention";
   const Options options(option_values);
-  Problem problem = problem_of(function, q, k, v, options);
-  if (out.is_none())
-    out = new_array(out_shape(problem), problem.dtype);
-  else
-    check_out(function, py::reinterpret_borrow<py::array>(out), out_shape(problem), problem.dtype);
-  attach_out(problem, view_of(py::reinterpret_borrow<py::array>(out), problem.dtype));
+  const AttentionArguments arguments = arguments_of(function, q, k, v, options);
+  Problem problem = make_problem(arguments);
+  bool overlaps = false;
+  if (!out.is_none()) {
+    const py::array given = py::reinterpret_borrow<py::array>(out);
+    check_out(function, given, out_shape(problem), problem.dtype);
+    overlaps = meets_any(view_of(given, problem.dtype), arguments);
+  }
+  const bool fresh = out.is_none() || overlaps;
+  const py::array result =
+      fresh ? new_array(out_shape(problem), problem.dtype) : py::reinterpret_borrow<py::array>(out);
+  attach_out(problem, view_of(result, problem.dtype));
   const Extras extras(options, problem);
-  run_attention(problem, make_plan(problem, active_kernels(), threads_for(options)));
+  run_attention(problem, make_plan(problem, active_kernels(), options.num_threads));
+  if (!overlaps) return extras.join(result);
+  out.attr("__setitem__")(py::ellipsis(), result);
   return extras.join(std::move(out));
-}
-
-// The checks of `out` alone, for a caller that computes into a temporary because out overlaps with an input.
-void check_only(const char* function, py::handle q, py::handle k, py::handle v, const py::array& out,
-                const py::tuple& option_values) {
-  const Problem problem = problem_of(function, q, k, v, Options(option_values));
-  check_out(function, out, out_shape(problem), problem.dtype);
 }
 
 py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& option_values) {
   const Options options(option_values);
-  const Problem problem = problem_of("explain", q, k, v, options);
-  return describe_plan(problem, make_plan(problem, active_kernels(), threads_for(options)), options);
+  const Problem problem = make_problem(arguments_of("explain", q, k, v, options));
+  return describe_plan(problem, make_plan(problem, active_kernels(), options.num_threads), options);
 }
 
 }  // namespace
 
 void register_attention(py::module_& module) {
   module.def("attention", &attention);
-  module.def("check_out", &check_only);
+  module.def("check_own_memory", [](const char* function, const py::array& out) {
+    check_own_memory(function, view_of(out, out.itemsize() == 8 ? DType::f64 : DType::f32));
+  });
   module.def("explain", &explain);
 }
 

@@ -28,8 +28,6 @@ struct Extras {
   py::object join(py::object out) const;  // out alone, or the tuple
 };
 
-int threads_for(const Options& options);
-
 // Runs the plan; raises what a signal handler raised.
 void run_attention(const Problem& problem, const Plan& plan);
 

@@ -33,7 +33,6 @@ class Layer {
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
-    const int threads = threads_for(options);
     LayerCall call(weights_, input, other, optional_view(positions, DType::i64),
                    arguments_of(function, options, {}, {}, {}));
     const py::array out = new_array(call.out_shape(), weights_.dtype);
@@ -41,7 +40,7 @@ class Layer {
     bool finished;
     {
       const MaybeReleaseGil released(call.flops());
-      finished = call.run(view_of(out, weights_.dtype), threads, interrupted);
+      finished = call.run(view_of(out, weights_.dtype), options.num_threads, interrupted);
     }
     if (!finished) throw py::error_already_set();
     return extras.join(out);

@@ -71,24 +71,27 @@ struct RowAttention {
     ScoreTile<T> tile{s.scores,     nullptr, block.count, static_cast<int>(padded(keys.count)),
                       s.score_step, limited, s.begin,     s.end,
                       s.distance,   s.slope};
-    bool hides = limited;
-    if (block.terms.mask || block.terms.bias != BiasType::none) {
-      const TermsSeen<T> seen = gather_terms(block, s, keys);
-      if (seen.all_hidden() && !block.rows[0].scores) return;
-      tile.terms = s.terms;
-      hides = hides || seen.any_hidden;
+    bool terms = has_terms(block.terms);
+    if (terms) {
+      const Sight sight = sight_of<T>(block.rows, block.count, block.terms, keys.first, keys.count);
+      if (sight == Sight::nothing && !block.rows[0].scores) return;
+      terms = sight != Sight::everything;
     }
     if (streams(block))
       dot_rows<max_rows_at_once, 1>(block, s, keys, 0);
     else
       dot_rows<max_rows_at_once, 4>(block, s, keys, 0);
-    apply_terms<AcrossKeys>(tile, block.terms);
+    bend_scores<AcrossKeys>(tile, block.terms);
+    const bool hidden = terms && add_terms(block, s, keys);
+    hide_beyond_limits<AcrossKeys>(tile);
     if (block.rows[0].scores) keep_scores(block, s, keys);
     for (int r = 0; r < block.count; ++r) softmax(block, tile, r, s.rescale[r]);
-    if (hides && !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim))
-      accumulate_visible(block, s, tile, keys);
-    else
-      accumulate(block, s, keys);
+    if ((limited || hidden) &&
+        !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim)) {
+      if (hidden) tile.terms = gather_terms(block, s, keys);
+      return accumulate_visible(block, s, tile, keys);
+    }
+    accumulate(block, s, keys);
   }
 
   // Limits and positions counted from the block's first key. The lanes that fill the last vector are beyond every end.
@@ -109,15 +112,26 @@ struct RowAttention {
     return limited;
   }
 
-  static TermsSeen<T> gather_terms(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    TermsSeen<T> seen;
+  template <class Use>
+  static void each_term(const RowBlock& block, const Scratch& s, const KeyBlock& keys, Use use) {
     for (int r = 0; r < block.count; ++r)
       for (int j = 0; j < keys.count; j += W) {
         const int n = keys.count - j < W ? keys.count - j : W;
-        const Vec<T> term = term_chunk<T>(block.rows[r], block.terms, keys.first + j, n);
-        store(s.terms + r * s.score_step + j, seen.note(term));
+        use(r * s.score_step + j, term_chunk<T>(block.rows[r], block.terms, keys.first + j, n));
       }
-    return seen;
+  }
+
+  // scores += terms; returns whether any key is hidden.
+  static bool add_terms(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    AddTerm<T> add;
+    each_term(block, s, keys, [&](int at, Vec<T> term) { store(s.scores + at, add(load(s.scores + at), term)); });
+    return any(add.hidden);
+  }
+
+  // The terms alone, for the rare tile that needs them twice.
+  static const T* gather_terms(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    each_term(block, s, keys, [&](int at, Vec<T> term) { store(s.terms + at, term); });
+    return s.terms;
   }
 
   static void keep_scores(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {

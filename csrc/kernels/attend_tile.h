@@ -104,6 +104,7 @@ struct TileAttention {
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
+    if (block.terms.bias != BiasType::none) touch_bias(block, keys);
     bool fetches = true;  // the first strip that works asks for the memory of all
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
@@ -125,6 +126,22 @@ struct TileAttention {
     }
   }
 
+  // Strips read the bias crosswise, which memory serves slowly: it is read from end to end before, as many keys at a
+  // time as leave L2 room for the rest.
+  static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
+    constexpr std::int64_t bytes = 384 << 10;
+    const std::int64_t step = block.terms.bias_step;
+    const std::int64_t fitting = bytes / (block.count * (step > 0 ? step : 1)) / block.key_block;
+    const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
+    if (keys.first % window != 0) return;
+    for (int r = 0; r < block.count; ++r) {
+      const Row& row = block.rows[r];
+      const std::int64_t end = row.key_end < keys.first + window ? row.key_end : keys.first + window;
+      if (keys.first < end && (r == 0 || row.bias != block.rows[r - 1].bias))
+        touch(row.bias + keys.first * step, 0, 1, (end - keys.first) * step);
+    }
+  }
+
   template <int Cols>
   static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys,
                            bool fetches) {
@@ -132,29 +149,34 @@ struct TileAttention {
       if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, fetches);
     constexpr int lanes = Cols * W;
     const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
-    if (limited || block.terms.alibi || block.terms.mask || block.terms.bias != BiasType::none)
-      describe_rows(block, s, strip, keys);
+    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(block, s, strip, keys);
     ScoreTile<T> tile{s.scores, nullptr, keys.count, lanes, lanes, limited, s.begin, s.end, s.distance, s.slope};
-    bool hides = limited;
-    if (block.terms.mask || block.terms.bias != BiasType::none) {
-      const TermsSeen<T> seen = gather_terms(block, s, strip, keys);
-      if (seen.all_hidden() && !block.rows[strip.first_row].scores) return;
-      if (seen.any_nonzero) tile.terms = s.terms;
-      hides = hides || seen.any_hidden;
+    const Row* rows = block.rows + strip.first_row;
+    bool terms = has_terms(block.terms);
+    if (terms) {
+      const int different = strip.shares_terms ? 1 : strip.rows;
+      const Sight sight = sight_of<T>(rows, different, block.terms, keys.first, keys.count);
+      if (sight == Sight::nothing && !rows->scores) return;
+      terms = sight != Sight::everything;
     }
 
     score_keys<Cols>(
         static_cast<const T*>(keys.keys), keys.key_step, keys.count, s.queries + strip.first_row * block.head_dim,
         block.head_dim, static_cast<T>(block.terms.multiplier), s.scores,
         Ahead<T>{fetches ? static_cast<const T*>(keys.values) : nullptr, keys.value_step, block.value_dim});
-    apply_terms<AcrossRows>(tile, block.terms);
-    if (block.rows[strip.first_row].scores) keep_scores(block, s, strip, keys);
+    bend_scores<AcrossRows>(tile, block.terms);
+    const bool hidden = terms && add_terms<Cols>(block, s, strip, keys);
+    hide_beyond_limits<AcrossRows>(tile);
+    if (rows->scores) keep_scores(block, s, strip, keys);
 
     Vec<T> rescale[Cols];
     softmax<Cols>(block, strip, tile, rescale);
     T* out = s.out + strip.first_row * block.value_dim;
-    if (hides && !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim))
+    if ((limited || hidden) &&
+        !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim)) {
+      if (hidden) tile.terms = gather_terms(block, s, strip, keys);
       return accumulate_visible<Cols>(block, tile, keys, rescale, out);
+    }
     accumulate<Cols>(static_cast<const T*>(keys.values), keys.value_step, keys.count, s.scores, rescale,
                      block.value_dim, out,
                      Ahead<T>{static_cast<const T*>(keys.next_keys), keys.key_step, block.head_dim});
@@ -207,27 +229,42 @@ struct TileAttention {
     }
   }
 
-  static TermsSeen<T> gather_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
+  // scores += terms; returns whether any key is hidden. Squares of terms go from rows to columns in registers.
+  template <int Cols>
+  static bool add_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
     const Row* rows = block.rows + strip.first_row;
-    const int lanes = strip.vectors * W;
-    TermsSeen<T> seen;
-    const auto chunk = [&](int row, std::int64_t j, int n) {
-      return seen.note(term_chunk<T>(rows[row], block.terms, keys.first + j, n));
-    };
-    if (strip.shares_terms) {  // a mask of keys alone: read once, then the same for every lane
-      for (int j = 0; j < keys.count; j += W) {
-        const int n = keys.count - j < W ? keys.count - j : W;
+    constexpr int lanes = Cols * W;
+    AddTerm<T> add;
+    for (int j = 0; j < keys.count; j += W) {
+      const int n = keys.count - j < W ? keys.count - j : W;
+      T* scores = s.scores + j * lanes;
+      if (strip.shares_terms) {  // a mask of keys alone: read once, then the same for every lane
         T terms[W];
-        store(terms, chunk(0, j, n));
+        store(terms, term_chunk<T>(rows[0], block.terms, keys.first + j, n));
         for (int i = 0; i < n; ++i)
-          for (int l = 0; l < lanes; l += W) store(s.terms + (j + i) * lanes + l, broadcast(terms[i]));
+          for (int l = 0; l < lanes; l += W)
+            store(scores + i * lanes + l, add(load(scores + i * lanes + l), broadcast(terms[i])));
+        continue;
       }
-    } else {
-      rows_to_columns(s.terms, lanes, lanes, keys.count, [&](int row, std::int64_t j, int n) {
-        return row < strip.rows ? chunk(row, j, n) : broadcast(T(0));
-      });
+      for (int l = 0; l < lanes; l += W) {
+        Vec<T> square[W];
+        for (int i = 0; i < W; ++i)
+          square[i] = l + i < strip.rows ? term_chunk<T>(rows[l + i], block.terms, keys.first + j, n) : broadcast(T(0));
+        transpose(square);
+        for (int i = 0; i < n; ++i) store(scores + i * lanes + l, add(load(scores + i * lanes + l), square[i]));
+      }
     }
-    return seen;
+    return any(add.hidden);
+  }
+
+  // The terms alone, for the rare tile that needs them twice.
+  static const T* gather_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
+    const int lanes = strip.vectors * W;
+    rows_to_columns(s.terms, lanes, lanes, keys.count, [&](int row, std::int64_t j, int n) {
+      if (row >= strip.rows) return broadcast(T(0));
+      return term_chunk<T>(block.rows[strip.first_row + row], block.terms, keys.first + j, n);
+    });
+    return s.terms;
   }
 
   static void keep_scores(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {

@@ -21,8 +21,9 @@ struct Row {
   void* scores;              // where the row's final scores are kept, at key 0, or null: nowhere
   std::int64_t key_begin;    // keys in [key_begin, key_end) are visible ...
   std::int64_t key_end;      // ... unless mask or bias hide them
-  std::int64_t position;     // the key at ALiBi distance 0
+  std::int64_t position;     // the key at ALiBi distance 0, or the visible one nearest to it ...
   double slope;              // ALiBi slope
+  double omitted;            // ... and what that leaves out of every score: lse gets it back
   double sink;               // logit that joins the denominator only (log2), or -inf
 };
 

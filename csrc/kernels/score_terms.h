@@ -14,12 +14,14 @@ namespace selfattn::SELFATTN_ISA {
 
 template <class T>
 constexpr T minus_infinity = -static_cast<T>(__builtin_inf());
+template <class T>
+constexpr T largest = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
 
 // scores[outer * step + lane]; keys count from the tile's first key.
 template <class T>
 struct ScoreTile {
   T* scores;
-  const T* terms;  // mask and bias in the same shape, or null
+  const T* terms;  // mask and bias in the same shape where `visible` is to see them, or null
   int outer;
   int lanes;  // a multiple of the vector width
   int step;
@@ -72,32 +74,48 @@ inline Mask<T> visible(const ScoreTile<T>& tile, int outer, int lane) {
   return seen;
 }
 
+// Softcap and ALiBi, before bias and masks: a slope that is not finite cannot bring a hidden key back.
 template <class Axes, class T>
-inline void apply_terms(const ScoreTile<T>& tile, const ScoreTerms& terms) {
+inline void bend_scores(const ScoreTile<T>& tile, const ScoreTerms& terms) {
   if (terms.softcap != 0) {
     const Vec<T> cap = broadcast(static_cast<T>(terms.softcap));
     change_scores(tile, [&](Vec<T> s, int, int) { return cap * tanh(s); });
-  }
-  if (tile.terms) {
-    const Vec<T> hidden = broadcast(minus_infinity<T>);
-    change_scores(tile, [&](Vec<T> s, int o, int l) {
-      const Vec<T> term = load(tile.terms + o * tile.step + l);
-      return select(term == hidden, hidden, s + term);  // a sum would let a NaN score through
-    });
   }
   if (terms.alibi)
     change_scores(tile, [&](Vec<T> s, int o, int l) {
       const Vec<T> distance = abs(Axes::of_row(tile.distance, o, l) - Axes::template key<T>(o, l));
       return s - Axes::of_row(tile.slope, o, l) * distance;
     });
-  // Last, so that nothing that was added brings a hidden key back.
-  if (tile.limited || (terms.alibi && tile.terms))
+}
+
+// Last, so that nothing that was added brings a hidden key back.
+template <class Axes, class T>
+inline void hide_beyond_limits(const ScoreTile<T>& tile) {
+  if (tile.limited)
     change_scores(tile, [&](Vec<T> s, int o, int l) {
       return select(visible<Axes>(tile, o, l), s, broadcast(minus_infinity<T>));
     });
 }
 
-// One number of a bias array of either type, at any address.
+inline bool has_terms(const ScoreTerms& terms) { return terms.mask || terms.bias != BiasType::none; }
+
+// Adds what term_chunk gives to scores and notes whether it may have hidden any.
+template <class T>
+struct AddTerm {
+  // In log2 units the lowest finite numbers, which some use to mean "almost hidden", must not become -inf.
+  static constexpr T limit = largest<T> / T(2);
+  Mask<T> hidden = broadcast(T(0)) < broadcast(T(0));
+
+  Vec<T> operator()(Vec<T> score, Vec<T> term) {
+    const Mask<T> infinite = abs(term) == broadcast(-minus_infinity<T>);
+    hidden = hidden | infinite;  // +inf hides nothing, but is rare enough to be looked at twice
+    const Vec<T> finite = max(broadcast(-limit), min(broadcast(limit), term));
+    const Vec<T> sum = fma(finite, broadcast(static_cast<T>(log2_e)), score);
+    return select(infinite, term, sum);  // a sum alone would let a NaN score through
+  }
+};
+
+// One number of a bias array of either type, at any address. A finite number stays finite.
 template <class T>
 inline T bias_at(const char* p, BiasType type) {
   if (type == BiasType::f32) {
@@ -107,18 +125,20 @@ inline T bias_at(const char* p, BiasType type) {
   }
   double x;
   std::memcpy(&x, p, sizeof x);
+  if (x < -largest<T> && x > minus_infinity<double>) return -largest<T>;
+  if (x > largest<T> && x < -minus_infinity<double>) return largest<T>;
   return static_cast<T>(x);
 }
 
 template <class T>
 constexpr BiasType bias_type_of = sizeof(T) == sizeof(float) ? BiasType::f32 : BiasType::f64;
 
-// Mask and bias of one row for n <= width keys from `key` on: the bias in log2 units, or -inf where the key is hidden.
-// Lanes from n on repeat the last key.
+// Mask and bias of one row for n <= width keys from `key` on: the bias, or -inf where the key is hidden. Lanes from n
+// on repeat the last key.
 template <class T>
 inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t key, int n) {
   constexpr int W = Vec<T>::width;
-  Vec<T> sum = broadcast(T(0));
+  Vec<T> term = broadcast(T(0));
   if (row.bias) {
     const char* bias = row.bias + key * terms.bias_step;
     const bool in_place = terms.bias == bias_type_of<T> && terms.bias_step == sizeof(T) && n == W &&
@@ -126,7 +146,7 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
     T buffer[W];
     if (!in_place)
       for (int j = 0; j < W; ++j) buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * terms.bias_step, terms.bias);
-    sum = load(in_place ? reinterpret_cast<const T*>(bias) : buffer) * broadcast(static_cast<T>(log2_e));
+    term = load(in_place ? reinterpret_cast<const T*>(bias) : buffer);
   }
   if (row.mask) {
     const std::uint8_t* mask = row.mask + key * terms.mask_step;
@@ -136,27 +156,39 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
       mask = buffer;
     }
     const Vec<T> hidden = load_hidden(mask, T());
-    sum = select(hidden < broadcast(T(0)), hidden, sum);
+    term = row.bias ? select(hidden < broadcast(T(0)), hidden, term) : hidden;
   }
-  return sum;
+  return term;
 }
 
-// What a tile of terms holds, to skip tiles that are all hidden and passes that change nothing.
-template <class T>
-struct TermsSeen {
-  Vec<T> largest = broadcast(minus_infinity<T>);  // NaN, once met, may be lost again: it counts as visible below
-  bool nan = false;
-  bool any_hidden = false;
-  bool any_nonzero = false;
+enum class Sight : std::uint8_t { nothing, some, everything };
 
-  Vec<T> note(Vec<T> term) {
-    largest = max(largest, term);
-    nan = nan || any(is_nan(term));
-    any_hidden = any_hidden || any(term == broadcast(minus_infinity<T>));
-    any_nonzero = any_nonzero || !all(term == broadcast(T(0)));
-    return term;
+// What a row's mask and bias leave of some keys: `some` where telling more would cost more than using it.
+template <class T>
+inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key, int count) {
+  if (!row.mask || row.bias) {
+    for (int j = 0; j < count; j += Vec<T>::width) {
+      const Vec<T> term = term_chunk<T>(row, terms, key + j, count - j < Vec<T>::width ? count - j : Vec<T>::width);
+      if (!all(term == broadcast(minus_infinity<T>))) return Sight::some;
+    }
+    return Sight::nothing;
   }
-  bool all_hidden() const { return !nan && !(reduce_max(largest) > minus_infinity<T>); }
-};
+  const std::uint8_t* mask = row.mask + key * terms.mask_step;
+  int seen = 0;
+  if (terms.mask_step == 1)
+    for (int j = 0; j < count; ++j) seen += mask[j] != 0;
+  else
+    for (int j = 0; j < count; ++j) seen += mask[j * terms.mask_step] != 0;
+  return seen == 0 ? Sight::nothing : seen == count ? Sight::everything : Sight::some;
+}
+
+// The same for some rows together.
+template <class T>
+inline Sight sight_of(const Row* rows, int num_rows, const ScoreTerms& terms, std::int64_t key, int count) {
+  const Sight first = sight_of<T>(rows[0], terms, key, count);
+  for (int r = 1; r < num_rows && first != Sight::some; ++r)
+    if (sight_of<T>(rows[r], terms, key, count) != first) return Sight::some;
+  return first;
+}
 
 }  // namespace selfattn::SELFATTN_ISA

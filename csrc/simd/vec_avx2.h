@@ -70,7 +70,7 @@ inline VecD in_register(VecD a) {
 inline VecF iota(float) { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
 inline VecD iota(double) { return {_mm256_setr_pd(0, 1, 2, 3)}; }
 
-// Arithmetic. max returns b where either operand is NaN.
+// Arithmetic. max and min return b where either operand is NaN.
 inline VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.r, b.r)}; }
 inline VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.r, b.r)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.r, b.r)}; }
@@ -83,6 +83,8 @@ inline VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.r, b.r, c.r)
 inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.r, b.r, c.r)}; }
 inline VecF max(VecF a, VecF b) { return {_mm256_max_ps(a.r, b.r)}; }
 inline VecD max(VecD a, VecD b) { return {_mm256_max_pd(a.r, b.r)}; }
+inline VecF min(VecF a, VecF b) { return {_mm256_min_ps(a.r, b.r)}; }
+inline VecD min(VecD a, VecD b) { return {_mm256_min_pd(a.r, b.r)}; }
 inline VecF abs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.r)}; }
 inline VecD abs(VecD a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.r)}; }
 inline VecF copy_sign(VecF size, VecF sign) {

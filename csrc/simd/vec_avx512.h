@@ -66,7 +66,7 @@ inline VecD in_register(VecD a) {
 inline VecF iota(float) { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 inline VecD iota(double) { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
-// Arithmetic. max returns b where either operand is NaN.
+// Arithmetic. max and min return b where either operand is NaN.
 inline VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.r, b.r)}; }
 inline VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.r, b.r)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.r, b.r)}; }
@@ -79,6 +79,8 @@ inline VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.r, b.r, c.r)
 inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.r, b.r, c.r)}; }
 inline VecF max(VecF a, VecF b) { return {_mm512_max_ps(a.r, b.r)}; }
 inline VecD max(VecD a, VecD b) { return {_mm512_max_pd(a.r, b.r)}; }
+inline VecF min(VecF a, VecF b) { return {_mm512_min_ps(a.r, b.r)}; }
+inline VecD min(VecD a, VecD b) { return {_mm512_min_pd(a.r, b.r)}; }
 inline VecF abs(VecF a) { return {_mm512_abs_ps(a.r)}; }
 inline VecD abs(VecD a) { return {_mm512_abs_pd(a.r)}; }
 inline VecF copy_sign(VecF size, VecF sign) {

@@ -92,6 +92,8 @@ inline VecF fma(VecF a, VecF b, VecF c) { return {vfmaq_f32(c.r, a.r, b.r)}; }
 inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.r, a.r, b.r)}; }
 inline VecF max(VecF a, VecF b) { return {vbslq_f32(vcgtq_f32(a.r, b.r), a.r, b.r)}; }
 inline VecD max(VecD a, VecD b) { return {vbslq_f64(vcgtq_f64(a.r, b.r), a.r, b.r)}; }
+inline VecF min(VecF a, VecF b) { return {vbslq_f32(vcltq_f32(a.r, b.r), a.r, b.r)}; }
+inline VecD min(VecD a, VecD b) { return {vbslq_f64(vcltq_f64(a.r, b.r), a.r, b.r)}; }
 inline VecF abs(VecF a) { return {vabsq_f32(a.r)}; }
 inline VecD abs(VecD a) { return {vabsq_f64(a.r)}; }
 inline VecF copy_sign(VecF size, VecF sign) { return {vbslq_f32(vdupq_n_u32(1u << 31), sign.r, size.r)}; }

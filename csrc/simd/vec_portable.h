@@ -66,7 +66,7 @@ inline Vec<T> select(Mask<T> where, Vec<T> a, Vec<T> b) {
   return {where.r ? a.r : b.r};
 }
 
-// Arithmetic. max returns b where either operand is NaN.
+// Arithmetic. max and min return b where either operand is NaN.
 template <class T>
 inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
   return {a.r + b.r};
@@ -90,6 +90,10 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return {a.r > b.r ? a.r : b.r};
+}
+template <class T>
+inline Vec<T> min(Vec<T> a, Vec<T> b) {
+  return {a.r < b.r ? a.r : b.r};
 }
 template <class T>
 inline Vec<T> abs(Vec<T> a) {

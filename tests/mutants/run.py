@@ -1,0 +1,119 @@
+"""Mutation testing: break one line at a time and see whether the tests notice.
+
+    python tests/mutants/run.py                 all mutants
+    python tests/mutants/run.py --sample 6      six of them, others every day
+    python tests/mutants/run.py --only NAME     one; may be repeated
+    python tests/mutants/run.py --check         only whether every mutant's line still exists
+
+Needs numpy, pybind11, cmake, ninja and what the tests need, but no installed selfattn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import random
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sandbox import Sandbox
+from table import Mutant, load
+
+MODULES = ["attention", "masks", "options", "layouts", "layer", "rope", "errors", "determinism", "numerics"]
+MODULES += ["properties", "guard_pages"]
+LEAST_KILLED = 0.9
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; may be repeated")
+    parser.add_argument("--sample", type=int, metavar="N", help="N mutants, chosen by the date or --seed")
+    parser.add_argument("--seed", default=time.strftime("%Y-%m-%d"))
+    parser.add_argument("--jobs", type=int, default=1, help="builds and tests at a time")
+    parser.add_argument("--check", action="store_true", help="only whether every mutant's line still exists")
+    return parser.parse_args()
+
+
+def choose(mutants: list[Mutant], arguments: argparse.Namespace) -> list[Mutant]:
+    if arguments.only:
+        unknown = set(arguments.only) - {mutant.name for mutant in mutants}
+        if unknown:
+            sys.exit(f"no such mutant: {', '.join(sorted(unknown))}")
+        return [mutant for mutant in mutants if mutant.name in arguments.only]
+    if arguments.sample:
+        able = [mutant for mutant in mutants if not mutant.equivalent]
+        return random.Random(arguments.seed).sample(able, min(arguments.sample, len(able)))
+    return mutants
+
+
+def prepare(folder: Path) -> Sandbox:
+    sandbox = Sandbox(folder, MODULES)
+    sandbox.configure()
+    if complaint := sandbox.build():
+        sys.exit(f"the project itself does not compile\n{complaint}")
+    sandbox.check_import()
+    return sandbox
+
+
+def run_all(mutants: list[Mutant], jobs: int) -> dict[str, list[Mutant]]:
+    """Run them, print a line each, and return them by their fate."""
+    fates: dict[str, list[Mutant]] = {}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        sandboxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
+        for i in range(jobs):
+            sandboxes.put(prepare(Path(folder).resolve() / str(i)))
+        first = sandboxes.get()
+        verdict, seen = first.test() if len(mutants) > 1 else first.test(mutants[0].first)
+        if verdict != "passed":
+            sys.exit(f"the tests fail without any mutant\n{seen}")
+        sandboxes.put(first)
+
+        def run(mutant: Mutant) -> None:
+            sandbox = sandboxes.get()
+            start = time.monotonic()
+            fate, seen = sandbox.run(mutant)
+            sandboxes.put(sandbox)
+            fates.setdefault(fate, []).append(mutant)
+            seen = seen.replace(str(sandbox.folder) + "/", "") if fate in ("killed", "survived") else "\n" + seen
+            print(f"{fate:8} {mutant.name} ({time.monotonic() - start:.0f} s) {seen}", flush=True)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(run, mutants))
+    return fates
+
+
+def report(fates: dict[str, list[Mutant]]) -> bool:
+    """Print the sum; whether the tests are good enough and the table is right."""
+    killed = fates.pop("killed", [])
+    survived = fates.pop("survived", [])
+    gaps = [mutant for mutant in survived if not mutant.equivalent]
+    for mutant in gaps:
+        print(f"survived: {mutant.name}, although {mutant.why} ({mutant.file}: {mutant.new or 'removed'})")
+    noticed = [mutant.name for mutant in killed if mutant.equivalent]
+    if noticed:
+        print(f"called equivalent, but killed: {', '.join(noticed)}")
+    for fate, mutants in fates.items():
+        print(f"{fate}: {', '.join(mutant.name for mutant in mutants)}")
+    total = len(killed) + len(gaps)
+    share = len(killed) / total if total else 1.0
+    print(f"{len(killed)} of {total} killed ({share:.0%}), {len(survived) - len(gaps)} equivalent")
+    return share >= LEAST_KILLED and not noticed and not fates
+
+
+def main() -> None:
+    arguments = parse()
+    mutants = load()
+    if problems := [f"{mutant.name}: {problem}" for mutant in mutants if (problem := mutant.problem())]:
+        sys.exit("mutants that do not apply:\n" + "\n".join(problems))
+    if arguments.check:
+        print(f"{len(mutants)} mutants apply")
+        return
+    if not report(run_all(choose(mutants, arguments), arguments.jobs)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

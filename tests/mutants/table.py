@@ -1,0 +1,42 @@
+"""The table of mutants: one wrong line each, which the tests must notice. See the .toml files beside this one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomllib
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  # from the project's root
+    old: str  # stands exactly once in the file
+    new: str
+    why: str  # what the original is there for
+    first: str  # the test module that should notice; the others follow if it does not
+    equivalent: str = ""  # why no test can notice, where that is so
+
+    def problem(self) -> str:
+        """Why the mutant cannot be made, or nothing."""
+        count = (ROOT / self.file).read_text(encoding="utf8").count(self.old)
+        if self.old == self.new:
+            return "changes nothing"
+        return "" if count == 1 else f"{self.file} holds {count} times, instead of once: {self.old}"
+
+
+def load() -> list[Mutant]:
+    mutants = [
+        Mutant(**entry)
+        for file in sorted(HERE.glob("*.toml"))
+        for entry in tomllib.loads(file.read_text(encoding="utf8"))["mutant"]
+    ]
+    names = [mutant.name for mutant in mutants]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"names stand twice: {', '.join(sorted(twice))}")
+    return mutants
