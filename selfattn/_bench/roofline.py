@@ -11,12 +11,14 @@ import numpy as np
 
 from .grid import GROUPS
 from .measure import Result
+from .peers import OWN
 from .report import count_threads
 
 MARKERS = "osD^vP*X"
 COLORS = ("#2a7f9e", "#c8553d", "#6a4c93", "#2e8b57", "#b8860b", "#444444", "#d1495b", "#00798c")
 FEW_BYTES = 2**20  # K and V below this size say nothing about a memory
-INTENSITY_MARGIN = 2.0
+INTENSITY_MARGIN = 2.0  # of the axes beyond the outermost points
+LEVEL_MARGIN = 2.0  # above the highest roof
 
 
 class Stream(NamedTuple):
@@ -29,6 +31,10 @@ class Stream(NamedTuple):
 def intensity(result: Result) -> float:
     """FLOPs per byte of operands and result."""
     return result.workload.flops() / result.workload.operand_bytes()
+
+
+def _gflops(result: Result) -> float:
+    return result.workload.flops() / result.times[OWN.name].median / 1e9
 
 
 def roofs(results: Sequence[Result]) -> tuple[float, Stream, Stream]:
@@ -74,16 +80,18 @@ def _draw_roofs(axes: Any, results: Sequence[Result]) -> None:
     high = max(map(intensity, results)) * INTENSITY_MARGIN
     x = np.geomspace(low, high, 200)
     for stream, style in ((memory, "-"), (cache, "--")):
-        axes.plot(
-            x, np.minimum(peak, stream.bandwidth * x) / 1e9, color="black", linewidth=1, linestyle=style, zorder=1
-        )
-        start = low * 1.1
+        roof = np.minimum(peak, stream.bandwidth * x)
         text = f"{stream.bandwidth / 1e9:.0f} GB/s, reading {stream.size / 1e6:.3g} MB"
-        axes.text(start, stream.bandwidth * start / 1e9, text, rotation=35, rotation_mode="anchor", fontsize=7)
+        axes.plot(x, roof / 1e9, color="black", linewidth=1, linestyle=style, label=text, zorder=1)
     axes.text(high, peak / 1e9, f"{peak / 1e9:.0f} GFLOP/s, multiply-adds ", ha="right", va="bottom", fontsize=7)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
+    slowest = min(map(_gflops, results))
+    axes.set_ylim(10.0 ** np.floor(np.log10(slowest)), peak / 1e9 * LEVEL_MARGIN)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -100,7 +108,7 @@ def _draw_points(axes: Any, results: Sequence[Result]) -> None:
     for index, (name, members) in enumerate(by_group.items()):
         axes.scatter(
             [intensity(result) for result in members],
-            [result.workload.flops() / result.times["selfattn"].median / 1e9 for result in members],
+            [_gflops(result) for result in members],
             s=22,
             marker=MARKERS[index % len(MARKERS)],
             color=COLORS[index % len(COLORS)],

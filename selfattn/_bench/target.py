@@ -132,6 +132,9 @@ class Verdict:
         if target.mean is not None:
             mean += f" (target {target.written(target.mean)})"
         floor = f"(target {target.written(target.floor)})"
+        if target.only:
+            count = len(self.values)
+            head += f", {count} workload{'s'[: count - 1]}"
         return f"{head}: geomean {mean}, worst {worst} {floor} {self.worst}: {self.state}"
 
 

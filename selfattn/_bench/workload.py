@@ -15,8 +15,8 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 RandomArrays = dict[str, tuple[tuple[int, ...], float]]  # shape and standard deviation
 
-# A core does more than 8 FLOPs in the time memory takes to deliver one byte: below, it waits.
-MEMORY_BOUND_INTENSITY = 8.0
+# A core with wide vectors does 3 FLOPs or more in the time a byte takes to arrive: below, it waits.
+MEMORY_BOUND_INTENSITY = 3.0
 
 VISIBLE_SHARE = 0.75  # of a random mask's entries
 SOFT_BIAS = 2.0  # standard deviation of a random bias
