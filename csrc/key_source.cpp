@@ -40,7 +40,7 @@ KeyBlock StridedKeys::block(std::int64_t first, int count) const {
   block.count = count;
   block.keys = rows(problem_.key, keys_, problem_.head_dim, plan_.copies_keys, slot_.keys, block.key_step);
   block.values = rows(problem_.value, values_, problem_.value_dim, plan_.copies_values, slot_.values, block.value_step);
-  if (!plan_.copies_keys && first + 2 * count <= problem_.kv_len)
+  if (!plan_.copies_keys && first + count + count <= problem_.kv_len)
     block.next_keys = static_cast<const char*>(block.keys) + count * problem_.key.row;
   return block;
 }

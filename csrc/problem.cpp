@@ -162,22 +162,19 @@ void place_per_batch(Problem& problem, Operand& operand, const char* function, c
   if (problem.batch_axes == 0) operand.data = static_cast<char*>(view.data);
 }
 
+// The lengths from `data` on, along the batch's axes from `axis` on.
 void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
-                   std::int64_t limit, const char* limit_name) {
-  if (!operand || problem.batch == 0) return;
-  // Along axes where the operand broadcasts, the batch may claim any extent without holding anything new.
-  const auto extent = [&](int axis) { return operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis]; };
-  std::int64_t entries = 1;
-  for (int axis = 0; axis < problem.batch_axes; ++axis) entries *= extent(axis);
-  for (std::int64_t i = 0; i < entries; ++i) {
-    const char* p = operand.data;
-    std::int64_t rest = i;
-    for (int axis = problem.batch_axes - 1; axis >= 0; rest /= extent(axis--))
-      p += rest % extent(axis) * operand.batch[axis];
-    const std::int64_t length = integer_at(p);
-    if (length < 0 || length > limit)
-      refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
+                   std::int64_t limit, const char* limit_name, const char* data, int axis = 0) {
+  if (axis < problem.batch_axes) {
+    // Where the operand broadcasts, the batch may claim any extent without holding anything new.
+    const std::int64_t extent = operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis];
+    for (std::int64_t i = 0; i < extent; ++i)
+      check_lengths(problem, operand, function, name, limit, limit_name, data + i * operand.batch[axis], axis + 1);
+    return;
   }
+  const std::int64_t length = integer_at(data);
+  if (length < 0 || length > limit)
+    refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
 }
 
 void place_per_head(Problem& problem, const AttentionArguments& a) {
@@ -231,9 +228,12 @@ Problem make_problem(const AttentionArguments& a) {
   problem.window_left = std::min(a.window_left, far);
   problem.window_right = std::min(a.window_right, far);
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
-  check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "the length of q");
+  if (problem.q_lens && problem.batch != 0)
+    check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "the length of q", problem.q_lens.data);
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
-  check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k");
+  if (problem.kv_lens && problem.batch != 0)
+    check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k",
+                  problem.kv_lens.data);
   problem.scale = a.has_scale ? a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
   check_scale(a, problem);

@@ -94,7 +94,7 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
                                        num_kv_heads, rope);
   py::capsule owner(layer.get(), layer_name,
                     [](PyObject* capsule) { delete static_cast<Layer*>(PyCapsule_GetPointer(capsule, layer_name)); });
-  layer.release();
+  static_cast<void>(layer.release());  // the capsule's now
   return owner;
 }
 
