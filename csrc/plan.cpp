@@ -12,6 +12,8 @@ namespace {
 constexpr int largest_key_block = 128;
 // Few rows have few scores. Long blocks change seldom between the two streams of memory, K and V.
 constexpr int row_key_block = 512;
+// From so many keys on, it costs less to be slower per row than to leave a quarter of the lanes empty.
+constexpr std::int64_t row_kernel_keys = 128;
 constexpr int smallest_key_block = 8;
 // K and V blocks beyond this would leave L2 between the strips of a row block.
 constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
@@ -45,16 +47,22 @@ int choose_key_block(const Problem& problem) {
       std::clamp<std::int64_t>(fitting * smallest_key_block, smallest_key_block, largest_key_block));
 }
 
+bool row_kernel_pays(const Plan& plan, const Problem& problem) {
+  if (plan.rows <= plan.types->row_limit) return true;
+  const std::int64_t lanes = ceil_div(plan.rows, plan.types->lanes) * plan.types->lanes;
+  return problem.kv_len >= row_kernel_keys && lanes <= 2 * plan.types->lanes && 4 * plan.rows <= 3 * lanes;
+}
+
 void choose_kernel(Plan& plan, const Problem& problem) {
-  if (plan.rows <= plan.types->row_limit) {
+  if (row_kernel_pays(plan, problem)) {
     plan.attend = &plan.types->row;
     plan.key_block = row_key_block;
-    plan.reason = "few query rows per KV head: bound by reading K and V";
+    plan.reason = "few query rows per KV head: vectors run along the heads' dimensions";
     plan.block_rows = static_cast<int>(std::max<std::int64_t>(plan.rows, 1));
     return;
   }
   plan.attend = &plan.types->tile;
-  plan.reason = "enough query rows per KV head to fill the vectors";
+  plan.reason = "enough query rows per KV head to fill vectors";
   const int strip = plan.attend->strip_rows;
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
   const std::int64_t fitting = row_block_bytes / row_bytes / strip;

@@ -40,6 +40,16 @@ def cases(seed: int) -> Any:
                 yield rope_case(rng, dtype, head_dim)
 
 
+def term_cases(seed: int) -> Any:
+    """Masks and biases that whole rows of are read ahead of use, of every short length."""
+    rng = np.random.default_rng(seed)
+    for kv_len in range(1, 34):
+        shape = (1, 2, 49, kv_len)
+        q, k = (rng.standard_normal((1, 2, length, 8)).astype(np.float32) for length in shape[2:])
+        bias = rng.standard_normal(shape).astype(rng.choice((np.float32, np.float64)))
+        yield Case("attention", {"q": q, "k": k, "v": k, "mask": rng.random(shape) < 0.7, "bias": bias}, {})
+
+
 def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
     small = q_len * kv_len < 5000 and kv_len < LONG[0]
     batch = int(rng.integers(1, 3)) if small else 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from guard_cases import LENGTHS, LONG, Case, attention_case, call, cases, layer_case, rope_case
+from guard_cases import LENGTHS, LONG, Case, attention_case, call, cases, layer_case, rope_case, term_cases
 from guarded import SIDES, Heap, Region, Side, shifted
 
 import selfattn as sa
@@ -116,6 +116,11 @@ def sweep(isa: str, seed: int) -> None:
                     met["ranges"] += plan["ranges"] > 1
                     met["threads"] += plan["threads"] > 1
                 met[case.kind] += 1
+        for case in term_cases(seed):
+            for side in SIDES:
+                for layout in LAYOUTS:
+                    Path("case").write_text(f"{side} of the memory, {case}, {layout}", encoding="utf8")
+                    work.run(case, side, dict.fromkeys(case.arrays, layout))
     assert work.heap.served > met["attention"] // 3, "NumPy did not allocate on the guarded heap"
     print(" ".join(f"{name}={count}" for name, count in sorted(met.items())))
 

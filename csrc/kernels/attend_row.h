@@ -1,6 +1,7 @@
 // Attention for few query rows against many keys (decode): vectors run along head_dim for q.k, along keys for the
-// softmax, along value_dim for the sum of values. Up to eight rows are bound by the memory that holds keys and values,
-// which is therefore read from end to end, each row of it once; more rows are bound by the FMA units.
+// softmax, along value_dim for the sum of values. One or two rows are bound by the memory that holds keys and values,
+// which is therefore read from end to end, each row of it once. More rows are bound by the load ports as well: they
+// take several keys abreast, so that a query is loaded once for all of them, and ask for memory ahead.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/kernel_set.h"
@@ -15,8 +16,12 @@ template <class T, int MaxSums>
 struct RowAttention {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
-  // Values that stay in L1 while several rows or dims take turns with them: 32 rows of 128 floats are 16 KiB.
+  // Keys or values that stay in L1 while several rows or dims take turns with them: 32 of 128 floats are 16 KiB.
   static constexpr int chunk_keys = 32;
+  static constexpr int keys_ahead = 16;
+  // Up to so many rows, reading each key or each value just once, in order, is worth more than fewer loads.
+  static constexpr int rows_by_key = 2;
+  static constexpr int rows_by_value = 4;
 
   static std::int64_t padded(std::int64_t count) { return (count + W - 1) / W * W; }
 
@@ -77,10 +82,13 @@ struct RowAttention {
       if (sight == Sight::nothing && !block.rows[0].scores) return;
       terms = sight != Sight::everything;
     }
-    if (streams(block))
-      dot_rows<max_rows_at_once, 1>(block, s, keys, 0);
-    else
-      dot_rows<max_rows_at_once, 4>(block, s, keys, 0);
+    for (int first = 0; first < keys.count; first += chunk_keys) {
+      const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
+      if (block.count <= rows_by_key)
+        dot_rows<max_rows_at_once, 1>(block, s, keys, first, last, 0);
+      else
+        dot_rows<max_rows_at_once, 4>(block, s, keys, first, last, 0);
+    }
     bend_scores<AcrossKeys>(tile, block.terms);
     const bool hidden = terms && add_terms(block, s, keys);
     hide_beyond_limits<AcrossKeys>(tile);
@@ -142,28 +150,22 @@ struct RowAttention {
     }
   }
 
-  static bool streams(const RowBlock& block) { return block.count <= 2 * max_rows_at_once; }
-
-  // scores = q . k * multiplier, `Rows` rows at a time, then halves of it for the remainder; `Abreast` keys at a time:
-  // one reads memory in order, several reuse each query that was loaded.
+  // scores = q . k * multiplier for the keys in [first, last), `Rows` rows at a time, then halves of it for the
+  // remainder; `Abreast` keys at a time.
   template <int Rows, int Abreast>
-  static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int row) {
+  static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     const T* data = static_cast<const T*>(keys.keys);
     const std::int64_t whole = block.head_dim / W * W;
     const int tail = static_cast<int>(block.head_dim - whole);
     const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
-    const Ahead<T> values{static_cast<const T*>(keys.values), keys.value_step, block.value_dim};
+    const Ahead<T> ahead{data, keys.key_step, block.head_dim};
     for (; row + Rows <= block.count; row += Rows)
-      for (int j = 0; j < keys.count; j += Keys) {
+      for (int j = first; j < last; j += Keys) {
         const T* queries = s.queries + row * s.query_step;
         Vec<T> sums[W];
-        if (abreast > 1 && row == 0) {
-          const int here = keys.count - j < Keys ? keys.count - j : Keys;
-          touch(data + j * keys.key_step, keys.key_step, here, block.head_dim);
-          values.fetch(j, j + here);
-        }
+        if (Abreast > 1 && row == 0) ahead.fetch(j + keys_ahead, j + keys_ahead + Keys);
 #pragma GCC unroll 16
         for (int k = 0; k < Keys; k += abreast) {
           const T* key[abreast];  // the last key stands in for those beyond the end; its sums go to hidden lanes
@@ -191,7 +193,7 @@ struct RowAttention {
           for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_step + j + k] = products[r * Keys + k];
       }
     if constexpr (Rows > 1)
-      if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, row);
+      if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
   static void softmax(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {
@@ -231,22 +233,18 @@ struct RowAttention {
 
   // out = out * rescale + probs . values, a chunk of keys after the other.
   static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    const Ahead<T> next{static_cast<const T*>(keys.next_keys), keys.key_step, block.head_dim};
     for (int first = 0; first < keys.count; first += chunk_keys) {
-      const Chunk chunk(keys, first);
-      if (!streams(block)) next.fetch(first, first + chunk.count);
-      accumulate_rows<max_rows_at_once>(block, s, chunk, 0);
+      accumulate_rows<max_rows_at_once>(block, s, Chunk(keys, first), 0);
     }
   }
 
-  // As many rows at a time as leave each value to be read once, in order; or, where the FMA units are the limit, as
-  // many as there are.
+  // As many rows at a time as leave each value to be read at once; or, for the sake of fewer loads, as many as fit.
   template <int Rows>
   static void accumulate_rows(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;
     if constexpr (Rows > 1)
-      if (streams(block) && block.value_dim > columns * W) return accumulate_rows<Rows / 2>(block, s, chunk, row);
-    if (block.value_dim > columns * W && row == 0) touch(chunk.values, chunk.step, chunk.count, block.value_dim);
+      if (block.count <= rows_by_value && block.value_dim > columns * W)
+        return accumulate_rows<Rows / 2>(block, s, chunk, row);
     for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
     if constexpr (Rows > 1)
       if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
@@ -261,8 +259,11 @@ struct RowAttention {
         for (Vec<T>& sum : line) sum = broadcast(T(0));
       const T* value = chunk.values + dim;
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
+      // The last rows find their values in L1 and use the time to ask for those of the next chunk.
+      const bool revisits = row > 0 && row + Rows == block.count;
       for (int j = 0; j < chunk.count; ++j, value += chunk.step)
         for (int c = 0; c < Cols; ++c) {
+          if (revisits) __builtin_prefetch(value + c * W + chunk_keys * chunk.step, 0, 2);
           const Vec<T> right = in_register(load_value(value + c * W));
           for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
         }

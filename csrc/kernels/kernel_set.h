@@ -89,7 +89,8 @@ struct ProjectArgs {
 struct TypeKernels {
   AttendKernel tile;  // many rows: vectors run across query rows
   AttendKernel row;   // few rows: vectors run along head_dim and along keys
-  int row_limit;      // up to this many rows `row` is the faster of the two
+  int lanes;          // elements of a vector
+  int row_limit;      // up to this many rows `row` is the faster of the two, however few the keys
   int panel_columns;
   void (*project)(const ProjectArgs&) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor

@@ -35,6 +35,7 @@ inline double fma_loop(std::int64_t rounds) noexcept {
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
 constexpr TypeKernels type_kernels{.tile = TileAttention<T, TileRows, TileVectors>::kernel,
                                    .row = RowAttention<T, MaxSums>::kernel,
+                                   .lanes = Vec<T>::width,
                                    .row_limit = RowLimit,
                                    .panel_columns = TileVectors * Vec<T>::width,
                                    .project = project<T, TileRows, TileVectors>,
