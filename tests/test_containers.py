@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import selfattn as sa
 from selfattn import _core
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="control groups belong to Linux")

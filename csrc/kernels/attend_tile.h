@@ -104,8 +104,7 @@ struct TileAttention {
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
-    if (block.terms.bias != BiasType::none) touch_terms(block, keys, &Row::bias, block.terms.bias_step);
-    if (block.terms.mask) touch_terms(block, keys, &Row::mask, block.terms.mask_step);
+    if (block.terms.bias != BiasType::none) touch_bias(block, keys);
     bool fetches = true;  // the first strip that works asks for the memory of all
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
@@ -127,19 +126,19 @@ struct TileAttention {
     }
   }
 
-  // Strips read masks and biases crosswise, which memory serves slowly: they are read from end to end before, as many
-  // keys at a time as leave L2 room for the rest.
-  template <class Term>
-  static void touch_terms(const RowBlock& block, const KeyBlock& keys, Term Row::* term, std::int64_t step) {
+  // Strips read the bias crosswise, which memory serves slowly: it is read from end to end before, as many keys at a
+  // time as leave L2 room for the rest.
+  static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
+    const std::int64_t step = block.terms.bias_step;
     const std::int64_t fitting = bytes / (block.count * (step > 0 ? step : 1)) / block.key_block;
     const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
     if (keys.first % window != 0) return;
     for (int r = 0; r < block.count; ++r) {
       const Row& row = block.rows[r];
       const std::int64_t end = row.key_end < keys.first + window ? row.key_end : keys.first + window;
-      if (keys.first < end && (r == 0 || row.*term != block.rows[r - 1].*term))
-        touch(row.*term + keys.first * step, 0, 1, (end - keys.first - 1) * step + 1);  // nothing behind the last one
+      if (keys.first < end && (r == 0 || row.bias != block.rows[r - 1].bias))
+        touch(row.bias + keys.first * step, 0, 1, (end - keys.first - 1) * step + 1);  // nothing behind the last one
     }
   }
 
@@ -249,17 +248,10 @@ struct TileAttention {
       }
       for (int l = 0; l < lanes; l += W) {
         Vec<T> square[W];
-        Vec<T> greatest = broadcast(T(0));
-        for (int i = 0; i < W; ++i) {
+        for (int i = 0; i < W; ++i)
           square[i] = l + i < strip.rows ? term_chunk<T>(rows[l + i], block.terms, keys.first + j, n) : broadcast(T(0));
-          greatest = max(abs(square[i]), greatest);
-        }
         transpose(square);
-        const bool modest = all(greatest <= broadcast(AddTerm<T>::limit));
-        for (int i = 0; i < n; ++i) {
-          T* at = scores + i * lanes + l;
-          store(at, modest ? AddTerm<T>::add_modest(load(at), square[i]) : add(load(at), square[i]));
-        }
+        for (int i = 0; i < n; ++i) store(scores + i * lanes + l, add(load(scores + i * lanes + l), square[i]));
       }
     }
     return any(add.hidden);

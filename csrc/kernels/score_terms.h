@@ -106,14 +106,12 @@ struct AddTerm {
   static constexpr T limit = largest<T> / T(2);
   Mask<T> hidden = broadcast(T(0)) < broadcast(T(0));
 
-  // The same for a term that is NaN or within the limit.
-  static Vec<T> add_modest(Vec<T> score, Vec<T> term) { return fma(term, broadcast(static_cast<T>(log2_e)), score); }
-
   Vec<T> operator()(Vec<T> score, Vec<T> term) {
     const Mask<T> infinite = abs(term) == broadcast(-minus_infinity<T>);
     hidden = hidden | infinite;  // +inf hides nothing, but is rare enough to be looked at twice
     const Vec<T> finite = max(broadcast(-limit), min(broadcast(limit), term));
-    return select(infinite, term, add_modest(score, finite));  // a sum alone would let a NaN score through
+    const Vec<T> sum = fma(finite, broadcast(static_cast<T>(log2_e)), score);
+    return select(infinite, term, sum);  // a sum alone would let a NaN score through
   }
 };
 
