@@ -49,8 +49,9 @@ int choose_key_block(const Problem& problem) {
 
 bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (plan.rows <= plan.types->row_limit) return true;
-  const std::int64_t lanes = ceil_div(plan.rows, plan.types->lanes) * plan.types->lanes;
-  return problem.kv_len >= row_kernel_keys && lanes <= 2 * plan.types->lanes && 4 * plan.rows <= 3 * lanes;
+  const std::int64_t vector = plan.types->lanes;
+  const std::int64_t lanes = ceil_div(plan.rows, vector) * vector;
+  return problem.kv_len >= row_kernel_keys && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
 
 void choose_kernel(Plan& plan, const Problem& problem) {
