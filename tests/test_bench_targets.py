@@ -56,6 +56,21 @@ def test_targets_name_peers_and_workloads_that_are_there():
     assert {EVERY[name].q_len for name in peak.only} == {2048, 4096, 8192}
 
 
+def test_every_option_has_a_target():
+    counted = [name for target in GROUPS["options"].targets if target.against == "plain" for name in target.only]
+    assert sorted(counted) == sorted(workload.name for workload in GROUPS["options"].workloads)
+
+
+@pytest.mark.parametrize(("name", "enough"), [("causal", 1.6), ("alibi", 0.87), ("softcap", 0.87)])
+def test_options_are_held_against_the_call_without(made_up, name, enough):
+    def states(ratio):
+        verdicts = judge(GROUPS["options"], [made_up(f"option-{name}-1024", plain=ratio)])
+        return {verdict.state for verdict in verdicts if verdict.values}
+
+    assert states(enough) == {"met"}
+    assert states(enough - 0.01) == {"missed"}
+
+
 def test_a_mean_and_a_floor_are_both_required(made_up):
     both = group(Target("pytorch", floor=1.1, mean=1.5))
 

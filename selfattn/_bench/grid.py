@@ -92,14 +92,12 @@ _WINDOWS = (
     _option("window", "256 keys to the left", 2, 8192, without=_CAUSAL, causal=True, window=(255, 0)),
     _option("band", "128 keys to either side", 2, 8192, without=Options(), window=(128, 127)),
 )
-OPTIONS = (
-    *_PAIRWISE,
-    _TILES,
-    *_WINDOWS,
-    _option("causal", "half of the pairs hidden", 12, 1024, without=Options(), causal=True),
+_HALF = _option("causal", "half of the pairs hidden", 12, 1024, without=Options(), causal=True)
+_PER_SCORE = (
     _option("alibi", "ALiBi", 12, 1024, without=_CAUSAL, causal=True, alibi=True),
     _option("softcap", "capped scores", 12, 1024, without=_CAUSAL, causal=True, softcap=50.0),
 )
+OPTIONS = (*_PAIRWISE, _TILES, *_WINDOWS, _HALF, *_PER_SCORE)
 
 DOUBLE = (
     WORKLOADS["f64-512"],
@@ -148,6 +146,9 @@ GROUPS: dict[str, Group] = {
                 Target("plain", floor=_COST, only=_names(_PAIRWISE)),
                 # Four times less to do, at the cost of a mask.
                 Target("plain", floor=4 * _COST, only=(_TILES.name,)),
+                # Half of the tiles, less those on the diagonal, of which half is hidden but computed.
+                Target("plain", floor=1.6, only=(_HALF.name,)),
+                Target("plain", floor=_COST, only=_names(_PER_SCORE)),
             ),
         ),
         Group("float64", "Double precision", DOUBLE, (Target("pytorch", floor=1.2),)),
