@@ -7,8 +7,9 @@ import pytest
 from selfattn._bench.grid import EVERY, GROUPS
 from selfattn._bench.peer import MAX_SCORES_BYTES, Own
 from selfattn._bench.peers import PEERS
-from selfattn._bench.target import PEAK, Group, Target, judge
+from selfattn._bench.target import Group, Target, judge
 from selfattn._bench.workloads import WORKLOADS
+from selfattn._bench.yardstick import FEWER, PEAK, YARDSTICKS
 
 IN_GROUPS = [workload for group in GROUPS.values() for workload in group.workloads]
 MAX_FLOPS = 4e10  # less than a second on any core with vectors
@@ -33,9 +34,12 @@ def test_the_grid_is_the_promised_one():
     odd = GROUPS["odd"].workloads
     assert {w.head_dim for w in odd} == {32, 72, 80, 96, 160, 256}
     assert sum(w.q_len != w.kv_len for w in odd) >= 3
-    assert {w.q_len for w in GROUPS["few"].workloads} == {2, 3, 4, 6, 8, 12, 16}
+    few = GROUPS["few"].workloads
+    assert [w.q_len for w in few if w.group_size == 4] == [2, 3, 4, 6, 8, 12, 16]
+    assert [w.q_len for w in few if w.group_size == 1] == [2, 4, 8, 12, 16]
     assert {w.kv_len for w in GROUPS["decode"].workloads} == {4096, 32768}
-    assert all(w.memory_bound == (w in GROUPS["decode"].workloads) for w in IN_GROUPS)
+    bound_by_memory = {w.name for w in IN_GROUPS if w.memory_bound}
+    assert bound_by_memory == {w.name for w in GROUPS["decode"].workloads} | {"few-2x3000-mha", "few-4x3000-mha"}
     assert len(GROUPS["block"].workloads) == 12
 
 
@@ -49,7 +53,7 @@ def test_targets_name_peers_and_workloads_that_are_there():
     for member in GROUPS.values():
         names = {workload.name for workload in member.workloads}
         for target in member.targets:
-            assert target.against == PEAK or target.against in PEERS
+            assert target.against in YARDSTICKS
             assert set(target.only) <= names
             assert target.against != "plain" or all(EVERY[name].baseline for name in target.only)
     peak = next(target for target in GROUPS["prefill"].targets if target.against == PEAK)
@@ -120,6 +124,39 @@ def test_peers_without_a_target_must_not_be_faster(made_up):
     result = made_up("tiny-64", threads=2, pytorch=5.0, jax=0.99, onnxruntime=1.0, single=0.5)
     states = {verdict.target.against: verdict.state for verdict in judge(group(Target("pytorch", floor=3.0)), [result])}
     assert states == {"pytorch": "met", "jax": "missed", "onnxruntime": "met"}
+
+
+def test_a_peer_must_not_be_faster_where_its_target_says_nothing(made_up):
+    results = [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=0.9)]
+    _, rest = judge(group(Target("pytorch", floor=3.0, only=("tiny-64",))), results)
+    assert rest.values == {"tiny-16": 0.9}
+    assert rest.missed
+
+
+def test_more_queries_take_little_more_than_in_proportion(made_up):
+    def verdict(seconds):
+        target = next(target for target in GROUPS["few"].targets if target.against == FEWER)
+        results = [made_up(f"few-{count}x3000-mha", seconds=value) for count, value in seconds.items()]
+        (found,) = judge(Group("g", "a test", GROUPS["few"].workloads, (target,)), results)
+        return found
+
+    assert verdict({2: 2e-3, 4: 4.99e-3}).state == "met"
+    assert verdict({2: 2e-3, 4: 5.01e-3}).state == "missed"
+    cliff = verdict({16: 8e-3, 2: 2e-3, 4: 5.12e-3, 8: 6.4e-3})
+    assert cliff.values == pytest.approx({"few-4x3000-mha": 1 / 1.28, "few-8x3000-mha": 1.6, "few-16x3000-mha": 1.6})
+    assert str(cliff) == (
+        "queries per second with fewer queries, 1 thread: "
+        "geomean 1.26x, worst 0.78x (target 0.80x) few-4x3000-mha: missed"
+    )
+
+
+def test_queries_are_compared_within_a_series_and_a_number_of_threads(made_up):
+    results = [made_up("few-2x3000"), made_up("few-4x3000-mha"), made_up("few-4x3000", 2)]
+    verdicts = [verdict for verdict in judge(GROUPS["few"], results) if verdict.target.against == FEWER]
+    assert [str(verdict) for verdict in verdicts] == [
+        "queries per second with fewer queries, 1 thread: not measured",
+        "queries per second with fewer queries, 2 threads: not measured",
+    ]
 
 
 def test_groups_add_the_variants_they_are_held_against():
