@@ -9,7 +9,7 @@ from selfattn._bench.peer import MAX_SCORES_BYTES, Own
 from selfattn._bench.peers import PEERS
 from selfattn._bench.target import Group, Target, judge
 from selfattn._bench.workloads import WORKLOADS
-from selfattn._bench.yardstick import FEWER, PEAK, YARDSTICKS
+from selfattn._bench.yardstick import FEWER, PEAK, TIME, YARDSTICKS
 
 IN_GROUPS = [workload for group in GROUPS.values() for workload in group.workloads]
 MAX_FLOPS = 4e10  # less than a second on any core with vectors
@@ -76,7 +76,7 @@ def test_options_are_held_against_the_call_without(made_up, name, enough):
 
 
 def test_a_mean_and_a_floor_are_both_required(made_up):
-    both = group(Target("pytorch", floor=1.1, mean=1.5))
+    both = group(Target("pytorch", each=1.1, mean=1.5))
 
     def state(*ratios):
         names = ("tiny-64", "tiny-16", "tiny-24")
@@ -91,17 +91,17 @@ def test_a_mean_and_a_floor_are_both_required(made_up):
 
 def test_the_verdict_names_the_worst(made_up):
     (verdict,) = judge(
-        group(Target("pytorch", floor=3.0)), [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=1.0)]
+        group(Target("pytorch", each=3.0)), [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=1.0)]
     )
     assert verdict.mean == pytest.approx(2.0)
     assert str(verdict) == "PyTorch, 1 thread: geomean 2.00x, worst 1.00x (target 3.00x) tiny-16: missed"
-    target = Target(PEAK, floor=0.75, mean=0.8, only=("tiny-64",))
+    target = Target(PEAK, each=0.75, mean=0.8, only=("tiny-64",))
     (verdict,) = judge(group(target), [made_up("tiny-64", fraction=0.85)])
     assert str(verdict) == "peak, 1 thread, 1 workload: geomean 85% (target 80%), worst 85% (target 75%) tiny-64: met"
 
 
 def test_targets_count_where_they_say(made_up):
-    target = Target("single", floor=1.85, threads=2, only=("tiny-64", "tiny-16"), longer_than=1e-3)
+    target = Target("single", each=1.85, threads=2, only=("tiny-64", "tiny-16"), longer_than=1e-3)
     slow = {"seconds": 1e-3, "single": 1.5}
     results = [
         made_up("tiny-64", threads=2, **slow),
@@ -115,20 +115,20 @@ def test_targets_count_where_they_say(made_up):
 
 
 def test_what_was_not_measured_is_said(made_up):
-    (verdict,) = judge(group(Target("pytorch", floor=3.0)), [made_up("tiny-64")])
+    (verdict,) = judge(group(Target("pytorch", each=3.0)), [made_up("tiny-64")])
     assert str(verdict) == "PyTorch, 1 thread: not measured"
     assert not verdict.missed
 
 
 def test_peers_without_a_target_must_not_be_faster(made_up):
     result = made_up("tiny-64", threads=2, pytorch=5.0, jax=0.99, onnxruntime=1.0, single=0.5)
-    states = {verdict.target.against: verdict.state for verdict in judge(group(Target("pytorch", floor=3.0)), [result])}
+    states = {verdict.target.against: verdict.state for verdict in judge(group(Target("pytorch", each=3.0)), [result])}
     assert states == {"pytorch": "met", "jax": "missed", "onnxruntime": "met"}
 
 
 def test_a_peer_must_not_be_faster_where_its_target_says_nothing(made_up):
     results = [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=0.9)]
-    _, rest = judge(group(Target("pytorch", floor=3.0, only=("tiny-64",))), results)
+    _, rest = judge(group(Target("pytorch", each=3.0, only=("tiny-64",))), results)
     assert rest.values == {"tiny-16": 0.9}
     assert rest.missed
 
@@ -148,6 +148,27 @@ def test_more_queries_take_little_more_than_in_proportion(made_up):
         "queries per second with fewer queries, 1 thread: "
         "geomean 1.26x, worst 0.78x (target 0.80x) few-4x3000-mha: missed"
     )
+
+
+def test_a_time_is_a_limit(made_up):
+    def verdict(*seconds):
+        results = [made_up(name, seconds=value) for name, value in zip(("tiny-1", "tiny-64"), seconds, strict=False)]
+        return judge(group(Target(TIME, each=3e-6)), results)[0]
+
+    assert str(verdict(2.1e-6)) == "time of a call, 1 thread: tiny-1 at most 3 us: 2.1 us: met"
+    assert str(verdict(2.1e-6, 3.2e-6)) == "time of a call, 1 thread: tiny-64 at most 3 us: 3.2 us: missed"
+    assert str(Target(TIME, each=3e-6, threads=1)) == "time of a call, 1 thread: each at most 3 us"
+
+
+def test_overhead_is_held_against_the_clock_on_one_thread(made_up):
+    def verdicts(seconds, threads=1):
+        found = judge(GROUPS["tiny"], [made_up("tiny-1", threads, seconds=seconds, pytorch=1.5)])
+        return {verdict.target.against: verdict.state for verdict in found if verdict.target.only == ("tiny-1",)}
+
+    assert EVERY["tiny-1"].flops() == 4
+    assert verdicts(2.9e-6) == {"time": "met", "pytorch": "met"}
+    assert verdicts(3.1e-6) == {"time": "missed", "pytorch": "met"}
+    assert verdicts(3.1e-6, threads=2) == {"pytorch": "met"}
 
 
 def test_queries_are_compared_within_a_series_and_a_number_of_threads(made_up):

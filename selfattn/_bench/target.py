@@ -23,7 +23,7 @@ class Target:
     ----------
     against : str
         A key of `YARDSTICKS`: a peer's name, or one of those that are no peers.
-    floor : float
+    each : float
         What every workload must reach.
     mean : float, optional
         What the geometric mean must reach.
@@ -36,7 +36,7 @@ class Target:
     """
 
     against: str
-    floor: float
+    each: float
     mean: float | None = None
     threads: int | None = None
     only: tuple[str, ...] = ()
@@ -52,7 +52,8 @@ class Target:
         mean = "" if self.mean is None else f"geomean {written(self.mean)}, "
         threads = "" if self.threads is None else f", {count_threads(self.threads)}"
         only = f" ({', '.join(self.only)})" if self.only else ""
-        return f"{self.yardstick.label}{threads}: {mean}each {written(self.floor)}{only}"
+        each = "each at most" if self.yardstick.limits else "each"
+        return f"{self.yardstick.label}{threads}: {mean}{each} {written(self.each)}{only}"
 
     def values(self, results: Sequence[Result]) -> dict[str, float]:
         """Values of the workloads it counts for, by name, out of a group's results with one number of threads."""
@@ -100,8 +101,8 @@ class Verdict:
 
     @property
     def worst(self) -> str:
-        """Name of the workload with the lowest value."""
-        return min(self.values, key=self.values.__getitem__)
+        """Name of the workload that is furthest from its target, or least beyond it."""
+        return min(self.values, key=lambda name: self._share(self.values[name], self.target.each))
 
     @property
     def missed(self) -> bool:
@@ -110,25 +111,37 @@ class Verdict:
 
     @property
     def state(self) -> Literal["met", "missed", "not measured"]:
-        """Whether all values and their mean are high enough."""
+        """Whether all values and their mean are good enough."""
         if not self.values:
             return "not measured"
-        enough = self.values[self.worst] >= self.target.floor
-        return "met" if enough and self.mean >= (self.target.mean or 0.0) else "missed"
+        shares = [self._share(self.values[self.worst], self.target.each)]
+        if self.target.mean is not None:
+            shares.append(self._share(self.mean, self.target.mean))
+        return "met" if min(shares) >= 1.0 else "missed"
+
+    def _share(self, value: float, target: float) -> float:
+        return self.target.yardstick.share(value, target)
 
     def __str__(self) -> str:
-        target, written = self.target, self.target.yardstick.written
-        head = f"{target.yardstick.label}, {count_threads(self.threads)}"
+        head = f"{self.target.yardstick.label}, {count_threads(self.threads)}"
         if not self.values:
             return f"{head}: not measured"
+        if self.target.only:
+            count = len(self.values)
+            head += f", {count} workload{'s'[: count - 1]}"
+        summary = self._against_limit() if self.target.yardstick.limits else self._against_least()
+        return f"{head}: {summary}: {self.state}"
+
+    def _against_limit(self) -> str:
+        written = self.target.yardstick.written
+        return f"{self.worst} at most {written(self.target.each)}: {written(self.values[self.worst])}"
+
+    def _against_least(self) -> str:
+        target, written = self.target, self.target.yardstick.written
         mean, worst = written(self.mean), written(self.values[self.worst])
         if target.mean is not None:
             mean += f" (target {written(target.mean)})"
-        floor = f"(target {written(target.floor)})"
-        if target.only:
-            count = len(self.values)
-            head += f", {count} workload{'s'[: count - 1]}"
-        return f"{head}: geomean {mean}, worst {worst} {floor} {self.worst}: {self.state}"
+        return f"geomean {mean}, worst {worst} (target {written(target.each)}) {self.worst}"
 
 
 def judge(group: Group, results: Sequence[Result]) -> list[Verdict]:
@@ -152,4 +165,4 @@ def _no_faster(group: Group, results: Sequence[Result]) -> Iterator[Target]:
         covered = {name for target in targets for name in target.only or names}
         measured = {result.workload.name for result in results if peer.name in result.ratios} - covered
         if measured:
-            yield Target(peer.name, floor=1.0, only=tuple(sorted(measured, key=names.index)) if covered else ())
+            yield Target(peer.name, each=1.0, only=tuple(sorted(measured, key=names.index)) if covered else ())

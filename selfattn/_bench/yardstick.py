@@ -1,4 +1,4 @@
-"""What results are held against: a peer's time, the machine's peak, fewer queries."""
+"""What results are held against: a peer's time, the machine's peak, fewer queries, or nothing but the clock."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from dataclasses import replace
 
 from .measure import Result
 from .peers import OWN, PEERS
+from .report import format_seconds
 from .workload import Workload
 
 PEAK = "peak"
 FEWER = "fewer"
+TIME = "time"
 
 
 class Yardstick(ABC):
-    """Gives every result a value; the higher, the better.
+    """Gives every result a value: a ratio, the higher the better, unless `limits` says otherwise.
 
     Attributes
     ----------
     label : str
         What people read.
+    limits : bool
+        Whether a target is the most that is allowed, of a value that means something by itself.
     """
 
     label: str
+    limits = False
 
     @abstractmethod
     def value(self, result: Result, results: Sequence[Result]) -> float | None:
@@ -43,6 +48,10 @@ class Yardstick(ABC):
     def written(self, value: float) -> str:
         """Write a value as it is read."""
         return f"{value:.2f}x"
+
+    def share(self, value: float, target: float) -> float:
+        """Return how much of a target is reached; 1 and more meet it."""
+        return target / value if self.limits else value / target
 
 
 class PeerTime(Yardstick):
@@ -94,6 +103,21 @@ class FewerQueries(Yardstick):
         return _queries_per_second(result) / _queries_per_second(max(fewer, key=lambda r: r.workload.q_len))
 
 
+class CallTime(Yardstick):
+    """The seconds of a call, from Python and back."""
+
+    label = "time of a call"
+    limits = True
+
+    def value(self, result: Result, results: Sequence[Result]) -> float | None:
+        """See `Yardstick.value`."""
+        return result.times[OWN.name].median
+
+    def written(self, value: float) -> str:
+        """See `Yardstick.written`."""
+        return format_seconds(value)
+
+
 def _series(workload: Workload) -> Workload:
     """Leave out what tells apart workloads that differ in the number of queries only."""
     return replace(workload, name="", why="", q_len=0)
@@ -107,4 +131,5 @@ YARDSTICKS: dict[str, Yardstick] = {
     **{name: PeerTime(name) for name in PEERS if name != OWN.name},
     PEAK: Peak(),
     FEWER: FewerQueries(),
+    TIME: CallTime(),
 }
