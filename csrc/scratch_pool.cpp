@@ -22,43 +22,42 @@ unsigned class_for(std::size_t bytes) {
   return c;
 }
 
-// A kept block is one word, so that taking or placing it is one exchange: its address, and in the bits that are zero
-// in an address on a 64-byte boundary, its class.
-using Word = std::uintptr_t;
-constexpr Word class_mask = 63;
-static_assert(classes <= class_mask);
+// A kept block is one pointer, so that taking or placing it is one exchange: to the byte of the block, which starts on
+// a 64-byte boundary, whose number is the class.
+constexpr std::uintptr_t boundary = 64;
+static_assert(classes < boundary);
 
-unsigned class_of(Word word) { return static_cast<unsigned>(word & class_mask); }
-char* memory_of(Word word) { return reinterpret_cast<char*>(word & ~class_mask); }
+unsigned class_of(const char* mark) { return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(mark) % boundary); }
+char* block_of(char* mark) { return mark - class_of(mark); }
 
-std::array<std::atomic<Word>, 32> kept;
+std::array<std::atomic<char*>, 32> kept;
 std::atomic<std::size_t> kept_bytes;
 
 // The smallest kept block that is large enough, or null.
 char* take(unsigned& wanted) {
   while (true) {
-    std::atomic<Word>* best = nullptr;
-    Word found = 0;
-    for (std::atomic<Word>& place : kept) {
-      const Word word = place.load(std::memory_order_relaxed);
-      if (word == 0 || class_of(word) < wanted || (best && class_of(word) >= class_of(found))) continue;
+    std::atomic<char*>* best = nullptr;
+    char* found = nullptr;
+    for (std::atomic<char*>& place : kept) {
+      char* mark = place.load(std::memory_order_relaxed);
+      if (!mark || class_of(mark) < wanted || (best && class_of(mark) >= class_of(found))) continue;
       best = &place;
-      found = word;
+      found = mark;
     }
     if (!best) return nullptr;
-    if (!best->compare_exchange_strong(found, 0, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+    if (!best->compare_exchange_strong(found, nullptr, std::memory_order_acquire, std::memory_order_relaxed)) continue;
     wanted = class_of(found);
     kept_bytes.fetch_sub(class_bytes(wanted), std::memory_order_relaxed);
-    return memory_of(found);
+    return block_of(found);
   }
 }
 
 bool keep(char* data, unsigned c) {
   if (kept_bytes.fetch_add(class_bytes(c), std::memory_order_relaxed) + class_bytes(c) <= most_kept)
-    for (std::atomic<Word>& place : kept) {
-      Word empty = 0;
-      const Word word = reinterpret_cast<Word>(data) | c;
-      if (place.compare_exchange_strong(empty, word, std::memory_order_release, std::memory_order_relaxed)) return true;
+    for (std::atomic<char*>& place : kept) {
+      char* empty = nullptr;
+      if (place.compare_exchange_strong(empty, data + c, std::memory_order_release, std::memory_order_relaxed))
+        return true;
     }
   kept_bytes.fetch_sub(class_bytes(c), std::memory_order_relaxed);
   return false;
@@ -66,11 +65,11 @@ bool keep(char* data, unsigned c) {
 
 // Makes room for the blocks of today's calls.
 void drop_all() {
-  for (std::atomic<Word>& place : kept) {
-    const Word word = place.exchange(0, std::memory_order_acquire);
-    if (word == 0) continue;
-    kept_bytes.fetch_sub(class_bytes(class_of(word)), std::memory_order_relaxed);
-    std::free(memory_of(word));
+  for (std::atomic<char*>& place : kept) {
+    char* mark = place.exchange(nullptr, std::memory_order_acquire);
+    if (!mark) continue;
+    kept_bytes.fetch_sub(class_bytes(class_of(mark)), std::memory_order_relaxed);
+    std::free(block_of(mark));
   }
 }
 
