@@ -142,11 +142,12 @@ def test_symbolic_links(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(run_python: Any) -> None:
-    # In a child, which gives up root's right to read everything; and in a folder that it may enter.
+    # In a child, which gives up root's right to read everything; and where everybody may enter,
+    # which TMPDIR need not allow.
     code = """
         import os, pathlib, tempfile
         from selfattn import _core
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory(dir="/tmp") as name:
             root = pathlib.Path(name)
             for file, text in {
                 "proc/self/cgroup": "0::/a\\n",
