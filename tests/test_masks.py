@@ -315,3 +315,10 @@ def test_weights_of_hidden_keys_are_zero_beside_a_visible_nan(isa: str, normal: 
     _, weights = sa.attention(q, k, k, mask=mask, return_weights=True)
     assert np.isnan(weights[..., mask]).all()
     assert np.all(weights[..., ~mask] == 0)
+
+
+def test_weights_of_scores_that_all_are_minus_infinity_are_nan(isa: str) -> None:
+    q, k, v = np.ones((2, 1), np.float32), np.full((3, 1), -np.inf, np.float32), np.ones((3, 1), np.float32)
+    out, weights = sa.attention(q, k, v, return_weights=True)
+    assert np.isnan(out).all()
+    assert np.isnan(weights).all()
