@@ -63,6 +63,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kv_lens": [1.0, 2.0]}, TypeError, "kv_lens has dtype float64"),
     ({"kv_lens": [[1], [2]]}, ValueError, "kv_lens has shape (2, 1), which does not broadcast to (2,)"),
     ({"scale": np.nan}, ValueError, "scale is nan, but it must be finite"),
+    ({"scale": np.complex64(1)}, TypeError, "but a real number is needed"),
     ({"scale": np.inf}, ValueError, "scale is inf"),
     ({"scale": 10**400}, ValueError, "but it must be finite"),
     ({"scale": "1"}, TypeError, "scale is '1', but a real number is needed"),
