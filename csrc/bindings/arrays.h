@@ -24,11 +24,11 @@ TensorView matching_view(const char* function, const char* name, py::handle arra
 py::array new_array(const Shape& shape, DType dtype);
 TensorView view_of(const py::array& array, DType dtype);
 
-// Checks an `out` argument: shape, dtype, writeable, no two elements in one place.
 // Whether some element of one may share memory with one of the other: their first to last bytes meet.
 bool meet(const TensorView& a, const TensorView& b);
 // Refuses an `out` whose elements share memory with each other.
 void check_own_memory(const char* function, const TensorView& out);
+// Checks an `out` argument: shape, dtype, writeable, no two elements in one place.
 void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype);
 
 // Asks Python whether a signal handler raised; takes the GIL for it. The exception stays set.
