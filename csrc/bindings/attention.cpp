@@ -58,6 +58,15 @@ bool meets_any(const TensorView& out, const AttentionArguments& a) {
   return false;
 }
 
+Destination::Destination(py::object out, bool direct, const Shape& shape, DType dtype)
+    : given(std::move(out)), array(direct ? py::reinterpret_borrow<py::array>(given) : new_array(shape, dtype)) {}
+
+py::object Destination::deliver() {
+  if (given.is_none() || array.is(given)) return std::move(array);
+  given.attr("__setitem__")(py::ellipsis(), array);
+  return std::move(given);
+}
+
 Extras::Extras(const Options& options, Problem& problem) {
   if (options.return_lse) {
     const py::array array = new_array(lse_shape(problem), problem.dtype);
@@ -129,21 +138,17 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, c
   const Options options(option_values);
   const AttentionArguments arguments = arguments_of(function, q, k, v, options);
   Problem problem = make_problem(arguments);
-  bool overlaps = false;
+  bool direct = false;
   if (!out.is_none()) {
     const py::array given = py::reinterpret_borrow<py::array>(out);
     check_out(function, given, out_shape(problem), problem.dtype);
-    overlaps = meets_any(view_of(given, problem.dtype), arguments);
+    direct = !meets_any(view_of(given, problem.dtype), arguments);
   }
-  const bool fresh = out.is_none() || overlaps;
-  const py::array result =
-      fresh ? new_array(out_shape(problem), problem.dtype) : py::reinterpret_borrow<py::array>(out);
-  attach_out(problem, view_of(result, problem.dtype));
+  Destination result(std::move(out), direct, out_shape(problem), problem.dtype);
+  attach_out(problem, result.view(problem.dtype));
   const Extras extras(options, problem);
   run_attention(problem, make_plan(problem, active_kernels(), options.num_threads));
-  if (!overlaps) return extras.join(result);
-  out.attr("__setitem__")(py::ellipsis(), result);
-  return extras.join(std::move(out));
+  return extras.join(result.deliver());
 }
 
 py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& option_values) {

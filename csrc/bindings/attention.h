@@ -24,6 +24,16 @@ AttentionArguments arguments_of(const char* function, const Options& options, co
 // Whether writing `out` might change an operand that is still to be read.
 bool meets_any(const TensorView& out, const AttentionArguments& arguments);
 
+// Where a call writes: straight into `given` where that is there and may be written early, else into a new array.
+struct Destination {
+  py::object given;  // or None
+  py::array array;
+
+  Destination(py::object out, bool direct, const Shape& shape, DType dtype);
+  TensorView view(DType dtype) const { return view_of(array, dtype); }
+  py::object deliver();  // what the caller gets, filled
+};
+
 // Results other than out that were asked for, allocated and attached.
 struct Extras {
   py::object lse = py::none(), weights = py::none();

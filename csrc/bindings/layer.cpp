@@ -36,26 +36,23 @@ class Layer {
     const TensorView places = optional_view(positions, DType::i64);
     const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
     LayerCall call(weights_, input, other, places, arguments);
-    bool in_place = false;
+    bool direct = false;
     if (!out.is_none()) {
       const py::array given = py::reinterpret_borrow<py::array>(out);
       check_out(function, given, call.out_shape(), weights_.dtype);
       const TensorView view = view_of(given, weights_.dtype);
-      in_place = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
-                 !meet(view, places) && !meets_any(view, arguments);
+      direct = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
+               !meet(view, places) && !meets_any(view, arguments);
     }
-    const py::array result =
-        in_place ? py::reinterpret_borrow<py::array>(out) : new_array(call.out_shape(), weights_.dtype);
+    Destination result(std::move(out), direct, call.out_shape(), weights_.dtype);
     const Extras extras(options, call.problem());
     bool finished;
     {
       const MaybeReleaseGil released(call.flops());
-      finished = call.run(view_of(result, weights_.dtype), options.num_threads, interrupted);
+      finished = call.run(result.view(weights_.dtype), options.num_threads, interrupted);
     }
     if (!finished) throw py::error_already_set();
-    if (out.is_none() || in_place) return extras.join(result);
-    out.attr("__setitem__")(py::ellipsis(), result);
-    return extras.join(std::move(out));
+    return extras.join(result.deliver());
   }
 
   const char* isa() const { return weights_.kernels->name; }

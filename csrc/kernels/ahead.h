@@ -21,12 +21,10 @@ struct Ahead {
   }
 };
 
-// Reads rows from end to end, as hardware prefetchers like it, in front of a product that reads them crosswise.
-template <class T>
-inline void touch(const T* rows, std::int64_t step, int count, std::int64_t width) {
-  for (int r = 0; r < count; ++r)
-    for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))
-      static_cast<void>(*static_cast<const volatile T*>(rows + r * step + i));
+// Reads memory from end to end, as hardware prefetchers like it, before they are needed crosswise.
+inline void touch(const char* memory, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += cache_line)
+    static_cast<void>(*static_cast<const volatile char*>(memory + i));
 }
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -138,7 +138,7 @@ struct TileAttention {
       const Row& row = block.rows[r];
       const std::int64_t end = row.key_end < keys.first + window ? row.key_end : keys.first + window;
       if (keys.first < end && (r == 0 || row.bias != block.rows[r - 1].bias))
-        touch(row.bias + keys.first * step, 0, 1, (end - keys.first - 1) * step + 1);  // nothing behind the last one
+        touch(row.bias + keys.first * step, (end - keys.first - 1) * step + 1);  // nothing behind the last one
     }
   }
 
