@@ -12,8 +12,6 @@ namespace {
 constexpr int largest_key_block = 128;
 // Few rows have few scores. Long blocks change seldom between the two streams of memory, K and V.
 constexpr int row_key_block = 512;
-// From so many keys on, it costs less to be slower per row than to leave a quarter of the lanes empty.
-constexpr std::int64_t row_kernel_keys = 128;
 constexpr int smallest_key_block = 8;
 // K and V blocks beyond this would leave L2 between the strips of a row block.
 constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
@@ -47,11 +45,14 @@ int choose_key_block(const Problem& problem) {
       std::clamp<std::int64_t>(fitting * smallest_key_block, smallest_key_block, largest_key_block));
 }
 
+// The row kernel costs as much per row as the tile kernel per lane: it pays where a quarter of two vectors would stay
+// empty, if there are many keys. The bits of a result must not depend on how many there are; a few queries of grouped
+// heads are generation, where there are.
 bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = ceil_div(plan.rows, vector) * vector;
-  return problem.kv_len >= row_kernel_keys && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
+  return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
 
 void choose_kernel(Plan& plan, const Problem& problem) {
@@ -70,11 +71,8 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const std::int64_t strips = std::min(plan.rows / blocks_wanted / strip, fitting);
   plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most_strips));
   plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
-  const auto bytes = [&](int rows) {
-    return plan.attend->scratch_bytes(rows, plan.key_block, problem.head_dim, problem.value_dim);
-  };
   // Very wide heads: fewer rows, to keep the scratch within its limit.
-  for (int rows = strip; rows >= strip / 2 && bytes(plan.block_rows) > largest_scratch; rows /= 2)
+  for (int rows = strip; rows >= strip / 2 && Slot(nullptr, plan, problem).bytes > largest_scratch; rows /= 2)
     plan.block_rows = std::min(plan.block_rows, rows);
 }
 
@@ -91,6 +89,10 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.kernels = &kernels;
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
   plan.rows = problem.q_len * problem.group_size;
+  plan.copies_queries = !in_place(problem, problem.query);
+  plan.copies_keys = !in_place(problem, problem.key);
+  plan.copies_values = !in_place(problem, problem.value);
+  plan.copies_out = !problem.out || !in_place(problem, problem.out);
   plan.key_block = choose_key_block(problem);
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
@@ -102,11 +104,6 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.ranges = few ? std::max<std::int64_t>(ceil_div(problem.kv_len, plan.range_keys), 1) : 1;
   if (plan.ranges == 1) plan.range_keys = std::max<std::int64_t>(problem.kv_len, 1);
   plan.tasks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.ranges;
-
-  plan.copies_queries = !in_place(problem, problem.query);
-  plan.copies_keys = !in_place(problem, problem.key);
-  plan.copies_values = !in_place(problem, problem.value);
-  plan.copies_out = !problem.out || !in_place(problem, problem.out);
 
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
