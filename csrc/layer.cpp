@@ -38,6 +38,7 @@ std::int64_t row_count(const TensorView& x) {
 
 struct LayerCall::State {
   const LayerWeights& layer;
+  DType dtype;  // of the computation
   TensorView x, context, positions;
   std::int64_t query_rows, key_rows;
   std::int64_t query_bytes, key_bytes, value_bytes;
@@ -49,18 +50,19 @@ struct LayerCall::State {
   State(const LayerWeights& weights, const TensorView& x_view, const TensorView& context_view,
         const TensorView& positions_view)
       : layer(weights),
+        dtype(computed_in(weights.dtype)),
         x(x_view),
         context(context_view ? context_view : x_view),
         positions(positions_view),
         query_rows(row_count(x)),
         key_rows(row_count(context)),
-        query_bytes(bytes_of(query_rows, weights.query.columns(), size_of(weights.dtype))),
-        key_bytes(bytes_of(key_rows, weights.key.columns(), size_of(weights.dtype))),
-        value_bytes(bytes_of(key_rows, weights.value.columns(), size_of(weights.dtype))),
+        query_bytes(bytes_of(query_rows, weights.query.columns(), size_of(dtype))),
+        key_bytes(bytes_of(key_rows, weights.key.columns(), size_of(dtype))),
+        value_bytes(bytes_of(key_rows, weights.value.columns(), size_of(dtype))),
         inputs(static_cast<std::size_t>(query_bytes + key_bytes + value_bytes + 64)),
-        query(inputs.data(), weights.dtype, x, weights.num_heads, weights.head_dim),
-        key(inputs.data() + query_bytes, weights.dtype, context, weights.num_kv_heads, weights.head_dim),
-        value(inputs.data() + query_bytes + key_bytes, weights.dtype, context, weights.num_kv_heads,
+        query(inputs.data(), dtype, x, weights.num_heads, weights.head_dim),
+        key(inputs.data() + query_bytes, dtype, context, weights.num_kv_heads, weights.head_dim),
+        value(inputs.data() + query_bytes + key_bytes, dtype, context, weights.num_kv_heads,
               weights.value_dim) {}
 
   // Positions count along the rows of one sequence; where given, they belong to x and, without a context, to its keys.
@@ -89,7 +91,7 @@ struct LayerCall::State {
       rope_tables(rope, position, cosines, cosines + half);
       for (std::int64_t head = 0; head < v.extent(1); ++head) {
         char* at = static_cast<char*>(v.data) + row * v.stride(2) + head * v.stride(1);
-        rope_rotate(rope, layer.dtype, layer.head_dim, cosines, cosines + half, at, v.stride(0), at, v.stride(0));
+        rope_rotate(rope, dtype, layer.head_dim, cosines, cosines + half, at, v.stride(0), at, v.stride(0));
       }
     };
     TaskLoop loop(query_rows + key_rows, threads, interrupted);
@@ -116,7 +118,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   if (layer.output) {
     const Problem& p = state_->problem;
     state_->heads.emplace(
-        static_cast<std::size_t>(bytes_of(p.batch, p.q_len, layer.num_heads, layer.value_dim, size_of(layer.dtype))));
+        static_cast<std::size_t>(bytes_of(p.batch, p.q_len, layer.num_heads, layer.value_dim, size_of(state_->dtype))));
   }
 }
 
@@ -145,19 +147,20 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   State& s = *state_;
   const LayerWeights& layer = s.layer;
   Problem& problem = s.problem;
-  const std::int64_t size = size_of(layer.dtype);
+  const std::int64_t size = size_of(s.dtype);
   // The attention's result as (batch..., length, heads, value_dim).
-  const TensorView rows{nullptr, layer.dtype, out.ndim, out.shape, out.strides};
-  const BufferView heads(layer.output ? s.heads->data() : static_cast<char*>(out.data), layer.dtype, rows,
+  const DType heads_dtype = layer.output ? s.dtype : out.dtype;
+  const TensorView rows{nullptr, heads_dtype, out.ndim, out.shape, out.strides};
+  const BufferView heads(layer.output ? s.heads->data() : static_cast<char*>(out.data), heads_dtype, rows,
                          layer.num_heads, layer.value_dim);
   attach_out(problem, heads.view);
   const Plan plan = make_plan(problem, *layer.kernels, num_threads);
 
   const auto buffer = [](const BufferView& b) { return static_cast<char*>(b.view.data); };
   const ProjectionJob inputs[] = {
-      {layer.query, RowsView(s.x), buffer(s.query), layer.query.columns() * size},
-      {layer.key, RowsView(s.context), buffer(s.key), layer.key.columns() * size},
-      {layer.value, RowsView(s.context), buffer(s.value), layer.value.columns() * size},
+      {layer.query, RowsView(s.x), buffer(s.query), s.dtype, layer.query.columns() * size},
+      {layer.key, RowsView(s.context), buffer(s.key), s.dtype, layer.key.columns() * size},
+      {layer.value, RowsView(s.context), buffer(s.value), s.dtype, layer.value.columns() * size},
   };
   if (!project_all(inputs, 3, num_threads, interrupted)) return false;
   if (layer.rope && !s.rotate(num_threads, interrupted)) return false;
@@ -166,8 +169,8 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   const std::int64_t joined = layer.num_heads * layer.value_dim * size;
   const std::int64_t shape[] = {problem.batch * problem.q_len, layer.num_heads * layer.value_dim};
   const std::int64_t strides[] = {joined, size};
-  const ProjectionJob output{*layer.output, RowsView({buffer(heads), layer.dtype, 2, shape, strides}),
-                             static_cast<char*>(out.data), layer.output->columns() * size};
+  const ProjectionJob output{*layer.output, RowsView({buffer(heads), s.dtype, 2, shape, strides}),
+                             static_cast<char*>(out.data), out.dtype, layer.output->columns() * size_of(out.dtype)};
   return project_all(&output, 1, num_threads, interrupted);
 }
 

@@ -109,11 +109,17 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
 
 namespace {
 
+// Keys and values may be narrower than queries, as in a cache that saves memory.
+TensorView key_view(const char* function, py::handle k, DType query) {
+  const TensorView key = float_view(function, "k", k);
+  return size_of(key.dtype) < size_of(query) ? key : matching_view(function, "k", k, "q", query);
+}
+
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v,
                                 const Options& options) {
   const TensorView query = float_view(function, "q", q);
-  const TensorView key = matching_view(function, "k", k, "q", query.dtype);
-  const TensorView value = matching_view(function, "v", v, "q", query.dtype);
+  const TensorView key = key_view(function, k, query.dtype);
+  const TensorView value = matching_view(function, "v", v, key.dtype == query.dtype ? "q" : "k", key.dtype);
   return arguments_of(function, options, query, key, value);
 }
 
@@ -130,16 +136,16 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, c
   const Options options(option_values);
   const AttentionArguments arguments = arguments_of(function, q, k, v, options);
   Problem problem = make_problem(arguments);
+  const DType dtype = arguments.q.dtype;
   bool overlaps = false;
   if (!out.is_none()) {
     const py::array given = py::reinterpret_borrow<py::array>(out);
-    check_out(function, given, out_shape(problem), problem.dtype);
-    overlaps = meets_any(view_of(given, problem.dtype), arguments);
+    check_out(function, given, out_shape(problem), dtype);
+    overlaps = meets_any(view_of(given, dtype), arguments);
   }
   const bool fresh = out.is_none() || overlaps;
-  const py::array result =
-      fresh ? new_array(out_shape(problem), problem.dtype) : py::reinterpret_borrow<py::array>(out);
-  attach_out(problem, view_of(result, problem.dtype));
+  const py::array result = fresh ? new_array(out_shape(problem), dtype, q) : py::reinterpret_borrow<py::array>(out);
+  attach_out(problem, view_of(result, dtype));
   const Extras extras(options, problem);
   run_attention(problem, make_plan(problem, active_kernels(), options.num_threads));
   if (!overlaps) return extras.join(result);
@@ -158,7 +164,7 @@ py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& opti
 void register_attention(py::module_& module) {
   module.def("attention", &attention);
   module.def("check_own_memory", [](const char* function, const py::array& out) {
-    check_own_memory(function, view_of(out, out.itemsize() == 8 ? DType::f64 : DType::f32));
+    check_own_memory(function, float_view(function, "out", out));
   });
   module.def("explain", &explain);
 }

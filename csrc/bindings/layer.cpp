@@ -35,7 +35,7 @@ class Layer {
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
     LayerCall call(weights_, input, other, optional_view(positions, DType::i64),
                    arguments_of(function, options, {}, {}, {}));
-    const py::array out = new_array(call.out_shape(), weights_.dtype);
+    const py::array out = new_array(call.out_shape(), weights_.dtype, x);
     const Extras extras(options, call.problem());
     bool finished;
     {
@@ -53,9 +53,8 @@ class Layer {
                            std::int64_t num_heads, std::int64_t num_kv_heads, py::handle rope) {
     const KernelSet& kernels = active_kernels();
     const DType dtype = float_view("SelfAttention", "w_q", w_q).dtype;
-    const TypeKernels& types = dtype == DType::f32 ? kernels.f32 : kernels.f64;
     const auto projection = [&](py::handle weights, std::size_t bias) {
-      return Projection(types, optional_view(weights, dtype), optional_view(biases[bias], dtype));
+      return Projection(kernels, optional_view(weights, dtype), optional_view(biases[bias], dtype));
     };
     const auto columns = [](py::handle w) { return py::reinterpret_borrow<py::array>(w).shape(1); };
     LayerWeights layer{&kernels,
