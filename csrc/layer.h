@@ -1,12 +1,12 @@
 // The whole mechanism in one call: projections of x to queries, keys and values, attention, output projection.
 #pragma once
 #include <cstdint>
-#include <memory>
 #include <optional>
 
 #include "problem.h"
 #include "projection.h"
 #include "rope.h"
+#include "scratch_pool.h"
 #include "task_loop.h"
 
 namespace selfattn {
@@ -20,22 +20,42 @@ struct LayerWeights {
   std::optional<Rope> rope;
 };
 
+// A view of a C-contiguous buffer with axes (batch..., length, heads, dim), the first of which are those of x.
+struct BufferView {
+  std::int64_t shape[max_axes], strides[max_axes];
+  TensorView view;
+
+  BufferView(char* data, DType dtype, const TensorView& x, std::int64_t heads, std::int64_t dim);
+  BufferView(const BufferView&) = delete;  // the view points to its own object
+  BufferView& operator=(const BufferView&) = delete;
+  char* data() const { return static_cast<char*>(view.data); }
+};
+
 // One call of a layer. The arguments' q, k and v are set here; everything else is the caller's.
 class LayerCall {
  public:
   // `context` may be absent. Throws like make_problem; allocates all memory.
   LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context, const TensorView& positions,
             AttentionArguments arguments);
-  ~LayerCall();
-  Problem& problem();  // to attach lse and weights
+  Problem& problem() { return problem_; }  // to attach lse and weights
   Shape out_shape() const;
   double flops() const;
-  // False: interrupted.
+  // `out` is C-contiguous. False: interrupted.
   bool run(const TensorView& out, int num_threads, Interrupted interrupted);
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  std::int64_t position_of(std::int64_t row, std::int64_t length, bool given) const;
+  bool rotate(int num_threads, Interrupted interrupted) const;
+
+  const LayerWeights& layer_;
+  const DType dtype_;  // of the computation
+  const TensorView x_, context_, positions_;
+  const std::int64_t query_rows_, key_rows_;
+  const std::int64_t query_bytes_, key_bytes_, value_bytes_;
+  const Scratch inputs_;  // queries, keys, values
+  const BufferView query_, key_, value_;
+  Problem problem_;
+  std::optional<Scratch> heads_;  // attention's result, before the output projection
 };
 
 }  // namespace selfattn

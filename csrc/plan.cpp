@@ -11,7 +11,8 @@ namespace {
 // 128 keys of scores for a strip of 48 floats are 24 KiB: they stay in L1 between the two products.
 constexpr int largest_key_block = 128;
 // Few rows have few scores. Long blocks change seldom between the two streams of memory, K and V.
-constexpr int row_key_block = 512;
+constexpr int largest_row_key_block = 512;
+constexpr std::int64_t row_key_block_bytes = std::int64_t{1} << 20;  // where they must be copied
 constexpr int smallest_key_block = 8;
 // K and V blocks beyond this would leave L2 between the strips of a row block.
 constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
@@ -39,11 +40,10 @@ bool in_place(const Problem& problem, const Operand& operand, DType dtype) {
   return operand.dtype == dtype && aligned && operand.column == size;
 }
 
-int choose_key_block(const Problem& problem) {
+int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t largest) {
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
-  const std::int64_t fitting = key_block_bytes / std::max<std::int64_t>(row_bytes, 1) / smallest_key_block;
-  return static_cast<int>(
-      std::clamp<std::int64_t>(fitting * smallest_key_block, smallest_key_block, largest_key_block));
+  const std::int64_t fitting = bytes / row_bytes / smallest_key_block * smallest_key_block;
+  return static_cast<int>(std::clamp<std::int64_t>(fitting, smallest_key_block, largest));
 }
 
 // The row kernel costs as much per row as the tile kernel per lane: it pays where a quarter of two vectors would stay
@@ -71,12 +71,13 @@ void choose_row_kernel(Plan& plan, const Problem& problem) {
 void choose_kernel(Plan& plan, const Problem& problem) {
   if (row_kernel_pays(plan, problem)) {
     choose_row_kernel(plan, problem);
-    plan.key_block = row_key_block;
+    plan.key_block = choose_key_block(problem, row_key_block_bytes, largest_row_key_block);
     plan.reason = "few query rows per KV head: vectors run along the heads' dimensions";
     plan.block_rows = static_cast<int>(std::max<std::int64_t>(plan.rows, 1));
     return;
   }
   plan.attend = &plan.types->tile;
+  plan.key_block = choose_key_block(problem, key_block_bytes, largest_key_block);
   plan.reason = "enough query rows per KV head to fill vectors";
   const int strip = plan.attend->strip_rows;
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
@@ -85,7 +86,8 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most_strips));
   plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
   // Very wide heads: fewer rows, to keep the scratch within its limit.
-  for (int rows = strip; rows >= strip / 2 && Slot(nullptr, plan, problem).bytes > largest_scratch; rows /= 2)
+  for (int rows = strip; rows >= plan.types->lanes && Slot(nullptr, plan, problem).bytes > largest_scratch;
+       rows -= plan.types->lanes)
     plan.block_rows = std::min(plan.block_rows, rows);
 }
 
@@ -106,7 +108,6 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.copies_keys = !in_place(problem, problem.key, problem.dtype);
   plan.copies_values = !in_place(problem, problem.value, problem.dtype);
   plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
-  plan.key_block = choose_key_block(problem);
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 

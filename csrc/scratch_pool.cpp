@@ -1,58 +1,95 @@
 #include "scratch_pool.h"
 
+#include <array>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
-#include <new>
 
 #include "aligned_memory.h"
 
 namespace selfattn {
 namespace {
 
-constexpr std::size_t granule = std::size_t{64} << 10;
-constexpr std::size_t largest_kept = std::size_t{8}
-                                     << 20;  // a call that needs more is long: allocating costs it little
-constexpr int places = 32;
+// Blocks come in four sizes per power of two, from 64 KiB to 128 MiB; larger ones are not kept.
+constexpr std::size_t smallest = std::size_t{64} << 10;
+constexpr unsigned classes = 45;
+constexpr std::size_t class_bytes(unsigned c) { return smallest / 4 * (4 + c % 4) << c / 4; }
+constexpr std::size_t most_kept = class_bytes(classes - 1);  // in all
 
-// The size stands in the block itself, so that a place is one word and taking it one exchange.
-struct Block {
-  std::size_t size;
-};
-constexpr std::size_t header = 64;
+unsigned class_for(std::size_t bytes) {
+  unsigned c = 0;
+  while (c < classes && class_bytes(c) < bytes) ++c;
+  return c;
+}
 
-std::atomic<Block*> kept[places];
+// A kept block is one pointer, so that taking or placing it is one exchange: to the byte of the block, which starts on
+// a 64-byte boundary, whose number is the class.
+constexpr std::uintptr_t boundary = 64;
+static_assert(classes < boundary);
 
-void release(Block* block) { std::free(block); }
+unsigned class_of(const char* mark) { return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(mark) % boundary); }
+char* block_of(char* mark) { return mark - class_of(mark); }
+
+std::array<std::atomic<char*>, 32> kept;
+std::atomic<std::size_t> kept_bytes;
+
+// The smallest kept block that is large enough, or null.
+char* take(unsigned& wanted) {
+  while (true) {
+    std::atomic<char*>* best = nullptr;
+    char* found = nullptr;
+    for (std::atomic<char*>& place : kept) {
+      char* mark = place.load(std::memory_order_relaxed);
+      if (!mark || class_of(mark) < wanted || (best && class_of(mark) >= class_of(found))) continue;
+      best = &place;
+      found = mark;
+    }
+    if (!best) return nullptr;
+    if (!best->compare_exchange_strong(found, nullptr, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+    wanted = class_of(found);
+    kept_bytes.fetch_sub(class_bytes(wanted), std::memory_order_relaxed);
+    return block_of(found);
+  }
+}
+
+bool keep(char* data, unsigned c) {
+  if (kept_bytes.fetch_add(class_bytes(c), std::memory_order_relaxed) + class_bytes(c) <= most_kept)
+    for (std::atomic<char*>& place : kept) {
+      char* empty = nullptr;
+      if (place.compare_exchange_strong(empty, data + c, std::memory_order_release, std::memory_order_relaxed))
+        return true;
+    }
+  kept_bytes.fetch_sub(class_bytes(c), std::memory_order_relaxed);
+  return false;
+}
+
+// Makes room for the blocks of today's calls.
+void drop_all() {
+  for (std::atomic<char*>& place : kept) {
+    char* mark = place.exchange(nullptr, std::memory_order_acquire);
+    if (!mark) continue;
+    kept_bytes.fetch_sub(class_bytes(class_of(mark)), std::memory_order_relaxed);
+    std::free(block_of(mark));
+  }
+}
 
 }  // namespace
 
 Scratch::Scratch(std::size_t bytes) {
   if (bytes == 0) return;
-  for (std::atomic<Block*>& place : kept) {
-    if (!place.load(std::memory_order_relaxed)) continue;
-    Block* block = place.exchange(nullptr, std::memory_order_acquire);
-    if (!block) continue;
-    if (block->size >= bytes) {
-      data_ = reinterpret_cast<char*>(block) + header;
-      size_ = block->size;
-      return;
-    }
-    release(block);  // too small for today's calls: make room for a larger one
-  }
-  size_ = (bytes + granule - 1) / granule * granule;
-  Block* block = new (allocate_aligned(size_ + header)) Block{size_};
-  data_ = reinterpret_cast<char*>(block) + header;
+  class_ = class_for(bytes);
+  if (class_ < classes) data_ = take(class_);
+  if (!data_) data_ = allocate_aligned(class_ < classes ? class_bytes(class_) : bytes);
 }
 
 Scratch::~Scratch() {
   if (!data_) return;
-  Block* block = reinterpret_cast<Block*>(data_ - header);
-  if (size_ <= largest_kept)
-    for (std::atomic<Block*>& place : kept) {
-      Block* empty = nullptr;
-      if (place.compare_exchange_strong(empty, block, std::memory_order_release, std::memory_order_relaxed)) return;
-    }
-  release(block);
+  if (class_ < classes) {
+    if (keep(data_, class_)) return;
+    drop_all();
+    if (keep(data_, class_)) return;
+  }
+  std::free(data_);
 }
 
 }  // namespace selfattn

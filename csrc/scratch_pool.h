@@ -1,7 +1,7 @@
-// Memory for the time of a call, kept for the next one. Safe to use from many threads and after fork: no locks.
+// Memory for the time of a call, kept for the next one: at most 128 MiB in all. Safe to use from many threads and after
+// fork: no locks.
 #pragma once
 #include <cstddef>
-#include <utility>
 
 namespace selfattn {
 
@@ -16,7 +16,7 @@ class Scratch {
 
  private:
   char* data_ = nullptr;
-  std::size_t size_ = 0;
+  unsigned class_ = 0;  // of the block's size
 };
 
 }  // namespace selfattn

@@ -19,9 +19,8 @@ def make_layer(
 def call_layer(
     layer: Layer,
     function: str,
-    x: NDArray[Any],
-    context: NDArray[Any] | None,
-    positions: NDArray[Any] | None,
+    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None],  # x, context, positions
+    out: NDArray[Any] | None,
     options: Options,
     /,
 ) -> Any: ...

@@ -200,15 +200,8 @@ class SelfAttention:
                 raise ValueError(f"{function}: positions is given, but the layer has no rope")
             positions = positions_for(function, positions, x.shape[:-1])
         if out is not None:
-            _check_out(function, out, self, x, context)
-        result = _core.call_layer(self._core, function, x, context, positions, values)
-        if out is None:
-            return result
-        if isinstance(result, tuple):
-            out[...] = result[0]
-            return (out, *result[1:])
-        out[...] = result
-        return out
+            out = out_array(function, out)
+        return _core.call_layer(self._core, function, (x, context, positions), out, values)
 
 
 def self_attention(
@@ -340,23 +333,3 @@ def _split(function: str, name: str, matrix: NDArray[Any], heads_name: str, head
             f"{function}: {name} has {columns} columns, which {heads_name} {heads} does not divide into heads"
         )
     return columns // heads
-
-
-def _check_out(function: str, out: Any, layer: SelfAttention, x: NDArray[Any], context: Any) -> None:
-    array = out_array(function, out)
-    leading = x.shape[:-2]
-    if context is not None:
-        try:
-            leading = np.broadcast_shapes(leading, context.shape[:-2])
-        except ValueError:
-            return  # the core refuses the context itself
-    if x.ndim < 2 or (context is not None and context.ndim < 2):
-        return
-    shape = (*leading, x.shape[-2] if x.ndim > 1 else 0, layer.d_out)
-    if array.shape != shape:
-        raise ValueError(f"{function}: out has shape {array.shape} but the result has {shape}")
-    if array.dtype != layer.dtype or not array.dtype.isnative:
-        raise TypeError(f"{function}: out has dtype {array.dtype} but the result is {layer.dtype}")
-    if not array.flags.writeable:
-        raise ValueError(f"{function}: out is read-only")
-    _core.check_own_memory(function, array)

@@ -142,8 +142,8 @@ def drawn(results, monkeypatch, path):
     return [np.concatenate([c.get_offsets() for c in axes.collections]) for axes in figures[0].axes]
 
 
-def test_roofline_draws_a_point_per_float32_workload(results, monkeypatch, tmp_path):
-    panels = drawn(results, monkeypatch, tmp_path / "roofline.png")
+def test_roofline_draws_a_point_per_float32_workload(made_up, results, monkeypatch, tmp_path):
+    panels = drawn([*results, made_up("tiny-1")], monkeypatch, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 2000
     assert [len(points) for points in panels] == [2, 2]
     tiny, decode = results[0], results[2]
@@ -177,9 +177,10 @@ def test_the_script_measures_judges_and_writes(tmp_path):
 def test_the_script_reports_a_file(file, tmp_path):
     done = run_script("--from", str(file))
     assert done.returncode == 1
-    assert done.stdout.count("not measured") == len(GROUPS) - 3
+    assert done.stdout.count(": not measured\n") == len(GROUPS) - 3 + 1
+    assert "time of a call, 1 thread: not measured" in done.stdout
     missed = done.stdout.split("missed:\n")[-1]
-    assert "tiny: PyTorch, 1 thread: geomean 2.00x" in missed
+    assert "tiny: PyTorch, 1 thread, 1 workload: geomean 2.00x" in missed
     page = tmp_path / "page.md"
     page.write_text(f"{markdown.BEGIN}{markdown.END}")
     done = run_script("--from", str(file), "--markdown", "--fill", str(page))

@@ -7,8 +7,9 @@ import pytest
 from selfattn._bench.grid import EVERY, GROUPS
 from selfattn._bench.peer import MAX_SCORES_BYTES, Own
 from selfattn._bench.peers import PEERS
-from selfattn._bench.target import PEAK, Group, Target, judge
+from selfattn._bench.target import Group, Target, judge
 from selfattn._bench.workloads import WORKLOADS
+from selfattn._bench.yardstick import FEWER, PEAK, TIME, YARDSTICKS
 
 IN_GROUPS = [workload for group in GROUPS.values() for workload in group.workloads]
 MAX_FLOPS = 4e10  # less than a second on any core with vectors
@@ -33,9 +34,12 @@ def test_the_grid_is_the_promised_one():
     odd = GROUPS["odd"].workloads
     assert {w.head_dim for w in odd} == {32, 72, 80, 96, 160, 256}
     assert sum(w.q_len != w.kv_len for w in odd) >= 3
-    assert {w.q_len for w in GROUPS["few"].workloads} == {2, 3, 4, 6, 8, 12, 16}
+    few = GROUPS["few"].workloads
+    assert [w.q_len for w in few if w.group_size == 4] == [2, 3, 4, 6, 8, 12, 16]
+    assert [w.q_len for w in few if w.group_size == 1] == [2, 4, 8, 12, 16]
     assert {w.kv_len for w in GROUPS["decode"].workloads} == {4096, 32768}
-    assert all(w.memory_bound == (w in GROUPS["decode"].workloads) for w in IN_GROUPS)
+    bound_by_memory = {w.name for w in IN_GROUPS if w.memory_bound}
+    assert bound_by_memory == {w.name for w in GROUPS["decode"].workloads} | {"few-2x3000-mha", "few-4x3000-mha"}
     assert len(GROUPS["block"].workloads) == 12
 
 
@@ -49,15 +53,30 @@ def test_targets_name_peers_and_workloads_that_are_there():
     for member in GROUPS.values():
         names = {workload.name for workload in member.workloads}
         for target in member.targets:
-            assert target.against == PEAK or target.against in PEERS
+            assert target.against in YARDSTICKS
             assert set(target.only) <= names
             assert target.against != "plain" or all(EVERY[name].baseline for name in target.only)
     peak = next(target for target in GROUPS["prefill"].targets if target.against == PEAK)
     assert {EVERY[name].q_len for name in peak.only} == {2048, 4096, 8192}
 
 
+def test_every_option_has_a_target():
+    counted = [name for target in GROUPS["options"].targets if target.against == "plain" for name in target.only]
+    assert sorted(counted) == sorted(workload.name for workload in GROUPS["options"].workloads)
+
+
+@pytest.mark.parametrize(("name", "enough"), [("causal", 1.6), ("alibi", 0.87), ("softcap", 0.87)])
+def test_options_are_held_against_the_call_without(made_up, name, enough):
+    def states(ratio):
+        verdicts = judge(GROUPS["options"], [made_up(f"option-{name}-1024", plain=ratio)])
+        return {verdict.state for verdict in verdicts if verdict.values}
+
+    assert states(enough) == {"met"}
+    assert states(enough - 0.01) == {"missed"}
+
+
 def test_a_mean_and_a_floor_are_both_required(made_up):
-    both = group(Target("pytorch", floor=1.1, mean=1.5))
+    both = group(Target("pytorch", each=1.1, mean=1.5))
 
     def state(*ratios):
         names = ("tiny-64", "tiny-16", "tiny-24")
@@ -72,17 +91,17 @@ def test_a_mean_and_a_floor_are_both_required(made_up):
 
 def test_the_verdict_names_the_worst(made_up):
     (verdict,) = judge(
-        group(Target("pytorch", floor=3.0)), [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=1.0)]
+        group(Target("pytorch", each=3.0)), [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=1.0)]
     )
     assert verdict.mean == pytest.approx(2.0)
     assert str(verdict) == "PyTorch, 1 thread: geomean 2.00x, worst 1.00x (target 3.00x) tiny-16: missed"
-    target = Target(PEAK, floor=0.75, mean=0.8, only=("tiny-64",))
+    target = Target(PEAK, each=0.75, mean=0.8, only=("tiny-64",))
     (verdict,) = judge(group(target), [made_up("tiny-64", fraction=0.85)])
     assert str(verdict) == "peak, 1 thread, 1 workload: geomean 85% (target 80%), worst 85% (target 75%) tiny-64: met"
 
 
 def test_targets_count_where_they_say(made_up):
-    target = Target("single", floor=1.85, threads=2, only=("tiny-64", "tiny-16"), longer_than=1e-3)
+    target = Target("single", each=1.85, threads=2, only=("tiny-64", "tiny-16"), longer_than=1e-3)
     slow = {"seconds": 1e-3, "single": 1.5}
     results = [
         made_up("tiny-64", threads=2, **slow),
@@ -96,15 +115,69 @@ def test_targets_count_where_they_say(made_up):
 
 
 def test_what_was_not_measured_is_said(made_up):
-    (verdict,) = judge(group(Target("pytorch", floor=3.0)), [made_up("tiny-64")])
+    (verdict,) = judge(group(Target("pytorch", each=3.0)), [made_up("tiny-64")])
     assert str(verdict) == "PyTorch, 1 thread: not measured"
     assert not verdict.missed
 
 
 def test_peers_without_a_target_must_not_be_faster(made_up):
     result = made_up("tiny-64", threads=2, pytorch=5.0, jax=0.99, onnxruntime=1.0, single=0.5)
-    states = {verdict.target.against: verdict.state for verdict in judge(group(Target("pytorch", floor=3.0)), [result])}
+    states = {verdict.target.against: verdict.state for verdict in judge(group(Target("pytorch", each=3.0)), [result])}
     assert states == {"pytorch": "met", "jax": "missed", "onnxruntime": "met"}
+
+
+def test_a_peer_must_not_be_faster_where_its_target_says_nothing(made_up):
+    results = [made_up("tiny-64", pytorch=4.0), made_up("tiny-16", pytorch=0.9)]
+    _, rest = judge(group(Target("pytorch", each=3.0, only=("tiny-64",))), results)
+    assert rest.values == {"tiny-16": 0.9}
+    assert rest.missed
+
+
+def test_more_queries_take_little_more_than_in_proportion(made_up):
+    def verdict(seconds):
+        target = next(target for target in GROUPS["few"].targets if target.against == FEWER)
+        results = [made_up(f"few-{count}x3000-mha", seconds=value) for count, value in seconds.items()]
+        (found,) = judge(Group("g", "a test", GROUPS["few"].workloads, (target,)), results)
+        return found
+
+    assert verdict({2: 2e-3, 4: 4.99e-3}).state == "met"
+    assert verdict({2: 2e-3, 4: 5.01e-3}).state == "missed"
+    cliff = verdict({16: 8e-3, 2: 2e-3, 4: 5.12e-3, 8: 6.4e-3})
+    assert cliff.values == pytest.approx({"few-4x3000-mha": 1 / 1.28, "few-8x3000-mha": 1.6, "few-16x3000-mha": 1.6})
+    assert str(cliff) == (
+        "queries per second with fewer queries, 1 thread: "
+        "geomean 1.26x, worst 0.78x (target 0.80x) few-4x3000-mha: missed"
+    )
+
+
+def test_a_time_is_a_limit(made_up):
+    def verdict(*seconds):
+        results = [made_up(name, seconds=value) for name, value in zip(("tiny-1", "tiny-64"), seconds, strict=False)]
+        return judge(group(Target(TIME, each=3e-6)), results)[0]
+
+    assert str(verdict(2.1e-6)) == "time of a call, 1 thread: tiny-1 at most 3 us: 2.1 us: met"
+    assert str(verdict(2.1e-6, 3.2e-6)) == "time of a call, 1 thread: tiny-64 at most 3 us: 3.2 us: missed"
+    assert str(Target(TIME, each=3e-6, threads=1)) == "time of a call, 1 thread: each at most 3 us"
+
+
+def test_overhead_is_held_against_the_clock_on_one_thread(made_up):
+    def verdicts(seconds, threads=1):
+        found = judge(GROUPS["tiny"], [made_up("tiny-1", threads, seconds=seconds, pytorch=1.5)])
+        return {verdict.target.against: verdict.state for verdict in found if verdict.target.only == ("tiny-1",)}
+
+    assert EVERY["tiny-1"].flops() == 4
+    assert verdicts(2.9e-6) == {"time": "met", "pytorch": "met"}
+    assert verdicts(3.1e-6) == {"time": "missed", "pytorch": "met"}
+    assert verdicts(3.1e-6, threads=2) == {"pytorch": "met"}
+
+
+def test_queries_are_compared_within_a_series_and_a_number_of_threads(made_up):
+    results = [made_up("few-2x3000"), made_up("few-4x3000-mha"), made_up("few-4x3000", 2)]
+    verdicts = [verdict for verdict in judge(GROUPS["few"], results) if verdict.target.against == FEWER]
+    assert [str(verdict) for verdict in verdicts] == [
+        "queries per second with fewer queries, 1 thread: not measured",
+        "queries per second with fewer queries, 2 threads: not measured",
+    ]
 
 
 def test_groups_add_the_variants_they_are_held_against():

@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 CLIENTS = 8
-REQUESTS = 500  # of each kind of worker
+REQUESTS = 1000  # of each kind of worker
 
 # Clients and workers make the same arrays of the same numbers.
 INPUTS = """

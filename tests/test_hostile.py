@@ -13,17 +13,20 @@ import pytest
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own accounts")
 
 START = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import hostile_run; "
-ROUNDS = int(os.environ.get("SELFATTN_HOSTILE_ROUNDS", "1"))  # of 100,000 calls
+CALLS = 150_000  # of them about 27 % are good
+BAD_CALLS = 100_000
+ROUNDS = int(os.environ.get("SELFATTN_HOSTILE_ROUNDS", "1"))  # of as many calls
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_bad_calls_raise_what_is_documented_and_change_nothing(seed: int, run_python: Any, tmp_path: Path) -> None:
     try:
-        printed = run_python(START + f"hostile_run.many({seed}, 100_000)")
+        printed = run_python(START + f"hostile_run.many({seed}, {CALLS})")
     except AssertionError as failure:
         pytest.fail(f"{failure}\nThe last call: {(tmp_path / 'case').read_text(encoding='utf8')}")
     counts = ast.literal_eval(printed)
-    assert sum(counts.values()) == 100_000
+    assert sum(counts.values()) == CALLS
+    assert CALLS - counts["done"] >= BAD_CALLS
     assert min(counts[name] for name in ("done", "TypeError", "ValueError")) > 10_000
     assert counts["MemoryError"] > 50
 

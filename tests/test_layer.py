@@ -327,7 +327,7 @@ def test_bad_weights(changed: dict[str, Any], exception: type[Exception], messag
         ({"layout": "bshd"}, TypeError, "unexpected keyword argument 'layout'"),
         ({"is_causal": True}, TypeError, "did you mean 'causal'"),
         ({"out": np.zeros((3, 15), np.float32)}, ValueError, r"out has shape \(3, 15\) but the result has \(3, 16\)"),
-        ({"out": np.zeros((3, 16))}, TypeError, "out has dtype float64 but the result is float32"),
+        ({"out": np.zeros((3, 16))}, TypeError, "out has dtype float64, but the result is float32"),
         ({"out": []}, TypeError, "out is a list"),
         ({"num_threads": -1}, ValueError, "num_threads is -1"),
     ],

@@ -306,3 +306,12 @@ def test_a_nan_among_hidden_keys_is_visible(isa: str, normal: Any, q_len: int) -
         bias[place] = np.nan
         assert np.isnan(sa.attention(q, k, v, bias=bias)).all()
         assert not sa.attention(q, k, v, bias=bias, mask=np.arange(90) != place).any()
+
+
+def test_weights_of_hidden_keys_are_zero_beside_a_visible_nan(isa: str, normal: Any) -> None:
+    q, k = normal(1, 2, 8), normal(1, 6, 8)
+    k[0, 1, 0] = np.nan
+    mask = np.array([True, True, False, True, False, True])
+    _, weights = sa.attention(q, k, k, mask=mask, return_weights=True)
+    assert np.isnan(weights[..., mask]).all()
+    assert np.all(weights[..., ~mask] == 0)

@@ -121,3 +121,15 @@ def test_the_mean_of_equal_scores_is_exact(isa: str) -> None:
     q, k = np.zeros((40, 4), np.float32), np.zeros((64, 4), np.float32)
     v = np.arange(64, dtype=np.float32)[:, None]
     assert np.array_equal(sa.attention(q, k, v), np.full((40, 1), 31.5, np.float32))
+
+
+def test_a_draw_beyond_the_usual_bound_is_within_the_chains(isa: str) -> None:
+    # The value of the dominating key is nearly 0 here, so that the error of a minor weight shows.
+    rng = np.random.default_rng(665)
+    q = rng.standard_normal((1, 100, 256), dtype=np.float32) * 4
+    k, v = (rng.standard_normal((1, 600, 256), dtype=np.float32) for _ in range(2))
+    exact = reference.attention(q, k, v, scale=0.3)
+    chains = 16 + 2 * 128 + 600 / 64 + (4 + 256) * exact.sigma
+    error = abs(sa.attention(q, k, v, scale=0.3) - exact.out) / (2.0**-24 * exact.magnitude)
+    assert error.max() <= chains
+    assert error.max() <= 1.25 * (16 + 4 * exact.sigma)

@@ -51,6 +51,13 @@ AttentionArguments arguments_of(const char* function, const Options& options, co
   return a;
 }
 
+bool meets_any(const TensorView& out, const AttentionArguments& a) {
+  for (const TensorView* operand :
+       {&a.q, &a.k, &a.v, &a.mask, &a.bias, &a.q_offset, &a.q_lens, &a.kv_lens, &a.alibi_slopes, &a.sinks})
+    if (meet(out, *operand)) return true;
+  return false;
+}
+
 Extras::Extras(const Options& options, Problem& problem) {
   if (options.return_lse) {
     const py::array array = new_array(lse_shape(problem), problem.dtype);
@@ -121,14 +128,6 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
   const TensorView key = key_view(function, k, query.dtype);
   const TensorView value = matching_view(function, "v", v, key.dtype == query.dtype ? "q" : "k", key.dtype);
   return arguments_of(function, options, query, key, value);
-}
-
-// Whether writing `out` might change an operand that is still to be read.
-bool meets_any(const TensorView& out, const AttentionArguments& a) {
-  for (const TensorView* operand :
-       {&a.q, &a.k, &a.v, &a.mask, &a.bias, &a.q_offset, &a.q_lens, &a.kv_lens, &a.alibi_slopes, &a.sinks})
-    if (meet(out, *operand)) return true;
-  return false;
 }
 
 py::object attention(py::handle q, py::handle k, py::handle v, py::object out, const py::tuple& option_values) {

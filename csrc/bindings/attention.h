@@ -21,6 +21,9 @@ struct Options {
 AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
                                 const TensorView& v);
 
+// Whether writing `out` might change an operand that is still to be read.
+bool meets_any(const TensorView& out, const AttentionArguments& arguments);
+
 // Results other than out that were asked for, allocated and attached.
 struct Extras {
   py::object lse = py::none(), weights = py::none();

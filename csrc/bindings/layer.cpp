@@ -27,23 +27,35 @@ class Layer {
         std::int64_t num_kv_heads, py::handle rope)
       : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
 
-  py::object call(const char* function, py::handle x, py::handle context, py::handle positions,
+  py::object call(const char* function, py::handle x, py::handle context, py::handle positions, py::object out,
                   const py::tuple& option_values) const {
     const Options options(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
-    LayerCall call(weights_, input, other, optional_view(positions, DType::i64),
-                   arguments_of(function, options, {}, {}, {}));
-    const py::array out = new_array(call.out_shape(), weights_.dtype, x);
+    const TensorView places = optional_view(positions, DType::i64);
+    const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
+    LayerCall call(weights_, input, other, places, arguments);
+    bool in_place = false;
+    if (!out.is_none()) {
+      const py::array given = py::reinterpret_borrow<py::array>(out);
+      check_out(function, given, call.out_shape(), weights_.dtype);
+      const TensorView view = view_of(given, weights_.dtype);
+      in_place = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
+                 !meet(view, places) && !meets_any(view, arguments);
+    }
+    const py::array result =
+        in_place ? py::reinterpret_borrow<py::array>(out) : new_array(call.out_shape(), weights_.dtype, x);
     const Extras extras(options, call.problem());
     bool finished;
     {
       const MaybeReleaseGil released(call.flops());
-      finished = call.run(view_of(out, weights_.dtype), options.num_threads, interrupted);
+      finished = call.run(view_of(result, weights_.dtype), options.num_threads, interrupted);
     }
     if (!finished) throw py::error_already_set();
-    return extras.join(out);
+    if (out.is_none() || in_place) return extras.join(result);
+    out.attr("__setitem__")(py::ellipsis(), result);
+    return extras.join(std::move(out));
   }
 
   const char* isa() const { return weights_.kernels->name; }
@@ -99,9 +111,10 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
 
 const Layer& layer_of(const py::capsule& capsule) { return *capsule.get_pointer<Layer>(); }
 
-py::object call_layer(const py::capsule& capsule, const char* function, py::handle x, py::handle context,
-                      py::handle positions, const py::tuple& option_values) {
-  return layer_of(capsule).call(function, x, context, positions, option_values);
+// inputs: x, context, positions. In one tuple, because pybind11 allocates memory for more than six arguments.
+py::object call_layer(const py::capsule& capsule, const char* function, const py::tuple& inputs, py::object out,
+                      const py::tuple& option_values) {
+  return layer_of(capsule).call(function, inputs[0], inputs[1], inputs[2], std::move(out), option_values);
 }
 
 const char* layer_isa(const py::capsule& capsule) { return layer_of(capsule).isa(); }

@@ -178,7 +178,7 @@ struct RowAttention {
             Vec<T> right[abreast];
             for (int i = 0; i < abreast; ++i) right[i] = load_key(key[i] + d);
             for (int r = 0; r < Rows; ++r) {
-              const Vec<T> query = load(queries + r * s.query_step + d);
+              const Vec<T> query = in_register(load(queries + r * s.query_step + d));
               for (int i = 0; i < abreast; ++i) dots[i][r] = fma(query, right[i], dots[i][r]);
             }
           };

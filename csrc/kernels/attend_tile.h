@@ -43,7 +43,7 @@ struct TileAttention {
     Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
       Carver carver{static_cast<char*>(base)};
       const int count = (rows + strip_rows - 1) / strip_rows;
-      const std::int64_t lanes = std::int64_t{count} * strip_rows;
+      const std::int64_t lanes = (rows + W - 1) / W * W;  // of all strips: the last one may have fewer vectors
       strips = carver.take<Strip>(count);
       queries = carver.take<T>(lanes * head_dim);
       out = carver.take<T>(lanes * value_dim);

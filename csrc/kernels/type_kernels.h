@@ -12,8 +12,12 @@ inline void weigh(void* scores, std::int64_t count, double row_max, double facto
   T* score = static_cast<T*>(scores);
   const Vec<T> shift = broadcast(static_cast<T>(row_max));
   const Vec<T> scale = broadcast(static_cast<T>(factor));
-  for (std::int64_t j = 0; j < count; j += Vec<T>::width)
-    store_up_to(score + j, exp2(load_up_to(score + j, count - j) - shift) * scale, count - j);
+  for (std::int64_t j = 0; j < count; j += Vec<T>::width) {
+    const Vec<T> s = load_up_to(score + j, count - j);
+    const Vec<T> weight = exp2(s - shift) * scale;
+    // A hidden key has weight 0 also where a visible one made the maximum or the sum NaN.
+    store_up_to(score + j, select(s == broadcast(minus_infinity<T>), broadcast(T(0)), weight), count - j);
+  }
 }
 
 // Each sum is a recurrence that no compiler may shorten; `Chains` of them hide the latency of one.

@@ -16,19 +16,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import selfattn
-
-from .workload import numpy_dtype
+from .peer import prepare_with_out
 from .workloads import WORKLOADS
 
 WARM_CALLS = 20  # fill the pools of scratch memory and threads
 CALLS = 100
-CASES = ("tiny-16", "vit-197", "padded-lens-128", "mask-bool-512", "alibi-causal-1k", "decode-4k-gqa", "f64-512")
+CASES = (
+    "tiny-16",
+    "vit-197",
+    "padded-lens-128",
+    "mask-bool-512",
+    "alibi-causal-1k",
+    "decode-4k-gqa",
+    "f64-512",
+    "projection-block-384",
+    "projection-block",
+)
 RESULT_CASE = "vit-197"  # is also called without `out`, which allocates: the counter must see it
 NO_OUT = ", no out"
 
@@ -84,18 +91,10 @@ def count_here(threads: int) -> dict[str, tuple[int, int]]:
 
 def _calls(threads: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in CASES:
-        workload = WORKLOADS[name]
-        arrays = workload.make_arrays()
-        options = {**workload.attention_options(arrays), "num_threads": threads}
-        q, k, v = (arrays[letter] for letter in "qkv")
-        out = np.empty((*q.shape[:-1], workload.value_dim), numpy_dtype(workload.dtype))
-        yield name, _call(q, k, v, {**options, "out": out})
+        call, out = prepare_with_out(WORKLOADS[name], threads)
+        yield name, partial(call, out=out)
         if name == RESULT_CASE:
-            yield f"{name}{NO_OUT}", _call(q, k, v, options)
-
-
-def _call(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: selfattn.attention(q, k, v, **options)
+            yield f"{name}{NO_OUT}", call
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import selfattn
 
 from .peer import MAX_SCORES_BYTES
 from .peers import PEERS
-from .workload import Workload, numpy_dtype
+from .workload import Array, Workload, numpy_dtype
 from .workloads import attention_workload
 
 HEAD_DIM = 64
 WARM_LENGTH = 32  # starts the thread pools, whose stacks are no part of the question
-WIDE_DIMS = (256, 512, 1024)  # wider heads than the benchmarks have, for scratch memory
+WIDE_DIMS = (256, 512, 1024, 4096)  # wider heads than the benchmarks have, for scratch memory
 
 
 def resident_bytes(field: str) -> int:
@@ -73,13 +73,22 @@ def scratch(workloads: Iterable[Workload], threads: int) -> dict[str, tuple[int,
     found = {}
     for workload in workloads:
         if workload.kind == "attention":
-            # Zeros take no memory until somebody reads them, and nobody does.
-            dtype, keys = numpy_dtype(workload.dtype), (workload.batch, workload.num_kv_heads, workload.kv_len)
-            q = np.zeros((workload.batch, workload.num_heads, workload.q_len, workload.head_dim), dtype)
-            k, v = (np.zeros((*keys, dim), dtype) for dim in (workload.head_dim, workload.value_dim))
-            told = selfattn.explain(q, k, v, causal=workload.options.causal, num_threads=threads)
-            found[workload.name] = (told["scratch_bytes_per_thread"], told["shared_bytes"])
+            for layout, step in (("", 1), (", strided", 2)):  # of every second element, blocks must be copied
+                q, k, v = _operands(workload, step)
+                told = selfattn.explain(q, k, v, causal=workload.options.causal, num_threads=threads)
+                found[workload.name + layout] = (told["scratch_bytes_per_thread"], told["shared_bytes"])
     return found
+
+
+def _operands(workload: Workload, step: int) -> Iterator[Array]:
+    """q, k and v of every `step`-th element. Zeros take no memory until somebody reads them, and nobody does."""
+    w = workload
+    for heads, length, dim in (
+        (w.num_heads, w.q_len, w.head_dim),
+        (w.num_kv_heads, w.kv_len, w.head_dim),
+        (w.num_kv_heads, w.kv_len, w.value_dim),
+    ):
+        yield np.zeros((w.batch, heads, length, step * dim), numpy_dtype(w.dtype))[..., ::step]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,13 +88,22 @@ class Own(Peer):
 
     def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
         """See `Peer.prepare`."""
-        options = workload.attention_options(arrays)
-        if workload.kind == "block":
-            weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
-            layer = selfattn.SelfAttention(**weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads)
-            return lambda: layer(arrays["x"], num_threads=threads, **options)
-        q, k, v = (arrays[name] for name in "qkv")
-        return lambda: selfattn.attention(q, k, v, num_threads=threads, **options)
+        return _own_call(workload, arrays, threads)
+
+
+def _own_call(workload: Workload, arrays: Arrays, threads: int) -> Callable[..., Any]:
+    options = {**workload.attention_options(arrays), "num_threads": threads}
+    if workload.kind == "block":
+        weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
+        layer = selfattn.SelfAttention(**weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads)
+        return partial(layer, arrays["x"], **options)
+    return partial(selfattn.attention, *(arrays[name] for name in "qkv"), **options)
+
+
+def prepare_with_out(workload: Workload, threads: int) -> tuple[Callable[..., Any], Array]:
+    """Return our own call, and an array that its `out` takes."""
+    call = _own_call(workload, workload.make_arrays(), threads)
+    return call, np.empty_like(call())
 
 
 class NumPy(Peer):

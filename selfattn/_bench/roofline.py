@@ -17,6 +17,7 @@ from .report import count_threads
 MARKERS = "osD^vP*X"
 COLORS = ("#2a7f9e", "#c8553d", "#6a4c93", "#2e8b57", "#b8860b", "#444444", "#d1495b", "#00798c")
 FEW_BYTES = 2**20  # K and V below this size say nothing about a memory
+FEW_FLOPS = 1e5  # less than this says nothing about a processor
 INTENSITY_MARGIN = 2.0  # of the axes beyond the outermost points
 LEVEL_MARGIN = 2.0  # above the highest roof
 
@@ -50,6 +51,8 @@ def roofs(results: Sequence[Result]) -> tuple[float, Stream, Stream]:
 def write_roofline(results: Sequence[Result], path: str | Path) -> None:
     """Draw float32 results, one panel per number of threads; the suffix of `path` gives the format.
 
+    Workloads that are nothing but a call's overhead are left out: the machine's roofs say nothing about them.
+
     Raises
     ------
     ImportError
@@ -57,7 +60,7 @@ def write_roofline(results: Sequence[Result], path: str | Path) -> None:
     ValueError
         If there is no float32 result.
     """
-    results = [result for result in results if result.workload.dtype == "float32"]
+    results = [r for r in results if r.workload.dtype == "float32" and r.workload.flops() >= FEW_FLOPS]
     if not results:
         raise ValueError("plot: no float32 result to draw")
     # The figure is built without pyplot, which would keep it alive and might want a screen.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,19 +12,18 @@ from .measure import Result
 from .peers import OTHERS, PEERS
 from .report import count_threads
 from .workload import Workload
-
-PEAK = "peak"  # the yardstick that is no peer: the fraction of what bounds the machine
+from .yardstick import YARDSTICKS, Yardstick
 
 
 @dataclass(frozen=True)
 class Target:
-    """Ratios that must be reached against one yardstick.
+    """Values that must be reached by one yardstick.
 
     Attributes
     ----------
     against : str
-        A peer's name, or `PEAK`.
-    floor : float
+        A key of `YARDSTICKS`: a peer's name, or one of those that are no peers.
+    each : float
         What every workload must reach.
     mean : float, optional
         What the geometric mean must reach.
@@ -37,37 +36,31 @@ class Target:
     """
 
     against: str
-    floor: float
+    each: float
     mean: float | None = None
     threads: int | None = None
     only: tuple[str, ...] = ()
     longer_than: float = 0.0
 
     @property
-    def label(self) -> str:
-        """Name the yardstick."""
-        return "peak" if self.against == PEAK else PEERS[self.against].label
-
-    def written(self, value: float) -> str:
-        """Write a value as it is read: a fraction of the peak, or so many times."""
-        return f"{value:.0%}" if self.against == PEAK else f"{value:.2f}x"
+    def yardstick(self) -> Yardstick:
+        """What gives the values."""
+        return YARDSTICKS[self.against]
 
     def __str__(self) -> str:
-        mean = "" if self.mean is None else f"geomean {self.written(self.mean)}, "
+        written = self.yardstick.written
+        mean = "" if self.mean is None else f"geomean {written(self.mean)}, "
         threads = "" if self.threads is None else f", {count_threads(self.threads)}"
         only = f" ({', '.join(self.only)})" if self.only else ""
-        return f"{self.label}{threads}: {mean}each {self.written(self.floor)}{only}"
+        each = "each at most" if self.yardstick.limits else "each"
+        return f"{self.yardstick.label}{threads}: {mean}{each} {written(self.each)}{only}"
 
-    def applies(self, result: Result) -> bool:
-        """Whether the target says anything about a result."""
-        if self.only and result.workload.name not in self.only:
-            return False
-        if self.threads not in (None, result.threads):
-            return False
-        if self.against == PEAK:
-            return True
-        times = result.times.get(self.against)
-        return times is not None and times.median > self.longer_than
+    def values(self, results: Sequence[Result]) -> dict[str, float]:
+        """Values of the workloads it counts for, by name, out of a group's results with one number of threads."""
+        counted = [r for r in results if not self.only or r.workload.name in self.only]
+        counted = [r for r in counted if self.yardstick.seconds(r) > self.longer_than]
+        found = {r.workload.name: self.yardstick.value(r, results) for r in counted}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -108,8 +101,8 @@ class Verdict:
 
     @property
     def worst(self) -> str:
-        """Name of the workload with the lowest value."""
-        return min(self.values, key=self.values.__getitem__)
+        """Name of the workload that is furthest from its target, or least beyond it."""
+        return min(self.values, key=lambda name: self._share(self.values[name], self.target.each))
 
     @property
     def missed(self) -> bool:
@@ -118,43 +111,58 @@ class Verdict:
 
     @property
     def state(self) -> Literal["met", "missed", "not measured"]:
-        """Whether all values and their mean are high enough."""
+        """Whether all values and their mean are good enough."""
         if not self.values:
             return "not measured"
-        enough = self.values[self.worst] >= self.target.floor
-        return "met" if enough and self.mean >= (self.target.mean or 0.0) else "missed"
+        shares = [self._share(self.values[self.worst], self.target.each)]
+        if self.target.mean is not None:
+            shares.append(self._share(self.mean, self.target.mean))
+        return "met" if min(shares) >= 1.0 else "missed"
+
+    def _share(self, value: float, target: float) -> float:
+        return self.target.yardstick.share(value, target)
 
     def __str__(self) -> str:
-        target, head = self.target, f"{self.target.label}, {count_threads(self.threads)}"
+        head = f"{self.target.yardstick.label}, {count_threads(self.threads)}"
         if not self.values:
             return f"{head}: not measured"
-        mean, worst = target.written(self.mean), target.written(self.values[self.worst])
-        if target.mean is not None:
-            mean += f" (target {target.written(target.mean)})"
-        floor = f"(target {target.written(target.floor)})"
-        if target.only:
+        if self.target.only:
             count = len(self.values)
             head += f", {count} workload{'s'[: count - 1]}"
-        return f"{head}: geomean {mean}, worst {worst} {floor} {self.worst}: {self.state}"
+        summary = self._against_limit() if self.target.yardstick.limits else self._against_least()
+        return f"{head}: {summary}: {self.state}"
+
+    def _against_limit(self) -> str:
+        written = self.target.yardstick.written
+        return f"{self.worst} at most {written(self.target.each)}: {written(self.values[self.worst])}"
+
+    def _against_least(self) -> str:
+        target, written = self.target, self.target.yardstick.written
+        mean, worst = written(self.mean), written(self.values[self.worst])
+        if target.mean is not None:
+            mean += f" (target {written(target.mean)})"
+        return f"geomean {mean}, worst {worst} (target {written(target.each)}) {self.worst}"
 
 
 def judge(group: Group, results: Sequence[Result]) -> list[Verdict]:
-    """Hold the group's results against its targets; a peer without a target must be no faster than selfattn."""
+    """Hold the group's results against its targets; a peer must be no faster where it has no target."""
     names = {workload.name for workload in group.workloads}
     results = [result for result in results if result.workload.name in names]
-    measured = {peer for result in results for peer in result.ratios}
-    given = {target.against for target in group.targets}
-    others = [peer.name for peer in OTHERS if peer.name in measured - given]
     verdicts = []
-    for target in (*group.targets, *(Target(name, floor=1.0) for name in others)):
+    for target in (*group.targets, *_no_faster(group, results)):
         for threads in sorted({result.threads for result in results}):
             if target.threads in (None, threads):
-                counted = [r for r in results if r.threads == threads and target.applies(r)]
-                verdicts.append(Verdict(target, threads, {r.workload.name: _value(target, r) for r in counted}))
+                values = target.values([result for result in results if result.threads == threads])
+                verdicts.append(Verdict(target, threads, values))
     return verdicts
 
 
-def _value(target: Target, result: Result) -> float:
-    if target.against == PEAK:
-        return result.fraction_of_peak
-    return result.ratios[target.against].median
+def _no_faster(group: Group, results: Sequence[Result]) -> Iterator[Target]:
+    """Targets for what peers were measured on without one."""
+    names = [workload.name for workload in group.workloads]
+    for peer in OTHERS:
+        targets = [target for target in group.targets if target.against == peer.name]
+        covered = {name for target in targets for name in target.only or names}
+        measured = {result.workload.name for result in results if peer.name in result.ratios} - covered
+        if measured:
+            yield Target(peer.name, each=1.0, only=tuple(sorted(measured, key=names.index)) if covered else ())

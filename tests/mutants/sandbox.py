@@ -29,6 +29,9 @@ class Sandbox:
         for name in ("CMakeLists.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf8")
+        metadata = folder / "selfattn-0.dist-info"  # the package asks for its version
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: selfattn\nVersion: 0\n", encoding="utf8")
 
     def configure(self) -> None:
         pybind = subprocess.run(
