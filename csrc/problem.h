@@ -45,7 +45,7 @@ struct AttentionArguments {
 
 struct Problem {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
-  int ndim = 0;  // of out
+  int ndim = 0;              // of out
   bool bshd = false;
   int batch_axes = 0;
   std::int64_t batch_shape[max_axes];

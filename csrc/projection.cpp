@@ -176,7 +176,9 @@ bool project_all(const ProjectionJob* jobs, int count, int num_threads, Interrup
   const int threads = useful_threads(work, 0, tasks, num_threads);
   const std::size_t own = Bounce(nullptr, jobs, count).bytes;
   const Scratch memory(own * static_cast<std::size_t>(threads));
-  const auto bounce = [&](int slot) { return Bounce(memory.data() + own * static_cast<std::size_t>(slot), jobs, count); };
+  const auto bounce = [&](int slot) {
+    return Bounce(memory.data() + own * static_cast<std::size_t>(slot), jobs, count);
+  };
   for (int slot = 0; own > 0 && slot < threads; ++slot) *bounce(slot).held = {};
   TaskLoop loop(tasks, threads, interrupted);
   const auto body = [&](std::int64_t index, int slot) {

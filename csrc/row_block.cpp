@@ -223,8 +223,7 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
 void clear_rows(const Problem& problem, const RowSpan& span) {
   for (int i = span.valid; i < span.count; ++i) {
     const Place place = place_of(problem, span, i);
-    fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0,
-             problem.out.dtype);
+    fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0, problem.out.dtype);
     if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.dtype);
     if (problem.weights)
       fill_row(element(problem, problem.weights, span, place), problem.weights.column, problem.kv_len, 0,

@@ -27,8 +27,7 @@ const Conversion& conversion_of(const KernelSet& kernels, DType dtype) {
   return dtype == DType::f16 ? kernels.f16 : kernels.bf16;
 }
 
-void widen_row(const Conversion& conversion, char* to, const char* from, std::int64_t from_column,
-               std::int64_t count) {
+void widen_row(const Conversion& conversion, char* to, const char* from, std::int64_t from_column, std::int64_t count) {
   float* floats = reinterpret_cast<float*>(to);
   if (from_column == narrow_size && reinterpret_cast<std::uintptr_t>(from) % narrow_size == 0)
     return conversion.widen(from, count, floats);

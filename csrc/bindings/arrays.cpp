@@ -74,9 +74,9 @@ TensorView float_view(const char* function, const char* name, py::handle object)
 TensorView matching_view(const char* function, const char* name, py::handle object, const char* like_name, DType like) {
   const TensorView view = float_view(function, name, object);
   if (view.dtype != like)
-    refuse_type(function, name, dtype_name(as_array(object)),
-                (std::string(like_name) + " has " + name_of(like) + ": they must agree, convert one with .astype")
-                    .c_str());
+    refuse_type(
+        function, name, dtype_name(as_array(object)),
+        (std::string(like_name) + " has " + name_of(like) + ": they must agree, convert one with .astype").c_str());
   return view;
 }
 

@@ -87,12 +87,12 @@ struct ProjectArgs {
 
 // The kernels of one element type.
 struct TypeKernels {
-  AttendKernel tile;  // many rows: vectors run across query rows
-  AttendKernel row;   // few rows: vectors run along head_dim and along keys
+  AttendKernel tile;            // many rows: vectors run across query rows
+  AttendKernel row;             // few rows: vectors run along head_dim and along keys
   const AttendKernel* row_f16;  // the same for keys and values of 16 bits in place, or null: they are widened first
   const AttendKernel* row_bf16;
-  int lanes;          // elements of a vector
-  int row_limit;      // up to this many rows `row` is the faster of the two, however few the keys
+  int lanes;      // elements of a vector
+  int row_limit;  // up to this many rows `row` is the faster of the two, however few the keys
   int panel_columns;
   void (*project)(const ProjectArgs&) noexcept;
   void (*project_f16)(const ProjectArgs&) noexcept;  // for panels of 16 bits, or null
@@ -121,7 +121,7 @@ struct KernelSet {
 // What a CPU and its operating system can do, as far as kernels ask for it.
 enum Feature : std::uint32_t {
   feature_avx2_fma = 1u << 0,  // and F16C
-  feature_avx512 = 1u << 1,  // F, DQ, VL, BW and the registers enabled
+  feature_avx512 = 1u << 1,    // F, DQ, VL, BW and the registers enabled
 };
 
 }  // namespace selfattn

@@ -27,7 +27,8 @@ inline float float_of(std::uint32_t bits) {
 inline float widen(BFloat x) { return float_of(std::uint32_t{x.bits} << 16); }
 
 inline float widen(Half x) {
-  const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16, exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16, exponent = x.bits >> 10 & 31,
+                      fraction = x.bits & 1023;
   if (exponent == 31)  // infinite, or NaN, which becomes quiet
     return float_of(sign | 0x7f800000u | fraction << 13 | (fraction != 0 ? 0x400000u : 0u));
   if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
