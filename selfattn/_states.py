@@ -23,7 +23,8 @@ def merge_states(
     outs : sequence of array_like, each (..., Sq, Dv)
         Results of `attention` over each part.
     lses : sequence of array_like, each (..., Sq)
-        Their log-sum-exps (``return_lse=True``), float32 beside 16-bit results, else of the same dtype. −inf: the part showed the row nothing.
+        Their log-sum-exps (``return_lse=True``): float32 beside 16-bit results, else of the same dtype. −inf: the
+        part showed the row nothing.
 
     Returns
     -------
