@@ -24,8 +24,9 @@ class SelfAttention:
     Parameters
     ----------
     w_q : array_like, shape (d_model, H·D)
-        ``x @ w_q`` is literal: a PyTorch ``Linear`` holds the transpose, pass ``linear.weight.T``. float32 or
-        float64; all weights and inputs share one dtype.
+        ``x @ w_q`` is literal: a PyTorch ``Linear`` holds the transpose, pass ``linear.weight.T``. float32,
+        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In 16 bits every
+        step is computed in float32, and y alone is rounded.
     w_k : array_like, shape (d_context, Hkv·D)
     w_v : array_like, shape (d_context, Hkv·Dv)
     w_o : array_like, shape (H·Dv, d_out), optional
