@@ -1,20 +1,8 @@
 #include "key_source.h"
 
-#include <cstring>
+#include "rows.h"
 
 namespace selfattn {
-
-void copy_rows(char* to, std::int64_t to_row, std::int64_t to_column, const char* from, std::int64_t from_row,
-               std::int64_t from_column, std::int64_t rows, std::int64_t count, std::int64_t size) {
-  const auto bytes = static_cast<std::size_t>(size);
-  for (std::int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
-    if (to_column == size && from_column == size) {
-      std::memcpy(to, from, bytes * static_cast<std::size_t>(count));
-    } else {
-      for (std::int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_column, from + i * from_column, bytes);
-    }
-  }
-}
 
 StridedKeys::StridedKeys(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t batch,
                          std::int64_t kv_head)
@@ -25,13 +13,12 @@ StridedKeys::StridedKeys(const Problem& problem, const Plan& plan, const Slot& s
       values_(problem.at(problem.value, batch) + kv_head * problem.value.head) {}
 
 KeyBlock StridedKeys::block(std::int64_t first, int count) const {
-  const std::int64_t size = size_of(problem_.dtype);
   const auto rows = [&](const Operand& operand, const char* base, std::int64_t width, bool copies, char* buffer,
                         std::int64_t& step) -> const void* {
     const char* from = base + first * operand.row;
-    step = operand.row / size;
+    step = operand.row / size_of(operand.dtype);
     if (!copies) return from;
-    copy_rows(buffer, width * size, size, from, operand.row, operand.column, count, width, size);
+    gather_rows(*plan_.kernels, buffer, problem_.dtype, from, operand.dtype, operand.row, operand.column, count, width);
     step = width;
     return buffer;
   };

@@ -1,5 +1,5 @@
-// Where blocks of keys and values come from. Kernels want rows of contiguous, aligned elements; a source hands out a
-// block in place where the memory is like that, or a copy of one block at a time where it is not.
+// Where blocks of keys and values come from. Kernels want rows of contiguous, aligned elements of their type; a source
+// hands out a block in place where the memory is like that, or a copy of one block at a time where it is not.
 #pragma once
 #include "plan.h"
 #include "slot.h"
@@ -19,9 +19,5 @@ class StridedKeys {
   const char* keys_;
   const char* values_;
 };
-
-// Copies `rows` rows of `count` elements of `size` bytes between any two strides.
-void copy_rows(char* to, std::int64_t to_row, std::int64_t to_column, const char* from, std::int64_t from_row,
-               std::int64_t from_column, std::int64_t rows, std::int64_t count, std::int64_t size);
 
 }  // namespace selfattn

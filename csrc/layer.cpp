@@ -32,18 +32,19 @@ BufferView::BufferView(char* data, DType dtype, const TensorView& x, std::int64_
 LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context,
                      const TensorView& positions, AttentionArguments arguments)
     : layer_(layer),
+      dtype_(computed_in(layer.dtype)),
       x_(x),
       context_(context ? context : x),
       positions_(positions),
       query_rows_(row_count(x_)),
       key_rows_(row_count(context_)),
-      query_bytes_(bytes_of(query_rows_, layer.query.columns(), size_of(layer.dtype))),
-      key_bytes_(bytes_of(key_rows_, layer.key.columns(), size_of(layer.dtype))),
-      value_bytes_(bytes_of(key_rows_, layer.value.columns(), size_of(layer.dtype))),
+      query_bytes_(bytes_of(query_rows_, layer.query.columns(), size_of(dtype_))),
+      key_bytes_(bytes_of(key_rows_, layer.key.columns(), size_of(dtype_))),
+      value_bytes_(bytes_of(key_rows_, layer.value.columns(), size_of(dtype_))),
       inputs_(static_cast<std::size_t>(query_bytes_ + key_bytes_ + value_bytes_ + 64)),
-      query_(inputs_.data(), layer.dtype, x_, layer.num_heads, layer.head_dim),
-      key_(inputs_.data() + query_bytes_, layer.dtype, context_, layer.num_kv_heads, layer.head_dim),
-      value_(inputs_.data() + query_bytes_ + key_bytes_, layer.dtype, context_, layer.num_kv_heads, layer.value_dim) {
+      query_(inputs_.data(), dtype_, x_, layer.num_heads, layer.head_dim),
+      key_(inputs_.data() + query_bytes_, dtype_, context_, layer.num_kv_heads, layer.head_dim),
+      value_(inputs_.data() + query_bytes_ + key_bytes_, dtype_, context_, layer.num_kv_heads, layer.value_dim) {
   arguments.q = query_.view;
   arguments.k = key_.view;
   arguments.v = value_.view;
@@ -51,7 +52,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   problem_ = make_problem(arguments);
   if (layer.output)
     heads_.emplace(static_cast<std::size_t>(
-        bytes_of(problem_.batch, problem_.q_len, layer.num_heads, layer.value_dim, size_of(layer.dtype))));
+        bytes_of(problem_.batch, problem_.q_len, layer.num_heads, layer.value_dim, size_of(dtype_))));
 }
 
 // Positions count along the rows of one sequence; where given, they belong to x and, without a context, to its keys.
@@ -80,7 +81,7 @@ bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
     rope_tables(rope, position, cosines, cosines + half);
     for (std::int64_t head = 0; head < v.extent(1); ++head) {
       char* at = static_cast<char*>(v.data) + row * v.stride(2) + head * v.stride(1);
-      rope_rotate(rope, layer_.dtype, layer_.head_dim, cosines, cosines + half, at, v.stride(0), at, v.stride(0));
+      rope_rotate(rope, dtype_, layer_.head_dim, cosines, cosines + half, at, v.stride(0), at, v.stride(0));
     }
   };
   TaskLoop loop(query_rows_ + key_rows_, threads, interrupted);
@@ -112,18 +113,19 @@ double LayerCall::flops() const {
 }
 
 bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrupted) {
-  const std::int64_t size = size_of(layer_.dtype);
+  const std::int64_t size = size_of(dtype_);
   // The attention's result as (batch..., length, heads, value_dim).
-  const TensorView rows{nullptr, layer_.dtype, out.ndim, out.shape, out.strides};
-  const BufferView heads(layer_.output ? heads_->data() : static_cast<char*>(out.data), layer_.dtype, rows,
+  const DType heads_dtype = layer_.output ? dtype_ : out.dtype;
+  const TensorView rows{nullptr, heads_dtype, out.ndim, out.shape, out.strides};
+  const BufferView heads(layer_.output ? heads_->data() : static_cast<char*>(out.data), heads_dtype, rows,
                          layer_.num_heads, layer_.value_dim);
   attach_out(problem_, heads.view);
   const Plan plan = make_plan(problem_, *layer_.kernels, num_threads);
 
   const ProjectionJob inputs[] = {
-      {layer_.query, RowsView(x_), query_.data(), layer_.query.columns() * size},
-      {layer_.key, RowsView(context_), key_.data(), layer_.key.columns() * size},
-      {layer_.value, RowsView(context_), value_.data(), layer_.value.columns() * size},
+      {layer_.query, RowsView(x_), query_.data(), dtype_, layer_.query.columns() * size},
+      {layer_.key, RowsView(context_), key_.data(), dtype_, layer_.key.columns() * size},
+      {layer_.value, RowsView(context_), value_.data(), dtype_, layer_.value.columns() * size},
   };
   if (!project_all(inputs, 3, num_threads, interrupted)) return false;
   if (layer_.rope && !rotate(num_threads, interrupted)) return false;
@@ -132,8 +134,8 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   const std::int64_t joined = layer_.num_heads * layer_.value_dim * size;
   const std::int64_t shape[] = {problem_.batch * problem_.q_len, layer_.num_heads * layer_.value_dim};
   const std::int64_t strides[] = {joined, size};
-  const ProjectionJob output{*layer_.output, RowsView({heads.data(), layer_.dtype, 2, shape, strides}),
-                             static_cast<char*>(out.data), layer_.output->columns() * size};
+  const ProjectionJob output{*layer_.output, RowsView({heads.data(), dtype_, 2, shape, strides}),
+                             static_cast<char*>(out.data), out.dtype, layer_.output->columns() * size_of(out.dtype)};
   return project_all(&output, 1, num_threads, interrupted);
 }
 

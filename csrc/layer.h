@@ -48,6 +48,7 @@ class LayerCall {
   bool rotate(int num_threads, Interrupted interrupted) const;
 
   const LayerWeights& layer_;
+  const DType dtype_;  // of the computation
   const TensorView x_, context_, positions_;
   const std::int64_t query_rows_, key_rows_;
   const std::int64_t query_bytes_, key_bytes_, value_bytes_;

@@ -32,8 +32,8 @@ constexpr bool has(std::uint64_t word, std::uint64_t bits) { return (word & bits
 std::uint32_t cpu_features() {
   std::uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-  constexpr std::uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;
-  if (!has(c, fma | osxsave | avx)) return 0;
+  constexpr std::uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+  if (!has(c, fma | osxsave | avx | f16c)) return 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
   constexpr std::uint32_t avx2 = 1u << 5;
   constexpr std::uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL

@@ -31,12 +31,13 @@ constexpr std::int64_t row_blocks_with_ranges = 2;
 constexpr std::int64_t most_ranges = 256;  // bounds the memory for results to merge, whatever length a view claims
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
 
-bool in_place(const Problem& problem, const Operand& operand) {
-  const std::int64_t size = size_of(problem.dtype);
+// Whether kernels that read `dtype` can use the operand where it is.
+bool in_place(const Problem& problem, const Operand& operand, DType dtype) {
+  const std::int64_t size = size_of(dtype);
   bool aligned = reinterpret_cast<std::uintptr_t>(operand.data) % static_cast<std::uintptr_t>(size) == 0 &&
                  operand.row % size == 0 && operand.head % size == 0;
   for (int axis = 0; axis < problem.batch_axes; ++axis) aligned = aligned && operand.batch[axis] % size == 0;
-  return aligned && operand.column == size;
+  return operand.dtype == dtype && aligned && operand.column == size;
 }
 
 int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t largest) {
@@ -55,9 +56,21 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
 
+// Keys and values of 16 bits are widened as they are loaded: decode waits for memory, and they are half of it.
+void choose_row_kernel(Plan& plan, const Problem& problem) {
+  plan.attend = &plan.types->row;
+  const DType dtype = problem.key.dtype;
+  const AttendKernel* narrow = dtype == DType::f16    ? plan.types->row_f16
+                               : dtype == DType::bf16 ? plan.types->row_bf16
+                                                      : nullptr;
+  if (!narrow || !in_place(problem, problem.key, dtype) || !in_place(problem, problem.value, dtype)) return;
+  plan.attend = narrow;
+  plan.copies_keys = plan.copies_values = false;
+}
+
 void choose_kernel(Plan& plan, const Problem& problem) {
   if (row_kernel_pays(plan, problem)) {
-    plan.attend = &plan.types->row;
+    choose_row_kernel(plan, problem);
     plan.key_block = choose_key_block(problem, row_key_block_bytes, largest_row_key_block);
     plan.reason = "few query rows per KV head: vectors run along the heads' dimensions";
     plan.block_rows = static_cast<int>(std::max<std::int64_t>(plan.rows, 1));
@@ -81,7 +94,7 @@ void choose_kernel(Plan& plan, const Problem& problem) {
 double cache_bytes(const Problem& problem) {
   return static_cast<double>(problem.batch) * static_cast<double>(problem.num_kv_heads) *
          static_cast<double>(problem.kv_len) *
-         static_cast<double>((problem.head_dim + problem.value_dim) * size_of(problem.dtype));
+         static_cast<double>((problem.head_dim + problem.value_dim) * size_of(problem.key.dtype));
 }
 
 }  // namespace
@@ -91,15 +104,15 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.kernels = &kernels;
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
   plan.rows = problem.q_len * problem.group_size;
-  plan.copies_queries = !in_place(problem, problem.query);
-  plan.copies_keys = !in_place(problem, problem.key);
-  plan.copies_values = !in_place(problem, problem.value);
-  plan.copies_out = !problem.out || !in_place(problem, problem.out);
+  plan.copies_queries = !in_place(problem, problem.query, problem.dtype);
+  plan.copies_keys = !in_place(problem, problem.key, problem.dtype);
+  plan.copies_values = !in_place(problem, problem.value, problem.dtype);
+  plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
   const bool few = plan.row_blocks <= row_blocks_with_ranges;
-  const std::int64_t wanted = plan.attend == &plan.types->row ? row_range_keys : tile_range_keys;
+  const std::int64_t wanted = plan.attend == &plan.types->tile ? tile_range_keys : row_range_keys;
   const std::int64_t range = std::max(wanted, ceil_div(problem.kv_len, most_ranges));
   plan.range_keys = ceil_div(range, plan.key_block) * plan.key_block;  // blocks never straddle ranges
   plan.ranges = few ? std::max<std::int64_t>(ceil_div(problem.kv_len, plan.range_keys), 1) : 1;

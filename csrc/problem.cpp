@@ -44,6 +44,7 @@ int leading_axes(const TensorView& view, int trailing) { return std::max(view.nd
 // Strides of an operand's leading axes along the problem's batch axes, right-aligned.
 void place_batch(const Problem& problem, Operand& operand, const TensorView& view, int trailing) {
   operand.data = static_cast<char*>(view.data);
+  operand.dtype = view.dtype;
   const int missing = problem.batch_axes - leading_axes(view, trailing);
   for (int axis = 0; axis < problem.batch_axes; ++axis)
     operand.batch[axis] = axis < missing || view.shape[axis - missing] == 1 ? 0 : view.strides[axis - missing];
@@ -217,12 +218,11 @@ void check_scale(const AttentionArguments& a, const Problem& problem) {
 
 Problem make_problem(const AttentionArguments& a) {
   Problem problem;
-  problem.dtype = a.q.dtype;
+  problem.dtype = computed_in(a.q.dtype);
   problem.bshd = a.bshd;
   set_shapes(problem, a);
   place_score_operand(problem, problem.mask, a.function, "mask", a.mask);
   place_score_operand(problem, problem.bias, a.function, "bias", a.bias);
-  problem.bias_dtype = a.bias.dtype;
   problem.causal = a.causal;
   place_per_batch(problem, problem.q_offset, a.function, "q_offset", a.q_offset);
   problem.window_left = std::min(a.window_left, far);

@@ -21,6 +21,7 @@ struct Shape {
 // One array seen in the problem's form; an axis that it lacks or broadcasts has stride 0. All strides in bytes.
 struct Operand {
   char* data = nullptr;
+  DType dtype = DType::f32;
   std::int64_t head = 0;
   std::int64_t row = 0;
   std::int64_t column = 0;
@@ -43,9 +44,8 @@ struct AttentionArguments {
 };
 
 struct Problem {
-  DType dtype = DType::f32;
-  DType bias_dtype = DType::f32;
-  int ndim = 0;  // of out
+  DType dtype = DType::f32;  // of the computation, of lse and of weights
+  int ndim = 0;              // of out
   bool bshd = false;
   int batch_axes = 0;
   std::int64_t batch_shape[max_axes];

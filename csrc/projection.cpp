@@ -5,8 +5,11 @@
 #include <cstring>
 
 #include "aligned_memory.h"
-#include "key_source.h"
+#include "rows.h"
 #include "scratch_pool.h"
+
+#define SELFATTN_ISA core  // this file's own copy of what kernels compile per ISA
+#include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
@@ -24,63 +27,122 @@ double flops(const ProjectionJob& job) {
 }
 
 bool in_place(const ProjectionJob& job) {
-  const std::int64_t size = job.projection.element_size();
   const RowsView& x = job.x;
+  const DType dtype = job.projection.computation();
+  const std::int64_t size = size_of(dtype);
   bool aligned = reinterpret_cast<std::uintptr_t>(x.data) % static_cast<std::uintptr_t>(size) == 0 &&
                  x.row % size == 0 && x.column == size;
   for (int axis = 0; axis < x.outer_axes; ++axis) aligned = aligned && x.outer_stride[axis] % size == 0;
-  return aligned;
+  return x.dtype == dtype && aligned;
 }
 
-void run_task(const ProjectionJob& job, std::int64_t task, char* bounce) noexcept {
+// What a bounced block of x was made from: the panels of a block follow one another, and so do projections of one x.
+struct Held {
+  const char* from;
+  const ProjectionJob* job;
+
+  bool is(const char* rows, const ProjectionJob& other) const {
+    return from == rows && job &&
+           (job == &other || (job->x.row == other.x.row && job->x.column == other.x.column &&
+                              job->x.rows == other.x.rows && job->projection.depth() == other.projection.depth()));
+  }
+};
+
+// One thread's memory for rows that cannot be used in place.
+struct Bounce {
+  Held* held;
+  char* x;
+  char* out;
+  std::size_t bytes;
+
+  Bounce(char* base, const ProjectionJob* jobs, int count) {
+    std::int64_t x_bytes = 0, out_bytes = 0;
+    for (const ProjectionJob* job = jobs; job != jobs + count; ++job) {
+      const std::int64_t size = size_of(job->projection.computation());
+      if (!in_place(*job)) x_bytes = std::max(x_bytes, bytes_of(project_rows, job->projection.depth(), size));
+      if (is_narrow(job->out_dtype))
+        out_bytes = std::max(out_bytes, bytes_of(project_rows, job->projection.panel_columns(), size));
+    }
+    core::Carver carver{base};
+    const bool needed = x_bytes + out_bytes > 0;
+    held = needed ? carver.take<Held>(1) : nullptr;
+    x = needed ? carver.take<char>(x_bytes) : nullptr;
+    out = needed ? carver.take<char>(out_bytes) : nullptr;
+    bytes = carver.used;
+  }
+};
+
+void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce) noexcept {
   const Projection& projection = job.projection;
   const RowsView& x = job.x;
+  const DType dtype = projection.computation();
+  const std::int64_t size = size_of(dtype);
   const std::int64_t panel = task % projection.panels();
   task /= projection.panels();
   const std::int64_t first = task % blocks(job) * project_rows;
   const std::int64_t outer = task / blocks(job);
-  const std::int64_t rows = std::min(project_rows, x.rows - first), size = projection.element_size();
+  const std::int64_t rows = std::min(project_rows, x.rows - first);
   const char* from = x.at(outer) + first * x.row;
   std::int64_t step = x.row;
   if (!in_place(job)) {
+    if (!bounce.held->is(from, job)) {
+      gather_rows(projection.kernels(), bounce.x, dtype, from, x.dtype, x.row, x.column, rows, projection.depth());
+      *bounce.held = {from, &job};
+    }
+    from = bounce.x;
     step = projection.depth() * size;
-    copy_rows(bounce, step, size, from, x.row, x.column, rows, projection.depth(), size);
-    from = bounce;
   }
   char* out = job.out + (outer * x.rows + first) * job.out_step;
-  projection.project(panel, from, step / size, rows, out, job.out_step / size);
+  if (!is_narrow(job.out_dtype))
+    return projection.project(panel, from, step / size, rows, out + panel * projection.panel_columns() * size,
+                              job.out_step / size);
+  const std::int64_t width = projection.panel_columns();
+  projection.project(panel, from, step / size, rows, bounce.out, width);
+  const std::int64_t columns = std::min(width, projection.columns() - panel * width);
+  for (std::int64_t r = 0; r < rows; ++r)
+    scatter_row(projection.kernels(), out + r * job.out_step + panel * width * narrow_size, job.out_dtype, narrow_size,
+                bounce.out + r * width * size, dtype, columns);
 }
 
 }  // namespace
 
 void Projection::Free::operator()(char* p) const { std::free(p); }
 
-Projection::Projection(const TypeKernels& kernels, const TensorView& weights, const TensorView& bias)
-    : kernels_(&kernels), depth_(weights.shape[0]), columns_(weights.shape[1]), size_(size_of(weights.dtype)) {
-  const std::int64_t width = kernels.panel_columns;
-  const std::int64_t bytes = bytes_of(panels(), depth_, width, size_);
+Projection::Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias)
+    : kernels_(&kernels),
+      types_(computed_in(weights.dtype) == DType::f32 ? &kernels.f32 : &kernels.f64),
+      dtype_(weights.dtype),
+      depth_(weights.shape[0]),
+      columns_(weights.shape[1]) {
+  const std::int64_t width = panel_columns(), size = size_of(dtype_), wide = size_of(computation());
+  const std::int64_t bytes = bytes_of(panels(), depth_, width, size);
   panels_.reset(allocate_aligned(static_cast<std::size_t>(bytes)));
   std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
   const char* from = static_cast<const char*>(weights.data);
   for (std::int64_t first = 0; first < columns_; first += width)
-    copy_rows(panels_.get() + first * depth_ * size_, width * size_, size_, from + first * weights.strides[1],
-              weights.strides[0], weights.strides[1], depth_, std::min(width, columns_ - first), size_);
+    copy_rows(panels_.get() + first * depth_ * size, width * size, size, from + first * weights.strides[1],
+              weights.strides[0], weights.strides[1], depth_, std::min(width, columns_ - first), size);
   if (!bias) return;
-  bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, size_))));
-  std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * size_));
-  copy_rows(bias_.get(), 0, size_, static_cast<const char*>(bias.data), 0, bias.strides[0], 1, columns_, size_);
+  bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, wide))));
+  std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * wide));
+  gather_rows(kernels, bias_.get(), computation(), static_cast<const char*>(bias.data), bias.dtype, 0, bias.strides[0],
+              1, columns_);
 }
 
 void Projection::project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
                          std::int64_t out_step) const noexcept {
-  const std::int64_t width = kernels_->panel_columns, first = panel * width;
-  kernels_->project({x, x_step, rows, depth_, panels_.get() + first * depth_ * size_,
-                     bias_ ? bias_.get() + first * size_ : nullptr, static_cast<char*>(out) + first * size_, out_step,
-                     static_cast<int>(std::min(width, columns_ - first))});
+  const std::int64_t width = panel_columns(), first = panel * width;
+  const auto kernel = dtype_ == DType::f16    ? types_->project_f16
+                      : dtype_ == DType::bf16 ? types_->project_bf16
+                                              : types_->project;
+  kernel({x, x_step, rows, depth_, panels_.get() + first * depth_ * size_of(dtype_),
+          bias_ ? bias_.get() + first * size_of(computation()) : nullptr, out, out_step,
+          static_cast<int>(std::min(width, columns_ - first))});
 }
 
 RowsView::RowsView(const TensorView& x)
     : data(static_cast<const char*>(x.data)),
+      dtype(x.dtype),
       rows(x.extent(1)),
       row(x.stride(1)),
       column(x.stride(0)),
@@ -107,21 +169,22 @@ const char* RowsView::at(std::int64_t index) const {
 bool project_all(const ProjectionJob* jobs, int count, int num_threads, Interrupted interrupted) {
   std::int64_t tasks = 0;
   double work = 0;
-  std::size_t bounce_bytes = 0;
   for (int i = 0; i < count; ++i) {
     tasks += task_count(jobs[i]);
     work += flops(jobs[i]);
-    if (!in_place(jobs[i]))
-      bounce_bytes = std::max(bounce_bytes, static_cast<std::size_t>(bytes_of(project_rows, jobs[i].projection.depth(),
-                                                                              jobs[i].projection.element_size())));
   }
   const int threads = useful_threads(work, 0, tasks, num_threads);
-  const Scratch bounce(bounce_bytes * static_cast<std::size_t>(threads));
+  const std::size_t own = Bounce(nullptr, jobs, count).bytes;
+  const Scratch memory(own * static_cast<std::size_t>(threads));
+  const auto bounce = [&](int slot) {
+    return Bounce(memory.data() + own * static_cast<std::size_t>(slot), jobs, count);
+  };
+  for (int slot = 0; own > 0 && slot < threads; ++slot) *bounce(slot).held = {};
   TaskLoop loop(tasks, threads, interrupted);
   const auto body = [&](std::int64_t index, int slot) {
     const ProjectionJob* job = jobs;
     for (; index >= task_count(*job); ++job) index -= task_count(*job);
-    run_task(*job, index, bounce.data() + bounce_bytes * static_cast<std::size_t>(slot));
+    run_task(*job, index, bounce(slot));
   };
   return loop.run(body);
 }

@@ -21,16 +21,19 @@ std::int64_t bytes_of(Sizes... sizes) {
 }
 
 // A weight matrix (depth, columns) with its bias, packed for one kernel set: panels of columns, [panel][depth][column].
+// Weights keep their type, the bias takes that of the computation.
 class Projection {
  public:
-  // `weights` is 2-D, `bias` 1-D or absent; any strides.
-  Projection(const TypeKernels& kernels, const TensorView& weights, const TensorView& bias);
+  // `weights` is 2-D, `bias` 1-D or absent and of the same type; any strides.
+  Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias);
   std::int64_t depth() const { return depth_; }
   std::int64_t columns() const { return columns_; }
-  std::int64_t panels() const { return (columns_ + kernels_->panel_columns - 1) / kernels_->panel_columns; }
-  std::int64_t element_size() const { return size_; }
+  std::int64_t panels() const { return (columns_ + types_->panel_columns - 1) / types_->panel_columns; }
+  std::int64_t panel_columns() const { return types_->panel_columns; }
+  DType computation() const { return computed_in(dtype_); }
+  const KernelSet& kernels() const { return *kernels_; }
 
-  // Columns of one panel for `rows` rows of x; x and out have contiguous elements.
+  // Columns of one panel for `rows` rows of x; x and out have contiguous elements of the type of computation.
   void project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
                std::int64_t out_step) const noexcept;
 
@@ -38,8 +41,10 @@ class Projection {
   struct Free {
     void operator()(char* p) const;
   };
-  const TypeKernels* kernels_;
-  std::int64_t depth_, columns_, size_;
+  const KernelSet* kernels_;
+  const TypeKernels* types_;
+  DType dtype_;
+  std::int64_t depth_, columns_;
   std::unique_ptr<char, Free> panels_;
   std::unique_ptr<char, Free> bias_;
 };
@@ -47,6 +52,7 @@ class Projection {
 // x (..., S, d_model) as rows: leading axes that continue the rows' stride are folded into them.
 struct RowsView {
   const char* data;
+  DType dtype;
   std::int64_t rows, row, column;  // bytes
   int outer_axes;
   std::int64_t outer_shape[max_axes], outer_stride[max_axes];
@@ -61,6 +67,7 @@ struct ProjectionJob {
   const Projection& projection;
   RowsView x;
   char* out;
+  DType out_dtype;
   std::int64_t out_step;  // bytes from row to row
 };
 

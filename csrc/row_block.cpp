@@ -5,7 +5,7 @@
 #include <cstring>
 #include <limits>
 
-#include "key_source.h"
+#include "rows.h"
 
 namespace selfattn {
 namespace {
@@ -25,26 +25,6 @@ char* element(const Problem& problem, const Operand& operand, const RowSpan& spa
   return problem.at(operand, span.batch) + place.head * operand.head + place.query * operand.row;
 }
 
-double read_real(const char* p, DType dtype) {
-  if (dtype == DType::f64) {
-    double x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  }
-  float x;
-  std::memcpy(&x, p, sizeof x);
-  return static_cast<double>(x);
-}
-
-void write_real(char* p, double x, DType dtype) {
-  if (dtype == DType::f64) {
-    std::memcpy(p, &x, sizeof x);
-  } else {
-    const float narrow = static_cast<float>(x);
-    std::memcpy(p, &narrow, sizeof narrow);
-  }
-}
-
 void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dtype) {
   for (std::int64_t i = 0; i < count; ++i) write_real(p + i * step, x, dtype);
 }
@@ -53,7 +33,7 @@ void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dt
 bool sees_a_key(const Problem& problem, const Row& row) {
   for (std::int64_t j = row.key_begin; j < row.key_end; ++j) {
     if (row.mask && row.mask[j * problem.mask.column] == 0) continue;
-    if (row.bias && read_real(row.bias + j * problem.bias.column, problem.bias_dtype) == -infinity) continue;
+    if (row.bias && read_real(row.bias + j * problem.bias.column, problem.bias.dtype) == -infinity) continue;
     return true;
   }
   return false;
@@ -66,6 +46,20 @@ double within_range(double x, DType dtype) {
   const double most = dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max()) / 4
                                           : std::numeric_limits<double>::max() / 4;
   return std::isfinite(x) ? std::clamp(x, -most, most) : x;
+}
+
+BiasType bias_type(const Operand& bias) {
+  if (!bias) return BiasType::none;
+  switch (bias.dtype) {
+    case DType::f64:
+      return BiasType::f64;
+    case DType::f16:
+      return BiasType::f16;
+    case DType::bf16:
+      return BiasType::bf16;
+    default:
+      return BiasType::f32;
+  }
 }
 
 double sink_of(const Problem& problem, std::int64_t head) {
@@ -167,7 +161,8 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.query = from;
     if (plan.copies_queries) {
       char* copy = slot.queries + i * problem.head_dim * size;
-      copy_rows(copy, 0, size, from, 0, problem.query.column, 1, problem.head_dim, size);
+      gather_rows(*plan.kernels, copy, problem.dtype, from, problem.query.dtype, 0, problem.query.column, 1,
+                  problem.head_dim);
       row.query = copy;
     }
     row.out = plan.copies_out ? slot.out + i * problem.value_dim * size
@@ -198,7 +193,7 @@ ScoreTerms score_terms(const Problem& problem) {
   terms.alibi = static_cast<bool>(problem.alibi_slopes);
   terms.mask = static_cast<bool>(problem.mask);
   terms.mask_step = problem.mask.column;
-  terms.bias = !problem.bias ? BiasType::none : problem.bias_dtype == DType::f32 ? BiasType::f32 : BiasType::f64;
+  terms.bias = bias_type(problem.bias);
   terms.bias_step = problem.bias.column;
   return terms;
 }
@@ -216,8 +211,8 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
       fill_row(static_cast<char*>(row.out), size, problem.value_dim, std::numeric_limits<double>::quiet_NaN(),
                problem.dtype);
     if (plan.copies_out)
-      copy_rows(element(problem, problem.out, span, place), 0, problem.out.column, static_cast<char*>(row.out), 0, size,
-                1, problem.value_dim, size);
+      scatter_row(*plan.kernels, element(problem, problem.out, span, place), problem.out.dtype, problem.out.column,
+                  static_cast<char*>(row.out), problem.dtype, problem.value_dim);
     if (problem.lse)
       write_real(element(problem, problem.lse, span, place),
                  sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.dtype);
@@ -228,7 +223,7 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
 void clear_rows(const Problem& problem, const RowSpan& span) {
   for (int i = span.valid; i < span.count; ++i) {
     const Place place = place_of(problem, span, i);
-    fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0, problem.dtype);
+    fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0, problem.out.dtype);
     if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.dtype);
     if (problem.weights)
       fill_row(element(problem, problem.weights, span, place), problem.weights.column, problem.kv_len, 0,

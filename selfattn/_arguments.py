@@ -38,8 +38,14 @@ _NO_NEED = {
     "dropout": "there is no dropout at inference",
     "enable_gqa": "grouped heads are recognised by the shapes of k and v",
 }
+ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 _PRECISIONS = ("highest", "high", "medium")
 LAYOUTS = ("bhsd", "bshd")
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether the core computes with numbers of this type; bfloat16, another package's type, is known by its name."""
+    return dtype in (np.float32, np.float64, np.float16) or (dtype.name == "bfloat16" and dtype.itemsize == 2)
 
 
 def refuse_unknown(function: str, unknown: Mapping[str, object]) -> None:
@@ -79,10 +85,7 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
             return np.from_dlpack(value)
     array = np.asarray(value)
     if array.dtype == object:
-        raise TypeError(
-            f"{function}: {name} of type {type(value).__name__} is not an array of numbers: float32 and "
-            "float64 are accepted"
-        )
+        raise TypeError(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {ACCEPTED}")
     return array
 
 
@@ -101,8 +104,8 @@ def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
 
 def _reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
     array = as_array(function, name, value)
-    if array.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but float32 or float64 is needed")
+    if not is_float(array.dtype):
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
     return array.astype(np.float64, copy=False)
 
 

@@ -43,15 +43,17 @@ def attention(
     Parameters
     ----------
     q : array_like, shape (..., H, Sq, D)
-        Queries, float32 or float64. A 2-D array is one head. Anything with ``__array__`` or CPU DLPack will do;
-        any strides; leading dimensions broadcast against those of k and v as in `numpy.matmul`.
+        Queries: float32, float64, float16, or bfloat16, the dtype of the package ``ml_dtypes``. A 2-D array is one
+        head. Anything with ``__array__`` or CPU DLPack will do; any strides; leading dimensions broadcast against
+        those of k and v as in `numpy.matmul`.
     k : array_like, shape (..., Hkv, Sk, D)
-        Keys, of q's dtype. Query head ``h`` reads KV head ``h // (H // Hkv)``.
+        Keys, of q's dtype or of one with fewer bytes: a cache of float16 serves float32 queries. Query head ``h``
+        reads KV head ``h // (H // Hkv)``.
     v : array_like, shape (..., Hkv, Sk, Dv)
-        Values, of q's dtype.
+        Values, of k's dtype.
     mask : array_like of bool, optional
         True = attend. Broadcasts to (..., H, Sq, Sk), in either layout.
-    bias : array_like of float32 or float64, optional
+    bias : array_like of any of q's dtypes, optional
         Added to the scores; −inf hides a key exactly as a False in `mask` does. Broadcasts like `mask`.
     causal : bool, default False
         Key j is visible to query i iff ``j <= i + offset``.
@@ -89,9 +91,9 @@ def attention(
     out : ndarray, shape (..., H, Sq, Dv)
         In q's dtype; (..., Sq, H, Dv) in layout "bshd", (Sq, Dv) where q, k and v are 2-D.
     lse : ndarray, shape (..., H, Sq)
-        Only with `return_lse`.
+        Only with `return_lse`; float64 for float64 queries, else float32.
     weights : ndarray, shape (..., H, Sq, Sk)
-        Only with `return_weights`.
+        Only with `return_weights`; of lse's dtype.
 
     Raises
     ------
@@ -106,6 +108,7 @@ def attention(
     -----
     A row that sees no key (by mask, bias, causal, window and lengths) gives exactly 0, weight 0 and lse −inf. What
     is hidden never matters, not even as NaN; what is visible propagates as in IEEE arithmetic.
+    Numbers of 16 bits are read as they stand and computed with in float32; `out` alone is rounded to q's dtype.
     For a given instruction set, shape and options the bits of one batch entry and KV head depend on nothing else.
 
     The mechanism is that of Vaswani et al., "Attention is all you need" (2017); the one-pass softmax that of Milakov

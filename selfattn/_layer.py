@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, out_array, refuse_unknown
+from ._arguments import ACCEPTED, as_array, core_options, is_float, out_array, refuse_unknown
 from ._attention import _DEFAULTS
 from ._rope import RoPE, positions_for, rope_or_none
 
@@ -24,8 +24,9 @@ class SelfAttention:
     Parameters
     ----------
     w_q : array_like, shape (d_model, H·D)
-        ``x @ w_q`` is literal: a PyTorch ``Linear`` holds the transpose, pass ``linear.weight.T``. float32 or
-        float64; all weights and inputs share one dtype.
+        ``x @ w_q`` is literal: a PyTorch ``Linear`` holds the transpose, pass ``linear.weight.T``. float32,
+        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In 16 bits every
+        step is computed in float32, and y alone is rounded.
     w_k : array_like, shape (d_context, Hkv·D)
     w_v : array_like, shape (d_context, Hkv·Dv)
     w_o : array_like, shape (H·Dv, d_out), optional
@@ -294,8 +295,8 @@ class _Weights(NamedTuple):
 
 def _matrix(function: str, name: str, value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
     array = as_array(function, name, value)
-    if array.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but float32 and float64 are accepted")
+    if not is_float(array.dtype):
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
     if dtype is not None and array.dtype != dtype:
         raise TypeError(f"{function}: {name} has dtype {array.dtype} but w_q has {dtype}")
     if array.ndim != 2:

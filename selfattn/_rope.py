@@ -88,7 +88,8 @@ def apply_rope(
     Parameters
     ----------
     x : array_like, shape (..., H, S, D)
-        Queries or keys, float32 or float64; (..., S, H, D) in layout "bshd"; (S, D) is one head.
+        Queries or keys: float32, float64, float16 or bfloat16; (..., S, H, D) in layout "bshd"; (S, D) is one
+        head.
     positions : integer array, shape (S,) or (..., S), optional
         The position of each token; default 0, 1, 2, ...
     rope : RoPE

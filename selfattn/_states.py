@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._arguments import as_array
+from ._arguments import ACCEPTED, as_array, is_float
 
 
 def merge_states(
@@ -21,13 +21,15 @@ def merge_states(
     Parameters
     ----------
     outs : sequence of array_like, each (..., Sq, Dv)
-        Results of `attention` over each part; float32 or float64.
+        Results of `attention` over each part.
     lses : sequence of array_like, each (..., Sq)
-        Their log-sum-exps (``return_lse=True``), of the same dtype. −inf: the part showed the row nothing.
+        Their log-sum-exps (``return_lse=True``): float32 beside 16-bit results, else of the same dtype. −inf: the
+        part showed the row nothing.
 
     Returns
     -------
     out : ndarray, shape (..., Sq, Dv)
+        In the dtype of outs, summed in float64.
     lse : ndarray, shape (..., Sq)
         −inf, with out 0, where no part showed the row anything.
 
@@ -69,7 +71,12 @@ def merge_states(
     out /= np.where(total == 0, 1.0, total)[..., None]
     with np.errstate(divide="ignore"):
         lse = shift + np.log(total)
-    return out.astype(dtype), lse.astype(dtype)
+    return out.astype(dtype), lse.astype(_lse_dtype(dtype))
+
+
+def _lse_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type of log-sum-exps beside outs of this one: that of the computation."""
+    return dtype if dtype.itemsize > 2 else np.dtype(np.float32)
 
 
 def _parts(values: Any) -> list[Any]:
@@ -78,8 +85,8 @@ def _parts(values: Any) -> list[Any]:
 
 def _real(name: str, value: Any) -> NDArray[Any]:
     array = as_array("merge_states", name, value)
-    if array.dtype not in (np.float32, np.float64):
-        raise TypeError(f"merge_states: {name} has dtype {array.dtype}, but float32 and float64 are accepted")
+    if not is_float(array.dtype):
+        raise TypeError(f"merge_states: {name} has dtype {array.dtype}, but {ACCEPTED}")
     return array
 
 
@@ -92,6 +99,8 @@ def _check(values: list[NDArray[Any]], logs: list[NDArray[Any]]) -> None:
             raise ValueError(
                 f"merge_states: lses[{i}] has shape {log.shape}, but outs[{i}] {value.shape} needs {value.shape[:-1]}"
             )
-        for name, array in (("outs", value), ("lses", log)):
-            if array.dtype != first.dtype:
-                raise TypeError(f"merge_states: {name}[{i}] has dtype {array.dtype} but outs[0] has {first.dtype}")
+        for name, array, wanted in (("outs", value, first.dtype), ("lses", log, _lse_dtype(first.dtype))):
+            if array.dtype != wanted:
+                raise TypeError(
+                    f"merge_states: {name}[{i}] has dtype {array.dtype} but needs {wanted}, as outs[0] is {first.dtype}"
+                )

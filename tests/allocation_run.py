@@ -38,6 +38,9 @@ def calls() -> dict[str, Callable[[], Any]]:
     weights = [normal(48, 48) for _ in range(4)]
     biases = {f"b_{name}": normal(48) for name in "qkvo"}
     layer = sa.SelfAttention(*weights, **biases, num_heads=4, rope=True)
+    narrow, narrow_few, narrow_cache = (x.astype(np.float16) for x in (many, few, cache))
+    narrow_layer = sa.SelfAttention(*(w.astype(np.float16) for w in weights), num_heads=4, rope=True)
+    narrow_x = x.astype(np.float16)
     both = {"return_lse": True, "return_weights": True}
     return {
         "tile": lambda: sa.attention(many, many, many, num_threads=3),
@@ -50,6 +53,10 @@ def calls() -> dict[str, Callable[[], Any]]:
         "layer": lambda: layer(x, context=context, num_threads=3, **both),
         "layer backwards": lambda: layer(x[:, ::-1], num_threads=3),
         "self_attention": lambda: sa.self_attention(x, *weights, **biases, num_heads=4, num_threads=3),
+        "narrow": lambda: sa.attention(narrow, narrow, narrow, num_threads=3, **both),
+        "narrower": lambda: sa.attention(many, narrow[..., ::-1], narrow, num_threads=3),
+        "narrow ranges": lambda: sa.attention(narrow_few, narrow_cache, narrow_cache, num_threads=3),
+        "narrow layer": lambda: narrow_layer(narrow_x, num_threads=3),
         "rope": lambda: sa.apply_rope(many),
         "explain": lambda: str(sa.explain(many, many, many)),
     }

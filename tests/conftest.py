@@ -41,22 +41,40 @@ def rng() -> np.random.Generator:
 
 
 def unit(dtype: Any) -> float:
-    return 2.0**-24 if dtype == np.float32 else 2.0**-53
+    """Half an ulp of 1 in the type that results of this dtype are computed in."""
+    return 2.0**-53 if dtype == np.float64 else 2.0**-24
+
+
+def half_ulp(exact: Any, dtype: np.dtype[Any]) -> Any:
+    """Return what rounding to a type of 16 bits may add, half the ulp of the next power of two; else 0."""
+    if dtype.itemsize > 2:
+        return 0.0
+    bits = 11 if dtype == np.float16 else 8
+    return abs(exact) * 2.0**-bits
+
+
+def smallest_subnormal(dtype: np.dtype[Any]) -> float:
+    # NumPy does not know bfloat16, whose numbers have float's exponents and 16 bits less.
+    return 2.0**-133 if dtype.name == "bfloat16" else float(np.finfo(dtype).smallest_subnormal)
 
 
 def _assert_accurate(out: Any, exact: reference.Result, *, trivial: bool = False) -> float:
     """Hold `out` to |out - exact| <= (16 + 4 sigma) u magnitude; return the largest share of the bound that was used.
 
+    Rounding to a type of 16 bits may add half an ulp of it.
     A comparison of nothing but zeros verifies nothing: it fails unless `trivial`.
     """
     assert out.shape == exact.out.shape
+    dtype, out = out.dtype, out if out.dtype.itemsize > 2 else out.astype(np.float64)
     assert np.array_equal(np.isnan(out), np.isnan(exact.out)), "NaN in other places than the reference's"
     assert trivial or out.size == 0 or np.count_nonzero(exact.magnitude > 0) * 4 >= exact.magnitude.size, "trivial"
     with np.errstate(invalid="ignore"):
         error = np.where(np.isfinite(exact.out), abs(out - exact.out), 0)
-    bound = (16 + 4 * exact.sigma) * unit(out.dtype) * exact.magnitude
+    bound = (16 + 4 * exact.sigma) * unit(dtype) * exact.magnitude
+    # Where the computation's error moves a result, its ulp moves with it.
+    bound = bound + half_ulp(abs(exact.out) + bound, dtype)
     # The result itself must be rounded to out's type; below its normal numbers that is an absolute error.
-    bound = bound + float(np.finfo(out.dtype).smallest_subnormal)
+    bound = bound + smallest_subnormal(dtype)
     bound = np.where(np.isnan(bound), np.inf, bound)
     share = float(np.max(error / bound, initial=0))
     assert share <= 1, f"error is {share:.3g} times its bound"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 import selfattn as sa
 
+NARROW = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+TYPES = np.dtype(np.float32), np.dtype(np.float64), *NARROW
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 97, 127, 128, 129)
 HEAD_DIMS = (1, 3, 7, 15, 17, 31, 33, 40, 64, 65, 72, 129)
 LONG = (1025, 2049, 2175)  # few rows: the keys are parted into ranges
@@ -26,9 +29,9 @@ class Case(NamedTuple):
 
 
 def cases(seed: int) -> Any:
-    """Every head_dim with every number of queries in both dtypes, then layers and rope."""
+    """Every head_dim with every number of queries in every dtype, then layers and rope."""
     rng = np.random.default_rng(seed)
-    for dtype in (np.float32, np.float64):
+    for dtype in TYPES:
         for head_dim in HEAD_DIMS:
             for q_len in LENGTHS:
                 yield attention_case(rng, dtype, head_dim, q_len, int(rng.choice(LENGTHS)))
@@ -46,8 +49,18 @@ def term_cases(seed: int) -> Any:
     for kv_len in range(1, 34):
         shape = (1, 2, 49, kv_len)
         q, k = (rng.standard_normal((1, 2, length, 8)).astype(np.float32) for length in shape[2:])
-        bias = rng.standard_normal(shape).astype(rng.choice((np.float32, np.float64)))
+        bias = rng.standard_normal(shape).astype(drawn_type(rng))
         yield Case("attention", {"q": q, "k": k, "v": k, "mask": rng.random(shape) < 0.7, "bias": bias}, {})
+
+
+def drawn_type(rng: Any) -> Any:
+    return TYPES[int(rng.integers(len(TYPES)))]
+
+
+def narrower(rng: Any, dtype: Any) -> Any:
+    """Draw the type of keys and values beside queries of this one."""
+    fitting = [other for other in TYPES if other.itemsize < np.dtype(dtype).itemsize]
+    return fitting[int(rng.integers(len(fitting)))] if fitting and rng.random() < 0.4 else dtype
 
 
 def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
@@ -57,15 +70,16 @@ def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int)
     heads = kv_heads * int(rng.integers(1, 4))
     value_dim = int(rng.choice(HEAD_DIMS))
     bshd = rng.random() < 0.4
+    kv_dtype = narrower(rng, dtype)
 
-    def tokens(heads: int, length: int, dim: int) -> Any:
+    def tokens(heads: int, length: int, dim: int, dtype: Any = dtype) -> Any:
         x = rng.standard_normal((batch, length, heads, dim) if bshd else (batch, heads, length, dim))
         return x.astype(dtype)
 
     arrays = {
         "q": tokens(heads, q_len, head_dim),
-        "k": tokens(kv_heads, kv_len, head_dim),
-        "v": tokens(kv_heads, kv_len, value_dim),
+        "k": tokens(kv_heads, kv_len, head_dim, kv_dtype),
+        "v": tokens(kv_heads, kv_len, value_dim, kv_dtype),
         **score_arrays(rng, (batch, heads, q_len, kv_len)),
     }
     if rng.random() < 0.7:
@@ -76,7 +90,6 @@ def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int)
 def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
     """Draw optional operands of scores of this shape."""
     batch, heads, q_len, kv_len = shape
-    widths = np.float32, np.float64
 
     def broadcastable() -> tuple[int, ...]:
         full = tuple(1 if rng.random() < 0.3 else n for n in shape)
@@ -84,12 +97,12 @@ def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
 
     makers = {
         "mask": lambda: rng.random(broadcastable()) < 0.7,
-        "bias": lambda: rng.standard_normal(broadcastable()).astype(rng.choice(widths)),
+        "bias": lambda: rng.standard_normal(broadcastable()).astype(drawn_type(rng)),
         "kv_lens": lambda: rng.integers(0, kv_len + 1, batch),
         "q_lens": lambda: rng.integers(0, q_len + 1, batch),
         "q_offset": lambda: rng.integers(-q_len, kv_len + 1, batch),
-        "alibi_slopes": lambda: rng.random((batch, heads)[int(rng.integers(2)) :]).astype(rng.choice(widths)),
-        "sinks": lambda: rng.standard_normal(heads).astype(rng.choice(widths)),
+        "alibi_slopes": lambda: rng.random((batch, heads)[int(rng.integers(2)) :]).astype(drawn_type(rng)),
+        "sinks": lambda: rng.standard_normal(heads).astype(drawn_type(rng)),
     }
     return {name: make() for name, make in makers.items() if rng.random() < 0.35}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from guard_cases import LENGTHS, LONG, Case, attention_case, call, cases, layer_case, rope_case, term_cases
+from guard_cases import LENGTHS, LONG, NARROW, Case, attention_case, call, cases, layer_case, rope_case, term_cases
 from guarded import SIDES, Heap, Region, Side, shifted
 
 import selfattn as sa
@@ -79,15 +79,20 @@ def compare(case: Case, out: Any) -> None:
     kept = {name: case.settings[name] for name in ("causal", "window", "softcap", "layout") if name in case.settings}
     exact = reference.attention(q, k, v, **options, **kept)
     largest = {
-        name: float(np.max(abs(options[name]), initial=0)) for name in ("bias", "alibi_slopes") if name in options
+        name: float(np.max(abs(options[name].astype(np.float64)), initial=0))
+        for name in ("bias", "alibi_slopes")
+        if name in options
     }
     distance = 2 * max(LENGTHS + LONG)
     logits = exact.sigma + largest.get("bias", 0) + largest.get("alibi_slopes", 0) * distance
-    unit = 2.0**-24 if out.dtype == np.float32 else 2.0**-53
+    unit = 2.0**-53 if out.dtype == np.float64 else 2.0**-24
     # A weight below the normal numbers may be lost; and the reference, in float64 itself, may err as well.
-    lost = float(np.finfo(out.dtype).smallest_normal) * float(np.sum(abs(v)))
+    computed_in = np.float64 if out.dtype == np.float64 else np.float32
+    lost = float(np.finfo(computed_in).smallest_normal) * float(np.sum(abs(v.astype(np.float64))))
     bound = (16 + 4 * logits) * (unit + 2.0**-53) * exact.magnitude + lost
-    assert np.all(abs(out - exact.out) <= bound), "inaccurate"
+    if out.dtype in NARROW:  # rounded once more, to numbers that are further apart, and to the smallest of float16
+        bound = (abs(exact.out) + bound) * (2.0**-11 if out.dtype == np.float16 else 2.0**-8) + bound + 2.0**-25
+    assert np.all(abs(out.astype(np.float64) - exact.out) <= bound), "inaccurate"
 
 
 def attention_arguments(case: Case) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -154,6 +159,8 @@ def whole_cases(rng: Any) -> Any:
     for make, wanted, arguments in (
         (attention_case, score | {"q", "k", "v"}, (np.float32, 33, 17, 33)),
         (attention_case, {"q", "k", "v", "out"}, (np.float64, 33, 2, 33)),
+        (attention_case, {"q", "k", "v", "out"}, (np.float16, 33, 2, 33)),
+        (attention_case, {"q", "k", "v", "out"}, (NARROW[1], 33, 17, 33)),
         (layer_case, score | layer, (np.float64, 17)),
         (rope_case, {"x", "positions", "out"}, (np.float32, 40)),
     ):

@@ -66,7 +66,7 @@ class Region:
         first = 0 if side == "start" else self._size - below - above
         extent = self._bytes[first : first + below + above]
         extent[...] = fill
-        placed = np.asarray(Address(self._start + first + below, x.shape, x.dtype, strides))
+        placed = array_at(self._start + first + below, x, strides)
         placed[...] = x
         return placed, extent
 
@@ -74,7 +74,13 @@ class Region:
 def shifted(x: Any, side: Side) -> Any:
     """Return x as if it lay one element further, over the border on that side."""
     step = x.itemsize if side == "end" else -x.itemsize
-    return np.asarray(Address(x.ctypes.data + step, x.shape, x.dtype, x.strides))
+    return array_at(x.ctypes.data + step, x, x.strides)
+
+
+def array_at(address: int, like: Any, strides: tuple[int, ...]) -> Any:
+    # The interface has no word for bfloat16: bytes of its size, then seen as what they are.
+    same_size = np.dtype(f"V{like.itemsize}")
+    return np.asarray(Address(address, like.shape, same_size, strides)).view(like.dtype)
 
 
 class _Allocator(ctypes.Structure):

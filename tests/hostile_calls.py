@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 import selfattn as sa
@@ -19,6 +20,7 @@ ARENA = 1 << 15
 INPUTS = np.frombuffer(np.random.default_rng(1).standard_normal(ARENA // 8).tobytes(), np.uint8).copy()
 OUTPUTS = np.full(ARENA, 0x5A, np.uint8)
 
+FLOATS = [np.dtype(name) for name in ("f4", "f8", "f2", ml_dtypes.bfloat16)]
 DTYPES = ["f4", "f8", "f4", "f8", "f2", "g", ">f4", ">f8", "?", "i1", "u8", "i8", "c8", "M8[s]", "S3", "V5"]
 SCALARS: list[Any] = [
     *(None, True, False, 0, -1, 3, 2.5, -0.0, 1e39, -1e308, 5e-324, 1 << 31, 1 << 63, 1 << 70, -(1 << 63), 10**400),
@@ -146,7 +148,7 @@ DISTORTIONS: list[Callable[[random.Random, Any], Any]] = [
     lambda rng, x: np.asmatrix(x) if x.ndim <= 2 else x,
     lambda rng, x: x.astype(object),
     lambda rng, x: x.tolist(),
-    lambda rng, x: memoryview(np.ascontiguousarray(x)) if x.dtype.kind != "M" else x,
+    lambda rng, x: memoryview(np.ascontiguousarray(x)) if x.dtype.kind not in "MV" else x,
 ]
 
 
@@ -155,7 +157,7 @@ def floats(rng: random.Random, dtype: Any, *shape: int) -> Any:
 
 
 def attention_call(rng: random.Random) -> Call:
-    dtype = np.dtype(rng.choice(("f4", "f8")))
+    dtype = rng.choice(FLOATS)
     batch, kv_heads = rng.choice((1, 2, 3)), rng.choice((1, 2))
     q_len, kv_len, dim = (rng.randrange(1, 9) for _ in range(3))
     heads = kv_heads * rng.choice((1, 2))
@@ -186,7 +188,7 @@ def attention_call(rng: random.Random) -> Call:
 
 
 def layer_call(rng: random.Random) -> Call:
-    dtype = np.dtype(rng.choice(("f4", "f8")))
+    dtype = rng.choice(FLOATS)
     length, depth, heads, dim = (rng.randrange(1, 6) for _ in range(4))
     named = {
         "x": floats(rng, dtype, 2, length, depth),
@@ -209,7 +211,7 @@ def layer_call(rng: random.Random) -> Call:
 
 
 def rope_call(rng: random.Random) -> Call:
-    dtype = np.dtype(rng.choice(("f4", "f8")))
+    dtype = rng.choice(FLOATS)
     shape = tuple(rng.randrange(1, 7) for _ in range(rng.choice((2, 3, 4))))
     named: dict[str, Any] = {"rope": sa.RoPE(rotary_dim=shape[-1] // 2 * 2 or None)}
     if rng.random() < 0.5:

@@ -62,12 +62,18 @@ class TestMergeStates:
             ([np.zeros((2, 3))], [], ValueError, "outs has 1 parts but lses has 0"),
             ([np.zeros((2, 3)), np.zeros((2, 4))], [np.zeros(2)] * 2, ValueError, r"outs\[1\] has shape \(2, 4\)"),
             ([np.zeros((2, 3))], [np.zeros(3)], ValueError, r"lses\[0\] has shape \(3,\)"),
-            ([np.zeros((2, 3), np.float16)], [np.zeros(2)], TypeError, r"outs\[0\] has dtype float16"),
+            ([np.zeros((2, 3), np.int16)], [np.zeros(2)], TypeError, r"outs\[0\] has dtype int16"),
+            (
+                [np.zeros((2, 3), np.float16)],
+                [np.zeros(2)],
+                TypeError,
+                r"lses\[0\] has dtype float64 but needs float32",
+            ),
             (
                 [np.zeros((2, 3), np.float32)],
                 [np.zeros(2)],
                 TypeError,
-                r"lses\[0\] has dtype float64 but outs\[0\] has float32",
+                r"lses\[0\] has dtype float64 but needs float32, as outs\[0\] is float32",
             ),
         ],
     )

@@ -287,7 +287,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
     [
         ({"w_q": np.zeros((16, 18), np.float32)}, ValueError, "w_q has 18 columns, which num_heads 4 does not divide"),
         ({"w_q": np.zeros(16, np.float32)}, ValueError, r"w_q has shape \(16,\), but a matrix is needed"),
-        ({"w_q": np.zeros((16, 16), np.int64)}, TypeError, "w_q has dtype int64, but float32 and float64 are accepted"),
+        ({"w_q": np.zeros((16, 16), np.int64)}, TypeError, "w_q has dtype int64, but float16, bfloat16"),
         ({"w_k": np.zeros((16, 16))}, TypeError, "w_k has dtype float64 but w_q has float32"),
         ({"w_k": np.zeros((16, 12), np.float32)}, ValueError, "w_k has 12 columns, but 4 KV heads of head_dim 4"),
         ({"w_v": np.zeros((15, 16), np.float32)}, ValueError, "w_v has 15 rows but w_k has 16"),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,8 @@ namespace {
 
 static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "NumPy's shapes are viewed as int64");
 
-constexpr int bool_number = 0, float_number = 11, double_number = 12;  // NPY_BOOL, NPY_FLOAT, NPY_DOUBLE
+constexpr int bool_number = 0, float_number = 11, double_number = 12, half_number = 23;  // NPY_BOOL, NPY_FLOAT, ...
+constexpr int first_user_number = 256;                                                   // NPY_USERDEF
 
 std::string dtype_name(const py::array& array) { return py::str(array.dtype().attr("name")); }
 
@@ -22,7 +24,35 @@ std::string dtype_name(const py::array& array) { return py::str(array.dtype().at
 
 py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>(object); }
 
+// bfloat16 belongs to no number of NumPy's; it is known by its name, without importing the package that defines it.
+std::optional<DType> float_type(const py::array& array) {
+  switch (array.dtype().num()) {
+    case float_number:
+      return DType::f32;
+    case double_number:
+      return DType::f64;
+    case half_number:
+      return DType::f16;
+    default:
+      if (array.dtype().num() < first_user_number || array.itemsize() != narrow_size) return std::nullopt;
+      return dtype_name(array) == "bfloat16" ? std::optional(DType::bf16) : std::nullopt;
+  }
+}
+
 }  // namespace
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+      return "float64";
+    case DType::f16:
+      return "float16";
+    case DType::bf16:
+      return "bfloat16";
+    default:
+      return "float32";
+  }
+}
 
 TensorView view_of(const py::array& array, DType dtype) {
   TensorView view;
@@ -36,20 +66,17 @@ TensorView view_of(const py::array& array, DType dtype) {
 
 TensorView float_view(const char* function, const char* name, py::handle object) {
   const py::array array = as_array(object);
-  const int number = array.dtype().num();
-  if (number == float_number) return view_of(array, DType::f32);
-  if (number == double_number) return view_of(array, DType::f64);
+  if (const std::optional<DType> dtype = float_type(array)) return view_of(array, *dtype);
   refuse_type(function, name, dtype_name(array),
-              "float32 and float64 are accepted: convert it with .astype(numpy.float32)");
+              "float16, bfloat16, float32 and float64 are accepted: convert it with .astype(numpy.float32)");
 }
 
 TensorView matching_view(const char* function, const char* name, py::handle object, const char* like_name, DType like) {
   const TensorView view = float_view(function, name, object);
   if (view.dtype != like)
-    refuse_type(function, name, dtype_name(as_array(object)),
-                (std::string(like_name) + " has " + (like == DType::f32 ? "float32" : "float64") +
-                 ": they must agree, convert one with .astype")
-                    .c_str());
+    refuse_type(
+        function, name, dtype_name(as_array(object)),
+        (std::string(like_name) + " has " + name_of(like) + ": they must agree, convert one with .astype").c_str());
   return view;
 }
 
@@ -66,8 +93,9 @@ TensorView optional_view(py::handle object, DType dtype) {
   return object.is_none() ? TensorView{} : view_of(as_array(object), dtype);
 }
 
-py::array new_array(const Shape& shape, DType dtype) {
+py::array new_array(const Shape& shape, DType dtype, py::handle like) {
   const std::vector<py::ssize_t> extents(shape.extent, shape.extent + shape.ndim);
+  if (is_narrow(dtype)) return py::array(as_array(like).dtype(), extents);
   return dtype == DType::f32 ? py::array(py::dtype::of<float>(), extents) : py::array(py::dtype::of<double>(), extents);
 }
 
@@ -118,12 +146,10 @@ void check_own_memory(const char* function, const TensorView& out) {
 }
 
 void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype) {
-  const char* wanted = dtype == DType::f32 ? "float32" : "float64";
-  const int number = dtype == DType::f32 ? float_number : double_number;
   const char order = out.dtype().byteorder();
-  if (out.dtype().num() != number || order == '>' || order == '<')
+  if (float_type(out) != dtype || order == '>' || order == '<')
     refuse_type(function, "out", dtype_name(out) + (order == '=' || order == '|' ? "" : " of foreign byte order"),
-                (std::string("the result is ") + wanted).c_str());
+                (std::string("the result is ") + name_of(dtype)).c_str());
   const TensorView view = view_of(out, dtype);
   if (view.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, view.shape))
     refuse(function, "out has shape ", shape_text(view), " but the result has ", to_text(shape.extent, shape.ndim));

@@ -21,7 +21,11 @@ TensorView optional_view(py::handle array, DType dtype);
 // The view of an array that must have the same dtype as `like`, whose argument is called `like_name`.
 TensorView matching_view(const char* function, const char* name, py::handle array, const char* like_name, DType like);
 
-py::array new_array(const Shape& shape, DType dtype);
+// The name that users know the dtype of numbers by.
+const char* name_of(DType dtype);
+
+// bfloat16 is a type of another package's: its description is taken from an array that has it.
+py::array new_array(const Shape& shape, DType dtype, py::handle like = py::none());
 TensorView view_of(const py::array& array, DType dtype);
 
 // Whether some element of one may share memory with one of the other: their first to last bytes meet.

@@ -58,8 +58,8 @@ bool meets_any(const TensorView& out, const AttentionArguments& a) {
   return false;
 }
 
-Destination::Destination(py::object out, bool direct, const Shape& shape, DType dtype)
-    : given(std::move(out)), array(direct ? py::reinterpret_borrow<py::array>(given) : new_array(shape, dtype)) {}
+Destination::Destination(py::object out, bool direct, const Shape& shape, DType dtype, py::handle like)
+    : given(std::move(out)), array(direct ? py::reinterpret_borrow<py::array>(given) : new_array(shape, dtype, like)) {}
 
 py::object Destination::deliver() {
   if (given.is_none() || array.is(given)) return std::move(array);
@@ -125,11 +125,17 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
 
 namespace {
 
+// Keys and values may be narrower than queries, as in a cache that saves memory.
+TensorView key_view(const char* function, py::handle k, DType query) {
+  const TensorView key = float_view(function, "k", k);
+  return size_of(key.dtype) < size_of(query) ? key : matching_view(function, "k", k, "q", query);
+}
+
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v,
                                 const Options& options) {
   const TensorView query = float_view(function, "q", q);
-  const TensorView key = matching_view(function, "k", k, "q", query.dtype);
-  const TensorView value = matching_view(function, "v", v, "q", query.dtype);
+  const TensorView key = key_view(function, k, query.dtype);
+  const TensorView value = matching_view(function, "v", v, key.dtype == query.dtype ? "q" : "k", key.dtype);
   return arguments_of(function, options, query, key, value);
 }
 
@@ -138,14 +144,15 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, c
   const Options options(option_values);
   const AttentionArguments arguments = arguments_of(function, q, k, v, options);
   Problem problem = make_problem(arguments);
+  const DType dtype = arguments.q.dtype;
   bool direct = false;
   if (!out.is_none()) {
     const py::array given = py::reinterpret_borrow<py::array>(out);
-    check_out(function, given, out_shape(problem), problem.dtype);
-    direct = !meets_any(view_of(given, problem.dtype), arguments);
+    check_out(function, given, out_shape(problem), dtype);
+    direct = !meets_any(view_of(given, dtype), arguments);
   }
-  Destination result(std::move(out), direct, out_shape(problem), problem.dtype);
-  attach_out(problem, result.view(problem.dtype));
+  Destination result(std::move(out), direct, out_shape(problem), dtype, q);
+  attach_out(problem, result.view(dtype));
   const Extras extras(options, problem);
   run_attention(problem, make_plan(problem, active_kernels(), options.num_threads));
   return extras.join(result.deliver());
@@ -162,7 +169,7 @@ py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& opti
 void register_attention(py::module_& module) {
   module.def("attention", &attention);
   module.def("check_own_memory", [](const char* function, const py::array& out) {
-    check_own_memory(function, view_of(out, out.itemsize() == 8 ? DType::f64 : DType::f32));
+    check_own_memory(function, float_view(function, "out", out));
   });
   module.def("explain", &explain);
 }

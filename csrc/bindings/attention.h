@@ -29,7 +29,7 @@ struct Destination {
   py::object given;  // or None
   py::array array;
 
-  Destination(py::object out, bool direct, const Shape& shape, DType dtype);
+  Destination(py::object out, bool direct, const Shape& shape, DType dtype, py::handle like);
   TensorView view(DType dtype) const { return view_of(array, dtype); }
   py::object deliver();  // what the caller gets, filled
 };

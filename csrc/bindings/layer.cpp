@@ -44,7 +44,7 @@ class Layer {
       direct = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
                !meet(view, places) && !meets_any(view, arguments);
     }
-    Destination result(std::move(out), direct, call.out_shape(), weights_.dtype);
+    Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
     const Extras extras(options, call.problem());
     bool finished;
     {
@@ -62,9 +62,8 @@ class Layer {
                            std::int64_t num_heads, std::int64_t num_kv_heads, py::handle rope) {
     const KernelSet& kernels = active_kernels();
     const DType dtype = float_view("SelfAttention", "w_q", w_q).dtype;
-    const TypeKernels& types = dtype == DType::f32 ? kernels.f32 : kernels.f64;
     const auto projection = [&](py::handle weights, std::size_t bias) {
-      return Projection(types, optional_view(weights, dtype), optional_view(biases[bias], dtype));
+      return Projection(kernels, optional_view(weights, dtype), optional_view(biases[bias], dtype));
     };
     const auto columns = [](py::handle w) { return py::reinterpret_borrow<py::array>(w).shape(1); };
     LayerWeights layer{&kernels,

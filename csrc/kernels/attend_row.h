@@ -11,8 +11,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// MaxSums: vector accumulators that fit the registers beside their operands.
-template <class T, int MaxSums>
+// MaxSums: vector accumulators that fit the registers beside their operands. E: the type of keys and values in memory.
+template <class T, int MaxSums, class E = T>
 struct RowAttention {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
@@ -95,7 +95,7 @@ struct RowAttention {
     if (block.rows[0].scores) keep_scores(block, s, keys);
     for (int r = 0; r < block.count; ++r) softmax(block, tile, r, s.rescale[r]);
     if ((limited || hidden) &&
-        !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim)) {
+        !all_finite(static_cast<const E*>(keys.values), keys.value_step, keys.count, block.value_dim)) {
       if (hidden) tile.terms = gather_terms(block, s, keys);
       return accumulate_visible(block, s, tile, keys);
     }
@@ -156,11 +156,11 @@ struct RowAttention {
   static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
-    const T* data = static_cast<const T*>(keys.keys);
+    const E* data = static_cast<const E*>(keys.keys);
     const std::int64_t whole = block.head_dim / W * W;
     const int tail = static_cast<int>(block.head_dim - whole);
     const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
-    const Ahead<T> ahead{data, keys.key_step, block.head_dim};
+    const Ahead<E> ahead{data, keys.key_step, block.head_dim};
     for (; row + Rows <= block.count; row += Rows)
       for (int j = first; j < last; j += Keys) {
         const T* queries = s.queries + row * s.query_step;
@@ -168,7 +168,7 @@ struct RowAttention {
         if (Abreast > 1 && row == 0) ahead.fetch(j + keys_ahead, j + keys_ahead + Keys);
 #pragma GCC unroll 16
         for (int k = 0; k < Keys; k += abreast) {
-          const T* key[abreast];  // the last key stands in for those beyond the end; its sums go to hidden lanes
+          const E* key[abreast];  // the last key stands in for those beyond the end; its sums go to hidden lanes
           for (int i = 0; i < abreast; ++i)
             key[i] = data + (j + k + i < keys.count ? j + k + i : keys.count - 1) * keys.key_step;
           Vec<T> dots[abreast][Rows];
@@ -182,8 +182,8 @@ struct RowAttention {
               for (int i = 0; i < abreast; ++i) dots[i][r] = fma(query, right[i], dots[i][r]);
             }
           };
-          for (std::int64_t d = 0; d < whole; d += W) step(d, [](const T* p) { return load(p); });
-          if (tail != 0) step(whole, [tail](const T* p) { return load_partial(p, tail); });
+          for (std::int64_t d = 0; d < whole; d += W) step(d, [](const E* p) { return load(p); });
+          if (tail != 0) step(whole, [tail](const E* p) { return load_partial(p, tail); });
           for (int i = 0; i < abreast; ++i)
             for (int r = 0; r < Rows; ++r) sums[r * Keys + k + i] = dots[i][r];
         }
@@ -219,13 +219,13 @@ struct RowAttention {
   }
 
   struct Chunk {
-    const T* values;
+    const E* values;
     std::int64_t step;
     int first_key;
     int count;
 
     Chunk(const KeyBlock& keys, int first)
-        : values(static_cast<const T*>(keys.values) + first * keys.value_step),
+        : values(static_cast<const E*>(keys.values) + first * keys.value_step),
           step(keys.value_step),
           first_key(first),
           count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
@@ -257,7 +257,7 @@ struct RowAttention {
       Vec<T> sums[Rows][Cols];
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
-      const T* value = chunk.values + dim;
+      const E* value = chunk.values + dim;
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
       // The last rows find their values in L1 and use the time to ask for those of the next chunk.
       const bool revisits = row > 0 && row + Rows == block.count;
@@ -272,12 +272,12 @@ struct RowAttention {
 #pragma GCC unroll 16
         for (int c = 0; c < Cols; ++c) add_sum(s, chunk, row + r, dim + c * W, sums[r][c]);
     };
-    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const T* p) { return load(p); });
+    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const E* p) { return load(p); });
     if constexpr (Cols > 1) {
       if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, chunk, row, dim);
     } else if (dim < block.value_dim) {
       const int tail = static_cast<int>(block.value_dim - dim);
-      sweep([tail](const T* p) { return load_partial(p, tail); });
+      sweep([tail](const E* p) { return load_partial(p, tail); });
     }
   }
 
@@ -290,7 +290,7 @@ struct RowAttention {
   // The same sums in the same order, but a hidden key is left out instead of multiplied by 0.
   static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
                                  const KeyBlock& keys) {
-    const T* values = static_cast<const T*>(keys.values);
+    const E* values = static_cast<const E*>(keys.values);
     for (int r = 0; r < block.count; ++r)
       for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
         for (int first = 0; first < keys.count; first += chunk_keys) {

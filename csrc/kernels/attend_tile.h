@@ -191,27 +191,27 @@ struct TileAttention {
   template <int Cols>
   [[gnu::noinline]] static void score_keys(const T* keys, std::int64_t key_step, int count, const T* queries,
                                            std::int64_t head_dim, T multiplier, T* scores, const Ahead<T>& values) {
-    multiply_rows<TileRows, Cols>(RowMajor<T>{keys, key_step}, count, queries, Cols * W, head_dim,
-                                  [&](std::int64_t key, const auto& sums) {
-                                    T* score = scores + key * Cols * W;
-                                    values.fetch(key, key + rows_of(sums));
-                                    for (const auto& row : sums)
-                                      for (int c = 0; c < Cols; ++c, score += W)
-                                        store(score, row[c] * broadcast(multiplier));
-                                  });
+    multiply_rows<TileRows, Cols, T>(RowMajor<T>{keys, key_step}, count, queries, Cols * W, head_dim,
+                                     [&](std::int64_t key, const auto& sums) {
+                                       T* score = scores + key * Cols * W;
+                                       values.fetch(key, key + rows_of(sums));
+                                       for (const auto& row : sums)
+                                         for (int c = 0; c < Cols; ++c, score += W)
+                                           store(score, row[c] * broadcast(multiplier));
+                                     });
   }
 
   template <int Cols>
   [[gnu::noinline]] static void accumulate(const T* values, std::int64_t value_step, int count, const T* probs,
                                            const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
                                            const Ahead<T>& next_keys) {
-    multiply_rows<TileRows, Cols>(Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count,
-                                  [&](std::int64_t dim, const auto& sums) {
-                                    T* o = out + dim * Cols * W;
-                                    next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
-                                    for (const auto& row : sums)
-                                      for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
-                                  });
+    multiply_rows<TileRows, Cols, T>(
+        Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count, [&](std::int64_t dim, const auto& sums) {
+          T* o = out + dim * Cols * W;
+          next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
+          for (const auto& row : sums)
+            for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
+        });
   }
 
   // Limits and positions of the strip's rows, counted from the block's first key. Lanes without a row see everything.

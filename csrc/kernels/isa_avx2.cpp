@@ -8,8 +8,10 @@ namespace selfattn::avx2 {
 extern constexpr KernelSet kernels{
     .name = "avx2",
     .features = feature_avx2_fma,
-    .f32 = type_kernels<float, 4, 3, 8, 8>,
-    .f64 = type_kernels<double, 4, 3, 8, 2>,
+    .f32 = type_kernels<float, 4, 3, 8, 8>(),
+    .f64 = type_kernels<double, 4, 3, 8, 2>(),
+    .f16 = conversion<Half>,
+    .bf16 = conversion<BFloat>,
 };
 
 }  // namespace selfattn::avx2

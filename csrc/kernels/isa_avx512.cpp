@@ -8,8 +8,10 @@ namespace selfattn::avx512 {
 extern constexpr KernelSet kernels{
     .name = "avx512",
     .features = feature_avx512,
-    .f32 = type_kernels<float, 8, 3, 16, 12>,
-    .f64 = type_kernels<double, 8, 3, 16, 6>,
+    .f32 = type_kernels<float, 8, 3, 16, 12>(),
+    .f64 = type_kernels<double, 8, 3, 16, 6>(),
+    .f16 = conversion<Half>,
+    .bf16 = conversion<BFloat>,
 };
 
 }  // namespace selfattn::avx512

@@ -9,8 +9,10 @@ namespace selfattn::neon {
 extern constexpr KernelSet kernels{
     .name = "neon",
     .features = 0,
-    .f32 = type_kernels<float, 8, 3, 16, 6>,
-    .f64 = type_kernels<double, 8, 3, 16, 2>,
+    .f32 = type_kernels<float, 8, 3, 16, 6>(),
+    .f64 = type_kernels<double, 8, 3, 16, 2>(),
+    .f16 = conversion<Half>,
+    .bf16 = conversion<BFloat>,
 };
 
 }  // namespace selfattn::neon

@@ -8,8 +8,10 @@ namespace selfattn::portable {
 extern constexpr KernelSet kernels{
     .name = "portable",
     .features = 0,
-    .f32 = type_kernels<float, 4, 2, 8, 6>,
-    .f64 = type_kernels<double, 4, 2, 8, 2>,
+    .f32 = type_kernels<float, 4, 2, 8, 6>(),
+    .f64 = type_kernels<double, 4, 2, 8, 2>(),
+    .f16 = conversion<Half>,
+    .bf16 = conversion<BFloat>,
 };
 
 }  // namespace selfattn::portable

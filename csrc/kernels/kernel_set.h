@@ -27,7 +27,7 @@ struct Row {
   double sink;               // logit that joins the denominator only (log2), or -inf
 };
 
-enum class BiasType : std::uint8_t { none, f32, f64 };
+enum class BiasType : std::uint8_t { none, f32, f64, f16, bf16 };
 
 // How a product q.k becomes a score; the same for every row of a call.
 struct ScoreTerms {
@@ -78,7 +78,7 @@ struct ProjectArgs {
   std::int64_t x_step;
   std::int64_t rows;
   std::int64_t depth;
-  const void* panel;  // [depth][panel_columns], zero-padded
+  const void* panel;  // [depth][panel_columns], zero-padded, in the weights' own type
   const void* bias;   // panel_columns elements, or null
   void* out;          // `columns` contiguous elements a row, rows `out_step` elements apart
   std::int64_t out_step;
@@ -87,16 +87,26 @@ struct ProjectArgs {
 
 // The kernels of one element type.
 struct TypeKernels {
-  AttendKernel tile;  // many rows: vectors run across query rows
-  AttendKernel row;   // few rows: vectors run along head_dim and along keys
-  int lanes;          // elements of a vector
-  int row_limit;      // up to this many rows `row` is the faster of the two, however few the keys
+  AttendKernel tile;            // many rows: vectors run across query rows
+  AttendKernel row;             // few rows: vectors run along head_dim and along keys
+  const AttendKernel* row_f16;  // the same for keys and values of 16 bits in place, or null: they are widened first
+  const AttendKernel* row_bf16;
+  int lanes;      // elements of a vector
+  int row_limit;  // up to this many rows `row` is the faster of the two, however few the keys
   int panel_columns;
   void (*project)(const ProjectArgs&) noexcept;
+  void (*project_f16)(const ProjectArgs&) noexcept;  // for panels of 16 bits, or null
+  void (*project_bf16)(const ProjectArgs&) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
   // Runs FMAs on registers only; returns their number of floating-point operations.
   double (*fma_loop)(std::int64_t rounds) noexcept;
+};
+
+// Numbers of 16 bits and floats, contiguous.
+struct Conversion {
+  void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
+  void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
 };
 
 struct KernelSet {
@@ -104,12 +114,14 @@ struct KernelSet {
   std::uint32_t features;  // bits of Feature that the machine must have
   TypeKernels f32;
   TypeKernels f64;
+  Conversion f16;
+  Conversion bf16;
 };
 
 // What a CPU and its operating system can do, as far as kernels ask for it.
 enum Feature : std::uint32_t {
-  feature_avx2_fma = 1u << 0,
-  feature_avx512 = 1u << 1,  // F, DQ, VL, BW and the registers enabled
+  feature_avx2_fma = 1u << 0,  // and F16C
+  feature_avx512 = 1u << 1,    // F, DQ, VL, BW and the registers enabled
 };
 
 }  // namespace selfattn

@@ -7,13 +7,13 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class T>
-inline Vec<T> load_up_to(const T* p, std::int64_t n) {
-  return n >= Vec<T>::width ? load(p) : load_partial(p, static_cast<int>(n));
+template <class E>
+inline auto load_up_to(const E* p, std::int64_t n) {
+  return n >= decltype(load(p))::width ? load(p) : load_partial(p, static_cast<int>(n));
 }
 
-template <class T>
-inline void store_up_to(T* p, Vec<T> a, std::int64_t n) {
+template <class T, class E>
+inline void store_up_to(E* p, Vec<T> a, std::int64_t n) {
   if (n >= Vec<T>::width)
     store(p, a);
   else

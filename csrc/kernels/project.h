@@ -6,13 +6,14 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class T, int TileRows, int Vectors>
+// B: the type of the weights in memory.
+template <class T, int TileRows, int Vectors, class B = T>
 inline void project(const ProjectArgs& args) noexcept {
   constexpr int W = Vec<T>::width;
   const T* bias = static_cast<const T*>(args.bias);
   T* out = static_cast<T*>(args.out);
-  multiply_rows<TileRows, Vectors>(
-      RowMajor<T>{static_cast<const T*>(args.x), args.x_step}, args.rows, static_cast<const T*>(args.panel),
+  multiply_rows<TileRows, Vectors, T>(
+      RowMajor<T>{static_cast<const T*>(args.x), args.x_step}, args.rows, static_cast<const B*>(args.panel),
       std::int64_t{Vectors} * W, args.depth, [&](std::int64_t i, const auto& sums) {
         for (const auto& row : sums) {
           T* o = out + i++ * args.out_step;

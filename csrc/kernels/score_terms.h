@@ -115,16 +115,20 @@ struct AddTerm {
   }
 };
 
-// One number of a bias array of either type, at any address. A finite number stays finite.
+template <class E>
+inline E read(const char* p) {
+  E element;
+  std::memcpy(&element, p, sizeof element);
+  return element;
+}
+
+// One number of a bias array of any type, at any address. A finite number stays finite.
 template <class T>
 inline T bias_at(const char* p, BiasType type) {
-  if (type == BiasType::f32) {
-    float x;
-    std::memcpy(&x, p, sizeof x);
-    return static_cast<T>(x);
-  }
-  double x;
-  std::memcpy(&x, p, sizeof x);
+  if (type == BiasType::f32) return static_cast<T>(read<float>(p));
+  if (type == BiasType::f16) return static_cast<T>(widen(read<Half>(p)));
+  if (type == BiasType::bf16) return static_cast<T>(widen(read<BFloat>(p)));
+  const double x = read<double>(p);
   if (x < -largest<T> && x > minus_infinity<double>) return -largest<T>;
   if (x > largest<T> && x < -minus_infinity<double>) return largest<T>;
   return static_cast<T>(x);

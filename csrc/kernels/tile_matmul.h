@@ -27,8 +27,8 @@ struct Transposed {
   Transposed from_row(std::int64_t r) const { return {data + r, step}; }
 };
 
-template <int Rows, int Cols, class T, class A>
-[[gnu::always_inline]] inline void multiply_tile(A a, const T* b, std::int64_t b_step, std::int64_t depth,
+template <int Rows, int Cols, class T, class A, class B>
+[[gnu::always_inline]] inline void multiply_tile(A a, const B* b, std::int64_t b_step, std::int64_t depth,
                                                  Vec<T> (&sums)[Rows][Cols]) {
   Vec<T> own[Rows][Cols];  // not the caller's: GCC would store those in the loop on some ISAs
   for (int r = 0; r < Rows; ++r)
@@ -46,8 +46,8 @@ template <int Rows, int Cols, class T, class A>
 }
 
 // Calls finish(first_row, sums) for each tile of `rows` rows: tiles of Rows, then of halves of it for the remainder.
-template <int Rows, int Cols, class T, class A, class Finish>
-[[gnu::always_inline]] inline void multiply_rows(A a, std::int64_t rows, const T* b, std::int64_t b_step,
+template <int Rows, int Cols, class T, class A, class B, class Finish>
+[[gnu::always_inline]] inline void multiply_rows(A a, std::int64_t rows, const B* b, std::int64_t b_step,
                                                  std::int64_t depth, Finish finish, std::int64_t done = 0) {
   for (; rows - done >= Rows; done += Rows) {
     Vec<T> sums[Rows][Cols];

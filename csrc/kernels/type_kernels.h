@@ -35,15 +35,45 @@ inline double fma_loop(std::int64_t rounds) noexcept {
   return 2.0 * Chains * Vec<T>::width * static_cast<double>(rounds);
 }
 
+template <class E>
+inline void widen(const void* from, std::int64_t count, float* to) noexcept {
+  const E* element = static_cast<const E*>(from);
+  for (std::int64_t i = 0; i < count; i += VecF::width)
+    store_up_to(to + i, load_up_to(element + i, count - i), count - i);
+}
+
+template <class E>
+inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
+  E* element = static_cast<E*>(to);
+  for (std::int64_t i = 0; i < count; i += VecF::width)
+    store_up_to(element + i, load_up_to(from + i, count - i), count - i);
+}
+
+template <class E>
+constexpr Conversion conversion{widen<E>, narrow<E>};
+
 // Tile shapes, sums of the row kernel and chains are what fits the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
-constexpr TypeKernels type_kernels{.tile = TileAttention<T, TileRows, TileVectors>::kernel,
-                                   .row = RowAttention<T, MaxSums>::kernel,
-                                   .lanes = Vec<T>::width,
-                                   .row_limit = RowLimit,
-                                   .panel_columns = TileVectors * Vec<T>::width,
-                                   .project = project<T, TileRows, TileVectors>,
-                                   .weigh = weigh<T>,
-                                   .fma_loop = fma_loop<T, MaxSums>};
+constexpr TypeKernels type_kernels() {
+  TypeKernels kernels{.tile = TileAttention<T, TileRows, TileVectors>::kernel,
+                      .row = RowAttention<T, MaxSums>::kernel,
+                      .row_f16 = nullptr,
+                      .row_bf16 = nullptr,
+                      .lanes = Vec<T>::width,
+                      .row_limit = RowLimit,
+                      .panel_columns = TileVectors * Vec<T>::width,
+                      .project = project<T, TileRows, TileVectors>,
+                      .project_f16 = nullptr,
+                      .project_bf16 = nullptr,
+                      .weigh = weigh<T>,
+                      .fma_loop = fma_loop<T, MaxSums>};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    kernels.row_f16 = &RowAttention<T, MaxSums, Half>::kernel;
+    kernels.row_bf16 = &RowAttention<T, MaxSums, BFloat>::kernel;
+    kernels.project_f16 = project<T, TileRows, TileVectors, Half>;
+    kernels.project_bf16 = project<T, TileRows, TileVectors, BFloat>;
+  }
+  return kernels;
+}
 
 }  // namespace selfattn::SELFATTN_ISA

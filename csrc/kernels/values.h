@@ -6,12 +6,12 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class T>
-inline bool all_finite(const T* values, std::int64_t step, int rows, std::int64_t value_dim) {
-  const Vec<T> zero = broadcast(T(0));
-  Vec<T> sum = zero;
+template <class E>
+inline bool all_finite(const E* values, std::int64_t step, int rows, std::int64_t value_dim) {
+  auto zero = load_up_to(values, 0);
+  auto sum = zero;
   for (int r = 0; r < rows; ++r, values += step)
-    for (std::int64_t d = 0; d < value_dim; d += Vec<T>::width)
+    for (std::int64_t d = 0; d < value_dim; d += decltype(sum)::width)
       sum = sum + load_up_to(values + d, value_dim - d) * zero;
   return !any(is_nan(sum));
 }

@@ -5,3 +5,26 @@
 #define SELFATTN_VEC "simd/vec_portable.h"
 #endif
 #include SELFATTN_VEC
+
+namespace selfattn::SELFATTN_ISA {
+
+// Ends of rows are rare enough to go through a buffer. Its end is a limit for the compiler, which does not know n.
+template <class E>
+inline VecF load_partial_narrow(const E* p, int n) {
+  E buffer[VecF::width] = {};
+  for (int i = 0; i < VecF::width && i < n; ++i) std::memcpy(buffer + i, p + i, sizeof(E));
+  return load(static_cast<const E*>(buffer));
+}
+inline VecF load_partial(const BFloat* p, int n) { return load_partial_narrow(p, n); }
+inline VecF load_partial(const Half* p, int n) { return load_partial_narrow(p, n); }
+
+template <class E>
+inline void store_partial_narrow(E* p, VecF a, int n) {
+  E buffer[VecF::width];
+  store(static_cast<E*>(buffer), a);
+  for (int i = 0; i < VecF::width && i < n; ++i) std::memcpy(p + i, buffer + i, sizeof(E));
+}
+inline void store_partial(BFloat* p, VecF a, int n) { store_partial_narrow(p, a, n); }
+inline void store_partial(Half* p, VecF a, int n) { store_partial_narrow(p, a, n); }
+
+}  // namespace selfattn::SELFATTN_ISA

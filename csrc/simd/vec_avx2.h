@@ -1,11 +1,13 @@
 // AVX2 and FMA: eight floats or four doubles. Every vec_*.h offers the same operations in the same order.
 #pragma once
-#if !defined(__AVX2__) || !defined(__FMA__)
-#error "vec_avx2.h needs AVX2 and FMA"
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
+#error "vec_avx2.h needs AVX2, FMA and F16C"
 #endif
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "simd/narrow.h"
 
 namespace selfattn::SELFATTN_ISA {
 
@@ -57,6 +59,25 @@ inline void store(float* p, VecF a) { _mm256_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm256_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm256_maskstore_ps(p, first_lanes_f32(n), a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm256_maskstore_pd(p, first_lanes_f64(n), a.r); }
+// The same for numbers of 16 bits in memory; stores round to the nearest.
+inline VecF load(const BFloat* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline VecF load(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline void store(BFloat* p, VecF a) {
+  const __m256i bits = _mm256_castps_si256(a.r);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.r, a.r, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x88);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store(Half* p, VecF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT));
+}
 // Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
 inline VecF in_register(VecF a) {
   asm("" : "+x"(a.r));

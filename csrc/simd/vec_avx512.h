@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "simd/narrow.h"
+
 namespace selfattn::SELFATTN_ISA {
 
 template <class T>
@@ -53,6 +55,24 @@ inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm512_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, first_lanes_f32(n).r, a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm512_mask_storeu_pd(p, first_lanes_f64(n).r, a.r); }
+// The same for numbers of 16 bits in memory; stores round to the nearest.
+inline VecF load(const BFloat* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline VecF load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline void store(BFloat* p, VecF a) {
+  const __m512i bits = _mm512_castps_si512(a.r);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.r, a.r, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i upper = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
+}
+inline void store(Half* p, VecF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT));
+}
 // Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
 inline VecF in_register(VecF a) {
   asm("" : "+v"(a.r));

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "simd/narrow.h"
+
 namespace selfattn::SELFATTN_ISA {
 
 template <class T>
@@ -65,6 +67,29 @@ inline void store_partial(float* p, VecF a, int n) {
 }
 inline void store_partial(double* p, VecD a, int n) {
   if (n > 0) vst1q_lane_f64(p, a.r, 0);
+}
+// The same for numbers of 16 bits in memory; stores round to the nearest.
+inline VecF load(const BFloat* p) {
+  uint16x4_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
+}
+inline VecF load(const Half* p) {
+  uint16x4_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return {vcvt_f32_f16(vreinterpret_f16_u16(bits))};
+}
+inline void store(BFloat* p, VecF a) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.r);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  const uint16x4_t upper = vshrn_n_u32(vbslq_u32(vceqq_f32(a.r, a.r), rounded, quiet), 16);
+  std::memcpy(p, &upper, sizeof upper);
+}
+inline void store(Half* p, VecF a) {
+  const uint16x4_t bits = vreinterpret_u16_f16(vcvt_f16_f32(a.r));
+  std::memcpy(p, &bits, sizeof bits);
 }
 // Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
 inline VecF in_register(VecF a) {

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "simd/narrow.h"
+
 namespace selfattn::SELFATTN_ISA {
 
 template <class T>
@@ -46,6 +48,31 @@ inline void store(T* p, Vec<T> a) {
 template <class T>
 inline void store_partial(T* p, Vec<T> a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.r[i];
+}
+// The same for numbers of 16 bits in memory; stores round to the nearest.
+template <class E>
+inline VecF load_narrow(const E* p) {
+  VecF v{};
+  for (int i = 0; i < VecF::width; ++i) {
+    E element;
+    std::memcpy(&element, p + i, sizeof element);
+    v.r[i] = widen(element);
+  }
+  return v;
+}
+inline VecF load(const BFloat* p) { return load_narrow(p); }
+inline VecF load(const Half* p) { return load_narrow(p); }
+inline void store(BFloat* p, VecF a) {
+  for (int i = 0; i < VecF::width; ++i) {
+    const BFloat element = to_bfloat(a.r[i]);
+    std::memcpy(p + i, &element, sizeof element);
+  }
+}
+inline void store(Half* p, VecF a) {
+  for (int i = 0; i < VecF::width; ++i) {
+    const Half element = to_half(a.r[i]);
+    std::memcpy(p + i, &element, sizeof element);
+  }
 }
 // Loaded once, however often it is used: nothing to do where loads are instructions of their own.
 template <class T>

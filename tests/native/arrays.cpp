@@ -3,6 +3,8 @@
 #include <new>
 #include <numeric>
 
+#include "rows.h"
+
 namespace selfattn::native {
 
 Array::Array(DType dtype, Extents shape, const Layout& layout)
@@ -69,6 +71,9 @@ void store(char* address, DType dtype, double x) {
       return put(static_cast<float>(x));
     case DType::f64:
       return put(x);
+    case DType::f16:
+    case DType::bf16:
+      return write_real(address, x, dtype);
     case DType::i64:
       return put(static_cast<std::int64_t>(x));
     case DType::boolean:
@@ -86,6 +91,9 @@ double load(const char* address, DType dtype) {
       return get(0.0f);
     case DType::f64:
       return get(0.0);
+    case DType::f16:
+    case DType::bf16:
+      return read_real(address, dtype);
     case DType::i64:
       return get(std::int64_t{0});
     case DType::boolean:

@@ -40,7 +40,7 @@ bool Results::operator==(const Results& other) const {
 Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how, Interrupted interrupted) {
   Problem problem = make_problem(c.arguments());
   Results results;
-  results.out = Array(problem.dtype, extents(out_shape(problem)), c.out);
+  results.out = Array(c.q.dtype(), extents(out_shape(problem)), c.out);
   attach_out(problem, results.out.view());
   if (c.lse) {
     results.lse = Array(problem.dtype, extents(lse_shape(problem)));

@@ -193,7 +193,13 @@ std::string complaint(const char* what, const Row& row, std::int64_t i, Wide got
 
 std::string judge_row(const Definition& definition, const Row& row, const Results& results) {
   const Exact exact = definition.compute(row);
-  const Wide unit = results.out.dtype() == DType::f32 ? 0x1p-24L : 0x1p-53L;
+  const DType dtype = results.out.dtype();
+  const Wide unit = dtype == DType::f64 ? 0x1p-53L : 0x1p-24L;
+  // Numbers of 16 bits are rounded once more; below their normal ones that is an absolute error.
+  const Wide last = dtype == DType::f16    ? 0x1p-11L
+                    : dtype == DType::bf16 ? 0x1p-8L
+                                           : 0,
+             least = last > 0 ? 0x1p-25L : 0;
   // The worst case, not the usual one: a fuzzer's arrays hold equal numbers, whose roundings all go the same way.
   const auto dot = static_cast<Wide>(definition.head_dim()), keys = static_cast<Wide>(definition.kv_len());
   const Wide sums = 16 + 2 * std::min<Wide>(keys, 128) + keys / 64;
@@ -202,7 +208,8 @@ std::string judge_row(const Definition& definition, const Row& row, const Result
   for (std::int64_t d = 0; d < definition.value_dim(); ++d) {
     const auto i = static_cast<std::size_t>(d);
     const Wide got = definition.result(results.out, row, d);
-    if (!(std::fabs(got - exact.out[i]) <= tolerance * exact.magnitude[i] + tiny))
+    const Wide computed = tolerance * exact.magnitude[i] + tiny;
+    if (!(std::fabs(got - exact.out[i]) <= computed + (std::fabs(exact.out[i]) + computed) * last + least))
       return complaint("out", row, d, got, exact.out[i]);
   }
   if (results.lse) {

@@ -206,6 +206,12 @@ bool affordable(const Sizes& s, const Extents (&shapes)[names]) {
   return entries * static_cast<double>(s.head_dim + s.value_dim + 2) <= 1e6;
 }
 
+// A type of 16 bits where the lowest bit says so, which of the two the next one.
+DType read_type(int narrow, int wide) {
+  if (narrow & 1) return narrow & 2 ? DType::bf16 : DType::f16;
+  return wide != 0 ? DType::f64 : DType::f32;
+}
+
 }  // namespace
 
 Described describe(const std::uint8_t* data, std::size_t size) {
@@ -215,7 +221,10 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   d.kernels = sets[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(sets.size())))];
   d.threads = 2 + static_cast<int>(bytes.below(3));
   const int mode = bytes.next();
-  const DType dtype = mode & 1 ? DType::f64 : DType::f32, bias_dtype = mode & 2 ? DType::f64 : DType::f32;
+  // Two zeros leave the types of 32 and 64 bits, which `mode` chooses between.
+  const int narrow_operands = bytes.next(), narrow_bias = bytes.next();
+  const DType dtype = read_type(narrow_operands, mode & 1), bias_dtype = read_type(narrow_bias, mode & 2);
+  const DType kv_dtype = narrow_operands & 4 && !is_narrow(dtype) ? read_type(narrow_operands >> 3 | 1, 0) : dtype;
   const bool spoiled = (mode & 12) == 12, claims = (mode & 48) == 48, wrong_values = (mode & 192) == 192;
   read_options(bytes, d);
 
@@ -236,7 +245,7 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   Array* const arrays[names] = {
       &d.input.q,        &d.input.k,      &d.input.v,       &d.input.mask,         &d.input.bias,
       &d.input.q_offset, &d.input.q_lens, &d.input.kv_lens, &d.input.alibi_slopes, &d.input.sinks};
-  const DType dtypes[names] = {dtype,      dtype,      dtype,      DType::boolean, bias_dtype,
+  const DType dtypes[names] = {dtype,      kv_dtype,   kv_dtype,   DType::boolean, bias_dtype,
                                DType::i64, DType::i64, DType::i64, DType::f64,     DType::f64};
   const std::int64_t limits[names] = {0, 0, 0, 0, 0, 40, sizes.q_len, sizes.kv_len, 0, 0};
   for (int i = 0; i < names; ++i) {

@@ -1,12 +1,14 @@
 #include "kernel_set_checks.h"
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "check.h"
+#include "guarded_memory.h"
 
 namespace selfattn::test {
 namespace {
@@ -74,6 +76,26 @@ void check_type(const TypeKernels& kernels, bool fuses) {
   SELFATTN_CHECK(kernels.fma_loop(10) >= 2 * 10);
 }
 
+// Whole rows of any length, between memory that must stay as it is.
+void check_conversion(const Conversion& conversion, std::uint16_t one) {
+  constexpr std::size_t most = 70;
+  for (std::size_t count = 0; count < most; ++count) {
+    GuardedMemory from(count * sizeof one), to(count * sizeof(float)), back(count * sizeof one);
+    auto* const narrow = reinterpret_cast<std::uint16_t*>(from.data());
+    auto* const wide = reinterpret_cast<float*>(to.data());
+    auto* const again = reinterpret_cast<std::uint16_t*>(back.data());
+    // 1 and what follows it: every lane another number
+    for (std::size_t i = 0; i < count; ++i) narrow[i] = static_cast<std::uint16_t>(one + i);
+    conversion.widen(narrow, static_cast<std::int64_t>(count), wide);
+    conversion.narrow(wide, static_cast<std::int64_t>(count), again);
+    for (std::size_t i = 0; i < count; ++i) {
+      const double step = one == 0x3c00 ? 0x1p-10 : 0x1p-7;
+      expect_same(wide[i], 1 + static_cast<double>(i) * step, "widen a row");
+      expect_same(again[i], narrow[i], "narrow a row");
+    }
+  }
+}
+
 }  // namespace
 
 void check_kernel_set(const KernelSet& kernels) {
@@ -81,6 +103,8 @@ void check_kernel_set(const KernelSet& kernels) {
   const bool fuses = std::strcmp(kernels.name, "portable") != 0;
   check_type<float>(kernels.f32, fuses);
   check_type<double>(kernels.f64, fuses);
+  check_conversion(kernels.f16, 0x3c00);
+  check_conversion(kernels.bf16, 0x3f80);
 }
 
 }  // namespace selfattn::test

@@ -23,6 +23,7 @@ int main() {
   }
   test::report_faults();
   SELFATTN_ISA::check_vectors();
+  SELFATTN_ISA::check_narrow();
   SELFATTN_ISA::check_functions();
   SELFATTN_ISA::check_loops();
   test::check_kernel_set(**found);

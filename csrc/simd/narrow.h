@@ -1,0 +1,59 @@
+// Numbers of 16 bits as they stand in memory. They are computed with as float.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace selfattn::SELFATTN_ISA {
+
+struct Half {  // IEEE 754 binary16
+  std::uint16_t bits;
+};
+struct BFloat {  // the upper half of a float
+  std::uint16_t bits;
+};
+
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float widen(BFloat x) { return float_of(std::uint32_t{x.bits} << 16); }
+
+inline float widen(Half x) {
+  const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16, exponent = x.bits >> 10 & 31,
+                      fraction = x.bits & 1023;
+  if (exponent == 31)  // infinite, or NaN, which becomes quiet
+    return float_of(sign | 0x7f800000u | fraction << 13 | (fraction != 0 ? 0x400000u : 0u));
+  if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+  return float_of(sign | bits_of(static_cast<float>(fraction) * 0x1p-24f));
+}
+
+// To the nearest, ties to even; too large is infinite.
+inline BFloat to_bfloat(float x) {
+  const std::uint32_t bits = bits_of(x);
+  const std::uint32_t upper = x != x ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return {static_cast<std::uint16_t>(upper)};
+}
+
+inline Half to_half(float x) {
+  const std::uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (size > 0x7f800000u)
+    half = 0x7e00u | (size >> 13 & 1023u);
+  else if (size >= 0x477ff000u)  // rounds to 65536
+    half = 0x7c00u;
+  else if (size < 0x38800000u)  // subnormal: the sum's last bit is worth 2^-24
+    half = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
+  else
+    half = (size + 0xfffu + (size >> 13 & 1u) - (112u << 23)) >> 13;
+  return {static_cast<std::uint16_t>(sign | half)};
+}
+
+}  // namespace selfattn::SELFATTN_ISA

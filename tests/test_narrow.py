@@ -1,0 +1,320 @@
+"""float16 and bfloat16: accurate to half an ulp of the output beyond the computation, which is that of float32."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import reference
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+TYPES = [np.dtype(np.float16), BFLOAT16]
+# q's type, that of k and v
+MIXTURES = [
+    *itertools.product([np.dtype(np.float32), np.dtype(np.float64)], TYPES),
+    (np.dtype(np.float64), np.dtype(np.float32)),
+]
+# batch, heads, kv heads, q_len, kv_len, head_dim, value_dim, kernel
+TILE, ROW, RANGES, TILE_RANGES = SHAPES = [
+    (2, 4, 2, 50, 70, 20, 9, "tile"),
+    (2, 4, 2, 2, 70, 33, 17, "row"),
+    (1, 4, 1, 1, 2500, 16, 16, "row"),
+    (1, 1, 1, 30, 4500, 8, 24, "tile"),
+]
+types = pytest.mark.parametrize("dtype", TYPES, ids=str)
+mixtures = pytest.mark.parametrize(("wide", "narrow"), MIXTURES, ids=str)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def operands(normal: Any, shape: Any, dtype: Any, narrow: Any = None) -> tuple[Any, Any, Any]:
+    batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, _ = shape
+    narrow = narrow or dtype
+    return (
+        normal(batch, heads, q_len, head_dim, dtype=dtype),
+        normal(batch, kv_heads, kv_len, head_dim, dtype=narrow),
+        normal(batch, kv_heads, kv_len, value_dim, dtype=narrow),
+    )
+
+
+def every_option(rng: Any, shape: Any, dtype: Any) -> list[dict[str, Any]]:
+    batch, heads, _, q_len, kv_len = shape[:5]
+    bias = rng.standard_normal((heads, q_len, kv_len)).astype(dtype)
+    bias[rng.random(bias.shape) < 0.3] = -np.inf
+    return [
+        {},
+        {"mask": rng.random((q_len, kv_len)) < 0.7},
+        {"bias": bias},
+        {"bias": bias.astype(np.float32)[:, :1]},
+        {"causal": True},
+        {"window": (kv_len // 2, 3), "q_offset": kv_len // 2},
+        {"kv_lens": rng.integers(kv_len // 2, kv_len, batch), "q_lens": rng.integers(q_len // 2, q_len + 1, batch)},
+        {"softcap": 3.0, "scale": -0.3},
+        {"alibi_slopes": rng.random(heads).astype(dtype), "sinks": rng.standard_normal(heads).astype(dtype)},
+    ]
+
+
+def backwards(x: Any) -> Any:
+    return np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1]
+
+
+def columns_apart(x: Any) -> Any:
+    wide = np.full((*x.shape[:-1], 3 * x.shape[-1]), np.nan).astype(x.dtype)
+    wide[..., ::3] = x
+    return wide[..., ::3]
+
+
+def heads_last(x: Any) -> Any:
+    return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3) if x.ndim > 2 else x
+
+
+def misaligned(x: Any) -> Any:
+    view = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    view[...] = x
+    assert not view.flags.aligned
+    return view
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(
+        x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def everything(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    return sa.attention(q, k, v, return_lse=True, return_weights=True, **options)
+
+
+@types
+@shapes
+def test_every_option(isa: str, check: Any, normal: Any, rng: Any, shape: Any, dtype: Any) -> None:
+    q, k, v = operands(normal, shape, dtype)
+    plan = sa.explain(q, k, v)
+    assert plan["kernel"] == shape[-1]
+    assert (plan["ranges"] > 1) == (shape in (RANGES, TILE_RANGES))
+    for options in every_option(rng, shape, dtype):
+        out = check(q, k, v, trivial="q_lens" in options, **options)
+        assert out.dtype == dtype
+
+
+@mixtures
+@shapes
+def test_narrower_keys_and_values(
+    isa: str, check: Any, normal: Any, rng: Any, shape: Any, wide: Any, narrow: Any
+) -> None:
+    q, k, v = operands(normal, shape, wide, narrow)
+    for options in every_option(rng, shape, narrow):
+        assert check(q, k, v, trivial="q_lens" in options, **options).dtype == wide
+    # Every number of the narrower type is one of the wider.
+    assert np.allclose(sa.attention(q, k, v), sa.attention(q, k.astype(wide), v.astype(wide)), rtol=0, atol=1e-5)
+
+
+@types
+@pytest.mark.parametrize("kv_len", [1, 2, 15, 16, 17, 127, 128, 129])
+def test_lengths_and_head_sizes(isa: str, check: Any, normal: Any, dtype: Any, kv_len: int) -> None:
+    for q_len, size in itertools.product((1, 3, 12, 33), (1, 3, 8, 15, 31, 64, 72, 129)):
+        check(
+            normal(2, q_len, size, dtype=dtype),
+            normal(2, kv_len, size, dtype=dtype),
+            normal(2, kv_len, size + 1, dtype=dtype),
+            trivial=True,
+        )
+
+
+@types
+@pytest.mark.parametrize("sigma", [30, 300])
+def test_large_logits(isa: str, check: Any, normal: Any, dtype: Any, sigma: int) -> None:
+    for q_len in (2, 60):
+        q, k, v = (normal(2, n, 64, dtype=dtype) for n in (q_len, 700, 700))
+        check(q, k, v, scale=float(sigma / reference.attention(q, k, v, scale=1.0).sigma))
+
+
+@types
+@shapes
+def test_layout_and_out(isa: str, normal: Any, shape: Any, dtype: Any) -> None:
+    q, k, v = operands(normal, shape, dtype)
+    expected = everything(q, k, v, causal=True)
+    assert [x.dtype for x in expected] == [dtype, np.float32, np.float32]
+    tokens = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v)]
+    found = everything(*tokens, causal=True, layout="bshd")
+    assert same((found[0].swapaxes(1, 2), *found[1:]), expected)
+    for make in (
+        np.zeros_like,
+        lambda x: columns_apart(np.zeros_like(x)),
+        lambda x: heads_last(np.zeros_like(x)),
+        misaligned,
+    ):
+        out = make(expected[0])
+        out[...] = 3
+        assert sa.attention(q, k, v, causal=True, out=out) is out
+        assert same((out,), expected[:1])
+
+
+@types
+def test_out_may_be_an_operand(isa: str, normal: Any, dtype: Any) -> None:
+    for which in range(3):
+        qkv = [normal(2, 40, 8, dtype=dtype) for _ in range(3)]
+        expected = sa.attention(*qkv)
+        assert same((sa.attention(*qkv, out=qkv[which]),), (expected,))
+
+
+@types
+def test_out_of_another_type_is_refused(normal: Any, dtype: Any) -> None:
+    q, k, v = operands(normal, ROW, dtype)
+    other = TYPES[1 - TYPES.index(dtype)]
+    for wrong in (other, np.dtype(np.float32), np.dtype(np.int16)):
+        out = np.full((2, 4, 2, 17), 5).astype(wrong)
+        with pytest.raises(TypeError, match=f"attention: out has dtype {wrong.name}, but the result is {dtype.name}"):
+            sa.attention(q, k, v, out=out)
+        assert np.all(out == 5)
+    with pytest.raises(TypeError, match=f"out has dtype {dtype.name}, but the result is float32"):
+        sa.attention(q.astype(np.float32), k, v, out=np.zeros((2, 4, 2, 17), dtype))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        ("float16", "float32", "float32", "k has dtype float32, but q has float16"),
+        ("bfloat16", "float32", "float32", "k has dtype float32, but q has bfloat16"),
+        ("float16", "bfloat16", "bfloat16", "k has dtype bfloat16, but q has float16"),
+        ("bfloat16", "float16", "float16", "k has dtype float16, but q has bfloat16"),
+        ("float32", "float64", "float64", "k has dtype float64, but q has float32"),
+        ("float32", "float16", "bfloat16", "v has dtype bfloat16, but k has float16"),
+        ("float32", "float16", "float32", "v has dtype float32, but k has float16"),
+        ("float32", "float32", "float16", "v has dtype float16, but q has float32"),
+        ("float16", "int16", "float16", "k has dtype int16, but float16, bfloat16, float32 and float64 are accepted"),
+        ("float8_e5m2", "float16", "float16", "q has dtype float8_e5m2, but float16, bfloat16, float32"),
+        ("float32", "int4", "int4", "k has dtype int4, but float16, bfloat16, float32"),
+    ],
+)
+def test_mixtures_that_are_refused(q: str, k: str, v: str, message: str) -> None:
+    given = [np.zeros((5, 8)).astype(getattr(ml_dtypes, name, name)) for name in (q, k, v)]
+    with pytest.raises(TypeError, match=re.escape(f"attention: {message}")):
+        sa.attention(*given)
+
+
+@types
+@pytest.mark.parametrize("layout", [backwards, columns_apart, heads_last, misaligned])
+@pytest.mark.parametrize("shape", [TILE, ROW, RANGES], ids=str)
+def test_strides_do_not_matter(isa: str, normal: Any, rng: Any, layout: Any, shape: Any, dtype: Any) -> None:
+    q, k, v = operands(normal, shape, dtype)
+    bias = normal(*shape[3:5], dtype=dtype)
+    for wide in (q, q.astype(np.float32), q.astype(np.float64)):
+        expected = everything(wide, k, v, bias=bias)
+        for given in ((layout(wide), k, v), (wide, layout(k), v), (wide, k, layout(v))):
+            assert same(everything(*given, bias=bias), expected)
+        assert same(everything(wide, k, v, bias=layout(bias)), expected)
+
+
+def test_foreign_byte_order(isa: str, normal: Any) -> None:
+    q, k, v = operands(normal, ROW, np.float16)
+    assert same((sa.attention(*(x.astype(">f2") for x in (q, k, v))),), (sa.attention(q, k, v),))
+
+
+@types
+@shapes
+def test_threads_and_batch_do_not_matter(isa: str, normal: Any, rng: Any, shape: Any, dtype: Any) -> None:
+    for wide in (dtype, np.float32, np.float64):
+        q, k, v = operands(normal, (3, *shape[1:]), wide, dtype)
+        lengths = rng.integers(shape[4] // 2, shape[4] + 1, 3)
+        expected = everything(q, k, v, kv_lens=lengths, num_threads=1)
+        for threads in (2, 3, 7):
+            assert same(everything(q, k, v, kv_lens=lengths, num_threads=threads), expected)
+        for b in range(3):
+            one = slice(b, b + 1)
+            alone = everything(q[one], k[one], v[one], kv_lens=lengths[one])
+            assert same(alone, [x[one] for x in expected])
+
+
+@types
+@shapes
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 6e4])
+def test_hidden_values_are_inert(isa: str, normal: Any, rng: Any, shape: Any, dtype: Any, garbage: float) -> None:
+    kv_len = shape[4]
+    for wide in (dtype, np.float32):
+        q, k, v = operands(normal, shape, wide, dtype)
+        hidden = rng.random(kv_len) < 0.4
+        bias = np.where(hidden, -np.inf, 0.5).astype(dtype)
+        spoilt = k.copy(), v.copy()
+        for x in spoilt:
+            x[..., hidden, :] = garbage
+        for options in ({"mask": ~hidden}, {"bias": bias}):
+            assert same(everything(q, *spoilt, **options), everything(q, k, v, **options))
+        tail = k.copy(), v.copy()
+        for x in tail:
+            x[..., kv_len - 5 :, :] = garbage
+        assert same(everything(q, *tail, kv_lens=kv_len - 5), everything(q, k, v, kv_lens=kv_len - 5))
+
+
+@types
+@shapes
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_visible_values_propagate(isa: str, check: Any, normal: Any, shape: Any, dtype: Any, value: float) -> None:
+    for wide in (dtype, np.float32):
+        q, k, v = operands(normal, shape, wide, dtype)
+        v[..., shape[4] // 2, 3] = value
+        out = check(q, k, v)
+        assert np.array_equal(np.isfinite(out), np.broadcast_to(np.arange(shape[6]) != 3, out.shape))
+
+
+@pytest.mark.parametrize("q_len", [2, 50])
+def test_the_largest_float16(isa: str, normal: Any, q_len: int) -> None:
+    largest = np.finfo(np.float16).max
+    q, k = normal(q_len, 8, dtype=np.float16), normal(90, 8, dtype=np.float16)
+    v = np.full((90, 8), largest)
+    # A mean of equal numbers is that number: sums of 90 times as much are no float16, but floats.
+    assert np.all(sa.attention(q, k, v) == largest)
+    large = np.full((q_len, 8), largest)
+    out, lse = sa.attention(large, np.full((90, 8), largest), v, return_lse=True)
+    assert np.all(out == largest)
+    assert np.allclose(lse, float(largest) ** 2 * np.sqrt(8) + np.log(90), rtol=1e-6)
+
+
+@pytest.mark.parametrize("q_len", [2, 50])
+@types
+def test_subnormal_numbers(isa: str, normal: Any, dtype: Any, q_len: int) -> None:
+    tiny = ml_dtypes.finfo(dtype).smallest_subnormal
+    v = np.full((90, 8), 7 * float(tiny)).astype(dtype)
+    out = sa.attention(np.zeros((q_len, 8), dtype), np.zeros((90, 8), dtype), v)
+    error = abs(out.astype(np.float64) - 7 * float(tiny)) / float(tiny)
+    assert np.max(error) <= 1
+    assert np.all(out != 0)
+
+
+@types
+def test_empty(isa: str, dtype: Any) -> None:
+    def zeros(*shape: int) -> Any:
+        return np.zeros(shape, dtype)
+
+    out, lse = sa.attention(zeros(2, 3, 8), zeros(2, 0, 8), zeros(2, 0, 5), return_lse=True)
+    assert out.dtype == dtype
+    assert out.shape == (2, 3, 5)
+    assert np.all(out == 0)
+    assert np.all(np.isneginf(lse))
+    assert sa.attention(zeros(0, 3, 8), zeros(0, 4, 8), zeros(0, 4, 8)).dtype == dtype
+
+
+def test_bfloat16_is_known_without_importing_its_package(run_python: Any) -> None:
+    code = """
+        import sys
+        import numpy as np
+        import selfattn as sa
+        x = np.ones((3, 8), np.float16)
+        sa.attention(x, x, x)
+        try:
+            sa.attention(x.astype(np.int16), x, x)
+        except TypeError as error:
+            print(error)
+        print("ml_dtypes" in sys.modules)
+        import ml_dtypes
+        print(sa.attention(*[x.astype(ml_dtypes.bfloat16)] * 3).dtype)
+    """
+    lines = run_python(code).splitlines()
+    assert lines[0].startswith("attention: q has dtype int16, but float16, bfloat16, float32 and float64 are accepted")
+    assert lines[1:] == ["False", "bfloat16"]
