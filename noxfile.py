@@ -134,7 +134,15 @@ def asan(session: nox.Session) -> None:
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
     skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "codebase", "viz", "readme"]
     skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
-    skipped += ["benchmarks", "bench_peers", "bench_memory", "bench_targets", "bench_reports"]
+    skipped += [
+        "benchmarks",
+        "bench_peers",
+        "bench_memory",
+        "bench_targets",
+        "bench_reports",
+        "bench_axes",
+        "bench_parts",
+    ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
 
