@@ -18,7 +18,8 @@ KeyBlock StridedKeys::block(std::int64_t first, int count) const {
     const char* from = base + first * operand.row;
     step = operand.row / size_of(operand.dtype);
     if (!copies) return from;
-    gather_rows(*plan_.kernels, buffer, problem_.dtype, from, operand.dtype, operand.row, operand.column, count, width);
+    gather_rows(*plan_.kernels, buffer, plan_.attend->keys, from, operand.dtype, operand.row, operand.column, count,
+                width);
     step = width;
     return buffer;
   };

@@ -42,6 +42,10 @@ std::uint32_t cpu_features() {
   std::uint32_t features = 0;
   if (has(b, avx2) && has(registers, ymm)) features |= feature_avx2_fma;
   if (features != 0 && has(b, avx512) && has(registers, zmm)) features |= feature_avx512;
+  if (!has(features, feature_avx512)) return features;
+  constexpr std::uint32_t avx512_fp16 = 1u << 23, avx512_bf16 = 1u << 5;
+  if (has(d, avx512_fp16)) features |= feature_avx512_fp16;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, avx512_bf16)) features |= feature_avx512_bf16;
   return features;
 }
 #else

@@ -57,27 +57,43 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 }
 
 // Keys and values of 16 bits are widened as they are loaded: decode waits for memory, and they are half of it.
-void choose_row_kernel(Plan& plan, const Problem& problem) {
-  plan.attend = &plan.types->row;
+const AttendKernel* row_kernel(const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
-  const AttendKernel* narrow = dtype == DType::f16    ? plan.types->row_f16
-                               : dtype == DType::bf16 ? plan.types->row_bf16
-                                                      : nullptr;
-  if (!narrow || !in_place(problem, problem.key, dtype) || !in_place(problem, problem.value, dtype)) return;
-  plan.attend = narrow;
-  plan.copies_keys = plan.copies_values = false;
+  const AttendKernel* narrow = dtype == DType::f16 ? types.row_f16 : dtype == DType::bf16 ? types.row_bf16 : nullptr;
+  const bool reads = narrow && in_place(problem, problem.key, dtype) && in_place(problem, problem.value, dtype);
+  return reads ? narrow : &types.row;
+}
+
+// A matrix unit, where it may be used and is the faster one.
+const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
+  const MatrixKernels& matrix = kernels.matrix;
+  const auto all = [&](DType dtype) {
+    return problem.query.dtype == dtype && problem.key.dtype == dtype && problem.value.dtype == dtype;
+  };
+  const AttendKernel* found = nullptr;
+  if (all(DType::bf16)) found = matrix.bf16;
+  if (all(DType::f32) && problem.precision == Precision::medium) found = matrix.f32_medium;
+  return found ? found : &types.tile;
+}
+
+void choose_copies(Plan& plan, const Problem& problem) {
+  plan.copies_queries = !in_place(problem, problem.query, plan.attend->queries);
+  plan.copies_keys = !in_place(problem, problem.key, plan.attend->keys);
+  plan.copies_values = !in_place(problem, problem.value, plan.attend->keys);
 }
 
 void choose_kernel(Plan& plan, const Problem& problem) {
   if (row_kernel_pays(plan, problem)) {
-    choose_row_kernel(plan, problem);
+    plan.attend = row_kernel(*plan.types, problem);
     plan.key_block = choose_key_block(problem, row_key_block_bytes, largest_row_key_block);
+    choose_copies(plan, problem);
     plan.reason = "few query rows per KV head: vectors run along the heads' dimensions";
     plan.block_rows = static_cast<int>(std::max<std::int64_t>(plan.rows, 1));
     return;
   }
-  plan.attend = &plan.types->tile;
+  plan.attend = tile_kernel(*plan.kernels, *plan.types, problem);
   plan.key_block = choose_key_block(problem, key_block_bytes, largest_key_block);
+  choose_copies(plan, problem);
   plan.reason = "enough query rows per KV head to fill vectors";
   const int strip = plan.attend->strip_rows;
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
@@ -104,15 +120,12 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.kernels = &kernels;
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
   plan.rows = problem.q_len * problem.group_size;
-  plan.copies_queries = !in_place(problem, problem.query, problem.dtype);
-  plan.copies_keys = !in_place(problem, problem.key, problem.dtype);
-  plan.copies_values = !in_place(problem, problem.value, problem.dtype);
   plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
   const bool few = plan.row_blocks <= row_blocks_with_ranges;
-  const std::int64_t wanted = plan.attend == &plan.types->tile ? tile_range_keys : row_range_keys;
+  const std::int64_t wanted = plan.attend->strip_rows > 1 ? tile_range_keys : row_range_keys;
   const std::int64_t range = std::max(wanted, ceil_div(problem.kv_len, most_ranges));
   plan.range_keys = ceil_div(range, plan.key_block) * plan.key_block;  // blocks never straddle ranges
   plan.ranges = few ? std::max<std::int64_t>(ceil_div(problem.kv_len, plan.range_keys), 1) : 1;

@@ -236,6 +236,7 @@ Problem make_problem(const AttentionArguments& a) {
                   problem.kv_lens.data);
   problem.scale = a.has_scale ? a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
+  problem.precision = a.precision;
   check_scale(a, problem);
   place_per_head(problem, a);
   return problem;

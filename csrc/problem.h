@@ -31,6 +31,9 @@ struct Operand {
 };
 
 // As received: shapes are not yet trusted.
+// What float32 products may be rounded to, where that is faster.
+enum class Precision : std::uint8_t { highest, high, medium };
+
 struct AttentionArguments {
   const char* function = "attention";  // whom messages name
   TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
@@ -41,6 +44,7 @@ struct AttentionArguments {
   bool has_scale = false;
   double scale = 0;
   double softcap = 0;  // 0: none
+  Precision precision = Precision::highest;
 };
 
 struct Problem {
@@ -58,6 +62,7 @@ struct Problem {
   std::int64_t window_left = -1, window_right = -1;
   double scale = 0;
   double softcap = 0;
+  Precision precision = Precision::highest;
 
   char* at(const Operand& operand, std::int64_t batch_index) const {
     char* p = operand.data;

@@ -1,5 +1,6 @@
 #include "registry.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -18,6 +19,9 @@ extern const KernelSet kernels;
 namespace avx512 {
 extern const KernelSet kernels;
 }
+namespace avx512_bf16 {
+extern const KernelSet kernels;
+}
 #endif
 #if defined(SELFATTN_ARM_ISAS)
 namespace neon {
@@ -30,8 +34,7 @@ namespace {
 // Best first.
 constexpr const KernelSet* all_kernels[] = {
 #if defined(SELFATTN_X86_ISAS)
-    &avx512::kernels,
-    &avx2::kernels,
+    &avx512_bf16::kernels, &avx512::kernels, &avx2::kernels,
 #endif
 #if defined(SELFATTN_ARM_ISAS)
     &neon::kernels,
@@ -43,7 +46,11 @@ std::atomic<const KernelSet*> active{nullptr};
 
 const KernelSet& default_kernels() {
   const char* name = std::getenv("SELFATTN_ISA");
-  return name && *name ? kernels_named(name) : *available_kernels().front();
+  if (name && *name) return kernels_named(name);
+  const std::uint32_t features = cpu_features();
+  const auto& available = available_kernels();
+  return **std::find_if(available.begin(), available.end(),
+                        [&](const KernelSet* kernels) { return (kernels->shuns & features) == 0; });
 }
 
 }  // namespace

@@ -160,8 +160,8 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     const char* from = query + place.head * problem.query.head + place.query * problem.query.row;
     row.query = from;
     if (plan.copies_queries) {
-      char* copy = slot.queries + i * problem.head_dim * size;
-      gather_rows(*plan.kernels, copy, problem.dtype, from, problem.query.dtype, 0, problem.query.column, 1,
+      char* copy = slot.queries + i * problem.head_dim * size_of(plan.attend->queries);
+      gather_rows(*plan.kernels, copy, plan.attend->queries, from, problem.query.dtype, 0, problem.query.column, 1,
                   problem.head_dim);
       row.query = copy;
     }

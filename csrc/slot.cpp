@@ -13,18 +13,18 @@ Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t lanes =
       (plan.block_rows + plan.attend->strip_rows - 1) / plan.attend->strip_rows * std::int64_t{plan.attend->strip_rows};
   Carver carver{base};
-  const auto take_if = [&](bool needed, std::int64_t count) {
-    return needed ? carver.take<char>(count * size) : nullptr;
+  const auto take_if = [&](bool needed, std::int64_t count, DType dtype) {
+    return needed ? carver.take<char>(count * size_of(dtype)) : nullptr;
   };
   rows = carver.take<Row>(plan.block_rows);
   row_max = carver.take<char>(lanes * size);
   row_sum = carver.take<char>(lanes * size);
   kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
       plan.attend->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
-  queries = take_if(plan.copies_queries, plan.block_rows * problem.head_dim);
-  keys = take_if(plan.copies_keys, plan.key_block * problem.head_dim);
-  values = take_if(plan.copies_values, plan.key_block * problem.value_dim);
-  out = take_if(plan.copies_out, plan.block_rows * problem.value_dim);
+  queries = take_if(plan.copies_queries, plan.block_rows * problem.head_dim, plan.attend->queries);
+  keys = take_if(plan.copies_keys, plan.key_block * problem.head_dim, plan.attend->keys);
+  values = take_if(plan.copies_values, plan.key_block * problem.value_dim, plan.attend->keys);
+  out = take_if(plan.copies_out, plan.block_rows * problem.value_dim, problem.dtype);
   bytes = carver.used;
 }
 

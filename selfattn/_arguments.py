@@ -221,6 +221,7 @@ def core_options(
     return_weights = flag(function, "return_weights", return_weights)
     if precision != "highest":
         choice(function, "precision", precision, _PRECISIONS)
+    level = 0 if precision == "highest" else _PRECISIONS.index(precision)
     threads = thread_count(function, num_threads)
     return (
         mask,
@@ -238,6 +239,7 @@ def core_options(
         layout == "bshd",
         return_lse,
         return_weights,
+        level,
         threads,
     )
 

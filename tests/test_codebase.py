@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 # (files, what their includes must match, what they must not match)
 INCLUDE_RULES = [
     ("kernels/*", r'"(simd|kernels)/|<c(stdint|stddef|string)>|SELFATTN_VEC', None),
-    ("simd/*", r"<((immintrin|arm_neon)\.h|c(stdint|string))>|SELFATTN_VEC", None),
+    ("simd/*", r'<((immintrin|arm_neon)\.h|c(stdint|string))>|SELFATTN_VEC|"simd/narrow\.h"', None),
     ("problem.h", r'<|"tensor_view\.h"', r"immintrin|arm_neon|pybind11"),
     ("tensor_view.h", r"<", r"immintrin|arm_neon|pybind11"),
     ("plan.*", None, r"immintrin|arm_neon|omp\.h|pybind11|simd/|kernels/(?!kernel_set)|machine\.h|registry\.h"),

@@ -24,6 +24,7 @@ Options::Options(const py::tuple& values) {
   bshd = next().cast<bool>();
   return_lse = next().cast<bool>();
   return_weights = next().cast<bool>();
+  precision = static_cast<Precision>(next().cast<int>());
   num_threads = next().cast<int>();
 }
 
@@ -48,6 +49,7 @@ AttentionArguments arguments_of(const char* function, const Options& options, co
   a.has_scale = !options.scale.is_none();
   if (a.has_scale) a.scale = options.scale.cast<double>();
   a.softcap = options.softcap;
+  a.precision = options.precision;
   return a;
 }
 

@@ -13,6 +13,7 @@ struct Options {
   std::int64_t window_left = -1, window_right = -1;
   py::object scale;  // None: the default
   double softcap = 0;
+  Precision precision = Precision::highest;
   int num_threads = 0;  // 0: the default
 
   explicit Options(const py::tuple& values);

@@ -4,6 +4,7 @@
 // take several keys abreast, so that a query is loaded once for all of them, and ask for memory ahead.
 #pragma once
 #include "kernels/ahead.h"
+#include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
 #include "kernels/scratch.h"
@@ -319,7 +320,7 @@ struct RowAttention {
     }
   }
 
-  static constexpr AttendKernel kernel{"row", 1, scratch_bytes, begin, absorb, finish};
+  static constexpr AttendKernel kernel{"row", dtype_of(T()), dtype_of(E()), 1, scratch_bytes, begin, absorb, finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -1,24 +1,25 @@
 // Attention for many query rows: vectors run across rows.
 //
-//   scores[key][row] = key . query         keys broadcast as they stand in memory, queries packed once per block
+//   scores[key][row] = key . query         queries packed once per block
 //   online softmax down the keys           maxima and sums are vertical: no shuffles
-//   out[dim][row] += value[dim] * probs[key][row]     values broadcast as they stand in memory
+//   out[dim][row] += value[dim] * probs[key][row]
 //
-// K and V are never packed or copied, and a ragged end of keys or dims is just fewer broadcasts. A block of rows is a
-// number of strips; a strip is as many rows as `Vectors` registers hold. Strips know which keys their rows can see, so
-// causal and window limits cost at most half a strip.
+// An engine does the products (engine_fma.h says what one is). A block of rows is a number of strips; a strip is as
+// many rows as `Vectors` registers hold. Strips know which keys their rows can see, so causal and window limits cost at
+// most half a strip.
 #pragma once
 #include "kernels/ahead.h"
+#include "kernels/engine_fma.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
 #include "kernels/scratch.h"
-#include "kernels/tile_matmul.h"
-#include "kernels/values.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class T, int TileRows, int Vectors>
+template <class Engine, int Vectors>
 struct TileAttention {
+  using T = typename Engine::Real;
+  using Block = typename Engine::Block;
   static constexpr int W = Vec<T>::width;
   static constexpr int strip_rows = Vectors * W;
 
@@ -33,19 +34,22 @@ struct TileAttention {
 
   struct Scratch {
     Strip* strips;
-    T* queries;  // per strip [head_dim][lanes]
+    T* queries;  // per strip, as the engine packs them
     T* out;      // per strip [value_dim][lanes]
-    T* scores;   // [key_block][lanes]
-    T* terms;    // the same shape
+    T* scores;   // [key_block][lanes]; then probs, as the engine keeps them
+    T* terms;    // [key_block][lanes]
     T *begin, *end, *distance, *slope;
+    typename Engine::Memory memory;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-      Carver carver{static_cast<char*>(base)};
+    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : memory(carver, key_block, head_dim, value_dim) {
       const int count = (rows + strip_rows - 1) / strip_rows;
       const std::int64_t lanes = (rows + W - 1) / W * W;  // of all strips: the last one may have fewer vectors
       strips = carver.take<Strip>(count);
-      queries = carver.take<T>(lanes * head_dim);
+      queries = carver.take<T>(lanes * Engine::query_cells(head_dim));
       out = carver.take<T>(lanes * value_dim);
       scores = carver.take<T>(std::int64_t{key_block} * strip_rows);
       terms = carver.take<T>(std::int64_t{key_block} * strip_rows);
@@ -92,11 +96,7 @@ struct TileAttention {
         row_max[first + l] = static_cast<T>(sink);
         row_sum[first + l] = sink == minus_infinity<double> ? T(0) : T(1);
       }
-      rows_to_columns(s.queries + first * block.head_dim, lanes, lanes, block.head_dim,
-                      [&](int row, std::int64_t d, int n) {
-                        if (first + row >= block.count) return broadcast(T(0));
-                        return load_up_to(static_cast<const T*>(block.rows[first + row].query) + d, n);
-                      });
+      Engine::pack_queries(block.rows + first, s.strips[i].rows, block.head_dim, lanes, queries_of(block, s, first));
       T* out = s.out + first * block.value_dim;
       for (std::int64_t d = 0; d < block.value_dim * lanes; d += W) store(out + d, broadcast(T(0)));
     }
@@ -105,7 +105,7 @@ struct TileAttention {
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
     if (block.terms.bias != BiasType::none) touch_bias(block, keys);
-    bool fetches = true;  // the first strip that works asks for the memory of all
+    Block prepared = Engine::prepare(block, keys, s.memory);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
       // The part of the block that any row of the strip can see.
@@ -113,17 +113,14 @@ struct TileAttention {
       const std::int64_t from = strip.begin_min > keys.first ? strip.begin_min : keys.first;
       const std::int64_t to = strip.end_max < end ? strip.end_max : end;
       if (from >= to) continue;
-      const std::int64_t skipped = from - keys.first;
-      const KeyBlock seen{from,
-                          static_cast<int>(to - from),
-                          static_cast<const T*>(keys.keys) + skipped * keys.key_step,
-                          keys.key_step,
-                          static_cast<const T*>(keys.values) + skipped * keys.value_step,
-                          keys.value_step,
-                          fetches ? keys.next_keys : nullptr};
-      absorb_strip<Vectors>(block, s, strip, seen, fetches);
-      fetches = false;
+      const int skipped = static_cast<int>(from - keys.first) / Engine::cell * Engine::cell;
+      const SeenKeys seen{keys.first + skipped, skipped, static_cast<int>(to - keys.first) - skipped};
+      absorb_strip<Vectors>(block, s, strip, seen, prepared);
     }
+  }
+
+  static T* queries_of(const RowBlock& block, const Scratch& s, int first_row) {
+    return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
   // Strips read the bias crosswise, which memory serves slowly: it is read from end to end before, as many keys at a
@@ -143,10 +140,10 @@ struct TileAttention {
   }
 
   template <int Cols>
-  static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys,
-                           bool fetches) {
+  static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys,
+                           Block& prepared) {
     if constexpr (Cols > 1)
-      if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, fetches);
+      if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, prepared);
     constexpr int lanes = Cols * W;
     const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
     if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(block, s, strip, keys);
@@ -160,10 +157,8 @@ struct TileAttention {
       terms = sight != Sight::everything;
     }
 
-    score_keys<Cols>(
-        static_cast<const T*>(keys.keys), keys.key_step, keys.count, s.queries + strip.first_row * block.head_dim,
-        block.head_dim, static_cast<T>(block.terms.multiplier), s.scores,
-        Ahead<T>{fetches ? static_cast<const T*>(keys.values) : nullptr, keys.value_step, block.value_dim});
+    Engine::template score<Cols>(prepared, keys, queries_of(block, s, strip.first_row), block.head_dim, block.value_dim,
+                                 static_cast<T>(block.terms.multiplier), s.scores);
     bend_scores<AcrossRows>(tile, block.terms);
     const bool hidden = terms && add_terms<Cols>(block, s, strip, keys);
     hide_beyond_limits<AcrossRows>(tile);
@@ -171,51 +166,16 @@ struct TileAttention {
 
     Vec<T> rescale[Cols];
     softmax<Cols>(block, strip, tile, rescale);
-    T* out = s.out + strip.first_row * block.value_dim;
-    if ((limited || hidden) &&
-        !all_finite(static_cast<const T*>(keys.values), keys.value_step, keys.count, block.value_dim)) {
-      if (hidden) tile.terms = gather_terms(block, s, strip, keys);
-      return accumulate_visible<Cols>(block, tile, keys, rescale, out);
-    }
-    accumulate<Cols>(static_cast<const T*>(keys.values), keys.value_step, keys.count, s.scores, rescale,
-                     block.value_dim, out,
-                     Ahead<T>{static_cast<const T*>(keys.next_keys), keys.key_step, block.head_dim});
-  }
-
-  template <int Rows, int Cols>
-  static constexpr std::int64_t rows_of(const Vec<T> (&)[Rows][Cols]) {
-    return Rows;
-  }
-
-  // The two products stand alone so that their loops have all registers for themselves.
-  template <int Cols>
-  [[gnu::noinline]] static void score_keys(const T* keys, std::int64_t key_step, int count, const T* queries,
-                                           std::int64_t head_dim, T multiplier, T* scores, const Ahead<T>& values) {
-    multiply_rows<TileRows, Cols, T>(RowMajor<T>{keys, key_step}, count, queries, Cols * W, head_dim,
-                                     [&](std::int64_t key, const auto& sums) {
-                                       T* score = scores + key * Cols * W;
-                                       values.fetch(key, key + rows_of(sums));
-                                       for (const auto& row : sums)
-                                         for (int c = 0; c < Cols; ++c, score += W)
-                                           store(score, row[c] * broadcast(multiplier));
-                                     });
-  }
-
-  template <int Cols>
-  [[gnu::noinline]] static void accumulate(const T* values, std::int64_t value_step, int count, const T* probs,
-                                           const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                           const Ahead<T>& next_keys) {
-    multiply_rows<TileRows, Cols, T>(
-        Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count, [&](std::int64_t dim, const auto& sums) {
-          T* o = out + dim * Cols * W;
-          next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
-          for (const auto& row : sums)
-            for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
-        });
+    Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
+                                      s.out + strip.first_row * block.value_dim, limited || hidden, [&] {
+                                        describe_rows(block, s, strip, keys);
+                                        if (hidden) tile.terms = gather_terms(block, s, strip, keys);
+                                        return tile;
+                                      });
   }
 
   // Limits and positions of the strip's rows, counted from the block's first key. Lanes without a row see everything.
-  static void describe_rows(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
+  static void describe_rows(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
     const auto within = [&](std::int64_t key) {
       const std::int64_t relative = key - keys.first;
       return static_cast<T>(relative < 0 ? 0 : relative > keys.count ? keys.count : relative);
@@ -231,7 +191,7 @@ struct TileAttention {
 
   // scores += terms; returns whether any key is hidden. Squares of terms go from rows to columns in registers.
   template <int Cols>
-  static bool add_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
+  static bool add_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
     const Row* rows = block.rows + strip.first_row;
     constexpr int lanes = Cols * W;
     AddTerm<T> add;
@@ -258,7 +218,7 @@ struct TileAttention {
   }
 
   // The terms alone, for the rare tile that needs them twice.
-  static const T* gather_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
+  static const T* gather_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
     const int lanes = strip.vectors * W;
     rows_to_columns(s.terms, lanes, lanes, keys.count, [&](int row, std::int64_t j, int n) {
       if (row >= strip.rows) return broadcast(T(0));
@@ -267,7 +227,7 @@ struct TileAttention {
     return s.terms;
   }
 
-  static void keep_scores(const RowBlock& block, const Scratch& s, const Strip& strip, const KeyBlock& keys) {
+  static void keep_scores(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
     const int lanes = strip.vectors * W;
     columns_to_rows<T>(
         strip.rows, keys.count,
@@ -292,31 +252,18 @@ struct TileAttention {
       store(row_max + c * W, peak[c]);
       sum[c] = broadcast(T(0));
     }
-    for (int key = 0; key < tile.outer; ++key)
+    constexpr int cell = Engine::cell;
+    for (int key = 0; key < tile.outer; key += cell)
       for (int c = 0; c < Cols; ++c) {
-        T* score = tile.scores + key * tile.step + c * W;
-        const Vec<T> prob = exp2(load(score) - shift[c]);
-        store(score, prob);
-        sum[c] = sum[c] + prob;
+        Vec<T> prob[cell];
+        for (int i = 0; i < cell; ++i) {
+          const bool there = i == 0 || key + i < tile.outer;
+          prob[i] = there ? exp2(load(tile.scores + (key + i) * tile.step + c * W) - shift[c]) : broadcast(T(0));
+          sum[c] = sum[c] + prob[i];
+        }
+        Engine::keep_probs(prob, tile.scores + key / cell * tile.step + c * W);
       }
     for (int c = 0; c < Cols; ++c) store(row_sum + c * W, fma(load(row_sum + c * W), rescale[c], sum[c]));
-  }
-
-  // The same sums in the same order as multiply_rows, but a hidden key is left out instead of multiplied by 0.
-  template <int Cols>
-  static void accumulate_visible(const RowBlock& block, const ScoreTile<T>& tile, const KeyBlock& keys,
-                                 const Vec<T> (&rescale)[Cols], T* out) {
-    const T* values = static_cast<const T*>(keys.values);
-    for (std::int64_t dim = 0; dim < block.value_dim; ++dim)
-      for (int c = 0; c < Cols; ++c, out += W) {
-        Vec<T> sum = broadcast(T(0));
-        for (int key = 0; key < keys.count; ++key) {
-          const Vec<T> value = broadcast(values[key * keys.value_step + dim]);
-          const Vec<T> prob = load(tile.scores + key * tile.step + c * W);
-          sum = select(visible<AcrossRows>(tile, key, c * W), fma(value, prob, sum), sum);
-        }
-        store(out, fma(load(out), rescale[c], sum));
-      }
   }
 
   static void finish(const RowBlock& block) noexcept {
@@ -339,7 +286,8 @@ struct TileAttention {
     }
   }
 
-  static constexpr AttendKernel kernel{"tile", strip_rows, scratch_bytes, begin, absorb, finish};
+  static constexpr AttendKernel kernel{
+      Engine::name, Engine::operands, Engine::operands, strip_rows, scratch_bytes, begin, absorb, finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -5,13 +5,18 @@
 namespace selfattn::avx2 {
 
 // 4 x 3 sums, 3 vectors of the right-hand side and 1 broadcast: all 16 registers.
+constexpr TypeKernels f32 = type_kernels<float, 4, 3, 8, 8>();
+constexpr TypeKernels f64 = type_kernels<double, 4, 3, 8, 2>();
+
 extern constexpr KernelSet kernels{
     .name = "avx2",
     .features = feature_avx2_fma,
-    .f32 = type_kernels<float, 4, 3, 8, 8>(),
-    .f64 = type_kernels<double, 4, 3, 8, 2>(),
+    .shuns = 0,
+    .f32 = f32,
+    .f64 = f64,
     .f16 = conversion<Half>,
     .bf16 = conversion<BFloat>,
+    .matrix = {},
 };
 
 }  // namespace selfattn::avx2

@@ -1,17 +1,25 @@
 #define SELFATTN_ISA avx512
 #define SELFATTN_VEC "simd/vec_avx512.h"
+#include "kernels/isa_avx512.h"
 #include "kernels/type_kernels.h"
 
 namespace selfattn::avx512 {
 
 // 8 x 3 sums, 3 vectors of the right-hand side and 1 broadcast: 28 of 32 registers.
+extern constexpr TypeKernels f32 = type_kernels<float, 8, 3, 16, 12>();
+extern constexpr TypeKernels f64 = type_kernels<double, 8, 3, 16, 6>();
+extern constexpr Conversion f16 = conversion<Half>;
+extern constexpr Conversion bf16 = conversion<BFloat>;
+
 extern constexpr KernelSet kernels{
     .name = "avx512",
     .features = feature_avx512,
-    .f32 = type_kernels<float, 8, 3, 16, 12>(),
-    .f64 = type_kernels<double, 8, 3, 16, 6>(),
-    .f16 = conversion<Half>,
-    .bf16 = conversion<BFloat>,
+    .shuns = 0,
+    .f32 = f32,
+    .f64 = f64,
+    .f16 = f16,
+    .bf16 = bf16,
+    .matrix = {},
 };
 
 }  // namespace selfattn::avx512

@@ -6,13 +6,18 @@ namespace selfattn::neon {
 
 // 8 x 3 sums, 3 vectors of the right-hand side and 1 broadcast: 28 of 32 registers. Every AArch64 CPU has these
 // instructions, so no feature is asked for.
+constexpr TypeKernels f32 = type_kernels<float, 8, 3, 16, 6>();
+constexpr TypeKernels f64 = type_kernels<double, 8, 3, 16, 2>();
+
 extern constexpr KernelSet kernels{
     .name = "neon",
     .features = 0,
-    .f32 = type_kernels<float, 8, 3, 16, 6>(),
-    .f64 = type_kernels<double, 8, 3, 16, 2>(),
+    .shuns = 0,
+    .f32 = f32,
+    .f64 = f64,
     .f16 = conversion<Half>,
     .bf16 = conversion<BFloat>,
+    .matrix = {},
 };
 
 }  // namespace selfattn::neon

@@ -5,13 +5,18 @@
 namespace selfattn::portable {
 
 // 4 x 2 sums, 2 vectors of the right-hand side and 1 broadcast: 11 of 16 registers.
+constexpr TypeKernels f32 = type_kernels<float, 4, 2, 8, 6>();
+constexpr TypeKernels f64 = type_kernels<double, 4, 2, 8, 2>();
+
 extern constexpr KernelSet kernels{
     .name = "portable",
     .features = 0,
-    .f32 = type_kernels<float, 4, 2, 8, 6>(),
-    .f64 = type_kernels<double, 4, 2, 8, 2>(),
+    .shuns = 0,
+    .f32 = f32,
+    .f64 = f64,
     .f16 = conversion<Half>,
     .bf16 = conversion<BFloat>,
+    .matrix = {},
 };
 
 }  // namespace selfattn::portable

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace selfattn {
 
 // Scores, row_max and lse inside the core are in units of log2, so that exp needs no conversion.
@@ -14,7 +16,7 @@ constexpr double log2_e = 1.4426950408889634074;
 constexpr double ln_2 = 0.69314718055994530942;
 
 struct Row {
-  const void* query;         // head_dim contiguous elements
+  const void* query;         // head_dim contiguous elements of the kernel's type
   void* out;                 // value_dim contiguous elements
   const std::uint8_t* mask;  // the row's mask at key 0, or null: all visible
   const char* bias;          // the row's bias at key 0, or null: none
@@ -65,6 +67,8 @@ struct RowBlock {
 
 struct AttendKernel {
   const char* name;
+  DType queries;   // the types that it reads; maxima, sums and outputs are of the type of computation
+  DType keys;      // and of values
   int strip_rows;  // rows that share registers; blocks are best a multiple of it
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*begin)(const RowBlock&) noexcept;
@@ -109,19 +113,30 @@ struct Conversion {
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
 };
 
+// Tile kernels whose products round operands or sums of them to what a matrix unit takes; null: the ISA has none that
+// is faster than FMA.
+struct MatrixKernels {
+  const AttendKernel* bf16;        // bfloat16 operands
+  const AttendKernel* f32_medium;  // float32 operands, each rounded to one bfloat16
+};
+
 struct KernelSet {
   const char* name;
   std::uint32_t features;  // bits of Feature that the machine must have
-  TypeKernels f32;
-  TypeKernels f64;
-  Conversion f16;
-  Conversion bf16;
+  std::uint32_t shuns;  // where one of these is there as well, the set is not the default: it is slower than the next
+  const TypeKernels& f32;
+  const TypeKernels& f64;
+  const Conversion& f16;
+  const Conversion& bf16;
+  MatrixKernels matrix;
 };
 
 // What a CPU and its operating system can do, as far as kernels ask for it.
 enum Feature : std::uint32_t {
   feature_avx2_fma = 1u << 0,  // and F16C
   feature_avx512 = 1u << 1,    // F, DQ, VL, BW and the registers enabled
+  feature_avx512_bf16 = 1u << 2,
+  feature_avx512_fp16 = 1u << 3,
 };
 
 }  // namespace selfattn

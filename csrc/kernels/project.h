@@ -12,7 +12,7 @@ inline void project(const ProjectArgs& args) noexcept {
   constexpr int W = Vec<T>::width;
   const T* bias = static_cast<const T*>(args.bias);
   T* out = static_cast<T*>(args.out);
-  multiply_rows<TileRows, Vectors, T>(
+  multiply_rows<TileRows, Vectors, FmaUnit<T>>(
       RowMajor<T>{static_cast<const T*>(args.x), args.x_step}, args.rows, static_cast<const B*>(args.panel),
       std::int64_t{Vectors} * W, args.depth, [&](std::int64_t i, const auto& sums) {
         for (const auto& row : sums) {

@@ -1,7 +1,8 @@
 // The micro-kernel: a tile of rows x vectors of sums, kept in registers.
 //
-//   sums[r][c] = sum_k a(r, k) * b[k][c]      a broadcast element by element, b loaded vector by vector
+//   sums[r][c] = sum_k a(r, k) * b[k][c]      a broadcast cell by cell, b loaded vector by vector
 //
+// A cell is as many neighbours along k as the unit that multiplies takes at once: one element, or a pair of 16 bits.
 // With 24 accumulators of AVX-512 a step of 8 x 3 costs 24 FMAs and 11 loads: bound by the FMA units. Each sum is one
 // chain of FMAs in the order of k, whatever the tile's shape, so results do not depend on where a tile ends.
 #pragma once
@@ -11,11 +12,20 @@
 
 namespace selfattn::SELFATTN_ISA {
 
+// Multiplies elements.
+template <class T>
+struct FmaUnit {
+  using Real = T;
+  using Element = T;  // of operands in memory
+  static constexpr int cell = 1;
+  static Vec<T> add_product(Vec<T> a, Vec<T> b, Vec<T> sum) { return fma(a, b, sum); }
+};
+
 // The broadcast operand: a row-major matrix as it stands in memory, or its transpose.
 template <class T>
 struct RowMajor {
   const T* data;
-  std::int64_t step;  // elements from row to row
+  std::int64_t step;  // cells from row to row
   T at(int r, std::int64_t k) const { return data[r * step + k]; }
   RowMajor from_row(std::int64_t r) const { return {data + r * step, step}; }
 };
@@ -27,7 +37,7 @@ struct Transposed {
   Transposed from_row(std::int64_t r) const { return {data + r, step}; }
 };
 
-template <int Rows, int Cols, class T, class A, class B>
+template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A, class B>
 [[gnu::always_inline]] inline void multiply_tile(A a, const B* b, std::int64_t b_step, std::int64_t depth,
                                                  Vec<T> (&sums)[Rows][Cols]) {
   Vec<T> own[Rows][Cols];  // not the caller's: GCC would store those in the loop on some ISAs
@@ -38,7 +48,7 @@ template <int Rows, int Cols, class T, class A, class B>
     for (int c = 0; c < Cols; ++c) right[c] = load(b + c * Vec<T>::width);
     for (int r = 0; r < Rows; ++r) {
       const Vec<T> left = broadcast(a.at(r, k));
-      for (int c = 0; c < Cols; ++c) own[r][c] = fma(left, right[c], own[r][c]);
+      for (int c = 0; c < Cols; ++c) own[r][c] = Unit::add_product(left, right[c], own[r][c]);
     }
   }
   for (int r = 0; r < Rows; ++r)
@@ -46,16 +56,16 @@ template <int Rows, int Cols, class T, class A, class B>
 }
 
 // Calls finish(first_row, sums) for each tile of `rows` rows: tiles of Rows, then of halves of it for the remainder.
-template <int Rows, int Cols, class T, class A, class B, class Finish>
+template <int Rows, int Cols, class Unit, class A, class B, class Finish>
 [[gnu::always_inline]] inline void multiply_rows(A a, std::int64_t rows, const B* b, std::int64_t b_step,
                                                  std::int64_t depth, Finish finish, std::int64_t done = 0) {
   for (; rows - done >= Rows; done += Rows) {
-    Vec<T> sums[Rows][Cols];
-    multiply_tile<Rows, Cols>(a.from_row(done), b, b_step, depth, sums);
+    Vec<typename Unit::Real> sums[Rows][Cols];
+    multiply_tile<Rows, Cols, Unit>(a.from_row(done), b, b_step, depth, sums);
     finish(done, sums);
   }
   if constexpr (Rows > 1) {
-    if (done < rows) multiply_rows<Rows / 2, Cols, T>(a, rows, b, b_step, depth, finish, done);
+    if (done < rows) multiply_rows<Rows / 2, Cols, Unit>(a, rows, b, b_step, depth, finish, done);
   }
 }
 

@@ -55,7 +55,7 @@ constexpr Conversion conversion{widen<E>, narrow<E>};
 // Tile shapes, sums of the row kernel and chains are what fits the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
 constexpr TypeKernels type_kernels() {
-  TypeKernels kernels{.tile = TileAttention<T, TileRows, TileVectors>::kernel,
+  TypeKernels kernels{.tile = TileAttention<FmaEngine<T, TileRows>, TileVectors>::kernel,
                       .row = RowAttention<T, MaxSums>::kernel,
                       .row_f16 = nullptr,
                       .row_bf16 = nullptr,

@@ -12,6 +12,8 @@ struct BFloat {  // the upper half of a float
   std::uint16_t bits;
 };
 
+inline float widen(float x) { return x; }
+
 inline std::uint32_t bits_of(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -50,18 +50,24 @@ inline void store_partial(T* p, Vec<T> a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.r[i];
 }
 // The same for numbers of 16 bits in memory; stores round to the nearest.
-template <class E>
-inline VecF load_narrow(const E* p) {
+inline VecF load(const BFloat* p) {
   VecF v{};
   for (int i = 0; i < VecF::width; ++i) {
-    E element;
+    BFloat element;
     std::memcpy(&element, p + i, sizeof element);
     v.r[i] = widen(element);
   }
   return v;
 }
-inline VecF load(const BFloat* p) { return load_narrow(p); }
-inline VecF load(const Half* p) { return load_narrow(p); }
+inline VecF load(const Half* p) {
+  VecF v{};
+  for (int i = 0; i < VecF::width; ++i) {
+    Half element;
+    std::memcpy(&element, p + i, sizeof element);
+    v.r[i] = widen(element);
+  }
+  return v;
+}
 inline void store(BFloat* p, VecF a) {
   for (int i = 0; i < VecF::width; ++i) {
     const BFloat element = to_bfloat(a.r[i]);

@@ -33,9 +33,9 @@ void check_multiply(int rows, int depth) {
     }
   };
   if constexpr (transposed)
-    multiply_rows<Rows, Cols, T>(Transposed<T>{a, rows}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, b, columns, depth, finish);
   else
-    multiply_rows<Rows, Cols, T>(RowMajor<T>{a, depth}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, b, columns, depth, finish);
   for (int r = 0; r < rows; ++r) {
     SELFATTN_CHECK(finished[r] == 1);
     for (int n = 0; n < columns; ++n) {

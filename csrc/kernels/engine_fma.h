@@ -1,0 +1,133 @@
+// A tile kernel's two products with FMA: K and V are read where they stand, never packed or copied.
+//
+// An engine says how operands are laid out for its unit, and multiplies them:
+//   pack_queries    the queries of a strip, once per block of rows
+//   prepare         a block of keys and values, once for all strips that see it
+//   score           scores[key][row] = key . query, times a factor
+//   keep_probs      weights of `cell` keys, which take the scores' place
+//   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
+// Blocks may be entered at any key that is a multiple of `cell`.
+#pragma once
+#include "kernels/ahead.h"
+#include "kernels/element_type.h"
+#include "kernels/kernel_set.h"
+#include "kernels/score_terms.h"
+#include "kernels/scratch.h"
+#include "kernels/tile_matmul.h"
+#include "kernels/values.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+// The part of a block of keys that a strip of rows can see.
+struct SeenKeys {
+  std::int64_t first;  // key
+  int skipped;         // keys of the block before it
+  int count;
+};
+
+template <class T, int TileRows>
+struct FmaEngine {
+  using Real = T;
+  static constexpr int W = Vec<T>::width;
+  static constexpr const char* name = "tile";
+  static constexpr DType operands = dtype_of(T());
+  static constexpr int cell = 1;
+
+  struct Memory {
+    Memory(Carver&, int, std::int64_t, std::int64_t) {}
+  };
+
+  struct Block {
+    const T* keys;
+    std::int64_t key_step;
+    const T* values;
+    std::int64_t value_step;
+    const T* next_keys;
+    bool fetches;  // the first strip that works asks for the memory of all
+  };
+
+  static std::int64_t query_cells(std::int64_t head_dim) { return head_dim; }
+
+  static void pack_queries(const Row* rows, int count, std::int64_t head_dim, int lanes, T* queries) {
+    rows_to_columns(queries, lanes, lanes, head_dim, [&](int row, std::int64_t d, int n) {
+      return row < count ? load_up_to(static_cast<const T*>(rows[row].query) + d, n) : broadcast(T(0));
+    });
+  }
+
+  static Block prepare(const RowBlock&, const KeyBlock& keys, const Memory&) {
+    return {static_cast<const T*>(keys.keys),      keys.key_step, static_cast<const T*>(keys.values), keys.value_step,
+            static_cast<const T*>(keys.next_keys), true};
+  }
+
+  template <int Rows, int Cols>
+  static constexpr std::int64_t rows_of(const Vec<T> (&)[Rows][Cols]) {
+    return Rows;
+  }
+
+  // The two products stand alone so that their loops have all registers for themselves.
+  template <int Cols>
+  [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const T* queries, std::int64_t head_dim,
+                                      std::int64_t value_dim, T multiplier, T* scores) {
+    const Ahead<T> values{block.fetches ? block.values + seen.skipped * block.value_step : nullptr, block.value_step,
+                          value_dim};
+    multiply_rows<TileRows, Cols, FmaUnit<T>>(RowMajor<T>{block.keys + seen.skipped * block.key_step, block.key_step},
+                                              seen.count, queries, Cols * W, head_dim,
+                                              [&](std::int64_t key, const auto& sums) {
+                                                T* score = scores + key * Cols * W;
+                                                values.fetch(key, key + rows_of(sums));
+                                                for (const auto& row : sums)
+                                                  for (int c = 0; c < Cols; ++c, score += W)
+                                                    store(score, row[c] * broadcast(multiplier));
+                                              });
+  }
+
+  static void keep_probs(const Vec<T> (&prob)[cell], T* probs) { store(probs, prob[0]); }
+
+  // `hides`: some key of the block is hidden from some row. hidden() tells which.
+  template <int Cols, class Tile>
+  static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
+                         std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
+    const T* values = block.values + seen.skipped * block.value_step;
+    if (hides && !all_finite(values, block.value_step, seen.count, value_dim)) {
+      accumulate_visible<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out, tile());
+    } else {
+      const bool next = block.fetches && block.next_keys;
+      multiply_values<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out,
+                            {next ? block.next_keys : nullptr, block.key_step, head_dim});
+    }
+    block.fetches = false;
+  }
+
+ private:
+  template <int Cols>
+  [[gnu::noinline]] static void multiply_values(const T* values, std::int64_t value_step, int count, const T* probs,
+                                                const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
+                                                const Ahead<T>& next_keys) {
+    multiply_rows<TileRows, Cols, FmaUnit<T>>(
+        Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count, [&](std::int64_t dim, const auto& sums) {
+          T* o = out + dim * Cols * W;
+          next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
+          for (const auto& row : sums)
+            for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
+        });
+  }
+
+  // The same sums in the same order as multiply_rows, but a hidden key is left out instead of multiplied by 0.
+  template <int Cols>
+  static void accumulate_visible(const T* values, std::int64_t value_step, int count, const T* probs,
+                                 const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
+                                 const ScoreTile<T>& tile) {
+    for (std::int64_t dim = 0; dim < value_dim; ++dim)
+      for (int c = 0; c < Cols; ++c, out += W) {
+        Vec<T> sum = broadcast(T(0));
+        for (int key = 0; key < count; ++key) {
+          const Vec<T> value = broadcast(values[key * value_step + dim]);
+          const Vec<T> prob = load(probs + (key * Cols + c) * W);
+          sum = select(visible<AcrossRows>(tile, key, c * W), fma(value, prob, sum), sum);
+        }
+        store(out, fma(load(out), rescale[c], sum));
+      }
+  }
+};
+
+}  // namespace selfattn::SELFATTN_ISA

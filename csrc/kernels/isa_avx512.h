@@ -1,0 +1,10 @@
+// Kernels of AVX-512 that the sets of its extensions take over.
+#pragma once
+#include "kernels/kernel_set.h"
+
+namespace selfattn::avx512 {
+
+extern const TypeKernels f32, f64;
+extern const Conversion f16, bf16;
+
+}  // namespace selfattn::avx512

@@ -1,0 +1,41 @@
+// AVX-512 and its dot products of bfloat16: what vec_avx512.h offers, and cells. A cell is a lane that holds two
+// neighbours of 16 bits, the first one in the lower half. Subnormal numbers of 16 bits count as 0 in products.
+#pragma once
+#if !defined(__AVX512BF16__)
+#error "vec_avx512_bf16.h needs AVX-512 BF16"
+#endif
+#include "simd/vec_avx512.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+// sum + a.first * b.first + a.second * b.second, per cell
+inline VecF add_products(VecF a, VecF b, VecF sum) {
+  return {_mm512_dpbf16_ps(sum.r, reinterpret_cast<__m512bh>(a.r), reinterpret_cast<__m512bh>(b.r))};
+}
+
+// Sixteen cells from 32 neighbours in memory, or from n < 32; the rest reads as 0.
+inline VecF load_cells(const BFloat* p, std::int64_t n) {
+  const __mmask32 present = n < 32 ? (1u << n) - 1u : ~0u;
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, p))};
+}
+
+// Cells of two vectors, lane by lane, rounded to the nearest.
+inline VecF to_cells(VecF first, VecF second) {
+  const __m512i order =
+      _mm512_setr_epi32(0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007,
+                        0x00180008, 0x00190009, 0x001a000a, 0x001b000b, 0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f);
+  const __m512bh halves = _mm512_cvtne2ps_pbh(second.r, first.r);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)))};
+}
+
+// Cells of two vectors that are neighbours in memory, rounded to the nearest.
+inline VecF to_cells_in_order(VecF low, VecF high) {
+  return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.r, low.r))};
+}
+
+inline VecF first_of(VecF cells) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(cells.r), 16))}; }
+inline VecF second_of(VecF cells) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(cells.r), _mm512_set1_epi32(-0x10000)))};
+}
+
+}  // namespace selfattn::SELFATTN_ISA
