@@ -12,7 +12,15 @@ import pytest
 
 import selfattn
 from selfattn._bench import command, limits, numbers, targets_command
-from selfattn._bench.check import COARSE_ERRORS, Mismatch, check, check_coarsely, coarse_error, expected_parts
+from selfattn._bench.check import (
+    COARSE_ERRORS,
+    Mismatch,
+    check,
+    check_coarsely,
+    coarse_error,
+    expected_parts,
+    product_roundoff,
+)
 from selfattn._bench.grid import GROUPS
 from selfattn._bench.measure import check_all, measure
 from selfattn._bench.peer import NumPy
@@ -133,13 +141,29 @@ def test_what_a_peer_cannot_do_is_below_the_table():
 def test_our_own_results_keep_the_tight_bound(workload, dtype):
     workload = workload.varied(dtype)
     arrays = workload.make_arrays()
-    expected = expected_parts(workload, arrays)
-    right = np.asarray(OWN.prepare(workload, arrays, threads=1)())
+    with selfattn.use_isa("portable"):  # which rounds nothing but results
+        expected = expected_parts(workload, arrays)
+        right = np.asarray(OWN.prepare(workload, arrays, threads=1)())
     assert 0.5 < check("right", right, expected) <= 1
     ulp = np.spacing(right.astype(np.float32)) * 2.0 ** (16 if dtype == "bfloat16" else 13)
     beside = (right.astype(np.float32) + 1.5 * ulp).astype(right.dtype)
     with pytest.raises(Mismatch):
         check("an ulp beside", beside, expected)
+
+
+def test_products_of_bfloat16_round_weights(monkeypatch):
+    def roundoffs():
+        return [product_roundoff(*axis) for axis in [("float32", "highest"), *AXES]]
+
+    for isa in ("avx512", "avx2", "neon"):
+        monkeypatch.setattr(selfattn, "active_isa", lambda isa=isa: isa)
+        assert roundoffs() == [0, 2.0**-16, 2.0**-8, 0, 0]
+        tight = expected_parts(CASES[0].varied("bfloat16"), CASES[0].varied("bfloat16").make_arrays())
+    for isa in ("amx", "avx512_bf16"):
+        monkeypatch.setattr(selfattn, "active_isa", lambda isa=isa: isa)
+        assert roundoffs() == [0, 2.0**-16, 2.0**-8, 2.0**-8, 0]
+        wide = expected_parts(CASES[0].varied("bfloat16"), CASES[0].varied("bfloat16").make_arrays())
+        assert all((w.bound > 1.5 * t.bound).all() for w, t in zip(wide, tight, strict=True))
 
 
 class Wrong(NumPy):
@@ -300,8 +324,9 @@ def test_everybody_is_held_to_an_instruction_set(isa, monkeypatch):
     monkeypatch.setattr(selfattn, "isas", lambda: [isa, "portable"])
     monkeypatch.setattr(os, "environ", {"PATH": "kept"})
     limits.hold(isa)
-    assert os.environ["SELFATTN_ISA"] == os.environ["ATEN_CPU_CAPABILITY"] == isa
-    assert os.environ["ONEDNN_MAX_CPU_ISA"].lower().startswith(isa)
+    assert os.environ["SELFATTN_ISA"] == isa
+    assert isa.startswith(os.environ["ATEN_CPU_CAPABILITY"])
+    assert os.environ["ONEDNN_MAX_CPU_ISA"].startswith(os.environ["ATEN_CPU_CAPABILITY"].upper())
     assert "AMX" not in "".join(os.environ.values())
     assert os.environ["PATH"] == "kept"
 

@@ -17,7 +17,7 @@ from .workload import Array, Arrays, Workload
 
 Float64 = NDArray[np.float64]
 
-MATRIX_UNIT = "amx"  # part of the names of ISAs that have one
+PAIR_UNITS = ("amx", "bf16")  # parts of the names of ISAs that multiply bfloat16: weights are rounded for them
 # What others may lose of a result as a whole: they round between their steps, each where it likes.
 COARSE_ERRORS = {"bfloat16": 2e-2, "float16": 3e-3, "medium": 2e-2, "high": 3e-3}
 MAX_PAIRS = 2**22  # pairs of a query and a key a check computes in float64: under a second
@@ -60,11 +60,11 @@ def attention_reference(q: Array, k: Array, v: Array, options: Mapping[str, Any]
     return result, 16.0 + 4.0 * result.sigma
 
 
-def product_roundoff(workload: Workload) -> float:
-    """Return what the factors of products are rounded by: as `precision` allows, or as a matrix unit needs."""
-    if workload.dtype == "bfloat16" and MATRIX_UNIT in selfattn.active_isa():
+def product_roundoff(dtype: str, precision: str = "highest") -> float:
+    """Return what factors of products are rounded by: as `precision` allows, or as the active ISA's unit needs."""
+    if dtype == "bfloat16" and any(unit in selfattn.active_isa() for unit in PAIR_UNITS):
         return PRODUCT_ROUNDOFF["medium"]
-    return PRODUCT_ROUNDOFF[workload.precision]
+    return PRODUCT_ROUNDOFF[precision]
 
 
 def coarse_error(workload: Workload) -> float:
@@ -124,7 +124,7 @@ def _attention_part(workload: Workload, arrays: Arrays, entry: int, head: int, r
     # Weights are rounded and, where they hold more bits than products may have, q, k and v.
     rounded = 1.0 if workload.product_dtype == workload.dtype else 2.0 + 2.0 * result.sigma
     bound = bound_of(factor * result.magnitude, workload.dtype)
-    bound += rounded * product_roundoff(workload) * result.magnitude
+    bound += rounded * product_roundoff(workload.dtype, workload.precision) * result.magnitude
     return Expected((at_entry, at_head, rows), result.out, rounded_bound(result.out, bound, workload.dtype))
 
 
@@ -155,7 +155,7 @@ def _block_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
         units = join_heads(factor * result.magnitude + 4.0 * workload.d_model**0.5)
         units = np.sqrt(units**2 @ double["w_o"] ** 2) + np.abs(double["b_o"])
         value = join_heads(result.out) @ double["w_o"] + double["b_o"]
-        bound = bound_of(units, workload.dtype) + units * product_roundoff(workload)
+        bound = bound_of(units, workload.dtype) + units * product_roundoff(workload.dtype, workload.precision)
         parts.append(Expected((at_entry,), value, rounded_bound(value, bound, workload.dtype)))
     return parts
 

@@ -6,7 +6,13 @@ import os
 
 import selfattn
 
-# A peer may use all of AVX-512 that a processor has, but no matrix unit: selfattn's ISA of that name has none either.
+# All of AVX-512 that a processor has, but no matrix unit: selfattn's ISAs of that name have none either.
+_AVX512 = {
+    "ATEN_CPU_CAPABILITY": "avx512",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX512_BF16",
+}
 LIMITS = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -14,12 +20,8 @@ LIMITS = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
     },
-    "avx512": {
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
-        "XLA_FLAGS": "--xla_cpu_max_isa=AVX512_BF16",
-    },
+    "avx512": _AVX512,
+    "avx512_bf16": _AVX512,
 }
 
 
