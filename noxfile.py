@@ -70,7 +70,7 @@ def integration(session: nox.Session) -> None:
 
 def run_native(session: nox.Session, *settings: str) -> None:
     """Build the tests that need no Python, and run them on every instruction set of that build."""
-    session.install("numpy", "cmake", "ninja")
+    session.install("numpy", "ml_dtypes", "cmake", "ninja")
     build = Path(session.create_tmp()) / "native"
     shutil.rmtree(build, ignore_errors=True)
     defines = ["CMAKE_BUILD_TYPE=Release", "SELFATTN_BUILD_PYTHON=OFF", "SELFATTN_BUILD_NATIVE_TESTS=ON"]
