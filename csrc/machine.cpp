@@ -12,6 +12,8 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace selfattn {
@@ -23,6 +25,16 @@ std::uint64_t enabled_registers() {
   std::uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return std::uint64_t{high} << 32 | low;
+}
+
+// Linux lets a process use tiles only after it has asked for them: once, for all its threads and children.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long ask_for_state = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 
 constexpr bool has(std::uint64_t word, std::uint64_t bits) { return (word & bits) == bits; }
@@ -45,6 +57,9 @@ std::uint32_t cpu_features() {
   if (!has(features, feature_avx512)) return features;
   constexpr std::uint32_t avx512_fp16 = 1u << 23, avx512_bf16 = 1u << 5;
   if (has(d, avx512_fp16)) features |= feature_avx512_fp16;
+  constexpr std::uint32_t amx = 1u << 22 | 1u << 24;  // BF16, TILE
+  constexpr std::uint64_t tiles = 0x60000;
+  if (has(d, amx) && has(registers, tiles) && may_use_tiles()) features |= feature_amx;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, avx512_bf16)) features |= feature_avx512_bf16;
   return features;
 }

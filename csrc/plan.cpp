@@ -72,7 +72,11 @@ const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& typ
   };
   const AttendKernel* found = nullptr;
   if (all(DType::bf16)) found = matrix.bf16;
-  if (all(DType::f32) && problem.precision == Precision::medium) found = matrix.f32_medium;
+  if (all(DType::f16)) found = matrix.f16;
+  if (all(DType::f32)) {
+    const AttendKernel* const kernel[] = {matrix.f32_highest, matrix.f32_high, matrix.f32_medium};
+    found = kernel[static_cast<int>(problem.precision)];
+  }
   return found ? found : &types.tile;
 }
 

@@ -19,7 +19,15 @@ extern const KernelSet kernels;
 namespace avx512 {
 extern const KernelSet kernels;
 }
+namespace amx {
+extern const KernelSet kernels;
+}
 namespace avx512_bf16 {
+extern const KernelSet kernels;
+}
+#endif
+#if defined(SELFATTN_EMULATES_AMX)
+namespace amx_emulated {
 extern const KernelSet kernels;
 }
 #endif
@@ -34,12 +42,15 @@ namespace {
 // Best first.
 constexpr const KernelSet* all_kernels[] = {
 #if defined(SELFATTN_X86_ISAS)
-    &avx512_bf16::kernels, &avx512::kernels, &avx2::kernels,
+    &amx::kernels,          &avx512_bf16::kernels, &avx512::kernels, &avx2::kernels,
 #endif
 #if defined(SELFATTN_ARM_ISAS)
     &neon::kernels,
 #endif
     &portable::kernels,
+#if defined(SELFATTN_EMULATES_AMX)
+    &amx_emulated::kernels,  // for tests: never the default
+#endif
 };
 
 std::atomic<const KernelSet*> active{nullptr};

@@ -102,6 +102,7 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
   py::dict d;
   d["isa"] = plan.kernels->name;
   d["kernel"] = plan.attend->name;
+  d["unit"] = plan.attend->unit;
   d["reason"] = plan.reason;
   d["query_rows"] = plan.rows;
   d["block_rows"] = plan.block_rows;

@@ -36,7 +36,7 @@ struct TileAttention {
     Strip* strips;
     T* queries;  // per strip, as the engine packs them
     T* out;      // per strip [value_dim][lanes]
-    T* scores;   // [key_block][lanes]; then probs, as the engine keeps them
+    T* scores;   // [key_block][lanes]; some engines keep probs there
     T* terms;    // [key_block][lanes]
     T *begin, *end, *distance, *slope;
     typename Engine::Memory memory;
@@ -50,8 +50,8 @@ struct TileAttention {
       const std::int64_t lanes = (rows + W - 1) / W * W;  // of all strips: the last one may have fewer vectors
       strips = carver.take<Strip>(count);
       queries = carver.take<T>(lanes * Engine::query_cells(head_dim));
-      out = carver.take<T>(lanes * value_dim);
-      scores = carver.take<T>(std::int64_t{key_block} * strip_rows);
+      out = carver.take<T>(lanes * Engine::dim_rows(value_dim));
+      scores = carver.take<T>(Engine::key_rows(key_block) * strip_rows);
       terms = carver.take<T>(std::int64_t{key_block} * strip_rows);
       begin = carver.take<T>(strip_rows);
       end = carver.take<T>(strip_rows);
@@ -86,6 +86,7 @@ struct TileAttention {
 
   static void begin(const RowBlock& block) noexcept {
     const Scratch s(block);
+    Engine::start();
     T* row_max = static_cast<T*>(block.row_max);
     T* row_sum = static_cast<T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
@@ -97,8 +98,8 @@ struct TileAttention {
         row_sum[first + l] = sink == minus_infinity<double> ? T(0) : T(1);
       }
       Engine::pack_queries(block.rows + first, s.strips[i].rows, block.head_dim, lanes, queries_of(block, s, first));
-      T* out = s.out + first * block.value_dim;
-      for (std::int64_t d = 0; d < block.value_dim * lanes; d += W) store(out + d, broadcast(T(0)));
+      T* out = out_of(block, s, first);
+      for (std::int64_t d = 0; d < Engine::dim_rows(block.value_dim) * lanes; d += W) store(out + d, broadcast(T(0)));
     }
   }
 
@@ -113,10 +114,14 @@ struct TileAttention {
       const std::int64_t from = strip.begin_min > keys.first ? strip.begin_min : keys.first;
       const std::int64_t to = strip.end_max < end ? strip.end_max : end;
       if (from >= to) continue;
-      const int skipped = static_cast<int>(from - keys.first) / Engine::cell * Engine::cell;
+      const int skipped = static_cast<int>(from - keys.first) / Engine::alignment * Engine::alignment;
       const SeenKeys seen{keys.first + skipped, skipped, static_cast<int>(to - keys.first) - skipped};
       absorb_strip<Vectors>(block, s, strip, seen, prepared);
     }
+  }
+
+  static T* out_of(const RowBlock& block, const Scratch& s, int first_row) {
+    return s.out + first_row * Engine::dim_rows(block.value_dim);
   }
 
   static T* queries_of(const RowBlock& block, const Scratch& s, int first_row) {
@@ -139,6 +144,12 @@ struct TileAttention {
     }
   }
 
+  // Whether scores can be multiplied when their exponentials are taken: nothing happens to them before but hiding keys.
+  static bool may_wait(const RowBlock& block) {
+    return block.terms.multiplier > 0 && block.terms.softcap == 0 && !block.terms.alibi && !has_terms(block.terms) &&
+           !block.rows[0].scores;
+  }
+
   template <int Cols>
   static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys,
                            Block& prepared) {
@@ -157,17 +168,22 @@ struct TileAttention {
       terms = sight != Sight::everything;
     }
 
-    Engine::template score<Cols>(prepared, keys, queries_of(block, s, strip.first_row), block.head_dim, block.value_dim,
-                                 static_cast<T>(block.terms.multiplier), s.scores);
+    const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
+    T multiplier = static_cast<T>(block.terms.multiplier);
+    Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
+    if (Engine::scales || !may_wait(block)) {
+      if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
+      multiplier = T(1);
+    }
     bend_scores<AcrossRows>(tile, block.terms);
     const bool hidden = terms && add_terms<Cols>(block, s, strip, keys);
     hide_beyond_limits<AcrossRows>(tile);
     if (rows->scores) keep_scores(block, s, strip, keys);
 
     Vec<T> rescale[Cols];
-    softmax<Cols>(block, strip, tile, rescale);
+    softmax<Cols>(block, strip, tile, multiplier, prepared, rescale);
     Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
-                                      s.out + strip.first_row * block.value_dim, limited || hidden, [&] {
+                                      out_of(block, s, strip.first_row), limited || hidden, [&] {
                                         describe_rows(block, s, strip, keys);
                                         if (hidden) tile.terms = gather_terms(block, s, strip, keys);
                                         return tile;
@@ -235,16 +251,19 @@ struct TileAttention {
         [&](std::int64_t key, int row) { return load(s.scores + key * lanes + row); });
   }
 
-  // Scores become probs = 2^(score - max); rescale is what the sums and outputs so far are worth under the new maximum.
+  // Scores become probs = 2^(score * factor - max); rescale is what the sums and outputs so far are worth under the new
+  // maximum.
   template <int Cols>
-  static void softmax(const RowBlock& block, const Strip& strip, const ScoreTile<T>& tile, Vec<T> (&rescale)[Cols]) {
+  static void softmax(const RowBlock& block, const Strip& strip, const ScoreTile<T>& tile, T factor,
+                      const Block& prepared, Vec<T> (&rescale)[Cols]) {
     T* row_max = static_cast<T*>(block.row_max) + strip.first_row;
     T* row_sum = static_cast<T*>(block.row_sum) + strip.first_row;
+    const auto scaled = [&](Vec<T> score) { return Engine::scales ? score : score * broadcast(factor); };
     const Vec<T> nothing = broadcast(minus_infinity<T>);
     Vec<T> peak[Cols], shift[Cols], sum[Cols];
     for (int c = 0; c < Cols; ++c) peak[c] = load(row_max + c * W);
     for (int key = 0; key < tile.outer; ++key)
-      for (int c = 0; c < Cols; ++c) peak[c] = max(peak[c], load(tile.scores + key * tile.step + c * W));
+      for (int c = 0; c < Cols; ++c) peak[c] = max(peak[c], scaled(load(tile.scores + key * tile.step + c * W)));
     for (int c = 0; c < Cols; ++c) {
       // -inf minus -inf is NaN; a row that has seen no key yet shifts by 0 and keeps its weights at 0.
       shift[c] = select(peak[c] == nothing, broadcast(T(0)), peak[c]);
@@ -258,15 +277,17 @@ struct TileAttention {
         Vec<T> prob[cell];
         for (int i = 0; i < cell; ++i) {
           const bool there = i == 0 || key + i < tile.outer;
-          prob[i] = there ? exp2(load(tile.scores + (key + i) * tile.step + c * W) - shift[c]) : broadcast(T(0));
+          const T* score = tile.scores + (key + i) * tile.step + c * W;
+          prob[i] = there ? exp2(scaled(load(score)) - shift[c]) : broadcast(T(0));
           sum[c] = sum[c] + prob[i];
         }
-        Engine::keep_probs(prob, tile.scores + key / cell * tile.step + c * W);
+        Engine::keep_probs(prepared, prob, tile.scores, key, tile.step, c * W);
       }
     for (int c = 0; c < Cols; ++c) store(row_sum + c * W, fma(load(row_sum + c * W), rescale[c], sum[c]));
   }
 
   static void finish(const RowBlock& block) noexcept {
+    Engine::stop();
     const Scratch s(block);
     const T* row_sum = static_cast<const T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
@@ -279,7 +300,7 @@ struct TileAttention {
         // A row that saw nothing has sum 0 and output 0.
         factor[c] = block.normalise ? one / select(sum == broadcast(T(0)), one, sum) : one;
       }
-      const T* out = s.out + first * block.value_dim;
+      const T* out = out_of(block, s, first);
       columns_to_rows<T>(
           strip.rows, block.value_dim, [&](int row) { return static_cast<T*>(block.rows[first + row].out); },
           [&](std::int64_t d, int row) { return load(out + d * lanes + row) * factor[row / W]; });
@@ -287,7 +308,7 @@ struct TileAttention {
   }
 
   static constexpr AttendKernel kernel{
-      Engine::name, Engine::operands, Engine::operands, strip_rows, scratch_bytes, begin, absorb, finish};
+      "tile", Engine::unit, Engine::operands, Engine::operands, strip_rows, scratch_bytes, begin, absorb, finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -1,12 +1,13 @@
 // A tile kernel's two products with FMA: K and V are read where they stand, never packed or copied.
 //
 // An engine says how operands are laid out for its unit, and multiplies them:
+//   start, stop     around everything else that a thread does for a block of rows
 //   pack_queries    the queries of a strip, once per block of rows
 //   prepare         a block of keys and values, once for all strips that see it
-//   score           scores[key][row] = key . query, times a factor
-//   keep_probs      weights of `cell` keys, which take the scores' place
+//   score           scores[key][row] = key . query, times a factor where the engine `scales`
+//   keep_probs      weights of `cell` keys, where accumulate expects them
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
-// Blocks may be entered at any key that is a multiple of `cell`.
+// Blocks may be entered at any key that is a multiple of `alignment`.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
@@ -25,13 +26,22 @@ struct SeenKeys {
   int count;
 };
 
+// The rows of a strip: in memory, and packed for the unit.
+template <class T>
+struct StripQueries {
+  const Row* rows;
+  int count;
+  const T* packed;
+};
+
 template <class T, int TileRows>
 struct FmaEngine {
   using Real = T;
   static constexpr int W = Vec<T>::width;
-  static constexpr const char* name = "tile";
+  static constexpr const char* unit = "fma";
   static constexpr DType operands = dtype_of(T());
-  static constexpr int cell = 1;
+  static constexpr int cell = 1, alignment = 1;
+  static constexpr bool scales = true;
 
   struct Memory {
     Memory(Carver&, int, std::int64_t, std::int64_t) {}
@@ -46,7 +56,11 @@ struct FmaEngine {
     bool fetches;  // the first strip that works asks for the memory of all
   };
 
-  static std::int64_t query_cells(std::int64_t head_dim) { return head_dim; }
+  static void start() {}
+  static void stop() {}
+  static constexpr std::int64_t query_cells(std::int64_t head_dim) { return head_dim; }
+  static constexpr std::int64_t key_rows(std::int64_t keys) { return keys; }
+  static constexpr std::int64_t dim_rows(std::int64_t value_dim) { return value_dim; }
 
   static void pack_queries(const Row* rows, int count, std::int64_t head_dim, int lanes, T* queries) {
     rows_to_columns(queries, lanes, lanes, head_dim, [&](int row, std::int64_t d, int n) {
@@ -66,12 +80,12 @@ struct FmaEngine {
 
   // The two products stand alone so that their loops have all registers for themselves.
   template <int Cols>
-  [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const T* queries, std::int64_t head_dim,
-                                      std::int64_t value_dim, T multiplier, T* scores) {
+  [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
+                                      std::int64_t head_dim, std::int64_t value_dim, T multiplier, T* scores) {
     const Ahead<T> values{block.fetches ? block.values + seen.skipped * block.value_step : nullptr, block.value_step,
                           value_dim};
     multiply_rows<TileRows, Cols, FmaUnit<T>>(RowMajor<T>{block.keys + seen.skipped * block.key_step, block.key_step},
-                                              seen.count, queries, Cols * W, head_dim,
+                                              seen.count, queries.packed, Cols * W, head_dim,
                                               [&](std::int64_t key, const auto& sums) {
                                                 T* score = scores + key * Cols * W;
                                                 values.fetch(key, key + rows_of(sums));
@@ -81,7 +95,9 @@ struct FmaEngine {
                                               });
   }
 
-  static void keep_probs(const Vec<T> (&prob)[cell], T* probs) { store(probs, prob[0]); }
+  static void keep_probs(const Block&, const Vec<T> (&prob)[cell], T* scores, std::int64_t key, int lanes, int lane) {
+    store(scores + key * lanes + lane, prob[0]);  // in the score's place
+  }
 
   // `hides`: some key of the block is hidden from some row. hidden() tells which.
   template <int Cols, class Tile>

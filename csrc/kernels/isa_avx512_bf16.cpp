@@ -17,6 +17,9 @@ extern constexpr KernelSet kernels{
     .f16 = avx512::f16,
     .bf16 = avx512::bf16,
     .matrix = {.bf16 = &TileAttention<PairEngine<BFloat, 8>, 3>::kernel,
+               .f16 = nullptr,
+               .f32_highest = nullptr,
+               .f32_high = nullptr,
                .f32_medium = &TileAttention<PairEngine<float, 8>, 3>::kernel},
 };
 

@@ -67,9 +67,10 @@ struct RowBlock {
 
 struct AttendKernel {
   const char* name;
-  DType queries;   // the types that it reads; maxima, sums and outputs are of the type of computation
-  DType keys;      // and of values
-  int strip_rows;  // rows that share registers; blocks are best a multiple of it
+  const char* unit;  // of the CPU, which its products run on
+  DType queries;     // the types that it reads; maxima, sums and outputs are of the type of computation
+  DType keys;        // and of values
+  int strip_rows;    // rows that share registers; blocks are best a multiple of it
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*begin)(const RowBlock&) noexcept;
   void (*absorb)(const RowBlock&, const KeyBlock&) noexcept;
@@ -116,8 +117,11 @@ struct Conversion {
 // Tile kernels whose products round operands or sums of them to what a matrix unit takes; null: the ISA has none that
 // is faster than FMA.
 struct MatrixKernels {
-  const AttendKernel* bf16;        // bfloat16 operands
-  const AttendKernel* f32_medium;  // float32 operands, each rounded to one bfloat16
+  const AttendKernel* bf16;         // operands of bfloat16
+  const AttendKernel* f16;          // of float16, split into two bfloat16
+  const AttendKernel* f32_highest;  // of float32, split into three
+  const AttendKernel* f32_high;     // into two
+  const AttendKernel* f32_medium;   // rounded to one
 };
 
 struct KernelSet {
@@ -137,6 +141,7 @@ enum Feature : std::uint32_t {
   feature_avx512 = 1u << 1,    // F, DQ, VL, BW and the registers enabled
   feature_avx512_bf16 = 1u << 2,
   feature_avx512_fp16 = 1u << 3,
+  feature_amx = 1u << 4,  // tiles, products of bfloat16, and the kernel's permission to use them
 };
 
 }  // namespace selfattn

@@ -33,6 +33,12 @@ inline VecF to_cells_in_order(VecF low, VecF high) {
   return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.r, low.r))};
 }
 
+// The nearest number that bfloat16 holds; what is too large is infinite, what is subnormal 0.
+inline VecF round_to_bfloat(VecF a) {
+  const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.r)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+}
+
 inline VecF first_of(VecF cells) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(cells.r), 16))}; }
 inline VecF second_of(VecF cells) {
   return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(cells.r), _mm512_set1_epi32(-0x10000)))};

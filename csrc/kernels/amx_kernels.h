@@ -1,0 +1,30 @@
+// The kernel set of AMX: what AVX-512 does, and matrix products.
+#pragma once
+#include "kernels/attend_tile.h"
+#include "kernels/engine_amx.h"
+#include "kernels/isa_avx512.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+// A strip is two tiles wide. float32 of full accuracy takes six products of bfloat16, which is not faster than FMA yet.
+template <class E, int Terms>
+constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, Terms>, 2>::kernel;
+
+constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
+  return {
+      .name = name,
+      .features = feature_avx512 | feature_avx512_bf16 | feature,
+      .shuns = 0,
+      .f32 = avx512::f32,
+      .f64 = avx512::f64,
+      .f16 = avx512::f16,
+      .bf16 = avx512::bf16,
+      .matrix = {.bf16 = &amx_tile<BFloat, 1>,
+                 .f16 = &amx_tile<Half, 2>,
+                 .f32_highest = nullptr,
+                 .f32_high = &amx_tile<float, 2>,
+                 .f32_medium = &amx_tile<float, 1>},
+  };
+}
+
+}  // namespace selfattn::SELFATTN_ISA

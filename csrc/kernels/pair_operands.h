@@ -1,0 +1,207 @@
+// Operands of tile kernels whose units multiply bfloat16 in pairs (engine_fma.h says what an engine is).
+//
+// Such a unit multiplies two neighbours at once, so that operands come in cells of two: queries and keys in pairs of
+// dims, probs and values in pairs of keys. Keys are copied as they stand, values are transposed, both once per block.
+//
+// A number that bfloat16 does not hold is split: x = x0 + x1 + ..., each term the rest rounded to the nearest, in
+// `Terms` planes one after the other. A product takes the terms with i + j < Terms; two carry 16 bits, three all 24.
+//
+// What a split cannot carry (NaN, Inf, what rounds to Inf, what leaves subnormal terms) is multiplied by FMA
+// instead: scores key by key and row by row, values by joining the outputs afterwards. Only the scores and outputs that
+// such a number takes part in are touched, so that a result has the same bits whatever hidden keys hold.
+#pragma once
+#include "kernels/element_type.h"
+#include "kernels/engine_fma.h"
+#include "kernels/kernel_set.h"
+#include "kernels/score_terms.h"
+#include "kernels/scratch.h"
+#include "kernels/values.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class A, class B>
+constexpr bool same_type = false;
+template <class A>
+constexpr bool same_type<A, A> = true;
+
+// E: the type of queries, keys and values in memory.
+template <class E, int Terms>
+struct PairOperands {
+  using Real = float;
+  static constexpr int W = VecF::width;
+  static constexpr DType operands = dtype_of(E());
+  static constexpr int cell = 2;
+  // Scores of one term are as IEEE has them, but for subnormal numbers, which count as 0.
+  static constexpr bool exact = Terms == 1 && same_type<E, BFloat>;
+
+  // Rows of cells in memory are whole vectors.
+  static constexpr std::int64_t whole(std::int64_t count) { return (count + W - 1) / W * W; }
+  static constexpr std::int64_t row_cells(std::int64_t count) { return whole((count + cell - 1) / cell); }
+  static constexpr std::int64_t key_rows(std::int64_t keys) { return (keys + cell * W - 1) / (cell * W) * (cell * W); }
+  static constexpr std::int64_t dim_rows(std::int64_t value_dim) { return whole(value_dim); }
+  // Behind the planes: which rows hold something that a split cannot carry.
+  static constexpr std::int64_t query_cells(std::int64_t head_dim) { return Terms * row_cells(head_dim) + 1; }
+
+  struct Memory {
+    float* keys;                          // [term][key][cells of head_dim]
+    float* values;                        // [term][dim][cells of keys]
+    unsigned char* uncarried;             // per key
+    std::int64_t key_step, value_step;    // cells from row to row
+    std::int64_t key_plane, value_plane;  // from term to term
+
+    Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : key_step(row_cells(head_dim)),
+          value_step(row_cells(key_block)),
+          key_plane(key_rows(key_block) * key_step),
+          value_plane(dim_rows(value_dim) * value_step) {
+      keys = carver.take<float>(Terms * key_plane);
+      values = carver.take<float>(Terms * value_plane);
+      uncarried = carver.take<unsigned char>(key_block);
+    }
+  };
+
+  struct Block {
+    Memory memory;
+    const E* keys;  // as they stand
+    std::int64_t key_step;
+    const E* values;
+    std::int64_t value_step;
+    bool carries_keys, carries_values;
+  };
+
+  // Where x is not a sum of `Terms` terms to its last bit or to what products of them keep.
+  static MaskF lost(VecF x) {
+    const VecF size = abs(x);
+    const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
+    if constexpr (same_type<E, Half>) return unbounded;
+    constexpr float least = same_type<E, BFloat> ? 0x1p-126f : 0x1p-100f;
+    return unbounded | ((broadcast(0.0f) < size) & (size < broadcast(least)));
+  }
+
+  static VecF without(MaskF lost, VecF x) { return select(lost, broadcast(0.0f), x); }
+
+  // Stores the terms of 32 neighbours.
+  static MaskF store_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
+    if constexpr (exact) {
+      store(cells, load_cells(p, n));
+      return broadcast(0.0f) < broadcast(0.0f);
+    } else {
+      VecF x[2] = {load_up_to(p, n), n > W ? load_up_to(p + W, n - W) : broadcast(0.0f)};
+      const MaskF bad[2] = {lost(x[0]), lost(x[1])};
+      for (int i = 0; i < 2; ++i) x[i] = without(bad[i], x[i]);
+      for (int t = 0; t < Terms; ++t) {
+        VecF term[2];
+        for (int i = 0; i < 2; ++i) {
+          term[i] = round_to_bfloat(x[i]);
+          x[i] = x[i] - term[i];
+        }
+        store(cells + t * plane, to_cells_in_order(term[0], term[1]));
+      }
+      return bad[0] | bad[1];
+    }
+  }
+
+  static void pack_queries(const Row* rows, int count, std::int64_t head_dim, int lanes, float* queries) {
+    const std::int64_t depth = row_cells(head_dim), plane = depth * lanes;
+    float* uncarried = queries + Terms * plane;
+    for (int l = 0; l < lanes; ++l) uncarried[l] = 0;
+    float split[Terms][W];
+    for (int t = 0; t < Terms; ++t)
+      rows_to_columns(queries + t * plane, lanes, lanes, depth, [&](int row, std::int64_t c, int) {
+        if (row >= count) return broadcast(0.0f);
+        const E* query = static_cast<const E*>(rows[row].query);
+        if (any(store_terms(query + cell * c, head_dim - cell * c, split[0], W))) uncarried[row] = 1;
+        return load(split[t]);
+      });
+  }
+
+  static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
+    Block block{memory,
+                static_cast<const E*>(keys.keys),
+                keys.key_step,
+                static_cast<const E*>(keys.values),
+                keys.value_step,
+                true,
+                true};
+    for (int key = 0; key < keys.count; ++key) {
+      MaskF bad = broadcast(0.0f) < broadcast(0.0f);
+      for (std::int64_t c = 0; c < memory.key_step; c += W)
+        bad = bad | store_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
+                                memory.keys + key * memory.key_step + c, memory.key_plane);
+      memory.uncarried[key] = any(bad) ? 1 : 0;
+      block.carries_keys = block.carries_keys && memory.uncarried[key] == 0;
+    }
+    block.carries_values = pack_values(block.values, keys.value_step, keys.count, rows.value_dim, memory);
+    return block;
+  }
+
+  // Scores of keys and rows that a split cannot carry.
+  static void mend_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
+                          std::int64_t head_dim, int lanes, float multiplier, float* scores) {
+    if constexpr (!exact) {
+      const float* uncarried = queries.packed + Terms * row_cells(head_dim) * lanes;
+      for (int row = 0; row < queries.count; ++row) {
+        if (block.carries_keys && uncarried[row] == 0) continue;
+        const E* query = static_cast<const E*>(queries.rows[row].query);
+        for (int key = 0; key < seen.count; ++key) {
+          const int place = seen.skipped + key;
+          if (block.memory.uncarried[place] == 0 && uncarried[row] == 0) continue;
+          float sum = 0;
+          for (std::int64_t d = 0; d < head_dim; ++d)
+            sum = __builtin_fmaf(widen(query[d]), widen(block.keys[place * block.key_step + d]), sum);
+          scores[key * lanes + row] = sum * multiplier;
+        }
+      }
+    }
+  }
+
+  // Values that a split cannot carry join the outputs of the rows that see them. prob(key, c): weights of a key.
+  template <int Cols, class Prob>
+  static void join_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim, float* out,
+                          const ScoreTile<float>& tile) {
+    for (int key = 0; key < seen.count; ++key) {
+      const E* values = block.values + (seen.skipped + key) * block.value_step;
+      for (std::int64_t dim = 0; dim < value_dim; ++dim) {
+        const VecF value = broadcast(widen(values[dim]));
+        if (!any(lost(value))) continue;
+        for (int c = 0; c < Cols; ++c) {
+          float* o = out + (dim * Cols + c) * W;
+          store(o, select(visible<AcrossRows>(tile, key, c * W), fma(value, prob(key, c), load(o)), load(o)));
+        }
+      }
+    }
+  }
+
+ private:
+  // Cells of keys per dim, 32 keys of 16 dims at a time. False: there was a value that a split cannot carry.
+  static bool pack_values(const E* values, std::int64_t step, int count, std::int64_t value_dim, const Memory& memory) {
+    MaskF bad = broadcast(0.0f) < broadcast(0.0f);
+    for (std::int64_t d = 0; d < value_dim; d += W)
+      for (int key = 0; key < count; key += cell * W) {
+        VecF square[Terms][W];
+        for (int i = 0; i < W; ++i) {
+          VecF x[cell];
+          for (int j = 0; j < cell; ++j) {
+            const int k = key + cell * i + j;
+            x[j] = k < count ? load_up_to(values + k * step + d, value_dim - d) : broadcast(0.0f);
+            const MaskF gone = lost(x[j]);
+            bad = bad | gone;
+            x[j] = without(gone, x[j]);
+          }
+          for (int t = 0; t < Terms; ++t) {
+            square[t][i] = to_cells(x[0], x[1]);
+            x[0] = x[0] - first_of(square[t][i]);
+            x[1] = x[1] - second_of(square[t][i]);
+          }
+        }
+        for (int t = 0; t < Terms; ++t) {
+          transpose(square[t]);
+          float* to = memory.values + t * memory.value_plane + d * memory.value_step + key / cell;
+          for (int i = 0; i < W; ++i) store(to + i * memory.value_step, square[t][i]);
+        }
+      }
+    return !any(bad);
+  }
+};
+
+}  // namespace selfattn::SELFATTN_ISA
