@@ -70,7 +70,7 @@ def integration(session: nox.Session) -> None:
 
 def run_native(session: nox.Session, *settings: str) -> None:
     """Build the tests that need no Python, and run them on every instruction set of that build."""
-    session.install("numpy", "cmake", "ninja")
+    session.install("numpy", "ml_dtypes", "cmake", "ninja")
     build = Path(session.create_tmp()) / "native"
     shutil.rmtree(build, ignore_errors=True)
     defines = ["CMAKE_BUILD_TYPE=Release", "SELFATTN_BUILD_PYTHON=OFF", "SELFATTN_BUILD_NATIVE_TESTS=ON"]
@@ -134,7 +134,15 @@ def asan(session: nox.Session) -> None:
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
     skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "codebase", "viz", "readme"]
     skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
-    skipped += ["benchmarks", "bench_peers", "bench_memory", "bench_targets", "bench_reports"]
+    skipped += [
+        "benchmarks",
+        "bench_peers",
+        "bench_memory",
+        "bench_targets",
+        "bench_reports",
+        "bench_axes",
+        "bench_parts",
+    ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
 

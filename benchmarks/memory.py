@@ -45,14 +45,14 @@ def show_peaks(lengths: list[int], threads: int) -> bool:
 def show_scratch(threads: int) -> bool:
     """Print the largest scratch memory of every group; return whether all are small enough."""
     print("\nScratch, as `explain` tells it: the largest of each group; KiB")
-    print(f"{'group':>10} {'per thread':>11} {'shared':>8}")
+    print(f"{'group':>14} {'per thread':>11} {'shared':>8}")
     groups = {name: list(group.workloads) for name, group in GROUPS.items()} | {"wide": list(wide_workloads())}
     worst = 0
     for name, workloads in groups.items():
         found = scratch(workloads, threads)
         if found:
             thread, shared = (max(values) for values in zip(*found.values(), strict=True))
-            print(f"{name:>10} {thread / 1024:11.1f} {shared / 1024:8.1f}")
+            print(f"{name:>14} {thread / 1024:11.1f} {shared / 1024:8.1f}")
             worst = max(worst, thread)
     print(f"at most {worst / MIB:.2f} MiB per thread, limit {MAX_SCRATCH / MIB:.0f} MiB")
     return worst <= MAX_SCRATCH

@@ -1,6 +1,6 @@
 """Hold selfattn's speed against its targets, group by group, beside PyTorch and other peers.
 
-`SELFATTN_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/targets.py` does so without AVX-512.
+`--dtype` and `--precision` choose among the groups, `--isa avx2` does so without AVX-512.
 Run `python benchmarks/targets.py --help` for the options.
 """
 

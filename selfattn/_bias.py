@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._arguments import as_array
+from ._arguments import ACCEPTED, as_array, is_float
 
 
 def _positive(function: str, name: str, value: Any, least: int = 1) -> int:
@@ -62,7 +62,7 @@ def t5_bias(
     Parameters
     ----------
     table : array_like, shape (num_buckets, H)
-        The learned bias of each bucket and head, float32 or float64.
+        The learned bias of each bucket and head, of any dtype that `attention` takes.
     q_len, kv_len : int
         Sq and Sk, in tokens.
     bidirectional : bool, default True
@@ -87,8 +87,8 @@ def t5_bias(
     """
     function = "t5_bias"
     array = as_array(function, "table", table)
-    if array.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{function}: table has dtype {array.dtype}, but float32 and float64 are accepted")
+    if not is_float(array.dtype):
+        raise TypeError(f"{function}: table has dtype {array.dtype}, but {ACCEPTED}")
     sides = 2 if bidirectional else 1
     if array.ndim != 2 or array.shape[0] < 2 * sides or array.shape[0] % sides:
         raise ValueError(

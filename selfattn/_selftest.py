@@ -17,19 +17,20 @@ from ._bench.check import (
     Expected,
     Mismatch,
     attention_reference,
-    bound_of,
     check,
     expected_parts,
+    product_roundoff,
 )
+from ._bench.numbers import DTYPES, bound_of, numpy_dtype, rounded_bound, why_no_numbers
 from ._bench.peers import OWN
 from ._bench.workload import Array
 from ._bench.workloads import block_workload
 
 Attention = Callable[..., Any]
 Options = dict[str, Any]
+References = list[tuple[Any, Any, Any]]
 Shape = tuple[int, int, int, int, int, int, int]
 
-DTYPES = ("float32", "float64")
 MINUS_INFINITY = -(2.0**100)
 
 # batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, value_dim
@@ -180,7 +181,8 @@ class Tally:
             returned = call() if len(expected) > 1 else (call(),)
             for array, parts in zip(returned, expected, strict=True):
                 # float32 and float64 both hold this stand-in for -inf, and its error is 0.
-                finite = np.where(np.isneginf(array), MINUS_INFINITY, array)
+                wide = array if array.dtype.itemsize > 2 else array.astype(np.float32)
+                finite = np.where(np.isneginf(wide), MINUS_INFINITY, wide)
                 self.worst = max(self.worst, check(name, finite, parts))
         except Mismatch as error:
             self.failures.append(str(error))
@@ -194,7 +196,7 @@ class Tally:
 
 
 def run(attention: Attention | None = None, write: Callable[[str], Any] = print) -> int:
-    """Check `attention` and the layer on every ISA of this machine, in float32 and float64.
+    """Check `attention` and the layer on every ISA of this machine, in every type of numbers that can be made here.
 
     Parameters
     ----------
@@ -221,32 +223,46 @@ def run(attention: Attention | None = None, write: Callable[[str], Any] = print)
     failures = sum(len(tally.failures) for tally in tallies.values())
     seconds = time.perf_counter() - start
     isas = ", ".join(selfattn.isas())
+    for reason in filter(None, map(why_no_numbers, DTYPES)):
+        write(f"not checked: {reason}")
     verdict = f"{failures} of {checks} checks FAILED" if failures else f"all {checks} checks passed"
     write(f"{verdict} on {isas} in {seconds:.1f} s")
     return failures
 
 
 def _check_case(tally: Tally, case: Case, attention: Attention | None) -> None:
-    references = _references(case)
     function: Attention = attention or selfattn.attention
     asked: Options = {"return_lse": True, "return_weights": True} if case.returns else {}
-    for dtype in DTYPES:
-        q, k, v = (array.astype(dtype) for array in case.arrays)
-        expected = [[Expected((slice(None),), value, bound_of(units, dtype))] for value, units in references]
+    exact = _references(case, case.arrays)
+    for dtype in _dtypes():
+        q, k, v = (array.astype(numpy_dtype(dtype)) for array in case.arrays)
+        references = exact if dtype in ("float32", "float64") else _references(case, (q, k, v))
         for isa in selfattn.isas():
             name = f"{case.group} {dtype} {isa} shape {case.shape}"
             call = partial(function, q, k, v, **case.options, **asked)
             with _use_isa(isa):
-                tally.add(name, call, *expected)
+                tally.add(name, call, *_expected(references, dtype))
 
 
-def _references(case: Case) -> list[tuple[Array, Array]]:
-    """Every array the call should return, with its bound in units of the unit roundoff."""
-    result, factor = attention_reference(*case.arrays, case.options)
-    found = [(result.out, factor * result.magnitude)]
+def _expected(references: References, dtype: str) -> Iterator[list[Expected]]:
+    """Bounds for the active ISA. lse and weights are float32 where the result has 16 bits."""
+    for index, (value, units, magnitude) in enumerate(references):
+        bound = bound_of(units, dtype) + product_roundoff(dtype) * magnitude
+        yield [Expected((slice(None),), value, bound if index else rounded_bound(value, bound, dtype))]
+
+
+def _dtypes() -> list[str]:
+    return [dtype for dtype in DTYPES if not why_no_numbers(dtype)]
+
+
+def _references(case: Case, arrays: tuple[Array, Array, Array]) -> References:
+    """Every array the call should return, its bound in units of the unit roundoff, and what rounded weights move."""
+    result, factor = attention_reference(*arrays, case.options)
+    found = [(result.out, factor * result.magnitude, result.magnitude)]
     if case.returns:
         lse = np.where(np.isneginf(result.lse), MINUS_INFINITY, result.lse)
-        found += [(lse, factor + np.abs(lse)), (result.weights, factor * result.weights)]
+        nothing = np.float64(0.0)
+        found += [(lse, factor + np.abs(lse), nothing), (result.weights, factor * result.weights, nothing)]
     return found
 
 
@@ -254,12 +270,12 @@ def _check_layers() -> Tally:
     tally = Tally("layer")
     grouped = replace(block_workload("", "", 2, 37, 96, 6), num_kv_heads=2)
     for block in (grouped, block_workload("", "", 1, 70, 128, 2)):
-        for dtype in DTYPES:
+        for dtype in _dtypes():
             workload = replace(block, dtype=dtype)
             arrays = workload.make_arrays()
-            parts = expected_parts(workload, arrays)
             for isa in selfattn.isas():
                 with _use_isa(isa):
+                    parts = expected_parts(workload, arrays)
                     name = f"layer {dtype} {isa} d_model {workload.d_model}"
                     tally.add(name, OWN.prepare(workload, arrays, threads=2), parts)
     return tally

@@ -139,10 +139,11 @@ def drawn(results, monkeypatch, path):
     save = figure_class.savefig
     monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     roofline.write_roofline(results, path)
-    return [np.concatenate([c.get_offsets() for c in axes.collections]) for axes in figures[0].axes]
+    points = [[c.get_offsets() for c in axes.collections] for axes in figures[0].axes]
+    return [np.concatenate([np.empty((0, 2)), *found]) for found in points]
 
 
-def test_roofline_draws_a_point_per_float32_workload(made_up, results, monkeypatch, tmp_path):
+def test_roofline_draws_a_point_per_workload(made_up, results, monkeypatch, tmp_path):
     panels = drawn([*results, made_up("tiny-1")], monkeypatch, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 2000
     assert [len(points) for points in panels] == [2, 2]
@@ -151,8 +152,14 @@ def test_roofline_draws_a_point_per_float32_workload(made_up, results, monkeypat
     assert {tuple(point) for point in panels[0]} == expected
 
 
-def test_roofline_without_float32_is_refused(results, tmp_path):
-    with pytest.raises(ValueError, match="no float32"):
+def test_roofline_has_a_row_per_type_of_numbers(made_up, results, monkeypatch, tmp_path):
+    more = [made_up(f"few-{count}x3000-{suffix}") for count in (2, 4, 6) for suffix in ("bf16", "high")]
+    panels = drawn([*results, *more], monkeypatch, tmp_path / "roofline.png")
+    assert [len(points) for points in panels] == [2, 2, 3, 0]
+
+
+def test_roofline_without_types_to_draw_is_refused(results, tmp_path):
+    with pytest.raises(ValueError, match="no result of float32, bfloat16, float16"):
         roofline.write_roofline(results[4:], tmp_path / "roofline.png")
 
 
@@ -177,7 +184,7 @@ def test_the_script_measures_judges_and_writes(tmp_path):
 def test_the_script_reports_a_file(file, tmp_path):
     done = run_script("--from", str(file))
     assert done.returncode == 1
-    assert done.stdout.count(": not measured\n") == len(GROUPS) - 3 + 1
+    assert done.stdout.count(": not measured\n") == sum(bool(group.targets) for group in GROUPS.values()) - 3 + 1
     assert "time of a call, 1 thread: not measured" in done.stdout
     missed = done.stdout.split("missed:\n")[-1]
     assert "tiny: PyTorch, 1 thread, 1 workload: geomean 2.00x" in missed
@@ -233,7 +240,7 @@ def test_the_exit_code_tells_whether_targets_are_met(made_up, monkeypatch):
         "measure_in_process",
         lambda workloads, peers, threads, seconds: [made_up(w.name, threads, **ratio) for w in workloads],
     )
-    args = arguments("--groups", "decode", "--peers", "numpy")
+    args = arguments("--groups", "decode", "--dtype", "float32", "--peers", "numpy")
     monkeypatch.setattr(PEERS["pytorch"], "version", lambda: "2.0", raising=False)
     assert targets_command.run(args) == 0
     ratio["fraction"] = 0.84

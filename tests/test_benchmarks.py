@@ -16,7 +16,7 @@ from selfattn._bench import plot, report, timing
 from selfattn._bench.check import Mismatch, check, check_everywhere, expected_parts
 from selfattn._bench.measure import Result, measure
 from selfattn._bench.peer import CannotRun, NumPy, Peer
-from selfattn._bench.peers import OWN, PEERS, choose
+from selfattn._bench.peers import OTHERS, OWN, PEERS, choose
 from selfattn._bench.timing import Quartiles, interleave, ratios
 from selfattn._bench.workload import Workload
 from selfattn._bench.workloads import ALL, QUICK, WORKLOADS, attention_workload, find, from_shape
@@ -151,7 +151,7 @@ def test_find_and_shape_refuse_what_they_do_not_know():
         from_shape("2,3,-4,5")
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name not in ("plain", "vllm")])
+@pytest.mark.parametrize("name", ["selfattn", "single", *(peer.name for peer in OTHERS if peer.name != "vllm")])
 @by_name(SMALL)
 def test_peers_are_right(name, workload):
     peer = PEERS[name]
@@ -369,4 +369,5 @@ def test_attention_script(tmp_path):
 
 def test_peers_share_one_interface():
     assert all(isinstance(peer, Peer) for peer in PEERS.values())
-    assert list(PEERS) == ["selfattn", "numpy", "pytorch", "onnxruntime", "openvino", "jax", "vllm", "plain", "single"]
+    names = ["selfattn", "numpy", "pytorch", "onnxruntime", "openvino", "jax", "vllm", "plain", "single"]
+    assert list(PEERS) == [*names, "heads-32", "heads-64"]

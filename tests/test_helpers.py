@@ -134,8 +134,16 @@ class TestT5Bias:
                 bucket = t5_bucket(j - i - 200, bidirectional, buckets, max_distance)
                 assert np.array_equal(bias[:, i, j], table[bucket]), (i, j)
 
-    def test_in_attention(self, check: Any, normal: Any) -> None:
-        bias = sa.t5_bias(normal(32, 2), 30, 50)
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+    def test_result_has_the_tables_dtype(self, normal: Any, dtype: Any) -> None:
+        table = normal(32, 2, dtype=dtype)
+        bias = sa.t5_bias(table, 30, 50)
+        assert bias.dtype == dtype
+        assert np.array_equal(bias.astype(float), sa.t5_bias(table.astype(np.float64), 30, 50))
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float16])
+    def test_in_attention(self, check: Any, normal: Any, dtype: Any) -> None:
+        bias = sa.t5_bias(normal(32, 2, dtype=dtype), 30, 50)
         check(normal(1, 2, 30, 8), normal(1, 2, 50, 8), normal(1, 2, 50, 8), bias=bias, scale=1.0)
 
     @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 import selfattn as sa
 
 checked = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NARROW = [np.float16, ml_dtypes.bfloat16]
+TYPES = [np.float32, np.float64, *NARROW]
 lengths = st.one_of(st.integers(1, 20), st.sampled_from([47, 48, 49, 96, 97, 127, 128, 129, 300]))
 
 
@@ -22,12 +25,13 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
     batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads, q_len, kv_len = kv_heads * group, draw(lengths), draw(lengths)
     dim, value_dim = draw(st.integers(1, 20)), draw(st.integers(1, 20))
-    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    dtype = draw(st.sampled_from(TYPES))
+    keys = draw(st.sampled_from(NARROW)) if dtype not in NARROW and draw(st.booleans()) else dtype
     shapes = [(batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, value_dim)]
     arrays = []
-    for shape in shapes:
+    for shape, kind in zip(shapes, (dtype, keys, keys), strict=True):
         step = draw(st.sampled_from([1, 1, 2, -1]))
-        wide = rng.standard_normal((*shape[:-1], shape[-1] * abs(step))).astype(dtype)
+        wide = rng.standard_normal((*shape[:-1], shape[-1] * abs(step))).astype(kind)
         arrays.append(wide[..., ::step] if draw(st.booleans()) else np.asfortranarray(wide[..., ::step]))
     scores = (batch, heads, q_len, kv_len)
     options: dict[str, Any] = {}
@@ -47,7 +51,7 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
     if draw(st.booleans()):
         options["mask"] = rng.random(broadcast()) < draw(st.sampled_from([0.1, 0.5, 0.95]))
     if draw(st.booleans()):
-        options["bias"] = rng.standard_normal(broadcast()).astype(draw(st.sampled_from([np.float32, np.float64])))
+        options["bias"] = rng.standard_normal(broadcast()).astype(draw(st.sampled_from(TYPES)))
     if draw(st.booleans()):
         options["kv_lens"] = rng.integers(0, kv_len + 1, batch)
     if draw(st.booleans()):
@@ -82,10 +86,12 @@ def test_the_order_of_keys_hardly_matters(seed: int, q_len: int, kv_len: int) ->
 
 
 @checked
-@given(st.integers(0, 1 << 30), st.integers(1, 60), st.integers(1, 140), st.integers(1, 140))
-def test_hidden_keys_behind_the_others_change_no_bit(isa: str, seed: int, q_len: int, kv_len: int, more: int) -> None:
+@given(st.integers(0, 1 << 30), st.integers(1, 60), st.integers(1, 140), st.integers(1, 140), st.sampled_from(TYPES))
+def test_hidden_keys_behind_the_others_change_no_bit(
+    isa: str, seed: int, q_len: int, kv_len: int, more: int, dtype: Any
+) -> None:
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((n, 6)).astype(np.float32) for n in (q_len, kv_len + more, kv_len + more))
+    q, k, v = (rng.standard_normal((n, 6)).astype(dtype) for n in (q_len, kv_len + more, kv_len + more))
     k[kv_len:], v[kv_len:] = np.nan, np.inf
     expected = sa.attention(q, k[:kv_len], v[:kv_len])
     assert np.array_equal(sa.attention(q, k, v, kv_lens=kv_len), expected)
@@ -93,11 +99,11 @@ def test_hidden_keys_behind_the_others_change_no_bit(isa: str, seed: int, q_len:
 
 
 @checked
-@given(st.integers(0, 1 << 30), st.integers(2, 150), st.integers(1, 149))
-def test_causal_rows_ignore_what_comes_later(isa: str, seed: int, length: int, cut: int) -> None:
+@given(st.integers(0, 1 << 30), st.integers(2, 150), st.integers(1, 149), st.sampled_from(TYPES))
+def test_causal_rows_ignore_what_comes_later(isa: str, seed: int, length: int, cut: int, dtype: Any) -> None:
     rng = np.random.default_rng(seed)
     cut = min(cut, length - 1)
-    q, k, v = (rng.standard_normal((length, 6)).astype(np.float32) for _ in range(3))
+    q, k, v = (rng.standard_normal((length, 6)).astype(dtype) for _ in range(3))
     expected = sa.attention(q, k, v, causal=True)
     k[cut:], v[cut:] = np.nan, np.nan
     found = sa.attention(q, k, v, causal=True)
@@ -119,7 +125,22 @@ def test_parts_merge_into_the_whole(seed: int, q_len: int, sizes: list[int]) -> 
     assert np.allclose(lse, expected_lse, rtol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("factor", [-2.0, 0.5, 4.0])
-def test_values_scale_through(isa: str, normal: Any, factor: float) -> None:
-    q, k, v = normal(70, 8), normal(90, 8), normal(90, 8)
-    assert np.array_equal(sa.attention(q, k, v * np.float32(factor)), sa.attention(q, k, v) * np.float32(factor))
+def test_values_scale_through(isa: str, normal: Any, factor: float, dtype: Any) -> None:
+    q, k, v = normal(70, 8, dtype=dtype), normal(90, 8, dtype=dtype), normal(90, 8, dtype=dtype)
+    found = sa.attention(q, k, v * np.dtype(dtype).type(factor))
+    assert np.array_equal(found, sa.attention(q, k, v) * np.dtype(dtype).type(factor))
+
+
+@checked
+@given(st.integers(0, 1 << 30), st.integers(1, 60), st.integers(1, 200), st.sampled_from(NARROW))
+def test_numbers_of_16_bits_are_those_of_float32_rounded_once(
+    isa: str, seed: int, q_len: int, kv_len: int, dtype: Any
+) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, 6)).astype(dtype) for n in (q_len, kv_len, kv_len))
+    found, lse = sa.attention(q, k, v, return_lse=True)
+    expected, expected_lse = sa.attention(*(x.astype(np.float32) for x in (q, k, v)), return_lse=True)
+    assert np.array_equal(lse, expected_lse)
+    assert np.array_equal(found, expected.astype(dtype))

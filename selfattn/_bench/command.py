@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 import selfattn
 
-from .check import UNIT_ROUNDOFF
 from .grid import EVERY
+from .numbers import DTYPES, PRECISIONS, why_no_numbers
 from .peers import PEERS, choose
 from .plot import write_plot
 from .report import table, write_json
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, default: Sequence[str] | None
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help=f"what to run (default: {which})")
     parser.add_argument("--list", action="store_true", help="list the workloads and stop")
     parser.add_argument("--shape", metavar="B,H,S,D", help="run this shape instead")
-    parser.add_argument("--dtype", choices=list(UNIT_ROUNDOFF), help="run the workloads in it")
+    add_axes(parser, "run the workloads")
     parser.add_argument("--threads", nargs="+", type=positive_int, metavar="N", help="numbers of threads to use")
     parser.add_argument(
         "--peers",
@@ -44,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser, default: Sequence[str] | None
     parser.add_argument("--json", metavar="FILE", help="write everything to this file")
     parser.add_argument("--plot", metavar="FILE", help="draw ratios to PyTorch (needs matplotlib)")
     parser.set_defaults(default_workloads=default)
+
+
+def add_axes(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add the options that choose types of numbers and precisions."""
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="TYPE", help=f"{verb} in {', '.join(DTYPES)}")
+    levels = ", ".join(PRECISIONS)
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, metavar="LEVEL", help=f"{verb} of float32 at {levels}"
+    )
 
 
 def positive_int(text: str) -> int:
@@ -91,6 +99,31 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
     else:
         names = args.workloads or args.default_workloads
         workloads = list(WORKLOADS.values()) if names is None else find(list(names), EVERY)
-    if args.dtype:
-        workloads = [replace(workload, dtype=args.dtype) for workload in workloads]
-    return workloads
+    return varied(workloads, args.dtype, args.precision)
+
+
+def varied(
+    workloads: Sequence[Workload], dtypes: Sequence[str] | None, precisions: Sequence[str] | None
+) -> list[Workload]:
+    """Return the workloads in each of the types, those of float32 at each precision.
+
+    Raises
+    ------
+    ValueError
+        If none is left, or their numbers cannot be made here.
+    """
+    found = {
+        variant.name: variant
+        for workload in workloads
+        for dtype in dtypes or [workload.dtype]
+        for precision in precisions or [workload.precision]
+        if dtype == "float32" or precision == "highest"
+        for variant in [workload.varied(dtype, precision)]
+    }
+    if not found:
+        raise ValueError(f"bench: precision {' and '.join(precisions or ())} is for float32 only")
+    for variant in found.values():
+        reason = why_no_numbers(variant.dtype)
+        if reason:
+            raise ValueError(f"bench: {reason}")
+    return list(found.values())

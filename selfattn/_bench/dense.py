@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .workload import Array, Arrays, Workload, numpy_dtype
+from .numbers import numpy_dtype
+from .workload import Array, Arrays, Workload
 
 
 def range_mask(workload: Workload) -> NDArray[np.bool_] | None:

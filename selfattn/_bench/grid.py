@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .axes import AMX, varied_groups
 from .target import Group, Target
 from .workload import Options, Workload
 from .workloads import WORKLOADS, attention_workload, block_workload
@@ -118,7 +119,7 @@ def _names(workloads: tuple[Workload, ...]) -> tuple[str, ...]:
 
 _COST = 1 / 1.15  # an option that costs 15 %
 
-GROUPS: dict[str, Group] = {
+_GROUPS: dict[str, Group] = {
     group.name: group
     for group in (
         Group(
@@ -127,6 +128,7 @@ GROUPS: dict[str, Group] = {
             PREFILL,
             (
                 Target("pytorch", each=1.15, mean=1.5),
+                Target("pytorch", each=1.3, mean=2.0, needs=AMX),
                 Target("vllm", each=1.15),
                 Target(PEAK, each=0.75, threads=1, only=_names(tuple(w for w in PREFILL if w.q_len >= _LONG))),
                 Target("single", each=1.85, threads=2, longer_than=1e-3),
@@ -176,6 +178,8 @@ GROUPS: dict[str, Group] = {
         Group("float64", "Double precision", DOUBLE, (Target("pytorch", each=1.2),)),
     )
 }
+
+GROUPS: dict[str, Group] = {**_GROUPS, **{group.name: group for group in varied_groups(_GROUPS)}}
 
 EVERY: dict[str, Workload] = {
     **WORKLOADS,

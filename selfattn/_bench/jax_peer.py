@@ -19,8 +19,10 @@ class Jax(Peer):
 
     def why_not(self, workload: Workload) -> str:
         """See `Peer.why_not`."""
-        if workload.dtype != "float32":
+        if workload.dtype == "float64":
             return "its softmax is in float32"
+        if workload.dtype == "float16":
+            return "XLA for CPUs has no products of float16 that it sums in float32"
         if workload.options.softcap is not None:
             return "dot_product_attention has no softcap"
         pairs = workload.batch * workload.num_heads * workload.q_len * workload.kv_len

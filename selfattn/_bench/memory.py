@@ -16,9 +16,10 @@ import numpy as np
 
 import selfattn
 
+from .numbers import DTYPES, numpy_dtype, why_no_numbers
 from .peer import MAX_SCORES_BYTES
 from .peers import PEERS
-from .workload import Array, Workload, numpy_dtype
+from .workload import Array, Workload
 from .workloads import attention_workload
 
 HEAD_DIM = 64
@@ -63,7 +64,7 @@ def growth(lengths: list[int], added: list[int]) -> float:
 
 def wide_workloads() -> Iterator[Workload]:
     """Cases with heads wider than anybody's model has."""
-    for dtype in ("float32", "float64"):
+    for dtype in DTYPES:
         for dim in WIDE_DIMS:
             yield attention_workload(f"{dtype}-d{dim}", "wide heads", 2, 1024, dim, causal=True, dtype=dtype)
 
@@ -72,7 +73,7 @@ def scratch(workloads: Iterable[Workload], threads: int) -> dict[str, tuple[int,
     """Bytes of scratch per thread and bytes shared by all threads, by workload of plain attention."""
     found = {}
     for workload in workloads:
-        if workload.kind == "attention":
+        if workload.kind == "attention" and not why_no_numbers(workload.dtype):
             for layout, step in (("", 1), (", strided", 2)):  # of every second element, blocks must be copied
                 q, k, v = _operands(workload, step)
                 told = selfattn.explain(q, k, v, causal=workload.options.causal, num_threads=threads)

@@ -28,6 +28,8 @@ class OnnxRuntime(Peer):
         """See `Peer.why_not`."""
         if workload.dtype == "float64":
             return "its float64 results are only as exact as float32"
+        if workload.dtype == "bfloat16":
+            return "its operators for CPUs have no bfloat16"
         heads = workload.num_heads if workload.options.alibi else 1
         mask_bytes = heads * workload.q_len * workload.kv_len * workload.itemsize
         if workload.options.window and mask_bytes > MAX_SCORES_BYTES:

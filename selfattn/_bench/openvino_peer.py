@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from .dense import additive_mask, dense_mask, square_causal
-from .peer import Peer, Run
+from .peer import CannotRun, Peer, Run
 from .workload import Array, Arrays, Workload
+
+HINTS = {"float32": "f32", "bfloat16": "bf16"}  # what it may compute in
 
 
 class OpenVino(Peer):
@@ -23,8 +25,8 @@ class OpenVino(Peer):
 
     def why_not(self, workload: Workload) -> str:
         """See `Peer.why_not`."""
-        if workload.dtype != "float32":
-            return "computes in float32 at most"
+        if workload.dtype not in HINTS:
+            return "computes in float32 or bfloat16"
         if workload.options.softcap is not None:
             return "ScaledDotProductAttention has no softcap"
         if workload.kind == "block" and workload.group_size > 1:
@@ -37,17 +39,22 @@ class OpenVino(Peer):
         causal = square_causal(workload)
         mask = None if causal else _mask(workload, arrays)
         if workload.kind == "block":
-            feeds, out = {"x": arrays["x"]}, np.empty_like(arrays["x"])
+            feeds = {"x": arrays["x"]}
+            out = np.empty_like(arrays["x"])
         else:
             feeds = _repeated(workload, arrays) if causal else _folded(workload, arrays)
-            out = np.empty((*feeds["q"].shape[:-1], workload.value_dim), dtype=workload.dtype)
+            out = np.empty((*feeds["q"].shape[:-1], workload.value_dim), feeds["q"].dtype)
         if mask is not None:
             feeds["mask"] = mask
         model = _model(openvino, workload, arrays, feeds, causal)
-        request = openvino.Core().compile_model(model, "CPU", _settings(threads)).create_infer_request()
+        try:
+            compiled = openvino.Core().compile_model(model, "CPU", _settings(workload, threads))
+        except RuntimeError as error:  # bfloat16, where it is held to an instruction set without
+            raise CannotRun(str(error).strip().splitlines()[-1]) from error
+        request = compiled.create_infer_request()
         for index, array in enumerate(feeds.values()):
-            request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
-        request.set_output_tensor(0, openvino.Tensor(out, shared_memory=True))
+            request.set_input_tensor(index, _tensor(openvino, array))
+        request.set_output_tensor(0, _tensor(openvino, out))
         # The block's node is the only one whose result has three axes.
         result = out if out.ndim == 3 else out.reshape(workload.batch, workload.num_heads, workload.q_len, -1)
 
@@ -60,15 +67,26 @@ class OpenVino(Peer):
         return run
 
 
-def _settings(threads: int) -> dict[str, Any]:
-    """One call at a time, in float32, on threads that the system may place as it does everybody's."""
+def _settings(workload: Workload, threads: int) -> dict[str, Any]:
+    """One call at a time, in the type asked for, on threads that the system may place as it does everybody's."""
     return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": HINTS[workload.product_dtype if workload.precision == "medium" else workload.dtype],
         "ENABLE_CPU_PINNING": False,
     }
+
+
+def _type(openvino: Any, array: Array) -> Any:
+    return openvino.Type.bf16 if array.dtype.name == "bfloat16" else openvino.Type(array.dtype)
+
+
+def _tensor(openvino: Any, array: Array) -> Any:
+    """Wrap the same memory as a tensor; NumPy's bfloat16 is not one OpenVINO knows."""
+    if array.dtype.name == "bfloat16":
+        return openvino.Tensor(array.view(np.uint16), openvino.Shape(array.shape), openvino.Type.bf16)
+    return openvino.Tensor(array, shared_memory=True)
 
 
 def _mask(workload: Workload, arrays: Arrays) -> Array | None:
@@ -97,25 +115,25 @@ def _repeated(workload: Workload, arrays: Arrays) -> dict[str, Array]:
 
 def _model(openvino: Any, workload: Workload, arrays: Arrays, feeds: dict[str, Array], causal: bool) -> Any:
     ops = importlib.import_module("openvino.opset13")
-    inputs = {name: ops.parameter(array.shape, openvino.Type(array.dtype), name=name) for name, array in feeds.items()}
+    inputs = {name: ops.parameter(array.shape, _type(openvino, array), name=name) for name, array in feeds.items()}
     block = workload.kind == "block"
-    q, k, v = _projected(ops, workload, arrays, inputs["x"]) if block else (inputs[name] for name in "qkv")
+    weights = {name: ops.constant(_tensor(openvino, array)) for name, array in arrays.items()} if block else {}
+    q, k, v = _projected(ops, workload, weights, inputs["x"]) if block else (inputs[name] for name in "qkv")
     options = {"attention_mask": inputs["mask"]} if "mask" in inputs else {}
     out = ops.scaled_dot_product_attention(q, k, v, causal=causal, **options)
     if block:
         rows = ops.transpose(out, np.array([0, 2, 1, 3]))
         concat = ops.reshape(rows, np.array([workload.batch, workload.q_len, -1]), False)
-        out = _linear(ops, arrays, concat, "o")
+        out = _linear(ops, weights, concat, "o")
     return openvino.Model([out], list(inputs.values()), workload.name)
 
 
-def _projected(ops: Any, workload: Workload, arrays: Arrays, x: Any) -> tuple[Any, ...]:
+def _projected(ops: Any, workload: Workload, weights: dict[str, Any], x: Any) -> tuple[Any, ...]:
     """q, k and v of a block, shape (batch, heads, length, dim); its groups hold one query head each."""
     shape = np.array([workload.batch, workload.q_len, workload.num_heads, -1])
     order = np.array([0, 2, 1, 3])
-    return tuple(ops.transpose(ops.reshape(_linear(ops, arrays, x, name), shape, False), order) for name in "qkv")
+    return tuple(ops.transpose(ops.reshape(_linear(ops, weights, x, name), shape, False), order) for name in "qkv")
 
 
-def _linear(ops: Any, arrays: Arrays, x: Any, name: str) -> Any:
-    product = ops.matmul(x, ops.constant(arrays[f"w_{name}"]), False, False)
-    return ops.add(product, ops.constant(arrays[f"b_{name}"]))
+def _linear(ops: Any, weights: dict[str, Any], x: Any, name: str) -> Any:
+    return ops.add(ops.matmul(x, weights[f"w_{name}"], False, False), weights[f"b_{name}"])

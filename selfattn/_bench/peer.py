@@ -15,6 +15,7 @@ import selfattn
 
 from .check import join_heads, split_heads
 from .dense import dense_bias, dense_mask
+from .numbers import NARROW_ROUNDOFF
 from .workload import Array, Arrays, Workload
 
 Run = Callable[[], Any]
@@ -41,12 +42,15 @@ class Peer(ABC):
         The module that must be importable.
     by_default : bool
         Whether it runs without being asked for.
+    in_tables : bool
+        Whether people read its times beside others'.
     """
 
     name: str
     label: str
     module: str
     by_default = True
+    in_tables = True
 
     def available(self) -> bool:
         """Whether the module is installed."""
@@ -63,6 +67,10 @@ class Peer(ABC):
     def answered(self, workload: Workload) -> Workload:
         """Return the workload whose result this peer computes: another one only in a variant of our own."""
         return workload
+
+    def operands(self, workload: Workload, arrays: Arrays) -> Arrays:
+        """Return the arrays of the workload it answers."""
+        return arrays
 
     def supports(self, workload: Workload) -> bool:
         """Whether this peer can run the workload."""
@@ -93,6 +101,8 @@ class Own(Peer):
 
 def _own_call(workload: Workload, arrays: Arrays, threads: int) -> Callable[..., Any]:
     options = {**workload.attention_options(arrays), "num_threads": threads}
+    if workload.precision != "highest":
+        options["precision"] = workload.precision
     if workload.kind == "block":
         weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
         layer = selfattn.SelfAttention(**weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads)
@@ -116,6 +126,8 @@ class NumPy(Peer):
 
     def why_not(self, workload: Workload) -> str:
         """See `Peer.why_not`."""
+        if workload.dtype in NARROW_ROUNDOFF:
+            return "its products of 16 bits are made one number at a time"
         pairs = workload.batch * workload.num_heads * workload.q_len * workload.kv_len
         mask_bytes = workload.q_len * workload.kv_len
         if pairs * workload.itemsize + mask_bytes > MAX_SCORES_BYTES:

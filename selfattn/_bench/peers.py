@@ -7,12 +7,13 @@ from .onnx_peer import OnnxRuntime
 from .openvino_peer import OpenVino
 from .peer import NumPy, Own, Peer
 from .torch_peer import PyTorch
-from .variants import OneThread, WithoutOption
+from .variants import NarrowHeads, OneThread, WithoutOption
 from .vllm_peer import Vllm
 
 OWN = Own()
 OTHERS: tuple[Peer, ...] = (NumPy(), PyTorch(), OnnxRuntime(), OpenVino(), Jax(), Vllm())
-VARIANTS: tuple[Peer, ...] = (WithoutOption(), OneThread())
+NARROW_HEADS = (NarrowHeads(32), NarrowHeads(64))
+VARIANTS: tuple[Peer, ...] = (WithoutOption(), OneThread(), *NARROW_HEADS)
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, *OTHERS, *VARIANTS)}
 
 ALIASES = {"torch": "pytorch"}  # the name people import and install

@@ -64,7 +64,7 @@ def heading(record: Mapping[str, Any]) -> str:
 def peers_seen(results: Sequence[Result]) -> list[str]:
     """Names of all peers but selfattn that were to run, in the order of the columns."""
     seen = {name for result in results for name in (*result.times, *result.skipped)}
-    return [name for name in PEERS if name in seen and name != OWN.name]
+    return [name for name in PEERS if name in seen and name != OWN.name and PEERS[name].in_tables]
 
 
 def _row(result: Result, peers: Sequence[str]) -> list[str]:
@@ -119,6 +119,8 @@ def _skipped_lines(results: Sequence[Result]) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for peer, reason in result.skipped.items():
+            if not PEERS[peer].in_tables:
+                continue
             names = reasons.setdefault((peer, reason), [])
             if result.workload.name not in names:
                 names.append(result.workload.name)

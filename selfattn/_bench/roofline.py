@@ -16,6 +16,7 @@ from .report import count_threads
 
 MARKERS = "osD^vP*X"
 COLORS = ("#2a7f9e", "#c8553d", "#6a4c93", "#2e8b57", "#b8860b", "#444444", "#d1495b", "#00798c")
+TYPES = ("float32", "bfloat16", "float16")  # those that are drawn, from the top
 FEW_BYTES = 2**20  # K and V below this size say nothing about a memory
 FEW_FLOPS = 1e5  # less than this says nothing about a processor
 INTENSITY_MARGIN = 2.0  # of the axes beyond the outermost points
@@ -49,32 +50,42 @@ def roofs(results: Sequence[Result]) -> tuple[float, Stream, Stream]:
 
 
 def write_roofline(results: Sequence[Result], path: str | Path) -> None:
-    """Draw float32 results, one panel per number of threads; the suffix of `path` gives the format.
+    """Draw results, a row per type of numbers, a column per number of threads; the suffix of `path` gives the format.
 
-    Workloads that are nothing but a call's overhead are left out: the machine's roofs say nothing about them.
+    Results of float32 at a lower precision have another roof and are left out, and so is float64. So are workloads
+    that are nothing but a call's overhead: the machine's roofs say nothing about them.
 
     Raises
     ------
     ImportError
         If matplotlib is not installed.
     ValueError
-        If there is no float32 result.
+        If there is no such result.
     """
-    results = [r for r in results if r.workload.dtype == "float32" and r.workload.flops() >= FEW_FLOPS]
-    if not results:
-        raise ValueError("plot: no float32 result to draw")
+    results = [r for r in results if r.workload.precision == "highest" and r.workload.flops() >= FEW_FLOPS]
+    types = [dtype for dtype in TYPES if any(result.workload.dtype == dtype for result in results)]
+    if not types:
+        raise ValueError(f"plot: no result of {', '.join(TYPES)} to draw")
     # The figure is built without pyplot, which would keep it alive and might want a screen.
     figure_class = importlib.import_module("matplotlib.figure").Figure
     threads = sorted({result.threads for result in results})
-    figure = figure_class(figsize=(6.5 * len(threads), 5), layout="constrained")
-    panels = figure.subplots(1, len(threads), squeeze=False)[0]
-    for axes, count in zip(panels, threads, strict=True):
-        shown = [result for result in results if result.threads == count]
-        _draw_roofs(axes, shown)
-        _draw_points(axes, shown)
-        isa = ", ".join(sorted({result.isa for result in shown}))
-        axes.set_title(f"{count_threads(count)}, ISA {isa}", fontsize=10)
+    figure = figure_class(figsize=(6.5 * len(threads), 5 * len(types)), layout="constrained")
+    panels = figure.subplots(len(types), len(threads), squeeze=False)
+    for row, dtype in zip(panels, types, strict=True):
+        for axes, count in zip(row, threads, strict=True):
+            shown = [result for result in results if result.threads == count and result.workload.dtype == dtype]
+            _draw_panel(axes, shown, dtype, count)
     figure.savefig(path, dpi=150)
+
+
+def _draw_panel(axes: Any, shown: Sequence[Result], dtype: str, count: int) -> None:
+    if not shown:
+        axes.set_axis_off()
+        return
+    _draw_roofs(axes, shown)
+    _draw_points(axes, shown)
+    isa = ", ".join(sorted({result.isa for result in shown}))
+    axes.set_title(f"{dtype}, {count_threads(count)}, ISA {isa}", fontsize=10)
 
 
 def _draw_roofs(axes: Any, results: Sequence[Result]) -> None:
@@ -105,7 +116,7 @@ def _draw_roofs(axes: Any, results: Sequence[Result]) -> None:
 def _draw_points(axes: Any, results: Sequence[Result]) -> None:
     """One sign per group; workloads of no group share one."""
     by_group: dict[str, list[Result]] = {}
-    group_of = {workload.name: group.name for group in GROUPS.values() for workload in group.workloads}
+    group_of = {workload.name: group.family for group in GROUPS.values() for workload in group.workloads}
     for result in results:
         by_group.setdefault(group_of.get(result.workload.name, "other"), []).append(result)
     for index, (name, members) in enumerate(by_group.items()):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .measure import Result
+from .numbers import SUFFIXES
 from .peers import OTHERS, PEERS
 from .report import count_threads
 from .workload import Workload
@@ -33,6 +33,8 @@ class Target:
         Workloads it counts for; all of the group by default.
     longer_than : float
         Seconds that the yardstick's own call must take for the target to count.
+    needs, without : str
+        Part of the names of the ISAs that it counts for, and of those that it does not; all by default.
     """
 
     against: str
@@ -41,6 +43,8 @@ class Target:
     threads: int | None = None
     only: tuple[str, ...] = ()
     longer_than: float = 0.0
+    needs: str = ""
+    without: str = ""
 
     @property
     def yardstick(self) -> Yardstick:
@@ -53,7 +57,13 @@ class Target:
         threads = "" if self.threads is None else f", {count_threads(self.threads)}"
         only = f" ({', '.join(self.only)})" if self.only else ""
         each = "each at most" if self.yardstick.limits else "each"
-        return f"{self.yardstick.label}{threads}: {mean}{each} {written(self.each)}{only}"
+        isa = f", needs {self.needs.upper()}" if self.needs else ""
+        isa += f", without {self.without.upper()}" if self.without else ""
+        return f"{self.yardstick.label}{threads}{isa}: {mean}{each} {written(self.each)}{only}"
+
+    def counts(self, isa: str) -> bool:
+        """Whether results of this instruction set are judged."""
+        return self.needs in isa and not (self.without and self.without in isa)
 
     def values(self, results: Sequence[Result]) -> dict[str, float]:
         """Values of the workloads it counts for, by name, out of a group's results with one number of threads."""
@@ -65,16 +75,52 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Workloads of one kind, and their targets."""
+    """Workloads of one kind in one type of numbers, and their targets.
+
+    Attributes
+    ----------
+    name, title : str
+    workloads : tuple of Workload
+    targets : tuple of Target
+    family : str
+        The name of the group with the same workloads in their first type of numbers; its own by default.
+    beside : tuple of str
+        Variants that are measured without a target.
+    """
 
     name: str
     title: str
     workloads: tuple[Workload, ...]
     targets: tuple[Target, ...]
+    family: str = ""
+    beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "family", self.family or self.name)
+
+    @property
+    def dtype(self) -> str:
+        """Type of all its numbers."""
+        return self.workloads[0].dtype
+
+    @property
+    def precision(self) -> str:
+        """Precision of all its products."""
+        return self.workloads[0].precision
+
+    def varied(self, dtype: str, precision: str) -> Group:
+        """Return the same workloads in another type of numbers or at another precision, without targets."""
+        label, suffix = (dtype, dtype) if precision == "highest" else (f'{dtype} at precision "{precision}"', precision)
+        workloads = tuple(workload.varied(dtype, precision) for workload in self.workloads)
+        return Group(f"{self.name}-{SUFFIXES[suffix]}", f"{self.title}, {label}", workloads, (), self.family)
+
+    def judged_by(self, targets: tuple[Target, ...], beside: tuple[str, ...] = ()) -> Group:
+        """Return the same group with these targets, and variants measured beside."""
+        return replace(self, targets=targets, beside=beside)
 
     def peers(self, names: Sequence[str], threads: int) -> list[str]:
         """Peers to measure: those of these names, and what else its targets are held against."""
-        wanted = {target.against for target in self.targets if target.threads in (None, threads)}
+        wanted = {target.against for target in self.targets if target.threads in (None, threads)} | {*self.beside}
         return [*names, *(name for name in PEERS if name in wanted and not PEERS[name].by_default)]
 
 
@@ -88,11 +134,14 @@ class Verdict:
     threads : int
     values : dict of str to float
         The ratio or fraction of every workload that counts, by name; empty if nothing was measured.
+    judged : bool
+        Whether the target counts for the ISA that ran.
     """
 
     target: Target
     threads: int
     values: dict[str, float]
+    judged: bool = True
 
     @property
     def mean(self) -> float:
@@ -110,8 +159,10 @@ class Verdict:
         return self.state == "missed"
 
     @property
-    def state(self) -> Literal["met", "missed", "not measured"]:
-        """Whether all values and their mean are good enough."""
+    def state(self) -> str:
+        """Say "met" or "missed": whether all values and their mean are good enough; or why that is not the question."""
+        if not self.judged:
+            return f"needs {self.target.needs.upper()}"
         if not self.values:
             return "not measured"
         shares = [self._share(self.values[self.worst], self.target.each)]
@@ -124,8 +175,8 @@ class Verdict:
 
     def __str__(self) -> str:
         head = f"{self.target.yardstick.label}, {count_threads(self.threads)}"
-        if not self.values:
-            return f"{head}: not measured"
+        if not self.judged or not self.values:
+            return f"{head}: {self.state}"
         if self.target.only:
             count = len(self.values)
             head += f", {count} workload{'s'[: count - 1]}"
@@ -152,16 +203,20 @@ def judge(group: Group, results: Sequence[Result]) -> list[Verdict]:
     for target in (*group.targets, *_no_faster(group, results)):
         for threads in sorted({result.threads for result in results}):
             if target.threads in (None, threads):
-                values = target.values([result for result in results if result.threads == threads])
-                verdicts.append(Verdict(target, threads, values))
+                measured = [result for result in results if result.threads == threads]
+                judged = all(target.counts(result.isa) for result in measured)
+                if judged or target.needs:
+                    verdicts.append(Verdict(target, threads, target.values(measured), judged))
     return verdicts
 
 
 def _no_faster(group: Group, results: Sequence[Result]) -> Iterator[Target]:
     """Targets for what peers were measured on without one."""
     names = [workload.name for workload in group.workloads]
+    isas = {result.isa for result in results}
+    judging = [target for target in group.targets if all(map(target.counts, isas))]
     for peer in OTHERS:
-        targets = [target for target in group.targets if target.against == peer.name]
+        targets = [target for target in judging if target.against == peer.name]
         covered = {name for target in targets for name in target.only or names}
         measured = {result.workload.name for result in results if peer.name in result.ratios} - covered
         if measured:

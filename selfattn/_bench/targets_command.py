@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .command import positive_int
+from .command import add_axes, positive_int
 from .grid import GROUPS
+from .limits import LIMITS, hold
 from .markdown import fill, markdown
 from .measure import Result
+from .numbers import why_no_numbers
+from .parts import write_parts
 from .peers import OTHERS, OWN, choose
 from .record import read_records
 from .report import heading, table_lines, to_record, write_json
@@ -29,7 +32,10 @@ A target holds for every workload ("worst") and, where "geomean" has one, for th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), metavar="GROUP", help=", ".join(GROUPS))
+    families = list(dict.fromkeys(group.family for group in GROUPS.values()))
+    parser.add_argument("--groups", nargs="+", choices=[*GROUPS], metavar="GROUP", help=", ".join(families))
+    add_axes(parser, "only groups")
+    parser.add_argument("--isa", choices=list(LIMITS), help="hold selfattn and the peers to it")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="only these of the groups' workloads")
     parser.add_argument("--list", action="store_true", help="list groups, workloads and targets, and stop")
     parser.add_argument("--threads", nargs="+", type=positive_int, default=[1, 2], metavar="N", help="default: 1 2")
@@ -42,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--fill", metavar="FILE", help="put the tables into this Markdown file, at its marks")
     parser.add_argument("--roofline", metavar="FILE", help="draw the roofline (needs matplotlib)")
+    parser.add_argument("--parts", metavar="FILE", help="draw products and softmax of prefill in 16 bits (the same)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if args.vllm:
         os.environ[LIBRARY_VARIABLE] = str(Path(args.vllm).resolve())
     try:
+        if args.isa:
+            hold(args.isa)
         groups = _chosen(args)
         if args.list:
             print("\n".join(_listed(groups)))
@@ -68,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         missed = _report(args, groups, record, results)
         if args.roofline:
             write_roofline(results, args.roofline)
+        if args.parts:
+            write_parts(results, args.parts)
         if args.fill:
             fill(args.fill, record, results, picture=args.roofline)
     except (ValueError, OSError) as error:
@@ -78,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _chosen(args: argparse.Namespace) -> list[tuple[Group, list[Workload]]]:
     """Groups, and those of their workloads that were asked for."""
-    groups = [GROUPS[name] for name in args.groups or GROUPS]
+    groups = _asked(args)
     wanted = args.workloads or [workload.name for group in groups for workload in group.workloads]
     known = {workload.name for group in groups for workload in group.workloads}
     for name in wanted:
@@ -86,6 +97,18 @@ def _chosen(args: argparse.Namespace) -> list[tuple[Group, list[Workload]]]:
             raise ValueError(f"bench: no workload {name!r} in {', '.join(group.name for group in groups)}")
     chosen = [(group, [workload for workload in group.workloads if workload.name in wanted]) for group in groups]
     return [(group, workloads) for group, workloads in chosen if workloads]
+
+
+def _asked(args: argparse.Namespace) -> list[Group]:
+    """Groups of the families, types and precisions; where none is named, those with targets."""
+    groups = [group for group in GROUPS.values() if not args.groups or {group.name, group.family} & {*args.groups}]
+    groups = [group for group in groups if not args.dtype or group.dtype in args.dtype]
+    groups = [group for group in groups if not args.precision or group.precision in args.precision]
+    if not groups:
+        raise ValueError("bench: no group is of these types and precisions")
+    if args.dtype or args.precision or args.workloads:
+        return groups
+    return [group for group in groups if group.targets or group.name in (args.groups or ())]
 
 
 def _listed(chosen: Sequence[tuple[Group, Sequence[Workload]]]) -> Iterator[str]:
@@ -104,6 +127,10 @@ def _measured(
     results: list[Result] = []
     failed = False
     for group, workloads in groups:
+        reason = why_no_numbers(group.dtype)
+        if reason:
+            print(f"{group.name}: not measured: {reason}", file=sys.stderr)
+            continue
         for threads in args.threads:
             try:
                 results += measure_in_process(workloads, group.peers(peers, threads), threads, args.seconds)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .dense import additive_mask, range_mask, square_causal
+from .numbers import numpy_dtype
 from .peer import MAX_SCORES_BYTES, Peer, Run
 from .workload import Array, Arrays, Workload
 
@@ -31,17 +32,18 @@ class PyTorch(Peer):
         """See `Peer.prepare`."""
         torch = importlib.import_module("torch")
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(workload.precision)
         options = self._sdpa_options(torch, workload, arrays)
         sdpa = torch.nn.functional.scaled_dot_product_attention
         if workload.kind == "block":
             return self._block(torch, workload, arrays, options)
-        q, k, v = (_tensor(torch, arrays[name]) for name in "qkv")
+        q, k, v = (tensor(torch, arrays[name]) for name in "qkv")
 
         def run() -> Any:
             with torch.inference_mode():
                 return sdpa(q, k, v, **options)
 
-        return run
+        return readable(torch, workload, run)
 
     def _plain(self, workload: Workload) -> bool:
         """Whether SDPA needs no mask array."""
@@ -58,7 +60,7 @@ class PyTorch(Peer):
         if square_causal(workload):
             options["is_causal"] = True
         elif not self._plain(workload):
-            options["attn_mask"] = _tensor(torch, self._mask(workload, arrays))
+            options["attn_mask"] = tensor(torch, self._mask(workload, arrays))
         return options
 
     @staticmethod
@@ -76,12 +78,12 @@ class PyTorch(Peer):
     def _block(torch: Any, workload: Workload, arrays: Arrays, options: dict[str, Any]) -> Run:
         """One Linear for q, k and v, SDPA, and a Linear: what PyTorch's own layer does."""
         functional = torch.nn.functional
-        x = _tensor(torch, arrays["x"])
+        x = tensor(torch, arrays["x"])
         w_in = np.concatenate([arrays[f"w_{name}"] for name in "qkv"], axis=1).T
         b_in = np.concatenate([arrays[f"b_{name}"] for name in "qkv"])
-        w_in, b_in = _tensor(torch, np.ascontiguousarray(w_in)), _tensor(torch, b_in)
-        w_out = _tensor(torch, np.ascontiguousarray(arrays["w_o"].T))
-        b_out = _tensor(torch, arrays["b_o"])
+        w_in, b_in = tensor(torch, np.ascontiguousarray(w_in)), tensor(torch, b_in)
+        w_out = tensor(torch, np.ascontiguousarray(arrays["w_o"].T))
+        b_out = tensor(torch, arrays["b_o"])
         heads = (workload.num_heads, workload.num_kv_heads, workload.num_kv_heads)
         dims = (workload.head_dim, workload.head_dim, workload.value_dim)
         widths = [count * dim for count, dim in zip(heads, dims, strict=True)]
@@ -96,11 +98,30 @@ class PyTorch(Peer):
                 out = functional.scaled_dot_product_attention(q, k, v, **options)
                 return functional.linear(out.transpose(1, 2).flatten(2), w_out, b_out)
 
-        return run
+        return readable(torch, workload, run)
 
 
-def _tensor(torch: Any, array: Array) -> Any:
+def tensor(torch: Any, array: Array) -> Any:
     """Wrap the same memory as a tensor; NumPy's bfloat16 is not one PyTorch knows."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def readable(torch: Any, workload: Workload, run: Run) -> Run:
+    """Make NumPy read the result of a call, whatever its type."""
+    return (lambda: _BFloat16(torch, run())) if workload.dtype == "bfloat16" else run
+
+
+class _BFloat16:
+    """A tensor for whoever wants it as an array of `ml_dtypes`' type."""
+
+    __slots__ = ("tensor", "torch")
+
+    def __init__(self, torch: Any, tensor: Any) -> None:
+        self.torch, self.tensor = torch, tensor
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """Hand over the same memory."""
+        bits: Array = self.tensor.view(self.torch.uint16).numpy()
+        return bits.view(numpy_dtype("bfloat16"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from .peer import Own, Run
 from .workload import Arrays, Workload
 
@@ -37,3 +39,36 @@ class OneThread(Own):
     def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
         """See `Peer.prepare`."""
         return super().prepare(workload, arrays, threads=1)
+
+
+class NarrowHeads(Own):
+    """The same call with narrower heads: two of them tell what does not grow with head_dim, the softmax.
+
+    The widths are whole tiles of every unit. A head of one number would be padded to one, and cost its products.
+    """
+
+    by_default = in_tables = False
+
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+        self.name = f"heads-{head_dim}"
+        self.label = f"selfattn with heads of {head_dim}"
+
+    def why_not(self, workload: Workload) -> str:
+        """See `Peer.why_not`."""
+        if workload.kind == "block":
+            return "it has projections"
+        return "" if min(workload.head_dim, workload.value_dim) > self.head_dim else "its heads are no wider"
+
+    def answered(self, workload: Workload) -> Workload:
+        """See `Peer.answered`."""
+        return replace(workload, head_dim=self.head_dim, value_dim=self.head_dim)
+
+    def operands(self, workload: Workload, arrays: Arrays) -> Arrays:
+        """See `Peer.operands`."""
+        narrow = {name: np.ascontiguousarray(arrays[name][..., : self.head_dim]) for name in "qkv"}
+        return {**arrays, **narrow}
+
+    def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
+        """See `Peer.prepare`."""
+        return super().prepare(self.answered(workload), self.operands(workload, arrays), threads)

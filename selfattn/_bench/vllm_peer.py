@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .peer import CannotRun, Peer, Run
+from .torch_peer import readable, tensor
 from .workload import Arrays, Workload
 
 LIBRARY_VARIABLE = "SELFATTN_BENCH_VLLM"  # the path of vllm/_C.abi3.so
@@ -39,8 +40,8 @@ class Vllm(Peer):
         options = workload.options
         if workload.kind == "block":
             return "it has no projections"
-        if workload.dtype != "float32" or workload.head_dim != workload.value_dim:
-            return "it is called for float32 and equal head_dim and value_dim only"
+        if workload.dtype == "float64" or workload.head_dim != workload.value_dim:
+            return "it needs equal head_dim and value_dim, and not float64"
         if workload.head_dim not in HEAD_DIMS:
             return f"its kernels know head_dim {', '.join(map(str, HEAD_DIMS))} only"
         if options.mask != "none" or options.bias or options.alibi or options.kv_lens or options.window:
@@ -51,6 +52,7 @@ class Vllm(Peer):
         """See `Peer.prepare`."""
         torch = importlib.import_module("torch")
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(workload.precision)
         try:
             torch.ops.load_library(os.environ[LIBRARY_VARIABLE])
             call = _Call(torch, workload, arrays)
@@ -66,7 +68,17 @@ class Vllm(Peer):
             call.attend()
             return call.result
 
-        return run
+        return readable(torch, workload, run)
+
+
+def _isa(torch: Any, workload: Workload) -> str:
+    """Choose its kernels as vLLM does; matrix units only once the system lets this process use them."""
+    if workload.head_dim % 32:
+        return "vec16"
+    held_back = "ATEN_CPU_CAPABILITY" in os.environ  # which its own choice does not ask
+    if workload.dtype == "bfloat16" and not held_back and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        return "amx"
+    return "vec"
 
 
 class _Call:
@@ -75,9 +87,9 @@ class _Call:
     def __init__(self, torch: Any, workload: Workload, arrays: Arrays) -> None:
         self.ops = torch.ops._C
         self.workload = workload
-        self.isa = "vec16" if workload.head_dim % 32 else "vec"
+        self.isa = _isa(torch, workload)
         self.q, self.k, self.v = (
-            torch.from_numpy(arrays[name]).transpose(1, 2).flatten(0, 1).contiguous() for name in "qkv"
+            tensor(torch, arrays[name]).transpose(1, 2).flatten(0, 1).contiguous() for name in "qkv"
         )
         self.out = torch.empty_like(self.q)
         self.result = self.out.unflatten(0, (workload.batch, workload.q_len)).transpose(1, 2)
@@ -89,7 +101,7 @@ class _Call:
         pages = -(-length // PAGE)
         order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(1))
         self.table = order.to(torch.int32).view(batch, pages)
-        cache = torch.zeros(batch * pages, heads, 2 * PAGE, self.workload.head_dim)
+        cache = torch.zeros(batch * pages, heads, 2 * PAGE, self.workload.head_dim, dtype=self.q.dtype)
         self.key_cache, self.value_cache = cache.chunk(2, dim=2)
         position = torch.arange(length)
         pages_of = self.table[:, position // PAGE].long()
@@ -101,7 +113,7 @@ class _Call:
         self.lens = torch.full((workload.batch,), workload.kv_len, dtype=torch.int32)
         heads = (workload.num_heads, workload.num_kv_heads, workload.head_dim)
         self.schedule = self.ops.get_scheduler_metadata(
-            workload.batch, *heads, self.lens, torch.float32, self.starts, workload.options.causal, -1,
+            workload.batch, *heads, self.lens, self.q.dtype, self.starts, workload.options.causal, -1,
             self.isa, True, None, "auto",
         )  # fmt: skip
 

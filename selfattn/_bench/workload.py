@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .numbers import SUFFIXES, normal, numpy_dtype
+
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 RandomArrays = dict[str, tuple[tuple[int, ...], float]]  # shape and standard deviation
 
-# A core with wide vectors does 3 FLOPs or more in the time a byte takes to arrive: below, it waits.
-MEMORY_BOUND_INTENSITY = 3.0
+# Per number of K and V. A core with wide vectors does so many FLOPs or more while a float arrives: below, it waits.
+MEMORY_BOUND_INTENSITY = 12.0
 
 VISIBLE_SHARE = 0.75  # of a random mask's entries
 SOFT_BIAS = 2.0  # standard deviation of a random bias
@@ -76,6 +77,7 @@ class Workload:
     d_model : int
         Width of x in a block, 0 otherwise.
     dtype : str
+    precision : {"highest", "high", "medium"}
     options : Options
     baseline : Options, optional
         Other options, to hold selfattn's own time against.
@@ -93,17 +95,29 @@ class Workload:
     value_dim: int
     d_model: int = 0
     dtype: str = "float32"
+    precision: str = "highest"
     options: Options = Options()
     baseline: Options | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Workload:
         """Rebuild a workload from `dataclasses.asdict`, also after a trip through JSON."""
-        values = {field.name: record[field.name] for field in fields(cls)}
+        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         for name in ("options", "baseline"):
             if values[name] is not None:
                 values[name] = Options.from_dict(values[name])
         return cls(**values)
+
+    def varied(self, dtype: str, precision: str = "highest") -> Workload:
+        """Return the same case in another type of numbers or at another precision, and named so."""
+        suffixes = [SUFFIXES[dtype]] if dtype != self.dtype else []
+        suffixes += [SUFFIXES[precision]] if precision != self.precision else []
+        return replace(self, name="-".join([self.name, *suffixes]), dtype=dtype, precision=precision)
+
+    @property
+    def product_dtype(self) -> str:
+        """Type of the factors in the products, whose peak bounds the speed."""
+        return self.dtype if self.precision == "highest" else "bfloat16"
 
     @property
     def group_size(self) -> int:
@@ -201,7 +215,7 @@ class Workload:
         """Whether reading K and V, not arithmetic, limits the speed: decode."""
         if self.kind == "block" or self.q_len >= self.kv_len:
             return False
-        return self.flops() < MEMORY_BOUND_INTENSITY * self.kv_bytes()
+        return self.flops() * self.itemsize < MEMORY_BOUND_INTENSITY * self.kv_bytes()
 
     def make_arrays(self, seed: int = 0) -> Arrays:
         """Random arrays of this workload by name; the same seed gives the same arrays.
@@ -213,9 +227,9 @@ class Workload:
             for a block.
         """
         rng = np.random.default_rng(seed)
-        dtype = numpy_dtype(self.dtype)
         arrays = {
-            name: _normal(rng, shape, dtype, deviation) for name, (shape, deviation) in self._random_arrays().items()
+            name: normal(rng, shape, self.dtype, deviation)
+            for name, (shape, deviation) in self._random_arrays().items()
         }
         if self.options.mask == "pairs":
             arrays["mask"] = rng.random((1, 1, self.q_len, self.kv_len)) < VISIBLE_SHARE
@@ -277,17 +291,3 @@ class Workload:
         if options.softcap is not None:
             given["softcap"] = options.softcap
         return given
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Find a NumPy dtype by name; bfloat16 comes from `ml_dtypes`."""
-    if name == "bfloat16":
-        bfloat16: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
-        return bfloat16
-    return np.dtype(name)
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], deviation: float) -> Array:
-    drawn = rng.standard_normal(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
-    drawn *= deviation
-    return drawn.astype(dtype, copy=False)

@@ -7,11 +7,25 @@
 namespace selfattn::test {
 namespace {
 
-double unit_of(const Array& array) { return array.dtype() == DType::f32 ? 0x1p-24 : 0x1p-53; }
+// Of the type that results are computed in.
+double unit_of(const Array& array) { return array.dtype() == DType::f64 ? 0x1p-53 : 0x1p-24; }
 
 double smallest_of(const Array& array) {
-  return array.dtype() == DType::f32 ? static_cast<double>(std::numeric_limits<float>::denorm_min())
-                                     : std::numeric_limits<double>::denorm_min();
+  switch (array.dtype()) {
+    case DType::f64:
+      return std::numeric_limits<double>::denorm_min();
+    case DType::f16:
+      return 0x1p-24;
+    case DType::bf16:
+      return 0x1p-133;
+    default:
+      return static_cast<double>(std::numeric_limits<float>::denorm_min());
+  }
+}
+
+// What rounding a result to 16 bits may add, half an ulp of it.
+double last_rounding(const Array& array) {
+  return array.dtype() == DType::f16 ? 0x1p-11 : array.dtype() == DType::bf16 ? 0x1p-8 : 0;
 }
 
 double relative_bound(const Array& array, double sigma) { return (16 + 4 * sigma) * unit_of(array); }
@@ -32,11 +46,12 @@ double largest_share(const Array& got, const Array& exact, Bound bound) {
 
 }  // namespace
 
-double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma) {
+double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double weight_rounding) {
   if (magnitude.size() != exact.size()) return wrong;
-  return largest_share(out, exact, [&](std::int64_t i, double) {
+  return largest_share(out, exact, [&](std::int64_t i, double y) {
+    const double bound = (relative_bound(out, sigma) + weight_rounding) * magnitude.at(i);
     // The result itself must be rounded to its type; below the normal numbers that is an absolute error.
-    return relative_bound(out, sigma) * magnitude.at(i) + smallest_of(out);
+    return bound + (std::abs(y) + bound) * last_rounding(out) + smallest_of(out);
   });
 }
 

@@ -9,7 +9,8 @@ namespace selfattn::test {
 // The largest share of its bound that an error takes; more than 1, or `wrong`, fails.
 constexpr double wrong = std::numeric_limits<double>::infinity();
 
-double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma);
+// `weight_rounding`: how far weights may be off because the kernel rounds them before it multiplies.
+double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double weight_rounding);
 double compare_lse(const Array& lse, const Array& exact, double sigma);
 double compare_weights(const Array& weights, const Array& exact, double sigma);
 

@@ -43,14 +43,16 @@ struct Sizes {
   std::int64_t batch, heads, kv_heads, q_len, kv_len, dim;
 };
 
-Case make(const Sizes& s, DType dtype = DType::f32, const Layout& layout = {}) {
+Case make(const Sizes& s, DType queries, DType keys, const Layout& layout) {
   Case c;
-  c.q = normal(dtype, {s.batch, s.heads, s.q_len, s.dim}, 1, layout);
-  c.k = normal(dtype, {s.batch, s.kv_heads, s.kv_len, s.dim}, 2, layout);
-  c.v = normal(dtype, {s.batch, s.kv_heads, s.kv_len, s.dim}, 3, layout);
+  c.q = normal(queries, {s.batch, s.heads, s.q_len, s.dim}, 1, layout);
+  c.k = normal(keys, {s.batch, s.kv_heads, s.kv_len, s.dim}, 2, layout);
+  c.v = normal(keys, {s.batch, s.kv_heads, s.kv_len, s.dim}, 3, layout);
   c.out = layout;
   return c;
 }
+
+Case make(const Sizes& s, DType dtype = DType::f32, const Layout& layout = {}) { return make(s, dtype, dtype, layout); }
 
 enum class Keys { whole, parted };  // whether one task sees all keys, or their results must be merged
 
@@ -101,6 +103,30 @@ Case copied() {  // neither queries, keys, values nor out can be used in place
   return make({2, 4, 4, 120, 120, 16}, DType::f32, Layout{.order = {2, 3, 1, 0}, .gaps = {4, 8, 4, 4}});
 }
 
+Case narrow_prompt() {
+  Case c = make({2, 4, 4, 150, 150, 16}, DType::bf16);
+  c.options.causal = true;
+  c.lse = true;
+  return c;
+}
+
+Case narrow_decode() { return make({1, 8, 2, 1, 20000, 16}, DType::f16); }
+
+Case narrow_keys() { return make({1, 2, 2, 14, 9000, 8}, DType::f32, DType::f16, {}); }
+
+Case narrow_ragged() {
+  Case c = make({3, 4, 2, 70, 130, 16}, DType::f16);
+  c.mask = normal(DType::boolean, {3, 1, 70, 130}, 6);
+  c.bias = normal(DType::bf16, {4, 1, 130}, 7);
+  c.kv_lens = integers({3}, {1, 130, 77});
+  c.weights = true;
+  return c;
+}
+
+Case narrow_copied() {
+  return make({2, 4, 4, 120, 120, 16}, DType::bf16, Layout{.order = {2, 3, 1, 0}, .gaps = {2, 4, 6, 2}});
+}
+
 std::vector<Entry> entries() {
   std::vector<Entry> all;
   const auto add = [&](const char* name, Keys keys, Case c) { all.push_back({name, keys, std::move(c)}); };
@@ -110,6 +136,11 @@ std::vector<Entry> entries() {
   add("decode with sinks", Keys::parted, decode_with_sinks());
   add("ragged", Keys::whole, ragged());
   add("copied", Keys::whole, copied());
+  add("narrow prompt", Keys::whole, narrow_prompt());
+  add("narrow decode", Keys::parted, narrow_decode());
+  add("narrow keys", Keys::parted, narrow_keys());
+  add("narrow ragged", Keys::whole, narrow_ragged());
+  add("narrow, copied", Keys::whole, narrow_copied());
   for (Entry& entry : all) {
     entry.expected = compute(entry.input, active_kernels(), 1);
     expect(entry.expected.plan.threads == 1, entry.name + " asks for one thread");

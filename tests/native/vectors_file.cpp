@@ -1,10 +1,11 @@
 #include "vectors_file.h"
 
-#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
+
+#include "rows.h"
 
 namespace selfattn::test {
 namespace {
@@ -20,6 +21,8 @@ std::int64_t product(const std::vector<std::int64_t>& extents) {
 DType dtype_named(const std::string& name) {
   if (name == "f32") return DType::f32;
   if (name == "f64") return DType::f64;
+  if (name == "f16") return DType::f16;
+  if (name == "bf16") return DType::bf16;
   if (name == "i64") return DType::i64;
   if (name == "bool") return DType::boolean;
   throw std::runtime_error("unknown element type '" + name + "'");
@@ -75,17 +78,7 @@ TensorView Array::view() const {
   return {memory_.data(), dtype_, static_cast<int>(shape_.size()), shape_.data(), strides_.data()};
 }
 
-double Array::at(std::int64_t i) const {
-  const char* p = data() + i * size_of(dtype_);
-  if (dtype_ == DType::f32) {
-    float x;
-    std::memcpy(&x, p, sizeof x);
-    return static_cast<double>(x);
-  }
-  double x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
+double Array::at(std::int64_t i) const { return read_real(data() + i * size_of(dtype_), dtype_); }
 
 double VectorCase::number(const std::string& key, double otherwise) const {
   const auto found = numbers.find(key);

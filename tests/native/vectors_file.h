@@ -3,8 +3,8 @@
 //   selfattn vectors 1
 //   case <name>
 //   number <name> <value>
-//   array <name> f32|f64|i64|bool <ndim> <extents...>       followed by the elements, little-endian, and a newline
-//   end
+//   array <name> f32|f64|f16|bf16|i64|bool <ndim> <extents...>       followed by the elements, little-endian, and a
+//   newline end
 #pragma once
 #include <cstdint>
 #include <iosfwd>

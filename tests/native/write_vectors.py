@@ -1,23 +1,26 @@
 """Write test cases with exact results for `attend_vectors`: python tests/native/write_vectors.py FILE.
 
-Needs NumPy and the sources only; the format is described in vectors_file.h.
+Needs NumPy, ml_dtypes and the sources only; the format is described in vectors_file.h.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = {"float32": "f32", "float64": "f64", "int64": "i64", "bool": "bool"}
+TYPES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "bool": "bool"}
+NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 LENGTHS = (1, 2, 3, 5, 6, 7, 12, 13, 24, 25, 31, 47, 64, 65, 97, 130)
 
 
@@ -40,10 +43,11 @@ class Case(NamedTuple):
 
 
 class Maker:
-    """Makes the cases of one element type."""
+    """Makes the cases of one element type, or of two: keys and values of the second."""
 
-    def __init__(self, dtype: Any, seed: int) -> None:
+    def __init__(self, dtype: Any, seed: int, keys: Any = None) -> None:
         self.dtype = np.dtype(dtype)
+        self.keys = np.dtype(keys or dtype)
         self.random = np.random.default_rng(seed)
 
     def normal(self, *shape: int) -> Array:
@@ -55,15 +59,16 @@ class Maker:
         """Heads of d, values of d + 3: so that neither divides the other's vectors."""
         return (
             self.normal(*batch, heads, q_len, d),
-            self.normal(*batch, kv_heads, kv_len, d),
-            self.normal(*batch, kv_heads, kv_len, d + 3),
+            self.normal(*batch, kv_heads, kv_len, d).astype(self.keys, copy=False),
+            self.normal(*batch, kv_heads, kv_len, d + 3).astype(self.keys, copy=False),
         )
 
     def mask(self, *shape: int) -> Array:
         return self.random.random(shape) < 0.7
 
     def case(self, name: str, operands: tuple[Array, Array, Array], **options: Any) -> Case:
-        return Case(f"{name}-{TYPES[self.dtype.name]}", *operands, options)
+        types = dict.fromkeys(TYPES[dtype.name] for dtype in (self.dtype, self.keys))
+        return Case("-".join((name, *types)), *operands, options)
 
 
 def shapes(m: Maker) -> Iterator[Case]:
@@ -77,6 +82,7 @@ def shapes(m: Maker) -> Iterator[Case]:
     yield m.case("no-keys", m.qkv(5, 0))
     yield m.case("decode-key-ranges", m.qkv(1, 2500, batch=(), heads=4, kv_heads=2))
     yield m.case("tile-key-ranges", m.qkv(30, 4200, batch=(), heads=1, kv_heads=1, d=8))
+    yield m.case("tile-edges", m.qkv(65, 259, d=33))
     q, k, v = m.qkv(14, 29)
     swapped = tuple(np.ascontiguousarray(x.swapaxes(-2, -3)) for x in (q, k, v))
     yield m.case("layout-bshd", (swapped[0], swapped[1], swapped[2]), layout="bshd", causal=True)
@@ -151,11 +157,21 @@ def odd_values(m: Maker) -> Iterator[Case]:
 def cases(dtype: Any) -> Iterator[Case]:
     m = Maker(dtype, seed=20)
     for i, q_len in enumerate(LENGTHS):
-        if i % 2 == (m.dtype == np.float64):  # the lengths alternate between the types
+        if i % 2 == (m.dtype in (np.float64, ml_dtypes.bfloat16)):  # the lengths alternate between the types
             yield m.case(f"length-{q_len}", m.qkv(q_len, q_len + i, d=3 + 4 * i))
     groups: tuple[Callable[[Maker], Iterator[Case]], ...] = (shapes, limits, masks, scores, odd_values)
     for group in groups:
         yield from group(m)
+
+
+def narrower_keys() -> Iterator[Case]:
+    for wide in (np.float32, np.float64):
+        for narrow in NARROW:
+            m = Maker(wide, seed=21, keys=narrow)
+            for q_len in (1, 40):
+                yield m.case(f"{q_len}-queries-of-narrower-keys", m.qkv(q_len, 150, heads=4), causal=True)
+    m = Maker(np.float32, seed=22, keys=NARROW[0])
+    yield m.case("decode-key-ranges-of-narrower-keys", m.qkv(1, 2500, batch=(), heads=4, kv_heads=2))
 
 
 def write_number(file: BinaryIO, name: str, value: float) -> None:
@@ -164,9 +180,11 @@ def write_number(file: BinaryIO, name: str, value: float) -> None:
 
 def write_array(file: BinaryIO, name: str, values: Any) -> None:
     array = np.ascontiguousarray(values)
+    kind, shape = TYPES[array.dtype.name], " ".join(map(str, (np.ndim(values), *np.shape(values))))
+    if array.dtype in NARROW:  # bfloat16 is of another package, which does not turn bytes round
+        array = array.view(np.uint16)
     array = array.astype(array.dtype.newbyteorder("<"))
-    shape = " ".join(map(str, (np.ndim(values), *np.shape(values))))
-    file.write(f"array {name} {TYPES[array.dtype.name]} {shape}\n".encode() + array.tobytes() + b"\n")
+    file.write(f"array {name} {kind} {shape}\n".encode() + array.tobytes() + b"\n")
 
 
 def write_options(file: BinaryIO, options: dict[str, Any]) -> None:
@@ -189,7 +207,8 @@ def write_case(file: BinaryIO, case: Case, reference: ModuleType) -> None:
     precise = np.longdouble if case.q.dtype == np.float64 else np.float64
     exact = reference.attention(case.q, case.k, case.v, dtype=precise, **case.options)
     # Where NaN is visible, the other rows keep their bound.
-    sigma = reference.attention(case.q, np.nan_to_num(case.k), case.v, dtype=precise, **case.options).sigma
+    finite = np.nan_to_num(case.k.astype(precise))
+    sigma = reference.attention(case.q, finite, case.v, dtype=precise, **case.options).sigma
     trivial = case.k.shape[-2] == 0 or np.count_nonzero(exact.magnitude) * 4 < exact.magnitude.size
     assert trivial == (case.name.startswith(("no-keys", "lengths-empty"))), f"{case.name} compares little but zeros"
     file.write(f"case {case.name}\n".encode())
@@ -210,10 +229,10 @@ def main() -> None:
     count = 0
     with path.open("wb") as file:
         file.write(b"selfattn vectors 1\n")
-        for dtype in (np.float32, np.float64):
-            for case in cases(dtype):
-                write_case(file, case, reference)
-                count += 1
+        made = (cases(dtype) for dtype in (np.float32, np.float64, *NARROW))
+        for case in itertools.chain(*made, narrower_keys()):
+            write_case(file, case, reference)
+            count += 1
     print(f"{path}: {count} cases, {path.stat().st_size} bytes")
 
 

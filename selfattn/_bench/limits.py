@@ -1,0 +1,39 @@
+"""Holding everybody to an instruction set: selfattn and the libraries that peers take their products from."""
+
+from __future__ import annotations
+
+import os
+
+import selfattn
+
+# All of AVX-512 that a processor has, but no matrix unit: selfattn's ISAs of that name have none either.
+_AVX512 = {
+    "ATEN_CPU_CAPABILITY": "avx512",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX512_BF16",
+}
+LIMITS = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    },
+    "avx512": _AVX512,
+    "avx512_bf16": _AVX512,
+}
+
+
+def hold(isa: str) -> None:
+    """Set the environment of the processes that will measure.
+
+    Raises
+    ------
+    ValueError
+        If this machine lacks the instruction set.
+    """
+    if isa not in selfattn.isas():
+        raise ValueError(f"bench: this machine has no {isa}, only {', '.join(selfattn.isas())}")
+    os.environ.update(LIMITS[isa])
+    os.environ["SELFATTN_ISA"] = isa

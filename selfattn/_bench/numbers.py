@@ -1,0 +1,71 @@
+"""The types of numbers that workloads come in, and what each may cost in accuracy."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+PRECISIONS = ("highest", "high", "medium")
+
+# What names of workloads end in, so that results of several types can stand beside each other.
+SUFFIXES = {
+    "float32": "f32",
+    "float64": "f64",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "highest": "highest",
+    "high": "high",
+    "medium": "medium",
+}
+
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
+NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp: of 16 bits, only results are rounded
+PRODUCT_ROUNDOFF = {"highest": 0.0, "high": 2.0**-16, "medium": 2.0**-8}
+_SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # subnormal
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Find a NumPy dtype by name; bfloat16 comes from `ml_dtypes`."""
+    if name == "bfloat16":
+        bfloat16: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        return bfloat16
+    return np.dtype(name)
+
+
+def why_no_numbers(dtype: str) -> str:
+    """Why arrays of this type cannot be made here; empty if they can."""
+    if dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
+        return "bfloat16 needs the package ml_dtypes"
+    return ""
+
+
+def computed_in(dtype: str) -> str:
+    """Return the type that selfattn accumulates in: float32 for all that are narrower."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, deviation: float) -> NDArray[Any]:
+    """Draw normal numbers, the same ones for every type but for rounding and float64."""
+    drawn = rng.standard_normal(shape, dtype=np.float64 if dtype == "float64" else np.float32)
+    drawn *= deviation
+    return drawn.astype(numpy_dtype(dtype), copy=False)
+
+
+def bound_of(units: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    """Turn units of the unit roundoff into a bound; the reference's own rounding is added."""
+    dtype = computed_in(dtype)
+    return units * (UNIT_ROUNDOFF[dtype] + UNIT_ROUNDOFF["float64"]) + float(np.finfo(dtype).tiny)
+
+
+def rounded_bound(value: NDArray[Any], bound: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    """Add what rounding a result to a type of 16 bits may cost, half an ulp; nothing for others."""
+    if dtype not in NARROW_ROUNDOFF:
+        return bound
+    # Where the computation's error moves a result, its ulp moves with it.
+    rounded: NDArray[np.float64] = bound + (np.abs(value) + bound) * NARROW_ROUNDOFF[dtype] + _SMALLEST[dtype]
+    return rounded
