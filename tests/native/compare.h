@@ -9,10 +9,10 @@ namespace selfattn::test {
 // The largest share of its bound that an error takes; more than 1, or `wrong`, fails.
 constexpr double wrong = std::numeric_limits<double>::infinity();
 
-// `weight_rounding`: how far weights may be off because the kernel rounds them before it multiplies.
-double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double weight_rounding);
-double compare_lse(const Array& lse, const Array& exact, double sigma);
-double compare_weights(const Array& weights, const Array& exact, double sigma);
+// What the unit that multiplies adds to the bounds: `rounding` to those of out, and per unit of sigma to the others.
+double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double rounding);
+double compare_lse(const Array& lse, const Array& exact, double sigma, double score_rounding);
+double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding);
 
 bool same_bits(const Array& a, const Array& b);
 
