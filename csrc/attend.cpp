@@ -77,6 +77,7 @@ class Run {
                    problem_.head_dim,
                    problem_.value_dim,
                    terms_,
+                   plan_.out_type,
                    /*normalise=*/!parted,
                    slot.row_max,
                    slot.row_sum,

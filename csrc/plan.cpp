@@ -53,6 +53,8 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = ceil_div(plan.rows, vector) * vector;
+  // Tiles want keys of 16 bits widened or packed, which a vector of rows alone does not repay.
+  if (problem.group_size > 1 && is_narrow(problem.key.dtype) && 2 * plan.rows <= 3 * vector) return true;
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
 
@@ -124,6 +126,7 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.kernels = &kernels;
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
   plan.rows = problem.q_len * problem.group_size;
+  plan.out_type = problem.dtype;
   plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
@@ -133,7 +136,13 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   const std::int64_t range = std::max(wanted, ceil_div(problem.kv_len, most_ranges));
   plan.range_keys = ceil_div(range, plan.key_block) * plan.key_block;  // blocks never straddle ranges
   plan.ranges = few ? std::max<std::int64_t>(ceil_div(problem.kv_len, plan.range_keys), 1) : 1;
-  if (plan.ranges == 1) plan.range_keys = std::max<std::int64_t>(problem.kv_len, 1);
+  if (plan.ranges == 1) {
+    plan.range_keys = std::max<std::int64_t>(problem.kv_len, 1);
+    if (problem.out && is_narrow(problem.out.dtype) && in_place(problem, problem.out, problem.out.dtype)) {
+      plan.out_type = problem.out.dtype;
+      plan.copies_out = false;
+    }
+  }
   plan.tasks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.ranges;
 
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *

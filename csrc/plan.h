@@ -21,6 +21,7 @@ struct Plan {
   std::int64_t ranges;      // tasks along the keys; more than one: their results are merged
   std::int64_t tasks;
   bool copies_queries, copies_keys, copies_values, copies_out;  // operands that kernels cannot read or write in place
+  DType out_type;  // that kernels write: the type of computation, or that of out where they can write it in place
   int threads;
   std::size_t thread_bytes;  // scratch of one thread
   std::size_t shared_bytes;  // task order, partial results and their counters

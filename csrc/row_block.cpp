@@ -208,8 +208,8 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     const double sum = read_real(row_sum + i * size, problem.dtype);
     const bool undefined = sum == 0 && sees_a_key(problem, row);
     if (undefined)
-      fill_row(static_cast<char*>(row.out), size, problem.value_dim, std::numeric_limits<double>::quiet_NaN(),
-               problem.dtype);
+      fill_row(static_cast<char*>(row.out), size_of(plan.out_type), problem.value_dim,
+               std::numeric_limits<double>::quiet_NaN(), plan.out_type);
     if (plan.copies_out)
       scatter_row(*plan.kernels, element(problem, problem.out, span, place), problem.out.dtype, problem.out.column,
                   static_cast<char*>(row.out), problem.dtype, problem.value_dim);

@@ -309,12 +309,17 @@ struct RowAttention {
   }
 
   static void finish(const RowBlock& block) noexcept {
+    use_out_type<T>(block.out_type, [&](auto element) { finish_as<decltype(element)>(block); });
+  }
+
+  template <class Out>
+  static void finish_as(const RowBlock& block) {
     const Scratch s(block);
     for (int r = 0; r < block.count; ++r) {
       const T sum = static_cast<const T*>(block.row_sum)[r];
       // A row that saw nothing has sum 0 and output 0.
       const Vec<T> factor = broadcast(block.normalise && sum != T(0) ? T(1) / sum : T(1));
-      T* out = static_cast<T*>(block.rows[r].out);
+      Out* out = static_cast<Out*>(block.rows[r].out);
       for (std::int64_t d = 0; d < block.value_dim; d += W)
         store_up_to(out + d, load(s.out + r * s.out_step + d) * factor, block.value_dim - d);
     }

@@ -288,6 +288,11 @@ struct TileAttention {
 
   static void finish(const RowBlock& block) noexcept {
     Engine::stop();
+    use_out_type<T>(block.out_type, [&](auto element) { finish_as<decltype(element)>(block); });
+  }
+
+  template <class Out>
+  static void finish_as(const RowBlock& block) {
     const Scratch s(block);
     const T* row_sum = static_cast<const T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
@@ -302,7 +307,7 @@ struct TileAttention {
       }
       const T* out = out_of(block, s, first);
       columns_to_rows<T>(
-          strip.rows, block.value_dim, [&](int row) { return static_cast<T*>(block.rows[first + row].out); },
+          strip.rows, block.value_dim, [&](int row) { return static_cast<Out*>(block.rows[first + row].out); },
           [&](std::int64_t d, int row) { return load(out + d * lanes + row) * factor[row / W]; });
     }
   }

@@ -10,4 +10,14 @@ constexpr DType dtype_of(double) { return DType::f64; }
 constexpr DType dtype_of(Half) { return DType::f16; }
 constexpr DType dtype_of(BFloat) { return DType::bf16; }
 
+// Calls use with a number of the type that a block's outputs have; T is that of the computation.
+template <class T, class Use>
+inline void use_out_type(DType type, Use use) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (type == DType::bf16) return use(BFloat());
+    if (type == DType::f16) return use(Half());
+  }
+  use(T());
+}
+
 }  // namespace selfattn::SELFATTN_ISA

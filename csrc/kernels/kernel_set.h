@@ -17,7 +17,7 @@ constexpr double ln_2 = 0.69314718055994530942;
 
 struct Row {
   const void* query;         // head_dim contiguous elements of the kernel's type
-  void* out;                 // value_dim contiguous elements
+  void* out;                 // value_dim contiguous elements of the block's out_type
   const std::uint8_t* mask;  // the row's mask at key 0, or null: all visible
   const char* bias;          // the row's bias at key 0, or null: none
   void* scores;              // where the row's final scores are kept, at key 0, or null: nowhere
@@ -59,6 +59,7 @@ struct RowBlock {
   std::int64_t head_dim;
   std::int64_t value_dim;
   ScoreTerms terms;
+  DType out_type;  // the type of computation, or one of 16 bits
   bool normalise;  // finish divides by row_sum; otherwise the block is one of several key ranges
   void* row_max;   // per row, in the element type; valid after finish, room for whole strips
   void* row_sum;
