@@ -208,7 +208,8 @@ bool project_all(const ProjectionJob* jobs, int count, int num_threads, Interrup
   const auto bounce = [&](int slot) {
     return Bounce(memory.data() + own * static_cast<std::size_t>(slot), jobs, count);
   };
-  for (int slot = 0; own > 0 && slot < threads; ++slot) *bounce(slot).held = {};
+  for (int slot = 0; slot < threads; ++slot)
+    if (Held* held = bounce(slot).held) *held = {};
   TaskLoop loop(tasks, threads, interrupted);
   const auto body = [&](std::int64_t index, int slot) {
     const ProjectionJob* job = jobs;
