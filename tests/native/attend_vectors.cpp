@@ -15,7 +15,13 @@
 namespace selfattn::test {
 namespace {
 
-constexpr double weight_rounding = 0x1p-8;
+// docs/numerics.md derives them.
+Rounding rounding_of(const char* unit, DType dtype) {
+  if (std::strcmp(unit, "fma") == 0) return {};
+  if (dtype == DType::bf16) return {.values = 0x1p-8};
+  if (dtype == DType::f16) return {.values = 0x1p-16, .scores = 0x1p-16};
+  return {};
+}
 
 AttentionArguments arguments_of(const VectorCase& c) {
   AttentionArguments a;
@@ -45,18 +51,19 @@ Array array_of(DType dtype, const Shape& shape) {
 
 struct Results {
   Array out, lse, weights;
-  const char* kernel;
+  const char *kernel, *unit;
 };
 
 Results compute(const VectorCase& c, const KernelSet& kernels, int threads, bool with_weights) {
   Problem problem = make_problem(arguments_of(c));
   Results results{array_of(c.array("q").dtype(), out_shape(problem)), array_of(problem.dtype, lse_shape(problem)),
-                  array_of(problem.dtype, weights_shape(problem)), nullptr};
+                  array_of(problem.dtype, weights_shape(problem)), nullptr, nullptr};
   attach_out(problem, results.out.view());
   attach_lse(problem, results.lse.view());
   if (with_weights) attach_weights(problem, results.weights.view());
   const Plan plan = make_plan(problem, kernels, threads);
   results.kernel = plan.attend->name;
+  results.unit = plan.attend->unit;
   if (!attend(problem, plan, nullptr)) throw std::runtime_error("interrupted");
   return results;
 }
@@ -66,16 +73,16 @@ bool run(const VectorCase& c, const KernelSet& kernels) {
   begin_section(c.name.c_str());
   const Results fused = compute(c, kernels, 1, false), whole = compute(c, kernels, 3, true);
   const double sigma = c.numbers.at("sigma");
-  const bool rounds = std::strstr(fused.kernel, "bfloat16") != nullptr;  // weights, for products of bfloat16
-  const double out =
-      compare_out(fused.out, c.array("out"), c.array("magnitude"), sigma, rounds ? weight_rounding : 0.0);
-  const double lse = compare_lse(fused.lse, c.array("lse"), sigma);
-  const double weights = compare_weights(whole.weights, c.array("weights"), sigma);
+  const Rounding rounding = rounding_of(fused.unit, fused.out.dtype());
+  const double out = compare_out(fused.out, c.array("out"), c.array("magnitude"), sigma, rounding);
+  const double lse = compare_lse(fused.lse, c.array("lse"), sigma, rounding);
+  const double weights = compare_weights(whole.weights, c.array("weights"), sigma, rounding);
   // Neither threads nor the weights beside it change a result.
   const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
   const bool passed = out <= 1 && lse <= 1 && weights <= 1 && same;
-  std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f%s\n", passed ? "ok  " : "FAIL",
-              c.name.c_str(), fused.kernel, out, lse, weights, same ? "" : "; other bits with threads and weights");
+  std::printf("%s %-32s %-4s kernel, %-5s of the bounds: out %.2f, lse %.2f, weights %.2f%s\n",
+              passed ? "ok  " : "FAIL", c.name.c_str(), fused.kernel, fused.unit, out, lse, weights,
+              same ? "" : "; other bits with threads and weights");
   return passed;
 }
 

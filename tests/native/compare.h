@@ -9,10 +9,15 @@ namespace selfattn::test {
 // The largest share of its bound that an error takes; more than 1, or `wrong`, fails.
 constexpr double wrong = std::numeric_limits<double>::infinity();
 
-// `weight_rounding`: how far weights may be off because the kernel rounds them before it multiplies.
-double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double weight_rounding);
-double compare_lse(const Array& lse, const Array& exact, double sigma);
-double compare_weights(const Array& weights, const Array& exact, double sigma);
+// What a matrix unit rounds before it multiplies: how far that moves a result, relative to the sum of p |v|, by
+// rounding weights and values, and per unit of sigma by rounding queries and keys.
+struct Rounding {
+  double values = 0, scores = 0;
+};
+
+double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, Rounding rounding);
+double compare_lse(const Array& lse, const Array& exact, double sigma, Rounding rounding);
+double compare_weights(const Array& weights, const Array& exact, double sigma, Rounding rounding);
 
 bool same_bits(const Array& a, const Array& b);
 
