@@ -15,6 +15,7 @@ import pytest
 
 import selfattn
 from selfattn import reference
+from selfattn._rounding import rounding
 
 KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "kernels"
 KNOWN_ISAS = sorted(file.stem.removeprefix("isa_") for file in KERNELS.glob("isa_*.cpp"))
@@ -51,22 +52,6 @@ def half_ulp(exact: Any, dtype: np.dtype[Any]) -> Any:
         return 0.0
     bits = 11 if dtype == np.float16 else 8
     return abs(exact) * 2.0**-bits
-
-
-# What products on a matrix unit add to the error, relative to the sum of p|v|: by rounding weights and values, and per
-# unit of sigma by rounding queries and keys. docs/numerics.md derives them.
-_ROUNDINGS = {
-    ("bfloat16", "highest"): (2.0**-8, 0.0),
-    ("float16", "highest"): (2.0**-16, 2.0**-16),
-    ("float32", "high"): (2.0**-15, 2.0**-15),
-    ("float32", "medium"): (2.0**-7, 2.0**-7),
-}
-
-
-def rounding(q: Any, k: Any, v: Any, precision: str = "highest", **options: Any) -> tuple[float, float]:
-    """Return the entry of the unit that a call runs on; 0 where that is FMA."""
-    unit = selfattn.explain(q, k, v, precision=precision, **options)["unit"]
-    return (0.0, 0.0) if unit == "fma" else _ROUNDINGS[q.dtype.name, "highest" if q.dtype.itemsize == 2 else precision]
 
 
 def smallest_subnormal(dtype: np.dtype[Any]) -> float:

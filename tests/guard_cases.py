@@ -118,6 +118,8 @@ def score_settings(rng: Any) -> dict[str, Any]:
         settings["window"] = tuple(None if rng.random() < 0.2 else int(n) for n in rng.integers(0, 70, 2))
     if rng.random() < 0.3:
         settings["softcap"] = 5.0
+    if rng.random() < 0.3:
+        settings["precision"] = str(rng.choice(["high", "medium"]))
     return settings
 
 

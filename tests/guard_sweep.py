@@ -19,6 +19,7 @@ from guarded import SIDES, Heap, Region, Side, shifted
 
 import selfattn as sa
 from selfattn import reference
+from selfattn._rounding import rounding
 
 FILL = 0xFF  # NaN where a gap between an input's elements is taken for an element
 MARK = 0x5A  # what must stay in the gaps of `out`
@@ -89,7 +90,9 @@ def compare(case: Case, out: Any) -> None:
     # A weight below the normal numbers may be lost; and the reference, in float64 itself, may err as well.
     computed_in = np.float64 if out.dtype == np.float64 else np.float32
     lost = float(np.finfo(computed_in).smallest_normal) * float(np.sum(abs(v.astype(np.float64))))
-    bound = (16 + 4 * logits) * (unit + 2.0**-53) * exact.magnitude + lost
+    of_values, of_scores = rounding(q, k, v, **options, **case.settings)
+    relative = (16 + 4 * logits) * (unit + 2.0**-53) + of_values + exact.sigma * of_scores
+    bound = relative * exact.magnitude + lost
     if out.dtype in NARROW:  # rounded once more, to numbers that are further apart, and to the smallest of float16
         bound = (abs(exact.out) + bound) * (2.0**-11 if out.dtype == np.float16 else 2.0**-8) + bound + 2.0**-25
     assert np.all(abs(out.astype(np.float64) - exact.out) <= bound), "inaccurate"
