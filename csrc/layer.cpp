@@ -49,6 +49,8 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   arguments.k = key_.view;
   arguments.v = value_.view;
   arguments.bshd = true;
+  // Heads of a bfloat16 layer are as good as bfloat16: their products may be, too.
+  if (layer.query.pairs()) arguments.precision = Precision::medium;
   problem_ = make_problem(arguments);
   if (layer.output)
     heads_.emplace(static_cast<std::size_t>(

@@ -26,14 +26,19 @@ double flops(const ProjectionJob& job) {
          static_cast<double>(job.projection.depth()) * static_cast<double>(job.projection.columns());
 }
 
+// Elements of a bounced row.
+std::int64_t bounce_step(const Projection& projection) {
+  return projection.pairs() ? (projection.depth() + 1) / 2 * 2 : projection.depth();
+}
+
 bool in_place(const ProjectionJob& job) {
   const RowsView& x = job.x;
-  const DType dtype = job.projection.computation();
-  const std::int64_t size = size_of(dtype);
-  bool aligned = reinterpret_cast<std::uintptr_t>(x.data) % static_cast<std::uintptr_t>(size) == 0 &&
-                 x.row % size == 0 && x.column == size;
-  for (int axis = 0; axis < x.outer_axes; ++axis) aligned = aligned && x.outer_stride[axis] % size == 0;
-  return x.dtype == dtype && aligned;
+  const DType dtype = job.projection.operand();
+  const std::int64_t grid = job.projection.pairs() ? 2 * narrow_size : size_of(dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(x.data) % static_cast<std::uintptr_t>(grid) == 0 &&
+                 x.row % grid == 0 && x.column == size_of(dtype);
+  for (int axis = 0; axis < x.outer_axes; ++axis) aligned = aligned && x.outer_stride[axis] % grid == 0;
+  return x.dtype == dtype && aligned && bounce_step(job.projection) == job.projection.depth();
 }
 
 // What a bounced block of x was made from: the panels of a block follow one another, and so do projections of one x.
@@ -59,7 +64,7 @@ struct Bounce {
     std::int64_t x_bytes = 0, out_bytes = 0;
     for (const ProjectionJob* job = jobs; job != jobs + count; ++job) {
       const std::int64_t size = size_of(job->projection.computation());
-      if (!in_place(*job)) x_bytes = std::max(x_bytes, bytes_of(project_rows, job->projection.depth(), size));
+      if (!in_place(*job)) x_bytes = std::max(x_bytes, bytes_of(project_rows, bounce_step(job->projection), size));
       if (is_narrow(job->out_dtype))
         out_bytes = std::max(out_bytes, bytes_of(project_rows, job->projection.panel_columns(), size));
     }
@@ -71,6 +76,16 @@ struct Bounce {
     bytes = carver.used;
   }
 };
+
+void gather(const Projection& projection, char* to, const char* from, const RowsView& x, std::int64_t rows) {
+  const std::int64_t depth = projection.depth(), step = bounce_step(projection), size = size_of(projection.operand());
+  if (step == depth)
+    return gather_rows(projection.kernels(), to, projection.operand(), from, x.dtype, x.row, x.column, rows, depth);
+  for (std::int64_t r = 0; r < rows; ++r, to += step * size, from += x.row) {
+    gather_rows(projection.kernels(), to, projection.operand(), from, x.dtype, x.row, x.column, 1, depth);
+    std::memset(to + depth * size, 0, static_cast<std::size_t>((step - depth) * size));
+  }
+}
 
 void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce) noexcept {
   const Projection& projection = job.projection;
@@ -86,18 +101,18 @@ void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce)
   std::int64_t step = x.row;
   if (!in_place(job)) {
     if (!bounce.held->is(from, job)) {
-      gather_rows(projection.kernels(), bounce.x, dtype, from, x.dtype, x.row, x.column, rows, projection.depth());
+      gather(projection, bounce.x, from, x, rows);
       *bounce.held = {from, &job};
     }
     from = bounce.x;
-    step = projection.depth() * size;
+    step = bounce_step(projection) * size_of(projection.operand());
   }
   char* out = job.out + (outer * x.rows + first) * job.out_step;
   if (!is_narrow(job.out_dtype))
-    return projection.project(panel, from, step / size, rows, out + panel * projection.panel_columns() * size,
-                              job.out_step / size);
+    return projection.project(panel, from, step / size_of(projection.operand()), rows,
+                              out + panel * projection.panel_columns() * size, job.out_step / size);
   const std::int64_t width = projection.panel_columns();
-  projection.project(panel, from, step / size, rows, bounce.out, width);
+  projection.project(panel, from, step / size_of(projection.operand()), rows, bounce.out, width);
   const std::int64_t columns = std::min(width, projection.columns() - panel * width);
   for (std::int64_t r = 0; r < rows; ++r)
     scatter_row(projection.kernels(), out + r * job.out_step + panel * width * narrow_size, job.out_dtype, narrow_size,
@@ -112,16 +127,15 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
     : kernels_(&kernels),
       types_(computed_in(weights.dtype) == DType::f32 ? &kernels.f32 : &kernels.f64),
       dtype_(weights.dtype),
+      pairs_(weights.dtype == DType::bf16 && kernels.matrix.project_bf16 != nullptr),
       depth_(weights.shape[0]),
       columns_(weights.shape[1]) {
   const std::int64_t width = panel_columns(), size = size_of(dtype_), wide = size_of(computation());
-  const std::int64_t bytes = bytes_of(panels(), depth_, width, size);
+  const std::int64_t rows = panel_rows(), bytes = bytes_of(panels(), rows, width, size);
   panels_.reset(allocate_aligned(static_cast<std::size_t>(bytes)));
   std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
-  const char* from = static_cast<const char*>(weights.data);
   for (std::int64_t first = 0; first < columns_; first += width)
-    copy_rows(panels_.get() + first * depth_ * size, width * size, size, from + first * weights.strides[1],
-              weights.strides[0], weights.strides[1], depth_, std::min(width, columns_ - first), size);
+    pack_panel(weights, first, panels_.get() + first * rows * size);
   if (!bias) return;
   bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, wide))));
   std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * wide));
@@ -129,13 +143,28 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
               1, columns_);
 }
 
+std::int64_t Projection::panel_rows() const {
+  constexpr std::int64_t whole = 32;  // elements of a tile's depth
+  return pairs_ ? (depth_ + whole - 1) / whole * whole : depth_;
+}
+
+void Projection::pack_panel(const TensorView& weights, std::int64_t first, char* panel) const {
+  const std::int64_t size = size_of(dtype_), width = panel_columns(), row = weights.strides[0];
+  const std::int64_t columns = std::min(width, columns_ - first), together = pairs_ ? 2 : 1;
+  const char* from = static_cast<const char*>(weights.data) + first * weights.strides[1];
+  for (std::int64_t i = 0; i < together && i < depth_; ++i)
+    copy_rows(panel + i * size, together * width * size, together * size, from + i * row, together * row,
+              weights.strides[1], (depth_ - i + together - 1) / together, columns, size);
+}
+
 void Projection::project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
                          std::int64_t out_step) const noexcept {
   const std::int64_t width = panel_columns(), first = panel * width;
-  const auto kernel = dtype_ == DType::f16    ? types_->project_f16
+  const auto kernel = pairs_                  ? kernels_->matrix.project_bf16
+                      : dtype_ == DType::f16  ? types_->project_f16
                       : dtype_ == DType::bf16 ? types_->project_bf16
                                               : types_->project;
-  kernel({x, x_step, rows, depth_, panels_.get() + first * depth_ * size_of(dtype_),
+  kernel({x, x_step, rows, depth_, panels_.get() + first * panel_rows() * size_of(dtype_),
           bias_ ? bias_.get() + first * size_of(computation()) : nullptr, out, out_step,
           static_cast<int>(std::min(width, columns_ - first))});
 }

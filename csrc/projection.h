@@ -31,19 +31,28 @@ class Projection {
   std::int64_t panels() const { return (columns_ + types_->panel_columns - 1) / types_->panel_columns; }
   std::int64_t panel_columns() const { return types_->panel_columns; }
   DType computation() const { return computed_in(dtype_); }
+  // The type that rows of x must have: weights of bfloat16 are multiplied in pairs along the depth where a unit does
+  // so.
+  DType operand() const { return pairs_ ? dtype_ : computation(); }
+  bool pairs() const { return pairs_; }
   const KernelSet& kernels() const { return *kernels_; }
 
-  // Columns of one panel for `rows` rows of x; x and out have contiguous elements of the type of computation.
+  // Columns of one panel for `rows` rows of x, of contiguous elements of type operand() (see KernelSet for pairs), to
+  // rows of contiguous elements of the type of computation.
   void project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
                std::int64_t out_step) const noexcept;
 
  private:
+  std::int64_t panel_rows() const;  // along the depth
+  void pack_panel(const TensorView& weights, std::int64_t first_column, char* panel) const;
+
   struct Free {
     void operator()(char* p) const;
   };
   const KernelSet* kernels_;
   const TypeKernels* types_;
   DType dtype_;
+  bool pairs_;
   std::int64_t depth_, columns_;
   std::unique_ptr<char, Free> panels_;
   std::unique_ptr<char, Free> bias_;

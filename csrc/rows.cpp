@@ -86,6 +86,8 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const char* 
   for (std::int64_t r = 0; r < rows; ++r, to += count * size, from += from_row) {
     if (is_narrow(from_type) && to_type == DType::f32)
       widen_row(conversion_of(kernels, from_type), to, from, from_column, count);
+    else if (is_narrow(to_type) && from_type == DType::f32 && from_column == size_of(from_type))
+      scatter_row(kernels, to, to_type, size, from, from_type, count);
     else  // to double: rare
       for (std::int64_t i = 0; i < count; ++i)
         write_real(to + i * size, read_real(from + i * from_column, from_type), to_type);

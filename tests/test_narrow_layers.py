@@ -39,11 +39,18 @@ def widened(given: dict[str, Any], wide: Any = np.float64) -> dict[str, Any]:
     return {name: x.astype(wide) for name, x in given.items()}
 
 
-def assert_rounded_once(found: Any, exact: Any, dtype: Any) -> None:
+def between_steps(dtype: Any) -> float:
+    """Return what rounding between a layer's steps may add, relative to the largest result: 0 where that is float32's."""
+    many = np.zeros((60, 8), dtype)
+    rounds = dtype.name == "bfloat16" and sa.explain(many, many, many)["unit"] != "fma"
+    return 2.0**-6 if rounds else 0.0
+
+
+def assert_rounded_once(found: Any, exact: Any, dtype: Any, steps: float = 0.0) -> None:
     assert found.dtype == dtype
     assert found.shape == exact.shape
     # What three products in a row err by in float32, and then half an ulp.
-    error = 3e-6 * max(1, float(np.max(abs(exact), initial=0)))
+    error = (3e-6 + steps) * max(1, float(np.max(abs(exact), initial=0)))
     bound = (abs(exact) + error) * HALF_ULP[dtype.name] + error
     assert np.all(abs(found.astype(np.float64) - exact) <= bound)
 
@@ -66,10 +73,11 @@ def test_layer(isa: str, rng: Any, normal: Any, shape: Any, rope: Any, dtype: An
         x = normal(*leading, length, shape[0], dtype=dtype)
         y, lse, attended = layer(x, **OPTIONS)
         exact, exact_lse, exact_weights = sa.self_attention(x.astype(np.float64), **widened(params), **heads, **OPTIONS)
-        assert_rounded_once(y, exact, dtype)
+        steps = between_steps(dtype)
+        assert_rounded_once(y, exact, dtype, steps)
         assert lse.dtype == attended.dtype == np.float32
-        assert np.max(abs(lse - exact_lse)) < 1e-5
-        assert np.max(abs(attended - exact_weights)) < 1e-5
+        assert np.max(abs(lse - exact_lse)) < 1e-5 + steps
+        assert np.max(abs(attended - exact_weights)) < 1e-5 + steps
         assert same(sa.self_attention(x, **params, **heads, causal=True, softcap=4.0), y)
 
 
@@ -83,7 +91,7 @@ def test_context_and_out(isa: str, rng: Any, normal: Any, dtype: Any) -> None:
         exact = sa.self_attention(
             x.astype(np.float64), **widened(params), num_heads=4, num_kv_heads=2, context=context.astype(np.float64)
         )
-        assert_rounded_once(found, exact, dtype)
+        assert_rounded_once(found, exact, dtype, between_steps(dtype))
         for out in (np.zeros_like(found), np.zeros((*found.shape[:-1], 3 * found.shape[-1]), dtype)[..., ::3]):
             assert layer(x, context=context, out=out) is out
             assert same(out, found)

@@ -3,6 +3,7 @@
 #include "kernels/attend_tile.h"
 #include "kernels/engine_amx.h"
 #include "kernels/isa_avx512.h"
+#include "kernels/project_amx.h"
 
 namespace selfattn::SELFATTN_ISA {
 
@@ -23,7 +24,8 @@ constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
                  .f16 = &amx_tile<Half, 2>,
                  .f32_highest = nullptr,
                  .f32_high = &amx_tile<float, 2>,
-                 .f32_medium = &amx_tile<float, 1>},
+                 .f32_medium = &amx_tile<float, 1>,
+                 .project_bf16 = project_amx},
   };
 }
 

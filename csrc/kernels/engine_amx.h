@@ -3,9 +3,8 @@
 //   scores^T: keys, as they stand, are the left operand, and queries the right one    out^T: values transposed, and
 //   probs
 //
-// Sums stand in 2 x 2 tiles, 32 keys or dims by 32 rows: four products for four loads. The small products of split
-// operands come first, so that they are added to each other before they meet the large ones.
 #pragma once
+#include "kernels/amx_matmul.h"
 #include "kernels/pair_operands.h"
 
 namespace selfattn::SELFATTN_ISA {
@@ -47,10 +46,11 @@ struct AmxEngine : PairOperands<E, Terms> {
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                       std::int64_t head_dim, std::int64_t, float, float* scores) {
     const std::int64_t depth = row_cells(head_dim), step = block.memory.key_step;
-    const float* keys = block.memory.keys + seen.skipped * step;
-    for (int key = 0; key < seen.count; key += 2 * W, keys += 2 * W * step)
-      multiply_rows_of<Cols>(seen.count - key, keys, step, block.memory.key_plane, queries.packed, depth * Cols * W,
-                             depth, scores + key * Cols * W, /*adds=*/false);
+    const CellMatrix packed{queries.packed, Cols * W, depth * Cols * W};
+    for (int key = 0; key < seen.count; key += 2 * W) {
+      const CellMatrix keys{block.memory.keys + (seen.skipped + key) * step, step, block.memory.key_plane};
+      multiply_rows_of<Cols>(seen.count - key, keys, packed, depth, scores + key * Cols * W, /*adds=*/false);
+    }
     Operands::mend_scores(block, seen, queries, head_dim, Cols * W, 1.0f, scores);
   }
 
@@ -100,54 +100,34 @@ struct AmxEngine : PairOperands<E, Terms> {
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, std::int64_t depth,
                                                 std::int64_t value_dim, float* out) {
     const std::int64_t step = block.memory.value_step;
-    const float* values = block.memory.values + seen.skipped / cell;
-    for (std::int64_t dim = 0; dim < value_dim; dim += 2 * W, values += 2 * W * step)
-      multiply_rows_of<Cols>(value_dim - dim, values, step, block.memory.value_plane, block.probs, block.prob_plane,
-                             depth, out + dim * Cols * W, /*adds=*/true);
+    const CellMatrix probs{block.probs, Cols * W, block.prob_plane};
+    for (std::int64_t dim = 0; dim < value_dim; dim += 2 * W) {
+      const CellMatrix values{block.memory.values + dim * step + seen.skipped / cell, step, block.memory.value_plane};
+      multiply_rows_of<Cols>(value_dim - dim, values, probs, depth, out + dim * Cols * W, /*adds=*/true);
+    }
   }
 
   // One or two tiles of rows, as many as `left` rows need.
   template <int Cols>
-  static void multiply_rows_of(std::int64_t left, const float* a, std::int64_t a_step, std::int64_t a_plane,
-                               const float* b, std::int64_t b_plane, std::int64_t depth, float* sums, bool adds) {
+  static void multiply_rows_of(std::int64_t left, const CellMatrix& a, const CellMatrix& b, std::int64_t depth,
+                               float* sums, bool adds) {
     if (left > W)
-      multiply<2, Cols>(a, a_step, a_plane, b, b_plane, depth, sums, adds);
+      multiply<2, Cols>(a, b, depth, sums, adds);
     else
-      multiply<1, Cols>(a, a_step, a_plane, b, b_plane, depth, sums, adds);
+      multiply<1, Cols>(a, b, depth, sums, adds);
   }
 
-  // Tiles 0-3: sums. 4, 5: left operands. 6, 7: right operands.
   template <int Rows, int Cols>
-  static void multiply(const float* a, std::int64_t a_step, std::int64_t a_plane, const float* b, std::int64_t b_plane,
-                       std::int64_t depth, float* sums, bool adds) {
-    constexpr int lanes = Cols * W;
-    each_sum<Rows, Cols>([&]<int R, int C>() {
-      if (adds)
-        load_tile<2 * R + C>(sums + R * W * lanes + C * W, lanes);
-      else
-        clear_tile<2 * R + C>();
-    });
-    for (int order = Terms - 1; order >= 0; --order)
-      for (int i = order; i >= 0; --i) {
-        const float* left = a + i * a_plane;
-        const float* right = b + (order - i) * b_plane;
-        for (std::int64_t k = 0; k < depth; k += W) {
-          load_tile<4>(left + k, a_step);
-          if constexpr (Rows > 1) load_tile<5>(left + W * a_step + k, a_step);
-          load_tile<6>(right + k * lanes, lanes);
-          if constexpr (Cols > 1) load_tile<7>(right + k * lanes + W, lanes);
-          each_sum<Rows, Cols>([&]<int R, int C>() { multiply_tiles<2 * R + C, 4 + R, 6 + C>(); });
-        }
-      }
-    each_sum<Rows, Cols>([&]<int R, int C>() { store_tile<2 * R + C>(sums + R * W * lanes + C * W, lanes); });
-  }
-
-  template <int Rows, int Cols, class Use>
-  static void each_sum(Use use) {
-    use.template operator()<0, 0>();
-    if constexpr (Cols > 1) use.template operator()<0, 1>();
-    if constexpr (Rows > 1) use.template operator()<1, 0>();
-    if constexpr (Rows > 1 && Cols > 1) use.template operator()<1, 1>();
+  static void multiply(const CellMatrix& a, const CellMatrix& b, std::int64_t depth, float* sums, bool adds) {
+    if (adds)
+      load_sums<Rows, Cols>(sums, Cols * W);
+    else
+      clear_sums<Rows, Cols>();
+    const auto load_left = [&]<int Tile, int R>(int term, std::int64_t k) {
+      load_tile<Tile>(a.data + term * a.plane + R * tile_rows * a.step + k, a.step);
+    };
+    multiply_cells<Terms, Rows, Cols>(load_left, b, depth);
+    store_sums<Rows, Cols>(sums, Cols * W);
   }
 };
 

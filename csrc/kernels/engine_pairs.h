@@ -7,6 +7,7 @@ namespace selfattn::SELFATTN_ISA {
 
 struct PairUnit {
   using Real = float;
+  static constexpr int cell = 2;
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 

@@ -62,7 +62,7 @@ constexpr TypeKernels type_kernels() {
                       .lanes = Vec<T>::width,
                       .row_limit = RowLimit,
                       .panel_columns = TileVectors * Vec<T>::width,
-                      .project = project<T, TileRows, TileVectors>,
+                      .project = project<FmaUnit<T>, TileRows, TileVectors>,
                       .project_f16 = nullptr,
                       .project_bf16 = nullptr,
                       .weigh = weigh<T>,
@@ -70,8 +70,8 @@ constexpr TypeKernels type_kernels() {
   if constexpr (sizeof(T) == sizeof(float)) {
     kernels.row_f16 = &RowAttention<T, MaxSums, Half>::kernel;
     kernels.row_bf16 = &RowAttention<T, MaxSums, BFloat>::kernel;
-    kernels.project_f16 = project<T, TileRows, TileVectors, Half>;
-    kernels.project_bf16 = project<T, TileRows, TileVectors, BFloat>;
+    kernels.project_f16 = project<FmaUnit<T>, TileRows, TileVectors, Half>;
+    kernels.project_bf16 = project<FmaUnit<T>, TileRows, TileVectors, BFloat>;
   }
   return kernels;
 }

@@ -42,6 +42,9 @@ inline void store_tile(float* p, std::int64_t step) {
   }
 }
 
+// The unit knows no subnormal numbers, neither in operands nor in sums.
+inline VecF flushed(VecF x) { return select(abs(x) < broadcast(0x1p-126f), copy_sign(broadcast(0.0f), x), x); }
+
 template <int Sums, int Left, int Right>
 inline void multiply_tiles() {
   need_tiles();
@@ -50,11 +53,11 @@ inline void multiply_tiles() {
     store(left, tiles.row[Left][m]);
     VecF first = broadcast(0.0f), second = broadcast(0.0f);
     for (int k = 0; k < 16; ++k) {
-      const VecF cells = broadcast(left[k]);
-      first = fma(first_of(cells), first_of(tiles.row[Right][k]), first);
-      second = fma(second_of(cells), second_of(tiles.row[Right][k]), second);
+      const VecF a = broadcast(left[k]), b = tiles.row[Right][k];
+      first = flushed(fma(flushed(first_of(a)), flushed(first_of(b)), first));
+      second = flushed(fma(flushed(second_of(a)), flushed(second_of(b)), second));
     }
-    tiles.row[Sums][m] = tiles.row[Sums][m] + (first + second);
+    tiles.row[Sums][m] = flushed(flushed(tiles.row[Sums][m]) + flushed(first + second));
   }
 }
 

@@ -28,9 +28,7 @@ double last_rounding(const Array& array) {
   return array.dtype() == DType::f16 ? 0x1p-11 : array.dtype() == DType::bf16 ? 0x1p-8 : 0;
 }
 
-double relative_bound(const Array& array, double sigma, Rounding rounding) {
-  return (16 + 4 * sigma) * unit_of(array) + sigma * rounding.scores;
-}
+double relative_bound(const Array& array, double sigma) { return (16 + 4 * sigma) * unit_of(array); }
 
 // The largest error over its bound; bound(i) is asked for finite values only. What is not finite must be the same.
 template <class Bound>
@@ -48,26 +46,27 @@ double largest_share(const Array& got, const Array& exact, Bound bound) {
 
 }  // namespace
 
-double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, Rounding rounding) {
+double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double rounding) {
   if (magnitude.size() != exact.size()) return wrong;
   return largest_share(out, exact, [&](std::int64_t i, double y) {
-    const double bound = (relative_bound(out, sigma, rounding) + rounding.values) * magnitude.at(i);
+    const double bound = (relative_bound(out, sigma) + rounding) * magnitude.at(i);
     // The result itself must be rounded to its type; below the normal numbers that is an absolute error.
     return bound + (std::abs(y) + bound) * last_rounding(out) + smallest_of(out);
   });
 }
 
-double compare_lse(const Array& lse, const Array& exact, double sigma, Rounding rounding) {
-  const double bound = relative_bound(lse, sigma, rounding);
-  return largest_share(lse, exact, [&](std::int64_t, double y) { return bound * (1 + std::abs(y)); });
+double compare_lse(const Array& lse, const Array& exact, double sigma, double score_rounding) {
+  return largest_share(lse, exact, [&](std::int64_t, double y) {
+    return (relative_bound(lse, sigma) + sigma * score_rounding) * (1 + std::abs(y));
+  });
 }
 
-double compare_weights(const Array& weights, const Array& exact, double sigma, Rounding rounding) {
-  const double bound = 2 * relative_bound(weights, sigma, rounding), unit = unit_of(weights) + rounding.scores;
+double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding) {
   return largest_share(weights, exact, [&](std::int64_t, double y) {
     // Numerator and denominator err; a small weight errs with the size of its logit, biases included.
     const double logit = y > 0 ? std::abs(std::log(y)) : 0;
-    return (bound + 4 * logit * unit) * y + 1e-37;
+    const double bound = relative_bound(weights, sigma) + sigma * score_rounding;
+    return (2 * bound + 4 * logit * (unit_of(weights) + score_rounding)) * y + 1e-37;
   });
 }
 

@@ -1,0 +1,63 @@
+// Products of matrices of cells on AMX: sums of up to 2 x 2 tiles stand while the depth passes, four products for four
+// loads.
+#pragma once
+#include <cstdint>
+
+#include "simd/vec.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+constexpr int tile_rows = 16, tile_cells = 16;
+
+// A matrix of cells, or the terms of one in planes.
+struct CellMatrix {
+  const float* data;
+  std::int64_t step;   // cells from row to row
+  std::int64_t plane;  // from term to term
+};
+
+// Use is called with the row and the column of each of Rows x Cols tiles.
+template <int Rows, int Cols, class Use>
+inline void each_tile(Use use) {
+  use.template operator()<0, 0>();
+  if constexpr (Cols > 1) use.template operator()<0, 1>();
+  if constexpr (Rows > 1) use.template operator()<1, 0>();
+  if constexpr (Rows > 1 && Cols > 1) use.template operator()<1, 1>();
+}
+
+// Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads the
+// left tile of a row of tiles. The small products of split operands come first, so that they are added to each other
+// before they meet the large ones.
+template <int Terms, int Rows, int Cols, class LoadLeft>
+inline void multiply_cells(LoadLeft load_left, const CellMatrix& right, std::int64_t depth) {
+  for (int order = Terms - 1; order >= 0; --order)
+    for (int i = order; i >= 0; --i) {
+      const float* b = right.data + (order - i) * right.plane;
+      for (std::int64_t k = 0; k < depth; k += tile_cells, b += tile_cells * right.step) {
+        load_left.template operator()<4, 0>(i, k);
+        if constexpr (Rows > 1) load_left.template operator()<5, 1>(i, k);
+        load_tile<6>(b, right.step);
+        if constexpr (Cols > 1) load_tile<7>(b + VecF::width, right.step);
+        each_tile<Rows, Cols>([]<int R, int C>() { multiply_tiles<2 * R + C, 4 + R, 6 + C>(); });
+      }
+    }
+}
+
+template <int Rows, int Cols>
+inline void clear_sums() {
+  each_tile<Rows, Cols>([]<int R, int C>() { clear_tile<2 * R + C>(); });
+}
+
+template <int Rows, int Cols>
+inline void load_sums(const float* sums, std::int64_t step) {
+  each_tile<Rows, Cols>(
+      [&]<int R, int C>() { load_tile<2 * R + C>(sums + R * tile_rows * step + C * VecF::width, step); });
+}
+
+template <int Rows, int Cols>
+inline void store_sums(float* sums, std::int64_t step) {
+  each_tile<Rows, Cols>(
+      [&]<int R, int C>() { store_tile<2 * R + C>(sums + R * tile_rows * step + C * VecF::width, step); });
+}
+
+}  // namespace selfattn::SELFATTN_ISA
