@@ -13,13 +13,13 @@ import numpy as np
 
 import selfattn
 
+from . import reference
 from ._bench.check import (
     Expected,
     Mismatch,
-    attention_reference,
+    Units,
     check,
     expected_parts,
-    product_roundoff,
 )
 from ._bench.numbers import DTYPES, bound_of, numpy_dtype, rounded_bound, why_no_numbers
 from ._bench.peers import OWN
@@ -28,7 +28,6 @@ from ._bench.workloads import block_workload
 
 Attention = Callable[..., Any]
 Options = dict[str, Any]
-References = list[tuple[Any, Any, Any]]
 Shape = tuple[int, int, int, int, int, int, int]
 
 MINUS_INFINITY = -(2.0**100)
@@ -233,37 +232,31 @@ def run(attention: Attention | None = None, write: Callable[[str], Any] = print)
 def _check_case(tally: Tally, case: Case, attention: Attention | None) -> None:
     function: Attention = attention or selfattn.attention
     asked: Options = {"return_lse": True, "return_weights": True} if case.returns else {}
-    exact = _references(case, case.arrays)
+    exact = reference.attention(*case.arrays, **case.options)
     for dtype in _dtypes():
-        q, k, v = (array.astype(numpy_dtype(dtype)) for array in case.arrays)
-        references = exact if dtype in ("float32", "float64") else _references(case, (q, k, v))
+        arrays = tuple(array.astype(numpy_dtype(dtype)) for array in case.arrays)
+        result = exact if dtype in ("float32", "float64") else reference.attention(*arrays, **case.options)
         for isa in selfattn.isas():
             name = f"{case.group} {dtype} {isa} shape {case.shape}"
-            call = partial(function, q, k, v, **case.options, **asked)
+            call = partial(function, *arrays, **case.options, **asked)
             with _use_isa(isa):
-                tally.add(name, call, *_expected(references, dtype))
+                unit = selfattn.explain(*arrays, **case.options)["unit"]
+                tally.add(name, call, *_expected(case, result, dtype, unit))
 
 
-def _expected(references: References, dtype: str) -> Iterator[list[Expected]]:
-    """Bounds for the active ISA. lse and weights are float32 where the result has 16 bits."""
-    for index, (value, units, magnitude) in enumerate(references):
-        bound = bound_of(units, dtype) + product_roundoff(dtype) * magnitude
-        yield [Expected((slice(None),), value, bound if index else rounded_bound(value, bound, dtype))]
+def _expected(case: Case, result: reference.Result, dtype: str, unit: str) -> Iterator[list[Expected]]:
+    """Every array the call should return; lse and weights are float32 where the result has 16 bits."""
+    units, whole = Units.of(result.sigma, dtype, "highest", unit), (slice(None),)
+    bound = bound_of(units.out * result.magnitude, dtype)
+    yield [Expected(whole, result.out, rounded_bound(result.out, bound, dtype))]
+    if case.returns:
+        lse = np.where(np.isneginf(result.lse), MINUS_INFINITY, result.lse)
+        yield [Expected(whole, lse, bound_of(units.lse + np.abs(lse), dtype))]
+        yield [Expected(whole, result.weights, bound_of(units.weights * result.weights, dtype))]
 
 
 def _dtypes() -> list[str]:
     return [dtype for dtype in DTYPES if not why_no_numbers(dtype)]
-
-
-def _references(case: Case, arrays: tuple[Array, Array, Array]) -> References:
-    """Every array the call should return, its bound in units of the unit roundoff, and what rounded weights move."""
-    result, factor = attention_reference(*arrays, case.options)
-    found = [(result.out, factor * result.magnitude, result.magnitude)]
-    if case.returns:
-        lse = np.where(np.isneginf(result.lse), MINUS_INFINITY, result.lse)
-        nothing = np.float64(0.0)
-        found += [(lse, factor + np.abs(lse), nothing), (result.weights, factor * result.weights, nothing)]
-    return found
 
 
 def _check_layers() -> Tally:

@@ -15,11 +15,12 @@ from selfattn._bench import command, limits, numbers, targets_command
 from selfattn._bench.check import (
     COARSE_ERRORS,
     Mismatch,
+    Units,
     check,
     check_coarsely,
     coarse_error,
     expected_parts,
-    product_roundoff,
+    unit_of,
 )
 from selfattn._bench.grid import GROUPS
 from selfattn._bench.measure import check_all, measure
@@ -151,19 +152,36 @@ def test_our_own_results_keep_the_tight_bound(workload, dtype):
         check("an ulp beside", beside, expected)
 
 
-def test_products_of_bfloat16_round_weights(monkeypatch):
-    def roundoffs():
-        return [product_roundoff(*axis) for axis in [("float32", "highest"), *AXES]]
+def test_a_matrix_unit_may_round_what_it_multiplies():
+    def units(dtype, precision, unit):
+        return Units.of(2.0, dtype, precision, unit)
 
-    for isa in ("avx512", "avx2", "neon"):
-        monkeypatch.setattr(selfattn, "active_isa", lambda isa=isa: isa)
-        assert roundoffs() == [0, 2.0**-16, 2.0**-8, 0, 0]
-        tight = expected_parts(CASES[0].varied("bfloat16"), CASES[0].varied("bfloat16").make_arrays())
-    for isa in ("amx", "avx512_bf16"):
-        monkeypatch.setattr(selfattn, "active_isa", lambda isa=isa: isa)
-        assert roundoffs() == [0, 2.0**-16, 2.0**-8, 2.0**-8, 0]
-        wide = expected_parts(CASES[0].varied("bfloat16"), CASES[0].varied("bfloat16").make_arrays())
-        assert all((w.bound > 1.5 * t.bound).all() for w, t in zip(wide, tight, strict=True))
+    assert units("float64", "highest", "amx") == units("float32", "high", "fma") == Units(24, 24, 24)
+    assert units("float32", "highest", "amx") == units("bfloat16", "highest", "fma") == Units(24, 24, 24)
+    assert units("bfloat16", "highest", "amx") == Units(24 + 2**16, 24, 24)
+    assert units("float16", "highest", "amx") == Units(24 + 3 * 2**8, 24 + 2 * 2**8, 24 + 12 * 2**8)
+    assert units("float32", "medium", "pairs") == Units(24 + 3 * 2**17, 24 + 2 * 2**17, 24 + 12 * 2**17)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@by_name(CASES)
+def test_the_unit_is_the_one_that_explain_names(workload, dtype, monkeypatch):
+    workload, asked = workload.varied(dtype), []
+    monkeypatch.setattr(selfattn, "explain", lambda *qkv, **options: asked.append((qkv, options)) or {"unit": "amx"})
+    tight = workload.make_arrays()
+    assert unit_of(workload) == "amx"
+    (shapes, options), w = asked.pop(), workload
+    assert [x.shape for x in shapes] == [
+        (w.batch, w.num_heads, w.q_len, w.head_dim),
+        (w.batch, w.num_kv_heads, w.kv_len, w.head_dim),
+        (w.batch, w.num_kv_heads, w.kv_len, w.value_dim),
+    ]
+    assert {x.dtype for x in shapes} == {numbers.numpy_dtype(dtype)}
+    assert options == {"precision": "highest"}
+    rounded = expected_parts(workload, tight)
+    monkeypatch.setattr(selfattn, "explain", lambda *qkv, **options: {"unit": "fma"})
+    exact = expected_parts(workload, tight)
+    assert all((r.bound > e.bound).all() for r, e in zip(rounded, exact, strict=True))
 
 
 class Wrong(NumPy):

@@ -69,6 +69,13 @@ def columns_apart(x: Any) -> Any:
     return wide[..., ::3]
 
 
+def every_second(x: Any) -> Any:
+    """As far apart as floats are."""
+    wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan).astype(x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
 def heads_last(x: Any) -> Any:
     return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3) if x.ndim > 2 else x
 
@@ -200,7 +207,7 @@ def test_mixtures_that_are_refused(q: str, k: str, v: str, message: str) -> None
 
 
 @types
-@pytest.mark.parametrize("layout", [backwards, columns_apart, heads_last, misaligned])
+@pytest.mark.parametrize("layout", [backwards, columns_apart, every_second, heads_last, misaligned])
 @pytest.mark.parametrize("shape", [TILE, ROW, RANGES], ids=str)
 def test_strides_do_not_matter(isa: str, normal: Any, rng: Any, layout: Any, shape: Any, dtype: Any) -> None:
     q, k, v = operands(normal, shape, dtype)
@@ -210,6 +217,31 @@ def test_strides_do_not_matter(isa: str, normal: Any, rng: Any, layout: Any, sha
         for given in ((layout(wide), k, v), (wide, layout(k), v), (wide, k, layout(v))):
             assert same(everything(*given, bias=bias), expected)
         assert same(everything(wide, k, v, bias=layout(bias)), expected)
+
+
+@types
+@pytest.mark.parametrize("q_len", [2, 40])
+def test_heads_of_many_numbers(isa: str, check: Any, normal: Any, dtype: Any, q_len: int) -> None:
+    # Numbers that lie apart are brought together a few hundred at a time.
+    q, k, v = normal(q_len, 600, dtype=dtype), normal(30, 600, dtype=dtype), normal(30, 700, dtype=dtype)
+    expected = check(q, k, v)
+    for layout in (columns_apart, every_second, backwards):
+        assert same((sa.attention(layout(q), layout(k), layout(v)),), (expected,))
+        out = layout(np.zeros_like(expected))
+        assert same((sa.attention(q, k, v, out=out),), (expected,))
+
+
+@types
+@pytest.mark.parametrize("q_len", [2, 40])
+def test_halves_are_rounded_to_even(isa: str, dtype: Any, q_len: int) -> None:
+    ulp = float(ml_dtypes.finfo(dtype).eps)
+    first = np.array([1 + k * ulp for k in range(8)] + [-1 - k * ulp for k in range(8)])
+    v = np.stack([first, first + np.sign(first) * ulp])
+    q = np.zeros((q_len, 4), dtype)
+    out = sa.attention(q, q[:2], v.astype(dtype)).astype(np.float64)
+    steps = (abs(out) - 1) / ulp
+    assert np.array_equal(steps % 2, np.zeros_like(steps))
+    assert np.all(abs(out - v.mean(axis=0)) == ulp / 2)
 
 
 def test_foreign_byte_order(isa: str, normal: Any) -> None:

@@ -124,6 +124,14 @@ def test_weights_of_any_strides(isa: str, rng: Any, normal: Any, dtype: Any) -> 
     assert same(sa.self_attention(x, **transposed, num_heads=4, num_kv_heads=2), expected)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("added", "result"), [(223, 65504), (239, 65504), (240, np.inf), (5e3, np.inf), (6e4, np.inf)])
+def test_float16_overflows_where_it_rounds_beyond(isa: str, sign: int, added: float, result: float) -> None:
+    one, none = np.ones((1, 1), np.float16), np.zeros((1, 1), np.float16)
+    layer = sa.SelfAttention(none, none, 255 * one, sign * 256 * one, b_o=sign * one[0] * added, num_heads=1)
+    assert layer(one) == sign * result  # 255 · 256 is 224 less than the largest float16
+
+
 @types
 def test_types_must_agree(rng: Any, normal: Any, dtype: Any) -> None:
     other = TYPES[1 - TYPES.index(dtype)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +10,11 @@ from numpy.typing import NDArray
 import selfattn
 from selfattn import reference
 
-from .numbers import PRODUCT_ROUNDOFF, bound_of, rounded_bound
+from .numbers import MATRIX_ROUNDINGS, UNIT_ROUNDOFF, bound_of, computed_in, numpy_dtype, rounded_bound
 from .workload import Array, Arrays, Workload
 
 Float64 = NDArray[np.float64]
 
-PAIR_UNITS = ("amx", "bf16")  # parts of the names of ISAs that multiply bfloat16: weights are rounded for them
 # What others may lose of a result as a whole: they round between their steps, each where it likes.
 COARSE_ERRORS = {"bfloat16": 2e-2, "float16": 3e-3, "medium": 2e-2, "high": 3e-3}
 MAX_PAIRS = 2**22  # pairs of a query and a key a check computes in float64: under a second
@@ -44,27 +41,40 @@ class Expected:
     bound: Float64
 
 
-def attention_reference(q: Array, k: Array, v: Array, options: Mapping[str, Any]) -> tuple[reference.Result, float]:
-    """Compute a reference result and how often its error bound counts the unit roundoff u.
+@dataclass(frozen=True)
+class Units:
+    """How often the bounds of a call's results count the unit roundoff u.
 
-    The bound of an output is (16 + 4 s) u sum_j p_j |v_j|, s the largest
-    scale sum_d |q_d k_d| of the call; the factor 16 + 4 s is returned.
-
-    Parameters
-    ----------
-    q, k, v : ndarray, shapes (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv)
-    options : mapping
-        Keyword arguments of `selfattn.attention`.
+    The bound of an output is (16 + 4 sigma) u sum_j p_j |v_j| and what a matrix unit rounds besides; sigma is the
+    largest scale sum_d |q_d k_d| of the call.
     """
-    result = reference.attention(q, k, v, **options)
-    return result, 16.0 + 4.0 * result.sigma
+
+    out: float
+    lse: float
+    weights: float
+
+    @classmethod
+    def of(cls, sigma: float, dtype: str, precision: str, unit: str) -> Units:
+        """Count for a type of numbers, a precision, and the unit that `explain` names."""
+        values, scores = (0.0, 0.0) if unit == "fma" else MATRIX_ROUNDINGS.get((dtype, precision), (0.0, 0.0))
+        roundoff = UNIT_ROUNDOFF[computed_in(dtype)]
+        own, rounded = 16.0 + 4.0 * sigma, sigma * scores / roundoff
+        # A weight errs with its own score and with all others, which its row is divided by.
+        return cls(own + rounded + values / roundoff, own + rounded, own + 6.0 * rounded)
 
 
-def product_roundoff(dtype: str, precision: str = "highest") -> float:
-    """Return what factors of products are rounded by: as `precision` allows, or as the active ISA's unit needs."""
-    if dtype == "bfloat16" and any(unit in selfattn.active_isa() for unit in PAIR_UNITS):
-        return PRODUCT_ROUNDOFF["medium"]
-    return PRODUCT_ROUNDOFF[precision]
+def unit_of(workload: Workload) -> str:
+    """Return the unit that multiplies in a workload's attention."""
+    w, nothing = workload, np.zeros((), numpy_dtype(workload.dtype))
+    q, k, v = (
+        np.broadcast_to(nothing, (w.batch, heads, length, dim))
+        for heads, length, dim in (
+            (w.num_heads, w.q_len, w.head_dim),
+            (w.num_kv_heads, w.kv_len, w.head_dim),
+            (w.num_kv_heads, w.kv_len, w.value_dim),
+        )
+    )
+    return str(selfattn.explain(q, k, v, precision=w.precision)["unit"])
 
 
 def coarse_error(workload: Workload) -> float:
@@ -73,9 +83,10 @@ def coarse_error(workload: Workload) -> float:
 
 
 def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
-    """Compute what a right output holds: all, or rows at start, middle and end of some heads."""
+    """Compute what a right output holds on the active ISA: all, or rows at start, middle and end of some heads."""
+    unit = unit_of(workload)
     if workload.kind == "block":
-        return _block_parts(workload, arrays)
+        return _block_parts(workload, arrays, unit)
     parts = []
     entries = _few(workload.batch)
     heads = _few(workload.num_heads)
@@ -83,7 +94,7 @@ def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
     for entry in entries:
         for head in heads:
             for start, stop in _row_ranges(workload.q_len, max(1, rows)):
-                parts.append(_attention_part(workload, arrays, entry, head, slice(start, stop)))
+                parts.append(_attention_part(workload, arrays, unit, entry, head, slice(start, stop)))
     return parts
 
 
@@ -101,7 +112,7 @@ def _row_ranges(q_len: int, rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + part, q_len)) for start in starts]
 
 
-def _attention_part(workload: Workload, arrays: Arrays, entry: int, head: int, rows: slice) -> Expected:
+def _attention_part(workload: Workload, arrays: Arrays, unit: str, entry: int, head: int, rows: slice) -> Expected:
     at_entry, at_head = slice(entry, entry + 1), slice(head, head + 1)
     kv_head = head // workload.group_size
     at_kv_head = slice(kv_head, kv_head + 1)
@@ -115,16 +126,14 @@ def _attention_part(workload: Workload, arrays: Arrays, entry: int, head: int, r
         options["alibi_slopes"] = options["alibi_slopes"][at_head]
     if workload.options.causal or workload.options.window or workload.options.alibi:
         options["q_offset"] = int(workload.offsets()[entry]) + rows.start
-    result, factor = attention_reference(
+    result = reference.attention(
         arrays["q"][at_entry, at_head, rows],
         arrays["k"][at_entry, at_kv_head],
         arrays["v"][at_entry, at_kv_head],
-        options,
+        **options,
     )
-    # Weights are rounded and, where they hold more bits than products may have, q, k and v.
-    rounded = 1.0 if workload.product_dtype == workload.dtype else 2.0 + 2.0 * result.sigma
-    bound = bound_of(factor * result.magnitude, workload.dtype)
-    bound += rounded * product_roundoff(workload.dtype, workload.precision) * result.magnitude
+    units = Units.of(result.sigma, workload.dtype, workload.precision, unit)
+    bound = bound_of(units.out * result.magnitude, workload.dtype)
     return Expected((at_entry, at_head, rows), result.out, rounded_bound(result.out, bound, workload.dtype))
 
 
@@ -134,7 +143,7 @@ def _cut(array: Array, index: tuple[slice, ...]) -> Array:
     return array[tuple(whole if array.shape[i] == 1 else part for i, part in enumerate(index))]
 
 
-def _block_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
+def _block_parts(workload: Workload, arrays: Arrays, unit: str) -> list[Expected]:
     """Projections and attention in float64 for the first, middle and last batch entries."""
     options = workload.attention_options(arrays)
     double = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
@@ -149,14 +158,15 @@ def _block_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
                 ("v", workload.num_kv_heads),
             )
         )
-        result, factor = attention_reference(q, k, v, options)
+        result = reference.attention(q, k, v, **options)
+        attended = Units.of(result.sigma, workload.dtype, workload.precision, unit).out
         # Roundings have random signs: their sums over d_model and over the concatenated heads
         # grow like square roots. Worst cases would allow a thousand times what is ever seen.
-        units = join_heads(factor * result.magnitude + 4.0 * workload.d_model**0.5)
+        units = join_heads(attended * result.magnitude + 4.0 * workload.d_model**0.5)
         units = np.sqrt(units**2 @ double["w_o"] ** 2) + np.abs(double["b_o"])
         value = join_heads(result.out) @ double["w_o"] + double["b_o"]
-        bound = bound_of(units, workload.dtype) + units * product_roundoff(workload.dtype, workload.precision)
-        parts.append(Expected((at_entry,), value, rounded_bound(value, bound, workload.dtype)))
+        bound = rounded_bound(value, bound_of(units, workload.dtype), workload.dtype)
+        parts.append(Expected((at_entry,), value, bound))
     return parts
 
 

@@ -23,7 +23,7 @@ from sandbox import Sandbox
 from table import Mutant, load
 
 MODULES = ["attention", "masks", "options", "layouts", "layer", "rope", "errors", "determinism", "numerics"]
-MODULES += ["properties", "guard_pages"]
+MODULES += ["narrow", "narrow_layers", "properties", "guard_pages"]
 LEAST_KILLED = 0.9
 
 
