@@ -8,7 +8,7 @@ from ._attention import explain
 
 # What products on a matrix unit add to the error, relative to the sum of p|v|: by rounding weights and values, and per
 # unit of sigma by rounding queries and keys. docs/numerics.md derives them.
-_ROUNDINGS = {
+MATRIX_ROUNDINGS = {
     ("bfloat16", "highest"): (2.0**-8, 0.0),
     ("float16", "highest"): (2.0**-16, 2.0**-16),
     ("float32", "high"): (2.0**-15, 2.0**-15),
@@ -19,4 +19,8 @@ _ROUNDINGS = {
 def rounding(q: Any, k: Any, v: Any, precision: str = "highest", **options: Any) -> tuple[float, float]:
     """Return the entry of the unit that a call runs on; 0 where that is FMA."""
     unit = explain(q, k, v, precision=precision, **options)["unit"]
-    return (0.0, 0.0) if unit == "fma" else _ROUNDINGS[q.dtype.name, "highest" if q.dtype.itemsize == 2 else precision]
+    return (
+        (0.0, 0.0)
+        if unit == "fma"
+        else MATRIX_ROUNDINGS[q.dtype.name, "highest" if q.dtype.itemsize == 2 else precision]
+    )

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 import selfattn
 from selfattn import reference
 
-from .numbers import MATRIX_ROUNDINGS, UNIT_ROUNDOFF, bound_of, computed_in, numpy_dtype, rounded_bound
+from .._rounding import MATRIX_ROUNDINGS
+from .numbers import UNIT_ROUNDOFF, bound_of, computed_in, numpy_dtype, rounded_bound
 from .workload import Array, Arrays, Workload
 
 Float64 = NDArray[np.float64]

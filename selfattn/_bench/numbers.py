@@ -25,14 +25,6 @@ SUFFIXES = {
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
 NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp: of 16 bits, only results are rounded
-# What products on a matrix unit add to the error, relative to sum_j p_j |v_j|: by rounding weights and values, and per
-# unit of sigma by rounding queries and keys.
-MATRIX_ROUNDINGS = {
-    ("bfloat16", "highest"): (2.0**-8, 0.0),
-    ("float16", "highest"): (2.0**-16, 2.0**-16),
-    ("float32", "high"): (2.0**-15, 2.0**-15),
-    ("float32", "medium"): (2.0**-7, 2.0**-7),
-}
 _SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # subnormal
 
 
