@@ -40,7 +40,7 @@ def widened(given: dict[str, Any], wide: Any = np.float64) -> dict[str, Any]:
 
 
 def between_steps(dtype: Any) -> float:
-    """Return what rounding between a layer's steps may add, relative to the largest result: 0 where that is float32's."""
+    """Return what rounding between the steps of a layer may add, relative to the largest result: 0 if it is float32."""
     many = np.zeros((60, 8), dtype)
     rounds = dtype.name == "bfloat16" and sa.explain(many, many, many)["unit"] != "fma"
     return 2.0**-6 if rounds else 0.0
