@@ -146,6 +146,8 @@ def _cut(array: Array, index: tuple[slice, ...]) -> Array:
 
 def _block_parts(workload: Workload, arrays: Arrays, unit: str) -> list[Expected]:
     """Projections and attention in float64 for the first, middle and last batch entries."""
+    # Between the steps, a matrix unit's projections of bfloat16 are rounded, as operands of float32 would be.
+    axis = ("float32", "medium") if workload.dtype == "bfloat16" else (workload.dtype, workload.precision)
     options = workload.attention_options(arrays)
     double = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
     parts = []
@@ -160,7 +162,7 @@ def _block_parts(workload: Workload, arrays: Arrays, unit: str) -> list[Expected
             )
         )
         result = reference.attention(q, k, v, **options)
-        attended = Units.of(result.sigma, workload.dtype, workload.precision, unit).out
+        attended = Units.of(result.sigma, *axis, unit).out
         # Roundings have random signs: their sums over d_model and over the concatenated heads
         # grow like square roots. Worst cases would allow a thousand times what is ever seen.
         units = join_heads(attended * result.magnitude + 4.0 * workload.d_model**0.5)
