@@ -37,12 +37,12 @@ void read_share(void* context, int slot) noexcept {
 
 }  // namespace
 
-double measure_fma_peak(const TypeKernels& kernels, double seconds) {
+double measure_product_peak(double (*loop)(std::int64_t rounds) noexcept, double seconds) {
   double best = 0;
   const Clock::time_point start = Clock::now();
   do {
     const Clock::time_point begin = Clock::now();
-    const double flops = kernels.fma_loop(20000);
+    const double flops = loop(20000);
     best = std::max(best, flops / seconds_since(begin));
   } while (seconds_since(start) < seconds);
   return best;

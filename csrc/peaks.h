@@ -6,8 +6,8 @@
 
 namespace selfattn {
 
-// Floating-point operations a second of one thread on registers only.
-double measure_fma_peak(const TypeKernels& kernels, double seconds);
+// Floating-point operations a second of one thread in a loop that multiplies on registers only.
+double measure_product_peak(double (*loop)(std::int64_t rounds) noexcept, double seconds);
 
 // Bytes a second that `num_threads` threads read from a buffer of so many bytes, over and over.
 double measure_read_bandwidth(std::size_t bytes, int num_threads, double seconds);

@@ -33,10 +33,13 @@ py::dict build_config() {
   return d;
 }
 
-double fma_peak(const std::string& isa, const std::string& dtype, double seconds) {
+double product_peak(const std::string& isa, const std::string& dtype, double seconds) {
   const KernelSet& kernels = kernels_named(isa);
   const py::gil_scoped_release release;
-  return measure_fma_peak(dtype == "float64" ? kernels.f64 : kernels.f32, seconds);
+  const bool on_matrix_unit = dtype == "bfloat16" && kernels.matrix.product_loop;
+  const auto loop =
+      on_matrix_unit ? kernels.matrix.product_loop : (dtype == "float64" ? kernels.f64 : kernels.f32).fma_loop;
+  return measure_product_peak(loop, seconds);
 }
 
 double read_bandwidth(std::size_t bytes, int num_threads, double seconds) {
@@ -68,7 +71,7 @@ void register_machine(py::module_& module) {
   module.def("cgroup_cpus", &cgroup_cpus);
   module.def("subnormals_survive", &subnormals_survive);
   module.def("build_config", &build_config);
-  module.def("measure_fma_peak", &fma_peak);
+  module.def("measure_product_peak", &product_peak);
   module.def("measure_read_bandwidth", &read_bandwidth);
 }
 

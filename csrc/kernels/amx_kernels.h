@@ -25,7 +25,8 @@ constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
                  .f32_highest = nullptr,
                  .f32_high = &amx_tile<float, 2>,
                  .f32_medium = &amx_tile<float, 1>,
-                 .project_bf16 = project_amx},
+                 .project_bf16 = project_amx,
+                 .product_loop = tile_loop},
   };
 }
 

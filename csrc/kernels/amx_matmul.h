@@ -60,4 +60,19 @@ inline void store_sums(float* sums, std::int64_t step) {
       [&]<int R, int C>() { store_tile<2 * R + C>(sums + R * tile_rows * step + C * VecF::width, step); });
 }
 
+// How many products the unit makes at best.
+inline double tile_loop(std::int64_t rounds) noexcept {
+  alignas(64) float zeros[tile_rows * tile_cells] = {};
+  configure_tiles();
+  clear_sums<2, 2>();
+  load_tile<4>(zeros, tile_cells);
+  load_tile<5>(zeros, tile_cells);
+  load_tile<6>(zeros, tile_cells);
+  load_tile<7>(zeros, tile_cells);
+  for (std::int64_t n = 0; n < rounds; ++n)
+    each_tile<2, 2>([]<int R, int C>() { multiply_tiles<2 * R + C, 4 + R, 6 + C>(); });
+  release_tiles();
+  return 2.0 * 4 * tile_rows * 16 * 2 * tile_cells * static_cast<double>(rounds);
+}
+
 }  // namespace selfattn::SELFATTN_ISA

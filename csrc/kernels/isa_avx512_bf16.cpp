@@ -3,6 +3,7 @@
 #include "kernels/attend_tile.h"
 #include "kernels/engine_pairs.h"
 #include "kernels/isa_avx512.h"
+#include "kernels/product_loop.h"
 #include "kernels/project.h"
 
 namespace selfattn::avx512_bf16 {
@@ -22,7 +23,8 @@ extern constexpr KernelSet kernels{
                .f32_highest = nullptr,
                .f32_high = nullptr,
                .f32_medium = &TileAttention<PairEngine<float, 8>, 3>::kernel,
-               .project_bf16 = project<PairUnit, 8, 3>},
+               .project_bf16 = project<PairUnit, 8, 3>,
+               .product_loop = product_loop<PairUnit, 16>},
 };
 
 }  // namespace selfattn::avx512_bf16

@@ -105,7 +105,7 @@ struct TypeKernels {
   void (*project_bf16)(const ProjectArgs&) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
-  // Runs FMAs on registers only; returns their number of floating-point operations.
+  // Multiplies on registers only; returns the number of floating-point operations.
   double (*fma_loop)(std::int64_t rounds) noexcept;
 };
 
@@ -115,8 +115,8 @@ struct Conversion {
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
 };
 
-// Tile kernels whose products round operands or sums of them to what a matrix unit takes; null: the ISA has none that
-// is faster than FMA.
+// Kernels whose products are of bfloat16, which their operands are, are split into or are rounded to. Null where the ISA
+// has none that is faster than FMA.
 struct MatrixKernels {
   const AttendKernel* bf16;         // operands of bfloat16
   const AttendKernel* f16;          // of float16, split into two bfloat16
@@ -126,6 +126,8 @@ struct MatrixKernels {
   // x and weights of bfloat16: rows of x on a 4-byte grid, an odd depth filled up with 0; panels [cells][panel_columns]
   // of pairs along the depth, a multiple of 16 of them.
   void (*project_bf16)(const ProjectArgs&) noexcept;
+  // Multiplies on registers or tiles only; returns the number of floating-point operations.
+  double (*product_loop)(std::int64_t rounds) noexcept;
 };
 
 struct KernelSet {

@@ -3,6 +3,7 @@
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
 #include "kernels/kernel_set.h"
+#include "kernels/product_loop.h"
 #include "kernels/project.h"
 
 namespace selfattn::SELFATTN_ISA {
@@ -18,21 +19,6 @@ inline void weigh(void* scores, std::int64_t count, double row_max, double facto
     // A hidden key has weight 0 also where a visible one made the maximum or the sum NaN.
     store_up_to(score + j, select(s == broadcast(minus_infinity<T>), broadcast(T(0)), weight), count - j);
   }
-}
-
-// Each sum is a recurrence that no compiler may shorten; `Chains` of them hide the latency of one.
-template <class T, int Chains>
-inline double fma_loop(std::int64_t rounds) noexcept {
-  Vec<T> sums[Chains];
-  for (int i = 0; i < Chains; ++i) sums[i] = broadcast(static_cast<T>(i));
-  const Vec<T> factor = broadcast(T(0.999)), term = broadcast(T(0.001));
-  for (std::int64_t n = 0; n < rounds; ++n)
-    for (int i = 0; i < Chains; ++i) sums[i] = fma(sums[i], factor, term);
-  Vec<T> total = sums[0];
-  for (int i = 1; i < Chains; ++i) total = total + sums[i];
-  volatile T used = reduce_sum(total);
-  static_cast<void>(used);
-  return 2.0 * Chains * Vec<T>::width * static_cast<double>(rounds);
 }
 
 template <class E>
@@ -66,7 +52,7 @@ constexpr TypeKernels type_kernels() {
                       .project_f16 = nullptr,
                       .project_bf16 = nullptr,
                       .weigh = weigh<T>,
-                      .fma_loop = fma_loop<T, MaxSums>};
+                      .fma_loop = product_loop<FmaUnit<T>, MaxSums>};
   if constexpr (sizeof(T) == sizeof(float)) {
     kernels.row_f16 = &RowAttention<T, MaxSums, Half>::kernel;
     kernels.row_bf16 = &RowAttention<T, MaxSums, BFloat>::kernel;

@@ -150,7 +150,7 @@ class Peaks:
 
     def flops(self, dtype: str) -> float:
         """FLOP/s of a loop of multiply-adds on one core, times the threads."""
-        return float(_core.measure_fma_peak(self.isa, dtype, self.seconds)) * self.threads
+        return float(_core.measure_product_peak(self.isa, dtype, self.seconds)) * self.threads
 
     def bandwidth(self, num_bytes: int) -> float:
         """Bytes/s of all threads reading an array of this size again and again."""
