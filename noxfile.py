@@ -17,6 +17,8 @@ CPP = [str(p) for folder in ("csrc", "tests") for p in sorted(Path(folder).rglob
 # Pinned: another version would format differently.
 LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
+# One instruction set more, which works like AMX: so that its kernels are tested on machines without it.
+EMULATED = "SELFATTN_EMULATE_AMX=ON"
 
 
 def install_tests(session: nox.Session, *settings: str) -> None:
@@ -74,7 +76,7 @@ def run_native(session: nox.Session, *settings: str) -> None:
     build = Path(session.create_tmp()) / "native"
     shutil.rmtree(build, ignore_errors=True)
     defines = ["CMAKE_BUILD_TYPE=Release", "SELFATTN_BUILD_PYTHON=OFF", "SELFATTN_BUILD_NATIVE_TESTS=ON"]
-    options = [f"-D{name}" for name in (*defines, "SELFATTN_WERROR=ON")]
+    options = [f"-D{name}" for name in (*defines, "SELFATTN_WERROR=ON", EMULATED)]
     session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *options, *settings)
     session.run("cmake", "--build", str(build))
     session.run("python", "tests/native/write_vectors.py", str(build / "vectors.bin"))
@@ -117,7 +119,7 @@ def targets(session: nox.Session) -> None:
 def asan(session: nox.Session) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC)."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
-    install_tests(session, *settings)
+    install_tests(session, *settings, f"-Ccmake.define.{EMULATED}")
     # Python itself is not instrumented, so the runtimes must come first.
     libraries = [
         subprocess.run(
@@ -188,7 +190,8 @@ def coverage(session: nox.Session) -> None:
     shutil.rmtree(build, ignore_errors=True)
     # Atomic, since counts that threads lose would make others negative.
     flags = "-O1 --coverage -fprofile-update=atomic"
-    install_tests(session, f"-Cbuild-dir={build}", f"-Ccmake.define.CMAKE_CXX_FLAGS_RELEASE={flags}")
+    settings = (f"CMAKE_CXX_FLAGS_RELEASE={flags}", EMULATED)
+    install_tests(session, f"-Cbuild-dir={build}", *(f"-Ccmake.define.{setting}" for setting in settings))
     session.env["COVERAGE_FILE"] = str(build / "python")
     # Where every allocation of the process fails, those of the measurement fail as well.
     left_out = ["--deselect=tests/test_allocation.py::test_each_allocation_in_turn[process"]

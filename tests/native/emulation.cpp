@@ -68,6 +68,23 @@ bool agree(const Results& a, const Results& b) {
   return agree(a.out, b.out) && agree(a.lse, b.lse) && (!a.weights || agree(a.weights, b.weights));
 }
 
+// Projections of both sets on the same numbers.
+bool projections_agree(Random& random, const KernelSet& one, const KernelSet& other) {
+  const std::int64_t rows = 1 + random.below(70), cells = 1 + random.below(60), columns = 1 + random.below(48);
+  const std::int64_t whole = (cells + 15) / 16 * 16, width = one.f32.panel_columns;
+  const Array x = numbers(random, DType::bf16, {rows, 2 * cells}, false);
+  const Array panel = numbers(random, DType::bf16, {whole, 2 * width}, false);
+  const Array bias = numbers(random, DType::f32, {width}, false);
+  const auto project = [&](const KernelSet& set) {
+    Array out(DType::f32, {rows, width});
+    out.each([](char* p) { store(p, DType::f32, 7); });
+    set.matrix.project_bf16(
+        {x.at(0), 2 * cells, rows, 2 * cells, panel.at(0), bias.at(0), out.at(0), width, static_cast<int>(columns)});
+    return out;
+  };
+  return agree(project(one), project(other));
+}
+
 }  // namespace
 
 int main() {
@@ -97,6 +114,11 @@ int main() {
       ++failed;
       std::printf("round %d, type %d, precision %d: other bits\n", round, static_cast<int>(mode.dtype),
                   static_cast<int>(mode.precision));
+    }
+  for (int round = 0; round < rounds; ++round)
+    if (!projections_agree(random, *processor, *emulation)) {
+      ++failed;
+      std::printf("projection %d: other bits\n", round);
     }
   std::printf("emulation: %d calls, %d on tiles, %d failed\n", rounds * 4, matrix, failed);
   return failed == 0 && matrix > rounds * 3 ? 0 : 1;
