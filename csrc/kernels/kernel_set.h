@@ -115,8 +115,8 @@ struct Conversion {
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
 };
 
-// Kernels whose products are of bfloat16, which their operands are, are split into or are rounded to. Null where the ISA
-// has none that is faster than FMA.
+// Kernels whose products are of bfloat16, which their operands are, are split into or are rounded to. Null where the
+// ISA has none that is faster than FMA.
 struct MatrixKernels {
   const AttendKernel* bf16;         // operands of bfloat16
   const AttendKernel* f16;          // of float16, split into two bfloat16
