@@ -82,7 +82,8 @@ def attention(
     out : ndarray, optional
         Where to put the result: its exact shape and dtype, any strides. May overlap with an input.
     precision : {"highest", "high", "medium"}
-        The least accurate products allowed for float32. All give float32 accuracy today.
+        The least accurate products allowed for float32: of full accuracy, of two or of one bfloat16 per number (16 or
+        8 bits). Taken where a unit of the CPU makes them faster; `explain` names it, docs/numerics.md bounds the error.
     num_threads : int, optional
         Threads to use at most; default `get_num_threads`. Never changes a bit of the result.
 
@@ -108,7 +109,8 @@ def attention(
     -----
     A row that sees no key (by mask, bias, causal, window and lengths) gives exactly 0, weight 0 and lse −inf. What
     is hidden never matters, not even as NaN; what is visible propagates as in IEEE arithmetic.
-    Numbers of 16 bits are read as they stand and computed with in float32; `out` alone is rounded to q's dtype.
+    Numbers of 16 bits are read as they stand and summed in float32; `out` is rounded to q's dtype, and on units that
+    multiply bfloat16 the weights are as well.
     For a given instruction set, shape and options the bits of one batch entry and KV head depend on nothing else.
 
     The mechanism is that of Vaswani et al., "Attention is all you need" (2017); the one-pass softmax that of Milakov

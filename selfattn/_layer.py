@@ -25,8 +25,8 @@ class SelfAttention:
     ----------
     w_q : array_like, shape (d_model, H·D)
         ``x @ w_q`` is literal: a PyTorch ``Linear`` holds the transpose, pass ``linear.weight.T``. float32,
-        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In 16 bits every
-        step is computed in float32, and y alone is rounded.
+        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In 16 bits
+        y is rounded and, on units that multiply bfloat16, what a step multiplies.
     w_k : array_like, shape (d_context, Hkv·D)
     w_v : array_like, shape (d_context, Hkv·Dv)
     w_o : array_like, shape (H·Dv, d_out), optional
