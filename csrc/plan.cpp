@@ -20,6 +20,7 @@ constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
 constexpr int fewest_strips = 2;
 constexpr int most_strips = 8;
 constexpr std::int64_t blocks_wanted = 8;
+constexpr std::int64_t packed_blocks_wanted = 2;  // fewer blocks pack less often
 // Queries and outputs of a row block stay in L2 beside the K and V block.
 constexpr std::int64_t row_block_bytes = std::int64_t{448} << 10;
 constexpr std::size_t largest_scratch = std::size_t{2} << 20;
@@ -104,7 +105,8 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const int strip = plan.attend->strip_rows;
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
   const std::int64_t fitting = row_block_bytes / row_bytes / strip;
-  const std::int64_t strips = std::min(plan.rows / blocks_wanted / strip, fitting);
+  const std::int64_t wanted = plan.attend->packs ? packed_blocks_wanted : blocks_wanted;
+  const std::int64_t strips = std::min(plan.rows / wanted / strip, fitting);
   plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most_strips));
   plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
   // Very wide heads: fewer rows, to keep the scratch within its limit.

@@ -325,8 +325,8 @@ struct RowAttention {
     }
   }
 
-  static constexpr AttendKernel kernel{"row",         "fma", dtype_of(T()), dtype_of(E()), 1,
-                                       scratch_bytes, begin, absorb,        finish};
+  static constexpr AttendKernel kernel{"row", "fma",         dtype_of(T()), dtype_of(E()), false,
+                                       1,     scratch_bytes, begin,         absorb,        finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -312,8 +312,9 @@ struct TileAttention {
     }
   }
 
-  static constexpr AttendKernel kernel{
-      "tile", Engine::unit, Engine::operands, Engine::operands, strip_rows, scratch_bytes, begin, absorb, finish};
+  static constexpr AttendKernel kernel{"tile",        Engine::unit, Engine::operands, Engine::operands,
+                                       Engine::packs, strip_rows,   scratch_bytes,    begin,
+                                       absorb,        finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -39,6 +39,7 @@ struct FmaEngine {
   using Real = T;
   static constexpr int W = Vec<T>::width;
   static constexpr const char* unit = "fma";
+  static constexpr bool packs = false;
   static constexpr DType operands = dtype_of(T());
   static constexpr int cell = 1, alignment = 1;
   static constexpr bool scales = true;

@@ -71,6 +71,7 @@ struct AttendKernel {
   const char* unit;  // of the CPU, which its products run on
   DType queries;     // the types that it reads; maxima, sums and outputs are of the type of computation
   DType keys;        // and of values
+  bool packs;        // copies keys and values, which many rows in a block repay
   int strip_rows;    // rows that share registers; blocks are best a multiple of it
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*begin)(const RowBlock&) noexcept;

@@ -29,6 +29,7 @@ template <class E, int Terms>
 struct PairOperands {
   using Real = float;
   static constexpr int W = VecF::width;
+  static constexpr bool packs = true;
   static constexpr DType operands = dtype_of(E());
   static constexpr int cell = 2;
   // Scores of one term are as IEEE has them, but for subnormal numbers, which count as 0.

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+DTYPES = tuple(ITEMSIZES)
 PRECISIONS = ("highest", "high", "medium")
 
 # What names of workloads end in, so that results of several types can stand beside each other.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .numbers import SUFFIXES, normal, numpy_dtype
+from .numbers import ITEMSIZES, SUFFIXES, normal
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -132,7 +132,7 @@ class Workload:
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return numpy_dtype(self.dtype).itemsize
+        return ITEMSIZES[self.dtype]
 
     def kv_lens(self) -> NDArray[np.int64]:
         """Count the valid keys of every batch row, shape (batch,)."""
