@@ -24,6 +24,7 @@ from table import Mutant, load
 
 MODULES = ["attention", "masks", "options", "layouts", "layer", "rope", "errors", "determinism", "numerics"]
 MODULES += ["narrow", "narrow_layers", "properties", "guard_pages"]
+MATRIX_MODULES = ["matrix_units", "narrow", "narrow_layers"]
 LEAST_KILLED = 0.9
 
 
@@ -49,8 +50,8 @@ def choose(mutants: list[Mutant], arguments: argparse.Namespace) -> list[Mutant]
     return mutants
 
 
-def prepare(folder: Path) -> Sandbox:
-    sandbox = Sandbox(folder, MODULES)
+def prepare(folder: Path, *, matrix: bool) -> Sandbox:
+    sandbox = Sandbox(folder, MATRIX_MODULES if matrix else MODULES, matrix=matrix)
     sandbox.configure()
     if complaint := sandbox.build():
         sys.exit(f"the project itself does not compile\n{complaint}")
@@ -61,10 +62,26 @@ def prepare(folder: Path) -> Sandbox:
 def run_all(mutants: list[Mutant], jobs: int) -> dict[str, list[Mutant]]:
     """Run them, print a line each, and return them by their fate."""
     fates: dict[str, list[Mutant]] = {}
+    for matrix in (False, True):
+        group = [mutant for mutant in mutants if mutant.matrix == matrix]
+        if matrix and group and not has_matrix_unit():
+            print(f"skipped: {len(group)} mutants of matrix units, which need a processor with AVX512_BF16")
+        elif group:
+            run_group(group, jobs, fates, matrix=matrix)
+    return fates
+
+
+def has_matrix_unit() -> bool:
+    """Whether this processor can run, or at least emulate, every matrix unit."""
+    information = Path("/proc/cpuinfo")
+    return information.exists() and "avx512_bf16" in information.read_text(encoding="utf8")
+
+
+def run_group(mutants: list[Mutant], jobs: int, fates: dict[str, list[Mutant]], *, matrix: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         sandboxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
         for i in range(jobs):
-            sandboxes.put(prepare(Path(folder).resolve() / str(i)))
+            sandboxes.put(prepare(Path(folder).resolve() / str(i), matrix=matrix))
         first = sandboxes.get()
         verdict, seen = first.test() if len(mutants) > 1 else first.test(mutants[0].first)
         if verdict != "passed":
@@ -82,7 +99,6 @@ def run_all(mutants: list[Mutant], jobs: int) -> dict[str, list[Mutant]]:
 
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, mutants))
-    return fates
 
 
 def report(fates: dict[str, list[Mutant]]) -> bool:

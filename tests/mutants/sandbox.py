@@ -20,8 +20,9 @@ TEST_SECONDS = 240
 
 
 class Sandbox:
-    def __init__(self, folder: Path, modules: list[str]) -> None:
+    def __init__(self, folder: Path, modules: list[str], *, matrix: bool) -> None:
         self.folder = folder
+        self.matrix = matrix  # with this processor's kernels and emulated AMX
         self.build_folder = folder / "build"
         self.modules = modules
         for name in ("csrc", "cmake", "selfattn", "tests"):
@@ -40,11 +41,14 @@ class Sandbox:
         defines = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CXX_FLAGS_RELEASE": "-O1",  # compiling is most of the time
-            "CMAKE_PROJECT_INCLUDE": HERE / "portable_only.cmake",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": self.folder / "selfattn",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind,
         }
+        if self.matrix:
+            defines["SELFATTN_EMULATE_AMX"] = "ON"
+        else:
+            defines["CMAKE_PROJECT_INCLUDE"] = HERE / "portable_only.cmake"
         options = [f"-D{name}={value}" for name, value in defines.items()]
         command = ["cmake", "-G", "Ninja", "-B", self.build_folder, "-S", self.folder, *options]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)

@@ -20,6 +20,7 @@ class Mutant:
     why: str  # what the original is there for
     first: str  # the test module that should notice; the others follow if it does not
     equivalent: str = ""  # why no test can notice, where that is so
+    matrix: bool = False  # of code for matrix units, which the portable build does not have
 
     def problem(self) -> str:
         """Why the mutant cannot be made, or nothing."""
