@@ -60,9 +60,11 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 }
 
 // Keys and values of 16 bits are widened as they are loaded: decode waits for memory, and they are half of it.
-const AttendKernel* row_kernel(const TypeKernels& types, const Problem& problem) {
+const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
   const AttendKernel* narrow = dtype == DType::f16 ? types.row_f16 : dtype == DType::bf16 ? types.row_bf16 : nullptr;
+  // Also where it needs copies: other kernels have other bits, and strides must not change any.
+  if (kernels.matrix.row_bf16 && dtype == DType::bf16 && problem.query.dtype == dtype) return kernels.matrix.row_bf16;
   const bool reads = narrow && in_place(problem, problem.key, dtype) && in_place(problem, problem.value, dtype);
   return reads ? narrow : &types.row;
 }
@@ -91,7 +93,7 @@ void choose_copies(Plan& plan, const Problem& problem) {
 
 void choose_kernel(Plan& plan, const Problem& problem) {
   if (row_kernel_pays(plan, problem)) {
-    plan.attend = row_kernel(*plan.types, problem);
+    plan.attend = row_kernel(*plan.kernels, *plan.types, problem);
     plan.key_block = choose_key_block(problem, row_key_block_bytes, largest_row_key_block);
     choose_copies(plan, problem);
     plan.reason = "few query rows per KV head: vectors run along the heads' dimensions";

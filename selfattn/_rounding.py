@@ -16,11 +16,15 @@ MATRIX_ROUNDINGS = {
 }
 
 
+# Units whose products are those of whole numbers, with sums of float32.
+EXACT_UNITS = ("fma", "bfloat16 dots")
+
+
 def rounding(q: Any, k: Any, v: Any, precision: str = "highest", **options: Any) -> tuple[float, float]:
-    """Return the entry of the unit that a call runs on; 0 where that is FMA."""
+    """Return the entry of the unit that a call runs on; 0 where its products are exact."""
     unit = explain(q, k, v, precision=precision, **options)["unit"]
     return (
         (0.0, 0.0)
-        if unit == "fma"
+        if unit in EXACT_UNITS
         else MATRIX_ROUNDINGS[q.dtype.name, "highest" if q.dtype.itemsize == 2 else precision]
     )

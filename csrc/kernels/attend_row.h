@@ -12,8 +12,20 @@
 
 namespace selfattn::SELFATTN_ISA {
 
+// What multiplies queries and keys: Q and E are their types in memory, `elements` of which a vector holds.
+template <class T, class E>
+struct FmaDots {
+  using Q = T;
+  static constexpr const char* unit = "fma";
+  static constexpr int elements = Vec<T>::width;
+  static Vec<T> load_whole(const E* p) { return load(p); }
+  static Vec<T> load_some(const E* p, std::int64_t n) { return load_up_to(p, n); }
+  static Vec<T> load_query(const Q* p, std::int64_t n) { return load_up_to(p, n); }
+  static Vec<T> add_product(Vec<T> query, Vec<T> key, Vec<T> sum) { return fma(query, key, sum); }
+};
+
 // MaxSums: vector accumulators that fit the registers beside their operands. E: the type of keys and values in memory.
-template <class T, int MaxSums, class E = T>
+template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>>
 struct RowAttention {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
@@ -29,7 +41,7 @@ struct RowAttention {
   struct Scratch {
     std::int64_t query_step, out_step;
     int score_step;
-    T* queries;  // [row][query_step], zero-padded
+    T* queries;  // [row][query_step], as Dots loads them, zero-padded
     T* out;      // [row][out_step]
     T* scores;   // [row][score_step]
     T* terms;    // the same shape
@@ -37,7 +49,9 @@ struct RowAttention {
     std::size_t bytes;
 
     Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : query_step(padded(head_dim)), out_step(padded(value_dim)), score_step(static_cast<int>(padded(key_block))) {
+        : query_step((head_dim + Dots::elements - 1) / Dots::elements * W),
+          out_step(padded(value_dim)),
+          score_step(static_cast<int>(padded(key_block))) {
       Carver carver{static_cast<char*>(base)};
       queries = carver.take<T>(rows * query_step);
       out = carver.take<T>(rows * out_step);
@@ -64,9 +78,10 @@ struct RowAttention {
       const Row& row = block.rows[r];
       static_cast<T*>(block.row_max)[r] = static_cast<T>(row.sink);
       static_cast<T*>(block.row_sum)[r] = row.sink == minus_infinity<double> ? T(0) : T(1);
-      const T* query = static_cast<const T*>(row.query);
-      for (std::int64_t d = 0; d < block.head_dim; d += W)
-        store(s.queries + r * s.query_step + d, load_up_to(query + d, block.head_dim - d));
+      const typename Dots::Q* query = static_cast<const typename Dots::Q*>(row.query);
+      T* loaded = s.queries + r * s.query_step;
+      for (std::int64_t d = 0; d < block.head_dim; d += Dots::elements, loaded += W)
+        store(loaded, Dots::load_query(query + d, block.head_dim - d));
       for (std::int64_t d = 0; d < s.out_step; d += W) store(s.out + r * s.out_step + d, broadcast(T(0)));
     }
   }
@@ -158,8 +173,8 @@ struct RowAttention {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     const E* data = static_cast<const E*>(keys.keys);
-    const std::int64_t whole = block.head_dim / W * W;
-    const int tail = static_cast<int>(block.head_dim - whole);
+    constexpr int elements = Dots::elements;
+    const std::int64_t whole = block.head_dim / elements * elements, tail = block.head_dim - whole;
     const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
     const Ahead<E> ahead{data, keys.key_step, block.head_dim};
     for (; row + Rows <= block.count; row += Rows)
@@ -179,12 +194,12 @@ struct RowAttention {
             Vec<T> right[abreast];
             for (int i = 0; i < abreast; ++i) right[i] = load_key(key[i] + d);
             for (int r = 0; r < Rows; ++r) {
-              const Vec<T> query = in_register(load(queries + r * s.query_step + d));
-              for (int i = 0; i < abreast; ++i) dots[i][r] = fma(query, right[i], dots[i][r]);
+              const Vec<T> query = in_register(load(queries + r * s.query_step + d / (elements / W)));
+              for (int i = 0; i < abreast; ++i) dots[i][r] = Dots::add_product(query, right[i], dots[i][r]);
             }
           };
-          for (std::int64_t d = 0; d < whole; d += W) step(d, [](const E* p) { return load(p); });
-          if (tail != 0) step(whole, [tail](const E* p) { return load_partial(p, tail); });
+          for (std::int64_t d = 0; d < whole; d += elements) step(d, [](const E* p) { return Dots::load_whole(p); });
+          if (tail != 0) step(whole, [tail](const E* p) { return Dots::load_some(p, tail); });
           for (int i = 0; i < abreast; ++i)
             for (int r = 0; r < Rows; ++r) sums[r * Keys + k + i] = dots[i][r];
         }
@@ -325,8 +340,8 @@ struct RowAttention {
     }
   }
 
-  static constexpr AttendKernel kernel{"row", "fma",         dtype_of(T()), dtype_of(E()), false,
-                                       1,     scratch_bytes, begin,         absorb,        finish};
+  static constexpr AttendKernel kernel{
+      "row", Dots::unit, dtype_of(typename Dots::Q()), dtype_of(E()), false, 1, scratch_bytes, begin, absorb, finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

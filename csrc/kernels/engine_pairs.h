@@ -11,6 +11,17 @@ struct PairUnit {
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 
+// For few rows: scores alone are products of pairs, which are exact.
+struct PairDots {
+  using Q = BFloat;
+  static constexpr const char* unit = "bfloat16 dots";
+  static constexpr int elements = 2 * VecF::width;
+  static VecF load_whole(const BFloat* p) { return load_cells(p, elements); }
+  static VecF load_some(const BFloat* p, std::int64_t n) { return load_cells(p, n); }
+  static VecF load_query(const BFloat* p, std::int64_t n) { return load_cells(p, n); }
+  static VecF add_product(VecF query, VecF key, VecF sum) { return add_products(query, key, sum); }
+};
+
 // E: the type of operands in memory; each number is rounded to one bfloat16.
 template <class E, int TileRows>
 struct PairEngine : PairOperands<E, 1> {

@@ -1,5 +1,6 @@
 #define SELFATTN_ISA avx512_bf16
 #define SELFATTN_VEC "simd/vec_avx512_bf16.h"
+#include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
 #include "kernels/engine_pairs.h"
 #include "kernels/isa_avx512.h"
@@ -23,6 +24,7 @@ extern constexpr KernelSet kernels{
                .f32_highest = nullptr,
                .f32_high = nullptr,
                .f32_medium = &TileAttention<PairEngine<float, 8>, 3>::kernel,
+               .row_bf16 = &RowAttention<float, 16, BFloat, PairDots>::kernel,
                .project_bf16 = project<PairUnit, 8, 3>,
                .product_loop = product_loop<PairUnit, 16>},
 };

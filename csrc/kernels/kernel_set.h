@@ -124,6 +124,7 @@ struct MatrixKernels {
   const AttendKernel* f32_highest;  // of float32, split into three
   const AttendKernel* f32_high;     // into two
   const AttendKernel* f32_medium;   // rounded to one
+  const AttendKernel* row_bf16;     // few rows of bfloat16
   // x and weights of bfloat16: rows of x on a 4-byte grid, an odd depth filled up with 0; panels [cells][panel_columns]
   // of pairs along the depth, a multiple of 16 of them.
   void (*project_bf16)(const ProjectArgs&) noexcept;

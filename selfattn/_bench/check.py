@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 import selfattn
 from selfattn import reference
 
-from .._rounding import MATRIX_ROUNDINGS
+from .._rounding import EXACT_UNITS, MATRIX_ROUNDINGS
 from .numbers import UNIT_ROUNDOFF, bound_of, computed_in, numpy_dtype, rounded_bound
 from .workload import Array, Arrays, Workload
 
@@ -57,7 +57,7 @@ class Units:
     @classmethod
     def of(cls, sigma: float, dtype: str, precision: str, unit: str) -> Units:
         """Count for a type of numbers, a precision, and the unit that `explain` names."""
-        values, scores = (0.0, 0.0) if unit == "fma" else MATRIX_ROUNDINGS.get((dtype, precision), (0.0, 0.0))
+        values, scores = (0.0, 0.0) if unit in EXACT_UNITS else MATRIX_ROUNDINGS.get((dtype, precision), (0.0, 0.0))
         roundoff = UNIT_ROUNDOFF[computed_in(dtype)]
         own, rounded = 16.0 + 4.0 * sigma, sigma * scores / roundoff
         # A weight errs with its own score and with all others, which its row is divided by.
