@@ -10,7 +10,13 @@ namespace selfattn::SELFATTN_ISA {
 
 // sum + a.first * b.first + a.second * b.second, per cell
 inline VecF add_products(VecF a, VecF b, VecF sum) {
+#if defined(__clang__)
+  // Clang 16 crashes where it joins the intrinsic with a broadcast from memory.
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.r) : "v"(a.r), "v"(b.r));
+  return sum;
+#else
   return {_mm512_dpbf16_ps(sum.r, reinterpret_cast<__m512bh>(a.r), reinterpret_cast<__m512bh>(b.r))};
+#endif
 }
 
 // Sixteen cells from 32 neighbours in memory, or from n < 32; the rest reads as 0.
