@@ -1,6 +1,7 @@
 #include "bindings/arrays.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -24,9 +25,19 @@ std::string dtype_name(const py::array& array) { return py::str(array.dtype().at
 
 py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>(object); }
 
-// bfloat16 belongs to no number of NumPy's; it is known by its name, without importing the package that defines it.
+// bfloat16 belongs to no number of NumPy's; it is known by its name, without importing the package that defines it. The
+// number that this package was given stays the same as long as the process runs, and asking for a name takes long.
+bool is_bfloat(const py::array& array, int number) {
+  static std::atomic<int> known{0};
+  if (number == known.load(std::memory_order_relaxed)) return true;
+  if (number < first_user_number || array.itemsize() != narrow_size || dtype_name(array) != "bfloat16") return false;
+  known.store(number, std::memory_order_relaxed);
+  return true;
+}
+
 std::optional<DType> float_type(const py::array& array) {
-  switch (array.dtype().num()) {
+  const int number = array.dtype().num();
+  switch (number) {
     case float_number:
       return DType::f32;
     case double_number:
@@ -34,8 +45,7 @@ std::optional<DType> float_type(const py::array& array) {
     case half_number:
       return DType::f16;
     default:
-      if (array.dtype().num() < first_user_number || array.itemsize() != narrow_size) return std::nullopt;
-      return dtype_name(array) == "bfloat16" ? std::optional(DType::bf16) : std::nullopt;
+      return is_bfloat(array, number) ? std::optional(DType::bf16) : std::nullopt;
   }
 }
 
