@@ -84,9 +84,8 @@ class Run {
                    slot.kernel_scratch};
     if (parted) redirect(block, slot, shared_.partial(plan_, problem_, block_index, task.range));
     plan_.attend->begin(block);
-    const bool whole = absorb_keys(task, span, block, slot, slot_index);
-    plan_.attend->finish(block);  // gives back what begin took, also where a signal came between
-    if (!whole) return;
+    if (!absorb_keys(task, span, block, slot, slot_index)) return;
+    plan_.attend->finish(block);
     if (!parted) return complete_rows(problem_, plan_, span, slot, slot.row_max, slot.row_sum);
 
     const Partial part = shared_.partial(plan_, problem_, block_index, task.range);

@@ -31,7 +31,8 @@ std::uint64_t enabled_registers() {
 bool may_use_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long ask_for_state = 0x1023, tile_data = 18;
-  return syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
+  static const bool granted = syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
+  return granted;
 #else
   return false;
 #endif

@@ -24,6 +24,8 @@ constexpr std::int64_t packed_blocks_wanted = 2;  // fewer blocks pack less ofte
 // Queries and outputs of a row block stay in L2 beside the K and V block.
 constexpr std::int64_t row_block_bytes = std::int64_t{448} << 10;
 constexpr std::size_t largest_scratch = std::size_t{2} << 20;
+// Packed operands of wider heads would not leave room for enough rows.
+constexpr std::int64_t widest_packed = 4096;  // head_dim + value_dim
 // Few rows leave too few tasks for a team, so the keys are parted as well. Merging costs one pass over `rows` outputs
 // per range, which is nothing beside reading this many keys.
 constexpr std::int64_t row_range_keys = 1024;
@@ -55,7 +57,7 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = ceil_div(plan.rows, vector) * vector;
   // Tiles want keys of 16 bits widened or packed, which a vector of rows alone does not repay.
-  if (problem.group_size > 1 && is_narrow(problem.key.dtype) && 2 * plan.rows <= 3 * vector) return true;
+  if (is_narrow(problem.key.dtype) && plan.rows <= (problem.group_size > 1 ? 3 * vector / 2 : vector)) return true;
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
 
@@ -76,6 +78,7 @@ const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& typ
     return problem.query.dtype == dtype && problem.key.dtype == dtype && problem.value.dtype == dtype;
   };
   const AttendKernel* found = nullptr;
+  if (problem.head_dim + problem.value_dim > widest_packed) return &types.tile;
   if (all(DType::bf16)) found = matrix.bf16;
   if (all(DType::f16)) found = matrix.f16;
   if (all(DType::f32)) {
@@ -102,7 +105,6 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   }
   plan.attend = tile_kernel(*plan.kernels, *plan.types, problem);
   plan.key_block = choose_key_block(problem, key_block_bytes, largest_key_block);
-  choose_copies(plan, problem);
   plan.reason = "enough query rows per KV head to fill vectors";
   const int strip = plan.attend->strip_rows;
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
@@ -111,10 +113,13 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const std::int64_t strips = std::min(plan.rows / wanted / strip, fitting);
   plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most_strips));
   plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
-  // Very wide heads: fewer rows, to keep the scratch within its limit.
+  // Very wide heads: fewer rows, to keep the scratch within its limit. As if all had to be copied: rows in a block
+  // decide on ranges of keys, hence on bits, which strides must not change.
+  plan.copies_queries = plan.copies_keys = plan.copies_values = plan.copies_out = true;
   for (int rows = strip; rows >= plan.types->lanes && Slot(nullptr, plan, problem).bytes > largest_scratch;
        rows -= plan.types->lanes)
     plan.block_rows = std::min(plan.block_rows, rows);
+  choose_copies(plan, problem);
 }
 
 double cache_bytes(const Problem& problem) {
@@ -131,8 +136,8 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
   plan.rows = problem.q_len * problem.group_size;
   plan.out_type = problem.dtype;
-  plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
   choose_kernel(plan, problem);
+  plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
   const bool few = plan.row_blocks <= row_blocks_with_ranges;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,3 +177,76 @@ def test_a_mode_errs_as_its_name_says(isa: str, normal: Any, precision: str, lea
     assert error < most
     if sa.explain(q, k, v, precision=precision)["unit"] != "fma":
         assert error > least
+
+
+@pytest.mark.parametrize("scale", [1e-46, 1e-40, -1e-46])
+def test_a_scale_that_float32_does_not_hold(check: Any, normal: Any, mode: Any, scale: float) -> None:
+    dtype, precision = mode
+    q, k, v = operands(normal, dtype, 60, 60, 16, 16)
+    check(q, k, v, precision=precision, causal=True, scale=scale)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-37])
+def test_products_that_are_subnormal(check: Any, normal: Any, mode: Any, size: float) -> None:
+    dtype, precision = mode
+    if dtype == FLOAT16:
+        pytest.skip("float16 holds no such number")
+    q, k, v = operands(normal, dtype, 60, 60, 32, 16)
+    check(q, k, (v.astype(np.float32) * np.float32(size)).astype(dtype), scale=1.0, precision=precision)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 60])
+def test_infinity_times_subnormal(isa: str, check: Any, normal: Any, q_len: int) -> None:
+    q, k, v = (normal(1, n, 16, dtype=BFLOAT16) for n in (q_len, 60, 60))
+    q[..., 3], k[..., 3] = 1e-39, 0
+    k[:, 7, 3] = -np.inf
+    with np.errstate(invalid="ignore"):
+        exact = reference.attention(q, k, v)
+        out = sa.attention(q, k, v).astype(np.float64)
+    assert np.all(np.isfinite(exact.out))
+    assert np.all(abs(out - exact.out) <= 0.02 * exact.magnitude)
+
+
+def test_terms_that_overflow_with_both_signs(isa: str, normal: Any) -> None:
+    q, k, v = operands(normal, FLOAT32, 60, 60, 16, 16)
+    q[..., 5], k[..., 5] = 1.01e30, 0
+    k[:, :, 3, 5], k[:, :, 7, 5] = -1.013e25, -1.003e25
+    for precision in ("highest", "high", "medium"):
+        out = sa.attention(q, k, v, precision=precision)
+        assert np.all(np.isfinite(out)), precision
+
+
+def test_strides_of_wide_heads_do_not_matter(isa: str, normal: Any) -> None:
+    for precision in ("highest", "high", "medium"):
+        for q_len, width in ((97, 1536), (97, 1024), (65, 1280)):
+            q, k, v = normal(1, q_len, width), normal(1, 2200, width), normal(1, 2200, width)
+            whole = sa.attention(q, k, v, precision=precision)
+            apart = [np.repeat(x, 2, axis=-1)[..., ::2] for x in (q, k, v)]
+            out = np.repeat(np.zeros_like(whole), 2, axis=-1)[..., ::2]
+            assert sa.attention(*apart, precision=precision, out=out).tobytes() == whole.tobytes()
+            plan = sa.explain(q, k, v, precision=precision)
+            assert plan["ranges"] == sa.explain(*apart, precision=precision)["ranges"]
+            assert "out" not in plan["copied_blockwise"]
+
+
+def test_a_signal_handler_may_attend(normal: Any, mode: Any) -> None:
+    dtype, precision = mode
+    q, k = normal(1, 300, 64, dtype=dtype), normal(1, 9000, 64, dtype=dtype)
+    small = normal(1, 64, 64, dtype=dtype)
+    expected = sa.attention(q, k, k, precision=precision, num_threads=1)
+    calls = []
+
+    def handler(*_: Any) -> None:
+        calls.append(sa.attention(small, small, small, precision=precision))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+    try:
+        for _ in range(50):
+            assert np.array_equal(sa.attention(q, k, k, precision=precision, num_threads=1), expected)
+            if len(calls) > 3:
+                break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert calls

@@ -1,5 +1,7 @@
 #include "bindings/attention.h"
 
+#include <algorithm>
+
 #include "attend.h"
 #include "parallel.h"
 #include "registry.h"
@@ -161,9 +163,24 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, c
   return extras.join(result.deliver());
 }
 
+// Where a call without `out` writes: a new array. Plans look at where it would be, not into it.
+void attach_new_out(Problem& problem, DType dtype) {
+  alignas(64) static char anywhere[64];
+  const Shape shape = out_shape(problem);
+  std::int64_t strides[max_axes];
+  std::int64_t stride = size_of(dtype);
+  for (int axis = shape.ndim - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= std::max<std::int64_t>(shape.extent[axis], 1);
+  }
+  attach_out(problem, {anywhere, dtype, shape.ndim, shape.extent, strides});
+}
+
 py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& option_values) {
   const Options options(option_values);
-  const Problem problem = make_problem(arguments_of("explain", q, k, v, options));
+  const AttentionArguments arguments = arguments_of("explain", q, k, v, options);
+  Problem problem = make_problem(arguments);
+  attach_new_out(problem, arguments.q.dtype);
   return describe_plan(problem, make_plan(problem, active_kernels(), options.num_threads), options);
 }
 

@@ -22,6 +22,7 @@ struct FmaDots {
   static Vec<T> load_some(const E* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> load_query(const Q* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> add_product(Vec<T> query, Vec<T> key, Vec<T> sum) { return fma(query, key, sum); }
+  static constexpr bool flushes = false;  // subnormal numbers to 0, which times Inf is NaN
 };
 
 // MaxSums: vector accumulators that fit the registers beside their operands. E: the type of keys and values in memory.
@@ -204,12 +205,30 @@ struct RowAttention {
             for (int r = 0; r < Rows; ++r) sums[r * Keys + k + i] = dots[i][r];
         }
         T products[W];
-        store(products, reduce_sums(sums) * multiplier);
+        const Vec<T> dots = reduce_sums(sums) * multiplier;
+        store(products, dots);
+        if constexpr (Dots::flushes)
+          if (any(is_nan(dots))) mend_dots<Rows>(block, keys, row, j, products);
         for (int r = 0; r < Rows; ++r)
           for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_step + j + k] = products[r * Keys + k];
       }
     if constexpr (Rows > 1)
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
+  }
+
+  // Multiplies again, as IEEE has it, what became NaN.
+  template <int Rows>
+  static void mend_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
+    constexpr int Keys = W / Rows;
+    for (int i = 0; i < W; ++i) {
+      const int place = key + i % Keys;
+      if (products[i] == products[i] || place >= keys.count) continue;
+      const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
+      const E* data = static_cast<const E*>(keys.keys) + place * keys.key_step;
+      T sum = 0;
+      for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
+      products[i] = sum * static_cast<T>(block.terms.multiplier);
+    }
   }
 
   static void softmax(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {

@@ -86,7 +86,6 @@ struct TileAttention {
 
   static void begin(const RowBlock& block) noexcept {
     const Scratch s(block);
-    Engine::start();
     T* row_max = static_cast<T*>(block.row_max);
     T* row_sum = static_cast<T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
@@ -106,6 +105,8 @@ struct TileAttention {
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
     if (block.terms.bias != BiasType::none) touch_bias(block, keys);
+    // Not around a whole block of rows: between its blocks of keys, a handler of signals may use the tiles.
+    Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
@@ -118,6 +119,7 @@ struct TileAttention {
       const SeenKeys seen{keys.first + skipped, skipped, static_cast<int>(to - keys.first) - skipped};
       absorb_strip<Vectors>(block, s, strip, seen, prepared);
     }
+    Engine::stop();
   }
 
   static T* out_of(const RowBlock& block, const Scratch& s, int first_row) {
@@ -146,8 +148,8 @@ struct TileAttention {
 
   // Whether scores can be multiplied when their exponentials are taken: nothing happens to them before but hiding keys.
   static bool may_wait(const RowBlock& block) {
-    return block.terms.multiplier > 0 && block.terms.softcap == 0 && !block.terms.alibi && !has_terms(block.terms) &&
-           !block.rows[0].scores;
+    return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
+           !has_terms(block.terms) && !block.rows[0].scores;
   }
 
   template <int Cols>
@@ -287,7 +289,6 @@ struct TileAttention {
   }
 
   static void finish(const RowBlock& block) noexcept {
-    Engine::stop();
     use_out_type<T>(block.out_type, [&](auto element) { finish_as<decltype(element)>(block); });
   }
 

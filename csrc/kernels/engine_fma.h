@@ -1,7 +1,7 @@
 // A tile kernel's two products with FMA: K and V are read where they stand, never packed or copied.
 //
 // An engine says how operands are laid out for its unit, and multiplies them:
-//   start, stop     around everything else that a thread does for a block of rows
+//   start, stop     around everything else that is done with a block of keys
 //   pack_queries    the queries of a strip, once per block of rows
 //   prepare         a block of keys and values, once for all strips that see it
 //   score           scores[key][row] = key . query, times a factor where the engine `scales`

@@ -20,6 +20,7 @@ struct PairDots {
   static VecF load_some(const BFloat* p, std::int64_t n) { return load_cells(p, n); }
   static VecF load_query(const BFloat* p, std::int64_t n) { return load_cells(p, n); }
   static VecF add_product(VecF query, VecF key, VecF sum) { return add_products(query, key, sum); }
+  static constexpr bool flushes = true;
 };
 
 // E: the type of operands in memory; each number is rounded to one bfloat16.
@@ -40,15 +41,18 @@ struct PairEngine : PairOperands<E, 1> {
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                       std::int64_t head_dim, std::int64_t, float multiplier, float* scores) {
     const std::int64_t step = block.memory.key_step;
-    multiply_rows<TileRows, Cols, PairUnit>(RowMajor<float>{block.memory.keys + seen.skipped * step, step}, seen.count,
-                                            queries.packed, Cols * W, (head_dim + cell - 1) / cell,
+    const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
+    MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
+    multiply_rows<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, Cols * W, (head_dim + cell - 1) / cell,
                                             [&](std::int64_t key, const auto& sums) {
                                               float* score = scores + key * Cols * W;
                                               for (const auto& row : sums)
-                                                for (int c = 0; c < Cols; ++c, score += W)
+                                                for (int c = 0; c < Cols; ++c, score += W) {
                                                   store(score, row[c] * broadcast(multiplier));
+                                                  undefined = undefined | is_nan(row[c]);
+                                                }
                                             });
-    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
+    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, multiplier, any(undefined), scores);
   }
 
   // Weights take the scores' place.

@@ -32,7 +32,7 @@ struct PairOperands {
   static constexpr bool packs = true;
   static constexpr DType operands = dtype_of(E());
   static constexpr int cell = 2;
-  // Scores of one term are as IEEE has them, but for subnormal numbers, which count as 0.
+  // All that bfloat16 holds is one term.
   static constexpr bool exact = Terms == 1 && same_type<E, BFloat>;
 
   // Rows of cells in memory are whole vectors.
@@ -75,8 +75,7 @@ struct PairOperands {
     const VecF size = abs(x);
     const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
     if constexpr (same_type<E, Half>) return unbounded;
-    constexpr float least = same_type<E, BFloat> ? 0x1p-126f : 0x1p-100f;
-    return unbounded | ((broadcast(0.0f) < size) & (size < broadcast(least)));
+    return unbounded | ((broadcast(0.0f) < size) & (size < broadcast(0x1p-100f)));
   }
 
   static VecF without(MaskF lost, VecF x) { return select(lost, broadcast(0.0f), x); }
@@ -136,22 +135,24 @@ struct PairOperands {
     return block;
   }
 
-  // Scores of keys and rows that a split cannot carry.
+  // Scores of keys and rows that a split cannot carry; and of others that became NaN, which may be because a term or a
+  // subnormal number counted as 0, or because products of terms are infinite with both signs.
   static void mend_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                          std::int64_t head_dim, int lanes, float multiplier, float* scores) {
-    if constexpr (!exact) {
-      const float* uncarried = queries.packed + Terms * row_cells(head_dim) * lanes;
-      for (int row = 0; row < queries.count; ++row) {
-        if (block.carries_keys && uncarried[row] == 0) continue;
-        const E* query = static_cast<const E*>(queries.rows[row].query);
-        for (int key = 0; key < seen.count; ++key) {
-          const int place = seen.skipped + key;
-          if (block.memory.uncarried[place] == 0 && uncarried[row] == 0) continue;
-          float sum = 0;
-          for (std::int64_t d = 0; d < head_dim; ++d)
-            sum = __builtin_fmaf(widen(query[d]), widen(block.keys[place * block.key_step + d]), sum);
-          scores[key * lanes + row] = sum * multiplier;
-        }
+                          std::int64_t head_dim, int lanes, float multiplier, bool undefined, float* scores) {
+    const float* uncarried = queries.packed + Terms * row_cells(head_dim) * lanes;
+    const auto carries = [&](int row) { return exact || (block.carries_keys && uncarried[row] == 0); };
+    for (int row = 0; row < queries.count; ++row) {
+      if (!undefined && carries(row)) continue;
+      const E* query = static_cast<const E*>(queries.rows[row].query);
+      for (int key = 0; key < seen.count; ++key) {
+        const int place = seen.skipped + key;
+        float& score = scores[key * lanes + row];
+        const bool carried = exact || (block.memory.uncarried[place] == 0 && uncarried[row] == 0);
+        if (carried && score == score) continue;
+        float sum = 0;
+        for (std::int64_t d = 0; d < head_dim; ++d)
+          sum = __builtin_fmaf(widen(query[d]), widen(block.keys[place * block.key_step + d]), sum);
+        score = sum * multiplier;
       }
     }
   }
