@@ -64,7 +64,8 @@ struct Bounce {
     std::int64_t x_bytes = 0, out_bytes = 0;
     for (const ProjectionJob* job = jobs; job != jobs + count; ++job) {
       const std::int64_t size = size_of(job->projection.computation());
-      if (!in_place(*job)) x_bytes = std::max(x_bytes, bytes_of(project_rows, bounce_step(job->projection), size));
+      const std::int64_t x_size = size_of(job->projection.operand());
+      if (!in_place(*job)) x_bytes = std::max(x_bytes, bytes_of(project_rows, bounce_step(job->projection), x_size));
       if (is_narrow(job->out_dtype))
         out_bytes = std::max(out_bytes, bytes_of(project_rows, job->projection.panel_columns(), size));
     }

@@ -26,8 +26,8 @@ inline void each_tile(Use use) {
 }
 
 // Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads the
-// left tile of a row of tiles. The small products of split operands come first, so that they are added to each other
-// before they meet the large ones.
+// left tile of a row of tiles. The small products of split operands come first: where sums start at 0, they are added
+// to each other before they meet the large ones.
 template <int Terms, int Rows, int Cols, class LoadLeft>
 inline void multiply_cells(LoadLeft load_left, const CellMatrix& right, std::int64_t depth) {
   for (int order = Terms - 1; order >= 0; --order)

@@ -51,9 +51,7 @@ struct AmxEngine : PairOperands<E, Terms> {
       const CellMatrix keys{block.memory.keys + (seen.skipped + key) * step, step, block.memory.key_plane};
       multiply_rows_of<Cols>(seen.count - key, keys, packed, depth, scores + key * Cols * W, /*adds=*/false);
     }
-    MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
-    for (int i = 0; i < seen.count * Cols * W; i += W) undefined = undefined | is_nan(load(scores + i));
-    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, 1.0f, any(undefined), scores);
+    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, 1.0f, scores);
   }
 
   static void keep_probs(const Block& block, const VecF (&prob)[cell], float*, std::int64_t key, int lanes, int lane) {

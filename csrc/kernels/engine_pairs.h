@@ -42,17 +42,14 @@ struct PairEngine : PairOperands<E, 1> {
                                       std::int64_t head_dim, std::int64_t, float multiplier, float* scores) {
     const std::int64_t step = block.memory.key_step;
     const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
-    MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
     multiply_rows<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, Cols * W, (head_dim + cell - 1) / cell,
                                             [&](std::int64_t key, const auto& sums) {
                                               float* score = scores + key * Cols * W;
                                               for (const auto& row : sums)
-                                                for (int c = 0; c < Cols; ++c, score += W) {
+                                                for (int c = 0; c < Cols; ++c, score += W)
                                                   store(score, row[c] * broadcast(multiplier));
-                                                  undefined = undefined | is_nan(row[c]);
-                                                }
                                             });
-    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, multiplier, any(undefined), scores);
+    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
   }
 
   // Weights take the scores' place.

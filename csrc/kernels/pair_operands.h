@@ -138,11 +138,14 @@ struct PairOperands {
   // Scores of keys and rows that a split cannot carry; and of others that became NaN, which may be because a term or a
   // subnormal number counted as 0, or because products of terms are infinite with both signs.
   static void mend_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                          std::int64_t head_dim, int lanes, float multiplier, bool undefined, float* scores) {
+                          std::int64_t head_dim, int lanes, float multiplier, float* scores) {
+    MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
+    for (int i = 0; i < seen.count * lanes; i += W) undefined = undefined | is_nan(load(scores + i));
+    if (exact && !any(undefined)) return;
     const float* uncarried = queries.packed + Terms * row_cells(head_dim) * lanes;
     const auto carries = [&](int row) { return exact || (block.carries_keys && uncarried[row] == 0); };
     for (int row = 0; row < queries.count; ++row) {
-      if (!undefined && carries(row)) continue;
+      if (!any(undefined) && carries(row)) continue;
       const E* query = static_cast<const E*>(queries.rows[row].query);
       for (int key = 0; key < seen.count; ++key) {
         const int place = seen.skipped + key;
