@@ -166,6 +166,8 @@ INTERRUPTED = """
     import numpy as np
     import selfattn as sa
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+
     def measure(threads):
         x = np.zeros((1, 64, 20000, 64), np.float32)
         sent = []
