@@ -33,7 +33,7 @@ def pytest_report_header() -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any(mark.args[0] == "isa" for mark in metafunc.definition.iter_markers("parametrize"))
     if "isa" in metafunc.fixturenames and not own:
-        extended = metafunc.module.__name__.removeprefix("test_") in OF_EXTENSIONS
+        extended = Path(metafunc.module.__file__ or "").stem.removeprefix("test_") in OF_EXTENSIONS
         names = KNOWN_ISAS if extended else [name for name in KNOWN_ISAS if name not in EXTENSIONS]
         metafunc.parametrize("isa", names, indirect=True)
 

@@ -12,7 +12,7 @@ import selfattn as sa
 
 
 def test_the_best_comes_first() -> None:
-    names = sa.isas()
+    names = [name for name in sa.isas() if name != "amx_emulated"]  # last, and never the default
     assert names[-1] == "portable"
     assert sa.active_isa() in names
 
