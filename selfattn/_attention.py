@@ -164,9 +164,9 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any) -> Explana
     -------
     Explanation
         A dict with a readable `str()`: isa, kernel, the unit that multiplies, the reason, query_rows and block_rows (of
-        one KV head and of one task), key_block, range_keys and ranges (the keys of one task and the number of such ranges),
-        tasks, threads and what decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise (the
-        operands that cannot be used in place), flops.
+        one KV head and of one task), key_block, range_keys and ranges (the keys of one task and the number of such
+        ranges), tasks, threads and what decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise
+        (the operands that cannot be used in place), flops.
 
     Examples
     --------
