@@ -1,8 +1,7 @@
 // A tile kernel's two products with AMX (engine_fma.h says what an engine is).
 //
-//   scores^T: keys, as they stand, are the left operand, and queries the right one    out^T: values transposed, and
-//   probs
-//
+//   scores^T    keys, as they stand, are the left operand, packed queries the right one
+//   out^T       values, transposed, are the left operand, probs the right one
 #pragma once
 #include "kernels/amx_matmul.h"
 #include "kernels/pair_operands.h"

@@ -100,7 +100,7 @@ struct FmaEngine {
     store(scores + key * lanes + lane, prob[0]);  // in the score's place
   }
 
-  // `hides`: some key of the block is hidden from some row. hidden() tells which.
+  // `hides`: some key of the block is hidden from some row. tile() tells which.
   template <int Cols, class Tile>
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
                          std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
