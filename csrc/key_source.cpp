@@ -40,10 +40,7 @@ std::int64_t KeySource::run_from(std::int64_t key) const {
 }
 
 const char* KeySource::at(const Operand& operand, const char* base, std::int64_t key) const {
-  const std::int64_t size = problem_.pages.size;
-  if (size == 0) return base + key * operand.row;
-  const std::int64_t run = key / size;
-  return base + (table_ ? std::int64_t{table_[run]} : run) * operand.page + key % size * operand.row;
+  return base + problem_.pages.offset(table_, key, operand.page, operand.row);
 }
 
 // use(address, index, keys) for every run of the keys [first, first + count), index counted from the first.

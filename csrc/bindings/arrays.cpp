@@ -59,6 +59,8 @@ const char* name_of(DType dtype) {
       return "float16";
     case DType::bf16:
       return "bfloat16";
+    case DType::i8:
+      return "int8";
     default:
       return "float32";
   }
