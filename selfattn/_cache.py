@@ -188,12 +188,12 @@ class KVCache:
             for b in np.flatnonzero((new < 0) | (new > old))[:1]:
                 raise ValueError(f"truncate: lengths holds {new[b]}, which is outside 0..{old[b]} (sequence {b})")
             if self.window is not None:
-                for b in np.flatnonzero(starts > np.maximum(new - self.window, 0))[:1]:
+                for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
                     raise ValueError(
                         f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any more, "
                         f"of which a window of {self.window} would see some"
                     )
-            self._publish(new, starts)
+            self._publish(new, np.where(new == 0, 0, starts))
 
     def reorder(self, index: ArrayLike) -> None:
         """Let sequence b go on as sequence index[b] was, as in beam search.

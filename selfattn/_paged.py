@@ -93,8 +93,9 @@ class PagedKVCache:
         *,
         value_dim: int | None = None,
         dtype: Any = "float32",
+        window: int | None = None,
     ) -> int:
-        """Return the bytes that a buffer for such a cache must have."""
+        """Return the bytes that a buffer for such a cache must have; the window does not matter."""
         return _layout(num_pages, page_size, num_kv_heads, head_dim, value_dim, dtype).nbytes()
 
     def __repr__(self) -> str:
@@ -174,13 +175,15 @@ class PagedKVCache:
             old, start = int(table.lengths[row]), int(table.starts[row])
             if length > old:
                 raise ValueError(f"truncate: length is {length}, but sequence {sequence} has {old} tokens")
-            if self.window is not None and start > max(length - self.window, 0):
+            if self.window is not None and 0 < length and start > max(length - self.window, 0):
                 raise ValueError(
                     f"truncate: length is {length}, but sequence {sequence} has no tokens before {start} any more, of "
                     f"which a window of {self.window} would see some"
                 )
             table.release(row, table.runs(length), table.runs(old))
             table.lengths[row] = length
+            if length == 0:
+                table.starts[row] = 0
 
     def free(self, sequence: int) -> None:
         """End a sequence; pages that no other shares become free."""
