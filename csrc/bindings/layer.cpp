@@ -39,7 +39,8 @@ class Layer {
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
     const TensorView places = optional_view(inputs[2], DType::i64);
-    const std::optional<CacheArguments> source = cache_of(function, inputs[3], input);
+    std::optional<CacheArguments> source;
+    open_cache(source, function, inputs[3], input);
     const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
     LayerCall call(weights_, input, other, places, source ? &source->cache() : nullptr, arguments);
     bool direct = false;
@@ -58,7 +59,9 @@ class Layer {
       finished = call.run(result.view(weights_.dtype), options.num_threads, interrupted);
     }
     if (!finished) throw py::error_already_set();
-    return extras.join(result.deliver());
+    py::object results = extras.join(result.deliver());
+    if (source) source->commit();  // last: nothing can fail any more
+    return results;
   }
 
   const char* isa() const { return weights_.kernels->name; }
@@ -87,10 +90,11 @@ class Layer {
     return layer;
   }
 
-  std::optional<CacheArguments> cache_of(const char* function, py::handle values, const TensorView& x) const {
-    if (values.is_none()) return std::nullopt;
+  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle values,
+                  const TensorView& x) const {
+    if (values.is_none()) return;
     if (x.ndim != 3) refuse(function, "x has shape ", shape_text(x), ", but a cache needs (batch, tokens, d_model)");
-    std::optional<CacheArguments> found(std::in_place, function, py::reinterpret_borrow<py::tuple>(values), x.extent(1));
+    found.emplace(function, py::reinterpret_borrow<py::tuple>(values), x.extent(1));
     const Cache& cache = found->cache();
     if (x.extent(2) != cache.batch)
       refuse(function, "x has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");
@@ -104,7 +108,6 @@ class Layer {
     if (cache.dtype != computed && size_of(cache.dtype) >= size_of(computed))
       throw py::type_error(std::string(function) + ": the cache holds " + name_of(cache.dtype) +
                            ", but the layer computes in " + name_of(computed));
-    return found;
   }
 
   TensorView input_view(const char* function, const char* name, py::handle array, std::int64_t depth) const {
