@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, NamedTuple
 
 from decoder import MAX_LENGTH, encode
@@ -63,7 +62,7 @@ def parse_generate(body: bytes) -> Generate:
     temperature = values.get("temperature", 1.0)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise Problem(400, "temperature must be a number")
-    if not math.isfinite(temperature) or not 0 <= temperature <= 100:
+    if not 0 <= temperature <= 100:  # nor is NaN
         raise Problem(400, "temperature must be from 0 to 100")
     return Generate(prompt, tokens, float(temperature), seed)
 
