@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <optional>
 #include <tuple>
 
 #include "key_source.h"
@@ -15,122 +17,208 @@ namespace selfattn {
 namespace {
 
 struct Task {
-  std::int64_t batch, kv_head, row_block, range;
+  std::int64_t job, batch, kv_head, row_block, range;
 };
+
+// One entry of the task order: a block of query rows of every KV head of a batch entry.
+struct Unit {
+  std::int64_t job, batch, row_block;
+  std::int64_t cost;
+  std::int64_t first_task;
+};
+
+struct Part {
+  const Problem* problem;
+  const Plan* plan;
+  ScoreTerms terms;
+  Shared shared;
+};
+
+std::int64_t tasks_per_unit(const Part& part) { return part.problem->num_kv_heads * part.plan->ranges; }
 
 class Run {
  public:
-  Run(const Problem& problem, const Plan& plan, Interrupted interrupted)
-      : problem_(problem),
-        plan_(plan),
-        terms_(score_terms(problem)),
-        memory_(plan.shared_bytes + plan.thread_bytes * static_cast<std::size_t>(plan.threads)),
-        shared_(memory_.data(), plan, problem),
-        loop_(plan.tasks, plan.threads, interrupted) {
-    if (plan.ranges > 1)
-      std::uninitialized_value_construct_n(shared_.finished, shared_.num_units * problem.num_kv_heads);
-    if (plan.threads > 1) order_units();
+  Run(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted)
+      : count_(count), ordered_(count > 1 || threads > 1), thread_bytes_(0) {
+    std::size_t bytes = aligned(sizeof(Part) * static_cast<std::size_t>(count));
+    std::int64_t units = 0, tasks = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const Plan& plan = *jobs[i].plan;
+      bytes += plan.shared_bytes;
+      thread_bytes_ = std::max(thread_bytes_, plan.thread_bytes);
+      tasks += plan.tasks;
+      units += jobs[i].problem->batch * plan.row_blocks;
+    }
+    const std::size_t unit_bytes = ordered_ ? aligned(sizeof(Unit) * static_cast<std::size_t>(units)) : 0;
+    memory_.emplace(bytes + unit_bytes + thread_bytes_ * static_cast<std::size_t>(threads));
+    char* place = memory_->data();
+    parts_ = reinterpret_cast<Part*>(place);
+    place += aligned(sizeof(Part) * static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) {
+      const Problem& problem = *jobs[i].problem;
+      const Plan& plan = *jobs[i].plan;
+      const Part* part = ::new (parts_ + i) Part{&problem, &plan, score_terms(problem), Shared(place, plan, problem)};
+      std::uninitialized_value_construct_n(part->shared.finished, part->shared.row_blocks);
+      place += plan.shared_bytes;
+    }
+    if (ordered_) order_units(reinterpret_cast<Unit*>(place));
+    slots_ = place + unit_bytes;
+    loop_.emplace(tasks, threads, interrupted);
   }
 
-  bool execute() { return loop_.run(*this); }
+  bool execute() { return loop_->run(*this); }
 
   void operator()(std::int64_t index, int slot) noexcept {
-    char* own = memory_.data() + plan_.shared_bytes + plan_.thread_bytes * static_cast<std::size_t>(slot);
-    attend_task(task_at(index), Slot(own, plan_, problem_), slot);
+    const Task task = task_at(index);
+    const Part& part = parts_[task.job];
+    char* own = slots_ + thread_bytes_ * static_cast<std::size_t>(slot);
+    attend_task(part, task, Slot(own, *part.plan, *part.problem), slot);
   }
 
  private:
+  static std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
   // Largest first, so that no thread is left alone with a long task at the end.
-  void order_units() {
-    Unit* unit = shared_.units;
-    for (std::int64_t block = 0; block < plan_.row_blocks; ++block)
-      for (std::int64_t b = 0; b < problem_.batch; ++b) {
-        const KeyRange keys = span_keys(problem_, span_of(problem_, plan_, b, 0, block));
-        *unit++ = {b, block, keys.end - keys.begin};
-      }
-    std::sort(shared_.units, unit, [](const Unit& a, const Unit& b) {
-      return std::tie(b.cost, b.row_block, a.batch) < std::tie(a.cost, a.row_block, b.batch);
+  void order_units(Unit* unit) {
+    units_ = unit;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const Problem& problem = *parts_[i].problem;
+      for (std::int64_t block = 0; block < parts_[i].plan->row_blocks; ++block)
+        for (std::int64_t b = 0; b < problem.batch; ++b) {
+          const RowSpan span = span_of(problem, *parts_[i].plan, b, 0, block);
+          const KeyRange keys = span_keys(problem, span);
+          // Of several problems, the rows differ as well.
+          const std::int64_t rows = count_ > 1 ? span.valid : 1;
+          *unit++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
+        }
+    }
+    end_ = unit;
+    std::sort(units_, end_, [](const Unit& a, const Unit& b) {
+      return std::tie(b.cost, b.row_block, a.job, a.batch) < std::tie(a.cost, a.row_block, b.job, b.batch);
     });
+    std::int64_t tasks = 0;
+    for (Unit* u = units_; u != end_; ++u) {
+      u->first_task = tasks;
+      tasks += tasks_per_unit(parts_[u->job]);
+    }
   }
 
   Task task_at(std::int64_t index) const {
-    const std::int64_t range = index % plan_.ranges;
-    index /= plan_.ranges;
-    const std::int64_t kv_head = index % problem_.num_kv_heads;
-    index /= problem_.num_kv_heads;
-    if (shared_.units) return {shared_.units[index].batch, kv_head, shared_.units[index].row_block, range};
-    return {index / plan_.row_blocks, kv_head, index % plan_.row_blocks, range};
+    if (!ordered_) {
+      const Plan& plan = *parts_->plan;
+      const std::int64_t per_unit = tasks_per_unit(*parts_), unit = index / per_unit;
+      index %= per_unit;
+      return {0, unit / plan.row_blocks, index / plan.ranges, unit % plan.row_blocks, index % plan.ranges};
+    }
+    const Unit& unit = *(std::upper_bound(units_, end_, index,
+                                          [](std::int64_t task, const Unit& u) { return task < u.first_task; }) -
+                         1);
+    const std::int64_t ranges = parts_[unit.job].plan->ranges;
+    index -= unit.first_task;
+    return {unit.job, unit.batch, index / ranges, unit.row_block, index % ranges};
   }
 
-  void attend_task(const Task& task, const Slot& slot, int slot_index) noexcept {
-    const RowSpan span = span_of(problem_, plan_, task.batch, task.kv_head, task.row_block);
-    if (task.range == 0) clear_rows(problem_, span);
-    if (span.valid == 0) return;
-    const bool parted = plan_.ranges > 1;
+  void attend_task(const Part& part, const Task& task, const Slot& slot, int slot_index) noexcept {
+    const Problem& problem = *part.problem;
+    const Plan& plan = *part.plan;
+    const RowSpan span = span_of(problem, plan, task.batch, task.kv_head, task.row_block);
+    if (task.range == 0) clear_rows(problem, span);
+    const Ranges ranges = ranges_of(plan, problem.keys_of(task.batch));
+    if (span.valid == 0 || task.range >= ranges.count) return;
+    const bool parted = ranges.count > 1;
     const std::int64_t block_index =
-        (task.batch * problem_.num_kv_heads + task.kv_head) * plan_.row_blocks + task.row_block;
-    describe_rows(problem_, plan_, span, slot, /*with_sinks=*/problem_.sinks && !parted);
+        (task.batch * problem.num_kv_heads + task.kv_head) * plan.row_blocks + task.row_block;
+    describe_rows(problem, plan, span, slot, /*with_sinks=*/problem.sinks && !parted);
 
     RowBlock block{slot.rows,
                    span.valid,
-                   plan_.key_block,
-                   problem_.head_dim,
-                   problem_.value_dim,
-                   terms_,
-                   plan_.out_type,
+                   plan.key_block,
+                   problem.head_dim,
+                   problem.value_dim,
+                   part.terms,
+                   plan.out_type,
                    /*normalise=*/!parted,
                    slot.row_max,
                    slot.row_sum,
                    slot.kernel_scratch};
-    if (parted) redirect(block, slot, shared_.partial(plan_, problem_, block_index, task.range));
-    plan_.attend->begin(block);
-    if (!absorb_keys(task, span, block, slot, slot_index)) return;
-    plan_.attend->finish(block);
-    if (!parted) return complete_rows(problem_, plan_, span, slot, slot.row_max, slot.row_sum);
+    if (parted) redirect(problem, block, slot, part.shared.partial(plan, problem, block_index, task.range));
+    plan.attend->begin(block);
+    const KeyRange keys{task.range * ranges.keys, (task.range + 1) * ranges.keys};
+    if (!absorb_keys(part, task, span, keys, block, slot, slot_index)) return;
+    plan.attend->finish(block);
+    if (!parted) return complete_rows(problem, plan, span, slot, slot.row_max, slot.row_sum);
 
-    const Partial part = shared_.partial(plan_, problem_, block_index, task.range);
-    const auto bytes = static_cast<std::size_t>(span.valid * size_of(problem_.dtype));
-    std::memcpy(part.row_max, slot.row_max, bytes);
-    std::memcpy(part.row_sum, slot.row_sum, bytes);
+    const Partial result = part.shared.partial(plan, problem, block_index, task.range);
+    const auto bytes = static_cast<std::size_t>(span.valid * size_of(problem.dtype));
+    std::memcpy(result.row_max, slot.row_max, bytes);
+    std::memcpy(result.row_sum, slot.row_sum, bytes);
     // Whoever finishes last merges; acquire-release makes the other ranges' results visible to it.
-    if (shared_.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == plan_.ranges)
-      merge_ranges(problem_, plan_, shared_, block_index, span, slot);
+    if (part.shared.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == ranges.count)
+      merge_ranges(problem, plan, part.shared, block_index, span, slot);
   }
 
-  void redirect(const RowBlock& block, const Slot& slot, const Partial& part) const {
+  static void redirect(const Problem& problem, const RowBlock& block, const Slot& slot, const Partial& result) {
     for (int i = 0; i < block.count; ++i)
-      slot.rows[i].out = part.out + i * problem_.value_dim * size_of(problem_.dtype);
+      slot.rows[i].out = result.out + i * problem.value_dim * size_of(problem.dtype);
   }
 
   // Blocks start at multiples of key_block, so a row's result does not depend on what its neighbours see.
-  bool absorb_keys(const Task& task, const RowSpan& span, const RowBlock& block, const Slot& slot,
-                   int slot_index) noexcept {
-    const KeyRange keys = span_keys(problem_, span);
-    const std::int64_t begin = std::max(keys.begin, task.range * plan_.range_keys);
-    const std::int64_t end = std::min(keys.end, (task.range + 1) * plan_.range_keys);
-    const StridedKeys source(problem_, plan_, slot, task.batch, task.kv_head);
-    for (std::int64_t first = begin / plan_.key_block * plan_.key_block; first < end; first += plan_.key_block) {
-      if (loop_.should_stop(slot_index)) return false;
-      const int count = static_cast<int>(std::min<std::int64_t>(end - first, plan_.key_block));
-      plan_.attend->absorb(block, source.block(first, count));
+  bool absorb_keys(const Part& part, const Task& task, const RowSpan& span, const KeyRange& range,
+                   const RowBlock& block, const Slot& slot, int slot_index) noexcept {
+    const Problem& problem = *part.problem;
+    const Plan& plan = *part.plan;
+    const KeyRange keys = span_keys(problem, span);
+    const std::int64_t begin = std::max(keys.begin, range.begin), end = std::min(keys.end, range.end);
+    const std::int64_t masked_from = problem.masked_from(task.batch);
+    RowBlock unmasked = block;
+    unmasked.terms.mask = false;
+    const KeySource source(problem, plan, slot, task.batch, task.kv_head);
+    for (std::int64_t first = begin / plan.key_block * plan.key_block; first < end; first += plan.key_block) {
+      if (loop_->should_stop(slot_index)) return false;
+      const int count = static_cast<int>(std::min<std::int64_t>(end - first, plan.key_block));
+      const bool masked = !problem.recent_mask || first + count > masked_from;
+      if (problem.recent_mask && problem.mask && masked) spread_masks(problem, span, slot, first, count);
+      plan.attend->absorb(masked ? block : unmasked, source.block(first, count));
     }
     return true;
   }
 
-  const Problem& problem_;
-  const Plan& plan_;
-  const ScoreTerms terms_;
-  const Scratch memory_;
-  const Shared shared_;
-  TaskLoop loop_;
+  const std::int64_t count_;
+  const bool ordered_;
+  std::size_t thread_bytes_;
+  std::optional<Scratch> memory_;
+  Part* parts_ = nullptr;
+  Unit *units_ = nullptr, *end_ = nullptr;
+  char* slots_ = nullptr;
+  std::optional<TaskLoop> loop_;
 };
+
+bool writes_nothing(const Problem& problem, const Plan& plan) {
+  return plan.tasks == 0 || (problem.value_dim == 0 && !problem.lse && !problem.weights);
+}
 
 }  // namespace
 
+bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted) {
+  if (std::all_of(jobs, jobs + count, [](const Job& job) { return writes_nothing(*job.problem, *job.plan); }))
+    return true;
+  return Run(jobs, count, threads, interrupted).execute();
+}
+
 bool attend(const Problem& problem, const Plan& plan, Interrupted interrupted) {
-  const bool nothing_to_write = problem.value_dim == 0 && !problem.lse && !problem.weights;
-  if (plan.tasks == 0 || nothing_to_write) return true;
-  return Run(problem, plan, interrupted).execute();
+  const Job job{&problem, &plan};
+  return attend(&job, 1, plan.threads, interrupted);
+}
+
+int threads_for(const Job* jobs, std::int64_t count, int num_threads) {
+  double flops = 0, bytes = 0;
+  std::int64_t tasks = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    flops += jobs[i].plan->flops;
+    bytes += jobs[i].plan->bytes;
+    tasks += jobs[i].plan->tasks;
+  }
+  return useful_threads(flops, bytes, tasks, num_threads);
 }
 
 }  // namespace selfattn

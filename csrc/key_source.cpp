@@ -1,35 +1,118 @@
 #include "key_source.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "rows.h"
 
 namespace selfattn {
 
-StridedKeys::StridedKeys(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t batch,
-                         std::int64_t kv_head)
+KeySource::KeySource(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t batch,
+                     std::int64_t kv_head)
     : problem_(problem),
       plan_(plan),
-      slot_(slot),
-      keys_(problem.at(problem.key, batch) + kv_head * problem.key.head),
-      values_(problem.at(problem.value, batch) + kv_head * problem.value.head) {}
+      table_(problem.pages.of(batch)),
+      end_(problem.keys_of(batch)),
+      keys_{problem.key,
+            problem.key_scales,
+            problem.at(problem.key, batch) + kv_head * problem.key.head,
+            problem.key_scales ? problem.at(problem.key_scales, batch) + kv_head * problem.key_scales.head : nullptr,
+            problem.head_dim,
+            plan.copies_keys,
+            slot.keys,
+            slot.key_rows,
+            slot.key_scales},
+      values_{
+          problem.value,
+          problem.value_scales,
+          problem.at(problem.value, batch) + kv_head * problem.value.head,
+          problem.value_scales ? problem.at(problem.value_scales, batch) + kv_head * problem.value_scales.head : nullptr,
+          problem.value_dim,
+          plan.copies_values,
+          slot.values,
+          slot.value_rows,
+          slot.value_scales} {}
 
-KeyBlock StridedKeys::block(std::int64_t first, int count) const {
-  const auto rows = [&](const Operand& operand, const char* base, std::int64_t width, bool copies, char* buffer,
-                        std::int64_t& step) -> const void* {
-    const char* from = base + first * operand.row;
-    step = operand.row / size_of(operand.dtype);
-    if (!copies) return from;
-    gather_rows(*plan_.kernels, buffer, plan_.attend->keys, from, operand.dtype, operand.row, operand.column, count,
-                width);
-    step = width;
-    return buffer;
-  };
+// Keys from `key` on that follow one another in memory.
+std::int64_t KeySource::run_from(std::int64_t key) const {
+  const std::int64_t size = problem_.pages.size;
+  return size == 0 ? problem_.kv_len - key : size - key % size;
+}
+
+const char* KeySource::at(const Operand& operand, const char* base, std::int64_t key) const {
+  return base + problem_.pages.offset(table_, key, operand.page, operand.row);
+}
+
+// use(address, index, keys) for every run of the keys [first, first + count), index counted from the first.
+template <class Use>
+void KeySource::each_run(const Operand& operand, const char* base, std::int64_t first, std::int64_t count,
+                         Use use) const {
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t keys = std::min(count - done, run_from(first + done));
+    use(at(operand, base, first + done), done, keys);
+    done += keys;
+  }
+}
+
+void KeySource::copy(const Side& side, std::int64_t first, int count) const {
+  const DType type = plan_.attend->keys;
+  const std::int64_t row = side.width * size_of(type);
+  each_run(side.operand, side.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
+    char* to = side.copy + index * row;
+    gather_rows(*plan_.kernels, to, type, from, side.operand.dtype, side.operand.row, side.operand.column, keys,
+                side.width);
+    if (side.scales)
+      for (std::int64_t i = 0; i < keys; ++i)
+        scale_row(to + i * row, type, side.width, static_cast<double>(side.scale[index + i]));
+  });
+}
+
+void KeySource::list(const Side& side, std::int64_t first, int count) const {
+  if (side.copies) {
+    const std::int64_t row = side.width * size_of(plan_.attend->keys);
+    for (int i = 0; i < count + rows_ahead; ++i) side.rows[i] = side.copy + std::min(i, count - 1) * row;
+    return;
+  }
+  // Those ahead stand behind one another, or nobody knows where.
+  const std::int64_t known = std::min<std::int64_t>(count + rows_ahead, end_ - first);
+  each_run(side.operand, side.base, first, known, [&](const char* from, std::int64_t index, std::int64_t keys) {
+    for (std::int64_t i = 0; i < keys; ++i) side.rows[index + i] = from + i * side.operand.row;
+  });
+  for (std::int64_t i = known; i < count + rows_ahead; ++i) side.rows[i] = side.rows[known - 1];
+}
+
+void KeySource::read_scales(const Side& side, std::int64_t first, int count) const {
+  each_run(side.scales, side.scale_base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
+    copy_rows(reinterpret_cast<char*>(side.scale + index), 0, sizeof(float), from, 0, side.scales.row, 1, keys,
+              sizeof(float));
+  });
+  std::fill_n(side.scale + count, rows_ahead, 0.0f);
+}
+
+KeySource::Rows KeySource::place(const Side& side, std::int64_t first, int count) const {
+  if (side.scales) read_scales(side, first, count);
+  if (side.copies) copy(side, first, count);
+  if (plan_.attend->by_row) list(side, first, count);
+  if (side.copies) return {side.copy, side.width};
+  return {at(side.operand, side.base, first), side.operand.row / size_of(side.operand.dtype)};
+}
+
+KeyBlock KeySource::block(std::int64_t first, int count) const {
+  const Rows keys = place(keys_, first, count), values = place(values_, first, count);
   KeyBlock block{};
   block.first = first;
   block.count = count;
-  block.keys = rows(problem_.key, keys_, problem_.head_dim, plan_.copies_keys, slot_.keys, block.key_step);
-  block.values = rows(problem_.value, values_, problem_.value_dim, plan_.copies_values, slot_.values, block.value_step);
-  if (!plan_.copies_keys && first + count + count <= problem_.kv_len)
-    block.next_keys = static_cast<const char*>(block.keys) + count * problem_.key.row;
+  block.keys = keys.data;
+  block.key_step = keys.step;
+  block.values = values.data;
+  block.value_step = values.step;
+  if (!plan_.copies_keys && !plan_.attend->by_row && first + count + count <= problem_.kv_len)
+    block.next_keys = static_cast<const char*>(keys.data) + count * problem_.key.row;
+  block.key_rows = keys_.rows;
+  block.value_rows = values_.rows;
+  const bool scaled = plan_.attend->keys == DType::i8;
+  block.key_scales = scaled ? keys_.scale : nullptr;
+  block.value_scales = scaled ? values_.scale : nullptr;
   return block;
 }
 

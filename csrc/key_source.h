@@ -1,23 +1,49 @@
-// Where blocks of keys and values come from. Kernels want rows of contiguous, aligned elements of their type; a source
-// hands out a block in place where the memory is like that, or a copy of one block at a time where it is not.
+// Where blocks of keys and values come from, for one KV head of one batch entry. Kernels want rows of contiguous, aligned
+// elements of their type; a source hands out a block in place where the memory is like that, or a copy of one block at a
+// time where it is not.
 #pragma once
 #include "plan.h"
 #include "slot.h"
 
 namespace selfattn {
 
-// Strided arrays, for one KV head of one batch entry.
-class StridedKeys {
+class KeySource {
  public:
-  StridedKeys(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t batch, std::int64_t kv_head);
+  KeySource(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t batch, std::int64_t kv_head);
   KeyBlock block(std::int64_t first, int count) const;
 
  private:
+  // One of the two operands, and the scales of its codes.
+  struct Side {
+    const Operand& operand;
+    const Operand& scales;
+    const char* base;
+    const char* scale_base;
+    std::int64_t width;
+    bool copies;
+    char* copy;
+    const void** rows;
+    float* scale;
+  };
+  struct Rows {
+    const void* data;
+    std::int64_t step;
+  };
+
+  std::int64_t run_from(std::int64_t key) const;
+  const char* at(const Operand& operand, const char* base, std::int64_t key) const;
+  template <class Use>
+  void each_run(const Operand& operand, const char* base, std::int64_t first, std::int64_t count, Use use) const;
+  Rows place(const Side& side, std::int64_t first, int count) const;
+  void copy(const Side& side, std::int64_t first, int count) const;
+  void list(const Side& side, std::int64_t first, int count) const;
+  void read_scales(const Side& side, std::int64_t first, int count) const;
+
   const Problem& problem_;
   const Plan& plan_;
-  const Slot& slot_;
-  const char* keys_;
-  const char* values_;
+  const std::int32_t* table_;
+  const std::int64_t end_;  // of the entry's keys
+  const Side keys_, values_;
 };
 
 }  // namespace selfattn

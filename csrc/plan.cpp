@@ -38,7 +38,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b !=
 bool in_place(const Problem& problem, const Operand& operand, DType dtype) {
   const std::int64_t size = size_of(dtype);
   bool aligned = reinterpret_cast<std::uintptr_t>(operand.data) % static_cast<std::uintptr_t>(size) == 0 &&
-                 operand.row % size == 0 && operand.head % size == 0;
+                 operand.row % size == 0 && operand.head % size == 0 && operand.page % size == 0;
   for (int axis = 0; axis < problem.batch_axes; ++axis) aligned = aligned && operand.batch[axis] % size == 0;
   return operand.dtype == dtype && aligned && operand.column == size;
 }
@@ -65,6 +65,7 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
   const AttendKernel* narrow = dtype == DType::f16 ? types.row_f16 : dtype == DType::bf16 ? types.row_bf16 : nullptr;
+  if (dtype == DType::i8) return types.row_i8 ? types.row_i8 : &types.row;
   // Also where it needs copies: other kernels have other bits, and strides must not change any.
   if (kernels.matrix.row_bf16 && dtype == DType::bf16 && problem.query.dtype == dtype) return kernels.matrix.row_bf16;
   const bool reads = narrow && in_place(problem, problem.key, dtype) && in_place(problem, problem.value, dtype);
@@ -90,8 +91,9 @@ const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& typ
 
 void choose_copies(Plan& plan, const Problem& problem) {
   plan.copies_queries = !in_place(problem, problem.query, plan.attend->queries);
-  plan.copies_keys = !in_place(problem, problem.key, plan.attend->keys);
-  plan.copies_values = !in_place(problem, problem.value, plan.attend->keys);
+  const bool apart = problem.pages.size != 0 && !plan.attend->by_row;
+  plan.copies_keys = apart || !in_place(problem, problem.key, plan.attend->keys);
+  plan.copies_values = apart || !in_place(problem, problem.value, plan.attend->keys);
 }
 
 void choose_kernel(Plan& plan, const Problem& problem) {
@@ -128,7 +130,26 @@ double cache_bytes(const Problem& problem) {
          static_cast<double>((problem.head_dim + problem.value_dim) * size_of(problem.key.dtype));
 }
 
+bool parts_keys(const Plan& plan) { return plan.row_blocks <= row_blocks_with_ranges; }
+
+std::int64_t wanted_range(const Plan& plan) {
+  const std::int64_t wanted = plan.attend->strip_rows > 1 ? tile_range_keys : row_range_keys;
+  return ceil_div(wanted, plan.key_block) * plan.key_block;  // blocks never straddle ranges
+}
+
+// Of entries with up to so many keys.
+std::int64_t most_ranges_of(const Plan& plan, std::int64_t keys) {
+  return parts_keys(plan) ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
+}
+
 }  // namespace
+
+Ranges ranges_of(const Plan& plan, std::int64_t keys) {
+  if (most_ranges_of(plan, keys) == 1) return {std::max<std::int64_t>(keys, 1), 1};
+  const std::int64_t range = std::max(wanted_range(plan), ceil_div(keys, most_ranges));
+  const std::int64_t range_keys = ceil_div(range, plan.key_block) * plan.key_block;
+  return {range_keys, ceil_div(keys, range_keys)};
+}
 
 Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads) {
   Plan plan{};
@@ -140,13 +161,9 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
-  const bool few = plan.row_blocks <= row_blocks_with_ranges;
-  const std::int64_t wanted = plan.attend->strip_rows > 1 ? tile_range_keys : row_range_keys;
-  const std::int64_t range = std::max(wanted, ceil_div(problem.kv_len, most_ranges));
-  plan.range_keys = ceil_div(range, plan.key_block) * plan.key_block;  // blocks never straddle ranges
-  plan.ranges = few ? std::max<std::int64_t>(ceil_div(problem.kv_len, plan.range_keys), 1) : 1;
+  plan.range_keys = ranges_of(plan, problem.kv_len).keys;
+  plan.ranges = most_ranges_of(plan, problem.kv_len);
   if (plan.ranges == 1) {
-    plan.range_keys = std::max<std::int64_t>(problem.kv_len, 1);
     if (problem.out && is_narrow(problem.out.dtype) && in_place(problem, problem.out, problem.out.dtype)) {
       plan.out_type = problem.out.dtype;
       plan.copies_out = false;
@@ -157,7 +174,8 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
                static_cast<double>(problem.head_dim + problem.value_dim);
-  plan.threads = useful_threads(plan.flops, cache_bytes(problem), plan.tasks, num_threads);
+  plan.bytes = cache_bytes(problem);
+  plan.threads = useful_threads(plan.flops, plan.bytes, plan.tasks, num_threads);
   plan.thread_bytes = Slot(nullptr, plan, problem).bytes;
   plan.shared_bytes = Shared(nullptr, plan, problem).bytes;
   return plan;

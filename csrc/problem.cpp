@@ -127,6 +127,18 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   place(problem, problem.query, a.q, q);
   place(problem, problem.key, a.k, k);
   place(problem, problem.value, a.v, v);
+  problem.pages = a.pages;
+  problem.key.page = a.key_page;
+  problem.value.page = a.value_page;
+}
+
+// Scales are the cache's own and have the shapes that it made.
+void place_scales(Problem& problem, Operand& operand, const TensorView& view, std::int64_t page) {
+  if (!view) return;
+  place_batch(problem, operand, view, 2);
+  operand.head = view.stride(1);
+  operand.row = view.stride(0);
+  operand.page = page;
 }
 
 // An argument that broadcasts to `target` (which it must not extend), right-aligned.
@@ -143,7 +155,9 @@ void check_broadcast(const char* function, const char* name, const TensorView& v
 void place_score_operand(Problem& problem, Operand& operand, const char* function, const char* name,
                          const TensorView& view) {
   if (!view) return;
-  check_broadcast(function, name, view, weights_shape(problem));
+  Shape scores = weights_shape(problem);
+  if (problem.recent_mask) scores.extent[scores.ndim - 1] = problem.q_len;
+  check_broadcast(function, name, view, scores);
   place_batch(problem, operand, view, 3);
   const auto stride = [&](int axis) { return view.ndim > axis && view.extent(axis) != 1 ? view.stride(axis) : 0; };
   operand.column = stride(0);
@@ -221,6 +235,9 @@ Problem make_problem(const AttentionArguments& a) {
   problem.dtype = computed_in(a.q.dtype);
   problem.bshd = a.bshd;
   set_shapes(problem, a);
+  place_scales(problem, problem.key_scales, a.key_scales, a.key_scale_page);
+  place_scales(problem, problem.value_scales, a.value_scales, a.value_scale_page);
+  problem.recent_mask = a.recent_mask;
   place_score_operand(problem, problem.mask, a.function, "mask", a.mask);
   place_score_operand(problem, problem.bias, a.function, "bias", a.bias);
   problem.causal = a.causal;
@@ -234,6 +251,7 @@ Problem make_problem(const AttentionArguments& a) {
   if (problem.kv_lens && problem.batch != 0)
     check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k",
                   problem.kv_lens.data);
+  place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
   problem.scale = a.has_scale ? a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
   problem.precision = a.precision;
@@ -243,6 +261,10 @@ Problem make_problem(const AttentionArguments& a) {
 }
 
 std::int64_t Problem::keys_of(std::int64_t b) const { return kv_lens ? integer_at(at(kv_lens, b)) : kv_len; }
+
+std::int64_t Problem::start_of(std::int64_t b) const { return kv_starts ? integer_at(at(kv_starts, b)) : 0; }
+
+std::int64_t Problem::masked_from(std::int64_t b) const { return recent_mask ? keys_of(b) - q_len : 0; }
 
 std::int64_t Problem::queries_of(std::int64_t b) const { return q_lens ? integer_at(at(q_lens, b)) : q_len; }
 
@@ -285,9 +307,13 @@ void attach_weights(Problem& problem, const TensorView& weights) {
   place(problem, problem.weights, weights, trailing_axes(weights, /*bshd=*/false));
 }
 
-KeyRange visible_keys(const Problem& problem, std::int64_t query, std::int64_t offset, std::int64_t valid_keys) {
-  const std::int64_t position = query + offset;
-  std::int64_t begin = 0, end = valid_keys;
+ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
+  return {problem.start_of(b), problem.keys_of(b), problem.offset_of(b)};
+}
+
+KeyRange visible_keys(const Problem& problem, std::int64_t query, const ValidKeys& valid) {
+  const std::int64_t position = query + valid.offset;
+  std::int64_t begin = valid.begin, end = valid.end;
   if (problem.causal) end = std::min(end, position + 1);
   if (problem.window_left >= 0) begin = std::max(begin, position - problem.window_left);
   if (problem.window_right >= 0) end = std::min(end, position + problem.window_right + 1);

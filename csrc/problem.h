@@ -25,18 +25,46 @@ struct Operand {
   std::int64_t head = 0;
   std::int64_t row = 0;
   std::int64_t column = 0;
+  std::int64_t page = 0;           // see Pages
   std::int64_t batch[max_axes];  // the first Problem::batch_axes are set
 
   explicit operator bool() const { return data != nullptr; }
 };
 
-// As received: shapes are not yet trusted.
+// Keys and values that no array holds in order, but runs of `size` keys that stand anywhere: an operand's page p is
+// p * Operand::page bytes behind its data. A ring is a page in the same place again and again.
+struct Pages {
+  std::int64_t size = 0;                // keys of a page; 0: none, one array holds all
+  const std::int32_t* table = nullptr;  // the page of each run of keys, a row per sequence; null: run r is page r
+  std::int64_t table_step = 0;          // entries from row to row
+  const std::int64_t* rows = nullptr;   // the row of each batch entry
+
+  const std::int32_t* of(std::int64_t batch_index) const {
+    return table ? table + rows[batch_index] * table_step : nullptr;
+  }
+  // How far behind its operand's base a key stands; `own` is the batch entry's part of the table.
+  std::int64_t offset(const std::int32_t* own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
+    if (size == 0) return key * row_step;
+    const std::int64_t run = key / size;
+    return (own ? std::int64_t{own[run]} : run) * page_step + key % size * row_step;
+  }
+};
+
 // What float32 products may be rounded to, where that is faster.
 enum class Precision : std::uint8_t { highest, high, medium };
+
+// As received: shapes are not yet trusted.
 
 struct AttentionArguments {
   const char* function = "attention";  // whom messages name
   TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
+  // Of a cache: pages of k and v (bytes from one to the next), scales of codes, the first key that is still held.
+  Pages pages;
+  std::int64_t key_page = 0, value_page = 0;
+  TensorView key_scales, value_scales;  // (batch, num_kv_heads, kv_len)
+  std::int64_t key_scale_page = 0, value_scale_page = 0;
+  TensorView kv_starts;
+  bool recent_mask = false;  // the mask is over the newest q_len keys
   bool bshd = false;
   bool causal = false;
   std::int64_t window_left = -1;  // -1: unbounded
@@ -57,6 +85,9 @@ struct Problem {
   std::int64_t num_heads = 0, num_kv_heads = 0, group_size = 0;
   std::int64_t q_len = 0, kv_len = 0, head_dim = 0, value_dim = 0;
   Operand query, key, value, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
+  Operand key_scales, value_scales, kv_starts;
+  Pages pages;
+  bool recent_mask = false;
   Operand out, lse, weights;  // lse and weights may be absent
   bool causal = false;
   std::int64_t window_left = -1, window_right = -1;
@@ -73,6 +104,8 @@ struct Problem {
     return p;
   }
   std::int64_t keys_of(std::int64_t batch_index) const;     // valid keys of a batch entry
+  std::int64_t start_of(std::int64_t batch_index) const;    // the first of them that is there
+  std::int64_t masked_from(std::int64_t batch_index) const;  // the key of the mask's first column
   std::int64_t queries_of(std::int64_t batch_index) const;  // valid queries
   std::int64_t offset_of(std::int64_t batch_index) const;   // key aligned with query 0
 };
@@ -92,6 +125,10 @@ void attach_weights(Problem& problem, const TensorView& weights);
 struct KeyRange {
   std::int64_t begin, end;
 };
-KeyRange visible_keys(const Problem& problem, std::int64_t query, std::int64_t offset, std::int64_t valid_keys);
+struct ValidKeys {
+  std::int64_t begin, end, offset;  // of a batch entry; offset: the key aligned with query 0
+};
+ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
+KeyRange visible_keys(const Problem& problem, std::int64_t query, const ValidKeys& valid);
 
 }  // namespace selfattn

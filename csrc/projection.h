@@ -2,23 +2,13 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <new>
 
 #include "kernels/kernel_set.h"
 #include "problem.h"
+#include "scratch_pool.h"
 #include "task_loop.h"
 
 namespace selfattn {
-
-// Bytes of a buffer of so many elements; a product that overflows is memory that nobody has.
-template <class... Sizes>
-std::int64_t bytes_of(Sizes... sizes) {
-  std::int64_t bytes = 1;
-  for (const std::int64_t size : {static_cast<std::int64_t>(sizes)...})
-    if (__builtin_mul_overflow(bytes, size, &bytes)) throw std::bad_alloc();
-  if (bytes > std::int64_t{1} << 60) throw std::bad_alloc();
-  return (bytes + 63) / 64 * 64;
-}
 
 // A weight matrix (depth, columns) with its bias, packed for one kernel set: panels of columns, [panel][depth][column].
 // Weights keep their type, the bias takes that of the computation.

@@ -29,10 +29,17 @@ void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dt
   for (std::int64_t i = 0; i < count; ++i) write_real(p + i * step, x, dtype);
 }
 
+// A row's mask from its first column on.
+const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place place) {
+  return problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
+}
+
 // Distinguishes a row whose scores all are -inf by their values (IEEE: NaN) from one that sees no key (0).
-bool sees_a_key(const Problem& problem, const Row& row) {
+bool sees_a_key(const Problem& problem, const RowSpan& span, Place place, const Row& row) {
+  const std::uint8_t* mask = mask_of(problem, span, place);
+  const std::int64_t masked_from = problem.masked_from(span.batch);
   for (std::int64_t j = row.key_begin; j < row.key_end; ++j) {
-    if (row.mask && row.mask[j * problem.mask.column] == 0) continue;
+    if (mask && j >= masked_from && mask[(j - masked_from) * problem.mask.column] == 0) continue;
     if (row.bias && read_real(row.bias + j * problem.bias.column, problem.bias.dtype) == -infinity) continue;
     return true;
   }
@@ -99,6 +106,7 @@ void finish_weights(const Problem& problem, const Plan& plan, const Row& row, do
 template <class T>
 void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block, const RowSpan& span,
            const Slot& slot) {
+  const std::int64_t ranges = ranges_of(plan, problem.keys_of(span.batch)).count;
   T* row_max = reinterpret_cast<T*>(slot.row_max);
   T* row_sum = reinterpret_cast<T*>(slot.row_sum);
   for (int i = 0; i < span.valid; ++i) {
@@ -108,7 +116,7 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
     T sum = start == -infinity ? T(0) : T(1);
     T* out = static_cast<T*>(row.out);
     std::fill_n(out, problem.value_dim, T(0));
-    for (std::int64_t r = 0; r < plan.ranges; ++r) {
+    for (std::int64_t r = 0; r < ranges; ++r) {
       const Partial part = shared.partial(plan, problem, block, r);
       const T part_max = reinterpret_cast<const T*>(part.row_max)[i];
       const T part_sum = reinterpret_cast<const T*>(part.row_sum)[i];
@@ -141,21 +149,21 @@ RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, st
 
 KeyRange span_keys(const Problem& problem, const RowSpan& span) {
   if (span.valid == 0) return {0, 0};
-  const std::int64_t keys = problem.keys_of(span.batch), offset = problem.offset_of(span.batch);
+  const ValidKeys valid = valid_keys(problem, span.batch);
   // Both ends move monotonically with the query.
-  const KeyRange first = visible_keys(problem, place_of(problem, span, 0).query, offset, keys);
-  const KeyRange last = visible_keys(problem, place_of(problem, span, span.valid - 1).query, offset, keys);
+  const KeyRange first = visible_keys(problem, place_of(problem, span, 0).query, valid);
+  const KeyRange last = visible_keys(problem, place_of(problem, span, span.valid - 1).query, valid);
   return {std::min(first.begin, last.begin), std::max(first.end, last.end)};
 }
 
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks) {
   const std::int64_t size = size_of(problem.dtype);
-  const std::int64_t keys = problem.keys_of(span.batch), offset = problem.offset_of(span.batch);
+  const ValidKeys valid = valid_keys(problem, span.batch);
   const char* query = problem.at(problem.query, span.batch);
   char* out = problem.at(problem.out, span.batch);
   for (int i = 0; i < span.valid; ++i) {
     const Place place = place_of(problem, span, i);
-    const KeyRange visible = visible_keys(problem, place.query, offset, keys);
+    const KeyRange visible = visible_keys(problem, place.query, valid);
     Row& row = slot.rows[i];
     const char* from = query + place.head * problem.query.head + place.query * problem.query.row;
     row.query = from;
@@ -167,19 +175,32 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     }
     row.out = plan.copies_out ? slot.out + i * problem.value_dim * size
                               : out + place.head * problem.out.head + place.query * problem.out.row;
-    row.mask = problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
+    row.mask = mask_of(problem, span, place);
     row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
     row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
     row.key_begin = visible.begin;
     row.key_end = visible.end;
     // Beyond the visible keys the distance grows alike for all: the part that softmax would drop is left out, since
     // scores of that size would drop the rest. A sink has no distance, so that with one nothing is dropped.
-    const std::int64_t position = place.query + offset;
+    const std::int64_t position = place.query + valid.offset;
     row.position =
         problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
     row.slope = slope_of(problem, span.batch, place.head);
     row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
     row.sink = with_sinks ? sink_of(problem, place.head) : -infinity;
+  }
+}
+
+void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count) {
+  const std::int64_t masked_from = problem.masked_from(span.batch);
+  for (int i = 0; i < span.valid; ++i) {
+    const std::uint8_t* mask = mask_of(problem, span, place_of(problem, span, i));
+    std::uint8_t* spread = slot.masks + std::int64_t{i} * slot.mask_step;
+    for (int j = 0; j < count; ++j) {
+      const std::int64_t column = first + j - masked_from;
+      spread[j] = column < 0 ? 1 : mask[column * problem.mask.column];
+    }
+    slot.rows[i].mask = spread - first;  // where key 0 would be
   }
 }
 
@@ -192,7 +213,7 @@ ScoreTerms score_terms(const Problem& problem) {
   terms.softcap = capped ? base2(problem.softcap) : 0;
   terms.alibi = static_cast<bool>(problem.alibi_slopes);
   terms.mask = static_cast<bool>(problem.mask);
-  terms.mask_step = problem.mask.column;
+  terms.mask_step = problem.recent_mask ? 1 : problem.mask.column;
   terms.bias = bias_type(problem.bias);
   terms.bias_step = problem.bias.column;
   return terms;
@@ -206,7 +227,7 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     const Place place = place_of(problem, span, i);
     const double max = read_real(row_max + i * size, problem.dtype);
     const double sum = read_real(row_sum + i * size, problem.dtype);
-    const bool undefined = sum == 0 && sees_a_key(problem, row);
+    const bool undefined = sum == 0 && sees_a_key(problem, span, place, row);
     if (undefined)
       fill_row(static_cast<char*>(row.out), size_of(plan.out_type), problem.value_dim,
                std::numeric_limits<double>::quiet_NaN(), plan.out_type);

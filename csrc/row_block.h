@@ -23,6 +23,10 @@ KeyRange span_keys(const Problem& problem, const RowSpan& span);
 // Fills slot.rows for the valid rows; queries that kernels cannot read in place are copied.
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks);
 
+// Where a mask is over the newest keys only: lays out what it says of the keys [first, first + count), which is true of
+// those before it, and points slot.rows there.
+void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count);
+
 // How products become scores, the same for every row.
 ScoreTerms score_terms(const Problem& problem);
 

@@ -24,17 +24,26 @@ void write(char* p, E element) {
 }
 
 const Conversion& conversion_of(const KernelSet& kernels, DType dtype) {
-  return dtype == DType::f16 ? kernels.f16 : kernels.bf16;
+  return dtype == DType::f16 ? kernels.f16 : dtype == DType::bf16 ? kernels.bf16 : kernels.i8;
 }
 
-void widen_row(const Conversion& conversion, char* to, const char* from, std::int64_t from_column, std::int64_t count) {
+template <class T>
+void scale_elements(char* row, std::int64_t count, double factor) {
+  T* elements = reinterpret_cast<T*>(row);
+  for (std::int64_t i = 0; i < count; ++i) elements[i] *= static_cast<T>(factor);
+}
+
+void widen_row(const KernelSet& kernels, char* to, const char* from, DType type, std::int64_t from_column,
+               std::int64_t count) {
+  const Conversion& conversion = conversion_of(kernels, type);
+  const std::int64_t size = size_of(type);
   float* floats = reinterpret_cast<float*>(to);
-  if (from_column == narrow_size && reinterpret_cast<std::uintptr_t>(from) % narrow_size == 0)
+  if (from_column == size && reinterpret_cast<std::uintptr_t>(from) % static_cast<std::uintptr_t>(size) == 0)
     return conversion.widen(from, count, floats);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
-    copy_rows(together, 0, narrow_size, from + first * from_column, 0, from_column, 1, n, narrow_size);
+    copy_rows(together, 0, size, from + first * from_column, 0, from_column, 1, n, size);
     conversion.widen(together, n, floats + first);
   }
 }
@@ -49,6 +58,8 @@ double read_real(const char* p, DType dtype) {
       return static_cast<double>(core::widen(read<core::Half>(p)));
     case DType::bf16:
       return static_cast<double>(core::widen(read<core::BFloat>(p)));
+    case DType::i8:
+      return read<std::int8_t>(p);
     default:
       return static_cast<double>(read<float>(p));
   }
@@ -84,14 +95,18 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const char* 
   const std::int64_t size = size_of(to_type);
   if (from_type == to_type) return copy_rows(to, count * size, size, from, from_row, from_column, rows, count, size);
   for (std::int64_t r = 0; r < rows; ++r, to += count * size, from += from_row) {
-    if (is_narrow(from_type) && to_type == DType::f32)
-      widen_row(conversion_of(kernels, from_type), to, from, from_column, count);
+    if (computed_in(from_type) == DType::f32 && from_type != DType::f32 && to_type == DType::f32)
+      widen_row(kernels, to, from, from_type, from_column, count);
     else if (is_narrow(to_type) && from_type == DType::f32 && from_column == size_of(from_type))
       scatter_row(kernels, to, to_type, size, from, from_type, count);
     else  // to double: rare
       for (std::int64_t i = 0; i < count; ++i)
         write_real(to + i * size, read_real(from + i * from_column, from_type), to_type);
   }
+}
+
+void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
+  dtype == DType::f32 ? scale_elements<float>(row, count, factor) : scale_elements<double>(row, count, factor);
 }
 
 void scatter_row(const KernelSet& kernels, char* to, DType to_type, std::int64_t to_column, const char* from,

@@ -18,6 +18,9 @@ void copy_rows(char* to, std::int64_t to_row, std::int64_t to_column, const char
 void gather_rows(const KernelSet& kernels, char* to, DType to_type, const char* from, DType from_type,
                  std::int64_t from_row, std::int64_t from_column, std::int64_t rows, std::int64_t count);
 
+// Multiplies a contiguous row of floats or doubles.
+void scale_row(char* row, DType dtype, std::int64_t count, double factor);
+
 // Brings a contiguous row to elements of its own type, or rounds it to one of 16 bits, `to_column` bytes apart.
 void scatter_row(const KernelSet& kernels, char* to, DType to_type, std::int64_t to_column, const char* from,
                  DType from_type, std::int64_t count);

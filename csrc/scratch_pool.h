@@ -2,8 +2,20 @@
 // fork: no locks.
 #pragma once
 #include <cstddef>
+#include <cstdint>
+#include <new>
 
 namespace selfattn {
+
+// Bytes of a buffer of so many elements; a product that overflows is memory that nobody has.
+template <class... Sizes>
+std::int64_t bytes_of(Sizes... sizes) {
+  std::int64_t bytes = 1;
+  for (const std::int64_t size : {static_cast<std::int64_t>(sizes)...})
+    if (__builtin_mul_overflow(bytes, size, &bytes)) throw std::bad_alloc();
+  if (bytes > std::int64_t{1} << 60) throw std::bad_alloc();
+  return (bytes + 63) / 64 * 64;
+}
 
 // At least `bytes` bytes on a 64-byte boundary. Throws std::bad_alloc.
 class Scratch {

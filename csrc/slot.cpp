@@ -25,18 +25,25 @@ Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   keys = take_if(plan.copies_keys, plan.key_block * problem.head_dim, plan.attend->keys);
   values = take_if(plan.copies_values, plan.key_block * problem.value_dim, plan.attend->keys);
   out = take_if(plan.copies_out, plan.block_rows * problem.value_dim, problem.dtype);
+  const std::int64_t listed = plan.attend->by_row ? plan.key_block + rows_ahead : 0;
+  key_rows = carver.take<const void*>(listed);
+  value_rows = carver.take<const void*>(listed);
+  // Kernels read whole vectors.
+  const std::int64_t scaled = problem.key.dtype == DType::i8 ? plan.key_block + rows_ahead : 0;
+  key_scales = carver.take<float>(scaled);
+  value_scales = carver.take<float>(scaled);
+  mask_step = plan.key_block;
+  masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_step : 0);
   bytes = carver.used;
 }
 
 Shared::Shared(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
   Carver carver{base};
-  num_units = problem.batch * plan.row_blocks;
-  units = plan.threads > 1 ? carver.take<Unit>(num_units) : nullptr;
-  const std::int64_t blocks = plan.ranges > 1 ? num_units * problem.num_kv_heads : 0;
-  finished = carver.take<std::atomic<std::int32_t>>(blocks);
+  row_blocks = plan.ranges > 1 ? problem.batch * problem.num_kv_heads * plan.row_blocks : 0;
+  finished = carver.take<std::atomic<std::int32_t>>(row_blocks);
   partial_bytes = static_cast<std::size_t>(plan.block_rows * (problem.value_dim + 2) * size + 63) / 64 * 64;
-  partials = carver.take<char>(blocks * plan.ranges * static_cast<std::int64_t>(partial_bytes));
+  partials = carver.take<char>(row_blocks * plan.ranges * static_cast<std::int64_t>(partial_bytes));
   bytes = carver.used;
 }
 

@@ -18,16 +18,15 @@ struct Slot {
   char* keys;
   char* values;
   char* out;
+  const void** key_rows;  // for kernels that take rows wherever they stand
+  const void** value_rows;
+  float* key_scales;  // of codes
+  float* value_scales;
+  std::uint8_t* masks;  // of the newest keys, [row][mask_step]
+  std::int64_t mask_step;
   std::size_t bytes;
 
   Slot(char* base, const Plan& plan, const Problem& problem);
-};
-
-// One entry of the task order: a block of query rows of every KV head of a batch entry.
-struct Unit {
-  std::int64_t batch;
-  std::int64_t row_block;
-  std::int64_t cost;
 };
 
 // Results of one key range of one row block, before they are merged.
@@ -38,8 +37,7 @@ struct Partial {
 };
 
 struct Shared {
-  Unit* units;
-  std::int64_t num_units;
+  std::int64_t row_blocks;             // of all batch entries and KV heads
   std::atomic<std::int32_t>* finished;  // ranges done, per row block
   char* partials;
   std::size_t partial_bytes;  // of one range of one row block

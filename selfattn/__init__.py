@@ -6,15 +6,21 @@ from importlib.metadata import version as _version
 
 from ._attention import attention, explain
 from ._bias import alibi_slopes, t5_bias
+from ._cache import KVCache
+from ._cached import attention_with_kvcache
 from ._info import show_config, show_runtime
 from ._layer import SelfAttention, self_attention
+from ._paged import PagedKVCache
 from ._rope import RoPE, apply_rope
 from ._states import merge_states
 from ._threads import active_isa, get_num_threads, isas, set_num_threads, use_isa
+from ._varlen import attention_varlen
 
 __version__ = _version("selfattn")
 
 __all__ = [
+    "KVCache",
+    "PagedKVCache",
     "RoPE",
     "SelfAttention",
     "__version__",
@@ -22,6 +28,8 @@ __all__ = [
     "alibi_slopes",
     "apply_rope",
     "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
     "explain",
     "get_num_threads",
     "isas",

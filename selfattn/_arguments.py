@@ -102,7 +102,8 @@ def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
     return array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64, copy=False)
 
 
-def _reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
+def reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
+    """Return real numbers of any accepted type as float64."""
     array = as_array(function, name, value)
     if not is_float(array.dtype):
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
@@ -212,9 +213,9 @@ def core_options(
         scale = real(function, "scale", scale)
     cap = 0.0 if softcap is None else _softcap(function, softcap)
     if alibi_slopes is not None:
-        alibi_slopes = _reals(function, "alibi_slopes", alibi_slopes)
+        alibi_slopes = reals(function, "alibi_slopes", alibi_slopes)
     if sinks is not None:
-        sinks = _reals(function, "sinks", sinks)
+        sinks = reals(function, "sinks", sinks)
     if layout != "bhsd":
         choice(function, "layout", layout, LAYOUTS)
     return_lse = flag(function, "return_lse", return_lse)

@@ -339,14 +339,16 @@ def test_bfloat16_is_known_without_importing_its_package(run_python: Any) -> Non
         import selfattn as sa
         x = np.ones((3, 8), np.float16)
         sa.attention(x, x, x)
-        try:
-            sa.attention(x.astype(np.int16), x, x)
-        except TypeError as error:
-            print(error)
+        for other in (np.int16, np.bool_):
+            try:
+                sa.attention(x.astype(other), x, x)
+            except TypeError as error:
+                print(error)
         print("ml_dtypes" in sys.modules)
         import ml_dtypes
         print(sa.attention(*[x.astype(ml_dtypes.bfloat16)] * 3).dtype)
     """
     lines = run_python(code).splitlines()
     assert lines[0].startswith("attention: q has dtype int16, but float16, bfloat16, float32 and float64 are accepted")
-    assert lines[1:] == ["False", "bfloat16"]
+    assert lines[1].startswith("attention: q has dtype bool, but")
+    assert lines[2:] == ["False", "bfloat16"]

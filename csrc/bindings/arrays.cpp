@@ -28,7 +28,7 @@ py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>
 // bfloat16 belongs to no number of NumPy's; it is known by its name, without importing the package that defines it. The
 // number that this package was given stays the same as long as the process runs, and asking for a name takes long.
 bool is_bfloat(const py::array& array, int number) {
-  static std::atomic<int> known{0};
+  static std::atomic<int> known{first_user_number - 1};  // no type's
   if (number == known.load(std::memory_order_relaxed)) return true;
   if (number < first_user_number || array.itemsize() != narrow_size || dtype_name(array) != "bfloat16") return false;
   known.store(number, std::memory_order_relaxed);
@@ -59,6 +59,8 @@ const char* name_of(DType dtype) {
       return "float16";
     case DType::bf16:
       return "bfloat16";
+    case DType::i8:
+      return "int8";
     default:
       return "float32";
   }

@@ -84,11 +84,20 @@ Extras::Extras(const Options& options, Problem& problem) {
   }
 }
 
-py::object Extras::join(py::object out) const {
+py::object join(py::object out, const py::object& lse, const py::object& weights) {
   if (lse.is_none() && weights.is_none()) return out;
   if (weights.is_none()) return py::make_tuple(out, lse);
   if (lse.is_none()) return py::make_tuple(out, weights);
   return py::make_tuple(out, lse, weights);
+}
+
+TensorView key_view(const char* function, py::handle k, DType query) {
+  const TensorView key = float_view(function, "k", k);
+  return size_of(key.dtype) < size_of(query) ? key : matching_view(function, "k", k, "q", query);
+}
+
+TensorView value_view(const char* function, py::handle v, DType query, DType key) {
+  return matching_view(function, "v", v, key == query ? "q" : "k", key);
 }
 
 void run_attention(const Problem& problem, const Plan& plan) {
@@ -130,17 +139,11 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
 
 namespace {
 
-// Keys and values may be narrower than queries, as in a cache that saves memory.
-TensorView key_view(const char* function, py::handle k, DType query) {
-  const TensorView key = float_view(function, "k", k);
-  return size_of(key.dtype) < size_of(query) ? key : matching_view(function, "k", k, "q", query);
-}
-
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v,
                                 const Options& options) {
   const TensorView query = float_view(function, "q", q);
   const TensorView key = key_view(function, k, query.dtype);
-  const TensorView value = matching_view(function, "v", v, key.dtype == query.dtype ? "q" : "k", key.dtype);
+  const TensorView value = value_view(function, v, query.dtype, key.dtype);
   return arguments_of(function, options, query, key, value);
 }
 
@@ -190,6 +193,12 @@ void register_attention(py::module_& module) {
   module.def("attention", &attention);
   module.def("check_own_memory", [](const char* function, const py::array& out) {
     check_own_memory(function, float_view(function, "out", out));
+  });
+  module.def("check_out", [](const char* function, const py::array& out, const py::array& like) {
+    const TensorView view = float_view(function, "out", like);
+    Shape shape;
+    for (int axis = 0; axis < view.ndim; ++axis) shape.append(view.shape[axis]);
+    check_out(function, out, shape, view.dtype);
   });
   module.def("explain", &explain);
 }

@@ -35,11 +35,18 @@ struct Destination {
   py::object deliver();  // what the caller gets, filled
 };
 
+// out alone, or the tuple of what is not None.
+py::object join(py::object out, const py::object& lse, const py::object& weights);
+
+// Keys may be narrower than queries, as in a cache that saves memory; values are of the keys' type.
+TensorView key_view(const char* function, py::handle k, DType query);
+TensorView value_view(const char* function, py::handle v, DType query, DType key);
+
 // Results other than out that were asked for, allocated and attached.
 struct Extras {
   py::object lse = py::none(), weights = py::none();
   Extras(const Options& options, Problem& problem);
-  py::object join(py::object out) const;  // out alone, or the tuple
+  py::object join(py::object out) const { return bindings::join(std::move(out), lse, weights); }
 };
 
 // Runs the plan; raises what a signal handler raised.
@@ -49,6 +56,7 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
 
 void register_attention(py::module_& module);
 void register_layer(py::module_& module);
+void register_varlen(py::module_& module);
 void register_machine(py::module_& module);
 
 }  // namespace selfattn::bindings

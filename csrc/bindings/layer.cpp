@@ -6,19 +6,21 @@
 #include <vector>
 
 #include "bindings/attention.h"
+#include "bindings/cache_arguments.h"
 #include "message.h"
 #include "parallel.h"
 #include "registry.h"
 #include "rope.h"
 
 namespace selfattn::bindings {
-namespace {
 
 std::optional<Rope> rope_of(py::handle description) {
   if (description.is_none()) return std::nullopt;
   const py::tuple t = py::reinterpret_borrow<py::tuple>(description);
   return Rope{t[0].cast<double>(), t[1].cast<std::int64_t>(), t[2].cast<bool>()};
 }
+
+namespace {
 
 class Layer {
  public:

@@ -1,9 +1,12 @@
 #include "bindings/attention.h"
+#include "bindings/cache_arguments.h"
 #include "parallel.h"
 
 PYBIND11_MODULE(_core, module) {
   selfattn::prepare_for_fork();
   selfattn::bindings::register_attention(module);
+  selfattn::bindings::register_cache(module);
+  selfattn::bindings::register_varlen(module);
   selfattn::bindings::register_layer(module);
   selfattn::bindings::register_machine(module);
 }

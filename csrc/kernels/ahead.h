@@ -6,6 +6,13 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
 
+// Asks for `width` elements.
+template <class T>
+inline void fetch(const T* row, std::int64_t width) {
+  for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))
+    __builtin_prefetch(row + i, 0, 2);
+}
+
 // Rows asked for between the tiles of a product arrive while it computes.
 template <class T>
 struct Ahead {
@@ -15,9 +22,7 @@ struct Ahead {
 
   void fetch(std::int64_t from, std::int64_t to) const {
     if (!rows) return;
-    for (std::int64_t r = from; r < to; ++r)
-      for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))
-        __builtin_prefetch(rows + r * step + i, 0, 2);
+    for (std::int64_t r = from; r < to; ++r) selfattn::SELFATTN_ISA::fetch(rows + r * step, width);
   }
 };
 

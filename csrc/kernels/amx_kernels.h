@@ -20,6 +20,7 @@ constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
       .f64 = avx512::f64,
       .f16 = avx512::f16,
       .bf16 = avx512::bf16,
+      .i8 = avx512::i8,
       .matrix = {.bf16 = &amx_tile<BFloat, 1>,
                  .f16 = &amx_tile<Half, 2>,
                  .f32_highest = nullptr,

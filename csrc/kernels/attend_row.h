@@ -106,18 +106,27 @@ struct RowAttention {
       else
         dot_rows<max_rows_at_once, 4>(block, s, keys, first, last, 0);
     }
+    if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.key_scales + l); });
     bend_scores<AcrossKeys>(tile, block.terms);
     const bool hidden = terms && add_terms(block, s, keys);
     hide_beyond_limits<AcrossKeys>(tile);
     if (block.rows[0].scores) keep_scores(block, s, keys);
     for (int r = 0; r < block.count; ++r) softmax(block, tile, r, s.rescale[r]);
-    if ((limited || hidden) &&
-        !all_finite(static_cast<const E*>(keys.values), keys.value_step, keys.count, block.value_dim)) {
+    if constexpr (scaled<E>)
+      change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
+    if ((limited || hidden) && !finite_values(keys, block.value_dim)) {
       if (hidden) tile.terms = gather_terms(block, s, keys);
       return accumulate_visible(block, s, tile, keys);
     }
     accumulate(block, s, keys);
   }
+
+  static bool finite_values(const KeyBlock& keys, std::int64_t value_dim) {
+    if constexpr (scaled<E>) return all_finite([&](int) { return keys.value_scales; }, 1, keys.count);
+    return all_finite([&](int j) { return row_of(keys.value_rows, j); }, keys.count, value_dim);
+  }
+
+  static const E* row_of(const void* const* rows, int j) { return static_cast<const E*>(rows[j]); }
 
   // Limits and positions counted from the block's first key. The lanes that fill the last vector are beyond every end.
   static bool describe_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
@@ -173,21 +182,20 @@ struct RowAttention {
   static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
-    const E* data = static_cast<const E*>(keys.keys);
     constexpr int elements = Dots::elements;
     const std::int64_t whole = block.head_dim / elements * elements, tail = block.head_dim - whole;
     const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
-    const Ahead<E> ahead{data, keys.key_step, block.head_dim};
     for (; row + Rows <= block.count; row += Rows)
       for (int j = first; j < last; j += Keys) {
         const T* queries = s.queries + row * s.query_step;
         Vec<T> sums[W];
-        if (Abreast > 1 && row == 0) ahead.fetch(j + keys_ahead, j + keys_ahead + Keys);
+        if (Abreast > 1 && row == 0)
+          for (int k = 0; k < Keys; ++k) fetch(row_of(keys.key_rows, j + keys_ahead + k), block.head_dim);
 #pragma GCC unroll 16
         for (int k = 0; k < Keys; k += abreast) {
           const E* key[abreast];  // the last key stands in for those beyond the end; its sums go to hidden lanes
           for (int i = 0; i < abreast; ++i)
-            key[i] = data + (j + k + i < keys.count ? j + k + i : keys.count - 1) * keys.key_step;
+            key[i] = row_of(keys.key_rows, j + k + i < keys.count ? j + k + i : keys.count - 1);
           Vec<T> dots[abreast][Rows];
           for (auto& line : dots)
             for (Vec<T>& dot : line) dot = broadcast(T(0));
@@ -224,7 +232,7 @@ struct RowAttention {
       const int place = key + i % Keys;
       if (products[i] == products[i] || place >= keys.count) continue;
       const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
-      const E* data = static_cast<const E*>(keys.keys) + place * keys.key_step;
+      const E* data = row_of(keys.key_rows, place);
       T sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
       products[i] = sum * static_cast<T>(block.terms.multiplier);
@@ -254,14 +262,12 @@ struct RowAttention {
   }
 
   struct Chunk {
-    const E* values;
-    std::int64_t step;
+    const void* const* values;
     int first_key;
     int count;
 
     Chunk(const KeyBlock& keys, int first)
-        : values(static_cast<const E*>(keys.values) + first * keys.value_step),
-          step(keys.value_step),
+        : values(keys.value_rows + first),
           first_key(first),
           count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
   };
@@ -292,16 +298,18 @@ struct RowAttention {
       Vec<T> sums[Rows][Cols];
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
-      const E* value = chunk.values + dim;
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
       // The last rows find their values in L1 and use the time to ask for those of the next chunk.
       const bool revisits = row > 0 && row + Rows == block.count;
-      for (int j = 0; j < chunk.count; ++j, value += chunk.step)
+      for (int j = 0; j < chunk.count; ++j) {
+        const E* value = row_of(chunk.values, j) + dim;
+        const E* later = row_of(chunk.values, j + chunk_keys) + dim;
         for (int c = 0; c < Cols; ++c) {
-          if (revisits) __builtin_prefetch(value + c * W + chunk_keys * chunk.step, 0, 2);
+          if (revisits) __builtin_prefetch(later + c * W, 0, 2);
           const Vec<T> right = in_register(load_value(value + c * W));
           for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
         }
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
@@ -325,7 +333,6 @@ struct RowAttention {
   // The same sums in the same order, but a hidden key is left out instead of multiplied by 0.
   static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
                                  const KeyBlock& keys) {
-    const E* values = static_cast<const E*>(keys.values);
     for (int r = 0; r < block.count; ++r)
       for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
         for (int first = 0; first < keys.count; first += chunk_keys) {
@@ -335,7 +342,7 @@ struct RowAttention {
             const Mask<T> seen =
                 visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
             if (!any(seen)) continue;
-            const Vec<T> value = load_up_to(values + j * keys.value_step + dim, block.value_dim - dim);
+            const Vec<T> value = load_up_to(row_of(keys.value_rows, j) + dim, block.value_dim - dim);
             sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
           }
           add_sum(s, chunk, r, dim, sum);
@@ -360,7 +367,7 @@ struct RowAttention {
   }
 
   static constexpr AttendKernel kernel{
-      "row", Dots::unit, dtype_of(typename Dots::Q()), dtype_of(E()), false, 1, scratch_bytes, begin, absorb, finish};
+      "row", Dots::unit, dtype_of(typename Dots::Q()), dtype_of(E()), false, true, 1, scratch_bytes, begin, absorb, finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

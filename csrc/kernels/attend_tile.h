@@ -314,7 +314,7 @@ struct TileAttention {
   }
 
   static constexpr AttendKernel kernel{"tile",        Engine::unit, Engine::operands, Engine::operands,
-                                       Engine::packs, strip_rows,   scratch_bytes,    begin,
+                                       Engine::packs, false, strip_rows,   scratch_bytes,    begin,
                                        absorb,        finish};
 };
 

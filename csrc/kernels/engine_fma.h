@@ -105,7 +105,7 @@ struct FmaEngine {
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
                          std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
     const T* values = block.values + seen.skipped * block.value_step;
-    if (hides && !all_finite(values, block.value_step, seen.count, value_dim)) {
+    if (hides && !all_finite([&](int j) { return values + j * block.value_step; }, seen.count, value_dim)) {
       accumulate_visible<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out, tile());
     } else {
       const bool next = block.fetches && block.next_keys;

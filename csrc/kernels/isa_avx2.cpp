@@ -16,6 +16,7 @@ extern constexpr KernelSet kernels{
     .f64 = f64,
     .f16 = conversion<Half>,
     .bf16 = conversion<BFloat>,
+    .i8 = from_codes,
     .matrix = {},
 };
 

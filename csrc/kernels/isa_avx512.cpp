@@ -10,6 +10,7 @@ extern constexpr TypeKernels f32 = type_kernels<float, 8, 3, 16, 12>();
 extern constexpr TypeKernels f64 = type_kernels<double, 8, 3, 16, 6>();
 extern constexpr Conversion f16 = conversion<Half>;
 extern constexpr Conversion bf16 = conversion<BFloat>;
+extern constexpr Conversion i8 = from_codes;
 
 extern constexpr KernelSet kernels{
     .name = "avx512",
@@ -19,6 +20,7 @@ extern constexpr KernelSet kernels{
     .f64 = f64,
     .f16 = f16,
     .bf16 = bf16,
+    .i8 = i8,
     .matrix = {},
 };
 

@@ -19,6 +19,7 @@ extern constexpr KernelSet kernels{
     .f64 = avx512::f64,
     .f16 = avx512::f16,
     .bf16 = avx512::bf16,
+    .i8 = avx512::i8,
     .matrix = {.bf16 = &TileAttention<PairEngine<BFloat, 8>, 3>::kernel,
                .f16 = nullptr,
                .f32_highest = nullptr,

@@ -50,7 +50,14 @@ struct KeyBlock {
   const void* values;  // rows of value_dim contiguous elements, `value_step` elements apart
   std::int64_t value_step;
   const void* next_keys;  // where the keys of the block to come start, as many and as far apart, or null: unknown
+  // For kernels that take them one by one, instead: the rows of `count` keys and values, wherever they stand, then
+  // rows_ahead more, which are only asked for ahead of time.
+  const void* const* key_rows;
+  const void* const* value_rows;
+  const float* key_scales;  // of codes, which stand for code * scale; whole vectors of them
+  const float* value_scales;
 };
+constexpr int rows_ahead = 32;
 
 struct RowBlock {
   const Row* rows;
@@ -72,6 +79,7 @@ struct AttendKernel {
   DType queries;     // the types that it reads; maxima, sums and outputs are of the type of computation
   DType keys;        // and of values
   bool packs;        // copies keys and values, which many rows in a block repay
+  bool by_row;       // takes keys and values by KeyBlock::key_rows and value_rows
   int strip_rows;    // rows that share registers; blocks are best a multiple of it
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*begin)(const RowBlock&) noexcept;
@@ -98,6 +106,7 @@ struct TypeKernels {
   AttendKernel row;             // few rows: vectors run along head_dim and along keys
   const AttendKernel* row_f16;  // the same for keys and values of 16 bits in place, or null: they are widened first
   const AttendKernel* row_bf16;
+  const AttendKernel* row_i8;  // for codes, or null: they are multiplied by their scales first
   int lanes;      // elements of a vector
   int row_limit;  // up to this many rows `row` is the faster of the two, however few the keys
   int panel_columns;
@@ -140,6 +149,7 @@ struct KernelSet {
   const TypeKernels& f64;
   const Conversion& f16;
   const Conversion& bf16;
+  const Conversion& i8;  // to floats only
   MatrixKernels matrix;
 };
 

@@ -37,6 +37,7 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
 
 template <class E>
 constexpr Conversion conversion{widen<E>, narrow<E>};
+inline constexpr Conversion from_codes{widen<Int8>, nullptr};
 
 // Tile shapes, sums of the row kernel and chains are what fits the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
@@ -45,6 +46,7 @@ constexpr TypeKernels type_kernels() {
                       .row = RowAttention<T, MaxSums>::kernel,
                       .row_f16 = nullptr,
                       .row_bf16 = nullptr,
+                      .row_i8 = nullptr,
                       .lanes = Vec<T>::width,
                       .row_limit = RowLimit,
                       .panel_columns = TileVectors * Vec<T>::width,
@@ -56,6 +58,7 @@ constexpr TypeKernels type_kernels() {
   if constexpr (sizeof(T) == sizeof(float)) {
     kernels.row_f16 = &RowAttention<T, MaxSums, Half>::kernel;
     kernels.row_bf16 = &RowAttention<T, MaxSums, BFloat>::kernel;
+    kernels.row_i8 = &RowAttention<T, MaxSums, Int8>::kernel;
     kernels.project_f16 = project<FmaUnit<T>, TileRows, TileVectors, Half>;
     kernels.project_bf16 = project<FmaUnit<T>, TileRows, TileVectors, BFloat>;
   }

@@ -6,13 +6,16 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class E>
-inline bool all_finite(const E* values, std::int64_t step, int rows, std::int64_t value_dim) {
-  auto zero = load_up_to(values, 0);
+// row(r) points to value_dim numbers.
+template <class Row>
+inline bool all_finite(Row row, int rows, std::int64_t value_dim) {
+  auto zero = load_up_to(row(0), 0);
   auto sum = zero;
-  for (int r = 0; r < rows; ++r, values += step)
+  for (int r = 0; r < rows; ++r) {
+    const auto* values = row(r);
     for (std::int64_t d = 0; d < value_dim; d += decltype(sum)::width)
       sum = sum + load_up_to(values + d, value_dim - d) * zero;
+  }
   return !any(is_nan(sum));
 }
 

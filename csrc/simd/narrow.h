@@ -12,7 +12,12 @@ struct BFloat {  // the upper half of a float
   std::uint16_t bits;
 };
 
+struct Int8 {  // the code of a number, times a scale that stands elsewhere
+  std::int8_t code;
+};
+
 inline float widen(float x) { return x; }
+inline float widen(Int8 x) { return static_cast<float>(x.code); }
 
 inline std::uint32_t bits_of(float x) {
   std::uint32_t bits;

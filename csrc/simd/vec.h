@@ -17,6 +17,7 @@ inline VecF load_partial_narrow(const E* p, int n) {
 }
 inline VecF load_partial(const BFloat* p, int n) { return load_partial_narrow(p, n); }
 inline VecF load_partial(const Half* p, int n) { return load_partial_narrow(p, n); }
+inline VecF load_partial(const Int8* p, int n) { return load_partial_narrow(p, n); }
 
 template <class E>
 inline void store_partial_narrow(E* p, VecF a, int n) {

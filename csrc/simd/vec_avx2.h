@@ -59,12 +59,15 @@ inline void store(float* p, VecF a) { _mm256_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm256_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm256_maskstore_ps(p, first_lanes_f32(n), a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm256_maskstore_pd(p, first_lanes_f64(n), a.r); }
-// The same for numbers of 16 bits in memory; stores round to the nearest.
+// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
 inline VecF load(const BFloat* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
 inline VecF load(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline VecF load(const Int8* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(BFloat* p, VecF a) {
   const __m256i bits = _mm256_castps_si256(a.r);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -55,12 +55,15 @@ inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm512_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, first_lanes_f32(n).r, a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm512_mask_storeu_pd(p, first_lanes_f64(n).r, a.r); }
-// The same for numbers of 16 bits in memory; stores round to the nearest.
+// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
 inline VecF load(const BFloat* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 inline VecF load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline VecF load(const Int8* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(BFloat* p, VecF a) {
   const __m512i bits = _mm512_castps_si512(a.r);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

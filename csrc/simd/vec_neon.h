@@ -68,7 +68,7 @@ inline void store_partial(float* p, VecF a, int n) {
 inline void store_partial(double* p, VecD a, int n) {
   if (n > 0) vst1q_lane_f64(p, a.r, 0);
 }
-// The same for numbers of 16 bits in memory; stores round to the nearest.
+// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
 inline VecF load(const BFloat* p) {
   uint16x4_t bits;
   std::memcpy(&bits, p, sizeof bits);
@@ -78,6 +78,12 @@ inline VecF load(const Half* p) {
   uint16x4_t bits;
   std::memcpy(&bits, p, sizeof bits);
   return {vcvt_f32_f16(vreinterpret_f16_u16(bits))};
+}
+inline VecF load(const Int8* p) {
+  std::uint32_t codes;
+  std::memcpy(&codes, p, sizeof codes);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(codes)));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))};
 }
 inline void store(BFloat* p, VecF a) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a.r);

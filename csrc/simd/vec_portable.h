@@ -49,7 +49,7 @@ template <class T>
 inline void store_partial(T* p, Vec<T> a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.r[i];
 }
-// The same for numbers of 16 bits in memory; stores round to the nearest.
+// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
 inline VecF load(const BFloat* p) {
   VecF v{};
   for (int i = 0; i < VecF::width; ++i) {
@@ -66,6 +66,11 @@ inline VecF load(const Half* p) {
     std::memcpy(&element, p + i, sizeof element);
     v.r[i] = widen(element);
   }
+  return v;
+}
+inline VecF load(const Int8* p) {
+  VecF v{};
+  for (int i = 0; i < VecF::width; ++i) v.r[i] = widen(p[i]);
   return v;
 }
 inline void store(BFloat* p, VecF a) {

@@ -1,0 +1,305 @@
+"""A cache of keys and values: one array, a row of slots for each sequence."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import as_array, integers
+from ._lock import SharedLock
+from ._store import Layout, Store, count, storage_name
+
+_VERSION = 1
+_FIXED = 16  # integers in front of the lengths: magic, version, description, which copy of the lengths is in force
+_ACTIVE = 9
+
+
+class Step(NamedTuple):
+    """What a call needs of a cache: the core's tuple, and what to do once it has succeeded or failed."""
+
+    core: tuple[Any, ...]
+    state: Any
+
+
+class KVCache:
+    """Keys and values of a batch of sequences that grow, in place, up to a capacity.
+
+    Parameters
+    ----------
+    batch, num_kv_heads, head_dim : int
+        Sequences, heads of k and v, size of k's heads.
+    capacity : int
+        Tokens that there is room for, per sequence.
+    value_dim : int, optional
+        Size of v's heads; default head_dim.
+    dtype : {"float32", "float16", "bfloat16", "int8", "float64"} or dtype
+        How tokens are stored. "int8": codes, and a float32 scale per token and head, ``x ≈ code · scale`` with
+        ``scale = max|x| / 127``.
+    window : int, optional
+        The farthest that any query will look to the left. The cache is then a ring: sequences grow without end, and
+        a token is overwritten once no query can see it. At most ``capacity − window`` tokens can be appended at once.
+    buffer : buffer, optional
+        Writeable memory of at least ``KVCache.buffer_size(...)`` bytes, such as a `numpy.memmap` or the `buf` of a
+        `multiprocessing.shared_memory.SharedMemory`: all zeros for a new cache, or one of the same description, which
+        is opened with what it holds.
+
+    Attributes
+    ----------
+    batch, num_kv_heads, head_dim, value_dim, capacity, window : int
+    nbytes : int
+
+    Notes
+    -----
+    Calls from several threads wait for each other: many read or one writes. Of several processes over one buffer, one
+    may write, and the others must wait until it has; a process that is killed while it appends leaves a cache that
+    holds all complete appends.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> cache = sa.KVCache(2, num_kv_heads=1, head_dim=8, capacity=100)
+    >>> k, v = rng.standard_normal((2, 2, 1, 5, 8), dtype=np.float32)
+    >>> cache.append(k, v)
+    >>> cache.lengths
+    array([5, 5])
+    >>> cache.truncate([5, 3])
+    >>> cache.lengths
+    array([5, 3])
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        value_dim: int | None = None,
+        dtype: Any = "float32",
+        window: int | None = None,
+        buffer: Any = None,
+    ) -> None:
+        layout, description = _describe(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window)
+        self.batch, self.num_kv_heads, self.capacity = layout.blocks, layout.heads, layout.slots
+        self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
+        self.window = window
+        self._store = Store("KVCache", layout, buffer)
+        self._lock = SharedLock()
+        self._header = self._store.memory[: layout.header_bytes].view(np.int64)
+        self._open(description)
+
+    @staticmethod
+    def buffer_size(
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        value_dim: int | None = None,
+        dtype: Any = "float32",
+        window: int | None = None,
+    ) -> int:
+        """Return the bytes that a buffer for such a cache must have."""
+        return _describe(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window)[0].nbytes()
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"capacity={self.capacity}, value_dim={self.value_dim}, dtype={self._store.name!r}, window={self.window})"
+        )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The storage type."""
+        return self._store.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return self._store.memory.nbytes
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence, (batch,), as they are now."""
+        view = self._state()[0].copy()
+        view.flags.writeable = False
+        return view
+
+    @property
+    def k(self) -> NDArray[Any]:
+        """The stored keys, (batch, num_kv_heads, capacity, head_dim), read-only; codes where they are int8."""
+        return self._store.view(self._store.k)
+
+    @property
+    def v(self) -> NDArray[Any]:
+        """The stored values, (batch, num_kv_heads, capacity, value_dim), read-only."""
+        return self._store.view(self._store.v)
+
+    @property
+    def k_scales(self) -> NDArray[np.float32] | None:
+        """What codes of keys are multiplied by, (batch, num_kv_heads, capacity), or None."""
+        return None if self._store.k_scales is None else self._store.view(self._store.k_scales)
+
+    @property
+    def v_scales(self) -> NDArray[np.float32] | None:
+        """What codes of values are multiplied by, (batch, num_kv_heads, capacity), or None."""
+        return None if self._store.v_scales is None else self._store.view(self._store.v_scales)
+
+    def append(self, k: ArrayLike, v: ArrayLike) -> None:
+        """Append T tokens to every sequence.
+
+        Parameters
+        ----------
+        k : array_like, shape (batch, num_kv_heads, T, head_dim)
+        v : array_like, shape (batch, num_kv_heads, T, value_dim)
+            Of one floating dtype; rounded to the storage type.
+
+        Raises
+        ------
+        ValueError
+            A wrong shape, or no room for T tokens. The cache is as it was.
+        """
+        k, v = as_array("append", "k", k), as_array("append", "v", v)
+        tokens = k.shape[2] if k.ndim == 4 else 0
+        with self._lock.writing:
+            step = self._begin("append", None, tokens)
+            _core.append("append", step.core, k, v)
+            self._commit(step)
+
+    def truncate(self, lengths: ArrayLike) -> None:
+        """Take back the newest tokens, as of a draft that was rejected.
+
+        Parameters
+        ----------
+        lengths : int or integer array, shape (batch,)
+            How many tokens remain of each sequence: at most those that there are.
+        """
+        new = integers("truncate", "lengths", lengths)
+        if new.shape not in ((), (self.batch,)):
+            raise ValueError(f"truncate: lengths has shape {new.shape}, but ({self.batch},) or one integer is needed")
+        with self._lock.writing:
+            old, starts = self._state()
+            new = np.broadcast_to(new, old.shape)
+            for b in np.flatnonzero((new < 0) | (new > old))[:1]:
+                raise ValueError(f"truncate: lengths holds {new[b]}, which is outside 0..{old[b]} (sequence {b})")
+            if self.window is not None:
+                for b in np.flatnonzero(starts > np.maximum(new - self.window, 0))[:1]:
+                    raise ValueError(
+                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any more, "
+                        f"of which a window of {self.window} would see some"
+                    )
+            self._publish(new, starts)
+
+    def reorder(self, index: ArrayLike) -> None:
+        """Let sequence b go on as sequence index[b] was, as in beam search.
+
+        Parameters
+        ----------
+        index : integer array, shape (batch,)
+            Sequences, each any number of times.
+        """
+        index = integers("reorder", "index", index)
+        if index.shape != (self.batch,):
+            raise ValueError(f"reorder: index has shape {index.shape}, but ({self.batch},) is needed")
+        for i in np.flatnonzero((index < 0) | (index >= self.batch))[:1]:
+            raise ValueError(f"reorder: index holds {index[i]}, which is outside 0..{self.batch - 1}")
+        with self._lock.writing:
+            lengths, starts = self._state()
+            moved = np.flatnonzero(index != np.arange(self.batch))
+            used = min(int(lengths.max(initial=0)), self.capacity)
+            for array in self._store.arrays():
+                for head in range(self.num_kv_heads):  # head by head: only so much is copied twice
+                    array[moved, head, :used] = array[index[moved], head, :used]
+            self._publish(lengths[index], starts[index])
+
+    # What attention_with_kvcache and layers ask for, under the lock.
+
+    def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
+        """Check that there is room for so many tokens more of every sequence."""
+        if sequences is not None:
+            raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
+        lengths, starts = self._state()
+        if self.window is None:
+            longest = int(lengths.max(initial=0))
+            if longest + tokens > self.capacity:
+                b = int(lengths.argmax())
+                raise ValueError(
+                    f"{function}: sequence {b} holds {longest} tokens, so that {tokens} more exceed the capacity "
+                    f"{self.capacity}"
+                )
+            return Step((*self._store.core, 0, None, None, lengths, None), (lengths, starts, tokens))
+        if tokens > self.capacity - self.window:
+            raise ValueError(
+                f"{function}: {tokens} tokens at once, but a ring of {self.capacity} slots with a window of "
+                f"{self.window} takes at most {self.capacity - self.window}"
+            )
+        starts = np.maximum(starts, lengths + tokens - self.capacity)
+        return Step((*self._store.core, self.capacity, None, None, lengths, starts), (lengths, starts, tokens))
+
+    def _commit(self, step: Step) -> None:
+        lengths, starts, tokens = step.state
+        self._publish(lengths + tokens, starts)
+
+    def _roll_back(self, step: Step) -> None:
+        """Forget a step that failed: tokens behind the lengths do not count."""
+
+    def _state(self) -> NDArray[np.int64]:
+        """Return (lengths, starts) in force."""
+        return self._copies[int(self._header[_ACTIVE])]  # type: ignore[no-any-return]
+
+    def _publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+        # The other copy is written first; then one store of 8 bytes puts it in force.
+        other = 1 - int(self._header[_ACTIVE])
+        self._copies[other][0] = lengths
+        self._copies[other][1] = starts
+        self._header[_ACTIVE] = other
+
+    def _open(self, description: tuple[int, ...]) -> None:
+        header = self._header
+        self._copies = header[_FIXED : _FIXED + 4 * self.batch].reshape(2, 2, self.batch)
+        if header[0] == 0:
+            if header.any():
+                raise ValueError("KVCache: buffer holds neither a cache nor zeros")
+            header[1 : len(description)] = description[1:]
+            header[0] = description[0]  # last: a header without it is no cache
+            return
+        if tuple(header[: len(description)].tolist()) != description:
+            raise ValueError(f"KVCache: buffer holds something else than a {self!r}")
+        lengths = self._copies[:, 0]
+        starts = self._copies[:, 1]
+        most = np.iinfo(np.int64).max >> 2 if self.window is not None else self.capacity
+        sound = header[_ACTIVE] in (0, 1) and np.all((lengths >= 0) & (lengths <= most) & (starts >= 0))
+        if not sound or (self.window is None and starts.any()) or np.any(lengths - starts > self.capacity):
+            raise ValueError("KVCache: buffer holds a cache whose lengths are impossible")
+
+
+def _describe(
+    batch: Any, num_kv_heads: Any, head_dim: Any, capacity: Any, value_dim: Any, dtype: Any, window: Any
+) -> tuple[Layout, tuple[int, ...]]:
+    function = "KVCache"
+    name = storage_name(function, dtype)
+    batch, num_kv_heads = count(function, "batch", batch), count(function, "num_kv_heads", num_kv_heads)
+    head_dim, capacity = count(function, "head_dim", head_dim), count(function, "capacity", capacity)
+    value_dim = head_dim if value_dim is None else count(function, "value_dim", value_dim)
+    if window is not None and count(function, "window", window, least=0) >= capacity:
+        raise ValueError(f"{function}: window is {window}, but it must be less than the capacity {capacity}")
+    header = (_FIXED + 4 * batch) * 8
+    layout = Layout(name, batch, num_kv_heads, capacity, head_dim, value_dim, header)
+    words = (int.from_bytes(text.ljust(8, b"\0"), "little") for text in (b"selfattn", name.encode()))
+    magic, kind = words
+    return layout, (
+        magic,
+        _VERSION,
+        batch,
+        num_kv_heads,
+        head_dim,
+        value_dim,
+        capacity,
+        kind,
+        -1 if window is None else int(window),
+    )

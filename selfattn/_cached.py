@@ -1,0 +1,234 @@
+"""Attention over what a cache holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import as_array, core_options, flag, out_array, refuse_unknown
+from ._cache import KVCache
+from ._paged import PagedKVCache
+from ._rope import RoPE, apply_rope, positions_for, rope_or_none
+from ._states import merge_states
+
+_NAME = "attention_with_kvcache"
+
+
+def attention_with_kvcache(
+    q: ArrayLike,
+    cache: KVCache | PagedKVCache,
+    k: ArrayLike | None = None,
+    v: ArrayLike | None = None,
+    *,
+    sequences: Any = None,
+    rope: RoPE | bool | None = None,
+    positions: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    cascade: bool = False,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: NDArray[Any] | None = None,
+    precision: str = "highest",
+    num_threads: int | None = None,
+    **unknown: Any,
+) -> Any:
+    """Append new tokens to a cache and attend to everything that it holds, in one call.
+
+    Parameters
+    ----------
+    q : array_like, shape (B, H, Sq, D)
+        Queries of the newest Sq tokens of each sequence: one when text is generated, a few when a draft is verified,
+        many when a prompt comes in pieces.
+    cache : KVCache or PagedKVCache
+        Of q's dtype or a narrower one.
+    k : array_like, shape (B, Hkv, Sq, D), optional
+    v : array_like, shape (B, Hkv, Sq, Dv), optional
+        The same Sq tokens' keys and values, of q's dtype: appended first. Without them the cache is only read.
+    sequences : sequence of int
+        Of a PagedKVCache: the id of each row of q.
+    rope : RoPE or True, optional
+        Rotates q and the new k.
+    positions : integer array, shape (Sq,) or (B, Sq), optional
+        For rope: where the tokens stand; default their places in their sequences.
+    mask : array_like of bool, broadcasting to (B, H, Sq, Sq), optional
+        Over the newest Sq tokens only, True = attend; everything before them is visible. For drafts that branch.
+    bias : array_like, broadcasting to (B, H, Sq, longest sequence), optional
+    causal : bool, default True
+        Query i sees tokens up to its own, the last query being the last token of its sequence.
+    window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads
+        As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most that.
+    cascade : bool, default False
+        Read the pages that all sequences have in common from the start on (forks of one prompt) once for all of
+        them. The parts are merged by log-sum-exp, so that bits depend on how much is in common. Without effect where
+        window, bias, alibi_slopes or return_weights are given.
+    layout : {"bhsd", "bshd"}
+        "bshd": the token axis of q, k, v and out stands before the head axis.
+    return_weights : bool, default False
+        Also return the weights, (B, H, Sq, longest sequence).
+    out : ndarray, optional
+        Where to put the result.
+
+    Returns
+    -------
+    out : ndarray, shape (B, H, Sq, Dv)
+        In q's dtype. With `return_lse` and `return_weights` a tuple, as from `attention`.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        The cache holds what it held before; so it does after an interrupt.
+
+    Notes
+    -----
+    What one sequence gets depends on no other, in no bit; nor on pages, capacity or threads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> cache = sa.KVCache(2, num_kv_heads=1, head_dim=8, capacity=100)
+    >>> q, k, v = rng.standard_normal((3, 2, 1, 5, 8), dtype=np.float32)
+    >>> first = sa.attention_with_kvcache(q[:, :, :3], cache, k[:, :, :3], v[:, :, :3])
+    >>> last = sa.attention_with_kvcache(q[:, :, 3:], cache, k[:, :, 3:], v[:, :, 3:])
+    >>> whole = sa.attention(q, k, v, causal=True)
+    >>> bool(np.allclose(np.concatenate([first, last], axis=2), whole, rtol=0, atol=1e-6))
+    True
+    """
+    if unknown:
+        refuse_unknown(_NAME, unknown)
+    if not isinstance(cache, (KVCache, PagedKVCache)):
+        raise TypeError(f"{_NAME}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
+    q = as_array(_NAME, "q", q)
+    if (k is None) != (v is None):
+        raise ValueError(f"{_NAME}: {'v' if k is None else 'k'} is given without {'k' if k is None else 'v'}")
+    if k is not None:
+        k, v = as_array(_NAME, "k", k), as_array(_NAME, "v", v)
+    options = core_options(
+        _NAME, mask, bias, causal, None, window, None, None, scale, softcap, alibi_slopes, sinks, layout, return_lse,
+        return_weights, precision, num_threads,
+    )  # fmt: skip
+    description = rope_or_none(_NAME, rope)
+    token_axis = 1 if layout == "bshd" else 2
+    tokens = q.shape[token_axis] if q.ndim == 4 else 0
+    if positions is not None:
+        if description is None:
+            raise ValueError(f"{_NAME}: positions is given without rope")
+        positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens))
+    check_window(_NAME, cache, options[4])
+    turn = None if description is None else description.for_core(_NAME, cache.head_dim)
+    target = None if out is None else out_array(_NAME, out)
+    plain = window is None and bias is None and alibi_slopes is None and not return_weights
+    if flag(_NAME, "cascade", cascade) and plain and isinstance(cache, PagedKVCache):
+        call = _Cascade(q, k, v, description, positions, layout, options)
+        return call.run(cache, sequences, tokens, target)
+    appended = 0 if k is None else tokens
+    with cache._lock.writing if k is not None else cache._lock.reading:
+        step = cache._begin(_NAME, sequences, appended)
+        try:
+            check_seen(_NAME, cache, step, tokens - appended)
+            result = _core.attend_cache(_NAME, step.core, (q, k, v, turn, positions), target, options)
+        except BaseException:
+            cache._roll_back(step)
+            raise
+        if appended:
+            cache._commit(step)
+    return result
+
+
+def check_window(function: str, cache: KVCache | PagedKVCache, left: int) -> None:
+    """Refuse to look farther back than a cache with a window keeps tokens."""
+    if cache.window is not None and not 0 <= left <= cache.window:
+        asked = "none" if left < 0 else f"{left} to the left"
+        raise ValueError(f"{function}: window is {asked}, but the cache keeps only what one of {cache.window} sees")
+
+
+def check_seen(function: str, cache: KVCache | PagedKVCache, step: Any, before: int) -> None:
+    """Refuse queries older than the tokens that a cache with a window keeps; `before`: tokens that are there already."""
+    lengths, starts = step.core[-2:]
+    if cache.window is None or before <= 0:
+        return
+    for b in np.flatnonzero(starts > np.maximum(lengths - before - cache.window, 0))[:1]:
+        raise ValueError(
+            f"{function}: q has {before} queries of tokens that are there, but sequence {b} has no tokens before "
+            f"{starts[b]} any more, of which the first would see some"
+        )
+
+
+class _Cascade:
+    """One call in two parts: the pages that all sequences share, and what each has of its own."""
+
+    def __init__(self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: str, options: tuple[Any, ...]) -> None:
+        self.q, self.k, self.v, self.rope, self.positions = q, k, v, rope, positions
+        self.layout, self.options = layout, options
+
+    def run(self, cache: PagedKVCache, sequences: Any, tokens: int, out: Any) -> Any:
+        appended = 0 if self.k is None else tokens
+        with cache._lock.writing if appended else cache._lock.reading:
+            step = cache._begin(_NAME, sequences, appended)
+            try:
+                result = self._attend(cache, step, appended, out)
+            except BaseException:
+                cache._roll_back(step)
+                raise
+            if appended:
+                cache._commit(step)
+        return result
+
+    def _attend(self, cache: PagedKVCache, step: Any, appended: int, out: Any) -> Any:
+        *store, rows, lengths, starts = step.core
+        turn = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
+        inputs = (self.q, self.k, self.v, turn, self.positions)
+        token_axis = 1 if self.layout == "bshd" else 2
+        tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
+        # Only what every query sees whole, and what is there already.
+        oldest = int((lengths + appended - tokens).min(initial=1 << 60)) if len(rows) else 0
+        shared = min(cache.shared_runs(rows) * cache.page_size, oldest) // cache.page_size * cache.page_size
+        if len(rows) < 2 or shared <= 0:
+            return _core.attend_cache(_NAME, step.core, inputs, out, self.options)
+        return_lse = self.options[13]
+        options = (*self.options[:13], True, *self.options[14:])
+        behind = np.full(len(rows), shared, np.int64)
+        # The own part first: it checks all arguments.
+        own_core = (*store, rows, lengths, behind)
+        own, own_lse = _core.attend_cache(_NAME, own_core, inputs, None, options)
+        prefix_core = (*store, rows[:1].copy(), behind[:1].copy(), starts)
+        prefix, prefix_lse = self._attend_prefix(prefix_core, lengths + appended - tokens, tokens, options)
+        if self.layout == "bshd":
+            own, prefix = own.swapaxes(1, 2), prefix.swapaxes(1, 2)
+        merged, lse = merge_states([prefix, own], [prefix_lse, own_lse])
+        if self.layout == "bshd":
+            merged = merged.swapaxes(1, 2)
+        if out is None:
+            out = np.ascontiguousarray(merged)
+        else:
+            _core.check_out(_NAME, out, own if self.layout == "bhsd" else own.swapaxes(1, 2))
+            out[...] = merged
+        return (out, lse) if return_lse else out
+
+    def _attend_prefix(self, core: Any, first: NDArray[np.int64], tokens: int, options: Any) -> tuple[Any, Any]:
+        """Attend with the rows of all sequences as if they were one sequence's."""
+        q = self.q
+        if self.rope is not None:
+            places = first[:, None] + np.arange(tokens) if self.positions is None else self.positions
+            q = apply_rope(q, places, self.rope, layout=self.layout)
+        heads_first = q.swapaxes(1, 2) if self.layout == "bshd" else q
+        batch, heads, _, width = heads_first.shape
+        rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
+        # No causal limit, mask or sinks: everything is visible, and sinks belong to one part only.
+        plain = (None, None, False, *options[3:11], None, False, *options[13:])
+        out, lse = _core.attend_cache(_NAME, core, (rows, None, None, None, None), None, plain)
+        out = out.reshape(heads, batch, tokens, -1).swapaxes(0, 1)
+        lse = lse.reshape(heads, batch, tokens).swapaxes(0, 1)
+        return (out.swapaxes(1, 2) if self.layout == "bshd" else out), lse

@@ -1,0 +1,131 @@
+"""The memory of a cache: rows of keys and values, and the scales of what is quantised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Name of the storage type: (the core's number for it, the type in memory).
+_TYPES: dict[str, tuple[int, Any]] = {
+    "float32": (0, np.float32),
+    "float64": (1, np.float64),
+    "float16": (2, np.float16),
+    "bfloat16": (3, np.uint16),  # NumPy has none; users see it as ml_dtypes'
+    "int8": (4, np.int8),
+}
+_ALIGNMENT = 64
+
+
+def storage_name(function: str, dtype: Any) -> str:
+    """Return the name of a storage type that is accepted; bfloat16 is known by its name."""
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in _TYPES:
+        raise TypeError(f"{function}: dtype is {name}, but {', '.join(_TYPES)} are accepted")
+    return name
+
+
+def count(function: str, name: str, value: Any, least: int = 1) -> int:
+    """Return a checked integer."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
+    if not least <= value < 1 << 31:
+        raise ValueError(f"{function}: {name} is {value}, but it must be in {least}..{(1 << 31) - 1}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything stands in one block of bytes, behind a header."""
+
+    name: str
+    blocks: int  # batch entries, or pages
+    heads: int
+    slots: int  # tokens of a block
+    head_dim: int
+    value_dim: int
+    header_bytes: int = 0
+
+    def pieces(self) -> list[tuple[int, Any, tuple[int, ...]]]:
+        """Return (offset, type, shape) of k, v and, of codes, their scales."""
+        memory_type = np.dtype(_TYPES[self.name][1])
+        rows = (self.blocks, self.heads, self.slots)
+        wanted: list[tuple[Any, tuple[int, ...]]] = [(memory_type, (*rows, n)) for n in (self.head_dim, self.value_dim)]
+        if self.name == "int8":
+            wanted += [(np.dtype(np.float32), rows)] * 2
+        found, offset = [], _aligned(self.header_bytes)
+        for kind, shape in wanted:
+            found.append((offset, kind, shape))
+            offset += _aligned(math.prod(shape) * kind.itemsize)
+        return found
+
+    def nbytes(self) -> int:
+        """Return the size of the whole block."""
+        offset, kind, shape = self.pieces()[-1]
+        return offset + _aligned(math.prod(shape) * kind.itemsize)
+
+
+class Store:
+    """The arrays of a cache over one block of memory, and how the core wants them."""
+
+    def __init__(self, function: str, layout: Layout, buffer: Any) -> None:
+        self.name = layout.name
+        self.code = _TYPES[layout.name][0]
+        self.memory = _memory(function, layout.nbytes(), buffer)
+        arrays = [
+            np.ndarray(shape, kind, self.memory.data, offset)  # type: ignore[call-overload]
+            for offset, kind, shape in layout.pieces()
+        ]
+        self.k: NDArray[Any] = arrays[0]
+        self.v: NDArray[Any] = arrays[1]
+        self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None
+        self.v_scales: NDArray[np.float32] | None = arrays[3] if len(arrays) > 2 else None
+        self.core = (self.k, self.v, self.k_scales, self.v_scales, self.code)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type that users see. NumPy finds bfloat16 once ml_dtypes has been imported."""
+        try:
+            return np.dtype(self.name)
+        except TypeError:
+            raise TypeError(f"NumPy knows no {self.name}: import ml_dtypes first") from None
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return all that holds tokens, each (blocks, heads, slots, ...)."""
+        return [x for x in self.core[:4] if isinstance(x, np.ndarray)]
+
+    def view(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return a read-only view in the type that users know."""
+        view = array.view(self.dtype) if self.name == "bfloat16" else array.view()
+        view.flags.writeable = False
+        return view
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _memory(function: str, nbytes: int, buffer: Any) -> NDArray[np.uint8]:
+    if buffer is None:
+        # One line more than needed, to start on a boundary; the system fills pages with zeros when they are touched.
+        block = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+        start = -block.ctypes.data % _ALIGNMENT
+        return block[start : start + nbytes]
+    try:
+        view = memoryview(buffer).cast("B")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function}: buffer is a {type(buffer).__name__}, but C-contiguous memory is needed") from error
+    if view.readonly:
+        raise ValueError(f"{function}: buffer is read-only")
+    if view.nbytes < nbytes:
+        raise ValueError(f"{function}: buffer has {view.nbytes} bytes, but {nbytes} are needed")
+    memory = np.frombuffer(view, np.uint8, nbytes)
+    if memory.ctypes.data % 8:
+        raise ValueError(f"{function}: buffer starts at an odd address, but a multiple of 8 bytes is needed")
+    return memory
