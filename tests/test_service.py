@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,11 @@ class Server:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
 
     def ask(self, path: str, body: Any = None, method: str = "POST") -> tuple[int, dict[str, Any]]:
-        connection = self.connect()
-        try:
+        with closing(self.connect()) as connection:
             data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
             connection.request(method, path, data)
             response = connection.getresponse()
             return response.status, json.loads(response.read())
-        finally:
-            connection.close()
 
     def health(self) -> dict[str, Any]:
         return self.ask("/health", method="GET")[1]
@@ -194,10 +191,9 @@ def test_refused(server: Server, path: str, body: Any, status: int, message: str
 
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     before = server.health()["steps"]
-    connection = server.connect()
-    connection.request("POST", "/generate", json.dumps({"prompt": "Hi", "tokens": 2000}))
-    wait_until(lambda: server.health()["running"] == 1, "the request does not run")
-    connection.close()
+    with closing(server.connect()) as connection:
+        connection.request("POST", "/generate", json.dumps({"prompt": "Hi", "tokens": 2000}))
+        wait_until(lambda: server.health()["running"] == 1, "the request does not run")
     wait_until(lambda: server.health()["running"] == 0, "the request runs on")
     health = server.health()
     assert health["free_pages"] == 1024
