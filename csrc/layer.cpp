@@ -9,6 +9,10 @@
 namespace selfattn {
 namespace {
 
+// Of memory that goes with a cache.
+std::int64_t lengths_bytes(const Cache& cache) { return bytes_of(cache.batch, sizeof(std::int64_t)); }
+std::int64_t row_bytes(const Cache& cache) { return 2 * bytes_of(std::max(cache.key.width, cache.value.width), 8); }
+
 std::int64_t row_count(const TensorView& x) {
   std::int64_t rows = 1;
   for (int axis = 0; axis < x.ndim - 1; ++axis) rows *= x.shape[axis];
@@ -30,7 +34,7 @@ BufferView::BufferView(char* data, DType dtype, const TensorView& x, std::int64_
 }
 
 LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context,
-                     const TensorView& positions, AttentionArguments arguments)
+                     const TensorView& positions, const Cache* cache, AttentionArguments arguments)
     : layer_(layer),
       dtype_(computed_in(layer.dtype)),
       x_(x),
@@ -41,7 +45,9 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
       query_bytes_(bytes_of(query_rows_, layer.query.columns(), size_of(dtype_))),
       key_bytes_(bytes_of(key_rows_, layer.key.columns(), size_of(dtype_))),
       value_bytes_(bytes_of(key_rows_, layer.value.columns(), size_of(dtype_))),
-      inputs_(static_cast<std::size_t>(query_bytes_ + key_bytes_ + value_bytes_ + 64)),
+      cache_(cache),
+      inputs_(static_cast<std::size_t>(query_bytes_ + key_bytes_ + value_bytes_ + 64) +
+              (cache ? static_cast<std::size_t>(lengths_bytes(*cache) + row_bytes(*cache)) : 0)),
       query_(inputs_.data(), dtype_, x_, layer.num_heads, layer.head_dim),
       key_(inputs_.data() + query_bytes_, dtype_, context_, layer.num_kv_heads, layer.head_dim),
       value_(inputs_.data() + query_bytes_ + key_bytes_, dtype_, context_, layer.num_kv_heads, layer.value_dim) {
@@ -49,6 +55,14 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   arguments.k = key_.view;
   arguments.v = value_.view;
   arguments.bshd = true;
+  if (cache) {
+    const std::int64_t tokens = x_.extent(1);
+    auto* lengths = reinterpret_cast<std::int64_t*>(after_inputs());
+    for (std::int64_t b = 0; b < cache->batch; ++b) lengths[b] = cache->lengths[b] + tokens;
+    cached_.emplace(*cache, lengths);
+    cached_->place(arguments);
+    arguments.recent_mask = static_cast<bool>(arguments.mask);
+  }
   // Heads of a bfloat16 layer are as good as bfloat16: their products may be, too.
   if (layer.query.pairs()) arguments.precision = Precision::medium;
   problem_ = make_problem(arguments);
@@ -59,7 +73,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
 
 // Positions count along the rows of one sequence; where given, they belong to x and, without a context, to its keys.
 std::int64_t LayerCall::position_of(std::int64_t row, std::int64_t length, bool given) const {
-  if (!given) return row % length;
+  if (!given) return row % length + (cache_ ? cache_->lengths[row / length] : 0);
   const char* p = static_cast<const char*>(positions_.data);
   for (int axis = 0; axis < positions_.ndim; ++axis) {  // right-aligned against (..., S)
     const std::int64_t extent = x_.extent(axis + 1);
@@ -99,6 +113,18 @@ bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
   return loop.run(body);
 }
 
+// The new tokens' keys and values to the cache, behind its lengths.
+void LayerCall::store() const {
+  const auto tokens_of = [&](const BufferView& buffer) {
+    const TensorView& v = buffer.view;
+    return Tokens{static_cast<const char*>(v.data), v.dtype,     v.extent(3), v.extent(1), v.extent(2), v.extent(0),
+                  v.stride(3),                      v.stride(1), v.stride(2), v.stride(0)};
+  };
+  char* row = after_inputs() + lengths_bytes(*cache_);
+  store_tokens(*layer_.kernels, *cache_, cache_->key, tokens_of(key_), {}, row);
+  store_tokens(*layer_.kernels, *cache_, cache_->value, tokens_of(value_), {}, row);
+}
+
 Shape LayerCall::out_shape() const {
   Shape shape = selfattn::out_shape(problem_);
   --shape.ndim;  // heads and value_dim become one axis
@@ -131,6 +157,7 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   };
   if (!project_all(inputs, 3, num_threads, interrupted)) return false;
   if (layer_.rope && !rotate(num_threads, interrupted)) return false;
+  if (cache_) store();
   if (!attend(problem_, plan, interrupted)) return false;
   if (!layer_.output) return true;
   const std::int64_t joined = layer_.num_heads * layer_.value_dim * size;

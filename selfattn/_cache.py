@@ -92,6 +92,9 @@ class KVCache:
         self._lock = SharedLock()
         self._header = self._store.memory[: layout.header_bytes].view(np.int64)
         self._open(description)
+        active = self._header[_ACTIVE : _ACTIVE + 1]
+        reach = -1 if window is None else int(window)
+        self._step = Step((*self._store.core, self.capacity, None, active, self._copies, reach), None)
 
     @staticmethod
     def buffer_size(
@@ -165,11 +168,8 @@ class KVCache:
             A wrong shape, or no room for T tokens. The cache is as it was.
         """
         k, v = as_array("append", "k", k), as_array("append", "v", v)
-        tokens = k.shape[2] if k.ndim == 4 else 0
         with self._lock.writing:
-            step = self._begin("append", None, tokens)
-            _core.append("append", step.core, k, v)
-            self._commit(step)
+            _core.append("append", self._step.core, k, v)
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Take back the newest tokens, as of a draft that was rejected.
@@ -188,12 +188,12 @@ class KVCache:
             for b in np.flatnonzero((new < 0) | (new > old))[:1]:
                 raise ValueError(f"truncate: lengths holds {new[b]}, which is outside 0..{old[b]} (sequence {b})")
             if self.window is not None:
-                for b in np.flatnonzero(starts > np.maximum(new - self.window, 0))[:1]:
+                for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
                     raise ValueError(
                         f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any more, "
                         f"of which a window of {self.window} would see some"
                     )
-            self._publish(new, starts)
+            self._publish(new, np.where(new == 0, 0, starts))
 
     def reorder(self, index: ArrayLike) -> None:
         """Let sequence b go on as sequence index[b] was, as in beam search.
@@ -220,33 +220,20 @@ class KVCache:
     # What attention_with_kvcache and layers ask for, under the lock.
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
-        """Check that there is room for so many tokens more of every sequence."""
+        """Return what the core needs, which checks that there is room and counts what it has appended."""
         if sequences is not None:
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
-        lengths, starts = self._state()
-        if self.window is None:
-            longest = int(lengths.max(initial=0))
-            if longest + tokens > self.capacity:
-                b = int(lengths.argmax())
-                raise ValueError(
-                    f"{function}: sequence {b} holds {longest} tokens, so that {tokens} more exceed the capacity "
-                    f"{self.capacity}"
-                )
-            return Step((*self._store.core, 0, None, None, lengths, None), (lengths, starts, tokens))
-        if tokens > self.capacity - self.window:
-            raise ValueError(
-                f"{function}: {tokens} tokens at once, but a ring of {self.capacity} slots with a window of "
-                f"{self.window} takes at most {self.capacity - self.window}"
-            )
-        starts = np.maximum(starts, lengths + tokens - self.capacity)
-        return Step((*self._store.core, self.capacity, None, None, lengths, starts), (lengths, starts, tokens))
+        return self._step
 
     def _commit(self, step: Step) -> None:
-        lengths, starts, tokens = step.state
-        self._publish(lengths + tokens, starts)
+        """Count the new tokens: done by the core."""
 
     def _roll_back(self, step: Step) -> None:
         """Forget a step that failed: tokens behind the lengths do not count."""
+
+    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        lengths, starts = self._state()
+        return lengths, starts
 
     def _state(self) -> NDArray[np.int64]:
         """Return (lengths, starts) in force."""

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, flag, out_array, refuse_unknown
-from ._cache import KVCache
+from ._cache import KVCache, Step
 from ._paged import PagedKVCache
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
 from ._states import merge_states
@@ -154,11 +154,11 @@ def check_window(function: str, cache: KVCache | PagedKVCache, left: int) -> Non
         raise ValueError(f"{function}: window is {asked}, but the cache keeps only what one of {cache.window} sees")
 
 
-def check_seen(function: str, cache: KVCache | PagedKVCache, step: Any, before: int) -> None:
+def check_seen(function: str, cache: KVCache | PagedKVCache, step: Step, before: int) -> None:
     """Refuse queries older than the tokens that a cache with a window keeps; `before`: tokens that are there already."""
-    lengths, starts = step.core[-2:]
     if cache.window is None or before <= 0:
         return
+    lengths, starts = cache._bounds(step)
     for b in np.flatnonzero(starts > np.maximum(lengths - before - cache.window, 0))[:1]:
         raise ValueError(
             f"{function}: q has {before} queries of tokens that are there, but sequence {b} has no tokens before "
@@ -194,7 +194,7 @@ class _Cascade:
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
         # Only what every query sees whole, and what is there already.
         oldest = int((lengths + appended - tokens).min(initial=1 << 60)) if len(rows) else 0
-        shared = min(cache.shared_runs(rows) * cache.page_size, oldest) // cache.page_size * cache.page_size
+        shared = min(cache._common_tokens(step), oldest) // cache.page_size * cache.page_size
         if len(rows) < 2 or shared <= 0:
             return _core.attend_cache(_NAME, step.core, inputs, out, self.options)
         return_lse = self.options[13]

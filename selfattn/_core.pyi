@@ -19,7 +19,8 @@ def make_layer(
 def call_layer(
     layer: Layer,
     function: str,
-    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None],  # x, context, positions
+    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, tuple[Any, ...] | None],
+    # x, context, positions, cache
     out: NDArray[Any] | None,
     options: Options,
     /,

@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import ACCEPTED, as_array, core_options, is_float, out_array, refuse_unknown
 from ._attention import _DEFAULTS
+from ._cache import KVCache, Step
+from ._cached import check_window
+from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
 
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
@@ -161,6 +164,8 @@ class SelfAttention:
         *,
         context: ArrayLike | None = None,
         positions: ArrayLike | None = None,
+        cache: KVCache | PagedKVCache | None = None,
+        sequences: Any = None,
         out: NDArray[Any] | None = None,
         **options: Any,
     ) -> Any:
@@ -173,7 +178,14 @@ class SelfAttention:
         context : array_like, shape (..., Sk, d_context), optional
             The keys' and values' input (cross-attention).
         positions : integer array, shape (S,) or (..., S), optional
-            Where the tokens of x sit, for `rope`; default 0, 1, 2, ... Tokens of a context sit at their index.
+            Where the tokens of x sit, for `rope`; default 0, 1, 2, ... (with a cache: their places in their
+            sequences). Tokens of a context sit at their index.
+        cache : KVCache or PagedKVCache, optional
+            x is (batch, S, d_model): the S newest tokens of each sequence, whose keys and values are appended; they
+            attend to all that the cache holds, causally unless ``causal=False``. `mask` is then over the S newest
+            tokens, as in `attention_with_kvcache`. After an error the cache is as it was.
+        sequences : sequence of int
+            Of a PagedKVCache: the id of each row of x.
         out : ndarray, optional
             Where to put y.
         **options
@@ -186,13 +198,58 @@ class SelfAttention:
         y : ndarray, shape (..., S, d_out)
             With `return_lse` and `return_weights` a tuple, as from `attention`.
         """
-        return self._call("SelfAttention", x, context, positions, out, options)
+        if cache is None:
+            if sequences is not None:
+                raise ValueError("SelfAttention: sequences is given without a cache")
+            return self._call("SelfAttention", x, context, positions, out, options)
+        return self._step("SelfAttention", as_array("SelfAttention", "x", x), context, positions, cache, sequences, out, options)
 
-    def _call(self, function: str, x: Any, context: Any, positions: Any, out: Any, options: dict[str, Any]) -> Any:
+    def _step(
+        self,
+        function: str,
+        x: NDArray[Any],
+        context: Any,
+        positions: Any,
+        cache: KVCache | PagedKVCache,
+        sequences: Any,
+        out: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        if not isinstance(cache, (KVCache, PagedKVCache)):
+            raise TypeError(f"{function}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
+        if context is not None:
+            raise ValueError(f"{function}: context and cache are given, but a cache holds the keys of x")
+        for name in ("q_offset", "q_lens", "kv_lens"):
+            if options.get(name) is not None:
+                raise ValueError(f"{function}: {name} is given, but a cache knows where its tokens are")
+        options = {"causal": True, **options}
+        with cache._lock.writing:
+            step = cache._begin(function, sequences, x.shape[-2] if x.ndim > 1 else 0)
+            try:
+                result = self._call(function, x, None, positions, out, options, cache, step)
+            except BaseException:
+                cache._roll_back(step)
+                raise
+            cache._commit(step)
+        return result
+
+    def _call(
+        self,
+        function: str,
+        x: Any,
+        context: Any,
+        positions: Any,
+        out: Any,
+        options: dict[str, Any],
+        cache: KVCache | PagedKVCache | None = None,
+        step: Step | None = None,
+    ) -> Any:
         unknown = options.keys() - _OPTIONS.keys()
         if unknown:
             refuse_unknown(function, {name: options[name] for name in options if name in unknown})
         values = core_options(function, **{**_OPTIONS, "layout": "bhsd", **options})
+        if cache is not None:
+            check_window(function, cache, values[4])
         x = as_array(function, "x", x)
         if context is not None:
             context = as_array(function, "context", context)
@@ -202,7 +259,8 @@ class SelfAttention:
             positions = positions_for(function, positions, x.shape[:-1])
         if out is not None:
             out = out_array(function, out)
-        return _core.call_layer(self._core, function, (x, context, positions), out, values)
+        inputs = (x, context, positions, None if step is None else step.core)
+        return _core.call_layer(self._core, function, inputs, out, values)
 
 
 def self_attention(

@@ -11,7 +11,7 @@ from . import _core
 from ._arguments import as_array
 from ._cache import Step
 from ._lock import SharedLock
-from ._pages import PageTable
+from ._pages import Move, PageTable
 from ._store import Layout, Store, count, storage_name
 
 
@@ -93,8 +93,9 @@ class PagedKVCache:
         *,
         value_dim: int | None = None,
         dtype: Any = "float32",
+        window: int | None = None,
     ) -> int:
-        """Return the bytes that a buffer for such a cache must have."""
+        """Return the bytes that a buffer for such a cache must have; the window does not matter."""
         return _layout(num_pages, page_size, num_kv_heads, head_dim, value_dim, dtype).nbytes()
 
     def __repr__(self) -> str:
@@ -130,7 +131,7 @@ class PagedKVCache:
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence has."""
-        return int(self._table.lengths[self._row("length", sequence)])
+        return self._table.lengths[self._row("length", sequence)]
 
     def append(self, sequence: int, k: ArrayLike, v: ArrayLike) -> None:
         """Append T tokens to a sequence.
@@ -171,16 +172,15 @@ class PagedKVCache:
         length = count("truncate", "length", length, least=0)
         with self._lock.writing:
             row, table = self._row("truncate", sequence), self._table
-            old, start = int(table.lengths[row]), int(table.starts[row])
+            old, start = table.lengths[row], table.starts[row]
             if length > old:
                 raise ValueError(f"truncate: length is {length}, but sequence {sequence} has {old} tokens")
-            if self.window is not None and start > max(length - self.window, 0):
+            if self.window is not None and 0 < length and start > max(length - self.window, 0):
                 raise ValueError(
                     f"truncate: length is {length}, but sequence {sequence} has no tokens before {start} any more, of "
                     f"which a window of {self.window} would see some"
                 )
-            table.release(row, table.runs(length), table.runs(old))
-            table.lengths[row] = length
+            table.shorten(row, length)
 
     def free(self, sequence: int) -> None:
         """End a sequence; pages that no other shares become free."""
@@ -205,43 +205,42 @@ class PagedKVCache:
         """Find pages for so many tokens more of each sequence."""
         if sequences is None:
             raise ValueError(f"{function}: sequences is missing: a PagedKVCache needs one id per row of q")
-        rows = np.array([self._row(function, s) for s in sequences], np.int64)
+        rows = [self._row(function, s) for s in sequences]
         table = self._table
-        moves = []
-        if tokens:
-            if len(set(rows.tolist())) < len(rows):
+        moves: list[Move] = []
+        if tokens and rows:
+            if len(set(rows)) < len(rows):
                 raise ValueError(f"{function}: sequences holds {list(sequences)}, but tokens can be appended to each once")
-            needed, copies = table.missing(rows, tokens)
+            needed, copied = table.missing(rows, tokens)
             if needed > len(table.free_pages):
                 raise MemoryError(f"{function}: {needed} pages are needed, but {len(table.free_pages)} are free")
             if needed:
-                moves = table.reserve(rows, tokens, copies)
-                for move in moves[: len(copies)]:
+                moves = table.reserve(rows, tokens, copied)
+                for move in moves[: len(copied)]:
                     for array in self._store.arrays():
                         array[move.new] = array[move.old]
-        starts = None if self.window is None else table.starts[rows]
-        core = (*self._store.core, self.page_size, table.pages, rows, table.lengths[rows], starts)
+        lengths = np.array([table.lengths[row] for row in rows], np.int64)
+        starts = None if self.window is None else np.array([table.starts[row] for row in rows], np.int64)
+        core = (*self._store.core, self.page_size, table.table, np.array(rows, np.int64), lengths, starts)
         return Step(core, (rows, tokens, moves))
 
     def _commit(self, step: Step) -> None:
         rows, tokens, _ = step.state
         table = self._table
-        if self.window is not None and tokens:
-            for row in rows.tolist():
+        for row in rows if tokens else ():
+            if self.window is not None:
                 # What the tokens just appended see stays, so that they can be taken back.
-                first = max(int(table.lengths[row]) - self.window, 0) // self.page_size
-                table.release(row, int(table.starts[row]) // self.page_size, first)
-                table.starts[row] = max(int(table.starts[row]), first * self.page_size)
-        table.lengths[rows] += tokens
+                table.forget(row, max(table.lengths[row] - self.window, 0))
+            table.lengths[row] += tokens
+
+    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return step.core[-2:]  # type: ignore[return-value]
 
     def _roll_back(self, step: Step) -> None:
         self._table.take_back(step.state[2])
 
-    def shared_runs(self, rows: NDArray[np.int64]) -> int:
-        """Return how many pages from the start on are the same for all rows."""
-        pages = self._table.pages[rows]
-        differ = np.flatnonzero(np.any(pages != pages[0], axis=0) | (pages[0] < 0))
-        return int(differ[0]) if differ.size else pages.shape[1]
+    def _common_tokens(self, step: Step) -> int:
+        return self._table.common(step.state[0]) * self.page_size
 
 
 def _layout(

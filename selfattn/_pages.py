@@ -1,17 +1,16 @@
-"""Which page holds what: tables of sequences, counts of sharers, free pages. No tokens here."""
+"""Which page holds what: the pages of each sequence, how many share one, which are free. No tokens here."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-NOWHERE = -1  # a run whose page was released
+NOWHERE = -1  # in the place of a page that was released
 
 
 class Move(NamedTuple):
-    """One entry of a table that a reservation changed."""
+    """A page that a reservation gave to a row."""
 
     row: int
     run: int
@@ -20,113 +19,140 @@ class Move(NamedTuple):
 
 
 class PageTable:
-    """Rows of page numbers, one row per sequence; a page is free, or counts the rows that it is in."""
+    """Rows of page numbers, one row per sequence. A page is free, or counts the rows that hold it.
+
+    Numbers are Python's own, which are faster than NumPy's one by one; `table` repeats them for the core.
+    """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
-        self.pages = np.full((4, 4), NOWHERE, np.int32)  # [row][run]
-        self.lengths = np.zeros(4, np.int64)
-        self.starts = np.zeros(4, np.int64)
-        self.sharers = np.zeros(num_pages, np.int32)
+        self.held: list[list[int]] = []
+        self.lengths: list[int] = []
+        self.starts: list[int] = []  # first token that is still held
+        self.sharers = [0] * num_pages
         self.free_pages = list(range(num_pages - 1, -1, -1))
-        self.free_rows = [3, 2, 1, 0]
+        self.free_rows: list[int] = []
+        self.table = np.full((4, 4), NOWHERE, np.int32)
 
     def add_row(self) -> int:
         """Return the row of a new, empty sequence."""
         if not self.free_rows:
-            rows = len(self.pages)
-            self.pages = _grown(self.pages, 2 * rows, self.pages.shape[1])
-            self.lengths, self.starts = (np.concatenate([x, np.zeros_like(x)]) for x in (self.lengths, self.starts))
-            self.free_rows = list(range(2 * rows - 1, rows - 1, -1))
-        row = self.free_rows.pop()
-        self.pages[row] = NOWHERE
-        self.lengths[row] = self.starts[row] = 0
-        return row
+            self.free_rows.append(len(self.held))
+            self.held.append([])
+            self.lengths.append(0)
+            self.starts.append(0)
+            self._fit(len(self.held), 0)
+        return self.free_rows.pop()
 
     def remove_row(self, row: int) -> None:
         """Give back the row and its pages."""
-        self.release(row, 0, self.runs(int(self.lengths[row])))
-        self.lengths[row] = self.starts[row] = 0
+        self.shorten(row, 0)
         self.free_rows.append(row)
 
     def fork(self, row: int) -> int:
         """Return a new row that shares all pages."""
         twin = self.add_row()
-        self.pages[twin] = self.pages[row]
+        pages = self.held[row]
+        self.held[twin] = pages.copy()
+        self.table[twin, : len(pages)] = pages
         self.lengths[twin], self.starts[twin] = self.lengths[row], self.starts[row]
-        shared = self.pages[row]
-        self.sharers[shared[shared != NOWHERE]] += 1
+        for page in pages:
+            if page != NOWHERE:
+                self.sharers[page] += 1
         return twin
+
+    def shorten(self, row: int, length: int) -> None:
+        """Give back the pages behind so many tokens."""
+        pages, kept = self.held[row], self.runs(length)
+        for page in pages[kept:]:
+            self._leave(page)
+        del pages[kept:]
+        self.lengths[row] = length
+        if length == 0:
+            self.starts[row] = 0
+
+    def forget(self, row: int, token: int) -> None:
+        """Give back the pages that hold no token from this one on."""
+        first, end = self.starts[row] // self.page_size, token // self.page_size
+        for run in range(first, end):
+            self._leave(self.held[row][run])
+            self.held[row][run] = NOWHERE
+            self.table[row, run] = NOWHERE
+        self.starts[row] = max(self.starts[row], end * self.page_size)
 
     def runs(self, length: int) -> int:
         """Return how many pages so many tokens span."""
         return -(-length // self.page_size)
 
-    def release(self, row: int, first: int, end: int) -> None:
-        """Take the row off the pages of its runs [first, end)."""
-        for run in range(first, end):
-            page = int(self.pages[row, run])
-            if page == NOWHERE:
-                continue
-            self.pages[row, run] = NOWHERE
-            self.sharers[page] -= 1
-            if self.sharers[page] == 0:
-                self.free_pages.append(page)
-
-    def missing(self, rows: NDArray[np.int64], tokens: int) -> tuple[int, list[tuple[int, int]]]:
-        """Return how many pages so many tokens more of each row take, and the (row, run) that must be copied first."""
-        lengths = self.lengths[rows]
-        new_pages = int(np.sum((lengths + tokens + self.page_size - 1) // self.page_size)) - int(
-            np.sum((lengths + self.page_size - 1) // self.page_size)
-        )
-        copies: list[tuple[int, int]] = []
-        last = self.pages[rows, (lengths - 1) // self.page_size]
-        partial = lengths % self.page_size != 0
-        if tokens and np.any(self.sharers[last[partial]] > 1):
-            sharers: dict[int, int] = {}
-            for row, page, shared in zip(rows.tolist(), last.tolist(), partial.tolist(), strict=True):
+    def missing(self, rows: list[int], tokens: int) -> tuple[int, list[int]]:
+        """Return how many pages so many tokens more of each row take, and the rows whose last page is shared."""
+        size, pages, copied = self.page_size, 0, []
+        left: dict[int, int] = {}  # sharers of pages that some have a copy of by then
+        for row in rows:
+            length = self.lengths[row]
+            pages += -(-(length + tokens) // size) - -(-length // size)
+            if length % size:
+                page = self.held[row][-1]
                 # Whoever is left with a page alone may write to it.
-                if shared and sharers.setdefault(page, int(self.sharers[page])) > 1:
-                    sharers[page] -= 1
-                    copies.append((row, int(self.lengths[row] - 1) // self.page_size))
-        return new_pages + len(copies), copies
+                if left.get(page, self.sharers[page]) > 1:
+                    left[page] = left.get(page, self.sharers[page]) - 1
+                    copied.append(row)
+        return pages + len(copied), copied
 
-    def reserve(self, rows: NDArray[np.int64], tokens: int, copies: list[tuple[int, int]]) -> list[Move]:
+    def reserve(self, rows: list[int], tokens: int, copied: list[int]) -> list[Move]:
         """Give each row the pages for so many tokens more; there must be enough free ones."""
         moves = []
-        for row, run in copies:
-            old, new = int(self.pages[row, run]), self._take()
+        for row in copied:
+            old, new = self.held[row][-1], self._take()
             self.sharers[old] -= 1
-            self.pages[row, run] = new
-            moves.append(Move(row, run, old, new))
-        lengths = self.lengths[rows]
-        first, end = (-(-n // self.page_size) for n in (lengths, lengths + tokens))
-        most = int(end.max(initial=0))
-        if most > self.pages.shape[1]:
-            self.pages = _grown(self.pages, len(self.pages), max(most, 2 * self.pages.shape[1]))
-        for i in np.flatnonzero(end > first).tolist():
-            row = int(rows[i])
-            for run in range(int(first[i]), int(end[i])):
-                self.pages[row, run] = self._take()
-                moves.append(Move(row, run, NOWHERE, int(self.pages[row, run])))
+            moves.append(Move(row, len(self.held[row]) - 1, old, new))
+            self.held[row][-1] = new
+        for row in rows:
+            for run in range(len(self.held[row]), self.runs(self.lengths[row] + tokens)):
+                moves.append(Move(row, run, NOWHERE, self._take()))
+                self.held[row].append(moves[-1].new)
+        self._fit(len(self.held), max(len(self.held[row]) for row in rows))
+        for row, run, _, new in moves:
+            self.table[row, run] = new
         return moves
 
     def take_back(self, moves: list[Move]) -> None:
         """Undo a reservation."""
         for row, run, old, new in reversed(moves):
-            self.pages[row, run] = old
             self.sharers[new] = 0
             self.free_pages.append(new)
-            if old != NOWHERE:
+            self.table[row, run] = old
+            if old == NOWHERE:
+                self.held[row].pop()
+            else:
+                self.held[row][run] = old
                 self.sharers[old] += 1
+
+    def common(self, rows: list[int]) -> int:
+        """Return how many pages from the start on all rows share."""
+        shared = 0
+        for pages in zip(*(self.held[row] for row in rows), strict=False):
+            if pages[0] == NOWHERE or any(page != pages[0] for page in pages):
+                break
+            shared += 1
+        return shared
 
     def _take(self) -> int:
         page = self.free_pages.pop()
         self.sharers[page] = 1
         return page
 
+    def _leave(self, page: int) -> None:
+        if page == NOWHERE:
+            return
+        self.sharers[page] -= 1
+        if self.sharers[page] == 0:
+            self.free_pages.append(page)
 
-def _grown(table: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
-    larger = np.full((rows, columns), NOWHERE, table.dtype)
-    larger[: table.shape[0], : table.shape[1]] = table
-    return larger
+    def _fit(self, rows: int, runs: int) -> None:
+        old = self.table
+        if rows <= old.shape[0] and runs <= old.shape[1]:
+            return
+        shape = [have if need <= have else max(need, 2 * have) for need, have in zip((rows, runs), old.shape, strict=True)]
+        self.table = np.full(shape, NOWHERE, np.int32)
+        self.table[: old.shape[0], : old.shape[1]] = old

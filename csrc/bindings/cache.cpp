@@ -102,6 +102,7 @@ void append(const char* function, const py::tuple& values, py::handle k, py::han
   const MaybeReleaseGil released(static_cast<double>(count * cache.batch * cache.num_kv_heads * cache.key.width));
   store_tokens(kernels, cache, cache.key, tokens_of(keys.view(), false), {}, row.data());
   store_tokens(kernels, cache, cache.value, tokens_of(vals.view(), false), {}, row.data());
+  arguments.commit();
 }
 
 // The type that the cache may have where queries have this one.
@@ -182,7 +183,9 @@ py::object attend_cache(const char* function, const py::tuple& cache_values, con
     finished = attend(problem, plan, interrupted);
   }
   if (!finished) throw py::error_already_set();
-  return extras.join(result.deliver());
+  py::object results = extras.join(result.deliver());
+  source.commit();  // last: nothing can fail any more
+  return results;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "bindings/cache_arguments.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "message.h"
 
@@ -9,8 +10,8 @@ namespace {
 
 py::array array_at(const py::tuple& values, std::size_t i) { return py::reinterpret_borrow<py::array>(values[i]); }
 
-const std::int64_t* integers_at(const py::tuple& values, std::size_t i) {
-  return static_cast<const std::int64_t*>(array_at(values, i).data());
+std::int64_t* integers_at(const py::tuple& values, std::size_t i) {
+  return static_cast<std::int64_t*>(const_cast<void*>(array_at(values, i).data()));
 }
 
 TokenRows rows_of(py::handle object, bool paged) {
@@ -30,38 +31,77 @@ Cache::Side side_of(const py::tuple& values, std::size_t store, std::size_t scal
 
 }  // namespace
 
-CacheArguments::CacheArguments(const char* function, const py::tuple& values, std::int64_t more) {
+CacheArguments::CacheArguments(const char* function, const py::tuple& values, std::int64_t more)
+    : more_(more), slots_(values[5].cast<std::int64_t>()) {
   const bool paged = !values[6].is_none();
   cache_.dtype = static_cast<DType>(values[4].cast<int>());
-  cache_.batch = array_at(values, 8).shape(0);
   cache_.num_kv_heads = array_at(values, 0).shape(1);
   cache_.key = side_of(values, 0, 2, paged);
   cache_.value = side_of(values, 1, 3, paged);
-  cache_.pages.size = values[5].cast<std::int64_t>();
-  cache_.lengths = integers_at(values, 8);
-  cache_.starts = optional_view(values[9], DType::i64);
   key_ = view_of(array_at(values, 0), cache_.dtype);
   value_ = view_of(array_at(values, 1), cache_.dtype);
-  if (!paged) return;
-  const py::array table = array_at(values, 6);
-  cache_.pages.table = static_cast<const std::int32_t*>(table.data());
-  cache_.pages.table_step = table.shape(1);
-  cache_.pages.rows = integers_at(values, 7);
-  check_pages(function, array_at(values, 0).shape(0), more);
+  if (paged)
+    open_pages(function, values);
+  else
+    open_batch(function, values);
 }
 
-void CacheArguments::check_pages(const char* function, std::int64_t num_pages, std::int64_t more) const {
-  const Pages& pages = cache_.pages;
+void CacheArguments::open_batch(const char* function, const py::tuple& values) {
+  cache_.batch = key_.shape[0];
+  active_ = integers_at(values, 7);
+  state_ = integers_at(values, 8);
+  const std::int64_t* current = state_ + (std::atomic_ref(*active_).load(std::memory_order_acquire) & 1) * 2 * cache_.batch;
+  cache_.lengths = current;
+  const auto window = values[9].cast<std::int64_t>();
+  if (window >= 0) return open_ring(function, window);
+  for (std::int64_t b = 0; b < cache_.batch; ++b)
+    if (current[b] > slots_ - more_)
+      refuse(function, "sequence ", b, " holds ", current[b], " tokens, so that ", more_, " more exceed the capacity ",
+             slots_);
+}
+
+void CacheArguments::open_ring(const char* function, std::int64_t window) {
+  if (more_ > slots_ - window)
+    refuse(function, more_, " tokens at once, but a ring of ", slots_, " slots with a window of ", window,
+           " takes at most ", slots_ - window);
+  cache_.pages.size = slots_;
+  starts_.resize(static_cast<std::size_t>(cache_.batch));
+  const std::int64_t* starts = cache_.lengths + cache_.batch;
+  for (std::int64_t b = 0; b < cache_.batch; ++b)
+    starts_[static_cast<std::size_t>(b)] = std::max(starts[b], cache_.lengths[b] + more_ - slots_);
+  starts_shape_[0] = cache_.batch;
+  cache_.starts = {starts_.data(), DType::i64, 1, starts_shape_, starts_strides_};
+}
+
+void CacheArguments::open_pages(const char* function, const py::tuple& values) {
+  const py::array table = array_at(values, 6);
+  Pages& pages = cache_.pages;
+  pages = {slots_, static_cast<const std::int32_t*>(table.data()), table.shape(1), integers_at(values, 7)};
+  cache_.batch = array_at(values, 8).shape(0);
+  cache_.lengths = integers_at(values, 8);
+  cache_.starts = optional_view(values[9], DType::i64);
+  const std::int64_t num_pages = key_.shape[0];
+  const auto* starts = static_cast<const std::int64_t*>(cache_.starts.data);
   for (std::int64_t b = 0; b < cache_.batch; ++b) {
-    const std::int64_t* starts = static_cast<const std::int64_t*>(cache_.starts.data);
     const std::int64_t first = starts ? starts[b] / pages.size : 0;
-    const std::int64_t end = (cache_.lengths[b] + more + pages.size - 1) / pages.size;
+    const std::int64_t end = (cache_.lengths[b] + more_ + pages.size - 1) / pages.size;
     if (end > pages.table_step) refuse(function, "the page table of sequence ", b, " is too short for its length");
     const std::int32_t* own = pages.of(b);
     const bool inside =
         std::all_of(own + first, own + std::max(first, end), [&](std::int32_t p) { return p >= 0 && p < num_pages; });
     if (!inside) refuse(function, "the page table of sequence ", b, " holds a page outside 0..", num_pages - 1);
   }
+}
+
+void CacheArguments::commit() const {
+  if (!active_ || more_ == 0) return;
+  const std::int64_t other = 1 - (std::atomic_ref(*active_).load(std::memory_order_relaxed) & 1);
+  std::int64_t* lengths = state_ + other * 2 * cache_.batch;
+  for (std::int64_t b = 0; b < cache_.batch; ++b) {
+    lengths[b] = cache_.lengths[b] + more_;
+    lengths[cache_.batch + b] = starts_.empty() ? 0 : starts_[static_cast<std::size_t>(b)];
+  }
+  std::atomic_ref(*active_).store(other, std::memory_order_release);
 }
 
 }  // namespace selfattn::bindings

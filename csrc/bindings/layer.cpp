@@ -3,6 +3,8 @@
 
 #include <cstring>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/attention.h"
@@ -29,22 +31,25 @@ class Layer {
         std::int64_t num_kv_heads, py::handle rope)
       : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
 
-  py::object call(const char* function, py::handle x, py::handle context, py::handle positions, py::object out,
-                  const py::tuple& option_values) const {
+  // inputs: x, context or None, positions or None, a cache's tuple or None.
+  py::object call(const char* function, const py::tuple& inputs, py::object out, const py::tuple& option_values) const {
+    const py::handle x = inputs[0], context = inputs[1];
     const Options options(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
-    const TensorView places = optional_view(positions, DType::i64);
+    const TensorView places = optional_view(inputs[2], DType::i64);
+    std::optional<CacheArguments> source;
+    open_cache(source, function, inputs[3], input);
     const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
-    LayerCall call(weights_, input, other, places, arguments);
+    LayerCall call(weights_, input, other, places, source ? &source->cache() : nullptr, arguments);
     bool direct = false;
     if (!out.is_none()) {
       const py::array given = py::reinterpret_borrow<py::array>(out);
       check_out(function, given, call.out_shape(), weights_.dtype);
       const TensorView view = view_of(given, weights_.dtype);
       direct = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
-               !meet(view, places) && !meets_any(view, arguments);
+               !meet(view, places) && !meets_any(view, arguments) && !(source && source->meets(view));
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
     const Extras extras(options, call.problem());
@@ -54,7 +59,9 @@ class Layer {
       finished = call.run(result.view(weights_.dtype), options.num_threads, interrupted);
     }
     if (!finished) throw py::error_already_set();
-    return extras.join(result.deliver());
+    py::object results = extras.join(result.deliver());
+    if (source) source->commit();  // last: nothing can fail any more
+    return results;
   }
 
   const char* isa() const { return weights_.kernels->name; }
@@ -81,6 +88,26 @@ class Layer {
                        rope_of(rope)};
     if (!w_o.is_none()) layer.output.emplace(projection(w_o, 3));
     return layer;
+  }
+
+  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle values,
+                  const TensorView& x) const {
+    if (values.is_none()) return;
+    if (x.ndim != 3) refuse(function, "x has shape ", shape_text(x), ", but a cache needs (batch, tokens, d_model)");
+    found.emplace(function, py::reinterpret_borrow<py::tuple>(values), x.extent(1));
+    const Cache& cache = found->cache();
+    if (x.extent(2) != cache.batch)
+      refuse(function, "x has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");
+    const auto check = [&](const char* what, std::int64_t of_cache, std::int64_t of_layer) {
+      if (of_cache != of_layer) refuse(function, "the cache has ", what, " ", of_cache, ", but the layer ", of_layer);
+    };
+    check("num_kv_heads", cache.num_kv_heads, weights_.num_kv_heads);
+    check("head_dim", cache.key.width, weights_.head_dim);
+    check("value_dim", cache.value.width, weights_.value_dim);
+    const DType computed = computed_in(weights_.dtype);
+    if (cache.dtype != computed && size_of(cache.dtype) >= size_of(computed))
+      throw py::type_error(std::string(function) + ": the cache holds " + name_of(cache.dtype) +
+                           ", but the layer computes in " + name_of(computed));
   }
 
   TensorView input_view(const char* function, const char* name, py::handle array, std::int64_t depth) const {
@@ -110,10 +137,10 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
 
 const Layer& layer_of(const py::capsule& capsule) { return *capsule.get_pointer<Layer>(); }
 
-// inputs: x, context, positions. In one tuple, because pybind11 allocates memory for more than six arguments.
+// In one tuple, because pybind11 allocates memory for more than six arguments.
 py::object call_layer(const py::capsule& capsule, const char* function, const py::tuple& inputs, py::object out,
                       const py::tuple& option_values) {
-  return layer_of(capsule).call(function, inputs[0], inputs[1], inputs[2], std::move(out), option_values);
+  return layer_of(capsule).call(function, inputs, std::move(out), option_values);
 }
 
 const char* layer_isa(const py::capsule& capsule) { return layer_of(capsule).isa(); }
