@@ -104,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(chr(token) if produced else args.prompt + chr(token), end="", flush=True)
         produced.append(token)
         if not sys.stdout.isatty():  # there the text itself shows how far it is
-            status(f"{len(produced)} of {args.tokens} tokens")
-    status("")
+            status(f"{len(produced)} of {args.tokens} tokens" if len(produced) < args.tokens else "")
     print(f"\n\nprompt: {len(prompt)} tokens in {times[1] - times[0]:.3f} s")
     if args.tokens > 1:
         print(f"then {(args.tokens - 1) / (times[-1] - times[1]):.0f} tokens per second")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +84,22 @@ def test_the_program(dtype: str, size: int) -> None:
     same = re.search(r"the first (\d+) of 30 tokens are the same", figures)
     assert same is not None
     assert int(same[1]) >= (30 if dtype == "float32" else 3)
+
+
+def test_progress_is_shown_on_a_terminal_and_wiped_before_the_text() -> None:
+    pty = pytest.importorskip("pty")
+    terminal, side = pty.openpty()
+    command = [sys.executable, str(EXAMPLES / "generate.py"), *SMALL, "--tokens", "5", "--chunk", "40"]
+    try:
+        subprocess.run(command, stdout=side, stderr=side, stdin=subprocess.DEVNULL, timeout=120, check=True)
+        shown = os.read(terminal, 1 << 16).decode()
+    finally:
+        os.close(side)
+        os.close(terminal)
+    progress, text = shown.rsplit("\r\033[K", 1)
+    assert progress == "\r\033[Kprompt: 40 of 69 tokens"
+    assert text.startswith("Attention is all you need")
+    assert "tokens per second" in text
 
 
 def test_a_difference_is_an_error(example: Any, model: Any, prompt: Any) -> None:
