@@ -62,7 +62,12 @@ def serving(folder: Path, *command: str, **settings: str) -> Iterator[Server]:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=folder
+            [sys.executable, "-m", *command],
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            start_new_session=True,
         )
     try:
 
@@ -78,7 +83,7 @@ def serving(folder: Path, *command: str, **settings: str) -> Iterator[Server]:
         assert "Traceback" not in log.read_text()
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers as well
             process.wait()
 
 
