@@ -10,70 +10,54 @@ import numpy as np
 
 import selfattn as sa
 
-BATCH, HEADS, DIM, CAPACITY, PAGE = 2, 2, 8, 4096, 16
-PAGES = CAPACITY // PAGE
+BATCH, HEADS, DIM = 2, 2, 8
+# Of a ring, slots are written over all the time.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"capacity": 4096},
+    "int8": {"capacity": 4096, "dtype": "int8"},
+    "ring": {"capacity": 700, "window": 60},
+}
 
 
-def token(numbers: Any, head: int) -> Any:
-    """Return the keys of these tokens; their values are the keys with the other sign."""
-    return (np.asarray(numbers)[:, np.newaxis] * 16 + head + np.arange(DIM) / 16).astype(np.float32)
+def size_of(kind: str) -> int:
+    return int(sa.KVCache.buffer_size(BATCH, HEADS, DIM, **KINDS[kind]))
+
+
+def open_cache(kind: str, buffer: Any) -> sa.KVCache:
+    return sa.KVCache(BATCH, HEADS, DIM, buffer=buffer, **KINDS[kind])
 
 
 def tokens(first: int, count: int) -> tuple[Any, Any]:
-    """Return k and v of the tokens from `first` on, (Hkv, count, D)."""
-    k = np.stack([token(np.arange(first, first + count), head) for head in range(HEADS)])
-    return k, -k
+    """Return k and v of the tokens from `first` on, (batch, heads, count, dim): all numbers that float32 holds."""
+    numbers = np.arange(first, first + count)[:, np.newaxis] % (1 << 16)
+    k = np.stack([(numbers * 16 + head + np.arange(DIM) / 16).astype(np.float32) for head in range(HEADS)])
+    return np.broadcast_to(k, (BATCH, *k.shape)), np.broadcast_to(-k, (BATCH, *k.shape))
 
 
-def open_contiguous(buffer: Any) -> sa.KVCache:
-    return sa.KVCache(BATCH, HEADS, DIM, CAPACITY, buffer=buffer)
+def length(cache: sa.KVCache) -> int:
+    """Return the one length that all rows must have."""
+    (found,) = set(cache.lengths.tolist())
+    return int(found)
 
 
-def open_paged(buffer: Any) -> sa.PagedKVCache:
-    return sa.PagedKVCache(PAGES, PAGE, HEADS, DIM, buffer=buffer)
-
-
-def batch(first: int, count: int) -> list[Any]:
-    return [np.broadcast_to(x, (BATCH, *x.shape)) for x in tokens(first, count)]
-
-
-def append(cache: Any, count: int) -> None:
+def append(cache: sa.KVCache, count: int) -> None:
     """Go on where the cache ends."""
-    if isinstance(cache, sa.KVCache):
-        cache.append(*batch(int(cache.lengths[0]), count))
-        return
-    for name in cache.sequences:
-        cache.append(name, *tokens(cache.length(name), count))
+    cache.append(*tokens(length(cache), count))
 
 
 def append_without_end(path: str, kind: str, seed: int) -> None:
     """Append to a cache in a file, start again when it is full, until somebody ends the process."""
     rng = np.random.default_rng(seed)
-    memory = np.memmap(path, np.uint8, "r+")
-    cache: Any = open_contiguous(memory) if kind == "contiguous" else open_paged(memory)
-    if kind == "paged" and not cache.sequences:
-        cache.allocate()
+    cache = open_cache(kind, np.memmap(path, np.uint8, "r+"))
     print("ready", flush=True)
     while True:
-        count = int(rng.choice([1, 1, 2, 17, 300]))
-        length = int(cache.lengths[0]) if kind == "contiguous" else cache.length(cache.sequences[0])
-        if length + count > CAPACITY - PAGE:
-            shorter = int(rng.integers(0, 50))
-            if kind == "contiguous":
-                cache.truncate(shorter)
-            else:
-                cache.truncate(cache.sequences[0], shorter)
-            continue
-        step = rng.random()
-        if kind == "paged" and step < 0.2:
-            twin = cache.fork(cache.sequences[0])
-            if cache.num_free_pages:
-                cache.append(twin, *tokens(cache.length(twin), 1))
-            cache.free(twin)
-        elif step < 0.4:
-            new = batch(length, count) if kind == "contiguous" else [x[np.newaxis] for x in tokens(length, count)]
-            named = {} if kind == "contiguous" else {"sequences": cache.sequences[:1]}
-            sa.attention_with_kvcache(new[0], cache, *new, num_threads=1, **named)
+        count = int(rng.choice([1, 1, 2, 17, 300, 600]))
+        if cache.window is None and length(cache) + count > cache.capacity - 1:
+            cache.truncate(int(rng.integers(0, 50)))
+        elif rng.random() < 0.3:
+            k, v = tokens(length(cache), count)
+            near = {} if cache.window is None else {"window": (cache.window, 0)}
+            sa.attention_with_kvcache(k, cache, k, v, num_threads=1, **near)
         else:
             append(cache, count)
 
@@ -87,7 +71,7 @@ def append_to_shared(name: str, kind: str, count: int) -> None:
     else:  # which would remove the block at this process's end
         memory = shared_memory.SharedMemory(name)
         resource_tracker.unregister(memory._name, "shared_memory")  # type: ignore[attr-defined]
-    cache: Any = open_contiguous(memory.buf) if kind == "contiguous" else open_paged(memory.buf)
+    cache = open_cache(kind, memory.buf)
     append(cache, count)
-    print(int(cache.lengths[0]) if kind == "contiguous" else cache.length(cache.sequences[0]), flush=True)
+    print(length(cache), flush=True)
     os._exit(0)  # or Python would complain that the cache still uses the block

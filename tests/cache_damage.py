@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,27 +13,17 @@ import selfattn as sa
 DOCUMENTED = (TypeError, ValueError, MemoryError, BufferError)
 
 
-def use(cache: Any) -> None:
+def use(cache: sa.KVCache) -> None:
     """Call what there is; answers may be anything."""
-    if isinstance(cache, sa.KVCache):
-        q = np.ones((cache.batch, cache.num_kv_heads, 1, cache.head_dim), np.float32)
-        attempts: list[Any] = [
-            lambda: sa.attention_with_kvcache(q, cache),
-            lambda: cache.append(q, q),
-            lambda: cache.reorder([0] * cache.batch),
-            lambda: cache.truncate(0),
-        ]
-    else:
-        q = np.ones((1, cache.num_kv_heads, 1, cache.head_dim), np.float32)
-        names: list[int] = []
-        attempts = [
-            lambda: names.extend(cache.sequences[:3]),
-            lambda: [sa.attention_with_kvcache(q, cache, sequences=[name]) for name in names],
-            lambda: [cache.append(name, q[0], q[0]) for name in names],
-            lambda: [cache.fork(name) for name in names],
-            lambda: [cache.free(name) for name in names],
-            lambda: cache.num_free_pages,
-        ]
+    q = np.ones((cache.batch, cache.num_kv_heads, 1, cache.head_dim), np.float32)
+    near: dict[str, Any] = {} if cache.window is None else {"window": (cache.window, 0)}
+    attempts: list[Callable[[], Any]] = [
+        lambda: sa.attention_with_kvcache(q, cache, **near),
+        lambda: sa.attention_with_kvcache(q, cache, q, q, **near),
+        lambda: cache.append(q, q),
+        lambda: cache.reorder([0] * cache.batch),
+        lambda: cache.truncate(max(int(cache.lengths.min()) - 3, 0)),
+    ]
     for attempt in attempts:
         try:
             attempt()
@@ -40,32 +31,23 @@ def use(cache: Any) -> None:
             continue
 
 
-def run(kind: str) -> None:
-    """Damage up to four bytes of what is not data, many times."""
+def run(window: int | None) -> None:
+    """Damage up to four bytes, most of them in front of the tokens, many times."""
     limit_memory(2 << 30)
     rng = np.random.default_rng(3)
-    if kind == "contiguous":
-        shape, size = (2, 1, 4, 8), sa.KVCache.buffer_size(2, 1, 4, 8)
-        make: Any = sa.KVCache
-    else:
-        shape, size = (6, 4, 1, 4), sa.PagedKVCache.buffer_size(6, 4, 1, 4)
-        make = sa.PagedKVCache
-    good = np.zeros(size, np.uint8)
-    cache = make(*shape, buffer=good)
-    if kind == "paged":
-        for _ in range(2):
-            cache.append(cache.allocate(), *np.ones((2, 1, 5, 4), np.float32))
-    else:
-        cache.append(*np.ones((2, 2, 1, 5, 4), np.float32))
+    shape: tuple[int, ...] = (2, 1, 4, 8)
+    good = np.zeros(sa.KVCache.buffer_size(*shape, window=window), np.uint8)
+    sa.KVCache(*shape, window=window, buffer=good).append(*np.ones((2, 2, 1, 5, 4), np.float32))
+    header = len(good) - 2 * 2 * 8 * 4 * 4
     opened = 0
-    for _ in range(3000):
+    for _ in range(20_000):
         buffer = good.copy()
-        places = rng.integers(0, len(buffer), rng.integers(1, 5))
-        buffer[places] = rng.choice([0, 1, 0x7F, 0x80, 0xFF], len(places))
+        places = rng.integers(0, header, rng.integers(1, 5))
+        buffer[places] = rng.choice([0, 1, 3, 0x7F, 0x80, 0xFF], len(places))
         try:
-            damaged = make(*shape, buffer=buffer)
+            damaged = sa.KVCache(*shape, window=window, buffer=buffer)
         except DOCUMENTED:
             continue
         opened += 1
         use(damaged)
-    assert opened > 100, "nearly every damage was noticed at once: damage less"
+    assert opened > 500, "nearly every damage was noticed at once: damage less"

@@ -107,13 +107,10 @@ class PagedModel:
         del self.tables[name][-(-length // self.page_size) :]
 
     def tables_after(self, names: Iterable[int], count: int) -> dict[int, list[object | None]]:
-        """Return all tables as appending `count` tokens to each of `names` would leave them."""
+        """Return all tables as appending `count` tokens to each of `names` leaves them, before pages are released."""
         tables = {name: list(table) for name, table in self.tables.items()}
         for name in names:
             table, length = tables[name], self.sequences[name].length
-            if self.window is not None and count:
-                unseen = max(length - self.window, 0) // self.page_size
-                table[:unseen] = [None] * unseen
             shared = [page for other, pages in tables.items() if other != name for page in pages]
             if count and length % self.page_size and table[-1] in shared:
                 table[-1] = object()
@@ -129,6 +126,10 @@ class PagedModel:
     def append(self, names: list[int], k: Any, v: Any) -> None:
         """k (B, Hkv, T, D): one row for each of `names`."""
         self.tables = self.tables_after(names, k.shape[2])
+        for name in names if self.window is not None and k.shape[2] else []:
+            # What the first of the new tokens sees stays.
+            unseen = max(self.sequences[name].length - self.window, 0) // self.page_size
+            self.tables[name][:unseen] = [None] * unseen
         for name, row_k, row_v in zip(names, k, v, strict=True):
             self.sequences[name].append(row_k, row_v)
 

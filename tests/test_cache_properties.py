@@ -42,7 +42,8 @@ class Contiguous(RuleBasedStateMachine):
         self, batch: int, kv_heads: int, group: int, dim: int, value_dim: int | None, capacity: int, dtype: str,
         window: int | None,
     ) -> None:  # fmt: skip
-        capacity += 0 if window is None else window
+        if window is not None:  # few slots, which are soon written over
+            capacity = window + 1 + capacity // 4
         self.shape, self.named = (batch, kv_heads, dim, capacity), {"value_dim": value_dim, "dtype": dtype}
         self.heads, self.dims, self.window = kv_heads * group, (dim, value_dim or dim), window
         if window is not None:
@@ -138,7 +139,7 @@ class Contiguous(RuleBasedStateMachine):
             name: x.swapaxes(1, 2) if name in "kv" and asked["layout"] == "bshd" else x for name, x in tokens.items()
         }
         given_q = q.swapaxes(1, 2) if asked["layout"] == "bshd" else q
-        if (tokens and not self.has_room(q_len)) or self.looks_too_far_back(q_len, tokens, options):
+        if (tokens and not self.has_room(q_len)) or (not tokens and self.looks_too_far_back(q_len)):
             self.refused(FULL, sa.attention_with_kvcache, given_q, self.cache, **given, **options, **asked)
             return
         out, lse = sa.attention_with_kvcache(given_q, self.cache, return_lse=True, **given, **options, **asked)
@@ -150,11 +151,10 @@ class Contiguous(RuleBasedStateMachine):
         out = out.swapaxes(1, 2) if asked["layout"] == "bshd" else out
         check_attention(self.assert_accurate, self.rows, q, out, lse, turned=tokens.get("rope") is not None, **options)
 
-    def looks_too_far_back(self, q_len: int, tokens: Any, options: Any) -> bool:
-        if self.window is None or tokens:
-            return False
-        first = [row.length - q_len - options["window"][0] for row in self.rows]
-        return any(first[b] < self.first_held(b) and self.first_held(b) > 0 for b in range(len(first)))
+    def looks_too_far_back(self, q_len: int) -> bool:
+        return self.window is not None and any(
+            self.first_held(b) > max(row.length - q_len - self.window, 0) for b, row in enumerate(self.rows)
+        )
 
     def turn(self, q: Any, tokens: Any) -> tuple[Any, Any]:
         q_len, positions = q.shape[2], tokens["positions"]

@@ -8,66 +8,44 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
-import cache_child
 import numpy as np
 import pytest
-from cache_child import BATCH, CAPACITY, DIM, HEADS, PAGE, PAGES, append, batch, tokens
-from cache_model import read_through_attention
+from cache_child import BATCH, DIM, HEADS, KINDS, append, length, open_cache, size_of, tokens
+from cache_model import quantised
 
 import selfattn as sa
 
-KINDS = ["contiguous", "paged"]
-START = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cache_child; "
-KILLS = int(os.environ.get("SELFATTN_CACHE_KILLS", "20"))  # of each kind
+START = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cache_child, cache_damage; "
+KILLS = int(os.environ.get("SELFATTN_CACHE_KILLS", "15"))  # of each kind
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 
 
-def size_of(kind: str) -> int:
-    if kind == "contiguous":
-        return int(sa.KVCache.buffer_size(BATCH, HEADS, DIM, CAPACITY))
-    return int(sa.PagedKVCache.buffer_size(PAGES, PAGE, HEADS, DIM))
+def check_tokens(cache: sa.KVCache, first: int = 0) -> None:
+    """Every token from `first` up to the lengths is what its number says."""
+    slots = np.arange(first, length(cache)) % cache.capacity
+    for stored, scales, expected in zip(
+        (cache.k, cache.v), (cache.k_scales, cache.v_scales), tokens(first, len(slots)), strict=True
+    ):
+        if scales is None:
+            assert np.array_equal(stored[:, :, slots], expected)
+        else:
+            codes, expected_scales = quantised(expected)
+            assert np.array_equal(stored[:, :, slots], codes)
+            assert np.array_equal(scales[:, :, slots], expected_scales)
 
 
-def open_cache(kind: str, buffer: Any) -> Any:
-    return cache_child.open_contiguous(buffer) if kind == "contiguous" else cache_child.open_paged(buffer)
-
-
-def new_cache(kind: str, buffer: Any) -> Any:
-    cache = open_cache(kind, buffer)
-    if kind == "paged":
-        cache.allocate()
-    return cache
-
-
-def lengths(cache: Any) -> list[int]:
-    if isinstance(cache, sa.KVCache):
-        return [int(n) for n in cache.lengths]
-    return [cache.length(name) for name in cache.sequences]
-
-
-def check_tokens(cache: Any) -> None:
-    """Every token below the lengths is what its number says, and no page is lost."""
-    found: list[tuple[int, Any, Any]] = []
-    if isinstance(cache, sa.KVCache):
-        found = [(n, cache.k[b, :, :n], cache.v[b, :, :n]) for b, n in enumerate(lengths(cache))]
-    else:
-        for name in cache.sequences:
-            k, v = read_through_attention(cache, cache.length(name), sequences=[name])
-            found.append((cache.length(name), -v[0], v[0]))  # keys come through lse, not to the last bit
-            assert np.all(abs(k[0] + v[0]) <= 2.0**-20 * abs(v[0]))
-    for length, k, v in found:
-        expected = tokens(0, length)
-        assert np.array_equal(k, expected[0])
-        assert np.array_equal(v, expected[1])
+def oldest(cache: sa.KVCache) -> int:
+    """Return the first of the tokens that the next one sees."""
+    return 0 if cache.window is None else max(length(cache) - cache.window, 0)
 
 
 @pytest.fixture
-def shared() -> Iterator[Any]:
+def shared() -> Iterator[Callable[[int], shared_memory.SharedMemory]]:
     blocks = []
 
     def make(size: int) -> shared_memory.SharedMemory:
@@ -84,15 +62,15 @@ def shared() -> Iterator[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_process_goes_on(kind: str, shared: Any, run_python: Any) -> None:
     block = shared(size_of(kind))
-    cache = new_cache(kind, block.buf)
+    cache = open_cache(kind, block.buf)
     append(cache, 5)
     for step in range(1, 4):
-        printed = run_python(START + f"cache_child.append_to_shared({block.name!r}, {kind!r}, 40)")
-        assert int(printed) == 5 + 41 * step - 1
+        total = 5 + 401 * step - 1
+        assert int(run_python(START + f"cache_child.append_to_shared({block.name!r}, {kind!r}, 400)")) == total
         # The first object sees what the other process wrote, and so does one that is opened now.
         for seen in (cache, open_cache(kind, block.buf)):
-            assert set(lengths(seen)) == {5 + 41 * step - 1}
-            check_tokens(seen)
+            assert length(seen) == total
+            check_tokens(seen, oldest(seen))
         append(cache, 1)
     del cache, seen
 
@@ -101,7 +79,7 @@ def test_another_process_goes_on(kind: str, shared: Any, run_python: Any) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_fork_shares_what_is_shared_and_nothing_else(kind: str, shared: Any) -> None:
     block = shared(size_of(kind))
-    own, common = new_cache(kind, None), new_cache(kind, block.buf)
+    own, common = open_cache(kind, None), open_cache(kind, block.buf)
     for cache in (own, common):
         append(cache, 20)
     child = os.fork()
@@ -110,13 +88,13 @@ def test_fork_shares_what_is_shared_and_nothing_else(kind: str, shared: Any) -> 
             for cache in (own, common):
                 append(cache, 30)
                 check_tokens(cache)
-            os._exit(0 if lengths(own)[0] == lengths(common)[0] == 50 else 1)
+            os._exit(0 if length(own) == length(common) == 50 else 1)
         except BaseException as error:
             print("child:", repr(error), file=sys.stderr)
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert lengths(own)[0] == 20
-    assert lengths(common)[0] == 50
+    assert length(own) == 20
+    assert length(common) == 50
     for cache in (own, common):
         check_tokens(cache)
         append(cache, 1)
@@ -125,12 +103,45 @@ def test_fork_shares_what_is_shared_and_nothing_else(kind: str, shared: Any) -> 
 
 
 @posix
+def test_fork_gives_each_process_its_own_pages(normal: Any) -> None:
+    cache = sa.PagedKVCache(8, 4, 1, 4)
+    k, v = normal(2, 1, 9, 4)
+    name = cache.allocate()
+    cache.append(name, k, v)
+    q = normal(1, 1, 1, 4)
+    expected = sa.attention_with_kvcache(q, cache, sequences=[name])
+    child = os.fork()
+    if child == 0:
+        cache.append(name, k, v)
+        twin = cache.fork(name)
+        cache.free(name)
+        os._exit(0 if (cache.length(twin), cache.num_free_pages) == (18, 3) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (cache.length(name), cache.num_free_pages, cache.sequences) == (9, 5, (name,))
+    assert np.array_equal(sa.attention_with_kvcache(q, cache, sequences=[name]), expected)
+
+
+def check_what_truncate_leaves(kind: str, memory: Any) -> None:
+    """Wherever a cache lets itself be cut, what the next token sees is there."""
+    total, accepted = length(open_cache(kind, memory.copy())), 0
+    for shorter in range(total, max(total - 800, -1), -7):
+        cache = open_cache(kind, memory.copy())
+        try:
+            cache.truncate(shorter)
+        except ValueError:  # of a ring: these tokens are gone
+            assert cache.window is not None
+            continue
+        check_tokens(cache, oldest(cache))
+        accepted += 1
+    assert accepted
+
+
+@posix
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_while_appending(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     memory = np.memmap(path, np.uint8, "w+", shape=(size_of(kind),))
-    if kind == "paged":
-        open_cache(kind, memory).allocate()
+    append(open_cache(kind, memory), 1)
     rng, met = np.random.default_rng(5), set()
     for seed in range(KILLS):
         code = START + f"cache_child.append_without_end({str(path)!r}, {kind!r}, {seed})"
@@ -141,96 +152,83 @@ def test_killed_while_appending(kind: str, tmp_path: Path) -> None:
             child.send_signal(signal.SIGKILL)
             child.wait(20)
         cache = open_cache(kind, memory)
-        check_tokens(cache)
-        met.add(lengths(cache)[0])
-        if kind == "paged":
-            for name in cache.sequences[1:]:  # a fork that nobody freed any more
-                cache.free(name)
-            assert cache.num_free_pages == PAGES - -(-lengths(cache)[0] // PAGE)
-        if lengths(cache)[0] + PAGE < CAPACITY:
+        check_tokens(cache, oldest(cache))
+        check_what_truncate_leaves(kind, np.asarray(memory))
+        met.add(length(cache))
+        if cache.window is not None or length(cache) < cache.capacity:
             append(cache, 1)
-        check_tokens(cache)
+        check_tokens(cache, oldest(cache))
     assert len(met) > KILLS // 2  # else it died somewhere else than in the loop
 
 
-def other_descriptions(kind: str) -> list[Any]:
-    if kind == "contiguous":
-        shape, make = (BATCH, HEADS, DIM, CAPACITY), sa.KVCache
-    else:
-        shape, make = (PAGES, PAGE, HEADS, DIM), sa.PagedKVCache
-    shapes = [tuple(max(n // 2, 1) if i == axis else n for i, n in enumerate(shape)) for axis in range(4)]
-    named: list[dict[str, Any]] = [{"dtype": "float16"}, {"dtype": "int8"}, {"value_dim": 3}, {"window": 5}]
-    return [lambda b, s=s: make(*s, buffer=b) for s in shapes] + [
-        lambda b, n=n: make(*shape, buffer=b, **n) for n in named
-    ]
+SHAPE = (BATCH, HEADS, DIM, KINDS["plain"]["capacity"])
+OTHERS: list[Callable[[Any], Any]] = [
+    *(
+        lambda b, axis=axis: sa.KVCache(*(max(n // 2, 1) if i == axis else n for i, n in enumerate(SHAPE)), buffer=b)
+        for axis in range(4)
+    ),
+    *(
+        lambda b, named=named: sa.KVCache(*SHAPE, buffer=b, **named)
+        for named in ({"dtype": "float16"}, {"dtype": "int8"}, {"dtype": "bfloat16"}, {"value_dim": 3}, {"window": 5})
+    ),
+]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_buffer_of_another_description_is_refused(kind: str) -> None:
-    buffer = np.zeros(2 * size_of(kind), np.uint8)
-    append(new_cache(kind, buffer), 7)
+@pytest.mark.parametrize("which", range(len(OTHERS)))
+def test_a_buffer_of_another_description_is_refused(which: int) -> None:
+    buffer = np.zeros(2 * size_of("plain"), np.uint8)
+    append(open_cache("plain", buffer), 7)
     before = buffer.tobytes()
-    others = other_descriptions(kind)
-    others.append(lambda b: open_cache(KINDS[1 - KINDS.index(kind)], b))
-    for make in others:
-        with pytest.raises(ValueError, match=r"^(Paged)?KVCache: .*buffer"):
-            make(buffer)
-        assert buffer.tobytes() == before
-    check_tokens(open_cache(kind, buffer))
+    with pytest.raises(ValueError, match=r"^KVCache: buffer holds "):
+        OTHERS[which](buffer)
+    assert buffer.tobytes() == before
+    check_tokens(open_cache("plain", buffer))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "paged"])
 def test_a_buffer_that_will_not_do_is_refused(kind: str, tmp_path: Path) -> None:
-    size = size_of(kind)
+    size = sa.PagedKVCache.buffer_size(10, 4, 1, 4) if kind == "paged" else size_of(kind)
     path = tmp_path / "file"
     path.write_bytes(bytes(size))
-    bad: list[tuple[Any, type[Exception] | tuple[type[Exception], ...]]] = [
-        (np.zeros(size - 1, np.uint8), ValueError),
-        (b"", (ValueError, BufferError, TypeError)),
-        (bytes(size), (ValueError, BufferError, TypeError)),
-        (np.memmap(path, np.uint8, "r"), (ValueError, BufferError)),
-        (memoryview(bytearray(size)).toreadonly(), (ValueError, BufferError, TypeError)),
-        (np.zeros(2 * size, np.uint8)[::2], (ValueError, BufferError)),
-        ("x" * size, TypeError),
-        (size, TypeError),
-        (np.full(size, 0x5A, np.uint8), ValueError),
-        (np.random.default_rng(0).integers(0, 256, size).astype(np.uint8), ValueError),
-    ]
-    for buffer, exceptions in bad:
-        before = bytes(buffer) if isinstance(buffer, np.ndarray) else None
-        with pytest.raises(exceptions, match=r"^(Paged)?KVCache: .*buffer"):
-            open_cache(kind, buffer)
-        assert before is None or bytes(buffer) == before
+    bad: list[Any] = [
+        np.zeros(size - 1, np.uint8), b"", bytes(size), np.memmap(path, np.uint8, "r"), "x" * size, size, 1.5, [0] * 9,
+        memoryview(bytearray(size)).toreadonly(), np.zeros(2 * size, np.uint8)[::2], np.zeros(size + 9, np.uint8)[1:],
+        np.array([None] * size),
+    ]  # fmt: skip
+    if kind != "paged":  # which keeps nothing but tokens there
+        bad += [np.full(size, 0x5A, np.uint8), np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)]
+    for buffer in bad:
+        plain = isinstance(buffer, np.ndarray) and buffer.dtype == np.uint8
+        before = buffer.tobytes() if plain else b""
+        with pytest.raises((ValueError, TypeError, BufferError), match=r"^(Paged)?KVCache: buffer "):
+            sa.PagedKVCache(10, 4, 1, 4, buffer=buffer) if kind == "paged" else open_cache(kind, buffer)
+        assert not plain or buffer.tobytes() == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_header_never_crashes(kind: str, run_python: Any) -> None:
-    run_python(START.replace("cache_child", "cache_damage") + f"cache_damage.run({kind!r})")
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_damaged_header_never_crashes(window: int | None, run_python: Any) -> None:
+    run_python(START + f"cache_damage.run({window})")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_writeable_buffer_will_do(kind: str) -> None:
     size = size_of(kind)
-    whole = np.zeros(size + 64, np.uint8)
-    at = -whole.ctypes.data % 64
-    buffers = [bytearray(size + 100), memoryview(bytearray(size)), np.zeros(size // 4 + 1, np.float32)]
-    buffers += [np.zeros((2, size), np.int8), whole[at : at + size]]
+    buffers: list[Any] = [bytearray(size + 100), memoryview(bytearray(size)), np.zeros(size // 4 + 1, np.float32)]
+    buffers += [np.zeros((2, size), np.int8), np.zeros(size + 64, np.uint8)[8:]]
     for buffer in buffers:
-        cache = new_cache(kind, buffer)
-        append(cache, 33)
-        del cache
-        cache = open_cache(kind, buffer)
-        assert set(lengths(cache)) == {33}
-        check_tokens(cache)
+        append(open_cache(kind, buffer), 33)
+        again = open_cache(kind, buffer)
+        assert length(again) == 33
+        check_tokens(again)
 
 
 def test_views_outlive_their_cache() -> None:
-    cache = sa.KVCache(BATCH, HEADS, DIM, CAPACITY)
-    cache.append(*batch(0, 3))
+    cache = open_cache("plain", None)
+    append(cache, 3)
     k, held = cache.k, cache.lengths
     del cache
-    junk = [np.full(size_of("contiguous"), 1, np.uint8) for _ in range(4)]
-    assert np.array_equal(k[1, :, :3], tokens(0, 3)[0])
+    junk = [np.full(size_of("plain"), 1, np.uint8) for _ in range(4)]
+    assert np.array_equal(k[:, :, :3], tokens(0, 3)[0])
     assert held.tolist() == [3] * BATCH
     assert len(junk) == 4

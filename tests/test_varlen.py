@@ -114,8 +114,12 @@ def test_nothing_at_all(packed: Any, lens: list[int]) -> None:
     out, lse, weights = sa.attention_varlen(q, k, v, ends, return_lse=True, return_weights=True)
     assert (out.shape, lse.shape) == ((sum(lens), HEADS, VALUE_DIM), (HEADS, sum(lens)))
     assert [w.shape for w in weights] == [(HEADS, n, n) for n in lens]
-    lists = sa.attention_varlen(parts(q, ends), parts(k, ends), parts(v, ends))
-    assert [x.shape for x in lists] == [(n, HEADS, VALUE_DIM) for n in lens]
+    if lens:
+        lists = sa.attention_varlen(parts(q, ends), parts(k, ends), parts(v, ends))
+        assert [x.shape for x in lists] == [(n, HEADS, VALUE_DIM) for n in lens]
+    else:  # an empty list does not say how many heads there are
+        with pytest.raises(ValueError, match=r"^attention_varlen: q is an empty list"):
+            sa.attention_varlen([], [], [])
 
 
 def test_a_sequence_without_keys_answers_0(packed: Any) -> None:
