@@ -78,7 +78,8 @@ def test_readers_never_see_half_a_change(kind: str, rng: Any, dtype: str) -> Non
     q = rng.standard_normal((BATCH, 2 * HEADS, 1, DIM)).astype(np.float32)
     known = {subject.attend(q).tobytes(): 0}
     while subject.length() < CAPACITY:
-        known[subject.attend(q, *subject.new(1)).tobytes()] = subject.length()
+        answer = subject.attend(q, *subject.new(1)).tobytes()
+        known[answer] = subject.length()
     assert len(known) == CAPACITY + 1
     subject.clear()
     history, done, over = [0], [0], threading.Event()
@@ -217,11 +218,11 @@ def test_fork_while_others_are_inside(kind: str, run_python: Any) -> None:
         import numpy as np
         import selfattn as sa
 
-        faulthandler.dump_traceback_later(80, exit=True)
         warnings.simplefilter("ignore")
         cache = {made}
         asked = {asked}
         x = np.ones((1, 2, 1, 16), np.float32)
+        sa.attention_with_kvcache(x, cache, **asked)  # NumPy imports something in the first call; not while we fork
         over = threading.Event()
 
         def work():
@@ -236,16 +237,20 @@ def test_fork_while_others_are_inside(kind: str, run_python: Any) -> None:
         threads = [threading.Thread(target=f) for f in (work, read, read)]
         for thread in threads:
             thread.start()
+        codes = []
         for _ in range(25):
             child = os.fork()
             if child == 0:
                 faulthandler.dump_traceback_later(20, exit=True)
                 out = sa.attention_with_kvcache(x, cache, x, x, **asked)
-                os._exit(0 if (out == 1).all() else 3)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                os._exit(0 if abs(out - 1).max() < 1e-6 else 3)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            if codes[-1]:
+                break
         over.set()
         for thread in threads:
             thread.join()
+        assert not any(codes), codes
         """
     )
 
@@ -280,7 +285,7 @@ def test_an_interrupted_call_leaves_the_cache_as_it_was(kind: str, run_python: A
                 pass
             assert length() == 5000
         one = np.ones((1, 4, 1, 64), np.float32)
-        assert (sa.attention_with_kvcache(one, cache, one, one, **asked) == 1).all()
+        assert abs(sa.attention_with_kvcache(one, cache, one, one, **asked) - 1).max() < 1e-6
         assert length() == 5001
         """
     )

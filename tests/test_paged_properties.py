@@ -53,8 +53,7 @@ class Paged(RuleBasedStateMachine):
         self.shape = (num_pages, page_size, kv_heads, dim)
         self.named = {"value_dim": value_dim, "dtype": dtype, "window": window}
         self.heads, self.dims, self.window = kv_heads * group, (dim, value_dim or dim), window
-        size = sa.PagedKVCache.buffer_size(*self.shape, value_dim=value_dim, dtype=dtype)
-        self.buffer = np.zeros(size, np.uint8)
+        self.buffer = np.zeros(sa.PagedKVCache.buffer_size(*self.shape, **self.named), np.uint8)
         self.cache = sa.PagedKVCache(*self.shape, **self.named, buffer=self.buffer)
         self.model = PagedModel(num_pages, page_size, window)
 
@@ -204,7 +203,7 @@ def bad_calls(machine: Paged, name: int, k: Any, v: Any) -> list[tuple[Any, ...]
     cache, q = machine.cache, np.zeros((1, machine.heads, 1, machine.dims[0]), np.float32)
     attend = partial(sa.attention_with_kvcache, **({} if machine.window is None else {"window": (0, 0)}))
     dead = max(machine.model.sequences) + 1
-    names: list[Any] = [dead, -1, 1 << 40, 1 << 70, None, "0", 0.5, [name]]
+    names: list[Any] = [dead, -1, 1 << 40, 1 << 70, None, "0", 0.5, True, [name]]
     bad_sequences: list[Any] = [None, [], [dead], [-1], [1 << 70], [name] * 2, name, "x", [0.5], [[name]], [None]]
     bad_options: list[dict[str, Any]] = [
         {"rope": "x"}, {"positions": [0]}, {"mask": np.ones((2, 2), bool)}, {"softcap": 0}, {"q_lens": [1]},
