@@ -70,9 +70,13 @@ class Sandbox:
         result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
         return "" if result.returncode == 0 else result.stdout + result.stderr
 
-    def test(self, first: str = "") -> tuple[str, str]:
+    def modules_for(self, mutant: Mutant) -> tuple[str, ...]:
+        """Return the test modules that may notice, in the order in which they run."""
+        others = mutant.others or [name for name in self.modules if name != mutant.first]
+        return (mutant.first, *others)
+
+    def test(self, modules: tuple[str, ...]) -> tuple[str, str]:
         """Run the tests until one fails; return "passed", "failed" or "broken" and the last lines."""
-        modules = [first, *(name for name in self.modules if name != first)] if first else self.modules
         files = [str(self.folder / "tests" / f"test_{name}.py") for name in modules]
         options = [
             "-x",
@@ -116,7 +120,7 @@ class Sandbox:
         try:
             if complaint := self.build():
                 return "does not compile", complaint
-            verdict, seen = self.test(mutant.first)
+            verdict, seen = self.test(self.modules_for(mutant))
         finally:
             file.write_text(original, encoding="utf8")
         return {"passed": "survived", "failed": "killed"}.get(verdict, verdict), seen
