@@ -207,6 +207,16 @@ def test_codes_of_what_is_not_finite_are_nan(odd: float) -> None:
     assert np.isfinite(np.delete(out.reshape(-1, VALUE_DIM), 5, axis=0)).all()
 
 
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+def test_a_mask_of_the_newest_is_one_of_all(isa: str, rng: Any, q_len: int) -> None:
+    rows = [tokens(rng, length) for length in (127, 600, 1100)]  # the newest are in one block, or in two
+    q, mask = queries(rng, len(rows), q_len), rng.random((len(rows), 1, q_len, q_len)) < 0.7
+    found = answer(q, contiguous(rows, "float32"), mask=mask, causal=False)
+    for b, (k, v) in enumerate(rows):
+        whole = np.concatenate([np.ones((1, q_len, k.shape[1] - q_len), bool), mask[b]], axis=2)
+        assert same((found[0][b], found[1][b]), sa.attention(q[b], k, v, mask=whole, return_lse=True))
+
+
 def packed(rng: Any, q_lens: list[int], kv_lens: list[int], dtype: Any) -> list[Any]:
     totals = (sum(q_lens), HEADS, DIM), (sum(kv_lens), KV_HEADS, DIM), (sum(kv_lens), KV_HEADS, VALUE_DIM)
     return normals(rng, *totals, dtype=dtype)
