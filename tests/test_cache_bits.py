@@ -217,6 +217,17 @@ def test_a_mask_of_the_newest_is_one_of_all(isa: str, rng: Any, q_len: int) -> N
         assert same((found[0][b], found[1][b]), sa.attention(q[b], k, v, mask=whole, return_lse=True))
 
 
+def test_tokens_may_stand_in_the_cache_itself(rng: Any) -> None:
+    k, v = (x[np.newaxis] for x in tokens(rng, 4))
+    cache = sa.KVCache(1, KV_HEADS, DIM, 8, value_dim=VALUE_DIM)
+    cache.append(k, v)
+    moved = cache.k[:, :, 1:4], cache.v[:, :, 1:4]
+    cache.truncate(3)
+    cache.append(*moved)  # the last one stood where the first one goes
+    for held, x in ((cache.k, k), (cache.v, v)):
+        assert np.array_equal(held[:, :, :6], x[:, :, [0, 1, 2, 1, 2, 3]])
+
+
 def packed(rng: Any, q_lens: list[int], kv_lens: list[int], dtype: Any) -> list[Any]:
     totals = (sum(q_lens), HEADS, DIM), (sum(kv_lens), KV_HEADS, DIM), (sum(kv_lens), KV_HEADS, VALUE_DIM)
     return normals(rng, *totals, dtype=dtype)
@@ -226,7 +237,8 @@ def packed(rng: Any, q_lens: list[int], kv_lens: list[int], dtype: Any) -> list[
 @pytest.mark.parametrize("kind", ["few", "many", "both"])
 def test_packed_sequences_are_each_alone(isa: str, rng: Any, kind: str, dtype: Any) -> None:
     kv_lens = [*LENGTHS, 0, 1]
-    few, many = [int(n) for n in rng.integers(0, 9, len(kv_lens))], [min(n, 300) for n in kv_lens]
+    # A sequence without queries is the first; those that are parted, which is the longest ones, have some.
+    few, many = [0, *(int(n) for n in rng.integers(1, 9, len(kv_lens) - 1))], [min(n, 300) for n in kv_lens]
     q_lens = {"few": few, "many": many, "both": [*few[:8], *many[8:]]}[kind]
     q, k, v = packed(rng, q_lens, kv_lens, dtype)
     ends = [np.cumsum([0, *lens]) for lens in (q_lens, kv_lens)]
