@@ -191,8 +191,8 @@ class KVCache:
             if self.window is not None:
                 for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
                     raise ValueError(
-                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any more, of "
-                        f"which a window of {self.window} would see some"
+                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any "
+                        f"more, of which a window of {self.window} would see some"
                     )
             self._publish(new, np.where(new == 0, 0, starts))
 
