@@ -36,6 +36,7 @@ CASES = (
     "projection-block-384",
     "projection-block",
 )
+STEPS = ("cache-step", "cache-step-paged")
 RESULT_CASE = "vit-197"  # is also called without `out`, which allocates: the counter must see it
 NO_OUT = ", no out"
 
