@@ -59,6 +59,8 @@ class BFloat16Cache(OnCache):
 
     def why_not_on(self, workload: Workload, cache: Cache) -> str:
         """See `OnCache.why_not_on`."""
+        if workload.dtype == "float16":
+            return "queries of float16 cannot have a cache of bfloat16"
         return "" if cache.dtype == "int8" else "its cache is not of int8"
 
     def answered(self, workload: Workload) -> Workload:

@@ -15,8 +15,8 @@ from .numbers import numpy_dtype
 from .options import Cache
 from .workload import Array, Arrays, Workload
 
-# A step makes its cache longer, so after so many it is cut back. Keys on the average: those of the first step and 31.
-STEPS = 63
+# A step makes its cache longer, so after so many it is cut back. Keys on the average: those of the first step and 63.
+STEPS = 127
 
 
 class Filled:

@@ -225,8 +225,11 @@ def _rounds(workload: Workload) -> bool:
 
 
 def _why_no_cache(peer: Peer, workload: Workload) -> str:
-    other = _rounds(workload) and not isinstance(peer, Own)
-    return "its keys and values are not stored in another type" if other else ""
+    if workload.cache is None or isinstance(peer, Own):
+        return ""
+    if workload.cache.step:
+        return "it appends nothing"
+    return "its keys and values are not stored in another type" if _rounds(workload) else ""
 
 
 def _gauges(peaks: Peaks, workload: Workload) -> Gauges:
