@@ -65,7 +65,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def integration(session: nox.Session) -> None:
     """The suite with the peers beside it."""
-    session.install(TORCH, "onnx", "onnxruntime", "openvino", "jax")
+    session.install(TORCH, "onnx", "onnxruntime", "openvino", "jax", "transformers")
     install_tests(session)
     session.run("pytest", *session.posargs)
 
@@ -143,7 +143,7 @@ def asan(session: nox.Session) -> None:
     }
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
     skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "codebase", "viz", "readme"]
-    skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
+    skipped += ["generate", "service", "threads", "dispatch", "guard_pages", "hostile", "allocation"]
     skipped += [
         "benchmarks",
         "bench_peers",
@@ -206,7 +206,7 @@ def coverage(session: nox.Session) -> None:
     left_out = ["--deselect=tests/test_allocation.py::test_each_allocation_in_turn[process"]
     # What repeats large calls takes an hour with counters; other tests run the same lines.
     left_out += ["--deselect=tests/test_bench_memory.py::test_repeated_calls_allocate_nothing"]
-    left_out += [f"--ignore=tests/test_{name}.py" for name in ("gunicorn", "hostile")]
+    left_out += [f"--ignore=tests/test_{name}.py" for name in ("gunicorn", "hostile", "service")]
     session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", *left_out, *session.posargs)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")

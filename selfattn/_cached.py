@@ -137,7 +137,7 @@ def attention_with_kvcache(
     with cache._lock.writing if k is not None else cache._lock.reading:
         step = cache._begin(_NAME, sequences, appended)
         try:
-            check_seen(_NAME, cache, step, tokens - appended)
+            check_seen(_NAME, cache, step, tokens - appended, options[4])
             result = _core.attend_cache(_NAME, step.core, (q, k, v, turn, positions), target, options)
         except BaseException:
             cache._roll_back(step)
@@ -154,12 +154,12 @@ def check_window(function: str, cache: KVCache | PagedKVCache, left: int) -> Non
         raise ValueError(f"{function}: window is {asked}, but the cache keeps only what one of {cache.window} sees")
 
 
-def check_seen(function: str, cache: KVCache | PagedKVCache, step: Step, before: int) -> None:
-    """Refuse queries older than the tokens that a cache with a window keeps; `before`: tokens that are there already."""
+def check_seen(function: str, cache: KVCache | PagedKVCache, step: Step, before: int, left: int) -> None:
+    """Refuse queries that look to the left of what a cache with a window keeps; `before`: tokens already there."""
     if cache.window is None or before <= 0:
         return
     lengths, starts = cache._bounds(step)
-    for b in np.flatnonzero(starts > np.maximum(lengths - before - cache.window, 0))[:1]:
+    for b in np.flatnonzero(starts > np.maximum(lengths - before - left, 0))[:1]:
         raise ValueError(
             f"{function}: q has {before} queries of tokens that are there, but sequence {b} has no tokens before "
             f"{starts[b]} any more, of which the first would see some"

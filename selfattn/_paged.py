@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array
+from ._arguments import as_array, integers
 from ._cache import Step
 from ._lock import SharedLock
 from ._pages import Move, PageTable
@@ -154,7 +154,7 @@ class PagedKVCache:
             if x.shape != wanted:
                 raise ValueError(f"append: {name} has shape {x.shape}, but this cache and call need {wanted}")
         with self._lock.writing:
-            step = self._begin("append", [sequence], k.shape[1])
+            step = self._begin("append", (sequence,), k.shape[1])
             try:
                 _core.append("append", step.core, k[None], v[None])
             except BaseException:
@@ -194,7 +194,8 @@ class PagedKVCache:
         return self._next - 1
 
     def _row(self, function: str, sequence: Any) -> int:
-        row = self._rows.get(sequence) if isinstance(sequence, (int, np.integer)) else None
+        known = isinstance(sequence, (int, np.integer)) and not isinstance(sequence, bool)
+        row = self._rows.get(int(sequence)) if known else None
         if row is None:
             raise ValueError(f"{function}: sequence {sequence!r} is not live")
         return row
@@ -205,7 +206,7 @@ class PagedKVCache:
         """Find pages for so many tokens more of each sequence."""
         if sequences is None:
             raise ValueError(f"{function}: sequences is missing: a PagedKVCache needs one id per row of q")
-        rows = [self._row(function, s) for s in sequences]
+        rows = [self._row(function, s) for s in _ids(function, sequences)]
         table = self._table
         moves: list[Move] = []
         if tokens and rows:
@@ -215,10 +216,14 @@ class PagedKVCache:
             if needed > len(table.free_pages):
                 raise MemoryError(f"{function}: {needed} pages are needed, but {len(table.free_pages)} are free")
             if needed:
-                moves = table.reserve(rows, tokens, copied)
-                for move in moves[: len(copied)]:
-                    for array in self._store.arrays():
-                        array[move.new] = array[move.old]
+                try:
+                    table.reserve(rows, tokens, copied, moves)
+                    for move in moves[: len(copied)]:
+                        for array in self._store.arrays():
+                            array[move.new] = array[move.old]
+                except BaseException:
+                    table.take_back(moves)
+                    raise
         lengths = np.array([table.lengths[row] for row in rows], np.int64)
         starts = None if self.window is None else np.array([table.starts[row] for row in rows], np.int64)
         core = (*self._store.core, self.page_size, table.table, np.array(rows, np.int64), lengths, starts)
@@ -241,6 +246,15 @@ class PagedKVCache:
 
     def _common_tokens(self, step: Step) -> int:
         return self._table.common(step.state[0]) * self.page_size
+
+
+def _ids(function: str, sequences: Any) -> list[int]:
+    if isinstance(sequences, (list, tuple)) and not sequences:
+        return []
+    ids = integers(function, "sequences", sequences)
+    if ids.ndim != 1:
+        raise ValueError(f"{function}: sequences has shape {ids.shape}, but one id per row is needed")
+    return ids.tolist()  # type: ignore[no-any-return]
 
 
 def _layout(

@@ -99,22 +99,20 @@ class PageTable:
                     copied.append(row)
         return pages + len(copied), copied
 
-    def reserve(self, rows: list[int], tokens: int, copied: list[int]) -> list[Move]:
-        """Give each row the pages for so many tokens more; there must be enough free ones."""
-        moves = []
+    def reserve(self, rows: list[int], tokens: int, copied: list[int], moves: list[Move]) -> None:
+        """Give each row the pages for so many tokens more, and note them; there must be enough free ones."""
+        self._fit(len(self.held), max(self.runs(self.lengths[row] + tokens) for row in rows))
         for row in copied:
-            old, new = self.held[row][-1], self._take()
+            run, old, new = len(self.held[row]) - 1, self.held[row][-1], self._take()
             self.sharers[old] -= 1
-            moves.append(Move(row, len(self.held[row]) - 1, old, new))
-            self.held[row][-1] = new
+            self.held[row][run] = self.table[row, run] = new
+            moves.append(Move(row, run, old, new))
         for row in rows:
             for run in range(len(self.held[row]), self.runs(self.lengths[row] + tokens)):
-                moves.append(Move(row, run, NOWHERE, self._take()))
-                self.held[row].append(moves[-1].new)
-        self._fit(len(self.held), max(len(self.held[row]) for row in rows))
-        for row, run, _, new in moves:
-            self.table[row, run] = new
-        return moves
+                new = self._take()
+                self.held[row].append(new)
+                self.table[row, run] = new
+                moves.append(Move(row, run, NOWHERE, new))
 
     def take_back(self, moves: list[Move]) -> None:
         """Undo a reservation."""

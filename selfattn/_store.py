@@ -118,7 +118,10 @@ def _memory(function: str, nbytes: int, buffer: Any) -> NDArray[np.uint8]:
         start = -block.ctypes.data % _ALIGNMENT
         return block[start : start + nbytes]
     try:
-        view = memoryview(buffer).cast("B")
+        view = memoryview(buffer)
+        if "O" in view.format:
+            raise TypeError(f"{function}: buffer holds Python objects, but memory of plain bytes is needed")
+        view = view.cast("B")
     except (TypeError, ValueError) as error:
         raise TypeError(f"{function}: buffer is a {type(buffer).__name__}, but C-contiguous memory is needed") from error
     if view.readonly:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import selfattn
 from selfattn import reference
 from selfattn._rounding import rounding
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "kernels"
 KNOWN_ISAS = sorted(file.stem.removeprefix("isa_") for file in KERNELS.glob("isa_*.cpp"))
 # Sets that take over avx512's kernels but for products of bfloat16: only these modules have something to find there.
@@ -45,6 +48,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this machine has no {request.param}")
     with selfattn.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def load_example() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module of examples/, whose modules import one another as scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module
 
 
 @pytest.fixture

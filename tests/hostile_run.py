@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_calls import INPUTS, OUTPUTS, make
+from hostile_arrays import INPUTS, OUTPUTS
+from hostile_calls import make
 
 import selfattn as sa
 

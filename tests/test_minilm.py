@@ -28,19 +28,9 @@ SENTENCES = [
 ]
 
 
-def load_example() -> Any:
-    spec = importlib.util.spec_from_file_location("minilm", EXAMPLES / "minilm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["minilm"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def minilm() -> Any:
-    return load_example()
+def minilm(load_example: Any) -> Any:
+    return load_example("minilm")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +113,12 @@ def test_a_padded_batch_gives_each_sentence_its_own_vector(model: Any) -> None:
         for found, wanted in zip(together.weights, alone.weights, strict=True):
             assert np.max(abs(found[i, :, :length, :length] - wanted[0])) <= 1e-5
             assert not found[i, :, :, length:].any()
+
+
+def test_packed_sentences_get_the_same_embeddings(model: Any) -> None:
+    found, wanted = model.embed(SENTENCES), model(SENTENCES).embeddings
+    assert found.shape == wanted.shape
+    assert np.max(abs(found - wanted)) <= 1e-6
 
 
 def test_similar_sentences_score_higher(model: Any) -> None:

@@ -99,6 +99,7 @@ void append(const char* function, const py::tuple& values, py::handle k, py::han
   const SafeTokens keys(k, key, arguments), vals(v, value, arguments);
   const Scratch row(static_cast<std::size_t>(StepMemory::row_bytes(cache)));
   const KernelSet& kernels = active_kernels();
+  arguments.claim();
   const MaybeReleaseGil released(static_cast<double>(count * cache.batch * cache.num_kv_heads * cache.key.width));
   store_tokens(kernels, cache, cache.key, tokens_of(keys.view(), false), {}, row.data());
   store_tokens(kernels, cache, cache.value, tokens_of(vals.view(), false), {}, row.data());
@@ -172,6 +173,7 @@ py::object attend_cache(const char* function, const py::tuple& cache_values, con
   const Plan plan = make_plan(problem, kernels, options.num_threads);
   const SafeTokens new_keys(inputs[1], k, source), new_values(inputs[2], v, source);
   const Turn turn{rope ? &*rope : nullptr, optional_view(inputs[4], DType::i64), memory.first, memory.tables};
+  if (appends) source.claim();
   bool finished;
   {
     const MaybeReleaseGil released(plan.flops);

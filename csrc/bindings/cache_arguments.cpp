@@ -93,15 +93,24 @@ void CacheArguments::open_pages(const char* function, const py::tuple& values) {
   }
 }
 
+void CacheArguments::claim() const {
+  if (!starts_.empty()) publish(0);
+}
+
 void CacheArguments::commit() const {
-  if (!active_ || more_ == 0) return;
-  const std::int64_t other = 1 - (std::atomic_ref(*active_).load(std::memory_order_relaxed) & 1);
-  std::int64_t* lengths = state_ + other * 2 * cache_.batch;
+  if (active_ && more_ != 0) publish(more_);
+}
+
+// The copy that is not in force is written first; then one store of 8 bytes puts it in force.
+void CacheArguments::publish(std::int64_t more) const {
+  const std::int64_t current = std::atomic_ref(*active_).load(std::memory_order_relaxed) & 1;
+  const std::int64_t* from = state_ + current * 2 * cache_.batch;
+  std::int64_t* to = state_ + (1 - current) * 2 * cache_.batch;
   for (std::int64_t b = 0; b < cache_.batch; ++b) {
-    lengths[b] = cache_.lengths[b] + more_;
-    lengths[cache_.batch + b] = starts_.empty() ? 0 : starts_[static_cast<std::size_t>(b)];
+    to[b] = from[b] + more;
+    to[cache_.batch + b] = starts_.empty() ? 0 : starts_[static_cast<std::size_t>(b)];
   }
-  std::atomic_ref(*active_).store(other, std::memory_order_release);
+  std::atomic_ref(*active_).store(1 - current, std::memory_order_release);
 }
 
 }  // namespace selfattn::bindings

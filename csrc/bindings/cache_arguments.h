@@ -22,6 +22,8 @@ class CacheArguments {
   CacheArguments& operator=(const CacheArguments&) = delete;
   const Cache& cache() const { return cache_; }
   bool meets(const TensorView& view) const { return meet(view, key_) || meet(view, value_); }
+  // Of a ring, before anything is written: the tokens that will be overwritten are gone from now on.
+  void claim() const;
   // Of a KVCache: puts the new lengths in force, in one store of 8 bytes.
   void commit() const;
 
@@ -29,6 +31,7 @@ class CacheArguments {
   void open_batch(const char* function, const py::tuple& values);
   void open_ring(const char* function, std::int64_t window);
   void open_pages(const char* function, const py::tuple& values);
+  void publish(std::int64_t more) const;
 
   const std::int64_t more_;
   Cache cache_{};

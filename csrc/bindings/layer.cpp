@@ -53,6 +53,7 @@ class Layer {
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
     const Extras extras(options, call.problem());
+    if (source) source->claim();
     bool finished;
     {
       const MaybeReleaseGil released(call.flops());

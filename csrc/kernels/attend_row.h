@@ -33,9 +33,8 @@ struct RowAttention {
   // Keys or values that stay in L1 while several rows or dims take turns with them: 32 of 128 floats are 16 KiB.
   static constexpr int chunk_keys = 32;
   static constexpr int keys_ahead = 16;
-  // Up to so many rows, reading each key or each value just once, in order, is worth more than fewer loads.
+  // Up to so many rows, reading each key just once, in order, is worth more than fewer loads.
   static constexpr int rows_by_key = 2;
-  static constexpr int rows_by_value = 4;
 
   static std::int64_t padded(std::int64_t count) { return (count + W - 1) / W * W; }
 
@@ -124,6 +123,12 @@ struct RowAttention {
   static bool finite_values(const KeyBlock& keys, std::int64_t value_dim) {
     if constexpr (scaled<E>) return all_finite([&](int) { return keys.value_scales; }, 1, keys.count);
     return all_finite([&](int j) { return row_of(keys.value_rows, j); }, keys.count, value_dim);
+  }
+
+  // Columns are then small distances from one register, instead of registers of their own.
+  static const E* one_base(const E* p) {
+    asm("" : "+r"(p));
+    return p;
   }
 
   static const E* row_of(const void* const* rows, int j) { return static_cast<const E*>(rows[j]); }
@@ -279,13 +284,10 @@ struct RowAttention {
     }
   }
 
-  // As many rows at a time as leave each value to be read at once; or, for the sake of fewer loads, as many as fit.
+  // As many rows at a time as fit: each value is then loaded and widened once for all of them.
   template <int Rows>
   static void accumulate_rows(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;
-    if constexpr (Rows > 1)
-      if (block.count <= rows_by_value && block.value_dim > columns * W)
-        return accumulate_rows<Rows / 2>(block, s, chunk, row);
     for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
     if constexpr (Rows > 1)
       if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
@@ -299,13 +301,13 @@ struct RowAttention {
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      // The last rows find their values in L1 and use the time to ask for those of the next chunk.
-      const bool revisits = row > 0 && row + Rows == block.count;
+      // One row is bound by memory, which it reads in order; the last of more use the time to ask for the next chunk.
+      const bool asks = Rows > 1 && row + Rows == block.count;
       for (int j = 0; j < chunk.count; ++j) {
-        const E* value = row_of(chunk.values, j) + dim;
-        const E* later = row_of(chunk.values, j + chunk_keys) + dim;
+        const E* value = one_base(row_of(chunk.values, j) + dim);
+        const E* later = one_base(row_of(chunk.values, j + chunk_keys) + dim);
         for (int c = 0; c < Cols; ++c) {
-          if (revisits) __builtin_prefetch(later + c * W, 0, 2);
+          if (asks) __builtin_prefetch(later + c * W, 0, 2);
           const Vec<T> right = in_register(load_value(value + c * W));
           for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
         }

@@ -1,0 +1,126 @@
+"""A small decoder in GPT-2's shape: learned positions, norms before, GELU, tied embeddings; a token is a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nn import Array, LayerNorm, gelu_tanh, linear
+
+import selfattn as sa
+
+VOCABULARY, MAX_LENGTH = 256, 2048
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a decoder."""
+
+    layers: int = 4
+    width: int = 256
+    heads: int = 8
+    kv_heads: int = 8
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+def random_weights(config: Config, seed: int = 0) -> dict[str, Array]:
+    """Return weights under the names that GPT-2 gives them, matrices ready for x @ w."""
+    rng = np.random.default_rng(seed)
+    width, qkv = config.width, config.width + 2 * config.kv_heads * config.head_dim
+    weights = {"ln_f.weight": np.ones(width), "ln_f.bias": np.zeros(width)}
+
+    def add(name: str, rows: int, columns: int) -> None:
+        weights[f"{name}.weight"] = rng.standard_normal((rows, columns)) / np.sqrt(width)
+
+    add("wte", VOCABULARY, width)
+    add("wpe", MAX_LENGTH, width)
+    for i in range(config.layers):
+        for name in ("ln_1", "ln_2"):
+            weights |= {f"h.{i}.{name}.weight": np.ones(width), f"h.{i}.{name}.bias": np.zeros(width)}
+        shapes = {"attn.c_attn": (width, qkv), "attn.c_proj": (width, width)}
+        shapes |= {"mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}
+        for name, (rows, columns) in shapes.items():
+            add(f"h.{i}.{name}", rows, columns)
+            weights[f"h.{i}.{name}.bias"] = np.zeros(columns)
+    return {name: weight.astype(np.float32) for name, weight in weights.items()}
+
+
+def transformers_model(config: Config, seed: int = 0) -> Any:
+    """Return a GPT2LMHeadModel of the same sizes, with random weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    if config.kv_heads != config.heads:
+        raise ValueError("GPT-2 has as many KV heads as heads")
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_positions": MAX_LENGTH, "n_embd": config.width}
+    sizes |= {"n_layer": config.layers, "n_head": config.heads, "initializer_range": config.width**-0.5}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def transformers_weights(model: Any) -> dict[str, Array]:
+    """Return a GPT2LMHeadModel's weights."""
+    return {name: weight.numpy() for name, weight in model.transformer.state_dict().items()}
+
+
+class Block:
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(self, weights: dict[str, Array], name: str, config: Config) -> None:
+        def pair(part: str) -> tuple[Array, Array]:
+            return weights[f"{name}.{part}.weight"], weights[f"{name}.{part}.bias"]
+
+        kv_width = config.kv_heads * config.head_dim
+        splits = [config.width, config.width + kv_width]
+        w_qkv, b_qkv = pair("attn.c_attn")
+        w_q, w_k, w_v = np.split(w_qkv, splits, axis=1)
+        b_q, b_k, b_v = np.split(b_qkv, splits)
+        w_o, b_o = pair("attn.c_proj")
+        heads, kv_heads = config.heads, config.kv_heads
+        self.attention = sa.SelfAttention(
+            w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=heads, num_kv_heads=kv_heads
+        )
+        self.attention_norm, self.norm = (LayerNorm(*pair(part), 1e-5) for part in ("ln_1", "ln_2"))
+        self.into, self.out_of = pair("mlp.c_fc"), pair("mlp.c_proj")
+
+    def __call__(self, x: Array, **options: Any) -> Array:
+        x = x + self.attention(self.attention_norm(x), **options)
+        return np.asarray(x + linear(gelu_tanh(linear(self.norm(x), *self.into)), *self.out_of))
+
+
+class Decoder:
+    """The model: bytes in, logits of the next byte out."""
+
+    def __init__(self, config: Config, weights: dict[str, Array]) -> None:
+        self.config = config
+        self.token_vectors, self.position_vectors = weights["wte.weight"], weights["wpe.weight"]
+        self.blocks = [Block(weights, f"h.{i}", config) for i in range(config.layers)]
+        self.norm = LayerNorm(weights["ln_f.weight"], weights["ln_f.bias"], 1e-5)
+
+    def __call__(
+        self, ids: Array, starts: Any = 0, caches: Sequence[Any] | None = None, sequences: Sequence[Any] | None = None
+    ) -> Array:
+        """Return logits (B, S, 256) of tokens (B, S), the first of each row at its position of `starts`.
+
+        What came before them is in the caches, one of each layer; of paged ones, `sequences` has the rows' ids.
+        """
+        positions = np.asarray(starts)[..., None] + np.arange(ids.shape[1])
+        x = self.token_vectors[ids] + self.position_vectors[positions]
+        for i, block in enumerate(self.blocks):
+            if caches is None:
+                x = block(x, causal=True)
+            elif sequences is None:
+                x = block(x, cache=caches[i])
+            else:
+                x = block(x, cache=caches[i], sequences=sequences[i])
+        return linear(self.norm(x), self.token_vectors.T)
+
+
+def encode(text: str) -> Array:
+    """Return the tokens of a text, its bytes in UTF-8."""
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)

@@ -1,0 +1,58 @@
+"""What the models of these examples are made of besides attention, in NumPy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BLOCK = 8  # rows that `linear` multiplies at a time
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """Normalises each vector to mean 0 and variance 1, then scales and shifts it."""
+
+    weight: Array
+    bias: Array
+    epsilon: float
+
+    def __call__(self, x: Array) -> Array:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = np.square(centred).mean(axis=-1, keepdims=True)
+        return np.asarray(centred / np.sqrt(variance + x.dtype.type(self.epsilon)) * self.weight + self.bias)
+
+
+def gelu(x: Array) -> Array:
+    """Return x · Φ(x), the form that BERT was trained with."""
+    return np.asarray(0.5 * x * (1 + _erf(x / math.sqrt(2))), dtype=x.dtype)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """Return the approximation of `gelu` that GPT-2 was trained with."""
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))), dtype=x.dtype)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Return x @ weight + bias, where the bits of a row do not depend on the other rows, nor on how many there are.
+
+    A BLAS takes another kernel for another number of rows, which rounds differently: so all products here have
+    the same shape, and rows of zeros fill up the last.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = np.zeros((-(-len(rows) // BLOCK), BLOCK, rows.shape[1]), dtype=x.dtype)
+    blocks.reshape(-1, rows.shape[1])[: len(rows)] = rows
+    product = np.matmul(blocks, weight).reshape(-1, weight.shape[1])[: len(rows)]
+    y = product.reshape(*x.shape[:-1], weight.shape[1])
+    return y if bias is None else np.asarray(y + bias)
+
+
+def _erf(x: Array) -> Array:
+    # NumPy has none. Abramowitz and Stegun 7.1.26, off by at most 1.5e-7.
+    t = 1 / (1 + 0.3275911 * np.abs(x))
+    tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return np.asarray(np.copysign(1 - tail * np.exp(-x * x), x))

@@ -1,0 +1,1 @@
+"""An HTTP service on selfattn; see app.py."""

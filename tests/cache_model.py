@@ -1,0 +1,209 @@
+"""What caches must hold and answer: plain arrays for each sequence, nothing shared, nothing in place."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import selfattn as sa
+from selfattn import reference
+from selfattn._rounding import MATRIX_ROUNDINGS
+
+STORAGE = ["float32", "float16", "bfloat16", "int8"]
+
+
+def storage_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def quantised(x: Any) -> tuple[Any, Any]:
+    """Return codes of 8 bits and the scale of each row: its largest magnitude becomes 127."""
+    x = np.asarray(x, np.float32)
+    scales = abs(x).max(axis=-1, initial=0) / np.float32(127)
+    divisors = np.where(scales == 0, np.float32(1), scales)[..., np.newaxis]
+    codes = np.where(scales[..., np.newaxis] == 0, np.float32(0), np.rint(x / divisors))
+    return np.clip(codes, -127, 127).astype(np.int8), scales
+
+
+class Tokens:
+    """The keys or the values of one sequence as they are stored, (heads, length, dim), and scales (heads, length)."""
+
+    def __init__(self, heads: int, dim: int, dtype: str) -> None:
+        self.stored = np.zeros((heads, 0, dim), storage_dtype(dtype))
+        self.scales = np.zeros((heads, 0), np.float32)
+
+    def append(self, x: Any) -> None:
+        codes, scales = quantised(x) if self.stored.dtype == np.int8 else (x, np.ones(x.shape[:2], np.float32))
+        self.stored = np.concatenate([self.stored, codes.astype(self.stored.dtype)], axis=1)
+        self.scales = np.concatenate([self.scales, scales], axis=1)
+
+    def truncate(self, length: int) -> None:
+        self.stored, self.scales = self.stored[:, :length], self.scales[:, :length]
+
+    def values(self) -> Any:
+        return self.stored.astype(np.float64) * self.scales[..., np.newaxis].astype(np.float64)
+
+
+class Sequence:
+    """One sequence of a cache. Arrays are replaced, never written to: a shallow copy is a copy."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int | None = None, dtype: str = "float32") -> None:
+        self.k = Tokens(num_kv_heads, head_dim, dtype)
+        self.v = Tokens(num_kv_heads, head_dim if value_dim is None else value_dim, dtype)
+
+    @property
+    def length(self) -> int:
+        return self.k.stored.shape[1]
+
+    def append(self, k: Any, v: Any) -> None:
+        self.k.append(k)
+        self.v.append(v)
+
+    def truncate(self, length: int) -> None:
+        self.k.truncate(length)
+        self.v.truncate(length)
+
+    def copy(self) -> Sequence:
+        twin = Sequence.__new__(Sequence)
+        for name, tokens in (("k", self.k), ("v", self.v)):
+            other = Tokens.__new__(Tokens)
+            other.stored, other.scales = tokens.stored, tokens.scales
+            setattr(twin, name, other)
+        return twin
+
+    def attend(self, q: Any, *, mask: Any = None, causal: bool = True, **options: Any) -> reference.Result:
+        """q (H, Sq, D); a mask is one over the Sq newest tokens."""
+        if mask is not None:
+            whole = np.ones((*q.shape[:2], self.length), bool)
+            whole[..., self.length - q.shape[1] :] = mask
+            mask = whole
+        return reference.attention(q, self.k.values(), self.v.values(), mask=mask, causal=causal, **options)
+
+
+class PagedModel:
+    """Sequences by id, and which pages each of them holds; a page is an object, one that was released is None."""
+
+    def __init__(self, num_pages: int, page_size: int, window: int | None = None) -> None:
+        self.num_pages, self.page_size, self.window = num_pages, page_size, window
+        self.sequences: dict[int, Sequence] = {}
+        self.tables: dict[int, list[object | None]] = {}
+
+    def add(self, name: int, sequence: Sequence, table: Iterable[object | None] = ()) -> None:
+        assert name not in self.sequences, "an id that is live was given out again"
+        self.sequences[name], self.tables[name] = sequence, list(table)
+
+    def fork(self, name: int, new: int) -> None:
+        self.add(new, self.sequences[name].copy(), self.tables[name])
+
+    def free(self, name: int) -> None:
+        del self.sequences[name], self.tables[name]
+
+    def truncate(self, name: int, length: int) -> None:
+        self.sequences[name].truncate(length)
+        del self.tables[name][-(-length // self.page_size) :]
+
+    def tables_after(self, names: Iterable[int], count: int) -> dict[int, list[object | None]]:
+        """Return all tables as appending `count` tokens to each of `names` leaves them, before pages are released."""
+        tables = {name: list(table) for name, table in self.tables.items()}
+        for name in names:
+            table, length = tables[name], self.sequences[name].length
+            shared = [page for other, pages in tables.items() if other != name for page in pages]
+            if count and length % self.page_size and table[-1] in shared:
+                table[-1] = object()
+            table += [object() for _ in range(-(-(length + count) // self.page_size) - len(table))]
+        return tables
+
+    def used(self, tables: dict[int, list[object | None]]) -> int:
+        return len({page for table in tables.values() for page in table if page is not None})
+
+    def fits(self, names: Iterable[int], count: int) -> bool:
+        return self.used(self.tables_after(names, count)) <= self.num_pages
+
+    def append(self, names: list[int], k: Any, v: Any) -> None:
+        """k (B, Hkv, T, D): one row for each of `names`."""
+        self.tables = self.tables_after(names, k.shape[2])
+        for name in names if self.window is not None and k.shape[2] else []:
+            # What the first of the new tokens sees stays.
+            unseen = max(self.sequences[name].length - self.window, 0) // self.page_size
+            self.tables[name][:unseen] = [None] * unseen
+        for name, row_k, row_v in zip(names, k, v, strict=True):
+            self.sequences[name].append(row_k, row_v)
+
+    def first_held(self, name: int) -> int:
+        """Return the first token whose page has not been released."""
+        return sum(1 for _ in itertools.takewhile(lambda page: page is None, self.tables[name])) * self.page_size
+
+    @property
+    def num_free_pages(self) -> int:
+        return self.num_pages - self.used(self.tables)
+
+
+def random_options(
+    pick: Callable[[list[Any]], Any], rng: Any, num_heads: int, q_len: int, reach: int | None = None
+) -> dict[str, Any]:
+    """Make up options of an attention call; `pick` chooses from a list; no query looks further back than `reach`."""
+    options: dict[str, Any] = {}
+    if pick([False, True]):
+        options["causal"] = pick([True, False])
+    if reach is not None:
+        options["window"] = (pick([reach, reach // 2, 0]), pick([None, 0, 2]))
+    elif pick([False, True]):
+        options["window"] = (pick([None, 0, 3, 20]), pick([None, 0, 2]))
+    if pick([False, False, True]):
+        options["softcap"] = pick([0.5, 30.0])
+    if pick([False, False, True]):
+        options["sinks"] = rng.standard_normal(num_heads).astype(np.float32)
+    if pick([False, False, True]):
+        options["alibi_slopes"] = (rng.random(num_heads) / 8).astype(np.float32)
+    if pick([False, False, True]):
+        options["scale"] = pick([0.0, -0.3, 1.0])
+    if pick([False, False, True]):
+        options["mask"] = rng.random((q_len, q_len)) < 0.6
+    return options
+
+
+def check_attention(
+    assert_accurate: Callable[..., float],
+    sequences: list[Sequence],
+    q: Any,
+    out: Any,
+    lse: Any = None,
+    *,
+    turned: bool = False,
+    **options: Any,
+) -> None:
+    """Hold row b of `out` and `lse` to what sequence b of the model answers.
+
+    `turned`: q has been rotated in its own type.
+    """
+    rounded = MATRIX_ROUNDINGS.get((q.dtype.name, "highest"), (0.0, 0.0))
+    if turned and q.dtype.itemsize == 2:
+        rounded = (rounded[0], rounded[1] + 2.0**-8)
+    assert len(out) == len(sequences)
+    for b, sequence in enumerate(sequences):
+        exact = sequence.attend(q[b].astype(np.float64), **options)
+        assert_accurate(out[b], exact, trivial=True, rounded=rounded)
+        if lse is None:
+            continue
+        finite = np.isfinite(exact.lse)
+        assert np.array_equal(lse[b][~finite], exact.lse[~finite].astype(lse.dtype))
+        tolerance = (16 + 4 * exact.sigma) * 2.0**-24 + exact.sigma * rounded[1]
+        error = abs(lse[b][finite] - exact.lse[finite])
+        assert np.all(error <= tolerance * (1 + abs(exact.lse[finite])))
+
+
+def read_through_attention(cache: Any, q_len: int, **options: Any) -> tuple[Any, Any]:
+    """Return the last q_len tokens' keys and values, (B, Hkv, q_len, ·): what queries answer that see one key each.
+
+    The unit vector d as a query has the score k_d, and the only weight is 1.
+    """
+    dim, heads = cache.head_dim, cache.num_kv_heads
+    batch = len(options["sequences"]) if "sequences" in options else cache.batch
+    units = np.tile(np.eye(dim, dtype=np.float32), (heads, 1))
+    q = np.broadcast_to(units[:, np.newaxis], (batch, heads * dim, q_len, dim))
+    out, lse = sa.attention_with_kvcache(q, cache, window=(0, 0), scale=1.0, return_lse=True, **options)
+    return lse.reshape(batch, heads, dim, q_len).swapaxes(2, 3), out[:, ::dim]
