@@ -110,9 +110,9 @@ class Run {
       index %= per_unit;
       return {0, unit / plan.row_blocks, index / plan.ranges, unit % plan.row_blocks, index % plan.ranges};
     }
-    const Unit& unit = *(std::upper_bound(units_, end_, index,
-                                          [](std::int64_t task, const Unit& u) { return task < u.first_task; }) -
-                         1);
+    const Unit& unit =
+        *(std::upper_bound(units_, end_, index, [](std::int64_t task, const Unit& u) { return task < u.first_task; }) -
+          1);
     const std::int64_t ranges = parts_[unit.job].plan->ranges;
     index -= unit.first_task;
     return {unit.job, unit.batch, index / ranges, unit.row_block, index % ranges};

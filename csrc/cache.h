@@ -62,10 +62,10 @@ struct Tokens {
 
 // A rotation of each token by its position.
 struct Turn {
-  const Rope* rope;  // or null: none
-  TensorView positions;          // (batch or 1, tokens or 1) with strides, or absent: ...
-  const std::int64_t* first;     // ... token t of sequence b stands at first[b] + t
-  double* tables;                // room for rope->rotary_dim numbers
+  const Rope* rope;           // or null: none
+  TensorView positions;       // (batch or 1, tokens or 1) with strides, or absent: ...
+  const std::int64_t* first;  // ... token t of sequence b stands at first[b] + t
+  double* tables;             // room for rope->rotary_dim numbers
 
   std::int64_t position(std::int64_t sequence, std::int64_t token) const;
 };

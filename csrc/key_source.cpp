@@ -22,16 +22,16 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const Slot& slot,
             slot.keys,
             slot.key_rows,
             slot.key_scales},
-      values_{
-          problem.value,
-          problem.value_scales,
-          problem.at(problem.value, batch) + kv_head * problem.value.head,
-          problem.value_scales ? problem.at(problem.value_scales, batch) + kv_head * problem.value_scales.head : nullptr,
-          problem.value_dim,
-          plan.copies_values,
-          slot.values,
-          slot.value_rows,
-          slot.value_scales} {}
+      values_{problem.value,
+              problem.value_scales,
+              problem.at(problem.value, batch) + kv_head * problem.value.head,
+              problem.value_scales ? problem.at(problem.value_scales, batch) + kv_head * problem.value_scales.head
+                                   : nullptr,
+              problem.value_dim,
+              plan.copies_values,
+              slot.values,
+              slot.value_rows,
+              slot.value_scales} {}
 
 // Keys from `key` on that follow one another in memory.
 std::int64_t KeySource::run_from(std::int64_t key) const {

@@ -1,6 +1,6 @@
-// Where blocks of keys and values come from, for one KV head of one batch entry. Kernels want rows of contiguous, aligned
-// elements of their type; a source hands out a block in place where the memory is like that, or a copy of one block at a
-// time where it is not.
+// Where blocks of keys and values come from, for one KV head of one batch entry. Kernels want rows of contiguous,
+// aligned elements of their type; a source hands out a block in place where the memory is like that, or a copy of one
+// block at a time where it is not.
 #pragma once
 #include "plan.h"
 #include "slot.h"

@@ -117,8 +117,16 @@ bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
 void LayerCall::store() const {
   const auto tokens_of = [&](const BufferView& buffer) {
     const TensorView& v = buffer.view;
-    return Tokens{static_cast<const char*>(v.data), v.dtype,     v.extent(3), v.extent(1), v.extent(2), v.extent(0),
-                  v.stride(3),                      v.stride(1), v.stride(2), v.stride(0)};
+    return Tokens{static_cast<const char*>(v.data),
+                  v.dtype,
+                  v.extent(3),
+                  v.extent(1),
+                  v.extent(2),
+                  v.extent(0),
+                  v.stride(3),
+                  v.stride(1),
+                  v.stride(2),
+                  v.stride(0)};
   };
   char* row = after_inputs() + lengths_bytes(*cache_);
   store_tokens(*layer_.kernels, *cache_, cache_->key, tokens_of(key_), {}, row);

@@ -25,7 +25,7 @@ struct Operand {
   std::int64_t head = 0;
   std::int64_t row = 0;
   std::int64_t column = 0;
-  std::int64_t page = 0;           // see Pages
+  std::int64_t page = 0;         // see Pages
   std::int64_t batch[max_axes];  // the first Problem::batch_axes are set
 
   explicit operator bool() const { return data != nullptr; }
@@ -103,11 +103,11 @@ struct Problem {
     }
     return p;
   }
-  std::int64_t keys_of(std::int64_t batch_index) const;     // valid keys of a batch entry
-  std::int64_t start_of(std::int64_t batch_index) const;    // the first of them that is there
+  std::int64_t keys_of(std::int64_t batch_index) const;      // valid keys of a batch entry
+  std::int64_t start_of(std::int64_t batch_index) const;     // the first of them that is there
   std::int64_t masked_from(std::int64_t batch_index) const;  // the key of the mask's first column
-  std::int64_t queries_of(std::int64_t batch_index) const;  // valid queries
-  std::int64_t offset_of(std::int64_t batch_index) const;   // key aligned with query 0
+  std::int64_t queries_of(std::int64_t batch_index) const;   // valid queries
+  std::int64_t offset_of(std::int64_t batch_index) const;    // key aligned with query 0
 };
 
 // Throws std::invalid_argument with a message that names function, argument, value and rule.

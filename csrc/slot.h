@@ -37,7 +37,7 @@ struct Partial {
 };
 
 struct Shared {
-  std::int64_t row_blocks;             // of all batch entries and KV heads
+  std::int64_t row_blocks;              // of all batch entries and KV heads
   std::atomic<std::int32_t>* finished;  // ranges done, per row block
   char* partials;
   std::size_t partial_bytes;  // of one range of one row block

@@ -130,7 +130,7 @@ class KVCache:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence, (batch,), as they are now."""
         with self._lock.reading:
-            view = self._state()[0].copy()
+            view: NDArray[np.int64] = self._state()[0].copy()
         view.flags.writeable = False
         return view
 
@@ -191,8 +191,8 @@ class KVCache:
             if self.window is not None:
                 for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
                     raise ValueError(
-                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any more, "
-                        f"of which a window of {self.window} would see some"
+                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any more, of "
+                        f"which a window of {self.window} would see some"
                     )
             self._publish(new, np.where(new == 0, 0, starts))
 

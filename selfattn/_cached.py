@@ -169,7 +169,9 @@ def check_seen(function: str, cache: KVCache | PagedKVCache, step: Step, before:
 class _Cascade:
     """One call in two parts: the pages that all sequences share, and what each has of its own."""
 
-    def __init__(self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: str, options: tuple[Any, ...]) -> None:
+    def __init__(
+        self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: str, options: tuple[Any, ...]
+    ) -> None:
         self.q, self.k, self.v, self.rope, self.positions = q, k, v, rope, positions
         self.layout, self.options = layout, options
 

@@ -202,7 +202,9 @@ class SelfAttention:
             if sequences is not None:
                 raise ValueError("SelfAttention: sequences is given without a cache")
             return self._call("SelfAttention", x, context, positions, out, options)
-        return self._step("SelfAttention", as_array("SelfAttention", "x", x), context, positions, cache, sequences, out, options)
+        return self._step(
+            "SelfAttention", as_array("SelfAttention", "x", x), context, positions, cache, sequences, out, options
+        )
 
     def _step(
         self,

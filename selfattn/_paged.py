@@ -175,7 +175,7 @@ class PagedKVCache:
             old, start = table.lengths[row], table.starts[row]
             if length > old:
                 raise ValueError(f"truncate: length is {length}, but sequence {sequence} has {old} tokens")
-            if self.window is not None and 0 < length and start > max(length - self.window, 0):
+            if self.window is not None and length > 0 and start > max(length - self.window, 0):
                 raise ValueError(
                     f"truncate: length is {length}, but sequence {sequence} has no tokens before {start} any more, of "
                     f"which a window of {self.window} would see some"
@@ -211,7 +211,9 @@ class PagedKVCache:
         moves: list[Move] = []
         if tokens and rows:
             if len(set(rows)) < len(rows):
-                raise ValueError(f"{function}: sequences holds {list(sequences)}, but tokens can be appended to each once")
+                raise ValueError(
+                    f"{function}: sequences holds {list(sequences)}, but tokens can be appended to each once"
+                )
             needed, copied = table.missing(rows, tokens)
             if needed > len(table.free_pages):
                 raise MemoryError(f"{function}: {needed} pages are needed, but {len(table.free_pages)} are free")
@@ -239,7 +241,7 @@ class PagedKVCache:
             table.lengths[row] += tokens
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return step.core[-2:]  # type: ignore[return-value]
+        return step.core[-2:]
 
     def _roll_back(self, step: Step) -> None:
         self._table.take_back(step.state[2])
@@ -257,9 +259,7 @@ def _ids(function: str, sequences: Any) -> list[int]:
     return ids.tolist()  # type: ignore[no-any-return]
 
 
-def _layout(
-    num_pages: Any, page_size: Any, num_kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any
-) -> Layout:
+def _layout(num_pages: Any, page_size: Any, num_kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any) -> Layout:
     function = "PagedKVCache"
     name = storage_name(function, dtype)
     pages, size = count(function, "num_pages", num_pages), count(function, "page_size", page_size)

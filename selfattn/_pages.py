@@ -151,6 +151,8 @@ class PageTable:
         old = self.table
         if rows <= old.shape[0] and runs <= old.shape[1]:
             return
-        shape = [have if need <= have else max(need, 2 * have) for need, have in zip((rows, runs), old.shape, strict=True)]
+        shape = [
+            have if need <= have else max(need, 2 * have) for need, have in zip((rows, runs), old.shape, strict=True)
+        ]
         self.table = np.full(shape, NOWHERE, np.int32)
         self.table[: old.shape[0], : old.shape[1]] = old

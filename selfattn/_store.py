@@ -79,7 +79,7 @@ class Store:
         self.code = _TYPES[layout.name][0]
         self.memory = _memory(function, layout.nbytes(), buffer)
         arrays = [
-            np.ndarray(shape, kind, self.memory.data, offset)  # type: ignore[call-overload]
+            np.ndarray(shape, kind, self.memory.data, offset)
             for offset, kind, shape in layout.pieces()
         ]
         self.k: NDArray[Any] = arrays[0]
@@ -118,12 +118,14 @@ def _memory(function: str, nbytes: int, buffer: Any) -> NDArray[np.uint8]:
         start = -block.ctypes.data % _ALIGNMENT
         return block[start : start + nbytes]
     try:
-        view = memoryview(buffer)
-        if "O" in view.format:
-            raise TypeError(f"{function}: buffer holds Python objects, but memory of plain bytes is needed")
-        view = view.cast("B")
+        given = memoryview(buffer)
+        view = given.cast("B")
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: buffer is a {type(buffer).__name__}, but C-contiguous memory is needed") from error
+        raise TypeError(
+            f"{function}: buffer is a {type(buffer).__name__}, but C-contiguous memory is needed"
+        ) from error
+    if "O" in given.format:
+        raise TypeError(f"{function}: buffer holds Python objects, but plain bytes are needed")
     if view.readonly:
         raise ValueError(f"{function}: buffer is read-only")
     if view.nbytes < nbytes:

@@ -157,7 +157,9 @@ def _each(name: str, value: Any, count: int) -> list[NDArray[Any] | None] | None
     if value is None:
         return None
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{_NAME}: {name} is a {type(value).__name__}, but a list of one array or None per sequence is needed")
+        raise TypeError(
+            f"{_NAME}: {name} is a {type(value).__name__}, but a list of one array or None per sequence is needed"
+        )
     if len(value) != count:
         raise ValueError(f"{_NAME}: {name} has {len(value)} entries, but there are {count} sequences")
     return [None if x is None else as_array(_NAME, f"{name}[{i}]", x) for i, x in enumerate(value)]

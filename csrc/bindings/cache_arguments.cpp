@@ -50,7 +50,8 @@ void CacheArguments::open_batch(const char* function, const py::tuple& values) {
   cache_.batch = key_.shape[0];
   active_ = integers_at(values, 7);
   state_ = integers_at(values, 8);
-  const std::int64_t* current = state_ + (std::atomic_ref(*active_).load(std::memory_order_acquire) & 1) * 2 * cache_.batch;
+  const std::int64_t* current =
+      state_ + (std::atomic_ref(*active_).load(std::memory_order_acquire) & 1) * 2 * cache_.batch;
   cache_.lengths = current;
   const auto window = values[9].cast<std::int64_t>();
   if (window >= 0) return open_ring(function, window);

@@ -9,8 +9,8 @@ namespace selfattn::bindings {
 
 // The tuple of a cache: arrays that it made and keeps.
 //   (k, v, k_scales or None, v_scales or None, dtype, slots, None, active, state, window or -1)
-// of a KVCache, whose k is (batch, heads, slots, dim): `state` holds two copies of (lengths, starts), `active` says which
-// is in force. With a window the slots are a ring.
+// of a KVCache, whose k is (batch, heads, slots, dim): `state` holds two copies of (lengths, starts), `active` says
+// which is in force. With a window the slots are a ring.
 //   (k, v, k_scales or None, v_scales or None, dtype, slots, table, rows, lengths, starts or None)
 // of a PagedKVCache, whose k is (pages, heads, slots, dim): the table's `rows` are those of the call's sequences.
 class CacheArguments {

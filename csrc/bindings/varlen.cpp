@@ -80,8 +80,7 @@ class Sequences {
   Sequence& make(std::size_t i, const TensorView& q, const TensorView& k, const TensorView& v,
                  const std::int64_t* queries, const std::int64_t* keys) {
     const std::int64_t q_len = queries[i + 1] - queries[i], kv_len = keys[i + 1] - keys[i];
-    return *::new (sequences_ + i)
-        Sequence{{q, queries[i], q_len}, {k, keys[i], kv_len}, {v, keys[i], kv_len}, {}, {}};
+    return *::new (sequences_ + i) Sequence{{q, queries[i], q_len}, {k, keys[i], kv_len}, {v, keys[i], kv_len}, {}, {}};
   }
   Sequence& operator[](std::size_t i) { return sequences_[i]; }
 
@@ -158,9 +157,8 @@ py::object attention_varlen(const py::tuple& inputs, py::object out, const py::t
     Problem& problem = sequences[i].problem;
     attach_out(problem, RowsOf(packed_out, queries[i], problem.q_len).view);
     if (!lse.is_none())
-      attach_lse(problem, LseOf(view_of(py::reinterpret_borrow<py::array>(lse), problem.dtype), queries[i],
-                                problem.q_len)
-                              .view);
+      attach_lse(problem,
+                 LseOf(view_of(py::reinterpret_borrow<py::array>(lse), problem.dtype), queries[i], problem.q_len).view);
     if (!weights.is_none()) {
       const py::array array = new_array(weights_shape(problem), problem.dtype);
       attach_weights(problem, view_of(array, problem.dtype));

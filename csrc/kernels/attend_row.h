@@ -111,8 +111,7 @@ struct RowAttention {
     hide_beyond_limits<AcrossKeys>(tile);
     if (block.rows[0].scores) keep_scores(block, s, keys);
     for (int r = 0; r < block.count; ++r) softmax(block, tile, r, s.rescale[r]);
-    if constexpr (scaled<E>)
-      change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
+    if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
     if ((limited || hidden) && !finite_values(keys, block.value_dim)) {
       if (hidden) tile.terms = gather_terms(block, s, keys);
       return accumulate_visible(block, s, tile, keys);
@@ -369,7 +368,8 @@ struct RowAttention {
   }
 
   static constexpr AttendKernel kernel{
-      "row", Dots::unit, dtype_of(typename Dots::Q()), dtype_of(E()), false, true, 1, scratch_bytes, begin, absorb, finish};
+      "row",  Dots::unit, dtype_of(typename Dots::Q()), dtype_of(E()), false, true, 1, scratch_bytes, begin,
+      absorb, finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -313,9 +313,9 @@ struct TileAttention {
     }
   }
 
-  static constexpr AttendKernel kernel{"tile",        Engine::unit, Engine::operands, Engine::operands,
-                                       Engine::packs, false, strip_rows,   scratch_bytes,    begin,
-                                       absorb,        finish};
+  static constexpr AttendKernel kernel{
+      "tile", Engine::unit, Engine::operands, Engine::operands, Engine::packs, false, strip_rows, scratch_bytes, begin,
+      absorb, finish};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -107,8 +107,8 @@ struct TypeKernels {
   const AttendKernel* row_f16;  // the same for keys and values of 16 bits in place, or null: they are widened first
   const AttendKernel* row_bf16;
   const AttendKernel* row_i8;  // for codes, or null: they are multiplied by their scales first
-  int lanes;      // elements of a vector
-  int row_limit;  // up to this many rows `row` is the faster of the two, however few the keys
+  int lanes;                   // elements of a vector
+  int row_limit;               // up to this many rows `row` is the faster of the two, however few the keys
   int panel_columns;
   void (*project)(const ProjectArgs&) noexcept;
   void (*project_f16)(const ProjectArgs&) noexcept;  // for panels of 16 bits, or null
