@@ -116,6 +116,14 @@ def targets(session: nox.Session) -> None:
 
 
 @nox.session
+def caches(session: nox.Session) -> None:
+    """Hold caches against their targets beside PyTorch; options behind `--`."""
+    session.install(TORCH)
+    session.install(".[bench]")
+    session.run("python", "benchmarks/caches.py", *session.posargs)
+
+
+@nox.session
 def asan(session: nox.Session) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC)."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
@@ -144,6 +152,7 @@ def asan(session: nox.Session) -> None:
         "bench_reports",
         "bench_axes",
         "bench_parts",
+        "bench_caches",
     ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
