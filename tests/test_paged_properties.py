@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 import selfattn as sa
 
 SETTINGS = settings(
-    deadline=None, max_examples=40, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=80, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow]
 )
 seeds = st.integers(0, 1 << 30)
 some_live = precondition(lambda self: self.model.sequences)
@@ -235,3 +235,13 @@ def test_too_few_pages_are_counted_in_the_message() -> None:
     with pytest.raises(MemoryError, match=r"(?s)(?=.*\b7\b)(?=.*\b3\b).*page"):
         cache.append(name, x, x[..., :2])  # 36 tokens: 9 pages, of which 2 are there
     assert (cache.length(name), cache.num_free_pages) == (6, 3)
+
+
+@pytest.mark.parametrize("name", [True, np.bool_(True), 1.0, "1", None, 2, -1, [1]])
+def test_only_ids_are_ids(name: Any) -> None:
+    cache = sa.PagedKVCache(5, 4, 1, 2)
+    assert [cache.allocate(), cache.allocate()] == [0, 1]
+    for method in (cache.length, cache.fork, cache.free):
+        with pytest.raises((TypeError, ValueError), match="sequence"):
+            method(name)
+    assert cache.sequences == (0, 1)
