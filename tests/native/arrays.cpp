@@ -76,6 +76,8 @@ void store(char* address, DType dtype, double x) {
       return write_real(address, x, dtype);
     case DType::i64:
       return put(static_cast<std::int64_t>(x));
+    case DType::i8:
+      return put(static_cast<std::int8_t>(x));
     case DType::boolean:
       return put(static_cast<std::uint8_t>(x != 0));
   }
@@ -96,6 +98,8 @@ double load(const char* address, DType dtype) {
       return read_real(address, dtype);
     case DType::i64:
       return get(std::int64_t{0});
+    case DType::i8:
+      return get(std::int8_t{0});
     case DType::boolean:
       return get(std::uint8_t{0});
   }

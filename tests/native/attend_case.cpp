@@ -28,6 +28,7 @@ AttentionArguments Case::arguments() const {
   a.q_offset = q_offset.view();
   a.q_lens = q_lens.view();
   a.kv_lens = kv_lens.view();
+  a.kv_starts = kv_starts.view();
   a.alibi_slopes = alibi_slopes.view();
   a.sinks = sinks.view();
   return a;
@@ -37,8 +38,7 @@ bool Results::operator==(const Results& other) const {
   return same_bits(out, other.out) && same_bits(lse, other.lse) && same_bits(weights, other.weights);
 }
 
-Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how, Interrupted interrupted) {
-  Problem problem = make_problem(c.arguments());
+Results attach_results(const Case& c, Problem& problem) {
   Results results;
   results.out = Array(c.q.dtype(), extents(out_shape(problem)), c.out);
   attach_out(problem, results.out.view());
@@ -50,6 +50,17 @@ Results compute(const Case& c, const KernelSet& kernels, int threads, Threads ho
     results.weights = Array(problem.dtype, extents(weights_shape(problem)));
     attach_weights(problem, results.weights.view());
   }
+  return results;
+}
+
+Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how, Interrupted interrupted) {
+  return compute(c, c.arguments(), kernels, threads, how, interrupted);
+}
+
+Results compute(const Case& c, const AttentionArguments& arguments, const KernelSet& kernels, int threads, Threads how,
+                Interrupted interrupted) {
+  Problem problem = make_problem(arguments);
+  Results results = attach_results(c, problem);
   results.plan = make_plan(problem, kernels, threads);
   if (how == Threads::forced && threads != results.plan.threads) {
     results.plan.threads = threads;

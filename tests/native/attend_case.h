@@ -8,7 +8,7 @@
 namespace selfattn::native {
 
 struct Case {
-  Array q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
+  Array q, k, v, mask, bias, q_offset, q_lens, kv_lens, kv_starts, alibi_slopes, sinks;
   AttentionArguments options;  // everything but the arrays
   bool lse = false, weights = false;
   Layout out;
@@ -24,10 +24,17 @@ struct Results {
   bool operator==(const Results& other) const;  // every bit of every element
 };
 
+// Room for what the case asks for, attached to its problem.
+Results attach_results(const Case& c, Problem& problem);
+
 enum class Threads { as_planned, forced };
 
 // `forced`: as many threads as asked for, however small the problem.
 Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how = Threads::as_planned,
                 Interrupted interrupted = nullptr);
+
+// The same with keys and values from elsewhere.
+Results compute(const Case& c, const AttentionArguments& arguments, const KernelSet& kernels, int threads,
+                Threads how = Threads::as_planned, Interrupted interrupted = nullptr);
 
 }  // namespace selfattn::native

@@ -8,9 +8,21 @@ target_link_libraries(stress_threads PRIVATE selfattn_attend_case)
 target_compile_options(stress_threads PRIVATE ${SELFATTN_WARNINGS})
 add_test(NAME stress_threads COMMAND stress_threads 2)
 
+# Keys and values as caches hold them.
+add_library(selfattn_cached_case STATIC cached_case.cpp definition.cpp)
+target_link_libraries(selfattn_cached_case PUBLIC selfattn_attend_case native_checks)
+target_compile_options(selfattn_cached_case PRIVATE ${SELFATTN_WARNINGS})
+add_executable(cached_checks cached_checks.cpp)
+target_link_libraries(cached_checks PRIVATE selfattn_cached_case)
+target_compile_options(cached_checks PRIVATE ${SELFATTN_WARNINGS})
+foreach(isa IN LISTS isas)
+  add_test(NAME cached_checks_${isa} COMMAND cached_checks ${isa})
+  set_tests_properties(cached_checks_${isa} PROPERTIES SKIP_RETURN_CODE ${skipped})
+endforeach()
+
 # The fuzzer's target; `replay` runs it over a corpus without a fuzzer.
-add_library(selfattn_fuzz_case STATIC fuzz_case.cpp definition.cpp)
-target_link_libraries(selfattn_fuzz_case PUBLIC selfattn_attend_case)
+add_library(selfattn_fuzz_case STATIC fuzz_case.cpp)
+target_link_libraries(selfattn_fuzz_case PUBLIC selfattn_cached_case)
 target_compile_options(selfattn_fuzz_case PRIVATE ${SELFATTN_WARNINGS})
 add_executable(replay replay.cpp fuzz_attend.cpp)
 target_link_libraries(replay PRIVATE selfattn_fuzz_case)

@@ -134,20 +134,31 @@ class Definition {
   }
   Extents per_batch(const Row& row) const { return row.batch.empty() ? Extents{0} : row.batch; }
 
-  Wide distance(const Row& row, std::int64_t j) const {
+  // The key that the last query stands at, unless q_offset says otherwise, less that query.
+  Wide newest(const Row& row) const {
     const Wide keys = c_.kv_lens ? element(c_.kv_lens, per_batch(row)) : static_cast<Wide>(kv_len_);
-    const Wide offset = c_.q_offset ? element(c_.q_offset, per_batch(row)) : keys - static_cast<Wide>(q_len_);
+    return keys - static_cast<Wide>(q_len_);
+  }
+
+  Wide distance(const Row& row, std::int64_t j) const {
+    const Wide offset = c_.q_offset ? element(c_.q_offset, per_batch(row)) : newest(row);
     return static_cast<Wide>(j) - (static_cast<Wide>(row.query) + offset);
+  }
+
+  bool masked(const Row& row, std::int64_t j) const {
+    const std::int64_t column = c_.options.recent_mask ? j - static_cast<std::int64_t>(newest(row)) : j;
+    return column >= 0 && element(c_.mask, scores(row, column)) == 0;
   }
 
   bool visible(const Row& row, std::int64_t j) const {
     const AttentionArguments& o = c_.options;
     const Wide away = distance(row, j);
     if (c_.kv_lens && static_cast<Wide>(j) >= element(c_.kv_lens, per_batch(row))) return false;
+    if (c_.kv_starts && static_cast<Wide>(j) < element(c_.kv_starts, per_batch(row))) return false;
     if (o.causal && away > 0) return false;
     if (o.window_left >= 0 && away < -static_cast<Wide>(o.window_left)) return false;
     if (o.window_right >= 0 && away > static_cast<Wide>(o.window_right)) return false;
-    if (c_.mask && element(c_.mask, scores(row, j)) == 0) return false;
+    if (c_.mask && masked(row, j)) return false;
     return !c_.bias || element(c_.bias, scores(row, j)) != -infinity;
   }
 

@@ -6,18 +6,19 @@ namespace selfattn::test {
 
 class GuardedMemory {
  public:
-  explicit GuardedMemory(std::size_t bytes);
+  explicit GuardedMemory(std::size_t bytes, std::size_t pieces = 1);  // so many bytes each
   ~GuardedMemory();
   GuardedMemory(GuardedMemory&& other) noexcept;
   GuardedMemory(const GuardedMemory&) = delete;
   GuardedMemory& operator=(const GuardedMemory&) = delete;
 
-  char* data() const { return end_ - bytes_; }  // ends where the second guard begins
+  char* data() const { return first_; }       // ends where the second guard begins
+  std::size_t step() const { return step_; }  // from piece to piece, each of which ends at a guard
 
  private:
   char* map_;
-  char* end_;
-  std::size_t bytes_;
+  char* first_;
+  std::size_t step_;
   std::size_t mapped_;
 };
 

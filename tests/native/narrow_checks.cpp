@@ -153,11 +153,34 @@ void check_all() {
   check_partial_stores<E>();
 }
 
+// All of them in every lane, in memory that ends behind the last one.
+void check_codes() {
+  test::begin_section(SELFATTN_TEXT(SELFATTN_ISA) " Int8");
+  const test::GuardedArea area = test::guarded_area();
+  const auto code_of = [](int i) { return static_cast<std::int8_t>(i % 256 - 128); };
+  for (int first = 0; first < 256; ++first) {
+    Int8* const p = reinterpret_cast<Int8*>(area.end) - W;
+    for (int l = 0; l < W; ++l) p[l].code = code_of(first + l);
+    const Lanes<float> whole(load(static_cast<const Int8*>(p)));
+    for (int l = 0; l < W; ++l) expect_same(whole.lane[l], code_of(first + l), "load of codes");
+    expect_same(widen(p[0]), code_of(first), "widen a code");
+    for (int n = 0; n <= W; ++n) {
+      Int8* const places[] = {reinterpret_cast<Int8*>(area.begin), reinterpret_cast<Int8*>(area.end) - n};
+      for (Int8* const q : places) {
+        for (int l = 0; l < n; ++l) q[l].code = code_of(first + l);
+        const Lanes<float> got(load_up_to(static_cast<const Int8*>(q), n));
+        for (int l = 0; l < W; ++l) expect_same(got.lane[l], l < n ? code_of(first + l) : 0, "load_partial of codes");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void check_narrow() {
   check_all<Half>();
   check_all<BFloat>();
+  check_codes();
 }
 
 }  // namespace selfattn::SELFATTN_ISA

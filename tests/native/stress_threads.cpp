@@ -171,6 +171,27 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
     }
 }
 
+// Several problems of one type at once; each has the bits that it has alone.
+bool compute_together(const std::vector<Entry>& all, int threads, Interrupted interrupted) {
+  std::vector<Problem> problems;
+  std::vector<Plan> plans;
+  std::vector<Results> results;
+  std::vector<const Entry*> together;
+  for (const Entry& entry : all)
+    if (computed_in(entry.input.q.dtype()) == DType::f32) together.push_back(&entry);
+  for (const Entry* entry : together) {
+    problems.push_back(make_problem(entry->input.arguments()));
+    results.push_back(attach_results(entry->input, problems.back()));
+    plans.push_back(make_plan(problems.back(), active_kernels(), 1));
+  }
+  std::vector<Job> jobs;
+  for (std::size_t i = 0; i < problems.size(); ++i) jobs.push_back({&problems[i], &plans[i]});
+  if (!attend(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads, interrupted)) return false;
+  for (std::size_t i = 0; i < results.size(); ++i)
+    expect(results[i] == together[i]->expected, together[i]->name + " among others");
+  return true;
+}
+
 // Far too long to end; every head is the same memory.
 Case endless() {
   const Layout repeated{.repeated = {false, true}};
@@ -204,6 +225,8 @@ void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one,
       if (calls.fetch_add(1) % 16 == caller) {
         interrupt(long_one, entry, threads, random.below(2) ? at_once : at_the_second_question);
         ++interrupts;
+      } else if (caller == 0) {
+        expect(compute_together(all, threads, never), "several problems at once");
       } else {
         expect(compute(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.expected,
                entry.name + " beside other callers");
@@ -246,6 +269,8 @@ int run(double seconds) {
   const std::vector<Entry> all = entries();
   std::printf("%s, %s, %zu cases\n", active_kernels().name, parallel_backend(), all.size());
   change_the_number_of_threads(all);
+  for (const int threads : {1, 2, 3, 8}) expect(compute_together(all, threads, nullptr), "several problems at once");
+  expect(!compute_together(all, 2, at_once), "several interrupted problems");
   const Case long_one = endless();
   for (const int threads : {1, 2, 4}) interrupt(long_one, all.front(), threads, at_once);
   call_from_many_threads(all, long_one, seconds);

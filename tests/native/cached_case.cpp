@@ -1,0 +1,180 @@
+#include "cached_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace selfattn::native {
+namespace {
+
+constexpr std::int32_t nowhere = -1;
+constexpr std::int64_t nobodys_page = 0;
+
+std::int64_t integer(const Array& array, std::int64_t sequence) {
+  std::int64_t n;
+  std::memcpy(&n, array.at(array.count() == 1 ? 0 : sequence), sizeof n);
+  return n;
+}
+
+// Codes of the row whose first element stands at `position`; returns their scale.
+float quantise(const Array& from, std::int64_t position, std::int64_t width, std::int8_t* codes) {
+  double largest = 0;
+  for (std::int64_t d = 0; d < width; ++d) largest = std::max(largest, std::fabs(from.number(position + d)));
+  const float scale = static_cast<float>(largest / 127);
+  for (std::int64_t d = 0; d < width; ++d) {
+    const double code = scale == 0 ? 0 : std::nearbyint(from.number(position + d) / static_cast<double>(scale));
+    codes[d] = static_cast<std::int8_t>(std::clamp(code, -127.0, 127.0));
+  }
+  return scale;
+}
+
+test::GuardedMemory not_a_number(std::int64_t bytes, std::int64_t pieces) {
+  const auto count = static_cast<std::size_t>(pieces), size = static_cast<std::size_t>(bytes);
+  test::GuardedMemory memory(size, count);
+  for (std::size_t i = 0; i < count; ++i) std::memset(memory.data() + i * memory.step(), 0xff, size);
+  return memory;
+}
+
+std::int64_t step_of(const test::GuardedMemory& memory) { return static_cast<std::int64_t>(memory.step()); }
+
+}  // namespace
+
+bool cacheable(const Case& c) {
+  const Extents &k = c.k.shape(), &v = c.v.shape(), &q = c.q.shape();
+  if (k.size() != 4 || v.size() != 4 || q.size() > 4 || k[0] != v[0]) return false;
+  return q.size() < 4 || q[0] == 1 || q[0] == k[0];
+}
+
+Array coded(const Array& from) {
+  Array to(DType::f64, from.shape());
+  const std::int64_t width = from.shape().back(), rows = width == 0 ? 0 : from.count() / width;
+  std::vector<std::int8_t> codes(static_cast<std::size_t>(width));
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const double scale = static_cast<double>(quantise(from, row * width, width, codes.data()));
+    for (std::int64_t d = 0; d < width; ++d)
+      store(to.at(row * width + d), DType::f64, codes[static_cast<std::size_t>(d)] * scale);
+  }
+  return to;
+}
+
+CachedCase::CachedCase(const Case& c, const Store& store)
+    : case_(c),
+      store_(store),
+      batch_(c.k.shape()[0]),
+      heads_(c.k.shape()[c.options.bshd ? 2 : 1]),
+      length_(c.k.shape()[c.options.bshd ? 1 : 2]),
+      dtype_(store.codes ? DType::i8 : c.k.dtype()) {
+  if (paged()) {
+    give_pages();
+  } else {
+    slots_ = store.ring ? 1 : length_;
+    for (std::int64_t b = 0; store.ring && b < batch_; ++b) slots_ = std::max(slots_, end_of(b) - start_of(b));
+    places_ = batch_;
+  }
+  fill(key_, c.k);
+  fill(value_, c.v);
+}
+
+std::int64_t CachedCase::end_of(std::int64_t sequence) const {
+  return case_.kv_lens ? integer(case_.kv_lens, sequence) : length_;
+}
+
+std::int64_t CachedCase::start_of(std::int64_t sequence) const {
+  return case_.kv_starts ? std::min(integer(case_.kv_starts, sequence), end_of(sequence)) : 0;
+}
+
+std::int32_t* CachedCase::entries_of(std::int64_t sequence) const {
+  return reinterpret_cast<std::int32_t*>(table_->data()) + table_rows_[static_cast<std::size_t>(sequence)] * runs_;
+}
+
+// A page for each run that holds a key, and none for the others.
+void CachedCase::give_pages() {
+  slots_ = store_.page_size;
+  runs_ = (length_ + slots_ - 1) / slots_;
+  table_.emplace(static_cast<std::size_t>(batch_ * runs_) * sizeof(std::int32_t));
+  table_rows_.resize(static_cast<std::size_t>(batch_));
+  std::iota(table_rows_.rbegin(), table_rows_.rend(), 0);
+  std::vector<std::int32_t*> held;
+  for (std::int64_t b = 0; b < batch_; ++b)
+    for (std::int64_t run = 0; run < runs_; ++run) {
+      std::int32_t& entry = entries_of(b)[run];
+      entry = (run + 1) * slots_ <= start_of(b) ? std::int32_t{nobodys_page} : nowhere;
+      if (run * slots_ < end_of(b) && (run + 1) * slots_ > start_of(b)) held.push_back(&entry);
+    }
+  Random random(store_.seed);
+  for (std::size_t i = held.size(); i > 1; --i)
+    std::swap(held[i - 1], held[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(i)))]);
+  places_ = nobodys_page + 1;
+  for (std::int32_t* entry : held) *entry = static_cast<std::int32_t>(places_++);
+}
+
+void CachedCase::fill(Side& side, const Array& from) {
+  side.width = from.shape().back();
+  side.rows.emplace(not_a_number(slots_ * side.width * size_of(dtype_), places_ * heads_));
+  if (store_.codes) side.scales.emplace(not_a_number(slots_ * size_of(DType::f32), places_ * heads_));
+  describe(side);
+  for (std::int64_t b = 0; b < batch_; ++b)
+    for (std::int64_t key = start_of(b); key < end_of(b); ++key) {
+      const std::int64_t page = paged() ? entries_of(b)[key / slots_] : b;
+      for (std::int64_t head = 0; head < heads_; ++head) {
+        const std::int64_t row =
+            case_.options.bshd ? (b * length_ + key) * heads_ + head : (b * heads_ + head) * length_ + key;
+        write_row(side, from, row * side.width, (page * heads_ + head) * slots_ + key % slots_);
+      }
+    }
+}
+
+// `position`: of the row's first element in the array; `place`: slots before it.
+void CachedCase::write_row(const Side& side, const Array& from, std::int64_t position, std::int64_t place) const {
+  const std::int64_t size = size_of(dtype_), piece = place / slots_, slot = place % slots_;
+  char* to = side.rows->data() + piece * step_of(*side.rows) + slot * side.width * size;
+  if (!store_.codes) {
+    for (std::int64_t d = 0; d < side.width; ++d)
+      std::memcpy(to + d * size, from.at(position + d), static_cast<std::size_t>(size));
+    return;
+  }
+  const float scale = quantise(from, position, side.width, reinterpret_cast<std::int8_t*>(to));
+  std::memcpy(side.scales->data() + piece * step_of(*side.scales) + slot * size_of(DType::f32), &scale, sizeof scale);
+}
+
+void CachedCase::describe(Side& side) const {
+  const std::size_t head = case_.options.bshd ? 2 : 1, key = case_.options.bshd ? 1 : 2;
+  const std::int64_t step = step_of(*side.rows);
+  side.shape[0] = side.scale_shape[0] = batch_;
+  side.shape[head] = side.scale_shape[1] = heads_;
+  side.shape[key] = side.scale_shape[2] = length_;
+  side.shape[3] = side.width;
+  side.strides[0] = paged() ? 0 : heads_ * step;
+  side.strides[head] = step;
+  side.strides[key] = side.width * size_of(dtype_);
+  side.strides[3] = size_of(dtype_);
+  if (!side.scales) return;
+  const std::int64_t scale_step = step_of(*side.scales);
+  side.scale_strides[0] = paged() ? 0 : heads_ * scale_step;
+  side.scale_strides[1] = scale_step;
+  side.scale_strides[2] = size_of(DType::f32);
+}
+
+AttentionArguments CachedCase::arguments() const {
+  AttentionArguments a = case_.arguments();
+  a.k = {key_.rows->data(), dtype_, 4, key_.shape, key_.strides};
+  a.v = {value_.rows->data(), dtype_, 4, value_.shape, value_.strides};
+  if (paged() || store_.ring) a.pages.size = slots_;
+  if (paged()) {
+    a.pages.table = reinterpret_cast<const std::int32_t*>(table_->data());
+    a.pages.table_step = runs_;
+    a.pages.rows = table_rows_.data();
+    a.key_page = heads_ * step_of(*key_.rows);
+    a.value_page = heads_ * step_of(*value_.rows);
+  }
+  if (!store_.codes) return a;
+  a.key_scales = {key_.scales->data(), DType::f32, 3, key_.scale_shape, key_.scale_strides};
+  a.value_scales = {value_.scales->data(), DType::f32, 3, value_.scale_shape, value_.scale_strides};
+  if (paged()) {
+    a.key_scale_page = heads_ * step_of(*key_.scales);
+    a.value_scale_page = heads_ * step_of(*value_.scales);
+  }
+  return a;
+}
+
+}  // namespace selfattn::native

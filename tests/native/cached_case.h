@@ -1,0 +1,61 @@
+// The keys and values of a case as caches hold them: in pages that stand in any order, in rings, or as codes with
+// scales. Behind every run of keys memory ends, and what no key stands in is NaN.
+#pragma once
+#include <optional>
+
+#include "attend_case.h"
+#include "guarded_memory.h"
+
+namespace selfattn::native {
+
+struct Store {
+  std::int64_t page_size = 0;  // 0: a sequence is one run
+  bool ring = false;           // of as many slots as keys are held
+  bool codes = false;
+  std::uint64_t seed = 1;  // of the pages' order
+};
+
+// Whether a cache could hold them: (batch, heads, length, width) for every entry of the batch, or in layout bshd.
+bool cacheable(const Case& c);
+
+// What the codes of an array's rows stand for, exactly.
+Array coded(const Array& from);
+
+class CachedCase {
+ public:
+  CachedCase(const Case& c, const Store& store);  // the case must be cacheable and outlive this
+  CachedCase(const CachedCase&) = delete;         // views point to its own arrays
+  CachedCase& operator=(const CachedCase&) = delete;
+
+  AttentionArguments arguments() const;
+
+ private:
+  // Keys or values, and the scales of their codes.
+  struct Side {
+    std::int64_t width = 0;
+    std::optional<test::GuardedMemory> rows{}, scales{};
+    std::int64_t shape[4] = {}, strides[4] = {}, scale_shape[3] = {}, scale_strides[3] = {};
+  };
+
+  bool paged() const { return store_.page_size > 0; }
+  std::int64_t end_of(std::int64_t sequence) const;
+  std::int64_t start_of(std::int64_t sequence) const;
+  std::int32_t* entries_of(std::int64_t sequence) const;
+  void give_pages();
+  void fill(Side& side, const Array& from);
+  void write_row(const Side& side, const Array& from, std::int64_t position, std::int64_t place) const;
+  void describe(Side& side) const;
+
+  const Case& case_;
+  const Store store_;
+  const std::int64_t batch_, heads_, length_;
+  const DType dtype_;
+  std::int64_t slots_ = 0;   // keys of a run
+  std::int64_t runs_ = 1;    // of a sequence
+  std::int64_t places_ = 0;  // for runs of each head
+  std::optional<test::GuardedMemory> table_;
+  std::vector<std::int64_t> table_rows_;
+  Side key_, value_;
+};
+
+}  // namespace selfattn::native
