@@ -127,7 +127,10 @@ def caches(session: nox.Session) -> None:
 def asan(session: nox.Session) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC)."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
-    install_tests(session, *settings, f"-Ccmake.define.{EMULATED}")
+    # -O1: with checks around each access, more takes the compiler minutes and gains the tests seconds.
+    settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
+    install_tests(session, *settings)
+    session.install("pytest-xdist")
     # Python itself is not instrumented, so the runtimes must come first.
     libraries = [
         subprocess.run(
@@ -155,7 +158,8 @@ def asan(session: nox.Session) -> None:
         "bench_caches",
     ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
-    session.run("pytest", "-s", "-p", "no:cacheprovider", *ignored, *session.posargs, env=environment)
+    options = ["-n", "2", "-p", "no:cacheprovider"]
+    session.run("pytest", *options, *ignored, *session.posargs, env={**environment, "OMP_WAIT_POLICY": "passive"})
 
 
 @nox.session

@@ -150,7 +150,7 @@ class BareCore(OnCache):
     def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
         """See `Peer.prepare`."""
         filled, name = Filled(workload, arrays), "step"
-        inputs = (arrays["q"], *last_token(arrays), None, None)
+        inputs = (arrays["q"], *last_token(arrays), None, None, False)
         nothing = (None,) * 5
         options = core_options(
             name, None, None, True, None, None, *nothing[:2], *nothing[:4], "bhsd", False, False, "highest", threads
