@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,44 @@ class Step(NamedTuple):
     state: Any
 
 
-class KVCache:
+class AnyCache(ABC):
+    """What both kinds of caches have: memory, a lock, and how a call opens and leaves them.
+
+    `_begin`, `_commit`, `_roll_back` and `_bounds` are called under the lock.
+    """
+
+    _store: Store
+    _lock: SharedLock
+    window: int | None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The storage type."""
+        return self._store.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return self._store.memory.nbytes
+
+    @abstractmethod
+    def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
+        """Make room for so many tokens more of each sequence, and return what the core needs."""
+
+    @abstractmethod
+    def _commit(self, step: Step) -> None:
+        """Count the tokens of a step that succeeded."""
+
+    @abstractmethod
+    def _roll_back(self, step: Step) -> None:
+        """Undo a step that failed."""
+
+    @abstractmethod
+    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the lengths before the step and the first tokens that are still held."""
+
+
+class KVCache(AnyCache):
     """Keys and values of a batch of sequences that grow, in place, up to a capacity.
 
     Parameters
@@ -115,16 +153,6 @@ class KVCache:
             f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"capacity={self.capacity}, value_dim={self.value_dim}, dtype={self._store.name!r}, window={self.window})"
         )
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The storage type."""
-        return self._store.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole cache."""
-        return self._store.memory.nbytes
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -218,19 +246,18 @@ class KVCache:
                     array[moved, head, :used] = array[index[moved], head, :used]
             self._publish(lengths[index], starts[index])
 
-    # What attention_with_kvcache and layers ask for, under the lock.
+    # The core checks that there is room, and counts what it has appended.
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
-        """Return what the core needs, which checks that there is room and counts what it has appended."""
         if sequences is not None:
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
         return self._step
 
     def _commit(self, step: Step) -> None:
-        """Count the new tokens: done by the core."""
+        pass
 
     def _roll_back(self, step: Step) -> None:
-        """Forget a step that failed: tokens behind the lengths do not count."""
+        pass  # tokens behind the lengths do not count
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         lengths, starts = self._state()

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, flag, out_array, refuse_unknown
-from ._cache import KVCache, Step
+from ._cache import AnyCache, KVCache, Step
 from ._paged import PagedKVCache
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
 from ._states import merge_states
@@ -108,7 +108,7 @@ def attention_with_kvcache(
     """
     if unknown:
         refuse_unknown(_NAME, unknown)
-    if not isinstance(cache, (KVCache, PagedKVCache)):
+    if not isinstance(cache, AnyCache):
         raise TypeError(f"{_NAME}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
     q = as_array(_NAME, "q", q)
     if (k is None) != (v is None):
@@ -147,14 +147,14 @@ def attention_with_kvcache(
     return result
 
 
-def check_window(function: str, cache: KVCache | PagedKVCache, left: int) -> None:
+def check_window(function: str, cache: AnyCache, left: int) -> None:
     """Refuse to look farther back than a cache with a window keeps tokens."""
     if cache.window is not None and not 0 <= left <= cache.window:
         asked = "none" if left < 0 else f"{left} to the left"
         raise ValueError(f"{function}: window is {asked}, but the cache keeps only what one of {cache.window} sees")
 
 
-def check_seen(function: str, cache: KVCache | PagedKVCache, step: Step, before: int, left: int) -> None:
+def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: int) -> None:
     """Refuse queries that look to the left of what a cache with a window keeps; `before`: tokens already there."""
     if cache.window is None or before <= 0:
         return

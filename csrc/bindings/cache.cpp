@@ -123,8 +123,8 @@ void check_query(const char* function, const Cache& cache, const TensorView& q, 
 
 // inputs: q, k and v or None, rope or None, positions or None, whether the result is to be of the type of computation.
 // The function's name is no `const char*`, for which pybind11 allocates memory.
-py::object attend_cache(py::handle function_name, const py::tuple& cache_values, const py::tuple& inputs, py::object out,
-                        const py::tuple& option_values) {
+py::object attend_cache(py::handle function_name, const py::tuple& cache_values, const py::tuple& inputs,
+                        py::object out, const py::tuple& option_values) {
   const char* const function = PyUnicode_AsUTF8(function_name.ptr());
   const Options options(option_values);
   const TensorView q = float_view(function, "q", inputs[0]);
