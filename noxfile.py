@@ -147,6 +147,7 @@ def asan(session: nox.Session) -> None:
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
     skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "codebase", "viz", "readme"]
     skipped += ["generate", "service", "threads", "dispatch", "guard_pages", "hostile", "allocation"]
+    skipped += ["cache_sharing", "cache_threads", "soak_caches"]
     skipped += [
         "benchmarks",
         "bench_peers",
