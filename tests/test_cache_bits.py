@@ -194,6 +194,19 @@ def test_a_ring_is_a_long_cache(isa: str, rng: Any, dtype: str) -> None:
         at += count
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_codes_of_what_is_not_finite_are_nan(odd: float) -> None:
+    k = np.ones((1, KV_HEADS, 3, DIM), np.float32)
+    v = np.ones((1, KV_HEADS, 3, VALUE_DIM), np.float32)
+    v[0, 1, 2, 4] = odd
+    cache = sa.KVCache(1, KV_HEADS, DIM, 3, value_dim=VALUE_DIM, dtype="int8")
+    cache.append(k, v)
+    out = sa.attention_with_kvcache(np.ones((1, KV_HEADS, 3, DIM), np.float32), cache)
+    assert np.isnan(cache.v_scales[0, 1, 2])
+    assert np.isnan(out[0, 1, 2]).all()  # the whole row of the token, where it is seen
+    assert np.isfinite(np.delete(out.reshape(-1, VALUE_DIM), 5, axis=0)).all()
+
+
 def packed(rng: Any, q_lens: list[int], kv_lens: list[int], dtype: Any) -> list[Any]:
     totals = (sum(q_lens), HEADS, DIM), (sum(kv_lens), KV_HEADS, DIM), (sum(kv_lens), KV_HEADS, VALUE_DIM)
     return normals(rng, *totals, dtype=dtype)

@@ -83,9 +83,10 @@ def run_group(mutants: list[Mutant], jobs: int, fates: dict[str, list[Mutant]], 
         for i in range(jobs):
             sandboxes.put(prepare(Path(folder).resolve() / str(i), matrix=matrix))
         first = sandboxes.get()
-        verdict, seen = first.test() if len(mutants) > 1 else first.test(mutants[0].first)
-        if verdict != "passed":
-            sys.exit(f"the tests fail without any mutant\n{seen}")
+        for modules in {tuple(sorted(first.modules_for(mutant))) for mutant in mutants}:
+            verdict, seen = first.test(modules)
+            if verdict != "passed":
+                sys.exit(f"the tests fail without any mutant\n{seen}")
         sandboxes.put(first)
 
         def run(mutant: Mutant) -> None:

@@ -15,6 +15,12 @@ SITECUSTOMIZE = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
 """
+# A plugin: any failure will do, and looking for the smallest one takes minutes.
+NO_SHRINKING = """
+from hypothesis import Phase, settings
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+settings.load_profile("mutants")
+"""
 BUILD_SECONDS = 240
 TEST_SECONDS = 240
 
@@ -30,6 +36,7 @@ class Sandbox:
         for name in ("CMakeLists.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf8")
+        (folder / "no_shrinking.py").write_text(NO_SHRINKING, encoding="utf8")
         metadata = folder / "selfattn-0.dist-info"  # the package asks for its version
         metadata.mkdir()
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: selfattn\nVersion: 0\n", encoding="utf8")
@@ -70,15 +77,21 @@ class Sandbox:
         result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
         return "" if result.returncode == 0 else result.stdout + result.stderr
 
-    def test(self, first: str = "") -> tuple[str, str]:
+    def modules_for(self, mutant: Mutant) -> tuple[str, ...]:
+        """Return the test modules that may notice, in the order in which they run."""
+        others = mutant.others or [name for name in self.modules if name != mutant.first]
+        return (mutant.first, *others)
+
+    def test(self, modules: tuple[str, ...]) -> tuple[str, str]:
         """Run the tests until one fails; return "passed", "failed" or "broken" and the last lines."""
-        modules = [first, *(name for name in self.modules if name != first)] if first else self.modules
         files = [str(self.folder / "tests" / f"test_{name}.py") for name in modules]
         options = [
             "-x",
             "-q",
             "-p",
             "no:cacheprovider",
+            "-p",
+            "no_shrinking",
             "--no-header",
             "-rN",
             "--tb=line",
@@ -116,7 +129,7 @@ class Sandbox:
         try:
             if complaint := self.build():
                 return "does not compile", complaint
-            verdict, seen = self.test(mutant.first)
+            verdict, seen = self.test(self.modules_for(mutant))
         finally:
             file.write_text(original, encoding="utf8")
         return {"passed": "survived", "failed": "killed"}.get(verdict, verdict), seen

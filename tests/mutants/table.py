@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tomllib
@@ -19,6 +19,7 @@ class Mutant:
     new: str
     why: str  # what the original is there for
     first: str  # the test module that should notice; the others follow if it does not
+    others: list[str] = field(default_factory=list)  # these instead of those that other mutants have
     equivalent: str = ""  # why no test can notice, where that is so
     matrix: bool = False  # of code for matrix units, which the portable build does not have
 

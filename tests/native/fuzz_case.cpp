@@ -25,7 +25,8 @@ class Bytes {
   std::size_t left_;
 };
 
-enum Name { q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks, names };
+enum Name { q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks, kv_starts, names };
+constexpr int public_names = kv_starts;  // the others are the cache's own and never wrong
 
 struct Sizes {
   int ndim[3];    // of q, k and v
@@ -93,7 +94,9 @@ Extents broadcasting(Bytes& bytes, const Extents& target) {
   return shape;
 }
 
-void read_shapes(Bytes& bytes, const Sizes& s, bool bshd, Extents (&shapes)[names], bool (&present)[names]) {
+void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Extents (&shapes)[names],
+                 bool (&present)[names]) {
+  const bool bshd = options.bshd;
   const std::int64_t heads = s.kv_heads * s.group;
   shapes[q] = operand_shape(bytes, s, s.ndim[q], heads, s.q_len, s.head_dim, bshd);
   shapes[k] = operand_shape(bytes, s, s.ndim[k], s.kv_heads, s.kv_len, s.head_dim, bshd);
@@ -105,11 +108,17 @@ void read_shapes(Bytes& bytes, const Sizes& s, bool bshd, Extents (&shapes)[name
   per_head.push_back(heads);
   const Extents per_batch = batch.empty() ? Extents{1} : batch;
   const int wanted = bytes.next();
-  for (int name = mask; name < names; ++name) present[name] = wanted >> (name - mask) & 1;
-  for (const Name name : {mask, bias}) shapes[name] = broadcasting(bytes, scores);
+  for (int name = mask; name < public_names; ++name) present[name] = wanted >> (name - mask) & 1;
+  if (options.recent_mask) present[bias] = false;  // caches take none
+  for (const Name name : {mask, bias}) {
+    Extents target = scores;
+    if (name == mask && options.recent_mask) target.back() = s.q_len;
+    shapes[name] = broadcasting(bytes, target);
+  }
   for (const Name name : {q_offset, q_lens, kv_lens}) shapes[name] = broadcasting(bytes, per_batch);
   shapes[alibi_slopes] = broadcasting(bytes, per_head);
   shapes[sinks] = {heads};
+  if (present[kv_starts]) shapes[kv_starts] = broadcasting(bytes, per_batch);
 }
 
 // Makes a shape wrong in one place, or at least other than it was.
@@ -206,6 +215,14 @@ bool affordable(const Sizes& s, const Extents (&shapes)[names]) {
   return entries * static_cast<double>(s.head_dim + s.value_dim + 2) <= 1e6;
 }
 
+void read_store(int bits, Store& store) {
+  constexpr std::int64_t page_sizes[] = {0, 1, 3, 16};
+  store.page_size = page_sizes[bits & 3];
+  store.ring = bits & 4 && store.page_size == 0;
+  store.codes = bits & 8;
+  store.seed = static_cast<std::uint64_t>(bits);
+}
+
 // A type of 16 bits where the lowest bit says so, which of the two the next one.
 DType read_type(int narrow, int wide) {
   if (narrow & 1) return narrow & 2 ? DType::bf16 : DType::f16;
@@ -223,6 +240,9 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   const int mode = bytes.next();
   // Two zeros leave the types of 32 and 64 bits, which `mode` chooses between.
   const int narrow_operands = bytes.next(), narrow_bias = bytes.next();
+  d.input.options.recent_mask = narrow_operands & 32;
+  read_store(narrow_bias >> 2, d.store);
+  d.cached = narrow_operands & 128;
   const DType dtype = read_type(narrow_operands, mode & 1), bias_dtype = read_type(narrow_bias, mode & 2);
   const DType kv_dtype = narrow_operands & 4 && !is_narrow(dtype) ? read_type(narrow_operands >> 3 | 1, 0) : dtype;
   const bool spoiled = (mode & 12) == 12, claims = (mode & 48) == 48, wrong_values = (mode & 192) == 192;
@@ -234,20 +254,22 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   if (__builtin_mul_overflow(sizes.kv_heads, sizes.group, &heads)) return d;
   Extents shapes[names];
   bool present[names] = {true, true, true};
-  read_shapes(bytes, sizes, d.input.options.bshd, shapes, present);
-  if (spoiled) spoil(bytes, shapes[bytes.below(names)]);
+  present[kv_starts] = narrow_operands & 64;
+  read_shapes(bytes, sizes, d.input.options, shapes, present);
+  if (spoiled) spoil(bytes, shapes[bytes.below(public_names)]);
   d.computable = !claims && affordable(sizes, shapes);
   d.valid = !spoiled && !claims && !(wrong_values && (present[q_lens] || present[kv_lens]));
 
   Values values{Random(static_cast<std::uint64_t>(bytes.next())), bytes.one_of({1.0, 0.1, 2.0, 1e30}),
                 bytes.one_of({0, 0, 0, 3, 50, 2000}), bytes.one_of({128, 255, 250, 5, 0})};
   d.well_behaved = values.size <= 2 && values.odd == 0;
-  Array* const arrays[names] = {
-      &d.input.q,        &d.input.k,      &d.input.v,       &d.input.mask,         &d.input.bias,
-      &d.input.q_offset, &d.input.q_lens, &d.input.kv_lens, &d.input.alibi_slopes, &d.input.sinks};
-  const DType dtypes[names] = {dtype,      kv_dtype,   kv_dtype,   DType::boolean, bias_dtype,
-                               DType::i64, DType::i64, DType::i64, DType::f64,     DType::f64};
-  const std::int64_t limits[names] = {0, 0, 0, 0, 0, 40, sizes.q_len, sizes.kv_len, 0, 0};
+  Array* const arrays[names] = {&d.input.q,      &d.input.k,        &d.input.v,
+                                &d.input.mask,   &d.input.bias,     &d.input.q_offset,
+                                &d.input.q_lens, &d.input.kv_lens,  &d.input.alibi_slopes,
+                                &d.input.sinks,  &d.input.kv_starts};
+  const DType dtypes[names] = {dtype,      kv_dtype,   kv_dtype,   DType::boolean, bias_dtype, DType::i64,
+                               DType::i64, DType::i64, DType::f64, DType::f64,     DType::i64};
+  const std::int64_t limits[names] = {0, 0, 0, 0, 0, 40, sizes.q_len, sizes.kv_len, 0, 0, sizes.kv_len};
   for (int i = 0; i < names; ++i) {
     if (!present[i]) continue;
     if (!expressible(shapes[i])) {
@@ -257,7 +279,7 @@ Described describe(const std::uint8_t* data, std::size_t size) {
     Layout layout = read_layout(bytes, shapes[i].size(), dtypes[i], /*may_repeat=*/true);
     if (!d.computable) layout.repeated.assign(shapes[i].size(), true);
     *arrays[i] = Array(dtypes[i], shapes[i], layout);
-    fill(bytes, static_cast<Name>(i), *arrays[i], values, wrong_values ? -1 : limits[i]);
+    fill(bytes, static_cast<Name>(i), *arrays[i], values, wrong_values && i < public_names ? -1 : limits[i]);
   }
   // The result's rank, in whatever order its axes have.
   const std::size_t ndim = std::max({shapes[q].size(), shapes[k].size(), shapes[v].size()});

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attend_case.h"
+#include "cached_case.h"
 
 namespace selfattn::native {
 
@@ -12,6 +12,8 @@ struct Described {
   bool valid = true;         // must be accepted; otherwise it may also be refused
   bool computable = true;    // small enough to compute; otherwise only planned
   bool well_behaved = true;  // all numbers finite and moderate
+  bool cached = false;       // also as a cache holds it, if one could
+  Store store;
   const KernelSet* kernels = nullptr;
   int threads = 2;
 };

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <iterator>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -172,7 +173,7 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
 }
 
 // Several problems of one type at once; each has the bits that it has alone.
-bool compute_together(const std::vector<Entry>& all, int threads, Interrupted interrupted) {
+void compute_together(const std::vector<Entry>& all, int threads) {
   std::vector<Problem> problems;
   std::vector<Plan> plans;
   std::vector<Results> results;
@@ -186,10 +187,9 @@ bool compute_together(const std::vector<Entry>& all, int threads, Interrupted in
   }
   std::vector<Job> jobs;
   for (std::size_t i = 0; i < problems.size(); ++i) jobs.push_back({&problems[i], &plans[i]});
-  if (!attend(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads, interrupted)) return false;
+  expect(attend(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads, nullptr), "several problems end");
   for (std::size_t i = 0; i < results.size(); ++i)
     expect(results[i] == together[i]->expected, together[i]->name + " among others");
-  return true;
 }
 
 // Far too long to end; every head is the same memory.
@@ -213,6 +213,14 @@ void interrupt(const Case& long_one, const Entry& next, int threads, Interrupted
   compare(next, threads, "after an interrupted call");
 }
 
+void interrupt_together(const Case& long_one, int threads) {
+  Problem problems[] = {make_problem(long_one.arguments()), make_problem(long_one.arguments())};
+  const Results results[] = {attach_results(long_one, problems[0]), attach_results(long_one, problems[1])};
+  const Plan plan = make_plan(problems[0], active_kernels(), 1);
+  const Job jobs[] = {{&problems[0], &plan}, {&problems[1], &plan}};
+  expect(!attend(jobs, std::size(results), threads, at_once), "several interrupted problems");
+}
+
 void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one, double seconds) {
   constexpr int callers = 4;
   std::atomic<bool> stop{false};
@@ -226,7 +234,7 @@ void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one,
         interrupt(long_one, entry, threads, random.below(2) ? at_once : at_the_second_question);
         ++interrupts;
       } else if (caller == 0) {
-        expect(compute_together(all, threads, never), "several problems at once");
+        compute_together(all, threads);
       } else {
         expect(compute(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.expected,
                entry.name + " beside other callers");
@@ -269,10 +277,12 @@ int run(double seconds) {
   const std::vector<Entry> all = entries();
   std::printf("%s, %s, %zu cases\n", active_kernels().name, parallel_backend(), all.size());
   change_the_number_of_threads(all);
-  for (const int threads : {1, 2, 3, 8}) expect(compute_together(all, threads, nullptr), "several problems at once");
-  expect(!compute_together(all, 2, at_once), "several interrupted problems");
+  for (const int threads : {1, 2, 3, 8}) compute_together(all, threads);
   const Case long_one = endless();
-  for (const int threads : {1, 2, 4}) interrupt(long_one, all.front(), threads, at_once);
+  for (const int threads : {1, 2, 4}) {
+    interrupt(long_one, all.front(), threads, at_once);
+    interrupt_together(long_one, threads);
+  }
   call_from_many_threads(all, long_one, seconds);
   std::printf("%d failures\n", failures.load());
   return failures ? 1 : 0;
