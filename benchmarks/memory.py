@@ -58,22 +58,6 @@ def show_scratch(threads: int) -> bool:
     return worst <= MAX_SCRATCH
 
 
-def show_allocations(threads: int) -> bool:
-    """Print what repeated calls allocate; return whether those with `out` allocate nothing."""
-    reason = allocations.why_not()
-    if reason:
-        print(f"\nAllocations: not counted, {reason}")
-        return True
-    print(
-        f"\nAllocations in {allocations.CALLS} repeated calls with out=, threads {threads}; malloc and its relatives,"
-    )
-    print("counted by a preloaded library over all threads and libraries of the process")
-    counts = allocations.count(SHIM, threads)
-    for name, (everybody, core) in counts.items():
-        print(f"{name:>20} {everybody:6}, of these by the core {core}")
-    return all(everybody == 0 for name, (everybody, _) in counts.items() if not name.endswith(allocations.NO_OUT))
-
-
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,7 +68,7 @@ def main() -> int:
     args = parser.parse_args()
     good = "peak" not in args.parts or show_peaks(args.lengths, args.threads)
     good &= "scratch" not in args.parts or show_scratch(args.threads)
-    good &= "allocations" not in args.parts or show_allocations(args.threads)
+    good &= "allocations" not in args.parts or allocations.show(SHIM, args.threads)
     return 0 if good else 1
 
 

@@ -200,8 +200,9 @@ bool writes_nothing(const Problem& problem, const Plan& plan) {
 }  // namespace
 
 bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted) {
-  if (std::all_of(jobs, jobs + count, [](const Job& job) { return writes_nothing(*job.problem, *job.plan); }))
-    return true;
+  bool nothing = true;
+  for (std::int64_t i = 0; i < count; ++i) nothing = nothing && writes_nothing(*jobs[i].problem, *jobs[i].plan);
+  if (nothing) return true;
   return Run(jobs, count, threads, interrupted).execute();
 }
 

@@ -151,12 +151,12 @@ void check_broadcast(const char* function, const char* name, const TensorView& v
            to_text(target.extent, target.ndim));
 }
 
-// mask and bias: right-aligned against (..., num_heads, q_len, kv_len).
+// mask and bias: right-aligned against (..., num_heads, q_len, keys).
 void place_score_operand(Problem& problem, Operand& operand, const char* function, const char* name,
-                         const TensorView& view) {
+                         const TensorView& view, std::int64_t keys) {
   if (!view) return;
   Shape scores = weights_shape(problem);
-  if (problem.recent_mask) scores.extent[scores.ndim - 1] = problem.q_len;
+  scores.extent[scores.ndim - 1] = keys;
   check_broadcast(function, name, view, scores);
   place_batch(problem, operand, view, 3);
   const auto stride = [&](int axis) { return view.ndim > axis && view.extent(axis) != 1 ? view.stride(axis) : 0; };
@@ -238,8 +238,9 @@ Problem make_problem(const AttentionArguments& a) {
   place_scales(problem, problem.key_scales, a.key_scales, a.key_scale_page);
   place_scales(problem, problem.value_scales, a.value_scales, a.value_scale_page);
   problem.recent_mask = a.recent_mask;
-  place_score_operand(problem, problem.mask, a.function, "mask", a.mask);
-  place_score_operand(problem, problem.bias, a.function, "bias", a.bias);
+  place_score_operand(problem, problem.mask, a.function, "mask", a.mask,
+                      a.recent_mask ? problem.q_len : problem.kv_len);
+  place_score_operand(problem, problem.bias, a.function, "bias", a.bias, problem.kv_len);
   problem.causal = a.causal;
   place_per_batch(problem, problem.q_offset, a.function, "q_offset", a.q_offset);
   problem.window_left = std::min(a.window_left, far);

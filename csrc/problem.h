@@ -42,11 +42,13 @@ struct Pages {
   const std::int32_t* of(std::int64_t batch_index) const {
     return table ? table + rows[batch_index] * table_step : nullptr;
   }
-  // How far behind its operand's base a key stands; `own` is the batch entry's part of the table.
+  // How far behind its operand's base a key stands; `own` is the batch entry's part of the table. A block of keys may
+  // start before the first that is held: what was there is hidden, and any page stands in for it.
   std::int64_t offset(const std::int32_t* own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
     const std::int64_t run = key / size;
-    return (own ? std::int64_t{own[run]} : run) * page_step + key % size * row_step;
+    const std::int64_t page = own ? std::int64_t{own[run] < 0 ? 0 : own[run]} : run;
+    return page * page_step + key % size * row_step;
   }
 };
 

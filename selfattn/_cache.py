@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,44 @@ class Step(NamedTuple):
     state: Any
 
 
-class KVCache:
+class AnyCache(ABC):
+    """What both kinds of caches have: memory, a lock, and how a call opens and leaves them.
+
+    `_begin`, `_commit`, `_roll_back` and `_bounds` are called under the lock.
+    """
+
+    _store: Store
+    _lock: SharedLock
+    window: int | None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The storage type."""
+        return self._store.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return self._store.memory.nbytes
+
+    @abstractmethod
+    def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
+        """Make room for so many tokens more of each sequence, and return what the core needs."""
+
+    @abstractmethod
+    def _commit(self, step: Step) -> None:
+        """Count the tokens of a step that succeeded."""
+
+    @abstractmethod
+    def _roll_back(self, step: Step) -> None:
+        """Undo a step that failed."""
+
+    @abstractmethod
+    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the lengths before the step and the first tokens that are still held."""
+
+
+class KVCache(AnyCache):
     """Keys and values of a batch of sequences that grow, in place, up to a capacity.
 
     Parameters
@@ -117,16 +155,6 @@ class KVCache:
         )
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """The storage type."""
-        return self._store.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole cache."""
-        return self._store.memory.nbytes
-
-    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence, (batch,), as they are now."""
         with self._lock.reading:
@@ -191,8 +219,8 @@ class KVCache:
             if self.window is not None:
                 for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
                     raise ValueError(
-                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any more, of "
-                        f"which a window of {self.window} would see some"
+                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any "
+                        f"more, of which a window of {self.window} would see some"
                     )
             self._publish(new, np.where(new == 0, 0, starts))
 
@@ -218,19 +246,18 @@ class KVCache:
                     array[moved, head, :used] = array[index[moved], head, :used]
             self._publish(lengths[index], starts[index])
 
-    # What attention_with_kvcache and layers ask for, under the lock.
+    # The core checks that there is room, and counts what it has appended.
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
-        """Return what the core needs, which checks that there is room and counts what it has appended."""
         if sequences is not None:
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
         return self._step
 
     def _commit(self, step: Step) -> None:
-        """Count the new tokens: done by the core."""
+        pass
 
     def _roll_back(self, step: Step) -> None:
-        """Forget a step that failed: tokens behind the lengths do not count."""
+        pass  # tokens behind the lengths do not count
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         lengths, starts = self._state()

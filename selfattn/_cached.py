@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, flag, out_array, refuse_unknown
-from ._cache import KVCache, Step
+from ._cache import AnyCache, KVCache, Step
 from ._paged import PagedKVCache
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
 from ._states import merge_states
@@ -108,7 +108,7 @@ def attention_with_kvcache(
     """
     if unknown:
         refuse_unknown(_NAME, unknown)
-    if not isinstance(cache, (KVCache, PagedKVCache)):
+    if not isinstance(cache, AnyCache):
         raise TypeError(f"{_NAME}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
     q = as_array(_NAME, "q", q)
     if (k is None) != (v is None):
@@ -138,7 +138,7 @@ def attention_with_kvcache(
         step = cache._begin(_NAME, sequences, appended)
         try:
             check_seen(_NAME, cache, step, tokens - appended, options[4])
-            result = _core.attend_cache(_NAME, step.core, (q, k, v, turn, positions), target, options)
+            result = _core.attend_cache(_NAME, step.core, (q, k, v, turn, positions, False), target, options)
         except BaseException:
             cache._roll_back(step)
             raise
@@ -147,14 +147,14 @@ def attention_with_kvcache(
     return result
 
 
-def check_window(function: str, cache: KVCache | PagedKVCache, left: int) -> None:
+def check_window(function: str, cache: AnyCache, left: int) -> None:
     """Refuse to look farther back than a cache with a window keeps tokens."""
     if cache.window is not None and not 0 <= left <= cache.window:
         asked = "none" if left < 0 else f"{left} to the left"
         raise ValueError(f"{function}: window is {asked}, but the cache keeps only what one of {cache.window} sees")
 
 
-def check_seen(function: str, cache: KVCache | PagedKVCache, step: Step, before: int, left: int) -> None:
+def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: int) -> None:
     """Refuse queries that look to the left of what a cache with a window keeps; `before`: tokens already there."""
     if cache.window is None or before <= 0:
         return
@@ -194,33 +194,34 @@ class _Cascade:
         inputs = (self.q, self.k, self.v, turn, self.positions)
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
+        first = lengths + appended - tokens
         # Only what every query sees whole, and what is there already.
-        oldest = int((lengths + appended - tokens).min(initial=1 << 60)) if len(rows) else 0
-        shared = min(cache._common_tokens(step), oldest) // cache.page_size * cache.page_size
-        if len(rows) < 2 or shared <= 0:
-            return _core.attend_cache(_NAME, step.core, inputs, out, self.options)
-        return_lse = self.options[13]
+        whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
+        shared = whole // cache.page_size * cache.page_size
+        if shared <= 0:
+            return _core.attend_cache(_NAME, step.core, (*inputs, False), out, self.options)
+        if out is not None:
+            shape = (*self.q.shape[:3], cache.value_dim)
+            _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
         options = (*self.options[:13], True, *self.options[14:])
         behind = np.full(len(rows), shared, np.int64)
-        # The own part first: it checks all arguments.
-        own_core = (*store, rows, lengths, behind)
-        own, own_lse = _core.attend_cache(_NAME, own_core, inputs, None, options)
+        # The own part first: it checks all arguments. Parts are of the type of computation, to be rounded once.
+        own, own_lse = _core.attend_cache(_NAME, (*store, rows, lengths, behind), (*inputs, True), None, options)
         prefix_core = (*store, rows[:1].copy(), behind[:1].copy(), starts)
-        prefix, prefix_lse = self._attend_prefix(prefix_core, lengths + appended - tokens, tokens, options)
+        prefix, prefix_lse = self._attend_prefix(prefix_core, first, tokens, options)
         if self.layout == "bshd":
-            own, prefix = own.swapaxes(1, 2), prefix.swapaxes(1, 2)
+            own = own.swapaxes(1, 2)
         merged, lse = merge_states([prefix, own], [prefix_lse, own_lse])
         if self.layout == "bshd":
             merged = merged.swapaxes(1, 2)
         if out is None:
-            out = np.ascontiguousarray(merged)
+            out = np.ascontiguousarray(merged.astype(self.q.dtype, copy=False))
         else:
-            _core.check_out(_NAME, out, own if self.layout == "bhsd" else own.swapaxes(1, 2))
             out[...] = merged
-        return (out, lse) if return_lse else out
+        return (out, lse) if self.options[13] else out
 
     def _attend_prefix(self, core: Any, first: NDArray[np.int64], tokens: int, options: Any) -> tuple[Any, Any]:
-        """Attend with the rows of all sequences as if they were one sequence's."""
+        """Attend with the rows of all sequences as if they were one sequence's; heads first."""
         q = self.q
         if self.rope is not None:
             places = first[:, None] + np.arange(tokens) if self.positions is None else self.positions
@@ -230,7 +231,5 @@ class _Cascade:
         rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
         # No causal limit, mask or sinks: everything is visible, and sinks belong to one part only.
         plain = (None, None, False, *options[3:11], None, False, *options[13:])
-        out, lse = _core.attend_cache(_NAME, core, (rows, None, None, None, None), None, plain)
-        out = out.reshape(heads, batch, tokens, -1).swapaxes(0, 1)
-        lse = lse.reshape(heads, batch, tokens).swapaxes(0, 1)
-        return (out.swapaxes(1, 2) if self.layout == "bshd" else out), lse
+        out, lse = _core.attend_cache(_NAME, core, (rows, None, None, None, None, True), None, plain)
+        return out.reshape(heads, batch, tokens, -1).swapaxes(0, 1), lse.reshape(heads, batch, tokens).swapaxes(0, 1)

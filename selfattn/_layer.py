@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import ACCEPTED, as_array, core_options, is_float, out_array, refuse_unknown
 from ._attention import _DEFAULTS
-from ._cache import KVCache, Step
+from ._cache import AnyCache, KVCache, Step
 from ._cached import check_window
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
@@ -212,12 +212,12 @@ class SelfAttention:
         x: NDArray[Any],
         context: Any,
         positions: Any,
-        cache: KVCache | PagedKVCache,
+        cache: AnyCache,
         sequences: Any,
         out: Any,
         options: dict[str, Any],
     ) -> Any:
-        if not isinstance(cache, (KVCache, PagedKVCache)):
+        if not isinstance(cache, AnyCache):
             raise TypeError(f"{function}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
         if context is not None:
             raise ValueError(f"{function}: context and cache are given, but a cache holds the keys of x")
@@ -243,7 +243,7 @@ class SelfAttention:
         positions: Any,
         out: Any,
         options: dict[str, Any],
-        cache: KVCache | PagedKVCache | None = None,
+        cache: AnyCache | None = None,
         step: Step | None = None,
     ) -> Any:
         unknown = options.keys() - _OPTIONS.keys()

@@ -9,13 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, integers
-from ._cache import Step
+from ._cache import AnyCache, Step
 from ._lock import SharedLock
 from ._pages import Move, PageTable
 from ._store import Layout, Store, count, storage_name
 
 
-class PagedKVCache:
+class PagedKVCache(AnyCache):
     """Keys and values of any number of sequences, in pages of a fixed number of tokens.
 
     A sequence takes a page when it needs one and gives it back when it ends, so that nothing is reserved for tokens
@@ -105,16 +105,6 @@ class PagedKVCache:
         )
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """The storage type."""
-        return self._store.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return self._store.memory.nbytes
-
-    @property
     def num_free_pages(self) -> int:
         """Pages that no sequence has."""
         return len(self._table.free_pages)
@@ -200,10 +190,7 @@ class PagedKVCache:
             raise ValueError(f"{function}: sequence {sequence!r} is not live")
         return row
 
-    # What attention_with_kvcache and layers ask for, under the lock.
-
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
-        """Find pages for so many tokens more of each sequence."""
         if sequences is None:
             raise ValueError(f"{function}: sequences is missing: a PagedKVCache needs one id per row of q")
         rows = [self._row(function, s) for s in _ids(function, sequences)]

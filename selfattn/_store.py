@@ -78,10 +78,7 @@ class Store:
         self.name = layout.name
         self.code = _TYPES[layout.name][0]
         self.memory = _memory(function, layout.nbytes(), buffer)
-        arrays = [
-            np.ndarray(shape, kind, self.memory.data, offset)
-            for offset, kind, shape in layout.pieces()
-        ]
+        arrays = [np.ndarray(shape, kind, self.memory.data, offset) for offset, kind, shape in layout.pieces()]
         self.k: NDArray[Any] = arrays[0]
         self.v: NDArray[Any] = arrays[1]
         self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None

@@ -83,13 +83,13 @@ def test_repeated_calls_allocate_nothing_and_the_counter_sees_those_that_do(scri
 
 def test_an_allocation_is_a_failure(script, monkeypatch):
     monkeypatch.setattr(allocations, "why_not", lambda: "")
-    monkeypatch.setattr(allocations, "count", lambda source, threads: {"a": (0, 0), "b, no out": (9, 9)})
-    assert script.show_allocations(1)
-    monkeypatch.setattr(allocations, "count", lambda source, threads: {"a": (1, 0)})
-    assert not script.show_allocations(1)
+    monkeypatch.setattr(allocations, "count", lambda source, threads, cases: {"a": (0, 0), "b, no out": (9, 9)})
+    assert allocations.show(script.SHIM, 1)
+    monkeypatch.setattr(allocations, "count", lambda source, threads, cases: {"a": (1, 0)})
+    assert not allocations.show(script.SHIM, 1)
 
 
 def test_without_a_compiler_nothing_is_claimed(script, monkeypatch, capsys):
     monkeypatch.setattr(allocations, "why_not", lambda: "needs a C compiler")
-    assert script.show_allocations(1)
+    assert allocations.show(script.SHIM, 1)
     assert "not counted, needs a C compiler" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import pytest
 
 import selfattn
 from selfattn._bench import plot, report, timing
+from selfattn._bench.cache_variants import CACHE_VARIANTS
 from selfattn._bench.check import Mismatch, check, check_everywhere, expected_parts
 from selfattn._bench.measure import Result, measure
 from selfattn._bench.peer import CannotRun, NumPy, Peer
@@ -370,4 +371,4 @@ def test_attention_script(tmp_path):
 def test_peers_share_one_interface():
     assert all(isinstance(peer, Peer) for peer in PEERS.values())
     names = ["selfattn", "numpy", "pytorch", "onnxruntime", "openvino", "jax", "vllm", "plain", "single"]
-    assert list(PEERS) == [*names, "heads-32", "heads-64"]
+    assert list(PEERS) == [*names, "heads-32", "heads-64", *(peer.name for peer in CACHE_VARIANTS)]

@@ -249,3 +249,40 @@ def test_packed_sequences_are_each_alone(isa: str, rng: Any, kind: str, dtype: A
             own, keys = (slice(end[n], end[n + 1]) for end in ends)
             expected = sa.attention(q[own], k[keys], v[keys], layout="bshd", return_lse=True, **options)
             assert same((together[0][own], together[1][:, own]), expected)
+
+
+def test_a_bias_beside_a_mask_has_columns_of_its_own(isa: str, normal: Any) -> None:
+    cache = sa.KVCache(1, 2, 8, 64)
+    cache.append(normal(1, 2, 40, 8), normal(1, 2, 40, 8))
+    q, bias, everything = normal(1, 2, 5, 8), normal(1, 2, 5, 40), np.ones((5, 5), bool)
+    plain = sa.attention_with_kvcache(q, cache, bias=bias)
+    assert np.array_equal(sa.attention_with_kvcache(q, cache, bias=bias, mask=everything), plain)
+    with pytest.raises(ValueError, match="bias has shape"):
+        sa.attention_with_kvcache(q, cache, bias=bias[..., :5], mask=everything)
+
+
+def test_nothing_is_read_where_a_released_page_would_be(run_python: Any) -> None:
+    # In front of the pool is a page that nobody may touch: a block of keys that starts before the first one held must
+    # not go there.
+    code = """
+        import ctypes, mmap
+        import numpy as np
+        import selfattn as sa
+        guard, need = mmap.PAGESIZE, sa.PagedKVCache.buffer_size(16, 16, 2, 16)
+        memory = mmap.mmap(-1, guard + need)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), guard, 0) == 0
+        pool = np.frombuffer(memory, np.uint8)[guard:]
+        for isa in sa.isas():
+            pool[:] = 0
+            rng = np.random.default_rng(0)
+            cache = sa.PagedKVCache(16, 16, 2, 16, window=20, buffer=pool)
+            sequence = cache.allocate()
+            with sa.use_isa(isa):
+                for tokens in (1, 30) * 20:
+                    q, k, v = rng.standard_normal((3, 1, 2, tokens, 16), dtype=np.float32)
+                    out = sa.attention_with_kvcache(q, cache, k, v, sequences=[sequence], window=(20, 0))
+            assert np.isfinite(out).all()
+        print(cache.length(sequence), cache.num_free_pages < 16)
+    """
+    assert run_python(code).split() == ["620", "True"]

@@ -139,7 +139,7 @@ class Contiguous(RuleBasedStateMachine):
             name: x.swapaxes(1, 2) if name in "kv" and asked["layout"] == "bshd" else x for name, x in tokens.items()
         }
         given_q = q.swapaxes(1, 2) if asked["layout"] == "bshd" else q
-        if (tokens and not self.has_room(q_len)) or (not tokens and self.looks_too_far_back(q_len)):
+        if (tokens and not self.has_room(q_len)) or (not tokens and self.looks_too_far_back(q_len, options)):
             self.refused(FULL, sa.attention_with_kvcache, given_q, self.cache, **given, **options, **asked)
             return
         out, lse = sa.attention_with_kvcache(given_q, self.cache, return_lse=True, **given, **options, **asked)
@@ -151,9 +151,9 @@ class Contiguous(RuleBasedStateMachine):
         out = out.swapaxes(1, 2) if asked["layout"] == "bshd" else out
         check_attention(self.assert_accurate, self.rows, q, out, lse, turned=tokens.get("rope") is not None, **options)
 
-    def looks_too_far_back(self, q_len: int) -> bool:
+    def looks_too_far_back(self, q_len: int, options: dict[str, Any]) -> bool:
         return self.window is not None and any(
-            self.first_held(b) > max(row.length - q_len - self.window, 0) for b, row in enumerate(self.rows)
+            self.first_held(b) > max(row.length - q_len - options["window"][0], 0) for b, row in enumerate(self.rows)
         )
 
     def turn(self, q: Any, tokens: Any) -> tuple[Any, Any]:

@@ -38,6 +38,20 @@ def test_peak_is_linear_in_the_length(run_python: Any) -> None:
     assert all(int(n) < 8 << 20 for n in added)
 
 
+def test_packed_sequences_take_no_memory_of_the_square(run_python: Any) -> None:
+    added = run_python(
+        PRELUDE
+        + """
+    x = np.ones((16_384, 1, 64), np.float32)
+    sa.attention_varlen(x[:100], x[:100], x[:100], [0, 50, 100], num_threads=2)
+    before = peak()
+    out = sa.attention_varlen(x, x, x, [0, 100, 8_000, 8_000, 16_384], causal=True, num_threads=2)
+    print(peak() - before - out.nbytes)
+    """
+    )
+    assert int(added) < 8 << 20
+
+
 def test_steady_over_many_calls(run_python: Any) -> None:
     growth = run_python(
         PRELUDE

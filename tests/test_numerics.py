@@ -133,3 +133,18 @@ def test_a_draw_beyond_the_usual_bound_is_within_the_chains(isa: str) -> None:
     error = abs(sa.attention(q, k, v, scale=0.3) - exact.out) / (2.0**-24 * exact.magnitude)
     assert error.max() <= chains
     assert error.max() <= 1.25 * (16 + 4 * exact.sigma)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_codes_of_8_bits(isa: str, normal: Any, q_len: int) -> None:
+    q, k, v = normal(1, 4, q_len, 64), normal(1, 2, 3000, 64), normal(1, 2, 3000, 64)
+    cache = sa.KVCache(1, 2, 64, 3000, dtype="int8")
+    cache.append(k, v)
+    out = sa.attention_with_kvcache(q, cache)
+    exact = reference.attention(q, k, v, causal=True)
+    k_error, v_error = (float(scales.max()) / 2 for scales in (cache.k_scales, cache.v_scales))
+    moved = k_error * np.abs(q, dtype=np.float64).sum(axis=-1, keepdims=True) / 8
+    error = abs(out - exact.out)
+    assert np.all(error <= np.expm1(2 * moved) * exact.magnitude + v_error + 1e-6)
+    # What is documented for unit normals, with room for fewer keys to average over.
+    assert 1e-5 < np.max(error / exact.magnitude) < 4e-3

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 import selfattn as sa
 
 SETTINGS = settings(
-    deadline=None, max_examples=40, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=80, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow]
 )
 seeds = st.integers(0, 1 << 30)
 some_live = precondition(lambda self: self.model.sequences)
@@ -71,8 +71,7 @@ class Paged(RuleBasedStateMachine):
 
     def check_contents(self, name: int, sequence: Sequence) -> None:
         first = self.model.first_held(name)
-        first += (self.window or 0) if first else 0  # queries of older tokens are refused
-        if first >= sequence.length:
+        if first == sequence.length:
             return
         k, v = read_through_attention(self.cache, sequence.length - first, sequences=[name])
         # A product of a code and its scale may be rounded, and a score on its way to lse.
@@ -174,7 +173,7 @@ class Paged(RuleBasedStateMachine):
         if tokens and not self.model.fits(names, q_len):
             self.refused(MemoryError, call)
             return
-        if not tokens and self.looks_too_far_back(names, q_len):
+        if not tokens and self.looks_too_far_back(names, q_len, options):
             self.refused(ValueError, call)
             return
         out, lse = call(return_lse=True)
@@ -185,9 +184,9 @@ class Paged(RuleBasedStateMachine):
             self.model.append(names, tokens["k"], tokens["v"])
         check_attention(self.assert_accurate, [self.model.sequences[name] for name in names], q, out, lse, **options)
 
-    def looks_too_far_back(self, names: list[int], q_len: int) -> bool:
+    def looks_too_far_back(self, names: list[int], q_len: int, options: dict[str, Any]) -> bool:
         return self.window is not None and any(
-            self.model.first_held(name) > max(self.model.sequences[name].length - q_len - self.window, 0)
+            self.model.first_held(name) > max(self.model.sequences[name].length - q_len - options["window"][0], 0)
             for name in names
         )
 
@@ -235,3 +234,13 @@ def test_too_few_pages_are_counted_in_the_message() -> None:
     with pytest.raises(MemoryError, match=r"(?s)(?=.*\b7\b)(?=.*\b3\b).*page"):
         cache.append(name, x, x[..., :2])  # 36 tokens: 9 pages, of which 2 are there
     assert (cache.length(name), cache.num_free_pages) == (6, 3)
+
+
+@pytest.mark.parametrize("name", [True, np.bool_(True), 1.0, "1", None, 2, -1, [1]])
+def test_only_ids_are_ids(name: Any) -> None:
+    cache = sa.PagedKVCache(5, 4, 1, 2)
+    assert [cache.allocate(), cache.allocate()] == [0, 1]
+    for method in (cache.length, cache.fork, cache.free):
+        with pytest.raises((TypeError, ValueError), match="sequence"):
+            method(name)
+    assert cache.sequences == (0, 1)

@@ -61,7 +61,18 @@ def test_docstrings_examples() -> None:
     import doctest
     import importlib
 
-    for name in ("_attention", "_bias", "_layer", "_rope", "_states", "_threads"):
+    for name in (
+        "_attention",
+        "_bias",
+        "_cache",
+        "_cached",
+        "_layer",
+        "_paged",
+        "_rope",
+        "_states",
+        "_threads",
+        "_varlen",
+    ):
         result = doctest.testmod(importlib.import_module(f"selfattn.{name}"))
         assert result.attempted > 0
         assert result.failed == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import ml_dtypes
@@ -248,24 +247,3 @@ def test_lists_go_with_lists(given: str) -> None:
         sa.attention_varlen(**{**lists, given: lists[given][:1]})
     with pytest.raises((TypeError, ValueError), match=r"^attention_varlen: "):
         sa.attention_varlen(**{**lists, given: np.ones((7, 2, 8), np.float32)})
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own accounts")
-def test_memory_does_not_grow_with_the_square(run_python: Any) -> None:
-    added = run_python(
-        """
-        import resource
-        import numpy as np
-        import selfattn as sa
-
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-        x = np.ones((16_384, 1, 64), np.float32)
-        small = sa.attention_varlen(x[:100], x[:100], x[:100], [0, 50, 100], num_threads=2)
-        before = peak()
-        out = sa.attention_varlen(x, x, x, [0, 100, 8_000, 8_000, 16_384], causal=True, num_threads=2)
-        print(peak() - before - out.nbytes)
-        """
-    )
-    assert int(added) < 8 << 20

@@ -49,13 +49,13 @@ class SafeTokens {
  public:
   SafeTokens(py::handle array, const TensorView& view, const CacheArguments& cache) : view_(view) {
     if (!cache.meets(view)) return;
-    copy_ = py::reinterpret_borrow<py::array>(array).attr("copy")();
-    view_ = view_of(copy_, view.dtype);
+    copy_ = array.attr("copy")();
+    view_ = view_of(py::reinterpret_borrow<py::array>(copy_), view.dtype);
   }
   const TensorView& view() const { return view_; }
 
  private:
-  py::array copy_;
+  py::object copy_;
   TensorView view_;
 };
 
@@ -121,11 +121,14 @@ void check_query(const char* function, const Cache& cache, const TensorView& q, 
     refuse(function, "q has head_dim ", q.extent(0), " but the cache has ", cache.key.width);
 }
 
-// inputs: q, k and v or None, rope or None, positions or None; the GIL is released for all of the work.
-py::object attend_cache(const char* function, const py::tuple& cache_values, const py::tuple& inputs, py::object out,
-                        const py::tuple& option_values) {
+// inputs: q, k and v or None, rope or None, positions or None, whether the result is to be of the type of computation.
+// The function's name is no `const char*`, for which pybind11 allocates memory.
+py::object attend_cache(py::handle function_name, const py::tuple& cache_values, const py::tuple& inputs,
+                        py::object out, const py::tuple& option_values) {
+  const char* const function = PyUnicode_AsUTF8(function_name.ptr());
   const Options options(option_values);
   const TensorView q = float_view(function, "q", inputs[0]);
+  const DType type = inputs[5].cast<bool>() ? computed_in(q.dtype) : q.dtype;
   const bool appends = !inputs[1].is_none();
   const TensorView k = appends ? matching_view(function, "k", inputs[1], "q", q.dtype) : TensorView{};
   const TensorView v = appends ? matching_view(function, "v", inputs[2], "q", q.dtype) : TensorView{};
@@ -162,12 +165,12 @@ py::object attend_cache(const char* function, const py::tuple& cache_values, con
   bool direct = false;
   if (!out.is_none()) {
     const py::array given = py::reinterpret_borrow<py::array>(out);
-    check_out(function, given, out_shape(problem), q.dtype);
-    const TensorView view = view_of(given, q.dtype);
+    check_out(function, given, out_shape(problem), type);
+    const TensorView view = view_of(given, type);
     direct = !meets_any(view, arguments) && !meet(view, q) && !source.meets(view);
   }
-  Destination result(std::move(out), direct, out_shape(problem), q.dtype, inputs[0]);
-  attach_out(problem, result.view(q.dtype));
+  Destination result(std::move(out), direct, out_shape(problem), type, inputs[0]);
+  attach_out(problem, result.view(type));
   const Extras extras(options, problem);
   const KernelSet& kernels = active_kernels();
   const Plan plan = make_plan(problem, kernels, options.num_threads);

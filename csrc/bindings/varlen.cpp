@@ -41,7 +41,11 @@ struct LseOf {
 struct Sequence {
   RowsOf query, key, value;
   Problem problem;
-  Plan plan;
+  Plan plan{};
+
+  Sequence(const TensorView& q, const TensorView& k, const TensorView& v, std::int64_t query_row, std::int64_t q_len,
+           std::int64_t key_row, std::int64_t kv_len)
+      : query(q, query_row, q_len), key(k, key_row, kv_len), value(v, key_row, kv_len) {}
 };
 
 // Options that every sequence has its own of: lists of arrays or None, and arrays with a first axis of sequences.
@@ -80,7 +84,7 @@ class Sequences {
   Sequence& make(std::size_t i, const TensorView& q, const TensorView& k, const TensorView& v,
                  const std::int64_t* queries, const std::int64_t* keys) {
     const std::int64_t q_len = queries[i + 1] - queries[i], kv_len = keys[i + 1] - keys[i];
-    return *::new (sequences_ + i) Sequence{{q, queries[i], q_len}, {k, keys[i], kv_len}, {v, keys[i], kv_len}, {}, {}};
+    return *::new (sequences_ + i) Sequence(q, k, v, queries[i], q_len, keys[i], kv_len);
   }
   Sequence& operator[](std::size_t i) { return sequences_[i]; }
 

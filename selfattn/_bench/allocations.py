@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .cache_grid import ON_CACHES
 from .peer import prepare_with_out
 from .workloads import WORKLOADS
 
@@ -36,6 +37,7 @@ CASES = (
     "projection-block-384",
     "projection-block",
 )
+STEPS = ("cache-step", "cache-step-paged")  # fewer calls than a step rewinds after
 RESULT_CASE = "vit-197"  # is also called without `out`, which allocates: the counter must see it
 NO_OUT = ", no out"
 
@@ -47,7 +49,7 @@ def why_not() -> str:
     return "" if shutil.which("cc") else "needs a C compiler"
 
 
-def count(source: Path, threads: int) -> dict[str, tuple[int, int]]:
+def count(source: Path, threads: int, cases: Sequence[str] = CASES) -> dict[str, tuple[int, int]]:
     """Count in a new process.
 
     Parameters
@@ -55,6 +57,8 @@ def count(source: Path, threads: int) -> dict[str, tuple[int, int]]:
     source : Path
         The C source of the library that counts.
     threads : int
+    cases : sequence of str
+        Names of workloads.
 
     Returns
     -------
@@ -65,7 +69,7 @@ def count(source: Path, threads: int) -> dict[str, tuple[int, int]]:
         library = str(Path(folder) / "counting_malloc.so")
         subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, str(source), "-ldl"], check=True)
         printed = subprocess.check_output(
-            [sys.executable, "-m", "selfattn._bench.allocations", str(threads)],
+            [sys.executable, "-m", "selfattn._bench.allocations", str(threads), *cases],
             text=True,
             cwd=folder,  # in the project's own folder the sources would be found, which lack the core
             env={**os.environ, "LD_PRELOAD": library},
@@ -73,12 +77,26 @@ def count(source: Path, threads: int) -> dict[str, tuple[int, int]]:
     return {name: (everybody, core) for name, (everybody, core) in json.loads(printed).items()}
 
 
-def count_here(threads: int) -> dict[str, tuple[int, int]]:
+def show(source: Path, threads: int, cases: Sequence[str] = CASES) -> bool:
+    """Print what repeated calls allocate; return whether those with `out` allocate nothing."""
+    reason = why_not()
+    if reason:
+        print(f"\nAllocations: not counted, {reason}")
+        return True
+    print(f"\nAllocations in {CALLS} repeated calls with out=, threads {threads}; malloc and its relatives,")
+    print("counted by a preloaded library over all threads and libraries of the process")
+    counts = count(source, threads, cases)
+    for name, (everybody, core) in counts.items():
+        print(f"{name:>20} {everybody:6}, of these by the core {core}")
+    return all(everybody == 0 for name, (everybody, _) in counts.items() if not name.endswith(NO_OUT))
+
+
+def count_here(threads: int, cases: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Count in this process, which has the library preloaded."""
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
     found = (ctypes.c_long * 2)()
     counts = {}
-    for name, call in _calls(threads):
+    for name, call in _calls(threads, cases):
         for _ in range(WARM_CALLS):
             call()
         shim.counting_malloc_start()
@@ -89,13 +107,13 @@ def count_here(threads: int) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _calls(threads: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for name in CASES:
-        call, out = prepare_with_out(WORKLOADS[name], threads)
+def _calls(threads: int, cases: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name in cases:
+        call, out = prepare_with_out({**WORKLOADS, **ON_CACHES}[name], threads)
         yield name, partial(call, out=out)
         if name == RESULT_CASE:
             yield f"{name}{NO_OUT}", call
 
 
 if __name__ == "__main__":
-    print(json.dumps(count_here(int(sys.argv[1]))))
+    print(json.dumps(count_here(int(sys.argv[1]), sys.argv[2:])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ import selfattn
 from selfattn import reference
 
 from .._rounding import EXACT_UNITS, MATRIX_ROUNDINGS
+from .cached import stored
 from .numbers import UNIT_ROUNDOFF, bound_of, computed_in, numpy_dtype, rounded_bound
 from .workload import Array, Arrays, Workload
 
@@ -35,11 +36,14 @@ class Expected:
         Which part of the output.
     value, bound : ndarray of float64
         The reference and the error allowed, element by element.
+    magnitude : ndarray of float64, optional
+        What sums of p|v| an attention's errors are measured against.
     """
 
     index: tuple[slice, ...]
     value: Float64
     bound: Float64
+    magnitude: Float64 | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def coarse_error(workload: Workload) -> float:
 def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
     """Compute what a right output holds on the active ISA: all, or rows at start, middle and end of some heads."""
     unit = unit_of(workload)
+    arrays = stored(workload, arrays)
     if workload.kind == "block":
         return _block_parts(workload, arrays, unit)
     parts = []
@@ -135,7 +140,8 @@ def _attention_part(workload: Workload, arrays: Arrays, unit: str, entry: int, h
     )
     units = Units.of(result.sigma, workload.dtype, workload.precision, unit)
     bound = bound_of(units.out * result.magnitude, workload.dtype)
-    return Expected((at_entry, at_head, rows), result.out, rounded_bound(result.out, bound, workload.dtype))
+    bound = rounded_bound(result.out, bound, workload.dtype)
+    return Expected((at_entry, at_head, rows), result.out, bound, result.magnitude)
 
 
 def _cut(array: Array, index: tuple[slice, ...]) -> Array:
@@ -209,6 +215,16 @@ def check(name: str, out: Array, parts: list[Expected]) -> float:
                 f"{name}: error {error.max():.3g} is {fraction:.3g} times its bound at output part {part.index}"
             )
         worst = max(worst, fraction)
+    return worst
+
+
+def storage_error(workload: Workload, arrays: Arrays, out: Array) -> float:
+    """Find what rounding k and v to a cache's type has cost: the largest error as a fraction of sum p|v|."""
+    worst = 0.0
+    for part in expected_parts(replace(workload, cache=None), arrays):
+        assert part.magnitude is not None
+        errors = np.abs(_double(out[part.index]) - part.value) / part.magnitude
+        worst = max(worst, float(errors.max(initial=0.0)))
     return worst
 
 

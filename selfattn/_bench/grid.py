@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .axes import AMX, varied_groups
+from .options import Options
 from .target import Group, Target
-from .workload import Options, Workload
+from .workload import Workload
 from .workloads import WORKLOADS, attention_workload, block_workload
 from .yardstick import FEWER, PEAK, TIME
 

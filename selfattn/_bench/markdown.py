@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ABSENT = "–"
 
 
-def markdown(record: dict[str, Any], results: Sequence[Result]) -> str:
+def markdown(record: dict[str, Any], results: Sequence[Result], groups: Mapping[str, Group] = GROUPS) -> str:
     """Write a table for every group of which something was measured, and its verdicts below."""
     parts = ["\n".join(f"- {line}" for line in heading(record).splitlines())]
-    for group in GROUPS.values():
+    for group in groups.values():
         shown: dict[str, dict[int, Result]] = {workload.name: {} for workload in group.workloads}
         for result in results:
             if result.workload.name in shown:
@@ -66,7 +66,11 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def fill(
-    path: str | Path, record: dict[str, Any], results: Sequence[Result], picture: str | Path | None = None
+    path: str | Path,
+    record: dict[str, Any],
+    results: Sequence[Result],
+    picture: str | Path | None = None,
+    groups: Mapping[str, Group] = GROUPS,
 ) -> None:
     """Replace what stands between the two marks of a Markdown file.
 
@@ -77,6 +81,8 @@ def fill(
         What `read_records` returns.
     picture : str or Path, optional
         A roofline to show above the tables.
+    groups : mapping of name to Group
+        The grid that the results come from.
 
     Raises
     ------
@@ -92,4 +98,5 @@ def fill(
     if picture is not None:
         target = Path(os.path.relpath(picture, Path(path).parent)).as_posix()
         shown = f"![Roofline: FLOP per byte against GFLOP/s]({target})\n\n"
-    Path(path).write_text(f"{before}{BEGIN}\n\n{shown}{markdown(record, results)}\n\n{END}{after}", encoding="utf-8")
+    tables = markdown(record, results, groups)
+    Path(path).write_text(f"{before}{BEGIN}\n\n{shown}{tables}\n\n{END}{after}", encoding="utf-8")

@@ -10,14 +10,15 @@ import numpy as np
 
 import selfattn
 
-from .check import check, check_coarsely, check_everywhere, coarse_error, expected_parts
+from .check import Mismatch, check, check_coarsely, check_everywhere, coarse_error, expected_parts, storage_error
 from .peer import CannotRun, Own, Peer, Run
 from .peers import OWN
-from .timing import Peaks, Quartiles, interleave, ratios
+from .timing import BANDWIDTH, Gauges, Peaks, Quartiles, interleave, ratios
 from .workload import Arrays, Workload
 
 PEAK_SHARE = 0.05  # of a workload's time budget, for each of four peak measurements
 PEAK_SECONDS = (0.005, 0.1)  # shortest and longest of one
+MAX_STORAGE_ERROR = 0.02  # beside sum p|v|: more than any type of a cache costs, less than a wrong scale would
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class Result:
         FLOP/s of multiply-adds in registers of the unit that multiplies numbers of the products' type, measured
         in the same run.
     bandwidth : float
-        Bytes/s read from an array as large as K and V, measured in the same run.
+        Bytes/s read from an array as large as K and V, measured in the same run; where they come from a cache, in
+        every round: the median, and times and ratios have them as "bandwidth".
+    storage_error : float, optional
+        What rounding to another type that a cache has cost at most, as a fraction of sum p|v|.
     """
 
     workload: Workload
@@ -56,6 +60,7 @@ class Result:
     skipped: dict[str, str] = field(default_factory=dict)
     flop_peak: float = float("nan")
     bandwidth: float = float("nan")
+    storage_error: float | None = None
 
     @property
     def peak(self) -> float:
@@ -78,7 +83,9 @@ class Result:
 
     @property
     def fraction_of_peak(self) -> float:
-        """Rate of selfattn over the peak."""
+        """Rate of selfattn over the peak; the median of the rounds' where each has measured it."""
+        if BANDWIDTH in self.ratios:
+            return self.ratios[BANDWIDTH].median
         return self.rate() / self.peak
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +113,7 @@ class Result:
             skipped=record["skipped"],
             flop_peak=record["flop_peak"],
             bandwidth=record["bandwidth"],
+            storage_error=record.get("storage_error"),
         )
 
 
@@ -130,21 +138,27 @@ def measure(workload: Workload, peers: Sequence[Peer], threads: int, seconds: fl
     arrays = workload.make_arrays()
     runs, skipped = prepare(workload, peers, arrays, threads)
     errors = check_all(workload, arrays, runs, peers)
+    lost = check_storage(workload, arrays, runs[OWN.name])
     peaks = Peaks(threads, float(np.clip(PEAK_SHARE * seconds, *PEAK_SECONDS)))
     before = _both_peaks(peaks, workload)
-    samples = interleave(runs, seconds)
+    samples = interleave(runs, seconds, _gauges(peaks, workload))
     after = _both_peaks(peaks, workload)
+    times = {name: Quartiles.of(taken) for name, taken in samples.items()}
+    bandwidth = max(before[1], after[1])
+    if BANDWIDTH in times:
+        bandwidth = workload.kv_bytes() / times[BANDWIDTH].median
     return Result(
         workload=workload,
         threads=threads,
         isa=selfattn.active_isa(),
         rounds=len(samples[OWN.name]),
-        times={name: Quartiles.of(times) for name, times in samples.items()},
+        times=times,
         ratios=ratios(samples, OWN.name),
         errors=errors,
         skipped=skipped,
         flop_peak=max(before[0], after[0]),
-        bandwidth=max(before[1], after[1]),
+        bandwidth=bandwidth,
+        storage_error=lost,
     )
 
 
@@ -157,7 +171,7 @@ def prepare(
     for peer in peers:
         if peer.name in runs:
             continue
-        reason = peer.why_not(workload)
+        reason = peer.why_not(workload) or _why_no_cache(peer, workload)
         if not reason:
             try:
                 runs[peer.name] = peer.prepare(workload, arrays, threads)
@@ -188,6 +202,40 @@ def check_all(workload: Workload, arrays: Arrays, runs: dict[str, Run], peers: S
             check_everywhere(label, out, trusted, parts)
             errors[name] = check(label, out, parts)
     return errors
+
+
+def check_storage(workload: Workload, arrays: Arrays, run: Run) -> float | None:
+    """Return what rounding to a cache's type has cost; None where nothing is rounded.
+
+    Raises
+    ------
+    Mismatch
+        If it is more than any type costs.
+    """
+    if not _rounds(workload):
+        return None
+    lost = storage_error(workload, arrays, np.asarray(run()))
+    if not lost <= MAX_STORAGE_ERROR:
+        raise Mismatch(f"{workload.name}: storing k and v has cost {lost:.2g} of sum p|v|")
+    return lost
+
+
+def _rounds(workload: Workload) -> bool:
+    return workload.cache is not None and workload.cache.storage(workload.dtype) != workload.dtype
+
+
+def _why_no_cache(peer: Peer, workload: Workload) -> str:
+    if workload.cache is None or isinstance(peer, Own):
+        return ""
+    if workload.cache.step:
+        return "it appends nothing"
+    return "its keys and values are not stored in another type" if _rounds(workload) else ""
+
+
+def _gauges(peaks: Peaks, workload: Workload) -> Gauges:
+    """Return what is measured in every round: reading as many bytes as a cache holds."""
+    size = workload.kv_bytes()
+    return {} if workload.cache is None else {BANDWIDTH: lambda: size / peaks.bandwidth(size)}
 
 
 def _both_peaks(peaks: Peaks, workload: Workload) -> tuple[float, float]:

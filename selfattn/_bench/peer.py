@@ -13,6 +13,7 @@ import numpy as np
 
 import selfattn
 
+from .cached import cached_call
 from .check import join_heads, split_heads
 from .dense import dense_bias, dense_mask
 from .numbers import NARROW_ROUNDOFF
@@ -100,6 +101,8 @@ class Own(Peer):
 
 
 def _own_call(workload: Workload, arrays: Arrays, threads: int) -> Callable[..., Any]:
+    if workload.cache is not None:
+        return cached_call(workload, arrays, threads)
     options = {**workload.attention_options(arrays), "num_threads": threads}
     if workload.precision != "highest":
         options["precision"] = workload.precision

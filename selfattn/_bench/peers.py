@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cache_variants import CACHE_VARIANTS
 from .jax_peer import Jax
 from .onnx_peer import OnnxRuntime
 from .openvino_peer import OpenVino
@@ -13,7 +14,7 @@ from .vllm_peer import Vllm
 OWN = Own()
 OTHERS: tuple[Peer, ...] = (NumPy(), PyTorch(), OnnxRuntime(), OpenVino(), Jax(), Vllm())
 NARROW_HEADS = (NarrowHeads(32), NarrowHeads(64))
-VARIANTS: tuple[Peer, ...] = (WithoutOption(), OneThread(), *NARROW_HEADS)
+VARIANTS: tuple[Peer, ...] = (WithoutOption(), OneThread(), *NARROW_HEADS, *CACHE_VARIANTS)
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, *OTHERS, *VARIANTS)}
 
 ALIASES = {"torch": "pytorch"}  # the name people import and install

@@ -43,7 +43,7 @@ def table_lines(results: Sequence[Result]) -> list[str]:
     rows += [_row(result, peers) for result in results]
     for threads in sorted({result.threads for result in results}):
         rows.append(_mean_row([r for r in results if r.threads == threads], threads, peers))
-    return [*_aligned(rows), *_skipped_lines(results)]
+    return [*_aligned(rows), *_storage_lines(results), *_skipped_lines(results)]
 
 
 def heading(record: Mapping[str, Any]) -> str:
@@ -113,6 +113,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _storage_lines(results: Sequence[Result]) -> list[str]:
+    """Say what rounding to a cache's type has cost."""
+    lost = {r.workload.name: r.storage_error for r in results if r.storage_error is not None}
+    lines = [f"  {name}: {error:.2%} of sum p|v|" for name, error in lost.items()]
+    return ["", "largest error by storing k and v:", *lines] if lines else []
 
 
 def _skipped_lines(results: Sequence[Result]) -> list[str]:

@@ -1,11 +1,11 @@
-"""The options and the flow of `benchmarks/targets.py`."""
+"""The options and the flow of `benchmarks/targets.py` and `benchmarks/caches.py`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,41 @@ vs: the peer's time over selfattn's, median of interleaved rounds [quartiles].
 A target holds for every workload ("worst") and, where "geomean" has one, for the geometric mean."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    families = list(dict.fromkeys(group.family for group in GROUPS.values()))
-    parser.add_argument("--groups", nargs="+", choices=[*GROUPS], metavar="GROUP", help=", ".join(families))
+def add_arguments(
+    parser: argparse.ArgumentParser, grid: Mapping[str, Group] = GROUPS, peers: Sequence[str] | None = None
+) -> None:
+    """Add the command's options.
+
+    Parameters
+    ----------
+    parser : ArgumentParser
+    grid : mapping of name to Group
+        What can be measured. Only the first grid can be drawn.
+    peers : sequence of str, optional
+        Those that are measured if they are installed and none is named; all but NumPy by default.
+    """
+    parser.set_defaults(grid=grid, usual_peers=peers, roofline=None, parts=None)
+    families = list(dict.fromkeys(group.family for group in grid.values()))
+    parser.add_argument("--groups", nargs="+", choices=[*grid], metavar="GROUP", help=", ".join(families))
     add_axes(parser, "only groups")
     parser.add_argument("--isa", choices=list(LIMITS), help="hold selfattn and the peers to it")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="only these of the groups' workloads")
     parser.add_argument("--list", action="store_true", help="list groups, workloads and targets, and stop")
     parser.add_argument("--threads", nargs="+", type=positive_int, default=[1, 2], metavar="N", help="default: 1 2")
-    peers = ", ".join(peer.name for peer in OTHERS)
-    parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"some of {peers} (default: installed, not numpy)")
+    known = ", ".join(peer.name for peer in OTHERS)
+    usual = "installed, not numpy" if peers is None else f"{', '.join(peers)} if installed"
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"some of {known} (default: {usual})")
     parser.add_argument("--vllm", metavar="FILE", help=f"vLLM's shared library (default: {LIBRARY_VARIABLE})")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="time per workload (default 2)")
     parser.add_argument("--json", metavar="FILE", help="write results to this file, after every group")
     parser.add_argument("--from", dest="files", nargs="+", metavar="FILE", help="measure nothing, report these files")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--fill", metavar="FILE", help="put the tables into this Markdown file, at its marks")
+    if grid is GROUPS:
+        _add_drawings(parser)
+
+
+def _add_drawings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--roofline", metavar="FILE", help="draw the roofline (needs matplotlib)")
     parser.add_argument("--parts", metavar="FILE", help="draw products and softmax of prefill in 16 bits (the same)")
 
@@ -80,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         if args.parts:
             write_parts(results, args.parts)
         if args.fill:
-            fill(args.fill, record, results, picture=args.roofline)
+            fill(args.fill, record, results, picture=args.roofline, groups=args.grid)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -101,7 +119,7 @@ def _chosen(args: argparse.Namespace) -> list[tuple[Group, list[Workload]]]:
 
 def _asked(args: argparse.Namespace) -> list[Group]:
     """Groups of the families, types and precisions; where none is named, those with targets."""
-    groups = [group for group in GROUPS.values() if not args.groups or {group.name, group.family} & {*args.groups}]
+    groups = [group for group in args.grid.values() if not args.groups or {group.name, group.family} & {*args.groups}]
     groups = [group for group in groups if not args.dtype or group.dtype in args.dtype]
     groups = [group for group in groups if not args.precision or group.precision in args.precision]
     if not groups:
@@ -123,7 +141,7 @@ def _measured(
     args: argparse.Namespace, groups: Sequence[tuple[Group, Sequence[Workload]]]
 ) -> tuple[list[Result], bool]:
     """Measure group by group, so that one that fails leaves the others; say whether one did."""
-    peers = [peer.name for peer in choose(args.peers) if peer is not OWN and (args.peers or peer.name != "numpy")]
+    peers = _peers(args)
     results: list[Result] = []
     failed = False
     for group, workloads in groups:
@@ -144,6 +162,14 @@ def _measured(
     return results, failed
 
 
+def _peers(args: argparse.Namespace) -> list[str]:
+    """Names of the peers to measure."""
+    chosen = [peer.name for peer in choose(args.peers) if peer is not OWN]
+    if args.peers:
+        return chosen
+    return [name for name in chosen if (name in args.usual_peers if args.usual_peers else name != "numpy")]
+
+
 def _report(
     args: argparse.Namespace,
     groups: Sequence[tuple[Group, Sequence[Workload]]],
@@ -152,7 +178,7 @@ def _report(
 ) -> bool:
     """Print what has not been printed yet; return whether a target was missed."""
     if args.markdown:
-        print(markdown(record, results))
+        print(markdown(record, results, args.grid))
     elif args.files:
         for group, _ in groups:
             print("\n".join(_group_lines(group, results)), end="\n\n")

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import selfattn
 from selfattn import _core
 
 Timed = Mapping[str, Callable[[], Any]]
+Gauges = Mapping[str, Callable[[], float]]
+
+BANDWIDTH = "bandwidth"  # among the times of a round: those of reading as many bytes as K and V have
 
 MIN_SAMPLE_SECONDS = 2e-3  # far above the resolution of the clock and one interrupt
 MIN_ROUNDS = 5
@@ -46,7 +50,7 @@ class Quartiles:
         return cls(float(q1), float(median), float(q3))
 
 
-def interleave(runs: Timed, seconds: float) -> dict[str, list[float]]:
+def interleave(runs: Timed, seconds: float, gauges: Gauges | None = None) -> dict[str, list[float]]:
     """Time calls in turns, A B C, B C A, ..., until `seconds` have passed.
 
     Each sample repeats its call for at least 2 ms. At least five rounds are made.
@@ -56,15 +60,18 @@ def interleave(runs: Timed, seconds: float) -> dict[str, list[float]]:
     runs : mapping of name to call
     seconds : float
         Time budget of all calls together.
+    gauges : mapping of name to gauge, optional
+        What measures itself and returns seconds; takes its turn among the calls.
 
     Returns
     -------
     dict
         Seconds per call of each round, by name; the same number of rounds for all.
     """
-    plans = {name: _calibrate(run) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+    takes: dict[str, Callable[[], float]] = {name: partial(_sample, run, _calibrate(run)) for name, run in runs.items()}
+    takes |= {name: partial(_gauged, gauge) for name, gauge in (gauges or {}).items()}
+    samples: dict[str, list[float]] = {name: [] for name in takes}
+    names = list(takes)
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -74,7 +81,7 @@ def interleave(runs: Timed, seconds: float) -> dict[str, list[float]]:
                 break
             first = turn % len(names)
             for name in (*names[first:], *names[:first]):
-                samples[name].append(_sample(runs[name], plans[name]))
+                samples[name].append(takes[name]())
     finally:
         if collecting:
             gc.enable()
@@ -105,6 +112,12 @@ def _sample(run: Callable[[], Any], plan: _Plan) -> float:
     while plan.warm and time.perf_counter() - start < WARM_SECONDS:
         run()
     return _time(run, plan.repeats)
+
+
+def _gauged(gauge: Callable[[], float]) -> float:
+    """Seconds that a gauge says, once all other threads rest."""
+    _settle()
+    return max(gauge(), 1e-9)
 
 
 def _settle() -> None:

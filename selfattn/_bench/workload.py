@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .numbers import ITEMSIZES, SUFFIXES, normal
+from .options import Cache, Options
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -23,44 +24,6 @@ VISIBLE_SHARE = 0.75  # of a random mask's entries
 SOFT_BIAS = 2.0  # standard deviation of a random bias
 TILE = 256  # side of the squares of a "tiles" mask
 TILE_PERIOD = 4  # one in so many of them is visible
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a workload asks of `selfattn.attention` beyond q, k and v.
-
-    Attributes
-    ----------
-    causal : bool
-    window : tuple of (int or None), optional
-    softcap : float, optional
-    mask : {"none", "pairs", "tiles", "keys"}
-        "pairs" is a random mask of shape (1, 1, q_len, kv_len); "tiles" one of that shape that
-        shows every fourth square of 256 pairs a side; "keys" gives `kv_lens` as a mask of shape
-        (batch, 1, 1, kv_len), as tokenizers do.
-    bias : bool
-        A random bias of shape (1, num_heads, q_len, kv_len).
-    alibi : bool
-    kv_lens : tuple of int, optional
-        One length per batch row.
-    """
-
-    causal: bool = False
-    window: tuple[int | None, int | None] | None = None
-    softcap: float | None = None
-    mask: Literal["none", "pairs", "tiles", "keys"] = "none"
-    bias: bool = False
-    alibi: bool = False
-    kv_lens: tuple[int, ...] | None = None
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Options:
-        """Rebuild options from `dataclasses.asdict`, also after a trip through JSON."""
-        values = dict(record)
-        for name in ("window", "kv_lens"):
-            if values[name] is not None:
-                values[name] = tuple(values[name])
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -81,6 +44,8 @@ class Workload:
     options : Options
     baseline : Options, optional
         Other options, to hold selfattn's own time against.
+    cache : Cache, optional
+        What keys and values come from: arrays of this type by default.
     """
 
     name: str
@@ -96,16 +61,19 @@ class Workload:
     d_model: int = 0
     dtype: str = "float32"
     precision: str = "highest"
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
     baseline: Options | None = None
+    cache: Cache | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Workload:
         """Rebuild a workload from `dataclasses.asdict`, also after a trip through JSON."""
-        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        values = {own.name: record[own.name] for own in fields(cls) if own.name in record}
         for name in ("options", "baseline"):
             if values[name] is not None:
                 values[name] = Options.from_dict(values[name])
+        if values.get("cache") is not None:
+            values["cache"] = Cache(**values["cache"])
         return cls(**values)
 
     def varied(self, dtype: str, precision: str = "highest") -> Workload:
@@ -199,9 +167,11 @@ class Workload:
         return self.attention_flops() + self.projection_flops()
 
     def kv_bytes(self) -> int:
-        """Bytes of the valid rows of K and V, each counted once."""
-        row = self.num_kv_heads * (self.head_dim + self.value_dim) * self.itemsize
-        return row * int(self.kv_lens().sum())
+        """Bytes of the valid rows of K and V, each counted once: as a cache stores them, if they come from one."""
+        cache = self.cache or Cache()
+        row = (self.head_dim + self.value_dim) * cache.itemsize(self.dtype) + cache.scale_bytes
+        twice = (self.batch - 1) * cache.shared if cache.cascade else 0  # tokens of a prompt that all have in common
+        return self.num_kv_heads * row * (int(self.kv_lens().sum()) - twice)
 
     def operand_bytes(self) -> int:
         """Bytes of all arrays a call must read or write, each counted once."""
@@ -212,7 +182,9 @@ class Workload:
 
     @property
     def memory_bound(self) -> bool:
-        """Whether reading K and V, not arithmetic, limits the speed: decode."""
+        """Whether reading K and V, not arithmetic, limits the speed: decode. What caches give is judged so."""
+        if self.cache is not None:
+            return True
         if self.kind == "block" or self.q_len >= self.kv_len:
             return False
         return self.flops() * self.itemsize < MEMORY_BOUND_INTENSITY * self.kv_bytes()
@@ -231,6 +203,9 @@ class Workload:
             name: normal(rng, shape, self.dtype, deviation)
             for name, (shape, deviation) in self._random_arrays().items()
         }
+        if self.cache is not None:
+            for name in "kv":
+                arrays[name][1:, :, : self.cache.shared] = arrays[name][:1, :, : self.cache.shared]
         if self.options.mask == "pairs":
             arrays["mask"] = rng.random((1, 1, self.q_len, self.kv_len)) < VISIBLE_SHARE
             arrays["mask"][..., 0] = True  # no row without a key: peers disagree about those

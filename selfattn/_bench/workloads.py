@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .workload import Options, Workload
+from .options import Options
+from .workload import Workload
 
 PADDED_LENS = (128, 19, 64, 101, 33, 80, 117, 50)
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .cache_variants import CONTIGUOUS, ONE_QUERY, TWICE
 from .measure import Result
 from .peers import OWN, PEERS
 from .report import format_seconds
@@ -14,6 +15,7 @@ from .workload import Workload
 PEAK = "peak"
 FEWER = "fewer"
 TIME = "time"
+OVERHEAD = "overhead"
 
 
 class Yardstick(ABC):
@@ -118,6 +120,32 @@ class CallTime(Yardstick):
         return format_seconds(value)
 
 
+class TimesOf(PeerTime):
+    """selfattn's time over a variant's of its own."""
+
+    limits = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.label = f"time over that of {PEERS[name].label}"
+
+    def value(self, result: Result, results: Sequence[Result]) -> float | None:
+        """See `Yardstick.value`."""
+        ratio = super().value(result, results)
+        return None if ratio is None else 1 / ratio
+
+
+class StepOverhead(CallTime):
+    """The seconds of a step that do not grow with its keys: a straight line through two numbers of keys, at none."""
+
+    label = "overhead of a step"
+
+    def value(self, result: Result, results: Sequence[Result]) -> float | None:
+        """See `Yardstick.value`."""
+        twice = result.times.get(TWICE)
+        return None if twice is None else max(2 * result.times[OWN.name].median - twice.median, 1e-9)
+
+
 def _series(workload: Workload) -> Workload:
     """Leave out what tells apart workloads that differ in the number of queries only."""
     return replace(workload, name="", why="", q_len=0)
@@ -132,4 +160,6 @@ YARDSTICKS: dict[str, Yardstick] = {
     PEAK: Peak(),
     FEWER: FewerQueries(),
     TIME: CallTime(),
+    **{name: TimesOf(name) for name in (CONTIGUOUS, ONE_QUERY)},
+    OVERHEAD: StepOverhead(),
 }

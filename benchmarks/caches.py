@@ -1,0 +1,40 @@
+"""Hold reading and writing caches against its targets, group by group, beside PyTorch on the same keys and values.
+
+`--vllm FILE` adds vLLM's operator. Returns 1 if a target was missed, a result was wrong or a step allocates.
+Run `python benchmarks/caches.py --help` for the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from selfattn._bench import allocations
+from selfattn._bench.cache_grid import CACHE_GROUPS, OVERHEAD_GROUP
+from selfattn._bench.targets_command import add_arguments, run
+
+PEERS = ("pytorch", "vllm")
+SHIM = Path(__file__).with_name("counting_malloc.c")
+
+
+def counts_allocations(args: argparse.Namespace) -> bool:
+    """Whether the steps are measured, whose allocations belong to them."""
+    part = args.list or args.files or args.workloads or args.dtype or args.precision
+    return not part and (args.groups is None or OVERHEAD_GROUP in args.groups)
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, CACHE_GROUPS, PEERS)
+    args = parser.parse_args()
+    code = run(args)
+    if counts_allocations(args):
+        good = [allocations.show(SHIM, threads, allocations.STEPS) for threads in args.threads]
+        return max(code, int(not all(good)))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

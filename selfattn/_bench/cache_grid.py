@@ -1,0 +1,148 @@
+"""The workloads that reading caches is judged by, in groups with targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .cache_variants import CONTIGUOUS, ONE_QUERY, TWICE
+from .options import Cache
+from .target import Group, Target
+from .workload import Workload
+from .workloads import attention_workload
+from .yardstick import OVERHEAD, PEAK
+
+GQA = (32, 8)
+LONG = 8192
+OVERHEAD_GROUP = "overhead"
+SHORTEST, LONGEST = 100, 8000  # of the lengths that are mixed
+STEP_KEYS = 33  # that a step attends to at first; 96 on the average
+
+
+def _on_cache(name: str, why: str, lens: tuple[int, int], heads: Any = GQA, dim: int = 128, **options: Any) -> Workload:
+    cache = options.pop("cache", Cache())
+    causal = lens[0] > 1
+    workload = attention_workload(f"cache-{name}", why, heads, lens, dim, causal=causal, **options)
+    return replace(workload, cache=cache)
+
+
+DECODE = (
+    _on_cache("decode-4k", "one query, 4,096 keys", (1, 4096)),
+    _on_cache("decode-32k", "one query, 32,768 keys", (1, 32768)),
+)
+
+
+def _mixed(batch: int, page_size: int) -> Workload:
+    lens = tuple(int(n) for n in np.random.default_rng(batch).integers(SHORTEST, LONGEST + 1, batch))
+    name, where = (f"mixed-{batch}-paged", "pages of 16") if page_size else (f"mixed-{batch}", "a contiguous cache")
+    why = f"{batch} sequences of {min(lens):,} to {max(lens):,} keys in {where}"
+    cache = Cache(page_size=page_size)
+    return _on_cache(name, why, (1, max(lens)), batch=batch, kv_lens=lens, mask="keys", cache=cache)
+
+
+MIXED = (_mixed(8, 0), _mixed(8, 16))
+MANY_MIXED = tuple(_mixed(batch, page_size) for batch in (16, 32) for page_size in (0, 16))
+SIZES = tuple(
+    _on_cache(f"group-{size}", f"{size} query head{'s'[: size - 1]} to a KV head", (1, LONG), (8 * size, 8))
+    for size in (1, 3, 5, 6, 7, 8, 16)
+)
+QUERIES = tuple(
+    _on_cache(
+        f"queries-{count}-g{size}",
+        f"{count} new token{'s'[: count - 1]}, groups of {size}",
+        (count, LONG),
+        (8 * size, 8),
+    )
+    for size in (1, 4)
+    for count in (1, 2, 4, 8, 16)
+)
+_EIGHT = tuple(workload.name for workload in QUERIES if workload.q_len == 8)
+PAGED = tuple(
+    _on_cache(f"paged-{size}", f"pages of {size} tokens in random order", (1, LONG), cache=Cache(page_size=size))
+    for size in (16, 64)
+)
+INT8 = tuple(
+    _on_cache(f"int8-{label}", f"one query, {length:,} keys of int8", (1, length), cache=Cache("int8"))
+    for label, length in (("8k", LONG), ("32k", 4 * LONG))
+)
+CASCADE = (
+    _on_cache(
+        "cascade-16",
+        "16 answers to one prompt of 4,096 tokens, 64 tokens each",
+        (1, 4096 + 64),
+        batch=16,
+        cache=Cache(page_size=16, shared=4096, cascade=True),
+    ),
+)
+STEPS = (
+    _on_cache("step", "append a token and attend", (1, STEP_KEYS), 1, 8, cache=Cache(step=True)),
+    _on_cache("step-paged", "the same in pages", (1, STEP_KEYS), 1, 8, cache=Cache(page_size=16, step=True)),
+)
+
+
+def _in_types(group: Group, types: tuple[str, ...] = ("bfloat16",)) -> tuple[Group, ...]:
+    """Return a group and its twins in other types of numbers, with the same targets."""
+    return (group, *(_twin(group, dtype) for dtype in types))
+
+
+def _twin(group: Group, dtype: str) -> Group:
+    twin = group.varied(dtype, "highest")
+    names = {old.name: new.name for old, new in zip(group.workloads, twin.workloads, strict=True)}
+    targets = tuple(replace(target, only=tuple(names[name] for name in target.only)) for target in group.targets)
+    return twin.judged_by(targets, group.beside)
+
+
+_MIXED = Group(
+    "mixed",
+    "Mixed lengths in a batch (for PyTorch padding and a boolean mask)",
+    MIXED,
+    # At most 1.1 times as long as reading all keys and values takes.
+    (Target("pytorch", each=3.0), Target(PEAK, each=1 / 1.1)),
+)
+
+CACHE_GROUPS: dict[str, Group] = {
+    group.name: group
+    for group in (
+        *_in_types(
+            Group("decode", "Decode: one query", DECODE, (Target("pytorch", each=3.5), Target(PEAK, each=0.9))),
+            ("bfloat16", "float16"),
+        ),
+        _MIXED,
+        _twin(replace(_MIXED, workloads=(*MIXED, *MANY_MIXED)), "bfloat16"),
+        *_in_types(
+            Group(
+                "groups",
+                "Group sizes: query heads to each of 8 KV heads",
+                SIZES,
+                (Target("pytorch", each=1.0),),
+                beside=("group-1",),
+            )
+        ),
+        *_in_types(
+            Group(
+                "queries",
+                "Several new queries",
+                QUERIES,
+                (Target(ONE_QUERY, each=1.5, only=_EIGHT), Target("pytorch", each=1.0)),
+            )
+        ),
+        *_in_types(
+            Group("paged", "Pages beside a contiguous cache", PAGED, (Target(CONTIGUOUS, each=1.1),)),
+        ),
+        *_in_types(Group("int8", "Codes of 8 bits beside bfloat16", INT8, (Target("bf16-cache", each=1.6),))),
+        *_in_types(Group("cascade", "One prompt that many answers share", CASCADE, (Target("no-cascade", each=5.0),))),
+        Group(
+            OVERHEAD_GROUP,
+            "A step: what it takes beside arithmetic",
+            STEPS,
+            (Target(OVERHEAD, each=5e-6, threads=1, only=(STEPS[0].name,)),),
+            beside=("core", TWICE),
+        ),
+    )
+}
+
+ON_CACHES: dict[str, Workload] = {
+    workload.name: workload for group in CACHE_GROUPS.values() for workload in group.workloads
+}
