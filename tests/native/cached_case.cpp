@@ -8,7 +8,6 @@ namespace selfattn::native {
 namespace {
 
 constexpr std::int32_t nowhere = -1;
-constexpr std::int64_t nobodys_page = 0;
 
 std::int64_t integer(const Array& array, std::int64_t sequence) {
   std::int64_t n;
@@ -98,13 +97,13 @@ void CachedCase::give_pages() {
   for (std::int64_t b = 0; b < batch_; ++b)
     for (std::int64_t run = 0; run < runs_; ++run) {
       std::int32_t& entry = entries_of(b)[run];
-      entry = (run + 1) * slots_ <= start_of(b) ? std::int32_t{nobodys_page} : nowhere;
+      entry = nowhere;
       if (run * slots_ < end_of(b) && (run + 1) * slots_ > start_of(b)) held.push_back(&entry);
     }
   Random random(store_.seed);
   for (std::size_t i = held.size(); i > 1; --i)
     std::swap(held[i - 1], held[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(i)))]);
-  places_ = nobodys_page + 1;
+  places_ = 1;  // page 0 is nobody's
   for (std::int32_t* entry : held) *entry = static_cast<std::int32_t>(places_++);
 }
 
