@@ -252,9 +252,9 @@ def test_packed_sequences_are_each_alone(isa: str, rng: Any, kind: str, dtype: A
 
 
 def test_a_bias_beside_a_mask_has_columns_of_its_own(isa: str, normal: Any) -> None:
-    cache = sa.KVCache(1, 2, 8, 64)
-    cache.append(normal(1, 2, 40, 8), normal(1, 2, 40, 8))
-    q, bias, everything = normal(1, 2, 5, 8), normal(1, 2, 5, 40), np.ones((5, 5), bool)
+    cache = sa.KVCache(1, 2, 8, 700)  # more than one block, most of which the mask is not over
+    cache.append(normal(1, 2, 700, 8), normal(1, 2, 700, 8))
+    q, bias, everything = normal(1, 2, 5, 8), normal(1, 2, 5, 700), np.ones((5, 5), bool)
     plain = sa.attention_with_kvcache(q, cache, bias=bias)
     assert np.array_equal(sa.attention_with_kvcache(q, cache, bias=bias, mask=everything), plain)
     with pytest.raises(ValueError, match="bias has shape"):

@@ -152,7 +152,7 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
       for (int j = 0; j < W; ++j) buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * terms.bias_step, terms.bias);
     term = load(in_place ? reinterpret_cast<const T*>(bias) : buffer);
   }
-  if (row.mask) {
+  if (terms.mask) {
     const std::uint8_t* mask = row.mask + key * terms.mask_step;
     std::uint8_t buffer[16] = {};
     if (terms.mask_step != 1 || n < W) {
@@ -170,7 +170,7 @@ enum class Sight : std::uint8_t { nothing, some, everything };
 // What a row's mask and bias leave of some keys: `some` where telling more would cost more than using it.
 template <class T>
 inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key, int count) {
-  if (!row.mask || row.bias) {
+  if (!terms.mask || row.bias) {
     for (int j = 0; j < count; j += Vec<T>::width) {
       const Vec<T> term = term_chunk<T>(row, terms, key + j, count - j < Vec<T>::width ? count - j : Vec<T>::width);
       if (!all(term == broadcast(minus_infinity<T>))) return Sight::some;

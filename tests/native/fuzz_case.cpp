@@ -109,7 +109,6 @@ void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options
   const Extents per_batch = batch.empty() ? Extents{1} : batch;
   const int wanted = bytes.next();
   for (int name = mask; name < public_names; ++name) present[name] = wanted >> (name - mask) & 1;
-  if (options.recent_mask) present[bias] = false;  // caches take none
   for (const Name name : {mask, bias}) {
     Extents target = scores;
     if (name == mask && options.recent_mask) target.back() = s.q_len;
