@@ -20,7 +20,9 @@ float quantise(const float* x, std::int64_t count, char* codes) {
     largest = std::max(largest, size);
   }
   constexpr float most = 127;
-  const float scale = largest / most;
+  float scale = largest / most;
+  // The largest floats would come back as infinite.
+  if (scale * most > std::numeric_limits<float>::max()) scale = std::nextafter(scale, 0.0f);
   if (!finite || scale == 0) {
     std::memset(codes, 0, static_cast<std::size_t>(count));
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();

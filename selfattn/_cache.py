@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,20 @@ class AnyCache(ABC):
     def nbytes(self) -> int:
         """Bytes of the whole cache."""
         return self._store.memory.nbytes
+
+    def _run(self, function: str, sequences: Any, tokens: int, call: Callable[[Step], Any]) -> Any:
+        """Append so many tokens to each sequence by `call`, which also reads; nothing where it fails."""
+        with self._lock.writing if tokens else self._lock.reading:
+            step = None
+            try:
+                step = self._begin(function, sequences, tokens)
+                result = call(step)
+                self._commit(step)
+            except BaseException:
+                if step is not None:
+                    self._roll_back(step)
+                raise
+        return result
 
     @abstractmethod
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
@@ -132,7 +147,7 @@ class KVCache(AnyCache):
         self._open(description)
         active = self._header[_ACTIVE : _ACTIVE + 1]
         reach = -1 if window is None else int(window)
-        self._step = Step((*self._store.core, self.capacity, None, active, self._copies, reach), None)
+        self._core = (*self._store.core, self.capacity, None, active, self._copies, reach)
 
     @staticmethod
     def buffer_size(
@@ -189,7 +204,7 @@ class KVCache(AnyCache):
         ----------
         k : array_like, shape (batch, num_kv_heads, T, head_dim)
         v : array_like, shape (batch, num_kv_heads, T, value_dim)
-            Of one floating dtype; rounded to the storage type.
+            Of one floating dtype; rounded to the storage type (float64 by way of float32).
 
         Raises
         ------
@@ -197,8 +212,8 @@ class KVCache(AnyCache):
             A wrong shape, or no room for T tokens. The cache is as it was.
         """
         k, v = as_array("append", "k", k), as_array("append", "v", v)
-        with self._lock.writing:
-            _core.append("append", self._step.core, k, v)
+        tokens = k.shape[2] if k.ndim == 4 else 0
+        self._run("append", None, tokens, lambda step: _core.append("append", step.core, k, v))
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Take back the newest tokens, as of a draft that was rejected.
@@ -208,7 +223,7 @@ class KVCache(AnyCache):
         lengths : int or integer array, shape (batch,)
             How many tokens remain of each sequence: at most those that there are.
         """
-        new = integers("truncate", "lengths", lengths)
+        new = np.array(integers("truncate", "lengths", lengths))
         if new.shape not in ((), (self.batch,)):
             raise ValueError(f"truncate: lengths has shape {new.shape}, but ({self.batch},) or one integer is needed")
         with self._lock.writing:
@@ -232,7 +247,7 @@ class KVCache(AnyCache):
         index : integer array, shape (batch,)
             Sequences, each any number of times.
         """
-        index = integers("reorder", "index", index)
+        index = np.array(integers("reorder", "index", index))
         if index.shape != (self.batch,):
             raise ValueError(f"reorder: index has shape {index.shape}, but ({self.batch},) is needed")
         for i in np.flatnonzero((index < 0) | (index >= self.batch))[:1]:
@@ -251,13 +266,20 @@ class KVCache(AnyCache):
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is not None:
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
-        return self._step
+        # A ring publishes twice, which leaves nothing of what was in force before.
+        lengths = None if self.window is None else self._state()[0].copy()
+        return Step(self._core, (int(self._header[_ACTIVE]), lengths))
 
     def _commit(self, step: Step) -> None:
         pass
 
     def _roll_back(self, step: Step) -> None:
-        pass  # tokens behind the lengths do not count
+        # An interrupt may come when the core has counted the tokens already.
+        active, lengths = step.state
+        if lengths is None:
+            self._header[_ACTIVE] = active
+        else:
+            self._publish(lengths, self._state()[1])
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         lengths, starts = self._state()
@@ -278,7 +300,9 @@ class KVCache(AnyCache):
         header = self._header
         self._copies = header[_FIXED : _FIXED + 4 * self.batch].reshape(2, 2, self.batch)
         if header[0] == 0:
-            if header.any():
+            # Whoever made it may have been killed before it was complete.
+            begun = header[1 : len(description)]
+            if np.any((begun != 0) & (begun != description[1:])) or header[len(description) :].any():
                 raise ValueError("KVCache: buffer holds neither a cache nor zeros")
             header[1 : len(description)] = description[1:]
             header[0] = description[0]  # last: a header without it is no cache
@@ -289,7 +313,11 @@ class KVCache(AnyCache):
         starts = self._copies[:, 1]
         most = np.iinfo(np.int64).max >> 2 if self.window is not None else self.capacity
         sound = header[_ACTIVE] in (0, 1) and np.all((lengths >= 0) & (lengths <= most) & (starts >= 0))
-        if not sound or (self.window is None and starts.any()) or np.any(lengths - starts > self.capacity):
+        if (
+            not sound
+            or (self.window is None and starts.any())
+            or np.any((starts > lengths) | (lengths - starts > self.capacity))
+        ):
             raise ValueError("KVCache: buffer holds a cache whose lengths are impossible")
 
 

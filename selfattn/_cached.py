@@ -87,7 +87,8 @@ def attention_with_kvcache(
     Raises
     ------
     TypeError, ValueError, MemoryError
-        The cache holds what it held before; so it does after an interrupt.
+        The cache holds what it held before, but for tokens of a ring that no later query can see; so it does after an
+        interrupt.
 
     Notes
     -----
@@ -134,17 +135,12 @@ def attention_with_kvcache(
         call = _Cascade(q, k, v, description, positions, layout, options)
         return call.run(cache, sequences, tokens, target)
     appended = 0 if k is None else tokens
-    with cache._lock.writing if k is not None else cache._lock.reading:
-        step = cache._begin(_NAME, sequences, appended)
-        try:
-            check_seen(_NAME, cache, step, tokens - appended, options[4])
-            result = _core.attend_cache(_NAME, step.core, (q, k, v, turn, positions, False), target, options)
-        except BaseException:
-            cache._roll_back(step)
-            raise
-        if appended:
-            cache._commit(step)
-    return result
+
+    def attend(step: Step) -> Any:
+        check_seen(_NAME, cache, step, tokens - appended, options[4])
+        return _core.attend_cache(_NAME, step.core, (q, k, v, turn, positions, False), target, options)
+
+    return cache._run(_NAME, sequences, appended, attend)
 
 
 def check_window(function: str, cache: AnyCache, left: int) -> None:
@@ -177,16 +173,7 @@ class _Cascade:
 
     def run(self, cache: PagedKVCache, sequences: Any, tokens: int, out: Any) -> Any:
         appended = 0 if self.k is None else tokens
-        with cache._lock.writing if appended else cache._lock.reading:
-            step = cache._begin(_NAME, sequences, appended)
-            try:
-                result = self._attend(cache, step, appended, out)
-            except BaseException:
-                cache._roll_back(step)
-                raise
-            if appended:
-                cache._commit(step)
-        return result
+        return cache._run(_NAME, sequences, appended, lambda step: self._attend(cache, step, appended, out))
 
     def _attend(self, cache: PagedKVCache, step: Any, appended: int, out: Any) -> Any:
         *store, rows, lengths, starts = step.core
@@ -208,7 +195,7 @@ class _Cascade:
         # The own part first: it checks all arguments. Parts are of the type of computation, to be rounded once.
         own, own_lse = _core.attend_cache(_NAME, (*store, rows, lengths, behind), (*inputs, True), None, options)
         prefix_core = (*store, rows[:1].copy(), behind[:1].copy(), starts)
-        prefix, prefix_lse = self._attend_prefix(prefix_core, first, tokens, options)
+        prefix, prefix_lse = self._attend_prefix(cache, prefix_core, first, tokens, options)
         if self.layout == "bshd":
             own = own.swapaxes(1, 2)
         merged, lse = merge_states([prefix, own], [prefix_lse, own_lse])
@@ -220,7 +207,9 @@ class _Cascade:
             out[...] = merged
         return (out, lse) if self.options[13] else out
 
-    def _attend_prefix(self, core: Any, first: NDArray[np.int64], tokens: int, options: Any) -> tuple[Any, Any]:
+    def _attend_prefix(
+        self, cache: PagedKVCache, core: Any, first: NDArray[np.int64], tokens: int, options: Any
+    ) -> tuple[Any, Any]:
         """Attend with the rows of all sequences as if they were one sequence's; heads first."""
         q = self.q
         if self.rope is not None:
@@ -232,4 +221,5 @@ class _Cascade:
         # No causal limit, mask or sinks: everything is visible, and sinks belong to one part only.
         plain = (None, None, False, *options[3:11], None, False, *options[13:])
         out, lse = _core.attend_cache(_NAME, core, (rows, None, None, None, None, True), None, plain)
-        return out.reshape(heads, batch, tokens, -1).swapaxes(0, 1), lse.reshape(heads, batch, tokens).swapaxes(0, 1)
+        out = out.reshape(heads, batch, tokens, cache.value_dim)
+        return out.swapaxes(0, 1), lse.reshape(heads, batch, tokens).swapaxes(0, 1)

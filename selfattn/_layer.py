@@ -225,15 +225,13 @@ class SelfAttention:
             if options.get(name) is not None:
                 raise ValueError(f"{function}: {name} is given, but a cache knows where its tokens are")
         options = {"causal": True, **options}
-        with cache._lock.writing:
-            step = cache._begin(function, sequences, x.shape[-2] if x.ndim > 1 else 0)
-            try:
-                result = self._call(function, x, None, positions, out, options, cache, step)
-            except BaseException:
-                cache._roll_back(step)
-                raise
-            cache._commit(step)
-        return result
+        tokens = x.shape[-2] if x.ndim > 1 else 0
+        return cache._run(
+            function,
+            sequences,
+            tokens,
+            lambda step: self._call(function, x, None, positions, out, options, cache, step),
+        )
 
     def _call(
         self,

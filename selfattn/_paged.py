@@ -143,14 +143,7 @@ class PagedKVCache(AnyCache):
             wanted = (self.num_kv_heads, k.shape[1] if k.ndim == 3 else 0, width)
             if x.shape != wanted:
                 raise ValueError(f"append: {name} has shape {x.shape}, but this cache and call need {wanted}")
-        with self._lock.writing:
-            step = self._begin("append", (sequence,), k.shape[1])
-            try:
-                _core.append("append", step.core, k[None], v[None])
-            except BaseException:
-                self._roll_back(step)
-                raise
-            self._commit(step)
+        self._run("append", (sequence,), k.shape[1], lambda step: _core.append("append", step.core, k[None], v[None]))
 
     def fork(self, sequence: int) -> int:
         """Return the id of a new sequence that starts as a copy of this one and shares its pages."""
@@ -213,13 +206,14 @@ class PagedKVCache(AnyCache):
                 except BaseException:
                     table.take_back(moves)
                     raise
-        lengths = np.array([table.lengths[row] for row in rows], np.int64)
+        before = [table.lengths[row] for row in rows]
+        lengths = np.array(before, np.int64)
         starts = None if self.window is None else np.array([table.starts[row] for row in rows], np.int64)
         core = (*self._store.core, self.page_size, table.table, np.array(rows, np.int64), lengths, starts)
-        return Step(core, (rows, tokens, moves))
+        return Step(core, (rows, tokens, moves, before))
 
     def _commit(self, step: Step) -> None:
-        rows, tokens, _ = step.state
+        rows, tokens, _, _ = step.state
         table = self._table
         for row in rows if tokens else ():
             if self.window is not None:
@@ -231,7 +225,10 @@ class PagedKVCache(AnyCache):
         return step.core[-2:]
 
     def _roll_back(self, step: Step) -> None:
-        self._table.take_back(step.state[2])
+        rows, _, moves, before = step.state
+        for row, length in zip(rows, before, strict=True):
+            self._table.lengths[row] = length
+        self._table.take_back(moves)
 
     def _common_tokens(self, step: Step) -> int:
         return self._table.common(step.state[0]) * self.page_size

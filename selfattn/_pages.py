@@ -88,12 +88,12 @@ class PageTable:
         """Return how many pages so many tokens more of each row take, and the rows whose last page is shared."""
         size, pages, copied = self.page_size, 0, []
         left: dict[int, int] = {}  # sharers of pages that some have a copy of by then
-        for row in rows:
+        # Shortest first: whoever is left with a page alone may write to it, and does so behind what others have there.
+        for row in sorted(rows, key=self.lengths.__getitem__):
             length = self.lengths[row]
             pages += -(-(length + tokens) // size) - -(-length // size)
             if length % size:
                 page = self.held[row][-1]
-                # Whoever is left with a page alone may write to it.
                 if left.get(page, self.sharers[page]) > 1:
                     left[page] = left.get(page, self.sharers[page]) - 1
                     copied.append(row)

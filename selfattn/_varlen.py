@@ -142,7 +142,7 @@ def _packed(name: str, arrays: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 def _starts(name: str, value: Any, of: str, packed: NDArray[Any]) -> NDArray[np.int64]:
-    starts = np.ascontiguousarray(integers(_NAME, name, value))
+    starts = np.array(integers(_NAME, name, value), order="C")  # nobody changes it once it has been checked
     if starts.ndim != 1 or len(starts) == 0:
         raise ValueError(f"{_NAME}: {name} has shape {starts.shape}, but (N + 1,) is needed")
     total = len(packed) if packed.ndim else 0

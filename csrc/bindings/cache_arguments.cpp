@@ -54,6 +54,14 @@ void CacheArguments::open_batch(const char* function, const py::tuple& values) {
       state_ + (std::atomic_ref(*active_).load(std::memory_order_acquire) & 1) * 2 * cache_.batch;
   cache_.lengths = current;
   const auto window = values[9].cast<std::int64_t>();
+  // The buffer may be another's as well.
+  constexpr std::int64_t longest = std::int64_t{1} << 61;
+  for (std::int64_t b = 0; b < cache_.batch; ++b) {
+    const std::int64_t length = current[b], start = current[cache_.batch + b];
+    if (length < 0 || length > (window < 0 ? slots_ : longest) || start < 0 || start > length)
+      refuse(function, "the cache's buffer says that sequence ", b, " has the tokens ", start, " to ", length,
+             ", which is impossible");
+  }
   if (window >= 0) return open_ring(function, window);
   for (std::int64_t b = 0; b < cache_.batch; ++b)
     if (current[b] > slots_ - more_)
@@ -95,7 +103,7 @@ void CacheArguments::open_pages(const char* function, const py::tuple& values) {
 }
 
 void CacheArguments::claim() const {
-  if (!starts_.empty()) publish(0);
+  if (more_ != 0 && !starts_.empty()) publish(0);
 }
 
 void CacheArguments::commit() const {

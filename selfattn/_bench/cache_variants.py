@@ -156,7 +156,7 @@ class BareCore(OnCache):
             name, None, None, True, None, None, *nothing[:2], *nothing[:4], "bhsd", False, False, "highest", threads
         )
         out = np.empty((*arrays["q"].shape[:-1], workload.value_dim), arrays["q"].dtype)
-        core, attend, left = filled.cache._step.core, _core.attend_cache, STEPS
+        core, attend, left = filled.cache._core, _core.attend_cache, STEPS
 
         def step() -> Any:
             nonlocal left

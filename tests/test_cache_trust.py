@@ -1,0 +1,123 @@
+"""What interrupts, damaged buffers and arguments that change must not do to a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import _core
+
+
+@contextmanager
+def interrupt_behind(name: str) -> Iterator[None]:
+    """Let the core do all of its work; then Ctrl-C arrives."""
+    original = getattr(_core, name)
+
+    def call(*arguments: Any) -> Any:
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_core, name, call)
+        yield
+
+
+def test_sharers_of_a_page_survive_a_failed_call(normal: Any) -> None:
+    cache = sa.PagedKVCache(20, 16, 2, 8)
+    a = cache.allocate()
+    cache.append(a, normal(2, 26, 8), normal(2, 26, 8))
+    b = cache.fork(a)
+    cache.truncate(b, 20)
+    q = normal(1, 2, 1, 8)
+    before = [sa.attention_with_kvcache(q, cache, sequences=[s]).tobytes() for s in (a, b)]
+    free, lengths = cache.num_free_pages, (cache.length(a), cache.length(b))
+    with interrupt_behind("attend_cache"):
+        for order in ([a, b], [b, a]):
+            with pytest.raises(KeyboardInterrupt):
+                sa.attention_with_kvcache(
+                    normal(2, 2, 8, 8), cache, normal(2, 2, 8, 8), normal(2, 2, 8, 8), sequences=order
+                )
+    assert (cache.num_free_pages, (cache.length(a), cache.length(b))) == (free, lengths)
+    assert [sa.attention_with_kvcache(q, cache, sequences=[s]).tobytes() for s in (a, b)] == before
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_an_interrupt_behind_the_core_takes_its_tokens_back(normal: Any, window: Any) -> None:
+    cache = sa.KVCache(2, 2, 8, 20, window=window)
+    cache.append(normal(2, 2, 7, 8), normal(2, 2, 7, 8))
+    options = {"window": None if window is None else (window, 0)}
+    q = normal(2, 2, 1, 8)
+    before = sa.attention_with_kvcache(q, cache, **options)
+    for name in ("attend_cache", "append"):
+        k, v = normal(2, 2, 1, 8), normal(2, 2, 1, 8)
+        attend = partial(sa.attention_with_kvcache, q, cache, **options)
+        with interrupt_behind(name), pytest.raises(KeyboardInterrupt):
+            (attend if name == "attend_cache" else cache.append)(k, v)
+        assert cache.lengths.tolist() == [7, 7]
+    assert np.array_equal(sa.attention_with_kvcache(q, cache, **options), before)
+
+
+def test_offsets_that_change_after_they_were_checked(normal: Any) -> None:
+    starts = np.array([0, 3, 10])
+
+    class Changing:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            starts[1] = -(1 << 30)
+            return np.ones((7, 7), bool)
+
+    q, k, v = (normal(10, 2, 8) for _ in range(3))
+    found = sa.attention_varlen(q, k, v, starts, mask=[None, Changing()])
+    assert starts[1] < 0
+    assert np.array_equal(found, sa.attention_varlen(q, k, v, [0, 3, 10]))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("length", [-(1 << 32), -1, 1 << 62])
+def test_lengths_that_change_in_the_buffer(normal: Any, window: Any, length: int) -> None:
+    memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20, window=window))
+    cache = sa.KVCache(2, 2, 8, 20, window=window, buffer=memory)
+    words = np.frombuffer(memory, np.int64)
+    words[16:24:2] = length  # both copies of the first sequence's lengths and starts
+    words[17:24:2] = 0
+    with pytest.raises(ValueError, match="the cache's buffer says that sequence 0 has the tokens"):
+        cache.append(normal(2, 2, 1, 8), normal(2, 2, 1, 8))
+    with pytest.raises(ValueError, match="lengths are impossible"):
+        sa.KVCache(2, 2, 8, 20, window=window, buffer=memory)
+
+
+def test_a_cache_whose_making_was_cut_off_is_made_again() -> None:
+    memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20))
+    sa.KVCache(2, 2, 8, 20, buffer=memory)
+    words = np.frombuffer(memory, np.int64)
+    words[0] = 0
+    words[5:9] = 0
+    assert sa.KVCache(2, 2, 8, 20, buffer=memory).lengths.tolist() == [0, 0]
+    words[0], words[2] = 0, 7
+    with pytest.raises(ValueError, match="neither a cache nor zeros"):
+        sa.KVCache(2, 2, 8, 20, buffer=memory)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_cascade_of_no_tokens(normal: Any, layout: str) -> None:
+    cache = sa.PagedKVCache(20, 4, 2, 8, value_dim=5)
+    prompt = cache.allocate()
+    cache.append(prompt, normal(2, 9, 8), normal(2, 9, 5))
+    shape = (2, 4, 0, 8) if layout == "bhsd" else (2, 0, 4, 8)
+    forks = [prompt, cache.fork(prompt)]
+    out = sa.attention_with_kvcache(normal(*shape), cache, sequences=forks, cascade=True, layout=layout)
+    assert out.shape == (*shape[:3], 5)
+
+
+def test_the_largest_float_as_codes(normal: Any) -> None:
+    cache = sa.KVCache(1, 1, 4, 4, dtype="int8")
+    largest = np.finfo(np.float32).max
+    cache.append(np.zeros((1, 1, 1, 4), np.float32), np.full((1, 1, 1, 4), largest))
+    out = sa.attention_with_kvcache(normal(1, 1, 1, 4), cache)
+    assert np.all(np.isfinite(out))
+    assert np.allclose(out, largest, rtol=1e-6)
