@@ -278,7 +278,7 @@ class KVCache(AnyCache):
         active, lengths = step.state
         if lengths is None:
             self._header[_ACTIVE] = active
-        else:
+        elif not np.array_equal(self._state()[0], lengths):
             self._publish(lengths, self._state()[1])
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
