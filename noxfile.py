@@ -211,6 +211,9 @@ def coverage(session: nox.Session) -> None:
     left_out = ["--deselect=tests/test_allocation.py::test_each_allocation_in_turn[process"]
     # What repeats large calls takes an hour with counters; other tests run the same lines.
     left_out += ["--deselect=tests/test_bench_memory.py::test_repeated_calls_allocate_nothing"]
+    # What counts lines takes memory itself, and writes its counts in each of a hundred children.
+    left_out += ["--deselect=tests/test_bench_caches.py::test_allocations_of_steps_are_counted"]
+    left_out += ["--deselect=tests/test_cache_threads.py::test_fork_while_others_are_inside"]
     left_out += [f"--ignore=tests/test_{name}.py" for name in ("gunicorn", "hostile", "service")]
     session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", *left_out, *session.posargs)
     session.run("coverage", "combine", "-q")
