@@ -96,8 +96,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def run_load(port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "service.load", "--port", str(port), *arguments]
     command += [] if WEIGHTS else ["--no-embed"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS * 2, check=False)
+    # From the examples' folder: `-m` puts the current one first, and the sources lack the core.
+    return subprocess.run(
+        command,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS * 2,
+        check=False,
+    )
 
 
 def test_every_answer_under_load_is_the_one_computed_alone(server: Server) -> None:
