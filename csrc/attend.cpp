@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "distance_terms.h"
 #include "key_source.h"
 #include "row_block.h"
 #include "scratch_pool.h"
@@ -173,11 +174,14 @@ class Run {
     RowBlock unmasked = block;
     unmasked.terms.mask = false;
     const KeySource source(problem, plan, slot, task.batch, task.kv_head);
+    std::optional<DistanceTerms> by_distance;
+    if (problem.relative || problem.distance_bias) by_distance.emplace(problem, plan, span, slot);
     for (std::int64_t first = begin / plan.key_block * plan.key_block; first < end; first += plan.key_block) {
       if (loop_->should_stop(slot_index)) return false;
       const int count = static_cast<int>(std::min<std::int64_t>(end - first, plan.key_block));
       const bool masked = !problem.recent_mask || first + count > masked_from;
       if (problem.recent_mask && problem.mask && masked) spread_masks(problem, span, slot, first, count);
+      if (by_distance) by_distance->prepare(first, count, end);
       plan.attend->absorb(masked ? block : unmasked, source.block(first, count));
     }
     return true;

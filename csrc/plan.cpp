@@ -32,6 +32,9 @@ constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
 constexpr std::int64_t most_ranges = 256;  // bounds the memory for results to merge, whatever length a view claims
+// Products with the vectors of distances stay in L2 until the keys have come, and repay the panels at their edges.
+constexpr std::int64_t relative_keys_wanted = 512;
+constexpr int relative_strips = 2;
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
 
 // Whether kernels that read `dtype` can use the operand where it is.
@@ -61,13 +64,16 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
 
+// What kernels are handed: a query that something was added to is no longer one of 16 bits.
+DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
+
 // Keys and values of 16 bits are widened as they are loaded: decode waits for memory, and they are half of it.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
   const AttendKernel* narrow = dtype == DType::f16 ? types.row_f16 : dtype == DType::bf16 ? types.row_bf16 : nullptr;
   if (dtype == DType::i8) return types.row_i8 ? types.row_i8 : &types.row;
   // Also where it needs copies: other kernels have other bits, and strides must not change any.
-  if (kernels.matrix.row_bf16 && dtype == DType::bf16 && problem.query.dtype == dtype) return kernels.matrix.row_bf16;
+  if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
   const bool reads = narrow && in_place(problem, problem.key, dtype) && in_place(problem, problem.value, dtype);
   return reads ? narrow : &types.row;
 }
@@ -76,7 +82,7 @@ const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& type
 const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const MatrixKernels& matrix = kernels.matrix;
   const auto all = [&](DType dtype) {
-    return problem.query.dtype == dtype && problem.key.dtype == dtype && problem.value.dtype == dtype;
+    return query_type(problem) == dtype && problem.key.dtype == dtype && problem.value.dtype == dtype;
   };
   const AttendKernel* found = nullptr;
   if (problem.head_dim + problem.value_dim > widest_packed) return &types.tile;
@@ -89,17 +95,29 @@ const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& typ
   return found ? found : &types.tile;
 }
 
+bool in_place(const PerHead& rows, DType dtype) {
+  const std::int64_t size = size_of(dtype);
+  return rows.dtype == dtype && rows.column == size && rows.row % size == 0 && rows.head % size == 0 &&
+         reinterpret_cast<std::uintptr_t>(rows.data) % static_cast<std::uintptr_t>(size) == 0;
+}
+
 void choose_copies(Plan& plan, const Problem& problem) {
-  plan.copies_queries = !in_place(problem, problem.query, plan.attend->queries);
+  plan.copies_queries = problem.relative || !in_place(problem, problem.query, plan.attend->queries);
   const bool apart = problem.pages.size != 0 && !plan.attend->by_row;
   plan.copies_keys = apart || !in_place(problem, problem.key, plan.attend->keys);
+  plan.copies_relative = problem.relative && !in_place(problem.relative.rows, problem.dtype);
   plan.copies_values = apart || !in_place(problem, problem.value, plan.attend->keys);
+}
+
+std::int64_t relative_keys(const Plan& plan) {
+  return std::max<std::int64_t>(relative_keys_wanted / plan.key_block, 1) * plan.key_block;
 }
 
 void choose_kernel(Plan& plan, const Problem& problem) {
   if (row_kernel_pays(plan, problem)) {
     plan.attend = row_kernel(*plan.kernels, *plan.types, problem);
     plan.key_block = choose_key_block(problem, row_key_block_bytes, largest_row_key_block);
+    plan.relative_keys = relative_keys(plan);
     choose_copies(plan, problem);
     plan.reason = "few query rows per KV head: vectors run along the heads' dimensions";
     plan.block_rows = static_cast<int>(std::max<std::int64_t>(plan.rows, 1));
@@ -107,17 +125,20 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   }
   plan.attend = tile_kernel(*plan.kernels, *plan.types, problem);
   plan.key_block = choose_key_block(problem, key_block_bytes, largest_key_block);
+  plan.relative_keys = relative_keys(plan);
   plan.reason = "enough query rows per KV head to fill vectors";
   const int strip = plan.attend->strip_rows;
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
   const std::int64_t fitting = row_block_bytes / row_bytes / strip;
   const std::int64_t wanted = plan.attend->packs ? packed_blocks_wanted : blocks_wanted;
   const std::int64_t strips = std::min(plan.rows / wanted / strip, fitting);
-  plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most_strips));
+  const std::int64_t most = problem.relative ? relative_strips : most_strips;
+  plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most));
   plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
   // Very wide heads: fewer rows, to keep the scratch within its limit. As if all had to be copied: rows in a block
   // decide on ranges of keys, hence on bits, which strides must not change.
   plan.copies_queries = plan.copies_keys = plan.copies_values = plan.copies_out = true;
+  plan.copies_relative = static_cast<bool>(problem.relative);
   for (int rows = strip; rows >= plan.types->lanes && Slot(nullptr, plan, problem).bytes > largest_scratch;
        rows -= plan.types->lanes)
     plan.block_rows = std::min(plan.block_rows, rows);
@@ -171,9 +192,10 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
   }
   plan.tasks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.ranges;
 
+  const std::int64_t products = problem.relative ? 2 : 1;
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
-               static_cast<double>(problem.head_dim + problem.value_dim);
+               static_cast<double>(products * problem.head_dim + problem.value_dim);
   plan.bytes = cache_bytes(problem);
   plan.threads = useful_threads(plan.flops, plan.bytes, plan.tasks, num_threads);
   plan.thread_bytes = Slot(nullptr, plan, problem).bytes;

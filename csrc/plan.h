@@ -21,6 +21,8 @@ struct Plan {
   std::int64_t ranges;      // tasks along the keys, at most; where an entry has more than one, their results are merged
   std::int64_t tasks;
   bool copies_queries, copies_keys, copies_values, copies_out;  // operands that kernels cannot read or write in place
+  bool copies_relative;
+  std::int64_t relative_keys;  // that relative products are made for at a time
   DType out_type;  // that kernels write: the type of computation, or that of out where they can write it in place
   int threads;
   std::size_t thread_bytes;  // scratch of one thread

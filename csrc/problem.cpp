@@ -210,6 +210,41 @@ void place_per_head(Problem& problem, const AttentionArguments& a) {
   }
 }
 
+void place_relative(Problem& problem, const AttentionArguments& a) {
+  if (!a.r) return;
+  if (a.r.ndim < 2 || a.r.ndim > 3 || a.r.extent(0) != problem.head_dim || a.r.extent(1) < 1 ||
+      (a.r.ndim == 3 && a.r.extent(2) != problem.num_heads))
+    refuse(a.function, "r has shape ", shape_text(a.r), ", but (", problem.num_heads, ", R, ", problem.head_dim,
+           ") or (R, ", problem.head_dim, ") is needed, with R at least 1");
+  const struct {
+    const char* name;
+    const TensorView& view;
+    PerHead& operand;
+  } biases[] = {{"u", a.u, problem.key_bias}, {"w", a.w, problem.relative_bias}};
+  for (const auto& [name, view, operand] : biases) {
+    if (view.ndim != 2 || view.extent(1) != problem.num_heads || view.extent(0) != problem.head_dim)
+      refuse(a.function, name, " has shape ", shape_text(view), ", but (", problem.num_heads, ", ", problem.head_dim,
+             ") is needed");
+    operand = {static_cast<const char*>(view.data), view.dtype, view.stride(1), 0, view.stride(0)};
+  }
+  const std::int64_t head = a.r.ndim == 3 ? a.r.stride(2) : 0;
+  problem.relative.rows = {static_cast<const char*>(a.r.data), a.r.dtype, head, a.r.stride(1), a.r.stride(0)};
+  problem.relative.count = a.r.extent(1);
+  problem.relative.origin = a.r_origin;
+  if (a.r_origin < 0 || a.r_origin >= problem.relative.count)
+    refuse(a.function, "r_origin is ", a.r_origin, ", but r has the rows 0 to ", problem.relative.count - 1);
+}
+
+void place_distance_bias(Problem& problem, const AttentionArguments& a) {
+  const TensorView& view = a.distance_bias;
+  if (!view) return;
+  if (view.extent(1) != problem.num_heads)
+    refuse(a.function, "t5 has a table for ", view.extent(1), " heads, but q has ", problem.num_heads);
+  problem.distance_bias.rows = {static_cast<const char*>(view.data), view.dtype, view.stride(1), view.stride(0), 0};
+  problem.distance_bias.count = view.extent(0);
+  problem.distance_bias.origin = a.distance_origin;
+}
+
 Shape with_batch(const Problem& problem) {
   Shape shape;
   for (int axis = 0; axis < problem.batch_axes; ++axis) shape.append(problem.batch_shape[axis]);
@@ -258,7 +293,13 @@ Problem make_problem(const AttentionArguments& a) {
   problem.precision = a.precision;
   check_scale(a, problem);
   place_per_head(problem, a);
+  place_relative(problem, a);
+  place_distance_bias(problem, a);
   return problem;
+}
+
+const char* ByDistance::at(std::int64_t head, std::int64_t distance) const {
+  return rows.data + head * rows.head + std::clamp<std::int64_t>(clamp_far(distance) + origin, 0, count - 1) * rows.row;
 }
 
 std::int64_t Problem::keys_of(std::int64_t b) const { return kv_lens ? integer_at(at(kv_lens, b)) : kv_len; }

@@ -52,6 +52,28 @@ struct Pages {
   }
 };
 
+// An array of something for each head, the same for the whole batch. Strides in bytes; 0: all heads share it.
+struct PerHead {
+  const char* data = nullptr;
+  DType dtype = DType::f64;
+  std::int64_t head = 0;
+  std::int64_t row = 0;
+  std::int64_t column = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Something for each distance i + offset - j of a query and a key: row distance + origin of `count`, beyond either end
+// that end.
+struct ByDistance {
+  PerHead rows;
+  std::int64_t count = 0;
+  std::int64_t origin = 0;
+
+  explicit operator bool() const { return static_cast<bool>(rows); }
+  const char* at(std::int64_t head, std::int64_t distance) const;
+};
+
 // What float32 products may be rounded to, where that is faster.
 enum class Precision : std::uint8_t { highest, high, medium };
 
@@ -60,6 +82,10 @@ enum class Precision : std::uint8_t { highest, high, medium };
 struct AttentionArguments {
   const char* function = "attention";  // whom messages name
   TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
+  TensorView r, u, w;  // (num_heads, count, head_dim) or (count, head_dim); (num_heads, head_dim)
+  std::int64_t r_origin = 0;
+  TensorView distance_bias;  // (num_heads, count)
+  std::int64_t distance_origin = 0;
   // Of a cache: pages of k and v (bytes from one to the next), scales of codes, the first key that is still held.
   Pages pages;
   std::int64_t key_page = 0, value_page = 0;
@@ -88,6 +114,10 @@ struct Problem {
   std::int64_t q_len = 0, kv_len = 0, head_dim = 0, value_dim = 0;
   Operand query, key, value, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
   Operand key_scales, value_scales, kv_starts;
+  // Transformer-XL: the product is (query + key_bias) . key + (query + relative_bias) . relative.
+  ByDistance relative;              // vectors of head_dim elements
+  PerHead key_bias, relative_bias;  // head_dim contiguous doubles
+  ByDistance distance_bias;         // T5: doubles, added to scores as a bias is
   Pages pages;
   bool recent_mask = false;
   Operand out, lse, weights;  // lse and weights may be absent

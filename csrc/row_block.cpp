@@ -37,13 +37,22 @@ const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place p
 // Distinguishes a row whose scores all are -inf by their values (IEEE: NaN) from one that sees no key (0).
 bool sees_a_key(const Problem& problem, const RowSpan& span, Place place, const Row& row) {
   const std::uint8_t* mask = mask_of(problem, span, place);
+  const char* bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
   const std::int64_t masked_from = problem.masked_from(span.batch);
+  const std::int64_t position = place.query + problem.offset_of(span.batch);
   for (std::int64_t j = row.key_begin; j < row.key_end; ++j) {
     if (mask && j >= masked_from && mask[(j - masked_from) * problem.mask.column] == 0) continue;
-    if (row.bias && read_real(row.bias + j * problem.bias.column, problem.bias.dtype) == -infinity) continue;
+    if (bias && read_real(bias + j * problem.bias.column, problem.bias.dtype) == -infinity) continue;
+    const ByDistance& distances = problem.distance_bias;
+    if (distances && read_real(distances.at(place.head, position - j), DType::f64) == -infinity) continue;
     return true;
   }
   return false;
+}
+
+template <class T>
+void add_row(T* row, const double* added, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
 }
 
 double base2(double x) { return x * log2_e; }
@@ -169,14 +178,14 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.query = from;
     if (plan.copies_queries) {
       char* copy = slot.queries + i * problem.head_dim * size_of(plan.attend->queries);
-      gather_rows(*plan.kernels, copy, plan.attend->queries, from, problem.query.dtype, 0, problem.query.column, 1,
-                  problem.head_dim);
+      gather_query(problem, plan, span, i, plan.attend->queries, problem.key_bias, copy);
       row.query = copy;
     }
     row.out = plan.copies_out ? slot.out + i * problem.value_dim * size
                               : out + place.head * problem.out.head + place.query * problem.out.row;
     row.mask = mask_of(problem, span, place);
     row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
+    row.relative = nullptr;
     row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
     row.key_begin = visible.begin;
     row.key_end = visible.end;
@@ -189,6 +198,20 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
     row.sink = with_sinks ? sink_of(problem, place.head) : -infinity;
   }
+}
+
+void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span, std::int64_t i, DType type,
+                  const PerHead& bias, char* to) {
+  const Place place = place_of(problem, span, i);
+  const Operand& query = problem.query;
+  gather_rows(*plan.kernels, to, type, element(problem, query, span, place), query.dtype, 0, query.column, 1,
+              problem.head_dim);
+  if (!bias) return;
+  const auto* added = reinterpret_cast<const double*>(bias.data + place.head * bias.head);
+  if (type == DType::f32)
+    add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
+  else
+    add_row(reinterpret_cast<double*>(to), added, problem.head_dim);
 }
 
 void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count) {
@@ -216,6 +239,11 @@ ScoreTerms score_terms(const Problem& problem) {
   terms.mask_step = problem.recent_mask ? 1 : problem.mask.column;
   terms.bias = bias_type(problem.bias);
   terms.bias_step = problem.bias.column;
+  if (problem.distance_bias) {
+    terms.bias = problem.dtype == DType::f32 ? BiasType::f32 : BiasType::f64;
+    terms.bias_step = size_of(problem.dtype);
+    terms.bias_at_hand = true;
+  }
   return terms;
 }
 

@@ -23,6 +23,10 @@ KeyRange span_keys(const Problem& problem, const RowSpan& span);
 // Fills slot.rows for the valid rows; queries that kernels cannot read in place are copied.
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks);
 
+// Copies query i of the span to contiguous elements of a type that holds them, and adds what its head adds to all.
+void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span, std::int64_t i, DType type,
+                  const PerHead& bias, char* to);
+
 // Where a mask is over the newest keys only: lays out what it says of the keys [first, first + count), which is true of
 // those before it, and points slot.rows there.
 void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count);

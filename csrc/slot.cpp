@@ -34,6 +34,16 @@ Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   value_scales = carver.take<float>(scaled);
   mask_step = plan.key_block;
   masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_step : 0);
+  const std::int64_t width = problem.relative ? plan.types->panel_columns : 0;
+  relative_queries = take_if(width > 0, plan.block_rows * problem.head_dim, problem.dtype);
+  relative_rows = carver.take<const void*>(width);
+  relative_copies = take_if(plan.copies_relative, width * problem.head_dim, problem.dtype);
+  relative_panel = take_if(width > 0, width * problem.head_dim, problem.dtype);
+  relative_step = width > 0 ? (plan.relative_keys + 2 * width - 2) / width * width : 0;
+  relative = take_if(width > 0, plan.block_rows * relative_step, problem.dtype);
+  bias_step = plan.key_block + (problem.bias ? 0 : plan.block_rows);
+  const std::int64_t lines = problem.bias ? plan.block_rows : problem.group_size;
+  biases = take_if(static_cast<bool>(problem.distance_bias), lines * bias_step, problem.dtype);
   bytes = carver.used;
 }
 

@@ -24,6 +24,15 @@ struct Slot {
   float* value_scales;
   std::uint8_t* masks;  // of the newest keys, [row][mask_step]
   std::int64_t mask_step;
+  // Of terms by distance: queries for the relative product, vectors and their panel, products [row][relative_step].
+  char* relative_queries;
+  const void** relative_rows;
+  char* relative_copies;
+  char* relative_panel;
+  char* relative;
+  std::int64_t relative_step;
+  char* biases;  // a line for each head of the group, or for each row
+  std::int64_t bias_step;
   std::size_t bytes;
 
   Slot(char* base, const Plan& plan, const Problem& problem);

@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 
 from ._attention import attention, explain
-from ._bias import alibi_slopes, t5_bias
+from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache
 from ._cached import attention_with_kvcache
 from ._info import show_config, show_runtime
 from ._layer import SelfAttention, self_attention
 from ._paged import PagedKVCache
+from ._relative import relative_attention
 from ._rope import RoPE, apply_rope
 from ._states import merge_states
 from ._threads import active_isa, get_num_threads, isas, set_num_threads, use_isa
@@ -23,6 +24,7 @@ __all__ = [
     "PagedKVCache",
     "RoPE",
     "SelfAttention",
+    "T5Bias",
     "__version__",
     "active_isa",
     "alibi_slopes",
@@ -34,6 +36,7 @@ __all__ = [
     "get_num_threads",
     "isas",
     "merge_states",
+    "relative_attention",
     "self_attention",
     "set_num_threads",
     "show_config",

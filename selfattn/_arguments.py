@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 # What other libraries call our options.
 _HINTS = {
     "attn_bias": "bias",
+    "position_bias": "t5",
     "attn_mask": "mask",
     "attention_bias": "bias",
     "attention_mask": "mask",
@@ -167,6 +168,17 @@ def flag(function: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
+def whole_number(function: str, name: str, value: Any, least: int) -> int:
+    """Return an integer that is at least `least` and fits the core."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
+    if value < least:
+        raise ValueError(f"{function}: {name} is {value}, but it must be at least {least}")
+    if value > 1 << 60:
+        raise ValueError(f"{function}: {name} is {value}, but it must be at most {1 << 60}")
+    return int(value)
+
+
 def thread_count(function: str, value: Any) -> int:
     """Return a checked number of threads; None becomes 0, the default."""
     if value is None:
@@ -203,6 +215,7 @@ def core_options(
     return_weights: Any,
     precision: Any,
     num_threads: Any,
+    t5: Any = None,
 ) -> tuple[Any, ...]:
     """Return the options in the order in which the core unpacks them (`bindings::Options`)."""
     if mask is not None:
@@ -251,7 +264,16 @@ def core_options(
         return_weights,
         level,
         threads,
+        *((None, 0) if t5 is None else _t5(function, t5)),
     )
+
+
+def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
+    from ._bias import T5Bias  # which needs this module
+
+    if not isinstance(value, T5Bias):
+        raise TypeError(f"{function}: t5 is a {type(value).__name__}, but a T5Bias is needed: T5Bias(table)")
+    return value.for_core()
 
 
 def out_array(function: str, out: Any) -> NDArray[Any]:

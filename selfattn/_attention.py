@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, out_array, refuse_unknown
+from ._bias import T5Bias
 
 
 def attention(
@@ -33,6 +34,7 @@ def attention(
     out: NDArray[Any] | None = None,
     precision: str = "highest",
     num_threads: int | None = None,
+    t5: T5Bias | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
@@ -86,6 +88,8 @@ def attention(
         8 bits). Taken where a unit of the CPU makes them faster; `explain` names it, docs/numerics.md bounds the error.
     num_threads : int, optional
         Threads to use at most; default `get_num_threads`. Never changes a bit of the result.
+    t5 : T5Bias, optional
+        T5's bias by distance, added inside the kernel as `bias` is; both may be given. T5 has ``scale=1.0``.
 
     Returns
     -------
@@ -135,7 +139,7 @@ def attention(
         v = as_array("attention", "v", v)
     options = core_options(
         "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, scale, softcap,
-        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads,
+        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5,
     )  # fmt: skip
     if out is None:
         return _core.attention(q, k, v, None, options)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._arguments import ACCEPTED, as_array, is_float
-
-
-def _positive(function: str, name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
-    if value < least:
-        raise ValueError(f"{function}: {name} is {value}, but it must be at least {least}")
-    return int(value)
+from ._arguments import ACCEPTED, as_array, flag, is_float, whole_number
 
 
 def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
@@ -38,7 +31,7 @@ def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
     >>> sa.alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
-    n = _positive("alibi_slopes", "num_heads", num_heads)
+    n = whole_number("alibi_slopes", "num_heads", num_heads, 1)
     below = 1 << (n.bit_length() - 1)
     slopes = np.exp2(-8.0 * np.arange(1, below + 1) / below)
     between = np.exp2(-8.0 * np.arange(1, 2 * below, 2) / (2 * below))
@@ -86,25 +79,92 @@ def t5_bias(
     (8, 5, 7)
     """
     function = "t5_bias"
-    array = as_array(function, "table", table)
-    if not is_float(array.dtype):
-        raise TypeError(f"{function}: table has dtype {array.dtype}, but {ACCEPTED}")
-    sides = 2 if bidirectional else 1
-    if array.ndim != 2 or array.shape[0] < 2 * sides or array.shape[0] % sides:
-        raise ValueError(
-            f"{function}: table has shape {array.shape}, but (num_buckets, H) is needed, with at least "
-            f"{2 * sides} buckets" + (", an even number" if bidirectional else "")
-        )
-    buckets = array.shape[0] // sides
-    exact = buckets // 2
-    if _positive(function, "max_distance", max_distance) <= exact:
-        raise ValueError(f"{function}: max_distance is {max_distance}, but it must be greater than {exact}")
-    queries = np.arange(_positive(function, "q_len", q_len, 0))[:, None] + int(q_offset)
-    ahead = np.arange(_positive(function, "kv_len", kv_len, 0)) - queries
-    distance = abs(ahead) if bidirectional else np.maximum(-ahead, 0)
-    steps = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)
-    far = np.minimum(exact + (steps * (buckets - exact)).astype(np.int64), buckets - 1)
-    bucket = np.where(distance < exact, distance, far)
-    if bidirectional:
-        bucket += np.where(ahead > 0, buckets, 0)
-    return np.ascontiguousarray(array[bucket].transpose(2, 0, 1))
+    bias = _Buckets.check(function, table, bidirectional, max_distance)
+    first = int(q_offset)
+    queries = np.arange(first, first + whole_number(function, "q_len", q_len, 0))
+    distance = queries[:, None] - np.arange(whole_number(function, "kv_len", kv_len, 0))
+    row = np.clip(distance + bias.origin, 0, len(bias.bucket) - 1)
+    return np.ascontiguousarray(bias.table[bias.bucket[row]].transpose(2, 0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class T5Bias:
+    """The relative position bias of T5 (Raffel et al., 2020), for ``t5`` of `attention`: added inside the kernel.
+
+    What `t5_bias` writes out for every pair is looked up by distance here, for one block of keys at a time. T5 scales
+    its scores by 1: pass ``scale=1.0``.
+
+    Parameters
+    ----------
+    table : array_like, shape (num_buckets, H)
+        The learned bias of each bucket and head, of any dtype that `attention` takes.
+    bidirectional : bool, default True
+        Encoder: half of the buckets for keys behind, half for keys ahead of the query. False (decoder): keys ahead
+        share the bucket of distance 0.
+    max_distance : int, default 128
+        In tokens, at most 2²⁰; the last bucket takes everything beyond.
+
+    Notes
+    -----
+    The query's place is ``i + offset``, as for `causal`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 8, 50, 64), dtype=np.float32)
+    >>> table = rng.standard_normal((32, 8), dtype=np.float32)
+    >>> out = sa.attention(q, k, v, t5=sa.T5Bias(table), scale=1.0)
+    >>> again = sa.attention(q, k, v, bias=sa.t5_bias(table, 50, 50), scale=1.0)
+    >>> bool(np.allclose(out, again, rtol=0, atol=1e-5))
+    True
+    """
+
+    table: ArrayLike
+    bidirectional: bool = True
+    max_distance: int = 128
+    _core: tuple[NDArray[np.float64], int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        bias = _Buckets.check("T5Bias", self.table, self.bidirectional, self.max_distance)
+        by_distance = np.ascontiguousarray(bias.table.astype(np.float64)[bias.bucket].T)
+        object.__setattr__(self, "_core", (by_distance, bias.origin))
+
+    def for_core(self) -> tuple[NDArray[np.float64], int]:
+        """Return the bias of each head and distance, (H, count), and the place of distance 0."""
+        return self._core
+
+
+class _Buckets(NamedTuple):
+    """A checked table, and which of its buckets each distance i − j from −origin on has; beyond the ends the end's."""
+
+    table: NDArray[Any]
+    bucket: NDArray[np.int64]
+    origin: int
+
+    @classmethod
+    def check(cls, function: str, table: ArrayLike, bidirectional: bool, max_distance: int) -> _Buckets:
+        array = as_array(function, "table", table)
+        if not is_float(array.dtype):
+            raise TypeError(f"{function}: table has dtype {array.dtype}, but {ACCEPTED}")
+        sides = 2 if flag(function, "bidirectional", bidirectional) else 1
+        if array.ndim != 2 or array.shape[0] < 2 * sides or array.shape[0] % sides:
+            raise ValueError(
+                f"{function}: table has shape {array.shape}, but (num_buckets, H) is needed, with at least "
+                f"{2 * sides} buckets" + (", an even number" if bidirectional else "")
+            )
+        buckets = array.shape[0] // sides
+        exact = buckets // 2
+        farthest = whole_number(function, "max_distance", max_distance, 1)
+        if not exact < farthest <= 1 << 20:
+            raise ValueError(
+                f"{function}: max_distance is {max_distance}, but it must be greater than {exact} and at most {1 << 20}"
+            )
+        distance = np.arange(farthest + 1)
+        steps = np.log(np.maximum(distance, exact) / exact) / np.log(farthest / exact)
+        far = np.minimum(exact + (steps * (buckets - exact)).astype(np.int64), buckets - 1)
+        bucket = np.where(distance < exact, distance, far)
+        if not bidirectional:
+            return cls(array, bucket, 0)
+        return cls(array, np.concatenate([bucket[:0:-1] + buckets, bucket]), farthest)

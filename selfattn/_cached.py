@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, flag, out_array, refuse_unknown
+from ._bias import T5Bias
 from ._cache import AnyCache, KVCache, Step
 from ._paged import PagedKVCache
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
@@ -41,6 +42,7 @@ def attention_with_kvcache(
     out: NDArray[Any] | None = None,
     precision: str = "highest",
     num_threads: int | None = None,
+    t5: T5Bias | None = None,
     **unknown: Any,
 ) -> Any:
     """Append new tokens to a cache and attend to everything that it holds, in one call.
@@ -66,12 +68,12 @@ def attention_with_kvcache(
     bias : array_like, broadcasting to (B, H, Sq, longest sequence), optional
     causal : bool, default True
         Query i sees tokens up to its own, the last query being the last token of its sequence.
-    window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads
+    window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
         As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most that.
     cascade : bool, default False
         Read the pages that all sequences have in common from the start on (forks of one prompt) once for all of
         them. The parts are merged by log-sum-exp, so that bits depend on how much is in common. Without effect where
-        window, bias, alibi_slopes or return_weights are given.
+        window, bias, alibi_slopes, t5 or return_weights are given.
     layout : {"bhsd", "bshd"}
         "bshd": the token axis of q, k, v and out stands before the head axis.
     return_weights : bool, default False
@@ -118,7 +120,7 @@ def attention_with_kvcache(
         k, v = as_array(_NAME, "k", k), as_array(_NAME, "v", v)
     options = core_options(
         _NAME, mask, bias, causal, None, window, None, None, scale, softcap, alibi_slopes, sinks, layout, return_lse,
-        return_weights, precision, num_threads,
+        return_weights, precision, num_threads, t5,
     )  # fmt: skip
     description = rope_or_none(_NAME, rope)
     token_axis = 1 if layout == "bshd" else 2
@@ -130,8 +132,8 @@ def attention_with_kvcache(
     check_window(_NAME, cache, options[4])
     turn = None if description is None else description.for_core(_NAME, cache.head_dim)
     target = None if out is None else out_array(_NAME, out)
-    plain = window is None and bias is None and alibi_slopes is None and not return_weights
-    if flag(_NAME, "cascade", cascade) and plain and isinstance(cache, PagedKVCache):
+    plain = window is None and bias is None and alibi_slopes is None and t5 is None
+    if flag(_NAME, "cascade", cascade) and plain and not return_weights and isinstance(cache, PagedKVCache):
         call = _Cascade(q, k, v, description, positions, layout, options)
         return call.run(cache, sequences, tokens, target)
     appended = 0 if k is None else tokens

@@ -30,6 +30,13 @@ def attention(
     q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any] | None, options: Options, /
 ) -> Any: ...
 def attention_varlen(inputs: tuple[Any, ...], out: NDArray[Any] | None, options: Options, /) -> Any: ...
+def relative_attention(
+    inputs: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+    terms: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int],  # r, u, w, r_origin
+    out: NDArray[Any] | None,
+    options: Options,
+    /,
+) -> Any: ...
 def append(function: str, cache: tuple[Any, ...], k: NDArray[Any], v: NDArray[Any], /) -> None: ...
 def attend_cache(
     function: str, cache: tuple[Any, ...], inputs: tuple[Any, ...], out: NDArray[Any] | None, options: Options, /

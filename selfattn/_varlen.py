@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, integers, out_array, reals, refuse_unknown
+from ._bias import T5Bias
 
 _NAME = "attention_varlen"
 
@@ -34,6 +35,7 @@ def attention_varlen(
     out: NDArray[Any] | None = None,
     precision: str = "highest",
     num_threads: int | None = None,
+    t5: T5Bias | None = None,
     **unknown: Any,
 ) -> Any:
     """Attend in N sequences of different lengths at once, each as it would alone, bit by bit.
@@ -53,7 +55,7 @@ def attention_varlen(
     q_offset : int or integer array, shape (N,), optional
         As in `attention`; default: the last query is aligned with the last key of its sequence.
     alibi_slopes : array_like, shape (H,) or (N, H), optional
-    causal, window, scale, softcap, sinks, return_lse, return_weights, precision, num_threads
+    causal, window, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
         As in `attention`.
     out : ndarray, optional
         Where to put a packed result: its exact shape and dtype, any strides.
@@ -117,7 +119,7 @@ def attention_varlen(
     )
     options = core_options(
         _NAME, None, None, causal, None, window, None, None, scale, softcap, None, sinks, "bshd", return_lse,
-        return_weights, precision, num_threads,
+        return_weights, precision, num_threads, t5,
     )  # fmt: skip
     target = None if out is None else out_array(_NAME, out)
     result = _core.attention_varlen((q, k, v, queries, keys, *own), target, options)

@@ -98,12 +98,16 @@ def attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     layout: str = "bhsd",
+    t5: Any = None,
+    relative: tuple[Any, ...] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> Result:
     """Compute attention step by step; arguments as for `selfattn.attention`.
 
     Parameters
     ----------
+    relative : (r, u, w, r_origin), optional
+        As for `selfattn.relative_attention`, whose mem_len is `q_offset`.
     dtype : dtype, default float64
         The precision to compute in; `numpy.longdouble` to judge float64 results.
     """
@@ -121,8 +125,11 @@ def attention(
     )
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     with np.errstate(all="ignore"):
-        scores = scale * np.matmul(q, k.swapaxes(-1, -2))
-        sizes = abs(scale) * np.matmul(abs(q), abs(k).swapaxes(-1, -2))
+        products, sizes = np.matmul(q, k.swapaxes(-1, -2)), np.matmul(abs(q), abs(k).swapaxes(-1, -2))
+        distance = np.atleast_3d(-_distances(q_len, kv_len, batch, **limits).T).T  # heads share them
+        if relative is not None:
+            products, sizes = _relative_products(q, k, distance, *relative)
+        scores, sizes = scale * products, abs(scale) * sizes
         sigma = float(np.max(np.where(visible, sizes, 0), initial=0))
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
@@ -130,9 +137,40 @@ def attention(
             scores = scores + np.asarray(bias, dtype=dtype)
         if alibi_slopes is not None:
             slopes = np.asarray(alibi_slopes, dtype=dtype)[..., None, None]
-            scores = scores - slopes * abs(_distances(q_len, kv_len, batch, **limits))
+            scores = scores - slopes * abs(distance)
+        if t5 is not None:
+            scores = scores + _t5_terms(t5, distance)
         scores = np.where(visible, scores, -np.inf)
         return _softmax(scores, visible, v, sinks, q_lens, sigma, ndim, layout)
+
+
+def _relative_products(
+    q: NDArray[Any], k: NDArray[Any], distance: NDArray[np.int64], r: Any, u: Any, w: Any, r_origin: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(q + u) . k + (q + w) . r by distance, and the same of absolute values; a vector of r for every pair."""
+    r, u, w = (np.asarray(x, dtype=q.dtype) for x in (r, u, w))
+    row = np.clip(distance + r_origin, 0, r.shape[-2] - 1)[..., 0, :, :]
+    vectors = r[np.arange(len(r))[:, None, None], row[..., None, :, :]] if r.ndim == 3 else r[row][..., None, :, :, :]
+    for_keys, for_vectors = q + u[:, None], q + w[:, None]
+    products = np.matmul(for_keys, k.swapaxes(-1, -2)) + np.einsum("...id,...ijd->...ij", for_vectors, vectors)
+    sizes = np.matmul(abs(for_keys), abs(k).swapaxes(-1, -2))
+    return products, sizes + np.einsum("...id,...ijd->...ij", abs(for_vectors), abs(vectors))
+
+
+def _t5_terms(t5: Any, distance: NDArray[np.int64]) -> NDArray[Any]:
+    """The bias of each head and pair: T5's bucket of each distance, one after the other."""
+    table = np.asarray(t5.table, dtype=np.float64)
+    buckets = len(table) // (2 if t5.bidirectional else 1)
+    exact = buckets // 2
+
+    def bucket(t: int) -> int:
+        side = buckets if t5.bidirectional and t < 0 else 0
+        t = abs(t) if t5.bidirectional else max(t, 0)
+        far = exact + int(np.log(max(t, exact) / exact) / np.log(t5.max_distance / exact) * (buckets - exact))
+        return side + (t if t < exact else min(far, buckets - 1))
+
+    terms = np.array([table[bucket(int(t))] for t in distance.ravel()]).reshape(*distance.shape, table.shape[1])
+    return np.moveaxis(terms[..., 0, :, :, :], -1, -3)
 
 
 def _softmax(

@@ -25,6 +25,7 @@ KNOWN_ISAS = sorted(file.stem.removeprefix("isa_") for file in KERNELS.glob("isa
 # Sets that take over avx512's kernels but for products of bfloat16: only these modules have something to find there.
 EXTENSIONS = {"avx512_bf16", "amx", "amx_emulated"}
 OF_EXTENSIONS = {"narrow", "narrow_layers", "matrix_units", "guard_pages", "properties", "hostile", "determinism"}
+OF_EXTENSIONS |= {"relative", "t5"}
 
 
 def pytest_report_header() -> str:

@@ -28,6 +28,8 @@ Options::Options(const py::tuple& values) {
   return_weights = next().cast<bool>();
   precision = static_cast<Precision>(next().cast<int>());
   num_threads = next().cast<int>();
+  distance_bias = next();
+  distance_origin = next().cast<std::int64_t>();
 }
 
 AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
@@ -52,12 +54,14 @@ AttentionArguments arguments_of(const char* function, const Options& options, co
   if (a.has_scale) a.scale = options.scale.cast<double>();
   a.softcap = options.softcap;
   a.precision = options.precision;
+  a.distance_bias = optional_view(options.distance_bias, DType::f64);
+  a.distance_origin = options.distance_origin;
   return a;
 }
 
 bool meets_any(const TensorView& out, const AttentionArguments& a) {
-  for (const TensorView* operand :
-       {&a.q, &a.k, &a.v, &a.mask, &a.bias, &a.q_offset, &a.q_lens, &a.kv_lens, &a.alibi_slopes, &a.sinks})
+  for (const TensorView* operand : {&a.q, &a.k, &a.v, &a.mask, &a.bias, &a.q_offset, &a.q_lens, &a.kv_lens,
+                                    &a.alibi_slopes, &a.sinks, &a.r, &a.u, &a.w, &a.distance_bias})
     if (meet(out, *operand)) return true;
   return false;
 }
@@ -91,10 +95,12 @@ py::object join(py::object out, const py::object& lse, const py::object& weights
   return py::make_tuple(out, lse, weights);
 }
 
-TensorView key_view(const char* function, py::handle k, DType query) {
-  const TensorView key = float_view(function, "k", k);
-  return size_of(key.dtype) < size_of(query) ? key : matching_view(function, "k", k, "q", query);
+TensorView narrower_view(const char* function, const char* name, py::handle array, DType query) {
+  const TensorView view = float_view(function, name, array);
+  return size_of(view.dtype) < size_of(query) ? view : matching_view(function, name, array, "q", query);
 }
+
+TensorView key_view(const char* function, py::handle k, DType query) { return narrower_view(function, "k", k, query); }
 
 TensorView value_view(const char* function, py::handle v, DType query, DType key) {
   return matching_view(function, "v", v, key == query ? "q" : "k", key);
@@ -107,6 +113,22 @@ void run_attention(const Problem& problem, const Plan& plan) {
     finished = attend(problem, plan, interrupted);
   }
   if (!finished) throw py::error_already_set();
+}
+
+py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like) {
+  Problem problem = make_problem(arguments);
+  const DType dtype = arguments.q.dtype;
+  bool direct = false;
+  if (!out.is_none()) {
+    const py::array given = py::reinterpret_borrow<py::array>(out);
+    check_out(arguments.function, given, out_shape(problem), dtype);
+    direct = !meets_any(view_of(given, dtype), arguments);
+  }
+  Destination result(std::move(out), direct, out_shape(problem), dtype, like);
+  attach_out(problem, result.view(dtype));
+  const Extras extras(options, problem);
+  run_attention(problem, make_plan(problem, active_kernels(), options.num_threads));
+  return extras.join(result.deliver());
 }
 
 py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& options) {
@@ -148,22 +170,8 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
 }
 
 py::object attention(py::handle q, py::handle k, py::handle v, py::object out, const py::tuple& option_values) {
-  constexpr const char* function = "attention";
   const Options options(option_values);
-  const AttentionArguments arguments = arguments_of(function, q, k, v, options);
-  Problem problem = make_problem(arguments);
-  const DType dtype = arguments.q.dtype;
-  bool direct = false;
-  if (!out.is_none()) {
-    const py::array given = py::reinterpret_borrow<py::array>(out);
-    check_out(function, given, out_shape(problem), dtype);
-    direct = !meets_any(view_of(given, dtype), arguments);
-  }
-  Destination result(std::move(out), direct, out_shape(problem), dtype, q);
-  attach_out(problem, result.view(dtype));
-  const Extras extras(options, problem);
-  run_attention(problem, make_plan(problem, active_kernels(), options.num_threads));
-  return extras.join(result.deliver());
+  return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
 }
 
 // Where a call without `out` writes: a new array. Plans look at where it would be, not into it.

@@ -15,6 +15,8 @@ struct Options {
   double softcap = 0;
   Precision precision = Precision::highest;
   int num_threads = 0;  // 0: the default
+  py::object distance_bias;
+  std::int64_t distance_origin = 0;
 
   explicit Options(const py::tuple& values);
 };
@@ -39,6 +41,7 @@ struct Destination {
 py::object join(py::object out, const py::object& lse, const py::object& weights);
 
 // Keys may be narrower than queries, as in a cache that saves memory; values are of the keys' type.
+TensorView narrower_view(const char* function, const char* name, py::handle array, DType query);
 TensorView key_view(const char* function, py::handle k, DType query);
 TensorView value_view(const char* function, py::handle v, DType query, DType key);
 
@@ -49,6 +52,9 @@ struct Extras {
   py::object join(py::object out) const { return bindings::join(std::move(out), lse, weights); }
 };
 
+// Checks the arguments, computes into `out` or a new array like `like`, and returns what the options ask for.
+py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like);
+
 // Runs the plan; raises what a signal handler raised.
 void run_attention(const Problem& problem, const Plan& plan);
 
@@ -58,5 +64,6 @@ void register_attention(py::module_& module);
 void register_layer(py::module_& module);
 void register_varlen(py::module_& module);
 void register_machine(py::module_& module);
+void register_relative(py::module_& module);
 
 }  // namespace selfattn::bindings

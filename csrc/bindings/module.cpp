@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, module) {
   selfattn::bindings::register_varlen(module);
   selfattn::bindings::register_layer(module);
   selfattn::bindings::register_machine(module);
+  selfattn::bindings::register_relative(module);
 }

@@ -106,6 +106,7 @@ struct RowAttention {
         dot_rows<max_rows_at_once, 4>(block, s, keys, first, last, 0);
     }
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.key_scales + l); });
+    if (block.rows[0].relative) add_relative(block, s, keys);
     bend_scores<AcrossKeys>(tile, block.terms);
     const bool hidden = terms && add_terms(block, s, keys);
     hide_beyond_limits<AcrossKeys>(tile);
@@ -157,6 +158,17 @@ struct RowAttention {
         const int n = keys.count - j < W ? keys.count - j : W;
         use(r * s.score_step + j, term_chunk<T>(block.rows[r], block.terms, keys.first + j, n));
       }
+  }
+
+  static void add_relative(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
+    for (int r = 0; r < block.count; ++r) {
+      const T* relative = static_cast<const T*>(block.rows[r].relative) + keys.first;
+      for (int j = 0; j < keys.count; j += W) {
+        T* score = s.scores + r * s.score_step + j;
+        store(score, fma(load_up_to(relative + j, keys.count - j), multiplier, load(score)));
+      }
+    }
   }
 
   // scores += terms; returns whether any key is hidden.

@@ -72,7 +72,7 @@ struct TileAttention {
     const int left = block.count - first_row;
     const int count = left < strip_rows ? left : strip_rows;
     Strip strip{first_row,         count,           (count + W - 1) / W, rows[0].key_begin,
-                rows[0].key_begin, rows[0].key_end, rows[0].key_end,     /*shares_terms=*/true};
+                rows[0].key_begin, rows[0].key_end, rows[0].key_end,     !block.terms.bias_at_hand};
     for (int i = 1; i < count; ++i) {
       const std::int64_t begin = rows[i].key_begin, end = rows[i].key_end;
       strip.begin_min = begin < strip.begin_min ? begin : strip.begin_min;
@@ -104,7 +104,7 @@ struct TileAttention {
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
-    if (block.terms.bias != BiasType::none) touch_bias(block, keys);
+    if (block.terms.bias != BiasType::none && !block.terms.bias_at_hand) touch_bias(block, keys);
     // Not around a whole block of rows: between its blocks of keys, a handler of signals may use the tiles.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
@@ -173,6 +173,7 @@ struct TileAttention {
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
     T multiplier = static_cast<T>(block.terms.multiplier);
     Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
+    if (rows->relative) add_relative<Cols>(s, strip, rows, keys, Engine::scales ? multiplier : T(1));
     if (Engine::scales || !may_wait(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
       multiplier = T(1);
@@ -204,6 +205,27 @@ struct TileAttention {
       s.end[l] = row ? within(row->key_end) : static_cast<T>(keys.count);
       s.distance[l] = row ? static_cast<T>(row->position - keys.first) : T(0);
       s.slope[l] = row ? static_cast<T>(row->slope * log2_e) : T(0);
+    }
+  }
+
+  // scores += what the rows bring, times a factor; squares go from rows to columns in registers.
+  template <int Cols>
+  static void add_relative(const Scratch& s, const Strip& strip, const Row* rows, const SeenKeys& keys, T factor) {
+    constexpr int lanes = Cols * W;
+    for (int j = 0; j < keys.count; j += W) {
+      const int n = keys.count - j < W ? keys.count - j : W;
+      T* scores = s.scores + j * lanes;
+      for (int l = 0; l < lanes; l += W) {
+        Vec<T> square[W];
+        for (int i = 0; i < W; ++i)
+          square[i] = l + i < strip.rows ? load_up_to(static_cast<const T*>(rows[l + i].relative) + keys.first + j, n)
+                                         : broadcast(T(0));
+        transpose(square);
+        for (int i = 0; i < n; ++i) {
+          T* score = scores + i * lanes + l;
+          store(score, fma(square[i], broadcast(factor), load(score)));
+        }
+      }
     }
   }
 

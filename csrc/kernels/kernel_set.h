@@ -20,6 +20,7 @@ struct Row {
   void* out;                 // value_dim contiguous elements of the block's out_type
   const std::uint8_t* mask;  // the row's mask at key 0, or null: all visible
   const char* bias;          // the row's bias at key 0, or null: none
+  const void* relative;      // what joins the row's products, in the type of computation, at key 0, or null: nothing
   void* scores;              // where the row's final scores are kept, at key 0, or null: nowhere
   std::int64_t key_begin;    // keys in [key_begin, key_end) are visible ...
   std::int64_t key_end;      // ... unless mask or bias hide them
@@ -38,6 +39,7 @@ struct ScoreTerms {
   bool alibi = false;
   bool mask = false;
   BiasType bias = BiasType::none;
+  bool bias_at_hand = false;   // made for the block just now, not read from the caller's memory
   std::int64_t mask_step = 0;  // bytes from key to key
   std::int64_t bias_step = 0;
 };
@@ -113,6 +115,8 @@ struct TypeKernels {
   void (*project)(const ProjectArgs&) noexcept;
   void (*project_f16)(const ProjectArgs&) noexcept;  // for panels of 16 bits, or null
   void (*project_bf16)(const ProjectArgs&) noexcept;
+  // panel[d][i] = rows[i][d], which makes a panel for `project` of panel_columns rows of depth elements.
+  void (*pack_panel)(const void* const* rows, std::int64_t depth, void* panel) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
   // Multiplies on registers only; returns the number of floating-point operations.

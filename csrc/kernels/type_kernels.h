@@ -21,6 +21,12 @@ inline void weigh(void* scores, std::int64_t count, double row_max, double facto
   }
 }
 
+template <class T, int Columns>
+inline void pack_panel(const void* const* rows, std::int64_t depth, void* panel) noexcept {
+  rows_to_columns(static_cast<T*>(panel), Columns, Columns, depth,
+                  [&](int row, std::int64_t d, int n) { return load_up_to(static_cast<const T*>(rows[row]) + d, n); });
+}
+
 template <class E>
 inline void widen(const void* from, std::int64_t count, float* to) noexcept {
   const E* element = static_cast<const E*>(from);
@@ -53,6 +59,7 @@ constexpr TypeKernels type_kernels() {
                       .project = project<FmaUnit<T>, TileRows, TileVectors>,
                       .project_f16 = nullptr,
                       .project_bf16 = nullptr,
+                      .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
                       .fma_loop = product_loop<FmaUnit<T>, MaxSums>};
   if constexpr (sizeof(T) == sizeof(float)) {

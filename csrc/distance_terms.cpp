@@ -1,0 +1,149 @@
+#include "distance_terms.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "rows.h"
+
+namespace selfattn {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
+
+// The rows of a span that belong to one head: every group-th from `row` on, for queries that follow one another.
+struct HeadRows {
+  std::int64_t head, row, query, count;
+};
+
+HeadRows rows_of(const Problem& problem, const RowSpan& span, std::int64_t i) {
+  const std::int64_t group = problem.group_size;
+  const std::int64_t row = (i - span.first % group + group) % group;
+  return {span.kv_head * group + i, row, (span.first + row) / group,
+          row < span.valid ? ceil_div(span.valid - row, group) : 0};
+}
+
+// Whether no query sees a key at any distance of [least, most].
+bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most) {
+  return (problem.causal && most < 0) || (problem.window_left >= 0 && least > problem.window_left) ||
+         (problem.window_right >= 0 && most < -problem.window_right);
+}
+
+// A row of vectors for distances that fall from `distance` on, as wide as a panel, becomes a panel.
+void pack(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t head, std::int64_t distance) {
+  const PerHead& rows = problem.relative.rows;
+  const int width = plan.types->panel_columns;
+  const std::int64_t row_bytes = problem.head_dim * size_of(rows.dtype);
+  for (int i = 0; i < width; ++i) {
+    const char* row = problem.relative.at(head, distance - i);
+    slot.relative_rows[i] = row;
+    if (!plan.copies_relative) {
+      const char* next = problem.relative.at(head, distance - i - width);
+      for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte);
+      continue;
+    }
+    char* copy = slot.relative_copies + i * problem.head_dim * size_of(problem.dtype);
+    gather_rows(*plan.kernels, copy, problem.dtype, row, rows.dtype, 0, rows.column, 1, problem.head_dim);
+    slot.relative_rows[i] = copy;
+  }
+  plan.types->pack_panel(slot.relative_rows, problem.head_dim, slot.relative_panel);
+}
+
+// A finite number of the table stays finite.
+template <class T>
+T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
+  const double x = read_real(problem.distance_bias.at(head, distance), DType::f64);
+  const double most = std::numeric_limits<T>::max();
+  return static_cast<T>(std::isfinite(x) ? std::clamp(x, -most, most) : x);
+}
+
+}  // namespace
+
+DistanceTerms::DistanceTerms(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot)
+    : problem_(problem), plan_(plan), span_(span), slot_(slot), offset_(problem.offset_of(span.batch)) {
+  if (!problem.relative) return;
+  const std::int64_t row_bytes = problem.head_dim * size_of(problem.dtype);
+  for (int i = 0; i < span.valid; ++i)
+    gather_query(problem, plan, span, i, problem.dtype, problem.relative_bias, slot.relative_queries + i * row_bytes);
+}
+
+void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
+  if (problem_.relative && first >= made_) {
+    made_ = std::min(first + plan_.relative_keys, end);
+    multiply(first, made_ - first);
+  }
+  if (!problem_.distance_bias) return;
+  if (problem_.dtype == DType::f32)
+    problem_.bias ? add_biases<float>(first, count) : fill_biases<float>(first, count);
+  else
+    problem_.bias ? add_biases<double>(first, count) : fill_biases<double>(first, count);
+}
+
+// Products of each query with the vectors of all distances that its keys have. The distances of a row's keys fall by
+// one from key to key and are greater by one than those of the row before. So as many rows as a panel has columns are
+// multiplied with the panels of distances that any of them needs, and each finds its own one place before the last
+// one's. Such batches of rows need the same panels.
+void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
+  const std::int64_t width = plan_.types->panel_columns, size = size_of(problem_.dtype), depth = problem_.head_dim;
+  const std::int64_t group = problem_.group_size, panels = ceil_div(count + width - 1, width);
+  for (std::int64_t i = 0; i < group; ++i) {
+    const HeadRows rows = rows_of(problem_, span_, i);
+    const std::int64_t batches = ceil_div(rows.count, width);
+    const std::int64_t farthest = rows.query + offset_ + batches * width - 1 - first;
+    for (std::int64_t panel = 0; panel < panels + batches - 1 && rows.count > 0; ++panel) {
+      const std::int64_t distance = farthest - panel * width;
+      if (out_of_sight(problem_, distance - width + 1, distance)) continue;
+      pack(problem_, plan_, slot_, rows.head, distance);
+      for (std::int64_t batch = 0; batch < batches; ++batch) {
+        const std::int64_t place = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
+        if (place < 0 || place >= panels) continue;
+        plan_.types->project({slot_.relative_queries + row * depth * size, group * depth,
+                              std::min(width, rows.count - batch * width), depth, slot_.relative_panel, nullptr,
+                              slot_.relative + (row * slot_.relative_step + place * width) * size,
+                              group * slot_.relative_step, static_cast<int>(width)});
+      }
+    }
+    for (std::int64_t n = 0; n < rows.count; ++n) {
+      const std::int64_t row = rows.row + n * group, own = width - 1 - n % width;
+      slot_.rows[row].relative = slot_.relative + (row * slot_.relative_step + own - first) * size;
+    }
+  }
+}
+
+// One line for each head: that of the last query starts at the line's first place, that of the one before at the next.
+template <class T>
+void DistanceTerms::fill_biases(std::int64_t first, int count) const {
+  for (std::int64_t i = 0; i < problem_.group_size; ++i) {
+    const HeadRows rows = rows_of(problem_, span_, i);
+    T* line = reinterpret_cast<T*>(slot_.biases) + i * slot_.bias_step;
+    const std::int64_t last = rows.query + rows.count - 1;
+    for (std::int64_t n = 0; n < count + rows.count - 1; ++n)
+      line[n] = bias_at<T>(problem_, rows.head, last + offset_ - first - n);
+    for (std::int64_t n = 0; n < rows.count; ++n)
+      slot_.rows[rows.row + n * problem_.group_size].bias =
+          reinterpret_cast<char*>(line) + (rows.count - 1 - n - first) * static_cast<std::int64_t>(sizeof(T));
+  }
+}
+
+// With the caller's own bias each row has its own line.
+template <class T>
+void DistanceTerms::add_biases(std::int64_t first, int count) const {
+  const double hidden = -std::numeric_limits<double>::infinity();
+  for (std::int64_t i = 0; i < problem_.group_size; ++i) {
+    const HeadRows rows = rows_of(problem_, span_, i);
+    for (std::int64_t n = 0; n < rows.count; ++n) {
+      const std::int64_t row = rows.row + n * problem_.group_size, query = rows.query + n;
+      const char* bias = problem_.at(problem_.bias, span_.batch) + rows.head * problem_.bias.head +
+                         query * problem_.bias.row + first * problem_.bias.column;
+      T* line = reinterpret_cast<T*>(slot_.biases) + row * slot_.bias_step;
+      for (int j = 0; j < count; ++j) {
+        const double given = read_real(bias + j * problem_.bias.column, problem_.bias.dtype);
+        const T own = bias_at<T>(problem_, rows.head, query + offset_ - first - j);
+        line[j] = static_cast<T>(given == hidden || static_cast<double>(own) == hidden ? hidden : given + own);
+      }
+      slot_.rows[row].bias = reinterpret_cast<char*>(line) - first * static_cast<std::int64_t>(sizeof(T));
+    }
+  }
+}
+
+}  // namespace selfattn

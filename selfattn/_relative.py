@@ -1,0 +1,130 @@
+"""Attention with relative positions, as in Transformer-XL and XLNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import LAYOUTS, as_array, choice, core_options, flag, out_array, reals, refuse_unknown, whole_number
+
+_NAME = "relative_attention"
+
+
+def relative_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    r: ArrayLike,
+    u: ArrayLike,
+    w: ArrayLike,
+    *,
+    mem_len: int = 0,
+    causal: bool = True,
+    r_origin: int = 0,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    q_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: NDArray[Any] | None = None,
+    precision: str = "highest",
+    num_threads: int | None = None,
+    t5: Any = None,
+    **unknown: Any,
+) -> Any:
+    r"""Attend to a segment and the memory before it, by content and by distance (Dai et al., "Transformer-XL", 2019).
+
+    ``score[i, j] = scale · ((q_i + u) · k_j + (q_i + w) · r_t)`` with the distance ``t = i + mem_len − j``, then as in
+    `attention` with ``q_offset=mem_len``. The second product is made by distance for one block of keys at a time:
+    nothing of size S × (mem_len + S) is stored, and nothing is shifted.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., H, S, D)
+        Queries of the segment, of any dtype that `attention` takes.
+    k : array_like, shape (..., Hkv, mem_len + S, D)
+    v : array_like, shape (..., Hkv, mem_len + S, Dv)
+        Keys and values of the memory and, behind it, of the segment.
+    r : array_like, shape (H, R, D) or (R, D)
+        Projected encodings of distances, of q's dtype or one with fewer bytes: row ``t + r_origin`` belongs to
+        distance t. Distances beyond either end use that end, which is the original's ``clamp_len``.
+    u, w : array_like, shape (H, D)
+        What the queries add where they meet keys (``r_w_bias``) and encodings (``r_r_bias``), of any float dtype.
+    mem_len : int, default 0
+        Tokens of memory.
+    causal : bool, default True
+        Key j is visible to query i iff ``j <= i + mem_len``.
+    r_origin : int, default 0
+        The row of distance 0. Tables that reach ahead of the query as well (XLNet) have it in their middle; without
+        any rows before it, `causal` must be True.
+    window : (left, right), optional
+        As in `attention`; the original's ``same_length`` is ``(mem_len − 1, 0)``.
+    mask, bias, q_lens, kv_lens, scale, softcap, alibi_slopes, sinks, layout, return_lse, return_weights, out
+        As in `attention`; `layout` concerns q, k, v and out. The default scale is ``1 / sqrt(D)``.
+    precision, num_threads, t5
+        As in `attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, S, Dv)
+        In q's dtype. With `return_lse` and `return_weights` a tuple, as from `attention`.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As from `attention`. Nothing has been written.
+
+    Notes
+    -----
+    ``q + u`` and ``q + w`` are sums of float32 (float64 for float64), also of queries of 16 bits. For a given
+    instruction set the bits of one batch entry and head depend on nothing else.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> k, v = rng.standard_normal((2, 4, 12, 8), dtype=np.float32)  # 4 heads, a memory of 7 and a segment of 5
+    >>> q, r = k[:, 7:], rng.standard_normal((4, 12, 8), dtype=np.float32)
+    >>> u, w = rng.standard_normal((2, 4, 8), dtype=np.float32)
+    >>> sa.relative_attention(q, k, v, r, u, w, mem_len=7).shape
+    (4, 5, 8)
+    """
+    if unknown:
+        refuse_unknown(_NAME, unknown, {"q_offset": "mem_len", "clamp_len": "r", "same_length": "window"})
+    q, k, v, r = (as_array(_NAME, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
+    memory = whole_number(_NAME, "mem_len", mem_len, 0)
+    options = core_options(
+        _NAME, mask, bias, causal, np.array(memory), window, q_lens, kv_lens, scale, softcap, alibi_slopes, sinks,
+        layout, return_lse, return_weights, precision, num_threads, t5,
+    )  # fmt: skip
+    choice(_NAME, "layout", layout, LAYOUTS)
+    _check_lengths(q, k, memory, layout)
+    origin = whole_number(_NAME, "r_origin", r_origin, 0)
+    if origin == 0 and not flag(_NAME, "causal", causal):
+        raise ValueError(f"{_NAME}: causal is False, but with r_origin 0 r has no rows for keys ahead of the query")
+    u, w = (np.ascontiguousarray(reals(_NAME, name, x)) for name, x in (("u", u), ("w", w)))
+    return _core.relative_attention(
+        (q, k, v), (r, u, w, origin), None if out is None else out_array(_NAME, out), options
+    )
+
+
+def _check_lengths(q: NDArray[Any], k: NDArray[Any], memory: int, layout: str) -> None:
+    def length(x: NDArray[Any]) -> int:
+        return int(x.shape[-3 if layout == "bshd" and x.ndim > 2 else -2])
+
+    if min(q.ndim, k.ndim) >= 2 and length(k) != memory + length(q):
+        raise ValueError(
+            f"{_NAME}: k has length {length(k)}, but mem_len {memory} and the length of q, {length(q)}, "
+            f"make {memory + length(q)}"
+        )
