@@ -220,23 +220,6 @@ def test_hidden_values_are_inert_and_visible_ones_propagate(isa: str, draw: Any,
     assert not found[:-1].any()
 
 
-def test_nothing_of_all_pairs_is_stored(run_python: Any) -> None:
-    code = """
-        import resource
-        import numpy as np
-        import selfattn as sa
-        q = np.ones((1, 6000, 8), np.float32)
-        k = np.ones((1, 12000, 8), np.float32)
-        u = np.zeros((1, 8), np.float32)
-        sa.relative_attention(q[:, :9], k[:, :18], k[:, :18], k, u, u, mem_len=9)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        sa.relative_attention(q, k, k, k, u, u, mem_len=6000, num_threads=2)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """
-    kibibytes = int(run_python(code))
-    assert kibibytes < 20_000  # all scores are 281,250
-
-
 GOOD = {
     "q": np.ones((2, 3, 4), np.float32),
     "k": np.ones((2, 5, 4), np.float32),
