@@ -19,7 +19,7 @@ LONG = (1025, 2049, 2175)  # few rows: the keys are parted into ranges
 class Case(NamedTuple):
     """A call: arrays that may be placed anywhere, and everything else."""
 
-    kind: str  # attention, layer, rope
+    kind: str  # attention, layer, relative, rope
     arrays: dict[str, Any]
     settings: dict[str, Any]
 
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def cases(seed: int) -> Any:
-    """Every head_dim with every number of queries in every dtype, then layers and rope."""
+    """Every head_dim with every number of queries in every dtype, layers, relative terms and rope."""
     rng = np.random.default_rng(seed)
     for dtype in TYPES:
         for head_dim in HEAD_DIMS:
@@ -39,6 +39,8 @@ def cases(seed: int) -> Any:
             yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[3:])), int(rng.choice(LONG)))
             for _ in range(4):
                 yield layer_case(rng, dtype, head_dim)
+            for _ in range(2):
+                yield relative_case(rng, dtype, head_dim)
             if head_dim > 1:
                 yield rope_case(rng, dtype, head_dim)
 
@@ -159,6 +161,31 @@ def layer_case(rng: Any, dtype: Any, head_dim: int) -> Case:
     return Case("layer", arrays, settings)
 
 
+def relative_case(rng: Any, dtype: Any, head_dim: int) -> Case:
+    batch, kv_heads, group = (int(n) for n in rng.integers(1, 3, 3))
+    heads, segment, memory = kv_heads * group, int(rng.choice(LENGTHS)), int(rng.choice((0, *LENGTHS)))
+    kv_dtype, rows, causal = narrower(rng, dtype), int(rng.choice(LENGTHS)), bool(rng.random() < 0.7)
+    length, own = memory + segment, (heads,) if rng.random() < 0.7 else ()
+
+    def normal(*shape: int, dtype: Any = dtype) -> Any:
+        return rng.standard_normal(shape).astype(dtype)
+
+    arrays = {
+        "q": normal(batch, heads, segment, head_dim),
+        "k": normal(batch, kv_heads, length, head_dim, dtype=kv_dtype),
+        "v": normal(batch, kv_heads, length, 9, dtype=kv_dtype),
+        "r": normal(*own, rows + 1, head_dim, dtype=narrower(rng, dtype)),
+        "u": normal(heads, head_dim, dtype=np.float64),
+        "w": normal(heads, head_dim, dtype=np.float64),
+        **score_arrays(rng, (batch, heads, segment, length)),
+    }
+    arrays.pop("q_offset", None)
+    if rng.random() < 0.7:
+        arrays["out"] = normal(batch, heads, segment, 9)
+    origin = int(rng.integers(0 if causal else 1, rows + 1))
+    return Case("relative", arrays, {**score_settings(rng), "mem_len": memory, "causal": causal, "r_origin": origin})
+
+
 def rope_case(rng: Any, dtype: Any, head_dim: int) -> Case:
     length = int(rng.choice(LENGTHS))
     x = rng.standard_normal((2, 3, length, head_dim)).astype(dtype)
@@ -174,6 +201,8 @@ def call(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
     given = {**arrays, **case.settings}
     if case.kind == "attention":
         result = sa.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+    elif case.kind == "relative":
+        result = sa.relative_attention(**given)
     elif case.kind == "rope":
         result = sa.apply_rope(given.pop("x"), given.pop("positions"), given.pop("rope"), **given)
     else:

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from guard_cases import LENGTHS, LONG, NARROW, Case, attention_case, call, cases, layer_case, rope_case, term_cases
+from guard_cases import (
+    LENGTHS,
+    LONG,
+    NARROW,
+    Case,
+    attention_case,
+    call,
+    cases,
+    layer_case,
+    relative_case,
+    rope_case,
+    term_cases,
+)
 from guarded import SIDES, Heap, Region, Side, shifted
 
 import selfattn as sa
@@ -166,6 +178,7 @@ def whole_cases(rng: Any) -> Any:
         (attention_case, {"q", "k", "v", "out"}, (NARROW[1], 33, 17, 33)),
         (layer_case, score | layer, (np.float64, 17)),
         (rope_case, {"x", "positions", "out"}, (np.float32, 40)),
+        (relative_case, {"q", "k", "v", "r", "u", "w", "out"}, (np.float32, 33)),
     ):
         while wanted:
             case = make(rng, *arguments)

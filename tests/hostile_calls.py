@@ -62,6 +62,27 @@ def attention_call(rng: random.Random) -> Call:
     return Call(sa.attention, [q, k, v], named)
 
 
+def relative_call(rng: random.Random) -> Call:
+    dtype = rng.choice(FLOATS)
+    heads, segment, memory, dim = (rng.randrange(1, 5) for _ in range(4))
+    q, *kv = (floats(rng, dtype, heads, length, dim) for length in (segment, memory + segment, memory + segment))
+    r = floats(rng, dtype, *rng.choice(((heads,), ())), rng.randrange(1, 9), dim)
+    u, w = (floats(rng, np.dtype(np.float64), heads, dim) for _ in "uw")
+    named: dict[str, Any] = {"mem_len": memory}
+    if rng.random() < 0.3:
+        named |= {"causal": False, "r_origin": rng.randrange(1, r.shape[-2] + 1)}
+    if rng.random() < 0.3:
+        named["out"] = strided(rng, (heads, segment, dim), dtype, OUTPUTS)
+    return Call(sa.relative_attention, [q, *kv, r, u, w], named)
+
+
+def t5_call(rng: random.Random) -> Call:
+    heads, length = rng.randrange(1, 5), rng.randrange(1, 40)
+    q, k, v = (floats(rng, np.dtype(np.float32), heads, length, 4) for _ in "qkv")
+    table = floats(rng, rng.choice(FLOATS), 2 * rng.randrange(2, 9), heads)
+    return Call(sa.attention, [q, k, v], {"t5": sa.T5Bias(table, rng.random() < 0.5, rng.randrange(9, 50))})
+
+
 def layer_call(rng: random.Random) -> Call:
     dtype = rng.choice(FLOATS)
     length, depth, heads, dim = (rng.randrange(1, 6) for _ in range(4))
@@ -100,6 +121,27 @@ def explain_call(rng: random.Random) -> Call:
     return attention_call(rng)._replace(function=sa.explain)
 
 
-MAKERS = [*[attention_call] * 4, layer_call, layer_call, rope_call, explain_call, *hostile_caches.MAKERS]
-NAMES = ["is_causal", "q", "precision", *(sa.attention.__kwdefaults__ or {}), "w_o", "context", "positions", "rope", ""]
+MAKERS = [
+    *[attention_call] * 4,
+    layer_call,
+    layer_call,
+    relative_call,
+    t5_call,
+    rope_call,
+    explain_call,
+    *hostile_caches.MAKERS,
+]
+NAMES = [
+    "is_causal",
+    "q",
+    "precision",
+    *(sa.attention.__kwdefaults__ or {}),
+    "w_o",
+    "context",
+    "positions",
+    "rope",
+    "",
+    "mem_len",
+    "r_origin",
+]
 NAMES += ["sequences", "cascade", "dtype", "buffer", "cu_seqlens_q"]

@@ -24,7 +24,7 @@ def test_every_operand_beside_a_page_that_kills(isa: str, seed: int, run_python:
         last = (tmp_path / "case").read_text(encoding="utf8")
         pytest.fail(f"{failure}\nThe last case: {last}")
     met = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", printed)}
-    assert met.keys() == {"attention", "layer", "ranges", "rope", "row", "threads", "tile"}
+    assert met.keys() == {"attention", "layer", "ranges", "relative", "rope", "row", "threads", "tile"}
     assert min(met.values()) >= 20
 
 
@@ -36,5 +36,6 @@ def test_one_element_too_far_is_caught(isa: str, run_python: Any) -> None:
     for side in ("start", "end"):
         assert {("attention", side, name) for name in operands} < names
         assert {("layer", side, name) for name in ("x", "context", "w_q", "w_o", "b_q", "b_o", "positions")} < names
+        assert {("relative", side, name) for name in ("q", "k", "v", "r", "u", "w", "out")} < names
         assert {("rope", side, name) for name in ("x", "positions", "out")} < names
         assert {("attention", side, "result", "0"), ("layer", side, "result", "0")} < names
