@@ -39,6 +39,12 @@ AttentionArguments arguments_of(const VectorCase& c) {
   a.kv_lens = c.view("kv_lens");
   a.alibi_slopes = c.view("alibi_slopes");
   a.sinks = c.view("sinks");
+  a.r = c.view("r");
+  a.u = c.view("u");
+  a.w = c.view("w");
+  a.r_origin = static_cast<std::int64_t>(c.number("r_origin", 0));
+  a.distance_bias = c.view("distance_bias");
+  a.distance_origin = static_cast<std::int64_t>(c.number("distance_origin", 0));
   a.bshd = c.number("bshd", 0) != 0;
   a.causal = c.number("causal", 0) != 0;
   a.window_left = static_cast<std::int64_t>(c.number("window_left", -1));

@@ -42,6 +42,12 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
+class T5(NamedTuple):
+    table: Array
+    bidirectional: bool
+    max_distance: int = 20
+
+
 class Maker:
     """Makes the cases of one element type, or of two: keys and values of the second."""
 
@@ -137,6 +143,28 @@ def scores(m: Maker) -> Iterator[Case]:
         )
 
 
+def distances(m: Maker) -> Iterator[Case]:
+    def relative(name: str, segment: int, memory: int, rows: int, origin: int, *, own: bool = True) -> Case:
+        r = m.normal(*(2,) * own, rows, 16)
+        u, w = m.random.standard_normal((2, 2, 16))
+        sizes = {"q_offset": np.array([memory, memory]), "causal": origin == 0, "relative": (r, u, w, origin)}
+        return m.case(f"relative-{name}", m.qkv(segment, memory + segment), **sizes)
+
+    yield relative("decode", 1, 600, 601, 0)
+    yield relative("segment", 60, 70, 130, 0)
+    yield relative("chunks", 50, 700, 750, 0, own=False)
+    yield relative("clamped", 33, 40, 5, 0)
+    yield relative("two-sided", 70, 30, 90, 40)
+    for bidirectional in (False, True):
+        t5 = T5(m.random.standard_normal((12, 4)), bidirectional)
+        for q_len in (2, 45):
+            operands = m.qkv(q_len, 150, heads=4)
+            yield m.case(f"t5-{q_len}-queries-{1 + bidirectional}-sides", operands, t5=t5, kv_lens=np.array([150, 77]))
+    bias = m.normal(4, 45, 150)
+    bias[..., 40:90] = -np.inf
+    yield m.case("t5-beside-bias", m.qkv(45, 150, heads=4), t5=t5, bias=bias)
+
+
 def odd_values(m: Maker) -> Iterator[Case]:
     for q_len in (1, 30):
         q, k, v = m.qkv(q_len, 200)
@@ -159,7 +187,7 @@ def cases(dtype: Any) -> Iterator[Case]:
     for i, q_len in enumerate(LENGTHS):
         if i % 2 == (m.dtype in (np.float64, ml_dtypes.bfloat16)):  # the lengths alternate between the types
             yield m.case(f"length-{q_len}", m.qkv(q_len, q_len + i, d=3 + 4 * i))
-    groups: tuple[Callable[[Maker], Iterator[Case]], ...] = (shapes, limits, masks, scores, odd_values)
+    groups: tuple[Callable[[Maker], Iterator[Case]], ...] = (shapes, limits, masks, scores, distances, odd_values)
     for group in groups:
         yield from group(m)
 
@@ -187,8 +215,24 @@ def write_array(file: BinaryIO, name: str, values: Any) -> None:
     file.write(f"array {name} {kind} {shape}\n".encode() + array.tobytes() + b"\n")
 
 
-def write_options(file: BinaryIO, options: dict[str, Any]) -> None:
+def write_t5(file: BinaryIO, t5: T5, reference: ModuleType) -> None:
+    """Write the bias of each head and distance, and the place of distance 0."""
+    origin = t5.max_distance if t5.bidirectional else 0
+    terms = reference._t5_terms(t5, np.arange(-origin, t5.max_distance + 1)[None, None])
+    write_array(file, "distance_bias", terms[:, 0])
+    write_number(file, "distance_origin", origin)
+
+
+def write_options(file: BinaryIO, options: dict[str, Any], reference: ModuleType) -> None:
     for name, value in options.items():
+        if name == "t5":
+            write_t5(file, value, reference)
+            continue
+        if name == "relative":
+            for term, array in zip("ruw", value, strict=False):
+                write_array(file, term, array)
+            write_number(file, "r_origin", value[3])
+            continue
         if name == "window":
             for side, reach in zip(("left", "right"), value, strict=True):
                 write_number(file, f"window_{side}", -1 if reach is None else reach)
@@ -215,7 +259,7 @@ def write_case(file: BinaryIO, case: Case, reference: ModuleType) -> None:
     write_number(file, "sigma", sigma)
     for name, values in (("q", case.q), ("k", case.k), ("v", case.v)):
         write_array(file, name, values)
-    write_options(file, case.options)
+    write_options(file, case.options, reference)
     for name in ("out", "lse", "weights", "magnitude"):
         write_array(file, name, getattr(exact, name).astype(np.float64))
     file.write(b"end\n")
