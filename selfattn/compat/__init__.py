@@ -1,0 +1,21 @@
+"""Attention under the names, argument orders and alignments of other libraries, on NumPy arrays.
+
+Each function is a thin mapping onto selfattn's own, for code that is to change no more than an import. Its docstring
+lists in a table what differs from the original. An argument that cannot be mapped raises an error that names it; none
+is ignored silently.
+"""
+
+from __future__ import annotations
+
+from ._flash_attn import flash_attn_func, flash_attn_varlen_func
+from ._flash_kvcache import flash_attn_with_kvcache
+from ._jax import dot_product_attention
+from ._pytorch import scaled_dot_product_attention
+
+__all__ = [
+    "dot_product_attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,41 @@
+"""Checks that several of the functions share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._arguments import as_array, real
+
+
+def arrays(function: str, **values: Any) -> list[NDArray[Any]]:
+    """Return the operands as ndarrays, which must be of one dtype."""
+    found = {name: as_array(function, name, value) for name, value in values.items()}
+    names = list(found)
+    first = found[names[0]]
+    for name in names[1:]:
+        if found[name].dtype != first.dtype:
+            raise TypeError(
+                f"{function}: {name} has dtype {found[name].dtype} but {names[0]} has {first.dtype}: they must be equal"
+            )
+    return list(found.values())
+
+
+def no_dropout(function: str, dropout_p: Any) -> None:
+    """Refuse dropout, which is for training."""
+    if real(function, "dropout_p", dropout_p) != 0:
+        raise ValueError(f"{function}: dropout_p is {dropout_p!r}, but there is no dropout at inference: pass 0.0")
+
+
+def dimensions(function: str, count: int, **operands: NDArray[Any]) -> None:
+    """Refuse operands that have not so many dimensions."""
+    for name, array in operands.items():
+        if array.ndim != count:
+            raise ValueError(f"{function}: {name} has shape {array.shape}, but {count} dimensions are needed")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether this is an integer and no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,0 +1,247 @@
+"""flash-attn 2's function for caches that the caller holds as arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .._arguments import as_array, flag, integers, is_float
+from ._checks import arrays, dimensions, is_integer
+from ._flash_attn import Window, flash_options
+from ._pages import Pages, attend_pages
+
+_NAME = "flash_attn_with_kvcache"
+
+
+def flash_attn_with_kvcache(
+    q: ArrayLike,
+    k_cache: Any,
+    v_cache: Any,
+    k: ArrayLike | None = None,
+    v: ArrayLike | None = None,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    cache_seqlens: ArrayLike | None = None,
+    cache_batch_idx: ArrayLike | None = None,
+    cache_leftpad: ArrayLike | None = None,
+    block_table: ArrayLike | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: ArrayLike | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Compute what ``flash_attn.flash_attn_with_kvcache`` computes, on arrays, which it updates in place.
+
+    Parameters
+    ----------
+    q : array_like, shape (B, Sq, H, D)
+    k_cache : array, shape (Bc, capacity, Hkv, D)
+    v_cache : array, shape (Bc, capacity, Hkv, Dv)
+        With `block_table`: pages, (num_blocks, page_size, Hkv, ·). Of q's dtype, read in place.
+    k : array_like, shape (B, T, Hkv, D), optional
+    v : array_like, shape (B, T, Hkv, Dv), optional
+        New tokens, which are written into the caches behind those that are there, before q attends.
+    rotary_cos, rotary_sin : array_like, shape (positions, rotary_dim / 2), optional
+        Turn k and q, whose positions count from `cache_seqlens` on; without `causal` and `window_size` all queries
+        stand at `cache_seqlens`.
+    cache_seqlens : int or integer array (B,), optional
+        Tokens in the cache before the call; default: all of it.
+    cache_batch_idx : integer array (B,), optional
+        Which rows of the caches belong to q's.
+    cache_leftpad : integer array (B,), optional
+        Where each sequence starts in its row of the cache.
+    block_table : integer array, shape (B, pages), optional
+        The pages of each sequence, in order.
+    softmax_scale, causal, window_size, softcap, alibi_slopes
+        As in `flash_attn_func`.
+    rotary_interleaved : bool, default True
+        True: pairs are neighbours. False: element i pairs with ``i + rotary_dim / 2``.
+    num_splits : int
+        0 or 1: how keys are split never changes bits here, and is for selfattn to decide.
+    return_softmax_lse : bool
+        Also return the log-sum-exps.
+
+    Returns
+    -------
+    out : ndarray, shape (B, Sq, H, Dv)
+    softmax_lse : ndarray, shape (B, H, Sq)
+        Only with `return_softmax_lse`.
+
+    Notes
+    -----
+    A call that fails leaves the caches as they were. The table of `flash_attn_func`, and:
+
+    =====================  ======================================  =========================================
+    argument or case       flash-attn                              here
+    =====================  ======================================  =========================================
+    num_splits > 1         splits the keys into that many parts    ValueError
+    block_table            pages of a multiple of 256 tokens, not  any page size, also with `cache_leftpad`;
+                           with `cache_leftpad`                    not with `cache_batch_idx`
+    cache_batch_idx,       whichever row comes last is kept        ValueError where two rows would write to
+    block_table repeat                                             one place
+    rotary_cos             rotary_dim a multiple of 16             any even rotary_dim up to D
+    caches too short       undefined                               ValueError
+    lists as caches        –                                       TypeError: they could not be updated
+    =====================  ======================================  =========================================
+    """
+    (query,) = arrays(_NAME, q=q)
+    dimensions(_NAME, 4, q=query)
+    pages = _pages(query, _held("k_cache", k_cache), _held("v_cache", v_cache), cache_batch_idx, block_table)
+    lengths = _lengths(cache_seqlens, len(query), pages, given=block_table is not None or k is not None)
+    _check_splits(num_splits)
+    return_lse = flag(_NAME, "return_softmax_lse", return_softmax_lse)
+    options = flash_options(_NAME, softmax_scale, causal, window_size, softcap)
+    options["alibi_slopes"] = alibi_slopes
+    new = _new_tokens(query, k, v, pages)
+    total = lengths + (0 if new is None else new[0].shape[1])
+    pages.check_lengths(total)
+    starts = _leftpad(cache_leftpad, lengths)
+    interleaved = flag(_NAME, "rotary_interleaved", rotary_interleaved)
+    if rotary_cos is not None or rotary_sin is not None:
+        if new is None:
+            raise ValueError(f"{_NAME}: rotary_cos and rotary_sin are given without k and v")
+        turn = _Rotation(rotary_cos, rotary_sin, interleaved, query.shape[-1])
+        in_order = options["causal"] or options["window"] is not None
+        query = turn(query, lengths, step=1 if in_order else 0)
+        new = turn(new[0], lengths), new[1]
+    rows = np.arange(len(query))
+    if new is None:
+        return attend_pages(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+    slots = pages.slots(lengths, new[0].shape[1])
+    _check_distinct(slots, pages.page_size)
+    before = [side[slots] for side in (pages.k, pages.v)]  # indexing by arrays copies
+    try:
+        for side, tokens in zip((pages.k, pages.v), new, strict=True):
+            side[slots] = tokens
+        return attend_pages(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+    except BaseException:
+        for side, old in zip((pages.k, pages.v), before, strict=True):
+            side[slots] = old
+        raise
+
+
+def _held(name: str, value: Any) -> NDArray[Any]:
+    """Return a view of the caller's own memory."""
+    array, again = as_array(_NAME, name, value), as_array(_NAME, name, value)
+    if array.size and not np.may_share_memory(array, again):
+        raise TypeError(f"{_NAME}: {name} is a {type(value).__name__}, whose memory cannot be used in place")
+    if array.ndim != 4:
+        raise ValueError(f"{_NAME}: {name} has shape {array.shape}, but 4 dimensions are needed")
+    return array
+
+
+def _pages(query: NDArray[Any], k: NDArray[Any], v: NDArray[Any], index: Any, table: Any) -> Pages:
+    for name, cache in (("k_cache", k), ("v_cache", v)):
+        if cache.dtype != query.dtype:
+            raise TypeError(f"{_NAME}: {name} has dtype {cache.dtype} but q has {query.dtype}: they must be equal")
+    if table is not None:
+        if index is not None:
+            raise ValueError(f"{_NAME}: cache_batch_idx is given together with block_table, which says as much")
+        return Pages(_NAME, "block_table", k, v, table, len(query))
+    # A row of a cache is a single page that is as long as the cache.
+    if index is None:
+        if len(k) != len(query):
+            raise ValueError(f"{_NAME}: k_cache has {len(k)} rows but q has {len(query)}: pass cache_batch_idx")
+        index = np.arange(len(query))
+    rows = integers(_NAME, "cache_batch_idx", index)
+    if rows.shape != (len(query),):
+        raise ValueError(f"{_NAME}: cache_batch_idx has shape {rows.shape}, but ({len(query)},) is needed")
+    for b in np.flatnonzero((rows < 0) | (rows >= len(k)))[:1]:
+        raise ValueError(f"{_NAME}: cache_batch_idx holds {rows[b]}, which is outside 0..{len(k) - 1}")
+    return Pages(_NAME, "k_cache", k, v, rows[:, None], len(query))
+
+
+def _per_row(name: str, value: Any, count: int) -> NDArray[np.int64]:
+    array = np.array(integers(_NAME, name, value))  # nobody changes it once it has been checked
+    if array.shape != (count,):
+        raise ValueError(f"{_NAME}: {name} has shape {array.shape}, but ({count},) is needed")
+    return array
+
+
+def _lengths(value: Any, count: int, pages: Pages, given: bool) -> NDArray[np.int64]:
+    if value is None:
+        if given:
+            raise ValueError(f"{_NAME}: cache_seqlens is missing, which k and v as well as block_table need")
+        return np.full(count, pages.page_size, np.int64)
+    return np.full(count, int(value), np.int64) if is_integer(value) else _per_row("cache_seqlens", value, count)
+
+
+def _leftpad(value: Any, lengths: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    if value is None:
+        return None
+    starts = _per_row("cache_leftpad", value, len(lengths))
+    for b in np.flatnonzero((starts < 0) | (starts > lengths))[:1]:
+        raise ValueError(f"{_NAME}: cache_leftpad holds {starts[b]}, which is outside 0..{lengths[b]} (sequence {b})")
+    return starts
+
+
+def _check_splits(value: Any) -> None:
+    if not is_integer(value):
+        raise TypeError(f"{_NAME}: num_splits is {value!r}, but an integer is needed")
+    if value not in (0, 1):
+        raise ValueError(f"{_NAME}: num_splits is {value}, but selfattn decides that: pass 0 or 1")
+
+
+def _new_tokens(
+    query: NDArray[Any], k: ArrayLike | None, v: ArrayLike | None, pages: Pages
+) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    if k is None or v is None:
+        if k is not None or v is not None:
+            raise ValueError(f"{_NAME}: {'v' if k is None else 'k'} is given without {'k' if k is None else 'v'}")
+        return None
+    _, key, value = arrays(_NAME, q=query, k=k, v=v)
+    dimensions(_NAME, 4, k=key, v=value)
+    for name, new, cache in (("k", key, pages.k), ("v", value, pages.v)):
+        wanted = (len(query), key.shape[1], *cache.shape[2:])
+        if new.shape != wanted:
+            raise ValueError(f"{_NAME}: {name} has shape {new.shape}, but {wanted} is needed")
+        if not cache.flags.writeable:
+            raise ValueError(f"{_NAME}: {name}_cache is read-only, but {name} is to be written into it")
+    return key, value
+
+
+def _check_distinct(slots: tuple[NDArray[Any], NDArray[Any]], page_size: int) -> None:
+    places = slots[0].astype(np.int64) * page_size + slots[1]
+    if len(np.unique(places)) < places.size:
+        raise ValueError(f"{_NAME}: two rows of k would be written to one place of the cache")
+
+
+class _Rotation:
+    """Rotary embedding by tables of cosines and sines."""
+
+    def __init__(self, cos: ArrayLike | None, sin: ArrayLike | None, interleaved: bool, head_dim: int) -> None:
+        if cos is None or sin is None:
+            raise ValueError(f"{_NAME}: rotary_cos and rotary_sin are needed together")
+        self.cos, self.sin = as_array(_NAME, "rotary_cos", cos), as_array(_NAME, "rotary_sin", sin)
+        self.interleaved = interleaved
+        for name, table in (("rotary_cos", self.cos), ("rotary_sin", self.sin)):
+            if not is_float(table.dtype):
+                raise TypeError(f"{_NAME}: {name} has dtype {table.dtype}, but floating-point numbers are needed")
+            if table.ndim != 2 or table.shape != self.cos.shape or 2 * table.shape[1] > head_dim:
+                raise ValueError(
+                    f"{_NAME}: {name} has shape {table.shape}, but (positions, rotary_dim / 2) is needed, alike for "
+                    f"both, with rotary_dim at most {head_dim}"
+                )
+
+    def __call__(self, x: NDArray[Any], first: NDArray[np.int64], step: int = 1) -> NDArray[Any]:
+        places = first[:, None] + step * np.arange(x.shape[1])
+        farthest = int(places.max(initial=0))
+        if farthest >= len(self.cos):
+            raise ValueError(f"{_NAME}: rotary_cos has {len(self.cos)} positions, but position {farthest} is needed")
+        kind = np.promote_types(np.float32, x.dtype) if x.dtype.name != "bfloat16" else np.dtype(np.float32)
+        cos, sin = (table[places][:, :, None].astype(kind) for table in (self.cos, self.sin))
+        half = cos.shape[-1]
+        turned = np.array(x)
+        if self.interleaved:
+            one, other = turned[..., 0 : 2 * half : 2], turned[..., 1 : 2 * half : 2]
+        else:
+            one, other = turned[..., :half], turned[..., half : 2 * half]
+        a, b = one.astype(kind), other.astype(kind)
+        one[...], other[...] = a * cos - b * sin, a * sin + b * cos
+        return turned

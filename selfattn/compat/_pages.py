@@ -1,0 +1,84 @@
+"""Keys and values in pages that the caller holds: the core reads them where they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from .._arguments import core_options, integers
+
+# The core's numbers of the storage types.
+_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+
+
+class Pages:
+    """Arrays (pages, page_size, Hkv, ·) of keys and values, and which pages each sequence has."""
+
+    def __init__(self, function: str, name: str, k: NDArray[Any], v: NDArray[Any], table: Any, count: int) -> None:
+        self.function, self.k, self.v = function, k, v
+        for side, array in (("k", k), ("v", v)):
+            if array.ndim != 4 or array.shape[:3] != k.shape[:3]:
+                raise ValueError(
+                    f"{function}: {side} has shape {array.shape}, but (pages, page_size, heads, size) is needed, "
+                    "alike for k and v but for the size"
+                )
+            if array.shape[1] == 0:
+                raise ValueError(f"{function}: {side} has shape {array.shape}, but there must be room for a token")
+            if (array.shape[3] > 1 and array.strides[3] != array.itemsize) or not array.flags.aligned:
+                raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
+            if array.dtype.name not in _CODES or array.dtype != k.dtype:
+                raise TypeError(f"{function}: {side} has dtype {array.dtype}, but pages cannot hold that beside k's")
+        found = integers(function, name, table)
+        if found.ndim != 2 or len(found) != count:
+            raise ValueError(f"{function}: {name} has shape {found.shape}, but ({count}, pages) is needed")
+        self.name = name
+        self.table = np.ascontiguousarray(np.clip(found, -1, len(k)), dtype=np.int32)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return int(self.k.shape[1])
+
+    def check_lengths(self, lengths: NDArray[np.int64]) -> None:
+        """Refuse sequences that are longer than their pages, or have pages that are not there."""
+        room = self.table.shape[1] * self.page_size
+        for b in np.flatnonzero((lengths < 0) | (lengths > room))[:1]:
+            raise ValueError(
+                f"{self.function}: sequence {b} has {lengths[b]} tokens, but {self.name} has room for {room}"
+            )
+        used = np.arange(self.table.shape[1]) * self.page_size < lengths[:, None]
+        for b, page in np.argwhere(used & ((self.table < 0) | (self.table >= len(self.k))))[:1]:
+            raise ValueError(
+                f"{self.function}: {self.name} gives sequence {b} a page outside 0..{len(self.k) - 1} (entry {page})"
+            )
+
+    def slots(self, first: NDArray[np.int64], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return where (page, place in it) so many tokens of each sequence stand, from its token `first` on."""
+        tokens = first[:, None] + np.arange(count)
+        return np.take_along_axis(self.table, tokens // self.page_size, axis=1), tokens % self.page_size
+
+
+def attend_pages(
+    function: str,
+    q: NDArray[Any],
+    pages: Pages,
+    rows: NDArray[Any],
+    lengths: NDArray[np.int64],
+    starts: NDArray[np.int64] | None,
+    options: dict[str, Any],
+    *,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Attend with q (B, Sq, H, D) to the pages of these rows of the table."""
+    k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (pages.k, pages.v))
+    store = (k.swapaxes(1, 2), v.swapaxes(1, 2), None, None, _CODES[pages.k.dtype.name])
+    where = (pages.page_size, pages.table, np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(lengths), starts)
+    values = core_options(
+        function, None, None, options["causal"], None, options["window"], None, None, options["scale"],
+        options["softcap"], options["alibi_slopes"], None, "bshd", return_lse, False, "highest", None,
+    )  # fmt: skip
+    return _core.attend_cache(function, (*store, *where), (q, None, None, None, None, False), out, values)
