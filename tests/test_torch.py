@@ -1,0 +1,438 @@
+"""PyTorch's attention function, computed by selfattn: the same numbers, no copies, and at home in the compiler."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import reference
+from selfattn._rounding import rounding
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("ml_dtypes")
+integration = importlib.import_module("selfattn.integrations.torch")
+
+sdpa = integration.scaled_dot_product_attention
+original = torch.nn.functional.scaled_dot_product_attention
+operator = torch.ops.selfattn.sdpa.default
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# torch.compile's own code, and what it imports, warn.
+compiling = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(7)
+
+
+def randn(*shape: int, dtype: Any = torch.float32) -> Any:
+    return torch.randn(*shape).to(dtype)
+
+
+def exact(q: Any, k: Any, v: Any, mask: Any = None, **options: Any) -> Any:
+    """PyTorch's result from the same numbers in float64."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.double()
+    return original(q.double(), k.double(), v.double(), mask, **options)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert type(found) is torch.Tensor
+    assert found.shape == expected.shape
+    # Half an ulp of results around 1 and below, with room for what is summed in float32.
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 2e-3}[found.dtype]
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+
+def qkv(dtype: Any = torch.float32, q_len: int = 9, kv_len: int = 7, heads: int = 4, groups: int = 4) -> Any:
+    return randn(2, heads, q_len, 16, dtype=dtype), *(randn(2, groups, kv_len, 16, dtype=dtype) for _ in "kv")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("lengths", [(1, 1), (9, 7), (7, 9), (70, 130)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_plain_and_causal(dtype: Any, lengths: Any, is_causal: bool) -> None:
+    q, k, v = qkv(dtype, *lengths)
+    found = sdpa(q, k, v, is_causal=is_causal)
+    assert found.dtype == dtype
+    assert_same(found, exact(q, k, v, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float", "single"])
+@pytest.mark.parametrize("shape", [(9, 7), (9, 1), (1, 7), (4, 9, 7), (4, 1, 7), (2, 1, 1, 7), (2, 4, 9, 7)], ids=str)
+def test_masks(dtype: Any, kind: str, shape: Any) -> None:
+    q, k, v = qkv(dtype)
+    mask = torch.rand(shape) < 0.6 if kind == "bool" else torch.randn(shape)
+    mask = mask.to(dtype) if kind == "float" else mask
+    assert_same(sdpa(q, k, v, mask), exact(q, k, v, mask))
+    hidden = torch.where(mask, 0.0, -torch.inf).to(dtype) if kind == "bool" else mask
+    assert_same(sdpa(q, k, v, attn_mask=hidden), exact(q, k, v, mask))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_grouped_heads_and_scale(dtype: Any) -> None:
+    q, k, v = qkv(dtype, heads=6, groups=2)
+    mask = torch.rand(2, 6, 9, 7) < 0.7
+    assert_same(sdpa(q, k, v, enable_gqa=True), exact(q, k, v, enable_gqa=True))
+    assert_same(sdpa(q, k, v, mask, enable_gqa=True, scale=-0.3), exact(q, k, v, mask, enable_gqa=True, scale=-0.3))
+    assert_same(sdpa(q, k[:1], v[:1], enable_gqa=True), exact(q, k[:1], v[:1], enable_gqa=True))
+    with pytest.raises(ValueError, match="enable_gqa=True"):
+        sdpa(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((9, 8), (7, 8), (7, 5)),
+        ((3, 9, 8), (3, 7, 8), (3, 7, 8)),
+        ((2, 3, 4, 9, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 5)),
+        ((2, 1, 9, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
+        ((2, 4, 9, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
+        ((2, 4, 9, 8), (2, 4, 7, 8), (2, 1, 7, 8)),
+        ((1, 4, 9, 8), (3, 4, 7, 8), (1, 4, 7, 8)),
+        ((9, 8), (3, 7, 8), (3, 7, 8)),
+        ((3, 9, 8), (7, 8), (7, 8)),
+        ((1, 9, 8), (2, 4, 7, 8), (4, 7, 8)),
+    ],
+    ids=str,
+)
+def test_dimensions_broadcast(q: Any, k: Any, v: Any) -> None:
+    tensors = [torch.randn(shape) for shape in (q, k, v)]
+    for is_causal in (False, True):
+        assert_same(sdpa(*tensors, is_causal=is_causal), exact(*tensors, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 5, 6, 8), (2, 0, 5, 6, 8), (2, 4, 0, 6, 8), (2, 4, 5, 0, 8), (2, 4, 5, 6, 0)])
+def test_empty_dimensions(sizes: Any) -> None:
+    batch, heads, q_len, kv_len, width = sizes
+    tensors = randn(batch, heads, q_len, 8), randn(batch, heads, kv_len, 8), randn(batch, heads, kv_len, width)
+    found = sdpa(*tensors)
+    assert torch.equal(found, original(*tensors))
+    assert found.shape == (batch, heads, q_len, width)
+
+
+def test_rows_without_keys_are_zero() -> None:
+    q, k, v = qkv()
+    mask = torch.ones(9, 7, dtype=torch.bool)
+    mask[3] = False
+    for hidden in (mask, torch.where(mask, 0.0, -torch.inf)):
+        found = sdpa(q, k, v, hidden)
+        assert torch.equal(found[:, :, 3], torch.zeros(2, 4, 16))
+        seen = torch.arange(9) != 3
+        assert_same(found[:, :, seen], exact(q[:, :, seen], k, v, mask[seen]))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_strides(dtype: Any) -> None:
+    q, k, v = qkv(dtype, q_len=7)
+    expected = sdpa(q, k, v, is_causal=True)
+    views = {
+        "tokens first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
+        "sizes first": [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)],
+        "cut out": [torch.zeros(2, 4, 9, 40, dtype=dtype)[:, :, 1:8, 2:34:2].copy_(x) for x in (q, k, v)],
+        "odd offset": [torch.zeros(1 + x.numel(), dtype=dtype)[1:].view(x.shape).copy_(x) for x in (q, k, v)],
+    }
+    for name, tensors in views.items():
+        found = sdpa(*tensors, is_causal=True)
+        assert torch.equal(found, expected), name
+    assert sdpa(*views["tokens first"]).stride() == views["tokens first"][0].stride()
+    one = [x[:1, :1].expand(2, 4, -1, -1) for x in (q, k, v)]
+    assert torch.equal(sdpa(*one), sdpa(*(x.contiguous() for x in one)))
+    assert sdpa(*one).is_contiguous()
+
+
+def test_signs_that_are_still_to_be_applied() -> None:
+    lazy = torch.randn(2, 4, 9, 8, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    resolved = lazy.resolve_neg().clone()
+    assert torch.equal(sdpa(lazy, lazy, lazy), sdpa(resolved, resolved, resolved))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nothing_is_copied(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    compat = inspect.getmodule(integration.attend)
+
+    def spy(q: Any, k: Any, v: Any, *, out: Any, **options: Any) -> Any:
+        seen.extend([q, k, v, options["bias"], out])
+        return sa.attention(q, k, v, out=out, **options)
+
+    monkeypatch.setattr(compat, "attention", spy)
+    q, k, v = (x.transpose(1, 2) for x in (randn(2, 9, 4, 16, dtype=dtype), *randn(2, 2, 9, 4, 16, dtype=dtype)))
+    mask = randn(9, 9, dtype=dtype)
+    out = sdpa(q, k, v, mask)
+    for array, tensor in zip(seen, (q, k, v, mask, out), strict=True):
+        assert array.ctypes.data == tensor.data_ptr()
+        assert array.strides == tuple(n * tensor.element_size() for n in tensor.stride())
+        assert array.dtype.name == str(dtype).removeprefix("torch.")
+
+
+def test_subclasses_and_parameters() -> None:
+    class Sub(torch.Tensor):
+        pass
+
+    q, k, v = qkv()
+    expected = sdpa(q, k, v)
+    found = sdpa(q.as_subclass(Sub), k, v)
+    assert type(found) is type(original(q.as_subclass(Sub), k, v)) is Sub
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
+    with torch.no_grad():
+        assert torch.equal(sdpa(torch.nn.Parameter(q), k, v.requires_grad_()), expected)
+
+
+def test_gradients_are_refused() -> None:
+    q, k, v = qkv()
+    mask = torch.randn(9, 7, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"computes no gradients.*no_grad"):
+        sdpa(q.clone().requires_grad_(), k, v)
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        sdpa(q, k, v, mask)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found = sdpa(q.clone().requires_grad_(), k, v, mask)
+        assert not found.requires_grad
+        assert found.is_inference() is (context is torch.inference_mode)
+        assert torch.equal(found, sdpa(q, k, v, mask.detach()))
+
+
+def test_autocast_as_the_original() -> None:
+    q, k, v = qkv()
+    mask = torch.randn(9, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, theirs = sdpa(q, k.half(), v, mask), original(q, k.half(), v, mask)
+        assert found.dtype == theirs.dtype == torch.bfloat16
+        assert sdpa(q.double(), k.double(), v.double()).dtype == torch.float64
+    narrow = [x.bfloat16() for x in (q, k.half(), v, mask)]
+    assert torch.equal(found, sdpa(*narrow))
+    torch.testing.assert_close(found.float(), theirs.float(), atol=2e-2, rtol=0)
+
+
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.1), ValueError, "dropout_p is 0.1"),
+    "both": (lambda q, k, v: sdpa(q, k, v, torch.ones(9, 7) > 0, is_causal=True), ValueError, "together with is_caus"),
+    "array": (lambda q, k, v: sdpa(q, k.numpy(), v), TypeError, "key is a ndarray"),
+    "integers": (lambda q, k, v: sdpa(q.int(), k.int(), v.int()), TypeError, "query has dtype torch.int32"),
+    "complex": (lambda q, k, v: sdpa(q + 0j, k, v), TypeError, "query has dtype torch.complex64"),
+    "mixed": (lambda q, k, v: sdpa(q, k.half(), v.half()), TypeError, "must have one dtype"),
+    "sparse": (lambda q, k, v: sdpa(q, k, v.to_sparse()), TypeError, "value is a tensor of layout torch.sparse_coo"),
+    "nested": (
+        lambda q, k, v: sdpa(torch._nested_tensor_from_tensor_list(list(q)), k, v), TypeError, "of layout nested"),
+    "quantised": (
+        lambda q, k, v: sdpa(torch.quantize_per_tensor(q, 0.1, 0, torch.qint8), k, v), TypeError, "torch.qint8"),
+    "integer mask": (lambda q, k, v: sdpa(q, k, v, torch.ones(9, 7).int()), TypeError, "attn_mask has dtype torch.int"),
+    "narrow mask": (lambda q, k, v: sdpa(q, k, v, torch.ones(9, 7).half()), TypeError, "or query's torch.float32"),
+    "short mask": (lambda q, k, v: sdpa(q, k, v, torch.ones(7) > 0), ValueError, "attn_mask has shape"),
+    "wide mask": (lambda q, k, v: sdpa(q, k, v, torch.ones(3, 4, 9, 7) > 0), ValueError, "mask"),
+    "one dimension": (lambda q, k, v: sdpa(q[0, 0, 0], k, v), ValueError, "query has shape"),
+    "head size": (lambda q, k, v: sdpa(q[..., :8], k, v), ValueError, "key has head_dim 16 but query has 8"),
+    "positions": (lambda q, k, v: sdpa(q, k, v[:, :, :3]), ValueError, "value has 3 positions but key has 7"),
+    "batch": (lambda q, k, v: sdpa(q, torch.cat([k, k[:1]]), v), ValueError, "do not broadcast"),
+    "groups": (
+        lambda q, k, v: sdpa(q, k[:, :3], v[:, :3], enable_gqa=True), ValueError, "which do not divide query's 4"),
+    "uneven": (lambda q, k, v: sdpa(q, k[:, :2], v[:, :1], enable_gqa=True), ValueError, "value has 1 heads but key h"),
+    "no heads": (lambda q, k, v: sdpa(q[0, 0], k, v, enable_gqa=True), ValueError, "needs a dimension of heads"),
+    "flag": (lambda q, k, v: sdpa(q, k, v, is_causal=1), TypeError, "is_causal is 1"),
+    "scale": (lambda q, k, v: sdpa(q, k, v, scale=float("nan")), ValueError, "scale is nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.filterwarnings("ignore:.*prototype stage", "ignore:.*quantize", "ignore:.*deprecated")
+def test_errors(name: str) -> None:
+    call, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        call(*qkv())
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+        device = torch.device("cuda:1")
+
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match="key is on device cuda:1, but only CPU"):
+        sdpa(q, k.as_subclass(Elsewhere), v)
+
+
+def test_masks_without_elements_are_refused() -> None:
+    bias = pytest.importorskip("torch.nn.attention.bias")
+    with pytest.raises(TypeError, match=r"is a CausalBias: pass is_causal=True"):
+        sdpa(*qkv(), bias.causal_lower_right(7, 9))
+
+
+def test_meta_tensors_have_shapes_only() -> None:
+    q, k, v = (x.to("meta") for x in qkv())
+    found = sdpa(q, k, v[..., :5])
+    assert found.is_meta
+    assert found.shape == (2, 4, 9, 5)
+
+
+OPCHECKED: dict[str, Any] = {
+    "plain": lambda: (*qkv(), None, False, None, False),
+    "causal bfloat16": lambda: (*qkv(torch.bfloat16), None, True, None, False),
+    "float16, groups": lambda: (*qkv(torch.float16, heads=6, groups=2), None, True, 0.3, True),
+    "mask": lambda: (*qkv(), torch.rand(2, 1, 9, 7) < 0.5, False, None, False),
+    "bias, float64": lambda: (*qkv(torch.float64), torch.randn(9, 7), False, 0.1, False),
+    "tokens first": lambda: (*(x.transpose(1, 2) for x in randn(3, 2, 9, 4, 16)), None, False, None, False),
+    "one query": lambda: (randn(1, 1, 1, 16), *randn(2, 2, 4, 7, 16), None, False, None, False),
+    "views of one row": lambda: (*(x.expand(2, 4, 9, 16) for x in randn(3, 9, 16)), None, True, None, False),
+    "narrow values": lambda: (randn(4, 9, 16), randn(4, 7, 16), randn(4, 7, 3), None, False, None, False),
+    "no keys": lambda: (randn(2, 4, 9, 16), *randn(2, 2, 4, 0, 16), None, False, None, False),
+}
+
+
+@compiling
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_operator_is_well_behaved(name: str) -> None:
+    """Schema, aliasing, what the compiler is told of shapes and strides, also for symbolic lengths."""
+    results = torch.library.opcheck(operator, OPCHECKED[name]())
+    assert set(results.values()) == {"SUCCESS"}
+    assert len(results) == 4
+
+
+@pytest.fixture
+def compile_whole() -> Any:
+    """Compile without a C++ compiler, up to what the operator meets there."""
+    torch._dynamo.reset()
+    return lambda function, **options: torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+
+def block(x: Any, mask: Any = None, *, is_causal: bool = False) -> Any:
+    """What models do: heads out of one projection, attention, and the heads side by side."""
+    q, k, v = (x * scale for scale in (1.0, 0.5, 2.0))
+    q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (q, k, v))
+    return sdpa(q, k, v, mask, is_causal=is_causal, scale=0.25).transpose(1, 2).flatten(2) + 1
+
+
+@compiling
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(compile_whole: Any, dynamic: bool) -> None:
+    compiled = compile_whole(block, dynamic=dynamic)
+    for tokens in (9, 12, 5):
+        x = randn(2, tokens, 64)
+        mask = torch.rand(tokens, tokens) < 0.8
+        assert torch.equal(compiled(x, is_causal=True), block(x, is_causal=True))
+        assert torch.equal(compiled(x, mask), block(x, mask))
+    with torch.inference_mode():
+        assert torch.equal(compiled(x.bfloat16()), block(x.bfloat16()))
+
+
+@compiling
+def test_compiled_by_default(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of a kind that this module does not name
+        pytest.skip(f"inductor has no C++ compiler: {error}")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    x = randn(2, 9, 64)
+    compiled = torch.compile(block, fullgraph=True)
+    torch.testing.assert_close(compiled(x, is_causal=True), block(x, is_causal=True), atol=1e-6, rtol=0)
+
+
+@compiling
+def test_exported() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return block(x, is_causal=True)
+
+    x = randn(2, 9, 64)
+    length = torch.export.Dim("length", min=2, max=100)
+    program = torch.export.export(Model(), (x,), dynamic_shapes={"x": {1: length}})
+    assert "selfattn.sdpa" in program.graph_module.code
+    longer = randn(2, 30, 64)
+    for y in (x, longer):
+        assert torch.equal(program.module()(y), block(y, is_causal=True))
+
+
+@compiling
+def test_traced_and_transformed() -> None:
+    """Whoever records or transforms operations meets the operator, not a constant."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, k, v = qkv()
+    graph = make_fx(lambda q: sdpa(q, k, v))(q)
+    assert "selfattn.sdpa" in graph.code
+    assert torch.equal(graph(2 * q), sdpa(2 * q, k, v))
+    traced = torch.jit.trace(lambda q: sdpa(q, k, v), q)
+    assert torch.equal(traced(2 * q), sdpa(2 * q, k, v))
+    mapped = torch.func.vmap(lambda q: sdpa(q, k[0], v[0]))(q)
+    assert_same(mapped, exact(q, k[0], v[0]))
+    pure = torch.func.functionalize(lambda q: sdpa(q.mul_(2), k, v))(q.clone())
+    assert torch.equal(pure, sdpa(2 * q, k, v))
+
+
+def test_eager_calls_and_the_operator_agree() -> None:
+    q, k, v = qkv()
+    assert torch.equal(operator(q, k, v, None, True, None, False), sdpa(q, k, v, is_causal=True))
+    assert str(operator._schema).startswith("selfattn::sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask")
+
+
+def test_threads() -> None:
+    inputs = [qkv(q_len=40 + i, kv_len=50) for i in range(4)]
+    expected = [sdpa(*tensors, is_causal=True) for tensors in inputs]
+    start, wrong = threading.Barrier(4), []
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(30):
+            if not torch.equal(sdpa(*inputs[i], is_causal=True), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_signature_is_the_original() -> None:
+    parameters = inspect.signature(sdpa).parameters
+    # The original is a builtin, whose first documented line is its signature.
+    documented = original.__doc__.split("->")[0].split("(")[1]
+    positions = [documented.index(name) for name in parameters]
+    assert positions == sorted(positions)
+    assert parameters["scale"].kind is inspect.Parameter.KEYWORD_ONLY
+    defaults = [p.default for p in list(parameters.values())[3:]]
+    assert defaults == [None, 0.0, False, None, False]
+
+
+def test_stands_in_for_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own module calls it as it calls its function."""
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = randn(2, 9, 32)
+    calls = []
+    with torch.no_grad():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            expected, _ = layer(x, x, x, need_weights=False)
+            replaced = lambda *a, **k: (calls.append(k), sdpa(*a, **k))[1]  # noqa: E731
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", replaced)
+            found, _ = layer(x, x, x, need_weights=False)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_errors_are_bounded(assert_accurate: Any, dtype: Any) -> None:
+    """The bound of selfattn's own function, which the numbers of other tests are too few for."""
+    arrays = [integration.to_array(x) for x in qkv(dtype, 70, 150)]
+    found = integration.to_array(sdpa(*(x for x in qkv_again(arrays, dtype)), is_causal=True))
+    exact = reference.attention(*arrays, causal=True, q_offset=0, dtype=np.longdouble)
+    assert_accurate(found, exact, rounded=rounding(*arrays, causal=True, q_offset=0))
+
+
+def qkv_again(arrays: list[Any], dtype: Any) -> list[Any]:
+    return [torch.from_numpy(x.astype(np.float64)).to(dtype) for x in arrays]
