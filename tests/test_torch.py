@@ -428,11 +428,8 @@ def test_stands_in_for_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_errors_are_bounded(assert_accurate: Any, dtype: Any) -> None:
     """The bound of selfattn's own function, which the numbers of other tests are too few for."""
-    arrays = [integration.to_array(x) for x in qkv(dtype, 70, 150)]
-    found = integration.to_array(sdpa(*(x for x in qkv_again(arrays, dtype)), is_causal=True))
+    tensors = qkv(dtype, 70, 150)
+    arrays = [integration.to_array(x) for x in tensors]
+    found = integration.to_array(sdpa(*tensors, is_causal=True))
     exact = reference.attention(*arrays, causal=True, q_offset=0, dtype=np.longdouble)
     assert_accurate(found, exact, rounded=rounding(*arrays, causal=True, q_offset=0))
-
-
-def qkv_again(arrays: list[Any], dtype: Any) -> list[Any]:
-    return [torch.from_numpy(x.astype(np.float64)).to(dtype) for x in arrays]

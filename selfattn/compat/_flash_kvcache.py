@@ -169,7 +169,12 @@ def _lengths(value: Any, count: int, pages: Pages, given: bool) -> NDArray[np.in
         if given:
             raise ValueError(f"{_NAME}: cache_seqlens is missing, which k and v as well as block_table need")
         return np.full(count, pages.page_size, np.int64)
-    return np.full(count, int(value), np.int64) if is_integer(value) else _per_row("cache_seqlens", value, count)
+    if is_integer(value):
+        lengths = np.full(count, min(max(int(value), -1), np.iinfo(np.int64).max), np.int64)
+    else:
+        lengths = _per_row("cache_seqlens", value, count)
+    pages.check_lengths(lengths)  # before more is added, which could hide what is negative or overflows
+    return lengths
 
 
 def _leftpad(value: Any, lengths: NDArray[np.int64]) -> NDArray[np.int64] | None:
