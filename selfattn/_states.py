@@ -49,8 +49,8 @@ def merge_states(
     >>> bool(np.allclose(out, sa.attention(q, k, v), rtol=0, atol=1e-14))
     True
     """
-    values = [_real(f"outs[{i}]", x) for i, x in enumerate(_parts(outs))]
-    logs = [_real(f"lses[{i}]", x) for i, x in enumerate(_parts(lses))]
+    values = [_real(f"outs[{i}]", x) for i, x in enumerate(_parts("outs", outs))]
+    logs = [_real(f"lses[{i}]", x) for i, x in enumerate(_parts("lses", lses))]
     if not values:
         raise ValueError("merge_states: outs is empty, but there must be at least one part")
     if len(values) != len(logs):
@@ -79,8 +79,9 @@ def _lse_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype if dtype.itemsize > 2 else np.dtype(np.float32)
 
 
-def _parts(values: Any) -> list[Any]:
-    return list(values)
+def _parts(name: str, values: Any) -> list[Any]:
+    # One array of all parts may offer DLPack and nothing else.
+    return list(values if hasattr(values, "__iter__") else as_array("merge_states", name, values))
 
 
 def _real(name: str, value: Any) -> NDArray[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import inspect
 import re
 from typing import Any
@@ -189,6 +191,13 @@ def test_errors_of_dot_product_attention(normal: Any, message: str) -> None:
     given = {"query": normal(1, 5, 2, 8), "key": normal(1, 6, 2, 8), "value": normal(1, 6, 2, 8)}
     with pytest.raises((TypeError, ValueError), match=message):
         compat.dot_product_attention(**{**given, **JAX_ERRORS[message]})
+
+
+@pytest.mark.parametrize("name", ["_flash_attn", "_jax", "_pytorch"])
+def test_docstrings_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"selfattn.compat.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize("name", compat.__all__)

@@ -258,6 +258,23 @@ def test_whole_caches_and_one_length_for_all(normal: Any) -> None:
     assert not none.any()
 
 
+@pytest.mark.parametrize("empty", ["batch", "queries", "new tokens", "value size", "pages"])
+def test_empty_dimensions(normal: Any, empty: str) -> None:
+    batch, q_len = (0 if empty == "batch" else 2), (0 if empty == "queries" else 3)
+    q, k, v = normal(batch, q_len, 4, 8), normal(batch, 9, 2, 8), normal(batch, 9, 2, 0 if empty == "value size" else 8)
+    options: dict[str, Any] = {"cache_seqlens": 0 if empty == "pages" else 9}
+    if empty == "new tokens":
+        options |= {"k": normal(2, 0, 2, 8), "v": normal(2, 0, 2, 8)}
+    if empty == "pages":
+        k, v, options["block_table"] = k[:0], v[:0], np.zeros((2, 3), int)
+    out = compat.flash_attn_with_kvcache(q, k, v, **options)
+    assert out.shape == (batch, q_len, 4, v.shape[3])
+    if empty == "new tokens":
+        close(out[1], plain(q[1], k[1], v[1])[0])
+    else:
+        assert not out.any()
+
+
 def test_narrow_caches_without_copies(normal: Any) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     for dtype, tolerance in ((np.float16, 2e-3), (ml_dtypes.bfloat16, 2e-2)):
@@ -298,8 +315,10 @@ CACHE_ERRORS: dict[str, Any] = {
     "k_cache has dtype float64 but q has float32": {"k_cache": np.zeros((2, 9, 2, 8))},
     "v_cache is a list": {"v_cache": np.zeros((2, 9, 2, 8), np.float32).tolist()},
     "k_cache has 3 rows but q has 2": {"k_cache": np.zeros((3, 9, 2, 8), np.float32)},
-    "v has shape .*alike for k and v": {"v_cache": np.zeros((2, 8, 2, 8), np.float32)},
-    "last dimension is not contiguous": {"k_cache": np.zeros((2, 9, 2, 16), np.float32)[..., ::2]},
+    "v_cache has shape .*alike for keys and values": {"v_cache": np.zeros((2, 8, 2, 8), np.float32)},
+    "k_cache holds pages whose last dimension is not contiguous": {
+        "k_cache": np.zeros((2, 9, 2, 16), np.float32)[..., ::2]
+    },
     "room for a token": {"k_cache": np.zeros((2, 0, 2, 8), np.float32), "v_cache": np.zeros((2, 0, 2, 8), np.float32)},
     "k_cache is read-only": {"k_cache": np.broadcast_to(np.float32(0), (2, 9, 2, 8)).copy().view()},
     "cache_batch_idx holds 2, which is outside 0..1": {"cache_batch_idx": [0, 2]},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import selfattn as sa
+from selfattn._arguments import as_array
 
 
 class WithArray:
@@ -98,3 +99,104 @@ def test_agrees_with_torch(isa: str, normal: Any, rng: Any, case: str) -> None:
         k, v = k[:, :2], v[:, :2]
     expected = sdpa(*(torch.from_numpy(x.copy()) for x in (q, k, v)), **theirs).numpy()
     assert np.allclose(sa.attention(q, k, v, **mine), expected, atol=2e-6)
+
+
+def jax_array(x: Any) -> Any:
+    return pytest.importorskip("jax").numpy.asarray(x)
+
+
+def jax_bfloat16(x: Any) -> Any:
+    return jax_array(x).astype("bfloat16")
+
+
+def torch_tensor(x: Any) -> Any:
+    return pytest.importorskip("torch").from_numpy(x)
+
+
+def torch_float16(x: Any) -> Any:
+    return torch_tensor(x).half()
+
+
+def read_only(x: Any) -> Any:
+    x.flags.writeable = False
+    return OnlyDLPack(x)
+
+
+def jax_dlpack(x: Any) -> Any:
+    array = jax_array(x)
+    return OnlyDLPack(array, tuple(map(int, array.__dlpack_device__())))
+
+
+FOREIGN = [jax_array, jax_bfloat16, jax_dlpack, torch_tensor, torch_float16, read_only, WithArray]
+NARROW = {jax_bfloat16: jax_array, torch_float16: torch_tensor}
+# What each public function makes of q, k and v, (2, 3, 40, 8).
+FUNCTIONS: dict[str, Any] = {
+    "attention": lambda q, k, v, lens: sa.attention(q, k, v, bias=q, kv_lens=lens, return_lse=True),
+    "explain": lambda q, k, v, lens: sa.explain(q, k, v, kv_lens=lens)["flops"],
+    "varlen": lambda q, k, v, lens: sa.attention_varlen(q, k, v, lens, return_lse=True),
+    "varlen lists": lambda q, k, v, lens: sa.attention_varlen([q, q], [k, q], [v, q]),
+    "kvcache": lambda q, k, v, lens: sa.attention_with_kvcache(q, cache_of(k, v), k, v),
+    "self_attention": lambda q, k, v, lens: sa.self_attention(q, k, v, k, num_heads=2),
+    "SelfAttention": lambda q, k, v, lens: sa.SelfAttention(k, v, k, num_heads=2)(q, context=q),
+    "apply_rope": lambda q, k, v, lens: sa.apply_rope(q, lens),
+    "merge_states": lambda q, k, v, lens: sa.merge_states([q, k], lens),
+    "t5_bias": lambda q, k, v, lens: sa.t5_bias(q, 5, 7),
+}
+SHAPES: dict[str, Any] = {  # of q, k and v, and what the last argument is: lengths, or numbers of such a shape
+    "attention": [(2, 3, 8, 8)] * 3 + [[5, 8]],
+    "explain": [(2, 3, 8, 8)] * 3 + [[5, 8]],
+    "varlen": [(9, 3, 8)] * 3 + [[0, 4, 9]],
+    "varlen lists": [(9, 3, 8)] * 3 + [[0]],
+    "kvcache": [(2, 3, 8, 8)] * 3 + [[0]],
+    "self_attention": [(2, 5, 8), (8, 8), (8, 8), [0]],
+    "SelfAttention": [(2, 5, 8), (8, 8), (8, 8), [0]],
+    "apply_rope": [(2, 3, 8, 8)] * 3 + [list(range(3, 11))],
+    "merge_states": [(2, 3, 8, 8)] * 3 + [(2, 2, 3, 8)],
+    "t5_bias": [(8, 3), (1,), (1,), [0]],
+}
+
+
+def cache_of(k: Any, v: Any) -> Any:
+    cache = sa.KVCache(2, 3, 8, capacity=16, dtype="int8")
+    cache.append(k, v)
+    return cache
+
+
+def flat(result: Any) -> list[Any]:
+    if isinstance(result, (tuple, list)):
+        return [x for part in result for x in flat(part)]
+    return [result]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", FOREIGN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_takes_them(normal: Any, make: Any, name: str) -> None:
+    *shapes, last = SHAPES[name]
+    arrays = [normal(*shape) for shape in shapes]
+    foreign = [make(x.copy()) for x in arrays]
+    if make in NARROW:
+        arrays = [as_array("f", "x", x) for x in foreign]
+    # Log-sum-exps beside 16 bits are float32.
+    lens = normal(*last) if isinstance(last, tuple) else np.array(last, np.int32)
+    other = NARROW.get(make, make)(lens.copy())
+    found, expected = FUNCTIONS[name](*foreign, other), FUNCTIONS[name](*arrays, lens)
+    for mine, theirs in zip(flat(found), flat(expected), strict=True):
+        assert type(mine) is type(theirs)
+        assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", FOREIGN, ids=lambda f: f.__name__)
+def test_views_of_their_memory(x: Any, make: Any) -> None:
+    foreign = make(x)
+    first, second = (as_array("f", "x", foreign) for _ in range(2))
+    assert first.ctypes.data == second.ctypes.data
+    assert first.dtype.name == {"jax_bfloat16": "bfloat16", "torch_float16": "float16"}.get(make.__name__, "float32")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_arrays_are_refused(x: Any) -> None:
+    jax = pytest.importorskip("jax")
+    with pytest.raises(TypeError, match="traced array"):
+        jax.jit(lambda y: sa.attention(y, y, y))(x)

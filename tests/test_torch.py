@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import inspect
 import threading
@@ -394,6 +395,12 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_docstring_example() -> None:
+    result = doctest.testmod(integration)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_signature_is_the_original() -> None:

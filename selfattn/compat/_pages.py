@@ -17,20 +17,23 @@ _CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 class Pages:
     """Arrays (pages, page_size, Hkv, ·) of keys and values, and which pages each sequence has."""
 
-    def __init__(self, function: str, name: str, k: NDArray[Any], v: NDArray[Any], table: Any, count: int) -> None:
+    def __init__(
+        self, function: str, name: str, k: NDArray[Any], v: NDArray[Any], table: Any, count: int, suffix: str = ""
+    ) -> None:
         self.function, self.k, self.v = function, k, v
-        for side, array in (("k", k), ("v", v)):
+        for side, array in ((f"k{suffix}", k), (f"v{suffix}", v)):
             if array.ndim != 4 or array.shape[:3] != k.shape[:3]:
                 raise ValueError(
                     f"{function}: {side} has shape {array.shape}, but (pages, page_size, heads, size) is needed, "
-                    "alike for k and v but for the size"
+                    "alike for keys and values but for the size"
                 )
             if array.shape[1] == 0:
                 raise ValueError(f"{function}: {side} has shape {array.shape}, but there must be room for a token")
-            if (array.shape[3] > 1 and array.strides[3] != array.itemsize) or not array.flags.aligned:
+            apart = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
+            if apart or not array.flags.aligned:
                 raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
             if array.dtype.name not in _CODES or array.dtype != k.dtype:
-                raise TypeError(f"{function}: {side} has dtype {array.dtype}, but pages cannot hold that beside k's")
+                raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_CODES)} is needed")
         found = integers(function, name, table)
         if found.ndim != 2 or len(found) != count:
             raise ValueError(f"{function}: {name} has shape {found.shape}, but ({count}, pages) is needed")
