@@ -87,7 +87,7 @@ def print_context(model: Any, sentence: str, word: str) -> None:
     places = [[token.lower() for token in tokens].index(word) for tokens in both.tokens]
     print(f'The vector of "{word}" in two sentences (cosine similarity)\n  1: {sentence}\n  2: {other}')
     token = model.tokenizer.token_to_id(word)
-    static = model.word_vectors[token]
+    static = model.bert.word_vectors[token]
     print(f"  before the first layer, the word alone  {cosine(static, static):6.3f}   the same vector by definition")
     for layer in (1, 3, 6):
         first, second = (both.states[layer][i, place] for i, place in enumerate(places))
