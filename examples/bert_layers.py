@@ -60,8 +60,8 @@ class Block:
     def _layer(self) -> sa.SelfAttention:  # packs its own copy of the weights: only for who pads
         w_q, w_k, w_v = np.split(self.qkv.weight, 3, axis=1)
         b_q, b_k, b_v = np.split(self.qkv.bias, 3)
-        biases = {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": self.output.bias}
-        return sa.SelfAttention(w_q, w_k, w_v, self.output.weight, num_heads=self.num_heads, **biases)
+        w_o, b_o = self.output.weight, self.output.bias
+        return sa.SelfAttention(w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=self.num_heads)
 
     def _feed_forward(self, x: Array) -> Array:
         x = self.attention_norm(x)

@@ -57,9 +57,11 @@ class MiniLM:
 
         folder = model_folder()
         self.bert = Bert.load(folder)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer, self._counter = (Tokenizer.from_file(str(folder / "tokenizer.json")) for _ in range(2))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(MAX_TOKENS)
+        self._counter.no_padding()
+        self._counter.no_truncation()
 
     def __call__(self, sentences: list[str]) -> Encoding:
         """Encode sentences together; each gets the vectors that it would get alone."""
@@ -84,6 +86,14 @@ class MiniLM:
         """Return the vectors whose mean, scaled to length 1, is each sentence's embedding."""
         x, starts, encoded = self._ragged(sentences)
         return [Vectors(part, e.offsets) for part, e in zip(np.split(x, starts[1:-1]), encoded, strict=True)]
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Return how many tokens each text has, [CLS] and [SEP] not counted, however long it is."""
+        counts: list[int] = []
+        for first in range(0, len(texts), 256):  # the tokenizer's own results take much memory
+            encoded = self._counter.encode_batch(texts[first : first + 256], add_special_tokens=False)
+            counts += (len(e.ids) for e in encoded)
+        return counts
 
     def _ragged(self, sentences: list[str]) -> tuple[Array, Array, list[Any]]:
         encoded = self.tokenizer.encode_batch(sentences)
