@@ -39,10 +39,6 @@ class Shares:
         """The sum."""
         return self.rest + sum(word.share for word in self.words)
 
-    def strongest(self, count: int) -> list[Word]:
-        """Return the words with the largest shares, largest first."""
-        return sorted(self.words, key=lambda word: -word.share)[:count]
-
 
 def decompose(text: str, vectors: Vectors, query: Array) -> Shares:
     """Return what each word adds to the cosine of the angle between the text's embedding and the query's."""

@@ -17,9 +17,9 @@ from minilm import PACKAGE, MiniLM
 from nn import Array
 from passages import Passage, Unusable, cut
 
-BATCH_TOKENS = 4096  # embedded together: bounds the memory
+BATCH_TOKENS = 2048  # embedded together: bounds the memory
 # What an index was made with; made with anything else, it is made again.
-MADE_WITH = [1, PACKAGE, cutting.MAX_TOKENS, cutting.MIN_TOKENS, cutting.OVERLAP, cutting.MAX_PIECE]
+MADE_WITH = [1, PACKAGE, cutting.MAX_TOKENS, cutting.MIN_TOKENS, cutting.OVERLAP, cutting.MAX_PIECE, cutting.SHORT]
 
 Report = Callable[[int, int], None]  # called with how many passages are embedded, and how many there are to embed
 
@@ -70,6 +70,7 @@ def refresh(old: Index, files: Iterable[tuple[str, bytes]], model: MiniLM, repor
             embeddings[i] = old.embeddings[rows[passage.text]]
             done[i] = True
     new, reused = np.flatnonzero(~done), int(done.sum())
+    report(0, len(new))
     try:
         for batch in batches(new, [found[i].tokens for i in new]):
             embeddings[batch] = model.embed([found[i].text for i in batch])
@@ -96,7 +97,7 @@ def load(file: Path) -> Index:
     if not file.exists():
         return EMPTY
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             contents = json.loads(arrays["contents"].tobytes())
             embeddings = arrays["embeddings"]
         passages = [_passage(*values) for values in contents["passages"]]

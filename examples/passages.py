@@ -11,11 +11,12 @@ from pathlib import Path
 
 SUFFIXES = {".md", ".markdown", ".rst", ".txt", ".text", ".adoc", ".org"}  # what is read of a folder
 MAX_BYTES = 20_000_000  # of a file
-MAX_TOKENS = 200  # of a passage, BERT's [CLS] and [SEP] and the heading included
+MAX_TOKENS = 200  # of a passage, [CLS] and [SEP] included
 MIN_TOKENS = 100  # from here on the end of a paragraph ends a passage that is about to
 OVERLAP = 40  # at most so many tokens of the passage before open the next one
-MAX_PIECE, MAX_CHARS = 120, 2000  # a longer sentence is halved
-MAX_HEADING = 30
+MAX_PIECE, MAX_CHARS = 120, 2000  # tokens and characters; a longer sentence is halved
+MAX_HEADING = 100  # characters
+SHORT = 60  # a passage of fewer tokens is embedded with its heading, which would only dilute a longer one
 
 HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
 UNDERLINE = re.compile(r"(={3,}|-{3,}|~{3,})$")
@@ -41,12 +42,12 @@ class Passage:
     line: int  # where it starts, from 1
     heading: str
     body: str
-    tokens: int
+    tokens: int  # of the body, [CLS] and [SEP] included
 
     @property
     def text(self) -> str:
-        """What is embedded: the heading tells what the body is about."""
-        return f"{self.heading}\n{self.body}" if self.heading else self.body
+        """What is embedded."""
+        return f"{self.heading}\n{self.body}" if self.heading and self.tokens < SHORT else self.body
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,16 @@ def cut(file: str, data: bytes, count: Count) -> list[Passage]:
     newlines = [match.start() for match in re.finditer("\n", text)]
     passages = []
     for heading, start, stop in _sections(text):
-        title = count([heading])[0]
-        if title > MAX_HEADING:
-            heading, title = "", 0
-        pieces = _counted(text, list(_pieces(text, start, stop)), count)
-        for group in _groups(pieces, MAX_TOKENS - 2 - title):
+        for group in _groups(_counted(text, list(_pieces(text, start, stop)), count)):
             begin, end = group[0].start, group[-1].stop
             line = bisect_left(newlines, begin) + 1
-            tokens = 2 + title + sum(piece.tokens for piece in group)
-            passages.append(Passage(file, line, heading, text[begin:end], tokens))
+            passages.append(Passage(file, line, heading, text[begin:end], 2 + sum(piece.tokens for piece in group)))
     return passages
 
 
 def _sections(text: str) -> Iterator[tuple[str, int, int]]:
-    """Yield each heading, the document's title before it, and where the text below starts and stops."""
-    title, heading, begin = "", "", 0
+    """Yield each heading, and where the text below it starts and stops."""
+    heading, begin = "", 0
     fence, start, above = "", 0, 0
     for line in text.splitlines(keepends=True):
         stop, bare, found, end = start + len(line), line.rstrip(), "", start
@@ -126,8 +122,7 @@ def _sections(text: str) -> Iterator[tuple[str, int, int]]:
             found, end = text[above:start].strip(), above
         if found:
             yield heading, begin, end
-            title = title or found
-            heading, begin = found if found == title else f"{title}: {found}", stop
+            heading, begin = found[:MAX_HEADING], stop
         start, above = stop, start
     yield heading, begin, len(text)
 
@@ -174,12 +169,12 @@ def _halves(text: str, piece: Piece) -> list[Piece]:
     return [Piece(piece.start, middle, False), replace(piece, start=middle)]
 
 
-def _groups(pieces: list[Piece], limit: int) -> Iterator[list[Piece]]:
+def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Yield what goes into each passage: full ones end with a paragraph if they can, and overlap."""
     first = 0
     while first < len(pieces):
         stop, total, paragraph = first, 0, 0
-        while stop < len(pieces) and total + pieces[stop].tokens <= limit:
+        while stop < len(pieces) and total + pieces[stop].tokens <= MAX_TOKENS - 2:
             total += pieces[stop].tokens
             stop += 1
             if pieces[stop - 1].ends_paragraph and total >= MIN_TOKENS:
@@ -189,7 +184,7 @@ def _groups(pieces: list[Piece], limit: int) -> Iterator[list[Piece]]:
         yield pieces[first:stop]
         if stop == len(pieces):
             return
-        # OVERLAP + MAX_PIECE are within any limit: the next passage ends later than this one.
+        # OVERLAP + MAX_PIECE fit in a passage: the next one ends later than this one.
         overlap, back = 0, stop
         while back > first + 1 and overlap + pieces[back - 1].tokens <= OVERLAP:
             back -= 1
