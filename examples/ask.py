@@ -34,19 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = MiniLM()
         index = up_to_date(args, model)
         query = model.embed([args.question])[0]
-        for rank, (score, passage) in enumerate(index.search(query, args.top), start=1):
+        for rank, (_, passage) in enumerate(index.search(query, args.top), start=1):
             vectors = model.vectors([passage.text])[0]
-            show(rank, score, passage, decompose(passage.text, vectors, query))
-    except Interrupted as interruption:
-        done = interruption.index
-        if args.index is None:
-            return complain("interrupted", 130)
-        save(done, args.index)
-        return complain(f"interrupted; {args.index} has {len(done.passages):,} passages: start again to go on", 130)
+            show(rank, passage, decompose(passage.text, vectors, query))
     except (ImportError, Unusable) as error:
         return complain(str(error), 1)
-    except KeyboardInterrupt:
-        return complain("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return complain(str(error) or "interrupted", 130)
     return 0
 
 
@@ -62,7 +56,14 @@ def up_to_date(args: argparse.Namespace, model: MiniLM) -> Index:
     old = load(args.index) if args.index else EMPTY
     left_out: list[str] = []
     progress = Progress()
-    index = refresh(old, contents([path.resolve() for path in args.paths], left_out), model, progress)
+    try:
+        index = refresh(old, contents([path.resolve() for path in args.paths], left_out), model, progress)
+    except Interrupted as interruption:
+        if args.index:
+            save(interruption.index, args.index)
+            done = len(interruption.index.passages)
+            raise KeyboardInterrupt(f"interrupted; {args.index} has {done:,} passages: start again to go on") from None
+        raise
     status("")
     for message in left_out[:5]:
         print(f"left out: {printable(message)}", file=sys.stderr)
@@ -120,12 +121,12 @@ def status(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def show(rank: int, score: float, passage: Passage, shares: Shares) -> None:
+def show(rank: int, passage: Passage, shares: Shares) -> None:
     """Print a passage with its score and the words that it comes from."""
     file = os.path.relpath(passage.file) if Path(passage.file).is_relative_to(Path.cwd()) else passage.file
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = min(shutil.get_terminal_size((WIDTH, 0)).columns, WIDTH) - INDENT
-    print(f"\n{rank:2}  {score:.3f}  {printable(f'{file}:{passage.line}  {passage.heading}').rstrip()}")
+    print(f"\n{rank:2}  {shares.score:.3f}  {printable(f'{file}:{passage.line}  {passage.heading}').rstrip()}")
     for line in [*highlighted(passage.text, shares, width, colour), summed(passage.text, shares)]:
         print(" " * INDENT + line)
 
@@ -142,7 +143,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="text files, and folders with such (default: this project's README and docs)",
     )  # fmt: skip
     parser.add_argument("--top", type=int, default=3, metavar="N", help="how many passages to show (default: 3)")
-    parser.add_argument("--index", type=Path, metavar="FILE", help="where to keep the embeddings (.npz)")
+    parser.add_argument("--index", type=Path, metavar="FILE", help="where to keep the files' embeddings (.npz)")
     args = parser.parse_args(arguments)
     if not args.question.strip():
         parser.error("the question is empty")
