@@ -51,6 +51,17 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return y if bias is None else np.asarray(y + bias)
 
 
+def conv1d(x: Array, weight: Array, bias: Array, stride: int = 1) -> Array:
+    """Return the convolution of x (S, C) along S with weight (C_out, C, K), K odd: (ceil(S / stride), C_out).
+
+    Output i sees the K inputs around i · stride, zeros beyond the ends.
+    """
+    size = weight.shape[2]
+    padded = np.pad(x, ((size // 2, size // 2), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=0)[::stride]  # (.., C, K)
+    return np.asarray(windows.reshape(len(windows), -1) @ weight.reshape(len(weight), -1).T + bias)
+
+
 def _erf(x: Array) -> Array:
     # NumPy has none. Abramowitz and Stegun 7.1.26, off by at most 1.5e-7.
     t = 1 / (1 + 0.3275911 * np.abs(x))

