@@ -13,7 +13,7 @@ from nn import Array
 
 SAMPLE_RATE, CLIP = 16000, 480_000  # a clip of 30 s
 FRAME, HOP, BANDS = 400, 160, 80
-RATES = range(1000, 1_000_001)
+RATES, CROSSINGS = range(1000, 1_000_001), 32
 QUIET = 1e-3  # below -60 dB nobody speaks
 WINDOWS = np.lib.stride_tricks.sliding_window_view
 
@@ -33,7 +33,7 @@ def read_wav(path: Path) -> Array:
             channels, width, rate, count = file.getparams()[:4]
             frames = file.readframes(count)
     except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} is no WAV file of PCM samples: {error or 'it ends too early'}") from error
+        raise ValueError(f"{path} is no WAV file of PCM samples: {str(error) or 'it ends too early'}") from error
     if width not in (1, 2, 3, 4) or rate not in RATES:
         raise ValueError(f"{path} has {8 * width} bits at {rate} Hz, but 8 to 32 bits at 1 kHz to 1 MHz are needed")
     frames = frames[: len(frames) // (width * channels) * width * channels]
@@ -55,21 +55,21 @@ def resample(samples: Array, rate: int) -> Array:
     """Return samples at 16 kHz instead of `rate`; those at 16 kHz unchanged.
 
     A low-pass filter, then the values at the new times: each is the sum of the samples around it, weighted with a sinc
-    that passes what both rates can hold, under a Hann window of 32 zero crossings.
+    that passes what both rates can hold, under a Hann window over 32 zero crossings on each side.
     """
     common = math.gcd(rate, SAMPLE_RATE)
     up, down = SAMPLE_RATE // common, rate // common
     if up == down:
         return samples
     cutoff = 0.95 * min(1, up / down)  # as a share of the highest frequency that `rate` can hold
-    reach = math.ceil(16 / cutoff)
+    reach = math.ceil(CROSSINGS / cutoff)
     padded = np.pad(samples, reach)
     windows = WINDOWS(padded, 2 * reach + 1)[: len(samples)]
     out = np.empty(-(-len(samples) * up // down), dtype=np.float32)
     for phase in range(min(up, len(out))):  # every up-th value lies equally far behind a sample, so has these weights
         first, part = divmod(phase * down, up)
         distance = part / up - np.arange(-reach, reach + 1)
-        weights = np.sinc(cutoff * distance) * np.cos(np.pi / 2 * np.clip(distance * cutoff / 16, -1, 1)) ** 2
+        weights = np.sinc(cutoff * distance) * np.cos(np.pi / 2 * np.clip(cutoff * distance / CROSSINGS, -1, 1)) ** 2
         out[phase::up] = windows[first::down] @ (weights / weights.sum()).astype(np.float32)
     return out
 

