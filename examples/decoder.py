@@ -1,4 +1,7 @@
-"""A small decoder in GPT-2's shape: learned positions, norms before, GELU, tied embeddings; a token is a byte."""
+"""The decoder of GPT-2 (Radford et al., 2019): learned positions, norms before, GELU, tied embeddings.
+
+By default a small one with random weights, of which a token is a byte; gpt2.py makes it one with a model's weights.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from nn import Array, LayerNorm, gelu_tanh, linear
+from nn import Array, LayerNorm, gelu, gelu_tanh, linear, relu, silu
 
 import selfattn as sa
 
 VOCABULARY, MAX_LENGTH = 256, 2048
+ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu": gelu, "relu": relu, "silu": silu, "tanh": np.tanh}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a decoder."""
+    """The sizes of a decoder, and what else its weights do not tell."""
 
     layers: int = 4
     width: int = 256
     heads: int = 8
     kv_heads: int = 8
+    vocabulary: int = VOCABULARY
+    max_length: int = MAX_LENGTH
+    activation: str = "gelu_new"
+    epsilon: float = 1e-5
+    scaled: bool = True  # scores by 1 / sqrt(head_dim)
+    scaled_by_layer: bool = False  # in layer i also by 1 / (i + 1)
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    def scale(self, layer: int) -> float:
+        """Return what a layer's scores are multiplied by."""
+        scale = self.head_dim**-0.5 if self.scaled else 1.0
+        return scale / (layer + 1) if self.scaled_by_layer else scale
 
 
 def random_weights(config: Config, seed: int = 0) -> dict[str, Array]:
@@ -37,8 +52,8 @@ def random_weights(config: Config, seed: int = 0) -> dict[str, Array]:
     def add(name: str, rows: int, columns: int) -> None:
         weights[f"{name}.weight"] = rng.standard_normal((rows, columns)) / np.sqrt(width)
 
-    add("wte", VOCABULARY, width)
-    add("wpe", MAX_LENGTH, width)
+    add("wte", config.vocabulary, width)
+    add("wpe", config.max_length, width)
     for i in range(config.layers):
         for name in ("ln_1", "ln_2"):
             weights |= {f"h.{i}.{name}.weight": np.ones(width), f"h.{i}.{name}.bias": np.zeros(width)}
@@ -58,22 +73,23 @@ def transformers_model(config: Config, seed: int = 0) -> Any:
     if config.kv_heads != config.heads:
         raise ValueError("GPT-2 has as many KV heads as heads")
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_positions": MAX_LENGTH, "n_embd": config.width}
+    sizes: dict[str, Any] = {"vocab_size": config.vocabulary, "n_positions": config.max_length, "n_embd": config.width}
     sizes |= {"n_layer": config.layers, "n_head": config.heads, "initializer_range": config.width**-0.5}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def transformers_weights(model: Any) -> dict[str, Array]:
     """Return a GPT2LMHeadModel's weights."""
-    return {name: weight.numpy() for name, weight in model.transformer.state_dict().items()}
+    weights = {name: weight.numpy() for name, weight in model.transformer.state_dict().items()}
+    return weights | {"lm_head.weight": model.lm_head.weight.detach().numpy()}
 
 
 class Block:
     """x += attention(norm(x)); x += feed_forward(norm(x))."""
 
-    def __init__(self, weights: dict[str, Array], name: str, config: Config) -> None:
+    def __init__(self, weights: dict[str, Array], layer: int, config: Config) -> None:
         def pair(part: str) -> tuple[Array, Array]:
-            return weights[f"{name}.{part}.weight"], weights[f"{name}.{part}.bias"]
+            return weights[f"h.{layer}.{part}.weight"], weights[f"h.{layer}.{part}.bias"]
 
         kv_width = config.kv_heads * config.head_dim
         splits = [config.width, config.width + kv_width]
@@ -85,27 +101,29 @@ class Block:
         self.attention = sa.SelfAttention(
             w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=heads, num_kv_heads=kv_heads
         )
-        self.attention_norm, self.norm = (LayerNorm(*pair(part), 1e-5) for part in ("ln_1", "ln_2"))
+        self.attention_norm, self.norm = (LayerNorm(*pair(part), config.epsilon) for part in ("ln_1", "ln_2"))
         self.into, self.out_of = pair("mlp.c_fc"), pair("mlp.c_proj")
+        self.activation, self.scale = ACTIVATIONS[config.activation], config.scale(layer)
 
     def __call__(self, x: Array, **options: Any) -> Array:
-        x = x + self.attention(self.attention_norm(x), **options)
-        return np.asarray(x + linear(gelu_tanh(linear(self.norm(x), *self.into)), *self.out_of))
+        x = x + self.attention(self.attention_norm(x), scale=self.scale, **options)
+        return np.asarray(x + linear(self.activation(linear(self.norm(x), *self.into)), *self.out_of))
 
 
 class Decoder:
-    """The model: bytes in, logits of the next byte out."""
+    """The model: tokens in, logits of the next token out."""
 
     def __init__(self, config: Config, weights: dict[str, Array]) -> None:
         self.config = config
         self.token_vectors, self.position_vectors = weights["wte.weight"], weights["wpe.weight"]
-        self.blocks = [Block(weights, f"h.{i}", config) for i in range(config.layers)]
-        self.norm = LayerNorm(weights["ln_f.weight"], weights["ln_f.bias"], 1e-5)
+        self.head = weights.get("lm_head.weight", self.token_vectors)
+        self.blocks = [Block(weights, i, config) for i in range(config.layers)]
+        self.norm = LayerNorm(weights["ln_f.weight"], weights["ln_f.bias"], config.epsilon)
 
     def __call__(
         self, ids: Array, starts: Any = 0, caches: Sequence[Any] | None = None, sequences: Sequence[Any] | None = None
     ) -> Array:
-        """Return logits (B, S, 256) of tokens (B, S), the first of each row at its position of `starts`.
+        """Return logits (B, S, vocabulary) of tokens (B, S), the first of each row at its position of `starts`.
 
         What came before them is in the caches, one of each layer; of paged ones, `sequences` has the rows' ids.
         """
@@ -118,7 +136,7 @@ class Decoder:
                 x = block(x, cache=caches[i])
             else:
                 x = block(x, cache=caches[i], sequences=sequences[i])
-        return linear(self.norm(x), self.token_vectors.T)
+        return linear(self.norm(x), self.head.T)
 
 
 def encode(text: str) -> Array:

@@ -26,19 +26,19 @@ PRINTABLE = np.arange(32, 127)  # what may be chosen: random weights would write
 class Chooser:
     """Chooses the next token: the likeliest if the temperature is 0, else one drawn with the seed."""
 
-    def __init__(self, temperature: float = 0.0, seed: int = 0) -> None:
-        self.temperature, self.rng = temperature, np.random.default_rng(seed)
+    def __init__(self, temperature: float = 0.0, seed: int = 0, allowed: Array = PRINTABLE) -> None:
+        self.temperature, self.rng, self.allowed = temperature, np.random.default_rng(seed), allowed
 
     def __call__(self, logits: Array) -> int:
-        scores = logits[PRINTABLE].astype(np.float64)
+        scores = logits[self.allowed].astype(np.float64)
         if self.temperature > 0:  # the largest of score + Gumbel noise is a draw from the softmax
             scores = scores / self.temperature + self.rng.gumbel(size=scores.shape)
-        return int(PRINTABLE[np.argmax(scores)])
+        return int(self.allowed[np.argmax(scores)])
 
 
-def new_caches(config: Config, capacity: int, dtype: str = "float32") -> list[Any]:
-    """Return a cache of one sequence for each layer."""
-    return [sa.KVCache(1, config.kv_heads, config.head_dim, capacity, dtype=dtype) for _ in range(config.layers)]
+def new_caches(config: Config, capacity: int, dtype: str = "float32", batch: int = 1) -> list[Any]:
+    """Return a cache for each layer."""
+    return [sa.KVCache(batch, config.kv_heads, config.head_dim, capacity, dtype=dtype) for _ in range(config.layers)]
 
 
 def generate(

@@ -37,6 +37,16 @@ def gelu_tanh(x: Array) -> Array:
     return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))), dtype=x.dtype)
 
 
+def relu(x: Array) -> Array:
+    """Return x where it is positive, else 0."""
+    return np.maximum(x, 0)
+
+
+def silu(x: Array) -> Array:
+    """Return x · sigmoid(x)."""
+    return np.asarray(0.5 * x * (1 + np.tanh(0.5 * x)), dtype=x.dtype)
+
+
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Return x @ weight + bias, where the bits of a row do not depend on the other rows, nor on how many there are.
 

@@ -7,7 +7,6 @@ CTranslate2). Only its files are read; the package itself is never imported.
 
 from __future__ import annotations
 
-import codecs
 import importlib.util
 import json
 import struct
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from byte_letters import text_of
 from nn import Array, LayerNorm, conv1d, gelu
 
 import selfattn as sa
@@ -194,23 +194,9 @@ class Whisper:
             yield ids[0]
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield the text of tokens as they come; a letter may be several tokens, and comes with the last of them."""
-        decoder = codecs.getincrementaldecoder("utf8")(errors="replace")
-        for token in tokens:
-            if token < self.end:  # what follows are marks
-                yield decoder.decode(bytes(LETTERS[letter] for letter in self.vocabulary[token]))
-        yield decoder.decode(b"", final=True)
+        """Return the text of tokens, piece by piece as they come."""
+        return text_of(self.vocabulary[token] for token in tokens if token < self.end)  # what follows are marks
 
 
 def _blocks(variables: dict[str, Array], name: str) -> list[Block]:
     return [Block(Weights(variables, f"{name}/layer_{i}")) for i in range(LAYERS)]
-
-
-def _letters() -> dict[str, int]:
-    # GPT-2's vocabulary is of bytes; those that are no printable letter of Latin-1 stand as letters from 256.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-LETTERS = _letters()
