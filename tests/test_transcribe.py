@@ -39,8 +39,7 @@ PAUSE = np.zeros(16000, dtype=np.float32)
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Keep the pools of three libraries from waiting for one another's threads."""
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    with threadpoolctl.threadpool_limits(1):
+    with pytest.importorskip("threadpoolctl").threadpool_limits(1):
         yield
 
 
