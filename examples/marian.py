@@ -125,6 +125,7 @@ class Marian:
 
     def tokenize(self, sentence: str) -> list[int]:
         """Return the ids of a sentence, </s> included."""
+        sentence.encode()  # half a character raises an error that says so
         return [*self.tokenizer.encode(sentence, add_special_tokens=False).ids, END]
 
     def translate(
@@ -136,9 +137,10 @@ class Marian:
     ) -> list[Translation]:
         """Translate sentences, `batch` of similar length together; an empty one stays empty."""
         sources = [self.tokenize(sentence) for sentence in sentences]
-        for number, source in enumerate(sources, start=1):
+        for sentence, source in zip(sentences, sources, strict=True):
             if len(source) > MAX_TOKENS:
-                raise ValueError(f"sentence {number} has {len(source)} tokens, but at most {MAX_TOKENS} are translated")
+                excess = f"{len(source)} tokens, but at most {MAX_TOKENS} can be translated together"
+                raise ValueError(f"this sentence has {excess}: {sentence[:60]}...")
         found: dict[int, Translation] = {}
         order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         for first in range(0, len(order), batch):
