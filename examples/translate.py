@@ -95,7 +95,7 @@ def groups(sentences: list[str]) -> Iterator[list[str]]:
     typed = sys.stdin.isatty()
     if typed:
         print("One sentence per line; Ctrl-D ends.", file=sys.stderr)
-    lines: Iterable[str] = (line.rstrip("\r\n") for line in sys.stdin)
+    lines: Iterable[str] = (line.rstrip("\n") for line in sys.stdin)
     while some := list(itertools.islice(lines, 1 if typed else LINES)):
         yield some
 

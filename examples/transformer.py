@@ -1,0 +1,282 @@
+"""The Transformer of "Attention is all you need" (Vaswani et al., 2017) in full: encoder and decoder, in NumPy.
+
+The encoder's self-attention sees all of a source; the decoder's sees what is written so far, whose keys and values
+stay in caches; cross-attention sees the source, whose keys and values are computed once. Two shapes that are in use:
+Marian's, with sines and cosines for positions as in the paper, and BART's, which learned them. The weights are those
+of a random model of the library transformers (extra: pip install transformers torch), so that what it writes means
+nothing; --check compares it with what transformers writes, and with computing everything again at every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cross_attention import CrossAttention, Memory
+from nn import Array, LayerNorm, gelu, relu, sinusoids
+
+import selfattn as sa
+
+KINDS = ("marian", "bart")
+ACTIVATIONS = {"relu": relu, "gelu": gelu}
+NORM_EPSILON = 1e-5
+PADDING, START, END = 1, 2, 0
+VOCABULARY, MAX_LENGTH = 500, 512
+TOLERANCE = 1e-4  # of logits in float32
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the weights do not tell."""
+
+    kind: str = "marian"
+    layers: int = 3
+    width: int = 128
+    heads: int = 4
+    activation: str = "relu"
+
+
+class Layer:
+    """What both sides' layers have: self-attention and a feed-forward network; weights by the library's names."""
+
+    def __init__(self, weights: dict[str, Array], name: str, config: Config) -> None:
+        self.weights, self.name = weights, name
+        (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = self.projections("self_attn")
+        biases = {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
+        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, **biases, num_heads=config.heads)
+        self.attention_norm = self.norm("self_attn_layer_norm")
+        self.into, self.out_of = self.linear("fc1"), self.linear("fc2")
+        self.activation, self.feed_forward_norm = ACTIVATIONS[config.activation], self.norm("final_layer_norm")
+
+    def linear(self, part: str) -> tuple[Array, Array]:
+        return self.weights[f"{self.name}.{part}.weight"].T, self.weights[f"{self.name}.{part}.bias"]
+
+    def norm(self, part: str) -> LayerNorm:
+        names = (f"{self.name}.{part}.{kind}" for kind in ("weight", "bias"))
+        return LayerNorm(*(self.weights[name] for name in names), NORM_EPSILON)
+
+    def projections(self, part: str) -> list[tuple[Array, Array]]:
+        """Return matrix and bias for queries, keys, values and the output."""
+        return [self.linear(f"{part}.{name}") for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+
+    def feed_forward(self, x: Array) -> Array:
+        (w_in, b_in), (w_out, b_out) = self.into, self.out_of
+        return self.feed_forward_norm(x + (self.activation(x @ w_in + b_in) @ w_out + b_out))
+
+
+class EncoderLayer(Layer):
+    """x = norm(x + attention(x)); x = norm(x + feed_forward(x))."""
+
+    def __call__(self, x: Array, lengths: Array) -> Array:
+        return self.feed_forward(self.attention_norm(x + self.attention(x, kv_lens=lengths)))
+
+
+class DecoderLayer(Layer):
+    """The same, with x = norm(x + cross_attention(x, source)) between the two."""
+
+    def __init__(self, weights: dict[str, Array], name: str, config: Config) -> None:
+        super().__init__(weights, name, config)
+        self.cross = CrossAttention(*self.projections("encoder_attn"), num_heads=config.heads)
+        self.cross_norm = self.norm("encoder_attn_layer_norm")
+
+    def __call__(self, x: Array, memory: Memory, cache: sa.KVCache | None) -> Array:
+        """Return the output of the newest tokens; without a cache they are all tokens."""
+        attended = self.attention(x, causal=True) if cache is None else self.attention(x, cache=cache)
+        x = self.attention_norm(x + attended)
+        return self.feed_forward(self.cross_norm(x + self.cross(x, memory)[0]))
+
+
+class Embedding:
+    """Word vectors plus position vectors, which are computed or, in BART, learned."""
+
+    def __init__(self, weights: dict[str, Array], side: str, config: Config) -> None:
+        self.words = weights["model.shared.weight"]
+        self.norm: LayerNorm | None = None
+        if config.kind == "bart":
+            self.scale, self.positions = 1.0, weights[f"model.{side}.embed_positions.weight"][2:]  # two rows are unused
+            name = f"model.{side}.layernorm_embedding"
+            self.norm = LayerNorm(weights[f"{name}.weight"], weights[f"{name}.bias"], NORM_EPSILON)
+        else:
+            rates = 10000.0 ** (-np.arange(0, config.width, 2) / config.width)
+            self.scale, self.positions = math.sqrt(config.width), sinusoids(np.arange(MAX_LENGTH), rates)
+
+    def __call__(self, ids: Array, start: int = 0) -> Array:
+        """Return vectors (B, T, width) for tokens (B, T), the first of which are at position `start`."""
+        x: Array = self.words[ids] * np.float32(self.scale) + self.positions[start : start + ids.shape[1]]
+        return x if self.norm is None else self.norm(x)
+
+
+@dataclass
+class State:
+    """What a decoder keeps between its steps for a batch of sources."""
+
+    memories: list[Memory]
+    caches: list[sa.KVCache] | None
+    length: int = 0  # tokens that are in the caches
+
+
+class Transformer:
+    """The model: source tokens in, logits of the next target token out."""
+
+    def __init__(self, config: Config, weights: dict[str, Array]) -> None:
+        self.config = config
+        self.sides = {side: Embedding(weights, side, config) for side in ("encoder", "decoder")}
+        layers = range(config.layers)
+        self.encoder = [EncoderLayer(weights, f"model.encoder.layers.{i}", config) for i in layers]
+        self.decoder = [DecoderLayer(weights, f"model.decoder.layers.{i}", config) for i in layers]
+        self.output, self.output_bias = weights["model.shared.weight"].T, weights["final_logits_bias"]
+
+    def encode(self, ids: Array, lengths: Array) -> Array:
+        """Return the encoder's output (B, S, width) for sources (B, S), row b of which has lengths[b] tokens."""
+        x = self.sides["encoder"](ids)
+        for layer in self.encoder:
+            x = layer(x, lengths)
+        return x
+
+    def start(self, encoded: Array, lengths: Array, capacity: int | None) -> State:
+        """Return the decoder's state before the first token, with caches for so many tokens, or with none."""
+        memories = [layer.cross.memory(encoded, lengths) for layer in self.decoder]
+        heads, width = self.config.heads, self.config.width
+        if capacity is None:
+            return State(memories, None)
+        return State(memories, [sa.KVCache(len(encoded), heads, width // heads, capacity) for _ in self.decoder])
+
+    def decode(self, ids: Array, state: State) -> Array:
+        """Return the logits (B, T, vocabulary) after each of these tokens (B, T), which follow those in the caches."""
+        x = self.sides["decoder"](ids, state.length)
+        for i, layer in enumerate(self.decoder):
+            x = layer(x, state.memories[i], None if state.caches is None else state.caches[i])
+        if state.caches is not None:
+            state.length += ids.shape[1]
+        return np.asarray(x @ self.output + self.output_bias)
+
+
+def generate(
+    model: Transformer, sources: Sequence[Sequence[int]], tokens: int, end: int | None = END, cached: bool = True
+) -> list[list[int]]:
+    """Write at most so many tokens for each source, the likeliest at each step, until the token `end`."""
+    ids, lengths = padded(sources)
+    state = model.start(model.encode(ids, lengths), lengths, tokens if cached else None)
+    written = np.full((len(sources), 1), START)
+    going = np.ones(len(sources), bool)
+    while written.shape[1] <= tokens and going.any():
+        logits = model.decode(written[:, -1:] if cached else written, state)[:, -1]
+        chosen = np.where(going, logits.argmax(axis=-1), PADDING)
+        written = np.append(written, chosen[:, None], axis=1)
+        going &= chosen != end
+    # What follows the end is padding.
+    rows = [row.tolist() for row in written[:, 1:]]
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+def padded(sources: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Return the sources as one array (B, S), and their lengths."""
+    lengths = np.array([len(source) for source in sources])
+    ids = np.full((len(sources), lengths.max()), PADDING)
+    for row, source in zip(ids, sources, strict=True):
+        row[: len(source)] = source
+    return ids, lengths
+
+
+def transformers_model(config: Config, seed: int = 0) -> Any:
+    """Return a MarianMTModel or BartForConditionalGeneration of these sizes, with random weights."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"d_model": config.width, "vocab_size": VOCABULARY, "max_position_embeddings": MAX_LENGTH}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": config.layers, f"{side}_attention_heads": config.heads}
+        sizes[f"{side}_ffn_dim"] = 4 * config.width
+    special = {"pad_token_id": PADDING, "decoder_start_token_id": START, "eos_token_id": END, "bos_token_id": START}
+    kind = {"marian": transformers.MarianConfig, "bart": transformers.BartConfig}[config.kind]
+    described = kind(
+        **sizes, **special, init_std=config.width**-0.5, activation_function=config.activation,
+        scale_embedding=config.kind == "marian", forced_eos_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    classes = {"marian": transformers.MarianMTModel, "bart": transformers.BartForConditionalGeneration}
+    model = classes[config.kind](described).eval()
+    with torch.no_grad():  # norms and biases that begin as ones and zeros would hide mistakes
+        for parameter in [*model.parameters(), model.final_logits_bias]:
+            if parameter.ndim == 1 or parameter is model.final_logits_bias:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def transformers_weights(model: Any) -> dict[str, Array]:
+    """Return the weights of a model of transformers."""
+    return {name: weight.numpy() for name, weight in model.state_dict().items()}
+
+
+def check(config: Config, sources: list[list[int]], tokens: int, seed: int) -> bool:
+    """Print how far the model is from transformers', and say whether that is close enough."""
+    import torch
+
+    peer = transformers_model(config, seed)
+    model = Transformer(config, transformers_weights(peer))
+    ids, lengths = padded(sources)
+    source = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(ids != PADDING).long()}
+    with torch.no_grad():
+        told = peer.generate(**source, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1)
+        wanted = peer(**source, decoder_input_ids=told[:, :-1]).logits.numpy()
+    logits = model.decode(told[:, :-1].numpy(), model.start(model.encode(ids, lengths), lengths, tokens))
+    difference = float(np.max(abs(logits - wanted)))
+    written = generate(model, sources, tokens, end=None)
+    again = generate(model, sources, tokens, end=None, cached=False)
+    same = sum(a == b == c for a, b, c in zip(told[:, 1:].tolist(), written, again, strict=True))
+    print(
+        f"{config.kind}: {len(sources)} sources of {lengths.min()} to {lengths.max()} tokens, {tokens} written for each"
+    )
+    print(f"  logits: up to {abs(wanted).max():.1f}, largest difference from transformers {difference:.1e}")
+    print(f"  tokens: {same} of {len(sources)} the same as transformers' and as without caches")
+    return difference <= TOLERANCE and same == len(sources)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the example."""
+    args = parse(arguments)
+    rng = np.random.default_rng(args.seed)
+    sources = [rng.integers(3, VOCABULARY, n).tolist() for n in rng.integers(3, 30, args.sources)]
+    good = True
+    try:
+        for kind in KINDS if args.kind == "both" else [args.kind]:
+            activation = "relu" if kind == "marian" else "gelu"
+            config = Config(kind, args.layers, args.width, args.heads, activation)
+            if args.check:
+                good &= check(config, sources, args.tokens, args.seed)
+                continue
+            model = Transformer(config, transformers_weights(transformers_model(config, args.seed)))
+            for source, target in zip(sources, generate(model, sources, args.tokens), strict=True):
+                print(f"{kind}: {source} -> {target}")
+    except ImportError as error:
+        print(f"transformer.py: {error.name} is missing: pip install torch transformers", file=sys.stderr)
+        return 1
+    return 0 if good else 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    sizes = {"layers": 3, "width": 128, "heads": 4, "sources": 5, "tokens": 40}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--kind", choices=[*KINDS, "both"], default="both", help="default: both")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and sources")
+    parser.add_argument("--check", action="store_true", help="compare with transformers, and with no caches")
+    args = parser.parse_args(arguments)
+    if min(getattr(args, name) for name in sizes) < 1:
+        parser.error("all sizes must be at least 1")
+    if args.width % (2 * args.heads):
+        parser.error("twice the heads must divide the width")
+    if args.tokens >= MAX_LENGTH:
+        parser.error(f"at most {MAX_LENGTH - 1} tokens can be written")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
