@@ -1,0 +1,188 @@
+"""What a query may see, told to selfattn by intervals and lengths; a dense mask only where there is no other way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils._pytree import tree_map
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from ._hf_models import refuse_own_attention
+
+# A query sees what these closures of transformers say; they are known by their code.
+_INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
+_WINDOW = masking_utils.sliding_window_overlay(1).__code__
+_TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
+_TRUE = torch.ones((1, 1, 1, 1), dtype=torch.bool)
+
+_METADATA = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cpu", "requires_grad")),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "is_floating_point")),
+}
+
+
+class Pattern(NamedTuple):
+    """A mask function that selfattn has a name for: causal or not, and the tokens seen to the left and to the right."""
+
+    causal: bool
+    left: int | None = None
+    right: int | None = None
+
+
+class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
+    """A boolean mask (B, 1, Sq, Sk), described instead of computed.
+
+    Whoever does more than ask for its shape gets the dense mask, made then and kept, so that changes to it count.
+    """
+
+    options: dict[str, Any]  # what selfattn.attention is told
+    sizes: tuple[int, int, int]
+    end: int  # no query sees keys from here on
+    make: Callable[[], torch.Tensor]
+    made: torch.Tensor | None
+
+    @staticmethod
+    def describe(
+        sizes: tuple[int, int, int], end: int, options: dict[str, Any], make: Callable[[], torch.Tensor]
+    ) -> VisibleKeys:
+        """Return the mask for `sizes` (batch, q_len, kv_len) that `make` would compute."""
+        batch, q_len, kv_len = sizes
+        mask = _TRUE.expand(batch, 1, q_len, kv_len).as_subclass(VisibleKeys)
+        mask.sizes, mask.end, mask.options, mask.make, mask.made = sizes, end, options, make, None
+        return mask
+
+    def dense(self) -> torch.Tensor:
+        """Return the mask as an ordinary tensor, always the same one."""
+        if self.made is None:
+            self.made = self.make()
+        return self.made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.contiguous:  # which `generate` asks of masks for static caches
+            return args[0]
+        args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, VisibleKeys) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Return the mask of one kind of layer: None where `is_causal` says it all, else a tensor for `attention_forward`.
+
+    The arguments are those of transformers' mask functions. Query i stands at position ``i + q_offset``, key j at
+    ``j + kv_offset``; `attention_mask` (B, tokens) is True at real tokens.
+    """
+    if config is not None:
+        refuse_own_attention(config)
+    tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
+    if not tracing:
+        q_offset = int(q_offset)  # a static cache's tensor, which it will change
+
+    def make() -> torch.Tensor:
+        mask: torch.Tensor = masking_utils.sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False, **kwargs,
+        )  # fmt: skip
+        return mask
+
+    pattern = None if tracing or kwargs.get("use_vmap") else pattern_of(mask_function)
+    if pattern is None or not _is_plain(attention_mask, batch_size):
+        return make()
+    offset = q_offset - kv_offset
+    end = min(kv_length, offset + q_length) if pattern.causal else kv_length
+    if end <= 0:
+        return make()
+    options = _options(pattern, q_length, offset, end)
+    keys = _real_keys(attention_mask, kv_offset, end)
+    if keys is not None:
+        options |= _padding(keys)
+    elif end == kv_length and "window" not in options:
+        if allow_is_causal_skip and pattern.causal and q_length in (1, kv_length):
+            return None
+        if allow_is_bidirectional_skip and not pattern.causal:
+            return None
+    if ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
+        options["q_offset"] = np.array(offset)
+    return VisibleKeys.describe((batch_size, q_length, kv_length), end, options, make)
+
+
+def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
+    """Return what a mask function of transformers computes, None where selfattn has no name for it."""
+    if mask_function is masking_utils.causal_mask_function:
+        return Pattern(causal=True)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return Pattern(causal=False)
+    if getattr(mask_function, "__code__", None) is not _INTERSECTION:
+        return None
+    parts = _captured(mask_function)
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    overlay, base = parts
+    code = getattr(overlay, "__code__", None)
+    if code is _WINDOW and base is masking_utils.causal_mask_function:
+        left = _captured(overlay) - 1
+        return Pattern(causal=True, left=left) if left >= 0 else None
+    if code is _TWO_SIDED and base is masking_utils.bidirectional_mask_function:
+        reach = _captured(overlay)
+        return Pattern(causal=False, left=reach, right=reach) if reach >= 0 else None
+    return None
+
+
+def _captured(function: Callable[..., Any]) -> Any:
+    """Return the one variable that a closure holds."""
+    return function.__closure__[0].cell_contents  # type: ignore[attr-defined]
+
+
+def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str, Any]:
+    """Return what hides keys, leaving out what hides none."""
+    options: dict[str, Any] = {}
+    if pattern.causal and q_length > 1:  # a single query sees all keys before `end`
+        options["causal"] = True
+    far_left = pattern.left is not None and offset + q_length - 1 > pattern.left
+    far_right = pattern.right is not None and end - 1 - offset > pattern.right
+    if far_left or far_right:
+        options["window"] = (pattern.left, pattern.right)
+    return options
+
+
+def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:
+    if attention_mask is None:
+        return True
+    return attention_mask.is_cpu and attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
+
+
+def _real_keys(attention_mask: torch.Tensor | None, start: int, end: int) -> NDArray[np.bool_] | None:
+    """Return which keys of a slice are real tokens (B, end); None if all are."""
+    if attention_mask is None:
+        return None
+    keys: NDArray[np.bool_] = attention_mask.to(torch.bool).numpy()[:, start : start + end]
+    if keys.shape[1] < end:
+        keys = np.pad(keys, ((0, 0), (0, end - keys.shape[1])))
+    return None if keys.all() else keys
+
+
+def _padding(keys: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return what hides padding: lengths where it stands at the right, else a mask of keys."""
+    lengths = np.count_nonzero(keys, axis=1)
+    if np.array_equal(keys, np.arange(keys.shape[1]) < lengths[:, None]):
+        return {"kv_lens": lengths.astype(np.int64, copy=False)}
+    return {"mask": keys[:, None, None, :]}

@@ -1,0 +1,114 @@
+"""Models of transformers with attention code of their own: Bloom and Falcon learn, the others are refused."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+_TAUGHT = {"transformers.models.bloom.modeling_bloom", "transformers.models.falcon.modeling_falcon"}
+_accepted: set[type] = set()
+
+
+def refuse_own_attention(config: Any) -> None:
+    """Raise if a model's attention never calls the registered function: it would add our boolean mask to its scores."""
+    kind = type(config)
+    if kind in _accepted:
+        return
+    prefix = kind.__module__.replace(".configuration_", ".modeling_")
+    for name, module in list(sys.modules.items()):
+        if name.startswith(prefix) and name not in _TAUGHT and _attends_by_itself(module):
+            raise ValueError(
+                f"selfattn: {config.model_type} models attend by code of their own ({name}), which never calls "
+                'selfattn: attn_implementation="eager" is needed'
+            )
+    _accepted.add(kind)
+
+
+def _attends_by_itself(module: Any) -> bool:
+    if hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    own = (x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__)
+    return any("Attention" in x.__name__ and issubclass(x, torch.nn.Module) for x in own)
+
+
+def _merge(out: torch.Tensor) -> torch.Tensor:
+    return out.flatten(2)
+
+
+def teach_bloom() -> None:
+    """Let BloomAttention call selfattn where its mask is not one of the float masks of eager attention."""
+    from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
+
+    from ._hf_attention import attention_forward
+
+    eager = BloomAttention.forward
+    if getattr(eager, "knows_selfattn", False):
+        return
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        alibi: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        layer_past: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if attention_mask is not None and attention_mask.is_floating_point():
+            return eager(
+                self, hidden_states, residual, alibi, attention_mask, layer_past, use_cache, output_attentions, **kwargs
+            )
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        out, weights = attention_forward(
+            self, query, key, value, attention_mask,
+            dropout=self.attention_dropout.p if self.training else 0.0, scaling=self.inv_norm_factor, is_causal=True,
+            position_bias=alibi.unflatten(0, (-1, self.num_heads)), output_attentions=output_attentions, **kwargs,
+        )  # fmt: skip
+        return dropout_add(self.dense(_merge(out)), residual, self.hidden_dropout, self.training), weights
+
+    forward.knows_selfattn = True  # type: ignore[attr-defined]
+    BloomAttention.forward = forward
+
+
+def teach_falcon(name: str) -> None:
+    """Give Falcon an attention class of the name."""
+    from transformers.models.falcon import modeling_falcon
+
+    from ._hf_attention import attention_forward
+
+    if name in modeling_falcon.FALCON_ATTENTION_CLASSES:
+        return
+
+    class SelfattnFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[misc, name-defined, unused-ignore]
+        def forward(
+            self,
+            hidden_states: torch.Tensor,
+            alibi: torch.Tensor | None,
+            attention_mask: torch.Tensor | None,
+            position_ids: Any = None,
+            layer_past: Any = None,
+            use_cache: bool = False,
+            output_attentions: bool = False,
+            position_embeddings: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
+            if alibi is None:
+                query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
+            if layer_past is not None:
+                key, value = layer_past.update(key, value, self.layer_idx)
+            # The model has put ALiBi, divided by the square root of head_dim, into the mask.
+            out, weights = attention_forward(
+                self, query, key, value, attention_mask,
+                dropout=self.attention_dropout.p if self.training and alibi is not None else 0.0,
+                scaling=self.inv_norm_factor, output_attentions=output_attentions, **kwargs,
+            )  # fmt: skip
+            return self.dense(_merge(out)), weights
+
+    modeling_falcon.FALCON_ATTENTION_CLASSES[name] = SelfattnFalconAttention
