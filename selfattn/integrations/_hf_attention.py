@@ -46,6 +46,8 @@ def attention_forward(
     """
     if kwargs:
         _refuse(kwargs, attention_mask)
+    if torch._C._get_tracing_state():
+        raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
     if dropout:
         raise ValueError(f"selfattn: dropout is {dropout}, but there is none at inference: call model.eval() first")
     if query.requires_grad or key.requires_grad or value.requires_grad:

@@ -98,10 +98,11 @@ def make_mask(
         q_offset = int(q_offset)  # a static cache's tensor, which it will change
 
     def make() -> torch.Tensor:
-        mask: torch.Tensor = masking_utils.sdpa_mask(
+        mask: torch.Tensor | None = masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False, **kwargs,
         )  # fmt: skip
+        assert mask is not None  # nothing may be left out
         return mask
 
     pattern = None if tracing or kwargs.get("use_vmap") else pattern_of(mask_function)
@@ -147,9 +148,9 @@ def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
     return None
 
 
-def _captured(function: Callable[..., Any]) -> Any:
+def _captured(function: Any) -> Any:
     """Return the one variable that a closure holds."""
-    return function.__closure__[0].cell_contents  # type: ignore[attr-defined]
+    return function.__closure__[0].cell_contents
 
 
 def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -39,11 +40,10 @@ def _merge(out: torch.Tensor) -> torch.Tensor:
 
 def teach_bloom() -> None:
     """Let BloomAttention call selfattn where its mask is not one of the float masks of eager attention."""
-    from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
-
     from ._hf_attention import attention_forward
 
-    eager = BloomAttention.forward
+    bloom: Any = import_module("transformers.models.bloom.modeling_bloom")
+    eager = bloom.BloomAttention.forward
     if getattr(eager, "knows_selfattn", False):
         return
 
@@ -68,24 +68,24 @@ def teach_bloom() -> None:
         out, weights = attention_forward(
             self, query, key, value, attention_mask,
             dropout=self.attention_dropout.p if self.training else 0.0, scaling=self.inv_norm_factor, is_causal=True,
-            position_bias=alibi.unflatten(0, (-1, self.num_heads)), output_attentions=output_attentions, **kwargs,
+            position_bias=alibi.view(-1, self.num_heads, *alibi.shape[1:]), output_attentions=output_attentions,
+            **kwargs,
         )  # fmt: skip
-        return dropout_add(self.dense(_merge(out)), residual, self.hidden_dropout, self.training), weights
+        return bloom.dropout_add(self.dense(_merge(out)), residual, self.hidden_dropout, self.training), weights
 
     forward.knows_selfattn = True  # type: ignore[attr-defined]
-    BloomAttention.forward = forward
+    bloom.BloomAttention.forward = forward
 
 
 def teach_falcon(name: str) -> None:
     """Give Falcon an attention class of the name."""
-    from transformers.models.falcon import modeling_falcon
-
     from ._hf_attention import attention_forward
 
-    if name in modeling_falcon.FALCON_ATTENTION_CLASSES:
+    falcon: Any = import_module("transformers.models.falcon.modeling_falcon")
+    if name in falcon.FALCON_ATTENTION_CLASSES:
         return
 
-    class SelfattnFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[misc, name-defined, unused-ignore]
+    class SelfattnFalconAttention(falcon.FalconAttention):  # type: ignore[misc]
         def forward(
             self,
             hidden_states: torch.Tensor,
@@ -100,7 +100,7 @@ def teach_falcon(name: str) -> None:
         ) -> Any:
             query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
             if alibi is None:
-                query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
+                query, key = falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_idx)
             # The model has put ALiBi, divided by the square root of head_dim, into the mask.
@@ -111,4 +111,4 @@ def teach_falcon(name: str) -> None:
             )  # fmt: skip
             return self.dense(_merge(out)), weights
 
-    modeling_falcon.FALCON_ATTENTION_CLASSES[name] = SelfattnFalconAttention
+    falcon.FALCON_ATTENTION_CLASSES[name] = SelfattnFalconAttention
