@@ -168,3 +168,16 @@ def states(output: Any, mask: torch.Tensor | None, part: str = "") -> Iterator[t
                     state = state.transpose(1, 2)
                 real = mask is not None and state.shape[1] == mask.shape[1]
                 yield f"{part}{name}[{layer}]", state[mask.bool()] if real else state
+
+
+def layer(**attributes: Any) -> torch.nn.Module:
+    """Return a stand-in for an attention layer."""
+    module = torch.nn.Module()
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return unit normals."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

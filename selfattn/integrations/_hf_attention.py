@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.utils import output_capturing
 
 import selfattn
 
@@ -73,6 +74,7 @@ def attention_forward(
         s_aux = module._parameters.get("sinks")
     if s_aux is not None:
         options["sinks"] = as_array("s_aux", _without_gradient("s_aux", s_aux))
+    output_attentions = output_attentions or _weights_are_recorded()
     if output_attentions:
         options["return_weights"] = True
     if scaling is not None and type(scaling) is not float:
@@ -158,6 +160,12 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
     if bias.shape[-1] > kv_len:
         bias = bias[..., :kv_len]
     options["bias"] = bias + options["bias"] if "bias" in options else bias
+
+
+def _weights_are_recorded() -> bool:
+    """Whether a hook waits for the weights: some models, like GPT-2, do not pass `output_attentions` on."""
+    outputs = output_capturing._active_collector.get()
+    return bool(outputs) and any(name.endswith("attentions") for name in outputs)
 
 
 def _as_weights(weights: NDArray[Any], kv_len: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,124 @@
+"""What selfattn refuses inside a model of transformers, and how it gets there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+hf = pytest.importorskip("transformers")
+pytest.importorskip("ml_dtypes")
+
+import transformers_models as models  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers_models import layer, normal  # noqa: E402
+
+from selfattn.integrations import _hf_attention  # noqa: E402
+from selfattn.integrations._hf_attention import attention_forward  # noqa: E402
+from selfattn.integrations._hf_mask import make_mask  # noqa: E402
+from selfattn.integrations.transformers import register  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    register()
+    with torch.no_grad():
+        yield
+
+
+X = (1, 2, 5, 8)
+REFUSED = {
+    "dropout": (ValueError, r"dropout is 0\.1", {"dropout": 0.1}),
+    "unknown": (TypeError, "unexpected keyword argument 'indices'", {"indices": torch.zeros(1)}),
+    "paged": (TypeError, "unexpected keyword argument 'cache'", {"cache": SimpleNamespace()}),
+    "packed": (ValueError, "cu_seq_lens_q packs 2", {"cu_seq_lens_q": torch.tensor([0, 2, 5])}),
+    "integers": (TypeError, "attention_mask has dtype torch.int64", {"attention_mask": torch.ones((5, 5)).long()}),
+    "mask elsewhere": (
+        ValueError, "attention_mask is on device meta",
+        {"attention_mask": torch.ones((5, 5), dtype=torch.bool, device="meta")},
+    ),
+    "key elsewhere": (ValueError, "key is on device meta", {"key": torch.zeros(X, device="meta")}),
+    "value elsewhere": (ValueError, "value is on device meta", {"value": torch.zeros(X, device="meta")}),
+    "query elsewhere": (ValueError, "query is on device meta", {"query": torch.zeros(X, device="meta")}),
+    "three axes": (ValueError, r"query has shape \(2, 5, 8\)", {"query": torch.zeros(2, 5, 8)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_what_it_cannot_compute(case: str) -> None:
+    kind, message, changes = REFUSED[case]
+    call = {"query": normal(*X), "key": normal(*X), "value": normal(*X), "attention_mask": None}
+    attention_forward(layer(), **call, position_ids=torch.zeros(5), cu_seq_lens_q=None, use_cache=True)
+    with pytest.raises(kind, match=f"selfattn: {message}"):
+        attention_forward(layer(), **{**call, **changes})
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "attention_mask", "position_bias", "s_aux"])
+def test_refuses_gradients(name: str) -> None:
+    call = {"query": normal(*X), "key": normal(*X), "value": normal(*X), "attention_mask": normal(5, 5)}
+    call |= {"position_bias": normal(1, 2, 5, 5), "s_aux": normal(2)}
+    call[name].requires_grad_()
+    wanted, _ = attention_forward(layer(), **call)
+    assert not wanted.requires_grad
+    with torch.enable_grad(), pytest.raises(RuntimeError, match=f"selfattn: {name} requires a gradient"):
+        attention_forward(layer(), **call)
+
+
+def test_refuses_training_and_tracing() -> None:
+    model, fed = models.build("llama", attention_dropout=0.1), models.inputs("llama")
+    model(**fed)
+    model.train()
+    with pytest.raises(ValueError, match=r"dropout is 0\.1"):
+        model(**fed)
+    model.eval()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="requires a gradient"):
+        model(**fed)
+    query = normal(*X)
+    with pytest.warns(DeprecationWarning, match="trace"), pytest.raises(RuntimeError, match="traced"):
+        torch.jit.trace(lambda x: attention_forward(layer(), x, x, x, None)[0], (query,))
+
+
+def test_refuses_models_with_attention_of_their_own() -> None:
+    ids = models.inputs("llama")["input_ids"]
+    config = hf.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4)
+    model = hf.AutoModel.from_config(config, attn_implementation="selfattn").eval()
+    with pytest.raises(ValueError, match="mpt models attend by code of their own"):
+        model(ids)
+    # Its vision part asks transformers for the attention function, its text part, in a module of its own, does not.
+    blip = hf.BlipTextModel(hf.BlipTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    with pytest.raises(ValueError, match="blip_text_model models attend by code"):
+        make_mask(1, 2, 2, config=blip.config)
+
+
+def test_needs_ml_dtypes_for_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    _hf_attention._bfloat16.cache_clear()
+    attention_forward(layer(), normal(*X), normal(*X), normal(*X), None)
+    narrow = normal(*X).bfloat16()
+    with pytest.raises(ImportError, match=r"ml_dtypes \(extra `transformers`\)"):
+        attention_forward(layer(), narrow, narrow, narrow, None)
+
+
+def test_registering_again_changes_nothing() -> None:
+    from transformers.models.bloom.modeling_bloom import BloomAttention
+    from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES
+
+    def state() -> tuple[Any, ...]:
+        return (
+            AttentionInterface()["selfattn"], AttentionMaskInterface()["selfattn"], BloomAttention.forward,
+            dict(FALCON_ATTENTION_CLASSES),
+        )  # fmt: skip
+
+    before = state()
+    register()
+    assert state() == before
+    assert before[:2] == (attention_forward, make_mask)
+
+
+def test_unregistered_names_raise() -> None:
+    with pytest.raises(ValueError, match="selfattn_not_registered"):
+        models.build("llama", "selfattn_not_registered")
