@@ -52,7 +52,7 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     ) -> VisibleKeys:
         """Return the mask for `sizes` (batch, q_len, kv_len) that `make` would compute."""
         batch, q_len, kv_len = sizes
-        mask = _TRUE.expand(batch, 1, q_len, kv_len).as_subclass(VisibleKeys)
+        mask: VisibleKeys = _TRUE.expand(batch, 1, q_len, kv_len).as_subclass(VisibleKeys)
         mask.sizes, mask.end, mask.options, mask.make, mask.made = sizes, end, options, make, None
         return mask
 
@@ -168,7 +168,7 @@ def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str
 def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:
     if attention_mask is None:
         return True
-    return attention_mask.is_cpu and attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
+    return bool(attention_mask.is_cpu and attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size)
 
 
 def _real_keys(attention_mask: torch.Tensor | None, start: int, end: int) -> NDArray[np.bool_] | None:
