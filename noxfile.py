@@ -17,6 +17,11 @@ CPP = [str(p) for folder in ("csrc", "tests") for p in sorted(Path(folder).rglob
 # Pinned: another version would format differently.
 LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
+# What is compared with, in tests of examples and integrations.
+PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
+# Tests of examples and integrations, which have no lines of the core of their own.
+AROUND = ["ask", "bert", "generate", "gpt2", "minilm", "service", "serving_page", "sound", "transcribe", "translate"]
+AROUND += ["transformer", "transformer_xl", "torch", "transformers", "transformers_masks", "transformers_refusals"]
 # One instruction set more, which works like AMX: so that its kernels are tested on machines without it.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
 
@@ -65,8 +70,9 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def integration(session: nox.Session) -> None:
     """The suite with the peers beside it."""
-    session.install(TORCH, "onnx", "onnxruntime", "openvino", "jax", "transformers")
+    session.install(*PEERS, "openvino")
     install_tests(session)
+    session.install(".[models]")
     session.run("pytest", *session.posargs)
 
 
@@ -145,8 +151,8 @@ def asan(session: nox.Session) -> None:
         "PYTHONMALLOC": "malloc",
     }
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
-    skipped = ["memory", "fork", "gunicorn", "containers", "minilm", "cli", "codebase", "viz", "readme"]
-    skipped += ["generate", "service", "threads", "dispatch", "guard_pages", "hostile", "allocation"]
+    skipped = [*AROUND, "memory", "fork", "gunicorn", "containers", "cli", "codebase", "viz", "readme"]
+    skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
     skipped += ["cache_sharing", "cache_threads", "soak_caches"]
     skipped += [
         "benchmarks",
@@ -199,7 +205,7 @@ def coverage(session: nox.Session) -> None:
     """Lines that the suite runs: 95 % of C++ and of Python, all of what checks arguments, hides keys and merges."""
     if shutil.which("gcov") is None:
         session.skip("needs gcc and gcov")
-    session.install("coverage>=7.10", "gcovr>=8")
+    session.install("coverage>=7.10", "gcovr>=8", "pytest-xdist")
     build = Path(session.create_tmp()).resolve() / "build"
     shutil.rmtree(build, ignore_errors=True)
     # Atomic, since counts that threads lose would make others negative.
@@ -214,8 +220,8 @@ def coverage(session: nox.Session) -> None:
     # What counts lines takes memory itself, and writes its counts in each of a hundred children.
     left_out += ["--deselect=tests/test_bench_caches.py::test_allocations_of_steps_are_counted"]
     left_out += ["--deselect=tests/test_cache_threads.py::test_fork_while_others_are_inside"]
-    left_out += [f"--ignore=tests/test_{name}.py" for name in ("gunicorn", "hostile", "service")]
-    session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", *left_out, *session.posargs)
+    left_out += [f"--ignore=tests/test_{name}.py" for name in (*AROUND, "gunicorn", "hostile")]
+    session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", "-n", "2", *left_out, *session.posargs)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
     checks = ",".join(f"*/selfattn/_{name}.py" for name in ("arguments", "attention", "layer", "rope", "states"))
