@@ -115,7 +115,8 @@ template <class T>
 void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   for (std::int64_t i = 0; i < problem_.group_size; ++i) {
     const HeadRows rows = rows_of(problem_, span_, i);
-    T* line = reinterpret_cast<T*>(slot_.biases) + i * slot_.bias_step;
+    if (rows.count == 0) continue;
+    T* line = reinterpret_cast<T*>(slot_.biases) + rows.row * slot_.bias_step;
     const std::int64_t last = rows.query + rows.count - 1;
     for (std::int64_t n = 0; n < count + rows.count - 1; ++n)
       line[n] = bias_at<T>(problem_, rows.head, last + offset_ - first - n);

@@ -1,5 +1,7 @@
 #include "slot.h"
 
+#include <algorithm>
+
 #define SELFATTN_ISA core  // this file's own copy of what kernels compile per ISA
 #include "kernels/scratch.h"
 
@@ -42,7 +44,8 @@ Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   relative_step = width > 0 ? (plan.relative_keys + 2 * width - 2) / width * width : 0;
   relative = take_if(width > 0, plan.block_rows * relative_step, problem.dtype);
   bias_step = plan.key_block + (problem.bias ? 0 : plan.block_rows);
-  const std::int64_t lines = problem.bias ? plan.block_rows : problem.group_size;
+  const std::int64_t block_rows = plan.block_rows;
+  const std::int64_t lines = problem.bias ? block_rows : std::min(problem.group_size, block_rows);
   biases = take_if(static_cast<bool>(problem.distance_bias), lines * bias_step, problem.dtype);
   bytes = carver.used;
 }
