@@ -372,6 +372,31 @@ def test_traced_and_transformed() -> None:
     assert torch.equal(pure, sdpa(2 * q, k, v))
 
 
+def test_modes_see_the_operator() -> None:
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[Any] = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = qkv()
+    expected = sdpa(q, k, v)
+    for mode in (Functions, Dispatched):
+        seen.clear()
+        with mode():
+            assert torch.equal(sdpa(q, k, v), expected)
+        assert seen.count(operator) == 1
+
+
 def test_eager_calls_and_the_operator_agree() -> None:
     q, k, v = qkv()
     assert torch.equal(operator(q, k, v, None, True, None, False), sdpa(q, k, v, is_causal=True))

@@ -109,10 +109,8 @@ def _compute(
     query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Any:
     out = _result(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    with torch._C.DisableTorchFunctionSubclass():
-        mask = None if attn_mask is None else to_array(attn_mask)
-        target = to_array(out)
-        attend(to_array(query), to_array(key), to_array(value), mask, is_causal, scale, enable_gqa, target)
+    mask = None if attn_mask is None else to_array(attn_mask)
+    attend(to_array(query), to_array(key), to_array(value), mask, is_causal, scale, enable_gqa, to_array(out))
     return out
 
 
