@@ -116,9 +116,28 @@ def test_tokens_against_ctranslate2(sentence: str, sound: Any, model: Any, peer:
     assert len(tokens) > 4
 
 
-def test_noise_against_ctranslate2(sound: Any, model: Any, peer: Peer, rng: np.random.Generator) -> None:
-    features = sound.log_mel(0.1 * rng.standard_normal(3 * 16000))
-    assert list(model.tokens(model.encoder(features))) == peer.tokens(peer.encode(features))
+@pytest.mark.parametrize("loudness", [0, 0.1])
+def test_where_nobody_speaks(sound: Any, model: Any, peer: Peer, rng: np.random.Generator, loudness: float) -> None:
+    features = sound.log_mel(loudness * rng.standard_normal(3 * 16000))
+    tokens = list(model.tokens(model.encoder(features)))
+    assert len(tokens) > 0
+    assert tokens == peer.tokens(peer.encode(features))
+
+
+def test_the_first_token_is_neither_a_blank_nor_the_end(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        def listen(self, sound: Any) -> list[Any]:
+            return []
+
+        new_caches = list
+
+        def __call__(self, ids: list[int], *_: Any) -> Any:
+            logits = np.zeros((len(ids), 51864), dtype=np.float32)
+            logits[-1, [model.vocabulary.index("Ġ"), model.end, 1000]] = 2, 3, 1
+            return logits
+
+    monkeypatch.setattr(model, "decoder", Stub())
+    assert list(model.tokens(None)) == [1000]
 
 
 def test_a_beep_repeats_until_the_limit(sound: Any, model: Any, peer: Peer) -> None:
@@ -173,9 +192,9 @@ def test_a_letter_of_several_tokens(load_example: Any, model: Any) -> None:
 
 def test_text_against_tokenizers(whisper: Any, model: Any) -> None:
     tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(whisper.model_folder() / "tokenizer.json"))
-    text = "  Ærlig talt, it's 3 o'clock – \tnaïve 日本語 🙂\n"
+    text = "  Ærlig talt, it's 3 o'clock – \tnaïve 日本語 🙂\n" + "".join(map(chr, range(0x800)))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert len(ids) > 15
+    assert len(ids) > 1000
     assert "".join(model.text(ids)) == text
 
 
