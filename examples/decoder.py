@@ -5,7 +5,7 @@ By default a small one with random weights, of which a token is a byte; gpt2.py 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,13 @@ from nn import Array, LayerNorm, gelu, gelu_tanh, linear, relu, silu
 import selfattn as sa
 
 VOCABULARY, MAX_LENGTH = 256, 2048
-ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu": gelu, "relu": relu, "silu": silu, "tanh": np.tanh}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_new": gelu_tanh,
+    "gelu": gelu,
+    "relu": relu,
+    "silu": silu,
+    "tanh": np.tanh,
+}
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     caches = new_caches(model.config, len(prompt) + args.tokens)
     known = min(model.config.vocabulary, tokenizer.get_vocab_size())
     choose = Chooser(args.temperature, args.seed, np.arange(known))
-    words = map(tokenizer.id_to_token, generate(model, caches, prompt, args.tokens, choose))
+    words = (tokenizer.id_to_token(token) or "" for token in generate(model, caches, prompt, args.tokens, choose))
     print(args.prompt, end="", flush=True)
     for text in text_of(takewhile(lambda word: word != END, words)):
         print(text, end="", flush=True)

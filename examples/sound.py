@@ -44,11 +44,11 @@ def read_wav(path: Path) -> Array:
 
 def _from_pcm(frames: bytes, width: int) -> Array:
     if width == 1:  # the only width without a sign
-        return (np.frombuffer(frames, dtype=np.uint8).astype(np.float32) - 128) / 128
+        return np.asarray((np.frombuffer(frames, dtype=np.uint8).astype(np.float32) - 128) / 128)
     # The bytes become the upper ones of an int32.
     wide = np.zeros((len(frames) // width, 4), dtype=np.uint8)
     wide[:, 4 - width :] = np.frombuffer(frames, dtype=np.uint8).reshape(-1, width)
-    return wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
+    return np.asarray(wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31))
 
 
 def resample(samples: Array, rate: int) -> Array:

@@ -37,7 +37,7 @@ def model_folder() -> Path:
 def read_variables(path: Path) -> dict[str, Array]:
     """Return the variables of a model in CTranslate2's format, those in float16 as float32."""
     with path.open("rb") as file:
-        version, name, revision, count = *_numbers(file, "I"), _string(file), *_numbers(file, "II")
+        (version,), name, (revision, count) = _numbers(file, "I"), _string(file), _numbers(file, "II")
         if (version, name, revision) != (6, "WhisperSpec", 3):
             raise ValueError(f"{path} holds {name!r} {version}.{revision}, but WhisperSpec 6.3 is needed")
         variables = {}
@@ -89,8 +89,8 @@ class CrossAttention:
     def keys_and_values(self, sound: Array) -> tuple[Array, Array]:
         """Return k and v (6, 1500, 64) of the encoder's output: they serve every token of the clip."""
         w, b = self.into_kv
-        k, v = np.split(sound @ w + b, 2, axis=1)
-        return tuple(np.ascontiguousarray(x.reshape(len(x), HEADS, -1).swapaxes(0, 1)) for x in (k, v))
+        k, v = (sound @ w + b).reshape(len(sound), 2, HEADS, -1).transpose(1, 2, 0, 3).copy()
+        return k, v
 
     def __call__(self, x: Array, k: Array, v: Array) -> Array:
         (w_q, b_q), (w_o, b_o) = self.into_q, self.out_of

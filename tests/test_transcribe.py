@@ -208,17 +208,14 @@ def test_the_same_logits_without_a_cache(sound: Any, model: Any, speak: Any) -> 
     assert np.max(abs(np.concatenate(found) - wanted)) <= 1e-4
 
 
-def test_the_program(speak: Any, model: Any) -> None:
-    result = run(str(speak(NORWAY)))
+def test_the_program(transcribe: Any, speak: Any, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, str(EXAMPLES / "transcribe.py"), str(speak(NORWAY))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout == NORWAY + "\n"
     assert re.fullmatch(r"2\.\d s of sound in \d+\.\d\d s: \d+\.\d s per second\n", result.stderr)
-    assert run("--say", NORWAY).stdout == NORWAY + "\n"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / "transcribe.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert transcribe.main(["--say", NORWAY]) == 0
+    assert capsys.readouterr().out == NORWAY + "\n"
 
 
 def test_what_is_missing_is_named(
