@@ -68,10 +68,15 @@ def test_docstrings_examples() -> None:
         "_cached",
         "_layer",
         "_paged",
+        "_relative",
         "_rope",
         "_states",
         "_threads",
         "_varlen",
+        "compat._flash_attn",
+        "compat._flash_kvcache",
+        "compat._jax",
+        "compat._pytorch",
     ):
         result = doctest.testmod(importlib.import_module(f"selfattn.{name}"))
         assert result.attempted > 0

@@ -89,6 +89,17 @@ def flash_attn_with_kvcache(
     caches too short       undefined                               ValueError
     lists as caches        –                                       TypeError: they could not be updated
     =====================  ======================================  =========================================
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from selfattn.compat import flash_attn_with_kvcache
+    >>> k_cache, v_cache = np.zeros((2, 1, 16, 2, 8), dtype=np.float32)
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 3, 2, 8), dtype=np.float32)
+    >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=5, causal=True).shape
+    (1, 3, 2, 8)
+    >>> bool(np.array_equal(k_cache[:, 5:8], k))
+    True
     """
     (query,) = arrays(_NAME, q=q)
     dimensions(_NAME, 4, q=query)
