@@ -60,6 +60,13 @@ CASES = {
         "encoder",
         hf.AutoModel,
     ),
+    "modernbert": Case(
+        lambda: hf.ModernBertConfig(
+            **{**BASE, "num_hidden_layers": 4}, local_attention=8, cls_token_id=1, sep_token_id=2
+        ),
+        "encoder",
+        hf.AutoModel,
+    ),
     "vit": Case(lambda: hf.ViTConfig(**VISION), "vision", hf.AutoModel),
     "clip": Case(_clip, "clip", hf.AutoModel),
     "whisper": Case(

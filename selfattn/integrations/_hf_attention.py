@@ -20,6 +20,7 @@ _UNRELATED = {
     "mm_token_type_ids", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_embeddings",
     "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache",
 }  # fmt: skip
+_collector: Any = output_capturing._active_collector
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -80,7 +81,9 @@ def attention_forward(
     if scaling is not None and type(scaling) is not float:
         scaling = float(scaling)
     result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=query.dtype)
-    threads = min(torch.get_num_threads(), selfattn.get_num_threads())
+    threads = torch.get_num_threads()
+    if threads > 1:
+        threads = min(threads, selfattn.get_num_threads())
     out = as_array("result", result).swapaxes(1, 2)
     done = selfattn.attention(q, k, v, out=out, scale=scaling, softcap=softcap, num_threads=threads, **options)
     return result, _as_weights(done[1], key.shape[2], query.dtype) if output_attentions else None
@@ -164,7 +167,7 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
 
 def _weights_are_recorded() -> bool:
     """Whether a hook waits for the weights: some models, like GPT-2, do not pass `output_attentions` on."""
-    outputs = output_capturing._active_collector.get()
+    outputs = _collector.get()
     return bool(outputs) and any(name.endswith("attentions") for name in outputs)
 
 

@@ -1,0 +1,13 @@
+"""Time whole models of transformers with selfattn, and with what runs there otherwise, per sequence length.
+
+Run `python benchmarks/huggingface.py --help` for the options. Needs torch and transformers (extra `transformers`).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from selfattn._bench.hf_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

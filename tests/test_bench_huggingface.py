@@ -1,0 +1,61 @@
+"""The benchmark of whole models: that it runs, checks and reports. Nothing about speed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("ml_dtypes")
+
+import selfattn  # noqa: E402
+from selfattn._bench import hf_command, hf_models  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    selfattn.set_num_threads(None)
+
+
+def test_measures_every_group_and_writes_a_table(tmp_path: Path) -> None:
+    answer = tmp_path / "rows.json"
+    args = argparse.Namespace(
+        groups=list(hf_models.GROUPS),
+        dtype=["float32"],
+        threads=[1],
+        seconds=0.0,
+        lengths=[9],
+        tiny=True,
+        answer=answer,
+    )
+    assert hf_command.measure(args) == 0
+    rows = json.loads(answer.read_text())
+    assert [row["group"] for row in rows] == list(hf_models.GROUPS)
+    assert all(row["own_seconds"] > 0 and row["q1"] <= row["ratio"] <= row["q3"] for row in rows)
+    rows.append({**rows[0], "dtype": "bfloat16", "threads": 2, "length": 10, "ratio": 7.5})
+    text = hf_command.markdown(rows)
+    assert text.count("###") == len(hf_models.GROUPS)
+    assert "| length | float32, 1 thread | bfloat16, 2 threads |" in text
+    assert [line for line in text.splitlines() if line.startswith("| 10 | – | 7.50× ")]
+
+
+@pytest.mark.parametrize("name", hf_models.GROUPS)
+def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = hf_models.Bench(hf_models.GROUPS[name], "bfloat16", tiny=True)
+    assert set(bench.runs(20)) == {"selfattn", hf_models.GROUPS[name].peer}
+    attention = selfattn.attention
+
+    def forgetful(q, k, v, **options):
+        return attention(q, k[:, :, ::-1], v, **options)
+
+    monkeypatch.setattr(selfattn, "attention", forgetful)
+    with pytest.raises(hf_models.Mismatch, match="length 20, bfloat16: results differ"):
+        bench.runs(20)
