@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from nn import Array
@@ -45,7 +46,7 @@ class CrossAttention:
     def __call__(self, x: Array, memory: Memory, return_weights: bool = False) -> tuple[Array, Array | None]:
         """Return the output (B, T, width) for x (B, T, width), and the attention weights (B, H, T, S) if wanted."""
         q = self._heads(x, self.queries)
-        options = {"kv_lens": memory.lengths, "layout": "bshd", "return_weights": return_weights}
+        options: dict[str, Any] = {"kv_lens": memory.lengths, "layout": "bshd", "return_weights": return_weights}
         attended = sa.attention(q, memory.k, memory.v, **options)
         heads, weights = attended if return_weights else (attended, None)
         weight, bias = self.output
