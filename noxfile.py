@@ -163,6 +163,7 @@ def asan(session: nox.Session) -> None:
         "bench_axes",
         "bench_parts",
         "bench_caches",
+        "bench_huggingface",
     ]
     ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
     options = ["-n", "2", "-p", "no:cacheprovider"]
