@@ -22,6 +22,8 @@ import selfattn as sa
 
 START = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cache_child, cache_damage; "
 KILLS = int(os.environ.get("SELFATTN_CACHE_KILLS", "15"))  # of each kind
+# JAX, where other tests have imported it, warns of every fork.
+forking = pytest.mark.filterwarnings("ignore:os.fork")
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 
 
@@ -76,6 +78,7 @@ def test_another_process_goes_on(kind: str, shared: Any, run_python: Any) -> Non
 
 
 @posix
+@forking
 @pytest.mark.parametrize("kind", KINDS)
 def test_fork_shares_what_is_shared_and_nothing_else(kind: str, shared: Any) -> None:
     block = shared(size_of(kind))
@@ -103,6 +106,7 @@ def test_fork_shares_what_is_shared_and_nothing_else(kind: str, shared: Any) -> 
 
 
 @posix
+@forking
 def test_fork_gives_each_process_its_own_pages(normal: Any) -> None:
     cache = sa.PagedKVCache(8, 4, 1, 4)
     k, v = normal(2, 1, 9, 4)
