@@ -92,11 +92,29 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
             )
         # Frameworks' own conversion says best why it refuses, e.g. a tensor that requires grad.
         if not hasattr(value, "__array__"):
-            return np.from_dlpack(value)
+            return _from_dlpack(function, name, value)
+        if str(getattr(value, "dtype", "")) == "torch.bfloat16" and not value.requires_grad:
+            return _from_torch_bfloat16(function, name, value)
     array = np.asarray(value)
     if array.dtype == object:
         raise TypeError(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {ACCEPTED}")
     return array
+
+
+def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
+    try:
+        return np.from_dlpack(value)
+    except RuntimeError as error:  # a type that NumPy lacks
+        raise TypeError(
+            f"{function}: {name} of type {type(value).__name__} is not for NumPy to read ({error}): {ACCEPTED}"
+        ) from error
+
+
+def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
+    # NumPy lacks the type, so that PyTorch does not convert it: the bits go by another.
+    if "ml_dtypes" not in sys.modules:  # as above: no import here
+        raise TypeError(f"{function}: {name} is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
+    return np.asarray(tensor.view(sys.modules["torch"].uint16)).view("bfloat16")
 
 
 def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,3 +202,62 @@ def test_traced_arrays_are_refused(x: Any) -> None:
     jax = pytest.importorskip("jax")
     with pytest.raises(TypeError, match="traced array"):
         jax.jit(lambda y: sa.attention(y, y, y))(x)
+
+
+def test_torch_bfloat16_is_read_in_place(x: Any) -> None:
+    torch = pytest.importorskip("torch")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    tensor = torch.from_numpy(x).bfloat16().transpose(1, 2)
+    array = as_array("f", "x", tensor)
+    assert array.dtype == ml_dtypes.bfloat16
+    assert array.ctypes.data == tensor.data_ptr()
+    assert np.array_equal(array.astype(np.float32), tensor.float().numpy())
+    same = x.astype(ml_dtypes.bfloat16).swapaxes(1, 2)
+    assert np.array_equal(sa.attention(tensor, tensor, tensor), sa.attention(same, same, same))
+    with pytest.raises(RuntimeError, match="requires grad"):
+        sa.attention(tensor.clone().requires_grad_(), tensor, tensor)
+
+
+class LikeTorchBfloat16:
+    """What is used of a tensor of bfloat16, for where PyTorch is not installed."""
+
+    dtype, requires_grad = "torch.bfloat16", False
+
+    def __init__(self, bits: Any) -> None:
+        self.bits = bits
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise AssertionError("PyTorch refuses this conversion")
+
+    def view(self, dtype: Any) -> Any:
+        return self.bits.view(dtype)
+
+
+def test_torch_bfloat16_needs_ml_dtypes(x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    array = x.astype(ml_dtypes.bfloat16)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(uint16=np.uint16))
+    tensor = LikeTorchBfloat16(array)
+    assert np.array_equal(sa.attention(tensor, tensor, tensor), sa.attention(array, array, array))
+    monkeypatch.delitem(sys.modules, "ml_dtypes")
+    with pytest.raises(TypeError, match="attention: q is a tensor of bfloat16, which NumPy lacks: import ml_dtypes"):
+        sa.attention(tensor, tensor, tensor)
+
+
+def test_dlpack_of_types_that_numpy_lacks(x: Any) -> None:
+    class Strange(OnlyDLPack):
+        def __dlpack__(self, **options: Any) -> Any:
+            raise RuntimeError("Unsupported dtype in DLTensor.")  # NumPy's own words
+
+    with pytest.raises(TypeError, match=r"attention: k of type Strange is not for NumPy to read .*float16, bfloat16"):
+        sa.attention(x, Strange(x), x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dlpack_of_jax_bfloat16(x: Any) -> None:
+    narrow = OnlyDLPack(jax_bfloat16(x))
+    with pytest.raises(TypeError, match=r"attention: k of type OnlyDLPack is not for NumPy to read .*float16, bfloat"):
+        sa.attention(x, narrow, x)
