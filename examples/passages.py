@@ -14,7 +14,8 @@ MAX_BYTES = 20_000_000  # of a file
 MAX_TOKENS = 200  # of a passage, [CLS] and [SEP] included
 MIN_TOKENS = 100  # from here on the end of a paragraph ends a passage that is about to
 OVERLAP = 40  # at most so many tokens of the passage before open the next one
-MAX_PIECE, MAX_CHARS = 120, 2000  # tokens and characters; a longer sentence is halved
+MAX_PIECE = 120  # tokens; a longer sentence is halved
+TOKEN_CHARS = 20  # count as a token at least: a very long word is a single one, [UNK]
 MAX_HEADING = 100  # characters
 SHORT = 60  # a passage of fewer tokens is embedded with its heading, which would only dilute a longer one
 
@@ -140,7 +141,7 @@ def _pieces(text: str, start: int, stop: int) -> Iterator[Piece]:
 
 
 def _short(text: str, piece: Piece) -> Iterator[Piece]:
-    if piece.stop - piece.start <= MAX_CHARS:
+    if piece.stop - piece.start <= MAX_PIECE * TOKEN_CHARS:  # a tokenizer's result for a whole file would be huge
         yield piece
     else:
         for half in _halves(text, piece):
@@ -151,6 +152,7 @@ def _counted(text: str, pieces: list[Piece], count: Count) -> list[Piece]:
     """Return the pieces with their numbers of tokens, halved where there are too many."""
     counted = []
     for piece, tokens in zip(pieces, count([text[piece.start : piece.stop] for piece in pieces]), strict=True):
+        tokens = max(tokens, (piece.stop - piece.start) // TOKEN_CHARS)
         if tokens <= MAX_PIECE:
             counted.append(replace(piece, tokens=tokens))
         else:
