@@ -54,7 +54,8 @@ def say(text: str) -> Array:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
         command = [program, "-v", "en-us", "-s", "150", "-w", str(path), "--stdin"]
-        subprocess.run(command, input=text.encode(), check=True)
+        if subprocess.run(command, input=text.encode(), check=False).returncode or not path.exists():
+            raise ValueError(f"espeak-ng did not speak {text!r}")
         return read_wav(path)
 
 

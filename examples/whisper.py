@@ -95,7 +95,8 @@ class CrossAttention:
     def __call__(self, x: Array, k: Array, v: Array) -> Array:
         (w_q, b_q), (w_o, b_o) = self.into_q, self.out_of
         q = (x @ w_q + b_q).reshape(-1, HEADS, k.shape[-1])
-        heads = sa.attention(q.swapaxes(0, 1), k, v)
+        # One thread: a token's share is too short to wait for others, which NumPy's products have to wait for in turn.
+        heads = sa.attention(q.swapaxes(0, 1), k, v, num_threads=1)
         return np.asarray(heads.swapaxes(0, 1).reshape(x.shape) @ w_o + b_o)
 
 

@@ -216,6 +216,8 @@ def test_the_program(transcribe: Any, speak: Any, model: Any, capsys: pytest.Cap
     assert re.fullmatch(r"2\.\d s of sound in \d+\.\d\d s: \d+\.\d s per second\n", result.stderr)
     assert transcribe.main(["--say", NORWAY]) == 0
     assert capsys.readouterr().out == NORWAY + "\n"
+    assert transcribe.main(["--say", ""]) == 1
+    assert capsys.readouterr().err == "transcribe.py: espeak-ng did not speak ''\n"
 
 
 def test_what_is_missing_is_named(
