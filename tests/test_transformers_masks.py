@@ -27,10 +27,12 @@ PATTERNS = {
     "two-sided": masking_utils.sliding_window_bidirectional_mask_function(3),
     "chunks": masking_utils.chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)),
 }
-# q_length, kv_length, q_offset, kv_offset: a prompt, steps, a chunk, static tails, windows that have moved on.
+# q_length, kv_length, q_offset, kv_offset: a prompt, steps, a chunk, static tails, windows that have moved on,
+# a first key that just falls out of the window, and queries behind the last key.
 PLACES = [
     (9, 9, 0, 0), (1, 9, 8, 0), (4, 9, 5, 0), (6, 20, 3, 0), (9, 20, 0, 0), (1, 20, 7, 0), (3, 6, 12, 9),
     (1, 4, 20, 17), (5, 8, 11, 8), (1, 4, 2, 0), (2, 3, 0, 0),
+    (5, 5, 0, 0), (1, 5, 4, 0), (1, 5, 0, 0), (4, 4, 2, 0),
 ]  # fmt: skip
 PADDINGS = ("none", "all real", "left", "right", "holes", "shorter")
 

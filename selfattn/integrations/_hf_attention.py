@@ -16,12 +16,14 @@ from ._hf_mask import VisibleKeys
 
 # Keywords on their way to other parts of a model, which say nothing about attention.
 _UNRELATED = {
-    "cache_position", "deterministic", "is_first_iteration", "logits_to_keep", "max_length_k", "max_length_q",
-    "mm_token_type_ids", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_embeddings",
-    "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache",
+    "cache_position", "deterministic", "encoder_attention_mask", "encoder_hidden_states", "is_first_iteration",
+    "logits_to_keep", "max_length_k", "max_length_q", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "position_embeddings", "position_ids", "return_dict", "seq_idx", "token_type_ids",
+    "use_cache",
 }  # fmt: skip
-_collector: Any = output_capturing._active_collector
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+_OPERANDS = ("query", "key", "value")
+_collector: Any = output_capturing._active_collector
 
 
 def attention_forward(
@@ -46,12 +48,35 @@ def attention_forward(
     A given `attention_mask` alone decides what is seen. Without one, `is_causal` (by default the module's) aligns the
     last query with the last key, and `sliding_window` counts.
     """
-    if kwargs:
-        _refuse(kwargs, attention_mask)
-    if torch._C._get_tracing_state():
-        raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
-    if dropout:
-        raise ValueError(f"selfattn: dropout is {dropout}, but there is none at inference: call model.eval() first")
+    if kwargs or dropout or torch._C._get_tracing_state():
+        _refuse(kwargs, dropout, attention_mask)
+    q, k, v, dtype = _operands(query, key, value)
+    if attention_mask is None:
+        options = _by_default(module, q.shape[2], k.shape[2], is_causal, sliding_window)
+    else:
+        options, end = _by_mask(attention_mask, q, k)
+        if end < k.shape[2]:
+            k, v = k[:, :, :end], v[:, :, :end]
+    if position_bias is not None:
+        _add_bias(options, position_bias, k.shape[2])
+    if s_aux is None:
+        s_aux = module._parameters.get("sinks")
+    if s_aux is not None:
+        options["sinks"] = as_array("s_aux", _without_gradient("s_aux", s_aux))
+    if output_attentions or _weights_are_recorded():
+        options["return_weights"] = output_attentions = True
+    if scaling is not None and type(scaling) is not float:
+        scaling = float(scaling)
+    result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=dtype)
+    out = as_array("result", result).swapaxes(1, 2)
+    done = selfattn.attention(q, k, v, out=out, scale=scaling, softcap=softcap, num_threads=_threads(), **options)
+    return result, _as_weights(done[1], key.shape[2], dtype) if output_attentions else None
+
+
+def _operands(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], torch.dtype]:
+    """Return the operands' memory, and their dtype."""
     if query.requires_grad or key.requires_grad or value.requires_grad:
         query, key, value = (_without_gradient(name, x) for name, x in zip(_OPERANDS, (query, key, value), strict=True))
     if not query.dtype is key.dtype is value.dtype:
@@ -59,37 +84,7 @@ def attention_forward(
     q, k, v = as_array("query", query), as_array("key", key), as_array("value", value)
     if q.ndim != 4:
         raise ValueError(f"selfattn: query has shape {q.shape}, but (batch, heads, length, head_dim) is needed")
-    options: dict[str, Any]
-    if attention_mask is None:
-        options = _by_default(module, q.shape[2], k.shape[2], is_causal, sliding_window)
-    elif type(attention_mask) is VisibleKeys and _describes(attention_mask, q, k):
-        options = dict(attention_mask.options)
-        end = attention_mask.end
-        if end < k.shape[2]:
-            k, v = k[:, :, :end], v[:, :, :end]
-    else:
-        options = _by_mask(attention_mask)
-    if position_bias is not None:
-        _add_bias(options, position_bias, k.shape[2])
-    if s_aux is None:
-        s_aux = module._parameters.get("sinks")
-    if s_aux is not None:
-        options["sinks"] = as_array("s_aux", _without_gradient("s_aux", s_aux))
-    output_attentions = output_attentions or _weights_are_recorded()
-    if output_attentions:
-        options["return_weights"] = True
-    if scaling is not None and type(scaling) is not float:
-        scaling = float(scaling)
-    result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=query.dtype)
-    threads = torch.get_num_threads()
-    if threads > 1:
-        threads = min(threads, selfattn.get_num_threads())
-    out = as_array("result", result).swapaxes(1, 2)
-    done = selfattn.attention(q, k, v, out=out, scale=scaling, softcap=softcap, num_threads=threads, **options)
-    return result, _as_weights(done[1], key.shape[2], query.dtype) if output_attentions else None
-
-
-_OPERANDS = ("query", "key", "value")
+    return q, k, v, query.dtype
 
 
 def as_array(name: str, tensor: torch.Tensor) -> NDArray[Any]:
@@ -142,19 +137,17 @@ def _by_default(
     return {"causal": True} if q_len > 1 else {}
 
 
-def _describes(mask: VisibleKeys, q: NDArray[Any], k: NDArray[Any]) -> bool:
-    """Whether the description, not the dense mask, may be used: nobody changed that, and it is for these sizes."""
-    return mask.made is None and mask.sizes == (max(q.shape[0], k.shape[0]), q.shape[2], k.shape[2])
-
-
-def _by_mask(mask: torch.Tensor) -> dict[str, Any]:
-    if isinstance(mask, VisibleKeys):
+def _by_mask(mask: torch.Tensor, q: NDArray[Any], k: NDArray[Any]) -> tuple[dict[str, Any], int]:
+    """Return what hides keys, and the key from which on all are hidden."""
+    if type(mask) is VisibleKeys:
+        if mask.made is None and mask.sizes == (max(q.shape[0], k.shape[0]), q.shape[2], k.shape[2]):
+            return dict(mask.options), mask.end
         mask = mask.dense()
     if mask.dtype is torch.bool:
-        return {"mask": as_array("attention_mask", mask)}
+        return {"mask": as_array("attention_mask", mask)}, k.shape[2]
     if not mask.is_floating_point():
         raise TypeError(f"selfattn: attention_mask has dtype {mask.dtype}, but bool or numbers to add are needed")
-    return {"bias": as_array("attention_mask", _without_gradient("attention_mask", mask))}
+    return {"bias": as_array("attention_mask", _without_gradient("attention_mask", mask))}, k.shape[2]
 
 
 def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int) -> None:
@@ -163,6 +156,11 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
     if bias.shape[-1] > kv_len:
         bias = bias[..., :kv_len]
     options["bias"] = bias + options["bias"] if "bias" in options else bias
+
+
+def _threads() -> int:
+    threads: int = torch.get_num_threads()
+    return threads if threads == 1 else min(threads, selfattn.get_num_threads())
 
 
 def _weights_are_recorded() -> bool:
@@ -178,8 +176,12 @@ def _as_weights(weights: NDArray[Any], kv_len: int, dtype: torch.dtype) -> torch
     return torch.from_numpy(weights).to(dtype)
 
 
-def _refuse(keywords: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
-    """Raise for a keyword that could change the result."""
+def _refuse(keywords: dict[str, Any], dropout: float, attention_mask: torch.Tensor | None) -> None:
+    """Raise for what cannot be computed, and for a keyword that could change the result."""
+    if torch._C._get_tracing_state():
+        raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
+    if dropout:
+        raise ValueError(f"selfattn: dropout is {dropout}, but there is none at inference: call model.eval() first")
     for name, given in keywords.items():
         if given is None or name in _UNRELATED:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,12 +44,12 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     options: dict[str, Any]  # what selfattn.attention is told
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
-    make: Callable[[], torch.Tensor]
+    make: Callable[[], Any]
     made: torch.Tensor | None
 
     @staticmethod
     def describe(
-        sizes: tuple[int, int, int], end: int, options: dict[str, Any], make: Callable[[], torch.Tensor]
+        sizes: tuple[int, int, int], end: int, options: dict[str, Any], make: Callable[[], Any]
     ) -> VisibleKeys:
         """Return the mask for `sizes` (batch, q_len, kv_len) that `make` would compute."""
         batch, q_len, kv_len = sizes
@@ -88,8 +89,8 @@ def make_mask(
 ) -> torch.Tensor | None:
     """Return the mask of one kind of layer: None where `is_causal` says it all, else a tensor for `attention_forward`.
 
-    The arguments are those of transformers' mask functions. Query i stands at position ``i + q_offset``, key j at
-    ``j + kv_offset``; `attention_mask` (B, tokens) is True at real tokens.
+    Query i stands at position ``i + q_offset``, key j at ``j + kv_offset``; `attention_mask` (B, tokens) is True at
+    real tokens.
     """
     if config is not None:
         refuse_own_attention(config)
@@ -97,29 +98,27 @@ def make_mask(
     if not tracing:
         q_offset = int(q_offset)  # a static cache's tensor, which it will change
 
-    def make() -> torch.Tensor:
-        mask: torch.Tensor | None = masking_utils.sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False, **kwargs,
-        )  # fmt: skip
-        assert mask is not None  # nothing may be left out
-        return mask
-
-    pattern = None if tracing or kwargs.get("use_vmap") else pattern_of(mask_function)
+    make = partial(
+        masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
+        **kwargs,
+    )  # fmt: skip
+    pattern = None if tracing else pattern_of(mask_function)
     if pattern is None or not _is_plain(attention_mask, batch_size):
-        return make()
+        return make()  # type: ignore[no-any-return, unused-ignore]
     offset = q_offset - kv_offset
     end = min(kv_length, offset + q_length) if pattern.causal else kv_length
     if end <= 0:
-        return make()
+        return make()  # type: ignore[no-any-return, unused-ignore]
     options = _options(pattern, q_length, offset, end)
     keys = _real_keys(attention_mask, kv_offset, end)
     if keys is not None:
         options |= _padding(keys)
     elif end == kv_length and "window" not in options:
-        if allow_is_causal_skip and pattern.causal and q_length in (1, kv_length):
-            return None
-        if allow_is_bidirectional_skip and not pattern.causal:
+        skip = allow_is_bidirectional_skip
+        if pattern.causal:
+            skip = allow_is_causal_skip and (q_length == 1 or (q_length == kv_length and offset == 0))
+        if skip:
             return None
     if ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
         options["q_offset"] = np.array(offset)
