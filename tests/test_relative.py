@@ -236,6 +236,7 @@ GOOD = {
     [
         ({"mem_len": 3}, ValueError, "k has length 5, but mem_len 3 and the length of q, 3, make 6"),
         ({"mem_len": -1}, ValueError, "mem_len is -1, but it must be at least 0"),
+        ({"mem_len": 1 << 61}, ValueError, "mem_len is 2305843009213693952, but it must be at most"),
         ({"mem_len": 2.0}, TypeError, "mem_len is 2.0, but an integer is needed"),
         ({"r": np.ones((3, 5, 4), np.float32)}, ValueError, r"r has shape \(3, 5, 4\), but \(2, R, 4\) or \(R, 4\)"),
         ({"r": np.ones((2, 5, 3), np.float32)}, ValueError, r"r has shape \(2, 5, 3\)"),
