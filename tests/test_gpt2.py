@@ -130,7 +130,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("safetensors")
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    texts = [path.read_text(encoding="utf8") for path in sorted(EXAMPLES.glob("*.py"))]
+    texts = [
+        (Path(__file__).with_name(f"sentences_{language}.txt")).read_text(encoding="utf8") for language in ("en", "pt")
+    ]
     tokenizer.train_from_iterator(texts, vocab_size=700, special_tokens=["<|endoftext|>"], show_progress=False)
     path = tmp_path_factory.mktemp("model")
     tokenizer.save(str(path / "tokenizer.json"))
@@ -148,7 +150,7 @@ def test_the_program(folder: Path) -> None:
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     peer = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
-    text = "def blåbær(x):"
+    text = "She wrote: blåbær"
     prompt = np.array(tokenizer.encode(text).ids)
     tokens = greedy(peer, prompt, 40)
     result = run(str(folder), text, "--tokens", "40")
