@@ -206,7 +206,7 @@ def coverage(session: nox.Session) -> None:
     """Lines that the suite runs: 95 % of C++ and of Python, all of what checks arguments, hides keys and merges."""
     if shutil.which("gcov") is None:
         session.skip("needs gcc and gcov")
-    session.install("coverage>=7.10", "gcovr>=8", "pytest-xdist")
+    session.install("coverage>=7.10", "gcovr>=8")
     build = Path(session.create_tmp()).resolve() / "build"
     shutil.rmtree(build, ignore_errors=True)
     # Atomic, since counts that threads lose would make others negative.
@@ -221,8 +221,8 @@ def coverage(session: nox.Session) -> None:
     # What counts lines takes memory itself, and writes its counts in each of a hundred children.
     left_out += ["--deselect=tests/test_bench_caches.py::test_allocations_of_steps_are_counted"]
     left_out += ["--deselect=tests/test_cache_threads.py::test_fork_while_others_are_inside"]
-    left_out += [f"--ignore=tests/test_{name}.py" for name in (*AROUND, "gunicorn", "hostile")]
-    session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", "-n", "2", *left_out, *session.posargs)
+    left_out += [f"--ignore=tests/test_{name}.py" for name in (*AROUND, "codebase", "gunicorn", "hostile")]
+    session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", *left_out, *session.posargs)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
     checks = ",".join(f"*/selfattn/_{name}.py" for name in ("arguments", "attention", "layer", "rope", "states"))
