@@ -69,7 +69,7 @@ def t5_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
     t5 = sa.T5Bias(table)
     operands = [torch.from_numpy(x) for x in (q, k, v)]
     learned = torch.from_numpy(table)
-    bias = peer.materialised(learned, length)
+    bias = peer.materialised(learned, length).contiguous()  # which SDPA likes best, though models do not do it
     runs: Runs = {
         "selfattn": lambda: sa.attention(q, k, v, t5=t5, scale=1.0),
         "SDPA, bias at hand": lambda: peer.biased(*operands, bias),
