@@ -96,6 +96,13 @@ CASES = {
     "gemma3": Case(lambda: hf.Gemma3TextConfig(**GROUPED, sliding_window=7, query_pre_attn_scalar=8)),
     "phi3": Case(lambda: hf.Phi3Config(**{**BASE, "num_key_value_heads": 2})),
     "gpt_oss": Case(_mixture),
+    "deepseek_v4": Case(
+        lambda: hf.DeepseekV4Config(
+            **{**GROUPED, "num_key_value_heads": 1, "head_dim": 16}, sliding_window=7, q_lora_rank=16,
+            n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, o_lora_rank=16, o_groups=2,
+            index_n_heads=2, index_head_dim=16,
+        )
+    ),
     "bloom": Case(lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **IDS, **SPREAD)),
     "falcon": Case(
         lambda: hf.FalconConfig(

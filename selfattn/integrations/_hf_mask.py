@@ -19,6 +19,8 @@ from ._hf_models import refuse_own_attention
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
+# Their layers append numbers to the mask, which as booleans would mean the opposite.
+_ADDITIVE = {"deepseek_v4"}
 _TRUE = torch.ones((1, 1, 1, 1), dtype=torch.bool)
 
 _METADATA = {
@@ -97,13 +99,13 @@ def make_mask(
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if not tracing:
         q_offset = int(q_offset)  # a static cache's tensor, which it will change
-
+    additive = getattr(config, "model_type", None) in _ADDITIVE
     make = partial(
-        masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
-        **kwargs,
+        masking_utils.eager_mask if additive else masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length,
+        kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
+        attention_mask=attention_mask, allow_is_causal_skip=False, **kwargs,
     )  # fmt: skip
-    pattern = None if tracing else pattern_of(mask_function)
+    pattern = None if tracing or additive else pattern_of(mask_function)
     if pattern is None or not _is_plain(attention_mask, batch_size):
         return make()  # type: ignore[no-any-return, unused-ignore]
     offset = q_offset - kv_offset
