@@ -161,9 +161,9 @@ class Marian:
 
     def _translation(self, source: list[int], target: list[int], weights: list[Array]) -> Translation:
         words = target[:-1] if target[-1] == END else target
-        text = "" if len(source) == 1 else self.tokenizer.decode(words)
         pieces = [[self.tokenizer.id_to_token(i) for i in ids] for ids in (source, target)]
-        return Translation(text, *pieces, np.concatenate(weights, axis=2)[..., : len(source)] if weights else None)
+        looks = np.concatenate(weights, axis=2)[..., : len(source)] if weights else None
+        return Translation(self.tokenizer.decode(words), *pieces, looks)
 
     def encode(self, ids: Array, lengths: Array) -> Array:
         """Return the encoder's output (B, S, 256) for padded sources."""

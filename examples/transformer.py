@@ -170,14 +170,14 @@ def generate(
     while written.shape[1] <= tokens and going.any():
         logits = model.decode(written[:, -1:] if cached else written, state)[:, -1]
         np.put_along_axis(logits, written, -np.inf, axis=1)
-        chosen = np.where(going, logits.argmax(axis=-1), PADDING)
+        chosen = logits.argmax(axis=-1)
         written = np.append(written, chosen[:, None], axis=1)
         going &= chosen != end
     return [until(end, row) for row in written[:, 1:].tolist()]
 
 
 def until(end: int, row: list[int]) -> list[int]:
-    """Return the row without the padding behind its end."""
+    """Return the row without what follows its end."""
     return row[: row.index(end) + 1] if end in row else row
 
 

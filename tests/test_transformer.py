@@ -110,6 +110,14 @@ def test_the_same_tokens_as_transformers_and_without_caches(example: Any, model:
     assert example.generate(model, sources, TOKENS, end, cached=False) == shorter
 
 
+def test_the_last_end_ends_all(example: Any, model: Any, sources: Any, monkeypatch: Any) -> None:
+    (row,) = example.generate(model, sources[:1], TOKENS)
+    steps, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda ids, state: steps.append(ids.shape) or decode(ids, state))
+    assert example.generate(model, sources[:1], TOKENS, end=row[4]) == [row[:5]]
+    assert steps == [(1, 1)] * 5
+
+
 def test_the_tokens_depend_on_the_source(example: Any, model: Any, sources: Any) -> None:
     other = [[*source[:-1], source[-1] % 400 + 50] for source in sources]
     for one, two in zip(example.generate(model, sources, TOKENS), example.generate(model, other, TOKENS), strict=True):
