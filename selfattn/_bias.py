@@ -80,7 +80,7 @@ def t5_bias(
     """
     function = "t5_bias"
     bias = _Buckets.check(function, table, bidirectional, max_distance)
-    first = int(q_offset)
+    first = whole_number(function, "q_offset", q_offset, -(1 << 60))
     queries = np.arange(first, first + whole_number(function, "q_len", q_len, 0))
     distance = queries[:, None] - np.arange(whole_number(function, "kv_len", kv_len, 0))
     row = np.clip(distance + bias.origin, 0, len(bias.bucket) - 1)

@@ -402,3 +402,15 @@ def test_errors_of_flash_attn_varlen_func(normal: Any, message: str) -> None:
     given |= {"cu_seqlens_q": [0, 2, 5], "cu_seqlens_k": [0, 3, 5], "max_seqlen_q": 3, "max_seqlen_k": 5}
     with pytest.raises((TypeError, ValueError), match=message):
         compat.flash_attn_varlen_func(**{**given, **VARLEN_ERRORS[message]})
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (1, 4), (4, 2), ()])
+def test_slopes_beside_pages_have_a_shape(shape: Any) -> None:
+    from selfattn.compat import flash_attn_varlen_func
+
+    q, pages = np.ones((6, 4, 8), np.float32), np.ones((4, 4, 2, 8), np.float32)
+    arguments = (q, pages, pages, [0, 2, 6], [0, 3, 9], 4, 6)
+    table = [[0, 0, 0], [1, 2, 3]]
+    assert flash_attn_varlen_func(*arguments, block_table=table, alibi_slopes=np.ones((2, 4))).shape == q.shape
+    with pytest.raises(ValueError, match="flash_attn_varlen_func: alibi_slopes has shape"):
+        flash_attn_varlen_func(*arguments, block_table=table, alibi_slopes=np.ones(shape))

@@ -145,3 +145,10 @@ def test_buckets_are_those_of_transformers(bidirectional: bool) -> None:
 def test_errors(arrays: Any, t5: Any, exception: type[Exception], message: str) -> None:
     with pytest.raises(exception, match=message):
         sa.attention(*arrays(SHAPES[0]), t5=t5())
+
+
+@pytest.mark.parametrize("offset", [2.7, "a", None, True])
+def test_places_are_integers(offset: Any) -> None:
+    assert sa.t5_bias(np.zeros((32, 2)), 3, 3, q_offset=-4).shape == (2, 3, 3)
+    with pytest.raises(TypeError, match="t5_bias: q_offset is .*, but an integer is needed"):
+        sa.t5_bias(np.zeros((32, 2)), 3, 3, q_offset=offset)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import flag, integers, real
+from .._arguments import flag, integers, real, reals
 from .._attention import attention
 from .._varlen import attention_varlen
 from ._checks import arrays, dimensions, is_integer, no_dropout
@@ -232,10 +232,19 @@ def _varlen_pages(
     lengths = np.diff(starts_k)
     pages.check_lengths(lengths)
     count, heads = len(lengths), q.shape[1]
-    own = None if slopes is None else np.broadcast_to(np.asarray(slopes), (count, heads))
+    own = None if slopes is None else _slopes(name, slopes, count, heads)
     out = np.empty((len(q), heads, v.shape[-1]), q.dtype)
     for i in range(count):
         rows = slice(int(starts_q[i]), int(starts_q[i + 1]))
         single = {**options, "alibi_slopes": None if own is None else own[i]}
         attend_pages(name, q[rows][None], pages, np.array([i]), lengths[i : i + 1], None, single, out=out[rows][None])
     return out
+
+
+def _slopes(function: str, value: Any, count: int, heads: int) -> NDArray[np.float64]:
+    slopes = reals(function, "alibi_slopes", value)
+    if slopes.shape not in ((heads,), (count, heads)):
+        raise ValueError(
+            f"{function}: alibi_slopes has shape {slopes.shape}, but ({heads},) or ({count}, {heads}) is needed"
+        )
+    return np.broadcast_to(slopes, (count, heads))
