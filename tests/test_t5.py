@@ -150,5 +150,5 @@ def test_errors(arrays: Any, t5: Any, exception: type[Exception], message: str) 
 @pytest.mark.parametrize("offset", [2.7, "a", None, True])
 def test_places_are_integers(offset: Any) -> None:
     assert sa.t5_bias(np.zeros((32, 2)), 3, 3, q_offset=-4).shape == (2, 3, 3)
-    with pytest.raises(TypeError, match="t5_bias: q_offset is .*, but an integer is needed"):
+    with pytest.raises(TypeError, match=r"t5_bias: q_offset is .*, but an integer is needed"):
         sa.t5_bias(np.zeros((32, 2)), 3, 3, q_offset=offset)
