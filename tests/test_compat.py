@@ -158,6 +158,12 @@ PYTORCH_ERRORS: dict[str, Any] = {
     "do not divide": {"query": np.ones((1, 3, 5, 8), np.float32), "enable_gqa": True},
     "enable_gqa is 1": {"enable_gqa": 1},
     "scale is 'x'": {"scale": "x"},
+    "attn_mask has shape \\(5, 7\\), which does not broadcast": {"attn_mask": np.ones((5, 7), bool)},
+    "query has head_dim 0": {
+        "query": np.ones((1, 2, 5, 0)),
+        "key": np.ones((1, 2, 6, 0)),
+        "value": np.ones((1, 2, 6, 8)),
+    },
 }
 JAX_ERRORS: dict[str, Any] = {
     "implementation is 'cudnn'": {"implementation": "cudnn"},
@@ -166,7 +172,11 @@ JAX_ERRORS: dict[str, Any] = {
     "mask has shape": {"mask": np.ones((2, 2, 5, 6), bool)},
     "query_seq_lengths has shape": {"query_seq_lengths": [5, 5]},
     "key_value_seq_lengths has dtype float64": {"key_value_seq_lengths": [5.0]},
-    "q_lens": {"query_seq_lengths": [9]},
+    "query_seq_lengths holds 9, which is outside 0..5 \\(the length of query\\)": {"query_seq_lengths": [9]},
+    "query has 2 heads, which is not a multiple of the 3 heads of key": {
+        "key": np.ones((1, 6, 3, 8), np.float32),
+        "value": np.ones((1, 6, 3, 8), np.float32),
+    },
     "local_window_size is 2.0": {"local_window_size": 2.0},
     "local_window_size is \\(1, 2, 3\\)": {"local_window_size": (1, 2, 3)},
     "local_window_size is -1": {"local_window_size": -1},
@@ -182,14 +192,14 @@ JAX_ERRORS: dict[str, Any] = {
 @pytest.mark.parametrize("message", PYTORCH_ERRORS)
 def test_errors_of_scaled_dot_product_attention(normal: Any, message: str) -> None:
     given = {"query": normal(1, 2, 5, 8), "key": normal(1, 2, 6, 8), "value": normal(1, 2, 6, 8)}
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError), match=f"^scaled_dot_product_attention: .*{message}"):
         compat.scaled_dot_product_attention(**{**given, **PYTORCH_ERRORS[message]})
 
 
 @pytest.mark.parametrize("message", JAX_ERRORS)
 def test_errors_of_dot_product_attention(normal: Any, message: str) -> None:
     given = {"query": normal(1, 5, 2, 8), "key": normal(1, 6, 2, 8), "value": normal(1, 6, 2, 8)}
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError), match=f"^dot_product_attention: .*{message}"):
         compat.dot_product_attention(**{**given, **JAX_ERRORS[message]})
 
 

@@ -36,6 +36,7 @@ REFUSED = {
     "unknown": (TypeError, "unexpected keyword argument 'indices'", {"indices": torch.zeros(1)}),
     "paged": (TypeError, "unexpected keyword argument 'cache'", {"cache": SimpleNamespace()}),
     "packed": (ValueError, "cu_seq_lens_q packs 2", {"cu_seq_lens_q": torch.tensor([0, 2, 5])}),
+    "two-sided window": (ValueError, "sliding_window is 3 for 5 keys", {"is_causal": False, "sliding_window": 3}),
     "integers": (TypeError, "attention_mask has dtype torch.int64", {"attention_mask": torch.ones((5, 5)).long()}),
     "mask elsewhere": (
         ValueError, "attention_mask is on device meta",
@@ -55,6 +56,12 @@ def test_refuses_what_it_cannot_compute(case: str) -> None:
     attention_forward(layer(), **call, position_ids=torch.zeros(5), cu_seq_lens_q=None, use_cache=True)
     with pytest.raises(kind, match=f"selfattn: {message}"):
         attention_forward(layer(), **{**call, **changes})
+
+
+def test_accepts_a_two_sided_window_that_hides_nothing() -> None:
+    call = {"query": normal(*X), "key": normal(*X), "value": normal(*X), "attention_mask": None, "is_causal": False}
+    wide, _ = attention_forward(layer(), **call, sliding_window=4)
+    assert torch.equal(wide, attention_forward(layer(), **call)[0])
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "attention_mask", "position_bias", "s_aux"])
@@ -82,16 +89,46 @@ def test_refuses_training_and_tracing() -> None:
         torch.jit.trace(lambda x: attention_forward(layer(), x, x, x, None)[0], (query,))
 
 
-def test_refuses_models_with_attention_of_their_own() -> None:
-    ids = models.inputs("llama")["input_ids"]
-    config = hf.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4)
-    model = hf.AutoModel.from_config(config, attn_implementation="selfattn").eval()
-    with pytest.raises(ValueError, match="mpt models attend by code of their own"):
-        model(ids)
+OWN = {
+    "mpt": lambda: hf.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4),
+    # These never ask for a mask, or look the name up in a table of theirs.
+    "deberta_v2": lambda: hf.DebertaV2Config(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    ),
+    "xlnet": lambda: hf.XLNetConfig(vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=48),
+    "gptj": lambda: hf.GPTJConfig(vocab_size=99, n_positions=32, n_embd=32, n_layer=1, n_head=4, rotary_dim=8),
     # Its vision part asks transformers for the attention function, its text part, in a module of its own, does not.
-    blip = hf.BlipTextModel(hf.BlipTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
-    with pytest.raises(ValueError, match="blip_text_model models attend by code"):
-        make_mask(1, 2, 2, config=blip.config)
+    "blip_text": lambda: hf.BlipTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_refuses_models_with_attention_of_their_own(name: str) -> None:
+    kind = hf.BlipTextModel if name == "blip_text" else hf.AutoModel.from_config
+
+    def build(attention: str) -> Any:
+        config = OWN[name]()
+        config._attn_implementation = attention
+        return kind(config)
+
+    message = rf"attends by code of its own \(transformers\.models\.\w+\.modeling_{name}\)"
+    with pytest.raises(ValueError, match=message):
+        build("selfattn")
+    model = build("eager")
+    model.set_attn_implementation("selfattn")  # at which transformers itself warns, and changes nothing
+    assert model.config._attn_implementation == "eager"
+
+
+def test_looks_at_the_library_under_models_of_others() -> None:
+    class Mine(hf.DebertaV2Model):
+        pass
+
+    class AttentionPooling(hf.BertModel):  # a name that says nothing of how BERT attends
+        pass
+
+    with pytest.raises(ValueError, match="Mine attends by code of its own"):
+        Mine(hf.DebertaV2Config(num_hidden_layers=1, attn_implementation="selfattn"))
+    AttentionPooling(hf.BertConfig(num_hidden_layers=1, attn_implementation="selfattn"))
 
 
 def test_needs_ml_dtypes_for_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +147,7 @@ def test_registering_again_changes_nothing() -> None:
     def state() -> tuple[Any, ...]:
         return (
             AttentionInterface()["selfattn"], AttentionMaskInterface()["selfattn"], BloomAttention.forward,
-            dict(FALCON_ATTENTION_CLASSES),
+            dict(FALCON_ATTENTION_CLASSES), hf.PreTrainedModel.get_correct_attn_implementation,
         )  # fmt: skip
 
     before = state()

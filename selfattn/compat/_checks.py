@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._arguments import as_array, real
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def own_names(function: str, **arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let errors of selfattn's functions speak of this function and its `arguments`, given as selfattn's = own."""
+    subject = re.compile(rf"\b({'|'.join(arguments)})(?= has | is | holds | goes | must | \(|\)|$)")
+
+    def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
+        @wraps(call)
+        def named(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            try:
+                return call(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                place, colon, text = str(error).partition(": ")
+                if not colon or not place.startswith("attention"):
+                    raise
+                text = subject.sub(lambda match: arguments[match[1]], text)
+                raise type(error)(f"{function}: {text}") from error
+
+        return named
+
+    return decorate
 
 
 def arrays(function: str, **values: Any) -> list[NDArray[Any]]:

@@ -10,12 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from .._arguments import flag, integers, real, reals
 from .._attention import attention
 from .._varlen import attention_varlen
-from ._checks import arrays, dimensions, is_integer, no_dropout
+from ._checks import arrays, dimensions, is_integer, no_dropout, own_names
 from ._pages import Pages, attend_pages
 
 Window = tuple[int, int]
 
 
+@own_names("flash_attn_func", window="window_size", scale="softmax_scale")
 def flash_attn_func(
     q: ArrayLike,
     k: ArrayLike,
@@ -98,6 +99,7 @@ def flash_attn_func(
     )
 
 
+@own_names("flash_attn_varlen_func", window="window_size", scale="softmax_scale")
 def flash_attn_varlen_func(
     q: ArrayLike,
     k: ArrayLike,

@@ -9,11 +9,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag, integers, real
 from .._attention import attention
-from ._checks import arrays, is_integer
+from ._checks import arrays, is_integer, own_names
 
 _NAME = "dot_product_attention"
 
 
+@own_names(
+    _NAME, q="query", k="key", v="value", window="local_window_size", q_lens="query_seq_lengths",
+    kv_lens="key_value_seq_lengths",
+)  # fmt: skip
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag
 from .._attention import attention
-from ._checks import arrays, no_dropout
+from ._checks import arrays, no_dropout, own_names
 
 _NAME = "scaled_dot_product_attention"
 Shape = tuple[int, ...]
@@ -141,6 +141,7 @@ def _check_groups(query: Shape, key: Shape, value: Shape) -> None:
         raise ValueError(f"{_NAME}: key has {groups} heads, which do not divide query's {heads}")
 
 
+@own_names(_NAME, q="query", k="key", v="value", mask="attn_mask", bias="attn_mask")
 def attend(
     query: NDArray[Any],
     key: NDArray[Any],

@@ -46,7 +46,7 @@ def attention_forward(
 
     Returns the result as (B, Sq, H, D), and the weights (B, H, Sq, Sk) if `output_attentions` asks for them.
     A given `attention_mask` alone decides what is seen. Without one, `is_causal` (by default the module's) aligns the
-    last query with the last key, and `sliding_window` counts.
+    last query with the last key, and `sliding_window` counts; without both, it raises where it would hide a key.
     """
     if kwargs or dropout or torch._C._get_tracing_state():
         _refuse(kwargs, dropout, attention_mask)
@@ -131,6 +131,12 @@ def _by_default(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if not is_causal:
+        # A two-sided window may count itself or not; models ask for a mask where it hides anything.
+        if sliding_window is not None and kv_len > sliding_window + 1:
+            raise ValueError(
+                f"selfattn: sliding_window is {sliding_window} for {kv_len} keys without is_causal: "
+                "an attention_mask is needed"
+            )
         return {}
     if sliding_window is not None and kv_len > sliding_window:
         return {"causal": True, "window": (sliding_window - 1, None)}

@@ -13,8 +13,6 @@ from torch.utils._pytree import tree_map
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from ._hf_models import refuse_own_attention
-
 # A query sees what these closures of transformers say; they are known by their code.
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
@@ -94,8 +92,6 @@ def make_mask(
     Query i stands at position ``i + q_offset``, key j at ``j + kv_offset``; `attention_mask` (B, tokens) is True at
     real tokens.
     """
-    if config is not None:
-        refuse_own_attention(config)
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if not tracing:
         q_offset = int(q_offset)  # a static cache's tensor, which it will change

@@ -7,24 +7,40 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 _TAUGHT = {"transformers.models.bloom.modeling_bloom", "transformers.models.falcon.modeling_falcon"}
-_accepted: set[type] = set()
+_LIBRARY = ("transformers.models.", "transformers_modules.")  # its own models, and those that come with weights
 
 
-def refuse_own_attention(config: Any) -> None:
-    """Raise if a model's attention never calls the registered function: it would add our boolean mask to its scores."""
-    kind = type(config)
-    if kind in _accepted:
+def refuse_own_attention(name: str) -> None:
+    """Let every model raise when it is given the name though its attention never calls a registered function.
+
+    Some of them would add our boolean mask to their scores, others would run as if nothing had been asked.
+    """
+    choose: Any = PreTrainedModel.get_correct_attn_implementation
+    if getattr(choose, "knows_selfattn", False):
         return
-    prefix = kind.__module__.replace(".configuration_", ".modeling_")
-    for name, module in list(sys.modules.items()):
-        if name.startswith(prefix) and name not in _TAUGHT and _attends_by_itself(module):
+
+    def get_correct_attn_implementation(
+        self: Any, requested_attention: str | None, *arguments: Any, **keywords: Any
+    ) -> Any:
+        if requested_attention == name:
+            _check_model(type(self))
+        return choose(self, requested_attention, *arguments, **keywords)
+
+    get_correct_attn_implementation.knows_selfattn = True  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def _check_model(kind: type) -> None:
+    for base in kind.__mro__:
+        name = base.__module__
+        if name.startswith(_LIBRARY) and name not in _TAUGHT and _attends_by_itself(sys.modules[name]):
             raise ValueError(
-                f"selfattn: {config.model_type} models attend by code of their own ({name}), which never calls "
-                'selfattn: attn_implementation="eager" is needed'
+                f"selfattn: {kind.__name__} attends by code of its own ({name}), which never calls selfattn: "
+                'attn_implementation="eager" is needed, or a dict of it and of "selfattn" by part'
             )
-    _accepted.add(kind)
 
 
 def _attends_by_itself(module: Any) -> bool:

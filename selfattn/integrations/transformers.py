@@ -6,7 +6,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ._hf_attention import attention_forward
 from ._hf_mask import make_mask
-from ._hf_models import teach_bloom, teach_falcon
+from ._hf_models import refuse_own_attention, teach_bloom, teach_falcon
 
 NAME = "selfattn"
 
@@ -15,7 +15,7 @@ def register() -> None:
     """Make ``attn_implementation="selfattn"`` known to transformers. Calling it again changes nothing.
 
     Models that attend through transformers' `AttentionInterface` work as they are, Bloom and Falcon because this
-    call teaches them. Every other model with attention code of its own raises as soon as it asks for a mask.
+    call teaches them. Every other model with attention code of its own raises when it is made with this name.
     Models attend in eval mode on CPU tensors, under ``torch.no_grad()`` or ``torch.inference_mode()``; what cannot
     be computed raises. At most as many threads work as ``torch.set_num_threads`` and `selfattn.set_num_threads` both
     allow. A query that sees nothing, as in padding, gives 0.
@@ -32,5 +32,6 @@ def register() -> None:
     """
     teach_bloom()
     teach_falcon(NAME)
+    refuse_own_attention(NAME)
     AttentionMaskInterface.register(NAME, make_mask)
     AttentionInterface.register(NAME, attention_forward)
