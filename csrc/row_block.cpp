@@ -243,6 +243,7 @@ ScoreTerms score_terms(const Problem& problem) {
     terms.bias = problem.dtype == DType::f32 ? BiasType::f32 : BiasType::f64;
     terms.bias_step = size_of(problem.dtype);
     terms.bias_at_hand = true;
+    terms.toeplitz = problem.group_size == 1 && !problem.bias && !problem.mask;
   }
   return terms;
 }

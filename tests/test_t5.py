@@ -64,6 +64,15 @@ def test_beside_a_bias_masks_and_limits(
         check(*arrays(shape), t5=t5, **{name: value}, trivial=True)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_of_one_head(isa: str, check: Any, arrays: Any, table: Any, dtype: Any) -> None:
+    # Around whole vectors and strips of rows, which read one line of numbers.
+    values = table(2)
+    values[5] = -np.inf
+    for q_len in (*range(4, 37), 47, 48, 49, 63, 64, 65, 95, 96, 97):
+        check(*arrays((1, 2, 2, q_len, 70), dtype), t5=sa.T5Bias(values), window=(40, None), trivial=True)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_buckets_of_minus_infinity_hide(isa: str, arrays: Any, table: Any, shape: Any) -> None:
     values = table(shape[1])

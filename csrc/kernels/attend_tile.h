@@ -247,6 +247,12 @@ struct TileAttention {
         continue;
       }
       for (int l = 0; l < lanes; l += W) {
+        if (block.terms.toeplitz && l + W <= strip.rows) {
+          const T* last = reinterpret_cast<const T*>(rows[l + W - 1].bias) + keys.first + j;
+          for (int i = 0; i < n; ++i)
+            store(scores + i * lanes + l, add(load(scores + i * lanes + l), reverse(load(last + i))));
+          continue;
+        }
         Vec<T> square[W];
         for (int i = 0; i < W; ++i)
           square[i] = l + i < strip.rows ? term_chunk<T>(rows[l + i], block.terms, keys.first + j, n) : broadcast(T(0));

@@ -39,7 +39,8 @@ struct ScoreTerms {
   bool alibi = false;
   bool mask = false;
   BiasType bias = BiasType::none;
-  bool bias_at_hand = false;   // made for the block just now, not read from the caller's memory
+  bool bias_at_hand = false;   // made for the block just now, not read from the caller's memory ...
+  bool toeplitz = false;       // ... and all there is: in one line, each row's one place before that of the row before
   std::int64_t mask_step = 0;  // bytes from key to key
   std::int64_t bias_step = 0;
 };

@@ -197,6 +197,9 @@ inline VecD load_hidden(const std::uint8_t* p, double) {
   return {_mm256_and_pd(hidden, _mm256_set1_pd(-__builtin_inf()))};
 }
 
+inline VecF reverse(VecF a) { return {_mm256_permutevar8x32_ps(a.r, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0))}; }
+inline VecD reverse(VecD a) { return {_mm256_permute4x64_pd(a.r, 0x1b)}; }
+
 // Turns rows into columns.
 inline void transpose(VecF (&v)[8]) {
   __m256 t[8];

@@ -183,6 +183,11 @@ inline VecD load_hidden(const std::uint8_t* p, double) {
   return {_mm512_maskz_mov_pd(static_cast<__mmask8>(hidden), _mm512_set1_pd(-__builtin_inf()))};
 }
 
+inline VecF reverse(VecF a) {
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), a.r)};
+}
+inline VecD reverse(VecD a) { return {_mm512_permutexvar_pd(_mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0), a.r)}; }
+
 // Turns rows into columns.
 inline void transpose(VecF (&v)[16]) {
   __m512 t[16];

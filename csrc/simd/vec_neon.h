@@ -191,6 +191,12 @@ inline VecD load_hidden(const std::uint8_t* p, double) {
   return {vreinterpretq_f64_u64(vandq_u64(hidden, vreinterpretq_u64_f64(vdupq_n_f64(-__builtin_inf()))))};
 }
 
+inline VecF reverse(VecF a) {
+  const float32x4_t pairs = vrev64q_f32(a.r);
+  return {vextq_f32(pairs, pairs, 2)};
+}
+inline VecD reverse(VecD a) { return {vextq_f64(a.r, a.r, 1)}; }
+
 // Turns rows into columns.
 inline void transpose(VecF (&v)[4]) {
   const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(v[0].r, v[1].r));  // pairs of rows, by single floats

@@ -241,6 +241,13 @@ inline Vec<T> load_hidden(const std::uint8_t* p, T) {
   return v;
 }
 
+template <class T>
+inline Vec<T> reverse(Vec<T> a) {
+  Vec<T> v;
+  for (int i = 0; i < Vec<T>::width; ++i) v.r[i] = a.r[Vec<T>::width - 1 - i];
+  return v;
+}
+
 // Turns rows into columns.
 template <class T, int N>
 inline void transpose(Vec<T> (&v)[N]) {

@@ -188,6 +188,8 @@ void check_reductions() {
   for (int i = 0; i < W; ++i) rows[i] = iota(T()) * broadcast(static_cast<T>(i)) + broadcast(T(1));
   const Lanes<T> sums(reduce_sums(rows));
   for (int i = 0; i < W; ++i) expect_same(sums.lane[i], W + i * W * (W - 1) / 2, "reduce_sums");
+  const Lanes<T> backwards(reverse(iota(T())));
+  for (int i = 0; i < W; ++i) expect_same(backwards.lane[i], W - 1 - i, "reverse");
   for (int i = 0; i < W; ++i) rows[i] = iota(T()) + broadcast(static_cast<T>(i * W));
   transpose(rows);
   for (int i = 0; i < W; ++i) {
