@@ -31,6 +31,10 @@ AttentionArguments Case::arguments() const {
   a.kv_starts = kv_starts.view();
   a.alibi_slopes = alibi_slopes.view();
   a.sinks = sinks.view();
+  a.r = r.view();
+  a.u = u.view();
+  a.w = w.view();
+  a.distance_bias = distance_bias.view();
   return a;
 }
 

@@ -9,6 +9,7 @@ namespace selfattn::native {
 
 struct Case {
   Array q, k, v, mask, bias, q_offset, q_lens, kv_lens, kv_starts, alibi_slopes, sinks;
+  Array r, u, w, distance_bias;
   AttentionArguments options;  // everything but the arrays
   bool lse = false, weights = false;
   Layout out;

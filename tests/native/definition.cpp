@@ -159,7 +159,19 @@ class Definition {
     if (o.window_left >= 0 && away < -static_cast<Wide>(o.window_left)) return false;
     if (o.window_right >= 0 && away > static_cast<Wide>(o.window_right)) return false;
     if (c_.mask && masked(row, j)) return false;
+    if (c_.distance_bias && by_distance(c_.distance_bias, o.distance_origin, row, j) == -infinity) return false;
     return !c_.bias || element(c_.bias, scores(row, j)) != -infinity;
+  }
+
+  // What (heads, count, ...) or (count, ...) holds for the distance of query and key: beyond either end that end.
+  Wide by_distance(const Array& array, std::int64_t origin, const Row& row, std::int64_t j, std::int64_t d = -1) const {
+    Extents index;
+    if (d >= 0) index.push_back(d);
+    const std::int64_t count = array.shape()[array.shape().size() - 1 - index.size()];
+    const Wide place = std::clamp<Wide>(static_cast<Wide>(origin) - distance(row, j), 0, static_cast<Wide>(count - 1));
+    index.insert(index.begin(), static_cast<std::int64_t>(place));
+    if (array.shape().size() > index.size()) index.insert(index.begin(), row.head);
+    return element(array, index);
   }
 
   // The score, and the sum of the sizes of its terms.
@@ -167,11 +179,14 @@ class Definition {
     const AttentionArguments& o = c_.options;
     const Wide scale = o.has_scale ? static_cast<Wide>(o.scale) : 1 / std::sqrt(static_cast<Wide>(head_dim_));
     Wide score = 0, size = 0;
+    const auto multiply = [&](Wide query, Wide bias, Wide with) {
+      score += scale * (query + bias) * with;
+      size += std::fabs(scale) * (std::fabs(query) + std::fabs(bias)) * std::fabs(with);
+    };
     for (std::int64_t d = 0; d < head_dim_; ++d) {
-      const Wide product =
-          scale * operand(c_.q, row, row.head, row.query, d) * operand(c_.k, row, row.head / group_, j, d);
-      score += product;
-      size += std::fabs(product);
+      const Wide query = operand(c_.q, row, row.head, row.query, d);
+      multiply(query, c_.u ? element(c_.u, {row.head, d}) : 0, operand(c_.k, row, row.head / group_, j, d));
+      if (c_.r) multiply(query, element(c_.w, {row.head, d}), by_distance(c_.r, o.r_origin, row, j, d));
     }
     if (o.softcap != 0) score = o.softcap * std::tanh(score / o.softcap);
     const auto add = [&](Wide term) {
@@ -179,6 +194,7 @@ class Definition {
       size += std::fabs(term);
     };
     if (c_.bias) add(element(c_.bias, scores(row, j)));
+    if (c_.distance_bias) add(by_distance(c_.distance_bias, o.distance_origin, row, j));
     if (c_.alibi_slopes) {
       Extents index = row.batch;
       index.push_back(row.head);

@@ -214,6 +214,31 @@ bool affordable(const Sizes& s, const Extents (&shapes)[names]) {
   return entries * static_cast<double>(s.head_dim + s.value_dim + 2) <= 1e6;
 }
 
+// Terms by distance: what a checked table or relative vectors may be.
+void read_distances(Bytes& bytes, bool relative, bool table, DType dtype, const Sizes& s, Values& values, Case& c) {
+  const std::int64_t heads = s.kv_heads * s.group;
+  const auto real_array = [&](Array& array, DType type, Extents shape, const Layout& layout) {
+    array = Array(type, std::move(shape), layout);
+    array.each([&](char* p) { store(p, type, real(values, values.size)); });
+  };
+  const std::int64_t count = 1 + bytes.below(bytes.one_of({2, 40, 300}));
+  const std::int64_t origin = bytes.below(count);
+  if (relative) {
+    Extents shape{count, s.head_dim};
+    if (bytes.flag()) shape.insert(shape.begin(), heads);
+    real_array(c.r, dtype, shape, read_layout(bytes, shape.size(), dtype, /*may_repeat=*/true));
+    real_array(c.u, DType::f64, {heads, s.head_dim}, {});
+    real_array(c.w, DType::f64, {heads, s.head_dim}, {});
+    c.options.r_origin = origin;
+  }
+  if (table) {
+    real_array(c.distance_bias, DType::f64, {heads, count}, {});
+    c.options.distance_origin = origin;
+    if (heads > 0 && bytes.flag())
+      store(c.distance_bias.at(bytes.below(heads * count)), DType::f64, -std::numeric_limits<double>::infinity());
+  }
+}
+
 void read_store(int bits, Store& store) {
   constexpr std::int64_t page_sizes[] = {0, 1, 3, 16};
   store.page_size = page_sizes[bits & 3];
@@ -283,6 +308,9 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   // The result's rank, in whatever order its axes have.
   const std::size_t ndim = std::max({shapes[q].size(), shapes[k].size(), shapes[v].size()});
   d.input.out = read_layout(bytes, ndim, dtype, /*may_repeat=*/false);
+  // Last, so that what older inputs mean does not change.
+  if (d.computable && !spoiled)
+    read_distances(bytes, narrow_bias & 64, narrow_bias & 128, kv_dtype, sizes, values, d.input);
   return d;
 }
 
