@@ -20,6 +20,7 @@ from decoder import ACTIVATIONS, Config, Decoder, transformers_weights
 from generate import Chooser, generate, new_caches
 from nn import Array
 
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 END = "<|endoftext|>"
 PROMPT = "Last month he went to Norway, and"
 
@@ -53,6 +54,9 @@ def from_folder(folder: Path) -> Decoder:
     """Return the decoder that a folder holds."""
     from safetensors.numpy import load_file
 
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{name} is missing")
     config = config_from(json.loads((folder / "config.json").read_text(encoding="utf8")))
     weights = load_file(folder / "model.safetensors")
     return Decoder(config, {name.removeprefix("transformer."): x.astype(np.float32) for name, x in weights.items()})
@@ -82,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tokenizers import Tokenizer
 
         model = from_folder(args.folder)
-        tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(args.folder / FILES[-1]))
         prompt = np.array(tokenizer.encode(args.prompt).ids)
         if not 1 <= len(prompt) <= model.config.max_length - args.tokens:
             raise ValueError(f"the prompt has {len(prompt)} tokens, and the model {model.config.max_length} positions")
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where config.json, model.safetensors and tokenizer.json are")
+    parser.add_argument("folder", type=Path, help=f"where {', '.join(FILES)} are")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=100, help="how many to write (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")

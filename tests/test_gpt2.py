@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,8 +171,11 @@ def test_the_end_of_the_text_ends_it(
 
 
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(folder, half, ignore=shutil.ignore_patterns("tokenizer.json"))
     for arguments, message in {
-        (str(tmp_path),): "No such file",
+        (str(tmp_path),): "config.json is missing",
+        (str(half),): "tokenizer.json is missing",
         (str(folder), ""): "the prompt has 0 tokens",
         (str(folder), "Hi", "--tokens", "200"): "and the model 200 positions",
     }.items():

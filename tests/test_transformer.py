@@ -149,7 +149,7 @@ def test_the_program_writes_tokens(example: Any, capsys: Any) -> None:
 
 def test_a_difference_is_an_error(example: Any, capsys: Any, monkeypatch: Any) -> None:
     small = ["--check", "--layers", "1", "--width", "32", "--sources", "2", "--tokens", "5", "--kind", "marian"]
-    monkeypatch.setattr(example, "NORM_EPSILON", 1e-2)
+    monkeypatch.setattr(sys.modules["transformer_layers"], "NORM_EPSILON", 1e-2)
     assert example.main(small) == 1
     assert "largest difference from transformers" in capsys.readouterr().out
 

@@ -176,6 +176,12 @@ def test_the_program_translates_lines() -> None:
     assert result.stderr == ""  # no display of progress where nobody watches
 
 
+def test_the_program_names_input_that_is_no_text() -> None:
+    result = run(lines="Até amanhã!".encode("latin-1"))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("translate.py: the standard input is not UTF-8: ")
+
+
 def test_the_program_shows_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = run("--show", "--picture", "where.png", "", NORWAY, cwd=tmp_path)
