@@ -213,6 +213,7 @@ def coverage(session: nox.Session) -> None:
     flags = "-O1 --coverage -fprofile-update=atomic"
     settings = (f"CMAKE_CXX_FLAGS_RELEASE={flags}", EMULATED)
     install_tests(session, f"-Cbuild-dir={build}", *(f"-Ccmake.define.{setting}" for setting in settings))
+    session.install("pytest-xdist")
     session.env["COVERAGE_FILE"] = str(build / "python")
     # Where every allocation of the process fails, those of the measurement fail as well.
     left_out = ["--deselect=tests/test_allocation.py::test_each_allocation_in_turn[process"]
@@ -222,7 +223,8 @@ def coverage(session: nox.Session) -> None:
     left_out += ["--deselect=tests/test_bench_caches.py::test_allocations_of_steps_are_counted"]
     left_out += ["--deselect=tests/test_cache_threads.py::test_fork_while_others_are_inside"]
     left_out += [f"--ignore=tests/test_{name}.py" for name in (*AROUND, "codebase", "gunicorn", "hostile")]
-    session.run("coverage", "run", str(Path(session.bin) / "pytest"), "-q", *left_out, *session.posargs)
+    tests = [str(Path(session.bin) / "pytest"), "-q", "-n", "2", *left_out, *session.posargs]
+    session.run("coverage", "run", *tests)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
     checks = ",".join(f"*/selfattn/_{name}.py" for name in ("arguments", "attention", "layer", "rope", "states"))

@@ -137,7 +137,7 @@ class TestOut:
 
     def test_is_refused(self, normal: Any) -> None:
         q = normal(2, 5, 8)
-        good = np.empty_like(q)
+        good = np.zeros_like(q)
         with pytest.raises(ValueError, match=r"attention: out has shape \(2, 5, 7\) but the result has \(2, 5, 8\)"):
             sa.attention(q, q, q, out=good[..., :7])
         with pytest.raises(TypeError, match="attention: out has dtype float64, but the result is float32"):
