@@ -58,14 +58,30 @@ void run_threads(const Region& region, int num_threads) {
 }
 
 #if defined(SELFATTN_OPENMP)
-void run_openmp(const Region& region, int num_threads) {
-  const std::thread::id caller = std::this_thread::get_id();
+struct Team {
+  const Region& region;
+  int num_threads;
+  std::thread::id caller = std::this_thread::get_id();
   std::atomic<int> next{caller_slot + 1};
+};
+
+void join(void* context) {
+  Team& team = *static_cast<Team*>(context);
+  const bool is_caller = std::this_thread::get_id() == team.caller;
+  const int slot = is_caller ? caller_slot : team.next.fetch_add(1, std::memory_order_relaxed);
+  if (slot < team.num_threads) team.region.work(team.region.context, slot);
+}
+
+std::atomic<const Runtime*> shared{nullptr};
+
+// A shared team keeps its size, and who is not needed returns at once: libgomp ends the threads that a smaller team
+// leaves out, and whom we share with would have to start them again.
+void run_openmp(const Region& region, int num_threads) {
+  Team team{region, num_threads};
+  if (const Runtime* runtime = shared.load(std::memory_order_acquire))
+    return runtime->run(&join, &team, static_cast<unsigned>(std::max(num_threads, runtime->threads())), 0);
 #pragma omp parallel num_threads(num_threads) default(shared)
-  {
-    const bool is_caller = std::this_thread::get_id() == caller;
-    region.work(region.context, is_caller ? caller_slot : next.fetch_add(1, std::memory_order_relaxed));
-  }
+  join(&team);
 }
 #endif
 
@@ -165,9 +181,19 @@ ThreadDefault default_threads() {
 
 void set_default_threads(int count) { chosen_threads.store(count, std::memory_order_relaxed); }
 
+void share_runtime([[maybe_unused]] Runtime runtime) {
+#if defined(SELFATTN_OPENMP)
+  // The one before is left as it is: a region may just be starting there.
+  shared.store(runtime.run && runtime.threads ? new Runtime(runtime) : nullptr, std::memory_order_release);
+#endif
+}
+
 const char* parallel_backend() {
   switch (backend()) {
     case Backend::openmp:
+#if defined(SELFATTN_OPENMP)
+      if (shared.load(std::memory_order_relaxed)) return "shared openmp";
+#endif
       return "openmp";
     case Backend::threads:
       return "threads";

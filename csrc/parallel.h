@@ -28,7 +28,15 @@ ThreadDefault default_threads();
 
 void set_default_threads(int count);  // 0: as detected
 
-const char* parallel_backend();  // "openmp", "threads" or "serial"
+// Another library's OpenMP runtime, by two of its functions: what GCC calls to run a region (function, its argument,
+// threads, flags), and the number of threads that the calling thread's regions have by default.
+struct Runtime {
+  void (*run)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*threads)() = nullptr;
+};
+void share_runtime(Runtime runtime);  // from now on regions run there; none: in our own again
+
+const char* parallel_backend();  // "openmp", "shared openmp", "threads" or "serial"
 
 // Registers the fork handler; called once, when the module is loaded.
 void prepare_for_fork();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import textwrap
@@ -83,7 +84,7 @@ def test_set_and_get_num_threads() -> None:
 
 def test_threadpoolctl_sees_and_limits() -> None:
     threadpoolctl = pytest.importorskip("threadpoolctl")
-    if _core.parallel_backend() != "openmp":
+    if not _core.parallel_backend().endswith("openmp"):
         pytest.skip("this build does not use OpenMP")
     assert any(pool["user_api"] == "openmp" for pool in threadpoolctl.threadpool_info())
     with threadpoolctl.threadpool_limits(1, user_api="openmp"):
@@ -99,7 +100,7 @@ def test_openmp_and_affinity_set_the_default(run_python: Any) -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         print(first, sa.get_num_threads())
     """
-    if _core.parallel_backend() == "openmp":
+    if _core.parallel_backend().endswith("openmp"):
         assert run_python(code, OMP_NUM_THREADS="1").split() == ["1", "1"]
     environment = {name: "" for name in ("OMP_NUM_THREADS",) if name in os.environ}
     first, second = map(int, run_python(code, **environment).split())
@@ -261,3 +262,37 @@ def test_other_back_ends_give_the_same_bits(run_python: Any, backend: str) -> No
     name, digest = run_python(code, SELFATTN_PARALLEL=backend).split()
     assert name == backend
     assert digest == run_python(code).split()[1]
+
+
+Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@pytest.mark.parametrize("team", [1, 2, 5, 9])
+def test_regions_run_in_a_shared_runtime(normal: Any, team: int) -> None:
+    if not _core.parallel_backend().endswith("openmp"):
+        pytest.skip("this build does not use OpenMP")
+    x = normal(2, 8, 300, 16)
+    expected = sa.attention(x, x, x, num_threads=1)
+    asked = []
+
+    @ctypes.CFUNCTYPE(None, Work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def run(work: Any, data: int, threads: int, flags: int) -> None:
+        asked.append((threads, flags))
+        others = [threading.Thread(target=work, args=(data,)) for _ in range(team - 1)]
+        for other in others:
+            other.start()
+        work(data)
+        for other in others:
+            other.join()
+
+    usual = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 5)
+    _core.share_runtime(*(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (run, usual)))
+    try:
+        assert _core.parallel_backend() == "shared openmp"
+        for threads in (3, 7):  # of a team that is larger, or as large
+            assert np.array_equal(sa.attention(x, x, x, num_threads=threads), expected)
+        sa.attention(x, x, x, num_threads=1)
+    finally:
+        _core.share_runtime(0, 0)
+    assert _core.parallel_backend() == "openmp"
+    assert asked == [(5, 0), (7, 0)]

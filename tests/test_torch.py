@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import sys
 import threading
 from typing import Any
 
@@ -465,3 +466,24 @@ def test_errors_are_bounded(assert_accurate: Any, dtype: Any) -> None:
     found = integration.to_array(sdpa(*tensors, is_causal=True))
     exact = reference.attention(*arrays, causal=True, q_offset=0, dtype=np.longdouble)
     assert_accurate(found, exact, rounded=rounding(*arrays, causal=True, q_offset=0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the libraries have other names")
+def test_threads_are_those_of_pytorch(run_python: Any) -> None:
+    code = """
+        import torch
+        from selfattn import _core
+        backend = _core.parallel_backend()
+        import selfattn.integrations.torch
+        import numpy as np, os, selfattn as sa
+        torch.set_num_threads(2)
+        torch.ones(1 << 20).exp()
+        before = len(os.listdir("/proc/self/task"))
+        x = np.ones((8, 400, 64), np.float32)
+        sa.attention(x, x, x, num_threads=2)
+        print(backend, _core.parallel_backend(), len(os.listdir("/proc/self/task")) - before, sep=",")
+    """
+    backend, shared, more = run_python(code, OMP_NUM_THREADS="2").strip().split(",")
+    if backend != "openmp":
+        pytest.skip("this build does not use OpenMP")
+    assert (shared, more) == ("shared openmp", "0")

@@ -66,6 +66,10 @@ void register_machine(py::module_& module) {
   });
   module.def("set_default_threads", &set_default_threads);
   module.def("parallel_backend", &parallel_backend);
+  module.def("share_runtime", [](std::uintptr_t run, std::uintptr_t threads) {
+    share_runtime(
+        {reinterpret_cast<decltype(Runtime::run)>(run), reinterpret_cast<decltype(Runtime::threads)>(threads)});
+  });
   module.def("affinity_count", &affinity_count);
   module.def("cgroup_quota", &cgroup_quota);
   module.def("cgroup_cpus", &cgroup_cpus);

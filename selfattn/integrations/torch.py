@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .._arguments import flag
 from ..compat._pytorch import attend, check_mask, check_mask_type, result_shape
+from ._runtime import share_runtime
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -67,9 +68,10 @@ def scaled_dot_product_attention(
     Notes
     -----
     A row that sees no key gives 0; PyTorch gives NaN or 0, depending on the version. Differences are those of
-    `selfattn.compat.scaled_dot_product_attention`. Threads are selfattn's (`selfattn.set_num_threads`), not PyTorch's.
-    Autocast applies as to the original. Eager calls with plain tensors bypass PyTorch's dispatcher, whose Python side
-    would cost more than a small attention itself; profilers see those calls only as Python.
+    `selfattn.compat.scaled_dot_product_attention`. `selfattn.set_num_threads` limits the threads of a call; they are
+    PyTorch's where both libraries use OpenMP. Autocast applies as to the original. Eager calls with plain tensors
+    bypass PyTorch's dispatcher, whose Python side would cost more than a small attention itself; profilers see those
+    calls only as Python.
 
     Examples
     --------
@@ -193,3 +195,5 @@ _operator = torch.library.custom_op(
     ),
 )
 _operator.register_fake(_result)
+
+share_runtime()

@@ -7,6 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ._hf_attention import attention_forward
 from ._hf_mask import make_mask
 from ._hf_models import refuse_own_attention, teach_bloom, teach_falcon
+from ._runtime import share_runtime
 
 NAME = "selfattn"
 
@@ -18,7 +19,7 @@ def register() -> None:
     call teaches them. Every other model with attention code of its own raises when it is made with this name.
     Models attend in eval mode on CPU tensors, under ``torch.no_grad()`` or ``torch.inference_mode()``; what cannot
     be computed raises. At most as many threads work as ``torch.set_num_threads`` and `selfattn.set_num_threads` both
-    allow. A query that sees nothing, as in padding, gives 0.
+    allow, and calls run in PyTorch's threads where both use OpenMP. A query that sees nothing, as in padding, gives 0.
 
     Examples
     --------
@@ -32,6 +33,7 @@ def register() -> None:
     """
     teach_bloom()
     teach_falcon(NAME)
+    share_runtime()
     refuse_own_attention(NAME)
     AttentionMaskInterface.register(NAME, make_mask)
     AttentionInterface.register(NAME, attention_forward)
