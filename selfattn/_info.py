@@ -43,8 +43,8 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
     -------
     dict or None
         isa (active), isas (available), isa_source, threads, threads_source, affinity (CPUs), cgroup_quota (CPUs or
-        None), parallel (openmp, shared openmp: in PyTorch's threads, threads or serial), subnormals (False: some library
-        switched them off in this thread), python, numpy, machine, openmp_runtimes (if threadpoolctl is installed).
+        None), parallel (openmp, threads or serial; shared openmp: PyTorch's), subnormals (False: some library switched
+        them off in this thread), python, numpy, machine, openmp_runtimes (if threadpoolctl is installed).
     """
     threads, source = _core.default_threads()
     facts: dict[str, Any] = {
