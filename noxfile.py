@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from datetime import date
 from pathlib import Path
 
 import nox
@@ -131,7 +132,7 @@ def caches(session: nox.Session) -> None:
 
 @nox.session
 def asan(session: nox.Session) -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC)."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC); `half` behind `--`: of its files."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
     # -O1: with checks around each access, more takes the compiler minutes and gains the tests seconds.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
@@ -165,9 +166,13 @@ def asan(session: nox.Session) -> None:
         "bench_caches",
         "bench_huggingface",
     ]
-    ignored = [f"--ignore=tests/test_{name}.py" for name in skipped]
-    options = ["-n", "2", "-p", "no:cacheprovider"]
-    session.run("pytest", *options, *ignored, *session.posargs, env={**environment, "OMP_WAIT_POLICY": "passive"})
+    files = [str(p) for p in sorted(Path("tests").glob("test_*.py")) if p.stem.removeprefix("test_") not in skipped]
+    options = list(session.posargs)
+    if "half" in options:
+        options.remove("half")  # every other file, tomorrow those between
+        files = files[date.today().toordinal() % 2 :: 2]
+    running = ["-n", "2", "-p", "no:cacheprovider", *options]
+    session.run("pytest", *running, *files, env={**environment, "OMP_WAIT_POLICY": "passive"})
 
 
 @nox.session
@@ -223,6 +228,8 @@ def coverage(session: nox.Session) -> None:
     left_out += ["--deselect=tests/test_bench_caches.py::test_allocations_of_steps_are_counted"]
     left_out += ["--deselect=tests/test_cache_threads.py::test_fork_while_others_are_inside"]
     left_out += [f"--ignore=tests/test_{name}.py" for name in (*AROUND, "codebase", "gunicorn", "hostile")]
+    # These repeat what other tests run, to see that it neither kills nor grows.
+    left_out += [f"--ignore=tests/test_{name}.py" for name in ("guard_pages", "memory", "soak_caches")]
     tests = [str(Path(session.bin) / "pytest"), "-q", "-n", "2", *left_out, *session.posargs]
     session.run("coverage", "run", *tests)
     session.run("coverage", "combine", "-q")
