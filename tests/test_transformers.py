@@ -243,3 +243,48 @@ def test_changes_of_mind(calls: list[dict[str, Any]]) -> None:
     assert len(calls) == 2
     assert_same(found, wanted, fed["attention_mask"])
     assert np.array_equal(calls[0]["kv_lens"], fed["attention_mask"].sum(1))
+
+
+D_MODEL = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+MISLEADING: dict[str, Any] = {
+    # Encoders whose layers do not say that they are not causal ...
+    "clap": lambda: hf.ClapTextModel(hf.ClapTextConfig(**{**models.BASE, "initializer_factor": 1.0})),
+    "splinter": lambda: hf.SplinterModel(hf.SplinterConfig(**models.BASE)),
+    # ... decoders whose layers say that they are not, and an encoder that adds its mask to scores by itself.
+    "nllb_moe": lambda: hf.NllbMoeModel(
+        hf.NllbMoeConfig(
+            **D_MODEL, **ENCODER, vocab_size=99, num_experts=2, encoder_sparse_step=0, decoder_sparse_step=0
+        )
+    ),
+    "bigbird_pegasus": lambda: hf.BigBirdPegasusModel(
+        hf.BigBirdPegasusConfig(**D_MODEL, **ENCODER, vocab_size=99, attention_type="original_full")
+    ),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", MISLEADING)
+def test_masks_count_and_not_what_layers_say(name: str, padded: bool) -> None:
+    torch.manual_seed(0)
+    model = MISLEADING[name]().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.3)
+    fed = {"input_ids": torch.randint(5, 90, (2, 20))}
+    if padded:
+        fed["attention_mask"] = (torch.arange(20) < torch.tensor([[12], [20]])).long()
+    if model.config.is_encoder_decoder:
+        fed["decoder_input_ids"] = torch.randint(5, 90, (2, 7))
+    states = {}
+    for attention in ("eager", "selfattn"):
+        model.set_attn_implementation(attention)
+        assert model.config._attn_implementation == attention
+        found = model(**fed)
+        real = fed["attention_mask"].bool() if padded else slice(None)
+        if model.config.is_encoder_decoder:
+            states[attention] = [found.last_hidden_state, found.encoder_last_hidden_state[real]]
+        else:
+            states[attention] = [found.last_hidden_state[real]]
+    for own, peer in zip(states["selfattn"], states["eager"], strict=True):
+        assert (own - peer).abs().max() < 1e-5

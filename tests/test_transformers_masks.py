@@ -75,18 +75,17 @@ def test_a_described_mask_is_the_dense_one(pattern: str, padding: str) -> None:
     kinds = set()
     for (q_len, kv_len, q_offset, kv_offset), skip in itertools.product(PLACES, (True, False)):
         two_sided = pattern in ("bidirectional", "two-sided")
-        call = {
+        call: dict[str, Any] = {
             "batch_size": 3, "q_length": q_len, "kv_length": kv_len, "q_offset": torch.tensor(q_offset),
             "kv_offset": kv_offset, "mask_function": PATTERNS[pattern],
             "attention_mask": real_tokens(padding, kv_len + kv_offset), "allow_is_causal_skip": skip and not two_sided,
         }  # fmt: skip
         dense = masking_utils.sdpa_mask(**{**call, "allow_is_causal_skip": False})
         mask = make_mask(**call, allow_is_bidirectional_skip=skip and two_sided)
-        assert skip or mask is not None
         kinds.add(type(mask))
         q, k, v = normal(3, 4, q_len, 8), normal(3, 2, kv_len, 8, seed=1), normal(3, 2, kv_len, 6, seed=2)
         bias = normal(1, 4, q_len, kv_len, seed=3)
-        asked = layer(is_causal=not two_sided)
+        asked = layer(is_causal=two_sided)  # what a module says does not count beside a mask
         out, weights = attention_forward(asked, q, k, v, mask, scaling=None, position_bias=bias, output_attentions=True)
         wanted = expected(q, k, v, dense, bias)
         assert out.shape == (3, q_len, 4, 6)
@@ -97,10 +96,9 @@ def test_a_described_mask_is_the_dense_one(pattern: str, padding: str) -> None:
         assert weights.shape == (3, 4, q_len, kv_len)
         repeated = v.repeat_interleave(2, dim=1)
         assert ((weights @ repeated).transpose(1, 2) - wanted).abs().max() < 1e-6
-        if mask is not None:
-            assert mask.shape == dense.shape
-            assert mask.dtype == dense.dtype
-            assert torch.equal(mask & True, dense)
+        assert mask.shape == dense.shape
+        assert mask.dtype == dense.dtype
+        assert torch.equal(mask & True, dense)
     described = pattern != "chunks"
     assert VisibleKeys in kinds if described else kinds == {torch.Tensor}
     assert not described or torch.Tensor not in kinds
@@ -108,15 +106,17 @@ def test_a_described_mask_is_the_dense_one(pattern: str, padding: str) -> None:
 
 def test_masks_are_as_small_as_they_can_be() -> None:
     common = {"batch_size": 3, "q_length": 6, "kv_length": 6}
-    assert make_mask(**common) is None
-    assert make_mask(**common, attention_mask=real_tokens("all real", 6)) is None
+    assert make_mask(**common).options == {"causal": True}
+    assert make_mask(**common, attention_mask=real_tokens("all real", 6)).options == {"causal": True}
+    everything = make_mask(**common, mask_function=PATTERNS["bidirectional"], allow_is_bidirectional_skip=True)
+    assert (everything.options, everything.made) == ({}, None)
     right = make_mask(**common, attention_mask=real_tokens("right", 6))
     assert set(right.options) == {"causal", "kv_lens", "q_offset"}
     left = make_mask(**common, attention_mask=real_tokens("left", 6))
     assert set(left.options) == {"causal", "mask"}
     assert left.options["mask"].shape == (3, 1, 1, 6)
     wide = masking_utils.sliding_window_causal_mask_function(6)
-    assert make_mask(**common, mask_function=wide) is None
+    assert make_mask(**common, mask_function=wide).options == {"causal": True}
     narrow = make_mask(**common, mask_function=PATTERNS["window"])
     assert narrow.options == {"causal": True, "window": (3, None)}
     step = make_mask(batch_size=1, q_length=1, kv_length=4096, q_offset=torch.tensor(99), allow_is_causal_skip=False)
@@ -142,6 +142,17 @@ def test_changes_to_a_described_mask_count() -> None:
     assert torch.equal(attention_forward(layer(), q2, k2, v2, one)[0], torch.cat([before, before]))
 
 
+def test_a_mask_that_is_added_to_scores_is_made_of_numbers() -> None:
+    mask = make_mask(batch_size=2, q_length=3, kv_length=3, attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]).bool())
+    assert type(mask) is VisibleKeys
+    scores = normal(2, 4, 3, 3)
+    hidden = ~(mask & True)
+    assert hidden.any()
+    for found in (scores + mask, mask + scores, torch.add(scores, mask), scores.add(mask), scores.clone().add_(mask)):
+        assert torch.equal(found.softmax(-1), scores.masked_fill(hidden, -torch.inf).softmax(-1))
+    assert (scores.bfloat16() + mask).dtype is torch.bfloat16
+
+
 def test_without_a_mask_the_module_decides() -> None:
     q, k, v = normal(1, 2, 3, 8), normal(1, 2, 7, 8, seed=1), normal(1, 2, 7, 8, seed=2)
     everything = torch.ones((3, 7), dtype=torch.bool)
@@ -151,13 +162,12 @@ def test_without_a_mask_the_module_decides() -> None:
         (layer(is_causal=False), {}, everything),
         (layer(is_causal=False), {"is_causal": True}, last_aligned),
         (layer(is_causal=True), {"is_causal": False}, everything),
-        (layer(), {}, last_aligned),
-        (layer(), {"sliding_window": 2}, last_aligned & everything.triu(3)),
-        (layer(), {"sliding_window": 7}, last_aligned),
-        (layer(is_causal=False), {"sliding_window": 2}, everything),
+        (layer(), {}, everything),
+        (layer(is_causal=True), {"sliding_window": 2}, last_aligned & everything.triu(3)),
+        (layer(is_causal=True), {"sliding_window": 7}, last_aligned),
     ):
         assert (attention_forward(asked, q, k, v, None, **given)[0] - expected(q, k, v, mask)).abs().max() < 1e-6
-    step, _ = attention_forward(layer(), q[:, :, 2:], k, v, None, sliding_window=2)
+    step, _ = attention_forward(layer(is_causal=True), q[:, :, 2:], k, v, None, sliding_window=2)
     assert (step - expected(q[:, :, 2:], k, v, everything[:1].triu(5))).abs().max() < 1e-6
 
 

@@ -119,6 +119,11 @@ def test_refuses_models_with_attention_of_their_own(name: str) -> None:
     assert model.config._attn_implementation == "eager"
 
 
+def test_refuses_models_that_look_names_up_in_tables_of_theirs() -> None:
+    with pytest.raises(ValueError, match=r"GitModel attends by code of its own \(transformers\.models\.git\.model"):
+        hf.GitModel(hf.GitConfig(num_hidden_layers=1, attn_implementation="selfattn"))
+
+
 def test_looks_at_the_library_under_models_of_others() -> None:
     class Mine(hf.DebertaV2Model):
         pass

@@ -45,7 +45,7 @@ def attention_forward(
     """Attend by `selfattn.attention`, reading query (B, H, Sq, D), key and value (B, Hkv, Sk, D) where they stand.
 
     Returns the result as (B, Sq, H, D), and the weights (B, H, Sq, Sk) if `output_attentions` asks for them.
-    A given `attention_mask` alone decides what is seen. Without one, `is_causal` (by default the module's) aligns the
+    A given `attention_mask` alone decides what is seen. Without one, `is_causal` (else the module's, if any) aligns the
     last query with the last key, and `sliding_window` counts; without both, it raises where it would hide a key.
     """
     if kwargs or dropout or torch._C._get_tracing_state():
@@ -129,7 +129,7 @@ def _by_default(
     if q_len == 1 and sliding_window is None:
         return {}
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = getattr(module, "is_causal", False)
     if not is_causal:
         # A two-sided window may count itself or not; models ask for a mask where it hides anything.
         if sliding_window is not None and kv_len > sliding_window + 1:

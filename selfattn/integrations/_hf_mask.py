@@ -25,6 +25,7 @@ _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cpu", "requires_grad")),
     *(getattr(torch.Tensor, name) for name in ("size", "dim", "is_floating_point")),
 }
+_SUMS = {torch.add, *(getattr(torch.Tensor, name) for name in ("add", "__add__", "__radd__", "add_", "__iadd__"))}
 
 
 class Pattern(NamedTuple):
@@ -63,6 +64,10 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
             self.made = self.make()
         return self.made
 
+    def to_add(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return 0 for what is seen and an enormous negative number for the rest."""
+        return torch.zeros((), dtype=dtype).where(self.dense(), torch.finfo(dtype).min)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
@@ -70,7 +75,15 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.contiguous:  # which `generate` asks of masks for static caches
             return args[0]
-        args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, VisibleKeys) else x, (args, kwargs or {}))
+        # Who adds it to scores expects numbers; booleans would mean the opposite.
+        scores = [x for x in args if func in _SUMS and isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+        def read(x: Any) -> Any:
+            if not isinstance(x, VisibleKeys):
+                return x
+            return x.to_add(scores[0].dtype) if scores else x.dense()
+
+        args, kwargs = tree_map(read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -82,15 +95,14 @@ def make_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
     config: Any = None,
     **kwargs: Any,
-) -> torch.Tensor | None:
-    """Return the mask of one kind of layer: None where `is_causal` says it all, else a tensor for `attention_forward`.
+) -> torch.Tensor:
+    """Return the mask of one kind of layer, for `attention_forward`.
 
-    Query i stands at position ``i + q_offset``, key j at ``j + kv_offset``; `attention_mask` (B, tokens) is True at
-    real tokens.
+    Never None, which would leave it to a module's `is_causal`: not every model's modules tell the truth. Query i
+    stands at position ``i + q_offset``, key j at ``j + kv_offset``; `attention_mask` (B, tokens) is True at real
+    tokens.
     """
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if not tracing:
@@ -99,7 +111,8 @@ def make_mask(
     make = partial(
         masking_utils.eager_mask if additive else masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length,
         kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
-        attention_mask=attention_mask, allow_is_causal_skip=False, **kwargs,
+        attention_mask=attention_mask,
+        **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
     )  # fmt: skip
     pattern = None if tracing or additive else pattern_of(mask_function)
     if pattern is None or not _is_plain(attention_mask, batch_size):
@@ -112,12 +125,6 @@ def make_mask(
     keys = _real_keys(attention_mask, kv_offset, end)
     if keys is not None:
         options |= _padding(keys)
-    elif end == kv_length and "window" not in options:
-        skip = allow_is_bidirectional_skip
-        if pattern.causal:
-            skip = allow_is_causal_skip and (q_length == 1 or (q_length == kv_length and offset == 0))
-        if skip:
-            return None
     if ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
         options["q_offset"] = np.array(offset)
     return VisibleKeys.describe((batch_size, q_length, kv_length), end, options, make)

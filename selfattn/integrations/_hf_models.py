@@ -16,7 +16,8 @@ _LIBRARY = ("transformers.models.", "transformers_modules.")  # its own models, 
 def refuse_own_attention(name: str) -> None:
     """Let every model raise when it is given the name though its attention never calls a registered function.
 
-    Some of them would add our boolean mask to their scores, others would run as if nothing had been asked.
+    Some of them would add our boolean mask to their scores, others would run as if nothing had been asked. A part with
+    code of its own in the module of others that do call it (an encoder for sound) keeps that code.
     """
     choose: Any = PreTrainedModel.get_correct_attn_implementation
     if getattr(choose, "knows_selfattn", False):
@@ -26,24 +27,27 @@ def refuse_own_attention(name: str) -> None:
         self: Any, requested_attention: str | None, *arguments: Any, **keywords: Any
     ) -> Any:
         if requested_attention == name:
-            _check_model(type(self))
+            _check_model(type(self), name)
         return choose(self, requested_attention, *arguments, **keywords)
 
     get_correct_attn_implementation.knows_selfattn = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
 
 
-def _check_model(kind: type) -> None:
+def _check_model(kind: type, requested: str) -> None:
     for base in kind.__mro__:
         name = base.__module__
-        if name.startswith(_LIBRARY) and name not in _TAUGHT and _attends_by_itself(sys.modules[name]):
+        if name.startswith(_LIBRARY) and name not in _TAUGHT and _attends_by_itself(sys.modules[name], requested):
             raise ValueError(
                 f"selfattn: {kind.__name__} attends by code of its own ({name}), which never calls selfattn: "
                 'attn_implementation="eager" is needed, or a dict of it and of "selfattn" by part'
             )
 
 
-def _attends_by_itself(module: Any) -> bool:
+def _attends_by_itself(module: Any, requested: str) -> bool:
+    tables = (x for name, x in vars(module).items() if name.endswith("ATTENTION_CLASSES") and isinstance(x, dict))
+    if any(requested not in table for table in tables):
+        return True
     if hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         return False
     own = (x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__)

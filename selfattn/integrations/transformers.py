@@ -16,10 +16,11 @@ def register() -> None:
     """Make ``attn_implementation="selfattn"`` known to transformers. Calling it again changes nothing.
 
     Models that attend through transformers' `AttentionInterface` work as they are, Bloom and Falcon because this
-    call teaches them. Every other model with attention code of its own raises when it is made with this name.
-    Models attend in eval mode on CPU tensors, under ``torch.no_grad()`` or ``torch.inference_mode()``; what cannot
-    be computed raises. At most as many threads work as ``torch.set_num_threads`` and `selfattn.set_num_threads` both
-    allow, and calls run in PyTorch's threads where both use OpenMP. A query that sees nothing, as in padding, gives 0.
+    call teaches them. Every other model with attention code of its own raises when it is made with this name; a part
+    with such code beside parts without (Gemma 3n's for sound, LongT5's encoder) keeps it. Models attend in eval mode
+    on CPU tensors, under ``torch.no_grad()`` or ``torch.inference_mode()``; what cannot be computed raises. At most as
+    many threads work as ``torch.set_num_threads`` and `selfattn.set_num_threads` both allow, and calls run in PyTorch's
+    threads where both use OpenMP. A query that sees nothing, as in padding, gives 0.
 
     Examples
     --------
