@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 import textwrap
 import threading
@@ -240,6 +241,24 @@ def test_import_has_no_side_effects(run_python: Any) -> None:
         print("same")
     """
     assert run_python(code).strip() == "same"
+
+
+@linux
+@pytest.mark.parametrize("given", ["", "GOMP_SPINCOUNT=7", "OMP_WAIT_POLICY=active"])
+def test_idle_threads_soon_sleep(given: str, tmp_path: Path) -> None:
+    if not _core.parallel_backend().endswith("openmp"):
+        pytest.skip("this build does not use OpenMP")
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= dict([given.split("=")] if given else [], OMP_DISPLAY_ENV="verbose")
+    code = "import os, selfattn; print(*(os.environ.get(name) for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    wanted = {"": "'2000'", "GOMP_SPINCOUNT=7": "'7'", "OMP_WAIT_POLICY=active": "'30000000000'"}[given]
+    assert f"GOMP_SPINCOUNT = {wanted}" in result.stderr
+    assert result.stdout.split() == [environment.get(name, "None") for name in names]  # left as it was
 
 
 @linux
