@@ -7,7 +7,9 @@
 
 #include <pybind11/stl.h>
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <span>
 
 namespace selfattn::bindings {
@@ -67,8 +69,7 @@ void register_machine(py::module_& module) {
   module.def("set_default_threads", &set_default_threads);
   module.def("parallel_backend", &parallel_backend);
   module.def("share_runtime", [](std::uintptr_t run, std::uintptr_t threads) {
-    share_runtime(
-        {reinterpret_cast<decltype(Runtime::run)>(run), reinterpret_cast<decltype(Runtime::threads)>(threads)});
+    share_runtime({std::bit_cast<decltype(Runtime::run)>(run), std::bit_cast<decltype(Runtime::threads)>(threads)});
   });
   module.def("affinity_count", &affinity_count);
   module.def("cgroup_quota", &cgroup_quota);
