@@ -34,9 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except UnicodeDecodeError as error:
-        print(f"translate.py: the standard input is not UTF-8: {error.reason}", file=sys.stderr)
-        return 1
     except (ImportError, OSError, ValueError) as error:
         status("")
         print(f"translate.py: {error}", file=sys.stderr)
@@ -98,9 +95,18 @@ def groups(sentences: list[str]) -> Iterator[list[str]]:
     typed = sys.stdin.isatty()
     if typed:
         print("One sentence per line; Ctrl-D ends.", file=sys.stderr)
-    lines: Iterable[str] = (line.decode("utf8").rstrip("\r\n") for line in sys.stdin.buffer)
+    lines = decoded(sys.stdin.buffer)
     while some := list(itertools.islice(lines, 1 if typed else LINES)):
         yield some
+
+
+def decoded(lines: Iterable[bytes]) -> Iterator[str]:
+    """Yield lines of UTF-8 without their ends."""
+    for line in lines:
+        try:
+            yield line.decode("utf8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the standard input is not UTF-8: {error.reason}") from error
 
 
 def attention(translation: Any, head: str) -> tuple[Any, list[str], list[str]]:

@@ -119,7 +119,7 @@ GROUPS = {
     ),
     "gpt_oss": Group(
         f"gpt-oss 20B's shape, 4 of 24 layers, 4 experts: a prompt and {NEW_TOKENS} new tokens", "eager", GPT_OSS_20B,
-        _gpt_oss, "generate", (128, 1024),
+        _gpt_oss, "generate", (128, 512, 1024),
     ),
 }  # fmt: skip
 
