@@ -2,8 +2,9 @@
 
 GCC's OpenMP runtime lets threads that wait for the next parallel region spin for some 5 ms. NumPy's matrix products
 do the same with threads of their own, and two threads that spin on one core take turns in slices of milliseconds: an
-attention call behind ``X @ W`` took many times as long as alone (`benchmarks/neighbours.py`). A thread that sleeps gets the core at once. The
-runtime reads its settings from the environment while it is being loaded, and only then; who sets one is heard.
+attention call behind ``X @ W`` took many times as long as alone (`benchmarks/neighbours.py`). A thread that sleeps
+gets the core at once. The runtime reads its settings from the environment while it is being loaded, and only then; who
+sets one is heard.
 """
 
 from __future__ import annotations
