@@ -13,6 +13,9 @@ namespace {
 std::int64_t lengths_bytes(const Cache& cache) { return bytes_of(cache.batch, sizeof(std::int64_t)); }
 std::int64_t row_bytes(const Cache& cache) { return 2 * bytes_of(std::max(cache.key.width, cache.value.width), 8); }
 
+std::int64_t zero = 0;
+constexpr TensorView first_token{&zero, DType::i64, 0, nullptr, nullptr};
+
 std::int64_t row_count(const TensorView& x) {
   std::int64_t rows = 1;
   for (int axis = 0; axis < x.ndim - 1; ++axis) rows *= x.shape[axis];
@@ -62,6 +65,10 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
     cached_.emplace(*cache, lengths);
     cached_->place(arguments);
     arguments.recent_mask = static_cast<bool>(arguments.mask);
+  } else if (!context) {
+    arguments.keys = Keys::same_tokens;
+    // Query i is key i, also where q_lens alone is given.
+    if (!arguments.q_offset && !arguments.kv_lens) arguments.q_offset = first_token;
   }
   // Heads of a bfloat16 layer are as good as bfloat16: their products may be, too.
   if (layer.query.pairs()) arguments.precision = Precision::medium;

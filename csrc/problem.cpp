@@ -177,19 +177,42 @@ void place_per_batch(Problem& problem, Operand& operand, const char* function, c
   if (problem.batch_axes == 0) operand.data = static_cast<char*>(view.data);
 }
 
-// The lengths from `data` on, along the batch's axes from `axis` on.
+// Calls use(number) for every batch entry's number in `operand`, the integers at `data` being those of axis `axis`.
+template <class Use>
+void each_number(const Problem& problem, const Operand& operand, const Use& use, const char* data, int axis = 0) {
+  if (axis == problem.batch_axes) return use(integer_at(data));
+  // A broadcast axis may claim any extent, but holds one number.
+  const std::int64_t extent = operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis];
+  for (std::int64_t i = 0; i < extent; ++i)
+    each_number(problem, operand, use, data + i * operand.batch[axis], axis + 1);
+}
+
 void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
-                   std::int64_t limit, const char* limit_name, const char* data, int axis = 0) {
-  if (axis < problem.batch_axes) {
-    // Where the operand broadcasts, the batch may claim any extent without holding anything new.
-    const std::int64_t extent = operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis];
-    for (std::int64_t i = 0; i < extent; ++i)
-      check_lengths(problem, operand, function, name, limit, limit_name, data + i * operand.batch[axis], axis + 1);
-    return;
-  }
-  const std::int64_t length = integer_at(data);
-  if (length < 0 || length > limit)
-    refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
+                   std::int64_t limit, const char* limit_name) {
+  if (!operand || problem.batch == 0) return;
+  const auto check = [&](std::int64_t length) {
+    if (length < 0 || length > limit)
+      refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
+  };
+  each_number(problem, operand, check, operand.data);
+}
+
+bool depends_on_positions(const AttentionArguments& a) {
+  return a.causal || a.window_left >= 0 || a.window_right >= 0 || a.alibi_slopes || a.distance_bias || a.r;
+}
+
+// Fewer keys than queries are nearly always a right-padded batch. Aligning the last of all queries with the last valid
+// key would shift such a row without a word.
+void check_alignment(const Problem& problem, const AttentionArguments& a) {
+  if (!problem.kv_lens || problem.q_lens || problem.q_offset || a.keys == Keys::cached || problem.batch == 0) return;
+  if (!depends_on_positions(a)) return;
+  const auto check = [&](std::int64_t length) {
+    if (length < problem.q_len)
+      refuse(a.function, "kv_lens holds ", length, ", which is less than the ", problem.q_len,
+             " queries of q, so that it is unclear where they are: pass q_lens as well for padded queries, or "
+             "q_offset, the position of the first query");
+  };
+  each_number(problem, problem.kv_lens, check, problem.kv_lens.data);
 }
 
 void place_per_head(Problem& problem, const AttentionArguments& a) {
@@ -281,12 +304,11 @@ Problem make_problem(const AttentionArguments& a) {
   problem.window_left = std::min(a.window_left, far);
   problem.window_right = std::min(a.window_right, far);
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
-  if (problem.q_lens && problem.batch != 0)
-    check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "the length of q", problem.q_lens.data);
+  check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "the length of q");
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
-  if (problem.kv_lens && problem.batch != 0)
-    check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k",
-                  problem.kv_lens.data);
+  check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k");
+  if (a.keys == Keys::same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
+  check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
   problem.scale = a.has_scale ? a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
@@ -311,7 +333,7 @@ std::int64_t Problem::masked_from(std::int64_t b) const { return recent_mask ? k
 std::int64_t Problem::queries_of(std::int64_t b) const { return q_lens ? integer_at(at(q_lens, b)) : q_len; }
 
 std::int64_t Problem::offset_of(std::int64_t b) const {
-  return q_offset ? clamp_far(integer_at(at(q_offset, b))) : keys_of(b) - q_len;
+  return q_offset ? clamp_far(integer_at(at(q_offset, b))) : keys_of(b) - queries_of(b);
 }
 
 Shape out_shape(const Problem& problem) {

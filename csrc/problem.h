@@ -77,11 +77,15 @@ struct ByDistance {
 // What float32 products may be rounded to, where that is faster.
 enum class Precision : std::uint8_t { highest, high, medium };
 
+// Where the keys of a call come from, which decides how lengths align them with the queries.
+enum class Keys : std::uint8_t { separate, same_tokens, cached };
+
 // As received: shapes are not yet trusted.
 
 struct AttentionArguments {
   const char* function = "attention";  // whom messages name
   TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
+  Keys keys = Keys::separate;
   TensorView r, u, w;  // (num_heads, count, head_dim) or (count, head_dim); (num_heads, head_dim)
   std::int64_t r_origin = 0;
   TensorView distance_bias;  // (num_heads, count)

@@ -118,16 +118,16 @@ def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
 
 
 def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
-    """Return integers of any width as int64."""
+    """Return integers of any width as int64, in memory of their own: nobody changes them once they are checked."""
     array = as_array(function, name, value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
-    if array.dtype == np.uint64 and array.size:
-        # An axis of stride 0 may claim any length, but holds one number.
-        held = array[tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides)]
-        if int(held.max()) > np.iinfo(np.int64).max:
-            raise ValueError(f"{function}: {name} holds {int(held.max())}, which is beyond int64")
-    return array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64, copy=False)
+    # An axis of stride 0 may claim any length, but holds one number.
+    held = array[(*(slice(1) if stride == 0 else slice(None) for stride in array.strides), ...)]
+    if array.dtype == np.uint64 and held.size and int(held.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{function}: {name} holds {int(held.max())}, which is beyond int64")
+    own = held.astype(np.int64)
+    return own if own.shape == array.shape else np.broadcast_to(own, array.shape)
 
 
 def reals(function: str, name: str, value: Any) -> NDArray[np.float64]:

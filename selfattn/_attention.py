@@ -60,12 +60,14 @@ def attention(
     causal : bool, default False
         Key j is visible to query i iff ``j <= i + offset``.
     q_offset : int or integer array (B,), optional
-        The offset. By default ``kv_len − Sq``: the last query is aligned with the last valid key.
+        The offset, the position of query 0 among the keys. By default ``kv_len − q_len`` of each batch entry: its last
+        valid query is aligned with its last valid key.
     window : (left, right), optional
         Key j is visible iff ``−left <= j − (i + offset) <= right``, in tokens; None = unbounded on that side.
     q_lens, kv_lens : integer array (B,), optional
         Valid queries and keys of each batch entry. Rows from q_lens on give 0 (lse −inf); keys from kv_lens on
-        are hidden.
+        are hidden. A right-padded batch passes both. Where positions count (causal, window, alibi_slopes, t5),
+        kv_lens below Sq without q_lens or q_offset is a ValueError.
     scale : float, optional
         Factor of the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional

@@ -191,7 +191,9 @@ class SelfAttention:
         **options
             Those of `attention`, but for `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens, scale,
             softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads. Shapes are those of
-            heads: mask and bias broadcast to (..., H, S, Sk).
+            heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a cache the queries and keys are
+            the same tokens: kv_lens serves as q_lens as well, and query i is aligned with key i unless q_offset or
+            both lengths say otherwise.
 
         Returns
         -------

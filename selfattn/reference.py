@@ -35,13 +35,14 @@ def _distances(
     kv_len: int,
     batch: tuple[int, ...],
     q_offset: ArrayLike | None,
+    q_lens: ArrayLike | None,
     kv_lens: ArrayLike | None,
 ) -> NDArray[np.int64]:
     """j - (i + offset) for every pair, (*batch, 1, Sq, Sk) or broadcastable to it."""
-    keys = _per_batch(kv_lens, batch)
     offset = _per_batch(q_offset, batch)
     if offset is None:
-        offset = (np.int64(kv_len) if keys is None else keys) - np.int64(q_len)
+        queries, keys = _per_batch(q_lens, batch), _per_batch(kv_lens, batch)
+        offset = (np.int64(kv_len) if keys is None else keys) - (np.int64(q_len) if queries is None else queries)
     return np.asarray(np.arange(kv_len) - (np.arange(q_len)[:, None] + offset))
 
 
@@ -61,7 +62,7 @@ def visibility(
 ) -> NDArray[np.bool_]:
     """Return which key every query sees, (*batch, H, Sq, Sk)."""
     visible = np.ones((*batch, num_heads, q_len, kv_len), dtype=bool)
-    distance = _distances(q_len, kv_len, batch, q_offset, kv_lens)
+    distance = _distances(q_len, kv_len, batch, q_offset, q_lens, kv_lens)
     if causal:
         visible &= distance <= 0
     left, right = window or (None, None)
@@ -119,10 +120,17 @@ def attention(
     group = num_heads // max(k.shape[-3], 1)
     k, v = np.repeat(k, group, axis=-3), np.repeat(v, group, axis=-3)
     batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    limits: dict[str, Any] = {"q_offset": q_offset, "kv_lens": kv_lens}
-    visible = visibility(
-        q_len, kv_len, batch, num_heads, mask=mask, bias=bias, causal=causal, window=window, q_lens=q_lens, **limits
-    )
+    limits: dict[str, Any] = {"q_offset": q_offset, "q_lens": q_lens, "kv_lens": kv_lens}
+    visible = visibility(q_len, kv_len, batch, num_heads, mask=mask, bias=bias, causal=causal, window=window, **limits)
+    positions_count = causal or alibi_slopes is not None or t5 is not None or any(x is not None for x in window or ())
+    if (
+        positions_count
+        and kv_lens is not None
+        and q_lens is None
+        and q_offset is None
+        and np.any(np.less(kv_lens, q_len))
+    ):
+        raise ValueError("attention: kv_lens holds less than the queries of q: pass q_lens or q_offset as well")
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     with np.errstate(all="ignore"):
         products, sizes = np.matmul(q, k.swapaxes(-1, -2)), np.matmul(abs(q), abs(k).swapaxes(-1, -2))

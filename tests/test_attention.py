@@ -76,12 +76,12 @@ def test_options_along_several_leading_axes(
     options = every_option(rng, batch, heads, q_len, kv_len)
     check(q, k, v, layout=layout, causal=True, **options)
     for name, value in options.items():
-        full = {name: value}
+        full = {"q_offset": 0, name: value} if name == "kv_lens" else {name: value}
         check(q, k, v, layout=layout, causal=True, trivial=True, **full)
         if name == "sinks":
             continue
-        check(q, k, v, layout=layout, causal=True, trivial=True, **{name: value[0]})  # without its first axis
-        check(q, k, v, layout=layout, causal=True, trivial=True, **{name: value[:, :1]})
+        check(q, k, v, layout=layout, causal=True, trivial=True, **{**full, name: value[0]})  # without its first axis
+        check(q, k, v, layout=layout, causal=True, trivial=True, **{**full, name: value[:, :1]})
     out = np.zeros(sa.attention(q, k, v, layout=layout).shape, np.float32)
     assert sa.attention(q, k, v, layout=layout, out=out, **options) is out
     assert np.array_equal(out, sa.attention(q, k, v, layout=layout, **options))

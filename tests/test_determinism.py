@@ -48,22 +48,31 @@ def test_threads_do_not_matter(isa: str, rng: Any, shape: Any, options: Any, dty
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_batch_and_neighbours_do_not_matter(isa: str, rng: Any, shape: Any) -> None:
-    batch, heads, kv_heads, _q_len, kv_len, _ = shape
+    batch, heads, kv_heads, q_len, kv_len, _ = shape
     q, k, v = make(rng, shape)
     lengths = rng.integers(kv_len // 2, kv_len + 1, batch)
+    queries = np.minimum(lengths, q_len)
     bias = rng.standard_normal((batch, heads, 1, kv_len)).astype(np.float32)
     options: dict[str, Any] = {"causal": True, "return_lse": True, "num_threads": 2}
-    out, lse = sa.attention(q, k, v, kv_lens=lengths, bias=bias, **options)
+    out, lse = sa.attention(q, k, v, q_lens=queries, kv_lens=lengths, bias=bias, **options)
     group = heads // kv_heads
     for b in range(batch):
         one = slice(b, b + 1)
-        alone = sa.attention(q[one], k[one], v[one], kv_lens=lengths[one], bias=bias[one], **options)
+        alone = sa.attention(
+            q[one], k[one], v[one], q_lens=queries[one], kv_lens=lengths[one], bias=bias[one], **options
+        )
         assert same(alone, (out[one], lse[one]))
         for h in range(kv_heads):
             heads_of = slice(h * group, (h + 1) * group)
             kv = slice(h, h + 1)
             part = sa.attention(
-                q[one, heads_of], k[one, kv], v[one, kv], kv_lens=lengths[one], bias=bias[one, heads_of], **options
+                q[one, heads_of],
+                k[one, kv],
+                v[one, kv],
+                q_lens=queries[one],
+                kv_lens=lengths[one],
+                bias=bias[one, heads_of],
+                **options,
             )
             assert same(part, (out[one, heads_of], lse[one, heads_of]))
 

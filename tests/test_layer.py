@@ -226,8 +226,25 @@ def test_batch_and_threads_do_not_matter(isa: str, make: Any, normal: Any) -> No
         assert np.array_equal(layer(x[b], causal=True), wanted[b])
     padded = np.concatenate([x, np.full((5, 30, 96), np.nan, np.float32)], axis=1)
     lengths = np.full(5, 120)
-    found = layer(padded, kv_lens=lengths, causal=True, q_offset=np.zeros(5, int))
-    assert np.array_equal(found[:, :120], wanted)
+    for options in ({}, {"q_lens": lengths}, {"q_offset": np.zeros(5, int)}):
+        assert np.array_equal(layer(padded, kv_lens=lengths, causal=True, **options)[:, :120], wanted)
+
+
+def test_padded_tokens_of_a_layer_keep_their_positions(isa: str, make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(24, 4, 2, 8, 8, 24), num_heads=4, num_kv_heads=2)
+    x, lengths = normal(2, 6, 24), [6, 4]
+    table = normal(8, 4)
+    for options in (
+        {"causal": True}, {"window": (1, 0)}, {"alibi_slopes": sa.alibi_slopes(4)}, {"t5": sa.T5Bias(table)}
+    ):  # fmt: skip
+        found = layer(x, kv_lens=lengths, **options)
+        assert np.array_equal(found, layer(x, kv_lens=lengths, q_lens=lengths, **options))
+        for b, length in enumerate(lengths):
+            close(found[b, :length], layer(x[b, :length], **options))
+    # Valid queries alone, over all keys: still query i is key i.
+    close(layer(x, q_lens=lengths, causal=True)[1, :4], layer(x[1, :4], causal=True))
+    with pytest.raises(ValueError, match=r"SelfAttention: kv_lens holds 7, which is outside 0\.\.6"):
+        layer(x, kv_lens=[6, 7], causal=True)
 
 
 def test_threads_copy_odd_inputs_for_themselves(isa: str, make: Any, normal: Any) -> None:

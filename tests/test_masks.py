@@ -68,6 +68,33 @@ def test_lengths(isa: str, check: Any, rng: Any, shape: Any) -> None:
     check(*arrays(rng, shape), kv_lens=kv_len // 3, q_lens=q_len, causal=True, trivial=True)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": (2, 1)},
+        {"window": (None, 0)},
+        {"alibi_slopes": np.array([0.5, 0.1])},
+        {"t5": sa.T5Bias(np.linspace(-1, 1, 64).reshape(32, 2))},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("q_len", [6, 60])
+def test_right_padded_rows_are_as_if_alone(isa: str, check: Any, normal: Any, options: Any, q_len: int) -> None:
+    q, k, v = normal(2, 2, q_len, 8), normal(2, 2, q_len, 8), normal(2, 2, q_len, 8)
+    lengths = [q_len, q_len - 2]
+    out = check(q, k, v, q_lens=lengths, kv_lens=lengths, **options)
+    for b, length in enumerate(lengths):
+        alone = sa.attention(*(x[b, :, :length] for x in (q, k, v)), **options)
+        assert np.allclose(out[b, :, :length], alone, rtol=0, atol=1e-6)
+    for call in (sa.attention, sa.explain, reference.attention):
+        with pytest.raises(ValueError, match=r"kv_lens holds .*q_lens.*q_offset"):
+            call(q, k, v, kv_lens=lengths, **options)
+    check(q, k, v, kv_lens=lengths)  # where positions do not count, lengths of keys are enough
+    check(q, k, v, kv_lens=lengths, q_offset=0, **options)
+    check(q[:, :, :3], k, v, kv_lens=lengths, **options)  # the newest queries of longer sequences
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_everything_at_once(isa: str, check: Any, rng: Any, shape: Any) -> None:
     batch, heads, _, q_len, kv_len = shape
@@ -83,7 +110,10 @@ def test_everything_at_once(isa: str, check: Any, rng: Any, shape: Any) -> None:
     }
     for count in range(1, len(parts) + 1):
         for names in itertools.islice(itertools.combinations(parts, count), 0, None, 3):
-            check(*arrays(rng, shape, 4), trivial=True, **{name: parts[name] for name in names})
+            options = {name: parts[name] for name in names}
+            if "kv_lens" in options:  # rows may be shorter than q, which then must be said of the queries as well
+                options["q_lens"] = np.minimum(options["kv_lens"], q_len)
+            check(*arrays(rng, shape, 4), trivial=True, **options)
 
 
 @pytest.mark.parametrize("q_len", [1, 20, 130])

@@ -54,6 +54,8 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
         options["bias"] = rng.standard_normal(broadcast()).astype(draw(st.sampled_from(TYPES)))
     if draw(st.booleans()):
         options["kv_lens"] = rng.integers(0, kv_len + 1, batch)
+        if "q_offset" not in options:  # lengths below q_len are ambiguous without q_lens
+            options["q_lens"] = rng.integers(0, q_len + 1, batch)
     if draw(st.booleans()):
         options["q_lens"] = rng.integers(0, q_len + 1, batch)
     if draw(st.booleans()):

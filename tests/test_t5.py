@@ -47,7 +47,8 @@ def test_places_follow_offset_and_lengths(
         offset = rng.integers(-5, shape[4], shape[0])
     t5 = sa.T5Bias(table(shape[1], 6), max_distance=20)
     check(*arrays(shape), t5=t5, q_offset=offset, trivial=True)
-    check(*arrays(shape), t5=t5, q_offset=offset, kv_lens=rng.integers(0, shape[4] + 1, shape[0]), trivial=True)
+    lengths = {"q_lens": rng.integers(0, shape[3] + 1, shape[0]), "kv_lens": rng.integers(0, shape[4] + 1, shape[0])}
+    check(*arrays(shape), t5=t5, q_offset=offset, **lengths, trivial=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -67,7 +67,7 @@ class Definition {
     Exact exact{std::vector<Wide>(static_cast<std::size_t>(value_dim_)), {}, {}, -infinity, 0};
     exact.magnitude = exact.out;
     exact.weights.assign(static_cast<std::size_t>(kv_len_), 0);
-    const Wide queries = c_.q_lens ? element(c_.q_lens, per_batch(row)) : static_cast<Wide>(q_len_);
+    const Wide queries = this->queries(row);
     if (static_cast<Wide>(row.query) >= queries) return exact;
     std::vector<Wide> scores(static_cast<std::size_t>(kv_len_), -infinity);
     Wide peak = c_.sinks ? element(c_.sinks, {row.head}) : -infinity;
@@ -134,26 +134,27 @@ class Definition {
   }
   Extents per_batch(const Row& row) const { return row.batch.empty() ? Extents{0} : row.batch; }
 
-  // The key that the last query stands at, unless q_offset says otherwise, less that query.
-  Wide newest(const Row& row) const {
-    const Wide keys = c_.kv_lens ? element(c_.kv_lens, per_batch(row)) : static_cast<Wide>(kv_len_);
-    return keys - static_cast<Wide>(q_len_);
+  Wide keys(const Row& row) const {
+    return c_.kv_lens ? element(c_.kv_lens, per_batch(row)) : static_cast<Wide>(kv_len_);
+  }
+  Wide queries(const Row& row) const {
+    return c_.q_lens ? element(c_.q_lens, per_batch(row)) : static_cast<Wide>(q_len_);
   }
 
   Wide distance(const Row& row, std::int64_t j) const {
-    const Wide offset = c_.q_offset ? element(c_.q_offset, per_batch(row)) : newest(row);
+    const Wide offset = c_.q_offset ? element(c_.q_offset, per_batch(row)) : keys(row) - queries(row);
     return static_cast<Wide>(j) - (static_cast<Wide>(row.query) + offset);
   }
 
   bool masked(const Row& row, std::int64_t j) const {
-    const std::int64_t column = c_.options.recent_mask ? j - static_cast<std::int64_t>(newest(row)) : j;
+    const std::int64_t column = c_.options.recent_mask ? j - static_cast<std::int64_t>(keys(row)) + q_len_ : j;
     return column >= 0 && element(c_.mask, scores(row, column)) == 0;
   }
 
   bool visible(const Row& row, std::int64_t j) const {
     const AttentionArguments& o = c_.options;
     const Wide away = distance(row, j);
-    if (c_.kv_lens && static_cast<Wide>(j) >= element(c_.kv_lens, per_batch(row))) return false;
+    if (static_cast<Wide>(j) >= keys(row)) return false;
     if (c_.kv_starts && static_cast<Wide>(j) < element(c_.kv_starts, per_batch(row))) return false;
     if (o.causal && away > 0) return false;
     if (o.window_left >= 0 && away < -static_cast<Wide>(o.window_left)) return false;

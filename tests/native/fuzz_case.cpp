@@ -311,6 +311,8 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   // Last, so that what older inputs mean does not change.
   if (d.computable && !spoiled)
     read_distances(bytes, narrow_bias & 64, narrow_bias & 128, kv_dtype, sizes, values, d.input);
+  // Lengths of keys alone may leave open where the queries are.
+  if (d.input.kv_lens && !d.input.q_lens && !d.input.q_offset) d.valid = false;
   return d;
 }
 

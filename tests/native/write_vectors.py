@@ -135,6 +135,7 @@ def scores(m: Maker) -> Iterator[Case]:
             bias=m.normal(6, 1, 150),
             causal=True,
             window=(90, None),
+            q_lens=np.array([q_len, 2]),
             kv_lens=np.array([150, 77]),
             scale=0.5,
             softcap=4.0,
