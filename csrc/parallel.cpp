@@ -7,6 +7,8 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -32,10 +34,13 @@ Backend choose_backend() {
   constexpr Backend built = Backend::threads;
 #endif
   const char* name = std::getenv("SELFATTN_PARALLEL");
-  if (!name) return built;
+  if (!name || !*name) return built;
   if (std::strcmp(name, "serial") == 0) return Backend::serial;
   if (std::strcmp(name, "threads") == 0) return Backend::threads;
-  return built;
+  constexpr bool has_openmp = built == Backend::openmp;
+  if (has_openmp && std::strcmp(name, "openmp") == 0) return built;
+  throw std::invalid_argument("SELFATTN_PARALLEL: '" + std::string(name) + "' is not a back end of this build; it has " +
+                              (has_openmp ? "openmp, " : "") + "threads, serial");
 }
 
 Backend backend() {

@@ -98,8 +98,6 @@ const KernelSet& active_kernels() {
   return *kernels;
 }
 
-void select_kernels(const std::string& name) {
-  active.store(name.empty() ? &default_kernels() : &kernels_named(name), std::memory_order_relaxed);
-}
+void select_kernels(const std::string& name) { active.store(&kernels_named(name), std::memory_order_relaxed); }
 
 }  // namespace selfattn

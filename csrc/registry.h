@@ -17,7 +17,7 @@ const std::vector<const KernelSet*>& available_kernels();
 // The set in use: SELFATTN_ISA's, else the best. Throws std::invalid_argument if SELFATTN_ISA names none of them.
 const KernelSet& active_kernels();
 
-// Puts another set in use, for the whole process; an empty name returns to the default.
+// Puts another set in use, for the whole process.
 void select_kernels(const std::string& name);
 
 const KernelSet& kernels_named(const std::string& name);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 
 from . import _idle as _idle  # first: it loads the core
+from . import reference as reference
 from ._attention import attention, explain
 from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache

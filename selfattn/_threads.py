@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import _core
-from ._arguments import thread_count
+from ._arguments import choice, thread_count
+
+# A misspelt SELFATTN_ISA or SELFATTN_PARALLEL is an error here, at import, not in the first call.
+_core.active_isa()
+_core.parallel_backend()
 
 
 def set_num_threads(n: int | None) -> None:
@@ -46,7 +50,7 @@ def isas() -> list[str]:
 
 
 def active_isa() -> str:
-    """Return the instruction set in use: that of the environment's ``SELFATTN_ISA``, else the best."""
+    """Return the instruction set in use: the one that ``SELFATTN_ISA`` names, or the best if that is unset or empty."""
     return str(_core.active_isa())
 
 
@@ -62,8 +66,9 @@ def use_isa(name: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        This machine cannot run it.
+        This machine cannot run it, or no such set exists.
     """
+    choice("use_isa", "name", name, tuple(isas()))
     before = active_isa()
     _core.select_isa(name)
     try:

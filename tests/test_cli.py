@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,28 @@ def test_module_runs_as_a_command(tmp_path):
         check=True,
     )
     assert json.loads(done.stdout)["config"]
+
+
+@pytest.mark.parametrize(
+    ("in_sources", "message"),
+    [(True, "Python found the source code in {folder}"), (False, "{folder} has no compiled core for Python 3.")],
+)
+def test_a_missing_core_says_what_to_do(tmp_path, run_python, in_sources, message):
+    folder = tmp_path / "elsewhere" / "selfattn"
+    sources = Path(selfattn.__file__).parent
+    shutil.copytree(sources, folder, ignore=shutil.ignore_patterns("_core*", "__pycache__"))
+    if in_sources:
+        (folder.parent / "csrc").mkdir()
+    # An editable install finds its modules through sys.meta_path.
+    code = f"""
+        import sys
+        sys.meta_path = [finder for finder in sys.meta_path if "_editable_" not in repr(finder)]
+        sys.path.insert(0, {str(folder.parent)!r})
+        import selfattn
+    """
+    printed = run_python(code, expected_exit=1)
+    assert "ImportError: selfattn: " + message.format(folder=folder) in printed
+    assert "circular" not in printed
 
 
 def test_version(capsys):

@@ -25,10 +25,21 @@ def test_the_environment_chooses(run_python: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "vax"])
 def test_an_unknown_name_is_a_clear_error(run_python: Any, name: str) -> None:
-    code = "import numpy as np, selfattn as sa; x = np.ones((2, 2)); sa.attention(x, x, x)"
-    printed = run_python(code, expected_exit=1, SELFATTN_ISA=name)
+    printed = run_python("import selfattn", expected_exit=1, SELFATTN_ISA=name)
     assert f"ValueError: SELFATTN_ISA: '{name}' is not an instruction set that this machine can run" in printed
     assert ", ".join(sa.isas()) in printed
+
+
+@pytest.mark.parametrize("name", ["thread", "OpenMP", " serial"])
+def test_an_unknown_back_end_is_a_clear_error(run_python: Any, name: str) -> None:
+    printed = run_python("import selfattn", expected_exit=1, SELFATTN_PARALLEL=name)
+    assert f"ValueError: SELFATTN_PARALLEL: '{name}' is not a back end of this build; it has " in printed
+    assert "threads, serial" in printed
+
+
+def test_empty_settings_are_none(run_python: Any) -> None:
+    code = "import selfattn as sa; print(sa.active_isa(), sa.show_runtime(mode='dicts')['parallel'])"
+    assert run_python(code, SELFATTN_ISA="", SELFATTN_PARALLEL="") == run_python(code)
 
 
 def test_use_isa_returns_to_what_was() -> None:
@@ -39,8 +50,9 @@ def test_use_isa_returns_to_what_was() -> None:
             raise RuntimeError
         assert sa.active_isa() == "portable"
     assert sa.active_isa() == before
-    with pytest.raises(ValueError, match="'mmx' is not an instruction set"), sa.use_isa("mmx"):
-        pass
+    for unknown in ("mmx", "", None):
+        with pytest.raises(ValueError, match=f"use_isa: name is {unknown!r}, but it must be one of "):
+            sa.use_isa(unknown).__enter__()
     assert sa.active_isa() == before
 
 
@@ -88,3 +100,7 @@ def test_self_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert config is not None
     assert set(sa.isas()) <= set(config["isas"])
     assert config["version"] == sa.__version__
+
+
+def test_the_specification_comes_with_the_package(run_python: Any) -> None:
+    assert run_python("import selfattn as sa; print(sa.reference.attention.__name__)").strip() == "attention"
