@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._arguments import whole_number
+from ._picture import Picture, fit, num_columns, read, read_style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LARGEST = 512  # tokens along an axis; more are shown as the largest weight of each group
 _LABELLED = 64  # tokens along an axis that still get their names
+_LEAST = 1e-4  # the darkest weight of a logarithmic scale
+_MARGIN = 20  # columns for names in a terminal
 _SHADES = " ░▒▓█"
+_HIDDEN, _NOT_FINITE = "·", "!"  # in a terminal, in place of a shade
+_LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a token is no mathematics
 
 
 def heatmap(
@@ -50,8 +57,8 @@ def heatmap(
     log : bool, default False
         Logarithmic colours, from 1e-4.
     mask : array_like of bool, optional
-        True = attend, (Sq, Sk) or what broadcasts to it. What is hidden is drawn grey and hatched, so that it
-        differs from a weight of 0.
+        True = attend, (Sq, Sk) or what broadcasts to it. Hidden pairs are drawn grey and hatched, so that they
+        differ from a weight of 0.
     vmax : float, optional
         Weight of the brightest colour, to share one scale among several pictures. Default: the largest weight.
 
@@ -63,39 +70,46 @@ def heatmap(
     ------
     ImportError
         matplotlib is missing.
-    ValueError
-        Shapes or numbers of tokens that do not fit.
+    TypeError, ValueError
+        Arguments that do not fit; the message names the argument and its value.
 
     Notes
     -----
-    Above 512 tokens along an axis, groups of neighbours are drawn as their largest weight, and the title says so.
+    Tokens and title are shown literally: a ``$`` starts no mathematics, and characters that cannot be seen, such as a
+    newline, appear as their escapes (``\\n``). NaN and infinite weights are red. Above 512 tokens along an axis,
+    groups of neighbours are drawn as their largest weight. The title says when either is the case.
     """
     try:
         import matplotlib
-        from matplotlib.colors import LogNorm, Normalize
+        from matplotlib.colors import ListedColormap, LogNorm, Normalize
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
     except ImportError as error:
         raise ImportError('viz.heatmap needs matplotlib: pip install "selfattn[viz]"') from error
-    picture = _matrix("heatmap", weights, head)
-    rows, columns = _names("heatmap", picture, tokens, key_tokens)
-    hidden = np.zeros(picture.shape, bool) if mask is None else ~_mask("heatmap", mask, picture.shape)
-    steps = [-(-size // _LARGEST) for size in picture.shape]
-    picture, hidden = _largest(picture, steps), ~_largest(~hidden, steps)
+    picture = read("heatmap", weights, head, tokens, key_tokens, mask)
+    title, log, vmax = read_style("heatmap", title, log, vmax)
+    steps = [-(-size // _LARGEST) for size in picture.weights.shape]
+    cells, hidden = _largest(picture.weights, steps), ~_largest(~picture.hidden, steps)
+    strange = ~np.isfinite(cells) & ~hidden
     if ax is None:
         ax = Figure(figsize=(7, 6), layout="constrained").add_subplot()
-    top = float(vmax if vmax is not None else np.nanmax(picture, initial=0)) or 1.0
+    top = vmax or _top(cells)
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
-    norm = LogNorm(1e-4, max(top, 1e-3), clip=True) if log else Normalize(0, top)
-    image = ax.imshow(np.ma.MaskedArray(picture, hidden), cmap=colours, norm=norm, aspect="auto", interpolation="none")
+    norm = LogNorm(_LEAST, max(top, 10 * _LEAST), clip=True) if log else Normalize(0, top)
+    how: dict[str, Any] = {"aspect": "auto", "interpolation": "none"}
+    image = ax.imshow(np.ma.MaskedArray(cells, hidden), cmap=colours, norm=norm, **how)
+    if strange.any():
+        ax.imshow(np.ma.MaskedArray(np.ones(cells.shape), ~strange), cmap=ListedColormap(["tab:red"]), **how)
     for query, key in np.argwhere(hidden) if hidden.sum() <= 4096 else ():
         ax.add_patch(Rectangle((key - 0.5, query - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
     ax.figure.colorbar(image, ax=ax, label="attention weight", shrink=0.9)
-    _label(ax, rows, columns, steps)
-    notes = [title or f"attention weights{'' if head is None else f', head {head}'}"]
+    _label(ax, picture, steps)
+    notes = [title or "attention weights" + _of_head(picture.head)]
     if max(steps) > 1:
         notes.append(f"largest of {steps[0]} × {steps[1]} neighbours")
-    ax.set_title("\n".join(notes))
+    if strange.any():
+        notes.append("red: NaN or infinite")
+    ax.set_title("\n".join(notes), **_LITERAL)
     return ax
 
 
@@ -106,6 +120,10 @@ def text(
     key_tokens: Sequence[str] | None = None,
     head: int | str | None = None,
     width: int = 100,
+    title: str | None = None,
+    log: bool = False,
+    mask: ArrayLike | None = None,
+    vmax: float | None = None,
 ) -> str:
     """Draw attention weights with block characters, for a terminal.
 
@@ -115,77 +133,80 @@ def text(
         As for `heatmap`.
     width : int, default 100
         Columns of the terminal; keys beyond it are drawn as the largest weight of a group.
+    title : str, optional
+        Replaces "attention weights" at the start of the headline.
+    log, mask, vmax
+        As for `heatmap`. Hidden pairs are drawn as ``·``.
 
     Returns
     -------
     str
         A headline (shape, dtype, head, share of the first token, largest deviation of a row's sum from 1), then a line
-        per query: its name, its weights relative to the largest one, and its entropy in bits.
+        per query: its name, its weights relative to the largest one, and its entropy in bits. Weights that are NaN or
+        infinite are drawn as ``!``, and the headline counts them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Arguments that do not fit; the message names the argument and its value.
+
+    Notes
+    -----
+    Tokens cannot control the terminal: characters that cannot be seen, such as a newline or an escape, appear as their
+    escapes (``\\n``, ``\\x1b``). Names are aligned by their width in a terminal.
     """
-    picture = _matrix("text", weights, head)
-    rows, _ = _names("text", picture, tokens, key_tokens)
-    names = rows or [str(i) for i in range(picture.shape[0])]
-    margin = min(max((len(name) for name in names), default=0), 20)
-    step = max(1, -(-picture.shape[1] // max(width - margin - 16, 1)))
-    cells = _largest(picture, [1, step])
-    sums = picture.sum(axis=1)
-    seeing = sums[sums > 0]
-    deviation = float(np.max(abs(seeing - 1), initial=0))
-    first = float(picture[:, 0].mean()) if picture.size else 0.0
-    lines = [
-        f"attention weights {picture.shape[0]} × {picture.shape[1]}, {np.asarray(weights).dtype}"
-        + ("" if head is None else f", head {head}")
-        + f"; first token {100 * first:.0f} %, row sums within {deviation:.1e} of 1"
-        + (f"; one character is the largest of {step} keys" if step > 1 else "")
-    ]
-    top = float(np.nanmax(cells, initial=0)) or 1.0
-    for name, cell, row in zip(names, cells, picture, strict=True):
-        shades = np.ceil(np.nan_to_num(cell) / top * (len(_SHADES) - 1)).astype(int).clip(0, len(_SHADES) - 1)
+    picture = read("text", weights, head, tokens, key_tokens, mask)
+    title, log, vmax = read_style("text", title, log, vmax)
+    width = whole_number("text", "width", width, 1)
+    names = picture.rows or [str(i) for i in range(picture.weights.shape[0])]
+    margin = min(max(map(num_columns, names), default=0), _MARGIN)
+    step = max(1, -(-picture.weights.shape[1] // max(width - margin - 16, 1)))
+    cells, hidden = _largest(picture.weights, [1, step]), ~_largest(~picture.hidden, [1, step])
+    shades = np.array(list(_SHADES))[_levels(cells, vmax or _top(cells), log)]
+    shades[~np.isfinite(cells)] = _NOT_FINITE
+    shades[hidden] = _HIDDEN
+    lines = [_headline(picture, title, step)]
+    for name, cell, row in zip(names, shades, picture.weights, strict=True):
         bits = abs(float(np.sum(row * np.log2(np.where(row > 0, row, 1)))))
-        lines.append(f"{name[:margin]:>{margin}} │{''.join(_SHADES[s] for s in shades)}│ {bits:4.1f} bit")
+        lines.append(f"{fit(name, margin)} │{''.join(cell)}│ {bits:4.1f} bit")
     return "\n".join(lines)
 
 
-def _matrix(function: str, weights: ArrayLike, head: int | str | None) -> NDArray[Any]:
-    array = np.asarray(weights)
-    if array.ndim == 3 and head is None and array.shape[0] == 1:
-        head = 0
-    if array.ndim == 3 and head == "mean":
-        return np.asarray(array.mean(axis=0))
-    if array.ndim == 3 and isinstance(head, (int, np.integer)):
-        if not -array.shape[0] <= head < array.shape[0]:
-            raise ValueError(f"{function}: head is {head}, but weights has {array.shape[0]} heads")
-        return np.asarray(array[head])
-    if array.ndim == 3:
-        raise ValueError(f'{function}: weights has {array.shape[0]} heads: choose one with head=, or head="mean"')
-    if array.ndim != 2:
-        raise ValueError(f"{function}: weights has shape {array.shape}, but (Sq, Sk) or (H, Sq, Sk) is needed")
-    return array
+def _headline(picture: Picture, title: str | None, step: int) -> str:
+    weights = picture.weights
+    strange = int(np.sum(~np.isfinite(weights)))
+    first = weights[:, :1][np.isfinite(weights[:, :1])]
+    sums = weights.sum(axis=1)
+    seeing = sums[np.isfinite(sums) & (sums > 0)]
+    parts = [
+        f"{title or 'attention weights'} {weights.shape[0]} × {weights.shape[1]}, {picture.dtype}"
+        + _of_head(picture.head),
+        f"first token {100 * float(first.mean()) if first.size else 0.0:.0f} %, "
+        f"row sums within {float(np.max(abs(seeing - 1), initial=0)):.1e} of 1",
+    ]
+    if step > 1:
+        parts.append(f"one character is the largest of {step} keys")
+    if picture.hidden.any():
+        parts.append(f"{_HIDDEN} is hidden")
+    if strange:
+        parts.append(f"{_NOT_FINITE} is NaN or infinite ({strange} weights)")
+    return "; ".join(parts)
 
 
-def _mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    array = np.asarray(mask)
-    if array.dtype != bool:
-        raise TypeError(f"{function}: mask has dtype {array.dtype}, but bool is needed, True = attend")
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError:
-        raise ValueError(f"{function}: mask has shape {array.shape}, which does not broadcast to {shape}") from None
+def _levels(cells: NDArray[Any], top: float, log: bool) -> NDArray[np.intp]:
+    """Return the index of each weight's shade."""
+    cells = np.where(np.isfinite(cells), cells, 0)
+    if log:
+        cells, top = np.log(np.maximum(cells, _LEAST) / _LEAST), np.log(max(top, 10 * _LEAST) / _LEAST)
+    return np.ceil(np.clip(cells / top, 0, 1) * (len(_SHADES) - 1)).astype(np.intp)
 
 
-def _names(
-    function: str, picture: NDArray[Any], tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
-) -> tuple[list[str] | None, list[str] | None]:
-    queries, keys = picture.shape
-    if key_tokens is None and tokens is not None and queries == keys:
-        key_tokens = tokens
-    for name, given, wanted in (("tokens", tokens, queries), ("key_tokens", key_tokens, keys)):
-        if given is not None and len(given) != wanted:
-            raise ValueError(f"{function}: {name} has {len(given)} entries, but weights has {wanted}")
-    return (
-        None if tokens is None else [str(t) for t in tokens],
-        None if key_tokens is None else [str(t) for t in key_tokens],
-    )
+def _top(cells: NDArray[Any]) -> float:
+    return float(np.max(cells, initial=0, where=np.isfinite(cells))) or 1.0
+
+
+def _of_head(head: int | str | None) -> str:
+    return "" if head is None else f", head {head}"
 
 
 def _largest(array: NDArray[Any], steps: Sequence[int]) -> NDArray[Any]:
@@ -196,14 +217,16 @@ def _largest(array: NDArray[Any], steps: Sequence[int]) -> NDArray[Any]:
     return array
 
 
-def _label(ax: Axes, rows: list[str] | None, columns: list[str] | None, steps: Sequence[int]) -> None:
+def _label(ax: Axes, picture: Picture, steps: Sequence[int]) -> None:
+    rows, columns = picture.rows, picture.columns
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     if columns is not None and len(columns) <= _LABELLED:
-        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        ax.set_xticks(range(len(columns)), columns, **slanted, **_LITERAL)
     elif steps[1] > 1:
         ax.set_xlabel(f"key / {steps[1]}")
     if rows is not None and len(rows) <= _LABELLED:
-        ax.set_yticks(range(len(rows)), rows)
+        ax.set_yticks(range(len(rows)), rows, **_LITERAL)
     elif steps[0] > 1:
         ax.set_ylabel(f"query / {steps[0]}")

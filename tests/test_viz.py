@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,111 @@ def test_makes_its_own_figure_and_leaves_pyplot_alone() -> None:
 def test_errors(figure: Any, arguments: Any, exception: Any, message: str) -> None:
     with pytest.raises(exception, match="heatmap: " + message):
         viz.heatmap(**{"weights": WEIGHTS, "ax": figure.add_subplot(), **arguments})
+
+
+@pytest.mark.parametrize("draw", ["heatmap", "text"])
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [
+        ({"weights": np.zeros((3, 3), "U1")}, TypeError, "weights has dtype <U1, but real numbers are needed"),
+        ({"tokens": 3}, TypeError, "tokens is 3, but a sequence of strings is needed"),
+        ({"head": 1}, ValueError, r"head is 1, but weights has shape \(3, 3\), without heads"),
+        ({"weights": WEIGHTS[None].repeat(2, 0), "head": True}, ValueError, "weights has 2 heads, but head is True"),
+        ({"title": 7}, TypeError, "title is 7, but a string is needed"),
+        ({"log": 1}, TypeError, "log is 1, but True or False is needed"),
+        ({"vmax": "1"}, TypeError, "vmax is '1', but a real number is needed"),
+        ({"vmax": 0.0}, ValueError, "vmax is 0.0, but it must be greater than 0"),
+        ({"mask": np.zeros((2, 3), bool)}, ValueError, r"mask has shape \(2, 3\)"),
+    ],
+)
+def test_both_refuse_the_same(draw: str, arguments: Any, exception: Any, message: str) -> None:
+    if draw == "heatmap":
+        pytest.importorskip("matplotlib")
+    with pytest.raises(exception, match=f"{draw}: {message}"):
+        getattr(viz, draw)(**{"weights": WEIGHTS, **arguments})
+    with pytest.raises(ValueError, match="text: width is 0, but it must be at least 1"):
+        viz.text(WEIGHTS, width=0)
+
+
+STRANGE = ["$$", "US$1 and US$2", "\x1b[2J\n\t\0\x9b", "\u202egnorw\u200b\ufeff\ud800\u2028"]
+SEEN = ["$$", "US$1 and US$2", r"\x1b[2J\n\t\x00\x9b", r"\u202egnorw\u200b\ufeff\ud800\u2028"]
+
+
+def test_tokens_are_shown_literally(figure: Any, tmp_path: Path) -> None:
+    ax = viz.heatmap(np.eye(4), STRANGE, ax=figure.add_subplot(), title="$$ \x1b\nof $x$")
+    figure.savefig(tmp_path / "picture.png")
+    assert ax.get_title() == "$$ \\x1b\nof $x$"
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [label.get_text() for label in labels] == SEEN
+        assert not any(label.get_parse_math() or label.get_usetex() for label in labels)
+    assert not ax.title.get_parse_math()
+
+
+def test_text_has_no_control_characters() -> None:
+    lines = viz.text(np.eye(4), STRANGE, title="\x1b]0;\a\n").split("\n")
+    assert lines[0].startswith(r"\x1b]0;\x07\n 4 × 4")
+    assert all(line.isprintable() for line in lines)
+    assert [line.split(" │")[0].strip() for line in lines[1:]] == [seen[:20] for seen in SEEN]
+
+
+def test_text_aligns_by_width() -> None:
+    tokens = ["去年挪威去年挪威去年挪威", "e\u0301te\u0301", "ｗ", "a" * 30]
+    lines = viz.text(np.eye(4), tokens).splitlines()[1:]
+    assert [line.split(" │")[0] for line in lines] == [
+        "去年挪威去年挪威去年",
+        " " * 17 + "e\u0301te\u0301",
+        " " * 18 + "ｗ",
+        "a" * 20,
+    ]
+
+
+def test_weights_of_other_libraries(figure: Any) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    expected = viz.text(WEIGHTS, TOKENS).splitlines()[1:]
+    for name, weights in {
+        "float16": WEIGHTS.astype(np.float16),
+        "bfloat16": WEIGHTS.astype(ml_dtypes.bfloat16),
+    }.items():
+        lines = viz.text(weights, TOKENS).splitlines()
+        assert f", {name}; " in lines[0]
+        assert lines[1:] == expected
+        assert np.array_equal(viz.heatmap(weights, ax=figure.add_subplot()).images[0].get_array(), WEIGHTS)
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        tensor = torch.tensor(WEIGHTS, dtype=dtype)
+        assert viz.text(tensor, TOKENS, mask=torch.ones(3, dtype=torch.bool)).splitlines()[1:] == expected
+        assert np.array_equal(viz.heatmap(tensor, ax=figure.add_subplot()).images[0].get_array(), WEIGHTS)
+
+
+def test_nan_is_seen(figure: Any) -> None:
+    weights = WEIGHTS.copy()
+    weights[1] = np.nan
+    weights[2, 0] = np.inf
+    mask = np.array([[True, False, False], [True, True, False], [True, True, True]])
+    lines = viz.text(weights, TOKENS, mask=mask).splitlines()
+    assert [line.split("│")[1] for line in lines[1:]] == ["█··", "!!·", "!░░"]
+    assert lines[0].endswith("; · is hidden; ! is NaN or infinite (3 weights)")
+    assert "nan %" not in lines[0]
+    ax = viz.heatmap(weights, TOKENS, mask=mask, ax=figure.add_subplot())
+    assert ax.get_title().endswith("red: NaN or infinite")
+    strange = ~np.ma.getmaskarray(ax.images[1].get_array())
+    assert np.array_equal(strange, ~np.isfinite(weights) & mask)
+    red, grey = ax.images[1].cmap(0.5), ax.images[0].cmap.get_bad()
+    assert not np.array_equal(red, grey)
+    assert ax.images[0].norm.vmax == 1
+    assert len(viz.heatmap(WEIGHTS, ax=figure.add_subplot()).images) == 1
+
+
+def test_text_takes_the_scale_of_heatmap() -> None:
+    def shades(**options: Any) -> list[str]:
+        return [
+            line.split("│")[1] for line in viz.text([[1.0, 0.1, 1e-2, 1e-3, 1e-4, 0.0]], **options).splitlines()[1:]
+        ]
+
+    assert shades() == ["█░░░░ "]
+    assert shades(log=True) == ["█▓▒░  "]
+    assert shades(vmax=4.0) == ["░░░░░ "]
+    assert viz.text(WEIGHTS, title="layer 3").startswith("layer 3 3 × 3, float64; first")
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

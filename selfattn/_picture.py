@@ -1,0 +1,126 @@
+"""What `viz` draws: its arguments, checked, and names that are safe to show."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ._arguments import as_array, flag, is_float, real
+
+
+class Picture(NamedTuple):
+    weights: NDArray[Any]  # (Sq, Sk), of a type that NumPy computes with; 0 where hidden
+    hidden: NDArray[np.bool_]  # (Sq, Sk)
+    rows: list[str] | None
+    columns: list[str] | None
+    dtype: np.dtype[Any]  # as given
+    head: int | str | None
+
+
+def read(
+    function: str,
+    weights: ArrayLike,
+    head: int | str | None,
+    tokens: Sequence[str] | None,
+    key_tokens: Sequence[str] | None,
+    mask: ArrayLike | None,
+) -> Picture:
+    """Return the weights of one head with the names of its rows and columns."""
+    array = as_array(function, "weights", weights)
+    if not is_float(array.dtype) and array.dtype.kind not in "fiub":
+        raise TypeError(f"{function}: weights has dtype {array.dtype}, but real numbers are needed")
+    if array.ndim == 3 and head is None and array.shape[0] == 1:
+        head = 0
+    matrix = _one_head(function, array, head)
+    queries, keys = matrix.shape
+    if key_tokens is None and queries == keys:
+        key_tokens = tokens
+    rows = _names(function, "tokens", tokens, queries)
+    columns = _names(function, "key_tokens", key_tokens, keys)
+    hidden = np.zeros(matrix.shape, bool) if mask is None else ~_mask(function, mask, matrix.shape)
+    return Picture(np.where(hidden, 0, matrix), hidden, rows, columns, array.dtype, head)
+
+
+def read_style(function: str, title: Any, log: Any, vmax: Any) -> tuple[str | None, bool, float | None]:
+    """Return title, log and vmax, checked; what cannot be seen of the title is escaped."""
+    if title is not None:
+        if not isinstance(title, str):
+            raise TypeError(f"{function}: title is {title!r}, but a string is needed")
+        title = "\n".join(map(visible, title.split("\n"))) if function == "heatmap" else visible(title)
+    if vmax is not None:
+        vmax = real(function, "vmax", vmax)
+        if vmax <= 0:
+            raise ValueError(f"{function}: vmax is {vmax!r}, but it must be greater than 0")
+    return title, flag(function, "log", log), vmax
+
+
+def visible(text: str) -> str:
+    """Return the text with escapes for what cannot be seen or controls a terminal: newlines, ESC, bidi overrides."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def num_columns(text: str) -> int:
+    """Return how many columns of a terminal the text takes."""
+    return sum(map(_column, text))
+
+
+def _column(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):  # drawn over the character before
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def fit(text: str, columns: int) -> str:
+    """Return the text, cut or padded on the left to this width."""
+    end = used = 0
+    for character in text:
+        if used + _column(character) > columns:
+            break
+        used += _column(character)
+        end += 1
+    return " " * (columns - used) + text[:end]
+
+
+def _one_head(function: str, array: NDArray[Any], head: int | str | None) -> NDArray[Any]:
+    if array.ndim not in (2, 3):
+        raise ValueError(f"{function}: weights has shape {array.shape}, but (Sq, Sk) or (H, Sq, Sk) is needed")
+    if array.dtype.kind != "f" or array.dtype.itemsize == 2:  # bfloat16 is of another kind
+        array = array.astype(np.float32 if array.dtype.itemsize == 2 else np.float64)
+    if array.ndim == 2:
+        if head is not None:
+            raise ValueError(f"{function}: head is {head!r}, but weights has shape {array.shape}, without heads")
+        return array
+    if head == "mean":
+        return np.asarray(array.mean(axis=0))
+    if isinstance(head, (int, np.integer)) and not isinstance(head, bool):
+        if not -array.shape[0] <= head < array.shape[0]:
+            raise ValueError(f"{function}: head is {head}, but weights has {array.shape[0]} heads")
+        return np.asarray(array[head])
+    chosen = "" if head is None else f", but head is {head!r}"
+    raise ValueError(f'{function}: weights has {array.shape[0]} heads{chosen}: choose one with head=, or head="mean"')
+
+
+def _mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    array = as_array(function, "mask", mask)
+    if array.dtype != bool:
+        raise TypeError(f"{function}: mask has dtype {array.dtype}, but bool is needed, True = attend")
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{function}: mask has shape {array.shape}, which does not broadcast to {shape}") from None
+
+
+def _names(function: str, name: str, given: Any, wanted: int) -> list[str] | None:
+    if given is None:
+        return None
+    try:
+        names = [visible(str(token)) for token in given]
+    except TypeError:
+        raise TypeError(f"{function}: {name} is {given!r}, but a sequence of strings is needed") from None
+    if len(names) != wanted:
+        raise ValueError(f"{function}: {name} has {len(names)} entries, but weights has {wanted}")
+    return names
