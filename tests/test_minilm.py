@@ -159,3 +159,12 @@ def test_norway(tmp_path: Path) -> None:
     other = run_norway("The bank of the river", "--word", "bank", "--layer", "4", "--output", str(picture))
     assert 'Where "bank" looks in layer 4' in other.stdout
     assert run_norway("Good morning", "--word", "norway").returncode == 1
+
+
+def test_reads_as_many_tokens_as_its_configuration_says(minilm: Any, model: Any, tmp_path: Path) -> None:
+    text = " ".join(f"word{i}" for i in range(400))
+    assert len(model.tokenizer.encode(text).ids) == 256 == minilm.max_tokens(minilm.model_folder())
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    assert minilm.max_tokens(tmp_path) == 64
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
+    assert minilm.max_tokens(tmp_path) == 32
