@@ -39,8 +39,9 @@ Backend choose_backend() {
   if (std::strcmp(name, "threads") == 0) return Backend::threads;
   constexpr bool has_openmp = built == Backend::openmp;
   if (has_openmp && std::strcmp(name, "openmp") == 0) return built;
-  throw std::invalid_argument("SELFATTN_PARALLEL: '" + std::string(name) + "' is not a back end of this build; it has " +
-                              (has_openmp ? "openmp, " : "") + "threads, serial");
+  throw std::invalid_argument("SELFATTN_PARALLEL: '" + std::string(name) +
+                              "' is not a back end of this build; it has " + (has_openmp ? "openmp, " : "") +
+                              "threads, serial");
 }
 
 Backend backend() {
