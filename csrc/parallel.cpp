@@ -80,13 +80,40 @@ void join(void* context) {
 
 std::atomic<const Runtime*> shared{nullptr};
 
+// How many threads, at most `count`, the system lets this process start now.
+int startable_threads(int count) {
+  std::mutex all_started;
+  std::vector<std::thread> threads;
+  {
+    const std::lock_guard hold(all_started);  // all of them must exist at once
+    try {
+      threads.reserve(static_cast<std::size_t>(count));
+      while (static_cast<int>(threads.size()) < count)
+        threads.emplace_back([&all_started] { const std::lock_guard wait(all_started); });
+    } catch (const std::exception&) {
+      // No more threads, or no memory for them.
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+  return static_cast<int>(threads.size());
+}
+
+// libgomp ends the process if it cannot start a thread, so we try before it does. It keeps the threads of the calling
+// thread's last team: only a larger team starts new ones.
+int granted_threads(int wanted) {
+  thread_local int team = 1;
+  team = wanted > team ? team + startable_threads(wanted - team) : wanted;
+  return team;
+}
+
 // A shared team keeps its size, and who is not needed returns at once: libgomp ends the threads that a smaller team
 // leaves out, and whom we share with would have to start them again.
 void run_openmp(const Region& region, int num_threads) {
   Team team{region, num_threads};
-  if (const Runtime* runtime = shared.load(std::memory_order_acquire))
-    return runtime->run(&join, &team, static_cast<unsigned>(std::max(num_threads, runtime->threads())), 0);
-#pragma omp parallel num_threads(num_threads) default(shared)
+  const Runtime* runtime = shared.load(std::memory_order_acquire);
+  const int size = granted_threads(runtime ? std::max(num_threads, runtime->threads()) : num_threads);
+  if (runtime) return runtime->run(&join, &team, static_cast<unsigned>(size), 0);
+#pragma omp parallel num_threads(size) default(shared)
   join(&team);
 }
 #endif

@@ -315,3 +315,29 @@ def test_regions_run_in_a_shared_runtime(normal: Any, team: int) -> None:
         _core.share_runtime(0, 0)
     assert _core.parallel_backend() == "openmp"
     assert asked == [(5, 0), (7, 0)]
+
+
+@linux
+@pytest.mark.parametrize("backend", ["openmp", "threads"])
+def test_a_call_goes_on_with_the_threads_that_the_system_grants(run_python: Any, backend: str) -> None:
+    code = """
+        import os, resource, threading
+        import numpy as np
+        import selfattn as sa
+
+        x = np.random.default_rng(0).standard_normal((4, 8, 300, 64), dtype=np.float32)
+        expected = sa.attention(x, x, x, num_threads=1)
+        if os.getuid() == 0:
+            os.setuid(54321)  # the limit does not hold for root
+        late = threading.Thread(target=lambda: (go.wait(), found.append(sa.attention(x, x, x, num_threads=4))))
+        go, found = threading.Event(), []
+        late.start()
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        go.set()
+        late.join()  # every Python thread has a team of its own
+        found.append(sa.attention(x, x, x, num_threads=4))
+        print([np.array_equal(out, expected) for out in found])
+    """
+    if backend == "openmp" and not sa.show_config("dicts")["openmp"]:  # type: ignore[index]
+        pytest.skip("built without OpenMP")
+    assert run_python(code, SELFATTN_PARALLEL=backend).split("\n")[-2] == "[True, True]"
