@@ -36,6 +36,9 @@ PLACES = [
 ]  # fmt: skip
 PADDINGS = ("none", "all real", "left", "right", "holes", "shorter")
 
+# Versions before 5.24 have no other name for it.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:

@@ -96,7 +96,6 @@ OWN = {
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
     ),
     "xlnet": lambda: hf.XLNetConfig(vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=48),
-    "gptj": lambda: hf.GPTJConfig(vocab_size=99, n_positions=32, n_embd=32, n_layer=1, n_head=4, rotary_dim=8),
     # Its vision part asks transformers for the attention function, its text part, in a module of its own, does not.
     "blip_text": lambda: hf.BlipTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
 }

@@ -26,6 +26,7 @@ _OPERANDS = ("query", "key", "value")
 _collector: Any = output_capturing._active_collector
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

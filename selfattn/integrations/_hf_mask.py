@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
@@ -19,13 +21,7 @@ _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
 # Their layers append numbers to the mask, which as booleans would mean the opposite.
 _ADDITIVE = {"deepseek_v4"}
-_TRUE = torch.ones((1, 1, 1, 1), dtype=torch.bool)
-
-_METADATA = {
-    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cpu", "requires_grad")),
-    *(getattr(torch.Tensor, name) for name in ("size", "dim", "is_floating_point")),
-}
-_SUMS = {torch.add, *(getattr(torch.Tensor, name) for name in ("add", "__add__", "__radd__", "add_", "__iadd__"))}
+_SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
 class Pattern(NamedTuple):
@@ -39,7 +35,8 @@ class Pattern(NamedTuple):
 class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     """A boolean mask (B, 1, Sq, Sk), described instead of computed.
 
-    Whoever does more than ask for its shape gets the dense mask, made then and kept, so that changes to it count.
+    It has a shape and no memory. Every operation of PyTorch, also of compiled and transformed code, gets the dense
+    mask, which is made by the first one and kept, so that changes to it count.
     """
 
     options: dict[str, Any]  # what selfattn.attention is told
@@ -48,20 +45,23 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     make: Callable[[], Any]
     made: torch.Tensor | None
 
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     @staticmethod
     def describe(
         sizes: tuple[int, int, int], end: int, options: dict[str, Any], make: Callable[[], Any]
     ) -> VisibleKeys:
         """Return the mask for `sizes` (batch, q_len, kv_len) that `make` would compute."""
         batch, q_len, kv_len = sizes
-        mask: VisibleKeys = _TRUE.expand(batch, 1, q_len, kv_len).as_subclass(VisibleKeys)
+        mask = _without_memory((batch, 1, q_len, kv_len))
         mask.sizes, mask.end, mask.options, mask.make, mask.made = sizes, end, options, make, None
         return mask
 
     def dense(self) -> torch.Tensor:
         """Return the mask as an ordinary tensor, always the same one."""
         if self.made is None:
-            self.made = self.make()
+            with _disable_current_modes():  # of code that is being compiled, whose tensors may have no numbers
+                self.made = self.make()
         return self.made
 
     def to_add(self, dtype: torch.dtype) -> torch.Tensor:
@@ -69,22 +69,61 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
         return torch.zeros((), dtype=dtype).where(self.dense(), torch.finfo(dtype).min)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if func is torch.Tensor.contiguous:  # which `generate` asks of masks for static caches
-            return args[0]
-        # Who adds it to scores expects numbers; booleans would mean the opposite.
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Code that adds a mask to its scores expects numbers; booleans would mean the opposite.
         scores = [x for x in args if func in _SUMS and isinstance(x, torch.Tensor) and x.is_floating_point()]
+        masks: dict[int, VisibleKeys] = {}
 
         def read(x: Any) -> Any:
             if not isinstance(x, VisibleKeys):
                 return x
+            masks[id(x.dense())] = x
             return x.to_add(scores[0].dtype) if scores else x.dense()
 
         args, kwargs = tree_map(read, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return masks.get(id(result), result)  # what changes a mask returns that mask
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Let torch.compile take the dense mask instead."""
+        self.dense()
+        return ["made"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, torch.Tensor], context: None, size: Any, stride: Any) -> VisibleKeys:
+        mask = _without_memory(size)
+        mask.made = parts["made"]
+        return mask
+
+    # Methods of tensors that read memory without an operation.
+
+    def numpy(self, **options: Any) -> NDArray[np.bool_]:
+        array: NDArray[np.bool_] = self.dense().numpy(**options)
+        return array
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
+    def data_ptr(self) -> int:
+        return int(self.dense().data_ptr())
+
+    def share_memory_(self) -> VisibleKeys:
+        self.dense().share_memory_()
+        return self
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.dense().__dlpack__(**options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return copy.deepcopy(self.dense(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+
+def _without_memory(shape: Any) -> VisibleKeys:
+    mask: VisibleKeys = torch.Tensor._make_wrapper_subclass(VisibleKeys, shape, dtype=torch.bool, device="cpu")
+    return mask
 
 
 def make_mask(
