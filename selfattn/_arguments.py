@@ -123,7 +123,8 @@ def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
     # An axis of stride 0 may claim any length, but holds one number.
-    held = array[(*(slice(1) if stride == 0 else slice(None) for stride in array.strides), ...)]
+    single = (*(slice(1) if stride == 0 else slice(None) for stride in array.strides), ...)
+    held = array[single]
     if array.dtype == np.uint64 and held.size and int(held.max()) > np.iinfo(np.int64).max:
         raise ValueError(f"{function}: {name} holds {int(held.max())}, which is beyond int64")
     own = held.astype(np.int64)
