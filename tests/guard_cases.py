@@ -106,7 +106,10 @@ def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
         "alibi_slopes": lambda: rng.random((batch, heads)[int(rng.integers(2)) :]).astype(drawn_type(rng)),
         "sinks": lambda: rng.standard_normal(heads).astype(drawn_type(rng)),
     }
-    return {name: make() for name, make in makers.items() if rng.random() < 0.35}
+    chosen = {name: make() for name, make in makers.items() if rng.random() < 0.35}
+    if "kv_lens" in chosen and "q_offset" not in chosen:  # lengths of keys alone may be ambiguous
+        chosen.setdefault("q_lens", makers["q_lens"]())
+    return chosen
 
 
 def score_settings(rng: Any) -> dict[str, Any]:

@@ -16,6 +16,9 @@ pytest.importorskip("ml_dtypes")
 import selfattn  # noqa: E402
 from selfattn._bench import hf_command, hf_models  # noqa: E402
 
+# Versions before 5.24 have no other name for it.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
