@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ _NO_NEED = {
     "dropout": "there is no dropout at inference",
     "enable_gqa": "grouped heads are recognised by the shapes of k and v",
 }
+_KEYWORDS = (
+    "mask", "bias", "causal", "q_offset", "window", "q_lens", "kv_lens", "scale", "softcap", "alibi_slopes", "sinks",
+    "layout", "return_lse", "return_weights", "out", "precision", "num_threads", "t5", "context", "positions", "cache",
+    "sequences", "rope", "cascade", "mem_len", "r_origin",
+)  # fmt: skip
 ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 _PRECISIONS = ("highest", "high", "medium")
 LAYOUTS = ("bhsd", "bshd")
@@ -55,11 +61,18 @@ def refuse_unknown(function: str, unknown: Mapping[str, object], hints: Mapping[
     for name in unknown:
         message = f"{function}: unexpected keyword argument '{name}'"
         hint = (hints or {}).get(name, _HINTS.get(name))
+        if hint is None and name not in _NO_NEED:
+            hint = _closest(name, (*_KEYWORDS, *(hints or {}).values()))
         if name in _NO_NEED:
             message += f" ({_NO_NEED[name]})"
         elif hint:
             message += f" (did you mean '{hint}'?)"
         raise TypeError(message)
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the keyword that `name` is most likely a misspelling of, or None."""
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.75)), None)
 
 
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
@@ -82,12 +95,11 @@ def _is_masked(value: Any) -> bool:
 
 
 def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
-    device = getattr(value, "__dlpack_device__", None)
+    device = _dlpack_device(value)
     if device is not None:
-        kind = int(device()[0])
-        if kind != 1:  # kDLCPU
+        if device[0] != 1:  # kDLCPU
             raise TypeError(
-                f"{function}: {name} is on device {tuple(device())} (DLPack), but only CPU memory is "
+                f"{function}: {name} is on device {device} (DLPack), but only CPU memory is "
                 "accepted: copy it to the CPU first"
             )
         # Frameworks' own conversion says best why it refuses, e.g. a tensor that requires grad.
@@ -95,16 +107,29 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
             return _from_dlpack(function, name, value)
         if str(getattr(value, "dtype", "")) == "torch.bfloat16" and not value.requires_grad:
             return _from_torch_bfloat16(function, name, value)
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, BufferError, RuntimeError) as error:
+        kind = next((kind for kind in (ValueError, RuntimeError) if isinstance(error, kind)), TypeError)
+        raise kind(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {error}") from error
     if array.dtype == object:
         raise TypeError(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {ACCEPTED}")
     return array
 
 
+def _dlpack_device(value: Any) -> tuple[int, int] | None:
+    """Return where DLPack says that an array is; None if it says nothing, as of an array spread over devices."""
+    try:
+        kind, number = value.__dlpack_device__()
+    except (AttributeError, BufferError, ValueError, RuntimeError, NotImplementedError):
+        return None
+    return int(kind), int(number)
+
+
 def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
     try:
         return np.from_dlpack(value)
-    except RuntimeError as error:  # a type that NumPy lacks
+    except (RuntimeError, BufferError) as error:  # a type that NumPy lacks, or memory that cannot be shared
         raise TypeError(
             f"{function}: {name} of type {type(value).__name__} is not for NumPy to read ({error}): {ACCEPTED}"
         ) from error

@@ -56,7 +56,8 @@ def attention_with_kvcache(
         Of q's dtype or a narrower one.
     k : array_like, shape (B, Hkv, Sq, D), optional
     v : array_like, shape (B, Hkv, Sq, Dv), optional
-        The same Sq tokens' keys and values, of q's dtype: appended first. Without them the cache is only read.
+        The same Sq tokens' keys and values, appended first. Both have one dtype: any that `KVCache.append` takes.
+        Without them the cache is only read.
     sequences : sequence of int
         Of a PagedKVCache: the id of each row of q.
     rope : RoPE or True, optional

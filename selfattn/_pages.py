@@ -37,11 +37,12 @@ class PageTable:
     def add_row(self) -> int:
         """Return the row of a new, empty sequence."""
         if not self.free_rows:
-            self.free_rows.append(len(self.held))
+            row = len(self.held)
+            self._fit(row + 1, 0)  # first: without memory there is no new row
             self.held.append([])
             self.lengths.append(0)
             self.starts.append(0)
-            self._fit(len(self.held), 0)
+            self.free_rows.append(row)
         return self.free_rows.pop()
 
     def remove_row(self, row: int) -> None:

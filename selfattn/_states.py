@@ -24,7 +24,8 @@ def merge_states(
         Results of `attention` over each part.
     lses : sequence of array_like, each (..., Sq)
         Their log-sum-exps (``return_lse=True``): float32 beside 16-bit results, else of the same dtype. −inf: the
-        part showed the row nothing.
+        part showed the row nothing (flash-attn gives +inf there, which must be replaced: here it means an infinite
+        score, and the row becomes NaN).
 
     Returns
     -------
@@ -56,6 +57,11 @@ def merge_states(
     if len(values) != len(logs):
         raise ValueError(f"merge_states: outs has {len(values)} parts but lses has {len(logs)}")
     _check(values, logs)
+    with np.errstate(all="ignore"):  # a weight that underflows, or an Inf in a part without weight, is no error
+        return _merge(values, logs)
+
+
+def _merge(values: list[NDArray[Any]], logs: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
     dtype = values[0].dtype
     peak = logs[0].astype(np.float64)
     for log in logs[1:]:
@@ -69,8 +75,7 @@ def merge_states(
         out += np.where(weight[..., None] == 0, 0.0, value * weight[..., None])
         total += weight
     out /= np.where(total == 0, 1.0, total)[..., None]
-    with np.errstate(divide="ignore"):
-        lse = shift + np.log(total)
+    lse = shift + np.log(total)
     return out.astype(dtype), lse.astype(_lse_dtype(dtype))
 
 
@@ -80,8 +85,11 @@ def _lse_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _parts(name: str, values: Any) -> list[Any]:
-    # One array of all parts may offer DLPack and nothing else.
-    return list(values if hasattr(values, "__iter__") else as_array("merge_states", name, values))
+    if not hasattr(values, "__iter__"):  # one array of all parts may offer DLPack and nothing else
+        values = as_array("merge_states", name, values)
+        if values.ndim == 0:
+            raise TypeError(f"merge_states: {name} is {values!r}, but a sequence of arrays is needed")
+    return list(values)
 
 
 def _real(name: str, value: Any) -> NDArray[Any]:

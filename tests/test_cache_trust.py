@@ -121,3 +121,34 @@ def test_the_largest_float_as_codes(normal: Any) -> None:
     out = sa.attention_with_kvcache(normal(1, 1, 1, 4), cache)
     assert np.all(np.isfinite(out))
     assert np.allclose(out, largest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("call", ["allocate", "fork"])
+def test_a_row_without_memory_is_no_row(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    cache = sa.PagedKVCache(8, 2, 1, 4)
+    ids = [cache.allocate() for _ in range(4)]  # all rows that the table has room for
+    cache.append(ids[0], *np.ones((2, 1, 3, 4), np.float32))
+
+    def fit(self: Any, rows: int, runs: int) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfattn._pages.PageTable._fit", fit)
+        with pytest.raises(MemoryError):
+            cache.allocate() if call == "allocate" else cache.fork(ids[0])
+    twin = cache.fork(ids[0])
+    assert cache.length(twin) == 3
+    assert cache.length(cache.allocate()) == 0
+
+
+@pytest.mark.parametrize("new", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("stored", ["float16", "float32", "int8"])
+def test_new_tokens_of_any_type(normal: Any, stored: str, new: str) -> None:
+    q, k, v = normal(2, 2, 3, 8), normal(2, 2, 3, 8).astype(new), normal(2, 2, 3, 8).astype(new)
+    one, other = (sa.KVCache(2, 2, 8, 9, dtype=stored) for _ in range(2))
+    found = sa.attention_with_kvcache(q, one, k, v)
+    other.append(k, v)
+    assert np.array_equal(found, sa.attention_with_kvcache(q, other))
+    assert np.array_equal(one.k, other.k)
+    with pytest.raises(TypeError, match=r"attention_with_kvcache: v has dtype .*k has"):
+        sa.attention_with_kvcache(q, one, k, v.astype(np.float64 if new != "float64" else np.float32))

@@ -251,7 +251,9 @@ def test_whole_caches_and_one_length_for_all(normal: Any) -> None:
     q, k, v = normal(2, 3, 4, 8), normal(2, 9, 2, 8), normal(2, 9, 2, 8)
     whole = compat.flash_attn_with_kvcache(q, k, v, causal=True)
     close(whole[0], plain(q[0], k[0], v[0], causal=True)[0])
-    assert np.array_equal(compat.flash_attn_with_kvcache(q, k, v, cache_seqlens=9, causal=True, num_splits=1), whole)
+    for splits in (1, 7):
+        again = compat.flash_attn_with_kvcache(q, k, v, cache_seqlens=9, causal=True, num_splits=splits)
+        assert np.array_equal(again, whole)
     part = compat.flash_attn_with_kvcache(q, k, v, cache_seqlens=4)
     close(part[1], plain(q[1], k[1, :4], v[1, :4])[0])
     none = compat.flash_attn_with_kvcache(q, k, v, cache_seqlens=0)
@@ -301,7 +303,7 @@ def test_torch_tensors_are_caches_too(normal: Any) -> None:
 
 
 CACHE_ERRORS: dict[str, Any] = {
-    "num_splits is 2": {"num_splits": 2},
+    "num_splits is -1": {"num_splits": -1},
     "num_splits is True": {"num_splits": True},
     "cache_seqlens is missing": {"cache_seqlens": None},
     "cache_seqlens has shape": {"cache_seqlens": [1, 2, 3]},

@@ -163,3 +163,13 @@ class TestT5Bias:
         good = {"table": np.zeros((32, 2)), "q_len": 3, "kv_len": 4}
         with pytest.raises(exception, match="t5_bias: " + message):
             sa.t5_bias(**{**good, **arguments})
+
+
+def test_merging_minds_no_error_state() -> None:
+    outs, lses = [np.ones((2, 3)), np.full((2, 3), np.inf)], [np.zeros(2), np.full(2, -np.inf)]
+    with np.errstate(all="raise"):
+        out, lse = sa.merge_states([outs[0], outs[0] * 2], [np.zeros(2), np.full(2, -800.0)])  # exp underflows
+        assert np.array_equal(out, outs[0])
+        assert not lse.any()
+        assert np.array_equal(sa.merge_states(outs, lses)[0], outs[0])
+        assert np.isneginf(sa.merge_states(outs[:1], lses[1:])[1]).all()

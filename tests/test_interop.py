@@ -261,3 +261,32 @@ def test_dlpack_of_jax_bfloat16(x: Any) -> None:
     narrow = OnlyDLPack(jax_bfloat16(x))
     with pytest.raises(TypeError, match=r"attention: k of type OnlyDLPack is not for NumPy to read .*float16, bfloat"):
         sa.attention(x, narrow, x)
+
+
+class Spread:
+    """An array spread over several devices, as JAX has them: DLPack has no place for it, `__array__` works."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise BufferError("the array is on several devices")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.array
+
+
+def test_array_protocol_serves_where_dlpack_refuses(x: Any) -> None:
+    assert np.array_equal(sa.attention(Spread(x), x, Spread(x)), sa.attention(x, x, x))
+
+
+def test_errors_of_conversions_name_the_argument(x: Any) -> None:
+    with pytest.raises(ValueError, match=r"attention: k of type list is not an array of numbers: .*inhomogeneous"):
+        sa.attention(x, [[1.0], [1.0, 2.0]], x)
+    with pytest.raises(ValueError, match=r"merge_states: lses\[1\] of type list is not an array"):
+        sa.merge_states([x, x], [x[..., 0], [[1.0], [1.0, 2.0]]])
+    with pytest.raises(TypeError, match=r"merge_states: outs is .*, but a sequence of arrays is needed"):
+        sa.merge_states(3, [1.0])  # type: ignore[arg-type]
+    torch = pytest.importorskip("torch")
+    with pytest.raises((TypeError, RuntimeError), match="attention: v of type Tensor is not an array of numbers"):
+        sa.attention(x, x, torch.empty(x.shape, device="meta"))

@@ -130,8 +130,8 @@ py::object attend_cache(py::handle function_name, const py::tuple& cache_values,
   const TensorView q = float_view(function, "q", inputs[0]);
   const DType type = inputs[5].cast<bool>() ? computed_in(q.dtype) : q.dtype;
   const bool appends = !inputs[1].is_none();
-  const TensorView k = appends ? matching_view(function, "k", inputs[1], "q", q.dtype) : TensorView{};
-  const TensorView v = appends ? matching_view(function, "v", inputs[2], "q", q.dtype) : TensorView{};
+  const TensorView k = appends ? float_view(function, "k", inputs[1]) : TensorView{};
+  const TensorView v = appends ? matching_view(function, "v", inputs[2], "k", k.dtype) : TensorView{};
   const std::int64_t q_len = q.ndim == 4 ? q.extent(options.bshd ? 2 : 1) : 0, more = appends ? q_len : 0;
   const CacheArguments source(function, cache_values, more);
   const Cache& cache = source.cache();

@@ -63,7 +63,7 @@ def flash_attn_with_kvcache(
     rotary_interleaved : bool, default True
         True: pairs are neighbours. False: element i pairs with ``i + rotary_dim / 2``.
     num_splits : int
-        0 or 1: how keys are split never changes bits here, and is for selfattn to decide.
+        A hint, at least 0, that is not needed here: it changes neither the result nor the speed.
     return_softmax_lse : bool
         Also return the log-sum-exps.
 
@@ -80,7 +80,7 @@ def flash_attn_with_kvcache(
     =====================  ======================================  =========================================
     argument or case       flash-attn                              here
     =====================  ======================================  =========================================
-    num_splits > 1         splits the keys into that many parts    ValueError
+    num_splits > 1         splits the keys into that many parts    no effect: selfattn decides
     block_table            pages of a multiple of 256 tokens, not  any page size, also with `cache_leftpad`;
                            with `cache_leftpad`                    not with `cache_batch_idx`
     cache_batch_idx,       whichever row comes last is kept        ValueError where two rows would write to
@@ -200,8 +200,8 @@ def _leftpad(value: Any, lengths: NDArray[np.int64]) -> NDArray[np.int64] | None
 def _check_splits(value: Any) -> None:
     if not is_integer(value):
         raise TypeError(f"{_NAME}: num_splits is {value!r}, but an integer is needed")
-    if value not in (0, 1):
-        raise ValueError(f"{_NAME}: num_splits is {value}, but selfattn decides that: pass 0 or 1")
+    if value < 0:
+        raise ValueError(f"{_NAME}: num_splits is {value}, but it cannot be negative")
 
 
 def _new_tokens(
