@@ -44,7 +44,8 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
     dict or None
         isa (active), isas (available), isa_source, threads, threads_source, affinity (CPUs), cgroup_quota (CPUs or
         None), parallel (openmp, threads or serial; shared openmp: PyTorch's), subnormals (False: some library switched
-        them off in this thread), python, numpy, machine, openmp_runtimes (if threadpoolctl is installed).
+        them off in this thread), python, numpy, machine; if threadpoolctl is installed also openmp_runtimes and blas
+        (NumPy's), each with its threads.
     """
     threads, source = _core.default_threads()
     facts: dict[str, Any] = {
@@ -61,21 +62,20 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
     }
-    runtimes = _openmp_runtimes()
-    if runtimes is not None:
-        facts["openmp_runtimes"] = runtimes
+    for name, api in (("openmp_runtimes", "openmp"), ("blas", "blas")):
+        pools = _thread_pools(api)
+        if pools is not None:
+            facts[name] = pools
     return _show(facts, mode)
 
 
-def _openmp_runtimes() -> list[str] | None:
+def _thread_pools(api: str) -> list[str] | None:
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
         return None
     return [
-        f"{pool['prefix']} ({pool['num_threads']} threads)"
-        for pool in threadpool_info()
-        if pool["user_api"] == "openmp"
+        f"{pool['prefix']} ({pool['num_threads']} threads)" for pool in threadpool_info() if pool["user_api"] == api
     ]
 
 
