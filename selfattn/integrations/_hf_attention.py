@@ -41,9 +41,6 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     output_attentions: bool | None = False,
-    sinks: torch.Tensor | None = None,
-    indices: torch.Tensor | None = None,
-    block_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend by `selfattn.attention`, reading query (B, H, Sq, D), key and value (B, Hkv, Sk, D) where they stand.
@@ -51,8 +48,6 @@ def attention_forward(
     Returns the result as (B, Sq, H, D), and the weights (B, H, Sq, Sk) if `output_attentions` asks for them.
     A given `attention_mask` alone decides what is seen. Without one, `is_causal` (else the module's, if any) aligns the
     last query with the last key, and `sliding_window` counts; without both, it raises where it would hide a key.
-    Sparse layers give the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
-    Sinks (`sinks` or `s_aux`) are one per head, or one per query: (B, H, Sq, 1).
     """
     if kwargs or dropout or torch._C._get_tracing_state():
         _refuse(kwargs, dropout, attention_mask)
@@ -65,11 +60,10 @@ def attention_forward(
             k, v = k[:, :, :end], v[:, :, :end]
     if position_bias is not None:
         _add_bias(options, position_bias, k.shape[2])
-    if indices is not None:
-        _keep(options, _selected(indices, key.shape[2]), k.shape[2])
-    if block_indices is not None:
-        _keep(options, _selected_blocks(module, block_indices, key), k.shape[2])
-    by_query = _add_sinks(options, module, s_aux if sinks is None else sinks)
+    if s_aux is None:
+        s_aux = module._parameters.get("sinks")
+    if s_aux is not None:
+        options["sinks"] = as_array("s_aux", _without_gradient("s_aux", s_aux))
     if output_attentions or _weights_are_recorded():
         options["return_weights"] = output_attentions = True
     if scaling is not None and type(scaling) is not float:
@@ -77,10 +71,7 @@ def attention_forward(
     result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=dtype)
     out = as_array("result", result).swapaxes(1, 2)
     done = selfattn.attention(q, k, v, out=out, scale=scaling, softcap=softcap, num_threads=_threads(), **options)
-    weights = done[-1] if output_attentions else None
-    if by_query is not None:
-        _absorb(result, weights, done[1], by_query)
-    return result, None if weights is None else _as_weights(weights, key.shape[2], dtype)
+    return result, _as_weights(done[1], key.shape[2], dtype) if output_attentions else None
 
 
 def _operands(
@@ -172,52 +163,6 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
     if bias.shape[-1] > kv_len:
         bias = bias[..., :kv_len]
     options["bias"] = bias + options["bias"] if "bias" in options else bias
-
-
-def _selected(indices: torch.Tensor, kv_len: int) -> torch.Tensor:
-    """Return a mask (B, 1, Sq, Sk) of the keys whose indices (B, Sq, n) are given."""
-    keep = torch.zeros((*indices.shape[:2], kv_len), dtype=torch.bool)
-    return keep.scatter_(-1, indices.long(), True)[:, None]
-
-
-def _selected_blocks(module: Any, block_indices: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return a mask (B, H, Sq, Sk) of the keys in the given blocks, whose layout the layer's indexer knows."""
-    build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
-    if build is None:
-        raise TypeError(f"selfattn: block_indices is given, but {type(module).__name__} has no indexer to read it")
-    everything = torch.ones((1, 1, 1, 1), dtype=torch.bool)
-    keep: torch.Tensor = build(block_indices, everything, key.shape[2], torch.float32, key.device, None)
-    return keep == 0
-
-
-def _keep(options: dict[str, Any], selected: torch.Tensor, kv_len: int) -> None:
-    """Hide what is not selected among the first `kv_len` keys, beside what the options hide already."""
-    mask = as_array("indices", selected)[..., :kv_len]
-    options["mask"] = options["mask"] & mask if "mask" in options else mask
-
-
-def _add_sinks(options: dict[str, Any], module: torch.nn.Module, sinks: torch.Tensor | None) -> torch.Tensor | None:
-    """Put sinks among the options; return those of single queries (B, H, Sq), which need each query's lse instead."""
-    if sinks is None:
-        sinks = module._parameters.get("sinks")
-        if sinks is None:
-            return None
-    sinks = _without_gradient("s_aux", sinks)
-    if sinks.ndim != 4:
-        options["sinks"] = as_array("s_aux", sinks)
-        return None
-    options["return_lse"] = True
-    return sinks[..., 0]
-
-
-def _absorb(result: torch.Tensor, weights: NDArray[Any] | None, lse: NDArray[Any], sinks: torch.Tensor) -> None:
-    """Scale a result (B, Sq, H, D) and weights by what sinks (B, H, Sq) leave to the keys of each query."""
-    total = torch.from_numpy(lse)
-    # exp(lse) / (exp(lse) + exp(sink)), and 0 for queries that see no key
-    share = torch.sigmoid(total - sinks).where(total != -torch.inf, 0.0)
-    result *= share.mT[..., None]
-    if weights is not None:
-        weights *= share[..., None].numpy()
 
 
 def _threads() -> int:
