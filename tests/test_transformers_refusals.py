@@ -30,13 +30,10 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-# Versions of transformers before 5.24 use torch.jit.script, which warns.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 X = (1, 2, 5, 8)
 REFUSED = {
     "dropout": (ValueError, r"dropout is 0\.1", {"dropout": 0.1}),
-    "unknown": (TypeError, "unexpected keyword argument 'places'", {"places": torch.zeros(1)}),
-    "blocks": (TypeError, "block_indices is given, but Module has no indexer", {"block_indices": torch.zeros(1)}),
+    "unknown": (TypeError, "unexpected keyword argument 'indices'", {"indices": torch.zeros(1)}),
     "paged": (TypeError, "unexpected keyword argument 'cache'", {"cache": SimpleNamespace()}),
     "packed": (ValueError, "cu_seq_lens_q packs 2", {"cu_seq_lens_q": torch.tensor([0, 2, 5])}),
     "two-sided window": (ValueError, "sliding_window is 3 for 5 keys", {"is_causal": False, "sliding_window": 3}),
