@@ -108,7 +108,7 @@ def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
     }
     chosen = {name: make() for name, make in makers.items() if rng.random() < 0.35}
     if "kv_lens" in chosen and "q_offset" not in chosen:  # lengths of keys alone may be ambiguous
-        chosen.setdefault("q_lens", makers["q_lens"]())
+        chosen.setdefault("q_lens", np.full(batch, q_len))
     return chosen
 
 
