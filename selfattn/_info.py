@@ -44,8 +44,8 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
     dict or None
         isa (active), isas (available), isa_source, threads, threads_source, affinity (CPUs), cgroup_quota (CPUs or
         None), parallel (openmp, threads or serial; shared openmp: PyTorch's), subnormals (False: some library switched
-        them off in this thread), python, numpy, machine; if threadpoolctl is installed also openmp_runtimes and blas
-        (NumPy's), each with its threads.
+        them off in this thread), python, numpy, blas (NumPy's, with its threads if threadpoolctl is installed),
+        machine, openmp_runtimes (if threadpoolctl is installed).
     """
     threads, source = _core.default_threads()
     facts: dict[str, Any] = {
@@ -60,23 +60,30 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
         "subnormals": _core.subnormals_survive(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "numpy": np.__version__,
+        "blas": _pools("blas") or _blas_of_build(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-    for name, api in (("openmp_runtimes", "openmp"), ("blas", "blas")):
-        pools = _thread_pools(api)
-        if pools is not None:
-            facts[name] = pools
+    runtimes = _pools("openmp")
+    if runtimes is not None:
+        facts["openmp_runtimes"] = runtimes
     return _show(facts, mode)
 
 
-def _thread_pools(api: str) -> list[str] | None:
+def _pools(kind: str) -> list[str] | None:
+    """Return the loaded libraries with thread pools of this kind, or None without threadpoolctl."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
         return None
     return [
-        f"{pool['prefix']} ({pool['num_threads']} threads)" for pool in threadpool_info() if pool["user_api"] == api
+        f"{pool['prefix']} ({pool['num_threads']} threads)" for pool in threadpool_info() if pool["user_api"] == kind
     ]
+
+
+def _blas_of_build() -> list[str]:
+    config: Any = np.show_config("dicts")
+    blas = config.get("Build Dependencies", {}).get("blas", {})
+    return [f"{blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip() + " (threads: needs threadpoolctl)"]
 
 
 def _show(facts: dict[str, Any], mode: Mode) -> dict[str, Any] | None:

@@ -80,7 +80,7 @@ def test_self_description(capsys: pytest.CaptureFixture[str]) -> None:
         (sa.show_config, {"version", "compiler", "flags", "build_type", "openmp", "isas"}),
         (
             sa.show_runtime,
-            {"isa", "isas", "threads", "threads_source", "affinity", "cgroup_quota", "parallel", "subnormals"},
+            {"isa", "isas", "threads", "threads_source", "affinity", "cgroup_quota", "parallel", "subnormals", "blas"},
         ),
     ):
         facts = show(mode="dicts")
@@ -104,3 +104,14 @@ def test_self_description(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_specification_comes_with_the_package(run_python: Any) -> None:
     assert run_python("import selfattn as sa; print(sa.reference.attention.__name__)").strip() == "attention"
+
+
+def test_the_blas_of_numpy_and_its_threads(run_python: Any) -> None:
+    code = "import sys; {}; import selfattn as sa; print(*sa.show_runtime(mode='dicts')['blas'])"
+    without = run_python(code.format("sys.modules['threadpoolctl'] = None"))
+    assert without.strip().endswith("(threads: needs threadpoolctl)")
+    config: Any = np.show_config(mode="dicts")
+    assert config["Build Dependencies"]["blas"]["name"] in without
+    pytest.importorskip("threadpoolctl")
+    if "openblas" in without:
+        assert "openblas (1 threads)" in run_python(code.format("pass"), OPENBLAS_NUM_THREADS="1")
