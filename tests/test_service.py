@@ -256,3 +256,28 @@ def test_under_gunicorn(tmp_path: Path) -> None:
     with serving(tmp_path, *command, "-c", str(config), "service.app:app") as server:
         result = run_load(server.port, "--clients", "6", "--requests", "30", "--distinct", "6")
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("module", ["service.app", "load_service"])
+def test_the_blas_has_one_thread_unless_told_otherwise(run_python: Any, module: str) -> None:
+    pytest.importorskip("threadpoolctl")
+    code = f"""
+        import os, sys
+        os.environ.pop("OPENBLAS_NUM_THREADS", None)
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        import {module}
+        import threadpoolctl
+        print([pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"])
+        print(os.environ["OPENBLAS_NUM_THREADS"])
+    """
+    pools, setting = run_python(code).splitlines()
+    assert set(json.loads(pools)) <= {1}
+    assert setting == "1"
+    kept = run_python(f"""
+        import os, sys
+        os.environ["OPENBLAS_NUM_THREADS"] = "3"
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        import {module}
+        print(os.environ["OPENBLAS_NUM_THREADS"])
+    """)
+    assert kept.strip() == "3"

@@ -1,7 +1,7 @@
 """An HTTP service without a framework: POST /embed, POST /generate, GET /health.
 
-    uvicorn --app-dir examples service.app:app
-    gunicorn --chdir examples -k uvicorn_worker.UvicornWorker -w 2 service.app:app
+    .venv/bin/uvicorn --app-dir examples service.app:app
+    cd examples && ../.venv/bin/gunicorn -k uvicorn_worker.UvicornWorker -w 2 service.app:app
 
 Every worker process has its own models and caches. One thread of it computes; this side only checks and waits.
 """

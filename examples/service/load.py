@@ -1,6 +1,6 @@
 """Loads a running service with many clients, and compares every answer with the one computed alone, in this process.
 
-    PYTHONPATH=examples python -m service.load --clients 16 --requests 400
+    .venv/bin/python examples/load_service.py --clients 16 --requests 400
 
 Texts must be equal, embeddings to 1e-6. The exit code is 1 if any answer is not.
 """
