@@ -1,4 +1,4 @@
-"""The command line: `python -m selfattn info`, `selftest`, `bench`."""
+"""The command line: `selfattn info`, `selftest`, `bench`; also as `python -m selfattn`."""
 
 from __future__ import annotations
 
