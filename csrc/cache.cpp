@@ -141,7 +141,7 @@ void turn_tokens(const Tokens& tokens, const Turn& turn, char* to) {
 void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const Tokens& tokens,
                   const Turn& turn, char* row) {
   const std::int64_t width = tokens.width;
-  char* floats = row + width * size_of(tokens.dtype);
+  char* floats = row + width * size_of(DType::f64);
   const auto in_row = [row](std::int64_t, std::int64_t, std::int64_t) { return row; };
   each_row(tokens, turn, in_row, [&](std::int64_t b, std::int64_t h, std::int64_t t) {
     const std::int64_t token = cache.lengths[b] + t;

@@ -11,7 +11,7 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const Slot& slot,
                      std::int64_t kv_head)
     : problem_(problem),
       plan_(plan),
-      table_(problem.pages.of(batch)),
+      pages_(problem.pages.of(batch)),
       end_(problem.keys_of(batch)),
       keys_{problem.key,
             problem.key_scales,
@@ -40,7 +40,7 @@ std::int64_t KeySource::run_from(std::int64_t key) const {
 }
 
 const char* KeySource::at(const Operand& operand, const char* base, std::int64_t key) const {
-  return base + problem_.pages.offset(table_, key, operand.page, operand.row);
+  return base + problem_.pages.offset(pages_, key, operand.page, operand.row);
 }
 
 // use(address, index, keys) for every run of the keys [first, first + count), index counted from the first.

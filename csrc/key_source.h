@@ -41,7 +41,7 @@ class KeySource {
 
   const Problem& problem_;
   const Plan& plan_;
-  const std::int32_t* table_;
+  const Pages::Row pages_;
   const std::int64_t end_;  // of the entry's keys
   const Side keys_, values_;
 };

@@ -34,20 +34,21 @@ struct Operand {
 // Keys and values that no array holds in order, but runs of `size` keys that stand anywhere: an operand's page p is
 // p * Operand::page bytes behind its data. A ring is a page in the same place again and again.
 struct Pages {
-  std::int64_t size = 0;                // keys of a page; 0: none, one array holds all
-  const std::int32_t* table = nullptr;  // the page of each run of keys, a row per sequence; null: run r is page r
-  std::int64_t table_step = 0;          // entries from row to row
-  const std::int64_t* rows = nullptr;   // the row of each batch entry
+  // The pages of one batch entry, from its run `first` of keys on; null: run r is page r.
+  struct Row {
+    const std::int32_t* numbers = nullptr;
+    std::int64_t first = 0;
+  };
+  std::int64_t size = 0;      // keys of a page; 0: none, one array holds all
+  const Row* rows = nullptr;  // of each batch entry, or null: none has any
 
-  const std::int32_t* of(std::int64_t batch_index) const {
-    return table ? table + rows[batch_index] * table_step : nullptr;
-  }
-  // How far behind its operand's base a key stands; `own` is the batch entry's part of the table. A block of keys may
-  // start before the first that is held: what was there is hidden, and any page stands in for it.
-  std::int64_t offset(const std::int32_t* own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
+  Row of(std::int64_t batch_index) const { return rows ? rows[batch_index] : Row{}; }
+  // Distance of a key from its operand's base. A block of keys may start before the first that is held: those keys are
+  // masked, and the first page is read in their place.
+  std::int64_t offset(const Row& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
     const std::int64_t run = key / size;
-    const std::int64_t page = own ? std::int64_t{own[run] < 0 ? 0 : own[run]} : run;
+    const std::int64_t page = own.numbers ? own.numbers[run < own.first ? 0 : run - own.first] : run;
     return page * page_step + key % size * row_step;
   }
 };

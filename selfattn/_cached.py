@@ -179,14 +179,14 @@ class _Cascade:
         return cache._run(_NAME, sequences, appended, lambda step: self._attend(cache, step, appended, out))
 
     def _attend(self, cache: PagedKVCache, step: Any, appended: int, out: Any) -> Any:
-        *store, rows, lengths, starts = step.core
+        *store, pages, lengths, _, _ = step.core  # a cache with a window has no cascade
         turn = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
         inputs = (self.q, self.k, self.v, turn, self.positions)
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
         first = lengths + appended - tokens
         # Only what every query sees whole, and what is there already.
-        whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
+        whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(pages) < 2 else 1 << 60)))
         shared = whole // cache.page_size * cache.page_size
         if shared <= 0:
             return _core.attend_cache(_NAME, step.core, (*inputs, False), out, self.options)
@@ -194,10 +194,10 @@ class _Cascade:
             shape = (*self.q.shape[:3], cache.value_dim)
             _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
         options = (*self.options[:13], True, *self.options[14:])
-        behind = np.full(len(rows), shared, np.int64)
+        behind = np.full(len(pages), shared, np.int64)
         # The own part first: it checks all arguments. Parts are of the type of computation, to be rounded once.
-        own, own_lse = _core.attend_cache(_NAME, (*store, rows, lengths, behind), (*inputs, True), None, options)
-        prefix_core = (*store, rows[:1].copy(), behind[:1].copy(), starts)
+        own, own_lse = _core.attend_cache(_NAME, (*store, pages, lengths, behind, None), (*inputs, True), None, options)
+        prefix_core = (*store, pages[:1], behind[:1], None, None)
         prefix, prefix_lse = self._attend_prefix(cache, prefix_core, first, tokens, options)
         if self.layout == "bshd":
             own = own.swapaxes(1, 2)

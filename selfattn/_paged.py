@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from array import array
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,8 +12,16 @@ from . import _core
 from ._arguments import as_array, integers
 from ._cache import AnyCache, Step
 from ._lock import SharedLock
-from ._pages import Move, PageTable
+from ._pages import NUMBER, Growth, PageTable, Row
 from ._store import Layout, Store, count, storage_name
+
+
+class _Step(NamedTuple):
+    """What a step of a paged cache changes, and what its pages held that it overwrites."""
+
+    rows: list[Row]
+    growth: Growth | None
+    overwritten: list[NDArray[Any]]
 
 
 class PagedKVCache(AnyCache):
@@ -81,8 +90,7 @@ class PagedKVCache(AnyCache):
         self._store = Store("PagedKVCache", layout, buffer)
         self._lock = SharedLock()
         self._table = PageTable(self.num_pages, self.page_size)
-        self._rows: dict[int, int] = {}  # of live sequences
-        self._next = 0
+        self._next = 0  # the id of the next sequence
 
     @staticmethod
     def buffer_size(
@@ -112,16 +120,18 @@ class PagedKVCache(AnyCache):
     @property
     def sequences(self) -> tuple[int, ...]:
         """The ids of the live sequences, oldest first."""
-        return tuple(self._rows)
+        return tuple(sorted(self._table.rows))
 
     def allocate(self) -> int:
         """Return the id of a new, empty sequence. Ids are never used again."""
         with self._lock.writing:
-            return self._name(self._table.add_row())
+            name = self._new_id()
+            self._table.put({name: Row(array(NUMBER), 0, 0)})
+            return name
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence has."""
-        return self._table.lengths[self._row("length", sequence)]
+        return self._row("length", sequence)[1].length
 
     def append(self, sequence: int, k: ArrayLike, v: ArrayLike) -> None:
         """Append T tokens to a sequence.
@@ -148,14 +158,17 @@ class PagedKVCache(AnyCache):
     def fork(self, sequence: int) -> int:
         """Return the id of a new sequence that starts as a copy of this one and shares its pages."""
         with self._lock.writing:
-            return self._name(self._table.fork(self._row("fork", sequence)))
+            name, row = self._row("fork", sequence)
+            self._table.settle()
+            twin = self._new_id()
+            self._table.fork(name, twin)
+            return twin
 
     def truncate(self, sequence: int, length: int) -> None:
         """Take back the newest tokens, so that `length` remain; pages without tokens are released."""
         length = count("truncate", "length", length, least=0)
         with self._lock.writing:
-            row, table = self._row("truncate", sequence), self._table
-            old, start = table.lengths[row], table.starts[row]
+            name, (_, start, old) = self._row("truncate", sequence)
             if length > old:
                 raise ValueError(f"truncate: length is {length}, but sequence {sequence} has {old} tokens")
             if self.window is not None and length > 0 and start > max(length - self.window, 0):
@@ -163,75 +176,97 @@ class PagedKVCache(AnyCache):
                     f"truncate: length is {length}, but sequence {sequence} has no tokens before {start} any more, of "
                     f"which a window of {self.window} would see some"
                 )
-            table.shorten(row, length)
+            self._table.settle()
+            self._table.shorten(name, length)
 
     def free(self, sequence: int) -> None:
         """End a sequence; pages that no other shares become free."""
         with self._lock.writing:
-            self._table.remove_row(self._row("free", sequence))
-            del self._rows[sequence]
+            name, _ = self._row("free", sequence)
+            self._table.settle()
+            self._table.remove(name)
 
-    def _name(self, row: int) -> int:
-        self._next += 1
-        self._rows[self._next - 1] = row
+    def _new_id(self) -> int:
+        self._next += 1  # first: an id that an interrupt loses is never given out
         return self._next - 1
 
-    def _row(self, function: str, sequence: Any) -> int:
+    def _row(self, function: str, sequence: Any) -> tuple[int, Row]:
         known = isinstance(sequence, (int, np.integer)) and not isinstance(sequence, bool)
-        row = self._rows.get(int(sequence)) if known else None
+        row = self._table.rows.get(int(sequence)) if known else None
         if row is None:
             raise ValueError(f"{function}: sequence {sequence!r} is not live")
-        return row
+        return int(sequence), row
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is None:
             raise ValueError(f"{function}: sequences is missing: a PagedKVCache needs one id per row of q")
-        rows = [self._row(function, s) for s in _ids(function, sequences)]
-        table = self._table
-        moves: list[Move] = []
+        names = []
+        rows = []
+        for sequence in _ids(function, sequences):
+            name, row = self._row(function, sequence)
+            names.append(name)
+            rows.append(row)
+        growth: Growth | None = None
+        before = rows
         if tokens and rows:
-            if len(set(rows)) < len(rows):
-                raise ValueError(
-                    f"{function}: sequences holds {list(sequences)}, but tokens can be appended to each once"
-                )
-            needed, copied = table.missing(rows, tokens)
-            if needed > len(table.free_pages):
-                raise MemoryError(f"{function}: {needed} pages are needed, but {len(table.free_pages)} are free")
-            if needed:
-                try:
-                    table.reserve(rows, tokens, copied, moves)
-                    for move in moves[: len(copied)]:
-                        for array in self._store.arrays():
-                            array[move.new] = array[move.old]
-                except BaseException:
-                    table.take_back(moves)
-                    raise
-        before = [table.lengths[row] for row in rows]
-        lengths = np.array(before, np.int64)
-        starts = None if self.window is None else np.array([table.starts[row] for row in rows], np.int64)
-        core = (*self._store.core, self.page_size, table.table, np.array(rows, np.int64), lengths, starts)
-        return Step(core, (rows, tokens, moves, before))
+            growth = self._grow(function, names, tokens)
+            rows = list(growth.rows.values())
+        lengths = np.array([row.length for row in before], np.int64)
+        starts = firsts = None
+        if self.window is not None:
+            starts = np.array([row.start for row in rows], np.int64)
+            firsts = starts // self.page_size
+        core = (*self._store.core, self.page_size, [row.pages for row in rows], lengths, starts, firsts)
+        return Step(core, _Step(rows, growth, self._copy_pages(growth)))
+
+    def _grow(self, function: str, names: list[int], tokens: int) -> Growth:
+        if len(set(names)) < len(names):
+            raise ValueError(f"{function}: sequences holds {names}, but tokens can be appended to each once")
+        self._table.settle()
+        try:
+            return self._table.grow(names, tokens, self.window)
+        except MemoryError as error:
+            if not error.args:
+                raise
+            needed, there = error.args
+        raise MemoryError(f"{function}: {needed} pages are needed, but {there} are free")
+
+    def _copy_pages(self, growth: Growth | None) -> list[NDArray[Any]]:
+        """Give rows copies of shared pages; return what pages hold that a failed step must give back."""
+        if growth is None:
+            return []
+        arrays = self._store.arrays()
+        overwritten = [store[growth.reused] for store in arrays] if growth.reused else []
+        try:
+            for old, new in growth.copies:
+                for store in arrays:
+                    store[new] = store[old]
+        except BaseException:
+            self._write_back(growth, overwritten)
+            raise
+        return overwritten
+
+    def _write_back(self, growth: Growth, overwritten: list[NDArray[Any]]) -> None:
+        for store, old in zip(self._store.arrays(), overwritten, strict=False):
+            store[growth.reused] = old
 
     def _commit(self, step: Step) -> None:
-        rows, tokens, _, _ = step.state
-        table = self._table
-        for row in rows if tokens else ():
-            if self.window is not None:
-                # What the tokens just appended see stays, so that they can be taken back.
-                table.forget(row, max(table.lengths[row] - self.window, 0))
-            table.lengths[row] += tokens
-
-    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return step.core[-2:]
+        growth = step.state.growth
+        if growth is not None:
+            self._table.put(growth.rows, growth.gained, growth.lost, growth.taken)
 
     def _roll_back(self, step: Step) -> None:
-        rows, _, moves, before = step.state
-        for row, length in zip(rows, before, strict=True):
-            self._table.lengths[row] = length
-        self._table.take_back(moves)
+        growth = step.state.growth
+        if growth is not None:
+            self._table.restore(growth.before)
+            self._write_back(growth, step.state.overwritten)
+
+    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        *_, lengths, starts, _ = step.core
+        return lengths, starts
 
     def _common_tokens(self, step: Step) -> int:
-        return self._table.common(step.state[0]) * self.page_size
+        return self._table.common(step.state.rows) * self.page_size
 
 
 def _ids(function: str, sequences: Any) -> list[int]:

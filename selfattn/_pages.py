@@ -1,159 +1,223 @@
-"""Which page holds what: the pages of each sequence, how many share one, which are free. No tokens here."""
+"""Which page holds what: the pages of each sequence, how many share one, which are free. No tokens here.
+
+The rows say it all. How many hold a page and which pages are free is counted along, and counted anew after whatever
+went wrong in between, be it an interrupt.
+"""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
+NUMBER = "i"  # what the core reads
+assert array(NUMBER).itemsize == 4
 
-NOWHERE = -1  # in the place of a page that was released
+
+class Row(NamedTuple):
+    """The pages of a sequence. A row is replaced, never changed, so that the old one can be put back.
+
+    `pages` starts with the page of token `start` and may hold more than `length` tokens need: rows share the array
+    with those that replace them, and a step puts the pages that it adds there before they are in force.
+    """
+
+    pages: array[int]
+    start: int  # the first token that is still held, which is the first of its page
+    length: int
 
 
-class Move(NamedTuple):
-    """A page that a reservation gave to a row."""
+class Growth(NamedTuple):
+    """Rows with room for more tokens, which `PageTable.put` puts in force."""
 
-    row: int
-    run: int
-    old: int  # the page that it shares with others and has a copy of now, or NOWHERE
-    new: int
+    before: dict[int, Row]
+    rows: dict[int, Row]
+    taken: int  # pages from the end of the free ones
+    gained: list[int]
+    lost: list[int]
+    copies: list[tuple[int, int]]  # pages that others share, and those that hold a copy
+    reused: list[int]  # pages that will be written to and that rows of `before` hold as well
 
 
 class PageTable:
-    """Rows of page numbers, one row per sequence. A page is free, or counts the rows that hold it.
+    """A row for each sequence. A page is free, or counts the rows that hold it.
 
-    Numbers are Python's own, which are faster than NumPy's one by one; `table` repeats them for the core.
+    Numbers are Python's own, which are faster than NumPy's one by one.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
-        self.held: list[list[int]] = []
-        self.lengths: list[int] = []
-        self.starts: list[int] = []  # first token that is still held
+        self.rows: dict[int, Row] = {}
         self.sharers = [0] * num_pages
         self.free_pages = list(range(num_pages - 1, -1, -1))
-        self.free_rows: list[int] = []
-        self.table = np.full((4, 4), NOWHERE, np.int32)
-
-    def add_row(self) -> int:
-        """Return the row of a new, empty sequence."""
-        if not self.free_rows:
-            row = len(self.held)
-            self._fit(row + 1, 0)  # first: without memory there is no new row
-            self.held.append([])
-            self.lengths.append(0)
-            self.starts.append(0)
-            self.free_rows.append(row)
-        return self.free_rows.pop()
-
-    def remove_row(self, row: int) -> None:
-        """Give back the row and its pages."""
-        self.shorten(row, 0)
-        self.free_rows.append(row)
-
-    def fork(self, row: int) -> int:
-        """Return a new row that shares all pages."""
-        twin = self.add_row()
-        pages = self.held[row]
-        self.held[twin] = pages.copy()
-        self.table[twin, : len(pages)] = pages
-        self.lengths[twin], self.starts[twin] = self.lengths[row], self.starts[row]
-        for page in pages:
-            if page != NOWHERE:
-                self.sharers[page] += 1
-        return twin
-
-    def shorten(self, row: int, length: int) -> None:
-        """Give back the pages behind so many tokens."""
-        pages, kept = self.held[row], self.runs(length)
-        for page in pages[kept:]:
-            self._leave(page)
-        del pages[kept:]
-        self.lengths[row] = length
-        if length == 0:
-            self.starts[row] = 0
-
-    def forget(self, row: int, token: int) -> None:
-        """Give back the pages that hold no token from this one on."""
-        first, end = self.starts[row] // self.page_size, token // self.page_size
-        for run in range(first, end):
-            self._leave(self.held[row][run])
-            self.held[row][run] = NOWHERE
-            self.table[row, run] = NOWHERE
-        self.starts[row] = max(self.starts[row], end * self.page_size)
+        self.settled = True  # whether both of these say what the rows say
 
     def runs(self, length: int) -> int:
-        """Return how many pages so many tokens span."""
+        """Return how many pages this many tokens span."""
         return -(-length // self.page_size)
 
-    def missing(self, rows: list[int], tokens: int) -> tuple[int, list[int]]:
-        """Return how many pages so many tokens more of each row take, and the rows whose last page is shared."""
-        size, pages, copied = self.page_size, 0, []
-        left: dict[int, int] = {}  # sharers of pages that some have a copy of by then
-        # Shortest first: whoever is left with a page alone may write to it, and does so behind what others have there.
-        for row in sorted(rows, key=self.lengths.__getitem__):
-            length = self.lengths[row]
-            pages += -(-(length + tokens) // size) - -(-length // size)
-            if length % size:
-                page = self.held[row][-1]
-                if left.get(page, self.sharers[page]) > 1:
-                    left[page] = left.get(page, self.sharers[page]) - 1
-                    copied.append(row)
+    def count(self, row: Row) -> int:
+        """Return how many pages a row holds."""
+        return self.runs(row.length) - row.start // self.page_size
+
+    def held(self, row: Row) -> array[int]:
+        """Return the pages that a row holds, as a copy."""
+        return row.pages[: self.count(row)]
+
+    def settle(self) -> None:
+        """Count the pages anew where the last change was cut off."""
+        if not self.settled:
+            self.recount()
+
+    def recount(self) -> None:
+        """Count from the rows how many hold each page."""
+        self.settled = False
+        sharers = [0] * len(self.sharers)
+        for row in self.rows.values():
+            for page in self.held(row):
+                sharers[page] += 1
+        self.sharers = sharers
+        self.free_pages = [page for page in range(len(sharers) - 1, -1, -1) if not sharers[page]]
+        self.settled = True
+
+    def put(
+        self, rows: Mapping[int, Row | None], gained: Iterable[int] = (), lost: Iterable[int] = (), taken: int = 0
+    ) -> None:
+        """Replace rows, or end those that are None; on any exception nothing has changed.
+
+        One row more holds each page that was gained, one fewer each that was lost; `taken` are no longer free.
+        """
+        before = {name: self.rows.get(name) for name in rows}
+        self.settled = False
+        try:
+            self._set(rows)
+            if taken:
+                del self.free_pages[-taken:]
+            for page in gained:
+                self.sharers[page] += 1
+            for page in lost:
+                self.sharers[page] -= 1
+                if not self.sharers[page]:
+                    self.free_pages.append(page)
+            self.settled = True
+        except BaseException:
+            self.restore(before)
+            raise
+
+    def restore(self, before: Mapping[int, Row | None]) -> None:
+        """Put rows back as they were."""
+        if not self.settled or any(self.rows.get(name) is not row for name, row in before.items()):
+            self.settled = False
+            self._set(before)
+            self.recount()
+
+    def _set(self, rows: Mapping[int, Row | None]) -> None:
+        for name, row in rows.items():
+            if row is None:
+                self.rows.pop(name, None)
+            else:
+                self.rows[name] = row
+
+    def fork(self, name: int, twin: int) -> None:
+        """Make a row that shares all pages."""
+        pages = self.held(self.rows[name])
+        self.put({twin: self.rows[name]._replace(pages=pages)}, gained=pages)
+
+    def shorten(self, name: int, length: int) -> None:
+        """Give back the pages after this many tokens."""
+        row = self.rows[name]
+        shorter = Row(row.pages, row.start if length else 0, length)
+        kept = self.count(shorter)
+        self.put({name: shorter}, lost=self.held(row)[kept:])
+        del row.pages[kept:]
+
+    def remove(self, name: int) -> None:
+        """End a row and give back its pages."""
+        self.put({name: None}, lost=self.held(self.rows[name]))
+
+    def grow(self, names: list[int], tokens: int, window: int | None) -> Growth:
+        """Plan room for more tokens of each row; nothing changes yet. MemoryError: pages needed, pages there.
+
+        With a window, each row gives up the pages that none of these tokens sees. They are reused where the free ones
+        do not suffice.
+        """
+        before = {name: self.rows[name] for name in names}
+        skipped = {name: 0 if window is None else self._unseen(row, window) for name, row in before.items()}
+        lost = [page for name, row in before.items() for page in row.pages[: skipped[name]]]
+        left: dict[int, int] = {}
+        needed, copied = self._missing(before, tokens, left)
+        given: list[int] = []
+        if needed > len(self.free_pages) and lost:
+            left = {}
+            for page in lost:
+                left[page] = left.get(page, self.sharers[page]) - 1
+            given = [page for page, sharers in left.items() if not sharers]
+            needed, copied = self._missing(before, tokens, left)
+            reusable = set(lost)
+        else:
+            reusable = set()
+        there = len(self.free_pages)
+        if needed > there + len(given):
+            raise MemoryError(needed, there + len(given))
+        taken = min(needed, there)
+        gained = [*self.free_pages[there - taken :][::-1], *given[: needed - taken]]
+        growth = Growth(before, {}, taken, gained, lost, [], [])
+        fresh = iter(gained)
+        for name, row in before.items():
+            pages = row.pages
+            if gained or lost:
+                pages = self._extended(growth, row, skipped[name], name in copied, tokens, fresh)
+            after = Row(pages, row.start + skipped[name] * self.page_size, row.length + tokens)
+            growth.rows[name] = after
+            if reusable:
+                written = pages[(row.length - after.start) // self.page_size :]
+                growth.reused.extend(page for page in written if page in reusable)
+        return growth
+
+    def _extended(
+        self, growth: Growth, row: Row, skipped: int, copied: bool, tokens: int, fresh: Iterator[int]
+    ) -> array[int]:
+        count = self.count(row)
+        pages = row.pages
+        if skipped or copied:
+            pages = pages[skipped:count]
+        else:
+            del pages[count:]  # what a failed step left there
+        if copied:
+            growth.copies.append((pages[-1], next(fresh)))
+            growth.lost.append(pages[-1])
+            pages[-1] = growth.copies[-1][1]
+        pages.extend(islice(fresh, self.runs(row.length + tokens) - self.runs(row.length)))
+        return pages
+
+    def _unseen(self, row: Row, window: int) -> int:
+        """Return how many pages hold no token that the next one sees."""
+        return max((row.length - window) // self.page_size - row.start // self.page_size, 0)
+
+    def _missing(self, rows: dict[int, Row], tokens: int, left: dict[int, int]) -> tuple[int, set[int]]:
+        """Return how many pages more tokens of each row take, and the rows whose last page is shared.
+
+        `left`: the sharers of pages that some rows no longer hold by then.
+        """
+        size, pages, copied = self.page_size, 0, set()
+        # Shortest first: the last row to hold a shared page writes to it in place, after the tokens of the others.
+        for name, row in sorted(rows.items(), key=lambda item: item[1].length):
+            pages += self.runs(row.length + tokens) - self.runs(row.length)
+            if row.length % size:
+                page = row.pages[self.count(row) - 1]
+                sharers = left.get(page, self.sharers[page])
+                if sharers > 1:
+                    left[page] = sharers - 1
+                    copied.add(name)
         return pages + len(copied), copied
 
-    def reserve(self, rows: list[int], tokens: int, copied: list[int], moves: list[Move]) -> None:
-        """Give each row the pages for so many tokens more, and note them; there must be enough free ones."""
-        self._fit(len(self.held), max(self.runs(self.lengths[row] + tokens) for row in rows))
-        for row in copied:
-            run, old, new = len(self.held[row]) - 1, self.held[row][-1], self._take()
-            self.sharers[old] -= 1
-            self.held[row][run] = self.table[row, run] = new
-            moves.append(Move(row, run, old, new))
-        for row in rows:
-            for run in range(len(self.held[row]), self.runs(self.lengths[row] + tokens)):
-                new = self._take()
-                self.held[row].append(new)
-                self.table[row, run] = new
-                moves.append(Move(row, run, NOWHERE, new))
-
-    def take_back(self, moves: list[Move]) -> None:
-        """Undo a reservation."""
-        for row, run, old, new in reversed(moves):
-            self.sharers[new] = 0
-            self.free_pages.append(new)
-            self.table[row, run] = old
-            if old == NOWHERE:
-                self.held[row].pop()
-            else:
-                self.held[row][run] = old
-                self.sharers[old] += 1
-
-    def common(self, rows: list[int]) -> int:
+    def common(self, rows: list[Row]) -> int:
         """Return how many pages from the start on all rows share."""
         shared = 0
-        for pages in zip(*(self.held[row] for row in rows), strict=False):
-            if pages[0] == NOWHERE or any(page != pages[0] for page in pages):
+        if any(row.start for row in rows):
+            return 0
+        for pages in zip(*(row.pages for row in rows), strict=False):
+            if any(page != pages[0] for page in pages):
                 break
             shared += 1
         return shared
-
-    def _take(self) -> int:
-        page = self.free_pages.pop()
-        self.sharers[page] = 1
-        return page
-
-    def _leave(self, page: int) -> None:
-        if page == NOWHERE:
-            return
-        self.sharers[page] -= 1
-        if self.sharers[page] == 0:
-            self.free_pages.append(page)
-
-    def _fit(self, rows: int, runs: int) -> None:
-        old = self.table
-        if rows <= old.shape[0] and runs <= old.shape[1]:
-            return
-        shape = [
-            have if need <= have else max(need, 2 * have) for need, have in zip((rows, runs), old.shape, strict=True)
-        ]
-        self.table = np.full(shape, NOWHERE, np.int32)
-        self.table[: old.shape[0], : old.shape[1]] = old

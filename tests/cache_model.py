@@ -106,9 +106,20 @@ class PagedModel:
         self.sequences[name].truncate(length)
         del self.tables[name][-(-length // self.page_size) :]
 
-    def tables_after(self, names: Iterable[int], count: int) -> dict[int, list[object | None]]:
-        """Return all tables as appending `count` tokens to each of `names` leaves them, before pages are released."""
+    def released(self, names: Iterable[int]) -> dict[int, list[object | None]]:
+        """Return all tables without the pages of `names` that no further token sees."""
         tables = {name: list(table) for name, table in self.tables.items()}
+        for name in names if self.window is not None else []:
+            # What the first of the new tokens sees stays.
+            unseen = max(self.sequences[name].length - self.window, 0) // self.page_size
+            tables[name][:unseen] = [None] * unseen
+        return tables
+
+    def tables_after(
+        self, names: Iterable[int], count: int, before: dict[int, list[object | None]]
+    ) -> dict[int, list[object | None]]:
+        """Return the tables `before` as appending `count` tokens to each of `names` leaves them."""
+        tables = {name: list(table) for name, table in before.items()}
         for name in names:
             table, length = tables[name], self.sequences[name].length
             shared = [page for other, pages in tables.items() if other != name for page in pages]
@@ -121,15 +132,16 @@ class PagedModel:
         return len({page for table in tables.values() for page in table if page is not None})
 
     def fits(self, names: Iterable[int], count: int) -> bool:
-        return self.used(self.tables_after(names, count)) <= self.num_pages
+        """Whether there are pages enough, those included that can be released before others are taken."""
+        names = list(names)
+        return self.used(self.tables_after(names, count, self.tables)) <= self.num_pages or (
+            self.used(self.tables_after(names, count, self.released(names))) <= self.num_pages
+        )
 
     def append(self, names: list[int], k: Any, v: Any) -> None:
         """k (B, Hkv, T, D): one row for each of `names`."""
-        self.tables = self.tables_after(names, k.shape[2])
-        for name in names if self.window is not None and k.shape[2] else []:
-            # What the first of the new tokens sees stays.
-            unseen = max(self.sequences[name].length - self.window, 0) // self.page_size
-            self.tables[name][:unseen] = [None] * unseen
+        if k.shape[2]:
+            self.tables = self.tables_after(names, k.shape[2], self.released(names))
         for name, row_k, row_v in zip(names, k, v, strict=True):
             self.sequences[name].append(row_k, row_v)
 

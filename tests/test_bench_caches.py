@@ -89,7 +89,8 @@ def test_codes_lose_little_and_what_they_lose_is_told():
 
 def test_pages_are_in_random_order_and_shared():
     filled = Filled(SMALL["cascade"], SMALL["cascade"].make_arrays())
-    held = [filled.cache._table.held[filled.cache._rows[sequence]] for sequence in filled.sequences]
+    table = filled.cache._table
+    held = [table.held(table.rows[sequence]) for sequence in filled.sequences]
     pages = [page for row in held for page in row[2:]]
     assert pages not in (sorted(pages), sorted(pages, reverse=True))
     assert len({tuple(row[:2]) for row in held}) == 1

@@ -1,9 +1,8 @@
 // What Python's caches hand over of themselves.
 #pragma once
-#include <vector>
-
 #include "bindings/arrays.h"
 #include "cache.h"
+#include "scratch_pool.h"
 
 namespace selfattn::bindings {
 
@@ -11,13 +10,16 @@ namespace selfattn::bindings {
 //   (k, v, k_scales or None, v_scales or None, dtype, slots, None, active, state, window or -1)
 // of a KVCache, whose k is (batch, heads, slots, dim): `state` holds two copies of (lengths, starts), `active` says
 // which is in force. With a window the slots are a ring.
-//   (k, v, k_scales or None, v_scales or None, dtype, slots, table, rows, lengths, starts or None)
-// of a PagedKVCache, whose k is (pages, heads, slots, dim): the table's `rows` are those of the call's sequences.
+//   (k, v, k_scales or None, v_scales or None, dtype, slots, pages, lengths, starts or None, firsts or None)
+// of a PagedKVCache, whose k is (pages, heads, slots, dim): `pages` holds a buffer of int32 page numbers for each
+// sequence of the call, which begins with the sequence's page number firsts[b] (None: 0).
+// Lengths may be in memory that others write to: they are copied once, and the copy is checked and used.
 class CacheArguments {
  public:
   // For a call that appends `more` tokens to each sequence. Refuses what there is no room for, and pages outside the
   // store.
   CacheArguments(const char* function, const py::tuple& values, std::int64_t more);
+  ~CacheArguments();
   CacheArguments(const CacheArguments&) = delete;  // views point to its own members
   CacheArguments& operator=(const CacheArguments&) = delete;
   const Cache& cache() const { return cache_; }
@@ -31,14 +33,22 @@ class CacheArguments {
   void open_batch(const char* function, const py::tuple& values);
   void open_ring(const char* function, std::int64_t window);
   void open_pages(const char* function, const py::tuple& values);
+  void open_row(const char* function, std::int64_t sequence, py::handle numbers, std::int64_t first);
+  void use_starts();
+  void release();
   void publish(std::int64_t more) const;
 
-  const std::int64_t more_;
+  const std::int64_t more_, slots_;
   Cache cache_{};
-  std::int64_t slots_;
   TensorView key_, value_;  // the whole stores
   std::int64_t *active_ = nullptr, *state_ = nullptr;
-  std::vector<std::int64_t> starts_;  // of a ring, after the call
+  const Scratch memory_;     // of the following arrays
+  std::int64_t* lengths_;    // before the call
+  std::int64_t* starts_;     // of a ring, after the call
+  Pages::Row* rows_;         // of pages
+  Py_buffer* buffers_;       // that hold the rows' numbers ...
+  std::int64_t opened_ = 0;  // ... of so many sequences
+  bool ring_ = false;
   std::int64_t starts_shape_[1], starts_strides_[1] = {sizeof(std::int64_t)};
 };
 

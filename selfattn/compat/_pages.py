@@ -79,7 +79,8 @@ def attend_pages(
     """Attend with q (B, Sq, H, D) to the pages of these rows of the table."""
     k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (pages.k, pages.v))
     store = (k.swapaxes(1, 2), v.swapaxes(1, 2), None, None, _CODES[pages.k.dtype.name])
-    where = (pages.page_size, pages.table, np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(lengths), starts)
+    table = [pages.table[row] for row in rows]
+    where = (pages.page_size, table, np.ascontiguousarray(lengths), starts, None)
     values = core_options(
         function, None, None, options["causal"], None, options["window"], None, None, options["scale"],
         options["softcap"], options["alibi_slopes"], None, "bshd", return_lse, False, "highest", None,

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace selfattn::native {
 namespace {
@@ -83,7 +82,7 @@ std::int64_t CachedCase::start_of(std::int64_t sequence) const {
 }
 
 std::int32_t* CachedCase::entries_of(std::int64_t sequence) const {
-  return reinterpret_cast<std::int32_t*>(table_->data()) + table_rows_[static_cast<std::size_t>(sequence)] * runs_;
+  return reinterpret_cast<std::int32_t*>(table_->data()) + sequence * runs_;
 }
 
 // A page for each run that holds a key, and none for the others.
@@ -91,8 +90,10 @@ void CachedCase::give_pages() {
   slots_ = store_.page_size;
   runs_ = (length_ + slots_ - 1) / slots_;
   table_.emplace(static_cast<std::size_t>(batch_ * runs_) * sizeof(std::int32_t));
-  table_rows_.resize(static_cast<std::size_t>(batch_));
-  std::iota(table_rows_.rbegin(), table_rows_.rend(), 0);
+  for (std::int64_t b = 0; b < batch_; ++b) {
+    const std::int64_t first = std::min(start_of(b) / slots_, std::max<std::int64_t>(runs_ - 1, 0));
+    rows_.push_back({entries_of(b) + first, first});
+  }
   std::vector<std::int32_t*> held;
   for (std::int64_t b = 0; b < batch_; ++b)
     for (std::int64_t run = 0; run < runs_; ++run) {
@@ -160,9 +161,7 @@ AttentionArguments CachedCase::arguments() const {
   a.v = {value_.rows->data(), dtype_, 4, value_.shape, value_.strides};
   if (paged() || store_.ring) a.pages.size = slots_;
   if (paged()) {
-    a.pages.table = reinterpret_cast<const std::int32_t*>(table_->data());
-    a.pages.table_step = runs_;
-    a.pages.rows = table_rows_.data();
+    a.pages.rows = rows_.data();
     a.key_page = heads_ * step_of(*key_.rows);
     a.value_page = heads_ * step_of(*value_.rows);
   }

@@ -54,7 +54,7 @@ class CachedCase {
   std::int64_t runs_ = 1;    // of a sequence
   std::int64_t places_ = 0;  // for runs of each head
   std::optional<test::GuardedMemory> table_;
-  std::vector<std::int64_t> table_rows_;
+  std::vector<Pages::Row> rows_;
   Side key_, value_;
 };
 
