@@ -173,7 +173,7 @@ class KVCache(AnyCache):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence, (batch,), as they are now."""
         with self._lock.reading:
-            view: NDArray[np.int64] = self._state()[0].copy()
+            view = self._state()[0]
         view.flags.writeable = False
         return view
 
@@ -253,13 +253,7 @@ class KVCache(AnyCache):
         for i in np.flatnonzero((index < 0) | (index >= self.batch))[:1]:
             raise ValueError(f"reorder: index holds {index[i]}, which is outside 0..{self.batch - 1}")
         with self._lock.writing:
-            lengths, starts = self._state()
-            moved = np.flatnonzero(index != np.arange(self.batch))
-            used = min(int(lengths.max(initial=0)), self.capacity)
-            for array in self._store.arrays():
-                for head in range(self.num_kv_heads):  # head by head: only so much is copied twice
-                    array[moved, head, :used] = array[index[moved], head, :used]
-            self._publish(lengths[index], starts[index])
+            _core.reorder(self._core, index)
 
     # The core checks that there is room, and counts what it has appended.
 
@@ -267,7 +261,7 @@ class KVCache(AnyCache):
         if sequences is not None:
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
         # A ring publishes twice, which leaves nothing of what was in force before.
-        lengths = None if self.window is None else self._state()[0].copy()
+        lengths = None if self.window is None else self._state()[0]
         return Step(self._core, (int(self._header[_ACTIVE]), lengths))
 
     def _commit(self, step: Step) -> None:
@@ -286,8 +280,20 @@ class KVCache(AnyCache):
         return lengths, starts
 
     def _state(self) -> NDArray[np.int64]:
-        """Return (lengths, starts) in force."""
-        return self._copies[int(self._header[_ACTIVE])]  # type: ignore[no-any-return]
+        """Return (lengths, starts) in force: a copy, since the buffer may be shared with another process."""
+        state: NDArray[np.int64] = self._copies[int(self._header[_ACTIVE]) & 1].copy()
+        for b in np.flatnonzero(~self._possible(*state))[:1]:
+            raise ValueError(
+                f"KVCache: the cache's buffer says that sequence {b} has the tokens {state[1, b]} to {state[0, b]}, "
+                "which is impossible"
+            )
+        return state
+
+    def _possible(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        ring = self.window is not None
+        most = np.iinfo(np.int64).max >> 2 if ring else self.capacity
+        inside = (lengths >= 0) & (lengths <= most) & (starts >= 0) & (starts <= (lengths if ring else 0))
+        return inside & (lengths - starts <= self.capacity)
 
     def _publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
         # The other copy is written first; then one store of 8 bytes puts it in force.
@@ -309,15 +315,8 @@ class KVCache(AnyCache):
             return
         if tuple(header[: len(description)].tolist()) != description:
             raise ValueError(f"KVCache: buffer holds something else than a {self!r}")
-        lengths = self._copies[:, 0]
-        starts = self._copies[:, 1]
-        most = np.iinfo(np.int64).max >> 2 if self.window is not None else self.capacity
-        sound = header[_ACTIVE] in (0, 1) and np.all((lengths >= 0) & (lengths <= most) & (starts >= 0))
-        if (
-            not sound
-            or (self.window is None and starts.any())
-            or np.any((starts > lengths) | (lengths - starts > self.capacity))
-        ):
+        states = self._copies.copy()
+        if header[_ACTIVE] not in (0, 1) or not self._possible(states[:, 0], states[:, 1]).all():
             raise ValueError("KVCache: buffer holds a cache whose lengths are impossible")
 
 

@@ -106,6 +106,11 @@ void append(const char* function, const py::tuple& values, py::handle k, py::han
   arguments.commit();
 }
 
+// In one call, so that no interrupt comes between the tokens of two heads. The index has been checked.
+void reorder(const py::tuple& values, const py::array& index) {
+  CacheArguments("reorder", values, 0).reorder(static_cast<const std::int64_t*>(index.data()));
+}
+
 // The type that the cache may have where queries have this one.
 void check_type(const char* function, const Cache& cache, DType query) {
   if (cache.dtype == query || size_of(cache.dtype) < size_of(query)) return;
@@ -198,6 +203,7 @@ py::object attend_cache(py::handle function_name, const py::tuple& cache_values,
 void register_cache(py::module_& module) {
   module.def("append", &append);
   module.def("attend_cache", &attend_cache);
+  module.def("reorder", &reorder);
 }
 
 }  // namespace selfattn::bindings

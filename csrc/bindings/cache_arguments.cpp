@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "message.h"
 
@@ -35,7 +36,7 @@ std::int64_t batch_of(const py::tuple& values) {
 
 std::size_t memory_bytes(std::int64_t batch) {
   return static_cast<std::size_t>(
-      bytes_of(batch, 2 * sizeof(std::int64_t) + sizeof(Pages::Row) + sizeof(Py_buffer)));
+      bytes_of(batch, 2 * sizeof(std::int64_t) + sizeof(Pages::Row)));
 }
 
 // Each number is read once: a compiler may not go back to memory that another process writes to.
@@ -53,7 +54,6 @@ CacheArguments::CacheArguments(const char* function, const py::tuple& values, st
   lengths_ = reinterpret_cast<std::int64_t*>(memory_.data());
   starts_ = lengths_ + batch;
   rows_ = reinterpret_cast<Pages::Row*>(starts_ + batch);
-  buffers_ = reinterpret_cast<Py_buffer*>(rows_ + batch);
   cache_.lengths = lengths_;
   cache_.dtype = static_cast<DType>(values[4].cast<int>());
   cache_.num_kv_heads = array_at(values, 0).shape(1);
@@ -61,22 +61,10 @@ CacheArguments::CacheArguments(const char* function, const py::tuple& values, st
   cache_.value = side_of(values, 1, 3, paged);
   key_ = view_of(array_at(values, 0), cache_.dtype);
   value_ = view_of(array_at(values, 1), cache_.dtype);
-  if (!paged) {
-    open_batch(function, values);
-    return;
-  }
-  try {
+  if (paged)
     open_pages(function, values);
-  } catch (...) {
-    release();
-    throw;
-  }
-}
-
-CacheArguments::~CacheArguments() { release(); }
-
-void CacheArguments::release() {
-  for (; opened_ > 0; --opened_) PyBuffer_Release(buffers_ + opened_ - 1);
+  else
+    open_batch(function, values);
 }
 
 void CacheArguments::use_starts() {
@@ -133,9 +121,10 @@ void CacheArguments::open_pages(const char* function, const py::tuple& values) {
 // Checks the pages of a sequence from the one of its first token on: no others are read.
 void CacheArguments::open_row(const char* function, std::int64_t b, py::handle numbers, std::int64_t first) {
   static const std::int32_t nothing = 0;
-  Py_buffer& buffer = buffers_[b];
+  Py_buffer buffer;
   if (PyObject_GetBuffer(numbers.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  ++opened_;
+  // The cache's lock keeps the numbers in place; a buffer that is held could not grow in a child forked meanwhile.
+  PyBuffer_Release(&buffer);
   const std::int64_t begin = (cache_.starts ? starts_[b] : 0) / slots_;
   const std::int64_t end = (lengths_[b] + more_ + slots_ - 1) / slots_;
   const std::int64_t count = buffer.len / static_cast<std::int64_t>(sizeof(std::int32_t));
@@ -156,13 +145,35 @@ void CacheArguments::commit() const {
   if (active_ && more_ != 0) publish(more_);
 }
 
+void CacheArguments::reorder(const std::int64_t* index) const {
+  std::int64_t used = 0;
+  for (std::int64_t b = 0; b < cache_.batch; ++b) used = std::max(used, std::min(lengths_[b], slots_));
+  const TokenRows* const sides[] = {&cache_.key.tokens, &cache_.value.tokens, &cache_.key.scales, &cache_.value.scales};
+  std::int64_t most = 0;
+  for (const TokenRows* rows : sides) most = std::max(most, used * rows->row);
+  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // of one head
+  const MaybeReleaseGil released(static_cast<double>(cache_.batch * cache_.num_kv_heads * most));
+  for (const TokenRows* rows : sides)
+    for (std::int64_t head = 0; rows->data && head < cache_.num_kv_heads; ++head) {
+      const auto bytes = static_cast<std::size_t>(used * rows->row);
+      const auto at = [&](std::int64_t b) { return rows->data + b * rows->batch + head * rows->head; };
+      const auto kept = [&](std::int64_t b) { return copy.data() + b * most; };
+      for (std::int64_t b = 0; b < cache_.batch; ++b)
+        if (index[b] != b) std::memcpy(kept(b), at(index[b]), bytes);
+      for (std::int64_t b = 0; b < cache_.batch; ++b)
+        if (index[b] != b) std::memcpy(at(b), kept(b), bytes);
+    }
+  publish(0, index);
+}
+
 // The copy that is not in force is written first; then one store of 8 bytes puts it in force.
-void CacheArguments::publish(std::int64_t more) const {
+void CacheArguments::publish(std::int64_t more, const std::int64_t* index) const {
   const std::int64_t current = std::atomic_ref(*active_).load(std::memory_order_relaxed) & 1;
   std::int64_t* to = state_ + (1 - current) * 2 * cache_.batch;
   for (std::int64_t b = 0; b < cache_.batch; ++b) {
-    to[b] = lengths_[b] + more;
-    to[cache_.batch + b] = ring_ ? starts_[b] : 0;
+    const std::int64_t from = index ? index[b] : b;
+    to[b] = lengths_[from] + more;
+    to[cache_.batch + b] = ring_ ? starts_[from] : 0;
   }
   std::atomic_ref(*active_).store(1 - current, std::memory_order_release);
 }

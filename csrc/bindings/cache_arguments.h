@@ -12,14 +12,13 @@ namespace selfattn::bindings {
 // which is in force. With a window the slots are a ring.
 //   (k, v, k_scales or None, v_scales or None, dtype, slots, pages, lengths, starts or None, firsts or None)
 // of a PagedKVCache, whose k is (pages, heads, slots, dim): `pages` holds a buffer of int32 page numbers for each
-// sequence of the call, which begins with the sequence's page number firsts[b] (None: 0).
+// sequence of the call, which begins with the sequence's page number firsts[b] (None: 0). It must stay as it is.
 // Lengths may be in memory that others write to: they are copied once, and the copy is checked and used.
 class CacheArguments {
  public:
   // For a call that appends `more` tokens to each sequence. Refuses what there is no room for, and pages outside the
   // store.
   CacheArguments(const char* function, const py::tuple& values, std::int64_t more);
-  ~CacheArguments();
   CacheArguments(const CacheArguments&) = delete;  // views point to its own members
   CacheArguments& operator=(const CacheArguments&) = delete;
   const Cache& cache() const { return cache_; }
@@ -28,6 +27,8 @@ class CacheArguments {
   void claim() const;
   // Of a KVCache: puts the new lengths in force, in one store of 8 bytes.
   void commit() const;
+  // Of a KVCache: lets sequence b go on as sequence index[b] was.
+  void reorder(const std::int64_t* index) const;
 
  private:
   void open_batch(const char* function, const py::tuple& values);
@@ -35,8 +36,7 @@ class CacheArguments {
   void open_pages(const char* function, const py::tuple& values);
   void open_row(const char* function, std::int64_t sequence, py::handle numbers, std::int64_t first);
   void use_starts();
-  void release();
-  void publish(std::int64_t more) const;
+  void publish(std::int64_t more, const std::int64_t* index = nullptr) const;
 
   const std::int64_t more_, slots_;
   Cache cache_{};
@@ -46,8 +46,6 @@ class CacheArguments {
   std::int64_t* lengths_;    // before the call
   std::int64_t* starts_;     // of a ring, after the call
   Pages::Row* rows_;         // of pages
-  Py_buffer* buffers_;       // that hold the rows' numbers ...
-  std::int64_t opened_ = 0;  // ... of so many sequences
   bool ring_ = false;
   std::int64_t starts_shape_[1], starts_strides_[1] = {sizeof(std::int64_t)};
 };

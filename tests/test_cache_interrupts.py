@@ -1,0 +1,191 @@
+"""An exception at any point of a call on a cache leaves what was there before."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import _core
+
+FILES = {str(Path(sa.__file__).with_name(name)) for name in ("_cache.py", "_paged.py", "_pages.py")}
+
+
+def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) -> bool:
+    """Raise before instruction number `point` that the caches' own code executes; False: the call has ended before.
+
+    Not around taking and leaving a lock, which Python itself does not interrupt: in `_run` that is all there is.
+    """
+    seen = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename not in FILES or frame.f_code.co_name == "_run":
+            return None
+        frame.f_trace_opcodes = True
+        line = frame.f_lineno and linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "opcode" and line and "with self._lock" not in line:
+            seen += 1
+            if seen == point:
+                raise error
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except error:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def everything(cache: Any) -> Any:
+    """Return what a user can tell of a cache."""
+    if isinstance(cache, sa.KVCache):
+        lengths = cache.lengths.tolist()
+        return lengths, [cache.k[b, :, :n].tobytes() + cache.v[b, :, :n].tobytes() for b, n in enumerate(lengths)]
+    names = cache.sequences
+    q = np.eye(cache.head_dim, dtype=np.float32)[None, None, :1]
+    window = None if cache.window is None else (cache.window, None)
+    seen = [
+        sa.attention_with_kvcache(q, cache, sequences=[name], window=window).tobytes()
+        for name in names
+        if cache.length(name)
+    ]
+    return names, [cache.length(name) for name in names], cache.num_free_pages, seen
+
+
+def x(tokens: int, *more: int) -> Any:
+    return np.random.default_rng(tokens).standard_normal((*more, 1, tokens, 4)).astype(np.float32)
+
+
+def paged() -> Any:
+    cache = sa.PagedKVCache(5, 2, 1, 4)
+    first = cache.allocate()
+    cache.append(first, x(5), x(5))
+    cache.fork(first)
+    return cache
+
+
+def windowed() -> Any:
+    cache = sa.PagedKVCache(5, 2, 1, 4, window=1)
+    cache.append(cache.allocate(), x(5), x(5))
+    return cache
+
+
+def batch() -> Any:
+    cache = sa.KVCache(3, 1, 4, 8)
+    cache.append(x(5, 3), x(5, 3))
+    return cache
+
+
+CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "allocate": (paged, lambda cache: cache.allocate()),
+    "fork": (paged, lambda cache: cache.fork(0)),
+    "truncate": (paged, lambda cache: cache.truncate(1, 2)),
+    "free": (paged, lambda cache: cache.free(1)),
+    "append": (paged, lambda cache: cache.append(1, x(2), x(2))),
+    "out-of-sight": (windowed, lambda cache: cache.append(0, x(6), x(6))),
+    "attend": (
+        paged,
+        lambda cache: sa.attention_with_kvcache(x(1, 2), cache, x(1, 2), x(1, 2), sequences=[1, 0]),
+    ),
+    "batch-append": (batch, lambda cache: cache.append(x(2, 3), x(2, 3))),
+    "batch-truncate": (batch, lambda cache: cache.truncate([1, 2, 3])),
+    "batch-reorder": (batch, lambda cache: cache.reorder([2, 2, 0])),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_anywhere(name: str, error: type[BaseException]) -> None:
+    make, call = CALLS[name]
+    cache = make()
+    before = everything(cache)
+    call(cache)
+    after, point = everything(cache), 1
+    while True:
+        cache = make()
+        if not raise_at(point, error, lambda cache=cache: call(cache)):
+            break
+        found = everything(cache)
+        # Where nothing but the result is missing, the call may have taken place.
+        assert found in (before, after), point
+        if found == before:
+            call(cache)
+            assert everything(cache)[1:] == after[1:], point
+        point += 1
+    assert point > 5
+
+
+def test_rows_after_a_failed_fork() -> None:
+    cache = paged()
+    for point in range(1, 200):
+        raise_at(point, MemoryError, lambda: cache.fork(0))
+        for name in cache.sequences[2:]:
+            cache.free(name)
+    twin = cache.fork(0)
+    cache.free(0)
+    cache.free(1)
+    assert (cache.length(twin), cache.num_free_pages) == (5, 2)
+
+
+@pytest.mark.parametrize("kind", ["paged", "ring"])
+def test_a_step_on_a_full_cache_takes_what_is_out_of_sight(kind: str) -> None:
+    cache: Any = sa.PagedKVCache(3, 1, 1, 4, window=0) if kind == "paged" else sa.KVCache(1, 1, 4, 3, window=0)
+    own = (cache.allocate(),) if kind == "paged" else ()
+    for step in range(5):
+        k = x(2) + step
+        cache.append(*own, *((k, k) if own else (k[None], k[None])))
+    with pytest.raises((MemoryError, ValueError)):
+        cache.append(*own, *(((x(4), x(4))) if own else (x(4, 1), x(4, 1))))
+    options = {"sequences": own} if own else {}
+    assert np.array_equal(sa.attention_with_kvcache(x(1, 1), cache, window=(0, 0), **options)[0], (x(2) + 4)[:, 1:])
+
+
+def test_a_failed_step_gives_reused_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = sa.PagedKVCache(3, 1, 1, 4, window=0)
+    name = cache.allocate()
+    cache.append(name, x(3), x(3))
+    original = _core.append
+
+    def then_interrupted(*arguments: Any) -> None:
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_core, "append", then_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.append(name, x(2), x(2))
+    out = sa.attention_with_kvcache(x(3, 1), cache, sequences=[name], window=(0, 0))
+    assert np.array_equal(out[0], x(3))
+    cache.truncate(name, 1)
+    assert (cache.length(name), cache.num_free_pages) == (1, 2)
+
+
+def test_the_table_is_as_large_as_the_pages_that_are_held() -> None:
+    cache = sa.PagedKVCache(110_000, 1, 1, 1, dtype="float16")
+    token = np.ones((1, 1, 1), np.float32)
+    for _ in range(2000):
+        cache.append(cache.allocate(), token, token)
+    long = cache.allocate()
+    cache.append(long, np.ones((1, 100_000, 1), np.float32), np.ones((1, 100_000, 1), np.float32))
+    rows = cache._table.rows.values()
+    assert sum(sys.getsizeof(row.pages) for row in rows) < 1_000_000
+    cache.truncate(long, 3)
+    assert sum(sys.getsizeof(row.pages) for row in rows) < 400_000
+
+
+def test_pages_out_of_sight_leave_the_table() -> None:
+    cache = sa.PagedKVCache(4, 1, 1, 1, window=1)
+    name, token = cache.allocate(), np.ones((1, 1, 1), np.float32)
+    for _ in range(500):
+        cache.append(name, token, token)
+    assert len(cache._table.rows[name].pages) < 5
