@@ -88,6 +88,12 @@ void gather(const Projection& projection, char* to, const char* from, const Rows
   }
 }
 
+// Some rows of a matrix, in bytes.
+struct Part {
+  char* data;
+  std::int64_t row, column;
+};
+
 void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce) noexcept {
   const Projection& projection = job.projection;
   const RowsView& x = job.x;
@@ -124,6 +130,21 @@ void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce)
 
 void Projection::Free::operator()(char* p) const { std::free(p); }
 
+// Calls copy(packed, plain, rows, columns, size) for rows that are equally far apart in a panel and in the matrix: all
+// of a panel's, or every other one where two rows share a vector.
+template <class Copy>
+void Projection::each_part(const TensorView& weights, Copy copy) const {
+  const std::int64_t size = size_of(dtype_), width = panel_columns(), together = pairs_ ? 2 : 1;
+  const std::int64_t row = weights.strides[0], column = weights.strides[1];
+  for (std::int64_t first = 0; first < columns_; first += width) {
+    char* panel = panels_.get() + first * panel_rows() * size;
+    char* plain = static_cast<char*>(weights.data) + first * column;
+    for (std::int64_t i = 0; i < together && i < depth_; ++i)
+      copy(Part{panel + i * size, together * width * size, together * size}, Part{plain + i * row, together * row, column},
+           (depth_ - i + together - 1) / together, std::min(width, columns_ - first), size);
+  }
+}
+
 Projection::Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias)
     : kernels_(&kernels),
       types_(computed_in(weights.dtype) == DType::f32 ? &kernels.f32 : &kernels.f64),
@@ -135,8 +156,9 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
   const std::int64_t rows = panel_rows(), bytes = bytes_of(panels(), rows, width, size);
   panels_.reset(allocate_aligned(static_cast<std::size_t>(bytes)));
   std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
-  for (std::int64_t first = 0; first < columns_; first += width)
-    pack_panel(weights, first, panels_.get() + first * rows * size);
+  each_part(weights, [](Part packed, Part plain, std::int64_t count, std::int64_t columns, std::int64_t bytes) {
+    copy_rows(packed.data, packed.row, packed.column, plain.data, plain.row, plain.column, count, columns, bytes);
+  });
   if (!bias) return;
   bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, wide))));
   std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * wide));
@@ -149,13 +171,10 @@ std::int64_t Projection::panel_rows() const {
   return pairs_ ? (depth_ + whole - 1) / whole * whole : depth_;
 }
 
-void Projection::pack_panel(const TensorView& weights, std::int64_t first, char* panel) const {
-  const std::int64_t size = size_of(dtype_), width = panel_columns(), row = weights.strides[0];
-  const std::int64_t columns = std::min(width, columns_ - first), together = pairs_ ? 2 : 1;
-  const char* from = static_cast<const char*>(weights.data) + first * weights.strides[1];
-  for (std::int64_t i = 0; i < together && i < depth_; ++i)
-    copy_rows(panel + i * size, together * width * size, together * size, from + i * row, together * row,
-              weights.strides[1], (depth_ - i + together - 1) / together, columns, size);
+void Projection::unpack(const TensorView& weights) const {
+  each_part(weights, [](Part packed, Part plain, std::int64_t count, std::int64_t columns, std::int64_t bytes) {
+    copy_rows(plain.data, plain.row, plain.column, packed.data, packed.row, packed.column, count, columns, bytes);
+  });
 }
 
 void Projection::project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,

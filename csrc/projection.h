@@ -27,6 +27,11 @@ class Projection {
   bool pairs() const { return pairs_; }
   const KernelSet& kernels() const { return *kernels_; }
 
+  // Writes the weights, as they were given, to a matrix of the same type.
+  void unpack(const TensorView& weights) const;
+  // The bias in the type of computation, or null.
+  const char* bias() const { return bias_.get(); }
+
   // Columns of one panel for `rows` rows of x, of contiguous elements of type operand() (see KernelSet for pairs), to
   // rows of contiguous elements of the type of computation.
   void project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
@@ -34,7 +39,8 @@ class Projection {
 
  private:
   std::int64_t panel_rows() const;  // along the depth
-  void pack_panel(const TensorView& weights, std::int64_t first_column, char* panel) const;
+  template <class Copy>
+  void each_part(const TensorView& weights, Copy copy) const;
 
   struct Free {
     void operator()(char* p) const;

@@ -131,6 +131,10 @@ class T5Bias:
         by_distance = np.ascontiguousarray(bias.table.astype(np.float64)[bias.bucket].T)
         object.__setattr__(self, "_core", (by_distance, bias.origin))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without what is made from the table, which is larger.
+        return type(self), (self.table, self.bidirectional, self.max_distance)
+
     def for_core(self) -> tuple[NDArray[np.float64], int]:
         """Return the bias of each head and distance, (H, count), and the place of distance 0."""
         return self._core

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, integers
+from ._copying import Copyable
 from ._lock import SharedLock
 from ._store import Layout, Store, count, storage_name
 
@@ -26,14 +27,12 @@ class Step(NamedTuple):
     state: Any
 
 
-class AnyCache(ABC):
+class AnyCache(Copyable):
     """What both kinds of caches have: memory, a lock, and how a call opens and leaves them.
 
     `_begin`, `_commit`, `_roll_back` and `_bounds` are called under the lock.
     """
 
-    _store: Store
-    _lock: SharedLock
     window: int | None
 
     @property
@@ -125,6 +124,8 @@ class KVCache(AnyCache):
     array([5, 3])
     """
 
+    _made_with = ("batch", "num_kv_heads", "head_dim", "capacity", "value_dim", "window")
+
     def __init__(
         self,
         batch: int,
@@ -148,6 +149,25 @@ class KVCache(AnyCache):
         active = self._header[_ACTIVE : _ACTIVE + 1]
         reach = -1 if window is None else int(window)
         self._core = (*self._store.core, self.capacity, None, active, self._copies, reach)
+
+    def _make(self, **arguments: Any) -> None:
+        KVCache.__init__(self, **arguments)
+
+    def _contents(self) -> dict[str, Any]:
+        lengths, starts = self._state()
+        tokens = [array[:, :, : self._used(lengths)] for array in self._store.arrays()]
+        return {"lengths": lengths, "starts": starts, "tokens": tokens}
+
+    def _load(self, contents: dict[str, Any]) -> None:
+        lengths, starts = (self._integers(name, contents[name], self.batch) for name in ("lengths", "starts"))
+        if not self._possible(lengths, starts).all():
+            raise self._damaged("lengths that are impossible")
+        self._fill((slice(None), slice(None), slice(self._used(lengths))), contents["tokens"])
+        self._publish(lengths, starts)
+
+    def _used(self, lengths: NDArray[np.int64]) -> int:
+        """Return how many slots hold tokens, or held some that a ring has let go."""
+        return min(int(lengths.max(initial=0)), self.capacity)
 
     @staticmethod
     def buffer_size(

@@ -15,6 +15,7 @@ from ._cached import check_window
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
 
+_VERSION = 1  # of what is pickled
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 
 
@@ -151,6 +152,29 @@ class SelfAttention:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"SelfAttention is immutable: cannot delete {name!r}")
 
+    def __copy__(self) -> SelfAttention:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelfAttention:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the plain weights: they are packed for the machine that loads them."""
+        joined = self.num_heads * self.value_dim
+        key_columns, value_columns = self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim
+        shapes = (
+            (self.d_model, self.num_heads * self.head_dim),
+            (self.d_context, key_columns),
+            (self.d_context, value_columns),
+            (joined, self.d_out),
+        )
+        weights = tuple(np.empty(shape, self.dtype) for shape in shapes)
+        *biases, has_output = _core.unpack_layer(self._core, weights)
+        # Biases are kept in the type of computation, which holds every number of a narrower one.
+        plain = tuple(None if bias is None else bias.astype(self.dtype) for bias in biases)
+        weights = weights if has_output else (*weights[:3], None)
+        return _load, (type(self), _VERSION, weights, plain, self.num_heads, self.num_kv_heads, self._rope)
+
     def __repr__(self) -> str:
         return (
             f"SelfAttention(d_model={self.d_model}, num_heads={self.num_heads}, "
@@ -263,6 +287,14 @@ class SelfAttention:
             out = out_array(function, out)
         inputs = (x, context, positions, None if step is None else step.core)
         return _core.call_layer(self._core, function, inputs, out, values)
+
+
+def _load(cls: type[SelfAttention], version: int, *parts: Any) -> SelfAttention:
+    if version != _VERSION:
+        raise ValueError(f"SelfAttention: the pickle has version {version!r}, but {_VERSION} is known")
+    layer = cls.__new__(cls)
+    layer._build("SelfAttention", *parts)
+    return layer
 
 
 def self_attention(

@@ -71,6 +71,8 @@ class PagedKVCache(AnyCache):
     97
     """
 
+    _made_with = ("num_pages", "page_size", "num_kv_heads", "head_dim", "value_dim", "window")
+
     def __init__(
         self,
         num_pages: int,
@@ -91,6 +93,43 @@ class PagedKVCache(AnyCache):
         self._lock = SharedLock()
         self._table = PageTable(self.num_pages, self.page_size)
         self._next = 0  # the id of the next sequence
+
+    def _make(self, **arguments: Any) -> None:
+        PagedKVCache.__init__(self, **arguments)
+
+    def _contents(self) -> dict[str, Any]:
+        rows = {name: (row.length, row.start, self._table.held(row).tolist()) for name, row in self._table.rows.items()}
+        pages = sorted({page for _, _, held in rows.values() for page in held})
+        tokens = [array[pages] for array in self._store.arrays()]
+        return {"next": self._next, "sequences": rows, "pages": np.array(pages, np.int64), "tokens": tokens}
+
+    def _load(self, contents: dict[str, Any]) -> None:
+        after, sequences, pages = (contents[name] for name in ("next", "sequences", "pages"))
+        if not isinstance(sequences, dict) or not is_count(after):
+            raise self._damaged("no sequences by id")
+        pages = self._integers("pages", pages, len(pages))
+        there = set(pages.tolist())
+        if len(there) != len(pages) or not all(0 <= page < self.num_pages for page in there):
+            raise self._damaged(f"pages that are not different numbers in 0..{self.num_pages - 1}")
+        for name, description in sequences.items():
+            if not is_count(name) or name >= after:
+                raise self._damaged(f"the id {name!r}, but the next one is {after}")
+            self._table.rows[name] = self._row_of(name, description, there)
+        self._fill(pages, contents["tokens"])
+        self._table.recount()
+        self._next = after
+
+    def _row_of(self, name: int, description: Any, there: set[int]) -> Row:
+        try:
+            length, start, held = description
+            row = Row(array(NUMBER, held), start, length)
+            sound = is_count(length) and is_count(start) and start <= length and start % self.page_size == 0
+            sound = sound and len(held) == self._table.count(row) == len(set(held)) and there.issuperset(held)
+        except (TypeError, ValueError, OverflowError):
+            sound = False
+        if not sound or (self.window is None and start):
+            raise self._damaged(f"a sequence {name} that is impossible")
+        return row
 
     @staticmethod
     def buffer_size(
@@ -267,6 +306,11 @@ class PagedKVCache(AnyCache):
 
     def _common_tokens(self, step: Step) -> int:
         return self._table.common(step.state.rows) * self.page_size
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a pickle can be a length or an id."""
+    return type(value) is int and 0 <= value < 1 << 61
 
 
 def _ids(function: str, sequences: Any) -> list[int]:

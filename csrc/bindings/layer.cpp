@@ -67,6 +67,27 @@ class Layer {
 
   const char* isa() const { return weights_.kernels->name; }
 
+  // Fills the matrices w_q, w_k, w_v and, where there is one, w_o; returns the biases or None, and whether it is there.
+  py::tuple unpack(const py::tuple& matrices) const {
+    const Projection* const projections[] = {&weights_.query, &weights_.key, &weights_.value,
+                                             weights_.output ? &*weights_.output : nullptr};
+    py::tuple found(5);
+    for (std::size_t i = 0; i < 4; ++i) {
+      found[i] = py::none();
+      if (!projections[i]) continue;
+      const Projection& projection = *projections[i];
+      projection.unpack(view_of(py::reinterpret_borrow<py::array>(matrices[i]), weights_.dtype));
+      if (!projection.bias()) continue;
+      Shape shape;
+      shape.append(projection.columns());
+      py::array bias = new_array(shape, projection.computation());
+      std::memcpy(bias.mutable_data(), projection.bias(), static_cast<std::size_t>(bias.nbytes()));
+      found[i] = std::move(bias);
+    }
+    found[4] = py::bool_(projections[3] != nullptr);
+    return found;
+  }
+
  private:
   static LayerWeights make(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases,
                            std::int64_t num_heads, std::int64_t num_kv_heads, py::handle rope) {
@@ -146,6 +167,10 @@ py::object call_layer(const py::capsule& capsule, const char* function, const py
 
 const char* layer_isa(const py::capsule& capsule) { return layer_of(capsule).isa(); }
 
+py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
+  return layer_of(capsule).unpack(matrices);
+}
+
 // x and out (..., length, heads..., head_dim) in one shape; positions has one integer per entry of the axes in front
 // of head_dim, broadcast by strides. Python's layer has prepared all of this.
 void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description) {
@@ -189,6 +214,7 @@ void register_layer(py::module_& module) {
   module.def("make_layer", &make_layer);
   module.def("call_layer", &call_layer);
   module.def("layer_isa", &layer_isa);
+  module.def("unpack_layer", &unpack_layer);
   module.def("apply_rope", &apply_rope);
 }
 

@@ -1,0 +1,85 @@
+"""Copies and pickles of caches: what they hold, in memory of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._lock import SharedLock
+from ._store import Store
+
+_VERSION = 1  # of what is pickled
+_Self = TypeVar("_Self", bound="Copyable")
+
+
+class Copyable(ABC):
+    """A cache that `copy.copy`, `copy.deepcopy` and `pickle` copy, while no other thread appends to it."""
+
+    _store: Store
+    _lock: SharedLock
+    _made_with: tuple[str, ...]  # the attributes that are arguments of `_make`
+
+    @abstractmethod
+    def _make(self, **arguments: Any) -> None:
+        """Become an empty cache."""
+
+    @abstractmethod
+    def _contents(self) -> dict[str, Any]:
+        """Return what the cache holds: plain objects, and "tokens", whose arrays may be views."""
+
+    @abstractmethod
+    def _load(self, contents: dict[str, Any]) -> None:
+        """Check such contents, which may come from anywhere, and hold them."""
+
+    def __copy__(self: _Self) -> _Self:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        twin = type(self).__new__(type(self))
+        twin._make(**self._arguments())
+        with self._lock.reading:
+            twin._load(self._contents())
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock.reading:
+            contents = self._contents()
+            contents["tokens"] = [np.array(tokens) for tokens in contents["tokens"]]
+        return {"version": _VERSION, "arguments": self._arguments(), "contents": contents}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        function = type(self).__name__
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != _VERSION:
+            raise ValueError(f"{function}: the pickle has version {version!r}, but {_VERSION} is known")
+        try:
+            self._make(**state["arguments"])
+            self._load(state["contents"])
+        except KeyError as error:
+            raise ValueError(f"{function}: the pickle lacks {error}") from None
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"dtype": self._store.name, **{name: getattr(self, name) for name in self._made_with}}
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: the pickle holds {what}")
+
+    def _fill(self, where: Any, tokens: Any) -> None:
+        """Put arrays of tokens in their places of the store."""
+        stores = self._store.arrays()
+        if not isinstance(tokens, list) or len(tokens) != len(stores):
+            raise self._damaged("tokens of another storage type")
+        for store, array in zip(stores, tokens, strict=True):
+            shape = store[where].shape
+            if not isinstance(array, np.ndarray) or array.dtype != store.dtype or array.shape != shape:
+                raise self._damaged(f"tokens that are not {store.dtype} of shape {shape}")
+        for store, array in zip(stores, tokens, strict=True):
+            store[where] = array
+
+    def _integers(self, name: str, value: Any, count: int) -> NDArray[np.int64]:
+        if not isinstance(value, np.ndarray) or value.dtype != np.int64 or value.shape != (count,):
+            raise self._damaged(f"{name} that are not {count} integers of 64 bits")
+        return value

@@ -1,0 +1,256 @@
+"""`copy` and `pickle` give objects of their own that go on as the originals do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import reference
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{f"pickle-{p}": lambda x, p=p: pickle.loads(pickle.dumps(x, p)) for p in range(2, pickle.HIGHEST_PROTOCOL + 1)},
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+storage = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8"])
+
+
+def tokens(seed: int, *shape: int) -> tuple[Any, Any]:
+    k, v = np.random.default_rng(seed).standard_normal((2, *shape)).astype(np.float32)
+    return k, v
+
+
+def answer(cache: Any, **options: Any) -> bytes:
+    rows = len(options.get("sequences", range(3)))
+    q = np.linspace(-1, 1, rows * 4 * 5, dtype=np.float64).reshape(rows, 4, 1, 5)
+    window = None if cache.window is None else (cache.window, None)
+    return sa.attention_with_kvcache(q, cache, window=window, **options).tobytes()
+
+
+@ways
+@storage
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_cache_and_its_copy_go_on_alike_and_apart(way: Any, dtype: str, window: int | None) -> None:
+    cache = sa.KVCache(3, 2, 5, 12, dtype=dtype, window=window)
+    for seed in range(3):
+        cache.append(*tokens(seed, 3, 2, 4, 5))
+    cache.truncate([12, 11, 12])
+    before = answer(cache)
+    twin = way(cache)
+    assert (repr(twin), twin.lengths.tolist(), answer(twin)) == (repr(cache), [12, 11, 12], before)
+    for both in (cache, twin):
+        both.truncate(11)
+    more = tokens(9, 3, 2, 1, 5)
+    twin.append(*more)
+    assert cache.lengths.tolist() == [11] * 3
+    cache.append(*tokens(8, 3, 2, 1, 5))
+    assert answer(cache) != answer(twin)
+    cache.truncate(11)
+    cache.append(*more)
+    assert answer(cache) == answer(twin)
+
+
+@ways
+@storage
+def test_sequences_and_forks_of_a_copy(way: Any, dtype: str) -> None:
+    cache = sa.PagedKVCache(12, 4, 2, 5, dtype=dtype)
+    gone, first, empty = (cache.allocate() for _ in range(3))
+    cache.append(gone, *tokens(0, 2, 9, 5))
+    cache.append(first, *tokens(1, 2, 10, 5))
+    fork = cache.fork(first)
+    cache.free(gone)
+    twin = way(cache)
+    assert (twin.sequences, twin.num_free_pages) == ((first, empty, fork), cache.num_free_pages)
+    assert [twin.length(name) for name in twin.sequences] == [10, 0, 10]
+    assert answer(twin, sequences=[first, fork]) == answer(cache, sequences=[first, fork])
+    assert twin.allocate() == cache.allocate() == 4
+    for both in (cache, twin):
+        both.append(fork, *tokens(2, 2, 3, 5))  # a copy of the page that is shared
+        assert (both.length(first), both.length(fork), both.num_free_pages) == (10, 13, 7)
+    assert answer(twin, sequences=[first, fork]) == answer(cache, sequences=[first, fork])
+    twin.free(first)
+    assert cache.length(first) == 10
+
+
+@ways
+def test_pages_out_of_sight_in_a_copy(way: Any) -> None:
+    cache = sa.PagedKVCache(4, 2, 2, 5, window=2)
+    name = cache.allocate()
+    for seed in range(5):
+        cache.append(name, *tokens(seed, 2, 3, 5))
+    twin = way(cache)
+    assert twin.num_free_pages == cache.num_free_pages
+    for both in (cache, twin):
+        both.append(name, *tokens(9, 2, 3, 5))
+    assert answer(twin, sequences=[name]) == answer(cache, sequences=[name])
+
+
+@ways
+def test_a_copy_owns_its_memory(way: Any, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    memory = np.memmap(path, np.uint8, "w+", shape=(sa.KVCache.buffer_size(3, 2, 5, 12),))
+    cache = sa.KVCache(3, 2, 5, 12, buffer=memory)
+    cache.append(*tokens(0, 3, 2, 4, 5))
+    twin = way(cache)
+    before = memory.tobytes()
+    twin.append(*tokens(1, 3, 2, 4, 5))
+    assert not np.shares_memory(twin.k, memory)
+    assert memory.tobytes() == before
+    pages = sa.PagedKVCache(6, 2, 2, 5, buffer=bytearray(sa.PagedKVCache.buffer_size(6, 2, 2, 5)))
+    assert not np.shares_memory(way(pages)._store.memory, pages._store.memory)
+
+
+def test_a_pickle_holds_what_is_held() -> None:
+    cache = sa.KVCache(1, 1, 64, 10_000)
+    cache.append(*tokens(0, 1, 1, 10, 64))
+    assert len(pickle.dumps(cache)) < 20_000
+    pages = sa.PagedKVCache(1000, 16, 1, 64)
+    pages.append(pages.allocate(), *tokens(0, 1, 20, 64))
+    assert len(pickle.dumps(pages)) < 40_000
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps])
+def test_a_copy_waits_for_an_append(way: Any) -> None:
+    cache = sa.KVCache(1, 1, 4, 8)
+    made: list[Any] = []
+    with cache._lock.writing:
+        thread = threading.Thread(target=lambda: made.append(way(cache)))
+        thread.start()
+        thread.join(0.1)
+        assert not made
+    thread.join(10)
+    assert made
+
+
+def batch_state(**changes: Any) -> Any:
+    cache = sa.KVCache(2, 1, 3, 4)
+    cache.append(*tokens(0, 2, 1, 2, 3))
+    state = cache.__getstate__()
+    contents = state["contents"]
+    return {**state, "contents": {**contents, **{n: f(contents[n]) for n, f in changes.items()}}}
+
+
+def paged_state(**changes: Any) -> Any:
+    cache = sa.PagedKVCache(4, 2, 1, 3)
+    cache.append(cache.allocate(), *tokens(0, 1, 3, 3))
+    state = cache.__getstate__()
+    contents = state["contents"]
+    return {**state, "contents": {**contents, **{n: f(contents[n]) for n, f in changes.items()}}}
+
+
+BAD_BATCH: list[Any] = [
+    None, [], {}, {"version": 2}, {"version": 1}, {**batch_state(), "contents": {}},
+    *(batch_state(lengths=lambda _, n=n: np.array([n, 2])) for n in (-1, 5, 1 << 62)),
+    batch_state(lengths=lambda x: x.tolist()), batch_state(lengths=lambda x: x.astype(np.int32)),
+    batch_state(lengths=lambda x: x[:1]), batch_state(starts=lambda x: x + 1), batch_state(starts=lambda x: x - 1),
+    batch_state(tokens=lambda x: x[:1]), batch_state(tokens=lambda x: [y[:, :, :1] for y in x]),
+    batch_state(tokens=lambda x: [y.astype(np.float64) for y in x]), batch_state(tokens=lambda x: [None, None]),
+    batch_state(tokens=tuple),
+]  # fmt: skip
+BAD_PAGED: list[Any] = [
+    None, {"version": 0}, {**paged_state(), "contents": {}},
+    *(paged_state(sequences=lambda _, x=x: x) for x in (
+        None, {0: (3, 0, [0, 4])}, {0: (3, 0, [0, -1])}, {0: (3, 0, [0, 0])}, {0: (3, 0, [0])}, {0: (3, 0, [0, 2])},
+        {0: (3, 0, [0, 1 << 40])}, {0: (5, 0, [0, 1])}, {0: (-1, 0, [])}, {0: (3, 2, [1])}, {0: (3, 0)}, {0: None},
+        {1: (3, 0, [0, 1])}, {-1: (0, 0, [])}, {"0": (0, 0, [])}, {0: (3.0, 0, [0, 1])}, {0: (3, 0, ["0", 1])},
+        {0: (1 << 62, 0, [0, 1])},
+    )),
+    *(paged_state(next=lambda _, x=x: x) for x in (None, 0, -1, 1.0, True)),
+    *(paged_state(pages=lambda _, x=x: np.array(x)) for x in ([0, 4], [0, 0], [-1, 0], [0.0, 1.0], [[0], [1]])),
+    paged_state(tokens=lambda x: [y[:1] for y in x]), paged_state(tokens=lambda x: [y[..., :1] for y in x]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", BAD_BATCH)
+def test_a_damaged_pickle_is_refused(state: Any) -> None:
+    with pytest.raises(ValueError, match=r"^KVCache: the pickle"):
+        sa.KVCache.__new__(sa.KVCache).__setstate__(state)
+
+
+@pytest.mark.parametrize("state", BAD_PAGED)
+def test_a_damaged_pickle_of_pages_is_refused(state: Any) -> None:
+    with pytest.raises(ValueError, match=r"^PagedKVCache: the pickle"):
+        sa.PagedKVCache.__new__(sa.PagedKVCache).__setstate__(state)
+
+
+def test_a_pickle_with_other_arguments_is_refused() -> None:
+    state = batch_state()
+    for name, value in {"batch": 0, "dtype": "int7", "capacity": -1, "surprise": 1}.items():
+        with pytest.raises((ValueError, TypeError)):
+            sa.KVCache.__new__(sa.KVCache).__setstate__({**state, "arguments": {**state["arguments"], name: value}})
+
+
+def bits(x: Any) -> Any:
+    return None if x is None else (x.dtype, x.shape, np.ascontiguousarray(x).tobytes())
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable", "amx", "neon"], indirect=True)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_a_layer_gives_its_weights_back(isa: str, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    for depth, heads, dim, value_dim in ((1, 1, 1, 1), (7, 3, 5, 3), (33, 2, 16, 17), (64, 4, 32, 8)):
+        for has_output in (False, True):
+            shapes = [(depth, heads * dim), (depth + 2, dim), (depth + 2, value_dim), (heads * value_dim, depth)]
+            weights: list[Any] = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+            biases: list[Any] = [None if i == 1 else rng.standard_normal(s[1]).astype(dtype) for i, s in enumerate(shapes)]
+            if not has_output:
+                weights[3] = biases[3] = None
+            named = dict(zip(("b_q", "b_k", "b_v", "b_o"), biases, strict=True))
+            layer = sa.SelfAttention(*weights, **named, num_heads=heads, num_kv_heads=1)
+            _, (_, _, found, found_biases, *_) = layer.__reduce__()
+            assert [bits(x) for x in found] == [bits(x) for x in weights]
+            assert [bits(x) for x in found_biases] == [bits(x) for x in biases]
+
+
+@ways
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_layer_computes_the_same_after_it_was_copied(way: Any, dtype: Any, isa: str) -> None:
+    rng = np.random.default_rng(0)
+    w_q, w_k, w_v, w_o = rng.standard_normal((4, 24, 24)).astype(dtype)
+    rope = sa.RoPE(interleaved=True)
+    layer = sa.SelfAttention(w_q, w_k, w_v, w_o, b_v=w_q[0], num_heads=3, rope=rope)
+    twin = way(layer)
+    x = rng.standard_normal((2, 5, 24)).astype(dtype)
+    assert repr(twin) == repr(layer)
+    assert np.array_equal(twin(x), layer(x))
+
+
+def test_a_layer_is_packed_for_the_machine_that_loads_it() -> None:
+    w = np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32)
+    pickled = pickle.dumps(sa.SelfAttention(w, w, w, w, num_heads=3))
+    with sa.use_isa("portable"):
+        assert pickle.loads(pickled).isa == "portable"
+    layer = sa.SelfAttention(w, w, w, num_heads=3)
+    assert copy.copy(layer) is copy.deepcopy(layer) is layer
+
+
+def test_a_layer_of_another_version_is_refused() -> None:
+    w = np.ones((4, 4), np.float32)
+    load, (cls, version, *parts) = sa.SelfAttention(w, w, w, num_heads=1).__reduce__()
+    with pytest.raises(ValueError, match="version"):
+        load(cls, version + 1, *parts)
+
+
+@ways
+def test_what_else_is_public(way: Any) -> None:
+    assert way(sa.RoPE(500.0, 4, True)) == sa.RoPE(500.0, 4, True)
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 9, 4))
+    explanation = sa.explain(q, k, v)
+    assert (way(explanation), str(way(explanation))) == (explanation, str(explanation))
+    result = reference.attention(q, k, v)
+    assert all(np.array_equal(a, b) for a, b in zip(way(result), result, strict=True))
+    assert type(way(result)) is type(result)
+    bias = sa.T5Bias(rng.standard_normal((32, 2)), bidirectional=False, max_distance=1 << 20)
+    assert np.array_equal(sa.attention(q, k, v, t5=way(bias)), sa.attention(q, k, v, t5=bias))
+    assert len(pickle.dumps(bias)) < 2000
