@@ -140,8 +140,9 @@ void Projection::each_part(const TensorView& weights, Copy copy) const {
     char* panel = panels_.get() + first * panel_rows() * size;
     char* plain = static_cast<char*>(weights.data) + first * column;
     for (std::int64_t i = 0; i < together && i < depth_; ++i)
-      copy(Part{panel + i * size, together * width * size, together * size}, Part{plain + i * row, together * row, column},
-           (depth_ - i + together - 1) / together, std::min(width, columns_ - first), size);
+      copy(Part{panel + i * size, together * width * size, together * size},
+           Part{plain + i * row, together * row, column}, (depth_ - i + together - 1) / together,
+           std::min(width, columns_ - first), size);
   }
 }
 

@@ -193,7 +193,7 @@ class KVCache(AnyCache):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence, (batch,), as they are now."""
         with self._lock.reading:
-            view = self._state()[0]
+            view: NDArray[np.int64] = self._state()[0]
         view.flags.writeable = False
         return view
 

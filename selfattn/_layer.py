@@ -168,7 +168,7 @@ class SelfAttention:
             (self.d_context, value_columns),
             (joined, self.d_out),
         )
-        weights = tuple(np.empty(shape, self.dtype) for shape in shapes)
+        weights: tuple[NDArray[Any] | None, ...] = tuple(np.empty(shape, self.dtype) for shape in shapes)
         *biases, has_output = _core.unpack_layer(self._core, weights)
         # Biases are kept in the type of computation, which holds every number of a narrower one.
         plain = tuple(None if bias is None else bias.astype(self.dtype) for bias in biases)

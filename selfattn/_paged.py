@@ -197,7 +197,7 @@ class PagedKVCache(AnyCache):
     def fork(self, sequence: int) -> int:
         """Return the id of a new sequence that starts as a copy of this one and shares its pages."""
         with self._lock.writing:
-            name, row = self._row("fork", sequence)
+            name, _ = self._row("fork", sequence)
             self._table.settle()
             twin = self._new_id()
             self._table.fork(name, twin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -123,24 +124,6 @@ def test_the_largest_float_as_codes(normal: Any) -> None:
     assert np.allclose(out, largest, rtol=1e-6)
 
 
-@pytest.mark.parametrize("call", ["allocate", "fork"])
-def test_a_row_without_memory_is_no_row(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    cache = sa.PagedKVCache(8, 2, 1, 4)
-    ids = [cache.allocate() for _ in range(4)]  # all rows that the table has room for
-    cache.append(ids[0], *np.ones((2, 1, 3, 4), np.float32))
-
-    def fit(self: Any, rows: int, runs: int) -> None:
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("selfattn._pages.PageTable._fit", fit)
-        with pytest.raises(MemoryError):
-            cache.allocate() if call == "allocate" else cache.fork(ids[0])
-    twin = cache.fork(ids[0])
-    assert cache.length(twin) == 3
-    assert cache.length(cache.allocate()) == 0
-
-
 @pytest.mark.parametrize("new", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("stored", ["float16", "float32", "int8"])
 def test_new_tokens_of_any_type(normal: Any, stored: str, new: str) -> None:
@@ -152,3 +135,75 @@ def test_new_tokens_of_any_type(normal: Any, stored: str, new: str) -> None:
     assert np.array_equal(one.k, other.k)
     with pytest.raises(TypeError, match=r"attention_with_kvcache: v has dtype .*k has"):
         sa.attention_with_kvcache(q, one, k, v.astype(np.float64 if new != "float64" else np.float32))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_lengths_that_another_process_keeps_changing(run_python: Any) -> None:
+    # Lengths of another moment than those that were checked would have tokens written far outside of the buffer.
+    run_python(
+        """
+        import mmap, os, signal, time
+        import numpy as np
+        import selfattn as sa
+
+        shape = (1, 1, 8, 64)
+        memory = mmap.mmap(-1, sa.KVCache.buffer_size(*shape))
+        cache = sa.KVCache(*shape, buffer=memory)
+        words = np.frombuffer(memory, np.int64)
+        child = os.fork()
+        if child == 0:
+            while True:
+                words[16] = words[18] = 1 << 50
+                words[16] = words[18] = 0
+        try:
+            k = np.ones((1, 1, 1, 8), np.float32)
+            q, ends, done = np.ones((1, 1, 1, 8), np.float32), time.monotonic() + 2, 0
+            while time.monotonic() < ends:
+                for call in (
+                    lambda: cache.append(k, k),
+                    lambda: sa.attention_with_kvcache(q, cache, k, k),
+                    lambda: cache.truncate(0),
+                    lambda: cache.reorder([0]),
+                    lambda: cache.lengths,
+                ):
+                    try:
+                        call()
+                        done += 1
+                    except ValueError:
+                        pass
+            assert done
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        """
+    )
+
+
+def test_lengths_that_change_while_the_core_computes(run_python: Any) -> None:
+    # Rotating the queries takes a while without the GIL; the new tokens are stored after that.
+    run_python(
+        """
+        import threading, time
+        import numpy as np
+        import selfattn as sa
+
+        shape = (1, 1, 64, 4096)
+        memory = bytearray(sa.KVCache.buffer_size(*shape))
+        cache = sa.KVCache(*shape, buffer=memory)
+        words = np.frombuffer(memory, np.int64)
+        q, k = np.ones((1, 64, 4000, 64), np.float32), np.ones((1, 1, 4000, 64), np.float32)
+        started = threading.Event()
+
+        def change():
+            started.wait()
+            time.sleep(0.01)
+            words[16] = words[18] = 1 << 50
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        started.set()
+        sa.attention_with_kvcache(q, cache, k, k, rope=True, window=(0, 0))
+        thread.join()
+        assert cache.lengths.tolist() == [4000]
+        """
+    )

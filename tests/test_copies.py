@@ -202,7 +202,9 @@ def test_a_layer_gives_its_weights_back(isa: str, dtype: Any) -> None:
         for has_output in (False, True):
             shapes = [(depth, heads * dim), (depth + 2, dim), (depth + 2, value_dim), (heads * value_dim, depth)]
             weights: list[Any] = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-            biases: list[Any] = [None if i == 1 else rng.standard_normal(s[1]).astype(dtype) for i, s in enumerate(shapes)]
+            biases: list[Any] = [
+                None if i == 1 else rng.standard_normal(s[1]).astype(dtype) for i, s in enumerate(shapes)
+            ]
             if not has_output:
                 weights[3] = biases[3] = None
             named = dict(zip(("b_q", "b_k", "b_v", "b_o"), biases, strict=True))

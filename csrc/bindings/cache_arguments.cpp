@@ -35,8 +35,7 @@ std::int64_t batch_of(const py::tuple& values) {
 }
 
 std::size_t memory_bytes(std::int64_t batch) {
-  return static_cast<std::size_t>(
-      bytes_of(batch, 2 * sizeof(std::int64_t) + sizeof(Pages::Row)));
+  return static_cast<std::size_t>(bytes_of(batch, 2 * sizeof(std::int64_t) + sizeof(Pages::Row)));
 }
 
 // Each number is read once: a compiler may not go back to memory that another process writes to.

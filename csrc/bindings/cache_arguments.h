@@ -42,10 +42,10 @@ class CacheArguments {
   Cache cache_{};
   TensorView key_, value_;  // the whole stores
   std::int64_t *active_ = nullptr, *state_ = nullptr;
-  const Scratch memory_;     // of the following arrays
-  std::int64_t* lengths_;    // before the call
-  std::int64_t* starts_;     // of a ring, after the call
-  Pages::Row* rows_;         // of pages
+  const Scratch memory_;   // of the following arrays
+  std::int64_t* lengths_;  // before the call
+  std::int64_t* starts_;   // of a ring, after the call
+  Pages::Row* rows_;       // of pages
   bool ring_ = false;
   std::int64_t starts_shape_[1], starts_strides_[1] = {sizeof(std::int64_t)};
 };
