@@ -168,11 +168,11 @@ class SelfAttention:
             (self.d_context, value_columns),
             (joined, self.d_out),
         )
-        weights: tuple[NDArray[Any] | None, ...] = tuple(np.empty(shape, self.dtype) for shape in shapes)
-        *biases, has_output = _core.unpack_layer(self._core, weights)
+        matrices = tuple(np.empty(shape, self.dtype) for shape in shapes)
+        *biases, has_output = _core.unpack_layer(self._core, matrices)
         # Biases are kept in the type of computation, which holds every number of a narrower one.
         plain = tuple(None if bias is None else bias.astype(self.dtype) for bias in biases)
-        weights = weights if has_output else (*weights[:3], None)
+        weights = matrices if has_output else (*matrices[:3], None)
         return _load, (type(self), _VERSION, weights, plain, self.num_heads, self.num_kv_heads, self._rope)
 
     def __repr__(self) -> str:
