@@ -153,7 +153,7 @@ void CacheArguments::reorder(const std::int64_t* index) const {
   const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // of one head
   const MaybeReleaseGil released(static_cast<double>(cache_.batch * cache_.num_kv_heads * most));
   for (const TokenRows* rows : sides)
-    for (std::int64_t head = 0; rows->data && head < cache_.num_kv_heads; ++head) {
+    for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
       const auto bytes = static_cast<std::size_t>(used * rows->row);
       const auto at = [&](std::int64_t b) { return rows->data + b * rows->batch + head * rows->head; };
       const auto kept = [&](std::int64_t b) { return copy.data() + b * most; };
