@@ -235,7 +235,9 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", *tests)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
-    checks = ",".join(f"*/selfattn/_{name}.py" for name in ("arguments", "attention", "layer", "rope", "states"))
+    checks = ",".join(
+        f"*/selfattn/_{name}.py" for name in ("arguments", "attention", "layer", "rope", "states", "weights")
+    )
     session.run("coverage", "report", f"--include={checks}", "--fail-under=100")
     found = str(build / "lines.json")
     # Instantiations of a template count as one; a large count is no error of the compiler's; headers of pybind11 came

@@ -41,11 +41,6 @@ _NO_NEED = {
     "dropout": "there is no dropout at inference",
     "enable_gqa": "grouped heads are recognised by the shapes of k and v",
 }
-_KEYWORDS = (
-    "mask", "bias", "causal", "q_offset", "window", "q_lens", "kv_lens", "scale", "softcap", "alibi_slopes", "sinks",
-    "layout", "return_lse", "return_weights", "out", "precision", "num_threads", "t5", "context", "positions", "cache",
-    "sequences", "rope", "cascade", "mem_len", "r_origin",
-)  # fmt: skip
 ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 _PRECISIONS = ("highest", "high", "medium")
 LAYOUTS = ("bhsd", "bshd")
@@ -62,7 +57,7 @@ def refuse_unknown(function: str, unknown: Mapping[str, object], hints: Mapping[
         message = f"{function}: unexpected keyword argument '{name}'"
         hint = (hints or {}).get(name, _HINTS.get(name))
         if hint is None and name not in _NO_NEED:
-            hint = _closest(name, (*_KEYWORDS, *(hints or {}).values()))
+            hint = _closest(name, (hints or {}).values())
         if name in _NO_NEED:
             message += f" ({_NO_NEED[name]})"
         elif hint:
@@ -70,9 +65,12 @@ def refuse_unknown(function: str, unknown: Mapping[str, object], hints: Mapping[
         raise TypeError(message)
 
 
-def _closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the keyword that `name` is most likely a misspelling of, or None."""
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.75)), None)
+def _closest(name: str, hints: Iterable[str]) -> str | None:
+    """Return the keyword of a public function that `name` is most likely a misspelling of, or None."""
+    package = sys.modules[__package__]
+    public = (*(getattr(package, name) for name in package.__all__), package.SelfAttention.__call__)
+    known = {*hints, *(keyword for function in public for keyword in getattr(function, "__kwdefaults__", None) or ())}
+    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.75)), None)
 
 
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
@@ -143,7 +141,7 @@ def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
 
 
 def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
-    """Return integers of any width as int64, in memory of their own: nobody changes them once they are checked."""
+    """Return integers of any width as int64, as a copy: later changes by the caller have no effect."""
     array = as_array(function, name, value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")

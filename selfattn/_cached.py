@@ -194,10 +194,12 @@ class _Cascade:
             shape = (*self.q.shape[:3], cache.value_dim)
             _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
         options = (*self.options[:13], True, *self.options[14:])
-        behind = np.full(len(pages), shared, np.int64)
+        own_starts = np.full(len(pages), shared, np.int64)
         # The own part first: it checks all arguments. Parts are of the type of computation, to be rounded once.
-        own, own_lse = _core.attend_cache(_NAME, (*store, pages, lengths, behind, None), (*inputs, True), None, options)
-        prefix_core = (*store, pages[:1], behind[:1], None, None)
+        own, own_lse = _core.attend_cache(
+            _NAME, (*store, pages, lengths, own_starts, None), (*inputs, True), None, options
+        )
+        prefix_core = (*store, pages[:1], own_starts[:1], None, None)
         prefix, prefix_lse = self._attend_prefix(cache, prefix_core, first, tokens, options)
         if self.layout == "bshd":
             own = own.swapaxes(1, 2)

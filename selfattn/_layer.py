@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import ACCEPTED, as_array, core_options, is_float, out_array, refuse_unknown
+from ._arguments import as_array, core_options, out_array, refuse_unknown
 from ._attention import _DEFAULTS
 from ._cache import AnyCache, KVCache, Step
 from ._cached import check_window
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
+from ._weights import Weights, head_count, vector
 
 _VERSION = 1  # of what is pickled
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
@@ -118,14 +119,14 @@ class SelfAttention:
         num_kv_heads: Any,
         rope: Any,
     ) -> None:
-        heads = _count(function, "num_heads", num_heads)
-        kv_heads = heads if num_kv_heads is None else _count(function, "num_kv_heads", num_kv_heads)
+        heads = head_count(function, "num_heads", num_heads)
+        kv_heads = heads if num_kv_heads is None else head_count(function, "num_kv_heads", num_kv_heads)
         if heads % kv_heads:
             raise ValueError(f"{function}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
-        w = _Weights.check(function, weights, heads, kv_heads)
+        w = Weights.check(function, weights, heads, kv_heads)
         columns = (w.q, w.k, w.v, w.o)
         vectors = tuple(
-            _vector(function, name, bias, matrix, w.q.dtype)
+            vector(function, name, bias, matrix, w.q.dtype)
             for name, bias, matrix in zip("qkvo", biases, columns, strict=True)
         )
         description = rope_or_none(function, rope)
@@ -348,81 +349,3 @@ def self_attention(
     layer = SelfAttention.__new__(SelfAttention)
     layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
     return layer._call("self_attention", x, context, positions, out, attention_options)
-
-
-class _Weights(NamedTuple):
-    """Matrices of one dtype whose shapes fit together."""
-
-    q: NDArray[Any]
-    k: NDArray[Any]
-    v: NDArray[Any]
-    o: NDArray[Any] | None
-    head_dim: int
-    value_dim: int
-
-    @classmethod
-    def check(cls, function: str, weights: tuple[Any, Any, Any, Any], num_heads: int, num_kv_heads: int) -> _Weights:
-        q = _matrix(function, "w_q", weights[0], None)
-        head_dim = _split(function, "w_q", q, "num_heads", num_heads)
-        k = _matrix(function, "w_k", weights[1], q.dtype)
-        if k.shape[1] != num_kv_heads * head_dim:
-            raise ValueError(
-                f"{function}: w_k has {k.shape[1]} columns, but {num_kv_heads} KV heads of head_dim {head_dim} "
-                f"(from w_q) need {num_kv_heads * head_dim}"
-            )
-        v = _matrix(function, "w_v", weights[2], q.dtype)
-        value_dim = _split(function, "w_v", v, "num_kv_heads", num_kv_heads)
-        if v.shape[0] != k.shape[0]:
-            raise ValueError(f"{function}: w_v has {v.shape[0]} rows but w_k has {k.shape[0]}")
-        if weights[3] is None:
-            return cls(q, k, v, None, head_dim, value_dim)
-        o = _matrix(function, "w_o", weights[3], q.dtype)
-        if o.shape[0] != num_heads * value_dim:
-            raise ValueError(
-                f"{function}: w_o has {o.shape[0]} rows, but {num_heads} heads of value_dim {value_dim} need "
-                f"{num_heads * value_dim}"
-            )
-        return cls(q, k, v, o, head_dim, value_dim)
-
-
-def _matrix(function: str, name: str, value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
-    array = as_array(function, name, value)
-    if not is_float(array.dtype):
-        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
-    if dtype is not None and array.dtype != dtype:
-        raise TypeError(f"{function}: {name} has dtype {array.dtype} but w_q has {dtype}")
-    if array.ndim != 2:
-        raise ValueError(f"{function}: {name} has shape {array.shape}, but a matrix is needed")
-    return array
-
-
-def _vector(
-    function: str, letter: str, value: Any, matrix: NDArray[Any] | None, dtype: np.dtype[Any]
-) -> NDArray[Any] | None:
-    if value is None:
-        return None
-    if matrix is None:
-        raise ValueError(f"{function}: b_{letter} is given without w_{letter}")
-    array = as_array(function, f"b_{letter}", value)
-    if array.dtype != dtype:
-        raise TypeError(f"{function}: b_{letter} has dtype {array.dtype} but w_q has {dtype}")
-    if array.shape != (matrix.shape[1],):
-        raise ValueError(f"{function}: b_{letter} has shape {array.shape} but w_{letter} has {matrix.shape[1]} columns")
-    return array
-
-
-def _count(function: str, name: str, value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
-    if value < 1:
-        raise ValueError(f"{function}: {name} is {value}, but it must be at least 1")
-    return int(value)
-
-
-def _split(function: str, name: str, matrix: NDArray[Any], heads_name: str, heads: int) -> int:
-    columns = int(matrix.shape[1])
-    if columns == 0 or columns % heads:
-        raise ValueError(
-            f"{function}: {name} has {columns} columns, which {heads_name} {heads} does not divide into heads"
-        )
-    return columns // heads

@@ -1,4 +1,4 @@
-"""Described masks under what works below Python: compilers, scripts, transforms, and whoever reads memory."""
+"""Described masks where Python overrides do not reach: compilers, scripts, transforms, and direct reads of memory."""
 
 from __future__ import annotations
 
