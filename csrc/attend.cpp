@@ -170,6 +170,8 @@ class Run {
     const Plan& plan = *part.plan;
     const KeyRange keys = span_keys(problem, span);
     const std::int64_t begin = std::max(keys.begin, range.begin), end = std::min(keys.end, range.end);
+    // No page may hold the keys of the block that an empty range rounds down to.
+    if (begin >= end) return true;
     const std::int64_t masked_from = problem.masked_from(task.batch);
     RowBlock unmasked = block;
     unmasked.terms.mask = false;

@@ -162,7 +162,10 @@ KeyRange span_keys(const Problem& problem, const RowSpan& span) {
   // Both ends move monotonically with the query.
   const KeyRange first = visible_keys(problem, place_of(problem, span, 0).query, valid);
   const KeyRange last = visible_keys(problem, place_of(problem, span, span.valid - 1).query, valid);
-  return {std::min(first.begin, last.begin), std::max(first.end, last.end)};
+  // A query that sees nothing may begin before the first valid key, which no page has to hold.
+  const std::int64_t begin = std::max(std::min(first.begin, last.begin), valid.begin);
+  const std::int64_t end = std::max(first.end, last.end);
+  return {std::min(begin, end), end};
 }
 
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks) {
