@@ -153,7 +153,7 @@ def asan(session: nox.Session) -> None:
         "PYTHONMALLOC": "malloc",
     }
     # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
-    skipped = [*AROUND, "memory", "fork", "gunicorn", "containers", "cli", "codebase", "viz", "readme"]
+    skipped = [*AROUND, "memory", "fork", "gunicorn", "containers", "cli", "codebase", "viz", "readme", "typing"]
     skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
     skipped += ["cache_sharing", "cache_threads", "soak_caches"]
     skipped += [
@@ -236,7 +236,8 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
     checks = ",".join(
-        f"*/selfattn/_{name}.py" for name in ("arguments", "attention", "layer", "rope", "states", "weights")
+        f"*/selfattn/_{name}.py"
+        for name in ("arguments", "attention", "keywords", "layer", "rope", "self_attention", "states", "weights")
     )
     session.run("coverage", "report", f"--include={checks}", "--fail-under=100")
     found = str(build / "lines.json")

@@ -11,10 +11,11 @@ from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache
 from ._cached import attention_with_kvcache
 from ._info import show_config, show_runtime
-from ._layer import SelfAttention, self_attention
+from ._layer import SelfAttention
 from ._paged import PagedKVCache
 from ._relative import relative_attention
 from ._rope import RoPE, apply_rope
+from ._self_attention import self_attention
 from ._states import merge_states
 from ._threads import active_isa, get_num_threads, isas, set_num_threads, use_isa
 from ._varlen import attention_varlen

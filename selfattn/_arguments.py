@@ -4,73 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-# What other libraries call our options.
-_HINTS = {
-    "attn_bias": "bias",
-    "position_bias": "t5",
-    "attn_mask": "mask",
-    "attention_bias": "bias",
-    "attention_mask": "mask",
-    "cache_seqlens": "kv_lens",
-    "dropout_p": None,
-    "dropout": None,
-    "enable_gqa": None,
-    "is_causal": "causal",
-    "key_value_seq_lengths": "kv_lens",
-    "local_window_size": "window",
-    "logit_softcap": "softcap",
-    "logits_soft_cap": "softcap",
-    "n_threads": "num_threads",
-    "need_weights": "return_weights",
-    "nonpad_kv_seqlen": "kv_lens",
-    "query_seq_lengths": "q_lens",
-    "return_softmax_lse": "return_lse",
-    "sm_scale": "scale",
-    "softmax_scale": "scale",
-    "window_size": "window",
-}
-_NO_NEED = {
-    "dropout_p": "there is no dropout at inference",
-    "dropout": "there is no dropout at inference",
-    "enable_gqa": "grouped heads are recognised by the shapes of k and v",
-}
+from ._typing import Layout, Precision
+
 ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
-_PRECISIONS = ("highest", "high", "medium")
-LAYOUTS = ("bhsd", "bshd")
+_PRECISIONS = get_args(Precision)
+LAYOUTS = get_args(Layout)
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether the core computes with numbers of this type; bfloat16, another package's type, is known by its name."""
     return dtype in (np.float32, np.float64, np.float16) or (dtype.name == "bfloat16" and dtype.itemsize == 2)
-
-
-def refuse_unknown(function: str, unknown: Mapping[str, object], hints: Mapping[str, str] | None = None) -> None:
-    """Raise the TypeError for keywords that `function` does not have, with a hint (or its own) where one is known."""
-    for name in unknown:
-        message = f"{function}: unexpected keyword argument '{name}'"
-        hint = (hints or {}).get(name, _HINTS.get(name))
-        if hint is None and name not in _NO_NEED:
-            hint = _closest(name, (hints or {}).values())
-        if name in _NO_NEED:
-            message += f" ({_NO_NEED[name]})"
-        elif hint:
-            message += f" (did you mean '{hint}'?)"
-        raise TypeError(message)
-
-
-def _closest(name: str, hints: Iterable[str]) -> str | None:
-    """Return the keyword of a public function that `name` is most likely a misspelling of, or None."""
-    package = sys.modules[__package__]
-    public = (*(getattr(package, name) for name in package.__all__), package.SelfAttention.__call__)
-    known = {*hints, *(keyword for function in public for keyword in getattr(function, "__kwdefaults__", None) or ())}
-    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.75)), None)
 
 
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import _core
-from ._arguments import as_array, core_options, out_array, refuse_unknown
+from ._arguments import as_array, core_options, out_array
 from ._bias import T5Bias
+from ._keywords import clean_signature, refuse_unknown
+from ._typing import Array, AttentionOptions, ExplainOptions, Layout, No, Precision, Window, Yes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+# fmt: off
+@overload
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: No = ..., return_weights: No = ...,
+    **options: Unpack[AttentionOptions]
+) -> Array: ...
+@overload
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: Yes, return_weights: No = ...,
+    **options: Unpack[AttentionOptions]
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: No = ..., return_weights: Yes,
+    **options: Unpack[AttentionOptions]
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: Yes, return_weights: Yes,
+    **options: Unpack[AttentionOptions]
+) -> tuple[Array, Array, Array]: ...
+@overload
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: bool = ..., return_weights: bool = ...,
+    **options: Unpack[AttentionOptions]
+) -> Any: ...
+# fmt: on
+@clean_signature()
 def attention(
     q: ArrayLike,
     k: ArrayLike,
@@ -21,18 +54,18 @@ def attention(
     bias: ArrayLike | None = None,
     causal: bool = False,
     q_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    window: Window | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     return_lse: bool = False,
     return_weights: bool = False,
-    out: NDArray[Any] | None = None,
-    precision: str = "highest",
+    out: Array | None = None,
+    precision: Precision = "highest",
     num_threads: int | None = None,
     t5: T5Bias | None = None,
     **unknown: Any,
@@ -156,7 +189,8 @@ class Explanation(dict[str, Any]):
         return "\n".join(f"{name:{width}}  {value}" for name, value in self.items())
 
 
-def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any) -> Explanation:
+@clean_signature(attention)
+def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainOptions]) -> Explanation:
     """Tell which kernel, instruction set, blocks, threads and memory a call of `attention` would use, and why.
 
     Parameters
@@ -182,9 +216,8 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any) -> Explana
     >>> sa.explain(x, x, x)["kernel"]
     'tile'
     """
-    options.pop("out", None)
-    known = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
-    refuse_unknown("explain", options)
+    refuse_unknown("explain", [name for name in options if name not in _DEFAULTS and name != "out"])
+    known = {name: options.get(name, default) for name, default in _DEFAULTS.items()}
     q, k, v = (as_array("explain", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     return Explanation(_core.explain(q, k, v, core_options("explain", **known)))
 

@@ -14,6 +14,7 @@ from ._arguments import as_array, integers
 from ._copying import Copyable
 from ._lock import SharedLock
 from ._store import Layout, Store, count, storage_name
+from ._typing import StorageType
 
 _VERSION = 1
 _FIXED = 16  # integers in front of the lengths: magic, version, description, which copy of the lengths is in force
@@ -134,7 +135,7 @@ class KVCache(AnyCache):
         capacity: int,
         *,
         value_dim: int | None = None,
-        dtype: Any = "float32",
+        dtype: StorageType = "float32",
         window: int | None = None,
         buffer: Any = None,
     ) -> None:
@@ -177,7 +178,7 @@ class KVCache(AnyCache):
         capacity: int,
         *,
         value_dim: int | None = None,
-        dtype: Any = "float32",
+        dtype: StorageType = "float32",
         window: int | None = None,
     ) -> int:
         """Return the bytes that a buffer for such a cache must have."""

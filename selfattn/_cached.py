@@ -2,45 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, flag, out_array, refuse_unknown
+from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
 from ._cache import AnyCache, KVCache, Step
+from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
 from ._states import merge_states
+from ._typing import Array, CachedOptions, Layout, No, Precision, Window, Yes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAME = "attention_with_kvcache"
 
 
+# fmt: off
+@overload
+def attention_with_kvcache(
+    q: ArrayLike, cache: KVCache | PagedKVCache, k: ArrayLike | None = ..., v: ArrayLike | None = ..., *,
+    return_lse: No = ..., return_weights: No = ..., **options: Unpack[CachedOptions]
+) -> Array: ...
+@overload
+def attention_with_kvcache(
+    q: ArrayLike, cache: KVCache | PagedKVCache, k: ArrayLike | None = ..., v: ArrayLike | None = ..., *,
+    return_lse: Yes, return_weights: No = ..., **options: Unpack[CachedOptions]
+) -> tuple[Array, Array]: ...
+@overload
+def attention_with_kvcache(
+    q: ArrayLike, cache: KVCache | PagedKVCache, k: ArrayLike | None = ..., v: ArrayLike | None = ..., *,
+    return_lse: No = ..., return_weights: Yes, **options: Unpack[CachedOptions]
+) -> tuple[Array, Array]: ...
+@overload
+def attention_with_kvcache(
+    q: ArrayLike, cache: KVCache | PagedKVCache, k: ArrayLike | None = ..., v: ArrayLike | None = ..., *,
+    return_lse: Yes, return_weights: Yes, **options: Unpack[CachedOptions]
+) -> tuple[Array, Array, Array]: ...
+@overload
+def attention_with_kvcache(
+    q: ArrayLike, cache: KVCache | PagedKVCache, k: ArrayLike | None = ..., v: ArrayLike | None = ..., *,
+    return_lse: bool = ..., return_weights: bool = ..., **options: Unpack[CachedOptions]
+) -> Any: ...
+# fmt: on
+@clean_signature()
 def attention_with_kvcache(
     q: ArrayLike,
     cache: KVCache | PagedKVCache,
     k: ArrayLike | None = None,
     v: ArrayLike | None = None,
     *,
-    sequences: Any = None,
+    sequences: ArrayLike | None = None,
     rope: RoPE | bool | None = None,
     positions: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     causal: bool = True,
-    window: tuple[int | None, int | None] | None = None,
+    window: Window | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     cascade: bool = False,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     return_lse: bool = False,
     return_weights: bool = False,
-    out: NDArray[Any] | None = None,
-    precision: str = "highest",
+    out: Array | None = None,
+    precision: Precision = "highest",
     num_threads: int | None = None,
     t5: T5Bias | None = None,
     **unknown: Any,
@@ -169,7 +202,7 @@ class _Cascade:
     """One call in two parts: the pages that all sequences share, and what each has of its own."""
 
     def __init__(
-        self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: str, options: tuple[Any, ...]
+        self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: Layout, options: tuple[Any, ...]
     ) -> None:
         self.q, self.k, self.v, self.rope, self.positions = q, k, v, rope, positions
         self.layout, self.options = layout, options

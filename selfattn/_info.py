@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from . import _core
 Mode = Literal["stdout", "dicts"]
 
 
+@overload
+def show_config(mode: Literal["stdout"] = ...) -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
 def show_config(mode: Mode = "stdout") -> dict[str, Any] | None:
     """Show how this package was built.
 
@@ -31,6 +35,10 @@ def show_config(mode: Mode = "stdout") -> dict[str, Any] | None:
     return _show({"version": version("selfattn"), **_core.build_config()}, mode)
 
 
+@overload
+def show_runtime(mode: Literal["stdout"] = ...) -> None: ...
+@overload
+def show_runtime(mode: Literal["dicts"]) -> dict[str, Any]: ...
 def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
     """Show what the package uses here, and where the number of threads comes from.
 

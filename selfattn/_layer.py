@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, out_array, refuse_unknown
-from ._attention import _DEFAULTS
+from ._arguments import as_array, core_options, out_array
+from ._attention import _DEFAULTS, attention
 from ._cache import AnyCache, KVCache, Step
 from ._cached import check_window
+from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
+from ._typing import Array, LayerCallOptions, No, Yes
 from ._weights import Weights, head_count, vector
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _VERSION = 1  # of what is pickled
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
@@ -183,6 +188,29 @@ class SelfAttention:
             f"d_out={self.d_out}, dtype={self.dtype}, isa={self.isa!r})"
         )
 
+    # fmt: off
+    @overload
+    def __call__(
+        self, x: ArrayLike, *, return_lse: No = ..., return_weights: No = ..., **options: Unpack[LayerCallOptions]
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, x: ArrayLike, *, return_lse: Yes, return_weights: No = ..., **options: Unpack[LayerCallOptions]
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self, x: ArrayLike, *, return_lse: No = ..., return_weights: Yes, **options: Unpack[LayerCallOptions]
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self, x: ArrayLike, *, return_lse: Yes, return_weights: Yes, **options: Unpack[LayerCallOptions]
+    ) -> tuple[Array, Array, Array]: ...
+    @overload
+    def __call__(
+        self, x: ArrayLike, *, return_lse: bool = ..., return_weights: bool = ..., **options: Unpack[LayerCallOptions]
+    ) -> Any: ...
+    # fmt: on
+    @clean_signature(attention, without=("layout",))
     def __call__(
         self,
         x: ArrayLike,
@@ -190,8 +218,8 @@ class SelfAttention:
         context: ArrayLike | None = None,
         positions: ArrayLike | None = None,
         cache: KVCache | PagedKVCache | None = None,
-        sequences: Any = None,
-        out: NDArray[Any] | None = None,
+        sequences: ArrayLike | None = None,
+        out: Array | None = None,
         **options: Any,
     ) -> Any:
         """Attend.
@@ -271,9 +299,8 @@ class SelfAttention:
         cache: AnyCache | None = None,
         step: Step | None = None,
     ) -> Any:
-        unknown = options.keys() - _OPTIONS.keys()
-        if unknown:
-            refuse_unknown(function, {name: options[name] for name in options if name in unknown})
+        if not options.keys() <= _OPTIONS.keys():
+            refuse_unknown(function, [name for name in options if name not in _OPTIONS])
         values = core_options(function, **{**_OPTIONS, "layout": "bhsd", **options})
         if cache is not None:
             check_window(function, cache, values[4])
@@ -296,56 +323,3 @@ def _load(cls: type[SelfAttention], version: int, *parts: Any) -> SelfAttention:
     layer = cls.__new__(cls)
     layer._build("SelfAttention", *parts)
     return layer
-
-
-def self_attention(
-    x: ArrayLike,
-    w_q: ArrayLike,
-    w_k: ArrayLike,
-    w_v: ArrayLike,
-    w_o: ArrayLike | None = None,
-    *,
-    b_q: ArrayLike | None = None,
-    b_k: ArrayLike | None = None,
-    b_v: ArrayLike | None = None,
-    b_o: ArrayLike | None = None,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    context: ArrayLike | None = None,
-    rope: RoPE | bool | None = None,
-    positions: ArrayLike | None = None,
-    out: NDArray[Any] | None = None,
-    **attention_options: Any,
-) -> Any:
-    """Compute multi-head self-attention from x to output in one call.
-
-    The same as ``SelfAttention(w_q, ...)(x, ...)``, which see; a layer that is called more than once is better made
-    once, since that packs the weights.
-
-    Parameters
-    ----------
-    x : array_like, shape (..., S, d_model)
-    w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, rope
-        See `SelfAttention`.
-    context, positions, out, **attention_options
-        See `SelfAttention.__call__`.
-
-    Returns
-    -------
-    ndarray, shape (..., S, d_out)
-        With `return_lse` and `return_weights` a tuple, as from `attention`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import selfattn as sa
-    >>> rng = np.random.default_rng(0)
-    >>> x = rng.standard_normal((10, 32), dtype=np.float32)
-    >>> w_q, w_k, w_v = rng.standard_normal((3, 32, 32), dtype=np.float32)
-    >>> y, weights = sa.self_attention(x, w_q, w_k, w_v, num_heads=4, return_weights=True)
-    >>> y.shape, weights.shape
-    ((10, 32), (4, 10, 10))
-    """
-    layer = SelfAttention.__new__(SelfAttention)
-    layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
-    return layer._call("self_attention", x, context, positions, out, attention_options)

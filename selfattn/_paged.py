@@ -14,6 +14,7 @@ from ._cache import AnyCache, Step
 from ._lock import SharedLock
 from ._pages import NUMBER, Growth, PageTable, Row
 from ._store import Layout, Store, count, storage_name
+from ._typing import StorageType
 
 
 class _Step(NamedTuple):
@@ -81,7 +82,7 @@ class PagedKVCache(AnyCache):
         head_dim: int,
         *,
         value_dim: int | None = None,
-        dtype: Any = "float32",
+        dtype: StorageType = "float32",
         window: int | None = None,
         buffer: Any = None,
     ) -> None:
@@ -139,7 +140,7 @@ class PagedKVCache(AnyCache):
         head_dim: int,
         *,
         value_dim: int | None = None,
-        dtype: Any = "float32",
+        dtype: StorageType = "float32",
         window: int | None = None,
     ) -> int:
         """Return the bytes that a buffer for such a cache must have; the window does not matter."""

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import LAYOUTS, as_array, choice, core_options, flag, out_array, reals, refuse_unknown, whole_number
+from ._arguments import LAYOUTS, as_array, choice, core_options, flag, out_array, reals, whole_number
+from ._bias import T5Bias
+from ._keywords import clean_signature, refuse_unknown
+from ._typing import Array, Layout, No, Precision, RelativeOptions, Window, Yes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAME = "relative_attention"
 
 
+# fmt: off
+@overload
+def relative_attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, r: ArrayLike, u: ArrayLike, w: ArrayLike, *, return_lse: No = ...,
+    return_weights: No = ..., **options: Unpack[RelativeOptions]
+) -> Array: ...
+@overload
+def relative_attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, r: ArrayLike, u: ArrayLike, w: ArrayLike, *, return_lse: Yes,
+    return_weights: No = ..., **options: Unpack[RelativeOptions]
+) -> tuple[Array, Array]: ...
+@overload
+def relative_attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, r: ArrayLike, u: ArrayLike, w: ArrayLike, *, return_lse: No = ...,
+    return_weights: Yes, **options: Unpack[RelativeOptions]
+) -> tuple[Array, Array]: ...
+@overload
+def relative_attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, r: ArrayLike, u: ArrayLike, w: ArrayLike, *, return_lse: Yes,
+    return_weights: Yes, **options: Unpack[RelativeOptions]
+) -> tuple[Array, Array, Array]: ...
+@overload
+def relative_attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, r: ArrayLike, u: ArrayLike, w: ArrayLike, *, return_lse: bool = ...,
+    return_weights: bool = ..., **options: Unpack[RelativeOptions]
+) -> Any: ...
+# fmt: on
+@clean_signature()
 def relative_attention(
     q: ArrayLike,
     k: ArrayLike,
@@ -26,20 +60,20 @@ def relative_attention(
     r_origin: int = 0,
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    window: Window | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     return_lse: bool = False,
     return_weights: bool = False,
-    out: NDArray[Any] | None = None,
-    precision: str = "highest",
+    out: Array | None = None,
+    precision: Precision = "highest",
     num_threads: int | None = None,
-    t5: Any = None,
+    t5: T5Bias | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Attend to a segment and the memory before it, by content and by distance (Dai et al., "Transformer-XL", 2019).

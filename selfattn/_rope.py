@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import LAYOUTS, as_array, choice, flag, integers, out_array, real
+from ._typing import Array, Layout
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def apply_rope(
     positions: ArrayLike | None = None,
     rope: RoPE = RoPE(),
     *,
-    layout: str = "bhsd",
-    out: NDArray[Any] | None = None,
+    layout: Layout = "bhsd",
+    out: Array | None = None,
 ) -> NDArray[Any]:
     """Turn the pairs of each head's elements by angles that grow with the token's position.
 

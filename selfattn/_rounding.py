@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ._attention import explain
+from ._typing import Precision
 
 # What products on a matrix unit add to the error, relative to the sum of p|v|: by rounding weights and values, and per
 # unit of sigma by rounding queries and keys. docs/numerics.md derives them.
@@ -20,7 +21,7 @@ MATRIX_ROUNDINGS = {
 EXACT_UNITS = ("fma", "bfloat16 dots")
 
 
-def rounding(q: Any, k: Any, v: Any, precision: str = "highest", **options: Any) -> tuple[float, float]:
+def rounding(q: Any, k: Any, v: Any, precision: Precision = "highest", **options: Any) -> tuple[float, float]:
     """Return the entry of the unit that a call runs on; 0 where its products are exact."""
     unit = explain(q, k, v, precision=precision, **options)["unit"]
     return (

@@ -2,18 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, integers, out_array, reals, refuse_unknown
+from ._arguments import as_array, core_options, integers, out_array, reals
 from ._bias import T5Bias
+from ._keywords import clean_signature, refuse_unknown
+from ._typing import Array, No, Precision, VarlenOptions, Window, Yes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAME = "attention_varlen"
+Arrays = Sequence[ArrayLike]
 
 
+# fmt: off
+@overload
+def attention_varlen(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike | None = ..., *,
+    return_lse: No = ..., return_weights: No = ..., **options: Unpack[VarlenOptions]
+) -> Array: ...
+@overload
+def attention_varlen(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike | None = ..., *,
+    return_lse: Yes, return_weights: No = ..., **options: Unpack[VarlenOptions]
+) -> tuple[Array, Array]: ...
+@overload
+def attention_varlen(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike | None = ..., *,
+    return_lse: No = ..., return_weights: Yes, **options: Unpack[VarlenOptions]
+) -> tuple[Array, list[Array]]: ...
+@overload
+def attention_varlen(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike | None = ..., *,
+    return_lse: Yes, return_weights: Yes, **options: Unpack[VarlenOptions]
+) -> tuple[Array, Array, list[Array]]: ...
+@overload
+def attention_varlen(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike | None = ..., *,
+    return_lse: bool = ..., return_weights: bool = ..., **options: Unpack[VarlenOptions]
+) -> Any: ...
+@overload
+def attention_varlen(
+    q: Arrays, k: Arrays, v: Arrays, *, return_lse: No = ..., return_weights: No = ...,
+    **options: Unpack[VarlenOptions]
+) -> list[Array]: ...
+@overload
+def attention_varlen(
+    q: Arrays, k: Arrays, v: Arrays, *, return_lse: Yes, return_weights: No = ..., **options: Unpack[VarlenOptions]
+) -> tuple[list[Array], list[Array]]: ...
+@overload
+def attention_varlen(
+    q: Arrays, k: Arrays, v: Arrays, *, return_lse: No = ..., return_weights: Yes, **options: Unpack[VarlenOptions]
+) -> tuple[list[Array], list[Array]]: ...
+@overload
+def attention_varlen(
+    q: Arrays, k: Arrays, v: Arrays, *, return_lse: Yes, return_weights: Yes, **options: Unpack[VarlenOptions]
+) -> tuple[list[Array], list[Array], list[Array]]: ...
+@overload
+def attention_varlen(
+    q: Arrays, k: Arrays, v: Arrays, *, return_lse: bool = ..., return_weights: bool = ...,
+    **options: Unpack[VarlenOptions]
+) -> Any: ...
+# fmt: on
+@clean_signature()
 def attention_varlen(
     q: Any,
     k: Any,
@@ -21,19 +78,19 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike | None = None,
     cu_seqlens_k: ArrayLike | None = None,
     *,
-    mask: Any = None,
-    bias: Any = None,
+    mask: Sequence[ArrayLike | None] | None = None,
+    bias: Sequence[ArrayLike | None] | None = None,
     causal: bool = False,
     q_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    window: Window | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
-    out: NDArray[Any] | None = None,
-    precision: str = "highest",
+    out: Array | None = None,
+    precision: Precision = "highest",
     num_threads: int | None = None,
     t5: T5Bias | None = None,
     **unknown: Any,

@@ -7,7 +7,7 @@ explanation of what a model does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,7 +33,7 @@ def heatmap(
     *,
     key_tokens: Sequence[str] | None = None,
     ax: Axes | None = None,
-    head: int | str | None = None,
+    head: int | Literal["mean"] | None = None,
     title: str | None = None,
     log: bool = False,
     mask: ArrayLike | None = None,
@@ -118,7 +118,7 @@ def text(
     tokens: Sequence[str] | None = None,
     *,
     key_tokens: Sequence[str] | None = None,
-    head: int | str | None = None,
+    head: int | Literal["mean"] | None = None,
     width: int = 100,
     title: str | None = None,
     log: bool = False,

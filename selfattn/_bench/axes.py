@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from .._typing import Precision
 from .target import Group, Target
 from .workload import Workload
 from .yardstick import PEAK
 
-AXES = (("float32", "high"), ("float32", "medium"), ("bfloat16", "highest"), ("float16", "highest"))
+AXES: tuple[tuple[str, Precision], ...] = (
+    ("float32", "high"),
+    ("float32", "medium"),
+    ("bfloat16", "highest"),
+    ("float16", "highest"),
+)
 FAMILIES = ("prefill", "decode", "few", "tiny", "block")
 
 AMX = "amx"  # part of the names of ISAs with a matrix unit

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import selfattn
 
+from .._typing import Precision
 from .grid import EVERY
 from .numbers import DTYPES, PRECISIONS, why_no_numbers
 from .peers import PEERS, choose
@@ -103,7 +104,7 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
 
 
 def varied(
-    workloads: Sequence[Workload], dtypes: Sequence[str] | None, precisions: Sequence[str] | None
+    workloads: Sequence[Workload], dtypes: Sequence[str] | None, precisions: Sequence[Precision] | None
 ) -> list[Workload]:
     """Return the workloads in each of the types, those of float32 at each precision.
 

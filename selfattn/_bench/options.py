@@ -73,7 +73,7 @@ class Cache:
     cascade: bool = False
     step: bool = False
 
-    def storage(self, dtype: str) -> str:
+    def storage(self, dtype: str) -> Any:
         """Name the type of what is stored, for operands of `dtype`."""
         return self.dtype or dtype
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .._typing import Precision
 from .measure import Result
 from .numbers import SUFFIXES
 from .peers import OTHERS, PEERS
@@ -104,11 +105,11 @@ class Group:
         return self.workloads[0].dtype
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         """Precision of all its products."""
         return self.workloads[0].precision
 
-    def varied(self, dtype: str, precision: str) -> Group:
+    def varied(self, dtype: str, precision: Precision) -> Group:
         """Return the same workloads in another type of numbers or at another precision, without targets."""
         label, suffix = (dtype, dtype) if precision == "highest" else (f'{dtype} at precision "{precision}"', precision)
         workloads = tuple(workload.varied(dtype, precision) for workload in self.workloads)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .._typing import Precision
 from .numbers import ITEMSIZES, SUFFIXES, normal
 from .options import Cache, Options
 
@@ -60,7 +61,7 @@ class Workload:
     value_dim: int
     d_model: int = 0
     dtype: str = "float32"
-    precision: str = "highest"
+    precision: Precision = "highest"
     options: Options = field(default_factory=Options)
     baseline: Options | None = None
     cache: Cache | None = None
@@ -76,7 +77,7 @@ class Workload:
             values["cache"] = Cache(**values["cache"])
         return cls(**values)
 
-    def varied(self, dtype: str, precision: str = "highest") -> Workload:
+    def varied(self, dtype: str, precision: Precision = "highest") -> Workload:
         """Return the same case in another type of numbers or at another precision, and named so."""
         suffixes = [SUFFIXES[dtype]] if dtype != self.dtype else []
         suffixes += [SUFFIXES[precision]] if precision != self.precision else []

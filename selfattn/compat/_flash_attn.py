@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import flag, integers, real, reals
 from .._attention import attention
+from .._typing import Array, No, Yes
 from .._varlen import attention_varlen
 from ._checks import arrays, dimensions, is_integer, no_dropout, own_names
 from ._pages import Pages, attend_pages
@@ -16,6 +17,29 @@ from ._pages import Pages, attend_pages
 Window = tuple[int, int]
 
 
+# fmt: off
+@overload
+def flash_attn_func(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: Window = ..., softcap: float = ..., alibi_slopes: ArrayLike | None = ..., deterministic: bool = ...,
+    return_attn_probs: No = ...,
+) -> Array: ...
+@overload
+def flash_attn_func(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: Window = ..., softcap: float = ..., alibi_slopes: ArrayLike | None = ..., deterministic: bool = ...,
+    *, return_attn_probs: Yes,
+) -> tuple[Array, Array, Array]: ...
+@overload
+def flash_attn_func(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: Window = ..., softcap: float = ..., alibi_slopes: ArrayLike | None = ..., deterministic: bool = ...,
+    return_attn_probs: bool = ...,
+) -> Any: ...
+# fmt: on
 @own_names("flash_attn_func", window="window_size", scale="softmax_scale")
 def flash_attn_func(
     q: ArrayLike,
@@ -99,6 +123,29 @@ def flash_attn_func(
     )
 
 
+# fmt: off
+@overload
+def flash_attn_varlen_func(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: ArrayLike | None = ...,
+    deterministic: bool = ..., return_attn_probs: No = ..., block_table: ArrayLike | None = ...,
+) -> Array: ...
+@overload
+def flash_attn_varlen_func(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: ArrayLike | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Yes, block_table: ArrayLike | None = ...,
+) -> tuple[Array, Array, Array]: ...
+@overload
+def flash_attn_varlen_func(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: ArrayLike | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., block_table: ArrayLike | None = ...,
+) -> Any: ...
+# fmt: on
 @own_names("flash_attn_varlen_func", window="window_size", scale="softmax_scale")
 def flash_attn_varlen_func(
     q: ArrayLike,

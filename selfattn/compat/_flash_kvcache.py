@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag, integers, is_float
+from .._typing import Array, No, Yes
 from ._checks import arrays, dimensions, is_integer
 from ._flash_attn import Window, flash_options
 from ._pages import Pages, attend_pages
@@ -15,6 +16,35 @@ from ._pages import Pages, attend_pages
 _NAME = "flash_attn_with_kvcache"
 
 
+# fmt: off
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayLike, k_cache: Any, v_cache: Any, k: ArrayLike | None = ..., v: ArrayLike | None = ...,
+    rotary_cos: ArrayLike | None = ..., rotary_sin: ArrayLike | None = ..., cache_seqlens: ArrayLike | None = ...,
+    cache_batch_idx: ArrayLike | None = ..., cache_leftpad: ArrayLike | None = ..., block_table: ArrayLike | None = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    rotary_interleaved: bool = ..., alibi_slopes: ArrayLike | None = ..., num_splits: int = ...,
+    return_softmax_lse: No = ...,
+) -> Array: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayLike, k_cache: Any, v_cache: Any, k: ArrayLike | None = ..., v: ArrayLike | None = ...,
+    rotary_cos: ArrayLike | None = ..., rotary_sin: ArrayLike | None = ..., cache_seqlens: ArrayLike | None = ...,
+    cache_batch_idx: ArrayLike | None = ..., cache_leftpad: ArrayLike | None = ..., block_table: ArrayLike | None = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    rotary_interleaved: bool = ..., alibi_slopes: ArrayLike | None = ..., num_splits: int = ...,
+    *, return_softmax_lse: Yes,
+) -> tuple[Array, Array]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayLike, k_cache: Any, v_cache: Any, k: ArrayLike | None = ..., v: ArrayLike | None = ...,
+    rotary_cos: ArrayLike | None = ..., rotary_sin: ArrayLike | None = ..., cache_seqlens: ArrayLike | None = ...,
+    cache_batch_idx: ArrayLike | None = ..., cache_leftpad: ArrayLike | None = ..., block_table: ArrayLike | None = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    rotary_interleaved: bool = ..., alibi_slopes: ArrayLike | None = ..., num_splits: int = ...,
+    return_softmax_lse: bool = ...,
+) -> Any: ...
+# fmt: on
 def flash_attn_with_kvcache(
     q: ArrayLike,
     k_cache: Any,

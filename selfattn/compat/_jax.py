@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag, integers, real
 from .._attention import attention
+from .._typing import Array, No, Yes
 from ._checks import arrays, is_integer, own_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAME = "dot_product_attention"
 
 
+class _Options(TypedDict, total=False):
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["xla"] | None
+
+
+# fmt: off
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = ..., mask: ArrayLike | None = ..., *,
+    return_residual: No = ..., **options: Unpack[_Options]
+) -> Array: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = ..., mask: ArrayLike | None = ..., *,
+    return_residual: Yes, **options: Unpack[_Options]
+) -> tuple[Array, Array]: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = ..., mask: ArrayLike | None = ..., *,
+    return_residual: bool = ..., **options: Unpack[_Options]
+) -> Any: ...
+# fmt: on
 @own_names(
     _NAME, q="query", k="key", v="value", window="local_window_size", q_lens="query_seq_lengths",
     kv_lens="key_value_seq_lengths",
@@ -30,7 +60,7 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
+    implementation: Literal["xla"] | None = None,
     return_residual: bool = False,
 ) -> Any:
     """Compute what ``jax.nn.dot_product_attention`` computes, on arrays.

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag
 from .._attention import attention
+from .._typing import Array
 from ._checks import arrays, no_dropout, own_names
 
 _NAME = "scaled_dot_product_attention"
@@ -26,7 +27,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
+) -> Array:
     """Compute what ``torch.nn.functional.scaled_dot_product_attention`` computes, on arrays.
 
     Parameters
@@ -150,8 +151,8 @@ def attend(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    out: NDArray[Any] | None = None,
-) -> Any:
+    out: Array | None = None,
+) -> Array:
     """Attend with operands whose shapes and dtypes have been checked."""
     fronts = query.shape[:-2], key.shape[:-2], value.shape[:-2]
     if not enable_gqa and not fronts[0] == fronts[1] == fronts[2]:
@@ -159,8 +160,8 @@ def attend(
     offset = 0 if is_causal else None
     if mask is None:
         return attention(query, key, value, causal=is_causal, q_offset=offset, scale=scale, out=out)
-    name = "mask" if mask.dtype == np.bool_ else "bias"
-    return attention(query, key, value, **{name: mask}, scale=scale, out=out)  # type: ignore[arg-type]
+    hidden, added = (mask, None) if mask.dtype == np.bool_ else (None, mask)
+    return attention(query, key, value, mask=hidden, bias=added, scale=scale, out=out)
 
 
 def _broadcast(query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> list[NDArray[Any]]:

@@ -1,0 +1,124 @@
+"""Types of the public functions' options, for type checkers.
+
+A function's overloads name what decides about the type of its result; all its other options are one of these dicts. A
+test compares the dicts with the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from ._bias import T5Bias
+    from ._cache import KVCache
+    from ._paged import PagedKVCache
+    from ._rope import RoPE
+
+Array = NDArray[Any]
+Yes = Literal[True]
+No = Literal[False]
+Layout = Literal["bhsd", "bshd"]
+Precision = Literal["highest", "high", "medium"]
+Window = tuple[int | None, int | None]
+StorageType = (
+    Literal["float32", "float16", "bfloat16", "int8", "float64"] | np.dtype[Any] | type[np.generic] | type[float]
+)
+
+
+class CommonOptions(TypedDict, total=False):
+    """Of every function that attends."""
+
+    causal: bool
+    window: Window | None
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    out: Array | None
+    precision: Precision
+    num_threads: int | None
+    t5: T5Bias | None
+
+
+class BatchOptions(CommonOptions, total=False):
+    """Of those that take a batch as one array."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+
+
+class PaddedOptions(BatchOptions, total=False):
+    """Of those that take sequences shorter than their array."""
+
+    q_lens: ArrayLike | None
+    kv_lens: ArrayLike | None
+
+
+class AttentionOptions(PaddedOptions, total=False):
+    """Of `attention`."""
+
+    q_offset: ArrayLike | None
+    layout: Layout
+
+
+class ExplainOptions(AttentionOptions, total=False):
+    """Of `explain`."""
+
+    return_lse: bool
+    return_weights: bool
+
+
+class RelativeOptions(PaddedOptions, total=False):
+    """Of `relative_attention`."""
+
+    mem_len: int
+    r_origin: int
+    layout: Layout
+
+
+class LayerOptions(PaddedOptions, total=False):
+    """Of `SelfAttention.__call__` and `self_attention`."""
+
+    q_offset: ArrayLike | None
+    context: ArrayLike | None
+    positions: ArrayLike | None
+
+
+class LayerCallOptions(LayerOptions, total=False):
+    """Of `SelfAttention.__call__`."""
+
+    cache: KVCache | PagedKVCache | None
+    sequences: ArrayLike | None
+
+
+class SelfAttentionOptions(LayerOptions, total=False):
+    """Of `self_attention`."""
+
+    b_q: ArrayLike | None
+    b_k: ArrayLike | None
+    b_v: ArrayLike | None
+    b_o: ArrayLike | None
+    num_kv_heads: int | None
+    rope: RoPE | bool | None
+
+
+class CachedOptions(BatchOptions, total=False):
+    """Of `attention_with_kvcache`."""
+
+    sequences: ArrayLike | None
+    rope: RoPE | bool | None
+    positions: ArrayLike | None
+    cascade: bool
+    layout: Layout
+
+
+class VarlenOptions(CommonOptions, total=False):
+    """Of `attention_varlen`."""
+
+    mask: Sequence[ArrayLike | None] | None
+    bias: Sequence[ArrayLike | None] | None
+    q_offset: ArrayLike | None
