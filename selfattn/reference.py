@@ -6,10 +6,14 @@ an option means can read it here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+if TYPE_CHECKING:
+    from ._bias import T5Bias
+    from ._typing import Layout
 
 
 class Result(NamedTuple):
@@ -98,8 +102,8 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
-    layout: str = "bhsd",
-    t5: Any = None,
+    layout: Layout = "bhsd",
+    t5: T5Bias | None = None,
     relative: tuple[Any, ...] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> Result:

@@ -21,16 +21,16 @@ _ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
+) -> torch.Tensor:
     """Compute ``torch.nn.functional.scaled_dot_product_attention`` of CPU tensors, without copies of them.
 
     Works under `torch.compile` (also ``fullgraph=True``) and `torch.export`, as the operator ``selfattn::sdpa``.
