@@ -18,7 +18,7 @@ from selfattn._bench import allocations, targets_command
 from selfattn._bench.cache_grid import CACHE_GROUPS, LONGEST, ON_CACHES, SHORTEST
 from selfattn._bench.cache_variants import CACHE_VARIANTS
 from selfattn._bench.cached import STEPS, Filled, stored
-from selfattn._bench.check import Mismatch, check, expected_parts, storage_error
+from selfattn._bench.check import Mismatch, check, expected_parts, storage_error, unit_of
 from selfattn._bench.grid import EVERY
 from selfattn._bench.measure import check_all, check_storage, measure
 from selfattn._bench.options import Cache
@@ -49,6 +49,15 @@ SMALL = {
     "step": small(Cache(step=True), batch=1),
     "paged-step": small(Cache(page_size=8, step=True), batch=1),
 }
+
+
+def test_a_cascade_may_round_as_the_call_on_its_shared_prompt_does(monkeypatch):
+    def rounds_many_rows(q, k, v, **options):
+        return {"unit": "bfloat16 pairs" if q.shape[0] * q.shape[2] > 1 and q.shape[0] == 1 else "fma"}
+
+    monkeypatch.setattr(selfattn, "explain", rounds_many_rows)
+    assert unit_of(SMALL["cascade"]) == "bfloat16 pairs"
+    assert unit_of(SMALL["paged"]) == "fma"
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -69,17 +69,24 @@ class Units:
 
 
 def unit_of(workload: Workload) -> str:
-    """Return the unit that multiplies in a workload's attention."""
+    """Return the unit that multiplies in a workload's attention; of two, the one that rounds."""
     w, nothing = workload, np.zeros((), numpy_dtype(workload.dtype))
-    q, k, v = (
-        np.broadcast_to(nothing, (w.batch, heads, length, dim))
-        for heads, length, dim in (
-            (w.num_heads, w.q_len, w.head_dim),
-            (w.num_kv_heads, w.kv_len, w.head_dim),
-            (w.num_kv_heads, w.kv_len, w.value_dim),
+
+    def explained(batch: int, q_len: int) -> str:
+        q, k, v = (
+            np.broadcast_to(nothing, (batch, heads, length, dim))
+            for heads, length, dim in (
+                (w.num_heads, q_len, w.head_dim),
+                (w.num_kv_heads, w.kv_len, w.head_dim),
+                (w.num_kv_heads, w.kv_len, w.value_dim),
+            )
         )
-    )
-    return str(selfattn.explain(q, k, v, precision=w.precision)["unit"])
+        return str(selfattn.explain(q, k, v, precision=w.precision)["unit"])
+
+    units = [explained(w.batch, w.q_len)]
+    if w.cache and w.cache.cascade:  # the queries of all sequences attend to the shared prompt at once
+        units.append(explained(1, w.batch * w.q_len))
+    return next((unit for unit in units if unit not in EXACT_UNITS), units[0])
 
 
 def coarse_error(workload: Workload) -> float:
