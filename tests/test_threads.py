@@ -256,7 +256,7 @@ def test_idle_threads_soon_sleep(given: str, tmp_path: Path) -> None:
         [sys.executable, "-c", code],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    wanted = {"": "'2000'", "GOMP_SPINCOUNT=7": "'7'", "OMP_WAIT_POLICY=active": "'30000000000'"}[given]
+    wanted = {"": "'600'", "GOMP_SPINCOUNT=7": "'7'", "OMP_WAIT_POLICY=active": "'30000000000'"}[given]
     assert f"GOMP_SPINCOUNT = {wanted}" in result.stderr
     assert result.stdout.split() == [environment.get(name, "None") for name in names]  # left as it was
 
