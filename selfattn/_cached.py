@@ -14,7 +14,6 @@ from ._cache import AnyCache, KVCache, Step
 from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
-from ._states import merge_states
 from ._typing import Array, CachedOptions, Layout, No, Precision, Window, Yes
 
 if TYPE_CHECKING:
@@ -234,16 +233,11 @@ class _Cascade:
         )
         prefix_core = (*store, pages[:1], own_starts[:1], None, None)
         prefix, prefix_lse = self._attend_prefix(cache, prefix_core, first, tokens, options)
-        if self.layout == "bshd":
-            own = own.swapaxes(1, 2)
-        merged, lse = merge_states([prefix, own], [prefix_lse, own_lse])
-        if self.layout == "bshd":
-            merged = merged.swapaxes(1, 2)
         if out is None:
-            out = np.ascontiguousarray(merged.astype(self.q.dtype, copy=False))
-        else:
-            out[...] = merged
-        return (out, lse) if self.options[13] else out
+            out = own if own.dtype == self.q.dtype else np.empty(own.shape, self.q.dtype)
+        own, merged = (x.swapaxes(1, 2) if self.layout == "bshd" else x for x in (own, out))
+        _core.merge_states([prefix, own], [prefix_lse, own_lse], merged, own_lse, options[16])
+        return (out, own_lse) if self.options[13] else out
 
     def _attend_prefix(
         self, cache: PagedKVCache, core: Any, first: NDArray[np.int64], tokens: int, options: Any

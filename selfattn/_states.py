@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import _core
 from ._arguments import ACCEPTED, as_array, is_float
 
 
@@ -57,26 +58,9 @@ def merge_states(
     if len(values) != len(logs):
         raise ValueError(f"merge_states: outs has {len(values)} parts but lses has {len(logs)}")
     _check(values, logs)
-    with np.errstate(all="ignore"):  # a weight that underflows, or an Inf in a part without weight, is no error
-        return _merge(values, logs)
-
-
-def _merge(values: list[NDArray[Any]], logs: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
-    dtype = values[0].dtype
-    peak = logs[0].astype(np.float64)
-    for log in logs[1:]:
-        peak = np.maximum(peak, log)
-    shift = np.where(np.isneginf(peak), 0.0, peak)
-    total = np.zeros(peak.shape)
-    out = np.zeros(values[0].shape)
-    for value, log in zip(values, logs, strict=True):
-        weight = np.exp(log - shift)
-        # A part that showed a row nothing takes no part in it, whatever its out holds.
-        out += np.where(weight[..., None] == 0, 0.0, value * weight[..., None])
-        total += weight
-    out /= np.where(total == 0, 1.0, total)[..., None]
-    lse = shift + np.log(total)
-    return out.astype(dtype), lse.astype(_lse_dtype(dtype))
+    out, lse = np.empty(values[0].shape, values[0].dtype), np.empty(logs[0].shape, logs[0].dtype)
+    _core.merge_states(values, logs, out, lse, 0)
+    return out, lse
 
 
 def _lse_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -9,5 +9,6 @@ PYBIND11_MODULE(_core, module) {
   selfattn::bindings::register_varlen(module);
   selfattn::bindings::register_layer(module);
   selfattn::bindings::register_machine(module);
+  selfattn::bindings::register_merge(module);
   selfattn::bindings::register_relative(module);
 }
