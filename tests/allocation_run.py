@@ -58,6 +58,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "narrow ranges": lambda: sa.attention(narrow_few, narrow_cache, narrow_cache, num_threads=3),
         "narrow layer": lambda: narrow_layer(narrow_x, num_threads=3),
         "rope": lambda: sa.apply_rope(many),
+        "merge": lambda: sa.merge_states([many, many], [many[..., 0], many[..., 1]]),
         "explain": lambda: str(sa.explain(many, many, many)),
     }
 

@@ -1,4 +1,4 @@
-"""merge_states, alibi_slopes, t5_bias."""
+"""alibi_slopes, t5_bias."""
 
 from __future__ import annotations
 
@@ -10,77 +10,6 @@ import numpy as np
 import pytest
 
 import selfattn as sa
-
-
-class TestMergeStates:
-    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_parts_of_a_softmax(self, rng: Any, dtype: Any) -> None:
-        scores = rng.standard_normal((3, 5, 12)) * 10
-        values = rng.standard_normal((3, 12, 4))
-        cuts = [slice(0, 1), slice(1, 7), slice(7, 12)]
-        lses = [np.log(np.exp(scores[..., c]).sum(-1)).astype(dtype) for c in cuts]
-        outs = [
-            (np.exp(scores[..., c] - lse[..., None].astype(float)) @ values[:, c]).astype(dtype)
-            for c, lse in zip(cuts, lses, strict=True)
-        ]
-        out, lse = sa.merge_states(outs, lses)
-        assert out.dtype == lse.dtype == dtype
-        total = np.exp(scores).sum(-1)
-        tolerance = 1e-5 if dtype == np.float32 else 1e-13
-        assert np.allclose(out, (np.exp(scores) / total[..., None]) @ values, rtol=0, atol=tolerance)
-        assert np.allclose(lse, np.log(total), rtol=0, atol=tolerance)
-        stacked = sa.merge_states(np.stack(outs), np.stack(lses))
-        assert np.array_equal(stacked[0], out)
-        assert np.array_equal(stacked[1], lse)
-
-    def test_parts_that_showed_nothing_are_no_ops(self) -> None:
-        out, lse = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.5, -2.0])
-        nothing, never = np.full((2, 2), np.nan), np.full(2, -np.inf)
-        for outs, lses in (
-            ([out, nothing], [lse, never]),
-            ([nothing, out, nothing], [never, lse, never]),
-            ([out], [lse]),
-        ):
-            merged, merged_lse = sa.merge_states(outs, lses)
-            assert np.array_equal(merged, out)
-            assert np.array_equal(merged_lse, lse)
-        merged, merged_lse = sa.merge_states([nothing, nothing], [never, never])
-        assert not merged.any()
-        assert np.isneginf(merged_lse).all()
-        merged, merged_lse = sa.merge_states([out, nothing], [np.array([0.5, -np.inf]), never])
-        assert np.array_equal(merged, [[1, 2], [0, 0]])
-        assert np.array_equal(merged_lse, [0.5, -np.inf])
-
-    def test_large_lse_do_not_overflow(self) -> None:
-        out, lse = sa.merge_states([np.array([[1.0]]), np.array([[3.0]])], [np.array([2000.0]), np.array([2000.0])])
-        assert out == 2.0
-        assert np.isclose(lse, 2000 + math.log(2))
-
-    @pytest.mark.parametrize(
-        ("outs", "lses", "exception", "message"),
-        [
-            ([], [], ValueError, "outs is empty"),
-            ([np.zeros((2, 3))], [], ValueError, "outs has 1 parts but lses has 0"),
-            ([np.zeros((2, 3)), np.zeros((2, 4))], [np.zeros(2)] * 2, ValueError, r"outs\[1\] has shape \(2, 4\)"),
-            ([np.zeros((2, 3))], [np.zeros(3)], ValueError, r"lses\[0\] has shape \(3,\)"),
-            ([np.zeros((2, 3), np.int16)], [np.zeros(2)], TypeError, r"outs\[0\] has dtype int16"),
-            (
-                [np.zeros((2, 3), np.float16)],
-                [np.zeros(2)],
-                TypeError,
-                r"lses\[0\] has dtype float64 but needs float32",
-            ),
-            (
-                [np.zeros((2, 3), np.float32)],
-                [np.zeros(2)],
-                TypeError,
-                r"lses\[0\] has dtype float64 but needs float32, as outs\[0\] is float32",
-            ),
-        ],
-    )
-    def test_errors(self, outs: Any, lses: Any, exception: Any, message: str) -> None:
-        with pytest.raises(exception, match="merge_states: " + message):
-            sa.merge_states(outs, lses)
 
 
 class TestAlibiSlopes:
@@ -163,13 +92,3 @@ class TestT5Bias:
         good = {"table": np.zeros((32, 2)), "q_len": 3, "kv_len": 4}
         with pytest.raises(exception, match="t5_bias: " + message):
             sa.t5_bias(**{**good, **arguments})
-
-
-def test_merging_minds_no_error_state() -> None:
-    outs, lses = [np.ones((2, 3)), np.full((2, 3), np.inf)], [np.zeros(2), np.full(2, -np.inf)]
-    with np.errstate(all="raise"):
-        out, lse = sa.merge_states([outs[0], outs[0] * 2], [np.zeros(2), np.full(2, -800.0)])  # exp underflows
-        assert np.array_equal(out, outs[0])
-        assert not lse.any()
-        assert np.array_equal(sa.merge_states(outs, lses)[0], outs[0])
-        assert np.isneginf(sa.merge_states(outs[:1], lses[1:])[1]).all()

@@ -54,6 +54,23 @@ def test_relative_attention_stores_nothing_of_all_pairs(run_python: Any) -> None
     assert int(added) < 8 << 20  # scores would take 275 MiB
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_merging_takes_no_memory_but_its_result(run_python: Any, dtype: str) -> None:
+    most, result = run_python(
+        PRELUDE
+        + f"""
+    outs = np.ones((2, 8 << 20), np.uint8).view({dtype!r}).reshape(2, -1, 128)
+    lses = np.zeros(outs.shape[:2], np.result_type(outs.dtype, np.float32))
+    some = outs.shape[1] // 8
+    sa.merge_states(outs[:, :some], lses[:, :some])
+    before = peak()
+    out, lse = sa.merge_states(outs, lses)
+    print(peak() - before, out.nbytes)
+    """
+    ).split()
+    assert int(most) < 1.2 * int(result)
+
+
 def test_packed_sequences_take_no_memory_of_the_square(run_python: Any) -> None:
     added = run_python(
         PRELUDE

@@ -16,6 +16,7 @@ State state_of(py::handle out, py::handle lse) {
 // Shapes and dtypes have been checked.
 void merge(const py::list& outs, const py::list& lses, py::handle out, py::handle lse, int num_threads) {
   std::vector<State> parts;
+  parts.reserve(outs.size());
   for (std::size_t i = 0; i < outs.size(); ++i) parts.push_back(state_of(outs[i], lses[i]));
   const State merged = state_of(out, lse);
   bool finished;

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "isa_checks.h"
 #include "kernel_set_checks.h"
+#include "merge_checks.h"
 #include "registry.h"
 
 #define SELFATTN_TEXT_(x) #x
@@ -27,5 +28,6 @@ int main() {
   SELFATTN_ISA::check_functions();
   SELFATTN_ISA::check_loops();
   test::check_kernel_set(**found);
+  test::check_merge(**found);
   return test::finish(isa);
 }
