@@ -31,7 +31,7 @@ def merge_states(
     Returns
     -------
     out : ndarray, shape (..., Sq, Dv)
-        In the dtype of outs; sums are float64, rounded once.
+        In the dtype of outs; the sums are float64.
     lse : ndarray, shape (..., Sq)
         −inf, with out 0, where no part showed the row anything.
 
