@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from datetime import date
+from itertools import chain
 from pathlib import Path
 
 import nox
@@ -23,9 +25,18 @@ PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests of examples and integrations, which have no lines of the core of their own.
 AROUND = ["ask", "bert", "generate", "gpt2", "minilm", "service", "serving_page", "sound", "transcribe", "translate"]
 AROUND += ["transformer", "transformer_xl", "torch", "transformers", "transformers_masks", "transformers_refusals"]
-AROUND += ["transformers_compile", "documented_commands"]
+AROUND += ["transformers_compile", "integration_versions"]
+AROUND += ["documented_commands"]
 # One instruction set more, which works like AMX: so that its kernels are tested on machines without it.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
+# Packages whose lower bound in pyproject.toml is a promise, and the tests that use them.
+BOUNDED = {
+    "numpy": ["attention", "errors", "helpers", "interop", "layer", "layouts", "masks", "narrow", "varlen"],
+    "torch": ["torch", "interop", "integration_versions"],
+    "transformers": ["integration_versions", *(name for name in AROUND if name.startswith("transformers"))],
+    "ml_dtypes": ["interop", "narrow", "narrow_layers", "helpers", "cache_bits", "layer_cache"],
+    "matplotlib": ["viz", "bench_parts", "bench_reports"],
+}
 
 
 def install_tests(session: nox.Session, *settings: str) -> None:
@@ -76,6 +87,41 @@ def integration(session: nox.Session) -> None:
     install_tests(session)
     session.install(".[models]")
     session.run("pytest", *session.posargs)
+
+
+def lower_bound(package: str) -> str:
+    """Return the lowest version of a package that pyproject.toml accepts, which must be one everywhere."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    requirements = list(chain(project["dependencies"], *project["optional-dependencies"].values()))
+    (bound,) = {found[1] for text in requirements if (found := re.match(rf"{package}>=([\d.]+)", text))}
+    return bound
+
+
+def install_lowest_torch(session: nox.Session) -> str:
+    """Install the CPU build of the lowest version and return its requirement, or skip the session without one."""
+    wanted = f"torch=={lower_bound('torch')}+cpu"  # without "+cpu" PyPI sends gigabytes of CUDA
+    try:
+        session.install(wanted)
+    except nox.command.CommandFailed:
+        session.skip(f"no index that pip knows has {wanted}: name one that has in PIP_EXTRA_INDEX_URL")
+    return wanted
+
+
+@nox.session
+@nox.parametrize("version", ["lowest", "newest"])
+@nox.parametrize("package", list(BOUNDED))
+def versions(session: nox.Session, package: str, version: str) -> None:
+    """The lowest and the newest version of a package that pyproject.toml accepts, with the tests that use it."""
+    lowest = version == "lowest"
+    wanted = f"{package}=={lower_bound(package)}" if lowest else package
+    if package == "torch":
+        wanted = install_lowest_torch(session) if lowest else TORCH
+    torch = [TORCH] if package == "transformers" else []
+    session.install("--upgrade", ".[test]", wanted, *torch)  # together, so that pip finds versions that fit
+    session.run("python", "-c", f"import {package}; print({package}.__name__, {package}.__version__)")
+    # Old packages use what others have deprecated since.
+    warnings = ["-W", "ignore::DeprecationWarning"] if lowest else []
+    session.run("pytest", *warnings, *(f"tests/test_{name}.py" for name in BOUNDED[package]), *session.posargs)
 
 
 def run_native(session: nox.Session, *settings: str) -> None:

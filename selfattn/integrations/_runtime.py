@@ -1,14 +1,30 @@
-"""One OpenMP runtime for PyTorch and selfattn."""
+"""What every integration asks of the library that it is for: a version that works, and one OpenMP runtime for both."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from .. import _core
+
+# The lower bounds of pyproject.toml.
+_LOWEST = {"torch": (2, 5), "transformers": (5, 15)}
+
+
+def check_version(library: ModuleType) -> None:
+    """Raise an ImportError that names the version needed if a library is older."""
+    lowest = _LOWEST[library.__name__]
+    if tuple(map(int, re.findall(r"\d+", library.__version__)[:2])) < lowest:
+        needed = ".".join(map(str, lowest))
+        raise ImportError(
+            f"selfattn: {library.__name__} is {library.__version__}, but {needed} or newer is needed: "
+            f'pip install "{library.__name__}>={needed}"'
+        )
 
 
 def share_runtime() -> None:
@@ -28,3 +44,6 @@ def share_runtime() -> None:
     except (OSError, AttributeError):
         return
     _core.share_runtime(run, threads)
+
+
+check_version(torch)

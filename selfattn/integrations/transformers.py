@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import AttentionInterface, AttentionMaskInterface
+import transformers
 
-from ._hf_attention import attention_forward
-from ._hf_mask import make_mask
-from ._hf_models import refuse_own_attention, teach_bloom, teach_falcon
-from ._runtime import share_runtime
+from ._runtime import check_version, share_runtime
+
+check_version(transformers)  # before names that older versions lack
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+
+from ._hf_attention import attention_forward  # noqa: E402
+from ._hf_mask import make_mask  # noqa: E402
+from ._hf_models import refuse_own_attention, teach_bloom, teach_falcon  # noqa: E402
 
 NAME = "selfattn"
 
