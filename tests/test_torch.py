@@ -189,6 +189,23 @@ def test_subclasses_and_parameters() -> None:
         assert torch.equal(sdpa(torch.nn.Parameter(q), k, v.requires_grad_()), expected)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_subclasses_without_memory(place: int) -> None:
+    class Described(torch.Tensor):  # type: ignore[misc, unused-ignore]
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*(x.made if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+    call = [*qkv(), torch.ones(9, 7, dtype=torch.bool).tril()]
+    expected = sdpa(*call)
+    described = torch.Tensor._make_wrapper_subclass(Described, call[place].shape, dtype=call[place].dtype)
+    described.made = call[place]
+    call[place] = described
+    assert torch.equal(sdpa(*call), expected)
+
+
 def test_gradients_are_refused() -> None:
     q, k, v = qkv()
     mask = torch.randn(9, 7, requires_grad=True)

@@ -17,6 +17,7 @@ __all__ = ["scaled_dot_product_attention"]
 
 _NAME = "scaled_dot_product_attention"
 _BFLOAT16: Any = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses with another one may have no memory
 _ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -147,7 +148,7 @@ def _is_plain(*tensors: Any) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
-        or any(x is not None and x.is_meta for x in tensors)
+        or any(x is not None and (x.is_meta or type(x).__torch_dispatch__ is not _PLAIN_DISPATCH) for x in tensors)
     )
 
 
