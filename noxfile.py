@@ -25,7 +25,7 @@ PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests of examples and integrations, which have no lines of the core of their own.
 AROUND = ["ask", "bert", "generate", "gpt2", "minilm", "service", "serving_page", "sound", "transcribe", "translate"]
 AROUND += ["transformer", "transformer_xl", "torch", "transformers", "transformers_masks", "transformers_refusals"]
-AROUND += ["transformers_compile", "integration_versions"]
+AROUND += ["transformers_compile", "transformers_sparse", "integration_versions"]
 AROUND += ["documented_commands"]
 # One instruction set more, which works like AMX: so that its kernels are tested on machines without it.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"

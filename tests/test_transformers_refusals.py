@@ -30,11 +30,30 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
+# Versions of transformers before 5.24 use torch.jit.script, which warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 X = (1, 2, 5, 8)
 REFUSED = {
     "dropout": (ValueError, r"dropout is 0\.1", {"dropout": 0.1}),
-    "unknown": (TypeError, "unexpected keyword argument 'indices'", {"indices": torch.zeros(1)}),
+    "unknown": (TypeError, "unexpected keyword argument 'places'", {"places": torch.zeros(1)}),
+    "blocks": (TypeError, "block_indices is given, but Module has no indexer", {"block_indices": torch.zeros(1)}),
     "paged": (TypeError, "unexpected keyword argument 'cache'", {"cache": SimpleNamespace()}),
+    "blocks of three axes": (
+        ValueError, r"block_indices has shape \(1, 5, 2\), but \(1, any, 5, any\) is needed",
+        {"module": layer(indexer=SimpleNamespace(build_block_mask=max)), "block_indices": torch.zeros(1, 5, 2)},
+    ),
+    "indices of others": (
+        ValueError, r"indices has shape \(1, 4, 2\), but \(1, 5, any\) is needed", {"indices": torch.zeros(1, 4, 2)},
+    ),
+    "indices beyond": (ValueError, "indices has 5, but there are 5 keys", {"indices": torch.full((1, 5, 1), 5)}),
+    "indices that are none": (TypeError, "indices has dtype torch.float32", {"indices": torch.zeros(1, 5, 2)}),
+    "indices elsewhere": (
+        ValueError, "indices is on device meta", {"indices": torch.zeros((1, 5, 2), device="meta")},
+    ),
+    "sinks of others": (
+        ValueError, r"sinks has shape \(1, 2, 5, 2\), but \(1, 2, 5, 1\) is needed", {"sinks": torch.zeros(1, 2, 5, 2)},
+    ),
+    "sinks twice": (TypeError, "sinks and s_aux are two names", {"sinks": torch.zeros(2), "s_aux": torch.zeros(2)}),
     "packed": (ValueError, "cu_seq_lens_q packs 2", {"cu_seq_lens_q": torch.tensor([0, 2, 5])}),
     "two-sided window": (ValueError, "sliding_window is 3 for 5 keys", {"is_causal": False, "sliding_window": 3}),
     "integers": (TypeError, "attention_mask has dtype torch.int64", {"attention_mask": torch.ones((5, 5)).long()}),
@@ -52,10 +71,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_what_it_cannot_compute(case: str) -> None:
     kind, message, changes = REFUSED[case]
-    call = {"query": normal(*X), "key": normal(*X), "value": normal(*X), "attention_mask": None}
-    attention_forward(layer(), **call, position_ids=torch.zeros(5), cu_seq_lens_q=None, use_cache=True)
+    call = {"module": layer(), "query": normal(*X), "key": normal(*X), "value": normal(*X), "attention_mask": None}
+    attention_forward(**call, position_ids=torch.zeros(5), cu_seq_lens_q=None, use_cache=True)
     with pytest.raises(kind, match=f"selfattn: {message}"):
-        attention_forward(layer(), **{**call, **changes})
+        attention_forward(**{**call, **changes})
 
 
 def test_accepts_a_two_sided_window_that_hides_nothing() -> None:
@@ -64,10 +83,10 @@ def test_accepts_a_two_sided_window_that_hides_nothing() -> None:
     assert torch.equal(wide, attention_forward(layer(), **call)[0])
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "attention_mask", "position_bias", "s_aux"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "attention_mask", "position_bias", "s_aux", "sinks"])
 def test_refuses_gradients(name: str) -> None:
     call = {"query": normal(*X), "key": normal(*X), "value": normal(*X), "attention_mask": normal(5, 5)}
-    call |= {"position_bias": normal(1, 2, 5, 5), "s_aux": normal(2)}
+    call |= {"position_bias": normal(1, 2, 5, 5), "sinks" if name == "sinks" else "s_aux": normal(2)}
     call[name].requires_grad_()
     wanted, _ = attention_forward(layer(), **call)
     assert not wanted.requires_grad
@@ -96,6 +115,9 @@ OWN = {
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
     ),
     "xlnet": lambda: hf.XLNetConfig(vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=48),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        vocab_size=99, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]
+    ),
     # Its vision part asks transformers for the attention function, its text part, in a module of its own, does not.
     "blip_text": lambda: hf.BlipTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
 }

@@ -16,10 +16,10 @@ from ._hf_mask import VisibleKeys
 
 # Keywords on their way to other parts of a model, which say nothing about attention.
 _UNRELATED = {
-    "cache_position", "deterministic", "encoder_attention_mask", "encoder_hidden_states", "is_first_iteration",
-    "logits_to_keep", "max_length_k", "max_length_q", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "position_embeddings", "position_ids", "return_dict", "seq_idx", "token_type_ids",
-    "use_cache",
+    "cache_position", "deterministic", "encoder_attention_mask", "encoder_hidden_states", "input_ids",
+    "is_first_iteration", "logits_to_keep", "max_length_k", "max_length_q", "mm_token_type_ids", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "return_dict", "seq_idx",
+    "token_type_ids", "use_cache",
 }  # fmt: skip
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 _OPERANDS = ("query", "key", "value")
@@ -41,6 +41,9 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     output_attentions: bool | None = False,
+    sinks: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend by `selfattn.attention`, reading query (B, H, Sq, D), key and value (B, Hkv, Sk, D) where they stand.
@@ -48,6 +51,8 @@ def attention_forward(
     Returns the result as (B, Sq, H, D), and the weights (B, H, Sq, Sk) if `output_attentions` asks for them.
     A given `attention_mask` alone decides what is seen. Without one, `is_causal` (else the module's, if any) aligns the
     last query with the last key, and `sliding_window` counts; without both, it raises where it would hide a key.
+    Sparse layers give the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
+    Sinks (`sinks` or `s_aux`) are one per head, or one per query: (B, H, Sq, 1).
     """
     if kwargs or dropout or torch._C._get_tracing_state():
         _refuse(kwargs, dropout, attention_mask)
@@ -60,18 +65,35 @@ def attention_forward(
             k, v = k[:, :, :end], v[:, :, :end]
     if position_bias is not None:
         _add_bias(options, position_bias, k.shape[2])
-    if s_aux is None:
-        s_aux = module._parameters.get("sinks")
-    if s_aux is not None:
-        options["sinks"] = as_array("s_aux", _without_gradient("s_aux", s_aux))
+    if indices is not None:
+        _keep(options, _selected(indices, q, key), k.shape[2])
+    if block_indices is not None:
+        _keep(options, _selected_blocks(module, block_indices, q, key), k.shape[2])
+    by_query = _add_sinks(options, module, sinks, s_aux, q)
     if output_attentions or _weights_are_recorded():
-        options["return_weights"] = output_attentions = True
+        options["return_weights"] = True
     if scaling is not None and type(scaling) is not float:
         scaling = float(scaling)
+    options["scale"], options["softcap"] = scaling, softcap
+    return _attend((q, k, v), options, by_query, key.shape[2], dtype)
+
+
+def _attend(
+    operands: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+    options: dict[str, Any],
+    sinks: torch.Tensor | None,
+    kv_len: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the result (B, Sq, H, D), and the weights of all `kv_len` keys if they are asked for."""
+    q, k, v = operands
     result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=dtype)
     out = as_array("result", result).swapaxes(1, 2)
-    done = selfattn.attention(q, k, v, out=out, scale=scaling, softcap=softcap, num_threads=_threads(), **options)
-    return result, _as_weights(done[1], key.shape[2], dtype) if output_attentions else None
+    done = selfattn.attention(q, k, v, out=out, num_threads=_threads(), **options)
+    weights = done[-1] if "return_weights" in options else None
+    if sinks is not None:
+        _absorb(result, weights, done[1], sinks)
+    return result, None if weights is None else _as_weights(weights, kv_len, dtype)
 
 
 def _operands(
@@ -163,6 +185,80 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
     if bias.shape[-1] > kv_len:
         bias = bias[..., :kv_len]
     options["bias"] = bias + options["bias"] if "bias" in options else bias
+
+
+def _check_shape(name: str, tensor: torch.Tensor, *needed: int | None) -> None:
+    """Raise unless the tensor has the axes needed, of any length where that is None."""
+    if tensor.ndim != len(needed) or any(n not in (None, size) for n, size in zip(needed, tensor.shape, strict=True)):
+        axes = ", ".join("any" if n is None else str(n) for n in needed)
+        raise ValueError(f"selfattn: {name} has shape {tuple(tensor.shape)}, but ({axes}) is needed")
+
+
+def _selected(indices: torch.Tensor, q: NDArray[Any], key: torch.Tensor) -> NDArray[np.bool_]:
+    """Return a mask (B, 1, Sq, Sk) of the keys whose indices (B, Sq, n) are given; a negative index is none."""
+    batch, q_len, kv_len = max(q.shape[0], key.shape[0]), q.shape[2], key.shape[2]
+    _check_shape("indices", indices, batch, q_len, None)
+    chosen = as_array("indices", indices)
+    if chosen.dtype.kind != "i":
+        raise TypeError(f"selfattn: indices has dtype {indices.dtype}, but integers are needed")
+    if chosen.size and chosen.max() >= kv_len:
+        raise ValueError(f"selfattn: indices has {chosen.max()}, but there are {kv_len} keys")
+    keep = np.zeros((batch, q_len, kv_len + 1), dtype=bool)
+    np.put_along_axis(keep, np.where(chosen < 0, kv_len, chosen), True, axis=-1)
+    return keep[:, None, :, :kv_len]
+
+
+def _selected_blocks(module: Any, block_indices: torch.Tensor, q: NDArray[Any], key: torch.Tensor) -> NDArray[np.bool_]:
+    """Return a mask (B, H, Sq, Sk) of the keys in the given blocks, whose layout the layer's indexer knows."""
+    build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+    if build is None:
+        raise TypeError(f"selfattn: block_indices is given, but {type(module).__name__} has no indexer to read it")
+    _check_shape("block_indices", block_indices, max(q.shape[0], key.shape[0]), None, q.shape[2], None)
+    everything = torch.ones((1, 1, 1, 1), dtype=torch.bool)
+    numbers = build(block_indices, everything, key.shape[2], torch.float32, key.device, None)
+    keep: NDArray[np.bool_] = as_array("block_indices", numbers == 0)
+    return keep
+
+
+def _keep(options: dict[str, Any], selected: NDArray[np.bool_], kv_len: int) -> None:
+    """Hide what is not selected among the first `kv_len` keys, in addition to what the options hide already."""
+    mask = selected[..., :kv_len]
+    options["mask"] = options["mask"] & mask if "mask" in options else mask
+
+
+def _add_sinks(
+    options: dict[str, Any],
+    module: torch.nn.Module,
+    sinks: torch.Tensor | None,
+    s_aux: torch.Tensor | None,
+    q: NDArray[Any],
+) -> torch.Tensor | None:
+    """Put sinks among the options; return those of single queries (B, H, Sq), which need each query's lse instead."""
+    if sinks is not None and s_aux is not None:
+        raise TypeError("selfattn: sinks and s_aux are two names of one argument, but both are given")
+    name, given = ("s_aux", s_aux) if sinks is None else ("sinks", sinks)
+    if given is None:
+        given = module._parameters.get("sinks")
+        if given is None:
+            return None
+    given = _without_gradient(name, given)
+    array = as_array(name, given)
+    if given.ndim != 4:
+        options["sinks"] = array
+        return None
+    _check_shape(name, given, q.shape[0], q.shape[1], q.shape[2], 1)
+    options["return_lse"] = True
+    return given[..., 0]
+
+
+def _absorb(result: torch.Tensor, weights: NDArray[Any] | None, lse: NDArray[Any], sinks: torch.Tensor) -> None:
+    """Scale a result (B, Sq, H, D) and weights by what sinks (B, H, Sq) leave to the keys of each query."""
+    total = torch.from_numpy(lse)
+    # exp(lse) / (exp(lse) + exp(sink)), and 0 for queries that see no key
+    share = torch.sigmoid(total - sinks).where(total != -torch.inf, 0.0)
+    result *= share.mT[..., None]
+    if weights is not None:
+        weights *= share[..., None].numpy()
 
 
 def _threads() -> int:

@@ -19,8 +19,6 @@ from transformers.utils.import_utils import is_tracing
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
-# Their layers append numbers to the mask, which as booleans would mean the opposite.
-_ADDITIVE = {"deepseek_v4"}
 _SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
@@ -146,7 +144,8 @@ def make_mask(
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if not tracing:
         q_offset = int(q_offset)  # a static cache's tensor, which it will change
-    additive = getattr(config, "model_type", None) in _ADDITIVE
+    # Indexers add the mask to their scores, or append numbers to it: booleans would mean the opposite.
+    additive = hasattr(config, "index_topk")
     make = partial(
         masking_utils.eager_mask if additive else masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length,
         kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
