@@ -187,7 +187,7 @@ def test_views_that_claim_more_than_there_can_be() -> None:
 
 def test_random_bad_calls_raise_only_what_is_documented(rng: Any) -> None:
     plain = [None, True, 0, -1, 3, 2.5, np.nan, 1 << 70, "bhsd", "bshd", b"", (), (1, 2), (None, None), [1, 2], [[1.0]]]
-    shapes = [(), (4,), (2, 4, 5, 7), (0, 3), (2, 4, 5, 8), (2, 2, 7, 8), (1,) * 60]
+    shapes = [(), (4,), (2, 4, 5, 7), (0, 3), (2, 4, 5, 8), (2, 2, 7, 8), (1,) * 32]
     dtypes = [np.float32, np.float64, bool, np.int64, "datetime64[s]", [("x", "f4")], "U1"]
     arrays = [np.zeros(shape, dtype) for shape in shapes for dtype in dtypes]
     values: list[Any] = [*plain * 2, {}, object(), np.float32(1), *arrays]
