@@ -162,9 +162,9 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
         if tensor.dtype not in _ACCEPTED:
             raise TypeError(f"{_NAME}: {name} has dtype {tensor.dtype}, but one of {_ACCEPTED} is needed")
     if attn_mask is not None:
-        _check_memory("attn_mask", attn_mask)
-        if type(attn_mask).__name__ == "CausalBias":  # which has no elements to read
+        if type(attn_mask).__name__ == "CausalBias":  # which has no elements, and in PyTorch 2.5 no properties, to read
             raise TypeError(f"{_NAME}: attn_mask is a CausalBias: pass is_causal=True, or a tensor of bool")
+        _check_memory("attn_mask", attn_mask)
 
 
 def _check_memory(name: str, tensor: Any) -> None:
