@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
-from datetime import date
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -22,21 +23,22 @@ LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 # What is compared with, in tests of examples and integrations.
 PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
-# Tests of examples and integrations, which have no lines of the core of their own.
-AROUND = ["ask", "bert", "generate", "gpt2", "minilm", "service", "serving_page", "sound", "transcribe", "translate"]
-AROUND += ["transformer", "transformer_xl", "torch", "transformers", "transformers_masks", "transformers_refusals"]
-AROUND += ["transformers_compile", "transformers_sparse", "integration_versions"]
-AROUND += ["documented_commands"]
+# Tests that call the core in this process: what sanitizers watch and coverage counts.
+CALLS = ["core", "caches", "layers", "compat"]
 # One instruction set more, which works like AMX: so that its kernels are tested on machines without it.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
 # Packages whose lower bound in pyproject.toml is a promise, and the tests that use them.
 BOUNDED = {
-    "numpy": ["attention", "errors", "helpers", "interop", "layer", "layouts", "masks", "narrow", "varlen"],
-    "torch": ["torch", "interop", "integration_versions"],
-    "transformers": ["integration_versions", *(name for name in AROUND if name.startswith("transformers"))],
-    "ml_dtypes": ["interop", "narrow", "narrow_layers", "helpers", "cache_bits", "layer_cache"],
-    "matplotlib": ["viz", "bench_parts", "bench_reports"],
+    "numpy": ["core", "compat", "layers"],
+    "torch": ["integrations", "compat"],
+    "transformers": ["integrations"],
+    "ml_dtypes": ["compat", "layers", "caches"],
+    "matplotlib": ["tools", "benchmarks"],
 }
+
+
+def folders(names: list[str]) -> list[str]:
+    return [f"tests/{name}" for name in names]
 
 
 def install_tests(session: nox.Session, *settings: str) -> None:
@@ -57,10 +59,11 @@ def sanitized(session: nox.Session, program: str, *settings: str) -> str:
 
 
 def clang_compiler(session: nox.Session) -> str:
-    compiler = next((name for name in ("clang++-16", "clang++") if shutil.which(name)), None)
-    if compiler is None:
-        session.skip("needs clang++")
-    return compiler
+    """Return the newest Clang from 16 up; one without a version in its name may be older."""
+    found = [name for version in range(30, 15, -1) if shutil.which(name := f"clang++-{version}")]
+    if not found:
+        session.skip("needs clang++-16 or newer")
+    return found[0]
 
 
 @nox.session
@@ -121,7 +124,7 @@ def versions(session: nox.Session, package: str, version: str) -> None:
     session.run("python", "-c", f"import {package}; print({package}.__name__, {package}.__version__)")
     # Old packages use what others have deprecated since.
     warnings = ["-W", "ignore::DeprecationWarning"] if lowest else []
-    session.run("pytest", *warnings, *(f"tests/test_{name}.py" for name in BOUNDED[package]), *session.posargs)
+    session.run("pytest", *warnings, *folders(BOUNDED[package]), *session.posargs)
 
 
 def run_native(session: nox.Session, *settings: str) -> None:
@@ -179,12 +182,11 @@ def caches(session: nox.Session) -> None:
 
 @nox.session
 def asan(session: nox.Session) -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer over the suite (GCC); `half` behind `--`: of its files."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer over calls of the core (GCC); give test folders after `--`."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
     # -O1: with checks around each access, more takes the compiler minutes and gains the tests seconds.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
     install_tests(session, *settings)
-    session.install("pytest-xdist")
     # Python itself is not instrumented, so the runtimes must come first.
     libraries = [
         subprocess.run(
@@ -198,28 +200,8 @@ def asan(session: nox.Session) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
     }
-    # Left out: tests that measure memory or start other programs, which the preloaded runtime would follow.
-    skipped = [*AROUND, "memory", "fork", "gunicorn", "containers", "cli", "codebase", "viz", "readme", "typing"]
-    skipped += ["threads", "dispatch", "guard_pages", "hostile", "allocation"]
-    skipped += ["cache_sharing", "cache_threads", "soak_caches"]
-    skipped += [
-        "benchmarks",
-        "bench_peers",
-        "bench_memory",
-        "bench_targets",
-        "bench_reports",
-        "bench_axes",
-        "bench_parts",
-        "bench_caches",
-        "bench_huggingface",
-    ]
-    files = [str(p) for p in sorted(Path("tests").glob("test_*.py")) if p.stem.removeprefix("test_") not in skipped]
-    options = list(session.posargs)
-    if "half" in options:
-        options.remove("half")  # every other file, tomorrow those between
-        files = files[date.today().toordinal() % 2 :: 2]
-    running = ["-n", "2", "-p", "no:cacheprovider", *options]
-    session.run("pytest", *running, *files, env={**environment, "OMP_WAIT_POLICY": "passive"})
+    running = ["-n", "2", "-p", "no:cacheprovider", *(session.posargs or folders(CALLS))]
+    session.run("pytest", *running, env={**environment, "OMP_WAIT_POLICY": "passive"})
 
 
 @nox.session
@@ -234,21 +216,23 @@ def tsan(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Fuzz attention calls with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer; seconds behind `--`."""
+    """Fuzz attention calls with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer; runs after `--`."""
     session.env["CXX"] = clang_compiler(session)
     # Debug keeps the assertions.
     settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O2 -fno-sanitize-recover=all"]
     program = sanitized(session, "fuzz_attend", "-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", *settings)
     found = Path(session.create_tmp()).resolve() / "found"
-    found.mkdir(exist_ok=True)
-    limits = [f"-max_total_time={(session.posargs or ['600'])[0]}", "-timeout=10", "-max_len=256", "-len_control=0"]
+    shutil.rmtree(found, ignore_errors=True)
+    found.mkdir()
+    # A seed and a number of runs, so that a commit either passes or fails.
+    limits = [f"-runs={(session.posargs or ['200000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
     folders = [str(found), str(Path("tests/native/corpus").resolve())]
     session.run(program, *limits, f"-artifact_prefix={found}/", *folders, external=True)
 
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Break one line at a time: do the tests notice? Options of tests/mutants/run.py behind `--`."""
+    """Break one line at a time: do the tests notice? Give options of tests/mutants/run.py after `--`."""
     session.install("numpy", "pybind11>=3,<4", "cmake", "ninja", "pytest", "hypothesis", "ml_dtypes")
     session.run("python", "tests/mutants/run.py", *session.posargs)
 
@@ -265,19 +249,9 @@ def coverage(session: nox.Session) -> None:
     flags = "-O1 --coverage -fprofile-update=atomic"
     settings = (f"CMAKE_CXX_FLAGS_RELEASE={flags}", EMULATED)
     install_tests(session, f"-Cbuild-dir={build}", *(f"-Ccmake.define.{setting}" for setting in settings))
-    session.install("pytest-xdist")
     session.env["COVERAGE_FILE"] = str(build / "python")
-    # Where every allocation of the process fails, those of the measurement fail as well.
-    left_out = ["--deselect=tests/test_allocation.py::test_each_allocation_in_turn[process"]
-    # What repeats large calls takes an hour with counters; other tests run the same lines.
-    left_out += ["--deselect=tests/test_bench_memory.py::test_repeated_calls_allocate_nothing"]
-    # What counts lines takes memory itself, and writes its counts in each of a hundred children.
-    left_out += ["--deselect=tests/test_bench_caches.py::test_allocations_of_steps_are_counted"]
-    left_out += ["--deselect=tests/test_cache_threads.py::test_fork_while_others_are_inside"]
-    left_out += [f"--ignore=tests/test_{name}.py" for name in (*AROUND, "codebase", "gunicorn", "hostile")]
-    # These repeat what other tests run, to see that it neither kills nor grows.
-    left_out += [f"--ignore=tests/test_{name}.py" for name in ("guard_pages", "memory", "soak_caches")]
-    tests = [str(Path(session.bin) / "pytest"), "-q", "-n", "2", *left_out, *session.posargs]
+    tests = [str(Path(session.bin) / "pytest"), "-q", "-n", "2", "-m", "not uncounted", *session.posargs]
+    tests += folders([*CALLS, "processes", "tools", "benchmarks"])
     session.run("coverage", "run", *tests)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
@@ -315,7 +289,7 @@ def clang(session: nox.Session) -> None:
     session.env["CXX"] = clang_compiler(session)
     defines = ["-Ccmake.define.SELFATTN_WERROR=ON", "-Ccmake.define.SELFATTN_USE_OPENMP=OFF"]
     install_tests(session, *defines)
-    session.run("pytest", "tests/test_attention.py", "tests/test_threads.py", *session.posargs)
+    session.run("pytest", *folders(["layers", "caches"]), *session.posargs)
 
 
 @nox.session
@@ -335,3 +309,47 @@ def package(session: nox.Session) -> None:
     session.install("--force-reinstall", str(repaired))
     with session.chdir(session.create_tmp()):
         session.run("python", "-m", "selfattn", "selftest")
+
+
+@nox.session
+def isas(session: nox.Session) -> None:
+    """Test processes whose instruction set the environment forces, each in turn."""
+    install_tests(session)
+    with session.chdir(session.create_tmp()):
+        listed = session.run("python", "-c", "import selfattn; print(*selfattn.isas())", silent=True)
+    for isa in str(listed).split():
+        session.run("selfattn", "selftest", env={"SELFATTN_ISA": isa})
+        session.run("pytest", "-q", "-n", "2", "tests/processes", env={"SELFATTN_ISA": isa})
+
+
+# What .ci/run leaves out, longest first, with options.
+DEEP = {
+    "coverage": [],
+    "mutants": ["--jobs", "2", "--sample", "40"],
+    "asan": [],
+    "versions": [],
+    "fuzz": ["200000"],
+    "isas": [],
+    "neon": [],
+}
+
+
+@nox.session(venv_backend="none")
+def deep(session: nox.Session) -> None:
+    """Run what .ci/run leaves out, and say which parts passed; after `--`, the revision to find changed code with."""
+    verdicts = {}
+    for name, options in DEEP.items():
+        report = Path(session.create_tmp()) / f"{name}.json"
+        if name == "mutants" and session.posargs:
+            options = ["--jobs", "2", "--changed", *session.posargs]
+        start = time.monotonic()
+        command = ["nox", "--no-error-on-external-run", "--report", str(report.resolve()), "-s", name]
+        session.run(*command, "--", *options, external=True, success_codes=range(256))
+        minutes = (time.monotonic() - start) / 60
+        for part in json.loads(report.read_text(encoding="utf8"))["sessions"]:
+            verdicts[part["signature"]] = part["result"]
+        session.log(f"{name}: {minutes:.1f} minutes")
+    for part, verdict in verdicts.items():
+        session.log(f"{verdict:8} {part}")
+    if set(verdicts.values()) != {"success"}:
+        session.error("not every part passed")

@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import EXAMPLES, ROOT
 
 import selfattn
 from selfattn import reference
 from selfattn._rounding import rounding
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "kernels"
+KERNELS = ROOT / "csrc" / "kernels"
 KNOWN_ISAS = sorted(file.stem.removeprefix("isa_") for file in KERNELS.glob("isa_*.cpp"))
-# Sets that take over avx512's kernels but for products of bfloat16: only these modules have something to find there.
+# Instruction sets that differ from AVX-512 where 16-bit numbers are multiplied, and where precision is below "highest".
 EXTENSIONS = {"avx512_bf16", "amx", "amx_emulated"}
-OF_EXTENSIONS = {"narrow", "narrow_layers", "matrix_units", "guard_pages", "properties", "hostile", "determinism"}
-OF_EXTENSIONS |= {"relative", "t5"}
+WIDE = {"float32", "float64"}
 
 
 def pytest_report_header() -> str:
@@ -34,12 +33,36 @@ def pytest_report_header() -> str:
     return f"selfattn ISAs: {', '.join(available)} (active: {selfattn.active_isa()}; skipped: {', '.join(skipped)})"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the option
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite on two workers where pytest-xdist is installed."""
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = 2
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any(mark.args[0] == "isa" for mark in metafunc.definition.iter_markers("parametrize"))
     if "isa" in metafunc.fixturenames and not own:
-        extended = Path(metafunc.module.__file__ or "").stem.removeprefix("test_") in OF_EXTENSIONS
-        names = KNOWN_ISAS if extended else [name for name in KNOWN_ISAS if name not in EXTENSIONS]
-        metafunc.parametrize("isa", names, indirect=True)
+        metafunc.parametrize("isa", KNOWN_ISAS, indirect=True)
+
+
+def repeats_avx512(item: pytest.Item) -> bool:
+    """Whether a test on an extension of AVX-512 would run kernels that it runs on AVX-512 already."""
+    call = getattr(item, "callspec", None)
+    if call is None or call.params.get("isa") not in EXTENSIONS:
+        return False
+    dtype = call.params.get("dtype")
+    types = set() if dtype is None else {dtype if isinstance(dtype, str) else np.dtype(dtype).name}
+    for mark in item.iter_markers("dtypes"):
+        types |= set(mark.args)
+    return bool(types) and types <= WIDE and call.params.get("precision", "highest") == "highest"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    repeated = [item for item in items if repeats_avx512(item)]
+    config.hook.pytest_deselected(items=repeated)
+    items[:] = [item for item in items if item not in set(repeated)]
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Mutation testing: break one line at a time and see whether the tests notice.
 
     python tests/mutants/run.py                 all mutants
-    python tests/mutants/run.py --sample 6      six of them, others every day
+    python tests/mutants/run.py --sample 6      six of them, others at every commit
+    python tests/mutants/run.py --changed REV   those in folders where something changed since a revision
     python tests/mutants/run.py --only NAME     one; may be repeated
     python tests/mutants/run.py --check         only whether every mutant's line still exists
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import queue
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sandbox import Sandbox
-from table import Mutant, load
+from table import ROOT, Mutant, load
 
 MODULES = ["attention", "masks", "options", "layouts", "layer", "rope", "errors", "determinism", "numerics"]
 MODULES += ["narrow", "narrow_layers", "properties", "guard_pages"]
@@ -28,11 +30,26 @@ MATRIX_MODULES = ["matrix_units", "narrow", "narrow_layers"]
 LEAST_KILLED = 0.9
 
 
+def git(*arguments: str) -> str:
+    """Return what git prints, or nothing in a copy of the project that is no repository."""
+    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return result.stdout
+
+
+def changed_folders(revision: str) -> set[Path]:
+    """Return the folders of files that differ from a revision."""
+    names = git("diff", "--name-only", revision).splitlines()
+    if not names:
+        sys.exit(f"nothing differs from {revision}, or it is no revision")
+    return {Path(name).parent for name in names}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; may be repeated")
-    parser.add_argument("--sample", type=int, metavar="N", help="N mutants, chosen by the date or --seed")
-    parser.add_argument("--seed", default=time.strftime("%Y-%m-%d"))
+    parser.add_argument("--sample", type=int, metavar="N", help="N mutants, chosen by the commit or --seed")
+    parser.add_argument("--seed", default=git("rev-parse", "HEAD").strip())
+    parser.add_argument("--changed", metavar="REV", help="all mutants of folders that differ from this revision")
     parser.add_argument("--jobs", type=int, default=1, help="builds and tests at a time")
     parser.add_argument("--check", action="store_true", help="only whether every mutant's line still exists")
     return parser.parse_args()
@@ -44,6 +61,9 @@ def choose(mutants: list[Mutant], arguments: argparse.Namespace) -> list[Mutant]
         if unknown:
             sys.exit(f"no such mutant: {', '.join(sorted(unknown))}")
         return [mutant for mutant in mutants if mutant.name in arguments.only]
+    if arguments.changed:
+        folders = changed_folders(arguments.changed)
+        return [mutant for mutant in mutants if Path(mutant.file).parent in folders]
     if arguments.sample:
         able = [mutant for mutant in mutants if not mutant.equivalent]
         return random.Random(arguments.seed).sample(able, min(arguments.sample, len(able)))

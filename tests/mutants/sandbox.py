@@ -84,7 +84,7 @@ class Sandbox:
 
     def test(self, modules: tuple[str, ...]) -> tuple[str, str]:
         """Run the tests until one fails; return "passed", "failed" or "broken" and the last lines."""
-        files = [str(self.folder / "tests" / f"test_{name}.py") for name in modules]
+        files = [str(next((self.folder / "tests").rglob(f"test_{name}.py"))) for name in modules]
         options = [
             "-x",
             "-q",

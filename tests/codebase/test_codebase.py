@@ -1,0 +1,147 @@
+"""The codebase's own promises: which file may include what, and that no kernel leaks into another's CPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from places import ROOT
+
+CSRC = ROOT / "csrc"
+
+# (files, what their includes must match, what they must not match)
+INCLUDE_RULES = [
+    ("kernels/*", r'"(simd|kernels)/|"dtype\.h"|<c(stdint|stddef|string)>|SELFATTN_VEC', None),
+    ("simd/*", r'<((immintrin|arm_neon)\.h|c(stdint|string))>|SELFATTN_VEC|"simd/', None),
+    ("dtype.h", r"<cstdint>", None),
+    ("problem.h", r'<|"tensor_view\.h"', r"immintrin|arm_neon|pybind11"),
+    ("tensor_view.h", r'<|"dtype\.h"', r"immintrin|arm_neon|pybind11"),
+    ("plan.*", None, r"immintrin|arm_neon|omp\.h|pybind11|simd/|kernels/(?!kernel_set)|machine\.h|registry\.h"),
+    ("registry.cpp", None, r"simd/|kernels/(?!kernel_set)"),
+    ("bindings/*", None, r"simd/|kernels/(?!kernel_set)"),
+    ("*.*", None, r"Python\.h|pybind11"),
+]
+
+
+def includes(file: Path) -> list[str]:
+    return re.findall(r"^\s*#\s*include\s+(\S+)", file.read_text(encoding="utf8"), flags=re.M)
+
+
+@pytest.mark.parametrize(("pattern", "allowed", "forbidden"), INCLUDE_RULES)
+def test_include_rules(pattern: str, allowed: str | None, forbidden: str | None) -> None:
+    files = [f for f in CSRC.glob(pattern) if f.suffix in {".h", ".cpp"}]
+    assert files
+    for file in files:
+        for name in includes(file):
+            where = f"{file.relative_to(ROOT)} includes {name}"
+            assert allowed is None or re.search(allowed, name), where
+            assert forbidden is None or not re.search(forbidden, name), where
+
+
+def test_openmp_is_known_in_one_place() -> None:
+    users = {f.name for f in CSRC.rglob("*.[ch]*") if re.search(r"omp\.h|#pragma omp", f.read_text(encoding="utf8"))}
+    assert users == {"parallel.cpp"}
+
+
+def test_kernels_neither_throw_nor_allocate() -> None:
+    for file in (CSRC / "kernels").iterdir():
+        text = re.sub(r"//.*", "", file.read_text(encoding="utf8"))
+        assert not re.search(
+            r"\bthrow\b|\bnew\b|\bmalloc\b|std::vector|printf|\bstatic\s+(?!const|\w+[^;]*\()", text
+        ), file
+
+
+def test_vector_headers_offer_the_same_operations() -> None:
+    # A missing one would not compile; this keeps them in the same order as well.
+    def operations(file: Path) -> list[str]:
+        names = re.findall(r"^inline .*?(\w+|operator.{1,2})\(", file.read_text(encoding="utf8"), flags=re.M)
+        return [name for name in dict.fromkeys(names) if not name.startswith("first_lanes")]
+
+    headers = {f.stem: operations(f) for f in (CSRC / "simd").glob("vec_*.h")}
+    assert len(headers) >= 4
+    expected = headers["vec_avx512"]
+    assert len(expected) > 25
+    for name, found in headers.items():
+        extends = re.search(
+            r'^#include "simd/vec_', (CSRC / "simd" / f"{name}.h").read_text(encoding="utf8"), flags=re.M
+        )
+        if extends:
+            assert not set(found) & set(expected), name
+        elif name == "vec_portable":  # select stands first there, because max is made of it
+            assert sorted(found) == sorted(expected), name
+        else:
+            assert found == expected, name
+
+
+class Isa(NamedTuple):
+    processors: str  # a pattern, as CMake has it
+    flags: list[str]
+
+
+def isas() -> dict[str, Isa]:
+    found = {}
+    processors = ""
+    for line in (ROOT / "CMakeLists.txt").read_text(encoding="utf8").splitlines():
+        if condition := re.match(r"\s*(?:else)?if\((?:CMAKE_SYSTEM_PROCESSOR MATCHES \"(.*)\"\))?", line):
+            processors = condition[1] or ""
+        elif re.match(r"\s*endif\(\)", line):
+            processors = ""
+        elif call := re.match(r"\s*add_isa\((\w+)\s*([^)]*)\)", line):
+            found[call[1]] = Isa(processors, call[2].split())
+    return found
+
+
+def compiler_for(processors: str) -> str | None:
+    """Return a compiler whose target's processor matches: the machine's own, else a cross compiler."""
+    for name in ("c++", "g++", "aarch64-linux-gnu-g++", "x86_64-linux-gnu-g++"):
+        if compiler := shutil.which(name):
+            target = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+            if re.search(processors, target.split("-")[0]):
+                return compiler
+    return None
+
+
+def test_every_isa_has_its_files() -> None:
+    for folder, pattern in (("kernels", "isa_{}.cpp"), ("simd", "vec_{}.h")):
+        expected = {pattern.format(name) for name in isas()}
+        assert {f.name for f in (CSRC / folder).glob(pattern.format("*"))} == expected
+
+
+@pytest.mark.parametrize("isa", sorted(isas()))
+def test_every_symbol_of_an_isa_carries_its_namespace(isa: str, tmp_path: Path) -> None:
+    processors, isa_flags = isas()[isa]
+    compiler = compiler_for(processors)
+    if compiler is None or shutil.which("nm") is None:
+        pytest.skip(f"needs nm and a C++ compiler for {processors or 'any processor'}")
+    result = tmp_path / "isa.o"
+    flags = [*isa_flags, "-O2", "-std=c++20", "-fPIC", "-fno-exceptions", "-ffp-contract=off", "-w"]
+    source = CSRC / "kernels" / f"isa_{isa}.cpp"
+    subprocess.run([compiler, *flags, f"-I{CSRC}", "-c", str(source), "-o", str(result)], check=True)
+    listing = subprocess.run(["nm", "--defined-only", str(result)], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listing.stdout.splitlines() if re.search(r" [A-Z] ", line)]
+    assert any("kernels" in symbol for symbol in symbols)
+    # _ZN8selfattn<length><isa>...: nested names that begin with selfattn::<isa>, guards and tables included.
+    own = re.compile(rf"^_Z\w*N\w*8selfattn{len(isa)}{isa}")
+    assert [symbol for symbol in symbols if not own.match(symbol)] == []
+
+
+def test_baseline_objects_hold_no_wide_vectors() -> None:
+    # Only isa_<name>.cpp gets instruction set flags: no other target may name one.
+    for file in (ROOT / "CMakeLists.txt", *sorted((ROOT / "cmake").iterdir())):
+        for line in file.read_text(encoding="utf8").splitlines():
+            if re.search(r"-m(avx|fma|arch)", line):
+                assert line.lstrip().startswith("add_isa("), f"{file.name}: {line}"
+    assert "-ffast-math" not in (ROOT / "cmake" / "isa.cmake").read_text(encoding="utf8")
+
+
+def test_stub_and_module_agree() -> None:
+    from selfattn import _core
+
+    text = (ROOT / "selfattn" / "_core.pyi").read_text(encoding="utf8")
+    stubbed = set(re.findall(r"^(?:def|class) (\w+)", text, flags=re.M))
+    defined = {name for name in dir(_core) if not name.startswith("_")}
+    assert stubbed == defined

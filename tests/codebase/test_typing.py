@@ -1,0 +1,86 @@
+"""What type checkers, `help` and misspelt keywords are told of the public functions."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from places import ROOT
+
+import selfattn as sa
+from selfattn import _store, _typing, compat
+from selfattn.compat import _jax
+
+X = np.zeros((1, 2, 3, 8), np.float32)
+LAYER = sa.SelfAttention(*[np.eye(8, dtype=np.float32)] * 3, num_heads=2)
+CACHE = sa.KVCache(1, 2, 8, capacity=10)
+
+# Functions, the dict of their options, and the keywords that each overload has by itself.
+OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
+    (sa.attention, _typing.AttentionOptions, {"return_lse", "return_weights"}),
+    (sa.explain, _typing.ExplainOptions, set()),
+    (sa.relative_attention, _typing.RelativeOptions, {"return_lse", "return_weights"}),
+    (sa.attention_varlen, _typing.VarlenOptions, {"return_lse", "return_weights"}),
+    (sa.attention_with_kvcache, _typing.CachedOptions, {"return_lse", "return_weights"}),
+    (sa.self_attention, _typing.SelfAttentionOptions, {"return_lse", "return_weights", "num_heads"}),
+    (sa.SelfAttention.__call__, _typing.LayerCallOptions, {"return_lse", "return_weights"}),
+    (compat.dot_product_attention, _jax._Options, {"return_residual"}),
+]
+
+
+def keywords(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    assert not any(x.kind is x.VAR_KEYWORD for x in parameters)
+    return {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
+
+
+def test_mypy_finds_every_wrong_call_and_no_other() -> None:
+    pytest.importorskip("mypy", reason="needs mypy")
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "tests/codebase/typing_calls.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("function", "options", "own"), OPTIONS, ids=lambda x: getattr(x, "__qualname__", ""))
+def test_overloads_have_the_keywords_of_their_function(function: Any, options: Any, own: set[str]) -> None:
+    assert options.__optional_keys__ == set(options.__annotations__) == keywords(function) - own
+
+
+def test_storage_types_are_those_of_the_store() -> None:
+    names, *_ = get_args(_typing.StorageType)
+    assert set(get_args(names)) == set(_store._TYPES)
+
+
+def test_signatures_show_the_defaults() -> None:
+    shown = inspect.signature(sa.attention).parameters
+    assert shown["precision"].default == "highest"
+    assert list(shown)[:3] == ["q", "k", "v"]
+    assert inspect.signature(LAYER).parameters["causal"].default is False
+    assert "layout" not in inspect.signature(sa.self_attention).parameters
+    assert inspect.signature(sa.explain).parameters["out"].default is None
+    assert inspect.signature(sa.explain).parameters["causal"].default is False
+
+
+MISSPELT: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "attention": (lambda **x: sa.attention(X, X, X, **x), "casual", "causal"),
+    "explain": (lambda **x: sa.explain(X, X, X, **x), "num_thread", "num_threads"),
+    "relative_attention": (lambda **x: sa.relative_attention(X, X, X, X, X, X, **x), "memlen", "mem_len"),
+    "attention_varlen": (lambda **x: sa.attention_varlen(X, X, X, [0], **x), "soft_cap", "softcap"),
+    "attention_with_kvcache": (lambda **x: sa.attention_with_kvcache(X, CACHE, **x), "position", "positions"),
+    "SelfAttention": (lambda **x: LAYER(X[0], **x), "contex", "context"),
+    "self_attention": (lambda **x: sa.self_attention(X[0], *[np.eye(8)] * 3, num_heads=2, **x), "biass", "bias"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_misspelt_keywords_are_told_what_may_be_meant(name: str) -> None:
+    call, wrong, right = MISSPELT[name]
+    message = f"{name}: unexpected keyword argument '{wrong}' (did you mean '{right}'?)"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        call(**{wrong: 1})
