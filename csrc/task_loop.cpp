@@ -5,17 +5,31 @@
 namespace selfattn {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // A thread must get this much work, or waking it costs more than it saves: at least 50 us for a team of two.
 constexpr double seconds_per_thread = 25e-6;
+// The same where the team is awake, because a call follows another.
+constexpr double seconds_per_awake_thread = 10e-6;
+// How long idle threads of a team wait before they sleep (selfattn/_idle.py).
+constexpr std::chrono::microseconds awake{10};
 // What one core of a current server computes in float32 and reads from its last cache level.
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
+thread_local Clock::time_point last_end;  // each thread has a team of its own
+
 }  // namespace
+
+void note_end_of_call() { last_end = Clock::now(); }
+void forget_last_call() { last_end = {}; }
 
 int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
   const double seconds = std::max(flops / flops_per_second, bytes / bytes_per_second);
-  const double useful = std::min(seconds / seconds_per_thread, static_cast<double>(tasks));
+  if (seconds < 2 * seconds_per_awake_thread) return 1;
+  const bool is_awake = Clock::now() - last_end < awake;
+  const double useful =
+      std::min(seconds / (is_awake ? seconds_per_awake_thread : seconds_per_thread), static_cast<double>(tasks));
   if (useful < 2) return 1;
   const int limit = num_threads > 0 ? num_threads : default_threads().count;
   return std::max(std::min(limit, static_cast<int>(std::min(useful, 1e6))), 1);

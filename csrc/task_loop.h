@@ -11,6 +11,11 @@ namespace selfattn {
 // Asked on the calling thread every 50 ms or so; true: stop.
 using Interrupted = bool (*)();
 
+// `useful_threads` asks for a team sooner where a call of the same thread ended just now. Forgotten: for a call that
+// comes alone.
+void note_end_of_call();
+void forget_last_call();
+
 class TaskLoop {
  public:
   TaskLoop(std::int64_t tasks, int threads, Interrupted interrupted)

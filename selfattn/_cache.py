@@ -17,6 +17,7 @@ from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
 
 _VERSION = 1
+_LONGEST = (1 << 61) - 1  # tokens of a ring, over which positions could overflow
 _FIXED = 16  # integers in front of the lengths: magic, version, description, which copy of the lengths is in force
 _ACTIVE = 9
 
@@ -161,7 +162,7 @@ class KVCache(AnyCache):
 
     def _load(self, contents: dict[str, Any]) -> None:
         lengths, starts = (self._integers(name, contents[name], self.batch) for name in ("lengths", "starts"))
-        if not self._possible(lengths, starts).all():
+        if not self._all_possible(lengths, starts):
             raise self._damaged("lengths that are impossible")
         self._fill((slice(None), slice(None), slice(self._used(lengths))), contents["tokens"])
         self._publish(lengths, starts)
@@ -303,18 +304,22 @@ class KVCache(AnyCache):
     def _state(self) -> NDArray[np.int64]:
         """Return (lengths, starts) in force: a copy, since the buffer may be shared with another process."""
         state: NDArray[np.int64] = self._copies[int(self._header[_ACTIVE]) & 1].copy()
-        for b in np.flatnonzero(~self._possible(*state))[:1]:
-            raise ValueError(
-                f"KVCache: the cache's buffer says that sequence {b} has the tokens {state[1, b]} to {state[0, b]}, "
-                "which is impossible"
-            )
+        for b, (length, start) in enumerate(zip(*state.tolist(), strict=True)):
+            if not self._is_possible(length, start):
+                raise ValueError(
+                    f"KVCache: the cache's buffer says that sequence {b} has the tokens {start} to {length}, "
+                    "which is impossible"
+                )
         return state
 
-    def _possible(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        ring = self.window is not None
-        most = np.iinfo(np.int64).max >> 2 if ring else self.capacity
-        inside = (lengths >= 0) & (lengths <= most) & (starts >= 0) & (starts <= (lengths if ring else 0))
-        return inside & (lengths - starts <= self.capacity)
+    def _is_possible(self, length: int, start: int) -> bool:
+        """Whether a sequence can hold the tokens from `start` to `length`. Numbers of Python are fastest here."""
+        if self.window is None:
+            return start == 0 <= length <= self.capacity
+        return 0 <= start <= length <= _LONGEST and length - start <= self.capacity
+
+    def _all_possible(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> bool:
+        return all(map(self._is_possible, lengths.ravel().tolist(), starts.ravel().tolist()))
 
     def _publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
         # The other copy is written first; then one store of 8 bytes puts it in force.
@@ -337,7 +342,7 @@ class KVCache(AnyCache):
         if tuple(header[: len(description)].tolist()) != description:
             raise ValueError(f"KVCache: buffer holds something else than a {self!r}")
         states = self._copies.copy()
-        if header[_ACTIVE] not in (0, 1) or not self._possible(states[:, 0], states[:, 1]).all():
+        if header[_ACTIVE] not in (0, 1) or not self._all_possible(states[:, 0], states[:, 1]):
             raise ValueError("KVCache: buffer holds a cache whose lengths are impossible")
 
 

@@ -315,8 +315,8 @@ def is_count(value: Any) -> bool:
 
 
 def _ids(function: str, sequences: Any) -> list[int]:
-    if isinstance(sequences, (list, tuple)) and not sequences:
-        return []
+    if type(sequences) in (list, tuple) and all(type(name) is int for name in sequences):
+        return list(sequences)
     ids = integers(function, "sequences", sequences)
     if ids.ndim != 1:
         raise ValueError(f"{function}: sequences has shape {ids.shape}, but one id per row is needed")

@@ -142,10 +142,16 @@ class PageTable:
         do not suffice.
         """
         before = {name: self.rows[name] for name in names}
-        skipped = {name: 0 if window is None else self._unseen(row, window) for name, row in before.items()}
-        lost = [page for name, row in before.items() for page in row.pages[: skipped[name]]]
+        skipped = dict.fromkeys(names, 0)
+        lost: list[int] = []
+        if window is not None:
+            skipped = {name: self._unseen(row, window) for name, row in before.items()}
+            lost = [page for name, row in before.items() for page in row.pages[: skipped[name]]]
         left: dict[int, int] = {}
         needed, copied = self._missing(before, tokens, left)
+        if not needed and not lost:  # nearly always: the last pages have room
+            longer = {name: Row(row.pages, row.start, row.length + tokens) for name, row in before.items()}
+            return Growth(before, longer, 0, [], [], [], [])
         given: list[int] = []
         if needed > len(self.free_pages) and lost:
             left = {}
@@ -164,9 +170,7 @@ class PageTable:
         growth = Growth(before, {}, taken, gained, lost, [], [])
         fresh = iter(gained)
         for name, row in before.items():
-            pages = row.pages
-            if gained or lost:
-                pages = self._extended(growth, row, skipped[name], name in copied, tokens, fresh)
+            pages = self._extended(growth, row, skipped[name], name in copied, tokens, fresh)
             after = Row(pages, row.start + skipped[name] * self.page_size, row.length + tokens)
             growth.rows[name] = after
             if reusable:

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "problem.h"
+#include "task_loop.h"
 #include "tensor_view.h"
 
 namespace selfattn::bindings {
@@ -38,12 +39,15 @@ void check_out(const char* function, const py::array& out, const Shape& shape, D
 // Asks Python whether a signal handler raised; takes the GIL for it. The exception stays set.
 bool interrupted();
 
-// Releases the GIL for work that is long enough to be worth the switch.
-class MaybeReleaseGil {
+// The time in which the core works for a call: without the GIL where that is long enough to be worth the switch.
+class CoreCall {
  public:
-  explicit MaybeReleaseGil(double flops) {
+  explicit CoreCall(double flops) {
     if (flops > 2e5) release_.emplace();
   }
+  ~CoreCall() { note_end_of_call(); }
+  CoreCall(const CoreCall&) = delete;
+  CoreCall& operator=(const CoreCall&) = delete;
 
  private:
   std::optional<py::gil_scoped_release> release_;

@@ -109,7 +109,7 @@ TensorView value_view(const char* function, py::handle v, DType query, DType key
 void run_attention(const Problem& problem, const Plan& plan) {
   bool finished;
   {
-    const MaybeReleaseGil released(plan.flops);
+    const CoreCall call_of_core(plan.flops);
     finished = attend(problem, plan, interrupted);
   }
   if (!finished) throw py::error_already_set();
@@ -192,6 +192,7 @@ py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& opti
   const AttentionArguments arguments = arguments_of("explain", q, k, v, options);
   Problem problem = make_problem(arguments);
   attach_new_out(problem, arguments.q.dtype);
+  forget_last_call();
   return describe_plan(problem, make_plan(problem, active_kernels(), options.num_threads), options);
 }
 

@@ -100,7 +100,7 @@ void append(const char* function, const py::tuple& values, py::handle k, py::han
   const Scratch row(static_cast<std::size_t>(StepMemory::row_bytes(cache)));
   const KernelSet& kernels = active_kernels();
   arguments.claim();
-  const MaybeReleaseGil released(static_cast<double>(count * cache.batch * cache.num_kv_heads * cache.key.width));
+  const CoreCall call_of_core(static_cast<double>(count * cache.batch * cache.num_kv_heads * cache.key.width));
   store_tokens(kernels, cache, cache.key, tokens_of(keys.view(), false), {}, row.data());
   store_tokens(kernels, cache, cache.value, tokens_of(vals.view(), false), {}, row.data());
   arguments.commit();
@@ -184,7 +184,7 @@ py::object attend_cache(py::handle function_name, const py::tuple& cache_values,
   if (appends) source.claim();
   bool finished;
   {
-    const MaybeReleaseGil released(plan.flops);
+    const CoreCall call_of_core(plan.flops);
     if (rope) turn_tokens(queries, turn, memory.query);
     if (appends) {
       store_tokens(kernels, cache, cache.key, tokens_of(new_keys.view(), options.bshd), turn, memory.row);

@@ -151,7 +151,7 @@ void CacheArguments::reorder(const std::int64_t* index) const {
   std::int64_t most = 0;
   for (const TokenRows* rows : sides) most = std::max(most, used * rows->row);
   const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // of one head
-  const MaybeReleaseGil released(static_cast<double>(cache_.batch * cache_.num_kv_heads * most));
+  const CoreCall call_of_core(static_cast<double>(cache_.batch * cache_.num_kv_heads * most));
   for (const TokenRows* rows : sides)
     for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
       const auto bytes = static_cast<std::size_t>(used * rows->row);

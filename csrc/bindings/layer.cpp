@@ -56,7 +56,7 @@ class Layer {
     if (source) source->claim();
     bool finished;
     {
-      const MaybeReleaseGil released(call.flops());
+      const CoreCall call_of_core(call.flops());
       finished = call.run(result.view(weights_.dtype), options.num_threads, interrupted);
     }
     if (!finished) throw py::error_already_set();

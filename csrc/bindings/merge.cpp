@@ -22,7 +22,7 @@ void merge(const py::list& outs, const py::list& lses, py::handle out, py::handl
   bool finished;
   {
     const double elements = static_cast<double>(py::reinterpret_borrow<py::array>(out).size());
-    const MaybeReleaseGil released(elements * static_cast<double>(parts.size()));
+    const CoreCall call_of_core(elements * static_cast<double>(parts.size()));
     finished = merge_states(active_kernels(), parts, merged, num_threads, interrupted);
   }
   if (!finished) throw py::error_already_set();

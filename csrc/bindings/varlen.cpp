@@ -97,7 +97,7 @@ class Sequences {
     double flops = 0;
     for (std::size_t i = 0; i < count_; ++i) flops += sequences_[i].plan.flops;
     const int threads = threads_for(jobs_, count, num_threads);
-    const MaybeReleaseGil released(flops);
+    const CoreCall call_of_core(flops);
     return attend(jobs_, count, threads, interrupted);
   }
 
