@@ -85,7 +85,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """The suite with the peers beside it."""
+    """The suite with the peers installed."""
     session.install(*PEERS, "openvino")
     install_tests(session)
     session.install(".[models]")
@@ -156,16 +156,8 @@ def neon(session: nox.Session) -> None:
 
 
 @nox.session
-def bench(session: nox.Session) -> None:
-    """Side by side with the peers; give the benchmark's options behind `--`."""
-    session.install(TORCH)
-    session.install(".[bench]")
-    session.run("python", "benchmarks/attention.py", *session.posargs)
-
-
-@nox.session
 def targets(session: nox.Session) -> None:
-    """Hold speed against its targets beside all peers, and memory against its limits; options behind `--`."""
+    """Hold speed against its targets against all peers, and memory against its limits; options after `--`."""
     session.install(TORCH, "openvino", "jax")
     session.install(".[bench]")
     session.run("python", "benchmarks/targets.py", *session.posargs, success_codes=[0, 1])
@@ -173,11 +165,12 @@ def targets(session: nox.Session) -> None:
 
 
 @nox.session
-def caches(session: nox.Session) -> None:
-    """Hold caches against their targets beside PyTorch; options behind `--`."""
+@nox.parametrize("script", ["attention", "caches", "apart", "neighbours", "relative"])
+def bench(session: nox.Session, script: str) -> None:
+    """Compare with the peers; give the benchmark's options after `--`."""
     session.install(TORCH)
     session.install(".[bench]")
-    session.run("python", "benchmarks/caches.py", *session.posargs)
+    session.run("python", f"benchmarks/{script}.py", *session.posargs)
 
 
 @nox.session
@@ -206,7 +199,7 @@ def asan(session: nox.Session) -> None:
 
 @nox.session
 def tsan(session: nox.Session) -> None:
-    """ThreadSanitizer over calls from many threads; give the seconds behind `--`."""
+    """ThreadSanitizer over calls from many threads; give the seconds after `--`."""
     # Debug symbols for readable reports; libgomp's barriers would be races to it.
     settings = ["-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     program = sanitized(session, "stress_threads", *settings)
@@ -351,5 +344,5 @@ def deep(session: nox.Session) -> None:
         session.log(f"{name}: {minutes:.1f} minutes")
     for part, verdict in verdicts.items():
         session.log(f"{verdict:8} {part}")
-    if set(verdicts.values()) != {"success"}:
-        session.error("not every part passed")
+    if not set(verdicts.values()) <= {"success", "skipped"}:
+        session.error("a part failed")
