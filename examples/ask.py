@@ -52,7 +52,7 @@ def complain(message: str, code: int) -> int:
 
 
 def up_to_date(args: argparse.Namespace, model: MiniLM) -> Index:
-    """Return the index of the files as they are now; make and save what is missing."""
+    """Return the index of the files as they are now; embed and save what is missing."""
     old = load(args.index) if args.index else EMPTY
     left_out: list[str] = []
     progress = Progress()
@@ -79,7 +79,7 @@ def up_to_date(args: argparse.Namespace, model: MiniLM) -> Index:
 
 
 def contents(paths: list[Path], left_out: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield names and contents; a file of a folder that cannot be read is left out, one that was named is an error."""
+    """Yield names and contents. Skip an unreadable file in a folder; raise if the file itself was named."""
     files = find_files(paths)
     for i, file in enumerate(files):
         status(f"{i} of {len(files)} files read")
@@ -109,14 +109,14 @@ class Progress:
         return self.done / max(self.seconds, 1e-9)
 
     def summary(self) -> str:
-        """Say what was done in all."""
+        """Summarise what was done."""
         if not self.done:
             return "none of them new"
         return f"{self.done:,} embedded in {self.seconds:.1f} s: {self.rate:.0f} passages per second"
 
 
 def status(text: str) -> None:
-    """Show how far the work is, where someone watches."""
+    """Show progress if standard error is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

@@ -1,9 +1,9 @@
 """Which words of a passage its score comes from.
 
 A passage's embedding is the mean m of its tokens' vectors x_t, scaled to length 1. So its score for a query q of
-length 1, q·m / |m|, is the sum of the tokens' shares q·x_t / (n |m|): an exact decomposition, in which nothing is
-approximated. It tells which vectors carry the score. Each of them has been shaped by the whole passage, so a share is
-not what the score would lose without the word.
+length 1, q·m / |m|, is the sum of the tokens' shares q·x_t / (n |m|). This decomposition is exact. It shows which
+vectors contribute to the score. Each vector depends on the whole passage, so a share is not the amount that the score
+would lose without the word.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""BERT (Devlin et al. 2018) of any size on selfattn and NumPy: token ids become vectors that their context shapes.
+"""BERT (Devlin et al. 2018) of any size on selfattn and NumPy: token ids become vectors that depend on their context.
 
-Reads what transformers' `BertModel` and its relatives save: `model.safetensors`, and `config.json` beside it.
+Reads the folders that transformers' `BertModel` and related classes save: `model.safetensors` and `config.json`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Bert:
     Parameters
     ----------
     tensors : mapping of str to ndarray
-        By transformers' names, with or without `bert.` in front; they tell the sizes.
+        Under transformers' names, with or without the prefix `bert.`. Their shapes give the sizes.
     num_heads : int
     epsilon : float
         Of the layer norms.
     activation : str
         Of the feed-forward networks: a key of `ACTIVATIONS`.
     batch_invariant : bool
-        Gives a sequence of a ragged batch the very bits that it would get alone; takes longer.
+        Makes the result of a sequence in a ragged batch bit-identical to that of the sequence alone. Slower.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Bert:
 
     @staticmethod
     def load(folder: Path | str, *, batch_invariant: bool = False) -> Bert:
-        """Return the model that a folder holds; ValueError says what about it is not BERT as it is here."""
+        """Return the model in a folder. ValueError says which of its settings are not supported."""
         from safetensors.numpy import load_file
 
         folder = Path(folder)
@@ -84,7 +84,7 @@ class Bert:
     def padded(
         self, ids: Array, lengths: Array | None = None, types: Array | None = None, *, return_weights: bool = False
     ) -> tuple[list[Array], list[Array]]:
-        """Return what every layer makes of sequences that are padded to one length.
+        """Return the output of every layer for sequences that are padded to one length.
 
         Parameters
         ----------

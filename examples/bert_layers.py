@@ -1,4 +1,4 @@
-"""BERT's layers, and how they are read from tensors that go by transformers' names."""
+"""BERT's layers, and how to read them from tensors with transformers' names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Linear:
-    """Returns x @ weight + bias; `invariant`: the bits of a row do not depend on the rows beside it (slower)."""
+    """Returns x @ weight + bias. `invariant`: a row's result is bit-identical whatever the other rows are (slower)."""
 
     weight: Array
     bias: Array
@@ -36,7 +36,7 @@ class Block:
     """One layer: x = norm(x + attention(x)); x = norm(x + feed_forward(x))."""
 
     num_heads: int
-    qkv: Linear  # the three projections side by side
+    qkv: Linear  # the three projections in one matrix
     output: Linear
     attention_norm: LayerNorm
     inner: Linear
@@ -57,7 +57,7 @@ class Block:
         return self._feed_forward(x + self.output(heads.reshape(x.shape)))
 
     @cached_property
-    def _layer(self) -> sa.SelfAttention:  # packs its own copy of the weights: only for who pads
+    def _layer(self) -> sa.SelfAttention:  # packs its own copy of the weights, so only made for padded calls
         w_q, w_k, w_v = np.split(self.qkv.weight, 3, axis=1)
         b_q, b_k, b_v = np.split(self.qkv.bias, 3)
         w_o, b_o = self.output.weight, self.output.bias
@@ -69,7 +69,7 @@ class Block:
 
 
 class Weights:
-    """Tensors by transformers' names, in float32."""
+    """Tensors under transformers' names, in float32."""
 
     def __init__(self, tensors: Mapping[str, Array], epsilon: float, invariant: bool) -> None:
         # The first checkpoints call a layer norm's weight gamma and its bias beta.

@@ -1,6 +1,6 @@
 """The decoder of GPT-2 (Radford et al., 2019): learned positions, norms before, GELU, tied embeddings.
 
-By default a small one with random weights, of which a token is a byte; gpt2.py makes it one with a model's weights.
+By default it is small, with random weights, and each byte is a token. gpt2.py loads the weights of a model into it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a decoder, and what else its weights do not tell."""
+    """The sizes and settings of a decoder."""
 
     layers: int = 4
     width: int = 256
@@ -129,9 +129,9 @@ class Decoder:
     def __call__(
         self, ids: Array, starts: Any = 0, caches: Sequence[Any] | None = None, sequences: Sequence[Any] | None = None
     ) -> Array:
-        """Return logits (B, S, vocabulary) of tokens (B, S), the first of each row at its position of `starts`.
+        """Return logits (B, S, vocabulary) of tokens (B, S), the first of each row at its position in `starts`.
 
-        What came before them is in the caches, one of each layer; of paged ones, `sequences` has the rows' ids.
+        Earlier tokens are in the caches, one per layer. For paged caches, `sequences` has the rows' ids.
         """
         positions = np.asarray(starts)[..., None] + np.arange(ids.shape[1])
         x = self.token_vectors[ids] + self.position_vectors[positions]

@@ -1,6 +1,6 @@
-"""A small decoder in GPT-2's shape writes text token by token, its keys and values kept in caches.
+"""A small decoder in GPT-2's shape generates text token by token and keeps keys and values in caches.
 
-The weights are random, so the text is gibberish; what counts is that the caches change the speed and not the text:
+The weights are random, so the text is gibberish. The point is that the caches change the speed and not the text:
 --check computes everything again without them. A token is a byte, so any prompt works.
 """
 
@@ -50,7 +50,7 @@ def generate(
     chunk: int = 256,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[int]:
-    """Read the prompt in chunks, then yield one token after the other; each step computes one token."""
+    """Read the prompt in chunks, then yield one token per step."""
     for start in range(0, len(prompt), chunk):
         logits = model(prompt[None, start : start + chunk], start, caches)
         progress(min(start + chunk, len(prompt)))
@@ -70,7 +70,7 @@ def generate_again(model: Decoder, prompt: Array, tokens: int, choose: Callable[
 
 
 def bytes_per_token(caches: Sequence[Any], prompt: int, tokens: int) -> float:
-    """Return how many bytes of the caches a step reads, on average: all tokens before its own and that."""
+    """Return how many bytes of the caches a step reads on average: its own token and all before it."""
     cache = caches[0]
     kept = cache.k[..., :1, :].nbytes + cache.v[..., :1, :].nbytes
     if np.dtype(cache.k.dtype) == np.int8:
@@ -121,7 +121,7 @@ def compare(produced: list[int], model: Decoder, prompt: Array, choose: Chooser,
 
 
 def status(text: str) -> None:
-    """Show how far the work is, where someone watches."""
+    """Show progress if standard error is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

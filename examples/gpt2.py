@@ -1,7 +1,7 @@
-"""GPT-2 (Radford et al., 2019) continues a text, its weights those of a folder as `transformers` saves models.
+"""GPT-2 (Radford et al., 2019) continues a text, with weights from a folder that `transformers` saved.
 
-Such a folder has config.json, model.safetensors and tokenizer.json. None comes with any package, and none is
-downloaded: give the folder of a model that you have.
+Such a folder has config.json, model.safetensors and tokenizer.json. None comes with a package, and none is
+downloaded: name the folder of a model that you have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROMPT = "Last month he went to Norway, and"
 
 
 def config_from(values: Mapping[str, Any]) -> Config:
-    """Return what a GPT2Config says, given its values by name."""
+    """Return the settings of a GPT2Config, given as a dictionary of its values."""
     if values.get("model_type", "gpt2") != "gpt2" or values.get("add_cross_attention"):
         raise ValueError("this is no GPT-2 without cross-attention")
     if values.get("activation_function", "gelu_new") not in ACTIVATIONS:
@@ -51,7 +51,7 @@ def from_transformers(model: Any) -> Decoder:
 
 
 def from_folder(folder: Path) -> Decoder:
-    """Return the decoder that a folder holds."""
+    """Return the decoder in a folder."""
     from safetensors.numpy import load_file
 
     for name in FILES:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f'gpt2.py: {error.name} is missing: pip install "selfattn[examples]"', file=sys.stderr)
         return 1
-    except Exception as error:  # tokenizers and safetensors have no narrower ones
+    except Exception as error:  # tokenizers and safetensors raise nothing narrower
         print(f"gpt2.py: {args.folder}: {error}", file=sys.stderr)
         return 1
     caches = new_caches(model.config, len(prompt) + args.tokens)

@@ -1,4 +1,4 @@
-"""Text to look at: lines that fit, words that stand out, a score written as a sum."""
+"""Text for a terminal: wrapped lines, highlighted words, a score written as a sum."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from attribution import Shares
 
 LISTED = 5  # words of the sum
 COLOUR, PLAIN = ("\033[1;33m", "\033[0m"), ("*", "*")
-ANEW = re.compile(r"\s|[-*+•|#]|\d+[.)]\s|```|~~~")  # how a line starts that does not go on with the sentence before
+ANEW = re.compile(r"\s|[-*+•|#]|\d+[.)]\s|```|~~~")  # the start of a line that does not continue the sentence before it
 
 
 def highlighted(text: str, shares: Shares, width: int, colour: bool) -> Iterator[str]:
-    """Yield the text's lines with the words that the score comes from in colour, or else between asterisks."""
+    """Yield the text's lines with the words that the score comes from in colour, or between asterisks."""
     before, after = COLOUR if colour else PLAIN
     values = np.array([word.share for word in shares.words] or [0.0])
     threshold = max(values.mean() + values.std(), 1e-9)
@@ -30,7 +30,8 @@ def highlighted(text: str, shares: Shares, width: int, colour: bool) -> Iterator
 def _lines(text: str, width: int) -> Iterator[tuple[int, int]]:
     """Yield where each line to show starts and stops.
 
-    These are the text's own lines; one that is too long is broken between words, together with what goes on after it.
+    Lines of the text are kept. A line that is too long is broken between words, and the lines that continue it are
+    wrapped with it.
     """
     start = stop = 0
     flows = False
@@ -51,7 +52,7 @@ def _lines(text: str, width: int) -> Iterator[tuple[int, int]]:
 
 
 def summed(text: str, shares: Shares) -> str:
-    """Return the score as a sum: the words that are strongest somewhere, all others, and what is no word."""
+    """Return the score as a sum: the words with the largest shares, all other words, and the rest."""
     totals: dict[str, list[float]] = {}
     for word in shares.words:
         totals.setdefault(printable(text[word.start : word.stop].lower()), []).append(word.share)
@@ -67,5 +68,5 @@ def summed(text: str, shares: Shares) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text without what would steer a terminal."""
+    """Return the text without control characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)

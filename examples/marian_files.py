@@ -1,4 +1,4 @@
-"""What a Marian model is stored in: the file of weights, with matrices in 8 bits, and the lexical shortlist."""
+"""The files of a Marian model: the weights, with 8-bit matrices, and the lexical shortlist."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_weights(file: Path) -> dict[str, Array]:
 
 
 def _dequantized(data: bytes, at: int, name: str, shape: list[int]) -> Array:
-    # Codes in 8 bits, then the number to divide them by. All matrices but the embedding are stored transposed.
+    # 8-bit codes, then the number to divide them by. All matrices but the embedding are stored transposed.
     codes = np.frombuffer(data, np.int8, int(np.prod(shape)), at)
     matrix = codes.astype(np.float32) / np.frombuffer(data, "<f4", 1, at + codes.size)
     return matrix.reshape(shape) if name == EMBEDDING else np.ascontiguousarray(matrix.reshape(shape[::-1]).T)

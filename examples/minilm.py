@@ -28,7 +28,7 @@ def model_folder() -> Path:
 
 
 def max_tokens(folder: Path) -> int:
-    """Return how many tokens of a text the model was made to read, [CLS] and [SEP] included; the rest is cut off."""
+    """Return how many tokens of a text the model can read, [CLS] and [SEP] included; the rest is cut off."""
     file = folder / "sentence_bert_config.json"
     if not file.exists():
         file = folder / "config.json"
@@ -38,7 +38,7 @@ def max_tokens(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the model makes of a batch of sentences, padded to the longest."""
+    """The model's results for a batch of sentences, padded to the longest."""
 
     tokens: list[list[str]]  # without padding
     lengths: Array  # (B,)
@@ -52,7 +52,7 @@ class Vectors:
     """The last layer's vectors of one text's tokens."""
 
     states: Array  # (tokens, 384)
-    spans: list[tuple[int, int]]  # where in the text each token stands; empty for [CLS] and [SEP]
+    spans: list[tuple[int, int]]  # where in the text each token is; empty for [CLS] and [SEP]
 
 
 class MiniLM:
@@ -73,7 +73,7 @@ class MiniLM:
         self._counter.no_truncation()
 
     def __call__(self, sentences: list[str]) -> Encoding:
-        """Encode sentences together; each gets the vectors that it would get alone."""
+        """Encode sentences together; each gets the same vectors as alone."""
         encoded = self.tokenizer.encode_batch(sentences)
         lengths = np.array([len(e.ids) for e in encoded])
         ids = np.zeros((len(encoded), lengths.max()), dtype=np.int64)

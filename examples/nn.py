@@ -1,4 +1,4 @@
-"""What the models of these examples are made of besides attention, in NumPy."""
+"""The parts of these models other than attention, in NumPy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def relu(x: Array) -> Array:
 
 
 def sigmoid(x: Array) -> Array:
-    """Return 1 / (1 + exp(-x)), by the way that never overflows."""
+    """Return 1 / (1 + exp(-x)) without overflow."""
     return np.asarray(0.5 * np.tanh(0.5 * x) + 0.5, dtype=x.dtype)
 
 
@@ -57,17 +57,17 @@ def silu(x: Array) -> Array:
 def sinusoids(positions: Array, rates: Array) -> Array:
     """Return position vectors, float32: the sines of position · rate, then the cosines.
 
-    Vaswani et al. let sines and cosines alternate; that is the same but for the order of the model's features.
+    Vaswani et al. alternate sines and cosines; only the order of the model's features differs.
     """
     angles = np.outer(positions, rates)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Return x @ weight + bias, where the bits of a row do not depend on the other rows, nor on how many there are.
+    """Return x @ weight + bias. A row's result is bit-identical whatever the other rows are and however many.
 
-    A BLAS takes another kernel for another number of rows, which rounds differently: so all products here have
-    the same shape, and rows of zeros fill up the last.
+    A BLAS uses another kernel for another number of rows, which rounds differently. So all products here have the
+    same shape, and the last is padded with rows of zeros.
     """
     rows = x.reshape(-1, x.shape[-1])
     blocks = np.zeros((-(-len(rows) // BLOCK), BLOCK, rows.shape[1]), dtype=x.dtype)
@@ -89,7 +89,7 @@ def conv1d(x: Array, weight: Array, bias: Array, stride: int = 1) -> Array:
 
 
 def _in_chunks(function: Callable[[Array], Array], x: Array) -> Array:
-    # Large temporaries come from fresh memory, whose first use costs a page fault per 4 KiB; small ones are recycled.
+    # Large temporaries are new memory, whose first use costs a page fault per 4 KiB; small ones are recycled.
     y = np.empty(x.shape, dtype=x.dtype)
     flat, out = x.reshape(-1), y.reshape(-1)
     for start in range(0, x.size, CHUNK):

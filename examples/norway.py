@@ -1,4 +1,4 @@
-"""What surrounds a word shapes its vector: self-attention of a trained BERT, to look at.
+"""The context of a word changes its vector: the self-attention of a trained BERT, made visible.
 
 Prints which tokens a word attends to, how its vector differs between two sentences, and how similar some sentences
 are; saves a picture of the attention weights.
@@ -80,7 +80,7 @@ def print_attention(weights: Any, tokens: list[str], row: int, layer: int) -> No
 
 def print_context(model: Any, sentence: str, word: str) -> None:
     """Print how much of a word's vector comes from its sentence."""
-    if word.startswith(("[", "##")):  # a mark or a piece of a word cannot stand in another sentence
+    if word.startswith(("[", "##")):  # a special token or a piece of a word cannot be used in another sentence
         return
     other = ELSEWHERE if word == WORD else f"{word} is a word"
     both = model([sentence, other])

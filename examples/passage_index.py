@@ -1,4 +1,4 @@
-"""An index of passages: their embeddings, made in ragged batches, kept in a file and brought up to date."""
+"""An index of passages: their embeddings, computed in ragged batches, kept in a file and updated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nn import Array
 from passages import Passage, Unusable, cut
 
 BATCH_TOKENS = 2048  # embedded together: bounds the memory
-# What an index was made with; made with anything else, it is made again.
+# Versions and settings of an index. If they differ, the index is built again.
 MADE_WITH = [1, PACKAGE, cutting.MAX_TOKENS, cutting.MIN_TOKENS, cutting.OVERLAP, cutting.MAX_PIECE, cutting.SHORT]
 
 Report = Callable[[int, int], None]  # called with how many passages are embedded, and how many there are to embed
@@ -38,7 +38,7 @@ class Index:
 
     passages: list[Passage]
     embeddings: Array  # (passages, 384), each of length 1
-    digests: dict[str, str] = field(default_factory=dict)  # of the files that are in it as they are
+    digests: dict[str, str] = field(default_factory=dict)  # of the files whose present contents are in it
 
     def search(self, query: Array, top: int) -> list[tuple[float, Passage]]:
         """Return the passages nearest to a query's embedding, best first, with the cosines of the angles."""

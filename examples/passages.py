@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SUFFIXES = {".md", ".markdown", ".rst", ".txt", ".text", ".adoc", ".org"}  # what is read of a folder
+SUFFIXES = {".md", ".markdown", ".rst", ".txt", ".text", ".adoc", ".org"}  # the files to read in a folder
 MAX_BYTES = 20_000_000  # of a file
 MAX_TOKENS = 200  # of a passage, [CLS] and [SEP] included
-MIN_TOKENS = 100  # from here on the end of a paragraph ends a passage that is about to
-OVERLAP = 40  # at most so many tokens of the passage before open the next one
+MIN_TOKENS = 100  # a passage of this length ends at the end of a paragraph
+OVERLAP = 40  # at most this many tokens at the end of a passage are repeated in the next
 MAX_PIECE = 120  # tokens; a longer sentence is halved
-TOKEN_CHARS = 20  # count as a token at least: a very long word is a single one, [UNK]
+TOKEN_CHARS = 20  # count as at least one token: a very long word is one token, [UNK]
 MAX_HEADING = 100  # characters
-SHORT = 60  # a passage of fewer tokens is embedded with its heading, which would only dilute a longer one
+SHORT = 60  # a passage of fewer tokens is embedded with its heading; in a longer one the heading would only dilute it
 
 HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
 UNDERLINE = re.compile(r"(={3,}|-{3,}|~{3,})$")

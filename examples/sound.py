@@ -1,4 +1,4 @@
-"""From a WAV file to what Whisper hears: samples, their rate changed to 16 kHz, clips, and log-mel features."""
+"""From a WAV file to Whisper's input: samples, resampling to 16 kHz, clips, and log-mel features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nn import Array
 SAMPLE_RATE, CLIP = 16000, 480_000  # a clip of 30 s
 FRAME, HOP, BANDS = 400, 160, 80
 RATES, CROSSINGS = range(1000, 1_000_001), 32
-QUIET = 1e-3  # below -60 dB nobody speaks
+QUIET = 1e-3  # below -60 dB there is no speech
 WINDOWS = np.lib.stride_tricks.sliding_window_view
 
 
 def read_wav(path: Path) -> Array:
     """Return a file's samples at 16 kHz, from -1 to 1, its channels averaged.
 
-    The file holds integers of 8, 16, 24 or 32 bits (PCM). ValueError says what else is there.
+    The file holds integers of 8, 16, 24 or 32 bits (PCM). ValueError names any other format.
     """
     data = bytearray(path.read_bytes())
     form = data.find(b"fmt ", 12) + 8
@@ -66,7 +66,7 @@ def resample(samples: Array, rate: int) -> Array:
     padded = np.pad(samples, reach)
     windows = WINDOWS(padded, 2 * reach + 1)[: len(samples)]
     out = np.empty(-(-len(samples) * up // down), dtype=np.float32)
-    for phase in range(min(up, len(out))):  # every up-th value lies equally far behind a sample, so has these weights
+    for phase in range(min(up, len(out))):  # every up-th value has the same distance to a sample, so the same weights
         first, part = divmod(phase * down, up)
         distance = part / up - np.arange(-reach, reach + 1)
         weights = np.sinc(cutoff * distance) * np.cos(np.pi / 2 * np.clip(cutoff * distance / CROSSINGS, -1, 1)) ** 2
@@ -86,12 +86,12 @@ def clips(samples: Array) -> Iterator[Array]:
 
 
 def silent(samples: Array) -> bool:
-    """Return whether there is nothing to hear; Whisper would make up words."""
+    """Return whether the samples are silent; Whisper would make up words."""
     return bool(np.max(np.abs(samples), initial=0) < QUIET)
 
 
 def log_mel(samples: Array) -> Array:
-    """Return what the encoder hears: the loudness of 80 bands every 10 ms, (3000, 80).
+    """Return the encoder's input: the loudness of 80 bands every 10 ms, (3000, 80).
 
     `samples` are at most 30 s at 16 kHz, from -1 to 1; silence is added at the end.
     """

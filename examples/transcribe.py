@@ -1,6 +1,6 @@
-"""Writes down what is said in a WAV file (English), with Whisper tiny.en on selfattn and NumPy.
+"""Transcribes a WAV file (English), with Whisper tiny.en on selfattn and NumPy.
 
-The text comes on standard output while it is recognised, how fast that was on standard error.
+The text is written to standard output while it is recognised, the speed to standard error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def transcribe(model: Whisper, samples: Array) -> Iterator[str]:
 
 
 def say(text: str) -> Array:
-    """Return a text spoken by espeak-ng, at 16 kHz."""
+    """Return espeak-ng's speech for a text, at 16 kHz."""
     program = shutil.which("espeak-ng")
     if program is None:
         raise ImportError("espeak-ng is missing, which --say needs: apt-get install espeak-ng, or give a WAV file")

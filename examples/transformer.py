@@ -1,10 +1,10 @@
 """The Transformer of "Attention is all you need" (Vaswani et al., 2017) in full: encoder and decoder, in NumPy.
 
-The encoder's self-attention sees all of a source; the decoder's sees what is written so far, whose keys and values
-stay in caches; cross-attention sees the source, whose keys and values are computed once. Two shapes that are in use:
-Marian's, with sines and cosines for positions as in the paper, and BART's, which learned them. The weights are those
-of a random model of the library transformers (extra: pip install transformers torch), so that what it writes means
-nothing; --check compares it with what transformers writes, and with computing everything again at every step.
+The encoder's self-attention sees all of a source. The decoder's self-attention sees the tokens so far, whose keys and
+values stay in caches. Cross-attention sees the source, whose keys and values are computed once. There are two shapes:
+Marian's, with sines and cosines for positions as in the paper, and BART's, with learned positions. The weights are
+those of a random model of the library transformers (extra: pip install transformers torch), so the text means nothing.
+--check compares it with the text of transformers, and with computing everything again at every step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # of logits in float32
 
 @dataclass
 class State:
-    """What a decoder keeps between its steps for a batch of sources."""
+    """The state that a decoder keeps between steps for a batch of sources."""
 
     memories: list[Memory]
     caches: list[sa.KVCache] | None
@@ -56,7 +56,7 @@ class Transformer:
         return x
 
     def start(self, encoded: Array, lengths: Array, capacity: int | None) -> State:
-        """Return the decoder's state before the first token, with caches for so many tokens, or with none."""
+        """Return the decoder's state before the first token, with caches for `capacity` tokens, or with none."""
         memories = [layer.cross.memory(encoded, lengths) for layer in self.decoder]
         heads, width = self.config.heads, self.config.width
         if capacity is None:
@@ -76,9 +76,9 @@ class Transformer:
 def generate(
     model: Transformer, sources: Sequence[Sequence[int]], tokens: int, end: int = END, cached: bool = True
 ) -> list[list[int]]:
-    """Write at most so many tokens for each source, the likeliest at each step, until the token `end`.
+    """Generate tokens for each source, the likeliest at each step, until the token `end` or the limit.
 
-    None is taken twice: a model with random weights would repeat its first for ever.
+    No token is used twice: a model with random weights would repeat its first one for ever.
     """
     ids, lengths = padded(sources)
     state = model.start(model.encode(ids, lengths), lengths, tokens if cached else None)
@@ -94,7 +94,7 @@ def generate(
 
 
 def until(end: int, row: list[int]) -> list[int]:
-    """Return the row without what follows its end."""
+    """Return the row up to its end."""
     return row[: row.index(end) + 1] if end in row else row
 
 

@@ -18,7 +18,7 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True)
 class Config:
-    """What the weights do not tell."""
+    """The settings that do not follow from the weights."""
 
     kind: str = "marian"
     layers: int = 3
@@ -28,7 +28,7 @@ class Config:
 
 
 class Layer:
-    """What both sides' layers have: self-attention and a feed-forward network; weights by the library's names."""
+    """The parts of both sides' layers: self-attention and a feed-forward network, with the library's weight names."""
 
     def __init__(self, weights: dict[str, Array], name: str, config: Config) -> None:
         self.weights, self.name = weights, name

@@ -2,9 +2,9 @@
 
     python examples/transformer_xl.py README.md --segment 128 --memory 256
 
-Positions are relative: a query meets keys by their content and, separately, by how far back they are. The weights are
-random here, as those of a new model; what counts is that segments with memory give what one pass over the whole text
-gives in which every token sees as much, which the program checks. XLNet's checkpoints have the same shapes and names.
+Positions are relative: a query scores keys by their content and, separately, by their distance. The weights are random
+here, as in a new model. The program checks that segments with memory give the same states as one pass over the whole
+text in which every token sees the same tokens. XLNet's checkpoints have the same shapes and names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Config:
     heads: int = 8
     inner: int = 1024
     vocabulary: int = 256
-    clamp_length: int | None = None  # farther distances count as this one
+    clamp_length: int | None = None  # larger distances count as this one
     epsilon: float = 1e-12
 
 
@@ -82,7 +82,7 @@ class Layer:
         )
 
     def __call__(self, x: Array, memory: Array, positions: Array, **options: Any) -> Array:
-        """Return the states (B, S, width) after this layer; `memory` has those before it of earlier tokens."""
+        """Return the states (B, S, width) after this layer; `memory` has its inputs for earlier tokens."""
         seen = np.concatenate([memory, x], axis=1)
         q, k, v, r = (
             self._heads(a, w) for a, w in ((x, self.w_q), (seen, self.w_k), (seen, self.w_v), (positions, self.w_r))
@@ -108,7 +108,7 @@ class TransformerXL:
     def __call__(
         self, ids: Array, memory: Sequence[Array] | None = None, *, causal: bool = True, **options: Any
     ) -> tuple[Array, list[Array]]:
-        """Return the states (B, S, width) of tokens (B, S), and what entered each layer: the memory to come."""
+        """Return the states (B, S, width) of tokens (B, S), and each layer's input: the next segment's memory."""
         x = self.vectors[ids]
         memory = [x[:, :0]] * len(self.layers) if memory is None else memory
         length = memory[0].shape[1] + x.shape[1]
@@ -134,7 +134,7 @@ class TransformerXL:
 
 
 def seen_in_segments(length: int, segment: int, memory: int) -> Array:
-    """Return which tokens a token may see (besides causal order) where a text is read in segments, as a mask."""
+    """Return a mask of what each token may see, causal order aside, when a text is read in segments."""
     first = np.arange(length) // segment * segment
     return np.asarray(np.arange(length) >= (first - memory)[:, None])
 

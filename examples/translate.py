@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 LANGUAGES = {"en": "English", "pt": "Portuguese"}
-LINES = 1024  # so many of the standard input are read, sorted by length and translated before the next
+LINES = 1024  # lines of standard input to read, sort by length and translate at a time
 MARK = "▁"  # in a token: here begins a word
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         model = Marian(f"{args.source}-{args.target}")
         translate(model, args)
-    except BrokenPipeError:  # whoever reads has read enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ImportError, OSError, ValueError) as error:
@@ -88,7 +88,7 @@ def translate(model: Any, args: argparse.Namespace) -> None:
 
 
 def groups(sentences: list[str]) -> Iterator[list[str]]:
-    """Yield the sentences to translate; those of the standard input as they come."""
+    """Yield the sentences to translate; those of the standard input one by one."""
     if sentences:
         yield sentences
         return
@@ -119,7 +119,7 @@ def attention(translation: Any, head: str) -> tuple[Any, list[str], list[str]]:
 
 
 def show(translation: Any, head: str) -> None:
-    """Print where each word of the translation looks: its weights, and the word with the largest."""
+    """Print what each word of the translation attends to: its weights, and the word with the largest."""
     from selfattn import viz
 
     weights, source, target = attention(translation, head)
@@ -149,7 +149,7 @@ def picture(translation: Any, args: argparse.Namespace) -> None:
 
 
 def status(text: str) -> None:
-    """Show how far the work is, where someone watches."""
+    """Show progress if standard error is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

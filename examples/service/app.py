@@ -3,7 +3,7 @@
     .venv/bin/uvicorn --app-dir examples service.app:app
     cd examples && ../.venv/bin/gunicorn -k uvicorn_worker.UvicornWorker -w 2 service.app:app
 
-Every worker process has its own models and caches. One thread of it computes; this side only checks and waits.
+Every worker process has its own models and caches. One of its threads computes; this module only checks and waits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("service")
 
 
 class Disconnected(Exception):
-    """The client has gone: nobody waits for an answer."""
+    """The client has disconnected: no answer is needed."""
 
 
 class Service:
@@ -61,7 +61,7 @@ class Service:
                 return
 
     def _start(self) -> None:
-        # Here, not when the module is loaded: a server that forks workers after loading would share the thread.
+        # Not when the module is loaded: a server may fork workers after that, and a thread does not survive a fork.
         settings = Settings.from_environment()
         try:
             embedder = make_embedder()

@@ -1,4 +1,4 @@
-"""Checks of what a request asks for: untrusted input becomes arguments, or a `Problem` with a message."""
+"""Checks of requests: untrusted input becomes arguments, or a `Problem` with a message."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _object(body: bytes, known: set[str]) -> dict[str, Any]:
         values = json.loads(body)
     except RecursionError:
         raise Problem(400, "the body is nested too deeply") from None
-    except ValueError as error:  # also what is no UTF-8, and integers of thousands of digits
+    except ValueError as error:  # also invalid UTF-8, and integers of thousands of digits
         raise Problem(400, f"the body is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise Problem(400, "the body must be a JSON object")

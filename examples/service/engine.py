@@ -18,11 +18,11 @@ import selfattn as sa
 
 
 class Busy(Exception):
-    """Too many requests wait already: ask again later."""
+    """Too many requests are waiting: try again later."""
 
 
 class TooLong(ValueError):
-    """The request would not even fit if it were alone."""
+    """The request does not fit even alone."""
 
 
 @dataclass(eq=False)
@@ -43,11 +43,11 @@ class Request:
 
 
 class Engine:
-    """Writes many texts at once, one token of each per step. Not for several threads at once, except `submit`.
+    """Generates many texts at once, one token of each per step. Only `submit` may be called from other threads.
 
-    A prompt is read in chunks of `chunk` tokens, one chunk per step, so that a long one does not hold up the others;
-    whole chunks that a running request has read before are shared with it. The ends of chunks depend on nothing but the
-    prompt, hence every call computes what it would compute for the request alone: so do the bits, and the text.
+    A prompt is read in chunks of `chunk` tokens, one chunk per step, so that a long one does not hold up the others.
+    Whole chunks that a running request has already read are shared with it. Chunks end at places that depend on the
+    prompt alone. So every call computes the same for a request as if it were alone, and the text is the same.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Engine:
         ]
         self.num_pages, self.page_size, self.chunk = num_pages, page_size, chunk
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.lock = threading.Lock()  # of `waiting`, which another thread fills
+        self.lock = threading.Lock()  # guards `waiting`, which another thread fills
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.steps = self.rows = self.shared = 0  # counted for /health
@@ -116,7 +116,7 @@ class Engine:
             settle(request.future, error=error)
 
     def _admit(self) -> None:
-        # A request is only let in if it can be finished with the pages that those inside will not need.
+        # A request joins only if the pages that running requests will not need are enough to finish it.
         while self.waiting and len(self.running) < self.max_batch:
             free = self.caches[0].num_free_pages - sum(self._pages_to_come(r) for r in self.running)
             if self._pages_to_come(self.waiting[0]) > free:

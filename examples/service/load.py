@@ -1,4 +1,4 @@
-"""Loads a running service with many clients, and compares every answer with the one computed alone, in this process.
+"""Puts load on a service with many clients, and compares every answer with one computed alone in this process.
 
     .venv/bin/python examples/load_service.py --clients 16 --requests 400
 
@@ -78,7 +78,7 @@ def embed_case(embedder: MiniLM, texts: list[str]) -> Case:
 
 
 def generate_case(engine: Engine, body: dict[str, Any]) -> Case:
-    """Write the text in a batch of one."""
+    """Generate the text in a batch of one."""
     request = parse_generate(json.dumps(body).encode())
     future = engine.submit(request.prompt, request.tokens, request.chooser())
     while engine.busy:

@@ -1,4 +1,4 @@
-"""What the service is made of, the same in its processes and in the load tool that computes their answers again."""
+"""The service's sizes and models, shared with the load tool, which computes the answers again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one thread that computes: it takes what requests ask for and steps the running batch."""
+"""The one thread that computes: it takes requests and steps the running batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("service")
 
 
 class Closed(Exception):
-    """The service shuts down."""
+    """The service is shutting down."""
 
 
 class Worker:
@@ -37,7 +37,7 @@ class Worker:
         self.thread.start()
 
     def embed(self, texts: list[str]) -> Future[Array]:
-        """Ask for the embeddings (len(texts), 384)."""
+        """Request the embeddings (len(texts), 384)."""
         future: Future[Array] = Future()
         with self.changed:
             self._refuse_when_closing()
@@ -48,7 +48,7 @@ class Worker:
         return future
 
     def generate(self, prompt: Array, tokens: int, choose: Chooser) -> Future[list[int]]:
-        """Ask for the tokens that continue a prompt."""
+        """Request the tokens that continue a prompt."""
         with self.changed:
             self._refuse_when_closing()
             future = self.engine.submit(prompt, tokens, choose)
@@ -56,7 +56,7 @@ class Worker:
         return future
 
     def close(self) -> None:
-        """Stop after the step that runs; what is not answered yet gets `Closed`."""
+        """Stop after the current step; unanswered requests get `Closed`."""
         with self.changed:
             self.closing = True
             self.changed.notify()
