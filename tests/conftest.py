@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def repeats_avx512(item: pytest.Item) -> bool:
-    """Whether a test on an extension of AVX-512 would run kernels that it runs on AVX-512 already."""
+    """Whether a test on an extension of AVX-512 would only repeat kernels that it runs on AVX-512."""
     call = getattr(item, "callspec", None)
     if call is None or call.params.get("isa") not in EXTENSIONS:
         return False
@@ -93,7 +93,7 @@ def unit(dtype: Any) -> float:
 
 
 def half_ulp(exact: Any, dtype: np.dtype[Any]) -> Any:
-    """Return what rounding to a type of 16 bits may add, half the ulp of the next power of two; else 0."""
+    """Return what rounding to a 16-bit type may add, half the ulp of the next power of two; else 0."""
     if dtype.itemsize > 2:
         return 0.0
     bits = 11 if dtype == np.float16 else 8
@@ -101,17 +101,17 @@ def half_ulp(exact: Any, dtype: np.dtype[Any]) -> Any:
 
 
 def smallest_subnormal(dtype: np.dtype[Any]) -> float:
-    # NumPy does not know bfloat16, whose numbers have float's exponents and 16 bits less.
+    # NumPy does not know bfloat16, which has float32's exponent and 16 fewer bits of mantissa.
     return 2.0**-133 if dtype.name == "bfloat16" else float(np.finfo(dtype).smallest_subnormal)
 
 
 def _assert_accurate(
     out: Any, exact: reference.Result, *, trivial: bool = False, rounded: tuple[float, float] = (0.0, 0.0)
 ) -> float:
-    """Hold `out` to |out - exact| <= (16 + 4 sigma) u magnitude; return the largest share of the bound that was used.
+    """Check |out - exact| <= (16 + 4 sigma) u magnitude; return the largest error as a share of its bound.
 
-    Rounding to a type of 16 bits may add half an ulp of it, and a matrix unit what `rounding` says.
-    A comparison of nothing but zeros verifies nothing: it fails unless `trivial`.
+    Rounding to a 16-bit type may add half an ulp of it, and a matrix unit adds `rounding`.
+    A comparison of zeros only verifies nothing: it fails unless `trivial`.
     """
     assert out.shape == exact.out.shape
     dtype, out = out.dtype, out if out.dtype.itemsize > 2 else out.astype(np.float64)
@@ -137,7 +137,7 @@ def assert_accurate() -> Callable[..., float]:
 
 @pytest.fixture
 def check(assert_accurate: Callable[..., float]) -> Callable[..., Any]:
-    """Compute attention, hold out, lse and weights to the reference, and return out."""
+    """Compute attention, compare out, lse and weights with the reference, and return out."""
 
     def run(q: Any, k: Any, v: Any, *, trivial: bool = False, precision: str = "highest", **options: Any) -> Any:
         precise = np.longdouble if q.dtype == np.float64 else np.float64
@@ -153,12 +153,12 @@ def check(assert_accurate: Callable[..., float]) -> Callable[..., Any]:
         assert np.all(abs(lse[finite] - exact.lse[finite]) <= tolerance * (1 + abs(exact.lse[finite])))
         assert np.array_equal(np.isnan(weights), np.isnan(exact.weights))
         with np.errstate(invalid="ignore", divide="ignore"):
-            # Numerator and denominator err; a small weight errs with the size of its logit, biases included.
+            # Numerator and denominator have errors; that of a small weight grows with its logit, biases included.
             logits = np.where(exact.weights > 0, abs(np.log(exact.weights)), 0)
             allowed = (2 * tolerance + 4 * logits * (unit(q.dtype) + rounded[1])) * exact.weights + 1e-37
             excess = abs(weights - exact.weights) - allowed
         assert np.nanmax(excess, initial=0) <= 0
-        # The fused call without weights takes other steps to the same bits.
+        # The fused call without weights computes in other steps; its result must be bit-identical.
         assert np.array_equal(selfattn.attention(q, k, v, **options), out, equal_nan=True)
         return out
 
@@ -177,9 +177,9 @@ def normal(rng: np.random.Generator) -> Callable[..., Any]:
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., str]:
-    """Run code in a fresh interpreter, which must end well, and return what it printed.
+    """Run code in a new interpreter, which must succeed, and return what it printed.
 
-    It starts in an empty folder: in the project's own one it would import the sources, which lack the core.
+    It starts in an empty folder: in the project's folder it would import the sources, which lack the core.
     """
 
     def run(code: str, *, expected_exit: int = 0, **environment: str) -> str:

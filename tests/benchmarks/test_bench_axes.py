@@ -185,7 +185,7 @@ def test_the_unit_is_the_one_that_explain_names(workload, dtype, monkeypatch):
 
 
 class Wrong(NumPy):
-    """Selfattn's own answer, but for what is done to it."""
+    """Selfattn's own answer, modified."""
 
     def __init__(self, spoil):
         self.spoil = spoil

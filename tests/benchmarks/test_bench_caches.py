@@ -1,4 +1,4 @@
-"""benchmarks/caches.py: its workloads are right, its groups the promised ones, and each target can be missed."""
+"""benchmarks/caches.py: its workloads are correct, its groups are complete, and each target can be missed."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_workloads_fit_in_memory_and_survive_json(workload):
     assert Workload.from_dict(json.loads(json.dumps(asdict(workload)))) == workload
 
 
-# What just meets each target and what just misses it.
+# Results that just meet each target, and results that just miss it.
 VERDICTS = {
     "decode": ("cache-decode-4k", {"pytorch": 3.5, BANDWIDTH: 0.9}, {"pytorch": 3.49, BANDWIDTH: 0.89}),
     "decode-bf16": ("cache-decode-32k-bf16", {"vllm": 1.0}, {"vllm": 0.99}),

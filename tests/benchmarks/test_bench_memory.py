@@ -1,4 +1,4 @@
-"""benchmarks/memory.py: peak, scratch and allocations of selfattn, and that each of them could be found too large."""
+"""benchmarks/memory.py: peak, scratch and allocations of selfattn; the check of each can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a call's parts: calls with narrower heads, what they tell, and the drawing. Nothing about speed."""
+"""The picture of a call's parts: calls with narrower heads, the estimate, and the drawing. Nothing about speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's peers that need workloads of their own to be tested: vLLM, and selfattn called differently."""
+"""The benchmark's peers whose tests need special workloads: vLLM, and selfattn called differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark makes of results: JSON read back, Markdown, the roofline, and the targets' command."""
+"""The benchmark's reports: JSON read back, Markdown, the roofline, and the targets' command."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_intensity_counts_each_operand_once(made_up):
 
 
 def drawn(results, monkeypatch, path):
-    """Where the points of every panel lie."""
+    """Return the positions of the points of every panel."""
     figures = []
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     save = figure_class.savefig

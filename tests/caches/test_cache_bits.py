@@ -1,4 +1,4 @@
-"""Bits of answers from caches and packed sequences: those of each sequence alone, whatever lies around it."""
+"""Caches and packed sequences: each sequence's result is bit-identical to that of the sequence alone."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def alone(q: Any, k: Any, v: Any, dtype: str, **options: Any) -> tuple[Any, Any]
 
 
 def contiguous(rows: list[tuple[Any, Any]], dtype: str, spare: int = 7) -> sa.KVCache:
-    """Put sequences of different lengths into one cache: all as long as the longest one, then cut."""
+    """Put sequences of different lengths into one cache: append all at the longest length, then truncate."""
     lengths = [k.shape[1] for k, _ in rows]
     cache = sa.KVCache(
         len(rows), KV_HEADS, DIM, max(lengths) + spare, value_dim=VALUE_DIM, dtype=dtype
-    )  # what was cut off stays in its memory as garbage
+    )  # truncated tokens stay in memory as garbage
     k, v = (np.full((len(rows), KV_HEADS, max(lengths), dim), np.float32(3)) for dim in (DIM, VALUE_DIM))
     for b, (row_k, row_v) in enumerate(rows):
         k[b, :, : lengths[b]], v[b, :, : lengths[b]] = row_k, row_v
@@ -67,7 +67,7 @@ def contiguous(rows: list[tuple[Any, Any]], dtype: str, spare: int = 7) -> sa.KV
 
 
 def paged(rows: list[tuple[Any, Any]], page_size: int, dtype: str) -> tuple[sa.PagedKVCache, list[int]]:
-    """Put sequences into pages by turns, so that those of one sequence do not lie side by side."""
+    """Append to the sequences in turn, so that the pages of one sequence are not adjacent."""
     pages = sum(-(-k.shape[1] // page_size) for k, _ in rows)
     cache = sa.PagedKVCache(pages, page_size, KV_HEADS, DIM, value_dim=VALUE_DIM, dtype=dtype)
     names = [cache.allocate() for _ in rows]
@@ -203,7 +203,7 @@ def test_codes_of_what_is_not_finite_are_nan(odd: float) -> None:
     cache.append(k, v)
     out = sa.attention_with_kvcache(np.ones((1, KV_HEADS, 3, DIM), np.float32), cache)
     assert np.isnan(cache.v_scales[0, 1, 2])
-    assert np.isnan(out[0, 1, 2]).all()  # the whole row of the token, where it is seen
+    assert np.isnan(out[0, 1, 2]).all()  # the token's whole row, if it is visible
     assert np.isfinite(np.delete(out.reshape(-1, VALUE_DIM), 5, axis=0)).all()
 
 
@@ -223,7 +223,7 @@ def test_tokens_may_stand_in_the_cache_itself(rng: Any) -> None:
     cache.append(k, v)
     moved = cache.k[:, :, 1:4], cache.v[:, :, 1:4]
     cache.truncate(3)
-    cache.append(*moved)  # the last one stood where the first one goes
+    cache.append(*moved)  # the last one was in the place of the first
     for held, x in ((cache.k, k), (cache.v, v)):
         assert np.array_equal(held[:, :, :6], x[:, :, [0, 1, 2, 1, 2, 3]])
 
@@ -237,7 +237,7 @@ def packed(rng: Any, q_lens: list[int], kv_lens: list[int], dtype: Any) -> list[
 @pytest.mark.parametrize("kind", ["few", "many", "both"])
 def test_packed_sequences_are_each_alone(isa: str, rng: Any, kind: str, dtype: Any) -> None:
     kv_lens = [*LENGTHS, 0, 1]
-    # A sequence without queries is the first; those that are parted, which is the longest ones, have some.
+    # The first sequence has no queries. The longest ones, whose keys are split, have some.
     few, many = [0, *(int(n) for n in rng.integers(1, 9, len(kv_lens) - 1))], [min(n, 300) for n in kv_lens]
     q_lens = {"few": few, "many": many, "both": [*few[:8], *many[8:]]}[kind]
     q, k, v = packed(rng, q_lens, kv_lens, dtype)
@@ -252,7 +252,7 @@ def test_packed_sequences_are_each_alone(isa: str, rng: Any, kind: str, dtype: A
 
 
 def test_a_bias_beside_a_mask_has_columns_of_its_own(isa: str, normal: Any) -> None:
-    cache = sa.KVCache(1, 2, 8, 700)  # more than one block, most of which the mask is not over
+    cache = sa.KVCache(1, 2, 8, 700)  # more than one block; the mask covers only the last
     cache.append(normal(1, 2, 700, 8), normal(1, 2, 700, 8))
     q, bias, everything = normal(1, 2, 5, 8), normal(1, 2, 5, 700), np.ones((5, 5), bool)
     plain = sa.attention_with_kvcache(q, cache, bias=bias)
@@ -262,8 +262,8 @@ def test_a_bias_beside_a_mask_has_columns_of_its_own(isa: str, normal: Any) -> N
 
 
 def test_nothing_is_read_where_a_released_page_would_be(run_python: Any) -> None:
-    # In front of the pool is a page that nobody may touch: a block of keys that starts before the first one held must
-    # not go there.
+    # An inaccessible page precedes the pool: a block of keys that starts before the first one held must
+    # not read it.
     code = """
         import ctypes, mmap
         import numpy as np

@@ -1,4 +1,4 @@
-"""An exception at any point of a call on a cache leaves what was there before."""
+"""After an exception at any point of a call, a cache holds what it held before."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FILES = {str(Path(sa.__file__).with_name(name)) for name in ("_cache.py", "_page
 
 
 def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) -> bool:
-    """Raise before instruction number `point` that the caches' own code executes; False: the call has ended before.
+    """Raise before the instruction number `point` of the caches' code; return False if the call ended earlier.
 
-    Not around taking and leaving a lock, which Python itself does not interrupt: in `_run` that is all there is.
+    Acquiring and releasing a lock is excluded (`_run` does nothing else): Python does not interrupt it.
     """
     seen = 0
 
@@ -48,7 +48,7 @@ def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) ->
 
 
 def everything(cache: Any) -> Any:
-    """Return what a user can tell of a cache."""
+    """Return a cache's state as a user sees it."""
     if isinstance(cache, sa.KVCache):
         lengths = cache.lengths.tolist()
         return lengths, [cache.k[b, :, :n].tobytes() + cache.v[b, :, :n].tobytes() for b, n in enumerate(lengths)]
@@ -117,7 +117,7 @@ def test_an_exception_anywhere(name: str, error: type[BaseException]) -> None:
         if not raise_at(point, error, lambda cache=cache: call(cache)):
             break
         found = everything(cache)
-        # Where nothing but the result is missing, the call may have taken place.
+        # At the very end, when only the result is missing, the call may have taken effect.
         assert found in (before, after), point
         if found == before:
             call(cache)

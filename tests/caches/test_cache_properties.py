@@ -1,4 +1,4 @@
-"""Hypothesis: any order of calls on a KVCache leaves what the plain model holds, and answers what it answers."""
+"""Hypothesis: any order of calls gives a KVCache the contents and the answers of the plain model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Contiguous(RuleBasedStateMachine):
         self, batch: int, kv_heads: int, group: int, dim: int, value_dim: int | None, capacity: int, dtype: str,
         window: int | None,
     ) -> None:  # fmt: skip
-        if window is not None:  # few slots, which are soon written over
+        if window is not None:  # few slots, which are soon overwritten
             capacity = window + 1 + capacity // 4
         self.shape, self.named = (batch, kv_heads, dim, capacity), {"value_dim": value_dim, "dtype": dtype}
         self.heads, self.dims, self.window = kv_heads * group, (dim, value_dim or dim), window
@@ -51,7 +51,7 @@ class Contiguous(RuleBasedStateMachine):
         self.buffer = np.zeros(sa.KVCache.buffer_size(*self.shape, **self.named), np.uint8)
         self.cache = sa.KVCache(*self.shape, **self.named, buffer=self.buffer)
         self.rows = [Sequence(kv_heads, dim, value_dim, dtype) for _ in range(batch)]
-        # Of a ring: the length from which on slots have been written over.
+        # For a ring: the length from which slots have been overwritten.
         self.written = [0] * batch
 
     # What the cache must hold.

@@ -1,4 +1,4 @@
-"""What interrupts, damaged buffers and arguments that change must not do to a cache."""
+"""Interrupts, damaged buffers and arguments that change during a call must not damage a cache."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_new_tokens_of_any_type(normal: Any, stored: str, new: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_lengths_that_another_process_keeps_changing(run_python: Any) -> None:
-    # Lengths of another moment than those that were checked would have tokens written far outside of the buffer.
+    # If lengths were read again after the check, tokens could be written far outside of the buffer.
     run_python(
         """
         import mmap, os, signal, time

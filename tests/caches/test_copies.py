@@ -1,4 +1,4 @@
-"""`copy` and `pickle` give objects of their own that go on as the originals do."""
+"""`copy` and `pickle` give independent objects that behave like the originals."""
 
 from __future__ import annotations
 

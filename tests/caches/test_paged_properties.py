@@ -1,4 +1,4 @@
-"""Hypothesis: any order of calls on a PagedKVCache leaves what the plain model holds, pages included."""
+"""Hypothesis: any order of calls gives a PagedKVCache the contents and pages of the plain model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Paged(RuleBasedStateMachine):
         if first == sequence.length:
             return
         k, v = read_through_attention(self.cache, sequence.length - first, sequences=[name])
-        # A product of a code and its scale may be rounded, and a score on its way to lse.
+        # The product of a code and its scale may be rounded, and a score before it enters lse.
         of_v = 2.0**-23 if self.named["dtype"] == "int8" else 0.0
         for found, tokens, tolerance in ((k, sequence.k, 2.0**-21), (v, sequence.v, of_v)):
             wanted = tokens.values()[:, first:]
@@ -194,7 +194,7 @@ class Paged(RuleBasedStateMachine):
     @rule(seed=seeds, which=st.integers(0, 50), data=st.data())
     def misuse(self, seed: int, which: int, data: Any) -> None:
         calls = bad_calls(self, self.any_live(data), *self.tokens(seed, self.shape[2], 1))
-        # Too few pages may be noticed first.
+        # The lack of pages may be reported first.
         self.refused((TypeError, ValueError, MemoryError), *calls[which % len(calls)])
 
 
@@ -232,7 +232,7 @@ def test_too_few_pages_are_counted_in_the_message() -> None:
     name, x = cache.allocate(), np.ones((1, 30, 2), np.float32)
     cache.append(name, x[:, :6], x[:, :6])
     with pytest.raises(MemoryError, match=r"(?s)(?=.*\b7\b)(?=.*\b3\b).*page"):
-        cache.append(name, x, x[..., :2])  # 36 tokens: 9 pages, of which 2 are there
+        cache.append(name, x, x[..., :2])  # 36 tokens: 9 pages, but only 2 exist
     assert (cache.length(name), cache.num_free_pages) == (6, 3)
 
 

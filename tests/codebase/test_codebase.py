@@ -1,4 +1,4 @@
-"""The codebase's own promises: which file may include what, and that no kernel leaks into another's CPU."""
+"""Rules of the codebase: which file may include what, and that no symbol of a kernel leaves its namespace."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_kernels_neither_throw_nor_allocate() -> None:
 
 
 def test_vector_headers_offer_the_same_operations() -> None:
-    # A missing one would not compile; this keeps them in the same order as well.
+    # A missing one would not compile; this also keeps them in the same order.
     def operations(file: Path) -> list[str]:
         names = re.findall(r"^inline .*?(\w+|operator.{1,2})\(", file.read_text(encoding="utf8"), flags=re.M)
         return [name for name in dict.fromkeys(names) if not name.startswith("first_lanes")]
@@ -71,14 +71,14 @@ def test_vector_headers_offer_the_same_operations() -> None:
         )
         if extends:
             assert not set(found) & set(expected), name
-        elif name == "vec_portable":  # select stands first there, because max is made of it
+        elif name == "vec_portable":  # select comes first there, because max uses it
             assert sorted(found) == sorted(expected), name
         else:
             assert found == expected, name
 
 
 class Isa(NamedTuple):
-    processors: str  # a pattern, as CMake has it
+    processors: str  # a pattern in CMake's syntax
     flags: list[str]
 
 
@@ -124,7 +124,7 @@ def test_every_symbol_of_an_isa_carries_its_namespace(isa: str, tmp_path: Path) 
     listing = subprocess.run(["nm", "--defined-only", str(result)], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in listing.stdout.splitlines() if re.search(r" [A-Z] ", line)]
     assert any("kernels" in symbol for symbol in symbols)
-    # _ZN8selfattn<length><isa>...: nested names that begin with selfattn::<isa>, guards and tables included.
+    # _ZN8selfattn<length><isa>...: nested names that begin with selfattn::<isa>, including guards and tables.
     own = re.compile(rf"^_Z\w*N\w*8selfattn{len(isa)}{isa}")
     assert [symbol for symbol in symbols if not own.match(symbol)] == []
 

@@ -38,11 +38,11 @@ EXCEPTIONS = {
     r"(\S*/)?pytest": "runs these tests",
     r"nox ": "builds and tests for minutes",
 }
-# Takes minutes, or needs a file of the user's: only starts, and knows its options.
+# These take minutes or need a user's file: check only that they start and accept the options.
 ONLY_HELP = r"\.venv/bin/(python benchmarks/|python examples/(gpt2|transcribe)\.py|selfattn bench)"
 SERVERS = r"(cd \S+ && )?(\w+=\S* )*(\.\./)?\.venv/bin/(uvicorn|gunicorn) "
 CLIENTS = r"curl |(\w+=\S* )*\.venv/bin/python examples/load_service\.py"
-# The others run to their end, where what they need is installed.
+# The others run to their end if the packages that they need are installed.
 RUN = {
     r"\.venv/bin/selfattn (info|selftest)": (),
     r"selfattn info": (),
@@ -76,7 +76,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def parsed(command: str) -> tuple[list[str], Path, dict[str, str]]:
-    """Return arguments, folder and environment, with the running environment's programs for those of .venv."""
+    """Return arguments, folder and environment; programs of .venv become those of the running environment."""
     words, folder, settings = shlex.split(command), ROOT, {}
     if words[0] == "cd":
         folder, words = ROOT / words[1], words[3:]

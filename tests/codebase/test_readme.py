@@ -1,4 +1,4 @@
-"""The README's promises: its examples run, and every public name is among them."""
+"""The README: its examples run and use every public name."""
 
 from __future__ import annotations
 

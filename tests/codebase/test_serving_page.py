@@ -1,4 +1,4 @@
-"""The page "Serving": its code runs as it stands, and what it names is there."""
+"""The page "Serving": its code runs unchanged, and the files that it names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What type checkers, `help` and misspelt keywords are told of the public functions."""
+"""Signatures of the public functions as type checkers, `help` and misspelt keywords see them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = np.zeros((1, 2, 3, 8), np.float32)
 LAYER = sa.SelfAttention(*[np.eye(8, dtype=np.float32)] * 3, num_heads=2)
 CACHE = sa.KVCache(1, 2, 8, capacity=10)
 
-# Functions, the dict of their options, and the keywords that each overload has by itself.
+# Functions, the dict of their options, and the keywords that each overload spells out.
 OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
     (sa.attention, _typing.AttentionOptions, {"return_lse", "return_weights"}),
     (sa.explain, _typing.ExplainOptions, set()),

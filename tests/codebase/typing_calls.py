@@ -1,6 +1,6 @@
 """Right and wrong calls, for mypy to read: `assert_type` says what a call returns, `type: ignore` that it is wrong.
 
-Nothing here is run. mypy reports an `ignore` that nothing needs, so that a wrong call cannot pass unseen.
+Nothing here is run. mypy reports an unused `ignore`, so a wrong call cannot pass unnoticed.
 """
 
 from __future__ import annotations

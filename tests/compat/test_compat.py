@@ -112,7 +112,7 @@ def test_dot_product_attention(normal: Any, rng: Any, case: str, groups: int, dt
     expected, lse = jax.nn.dot_product_attention(q, k, v, **theirs, return_residual=True)
     found, residual = compat.dot_product_attention(q, k, v, **options, return_residual=True)
     tolerance = {"float32": 2e-6, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
-    # Where a row sees nothing, JAX gives the mean of all values: documented, and left out.
+    # If a row sees nothing, JAX gives the mean of all values. The difference is documented, so such rows are left out.
     seen = np.isfinite(residual.astype(np.float32))
     assert np.count_nonzero(seen) * 3 > seen.size
     assert found.dtype == expected.dtype
@@ -212,7 +212,7 @@ def test_docstrings_examples(name: str) -> None:
 
 @pytest.mark.parametrize("name", compat.__all__)
 def test_docstrings_tell_the_differences(name: str) -> None:
-    """A table stands in each, and mentions no argument that the function lacks."""
+    """Each docstring has a table, which mentions no argument that the function lacks."""
     function = getattr(compat, name)
     text = inspect.getdoc(function) or ""
     assert len(re.findall(r"^=+  =+  =+$", text, re.M)) == 3

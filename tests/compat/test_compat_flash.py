@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def plain(q: Any, k: Any, v: Any, b: int = 0, **options: Any) -> Any:
-    """Attention of one sequence, (tokens, heads, size), as documented: every score on its own, in float64."""
+    """Attention of one sequence, (tokens, heads, size), as documented: one score at a time, in float64."""
     options = {"softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": None,
                **options}  # fmt: skip
     scale = q.shape[-1] ** -0.5 if options["softmax_scale"] is None else options["softmax_scale"]
@@ -67,7 +67,7 @@ def close(found: Any, expected: Any, tolerance: float = 3e-6) -> None:
 
 
 def call(function: Any, reference: Any, given: Any, options: dict[str, Any], tolerance: float = 3e-6) -> None:
-    """Hold a function's out, lse and weights to those of a list of sequences."""
+    """Compare a function's out, lse and weights with those of a list of sequences."""
     out, lse, weights = function(**given, **options, return_attn_probs=True)
     for b, (own_out, own_lse, own_weights) in enumerate(reference):
         close(out[b], own_out, tolerance)
@@ -95,7 +95,7 @@ def test_flash_attn_func(normal: Any, name: str, lengths: Any, groups: int) -> N
 
 
 def test_causal_pictures_of_the_documentation() -> None:
-    """Two queries on five keys, and five on two: 1 where a key is seen."""
+    """Two queries on five keys, and five on two: 1 if a key is visible."""
     for q_len, kv_len, seen in (
         (2, 5, ["11110", "11111"]),
         (5, 2, ["00", "00", "00", "10", "11"]),
@@ -139,7 +139,7 @@ def test_flash_attn_varlen_func(normal: Any, name: str) -> None:
 
 
 def paged(k: Any, lengths: Any, rng: Any, page_size: int = 4, spare: int = 3) -> Any:
-    """Scatter sequences (count, tokens, heads, size) over pages in a random order; unused entries point nowhere."""
+    """Scatter sequences (count, tokens, heads, size) over pages in a random order; unused entries are invalid."""
     runs = -(-k.shape[1] // page_size)
     pages = np.full((len(k) * runs + spare, page_size, *k.shape[2:]), np.nan, k.dtype)
     table = rng.permutation(len(pages))[: len(k) * runs].reshape(len(k), runs).astype(np.int32)
@@ -174,7 +174,7 @@ def turned(x: Any, cos: Any, sin: Any, places: Any, interleaved: bool) -> Any:
 
 
 class Caches:
-    """Caches of 3 sequences with room for 12 tokens, in rows or pages, and what a call should find and leave."""
+    """Caches of 3 sequences with room for 12 tokens, in rows or pages, and their expected contents."""
 
     def __init__(self, normal: Any, rng: Any, kind: str, new: int) -> None:
         self.lengths = np.array([8, 3, 5], np.int32)
@@ -223,7 +223,7 @@ def test_flash_attn_with_kvcache(
 ) -> None:
     q_len, new = tokens
     if rotary and not new:
-        rotary = None  # nothing to turn, which is an error of its own
+        rotary = None  # nothing to rotate, which raises another error
     caches, q = Caches(normal, rng, kind, new), normal(3, q_len, 4, 8)
     options = dict(caches.options)
     angles = rng.uniform(0, 6, (12, 3))
@@ -241,7 +241,7 @@ def test_flash_attn_with_kvcache(
     for b, (own_out, own_lse, _) in enumerate(caches.expected(q, starts, turn, **OPTIONS[name])):
         close(out[b], own_out)
         close(lse[b], own_lse)
-    # In place: the new tokens and nothing else.
+    # Only the new tokens were written, in place.
     for cache, before, whole in zip((caches.k_cache, caches.v_cache), untouched, (caches.k, caches.v), strict=True):
         before[caches.places] = whole
         assert np.allclose(cache, before, rtol=0, atol=1e-6, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Arrays of other libraries: taken without a copy where they are CPU memory, refused by name where they are not."""
+"""Arrays of other libraries: CPU memory is used without a copy, other memory is refused by name."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def jax_dlpack(x: Any) -> Any:
 
 FOREIGN = [jax_array, jax_bfloat16, jax_dlpack, torch_tensor, torch_float16, read_only, WithArray]
 NARROW = {jax_bfloat16: jax_array, torch_float16: torch_tensor}
-# What each public function makes of q, k and v, (2, 3, 40, 8).
+# A call of each public function on q, k and v, (2, 3, 40, 8).
 FUNCTIONS: dict[str, Any] = {
     "attention": lambda q, k, v, lens: sa.attention(q, k, v, bias=q, kv_lens=lens, return_lse=True),
     "explain": lambda q, k, v, lens: sa.explain(q, k, v, kv_lens=lens)["flops"],
@@ -181,7 +181,7 @@ def test_every_function_takes_them(normal: Any, make: Any, name: str) -> None:
     foreign = [make(x.copy()) for x in arrays]
     if make in NARROW:
         arrays = [as_array("f", "x", x) for x in foreign]
-    # Log-sum-exps beside 16 bits are float32.
+    # Log-sum-exps of 16-bit parts are float32.
     lens = normal(*last) if isinstance(last, tuple) else np.array(last, np.int32)
     other = NARROW.get(make, make)(lens.copy())
     found, expected = FUNCTIONS[name](*foreign, other), FUNCTIONS[name](*arrays, lens)
@@ -221,7 +221,7 @@ def test_torch_bfloat16_is_read_in_place(x: Any) -> None:
 
 
 class LikeTorchBfloat16:
-    """What is used of a tensor of bfloat16, for where PyTorch is not installed."""
+    """A stand-in for a bfloat16 tensor, for use without PyTorch."""
 
     dtype, requires_grad = "torch.bfloat16", False
 
@@ -266,7 +266,7 @@ def test_dlpack_of_jax_bfloat16(x: Any) -> None:
 
 
 class Spread:
-    """An array spread over several devices, as JAX has them: DLPack has no place for it, `__array__` works."""
+    """An array spread over several devices, as JAX has them: DLPack cannot describe it, `__array__` works."""
 
     def __init__(self, array: Any) -> None:
         self.array = array

@@ -1,4 +1,4 @@
-"""The bits of a result depend on the instruction set, the shape and the options, on nothing else."""
+"""Results are bit-identical for the same instruction set, shape and options, whatever else differs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_order_of_the_batch_does_not_matter(isa: str, rng: Any) -> None:
 @pytest.mark.parametrize("kv_len", [300, 5000])
 @pytest.mark.parametrize("options", [{"window": (200, 5)}, {"causal": True, "window": (60, None)}], ids=str)
 def test_queries_before_and_behind_do_not_matter(isa: str, rng: Any, options: Any, kv_len: int) -> None:
-    # They see keys that begin and end elsewhere.
+    # Their visible keys begin and end elsewhere.
     q, k, v = make(rng, (1, 2, 2, 250, kv_len, 16))
     offset = kv_len - 250
     out = sa.attention(q, k, v, q_offset=offset, **options)

@@ -1,4 +1,4 @@
-"""Any memory layout gives the bits of the contiguous one."""
+"""Any memory layout gives a result bit-identical to that of contiguous arrays."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_layouts_of_q_k_v(isa: str, normal: Any, layout: Any, dtype: Any, q_len:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("q_len", [2, 70])
 def test_rows_at_odd_distances(isa: str, normal: Any, dtype: Any, q_len: int) -> None:
-    # One head of contiguous elements, but rows whose distance is no multiple of them.
+    # One head of contiguous elements whose row stride is not a multiple of the element size.
     def records(x: Any) -> Any:
         rows = np.zeros(len(x), np.dtype([("x", dtype, x.shape[1:]), ("pad", "u1")]))
         rows["x"] = x

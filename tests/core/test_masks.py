@@ -31,7 +31,7 @@ def test_mask_broadcasts(isa: str, check: Any, rng: Any, axes: Any) -> None:
     full = (2, 4, 20, 37)
     mask = rng.random([1 if axis in axes else n for axis, n in enumerate(full)]) < 0.6
     check(*arrays(rng, shape), mask=mask, trivial=True)
-    if axes[: len(axes)] == tuple(range(len(axes))):  # leading axes may be left out altogether
+    if axes[: len(axes)] == tuple(range(len(axes))):  # leading axes may be missing
         check(*arrays(rng, shape), mask=mask.reshape(mask.shape[len(axes) :]), trivial=True)
 
 
@@ -113,7 +113,7 @@ def test_everything_at_once(isa: str, check: Any, rng: Any, shape: Any) -> None:
     for count in range(1, len(parts) + 1):
         for names in itertools.islice(itertools.combinations(parts, count), 0, None, 3):
             options = {name: parts[name] for name in names}
-            if "kv_lens" in options:  # rows may be shorter than q, which then must be said of the queries as well
+            if "kv_lens" in options:  # keys may be fewer than queries, but then q_lens is needed as well
                 options["q_lens"] = np.minimum(options["kv_lens"], q_len)
             check(*arrays(rng, shape, 4), trivial=True, **options)
 
@@ -237,7 +237,7 @@ def test_one_value_propagates_from_any_block(isa: str, normal: Any, shape: Any, 
 )
 @pytest.mark.parametrize("q_len", [2, 40])
 def test_a_large_finite_bias_hides_nothing(isa: str, normal: Any, lowest: float, q_len: int) -> None:
-    # Models pad with the lowest float. Beside other keys such a key weighs nothing; a row of nothing else has a mean.
+    # Models pad with the lowest float. Among other keys such a key has weight 0; a row of such keys only is a mean.
     q, k, v = normal(q_len, 8), normal(50, 8), normal(50, 8)
     bias = np.zeros((q_len, 50), np.float64 if lowest < -1e39 else np.float32)
     bias[:, 20:] = lowest

@@ -16,7 +16,7 @@ from selfattn import reference
 
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 MODES = [(FLOAT32, "highest"), (FLOAT32, "high"), (FLOAT32, "medium"), (FLOAT16, "highest"), (BFLOAT16, "highest")]
-# What each set promises to use; it multiplies everything else by FMA, which other tests look at.
+# The unit that each set promises to use. Everything else is multiplied by FMA, which other tests cover.
 UNITS = {
     "avx512_bf16": {(BFLOAT16, "highest"): "bfloat16 pairs", (FLOAT32, "medium"): "bfloat16 pairs"},
     "amx": dict.fromkeys(MODES[1:], "amx"),
@@ -161,7 +161,7 @@ def test_what_is_visible_counts(check: Any, normal: Any, mode: Any, name: str, v
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_numbers_that_no_split_carries(isa: str, check: Any, normal: Any, precision: str) -> None:
-    # All so small, or some so large, that their terms would be subnormal or infinite.
+    # Numbers so small or so large that their split terms would be subnormal or infinite.
     q, k, v = operands(normal, FLOAT32, 50, 90, 32, 24)
     check(q, k, v * np.float32(1e-37), precision=precision)
     check(q * np.float32(1e-30), k * np.float32(1e-8), v, scale=1e37, precision=precision)

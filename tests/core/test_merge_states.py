@@ -14,7 +14,7 @@ import selfattn as sa
 from selfattn import _core
 
 TYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
-# Half an ulp of 1, and for float64 what the weights add: ulps of the differences of lses below 32.
+# Half an ulp of 1. For float64 the weights add ulps of the differences of lses below 32.
 ROUNDING = {"float32": 2.0**-24, "float64": 48 * 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 each_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: dtype.name)
 
@@ -124,7 +124,7 @@ def test_the_largest_numbers_do_not_overflow(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 def test_small_weights_count(dtype: Any) -> None:
-    # Nothing but the second part adds to the sum, with a weight below the numbers of float32.
+    # Only the second part contributes, with a weight below the range of float32.
     lse_type = np.float64 if dtype == np.float64 else np.float32
     outs = [np.zeros((1, 3), dtype), np.full((1, 3), 1e38, dtype)]
     out, _ = sa.merge_states(outs, [np.zeros(1, lse_type), np.full(1, -110, lse_type)])

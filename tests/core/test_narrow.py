@@ -1,4 +1,4 @@
-"""float16 and bfloat16: accurate to half an ulp of the output beyond the computation, which is that of float32."""
+"""float16 and bfloat16: computed as in float32, then rounded by at most half an ulp of the output."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def columns_apart(x: Any) -> Any:
 
 
 def every_second(x: Any) -> Any:
-    """As far apart as floats are."""
+    """Spacing of float32 numbers."""
     wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan).astype(x.dtype)
     wide[..., ::2] = x
     return wide[..., ::2]
@@ -222,7 +222,7 @@ def test_strides_do_not_matter(isa: str, normal: Any, rng: Any, layout: Any, sha
 @types
 @pytest.mark.parametrize("q_len", [2, 40])
 def test_heads_of_many_numbers(isa: str, check: Any, normal: Any, dtype: Any, q_len: int) -> None:
-    # Numbers that lie apart are brought together a few hundred at a time.
+    # Strided numbers are gathered a few hundred at a time.
     q, k, v = normal(q_len, 600, dtype=dtype), normal(30, 600, dtype=dtype), normal(30, 700, dtype=dtype)
     expected = check(q, k, v)
     for layout in (columns_apart, every_second, backwards):
@@ -300,7 +300,7 @@ def test_the_largest_float16(isa: str, normal: Any, q_len: int) -> None:
     largest = np.finfo(np.float16).max
     q, k = normal(q_len, 8, dtype=np.float16), normal(90, 8, dtype=np.float16)
     v = np.full((90, 8), largest)
-    # A mean of equal numbers is that number: sums of 90 times as much are no float16, but floats.
+    # The mean of equal numbers is that number. Their sum, 90 times as large, exceeds float16 but not float32.
     assert np.all(sa.attention(q, k, v) == largest)
     large = np.full((q_len, 8), largest)
     out, lse = sa.attention(large, np.full((90, 8), largest), v, return_lse=True)

@@ -75,7 +75,7 @@ def test_large_logits(isa: str, check: Any, normal: Any, sigma: int, q_len: int)
 @pytest.mark.parametrize("case", ["constant", "positive", "normal", "zero queries"])
 @pytest.mark.parametrize("q_len", [2, 16])
 def test_the_longest_sums(isa: str, assert_accurate: Any, normal: Any, case: str, q_len: int) -> None:
-    # Equal weights and values of one sign leave the roundings no chance to cancel.
+    # With equal weights and values of one sign, rounding errors cannot cancel.
     kv_len = 65_536
     q, k, v = normal(q_len, 4), normal(kv_len, 4), normal(kv_len, 4)
     if case == "constant":
@@ -90,7 +90,7 @@ def test_the_longest_sums(isa: str, assert_accurate: Any, normal: Any, case: str
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 128), (200, 128), (200, 4096), (200, 65_536)])
 def test_sums_of_equal_values(isa: str, rng: Any, q_len: int, kv_len: int, dtype: Any) -> None:
-    # Any value must come out of its own mean; for 1.1 the roundings happen to cancel, for most others they do not.
+    # The mean of equal values must be that value. For 1.1 rounding errors happen to cancel, for most values not.
     values = rng.uniform(1, 2, 300).astype(dtype)
     q, k = np.zeros((q_len, 1), dtype), np.zeros((kv_len, 1), dtype)
     out = sa.attention(q, k, np.broadcast_to(values, (kv_len, 300)))
@@ -126,7 +126,7 @@ def test_the_mean_of_equal_scores_is_exact(isa: str) -> None:
 
 
 def test_a_draw_beyond_the_usual_bound_is_within_the_chains(isa: str) -> None:
-    # The value of the dominating key is nearly 0 here, so that the error of a minor weight shows.
+    # The value of the dominant key is nearly 0 here, so that the error of a minor weight shows.
     rng = np.random.default_rng(665)
     q = rng.standard_normal((1, 100, 256), dtype=np.float32) * 4
     k, v = (rng.standard_normal((1, 600, 256), dtype=np.float32) for _ in range(2))

@@ -31,7 +31,7 @@ def test_softcap(isa: str, check: Any, qkv: Any, cap: float) -> None:
 @pytest.mark.parametrize("option", [{"softcap": 1e39}, {"softcap": 1e-40}, {"scale": 1e39}, {"sinks": [1e39]}], ids=str)
 @pytest.mark.parametrize("q_len", [2, 40])
 def test_numbers_beyond_float32(isa: str, normal: Any, q_len: int, option: Any) -> None:
-    # Refused, or right: a cap without effect, one that levels everything, and a row of zeros that knows no scale.
+    # Refused or correct: a cap without effect, one that makes all scores equal, and a row of zeros with any scale.
     q, k, v = normal(1, q_len, 8), normal(1, 50, 8), normal(1, 50, 8)
     q[0, 0] = 0
     try:
@@ -119,7 +119,7 @@ class TestOut:
         for out in holders:
             assert sa.attention(*qkv, causal=True, out=out) is out
             assert np.array_equal(out, expected)
-        assert np.all(np.asarray(holders[0].base).reshape(-1, 2)[:, 1] == 7)  # what lies between is left alone
+        assert np.all(np.asarray(holders[0].base).reshape(-1, 2)[:, 1] == 7)  # memory between the elements is unchanged
 
     @pytest.mark.parametrize("which", [0, 1, 2])
     def test_may_overlap_an_input(self, isa: str, normal: Any, which: int) -> None:

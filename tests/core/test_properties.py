@@ -1,4 +1,4 @@
-"""Hypothesis: shapes, strides and options at random, against the reference; and what must not change a result."""
+"""Hypothesis: random shapes, strides and options, against the reference; and changes that must not change a result."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_numbers_of_16_bits_are_those_of_float32_rounded_once(
     if all(plan["unit"] == "fma" and plan["kernel"] == plans[0]["kernel"] for plan in plans):
         assert np.array_equal(lse, expected_lse)
         assert np.array_equal(found, expected.astype(dtype))
-    else:  # weights of bfloat16 are rounded, float16 comes in two parts; and another kernel adds in another order
+    else:  # bfloat16 weights are rounded, float16 is split in two; and another kernel adds in another order
         ulp = np.finfo(dtype).eps if dtype == np.float16 else 2.0**-7
         assert np.allclose(lse, expected_lse, rtol=0, atol=1e-3)
         assert np.allclose(found.astype(float), expected, rtol=0, atol=ulp * float(abs(v.astype(float)).max()))

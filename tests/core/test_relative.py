@@ -1,4 +1,4 @@
-"""Relative attention: against float64, against the paper's way of shifting, and segments against one long pass."""
+"""Relative attention: against float64, against the paper's shift, and segments against one long pass."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def draw(rng: np.random.Generator) -> Any:
 
 @pytest.fixture
 def hold(assert_accurate: Any) -> Any:
-    """Compute with everything returned, hold it to float64, and return out."""
+    """Compute and return everything, compare it with float64, and return out."""
 
     def run(
         x: Drawn, memory: int, *, causal: bool = True, r_origin: int = 0, trivial: bool = False, **options: Any
@@ -73,7 +73,7 @@ def hold(assert_accurate: Any) -> Any:
         assert np.array_equal(finite, np.isfinite(lse))
         assert np.all(abs(lse[finite] - exact.lse[finite]) <= tolerance * (1 + abs(exact.lse[finite])))
         assert np.all(abs(weights - exact.weights) <= 8 * tolerance + 1e-37)
-        assert np.array_equal(sa.relative_attention(*x, **options), out)  # other steps without weights
+        assert np.array_equal(sa.relative_attention(*x, **options), out)  # without weights, the steps differ
         return out
 
     return run
@@ -112,7 +112,7 @@ def test_tables_with_two_sides(isa: str, draw: Any, hold: Any, shape: Any, causa
 
 
 def shifted(x: Drawn, memory: int) -> Any:
-    """The paper's way, in float64: all queries times all encodings, a column of zeros in front, and read again.
+    """The paper's method, in float64: all queries times all encodings, with a column of zeros in front, reshaped.
 
     Encodings are ordered from the farthest distance to 0, and the memory's queries do not exist.
     """
@@ -200,7 +200,7 @@ def test_bits_depend_on_neither_threads_nor_neighbours(isa: str, draw: Any) -> N
     assert np.array_equal(sa.relative_attention(*x, mem_len=memory, num_threads=3), out)
     one = Drawn(x.q[1:2, 2:3], x.k[1:2, 2:3], x.v[1:2, 2:3], x.r[2:3], x.u[2:3], x.w[2:3])
     assert np.array_equal(sa.relative_attention(*one, mem_len=memory)[0, 0], out[1, 2])
-    wider = x._replace(r=np.concatenate([x.r, np.full_like(x.r, np.nan)], axis=1))  # distances that nobody has
+    wider = x._replace(r=np.concatenate([x.r, np.full_like(x.r, np.nan)], axis=1))  # distances that do not occur
     assert np.array_equal(sa.relative_attention(*wider, mem_len=memory), out)
 
 

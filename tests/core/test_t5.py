@@ -67,7 +67,7 @@ def test_beside_a_bias_masks_and_limits(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rows_of_one_head(isa: str, check: Any, arrays: Any, table: Any, dtype: Any) -> None:
-    # Around whole vectors and strips of rows, which read one line of numbers.
+    # Around whole vectors and strips of rows, which share one line of biases.
     values = table(2)
     values[5] = -np.inf
     for q_len in (*range(4, 37), 47, 48, 49, 63, 64, 65, 95, 96, 97):
@@ -77,7 +77,7 @@ def test_rows_of_one_head(isa: str, check: Any, arrays: Any, table: Any, dtype: 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_buckets_of_minus_infinity_hide(isa: str, arrays: Any, table: Any, shape: Any) -> None:
     values = table(shape[1])
-    values[3:, 0] = -np.inf  # bucket 3: three keys behind; every key ahead as well
+    values[3:, 0] = -np.inf  # keys three or more positions before, and every key after
     q, k, v = arrays(shape)
     hidden, lse = sa.attention(q, k, v, t5=sa.T5Bias(values), return_lse=True)
     open_heads = sa.attention(q, k, v, t5=sa.T5Bias(np.where(np.isneginf(values), 0, values)))

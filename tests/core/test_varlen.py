@@ -1,4 +1,4 @@
-"""Packed sequences of different lengths: the answer of each, every option, and what is refused."""
+"""Packed sequences of different lengths: the result of each, every option, and refused arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parts(x: Any, ends: Any) -> list[Any]:
 
 
 def options_of(n: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what `attention` takes for sequence n."""
+    """Return the arguments of `attention` for sequence n."""
     own = dict(options)
     for name in PER_SEQUENCE:
         if isinstance(own.get(name), list):

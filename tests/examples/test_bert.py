@@ -62,14 +62,14 @@ def pair(request: pytest.FixtureRequest, bert: Any, load_example: Any, tmp_path_
 
 @pytest.fixture
 def batch(pair: tuple[Any, Any], rng: np.random.Generator) -> tuple[Any, Any]:
-    """Return ids and types, padded with what would be wrong to look at."""
+    """Return ids and types, padded with tokens that must not be seen."""
     shape = (len(LENGTHS), max(LENGTHS))
     ids, types = (rng.integers(len(table), size=shape) for table in (pair[0].word_vectors, pair[0].type_vectors))
     return ids, types
 
 
 def wanted_states(peer: Any, ids: Any, types: Any) -> tuple[list[Any], list[Any]]:
-    """Return what transformers makes of the padded batch: the states of each layer and the attention weights."""
+    """Return transformers' result for the padded batch: the states of each layer and the attention weights."""
     mask = np.arange(ids.shape[1]) < np.array(LENGTHS)[:, None]
     tensors = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask.astype(np.int64)}
     inputs = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
@@ -136,7 +136,7 @@ def test_the_same_bits_alone_and_in_a_batch(bert: Any, tmp_path: Path, rng: np.r
 
 
 def test_names_of_other_checkpoints(bert: Any, tmp_path: Path, rng: np.random.Generator) -> None:
-    # A model with a head has `bert.` before the encoder's names; the first checkpoints said gamma and beta.
+    # A model with a head has the prefix `bert.`; the first checkpoints used the names gamma and beta.
     peer = random_peer(tmp_path, "BertForMaskedLM", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     ids = rng.integers(99, size=(1, 12))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The example that writes text: caches change its speed, not its tokens; PyTorch's GPT-2 finds the same."""
+"""The example that generates text: caches change its speed, not its tokens; PyTorch's GPT-2 gives the same."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_program(dtype: str, size: int) -> None:
     result = run(*SMALL, "--prompt", "Blåbær", "--tokens", "30", "--dtype", dtype, "--check")
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # no display of progress where nobody watches
+    assert result.stderr == ""  # no progress unless stderr is a terminal
     text, figures = result.stdout.split("\n\n")
     assert text.startswith("Blåbær")
     assert len(text) == 6 + 30

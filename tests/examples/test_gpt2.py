@@ -1,4 +1,4 @@
-"""The decoder of the examples is GPT-2: transformers' GPT2LMHeadModel finds the same logits and the same tokens."""
+"""The decoder of the examples is GPT-2: transformers' GPT2LMHeadModel gives the same logits and tokens."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_layers_and_embeddings_against_float64(model: Any, exact: list[Any]) -> 
 def test_attention_of_each_layer_within_its_bound(
     minilm: Any, model: Any, exact: list[Any], assert_accurate: Any
 ) -> None:
-    # The attention alone: projections in float64, rounded to float32, are what both sides start from.
+    # Attention only: both sides start from projections in float64, rounded to float32.
     import selfattn as sa
 
     tensors = safetensors.load_file(minilm.model_folder() / "model.safetensors")
@@ -108,7 +108,7 @@ def test_a_padded_batch_gives_each_sentence_its_own_vector(model: Any) -> None:
         alone = model([sentence])
         length = int(together.lengths[i])
         assert together.tokens[i] == alone.tokens[0]
-        # Another length may take another kernel, and NumPy's own products depend on the batch: rounding differs.
+        # Another length may use another kernel, and NumPy's products depend on the batch, so rounding differs.
         assert np.max(abs(together.embeddings[i] - alone.embeddings[0])) <= 1e-6
         for found, wanted in zip(together.weights, alone.weights, strict=True):
             assert np.max(abs(found[i, :, :length, :length] - wanted[0])) <= 1e-5

@@ -1,4 +1,4 @@
-"""What the speech example does before its model: WAV files, sampling rates, clips, and log-mel features."""
+"""The speech example's input: WAV files, sampling rates, clips, and log-mel features."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ VALUES = np.array([0, 1, -1, 100, -128, 127, 64])
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_samples_of_each_width(sound: Any, tmp_path: Path, width: int, channels: int) -> None:
-    # The values stand in the upper 8 bits; the channels hold 1, 2, 3 times as much, but where that would not fit.
+    # The values are in the upper 8 bits. The channels hold 1, 2, 3 times the value, unless that would not fit.
     values = (VALUES[:, None] / channels).astype(int) * (1 + np.arange(channels))
     low = 3 if width > 1 else 0
     whole = values * 2 ** (8 * (width - 1)) + low + (128 if width == 1 else 0)
@@ -124,7 +124,7 @@ def test_what_16_khz_cannot_hold_is_removed(sound: Any, rate: int) -> None:
 
 def test_clips_end_where_it_is_quiet(sound: Any, rng: np.random.Generator) -> None:
     samples = rng.standard_normal(70 * 16000, dtype=np.float32)
-    quiet = (27.3, 10.0, 51.1)  # seconds; the second lies in no clip's last five
+    quiet = (27.3, 10.0, 51.1)  # seconds; the second is not in any clip's last five
     for second in quiet:
         samples[int(second * 16000) :][:3200] *= 0.01
     parts = list(sound.clips(samples))
@@ -148,7 +148,7 @@ def to_hertz(mel: float) -> float:
 
 
 def plain_log_mel(samples: Any) -> Any:
-    """Each step as its definition says: a Fourier sum instead of an FFT, each triangle by interpolation."""
+    """Each step by its definition: a Fourier sum instead of an FFT, each triangle by interpolation."""
     sound = np.zeros(480_000 + 400)
     sound[200 : 200 + len(samples)] = samples
     sound[:200], sound[-200:] = sound[400:200:-1], sound[-202:-402:-1]

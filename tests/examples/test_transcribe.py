@@ -1,4 +1,4 @@
-"""The example that writes down speech: a trained Whisper, its tokens those that CTranslate2 finds."""
+"""The example that transcribes speech: a trained Whisper, with the same tokens as CTranslate2."""
 
 from __future__ import annotations
 

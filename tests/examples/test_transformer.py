@@ -60,7 +60,7 @@ def targets(example: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def wanted(example: Any, peer: Any, sources: Any, targets: Any) -> Any:
-    """What transformers computes for a batch of padded sources, its attention in its plainest form."""
+    """The result of transformers for a batch of padded sources, with eager attention."""
     assert peer.config._attn_implementation == "eager"
     with torch.no_grad():
         return peer(**tensors(example, sources), decoder_input_ids=torch.from_numpy(targets))
@@ -102,7 +102,7 @@ def test_the_same_tokens_as_transformers_and_without_caches(example: Any, model:
     assert example.generate(model, sources, TOKENS) == expected
     assert example.generate(model, sources, TOKENS, cached=False) == expected
     assert len({tuple(row) for row in expected}) == len(sources)
-    # Where a token that comes at different steps is the end, rows become ready at different steps.
+    # If the end token comes at different steps, rows end at different steps.
     end = next(token for token in expected[0][3:] if sum(token in row for row in expected) > 1)
     shorter = generated(end)
     assert len({len(row) for row in shorter}) > 1

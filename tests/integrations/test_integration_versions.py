@@ -1,4 +1,4 @@
-"""Versions of other libraries that integrations need: told where they are missing, the same as pyproject.toml's."""
+"""Versions of other libraries that integrations need: reported if missing, equal to those in pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's attention function, computed by selfattn: the same numbers, no copies, and at home in the compiler."""
+"""PyTorch's attention function, computed by selfattn: the same numbers, no copies, and support for the compiler."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def exact(q: Any, k: Any, v: Any, mask: Any = None, **options: Any) -> Any:
 def assert_same(found: Any, expected: Any) -> None:
     assert type(found) is torch.Tensor
     assert found.shape == expected.shape
-    # Half an ulp of results around 1 and below, with room for what is summed in float32.
+    # Half an ulp of results around 1 and below, with room for sums in float32.
     tolerance = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 2e-3}[found.dtype]
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
 
@@ -310,7 +310,7 @@ OPCHECKED: dict[str, Any] = {
 @compiling
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_operator_is_well_behaved(name: str) -> None:
-    """Schema, aliasing, what the compiler is told of shapes and strides, also for symbolic lengths."""
+    """Schema, aliasing, and the shapes and strides that the compiler gets, also for symbolic lengths."""
     results = torch.library.opcheck(operator, OPCHECKED[name]())
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
@@ -318,13 +318,13 @@ def test_operator_is_well_behaved(name: str) -> None:
 
 @pytest.fixture
 def compile_whole() -> Any:
-    """Compile without a C++ compiler, up to what the operator meets there."""
+    """Compile as far as is possible without a C++ compiler."""
     torch._dynamo.reset()
     return lambda function, **options: torch.compile(function, backend="aot_eager", fullgraph=True, **options)
 
 
 def block(x: Any, mask: Any = None, *, is_causal: bool = False) -> Any:
-    """What models do: heads out of one projection, attention, and the heads side by side."""
+    """As in models: heads from one projection, attention, and the heads concatenated."""
     q, k, v = (x * scale for scale in (1.0, 0.5, 2.0))
     q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (q, k, v))
     return sdpa(q, k, v, mask, is_causal=is_causal, scale=0.25).transpose(1, 2).flatten(2) + 1
@@ -375,7 +375,7 @@ def test_exported() -> None:
 
 @compiling
 def test_traced_and_transformed() -> None:
-    """Whoever records or transforms operations meets the operator, not a constant."""
+    """Code that records or transforms operations sees the operator, not a constant."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     q, k, v = qkv()
@@ -477,7 +477,7 @@ def test_stands_in_for_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_errors_are_bounded(assert_accurate: Any, dtype: Any) -> None:
-    """The bound of selfattn's own function, which the numbers of other tests are too few for."""
+    """The bound of selfattn's own function, for which other tests have too few numbers."""
     tensors = qkv(dtype, 70, 150)
     arrays = [integration.to_array(x) for x in tensors]
     found = integration.to_array(sdpa(*tensors, is_causal=True))

@@ -44,7 +44,7 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Return what every call of selfattn.attention got and gave."""
+    """Record the arguments and results of every call of selfattn.attention."""
     seen: list[dict[str, Any]] = []
     attention = selfattn.attention
 
@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def error(got: Any, wanted: Any) -> float:
-    """Return the largest difference beside the largest number."""
+    """Return the largest difference relative to the largest number."""
     wanted = wanted.double()
     return float((got.double() - wanted).abs().max() / wanted.abs().max())
 
@@ -171,7 +171,7 @@ def test_chunks_through_a_cache(name: str, cache: str, dtype: Any) -> None:
             past = hf.StaticCache(config=model.config, max_cache_len=40)
         parts = []
         for start, stop in ((0, 10), (10, 15), (15, 16), (16, 17), (17, 24)):
-            # A static cache is told of all positions, the real tokens among them.
+            # A static cache gets all positions, including those of the real tokens.
             part = model(
                 ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
                 past_key_values=past, use_cache=True,
@@ -204,7 +204,7 @@ def test_nothing_is_copied(dtype: Any, cache: str, calls: list[dict[str, Any]]) 
         for array, tensor in ((call["k"], layer.keys), (call["v"], layer.values)):
             assert array.__array_interface__["data"][0] == tensor.data_ptr()
             assert array.strides == tuple(step * tensor.element_size() for step in tensor.stride())
-        # The result is written where the output projection reads it.
+        # The result is in the memory order that the output projection reads.
         assert call["out"].__array_interface__["data"][0] == projected.data_ptr()
         assert call["q"].dtype.name == str(dtype).removeprefix("torch.")
         assert call["mask"].shape == (2, 1, 1, models.TOKENS)

@@ -1,4 +1,4 @@
-"""What transformers masks reach selfattn as, and what the attention function refuses."""
+"""The form in which transformers' masks reach selfattn, and what the attention function refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATTERNS = {
     "chunks": masking_utils.chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)),
 }
 # q_length, kv_length, q_offset, kv_offset: a prompt, steps, a chunk, static tails, windows that have moved on,
-# a first key that just falls out of the window, and queries behind the last key.
+# a first key that just falls out of the window, and queries after the last key.
 PLACES = [
     (9, 9, 0, 0), (1, 9, 8, 0), (4, 9, 5, 0), (6, 20, 3, 0), (9, 20, 0, 0), (1, 20, 7, 0), (3, 6, 12, 9),
     (1, 4, 20, 17), (5, 8, 11, 8), (1, 4, 2, 0), (2, 3, 0, 0),
@@ -65,7 +65,7 @@ def real_tokens(padding: str, length: int) -> Any:
 
 
 def expected(q: Any, k: Any, v: Any, mask: Any, bias: Any = 0.0) -> Any:
-    """Softmax over what is visible, in double precision; zeros where nothing is."""
+    """Softmax over the visible keys, in double precision; zeros if there are none."""
     q, k, v = q.double(), k.double(), v.double()
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias).masked_fill(~mask, -torch.inf)
@@ -88,7 +88,7 @@ def test_a_described_mask_is_the_dense_one(pattern: str, padding: str) -> None:
         kinds.add(type(mask))
         q, k, v = normal(3, 4, q_len, 8), normal(3, 2, kv_len, 8, seed=1), normal(3, 2, kv_len, 6, seed=2)
         bias = normal(1, 4, q_len, kv_len, seed=3)
-        asked = layer(is_causal=two_sided)  # what a module says does not count beside a mask
+        asked = layer(is_causal=two_sided)  # a mask takes precedence over the module's own attribute
         out, weights = attention_forward(asked, q, k, v, mask, scaling=None, position_bias=bias, output_attentions=True)
         wanted = expected(q, k, v, dense, bias)
         assert out.shape == (3, q_len, 4, 6)
@@ -137,7 +137,7 @@ def test_changes_to_a_described_mask_count() -> None:
     after, _ = attention_forward(layer(), q, k, v, mask)
     assert not torch.allclose(before, after)
     assert (after - expected(q, k, v, mask & True)).abs().max() < 1e-6
-    # For other sizes the dense mask decides, as it would for eager attention: here it does not fit.
+    # For other sizes the dense mask is used, as in eager attention: here it does not fit.
     with pytest.raises(ValueError, match="mask"):
         attention_forward(layer(), q, k[:, :, :3], v[:, :, :3], mask)
     one = make_mask(batch_size=1, q_length=5, kv_length=5, allow_is_causal_skip=False)

@@ -1,4 +1,4 @@
-"""What selfattn refuses inside a model of transformers, and how it gets there."""
+"""What selfattn refuses inside a model of transformers, and how the name reaches the model."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_refuses_training_and_tracing() -> None:
 
 OWN = {
     "mpt": lambda: hf.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4),
-    # These never ask for a mask, or look the name up in a table of theirs.
+    # These never ask for a mask, or look the name up in their own table.
     "deberta_v2": lambda: hf.DebertaV2Config(
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
     ),
@@ -119,7 +119,7 @@ OWN = {
     "gpt_neo": lambda: hf.GPTNeoConfig(
         vocab_size=99, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]
     ),
-    # Its vision part asks transformers for the attention function, its text part, in a module of its own, does not.
+    # Its vision part gets its attention function from transformers; its text part, in another module, does not.
     "blip_text": lambda: hf.BlipTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
 }
 
@@ -137,7 +137,7 @@ def test_refuses_models_with_attention_of_their_own(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         build("selfattn")
     model = build("eager")
-    model.set_attn_implementation("selfattn")  # at which transformers itself warns, and changes nothing
+    model.set_attn_implementation("selfattn")  # transformers itself warns, and changes nothing
     assert model.config._attn_implementation == "eager"
 
 

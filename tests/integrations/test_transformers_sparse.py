@@ -1,4 +1,4 @@
-"""Models of transformers whose layers choose keys by themselves, or have a sink of its own for each query."""
+"""Models of transformers whose layers choose keys, or have one sink per query."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 4,
         "layer_types": ["hybrid_sliding", "hybrid"] * 2,
     },
-    # Makes a float mask of its indices by itself.
+    # Builds a float mask from its indices.
     "Glm5NextTextModel": {
         **INDEXED, "qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 2, "linear_head_dim": 8, "linear_num_heads": 4,
         "hc_mult": 2, "layer_types": ["linear_attention", "full_attention"],

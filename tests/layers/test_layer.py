@@ -31,7 +31,7 @@ def expected(
     x: Any, params: dict[str, Any], heads: int, kv_heads: int, *, context: Any = None, rope: Any = None,
     positions: Any = None, **options: Any,
 ) -> tuple[Any, reference.Result]:  # fmt: skip
-    """The layer in float64: its output and what attention made of the projections."""
+    """The layer in float64: its output, and the result of attention on the projections."""
     p = {name: None if w is None else w.astype(np.float64) for name, w in params.items()}
     x64 = x.astype(np.float64)
     c64 = x64 if context is None else context.astype(np.float64)
@@ -241,7 +241,7 @@ def test_padded_tokens_of_a_layer_keep_their_positions(isa: str, make: Any, norm
         assert np.array_equal(found, layer(x, kv_lens=lengths, q_lens=lengths, **options))
         for b, length in enumerate(lengths):
             close(found[b, :length], layer(x[b, :length], **options))
-    # Valid queries alone, over all keys: still query i is key i.
+    # q_lens without kv_lens: query i is still key i.
     close(layer(x, q_lens=lengths, causal=True)[1, :4], layer(x[1, :4], causal=True))
     with pytest.raises(ValueError, match=r"SelfAttention: kv_lens holds 7, which is outside 0\.\.6"):
         layer(x, kv_lens=[6, 7], causal=True)

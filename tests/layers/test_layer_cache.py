@@ -12,7 +12,7 @@ import selfattn as sa
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, WIDTH = 4, 2, 8, 6, 24
 TYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
-# Of the largest output: a step takes other kernels than the whole, and 16 bits are rounded at the end.
+# Relative to the largest output: a step uses other kernels than the whole, and 16-bit results are rounded at the end.
 TOLERANCE = {"float32": 3e-6, "float64": 1e-14, "float16": 2e-3, "bfloat16": 2e-2}
 
 

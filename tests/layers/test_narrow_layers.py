@@ -1,4 +1,4 @@
-"""Layers, rope and merging with numbers of 16 bits: all steps in float32, rounded once at the end."""
+"""Layers, rope and merging with 16-bit numbers: all steps in float32, rounded once at the end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def between_steps(dtype: Any) -> float:
 def assert_rounded_once(found: Any, exact: Any, dtype: Any, steps: float = 0.0) -> None:
     assert found.dtype == dtype
     assert found.shape == exact.shape
-    # What three products in a row err by in float32, and then half an ulp.
+    # The error of three successive products in float32, then half an ulp.
     error = (3e-6 + steps) * max(1, float(np.max(abs(exact), initial=0)))
     bound = (abs(exact) + error) * HALF_ULP[dtype.name] + error
     assert np.all(abs(found.astype(np.float64) - exact) <= bound)

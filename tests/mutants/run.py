@@ -31,7 +31,7 @@ LEAST_KILLED = 0.9
 
 
 def git(*arguments: str) -> str:
-    """Return what git prints, or nothing in a copy of the project that is no repository."""
+    """Return what git prints, or nothing if the project is not in a repository."""
     result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     return result.stdout
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from table import HERE, ROOT, Mutant
 
-# Found by every child process before an editable install of the project is.
+# Every child process imports this before it finds an editable install of the project.
 SITECUSTOMIZE = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
 """
-# A plugin: any failure will do, and looking for the smallest one takes minutes.
+# A plugin: any failure is enough, and shrinking it takes minutes.
 NO_SHRINKING = """
 from hypothesis import Phase, settings
 settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
@@ -64,7 +64,7 @@ class Sandbox:
         return {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def check_import(self) -> None:
-        """Make sure that the tests will meet the copy, not an installed selfattn."""
+        """Make sure that the tests import the copy, not an installed selfattn."""
         code = "from selfattn import _core; print(_core.__file__)"
         command = [sys.executable, "-c", code]
         found = subprocess.run(command, capture_output=True, text=True, env=self.environment(), cwd="/", check=True)

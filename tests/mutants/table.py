@@ -1,4 +1,4 @@
-"""The table of mutants: one wrong line each, which the tests must notice. See the .toml files beside this one."""
+"""The table of mutants: one wrong line each, which the tests must notice. See the .toml files in this folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ROOT = HERE.parents[1]
 class Mutant:
     name: str
     file: str  # from the project's root
-    old: str  # stands exactly once in the file
+    old: str  # occurs exactly once in the file
     new: str
-    why: str  # what the original is there for
+    why: str  # the purpose of the original
     first: str  # the test module that should notice; the others follow if it does not
     others: list[str] = field(default_factory=list)  # these instead of those that other mutants have
     equivalent: str = ""  # why no test can notice, where that is so
     matrix: bool = False  # of code for matrix units, which the portable build does not have
 
     def problem(self) -> str:
-        """Why the mutant cannot be made, or nothing."""
+        """Return why the mutant cannot be made, or nothing."""
         count = (ROOT / self.file).read_text(encoding="utf8").count(self.old)
         if self.old == self.new:
             return "changes nothing"

@@ -1,5 +1,5 @@
-// Arrays for the native tests: any strides, in memory of exactly the size that they need, so that a sanitizer notices a
-// read or a write beside it.
+// Arrays for the native tests: any strides, in memory of exactly the size that they need, so that a sanitizer detects
+// reads and writes outside of it.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -13,7 +13,7 @@ namespace selfattn::native {
 
 using Extents = std::vector<std::int64_t>;
 
-// How the elements lie; the default is C order without gaps. Vectors shorter than the number of axes are padded.
+// Layout of the elements; the default is C order without gaps. Vectors shorter than the number of axes are padded.
 struct Layout {
   std::vector<int> order{};       // axes from the innermost outwards
   Extents gaps{};                 // bytes left unused between the elements of an axis
@@ -38,7 +38,7 @@ class Array {
   char* at(std::int64_t position) const;
   double number(std::int64_t position) const;
 
-  // Calls f(address) once for each element that has memory of its own.
+  // Calls f(address) once for each distinct element in memory.
   template <class F>
   void each(F f) const {
     const Extents shape = distinct();
@@ -47,7 +47,7 @@ class Array {
     for (std::int64_t i = 0; i < total; ++i) f(address(shape, i));
   }
 
-  // The memory with everything between the elements, to see that nobody wrote there.
+  // The memory including gaps between the elements, to check that nothing was written there.
   std::vector<char> bytes() const { return {memory_.get(), memory_.get() + size_}; }
 
  private:

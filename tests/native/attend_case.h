@@ -25,12 +25,12 @@ struct Results {
   bool operator==(const Results& other) const;  // every bit of every element
 };
 
-// Room for what the case asks for, attached to its problem.
+// Memory for the outputs that the case requests, attached to its problem.
 Results attach_results(const Case& c, Problem& problem);
 
 enum class Threads { as_planned, forced };
 
-// `forced`: as many threads as asked for, however small the problem.
+// `forced`: uses all requested threads, however small the problem.
 Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how = Threads::as_planned,
                 Interrupted interrupted = nullptr);
 

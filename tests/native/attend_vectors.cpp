@@ -92,7 +92,7 @@ bool run(const VectorCase& c, const KernelSet& kernels) {
       compare_out(fused.out, c.array("out"), c.array("magnitude"), sigma, rounding.values + sigma * rounding.scores);
   const double lse = compare_lse(fused.lse, c.array("lse"), sigma, rounding.scores);
   const double weights = compare_weights(whole.weights, c.array("weights"), sigma, rounding.scores);
-  // Neither threads nor the weights beside it change a result.
+  // Neither threads nor the output of weights change a result.
   const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
   const bool passed = out <= 1 && lse <= 1 && weights <= 1 && same;
   std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f%s\n", passed ? "ok  " : "FAIL",

@@ -14,7 +14,7 @@ std::int64_t integer(const Array& array, std::int64_t sequence) {
   return n;
 }
 
-// Codes of the row whose first element stands at `position`; returns their scale.
+// Codes of the row whose first element is at `position`; returns their scale.
 float quantise(const Array& from, std::int64_t position, std::int64_t width, std::int8_t* codes) {
   double largest = 0;
   for (std::int64_t d = 0; d < width; ++d) largest = std::max(largest, std::fabs(from.number(position + d)));
@@ -104,7 +104,7 @@ void CachedCase::give_pages() {
   Random random(store_.seed);
   for (std::size_t i = held.size(); i > 1; --i)
     std::swap(held[i - 1], held[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(i)))]);
-  places_ = 1;  // page 0 is nobody's
+  places_ = 1;  // page 0 belongs to no sequence
   for (std::int32_t* entry : held) *entry = static_cast<std::int32_t>(places_++);
 }
 

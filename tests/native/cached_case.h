@@ -1,5 +1,5 @@
-// The keys and values of a case as caches hold them: in pages that stand in any order, in rings, or as codes with
-// scales. Behind every run of keys memory ends, and what no key stands in is NaN.
+// The keys and values of a case as caches hold them: in pages in any order, in rings, or as codes with scales. Memory
+// ends after every run of keys, and slots without a key are NaN.
 #pragma once
 #include <optional>
 
@@ -18,7 +18,7 @@ struct Store {
 // Whether a cache could hold them: (batch, heads, length, width) for every entry of the batch, or in layout bshd.
 bool cacheable(const Case& c);
 
-// What the codes of an array's rows stand for, exactly.
+// The exact numbers that the codes of an array's rows represent.
 Array coded(const Array& from);
 
 class CachedCase {

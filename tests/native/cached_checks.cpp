@@ -1,4 +1,4 @@
-// cached_checks ISA: keys and values in pages, in rings and as codes give what they give where they follow each other.
+// cached_checks ISA: keys and values in pages, in rings and as codes give the same results as in contiguous arrays.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -34,7 +34,7 @@ Array integers(const Extents& values) {
   return array;
 }
 
-// Sequences of one block of keys, of several, of so many that they are parted, and one without any.
+// Sequences of one block of keys, of several, of enough keys that they are split, and one without keys.
 Case make(const Form& form) {
   constexpr std::int64_t longest = 2200;
   Case c;

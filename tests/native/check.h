@@ -1,4 +1,4 @@
-// What the native tests report with. Plain functions, compiled for any CPU: code that is compiled for one instruction
+// Reporting for the native tests. Plain functions, compiled for any CPU: code that is compiled for one instruction
 // set must not share inline functions with code for another.
 #pragma once
 
@@ -6,7 +6,7 @@ namespace selfattn::test {
 
 constexpr int skipped = 77;  // exit status of a test that this machine cannot run
 
-// Names what the following checks look at, also for a crash.
+// Names the subject of the following checks, also in case of a crash.
 void begin_section(const char* name);
 
 void expect(bool passed, const char* what, const char* file, int line);
@@ -14,7 +14,7 @@ void expect(bool passed, const char* what, const char* file, int line);
 // Zeros of either sign are the same, and so are all NaNs.
 void expect_same(double got, double expected, const char* what);
 
-// Prints the value as well: how close to its limit it is tells more than that it passed.
+// Also prints the value, to show how close it is to its limit.
 void expect_at_most(double value, double limit, const char* what);
 
 // A memory fault ends the program with the name of the section.

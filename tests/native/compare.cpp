@@ -63,7 +63,7 @@ double compare_lse(const Array& lse, const Array& exact, double sigma, double sc
 
 double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding) {
   return largest_share(weights, exact, [&](std::int64_t, double y) {
-    // Numerator and denominator err; a small weight errs with the size of its logit, biases included.
+    // Numerator and denominator have errors; that of a small weight grows with its logit, biases included.
     const double logit = y > 0 ? std::abs(std::log(y)) : 0;
     const double bound = relative_bound(weights, sigma) + sigma * score_rounding;
     return (2 * bound + 4 * logit * (unit_of(weights) + score_rounding)) * y + 1e-37;

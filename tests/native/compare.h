@@ -1,4 +1,4 @@
-// Holds results to the bounds of docs/numerics.md; the same as tests/conftest.py does in Python.
+// Checks results against the bounds of docs/numerics.md, as tests/conftest.py does in Python.
 #pragma once
 #include <limits>
 
@@ -6,10 +6,10 @@
 
 namespace selfattn::test {
 
-// The largest share of its bound that an error takes; more than 1, or `wrong`, fails.
+// The largest error as a share of its bound; more than 1, or `wrong`, fails.
 constexpr double wrong = std::numeric_limits<double>::infinity();
 
-// What the unit that multiplies adds to the bounds: `rounding` to those of out, and per unit of sigma to the others.
+// What the unit that multiplies adds to the bounds: `rounding` to that of out, and per unit of sigma to the others.
 double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double rounding);
 double compare_lse(const Array& lse, const Array& exact, double sigma, double score_rounding);
 double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding);

@@ -32,7 +32,7 @@ struct Row {
 
 struct Exact {
   std::vector<Wide> out, magnitude, weights;
-  Wide lse, sigma;  // sigma: what the rounding of a score is in proportion to
+  Wide lse, sigma;  // sigma: rounding errors of a score are proportional to it
 };
 
 class Definition {
@@ -164,7 +164,7 @@ class Definition {
     return !c_.bias || element(c_.bias, scores(row, j)) != -infinity;
   }
 
-  // What (heads, count, ...) or (count, ...) holds for the distance of query and key: beyond either end that end.
+  // The element of (heads, count, ...) or (count, ...) for the distance of query and key, clamped to both ends.
   Wide by_distance(const Array& array, std::int64_t origin, const Row& row, std::int64_t j, std::int64_t d = -1) const {
     Extents index;
     if (d >= 0) index.push_back(d);
@@ -175,7 +175,7 @@ class Definition {
     return element(array, index);
   }
 
-  // The score, and the sum of the sizes of its terms.
+  // The score, and the sum of the magnitudes of its terms.
   std::pair<Wide, Wide> score_of(const Row& row, std::int64_t j) const {
     const AttentionArguments& o = c_.options;
     const Wide scale = o.has_scale ? static_cast<Wide>(o.scale) : 1 / std::sqrt(static_cast<Wide>(head_dim_));
@@ -223,12 +223,12 @@ std::string judge_row(const Definition& definition, const Row& row, const Result
   const Exact exact = definition.compute(row);
   const DType dtype = results.out.dtype();
   const Wide unit = dtype == DType::f64 ? 0x1p-53L : 0x1p-24L;
-  // Numbers of 16 bits are rounded once more; below their normal ones that is an absolute error.
+  // 16-bit numbers are rounded once more; below the normal numbers that is an absolute error.
   const Wide last = dtype == DType::f16    ? 0x1p-11L
                     : dtype == DType::bf16 ? 0x1p-8L
                                            : 0,
              least = last > 0 ? 0x1p-25L : 0;
-  // The worst case, not the usual one: a fuzzer's arrays hold equal numbers, whose roundings all go the same way.
+  // The worst case, not the usual one: a fuzzer's arrays hold equal numbers, whose rounding errors have one sign.
   const auto dot = static_cast<Wide>(definition.head_dim()), keys = static_cast<Wide>(definition.kv_len());
   const Wide sums = 16 + 2 * std::min<Wide>(keys, 128) + keys / 64;
   const Wide tolerance = (sums + (4 + dot) * exact.sigma) * unit, tiny = 1e-37L;

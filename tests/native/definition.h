@@ -1,4 +1,4 @@
-// Attention by its definition, one row at a time in wide precision: what fuzzed results are held to.
+// Attention by its definition, one row at a time in wide precision, to check fuzzed results.
 #pragma once
 #include <string>
 
@@ -6,8 +6,8 @@
 
 namespace selfattn::native {
 
-// Compares rows of the results, as many as `effort` multiplications allow, with the definition, and all of them with
-// what holds for any input of finite, moderate numbers. Returns what is wrong, or an empty text.
+// Compares rows of the results with the definition, as many as `effort` multiplications allow. Checks all rows for what
+// holds for any input of finite, moderate numbers. Returns what is wrong, or an empty text.
 std::string judge(const Case& c, const Results& results, double effort);
 
 }  // namespace selfattn::native

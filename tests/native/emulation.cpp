@@ -1,4 +1,4 @@
-// emulation: the tiles of the processor give the bits that tests of emulated tiles have held to their bounds.
+// emulation: the processor's tiles give results bit-identical to emulated tiles, whose bounds other tests check.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -54,7 +54,7 @@ Case draw(Random& random, DType dtype, Precision precision) {
   return c;
 }
 
-// Every bit, but for those of NaN, which the processor does not promise.
+// Bit-identical except for NaN, whose bits the processor does not specify.
 bool agree(const Array& a, const Array& b) {
   if (a.count() != b.count()) return false;
   for (std::int64_t i = 0; i < a.count(); ++i) {

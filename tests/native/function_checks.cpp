@@ -39,7 +39,7 @@ void check_exp2() {
       SELFATTN_CHECK(got == 0 || got == scale(T(1), power));
   }
   double worst = 0, worst_below = 0;
-  // Beyond the last normal power by 30: to where results are subnormal, and to where they are 0.
+  // 30 beyond the last normal power: results become subnormal, then 0.
   const double range = Limits<T>::lowest_power - 30.0;
   sample<T>([&](int i) { return range * i / samples; }, [](Vec<T> t) { return exp2(t); },
             [&](T t, T got) {

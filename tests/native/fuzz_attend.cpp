@@ -1,5 +1,5 @@
-// libFuzzer's target: any bytes are an attention call, which must be refused with a message or give the right answer,
-// the same on one thread as on several, without touching memory that is not its own.
+// libFuzzer's target: any bytes are an attention call. It must be refused with a message or give the correct result,
+// the same on one thread as on several, without accessing memory out of bounds.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -40,7 +40,7 @@ void plan_only(const Described& d) {
     fail("a plan depends on the number of threads");
 }
 
-// Units that round operands or weights have bounds of their own.
+// Units that round operands or weights have other bounds.
 bool exact(const Plan& plan) {
   return std::strcmp(plan.attend->unit, "fma") == 0 || std::strcmp(plan.attend->unit, "bfloat16 dots") == 0;
 }
@@ -48,15 +48,15 @@ bool exact(const Plan& plan) {
 // Each run of keys takes a page of memory.
 bool few_enough(const Case& c) { return c.k.count() + c.v.count() <= 20000; }
 
-// Nothing between the elements of `out` is written: what belongs to no element still has its first value.
+// Gaps between the elements of `out` are not written: they still have their initial value.
 void check_gaps(const Array& out) {
   out.each([&](char* p) { std::memset(p, 0xff, static_cast<std::size_t>(size_of(out.dtype()))); });
   for (const char byte : out.bytes())
     if (byte != '\xff') fail("bytes between the elements of out were written");
 }
 
-// In pages or a ring it has the same bits; codes have those of codes in one array, and are right for what they stand
-// for.
+// In pages or a ring the result is bit-identical. With codes it is bit-identical to codes in one array, and correct
+// for the numbers that they represent.
 void check_cached(Described& d, const Results& plain) {
   const CachedCase cached(d.input, d.store);
   const Results stored = compute(d.input, cached.arguments(), *d.kernels, d.threads, Threads::forced);

@@ -8,7 +8,7 @@
 namespace selfattn::native {
 namespace {
 
-// Zeros where the bytes have ended: a short input is a plain call.
+// Zeros after the end of the bytes: a short input is a plain call.
 class Bytes {
  public:
   Bytes(const std::uint8_t* data, std::size_t size) : data_(data), left_(size) {}
@@ -120,7 +120,7 @@ void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options
   if (present[kv_starts]) shapes[kv_starts] = broadcasting(bytes, per_batch);
 }
 
-// Makes a shape wrong in one place, or at least other than it was.
+// Makes a shape wrong in one place, or at least different.
 void spoil(Bytes& bytes, Extents& shape) {
   if (shape.empty() || bytes.next() % 4 == 3) {
     bytes.flag() && !shape.empty() ? shape.erase(shape.begin()) : shape.insert(shape.begin(), bytes.below(4));
@@ -155,7 +155,7 @@ Layout read_layout(Bytes& bytes, std::size_t ndim, DType dtype, bool may_repeat)
 struct Values {
   Random random;
   double size;  // of the numbers
-  int odd;      // one in so many is NaN, infinite or enormous; 0: none
+  int odd;      // one in this many is NaN, infinite or enormous; 0: none
   int share;    // of a mask's entries that are True, of 256
 };
 
@@ -247,7 +247,7 @@ void read_store(int bits, Store& store) {
   store.seed = static_cast<std::uint64_t>(bits);
 }
 
-// A type of 16 bits where the lowest bit says so, which of the two the next one.
+// A 16-bit type if the lowest bit is set; the next bit chooses which of the two.
 DType read_type(int narrow, int wide) {
   if (narrow & 1) return narrow & 2 ? DType::bf16 : DType::f16;
   return wide != 0 ? DType::f64 : DType::f32;
@@ -262,7 +262,7 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   d.kernels = sets[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(sets.size())))];
   d.threads = 2 + static_cast<int>(bytes.below(3));
   const int mode = bytes.next();
-  // Two zeros leave the types of 32 and 64 bits, which `mode` chooses between.
+  // Two zeros leave the 32-bit and 64-bit types, between which `mode` chooses.
   const int narrow_operands = bytes.next(), narrow_bias = bytes.next();
   d.input.options.recent_mask = narrow_operands & 32;
   read_store(narrow_bias >> 2, d.store);
@@ -308,10 +308,10 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   // The result's rank, in whatever order its axes have.
   const std::size_t ndim = std::max({shapes[q].size(), shapes[k].size(), shapes[v].size()});
   d.input.out = read_layout(bytes, ndim, dtype, /*may_repeat=*/false);
-  // Last, so that what older inputs mean does not change.
+  // Last, so that older inputs keep their meaning.
   if (d.computable && !spoiled)
     read_distances(bytes, narrow_bias & 64, narrow_bias & 128, kv_dtype, sizes, values, d.input);
-  // Lengths of keys alone may leave open where the queries are.
+  // Lengths of keys alone may leave the queries' positions ambiguous.
   if (d.input.kv_lens && !d.input.q_lens && !d.input.q_offset) d.valid = false;
   return d;
 }

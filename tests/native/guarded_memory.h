@@ -1,4 +1,4 @@
-// Memory between two pages that nobody may touch: whoever reads or writes beyond its ends is caught in the act.
+// Memory between two inaccessible pages: a read or write beyond its ends is a fault.
 #pragma once
 #include <cstddef>
 
@@ -6,7 +6,7 @@ namespace selfattn::test {
 
 class GuardedMemory {
  public:
-  explicit GuardedMemory(std::size_t bytes, std::size_t pieces = 1);  // so many bytes each
+  explicit GuardedMemory(std::size_t bytes, std::size_t pieces = 1);  // `bytes` each
   ~GuardedMemory();
   GuardedMemory(GuardedMemory&& other) noexcept;
   GuardedMemory(const GuardedMemory&) = delete;

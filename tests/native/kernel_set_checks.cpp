@@ -22,7 +22,7 @@ std::vector<T> numbers(std::size_t count) {
   return values;
 }
 
-// Every sum is one chain of FMAs, to the bit; what lies between the rows of the output stays as it was.
+// Every sum is bit-identical to one chain of FMAs; memory between the rows of the output is unchanged.
 template <class T>
 void check_project(const TypeKernels& kernels, bool fuses, int rows, int columns, bool with_bias) {
   constexpr int depth = 13, gap = 3;
@@ -76,7 +76,7 @@ void check_type(const TypeKernels& kernels, bool fuses) {
   SELFATTN_CHECK(kernels.fma_loop(10) >= 2 * 10);
 }
 
-// Whole rows of any length, between memory that must stay as it is.
+// Whole rows of any length, between memory that must not change.
 void check_conversion(const Conversion& conversion, std::uint16_t one) {
   constexpr std::size_t most = 70;
   for (std::size_t count = 0; count < most; ++count) {

@@ -1,4 +1,4 @@
-// What the checks of one instruction set share: numbers to try, and vectors seen as arrays.
+// Shared by the checks of one instruction set: numbers to try, and vectors viewed as arrays.
 #pragma once
 #include <cstdint>
 

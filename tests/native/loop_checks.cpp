@@ -16,7 +16,7 @@ void fill(T* p, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) p[i] = numbers.next<T>();
 }
 
-// Each sum must be one chain of FMAs in the order of k, to the bit; the operands end where the guard begins.
+// Each sum must be bit-identical to one chain of FMAs in the order of k; the operands end where the guard begins.
 template <class T, int Rows, int Cols, bool transposed>
 void check_multiply(int rows, int depth) {
   constexpr int columns = Cols * Vec<T>::width;
@@ -56,7 +56,7 @@ void check_multiply_shapes() {
     }
 }
 
-// There and back again, with rows that end at the guard.
+// Packed and unpacked again, with rows that end at the guard.
 template <class T>
 void check_packing(int rows, int count) {
   constexpr int W = Vec<T>::width;

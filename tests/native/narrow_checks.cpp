@@ -30,7 +30,7 @@ struct Format<BFloat> {
 template <class E>
 constexpr int infinite_bits = positive_count - (1 << Format<E>::fraction_bits);
 
-// The number that a pattern without sign stands for; for infinity, what would follow the largest number.
+// The number that a pattern without sign represents; for infinity, the number that would follow the largest.
 template <class E>
 double size_of_pattern(int bits) {
   constexpr int one = 1 << Format<E>::fraction_bits;
@@ -74,7 +74,7 @@ void expect_narrowed(float x, int size, const char* what) {
   expect_same(Format<E>::of(-x).bits, positive_count + size, what);
 }
 
-// What rounds to a pattern lies between the middles to its neighbours: all of these and the floats beside them.
+// Numbers that round to a pattern lie between the midpoints to its neighbours: tries these and the adjacent floats.
 template <class E>
 void check_rounding() {
   for (int bits = 0; bits < infinite_bits<E>; ++bits) {
@@ -153,7 +153,7 @@ void check_all() {
   check_partial_stores<E>();
 }
 
-// All of them in every lane, in memory that ends behind the last one.
+// All of them in every lane, in memory that ends after the last one.
 void check_codes() {
   test::begin_section(SELFATTN_TEXT(SELFATTN_ISA) " Int8");
   const test::GuardedArea area = test::guarded_area();

@@ -1,4 +1,4 @@
-// Gives the files of a corpus to the fuzzer's target, where there is no fuzzer: other compilers, other machines.
+// Runs the fuzzer's target on the files of a corpus, for compilers and machines without the fuzzer.
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>

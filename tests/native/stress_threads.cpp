@@ -1,5 +1,5 @@
-// Threads against each other, to be built with ThreadSanitizer, which must report nothing; and every result must have
-// the bits that one thread gives. Takes the seconds to spend on callers at once.
+// Concurrent threads, to be built with ThreadSanitizer, which must report nothing. Every result must be bit-identical
+// to that of one thread. The argument is the seconds to spend on concurrent callers.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -172,7 +172,7 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
     }
 }
 
-// Several problems of one type at once; each has the bits that it has alone.
+// Several problems of one type at once; each result is bit-identical to that of the problem alone.
 void compute_together(const std::vector<Entry>& all, int threads) {
   std::vector<Problem> problems;
   std::vector<Plan> plans;
@@ -192,7 +192,7 @@ void compute_together(const std::vector<Entry>& all, int threads) {
     expect(results[i] == together[i]->expected, together[i]->name + " among others");
 }
 
-// Far too long to end; every head is the same memory.
+// Far too long to finish; every head is the same memory.
 Case endless() {
   const Layout repeated{.repeated = {false, true}};
   Case c;
@@ -256,7 +256,7 @@ void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one,
               static_cast<long long>(interrupts));
 }
 
-// The first call of a process chooses kernels, back end and number of threads: here by several threads at once.
+// The first call of a process chooses kernels, back end and number of threads; here several threads do so at once.
 void start_together() {
   const Case c = decode();
   std::atomic<int> ready{0};

@@ -29,7 +29,7 @@ constexpr T specials[] = {T(0),
 template <class T>
 constexpr int special_count = sizeof(specials<T>) / sizeof(T);
 
-// Calls f(a, b, c) with every pair of special numbers in every lane; neighbouring lanes hold different ones.
+// Calls f(a, b, c) with every pair of special numbers in every lane; adjacent lanes hold different numbers.
 template <class T, class F>
 void for_special_lanes(F f) {
   for (int i = 0; i < special_count<T>; ++i)
@@ -165,7 +165,7 @@ void check_powers() {
     for (int power = Limits<T>::lowest_power - 200; power + Vec<T>::width <= -Limits<T>::lowest_power; ++power) {
       const Lanes<T> got(scale_by_power(broadcast(x), broadcast(static_cast<T>(power)) + iota(T())));
       for (int l = 0; l < Vec<T>::width; ++l)
-        // Below the lowest normal power a result may be cut to 0, but to nothing else.
+        // Below the lowest normal power a result may be flushed to 0, but to nothing else.
         if (power + l >= Limits<T>::lowest_power || got.lane[l] != 0)
           expect_same(got.lane[l], scale(x, power + l), "scale_by_power");
     }

@@ -1,4 +1,4 @@
-// Test cases of attention from a file: lines of text, and behind each line that announces an array its bytes.
+// Test cases of attention from a file: lines of text, and after each line that announces an array its bytes.
 //
 //   selfattn vectors 1
 //   case <name>
@@ -41,10 +41,10 @@ struct VectorCase {
 
   double number(const std::string& key, double otherwise) const;
   const Array& array(const std::string& key) const;  // throws where it is missing
-  TensorView view(const std::string& key) const;     // of an absent one: absent
+  TensorView view(const std::string& key) const;     // absent for an absent array
 };
 
-// All cases. Throws std::runtime_error where the file is not as it should be.
+// All cases. Throws std::runtime_error if the file is malformed.
 std::vector<VectorCase> read_vectors(const std::string& path);
 
 }  // namespace selfattn::test

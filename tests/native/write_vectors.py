@@ -62,7 +62,7 @@ class Maker:
     def qkv(
         self, q_len: int, kv_len: int, *, batch: tuple[int, ...] = (2,), heads: int = 2, kv_heads: int = 2, d: int = 16
     ) -> tuple[Array, Array, Array]:
-        """Heads of d, values of d + 3: so that neither divides the other's vectors."""
+        """Heads of d, values of d + 3, so that vectors fit neither of them exactly."""
         return (
             self.normal(*batch, heads, q_len, d),
             self.normal(*batch, kv_heads, kv_len, d).astype(self.keys, copy=False),
@@ -210,7 +210,7 @@ def write_number(file: BinaryIO, name: str, value: float) -> None:
 def write_array(file: BinaryIO, name: str, values: Any) -> None:
     array = np.ascontiguousarray(values)
     kind, shape = TYPES[array.dtype.name], " ".join(map(str, (np.ndim(values), *np.shape(values))))
-    if array.dtype in NARROW:  # bfloat16 is of another package, which does not turn bytes round
+    if array.dtype in NARROW:  # bfloat16 comes from another package, which does not swap bytes
         array = array.view(np.uint16)
     array = array.astype(array.dtype.newbyteorder("<"))
     file.write(f"array {name} {kind} {shape}\n".encode() + array.tobytes() + b"\n")
@@ -248,10 +248,10 @@ def write_options(file: BinaryIO, options: dict[str, Any], reference: ModuleType
 
 
 def write_case(file: BinaryIO, case: Case, reference: ModuleType) -> None:
-    # What is rounded to float64 here errs by one unit, of the 16 that float64 results are allowed at least.
+    # Rounding to float64 adds an error of one unit, of the at least 16 that float64 results are allowed.
     precise = np.longdouble if case.q.dtype == np.float64 else np.float64
     exact = reference.attention(case.q, case.k, case.v, dtype=precise, **case.options)
-    # Where NaN is visible, the other rows keep their bound.
+    # If some rows see NaN, the other rows keep their bound.
     finite = np.nan_to_num(case.k.astype(precise))
     sigma = reference.attention(case.q, finite, case.v, dtype=precise, **case.options).sigma
     trivial = case.k.shape[-2] == 0 or np.count_nonzero(exact.magnitude) * 4 < exact.magnitude.size

@@ -34,7 +34,7 @@ def test_each_allocation_in_turn(failing_malloc: str, run_python: Any, backend: 
     met = {name: (int(reached), int(raised)) for name, reached, raised in map(str.split, lines)}
     assert len(met) == 17
     assert all(raised > 0 for _, raised in met.values())
-    # A thread that cannot be had is done without; nothing else is.
+    # A call continues without a thread that cannot be started; any other failure raises.
     graceful = 0 if backend == "serial" else 6
     assert all(reached - raised <= graceful for name, (reached, raised) in met.items() if name != "explain")
 
@@ -42,5 +42,5 @@ def test_each_allocation_in_turn(failing_malloc: str, run_python: Any, backend: 
 @pytest.mark.parametrize("backend", ["openmp", "threads", "serial"])
 def test_failures_leave_nothing_behind(failing_malloc: str, run_python: Any, backend: str) -> None:
     printed = run_python(START + "allocation_run.leaking(True)", LD_PRELOAD=failing_malloc, SELFATTN_PARALLEL=backend)
-    # A lost array would cost kilobytes each round, a lost object some fifty bytes for each failure.
+    # A leaked array would cost kilobytes each round, a leaked object some fifty bytes per failure.
     assert int(printed.split()[-1]) < 512

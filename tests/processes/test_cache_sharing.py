@@ -1,4 +1,4 @@
-"""One buffer, several processes: opened by others, left by the dead, described by something else."""
+"""One buffer, several processes: opened by others, left by killed ones, opened with another description."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ import selfattn as sa
 
 START = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import cache_child, cache_damage; "
 KILLS = int(os.environ.get("SELFATTN_CACHE_KILLS", "15"))  # of each kind
-# JAX, where other tests have imported it, warns of every fork.
+# JAX warns of every fork if another test has imported it.
 forking = pytest.mark.filterwarnings("ignore:os.fork")
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 
 
 def check_tokens(cache: sa.KVCache, first: int = 0) -> None:
-    """Every token from `first` up to the lengths is what its number says."""
+    """Check that every token from `first` up to the lengths has the contents that its number determines."""
     slots = np.arange(first, length(cache)) % cache.capacity
     for stored, scales, expected in zip(
         (cache.k, cache.v), (cache.k_scales, cache.v_scales), tokens(first, len(slots)), strict=True
@@ -127,7 +127,7 @@ def test_fork_gives_each_process_its_own_pages(normal: Any) -> None:
 
 
 def check_what_truncate_leaves(kind: str, memory: Any) -> None:
-    """Wherever a cache lets itself be cut, what the next token sees is there."""
+    """At every length to which a cache can be truncated, it holds what the next token sees."""
     total, accepted = length(open_cache(kind, memory.copy())), 0
     for shorter in range(total, max(total - 800, -1), -7):
         cache = open_cache(kind, memory.copy())
@@ -163,7 +163,7 @@ def test_killed_while_appending(kind: str, tmp_path: Path) -> None:
         if cache.window is not None or length(cache) < cache.capacity:
             append(cache, 1)
         check_tokens(cache, oldest(cache))
-    assert len(met) > KILLS // 2  # else it died somewhere else than in the loop
+    assert len(met) > KILLS // 2  # else it was killed outside of the loop
 
 
 SHAPE = (BATCH, HEADS, DIM, KINDS["plain"]["capacity"])

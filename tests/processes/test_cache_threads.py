@@ -1,4 +1,4 @@
-"""Many threads on one cache: no torn answer, no deadlock, and a call that fails lets the others go on."""
+"""Many threads on one cache: no torn result, no deadlock, and a failing call does not block the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_all(workers: list[Callable[[], None]], seconds: float = 60) -> None:
 
 
 class Subject:
-    """A cache whose rows hold the first tokens of one of two texts, so that its length and the text say everything."""
+    """A cache whose rows hold the first tokens of one of two texts: its length and the text determine everything."""
 
     def __init__(self, kind: str, rng: Any, dtype: str) -> None:
         self.batch = 2 if kind == "contiguous" else 1
@@ -72,7 +72,7 @@ class Subject:
 
 @pytest.fixture
 def switching() -> Iterator[None]:
-    """Let Python change threads often."""
+    """Make Python switch threads often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -216,7 +216,7 @@ def test_a_call_that_fails_lets_go(kind: str, rng: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", KINDS)
 def test_fork_while_others_are_inside(kind: str, run_python: Any) -> None:
-    # A lock that another thread held must not be locked for ever in the child, where that thread does not exist.
+    # In the child the thread that held the lock does not exist, so the lock must not stay locked for ever.
     made = "sa.KVCache(1, 2, 16, 4000)" if kind == "contiguous" else "sa.PagedKVCache(300, 16, 2, 16)"
     asked = "{}" if kind == "contiguous" else "{'sequences': [cache.allocate()]}"
     run_python(

@@ -128,7 +128,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_symbolic_links(tmp_path: Path) -> None:
-    # As distributions mount version 1: one folder for both controllers, and links to it.
+    # Version 1 as distributions mount it: one folder for both controllers, and links to it.
     mount = "sys/fs/cgroup/cpu,cpuacct"
     root = tree(tmp_path, {SELF: "4:cpu,cpuacct:/a\n", **v1("/a", "150000\n", mount=mount)})
     (tmp_path / V1).symlink_to("cpu,cpuacct")
@@ -142,8 +142,8 @@ def test_symbolic_links(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(run_python: Any) -> None:
-    # In a child, which gives up root's right to read everything; and where everybody may enter,
-    # which TMPDIR need not allow.
+    # In a child, which drops root's right to read everything; and in a folder that all users may enter,
+    # which TMPDIR may not be.
     code = """
         import os, pathlib, tempfile
         from selfattn import _core
@@ -182,7 +182,7 @@ print(sa.get_num_threads(), runtime["threads"], runtime["affinity"], runtime["cg
 
 
 def test_a_quota_that_the_system_shows_sets_the_default(tmp_path: Path) -> None:
-    """In a mount namespace of its own, where the control groups' folder is a sample."""
+    """In a separate mount namespace, where a sample replaces the control groups' folder."""
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("needs unshare")
@@ -245,7 +245,7 @@ def test_one_allowed_cpu_means_one_thread(tmp_path: Path, pin: str, openmp: str 
     assert facts == "1;1;1;CPU affinity"
     tasks, digest = work.split()
     assert tasks == "1"
-    assert lines(program)[1].split()[1] == digest  # the bits are those of an unpinned run
+    assert lines(program)[1].split()[1] == digest  # bit-identical to an unpinned run
 
 
 @pytest.mark.skipif(_core.parallel_backend() != "openmp", reason="this build does not use OpenMP")

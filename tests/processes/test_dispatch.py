@@ -1,4 +1,4 @@
-"""Which instruction set is in use, and what the package says of itself."""
+"""The instruction set in use, and the package's reports about itself."""
 
 from __future__ import annotations
 

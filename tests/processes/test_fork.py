@@ -1,4 +1,4 @@
-"""After fork: no hang, the same bits, still several threads."""
+"""After fork: no hang, bit-identical results, still several threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A preforking server: workers forked from a master that has computed before, under requests from several clients."""
+"""A preforking server: workers forked from a master that has already computed, with requests from several clients."""
 
 from __future__ import annotations
 

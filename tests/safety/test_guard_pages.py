@@ -1,4 +1,4 @@
-"""No byte outside an operand is touched: each lies beside a page that nobody may read or write."""
+"""No byte outside an operand is accessed: each operand lies next to an inaccessible page."""
 
 from __future__ import annotations
 

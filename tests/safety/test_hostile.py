@@ -1,4 +1,4 @@
-"""Whatever the arguments are: only the documented exceptions, and nothing changes that the caller did not ask for."""
+"""With any arguments: only the documented exceptions, and nothing changes except what the caller asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long life of caches: many calls, right answers to the end, and no memory left behind."""
+"""Long use of caches: many calls, correct results to the end, and no memory leaks."""
 
 from __future__ import annotations
 

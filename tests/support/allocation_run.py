@@ -1,4 +1,4 @@
-"""The child process of `test_allocation`: calls in which one allocation after the other fails."""
+"""The child process of `test_allocation`: calls in which each allocation fails in turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _shim.failing_malloc_arm.argtypes = [ctypes.c_long, ctypes.c_int]
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """What is to fail. Each is wide enough for two threads and finds no scratch of its size left from another."""
+    """The calls to fail. Each has enough work for two threads, and no scratch of its size is left from another."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Any:
@@ -70,7 +70,7 @@ def overlapping(x: Any) -> Any:
 
 
 def merged(x: Any) -> Any:
-    # Not merge_states, which asks how many threads there are by default: that does without files it cannot read.
+    # Not merge_states: it reads the default number of threads, and ignores files that it cannot read.
     out, lse = np.empty_like(x), np.empty_like(x[..., 0])
     _core.merge_states([x, x], [x[..., 0], x[..., 1]], out, lse, 3)
     return out, lse
@@ -82,7 +82,7 @@ def digest(result: Any) -> bytes:
 
 
 def attempt(call: Callable[[], Any], expected: bytes, n: int, everyone: bool) -> tuple[bool, bool]:
-    """Let the n-th allocation fail; return whether there was one, and whether the call failed of it."""
+    """Let the n-th allocation fail; return whether it was reached, and whether the call failed because of it."""
     result, failed = None, False
     _shim.failing_malloc_arm(n, everyone)
     try:
@@ -136,7 +136,7 @@ def in_child(action: Callable[[], bytes]) -> bytes:
 
 
 def leaking(everyone: bool) -> None:
-    """Print how many bytes more are in use after a second round of failures than after the first."""
+    """Print how many more bytes are in use after a second round of failures than after the first."""
     rounds = []
     for _ in range(3):
         for call in calls().values():

@@ -1,4 +1,4 @@
-"""The child processes of `test_cache_sharing`: whoever knows a token's number knows what it must hold."""
+"""The child processes of `test_cache_sharing`: a token's number determines its contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import selfattn as sa
 
 BATCH, HEADS, DIM = 2, 2, 8
-# Of a ring, slots are written over all the time.
+# A ring overwrites slots all the time.
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"capacity": 4096},
     "int8": {"capacity": 4096, "dtype": "int8"},
@@ -28,7 +28,7 @@ def open_cache(kind: str, buffer: Any) -> sa.KVCache:
 
 
 def tokens(first: int, count: int) -> tuple[Any, Any]:
-    """Return k and v of the tokens from `first` on, (batch, heads, count, dim): all numbers that float32 holds."""
+    """Return k and v of the tokens from `first` on, (batch, heads, count, dim): all exact in float32."""
     numbers = np.arange(first, first + count)[:, np.newaxis] % (1 << 16)
     k = np.stack([(numbers * 16 + head + np.arange(DIM) / 16).astype(np.float32) for head in range(HEADS)])
     return np.broadcast_to(k, (BATCH, *k.shape)), np.broadcast_to(-k, (BATCH, *k.shape))
@@ -41,12 +41,12 @@ def length(cache: sa.KVCache) -> int:
 
 
 def append(cache: sa.KVCache, count: int) -> None:
-    """Go on where the cache ends."""
+    """Continue at the cache's end."""
     cache.append(*tokens(length(cache), count))
 
 
 def append_without_end(path: str, kind: str, seed: int) -> None:
-    """Append to a cache in a file, start again when it is full, until somebody ends the process."""
+    """Append to a cache in a file, and start again when it is full, until the process is killed."""
     rng = np.random.default_rng(seed)
     cache = open_cache(kind, np.memmap(path, np.uint8, "r+"))
     print("ready", flush=True)

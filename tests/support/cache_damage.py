@@ -1,4 +1,4 @@
-"""Buffers with damaged bytes: opened and used in a process of its own, which must survive."""
+"""Buffers with damaged bytes: opened and used in a separate process, which must survive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DOCUMENTED = (TypeError, ValueError, MemoryError, BufferError)
 
 
 def use(cache: sa.KVCache) -> None:
-    """Call what there is; answers may be anything."""
+    """Call every method; results may be anything."""
     q = np.ones((cache.batch, cache.num_kv_heads, 1, cache.head_dim), np.float32)
     near: dict[str, Any] = {} if cache.window is None else {"window": (cache.window, 0)}
     attempts: list[Callable[[], Any]] = [

@@ -1,4 +1,4 @@
-"""What caches must hold and answer: plain arrays for each sequence, nothing shared, nothing in place."""
+"""A model of caches: plain arrays for each sequence, nothing shared, nothing in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def storage_dtype(name: str) -> np.dtype[Any]:
 
 
 def quantised(x: Any) -> tuple[Any, Any]:
-    """Return codes of 8 bits and the scale of each row: its largest magnitude becomes 127."""
+    """Return 8-bit codes and the scale of each row: its largest magnitude becomes 127."""
     x = np.asarray(x, np.float32)
     scales = abs(x).max(axis=-1, initial=0) / np.float32(127)
     divisors = np.where(scales == 0, np.float32(1), scales)[..., np.newaxis]
@@ -85,7 +85,7 @@ class Sequence:
 
 
 class PagedModel:
-    """Sequences by id, and which pages each of them holds; a page is an object, one that was released is None."""
+    """Sequences by id, and the pages of each. A page is an object; a released page is None."""
 
     def __init__(self, num_pages: int, page_size: int, window: int | None = None) -> None:
         self.num_pages, self.page_size, self.window = num_pages, page_size, window
@@ -110,7 +110,7 @@ class PagedModel:
         """Return all tables without the pages of `names` that no further token sees."""
         tables = {name: list(table) for name, table in self.tables.items()}
         for name in names if self.window is not None else []:
-            # What the first of the new tokens sees stays.
+            # Keep what the first of the new tokens sees.
             unseen = max(self.sequences[name].length - self.window, 0) // self.page_size
             tables[name][:unseen] = [None] * unseen
         return tables
@@ -118,7 +118,7 @@ class PagedModel:
     def tables_after(
         self, names: Iterable[int], count: int, before: dict[int, list[object | None]]
     ) -> dict[int, list[object | None]]:
-        """Return the tables `before` as appending `count` tokens to each of `names` leaves them."""
+        """Return the tables `before` after `count` tokens have been appended to each of `names`."""
         tables = {name: list(table) for name, table in before.items()}
         for name in names:
             table, length = tables[name], self.sequences[name].length
@@ -132,7 +132,7 @@ class PagedModel:
         return len({page for table in tables.values() for page in table if page is not None})
 
     def fits(self, names: Iterable[int], count: int) -> bool:
-        """Whether there are pages enough, those included that can be released before others are taken."""
+        """Whether there are enough pages, including those that can be released before others are taken."""
         names = list(names)
         return self.used(self.tables_after(names, count, self.tables)) <= self.num_pages or (
             self.used(self.tables_after(names, count, self.released(names))) <= self.num_pages
@@ -188,7 +188,7 @@ def check_attention(
     turned: bool = False,
     **options: Any,
 ) -> None:
-    """Hold row b of `out` and `lse` to what sequence b of the model answers.
+    """Compare row b of `out` and `lse` with the model's result for sequence b.
 
     `turned`: q has been rotated in its own type.
     """
@@ -209,7 +209,7 @@ def check_attention(
 
 
 def read_through_attention(cache: Any, q_len: int, **options: Any) -> tuple[Any, Any]:
-    """Return the last q_len tokens' keys and values, (B, Hkv, q_len, ·): what queries answer that see one key each.
+    """Return the last q_len tokens' keys and values, (B, Hkv, q_len, ·), from queries that see one key each.
 
     The unit vector d as a query has the score k_d, and the only weight is 1.
     """

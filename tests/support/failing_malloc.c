@@ -1,4 +1,4 @@
-// Preloaded before Python: lets the n-th allocation fail that the core, or anybody in its process, asks for.
+// Preloaded before Python: makes the n-th allocation fail that the core, or any code in its process, requests.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -27,7 +27,7 @@ int failing_malloc_disarm(void) { return atomic_exchange(&countdown, 0) <= 0; }
 
 long failing_malloc_live(void) { return atomic_load(&live); }
 
-// OpenMP's runtime ends the process when it gets no memory, and nobody can stop it.
+// OpenMP's runtime ends the process when it gets no memory, which cannot be prevented.
 static int counts(void *caller) {
   Dl_info info;
   if (!dladdr(caller, &info) || !info.dli_fname) return 0;

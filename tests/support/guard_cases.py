@@ -1,4 +1,4 @@
-"""Random calls of odd sizes: what `test_guard_pages` places beside inaccessible memory."""
+"""Random calls of odd sizes, which `test_guard_pages` places next to inaccessible memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NARROW = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 TYPES = np.dtype(np.float32), np.dtype(np.float64), *NARROW
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 97, 127, 128, 129)
 HEAD_DIMS = (1, 3, 7, 15, 17, 31, 33, 40, 64, 65, 72, 129)
-LONG = (1025, 2049, 2175)  # few rows: the keys are parted into ranges
+LONG = (1025, 2049, 2175)  # few rows: the keys are split into ranges
 
 
 class Case(NamedTuple):
@@ -46,7 +46,7 @@ def cases(seed: int) -> Any:
 
 
 def term_cases(seed: int) -> Any:
-    """Masks and biases that whole rows of are read ahead of use, of every short length."""
+    """Masks and biases of every short length, whose whole rows are read before use."""
     rng = np.random.default_rng(seed)
     for kv_len in range(1, 34):
         shape = (1, 2, 49, kv_len)
@@ -60,7 +60,7 @@ def drawn_type(rng: Any) -> Any:
 
 
 def narrower(rng: Any, dtype: Any) -> Any:
-    """Draw the type of keys and values beside queries of this one."""
+    """Draw the type of keys and values for queries of this type."""
     fitting = [other for other in TYPES if other.itemsize < np.dtype(dtype).itemsize]
     return fitting[int(rng.integers(len(fitting)))] if fitting and rng.random() < 0.4 else dtype
 
@@ -90,7 +90,7 @@ def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int)
 
 
 def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Draw optional operands of scores of this shape."""
+    """Draw optional operands for scores of this shape."""
     batch, heads, q_len, kv_len = shape
 
     def broadcastable() -> tuple[int, ...]:
@@ -200,7 +200,7 @@ def rope_case(rng: Any, dtype: Any, head_dim: int) -> Case:
 
 
 def call(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
-    """Make the call with these arrays, which may be other ones than the case's own; return all results."""
+    """Make the call with these arrays, which may be copies of the case's arrays; return all results."""
     given = {**arrays, **case.settings}
     if case.kind == "attention":
         result = sa.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)

@@ -1,4 +1,4 @@
-"""The child processes of `test_guard_pages`: a call that reaches too far ends them by a signal."""
+"""The child processes of `test_guard_pages`: an access out of bounds ends them by a signal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ import selfattn as sa
 from selfattn import reference
 from selfattn._rounding import rounding
 
-FILL = 0xFF  # NaN where a gap between an input's elements is taken for an element
+FILL = 0xFF  # NaN, if a gap between an input's elements is read as an element
 MARK = 0x5A  # what must stay in the gaps of `out`
 LAYOUTS = ("plain", "rows apart", "rows misaligned", "columns apart", "heads last", "backwards")
 CAPACITY = 8 << 20
@@ -68,7 +68,7 @@ class Sweep:
         return placed, extent
 
     def run(self, case: Case, side: Side, layouts: dict[str, str]) -> tuple[Any, ...]:
-        """Make the call on guarded memory; check that it gives the bits it gives anywhere."""
+        """Make the call on guarded memory; its result must be bit-identical to that on ordinary memory."""
         placed, out_extent = self.place(case, side, layouts)
         with self.heap.installed(side):
             results = call(case, placed)
@@ -87,7 +87,7 @@ class Sweep:
 
 
 def compare(case: Case, out: Any) -> None:
-    """Hold the result of an attention to the reference's."""
+    """Compare the result of an attention with the reference."""
     q, k, v, options = attention_arguments(case)
     kept = {name: case.settings[name] for name in ("causal", "window", "softcap", "layout") if name in case.settings}
     exact = reference.attention(q, k, v, **options, **kept)
@@ -105,7 +105,7 @@ def compare(case: Case, out: Any) -> None:
     of_values, of_scores = rounding(q, k, v, **options, **case.settings)
     relative = (16 + 4 * logits) * (unit + 2.0**-53) + of_values + exact.sigma * of_scores
     bound = relative * exact.magnitude + lost
-    if out.dtype in NARROW:  # rounded once more, to numbers that are further apart, and to the smallest of float16
+    if out.dtype in NARROW:  # rounded once more, to a coarser type, with float16's smallest number as a limit
         bound = (abs(exact.out) + bound) * (2.0**-11 if out.dtype == np.float16 else 2.0**-8) + bound + 2.0**-25
     assert np.all(abs(out.astype(np.float64) - exact.out) <= bound), "inaccurate"
 
@@ -146,7 +146,7 @@ def sweep(isa: str, seed: int) -> None:
 
 
 def reach(isa: str) -> None:
-    """Shift one operand or result after the other over its border by one element, each in a child that must die."""
+    """Shift each operand and result over its border by one element, each in a child that must die."""
     rng = np.random.default_rng(5)
     work = Sweep()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -168,7 +168,7 @@ def reached(work: Sweep, case: Case, side: Side) -> Iterator[tuple[str, str]]:
 
 
 def whole_cases(rng: Any) -> Any:
-    """Draw cases of every kind until together they have every operand."""
+    """Draw cases of every kind until every operand has occurred."""
     score = {"mask", "bias", "kv_lens", "q_lens", "q_offset", "alibi_slopes", "sinks", "out"}
     layer = {"x", "w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "context", "positions"}
     for make, wanted, arguments in (
@@ -216,7 +216,7 @@ def ending(action: Callable[[], Any]) -> str:
 
 
 def run(action: Callable[..., None], *arguments: Any) -> NoReturn:
-    """Run `action` and leave at once: arrays of the guarded heap must not outlive its functions."""
+    """Run `action` and exit at once: arrays of the guarded heap must not outlive its functions."""
     code = 1
     try:
         action(*arguments)

@@ -1,4 +1,4 @@
-"""Memory between two pages that nobody may touch: whoever reads or writes one element too far dies of it."""
+"""Memory between two inaccessible pages: a read or write one element too far ends the process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _map(size: int) -> tuple[int, int]:
 
 
 class Address:
-    """What NumPy reads an array from: memory at an address, whatever lies there."""
+    """Array interface of the memory at an address, whatever it holds."""
 
     def __init__(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> None:
         self.__array_interface__ = {
@@ -47,7 +47,7 @@ class Address:
 
 
 class Region:
-    """Room for one array that borders on an inaccessible page."""
+    """Space for one array that borders on an inaccessible page."""
 
     def __init__(self, capacity: int) -> None:
         self._start, self._size = _map(capacity)
@@ -72,13 +72,13 @@ class Region:
 
 
 def shifted(x: Any, side: Side) -> Any:
-    """Return x as if it lay one element further, over the border on that side."""
+    """Return x shifted by one element over the border on that side."""
     step = x.itemsize if side == "end" else -x.itemsize
     return array_at(x.ctypes.data + step, x, x.strides)
 
 
 def array_at(address: int, like: Any, strides: tuple[int, ...]) -> Any:
-    # The interface has no word for bfloat16: bytes of its size, then seen as what they are.
+    # The interface cannot express bfloat16: read bytes of its size, then view them as bfloat16.
     same_size = np.dtype(f"V{like.itemsize}")
     return np.asarray(Address(address, like.shape, same_size, strides)).view(like.dtype)
 
@@ -92,14 +92,14 @@ class _Handler(ctypes.Structure):  # PyDataMem_Handler of NumPy's C interface
 
 
 class Heap:
-    """NumPy's own arrays, each in a mapping of its own, bordering on an inaccessible page."""
+    """NumPy's own arrays, each in a separate mapping that borders on an inaccessible page."""
 
     def __init__(self) -> None:
         self.side: Side = "end"
         self.served = 0
         self._mappings: dict[int, tuple[int, int, int]] = {}
         address, size = ctypes.c_void_p, ctypes.c_size_t
-        # Kept: NumPy calls them as long as an array lives.
+        # Kept alive: NumPy calls them as long as an array exists.
         self._functions = [
             ctypes.CFUNCTYPE(address, address, size)(lambda _, n: self._new(n)),
             ctypes.CFUNCTYPE(address, address, size, size)(lambda _, n, each: self._new(n * each)),

@@ -1,4 +1,4 @@
-"""Arrays of any shape, strides and type, and whatever else is no argument for anything."""
+"""Arrays of any shape, strides and type, and other values that are not valid arguments."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def describe(x: Any) -> str:
 
 
 def hostile(rng: random.Random, x: Any) -> Any:
-    """Return something else than x: sometimes near it, sometimes anything."""
+    """Return something other than x: sometimes similar, sometimes anything."""
     if isinstance(x, np.ndarray) and x.size < ARENA and not x.dtype.hasobject and rng.random() < 0.6:
         return rng.choice(DISTORTIONS)(rng, x)
     if rng.random() < 0.4:
@@ -91,7 +91,7 @@ def claimed(rng: random.Random, x: Any) -> Any:
     if x.ndim == 0 or x.dtype == np.uint64:  # whose largest entry is searched for
         return x
     shape = list(x.shape)
-    # Hardly ever twice the same: two operands that agree on such a length would be a valid call without an end.
+    # Rarely the same twice: two operands that agree on such a length would be a valid call that never ends.
     shape[rng.randrange(x.ndim)] = (1 << rng.randrange(44, 58)) + rng.randrange(1 << 20)
     try:
         return np.lib.stride_tricks.as_strided(x.ravel()[:1], shape, (0,) * x.ndim)

@@ -1,4 +1,4 @@
-"""Calls that nobody should make: well-formed ones with some arguments replaced by anything else.
+"""Hostile calls: well-formed ones with some arguments replaced by anything else.
 
 `make(seed, index)` gives the same call in every run.
 """

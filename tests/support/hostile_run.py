@@ -20,7 +20,7 @@ DOCUMENTED = (TypeError, ValueError, MemoryError, BufferError)
 
 
 def limit_memory(extra: int) -> None:
-    """Let no allocation of `extra` bytes succeed, whatever the system would promise."""
+    """Make every allocation of `extra` bytes fail, whatever the system would grant."""
     mapped = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, mapped + extra))
 
@@ -75,7 +75,7 @@ def many(seed: int, count: int) -> None:
 
 
 def grow(seed: int, count: int) -> None:
-    """Make the same calls again and again, and print what the third time added to the memory of the process."""
+    """Make the same calls three times, and print how much memory the third time added to the process."""
     warnings.simplefilter("ignore")
     limit_memory(2 << 30)
     runner = Runner()
@@ -89,5 +89,5 @@ def grow(seed: int, count: int) -> None:
 
 
 def show(seed: int, index: int) -> Any:
-    """Print one call; for a look at a failure."""
+    """Print one call, to examine a failure."""
     print(make(seed, index), file=sys.stderr)

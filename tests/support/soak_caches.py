@@ -1,6 +1,6 @@
-"""Random calls on caches, again and again: `python soak_caches.py OPERATIONS` prints what memory they left behind.
+"""Random calls on caches, again and again: `python soak_caches.py OPERATIONS` prints how much memory they leak.
 
-Each cache is held to what it must answer: token n of every sequence is known from n, so that lengths say everything.
+Every result is checked: n determines the contents of token n of every sequence, so lengths determine everything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Soak:
         self.rng = np.random.default_rng(seed)
         self.k, self.v = self.rng.standard_normal((2, 1, HEADS, CAPACITY + 8, DIM)).astype(np.float32)
         self.q = self.rng.standard_normal((1, HEADS, 4, DIM)).astype(np.float32)
-        # Values of magnitude 1 to 2 at least tell a wrong token from a rounded one.
+        # Values of magnitude 1 to 2 make a wrong token differ clearly from a rounded one.
         self.v += np.sign(self.v)
         self.renew()
 
@@ -41,7 +41,7 @@ class Soak:
         self.paged = sa.PagedKVCache(PAGES, PAGE, HEADS, DIM, dtype=self.dtype)
         self.length = 0
         self.lengths: dict[int, int] = {}
-        # What queries answer that see only their own token: the values, as they are stored.
+        # The result of queries that see only their own token: the stored values.
         whole = sa.KVCache(1, HEADS, DIM, CAPACITY, dtype=self.dtype)
         whole.append(self.k[:, :, :CAPACITY], self.v[:, :, :CAPACITY])
         self.expected = sa.attention_with_kvcache(self.zeros(CAPACITY), whole, window=(0, 0))
@@ -134,7 +134,7 @@ class Soak:
         raise AssertionError("a bad call went through")
 
     def check(self) -> None:
-        """Hold everything to what it must be, and free it."""
+        """Check everything, and free it."""
         assert self.cache.lengths[0] == self.length
         if self.length:
             out = sa.attention_with_kvcache(self.zeros(self.length), self.cache, window=(0, 0))

@@ -1,4 +1,4 @@
-"""Models of Hugging Face with few random weights, and what to feed them."""
+"""Small Hugging Face models with random weights, and inputs for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers as hf
 
 VOCABULARY, BATCH, TOKENS, TARGETS = 99, 2, 24, 13
 PADDED = 9  # of the first sequence's tokens
-# Wide enough weights that attention is far from uniform and generated tokens differ.
+# Weights large enough that attention is far from uniform and generated tokens differ.
 SPREAD = {"initializer_range": 0.3}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BASE = {
@@ -30,7 +30,7 @@ SEQ2SEQ = {
 
 @dataclass(frozen=True)
 class Case:
-    """One model: what makes its configuration, its class, and what it reads."""
+    """One model: how to make its configuration, its class, and its kind of input."""
 
     make: Callable[[], Any]
     kind: str = "decoder"  # or encoder, seq2seq, vision, clip, speech
@@ -45,7 +45,7 @@ def _clip() -> Any:
 
 
 def _mixture(**changes: Any) -> Any:
-    # Rotary positions as they come, not stretched for the real model's length.
+    # Plain rotary positions, not scaled for the real model's length.
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     return hf.GptOssConfig(
         **GROUPED, sliding_window=7, num_local_experts=2, num_experts_per_tok=1, rope_parameters=rope, **changes
@@ -132,7 +132,7 @@ def build(name: str, implementation: str = "selfattn", dtype: torch.dtype = torc
 
 
 def inputs(name: str, padding: str = "none", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Return what the model reads, the first sequence padded on one side."""
+    """Return the model's input, the first sequence padded on one side."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ def real_tokens(padding: str) -> torch.Tensor:
 
 
 def paddings(name: str) -> tuple[str, ...]:
-    """Return what a model's batch may look like."""
+    """Return the kinds of batches that a model takes."""
     return ("none",) if CASES[name].kind in ("vision", "speech") else ("none", "left", "right")
 
 
@@ -185,7 +185,7 @@ def states(output: Any, mask: torch.Tensor | None, part: str = "") -> Iterator[t
 
 
 def layer(**attributes: Any) -> torch.nn.Module:
-    """Return a stand-in for an attention layer."""
+    """Return a substitute for an attention layer."""
     module = torch.nn.Module()
     for name, value in attributes.items():
         setattr(module, name, value)
