@@ -7,6 +7,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -63,10 +64,14 @@ void run_threads(const Region& region, int num_threads) {
   for (std::thread& other : others) other.join();
 }
 
+// Held while a team grows, so that no other thread of this process takes the threads that a trial found.
+std::mutex growth;
+
 #if defined(SELFATTN_OPENMP)
 struct Team {
   const Region& region;
   int num_threads;
+  std::unique_lock<std::mutex> growing;
   std::thread::id caller = std::this_thread::get_id();
   std::atomic<int> next{caller_slot + 1};
 };
@@ -74,6 +79,8 @@ struct Team {
 void join(void* context) {
   Team& team = *static_cast<Team*>(context);
   const bool is_caller = std::this_thread::get_id() == team.caller;
+  // The runtime starts all threads of a team before the caller gets here.
+  if (is_caller && team.growing) team.growing.unlock();
   const int slot = is_caller ? caller_slot : team.next.fetch_add(1, std::memory_order_relaxed);
   if (slot < team.num_threads) team.region.work(team.region.context, slot);
 }
@@ -99,19 +106,22 @@ int startable_threads(int count) {
 }
 
 // libgomp ends the process if it cannot start a thread, so we try before it does. It keeps the threads of the calling
-// thread's last team: only a larger team starts new ones.
-int granted_threads(int wanted) {
+// thread's last team: only a larger team starts new ones. Other processes of the same user may still take them.
+int granted_threads(int wanted, std::unique_lock<std::mutex>& growing) {
   thread_local int team = 1;
-  team = wanted > team ? team + startable_threads(wanted - team) : wanted;
-  return team;
+  if (wanted > team) {
+    growing = std::unique_lock(growth);
+    wanted = team + startable_threads(wanted - team);
+  }
+  return team = wanted;
 }
 
 // A shared team keeps its size, and who is not needed returns at once: libgomp ends the threads that a smaller team
 // leaves out, and whom we share with would have to start them again.
 void run_openmp(const Region& region, int num_threads) {
-  Team team{region, num_threads};
+  Team team{region, num_threads, {}};
   const Runtime* runtime = shared.load(std::memory_order_acquire);
-  const int size = granted_threads(runtime ? std::max(num_threads, runtime->threads()) : num_threads);
+  const int size = granted_threads(runtime ? std::max(num_threads, runtime->threads()) : num_threads, team.growing);
   if (runtime) return runtime->run(&join, &team, static_cast<unsigned>(size), 0);
 #pragma omp parallel num_threads(size) default(shared)
   join(&team);
@@ -171,7 +181,8 @@ Helper* helper = nullptr;  // the survivor's; never deleted, since the thread be
 
 [[maybe_unused]] void after_fork_in_child() {
   survived_fork = true;
-  helper = nullptr;  // the parent's helper thread does not exist here
+  new (&growth) std::mutex;  // another thread of the parent may have held it
+  helper = nullptr;          // the parent's helper thread does not exist here
 }
 
 std::atomic<int> chosen_threads{0};

@@ -341,3 +341,29 @@ def test_a_call_goes_on_with_the_threads_that_the_system_grants(run_python: Any,
     if backend == "openmp" and not sa.show_config("dicts")["openmp"]:  # type: ignore[index]
         pytest.skip("built without OpenMP")
     assert run_python(code, SELFATTN_PARALLEL=backend).split("\n")[-2] == "[True, True]"
+
+
+@linux
+def test_teams_that_start_at_once_share_the_threads_that_the_system_grants(run_python: Any) -> None:
+    code = """
+        import os, resource, threading
+        import numpy as np
+        import selfattn as sa
+
+        x = np.zeros((1, 8, 512, 64), np.float32)
+        if os.getuid() == 0:
+            os.setuid(54321)  # the limit does not hold for root
+        go = threading.Barrier(4)
+        def work():
+            go.wait()
+            sa.attention(x, x, x, num_threads=2)
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        resource.setrlimit(resource.RLIMIT_NPROC, (GRANTED, GRANTED))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print("all went on")
+    """
+    for limit in [6, 7, 8] * 3:
+        assert run_python(code.replace("GRANTED", str(limit))).split("\n")[-2] == "all went on"
