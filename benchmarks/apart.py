@@ -26,7 +26,7 @@ def calls() -> dict[str, Callable[..., Any]]:
     def rows(length: int) -> Any:
         return rng.standard_normal((1, HEADS, length, HEAD_DIM), dtype=np.float32)
 
-    table = {
+    table: dict[str, Callable[..., Any]] = {
         f"{n} tokens": partial(sa.attention, rows(n), rows(n), rows(n)) for n in (1, 12, 24, 32, 48, 64, 96, 128, 256)
     }
     for n in (100, 300, 1000, 4000):

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from selfattn._bench import allocations
-from selfattn._bench.cache_grid import CACHE_GROUPS, OVERHEAD_GROUP
-from selfattn._bench.targets_command import add_arguments, run
+from workbench import allocations
+from workbench.cache_grid import CACHE_GROUPS, OVERHEAD_GROUP
+from workbench.targets_command import add_arguments, run
 
 PEERS = ("pytorch", "vllm")
 SHIM = Path(__file__).with_name("counting_malloc.c")

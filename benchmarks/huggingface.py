@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from selfattn._bench.hf_command import main
+from workbench.hf_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

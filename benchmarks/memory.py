@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import selfattn
-from selfattn._bench import allocations
-from selfattn._bench.grid import GROUPS
-from selfattn._bench.memory import HEAD_DIM, growth, measure_peak, scratch, wide_workloads
 from selfattn._bench.peers import PEERS
+from workbench import allocations
+from workbench.grid import GROUPS
+from workbench.memory import HEAD_DIM, growth, measure_peak, scratch, wide_workloads
 
 LENGTHS = [2**power for power in range(10, 17)]
 COLUMNS = ("selfattn", "numpy")

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 import selfattn as sa
-from selfattn._bench import relative_peer as peer
-from selfattn._bench.memory import resident_bytes
 from selfattn._bench.timing import Peaks, Quartiles, interleave, ratios
+from workbench import relative_peer as peer
+from workbench.memory import resident_bytes
 
 # batch, segment, memory, heads, head_dim
 RELATIVE = [
@@ -51,8 +51,8 @@ def relative_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
     swapped += [operands[3].transpose(0, 1).contiguous(), *operands[4:]]
     runs: Runs = {
         "selfattn": lambda: sa.relative_attention(q, k, v, r, u, w, mem_len=memory),
-        "heads first": lambda: peer.heads_first(*operands, hidden, dim**-0.5),
-        "tokens first": lambda: peer.tokens_first(*swapped, hidden, dim**-0.5),
+        "heads first": lambda: peer.heads_first(operands, hidden, dim**-0.5),
+        "tokens first": lambda: peer.tokens_first(swapped, hidden, dim**-0.5),
     }
     found = runs["selfattn"]()
     compare(found, runs["heads first"]().numpy())
@@ -72,8 +72,8 @@ def t5_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
     bias = peer.materialised(learned, length).contiguous()  # which SDPA likes best, though models do not do it
     runs: Runs = {
         "selfattn": lambda: sa.attention(q, k, v, t5=t5, scale=1.0),
-        "SDPA, bias at hand": lambda: peer.biased(*operands, bias),
-        "SDPA, bias made": lambda: peer.biased(*operands, peer.materialised(learned, length)),
+        "SDPA, bias at hand": lambda: peer.biased(operands, bias),
+        "SDPA, bias made": lambda: peer.biased(operands, peer.materialised(learned, length)),
     }
     compare(runs["selfattn"](), runs["SDPA, bias at hand"]().numpy())
     return runs, 4.0 * batch * heads * dim * length * length
@@ -119,7 +119,7 @@ def growth(which: str, segment: int) -> int:
         if which == "selfattn":
             sa.relative_attention(q, k, k, r[0], u, u, mem_len=segment)
         else:
-            peer.heads_first(*operands, hidden, 0.125)
+            peer.heads_first(operands, hidden, 0.125)
         return max(0, resident_bytes("VmHWM") - before)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from selfattn._bench.targets_command import add_arguments, run
+from workbench.targets_command import add_arguments, run
 
 
 def main() -> int:

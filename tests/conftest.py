@@ -201,10 +201,10 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def made_up() -> Callable[..., Any]:
     """Make up a result of one of the benchmark's workloads, with ratios to peers by name."""
-    from selfattn._bench.cache_grid import ON_CACHES
-    from selfattn._bench.grid import EVERY
     from selfattn._bench.measure import Result
     from selfattn._bench.timing import Quartiles
+    from workbench.cache_grid import ON_CACHES
+    from workbench.grid import EVERY
 
     def result(name: str, threads: int = 1, fraction: float = 0.5, seconds: float = 2e-3, **ratios: float) -> Result:
         workload = {**EVERY, **ON_CACHES}[name]

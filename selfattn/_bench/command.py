@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import selfattn
 
 from .._typing import Precision
-from .grid import EVERY
 from .numbers import DTYPES, PRECISIONS, why_no_numbers
 from .peers import PEERS, choose
 from .plot import write_plot
 from .report import table, write_json
-from .worker import WorkerFailed, measure_in_process
+from .worker import COMMAND, WorkerFailed, measure_in_process
 from .workload import Workload
 from .workloads import WORKLOADS, find, from_shape
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: Sequence[str] | None) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    default: Sequence[str] | None,
+    known: Mapping[str, Workload] = WORKLOADS,
+    worker: Sequence[str] = COMMAND,
+) -> None:
     """Add the options of a benchmark.
 
     Parameters
     ----------
     parser : ArgumentParser
     default : sequence of str, optional
-        Workloads to run when none is named; all by default.
+        Workloads to run when none is named; all of `WORKLOADS` by default.
+    known : mapping of name to Workload
+        What can be named.
+    worker : sequence of str
+        The command of the process that measures.
     """
     which = "all" if default is None else ", ".join(default)
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help=f"what to run (default: {which})")
@@ -43,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, default: Sequence[str] | None
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="time per workload (default 2)")
     parser.add_argument("--json", metavar="FILE", help="write everything to this file")
     parser.add_argument("--plot", metavar="FILE", help="draw ratios to PyTorch (needs matplotlib)")
-    parser.set_defaults(default_workloads=default)
+    parser.set_defaults(default_workloads=default, known=known, worker=worker)
 
 
 def add_axes(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -81,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         results = [
             result
             for threads in args.threads or [selfattn.get_num_threads()]
-            for result in measure_in_process(workloads, args.peers, threads, args.seconds)
+            for result in measure_in_process(workloads, args.peers, threads, args.seconds, args.worker)
         ]
     except (ValueError, WorkerFailed) as error:
         print(error, file=sys.stderr)
@@ -99,7 +107,7 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
         workloads = [from_shape(args.shape)]
     else:
         names = args.workloads or args.default_workloads
-        workloads = list(WORKLOADS.values()) if names is None else find(list(names), EVERY)
+        workloads = list(WORKLOADS.values()) if names is None else find(list(names), args.known)
     return varied(workloads, args.dtype, args.precision)
 
 

@@ -1,23 +1,24 @@
-"""All peers, in the order of the table's columns."""
+"""All known peers, in the order of the table's columns."""
 
 from __future__ import annotations
 
-from .cache_variants import CACHE_VARIANTS
-from .jax_peer import Jax
-from .onnx_peer import OnnxRuntime
-from .openvino_peer import OpenVino
 from .peer import NumPy, Own, Peer
 from .torch_peer import PyTorch
-from .variants import NarrowHeads, OneThread, WithoutOption
-from .vllm_peer import Vllm
 
 OWN = Own()
-OTHERS: tuple[Peer, ...] = (NumPy(), PyTorch(), OnnxRuntime(), OpenVino(), Jax(), Vllm())
-NARROW_HEADS = (NarrowHeads(32), NarrowHeads(64))
-VARIANTS: tuple[Peer, ...] = (WithoutOption(), OneThread(), *NARROW_HEADS, *CACHE_VARIANTS)
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, *OTHERS, *VARIANTS)}
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, NumPy(), PyTorch())}
 
 ALIASES = {"torch": "pytorch"}  # the name people import and install
+
+
+def add(*peers: Peer) -> None:
+    """Make more peers known to this process."""
+    PEERS.update({peer.name: peer for peer in peers})
+
+
+def others() -> list[Peer]:
+    """Return the peers that are not selfattn itself, made to run in some way."""
+    return [peer for peer in PEERS.values() if not isinstance(peer, Own)]
 
 
 def choose(names: list[str] | None) -> list[Peer]:

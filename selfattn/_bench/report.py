@@ -14,7 +14,7 @@ import numpy as np
 import selfattn
 
 from .measure import Result
-from .peers import OTHERS, OWN, PEERS
+from .peers import OWN, PEERS, others
 
 ISA_VARIABLES = ("SELFATTN_ISA", "ATEN_CPU_CAPABILITY")  # what selfattn and PyTorch may be held to
 VARIABLES = (
@@ -152,7 +152,7 @@ def to_record(results: Sequence[Result]) -> dict[str, Any]:
     """All results, and everything known about the machine and the software, as plain types."""
     return {
         "versions": _versions(results),
-        "missing": [peer.label for peer in OTHERS if not peer.available()],
+        "missing": [peer.label for peer in others() if not peer.available()],
         "machine": {
             "platform": platform.platform(),
             "processor": processor_name(),
@@ -184,5 +184,5 @@ def processor_name() -> str:
 def _versions(results: Sequence[Result]) -> dict[str, str]:
     """Versions of Python and of everything that was measured."""
     measured = {name for result in results for name in result.times} | {OWN.name}
-    versions = {peer.label: peer.version() for peer in (OWN, *OTHERS) if peer.name in measured}
+    versions = {peer.label: peer.version() for peer in (OWN, *others()) if peer.name in measured}
     return {**versions, "Python": platform.python_version()}

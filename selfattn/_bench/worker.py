@@ -21,6 +21,7 @@ from .peers import OWN, choose
 from .report import count_threads, format_seconds
 from .workload import Workload
 
+COMMAND = (sys.executable, "-m", "selfattn._bench.worker")
 THREAD_LIMITS = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -36,11 +37,15 @@ class WorkerFailed(RuntimeError):
 
 
 def measure_in_process(
-    workloads: Sequence[Workload], peers: Sequence[str] | None, threads: int, seconds: float
+    workloads: Sequence[Workload],
+    peers: Sequence[str] | None,
+    threads: int,
+    seconds: float,
+    command: Sequence[str] = COMMAND,
 ) -> list[Result]:
     """Measure workloads in a new process whose thread pools all have `threads` threads.
 
-    Progress goes to standard error.
+    Progress goes to standard error. A process that is to know more peers has a command of its own.
 
     Raises
     ------
@@ -58,7 +63,7 @@ def measure_in_process(
             "answer": str(answer),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "selfattn._bench.worker"],
+            command,
             input=json.dumps(request),
             text=True,
             cwd=folder,  # in the project's own folder the sources would be found, which lack the core

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import selfattn
-from selfattn._bench import command, limits, numbers, targets_command
+from selfattn._bench import command, numbers
 from selfattn._bench.check import (
     COARSE_ERRORS,
     Mismatch,
@@ -22,15 +22,17 @@ from selfattn._bench.check import (
     expected_parts,
     unit_of,
 )
-from selfattn._bench.grid import GROUPS
 from selfattn._bench.measure import check_all, measure
 from selfattn._bench.peer import NumPy
-from selfattn._bench.peers import NARROW_HEADS, OTHERS, OWN, PEERS
+from selfattn._bench.peers import OWN, PEERS, others
 from selfattn._bench.report import table
-from selfattn._bench.target import Group, Target, judge
 from selfattn._bench.timing import Peaks
 from selfattn._bench.workload import Workload
 from selfattn._bench.workloads import WORKLOADS, attention_workload, block_workload
+from workbench import limits, targets_command
+from workbench.grid import GROUPS
+from workbench.peers import NARROW_HEADS
+from workbench.target import Group, Target, judge
 
 AXES = [("float32", "high"), ("float32", "medium"), ("bfloat16", "highest"), ("float16", "highest")]
 NARROW = ("bfloat16", "float16")
@@ -85,7 +87,7 @@ def test_arrays_are_rounded_to_the_type(dtype):
             assert np.array_equal(narrow[name], wide[name].astype(narrow[name].dtype))
 
 
-@pytest.mark.parametrize("name", [peer.name for peer in (OWN, *OTHERS, *NARROW_HEADS)])
+@pytest.mark.parametrize("name", [peer.name for peer in (OWN, *others(), *NARROW_HEADS)])
 @axes
 @by_name(CASES)
 def test_peers_are_right(name, workload, dtype, precision):

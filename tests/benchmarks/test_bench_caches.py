@@ -14,19 +14,19 @@ import pytest
 from places import BENCHMARKS
 
 import selfattn
-from selfattn._bench import allocations, targets_command
-from selfattn._bench.cache_grid import CACHE_GROUPS, LONGEST, ON_CACHES, SHORTEST
-from selfattn._bench.cache_variants import CACHE_VARIANTS
 from selfattn._bench.cached import STEPS, Filled, stored
 from selfattn._bench.check import Mismatch, check, expected_parts, storage_error, unit_of
-from selfattn._bench.grid import EVERY
 from selfattn._bench.measure import check_all, check_storage, measure
 from selfattn._bench.options import Cache
 from selfattn._bench.peers import OWN, PEERS
-from selfattn._bench.target import judge
 from selfattn._bench.timing import BANDWIDTH, interleave
 from selfattn._bench.workload import Workload
 from selfattn._bench.workloads import attention_workload
+from workbench import allocations, targets_command
+from workbench.cache_grid import CACHE_GROUPS, LONGEST, ON_CACHES, SHORTEST
+from workbench.cache_variants import CACHE_VARIANTS
+from workbench.grid import EVERY
+from workbench.target import judge
 
 SCRIPT = BENCHMARKS / "caches.py"
 TYPES = ("float32", "bfloat16", "float16")

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("ml_dtypes")
 
 import selfattn  # noqa: E402
-from selfattn._bench import hf_command, hf_models  # noqa: E402
+from workbench import hf_command, hf_models  # noqa: E402
 
 # Versions before 5.24 have no other name for it.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from places import BENCHMARKS
 
-from selfattn._bench import allocations, memory
-from selfattn._bench.grid import GROUPS
 from selfattn._bench.workloads import WORKLOADS
+from workbench import allocations, memory
+from workbench.grid import GROUPS
 
 SCRIPT = BENCHMARKS / "memory.py"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

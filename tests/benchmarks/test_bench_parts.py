@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from selfattn._bench import parts
 from selfattn._bench.check import Mismatch, check, expected_parts
-from selfattn._bench.grid import GROUPS
 from selfattn._bench.measure import check_all, measure
-from selfattn._bench.peers import NARROW_HEADS, OWN
+from selfattn._bench.peers import OWN
 from selfattn._bench.report import table
 from selfattn._bench.timing import Quartiles
 from selfattn._bench.workloads import attention_workload, block_workload
+from workbench import parts
+from workbench.grid import GROUPS
+from workbench.peers import NARROW_HEADS
 
 TYPES = {"bfloat16": "bf16", "float16": "f16"}
 WIDE = attention_workload("wide", "a test", 2, 33, 128)

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from selfattn._bench import vllm_peer
 from selfattn._bench.check import Mismatch, check, expected_parts
 from selfattn._bench.measure import check_all, measure
 from selfattn._bench.peer import CannotRun, Own
 from selfattn._bench.peers import OWN, PEERS, choose
-from selfattn._bench.variants import OneThread, WithoutOption
 from selfattn._bench.workload import TILE, Options, Workload
 from selfattn._bench.workloads import attention_workload
+from workbench import vllm_peer
+from workbench.variants import OneThread, WithoutOption
 
 MASKED = attention_workload("masked", "a test", 2, (20, 30), 8, mask="pairs", alibi=True)
 MASKED = replace(MASKED, baseline=Options(alibi=True))

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from places import BENCHMARKS
 
-from selfattn._bench import markdown, report, roofline, targets_command
-from selfattn._bench.grid import GROUPS
+from selfattn._bench import report
 from selfattn._bench.peers import PEERS
-from selfattn._bench.record import read_records
 from selfattn._bench.worker import WorkerFailed
+from workbench import markdown, roofline, targets_command
+from workbench.grid import GROUPS
+from workbench.record import read_records
 
 SCRIPT = BENCHMARKS / "targets.py"
 MARKS = f"{markdown.BEGIN}\n{markdown.END}\n"
@@ -219,7 +220,7 @@ def arguments(*options):
 
 
 def test_a_group_that_fails_leaves_the_others(made_up, monkeypatch, capsys):
-    def measured(workloads, peers, threads, seconds):
+    def measured(workloads, peers, threads, *rest):
         if workloads[0].name == "tiny-64":
             raise WorkerFailed("a test")
         return [made_up(workload.name, threads) for workload in workloads]
@@ -238,7 +239,7 @@ def test_the_exit_code_tells_whether_targets_are_met(made_up, monkeypatch):
     monkeypatch.setattr(
         targets_command,
         "measure_in_process",
-        lambda workloads, peers, threads, seconds: [made_up(w.name, threads, **ratio) for w in workloads],
+        lambda workloads, peers, threads, *rest: [made_up(w.name, threads, **ratio) for w in workloads],
     )
     args = arguments("--groups", "decode", "--dtype", "float32", "--peers", "numpy")
     monkeypatch.setattr(PEERS["pytorch"], "version", lambda: "2.0", raising=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from selfattn._bench.grid import EVERY, GROUPS
 from selfattn._bench.peer import MAX_SCORES_BYTES, Own
 from selfattn._bench.peers import PEERS
-from selfattn._bench.target import Group, Target, judge
 from selfattn._bench.workloads import WORKLOADS
-from selfattn._bench.yardstick import FEWER, PEAK, TIME, YARDSTICKS
+from workbench.grid import EVERY, GROUPS
+from workbench.target import Group, Target, judge
+from workbench.yardstick import FEWER, PEAK, TIME, YARDSTICKS
 
 IN_GROUPS = [workload for group in GROUPS.values() for workload in group.workloads]
 FIRST = ("float32", "highest")

@@ -13,14 +13,14 @@ from places import BENCHMARKS
 
 import selfattn
 from selfattn._bench import plot, report, timing
-from selfattn._bench.cache_variants import CACHE_VARIANTS
 from selfattn._bench.check import Mismatch, check, check_everywhere, expected_parts
 from selfattn._bench.measure import Result, measure
 from selfattn._bench.peer import CannotRun, NumPy, Peer
-from selfattn._bench.peers import OTHERS, OWN, PEERS, choose
+from selfattn._bench.peers import OWN, PEERS, choose, others
 from selfattn._bench.timing import Quartiles, interleave, ratios
 from selfattn._bench.workload import Workload
 from selfattn._bench.workloads import ALL, QUICK, WORKLOADS, attention_workload, find, from_shape
+from workbench.cache_variants import CACHE_VARIANTS
 
 TINY = attention_workload("tiny", "a test", 2, 12, 8)
 PROMISED_NAMES = (
@@ -151,7 +151,7 @@ def test_find_and_shape_refuse_what_they_do_not_know():
         from_shape("2,3,-4,5")
 
 
-@pytest.mark.parametrize("name", ["selfattn", "single", *(peer.name for peer in OTHERS if peer.name != "vllm")])
+@pytest.mark.parametrize("name", ["selfattn", "single", *(peer.name for peer in others() if peer.name != "vllm")])
 @by_name(SMALL)
 def test_peers_are_right(name, workload):
     peer = PEERS[name]
@@ -365,6 +365,18 @@ def test_attention_script(tmp_path):
     printed = run_script("attention.py", *options, "--threads", "1", "2", "--json", str(file))
     assert printed.count("decode-4k-gqa") == 2
     assert len(json.loads(file.read_text())["results"]) == 4
+
+
+def test_attention_script_has_the_grid_and_all_peers_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--workloads", "few-2x3000", "--peers", "numpy", "single", "--seconds", "0.02", "--threads", "1"]
+    assert f"vs {PEERS['single'].label}" in run_script("attention.py", *options)
+
+
+def test_the_command_of_the_package_has_its_own_peers_only(run_python):
+    code = "import sys\nfrom selfattn.__main__ import main\nmain(['bench', '--peers', 'nobody'])"
+    code += "\nassert not any(name.startswith('workbench') for name in sys.modules)"
+    assert run_python(code + "\nfrom selfattn._bench.peers import PEERS\nprint(*PEERS)") == "selfattn numpy pytorch\n"
 
 
 def test_peers_share_one_interface():

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .._typing import Precision
-from .measure import Result
-from .numbers import SUFFIXES
-from .peers import OTHERS, PEERS
-from .report import count_threads
-from .workload import Workload
+from selfattn._bench.measure import Result
+from selfattn._bench.numbers import SUFFIXES
+from selfattn._bench.peers import PEERS, others
+from selfattn._bench.report import count_threads
+from selfattn._bench.workload import Workload
+from selfattn._typing import Precision
+
 from .yardstick import YARDSTICKS, Yardstick
 
 
@@ -216,7 +217,7 @@ def _no_faster(group: Group, results: Sequence[Result]) -> Iterator[Target]:
     names = [workload.name for workload in group.workloads]
     isas = {result.isa for result in results}
     judging = [target for target in group.targets if all(map(target.counts, isas))]
-    for peer in OTHERS:
+    for peer in others():
         targets = [target for target in judging if target.against == peer.name]
         covered = {name for target in targets for name in target.only or names}
         measured = {result.workload.name for result in results if peer.name in result.ratios} - covered

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from .._typing import Precision
+from selfattn._bench.workload import Workload
+from selfattn._typing import Precision
+
 from .target import Group, Target
-from .workload import Workload
 from .yardstick import PEAK
 
 AXES: tuple[tuple[str, Precision], ...] = (

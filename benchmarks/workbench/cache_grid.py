@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from selfattn._bench.options import Cache
+from selfattn._bench.workload import Workload
+from selfattn._bench.workloads import attention_workload
+
 from .cache_variants import CONTIGUOUS, ONE_QUERY, TWICE
-from .options import Cache
 from .target import Group, Target
-from .workload import Workload
-from .workloads import attention_workload
 from .yardstick import OVERHEAD, PEAK
 
 GQA = (32, 8)

@@ -9,21 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .command import add_axes, positive_int
+from selfattn._bench.command import add_axes, positive_int
+from selfattn._bench.measure import Result
+from selfattn._bench.numbers import why_no_numbers
+from selfattn._bench.peers import OWN, choose, others
+from selfattn._bench.report import heading, table_lines, to_record, write_json
+from selfattn._bench.worker import WorkerFailed, measure_in_process
+from selfattn._bench.workload import Workload
+
 from .grid import GROUPS
 from .limits import LIMITS, hold
 from .markdown import fill, markdown
-from .measure import Result
-from .numbers import why_no_numbers
 from .parts import write_parts
-from .peers import OTHERS, OWN, choose
+from .process import WORKER
 from .record import read_records
-from .report import heading, table_lines, to_record, write_json
 from .roofline import write_roofline
 from .target import Group, judge
 from .vllm_peer import LIBRARY_VARIABLE
-from .worker import WorkerFailed, measure_in_process
-from .workload import Workload
 
 NOTE = """\
 vs: the peer's time over selfattn's, median of interleaved rounds [quartiles].
@@ -51,7 +53,7 @@ def add_arguments(
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="only these of the groups' workloads")
     parser.add_argument("--list", action="store_true", help="list groups, workloads and targets, and stop")
     parser.add_argument("--threads", nargs="+", type=positive_int, default=[1, 2], metavar="N", help="default: 1 2")
-    known = ", ".join(peer.name for peer in OTHERS)
+    known = ", ".join(peer.name for peer in others())
     usual = "installed, not numpy" if peers is None else f"{', '.join(peers)} if installed"
     parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"some of {known} (default: {usual})")
     parser.add_argument("--vllm", metavar="FILE", help=f"vLLM's shared library (default: {LIBRARY_VARIABLE})")
@@ -150,8 +152,9 @@ def _measured(
             print(f"{group.name}: not measured: {reason}", file=sys.stderr)
             continue
         for threads in args.threads:
+            names = group.peers(peers, threads)
             try:
-                results += measure_in_process(workloads, group.peers(peers, threads), threads, args.seconds)
+                results += measure_in_process(workloads, names, threads, args.seconds, WORKER)
             except WorkerFailed as error:
                 print(f"{group.name}: {error}", file=sys.stderr)
                 failed = True

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .dense import dense_bias, dense_mask, square_causal
-from .peer import BLOCK_INPUTS, MAX_SCORES_BYTES, Peer, Run
-from .workload import Array, Arrays, Workload
+from selfattn._bench.dense import dense_bias, dense_mask, square_causal
+from selfattn._bench.peer import BLOCK_INPUTS, MAX_SCORES_BYTES, Peer, Run
+from selfattn._bench.workload import Array, Arrays, Workload
 
 
 class Jax(Peer):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .peer import Own, Run
-from .workload import Arrays, Workload
+from selfattn._bench.peer import Own, Run
+from selfattn._bench.workload import Arrays, Workload
 
 
 class WithoutOption(Own):

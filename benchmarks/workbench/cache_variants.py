@@ -9,11 +9,10 @@ import numpy as np
 
 from selfattn import _core
 from selfattn._arguments import core_options
-
-from .cached import STEPS, Filled, contiguous, last_token
-from .options import Cache
-from .peer import Own, Run
-from .workload import Arrays, Workload
+from selfattn._bench.cached import STEPS, Filled, contiguous, last_token
+from selfattn._bench.options import Cache
+from selfattn._bench.peer import Own, Run
+from selfattn._bench.workload import Arrays, Workload
 
 CONTIGUOUS, ONE_QUERY, TWICE = "contiguous", "one-query", "twice-the-keys"
 

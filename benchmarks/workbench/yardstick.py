@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
+from selfattn._bench.measure import Result
+from selfattn._bench.peers import OWN, PEERS
+from selfattn._bench.report import format_seconds
+from selfattn._bench.workload import Workload
+
 from .cache_variants import CONTIGUOUS, ONE_QUERY, TWICE
-from .measure import Result
-from .peers import OWN, PEERS
-from .report import format_seconds
-from .workload import Workload
 
 PEAK = "peak"
 FEWER = "fewer"

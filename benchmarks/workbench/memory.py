@@ -1,6 +1,6 @@
 """Peak memory of one call, and the scratch memory that calls say they need.
 
-Every peak comes from a fresh process, `python -m selfattn._bench.memory`: its peak resident size during
+Every peak comes from a fresh process that runs this module: its peak resident size during
 the call, less what was resident before with q, k and v in place. Reads /proc, so it needs Linux.
 """
 
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 import selfattn
+from selfattn._bench.numbers import DTYPES, numpy_dtype, why_no_numbers
+from selfattn._bench.peer import MAX_SCORES_BYTES
+from selfattn._bench.peers import PEERS
+from selfattn._bench.workload import Array, Workload
+from selfattn._bench.workloads import attention_workload
 
-from .numbers import DTYPES, numpy_dtype, why_no_numbers
-from .peer import MAX_SCORES_BYTES
-from .peers import PEERS
-from .workload import Array, Workload
-from .workloads import attention_workload
+from .process import command
 
 HEAD_DIM = 64
 WARM_LENGTH = 32  # starts the thread pools, whose stacks are no part of the question
@@ -50,9 +51,9 @@ def measure_peak(name: str, length: int, threads: int) -> int | None:
     """Do so in a new process; None if a score matrix of more than 2 GiB would be needed."""
     if name != "selfattn" and length * length * 4 > MAX_SCORES_BYTES:
         return None
-    command = [sys.executable, "-m", "selfattn._bench.memory", name, str(length), str(threads)]
+    running = [*command("workbench.memory"), name, str(length), str(threads)]
     # In the project's own folder the sources would be found, which lack the core.
-    return int(json.loads(subprocess.check_output(command, text=True, cwd="/")))
+    return int(json.loads(subprocess.check_output(running, text=True, cwd="/")))
 
 
 def growth(lengths: list[int], added: list[int]) -> float:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfattn._bench.measure import Result
+from selfattn._bench.peers import OWN, PEERS
+from selfattn._bench.report import format_seconds, heading, peers_seen
+
 from .grid import GROUPS
-from .measure import Result
-from .peers import OWN, PEERS
-from .report import format_seconds, heading, peers_seen
 from .target import Group, judge
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

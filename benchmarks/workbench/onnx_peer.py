@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .dense import additive_mask, dense_mask, square_causal
-from .peer import BLOCK_INPUTS, MAX_SCORES_BYTES, CannotRun, Peer, Run
-from .workload import Array, Arrays, Workload
+from selfattn._bench.dense import additive_mask, dense_mask, square_causal
+from selfattn._bench.peer import BLOCK_INPUTS, MAX_SCORES_BYTES, CannotRun, Peer, Run
+from selfattn._bench.workload import Array, Arrays, Workload
 
 OPSET = 23
 IR_VERSION = 10  # the first that holds opset 23

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from selfattn._bench.measure import Result
+from selfattn._bench.peers import OWN
+from selfattn._bench.report import count_threads
+
 from .grid import GROUPS
-from .measure import Result
-from .peers import OWN
-from .report import count_threads
 
 MARKERS = "osD^vP*X"
 COLORS = ("#2a7f9e", "#c8553d", "#6a4c93", "#2e8b57", "#b8860b", "#444444", "#d1495b", "#00798c")

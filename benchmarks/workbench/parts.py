@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .measure import Result
-from .peers import NARROW_HEADS, OWN
-from .report import count_threads, format_seconds
+from selfattn._bench.measure import Result
+from selfattn._bench.peers import OWN
+from selfattn._bench.report import count_threads, format_seconds
+
+from .peers import NARROW_HEADS
 
 PRODUCTS, SOFTMAX = "#2a7f9e", "#e0a458"  # told apart in grey and by colour-blind readers
 BAR_HEIGHT = 0.7

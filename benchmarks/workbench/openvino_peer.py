@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .dense import additive_mask, dense_mask, square_causal
-from .peer import CannotRun, Peer, Run
-from .workload import Array, Arrays, Workload
+from selfattn._bench.dense import additive_mask, dense_mask, square_causal
+from selfattn._bench.peer import CannotRun, Peer, Run
+from selfattn._bench.workload import Array, Arrays, Workload
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}  # what it may compute in
 

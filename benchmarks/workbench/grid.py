@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from selfattn._bench.options import Options
+from selfattn._bench.workload import Workload
+from selfattn._bench.workloads import WORKLOADS, attention_workload, block_workload
+
 from .axes import AMX, varied_groups
-from .options import Options
 from .target import Group, Target
-from .workload import Workload
-from .workloads import WORKLOADS, attention_workload, block_workload
 from .yardstick import FEWER, PEAK, TIME
 
 # Heads by head_dim, then by length: few where a call would take long.

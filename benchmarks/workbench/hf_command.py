@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import selfattn
+from selfattn._bench.report import format_seconds
+from selfattn._bench.timing import Quartiles, interleave, ratios
+from selfattn._bench.worker import THREAD_LIMITS
 
+from . import process
 from .hf_models import GROUPS, OWN, Bench, Mismatch
-from .report import format_seconds
-from .timing import Quartiles, interleave, ratios
-from .worker import THREAD_LIMITS
 
 DTYPES = ("float32", "bfloat16")
 Row = dict[str, Any]
@@ -66,7 +67,7 @@ def _measure_in_process(args: argparse.Namespace, threads: int) -> list[Row] | N
         answer = Path(folder) / "rows.json"
         lengths = ["--lengths", *map(str, args.lengths)] if args.lengths else []
         command = [
-            sys.executable, "-m", __spec__.name, "--answer", str(answer), "--threads", str(threads), "--groups",
+            *process.command("workbench.hf_command"), "--answer", str(answer), "--threads", str(threads), "--groups",
             *args.groups, "--dtype", *args.dtype, "--seconds", str(args.seconds), *lengths,
             *(["--tiny"] if args.tiny else []),
         ]  # fmt: skip

@@ -1,6 +1,6 @@
 """What repeated calls ask of the heap, counted by a library that stands before the C library's `malloc`.
 
-The counting process is `python -m selfattn._bench.allocations`, started with that library preloaded:
+The counting process runs this module, with that library preloaded:
 `malloc`, `calloc`, `realloc`, `aligned_alloc` and `posix_memalign` of every thread and of every library count.
 Python's own small objects come from arenas it holds already.
 """
@@ -20,9 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from selfattn._bench.peer import prepare_with_out
+from selfattn._bench.workloads import WORKLOADS
+
 from .cache_grid import ON_CACHES
-from .peer import prepare_with_out
-from .workloads import WORKLOADS
+from .process import command
 
 WARM_CALLS = 20  # fill the pools of scratch memory and threads
 CALLS = 100
@@ -69,7 +71,7 @@ def count(source: Path, threads: int, cases: Sequence[str] = CASES) -> dict[str,
         library = str(Path(folder) / "counting_malloc.so")
         subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, str(source), "-ldl"], check=True)
         printed = subprocess.check_output(
-            [sys.executable, "-m", "selfattn._bench.allocations", str(threads), *cases],
+            [*command("workbench.allocations"), str(threads), *cases],
             text=True,
             cwd=folder,  # in the project's own folder the sources would be found, which lack the core
             env={**os.environ, "LD_PRELOAD": library},

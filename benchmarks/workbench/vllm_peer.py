@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .peer import CannotRun, Peer, Run
-from .torch_peer import readable, tensor
-from .workload import Arrays, Workload
+from selfattn._bench.peer import CannotRun, Peer, Run
+from selfattn._bench.torch_peer import readable, tensor
+from selfattn._bench.workload import Arrays, Workload
 
 LIBRARY_VARIABLE = "SELFATTN_BENCH_VLLM"  # the path of vllm/_C.abi3.so
 

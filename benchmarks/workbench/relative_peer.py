@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ def _shifted(x: Any) -> Any:
     return padded.view(*batch, columns + 1, rows)[..., 1:, :].view(*batch, rows, columns)
 
 
-def heads_first(q: Any, k: Any, v: Any, r: Any, u: Any, w: Any, hidden: Any, scale: float) -> Any:
+def heads_first(operands: Sequence[Any], hidden: Any, scale: float) -> Any:
     """Two einsums, the shift, softmax and a product, in the layout that matrix products like best."""
+    q, k, v, r, u, w = operands
     content = torch.einsum("bhid,bhjd->bhij", q + u[:, None], k)
     position = torch.einsum("bhid,hjd->bhij", q + w[:, None], r)
     scores = ((content + _shifted(position)) * scale).masked_fill(hidden, -math.inf)
     return torch.matmul(torch.softmax(scores, dim=-1), v)
 
 
-def tokens_first(q: Any, k: Any, v: Any, r: Any, u: Any, w: Any, hidden: Any, scale: float) -> Any:
+def tokens_first(operands: Sequence[Any], hidden: Any, scale: float) -> Any:
     """The same in the layout of the paper's program: tokens, batch, heads, dim."""
+    q, k, v, r, u, w = operands
     content = torch.einsum("ibnd,jbnd->ijbn", q + u, k)
     position = torch.einsum("ibnd,jnd->ijbn", q + w, r)
     padded = torch.cat([position.new_zeros((len(q), 1, *position.shape[2:])), position], dim=1)
@@ -42,6 +45,6 @@ def materialised(table: Any, length: int) -> Any:
     return table[bucket].permute(2, 0, 1)[None]
 
 
-def biased(q: Any, k: Any, v: Any, bias: Any) -> Any:
+def biased(qkv: Sequence[Any], bias: Any) -> Any:
     """PyTorch's fused attention with a bias for every pair, unscaled as in T5."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+    return F.scaled_dot_product_attention(*qkv, attn_mask=bias, scale=1.0)

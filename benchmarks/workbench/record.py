@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .measure import Result
+from selfattn._bench.measure import Result
 
 
 def read_records(paths: Sequence[str | Path]) -> tuple[dict[str, Any], list[Result]]:

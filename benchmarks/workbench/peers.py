@@ -1,0 +1,16 @@
+"""Peers beyond those that `selfattn bench` has, in the order of the table's columns, and selfattn's own variants."""
+
+from __future__ import annotations
+
+from selfattn._bench.peers import add
+
+from .cache_variants import CACHE_VARIANTS
+from .jax_peer import Jax
+from .onnx_peer import OnnxRuntime
+from .openvino_peer import OpenVino
+from .variants import NarrowHeads, OneThread, WithoutOption
+from .vllm_peer import Vllm
+
+NARROW_HEADS = (NarrowHeads(32), NarrowHeads(64))
+
+add(OnnxRuntime(), OpenVino(), Jax(), Vllm(), WithoutOption(), OneThread(), *NARROW_HEADS, *CACHE_VARIANTS)
