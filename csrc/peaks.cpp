@@ -37,7 +37,7 @@ void read_share(void* context, int slot) noexcept {
 
 }  // namespace
 
-double measure_product_peak(double (*loop)(std::int64_t rounds) noexcept, double seconds) {
+double measure_product_peak(PeakLoop loop, double seconds) {
   double best = 0;
   const Clock::time_point start = Clock::now();
   do {

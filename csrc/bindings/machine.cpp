@@ -38,9 +38,9 @@ py::dict build_config() {
 double product_peak(const std::string& isa, const std::string& dtype, double seconds) {
   const KernelSet& kernels = kernels_named(isa);
   const py::gil_scoped_release release;
-  const bool on_matrix_unit = dtype == "bfloat16" && kernels.matrix.product_loop;
-  const auto loop =
-      on_matrix_unit ? kernels.matrix.product_loop : (dtype == "float64" ? kernels.f64 : kernels.f32).fma_loop;
+  const bool on_matrix_unit = dtype == "bfloat16" && kernels.matrix.peak_loop;
+  const PeakLoop loop =
+      on_matrix_unit ? kernels.matrix.peak_loop : (dtype == "float64" ? kernels.f64 : kernels.f32).peak_loop;
   return measure_product_peak(loop, seconds);
 }
 

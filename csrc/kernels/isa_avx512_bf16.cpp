@@ -4,7 +4,7 @@
 #include "kernels/attend_tile.h"
 #include "kernels/engine_pairs.h"
 #include "kernels/isa_avx512.h"
-#include "kernels/product_loop.h"
+#include "kernels/peak_loop.h"
 #include "kernels/project.h"
 
 namespace selfattn::avx512_bf16 {
@@ -27,7 +27,7 @@ extern constexpr KernelSet kernels{
                .f32_medium = &TileAttention<PairEngine<float, 8>, 3>::kernel,
                .row_bf16 = &RowAttention<float, 16, BFloat, PairDots>::kernel,
                .project_bf16 = project<PairUnit, 8, 3>,
-               .product_loop = product_loop<PairUnit, 16>},
+               .peak_loop = peak_loop<PairUnit, 16>},
 };
 
 }  // namespace selfattn::avx512_bf16

@@ -103,6 +103,10 @@ struct ProjectArgs {
   int columns;  // at most panel_columns
 };
 
+// For benchmarks only, which compare with it: multiplies on registers or tiles as fast as it can, and returns the
+// number of floating-point operations.
+using PeakLoop = double (*)(std::int64_t rounds) noexcept;
+
 // The kernels of one element type.
 struct TypeKernels {
   AttendKernel tile;            // many rows: vectors run across query rows
@@ -120,8 +124,7 @@ struct TypeKernels {
   void (*pack_panel)(const void* const* rows, std::int64_t depth, void* panel) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
-  // Multiplies on registers only; returns the number of floating-point operations.
-  double (*fma_loop)(std::int64_t rounds) noexcept;
+  PeakLoop peak_loop;
 };
 
 // Numbers of 16 bits and floats, contiguous.
@@ -142,8 +145,7 @@ struct MatrixKernels {
   // x and weights of bfloat16: rows of x on a 4-byte grid, an odd depth filled up with 0; panels [cells][panel_columns]
   // of pairs along the depth, a multiple of 16 of them.
   void (*project_bf16)(const ProjectArgs&) noexcept;
-  // Multiplies on registers or tiles only; returns the number of floating-point operations.
-  double (*product_loop)(std::int64_t rounds) noexcept;
+  PeakLoop peak_loop;
 };
 
 struct KernelSet {

@@ -3,7 +3,7 @@
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
 #include "kernels/kernel_set.h"
-#include "kernels/product_loop.h"
+#include "kernels/peak_loop.h"
 #include "kernels/project.h"
 
 namespace selfattn::SELFATTN_ISA {
@@ -61,7 +61,7 @@ constexpr TypeKernels type_kernels() {
                       .project_bf16 = nullptr,
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
-                      .fma_loop = product_loop<FmaUnit<T>, MaxSums>};
+                      .peak_loop = peak_loop<FmaUnit<T>, MaxSums>};
   if constexpr (sizeof(T) == sizeof(float)) {
     kernels.row_f16 = &RowAttention<T, MaxSums, Half>::kernel;
     kernels.row_bf16 = &RowAttention<T, MaxSums, BFloat>::kernel;

@@ -73,7 +73,7 @@ void check_type(const TypeKernels& kernels, bool fuses) {
     for (const int columns : {1, kernels.panel_columns / 2, kernels.panel_columns - 1, kernels.panel_columns})
       for (const bool with_bias : {false, true}) check_project<T>(kernels, fuses, rows, columns, with_bias);
   check_weigh<T>(kernels);
-  SELFATTN_CHECK(kernels.fma_loop(10) >= 2 * 10);
+  SELFATTN_CHECK(kernels.peak_loop(10) >= 2 * 10);
 }
 
 // Whole rows of any length, between memory that must not change.

@@ -6,7 +6,7 @@ namespace selfattn::SELFATTN_ISA {
 
 // Each sum is a recurrence that no compiler may shorten; `Chains` of them hide the latency of one.
 template <class Unit, int Chains>
-inline double product_loop(std::int64_t rounds) noexcept {
+inline double peak_loop(std::int64_t rounds) noexcept {
   using T = typename Unit::Real;
   Vec<T> sums[Chains];
   for (int i = 0; i < Chains; ++i) sums[i] = broadcast(static_cast<T>(i));
