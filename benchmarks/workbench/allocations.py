@@ -20,7 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selfattn._bench.peer import prepare_with_out
+import numpy as np
+
+from selfattn._bench.peers import OWN, PEERS
 from selfattn._bench.workloads import WORKLOADS
 
 from .cache_grid import ON_CACHES
@@ -111,8 +113,9 @@ def count_here(threads: int, cases: Sequence[str]) -> dict[str, tuple[int, int]]
 
 def _calls(threads: int, cases: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in cases:
-        call, out = prepare_with_out({**WORKLOADS, **ON_CACHES}[name], threads)
-        yield name, partial(call, out=out)
+        workload = {**WORKLOADS, **ON_CACHES}[name]
+        call: Callable[..., Any] = PEERS[OWN.name].prepare(workload, workload.make_arrays(), threads)
+        yield name, partial(call, out=np.empty_like(call()))
         if name == RESULT_CASE:
             yield f"{name}{NO_OUT}", call
 

@@ -9,15 +9,16 @@ import numpy as np
 
 from selfattn import _core
 from selfattn._arguments import core_options
-from selfattn._bench.cached import STEPS, Filled, contiguous, last_token
 from selfattn._bench.options import Cache
-from selfattn._bench.peer import Own, Run
+from selfattn._bench.peer import Run
 from selfattn._bench.workload import Arrays, Workload
+
+from .cached import STEPS, Filled, OwnOnCaches, contiguous, last_token
 
 CONTIGUOUS, ONE_QUERY, TWICE = "contiguous", "one-query", "twice-the-keys"
 
 
-class OnCache(Own):
+class OnCache(OwnOnCaches):
     """The same call on the same cache, until a subclass says otherwise."""
 
     by_default = False

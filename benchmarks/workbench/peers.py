@@ -5,6 +5,7 @@ from __future__ import annotations
 from selfattn._bench.peers import add
 
 from .cache_variants import CACHE_VARIANTS
+from .cached import OwnOnCaches
 from .jax_peer import Jax
 from .onnx_peer import OnnxRuntime
 from .openvino_peer import OpenVino
@@ -13,4 +14,5 @@ from .vllm_peer import Vllm
 
 NARROW_HEADS = (NarrowHeads(32), NarrowHeads(64))
 
-add(OnnxRuntime(), OpenVino(), Jax(), Vllm(), WithoutOption(), OneThread(), *NARROW_HEADS, *CACHE_VARIANTS)
+add(OwnOnCaches(), OnnxRuntime(), OpenVino(), Jax(), Vllm())
+add(WithoutOption(), OneThread(), *NARROW_HEADS, *CACHE_VARIANTS)

@@ -167,7 +167,7 @@ def _measured(
 
 def _peers(args: argparse.Namespace) -> list[str]:
     """Names of the peers to measure."""
-    chosen = [peer.name for peer in choose(args.peers) if peer is not OWN]
+    chosen = [peer.name for peer in choose(args.peers) if peer.name != OWN.name]
     if args.peers:
         return chosen
     return [name for name in chosen if (name in args.usual_peers if args.usual_peers else name != "numpy")]

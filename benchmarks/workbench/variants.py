@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from selfattn._bench.peer import Own, Run
+from selfattn._bench.peer import Run
 from selfattn._bench.workload import Arrays, Workload
 
+from .cached import OwnOnCaches
 
-class WithoutOption(Own):
+
+class WithoutOption(OwnOnCaches):
     """The call with the workload's `baseline` instead of its options."""
 
     name, label = "plain", "selfattn without the option"
@@ -30,7 +32,7 @@ class WithoutOption(Own):
         return super().prepare(self.answered(workload), arrays, threads)
 
 
-class OneThread(Own):
+class OneThread(OwnOnCaches):
     """The same call with one thread."""
 
     name, label = "single", "selfattn on one thread"
@@ -41,7 +43,7 @@ class OneThread(Own):
         return super().prepare(workload, arrays, threads=1)
 
 
-class NarrowHeads(Own):
+class NarrowHeads(OwnOnCaches):
     """The same call with narrower heads: two of them tell what does not grow with head_dim, the softmax.
 
     The widths are whole tiles of every unit. A head of one number would be padded to one, and cost its products.

@@ -11,7 +11,6 @@ import selfattn
 from selfattn import reference
 
 from .._rounding import EXACT_UNITS, MATRIX_ROUNDINGS
-from .cached import stored
 from .numbers import UNIT_ROUNDOFF, bound_of, computed_in, numpy_dtype, rounded_bound
 from .workload import Array, Arrays, Workload
 
@@ -95,9 +94,11 @@ def coarse_error(workload: Workload) -> float:
 
 
 def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
-    """Compute what a right output holds on the active ISA: all, or rows at start, middle and end of some heads."""
+    """Compute what a right output holds on the active ISA: all, or rows at start, middle and end of some heads.
+
+    Arrays are those that the call reads (`Peer.held`).
+    """
     unit = unit_of(workload)
-    arrays = stored(workload, arrays)
     if workload.kind == "block":
         return _block_parts(workload, arrays, unit)
     parts = []

@@ -12,7 +12,7 @@ import selfattn
 
 from .check import Mismatch, check, check_coarsely, check_everywhere, coarse_error, expected_parts, storage_error
 from .peer import CannotRun, Own, Peer, Run
-from .peers import OWN
+from .peers import OWN, PEERS
 from .timing import BANDWIDTH, Gauges, Peaks, Quartiles, interleave, ratios
 from .workload import Arrays, Workload
 
@@ -166,7 +166,7 @@ def prepare(
     workload: Workload, peers: Sequence[Peer], arrays: Arrays, threads: int
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """Prepare the call of every peer that can run the workload; say why the others cannot."""
-    runs = {OWN.name: OWN.prepare(workload, arrays, threads)}
+    runs = {OWN.name: PEERS[OWN.name].prepare(workload, arrays, threads)}
     skipped = {}
     for peer in peers:
         if peer.name in runs:
@@ -185,7 +185,7 @@ def prepare(
 def check_all(workload: Workload, arrays: Arrays, runs: dict[str, Run], peers: Sequence[Peer]) -> dict[str, float]:
     """Largest error of every peer as a fraction of its bound; raises `Mismatch` beyond 1."""
     known = {peer.name: peer for peer in (OWN, *peers)}
-    parts = expected_parts(workload, arrays)
+    parts = expected_parts(workload, PEERS[OWN.name].held(workload, arrays))
     trusted = np.asarray(runs[OWN.name]())
     errors = {OWN.name: check(f"{OWN.name} on {workload.name}", trusted, parts)}
     for name, run in runs.items():
@@ -195,7 +195,8 @@ def check_all(workload: Workload, arrays: Arrays, runs: dict[str, Run], peers: S
         peer, allowed = known[name], coarse_error(workload)
         answered = peer.answered(workload)
         if answered != workload:
-            errors[name] = check(label, out, expected_parts(answered, peer.operands(workload, arrays)))
+            held = peer.held(answered, peer.operands(workload, arrays))
+            errors[name] = check(label, out, expected_parts(answered, held))
         elif allowed and not isinstance(peer, Own):
             errors[name] = check_coarsely(label, out, trusted, allowed)
         else:

@@ -13,7 +13,6 @@ import numpy as np
 
 import selfattn
 
-from .cached import cached_call
 from .check import join_heads, split_heads
 from .dense import dense_bias, dense_mask
 from .numbers import NARROW_ROUNDOFF
@@ -73,6 +72,10 @@ class Peer(ABC):
         """Return the arrays of the workload it answers."""
         return arrays
 
+    def held(self, workload: Workload, arrays: Arrays) -> Arrays:
+        """Return the arrays as its call reads them: k and v rounded, where they are stored so."""
+        return arrays
+
     def supports(self, workload: Workload) -> bool:
         """Whether this peer can run the workload."""
         return not self.why_not(workload)
@@ -97,26 +100,14 @@ class Own(Peer):
 
     def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
         """See `Peer.prepare`."""
-        return _own_call(workload, arrays, threads)
-
-
-def _own_call(workload: Workload, arrays: Arrays, threads: int) -> Callable[..., Any]:
-    if workload.cache is not None:
-        return cached_call(workload, arrays, threads)
-    options = {**workload.attention_options(arrays), "num_threads": threads}
-    if workload.precision != "highest":
-        options["precision"] = workload.precision
-    if workload.kind == "block":
-        weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
-        layer = selfattn.SelfAttention(**weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads)
-        return partial(layer, arrays["x"], **options)
-    return partial(selfattn.attention, *(arrays[name] for name in "qkv"), **options)
-
-
-def prepare_with_out(workload: Workload, threads: int) -> tuple[Callable[..., Any], Array]:
-    """Return our own call, and an array that its `out` takes."""
-    call = _own_call(workload, workload.make_arrays(), threads)
-    return call, np.empty_like(call())
+        options = {**workload.attention_options(arrays), "num_threads": threads}
+        if workload.precision != "highest":
+            options["precision"] = workload.precision
+        if workload.kind == "block":
+            weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
+            layer = selfattn.SelfAttention(**weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads)
+            return partial(layer, arrays["x"], **options)
+        return partial(selfattn.attention, *(arrays[name] for name in "qkv"), **options)
 
 
 class NumPy(Peer):

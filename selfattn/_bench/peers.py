@@ -12,7 +12,7 @@ ALIASES = {"torch": "pytorch"}  # the name people import and install
 
 
 def add(*peers: Peer) -> None:
-    """Make more peers known to this process."""
+    """Make more peers known to this process; one replaces another of the same name."""
     PEERS.update({peer.name: peer for peer in peers})
 
 
@@ -37,4 +37,4 @@ def choose(names: list[str] | None) -> list[Peer]:
             raise ValueError(f"bench: no peer {name!r}; known are {', '.join(PEERS)}")
         if not PEERS[name].available():
             raise ValueError(f"bench: {PEERS[name].label} is not installed")
-    return [OWN, *(PEERS[name] for name in PEERS if name in wanted and name != OWN.name)]
+    return [peer for name, peer in PEERS.items() if name in wanted or name == OWN.name]

@@ -177,7 +177,7 @@ def test_reasons_for_not_running():
 
 
 def test_choose():
-    assert choose(["numpy"]) == [OWN, PEERS["numpy"]]
+    assert choose(["numpy"]) == [PEERS[OWN.name], PEERS["numpy"]]
     with pytest.raises(ValueError, match="no peer 'x'"):
         choose(["x"])
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 import selfattn
-
-from .numbers import numpy_dtype
-from .options import Cache
-from .workload import Array, Arrays, Workload
+from selfattn._bench.numbers import numpy_dtype
+from selfattn._bench.options import Cache
+from selfattn._bench.peer import Own, Run
+from selfattn._bench.workload import Array, Arrays, Workload
 
 # A step makes its cache longer, so after so many it is cut back. Keys on the average: those of the first step and 63.
 STEPS = 127
@@ -131,6 +131,20 @@ def cached_call(workload: Workload, arrays: Arrays, threads: int) -> Callable[..
     if filled.sequences is not None:
         options |= {"sequences": filled.sequences, "cascade": filled.description.cascade}
     return partial(selfattn.attention_with_kvcache, arrays["q"], filled.cache, **options)
+
+
+class OwnOnCaches(Own):
+    """selfattn, also where keys and values come from a cache."""
+
+    def held(self, workload: Workload, arrays: Arrays) -> Arrays:
+        """See `Peer.held`."""
+        return stored(workload, arrays)
+
+    def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
+        """See `Peer.prepare`."""
+        if workload.cache is None:
+            return super().prepare(workload, arrays, threads)
+        return cached_call(workload, arrays, threads)
 
 
 def last_token(arrays: Arrays) -> tuple[Array, Array]:
