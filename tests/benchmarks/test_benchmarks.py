@@ -379,6 +379,12 @@ def test_the_command_of_the_package_has_its_own_peers_only(run_python):
     assert run_python(code + "\nfrom selfattn._bench.peers import PEERS\nprint(*PEERS)") == "selfattn numpy pytorch\n"
 
 
+def test_the_readme_names_every_file_of_the_workbench():
+    text = (BENCHMARKS / "README.md").read_text(encoding="utf8")
+    names = {file.name for file in (BENCHMARKS / "workbench").glob("*.py")} - {"__init__.py"}
+    assert {name for name in names if f"`{name}`" not in text} == set()
+
+
 def test_peers_share_one_interface():
     assert all(isinstance(peer, Peer) for peer in PEERS.values())
     names = ["selfattn", "numpy", "pytorch", "onnxruntime", "openvino", "jax", "vllm", "plain", "single"]
