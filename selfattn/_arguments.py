@@ -95,7 +95,7 @@ def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
     held = array
     if 0 in array.strides:  # such an axis may claim any length, but holds one number
-        held = array[(*(slice(1) if stride == 0 else slice(None) for stride in array.strides), ...)]
+        held = array[tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides)]
     if array.dtype == np.uint64 and held.size and int(held.max()) > np.iinfo(np.int64).max:
         raise ValueError(f"{function}: {name} holds {int(held.max())}, which is beyond int64")
     own = held.astype(np.int64)
