@@ -27,7 +27,7 @@ KNOWN = {
     "What happens in forked child processes?": "Calls work in forked children",
     "Where does Ctrl-C stop a long call?": "Ctrl-C stops a long call",
     "What does int8 cost in accuracy?": "An int8 cache stores",
-    "How is a kernel for a new CPU added?": "one `add_isa(",
+    "How is a kernel for a new CPU added?": "Kernels for a new CPU are added in these steps",
     "Which threads may call a cache at the same time?": "many read or one writes",
 }
 NOTES = {
