@@ -8,6 +8,7 @@
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
 #include "kernels/scratch.h"
+#include "kernels/softmax.h"
 #include "kernels/values.h"
 
 namespace selfattn::SELFATTN_ISA {
@@ -45,22 +46,21 @@ struct RowAttention {
     T* out;      // [row][out_step]
     T* scores;   // [row][score_step]
     T* terms;    // the same shape
-    T *begin, *end, *distance, *slope, *rescale;
+    T* rescale;
+    RowPlaces<T> places;
     std::size_t bytes;
 
     Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : query_step((head_dim + Dots::elements - 1) / Dots::elements * W),
           out_step(padded(value_dim)),
-          score_step(static_cast<int>(padded(key_block))) {
-      Carver carver{static_cast<char*>(base)};
+          score_step(static_cast<int>(padded(key_block))),
+          places(carver, rows) {
       queries = carver.take<T>(rows * query_step);
       out = carver.take<T>(rows * out_step);
       scores = carver.take<T>(std::int64_t{rows} * score_step);
       terms = carver.take<T>(std::int64_t{rows} * score_step);
-      begin = carver.take<T>(rows);
-      end = carver.take<T>(rows);
-      distance = carver.take<T>(rows);
-      slope = carver.take<T>(rows);
       rescale = carver.take<T>(rows);
       bytes = carver.used;
     }
@@ -76,8 +76,7 @@ struct RowAttention {
     const Scratch s(block);
     for (int r = 0; r < block.count; ++r) {
       const Row& row = block.rows[r];
-      static_cast<T*>(block.row_max)[r] = static_cast<T>(row.sink);
-      static_cast<T*>(block.row_sum)[r] = row.sink == minus_infinity<double> ? T(0) : T(1);
+      start_softmax(row.sink, static_cast<T*>(block.row_max)[r], static_cast<T*>(block.row_sum)[r]);
       const typename Dots::Q* query = static_cast<const typename Dots::Q*>(row.query);
       T* loaded = s.queries + r * s.query_step;
       for (std::int64_t d = 0; d < block.head_dim; d += Dots::elements, loaded += W)
@@ -88,13 +87,17 @@ struct RowAttention {
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
-    const bool limited = describe_rows(block, s, keys);
-    ScoreTile<T> tile{s.scores,     nullptr, block.count, static_cast<int>(padded(keys.count)),
-                      s.score_step, limited, s.begin,     s.end,
-                      s.distance,   s.slope};
+    const bool limited = limits(block, keys);
+    ScoreTile<T> tile{s.scores,     nullptr,
+                      block.count,  static_cast<int>(padded(keys.count)),
+                      s.score_step, limited,
+                      s.places,     block.rows,
+                      block.count,  /*shares_terms=*/false,
+                      keys.first,   keys.count};
+    describe_rows(tile, block.count);
     bool terms = has_terms(block.terms);
     if (terms) {
-      const Sight sight = sight_of<T>(block.rows, block.count, block.terms, keys.first, keys.count);
+      const Sight sight = sight_of(tile, block.terms);
       if (sight == Sight::nothing && !block.rows[0].scores) return;
       terms = sight != Sight::everything;
     }
@@ -106,15 +109,12 @@ struct RowAttention {
         dot_rows<max_rows_at_once, 4>(block, s, keys, first, last, 0);
     }
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.key_scales + l); });
-    if (block.rows[0].relative) add_relative(block, s, keys);
-    bend_scores<AcrossKeys>(tile, block.terms);
-    const bool hidden = terms && add_terms(block, s, keys);
-    hide_beyond_limits<AcrossKeys>(tile);
-    if (block.rows[0].scores) keep_scores(block, s, keys);
-    for (int r = 0; r < block.count; ++r) softmax(block, tile, r, s.rescale[r]);
+    if (block.rows[0].relative) add_relative<AcrossKeys>(tile, static_cast<T>(block.terms.multiplier));
+    const bool hidden = complete_scores<AcrossKeys>(tile, block.terms, terms);
+    for (int r = 0; r < block.count; ++r) exponentiate(block, tile, r, s.rescale[r]);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
     if ((limited || hidden) && !finite_values(keys, block.value_dim)) {
-      if (hidden) tile.terms = gather_terms(block, s, keys);
+      if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.terms, s.terms);
       return accumulate_visible(block, s, tile, keys);
     }
     accumulate(block, s, keys);
@@ -133,63 +133,14 @@ struct RowAttention {
 
   static const E* row_of(const void* const* rows, int j) { return static_cast<const E*>(rows[j]); }
 
-  // Limits and positions counted from the block's first key. The lanes that fill the last vector are beyond every end.
-  static bool describe_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+  // Whether some row sees only a part of the tile. The lanes that fill the last vector are beyond every end.
+  static bool limits(const RowBlock& block, const KeyBlock& keys) {
     bool limited = keys.count % W != 0;
     for (int r = 0; r < block.count; ++r) {
       const Row& row = block.rows[r];
-      const auto within = [&](std::int64_t key) {
-        const std::int64_t relative = key - keys.first;
-        return static_cast<T>(relative < 0 ? 0 : relative > keys.count ? keys.count : relative);
-      };
-      s.begin[r] = within(row.key_begin);
-      s.end[r] = within(row.key_end);
-      s.distance[r] = static_cast<T>(row.position - keys.first);
-      s.slope[r] = static_cast<T>(row.slope * log2_e);
       limited = limited || row.key_begin > keys.first || row.key_end < keys.first + keys.count;
     }
     return limited;
-  }
-
-  template <class Use>
-  static void each_term(const RowBlock& block, const Scratch& s, const KeyBlock& keys, Use use) {
-    for (int r = 0; r < block.count; ++r)
-      for (int j = 0; j < keys.count; j += W) {
-        const int n = keys.count - j < W ? keys.count - j : W;
-        use(r * s.score_step + j, term_chunk<T>(block.rows[r], block.terms, keys.first + j, n));
-      }
-  }
-
-  static void add_relative(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
-    for (int r = 0; r < block.count; ++r) {
-      const T* relative = static_cast<const T*>(block.rows[r].relative) + keys.first;
-      for (int j = 0; j < keys.count; j += W) {
-        T* score = s.scores + r * s.score_step + j;
-        store(score, fma(load_up_to(relative + j, keys.count - j), multiplier, load(score)));
-      }
-    }
-  }
-
-  // scores += terms; returns whether any key is hidden.
-  static bool add_terms(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    AddTerm<T> add;
-    each_term(block, s, keys, [&](int at, Vec<T> term) { store(s.scores + at, add(load(s.scores + at), term)); });
-    return any(add.hidden);
-  }
-
-  // The terms alone, for the rare tile that needs them twice.
-  static const T* gather_terms(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    each_term(block, s, keys, [&](int at, Vec<T> term) { store(s.terms + at, term); });
-    return s.terms;
-  }
-
-  static void keep_scores(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    for (int r = 0; r < block.count; ++r) {
-      T* kept = static_cast<T*>(block.rows[r].scores) + keys.first;
-      for (int j = 0; j < keys.count; j += W)
-        store_up_to(kept + j, load(s.scores + r * s.score_step + j), keys.count - j);
-    }
   }
 
   // scores = q . k * multiplier for the keys in [first, last), `Rows` rows at a time, then halves of it for the
@@ -255,26 +206,25 @@ struct RowAttention {
     }
   }
 
-  static void softmax(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {
+  // Scores of one row become probs.
+  static void exponentiate(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {
     T& row_max = static_cast<T*>(block.row_max)[row];
     T& row_sum = static_cast<T*>(block.row_sum)[row];
     T* scores = tile.scores + row * tile.step;
-    Vec<T> largest = broadcast(row_max);
-    for (int j = 0; j < tile.lanes; j += W) largest = max(largest, load(scores + j));
-    const T peak = reduce_max(largest);
-    // -inf minus -inf is NaN; a row that has seen no key yet shifts by 0 and keeps its weights at 0.
-    const Vec<T> shift = broadcast(peak == minus_infinity<T> ? T(0) : peak);
-    Vec<T> sum = broadcast(T(0));
-    for (int j = 0; j < tile.lanes; j += W) {
-      const Vec<T> prob = exp2(load(scores + j) - shift);
-      store(scores + j, prob);
-      sum = sum + prob;
-    }
-    T factor[W];
-    store(factor, exp2(broadcast(row_max) - shift));
-    rescale = factor[0];
-    row_max = peak;
-    row_sum = row_sum * rescale + reduce_sum(sum);
+    SoftmaxStep<T, 1> step;
+    step.peak[0] = broadcast(row_max);
+    softmax<AcrossKeys, 1>(
+        ScoreLines<T>{scores, scores + tile.lanes, W}, step, [](Vec<T> score) { return score; },
+        [&](const Vec<T>(&prob)[1], T* line, int) { store(line, prob[0]); });
+    row_max = first_lane(step.peak[0]);
+    rescale = first_lane(step.rescale[0]);
+    row_sum = row_sum * rescale + reduce_sum(step.sum[0]);
+  }
+
+  static T first_lane(Vec<T> a) {
+    T lanes[W];
+    store(lanes, a);
+    return lanes[0];
   }
 
   struct Chunk {
@@ -370,9 +320,7 @@ struct RowAttention {
   static void finish_as(const RowBlock& block) {
     const Scratch s(block);
     for (int r = 0; r < block.count; ++r) {
-      const T sum = static_cast<const T*>(block.row_sum)[r];
-      // A row that saw nothing has sum 0 and output 0.
-      const Vec<T> factor = broadcast(block.normalise && sum != T(0) ? T(1) / sum : T(1));
+      const Vec<T> factor = output_factor(broadcast(static_cast<const T*>(block.row_sum)[r]), block.normalise);
       Out* out = static_cast<Out*>(block.rows[r].out);
       for (std::int64_t d = 0; d < block.value_dim; d += W)
         store_up_to(out + d, load(s.out + r * s.out_step + d) * factor, block.value_dim - d);

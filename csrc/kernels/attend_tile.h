@@ -13,6 +13,7 @@
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
 #include "kernels/scratch.h"
+#include "kernels/softmax.h"
 
 namespace selfattn::SELFATTN_ISA {
 
@@ -38,14 +39,14 @@ struct TileAttention {
     T* out;      // per strip [value_dim][lanes]
     T* scores;   // [key_block][lanes]; some engines keep probs there
     T* terms;    // [key_block][lanes]
-    T *begin, *end, *distance, *slope;
+    RowPlaces<T> places;
     typename Engine::Memory memory;
     std::size_t bytes;
 
     Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
     Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : memory(carver, key_block, head_dim, value_dim) {
+        : places(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
       const int count = (rows + strip_rows - 1) / strip_rows;
       const std::int64_t lanes = (rows + W - 1) / W * W;  // of all strips: the last one may have fewer vectors
       strips = carver.take<Strip>(count);
@@ -53,10 +54,6 @@ struct TileAttention {
       out = carver.take<T>(lanes * Engine::dim_rows(value_dim));
       scores = carver.take<T>(Engine::key_rows(key_block) * strip_rows);
       terms = carver.take<T>(std::int64_t{key_block} * strip_rows);
-      begin = carver.take<T>(strip_rows);
-      end = carver.take<T>(strip_rows);
-      distance = carver.take<T>(strip_rows);
-      slope = carver.take<T>(strip_rows);
       bytes = carver.used;
     }
     explicit Scratch(const RowBlock& block)
@@ -93,8 +90,7 @@ struct TileAttention {
       const int lanes = s.strips[i].vectors * W;
       for (int l = 0; l < lanes; ++l) {
         const double sink = first + l < block.count ? block.rows[first + l].sink : minus_infinity<double>;
-        row_max[first + l] = static_cast<T>(sink);
-        row_sum[first + l] = sink == minus_infinity<double> ? T(0) : T(1);
+        start_softmax(sink, row_max[first + l], row_sum[first + l]);
       }
       Engine::pack_queries(block.rows + first, s.strips[i].rows, block.head_dim, lanes, queries_of(block, s, first));
       T* out = out_of(block, s, first);
@@ -159,13 +155,13 @@ struct TileAttention {
       if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, prepared);
     constexpr int lanes = Cols * W;
     const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
-    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(block, s, strip, keys);
-    ScoreTile<T> tile{s.scores, nullptr, keys.count, lanes, lanes, limited, s.begin, s.end, s.distance, s.slope};
     const Row* rows = block.rows + strip.first_row;
+    ScoreTile<T> tile{s.scores, nullptr,    keys.count,         lanes,      lanes,     limited, s.places,
+                      rows,     strip.rows, strip.shares_terms, keys.first, keys.count};
+    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
     bool terms = has_terms(block.terms);
     if (terms) {
-      const int different = strip.shares_terms ? 1 : strip.rows;
-      const Sight sight = sight_of<T>(rows, different, block.terms, keys.first, keys.count);
+      const Sight sight = sight_of(tile, block.terms);
       if (sight == Sight::nothing && !rows->scores) return;
       terms = sight != Sight::everything;
     }
@@ -173,147 +169,41 @@ struct TileAttention {
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
     T multiplier = static_cast<T>(block.terms.multiplier);
     Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
-    if (rows->relative) add_relative<Cols>(s, strip, rows, keys, Engine::scales ? multiplier : T(1));
+    if (rows->relative) add_relative<AcrossRows>(tile, Engine::scales ? multiplier : T(1));
     if (Engine::scales || !may_wait(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
       multiplier = T(1);
     }
-    bend_scores<AcrossRows>(tile, block.terms);
-    const bool hidden = terms && add_terms<Cols>(block, s, strip, keys);
-    hide_beyond_limits<AcrossRows>(tile);
-    if (rows->scores) keep_scores(block, s, strip, keys);
+    const bool hidden = complete_scores<AcrossRows>(tile, block.terms, terms);
 
     Vec<T> rescale[Cols];
-    softmax<Cols>(block, strip, tile, multiplier, prepared, rescale);
+    exponentiate<Cols>(block, strip, {s.scores, s.scores + keys.count * lanes, lanes}, multiplier, prepared, rescale);
     Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
                                       out_of(block, s, strip.first_row), limited || hidden, [&] {
-                                        describe_rows(block, s, strip, keys);
-                                        if (hidden) tile.terms = gather_terms(block, s, strip, keys);
+                                        describe_rows(tile, lanes);
+                                        if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.terms, s.terms);
                                         return tile;
                                       });
   }
 
-  // Limits and positions of the strip's rows, counted from the block's first key. Lanes without a row see everything.
-  static void describe_rows(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
-    const auto within = [&](std::int64_t key) {
-      const std::int64_t relative = key - keys.first;
-      return static_cast<T>(relative < 0 ? 0 : relative > keys.count ? keys.count : relative);
-    };
-    for (int l = 0; l < strip.vectors * W; ++l) {
-      const Row* row = l < strip.rows ? block.rows + strip.first_row + l : nullptr;
-      s.begin[l] = row ? within(row->key_begin) : T(0);
-      s.end[l] = row ? within(row->key_end) : static_cast<T>(keys.count);
-      s.distance[l] = row ? static_cast<T>(row->position - keys.first) : T(0);
-      s.slope[l] = row ? static_cast<T>(row->slope * log2_e) : T(0);
-    }
-  }
-
-  // scores += what the rows bring, times a factor; squares go from rows to columns in registers.
+  // Scores, times a factor, become probs.
   template <int Cols>
-  static void add_relative(const Scratch& s, const Strip& strip, const Row* rows, const SeenKeys& keys, T factor) {
-    constexpr int lanes = Cols * W;
-    for (int j = 0; j < keys.count; j += W) {
-      const int n = keys.count - j < W ? keys.count - j : W;
-      T* scores = s.scores + j * lanes;
-      for (int l = 0; l < lanes; l += W) {
-        Vec<T> square[W];
-        for (int i = 0; i < W; ++i)
-          square[i] = l + i < strip.rows ? load_up_to(static_cast<const T*>(rows[l + i].relative) + keys.first + j, n)
-                                         : broadcast(T(0));
-        transpose(square);
-        for (int i = 0; i < n; ++i) {
-          T* score = scores + i * lanes + l;
-          store(score, fma(square[i], broadcast(factor), load(score)));
-        }
-      }
-    }
-  }
-
-  // scores += terms; returns whether any key is hidden. Squares of terms go from rows to columns in registers.
-  template <int Cols>
-  static bool add_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
-    const Row* rows = block.rows + strip.first_row;
-    constexpr int lanes = Cols * W;
-    AddTerm<T> add;
-    for (int j = 0; j < keys.count; j += W) {
-      const int n = keys.count - j < W ? keys.count - j : W;
-      T* scores = s.scores + j * lanes;
-      if (strip.shares_terms) {  // a mask of keys alone: read once, then the same for every lane
-        T terms[W];
-        store(terms, term_chunk<T>(rows[0], block.terms, keys.first + j, n));
-        for (int i = 0; i < n; ++i)
-          for (int l = 0; l < lanes; l += W)
-            store(scores + i * lanes + l, add(load(scores + i * lanes + l), broadcast(terms[i])));
-        continue;
-      }
-      for (int l = 0; l < lanes; l += W) {
-        if (block.terms.toeplitz && l + W <= strip.rows) {
-          const T* last = reinterpret_cast<const T*>(rows[l + W - 1].bias) + keys.first + j;
-          for (int i = 0; i < n; ++i)
-            store(scores + i * lanes + l, add(load(scores + i * lanes + l), reverse(load(last + i))));
-          continue;
-        }
-        Vec<T> square[W];
-        for (int i = 0; i < W; ++i)
-          square[i] = l + i < strip.rows ? term_chunk<T>(rows[l + i], block.terms, keys.first + j, n) : broadcast(T(0));
-        transpose(square);
-        for (int i = 0; i < n; ++i) store(scores + i * lanes + l, add(load(scores + i * lanes + l), square[i]));
-      }
-    }
-    return any(add.hidden);
-  }
-
-  // The terms alone, for the rare tile that needs them twice.
-  static const T* gather_terms(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
-    const int lanes = strip.vectors * W;
-    rows_to_columns(s.terms, lanes, lanes, keys.count, [&](int row, std::int64_t j, int n) {
-      if (row >= strip.rows) return broadcast(T(0));
-      return term_chunk<T>(block.rows[strip.first_row + row], block.terms, keys.first + j, n);
-    });
-    return s.terms;
-  }
-
-  static void keep_scores(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys) {
-    const int lanes = strip.vectors * W;
-    columns_to_rows<T>(
-        strip.rows, keys.count,
-        [&](int row) { return static_cast<T*>(block.rows[strip.first_row + row].scores) + keys.first; },
-        [&](std::int64_t key, int row) { return load(s.scores + key * lanes + row); });
-  }
-
-  // Scores become probs = 2^(score * factor - max); rescale is what the sums and outputs so far are worth under the new
-  // maximum.
-  template <int Cols>
-  static void softmax(const RowBlock& block, const Strip& strip, const ScoreTile<T>& tile, T factor,
-                      const Block& prepared, Vec<T> (&rescale)[Cols]) {
+  static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines, T factor,
+                           const Block& prepared, Vec<T> (&rescale)[Cols]) {
     T* row_max = static_cast<T*>(block.row_max) + strip.first_row;
     T* row_sum = static_cast<T*>(block.row_sum) + strip.first_row;
-    const auto scaled = [&](Vec<T> score) { return Engine::scales ? score : score * broadcast(factor); };
-    const Vec<T> nothing = broadcast(minus_infinity<T>);
-    Vec<T> peak[Cols], shift[Cols], sum[Cols];
-    for (int c = 0; c < Cols; ++c) peak[c] = load(row_max + c * W);
-    for (int key = 0; key < tile.outer; ++key)
-      for (int c = 0; c < Cols; ++c) peak[c] = max(peak[c], scaled(load(tile.scores + key * tile.step + c * W)));
+    SoftmaxStep<T, Cols> step;
+    for (int c = 0; c < Cols; ++c) step.peak[c] = load(row_max + c * W);
+    softmax<AcrossRows, Engine::cell>(
+        lines, step, [&](Vec<T> score) { return Engine::scales ? score : score * broadcast(factor); },
+        [&](const Vec<T>(&prob)[Engine::cell], T* line, int lane) {
+          Engine::keep_probs(prepared, prob, lines.scores, line, lane);
+        });
     for (int c = 0; c < Cols; ++c) {
-      // -inf minus -inf is NaN; a row that has seen no key yet shifts by 0 and keeps its weights at 0.
-      shift[c] = select(peak[c] == nothing, broadcast(T(0)), peak[c]);
-      rescale[c] = exp2(load(row_max + c * W) - shift[c]);
-      store(row_max + c * W, peak[c]);
-      sum[c] = broadcast(T(0));
+      rescale[c] = step.rescale[c];
+      store(row_max + c * W, step.peak[c]);
+      store(row_sum + c * W, fma(load(row_sum + c * W), rescale[c], step.sum[c]));
     }
-    constexpr int cell = Engine::cell;
-    for (int key = 0; key < tile.outer; key += cell)
-      for (int c = 0; c < Cols; ++c) {
-        Vec<T> prob[cell];
-        for (int i = 0; i < cell; ++i) {
-          const bool there = i == 0 || key + i < tile.outer;
-          const T* score = tile.scores + (key + i) * tile.step + c * W;
-          prob[i] = there ? exp2(scaled(load(score)) - shift[c]) : broadcast(T(0));
-          sum[c] = sum[c] + prob[i];
-        }
-        Engine::keep_probs(prepared, prob, tile.scores, key, tile.step, c * W);
-      }
-    for (int c = 0; c < Cols; ++c) store(row_sum + c * W, fma(load(row_sum + c * W), rescale[c], sum[c]));
   }
 
   static void finish(const RowBlock& block) noexcept {
@@ -328,12 +218,7 @@ struct TileAttention {
       const Strip& strip = s.strips[i];
       const int lanes = strip.vectors * W;
       Vec<T> factor[Vectors];
-      for (int c = 0; c < strip.vectors; ++c) {
-        const Vec<T> sum = load(row_sum + first + c * W);
-        const Vec<T> one = broadcast(T(1));
-        // A row that saw nothing has sum 0 and output 0.
-        factor[c] = block.normalise ? one / select(sum == broadcast(T(0)), one, sum) : one;
-      }
+      for (int c = 0; c < strip.vectors; ++c) factor[c] = output_factor(load(row_sum + first + c * W), block.normalise);
       const T* out = out_of(block, s, first);
       columns_to_rows<T>(
           strip.rows, block.value_dim, [&](int row) { return static_cast<Out*>(block.rows[first + row].out); },

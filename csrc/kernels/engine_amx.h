@@ -53,11 +53,11 @@ struct AmxEngine : PairOperands<E, Terms> {
     Operands::mend_scores(block, seen, queries, head_dim, Cols * W, 1.0f, scores);
   }
 
-  static void keep_probs(const Block& block, const VecF (&prob)[cell], float*, std::int64_t key, int lanes, int lane) {
+  static void keep_probs(const Block& block, const VecF (&prob)[cell], float* scores, float* line, int lane) {
     VecF rest[cell] = {prob[0], prob[1]};
     for (int t = 0; t < Terms; ++t) {
       const VecF cells = to_cells(rest[0], rest[1]);
-      store(block.probs + t * block.prob_plane + key / cell * lanes + lane, cells);
+      store(block.probs + t * block.prob_plane + (line - scores) / cell + lane, cells);
       rest[0] = rest[0] - first_of(cells);
       rest[1] = rest[1] - second_of(cells);
     }

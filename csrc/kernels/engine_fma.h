@@ -5,7 +5,7 @@
 //   pack_queries    the queries of a strip, once per block of rows
 //   prepare         a block of keys and values, once for all strips that see it
 //   score           scores[key][row] = key . query, times a factor where the engine `scales`
-//   keep_probs      weights of `cell` keys, where accumulate expects them
+//   keep_probs      weights of `cell` keys, where accumulate expects them; the first one's scores are at `line`
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
 // Blocks may be entered at any key that is a multiple of `alignment`.
 #pragma once
@@ -96,8 +96,8 @@ struct FmaEngine {
                                               });
   }
 
-  static void keep_probs(const Block&, const Vec<T> (&prob)[cell], T* scores, std::int64_t key, int lanes, int lane) {
-    store(scores + key * lanes + lane, prob[0]);  // in the score's place
+  static void keep_probs(const Block&, const Vec<T> (&prob)[cell], T*, T* line, int lane) {
+    store(line + lane, prob[0]);  // in the score's place
   }
 
   // `hides`: some key of the block is hidden from some row. tile() tells which.

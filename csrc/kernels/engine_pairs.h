@@ -53,8 +53,8 @@ struct PairEngine : PairOperands<E, 1> {
   }
 
   // Weights take the scores' place.
-  static void keep_probs(const Block&, const VecF (&prob)[cell], float* scores, std::int64_t key, int lanes, int lane) {
-    store(scores + key / cell * lanes + lane, to_cells(prob[0], prob[1]));
+  static void keep_probs(const Block&, const VecF (&prob)[cell], float* scores, float* line, int lane) {
+    store(scores + (line - scores) / cell + lane, to_cells(prob[0], prob[1]));
   }
 
   template <int Cols, class Tile>

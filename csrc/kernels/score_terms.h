@@ -1,96 +1,32 @@
-// Everything between the product q.k and the softmax: softcap, bias, ALiBi and what is hidden, on one tile of scores.
-//
-// A tile's vectors run either across query rows (one key each) or across keys (one row each); `Axes` says which, and
-// every step is written once for both. Steps are chosen per tile at run time, each a pass over scores that sit in L1.
+// Everything between the product q.k and the softmax: relative terms, softcap, ALiBi, bias and what is hidden, on one
+// tile of scores. Steps are chosen per tile at run time, each a pass over scores that are in L1.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 #include "kernels/exp.h"
 #include "kernels/kernel_set.h"
-#include "kernels/pack.h"
+#include "kernels/score_tile.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class T>
-constexpr T minus_infinity = -static_cast<T>(__builtin_inf());
-template <class T>
-constexpr T largest = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
-
-// scores[outer * step + lane]; keys count from the tile's first key.
-template <class T>
-struct ScoreTile {
-  T* scores;
-  const T* terms;  // mask and bias in the same shape where `visible` is to see them, or null
-  int outer;
-  int lanes;  // a multiple of the vector width
-  int step;
-  bool limited;       // some row sees only a part of the tile's keys ...
-  const T* begin;     // ... those in [begin, end), per row
-  const T* end;       //
-  const T* distance;  // per row: the key at ALiBi distance 0
-  const T* slope;     // per row
-};
-
-struct AcrossRows {
-  template <class T>
-  static Vec<T> key(int outer, int) {
-    return broadcast(static_cast<T>(outer));
-  }
-  template <class T>
-  static Vec<T> of_row(const T* values, int, int lane) {
-    return load(values + lane);
-  }
-};
-
-struct AcrossKeys {
-  template <class T>
-  static Vec<T> key(int, int lane) {
-    return broadcast(static_cast<T>(lane)) + iota(T());
-  }
-  template <class T>
-  static Vec<T> of_row(const T* values, int outer, int) {
-    return broadcast(values[outer]);
-  }
-};
-
-template <class T, class Change>
-inline void change_scores(const ScoreTile<T>& tile, Change change) {
-  for (int o = 0; o < tile.outer; ++o)
-    for (int l = 0; l < tile.lanes; l += Vec<T>::width) {
-      T* score = tile.scores + o * tile.step + l;
-      store(score, change(load(score), o, l));
-    }
-}
-
-template <class Axes, class T>
-inline Mask<T> visible(const ScoreTile<T>& tile, int outer, int lane) {
-  const Vec<T> key = Axes::template key<T>(outer, lane);
-  Mask<T> seen = (Axes::of_row(tile.begin, outer, lane) <= key) & (key < Axes::of_row(tile.end, outer, lane));
-  if (tile.terms) {
-    const Vec<T> term = load(tile.terms + outer * tile.step + lane);
-    seen = seen & ((broadcast(minus_infinity<T>) < term) | is_nan(term));
-  }
-  return seen;
-}
-
 // Softcap and ALiBi, before bias and masks: a slope that is not finite cannot bring a hidden key back.
 template <class Axes, class T>
-inline void bend_scores(const ScoreTile<T>& tile, const ScoreTerms& terms) {
+[[gnu::always_inline]] inline void bend_scores(const ScoreTile<T>& tile, const ScoreTerms& terms) {
   if (terms.softcap != 0) {
     const Vec<T> cap = broadcast(static_cast<T>(terms.softcap));
     change_scores(tile, [&](Vec<T> s, int, int) { return cap * tanh(s); });
   }
   if (terms.alibi)
     change_scores(tile, [&](Vec<T> s, int o, int l) {
-      const Vec<T> distance = abs(Axes::of_row(tile.distance, o, l) - Axes::template key<T>(o, l));
-      return s - Axes::of_row(tile.slope, o, l) * distance;
+      const Vec<T> distance = abs(Axes::of_row(tile.places.distance, o, l) - Axes::template key<T>(o, l));
+      return s - Axes::of_row(tile.places.slope, o, l) * distance;
     });
 }
 
 // Last, so that nothing that was added brings a hidden key back.
 template <class Axes, class T>
-inline void hide_beyond_limits(const ScoreTile<T>& tile) {
+[[gnu::always_inline]] inline void hide_beyond_limits(const ScoreTile<T>& tile) {
   if (tile.limited)
     change_scores(tile, [&](Vec<T> s, int o, int l) {
       return select(visible<Axes>(tile, o, l), s, broadcast(minus_infinity<T>));
@@ -186,13 +122,111 @@ inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key,
   return seen == 0 ? Sight::nothing : seen == count ? Sight::everything : Sight::some;
 }
 
-// The same for some rows together.
+// For the rows of a tile together.
 template <class T>
-inline Sight sight_of(const Row* rows, int num_rows, const ScoreTerms& terms, std::int64_t key, int count) {
-  const Sight first = sight_of<T>(rows[0], terms, key, count);
-  for (int r = 1; r < num_rows && first != Sight::some; ++r)
-    if (sight_of<T>(rows[r], terms, key, count) != first) return Sight::some;
+inline Sight sight_of(ScoreTile<T> tile, const ScoreTerms& terms) {
+  const int different = tile.shares_terms ? 1 : tile.num_rows;
+  const Sight first = sight_of<T>(tile.rows[0], terms, tile.first_key, tile.num_keys);
+  for (int r = 1; r < different && first != Sight::some; ++r)
+    if (sight_of<T>(tile.rows[r], terms, tile.first_key, tile.num_keys) != first) return Sight::some;
   return first;
+}
+
+// Fills tile.places for `lanes` rows. Lanes without a row see everything.
+template <class T>
+inline void describe_rows(ScoreTile<T> tile, int lanes) {
+  const auto within = [&](std::int64_t key) {
+    const std::int64_t relative = key - tile.first_key;
+    return static_cast<T>(relative < 0 ? 0 : relative > tile.num_keys ? tile.num_keys : relative);
+  };
+  for (int l = 0; l < lanes; ++l) {
+    const Row* row = l < tile.num_rows ? tile.rows + l : nullptr;
+    tile.places.begin[l] = row ? within(row->key_begin) : T(0);
+    tile.places.end[l] = row ? within(row->key_end) : static_cast<T>(tile.num_keys);
+    tile.places.distance[l] = row ? static_cast<T>(row->position - tile.first_key) : T(0);
+    tile.places.slope[l] = row ? static_cast<T>(row->slope * log2_e) : T(0);
+  }
+}
+
+// scores += what the rows bring, times a factor.
+template <class Axes, class T>
+[[gnu::always_inline]] inline void add_relative(const ScoreTile<T>& tile, T factor) {
+  const auto chunk = [&](const Row& row, int key, int n) {
+    return load_up_to(static_cast<const T*>(row.relative) + tile.first_key + key, n);
+  };
+  Axes::each_chunk(tile, tile.scores, chunk,
+                   [&](T* score, Vec<T> relative) { store(score, fma(relative, broadcast(factor), load(score))); });
+}
+
+// Mask and bias of a tile's rows.
+template <class T>
+struct TileTerms {
+  const ScoreTile<T>& tile;
+  const ScoreTerms& terms;
+
+  Vec<T> operator()(const Row& row, int key, int n) const { return term_chunk<T>(row, terms, tile.first_key + key, n); }
+
+  // Calls use(cell, terms) for all keys and rows, with pointers into `cells` of the tile's shape.
+  template <class Use>
+  [[gnu::always_inline]] void each(AcrossKeys, T* cells, Use use) const {
+    AcrossKeys::each_chunk(tile, cells, *this, use);
+  }
+
+  template <class Use>
+  [[gnu::always_inline]] void each(AcrossRows, T* cells, Use use) const {
+    constexpr int W = Vec<T>::width;
+    for (int j = 0; j < tile.num_keys; j += W) {
+      const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
+      T* first = cells + j * tile.step;
+      if (tile.shares_terms) {  // a mask of keys alone: read once, then the same for every lane
+        T shared[W];
+        store(shared, (*this)(tile.rows[0], j, n));
+        for (int i = 0; i < n; ++i)
+          for (int l = 0; l < tile.lanes; l += W) use(first + i * tile.step + l, broadcast(shared[i]));
+        continue;
+      }
+      for (int l = 0; l < tile.lanes; l += W) {
+        if (terms.toeplitz && l + W <= tile.num_rows) {
+          const T* last = reinterpret_cast<const T*>(tile.rows[l + W - 1].bias) + tile.first_key + j;
+          for (int i = 0; i < n; ++i) use(first + i * tile.step + l, reverse(load(last + i)));
+        } else {
+          AcrossRows::each_of_square(tile, cells, AcrossRows::Square{j, n, l}, *this, use);
+        }
+      }
+    }
+  }
+};
+
+// scores += mask and bias; returns whether any key is hidden.
+template <class Axes, class T>
+[[gnu::always_inline]] inline bool add_terms(const ScoreTile<T>& tile, const ScoreTerms& terms) {
+  AddTerm<T> add;
+  TileTerms<T>{tile, terms}.each(Axes(), tile.scores,
+                                 [&](T* score, Vec<T> term) { store(score, add(load(score), term)); });
+  return any(add.hidden);
+}
+
+// Mask and bias alone, for the rare tile that needs them twice.
+template <class Axes, class T>
+inline const T* gather_terms(ScoreTile<T> tile, const ScoreTerms& terms, T* to) {
+  TileTerms<T>{tile, terms}.each(Axes(), to, [](T* cell, Vec<T> term) { store(cell, term); });
+  return to;
+}
+
+// Stores scores, as they enter the softmax, where the rows want them.
+template <class Axes, class T>
+inline void keep_scores(ScoreTile<T> tile) {
+  Axes::store_rows(tile, [&](const Row& row) { return static_cast<T*>(row.scores) + tile.first_key; });
+}
+
+// From scaled products to scores; returns whether mask or bias hide any key. `adds_terms`: some may.
+template <class Axes, class T>
+[[gnu::always_inline]] inline bool complete_scores(const ScoreTile<T>& tile, const ScoreTerms& terms, bool adds_terms) {
+  bend_scores<Axes>(tile, terms);
+  const bool hidden = adds_terms && add_terms<Axes>(tile, terms);
+  hide_beyond_limits<Axes>(tile);
+  if (tile.rows->scores) keep_scores<Axes>(tile);
+  return hidden;
 }
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -1,0 +1,161 @@
+// A tile of scores: some query rows against some keys. Its vectors run either across rows (each for one key) or across
+// keys (each for one row). `Axes` says which, so that what happens to scores is written once for both.
+#pragma once
+#include <cstdint>
+
+#include "kernels/kernel_set.h"
+#include "kernels/pack.h"
+#include "kernels/scratch.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class T>
+constexpr T minus_infinity = -static_cast<T>(__builtin_inf());
+template <class T>
+constexpr T largest = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
+
+// What each row sees, counted from the tile's first key.
+template <class T>
+struct RowPlaces {
+  T* begin;     // the row sees keys in [begin, end)
+  T* end;       //
+  T* distance;  // the key at ALiBi distance 0
+  T* slope;
+
+  RowPlaces(Carver& carver, int rows)
+      : begin(carver.take<T>(rows)),
+        end(carver.take<T>(rows)),
+        distance(carver.take<T>(rows)),
+        slope(carver.take<T>(rows)) {}
+};
+
+// scores[outer * step + lane]
+//
+// Functions of hot loops are always inlined, and others take a tile by value: GCC then knows which of its fields are
+// constants, and unrolls loops over lanes.
+template <class T>
+struct ScoreTile {
+  T* scores;
+  const T* terms;  // mask and bias in the same shape where `visible` is to see them, or null
+  int outer;
+  int lanes;  // a multiple of the vector width
+  int step;
+  bool limited;  // some row sees only a part of the tile's keys
+  RowPlaces<T> places;
+  const Row* rows;
+  int num_rows;
+  bool shares_terms;  // all rows read the same mask and bias
+  std::int64_t first_key;
+  int num_keys;
+};
+
+struct AcrossRows {
+  template <class T>
+  static Vec<T> key(int outer, int) {
+    return broadcast(static_cast<T>(outer));
+  }
+  template <class T>
+  static Vec<T> of_row(const T* values, int, int lane) {
+    return load(values + lane);
+  }
+  template <class T>
+  static Vec<T> max_of_line(Vec<T> a) {
+    return a;
+  }
+
+  // Numbers of up to W rows and n keys.
+  struct Square {
+    int key;
+    int n;
+    int lane;
+  };
+
+  template <class T, class RowChunk, class Use>
+  [[gnu::always_inline]] static void each_chunk(const ScoreTile<T>& tile, T* cells, RowChunk row_chunk, Use use) {
+    constexpr int W = Vec<T>::width;
+    for (int j = 0; j < tile.num_keys; j += W) {
+      const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
+      for (int l = 0; l < tile.lanes; l += W) each_of_square(tile, cells, Square{j, n, l}, row_chunk, use);
+    }
+  }
+
+  // They go from rows to columns in registers. Lanes without a row get 0.
+  template <class T, class RowChunk, class Use>
+  [[gnu::always_inline]] static void each_of_square(const ScoreTile<T>& tile, T* cells, Square at, RowChunk row_chunk,
+                                                    Use use) {
+    constexpr int W = Vec<T>::width;
+    Vec<T> square[W];
+    for (int i = 0; i < W; ++i)
+      square[i] = at.lane + i < tile.num_rows ? row_chunk(tile.rows[at.lane + i], at.key, at.n) : broadcast(T(0));
+    transpose(square);
+    T* first = cells + at.key * tile.step + at.lane;
+    for (int i = 0; i < at.n; ++i) use(first + i * tile.step, square[i]);
+  }
+
+  template <class T, class RowPlace>
+  static void store_rows(const ScoreTile<T>& tile, RowPlace place) {
+    columns_to_rows<T>(
+        tile.num_rows, tile.num_keys, [&](int row) { return place(tile.rows[row]); },
+        [&](std::int64_t key, int row) { return load(tile.scores + key * tile.step + row); });
+  }
+};
+
+struct AcrossKeys {
+  template <class T>
+  static Vec<T> key(int, int lane) {
+    return broadcast(static_cast<T>(lane)) + iota(T());
+  }
+  template <class T>
+  static Vec<T> of_row(const T* values, int outer, int) {
+    return broadcast(values[outer]);
+  }
+  template <class T>
+  static Vec<T> max_of_line(Vec<T> a) {
+    return broadcast(reduce_max(a));
+  }
+
+  // Calls use(cell, numbers) for all that rows bring, with pointers into `cells` of the tile's shape: row_chunk(row,
+  // key, n) gives n numbers of a row from a key of the tile on.
+  template <class T, class RowChunk, class Use>
+  [[gnu::always_inline]] static void each_chunk(const ScoreTile<T>& tile, T* cells, RowChunk row_chunk, Use use) {
+    constexpr int W = Vec<T>::width;
+    for (int r = 0; r < tile.num_rows; ++r)
+      for (int j = 0; j < tile.num_keys; j += W) {
+        const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
+        use(cells + r * tile.step + j, row_chunk(tile.rows[r], j, n));
+      }
+  }
+
+  // Stores scores where place(row) says, key after key.
+  template <class T, class RowPlace>
+  static void store_rows(const ScoreTile<T>& tile, RowPlace place) {
+    for (int r = 0; r < tile.num_rows; ++r) {
+      T* to = place(tile.rows[r]);
+      for (int j = 0; j < tile.num_keys; j += Vec<T>::width)
+        store_up_to(to + j, load(tile.scores + r * tile.step + j), tile.num_keys - j);
+    }
+  }
+};
+
+template <class T, class Change>
+[[gnu::always_inline]] inline void change_scores(const ScoreTile<T>& tile, Change change) {
+  for (int o = 0; o < tile.outer; ++o)
+    for (int l = 0; l < tile.lanes; l += Vec<T>::width) {
+      T* score = tile.scores + o * tile.step + l;
+      store(score, change(load(score), o, l));
+    }
+}
+
+template <class Axes, class T>
+inline Mask<T> visible(const ScoreTile<T>& tile, int outer, int lane) {
+  const Vec<T> key = Axes::template key<T>(outer, lane);
+  const RowPlaces<T>& row = tile.places;
+  Mask<T> seen = (Axes::of_row(row.begin, outer, lane) <= key) & (key < Axes::of_row(row.end, outer, lane));
+  if (tile.terms) {
+    const Vec<T> term = load(tile.terms + outer * tile.step + lane);
+    seen = seen & ((broadcast(minus_infinity<T>) < term) | is_nan(term));
+  }
+  return seen;
+}
+
+}  // namespace selfattn::SELFATTN_ISA
