@@ -56,26 +56,6 @@ struct Place {
   }
 };
 
-// Brings each row, turned, to row_for(b, h, t), contiguous and in its own type, then calls use(b, h, t).
-template <class RowFor, class Use>
-void each_row(const Tokens& tokens, const Turn& turn, RowFor row_for, Use use) {
-  const std::int64_t size = size_of(tokens.dtype);
-  double* sines = turn.rope ? turn.tables + turn.rope->rotary_dim / 2 : nullptr;
-  for (std::int64_t b = 0; b < tokens.batch; ++b)
-    for (std::int64_t t = 0; t < tokens.count; ++t) {
-      if (turn.rope) rope_tables(*turn.rope, turn.position(b, t), turn.tables, sines);
-      for (std::int64_t h = 0; h < tokens.heads; ++h) {
-        const char* from = tokens.data + b * tokens.batch_step + h * tokens.head_step + t * tokens.row_step;
-        char* row = row_for(b, h, t);
-        if (turn.rope)
-          rope_rotate(*turn.rope, tokens.dtype, tokens.width, turn.tables, sines, from, tokens.column_step, row, size);
-        else
-          copy_rows(row, 0, size, from, 0, tokens.column_step, 1, tokens.width, size);
-        use(b, h, t);
-      }
-    }
-}
-
 }  // namespace
 
 CachedKeys::CachedKeys(const Cache& cache, const std::int64_t* lengths)
@@ -118,48 +98,36 @@ void CachedKeys::place(AttentionArguments& arguments) {
   arguments.keys = Keys::cached;
 }
 
-std::int64_t Turn::position(std::int64_t sequence, std::int64_t token) const {
-  if (!positions) return first[sequence] + token;
-  const char* p = static_cast<const char*>(positions.data);
-  if (positions.extent(0) != 1) p += token * positions.stride(0);
-  if (positions.ndim > 1 && positions.extent(1) != 1) p += sequence * positions.stride(1);
-  std::int64_t position;
-  std::memcpy(&position, p, sizeof position);
-  return position;
+TokensView::TokensView(const TensorView& tokens, bool bshd) : view{tokens.data, tokens.dtype, 4, shape, strides} {
+  for (int axis = 0; axis < 4; ++axis) {
+    const int from = bshd || axis == 0 || axis == 3 ? axis : 3 - axis;
+    shape[axis] = tokens.shape[from];
+    strides[axis] = tokens.strides[from];
+  }
 }
 
-void turn_tokens(const Tokens& tokens, const Turn& turn, char* to) {
-  const std::int64_t bytes = tokens.width * size_of(tokens.dtype);
-  each_row(
-      tokens, turn,
-      [&](std::int64_t b, std::int64_t h, std::int64_t t) {
-        return to + ((b * tokens.heads + h) * tokens.count + t) * bytes;
-      },
-      [](std::int64_t, std::int64_t, std::int64_t) {});
-}
-
-void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const Tokens& tokens,
-                  const Turn& turn, char* row) {
-  const std::int64_t width = tokens.width;
+void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const TensorView& tokens,
+                  char* row) {
+  const std::int64_t width = tokens.extent(0), heads = tokens.extent(1), count = tokens.extent(2);
   char* floats = row + width * size_of(DType::f64);
-  const auto in_row = [row](std::int64_t, std::int64_t, std::int64_t) { return row; };
-  each_row(tokens, turn, in_row, [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+  const auto store_row = [&](std::int64_t b, std::int64_t t, std::int64_t h) {
     const std::int64_t token = cache.lengths[b] + t;
+    const char* from =
+        static_cast<const char*>(tokens.data) + b * tokens.stride(3) + t * tokens.stride(2) + h * tokens.stride(1);
     char* to = Place{cache.pages, side.tokens, b, h}.of(token);
-    if (tokens.dtype == cache.dtype) {
-      std::memcpy(to, row, static_cast<std::size_t>(width * size_of(cache.dtype)));
-    } else if (cache.dtype == DType::f64) {
-      gather_rows(kernels, to, cache.dtype, row, tokens.dtype, 0, size_of(tokens.dtype), 1, width);
-    } else {
-      to_floats(kernels, row, tokens.dtype, width, floats);
-      if (cache.dtype == DType::i8) {
-        const float scale = quantise(reinterpret_cast<const float*>(floats), width, to);
-        std::memcpy(Place{cache.pages, side.scales, b, h}.of(token), &scale, sizeof scale);
-      } else {
-        scatter_row(kernels, to, cache.dtype, size_of(cache.dtype), floats, DType::f32, width);
-      }
-    }
-  });
+    const std::int64_t size = size_of(tokens.dtype);
+    if (tokens.dtype == cache.dtype) return copy_rows(to, 0, size, from, 0, tokens.stride(0), 1, width, size);
+    copy_rows(row, 0, size, from, 0, tokens.stride(0), 1, width, size);
+    if (cache.dtype == DType::f64) return gather_rows(kernels, to, cache.dtype, row, tokens.dtype, 0, size, 1, width);
+    to_floats(kernels, row, tokens.dtype, width, floats);
+    if (cache.dtype != DType::i8)
+      return scatter_row(kernels, to, cache.dtype, size_of(cache.dtype), floats, DType::f32, width);
+    const float scale = quantise(reinterpret_cast<const float*>(floats), width, to);
+    std::memcpy(Place{cache.pages, side.scales, b, h}.of(token), &scale, sizeof scale);
+  };
+  for (std::int64_t b = 0; b < cache.batch; ++b)
+    for (std::int64_t t = 0; t < count; ++t)
+      for (std::int64_t h = 0; h < heads; ++h) store_row(b, t, h);
 }
 
 }  // namespace selfattn

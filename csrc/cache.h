@@ -5,7 +5,6 @@
 
 #include "kernels/kernel_set.h"
 #include "problem.h"
-#include "rope.h"
 
 namespace selfattn {
 
@@ -52,30 +51,20 @@ class CachedKeys {
   View keys_, values_, key_scales_, value_scales_;
 };
 
-// Rows of new tokens (batch, heads, count, width) in any strides.
-struct Tokens {
-  const char* data;
-  DType dtype;
-  std::int64_t batch, heads, count, width;
-  std::int64_t batch_step, head_step, row_step, column_step;
+// Tokens (batch, heads, tokens, width), or in layout bshd with the middle axes swapped, as a view
+// (batch, tokens, heads, width).
+struct TokensView {
+  std::int64_t shape[4], strides[4];
+  TensorView view;
+
+  TokensView(const TensorView& tokens, bool bshd);
+  TokensView(const TokensView&) = delete;  // the view points to its own object
+  TokensView& operator=(const TokensView&) = delete;
 };
 
-// A rotation of each token by its position.
-struct Turn {
-  const Rope* rope;           // or null: none
-  TensorView positions;       // (batch or 1, tokens or 1) with strides, or absent: ...
-  const std::int64_t* first;  // ... token t of sequence b stands at first[b] + t
-  double* tables;             // room for rope->rotary_dim numbers
-
-  std::int64_t position(std::int64_t sequence, std::int64_t token) const;
-};
-
-// Writes rows one after the other: (batch, heads, count, width) in their own type.
-void turn_tokens(const Tokens& tokens, const Turn& turn, char* to);
-
-// Writes tokens behind each sequence's length, turned, then rounded to the cache's type. `row` has room for one row of
-// the widest type twice.
-void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const Tokens& tokens,
-                  const Turn& turn, char* row);
+// Writes tokens (batch, tokens, heads, width) after each sequence's length, rounded to the cache's type. `row` has room
+// for one row of the widest type twice.
+void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const TensorView& tokens,
+                  char* row);
 
 }  // namespace selfattn

@@ -1,17 +1,12 @@
 #include "layer.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "attend.h"
 #include "plan.h"
 
 namespace selfattn {
 namespace {
-
-// Of memory that goes with a cache.
-std::int64_t lengths_bytes(const Cache& cache) { return bytes_of(cache.batch, sizeof(std::int64_t)); }
-std::int64_t row_bytes(const Cache& cache) { return 2 * bytes_of(std::max(cache.key.width, cache.value.width), 8); }
 
 std::int64_t zero = 0;
 constexpr TensorView first_token{&zero, DType::i64, 0, nullptr, nullptr};
@@ -37,7 +32,7 @@ BufferView::BufferView(char* data, DType dtype, const TensorView& x, std::int64_
 }
 
 LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context,
-                     const TensorView& positions, const Cache* cache, AttentionArguments arguments)
+                     const TensorView& positions, CacheStep* step, AttentionArguments arguments)
     : layer_(layer),
       dtype_(computed_in(layer.dtype)),
       x_(x),
@@ -48,9 +43,8 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
       query_bytes_(bytes_of(query_rows_, layer.query.columns(), size_of(dtype_))),
       key_bytes_(bytes_of(key_rows_, layer.key.columns(), size_of(dtype_))),
       value_bytes_(bytes_of(key_rows_, layer.value.columns(), size_of(dtype_))),
-      cache_(cache),
-      inputs_(static_cast<std::size_t>(query_bytes_ + key_bytes_ + value_bytes_ + 64) +
-              (cache ? static_cast<std::size_t>(lengths_bytes(*cache) + row_bytes(*cache)) : 0)),
+      step_(step),
+      inputs_(static_cast<std::size_t>(query_bytes_ + key_bytes_ + value_bytes_ + 64)),
       query_(inputs_.data(), dtype_, x_, layer.num_heads, layer.head_dim),
       key_(inputs_.data() + query_bytes_, dtype_, context_, layer.num_kv_heads, layer.head_dim),
       value_(inputs_.data() + query_bytes_ + key_bytes_, dtype_, context_, layer.num_kv_heads, layer.value_dim) {
@@ -58,13 +52,8 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   arguments.k = key_.view;
   arguments.v = value_.view;
   arguments.bshd = true;
-  if (cache) {
-    const std::int64_t tokens = x_.extent(1);
-    auto* lengths = reinterpret_cast<std::int64_t*>(after_inputs());
-    for (std::int64_t b = 0; b < cache->batch; ++b) lengths[b] = cache->lengths[b] + tokens;
-    cached_.emplace(*cache, lengths);
-    cached_->place(arguments);
-    arguments.recent_mask = static_cast<bool>(arguments.mask);
+  if (step) {
+    step->place(arguments);
   } else if (!context) {
     arguments.keys = Keys::same_tokens;
     // Query i is key i, also where q_lens alone is given.
@@ -78,66 +67,13 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
         bytes_of(problem_.batch, problem_.q_len, layer.num_heads, layer.value_dim, size_of(dtype_))));
 }
 
-// Positions count along the rows of one sequence; where given, they belong to x and, without a context, to its keys.
-std::int64_t LayerCall::position_of(std::int64_t row, std::int64_t length, bool given) const {
-  if (!given) return row % length + (cache_ ? cache_->lengths[row / length] : 0);
-  const char* p = static_cast<const char*>(positions_.data);
-  for (int axis = 0; axis < positions_.ndim; ++axis) {  // right-aligned against (..., S)
-    const std::int64_t extent = x_.extent(axis + 1);
-    if (positions_.extent(axis) != 1) p += row % extent * positions_.stride(axis);
-    row /= extent;
-  }
-  std::int64_t position;
-  std::memcpy(&position, p, sizeof position);
-  return position;
-}
-
+// Queries and keys in place. Positions belong to x and, without a context, to its keys.
 bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
-  const Rope& rope = *layer_.rope;
   const bool one_input = context_.data == x_.data && context_.shape == x_.shape;
-  const auto half = static_cast<std::size_t>(rope.rotary_dim / 2);
-  const double flops = static_cast<double>(query_rows_ + key_rows_) * static_cast<double>(rope.rotary_dim) * 100;
-  const int threads = useful_threads(flops, 0, query_rows_ + key_rows_, num_threads);
-  const Scratch tables(static_cast<std::size_t>(threads) * 2 * half * sizeof(double));
-  const auto turn = [&](const BufferView& buffer, std::int64_t row, std::int64_t position, double* cosines) {
-    const TensorView& v = buffer.view;
-    rope_tables(rope, position, cosines, cosines + half);
-    for (std::int64_t head = 0; head < v.extent(1); ++head) {
-      char* at = static_cast<char*>(v.data) + row * v.stride(2) + head * v.stride(1);
-      rope_rotate(rope, dtype_, layer_.head_dim, cosines, cosines + half, at, v.stride(0), at, v.stride(0));
-    }
-  };
-  TaskLoop loop(query_rows_ + key_rows_, threads, interrupted);
-  const auto body = [&](std::int64_t index, int slot) {
-    double* cosines = reinterpret_cast<double*>(tables.data()) + static_cast<std::size_t>(slot) * 2 * half;
-    const bool given = static_cast<bool>(positions_);
-    if (index < query_rows_)
-      turn(query_, index, position_of(index, x_.extent(1), given), cosines);
-    else
-      turn(key_, index - query_rows_, position_of(index - query_rows_, context_.extent(1), given && one_input),
-           cosines);
-  };
-  return loop.run(body);
-}
-
-// The new tokens' keys and values to the cache, behind its lengths.
-void LayerCall::store() const {
-  const auto tokens_of = [&](const BufferView& buffer) {
-    const TensorView& v = buffer.view;
-    return Tokens{static_cast<const char*>(v.data),
-                  v.dtype,
-                  v.extent(3),
-                  v.extent(1),
-                  v.extent(2),
-                  v.extent(0),
-                  v.stride(3),
-                  v.stride(1),
-                  v.stride(2),
-                  v.stride(0)};
-  };
-  char* row = after_inputs() + lengths_bytes(*cache_);
-  store_tokens(*layer_.kernels, *cache_, cache_->key, tokens_of(key_), {}, row);
-  store_tokens(*layer_.kernels, *cache_, cache_->value, tokens_of(value_), {}, row);
+  const std::int64_t* ends = step_ ? step_->lengths_after() : nullptr;
+  const Rotation parts[] = {{query_.view, query_.view, positions_, ends},
+                            {key_.view, key_.view, one_input ? positions_ : TensorView{}, ends}};
+  return selfattn::rotate(*layer_.rope, parts, 2, num_threads, interrupted);
 }
 
 Shape LayerCall::out_shape() const {
@@ -172,7 +108,7 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   };
   if (!project_all(inputs, 3, num_threads, interrupted)) return false;
   if (layer_.rope && !rotate(num_threads, interrupted)) return false;
-  if (cache_) store();
+  if (step_) step_->store(*layer_.kernels, key_.view, value_.view);
   if (!attend(problem_, plan, interrupted)) return false;
   if (!layer_.output) return true;
   const std::int64_t joined = layer_.num_heads * layer_.value_dim * size;

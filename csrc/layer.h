@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "cache.h"
+#include "cache_step.h"
 #include "problem.h"
 #include "projection.h"
 #include "rope.h"
@@ -35,10 +35,10 @@ struct BufferView {
 // One call of a layer. The arguments' q, k and v are set here; everything else is the caller's.
 class LayerCall {
  public:
-  // `context` may be absent, and `cache` null: else x is (batch, tokens, d_model), which are appended and attend to all
-  // that it holds. Throws like make_problem; allocates all memory.
+  // `context` may be absent, and `step` null. With a step x is (batch, tokens, d_model): these tokens are appended and
+  // attend to all that the cache holds. Throws like make_problem; allocates all memory.
   LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context, const TensorView& positions,
-            const Cache* cache, AttentionArguments arguments);
+            CacheStep* step, AttentionArguments arguments);
   Problem& problem() { return problem_; }  // to attach lse and weights
   Shape out_shape() const;
   double flops() const;
@@ -46,20 +46,16 @@ class LayerCall {
   bool run(const TensorView& out, int num_threads, Interrupted interrupted);
 
  private:
-  std::int64_t position_of(std::int64_t row, std::int64_t length, bool given) const;
   bool rotate(int num_threads, Interrupted interrupted) const;
-  void store() const;
-  char* after_inputs() const { return inputs_.data() + query_bytes_ + key_bytes_ + value_bytes_; }
 
   const LayerWeights& layer_;
   const DType dtype_;  // of the computation
   const TensorView x_, context_, positions_;
   const std::int64_t query_rows_, key_rows_;
   const std::int64_t query_bytes_, key_bytes_, value_bytes_;
-  const Cache* const cache_;
-  const Scratch inputs_;  // queries, keys, values; then, with a cache, its lengths after the call and a row
+  const CacheStep* const step_;
+  const Scratch inputs_;  // queries, keys, values
   const BufferView query_, key_, value_;
-  std::optional<CachedKeys> cached_;
   Problem problem_;
   std::optional<Scratch> heads_;  // attention's result, before the output projection
 };

@@ -4,22 +4,22 @@
 #include <cstring>
 
 #include "rows.h"
+#include "scratch_pool.h"
 
 namespace selfattn {
+namespace {
 
-void rope_tables(const Rope& rope, std::int64_t position, double* cosines, double* sines) noexcept {
+// Angle of pair i at position 1. Angles are double: at position 2^20 a float angle would be off by 0.06.
+void set_frequencies(const Rope& rope, double* frequencies) {
   for (std::int64_t i = 0; i < rope.rotary_dim / 2; ++i) {
     const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(rope.rotary_dim);
-    const double angle = static_cast<double>(position) * std::pow(rope.base, exponent);
-    cosines[i] = std::cos(angle);
-    sines[i] = std::sin(angle);
+    frequencies[i] = std::pow(rope.base, exponent);
   }
 }
 
-namespace {
-
 template <class Get, class Put>
-void rotate(const Rope& rope, std::int64_t head_dim, const double* cosines, const double* sines, Get get, Put put) {
+void rotate_pairs(const Rope& rope, std::int64_t head_dim, const double* cosines, const double* sines, Get get,
+                  Put put) {
   const std::int64_t half = rope.rotary_dim / 2;
   for (std::int64_t i = 0; i < half; ++i) {
     const std::int64_t first = rope.interleaved ? 2 * i : i, second = rope.interleaved ? 2 * i + 1 : i + half;
@@ -43,12 +43,11 @@ void put_element(char* p, double value) {
   std::memcpy(p, &x, sizeof x);
 }
 
-}  // namespace
-
-void rope_rotate(const Rope& rope, DType dtype, std::int64_t head_dim, const double* cosines, const double* sines,
-                 const char* from, std::int64_t from_step, char* to, std::int64_t to_step) noexcept {
+// One vector; strides in bytes.
+void rotate_vector(const Rope& rope, DType dtype, std::int64_t head_dim, const double* cosines, const double* sines,
+                   const char* from, std::int64_t from_step, char* to, std::int64_t to_step) {
   const auto rotate_by = [&](auto read, auto write) {
-    rotate(
+    rotate_pairs(
         rope, head_dim, cosines, sines, [&](std::int64_t i) { return read(from + i * from_step); },
         [&](std::int64_t i, double x) { write(to + i * to_step, x); });
   };
@@ -59,6 +58,72 @@ void rope_rotate(const Rope& rope, DType dtype, std::int64_t head_dim, const dou
               [](char* p, double x) { put_element<double>(p, x); });
   else
     rotate_by([&](const char* p) { return read_real(p, dtype); }, [&](char* p, double x) { write_real(p, x, dtype); });
+}
+
+std::int64_t token_count(const Rotation& part) {
+  std::int64_t tokens = 1;
+  for (int axis = 2; axis < part.from.ndim; ++axis) tokens *= part.from.extent(axis);
+  return tokens;
+}
+
+std::int64_t position_of(const Rotation& part, std::int64_t token) {
+  const std::int64_t length = part.from.extent(2);
+  if (!part.positions) return token % length + (part.ends ? part.ends[token / length] - length : 0);
+  const char* p = static_cast<const char*>(part.positions.data);
+  for (int axis = 0; axis < part.positions.ndim; ++axis) {
+    const std::int64_t extent = part.from.extent(axis + 2);
+    if (part.positions.extent(axis) != 1) p += token % extent * part.positions.stride(axis);
+    token /= extent;
+  }
+  std::int64_t position;
+  std::memcpy(&position, p, sizeof position);
+  return position;
+}
+
+// All heads of one token. `cosines` has room for rotary_dim doubles: the sines are its second half.
+void rotate_token(const Rope& rope, const Rotation& part, std::int64_t token, const double* frequencies,
+                  double* cosines) {
+  const std::int64_t half = rope.rotary_dim / 2;
+  double* sines = cosines + half;
+  const auto position = static_cast<double>(position_of(part, token));
+  for (std::int64_t i = 0; i < half; ++i) {
+    const double angle = position * frequencies[i];
+    cosines[i] = std::cos(angle);
+    sines[i] = std::sin(angle);
+  }
+  const TensorView &from = part.from, &to = part.to;
+  const char* source = static_cast<const char*>(from.data);
+  char* target = static_cast<char*>(to.data);
+  for (int axis = 2; axis < from.ndim; ++axis) {
+    const std::int64_t i = token % from.extent(axis);
+    token /= from.extent(axis);
+    source += i * from.stride(axis);
+    target += i * to.stride(axis);
+  }
+  for (std::int64_t head = 0; head < from.extent(1); ++head)
+    rotate_vector(rope, from.dtype, from.extent(0), cosines, sines, source + head * from.stride(1), from.stride(0),
+                  target + head * to.stride(1), to.stride(0));
+}
+
+}  // namespace
+
+bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads, Interrupted interrupted) {
+  std::int64_t tokens = 0;
+  for (int i = 0; i < count; ++i) tokens += token_count(parts[i]);
+  const double flops = static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100;
+  const int threads = useful_threads(flops, 0, tokens, num_threads);
+  // The frequencies of all, then a table for each thread.
+  const auto doubles = static_cast<std::size_t>(rope.rotary_dim) * (1 + static_cast<std::size_t>(threads));
+  const Scratch memory(doubles * sizeof(double));
+  auto* frequencies = reinterpret_cast<double*>(memory.data());
+  set_frequencies(rope, frequencies);
+  TaskLoop loop(tokens, threads, interrupted);
+  const auto body = [&](std::int64_t token, int slot) {
+    const Rotation* part = parts;
+    for (; token >= token_count(*part); ++part) token -= token_count(*part);
+    rotate_token(rope, *part, token, frequencies, frequencies + (1 + slot) * rope.rotary_dim);
+  };
+  return loop.run(body);
 }
 
 }  // namespace selfattn

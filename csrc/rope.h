@@ -1,23 +1,27 @@
-// Rotary position embedding: pairs of elements turn by position / base^(2 i / rotary_dim).
+// Rotary position embedding: pair i of a vector's elements is rotated by position / base^(2 i / rotary_dim).
 #pragma once
 #include <cstdint>
 
+#include "task_loop.h"
 #include "tensor_view.h"
 
 namespace selfattn {
 
 struct Rope {
   double base;
-  std::int64_t rotary_dim;  // even, at most head_dim; the elements behind it stay
+  std::int64_t rotary_dim;  // even, at most head_dim; later elements stay as they are
   bool interleaved;         // pairs (0, 1), (2, 3), ... instead of (0, rotary_dim/2), ...
 };
 
-// cos and sin of every pair's angle at one position; each table holds rotary_dim / 2 doubles. Angles and their
-// reduction are double: at position 2^20 a float angle would be off by 0.06.
-void rope_tables(const Rope& rope, std::int64_t position, double* cosines, double* sines) noexcept;
+// Vectors to rotate, (..., tokens, heads, head_dim). `to` has the shape of `from` and may be the same memory.
+struct Rotation {
+  TensorView from, to;
+  TensorView positions;                // integers that broadcast to (..., tokens), or absent: 0, 1, 2, ...
+  const std::int64_t* ends = nullptr;  // without positions: the last token of sequence b is at ends[b] - 1
+};
 
-// Turns one head's vector from `from` to `to`, which may be the same memory; strides in bytes.
-void rope_rotate(const Rope& rope, DType dtype, std::int64_t head_dim, const double* cosines, const double* sines,
-                 const char* from, std::int64_t from_step, char* to, std::int64_t to_step) noexcept;
+// Rotates every vector by the position of its token. Results do not depend on the number of threads. False:
+// interrupted. Throws std::bad_alloc.
+bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads, Interrupted interrupted);
 
 }  // namespace selfattn

@@ -23,9 +23,9 @@ _ACTIVE = 9
 
 
 class Step(NamedTuple):
-    """What a call needs of a cache: the core's tuple, and what to do once it has succeeded or failed."""
+    """What a call needs of a cache: the core's view of its sequences, and how to undo a call that failed."""
 
-    core: tuple[Any, ...]
+    sequences: _core.Sequences
     state: Any
 
 
@@ -60,6 +60,9 @@ class AnyCache(Copyable):
                     self._roll_back(step)
                 raise
         return result
+
+    def _append(self, step: Step, k: NDArray[Any], v: NDArray[Any]) -> None:
+        _core.append("append", self._store.core, step.sequences, k, v)
 
     @abstractmethod
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
@@ -148,9 +151,11 @@ class KVCache(AnyCache):
         self._lock = SharedLock()
         self._header = self._store.memory[: layout.header_bytes].view(np.int64)
         self._open(description)
-        active = self._header[_ACTIVE : _ACTIVE + 1]
-        reach = -1 if window is None else int(window)
-        self._core = (*self._store.core, self.capacity, None, active, self._copies, reach)
+        self._ledger = _core.make_ledger(
+            copies=self._copies,
+            active=self._header[_ACTIVE : _ACTIVE + 1],
+            window=-1 if window is None else int(window),
+        )
 
     def _make(self, **arguments: Any) -> None:
         KVCache.__init__(self, **arguments)
@@ -235,7 +240,7 @@ class KVCache(AnyCache):
         """
         k, v = as_array("append", "k", k), as_array("append", "v", v)
         tokens = k.shape[2] if k.ndim == 4 else 0
-        self._run("append", None, tokens, lambda step: _core.append("append", step.core, k, v))
+        self._run("append", None, tokens, lambda step: self._append(step, k, v))
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Take back the newest tokens, as of a draft that was rejected.
@@ -275,7 +280,7 @@ class KVCache(AnyCache):
         for i in np.flatnonzero((index < 0) | (index >= self.batch))[:1]:
             raise ValueError(f"reorder: index holds {index[i]}, which is outside 0..{self.batch - 1}")
         with self._lock.writing:
-            _core.reorder(self._core, index)
+            _core.reorder(self._store.core, self._ledger, index)
 
     # The core checks that there is room, and counts what it has appended.
 
@@ -284,7 +289,7 @@ class KVCache(AnyCache):
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
         # A ring publishes twice, which leaves nothing of what was in force before.
         lengths = None if self.window is None else self._state()[0]
-        return Step(self._core, (int(self._header[_ACTIVE]), lengths))
+        return Step(self._ledger, (int(self._header[_ACTIVE]), lengths))
 
     def _commit(self, step: Step) -> None:
         pass

@@ -13,6 +13,7 @@ from ._bias import T5Bias
 from ._cache import AnyCache, KVCache, Step
 from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
+from ._pages import Row
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
 from ._typing import Array, CachedOptions, Layout, No, Precision, Window, Yes
 
@@ -149,8 +150,8 @@ def attention_with_kvcache(
     q = as_array(_NAME, "q", q)
     if (k is None) != (v is None):
         raise ValueError(f"{_NAME}: {'v' if k is None else 'k'} is given without {'k' if k is None else 'v'}")
-    if k is not None:
-        k, v = as_array(_NAME, "k", k), as_array(_NAME, "v", v)
+    keys = None if k is None else as_array(_NAME, "k", k)
+    values = None if v is None else as_array(_NAME, "v", v)
     options = core_options(
         _NAME, mask, bias, causal, None, window, None, None, scale, softcap, alibi_slopes, sinks, layout, return_lse,
         return_weights, precision, num_threads, t5,
@@ -167,13 +168,15 @@ def attention_with_kvcache(
     target = None if out is None else out_array(_NAME, out)
     plain = window is None and bias is None and alibi_slopes is None and t5 is None
     if flag(_NAME, "cascade", cascade) and plain and not return_weights and isinstance(cache, PagedKVCache):
-        call = _Cascade(q, k, v, description, positions, layout, options)
+        call = _Cascade(q, keys, values, description, positions, layout, options)
         return call.run(cache, sequences, tokens, target)
     appended = 0 if k is None else tokens
 
     def attend(step: Step) -> Any:
         check_seen(_NAME, cache, step, tokens - appended, options[4])
-        return _core.attend_cache(_NAME, step.core, (q, k, v, turn, positions, False), target, options)
+        return _core.attend_cache(
+            _NAME, cache._store.core, step.sequences, (q, keys, values, turn, positions, False), target, options
+        )
 
     return cache._run(_NAME, sequences, appended, attend)
 
@@ -211,28 +214,26 @@ class _Cascade:
         return cache._run(_NAME, sequences, appended, lambda step: self._attend(cache, step, appended, out))
 
     def _attend(self, cache: PagedKVCache, step: Any, appended: int, out: Any) -> Any:
-        *store, pages, lengths, _, _ = step.core  # a cache with a window has no cascade
+        store, rows = cache._store.core, step.sequences
         turn = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
         inputs = (self.q, self.k, self.v, turn, self.positions)
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
-        first = lengths + appended - tokens
+        first = np.array([row.length for row in rows], np.int64) - tokens
         # Only what every query sees whole, and what is there already.
-        whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(pages) < 2 else 1 << 60)))
+        whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
         shared = whole // cache.page_size * cache.page_size
         if shared <= 0:
-            return _core.attend_cache(_NAME, step.core, (*inputs, False), out, self.options)
+            return _core.attend_cache(_NAME, store, rows, (*inputs, False), out, self.options)
         if out is not None:
             shape = (*self.q.shape[:3], cache.value_dim)
             _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
         options = (*self.options[:13], True, *self.options[14:])
-        own_starts = np.full(len(pages), shared, np.int64)
+        own_rows = [Row(row.pages[shared // cache.page_size :], shared, row.length) for row in rows]
         # The own part first: it checks all arguments. Parts are of the type of computation, to be rounded once.
-        own, own_lse = _core.attend_cache(
-            _NAME, (*store, pages, lengths, own_starts, None), (*inputs, True), None, options
-        )
-        prefix_core = (*store, pages[:1], own_starts[:1], None, None)
-        prefix, prefix_lse = self._attend_prefix(cache, prefix_core, first, tokens, options)
+        own, own_lse = _core.attend_cache(_NAME, store, own_rows, (*inputs, True), None, options)
+        prefix_row = Row(rows[0].pages, 0, shared)
+        prefix, prefix_lse = self._attend_prefix(cache, prefix_row, first, tokens, options)
         if out is None:
             out = own if own.dtype == self.q.dtype else np.empty(own.shape, self.q.dtype)
         own, merged = (x.swapaxes(1, 2) if self.layout == "bshd" else x for x in (own, out))
@@ -240,7 +241,7 @@ class _Cascade:
         return (out, own_lse) if self.options[13] else out
 
     def _attend_prefix(
-        self, cache: PagedKVCache, core: Any, first: NDArray[np.int64], tokens: int, options: Any
+        self, cache: PagedKVCache, row: Row, first: NDArray[np.int64], tokens: int, options: Any
     ) -> tuple[Any, Any]:
         """Attend with the rows of all sequences as if they were one sequence's; heads first."""
         q = self.q
@@ -252,6 +253,8 @@ class _Cascade:
         rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
         # No causal limit, mask or sinks: everything is visible, and sinks belong to one part only.
         plain = (None, None, False, *options[3:11], None, False, *options[13:])
-        out, lse = _core.attend_cache(_NAME, core, (rows, None, None, None, None, True), None, plain)
+        out, lse = _core.attend_cache(
+            _NAME, cache._store.core, [row], (rows, None, None, None, None, True), None, plain
+        )
         out = out.reshape(heads, batch, tokens, cache.value_dim)
         return out.swapaxes(0, 1), lse.reshape(heads, batch, tokens).swapaxes(0, 1)

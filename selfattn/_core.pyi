@@ -1,26 +1,36 @@
 """The compiled core. Its arguments have been checked by the Python layer; use the public functions instead."""
 
-from typing import Any
+from typing import Any, NewType, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
+
+from ._pages import Row
 
 Options = tuple[Any, ...]
 
-Layer = object  # a capsule
+Rope: TypeAlias = tuple[float, int, bool]  # base, rotary_dim, interleaved
+
+# Capsules: what the core keeps between calls.
+Layer = NewType("Layer", object)
+CacheStore = NewType("CacheStore", object)  # the arrays of a cache
+Ledger = NewType("Ledger", object)  # the lengths of a cache that has one block per sequence
+# The sequences of a call, with room for what it appends. Lengths of rows are those after the call.
+Sequences: TypeAlias = Ledger | list[Row]
 
 def make_layer(
     weights: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None],
     biases: tuple[NDArray[Any] | None, ...],
     num_heads: int,
     num_kv_heads: int,
-    rope: tuple[float, int, bool] | None,
+    rope: Rope | None,
     /,
 ) -> Layer: ...
 def call_layer(
     layer: Layer,
     function: str,
-    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, tuple[Any, ...] | None],
-    # x, context, positions, cache
+    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, CacheStore | None, Sequences | None],
+    # x, context, positions; of a cache: its store, its sequences
     out: NDArray[Any] | None,
     options: Options,
     /,
@@ -38,10 +48,31 @@ def relative_attention(
     options: Options,
     /,
 ) -> Any: ...
-def append(function: str, cache: tuple[Any, ...], k: NDArray[Any], v: NDArray[Any], /) -> None: ...
-def reorder(cache: tuple[Any, ...], index: NDArray[Any], /) -> None: ...
+def make_cache_store(
+    *,
+    k: NDArray[Any],  # (blocks, heads, slots, width)
+    v: NDArray[Any],
+    k_scales: NDArray[np.float32] | None,  # (blocks, heads, slots)
+    v_scales: NDArray[np.float32] | None,
+    dtype: int,
+) -> CacheStore: ...
+def make_ledger(
+    *,
+    copies: NDArray[np.int64],  # (2, 2, blocks): two copies of the lengths and the first tokens still held
+    active: NDArray[np.int64],  # (1,): which copy is in force
+    window: int,  # -1: none
+) -> Ledger: ...
+def append(function: str, store: CacheStore, sequences: Sequences, k: NDArray[Any], v: NDArray[Any], /) -> None: ...
+def reorder(store: CacheStore, ledger: Ledger, index: NDArray[np.int64], /) -> None: ...
 def attend_cache(
-    function: str, cache: tuple[Any, ...], inputs: tuple[Any, ...], out: NDArray[Any] | None, options: Options, /
+    function: str,
+    store: CacheStore,
+    sequences: Sequences,
+    # q; k and v or None; rope or None; positions or None; whether the result has the type of the computation
+    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, Rope | None, NDArray[Any] | None, bool],
+    out: NDArray[Any] | None,
+    options: Options,
+    /,
 ) -> Any: ...
 def check_out(function: str, out: NDArray[Any], like: NDArray[Any], /) -> None: ...
 def check_own_memory(function: str, out: NDArray[Any], /) -> None: ...
@@ -49,9 +80,7 @@ def merge_states(
     outs: list[NDArray[Any]], lses: list[NDArray[Any]], out: NDArray[Any], lse: NDArray[Any], num_threads: int, /
 ) -> None: ...
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
-def apply_rope(
-    x: NDArray[Any], positions: NDArray[Any], out: NDArray[Any], rope: tuple[float, int, bool], /
-) -> None: ...
+def apply_rope(x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, /) -> None: ...
 def isas() -> list[str]: ...
 def active_isa() -> str: ...
 def select_isa(name: str, /) -> None: ...

@@ -313,8 +313,8 @@ class SelfAttention:
             positions = positions_for(function, positions, x.shape[:-1])
         if out is not None:
             out = out_array(function, out)
-        inputs = (x, context, positions, None if step is None else step.core)
-        return _core.call_layer(self._core, function, inputs, out, values)
+        held = (None, None) if cache is None or step is None else (cache._store.core, step.sequences)
+        return _core.call_layer(self._core, function, (x, context, positions, *held), out, values)
 
 
 def _load(cls: type[SelfAttention], version: int, *parts: Any) -> SelfAttention:

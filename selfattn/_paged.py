@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _core
 from ._arguments import as_array, integers
 from ._cache import AnyCache, Step
 from ._lock import SharedLock
@@ -193,7 +192,7 @@ class PagedKVCache(AnyCache):
             wanted = (self.num_kv_heads, k.shape[1] if k.ndim == 3 else 0, width)
             if x.shape != wanted:
                 raise ValueError(f"append: {name} has shape {x.shape}, but this cache and call need {wanted}")
-        self._run("append", (sequence,), k.shape[1], lambda step: _core.append("append", step.core, k[None], v[None]))
+        self._run("append", (sequence,), k.shape[1], lambda step: self._append(step, k[None], v[None]))
 
     def fork(self, sequence: int) -> int:
         """Return the id of a new sequence that starts as a copy of this one and shares its pages."""
@@ -247,17 +246,10 @@ class PagedKVCache(AnyCache):
             names.append(name)
             rows.append(row)
         growth: Growth | None = None
-        before = rows
         if tokens and rows:
             growth = self._grow(function, names, tokens)
             rows = list(growth.rows.values())
-        lengths = np.array([row.length for row in before], np.int64)
-        starts = firsts = None
-        if self.window is not None:
-            starts = np.array([row.start for row in rows], np.int64)
-            firsts = starts // self.page_size
-        core = (*self._store.core, self.page_size, [row.pages for row in rows], lengths, starts, firsts)
-        return Step(core, _Step(rows, growth, self._copy_pages(growth)))
+        return Step(rows, _Step(rows, growth, self._copy_pages(growth)))
 
     def _grow(self, function: str, names: list[int], tokens: int) -> Growth:
         if len(set(names)) < len(names):
@@ -302,8 +294,10 @@ class PagedKVCache(AnyCache):
             self._write_back(growth, step.state.overwritten)
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        *_, lengths, starts, _ = step.core
-        return lengths, starts
+        growth, after = step.state.growth, step.state.rows
+        before = after if growth is None else growth.before.values()
+        lengths, starts = [row.length for row in before], [row.start for row in after]
+        return np.array(lengths, np.int64), np.array(starts, np.int64)
 
     def _common_tokens(self, step: Step) -> int:
         return self._table.common(step.state.rows) * self.page_size

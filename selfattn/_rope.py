@@ -120,14 +120,8 @@ def apply_rope(
     if array.ndim < 2:
         raise ValueError(f"{function}: x has shape {array.shape} but needs 2 dimensions or more: (..., S, D)")
     description = rope.for_core(function, array.shape[-1])
-    # Tokens in front, heads last, as views: one order for both layouts.
-    swap = array.ndim > 2 and layout == "bhsd"
-    tokens = array.swapaxes(-2, -3) if swap else array
-    token_axes = tokens.shape[:-1] if array.ndim == 2 else tokens.shape[:-2]
-    given = np.arange(token_axes[-1]) if positions is None else positions
-    places = np.broadcast_to(positions_for(function, given, token_axes), token_axes)
-    if array.ndim > 2:
-        places = np.broadcast_to(places[..., np.newaxis], tokens.shape[:-1])
+    tokens = _tokens_first(array, layout)
+    places = None if positions is None else positions_for(function, positions, tokens.shape[:-2])
     if out is None:
         out = np.empty(array.shape, array.dtype)
     elif out_array(function, out).shape != array.shape:
@@ -141,5 +135,12 @@ def apply_rope(
     same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
     if not same and np.may_share_memory(out, array):
         tokens = tokens.copy()
-    _core.apply_rope(tokens, places, out.swapaxes(-2, -3) if swap else out, description)
+    _core.apply_rope(tokens, places, _tokens_first(out, layout), description)
     return out
+
+
+def _tokens_first(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """Return a view (..., S, H, D) of vectors in either layout."""
+    if x.ndim == 2:
+        return x[:, np.newaxis]
+    return x.swapaxes(-2, -3) if layout == "bhsd" else x

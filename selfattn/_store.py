@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _core
+
 # Name of the storage type: (the core's number for it, the type in memory).
 _TYPES: dict[str, tuple[int, Any]] = {
     "float32": (0, np.float32),
@@ -76,14 +78,15 @@ class Store:
 
     def __init__(self, function: str, layout: Layout, buffer: Any) -> None:
         self.name = layout.name
-        self.code = _TYPES[layout.name][0]
         self.memory = _memory(function, layout.nbytes(), buffer)
         arrays = [np.ndarray(shape, kind, self.memory.data, offset) for offset, kind, shape in layout.pieces()]
         self.k: NDArray[Any] = arrays[0]
         self.v: NDArray[Any] = arrays[1]
         self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None
         self.v_scales: NDArray[np.float32] | None = arrays[3] if len(arrays) > 2 else None
-        self.core = (self.k, self.v, self.k_scales, self.v_scales, self.code)
+        self.core = _core.make_cache_store(
+            k=self.k, v=self.v, k_scales=self.k_scales, v_scales=self.v_scales, dtype=_TYPES[layout.name][0]
+        )
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -95,7 +98,8 @@ class Store:
 
     def arrays(self) -> list[NDArray[Any]]:
         """Return all that holds tokens, each (blocks, heads, slots, ...)."""
-        return [x for x in self.core[:4] if isinstance(x, np.ndarray)]
+        scales = (self.k_scales, self.v_scales)
+        return [self.k, self.v, *(x for x in scales if x is not None)]
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a read-only view in the type that users know."""

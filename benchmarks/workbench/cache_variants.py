@@ -156,7 +156,7 @@ class BareCore(OnCache):
             name, None, None, True, None, None, *nothing[:2], *nothing[:4], "bhsd", False, False, "highest", threads
         )
         out = np.empty((*arrays["q"].shape[:-1], workload.value_dim), arrays["q"].dtype)
-        core, attend, left = filled.cache._core, _core.attend_cache, STEPS
+        store, ledger, left = filled.cache._store.core, filled.cache._ledger, STEPS
 
         def step() -> Any:
             nonlocal left
@@ -164,7 +164,7 @@ class BareCore(OnCache):
                 filled.rewind()
                 left = STEPS
             left -= 1
-            return attend(name, core, inputs, out, options)
+            return _core.attend_cache(name, store, ledger, inputs, out, options)
 
         return step
 

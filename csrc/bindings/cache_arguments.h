@@ -1,56 +1,72 @@
 // What Python's caches hand over of themselves.
 #pragma once
+#include <memory>
+#include <optional>
+
 #include "bindings/arrays.h"
-#include "cache.h"
-#include "scratch_pool.h"
+#include "cache_step.h"
+#include "rope.h"
 
 namespace selfattn::bindings {
 
-// The tuple of a cache: arrays that it made and keeps.
-//   (k, v, k_scales or None, v_scales or None, dtype, slots, None, active, state, window or -1)
-// of a KVCache, whose k is (batch, heads, slots, dim): `state` holds two copies of (lengths, starts), `active` says
-// which is in force. With a window the slots are a ring.
-//   (k, v, k_scales or None, v_scales or None, dtype, slots, pages, lengths, starts or None, firsts or None)
-// of a PagedKVCache, whose k is (pages, heads, slots, dim): `pages` holds a buffer of int32 page numbers for each
-// sequence of the call, which begins with the sequence's page number firsts[b] (None: 0). It must stay as it is.
-// Lengths may be in memory that others write to: they are copied once, and the copy is checked and used.
-class CacheArguments {
- public:
-  // For a call that appends `more` tokens to each sequence. Refuses what there is no room for, and pages outside the
-  // store.
-  CacheArguments(const char* function, const py::tuple& values, std::int64_t more);
-  CacheArguments(const CacheArguments&) = delete;  // views point to its own members
-  CacheArguments& operator=(const CacheArguments&) = delete;
-  const Cache& cache() const { return cache_; }
-  bool meets(const TensorView& view) const { return meet(view, key_) || meet(view, value_); }
-  // Of a ring, before anything is written: the tokens that will be overwritten are gone from now on.
-  void claim() const;
-  // Of a KVCache: puts the new lengths in force, in one store of 8 bytes.
-  void commit() const;
-  // Of a KVCache: lets sequence b go on as sequence index[b] was.
-  void reorder(const std::int64_t* index) const;
+// A capsule rather than a class: pybind11 registers instances where a failed allocation ends the process.
+template <class T>
+py::capsule capsule_of(std::unique_ptr<T> held) {
+  py::capsule owner(held.get(), T::capsule_name,
+                    [](PyObject* capsule) { delete static_cast<T*>(PyCapsule_GetPointer(capsule, T::capsule_name)); });
+  static_cast<void>(held.release());  // the capsule's now
+  return owner;
+}
 
- private:
-  void open_batch(const char* function, const py::tuple& values);
-  void open_ring(const char* function, std::int64_t window);
-  void open_pages(const char* function, const py::tuple& values);
-  void open_row(const char* function, std::int64_t sequence, py::handle numbers, std::int64_t first);
-  void use_starts();
-  void publish(std::int64_t more, const std::int64_t* index = nullptr) const;
+template <class T>
+T& held_by(py::handle capsule) {
+  void* held = PyCapsule_GetPointer(capsule.ptr(), T::capsule_name);
+  if (!held) throw py::error_already_set();
+  return *static_cast<T*>(held);
+}
 
-  const std::int64_t more_, slots_;
-  Cache cache_{};
-  TensorView key_, value_;  // the whole stores
-  std::int64_t *active_ = nullptr, *state_ = nullptr;
-  const Scratch memory_;   // of the following arrays
-  std::int64_t* lengths_;  // before the call
-  std::int64_t* starts_;   // of a ring, after the call
-  Pages::Row* rows_;       // of pages
-  bool ring_ = false;
-  std::int64_t starts_shape_[1], starts_strides_[1] = {sizeof(std::int64_t)};
+// A cache's arrays (blocks, heads, slots, width), kept for all calls.
+struct HeldStore {
+  static constexpr const char* capsule_name = "selfattn.CacheStore";
+
+  HeldStore(py::array k, py::array v, py::object k_scales, py::object v_scales, DType dtype);
+  bool meets(const TensorView& view) const { return meet(view, key) || meet(view, value); }
+
+  const py::array k, v;
+  const py::object k_scales, v_scales;  // arrays or None
+  const CacheStore store;
+  const TensorView key, value;
 };
 
-std::optional<Rope> rope_of(py::handle description);
+struct HeldLedger {
+  static constexpr const char* capsule_name = "selfattn.Ledger";
+
+  HeldLedger(py::array copies, py::array active, std::int64_t window);
+
+  const py::array copies, active;
+  const Ledger ledger;
+};
+
+// A call's step on a cache: its store, and either its ledger or a list of rows of a page table. A row has the
+// attributes `pages` (a buffer of int32, from the page of token `start` on), `start`, and `length` once the call is
+// done.
+class CacheArguments {
+ public:
+  // For a call that appends `more` tokens to each sequence. Throws like CacheStep.
+  CacheArguments(const char* function, py::handle store, py::handle sequences, std::int64_t more);
+  CacheStep& step() { return step_; }
+  const Cache& cache() const { return step_.cache(); }
+  bool meets(const TensorView& view) const { return held_.meets(view); }
+
+ private:
+  CacheSource source(py::handle sequences, std::int64_t more) const;
+
+  const HeldStore& held_;
+  const Scratch memory_;  // of what rows say
+  CacheStep step_;
+};
+
+std::optional<Rope> rope_of(py::handle description);  // (base, rotary_dim, interleaved) or None
 
 void register_cache(py::module_& module);
 

@@ -5,7 +5,6 @@
 #include <memory>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "bindings/attention.h"
 #include "bindings/cache_arguments.h"
@@ -26,12 +25,14 @@ namespace {
 
 class Layer {
  public:
+  static constexpr const char* capsule_name = "selfattn.Layer";
+
   // Arrays of one dtype whose shapes Python's layer has checked; biases, w_o and rope may be None.
   Layer(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases, std::int64_t num_heads,
         std::int64_t num_kv_heads, py::handle rope)
       : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
 
-  // inputs: x, context or None, positions or None, a cache's tuple or None.
+  // inputs: x, context or None, positions or None; of a cache, its store and its ledger or rows, or None.
   py::object call(const char* function, const py::tuple& inputs, py::object out, const py::tuple& option_values) const {
     const py::handle x = inputs[0], context = inputs[1];
     const Options options(option_values);
@@ -40,9 +41,9 @@ class Layer {
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
     const TensorView places = optional_view(inputs[2], DType::i64);
     std::optional<CacheArguments> source;
-    open_cache(source, function, inputs[3], input);
+    open_cache(source, function, inputs[3], inputs[4], input);
     const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
-    LayerCall call(weights_, input, other, places, source ? &source->cache() : nullptr, arguments);
+    LayerCall call(weights_, input, other, places, source ? &source->step() : nullptr, arguments);
     bool direct = false;
     if (!out.is_none()) {
       const py::array given = py::reinterpret_borrow<py::array>(out);
@@ -53,15 +54,20 @@ class Layer {
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
     const Extras extras(options, call.problem());
-    if (source) source->claim();
-    bool finished;
-    {
-      const CoreCall call_of_core(call.flops());
-      finished = call.run(result.view(weights_.dtype), options.num_threads, interrupted);
-    }
-    if (!finished) throw py::error_already_set();
-    py::object results = extras.join(result.deliver());
-    if (source) source->commit();  // last: nothing can fail any more
+    py::object results;
+    const auto work = [&] {
+      bool finished;
+      {
+        const CoreCall call_of_core(call.flops());
+        finished = call.run(result.view(weights_.dtype), options.num_threads, interrupted);
+      }
+      if (!finished) throw py::error_already_set();
+      results = extras.join(result.deliver());
+    };
+    if (source)
+      source->step().run(work);
+    else
+      work();
     return results;
   }
 
@@ -112,11 +118,11 @@ class Layer {
     return layer;
   }
 
-  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle values,
+  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle store, py::handle sequences,
                   const TensorView& x) const {
-    if (values.is_none()) return;
+    if (store.is_none()) return;
     if (x.ndim != 3) refuse(function, "x has shape ", shape_text(x), ", but a cache needs (batch, tokens, d_model)");
-    found.emplace(function, py::reinterpret_borrow<py::tuple>(values), x.extent(1));
+    found.emplace(function, store, sequences, x.extent(1));
     const Cache& cache = found->cache();
     if (x.extent(2) != cache.batch)
       refuse(function, "x has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");
@@ -144,68 +150,33 @@ class Layer {
   const LayerWeights weights_;
 };
 
-constexpr const char* layer_name = "selfattn.Layer";
-
-// A capsule rather than a class: pybind11 registers instances where a failed allocation ends the process.
 py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads,
                        std::int64_t num_kv_heads, py::handle rope) {
-  auto layer = std::make_unique<Layer>(matrices[0], matrices[1], matrices[2], matrices[3], biases, num_heads,
-                                       num_kv_heads, rope);
-  py::capsule owner(layer.get(), layer_name,
-                    [](PyObject* capsule) { delete static_cast<Layer*>(PyCapsule_GetPointer(capsule, layer_name)); });
-  static_cast<void>(layer.release());  // the capsule's now
-  return owner;
+  return capsule_of(std::make_unique<Layer>(matrices[0], matrices[1], matrices[2], matrices[3], biases, num_heads,
+                                            num_kv_heads, rope));
 }
-
-const Layer& layer_of(const py::capsule& capsule) { return *capsule.get_pointer<Layer>(); }
 
 // In one tuple, because pybind11 allocates memory for more than six arguments.
 py::object call_layer(const py::capsule& capsule, const char* function, const py::tuple& inputs, py::object out,
                       const py::tuple& option_values) {
-  return layer_of(capsule).call(function, inputs, std::move(out), option_values);
+  return held_by<Layer>(capsule).call(function, inputs, std::move(out), option_values);
 }
 
-const char* layer_isa(const py::capsule& capsule) { return layer_of(capsule).isa(); }
+const char* layer_isa(const py::capsule& capsule) { return held_by<Layer>(capsule).isa(); }
 
 py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
-  return layer_of(capsule).unpack(matrices);
+  return held_by<Layer>(capsule).unpack(matrices);
 }
 
-// x and out (..., length, heads..., head_dim) in one shape; positions has one integer per entry of the axes in front
-// of head_dim, broadcast by strides. Python's layer has prepared all of this.
+// x and out (..., tokens, heads, head_dim) in one shape; positions broadcasts to (..., tokens). Python's layer has
+// prepared all of this.
 void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description) {
   const TensorView from = float_view("apply_rope", "x", x);
   const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);
-  const TensorView places = optional_view(positions, DType::i64);
+  const Rotation all{from, to, optional_view(positions, DType::i64)};
   const Rope rope = *rope_of(rope_description);
-  const std::int64_t head_dim = from.extent(0);
-  std::vector<double> tables(static_cast<std::size_t>(rope.rotary_dim));
-  double* cosines = tables.data();
-  double* sines = cosines + rope.rotary_dim / 2;
-  std::int64_t vectors = 1;
-  for (int axis = 1; axis < from.ndim; ++axis) vectors *= from.extent(axis);
   const py::gil_scoped_release release;
-  bool known = false;
-  std::int64_t last = 0;
-  for (std::int64_t index = 0; index < vectors; ++index) {
-    const char* source = static_cast<const char*>(from.data);
-    char* target = static_cast<char*>(to.data);
-    const char* place = static_cast<const char*>(places.data);
-    std::int64_t rest = index;
-    for (int axis = 1; axis < from.ndim; ++axis) {
-      const std::int64_t i = rest % from.extent(axis);
-      rest /= from.extent(axis);
-      source += i * from.stride(axis);
-      target += i * to.stride(axis);
-      place += i * places.stride(axis - 1);
-    }
-    std::int64_t position;
-    std::memcpy(&position, place, sizeof position);
-    if (!known || position != last) rope_tables(rope, position, cosines, sines);
-    known = true;
-    last = position;
-    rope_rotate(rope, from.dtype, head_dim, cosines, sines, source, from.stride(0), target, to.stride(0));
-  }
+  rotate(rope, &all, 1, 1, nullptr);
 }
 
 }  // namespace

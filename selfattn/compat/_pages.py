@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._arguments import core_options, integers
+from .._pages import NUMBER, Row
 
 # The core's numbers of the storage types.
 _CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
@@ -21,19 +23,19 @@ class Pages:
         self, function: str, name: str, k: NDArray[Any], v: NDArray[Any], table: Any, count: int, suffix: str = ""
     ) -> None:
         self.function, self.k, self.v = function, k, v
-        for side, array in ((f"k{suffix}", k), (f"v{suffix}", v)):
-            if array.ndim != 4 or array.shape[:3] != k.shape[:3]:
+        for side, given in ((f"k{suffix}", k), (f"v{suffix}", v)):
+            if given.ndim != 4 or given.shape[:3] != k.shape[:3]:
                 raise ValueError(
-                    f"{function}: {side} has shape {array.shape}, but (pages, page_size, heads, size) is needed, "
+                    f"{function}: {side} has shape {given.shape}, but (pages, page_size, heads, size) is needed, "
                     "alike for keys and values but for the size"
                 )
-            if array.shape[1] == 0:
-                raise ValueError(f"{function}: {side} has shape {array.shape}, but there must be room for a token")
-            apart = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
-            if apart or not array.flags.aligned:
+            if given.shape[1] == 0:
+                raise ValueError(f"{function}: {side} has shape {given.shape}, but there must be room for a token")
+            apart = given.size > 0 and given.shape[3] > 1 and given.strides[3] != given.itemsize
+            if apart or not given.flags.aligned:
                 raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
-            if array.dtype.name not in _CODES or array.dtype != k.dtype:
-                raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_CODES)} is needed")
+            if given.dtype.name not in _CODES or given.dtype != k.dtype:
+                raise TypeError(f"{function}: {side} has dtype {given.dtype}, but one of {', '.join(_CODES)} is needed")
         found = integers(function, name, table)
         if found.ndim != 2 or len(found) != count:
             raise ValueError(f"{function}: {name} has shape {found.shape}, but ({count}, pages) is needed")
@@ -78,11 +80,16 @@ def attend_pages(
 ) -> Any:
     """Attend with q (B, Sq, H, D) to the pages of these rows of the table."""
     k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (pages.k, pages.v))
-    store = (k.swapaxes(1, 2), v.swapaxes(1, 2), None, None, _CODES[pages.k.dtype.name])
-    table = [pages.table[row] for row in rows]
-    where = (pages.page_size, table, np.ascontiguousarray(lengths), starts, None)
+    store = _core.make_cache_store(
+        k=k.swapaxes(1, 2), v=v.swapaxes(1, 2), k_scales=None, v_scales=None, dtype=_CODES[pages.k.dtype.name]
+    )
+    first = [0] * len(rows) if starts is None else starts.tolist()
+    sequences = [
+        Row(array(NUMBER, pages.table[row, start // pages.page_size :].tobytes()), start, length)
+        for row, start, length in zip(rows, first, lengths.tolist(), strict=True)
+    ]
     values = core_options(
         function, None, None, options["causal"], None, options["window"], None, None, options["scale"],
         options["softcap"], options["alibi_slopes"], None, "bshd", return_lse, False, "highest", None,
     )  # fmt: skip
-    return _core.attend_cache(function, (*store, *where), (q, None, None, None, None, False), out, values)
+    return _core.attend_cache(function, store, sequences, (q, None, None, None, None, False), out, values)

@@ -1,0 +1,171 @@
+#include "cache_step.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "message.h"
+
+namespace selfattn {
+namespace {
+
+std::int64_t integer_bytes(std::int64_t batch) { return bytes_of(batch, sizeof(std::int64_t)); }
+std::int64_t page_row_bytes(std::int64_t batch) { return bytes_of(batch, sizeof(Pages::Row)); }
+
+std::size_t memory_bytes(const CacheSource& source) {
+  const std::int64_t row =
+      bytes_of(2, size_of(DType::f64), std::max(source.store->key.width, source.store->value.width));
+  return static_cast<std::size_t>(3 * integer_bytes(source.batch) + page_row_bytes(source.batch) + row);
+}
+
+Cache::Side in_pages(Cache::Side side) {
+  for (TokenRows* rows : {&side.tokens, &side.scales}) std::swap(rows->page, rows->batch);
+  return side;
+}
+
+// Each number is read once: a compiler may not go back to memory that another process writes to.
+void copy_shared(std::int64_t* to, std::int64_t* from, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = std::atomic_ref(from[i]).load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64_t more)
+    : source_(source), more_(more), memory_(memory_bytes(source)) {
+  char* p = memory_.data();
+  const auto take = [&p](std::int64_t bytes) {
+    char* piece = p;
+    p += bytes;
+    return piece;
+  };
+  for (std::int64_t** array : {&lengths_, &after_, &starts_})
+    *array = reinterpret_cast<std::int64_t*>(take(integer_bytes(source.batch)));
+  rows_ = reinterpret_cast<Pages::Row*>(take(page_row_bytes(source.batch)));
+  row_ = p;
+  const CacheStore& store = *source.store;
+  cache_.dtype = store.dtype;
+  cache_.batch = source.batch;
+  cache_.num_kv_heads = store.num_kv_heads;
+  cache_.key = source.ledger ? store.key : in_pages(store.key);
+  cache_.value = source.ledger ? store.value : in_pages(store.value);
+  cache_.lengths = lengths_;
+  if (source.ledger)
+    open_blocks(function);
+  else
+    open_pages(function);
+  for (std::int64_t b = 0; b < source.batch; ++b) after_[b] = lengths_[b] + more;
+  keys_.emplace(cache_, after_);
+}
+
+void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_.batch, &starts_step_}; }
+
+void CacheStep::open_blocks(const char* function) {
+  const Ledger& ledger = *source_.ledger;
+  const std::int64_t batch = source_.batch, slots = source_.store->slots;
+  const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_acquire) & 1;
+  copy_shared(lengths_, ledger.copies + current * 2 * batch, batch);
+  copy_shared(starts_, ledger.copies + current * 2 * batch + batch, batch);
+  constexpr std::int64_t longest_ring = std::int64_t{1} << 61;
+  const std::int64_t longest = ring() ? longest_ring : slots;
+  for (std::int64_t b = 0; b < batch; ++b)
+    if (lengths_[b] < 0 || lengths_[b] > longest || starts_[b] < 0 || starts_[b] > lengths_[b])
+      refuse(function, "the cache's buffer says that sequence ", b, " has the tokens ", starts_[b], " to ", lengths_[b],
+             ", which is impossible");
+  check_room(function);
+  if (!ring()) return;
+  cache_.pages.size = slots;
+  for (std::int64_t b = 0; b < batch; ++b) starts_[b] = std::max(starts_[b], lengths_[b] + more_ - slots);
+  use_starts();
+}
+
+void CacheStep::check_room(const char* function) const {
+  const std::int64_t slots = source_.store->slots, window = source_.ledger->window;
+  if (ring()) {
+    if (more_ > slots - window)
+      refuse(function, more_, " tokens at once, but a ring of ", slots, " slots with a window of ", window,
+             " takes at most ", slots - window);
+    return;
+  }
+  for (std::int64_t b = 0; b < source_.batch; ++b)
+    if (lengths_[b] > slots - more_)
+      refuse(function, "sequence ", b, " holds ", lengths_[b], " tokens, so that ", more_, " more exceed the capacity ",
+             slots);
+}
+
+// Checks the pages of each sequence from the one of its first token on: no others are read.
+void CacheStep::open_pages(const char* function) {
+  static const std::int32_t nothing = 0;
+  const std::int64_t slots = source_.store->slots, num_pages = source_.store->blocks;
+  cache_.pages = {slots, rows_};
+  bool started = false;
+  for (std::int64_t b = 0; b < source_.batch; ++b) {
+    const PagedSequence& sequence = source_.sequences[b];
+    lengths_[b] = sequence.length;
+    starts_[b] = sequence.start;
+    started = started || sequence.start != 0;
+    if (sequence.start < 0 || sequence.start > sequence.length)
+      refuse(function, "sequence ", b, " has the tokens ", sequence.start, " to ", sequence.length,
+             ", which is impossible");
+    const std::int64_t first = sequence.start / slots, end = (sequence.length + more_ + slots - 1) / slots;
+    const std::int64_t used = std::max<std::int64_t>(end - first, 0);
+    if (used > sequence.page_count) refuse(function, "the pages of sequence ", b, " do not fit its length");
+    rows_[b] = {used > 0 ? sequence.pages : &nothing, first};
+    const auto inside = [&](std::int32_t page) { return page >= 0 && page < num_pages; };
+    if (!std::all_of(sequence.pages, sequence.pages + used, inside))
+      refuse(function, "the pages of sequence ", b, " hold a number outside 0..", num_pages - 1);
+  }
+  if (started) use_starts();
+}
+
+void CacheStep::place(AttentionArguments& arguments) {
+  keys_->place(arguments);
+  arguments.recent_mask = static_cast<bool>(arguments.mask);
+}
+
+void CacheStep::store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const {
+  store_tokens(kernels, cache_, cache_.key, keys, row_);
+  store_tokens(kernels, cache_, cache_.value, values, row_);
+}
+
+void CacheStep::claim() const {
+  if (more_ != 0 && ring()) publish(0);
+}
+
+void CacheStep::commit() const {
+  if (more_ != 0 && source_.ledger) publish(more_);
+}
+
+void CacheStep::reorder(const std::int64_t* index) const {
+  std::int64_t used = 0;
+  for (std::int64_t b = 0; b < cache_.batch; ++b) used = std::max(used, std::min(lengths_[b], source_.store->slots));
+  const TokenRows* const sides[] = {&cache_.key.tokens, &cache_.value.tokens, &cache_.key.scales, &cache_.value.scales};
+  std::int64_t most = 0;
+  for (const TokenRows* rows : sides) most = std::max(most, used * rows->row);
+  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // of one head
+  for (const TokenRows* rows : sides)
+    for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
+      const auto bytes = static_cast<std::size_t>(used * rows->row);
+      const auto at = [&](std::int64_t b) { return rows->data + b * rows->batch + head * rows->head; };
+      const auto kept = [&](std::int64_t b) { return copy.data() + b * most; };
+      for (std::int64_t b = 0; b < cache_.batch; ++b)
+        if (index[b] != b) std::memcpy(kept(b), at(index[b]), bytes);
+      for (std::int64_t b = 0; b < cache_.batch; ++b)
+        if (index[b] != b) std::memcpy(at(b), kept(b), bytes);
+    }
+  publish(0, index);
+}
+
+// The copy that is not in force is written first; then one store of 8 bytes puts it in force.
+void CacheStep::publish(std::int64_t more, const std::int64_t* index) const {
+  const Ledger& ledger = *source_.ledger;
+  const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_relaxed) & 1;
+  std::int64_t* to = ledger.copies + (1 - current) * 2 * cache_.batch;
+  for (std::int64_t b = 0; b < cache_.batch; ++b) {
+    const std::int64_t from = index ? index[b] : b;
+    to[b] = lengths_[from] + more;
+    to[cache_.batch + b] = ring() ? starts_[from] : 0;
+  }
+  std::atomic_ref(*ledger.active).store(1 - current, std::memory_order_release);
+}
+
+}  // namespace selfattn
