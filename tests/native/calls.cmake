@@ -20,6 +20,12 @@ foreach(isa IN LISTS isas)
   set_tests_properties(cached_checks_${isa} PROPERTIES SKIP_RETURN_CODE ${skipped})
 endforeach()
 
+# The step of a cache: one program, because it does not depend on the instruction set.
+add_executable(cache_step_checks cache_step_checks.cpp)
+target_link_libraries(cache_step_checks PRIVATE selfattn_attend_case native_checks)
+target_compile_options(cache_step_checks PRIVATE ${SELFATTN_WARNINGS})
+add_test(NAME cache_step_checks COMMAND cache_step_checks)
+
 # The fuzzer's target; `replay` runs it over a corpus without a fuzzer.
 add_library(selfattn_fuzz_case STATIC fuzz_case.cpp)
 target_link_libraries(selfattn_fuzz_case PUBLIC selfattn_cached_case)
