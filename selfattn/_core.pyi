@@ -15,8 +15,9 @@ Rope: TypeAlias = tuple[float, int, bool]  # base, rotary_dim, interleaved
 Layer = NewType("Layer", object)
 CacheStore = NewType("CacheStore", object)  # the arrays of a cache
 Ledger = NewType("Ledger", object)  # the lengths of a cache that has one block per sequence
-# The sequences of a call, with room for what it appends. Lengths of rows are those after the call.
-Sequences: TypeAlias = Ledger | list[Row]
+BlockTable = NewType("BlockTable", object)  # the pages of all sequences of a call as one array
+# The sequences of a call, with room for what it appends. Lengths of tables and rows are those after the call.
+Sequences: TypeAlias = Ledger | BlockTable | list[Row]
 
 def make_layer(
     weights: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None],
@@ -62,6 +63,12 @@ def make_ledger(
     active: NDArray[np.int64],  # (1,): which copy is in force
     window: int,  # -1: none
 ) -> Ledger: ...
+def make_block_table(
+    *,
+    pages: NDArray[np.int32],  # (sequences, pages), C-contiguous
+    lengths: NDArray[np.int64],
+    starts: NDArray[np.int64] | None,  # the first token still held
+) -> BlockTable: ...
 def append(function: str, store: CacheStore, sequences: Sequences, k: NDArray[Any], v: NDArray[Any], /) -> None: ...
 def reorder(store: CacheStore, ledger: Ledger, index: NDArray[np.int64], /) -> None: ...
 def attend_cache(

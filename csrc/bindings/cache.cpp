@@ -63,9 +63,9 @@ void append(const char* function, py::handle store, py::handle sequences, py::ha
 void reorder(py::handle store, py::handle ledger, const py::array& index) {
   CacheArguments arguments("reorder", store, ledger, 0);
   const Cache& cache = arguments.cache();
-  std::int64_t longest = 0;
-  for (std::int64_t b = 0; b < cache.batch; ++b) longest = std::max(longest, cache.lengths[b]);
-  const CoreCall call_of_core(static_cast<double>(longest * cache.batch * cache.num_kv_heads * cache.key.tokens.row));
+  double rows = 0;
+  for (std::int64_t b = 0; b < cache.batch; ++b) rows += static_cast<double>(cache.lengths[b]);
+  const CoreCall call_of_core(rows * static_cast<double>(cache.num_kv_heads * cache.key.tokens.row));
   arguments.step().reorder(static_cast<const std::int64_t*>(index.data()));
 }
 
@@ -145,12 +145,17 @@ py::capsule make_ledger(py::array copies, py::array active, std::int64_t window)
   return capsule_of(std::make_unique<HeldLedger>(std::move(copies), std::move(active), window));
 }
 
+py::capsule make_block_table(py::array pages, py::array lengths, py::object starts) {
+  return capsule_of(std::make_unique<HeldTable>(std::move(pages), std::move(lengths), std::move(starts)));
+}
+
 }  // namespace
 
 void register_cache(py::module_& module) {
   using py::literals::operator""_a;
   module.def("make_cache_store", &make_cache_store, py::kw_only(), "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "dtype"_a);
   module.def("make_ledger", &make_ledger, py::kw_only(), "copies"_a, "active"_a, "window"_a);
+  module.def("make_block_table", &make_block_table, py::kw_only(), "pages"_a, "lengths"_a, "starts"_a);
   module.def("append", &append);
   module.def("attend_cache", &attend_cache);
   module.def("reorder", &reorder);

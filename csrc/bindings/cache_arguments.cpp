@@ -1,5 +1,6 @@
 #include "bindings/cache_arguments.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace selfattn::bindings {
@@ -20,10 +21,16 @@ std::int64_t* integers_of(const py::array& array) {
   return static_cast<std::int64_t*>(const_cast<void*>(array.data()));
 }
 
-bool is_ledger(py::handle sequences) { return PyCapsule_CheckExact(sequences.ptr()) != 0; }
+template <class T>
+bool holds(py::handle object) {
+  return PyCapsule_IsValid(object.ptr(), T::capsule_name) != 0;
+}
 
 std::size_t memory_bytes(py::handle sequences) {
-  return is_ledger(sequences) ? 0 : static_cast<std::size_t>(bytes_of(py::len(sequences), sizeof(PagedSequence)));
+  if (holds<HeldLedger>(sequences)) return 0;
+  const auto count = holds<HeldTable>(sequences) ? held_by<HeldTable>(sequences).lengths.shape(0)
+                                                 : static_cast<py::ssize_t>(py::len(sequences));
+  return static_cast<std::size_t>(bytes_of(count, sizeof(PagedSequence)));
 }
 
 py::object attribute(py::handle row, PyObject* name) {
@@ -55,6 +62,18 @@ PagedSequence sequence_of(py::handle row, std::int64_t more) {
   return sequence;
 }
 
+void read_table(const HeldTable& table, std::int64_t slots, std::int64_t more, PagedSequence* found) {
+  const std::int64_t* const lengths = integers_of(table.lengths);
+  const std::int64_t* const starts =
+      table.starts.is_none() ? nullptr : integers_of(py::reinterpret_borrow<py::array>(table.starts));
+  const auto* numbers = static_cast<const std::int32_t*>(table.pages.data());
+  const std::int64_t width = table.pages.shape(1);
+  for (py::ssize_t b = 0; b < table.lengths.shape(0); ++b, numbers += width) {
+    const std::int64_t start = starts ? starts[b] : 0, first = std::clamp<std::int64_t>(start / slots, 0, width);
+    found[b] = {numbers + first, width - first, start, lengths[b] - more};
+  }
+}
+
 }  // namespace
 
 HeldStore::HeldStore(py::array keys, py::array values, py::object key_scales, py::object value_scales, DType dtype)
@@ -74,6 +93,9 @@ HeldStore::HeldStore(py::array keys, py::array values, py::object key_scales, py
 HeldLedger::HeldLedger(py::array lengths, py::array which, std::int64_t window)
     : copies(std::move(lengths)), active(std::move(which)), ledger{integers_of(active), integers_of(copies), window} {}
 
+HeldTable::HeldTable(py::array numbers, py::array ends, py::object firsts)
+    : pages(std::move(numbers)), lengths(std::move(ends)), starts(std::move(firsts)) {}
+
 CacheArguments::CacheArguments(const char* function, py::handle store, py::handle sequences, std::int64_t more)
     : held_(held_by<HeldStore>(store)),
       memory_(memory_bytes(sequences)),
@@ -81,8 +103,13 @@ CacheArguments::CacheArguments(const char* function, py::handle store, py::handl
 
 CacheSource CacheArguments::source(py::handle sequences, std::int64_t more) const {
   const CacheStore& store = held_.store;
-  if (is_ledger(sequences)) return {&store, &held_by<HeldLedger>(sequences).ledger, nullptr, store.blocks};
+  if (holds<HeldLedger>(sequences)) return {&store, &held_by<HeldLedger>(sequences).ledger, nullptr, store.blocks};
   auto* found = reinterpret_cast<PagedSequence*>(memory_.data());
+  if (holds<HeldTable>(sequences)) {
+    const HeldTable& table = held_by<HeldTable>(sequences);
+    read_table(table, store.slots, more, found);
+    return {&store, nullptr, found, table.lengths.shape(0)};
+  }
   std::int64_t batch = 0;
   for (const py::handle row : py::reinterpret_borrow<py::list>(sequences)) found[batch++] = sequence_of(row, more);
   return {&store, nullptr, found, batch};

@@ -47,9 +47,19 @@ struct HeldLedger {
   const Ledger ledger;
 };
 
-// A call's step on a cache: its store, and either its ledger or a list of rows of a page table. A row has the
-// attributes `pages` (a buffer of int32, from the page of token `start` on), `start`, and `length` once the call is
-// done.
+// The pages of the sequences of one call as one array: int32 (sequences, pages), each row from token 0 on.
+struct HeldTable {
+  static constexpr const char* capsule_name = "selfattn.BlockTable";
+
+  HeldTable(py::array pages, py::array lengths, py::object starts);
+
+  const py::array pages, lengths;
+  const py::object starts;  // an array or None: 0
+};
+
+// A call's step on a cache: its store, and its sequences. These are its ledger, a block table, or a list of rows with
+// the attributes `pages` (a buffer of int32, from the page of token `start` on), `start` and `length`. Lengths of
+// tables and rows are those after the call.
 class CacheArguments {
  public:
   // For a call that appends `more` tokens to each sequence. Throws like CacheStep.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._arguments import core_options, integers
-from .._pages import NUMBER, Row
 
 # The core's numbers of the storage types.
 _CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
@@ -23,19 +21,19 @@ class Pages:
         self, function: str, name: str, k: NDArray[Any], v: NDArray[Any], table: Any, count: int, suffix: str = ""
     ) -> None:
         self.function, self.k, self.v = function, k, v
-        for side, given in ((f"k{suffix}", k), (f"v{suffix}", v)):
-            if given.ndim != 4 or given.shape[:3] != k.shape[:3]:
+        for side, array in ((f"k{suffix}", k), (f"v{suffix}", v)):
+            if array.ndim != 4 or array.shape[:3] != k.shape[:3]:
                 raise ValueError(
-                    f"{function}: {side} has shape {given.shape}, but (pages, page_size, heads, size) is needed, "
+                    f"{function}: {side} has shape {array.shape}, but (pages, page_size, heads, size) is needed, "
                     "alike for keys and values but for the size"
                 )
-            if given.shape[1] == 0:
-                raise ValueError(f"{function}: {side} has shape {given.shape}, but there must be room for a token")
-            apart = given.size > 0 and given.shape[3] > 1 and given.strides[3] != given.itemsize
-            if apart or not given.flags.aligned:
+            if array.shape[1] == 0:
+                raise ValueError(f"{function}: {side} has shape {array.shape}, but there must be room for a token")
+            apart = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
+            if apart or not array.flags.aligned:
                 raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
-            if given.dtype.name not in _CODES or given.dtype != k.dtype:
-                raise TypeError(f"{function}: {side} has dtype {given.dtype}, but one of {', '.join(_CODES)} is needed")
+            if array.dtype.name not in _CODES or array.dtype != k.dtype:
+                raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_CODES)} is needed")
         found = integers(function, name, table)
         if found.ndim != 2 or len(found) != count:
             raise ValueError(f"{function}: {name} has shape {found.shape}, but ({count}, pages) is needed")
@@ -83,11 +81,7 @@ def attend_pages(
     store = _core.make_cache_store(
         k=k.swapaxes(1, 2), v=v.swapaxes(1, 2), k_scales=None, v_scales=None, dtype=_CODES[pages.k.dtype.name]
     )
-    first = [0] * len(rows) if starts is None else starts.tolist()
-    sequences = [
-        Row(array(NUMBER, pages.table[row, start // pages.page_size :].tobytes()), start, length)
-        for row, start, length in zip(rows, first, lengths.tolist(), strict=True)
-    ]
+    sequences = _core.make_block_table(pages=pages.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
     values = core_options(
         function, None, None, options["causal"], None, options["window"], None, None, options["scale"],
         options["softcap"], options["alibi_slopes"], None, "bshd", return_lse, False, "highest", None,
