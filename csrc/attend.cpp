@@ -41,7 +41,7 @@ class Run {
  public:
   Run(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted)
       : count_(count), ordered_(count > 1 || threads > 1), thread_bytes_(0) {
-    std::size_t bytes = aligned(sizeof(Part) * static_cast<std::size_t>(count));
+    std::size_t bytes = whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
     std::int64_t units = 0, tasks = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       const Plan& plan = *jobs[i].plan;
@@ -50,11 +50,11 @@ class Run {
       tasks += plan.tasks;
       units += jobs[i].problem->batch * plan.row_blocks;
     }
-    const std::size_t unit_bytes = ordered_ ? aligned(sizeof(Unit) * static_cast<std::size_t>(units)) : 0;
+    const std::size_t unit_bytes = ordered_ ? whole_lines(sizeof(Unit) * static_cast<std::size_t>(units)) : 0;
     memory_.emplace(bytes + unit_bytes + thread_bytes_ * static_cast<std::size_t>(threads));
     char* place = memory_->data();
     parts_ = reinterpret_cast<Part*>(place);
-    place += aligned(sizeof(Part) * static_cast<std::size_t>(count));
+    place += whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
     for (std::int64_t i = 0; i < count; ++i) {
       const Problem& problem = *jobs[i].problem;
       const Plan& plan = *jobs[i].plan;
@@ -77,8 +77,6 @@ class Run {
   }
 
  private:
-  static std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
   // Largest first, so that no thread is left alone with a long task at the end.
   void order_units(Unit* unit) {
     units_ = unit;

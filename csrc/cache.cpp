@@ -63,9 +63,9 @@ CachedKeys::CachedKeys(const Cache& cache, const std::int64_t* lengths)
   for (std::int64_t b = 0; b < cache.batch; ++b) longest_ = std::max(longest_, lengths[b]);
 }
 
-TensorView CachedKeys::tokens(View& view, const Cache::Side& side, bool bshd) const {
+TensorView CachedKeys::tokens(View& view, const Cache::Side& side, Layout layout) const {
   const TokenRows& rows = side.tokens;
-  const int head = bshd ? 2 : 1, row = bshd ? 1 : 2;
+  const int head = layout == Layout::bshd ? 2 : 1, row = 3 - head;
   view.shape[0] = cache_.batch;
   view.shape[head] = cache_.num_kv_heads;
   view.shape[row] = longest_;
@@ -84,8 +84,8 @@ TensorView CachedKeys::scales(View& view, const TokenRows& rows) const {
 }
 
 void CachedKeys::place(AttentionArguments& arguments) {
-  arguments.k = tokens(keys_, cache_.key, arguments.bshd);
-  arguments.v = tokens(values_, cache_.value, arguments.bshd);
+  arguments.k = tokens(keys_, cache_.key, arguments.layout);
+  arguments.v = tokens(values_, cache_.value, arguments.layout);
   arguments.pages = cache_.pages;
   arguments.key_page = cache_.key.tokens.page;
   arguments.value_page = cache_.value.tokens.page;

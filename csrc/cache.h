@@ -41,7 +41,7 @@ class CachedKeys {
   struct View {
     std::int64_t shape[4], strides[4];
   };
-  TensorView tokens(View& view, const Cache::Side& side, bool bshd) const;
+  TensorView tokens(View& view, const Cache::Side& side, Layout layout) const;
   TensorView scales(View& view, const TokenRows& rows) const;
 
   const Cache& cache_;

@@ -17,7 +17,10 @@ RotatedTokens::RotatedTokens(const TensorView& like, bool bshd)
 }
 
 CacheCall::CacheCall(CacheStep& step, const CacheInputs& inputs, const AttentionArguments& arguments)
-    : step_(step), inputs_(inputs), bshd_(arguments.bshd), problem_(make_problem(placed(step, arguments))) {}
+    : step_(step),
+      inputs_(inputs),
+      bshd_(arguments.layout == Layout::bshd),
+      problem_(make_problem(placed(step, arguments))) {}
 
 AttentionArguments CacheCall::placed(CacheStep& step, AttentionArguments arguments) {
   step.place(arguments);

@@ -1,15 +1,12 @@
 #include "distance_terms.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "rows.h"
 
 namespace selfattn {
 namespace {
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
 
 // The rows of a span that belong to one head: every group-th from `row` on, for queries that follow one another.
 struct HeadRows {
@@ -53,8 +50,7 @@ void pack(const Problem& problem, const Plan& plan, const Slot& slot, std::int64
 template <class T>
 T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
   const double x = read_real(problem.distance_bias.at(head, distance), DType::f64);
-  const double most = std::numeric_limits<T>::max();
-  return static_cast<T>(std::isfinite(x) ? std::clamp(x, -most, most) : x);
+  return static_cast<T>(clamp_finite(x, std::numeric_limits<T>::max()));
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   arguments.q = query_.view;
   arguments.k = key_.view;
   arguments.v = value_.view;
-  arguments.bshd = true;
+  arguments.layout = Layout::bshd;
   if (step) {
     step->place(arguments);
   } else if (!context) {

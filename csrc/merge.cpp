@@ -89,7 +89,7 @@ class Merge {
         lines_(merged.lse),
         columns_(merged.out.extent(0)),
         block_(std::max<std::int64_t>(elements_per_task / std::max<std::int64_t>(columns_, 1), 1)),
-        blocks_((lines_.length() + block_ - 1) / block_),
+        blocks_(ceil_div(lines_.length(), block_)),
         tasks_(lines_.rows() == 0 ? 0 : lines_.rows() / lines_.length() * blocks_),
         threads_(useful_threads(0, bytes(), tasks_, num_threads)),
         thread_bytes_(bytes_of(parts.size(), sizeof(Source))),

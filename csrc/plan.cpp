@@ -35,7 +35,6 @@ constexpr std::int64_t most_ranges = 256;  // bounds the memory for results to m
 // Products with the vectors of distances stay in L2 until the keys have come, and repay the panels at their edges.
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
 
 // Whether kernels that read `dtype` can use the operand where it is.
 bool in_place(const Problem& problem, const Operand& operand, DType dtype) {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "arithmetic.h"
 #include "message.h"
 
 namespace selfattn {
@@ -33,9 +34,9 @@ struct Axes {
   std::int64_t heads, head_stride, length, row_stride, dim, column_stride;
 };
 
-Axes trailing_axes(const TensorView& view, bool bshd) {
+Axes trailing_axes(const TensorView& view, Layout layout) {
   if (view.ndim == 2) return {1, 0, view.extent(1), view.stride(1), view.extent(0), view.stride(0)};
-  const int head = bshd ? 1 : 2, row = bshd ? 2 : 1;
+  const int head = layout == Layout::bshd ? 1 : 2, row = 3 - head;
   return {view.extent(head), view.stride(head), view.extent(row), view.stride(row), view.extent(0), view.stride(0)};
 }
 
@@ -96,21 +97,21 @@ void check_size(const Problem& problem, const char* function) {
 void check_rank(const AttentionArguments& arguments, const char* name, const TensorView& view) {
   if (view.ndim < 2)
     refuse(arguments.function, name, " has shape ", shape_text(view), " but needs at least 2 dimensions ",
-           arguments.bshd ? "(..., sequence, heads, head_dim)" : "(..., heads, sequence, head_dim)");
+           arguments.layout == Layout::bshd ? "(..., sequence, heads, head_dim)" : "(..., heads, sequence, head_dim)");
 }
 
 void set_shapes(Problem& problem, const AttentionArguments& a) {
   check_rank(a, "q", a.q);
-  const Axes q = trailing_axes(a.q, a.bshd);
+  const Axes q = trailing_axes(a.q, a.layout);
   if (q.dim == 0) refuse(a.function, "q has head_dim 0, but the softmax scale needs head_dim >= 1");
   if (q.dim > widest) refuse(a.function, "q has head_dim ", q.dim, ", but at most ", widest, " is possible");
   check_rank(a, "k", a.k);
-  const Axes k = trailing_axes(a.k, a.bshd);
+  const Axes k = trailing_axes(a.k, a.layout);
   if (k.dim != q.dim) refuse(a.function, "k has head_dim ", k.dim, " but q has ", q.dim);
   if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0)
     refuse(a.function, "q has ", q.heads, " heads, which is not a multiple of the ", k.heads, " heads of k");
   check_rank(a, "v", a.v);
-  const Axes v = trailing_axes(a.v, a.bshd);
+  const Axes v = trailing_axes(a.v, a.layout);
   if (v.heads != k.heads) refuse(a.function, "v has ", v.heads, " heads but k has ", k.heads);
   if (v.length != k.length) refuse(a.function, "v has length ", v.length, " but k has ", k.length);
   if (v.dim > widest) refuse(a.function, "v has head_dim ", v.dim, ", but at most ", widest, " is possible");
@@ -279,7 +280,6 @@ Shape with_batch(const Problem& problem) {
 // Scores start as products with scale in units of log2, or with scale / softcap: a factor that is not finite in the
 // type of computation would turn every 0 into NaN.
 void check_scale(const AttentionArguments& a, const Problem& problem) {
-  const double log2_e = 1.4426950408889634;
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();
   if (std::abs(problem.scale) > most / log2_e)
@@ -291,7 +291,7 @@ void check_scale(const AttentionArguments& a, const Problem& problem) {
 Problem make_problem(const AttentionArguments& a) {
   Problem problem;
   problem.dtype = computed_in(a.q.dtype);
-  problem.bshd = a.bshd;
+  problem.layout = a.layout;
   set_shapes(problem, a);
   place_scales(problem, problem.key_scales, a.key_scales, a.key_scale_page);
   place_scales(problem, problem.value_scales, a.value_scales, a.value_scale_page);
@@ -310,7 +310,7 @@ Problem make_problem(const AttentionArguments& a) {
   if (a.keys == Keys::same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
   check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
-  problem.scale = a.has_scale ? a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
+  problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
   problem.precision = a.precision;
   check_scale(a, problem);
@@ -338,8 +338,9 @@ std::int64_t Problem::offset_of(std::int64_t b) const {
 
 Shape out_shape(const Problem& problem) {
   Shape shape = with_batch(problem);
-  if (problem.ndim > 2) shape.append(problem.bshd ? problem.q_len : problem.num_heads);
-  shape.append(problem.ndim > 2 && problem.bshd ? problem.num_heads : problem.q_len);
+  const bool heads_last = problem.ndim > 2 && problem.layout == Layout::bshd;
+  if (problem.ndim > 2) shape.append(heads_last ? problem.q_len : problem.num_heads);
+  shape.append(heads_last ? problem.num_heads : problem.q_len);
   shape.append(problem.value_dim);
   return shape;
 }
@@ -358,7 +359,7 @@ Shape weights_shape(const Problem& problem) {
 }
 
 void attach_out(Problem& problem, const TensorView& out) {
-  place(problem, problem.out, out, trailing_axes(out, problem.bshd));
+  place(problem, problem.out, out, trailing_axes(out, problem.layout));
 }
 
 void attach_lse(Problem& problem, const TensorView& lse) {
@@ -368,7 +369,7 @@ void attach_lse(Problem& problem, const TensorView& lse) {
 }
 
 void attach_weights(Problem& problem, const TensorView& weights) {
-  place(problem, problem.weights, weights, trailing_axes(weights, /*bshd=*/false));
+  place(problem, problem.weights, weights, trailing_axes(weights, Layout::bhsd));
 }
 
 ValidKeys valid_keys(const Problem& problem, std::int64_t b) {

@@ -4,6 +4,7 @@
 // where batch stands for any number of leading axes and every operand keeps its own strides.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "tensor_view.h"
@@ -81,16 +82,29 @@ enum class Precision : std::uint8_t { highest, high, medium };
 // Where the keys of a call come from, which decides how lengths align them with the queries.
 enum class Keys : std::uint8_t { separate, same_tokens, cached };
 
-// As received: shapes are not yet trusted.
+// The order of the axes of q, k, v and out: heads before the sequence, or after it.
+enum class Layout : std::uint8_t { bhsd, bshd };
 
-struct AttentionArguments {
+// What a call is asked for, apart from its arrays.
+struct Settings {
+  Layout layout = Layout::bhsd;
+  bool causal = false;
+  std::int64_t window_left = -1;  // -1: unbounded
+  std::int64_t window_right = -1;
+  std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
+  double softcap = 0;           // 0: none
+  Precision precision = Precision::highest;
+  std::int64_t distance_origin = 0;  // the column of distance_bias for distance 0
+};
+
+// As received: shapes are not yet trusted.
+struct AttentionArguments : Settings {
   const char* function = "attention";  // whom messages name
   TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
   Keys keys = Keys::separate;
   TensorView r, u, w;  // (num_heads, count, head_dim) or (count, head_dim); (num_heads, head_dim)
   std::int64_t r_origin = 0;
   TensorView distance_bias;  // (num_heads, count)
-  std::int64_t distance_origin = 0;
   // Of a cache: pages of k and v (bytes from one to the next), scales of codes, the first key that is still held.
   Pages pages;
   std::int64_t key_page = 0, value_page = 0;
@@ -98,20 +112,12 @@ struct AttentionArguments {
   std::int64_t key_scale_page = 0, value_scale_page = 0;
   TensorView kv_starts;
   bool recent_mask = false;  // the mask is over the newest q_len keys
-  bool bshd = false;
-  bool causal = false;
-  std::int64_t window_left = -1;  // -1: unbounded
-  std::int64_t window_right = -1;
-  bool has_scale = false;
-  double scale = 0;
-  double softcap = 0;  // 0: none
-  Precision precision = Precision::highest;
 };
 
 struct Problem {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
   int ndim = 0;              // of out
-  bool bshd = false;
+  Layout layout = Layout::bhsd;
   int batch_axes = 0;
   std::int64_t batch_shape[max_axes];
   std::int64_t batch = 1;

@@ -17,7 +17,7 @@ namespace {
 // Rows of x that a task takes through one panel: x's block stays in L2 while the panels pass.
 constexpr std::int64_t project_rows = 96;
 
-std::int64_t blocks(const ProjectionJob& job) { return (job.x.rows + project_rows - 1) / project_rows; }
+std::int64_t blocks(const ProjectionJob& job) { return ceil_div(job.x.rows, project_rows); }
 
 std::int64_t task_count(const ProjectionJob& job) { return job.x.outer * blocks(job) * job.projection.panels(); }
 
@@ -141,7 +141,7 @@ void Projection::each_part(const TensorView& weights, Copy copy) const {
     char* plain = static_cast<char*>(weights.data) + first * column;
     for (std::int64_t i = 0; i < together && i < depth_; ++i)
       copy(Part{panel + i * size, together * width * size, together * size},
-           Part{plain + i * row, together * row, column}, (depth_ - i + together - 1) / together,
+           Part{plain + i * row, together * row, column}, ceil_div(depth_ - i, together),
            std::min(width, columns_ - first), size);
   }
 }
@@ -169,7 +169,7 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
 
 std::int64_t Projection::panel_rows() const {
   constexpr std::int64_t whole = 32;  // elements of a tile's depth
-  return pairs_ ? (depth_ + whole - 1) / whole * whole : depth_;
+  return pairs_ ? ceil_div(depth_, whole) * whole : depth_;
 }
 
 void Projection::unpack(const TensorView& weights) const {

@@ -61,7 +61,7 @@ double base2(double x) { return x * log2_e; }
 double within_range(double x, DType dtype) {
   const double most = dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max()) / 4
                                           : std::numeric_limits<double>::max() / 4;
-  return std::isfinite(x) ? std::clamp(x, -most, most) : x;
+  return clamp_finite(x, most);
 }
 
 BiasType bias_type(const Operand& bias) {

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #define SELFATTN_ISA core  // this file's own copy of what kernels compile per ISA
@@ -49,6 +50,8 @@ void widen_row(const KernelSet& kernels, char* to, const char* from, DType type,
 }
 
 }  // namespace
+
+double clamp_finite(double x, double most) { return std::isfinite(x) ? std::clamp(x, -most, most) : x; }
 
 double read_real(const char* p, DType dtype) {
   switch (dtype) {

@@ -7,6 +7,9 @@
 
 namespace selfattn {
 
+// Keeps a finite number in [-most, most].
+double clamp_finite(double x, double most);
+
 double read_real(const char* p, DType dtype);
 void write_real(char* p, double x, DType dtype);
 

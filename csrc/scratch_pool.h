@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <new>
 
+#include "arithmetic.h"
+
 namespace selfattn {
 
 // Bytes of a buffer of so many elements; a product that overflows is memory that nobody has.
@@ -14,7 +16,7 @@ std::int64_t bytes_of(Sizes... sizes) {
   for (const std::int64_t size : {static_cast<std::int64_t>(sizes)...})
     if (__builtin_mul_overflow(bytes, size, &bytes)) throw std::bad_alloc();
   if (bytes > std::int64_t{1} << 60) throw std::bad_alloc();
-  return (bytes + 63) / 64 * 64;
+  return static_cast<std::int64_t>(whole_lines(static_cast<std::size_t>(bytes)));
 }
 
 // At least `bytes` bytes on a 64-byte boundary. Throws std::bad_alloc.

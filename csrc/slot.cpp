@@ -55,7 +55,7 @@ Shared::Shared(char* base, const Plan& plan, const Problem& problem) {
   Carver carver{base};
   row_blocks = plan.ranges > 1 ? problem.batch * problem.num_kv_heads * plan.row_blocks : 0;
   finished = carver.take<std::atomic<std::int32_t>>(row_blocks);
-  partial_bytes = static_cast<std::size_t>(plan.block_rows * (problem.value_dim + 2) * size + 63) / 64 * 64;
+  partial_bytes = whole_lines(static_cast<std::size_t>(plan.block_rows * (problem.value_dim + 2) * size));
   partials = carver.take<char>(row_blocks * plan.ranges * static_cast<std::int64_t>(partial_bytes));
   bytes = carver.used;
 }

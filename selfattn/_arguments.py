@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._typing import Layout, Precision
+from . import _core
 
 ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
-_PRECISIONS = get_args(Precision)
-LAYOUTS = get_args(Layout)
+LAYOUTS = tuple(_core.LAYOUTS)
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
@@ -187,75 +186,68 @@ def choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> No
         raise ValueError(f"{function}: {name} is {value!r}, but it must be one of {listed}")
 
 
+def _code(function: str, name: str, word: Any, codes: dict[str, int]) -> int:
+    choice(function, name, word, tuple(codes))
+    return codes[word]
+
+
 def core_options(
     function: str,
-    mask: Any,
-    bias: Any,
-    causal: Any,
-    q_offset: Any,
-    window: Any,
-    q_lens: Any,
-    kv_lens: Any,
-    scale: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    layout: Any,
-    return_lse: Any,
-    return_weights: Any,
-    precision: Any,
-    num_threads: Any,
+    mask: Any = None,
+    bias: Any = None,
+    causal: Any = False,
+    q_offset: Any = None,
+    window: Any = None,
+    q_lens: Any = None,
+    kv_lens: Any = None,
+    scale: Any = None,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    layout: Any = "bhsd",
+    return_lse: Any = False,
+    return_weights: Any = False,
+    precision: Any = "highest",
+    num_threads: Any = None,
     t5: Any = None,
-) -> tuple[Any, ...]:
-    """Return the options in the order in which the core unpacks them (`bindings::Options`)."""
+) -> _core.Options:
+    """Return the options of `attention`, in its order, as the core takes them: checked as far as it cannot do so."""
+    options = _core.Options()
     if mask is not None:
-        mask = as_array(function, "mask", mask)
+        options.mask = as_array(function, "mask", mask)
     if bias is not None:
-        bias = as_array(function, "bias", bias)
-    if causal is not True and causal is not False:
-        causal = flag(function, "causal", causal)
+        options.bias = as_array(function, "bias", bias)
+    if causal is not False:
+        options.causal = flag(function, "causal", causal)
     if q_offset is not None:
-        q_offset = integers(function, "q_offset", q_offset)
-    left, right = (-1, -1) if window is None else _window(function, window)
+        options.q_offset = integers(function, "q_offset", q_offset)
+    if window is not None:
+        options.window_left, options.window_right = _window(function, window)
     if q_lens is not None:
-        q_lens = integers(function, "q_lens", q_lens)
+        options.q_lens = integers(function, "q_lens", q_lens)
     if kv_lens is not None:
-        kv_lens = integers(function, "kv_lens", kv_lens)
+        options.kv_lens = integers(function, "kv_lens", kv_lens)
     if scale is not None:
-        scale = real(function, "scale", scale)
-    cap = 0.0 if softcap is None else _softcap(function, softcap)
+        options.scale = real(function, "scale", scale)
+    if softcap is not None:
+        options.softcap = _softcap(function, softcap)
     if alibi_slopes is not None:
-        alibi_slopes = reals(function, "alibi_slopes", alibi_slopes)
+        options.alibi_slopes = reals(function, "alibi_slopes", alibi_slopes)
     if sinks is not None:
-        sinks = reals(function, "sinks", sinks)
+        options.sinks = reals(function, "sinks", sinks)
     if layout != "bhsd":
-        choice(function, "layout", layout, LAYOUTS)
-    return_lse = flag(function, "return_lse", return_lse)
-    return_weights = flag(function, "return_weights", return_weights)
+        options.layout = _code(function, "layout", layout, _core.LAYOUTS)
+    if return_lse is not False:
+        options.return_lse = flag(function, "return_lse", return_lse)
+    if return_weights is not False:
+        options.return_weights = flag(function, "return_weights", return_weights)
     if precision != "highest":
-        choice(function, "precision", precision, _PRECISIONS)
-    level = 0 if precision == "highest" else _PRECISIONS.index(precision)
-    threads = thread_count(function, num_threads)
-    return (
-        mask,
-        bias,
-        causal,
-        q_offset,
-        left,
-        right,
-        q_lens,
-        kv_lens,
-        scale,
-        cap,
-        alibi_slopes,
-        sinks,
-        layout == "bshd",
-        return_lse,
-        return_weights,
-        level,
-        threads,
-        *((None, 0) if t5 is None else _t5(function, t5)),
-    )
+        options.precision = _code(function, "precision", precision, _core.PRECISIONS)
+    if num_threads is not None:
+        options.num_threads = thread_count(function, num_threads)
+    if t5 is not None:
+        options.distance_bias, options.distance_origin = _t5(function, t5)
+    return options
 
 
 def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:

@@ -172,6 +172,7 @@ def attention(
         k = as_array("attention", "k", k)
     if type(v) is not np.ndarray or not v.dtype.isnative:
         v = as_array("attention", "v", v)
+    # By place: Python makes a dict of more than 15 keywords, which takes longer than all the rest of this function.
     options = core_options(
         "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5,

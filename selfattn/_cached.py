@@ -153,8 +153,9 @@ def attention_with_kvcache(
     keys = None if k is None else as_array(_NAME, "k", k)
     values = None if v is None else as_array(_NAME, "v", v)
     options = core_options(
-        _NAME, mask, bias, causal, None, window, None, None, scale, softcap, alibi_slopes, sinks, layout, return_lse,
-        return_weights, precision, num_threads, t5,
+        _NAME, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, t5=t5, layout=layout, causal=causal,
+        window=window, scale=scale, softcap=softcap, precision=precision, return_lse=return_lse,
+        return_weights=return_weights, num_threads=num_threads,
     )  # fmt: skip
     description = rope_or_none(_NAME, rope)
     token_axis = 1 if layout == "bshd" else 2
@@ -163,7 +164,7 @@ def attention_with_kvcache(
         if description is None:
             raise ValueError(f"{_NAME}: positions is given without rope")
         positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens))
-    check_window(_NAME, cache, options[4])
+    check_window(_NAME, cache, options.window_left)
     turn = None if description is None else description.for_core(_NAME, cache.head_dim)
     target = None if out is None else out_array(_NAME, out)
     plain = window is None and bias is None and alibi_slopes is None and t5 is None
@@ -173,7 +174,7 @@ def attention_with_kvcache(
     appended = 0 if k is None else tokens
 
     def attend(step: Step) -> Any:
-        check_seen(_NAME, cache, step, tokens - appended, options[4])
+        check_seen(_NAME, cache, step, tokens - appended, options.window_left)
         return _core.attend_cache(
             _NAME, cache._store.core, step.sequences, (q, keys, values, turn, positions, False), target, options
         )
@@ -204,7 +205,7 @@ class _Cascade:
     """One call in two parts: the pages that all sequences share, and what each has of its own."""
 
     def __init__(
-        self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: Layout, options: tuple[Any, ...]
+        self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: Layout, options: _core.Options
     ) -> None:
         self.q, self.k, self.v, self.rope, self.positions = q, k, v, rope, positions
         self.layout, self.options = layout, options
@@ -228,7 +229,8 @@ class _Cascade:
         if out is not None:
             shape = (*self.q.shape[:3], cache.value_dim)
             _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
-        options = (*self.options[:13], True, *self.options[14:])
+        options = self.options.copy()
+        options.return_lse = True
         own_rows = [Row(row.pages[shared // cache.page_size :], shared, row.length) for row in rows]
         # The own part first: it checks all arguments. Parts are of the type of computation, to be rounded once.
         own, own_lse = _core.attend_cache(_NAME, store, own_rows, (*inputs, True), None, options)
@@ -237,11 +239,11 @@ class _Cascade:
         if out is None:
             out = own if own.dtype == self.q.dtype else np.empty(own.shape, self.q.dtype)
         own, merged = (x.swapaxes(1, 2) if self.layout == "bshd" else x for x in (own, out))
-        _core.merge_states([prefix, own], [prefix_lse, own_lse], merged, own_lse, options[16])
-        return (out, own_lse) if self.options[13] else out
+        _core.merge_states([prefix, own], [prefix_lse, own_lse], merged, own_lse, options.num_threads)
+        return (out, own_lse) if self.options.return_lse else out
 
     def _attend_prefix(
-        self, cache: PagedKVCache, row: Row, first: NDArray[np.int64], tokens: int, options: Any
+        self, cache: PagedKVCache, row: Row, first: NDArray[np.int64], tokens: int, options: _core.Options
     ) -> tuple[Any, Any]:
         """Attend with the rows of all sequences as if they were one sequence's; heads first."""
         q = self.q
@@ -252,7 +254,8 @@ class _Cascade:
         batch, heads, _, width = heads_first.shape
         rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
         # No causal limit, mask or sinks: everything is visible, and sinks belong to one part only.
-        plain = (None, None, False, *options[3:11], None, False, *options[13:])
+        plain = options.copy()
+        plain.mask, plain.causal, plain.sinks, plain.layout = None, False, None, _core.LAYOUTS["bhsd"]
         out, lse = _core.attend_cache(
             _NAME, cache._store.core, [row], (rows, None, None, None, None, True), None, plain
         )

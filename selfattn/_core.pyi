@@ -7,7 +7,35 @@ from numpy.typing import NDArray
 
 from ._pages import Row
 
-Options = tuple[Any, ...]
+# The codes of the words that users pass.
+LAYOUTS: dict[str, int]
+PRECISIONS: dict[str, int]
+DTYPES: dict[str, int]
+
+class Options:
+    """Everything of a call but its operands; csrc/bindings/options.cpp has the defaults."""
+
+    mask: NDArray[Any] | None
+    bias: NDArray[Any] | None
+    q_offset: NDArray[np.int64] | None
+    q_lens: NDArray[np.int64] | None
+    kv_lens: NDArray[np.int64] | None
+    alibi_slopes: NDArray[np.float64] | None
+    sinks: NDArray[np.float64] | None
+    distance_bias: NDArray[np.float64] | None
+    layout: int
+    causal: bool
+    window_left: int
+    window_right: int
+    scale: float | None
+    softcap: float
+    precision: int
+    distance_origin: int
+    return_lse: bool
+    return_weights: bool
+    num_threads: int
+
+    def copy(self) -> Options: ...
 
 Rope: TypeAlias = tuple[float, int, bool]  # base, rotary_dim, interleaved
 

@@ -301,9 +301,9 @@ class SelfAttention:
     ) -> Any:
         if not options.keys() <= _OPTIONS.keys():
             refuse_unknown(function, [name for name in options if name not in _OPTIONS])
-        values = core_options(function, **{**_OPTIONS, "layout": "bhsd", **options})
+        values = core_options(function, **options)
         if cache is not None:
-            check_window(function, cache, values[4])
+            check_window(function, cache, values.window_left)
         x = as_array(function, "x", x)
         if context is not None:
             context = as_array(function, "context", context)

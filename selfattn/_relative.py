@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import LAYOUTS, as_array, choice, core_options, flag, out_array, reals, whole_number
+from ._arguments import as_array, core_options, flag, out_array, reals, whole_number
 from ._bias import T5Bias
 from ._keywords import clean_signature, refuse_unknown
 from ._typing import Array, Layout, No, Precision, RelativeOptions, Window, Yes
@@ -139,10 +139,11 @@ def relative_attention(
     q, k, v, r = (as_array(_NAME, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
     memory = whole_number(_NAME, "mem_len", mem_len, 0)
     options = core_options(
-        _NAME, mask, bias, causal, np.array(memory), window, q_lens, kv_lens, scale, softcap, alibi_slopes, sinks,
-        layout, return_lse, return_weights, precision, num_threads, t5,
+        _NAME, mask=mask, bias=bias, q_offset=np.array(memory), q_lens=q_lens, kv_lens=kv_lens,
+        alibi_slopes=alibi_slopes, sinks=sinks, t5=t5, layout=layout, causal=causal, window=window, scale=scale,
+        softcap=softcap, precision=precision, return_lse=return_lse, return_weights=return_weights,
+        num_threads=num_threads,
     )  # fmt: skip
-    choice(_NAME, "layout", layout, LAYOUTS)
     _check_lengths(q, k, memory, layout)
     origin = whole_number(_NAME, "r_origin", r_origin, 0)
     if origin == 0 and not flag(_NAME, "causal", causal):

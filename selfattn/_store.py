@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from . import _core
 
-# Name of the storage type: (the core's number for it, the type in memory).
-_TYPES: dict[str, tuple[int, Any]] = {
-    "float32": (0, np.float32),
-    "float64": (1, np.float64),
-    "float16": (2, np.float16),
-    "bfloat16": (3, np.uint16),  # NumPy has none; users see it as ml_dtypes'
-    "int8": (4, np.int8),
+# The types of storage, and each as it is in memory.
+_TYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "bfloat16": np.uint16,  # NumPy has none; users see it as ml_dtypes'
+    "int8": np.int8,
 }
 _ALIGNMENT = 64
 
@@ -56,7 +56,7 @@ class Layout:
 
     def pieces(self) -> list[tuple[int, Any, tuple[int, ...]]]:
         """Return (offset, type, shape) of k, v and, of codes, their scales."""
-        memory_type = np.dtype(_TYPES[self.name][1])
+        memory_type = np.dtype(_TYPES[self.name])
         rows = (self.blocks, self.heads, self.slots)
         wanted: list[tuple[Any, tuple[int, ...]]] = [(memory_type, (*rows, n)) for n in (self.head_dim, self.value_dim)]
         if self.name == "int8":
@@ -85,7 +85,7 @@ class Store:
         self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None
         self.v_scales: NDArray[np.float32] | None = arrays[3] if len(arrays) > 2 else None
         self.core = _core.make_cache_store(
-            k=self.k, v=self.v, k_scales=self.k_scales, v_scales=self.v_scales, dtype=_TYPES[layout.name][0]
+            k=self.k, v=self.v, k_scales=self.k_scales, v_scales=self.v_scales, dtype=_core.DTYPES[layout.name]
         )
 
     @property

@@ -175,8 +175,8 @@ def attention_varlen(
         None if alibi_slopes is None else _slopes(alibi_slopes, count, q),
     )
     options = core_options(
-        _NAME, None, None, causal, None, window, None, None, scale, softcap, None, sinks, "bshd", return_lse,
-        return_weights, precision, num_threads, t5,
+        _NAME, sinks=sinks, t5=t5, layout="bshd", causal=causal, window=window, scale=scale, softcap=softcap,
+        precision=precision, return_lse=return_lse, return_weights=return_weights, num_threads=num_threads,
     )  # fmt: skip
     target = None if out is None else out_array(_NAME, out)
     result = _core.attention_varlen((q, k, v, queries, keys, *own), target, options)

@@ -151,10 +151,7 @@ class BareCore(OnCache):
         """See `Peer.prepare`."""
         filled, name = Filled(workload, arrays), "step"
         inputs = (arrays["q"], *last_token(arrays), None, None, False)
-        nothing = (None,) * 5
-        options = core_options(
-            name, None, None, True, None, None, *nothing[:2], *nothing[:4], "bhsd", False, False, "highest", threads
-        )
+        options = core_options(name, causal=True, num_threads=threads)
         out = np.empty((*arrays["q"].shape[:-1], workload.value_dim), arrays["q"].dtype)
         store, ledger, left = filled.cache._store.core, filled.cache._ledger, STEPS
 

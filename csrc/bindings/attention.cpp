@@ -8,64 +8,6 @@
 
 namespace selfattn::bindings {
 
-Options::Options(const py::tuple& values) {
-  int i = 0;
-  const auto next = [&] { return values[static_cast<std::size_t>(i++)]; };
-  mask = next();
-  bias = next();
-  causal = next().cast<bool>();
-  q_offset = next();
-  window_left = next().cast<std::int64_t>();
-  window_right = next().cast<std::int64_t>();
-  q_lens = next();
-  kv_lens = next();
-  scale = next();
-  softcap = next().cast<double>();
-  alibi_slopes = next();
-  sinks = next();
-  bshd = next().cast<bool>();
-  return_lse = next().cast<bool>();
-  return_weights = next().cast<bool>();
-  precision = static_cast<Precision>(next().cast<int>());
-  num_threads = next().cast<int>();
-  distance_bias = next();
-  distance_origin = next().cast<std::int64_t>();
-}
-
-AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
-                                const TensorView& v) {
-  AttentionArguments a;
-  a.function = function;
-  a.q = q;
-  a.k = k;
-  a.v = v;
-  a.mask = bool_view(function, "mask", options.mask);
-  if (!options.bias.is_none()) a.bias = float_view(function, "bias", options.bias);
-  a.q_offset = optional_view(options.q_offset, DType::i64);
-  a.q_lens = optional_view(options.q_lens, DType::i64);
-  a.kv_lens = optional_view(options.kv_lens, DType::i64);
-  a.alibi_slopes = optional_view(options.alibi_slopes, DType::f64);
-  a.sinks = optional_view(options.sinks, DType::f64);
-  a.bshd = options.bshd;
-  a.causal = options.causal;
-  a.window_left = options.window_left;
-  a.window_right = options.window_right;
-  a.has_scale = !options.scale.is_none();
-  if (a.has_scale) a.scale = options.scale.cast<double>();
-  a.softcap = options.softcap;
-  a.precision = options.precision;
-  a.distance_bias = optional_view(options.distance_bias, DType::f64);
-  a.distance_origin = options.distance_origin;
-  return a;
-}
-
-bool meets_any(const TensorView& out, const AttentionArguments& a) {
-  for (const TensorView* operand : {&a.q, &a.k, &a.v, &a.mask, &a.bias, &a.q_offset, &a.q_lens, &a.kv_lens,
-                                    &a.alibi_slopes, &a.sinks, &a.r, &a.u, &a.w, &a.distance_bias})
-    if (meet(out, *operand)) return true;
-  return false;
-}
-
 Destination::Destination(py::object out, bool direct, const Shape& shape, DType dtype, py::handle like)
     : given(std::move(out)), array(direct ? py::reinterpret_borrow<py::array>(given) : new_array(shape, dtype, like)) {}
 
@@ -169,8 +111,8 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
   return arguments_of(function, options, query, key, value);
 }
 
-py::object attention(py::handle q, py::handle k, py::handle v, py::object out, const py::tuple& option_values) {
-  const Options options(option_values);
+py::object attention(py::handle q, py::handle k, py::handle v, py::object out, py::handle option_values) {
+  const Options& options = options_of(option_values);
   return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
 }
 
@@ -187,8 +129,8 @@ void attach_new_out(Problem& problem, DType dtype) {
   attach_out(problem, {anywhere, dtype, shape.ndim, shape.extent, strides});
 }
 
-py::dict explain(py::handle q, py::handle k, py::handle v, const py::tuple& option_values) {
-  const Options options(option_values);
+py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_values) {
+  const Options& options = options_of(option_values);
   const AttentionArguments arguments = arguments_of("explain", q, k, v, options);
   Problem problem = make_problem(arguments);
   attach_new_out(problem, arguments.q.dtype);

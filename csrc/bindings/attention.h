@@ -1,31 +1,10 @@
 // attention(): arguments from Python to a Problem, and results back.
 #pragma once
-#include "bindings/arrays.h"
+#include "bindings/options.h"
 #include "plan.h"
 #include "problem.h"
 
 namespace selfattn::bindings {
-
-// Everything of a call but q, k and v, as Python's layer hands it over; arrays are None where absent.
-struct Options {
-  py::object mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
-  bool causal = false, bshd = false, return_lse = false, return_weights = false;
-  std::int64_t window_left = -1, window_right = -1;
-  py::object scale;  // None: the default
-  double softcap = 0;
-  Precision precision = Precision::highest;
-  int num_threads = 0;  // 0: the default
-  py::object distance_bias;
-  std::int64_t distance_origin = 0;
-
-  explicit Options(const py::tuple& values);
-};
-
-AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
-                                const TensorView& v);
-
-// Whether writing `out` might change an operand that is still to be read.
-bool meets_any(const TensorView& out, const AttentionArguments& arguments);
 
 // Where a call writes: straight into `given` where that is there and may be written early, else into a new array.
 struct Destination {

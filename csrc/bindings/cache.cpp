@@ -87,22 +87,23 @@ void check_query(const char* function, const Cache& cache, const TensorView& q, 
 // inputs: q, k and v or None, rope or None, positions or None, whether the result is to be of the type of computation.
 // The function's name is no `const char*`, for which pybind11 allocates memory.
 py::object attend_cache(py::handle function_name, py::handle store, py::handle sequences, const py::tuple& inputs,
-                        py::object out, const py::tuple& option_values) {
+                        py::object out, py::handle option_values) {
   const char* const function = PyUnicode_AsUTF8(function_name.ptr());
-  const Options options(option_values);
+  const Options& options = options_of(option_values);
+  const bool bshd = options.layout == Layout::bshd;
   const TensorView q = float_view(function, "q", inputs[0]);
   const DType type = inputs[5].cast<bool>() ? computed_in(q.dtype) : q.dtype;
   const bool appends = !inputs[1].is_none();
   const TensorView k = appends ? float_view(function, "k", inputs[1]) : TensorView{};
   const TensorView v = appends ? matching_view(function, "v", inputs[2], "k", k.dtype) : TensorView{};
-  const std::int64_t q_len = q.ndim == 4 ? q.extent(options.bshd ? 2 : 1) : 0, more = appends ? q_len : 0;
+  const std::int64_t q_len = q.ndim == 4 ? q.extent(bshd ? 2 : 1) : 0, more = appends ? q_len : 0;
   CacheArguments source(function, store, sequences, more);
   const Cache& cache = source.cache();
-  check_query(function, cache, q, options.bshd);
+  check_query(function, cache, q, bshd);
   check_type(function, cache, q.dtype);
   if (appends) {
-    check_tokens(function, "k", k, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.key.width, options.bshd));
-    check_tokens(function, "v", v, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.value.width, options.bshd));
+    check_tokens(function, "k", k, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.key.width, bshd));
+    check_tokens(function, "v", v, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.value.width, bshd));
   }
   const SafeTokens new_keys(inputs[1], k, source), new_values(inputs[2], v, source);
   const AttentionArguments arguments = arguments_of(function, options, q, {}, {});

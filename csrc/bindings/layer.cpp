@@ -33,9 +33,9 @@ class Layer {
       : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
 
   // inputs: x, context or None, positions or None; of a cache, its store and its ledger or rows, or None.
-  py::object call(const char* function, const py::tuple& inputs, py::object out, const py::tuple& option_values) const {
+  py::object call(const char* function, const py::tuple& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs[0], context = inputs[1];
-    const Options options(option_values);
+    const Options& options = options_of(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
@@ -158,7 +158,7 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
 
 // In one tuple, because pybind11 allocates memory for more than six arguments.
 py::object call_layer(const py::capsule& capsule, const char* function, const py::tuple& inputs, py::object out,
-                      const py::tuple& option_values) {
+                      py::handle option_values) {
   return held_by<Layer>(capsule).call(function, inputs, std::move(out), option_values);
 }
 

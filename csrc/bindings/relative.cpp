@@ -8,8 +8,8 @@ constexpr const char* function = "relative_attention";
 
 // terms: r, u, w (of doubles), r_origin.
 py::object relative_attention(const py::tuple& inputs, const py::tuple& terms, py::object out,
-                              const py::tuple& option_values) {
-  const Options options(option_values);
+                              py::handle option_values) {
+  const Options& options = options_of(option_values);
   const TensorView q = float_view(function, "q", inputs[0]);
   const TensorView k = key_view(function, inputs[1], q.dtype);
   const TensorView v = value_view(function, inputs[2], q.dtype, k.dtype);

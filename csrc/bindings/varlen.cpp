@@ -124,8 +124,8 @@ Problem problem_of(const AttentionArguments& arguments, std::size_t i) {
 }
 
 // inputs: q, k, v, cu_seqlens_q, cu_seqlens_k, masks, biases, q_offsets, alibi_slopes. The options' own are None.
-py::object attention_varlen(const py::tuple& inputs, py::object out, const py::tuple& option_values) {
-  const Options options(option_values);
+py::object attention_varlen(const py::tuple& inputs, py::object out, py::handle option_values) {
+  const Options& options = options_of(option_values);
   const TensorView q = packed_view("q", float_view(function, "q", inputs[0]));
   const TensorView k = packed_view("k", key_view(function, inputs[1], q.dtype));
   const TensorView v = packed_view("v", value_view(function, inputs[2], q.dtype, k.dtype));

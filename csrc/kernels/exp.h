@@ -4,6 +4,7 @@
 // relative error of 2^f below 1e-8 for float (degree 5), below 1e-17 for double (degree 11); what remains is rounding,
 // about 1 ulp. No split of ln 2 is needed because scores are in log2 units already.
 #pragma once
+#include "arithmetic.h"
 #include "simd/vec.h"
 
 namespace selfattn::SELFATTN_ISA {
@@ -55,7 +56,7 @@ inline Vec<T> exp2(Vec<T> t) {
 // tanh with a relative error of a few ulp also near 0: tanh|x| = -e / (e + 2) with e = exp(-2|x|) - 1.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
-  const PowerParts<T> parts = split_power(abs(x) * broadcast(static_cast<T>(-2.0 * 1.4426950408889634074)));
+  const PowerParts<T> parts = split_power(abs(x) * broadcast(static_cast<T>(-2.0 * log2_e)));
   const Vec<T> one = broadcast(T(1));
   const Vec<T> e = scale_by_power(parts.fraction_minus_1, parts.integer) + (scale_by_power(one, parts.integer) - one);
   return copy_sign(e / (e + broadcast(T(2))), x);

@@ -7,14 +7,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "dtype.h"
 
 namespace selfattn {
 
 // Scores, row_max and lse inside the core are in units of log2, so that exp needs no conversion.
-constexpr double log2_e = 1.4426950408889634074;
-constexpr double ln_2 = 0.69314718055994530942;
-
 struct Row {
   const void* query;         // head_dim contiguous elements of the kernel's type
   void* out;                 // value_dim contiguous elements of the block's out_type

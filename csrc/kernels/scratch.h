@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "arithmetic.h"
+
 namespace selfattn::SELFATTN_ISA {
 
 struct Carver {
@@ -12,7 +14,7 @@ struct Carver {
   template <class T>
   T* take(std::int64_t count) {
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    used += whole_lines(static_cast<std::size_t>(count) * sizeof(T));
     return piece;
   }
 };

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from .. import _core
 from .._arguments import core_options, integers
 
-# The core's numbers of the storage types.
-_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+_TYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class Pages:
@@ -32,8 +31,8 @@ class Pages:
             apart = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
             if apart or not array.flags.aligned:
                 raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
-            if array.dtype.name not in _CODES or array.dtype != k.dtype:
-                raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_CODES)} is needed")
+            if array.dtype.name not in _TYPES or array.dtype != k.dtype:
+                raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_TYPES)} is needed")
         found = integers(function, name, table)
         if found.ndim != 2 or len(found) != count:
             raise ValueError(f"{function}: {name} has shape {found.shape}, but ({count}, pages) is needed")
@@ -79,11 +78,12 @@ def attend_pages(
     """Attend with q (B, Sq, H, D) to the pages of these rows of the table."""
     k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (pages.k, pages.v))
     store = _core.make_cache_store(
-        k=k.swapaxes(1, 2), v=v.swapaxes(1, 2), k_scales=None, v_scales=None, dtype=_CODES[pages.k.dtype.name]
+        k=k.swapaxes(1, 2),
+        v=v.swapaxes(1, 2),
+        k_scales=None,
+        v_scales=None,
+        dtype=_core.DTYPES[pages.k.dtype.name],
     )
     sequences = _core.make_block_table(pages=pages.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
-    values = core_options(
-        function, None, None, options["causal"], None, options["window"], None, None, options["scale"],
-        options["softcap"], options["alibi_slopes"], None, "bshd", return_lse, False, "highest", None,
-    )  # fmt: skip
+    values = core_options(function, layout="bshd", return_lse=return_lse, **options)
     return _core.attend_cache(function, store, sequences, (q, None, None, None, None, False), out, values)

@@ -15,8 +15,9 @@ CSRC = ROOT / "csrc"
 
 # (files, what their includes must match, what they must not match)
 INCLUDE_RULES = [
-    ("kernels/*", r'"(simd|kernels)/|"dtype\.h"|<c(stdint|stddef|string)>|SELFATTN_VEC', None),
+    ("kernels/*", r'"(simd|kernels)/|"(arithmetic|dtype)\.h"|<c(stdint|stddef|string)>|SELFATTN_VEC', None),
     ("simd/*", r'<((immintrin|arm_neon)\.h|c(stdint|string))>|SELFATTN_VEC|"simd/', None),
+    ("arithmetic.h", r"<c(stddef|stdint)>", None),
     ("dtype.h", r"<cstdint>", None),
     ("problem.h", r'<|"tensor_view\.h"', r"immintrin|arm_neon|pybind11"),
     ("tensor_view.h", r'<|"dtype\.h"', r"immintrin|arm_neon|pybind11"),
@@ -142,6 +143,6 @@ def test_stub_and_module_agree() -> None:
     from selfattn import _core
 
     text = (ROOT / "selfattn" / "_core.pyi").read_text(encoding="utf8")
-    stubbed = set(re.findall(r"^(?:def|class) (\w+)", text, flags=re.M))
+    stubbed = set(re.findall(r"^(?:def |class )?(\w+)[(:]", text, flags=re.M))
     defined = {name for name in dir(_core) if not name.startswith("_")}
     assert stubbed == defined

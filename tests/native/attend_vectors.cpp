@@ -45,12 +45,11 @@ AttentionArguments arguments_of(const VectorCase& c) {
   a.r_origin = static_cast<std::int64_t>(c.number("r_origin", 0));
   a.distance_bias = c.view("distance_bias");
   a.distance_origin = static_cast<std::int64_t>(c.number("distance_origin", 0));
-  a.bshd = c.number("bshd", 0) != 0;
+  a.layout = c.number("bshd", 0) != 0 ? selfattn::Layout::bshd : selfattn::Layout::bhsd;
   a.causal = c.number("causal", 0) != 0;
   a.window_left = static_cast<std::int64_t>(c.number("window_left", -1));
   a.window_right = static_cast<std::int64_t>(c.number("window_right", -1));
-  a.has_scale = c.numbers.count("scale") != 0;
-  a.scale = c.number("scale", 0);
+  if (c.numbers.count("scale") != 0) a.scale = c.number("scale", 0);
   a.softcap = c.number("softcap", 0);
   return a;
 }

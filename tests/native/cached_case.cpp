@@ -59,8 +59,8 @@ CachedCase::CachedCase(const Case& c, const Store& store)
     : case_(c),
       store_(store),
       batch_(c.k.shape()[0]),
-      heads_(c.k.shape()[c.options.bshd ? 2 : 1]),
-      length_(c.k.shape()[c.options.bshd ? 1 : 2]),
+      heads_(c.k.shape()[c.options.layout == selfattn::Layout::bshd ? 2 : 1]),
+      length_(c.k.shape()[c.options.layout == selfattn::Layout::bshd ? 1 : 2]),
       dtype_(store.codes ? DType::i8 : c.k.dtype()) {
   if (paged()) {
     give_pages();
@@ -117,8 +117,8 @@ void CachedCase::fill(Side& side, const Array& from) {
     for (std::int64_t key = start_of(b); key < end_of(b); ++key) {
       const std::int64_t page = paged() ? entries_of(b)[key / slots_] : b;
       for (std::int64_t head = 0; head < heads_; ++head) {
-        const std::int64_t row =
-            case_.options.bshd ? (b * length_ + key) * heads_ + head : (b * heads_ + head) * length_ + key;
+        const std::int64_t row = case_.options.layout == selfattn::Layout::bshd ? (b * length_ + key) * heads_ + head
+                                                                                : (b * heads_ + head) * length_ + key;
         write_row(side, from, row * side.width, (page * heads_ + head) * slots_ + key % slots_);
       }
     }
@@ -138,7 +138,8 @@ void CachedCase::write_row(const Side& side, const Array& from, std::int64_t pos
 }
 
 void CachedCase::describe(Side& side) const {
-  const std::size_t head = case_.options.bshd ? 2 : 1, key = case_.options.bshd ? 1 : 2;
+  const std::size_t head = case_.options.layout == selfattn::Layout::bshd ? 2 : 1,
+                    key = case_.options.layout == selfattn::Layout::bshd ? 1 : 2;
   const std::int64_t step = step_of(*side.rows);
   side.shape[0] = side.scale_shape[0] = batch_;
   side.shape[head] = side.scale_shape[1] = heads_;

@@ -38,7 +38,7 @@ struct Exact {
 class Definition {
  public:
   Definition(const Case& c, const Results& results)
-      : c_(c), ndim_(results.out.shape().size()), bshd_(c.options.bshd && ndim_ > 2) {
+      : c_(c), ndim_(results.out.shape().size()), bshd_(c.options.layout == selfattn::Layout::bshd && ndim_ > 2) {
     const Extents& out = results.out.shape();
     batch_.assign(out.begin(), out.end() - static_cast<std::ptrdiff_t>(std::min<std::size_t>(ndim_, 3)));
     q_len_ = out[ndim_ - (bshd_ ? 3 : 2)];
@@ -114,7 +114,7 @@ class Definition {
   std::int64_t axis(const Array& array, std::size_t from_end) const {
     const std::size_t ndim = array.shape().size();
     if (ndim == 2) return from_end == 2 ? 1 : array.shape()[0];
-    return array.shape()[ndim - 1 - (c_.options.bshd ? 3 - from_end : from_end)];
+    return array.shape()[ndim - 1 - (bshd_ ? 3 - from_end : from_end)];
   }
 
   Wide operand(const Array& array, const Row& row, std::int64_t head, std::int64_t position, std::int64_t d) const {
@@ -122,7 +122,7 @@ class Definition {
     if (array.shape().size() == 2)
       index.insert(index.end(), {position, d});
     else
-      index.insert(index.end(), {c_.options.bshd ? position : head, c_.options.bshd ? head : position, d});
+      index.insert(index.end(), {bshd_ ? position : head, bshd_ ? head : position, d});
     return element(array, index);
   }
 
@@ -178,7 +178,7 @@ class Definition {
   // The score, and the sum of the magnitudes of its terms.
   std::pair<Wide, Wide> score_of(const Row& row, std::int64_t j) const {
     const AttentionArguments& o = c_.options;
-    const Wide scale = o.has_scale ? static_cast<Wide>(o.scale) : 1 / std::sqrt(static_cast<Wide>(head_dim_));
+    const Wide scale = o.scale ? static_cast<Wide>(*o.scale) : 1 / std::sqrt(static_cast<Wide>(head_dim_));
     Wide score = 0, size = 0;
     const auto multiply = [&](Wide query, Wide bias, Wide with) {
       score += scale * (query + bias) * with;

@@ -96,7 +96,7 @@ Extents broadcasting(Bytes& bytes, const Extents& target) {
 
 void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Extents (&shapes)[names],
                  bool (&present)[names]) {
-  const bool bshd = options.bshd;
+  const bool bshd = options.layout == selfattn::Layout::bshd;
   const std::int64_t heads = s.kv_heads * s.group;
   shapes[q] = operand_shape(bytes, s, s.ndim[q], heads, s.q_len, s.head_dim, bshd);
   shapes[k] = operand_shape(bytes, s, s.ndim[k], s.kv_heads, s.kv_len, s.head_dim, bshd);
@@ -187,15 +187,14 @@ void fill(Bytes& bytes, Name name, const Array& array, Values& values, std::int6
 void read_options(Bytes& bytes, Described& d) {
   AttentionArguments& options = d.input.options;
   const int flags = bytes.next();
-  options.bshd = flags & 1;
+  options.layout = flags & 1 ? selfattn::Layout::bshd : selfattn::Layout::bhsd;
   options.causal = flags & 2;
   d.input.lse = flags & 4;
   d.input.weights = flags & 8;
   constexpr std::int64_t reaches[] = {0, 1, 7, 33, 128, 1000, std::int64_t{1} << 60};
   if (flags & 16) options.window_left = bytes.one_of(reaches);
   if (flags & 32) options.window_right = bytes.one_of(reaches);
-  options.has_scale = flags & 64;
-  if (options.has_scale) options.scale = bytes.one_of({0.5, 1.0, 0.0, -0.7, 1e-3, 2.0});
+  if (flags & 64) options.scale = bytes.one_of({0.5, 1.0, 0.0, -0.7, 1e-3, 2.0});
   if (flags & 128) options.softcap = bytes.one_of({5.0, 0.5, 50.0, 1e4});
 }
 

@@ -1,0 +1,54 @@
+// The options of a call: _core.Options, which Python's layer fills with what users pass. A call does not change it.
+#pragma once
+#include "bindings/arrays.h"
+#include "problem.h"
+
+namespace selfattn::bindings {
+
+// The words by which users know the core's codes: the code of a word is its place.
+constexpr const char* layout_words[] = {"bhsd", "bshd"};
+constexpr const char* precision_words[] = {"highest", "high", "medium"};
+constexpr const char* dtype_words[] = {"float32", "float64", "float16", "bfloat16", "int8"};
+
+// An option that is an array: its name, where it goes, and how it is viewed there.
+struct ArrayOption {
+  const char* name;
+  TensorView AttentionArguments::* argument;
+  TensorView (*view)(const char* function, const char* name, py::handle array);
+};
+
+// Python's layer has settled the dtype of these.
+template <DType dtype>
+TensorView converted_view(const char*, const char*, py::handle array) {
+  return optional_view(array, dtype);
+}
+
+constexpr ArrayOption array_options[] = {
+    {"mask", &AttentionArguments::mask, bool_view},
+    {"bias", &AttentionArguments::bias, float_view},
+    {"q_offset", &AttentionArguments::q_offset, converted_view<DType::i64>},
+    {"q_lens", &AttentionArguments::q_lens, converted_view<DType::i64>},
+    {"kv_lens", &AttentionArguments::kv_lens, converted_view<DType::i64>},
+    {"alibi_slopes", &AttentionArguments::alibi_slopes, converted_view<DType::f64>},
+    {"sinks", &AttentionArguments::sinks, converted_view<DType::f64>},
+    {"distance_bias", &AttentionArguments::distance_bias, converted_view<DType::f64>},
+};
+
+struct Options : Settings {
+  py::object arrays[std::size(array_options)];  // in that order; null where absent
+  bool return_lse = false, return_weights = false;
+  int num_threads = 0;  // 0: the default
+};
+
+// What _core.Options holds; TypeError for another object.
+const Options& options_of(py::handle object);
+
+AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
+                                const TensorView& v);
+
+// Whether writing `out` might change an operand that is still to be read.
+bool meets_any(const TensorView& out, const AttentionArguments& arguments);
+
+void register_options(py::module_& module);
+
+}  // namespace selfattn::bindings

@@ -1,0 +1,120 @@
+"""The border to the core: options have names, each of one type; words have codes."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from inspect import signature
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import _core, _typing
+from selfattn._arguments import core_options
+
+FIELDS: dict[str, Any] = {
+    "mask": np.ones(3, bool),
+    "bias": np.ones(3),
+    "q_offset": np.array(1),
+    "q_lens": np.array(1),
+    "kv_lens": np.array(1),
+    "alibi_slopes": np.ones(3),
+    "sinks": np.ones(3),
+    "distance_bias": np.ones((3, 4)),
+    "layout": 1,
+    "causal": True,
+    "window_left": 1 << 60,
+    "window_right": 0,
+    "scale": 0.5,
+    "softcap": 2.0,
+    "precision": 2,
+    "distance_origin": 3,
+    "return_lse": True,
+    "return_weights": True,
+    "num_threads": 4096,
+}
+
+
+def fields_of(options: _core.Options) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in dir(options) if name[0] != "_" and name != "copy"}
+
+
+def filled() -> _core.Options:
+    options = _core.Options()
+    for name, value in FIELDS.items():
+        setattr(options, name, value)
+    return options
+
+
+def test_fields_keep_what_they_are_given() -> None:
+    assert fields_of(filled()) == FIELDS
+    for name, value in fields_of(_core.Options()).items():
+        options = filled()
+        setattr(options, name, value)
+        assert fields_of(options) == {**FIELDS, name: value}
+
+
+def test_stub_names_every_field() -> None:
+    stub = ast.parse(Path(sa.__file__).with_name("_core.pyi").read_text(encoding="utf8"))
+    (fields,) = (x for x in stub.body if isinstance(x, ast.ClassDef) and x.name == "Options")
+    named = [x.target.id for x in fields.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
+    assert named == list(FIELDS)
+    assert sorted(named) == sorted(fields_of(_core.Options()))
+
+
+def test_a_call_passes_options_in_the_order_of_its_signature() -> None:
+    taken = list(signature(core_options).parameters.values())[1:]
+    offered = [x for x in signature(sa.attention).parameters.values() if x.kind is x.KEYWORD_ONLY and x.name != "out"]
+    assert [(x.name, x.default) for x in taken] == [(x.name, x.default) for x in offered]
+
+
+def test_a_copy_is_another() -> None:
+    options = filled()
+    changed = options.copy()
+    changed.causal, changed.mask = False, None
+    assert fields_of(options) == FIELDS
+    assert fields_of(changed) == {**FIELDS, "causal": False, "mask": None}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("wrong", [(), "1", object(), 1 << 80, -1, 1j])
+def test_wrong_values_are_refused(name: str, wrong: Any) -> None:
+    if wrong == -1 and name in ("window_left", "window_right", "distance_origin"):
+        return
+    options = filled()
+    with pytest.raises(TypeError, match=f"^Options: {name} cannot be "):
+        setattr(options, name, wrong)
+    with pytest.raises(TypeError, match=f"^Options: {name} cannot be "):
+        delattr(options, name)
+
+
+def test_wrong_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="casual"):
+        _core.Options().casual = True  # type: ignore[attr-defined]
+    for wrong in ({"causal": True}, {}):
+        with pytest.raises(TypeError, match="set its fields"):
+            _core.Options(*([] if wrong else [1]), **wrong)  # type: ignore[call-arg]
+    x = np.zeros((1, 1, 1, 1), np.float32)
+    for other in ((), None, {}):
+        with pytest.raises(TypeError, match="Options"):
+            _core.attention(x, x, x, None, other)  # type: ignore[arg-type]
+
+
+def test_arrays_are_released() -> None:
+    mask = np.ones(3, bool)
+    before = sys.getrefcount(mask)
+    options = _core.Options()
+    options.mask = options.mask = mask
+    changed = options.copy()
+    changed.mask = None
+    del options, changed
+    assert sys.getrefcount(mask) == before
+
+
+def test_words_have_the_codes_of_the_core() -> None:
+    for words, codes in ((_typing.Layout, _core.LAYOUTS), (_typing.Precision, _core.PRECISIONS)):
+        assert codes == {word: code for code, word in enumerate(get_args(words))}
+    assert list(_core.DTYPES) == ["float32", "float64", "float16", "bfloat16", "int8"]
