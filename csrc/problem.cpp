@@ -310,6 +310,7 @@ Problem make_problem(const AttentionArguments& a) {
   if (a.keys == Keys::same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
   check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
+  check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "the length of k");
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
   problem.precision = a.precision;

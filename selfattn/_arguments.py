@@ -200,6 +200,7 @@ def core_options(
     window: Any = None,
     q_lens: Any = None,
     kv_lens: Any = None,
+    kv_starts: Any = None,
     scale: Any = None,
     softcap: Any = None,
     alibi_slopes: Any = None,
@@ -227,6 +228,8 @@ def core_options(
         options.q_lens = integers(function, "q_lens", q_lens)
     if kv_lens is not None:
         options.kv_lens = integers(function, "kv_lens", kv_lens)
+    if kv_starts is not None:
+        options.kv_starts = integers(function, "kv_starts", kv_starts)
     if scale is not None:
         options.scale = real(function, "scale", scale)
     if softcap is not None:

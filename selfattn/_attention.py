@@ -57,6 +57,7 @@ def attention(
     window: Window | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
+    kv_starts: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -101,6 +102,10 @@ def attention(
         Valid queries and keys of each batch entry. Rows from q_lens on give 0 (lse −inf); keys from kv_lens on
         are hidden. A right-padded batch passes both. Where positions count (causal, window, alibi_slopes, t5),
         kv_lens below Sq without q_lens or q_offset is a ValueError.
+    kv_starts : integer array (B,), optional
+        First valid key of each batch entry, in 0..Sk: the keys before it are hidden, as in a left-padded batch. One
+        that is not below kv_lens leaves no key visible. Positions still count from the start of k: the offset does
+        not depend on kv_starts.
     scale : float, optional
         Factor of the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional
@@ -174,7 +179,7 @@ def attention(
         v = as_array("attention", "v", v)
     # By place: Python makes a dict of more than 15 keywords, which takes longer than all the rest of this function.
     options = core_options(
-        "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, scale, softcap,
+        "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5,
     )  # fmt: skip
     if out is None:

@@ -20,6 +20,7 @@ class Options:
     q_offset: NDArray[np.int64] | None
     q_lens: NDArray[np.int64] | None
     kv_lens: NDArray[np.int64] | None
+    kv_starts: NDArray[np.int64] | None
     alibi_slopes: NDArray[np.float64] | None
     sinks: NDArray[np.float64] | None
     distance_bias: NDArray[np.float64] | None

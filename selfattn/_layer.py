@@ -242,11 +242,11 @@ class SelfAttention:
         out : ndarray, optional
             Where to put y.
         **options
-            Those of `attention`, but for `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens, scale,
-            softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads. Shapes are those of
-            heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a cache the queries and keys are
-            the same tokens: kv_lens serves as q_lens as well, and query i is aligned with key i unless q_offset or
-            both lengths say otherwise.
+            Those of `attention`, but for `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens,
+            kv_starts, scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads.
+            Shapes are those of heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a cache the
+            queries and keys are the same tokens: kv_lens serves as q_lens as well, and query i is aligned with key i
+            unless q_offset or both lengths say otherwise.
 
         Returns
         -------
@@ -276,7 +276,7 @@ class SelfAttention:
             raise TypeError(f"{function}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
         if context is not None:
             raise ValueError(f"{function}: context and cache are given, but a cache holds the keys of x")
-        for name in ("q_offset", "q_lens", "kv_lens"):
+        for name in ("q_offset", "q_lens", "kv_lens", "kv_starts"):
             if options.get(name) is not None:
                 raise ValueError(f"{function}: {name} is given, but a cache knows where its tokens are")
         options = {"causal": True, **options}

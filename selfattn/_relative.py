@@ -63,6 +63,7 @@ def relative_attention(
     window: Window | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
+    kv_starts: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -103,7 +104,7 @@ def relative_attention(
         any rows before it, `causal` must be True.
     window : (left, right), optional
         As in `attention`; the original's ``same_length`` is ``(mem_len − 1, 0)``.
-    mask, bias, q_lens, kv_lens, scale, softcap, alibi_slopes, sinks, layout, return_lse, return_weights, out
+    mask, bias, q_lens, kv_lens, kv_starts, scale, softcap, alibi_slopes, sinks, layout, return_lse, return_weights, out
         As in `attention`; `layout` concerns q, k, v and out. The default scale is ``1 / sqrt(D)``.
     precision, num_threads, t5
         As in `attention`.
@@ -139,7 +140,7 @@ def relative_attention(
     q, k, v, r = (as_array(_NAME, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
     memory = whole_number(_NAME, "mem_len", mem_len, 0)
     options = core_options(
-        _NAME, mask=mask, bias=bias, q_offset=np.array(memory), q_lens=q_lens, kv_lens=kv_lens,
+        _NAME, mask=mask, bias=bias, q_offset=np.array(memory), q_lens=q_lens, kv_lens=kv_lens, kv_starts=kv_starts,
         alibi_slopes=alibi_slopes, sinks=sinks, t5=t5, layout=layout, causal=causal, window=window, scale=scale,
         softcap=softcap, precision=precision, return_lse=return_lse, return_weights=return_weights,
         num_threads=num_threads,

@@ -56,6 +56,7 @@ class PaddedOptions(BatchOptions, total=False):
 
     q_lens: ArrayLike | None
     kv_lens: ArrayLike | None
+    kv_starts: ArrayLike | None
 
 
 class AttentionOptions(PaddedOptions, total=False):

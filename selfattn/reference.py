@@ -63,6 +63,7 @@ def visibility(
     window: tuple[int | None, int | None] | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
+    kv_starts: ArrayLike | None = None,
 ) -> NDArray[np.bool_]:
     """Return which key every query sees, (*batch, H, Sq, Sk)."""
     visible = np.ones((*batch, num_heads, q_len, kv_len), dtype=bool)
@@ -77,6 +78,9 @@ def visibility(
     keys, queries = _per_batch(kv_lens, batch), _per_batch(q_lens, batch)
     if keys is not None:
         visible &= np.arange(kv_len) < keys
+    starts = _per_batch(kv_starts, batch)
+    if starts is not None:
+        visible &= np.arange(kv_len) >= starts
     if queries is not None:
         visible &= np.arange(q_len)[:, None] < queries
     if mask is not None:
@@ -98,6 +102,7 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
+    kv_starts: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -125,7 +130,10 @@ def attention(
     k, v = np.repeat(k, group, axis=-3), np.repeat(v, group, axis=-3)
     batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     limits: dict[str, Any] = {"q_offset": q_offset, "q_lens": q_lens, "kv_lens": kv_lens}
-    visible = visibility(q_len, kv_len, batch, num_heads, mask=mask, bias=bias, causal=causal, window=window, **limits)
+    visible = visibility(
+        q_len, kv_len, batch, num_heads, mask=mask, bias=bias, causal=causal, window=window, kv_starts=kv_starts,
+        **limits,
+    )  # fmt: skip
     positions_count = causal or alibi_slopes is not None or t5 is not None or any(x is not None for x in window or ())
     if (
         positions_count

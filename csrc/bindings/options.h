@@ -29,6 +29,7 @@ constexpr ArrayOption array_options[] = {
     {"q_offset", &AttentionArguments::q_offset, converted_view<DType::i64>},
     {"q_lens", &AttentionArguments::q_lens, converted_view<DType::i64>},
     {"kv_lens", &AttentionArguments::kv_lens, converted_view<DType::i64>},
+    {"kv_starts", &AttentionArguments::kv_starts, converted_view<DType::i64>},
     {"alibi_slopes", &AttentionArguments::alibi_slopes, converted_view<DType::f64>},
     {"sinks", &AttentionArguments::sinks, converted_view<DType::f64>},
     {"distance_bias", &AttentionArguments::distance_bias, converted_view<DType::f64>},

@@ -98,6 +98,45 @@ def test_right_padded_rows_are_as_if_alone(isa: str, check: Any, normal: Any, op
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_left_padded_rows(isa: str, check: Any, rng: Any, shape: Any) -> None:
+    batch, heads, _, q_len, kv_len = shape
+    starts = np.linspace(kv_len // 3, kv_len, batch).astype(int)
+    q, k, v = arrays(rng, shape)
+    for options in ({}, {"causal": True}, {"window": (kv_len // 4, 0)}, {"sinks": np.linspace(-1, 1, heads)}):
+        out = check(q, k, v, kv_starts=starts, trivial=True, **options)
+        for b, start in enumerate(starts):  # as if alone: the newest queries are aligned with the last keys
+            alone = sa.attention(q[b], k[b, :, start:], v[b, :, start:], **options)
+            assert np.allclose(out[b], alone, rtol=0, atol=1e-6)
+    check(q, k, v, kv_starts=starts // 2, kv_lens=np.maximum(kv_len // 4, 1), q_lens=q_len, causal=True, trivial=True)
+    k[:, :, : starts[0]] = v[:, :, : starts[0]] = np.nan  # what is hidden never matters
+    check(q, k, v, kv_starts=starts[0], causal=True, q_offset=kv_len - q_len, trivial=True)
+    swapped = [x.swapaxes(1, 2) for x in (q, k, v)]
+    check(*swapped, kv_starts=starts, layout="bshd", trivial=True)
+
+
+def test_starts_beyond_the_lengths_leave_nothing(isa: str, normal: Any) -> None:
+    q, k, v = normal(3, 2, 5, 8), normal(3, 2, 9, 8), normal(3, 2, 9, 8)
+    lens = {"kv_starts": [4, 9, 6], "kv_lens": [4, 9, 5]}
+    out, lse, weights = sa.attention(q, k, v, return_lse=True, return_weights=True, **lens)
+    assert not out.any()
+    assert not weights.any()
+    assert np.isneginf(lse).all()
+    out = np.ones((3, 2, 5, 8), np.float32)
+    with pytest.raises(ValueError, match=r"^attention: kv_starts holds 10, which is outside 0\.\.9"):
+        sa.attention(q, k, v, kv_starts=10, out=out)
+    assert (out == 1).all()
+
+
+@pytest.mark.dtypes("float32", "float64", "float16", "bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_left_padding_in_every_type(isa: str, check: Any, rng: Any, dtype: str, q_len: int) -> None:
+    pytest.importorskip("ml_dtypes")
+    q, k, v = (rng.standard_normal((2, h, n, 8)).astype(dtype) for h, n in ((4, q_len), (2, 90), (2, 90)))
+    check(q, k, v, kv_starts=[70, 11], causal=True, trivial=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_everything_at_once(isa: str, check: Any, rng: Any, shape: Any) -> None:
     batch, heads, _, q_len, kv_len = shape
     parts: dict[str, Any] = {
@@ -106,6 +145,7 @@ def test_everything_at_once(isa: str, check: Any, rng: Any, shape: Any) -> None:
         "causal": True,
         "window": (kv_len // 2, 1),
         "kv_lens": rng.integers(kv_len // 2, kv_len + 1, batch),
+        "kv_starts": rng.integers(0, kv_len // 2, batch),
         "alibi_slopes": rng.random((batch, heads)) / 10,
         "softcap": 3.0,
         "sinks": rng.standard_normal(heads),

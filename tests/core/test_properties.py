@@ -59,6 +59,8 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
     if draw(st.booleans()):
         options["q_lens"] = rng.integers(0, q_len + 1, batch)
     if draw(st.booleans()):
+        options["kv_starts"] = rng.integers(0, kv_len + 1, batch)
+    if draw(st.booleans()):
         options["softcap"] = draw(st.floats(0.1, 30))
     if draw(st.booleans()):
         options["alibi_slopes"] = rng.random(heads) / 50

@@ -162,6 +162,7 @@ def test_everything_composes(isa: str, draw: Any, hold: Any, rng: np.random.Gene
         "bias": rng.standard_normal((4, 70, 270)),
         "kv_lens": [270, 131],
         "q_lens": [70, 33],
+        "kv_starts": [30, 90],
         "alibi_slopes": sa.alibi_slopes(4),
         "sinks": rng.standard_normal(4),
         "softcap": 5.0,

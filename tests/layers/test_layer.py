@@ -247,6 +247,19 @@ def test_padded_tokens_of_a_layer_keep_their_positions(isa: str, make: Any, norm
         layer(x, kv_lens=[6, 7], causal=True)
 
 
+def test_left_padded_tokens_of_a_layer_are_hidden(isa: str, make: Any, normal: Any) -> None:
+    layer = sa.SelfAttention(**make(24, 4, 2, 8, 8, 24), num_heads=4, num_kv_heads=2)
+    x, starts = normal(2, 6, 24), [0, 2]
+    for options in ({}, {"causal": True}, {"window": (1, 0)}, {"alibi_slopes": sa.alibi_slopes(4)}):
+        found = layer(x, kv_starts=starts, **options)
+        for b, start in enumerate(starts):
+            close(found[b, start:], layer(x[b, start:], **options))
+    with pytest.raises(ValueError, match=r"SelfAttention: kv_starts holds 7, which is outside 0\.\.6"):
+        layer(x, kv_starts=[6, 7])
+    with pytest.raises(ValueError, match="SelfAttention: kv_starts is given, but a cache knows"):
+        layer(x, kv_starts=starts, cache=sa.KVCache(2, num_kv_heads=2, head_dim=8, capacity=9))
+
+
 def test_threads_copy_odd_inputs_for_themselves(isa: str, make: Any, normal: Any) -> None:
     layer = sa.SelfAttention(**make(96, 6, 6, 16, 16, 96), num_heads=6)
     x = normal(2, 700, 96)

@@ -101,6 +101,7 @@ def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
         "mask": lambda: rng.random(broadcastable()) < 0.7,
         "bias": lambda: rng.standard_normal(broadcastable()).astype(drawn_type(rng)),
         "kv_lens": lambda: rng.integers(0, kv_len + 1, batch),
+        "kv_starts": lambda: rng.integers(0, kv_len + 1, batch),
         "q_lens": lambda: rng.integers(0, q_len + 1, batch),
         "q_offset": lambda: rng.integers(-q_len, kv_len + 1, batch),
         "alibi_slopes": lambda: rng.random((batch, heads)[int(rng.integers(2)) :]).astype(drawn_type(rng)),

@@ -169,7 +169,7 @@ def reached(work: Sweep, case: Case, side: Side) -> Iterator[tuple[str, str]]:
 
 def whole_cases(rng: Any) -> Any:
     """Draw cases of every kind until every operand has occurred."""
-    score = {"mask", "bias", "kv_lens", "q_lens", "q_offset", "alibi_slopes", "sinks", "out"}
+    score = {"mask", "bias", "kv_lens", "kv_starts", "q_lens", "q_offset", "alibi_slopes", "sinks", "out"}
     layer = {"x", "w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "context", "positions"}
     for make, wanted, arguments in (
         (attention_case, score | {"q", "k", "v"}, (np.float32, 33, 17, 33)),
@@ -197,6 +197,8 @@ def without_limits(case: Case) -> Case:
             lengths = longest.shape[-3 if case.settings.get("layout") == "bshd" else -2]
             lengths = case.arrays["x"].shape[1] if (case.kind, name) == ("layer", "q_lens") else lengths
             arrays[name] = np.full_like(arrays[name], lengths)
+    if "kv_starts" in arrays:
+        arrays["kv_starts"] = np.zeros_like(arrays["kv_starts"])
     settings = {name: x for name, x in case.settings.items() if name != "window"}
     if case.kind != "rope":
         settings.update(causal=False, num_threads=1)
