@@ -1,72 +1,19 @@
-// Attention for few query rows against many keys (decode): vectors run along head_dim for q.k, along keys for the
-// softmax, along value_dim for the sum of values. One or two rows are bound by the memory that holds keys and values,
-// which is therefore read from end to end, each row of it once. More rows are bound by the load ports as well: they
-// take several keys abreast, so that a query is loaded once for all of them, and ask for memory ahead.
+// Attention for few query rows against many keys (decode): vectors run along keys. row_products.h does the products.
 #pragma once
-#include "kernels/ahead.h"
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
+#include "kernels/row_products.h"
 #include "kernels/score_terms.h"
-#include "kernels/scratch.h"
 #include "kernels/softmax.h"
-#include "kernels/values.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-// What multiplies queries and keys: Q and E are their types in memory, `elements` of which a vector holds.
-template <class T, class E>
-struct FmaDots {
-  using Q = T;
-  static constexpr const char* unit = "fma";
-  static constexpr int elements = Vec<T>::width;
-  static Vec<T> load_whole(const E* p) { return load(p); }
-  static Vec<T> load_some(const E* p, std::int64_t n) { return load_up_to(p, n); }
-  static Vec<T> load_query(const Q* p, std::int64_t n) { return load_up_to(p, n); }
-  static Vec<T> add_product(Vec<T> query, Vec<T> key, Vec<T> sum) { return fma(query, key, sum); }
-  static constexpr bool flushes = false;  // subnormal numbers to 0, which times Inf is NaN
-};
-
-// MaxSums: vector accumulators that fit the registers beside their operands. E: the type of keys and values in memory.
+// The parameters are those of RowProducts.
 template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>>
 struct RowAttention {
+  using Products = RowProducts<T, MaxSums, E, Dots>;
+  using Scratch = typename Products::Scratch;
   static constexpr int W = Vec<T>::width;
-  static constexpr int max_rows_at_once = W < 4 ? W : 4;
-  // Keys or values that stay in L1 while several rows or dims take turns with them: 32 of 128 floats are 16 KiB.
-  static constexpr int chunk_keys = 32;
-  static constexpr int keys_ahead = 16;
-  // Up to so many rows, reading each key just once, in order, is worth more than fewer loads.
-  static constexpr int rows_by_key = 2;
-
-  static std::int64_t padded(std::int64_t count) { return (count + W - 1) / W * W; }
-
-  struct Scratch {
-    std::int64_t query_step, out_step;
-    int score_step;
-    T* queries;  // [row][query_step], as Dots loads them, zero-padded
-    T* out;      // [row][out_step]
-    T* scores;   // [row][score_step]
-    T* terms;    // the same shape
-    T* rescale;
-    RowPlaces<T> places;
-    std::size_t bytes;
-
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : query_step((head_dim + Dots::elements - 1) / Dots::elements * W),
-          out_step(padded(value_dim)),
-          score_step(static_cast<int>(padded(key_block))),
-          places(carver, rows) {
-      queries = carver.take<T>(rows * query_step);
-      out = carver.take<T>(rows * out_step);
-      scores = carver.take<T>(std::int64_t{rows} * score_step);
-      terms = carver.take<T>(std::int64_t{rows} * score_step);
-      rescale = carver.take<T>(rows);
-      bytes = carver.used;
-    }
-    explicit Scratch(const RowBlock& block)
-        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
-  };
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
     return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
@@ -88,50 +35,33 @@ struct RowAttention {
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
     const bool limited = limits(block, keys);
-    ScoreTile<T> tile{s.scores,     nullptr,
-                      block.count,  static_cast<int>(padded(keys.count)),
-                      s.score_step, limited,
-                      s.places,     block.rows,
-                      block.count,  /*shares_terms=*/false,
-                      keys.first,   keys.count};
+    ScoreTile<T> tile{.scores = s.scores,
+                      .terms = nullptr,
+                      .outer = block.count,
+                      .lanes = static_cast<int>(Products::padded(keys.count)),
+                      .step = s.score_step,
+                      .limited = limited,
+                      .places = s.places,
+                      .rows = block.rows,
+                      .num_rows = block.count,
+                      .shares_terms = false,
+                      .first_key = keys.first,
+                      .num_keys = keys.count};
     describe_rows(tile, block.count);
-    bool terms = has_terms(block.terms);
-    if (terms) {
-      const Sight sight = sight_of(tile, block.terms);
-      if (sight == Sight::nothing && !block.rows[0].scores) return;
-      terms = sight != Sight::everything;
-    }
-    for (int first = 0; first < keys.count; first += chunk_keys) {
-      const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
-      if (block.count <= rows_by_key)
-        dot_rows<max_rows_at_once, 1>(block, s, keys, first, last, 0);
-      else
-        dot_rows<max_rows_at_once, 4>(block, s, keys, first, last, 0);
-    }
+    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    if (sight == Sight::nothing && !block.rows[0].scores) return;
+    Products::score(block, s, keys);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.key_scales + l); });
     if (block.rows[0].relative) add_relative<AcrossKeys>(tile, static_cast<T>(block.terms.multiplier));
-    const bool hidden = complete_scores<AcrossKeys>(tile, block.terms, terms);
+    const bool hidden = complete_scores<AcrossKeys>(tile, block.terms, sight);
     for (int r = 0; r < block.count; ++r) exponentiate(block, tile, r, s.rescale[r]);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
-    if ((limited || hidden) && !finite_values(keys, block.value_dim)) {
+    if ((limited || hidden) && !Products::finite_values(keys, block.value_dim)) {
       if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.terms, s.terms);
-      return accumulate_visible(block, s, tile, keys);
+      return Products::accumulate_visible(block, s, tile, keys);
     }
-    accumulate(block, s, keys);
+    Products::accumulate(block, s, keys);
   }
-
-  static bool finite_values(const KeyBlock& keys, std::int64_t value_dim) {
-    if constexpr (scaled<E>) return all_finite([&](int) { return keys.value_scales; }, 1, keys.count);
-    return all_finite([&](int j) { return row_of(keys.value_rows, j); }, keys.count, value_dim);
-  }
-
-  // Columns are then small distances from one register, instead of registers of their own.
-  static const E* one_base(const E* p) {
-    asm("" : "+r"(p));
-    return p;
-  }
-
-  static const E* row_of(const void* const* rows, int j) { return static_cast<const E*>(rows[j]); }
 
   // Whether some row sees only a part of the tile. The lanes that fill the last vector are beyond every end.
   static bool limits(const RowBlock& block, const KeyBlock& keys) {
@@ -141,69 +71,6 @@ struct RowAttention {
       limited = limited || row.key_begin > keys.first || row.key_end < keys.first + keys.count;
     }
     return limited;
-  }
-
-  // scores = q . k * multiplier for the keys in [first, last), `Rows` rows at a time, then halves of it for the
-  // remainder; `Abreast` keys at a time.
-  template <int Rows, int Abreast>
-  static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
-    constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
-    constexpr int abreast = Abreast < Keys ? Abreast : Keys;
-    constexpr int elements = Dots::elements;
-    const std::int64_t whole = block.head_dim / elements * elements, tail = block.head_dim - whole;
-    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
-    for (; row + Rows <= block.count; row += Rows)
-      for (int j = first; j < last; j += Keys) {
-        const T* queries = s.queries + row * s.query_step;
-        Vec<T> sums[W];
-        if (Abreast > 1 && row == 0)
-          for (int k = 0; k < Keys; ++k) fetch(row_of(keys.key_rows, j + keys_ahead + k), block.head_dim);
-#pragma GCC unroll 16
-        for (int k = 0; k < Keys; k += abreast) {
-          const E* key[abreast];  // the last key stands in for those beyond the end; its sums go to hidden lanes
-          for (int i = 0; i < abreast; ++i)
-            key[i] = row_of(keys.key_rows, j + k + i < keys.count ? j + k + i : keys.count - 1);
-          Vec<T> dots[abreast][Rows];
-          for (auto& line : dots)
-            for (Vec<T>& dot : line) dot = broadcast(T(0));
-          const auto step = [&](std::int64_t d, auto load_key) {
-            Vec<T> right[abreast];
-            for (int i = 0; i < abreast; ++i) right[i] = load_key(key[i] + d);
-            for (int r = 0; r < Rows; ++r) {
-              const Vec<T> query = in_register(load(queries + r * s.query_step + d / (elements / W)));
-              for (int i = 0; i < abreast; ++i) dots[i][r] = Dots::add_product(query, right[i], dots[i][r]);
-            }
-          };
-          for (std::int64_t d = 0; d < whole; d += elements) step(d, [](const E* p) { return Dots::load_whole(p); });
-          if (tail != 0) step(whole, [tail](const E* p) { return Dots::load_some(p, tail); });
-          for (int i = 0; i < abreast; ++i)
-            for (int r = 0; r < Rows; ++r) sums[r * Keys + k + i] = dots[i][r];
-        }
-        T products[W];
-        const Vec<T> dots = reduce_sums(sums) * multiplier;
-        store(products, dots);
-        if constexpr (Dots::flushes)
-          if (any(is_nan(dots))) mend_dots<Rows>(block, keys, row, j, products);
-        for (int r = 0; r < Rows; ++r)
-          for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_step + j + k] = products[r * Keys + k];
-      }
-    if constexpr (Rows > 1)
-      if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
-  }
-
-  // Multiplies again, as IEEE has it, what became NaN.
-  template <int Rows>
-  static void mend_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
-    constexpr int Keys = W / Rows;
-    for (int i = 0; i < W; ++i) {
-      const int place = key + i % Keys;
-      if (products[i] == products[i] || place >= keys.count) continue;
-      const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
-      const E* data = row_of(keys.key_rows, place);
-      T sum = 0;
-      for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
-      products[i] = sum * static_cast<T>(block.terms.multiplier);
-    }
   }
 
   // Scores of one row become probs.
@@ -225,91 +92,6 @@ struct RowAttention {
     T lanes[W];
     store(lanes, a);
     return lanes[0];
-  }
-
-  struct Chunk {
-    const void* const* values;
-    int first_key;
-    int count;
-
-    Chunk(const KeyBlock& keys, int first)
-        : values(keys.value_rows + first),
-          first_key(first),
-          count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
-  };
-
-  // out = out * rescale + probs . values, a chunk of keys after the other.
-  static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    for (int first = 0; first < keys.count; first += chunk_keys) {
-      accumulate_rows<max_rows_at_once>(block, s, Chunk(keys, first), 0);
-    }
-  }
-
-  // As many rows at a time as fit: each value is then loaded and widened once for all of them.
-  template <int Rows>
-  static void accumulate_rows(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row) {
-    constexpr int columns = MaxSums / Rows;
-    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
-    if constexpr (Rows > 1)
-      if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
-  }
-
-  // `Cols` vectors of dims at a time, then halves of it for the remainder.
-  template <int Rows, int Cols>
-  static void accumulate_dims(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row, std::int64_t dim) {
-    const auto sweep = [&](auto load_value) {
-      Vec<T> sums[Rows][Cols];
-      for (auto& line : sums)
-        for (Vec<T>& sum : line) sum = broadcast(T(0));
-      const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      // One row is bound by memory, which it reads in order; the last of more use the time to ask for the next chunk.
-      const bool asks = Rows > 1 && row + Rows == block.count;
-      for (int j = 0; j < chunk.count; ++j) {
-        const E* value = one_base(row_of(chunk.values, j) + dim);
-        const E* later = one_base(row_of(chunk.values, j + chunk_keys) + dim);
-        for (int c = 0; c < Cols; ++c) {
-          if (asks) __builtin_prefetch(later + c * W, 0, 2);
-          const Vec<T> right = in_register(load_value(value + c * W));
-          for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c) add_sum(s, chunk, row + r, dim + c * W, sums[r][c]);
-    };
-    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const E* p) { return load(p); });
-    if constexpr (Cols > 1) {
-      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, chunk, row, dim);
-    } else if (dim < block.value_dim) {
-      const int tail = static_cast<int>(block.value_dim - dim);
-      sweep([tail](const E* p) { return load_partial(p, tail); });
-    }
-  }
-
-  static void add_sum(const Scratch& s, const Chunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
-    T* out = s.out + row * s.out_step + dim;
-    const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
-    store(out, fma(load(out), broadcast(rescale), sum));
-  }
-
-  // The same sums in the same order, but a hidden key is left out instead of multiplied by 0.
-  static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
-                                 const KeyBlock& keys) {
-    for (int r = 0; r < block.count; ++r)
-      for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
-        for (int first = 0; first < keys.count; first += chunk_keys) {
-          const Chunk chunk(keys, first);
-          Vec<T> sum = broadcast(T(0));
-          for (int j = first; j < first + chunk.count; ++j) {
-            const Mask<T> seen =
-                visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
-            if (!any(seen)) continue;
-            const Vec<T> value = load_up_to(row_of(keys.value_rows, j) + dim, block.value_dim - dim);
-            sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
-          }
-          add_sum(s, chunk, r, dim, sum);
-        }
   }
 
   static void finish(const RowBlock& block) noexcept {

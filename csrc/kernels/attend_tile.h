@@ -156,15 +156,21 @@ struct TileAttention {
     constexpr int lanes = Cols * W;
     const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
     const Row* rows = block.rows + strip.first_row;
-    ScoreTile<T> tile{s.scores, nullptr,    keys.count,         lanes,      lanes,     limited, s.places,
-                      rows,     strip.rows, strip.shares_terms, keys.first, keys.count};
+    ScoreTile<T> tile{.scores = s.scores,
+                      .terms = nullptr,
+                      .outer = keys.count,
+                      .lanes = lanes,
+                      .step = lanes,
+                      .limited = limited,
+                      .places = s.places,
+                      .rows = rows,
+                      .num_rows = strip.rows,
+                      .shares_terms = strip.shares_terms,
+                      .first_key = keys.first,
+                      .num_keys = keys.count};
     if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
-    bool terms = has_terms(block.terms);
-    if (terms) {
-      const Sight sight = sight_of(tile, block.terms);
-      if (sight == Sight::nothing && !rows->scores) return;
-      terms = sight != Sight::everything;
-    }
+    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    if (sight == Sight::nothing && !rows->scores) return;
 
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
     T multiplier = static_cast<T>(block.terms.multiplier);
@@ -174,7 +180,7 @@ struct TileAttention {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
       multiplier = T(1);
     }
-    const bool hidden = complete_scores<AcrossRows>(tile, block.terms, terms);
+    const bool hidden = complete_scores<AcrossRows>(tile, block.terms, sight);
 
     Vec<T> rescale[Cols];
     exponentiate<Cols>(block, strip, {s.scores, s.scores + keys.count * lanes, lanes}, multiplier, prepared, rescale);

@@ -219,11 +219,11 @@ inline void keep_scores(ScoreTile<T> tile) {
   Axes::store_rows(tile, [&](const Row& row) { return static_cast<T*>(row.scores) + tile.first_key; });
 }
 
-// From scaled products to scores; returns whether mask or bias hide any key. `adds_terms`: some may.
+// From scaled products to scores; returns whether mask or bias hide any key.
 template <class Axes, class T>
-[[gnu::always_inline]] inline bool complete_scores(const ScoreTile<T>& tile, const ScoreTerms& terms, bool adds_terms) {
+[[gnu::always_inline]] inline bool complete_scores(const ScoreTile<T>& tile, const ScoreTerms& terms, Sight sight) {
   bend_scores<Axes>(tile, terms);
-  const bool hidden = adds_terms && add_terms<Axes>(tile, terms);
+  const bool hidden = sight != Sight::everything && add_terms<Axes>(tile, terms);
   hide_beyond_limits<Axes>(tile);
   if (tile.rows->scores) keep_scores<Axes>(tile);
   return hidden;
