@@ -328,7 +328,7 @@ class KVCache(AnyCache):
 
     def _publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
         # The other copy is written first; then one store of 8 bytes puts it in force.
-        other = 1 - int(self._header[_ACTIVE])
+        other = 1 - (int(self._header[_ACTIVE]) & 1)
         self._copies[other][0] = lengths
         self._copies[other][1] = starts
         self._header[_ACTIVE] = other

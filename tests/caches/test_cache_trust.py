@@ -92,6 +92,19 @@ def test_lengths_that_change_in_the_buffer(normal: Any, window: Any, length: int
         sa.KVCache(2, 2, 8, 20, window=window, buffer=memory)
 
 
+@pytest.mark.parametrize("strange", [7, 2, -1, 1 << 62])
+def test_any_number_in_the_buffer_names_one_of_both_copies(strange: int) -> None:
+    memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20))
+    cache = sa.KVCache(2, 2, 8, 20, buffer=memory)
+    for _ in range(2):
+        cache.append(*np.ones((2, 2, 2, 1, 8), np.float32))
+        np.frombuffer(memory, np.int64)[9] ^= strange & -2
+    cache.truncate(1)
+    assert cache.lengths.tolist() == [1, 1]
+    cache.truncate(0)
+    assert cache.lengths.tolist() == [0, 0]
+
+
 def test_a_cache_whose_making_was_cut_off_is_made_again() -> None:
     memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20))
     sa.KVCache(2, 2, 8, 20, buffer=memory)
