@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ class Copyable(ABC):
     _store: Store
     _lock: SharedLock
     _made_with: tuple[str, ...]  # the attributes that are arguments of `_make`
+    _made: tuple[str, ...]  # the attributes that `_make` adds to them
 
     @abstractmethod
     def _make(self, **arguments: Any) -> None:
@@ -35,9 +37,16 @@ class Copyable(ABC):
         """Check such contents, which may come from anywhere, and hold them."""
 
     def __copy__(self: _Self) -> _Self:
-        return self.__deepcopy__({})
+        twin = self._twin()
+        vars(twin).update(self._foreign())
+        return twin
 
     def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        twin = memo[id(self)] = self._twin()
+        vars(twin).update(copy.deepcopy(self._foreign(), memo))
+        return twin
+
+    def _twin(self: _Self) -> _Self:
         twin = type(self).__new__(type(self))
         twin._make(**self._arguments())
         with self._lock.reading:
@@ -48,7 +57,9 @@ class Copyable(ABC):
         with self._lock.reading:
             contents = self._contents()
             contents["tokens"] = [np.array(tokens) for tokens in contents["tokens"]]
-        return {"version": _VERSION, "arguments": self._arguments(), "contents": contents}
+        state = {"version": _VERSION, "arguments": self._arguments(), "contents": contents}
+        foreign = self._foreign()
+        return {**state, "attributes": foreign} if foreign else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         function = type(self).__name__
@@ -60,6 +71,14 @@ class Copyable(ABC):
             self._load(state["contents"])
         except KeyError as error:
             raise ValueError(f"{function}: the pickle lacks {error}") from None
+        foreign = state.get("attributes", {})
+        if not isinstance(foreign, dict) or not vars(self).keys().isdisjoint(foreign):
+            raise self._damaged("attributes that are not those of a subclass")
+        vars(self).update(foreign)
+
+    def _foreign(self) -> dict[str, Any]:
+        """Return the attributes that a subclass or a user has added."""
+        return {name: value for name, value in vars(self).items() if name not in (*self._made_with, *self._made)}
 
     def _arguments(self) -> dict[str, Any]:
         return {"dtype": self._store.name, **{name: getattr(self, name) for name in self._made_with}}

@@ -72,6 +72,7 @@ class PagedKVCache(AnyCache):
     """
 
     _made_with = ("num_pages", "page_size", "num_kv_heads", "head_dim", "value_dim", "window")
+    _made = ("_store", "_lock", "_table", "_next")
 
     def __init__(
         self,

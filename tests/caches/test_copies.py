@@ -110,6 +110,37 @@ def test_a_copy_owns_its_memory(way: Any, tmp_path: Path) -> None:
     assert not np.shares_memory(way(pages)._store.memory, pages._store.memory)
 
 
+class Named(sa.KVCache):
+    def __init__(self, name: Any, **options: Any) -> None:
+        self.name = name
+        super().__init__(1, 1, 3, 4, **options)
+        self.me = self
+
+
+class NamedPages(sa.PagedKVCache):
+    pass
+
+
+@ways
+def test_a_subclass_keeps_its_attributes(way: Any) -> None:
+    cache = Named(["a"], window=2)
+    twin = way(cache)
+    assert (type(twin), twin.name, twin.window) == (Named, ["a"], 2)
+    assert (twin.name is cache.name) == (way is copy.copy)
+    assert twin.me is (cache if way is copy.copy else twin)
+    assert twin._store is not cache._store
+    pages = NamedPages(4, 2, 1, 3)
+    pages.name = "b"  # type: ignore[attr-defined]
+    assert way(pages).name == "b"
+
+
+def test_plain_caches_have_no_attributes_of_others() -> None:
+    for cache in (sa.KVCache(1, 1, 3, 4), sa.PagedKVCache(4, 2, 1, 3)):
+        assert cache._foreign() == {}
+        assert set(vars(cache)) == {*cache._made_with, *cache._made}
+        assert "attributes" not in cache.__getstate__()
+
+
 def test_a_pickle_holds_what_is_held() -> None:
     cache = sa.KVCache(1, 1, 64, 10_000)
     cache.append(*tokens(0, 1, 1, 10, 64))
@@ -155,7 +186,7 @@ BAD_BATCH: list[Any] = [
     batch_state(lengths=lambda x: x[:1]), batch_state(starts=lambda x: x + 1), batch_state(starts=lambda x: x - 1),
     batch_state(tokens=lambda x: x[:1]), batch_state(tokens=lambda x: [y[:, :, :1] for y in x]),
     batch_state(tokens=lambda x: [y.astype(np.float64) for y in x]), batch_state(tokens=lambda x: [None, None]),
-    batch_state(tokens=tuple),
+    batch_state(tokens=tuple), {**batch_state(), "attributes": None}, {**batch_state(), "attributes": {"_core": ()}},
 ]  # fmt: skip
 BAD_PAGED: list[Any] = [
     None, {"version": 0}, {**paged_state(), "contents": {}},
