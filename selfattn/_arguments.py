@@ -54,8 +54,8 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
             return _from_torch_bfloat16(function, name, value)
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, BufferError, RuntimeError) as error:
-        kind = next((kind for kind in (ValueError, RuntimeError) if isinstance(error, kind)), TypeError)
+    except Exception as error:
+        kind = next((kind for kind in (ValueError, RuntimeError, MemoryError) if isinstance(error, kind)), TypeError)
         raise kind(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {error}") from error
     if array.dtype == object:
         raise TypeError(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {ACCEPTED}")
@@ -66,15 +66,15 @@ def _dlpack_device(value: Any) -> tuple[int, int] | None:
     """Return where DLPack says that an array is; None if it says nothing, as of an array spread over devices."""
     try:
         kind, number = value.__dlpack_device__()
-    except (AttributeError, BufferError, ValueError, RuntimeError, NotImplementedError):
+        return int(kind), int(number)
+    except Exception:
         return None
-    return int(kind), int(number)
 
 
 def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
     try:
         return np.from_dlpack(value)
-    except (RuntimeError, BufferError) as error:  # a type that NumPy lacks, or memory that cannot be shared
+    except Exception as error:  # a type that NumPy lacks, or memory that cannot be shared
         raise TypeError(
             f"{function}: {name} of type {type(value).__name__} is not for NumPy to read ({error}): {ACCEPTED}"
         ) from error

@@ -282,6 +282,51 @@ def test_array_protocol_serves_where_dlpack_refuses(x: Any) -> None:
     assert np.array_equal(sa.attention(Spread(x), x, Spread(x)), sa.attention(x, x, x))
 
 
+class Hostile:
+    """An array whose protocols raise what they like."""
+
+    def __init__(self, array: Any, error: Exception) -> None:
+        self.array, self.error = array, error
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise self.error
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        if self.array is None:
+            raise self.error
+        return self.array
+
+
+class OwnError(Exception):
+    pass
+
+
+ERRORS = [KeyError("k"), OwnError("own"), ZeroDivisionError("zero"), TypeError("t"), OSError(5, "io"), IndexError("i")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_whatever_protocols_raise_names_the_argument(x: Any, error: Exception) -> None:
+    assert np.array_equal(sa.attention(x, Hostile(x, error), x), sa.attention(x, x, x))
+    with pytest.raises(TypeError, match="attention: k of type Hostile is not an array of numbers: ") as found:
+        sa.attention(x, Hostile(None, error), x)
+    assert found.value.__cause__ is error
+
+    class Refusing(OnlyDLPack):
+        def __dlpack__(self, **options: Any) -> Any:
+            raise error
+
+    with pytest.raises(TypeError, match=r"attention: k of type Refusing is not for NumPy to read") as found:
+        sa.attention(x, Refusing(x), x)
+    assert found.value.__cause__ is error
+
+
+@pytest.mark.parametrize("device", [None, (1,), ("cpu", 0), 1])
+def test_a_device_that_makes_no_sense_counts_as_none(x: Any, device: Any) -> None:
+    strange = Spread(x)
+    strange.__class__ = type("Odd", (Spread,), {"__dlpack_device__": lambda self: device})
+    assert np.array_equal(sa.attention(x, strange, x), sa.attention(x, x, x))
+
+
 def test_errors_of_conversions_name_the_argument(x: Any) -> None:
     with pytest.raises(ValueError, match=r"attention: k of type list is not an array of numbers: .*inhomogeneous"):
         sa.attention(x, [[1.0], [1.0, 2.0]], x)
