@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,17 @@ def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | N
     int
         The exit code: 0, or 1 on failure.
     """
+    try:
+        try:
+            return _run(argv, attention)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:  # who reads has seen enough, like `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 1
+
+
+def _run(argv: Sequence[str] | None, attention: Callable[..., Any] | None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "info":
         return _info(as_json=args.json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def test_module_runs_as_a_command(tmp_path):
         check=True,
     )
     assert json.loads(done.stdout)["config"]
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["--version"], ["bench", "--list"]])
+def test_ends_quietly_where_nobody_reads(arguments, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "selfattn", *arguments]
+    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, **where)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(
