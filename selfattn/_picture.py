@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import as_array, flag, is_float, real
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Picture(NamedTuple):
@@ -74,15 +78,34 @@ def _column(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def fit(text: str, columns: int) -> str:
-    """Return the text, cut or padded on the left to this width."""
+def shorten(text: str, columns: int) -> str:
+    """Return the text, cut to this width with an ellipsis at its end."""
+    if num_columns(text) <= columns:
+        return text
     end = used = 0
     for character in text:
-        if used + _column(character) > columns:
+        if used + _column(character) > columns - 1:
             break
         used += _column(character)
         end += 1
-    return " " * (columns - used) + text[:end]
+    return text[:end] + "…"
+
+
+def fit(text: str, columns: int) -> str:
+    """Return the text, shortened or padded on the left to this width."""
+    text = shorten(text, columns)
+    return " " * (columns - num_columns(text)) + text
+
+
+def ignoring_overflow(draw: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let weights of any size be drawn, whatever the caller has set by `numpy.errstate`."""
+
+    @wraps(draw)
+    def quiet(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with np.errstate(all="ignore"):
+            return draw(*args, **kwargs)
+
+    return quiet
 
 
 def _one_head(function: str, array: NDArray[Any], head: int | str | None) -> NDArray[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import whole_number
-from ._picture import Picture, fit, num_columns, read, read_style
+from ._picture import Picture, fit, ignoring_overflow, num_columns, read, read_style, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 _LARGEST = 512  # tokens along an axis; more are shown as the largest weight of each group
 _LABELLED = 64  # tokens along an axis that still get their names
 _LEAST = 1e-4  # the darkest weight of a logarithmic scale
-_MARGIN = 20  # columns for names in a terminal
+_MARGIN = 20  # columns for a name
 _SHADES = " ░▒▓█"
 _HIDDEN, _NOT_FINITE = "·", "!"  # in a terminal, in place of a shade
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a token is no mathematics
 
 
+@ignoring_overflow
 def heatmap(
     weights: ArrayLike,
     tokens: Sequence[str] | None = None,
@@ -76,8 +77,9 @@ def heatmap(
     Notes
     -----
     Tokens and title are shown literally: a ``$`` starts no mathematics, and characters that cannot be seen, such as a
-    newline, appear as their escapes (``\\n``). NaN and infinite weights are red. Above 512 tokens along an axis,
-    groups of neighbours are drawn as their largest weight. The title says when either is the case.
+    newline, appear as their escapes (``\\n``). Tokens are cut to 20 columns. NaN and infinite weights are red. Above
+    512 tokens along an axis, groups of neighbours are drawn as their largest weight. The title says when either is the
+    case.
     """
     try:
         import matplotlib
@@ -113,6 +115,7 @@ def heatmap(
     return ax
 
 
+@ignoring_overflow
 def text(
     weights: ArrayLike,
     tokens: Sequence[str] | None = None,
@@ -153,7 +156,7 @@ def text(
     Notes
     -----
     Tokens cannot control the terminal: characters that cannot be seen, such as a newline or an escape, appear as their
-    escapes (``\\n``, ``\\x1b``). Names are aligned by their width in a terminal.
+    escapes (``\\n``, ``\\x1b``). Names are cut to 20 columns, and aligned by their width in a terminal.
     """
     picture = read("text", weights, head, tokens, key_tokens, mask)
     title, log, vmax = read_style("text", title, log, vmax)
@@ -218,15 +221,15 @@ def _largest(array: NDArray[Any], steps: Sequence[int]) -> NDArray[Any]:
 
 
 def _label(ax: Axes, picture: Picture, steps: Sequence[int]) -> None:
-    rows, columns = picture.rows, picture.columns
+    rows, columns = ([shorten(x, _MARGIN) for x in names or ()] for names in (picture.rows, picture.columns))
     ax.set_xlabel("key")
     ax.set_ylabel("query")
-    if columns is not None and len(columns) <= _LABELLED:
+    if columns and len(columns) <= _LABELLED:
         slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
         ax.set_xticks(range(len(columns)), columns, **slanted, **_LITERAL)
     elif steps[1] > 1:
         ax.set_xlabel(f"key / {steps[1]}")
-    if rows is not None and len(rows) <= _LABELLED:
+    if rows and len(rows) <= _LABELLED:
         ax.set_yticks(range(len(rows)), rows, **_LITERAL)
     elif steps[0] > 1:
         ax.set_ylabel(f"query / {steps[0]}")

@@ -119,7 +119,7 @@ def test_both_refuse_the_same(draw: str, arguments: Any, exception: Any, message
 
 
 STRANGE = ["$$", "US$1 and US$2", "\x1b[2J\n\t\0\x9b", "\u202egnorw\u200b\ufeff\ud800\u2028"]
-SEEN = ["$$", "US$1 and US$2", r"\x1b[2J\n\t\x00\x9b", r"\u202egnorw\u200b\ufeff\ud800\u2028"]
+SHORT = ["$$", "US$1 and US$2", r"\x1b[2J\n\t\x00\x9b", r"\u202egnorw\u200b\u…"]  # 20 columns at most
 
 
 def test_tokens_are_shown_literally(figure: Any, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_tokens_are_shown_literally(figure: Any, tmp_path: Path) -> None:
     figure.savefig(tmp_path / "picture.png")
     assert ax.get_title() == "$$ \\x1b\nof $x$"
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
-        assert [label.get_text() for label in labels] == SEEN
+        assert [label.get_text() for label in labels] == SHORT
         assert not any(label.get_parse_math() or label.get_usetex() for label in labels)
     assert not ax.title.get_parse_math()
 
@@ -136,18 +136,35 @@ def test_text_has_no_control_characters() -> None:
     lines = viz.text(np.eye(4), STRANGE, title="\x1b]0;\a\n").split("\n")
     assert lines[0].startswith(r"\x1b]0;\x07\n 4 × 4")
     assert all(line.isprintable() for line in lines)
-    assert [line.split(" │")[0].strip() for line in lines[1:]] == [seen[:20] for seen in SEEN]
+    assert [line.split(" │")[0].strip() for line in lines[1:]] == SHORT
 
 
 def test_text_aligns_by_width() -> None:
     tokens = ["去年挪威去年挪威去年挪威", "e\u0301te\u0301", "ｗ", "a" * 30]
     lines = viz.text(np.eye(4), tokens).splitlines()[1:]
     assert [line.split(" │")[0] for line in lines] == [
-        "去年挪威去年挪威去年",
+        " 去年挪威去年挪威去…",
         " " * 17 + "e\u0301te\u0301",
         " " * 18 + "ｗ",
-        "a" * 20,
+        "a" * 19 + "…",
     ]
+
+
+def test_long_tokens_leave_room_for_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for long in ("a" * 300, "W" * 300):
+        ax = viz.heatmap(np.eye(2), [long, "b"])
+        ax.figure.savefig(tmp_path / "picture.png")  # warns where there is no room
+        assert ax.get_window_extent().height > 100
+
+
+@pytest.mark.parametrize("largest", [1e308, 1.7e308, 1e-310, -1.7e308])
+def test_weights_of_any_size(figure: Any, largest: float) -> None:
+    heads = np.full((3, 2, 2), largest)
+    for scale in ({}, {"log": True}, {"vmax": 1e-320}, {"vmax": 1e308}):
+        with np.errstate(all="raise"):
+            assert viz.text(heads, head="mean", **scale).count("\n") == 2
+            viz.heatmap(heads, head="mean", ax=figure.add_subplot(), **scale)
 
 
 def test_weights_of_other_libraries(figure: Any) -> None:
