@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
@@ -19,7 +19,8 @@ from transformers.utils.import_utils import is_tracing
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
-_SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
+_ATEN = torch.ops.aten
+_SUMS = {_ATEN.add, _ATEN.add_, _ATEN._foreach_add, _ATEN._foreach_add_}  # in all their forms, like `out=`
 
 
 class Pattern(NamedTuple):
@@ -35,6 +36,11 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
 
     It has a shape and no memory. Every operation of PyTorch, also of compiled and transformed code, gets the dense
     mask, which is made by the first one and kept, so that changes to it count.
+
+    Code that adds a mask to its scores expects numbers; booleans would mean the opposite. So sums with a floating
+    tensor (`add`, `add_` and `_foreach_add` in all their forms) get 0 and the lowest number instead. Views of the mask
+    (slices, `expand`, `None` as an index) and clones are of this class, too. Results of other operations, such as
+    advanced indexing, `repeat` and `&`, are ordinary booleans.
     """
 
     options: dict[str, Any]  # what selfattn.attention is told
@@ -68,8 +74,7 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Code that adds a mask to its scores expects numbers; booleans would mean the opposite.
-        scores = [x for x in args if func in _SUMS and isinstance(x, torch.Tensor) and x.is_floating_point()]
+        scores = _scores(args) if getattr(func, "overloadpacket", None) in _SUMS else []
         masks: dict[int, VisibleKeys] = {}
 
         def read(x: Any) -> Any:
@@ -80,6 +85,8 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
 
         args, kwargs = tree_map(read, (args, kwargs or {}))
         result = func(*args, **kwargs)
+        if getattr(func, "is_view", False) or func is _ATEN.clone.default:
+            return tree_map(_part, result)
         return masks.get(id(result), result)  # what changes a mask returns that mask
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -89,9 +96,12 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, torch.Tensor], context: None, size: Any, stride: Any) -> VisibleKeys:
-        mask = _without_memory(size)
+        mask = _without_memory(size, stride)
         mask.made = parts["made"]
         return mask
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.dense())
 
     # Methods of tensors that read memory without an operation.
 
@@ -119,9 +129,25 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
         return self.dense().__reduce_ex__(protocol)
 
 
-def _without_memory(shape: Any) -> VisibleKeys:
-    mask: VisibleKeys = torch.Tensor._make_wrapper_subclass(VisibleKeys, shape, dtype=torch.bool, device="cpu")
+def _without_memory(shape: Any, strides: Any = None) -> VisibleKeys:
+    mask: VisibleKeys = torch.Tensor._make_wrapper_subclass(
+        VisibleKeys, shape, strides=strides, dtype=torch.bool, device="cpu"
+    )
     return mask
+
+
+def _part(made: torch.Tensor) -> torch.Tensor:
+    """Return a mask that is dense already, of the class whose sums are numbers; another dtype stays as it is."""
+    if made.dtype is not torch.bool:
+        return made
+    mask = _without_memory(made.shape, made.stride())
+    mask.made = made
+    return mask
+
+
+def _scores(args: Any) -> list[torch.Tensor]:
+    """Return what a mask is added to."""
+    return [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
 def make_mask(

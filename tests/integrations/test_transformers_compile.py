@@ -127,6 +127,26 @@ def test_compiled_functions_take_described_masks(backend: str) -> None:
         assert torch.equal(mask & True, wanted)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_functions_add_parts_of_described_masks(backend: str) -> None:
+    def eager_attention(x: Any, mask: Any) -> Any:
+        return (x + mask[:, :, :, : x.shape[-1]]).softmax(-1)
+
+    def parts(x: Any, mask: Any) -> Any:
+        return x, mask[:, :, 1:]
+
+    x = models.normal(2, 4, 6, 4)
+    wanted = x.masked_fill(~dense()[..., :4], -torch.inf).softmax(-1)
+    seen = dense()[..., :4].any(-1).expand(2, 4, 6)
+    compiled = torch.compile(eager_attention, backend=backend)
+    for mask in (described(), described()[:]):
+        for call in (eager_attention, compiled):
+            assert torch.allclose(call(x, mask)[seen], wanted[seen])
+    _, part = torch.compile(parts, backend=backend)(x, described())
+    assert torch.equal(part & True, dense()[:, :, 1:])
+    assert torch.equal(x[:, :, 1:] + part[..., :4], x[:, :, 1:] + described()[:, :, 1:, :4])
+
+
 def test_numbers_are_added_under_scripts_and_transforms() -> None:
     x = models.normal(2, 4, 6, 6)
     wanted = x.masked_fill(~dense(), -torch.inf).softmax(-1)

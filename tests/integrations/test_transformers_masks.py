@@ -153,7 +153,56 @@ def test_a_mask_that_is_added_to_scores_is_made_of_numbers() -> None:
     assert hidden.any()
     for found in (scores + mask, mask + scores, torch.add(scores, mask), scores.add(mask), scores.clone().add_(mask)):
         assert torch.equal(found.softmax(-1), scores.masked_fill(hidden, -torch.inf).softmax(-1))
+    for add in (lambda: torch.add(scores, mask, out=torch.empty_like(scores)), lambda: scores.add(other=mask)):
+        assert torch.equal(add(), scores + mask)
+    (found,), changed = torch._foreach_add([scores], [mask]), [scores.clone()]
+    torch._foreach_add_(changed, [mask])
+    assert torch.equal(found, scores + mask)
+    assert torch.equal(changed[0], scores + mask)
     assert (scores.bfloat16() + mask).dtype is torch.bfloat16
+
+
+VIEWS = {
+    "slice": lambda x: x[:, :, :, :2], "slices": lambda x: x[:1][..., 1:, 1:], "narrow": lambda x: x.narrow(-1, 0, 2),
+    "expand": lambda x: x.expand(2, 4, 3, 3), "none": lambda x: x[:, 0][:, None], "unsqueeze": lambda x: x.unsqueeze(0),
+    "transpose": lambda x: x.mT.transpose(2, 3), "unbind": lambda x: x.unbind()[0], "rows": lambda x: x[:, :, -1:],
+    "copy": lambda x: x[..., :2].contiguous(), "reshape": lambda x: x[..., :2].reshape(2, 3, 2),
+    "alias": lambda x: x.detach(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_views_of_a_mask_are_masks(how: str) -> None:
+    real = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    mask = make_mask(batch_size=2, q_length=3, kv_length=3, attention_mask=real)
+    seen = VIEWS[how](mask & True)
+    view = VIEWS[how](mask)
+    scores = normal(*torch.broadcast_shapes((1, 1), seen.shape))
+    wanted = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    for found in (scores + view, view + scores, torch.add(scores, view, out=torch.empty_like(scores))):
+        assert torch.equal(found.softmax(-1), wanted)
+    # They are booleans for everything else, and changes to them count.
+    assert (view.dtype, view.shape, view.stride()) == (torch.bool, seen.shape, seen.stride())
+    assert torch.equal(view | False, seen)
+    assert torch.equal(torch.from_numpy(view.numpy()), seen)
+    assert torch.equal(scores.masked_fill(~view, 0.0), scores.masked_fill(~seen, 0.0))
+    if how not in ("expand", "copy", "reshape"):
+        changed = mask & True
+        for part in (view, VIEWS[how](changed)):
+            part[..., 0] = False
+        assert torch.equal(mask & True, changed)
+
+
+def test_a_view_of_a_mask_for_attention() -> None:
+    q, k, v = normal(2, 4, 5, 8), normal(2, 2, 5, 8, seed=1), normal(2, 2, 5, 8, seed=2)
+    mask = make_mask(batch_size=2, q_length=5, kv_length=9, q_offset=0)
+    assert type(mask) is VisibleKeys
+    part = mask[:, :, :, :5]
+    wanted = expected(q, k, v, torch.ones(5, 5, dtype=torch.bool).tril())
+    assert (attention_forward(layer(), q, k, v, part)[0] - wanted).abs().max() < 1e-6
+    sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=part, enable_gqa=True)
+    assert (sdpa.transpose(1, 2) - wanted).abs().max() < 1e-6
+    assert torch.equal(torch.from_dlpack(part), part & True)
 
 
 def test_without_a_mask_the_module_decides() -> None:
