@@ -133,6 +133,7 @@ def _without_memory(shape: Any, strides: Any = None) -> VisibleKeys:
     mask: VisibleKeys = torch.Tensor._make_wrapper_subclass(
         VisibleKeys, shape, strides=strides, dtype=torch.bool, device="cpu"
     )
+    torch._C._set_throw_on_mutable_data_ptr(mask)  # a null pointer would be read by DLPack's C functions
     return mask
 
 

@@ -147,6 +147,15 @@ def test_compiled_functions_add_parts_of_described_masks(backend: str) -> None:
     assert torch.equal(x[:, :, 1:] + part[..., :4], x[:, :, 1:] + described()[:, :, 1:, :4])
 
 
+@pytest.mark.parametrize("name", ["_to_dlpack", "_to_dlpack_versioned"])
+def test_c_functions_without_an_override_refuse(name: str) -> None:
+    convert = getattr(torch._C, name, None) or pytest.skip("not in this version of PyTorch")
+    for mask in (described(), described()[:, :, 1:]):
+        with pytest.raises(RuntimeError, match="data pointer"):
+            convert(mask)
+        assert torch.equal(torch.from_dlpack(mask), mask & True)
+
+
 def test_numbers_are_added_under_scripts_and_transforms() -> None:
     x = models.normal(2, 4, 6, 6)
     wanted = x.masked_fill(~dense(), -torch.inf).softmax(-1)
