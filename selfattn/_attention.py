@@ -170,7 +170,7 @@ def attention(
     (2, 4, 10, 8)
     """
     if unknown:
-        refuse_unknown("attention", unknown)
+        refuse_unknown(attention, unknown)
     if type(q) is not np.ndarray or not q.dtype.isnative:
         q = as_array("attention", "q", q)
     if type(k) is not np.ndarray or not k.dtype.isnative:
@@ -222,7 +222,7 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
     >>> sa.explain(x, x, x)["kernel"]
     'tile'
     """
-    refuse_unknown("explain", [name for name in options if name not in _DEFAULTS and name != "out"])
+    refuse_unknown(explain, options)
     known = {name: options.get(name, default) for name, default in _DEFAULTS.items()}
     q, k, v = (as_array("explain", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     return Explanation(_core.explain(q, k, v, core_options("explain", **known)))

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import ACCEPTED, as_array, flag, is_float, whole_number
+from ._keywords import hinted
 
 
+@hinted
 def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
     """Return the slopes of ALiBi (Press, Smith and Lewis, 2022): ``2^(−8 h / n)`` for head h = 1..n.
 
@@ -38,6 +40,7 @@ def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
     return np.concatenate([slopes, between])[:n].astype(np.float32)
 
 
+@hinted
 def t5_bias(
     table: ArrayLike,
     q_len: int,
@@ -87,6 +90,7 @@ def t5_bias(
     return np.ascontiguousarray(bias.table[bias.bucket[row]].transpose(2, 0, 1))
 
 
+@hinted
 @dataclass(frozen=True, eq=False)
 class T5Bias:
     """The relative position bias of T5 (Raffel et al., 2020), for ``t5`` of `attention`: added inside the kernel.

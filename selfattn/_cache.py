@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import as_array, integers
 from ._copying import Copyable
+from ._keywords import hinted
 from ._lock import SharedLock
 from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
@@ -81,6 +82,7 @@ class AnyCache(Copyable):
         """Return the lengths before the step and the first tokens that are still held."""
 
 
+@hinted
 class KVCache(AnyCache):
     """Keys and values of a batch of sequences that grow, in place, up to a capacity.
 

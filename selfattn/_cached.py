@@ -144,7 +144,7 @@ def attention_with_kvcache(
     True
     """
     if unknown:
-        refuse_unknown(_NAME, unknown)
+        refuse_unknown(attention_with_kvcache, unknown)
     if not isinstance(cache, AnyCache):
         raise TypeError(f"{_NAME}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
     q = as_array(_NAME, "q", q)

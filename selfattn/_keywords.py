@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
+from functools import wraps
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
@@ -18,9 +18,6 @@ _HINTS = {
     "attention_bias": "bias",
     "attention_mask": "mask",
     "cache_seqlens": "kv_lens",
-    "dropout_p": None,
-    "dropout": None,
-    "enable_gqa": None,
     "is_causal": "causal",
     "key_value_seq_lengths": "kv_lens",
     "local_window_size": "window",
@@ -61,23 +58,42 @@ def clean_signature(options: Callable[..., Any] | None = None, without: Collecti
     return decorate
 
 
-def refuse_unknown(function: str, unknown: Iterable[str], hints: Mapping[str, str] | None = None) -> None:
-    """Raise the TypeError for keywords that `function` does not have, with a hint (or its own) where one is known."""
-    for name in unknown:
-        message = f"{function}: unexpected keyword argument '{name}'"
-        hint = (hints or {}).get(name, _HINTS.get(name))
-        if hint is None and name not in _NO_NEED:
-            hint = _closest(name, (hints or {}).values())
-        if name in _NO_NEED:
-            message += f" ({_NO_NEED[name]})"
-        elif hint:
+def refuse_unknown(function: Callable[..., Any], given: Iterable[str], hints: Mapping[str, str] | None = None) -> None:
+    """Raise the TypeError for a keyword that `function` does not have, with a hint (or its own) where one is known."""
+    name = function.__qualname__.partition(".")[0]
+    known = signature(function).parameters
+    for keyword in given:
+        if keyword in known:
+            continue
+        message = f"{name}: unexpected keyword argument '{keyword}'"
+        if keyword in _NO_NEED:
+            message += f" ({_NO_NEED[keyword]})"
+        elif hint := _hint(keyword, known, hints or {}):
             message += f" (did you mean '{hint}'?)"
         raise TypeError(message)
 
 
-def _closest(name: str, hints: Iterable[str]) -> str | None:
-    """Return the keyword of a public function that `name` is most likely a misspelling of, or None."""
-    package = sys.modules[__package__]
-    public = (*(getattr(package, name) for name in package.__all__), package.SelfAttention.__call__)
-    known = {*hints, *(keyword for function in public for keyword in getattr(function, "__kwdefaults__", None) or ())}
-    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.75)), None)
+def _hint(keyword: str, known: Iterable[str], hints: Mapping[str, str]) -> str | None:
+    """Return the one of a function's keywords that is most likely meant, or None."""
+    named = {name: name for name in known if name != "self"}
+    others = {name: hints.get(ours, ours) for name, ours in _HINTS.items()} | dict(hints)
+    ours = {our: name for name, our in _HINTS.items() if name in named}  # in functions with other libraries' names
+    spellings = ours | {name: our for name, our in others.items() if our in named} | named
+    close = get_close_matches(keyword, sorted(spellings), n=1, cutoff=0.75)
+    return spellings[close[0]] if close else None
+
+
+def hinted(function: _F) -> _F:
+    """Let a function or a class that is not called often refuse unknown keywords with a hint."""
+    if isinstance(function, type):
+        function.__init__ = hinted(function.__init__)  # type: ignore[misc]
+        return function
+    known = signature(function).parameters.keys()
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.keys() <= known:
+            refuse_unknown(function, kwargs)
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]

@@ -12,7 +12,7 @@ from ._arguments import as_array, core_options, out_array
 from ._attention import _DEFAULTS, attention
 from ._cache import AnyCache, KVCache, Step
 from ._cached import check_window
-from ._keywords import clean_signature, refuse_unknown
+from ._keywords import clean_signature, hinted, refuse_unknown
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
 from ._typing import Array, LayerCallOptions, No, Yes
@@ -25,6 +25,7 @@ _VERSION = 1  # of what is pickled
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 
 
+@hinted
 class SelfAttention:
     """Multi-head attention with learned projections, its weights packed once for this machine's kernels.
 
@@ -300,7 +301,7 @@ class SelfAttention:
         step: Step | None = None,
     ) -> Any:
         if not options.keys() <= _OPTIONS.keys():
-            refuse_unknown(function, [name for name in options if name not in _OPTIONS])
+            refuse_unknown(SelfAttention.__call__, options)
         values = core_options(function, **options)
         if cache is not None:
             check_window(function, cache, values.window_left)

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import as_array, integers
 from ._cache import AnyCache, Step
+from ._keywords import hinted
 from ._lock import SharedLock
 from ._pages import NUMBER, Growth, PageTable, Row
 from ._store import Layout, Store, count, storage_name
@@ -24,6 +25,7 @@ class _Step(NamedTuple):
     overwritten: list[NDArray[Any]]
 
 
+@hinted
 class PagedKVCache(AnyCache):
     """Keys and values of any number of sequences, in pages of a fixed number of tokens.
 

@@ -136,7 +136,7 @@ def relative_attention(
     (4, 5, 8)
     """
     if unknown:
-        refuse_unknown(_NAME, unknown, {"q_offset": "mem_len", "clamp_len": "r", "same_length": "window"})
+        refuse_unknown(relative_attention, unknown, {"q_offset": "mem_len", "clamp_len": "r", "same_length": "window"})
     q, k, v, r = (as_array(_NAME, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
     memory = whole_number(_NAME, "mem_len", mem_len, 0)
     options = core_options(

@@ -10,9 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import LAYOUTS, as_array, choice, flag, integers, out_array, real
+from ._keywords import hinted
 from ._typing import Array, Layout
 
 
+@hinted
 @dataclass(frozen=True)
 class RoPE:
     """A description of rotary position embedding (Su et al., "RoFormer", 2021).
@@ -53,12 +55,15 @@ class RoPE:
         return float(self.base), rotary_dim, bool(self.interleaved)
 
 
+_PLAIN = RoPE()
+
+
 def rope_or_none(function: str, rope: Any) -> RoPE | None:
     """Return the description that a `rope=` argument stands for."""
     if rope is None or rope is False:
         return None
     if rope is True:
-        return RoPE()
+        return _PLAIN
     if not isinstance(rope, RoPE):
         raise TypeError(f"{function}: rope is {rope!r}, but a RoPE, True or None is needed")
     return rope
@@ -76,6 +81,7 @@ def positions_for(function: str, positions: Any, shape: tuple[int, ...]) -> NDAr
     return array
 
 
+@hinted
 def apply_rope(
     x: ArrayLike,
     positions: ArrayLike | None = None,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, overload
 from numpy.typing import ArrayLike
 
 from ._attention import attention
-from ._keywords import clean_signature
-from ._layer import SelfAttention
+from ._keywords import clean_signature, refuse_unknown
+from ._layer import _OPTIONS, SelfAttention
 from ._rope import RoPE
 from ._typing import Array, No, SelfAttentionOptions, Yes
 
@@ -92,6 +92,8 @@ def self_attention(
     >>> y.shape, weights.shape
     ((10, 32), (4, 10, 10))
     """
+    if not attention_options.keys() <= _OPTIONS.keys():
+        refuse_unknown(self_attention, attention_options)
     layer = SelfAttention.__new__(SelfAttention)
     layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
     return layer._call("self_attention", x, context, positions, out, attention_options)

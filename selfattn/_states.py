@@ -10,8 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import ACCEPTED, as_array, is_float
+from ._keywords import hinted
 
 
+@hinted
 def merge_states(
     outs: Sequence[ArrayLike] | ArrayLike, lses: Sequence[ArrayLike] | ArrayLike
 ) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -143,7 +143,7 @@ def attention_varlen(
     True
     """
     if unknown:
-        refuse_unknown(_NAME, unknown, {"q_lens": "cu_seqlens_q", "kv_lens": "cu_seqlens_k"})
+        refuse_unknown(attention_varlen, unknown, {"q_lens": "cu_seqlens_q", "kv_lens": "cu_seqlens_k"})
     lists = [isinstance(x, (list, tuple)) for x in (q, k, v)]
     if any(lists):
         if not all(lists):

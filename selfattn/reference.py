@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ._keywords import hinted
+
 if TYPE_CHECKING:
     from ._bias import T5Bias
     from ._typing import Layout
@@ -50,6 +52,7 @@ def _distances(
     return np.asarray(np.arange(kv_len) - (np.arange(q_len)[:, None] + offset))
 
 
+@hinted
 def visibility(
     q_len: int,
     kv_len: int,
@@ -90,6 +93,7 @@ def visibility(
     return visible
 
 
+@hinted
 def attention(
     q: ArrayLike,
     k: ArrayLike,

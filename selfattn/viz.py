@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import whole_number
+from ._keywords import hinted
 from ._picture import Picture, fit, ignoring_overflow, num_columns, read, read_style, shorten
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _HIDDEN, _NOT_FINITE = "·", "!"  # in a terminal, in place of a shade
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a token is no mathematics
 
 
+@hinted
 @ignoring_overflow
 def heatmap(
     weights: ArrayLike,
@@ -115,6 +117,7 @@ def heatmap(
     return ax
 
 
+@hinted
 @ignoring_overflow
 def text(
     weights: ArrayLike,

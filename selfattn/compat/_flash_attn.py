@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import flag, integers, real, reals
 from .._attention import attention
+from .._keywords import hinted
 from .._typing import Array, No, Yes
 from .._varlen import attention_varlen
 from ._checks import arrays, dimensions, is_integer, no_dropout, own_names
@@ -40,6 +41,7 @@ def flash_attn_func(
     return_attn_probs: bool = ...,
 ) -> Any: ...
 # fmt: on
+@hinted
 @own_names("flash_attn_func", window="window_size", scale="softmax_scale")
 def flash_attn_func(
     q: ArrayLike,
@@ -146,6 +148,7 @@ def flash_attn_varlen_func(
     deterministic: bool = ..., return_attn_probs: bool = ..., block_table: ArrayLike | None = ...,
 ) -> Any: ...
 # fmt: on
+@hinted
 @own_names("flash_attn_varlen_func", window="window_size", scale="softmax_scale")
 def flash_attn_varlen_func(
     q: ArrayLike,

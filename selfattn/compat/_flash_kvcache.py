@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag, integers, is_float
+from .._keywords import hinted
 from .._typing import Array, No, Yes
 from ._checks import arrays, dimensions, is_integer
 from ._flash_attn import Window, flash_options
@@ -45,6 +46,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = ...,
 ) -> Any: ...
 # fmt: on
+@hinted
 def flash_attn_with_kvcache(
     q: ArrayLike,
     k_cache: Any,

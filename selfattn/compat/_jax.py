@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag, integers, real
 from .._attention import attention
+from .._keywords import hinted
 from .._typing import Array, No, Yes
 from ._checks import arrays, is_integer, own_names
 
@@ -44,6 +45,7 @@ def dot_product_attention(
     return_residual: bool = ..., **options: Unpack[_Options]
 ) -> Any: ...
 # fmt: on
+@hinted
 @own_names(
     _NAME, q="query", k="key", v="value", window="local_window_size", q_lens="query_seq_lengths",
     kv_lens="key_value_seq_lengths",

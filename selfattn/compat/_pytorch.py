@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array, flag
 from .._attention import attention
+from .._keywords import hinted
 from .._typing import Array
 from ._checks import arrays, no_dropout, own_names
 
@@ -17,6 +18,7 @@ _NAME = "scaled_dot_product_attention"
 Shape = tuple[int, ...]
 
 
+@hinted
 def scaled_dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -14,7 +14,7 @@ import pytest
 from places import ROOT
 
 import selfattn as sa
-from selfattn import _store, _typing, compat
+from selfattn import _store, _typing, compat, viz
 from selfattn.compat import _jax
 
 X = np.zeros((1, 2, 3, 8), np.float32)
@@ -73,14 +73,59 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str, str]] = {
     "relative_attention": (lambda **x: sa.relative_attention(X, X, X, X, X, X, **x), "memlen", "mem_len"),
     "attention_varlen": (lambda **x: sa.attention_varlen(X, X, X, [0], **x), "soft_cap", "softcap"),
     "attention_with_kvcache": (lambda **x: sa.attention_with_kvcache(X, CACHE, **x), "position", "positions"),
-    "SelfAttention": (lambda **x: LAYER(X[0], **x), "contex", "context"),
+    "SelfAttention.__call__": (lambda **x: LAYER(X[0], **x), "contex", "context"),
     "self_attention": (lambda **x: sa.self_attention(X[0], *[np.eye(8)] * 3, num_heads=2, **x), "biass", "bias"),
+    "SelfAttention": (lambda **x: sa.SelfAttention(*[np.eye(8)] * 3, num_heads=2, **x), "num_kv_head", "num_kv_heads"),
+    "KVCache": (lambda **x: sa.KVCache(1, 2, 8, 10, **x), "windw", "window"),
+    "PagedKVCache": (lambda **x: sa.PagedKVCache(1, 2, 2, 8, **x), "valu_dim", "value_dim"),
+    "RoPE": (lambda **x: sa.RoPE(**x), "bas", "base"),
+    "T5Bias": (lambda **x: sa.T5Bias(np.eye(8), **x), "bidirectionl", "bidirectional"),
+    "alibi_slopes": (lambda **x: sa.alibi_slopes(**x), "num_head", "num_heads"),
+    "apply_rope": (lambda **x: sa.apply_rope(X, **x), "postions", "positions"),
+    "t5_bias": (lambda **x: sa.t5_bias(np.eye(8), 3, 3, **x), "max_distnce", "max_distance"),
+    "merge_states": (lambda **x: sa.merge_states([X], **x), "lse", "lses"),
+    "heatmap": (lambda **x: viz.heatmap(np.eye(2), **x), "tokns", "tokens"),
+    "text": (lambda **x: viz.text(np.eye(2), **x), "tokns", "tokens"),
+    "attention (reference)": (lambda **x: sa.reference.attention(X, X, X, **x), "casual", "causal"),
+    "dot_product_attention": (lambda **x: compat.dot_product_attention(X, X, X, **x), "casual", "is_causal"),
+    "scaled_dot_product_attention": (
+        lambda **x: compat.scaled_dot_product_attention(X, X, X, **x), "casual", "is_causal"
+    ),
+    "flash_attn_func": (lambda **x: compat.flash_attn_func(X, X, X, **x), "is_causal", "causal"),
+    "flash_attn_varlen_func": (
+        lambda **x: compat.flash_attn_varlen_func(X, X, X, [0], [0], 1, 1, **x), "scale", "softmax_scale"
+    ),
+    "flash_attn_with_kvcache": (lambda **x: compat.flash_attn_with_kvcache(X, X, X, **x), "casual", "causal"),
+    "attention_varlen (its own)": (lambda **x: sa.attention_varlen(X, X, X, [0], **x), "cache_seqlens", "cu_seqlens_k"),
+}  # fmt: skip
+
+# Keywords of other functions, which the one that was called does not have.
+ELSEWHERE: dict[str, tuple[Callable[..., Any], str]] = {
+    "attention": (lambda **x: sa.attention(X, X, X, **x), "rope"),
+    "explain": (lambda **x: sa.explain(X, X, X, **x), "sequences"),
+    "attention_with_kvcache": (lambda **x: sa.attention_with_kvcache(X, CACHE, **x), "kv_lens"),
+    "attention_with_kvcache (another's)": (lambda **x: sa.attention_with_kvcache(X, CACHE, **x), "cache_seqlens"),
+    "SelfAttention": (lambda **x: LAYER(X[0], **x), "layout"),
+    "KVCache": (lambda **x: sa.KVCache(1, 2, 8, 10, **x), "attn_mask"),
 }
 
 
 @pytest.mark.parametrize("name", MISSPELT)
 def test_misspelt_keywords_are_told_what_may_be_meant(name: str) -> None:
     call, wrong, right = MISSPELT[name]
+    name = name.split(" ")[0].removesuffix(".__call__")
     message = f"{name}: unexpected keyword argument '{wrong}' (did you mean '{right}'?)"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         call(**{wrong: 1})
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_no_keyword_is_proposed_that_a_function_lacks(name: str) -> None:
+    call, wrong = ELSEWHERE[name]
+    with pytest.raises(TypeError, match=f"^{name.split(' ')[0]}: unexpected keyword argument '{wrong}'$"):
+        call(**{wrong: 1})
+
+
+@pytest.mark.parametrize("hot", [sa.attention, sa.attention_with_kvcache, sa.SelfAttention.__call__])
+def test_calls_of_models_have_no_wrapper(hot: Any) -> None:
+    assert not hasattr(hot, "__wrapped__")
