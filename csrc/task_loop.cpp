@@ -17,17 +17,18 @@ constexpr std::chrono::microseconds awake{10};
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
-thread_local Clock::time_point last_end;  // each thread has a team of its own
+// Of the calling thread, which has a team of its own; counted from the clock's epoch.
+thread_local constinit Clock::rep last_end = 0;
 
 }  // namespace
 
-void note_end_of_call() { last_end = Clock::now(); }
-void forget_last_call() { last_end = {}; }
+void note_end_of_call() { last_end = Clock::now().time_since_epoch().count(); }
+void forget_last_call() { last_end = 0; }
 
 int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
   const double seconds = std::max(flops / flops_per_second, bytes / bytes_per_second);
   if (seconds < 2 * seconds_per_awake_thread) return 1;
-  const bool is_awake = Clock::now() - last_end < awake;
+  const bool is_awake = Clock::now().time_since_epoch() - Clock::duration(last_end) < awake;
   const double useful =
       std::min(seconds / (is_awake ? seconds_per_awake_thread : seconds_per_thread), static_cast<double>(tasks));
   if (useful < 2) return 1;

@@ -132,7 +132,7 @@ class KVCache(AnyCache):
     """
 
     _made_with = ("batch", "num_kv_heads", "head_dim", "capacity", "value_dim", "window")
-    _made = ("_store", "_lock", "_header", "_copies", "_core")
+    _made = ("_store", "_lock", "_header", "_copies", "_ledger")
 
     def __init__(
         self,

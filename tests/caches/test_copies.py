@@ -186,7 +186,7 @@ BAD_BATCH: list[Any] = [
     batch_state(lengths=lambda x: x[:1]), batch_state(starts=lambda x: x + 1), batch_state(starts=lambda x: x - 1),
     batch_state(tokens=lambda x: x[:1]), batch_state(tokens=lambda x: [y[:, :, :1] for y in x]),
     batch_state(tokens=lambda x: [y.astype(np.float64) for y in x]), batch_state(tokens=lambda x: [None, None]),
-    batch_state(tokens=tuple), {**batch_state(), "attributes": None}, {**batch_state(), "attributes": {"_core": ()}},
+    batch_state(tokens=tuple), {**batch_state(), "attributes": None}, {**batch_state(), "attributes": {"_ledger": ()}},
 ]  # fmt: skip
 BAD_PAGED: list[Any] = [
     None, {"version": 0}, {**paged_state(), "contents": {}},
