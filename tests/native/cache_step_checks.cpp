@@ -197,7 +197,7 @@ Array attend_over(Held& held, const CacheInputs& inputs) {
   Array out(DType::f32, {batch, inputs.q.extent(2), heads, value_width});
   CacheStep step("attend", held.source(), inputs.k ? inputs.q.extent(2) : 0);
   AttentionArguments arguments;
-  arguments.layout = Layout::bshd;
+  arguments.layout = selfattn::Layout::bshd;
   arguments.causal = true;
   CacheCall call(step, inputs, arguments);
   attach_out(call.problem(), out.view());
