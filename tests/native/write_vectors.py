@@ -6,8 +6,9 @@ Needs NumPy, ml_dtypes and the sources only; the format is described in vectors_
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,13 +26,11 @@ LENGTHS = (1, 2, 3, 5, 6, 7, 12, 13, 24, 25, 31, 47, 64, 65, 97, 130)
 
 
 def load_reference() -> ModuleType:
-    """Return selfattn.reference without selfattn, whose import needs the compiled core."""
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "selfattn" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Return selfattn.reference without selfattn itself, whose import needs the compiled core."""
+    package = ModuleType("selfattn")
+    package.__path__ = [str(ROOT / "selfattn")]
+    sys.modules["selfattn"] = package
+    return importlib.import_module("selfattn.reference")
 
 
 class Case(NamedTuple):
