@@ -1,4 +1,4 @@
-// Memory that is needed soon.
+// Prefetching: memory that is needed soon.
 #pragma once
 #include <cstdint>
 
@@ -6,17 +6,17 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
 
-// Asks for `width` elements.
+// Prefetches `width` elements.
 template <class T>
 inline void fetch(const T* row, std::int64_t width) {
   for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))
     __builtin_prefetch(row + i, 0, 2);
 }
 
-// Rows asked for between the tiles of a product arrive while it computes.
+// Rows to prefetch between the tiles of a product, so that they arrive while it computes.
 template <class T>
 struct Ahead {
-  const T* rows;  // or null: nothing to ask for
+  const T* rows;  // null: nothing to prefetch
   std::int64_t step;
   std::int64_t width;
 
@@ -26,7 +26,8 @@ struct Ahead {
   }
 };
 
-// Reads memory from end to end, as hardware prefetchers like it, before they are needed crosswise.
+// Reads one byte per cache line in address order, which suits hardware prefetchers, before the memory is read in a
+// strided order.
 inline void touch(const char* memory, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += cache_line)
     static_cast<void>(*static_cast<const volatile char*>(memory + i));

@@ -1,4 +1,4 @@
-// The kernel set of AMX: what AVX-512 does, and matrix products.
+// The kernel set of AMX: the AVX-512 kernels plus matrix products.
 #pragma once
 #include "kernels/attend_tile.h"
 #include "kernels/engine_amx.h"
@@ -7,7 +7,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// A strip is two tiles wide. float32 of full accuracy takes six products of bfloat16, which is not faster than FMA yet.
+// A strip is two tiles wide. Fully accurate float32 takes six bfloat16 products, which is no faster than FMA so far.
 template <class E, int Terms>
 constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, Terms>, 2>::kernel;
 

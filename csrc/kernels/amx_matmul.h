@@ -1,5 +1,5 @@
-// Products of matrices of cells on AMX: sums of up to 2 x 2 tiles stand while the depth passes, four products for four
-// loads.
+// Products of matrices of cells on AMX. Up to 2 x 2 tiles of sums stay in registers over the whole depth: each step
+// makes four products for four loads.
 #pragma once
 #include <cstdint>
 
@@ -9,14 +9,14 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr int tile_rows = 16, tile_cells = 16;
 
-// A matrix of cells, or the terms of one in planes.
+// A matrix of cells, or of split numbers: one plane per term.
 struct CellMatrix {
   const float* data;
-  std::int64_t step;   // cells from row to row
-  std::int64_t plane;  // from term to term
+  std::int64_t step;   // cells from one row to the next
+  std::int64_t plane;  // cells from one term's plane to the next
 };
 
-// Use is called with the row and the column of each of Rows x Cols tiles.
+// Calls use<row, column>() for each of Rows x Cols tiles.
 template <int Rows, int Cols, class Use>
 inline void each_tile(Use use) {
   use.template operator()<0, 0>();
@@ -26,8 +26,8 @@ inline void each_tile(Use use) {
 }
 
 // Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads the
-// left tile of a row of tiles. The small products of split operands come first: where sums start at 0, they are added
-// to each other before they meet the large ones.
+// left operand's tile for a row of tiles. For split operands, the products of small terms come first: if the sums start
+// at 0, small products are added up before the large ones.
 template <int Terms, int Rows, int Cols, class LoadLeft>
 inline void multiply_cells(LoadLeft load_left, const CellMatrix& right, std::int64_t depth) {
   for (int order = Terms - 1; order >= 0; --order)
@@ -60,7 +60,7 @@ inline void store_sums(float* sums, std::int64_t step) {
       [&]<int R, int C>() { store_tile<2 * R + C>(sums + R * tile_rows * step + C * VecF::width, step); });
 }
 
-// How many products the unit makes at best.
+// The peak throughput of the unit.
 inline double tile_loop(std::int64_t rounds) noexcept {
   alignas(64) float zeros[tile_rows * tile_cells] = {};
   configure_tiles();

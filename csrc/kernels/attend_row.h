@@ -1,4 +1,4 @@
-// Attention for few query rows against many keys (decode): vectors run along keys. row_products.h does the products.
+// Attention for few query rows against many keys (decode): vectors run along keys. row_products.h has the products.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
@@ -63,7 +63,7 @@ struct RowAttention {
     Products::accumulate(block, s, keys);
   }
 
-  // Whether some row sees only a part of the tile. The lanes that fill the last vector are beyond every end.
+  // Whether some row sees only some keys of the tile. Lanes that pad the last vector are beyond every row's end.
   static bool limits(const RowBlock& block, const KeyBlock& keys) {
     bool limited = keys.count % W != 0;
     for (int r = 0; r < block.count; ++r) {
@@ -73,7 +73,7 @@ struct RowAttention {
     return limited;
   }
 
-  // Scores of one row become probs.
+  // Replaces the scores of one row by probs.
   static void exponentiate(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {
     T& row_max = static_cast<T*>(block.row_max)[row];
     T& row_sum = static_cast<T*>(block.row_sum)[row];

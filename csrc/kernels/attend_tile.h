@@ -4,9 +4,9 @@
 //   online softmax down the keys           maxima and sums are vertical: no shuffles
 //   out[dim][row] += value[dim] * probs[key][row]
 //
-// An engine does the products (engine_fma.h says what one is). A block of rows is a number of strips; a strip is as
-// many rows as `Vectors` registers hold. Strips know which keys their rows can see, so causal and window limits cost at
-// most half a strip.
+// An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips; a strip has
+// as many rows as `Vectors` registers have lanes. Each strip records which keys its rows can see, so causal and window
+// limits waste at most half a strip.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/engine_fma.h"
@@ -28,8 +28,8 @@ struct TileAttention {
     int first_row;
     int rows;
     int vectors;                        // registers that hold these rows
-    std::int64_t begin_min, begin_max;  // over the rows' key_begin ...
-    std::int64_t end_min, end_max;      // ... and key_end
+    std::int64_t begin_min, begin_max;  // of key_begin over the rows
+    std::int64_t end_min, end_max;      // of key_end over the rows
     bool shares_terms;                  // all rows read the same mask and bias
   };
 
@@ -37,7 +37,7 @@ struct TileAttention {
     Strip* strips;
     T* queries;  // per strip, as the engine packs them
     T* out;      // per strip [value_dim][lanes]
-    T* scores;   // [key_block][lanes]; some engines keep probs there
+    T* scores;   // [key_block][lanes]; some engines store probs here
     T* terms;    // [key_block][lanes]
     RowPlaces<T> places;
     typename Engine::Memory memory;
@@ -48,7 +48,7 @@ struct TileAttention {
     Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : places(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
       const int count = (rows + strip_rows - 1) / strip_rows;
-      const std::int64_t lanes = (rows + W - 1) / W * W;  // of all strips: the last one may have fewer vectors
+      const std::int64_t lanes = (rows + W - 1) / W * W;  // of all strips; the last strip may have fewer vectors
       strips = carver.take<Strip>(count);
       queries = carver.take<T>(lanes * Engine::query_cells(head_dim));
       out = carver.take<T>(lanes * Engine::dim_rows(value_dim));
@@ -101,12 +101,12 @@ struct TileAttention {
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
     if (block.terms.bias != BiasType::none && !block.terms.bias_at_hand) touch_bias(block, keys);
-    // Not around a whole block of rows: between its blocks of keys, a handler of signals may use the tiles.
+    // Per block of keys, not per block of rows: signal handlers may run, and use the tiles, between key blocks.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
-      // The part of the block that any row of the strip can see.
+      // The keys of the block that at least one row of the strip can see.
       const std::int64_t end = keys.first + keys.count;
       const std::int64_t from = strip.begin_min > keys.first ? strip.begin_min : keys.first;
       const std::int64_t to = strip.end_max < end ? strip.end_max : end;
@@ -126,8 +126,8 @@ struct TileAttention {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
-  // Strips read the bias crosswise, which memory serves slowly: it is read from end to end before, as many keys at a
-  // time as leave L2 room for the rest.
+  // Strips read the bias column by column, which is a slow access pattern. So it is read row by row first, in windows
+  // of keys that fit L2 and leave room for everything else.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
     const std::int64_t step = block.terms.bias_step;
@@ -138,11 +138,12 @@ struct TileAttention {
       const Row& row = block.rows[r];
       const std::int64_t end = row.key_end < keys.first + window ? row.key_end : keys.first + window;
       if (keys.first < end && (r == 0 || row.bias != block.rows[r - 1].bias))
-        touch(row.bias + keys.first * step, (end - keys.first - 1) * step + 1);  // nothing behind the last one
+        touch(row.bias + keys.first * step, (end - keys.first - 1) * step + 1);  // nothing after the last key
     }
   }
 
-  // Whether scores can be multiplied when their exponentials are taken: nothing happens to them before but hiding keys.
+  // Whether the multiplier can be applied later, while exponentials are computed. It can if masking by limits is the
+  // only step in between.
   static bool may_wait(const RowBlock& block) {
     return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
            !has_terms(block.terms) && !block.rows[0].scores;
@@ -192,7 +193,7 @@ struct TileAttention {
                                       });
   }
 
-  // Scores, times a factor, become probs.
+  // Replaces scores, times a factor, by probs.
   template <int Cols>
   static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines, T factor,
                            const Block& prepared, Vec<T> (&rescale)[Cols]) {

@@ -1,4 +1,4 @@
-// What drivers call a type of this ISA's.
+// Maps the element types of this ISA to DType.
 #pragma once
 #include "dtype.h"
 #include "simd/narrow.h"
@@ -12,13 +12,13 @@ constexpr DType dtype_of(BFloat) { return DType::bf16; }
 
 constexpr DType dtype_of(Int8) { return DType::i8; }
 
-// Whether a row of such numbers has a scale of its own.
+// Whether each row of this type has its own scale.
 template <class E>
 constexpr bool scaled = false;
 template <>
 inline constexpr bool scaled<Int8> = true;
 
-// Calls use with a number of the type that a block's outputs have; T is that of the computation.
+// Calls use with a value of the block's output type. T: the type of computation.
 template <class T, class Use>
 inline void use_out_type(DType type, Use use) {
   if constexpr (sizeof(T) == sizeof(float)) {

@@ -1,7 +1,7 @@
-// A tile kernel's two products with AMX (engine_fma.h says what an engine is).
+// A tile kernel's two products with AMX (engine_fma.h defines the engine interface).
 //
-//   scores^T    keys, as they stand, are the left operand, packed queries the right one
-//   out^T       values, transposed, are the left operand, probs the right one
+//   scores^T    left operand: keys, not transposed; right operand: packed queries
+//   out^T       left operand: transposed values; right operand: probs
 #pragma once
 #include "kernels/amx_matmul.h"
 #include "kernels/pair_operands.h"
@@ -40,7 +40,7 @@ struct AmxEngine : PairOperands<E, Terms> {
     return {Operands::prepare(rows, keys, memory), memory.probs, memory.prob_plane};
   }
 
-  // Scores without their multiplier.
+  // Computes scores without the multiplier.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                       std::int64_t head_dim, std::int64_t, float, float* scores) {
@@ -67,7 +67,7 @@ struct AmxEngine : PairOperands<E, Terms> {
   static void accumulate(const Block& block, const SeenKeys& seen, const float*, const VecF (&rescale)[Cols],
                          std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
     rescale_sums<Cols>(rescale, value_dim, out);
-    // Keys up to the end of a tile have weight 0.
+    // Pads the weights with 0 up to the end of the last tile.
     const std::int64_t used = (seen.count + cell - 1) / cell, depth = row_cells(seen.count);
     for (int t = 0; t < Terms; ++t)
       for (std::int64_t i = used * Cols * W; i < depth * Cols * W; i += W)
@@ -85,7 +85,7 @@ struct AmxEngine : PairOperands<E, Terms> {
   }
 
  private:
-  // Most maxima do not move any more after a few blocks.
+  // After a few blocks most maxima no longer change, and nothing needs rescaling.
   template <int Cols>
   static void rescale_sums(const VecF (&rescale)[Cols], std::int64_t value_dim, float* out) {
     bool moved = false;
@@ -106,7 +106,7 @@ struct AmxEngine : PairOperands<E, Terms> {
     }
   }
 
-  // One or two tiles of rows, as many as `left` rows need.
+  // Multiplies one or two tiles of rows, depending on how many rows are left.
   template <int Cols>
   static void multiply_rows_of(std::int64_t left, const CellMatrix& a, const CellMatrix& b, std::int64_t depth,
                                float* sums, bool adds) {

@@ -1,13 +1,13 @@
-// A tile kernel's two products with FMA: K and V are read where they stand, never packed or copied.
+// A tile kernel's two products with FMA: K and V are read in place, never packed or copied.
 //
-// An engine says how operands are laid out for its unit, and multiplies them:
-//   start, stop     around everything else that is done with a block of keys
-//   pack_queries    the queries of a strip, once per block of rows
-//   prepare         a block of keys and values, once for all strips that see it
-//   score           scores[key][row] = key . query, times a factor where the engine `scales`
-//   keep_probs      weights of `cell` keys, where accumulate expects them; the first one's scores are at `line`
+// An engine lays out operands for its unit and multiplies them:
+//   start, stop     called before and after all other work on a block of keys
+//   pack_queries    packs the queries of a strip, once per block of rows
+//   prepare         prepares a block of keys and values, once for all strips that see it
+//   score           scores[key][row] = key . query, times the multiplier if the engine `scales`
+//   keep_probs      stores the weights of `cell` keys where accumulate expects them; `line`: the first key's scores
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
-// Blocks may be entered at any key that is a multiple of `alignment`.
+// A strip may start at any key of a block whose index within the block is a multiple of `alignment`.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
@@ -19,10 +19,10 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The part of a block of keys that a strip of rows can see.
+// The keys of a block that a strip of rows can see.
 struct SeenKeys {
-  std::int64_t first;  // key
-  int skipped;         // keys of the block before it
+  std::int64_t first;  // index of the first key
+  int skipped;         // keys of the block before the first
   int count;
 };
 
@@ -54,7 +54,7 @@ struct FmaEngine {
     const T* values;
     std::int64_t value_step;
     const T* next_keys;
-    bool fetches;  // the first strip that works asks for the memory of all
+    bool fetches;  // the first strip to be computed prefetches for all strips
   };
 
   static void start() {}
@@ -79,7 +79,7 @@ struct FmaEngine {
     return Rows;
   }
 
-  // The two products stand alone so that their loops have all registers for themselves.
+  // The two products are not inlined, so that their loops have all registers to themselves.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
                                       std::int64_t head_dim, std::int64_t value_dim, T multiplier, T* scores) {
@@ -97,10 +97,10 @@ struct FmaEngine {
   }
 
   static void keep_probs(const Block&, const Vec<T> (&prob)[cell], T*, T* line, int lane) {
-    store(line + lane, prob[0]);  // in the score's place
+    store(line + lane, prob[0]);  // replaces the score
   }
 
-  // `hides`: some key of the block is hidden from some row. tile() tells which.
+  // `hides`: some key of the block may be hidden from some row. tile() describes which.
   template <int Cols, class Tile>
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
                          std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
@@ -129,7 +129,7 @@ struct FmaEngine {
         });
   }
 
-  // The same sums in the same order as multiply_rows, but a hidden key is left out instead of multiplied by 0.
+  // Computes the same sums in the same order as multiply_rows, but skips hidden keys instead of multiplying them by 0.
   template <int Cols>
   static void accumulate_visible(const T* values, std::int64_t value_step, int count, const T* probs,
                                  const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,

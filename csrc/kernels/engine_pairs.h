@@ -1,4 +1,4 @@
-// A tile kernel's two products with dot products of bfloat16 pairs (engine_fma.h says what an engine is).
+// A tile kernel's two products with dot products of bfloat16 pairs (engine_fma.h defines the engine interface).
 #pragma once
 #include "kernels/pair_operands.h"
 #include "kernels/tile_matmul.h"
@@ -11,7 +11,7 @@ struct PairUnit {
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 
-// For few rows: scores alone are products of pairs, which are exact.
+// For the row kernel: only scores use products of pairs, since products of bfloat16 are exact in float32.
 struct PairDots {
   using Q = BFloat;
   static constexpr const char* unit = "bfloat16 dots";
@@ -23,7 +23,7 @@ struct PairDots {
   static constexpr bool flushes = true;
 };
 
-// E: the type of operands in memory; each number is rounded to one bfloat16.
+// E: the type of the operands in memory. Each number is rounded to one bfloat16.
 template <class E, int TileRows>
 struct PairEngine : PairOperands<E, 1> {
   using Operands = PairOperands<E, 1>;
@@ -52,7 +52,7 @@ struct PairEngine : PairOperands<E, 1> {
     Operands::mend_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
   }
 
-  // Weights take the scores' place.
+  // Weights overwrite the scores.
   static void keep_probs(const Block&, const VecF (&prob)[cell], float* scores, float* line, int lane) {
     store(scores + (line - scores) / cell + lane, to_cells(prob[0], prob[1]));
   }

@@ -1,8 +1,8 @@
-// exp2 and its relatives on vectors.
+// exp2 and related functions on vectors.
 //
 // 2^t = 2^n * 2^f with n = round(t), |f| <= 1/2, and 2^f = 1 + f*P(f). P interpolates (2^f - 1)/f at Chebyshev points:
-// relative error of 2^f below 1e-8 for float (degree 5), below 1e-17 for double (degree 11); what remains is rounding,
-// about 1 ulp. No split of ln 2 is needed because scores are in log2 units already.
+// the relative error of 2^f is below 1e-8 for float (degree 5) and below 1e-17 for double (degree 11). Rounding adds
+// about 1 ulp. No split of ln 2 is needed because scores are already in log2 units.
 #pragma once
 #include "arithmetic.h"
 #include "simd/vec.h"
@@ -26,7 +26,7 @@ struct Exp2<double> {
   static constexpr double lowest = -1100.0;
 };
 
-// n and 2^f - 1 for a t from which lower values than `lowest` have been removed.
+// n and 2^f - 1 for t clamped from below to `lowest`.
 template <class T>
 struct PowerParts {
   Vec<T> integer;
@@ -35,7 +35,7 @@ struct PowerParts {
 
 template <class T>
 inline PowerParts<T> split_power(Vec<T> t) {
-  // The order of the operands lets NaN through.
+  // max returns its second operand if either is NaN, so NaN passes through.
   const Vec<T> limited = max(broadcast(Exp2<T>::lowest), t);
   const Vec<T> n = round(limited);
   const Vec<T> f = limited - n;
@@ -46,14 +46,14 @@ inline PowerParts<T> split_power(Vec<T> t) {
   return {n, p * f};
 }
 
-// 2^t for t <= 0; exactly 0 for -inf, NaN for NaN.
+// 2^t for t <= 0. Exactly 0 for -inf, NaN for NaN.
 template <class T>
 inline Vec<T> exp2(Vec<T> t) {
   const PowerParts<T> parts = split_power(t);
   return scale_by_power(parts.fraction_minus_1 + broadcast(T(1)), parts.integer);
 }
 
-// tanh with a relative error of a few ulp also near 0: tanh|x| = -e / (e + 2) with e = exp(-2|x|) - 1.
+// tanh with a relative error of a few ulp, even near 0: tanh|x| = -e / (e + 2) with e = exp(-2|x|) - 1.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   const PowerParts<T> parts = split_power(abs(x) * broadcast(static_cast<T>(-2.0 * log2_e)));

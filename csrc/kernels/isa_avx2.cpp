@@ -4,7 +4,7 @@
 
 namespace selfattn::avx2 {
 
-// 4 x 3 sums, 3 vectors of the right-hand side and 1 broadcast: all 16 registers.
+// 4 x 3 sums, 3 vectors of the right-hand side and 1 broadcast use all 16 registers.
 constexpr TypeKernels f32 = type_kernels<float, 4, 3, 8, 8>();
 constexpr TypeKernels f64 = type_kernels<double, 4, 3, 8, 2>();
 

@@ -1,4 +1,4 @@
-// Kernels of AVX-512 that the sets of its extensions take over.
+// AVX-512 kernels that the kernel sets of its extensions reuse.
 #pragma once
 #include "kernels/kernel_set.h"
 

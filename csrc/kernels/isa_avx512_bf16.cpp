@@ -9,8 +9,8 @@
 
 namespace selfattn::avx512_bf16 {
 
-// What AVX-512 does, and products of bfloat16. Where AVX512_FP16 is there too, a dot product was measured to take as
-// long as four FMAs instead of one.
+// The AVX-512 kernels plus products of bfloat16. On CPUs that also have AVX512_FP16, a dot product was measured to take
+// as long as four FMAs instead of one.
 extern constexpr KernelSet kernels{
     .name = "avx512_bf16",
     .features = feature_avx512 | feature_avx512_bf16,

@@ -4,7 +4,7 @@
 
 namespace selfattn::portable {
 
-// 4 x 2 sums, 2 vectors of the right-hand side and 1 broadcast: 11 of 16 registers.
+// 4 x 2 sums, 2 vectors of the right-hand side and 1 broadcast use 11 of 16 registers.
 constexpr TypeKernels f32 = type_kernels<float, 4, 2, 8, 6>();
 constexpr TypeKernels f64 = type_kernels<double, 4, 2, 8, 2>();
 

@@ -1,5 +1,5 @@
-// Moves rows of memory into columns of vectors and back: queries and scores' terms on the way in, outputs on the way
-// out.
+// Transposes rows of memory into columns of vectors and back. Queries and score terms are transposed on input, outputs
+// on output.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +20,7 @@ inline void store_up_to(E* p, Vec<T> a, std::int64_t n) {
     store_partial(p, a, static_cast<int>(n));
 }
 
-// columns[j * step + i] = row_chunk(i, j..): `row_chunk(i, j, n)` gives n elements of row i from column j on.
+// columns[j * step + i] = row_chunk(i, j..): `row_chunk(i, j, n)` returns n elements of row i, starting at column j.
 template <class T, class RowChunk>
 inline void rows_to_columns(T* columns, std::int64_t step, int rows, std::int64_t count, RowChunk row_chunk) {
   constexpr int W = Vec<T>::width;
@@ -34,7 +34,7 @@ inline void rows_to_columns(T* columns, std::int64_t step, int rows, std::int64_
     }
 }
 
-// row(i)[j] = column_chunk(j, i..): the way back.
+// The inverse: row(i)[j] = column_chunk(j, i..).
 template <class T, class Row, class ColumnChunk>
 inline void columns_to_rows(int rows, std::int64_t count, Row row, ColumnChunk column_chunk) {
   constexpr int W = Vec<T>::width;

@@ -1,14 +1,16 @@
-// Operands of tile kernels whose units multiply bfloat16 in pairs (engine_fma.h says what an engine is).
+// Operands of tile kernels whose units multiply bfloat16 in pairs (engine_fma.h defines the engine interface).
 //
-// Such a unit multiplies two neighbours at once, so that operands come in cells of two: queries and keys in pairs of
-// dims, probs and values in pairs of keys. Keys are copied as they stand, values are transposed, both once per block.
+// Such a unit multiplies two adjacent numbers at once, so operands are stored in cells of two: queries and keys in
+// pairs of dims, probs and values in pairs of keys. Keys keep their layout and values are transposed, once per block.
 //
-// A number that bfloat16 does not hold is split: x = x0 + x1 + ..., each term the rest rounded to the nearest, in
-// `Terms` planes one after the other. A product takes the terms with i + j < Terms; two carry 16 bits, three all 24.
+// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each term is the remainder rounded to the nearest
+// bfloat16. Terms are stored in `Terms` planes, one after another. A product is the sum of the products of terms i and
+// j with i + j < Terms. Two terms carry 16 bits of the significand, three carry all 24.
 //
-// What a split cannot carry (NaN, Inf, what rounds to Inf, what leaves subnormal terms) is multiplied by FMA
-// instead: scores key by key and row by row, values by joining the outputs afterwards. Only the scores and outputs that
-// such a number takes part in are touched, so that a result has the same bits whatever hidden keys hold.
+// Some numbers cannot be split: NaN, Inf, numbers that round to Inf, and numbers that would leave subnormal terms. They
+// are multiplied by FMA instead. Scores are recomputed key by key and row by row; values are added to the outputs
+// afterwards. Only scores and outputs that such a number contributes to are changed, so results are bit-identical
+// whatever hidden keys hold.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/engine_fma.h"
@@ -32,23 +34,23 @@ struct PairOperands {
   static constexpr bool packs = true;
   static constexpr DType operands = dtype_of(E());
   static constexpr int cell = 2;
-  // All that bfloat16 holds is one term.
+  // Nothing to split: every bfloat16 is a single exact term.
   static constexpr bool exact = Terms == 1 && same_type<E, BFloat>;
 
-  // Rows of cells in memory are whole vectors.
+  // Rows of cells are padded to whole vectors.
   static constexpr std::int64_t whole(std::int64_t count) { return (count + W - 1) / W * W; }
   static constexpr std::int64_t row_cells(std::int64_t count) { return whole((count + cell - 1) / cell); }
   static constexpr std::int64_t key_rows(std::int64_t keys) { return (keys + cell * W - 1) / (cell * W) * (cell * W); }
   static constexpr std::int64_t dim_rows(std::int64_t value_dim) { return whole(value_dim); }
-  // Behind the planes: which rows hold something that a split cannot carry.
+  // The planes are followed by one flag per row: whether the row holds a number that cannot be split.
   static constexpr std::int64_t query_cells(std::int64_t head_dim) { return Terms * row_cells(head_dim) + 1; }
 
   struct Memory {
     float* keys;                          // [term][key][cells of head_dim]
     float* values;                        // [term][dim][cells of keys]
-    unsigned char* uncarried;             // per key
-    std::int64_t key_step, value_step;    // cells from row to row
-    std::int64_t key_plane, value_plane;  // from term to term
+    unsigned char* uncarried;             // per key: whether it holds a number that cannot be split
+    std::int64_t key_step, value_step;    // cells from one row to the next
+    std::int64_t key_plane, value_plane;  // cells from one term's plane to the next
 
     Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : key_step(row_cells(head_dim)),
@@ -63,14 +65,15 @@ struct PairOperands {
 
   struct Block {
     Memory memory;
-    const E* keys;  // as they stand
+    const E* keys;  // the original keys and values, not packed
     std::int64_t key_step;
     const E* values;
     std::int64_t value_step;
     bool carries_keys, carries_values;
   };
 
-  // Where x is not a sum of `Terms` terms to its last bit or to what products of them keep.
+  // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms or their
+  // products would be subnormal (float16 has none).
   static MaskF lost(VecF x) {
     const VecF size = abs(x);
     const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
@@ -80,7 +83,7 @@ struct PairOperands {
 
   static VecF without(MaskF lost, VecF x) { return select(lost, broadcast(0.0f), x); }
 
-  // Stores the terms of 32 neighbours.
+  // Stores the terms of up to 32 adjacent numbers. Returns the lanes that cannot be split.
   static MaskF store_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
     if constexpr (exact) {
       store(cells, load_cells(p, n));
@@ -135,8 +138,8 @@ struct PairOperands {
     return block;
   }
 
-  // Scores of keys and rows that a split cannot carry; and of others that became NaN, which may be because a term or a
-  // subnormal number counted as 0, or because products of terms are infinite with both signs.
+  // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN. Such a NaN may be
+  // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinite with both signs.
   static void mend_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                           std::int64_t head_dim, int lanes, float multiplier, float* scores) {
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
@@ -160,7 +163,7 @@ struct PairOperands {
     }
   }
 
-  // Values that a split cannot carry join the outputs of the rows that see them. prob(key, c): weights of a key.
+  // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): weights of a key.
   template <int Cols, class Prob>
   static void join_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim, float* out,
                           const ScoreTile<float>& tile) {
@@ -178,7 +181,8 @@ struct PairOperands {
   }
 
  private:
-  // Cells of keys per dim, 32 keys of 16 dims at a time. False: there was a value that a split cannot carry.
+  // Packs pairs of keys into cells for each dim, 32 keys x 16 dims at a time. Returns false if some value cannot be
+  // split.
   static bool pack_values(const E* values, std::int64_t step, int count, std::int64_t value_dim, const Memory& memory) {
     MaskF bad = broadcast(0.0f) < broadcast(0.0f);
     for (std::int64_t d = 0; d < value_dim; d += W)

@@ -1,4 +1,4 @@
-// Linear projection with AMX, of x and weights in bfloat16.
+// Linear projection with AMX: x and weights are bfloat16.
 #pragma once
 #include "kernels/amx_matmul.h"
 #include "kernels/kernel_set.h"
@@ -6,7 +6,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The left operand, row by row in memory; what a tile lacks in rows or depth reads as 0.
+// The left operand: rows of x in memory. Where a tile exceeds the rows or the depth, it is padded with 0.
 struct ProjectedRows {
   const float* x;
   std::int64_t step, rows, depth;  // in cells

@@ -1,7 +1,7 @@
-// The row kernel's two products: vectors run along head_dim for q.k, and along value_dim for the sum of values. One or
-// two rows are bound by the memory that holds keys and values, which is therefore read from end to end, each row of it
-// once. More rows are bound by the load ports as well: they take several keys abreast, so that a query is loaded once
-// for all of them, and ask for memory ahead.
+// The row kernel's two products: vectors run along head_dim for q.k, and along value_dim for the sum of values. With
+// one or two rows, memory bandwidth is the limit, so keys and values are read sequentially, each row once. With more
+// rows, the load ports are a limit as well: several keys are processed at a time, so that each load of a query serves
+// all of them, and memory is prefetched.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
@@ -12,7 +12,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// What multiplies queries and keys: Q and E are their types in memory, `elements` of which a vector holds.
+// How queries and keys are multiplied. Q and E: their types in memory; `elements`: numbers per vector.
 template <class T, class E>
 struct FmaDots {
   using Q = T;
@@ -22,18 +22,18 @@ struct FmaDots {
   static Vec<T> load_some(const E* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> load_query(const Q* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> add_product(Vec<T> query, Vec<T> key, Vec<T> sum) { return fma(query, key, sum); }
-  static constexpr bool flushes = false;  // subnormal numbers to 0, which times Inf is NaN
+  static constexpr bool flushes = false;  // whether subnormal numbers count as 0; 0 times Inf is NaN
 };
 
-// MaxSums: vector accumulators that fit the registers next to their operands. E: the type of keys and values in memory.
+// MaxSums: vector accumulators that fit the registers along with their operands. E: type of keys and values in memory.
 template <class T, int MaxSums, class E, class Dots>
 struct RowProducts {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
-  // Keys or values that stay in L1 while several rows or dims take turns with them: 32 of 128 floats are 16 KiB.
+  // Keys or values that stay in L1 while several rows or dims reuse them: 32 rows of 128 floats are 16 KiB.
   static constexpr int chunk_keys = 32;
   static constexpr int keys_ahead = 16;
-  // Up to so many rows, reading each key just once, in order, is worth more than fewer loads.
+  // Up to this many rows, reading each key once and in order matters more than saving loads.
   static constexpr int rows_by_key = 2;
 
   static std::int64_t padded(std::int64_t count) { return (count + W - 1) / W * W; }
@@ -89,14 +89,14 @@ struct RowProducts {
           count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
   };
 
-  // out = out * rescale + probs . values, a chunk of keys after the other.
+  // out = out * rescale + probs . values, one chunk of keys after another.
   static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys) {
       accumulate_rows<max_rows_at_once>(block, s, Chunk(keys, first), 0);
     }
   }
 
-  // The same sums in the same order, but a hidden key is left out instead of multiplied by 0.
+  // Computes the same sums in the same order, but skips hidden keys instead of multiplying them by 0.
   static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
                                  const KeyBlock& keys) {
     for (int r = 0; r < block.count; ++r)
@@ -121,7 +121,7 @@ struct RowProducts {
   }
 
  private:
-  // Columns are then small distances from one register, instead of registers of their own.
+  // Makes the compiler keep one base register: columns are address offsets from it instead of a register each.
   static const E* one_base(const E* p) {
     asm("" : "+r"(p));
     return p;
@@ -129,8 +129,8 @@ struct RowProducts {
 
   static const E* row_of(const void* const* rows, int j) { return static_cast<const E*>(rows[j]); }
 
-  // The same for the keys in [first, last), `Rows` rows at a time, then halves of it for the
-  // remainder; `Abreast` keys at a time.
+  // Computes the scores of the keys in [first, last), `Rows` rows at a time and `Abreast` keys at a time. For the
+  // remaining rows, `Rows` is halved.
   template <int Rows, int Abreast>
   static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
@@ -146,7 +146,7 @@ struct RowProducts {
           for (int k = 0; k < Keys; ++k) fetch(row_of(keys.key_rows, j + keys_ahead + k), block.head_dim);
 #pragma GCC unroll 16
         for (int k = 0; k < Keys; k += abreast) {
-          const E* key[abreast];  // the last key stands in for those beyond the end; its sums go to hidden lanes
+          const E* key[abreast];  // beyond the end, the last key is read again; its sums go to hidden lanes
           for (int i = 0; i < abreast; ++i)
             key[i] = row_of(keys.key_rows, j + k + i < keys.count ? j + k + i : keys.count - 1);
           Vec<T> dots[abreast][Rows];
@@ -177,7 +177,7 @@ struct RowProducts {
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
-  // Multiplies again, as IEEE has it, what became NaN.
+  // Recomputes products that became NaN with scalar FMAs, which follow IEEE 754.
   template <int Rows>
   static void mend_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;
@@ -192,7 +192,7 @@ struct RowProducts {
     }
   }
 
-  // As many rows at a time as fit: each value is then loaded and widened once for all of them.
+  // Processes as many rows at a time as fit, so that each value is loaded and widened once for all of them.
   template <int Rows>
   static void accumulate_rows(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;
@@ -201,7 +201,7 @@ struct RowProducts {
       if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
   }
 
-  // `Cols` vectors of dims at a time, then halves of it for the remainder.
+  // Processes `Cols` vectors of dims at a time. For the remaining dims, `Cols` is halved.
   template <int Rows, int Cols>
   static void accumulate_dims(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row, std::int64_t dim) {
     const auto sweep = [&](auto load_value) {
@@ -209,7 +209,7 @@ struct RowProducts {
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      // One row is bound by memory, which it reads in order; the last of more use the time to ask for the next chunk.
+      // A single row reads memory in order and is bound by it. With more rows, the last group prefetches the next chunk.
       const bool asks = Rows > 1 && row + Rows == block.count;
       for (int j = 0; j < chunk.count; ++j) {
         const E* value = one_base(row_of(chunk.values, j) + dim);

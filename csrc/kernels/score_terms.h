@@ -1,5 +1,5 @@
-// Everything between the product q.k and the softmax: relative terms, softcap, ALiBi, bias and what is hidden, on one
-// tile of scores. Steps are chosen per tile at run time, each a pass over scores that are in L1.
+// Everything between the product q.k and the softmax, for one tile of scores: relative terms, softcap, ALiBi, bias and
+// masks. The steps are chosen per tile at run time. Each is a pass over scores that are in L1.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Softcap and ALiBi, before bias and masks: a slope that is not finite cannot bring a hidden key back.
+// Applies softcap and ALiBi. This precedes bias and masks, so that a slope that is not finite cannot make a hidden key
+// visible.
 template <class Axes, class T>
 [[gnu::always_inline]] inline void bend_scores(const ScoreTile<T>& tile, const ScoreTerms& terms) {
   if (terms.softcap != 0) {
@@ -24,7 +25,8 @@ template <class Axes, class T>
     });
 }
 
-// Last, so that nothing that was added brings a hidden key back.
+// Sets scores of keys outside the rows' limits to -inf. Comes last, so that no added term can make a hidden key
+// visible.
 template <class Axes, class T>
 [[gnu::always_inline]] inline void hide_beyond_limits(const ScoreTile<T>& tile) {
   if (tile.limited)
@@ -35,19 +37,19 @@ template <class Axes, class T>
 
 inline bool has_terms(const ScoreTerms& terms) { return terms.mask || terms.bias != BiasType::none; }
 
-// Adds what term_chunk gives to scores and notes whether it may have hidden any.
+// Adds the terms from term_chunk to scores, and records whether they may have hidden any key.
 template <class T>
 struct AddTerm {
-  // In log2 units the lowest finite numbers, which some use to mean "almost hidden", must not become -inf.
+  // Some callers use the lowest finite numbers for "almost hidden". Conversion to log2 must not turn them into -inf.
   static constexpr T limit = largest<T> / T(2);
   Mask<T> hidden = broadcast(T(0)) < broadcast(T(0));
 
   Vec<T> operator()(Vec<T> score, Vec<T> term) {
     const Mask<T> infinite = abs(term) == broadcast(-minus_infinity<T>);
-    hidden = hidden | infinite;  // +inf hides nothing, but is rare enough to be looked at twice
+    hidden = hidden | infinite;  // +inf hides nothing, but is rare, so a false alarm costs little
     const Vec<T> finite = max(broadcast(-limit), min(broadcast(limit), term));
     const Vec<T> sum = fma(finite, broadcast(static_cast<T>(log2_e)), score);
-    return select(infinite, term, sum);  // a sum alone would let a NaN score through
+    return select(infinite, term, sum);  // -inf must hide a NaN score, too, which a sum would keep
   }
 };
 
@@ -58,7 +60,7 @@ inline E read(const char* p) {
   return element;
 }
 
-// One number of a bias array of any type, at any address. A finite number stays finite.
+// Reads one number of a bias array of any type, at any address. Finite numbers stay finite.
 template <class T>
 inline T bias_at(const char* p, BiasType type) {
   if (type == BiasType::f32) return static_cast<T>(read<float>(p));
@@ -73,8 +75,8 @@ inline T bias_at(const char* p, BiasType type) {
 template <class T>
 constexpr BiasType bias_type_of = sizeof(T) == sizeof(float) ? BiasType::f32 : BiasType::f64;
 
-// Mask and bias of one row for n <= width keys from `key` on: the bias, or -inf where the key is hidden. Lanes from n
-// on repeat the last key.
+// Mask and bias of one row for n <= width keys, starting at `key`: the bias, or -inf where the mask hides the key.
+// Lanes from n on repeat the last key.
 template <class T>
 inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t key, int n) {
   constexpr int W = Vec<T>::width;
@@ -103,7 +105,8 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
 
 enum class Sight : std::uint8_t { nothing, some, everything };
 
-// What a row's mask and bias leave of some keys: `some` where telling more would cost more than using it.
+// How many of these keys a row's mask and bias leave visible. Also `some` where finding out would cost more than
+// applying them.
 template <class T>
 inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key, int count) {
   if (!terms.mask || row.bias) {
@@ -122,7 +125,7 @@ inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key,
   return seen == 0 ? Sight::nothing : seen == count ? Sight::everything : Sight::some;
 }
 
-// For the rows of a tile together.
+// The same for all rows of a tile.
 template <class T>
 inline Sight sight_of(ScoreTile<T> tile, const ScoreTerms& terms) {
   const int different = tile.shares_terms ? 1 : tile.num_rows;
@@ -132,7 +135,7 @@ inline Sight sight_of(ScoreTile<T> tile, const ScoreTerms& terms) {
   return first;
 }
 
-// Fills tile.places for `lanes` rows. Lanes without a row see everything.
+// Fills tile.places for `lanes` rows. Lanes without a row see all keys.
 template <class T>
 inline void describe_rows(ScoreTile<T> tile, int lanes) {
   const auto within = [&](std::int64_t key) {
@@ -148,7 +151,7 @@ inline void describe_rows(ScoreTile<T> tile, int lanes) {
   }
 }
 
-// scores += what the rows bring, times a factor.
+// scores += Row::relative * factor
 template <class Axes, class T>
 [[gnu::always_inline]] inline void add_relative(const ScoreTile<T>& tile, T factor) {
   const auto chunk = [&](const Row& row, int key, int n) {
@@ -166,7 +169,7 @@ struct TileTerms {
 
   Vec<T> operator()(const Row& row, int key, int n) const { return term_chunk<T>(row, terms, tile.first_key + key, n); }
 
-  // Calls use(cell, terms) for all keys and rows, with pointers into `cells` of the tile's shape.
+  // Calls use(cell, terms) for all keys and rows. `cell` points into `cells`, an array of the tile's shape.
   template <class Use>
   [[gnu::always_inline]] void each(AcrossKeys, T* cells, Use use) const {
     AcrossKeys::each_chunk(tile, cells, *this, use);
@@ -178,7 +181,7 @@ struct TileTerms {
     for (int j = 0; j < tile.num_keys; j += W) {
       const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
       T* first = cells + j * tile.step;
-      if (tile.shares_terms) {  // a mask of keys alone: read once, then the same for every lane
+      if (tile.shares_terms) {  // the terms depend on keys only: read once, then broadcast
         T shared[W];
         store(shared, (*this)(tile.rows[0], j, n));
         for (int i = 0; i < n; ++i)
@@ -197,7 +200,7 @@ struct TileTerms {
   }
 };
 
-// scores += mask and bias; returns whether any key is hidden.
+// scores += mask and bias. Returns whether they may hide any key.
 template <class Axes, class T>
 [[gnu::always_inline]] inline bool add_terms(const ScoreTile<T>& tile, const ScoreTerms& terms) {
   AddTerm<T> add;
@@ -206,20 +209,20 @@ template <class Axes, class T>
   return any(add.hidden);
 }
 
-// Mask and bias alone, for the rare tile that needs them twice.
+// Stores mask and bias alone, for the rare tile that needs them twice.
 template <class Axes, class T>
 inline const T* gather_terms(ScoreTile<T> tile, const ScoreTerms& terms, T* to) {
   TileTerms<T>{tile, terms}.each(Axes(), to, [](T* cell, Vec<T> term) { store(cell, term); });
   return to;
 }
 
-// Stores scores, as they enter the softmax, where the rows want them.
+// Stores the scores, as they enter the softmax, in Row::scores.
 template <class Axes, class T>
 inline void keep_scores(ScoreTile<T> tile) {
   Axes::store_rows(tile, [&](const Row& row) { return static_cast<T*>(row.scores) + tile.first_key; });
 }
 
-// From scaled products to scores; returns whether mask or bias hide any key.
+// Turns scaled products into scores. Returns whether mask or bias may hide any key.
 template <class Axes, class T>
 [[gnu::always_inline]] inline bool complete_scores(const ScoreTile<T>& tile, const ScoreTerms& terms, Sight sight) {
   bend_scores<Axes>(tile, terms);

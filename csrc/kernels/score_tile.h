@@ -1,5 +1,5 @@
 // A tile of scores: some query rows against some keys. Its vectors run either across rows (each for one key) or across
-// keys (each for one row). `Axes` says which, so that what happens to scores is written once for both.
+// keys (each for one row). The parameter `Axes` selects one, so that code that changes scores is written once for both.
 #pragma once
 #include <cstdint>
 
@@ -14,12 +14,12 @@ constexpr T minus_infinity = -static_cast<T>(__builtin_inf());
 template <class T>
 constexpr T largest = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
 
-// What each row sees, counted from the tile's first key.
+// What each row sees. Keys are counted from the tile's first key.
 template <class T>
 struct RowPlaces {
   T* begin;     // the row sees keys in [begin, end)
   T* end;       //
-  T* distance;  // the key at ALiBi distance 0
+  T* distance;  // the key from which ALiBi distances count
   T* slope;
 
   RowPlaces(Carver& carver, int rows)
@@ -31,16 +31,16 @@ struct RowPlaces {
 
 // scores[outer * step + lane]
 //
-// Functions of hot loops are always inlined, and others take a tile by value: GCC then knows which of its fields are
-// constants, and unrolls loops over lanes.
+// Functions in hot loops are always inlined, and other functions take a tile by value. GCC then knows which fields are
+// constant, and unrolls loops over lanes.
 template <class T>
 struct ScoreTile {
   T* scores;
-  const T* terms;  // mask and bias in the same shape where `visible` is to see them, or null
+  const T* terms;  // mask and bias in the same shape, if `visible` must consider them, or null
   int outer;
   int lanes;  // a multiple of the vector width
   int step;
-  bool limited;  // some row sees only a part of the tile's keys
+  bool limited;  // some row sees only some keys of the tile
   RowPlaces<T> places;
   const Row* rows;
   int num_rows;
@@ -63,7 +63,7 @@ struct AcrossRows {
     return a;
   }
 
-  // Numbers of up to W rows and n keys.
+  // A square of up to W rows and n keys.
   struct Square {
     int key;
     int n;
@@ -79,7 +79,7 @@ struct AcrossRows {
     }
   }
 
-  // They go from rows to columns in registers. Lanes without a row get 0.
+  // Transposes W x W squares in registers. Lanes without a row get 0.
   template <class T, class RowChunk, class Use>
   [[gnu::always_inline]] static void each_of_square(const ScoreTile<T>& tile, T* cells, Square at, RowChunk row_chunk,
                                                     Use use) {
@@ -114,8 +114,8 @@ struct AcrossKeys {
     return broadcast(reduce_max(a));
   }
 
-  // Calls use(cell, numbers) for all that rows bring, with pointers into `cells` of the tile's shape: row_chunk(row,
-  // key, n) gives n numbers of a row from a key of the tile on.
+  // Calls use(cell, numbers) for vectors of numbers from all rows. row_chunk(row, key, n) returns n numbers of a row,
+  // starting at a key of the tile. `cell` points into `cells`, an array of the tile's shape.
   template <class T, class RowChunk, class Use>
   [[gnu::always_inline]] static void each_chunk(const ScoreTile<T>& tile, T* cells, RowChunk row_chunk, Use use) {
     constexpr int W = Vec<T>::width;
@@ -126,7 +126,7 @@ struct AcrossKeys {
       }
   }
 
-  // Stores scores where place(row) says, key after key.
+  // Stores each row's scores at place(row), in the order of keys.
   template <class T, class RowPlace>
   static void store_rows(const ScoreTile<T>& tile, RowPlace place) {
     for (int r = 0; r < tile.num_rows; ++r) {

@@ -1,4 +1,4 @@
-// Carves one allocation into aligned pieces. With a null base it only counts.
+// Divides one allocation into aligned pieces. If the base is null, it only counts bytes.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,11 +1,11 @@
-// The online softmax: maxima, probs and their sums, one block of keys after the other.
+// The online softmax: maxima, probs and their sums, one block of keys after another.
 #pragma once
 #include "kernels/exp.h"
 #include "kernels/score_tile.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-// Scores that one softmax goes through: lines of Cols vectors, `step` apart. Loops over pointers need no other counter.
+// The scores of one softmax: lines of Cols vectors, `step` elements apart. Loops over pointers need no other counter.
 template <class T>
 struct ScoreLines {
   T* scores;
@@ -15,12 +15,12 @@ struct ScoreLines {
 
 template <class T, int Cols>
 struct SoftmaxStep {
-  Vec<T> peak[Cols];     // the largest scores so far: of the blocks before, then with this one
-  Vec<T> rescale[Cols];  // what sums and outputs so far are worth under the new maximum
-  Vec<T> sum[Cols];      // of this block's probs; vectors across keys are not added up yet
+  Vec<T> peak[Cols];     // maximum scores: before the step those of earlier blocks, then including this one
+  Vec<T> rescale[Cols];  // factor that adapts earlier sums and outputs to the new maximum
+  Vec<T> sum[Cols];      // sums of this block's probs; vectors across keys are not reduced yet
 };
 
-// probs = 2^(score - max). `scaled` completes a score; keep(prob, line, lane) takes the probs of `Cell` lines.
+// probs = 2^(score - max). scaled(x) makes x a score. keep(prob, line, lane) stores the probs of `Cell` lines.
 template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
 [[gnu::always_inline]] inline void softmax(const ScoreLines<T>& lines, SoftmaxStep<T, Cols>& step, Scaled scaled,
                                            Keep keep) {
@@ -32,7 +32,7 @@ template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
     for (int c = 0; c < Cols; ++c) peak[c] = max(peak[c], scaled(load(line + c * W)));
   for (int c = 0; c < Cols; ++c) {
     peak[c] = Axes::max_of_line(peak[c]);
-    // -inf minus -inf is NaN; a row that has seen no key yet shifts by 0 and keeps its weights at 0.
+    // -inf minus -inf is NaN, so a row that has seen no key yet shifts by 0, and its weights stay 0.
     shift[c] = select(peak[c] == nothing, broadcast(T(0)), peak[c]);
     step.rescale[c] = exp2(step.peak[c] - shift[c]);
     step.peak[c] = peak[c];
@@ -52,14 +52,14 @@ template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
   for (int c = 0; c < Cols; ++c) step.sum[c] = sum[c];
 }
 
-// Maximum and sum of a row before its first key. The sink joins the denominator only.
+// Initial maximum and sum of a row. The sink is added to the denominator only.
 template <class T>
 inline void start_softmax(double sink, T& row_max, T& row_sum) {
   row_max = static_cast<T>(sink);
   row_sum = sink == minus_infinity<double> ? T(0) : T(1);
 }
 
-// What outputs are multiplied by in the end. A row that saw nothing has sum 0 and output 0.
+// The final factor of outputs. A row that saw no key has sum 0 and output 0.
 template <class T>
 inline Vec<T> output_factor(Vec<T> sum, bool normalise) {
   const Vec<T> one = broadcast(T(1));

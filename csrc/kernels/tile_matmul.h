@@ -1,10 +1,10 @@
 // The micro-kernel: a tile of rows x vectors of sums, kept in registers.
 //
-//   sums[r][c] = sum_k a(r, k) * b[k][c]      a broadcast cell by cell, b loaded vector by vector
+//   sums[r][c] = sum_k a(r, k) * b[k][c]      cells of a are broadcast, b is loaded as vectors
 //
-// A cell is as many neighbours along k as the unit that multiplies takes at once: one element, or a pair of 16 bits.
-// With 24 accumulators of AVX-512 a step of 8 x 3 costs 24 FMAs and 11 loads: bound by the FMA units. Each sum is one
-// chain of FMAs in the order of k, whatever the tile's shape, so results do not depend on where a tile ends.
+// A cell is the group of adjacent elements along k that the unit multiplies at once: one element, or a 16-bit pair.
+// On AVX-512, with 24 accumulators, a step of 8 x 3 takes 24 FMAs and 11 loads: the FMA units are the bottleneck. Each
+// sum is one chain of FMAs in the order of k for any shape of the tile, so results do not depend on where a tile ends.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +12,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Multiplies elements.
+// Multiplies single elements.
 template <class T>
 struct FmaUnit {
   using Real = T;
@@ -21,11 +21,11 @@ struct FmaUnit {
   static Vec<T> add_product(Vec<T> a, Vec<T> b, Vec<T> sum) { return fma(a, b, sum); }
 };
 
-// The broadcast operand: a row-major matrix as it stands in memory, or its transpose.
+// The broadcast operand: a row-major matrix in memory, or its transpose.
 template <class T>
 struct RowMajor {
   const T* data;
-  std::int64_t step;  // cells from row to row
+  std::int64_t step;  // cells from one row to the next
   T at(int r, std::int64_t k) const { return data[r * step + k]; }
   RowMajor from_row(std::int64_t r) const { return {data + r * step, step}; }
 };
@@ -40,7 +40,7 @@ struct Transposed {
 template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A, class B>
 [[gnu::always_inline]] inline void multiply_tile(A a, const B* b, std::int64_t b_step, std::int64_t depth,
                                                  Vec<T> (&sums)[Rows][Cols]) {
-  Vec<T> own[Rows][Cols];  // not the caller's: GCC would store those in the loop on some ISAs
+  Vec<T> own[Rows][Cols];  // a local array: on some ISAs GCC would store to the caller's in the loop
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Cols; ++c) own[r][c] = broadcast(T(0));
   for (std::int64_t k = 0; k < depth; ++k, b += b_step) {
@@ -55,7 +55,7 @@ template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A
     for (int c = 0; c < Cols; ++c) sums[r][c] = own[r][c];
 }
 
-// Calls finish(first_row, sums) for each tile of `rows` rows: tiles of Rows, then of halves of it for the remainder.
+// Calls finish(first_row, sums) for each tile of `rows` rows. Tiles have `Rows` rows, halved for the remainder.
 template <int Rows, int Cols, class Unit, class A, class B, class Finish>
 [[gnu::always_inline]] inline void multiply_rows(A a, std::int64_t rows, const B* b, std::int64_t b_step,
                                                  std::int64_t depth, Finish finish, std::int64_t done = 0) {

@@ -1,4 +1,4 @@
-// Puts the kernels of one element type together for the ISA of this translation unit.
+// Assembles the kernels of one element type for the ISA of this translation unit.
 #pragma once
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
@@ -16,7 +16,7 @@ inline void weigh(void* scores, std::int64_t count, double row_max, double facto
   for (std::int64_t j = 0; j < count; j += Vec<T>::width) {
     const Vec<T> s = load_up_to(score + j, count - j);
     const Vec<T> weight = exp2(s - shift) * scale;
-    // A hidden key has weight 0 also where a visible one made the maximum or the sum NaN.
+    // A hidden key has weight 0 even if a visible key made the maximum or the sum NaN.
     store_up_to(score + j, select(s == broadcast(minus_infinity<T>), broadcast(T(0)), weight), count - j);
   }
 }
@@ -45,7 +45,7 @@ template <class E>
 constexpr Conversion conversion{widen<E>, narrow<E>};
 inline constexpr Conversion from_codes{widen<Int8>, nullptr};
 
-// Tile shapes, sums of the row kernel and chains are what fits the registers: see each isa_*.cpp.
+// The tile shape and MaxSums are chosen to fit the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
 constexpr TypeKernels type_kernels() {
   TypeKernels kernels{.tile = TileAttention<FmaEngine<T, TileRows>, TileVectors>::kernel,

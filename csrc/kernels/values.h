@@ -1,5 +1,5 @@
-// 0 * NaN is NaN: a hidden value row takes part in a product as weight 0 times value, which is harmless only while the
-// value is finite. Tiles with hidden keys are scanned, and those that hold a NaN or Inf take a path that selects.
+// 0 * NaN is NaN. Products include the values of hidden keys with weight 0, which is harmless only if they are finite.
+// So the values of tiles with hidden keys are scanned. If there is a NaN or Inf, a slower path skips the hidden keys.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "kernels/pack.h"
