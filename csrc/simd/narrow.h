@@ -1,4 +1,4 @@
-// Numbers of 16 bits as they stand in memory. They are computed with as float.
+// 16-bit and 8-bit numbers in memory. Computations use float.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,7 +12,7 @@ struct BFloat {  // the upper half of a float
   std::uint16_t bits;
 };
 
-struct Int8 {  // the code of a number, times a scale that stands elsewhere
+struct Int8 {  // a code: the number is code * scale, and the scale is stored elsewhere
   std::int8_t code;
 };
 
@@ -36,13 +36,13 @@ inline float widen(BFloat x) { return float_of(std::uint32_t{x.bits} << 16); }
 inline float widen(Half x) {
   const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16, exponent = x.bits >> 10 & 31,
                       fraction = x.bits & 1023;
-  if (exponent == 31)  // infinite, or NaN, which becomes quiet
+  if (exponent == 31)  // Inf, or NaN, which is made quiet
     return float_of(sign | 0x7f800000u | fraction << 13 | (fraction != 0 ? 0x400000u : 0u));
   if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
   return float_of(sign | bits_of(static_cast<float>(fraction) * 0x1p-24f));
 }
 
-// To the nearest, ties to even; too large is infinite.
+// Rounds to the nearest, ties to even. Overflow gives Inf.
 inline BFloat to_bfloat(float x) {
   const std::uint32_t bits = bits_of(x);
   const std::uint32_t upper = x != x ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -56,7 +56,7 @@ inline Half to_half(float x) {
     half = 0x7e00u | (size >> 13 & 1023u);
   else if (size >= 0x477ff000u)  // rounds to 65536
     half = 0x7c00u;
-  else if (size < 0x38800000u)  // subnormal: the sum's last bit is worth 2^-24
+  else if (size < 0x38800000u)  // subnormal: the last bit of the sum is worth 2^-24
     half = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
   else
     half = (size + 0xfffu + (size >> 13 & 1u) - (112u << 23)) >> 13;

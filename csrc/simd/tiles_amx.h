@@ -1,4 +1,4 @@
-// AMX: eight tiles of 16 rows of 64 bytes. Tile numbers are parts of instructions, hence template arguments.
+// AMX: eight tiles of 16 rows of 64 bytes. Tile numbers are encoded in instructions, so they are template arguments.
 #pragma once
 #if !defined(__AMX_TILE__) || !defined(__AMX_BF16__)
 #error "tiles_amx.h needs AMX-TILE and AMX-BF16"
@@ -7,7 +7,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Every tile is used whole. The thread owns the tiles from here to release_tiles.
+// Configures all tiles at full size. The thread may use them from here to release_tiles.
 inline void configure_tiles() {
   struct alignas(64) {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -24,7 +24,7 @@ inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
 }
 
-// `step`: floats (or cells of two bfloat16) from row to row.
+// `step`: floats (or cells of two bfloat16) from one row to the next.
 template <int Tile>
 inline void load_tile(const float* p, std::int64_t step) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(step * 4), "i"(Tile) : "memory");
@@ -35,7 +35,7 @@ inline void store_tile(float* p, std::int64_t step) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(step * 4), "i"(Tile) : "memory");
 }
 
-// Sums[m][n] += sum over k of Left[m][k] . Right[k][n], products of cells.
+// Sums[m][n] += sum over k of Left[m][k] . Right[k][n], as products of cells.
 template <int Sums, int Left, int Right>
 inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Left), "i"(Right));

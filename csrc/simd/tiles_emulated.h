@@ -1,4 +1,4 @@
-// The operations of tiles_amx.h in AVX-512, with the same order of sums: for tests on machines without AMX.
+// The operations of tiles_amx.h in AVX-512, with the same order of additions, for tests on machines without AMX.
 #pragma once
 #include "simd/vec_avx512_bf16.h"
 
@@ -13,7 +13,7 @@ inline thread_local Tiles tiles;
 inline void configure_tiles() { tiles.configured = true; }
 inline void release_tiles() { tiles.configured = false; }
 
-// What the processor answers with a signal when tiles are used outside configure_tiles and release_tiles.
+// Traps if tiles are used before configure_tiles or after release_tiles, as a processor does.
 inline void need_tiles() {
   if (!tiles.configured) __builtin_trap();
 }
@@ -42,7 +42,7 @@ inline void store_tile(float* p, std::int64_t step) {
   }
 }
 
-// The unit knows no subnormal numbers, neither in operands nor in sums.
+// The unit flushes subnormal numbers to 0, both in operands and in sums.
 inline VecF flushed(VecF x) { return select(abs(x) < broadcast(0x1p-126f), copy_sign(broadcast(0.0f), x), x); }
 
 template <int Sums, int Left, int Right>

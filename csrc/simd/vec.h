@@ -1,4 +1,4 @@
-// The vector vocabulary of the ISA that this translation unit is compiled for.
+// The vector types and operations of the ISA that this translation unit is compiled for.
 #pragma once
 #ifndef SELFATTN_ISA
 #define SELFATTN_ISA portable  // keeps editors and analysers working on a kernel header alone
@@ -8,7 +8,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Ends of rows are rare enough to go through a buffer. Its end is a limit for the compiler, which does not know n.
+// Ends of rows are rare enough to go through a buffer. Loops are bounded by its size as well, since the compiler does
+// not know that n is smaller.
 template <class E>
 inline VecF load_partial_narrow(const E* p, int n) {
   E buffer[VecF::width] = {};

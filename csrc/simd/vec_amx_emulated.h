@@ -1,4 +1,4 @@
-// AMX where there is none, for tests.
+// Emulated AMX, for tests on machines without it.
 #pragma once
 #include "simd/tiles_emulated.h"
 #include "simd/vec_avx512_bf16.h"

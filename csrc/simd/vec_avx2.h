@@ -24,7 +24,7 @@ struct Vec<double> {
   __m256d r;
 };
 
-// All bits of a lane set or none.
+// In each lane, all bits are set or none.
 template <class T>
 struct Mask;
 template <>
@@ -48,7 +48,7 @@ inline __m256i first_lanes_f64(int n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
-// Construction, loads and stores. Partial ones touch the first n lanes only, n < width; the rest reads as 0.
+// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
 inline VecF broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline VecD broadcast(double x) { return {_mm256_set1_pd(x)}; }
 inline VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -59,7 +59,7 @@ inline void store(float* p, VecF a) { _mm256_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm256_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm256_maskstore_ps(p, first_lanes_f32(n), a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm256_maskstore_pd(p, first_lanes_f64(n), a.r); }
-// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
+// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
@@ -81,7 +81,7 @@ inline void store(BFloat* p, VecF a) {
 inline void store(Half* p, VecF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT));
 }
-// Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
+// Forces a single load into a register. Compilers tend to repeat the load in each instruction that uses the value.
 inline VecF in_register(VecF a) {
   asm("" : "+x"(a.r));
   return a;
@@ -94,7 +94,7 @@ inline VecD in_register(VecD a) {
 inline VecF iota(float) { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
 inline VecD iota(double) { return {_mm256_setr_pd(0, 1, 2, 3)}; }
 
-// Arithmetic. max and min return b where either operand is NaN.
+// Arithmetic. max and min return b if either operand is NaN.
 inline VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.r, b.r)}; }
 inline VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.r, b.r)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.r, b.r)}; }
@@ -118,7 +118,7 @@ inline VecD copy_sign(VecD size, VecD sign) {
   return {_mm256_or_pd(abs(size).r, _mm256_and_pd(_mm256_set1_pd(-0.0), sign.r))};
 }
 
-// Comparisons are false where either operand is NaN, but for is_nan.
+// Comparisons are false where either operand is NaN, except is_nan.
 inline MaskF operator<(VecF a, VecF b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskD operator<(VecD a, VecD b) { return {_mm256_cmp_pd(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskF operator<=(VecF a, VecF b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LE_OQ)}; }
@@ -139,7 +139,7 @@ inline bool all(MaskD a) { return _mm256_movemask_pd(a.r) == 0xf; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm256_blendv_ps(b.r, a.r, where.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm256_blendv_pd(b.r, a.r, where.r)}; }
 
-// Pieces of exp2: round to the nearest integer; x * 2^n for integral n, exactly 0 from n = -127 (-1023) downwards.
+// Building blocks of exp2: round to the nearest integer; x * 2^n for integral n, exactly 0 for n <= -127 (-1023).
 inline VecF round(VecF a) { return {_mm256_round_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm256_round_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF scale_by_power(VecF x, VecF n) {
@@ -173,7 +173,7 @@ inline double reduce_sum(VecD a) {
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
-// Lane i of the result is the sum over the lanes of v[i].
+// Lane i of the result is the sum of the lanes of v[i].
 inline VecF reduce_sums(const VecF (&v)[8]) {
   const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0].r, v[1].r), _mm256_hadd_ps(v[2].r, v[3].r));
   const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4].r, v[5].r), _mm256_hadd_ps(v[6].r, v[7].r));
@@ -185,7 +185,7 @@ inline VecD reduce_sums(const VecD (&v)[4]) {
   return {_mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31))};
 }
 
-// Bytes of a boolean array: 0 where the byte is not zero, -inf where it is.
+// Loads bytes of a boolean array: 0 where the byte is nonzero (visible), -inf where it is zero (hidden).
 inline VecF load_hidden(const std::uint8_t* p, float) {
   const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   const __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256()));
@@ -200,7 +200,7 @@ inline VecD load_hidden(const std::uint8_t* p, double) {
 inline VecF reverse(VecF a) { return {_mm256_permutevar8x32_ps(a.r, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0))}; }
 inline VecD reverse(VecD a) { return {_mm256_permute4x64_pd(a.r, 0x1b)}; }
 
-// Turns rows into columns.
+// Transposes a square of vectors.
 inline void transpose(VecF (&v)[8]) {
   __m256 t[8];
   for (int i = 0; i < 8; i += 2) {  // pairs of rows, interleaved by single floats

@@ -24,7 +24,7 @@ struct Vec<double> {
   __m512d r;
 };
 
-// One bit per lane.
+// A mask has one bit per lane.
 template <class T>
 struct Mask;
 template <>
@@ -44,7 +44,7 @@ using MaskD = Mask<double>;
 inline MaskF first_lanes_f32(int n) { return {static_cast<__mmask16>((1u << n) - 1u)}; }
 inline MaskD first_lanes_f64(int n) { return {static_cast<__mmask8>((1u << n) - 1u)}; }
 
-// Construction, loads and stores. Partial ones touch the first n lanes only, n < width; the rest reads as 0.
+// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
 inline VecF broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline VecD broadcast(double x) { return {_mm512_set1_pd(x)}; }
 inline VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -55,7 +55,7 @@ inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm512_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, first_lanes_f32(n).r, a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm512_mask_storeu_pd(p, first_lanes_f64(n).r, a.r); }
-// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
+// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
@@ -76,7 +76,7 @@ inline void store(BFloat* p, VecF a) {
 inline void store(Half* p, VecF a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT));
 }
-// Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
+// Forces a single load into a register. Compilers tend to repeat the load in each instruction that uses the value.
 inline VecF in_register(VecF a) {
   asm("" : "+v"(a.r));
   return a;
@@ -89,7 +89,7 @@ inline VecD in_register(VecD a) {
 inline VecF iota(float) { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 inline VecD iota(double) { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
-// Arithmetic. max and min return b where either operand is NaN.
+// Arithmetic. max and min return b if either operand is NaN.
 inline VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.r, b.r)}; }
 inline VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.r, b.r)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.r, b.r)}; }
@@ -113,7 +113,7 @@ inline VecD copy_sign(VecD size, VecD sign) {
   return {_mm512_or_pd(_mm512_abs_pd(size.r), _mm512_and_pd(_mm512_set1_pd(-0.0), sign.r))};
 }
 
-// Comparisons are false where either operand is NaN, but for is_nan.
+// Comparisons are false where either operand is NaN, except is_nan.
 inline MaskF operator<(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskD operator<(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskF operator<=(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LE_OQ)}; }
@@ -134,7 +134,8 @@ inline bool all(MaskD a) { return a.r == 0xff; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm512_mask_blend_ps(where.r, b.r, a.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm512_mask_blend_pd(where.r, b.r, a.r)}; }
 
-// Pieces of exp2: round to the nearest integer; x * 2^n for integral n (scalef also reaches subnormal results).
+// Building blocks of exp2: round to the nearest integer; x * 2^n for integral n (scalef also gives subnormal
+// results).
 inline VecF round(VecF a) { return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm512_roundscale_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF scale_by_power(VecF x, VecF n) { return {_mm512_scalef_ps(x.r, n.r)}; }
@@ -146,7 +147,8 @@ inline double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.r); }
 inline float reduce_sum(VecF a) { return _mm512_reduce_add_ps(a.r); }
 inline double reduce_sum(VecD a) { return _mm512_reduce_add_pd(a.r); }
 
-// Lane i of the result is the sum over the lanes of v[i]: 45 instructions for 16 sums, where 16 reductions take 112.
+// Lane i of the result is the sum of the lanes of v[i]: 45 instructions for 16 sums, where 16 separate
+// reductions take 112.
 inline VecF reduce_sums(const VecF (&v)[16]) {
   __m512 s[4];
   for (int i = 0; i < 4; ++i) {
@@ -171,7 +173,7 @@ inline VecD reduce_sums(const VecD (&v)[8]) {
   return {_mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x88), _mm512_shuffle_f64x2(x, y, 0xdd))};
 }
 
-// Bytes of a boolean array: 0 where the byte is not zero, -inf where it is.
+// Loads bytes of a boolean array: 0 where the byte is nonzero (visible), -inf where it is zero (hidden).
 inline VecF load_hidden(const std::uint8_t* p, float) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __mmask16 hidden = _mm_cmpeq_epi8_mask(bytes, _mm_setzero_si128());
@@ -188,7 +190,7 @@ inline VecF reverse(VecF a) {
 }
 inline VecD reverse(VecD a) { return {_mm512_permutexvar_pd(_mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0), a.r)}; }
 
-// Turns rows into columns.
+// Transposes a square of vectors.
 inline void transpose(VecF (&v)[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 2) {  // pairs of rows, interleaved by single floats

@@ -1,5 +1,5 @@
-// AVX-512 and its dot products of bfloat16: what vec_avx512.h offers, and cells. A cell is a lane that holds two
-// neighbours of 16 bits, the first one in the lower half. Subnormal numbers of 16 bits count as 0 in products.
+// AVX-512 and its dot products of bfloat16: the operations of vec_avx512.h, plus cells. A cell is a lane that holds two
+// adjacent bfloat16, the first one in the lower half. Subnormal bfloat16 count as 0 in products.
 #pragma once
 #if !defined(__AVX512BF16__)
 #error "vec_avx512_bf16.h needs AVX-512 BF16"
@@ -11,7 +11,7 @@ namespace selfattn::SELFATTN_ISA {
 // sum + a.first * b.first + a.second * b.second, per cell
 inline VecF add_products(VecF a, VecF b, VecF sum) {
 #if defined(__clang__)
-  // Clang 16 crashes where it joins the intrinsic with a broadcast from memory.
+  // Clang 16 crashes when it fuses the intrinsic with a broadcast from memory.
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum.r) : "v"(a.r), "v"(b.r));
   return sum;
 #else
@@ -19,13 +19,13 @@ inline VecF add_products(VecF a, VecF b, VecF sum) {
 #endif
 }
 
-// Sixteen cells from 32 neighbours in memory, or from n < 32; the rest reads as 0.
+// Loads sixteen cells from 32 adjacent numbers in memory. If n < 32, the rest is 0.
 inline VecF load_cells(const BFloat* p, std::int64_t n) {
   const __mmask32 present = n < 32 ? (1u << n) - 1u : ~0u;
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, p))};
 }
 
-// Cells of two vectors, lane by lane, rounded to the nearest.
+// Makes cells of two vectors, lane by lane, rounded to the nearest.
 inline VecF to_cells(VecF first, VecF second) {
   const __m512i order =
       _mm512_setr_epi32(0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007,
@@ -34,12 +34,12 @@ inline VecF to_cells(VecF first, VecF second) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)))};
 }
 
-// Cells of two vectors that are neighbours in memory, rounded to the nearest.
+// Makes cells of two vectors that are adjacent in memory, rounded to the nearest.
 inline VecF to_cells_in_order(VecF low, VecF high) {
   return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.r, low.r))};
 }
 
-// The nearest number that bfloat16 holds; what is too large is infinite, what is subnormal 0.
+// Rounds to the nearest bfloat16. Overflow gives Inf, and subnormal numbers give 0.
 inline VecF round_to_bfloat(VecF a) {
   const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.r)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};

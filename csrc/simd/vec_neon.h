@@ -25,7 +25,7 @@ struct Vec<double> {
   float64x2_t r;
 };
 
-// All bits of a lane set or none.
+// In each lane, all bits are set or none.
 template <class T>
 struct Mask;
 template <>
@@ -42,7 +42,7 @@ using VecD = Vec<double>;
 using MaskF = Mask<float>;
 using MaskD = Mask<double>;
 
-// Construction, loads and stores. Partial ones touch the first n lanes only, n < width; the rest reads as 0.
+// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
 inline VecF broadcast(float x) { return {vdupq_n_f32(x)}; }
 inline VecD broadcast(double x) { return {vdupq_n_f64(x)}; }
 inline VecF load(const float* p) { return {vld1q_f32(p)}; }
@@ -68,7 +68,7 @@ inline void store_partial(float* p, VecF a, int n) {
 inline void store_partial(double* p, VecD a, int n) {
   if (n > 0) vst1q_lane_f64(p, a.r, 0);
 }
-// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
+// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   uint16x4_t bits;
   std::memcpy(&bits, p, sizeof bits);
@@ -97,7 +97,7 @@ inline void store(Half* p, VecF a) {
   const uint16x4_t bits = vreinterpret_u16_f16(vcvt_f16_f32(a.r));
   std::memcpy(p, &bits, sizeof bits);
 }
-// Loaded once, however often it is used: compilers like to repeat a load in each instruction instead.
+// Forces a single load into a register. Compilers tend to repeat the load in each instruction that uses the value.
 inline VecF in_register(VecF a) {
   asm("" : "+w"(a.r));
   return a;
@@ -110,7 +110,7 @@ inline VecD in_register(VecD a) {
 inline VecF iota(float) { return {float32x4_t{0, 1, 2, 3}}; }
 inline VecD iota(double) { return {float64x2_t{0, 1}}; }
 
-// Arithmetic. max returns b where either operand is NaN, which fmax does not.
+// Arithmetic. max returns b if either operand is NaN, unlike FMAX.
 inline VecF operator+(VecF a, VecF b) { return {vaddq_f32(a.r, b.r)}; }
 inline VecD operator+(VecD a, VecD b) { return {vaddq_f64(a.r, b.r)}; }
 inline VecF operator-(VecF a, VecF b) { return {vsubq_f32(a.r, b.r)}; }
@@ -130,7 +130,7 @@ inline VecD abs(VecD a) { return {vabsq_f64(a.r)}; }
 inline VecF copy_sign(VecF size, VecF sign) { return {vbslq_f32(vdupq_n_u32(1u << 31), sign.r, size.r)}; }
 inline VecD copy_sign(VecD size, VecD sign) { return {vbslq_f64(vdupq_n_u64(std::uint64_t{1} << 63), sign.r, size.r)}; }
 
-// Comparisons are false where either operand is NaN, but for is_nan.
+// Comparisons are false where either operand is NaN, except is_nan.
 inline MaskF operator<(VecF a, VecF b) { return {vcltq_f32(a.r, b.r)}; }
 inline MaskD operator<(VecD a, VecD b) { return {vcltq_f64(a.r, b.r)}; }
 inline MaskF operator<=(VecF a, VecF b) { return {vcleq_f32(a.r, b.r)}; }
@@ -151,7 +151,7 @@ inline bool all(MaskD a) { return vminvq_u32(vreinterpretq_u32_u64(a.r)) != 0; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {vbslq_f32(where.r, a.r, b.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {vbslq_f64(where.r, a.r, b.r)}; }
 
-// Pieces of exp2: round to the nearest integer; x * 2^n for integral n, exactly 0 from n = -127 (-1023) downwards.
+// Building blocks of exp2: round to the nearest integer; x * 2^n for integral n, exactly 0 for n <= -127 (-1023).
 inline VecF round(VecF a) { return {vrndnq_f32(a.r)}; }
 inline VecD round(VecD a) { return {vrndnq_f64(a.r)}; }
 inline VecF scale_by_power(VecF x, VecF n) {
@@ -171,13 +171,13 @@ inline double reduce_max(VecD a) { return vmaxvq_f64(a.r); }
 inline float reduce_sum(VecF a) { return vaddvq_f32(a.r); }
 inline double reduce_sum(VecD a) { return vaddvq_f64(a.r); }
 
-// Lane i of the result is the sum over the lanes of v[i].
+// Lane i of the result is the sum of the lanes of v[i].
 inline VecF reduce_sums(const VecF (&v)[4]) {
   return {vpaddq_f32(vpaddq_f32(v[0].r, v[1].r), vpaddq_f32(v[2].r, v[3].r))};
 }
 inline VecD reduce_sums(const VecD (&v)[2]) { return {vpaddq_f64(v[0].r, v[1].r)}; }
 
-// Bytes of a boolean array: 0 where the byte is not zero, -inf where it is.
+// Loads bytes of a boolean array: 0 where the byte is nonzero (visible), -inf where it is zero (hidden).
 inline VecF load_hidden(const std::uint8_t* p, float) {
   std::uint32_t four;
   std::memcpy(&four, p, sizeof four);
@@ -197,7 +197,7 @@ inline VecF reverse(VecF a) {
 }
 inline VecD reverse(VecD a) { return {vextq_f64(a.r, a.r, 1)}; }
 
-// Turns rows into columns.
+// Transposes a square of vectors.
 inline void transpose(VecF (&v)[4]) {
   const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(v[0].r, v[1].r));  // pairs of rows, by single floats
   const float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(v[0].r, v[1].r));

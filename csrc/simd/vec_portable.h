@@ -1,4 +1,4 @@
-// Any CPU: 16-byte vectors in the compiler's own vector language (SSE2 on x86-64, the baseline elsewhere).
+// Any CPU: 16-byte vectors with the compiler's vector extensions (SSE2 on x86-64, the baseline elsewhere).
 // Every vec_*.h offers the same operations in the same order.
 #pragma once
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Vec {
   Register r;
 };
 
-// All bits of a lane set or none.
+// In each lane, all bits are set or none.
 template <class T>
 struct Mask {
   decltype(typename Vec<T>::Register{} < typename Vec<T>::Register{}) r;
@@ -24,7 +24,7 @@ struct Mask {
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 
-// Construction, loads and stores. Partial ones touch the first n lanes only, n < width; the rest reads as 0.
+// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
 template <class T>
 inline Vec<T> broadcast(T x) {
   return {x - typename Vec<T>::Register{}};  // x - 0 in every lane keeps the sign of a zero
@@ -49,7 +49,7 @@ template <class T>
 inline void store_partial(T* p, Vec<T> a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.r[i];
 }
-// The same for numbers of 16 bits in memory; stores round to the nearest. Codes of 8 bits are only read.
+// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   VecF v{};
   for (int i = 0; i < VecF::width; ++i) {
@@ -85,7 +85,7 @@ inline void store(Half* p, VecF a) {
     std::memcpy(p + i, &element, sizeof element);
   }
 }
-// Loaded once, however often it is used: nothing to do where loads are instructions of their own.
+// Forces a single load into a register. Nothing to do where loads are separate instructions.
 template <class T>
 inline Vec<T> in_register(Vec<T> a) {
   return a;
@@ -104,7 +104,7 @@ inline Vec<T> select(Mask<T> where, Vec<T> a, Vec<T> b) {
   return {where.r ? a.r : b.r};
 }
 
-// Arithmetic. max and min return b where either operand is NaN.
+// Arithmetic. max and min return b if either operand is NaN.
 template <class T>
 inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
   return {a.r + b.r};
@@ -142,7 +142,7 @@ inline Vec<T> copy_sign(Vec<T> size, Vec<T> sign) {
   return {sign.r < 0 ? -abs(size).r : abs(size).r};
 }
 
-// Comparisons are false where either operand is NaN, but for is_nan.
+// Comparisons are false where either operand is NaN, except is_nan.
 template <class T>
 inline Mask<T> operator<(Vec<T> a, Vec<T> b) {
   return {a.r < b.r};
@@ -180,8 +180,8 @@ inline bool all(Mask<T> a) {
   return (halves[0] & halves[1]) == ~std::uint64_t{0};
 }
 
-// Pieces of exp2: round to the nearest integer (|a| < 2^22 or 2^51); x * 2^n for integral n, exactly 0 from n = -127
-// (-1023) downwards.
+// Building blocks of exp2: round to the nearest integer (|a| < 2^22 or 2^51); x * 2^n for integral n, exactly 0 for
+// n <= -127 (-1023).
 template <class T>
 inline Vec<T> round(Vec<T> a) {
   const T magic = sizeof(T) == 4 ? static_cast<T>(12582912.0) : static_cast<T>(6755399441055744.0);  // 1.5 * 2^23, 2^52
@@ -224,7 +224,7 @@ inline T reduce_sum(Vec<T> a) {
   return s;
 }
 
-// Lane i of the result is the sum over the lanes of v[i].
+// Lane i of the result is the sum of the lanes of v[i].
 template <class T, int N>
 inline Vec<T> reduce_sums(const Vec<T> (&v)[N]) {
   static_assert(N == Vec<T>::width);
@@ -233,7 +233,7 @@ inline Vec<T> reduce_sums(const Vec<T> (&v)[N]) {
   return sums;
 }
 
-// Bytes of a boolean array: 0 where the byte is not zero, -inf where it is.
+// Loads bytes of a boolean array: 0 where the byte is nonzero (visible), -inf where it is zero (hidden).
 template <class T>
 inline Vec<T> load_hidden(const std::uint8_t* p, T) {
   Vec<T> v{};
@@ -248,7 +248,7 @@ inline Vec<T> reverse(Vec<T> a) {
   return v;
 }
 
-// Turns rows into columns.
+// Transposes a square of vectors.
 template <class T, int N>
 inline void transpose(Vec<T> (&v)[N]) {
   static_assert(N == Vec<T>::width);
