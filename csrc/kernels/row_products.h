@@ -209,7 +209,7 @@ struct RowProducts {
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      // A single row reads memory in order and is bound by it. With more rows, the last group prefetches the next chunk.
+      // A single row reads memory in order and is bound by it. Of more rows, the last group prefetches the next chunk.
       const bool asks = Rows > 1 && row + Rows == block.count;
       for (int j = 0; j < chunk.count; ++j) {
         const E* value = one_base(row_of(chunk.values, j) + dim);
