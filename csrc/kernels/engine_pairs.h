@@ -11,7 +11,7 @@ struct PairUnit {
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 
-// For the row kernel: only scores use products of pairs, since products of bfloat16 are exact in float32.
+// For the row kernel. Only its scores are products of pairs: queries and keys are bfloat16, so the products are exact.
 struct PairDots {
   using Q = BFloat;
   static constexpr const char* unit = "bfloat16 dots";
