@@ -1,4 +1,4 @@
-// Memory on a 64-byte boundary: a vector register never straddles two cache lines.
+// Memory with 64-byte alignment: an aligned vector load never straddles two cache lines.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
@@ -6,7 +6,7 @@
 
 namespace selfattn {
 
-// Throws std::bad_alloc. To be freed with std::free.
+// Throws std::bad_alloc. Free the memory with std::free.
 inline char* allocate_aligned(std::size_t bytes) {
   constexpr std::size_t alignment = 64;
   void* memory = std::aligned_alloc(alignment, (bytes / alignment + 1) * alignment);

@@ -6,8 +6,8 @@
 
 namespace selfattn {
 
-// Computes problem.out and, where attached, problem.lse and problem.weights. All memory is allocated before anything
-// is written; throws std::bad_alloc. Returns false if interrupted, which leaves the outputs unspecified.
+// Computes problem.out and, if attached, problem.lse and problem.weights. Allocates all memory before anything is
+// written; throws std::bad_alloc. Returns false if interrupted; the outputs are then unspecified.
 bool attend(const Problem& problem, const Plan& plan, Interrupted interrupted);
 
 struct Job {
@@ -15,10 +15,11 @@ struct Job {
   const Plan* plan;
 };
 
-// The same for several problems of one type of computation at once: their tasks are shared by one team of threads.
+// Computes several problems at once: one team of threads shares all their tasks. The problems must have the same type
+// of computation.
 bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted);
 
-// How many threads are of use to all of them together; see make_plan.
+// Number of threads worth using for all jobs together. num_threads is that of make_plan.
 int threads_for(const Job* jobs, std::int64_t count, int num_threads);
 
 }  // namespace selfattn

@@ -1,5 +1,5 @@
-// The keys and values of sequences that grow: where their tokens stand, how new ones get there, and how attention sees
-// them. Owns nothing.
+// A cache of the keys and values of growing sequences: where tokens are stored, how new ones are written, and how
+// attention reads them. Owns no memory.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,8 @@
 
 namespace selfattn {
 
-// Rows of tokens; all steps in bytes. A sequence is a batch entry of one array, or has pages of it.
+// An array with one row per token and head; strides in bytes. A sequence is either a batch entry of the array or a list
+// of its pages.
 struct TokenRows {
   char* data = nullptr;
   std::int64_t batch = 0, head = 0, row = 0, page = 0;
@@ -17,23 +18,23 @@ struct TokenRows {
 struct Cache {
   struct Side {
     TokenRows tokens;
-    TokenRows scales;  // float32, of codes
+    TokenRows scales;  // float32, of int8 codes
     std::int64_t width;
   };
   DType dtype;
   std::int64_t batch, num_kv_heads;
   Side key, value;
   Pages pages;
-  const std::int64_t* lengths;  // tokens of each sequence
-  TensorView starts;            // the first token that is still held, or absent: 0
+  const std::int64_t* lengths;  // number of tokens in each sequence
+  TensorView starts;            // first token that each sequence still holds; absent: 0
 };
 
-// A cache as the keys and values of an attention call.
+// Presents a cache as the keys and values of an attention call.
 class CachedKeys {
  public:
-  // `lengths` holds those of the time of the call.
+  // `lengths` are those that the call sees, including the tokens that it appends.
   CachedKeys(const Cache& cache, const std::int64_t* lengths);
-  CachedKeys(const CachedKeys&) = delete;  // views point to its own arrays
+  CachedKeys(const CachedKeys&) = delete;  // views point into this object
   CachedKeys& operator=(const CachedKeys&) = delete;
   void place(AttentionArguments& arguments);
 
@@ -51,19 +52,19 @@ class CachedKeys {
   View keys_, values_, key_scales_, value_scales_;
 };
 
-// Tokens (batch, heads, tokens, width), or in layout bshd with the middle axes swapped, as a view
-// (batch, tokens, heads, width).
+// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width). With `bshd` the array has the axes of
+// the view.
 struct TokensView {
   std::int64_t shape[4], strides[4];
   TensorView view;
 
   TokensView(const TensorView& tokens, bool bshd);
-  TokensView(const TokensView&) = delete;  // the view points to its own object
+  TokensView(const TokensView&) = delete;  // the view points into this object
   TokensView& operator=(const TokensView&) = delete;
 };
 
-// Writes tokens (batch, tokens, heads, width) after each sequence's length, rounded to the cache's type. `row` has room
-// for one row of the widest type twice.
+// Writes tokens (batch, tokens, heads, width) after the end of each sequence, converted to the cache's type. `row` is
+// scratch for 2 * width doubles.
 void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const TensorView& tokens,
                   char* row);
 

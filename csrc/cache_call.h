@@ -1,5 +1,5 @@
-// Attention over a cache in one call: queries and new keys are rotated, new tokens are stored, and the queries attend
-// to all that the cache then holds.
+// One call of attention over a cache: rotates queries and new keys, stores the new tokens, and lets the queries attend
+// to everything that the cache then holds.
 #pragma once
 #include <optional>
 
@@ -15,11 +15,12 @@ struct CacheInputs {
   std::optional<Rope> rope;
 };
 
-// Contiguous memory for what a view (batch, heads, tokens, width) shows, in the view's layout.
+// A buffer for the elements of a view (batch, heads, tokens, width), or with `bshd` (batch, tokens, heads, width). Its
+// view has the same order of axes, but each head's tokens are contiguous in memory.
 class RotatedTokens {
  public:
   RotatedTokens(const TensorView& like, bool bshd);
-  RotatedTokens(const RotatedTokens&) = delete;  // the view points to its own object
+  RotatedTokens(const RotatedTokens&) = delete;  // the view points into this object
   RotatedTokens& operator=(const RotatedTokens&) = delete;
   const TensorView& view() const { return view_; }
 
@@ -31,10 +32,11 @@ class RotatedTokens {
 
 class CacheCall {
  public:
-  // Shapes of q, k and v fit the cache; everything else is checked here as make_problem does. Allocates all memory.
+  // The shapes of q, k and v must fit the cache. Checks everything else as make_problem does. Allocates the rotated
+  // queries and keys.
   CacheCall(CacheStep& step, const CacheInputs& inputs, const AttentionArguments& arguments);
   Problem& problem() { return problem_; }  // to attach outputs
-  // False: interrupted.
+  // Returns false if interrupted. Throws std::bad_alloc.
   bool run(const Plan& plan, int num_threads, Interrupted interrupted) const;
 
  private:
@@ -44,7 +46,7 @@ class CacheCall {
   const CacheStep& step_;
   const CacheInputs inputs_;
   const bool bshd_;
-  std::optional<RotatedTokens> query_, key_;  // with rope
+  std::optional<RotatedTokens> query_, key_;  // only with rope
   Problem problem_;
 };
 

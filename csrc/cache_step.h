@@ -1,5 +1,5 @@
-// One call on a cache, the same for every kind of cache and every caller: copy the lengths, check them, claim what will
-// be overwritten, store new tokens, attend, and commit the new lengths last.
+// One call on a cache. The steps are the same for every kind of cache and every caller: copy the lengths, check them,
+// claim the tokens that will be overwritten, store new tokens, attend, and commit the new lengths last.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -9,28 +9,29 @@
 
 namespace selfattn {
 
-// The arrays of a cache: blocks of `slots` tokens for each head. A block belongs to one sequence, or is a page.
+// The arrays of a cache: blocks of `slots` tokens for each head. A block is either the memory of one sequence or a
+// page.
 struct CacheStore {
   DType dtype = DType::f32;
   std::int64_t blocks = 0, num_kv_heads = 0, slots = 0;
-  Cache::Side key, value;  // TokenRows::batch is the distance from block to block
+  Cache::Side key, value;  // TokenRows::batch is the stride between blocks
 };
 
-// Where a cache with a block for each sequence keeps its lengths. Other processes may write to this memory.
+// The lengths of a cache that has one block per sequence. Other processes may write to this memory.
 struct Ledger {
-  std::int64_t* active = nullptr;  // which of the two copies is in force: 0 or 1
-  std::int64_t* copies = nullptr;  // (2, 2, blocks): in each copy the lengths, then the first tokens still held
-  std::int64_t window = -1;        // -1: none; otherwise blocks are rings
+  std::int64_t* active = nullptr;  // index of the copy in force: 0 or 1
+  std::int64_t* copies = nullptr;  // (2, 2, blocks): each copy has the lengths, then the first tokens still held
+  std::int64_t window = -1;        // -1: none; otherwise blocks are ring buffers
 };
 
-// What a sequence in pages holds before a call.
+// A paged sequence before a call.
 struct PagedSequence {
-  const std::int32_t* pages = nullptr;  // from the page of token `start` on, with room for what the call appends
+  const std::int32_t* pages = nullptr;  // from the page of token `start` on, including pages for the tokens to append
   std::int64_t page_count = 0;
   std::int64_t start = 0, length = 0;
 };
 
-// What a call uses of a cache. With a ledger, blocks are sequences; without, they are pages of `sequences`.
+// The cache of a call. With a ledger, each block is a sequence; without, blocks are pages of `sequences`.
 struct CacheSource {
   const CacheStore* store = nullptr;
   const Ledger* ledger = nullptr;
@@ -38,25 +39,26 @@ struct CacheSource {
   std::int64_t batch = 0;
 };
 
-// Lengths and starts are read once: the copies are checked, used and committed.
+// Reads lengths and starts only once, then checks, uses and commits its own copies.
 class CacheStep {
  public:
-  // For a call that appends `more` tokens to each sequence. Refuses what there is no room for, lengths that are
-  // impossible, and pages outside the store. Allocates all memory of the step. The source must outlive it.
+  // For a call that appends `more` tokens to each sequence. Throws std::invalid_argument if there is no room for them,
+  // if lengths are impossible, or if pages are outside the store. Allocates all memory of the step. The objects that
+  // `source` points to must outlive the step.
   CacheStep(const char* function, const CacheSource& source, std::int64_t more);
-  CacheStep(const CacheStep&) = delete;  // views point to its own memory
+  CacheStep(const CacheStep&) = delete;  // views point into this object
   CacheStep& operator=(const CacheStep&) = delete;
 
   const Cache& cache() const { return cache_; }
   const std::int64_t* lengths_after() const { return after_; }
 
-  // Makes what the cache will hold the keys and values of an attention call.
+  // Sets the keys and values of an attention call to the contents of the cache after the append.
   void place(AttentionArguments& arguments);
 
-  // Writes new tokens (batch, tokens, heads, width) after those that the cache holds.
+  // Writes new tokens (batch, tokens, heads, width) after the end of each sequence.
   void store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const;
 
-  // Claims, works and commits. Where `work` throws, lengths stay as they were.
+  // Claims, calls work() and commits. If `work` throws, the lengths do not change.
   template <class Work>
   void run(Work work) const {
     claim();
@@ -64,7 +66,7 @@ class CacheStep {
     commit();
   }
 
-  // Lets sequence b continue as sequence index[b] was. Needs a ledger.
+  // Replaces each sequence b by a copy of sequence index[b]. Needs a ledger. Allocates the copies of one head.
   void reorder(const std::int64_t* index) const;
 
  private:
@@ -73,16 +75,16 @@ class CacheStep {
   void open_pages(const char* function);
   void use_starts();
   bool ring() const { return source_.ledger && source_.ledger->window >= 0; }
-  // In a ring the tokens that will be overwritten are gone from now on, whatever happens next.
+  // In a ring, publishes that the tokens to be overwritten are no longer held. This is not undone if the call fails.
   void claim() const;
-  // Sequences in pages have their lengths from their owner, who commits them.
+  // Publishes the new lengths, if there is a ledger. The owner of paged sequences commits their lengths itself.
   void commit() const;
   void publish(std::int64_t more, const std::int64_t* index = nullptr) const;
 
   const CacheSource source_;
   const std::int64_t more_;
   Cache cache_{};
-  const Scratch memory_;  // of the following arrays
+  const Scratch memory_;  // backs the following arrays
   std::int64_t *lengths_, *after_, *starts_;
   Pages::Row* rows_;
   char* row_;  // see store_tokens

@@ -1,5 +1,5 @@
-// What rows add to their scores by the distance of query and key, made for one block of keys at a time: nothing of the
-// size of all scores exists, and nothing is shifted.
+// Score terms that depend on the distance between query and key: relative products and distance biases. They are
+// computed for some keys at a time, so no array of the size of all scores exists, and rows are never shifted in memory.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,8 @@ class DistanceTerms {
  public:
   DistanceTerms(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot);
 
-  // Points the slot's rows at what they add to the keys [first, first + count). Blocks come in order, up to `end`.
+  // Points the slot's rows to their terms for the keys [first, first + count). Blocks must come in order; `end` is the
+  // end of the last one.
   void prepare(std::int64_t first, int count, std::int64_t end);
 
  private:
@@ -26,7 +27,7 @@ class DistanceTerms {
   const RowSpan& span_;
   const Slot& slot_;
   const std::int64_t offset_;
-  std::int64_t made_ = -1;  // the end of the keys that relative products are there for
+  std::int64_t made_ = -1;  // end of the keys whose relative products are computed
 };
 
 }  // namespace selfattn

@@ -1,13 +1,13 @@
-// Element types, and the type that each is computed in.
+// Element types, and the type in which each is computed.
 #pragma once
 #include <cstdint>
 
 namespace selfattn {
 
-// i8: codes of a quantised cache, each row with a scale of its own.
+// i8: codes of a quantised cache, with one scale per row.
 enum class DType : std::uint8_t { f32, f64, f16, bf16, i8, i64, boolean };
 
-// 16 bits: read and written, but computed with as f32.
+// 16-bit types: only loaded and stored; computed as f32.
 constexpr bool is_narrow(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
 constexpr std::int64_t narrow_size = 2;
 

@@ -1,6 +1,6 @@
-// Where blocks of keys and values come from, for one KV head of one batch entry. Kernels want rows of contiguous,
-// aligned elements of their type; a source hands out a block in place where the memory is like that, or a copy of one
-// block at a time where it is not.
+// Supplies blocks of keys and values of one KV head of one batch entry. Kernels need rows of contiguous, aligned
+// elements of their type. A block is used in place if its memory has this form; otherwise it is copied, one block at a
+// time.
 #pragma once
 #include "plan.h"
 #include "slot.h"
@@ -13,7 +13,7 @@ class KeySource {
   KeyBlock block(std::int64_t first, int count) const;
 
  private:
-  // One of the two operands, and the scales of its codes.
+  // Keys or values, and the scales of their int8 codes.
   struct Side {
     const Operand& operand;
     const Operand& scales;
@@ -42,7 +42,7 @@ class KeySource {
   const Problem& problem_;
   const Plan& plan_;
   const Pages::Row pages_;
-  const std::int64_t end_;  // of the entry's keys
+  const std::int64_t end_;  // of the batch entry's valid keys
   const Side keys_, values_;
 };
 

@@ -1,4 +1,4 @@
-// The whole mechanism in one call: projections of x to queries, keys and values, attention, output projection.
+// A self-attention layer in one call: projections of x to queries, keys and values, attention, output projection.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -21,28 +21,30 @@ struct LayerWeights {
   std::optional<Rope> rope;
 };
 
-// A view of a C-contiguous buffer with axes (batch..., length, heads, dim), the first of which are those of x.
+// A view of a C-contiguous buffer with axes (batch..., length, heads, dim). The axes batch... and length are those of
+// x.
 struct BufferView {
   std::int64_t shape[max_axes], strides[max_axes];
   TensorView view;
 
   BufferView(char* data, DType dtype, const TensorView& x, std::int64_t heads, std::int64_t dim);
-  BufferView(const BufferView&) = delete;  // the view points to its own object
+  BufferView(const BufferView&) = delete;  // the view points into this object
   BufferView& operator=(const BufferView&) = delete;
   char* data() const { return static_cast<char*>(view.data); }
 };
 
-// One call of a layer. The arguments' q, k and v are set here; everything else is the caller's.
+// One call of a layer. Sets q, k, v and the layout of the arguments; the caller sets the other options.
 class LayerCall {
  public:
-  // `context` may be absent, and `step` null. With a step x is (batch, tokens, d_model): these tokens are appended and
-  // attend to all that the cache holds. Throws like make_problem; allocates all memory.
+  // `context` may be absent, and `step` null. With a step, x is (batch, tokens, d_model): its tokens are appended to
+  // the cache and attend to everything that it then holds. Throws like make_problem. Allocates the buffers between the
+  // stages.
   LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context, const TensorView& positions,
             CacheStep* step, AttentionArguments arguments);
   Problem& problem() { return problem_; }  // to attach lse and weights
   Shape out_shape() const;
   double flops() const;
-  // `out` is C-contiguous. False: interrupted.
+  // `out` must be C-contiguous. Returns false if interrupted. Throws std::bad_alloc.
   bool run(const TensorView& out, int num_threads, Interrupted interrupted);
 
  private:
@@ -57,7 +59,7 @@ class LayerCall {
   const Scratch inputs_;  // queries, keys, values
   const BufferView query_, key_, value_;
   Problem problem_;
-  std::optional<Scratch> heads_;  // attention's result, before the output projection
+  std::optional<Scratch> heads_;  // the result of attention, before the output projection
 };
 
 }  // namespace selfattn

@@ -1,4 +1,4 @@
-// The only file that asks the CPU and the operating system what there is.
+// Queries the CPU and the operating system: instruction sets, CPU affinity, control group quotas.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -8,10 +8,11 @@ namespace selfattn {
 // Bits of Feature (kernels/kernel_set.h) that both the CPU and the operating system support.
 std::uint32_t cpu_features();
 
-// CPUs that this thread may run on; 0 where the system does not say.
+// Number of CPUs that this thread may run on; 0: unknown.
 int affinity_count();
 
-// CPUs' worth of time that the control group allows, e.g. 1.5; 0: no limit found. `root` is "/" outside tests.
+// CPU quota of the control group, in CPUs, e.g. 1.5; 0: no limit found. `root` is a prefix of all paths, empty outside
+// tests.
 double cgroup_quota(const std::string& root);
 
 // The same, rounded up to whole CPUs.

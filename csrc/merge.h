@@ -8,13 +8,13 @@
 
 namespace selfattn {
 
-// What attention over some of the keys gave: out (..., rows, columns) and lse (..., rows), in any strides.
+// The result of attention over some of the keys: out (..., rows, columns) and lse (..., rows), with any strides.
 struct State {
   TensorView out, lse;
 };
 
-// All shapes agree. `merged` may be one of the parts and shares no other memory with them. Sums are double and in the
-// order of the parts. Returns false if it was interrupted.
+// All shapes must agree. `merged` may be one of the parts, but must not overlap them otherwise. Sums are in double and
+// in the order of the parts. Returns false if interrupted.
 bool merge_states(const KernelSet& kernels, std::span<const State> parts, const State& merged, int num_threads,
                   Interrupted interrupted);
 

@@ -1,4 +1,4 @@
-// What this machine can do at best, measured: the yardsticks of the benchmarks.
+// Measures the peak performance of this machine, the reference of the benchmarks.
 #pragma once
 #include <cstddef>
 
@@ -6,10 +6,10 @@
 
 namespace selfattn {
 
-// Floating-point operations a second of one thread in a loop that multiplies on registers only.
+// Floating-point operations per second of one thread in a loop that only multiplies registers or tiles.
 double measure_product_peak(PeakLoop loop, double seconds);
 
-// Bytes a second that `num_threads` threads read from a buffer of so many bytes, over and over.
+// Bytes per second that `num_threads` threads read when they read a buffer of `bytes` bytes repeatedly.
 double measure_read_bandwidth(std::size_t bytes, int num_threads, double seconds);
 
 }  // namespace selfattn

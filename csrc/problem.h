@@ -1,7 +1,7 @@
-// What to compute: the arguments of an attention call, checked and brought to one form
+// What to compute: the arguments of an attention call, checked and converted to the form
 //   query (batch, num_heads, q_len, head_dim)      key (batch, num_kv_heads, kv_len, head_dim)
 //   out   (batch, num_heads, q_len, value_dim)     value (batch, num_kv_heads, kv_len, value_dim)
-// where batch stands for any number of leading axes and every operand keeps its own strides.
+// Here batch is any number of leading axes. Every operand keeps its own strides.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -19,7 +19,7 @@ struct Shape {
   void append(std::int64_t n) { extent[ndim++] = n; }
 };
 
-// One array seen in the problem's form; an axis that it lacks or broadcasts has stride 0. All strides in bytes.
+// An array in the problem's form. An axis that it lacks or broadcasts has stride 0. Strides are in bytes.
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::f32;
@@ -32,20 +32,20 @@ struct Operand {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Keys and values that no array holds in order, but runs of `size` keys that stand anywhere: an operand's page p is
-// p * Operand::page bytes behind its data. A ring is a page in the same place again and again.
+// Keys and values in pages of `size` keys, which may be in any order. Operand::page is the stride between pages in
+// bytes. A ring buffer has no page tables and a page stride of 0, so that all its runs of keys share one page.
 struct Pages {
-  // The pages of one batch entry, from its run `first` of keys on; null: run r is page r.
+  // The page table of one batch entry, from run `first` on. Run r holds the keys from r * size on; null: it is page r.
   struct Row {
     const std::int32_t* numbers = nullptr;
     std::int64_t first = 0;
   };
-  std::int64_t size = 0;      // keys of a page; 0: none, one array holds all
-  const Row* rows = nullptr;  // of each batch entry, or null: none has any
+  std::int64_t size = 0;      // keys per page; 0: not paged
+  const Row* rows = nullptr;  // one per batch entry; null: no page tables
 
   Row of(std::int64_t batch_index) const { return rows ? rows[batch_index] : Row{}; }
-  // Distance of a key from its operand's base. A block of keys may start before the first that is held: those keys are
-  // masked, and the first page is read in their place.
+  // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that is held:
+  // such keys are masked, and the first page is read in their place.
   std::int64_t offset(const Row& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
     const std::int64_t run = key / size;
@@ -54,7 +54,7 @@ struct Pages {
   }
 };
 
-// An array of something for each head, the same for the whole batch. Strides in bytes; 0: all heads share it.
+// An array per head, the same for the whole batch. Strides are in bytes; head stride 0: all heads share the array.
 struct PerHead {
   const char* data = nullptr;
   DType dtype = DType::f64;
@@ -65,8 +65,7 @@ struct PerHead {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Something for each distance i + offset - j of a query and a key: row distance + origin of `count`, beyond either end
-// that end.
+// A row for each distance i + offset - j of query i and key j: row clamp(distance + origin, 0, count - 1).
 struct ByDistance {
   PerHead rows;
   std::int64_t count = 0;
@@ -76,16 +75,16 @@ struct ByDistance {
   const char* at(std::int64_t head, std::int64_t distance) const;
 };
 
-// What float32 products may be rounded to, where that is faster.
+// How far operands of float32 products may be rounded, where that is faster.
 enum class Precision : std::uint8_t { highest, high, medium };
 
-// Where the keys of a call come from, which decides how lengths align them with the queries.
+// Where the keys of a call come from. This decides how they are aligned with the queries if lengths are given.
 enum class Keys : std::uint8_t { separate, same_tokens, cached };
 
 // The order of the axes of q, k, v and out: heads before the sequence, or after it.
 enum class Layout : std::uint8_t { bhsd, bshd };
 
-// What a call is asked for, apart from its arrays.
+// The options of a call that are not arrays.
 struct Settings {
   Layout layout = Layout::bhsd;
   bool causal = false;
@@ -97,15 +96,16 @@ struct Settings {
   std::int64_t distance_origin = 0;  // the column of distance_bias for distance 0
 };
 
-// As received: shapes are not yet trusted.
+// The arguments as received: shapes have not been checked.
 struct AttentionArguments : Settings {
-  const char* function = "attention";  // whom messages name
+  const char* function = "attention";  // the function that error messages name
   TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
   Keys keys = Keys::separate;
-  TensorView r, u, w;  // (num_heads, count, head_dim) or (count, head_dim); (num_heads, head_dim)
+  TensorView r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
   std::int64_t r_origin = 0;
   TensorView distance_bias;  // (num_heads, count)
-  // Of a cache: pages of k and v (bytes from one to the next), scales of codes, the first key that is still held.
+  // For caches: the pages of k and v and the strides between them in bytes, the scales of int8 codes, and the first key
+  // that each sequence still holds (kv_starts).
   Pages pages;
   std::int64_t key_page = 0, value_page = 0;
   TensorView key_scales, value_scales;  // (batch, num_kv_heads, kv_len)
@@ -128,7 +128,7 @@ struct Problem {
   // Transformer-XL: the product is (query + key_bias) . key + (query + relative_bias) . relative.
   ByDistance relative;              // vectors of head_dim elements
   PerHead key_bias, relative_bias;  // head_dim contiguous doubles
-  ByDistance distance_bias;         // T5: doubles, added to scores as a bias is
+  ByDistance distance_bias;         // T5: doubles, added to scores like a bias
   Pages pages;
   bool recent_mask = false;
   Operand out, lse, weights;  // lse and weights may be absent
@@ -146,14 +146,14 @@ struct Problem {
     }
     return p;
   }
-  std::int64_t keys_of(std::int64_t batch_index) const;      // valid keys of a batch entry
-  std::int64_t start_of(std::int64_t batch_index) const;     // the first of them that is there
+  std::int64_t keys_of(std::int64_t batch_index) const;      // end of an entry's valid keys
+  std::int64_t start_of(std::int64_t batch_index) const;     // first key that the entry still holds
   std::int64_t masked_from(std::int64_t batch_index) const;  // the key of the mask's first column
-  std::int64_t queries_of(std::int64_t batch_index) const;   // valid queries
+  std::int64_t queries_of(std::int64_t batch_index) const;   // number of valid queries
   std::int64_t offset_of(std::int64_t batch_index) const;    // key aligned with query 0
 };
 
-// Throws std::invalid_argument with a message that names function, argument, value and rule.
+// Throws std::invalid_argument; the message names the function, the argument, its value and the rule.
 Problem make_problem(const AttentionArguments& arguments);
 
 Shape out_shape(const Problem& problem);
@@ -164,7 +164,7 @@ void attach_out(Problem& problem, const TensorView& out);
 void attach_lse(Problem& problem, const TensorView& lse);
 void attach_weights(Problem& problem, const TensorView& weights);
 
-// The keys [begin, end) that query `row` of a batch entry may see before mask and bias; empty: begin == end.
+// Keys [begin, end); empty: begin == end.
 struct KeyRange {
   std::int64_t begin, end;
 };
@@ -172,6 +172,7 @@ struct ValidKeys {
   std::int64_t begin, end, offset;  // of a batch entry; offset: the key aligned with query 0
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
+// The keys that a query of a batch entry may see, before mask and bias.
 KeyRange visible_keys(const Problem& problem, std::int64_t query, const ValidKeys& valid);
 
 }  // namespace selfattn

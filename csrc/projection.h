@@ -10,8 +10,8 @@
 
 namespace selfattn {
 
-// A weight matrix (depth, columns) with its bias, packed for one kernel set: panels of columns, [panel][depth][column].
-// Weights keep their type, the bias takes that of the computation.
+// A weight matrix (depth, columns) with its bias, packed for one kernel set into panels of columns:
+// [panel][depth][column]. Weights keep their type; the bias is converted to the type of computation.
 class Projection {
  public:
   // `weights` is 2-D, `bias` 1-D or absent and of the same type; any strides.
@@ -21,24 +21,24 @@ class Projection {
   std::int64_t panels() const { return (columns_ + types_->panel_columns - 1) / types_->panel_columns; }
   std::int64_t panel_columns() const { return types_->panel_columns; }
   DType computation() const { return computed_in(dtype_); }
-  // The type that rows of x must have: weights of bfloat16 are multiplied in pairs along the depth where a unit does
-  // so.
+  // The type that rows of x must have: bfloat16 if a unit multiplies bfloat16 weights in pairs along the depth, else
+  // the type of computation.
   DType operand() const { return pairs_ ? dtype_ : computation(); }
   bool pairs() const { return pairs_; }
   const KernelSet& kernels() const { return *kernels_; }
 
-  // Writes the weights, as they were given, to a matrix of the same type.
+  // Writes the original weights to a matrix of the same type.
   void unpack(const TensorView& weights) const;
   // The bias in the type of computation, or null.
   const char* bias() const { return bias_.get(); }
 
-  // Columns of one panel for `rows` rows of x, of contiguous elements of type operand() (see KernelSet for pairs), to
-  // rows of contiguous elements of the type of computation.
+  // Computes the columns of one panel for `rows` rows of x. Rows of x are contiguous elements of type operand() (for
+  // pairs, see MatrixKernels); rows of out are contiguous elements of the type of computation. Steps are in elements.
   void project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
                std::int64_t out_step) const noexcept;
 
  private:
-  std::int64_t panel_rows() const;  // along the depth
+  std::int64_t panel_rows() const;  // padded depth
   template <class Copy>
   void each_part(const TensorView& weights, Copy copy) const;
 
@@ -54,7 +54,7 @@ class Projection {
   std::unique_ptr<char, Free> bias_;
 };
 
-// x (..., S, d_model) as rows: leading axes that continue the rows' stride are folded into them.
+// x (..., S, d_model) as rows. Leading axes that continue the stride of the rows are folded into them.
 struct RowsView {
   const char* data;
   DType dtype;
@@ -67,7 +67,7 @@ struct RowsView {
   const char* at(std::int64_t outer_index) const;
 };
 
-// One projection of a call: x (any strides) to a matrix of contiguous rows.
+// One projection of a call, from x (any strides) to a matrix of contiguous rows.
 struct ProjectionJob {
   const Projection& projection;
   RowsView x;
@@ -76,7 +76,7 @@ struct ProjectionJob {
   std::int64_t out_step;  // bytes from row to row
 };
 
-// Runs all jobs as one list of tasks. False: interrupted.
+// Runs all jobs as one list of tasks. Returns false if interrupted.
 bool project_all(const ProjectionJob* jobs, int count, int num_threads, Interrupted interrupted);
 
 }  // namespace selfattn

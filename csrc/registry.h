@@ -8,16 +8,17 @@
 
 namespace selfattn {
 
-// Every kernel set of this build, best first.
+// All kernel sets of this build, best first.
 std::span<const KernelSet* const> compiled_kernels();
 
-// Those that this machine can run, best first.
+// The kernel sets that this machine can run, best first.
 const std::vector<const KernelSet*>& available_kernels();
 
-// The set in use: SELFATTN_ISA's, else the best. Throws std::invalid_argument if SELFATTN_ISA names none of them.
+// The set in use: the selected one, else that of SELFATTN_ISA, else the default. Throws std::invalid_argument if
+// SELFATTN_ISA names none of the available sets.
 const KernelSet& active_kernels();
 
-// Puts another set in use, for the whole process.
+// Selects another set for the whole process.
 void select_kernels(const std::string& name);
 
 const KernelSet& kernels_named(const std::string& name);

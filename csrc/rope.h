@@ -1,4 +1,4 @@
-// Rotary position embedding: pair i of a vector's elements is rotated by position / base^(2 i / rotary_dim).
+// Rotary position embedding: rotates pair i of a vector's elements by the angle position / base^(2 i / rotary_dim).
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ namespace selfattn {
 
 struct Rope {
   double base;
-  std::int64_t rotary_dim;  // even, at most head_dim; later elements stay as they are
+  std::int64_t rotary_dim;  // even, at most head_dim; later elements are not rotated
   bool interleaved;         // pairs (0, 1), (2, 3), ... instead of (0, rotary_dim/2), ...
 };
 
@@ -17,10 +17,10 @@ struct Rope {
 struct Rotation {
   TensorView from, to;
   TensorView positions;                // integers that broadcast to (..., tokens), or absent: 0, 1, 2, ...
-  const std::int64_t* ends = nullptr;  // without positions: the last token of sequence b is at ends[b] - 1
+  const std::int64_t* ends = nullptr;  // without positions: the last token of sequence b has position ends[b] - 1
 };
 
-// Rotates every vector by the position of its token. Results do not depend on the number of threads. False:
+// Rotates every vector by the position of its token. Results do not depend on the number of threads. Returns false if
 // interrupted. Throws std::bad_alloc.
 bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads, Interrupted interrupted);
 

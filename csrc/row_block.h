@@ -1,4 +1,4 @@
-// One task's query rows: where they are, what they see, and what becomes of them when the keys are through.
+// The query rows of one task: set up before the loop over the keys, and finished after it.
 #pragma once
 #include "plan.h"
 #include "problem.h"
@@ -6,12 +6,13 @@
 
 namespace selfattn {
 
-// The rows of a KV head are ordered by query, then by head within the group, so that neighbours see the same keys.
+// The rows of a KV head are ordered by query, then by head within the group, so that the heads of a query are adjacent
+// and see the same keys.
 struct RowSpan {
   std::int64_t batch, kv_head;
   std::int64_t first;  // row
   int count;
-  int valid;  // the first `valid` rows are queries within q_lens; the rest get empty results
+  int valid;  // the first `valid` rows are queries within q_lens; the others get empty results
 };
 
 RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, std::int64_t kv_head,
@@ -20,28 +21,30 @@ RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, st
 // Keys that any valid row of the span may see, before mask and bias.
 KeyRange span_keys(const Problem& problem, const RowSpan& span);
 
-// Fills slot.rows for the valid rows; queries that kernels cannot read in place are copied.
+// Fills slot.rows for the valid rows. Copies queries that kernels cannot read in place.
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks);
 
-// Copies query i of the span to contiguous elements of a type that holds them, and adds what its head adds to all.
+// Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
+// is one.
 void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span, std::int64_t i, DType type,
                   const PerHead& bias, char* to);
 
-// Where a mask is over the newest keys only: lays out what it says of the keys [first, first + count), which is true of
-// those before it, and points slot.rows there.
+// For masks that cover only the newest keys: expands them to the keys [first, first + count), where earlier keys are
+// visible, and points slot.rows to the result.
 void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count);
 
 // How products become scores, the same for every row.
 ScoreTerms score_terms(const Problem& problem);
 
-// From row_max, row_sum and slot.rows' outputs: lse, weights, and the outputs themselves where they were bounced.
+// Computes lse and weights from row_max and row_sum, and copies outputs that were computed in scratch to `out`.
 void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,
                    const char* row_sum);
 
-// Results of the rows beyond q_lens.
+// Writes the empty results of rows beyond q_lens.
 void clear_rows(const Problem& problem, const RowSpan& span);
 
-// Merges the ranges of a row block in their order, as if the keys had been absorbed one range after the other.
+// Merges the partial results of a row block in the order of its key ranges, as if the ranges had been absorbed one
+// after the other.
 void merge_ranges(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block,
                   const RowSpan& span, const Slot& slot);
 

@@ -1,5 +1,5 @@
-// Memory for the time of a call, kept for the next one: at most 128 MiB in all. Safe to use from many threads and after
-// fork: no locks.
+// Memory for the duration of a call, kept for later calls: at most 128 MiB in total. Uses no locks, so it is safe with
+// many threads and after fork.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace selfattn {
 
-// Bytes of a buffer of so many elements; a product that overflows is memory that nobody has.
+// The product of all sizes, rounded up to whole cache lines. Throws std::bad_alloc if it overflows or exceeds 2^60.
 template <class... Sizes>
 std::int64_t bytes_of(Sizes... sizes) {
   std::int64_t bytes = 1;
@@ -19,7 +19,7 @@ std::int64_t bytes_of(Sizes... sizes) {
   return static_cast<std::int64_t>(whole_lines(static_cast<std::size_t>(bytes)));
 }
 
-// At least `bytes` bytes on a 64-byte boundary. Throws std::bad_alloc.
+// At least `bytes` bytes with 64-byte alignment. Throws std::bad_alloc.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes);
@@ -30,7 +30,7 @@ class Scratch {
 
  private:
   char* data_ = nullptr;
-  unsigned class_ = 0;  // of the block's size
+  unsigned class_ = 0;  // size class of the block
 };
 
 }  // namespace selfattn

@@ -1,4 +1,5 @@
-// How the scratch of one call is divided. Plan counts with these, attend carves with them: one description for both.
+// The layout of the scratch memory of a call. make_plan uses it to compute sizes and attend() to place the buffers, so
+// that they always agree.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -14,24 +15,25 @@ struct Slot {
   char* row_max;
   char* row_sum;
   char* kernel_scratch;
-  char* queries;  // bounce buffers, where an operand cannot be used in place
+  char* queries;  // bounce buffers for operands that cannot be used in place
   char* keys;
   char* values;
   char* out;
-  const void** key_rows;  // for kernels that take rows wherever they stand
+  const void** key_rows;  // for kernels that take a pointer to each row
   const void** value_rows;
-  float* key_scales;  // of codes
+  float* key_scales;  // of int8 codes
   float* value_scales;
-  std::uint8_t* masks;  // of the newest keys, [row][mask_step]
+  std::uint8_t* masks;  // masks over the newest keys, expanded to a key block: [row][mask_step]
   std::int64_t mask_step;
-  // Of terms by distance: queries for the relative product, vectors and their panel, products [row][relative_step].
+  // For distance terms: queries of the relative product, pointers to the vectors of a panel, their copies, the packed
+  // panel, and the products [row][relative_step].
   char* relative_queries;
   const void** relative_rows;
   char* relative_copies;
   char* relative_panel;
   char* relative;
   std::int64_t relative_step;
-  char* biases;  // a line for each head of the group, or for each row
+  char* biases;  // one line per head of the group, or per row
   std::int64_t bias_step;
   std::size_t bytes;
 
@@ -47,7 +49,7 @@ struct Partial {
 
 struct Shared {
   std::int64_t row_blocks;              // of all batch entries and KV heads
-  std::atomic<std::int32_t>* finished;  // ranges done, per row block
+  std::atomic<std::int32_t>* finished;  // finished ranges of each row block
   char* partials;
   std::size_t partial_bytes;  // of one range of one row block
   std::size_t bytes;

@@ -1,4 +1,4 @@
-// Threads claim tasks from one counter until none is left or somebody asks to stop.
+// Threads claim tasks from a shared counter until none is left or the call is interrupted.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -8,11 +8,11 @@
 
 namespace selfattn {
 
-// Asked on the calling thread every 50 ms or so; true: stop.
+// Called on the calling thread about every 50 ms; true: stop.
 using Interrupted = bool (*)();
 
-// `useful_threads` asks for a team sooner where a call of the same thread ended just now. Forgotten: for a call that
-// comes alone.
+// After a call, its thread's team stays awake for a moment, and useful_threads uses it for less work. Call
+// forget_last_call() to get the result for a call that does not follow another.
 void note_end_of_call();
 void forget_last_call();
 
@@ -30,7 +30,7 @@ class TaskLoop {
     } context{*this, task};
     run_region({[](void* opaque, int slot) noexcept {
                   auto& [loop, body] = *static_cast<Context*>(opaque);
-                  if (slot >= loop.threads_) return;  // a team larger than asked for
+                  if (slot >= loop.threads_) return;  // the team is larger than requested
                   std::int64_t index;
                   while (!loop.should_stop(slot) && loop.claim(index)) body(index, slot);
                 },
@@ -39,7 +39,7 @@ class TaskLoop {
     return !stopped_.load(std::memory_order_relaxed);
   }
 
-  // Long tasks ask this between their steps.
+  // Long tasks check this between their steps.
   bool should_stop(int slot) noexcept {
     if (slot == caller_slot && !caller_waits_ && Clock::now() - last_asked_ > interval) {
       ask();
@@ -64,14 +64,14 @@ class TaskLoop {
   const std::int64_t tasks_;
   const int threads_;
   const Interrupted interrupted_;
-  const bool caller_waits_;  // on a helper thread, which has slot 0 but gets no signals
+  const bool caller_waits_;  // on a helper thread, which has slot 0 but must not poll: the caller does
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stopped_{false};
   Clock::time_point last_asked_ = Clock::now();
 };
 
-// How many threads so much work is worth, at most num_threads or, where that is 0, the default: which takes system
-// calls to find out and is asked for only where a team pays. Bits never depend on it.
+// Number of threads worth using for this much work, at most num_threads (0: the default). Finding the default takes
+// system calls, so it is only done if more than one thread is worth using. Results never depend on this number.
 int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads);
 
 }  // namespace selfattn

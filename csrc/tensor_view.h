@@ -1,4 +1,4 @@
-// What the core knows of an array: where it is and how to walk it. Owns nothing.
+// The core's view of an array: its memory, type, shape and strides. Owns nothing.
 #pragma once
 #include <cstddef>
 #include <cstdint>
