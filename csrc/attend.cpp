@@ -21,7 +21,7 @@ struct Task {
   std::int64_t job, batch, kv_head, row_block, range;
 };
 
-// One entry of the task order: a block of query rows of every KV head of a batch entry.
+// An entry of the task order: one block of query rows for all KV heads of a batch entry.
 struct Unit {
   std::int64_t job, batch, row_block;
   std::int64_t cost;
@@ -86,7 +86,7 @@ class Run {
         for (std::int64_t b = 0; b < problem.batch; ++b) {
           const RowSpan span = span_of(problem, *parts_[i].plan, b, 0, block);
           const KeyRange keys = span_keys(problem, span);
-          // Of several problems, the rows differ as well.
+          // Several problems may also differ in their numbers of rows.
           const std::int64_t rows = count_ > 1 ? span.valid : 1;
           *unit++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
         }
@@ -151,7 +151,7 @@ class Run {
     const auto bytes = static_cast<std::size_t>(span.valid * size_of(problem.dtype));
     std::memcpy(result.row_max, slot.row_max, bytes);
     std::memcpy(result.row_sum, slot.row_sum, bytes);
-    // Whoever finishes last merges; acquire-release makes the other ranges' results visible to it.
+    // The thread that finishes last merges. Acquire-release makes the other ranges' results visible to it.
     if (part.shared.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == ranges.count)
       merge_ranges(problem, plan, part.shared, block_index, span, slot);
   }
@@ -161,14 +161,14 @@ class Run {
       slot.rows[i].out = result.out + i * problem.value_dim * size_of(problem.dtype);
   }
 
-  // Blocks start at multiples of key_block, so a row's result does not depend on what its neighbours see.
+  // Blocks start at multiples of key_block, so a row's result does not depend on which keys its neighbours see.
   bool absorb_keys(const Part& part, const Task& task, const RowSpan& span, const KeyRange& range,
                    const RowBlock& block, const Slot& slot, int slot_index) noexcept {
     const Problem& problem = *part.problem;
     const Plan& plan = *part.plan;
     const KeyRange keys = span_keys(problem, span);
     const std::int64_t begin = std::max(keys.begin, range.begin), end = std::min(keys.end, range.end);
-    // No page may hold the keys of the block that an empty range rounds down to.
+    // An empty range would be rounded down to a block whose keys may be in no page.
     if (begin >= end) return true;
     const std::int64_t masked_from = problem.masked_from(task.batch);
     RowBlock unmasked = block;

@@ -10,7 +10,8 @@
 namespace selfattn {
 namespace {
 
-// Codes -127..127 and the scale that gives the numbers back: code * scale. What is not finite makes the whole row NaN.
+// Quantises a row to codes -127..127 and returns the scale: x is about code * scale. An element that is not finite
+// makes the whole row NaN.
 float quantise(const float* x, std::int64_t count, char* codes) {
   float largest = 0;
   bool finite = true;
@@ -21,7 +22,7 @@ float quantise(const float* x, std::int64_t count, char* codes) {
   }
   constexpr float most = 127;
   float scale = largest / most;
-  // The largest floats would come back as infinite.
+  // For the largest floats, 127 * scale could overflow.
   if (scale * most > std::numeric_limits<float>::max()) scale = std::nextafter(scale, 0.0f);
   if (!finite || scale == 0) {
     std::memset(codes, 0, static_cast<std::size_t>(count));
@@ -35,7 +36,7 @@ float quantise(const float* x, std::int64_t count, char* codes) {
   return scale;
 }
 
-// A contiguous row of any type to floats.
+// Converts a contiguous row of any type to floats.
 void to_floats(const KernelSet& kernels, const char* from, DType type, std::int64_t count, char* to) {
   if (type != DType::f64) return gather_rows(kernels, to, DType::f32, from, type, 0, size_of(type), 1, count);
   for (std::int64_t i = 0; i < count; ++i) {
@@ -44,7 +45,7 @@ void to_floats(const KernelSet& kernels, const char* from, DType type, std::int6
   }
 }
 
-// Where the rows of one sequence and KV head stand.
+// The addresses of the rows of one sequence and KV head.
 struct Place {
   const Pages& pages;
   const TokenRows& rows;

@@ -8,7 +8,7 @@ RotatedTokens::RotatedTokens(const TensorView& like, bool bshd)
     : memory_(static_cast<std::size_t>(
           bytes_of(like.shape[0], like.shape[1], like.shape[2], like.shape[3], size_of(like.dtype)))),
       view_{memory_.data(), like.dtype, 4, like.shape, strides_} {
-  // Tokens of a head follow one another, which suits the kernels.
+  // The tokens of a head are contiguous, which suits the kernels.
   const int token = bshd ? 1 : 2, head = bshd ? 2 : 1;
   strides_[3] = size_of(like.dtype);
   strides_[token] = strides_[3] * like.shape[3];

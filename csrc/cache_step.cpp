@@ -23,7 +23,7 @@ Cache::Side in_pages(Cache::Side side) {
   return side;
 }
 
-// Each number is read once: a compiler may not go back to memory that another process writes to.
+// Each number is read exactly once, by an atomic load: another process may write to this memory.
 void copy_shared(std::int64_t* to, std::int64_t* from, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = std::atomic_ref(from[i]).load(std::memory_order_relaxed);
 }
@@ -92,7 +92,7 @@ void CacheStep::check_room(const char* function) const {
              slots);
 }
 
-// Checks the pages of each sequence from the one of its first token on: no others are read.
+// Checks the pages of each sequence from that of its first token on. Others are never read.
 void CacheStep::open_pages(const char* function) {
   static const std::int32_t nothing = 0;
   const std::int64_t slots = source_.store->slots, num_pages = source_.store->blocks;
@@ -141,7 +141,7 @@ void CacheStep::reorder(const std::int64_t* index) const {
   const TokenRows* const sides[] = {&cache_.key.tokens, &cache_.value.tokens, &cache_.key.scales, &cache_.value.scales};
   std::int64_t most = 0;
   for (const TokenRows* rows : sides) most = std::max(most, used * rows->row);
-  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // of one head
+  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // the sequences of one head
   for (const TokenRows* rows : sides)
     for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
       const auto bytes = static_cast<std::size_t>(used * rows->row);
@@ -155,7 +155,7 @@ void CacheStep::reorder(const std::int64_t* index) const {
   publish(0, index);
 }
 
-// The copy that is not in force is written first; then one store of 8 bytes puts it in force.
+// Writes the copy that is not in force, then puts it in force with a single 8-byte store.
 void CacheStep::publish(std::int64_t more, const std::int64_t* index) const {
   const Ledger& ledger = *source_.ledger;
   const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_relaxed) & 1;

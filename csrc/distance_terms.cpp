@@ -8,7 +8,8 @@
 namespace selfattn {
 namespace {
 
-// The rows of a span that belong to one head: every group-th from `row` on, for queries that follow one another.
+// The rows of a span that belong to one head: every group_size-th row from `row` on. They belong to consecutive
+// queries, from `query` on.
 struct HeadRows {
   std::int64_t head, row, query, count;
 };
@@ -20,13 +21,13 @@ HeadRows rows_of(const Problem& problem, const RowSpan& span, std::int64_t i) {
           row < span.valid ? ceil_div(span.valid - row, group) : 0};
 }
 
-// Whether no query sees a key at any distance of [least, most].
+// Whether no query sees a key at a distance in [least, most].
 bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most) {
   return (problem.causal && most < 0) || (problem.window_left >= 0 && least > problem.window_left) ||
          (problem.window_right >= 0 && most < -problem.window_right);
 }
 
-// A row of vectors for distances that fall from `distance` on, as wide as a panel, becomes a panel.
+// Packs the vectors of distance, distance - 1, ... as the columns of one panel.
 void pack(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t head, std::int64_t distance) {
   const PerHead& rows = problem.relative.rows;
   const int width = plan.types->panel_columns;
@@ -46,7 +47,7 @@ void pack(const Problem& problem, const Plan& plan, const Slot& slot, std::int64
   plan.types->pack_panel(slot.relative_rows, problem.head_dim, slot.relative_panel);
 }
 
-// A finite number of the table stays finite.
+// Converts an entry of the table to T. A finite entry stays finite.
 template <class T>
 T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
   const double x = read_real(problem.distance_bias.at(head, distance), DType::f64);
@@ -75,10 +76,14 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
     problem_.bias ? add_biases<double>(first, count) : fill_biases<double>(first, count);
 }
 
-// Products of each query with the vectors of all distances that its keys have. The distances of a row's keys fall by
-// one from key to key and are greater by one than those of the row before. So as many rows as a panel has columns are
-// multiplied with the panels of distances that any of them needs, and each finds its own one place before the last
-// one's. Such batches of rows need the same panels.
+// Multiplies each query with the vectors of the distances to its keys. Query i and key j have distance i + offset - j:
+// it falls by 1 from key to key, and grows by 1 from query to query. So `width` (panel_columns) consecutive queries
+// form a batch, which is multiplied with all panels of distances that any of them needs:
+//
+//   column c of a batch: distance d - c, where d is the distance from query width - 1 of the batch to key `first`
+//   query n of a batch: its products start at column width - 1 - n
+//
+// Consecutive batches need the same panels, shifted by one, so each panel is packed once for all batches.
 void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
   const std::int64_t width = plan_.types->panel_columns, size = size_of(problem_.dtype), depth = problem_.head_dim;
   const std::int64_t group = problem_.group_size, panels = ceil_div(count + width - 1, width);
@@ -106,7 +111,8 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
   }
 }
 
-// One line for each head: that of the last query starts at the line's first place, that of the one before at the next.
+// One line per head, shared by its queries: the biases of the last query start at its first element, those of the query
+// before at the second, and so on.
 template <class T>
 void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   for (std::int64_t i = 0; i < problem_.group_size; ++i) {
@@ -122,7 +128,7 @@ void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   }
 }
 
-// With the caller's own bias each row has its own line.
+// The caller's bias differs between rows, so each row has a line with the sum of both.
 template <class T>
 void DistanceTerms::add_biases(std::int64_t first, int count) const {
   const double hidden = -std::numeric_limits<double>::infinity();

@@ -33,7 +33,7 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const Slot& slot,
               slot.value_rows,
               slot.value_scales} {}
 
-// Keys from `key` on that follow one another in memory.
+// Number of keys from `key` on that are equally spaced in memory.
 std::int64_t KeySource::run_from(std::int64_t key) const {
   const std::int64_t size = problem_.pages.size;
   return size == 0 ? problem_.kv_len - key : size - key % size;
@@ -43,7 +43,8 @@ const char* KeySource::at(const Operand& operand, const char* base, std::int64_t
   return base + problem_.pages.offset(pages_, key, operand.page, operand.row);
 }
 
-// use(address, index, keys) for every run of the keys [first, first + count), index counted from the first.
+// Calls use(address, index, keys) for every run of equally spaced keys in [first, first + count); index is relative to
+// `first`.
 template <class Use>
 void KeySource::each_run(const Operand& operand, const char* base, std::int64_t first, std::int64_t count,
                          Use use) const {
@@ -73,7 +74,7 @@ void KeySource::list(const Side& side, std::int64_t first, int count) const {
     for (int i = 0; i < count + rows_ahead; ++i) side.rows[i] = side.copy + std::min(i, count - 1) * row;
     return;
   }
-  // Those ahead stand behind one another, or nobody knows where.
+  // The rows after the block are only prefetched: the keys that follow, or the last valid key past the end.
   const std::int64_t known = std::min<std::int64_t>(count + rows_ahead, end_ - first);
   each_run(side.operand, side.base, first, known, [&](const char* from, std::int64_t index, std::int64_t keys) {
     for (std::int64_t i = 0; i < keys; ++i) side.rows[index + i] = from + i * side.operand.row;

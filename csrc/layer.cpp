@@ -56,10 +56,11 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
     step->place(arguments);
   } else if (!context) {
     arguments.keys = Keys::same_tokens;
-    // Query i is key i, also where q_lens alone is given.
+    // Query i and key i are the same token, even if only q_lens is given.
     if (!arguments.q_offset && !arguments.kv_lens) arguments.q_offset = first_token;
   }
-  // Heads of a bfloat16 layer are as good as bfloat16: their products may be, too.
+  // Overrides the caller's precision: the projections of a bfloat16 layer are only accurate to bfloat16, so its
+  // attention may be, too.
   if (layer.query.pairs()) arguments.precision = Precision::medium;
   problem_ = make_problem(arguments);
   if (layer.output)
@@ -67,7 +68,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
         bytes_of(problem_.batch, problem_.q_len, layer.num_heads, layer.value_dim, size_of(dtype_))));
 }
 
-// Queries and keys in place. Positions belong to x and, without a context, to its keys.
+// Rotates queries and keys in place. `positions` are those of x, so they apply to keys only if there is no context.
 bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
   const bool one_input = context_.data == x_.data && context_.shape == x_.shape;
   const std::int64_t* ends = step_ ? step_->lengths_after() : nullptr;
@@ -93,7 +94,7 @@ double LayerCall::flops() const {
 
 bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrupted) {
   const std::int64_t size = size_of(dtype_);
-  // The attention's result as (batch..., length, heads, value_dim).
+  // The result of attention as (batch..., length, heads, value_dim).
   const DType heads_dtype = layer_.output ? dtype_ : out.dtype;
   const TensorView rows{nullptr, heads_dtype, out.ndim, out.shape, out.strides};
   const BufferView heads(layer_.output ? heads_->data() : static_cast<char*>(out.data), heads_dtype, rows,

@@ -27,7 +27,7 @@ std::uint64_t enabled_registers() {
   return std::uint64_t{high} << 32 | low;
 }
 
-// Linux lets a process use tiles only after it has asked for them: once, for all its threads and children.
+// On Linux a process must request permission to use tiles: once, for all its threads and children.
 bool may_use_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long ask_for_state = 0x1023, tile_data = 18;
@@ -50,7 +50,7 @@ std::uint32_t cpu_features() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
   constexpr std::uint32_t avx2 = 1u << 5;
   constexpr std::uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
-  constexpr std::uint64_t ymm = 0x06, zmm = 0xe6;                              // XCR0: state that the system saves
+  constexpr std::uint64_t ymm = 0x06, zmm = 0xe6;  // XCR0: register state that the system saves
   const std::uint64_t registers = enabled_registers();
   std::uint32_t features = 0;
   if (has(b, avx2) && has(registers, ymm)) features |= feature_avx2_fma;
@@ -70,7 +70,7 @@ std::uint32_t cpu_features() { return 0; }
 
 int affinity_count() {
 #if defined(__linux__)
-  // The mask grows until the kernel's fits.
+  // The mask must be at least as large as the kernel's, whose size is unknown.
   for (int cpus = 1024; cpus <= 1 << 20; cpus *= 4) {
     cpu_set_t* set = CPU_ALLOC(static_cast<std::size_t>(cpus));
     if (!set) return 0;
@@ -85,7 +85,7 @@ int affinity_count() {
 
 namespace {
 
-// The whole word as a number; 0 unless it is positive. What the system itself writes stays far below the bound.
+// Parses the whole word as a number; returns 0 unless it is positive and below a bound that no real quota reaches.
 double positive(const std::string& word) {
   constexpr double bound = 1e15;
   std::istringstream text(word);
@@ -113,7 +113,7 @@ double read_v1(const std::string& folder) {  // quota -1: no limit
   return cpus(quota, period);
 }
 
-// The smallest limit from a group up to the root of its hierarchy: every ancestor's limit holds too.
+// The smallest limit of a group and its ancestors, whose limits all apply.
 template <class Read>
 double smallest_limit(const std::string& mount, std::string group, Read read) {
   double smallest = 0;
@@ -142,7 +142,7 @@ double cgroup_quota(const std::string& root) {
     std::string path = line.substr(second + 1);
     if (!path.empty() && path.back() == '/') path.pop_back();
     if (controllers == ",,")
-      for (const char* mount : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"})  // the latter beside v1 hierarchies
+      for (const char* mount : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"})  // the latter if v1 is mounted too
         take(smallest_limit(root + mount, path, read_v2));
     else if (controllers.find(",cpu,") != std::string::npos)
       for (const char* mount : {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"})

@@ -11,7 +11,7 @@
 namespace selfattn {
 namespace {
 
-constexpr std::int64_t run = 256;  // columns summed at a time, in memory that stays in L1
+constexpr std::int64_t run = 256;  // columns summed at a time, so that the sums stay in L1
 constexpr std::int64_t elements_per_task = 1 << 14;
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
@@ -22,7 +22,7 @@ struct Source {
   double weight;
 };
 
-// Rows are taken along the longest axis. A line is all rows along that axis, at one index of the other axes.
+// Iterates over rows along the longest axis. A line is all rows along that axis for one index of the other axes.
 class Lines {
  public:
   explicit Lines(const TensorView& lse) : axes_(lse.ndim), shape_(lse.shape) {
@@ -52,8 +52,8 @@ class Lines {
   std::int64_t rows_ = 1;
 };
 
-// Sets the weights of a row's parts, which sum to 1, and returns their log-sum-exp. A part of lse -inf weighs 0. NaN,
-// and +inf by way of inf - inf, make everything NaN.
+// Sets the weights of a row's parts, which sum to 1, and returns the parts' log-sum-exp. A part with lse -inf gets
+// weight 0. NaN makes everything NaN, and so does +inf, because inf - inf is NaN.
 double weigh(std::span<Source> sources, DType type) {
   double peak = -infinity, total = 0;
   for (Source& source : sources) {
@@ -127,7 +127,7 @@ class Merge {
     return elements * static_cast<double>(size_of(merged_.out.dtype)) * static_cast<double>(parts_.size() + 1);
   }
 
-  // Reads all parts before it writes, since one of them may be in the same memory.
+  // Reads all parts before it writes, since one of them may be the output itself.
   void merge_run(std::span<const Source> sources, char* out, std::int64_t column, std::int64_t count) const {
     double sum[run] = {};
     for (std::size_t p = 0; p < sources.size(); ++p)

@@ -50,21 +50,19 @@ Backend backend() {
   return chosen;
 }
 
-// The calling thread takes caller_slot, the others what the counter gives: OpenMP's own thread numbers are unsafe
-// where two runtimes meet in one process.
 void run_threads(const Region& region, int num_threads) {
   std::vector<std::thread> others;
   try {
     others.reserve(static_cast<std::size_t>(num_threads - 1));
     for (int slot = 1; slot < num_threads; ++slot) others.emplace_back(region.work, region.context, slot);
   } catch (const std::exception&) {
-    // The system grants no more threads, or no memory for them: the team is as large as it got.
+    // No more threads, or no memory for them: the team stays smaller.
   }
   region.work(region.context, caller_slot);
   for (std::thread& other : others) other.join();
 }
 
-// Held while a team grows, so that no other thread of this process takes the threads that a trial found.
+// Held while a team grows, so that no other thread of this process uses up the threads that startable_threads found.
 std::mutex growth;
 
 #if defined(SELFATTN_OPENMP)
@@ -76,6 +74,8 @@ struct Team {
   std::atomic<int> next{caller_slot + 1};
 };
 
+// The calling thread takes caller_slot; the others draw slots from a counter, because OpenMP's own thread numbers are
+// unreliable where two runtimes meet in one process.
 void join(void* context) {
   Team& team = *static_cast<Team*>(context);
   const bool is_caller = std::this_thread::get_id() == team.caller;
@@ -87,7 +87,7 @@ void join(void* context) {
 
 std::atomic<const Runtime*> shared{nullptr};
 
-// How many threads, at most `count`, the system lets this process start now.
+// Number of threads, at most `count`, that this process can start now.
 int startable_threads(int count) {
   std::mutex all_started;
   std::vector<std::thread> threads;
@@ -105,8 +105,9 @@ int startable_threads(int count) {
   return static_cast<int>(threads.size());
 }
 
-// libgomp ends the process if it cannot start a thread, so we try before it does. It keeps the threads of the calling
-// thread's last team: only a larger team starts new ones. Other processes of the same user may still take them.
+// libgomp terminates the process if it cannot start a thread, so we first test how many can be started. libgomp keeps
+// the threads of the calling thread's last team, so only a larger team needs new threads. Other processes of the same
+// user may still take them in between.
 int granted_threads(int wanted, std::unique_lock<std::mutex>& growing) {
   thread_local int team = 1;
   if (wanted > team) {
@@ -116,8 +117,8 @@ int granted_threads(int wanted, std::unique_lock<std::mutex>& growing) {
   return team = wanted;
 }
 
-// A shared team keeps its size, and who is not needed returns at once: libgomp ends the threads that a smaller team
-// leaves out, and whom we share with would have to start them again.
+// Keeps the size of a shared team; threads that are not needed return at once. libgomp terminates the threads that a
+// smaller team leaves out, and the library that shares the runtime would have to start them again.
 void run_openmp(const Region& region, int num_threads) {
   Team team{region, num_threads, {}};
   const Runtime* runtime = shared.load(std::memory_order_acquire);
@@ -136,9 +137,10 @@ void run_here(const Region& region, int num_threads) {
   run_threads(region, num_threads);
 }
 
-// libgomp keeps a thread's team in that thread. Of a forked process only the forking thread survives, still believing
-// in its team, and its next region would wait for ever. So the survivor hands its regions to a helper thread, born in
-// the child, which has a team of its own. Threads that the child starts later are not concerned.
+// libgomp stores the team of a thread in that thread. After a fork, only the forking thread exists in the child, but it
+// still refers to its old team, so that its next region would wait forever. It therefore passes its regions to a helper
+// thread, which is created in the child and has a team of its own. Threads that the child starts later are not
+// affected.
 class Helper {
  public:
   Helper() {
@@ -177,7 +179,8 @@ class Helper {
 };
 
 thread_local bool survived_fork = false;
-Helper* helper = nullptr;  // the survivor's; never deleted, since the thread behind it serves until the process ends
+// Of the thread that survived a fork. Never deleted, since the helper's own thread runs until the process ends.
+Helper* helper = nullptr;
 
 [[maybe_unused]] void after_fork_in_child() {
   survived_fork = true;
@@ -197,8 +200,8 @@ ThreadDefault detect_threads() {
   lower(affinity_count(), "CPU affinity");
   lower(quota, "control group quota");
 #if defined(SELFATTN_OPENMP)
-  // The thread's own setting: OMP_NUM_THREADS, omp_set_num_threads, threadpoolctl. Last, since OpenMP itself starts
-  // from the affinity: it decides only where somebody set less.
+  // OpenMP's setting for this thread: OMP_NUM_THREADS, omp_set_num_threads, threadpoolctl. It is compared last because
+  // OpenMP's own default is the affinity: OpenMP is the source only if a smaller number was set.
   lower(omp_get_max_threads(), "OpenMP");
 #endif
   return limit;
@@ -211,7 +214,7 @@ void run_region(const Region& region, int num_threads) {
     try {
       if (!helper) helper = new Helper;
     } catch (const std::exception&) {
-      return region.work(region.context, caller_slot);  // the system grants no thread or no memory: alone, then
+      return region.work(region.context, caller_slot);  // no thread, or no memory for it: run on this thread alone
     }
     return helper->run(region, num_threads);
   }
@@ -227,7 +230,7 @@ void set_default_threads(int count) { chosen_threads.store(count, std::memory_or
 
 void share_runtime([[maybe_unused]] Runtime runtime) {
 #if defined(SELFATTN_OPENMP)
-  // The one before is left as it is: a region may just be starting there.
+  // The previous Runtime is never deleted: another thread may be starting a region there.
   shared.store(runtime.run && runtime.threads ? new Runtime(runtime) : nullptr, std::memory_order_release);
 #endif
 }

@@ -25,7 +25,7 @@ void read_share(void* context, int slot) noexcept {
   Stream& stream = *static_cast<Stream*>(context);
   const std::size_t begin = std::min(stream.share * static_cast<std::size_t>(slot), stream.words.size());
   const std::size_t end = std::min(begin + stream.share, stream.words.size());
-  constexpr std::size_t lanes = 32;  // independent sums, so that the loads are the limit
+  constexpr std::size_t lanes = 32;  // independent sums, so that loads are the bottleneck
   std::uint64_t sums[lanes] = {};
   std::size_t i = begin;
   for (; i + lanes <= end; i += lanes)

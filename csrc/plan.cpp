@@ -8,35 +8,37 @@
 namespace selfattn {
 namespace {
 
-// 128 keys of scores for a strip of 48 floats are 24 KiB: they stay in L1 between the two products.
+// The scores of 128 keys for a strip of 48 floats take 24 KiB and stay in L1 between the two products.
 constexpr int largest_key_block = 128;
-// Few rows have few scores. Long blocks change seldom between the two streams of memory, K and V.
+// A few rows have few scores, so that longer blocks fit. These switch less often between reading K and reading V.
 constexpr int largest_row_key_block = 512;
-constexpr std::int64_t row_key_block_bytes = std::int64_t{1} << 20;  // where they must be copied
+constexpr std::int64_t row_key_block_bytes = std::int64_t{1} << 20;  // limits the copies, if K and V must be copied
 constexpr int smallest_key_block = 8;
-// K and V blocks beyond this would leave L2 between the strips of a row block.
+// Larger K and V blocks would be evicted from L2 between the strips of a row block.
 constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
-// More strips in a block share each K and V block that comes from beyond L2; fewer leave more tasks to balance.
+// With more strips in a block, each K and V block that is loaded into L2 is used more often; fewer strips give more
+// tasks to balance.
 constexpr int fewest_strips = 2;
 constexpr int most_strips = 8;
 constexpr std::int64_t blocks_wanted = 8;
-constexpr std::int64_t packed_blocks_wanted = 2;  // fewer blocks pack less often
-// Queries and outputs of a row block stay in L2 beside the K and V block.
+constexpr std::int64_t packed_blocks_wanted = 2;  // fewer row blocks pack K and V less often
+// Queries and outputs of a row block stay in L2 together with the K and V block.
 constexpr std::int64_t row_block_bytes = std::int64_t{448} << 10;
 constexpr std::size_t largest_scratch = std::size_t{2} << 20;
-// Packed operands of wider heads would not leave room for enough rows.
+// The packed operands of wider heads would leave too little room for rows.
 constexpr std::int64_t widest_packed = 4096;  // head_dim + value_dim
-// Few rows leave too few tasks for a team, so the keys are parted as well. Merging costs one pass over `rows` outputs
-// per range, which is nothing beside reading this many keys.
+// A few rows give too few tasks for a team, so the keys are split as well. Merging costs one pass over `rows` outputs
+// per range, which is negligible compared with reading this many keys.
 constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
-constexpr std::int64_t most_ranges = 256;  // bounds the memory for results to merge, whatever length a view claims
-// Products with the vectors of distances stay in L2 until the keys have come, and repay the panels at their edges.
+constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, whatever length a view claims
+// The relative products of this many keys stay in L2 until their keys are processed, and amortise the additional panels
+// at the edges.
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
 
-// Whether kernels that read `dtype` can use the operand where it is.
+// Whether kernels that read `dtype` can use the operand in place.
 bool in_place(const Problem& problem, const Operand& operand, DType dtype) {
   const std::int64_t size = size_of(dtype);
   bool aligned = reinterpret_cast<std::uintptr_t>(operand.data) % static_cast<std::uintptr_t>(size) == 0 &&
@@ -51,33 +53,35 @@ int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t la
   return static_cast<int>(std::clamp<std::int64_t>(fitting, smallest_key_block, largest));
 }
 
-// The row kernel costs as much per row as the tile kernel per lane: it pays where a quarter of two vectors would stay
-// empty, if there are many keys. The bits of a result must not depend on how many there are; a few queries of grouped
-// heads are generation, where there are.
+// The row kernel costs as much per row as the tile kernel per lane. So it wins if the tile kernel would leave at least
+// a quarter of the lanes of one or two vectors empty, provided that there are many keys. The choice must not depend on
+// the number of keys, because results would, too. A few queries of grouped heads indicate decoding, which has many
+// keys.
 bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = ceil_div(plan.rows, vector) * vector;
-  // Tiles want keys of 16 bits widened or packed, which a vector of rows alone does not repay.
+  // The tile kernel needs 16-bit keys widened or packed; a single vector of rows does not amortise that.
   if (is_narrow(problem.key.dtype) && plan.rows <= (problem.group_size > 1 ? 3 * vector / 2 : vector)) return true;
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
 
-// What kernels are handed: a query that something was added to is no longer one of 16 bits.
+// The type of queries that kernels get: adding u or w widens 16-bit queries to the type of computation.
 DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
 
-// Keys and values of 16 bits are widened as they are loaded: decode waits for memory, and they are half of it.
+// 16-bit keys and values are widened as they are loaded: decoding is limited by memory bandwidth, and they take half of
+// it.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
   const AttendKernel* narrow = dtype == DType::f16 ? types.row_f16 : dtype == DType::bf16 ? types.row_bf16 : nullptr;
   if (dtype == DType::i8) return types.row_i8 ? types.row_i8 : &types.row;
-  // Also where it needs copies: other kernels have other bits, and strides must not change any.
+  // Even if operands must be copied: kernels differ in their results, which must not depend on strides.
   if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
   const bool reads = narrow && in_place(problem, problem.key, dtype) && in_place(problem, problem.value, dtype);
   return reads ? narrow : &types.row;
 }
 
-// A matrix unit, where it may be used and is the faster one.
+// The kernel on the matrix unit, if it supports the operands and is faster; else the one on FMA.
 const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const MatrixKernels& matrix = kernels.matrix;
   const auto all = [&](DType dtype) {
@@ -134,8 +138,8 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const std::int64_t most = problem.relative ? relative_strips : most_strips;
   plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most));
   plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
-  // Very wide heads: fewer rows, to keep the scratch within its limit. As if all had to be copied: rows in a block
-  // decide on ranges of keys, hence on bits, which strides must not change.
+  // For very wide heads, use fewer rows to keep the scratch within its limit. Assume that all operands are copied:
+  // block_rows affects the key ranges, and so the results, which must not depend on strides.
   plan.copies_queries = plan.copies_keys = plan.copies_values = plan.copies_out = true;
   plan.copies_relative = static_cast<bool>(problem.relative);
   for (int rows = strip; rows >= plan.types->lanes && Slot(nullptr, plan, problem).bytes > largest_scratch;
@@ -157,7 +161,7 @@ std::int64_t wanted_range(const Plan& plan) {
   return ceil_div(wanted, plan.key_block) * plan.key_block;  // blocks never straddle ranges
 }
 
-// Of entries with up to so many keys.
+// Upper bound for entries with at most `keys` keys.
 std::int64_t most_ranges_of(const Plan& plan, std::int64_t keys) {
   return parts_keys(plan) ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
 }

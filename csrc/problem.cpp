@@ -12,13 +12,14 @@
 namespace selfattn {
 namespace {
 
-// Beyond any length, and far enough from the ends of int64 that sums of two cannot overflow.
+// Larger than any length, yet small enough that the sum of two such numbers cannot overflow.
 constexpr std::int64_t far = std::int64_t{1} << 60;
 
-// Broadcast views can claim any width; up to this one no scratch size overflows.
+// The largest width that is accepted. Broadcast views can claim any width; up to this one, no scratch size overflows.
 constexpr std::int64_t widest = (std::int64_t{1} << 31) - 1;
 
-// More elements of a result than any machine can address; up to here no count of tasks and no size overflows.
+// The most elements that a result may have: more than any machine can address. Up to this number, no count of tasks and
+// no size overflows.
 constexpr std::int64_t most_elements = std::int64_t{1} << 47;
 
 std::int64_t clamp_far(std::int64_t n) { return std::clamp(n, -far, far); }
@@ -29,7 +30,7 @@ std::int64_t integer_at(const char* p) {
   return n;
 }
 
-// The last three axes of q, k, v and out; a 2-D array is one head.
+// The last three axes of q, k, v and out; a 2-D array has one head.
 struct Axes {
   std::int64_t heads, head_stride, length, row_stride, dim, column_stride;
 };
@@ -42,7 +43,8 @@ Axes trailing_axes(const TensorView& view, Layout layout) {
 
 int leading_axes(const TensorView& view, int trailing) { return std::max(view.ndim - trailing, 0); }
 
-// Strides of an operand's leading axes along the problem's batch axes, right-aligned.
+// Sets the operand's data, type and batch strides. The view's leading axes are right-aligned with the problem's batch
+// axes.
 void place_batch(const Problem& problem, Operand& operand, const TensorView& view, int trailing) {
   operand.data = static_cast<char*>(view.data);
   operand.dtype = view.dtype;
@@ -83,7 +85,7 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
              " have too many entries");
 }
 
-// Empty results count as well: they too have rows.
+// An extent of 0 counts as 1, because empty results have rows, too.
 void check_size(const Problem& problem, const char* function) {
   std::int64_t elements = 1;
   bool fits = true;
@@ -133,7 +135,7 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   problem.value.page = a.value_page;
 }
 
-// Scales are the cache's own and have the shapes that it made.
+// The cache has allocated the scales itself, so their shapes need no check.
 void place_scales(Problem& problem, Operand& operand, const TensorView& view, std::int64_t page) {
   if (!view) return;
   place_batch(problem, operand, view, 2);
@@ -142,7 +144,7 @@ void place_scales(Problem& problem, Operand& operand, const TensorView& view, st
   operand.page = page;
 }
 
-// An argument that broadcasts to `target` (which it must not extend), right-aligned.
+// Checks that an argument broadcasts to `target`, right-aligned, without extending it.
 void check_broadcast(const char* function, const char* name, const TensorView& view, const Shape& target) {
   bool fits = view.ndim <= target.ndim;
   for (int i = 0; fits && i < view.ndim; ++i)
@@ -152,7 +154,7 @@ void check_broadcast(const char* function, const char* name, const TensorView& v
            to_text(target.extent, target.ndim));
 }
 
-// mask and bias: right-aligned against (..., num_heads, q_len, keys).
+// For mask and bias: they broadcast to (..., num_heads, q_len, keys).
 void place_score_operand(Problem& problem, Operand& operand, const char* function, const char* name,
                          const TensorView& view, std::int64_t keys) {
   if (!view) return;
@@ -166,7 +168,7 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
   operand.head = problem.ndim > 2 ? stride(2) : 0;
 }
 
-// Lengths and offsets: one integer per batch entry.
+// For lengths and offsets: one integer per batch entry.
 void place_per_batch(Problem& problem, Operand& operand, const char* function, const char* name,
                      const TensorView& view) {
   if (!view) return;
@@ -178,11 +180,11 @@ void place_per_batch(Problem& problem, Operand& operand, const char* function, c
   if (problem.batch_axes == 0) operand.data = static_cast<char*>(view.data);
 }
 
-// Calls use(number) for every batch entry's number in `operand`, the integers at `data` being those of axis `axis`.
+// Calls use(number) for each integer in `operand`, recursively: `data` points to those along the axes from `axis` on.
 template <class Use>
 void each_number(const Problem& problem, const Operand& operand, const Use& use, const char* data, int axis = 0) {
   if (axis == problem.batch_axes) return use(integer_at(data));
-  // A broadcast axis may claim any extent, but holds one number.
+  // A broadcast axis may have any extent, but holds only one number.
   const std::int64_t extent = operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis];
   for (std::int64_t i = 0; i < extent; ++i)
     each_number(problem, operand, use, data + i * operand.batch[axis], axis + 1);
@@ -202,8 +204,8 @@ bool depends_on_positions(const AttentionArguments& a) {
   return a.causal || a.window_left >= 0 || a.window_right >= 0 || a.alibi_slopes || a.distance_bias || a.r;
 }
 
-// Fewer keys than queries are nearly always a right-padded batch. Aligning the last of all queries with the last valid
-// key would shift such a row without a word.
+// Fewer keys than queries nearly always mean a right-padded batch. Aligning the last of all queries with the last valid
+// key would silently shift such an entry.
 void check_alignment(const Problem& problem, const AttentionArguments& a) {
   if (!problem.kv_lens || problem.q_lens || problem.q_offset || a.keys == Keys::cached || problem.batch == 0) return;
   if (!depends_on_positions(a)) return;
@@ -277,8 +279,8 @@ Shape with_batch(const Problem& problem) {
 
 }  // namespace
 
-// Scores start as products with scale in units of log2, or with scale / softcap: a factor that is not finite in the
-// type of computation would turn every 0 into NaN.
+// The first factor of a score is the scale in units of log2, or scale / softcap. If it were not finite in the type of
+// computation, every product of 0 would become NaN.
 void check_scale(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();

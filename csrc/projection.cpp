@@ -8,13 +8,13 @@
 #include "rows.h"
 #include "scratch_pool.h"
 
-#define SELFATTN_ISA core  // this file's own copy of what kernels compile per ISA
+#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
 #include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
 
-// Rows of x that a task takes through one panel: x's block stays in L2 while the panels pass.
+// Rows of x that a task multiplies with one panel. The block of x stays in L2 from panel to panel.
 constexpr std::int64_t project_rows = 96;
 
 std::int64_t blocks(const ProjectionJob& job) { return ceil_div(job.x.rows, project_rows); }
@@ -26,7 +26,7 @@ double flops(const ProjectionJob& job) {
          static_cast<double>(job.projection.depth()) * static_cast<double>(job.projection.columns());
 }
 
-// Elements of a bounced row.
+// Elements of a row in the bounce buffer: pairs need an even depth.
 std::int64_t bounce_step(const Projection& projection) {
   return projection.pairs() ? (projection.depth() + 1) / 2 * 2 : projection.depth();
 }
@@ -41,7 +41,8 @@ bool in_place(const ProjectionJob& job) {
   return x.dtype == dtype && aligned && bounce_step(job.projection) == job.projection.depth();
 }
 
-// What a bounced block of x was made from: the panels of a block follow one another, and so do projections of one x.
+// Identifies the block of x in the bounce buffer, which the tasks that follow can often reuse: the panels of a block
+// follow one another, and so do projections of the same x.
 struct Held {
   const char* from;
   const ProjectionJob* job;
@@ -53,7 +54,7 @@ struct Held {
   }
 };
 
-// One thread's memory for rows that cannot be used in place.
+// One thread's bounce buffers for rows that cannot be used in place.
 struct Bounce {
   Held* held;
   char* x;
@@ -88,7 +89,7 @@ void gather(const Projection& projection, char* to, const char* from, const Rows
   }
 }
 
-// Some rows of a matrix, in bytes.
+// Some rows of a matrix; strides in bytes.
 struct Part {
   char* data;
   std::int64_t row, column;
@@ -130,8 +131,8 @@ void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce)
 
 void Projection::Free::operator()(char* p) const { std::free(p); }
 
-// Calls copy(packed, plain, rows, columns, size) for rows that are equally far apart in a panel and in the matrix: all
-// of a panel's, or every other one where two rows share a vector.
+// Calls copy(packed, plain, rows, columns, size) for rows that are equally spaced both in a panel and in the matrix:
+// all rows of a panel, or every other row if pairs of rows share a vector.
 template <class Copy>
 void Projection::each_part(const TensorView& weights, Copy copy) const {
   const std::int64_t size = size_of(dtype_), width = panel_columns(), together = pairs_ ? 2 : 1;
@@ -168,7 +169,7 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
 }
 
 std::int64_t Projection::panel_rows() const {
-  constexpr std::int64_t whole = 32;  // elements of a tile's depth
+  constexpr std::int64_t whole = 32;  // depth of a tile, in elements
   return pairs_ ? ceil_div(depth_, whole) * whole : depth_;
 }
 

@@ -30,7 +30,7 @@ void rotate_pairs(const Rope& rope, std::int64_t head_dim, const double* cosines
   for (std::int64_t i = rope.rotary_dim; i < head_dim; ++i) put(i, get(i));
 }
 
-// Elements of a type that computes.
+// Elements of a type of computation: float or double.
 template <class T>
 double element_at(const char* p) {
   T x;
@@ -43,7 +43,7 @@ void put_element(char* p, double value) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// One vector; strides in bytes.
+// Rotates one vector. Steps are in bytes.
 void rotate_vector(const Rope& rope, DType dtype, std::int64_t head_dim, const double* cosines, const double* sines,
                    const char* from, std::int64_t from_step, char* to, std::int64_t to_step) {
   const auto rotate_by = [&](auto read, auto write) {
@@ -80,7 +80,7 @@ std::int64_t position_of(const Rotation& part, std::int64_t token) {
   return position;
 }
 
-// All heads of one token. `cosines` has room for rotary_dim doubles: the sines are its second half.
+// Rotates all heads of one token. `cosines` has room for rotary_dim doubles; its second half is for the sines.
 void rotate_token(const Rope& rope, const Rotation& part, std::int64_t token, const double* frequencies,
                   double* cosines) {
   const std::int64_t half = rope.rotary_dim / 2;
@@ -112,7 +112,7 @@ bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads,
   for (int i = 0; i < count; ++i) tokens += token_count(parts[i]);
   const double flops = static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100;
   const int threads = useful_threads(flops, 0, tokens, num_threads);
-  // The frequencies of all, then a table for each thread.
+  // The frequencies, then for each thread a table of cosines and sines.
   const auto doubles = static_cast<std::size_t>(rope.rotary_dim) * (1 + static_cast<std::size_t>(threads));
   const Scratch memory(doubles * sizeof(double));
   auto* frequencies = reinterpret_cast<double*>(memory.data());

@@ -29,12 +29,13 @@ void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dt
   for (std::int64_t i = 0; i < count; ++i) write_real(p + i * step, x, dtype);
 }
 
-// A row's mask from its first column on.
+// A row's mask at its first column, or null.
 const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place place) {
   return problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
 }
 
-// Distinguishes a row whose scores all are -inf by their values (IEEE: NaN) from one that sees no key (0).
+// Whether a row sees any key. If it does and all its scores are -inf, its result is NaN, as in IEEE arithmetic; a row
+// that sees no key gets 0.
 bool sees_a_key(const Problem& problem, const RowSpan& span, Place place, const Row& row) {
   const std::uint8_t* mask = mask_of(problem, span, place);
   const char* bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
@@ -57,7 +58,7 @@ void add_row(T* row, const double* added, std::int64_t count) {
 
 double base2(double x) { return x * log2_e; }
 
-// A finite number stays finite in the type of computation, with room for sums.
+// Clamps a finite number so that it stays finite in the type of computation, even in sums.
 double within_range(double x, DType dtype) {
   const double most = dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max()) / 4
                                           : std::numeric_limits<double>::max() / 4;
@@ -88,12 +89,12 @@ double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
   if (!problem.alibi_slopes) return 0;
   const double slope =
       read_real(problem.at(problem.alibi_slopes, batch) + head * problem.alibi_slopes.head, DType::f64);
-  // Times the distance of any two keys it stays finite.
+  // The product of slope and distance must stay finite for any distance.
   constexpr double farthest = 1e12;
   return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
 }
 
-// scores become weights; keys outside the row's range were never computed.
+// Turns scores into weights. Keys outside the row's range have no scores and get 0.
 void finish_weights(const Problem& problem, const Plan& plan, const Row& row, double row_max, double row_sum,
                     bool undefined) {
   char* weights = static_cast<char*>(row.scores);
@@ -129,7 +130,7 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
       const Partial part = shared.partial(plan, problem, block, r);
       const T part_max = reinterpret_cast<const T*>(part.row_max)[i];
       const T part_sum = reinterpret_cast<const T*>(part.row_sum)[i];
-      if (part_sum == T(0)) continue;  // the range showed this row nothing
+      if (part_sum == T(0)) continue;  // the row sees no key in this range
       const T highest = part_max < peak ? peak : part_max;
       const T shift = highest == static_cast<T>(-infinity) ? T(0) : highest;
       const T keep = std::exp2(peak - shift), take = std::exp2(part_max - shift);
@@ -159,10 +160,10 @@ RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, st
 KeyRange span_keys(const Problem& problem, const RowSpan& span) {
   if (span.valid == 0) return {0, 0};
   const ValidKeys valid = valid_keys(problem, span.batch);
-  // Both ends move monotonically with the query.
+  // Both ends are monotonic in the query.
   const KeyRange first = visible_keys(problem, place_of(problem, span, 0).query, valid);
   const KeyRange last = visible_keys(problem, place_of(problem, span, span.valid - 1).query, valid);
-  // A query that sees nothing may begin before the first valid key, which no page has to hold.
+  // The range of a query that sees nothing may begin before the first valid key, where keys may be in no page.
   const std::int64_t begin = std::max(std::min(first.begin, last.begin), valid.begin);
   const std::int64_t end = std::max(first.end, last.end);
   return {std::min(begin, end), end};
@@ -192,8 +193,9 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
     row.key_begin = visible.begin;
     row.key_end = visible.end;
-    // Beyond the visible keys the distance grows alike for all: the part that softmax would drop is left out, since
-    // scores of that size would drop the rest. A sink has no distance, so that with one nothing is dropped.
+    // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
+    // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
+    // that lse gets back. A sink has no distance: with one, the constant does not cancel and must stay.
     const std::int64_t position = place.query + valid.offset;
     row.position =
         problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
@@ -232,7 +234,7 @@ void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot,
 
 ScoreTerms score_terms(const Problem& problem) {
   ScoreTerms terms;
-  // A cap beyond the numbers of the type caps nothing.
+  // A cap that overflows the type has no effect.
   const bool capped = problem.softcap != 0 && std::isfinite(base2(problem.softcap)) &&
                       base2(problem.softcap) == within_range(base2(problem.softcap), problem.dtype);
   terms.multiplier = capped ? problem.scale / problem.softcap : base2(problem.scale);

@@ -4,13 +4,13 @@
 #include <cmath>
 #include <cstring>
 
-#define SELFATTN_ISA core  // this file's own copy of what kernels compile per ISA
+#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
 #include "simd/narrow.h"
 
 namespace selfattn {
 namespace {
 
-constexpr std::int64_t run = 256;  // elements that strided memory is brought together by
+constexpr std::int64_t run = 256;  // elements per chunk, where strided memory goes through a contiguous buffer
 
 template <class E>
 E read(const char* p) {
@@ -102,7 +102,7 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const char* 
       widen_row(kernels, to, from, from_type, from_column, count);
     else if (is_narrow(to_type) && from_type == DType::f32 && from_column == size_of(from_type))
       scatter_row(kernels, to, to_type, size, from, from_type, count);
-    else  // to double: rare
+    else  // rare: to double, or strided floats to 16 bits
       for (std::int64_t i = 0; i < count; ++i)
         write_real(to + i * size, read_real(from + i * from_column, from_type), to_type);
   }

@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t smallest = std::size_t{64} << 10;
 constexpr unsigned classes = 45;
 constexpr std::size_t class_bytes(unsigned c) { return smallest / 4 * (4 + c % 4) << c / 4; }
-constexpr std::size_t most_kept = class_bytes(classes - 1);  // in all
+constexpr std::size_t most_kept = class_bytes(classes - 1);  // in total
 
 unsigned class_for(std::size_t bytes) {
   unsigned c = 0;
@@ -22,8 +22,8 @@ unsigned class_for(std::size_t bytes) {
   return c;
 }
 
-// A kept block is one pointer, so that taking or placing it is one exchange: to the byte of the block, which starts on
-// a 64-byte boundary, whose number is the class.
+// A kept block is a single pointer, so that one atomic exchange takes or stores it. Blocks have 64-byte alignment, so
+// the low 6 bits of the pointer are free for the block's size class.
 constexpr std::uintptr_t boundary = 64;
 static_assert(classes < boundary);
 
@@ -63,7 +63,7 @@ bool keep(char* data, unsigned c) {
   return false;
 }
 
-// Makes room for the blocks of today's calls.
+// Frees all kept blocks, to make room for blocks of the sizes in use now.
 void drop_all() {
   for (std::atomic<char*>& place : kept) {
     char* mark = place.exchange(nullptr, std::memory_order_acquire);

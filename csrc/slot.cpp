@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#define SELFATTN_ISA core  // this file's own copy of what kernels compile per ISA
+#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
 #include "kernels/scratch.h"
 
 namespace selfattn {
@@ -11,7 +11,7 @@ using core::Carver;
 
 Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
-  // Kernels write whole strips of maxima and sums.
+  // Kernels write maxima and sums of whole strips.
   const std::int64_t lanes =
       (plan.block_rows + plan.attend->strip_rows - 1) / plan.attend->strip_rows * std::int64_t{plan.attend->strip_rows};
   Carver carver{base};
@@ -30,7 +30,7 @@ Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t listed = plan.attend->by_row ? plan.key_block + rows_ahead : 0;
   key_rows = carver.take<const void*>(listed);
   value_rows = carver.take<const void*>(listed);
-  // Kernels read whole vectors.
+  // Kernels read whole vectors of scales.
   const std::int64_t scaled = problem.key.dtype == DType::i8 ? plan.key_block + rows_ahead : 0;
   key_scales = carver.take<float>(scaled);
   value_scales = carver.take<float>(scaled);

@@ -7,17 +7,18 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// A thread must get this much work, or waking it costs more than it saves: at least 50 us for a team of two.
+// The least work per thread: with less, waking the thread costs more than it saves. A team of two thus needs at least
+// 50 us of work.
 constexpr double seconds_per_thread = 25e-6;
-// The same where the team is awake, because a call follows another.
+// The same if the team is still awake from the call before.
 constexpr double seconds_per_awake_thread = 10e-6;
-// How long idle threads of a team wait before they sleep (selfattn/_idle.py).
+// How long idle threads of a team spin before they sleep (selfattn/_idle.py).
 constexpr std::chrono::microseconds awake{10};
-// What one core of a current server computes in float32 and reads from its last cache level.
+// The rates of one core of a current server, in float32 and for reads from the last-level cache.
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
-// Of the calling thread, which has a team of its own; counted from the clock's epoch.
+// End of the calling thread's last call, counted from the clock's epoch. Each thread has its own team.
 thread_local constinit Clock::rep last_end = 0;
 
 }  // namespace
