@@ -25,10 +25,10 @@ std::string dtype_name(const py::array& array) { return py::str(array.dtype().at
 
 py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>(object); }
 
-// bfloat16 belongs to no number of NumPy's; it is known by its name, without importing the package that defines it. The
-// number that this package was given stays the same as long as the process runs, and asking for a name takes long.
+// bfloat16 has no type number of NumPy's own. It is recognised by its name, without importing the package that defines
+// it. Looking up a name is slow, so its number is kept: it does not change while the process runs.
 bool is_bfloat(const py::array& array, int number) {
-  static std::atomic<int> known{first_user_number - 1};  // no type's
+  static std::atomic<int> known{first_user_number - 1};  // no type has this number
   if (number == known.load(std::memory_order_relaxed)) return true;
   if (number < first_user_number || array.itemsize() != narrow_size || dtype_name(array) != "bfloat16") return false;
   known.store(number, std::memory_order_relaxed);
@@ -148,7 +148,7 @@ void check_own_memory(const char* function, const TensorView& out) {
     if (out.shape[axis] > 1) axes[count++] = {std::abs(out.strides[axis]), out.shape[axis], axis};
   }
   std::sort(axes, axes + count, [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
-  std::int64_t filled = size_of(out.dtype);  // bytes that the axes so far span
+  std::int64_t filled = size_of(out.dtype);  // bytes that the axes up to here span
   for (int i = 0; i < count; ++i) {
     if (axes[i].stride < filled)
       refuse(function, "out has stride ", axes[i].stride, " along axis ", axes[i].number,

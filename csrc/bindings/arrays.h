@@ -1,4 +1,4 @@
-// py::array <-> TensorView.
+// Conversions between py::array and TensorView, and checks of arrays.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -11,35 +11,35 @@ namespace selfattn::bindings {
 
 namespace py = pybind11;
 
-// Views of arrays that Python's layer has already made ndarrays of native byte order. Each throws TypeError naming
-// the function, the argument, what it got and what is accepted.
+// Views of arrays, which the Python layer has already converted to ndarrays of native byte order. A wrong dtype throws
+// TypeError with the function, the argument, its dtype and what is accepted.
 TensorView float_view(const char* function, const char* name, py::handle array);
 TensorView bool_view(const char* function, const char* name, py::handle array);
 
-// None gives an absent view. The dtype was settled when Python's layer converted the argument.
+// None gives an absent view. The Python layer has already converted the argument to `dtype`.
 TensorView optional_view(py::handle array, DType dtype);
 
-// The view of an array that must have the same dtype as `like`, whose argument is called `like_name`.
+// The view of an array whose dtype must be `like`, which is that of the argument `like_name`.
 TensorView matching_view(const char* function, const char* name, py::handle array, const char* like_name, DType like);
 
-// The name that users know the dtype of numbers by.
+// The dtype's name in NumPy; only for types of numbers.
 const char* name_of(DType dtype);
 
-// bfloat16 is a type of another package's: its description is taken from an array that has it.
+// 16-bit types take their NumPy dtype from `like`, because bfloat16 is defined by another package.
 py::array new_array(const Shape& shape, DType dtype, py::handle like = py::none());
 TensorView view_of(const py::array& array, DType dtype);
 
-// Whether some element of one may share memory with one of the other: their first to last bytes meet.
+// Whether two arrays may share memory: their ranges of bytes, from the first to the last, overlap.
 bool meet(const TensorView& a, const TensorView& b);
-// Refuses an `out` whose elements share memory with each other.
+// Throws if elements of `out` share memory with each other.
 void check_own_memory(const char* function, const TensorView& out);
-// Checks an `out` argument: shape, dtype, writeable, no two elements in one place.
+// Checks an `out` argument: shape, dtype, writeable, no overlapping elements.
 void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype);
 
-// Asks Python whether a signal handler raised; takes the GIL for it. The exception stays set.
+// Takes the GIL, runs pending signal handlers and returns whether one raised. The exception stays set.
 bool interrupted();
 
-// The time in which the core works for a call: without the GIL where that is long enough to be worth the switch.
+// The scope in which the core works for a call. Releases the GIL if the work is long enough to be worth it.
 class CoreCall {
  public:
   explicit CoreCall(double flops) {

@@ -116,7 +116,8 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, p
   return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
 }
 
-// Where a call without `out` writes: a new array. Plans look at where it would be, not into it.
+// Attaches a stand-in for the array that a call without `out` would create. A plan depends only on its type, alignment
+// and strides.
 void attach_new_out(Problem& problem, DType dtype) {
   alignas(64) static char anywhere[64];
   const Shape shape = out_shape(problem);

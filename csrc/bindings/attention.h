@@ -1,4 +1,4 @@
-// attention(): arguments from Python to a Problem, and results back.
+// attention(): converts arguments from Python to a Problem, and returns results to Python.
 #pragma once
 #include "bindings/options.h"
 #include "plan.h"
@@ -6,35 +6,36 @@
 
 namespace selfattn::bindings {
 
-// Where a call writes: straight into `given` where that is there and may be written early, else into a new array.
+// Where a call writes: into `given` if `direct` (there is one, and nothing in it is still to be read), else into a new
+// array.
 struct Destination {
   py::object given;  // or None
   py::array array;
 
   Destination(py::object out, bool direct, const Shape& shape, DType dtype, py::handle like);
   TensorView view(DType dtype) const { return view_of(array, dtype); }
-  py::object deliver();  // what the caller gets, filled
+  py::object deliver();  // the object to return, with the result in it
 };
 
-// out alone, or the tuple of what is not None.
+// out alone, or the tuple of out and those that are not None.
 py::object join(py::object out, const py::object& lse, const py::object& weights);
 
-// Keys may be narrower than queries, as in a cache that saves memory; values are of the keys' type.
+// Keys may have a narrower type than queries, as in a cache that saves memory. Values have the keys' type.
 TensorView narrower_view(const char* function, const char* name, py::handle array, DType query);
 TensorView key_view(const char* function, py::handle k, DType query);
 TensorView value_view(const char* function, py::handle v, DType query, DType key);
 
-// Results other than out that were asked for, allocated and attached.
+// The requested results other than out, allocated and attached to the problem.
 struct Extras {
   py::object lse = py::none(), weights = py::none();
   Extras(const Options& options, Problem& problem);
   py::object join(py::object out) const { return bindings::join(std::move(out), lse, weights); }
 };
 
-// Checks the arguments, computes into `out` or a new array like `like`, and returns what the options ask for.
+// Checks the arguments, computes into `out` or a new array like `like`, and returns the requested results.
 py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like);
 
-// Runs the plan; raises what a signal handler raised.
+// Runs the plan. If a signal handler raised, throws its exception.
 void run_attention(const Problem& problem, const Plan& plan);
 
 py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& options);

@@ -29,7 +29,8 @@ Shape shape_of(std::int64_t batch, std::int64_t heads, std::int64_t count, std::
   return shape;
 }
 
-// A view of the same elements in memory of its own, where the cache may overwrite those before they are read.
+// A view of tokens. They are copied if they may share memory with the cache, which could overwrite them before they are
+// read.
 class SafeTokens {
  public:
   SafeTokens(py::handle array, const TensorView& view, const CacheArguments& cache) : view_(view) {
@@ -59,7 +60,8 @@ void append(const char* function, py::handle store, py::handle sequences, py::ha
   });
 }
 
-// In one call, so that no interrupt comes between the tokens of two heads. The index has been checked.
+// Reorders all heads in one call, so that no interrupt can come between two of them. The Python layer has checked the
+// index.
 void reorder(py::handle store, py::handle ledger, const py::array& index) {
   CacheArguments arguments("reorder", store, ledger, 0);
   const Cache& cache = arguments.cache();
@@ -69,7 +71,7 @@ void reorder(py::handle store, py::handle ledger, const py::array& index) {
   arguments.step().reorder(static_cast<const std::int64_t*>(index.data()));
 }
 
-// The type that the cache may have where queries have this one.
+// Checks that the cache has the type of the queries or a narrower one.
 void check_type(const char* function, const Cache& cache, DType query) {
   if (cache.dtype == query || size_of(cache.dtype) < size_of(query)) return;
   throw py::type_error(std::string(function) + ": the cache holds " + name_of(cache.dtype) + ", but q has " +
@@ -84,8 +86,8 @@ void check_query(const char* function, const Cache& cache, const TensorView& q, 
     refuse(function, "q has head_dim ", q.extent(0), " but the cache has ", cache.key.width);
 }
 
-// inputs: q, k and v or None, rope or None, positions or None, whether the result is to be of the type of computation.
-// The function's name is no `const char*`, for which pybind11 allocates memory.
+// inputs: q, k and v (or None), rope (or None), positions (or None), and whether the result has the type of
+// computation. The function's name is not a `const char*`, because pybind11 would allocate memory for it.
 py::object attend_cache(py::handle function_name, py::handle store, py::handle sequences, const py::tuple& inputs,
                         py::object out, py::handle option_values) {
   const char* const function = PyUnicode_AsUTF8(function_name.ptr());

@@ -51,8 +51,8 @@ PagedSequence sequence_of(py::handle row, std::int64_t more) {
   static PyObject* const length_name = PyUnicode_InternFromString("length");
   Py_buffer buffer;
   if (PyObject_GetBuffer(attribute(row, pages_name).ptr(), &buffer, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  // The row keeps the numbers, and the cache's lock keeps them in place; a buffer that is held could not grow in a
-  // child that is forked meanwhile.
+  // Releases the buffer at once: the row owns the numbers, and the cache's lock keeps them in place. While a buffer is
+  // held, the row cannot grow, so a child forked at that moment could never grow it.
   PyBuffer_Release(&buffer);
   PagedSequence sequence;
   sequence.pages = static_cast<const std::int32_t*>(buffer.buf);

@@ -1,4 +1,4 @@
-// What Python's caches hand over of themselves.
+// Unpacks the arguments that describe a cache: its store, and its ledger or pages.
 #pragma once
 #include <memory>
 #include <optional>
@@ -9,12 +9,13 @@
 
 namespace selfattn::bindings {
 
-// A capsule rather than a class: pybind11 registers instances where a failed allocation ends the process.
+// Uses a capsule rather than a class: pybind11 registers instances of classes, and terminates the process if an
+// allocation fails there.
 template <class T>
 py::capsule capsule_of(std::unique_ptr<T> held) {
   py::capsule owner(held.get(), T::capsule_name,
                     [](PyObject* capsule) { delete static_cast<T*>(PyCapsule_GetPointer(capsule, T::capsule_name)); });
-  static_cast<void>(held.release());  // the capsule's now
+  static_cast<void>(held.release());  // now owned by the capsule
   return owner;
 }
 
@@ -25,7 +26,7 @@ T& held_by(py::handle capsule) {
   return *static_cast<T*>(held);
 }
 
-// A cache's arrays (blocks, heads, slots, width), kept for all calls.
+// A cache's arrays (blocks, heads, slots, width), unpacked once for all calls.
 struct HeldStore {
   static constexpr const char* capsule_name = "selfattn.CacheStore";
 
@@ -47,7 +48,7 @@ struct HeldLedger {
   const Ledger ledger;
 };
 
-// The pages of the sequences of one call as one array: int32 (sequences, pages), each row from token 0 on.
+// The page table of the sequences of one call: int32 (sequences, pages), where each row starts at token 0.
 struct HeldTable {
   static constexpr const char* capsule_name = "selfattn.BlockTable";
 
@@ -57,9 +58,9 @@ struct HeldTable {
   const py::object starts;  // an array or None: 0
 };
 
-// A call's step on a cache: its store, and its sequences. These are its ledger, a block table, or a list of rows with
-// the attributes `pages` (a buffer of int32, from the page of token `start` on), `start` and `length`. Lengths of
-// tables and rows are those after the call.
+// The step of a call on a cache, from the cache's store and its sequences: a ledger, a block table, or a list of rows
+// with the attributes `pages` (a buffer of int32, from the page of token `start` on), `start` and `length`. The lengths
+// in tables and rows are those after the call.
 class CacheArguments {
  public:
   // For a call that appends `more` tokens to each sequence. Throws like CacheStep.
@@ -72,7 +73,7 @@ class CacheArguments {
   CacheSource source(py::handle sequences, std::int64_t more) const;
 
   const HeldStore& held_;
-  const Scratch memory_;  // of what rows say
+  const Scratch memory_;  // for the PagedSequences of tables and rows
   CacheStep step_;
 };
 

@@ -1,4 +1,4 @@
-// What SelfAttention holds of the core, and apply_rope.
+// The core's part of SelfAttention, and apply_rope.
 #include "layer.h"
 
 #include <cstring>
@@ -27,12 +27,12 @@ class Layer {
  public:
   static constexpr const char* capsule_name = "selfattn.Layer";
 
-  // Arrays of one dtype whose shapes Python's layer has checked; biases, w_o and rope may be None.
+  // All arrays have one dtype, and the Python layer has checked their shapes. Biases, w_o and rope may be None.
   Layer(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases, std::int64_t num_heads,
         std::int64_t num_kv_heads, py::handle rope)
       : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
 
-  // inputs: x, context or None, positions or None; of a cache, its store and its ledger or rows, or None.
+  // inputs: x, context (or None), positions (or None), a cache's store (or None), and its ledger, block table or rows.
   py::object call(const char* function, const py::tuple& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs[0], context = inputs[1];
     const Options& options = options_of(option_values);
@@ -73,7 +73,8 @@ class Layer {
 
   const char* isa() const { return weights_.kernels->name; }
 
-  // Fills the matrices w_q, w_k, w_v and, where there is one, w_o; returns the biases or None, and whether it is there.
+  // Fills the matrices w_q, w_k, w_v and, if there is one, w_o. Returns the four biases, each an array or None, and
+  // whether there is a w_o.
   py::tuple unpack(const py::tuple& matrices) const {
     const Projection* const projections[] = {&weights_.query, &weights_.key, &weights_.value,
                                              weights_.output ? &*weights_.output : nullptr};
@@ -156,7 +157,7 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
                                             num_kv_heads, rope));
 }
 
-// In one tuple, because pybind11 allocates memory for more than six arguments.
+// The inputs are one tuple, because pybind11 allocates memory for more than six arguments.
 py::object call_layer(const py::capsule& capsule, const char* function, const py::tuple& inputs, py::object out,
                       py::handle option_values) {
   return held_by<Layer>(capsule).call(function, inputs, std::move(out), option_values);
@@ -168,8 +169,8 @@ py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
   return held_by<Layer>(capsule).unpack(matrices);
 }
 
-// x and out (..., tokens, heads, head_dim) in one shape; positions broadcasts to (..., tokens). Python's layer has
-// prepared all of this.
+// x and out have the same shape (..., tokens, heads, head_dim); positions broadcasts to (..., tokens). The Python layer
+// has made sure of all this.
 void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description) {
   const TensorView from = float_view("apply_rope", "x", x);
   const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);

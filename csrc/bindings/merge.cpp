@@ -1,4 +1,4 @@
-// merge_states(), and what a cascade does in the end.
+// merge_states(), which is also the last step of a cascade.
 #include "merge.h"
 
 #include <vector>
@@ -13,7 +13,7 @@ State state_of(py::handle out, py::handle lse) {
   return {float_view("merge_states", "outs", out), float_view("merge_states", "lses", lse)};
 }
 
-// Shapes and dtypes have been checked.
+// The Python layer has checked shapes and dtypes.
 void merge(const py::list& outs, const py::list& lses, py::handle out, py::handle lse, int num_threads) {
   std::vector<State> parts;
   parts.reserve(outs.size());

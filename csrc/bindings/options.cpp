@@ -10,7 +10,7 @@
 namespace selfattn::bindings {
 namespace {
 
-// pybind11's own classes would register each object, which takes longer and ends the process where memory is short.
+// Not a class of pybind11's: these register each object, which is slower and terminates the process if memory runs out.
 struct OptionsObject {
   PyObject_HEAD Options options;
 };
@@ -19,7 +19,7 @@ Options& held(PyObject* object) { return reinterpret_cast<OptionsObject*>(object
 
 PyTypeObject* options_type = nullptr;
 
-// One field of the type. `set` returns whether the value is of the field's type.
+// One field of the type. `set` returns whether the field accepts the value.
 struct Field {
   const char* name;
   bool (*set)(Options& options, PyObject* value);
@@ -194,7 +194,7 @@ void register_options(py::module_& module) {
   const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
   if (!type) throw py::error_already_set();
   options_type = reinterpret_cast<PyTypeObject*>(type.ptr());
-  options_type->tp_vectorcall = &construct;  // the only way to make one
+  options_type->tp_vectorcall = &construct;  // the only constructor
   Py_INCREF(options_type);
   module.attr("Options") = type;
   module.attr("LAYOUTS") = codes(layout_words);

@@ -1,23 +1,23 @@
-// The options of a call: _core.Options, which Python's layer fills with what users pass. A call does not change it.
+// The options of a call: _core.Options, which the Python layer fills from users' arguments. A call does not change it.
 #pragma once
 #include "bindings/arrays.h"
 #include "problem.h"
 
 namespace selfattn::bindings {
 
-// The words by which users know the core's codes: the code of a word is its place.
+// Users' words for the core's codes: the code of a word is its index.
 constexpr const char* layout_words[] = {"bhsd", "bshd"};
 constexpr const char* precision_words[] = {"highest", "high", "medium"};
 constexpr const char* dtype_words[] = {"float32", "float64", "float16", "bfloat16", "int8"};
 
-// An option that is an array: its name, where it goes, and how it is viewed there.
+// An option that is an array: its name, its member of AttentionArguments, and the function that makes its view.
 struct ArrayOption {
   const char* name;
   TensorView AttentionArguments::* argument;
   TensorView (*view)(const char* function, const char* name, py::handle array);
 };
 
-// Python's layer has settled the dtype of these.
+// The view of an array that the Python layer has already converted to `dtype`.
 template <DType dtype>
 TensorView converted_view(const char*, const char*, py::handle array) {
   return optional_view(array, dtype);
@@ -36,18 +36,18 @@ constexpr ArrayOption array_options[] = {
 };
 
 struct Options : Settings {
-  py::object arrays[std::size(array_options)];  // in that order; null where absent
+  py::object arrays[std::size(array_options)];  // in the order of array_options; null: absent
   bool return_lse = false, return_weights = false;
   int num_threads = 0;  // 0: the default
 };
 
-// What _core.Options holds; TypeError for another object.
+// The options in a _core.Options. Throws TypeError for any other object.
 const Options& options_of(py::handle object);
 
 AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
                                 const TensorView& v);
 
-// Whether writing `out` might change an operand that is still to be read.
+// Whether `out` may share memory with an operand, so that writing it could change what is still to be read.
 bool meets_any(const TensorView& out, const AttentionArguments& arguments);
 
 void register_options(py::module_& module);

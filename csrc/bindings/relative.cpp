@@ -1,4 +1,4 @@
-// relative_attention(): attention whose products of queries and keys have a second part, by distance.
+// relative_attention(): attention that adds products of queries with a vector per distance to those with keys.
 #include "bindings/attention.h"
 
 namespace selfattn::bindings {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr const char* function = "relative_attention";
 
-// terms: r, u, w (of doubles), r_origin.
+// terms: r, u and w (doubles), r_origin.
 py::object relative_attention(const py::tuple& inputs, const py::tuple& terms, py::object out,
                               py::handle option_values) {
   const Options& options = options_of(option_values);

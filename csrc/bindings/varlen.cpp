@@ -1,4 +1,4 @@
-// attention_varlen(): sequences of different lengths at once, each computed as it would be alone.
+// attention_varlen(): sequences of different lengths in one call, each computed as if it were alone.
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* function = "attention_varlen";
 
-// A run of rows of a packed array (total, heads, dim).
+// The rows [first, first + count) of a packed array (total, heads, dim).
 struct RowsOf {
   std::int64_t shape[3], strides[3];
   TensorView view;
@@ -23,11 +23,11 @@ struct RowsOf {
       : shape{count, packed.shape[1], packed.shape[2]},
         strides{packed.strides[0], packed.strides[1], packed.strides[2]},
         view{static_cast<char*>(packed.data) + first * packed.strides[0], packed.dtype, 3, shape, strides} {}
-  RowsOf(const RowsOf&) = delete;  // the view points to its own object
+  RowsOf(const RowsOf&) = delete;  // the view points into this object
   RowsOf& operator=(const RowsOf&) = delete;
 };
 
-// (heads, count) of (heads, total).
+// The columns [first, first + count) of a packed array (heads, total).
 struct LseOf {
   std::int64_t shape[2];
   TensorView view;
@@ -48,7 +48,7 @@ struct Sequence {
       : query(q, query_row, q_len), key(k, key_row, kv_len), value(v, key_row, kv_len) {}
 };
 
-// Options that every sequence has its own of: lists of arrays or None, and arrays with a first axis of sequences.
+// Options that differ from sequence to sequence: lists of arrays or None, and arrays whose first axis is the sequences.
 struct OwnOptions {
   py::object masks, biases, q_offsets, alibi_slopes;
 
@@ -72,7 +72,7 @@ struct OwnOptions {
   }
 };
 
-// The sequences of a call, in memory that the next call finds again.
+// The sequences of a call, in memory that later calls reuse.
 class Sequences {
  public:
   explicit Sequences(std::size_t count)
@@ -114,7 +114,7 @@ TensorView packed_view(const char* name, const TensorView& view) {
   return view;
 }
 
-// What make_problem refuses, it says of one sequence.
+// Like make_problem, but error messages name the sequence as well.
 Problem problem_of(const AttentionArguments& arguments, std::size_t i) {
   try {
     return make_problem(arguments);
@@ -123,7 +123,8 @@ Problem problem_of(const AttentionArguments& arguments, std::size_t i) {
   }
 }
 
-// inputs: q, k, v, cu_seqlens_q, cu_seqlens_k, masks, biases, q_offsets, alibi_slopes. The options' own are None.
+// inputs: q, k, v, cu_seqlens_q, cu_seqlens_k, masks, biases, q_offsets, alibi_slopes. The last four replace the
+// options of the same names, which are None in `option_values`.
 py::object attention_varlen(const py::tuple& inputs, py::object out, py::handle option_values) {
   const Options& options = options_of(option_values);
   const TensorView q = packed_view("q", float_view(function, "q", inputs[0]));
