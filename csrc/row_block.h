@@ -10,7 +10,7 @@ namespace selfattn {
 // and see the same keys.
 struct RowSpan {
   std::int64_t batch, kv_head;
-  std::int64_t first;  // row
+  std::int64_t first;  // row of the KV head
   int count;
   int valid;  // the first `valid` rows are queries within q_lens; the others get empty results
 };
