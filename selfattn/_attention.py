@@ -73,92 +73,96 @@ def attention(
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
 
-    Nothing of size Sq × Sk is stored unless `return_weights` asks for it. Scores are formed in this order:
-    ``scale``, ``softcap``, ``+ bias``, ALiBi, then what is hidden, softmax (with the sink in its denominator).
+    Nothing of size Sq × Sk is stored unless `return_weights` asks for it. The steps are, in this order: ``scale``,
+    ``softcap``, ``+ bias``, ALiBi, hiding of keys, softmax (with the sink in its denominator).
 
     Parameters
     ----------
     q : array_like, shape (..., H, Sq, D)
-        Queries: float32, float64, float16, or bfloat16, the dtype of the package ``ml_dtypes``. A 2-D array is one
-        head. Anything with ``__array__`` or CPU DLPack will do; any strides; leading dimensions broadcast against
-        those of k and v as in `numpy.matmul`.
+        Queries: float32, float64, float16 or ``ml_dtypes.bfloat16``. A 2-D array is one head. Objects with
+        ``__array__`` or CPU DLPack are accepted, with any strides. Leading dimensions broadcast against those of k and
+        v as in `numpy.matmul`.
     k : array_like, shape (..., Hkv, Sk, D)
-        Keys, of q's dtype or of one with fewer bytes: a cache of float16 serves float32 queries. Query head ``h``
-        reads KV head ``h // (H // Hkv)``.
+        Keys, in q's dtype or one with fewer bytes: for example a float16 cache with float32 queries. Query head ``h``
+        uses KV head ``h // (H // Hkv)``.
     v : array_like, shape (..., Hkv, Sk, Dv)
-        Values, of k's dtype.
+        Values, in k's dtype.
     mask : array_like of bool, optional
-        True = attend. Broadcasts to (..., H, Sq, Sk), in either layout.
-    bias : array_like of any of q's dtypes, optional
-        Added to the scores; −inf hides a key exactly as a False in `mask` does. Broadcasts like `mask`.
+        True = attend. Broadcasts to (..., H, Sq, Sk) in both layouts.
+    bias : array_like of any dtype that q may have, optional
+        Added to the scores; −inf hides a key exactly as False in `mask` does. Broadcasts like `mask`.
     causal : bool, default False
         Key j is visible to query i iff ``j <= i + offset``.
     q_offset : int or integer array (B,), optional
-        The offset, the position of query 0 among the keys. By default ``kv_len − q_len`` of each batch entry: its last
-        valid query is aligned with its last valid key.
+        The offset: the position of query 0 among the keys. By default ``kv_len − q_len`` of each batch entry, which
+        aligns its last valid query with its last valid key.
     window : (left, right), optional
         Key j is visible iff ``−left <= j − (i + offset) <= right``, in tokens; None = unbounded on that side.
     q_lens, kv_lens : integer array (B,), optional
-        Valid queries and keys of each batch entry. Rows from q_lens on give 0 (lse −inf); keys from kv_lens on
-        are hidden. A right-padded batch passes both. Where positions count (causal, window, alibi_slopes, t5),
+        Number of valid queries and keys in each batch entry. Rows from q_lens on give 0 (lse −inf); keys from kv_lens
+        on are hidden. Pass both for a right-padded batch. If positions matter (causal, window, alibi_slopes, t5), a
         kv_lens below Sq without q_lens or q_offset is a ValueError.
     kv_starts : integer array (B,), optional
-        First valid key of each batch entry, in 0..Sk: the keys before it are hidden, as in a left-padded batch. One
-        that is not below kv_lens leaves no key visible. Positions still count from the start of k: the offset does
-        not depend on kv_starts.
+        First valid key of each batch entry, in 0..Sk: the keys before it are hidden, as in a left-padded batch. If it
+        is not below kv_lens, no key is visible. Positions still count from the start of k: the offset does not depend
+        on kv_starts.
     scale : float, optional
-        Factor of the scores, default ``1 / sqrt(D)``. Any finite number.
+        Factor applied to the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional
         c > 0: a score s becomes ``c · tanh(s / c)``.
     alibi_slopes : array_like, shape (H,) or (B, H), optional
         Adds ``−slope · |i + offset − j|``.
     sinks : array_like, shape (H,), optional
-        One logit per head that joins the softmax's denominator only.
+        One logit per head, added to the softmax's denominator only.
     layout : {"bhsd", "bshd"}
-        "bshd": the sequence axis of q, k, v and out stands before the head axis. Other operands and results keep
-        their shape.
+        "bshd": the sequence axis of q, k, v and out comes before the head axis. The shapes of other operands and
+        results do not change.
     return_lse : bool, default False
         Also return the log-sum-exp of each row's scores (natural logarithm, sink included).
     return_weights : bool, default False
-        Also return the attention weights, which takes memory for Sq × Sk numbers per head.
+        Also return the attention weights, which needs memory for Sq × Sk numbers per head.
     out : ndarray, optional
-        Where to put the result: its exact shape and dtype, any strides. May overlap with an input.
+        Array for the result: exactly its shape and dtype, any strides. May overlap with an input.
     precision : {"highest", "high", "medium"}
-        The least accurate products allowed for float32: of full accuracy, of two or of one bfloat16 per number (16 or
-        8 bits). Taken where a unit of the CPU makes them faster; `explain` names it, docs/numerics.md bounds the error.
+        The least accurate products allowed for float32: full accuracy, or two ("high") or one ("medium") bfloat16 per
+        number (16 or 8 bits). They are used only if the CPU has a unit that makes them faster; `explain` names that
+        unit, and docs/numerics.md bounds the error.
     num_threads : int, optional
-        Threads to use at most; default `get_num_threads`. Never changes a bit of the result.
+        Maximum number of threads; default `get_num_threads`. Never changes the result, not even in the last bit.
     t5 : T5Bias, optional
-        T5's bias by distance, added inside the kernel as `bias` is; both may be given. T5 has ``scale=1.0``.
+        T5's bias by distance, added to the scores inside the kernel; may be combined with `bias`. T5 uses
+        ``scale=1.0``.
 
     Returns
     -------
     out : ndarray, shape (..., H, Sq, Dv)
-        In q's dtype; (..., Sq, H, Dv) in layout "bshd", (Sq, Dv) where q, k and v are 2-D.
+        In q's dtype; (..., Sq, H, Dv) in layout "bshd", (Sq, Dv) if q, k and v are 2-D.
     lse : ndarray, shape (..., H, Sq)
         Only with `return_lse`; float64 for float64 queries, else float32.
     weights : ndarray, shape (..., H, Sq, Sk)
-        Only with `return_weights`; of lse's dtype.
+        Only with `return_weights`; in lse's dtype.
 
     Raises
     ------
     TypeError
-        A dtype or kind of argument that is not accepted, or an unknown keyword.
+        An argument of an unsupported dtype or type, or an unknown keyword.
     ValueError
-        Shapes that do not fit together, or a value out of range. Nothing has been written.
+        Shapes that do not fit together, or a value out of range. Nothing has been written to `out`.
     MemoryError
         The result or the scratch memory could not be allocated.
 
     Notes
     -----
-    A row that sees no key (by mask, bias, causal, window and lengths) gives exactly 0, weight 0 and lse −inf. What
-    is hidden never matters, not even as NaN; what is visible propagates as in IEEE arithmetic.
-    Numbers of 16 bits are read as they stand and summed in float32; `out` is rounded to q's dtype, and on units that
-    multiply bfloat16 the weights are as well.
-    For a given instruction set, shape and options the bits of one batch entry and KV head depend on nothing else.
+    A row without a visible key (by mask, bias, causal, window and lengths) gives exactly 0, weights 0 and lse −inf.
+    Hidden keys and values never affect the result, even if they are NaN; NaN and infinity in visible ones propagate as
+    in IEEE arithmetic.
+    16-bit operands are read without a converted copy and summed in float32; `out` is rounded to q's dtype, and on
+    units that multiply bfloat16 the weights are rounded as well.
+    For a given instruction set, shape and options, the results of a batch entry and KV head are bit-identical whatever
+    else is in the batch.
 
-    The mechanism is that of Vaswani et al., "Attention is all you need" (2017); the one-pass softmax that of Milakov
-    and Gimelshein (2018) and Dao et al., "FlashAttention" (2022).
+    Attention is due to Vaswani et al., "Attention is all you need" (2017); the one-pass softmax to Milakov and
+    Gimelshein (2018) and Dao et al., "FlashAttention" (2022).
 
     Examples
     --------
@@ -177,7 +181,8 @@ def attention(
         k = as_array("attention", "k", k)
     if type(v) is not np.ndarray or not v.dtype.isnative:
         v = as_array("attention", "v", v)
-    # By place: Python makes a dict of more than 15 keywords, which takes longer than all the rest of this function.
+    # Positional arguments: Python builds a dict for more than 15 keywords, which takes longer than the rest of this
+    # function.
     options = core_options(
         "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5,
@@ -188,7 +193,7 @@ def attention(
 
 
 class Explanation(dict[str, Any]):
-    """What a call would do. `str()` of it is for reading; the entries are for programs."""
+    """The plan of a call. `str()` is for people, the entries are for programs."""
 
     def __str__(self) -> str:
         width = max(len(name) for name in self)
@@ -209,10 +214,10 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
     Returns
     -------
     Explanation
-        A dict with a readable `str()`: isa, kernel, the unit that multiplies, the reason, query_rows and block_rows (of
-        one KV head and of one task), key_block, range_keys and ranges (the keys of one task and the number of such
-        ranges), tasks, threads and what decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise
-        (the operands that cannot be used in place), flops.
+        A dict with a readable `str()`: isa, kernel, the unit that multiplies, the reason, query_rows (per KV head) and
+        block_rows (per task), key_block, range_keys (keys per task) and ranges (their number), tasks, threads and what
+        decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise (the operands that cannot be used
+        in place), flops.
 
     Examples
     --------

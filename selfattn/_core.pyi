@@ -1,4 +1,4 @@
-"""The compiled core. Its arguments have been checked by the Python layer; use the public functions instead."""
+"""The compiled core. It relies on argument checks of the Python layer; use the public functions instead."""
 
 from typing import Any, NewType, TypeAlias
 
@@ -7,13 +7,13 @@ from numpy.typing import NDArray
 
 from ._pages import Row
 
-# The codes of the words that users pass.
+# The numbers by which the core knows the names that users pass.
 LAYOUTS: dict[str, int]
 PRECISIONS: dict[str, int]
 DTYPES: dict[str, int]
 
 class Options:
-    """Everything of a call but its operands; csrc/bindings/options.cpp has the defaults."""
+    """All arguments of a call except its operands; csrc/bindings/options.cpp has the defaults."""
 
     mask: NDArray[Any] | None
     bias: NDArray[Any] | None
@@ -40,12 +40,12 @@ class Options:
 
 Rope: TypeAlias = tuple[float, int, bool]  # base, rotary_dim, interleaved
 
-# Capsules: what the core keeps between calls.
+# Capsules: objects that the core keeps between calls.
 Layer = NewType("Layer", object)
 CacheStore = NewType("CacheStore", object)  # the arrays of a cache
 Ledger = NewType("Ledger", object)  # the lengths of a cache that has one block per sequence
-BlockTable = NewType("BlockTable", object)  # the pages of all sequences of a call as one array
-# The sequences of a call, with room for what it appends. Lengths of tables and rows are those after the call.
+BlockTable = NewType("BlockTable", object)  # the pages of all sequences of a call in one array
+# The sequences of a call, with room for the appended tokens. The lengths of tables and rows are those after the call.
 Sequences: TypeAlias = Ledger | BlockTable | list[Row]
 
 def make_layer(
@@ -60,7 +60,7 @@ def call_layer(
     layer: Layer,
     function: str,
     inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, CacheStore | None, Sequences | None],
-    # x, context, positions; of a cache: its store, its sequences
+    # x, context, positions; the cache's store and sequences
     out: NDArray[Any] | None,
     options: Options,
     /,
@@ -88,8 +88,8 @@ def make_cache_store(
 ) -> CacheStore: ...
 def make_ledger(
     *,
-    copies: NDArray[np.int64],  # (2, 2, blocks): two copies of the lengths and the first tokens still held
-    active: NDArray[np.int64],  # (1,): which copy is in force
+    copies: NDArray[np.int64],  # (2, 2, blocks): two copies of (length, first token still held) of each block
+    active: NDArray[np.int64],  # (1,): the copy that is valid
     window: int,  # -1: none
 ) -> Ledger: ...
 def make_block_table(
@@ -104,7 +104,7 @@ def attend_cache(
     function: str,
     store: CacheStore,
     sequences: Sequences,
-    # q; k and v or None; rope or None; positions or None; whether the result has the type of the computation
+    # q; k and v or None; rope or None; positions or None; whether the result keeps the computation type
     inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, Rope | None, NDArray[Any] | None, bool],
     out: NDArray[Any] | None,
     options: Options,

@@ -1,4 +1,4 @@
-"""Self-attention from x to output: projections, heads, attention, output projection in one call of the core."""
+"""Self-attention from x to output: input projections, attention and output projection in one call of the core."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ._weights import Weights, head_count, vector
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_VERSION = 1  # of what is pickled
+_VERSION = 1  # of the pickle format
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 
 
 @hinted
 class SelfAttention:
-    """Multi-head attention with learned projections, its weights packed once for this machine's kernels.
+    """Multi-head attention with learned projections. The weights are packed once, for this machine's kernels.
 
     ``y = concat_h(softmax(scale · (x w_q)_h (c w_k)_hᵀ) · (c w_v)_h) · w_o`` with ``c = context`` or ``x``
     (Vaswani et al., "Attention is all you need", 2017), each product with its bias.
@@ -35,13 +35,13 @@ class SelfAttention:
     Parameters
     ----------
     w_q : array_like, shape (d_model, H·D)
-        ``x @ w_q`` is literal: a PyTorch ``Linear`` holds the transpose, pass ``linear.weight.T``. float32,
-        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In 16 bits
-        y is rounded and, on units that multiply bfloat16, what a step multiplies.
+        Used literally as ``x @ w_q``. A PyTorch ``Linear`` holds the transpose: pass ``linear.weight.T``. float32,
+        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In a 16-bit dtype
+        y is rounded and, on units that multiply bfloat16, so are the operands of each step's products.
     w_k : array_like, shape (d_context, Hkv·D)
     w_v : array_like, shape (d_context, Hkv·Dv)
     w_o : array_like, shape (H·Dv, d_out), optional
-        Without it the concatenated heads are returned.
+        If omitted, the concatenated heads are returned.
     b_q, b_k, b_v, b_o : array_like, optional
         Biases, one number per column of the matrix.
     num_heads : int
@@ -56,7 +56,7 @@ class SelfAttention:
     num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
     dtype : numpy.dtype
     isa : str
-        The instruction set that the weights are packed for: the active one when the layer was made.
+        The instruction set that the weights are packed for: the one active when the layer was created.
 
     Notes
     -----
@@ -166,7 +166,7 @@ class SelfAttention:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the plain weights: they are packed for the machine that loads them."""
+        """Pickle the unpacked weights: loading packs them for the machine it runs on."""
         joined = self.num_heads * self.value_dim
         key_columns, value_columns = self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim
         shapes = (
@@ -177,7 +177,7 @@ class SelfAttention:
         )
         matrices = tuple(np.empty(shape, self.dtype) for shape in shapes)
         *biases, has_output = _core.unpack_layer(self._core, matrices)
-        # Biases are kept in the type of computation, which holds every number of a narrower one.
+        # Biases are kept in the computation type, which represents every number of the narrower dtype exactly.
         plain = tuple(None if bias is None else bias.astype(self.dtype) for bias in biases)
         weights = matrices if has_output else (*matrices[:3], None)
         return _load, (type(self), _VERSION, weights, plain, self.num_heads, self.num_kv_heads, self._rope)
@@ -223,31 +223,31 @@ class SelfAttention:
         out: Array | None = None,
         **options: Any,
     ) -> Any:
-        """Attend.
+        """Apply the layer to x.
 
         Parameters
         ----------
         x : array_like, shape (..., S, d_model)
-            The queries' input, and the keys' and values' unless `context` is given.
+            The input of the queries, and of the keys and values unless `context` is given.
         context : array_like, shape (..., Sk, d_context), optional
-            The keys' and values' input (cross-attention).
+            The input of the keys and values (cross-attention).
         positions : integer array, shape (S,) or (..., S), optional
-            Where the tokens of x sit, for `rope`; default 0, 1, 2, ... (with a cache: their places in their
-            sequences). Tokens of a context sit at their index.
+            Positions of the tokens of x, for `rope`; default 0, 1, 2, ... (with a cache: their positions in their
+            sequences). Tokens of a context are at their index.
         cache : KVCache or PagedKVCache, optional
-            x is (batch, S, d_model): the S newest tokens of each sequence, whose keys and values are appended; they
-            attend to all that the cache holds, causally unless ``causal=False``. `mask` is then over the S newest
-            tokens, as in `attention_with_kvcache`. After an error the cache is as it was.
+            x is (batch, S, d_model): the S newest tokens of each sequence. Their keys and values are appended, and
+            they attend to everything in the cache, causally unless ``causal=False``. `mask` then covers the S newest
+            tokens only, as in `attention_with_kvcache`. After an error the cache is unchanged.
         sequences : sequence of int
-            Of a PagedKVCache: the id of each row of x.
+            With a PagedKVCache: the id of the sequence of each row of x.
         out : ndarray, optional
-            Where to put y.
+            Array for y.
         **options
-            Those of `attention`, but for `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens,
-            kv_starts, scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads.
-            Shapes are those of heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a cache the
-            queries and keys are the same tokens: kv_lens serves as q_lens as well, and query i is aligned with key i
-            unless q_offset or both lengths say otherwise.
+            Those of `attention` except `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts,
+            scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads, t5. Shapes are
+            those of the heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a cache, queries and
+            keys are the same tokens: kv_lens also serves as q_lens, and query i is aligned with key i unless q_offset
+            or both lengths are given.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""The function of a layer that is called once."""
+"""Self-attention as a function, for weights that are used once."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def self_attention(
 ) -> Any:
     """Compute multi-head self-attention from x to output in one call.
 
-    The same as ``SelfAttention(w_q, ...)(x, ...)``, which see; a layer that is called more than once is better made
-    once, since that packs the weights.
+    Equivalent to ``SelfAttention(w_q, ...)(x, ...)``. To use the same weights more than once, create a `SelfAttention`,
+    which packs the weights only once.
 
     Parameters
     ----------
