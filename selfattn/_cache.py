@@ -1,4 +1,4 @@
-"""A cache of keys and values: one array, a row of slots for each sequence."""
+"""A cache of keys and values in one array, with a row of slots per sequence."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
 
 _VERSION = 1
-_LONGEST = (1 << 61) - 1  # tokens of a ring, over which positions could overflow
-_FIXED = 16  # integers in front of the lengths: magic, version, description, which copy of the lengths is in force
+_LONGEST = (1 << 61) - 1  # tokens in a ring; beyond this, positions could overflow
+_FIXED = 16  # integers before the lengths: magic, version, description, index of the valid copy of the lengths
 _ACTIVE = 9
 
 
 class Step(NamedTuple):
-    """What a call needs of a cache: the core's view of its sequences, and how to undo a call that failed."""
+    """The core's view of a cache's sequences for one call, and the state that is needed to undo a failed call."""
 
     sequences: _core.Sequences
     state: Any
 
 
 class AnyCache(Copyable):
-    """What both kinds of caches have: memory, a lock, and how a call opens and leaves them.
+    """Base class of both caches: memory, a lock, and the steps of a call that uses them.
 
-    `_begin`, `_commit`, `_roll_back` and `_bounds` are called under the lock.
+    `_begin`, `_commit`, `_roll_back` and `_bounds` are called with the lock held.
     """
 
     window: int | None
@@ -45,11 +45,11 @@ class AnyCache(Copyable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole cache."""
+        """Size of the whole cache in bytes."""
         return self._store.memory.nbytes
 
     def _run(self, function: str, sequences: Any, tokens: int, call: Callable[[Step], Any]) -> Any:
-        """Append so many tokens to each sequence by `call`, which also reads; nothing where it fails."""
+        """Run `call`, which appends `tokens` tokens to each sequence and may read the cache; undo it if it fails."""
         with self._lock.writing if tokens else self._lock.reading:
             step = None
             try:
@@ -67,11 +67,11 @@ class AnyCache(Copyable):
 
     @abstractmethod
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
-        """Make room for so many tokens more of each sequence, and return what the core needs."""
+        """Make room for `tokens` more tokens in each sequence, and return what the core needs."""
 
     @abstractmethod
     def _commit(self, step: Step) -> None:
-        """Count the tokens of a step that succeeded."""
+        """Record the tokens of a step that succeeded."""
 
     @abstractmethod
     def _roll_back(self, step: Step) -> None:
@@ -79,31 +79,32 @@ class AnyCache(Copyable):
 
     @abstractmethod
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the lengths before the step and the first tokens that are still held."""
+        """Return the lengths before the step, and the first token that each sequence still holds."""
 
 
 @hinted
 class KVCache(AnyCache):
-    """Keys and values of a batch of sequences that grow, in place, up to a capacity.
+    """Keys and values of a batch of sequences that grow in place up to a capacity.
 
     Parameters
     ----------
     batch, num_kv_heads, head_dim : int
-        Sequences, heads of k and v, size of k's heads.
+        Number of sequences, number of heads of k and v, size of k's heads.
     capacity : int
-        Tokens that there is room for, per sequence.
+        Maximum number of tokens per sequence.
     value_dim : int, optional
         Size of v's heads; default head_dim.
     dtype : {"float32", "float16", "bfloat16", "int8", "float64"} or dtype
-        How tokens are stored. "int8": codes, and a float32 scale per token and head, ``x ≈ code · scale`` with
-        ``scale = max|x| / 127``.
+        Storage type of the tokens. "int8": int8 codes with a float32 scale per token and head, ``x ≈ code · scale``
+        with ``scale = max|x| / 127``.
     window : int, optional
-        The farthest that any query will look to the left. The cache is then a ring: sequences grow without end, and
-        a token is overwritten once no query can see it. At most ``capacity − window`` tokens can be appended at once.
+        The largest distance, in tokens, that any query will look to the left. The cache is then a ring: sequences grow
+        without limit, and a token is overwritten once no query can see it. At most ``capacity − window`` tokens can be
+        appended at once.
     buffer : buffer, optional
         Writeable memory of at least ``KVCache.buffer_size(...)`` bytes, such as a `numpy.memmap` or the `buf` of a
-        `multiprocessing.shared_memory.SharedMemory`: all zeros for a new cache, or one of the same description, which
-        is opened with what it holds.
+        `multiprocessing.shared_memory.SharedMemory`. If it is all zeros, it becomes a new cache. If it holds a cache
+        with the same parameters, that cache is opened with its contents.
 
     Attributes
     ----------
@@ -112,9 +113,9 @@ class KVCache(AnyCache):
 
     Notes
     -----
-    Calls from several threads wait for each other: many read or one writes. Of several processes over one buffer, one
-    may write, and the others must wait until it has; a process that is killed while it appends leaves a cache that
-    holds all complete appends.
+    Calls from several threads are synchronized: many readers or one writer. If several processes share a buffer, only
+    one of them may write at a time, and the others must wait until it is done. If a process is killed while it appends,
+    the cache holds all complete appends.
 
     Examples
     --------
@@ -176,7 +177,7 @@ class KVCache(AnyCache):
         self._publish(lengths, starts)
 
     def _used(self, lengths: NDArray[np.int64]) -> int:
-        """Return how many slots hold tokens, or held some that a ring has let go."""
+        """Return how many slots hold tokens, including those that a ring no longer needs."""
         return min(int(lengths.max(initial=0)), self.capacity)
 
     @staticmethod
@@ -201,7 +202,7 @@ class KVCache(AnyCache):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sequence, (batch,), as they are now."""
+        """The current number of tokens of each sequence, (batch,)."""
         with self._lock.reading:
             view: NDArray[np.int64] = self._state()[0]
         view.flags.writeable = False
@@ -209,7 +210,7 @@ class KVCache(AnyCache):
 
     @property
     def k(self) -> NDArray[Any]:
-        """The stored keys, (batch, num_kv_heads, capacity, head_dim), read-only; codes where they are int8."""
+        """The stored keys, (batch, num_kv_heads, capacity, head_dim), read-only; codes if the storage is int8."""
         return self._store.view(self._store.k)
 
     @property
@@ -219,12 +220,12 @@ class KVCache(AnyCache):
 
     @property
     def k_scales(self) -> NDArray[np.float32] | None:
-        """What codes of keys are multiplied by, (batch, num_kv_heads, capacity), or None."""
+        """The scales of int8 keys, (batch, num_kv_heads, capacity), or None."""
         return None if self._store.k_scales is None else self._store.view(self._store.k_scales)
 
     @property
     def v_scales(self) -> NDArray[np.float32] | None:
-        """What codes of values are multiplied by, (batch, num_kv_heads, capacity), or None."""
+        """The scales of int8 values, (batch, num_kv_heads, capacity), or None."""
         return None if self._store.v_scales is None else self._store.view(self._store.v_scales)
 
     def append(self, k: ArrayLike, v: ArrayLike) -> None:
@@ -234,24 +235,24 @@ class KVCache(AnyCache):
         ----------
         k : array_like, shape (batch, num_kv_heads, T, head_dim)
         v : array_like, shape (batch, num_kv_heads, T, value_dim)
-            Of one floating dtype; rounded to the storage type (float64 by way of float32).
+            Both in one floating dtype; rounded to the storage type (float64 via float32).
 
         Raises
         ------
         ValueError
-            A wrong shape, or no room for T tokens. The cache is as it was.
+            A wrong shape, or no room for T tokens. The cache is unchanged.
         """
         k, v = as_array("append", "k", k), as_array("append", "v", v)
         tokens = k.shape[2] if k.ndim == 4 else 0
         self._run("append", None, tokens, lambda step: self._append(step, k, v))
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Take back the newest tokens, as of a draft that was rejected.
+        """Remove the newest tokens, for example those of a rejected draft.
 
         Parameters
         ----------
         lengths : int or integer array, shape (batch,)
-            How many tokens remain of each sequence: at most those that there are.
+            Number of tokens to keep in each sequence, at most its current length.
         """
         new = np.array(integers("truncate", "lengths", lengths))
         if new.shape not in ((), (self.batch,)):
@@ -270,12 +271,12 @@ class KVCache(AnyCache):
             self._publish(new, np.where(new == 0, 0, starts))
 
     def reorder(self, index: ArrayLike) -> None:
-        """Let sequence b go on as sequence index[b] was, as in beam search.
+        """Replace sequence b by a copy of sequence index[b], as in beam search.
 
         Parameters
         ----------
         index : integer array, shape (batch,)
-            Sequences, each any number of times.
+            Indices of sequences; each may occur any number of times.
         """
         index = np.array(integers("reorder", "index", index))
         if index.shape != (self.batch,):
@@ -285,12 +286,13 @@ class KVCache(AnyCache):
         with self._lock.writing:
             _core.reorder(self._store.core, self._ledger, index)
 
-    # The core checks that there is room, and counts what it has appended.
+    # The core checks that there is room, and updates the lengths after appending.
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is not None:
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
-        # A ring publishes twice, which leaves nothing of what was in force before.
+        # A ring switches between the two copies of the lengths twice per call, which overwrites both. Keep the old
+        # lengths for roll-back.
         lengths = None if self.window is None else self._state()[0]
         return Step(self._ledger, (int(self._header[_ACTIVE]), lengths))
 
@@ -298,7 +300,7 @@ class KVCache(AnyCache):
         pass
 
     def _roll_back(self, step: Step) -> None:
-        # An interrupt may come when the core has counted the tokens already.
+        # An interrupt may arrive after the core has updated the lengths.
         active, lengths = step.state
         if lengths is None:
             self._header[_ACTIVE] = active
@@ -310,7 +312,7 @@ class KVCache(AnyCache):
         return lengths, starts
 
     def _state(self) -> NDArray[np.int64]:
-        """Return (lengths, starts) in force: a copy, since the buffer may be shared with another process."""
+        """Return the valid (lengths, starts). A copy, since the buffer may be shared with another process."""
         state: NDArray[np.int64] = self._copies[int(self._header[_ACTIVE]) & 1].copy()
         for b, (length, start) in enumerate(zip(*state.tolist(), strict=True)):
             if not self._is_possible(length, start):
@@ -321,7 +323,7 @@ class KVCache(AnyCache):
         return state
 
     def _is_possible(self, length: int, start: int) -> bool:
-        """Whether a sequence can hold the tokens from `start` to `length`. Numbers of Python are fastest here."""
+        """Whether a sequence can hold the tokens from `start` to `length`. Python's own integers are fastest here."""
         if self.window is None:
             return start == 0 <= length <= self.capacity
         return 0 <= start <= length <= _LONGEST and length - start <= self.capacity
@@ -330,7 +332,7 @@ class KVCache(AnyCache):
         return all(map(self._is_possible, lengths.ravel().tolist(), starts.ravel().tolist()))
 
     def _publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
-        # The other copy is written first; then one store of 8 bytes puts it in force.
+        # Write the other copy first; then a single 8-byte store makes it the valid one.
         other = 1 - (int(self._header[_ACTIVE]) & 1)
         self._copies[other][0] = lengths
         self._copies[other][1] = starts
@@ -340,12 +342,12 @@ class KVCache(AnyCache):
         header = self._header
         self._copies = header[_FIXED : _FIXED + 4 * self.batch].reshape(2, 2, self.batch)
         if header[0] == 0:
-            # Whoever made it may have been killed before it was complete.
+            # The process that was creating the cache may have been killed halfway.
             begun = header[1 : len(description)]
             if np.any((begun != 0) & (begun != description[1:])) or header[len(description) :].any():
                 raise ValueError("KVCache: buffer holds neither a cache nor zeros")
             header[1 : len(description)] = description[1:]
-            header[0] = description[0]  # last: a header without it is no cache
+            header[0] = description[0]  # last: without the magic number, the buffer is not a cache
             return
         if tuple(header[: len(description)].tolist()) != description:
             raise ValueError(f"KVCache: buffer holds something else than a {self!r}")

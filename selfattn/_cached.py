@@ -1,4 +1,4 @@
-"""Attention over what a cache holds."""
+"""Attention over the keys and values in a cache."""
 
 from __future__ import annotations
 
@@ -78,42 +78,42 @@ def attention_with_kvcache(
     t5: T5Bias | None = None,
     **unknown: Any,
 ) -> Any:
-    """Append new tokens to a cache and attend to everything that it holds, in one call.
+    """Append new tokens to a cache and attend to everything in it, in one call.
 
     Parameters
     ----------
     q : array_like, shape (B, H, Sq, D)
-        Queries of the newest Sq tokens of each sequence: one when text is generated, a few when a draft is verified,
-        many when a prompt comes in pieces.
+        Queries of the newest Sq tokens of each sequence: one token to generate text, a few to verify a draft, many to
+        process a prompt in chunks.
     cache : KVCache or PagedKVCache
-        Of q's dtype or a narrower one.
+        In q's dtype or a narrower one.
     k : array_like, shape (B, Hkv, Sq, D), optional
     v : array_like, shape (B, Hkv, Sq, Dv), optional
-        The same Sq tokens' keys and values, appended first. Both have one dtype: any that `KVCache.append` takes.
-        Without them the cache is only read.
+        Keys and values of the same Sq tokens, appended first. Both have the same dtype, any that `KVCache.append`
+        accepts. If omitted, the cache is only read.
     sequences : sequence of int
-        Of a PagedKVCache: the id of each row of q.
+        With a PagedKVCache: the id of the sequence of each row of q.
     rope : RoPE or True, optional
         Rotates q and the new k.
     positions : integer array, shape (Sq,) or (B, Sq), optional
-        For rope: where the tokens stand; default their places in their sequences.
+        For rope: the positions of the tokens; default their positions in their sequences.
     mask : array_like of bool, broadcasting to (B, H, Sq, Sq), optional
-        Over the newest Sq tokens only, True = attend; everything before them is visible. For drafts that branch.
+        Covers the newest Sq tokens only, True = attend; all earlier tokens are visible. For tree-shaped drafts.
     bias : array_like, broadcasting to (B, H, Sq, longest sequence), optional
     causal : bool, default True
-        Query i sees tokens up to its own, the last query being the last token of its sequence.
+        Query i sees the tokens up to its own position. The last query is the last token of its sequence.
     window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
-        As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most that.
+        As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most the cache's window.
     cascade : bool, default False
-        Read the pages that all sequences have in common from the start on (forks of one prompt) once for all of
-        them. The parts are merged by log-sum-exp, so that bits depend on how much is in common. Without effect where
-        window, bias, alibi_slopes, t5 or return_weights are given.
+        Read the leading pages that all sequences share (forks of one prompt) once for all of them. The two parts are
+        merged by log-sum-exp, so the rounding of the result depends on the length of the shared part. Has no effect if
+        window, bias, alibi_slopes, t5 or return_weights is given.
     layout : {"bhsd", "bshd"}
-        "bshd": the token axis of q, k, v and out stands before the head axis.
+        "bshd": the token axis of q, k, v and out comes before the head axis.
     return_weights : bool, default False
         Also return the weights, (B, H, Sq, longest sequence).
     out : ndarray, optional
-        Where to put the result.
+        Array for the result.
 
     Returns
     -------
@@ -123,12 +123,13 @@ def attention_with_kvcache(
     Raises
     ------
     TypeError, ValueError, MemoryError
-        The cache holds what it held before, but for tokens of a ring that no later query can see; so it does after an
-        interrupt.
+        The cache is unchanged, except that a ring may have lost tokens that no later query can see. The same holds
+        after an interrupt.
 
     Notes
     -----
-    What one sequence gets depends on no other, in no bit; nor on pages, capacity or threads.
+    The result of a sequence is bit-identical whatever the other sequences, the pages, the capacity and the number of
+    threads are.
 
     Examples
     --------
@@ -183,14 +184,14 @@ def attention_with_kvcache(
 
 
 def check_window(function: str, cache: AnyCache, left: int) -> None:
-    """Refuse to look farther back than a cache with a window keeps tokens."""
+    """Raise if a call looks farther back than the cache's window."""
     if cache.window is not None and not 0 <= left <= cache.window:
         asked = "none" if left < 0 else f"{left} to the left"
         raise ValueError(f"{function}: window is {asked}, but the cache keeps only what one of {cache.window} sees")
 
 
 def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: int) -> None:
-    """Refuse queries that look to the left of what a cache with a window keeps; `before`: tokens already there."""
+    """Raise if a query looks to the left of the kept tokens; `before`: how many queries are already in the cache."""
     if cache.window is None or before <= 0:
         return
     lengths, starts = cache._bounds(step)
@@ -202,7 +203,7 @@ def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: in
 
 
 class _Cascade:
-    """One call in two parts: the pages that all sequences share, and what each has of its own."""
+    """One call in two parts: the pages that all sequences share, and the remaining pages of each sequence."""
 
     def __init__(
         self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: Layout, options: _core.Options
@@ -221,7 +222,7 @@ class _Cascade:
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
         first = np.array([row.length for row in rows], np.int64) - tokens
-        # Only what every query sees whole, and what is there already.
+        # Only whole pages that every query sees completely and that were filled before this call.
         whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
         shared = whole // cache.page_size * cache.page_size
         if shared <= 0:
@@ -232,7 +233,7 @@ class _Cascade:
         options = self.options.copy()
         options.return_lse = True
         own_rows = [Row(row.pages[shared // cache.page_size :], shared, row.length) for row in rows]
-        # The own part first: it checks all arguments. Parts are of the type of computation, to be rounded once.
+        # The unshared part first: it checks all arguments. Both parts keep the computation type, to be rounded once.
         own, own_lse = _core.attend_cache(_NAME, store, own_rows, (*inputs, True), None, options)
         prefix_row = Row(rows[0].pages, 0, shared)
         prefix, prefix_lse = self._attend_prefix(cache, prefix_row, first, tokens, options)
@@ -245,7 +246,7 @@ class _Cascade:
     def _attend_prefix(
         self, cache: PagedKVCache, row: Row, first: NDArray[np.int64], tokens: int, options: _core.Options
     ) -> tuple[Any, Any]:
-        """Attend with the rows of all sequences as if they were one sequence's; heads first."""
+        """Attend to the shared pages with the rows of all sequences as if they were one sequence; heads first."""
         q = self.q
         if self.rope is not None:
             places = first[:, None] + np.arange(tokens) if self.positions is None else self.positions
@@ -253,7 +254,7 @@ class _Cascade:
         heads_first = q.swapaxes(1, 2) if self.layout == "bshd" else q
         batch, heads, _, width = heads_first.shape
         rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
-        # No causal limit, mask or sinks: everything is visible, and sinks belong to one part only.
+        # No causal limit, mask or sinks: the whole prefix is visible, and sinks may be counted in one part only.
         plain = options.copy()
         plain.mask, plain.causal, plain.sinks, plain.layout = None, False, None, _core.LAYOUTS["bhsd"]
         out, lse = _core.attend_cache(

@@ -1,4 +1,4 @@
-"""Copies and pickles of caches: what they hold, in memory of their own."""
+"""Copies and pickles of caches: their contents, in newly allocated memory."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from numpy.typing import NDArray
 from ._lock import SharedLock
 from ._store import Store
 
-_VERSION = 1  # of what is pickled
+_VERSION = 1  # of the pickle format
 _Self = TypeVar("_Self", bound="Copyable")
 
 
 class Copyable(ABC):
-    """A cache that `copy.copy`, `copy.deepcopy` and `pickle` copy, while no other thread appends to it."""
+    """A cache that supports `copy.copy`, `copy.deepcopy` and `pickle`; appends by other threads wait meanwhile."""
 
     _store: Store
     _lock: SharedLock
-    _made_with: tuple[str, ...]  # the attributes that are arguments of `_make`
-    _made: tuple[str, ...]  # the attributes that `_make` adds to them
+    _made_with: tuple[str, ...]  # attributes that are arguments of `_make`
+    _made: tuple[str, ...]  # further attributes that `_make` sets
 
     @abstractmethod
     def _make(self, **arguments: Any) -> None:
-        """Become an empty cache."""
+        """Initialize as an empty cache."""
 
     @abstractmethod
     def _contents(self) -> dict[str, Any]:
-        """Return what the cache holds: plain objects, and "tokens", whose arrays may be views."""
+        """Return the contents: plain objects, and "tokens", whose arrays may be views."""
 
     @abstractmethod
     def _load(self, contents: dict[str, Any]) -> None:
-        """Check such contents, which may come from anywhere, and hold them."""
+        """Check such contents, which may come from an untrusted pickle, and take them over."""
 
     def __copy__(self: _Self) -> _Self:
         twin = self._twin()
@@ -77,7 +77,7 @@ class Copyable(ABC):
         vars(self).update(foreign)
 
     def _foreign(self) -> dict[str, Any]:
-        """Return the attributes that a subclass or a user has added."""
+        """Return attributes that were added by a subclass or a user."""
         return {name: value for name, value in vars(self).items() if name not in (*self._made_with, *self._made)}
 
     def _arguments(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Copyable(ABC):
         return ValueError(f"{type(self).__name__}: the pickle holds {what}")
 
     def _fill(self, where: Any, tokens: Any) -> None:
-        """Put arrays of tokens in their places of the store."""
+        """Copy arrays of tokens to their places in the store."""
         stores = self._store.arrays()
         if not isinstance(tokens, list) or len(tokens) != len(stores):
             raise self._damaged("tokens of another storage type")

@@ -18,7 +18,7 @@ from ._typing import StorageType
 
 
 class _Step(NamedTuple):
-    """What a step of a paged cache changes, and what its pages held that it overwrites."""
+    """The changes that a step makes to a paged cache, and the old contents of the pages that it overwrites."""
 
     rows: list[Row]
     growth: Growth | None
@@ -29,25 +29,25 @@ class _Step(NamedTuple):
 class PagedKVCache(AnyCache):
     """Keys and values of any number of sequences, in pages of a fixed number of tokens.
 
-    A sequence takes a page when it needs one and gives it back when it ends, so that nothing is reserved for tokens
-    that may never come; forks share the pages of their common prefix until one of them writes to it.
+    A sequence takes a page when it needs one and releases it when it ends, so no memory is reserved for tokens that may
+    never come. Forks share the pages of their common prefix until one of them writes to it.
 
     Parameters
     ----------
     num_pages, page_size : int
-        Pages, and tokens of a page.
+        Number of pages, and of tokens per page.
     num_kv_heads, head_dim : int
-        Heads of k and v, size of k's heads.
+        Number of heads of k and v, size of k's heads.
     value_dim : int, optional
         Size of v's heads; default head_dim.
     dtype : {"float32", "float16", "bfloat16", "int8", "float64"} or dtype
-        How tokens are stored, see `KVCache`.
+        Storage type of the tokens, see `KVCache`.
     window : int, optional
-        The farthest that any query will look to the left: pages that no query can see any more are released when
-        tokens are appended.
+        The largest distance, in tokens, that any query will look to the left. Appending releases the pages that no
+        query can see any more.
     buffer : buffer, optional
-        Writeable memory of at least ``PagedKVCache.buffer_size(...)`` bytes for the tokens. Which page belongs to whom
-        is kept in this object, not there.
+        Writeable memory of at least ``PagedKVCache.buffer_size(...)`` bytes for the tokens. The page table is kept in
+        this object, not in the buffer.
 
     Attributes
     ----------
@@ -56,8 +56,8 @@ class PagedKVCache(AnyCache):
 
     Notes
     -----
-    Calls from several threads wait for each other: many read or one writes. The idea is that of Kwon et al., "Efficient
-    memory management for large language model serving with PagedAttention" (2023).
+    Calls from several threads are synchronized: many readers or one writer. Paged caches are due to Kwon et al.,
+    "Efficient memory management for large language model serving with PagedAttention" (2023).
 
     Examples
     --------
@@ -156,7 +156,7 @@ class PagedKVCache(AnyCache):
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no sequence has."""
+        """Number of pages that belong to no sequence."""
         return len(self._table.free_pages)
 
     @property
@@ -165,7 +165,7 @@ class PagedKVCache(AnyCache):
         return tuple(sorted(self._table.rows))
 
     def allocate(self) -> int:
-        """Return the id of a new, empty sequence. Ids are never used again."""
+        """Return the id of a new, empty sequence. Ids are never reused."""
         with self._lock.writing:
             name = self._new_id()
             self._table.put({name: Row(array(NUMBER), 0, 0)})
@@ -183,12 +183,12 @@ class PagedKVCache(AnyCache):
         sequence : int
         k : array_like, shape (num_kv_heads, T, head_dim)
         v : array_like, shape (num_kv_heads, T, value_dim)
-            Of one floating dtype; rounded to the storage type.
+            Both in one floating dtype; rounded to the storage type.
 
         Raises
         ------
         MemoryError
-            There are not enough free pages. Every sequence is as it was; so it is after any other error.
+            There are not enough free pages. All sequences are unchanged, as after any other error.
         """
         k, v = (as_array("append", name, x) for name, x in (("k", k), ("v", v)))
         for name, x, width in (("k", k, self.head_dim), ("v", v, self.value_dim)):
@@ -207,7 +207,7 @@ class PagedKVCache(AnyCache):
             return twin
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Take back the newest tokens, so that `length` remain; pages without tokens are released."""
+        """Remove the newest tokens, so that `length` remain; pages without tokens are released."""
         length = count("truncate", "length", length, least=0)
         with self._lock.writing:
             name, (_, start, old) = self._row("truncate", sequence)
@@ -222,14 +222,14 @@ class PagedKVCache(AnyCache):
             self._table.shorten(name, length)
 
     def free(self, sequence: int) -> None:
-        """End a sequence; pages that no other shares become free."""
+        """Delete a sequence; pages that no other sequence shares become free."""
         with self._lock.writing:
             name, _ = self._row("free", sequence)
             self._table.settle()
             self._table.remove(name)
 
     def _new_id(self) -> int:
-        self._next += 1  # first: an id that an interrupt loses is never given out
+        self._next += 1  # first: if an interrupt comes now, the id is skipped rather than given out twice
         return self._next - 1
 
     def _row(self, function: str, sequence: Any) -> tuple[int, Row]:
@@ -267,7 +267,7 @@ class PagedKVCache(AnyCache):
         raise MemoryError(f"{function}: {needed} pages are needed, but {there} are free")
 
     def _copy_pages(self, growth: Growth | None) -> list[NDArray[Any]]:
-        """Give rows copies of shared pages; return what pages hold that a failed step must give back."""
+        """Copy shared pages for the rows that will write to them; return the page contents needed to undo the step."""
         if growth is None:
             return []
         arrays = self._store.arrays()
