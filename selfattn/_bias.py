@@ -19,7 +19,7 @@ def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
     Parameters
     ----------
     num_heads : int
-        n. Where it is no power of two, the slopes of the power below it are followed by every other slope of the
+        n. If it is not a power of two, the slopes of the power below it are followed by every other slope of the
         power above it, as in the paper's code.
 
     Returns
@@ -53,17 +53,17 @@ def t5_bias(
     """Return the relative position bias of T5 (Raffel et al., 2020), for `attention`'s ``bias``.
 
     Half of the buckets hold one distance each, the other half grow logarithmically up to `max_distance`, and the last
-    one takes everything beyond. T5 scales its scores by 1: pass ``scale=1.0``.
+    one holds all larger distances. T5 scales its scores by 1: pass ``scale=1.0``.
 
     Parameters
     ----------
     table : array_like, shape (num_buckets, H)
-        The learned bias of each bucket and head, of any dtype that `attention` takes.
+        The learned bias of each bucket and head, in any dtype that `attention` accepts.
     q_len, kv_len : int
         Sq and Sk, in tokens.
     bidirectional : bool, default True
-        Encoder: half of the buckets for keys behind, half for keys ahead of the query. False (decoder): keys ahead
-        share the bucket of distance 0.
+        Encoder: half of the buckets for keys before, half for keys after the query. False (decoder): keys after the
+        query share the bucket of distance 0.
     max_distance : int, default 128
         In tokens.
     q_offset : int, default 0
@@ -95,22 +95,22 @@ def t5_bias(
 class T5Bias:
     """The relative position bias of T5 (Raffel et al., 2020), for ``t5`` of `attention`: added inside the kernel.
 
-    What `t5_bias` writes out for every pair is looked up by distance here, for one block of keys at a time. T5 scales
-    its scores by 1: pass ``scale=1.0``.
+    `t5_bias` materializes the bias of every pair; this class lets the kernel look it up by distance, for one block of
+    keys at a time. T5 scales its scores by 1: pass ``scale=1.0``.
 
     Parameters
     ----------
     table : array_like, shape (num_buckets, H)
-        The learned bias of each bucket and head, of any dtype that `attention` takes.
+        The learned bias of each bucket and head, in any dtype that `attention` accepts.
     bidirectional : bool, default True
-        Encoder: half of the buckets for keys behind, half for keys ahead of the query. False (decoder): keys ahead
-        share the bucket of distance 0.
+        Encoder: half of the buckets for keys before, half for keys after the query. False (decoder): keys after the
+        query share the bucket of distance 0.
     max_distance : int, default 128
-        In tokens, at most 2²⁰; the last bucket takes everything beyond.
+        In tokens, at most 2²⁰; the last bucket holds all larger distances.
 
     Notes
     -----
-    The query's place is ``i + offset``, as for `causal`.
+    The position of query i is ``i + offset``, as for `causal`.
 
     Examples
     --------
@@ -136,16 +136,16 @@ class T5Bias:
         object.__setattr__(self, "_core", (by_distance, bias.origin))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without what is made from the table, which is larger.
+        # Without the arrays computed from the table, which are larger than the table.
         return type(self), (self.table, self.bidirectional, self.max_distance)
 
     def for_core(self) -> tuple[NDArray[np.float64], int]:
-        """Return the bias of each head and distance, (H, count), and the place of distance 0."""
+        """Return the bias of each head and distance, (H, count), and the index of distance 0."""
         return self._core
 
 
 class _Buckets(NamedTuple):
-    """A checked table, and which of its buckets each distance i − j from −origin on has; beyond the ends the end's."""
+    """A checked table, and the bucket of each distance i − j from −origin on. Distances beyond an end use that end."""
 
     table: NDArray[Any]
     bucket: NDArray[np.int64]

@@ -77,31 +77,32 @@ def relative_attention(
     t5: T5Bias | None = None,
     **unknown: Any,
 ) -> Any:
-    r"""Attend to a segment and the memory before it, by content and by distance (Dai et al., "Transformer-XL", 2019).
+    r"""Attend to a segment and the memory before it by content and distance (Dai et al., "Transformer-XL", 2019).
 
-    ``score[i, j] = scale · ((q_i + u) · k_j + (q_i + w) · r_t)`` with the distance ``t = i + mem_len − j``, then as in
-    `attention` with ``q_offset=mem_len``. The second product is made by distance for one block of keys at a time:
-    nothing of size S × (mem_len + S) is stored, and nothing is shifted.
+    ``score[i, j] = scale · ((q_i + u) · k_j + (q_i + w) · r_t)`` with the distance ``t = i + mem_len − j``. The rest is
+    as in `attention` with ``q_offset=mem_len``. The second product is computed by distance for one block of keys at a
+    time: nothing of size S × (mem_len + S) is stored, and there is no relative-shift step.
 
     Parameters
     ----------
     q : array_like, shape (..., H, S, D)
-        Queries of the segment, of any dtype that `attention` takes.
+        Queries of the segment, in any dtype that `attention` accepts.
     k : array_like, shape (..., Hkv, mem_len + S, D)
     v : array_like, shape (..., Hkv, mem_len + S, Dv)
-        Keys and values of the memory and, behind it, of the segment.
+        Keys and values of the memory, followed by those of the segment.
     r : array_like, shape (H, R, D) or (R, D)
-        Projected encodings of distances, of q's dtype or one with fewer bytes: row ``t + r_origin`` belongs to
-        distance t. Distances beyond either end use that end, which is the original's ``clamp_len``.
+        Projected encodings of distances, in q's dtype or one with fewer bytes. Row ``t + r_origin`` belongs to
+        distance t; distances beyond either end use the row at that end (``clamp_len`` in the original).
     u, w : array_like, shape (H, D)
-        What the queries add where they meet keys (``r_w_bias``) and encodings (``r_r_bias``), of any float dtype.
+        Vectors added to the queries before the products with keys (u, ``r_w_bias``) and with encodings (w,
+        ``r_r_bias``), of any float dtype.
     mem_len : int, default 0
-        Tokens of memory.
+        Number of tokens in the memory.
     causal : bool, default True
         Key j is visible to query i iff ``j <= i + mem_len``.
     r_origin : int, default 0
-        The row of distance 0. Tables that reach ahead of the query as well (XLNet) have it in their middle; without
-        any rows before it, `causal` must be True.
+        The row of distance 0. It is in the middle of a table that also covers keys ahead of the query (XLNet). If there
+        are no rows before it, `causal` must be True.
     window : (left, right), optional
         As in `attention`; the original's ``same_length`` is ``(mem_len − 1, 0)``.
     mask, bias, q_lens, kv_lens, kv_starts, scale, softcap, alibi_slopes, sinks, layout, return_lse, return_weights, out
@@ -121,8 +122,9 @@ def relative_attention(
 
     Notes
     -----
-    ``q + u`` and ``q + w`` are sums of float32 (float64 for float64), also of queries of 16 bits. For a given
-    instruction set the bits of one batch entry and head depend on nothing else.
+    ``q + u`` and ``q + w`` are computed in float32 (float64 for float64), also for 16-bit queries. For a given
+    instruction set, shape and options, the results of a batch entry and head are bit-identical whatever else is in the
+    batch.
 
     Examples
     --------

@@ -22,11 +22,11 @@ class RoPE:
     Parameters
     ----------
     base : float, default 10000.0
-        Pair i turns by ``position · base^(−2 i / rotary_dim)`` radians.
+        Pair i is rotated by ``position · base^(−2 i / rotary_dim)`` radians.
     rotary_dim : int, optional
-        Even; only the first rotary_dim elements of a head turn. Default: all of them.
+        Even; only the first rotary_dim elements of a head are rotated. Default: all of them.
     interleaved : bool, default False
-        False: element i pairs with ``i + rotary_dim / 2`` (Llama, GPT-NeoX). True: pairs are neighbours (GPT-J).
+        False: element i pairs with ``i + rotary_dim / 2`` (Llama, GPT-NeoX). True: adjacent elements pair (GPT-J).
     """
 
     base: float = 10000.0
@@ -59,7 +59,7 @@ _PLAIN = RoPE()
 
 
 def rope_or_none(function: str, rope: Any) -> RoPE | None:
-    """Return the description that a `rope=` argument stands for."""
+    """Return the `RoPE` that a `rope=` argument means, or None."""
     if rope is None or rope is False:
         return None
     if rope is True:
@@ -90,7 +90,7 @@ def apply_rope(
     layout: Layout = "bhsd",
     out: Array | None = None,
 ) -> NDArray[Any]:
-    """Turn the pairs of each head's elements by angles that grow with the token's position.
+    """Rotate pairs of elements of each head by angles proportional to the token's position.
 
     Parameters
     ----------
@@ -100,15 +100,15 @@ def apply_rope(
     positions : integer array, shape (S,) or (..., S), optional
         The position of each token; default 0, 1, 2, ...
     rope : RoPE
-        Which pairs turn, and how fast.
+        Which pairs are rotated, and by what angles.
     layout : {"bhsd", "bshd"}
     out : ndarray, optional
-        Where to put the result; may be x itself.
+        Array for the result; may be x itself.
 
     Returns
     -------
     ndarray
-        In x's shape and dtype. Angles are computed in double precision: right to 1e-5 also at position 2**20.
+        In x's shape and dtype. Angles are computed in double precision: accurate to 1e-5 even at position 2**20.
 
     Examples
     --------
@@ -146,7 +146,7 @@ def apply_rope(
 
 
 def _tokens_first(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """Return a view (..., S, H, D) of vectors in either layout."""
+    """Return x, in either layout, as a view (..., S, H, D)."""
     if x.ndim == 2:
         return x[:, np.newaxis]
     return x.swapaxes(-2, -3) if layout == "bhsd" else x

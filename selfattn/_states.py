@@ -26,21 +26,21 @@ def merge_states(
     outs : sequence of array_like, each (..., Sq, Dv)
         Results of `attention` over each part.
     lses : sequence of array_like, each (..., Sq)
-        Their log-sum-exps (``return_lse=True``): float32 beside 16-bit results, else of the same dtype. −inf: the
-        part showed the row nothing (flash-attn gives +inf there, which must be replaced: here it means an infinite
-        score, and the row becomes NaN).
+        Their log-sum-exps (``return_lse=True``): float32 for 16-bit results, otherwise of the same dtype. −inf means
+        that the row saw no key in this part. (flash-attn gives +inf there, which must be replaced: here it means an
+        infinite score, and the row becomes NaN.)
 
     Returns
     -------
     out : ndarray, shape (..., Sq, Dv)
-        In the dtype of outs; the sums are float64.
+        In the dtype of outs; sums are computed in float64.
     lse : ndarray, shape (..., Sq)
-        −inf, with out 0, where no part showed the row anything.
+        −inf, with out 0, for a row that saw no key in any part.
 
     Notes
     -----
-    The identity behind flash-decoding and ring attention: Rabe and Staats, "Self-attention does not need O(n²)
-    memory" (2021).
+    Flash-decoding and ring attention are based on this identity, from Rabe and Staats, "Self-attention does not need
+    O(n²) memory" (2021).
 
     Examples
     --------
@@ -66,12 +66,12 @@ def merge_states(
 
 
 def _lse_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the type of log-sum-exps beside outs of this one: that of the computation."""
+    """Return the dtype of the log-sum-exps for outs of this dtype: the computation type."""
     return dtype if dtype.itemsize > 2 else np.dtype(np.float32)
 
 
 def _parts(name: str, values: Any) -> list[Any]:
-    if not hasattr(values, "__iter__"):  # one array of all parts may offer DLPack and nothing else
+    if not hasattr(values, "__iter__"):  # a single array of all parts may support DLPack only
         values = as_array("merge_states", name, values)
         if values.ndim == 0:
             raise TypeError(f"merge_states: {name} is {values!r}, but a sequence of arrays is needed")

@@ -95,41 +95,41 @@ def attention_varlen(
     t5: T5Bias | None = None,
     **unknown: Any,
 ) -> Any:
-    """Attend in N sequences of different lengths at once, each as it would alone, bit by bit.
+    """Attend within each of N sequences of different lengths; each result is bit-identical to that of a separate call.
 
     Parameters
     ----------
     q : array_like, shape (total_q, H, D)
     k : array_like, shape (total_k, Hkv, D)
     v : array_like, shape (total_k, Hkv, Dv)
-        All sequences' tokens, one sequence behind the other. Or three lists of N arrays (tokens, heads, size), then
-        without cu_seqlens.
+        The tokens of all sequences, one sequence after another. Alternatively three lists of N arrays (tokens, heads,
+        size), without cu_seqlens.
     cu_seqlens_q, cu_seqlens_k : integer array, shape (N + 1,)
-        Where sequences start, and at the end the total: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
-        Those of k default to those of q.
+        Start of each sequence, followed by the total: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+        cu_seqlens_k defaults to cu_seqlens_q.
     mask, bias : sequence of N arrays or None, optional
-        Each as in `attention` for that sequence alone, broadcasting to (H, its queries, its keys).
+        One per sequence, as in `attention`, broadcasting to (H, queries of that sequence, keys of that sequence).
     q_offset : int or integer array, shape (N,), optional
         As in `attention`; default: the last query is aligned with the last key of its sequence.
     alibi_slopes : array_like, shape (H,) or (N, H), optional
     causal, window, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
         As in `attention`.
     out : ndarray, optional
-        Where to put a packed result: its exact shape and dtype, any strides.
+        Array for a packed result: exactly its shape and dtype, any strides.
 
     Returns
     -------
     out : ndarray, shape (total_q, H, Dv)
-        In q's dtype; of lists, a list of N arrays.
+        In q's dtype; a list of N arrays if lists were passed.
     lse : ndarray, shape (H, total_q)
-        Only with `return_lse`; of lists, a list of N arrays.
+        Only with `return_lse`; a list of N arrays if lists were passed.
     weights : list of N ndarrays (H, queries, keys)
         Only with `return_weights`.
 
     Raises
     ------
     TypeError, ValueError, MemoryError
-        As from `attention`; what concerns one sequence says which.
+        As from `attention`; a message about a single sequence says which one.
 
     Examples
     --------
@@ -184,7 +184,7 @@ def attention_varlen(
 
 
 def _packed(name: str, arrays: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    # One copy of the inputs, which is little beside what attention does with them.
+    # Copies the inputs once, which is cheap compared with attention itself.
     parts = [as_array(_NAME, f"{name}[{i}]", x) for i, x in enumerate(arrays)]
     if not parts:
         raise ValueError(f"{_NAME}: {name} is an empty list, but at least one sequence is needed")
@@ -201,7 +201,7 @@ def _packed(name: str, arrays: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 def _starts(name: str, value: Any, of: str, packed: NDArray[Any]) -> NDArray[np.int64]:
-    starts = np.array(integers(_NAME, name, value), order="C")  # nobody changes it once it has been checked
+    starts = np.array(integers(_NAME, name, value), order="C")  # a copy, so that it cannot change after the checks
     if starts.ndim != 1 or len(starts) == 0:
         raise ValueError(f"{_NAME}: {name} has shape {starts.shape}, but (N + 1,) is needed")
     total = len(packed) if packed.ndim else 0

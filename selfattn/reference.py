@@ -1,7 +1,7 @@
-"""The specification: attention in plain NumPy, one step after the other, in double precision.
+"""The specification: attention in plain NumPy, step by step, in double precision.
 
-Nothing here is fused, blocked or fast. Tests and the self-test hold the core against it, and whoever wants to know what
-an option means can read it here.
+Nothing here is fused, blocked or fast. Tests and the self-test compare the core with it. It also defines precisely what
+each option means.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """What `attention` computes, and what its error is measured against."""
+    """The results of `attention`, and the quantities that error bounds are expressed in."""
 
     out: NDArray[Any]  # (..., H, Sq, Dv), or (..., Sq, H, Dv) in layout "bshd"
     lse: NDArray[Any]  # (..., H, Sq)
@@ -68,7 +68,7 @@ def visibility(
     kv_lens: ArrayLike | None = None,
     kv_starts: ArrayLike | None = None,
 ) -> NDArray[np.bool_]:
-    """Return which key every query sees, (*batch, H, Sq, Sk)."""
+    """Return which keys each query sees, (*batch, H, Sq, Sk)."""
     visible = np.ones((*batch, num_heads, q_len, kv_len), dtype=bool)
     distance = _distances(q_len, kv_len, batch, q_offset, q_lens, kv_lens)
     if causal:
@@ -121,9 +121,9 @@ def attention(
     Parameters
     ----------
     relative : (r, u, w, r_origin), optional
-        As for `selfattn.relative_attention`, whose mem_len is `q_offset`.
+        As for `selfattn.relative_attention`, with mem_len as `q_offset`.
     dtype : dtype, default float64
-        The precision to compute in; `numpy.longdouble` to judge float64 results.
+        The type to compute in; `numpy.longdouble` to check float64 results.
     """
     q, k, v = (np.asarray(x, dtype=dtype) for x in (q, k, v))
     ndim = max(q.ndim, k.ndim, v.ndim)
@@ -150,7 +150,7 @@ def attention(
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     with np.errstate(all="ignore"):
         products, sizes = np.matmul(q, k.swapaxes(-1, -2)), np.matmul(abs(q), abs(k).swapaxes(-1, -2))
-        distance = np.atleast_3d(-_distances(q_len, kv_len, batch, **limits).T).T  # heads share them
+        distance = np.atleast_3d(-_distances(q_len, kv_len, batch, **limits).T).T  # the same for all heads
         if relative is not None:
             products, sizes = _relative_products(q, k, distance, *relative)
         scores, sizes = scale * products, abs(scale) * sizes
@@ -171,7 +171,7 @@ def attention(
 def _relative_products(
     q: NDArray[Any], k: NDArray[Any], distance: NDArray[np.int64], r: Any, u: Any, w: Any, r_origin: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(q + u) . k + (q + w) . r by distance, and the same of absolute values; a vector of r for every pair."""
+    """(q + u) . k + (q + w) . r by distance, and the same for absolute values; gathers a vector of r for every pair."""
     r, u, w = (np.asarray(x, dtype=q.dtype) for x in (r, u, w))
     row = np.clip(distance + r_origin, 0, r.shape[-2] - 1)[..., 0, :, :]
     vectors = r[np.arange(len(r))[:, None, None], row[..., None, :, :]] if r.ndim == 3 else r[row][..., None, :, :, :]
@@ -182,7 +182,7 @@ def _relative_products(
 
 
 def _t5_terms(t5: Any, distance: NDArray[np.int64]) -> NDArray[Any]:
-    """The bias of each head and pair: T5's bucket of each distance, one after the other."""
+    """The bias of each head and pair, computing T5's bucket for one distance at a time."""
     table = np.asarray(t5.table, dtype=np.float64)
     buckets = len(table) // (2 if t5.bidirectional else 1)
     exact = buckets // 2
@@ -215,7 +215,7 @@ def _softmax(
         sink[np.broadcast_to(np.arange(scores.shape[-2]) >= queries[..., 0], sink.shape)] = -np.inf
     peak = np.maximum(np.max(scores, axis=-1, initial=-np.inf), sink)
     sees = visible.any(axis=-1)
-    # A row that sees nothing subtracts 0; one whose visible scores all are -inf subtracts -inf, which gives NaN.
+    # Rows that see no key subtract 0. Rows whose visible scores are all -inf subtract -inf, which gives NaN.
     shift = np.where(np.isneginf(peak) & ~sees, 0, peak)[..., None]
     parts = np.where(visible, np.exp(scores - shift), 0)
     total = parts.sum(axis=-1) + np.where(np.isneginf(sink), 0, np.exp(sink - shift[..., 0]))
@@ -231,7 +231,7 @@ def _softmax(
 
 
 def _weighted_sum(weights: NDArray[Any], visible: NDArray[np.bool_], v: NDArray[Any]) -> NDArray[Any]:
-    """weights @ v in which a hidden value takes no part, not even as 0 * NaN."""
+    """weights @ v without the hidden values, which must not contribute even as 0 * NaN."""
     finite = np.isfinite(v)
     total = np.matmul(weights, np.where(finite, v, 0))
     for j in np.flatnonzero(~finite.all(axis=tuple(i for i in range(v.ndim) if i != v.ndim - 2))):

@@ -1,7 +1,7 @@
-"""Pictures of attention weights, for people: a heatmap (matplotlib, extra ``[viz]``) and text for terminals.
+"""Pictures of attention weights: a heatmap (matplotlib, extra ``[viz]``) and text for terminals.
 
-Keys run along x, queries along y, row 0 on top. Attention weights show where information may flow; they are not an
-explanation of what a model does.
+Keys are along x, queries along y, row 0 at the top. Attention weights show where information may flow; they do not
+explain what a model does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ._picture import Picture, fit, ignoring_overflow, num_columns, read, read_s
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LARGEST = 512  # tokens along an axis; more are shown as the largest weight of each group
-_LABELLED = 64  # tokens along an axis that still get their names
-_LEAST = 1e-4  # the darkest weight of a logarithmic scale
+_LARGEST = 512  # maximum number of cells along an axis; more tokens are grouped, showing each group's largest weight
+_LABELLED = 64  # maximum number of tokens along an axis that are labelled with their names
+_LEAST = 1e-4  # the weight at the dark end of a logarithmic scale
 _MARGIN = 20  # columns for a name
 _SHADES = " ░▒▓█"
 _HIDDEN, _NOT_FINITE = "·", "!"  # in a terminal, in place of a shade
-_LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a token is no mathematics
+_LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a token does not start a formula
 
 
 @hinted
@@ -49,21 +49,21 @@ def heatmap(
     weights : array_like, shape (Sq, Sk) or (H, Sq, Sk)
         As returned by ``attention(..., return_weights=True)`` for one batch entry.
     tokens : sequence of str, optional
-        Names of the queries, and of the keys if `key_tokens` is not given and their numbers agree.
+        Names of the queries; also of the keys if `key_tokens` is not given and there are as many keys as queries.
     key_tokens : sequence of str, optional
         Names of the keys.
     ax : matplotlib Axes, optional
-        Where to draw; by default the axes of a new figure.
+        Axes to draw on; by default those of a new figure.
     head : int or "mean", optional
-        Which head of (H, Sq, Sk); "mean" averages them. Needed if there is more than one.
+        Which head of (H, Sq, Sk); "mean" averages the heads. Required if there is more than one.
     title : str, optional
     log : bool, default False
-        Logarithmic colours, from 1e-4.
+        Use a logarithmic colour scale, from 1e-4.
     mask : array_like of bool, optional
-        True = attend, (Sq, Sk) or what broadcasts to it. Hidden pairs are drawn grey and hatched, so that they
-        differ from a weight of 0.
+        True = attend, (Sq, Sk) or broadcastable to it. Hidden pairs are drawn grey and hatched, to tell them from a
+        weight of 0.
     vmax : float, optional
-        Weight of the brightest colour, to share one scale among several pictures. Default: the largest weight.
+        Weight of the brightest colour, for a common scale in several pictures. Default: the largest weight.
 
     Returns
     -------
@@ -78,10 +78,10 @@ def heatmap(
 
     Notes
     -----
-    Tokens and title are shown literally: a ``$`` starts no mathematics, and characters that cannot be seen, such as a
-    newline, appear as their escapes (``\\n``). Tokens are cut to 20 columns. NaN and infinite weights are red. Above
-    512 tokens along an axis, groups of neighbours are drawn as their largest weight. The title says when either is the
-    case.
+    Tokens and title are shown literally: a ``$`` does not start a formula, and invisible characters, such as a newline,
+    appear as escapes (``\\n``). Tokens are cut to 20 columns. NaN and infinite weights are red. Above 512 tokens along
+    an axis, adjacent tokens are grouped, and each group shows its largest weight. The title says if weights are not
+    finite or grouped.
     """
     try:
         import matplotlib
@@ -138,7 +138,7 @@ def text(
     weights, tokens, key_tokens, head
         As for `heatmap`.
     width : int, default 100
-        Columns of the terminal; keys beyond it are drawn as the largest weight of a group.
+        Columns of the terminal. If there are more keys, adjacent ones are grouped, showing each group's largest weight.
     title : str, optional
         Replaces "attention weights" at the start of the headline.
     log, mask, vmax
@@ -158,8 +158,8 @@ def text(
 
     Notes
     -----
-    Tokens cannot control the terminal: characters that cannot be seen, such as a newline or an escape, appear as their
-    escapes (``\\n``, ``\\x1b``). Names are cut to 20 columns, and aligned by their width in a terminal.
+    Tokens cannot control the terminal: invisible characters, such as a newline or an escape, appear as escapes
+    (``\\n``, ``\\x1b``). Names are cut to 20 columns, and aligned by their width in a terminal.
     """
     picture = read("text", weights, head, tokens, key_tokens, mask)
     title, log, vmax = read_style("text", title, log, vmax)
