@@ -1,8 +1,8 @@
-"""Attention under the names, argument orders and alignments of other libraries, on NumPy arrays.
+"""Attention with the function names, argument orders and alignments of other libraries, on NumPy arrays.
 
-Each function is a thin mapping onto selfattn's own, for code that is to change no more than an import. Its docstring
-lists in a table what differs from the original. An argument that cannot be mapped raises an error that names it; none
-is ignored silently.
+Each function is a thin wrapper around selfattn's own, so that existing code only needs to change an import. A table in
+its docstring lists the differences from the original. An argument that cannot be mapped raises an error that names it;
+none is silently ignored.
 """
 
 from __future__ import annotations

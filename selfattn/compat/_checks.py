@@ -1,4 +1,4 @@
-"""Checks that several of the functions share."""
+"""Checks shared by several compat functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _R = TypeVar("_R")
 
 
 def own_names(function: str, **arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Let errors of selfattn's functions speak of this function and its `arguments`, given as selfattn's = own."""
+    """Make errors of selfattn's functions name this function and its arguments, given as selfattn_name="own name"."""
     subject = re.compile(rf"\b({'|'.join(arguments)})(?= has | is | holds | goes | must | \(|\)|$)")
 
     def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -38,7 +38,7 @@ def own_names(function: str, **arguments: str) -> Callable[[Callable[_P, _R]], C
 
 
 def arrays(function: str, **values: Any) -> list[NDArray[Any]]:
-    """Return the operands as ndarrays, which must be of one dtype."""
+    """Return the operands as ndarrays; they must have the same dtype."""
     found = {name: as_array(function, name, value) for name, value in values.items()}
     names = list(found)
     first = found[names[0]]
@@ -51,18 +51,18 @@ def arrays(function: str, **values: Any) -> list[NDArray[Any]]:
 
 
 def no_dropout(function: str, dropout_p: Any) -> None:
-    """Refuse dropout, which is for training."""
+    """Raise if dropout is not 0: it is for training only."""
     if real(function, "dropout_p", dropout_p) != 0:
         raise ValueError(f"{function}: dropout_p is {dropout_p!r}, but there is no dropout at inference: pass 0.0")
 
 
 def dimensions(function: str, count: int, **operands: NDArray[Any]) -> None:
-    """Refuse operands that have not so many dimensions."""
+    """Raise unless all operands have `count` dimensions."""
     for name, array in operands.items():
         if array.ndim != count:
             raise ValueError(f"{function}: {name} has shape {array.shape}, but {count} dimensions are needed")
 
 
 def is_integer(value: Any) -> bool:
-    """Whether this is an integer and no bool."""
+    """Whether this is an integer but not a bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""The functions of flash-attn 2, on arrays: tokens before heads, causal limits aligned with the last key."""
+"""The functions of flash-attn 2 on arrays: token axis before head axis, causal limits aligned with the last key."""
 
 from __future__ import annotations
 
@@ -56,27 +56,27 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Compute what ``flash_attn.flash_attn_func`` computes, on arrays.
+    """Compute the same as ``flash_attn.flash_attn_func``, on arrays.
 
     Parameters
     ----------
     q : array_like, shape (B, Sq, H, D)
     k : array_like, shape (B, Sk, Hkv, D)
     v : array_like, shape (B, Sk, Hkv, Dv)
-        Of one dtype: float32, float64, float16 or bfloat16. Hkv divides H.
+        All of the same dtype: float32, float64, float16 or bfloat16. Hkv divides H.
     dropout_p : float
-        Only 0.
+        Must be 0.
     softmax_scale : float, optional
         Default ``1 / sqrt(D)``.
     causal : bool, default False
         The last query is aligned with the last key.
     window_size : (left, right)
-        Keys to each side of the query's own place that it sees; negative = unbounded.
+        Number of keys that a query sees to each side of its own position; negative = unbounded.
     softcap : float
         0 = none.
     alibi_slopes : array_like, shape (H,) or (B, H), optional
     deterministic : bool
-        Of the original's backward pass. Results have the same bits in every run with either value.
+        Concerns the original's backward pass. Here, results are bit-identical in every run with either value.
     return_attn_probs : bool
         Also return the log-sum-exps and the attention weights.
 
@@ -96,7 +96,7 @@ def flash_attn_func(
     dropout_p > 0          drops weights at random                 ValueError
     dtypes                 float16, bfloat16                       float32 and float64 as well
     head sizes             up to 256, equal for k and v            any
-    S_dmask                for tests, empty without dropout        the weights, in the dtype of computation
+    S_dmask                for tests, empty without dropout        the weights, in the computation dtype
     softmax_lse of a row   +inf                                    −inf
     without keys
     softmax_lse with       differs from the formula by a number    that of the documented formula
@@ -168,18 +168,18 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: ArrayLike | None = None,
 ) -> Any:
-    """Compute what ``flash_attn.flash_attn_varlen_func`` computes, on arrays.
+    """Compute the same as ``flash_attn.flash_attn_varlen_func``, on arrays.
 
     Parameters
     ----------
     q : array_like, shape (total_q, H, D)
     k : array_like, shape (total_k, Hkv, D)
     v : array_like, shape (total_k, Hkv, Dv)
-        N sequences, one behind the other. With `block_table`, k and v are pages: (num_blocks, page_size, Hkv, ·).
+        N sequences, one after another. With `block_table`, k and v are pages: (num_blocks, page_size, Hkv, ·).
     cu_seqlens_q, cu_seqlens_k : integer array, shape (N + 1,)
-        Where each sequence starts, and the total.
+        Start of each sequence, followed by the total.
     max_seqlen_q, max_seqlen_k : int
-        No sequence may be longer.
+        Maximum length; no sequence may be longer.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`; ``alibi_slopes`` (H,) or (N, H).
     block_table : integer array, shape (N, pages), optional
@@ -200,7 +200,7 @@ def flash_attn_varlen_func(
     =====================  ======================================  =========================================
     argument or case       flash-attn                              here
     =====================  ======================================  =========================================
-    max_seqlen_q,          too small ones leave queries out        ValueError where a sequence is longer
+    max_seqlen_q,          too small values skip queries           ValueError if a sequence is longer
     max_seqlen_k
     block_table            pages of a multiple of 256 tokens       any page size; pages with contiguous rows
     return_attn_probs      the log-sum-exps                        ValueError
@@ -234,7 +234,7 @@ def flash_attn_varlen_func(
 
 
 def flash_options(function: str, scale: Any, causal: Any, window_size: Any, softcap: Any) -> dict[str, Any]:
-    """Return what these are to selfattn's functions."""
+    """Return these arguments as options of selfattn's functions."""
     return {
         "scale": None if scale is None else real(function, "softmax_scale", scale),
         "causal": flag(function, "causal", causal),

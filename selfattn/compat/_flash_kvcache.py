@@ -1,4 +1,4 @@
-"""flash-attn 2's function for caches that the caller holds as arrays."""
+"""flash-attn 2's function for caches that the caller owns as arrays."""
 
 from __future__ import annotations
 
@@ -68,34 +68,34 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Compute what ``flash_attn.flash_attn_with_kvcache`` computes, on arrays, which it updates in place.
+    """Compute the same as ``flash_attn.flash_attn_with_kvcache``, on arrays; the caches are updated in place.
 
     Parameters
     ----------
     q : array_like, shape (B, Sq, H, D)
     k_cache : array, shape (Bc, capacity, Hkv, D)
     v_cache : array, shape (Bc, capacity, Hkv, Dv)
-        With `block_table`: pages, (num_blocks, page_size, Hkv, ·). Of q's dtype, read in place.
+        With `block_table`: pages, (num_blocks, page_size, Hkv, ·). In q's dtype, read in place.
     k : array_like, shape (B, T, Hkv, D), optional
     v : array_like, shape (B, T, Hkv, Dv), optional
-        New tokens, which are written into the caches behind those that are there, before q attends.
+        New tokens, written into the caches after the existing ones, before q attends.
     rotary_cos, rotary_sin : array_like, shape (positions, rotary_dim / 2), optional
-        Turn k and q, whose positions count from `cache_seqlens` on; without `causal` and `window_size` all queries
-        stand at `cache_seqlens`.
+        Rotate k and q, whose positions start at `cache_seqlens`; without `causal` and `window_size`, all queries are
+        at position `cache_seqlens`.
     cache_seqlens : int or integer array (B,), optional
-        Tokens in the cache before the call; default: all of it.
+        Number of tokens in the cache before the call; default: the cache is full.
     cache_batch_idx : integer array (B,), optional
-        Which rows of the caches belong to q's.
+        The row of the caches for each row of q.
     cache_leftpad : integer array (B,), optional
-        Where each sequence starts in its row of the cache.
+        Start of each sequence in its row of the cache.
     block_table : integer array, shape (B, pages), optional
         The pages of each sequence, in order.
     softmax_scale, causal, window_size, softcap, alibi_slopes
         As in `flash_attn_func`.
     rotary_interleaved : bool, default True
-        True: pairs are neighbours. False: element i pairs with ``i + rotary_dim / 2``.
+        True: adjacent elements pair. False: element i pairs with ``i + rotary_dim / 2``.
     num_splits : int
-        A hint, at least 0, that is not needed here: it changes neither the result nor the speed.
+        A hint, at least 0. It is not needed here and changes neither the result nor the speed.
     return_softmax_lse : bool
         Also return the log-sum-exps.
 
@@ -107,7 +107,7 @@ def flash_attn_with_kvcache(
 
     Notes
     -----
-    A call that fails leaves the caches as they were. The table of `flash_attn_func`, and:
+    A failed call leaves the caches unchanged. The table of `flash_attn_func`, and:
 
     =====================  ======================================  =========================================
     argument or case       flash-attn                              here
@@ -115,8 +115,8 @@ def flash_attn_with_kvcache(
     num_splits > 1         splits the keys into that many parts    no effect: selfattn decides
     block_table            pages of a multiple of 256 tokens, not  any page size, also with `cache_leftpad`;
                            with `cache_leftpad`                    not with `cache_batch_idx`
-    cache_batch_idx,       whichever row comes last is kept        ValueError where two rows would write to
-    block_table repeat                                             one place
+    cache_batch_idx,       the row written last is kept            ValueError if two rows would write to the
+    block_table repeat                                             same place
     rotary_cos             rotary_dim a multiple of 16             any even rotary_dim up to D
     caches too short       undefined                               ValueError
     lists as caches        –                                       TypeError: they could not be updated
@@ -170,7 +170,7 @@ def flash_attn_with_kvcache(
 
 
 def _held(name: str, value: Any) -> NDArray[Any]:
-    """Return a view of the caller's own memory."""
+    """Return an array over the caller's own memory."""
     array, again = as_array(_NAME, name, value), as_array(_NAME, name, value)
     if array.size and not np.may_share_memory(array, again):
         raise TypeError(f"{_NAME}: {name} is a {type(value).__name__}, whose memory cannot be used in place")
@@ -187,7 +187,7 @@ def _pages(query: NDArray[Any], k: NDArray[Any], v: NDArray[Any], index: Any, ta
         if index is not None:
             raise ValueError(f"{_NAME}: cache_batch_idx is given together with block_table, which says as much")
         return Pages(_NAME, "block_table", k, v, table, len(query), "_cache")
-    # A row of a cache is a single page that is as long as the cache.
+    # Treat each row of the cache as a single page as long as the cache.
     if index is None:
         if len(k) != len(query):
             raise ValueError(f"{_NAME}: k_cache has {len(k)} rows but q has {len(query)}: pass cache_batch_idx")
@@ -201,7 +201,7 @@ def _pages(query: NDArray[Any], k: NDArray[Any], v: NDArray[Any], index: Any, ta
 
 
 def _per_row(name: str, value: Any, count: int) -> NDArray[np.int64]:
-    array = np.array(integers(_NAME, name, value))  # nobody changes it once it has been checked
+    array = np.array(integers(_NAME, name, value))  # a copy, so that it cannot change after the checks
     if array.shape != (count,):
         raise ValueError(f"{_NAME}: {name} has shape {array.shape}, but ({count},) is needed")
     return array
@@ -216,7 +216,7 @@ def _lengths(value: Any, count: int, pages: Pages, given: bool) -> NDArray[np.in
         lengths = np.full(count, min(max(int(value), -1), np.iinfo(np.int64).max), np.int64)
     else:
         lengths = _per_row("cache_seqlens", value, count)
-    pages.check_lengths(lengths)  # before more is added, which could hide what is negative or overflows
+    pages.check_lengths(lengths)  # before additions, which could mask negative values or overflow
     return lengths
 
 
@@ -261,7 +261,7 @@ def _check_distinct(slots: tuple[NDArray[Any], NDArray[Any]], page_size: int) ->
 
 
 class _Rotation:
-    """Rotary embedding by tables of cosines and sines."""
+    """Rotary embedding from tables of cosines and sines."""
 
     def __init__(self, cos: ArrayLike | None, sin: ArrayLike | None, interleaved: bool, head_dim: int) -> None:
         if cos is None or sin is None:

@@ -1,4 +1,4 @@
-"""JAX's function, on arrays."""
+"""JAX's attention function on arrays."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def dot_product_attention(
     implementation: Literal["xla"] | None = None,
     return_residual: bool = False,
 ) -> Any:
-    """Compute what ``jax.nn.dot_product_attention`` computes, on arrays.
+    """Compute the same as ``jax.nn.dot_product_attention``, on arrays.
 
     Parameters
     ----------
     query : array_like, shape (B, T, N, H) or (T, N, H)
     key : array_like, shape (B, S, K, H) or (S, K, H)
     value : array_like, shape (B, S, K, H) or (S, K, H)
-        Of one dtype: float32, float64, float16 or bfloat16. K divides N.
+        All of the same dtype: float32, float64, float16 or bfloat16. K divides N.
     bias : array_like, broadcasting to (B, N, T, S), optional
         Added to the scores.
     mask : array_like of bool, broadcasting to (B, N, T, S), optional
@@ -82,11 +82,11 @@ def dot_product_attention(
     is_causal : bool, default False
         Query i sees the keys up to i (top-left alignment).
     query_seq_lengths, key_value_seq_lengths : integer array (B,), optional
-        Valid queries and keys of each batch entry.
+        Number of valid queries and keys of each batch entry.
     local_window_size : int or (left, right), optional
-        Keys to each side of the query's own place that it sees; one number stands for both.
+        Number of keys that a query sees to each side of its own position; a single number applies to both sides.
     implementation : {None, "xla"}
-        Both: selfattn.
+        Ignored: selfattn computes either.
     return_residual : bool, default False
         Also return the log-sum-exps.
 
@@ -104,11 +104,11 @@ def dot_product_attention(
     =====================  ======================================  =========================================
     a row without keys     the mean of all values                  0; residual −inf
     query_seq_lengths      rows beyond give 0                      the same; residual −inf
-    −inf in bias           NaN in a row of nothing else            hides the key, as False in mask does
+    −inf in bias           NaN if the whole row is −inf            hides the key, as False in mask does
     softmax of float64     in float32                              in float64
-    weights of 16 bits     rounded before they meet the values     float32 (bfloat16 on units that need it)
+    16-bit weights         rounded before the product with values  float32 (bfloat16 on units that need it)
     implementation         "cudnn": NVIDIA's kernel                ValueError
-    arrays                 traced, differentiated, on devices      NumPy or whatever converts without a copy;
+    arrays                 traced, differentiated, on devices      NumPy, or anything convertible to it;
                                                                    not inside `jax.jit`
     =====================  ======================================  =========================================
 

@@ -1,4 +1,4 @@
-"""Keys and values in pages that the caller holds: the core reads them where they are."""
+"""Keys and values in pages that the caller owns; the core reads them in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class Pages:
-    """Arrays (pages, page_size, Hkv, ·) of keys and values, and which pages each sequence has."""
+    """Arrays (pages, page_size, Hkv, ·) of keys and values, and the pages of each sequence."""
 
     def __init__(
         self, function: str, name: str, k: NDArray[Any], v: NDArray[Any], table: Any, count: int, suffix: str = ""
@@ -41,11 +41,11 @@ class Pages:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Number of tokens per page."""
         return int(self.k.shape[1])
 
     def check_lengths(self, lengths: NDArray[np.int64]) -> None:
-        """Refuse sequences that are longer than their pages, or have pages that are not there."""
+        """Raise for sequences that are longer than their pages, or whose pages do not exist."""
         room = self.table.shape[1] * self.page_size
         for b in np.flatnonzero((lengths < 0) | (lengths > room))[:1]:
             raise ValueError(
@@ -58,7 +58,7 @@ class Pages:
             )
 
     def slots(self, first: NDArray[np.int64], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return where (page, place in it) so many tokens of each sequence stand, from its token `first` on."""
+        """Return the (page, slot) of `count` tokens of each sequence, starting at its token `first`."""
         tokens = first[:, None] + np.arange(count)
         return np.take_along_axis(self.table, tokens // self.page_size, axis=1), tokens % self.page_size
 
@@ -75,7 +75,7 @@ def attend_pages(
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
 ) -> Any:
-    """Attend with q (B, Sq, H, D) to the pages of these rows of the table."""
+    """Attend with q (B, Sq, H, D) to the pages in these rows of the table."""
     k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (pages.k, pages.v))
     store = _core.make_cache_store(
         k=k.swapaxes(1, 2),

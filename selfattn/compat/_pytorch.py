@@ -1,4 +1,4 @@
-"""PyTorch's function, on arrays."""
+"""PyTorch's attention function on arrays."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """Compute what ``torch.nn.functional.scaled_dot_product_attention`` computes, on arrays.
+    """Compute the same as ``torch.nn.functional.scaled_dot_product_attention``, on arrays.
 
     Parameters
     ----------
     query : array_like, shape (..., H, L, E)
     key : array_like, shape (..., H, S, E)
     value : array_like, shape (..., H, S, Ev)
-        Of one dtype: float32, float64, float16 or bfloat16. All dimensions before the last two broadcast.
+        All of the same dtype: float32, float64, float16 or bfloat16. All dimensions before the last two broadcast.
     attn_mask : array_like, broadcasting to (..., H, L, S), optional
-        Of bool (True = attend), or of float32 or query's dtype (added to the scores).
+        bool (True = attend), or float32 or query's dtype (added to the scores).
     dropout_p : float
-        Only 0.
+        Must be 0.
     is_causal : bool, default False
         Query i sees the keys up to i (top-left alignment); not together with `attn_mask`.
     scale : float, optional
         Default ``1 / sqrt(E)``.
     enable_gqa : bool, default False
-        Let query heads share the heads of key and value, whose number must divide theirs.
+        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of theirs.
 
     Returns
     -------
@@ -64,8 +64,8 @@ def scaled_dot_product_attention(
     together               kernels apply both
     a row without keys     NaN or 0, depending on the version      0
     E = 0                  0/0 in the default scale                ValueError
-    enable_gqa             key and value may differ in heads on    ValueError where they do
-                           some paths
+    enable_gqa             some paths allow different numbers of   ValueError
+                           heads in key and value
     accumulation           depends on the kernel                   float32 (float64 for float64)
     =====================  ======================================  =========================================
 
@@ -88,13 +88,13 @@ def scaled_dot_product_attention(
 
 
 def check_mask_type(mask: Any, query: Any, boolean: Any, single: Any) -> None:
-    """Refuse a mask whose dtype is neither of these; of PyTorch's dtypes as well as NumPy's."""
+    """Raise unless the mask's dtype is one of these; works with the dtypes of PyTorch and NumPy."""
     if mask is not None and mask not in (boolean, single, query):
         raise TypeError(f"{_NAME}: attn_mask has dtype {mask}, but bool, float32 or query's {query} is needed")
 
 
 def check_mask(shape: Shape | None, is_causal: bool) -> None:
-    """Refuse a mask of fewer than two dimensions, and one beside is_causal."""
+    """Raise for a mask with fewer than two dimensions, and for a mask together with is_causal."""
     if shape is None:
         return
     if is_causal:
@@ -106,9 +106,9 @@ def check_mask(shape: Shape | None, is_causal: bool) -> None:
 def result_shape(
     query: Shape, key: Shape, value: Shape, enable_gqa: bool, broadcast: Callable[..., Any] = np.broadcast_shapes
 ) -> Shape:
-    """Return the result's shape, having checked those of the operands.
+    """Check the operands' shapes and return the result's shape.
 
-    `broadcast` is what computes with the lengths, which may be symbols while a compiler traces.
+    `broadcast` computes the broadcast shape. Lengths may be symbolic while a compiler traces.
     """
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if len(shape) < 2:
@@ -155,7 +155,7 @@ def attend(
     enable_gqa: bool,
     out: Array | None = None,
 ) -> Array:
-    """Attend with operands whose shapes and dtypes have been checked."""
+    """Attend; the operands' shapes and dtypes have been checked already."""
     fronts = query.shape[:-2], key.shape[:-2], value.shape[:-2]
     if not enable_gqa and not fronts[0] == fronts[1] == fronts[2]:
         query, key, value = _broadcast(query, key, value)
@@ -167,7 +167,7 @@ def attend(
 
 
 def _broadcast(query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> list[NDArray[Any]]:
-    """Return views whose heads agree; one head of key and value stays one, which serves all of query's."""
+    """Return views with matching numbers of heads; if key and value have one head, it is kept for all query heads."""
     front = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     one = all(x.ndim == 2 or x.shape[-3] == 1 for x in (key, value))
     shared = (*front[:-1], 1) if one else front

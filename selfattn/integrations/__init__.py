@@ -1,1 +1,1 @@
-"""selfattn inside other libraries; each module needs the library that it is named after."""
+"""Use of selfattn inside other libraries; each module needs the library that it is named after."""

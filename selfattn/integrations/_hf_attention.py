@@ -14,7 +14,7 @@ import selfattn
 
 from ._hf_mask import VisibleKeys
 
-# Keywords on their way to other parts of a model, which say nothing about attention.
+# Keywords meant for other parts of a model, which do not affect attention.
 _UNRELATED = {
     "cache_position", "deterministic", "encoder_attention_mask", "encoder_hidden_states", "input_ids",
     "is_first_iteration", "logits_to_keep", "max_length_k", "max_length_q", "mm_token_type_ids", "num_items_in_batch",
@@ -46,13 +46,14 @@ def attention_forward(
     block_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend by `selfattn.attention`, reading query (B, H, Sq, D), key and value (B, Hkv, Sk, D) where they stand.
+    """Attend by `selfattn.attention`, reading query (B, H, Sq, D), key and value (B, Hkv, Sk, D) in place.
 
     Returns the result as (B, Sq, H, D), and the weights (B, H, Sq, Sk) if `output_attentions` asks for them.
-    A given `attention_mask` alone decides what is seen. Without one, `is_causal` (else the module's, if any) aligns the
-    last query with the last key, and `sliding_window` counts; without both, it raises where it would hide a key.
-    Sparse layers give the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
-    Sinks (`sinks` or `s_aux`) are one per head, or one per query: (B, H, Sq, 1).
+    If `attention_mask` is given, it alone decides what is visible. Otherwise `is_causal` (by default the module's, if
+    any) aligns the last query with the last key and applies `sliding_window`. A `sliding_window` without mask and
+    `is_causal` raises an error if it would hide a key.
+    Sparse layers pass the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
+    Sinks (`sinks` or `s_aux`) are given per head, or per query: (B, H, Sq, 1).
     """
     if kwargs or dropout or torch._C._get_tracing_state():
         _refuse(kwargs, dropout, attention_mask)
@@ -85,7 +86,7 @@ def _attend(
     kv_len: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the result (B, Sq, H, D), and the weights of all `kv_len` keys if they are asked for."""
+    """Return the result (B, Sq, H, D), and the weights of all `kv_len` keys if requested."""
     q, k, v = operands
     result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=dtype)
     out = as_array("result", result).swapaxes(1, 2)
@@ -99,7 +100,7 @@ def _attend(
 def _operands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], torch.dtype]:
-    """Return the operands' memory, and their dtype."""
+    """Return the operands as arrays over their own memory, and their dtype."""
     if query.requires_grad or key.requires_grad or value.requires_grad:
         query, key, value = (_without_gradient(name, x) for name, x in zip(_OPERANDS, (query, key, value), strict=True))
     if not query.dtype is key.dtype is value.dtype:
@@ -111,7 +112,7 @@ def _operands(
 
 
 def as_array(name: str, tensor: torch.Tensor) -> NDArray[Any]:
-    """Return a tensor's own memory as an array."""
+    """Return an array that shares the tensor's memory."""
     if not tensor.is_cpu:
         raise ValueError(f"selfattn: {name} is on device {tensor.device}, but only CPU tensors are accepted")
     if tensor.dtype is torch.bfloat16:
@@ -138,7 +139,7 @@ def _without_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _autocast(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Give the operands the one dtype in which autocast multiplies; without it, leave them to be refused."""
+    """Convert the operands to autocast's dtype. Without autocast, return them unchanged; they are rejected later."""
     if not torch.is_autocast_enabled("cpu"):
         return operands
     dtype = torch.get_autocast_dtype("cpu")
@@ -148,13 +149,13 @@ def _autocast(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _by_default(
     module: torch.nn.Module, q_len: int, kv_len: int, is_causal: bool | None, sliding_window: int | None
 ) -> dict[str, Any]:
-    """Return what hides keys where no mask does."""
+    """Return the options that hide keys if there is no mask."""
     if q_len == 1 and sliding_window is None:
         return {}
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
     if not is_causal:
-        # A two-sided window may count itself or not; models ask for a mask where it hides anything.
+        # Models differ in whether a two-sided window includes the query itself; they pass a mask if it hides any key.
         if sliding_window is not None and kv_len > sliding_window + 1:
             raise ValueError(
                 f"selfattn: sliding_window is {sliding_window} for {kv_len} keys without is_causal: "
@@ -167,7 +168,7 @@ def _by_default(
 
 
 def _by_mask(mask: torch.Tensor, q: NDArray[Any], k: NDArray[Any]) -> tuple[dict[str, Any], int]:
-    """Return what hides keys, and the key from which on all are hidden."""
+    """Return the options that hide keys, and the index from which on all keys are hidden."""
     if type(mask) is VisibleKeys:
         if mask.made is None and mask.sizes == (max(q.shape[0], k.shape[0]), q.shape[2], k.shape[2]):
             return dict(mask.options), mask.end
@@ -180,7 +181,7 @@ def _by_mask(mask: torch.Tensor, q: NDArray[Any], k: NDArray[Any]) -> tuple[dict
 
 
 def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int) -> None:
-    """Put a position bias among the options, over the first `kv_len` keys; a float mask is added to it."""
+    """Set the bias option to a position bias over the first `kv_len` keys, plus the float mask if there is one."""
     bias = as_array("position_bias", _without_gradient("position_bias", position_bias))
     if bias.shape[-1] > kv_len:
         bias = bias[..., :kv_len]
@@ -188,14 +189,14 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
 
 
 def _check_shape(name: str, tensor: torch.Tensor, *needed: int | None) -> None:
-    """Raise unless the tensor has the axes needed, of any length where that is None."""
+    """Raise unless the tensor has the needed shape; None matches any length."""
     if tensor.ndim != len(needed) or any(n not in (None, size) for n, size in zip(needed, tensor.shape, strict=True)):
         axes = ", ".join("any" if n is None else str(n) for n in needed)
         raise ValueError(f"selfattn: {name} has shape {tuple(tensor.shape)}, but ({axes}) is needed")
 
 
 def _selected(indices: torch.Tensor, q: NDArray[Any], key: torch.Tensor) -> NDArray[np.bool_]:
-    """Return a mask (B, 1, Sq, Sk) of the keys whose indices (B, Sq, n) are given; a negative index is none."""
+    """Return a mask (B, 1, Sq, Sk) of the keys with the given indices (B, Sq, n); negative indices are ignored."""
     batch, q_len, kv_len = max(q.shape[0], key.shape[0]), q.shape[2], key.shape[2]
     _check_shape("indices", indices, batch, q_len, None)
     chosen = as_array("indices", indices)
@@ -209,7 +210,7 @@ def _selected(indices: torch.Tensor, q: NDArray[Any], key: torch.Tensor) -> NDAr
 
 
 def _selected_blocks(module: Any, block_indices: torch.Tensor, q: NDArray[Any], key: torch.Tensor) -> NDArray[np.bool_]:
-    """Return a mask (B, H, Sq, Sk) of the keys in the given blocks, whose layout the layer's indexer knows."""
+    """Return a mask (B, H, Sq, Sk) of the keys in the given blocks, built by the layer's indexer."""
     build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
     if build is None:
         raise TypeError(f"selfattn: block_indices is given, but {type(module).__name__} has no indexer to read it")
@@ -221,7 +222,7 @@ def _selected_blocks(module: Any, block_indices: torch.Tensor, q: NDArray[Any], 
 
 
 def _keep(options: dict[str, Any], selected: NDArray[np.bool_], kv_len: int) -> None:
-    """Hide what is not selected among the first `kv_len` keys, in addition to what the options hide already."""
+    """Also hide those of the first `kv_len` keys that are not selected."""
     mask = selected[..., :kv_len]
     options["mask"] = options["mask"] & mask if "mask" in options else mask
 
@@ -233,7 +234,7 @@ def _add_sinks(
     s_aux: torch.Tensor | None,
     q: NDArray[Any],
 ) -> torch.Tensor | None:
-    """Put sinks among the options; return those of single queries (B, H, Sq), which need each query's lse instead."""
+    """Set the sinks option; return sinks given per query (B, H, Sq), which are applied through lse afterwards."""
     if sinks is not None and s_aux is not None:
         raise TypeError("selfattn: sinks and s_aux are two names of one argument, but both are given")
     name, given = ("s_aux", s_aux) if sinks is None else ("sinks", sinks)
@@ -252,7 +253,7 @@ def _add_sinks(
 
 
 def _absorb(result: torch.Tensor, weights: NDArray[Any] | None, lse: NDArray[Any], sinks: torch.Tensor) -> None:
-    """Scale a result (B, Sq, H, D) and weights by what sinks (B, H, Sq) leave to the keys of each query."""
+    """Scale a result (B, Sq, H, D) and weights by the share of the softmax that sinks (B, H, Sq) leave to the keys."""
     total = torch.from_numpy(lse)
     # exp(lse) / (exp(lse) + exp(sink)), and 0 for queries that see no key
     share = torch.sigmoid(total - sinks).where(total != -torch.inf, 0.0)
@@ -267,20 +268,20 @@ def _threads() -> int:
 
 
 def _weights_are_recorded() -> bool:
-    """Whether a hook waits for the weights: some models, like GPT-2, do not pass `output_attentions` on."""
+    """Whether a hook collects the weights: some models, like GPT-2, do not pass `output_attentions` on."""
     outputs = _collector.get()
     return bool(outputs) and any(name.endswith("attentions") for name in outputs)
 
 
 def _as_weights(weights: NDArray[Any], kv_len: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weights of all keys, in the dtype of the layer."""
+    """Return the weights of all keys in the layer's dtype."""
     if hidden := kv_len - weights.shape[-1]:
         weights = np.pad(weights, ((0, 0), (0, 0), (0, 0), (0, hidden)))
     return torch.from_numpy(weights).to(dtype)
 
 
 def _refuse(keywords: dict[str, Any], dropout: float, attention_mask: torch.Tensor | None) -> None:
-    """Raise for what cannot be computed, and for a keyword that could change the result."""
+    """Raise for unsupported calls, and for unknown keywords that could change the result."""
     if torch._C._get_tracing_state():
         raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
     if dropout:
@@ -289,7 +290,7 @@ def _refuse(keywords: dict[str, Any], dropout: float, attention_mask: torch.Tens
         if given is None or name in _UNRELATED:
             continue
         if name in _PACKED:
-            # With a mask, that tells the packed sequences apart.
+            # If there is a mask, it separates the packed sequences.
             if attention_mask is None and len(given) > 2:
                 raise ValueError(f"selfattn: {name} packs {len(given) - 1} sequences, but there is no attention_mask")
             continue

@@ -1,4 +1,4 @@
-"""What a query may see, told to selfattn by intervals and lengths; a dense mask only where there is no other way."""
+"""Translates masks of transformers into intervals and lengths for selfattn; makes a dense mask only if it must."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-# A query sees what these closures of transformers say; they are known by their code.
+# Closures of transformers that compute what a query sees; they are recognized by their code objects.
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
 _ATEN = torch.ops.aten
-_SUMS = {_ATEN.add, _ATEN.add_, _ATEN._foreach_add, _ATEN._foreach_add_}  # in all their forms, like `out=`
+_SUMS = {_ATEN.add, _ATEN.add_, _ATEN._foreach_add, _ATEN._foreach_add_}  # in all their overloads, such as `out=`
 
 
 class Pattern(NamedTuple):
-    """A mask function that selfattn has a name for: causal or not, and the tokens seen to the left and to the right."""
+    """A mask function that selfattn's options can express: causal or not, and how many tokens are seen per side."""
 
     causal: bool
     left: int | None = None
@@ -32,18 +32,18 @@ class Pattern(NamedTuple):
 
 
 class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
-    """A boolean mask (B, 1, Sq, Sk), described instead of computed.
+    """A boolean mask (B, 1, Sq, Sk) that is described instead of computed.
 
-    It has a shape and no memory. Every operation of PyTorch, also of compiled and transformed code, gets the dense
-    mask, which is made by the first one and kept, so that changes to it count.
+    It has a shape but no memory. Every PyTorch operation, also in compiled and transformed code, gets the dense mask.
+    The first operation creates it, and it is kept so that in-place changes take effect.
 
-    Code that adds a mask to its scores expects numbers; booleans would mean the opposite. So sums with a floating
-    tensor (`add`, `add_` and `_foreach_add` in all their forms) get 0 and the lowest number instead. Views of the mask
-    (slices, `expand`, `None` as an index) and clones are of this class, too. Results of other operations, such as
-    advanced indexing, `repeat` and `&`, are ordinary booleans.
+    Code that adds a mask to its scores expects numbers; added booleans would do the opposite. So sums with a floating
+    tensor (`add`, `add_` and `_foreach_add` in all their overloads) use 0 and the lowest number instead. Views of the
+    mask (slices, `expand`, `None` as an index) and clones are also of this class. Results of other operations, such as
+    advanced indexing, `repeat` and `&`, are ordinary boolean tensors.
     """
 
-    options: dict[str, Any]  # what selfattn.attention is told
+    options: dict[str, Any]  # of selfattn.attention
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
     make: Callable[[], Any]
@@ -55,21 +55,21 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     def describe(
         sizes: tuple[int, int, int], end: int, options: dict[str, Any], make: Callable[[], Any]
     ) -> VisibleKeys:
-        """Return the mask for `sizes` (batch, q_len, kv_len) that `make` would compute."""
+        """Return a mask for `sizes` (batch, q_len, kv_len), equal to what `make` would compute."""
         batch, q_len, kv_len = sizes
         mask = _without_memory((batch, 1, q_len, kv_len))
         mask.sizes, mask.end, mask.options, mask.make, mask.made = sizes, end, options, make, None
         return mask
 
     def dense(self) -> torch.Tensor:
-        """Return the mask as an ordinary tensor, always the same one."""
+        """Return the mask as an ordinary tensor, the same one each time."""
         if self.made is None:
-            with _disable_current_modes():  # of code that is being compiled, whose tensors may have no numbers
+            with _disable_current_modes():  # while code is compiled, tensors may have no values
                 self.made = self.make()
         return self.made
 
     def to_add(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return 0 for what is seen and an enormous negative number for the rest."""
+        """Return 0 for visible keys and the lowest finite number for the others."""
         return torch.zeros((), dtype=dtype).where(self.dense(), torch.finfo(dtype).min)
 
     @classmethod
@@ -87,10 +87,10 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
         result = func(*args, **kwargs)
         if getattr(func, "is_view", False) or func is _ATEN.clone.default:
             return tree_map(_part, result)
-        return masks.get(id(result), result)  # what changes a mask returns that mask
+        return masks.get(id(result), result)  # an in-place operation returns the mask itself
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """Let torch.compile take the dense mask instead."""
+        """Make torch.compile use the dense mask instead."""
         self.dense()
         return ["made"], None
 
@@ -103,7 +103,7 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(self.dense())
 
-    # Methods of tensors that read memory without an operation.
+    # Tensor methods that read memory without dispatching an operation.
 
     def numpy(self, **options: Any) -> NDArray[np.bool_]:
         array: NDArray[np.bool_] = self.dense().numpy(**options)
@@ -133,12 +133,12 @@ def _without_memory(shape: Any, strides: Any = None) -> VisibleKeys:
     mask: VisibleKeys = torch.Tensor._make_wrapper_subclass(
         VisibleKeys, shape, strides=strides, dtype=torch.bool, device="cpu"
     )
-    torch._C._set_throw_on_mutable_data_ptr(mask)  # a null pointer would be read by DLPack's C functions
+    torch._C._set_throw_on_mutable_data_ptr(mask)  # otherwise DLPack's C functions would read a null pointer
     return mask
 
 
 def _part(made: torch.Tensor) -> torch.Tensor:
-    """Return a mask that is dense already, of the class whose sums are numbers; another dtype stays as it is."""
+    """Wrap a dense boolean mask in the class that adds as numbers; return tensors of other dtypes unchanged."""
     if made.dtype is not torch.bool:
         return made
     mask = _without_memory(made.shape, made.stride())
@@ -147,7 +147,7 @@ def _part(made: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(args: Any) -> list[torch.Tensor]:
-    """Return what a mask is added to."""
+    """Return the floating tensors that a mask is added to."""
     return [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
@@ -164,14 +164,13 @@ def make_mask(
 ) -> torch.Tensor:
     """Return the mask of one kind of layer, for `attention_forward`.
 
-    Never None, which would leave it to a module's `is_causal`: not every model's modules tell the truth. Query i
-    stands at position ``i + q_offset``, key j at ``j + kv_offset``; `attention_mask` (B, tokens) is True at real
-    tokens.
+    Never None, because then a module's `is_causal` would decide, and some models set it wrongly. Query i is at position
+    ``i + q_offset``, key j at ``j + kv_offset``. `attention_mask` (B, tokens) is True for real tokens.
     """
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if not tracing:
-        q_offset = int(q_offset)  # a static cache's tensor, which it will change
-    # Indexers add the mask to their scores, or append numbers to it: booleans would mean the opposite.
+        q_offset = int(q_offset)  # may be a tensor that a static cache will change
+    # Indexers add the mask to their scores, or append numbers to it; booleans would do the opposite.
     additive = hasattr(config, "index_topk")
     make = partial(
         masking_utils.eager_mask if additive else masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length,
@@ -196,7 +195,7 @@ def make_mask(
 
 
 def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
-    """Return what a mask function of transformers computes, None where selfattn has no name for it."""
+    """Return what a mask function of transformers computes, or None if selfattn's options cannot express it."""
     if mask_function is masking_utils.causal_mask_function:
         return Pattern(causal=True)
     if mask_function is masking_utils.bidirectional_mask_function:
@@ -218,12 +217,12 @@ def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
 
 
 def _captured(function: Any) -> Any:
-    """Return the one variable that a closure holds."""
+    """Return the first variable captured by a closure."""
     return function.__closure__[0].cell_contents
 
 
 def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str, Any]:
-    """Return what hides keys, leaving out what hides none."""
+    """Return the options that hide keys, without those that would hide none."""
     options: dict[str, Any] = {}
     if pattern.causal and q_length > 1:  # a single query sees all keys before `end`
         options["causal"] = True
@@ -241,7 +240,7 @@ def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:
 
 
 def _real_keys(attention_mask: torch.Tensor | None, start: int, end: int) -> NDArray[np.bool_] | None:
-    """Return which keys of a slice are real tokens (B, end); None if all are."""
+    """Return which keys of a slice are real tokens, (B, end), or None if all are."""
     if attention_mask is None:
         return None
     keys: NDArray[np.bool_] = attention_mask.to(torch.bool).numpy()[:, start : start + end]
@@ -251,7 +250,7 @@ def _real_keys(attention_mask: torch.Tensor | None, start: int, end: int) -> NDA
 
 
 def _padding(keys: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return what hides padding: lengths where it stands at the right, else a mask of keys."""
+    """Return the options that hide padding: lengths if all padding is on the right, otherwise a mask of keys."""
     lengths = np.count_nonzero(keys, axis=1)
     if np.array_equal(keys, np.arange(keys.shape[1]) < lengths[:, None]):
         return {"kv_lens": lengths.astype(np.int64, copy=False)}

@@ -1,4 +1,4 @@
-"""Models of transformers with attention code of their own: Bloom and Falcon learn, the others are refused."""
+"""Models of transformers with their own attention code: Bloom and Falcon are patched, the others are refused."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 _TAUGHT = {"transformers.models.bloom.modeling_bloom", "transformers.models.falcon.modeling_falcon"}
-_LIBRARY = ("transformers.models.", "transformers_modules.")  # its own models, and those that come with weights
+_LIBRARY = ("transformers.models.", "transformers_modules.")  # models in the library, and code downloaded with weights
 
 
 def refuse_own_attention(name: str) -> None:
-    """Let every model raise when it is given the name though its attention never calls a registered function.
+    """Make models raise at construction if they ask for this name but never call a registered attention function.
 
-    Some of them would add our boolean mask to their scores, others would run as if nothing had been asked. A part with
-    code of its own in the module of others that do call it (an encoder for sound) keeps that code.
+    Otherwise some of them would add our boolean mask to their scores, and others would silently ignore the name. If a
+    module also contains parts that do call registered functions, its parts with their own attention code (for example
+    an audio encoder) keep that code.
     """
     choose: Any = PreTrainedModel.get_correct_attn_implementation
     if getattr(choose, "knows_selfattn", False):
@@ -59,7 +60,7 @@ def _merge(out: torch.Tensor) -> torch.Tensor:
 
 
 def teach_bloom() -> None:
-    """Let BloomAttention call selfattn where its mask is not one of the float masks of eager attention."""
+    """Make BloomAttention call selfattn unless its mask is one of the float masks of eager attention."""
     from ._hf_attention import attention_forward
 
     bloom: Any = import_module("transformers.models.bloom.modeling_bloom")
@@ -98,7 +99,7 @@ def teach_bloom() -> None:
 
 
 def teach_falcon(name: str) -> None:
-    """Give Falcon an attention class of the name."""
+    """Register an attention class under the given name in Falcon's table."""
     from ._hf_attention import attention_forward
 
     falcon: Any = import_module("transformers.models.falcon.modeling_falcon")
@@ -123,7 +124,7 @@ def teach_falcon(name: str) -> None:
                 query, key = falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_idx)
-            # The model has put ALiBi, divided by the square root of head_dim, into the mask.
+            # The mask from the model already includes ALiBi, divided by the square root of head_dim.
             out, weights = attention_forward(
                 self, query, key, value, attention_mask,
                 dropout=self.attention_dropout.p if self.training and alibi is not None else 0.0,

@@ -1,4 +1,4 @@
-"""What every integration asks of the library that it is for: a version that works, and one OpenMP runtime for both."""
+"""Common to all integrations: the version check of the other library, and a shared OpenMP runtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOWEST = {"torch": (2, 5), "transformers": (5, 15)}
 
 
 def check_version(library: ModuleType) -> None:
-    """Raise an ImportError that names the version needed if a library is older."""
+    """Raise an ImportError that names the needed version if the library is too old."""
     lowest = _LOWEST[library.__name__]
     if tuple(map(int, re.findall(r"\d+", library.__version__)[:2])) < lowest:
         needed = ".".join(map(str, lowest))
@@ -28,11 +28,11 @@ def check_version(library: ModuleType) -> None:
 
 
 def share_runtime() -> None:
-    """Let selfattn's calls run in the threads of PyTorch's OpenMP runtime, from now on, in the whole process.
+    """Run selfattn's calls in the threads of PyTorch's OpenMP runtime, from now on, in the whole process.
 
-    Wheels bring a runtime each. After every parallel region the threads of a runtime spin for some milliseconds,
-    waiting for the next: two teams on the same cores keep each other waiting wherever calls of both libraries take
-    turns. Nothing happens where PyTorch's library has no such functions, or selfattn does without OpenMP.
+    Each wheel contains its own OpenMP runtime. After every parallel region, the threads of a runtime spin for some
+    milliseconds, waiting for the next one. If calls of both libraries alternate, two teams on the same cores delay each
+    other. Does nothing if PyTorch's library lacks the needed functions, or selfattn does not use OpenMP.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

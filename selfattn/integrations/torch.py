@@ -1,4 +1,4 @@
-"""PyTorch: its attention function, computed by selfattn, on CPU tensors."""
+"""PyTorch's attention function for CPU tensors, computed by selfattn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["scaled_dot_product_attention"]
 
 _NAME = "scaled_dot_product_attention"
 _BFLOAT16: Any = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
-_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses with another one may have no memory
+_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses that override it may have no memory
 _ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Compute ``torch.nn.functional.scaled_dot_product_attention`` of CPU tensors, without copies of them.
+    """Compute ``torch.nn.functional.scaled_dot_product_attention`` of CPU tensors, without copying them.
 
     Works under `torch.compile` (also ``fullgraph=True``) and `torch.export`, as the operator ``selfattn::sdpa``.
 
@@ -41,38 +41,38 @@ def scaled_dot_product_attention(
     query : Tensor, shape (..., H, L, E)
     key : Tensor, shape (..., H, S, E)
     value : Tensor, shape (..., H, S, Ev)
-        Of one dtype: float32, bfloat16, float16 or float64; any strides. All dimensions before the last two
+        All of the same dtype: float32, bfloat16, float16 or float64; any strides. All dimensions before the last two
         broadcast.
     attn_mask : Tensor, broadcasting to (..., H, L, S), optional
-        Of bool (True = attend), or of float32 or query's dtype (added to the scores).
+        bool (True = attend), or float32 or query's dtype (added to the scores).
     dropout_p : float
-        Only 0: there is no training here.
+        Must be 0: training is not supported.
     is_causal : bool, default False
         Query i sees the keys up to i (top-left alignment); not together with `attn_mask`.
     scale : float, optional
         Default ``1 / sqrt(E)``.
     enable_gqa : bool, default False
-        Let query heads share the heads of key and value, whose number must divide theirs.
+        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of theirs.
 
     Returns
     -------
     Tensor, shape (..., H, L, Ev)
-        In query's dtype; in its order in memory as well where the shapes are equal.
+        In query's dtype; with query's memory format if the shapes are equal.
 
     Raises
     ------
     RuntimeError
         A tensor requires grad while gradients are recorded: there is no backward pass.
     TypeError, ValueError
-        Tensors on other devices, sparse, nested or quantised ones, other dtypes, shapes that do not fit together.
+        Tensors on other devices; sparse, nested or quantised tensors; other dtypes; shapes that do not fit together.
 
     Notes
     -----
-    A row that sees no key gives 0; PyTorch gives NaN or 0, depending on the version. Differences are those of
-    `selfattn.compat.scaled_dot_product_attention`. `selfattn.set_num_threads` limits the threads of a call; they are
-    PyTorch's where both libraries use OpenMP. Autocast applies as to the original. Eager calls with plain tensors
-    bypass PyTorch's dispatcher, whose Python side would cost more than a small attention itself; profilers see those
-    calls only as Python.
+    A row without a visible key gives 0; PyTorch gives NaN or 0, depending on the version. The other differences are
+    listed in `selfattn.compat.scaled_dot_product_attention`. `selfattn.set_num_threads` limits the threads of a call;
+    they belong to PyTorch's runtime if both libraries use OpenMP. Autocast applies as to the original. Eager calls with
+    plain tensors bypass PyTorch's dispatcher, because its Python overhead would exceed the time of a small attention
+    call; profilers see such calls only as Python functions.
 
     Examples
     --------
@@ -120,7 +120,7 @@ def _compute(
 def _result(
     query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Any:
-    """Return the result's memory: what a compiler needs to know of a call, and where a call puts its numbers."""
+    """Return an uninitialized result: compilers trace it to learn its shape, and calls write into it."""
     check_mask_type(None if attn_mask is None else attn_mask.dtype, query.dtype, torch.bool, torch.float32)
     check_mask(None if attn_mask is None else attn_mask.shape, is_causal)
     shape = result_shape(query.shape, key.shape, value.shape, enable_gqa, torch.broadcast_shapes)
@@ -128,10 +128,10 @@ def _result(
 
 
 def to_array(tensor: Any) -> NDArray[Any]:
-    """Return a view of a CPU tensor; bfloat16 as the dtype of ml_dtypes, since NumPy has none."""
+    """Return a view of a CPU tensor; bfloat16 becomes the dtype of ml_dtypes, since NumPy has none."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.is_neg():  # a sign that is still to be applied, as of the imaginary part of a conjugate
+    if tensor.is_neg():  # a pending negation, as in the imaginary part of a conjugate
         tensor = tensor.resolve_neg()
     if tensor.dtype is torch.bfloat16:
         view: NDArray[Any] = tensor.view(torch.uint16).numpy().view(_BFLOAT16)
@@ -141,7 +141,7 @@ def to_array(tensor: Any) -> NDArray[Any]:
 
 
 def _is_plain(*tensors: Any) -> bool:
-    """Whether nobody traces, transforms or intercepts operations on these tensors, so that they can be read now."""
+    """Whether nothing traces, transforms or intercepts operations on these tensors, so that they can be read now."""
     return not (
         torch.compiler.is_compiling()
         or torch.overrides.has_torch_function(tensors)
@@ -162,7 +162,7 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
         if tensor.dtype not in _ACCEPTED:
             raise TypeError(f"{_NAME}: {name} has dtype {tensor.dtype}, but one of {_ACCEPTED} is needed")
     if attn_mask is not None:
-        if type(attn_mask).__name__ == "CausalBias":  # which has no elements, and in PyTorch 2.5 no properties, to read
+        if type(attn_mask).__name__ == "CausalBias":  # has no elements, and in PyTorch 2.5 no properties
             raise TypeError(f"{_NAME}: attn_mask is a CausalBias: pass is_causal=True, or a tensor of bool")
         _check_memory("attn_mask", attn_mask)
 

@@ -1,4 +1,4 @@
-"""Hugging Face models attend through selfattn: `register()`, then ``attn_implementation="selfattn"``."""
+"""selfattn in Hugging Face models: call `register()`, then pass ``attn_implementation="selfattn"``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import transformers
 
 from ._runtime import check_version, share_runtime
 
-check_version(transformers)  # before names that older versions lack
+check_version(transformers)  # before importing names that older versions lack
 
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
@@ -18,14 +18,16 @@ NAME = "selfattn"
 
 
 def register() -> None:
-    """Make ``attn_implementation="selfattn"`` known to transformers. Calling it again changes nothing.
+    """Register ``attn_implementation="selfattn"`` with transformers. Calling it again has no effect.
 
-    Models that attend through transformers' `AttentionInterface` work as they are, Bloom and Falcon because this
-    call teaches them. Every other model with attention code of its own raises when it is made with this name; a part
-    with such code beside parts without (Gemma 3n's for sound, LongT5's encoder) keeps it. Models attend in eval mode
-    on CPU tensors, under ``torch.no_grad()`` or ``torch.inference_mode()``; what cannot be computed raises. At most as
-    many threads work as ``torch.set_num_threads`` and `selfattn.set_num_threads` both allow, and calls run in PyTorch's
-    threads where both use OpenMP. A query that sees nothing, as in padding, gives 0.
+    Models that use transformers' `AttentionInterface` work unchanged. Bloom and Falcon are patched by this call. Other
+    models with their own attention code raise an error when they are constructed with this name. In models that mix
+    both, the parts with their own attention code (Gemma 3n's audio encoder, LongT5's encoder) keep it.
+
+    Models must be in eval mode, with CPU tensors, under ``torch.no_grad()`` or ``torch.inference_mode()``; unsupported
+    calls raise an error. The number of threads is limited by both ``torch.set_num_threads`` and
+    `selfattn.set_num_threads`, and calls run in PyTorch's threads if both libraries use OpenMP. A query that sees no
+    key, as in padding, gives 0.
 
     Examples
     --------
