@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | N
     Parameters
     ----------
     argv : sequence of str, optional
-        Arguments; those of the process by default.
+        Command-line arguments; by default those of the process.
     attention : callable, optional
-        What `selftest` checks instead of `selfattn.attention`.
+        Function that `selftest` checks instead of `selfattn.attention`.
 
     Returns
     -------
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | N
             return _run(argv, attention)
         finally:
             print(end="", flush=True)
-    except BrokenPipeError:  # who reads has seen enough, like `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
         return 1
 
 

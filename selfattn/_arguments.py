@@ -1,4 +1,4 @@
-"""What users pass becomes what the core takes: arrays, options, and the messages when it cannot."""
+"""Converts users' arguments to the arrays and options of the core, or raises an error that explains why not."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LAYOUTS = tuple(_core.LAYOUTS)
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether the core computes with numbers of this type; bfloat16, another package's type, is known by its name."""
+    """Whether the core computes with this dtype; bfloat16, from another package, is recognized by its name."""
     return dtype in (np.float32, np.float64, np.float16) or (dtype.name == "bfloat16" and dtype.itemsize == 2)
 
 
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
-    """Return `value` as an ndarray of native byte order, without a copy wherever that is possible."""
+    """Return `value` as an ndarray of native byte order, without a copy if possible."""
     if _is_masked(value):
         raise TypeError(
             f"{function}: {name} is a MaskedArray, whose mask would be lost: pass .data, and what is hidden as mask="
@@ -33,8 +33,8 @@ def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
 
 
 def _is_masked(value: Any) -> bool:
-    # Whoever has such an array has imported the module, which NumPy does not do by itself: an import here would hold
-    # a lock that a child forked at that moment would wait for for ever.
+    # No import here: a child process forked while the import lock is held would deadlock. A MaskedArray can only exist
+    # if numpy.ma has been imported, which NumPy does not do by itself.
     module = sys.modules.get("numpy.ma")
     return module is not None and isinstance(value, module.MaskedArray)
 
@@ -47,7 +47,7 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
                 f"{function}: {name} is on device {device} (DLPack), but only CPU memory is "
                 "accepted: copy it to the CPU first"
             )
-        # Frameworks' own conversion says best why it refuses, e.g. a tensor that requires grad.
+        # A framework's own conversion gives the best reason for refusing, e.g. a tensor that requires grad.
         if not hasattr(value, "__array__"):
             return _from_dlpack(function, name, value)
         if str(getattr(value, "dtype", "")) == "torch.bfloat16" and not value.requires_grad:
@@ -63,7 +63,7 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
 
 
 def _dlpack_device(value: Any) -> tuple[int, int] | None:
-    """Return where DLPack says that an array is; None if it says nothing, as of an array spread over devices."""
+    """Return the DLPack device of an array; None if it has no single one, as when it is spread over devices."""
     try:
         kind, number = value.__dlpack_device__()
         return int(kind), int(number)
@@ -81,19 +81,19 @@ def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
 
 
 def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
-    # NumPy lacks the type, so that PyTorch does not convert it: the bits go by another.
-    if "ml_dtypes" not in sys.modules:  # as above: no import here
+    # NumPy has no bfloat16, so PyTorch does not convert it: pass the bits as uint16.
+    if "ml_dtypes" not in sys.modules:  # no import here, see _is_masked
         raise TypeError(f"{function}: {name} is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
     return np.asarray(tensor.view(sys.modules["torch"].uint16)).view("bfloat16")
 
 
 def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
-    """Return integers of any width as int64, as a copy: later changes by the caller have no effect."""
+    """Return integers of any width as int64. A copy, so that later changes by the caller have no effect."""
     array = as_array(function, name, value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
     held = array
-    if 0 in array.strides:  # such an axis may claim any length, but holds one number
+    if 0 in array.strides:  # an axis of stride 0 may have any length, but repeats one number
         held = array[tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides)]
     if array.dtype == np.uint64 and held.size and int(held.max()) > np.iinfo(np.int64).max:
         raise ValueError(f"{function}: {name} holds {int(held.max())}, which is beyond int64")
@@ -151,14 +151,14 @@ def _reach(function: str, window: Any, side: Any) -> int:
 
 
 def flag(function: str, name: str, value: Any) -> bool:
-    """Return a bool, refusing what is only truthy."""
+    """Return a bool; values that are merely truthy raise a TypeError."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{function}: {name} is {value!r}, but True or False is needed")
     return bool(value)
 
 
 def whole_number(function: str, name: str, value: Any, least: int) -> int:
-    """Return an integer that is at least `least` and fits the core."""
+    """Return an integer that is at least `least` and in the range of the core."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
     if value < least:
@@ -180,7 +180,7 @@ def thread_count(function: str, value: Any) -> int:
 
 
 def choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is none of `choices`."""
+    """Raise unless `value` is one of `choices`."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{function}: {name} is {value!r}, but it must be one of {listed}")
@@ -212,7 +212,7 @@ def core_options(
     num_threads: Any = None,
     t5: Any = None,
 ) -> _core.Options:
-    """Return the options of `attention`, in its order, as the core takes them: checked as far as it cannot do so."""
+    """Return the options of `attention`, in the same order, in the core's form; checks what the core cannot check."""
     options = _core.Options()
     if mask is not None:
         options.mask = as_array(function, "mask", mask)
@@ -254,7 +254,7 @@ def core_options(
 
 
 def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
-    from ._bias import T5Bias  # which needs this module
+    from ._bias import T5Bias  # here, since _bias imports this module
 
     if not isinstance(value, T5Bias):
         raise TypeError(f"{function}: t5 is a {type(value).__name__}, but a T5Bias is needed: T5Bias(table)")
@@ -262,7 +262,7 @@ def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
 
 
 def out_array(function: str, out: Any) -> NDArray[Any]:
-    """Check that `out` is an ndarray; shape and dtype are the core's to check."""
+    """Check that `out` is an ndarray; the core checks its shape and dtype."""
     if not isinstance(out, np.ndarray) or _is_masked(out):
         raise TypeError(f"{function}: out is a {type(out).__name__}, but a numpy.ndarray is needed")
     return out

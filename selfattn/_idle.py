@@ -1,10 +1,10 @@
-"""Loads the core so that its idle threads soon sleep.
+"""Loads the core with settings that send its idle threads to sleep early.
 
-GCC's OpenMP runtime lets threads that wait for the next parallel region spin for some 5 ms. NumPy's matrix products
-do the same with threads of their own, and two threads that spin on one core take turns in slices of milliseconds: an
-attention call behind ``X @ W`` took many times as long as alone (`benchmarks/neighbours.py`). A thread that sleeps
-gets the core at once. The runtime reads its settings from the environment while it is being loaded, and only then; who
-sets one is heard.
+In GCC's OpenMP runtime, threads that wait for the next parallel region spin for about 5 ms. NumPy's matrix products
+have their own threads, which spin as well. Two threads that spin on the same CPU core alternate in time slices of
+milliseconds: an attention call right after ``X @ W`` took many times as long as alone (`benchmarks/neighbours.py`). A
+sleeping thread leaves the core to others immediately. The runtime reads its settings from the environment only while it
+is being loaded. A user's own setting takes precedence.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 _SPIN = "GOMP_SPINCOUNT"
-_TURNS = "600"  # some 10 microseconds: a call that follows at once finds the team awake
+_TURNS = "600"  # about 10 microseconds: an immediately following call finds the team awake
 
 
 def _missing_core() -> str:
-    """Return what to do if there is no compiled core for this Python."""
+    """Return the error message for a missing compiled core: what to do about it."""
     folder = Path(__file__).resolve().parent
     if not (folder.parent / "csrc").is_dir():
         version = ".".join(map(str, sys.version_info[:2]))
@@ -37,7 +37,7 @@ if not _own_setting:
 try:
     from . import _core as _core
 except ImportError as error:
-    if error.name != __package__:  # it is there, but does not load
+    if error.name != __package__:  # the core exists, but does not load
         raise
     raise ImportError(_missing_core()) from None
 finally:

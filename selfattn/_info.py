@@ -1,4 +1,4 @@
-"""What was built, and what it finds on this machine."""
+"""How the package was built, and what it detects on this machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def show_runtime(mode: Literal["stdout"] = ...) -> None: ...
 @overload
 def show_runtime(mode: Literal["dicts"]) -> dict[str, Any]: ...
 def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
-    """Show what the package uses here, and where the number of threads comes from.
+    """Show what the package uses on this machine, and where the number of threads comes from.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
     -------
     dict or None
         isa (active), isas (available), isa_source, threads, threads_source, affinity (CPUs), cgroup_quota (CPUs or
-        None), parallel (openmp, threads or serial; shared openmp: PyTorch's), subnormals (False: some library switched
-        them off in this thread), python, numpy, blas (NumPy's, with its threads if threadpoolctl is installed),
+        None), parallel (openmp, threads or serial; shared openmp: PyTorch's runtime), subnormals (False: a library has
+        disabled them in this thread), python, numpy, blas (NumPy's, with its threads if threadpoolctl is installed),
         machine, openmp_runtimes (if threadpoolctl is installed).
     """
     threads, source = _core.default_threads()
@@ -78,7 +78,7 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
 
 
 def _pools(kind: str) -> list[str] | None:
-    """Return the loaded libraries with thread pools of this kind, or None without threadpoolctl."""
+    """Return the loaded libraries that have thread pools of this kind; None if threadpoolctl is not installed."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:

@@ -1,4 +1,4 @@
-"""The keywords of public functions: what `help` shows of them, and the message for one that a function lacks."""
+"""The keywords of public functions: how `help` shows them, and the error for an unknown one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# What other libraries call our options.
+# Other libraries' names of our options.
 _HINTS = {
     "attn_bias": "bias",
     "position_bias": "t5",
@@ -40,10 +40,10 @@ _NO_NEED = {
 
 
 def clean_signature(options: Callable[..., Any] | None = None, without: Collection[str] = ()) -> Callable[[_F], _F]:
-    """Let `help` and `inspect.signature` show named keywords instead of a function's ``**``.
+    """Make `help` and `inspect.signature` show named keywords instead of a function's ``**``.
 
-    They are those of `options`, which ``**`` passes on. Without `options`, ``**`` only catches misspelt keywords. The
-    function itself stays as it is: a wrapper would cost each call some time.
+    The keywords are those of the function `options`, to which ``**`` is passed on. Without `options`, ``**`` only
+    catches misspelt keywords. The function is not wrapped, since a wrapper would slow down each call.
     """
     others = [] if options is None else list(signature(options).parameters.values())
 
@@ -59,7 +59,10 @@ def clean_signature(options: Callable[..., Any] | None = None, without: Collecti
 
 
 def refuse_unknown(function: Callable[..., Any], given: Iterable[str], hints: Mapping[str, str] | None = None) -> None:
-    """Raise the TypeError for a keyword that `function` does not have, with a hint (or its own) where one is known."""
+    """Raise a TypeError for a keyword that `function` does not have, with a hint if there is one.
+
+    `hints` replaces the hint for some keywords in this function.
+    """
     name = function.__qualname__.partition(".")[0]
     known = signature(function).parameters
     for keyword in given:
@@ -74,17 +77,17 @@ def refuse_unknown(function: Callable[..., Any], given: Iterable[str], hints: Ma
 
 
 def _hint(keyword: str, known: Iterable[str], hints: Mapping[str, str]) -> str | None:
-    """Return the one of a function's keywords that is most likely meant, or None."""
+    """Return the keyword of the function that is most likely meant, or None."""
     named = {name: name for name in known if name != "self"}
     others = {name: hints.get(ours, ours) for name, ours in _HINTS.items()} | dict(hints)
-    ours = {our: name for name, our in _HINTS.items() if name in named}  # in functions with other libraries' names
+    ours = {our: name for name, our in _HINTS.items() if name in named}  # for functions that use other libraries' names
     spellings = ours | {name: our for name, our in others.items() if our in named} | named
     close = get_close_matches(keyword, sorted(spellings), n=1, cutoff=0.75)
     return spellings[close[0]] if close else None
 
 
 def hinted(function: _F) -> _F:
-    """Let a function or a class that is not called often refuse unknown keywords with a hint."""
+    """Make a function or class refuse unknown keywords with a hint; for those that are not called often."""
     if isinstance(function, type):
         function.__init__ = hinted(function.__init__)  # type: ignore[misc]
         return function

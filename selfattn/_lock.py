@@ -1,4 +1,4 @@
-"""Many readers or one writer of a cache; safe to be forked over."""
+"""A lock for many readers or one writer of a cache that survives a fork."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 class SharedLock:
-    """`with lock.reading:` waits for a writer, `with lock.writing:` for everybody. Not reentrant."""
+    """`with lock.reading:` waits for a writer, `with lock.writing:` for all readers and writers. Not reentrant."""
 
     def __init__(self) -> None:
         self.reading = _Reading(self)
@@ -20,7 +20,7 @@ class SharedLock:
     def _renew(self) -> None:
         self.changed = threading.Condition(threading.Lock())
         self.readers = 0
-        self.writers = 0  # that wait or write: new readers let them go first
+        self.writers = 0  # waiting or writing; new readers wait for them
         self.is_written = False
 
 
@@ -58,7 +58,7 @@ class _Writing:
             try:
                 while lock.readers or lock.is_written:
                     lock.changed.wait()
-            except BaseException:  # Ctrl-C while it waits
+            except BaseException:  # Ctrl-C while waiting
                 lock.writers -= 1
                 lock.changed.notify_all()
                 raise
@@ -76,7 +76,7 @@ _locks: weakref.WeakSet[SharedLock] = weakref.WeakSet()
 
 
 def _renew_all() -> None:
-    # A child has one thread: whoever held a lock or waited for it is gone.
+    # A child process has one thread: the threads that held a lock or waited for it no longer exist.
     for lock in list(_locks):
         lock._renew()
 

@@ -1,7 +1,8 @@
-"""Which page holds what: the pages of each sequence, how many share one, which are free. No tokens here.
+"""The page table: the pages of each sequence, how many sequences share a page, and which pages are free.
 
-The rows say it all. How many hold a page and which pages are free is counted along, and counted anew after whatever
-went wrong in between, be it an interrupt.
+The rows are authoritative. The number of rows that share each page and the list of free pages are derived from them:
+updated with every change, and recomputed if a change failed halfway, for example by an interrupt. Tokens are not
+stored here.
 """
 
 from __future__ import annotations
@@ -11,38 +12,38 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
-NUMBER = "i"  # what the core reads
+NUMBER = "i"  # type code of page numbers, as the core reads them
 assert array(NUMBER).itemsize == 4
 
 
 class Row(NamedTuple):
-    """The pages of a sequence. A row is replaced, never changed, so that the old one can be put back.
+    """The pages of a sequence. A row is replaced, never changed, so that the old one can be restored.
 
-    `pages` starts with the page of token `start` and may hold more than `length` tokens need: rows share the array
-    with those that replace them, and a step puts the pages that it adds there before they are in force.
+    `pages` starts with the page of token `start` and may hold more pages than `length` tokens need: a row shares the
+    array with the row that replaces it, and a step appends its new pages there before it replaces the row.
     """
 
     pages: array[int]
-    start: int  # the first token that is still held, which is the first of its page
+    start: int  # the first token still held; always the first of its page
     length: int
 
 
 class Growth(NamedTuple):
-    """Rows with room for more tokens, which `PageTable.put` puts in force."""
+    """Rows with room for more tokens, for `PageTable.put`."""
 
     before: dict[int, Row]
     rows: dict[int, Row]
-    taken: int  # pages from the end of the free ones
+    taken: int  # number of pages taken from the end of the free list
     gained: list[int]
     lost: list[int]
-    copies: list[tuple[int, int]]  # pages that others share, and those that hold a copy
-    reused: list[int]  # pages that will be written to and that rows of `before` hold as well
+    copies: list[tuple[int, int]]  # (page shared with other rows, page for its copy)
+    reused: list[int]  # pages that will be written to, but also belong to rows of `before`
 
 
 class PageTable:
-    """A row for each sequence. A page is free, or counts the rows that hold it.
+    """A row for each sequence. Each page is either free or has a count of the rows that hold it.
 
-    Numbers are Python's own, which are faster than NumPy's one by one.
+    Uses Python's own integers: accessed one by one, they are faster than NumPy's.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -50,10 +51,10 @@ class PageTable:
         self.rows: dict[int, Row] = {}
         self.sharers = [0] * num_pages
         self.free_pages = list(range(num_pages - 1, -1, -1))
-        self.settled = True  # whether both of these say what the rows say
+        self.settled = True  # whether sharers and free_pages agree with the rows
 
     def runs(self, length: int) -> int:
-        """Return how many pages this many tokens span."""
+        """Return how many pages `length` tokens span."""
         return -(-length // self.page_size)
 
     def count(self, row: Row) -> int:
@@ -65,12 +66,12 @@ class PageTable:
         return row.pages[: self.count(row)]
 
     def settle(self) -> None:
-        """Count the pages anew where the last change was cut off."""
+        """Recount the pages if the last change was interrupted."""
         if not self.settled:
             self.recount()
 
     def recount(self) -> None:
-        """Count from the rows how many hold each page."""
+        """Recompute from the rows how many of them hold each page."""
         self.settled = False
         sharers = [0] * len(self.sharers)
         for row in self.rows.values():
@@ -83,9 +84,9 @@ class PageTable:
     def put(
         self, rows: Mapping[int, Row | None], gained: Iterable[int] = (), lost: Iterable[int] = (), taken: int = 0
     ) -> None:
-        """Replace rows, or end those that are None; on any exception nothing has changed.
+        """Replace rows, or delete those that are None; after an exception nothing has changed.
 
-        One row more holds each page that was gained, one fewer each that was lost; `taken` are no longer free.
+        Each page in `gained` is held by one more row, each in `lost` by one fewer; `taken` pages are no longer free.
         """
         before = {name: self.rows.get(name) for name in rows}
         self.settled = False
@@ -105,7 +106,7 @@ class PageTable:
             raise
 
     def restore(self, before: Mapping[int, Row | None]) -> None:
-        """Put rows back as they were."""
+        """Restore the rows of an earlier state."""
         if not self.settled or any(self.rows.get(name) is not row for name, row in before.items()):
             self.settled = False
             self._set(before)
@@ -119,12 +120,12 @@ class PageTable:
                 self.rows[name] = row
 
     def fork(self, name: int, twin: int) -> None:
-        """Make a row that shares all pages."""
+        """Add a row that shares all pages of another."""
         pages = self.held(self.rows[name])
         self.put({twin: self.rows[name]._replace(pages=pages)}, gained=pages)
 
     def shorten(self, name: int, length: int) -> None:
-        """Give back the pages after this many tokens."""
+        """Cut a row to `length` tokens and release the pages after them."""
         row = self.rows[name]
         shorter = Row(row.pages, row.start if length else 0, length)
         kept = self.count(shorter)
@@ -132,14 +133,14 @@ class PageTable:
         del row.pages[kept:]
 
     def remove(self, name: int) -> None:
-        """End a row and give back its pages."""
+        """Delete a row and release its pages."""
         self.put({name: None}, lost=self.held(self.rows[name]))
 
     def grow(self, names: list[int], tokens: int, window: int | None) -> Growth:
-        """Plan room for more tokens of each row; nothing changes yet. MemoryError: pages needed, pages there.
+        """Plan room for `tokens` more tokens in each row; no row changes yet. MemoryError(pages needed, available).
 
-        With a window, each row gives up the pages that none of these tokens sees. They are reused where the free ones
-        do not suffice.
+        With a window, each row releases the pages that none of the new tokens sees. They are reused if there are not
+        enough free pages.
         """
         before = {name: self.rows[name] for name in names}
         skipped = dict.fromkeys(names, 0)
@@ -186,7 +187,7 @@ class PageTable:
         if skipped or copied:
             pages = pages[skipped:count]
         else:
-            del pages[count:]  # what a failed step left there
+            del pages[count:]  # left over from a failed step
         if copied:
             growth.copies.append((pages[-1], next(fresh)))
             growth.lost.append(pages[-1])
@@ -195,13 +196,13 @@ class PageTable:
         return pages
 
     def _unseen(self, row: Row, window: int) -> int:
-        """Return how many pages hold no token that the next one sees."""
+        """Return how many pages hold no token that the next token sees."""
         return max((row.length - window) // self.page_size - row.start // self.page_size, 0)
 
     def _missing(self, rows: dict[int, Row], tokens: int, left: dict[int, int]) -> tuple[int, set[int]]:
-        """Return how many pages more tokens of each row take, and the rows whose last page is shared.
+        """Return how many pages `tokens` more tokens per row need, and the rows whose last page must be copied.
 
-        `left`: the sharers of pages that some rows no longer hold by then.
+        `left`: the remaining number of sharers of pages that some rows will have released by then.
         """
         size, pages, copied = self.page_size, 0, set()
         # Shortest first: the last row to hold a shared page writes to it in place, after the tokens of the others.
@@ -216,7 +217,7 @@ class PageTable:
         return pages + len(copied), copied
 
     def common(self, rows: list[Row]) -> int:
-        """Return how many pages from the start on all rows share."""
+        """Return how many leading pages all rows share."""
         shared = 0
         if any(row.start for row in rows):
             return 0

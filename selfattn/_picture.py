@@ -1,4 +1,4 @@
-"""What `viz` draws: its arguments, checked, and names that are safe to show."""
+"""Checks the arguments of `viz`, and makes names safe to show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _R = TypeVar("_R")
 
 
 class Picture(NamedTuple):
-    weights: NDArray[Any]  # (Sq, Sk), of a type that NumPy computes with; 0 where hidden
+    weights: NDArray[Any]  # (Sq, Sk), in a type that NumPy computes with; 0 for hidden pairs
     hidden: NDArray[np.bool_]  # (Sq, Sk)
     rows: list[str] | None
     columns: list[str] | None
@@ -50,7 +50,7 @@ def read(
 
 
 def read_style(function: str, title: Any, log: Any, vmax: Any) -> tuple[str | None, bool, float | None]:
-    """Return title, log and vmax, checked; what cannot be seen of the title is escaped."""
+    """Return title, log and vmax, checked; invisible characters of the title are escaped."""
     if title is not None:
         if not isinstance(title, str):
             raise TypeError(f"{function}: title is {title!r}, but a string is needed")
@@ -63,12 +63,12 @@ def read_style(function: str, title: Any, log: Any, vmax: Any) -> tuple[str | No
 
 
 def visible(text: str) -> str:
-    """Return the text with escapes for what cannot be seen or controls a terminal: newlines, ESC, bidi overrides."""
+    """Escape invisible characters and those that control a terminal: newlines, ESC, bidi overrides."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def num_columns(text: str) -> int:
-    """Return how many columns of a terminal the text takes."""
+    """Return how many terminal columns the text takes."""
     return sum(map(_column, text))
 
 
@@ -79,7 +79,7 @@ def _column(character: str) -> int:
 
 
 def shorten(text: str, columns: int) -> str:
-    """Return the text, cut to this width with an ellipsis at its end."""
+    """Return the text; if it is too wide, cut it to this width and end it with an ellipsis."""
     if num_columns(text) <= columns:
         return text
     end = used = 0
@@ -98,7 +98,7 @@ def fit(text: str, columns: int) -> str:
 
 
 def ignoring_overflow(draw: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let weights of any size be drawn, whatever the caller has set by `numpy.errstate`."""
+    """Draw with floating-point errors ignored, whatever the caller has set by `numpy.errstate`."""
 
     @wraps(draw)
     def quiet(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -111,7 +111,7 @@ def ignoring_overflow(draw: Callable[_P, _R]) -> Callable[_P, _R]:
 def _one_head(function: str, array: NDArray[Any], head: int | str | None) -> NDArray[Any]:
     if array.ndim not in (2, 3):
         raise ValueError(f"{function}: weights has shape {array.shape}, but (Sq, Sk) or (H, Sq, Sk) is needed")
-    if array.dtype.kind != "f" or array.dtype.itemsize == 2:  # bfloat16 is of another kind
+    if array.dtype.kind != "f" or array.dtype.itemsize == 2:  # bfloat16's kind is not "f"
         array = array.astype(np.float32 if array.dtype.itemsize == 2 else np.float64)
     if array.ndim == 2:
         if head is not None:

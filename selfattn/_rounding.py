@@ -1,4 +1,4 @@
-"""What products on a matrix unit may add to the error of a call."""
+"""Bounds of the error that products on a matrix unit add to a call."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from ._attention import explain
 from ._typing import Precision
 
-# What products on a matrix unit add to the error, relative to the sum of p|v|: by rounding weights and values, and per
-# unit of sigma by rounding queries and keys. docs/numerics.md derives them.
+# The error that products on a matrix unit add, relative to the sum of p|v|: (from rounding weights and values, per unit
+# of sigma from rounding queries and keys). docs/numerics.md derives the bounds.
 MATRIX_ROUNDINGS = {
     ("bfloat16", "highest"): (2.0**-8, 0.0),
     ("float16", "highest"): (2.0**-16, 2.0**-16),
@@ -17,12 +17,12 @@ MATRIX_ROUNDINGS = {
 }
 
 
-# Units whose products are those of whole numbers, with sums of float32.
+# Units that multiply unrounded operands, summing in float32.
 EXACT_UNITS = ("fma", "bfloat16 dots")
 
 
 def rounding(q: Any, k: Any, v: Any, precision: Precision = "highest", **options: Any) -> tuple[float, float]:
-    """Return the entry of the unit that a call runs on; 0 where its products are exact."""
+    """Return the entry for the unit that a call runs on; zeros if its products are exact."""
     unit = explain(q, k, v, precision=precision, **options)["unit"]
     return (
         (0.0, 0.0)

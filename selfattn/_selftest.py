@@ -1,4 +1,4 @@
-"""`python -m selfattn selftest`: is this machine's selfattn right? A sweep against float64."""
+"""`python -m selfattn selftest`: checks the results on this machine against a float64 reference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SHAPES: tuple[Shape, ...] = (
     (2, 2, 2, 12, 1100, 16, 16),
 )
 
-# Shapes the options are tried on: small, odd with groups, decode, several blocks.
+# The shapes that options are tested with: small, odd with grouped heads, decode, several blocks.
 OPTION_SHAPES = (SHAPES[4], SHAPES[5], SHAPES[8], SHAPES[10])
 
 Rng = np.random.Generator
@@ -63,7 +63,7 @@ Rng = np.random.Generator
 def _mask(rng: Rng, shape: Shape) -> Options:
     batch, num_heads, _, q_len, kv_len = shape[:5]
     mask = rng.random((batch, num_heads, q_len, kv_len)) < 0.6
-    mask[..., 0, :] = False  # a row that sees nothing
+    mask[..., 0, :] = False  # a row without a visible key
     return {"mask": mask}
 
 
@@ -126,7 +126,7 @@ OPTIONS: dict[str, tuple[Callable[[Rng, Shape], Options], ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call: its arrays in float32, and a group to report it under.
+    """One call: its arrays in float32, and the group under which it is reported.
 
     `returns` asks for lse and weights as well.
     """
@@ -139,7 +139,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """All cases of `attention`, the same each time."""
+    """All cases of `attention`, the same in every run."""
     rng = np.random.default_rng(20)
     for shape in SHAPES:
         yield Case("plain", shape, {}, _arrays(rng, shape))
@@ -165,7 +165,7 @@ def _arrays(rng: Rng, shape: Shape) -> tuple[Array, Array, Array]:
 
 
 class Tally:
-    """Checks made, failed, and the worst error of one group."""
+    """The number of checks, the failures and the worst error of one group."""
 
     def __init__(self, group: str) -> None:
         self.group = group
@@ -174,33 +174,33 @@ class Tally:
         self.worst = 0.0
 
     def add(self, name: str, call: Callable[[], Any], *expected: list[Expected]) -> None:
-        """Check one call, every array it returns; an exception is a failure like a wrong number."""
+        """Check all arrays that a call returns; an exception counts as a failure, like a wrong number."""
         self.checks += 1
         try:
             returned = call() if len(expected) > 1 else (call(),)
             for array, parts in zip(returned, expected, strict=True):
-                # float32 and float64 both hold this stand-in for -inf, and its error is 0.
+                # MINUS_INFINITY, a substitute for -inf, is exact in float32 and float64, so its error is 0.
                 wide = array if array.dtype.itemsize > 2 else array.astype(np.float32)
                 finite = np.where(np.isneginf(wide), MINUS_INFINITY, wide)
                 self.worst = max(self.worst, check(name, finite, parts))
         except Mismatch as error:
             self.failures.append(str(error))
-        except Exception as error:  # whatever a broken build throws belongs in the report
+        except Exception as error:  # anything that a broken build raises belongs in the report
             self.failures.append(f"{name}: {type(error).__name__}: {error}")
 
     def line(self) -> str:
-        """One line of the report."""
+        """Return this group's line of the report."""
         verdict = f"{len(self.failures)} FAILED" if self.failures else "ok"
         return f"{self.group:14}{self.checks:5} checks, largest error {self.worst:7.2%} of its bound: {verdict}"
 
 
 def run(attention: Attention | None = None, write: Callable[[str], Any] = print) -> int:
-    """Check `attention` and the layer on every ISA of this machine, in every type of numbers that can be made here.
+    """Check `attention` and the layer on every ISA of this machine, in every dtype that is available here.
 
     Parameters
     ----------
     attention : callable, optional
-        What to check instead of `selfattn.attention`.
+        Function to check instead of `selfattn.attention`.
     write : callable
         Receives the lines of the report.
 
@@ -245,7 +245,7 @@ def _check_case(tally: Tally, case: Case, attention: Attention | None) -> None:
 
 
 def _expected(case: Case, result: reference.Result, dtype: str, unit: str) -> Iterator[list[Expected]]:
-    """Every array the call should return; lse and weights are float32 where the result has 16 bits."""
+    """The expected arrays of a call; lse and weights are float32 if the result is 16-bit."""
     units, whole = Units.of(result.sigma, dtype, "highest", unit), (slice(None),)
     bound = bound_of(units.out * result.magnitude, dtype)
     yield [Expected(whole, result.out, rounded_bound(result.out, bound, dtype))]

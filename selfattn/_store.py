@@ -1,4 +1,4 @@
-"""The memory of a cache: rows of keys and values, and the scales of what is quantised."""
+"""The memory of a cache: keys, values, and the scales of quantised ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from . import _core
 
-# The types of storage, and each as it is in memory.
+# The storage types, and the NumPy type that each has in memory.
 _TYPES: dict[str, Any] = {
     "float32": np.float32,
     "float64": np.float64,
     "float16": np.float16,
-    "bfloat16": np.uint16,  # NumPy has none; users see it as ml_dtypes'
+    "bfloat16": np.uint16,  # NumPy has no bfloat16; users see the dtype of ml_dtypes
     "int8": np.int8,
 }
 _ALIGNMENT = 64
 
 
 def storage_name(function: str, dtype: Any) -> str:
-    """Return the name of a storage type that is accepted; bfloat16 is known by its name."""
+    """Return the name of an accepted storage type; bfloat16 is recognized by its name."""
     try:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:
@@ -34,7 +34,7 @@ def storage_name(function: str, dtype: Any) -> str:
 
 
 def count(function: str, name: str, value: Any, least: int = 1) -> int:
-    """Return a checked integer."""
+    """Return `value` checked to be an integer from `least` to 2^31 - 1."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
     if not least <= value < 1 << 31:
@@ -44,12 +44,12 @@ def count(function: str, name: str, value: Any, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything stands in one block of bytes, behind a header."""
+    """The layout of a cache in one block of bytes, after a header."""
 
     name: str
     blocks: int  # batch entries, or pages
     heads: int
-    slots: int  # tokens of a block
+    slots: int  # tokens per block
     head_dim: int
     value_dim: int
     header_bytes: int = 0
@@ -74,7 +74,7 @@ class Layout:
 
 
 class Store:
-    """The arrays of a cache over one block of memory, and how the core wants them."""
+    """The arrays of a cache in one block of memory, and their description for the core."""
 
     def __init__(self, function: str, layout: Layout, buffer: Any) -> None:
         self.name = layout.name
@@ -90,19 +90,19 @@ class Store:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type that users see. NumPy finds bfloat16 once ml_dtypes has been imported."""
+        """The dtype that users see. NumPy knows bfloat16 only after ml_dtypes has been imported."""
         try:
             return np.dtype(self.name)
         except TypeError:
             raise TypeError(f"NumPy knows no {self.name}: import ml_dtypes first") from None
 
     def arrays(self) -> list[NDArray[Any]]:
-        """Return all that holds tokens, each (blocks, heads, slots, ...)."""
+        """Return all arrays that hold tokens, each (blocks, heads, slots, ...)."""
         scales = (self.k_scales, self.v_scales)
         return [self.k, self.v, *(x for x in scales if x is not None)]
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Return a read-only view in the type that users know."""
+        """Return a read-only view in the dtype that users see."""
         view = array.view(self.dtype) if self.name == "bfloat16" else array.view()
         view.flags.writeable = False
         return view
@@ -114,7 +114,7 @@ def _aligned(nbytes: int) -> int:
 
 def _memory(function: str, nbytes: int, buffer: Any) -> NDArray[np.uint8]:
     if buffer is None:
-        # One line more than needed, to start on a boundary; the system fills pages with zeros when they are touched.
+        # One cache line extra, to align the start; the system zeroes pages when they are first touched.
         block = np.zeros(nbytes + _ALIGNMENT, np.uint8)
         start = -block.ctypes.data % _ALIGNMENT
         return block[start : start + nbytes]

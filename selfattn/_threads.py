@@ -1,4 +1,4 @@
-"""How many threads a call may use, and which instruction set."""
+"""The number of threads that a call may use, and the instruction set."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from . import _core
 from ._arguments import choice, thread_count
 
-# A misspelt SELFATTN_ISA or SELFATTN_PARALLEL is an error here, at import, not in the first call.
+# A misspelt SELFATTN_ISA or SELFATTN_PARALLEL raises here, at import, rather than in the first call.
 _core.active_isa()
 _core.parallel_backend()
 
 
 def set_num_threads(n: int | None) -> None:
-    """Set the number of threads that calls use at most, for the whole process.
+    """Set the maximum number of threads of a call, for the whole process.
 
     Parameters
     ----------
     n : int or None
-        None returns to what is detected: the least of OpenMP's setting in the calling thread, the CPUs that the
-        process may run on, and the control group's CPU quota rounded up.
+        None restores the detected default: the smallest of OpenMP's setting in the calling thread, the number of CPUs
+        that the process may run on, and the control group's CPU quota rounded up.
     """
     _core.set_default_threads(thread_count("set_num_threads", n))
 
@@ -56,7 +56,7 @@ def active_isa() -> str:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Use another instruction set within a ``with`` block, in the whole process: for tests and comparisons.
+    """Use another instruction set within a ``with`` block, for tests and comparisons. Affects the whole process.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def use_isa(name: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        This machine cannot run it, or no such set exists.
+        This machine cannot run it, or there is no such instruction set.
     """
     choice("use_isa", "name", name, tuple(isas()))
     before = active_isa()

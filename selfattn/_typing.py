@@ -1,7 +1,7 @@
 """Types of the public functions' options, for type checkers.
 
-A function's overloads name what decides about the type of its result; all its other options are one of these dicts. A
-test compares the dicts with the functions.
+A function's overloads name only the options that determine the type of its result. One of these dicts describes all the
+others. A test compares the dicts with the functions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ StorageType = (
 
 
 class CommonOptions(TypedDict, total=False):
-    """Of every function that attends."""
+    """Options of every function that computes attention."""
 
     causal: bool
     window: Window | None
@@ -45,14 +45,14 @@ class CommonOptions(TypedDict, total=False):
 
 
 class BatchOptions(CommonOptions, total=False):
-    """Of those that take a batch as one array."""
+    """Options of functions that take a batch as one array."""
 
     mask: ArrayLike | None
     bias: ArrayLike | None
 
 
 class PaddedOptions(BatchOptions, total=False):
-    """Of those that take sequences shorter than their array."""
+    """Options of functions whose sequences may be shorter than their array."""
 
     q_lens: ArrayLike | None
     kv_lens: ArrayLike | None
@@ -60,21 +60,21 @@ class PaddedOptions(BatchOptions, total=False):
 
 
 class AttentionOptions(PaddedOptions, total=False):
-    """Of `attention`."""
+    """Options of `attention`."""
 
     q_offset: ArrayLike | None
     layout: Layout
 
 
 class ExplainOptions(AttentionOptions, total=False):
-    """Of `explain`."""
+    """Options of `explain`."""
 
     return_lse: bool
     return_weights: bool
 
 
 class RelativeOptions(PaddedOptions, total=False):
-    """Of `relative_attention`."""
+    """Options of `relative_attention`."""
 
     mem_len: int
     r_origin: int
@@ -82,7 +82,7 @@ class RelativeOptions(PaddedOptions, total=False):
 
 
 class LayerOptions(PaddedOptions, total=False):
-    """Of `SelfAttention.__call__` and `self_attention`."""
+    """Options of both `SelfAttention.__call__` and `self_attention`."""
 
     q_offset: ArrayLike | None
     context: ArrayLike | None
@@ -90,14 +90,14 @@ class LayerOptions(PaddedOptions, total=False):
 
 
 class LayerCallOptions(LayerOptions, total=False):
-    """Of `SelfAttention.__call__`."""
+    """Options of `SelfAttention.__call__`."""
 
     cache: KVCache | PagedKVCache | None
     sequences: ArrayLike | None
 
 
 class SelfAttentionOptions(LayerOptions, total=False):
-    """Of `self_attention`."""
+    """Options of `self_attention`."""
 
     b_q: ArrayLike | None
     b_k: ArrayLike | None
@@ -108,7 +108,7 @@ class SelfAttentionOptions(LayerOptions, total=False):
 
 
 class CachedOptions(BatchOptions, total=False):
-    """Of `attention_with_kvcache`."""
+    """Options of `attention_with_kvcache`."""
 
     sequences: ArrayLike | None
     rope: RoPE | bool | None
@@ -118,7 +118,7 @@ class CachedOptions(BatchOptions, total=False):
 
 
 class VarlenOptions(CommonOptions, total=False):
-    """Of `attention_varlen`."""
+    """Options of `attention_varlen`."""
 
     mask: Sequence[ArrayLike | None] | None
     bias: Sequence[ArrayLike | None] | None

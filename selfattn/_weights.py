@@ -1,4 +1,4 @@
-"""The matrices and vectors of a layer: checked, and what they say of its heads."""
+"""Checks of a layer's matrices and vectors, and the head sizes that follow from them."""
 
 from __future__ import annotations
 
