@@ -55,7 +55,7 @@ class Layout:
     header_bytes: int = 0
 
     def pieces(self) -> list[tuple[int, Any, tuple[int, ...]]]:
-        """Return (offset, type, shape) of k, v and, of codes, their scales."""
+        """Return (offset, type, shape) of k, v and, for int8, their scales."""
         memory_type = np.dtype(_TYPES[self.name])
         rows = (self.blocks, self.heads, self.slots)
         wanted: list[tuple[Any, tuple[int, ...]]] = [(memory_type, (*rows, n)) for n in (self.head_dim, self.value_dim)]

@@ -1,4 +1,4 @@
-"""Right answers within the promised error bound, on as many rows as a second allows."""
+"""Checks results against the documented error bound, on as many rows as can be checked in a second."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .workload import Array, Arrays, Workload
 
 Float64 = NDArray[np.float64]
 
-# What others may lose of a result as a whole: they round between their steps, each where it likes.
+# Allowed error of other libraries, relative to the norm of the result: they round at different places between steps.
 COARSE_ERRORS = {"bfloat16": 2e-2, "float16": 3e-3, "medium": 2e-2, "high": 3e-3}
-MAX_PAIRS = 2**22  # pairs of a query and a key a check computes in float64: under a second
+MAX_PAIRS = 2**22  # (query, key) pairs that a check computes in float64, in less than a second
 
 
 class Mismatch(AssertionError):
@@ -27,16 +27,16 @@ class Mismatch(AssertionError):
 
 @dataclass(frozen=True)
 class Expected:
-    """Part of an output as it should be.
+    """The expected values of a part of an output.
 
     Attributes
     ----------
     index : tuple
-        Which part of the output.
+        Index of the part in the output.
     value, bound : ndarray of float64
-        The reference and the error allowed, element by element.
+        The reference and the allowed error of each element.
     magnitude : ndarray of float64, optional
-        What sums of p|v| an attention's errors are measured against.
+        The sums of p|v|, relative to which attention's errors are measured.
     """
 
     index: tuple[slice, ...]
@@ -47,10 +47,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Units:
-    """How often the bounds of a call's results count the unit roundoff u.
+    """The error bounds of a call's results in units of the unit roundoff u.
 
-    The bound of an output is (16 + 4 sigma) u sum_j p_j |v_j| and what a matrix unit rounds besides; sigma is the
-    largest scale sum_d |q_d k_d| of the call.
+    The bound of an output is (16 + 4 sigma) u sum_j p_j |v_j| plus the roundings of a matrix unit; sigma is the largest
+    scale sum_d |q_d k_d| of the call.
     """
 
     out: float
@@ -59,16 +59,16 @@ class Units:
 
     @classmethod
     def of(cls, sigma: float, dtype: str, precision: str, unit: str) -> Units:
-        """Count for a type of numbers, a precision, and the unit that `explain` names."""
+        """Return the bounds for a dtype, a precision, and the unit that `explain` names."""
         values, scores = (0.0, 0.0) if unit in EXACT_UNITS else MATRIX_ROUNDINGS.get((dtype, precision), (0.0, 0.0))
         roundoff = UNIT_ROUNDOFF[computed_in(dtype)]
         own, rounded = 16.0 + 4.0 * sigma, sigma * scores / roundoff
-        # A weight errs with its own score and with all others, which its row is divided by.
+        # A weight's error comes from its own score and, through the division, from all other scores of its row.
         return cls(own + rounded + values / roundoff, own + rounded, own + 6.0 * rounded)
 
 
 def unit_of(workload: Workload) -> str:
-    """Return the unit that multiplies in a workload's attention; of two, the one that rounds."""
+    """Return the unit that computes a workload's products; if there are two, the one that rounds."""
     w, nothing = workload, np.zeros((), numpy_dtype(workload.dtype))
 
     def explained(batch: int, q_len: int) -> str:
@@ -83,20 +83,20 @@ def unit_of(workload: Workload) -> str:
         return str(selfattn.explain(q, k, v, precision=w.precision)["unit"])
 
     units = [explained(w.batch, w.q_len)]
-    if w.cache and w.cache.cascade:  # the queries of all sequences attend to the shared prompt at once
+    if w.cache and w.cache.cascade:  # the queries of all sequences attend to the shared prompt in one call
         units.append(explained(1, w.batch * w.q_len))
     return next((unit for unit in units if unit not in EXACT_UNITS), units[0])
 
 
 def coarse_error(workload: Workload) -> float:
-    """How large another library's error may be beside its result; 0 where it must keep our own bound."""
+    """Return the relative error allowed for another library; 0 if it must meet our own bound."""
     return COARSE_ERRORS.get(workload.dtype) or COARSE_ERRORS.get(workload.precision, 0.0)
 
 
 def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
-    """Compute what a right output holds on the active ISA: all, or rows at start, middle and end of some heads.
+    """Compute the expected output on the active ISA: all of it, or rows at start, middle and end of some heads.
 
-    Arrays are those that the call reads (`Peer.held`).
+    `arrays` are those that the call reads (`Peer.held`).
     """
     unit = unit_of(workload)
     if workload.kind == "block":
@@ -113,7 +113,7 @@ def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
 
 
 def _few(count: int) -> list[int]:
-    """First, middle and last of `count` things."""
+    """Indices of the first, middle and last of `count` items."""
     return sorted({0, count // 2, count - 1})
 
 
@@ -153,14 +153,14 @@ def _attention_part(workload: Workload, arrays: Arrays, unit: str, entry: int, h
 
 
 def _cut(array: Array, index: tuple[slice, ...]) -> Array:
-    """array[index], leaving axes alone that are broadcast."""
+    """array[index], but axes of length 1 are kept for broadcasting."""
     whole = slice(None)
     return array[tuple(whole if array.shape[i] == 1 else part for i, part in enumerate(index))]
 
 
 def _block_parts(workload: Workload, arrays: Arrays, unit: str) -> list[Expected]:
     """Projections and attention in float64 for the first, middle and last batch entries."""
-    # Between the steps, a matrix unit's projections of bfloat16 are rounded, as operands of float32 would be.
+    # On a matrix unit, projections of a bfloat16 layer are rounded between the steps, as float32 operands would be.
     axis = ("float32", "medium") if workload.dtype == "bfloat16" else (workload.dtype, workload.precision)
     options = workload.attention_options(arrays)
     double = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
@@ -177,8 +177,8 @@ def _block_parts(workload: Workload, arrays: Arrays, unit: str) -> list[Expected
         )
         result = reference.attention(q, k, v, **options)
         attended = Units.of(result.sigma, *axis, unit).out
-        # Roundings have random signs: their sums over d_model and over the concatenated heads
-        # grow like square roots. Worst cases would allow a thousand times what is ever seen.
+        # Rounding errors have random signs, so their sums over d_model and over the concatenated heads grow like
+        # square roots. A worst-case bound would be a thousand times larger than any observed error.
         units = join_heads(attended * result.magnitude + 4.0 * workload.d_model**0.5)
         units = np.sqrt(units**2 @ double["w_o"] ** 2) + np.abs(double["b_o"])
         value = join_heads(result.out) @ double["w_o"] + double["b_o"]
@@ -202,7 +202,7 @@ def join_heads(heads: Array) -> Array:
 
 
 def check(name: str, out: Array, parts: list[Expected]) -> float:
-    """Compare an output with what it should hold.
+    """Compare an output with the expected values.
 
     Returns
     -------
@@ -227,7 +227,7 @@ def check(name: str, out: Array, parts: list[Expected]) -> float:
 
 
 def storage_error(workload: Workload, arrays: Arrays, out: Array) -> float:
-    """Find what rounding k and v to a cache's type has cost: the largest error as a fraction of sum p|v|."""
+    """Return the largest error from rounding k and v to a cache's dtype, as a fraction of sum p|v|."""
     worst = 0.0
     for part in expected_parts(replace(workload, cache=None), arrays):
         assert part.magnitude is not None
@@ -237,7 +237,7 @@ def storage_error(workload: Workload, arrays: Arrays, out: Array) -> float:
 
 
 def check_everywhere(name: str, out: Array, trusted: Array, parts: list[Expected]) -> None:
-    """Compare a whole output with one that `check` accepted, by a few times the largest bound.
+    """Compare a whole output with one that `check` accepted; a few times the largest bound is allowed.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The options and the flow shared by `python -m selfattn bench` and `benchmarks/attention.py`."""
+"""The options and control flow shared by `python -m selfattn bench` and `benchmarks/attention.py`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def add_arguments(
     ----------
     parser : ArgumentParser
     default : sequence of str, optional
-        Workloads to run when none is named; all of `WORKLOADS` by default.
+        Workloads to run if the user names none; all of `WORKLOADS` by default.
     known : mapping of name to Workload
-        What can be named.
+        Workloads that the user can name.
     worker : sequence of str
-        The command of the process that measures.
+        The command that starts the measuring process.
     """
     which = "all" if default is None else ", ".join(default)
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help=f"what to run (default: {which})")
@@ -55,7 +55,7 @@ def add_arguments(
 
 
 def add_axes(parser: argparse.ArgumentParser, verb: str) -> None:
-    """Add the options that choose types of numbers and precisions."""
+    """Add the options that choose dtypes and precisions."""
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="TYPE", help=f"{verb} in {', '.join(DTYPES)}")
     levels = ", ".join(PRECISIONS)
     parser.add_argument(
@@ -72,12 +72,12 @@ def positive_int(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and report what the options ask for.
+    """Measure and report as the options say.
 
     Returns
     -------
     int
-        0, or 1 if an option was wrong or a peer's result was.
+        0, or 1 if an option or a peer's result was wrong.
     """
     if args.list:
         width = max(map(len, WORKLOADS))
@@ -114,12 +114,12 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
 def varied(
     workloads: Sequence[Workload], dtypes: Sequence[str] | None, precisions: Sequence[Precision] | None
 ) -> list[Workload]:
-    """Return the workloads in each of the types, those of float32 at each precision.
+    """Return the workloads in each of the dtypes; those in float32 also at each precision.
 
     Raises
     ------
     ValueError
-        If none is left, or their numbers cannot be made here.
+        If none is left, or a dtype is not available here.
     """
     found = {
         variant.name: variant

@@ -1,4 +1,4 @@
-"""Options written out as dense masks and biases, for peers that know nothing else."""
+"""Options converted to dense masks and biases, for peers that support nothing else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .workload import Array, Arrays, Workload
 
 
 def range_mask(workload: Workload) -> NDArray[np.bool_] | None:
-    """Mark what causal, window and kv_lens leave visible, shape (batch or 1, 1, q_len, kv_len).
+    """Return the mask of causal, window and kv_lens, shape (batch or 1, 1, q_len, kv_len).
 
-    None when they hide nothing. The mask array of the workload is not included.
+    None if they hide nothing. The workload's own mask array is not included.
     """
     first, after_last = workload.key_ranges()
     if (first == 0).all() and (after_last == workload.kv_len).all():
@@ -25,7 +25,7 @@ def range_mask(workload: Workload) -> NDArray[np.bool_] | None:
 
 
 def square_causal(workload: Workload) -> bool:
-    """Whether `causal` alone hides keys, and a diagonal that starts top-left is the same as ours."""
+    """Whether `causal` is the only option that hides keys, and top-left alignment is the same as ours."""
     options = workload.options
     others = options.window or options.kv_lens or options.bias or options.alibi or options.mask != "none"
     return options.causal and not others and workload.q_len == workload.kv_len
@@ -43,7 +43,7 @@ def alibi_bias(workload: Workload, slopes: Array) -> Array:
 
 
 def dense_mask(workload: Workload, arrays: Arrays) -> NDArray[np.bool_] | None:
-    """Everything that hides a pair in one boolean mask; None when nothing does."""
+    """Return one boolean mask of everything that hides pairs; None if nothing does."""
     ranges, mask = range_mask(workload), arrays.get("mask")
     if ranges is None or mask is None:
         return mask if ranges is None else ranges
@@ -51,7 +51,7 @@ def dense_mask(workload: Workload, arrays: Arrays) -> NDArray[np.bool_] | None:
 
 
 def dense_bias(workload: Workload, arrays: Arrays) -> Array | None:
-    """Bias and ALiBi in one additive array; None when there is neither."""
+    """Return bias and ALiBi as one additive array; None if there is neither."""
     bias = arrays.get("bias")
     if "alibi_slopes" in arrays:
         alibi = alibi_bias(workload, arrays["alibi_slopes"])
@@ -60,7 +60,7 @@ def dense_bias(workload: Workload, arrays: Arrays) -> Array | None:
 
 
 def additive_mask(workload: Workload, arrays: Arrays) -> Array | None:
-    """Masks and biases in one additive array, hidden pairs -inf; None when there are none."""
+    """Return masks and biases as one additive array, with -inf for hidden pairs; None if there are none."""
     mask, bias = dense_mask(workload, arrays), dense_bias(workload, arrays)
     if mask is None:
         return bias

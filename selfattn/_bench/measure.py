@@ -1,4 +1,4 @@
-"""One workload, all peers: check every result, then time them in turns."""
+"""Measures one workload with all peers: checks every result, then times the peers in alternation."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ from .peers import OWN, PEERS
 from .timing import BANDWIDTH, Gauges, Peaks, Quartiles, interleave, ratios
 from .workload import Arrays, Workload
 
-PEAK_SHARE = 0.05  # of a workload's time budget, for each of four peak measurements
-PEAK_SECONDS = (0.005, 0.1)  # shortest and longest of one
-MAX_STORAGE_ERROR = 0.02  # beside sum p|v|: more than any type of a cache costs, less than a wrong scale would
+PEAK_SHARE = 0.05  # share of a workload's time budget for each of four peak measurements
+PEAK_SECONDS = (0.005, 0.1)  # shortest and longest peak measurement
+MAX_STORAGE_ERROR = 0.02  # relative to sum p|v|: above the error of any cache dtype, below that of a wrong scale
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one workload with one number of threads.
+    """The measurements of one workload with one number of threads.
 
     Attributes
     ----------
     workload : Workload
     threads : int
     isa : str
-        The ISA selfattn ran.
+        The ISA that selfattn used.
     rounds : int
     times : dict of str to Quartiles
-        Seconds per call by peer.
+        Seconds per call, by peer.
     ratios : dict of str to Quartiles
-        Peer's time over selfattn's, pairwise per round.
+        The peer's time divided by selfattn's in the same round.
     errors : dict of str to float
         Largest error found before timing, as a fraction of its bound.
     skipped : dict of str to str
         Peers that did not run, and why.
     flop_peak : float
-        FLOP/s of multiply-adds in registers of the unit that multiplies numbers of the products' type, measured
-        in the same run.
+        FLOP/s of register-only multiply-adds on the unit for the products' dtype, measured in the same run.
     bandwidth : float
-        Bytes/s read from an array as large as K and V, measured in the same run; where they come from a cache, in
-        every round: the median, and times and ratios have them as "bandwidth".
+        Bytes/s when reading an array as large as K and V, measured in the same run. If K and V come from a cache, it is
+        measured in every round: this is the median, and times and ratios have an entry "bandwidth".
     storage_error : float, optional
-        What rounding to another type that a cache has cost at most, as a fraction of sum p|v|.
+        Largest error from rounding to a cache's dtype, as a fraction of sum p|v|.
     """
 
     workload: Workload
@@ -64,17 +63,17 @@ class Result:
 
     @property
     def peak(self) -> float:
-        """Return what bounds the workload's rate: the bandwidth of a memory-bound one, or the FLOP/s."""
+        """Return the upper bound of the workload's rate: bandwidth if it is memory-bound, otherwise FLOP/s."""
         return self.bandwidth if self.workload.memory_bound else self.flop_peak
 
     @property
     def work(self) -> int:
-        """Bytes of K and V of a memory-bound workload, FLOPs of any other."""
+        """Bytes of K and V if the workload is memory-bound, otherwise FLOPs."""
         return self.workload.kv_bytes() if self.workload.memory_bound else self.workload.flops()
 
     @property
     def unit(self) -> str:
-        """Unit of rate and peak once divided by 1e9."""
+        """Unit of rate and peak after division by 1e9."""
         return "GB/s" if self.workload.memory_bound else "GFLOP/s"
 
     def rate(self, peer: str = OWN.name) -> float:
@@ -83,13 +82,13 @@ class Result:
 
     @property
     def fraction_of_peak(self) -> float:
-        """Rate of selfattn over the peak; the median of the rounds' where each has measured it."""
+        """selfattn's rate divided by the peak; if each round measured the peak, the median over the rounds."""
         if BANDWIDTH in self.ratios:
             return self.ratios[BANDWIDTH].median
         return self.rate() / self.peak
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, derived figures included, as plain types."""
+        """Return everything, including derived figures, as plain types."""
         record = asdict(self)
         record["flops"] = self.workload.flops()
         record["kv_bytes"] = self.workload.kv_bytes()
@@ -101,7 +100,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Result:
-        """Invert `to_dict`."""
+        """Restore a result from `to_dict`."""
         return cls(
             workload=Workload.from_dict(record["workload"]),
             threads=record["threads"],
@@ -124,16 +123,16 @@ def measure(workload: Workload, peers: Sequence[Peer], threads: int, seconds: fl
     ----------
     workload : Workload
     peers : sequence of Peer
-        selfattn is measured whether it is among them or not.
+        selfattn is always measured, even if it is not among them.
     threads : int
-        For selfattn and every peer alike.
+        Number of threads for selfattn and every peer.
     seconds : float
         Time budget of the interleaved rounds.
 
     Raises
     ------
     Mismatch
-        If any peer's result is outside the error bound; nothing has been timed then.
+        If any peer's result is outside the error bound; nothing is timed in that case.
     """
     arrays = workload.make_arrays()
     runs, skipped = prepare(workload, peers, arrays, threads)
@@ -165,7 +164,7 @@ def measure(workload: Workload, peers: Sequence[Peer], threads: int, seconds: fl
 def prepare(
     workload: Workload, peers: Sequence[Peer], arrays: Arrays, threads: int
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Prepare the call of every peer that can run the workload; say why the others cannot."""
+    """Prepare the call of every peer that can run the workload; return also why the others cannot."""
     runs = {OWN.name: PEERS[OWN.name].prepare(workload, arrays, threads)}
     skipped = {}
     for peer in peers:
@@ -183,7 +182,7 @@ def prepare(
 
 
 def check_all(workload: Workload, arrays: Arrays, runs: dict[str, Run], peers: Sequence[Peer]) -> dict[str, float]:
-    """Largest error of every peer as a fraction of its bound; raises `Mismatch` beyond 1."""
+    """Return every peer's largest error as a fraction of its bound; raises `Mismatch` above 1."""
     known = {peer.name: peer for peer in (OWN, *peers)}
     parts = expected_parts(workload, PEERS[OWN.name].held(workload, arrays))
     trusted = np.asarray(runs[OWN.name]())
@@ -206,12 +205,12 @@ def check_all(workload: Workload, arrays: Arrays, runs: dict[str, Run], peers: S
 
 
 def check_storage(workload: Workload, arrays: Arrays, run: Run) -> float | None:
-    """Return what rounding to a cache's type has cost; None where nothing is rounded.
+    """Return the error from rounding to a cache's dtype; None if nothing is rounded.
 
     Raises
     ------
     Mismatch
-        If it is more than any type costs.
+        If it is larger than any dtype explains.
     """
     if not _rounds(workload):
         return None
@@ -234,7 +233,7 @@ def _why_no_cache(peer: Peer, workload: Workload) -> str:
 
 
 def _gauges(peaks: Peaks, workload: Workload) -> Gauges:
-    """Return what is measured in every round: reading as many bytes as a cache holds."""
+    """Return the gauges of every round: for caches, the time to read as many bytes as the cache holds."""
     size = workload.kv_bytes()
     return {} if workload.cache is None else {BANDWIDTH: lambda: size / peaks.bandwidth(size)}
 

@@ -1,4 +1,4 @@
-"""The types of numbers that workloads come in, and what each may cost in accuracy."""
+"""The dtypes of workloads, and the error that each allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 DTYPES = tuple(ITEMSIZES)
 PRECISIONS = ("highest", "high", "medium")
 
-# What names of workloads end in, so that results of several types can stand beside each other.
+# Suffixes of workload names, so that results of several dtypes can be shown together.
 SUFFIXES = {
     "float32": "f32",
     "float64": "f64",
@@ -25,7 +25,7 @@ SUFFIXES = {
 }
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
-NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp: of 16 bits, only results are rounded
+NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp; 16-bit: only results are rounded
 _SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # subnormal
 
 
@@ -38,34 +38,34 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def why_no_numbers(dtype: str) -> str:
-    """Why arrays of this type cannot be made here; empty if they can."""
+    """Why arrays of this dtype cannot be created here; empty if they can."""
     if dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
         return "bfloat16 needs the package ml_dtypes"
     return ""
 
 
 def computed_in(dtype: str) -> str:
-    """Return the type that selfattn accumulates in: float32 for all that are narrower."""
+    """Return the type that selfattn accumulates in: float64 for float64, otherwise float32."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, deviation: float) -> NDArray[Any]:
-    """Draw normal numbers, the same ones for every type but for rounding and float64."""
+    """Draw normal numbers; apart from rounding, they are the same for every dtype except float64."""
     drawn = rng.standard_normal(shape, dtype=np.float64 if dtype == "float64" else np.float32)
     drawn *= deviation
     return drawn.astype(numpy_dtype(dtype), copy=False)
 
 
 def bound_of(units: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-    """Turn units of the unit roundoff into a bound; the reference's own rounding is added."""
+    """Convert units of the unit roundoff to a bound, which includes the reference's own rounding."""
     dtype = computed_in(dtype)
     return units * (UNIT_ROUNDOFF[dtype] + UNIT_ROUNDOFF["float64"]) + float(np.finfo(dtype).tiny)
 
 
 def rounded_bound(value: NDArray[Any], bound: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-    """Add what rounding a result to a type of 16 bits may cost, half an ulp; nothing for others."""
+    """Add the error of rounding a result to a 16-bit dtype, half an ulp; adds nothing for other dtypes."""
     if dtype not in NARROW_ROUNDOFF:
         return bound
-    # Where the computation's error moves a result, its ulp moves with it.
+    # The computation's error can change the result's size, and with it the ulp.
     rounded: NDArray[np.float64] = bound + (np.abs(value) + bound) * NARROW_ROUNDOFF[dtype] + _SMALLEST[dtype]
     return rounded

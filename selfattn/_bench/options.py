@@ -1,4 +1,4 @@
-"""What a workload asks for beyond the shapes of its operands."""
+"""A workload's options, apart from the shapes of its operands."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from .numbers import ITEMSIZES
 
-SCALE_BYTES = 4  # of the float32 that a row of codes is multiplied by
+SCALE_BYTES = 4  # size of the float32 scale of a row of codes
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a workload asks of `selfattn.attention` beyond q, k and v.
+    """A workload's arguments of `selfattn.attention` apart from q, k and v.
 
     Attributes
     ----------
@@ -21,9 +21,8 @@ class Options:
     window : tuple of (int or None), optional
     softcap : float, optional
     mask : {"none", "pairs", "tiles", "keys"}
-        "pairs" is a random mask of shape (1, 1, q_len, kv_len); "tiles" one of that shape that
-        shows every fourth square of 256 pairs a side; "keys" gives `kv_lens` as a mask of shape
-        (batch, 1, 1, kv_len), as tokenizers do.
+        "pairs" is a random mask of shape (1, 1, q_len, kv_len). "tiles" has the same shape; every fourth square of
+        256 x 256 pairs is visible. "keys" passes `kv_lens` as a mask of shape (batch, 1, 1, kv_len), as tokenizers do.
     bias : bool
         A random bias of shape (1, num_heads, q_len, kv_len).
     alibi : bool
@@ -41,7 +40,7 @@ class Options:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Options:
-        """Rebuild options from `dataclasses.asdict`, also after a trip through JSON."""
+        """Rebuild options from the result of `dataclasses.asdict`, also if it went through JSON."""
         values = dict(record)
         for name in ("window", "kv_lens"):
             if values[name] is not None:
@@ -51,18 +50,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Cache:
-    """What a workload's keys and values come from, and how the call reads it.
+    """The cache that holds a workload's keys and values, and how the call uses it.
 
     Attributes
     ----------
     dtype : str, optional
-        How tokens are stored: "int8", or a type of numbers; the workload's by default.
+        Storage dtype of the tokens: "int8" or a floating dtype; by default the workload's.
     page_size : int
-        Tokens of a page of a PagedKVCache, whose pages are in random order; 0 for a KVCache.
+        Tokens per page of a PagedKVCache, whose pages are in random order; 0 for a KVCache.
     shared : int
-        Tokens that all sequences have in common: they are forks of one prompt.
+        Number of leading tokens that all sequences share, as forks of one prompt.
     cascade : bool
-        Whether the call is told to read those once for all.
+        Whether the call uses ``cascade=True``, to read the shared tokens once for all sequences.
     step : bool
         Whether the call also appends the last token, and writes to an `out`.
     """
@@ -74,7 +73,7 @@ class Cache:
     step: bool = False
 
     def storage(self, dtype: str) -> Any:
-        """Name the type of what is stored, for operands of `dtype`."""
+        """Return the name of the storage dtype for operands of `dtype`."""
         return self.dtype or dtype
 
     def itemsize(self, dtype: str) -> int:
@@ -83,5 +82,5 @@ class Cache:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes beside a token's numbers, per head, of K and V."""
+        """Bytes of the scales of a token's K and V per head."""
         return 2 * SCALE_BYTES if self.dtype == "int8" else 0

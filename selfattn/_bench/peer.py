@@ -1,4 +1,4 @@
-"""What the benchmark asks of a peer, and the two that are always there."""
+"""The interface of a peer, and the two peers that are always available."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .workload import Array, Arrays, Workload
 
 Run = Callable[[], Any]
 
-MAX_SCORES_BYTES = 2**31  # of a score matrix a peer may store: 2 GiB
+MAX_SCORES_BYTES = 2**31  # largest score matrix that a peer may store: 2 GiB
 
 BLOCK_INPUTS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o")
 
 
 class CannotRun(Exception):
-    """A peer that looked able to run a workload turned out not to be."""
+    """A peer that seemed to support a workload turned out to be unable to run it."""
 
 
 class Peer(ABC):
@@ -35,15 +35,15 @@ class Peer(ABC):
     Attributes
     ----------
     name : str
-        What `--peers` calls it.
+        Its name in `--peers`.
     label : str
-        What tables and plots call it.
+        Its name in tables and plots.
     module : str
         The module that must be importable.
     by_default : bool
-        Whether it runs without being asked for.
+        Whether it runs if no peers are named.
     in_tables : bool
-        Whether people read its times beside others'.
+        Whether its times are shown in tables.
     """
 
     name: str
@@ -65,15 +65,15 @@ class Peer(ABC):
         return ""
 
     def answered(self, workload: Workload) -> Workload:
-        """Return the workload whose result this peer computes: another one only in a variant of our own."""
+        """Return the workload that this peer actually computes; only variants of selfattn compute a different one."""
         return workload
 
     def operands(self, workload: Workload, arrays: Arrays) -> Arrays:
-        """Return the arrays of the workload it answers."""
+        """Return the arrays of the workload from `answered`."""
         return arrays
 
     def held(self, workload: Workload, arrays: Arrays) -> Arrays:
-        """Return the arrays as its call reads them: k and v rounded, where they are stored so."""
+        """Return the arrays as its call reads them: k and v are rounded if they are stored in a narrower dtype."""
         return arrays
 
     def supports(self, workload: Workload) -> bool:
@@ -82,14 +82,14 @@ class Peer(ABC):
 
     @abstractmethod
     def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
-        """Do all work that a user does once, and return the call to be timed.
+        """Do all work that a user would do only once, and return the call to be timed.
 
         The call returns something `numpy.asarray` accepts, shaped like selfattn's output.
 
         Raises
         ------
         CannotRun
-            If the peer refuses the workload after all.
+            If the peer rejects the workload after all.
         """
 
 
@@ -111,9 +111,9 @@ class Own(Peer):
 
 
 class NumPy(Peer):
-    """softmax(q kᵀ) v as a NumPy user writes it: unfused, in place where that is easy.
+    """softmax(q kᵀ) v as a NumPy user would write it: unfused, with in-place operations where that is easy.
 
-    `threads` has no effect here: NumPy's BLAS takes its threads from the environment at import.
+    `threads` has no effect here: NumPy's BLAS reads its number of threads from the environment at import.
     """
 
     name, label, module = "numpy", "NumPy", "numpy"

@@ -8,21 +8,21 @@ from .torch_peer import PyTorch
 OWN = Own()
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, NumPy(), PyTorch())}
 
-ALIASES = {"torch": "pytorch"}  # the name people import and install
+ALIASES = {"torch": "pytorch"}  # the name used to import and install it
 
 
 def add(*peers: Peer) -> None:
-    """Make more peers known to this process; one replaces another of the same name."""
+    """Register more peers in this process; a peer replaces an earlier one of the same name."""
     PEERS.update({peer.name: peer for peer in peers})
 
 
 def others() -> list[Peer]:
-    """Return the peers that are not selfattn itself, made to run in some way."""
+    """Return the peers that are neither selfattn itself nor a variant of it."""
     return [peer for peer in PEERS.values() if not isinstance(peer, Own)]
 
 
 def choose(names: list[str] | None) -> list[Peer]:
-    """Pick selfattn and the peers of these names, or all that are installed.
+    """Return selfattn and the peers with these names, or all installed default peers.
 
     Raises
     ------

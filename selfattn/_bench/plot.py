@@ -1,4 +1,4 @@
-"""Results as a picture: how many times faster than one peer, workload by workload."""
+"""Plots results: the speedup over one peer for each workload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .peers import PEERS
 from .report import count_threads
 from .timing import Quartiles
 
-FASTER, SLOWER = "#2a7f9e", "#c8553d"  # told apart in grey and by colour-blind readers
+FASTER, SLOWER = "#2a7f9e", "#c8553d"  # distinguishable in grey and by colour-blind readers
 BAR_HEIGHT = 0.8
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
@@ -28,7 +28,7 @@ def write_plot(results: Sequence[Result], path: str | Path, peer: str = "pytorch
     path : str or Path
         The suffix gives the format.
     peer : str
-        Whom to compare with; the first peer that was measured if this one was not.
+        The peer to compare with; if it was not measured, the first one that was.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def write_plot(results: Sequence[Result], path: str | Path, peer: str = "pytorch
     ValueError
         If no peer was measured.
     """
-    # The figure is built without pyplot, which would keep it alive and might want a screen.
+    # Avoid pyplot, which would keep the figure alive and might need a display.
     figure_class = importlib.import_module("matplotlib.figure").Figure
     peer = _measured_peer(results, peer)
     shown = [result for result in results if peer in result.ratios]

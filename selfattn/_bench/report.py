@@ -1,4 +1,4 @@
-"""Results as a table for people and as JSON for programs."""
+"""Reports results as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import selfattn
 from .measure import Result
 from .peers import OWN, PEERS, others
 
-ISA_VARIABLES = ("SELFATTN_ISA", "ATEN_CPU_CAPABILITY")  # what selfattn and PyTorch may be held to
+ISA_VARIABLES = ("SELFATTN_ISA", "ATEN_CPU_CAPABILITY")  # variables that limit the ISA of selfattn and PyTorch
 VARIABLES = (
     *ISA_VARIABLES,
     "MKL_ENABLE_INSTRUCTIONS",
@@ -29,14 +29,14 @@ VARIABLES = (
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line per workload and number of threads, then geometric means and what was skipped."""
+    """Return one line per workload and number of threads, then geometric means and what was skipped."""
     lines = [heading(to_record(results)), "", *table_lines(results)]
     lines.append("\nvs: the peer's time over selfattn's, median of interleaved rounds [quartiles].")
     return "\n".join(lines)
 
 
 def table_lines(results: Sequence[Result]) -> list[str]:
-    """Lines of the table, without what is the same for all results."""
+    """Return the lines of the table, without the heading that is common to all results."""
     peers = peers_seen(results)
     header = ["workload", "threads", "time", "rate", "of peak"]
     rows = [header + [f"vs {PEERS[name].label}" for name in peers]]
@@ -47,7 +47,7 @@ def table_lines(results: Sequence[Result]) -> list[str]:
 
 
 def heading(record: Mapping[str, Any]) -> str:
-    """What ran where: ISA, versions, processor, the environment's say, and who was not there."""
+    """Return a description of the run: ISA, versions, processor, environment variables and missing peers."""
     isas = ", ".join(sorted({result["isa"] for result in record["results"]}))
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     environment = {**dict.fromkeys(ISA_VARIABLES, "not set"), **record["environment"]}
@@ -62,7 +62,7 @@ def heading(record: Mapping[str, Any]) -> str:
 
 
 def peers_seen(results: Sequence[Result]) -> list[str]:
-    """Names of all peers but selfattn that were to run, in the order of the columns."""
+    """Return the names of all requested peers except selfattn, in the order of the columns."""
     seen = {name for result in results for name in (*result.times, *result.skipped)}
     return [name for name in PEERS if name in seen and name != OWN.name and PEERS[name].in_tables]
 
@@ -98,13 +98,13 @@ def _mean_row(results: Sequence[Result], threads: int, peers: Sequence[str]) -> 
 
 
 def geometric_mean(results: Sequence[Result], peer: str) -> float | None:
-    """Geometric mean of the median ratios to a peer over the workloads it ran."""
+    """Return the geometric mean of the median ratios to a peer over the workloads that it ran."""
     medians = [result.ratios[peer].median for result in results if peer in result.ratios]
     return float(np.exp(np.mean(np.log(medians)))) if medians else None
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    """Align columns to their widest cell: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -116,7 +116,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _storage_lines(results: Sequence[Result]) -> list[str]:
-    """Say what rounding to a cache's type has cost."""
+    """Return lines with the errors from rounding to a cache's dtype."""
     lost = {r.workload.name: r.storage_error for r in results if r.storage_error is not None}
     lines = [f"  {name}: {error:.2%} of sum p|v|" for name, error in lost.items()]
     return ["", "largest error by storing k and v:", *lines] if lines else []
@@ -136,7 +136,7 @@ def _skipped_lines(results: Sequence[Result]) -> list[str]:
 
 
 def format_seconds(seconds: float) -> str:
-    """Three significant digits in the unit that suits."""
+    """Format with three significant digits in a suitable unit."""
     for factor, unit in ((1e6, "us"), (1e3, "ms")):
         if seconds * factor < 1000:
             return f"{seconds * factor:.3g} {unit}"
@@ -144,12 +144,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def count_threads(threads: int) -> str:
-    """Write a number of threads in words."""
+    """Return "1 thread" or "n threads"."""
     return f"{threads} thread" if threads == 1 else f"{threads} threads"
 
 
 def to_record(results: Sequence[Result]) -> dict[str, Any]:
-    """All results, and everything known about the machine and the software, as plain types."""
+    """Return all results and everything known about the machine and software, as plain types."""
     return {
         "versions": _versions(results),
         "missing": [peer.label for peer in others() if not peer.available()],
@@ -172,7 +172,7 @@ def write_json(results: Sequence[Result], path: str | Path) -> None:
 
 
 def processor_name() -> str:
-    """Return the processor's own name where the system tells it."""
+    """Return the processor's model name if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -182,7 +182,7 @@ def processor_name() -> str:
 
 
 def _versions(results: Sequence[Result]) -> dict[str, str]:
-    """Versions of Python and of everything that was measured."""
+    """Return the versions of Python and of everything that was measured."""
     measured = {name for result in results for name in result.times} | {OWN.name}
     versions = {peer.label: peer.version() for peer in (OWN, *others()) if peer.name in measured}
     return {**versions, "Python": platform.python_version()}

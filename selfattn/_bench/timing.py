@@ -1,4 +1,4 @@
-"""Fair timing of several calls in one process, and the peaks to hold them against."""
+"""Fair timing of several calls in one process, and the machine's peaks to compare them with."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from selfattn import _core
 Timed = Mapping[str, Callable[[], Any]]
 Gauges = Mapping[str, Callable[[], float]]
 
-BANDWIDTH = "bandwidth"  # among the times of a round: those of reading as many bytes as K and V have
+BANDWIDTH = "bandwidth"  # name, among the times of a round, of the time to read as many bytes as K and V have
 
-MIN_SAMPLE_SECONDS = 2e-3  # far above the resolution of the clock and one interrupt
+MIN_SAMPLE_SECONDS = 2e-3  # far above the clock's resolution and the time of an interrupt
 MIN_ROUNDS = 5
 MAX_ROUNDS = 1000
-WARM_CALL_LIMIT = 20e-3  # a longer call does not feel whether its threads were awake
-# A team that wakes up may start with two threads on one core; the system takes some ticks to part them.
+WARM_CALL_LIMIT = 20e-3  # for longer calls, it does not matter whether the threads were awake
+# A team that wakes up may start with two threads on one core; the scheduler takes some ticks to separate them.
 WARM_SECONDS = 30e-3
 
-# Threads of a pool spin after a call, waiting for more: OpenBLAS 100 ms, ONNX Runtime 30 ms,
+# After a call, the threads of a pool spin while they wait for more work: OpenBLAS 100 ms, ONNX Runtime 30 ms,
 # OpenMP 5 ms. The next peer would share its cores with them, so each sample waits until the
 # process is idle. The kernel counts the time of running threads in ticks of up to 4 ms.
 IDLE_WINDOW = 10e-3
@@ -37,7 +37,7 @@ MAX_SETTLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Quartiles:
-    """Median of a sample, and what a quarter of it lies below and above."""
+    """Median and quartiles of a sample."""
 
     q1: float
     median: float
@@ -51,7 +51,7 @@ class Quartiles:
 
 
 def interleave(runs: Timed, seconds: float, gauges: Gauges | None = None) -> dict[str, list[float]]:
-    """Time calls in turns, A B C, B C A, ..., until `seconds` have passed.
+    """Time calls in rotation, A B C, B C A, ..., until `seconds` have passed.
 
     Each sample repeats its call for at least 2 ms. At least five rounds are made.
 
@@ -61,12 +61,12 @@ def interleave(runs: Timed, seconds: float, gauges: Gauges | None = None) -> dic
     seconds : float
         Time budget of all calls together.
     gauges : mapping of name to gauge, optional
-        What measures itself and returns seconds; takes its turn among the calls.
+        Functions that measure themselves and return seconds; called in rotation with the calls.
 
     Returns
     -------
     dict
-        Seconds per call of each round, by name; the same number of rounds for all.
+        Seconds per call in each round, by name; all have the same number of rounds.
     """
     takes: dict[str, Callable[[], float]] = {name: partial(_sample, run, _calibrate(run)) for name, run in runs.items()}
     takes |= {name: partial(_gauged, gauge) for name, gauge in (gauges or {}).items()}
@@ -97,7 +97,7 @@ class _Plan:
 
 
 def _calibrate(run: Callable[[], Any]) -> _Plan:
-    """Choose repeats that make one sample long enough, by the faster of two calls."""
+    """Choose enough repeats for a sample, based on the faster of two calls."""
     seconds = _time(run, 1)
     if seconds < WARM_CALL_LIMIT:
         seconds = min(seconds, _time(run, 1))
@@ -106,7 +106,7 @@ def _calibrate(run: Callable[[], Any]) -> _Plan:
 
 
 def _sample(run: Callable[[], Any], plan: _Plan) -> float:
-    """Seconds per call, once all other threads rest and, for short calls, its own are at work."""
+    """Return seconds per call, measured when all other threads are idle and, for short calls, its own are awake."""
     _settle()
     start = time.perf_counter()
     while plan.warm and time.perf_counter() - start < WARM_SECONDS:
@@ -115,13 +115,13 @@ def _sample(run: Callable[[], Any], plan: _Plan) -> float:
 
 
 def _gauged(gauge: Callable[[], float]) -> float:
-    """Seconds that a gauge says, once all other threads rest."""
+    """Return the seconds that a gauge measures when all other threads are idle."""
     _settle()
     return max(gauge(), 1e-9)
 
 
 def _settle() -> None:
-    """Wait until no thread of this process computes any more."""
+    """Wait until no thread of this process is running any more."""
     deadline = time.perf_counter() + MAX_SETTLE_SECONDS
     while time.perf_counter() < deadline:
         start, busy = time.perf_counter(), time.process_time()
@@ -138,7 +138,7 @@ def _time(run: Callable[[], Any], repeats: int) -> float:
 
 
 def ratios(samples: Mapping[str, Sequence[float]], own: str) -> dict[str, Quartiles]:
-    """Each peer's time over `own`'s in the same round: above 1, `own` is faster."""
+    """Return each peer's time divided by `own`'s in the same round; above 1, `own` is faster."""
     return {
         name: Quartiles.of([peer / mine for peer, mine in zip(times, samples[own], strict=True)])
         for name, times in samples.items()
@@ -147,7 +147,7 @@ def ratios(samples: Mapping[str, Sequence[float]], own: str) -> dict[str, Quarti
 
 
 class Peaks:
-    """What this machine can do at best, measured beside the workloads.
+    """The machine's peak rates, measured together with the workloads.
 
     Parameters
     ----------
@@ -162,9 +162,9 @@ class Peaks:
         self.isa = selfattn.active_isa()
 
     def flops(self, dtype: str) -> float:
-        """FLOP/s of a loop of multiply-adds on one core, times the threads."""
+        """FLOP/s of a multiply-add loop on one core, times the number of threads."""
         return float(_core.measure_product_peak(self.isa, dtype, self.seconds)) * self.threads
 
     def bandwidth(self, num_bytes: int) -> float:
-        """Bytes/s of all threads reading an array of this size again and again."""
+        """Bytes/s of all threads repeatedly reading an array of this size."""
         return float(_core.measure_read_bandwidth(num_bytes, self.threads, self.seconds))

@@ -14,7 +14,7 @@ from .workload import Array, Arrays, Workload
 
 
 class PyTorch(Peer):
-    """SDPA under inference_mode, every mask prepared beforehand in the form it likes best."""
+    """SDPA under inference_mode; every mask is prepared beforehand in the form that is fastest for it."""
 
     name, label, module = "pytorch", "PyTorch", "torch"
 
@@ -65,7 +65,7 @@ class PyTorch(Peer):
 
     @staticmethod
     def _mask(workload: Workload, arrays: Arrays) -> Array:
-        """Keep a boolean mask as the user has it; make everything else additive once."""
+        """Pass a boolean mask unchanged; convert everything else to an additive mask once."""
         options = workload.options
         computed = options.causal or options.window or options.bias or options.alibi
         if "mask" in arrays and not computed:
@@ -76,7 +76,7 @@ class PyTorch(Peer):
 
     @staticmethod
     def _block(torch: Any, workload: Workload, arrays: Arrays, options: dict[str, Any]) -> Run:
-        """One Linear for q, k and v, SDPA, and a Linear: what PyTorch's own layer does."""
+        """One Linear for q, k and v, SDPA, and a Linear, as in PyTorch's own layer."""
         functional = torch.nn.functional
         x = tensor(torch, arrays["x"])
         w_in = np.concatenate([arrays[f"w_{name}"] for name in "qkv"], axis=1).T
@@ -102,19 +102,19 @@ class PyTorch(Peer):
 
 
 def tensor(torch: Any, array: Array) -> Any:
-    """Wrap the same memory as a tensor; NumPy's bfloat16 is not one PyTorch knows."""
+    """Return a tensor over the same memory; PyTorch does not accept NumPy's bfloat16 directly."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def readable(torch: Any, workload: Workload, run: Run) -> Run:
-    """Make NumPy read the result of a call, whatever its type."""
+    """Make the result of a call readable for NumPy, whatever its dtype."""
     return (lambda: _BFloat16(torch, run())) if workload.dtype == "bfloat16" else run
 
 
 class _BFloat16:
-    """A tensor for whoever wants it as an array of `ml_dtypes`' type."""
+    """A bfloat16 tensor that NumPy can convert to an array of `ml_dtypes.bfloat16`."""
 
     __slots__ = ("tensor", "torch")
 
@@ -122,6 +122,6 @@ class _BFloat16:
         self.torch, self.tensor = torch, tensor
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """Hand over the same memory."""
+        """Return an array over the same memory."""
         bits: Array = self.tensor.view(self.torch.uint16).numpy()
         return bits.view(numpy_dtype("bfloat16"))

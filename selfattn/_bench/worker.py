@@ -1,7 +1,7 @@
 """A process that measures with one number of threads: `python -m selfattn._bench.worker`.
 
-NumPy's BLAS and OpenMP read their number of threads when they start, so a number of threads
-means a process. Reads a request as JSON from standard input, writes results to a file.
+NumPy's BLAS and OpenMP read their number of threads when they start, so each number of threads
+needs its own process. Reads a request as JSON from standard input, writes results to a file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ THREAD_LIMITS = (
 
 
 class WorkerFailed(RuntimeError):
-    """The measuring process ended with an error; its own output says which."""
+    """The measuring process failed; its own output contains the error."""
 
 
 def measure_in_process(
@@ -45,12 +45,12 @@ def measure_in_process(
 ) -> list[Result]:
     """Measure workloads in a new process whose thread pools all have `threads` threads.
 
-    Progress goes to standard error. A process that is to know more peers has a command of its own.
+    Progress goes to standard error. Pass another command for a process that registers more peers.
 
     Raises
     ------
     WorkerFailed
-        If a result was wrong or anything else went wrong there.
+        If a result was wrong, or the process failed in another way.
     """
     environment = {**os.environ, **dict.fromkeys(THREAD_LIMITS, str(threads))}
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def measure_in_process(
             command,
             input=json.dumps(request),
             text=True,
-            cwd=folder,  # in the project's own folder the sources would be found, which lack the core
+            cwd=folder,  # in the project's folder, Python would import the sources, which lack the core
             env=environment,
             check=False,
         )
@@ -77,7 +77,7 @@ def measure_in_process(
 
 
 def main() -> int:
-    """Serve one request; 1 if a result was wrong."""
+    """Serve one request; return 1 if a result was wrong."""
     request = json.load(sys.stdin)
     peers = choose(request["peers"])
     results = []

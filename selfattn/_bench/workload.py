@@ -1,4 +1,4 @@
-"""What a workload is: shapes, options, the work it contains and the arrays it runs on."""
+"""Defines workloads: shapes, options, the amount of work, and the arrays that they run on."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 RandomArrays = dict[str, tuple[tuple[int, ...], float]]  # shape and standard deviation
 
-# Per number of K and V. A core with wide vectors does so many FLOPs or more while a float arrives: below, it waits.
+# FLOPs per element of K and V. A core with wide vectors does at least this many FLOPs while a float arrives from
+# memory. Workloads with fewer wait for memory.
 MEMORY_BOUND_INTENSITY = 12.0
 
-VISIBLE_SHARE = 0.75  # of a random mask's entries
+VISIBLE_SHARE = 0.75  # share of True in a random mask
 SOFT_BIAS = 2.0  # standard deviation of a random bias
 TILE = 256  # side of the squares of a "tiles" mask
-TILE_PERIOD = 4  # one in so many of them is visible
+TILE_PERIOD = 4  # one in this many of them is visible
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One named case of attention, or of the whole block with its projections.
+    """One named case of attention, or of a whole attention block with its projections.
 
     Attributes
     ----------
     name, why : str
-        The name people use, and one line on what the case stands for.
+        The name, and one line about what the case represents.
     kind : {"attention", "block"}
         "block" is x @ w_q, w_k, w_v, attention, @ w_o, with biases.
     batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, value_dim : int
@@ -44,9 +45,9 @@ class Workload:
     precision : {"highest", "high", "medium"}
     options : Options
     baseline : Options, optional
-        Other options, to hold selfattn's own time against.
+        Other options, with which selfattn's own time is compared.
     cache : Cache, optional
-        What keys and values come from: arrays of this type by default.
+        The cache that holds keys and values; by default they are arrays of this dtype.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Workload:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Workload:
-        """Rebuild a workload from `dataclasses.asdict`, also after a trip through JSON."""
+        """Rebuild a workload from the result of `dataclasses.asdict`, also if it went through JSON."""
         values = {own.name: record[own.name] for own in fields(cls) if own.name in record}
         for name in ("options", "baseline"):
             if values[name] is not None:
@@ -78,14 +79,14 @@ class Workload:
         return cls(**values)
 
     def varied(self, dtype: str, precision: Precision = "highest") -> Workload:
-        """Return the same case in another type of numbers or at another precision, and named so."""
+        """Return the same case in another dtype or at another precision, with a matching name."""
         suffixes = [SUFFIXES[dtype]] if dtype != self.dtype else []
         suffixes += [SUFFIXES[precision]] if precision != self.precision else []
         return replace(self, name="-".join([self.name, *suffixes]), dtype=dtype, precision=precision)
 
     @property
     def product_dtype(self) -> str:
-        """Type of the factors in the products, whose peak bounds the speed."""
+        """The dtype of the products' factors, whose peak rate bounds the speed."""
         return self.dtype if self.precision == "highest" else "bfloat16"
 
     @property
@@ -104,21 +105,21 @@ class Workload:
         return ITEMSIZES[self.dtype]
 
     def kv_lens(self) -> NDArray[np.int64]:
-        """Count the valid keys of every batch row, shape (batch,)."""
+        """Number of valid keys of every batch entry, shape (batch,)."""
         lens = self.options.kv_lens or (self.kv_len,) * self.batch
         return np.asarray(lens, dtype=np.int64)
 
     def offsets(self) -> NDArray[np.int64]:
-        """Position of query 0 among the keys, per batch row: the last query meets the last key."""
-        # A mask hides keys without moving the diagonal, kv_lens moves it.
+        """Position of query 0 among the keys, per batch entry: the last query is aligned with the last key."""
+        # A mask hides keys without moving the diagonal; kv_lens moves it.
         lens = self.kv_len if self.options.mask == "keys" else self.kv_lens()
         return np.broadcast_to(np.asarray(lens - self.q_len, dtype=np.int64), (self.batch,))
 
     def key_ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First visible key and the one after the last, shapes (batch, q_len).
+        """First visible key, and the one after the last, shapes (batch, q_len).
 
-        Rules with a shape known in advance count: causal, window and lengths. A mask or a bias
-        does not, for no kernel can know its holes before reading it.
+        Takes into account causal, window and lengths, whose shape is known in advance. Ignores masks and biases, since
+        no kernel can know which pairs they hide before reading them.
         """
         position = np.arange(self.q_len) + self.offsets()[:, None]
         first = np.zeros_like(position)
@@ -133,15 +134,15 @@ class Workload:
         return first, np.maximum(after_last, first)
 
     def tile_mask(self) -> NDArray[np.bool_]:
-        """Mark every fourth square along rows and along columns, shape (q_len, kv_len)."""
+        """Return a mask in which every fourth square along rows and columns is visible, shape (q_len, kv_len)."""
         row, column = np.arange(self.q_len) // TILE, np.arange(self.kv_len) // TILE
         visible: NDArray[np.bool_] = (column - row[:, None]) % TILE_PERIOD == 0
         return visible
 
     def visible_pairs(self) -> int:
-        """Pairs of a query and a key it sees, of one head, summed over the batch.
+        """Number of visible (query, key) pairs of one head, summed over the batch.
 
-        A "tiles" mask counts, because whole squares of it can be skipped; a "pairs" mask does not.
+        Takes a "tiles" mask into account, because its hidden squares can be skipped; ignores a "pairs" mask.
         """
         first, after_last = self.key_ranges()
         if self.options.mask == "tiles":
@@ -168,14 +169,14 @@ class Workload:
         return self.attention_flops() + self.projection_flops()
 
     def kv_bytes(self) -> int:
-        """Bytes of the valid rows of K and V, each counted once: as a cache stores them, if they come from one."""
+        """Bytes of the valid rows of K and V, each counted once; in a cache's storage dtype if there is a cache."""
         cache = self.cache or Cache()
         row = (self.head_dim + self.value_dim) * cache.itemsize(self.dtype) + cache.scale_bytes
-        twice = (self.batch - 1) * cache.shared if cache.cascade else 0  # tokens of a prompt that all have in common
+        twice = (self.batch - 1) * cache.shared if cache.cascade else 0  # tokens of the prompt that all sequences share
         return self.num_kv_heads * row * (int(self.kv_lens().sum()) - twice)
 
     def operand_bytes(self) -> int:
-        """Bytes of all arrays a call must read or write, each counted once."""
+        """Bytes of all arrays that a call must read or write, each counted once."""
         arrays = sum(math.prod(shape) for shape, _ in self._random_arrays().values())
         width = self.d_model if self.kind == "block" else self.num_heads * self.value_dim
         mask = self.q_len * self.kv_len if self.options.mask in ("pairs", "tiles") else 0
@@ -183,7 +184,7 @@ class Workload:
 
     @property
     def memory_bound(self) -> bool:
-        """Whether reading K and V, not arithmetic, limits the speed: decode. What caches give is judged so."""
+        """Whether reading K and V limits the speed rather than arithmetic, as in decode; always true for caches."""
         if self.cache is not None:
             return True
         if self.kind == "block" or self.q_len >= self.kv_len:
@@ -209,7 +210,7 @@ class Workload:
                 arrays[name][1:, :, : self.cache.shared] = arrays[name][:1, :, : self.cache.shared]
         if self.options.mask == "pairs":
             arrays["mask"] = rng.random((1, 1, self.q_len, self.kv_len)) < VISIBLE_SHARE
-            arrays["mask"][..., 0] = True  # no row without a key: peers disagree about those
+            arrays["mask"][..., 0] = True  # every row sees a key, since peers disagree about rows without one
         elif self.options.mask == "tiles":
             arrays["mask"] = self.tile_mask()[None, None]
         elif self.options.mask == "keys":

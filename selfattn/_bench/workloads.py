@@ -1,4 +1,4 @@
-"""The one list of named workloads that benchmarks, documentation and tests read."""
+"""The list of named workloads for benchmarks, documentation and tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .workload import Workload
 
 PADDED_LENS = (128, 19, 64, 101, 33, 80, 117, 50)
 
-# What `python -m selfattn bench` runs when nothing is named: one of each sort, half a minute.
+# The workloads of `python -m selfattn bench` if none is named: one of each kind, half a minute in total.
 QUICK = (
     "tiny-16",
     "embed-128",
@@ -200,7 +200,7 @@ def find(names: list[str], known: Mapping[str, Workload] = WORKLOADS) -> list[Wo
 
 
 def from_shape(shape: str, dtype: str = "float32") -> Workload:
-    """Workload of a shape given as the text "batch,heads,length,head_dim".
+    """Return a workload from a shape in the form "batch,heads,length,head_dim".
 
     Raises
     ------
