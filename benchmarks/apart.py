@@ -1,4 +1,4 @@
-"""Time calls that come one at a time, as in a service: a pause before each, so that idle threads have gone to sleep.
+"""Time isolated calls, as in a service: each follows a pause, during which idle threads go to sleep.
 
 Each row compares one thread with the default number of threads, in interleaved rounds.
 """
@@ -20,7 +20,7 @@ HEADS, HEAD_DIM = 12, 64
 
 
 def calls() -> dict[str, Callable[..., Any]]:
-    """Return a call per row of the table; each takes ``num_threads``."""
+    """Return a call for each row of the table; each accepts ``num_threads``."""
     rng = np.random.default_rng(0)
 
     def rows(length: int) -> Any:

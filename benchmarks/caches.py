@@ -1,6 +1,6 @@
-"""Hold reading and writing caches against its targets, group by group, beside PyTorch on the same keys and values.
+"""Compare the speed of caches with its targets, group by group, and with PyTorch on the same keys and values.
 
-`--vllm FILE` adds vLLM's operator. Returns 1 if a target was missed, a result was wrong or a step allocates.
+`--vllm FILE` adds vLLM's operator. Returns 1 if a target was missed, a result was wrong or a step allocates memory.
 Run `python benchmarks/caches.py --help` for the options.
 """
 
@@ -19,7 +19,7 @@ SHIM = Path(__file__).with_name("counting_malloc.c")
 
 
 def counts_allocations(args: argparse.Namespace) -> bool:
-    """Whether the steps are measured, whose allocations belong to them."""
+    """Whether to count allocations: only if the group of steps is measured in full."""
     part = args.list or args.files or args.workloads or args.dtype or args.precision
     return not part and (args.groups is None or OVERHEAD_GROUP in args.groups)
 

@@ -1,4 +1,4 @@
-"""Time whole models of transformers with selfattn, and with what runs there otherwise, per sequence length.
+"""Time whole transformers models with selfattn and with the attention they use otherwise, per sequence length.
 
 Run `python benchmarks/huggingface.py --help` for the options. Needs torch and transformers (extra `transformers`).
 """

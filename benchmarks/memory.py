@@ -1,6 +1,6 @@
-"""Memory of selfattn: a peak linear in the sequence length S, little scratch, no allocation with `out=`.
+"""Check selfattn's memory: a peak linear in the sequence length S, little scratch, no allocation with `out=`.
 
-Returns 1 if the peak grows faster than S, a thread's scratch is above 2 MiB, or a repeated call allocates.
+Returns 1 if the peak grows faster than S, a thread's scratch is above 2 MiB, or a repeated call allocates memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from workbench.memory import HEAD_DIM, growth, measure_peak, scratch, wide_workl
 LENGTHS = [2**power for power in range(10, 17)]
 COLUMNS = ("selfattn", "numpy")
 MIB = 2.0**20
-MAX_EXPONENT = 1.1  # the output grows like S^1; below a few MiB pages and pools blur it
+MAX_EXPONENT = 1.1  # the output grows like S^1; below a few MiB, pages and pools add noise
 MAX_SCRATCH = 2 * MIB
 SHIM = Path(__file__).with_name("counting_malloc.c")
 
 
 def show_peaks(lengths: list[int], threads: int) -> bool:
-    """Measure and print line by line, the exponents last; return whether ours is small enough."""
+    """Measure and print line by line, then print the exponents; return whether selfattn's is small enough."""
     print(f"Peak: one head, head_dim {HEAD_DIM}, causal, float32, threads {threads}; MiB")
     print(f"{'S':>7} {'q k v out':>10} {'selfattn':>10} {'NumPy':>10} {'S x S scores':>13}")
     added: dict[str, list[int]] = {name: [] for name in COLUMNS}
@@ -43,7 +43,7 @@ def show_peaks(lengths: list[int], threads: int) -> bool:
 
 
 def show_scratch(threads: int) -> bool:
-    """Print the largest scratch memory of every group; return whether all are small enough."""
+    """Print the largest scratch memory in each group; return whether all are small enough."""
     print("\nScratch, as `explain` tells it: the largest of each group; KiB")
     print(f"{'group':>14} {'per thread':>11} {'shared':>8}")
     groups = {name: list(group.workloads) for name, group in GROUPS.items()} | {"wide": list(wide_workloads())}

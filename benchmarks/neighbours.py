@@ -1,7 +1,8 @@
-"""What threads of other libraries cost a call: attention behind a matrix product of NumPy or PyTorch, over alone.
+"""Measure how other libraries' threads slow down a call: attention right after a matrix product, relative to alone.
 
-`GOMP_SPINCOUNT=300000` in the environment lets idle threads spin as long as GCC's OpenMP runtime would by itself.
-PyTorch's row needs PyTorch. From a wheel, `--apart` leaves selfattn's team beside PyTorch's instead of in it.
+The products are NumPy's and PyTorch's; the latter's row needs PyTorch. `GOMP_SPINCOUNT=300000` in the environment makes
+idle threads spin for as long as GCC's OpenMP runtime does by default. With a wheel, `--apart` keeps selfattn's own
+threads instead of sharing PyTorch's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import selfattn as sa
 from selfattn import _core
 from selfattn._bench.timing import Quartiles
 
-QUIET = 0.2  # seconds after which nobody's threads spin any longer
+QUIET = 0.2  # seconds after which no library's threads spin any more
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Time relative attention (Transformer-XL) and T5's bias beside PyTorch programs that compute the same.
+"""Compare relative attention (Transformer-XL) and T5's bias with PyTorch programs that compute the same.
 
     python benchmarks/relative.py --threads 1 2
 
-Results are compared before anything is timed. Also measures, in processes of their own, what memory a call takes.
+Results are compared before anything is timed. Also measures the memory of a call, each in its own process.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ RELATIVE = [
     (8, 64, 160, 10, 41),
 ]
 T5 = [(1, 256, 8, 64), (1, 1024, 8, 64), (1, 2048, 8, 64), (4, 512, 12, 64)]  # batch, length, heads, head_dim
-MEMORY = (512, 1024, 2048, 4096)  # segments with as much memory, one head
+MEMORY = (512, 1024, 2048, 4096)  # segment lengths, with a memory of the same length and one head
 TOLERANCE = 1e-4
 Runs = dict[str, Callable[[], Any]]
 
 
 def relative_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
-    """Return calls that compute the same, and selfattn's FLOPs over the visible pairs."""
+    """Return calls that compute the same, and selfattn's FLOPs for the visible pairs."""
     batch, segment, memory, heads, dim = shape
     rng = np.random.default_rng(0)
     q = rng.standard_normal((batch, heads, segment, dim), dtype=np.float32)
@@ -61,7 +61,7 @@ def relative_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
 
 
 def t5_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
-    """Return calls that compute the same: PyTorch with a bias at hand, and with one that it must make."""
+    """Return calls that compute the same: PyTorch with a precomputed bias, and including its computation."""
     batch, length, heads, dim = shape
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, batch, heads, length, dim), dtype=np.float32) / dim**0.25
@@ -69,7 +69,7 @@ def t5_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
     t5 = sa.T5Bias(table)
     operands = [torch.from_numpy(x) for x in (q, k, v)]
     learned = torch.from_numpy(table)
-    bias = peer.materialised(learned, length).contiguous()  # which SDPA likes best, though models do not do it
+    bias = peer.materialised(learned, length).contiguous()  # fastest for SDPA, though models do not do this
     runs: Runs = {
         "selfattn": lambda: sa.attention(q, k, v, t5=t5, scale=1.0),
         "SDPA, bias at hand": lambda: peer.biased(operands, bias),
@@ -80,7 +80,7 @@ def t5_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
 
 
 def compare(found: Any, other: Any) -> None:
-    """End the program where two results differ."""
+    """Exit the program if two results differ."""
     difference = float(np.max(np.abs(found - other)))
     if difference > TOLERANCE:
         sys.exit(f"results differ by {difference:.1e}")
@@ -105,7 +105,7 @@ def table(
 
 
 def growth(which: str, segment: int) -> int:
-    """Return by how many bytes a call with one head and as much memory as segment makes this process grow."""
+    """Return how many bytes a call adds to this process's peak memory; one head, memory as long as the segment."""
     with torch.inference_mode():
         runs, _ = relative_runs((1, 16, 16, 1, 64))
         runs[which]()
@@ -124,7 +124,7 @@ def growth(which: str, segment: int) -> int:
 
 
 def memory_table() -> None:
-    """Print how memory grows with length, each case in a process of its own."""
+    """Print how memory grows with length; each case runs in its own process."""
     print("\nMemory of one call, one head of 64, as much memory as segment:\n")
     print("| segment | selfattn | PyTorch |\n| --- | --- | --- |")
     for segment in MEMORY:

@@ -1,6 +1,6 @@
-"""Hold selfattn's speed against its targets, group by group, beside PyTorch and other peers.
+"""Compare selfattn's speed with its targets, group by group, and with PyTorch and other peers.
 
-`--dtype` and `--precision` choose among the groups, `--isa avx2` does so without AVX-512.
+`--dtype` and `--precision` choose among the groups; `--isa avx2` measures without AVX-512.
 Run `python benchmarks/targets.py --help` for the options.
 """
 

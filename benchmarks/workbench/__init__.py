@@ -1,8 +1,8 @@
-"""What the scripts of this folder share: peers, grids of workloads, targets, pictures and tables, memory, whole models.
+"""Code shared by the benchmark scripts: peers, grids of workloads, targets, plots and tables, memory, whole models.
 
-It extends `selfattn._bench`, the part of the benchmarks that users get with the package.
+It extends `selfattn._bench`, the part of the benchmarks that is installed with the package.
 """
 
 from __future__ import annotations
 
-from . import peers as peers  # makes them known, before any module looks for them
+from . import peers as peers  # registers them before any module looks them up

@@ -1,8 +1,8 @@
-"""What repeated calls ask of the heap, counted by a library that stands before the C library's `malloc`.
+"""Counts heap allocations of repeated calls, by a preloaded library that intercepts the C library's `malloc`.
 
-The counting process runs this module, with that library preloaded:
-`malloc`, `calloc`, `realloc`, `aligned_alloc` and `posix_memalign` of every thread and of every library count.
-Python's own small objects come from arenas it holds already.
+The counting process runs this module with that library preloaded. Calls of `malloc`, `calloc`, `realloc`,
+`aligned_alloc` and `posix_memalign` by every thread and every library are counted. Python's own small objects come from
+arenas that it has already allocated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from selfattn._bench.workloads import WORKLOADS
 from .cache_grid import ON_CACHES
 from .process import command
 
-WARM_CALLS = 20  # fill the pools of scratch memory and threads
+WARM_CALLS = 20  # fill the pools of scratch memory and of threads
 CALLS = 100
 CASES = (
     "tiny-16",
@@ -41,8 +41,8 @@ CASES = (
     "projection-block-384",
     "projection-block",
 )
-STEPS = ("cache-step", "cache-step-paged")  # fewer calls than a step rewinds after
-RESULT_CASE = "vit-197"  # is also called without `out`, which allocates: the counter must see it
+STEPS = ("cache-step", "cache-step-paged")  # WARM_CALLS + CALLS are fewer than cached.STEPS, so no rewind is counted
+RESULT_CASE = "vit-197"  # also called without `out`, which allocates, to verify that the counter works
 NO_OUT = ", no out"
 
 
@@ -67,7 +67,7 @@ def count(source: Path, threads: int, cases: Sequence[str] = CASES) -> dict[str,
     Returns
     -------
     dict
-        Allocations of `CALLS` calls by anybody in the process, and those by selfattn's core, by case.
+        By case: the allocations of `CALLS` calls in the whole process, and those by selfattn's core.
     """
     with tempfile.TemporaryDirectory() as folder:
         library = str(Path(folder) / "counting_malloc.so")
@@ -75,14 +75,14 @@ def count(source: Path, threads: int, cases: Sequence[str] = CASES) -> dict[str,
         printed = subprocess.check_output(
             [*command("workbench.allocations"), str(threads), *cases],
             text=True,
-            cwd=folder,  # in the project's own folder the sources would be found, which lack the core
+            cwd=folder,  # in the project's folder, Python would import the sources, which lack the core
             env={**os.environ, "LD_PRELOAD": library},
         )
     return {name: (everybody, core) for name, (everybody, core) in json.loads(printed).items()}
 
 
 def show(source: Path, threads: int, cases: Sequence[str] = CASES) -> bool:
-    """Print what repeated calls allocate; return whether those with `out` allocate nothing."""
+    """Print the allocations of repeated calls; return whether those with `out` allocate nothing."""
     reason = why_not()
     if reason:
         print(f"\nAllocations: not counted, {reason}")
@@ -96,7 +96,7 @@ def show(source: Path, threads: int, cases: Sequence[str] = CASES) -> bool:
 
 
 def count_here(threads: int, cases: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Count in this process, which has the library preloaded."""
+    """Count in this process, which must have the library preloaded."""
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
     found = (ctypes.c_long * 2)()
     counts = {}

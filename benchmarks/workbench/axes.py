@@ -1,4 +1,4 @@
-"""The grid's groups in other types of numbers and at other precisions, with targets of their own."""
+"""The grid's groups in other dtypes and at other precisions, with their own targets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ AXES: tuple[tuple[str, Precision], ...] = (
 FAMILIES = ("prefill", "decode", "few", "tiny", "block")
 
 AMX = "amx"  # part of the names of ISAs with a matrix unit
-SOFTMAX = ("heads-32", "heads-64")  # calls that tell the softmax's time from the products'
+SOFTMAX = ("heads-32", "heads-64")  # calls that separate the softmax's time from that of the products
 
-_LONG = 2048  # from this length on, a prefill's products outweigh everything else
-_NO_SLOWER = 1.0  # where a geometric mean is all that is asked for
+_LONG = 2048  # from this length on, the products dominate a prefill
+_NO_SLOWER = 1.0  # for targets that only ask for a geometric mean
 
 
 def varied_groups(groups: Mapping[str, Group]) -> Iterator[Group]:
-    """Yield every family in every type and precision but the grid's own."""
+    """Yield every family in every dtype and precision except the grid's own."""
     for family in FAMILIES:
         for dtype, precision in AXES:
             group = groups[family].varied(dtype, precision)

@@ -1,4 +1,4 @@
-"""The workloads that reading caches is judged by, in groups with targets."""
+"""The workloads that caches are judged by, in groups with targets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .yardstick import OVERHEAD, PEAK
 GQA = (32, 8)
 LONG = 8192
 OVERHEAD_GROUP = "overhead"
-SHORTEST, LONGEST = 100, 8000  # of the lengths that are mixed
-STEP_KEYS = 33  # that a step attends to at first; 96 on the average
+SHORTEST, LONGEST = 100, 8000  # range of the mixed lengths
+STEP_KEYS = 33  # number of keys in the first step; 96 on average
 
 
 def _on_cache(name: str, why: str, lens: tuple[int, int], heads: Any = GQA, dim: int = 128, **options: Any) -> Workload:
@@ -84,7 +84,7 @@ STEPS = (
 
 
 def _in_types(group: Group, types: tuple[str, ...] = ("bfloat16",)) -> tuple[Group, ...]:
-    """Return a group and its twins in other types of numbers, with the same targets."""
+    """Return a group and its copies in other dtypes, with the same targets."""
     return (group, *(_twin(group, dtype) for dtype in types))
 
 
@@ -99,7 +99,7 @@ _MIXED = Group(
     "mixed",
     "Mixed lengths in a batch (for PyTorch padding and a boolean mask)",
     MIXED,
-    # At most 1.1 times as long as reading all keys and values takes.
+    # At most 1.1 times the time that it takes to read all keys and values.
     (Target("pytorch", each=3.0), Target(PEAK, each=1 / 1.1)),
 )
 

@@ -1,4 +1,4 @@
-"""selfattn's own call on another cache, or of other queries: yardsticks for what pages, heads and steps cost."""
+"""selfattn's own call on another cache or with other queries, to measure the cost of pages, heads and steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTIGUOUS, ONE_QUERY, TWICE = "contiguous", "one-query", "twice-the-keys"
 
 
 class OnCache(OwnOnCaches):
-    """The same call on the same cache, until a subclass says otherwise."""
+    """The same call on the same cache; subclasses change it."""
 
     by_default = False
 
@@ -53,7 +53,7 @@ class Contiguous(OnCache):
 
 
 class BFloat16Cache(OnCache):
-    """A cache of bfloat16 instead of int8."""
+    """A bfloat16 cache instead of int8."""
 
     name, label = "bf16-cache", "selfattn on a cache of bfloat16"
 
@@ -69,7 +69,7 @@ class BFloat16Cache(OnCache):
 
 
 class WithoutCascade(OnCache):
-    """Every sequence reads what all have in common."""
+    """Without cascade: every sequence reads the shared tokens itself."""
 
     name, label = "no-cascade", "selfattn without cascade"
 
@@ -101,7 +101,7 @@ class OneHeadPerGroup(OnCache):
 
 
 class OneQuery(OnCache):
-    """The last query alone."""
+    """Only the last query."""
 
     name, label = ONE_QUERY, "selfattn with one query"
 
@@ -119,7 +119,7 @@ class OneQuery(OnCache):
 
 
 class TwiceTheKeys(OnCache):
-    """A step on twice as many keys on the average: what both take without keys follows."""
+    """A step on twice as many keys on average, to extrapolate the time of a step without keys."""
 
     name, label = TWICE, "selfattn on twice the keys"
     in_tables = False
@@ -139,7 +139,7 @@ class TwiceTheKeys(OnCache):
 
 
 class BareCore(OnCache):
-    """What the Python layer hands to the core in a step, without that layer."""
+    """A direct call of the core with the arguments of a step, without the Python layer."""
 
     name, label = "core", "the core's part of it"
 

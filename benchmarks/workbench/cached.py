@@ -1,4 +1,4 @@
-"""Workloads whose keys and values come from a cache: filling one, and calls that read it."""
+"""Workloads whose keys and values come from a cache: fills the cache, and makes calls that read it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from selfattn._bench.options import Cache
 from selfattn._bench.peer import Own, Run
 from selfattn._bench.workload import Array, Arrays, Workload
 
-# A step makes its cache longer, so after so many it is cut back. Keys on the average: those of the first step and 63.
+# Each step lengthens its cache, so the cache is cut back after this many steps. The average number of keys is that of
+# the first step plus 63.
 STEPS = 127
 
 
 class Filled:
-    """A cache that holds a workload's keys and values, but for the last token where the call appends it.
+    """A cache with a workload's keys and values, except the last token if the call appends it.
 
     Attributes
     ----------
@@ -42,7 +43,7 @@ class Filled:
             self.cache = _contiguous(workload, arrays, self.lengths)
 
     def rewind(self) -> None:
-        """Forget what steps have appended."""
+        """Remove the tokens that steps have appended."""
         if self.sequences is None:
             self.cache.truncate(self.lengths)
         else:
@@ -65,7 +66,7 @@ def _contiguous(workload: Workload, arrays: Arrays, lengths: list[int]) -> selfa
         value_dim=workload.value_dim,
         dtype=_description(workload).storage(workload.dtype),
     )
-    # Rows behind shorter lengths are written as well: memory that nobody has touched would be faster to read.
+    # Also write the rows after the end of shorter sequences: untouched memory would be faster to read.
     cache.append(*(arrays[name][:, :, :held] for name in "kv"))
     if min(lengths) < held:
         cache.truncate(lengths)
@@ -96,7 +97,7 @@ def _paged(workload: Workload, arrays: Arrays, lengths: list[int]) -> tuple[self
 
 
 def _scatter(cache: selfattn.PagedKVCache, arrays: Arrays) -> None:
-    """Take every page and give them back in random order, so that they will be taken in that order."""
+    """Allocate all pages and free them in random order, so that they will be reused in that order."""
     token = [arrays[name][0, :, :1] for name in "kv"]
     sequences = [cache.allocate() for _ in range(cache.num_pages)]
     for sequence in sequences:
@@ -111,10 +112,10 @@ def contiguous(workload: Workload) -> Workload:
 
 
 def stored(workload: Workload, arrays: Arrays) -> Arrays:
-    """Return the workload's arrays with k and v as its cache holds them, which may be rounded; float64 then."""
+    """Return the workload's arrays with k and v as stored in its cache; if they are rounded there, as float64."""
     if workload.cache is None or workload.cache.storage(workload.dtype) == workload.dtype:
         return arrays
-    numpy_dtype("bfloat16")  # NumPy knows it from then on
+    numpy_dtype("bfloat16")  # makes the name known to NumPy
     cache = Filled(contiguous(workload), arrays).cache
     held = {"k": cache.k.astype(np.float64), "v": cache.v.astype(np.float64)}
     if cache.k_scales is not None:
@@ -123,7 +124,7 @@ def stored(workload: Workload, arrays: Arrays) -> Arrays:
 
 
 def cached_call(workload: Workload, arrays: Arrays, threads: int) -> Callable[..., Any]:
-    """Return our own call on a cache; it takes `out`."""
+    """Return selfattn's call on a cache; it accepts `out`."""
     filled = Filled(workload, arrays)
     if filled.description.step:
         return _step(filled, arrays, threads)
@@ -134,7 +135,7 @@ def cached_call(workload: Workload, arrays: Arrays, threads: int) -> Callable[..
 
 
 class OwnOnCaches(Own):
-    """selfattn, also where keys and values come from a cache."""
+    """selfattn, with keys and values from arrays or a cache."""
 
     def held(self, workload: Workload, arrays: Arrays) -> Arrays:
         """See `Peer.held`."""
@@ -153,7 +154,7 @@ def last_token(arrays: Arrays) -> tuple[Array, Array]:
 
 
 def _step(filled: Filled, arrays: Arrays, threads: int) -> Callable[..., Any]:
-    """Append and attend, written out so that nothing but the call is timed."""
+    """Return a call that appends and attends, written so that little besides the call is timed."""
     q, cache, sequences = arrays["q"], filled.cache, filled.sequences
     k, v = last_token(arrays)
     attend = selfattn.attention_with_kvcache

@@ -12,12 +12,12 @@ from .axes import AMX, varied_groups
 from .target import Group, Target
 from .yardstick import FEWER, PEAK, TIME
 
-# Heads by head_dim, then by length: few where a call would take long.
+# Number of heads by head_dim and length: fewer for long calls.
 _PREFILL_HEADS = {
     64: {128: 12, 256: 12, 512: 12, 1024: 12, 2048: 8, 4096: 4, 8192: 2},
     128: {128: 8, 256: 8, 512: 8, 1024: 8, 2048: 4, 4096: 2, 8192: 1},
 }
-_LONG = 2048  # from this length on, a prefill's products outweigh everything else
+_LONG = 2048  # from this length on, the products dominate a prefill
 
 PREFILL = tuple(
     attention_workload(
@@ -149,7 +149,7 @@ _GROUPS: dict[str, Group] = {
             FEW,
             (
                 Target("pytorch", each=2.5, only=_names(_FEW_GROUPED)),
-                # No cliff where one kernel hands over to the next: a quarter more than in proportion.
+                # No cliff at the switch from one kernel to the next: at most a quarter more than proportional time.
                 Target(FEWER, each=1 / 1.25),
             ),
         ),
@@ -170,9 +170,9 @@ _GROUPS: dict[str, Group] = {
             (
                 Target("plain", each=8.0, only=_names(_WINDOWS)),
                 Target("plain", each=_COST, only=_names(_PAIRWISE)),
-                # Four times less to do, at the cost of a mask.
+                # A quarter of the work, at the cost of a mask.
                 Target("plain", each=4 * _COST, only=(_TILES.name,)),
-                # Half of the tiles, less those on the diagonal, of which half is hidden but computed.
+                # Half of the tiles; those on the diagonal are computed in full although half of each is hidden.
                 Target("plain", each=1.6, only=(_HALF.name,)),
                 Target("plain", each=_COST, only=_names(_PER_SCORE)),
             ),

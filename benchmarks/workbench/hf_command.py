@@ -1,6 +1,6 @@
-"""Time whole models of transformers: with selfattn, and with what runs there otherwise.
+"""Time whole transformers models with selfattn and with the attention they use otherwise.
 
-As a module this is the process that measures with one number of threads.
+Run as a module, this is the process that measures with one number of threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 1 if a result was wrong."""
+    """Run the command; return 1 if a result was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help=_listed())
     parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="lengths instead of each group's own")
@@ -61,7 +61,7 @@ def _listed() -> str:
 
 
 def _measure_in_process(args: argparse.Namespace, threads: int) -> list[Row] | None:
-    """Measure in a new process, whose thread pools all have `threads` threads."""
+    """Measure in a new process whose thread pools all have `threads` threads."""
     environment = {**os.environ, **dict.fromkeys(THREAD_LIMITS, str(threads))}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "rows.json"
@@ -78,7 +78,7 @@ def _measure_in_process(args: argparse.Namespace, threads: int) -> list[Row] | N
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Measure what the options ask for with one number of threads, and write the rows to the file `answer`."""
+    """Measure as the options say with one number of threads, and write the rows to the file `answer`."""
     (threads,) = args.threads
     import torch
 
@@ -117,7 +117,7 @@ def _text(row: Row) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return a table for every group: a line per length, a column per type and number of threads."""
+    """Return a table for every group: a line per length, a column per dtype and number of threads."""
     parts = []
     for name in dict.fromkeys(row["group"] for row in rows):
         of_group = [row for row in rows if row["group"] == name]

@@ -1,4 +1,4 @@
-"""Models of transformers with random weights, and what is timed of them: selfattn beside what runs there otherwise."""
+"""Transformers models with random weights, timed with selfattn and with the attention they use otherwise."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import Any
 
 OWN = "selfattn"
-VOCABULARY = 4096  # the embedding and the projection to the vocabulary are not what is compared
+VOCABULARY = 4096  # small, since the embedding and the projection to the vocabulary are not compared
 NEW_TOKENS = 16
 RAGGED = 8  # sequences in a padded batch
-WORST = {"float32": 1e-4, "bfloat16": 0.04}  # root mean square of the difference beside that of the result
+WORST = {"float32": 1e-4, "bfloat16": 0.04}  # largest relative error: RMS of the difference over RMS of the result
 COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -28,12 +28,12 @@ class Shape:
     window: int = 0
 
     def tiny(self) -> Shape:
-        """Return the same proportions of heads, small."""
+        """Return a small shape with the same ratio of heads."""
         group = self.heads // self.kv_heads
         return Shape(2, 16 * group, 48, 2 * group, 2, 8, window=min(self.window, 7))
 
     def config(self) -> dict[str, Any]:
-        """Return what the configurations of all models call by the same names."""
+        """Return the arguments that have the same names in all models' configurations."""
         return {
             **COMMON, "num_hidden_layers": self.layers, "hidden_size": self.hidden, "intermediate_size": self.inner,
             "num_attention_heads": self.heads, "max_position_embeddings": 8192,
@@ -41,7 +41,7 @@ class Shape:
         }  # fmt: skip
 
     def grouped(self) -> dict[str, Any]:
-        """Return them with grouped heads."""
+        """Return the arguments of `config` with grouped heads."""
         return {**self.config(), "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim}
 
 
@@ -59,7 +59,7 @@ def _gemma2(hf: Any, shape: Shape) -> Any:
 
 
 def _gpt_oss(hf: Any, shape: Shape) -> Any:
-    # All of few experts compute for every token: as many as are chosen of the real model's 32.
+    # Every token uses all 4 experts, as many as the real model chooses out of 32.
     rope = {"rope_type": "default", "rope_theta": 150000.0}
     config = hf.GptOssConfig(
         **shape.grouped(), sliding_window=shape.window, num_local_experts=4, num_experts_per_tok=4, rope_parameters=rope
@@ -69,20 +69,20 @@ def _gpt_oss(hf: Any, shape: Shape) -> Any:
 
 @dataclass(frozen=True)
 class Group:
-    """What is timed of one model.
+    """The timings of one model.
 
     Attributes
     ----------
     title : str
     peer : str
-        The attention that transformers takes otherwise.
+        The attention implementation that transformers uses otherwise.
     shape : Shape
     make : callable
         Returns the model's class and configuration.
     kind : str
         forward, padded, decode, static or generate.
     lengths : tuple of int
-        Of sequences, caches or prompts.
+        Lengths of sequences, caches or prompts.
     """
 
     title: str
@@ -127,11 +127,11 @@ Run = Callable[[], Any]
 
 
 class Mismatch(Exception):
-    """selfattn's result is not the peer's."""
+    """selfattn's result differs from the peer's."""
 
 
 class Bench:
-    """One model, which attends by whatever is asked for.
+    """One model whose attention implementation can be switched.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ class Bench:
     dtype : str
         float32 or bfloat16.
     tiny : bool
-        Whether to take sizes for tests.
+        Whether to use the small sizes for tests.
     """
 
     def __init__(self, group: Group, dtype: str, *, tiny: bool = False) -> None:
@@ -151,11 +151,11 @@ class Bench:
         self.model = kind.from_config(config, attn_implementation=group.peer, dtype=getattr(self.torch, dtype)).eval()
         with self.torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                if name.endswith("sinks"):  # left as they were found in memory
+                if name.endswith("sinks"):  # transformers leaves them uninitialized
                     parameter.normal_()
 
     def runs(self, length: int) -> dict[str, Run]:
-        """Return what to time at a length, checked, by the name of the attention."""
+        """Return the calls to time at a length, by attention implementation; their results have been checked."""
         make = {"forward": self._forward, "padded": self._padded, "generate": self._generate}.get(self.group.kind)
         run, compare = make(length) if make else self._step(length)
         self._check(length, compare)
@@ -208,7 +208,7 @@ class Bench:
         return run, lambda: self.model(ids, logits_to_keep=1).logits
 
     def _step(self, length: int) -> tuple[Run, Run]:
-        """Decode one token after `length` others, and forget it."""
+        """Decode one token after `length` others, then remove it from the cache."""
         ids = self._ids(1, length + 1)
         static = self.group.kind == "static"
         if static:

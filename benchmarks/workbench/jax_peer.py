@@ -13,7 +13,7 @@ from selfattn._bench.workload import Array, Arrays, Workload
 
 
 class Jax(Peer):
-    """One jitted function. Its threads come from the environment, see `worker.THREAD_LIMITS`."""
+    """One jitted function. Its number of threads comes from the environment, see `worker.THREAD_LIMITS`."""
 
     name, label, module = "jax", "JAX", "jax"
 
@@ -69,7 +69,7 @@ def _block(workload: Workload, attend: Any, x: Any, operands: list[Any], options
 
 
 class _Swapped:
-    """JAX's result, (batch, length, heads, dim), for whoever wants it as an array with heads before length."""
+    """JAX's result, (batch, length, heads, dim), which converts to an array with heads before length."""
 
     __slots__ = ("out",)
 
@@ -77,6 +77,6 @@ class _Swapped:
         self.out = out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """Hand over the same memory, its axes in the other order."""
+        """Return an array over the same memory with the axes swapped."""
         array: Array = np.asarray(self.out).swapaxes(1, 2)
         return array

@@ -1,4 +1,4 @@
-"""Holding everybody to an instruction set: selfattn and the libraries that peers take their products from."""
+"""Limits selfattn and the peers' libraries to one instruction set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import selfattn
 
-# All of AVX-512 that a processor has, but no matrix unit: selfattn's ISAs of that name have none either.
+# All AVX-512 extensions of the processor but no matrix unit, like selfattn's ISAs of that name.
 _AVX512 = {
     "ATEN_CPU_CAPABILITY": "avx512",
     "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",
@@ -26,7 +26,7 @@ LIMITS = {
 
 
 def hold(isa: str) -> None:
-    """Set the environment of the processes that will measure.
+    """Set the environment variables for the measuring processes.
 
     Raises
     ------

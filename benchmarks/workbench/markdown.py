@@ -1,4 +1,4 @@
-"""Results as Markdown tables, and where they go in a document."""
+"""Writes results as Markdown tables, and inserts them into a document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ABSENT = "–"
 
 
 def markdown(record: dict[str, Any], results: Sequence[Result], groups: Mapping[str, Group] = GROUPS) -> str:
-    """Write a table for every group of which something was measured, and its verdicts below."""
+    """Return a table for every group with any measurement, followed by its verdicts."""
     parts = ["\n".join(f"- {line}" for line in heading(record).splitlines())]
     for group in groups.values():
         shown: dict[str, dict[int, Result]] = {workload.name: {} for workload in group.workloads}
@@ -31,7 +31,7 @@ def markdown(record: dict[str, Any], results: Sequence[Result], groups: Mapping[
 
 
 def _group_parts(group: Group, shown: dict[str, dict[int, Result]]) -> list[str]:
-    """Heading, table and verdicts; nothing if no workload was measured."""
+    """Return heading, table and verdicts; an empty list if no workload was measured."""
     results = [result for by_threads in shown.values() for result in by_threads.values()]
     if not results:
         return []
@@ -57,7 +57,7 @@ def _cells(result: Result, peers: Sequence[str]) -> list[str]:
 
 
 def _joined(columns: Sequence[list[str] | None], count: int) -> list[str]:
-    """Cell by cell, what the numbers of threads have to say; one sign where none has anything."""
+    """Join the cells of several numbers of threads; a cell that is absent for all of them becomes a single sign."""
     rows = [[ABSENT] * count if column is None else column for column in columns]
     return [ABSENT if set(cells) == {ABSENT} else " / ".join(cells) for cells in zip(*rows, strict=True)]
 
@@ -73,13 +73,13 @@ def fill(
     picture: str | Path | None = None,
     groups: Mapping[str, Group] = GROUPS,
 ) -> None:
-    """Replace what stands between the two marks of a Markdown file.
+    """Replace the text between the two marks of a Markdown file.
 
     Parameters
     ----------
     path : str or Path
     record, results
-        What `read_records` returns.
+        The results of `read_records`.
     picture : str or Path, optional
         A roofline to show above the tables.
     groups : mapping of name to Group
@@ -88,7 +88,7 @@ def fill(
     Raises
     ------
     ValueError
-        If the file does not hold both marks once, in order.
+        If the file does not contain each mark exactly once, in order.
     """
     text = Path(path).read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)

@@ -1,7 +1,7 @@
-"""Peak memory of one call, and the scratch memory that calls say they need.
+"""Peak memory of one call, and the scratch memory that `explain` reports.
 
-Every peak comes from a fresh process that runs this module: its peak resident size during
-the call, less what was resident before with q, k and v in place. Reads /proc, so it needs Linux.
+Every peak is measured in a fresh process that runs this module: the peak resident size during
+the call, minus the resident size before it, which includes q, k and v. Reads /proc, so it needs Linux.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from selfattn._bench.workloads import attention_workload
 from .process import command
 
 HEAD_DIM = 64
-WARM_LENGTH = 32  # starts the thread pools, whose stacks are no part of the question
-WIDE_DIMS = (256, 512, 1024, 4096)  # wider heads than the benchmarks have, for scratch memory
+WARM_LENGTH = 32  # length of a first call that starts the thread pools, whose stacks must not be counted
+WIDE_DIMS = (256, 512, 1024, 4096)  # heads wider than those of the benchmarks, for scratch memory
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process."""
+    """Return VmRSS (current) or VmHWM (peak) of this process."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -37,7 +37,7 @@ def resident_bytes(field: str) -> int:
 
 
 def measure_here(name: str, length: int, threads: int) -> int:
-    """Bytes of peak resident memory one causal call adds in this process."""
+    """Return the bytes of peak resident memory that one causal call adds in this process."""
     for size in (WARM_LENGTH, length):
         workload = attention_workload("memory", "", 1, size, HEAD_DIM, causal=True)
         run = PEERS[name].prepare(workload, workload.make_arrays(), threads)
@@ -48,34 +48,34 @@ def measure_here(name: str, length: int, threads: int) -> int:
 
 
 def measure_peak(name: str, length: int, threads: int) -> int | None:
-    """Do so in a new process; None if a score matrix of more than 2 GiB would be needed."""
+    """Call `measure_here` in a new process; None if a score matrix of more than 2 GiB would be needed."""
     if name != "selfattn" and length * length * 4 > MAX_SCORES_BYTES:
         return None
     running = [*command("workbench.memory"), name, str(length), str(threads)]
-    # In the project's own folder the sources would be found, which lack the core.
+    # In the project's folder, Python would import the sources, which lack the core.
     return int(json.loads(subprocess.check_output(running, text=True, cwd="/")))
 
 
 def growth(lengths: list[int], added: list[int]) -> float:
-    """Find the exponent x of the best fit added ~ S^x, over the upper half of the lengths."""
+    """Return the exponent x of the best fit added ~ S^x over the upper half of the lengths."""
     half = len(lengths) // 2
     logs = np.log(np.maximum(added[half:], 1)), np.log(lengths[half:])
     return float(np.polyfit(logs[1], logs[0], 1)[0])
 
 
 def wide_workloads() -> Iterator[Workload]:
-    """Cases with heads wider than anybody's model has."""
+    """Yield cases with wider heads than any real model has."""
     for dtype in DTYPES:
         for dim in WIDE_DIMS:
             yield attention_workload(f"{dtype}-d{dim}", "wide heads", 2, 1024, dim, causal=True, dtype=dtype)
 
 
 def scratch(workloads: Iterable[Workload], threads: int) -> dict[str, tuple[int, int]]:
-    """Bytes of scratch per thread and bytes shared by all threads, by workload of plain attention."""
+    """Return bytes of scratch per thread and bytes shared by all threads, by workload, for plain attention."""
     found = {}
     for workload in workloads:
         if workload.kind == "attention" and not why_no_numbers(workload.dtype):
-            for layout, step in (("", 1), (", strided", 2)):  # of every second element, blocks must be copied
+            for layout, step in (("", 1), (", strided", 2)):  # blocks of every second element must be copied
                 q, k, v = _operands(workload, step)
                 told = selfattn.explain(q, k, v, causal=workload.options.causal, num_threads=threads)
                 found[workload.name + layout] = (told["scratch_bytes_per_thread"], told["shared_bytes"])
@@ -83,7 +83,7 @@ def scratch(workloads: Iterable[Workload], threads: int) -> dict[str, tuple[int,
 
 
 def _operands(workload: Workload, step: int) -> Iterator[Array]:
-    """q, k and v of every `step`-th element. Zeros take no memory until somebody reads them, and nobody does."""
+    """Return q, k and v with a stride of `step` elements. Zeros that are never read take no memory."""
     w = workload
     for heads, length, dim in (
         (w.num_heads, w.q_len, w.head_dim),

@@ -12,11 +12,11 @@ from selfattn._bench.peer import BLOCK_INPUTS, MAX_SCORES_BYTES, CannotRun, Peer
 from selfattn._bench.workload import Array, Arrays, Workload
 
 OPSET = 23
-IR_VERSION = 10  # the first that holds opset 23
+IR_VERSION = 10  # the first that supports opset 23
 
 
 class OnnxRuntime(Peer):
-    """A model of one Attention node, or of a block: MatMul and Add around it."""
+    """A model with one Attention node; for a block, with MatMul and Add around it."""
 
     name, label, module = "onnxruntime", "ONNX Runtime", "onnxruntime"
 
@@ -50,11 +50,11 @@ class OnnxRuntime(Peer):
             out = np.empty(_out_shape(workload), dtype=arrays[next(iter(feeds))].dtype)
             binding = _bind(session, feeds, out)
             session.run_with_iobinding(binding)
-        except Exception as error:  # each failure of the runtime has a class of its own
+        except Exception as error:  # the runtime has a separate class for each kind of failure
             raise CannotRun(" ".join(str(error).split())[:160]) from error
 
         def run() -> Array:
-            # `feeds` must live as long as the binding, which holds only addresses.
+            # The binding holds only addresses, so `feeds` must live as long as it does.
             assert feeds
             session.run_with_iobinding(binding)
             return out
@@ -63,7 +63,7 @@ class OnnxRuntime(Peer):
 
 
 def _mask(workload: Workload, arrays: Arrays) -> tuple[Array | None, bool]:
-    """Choose the mask to hand over, and whether `is_causal` does the rest."""
+    """Return the mask to pass, and whether to set `is_causal`."""
     options = workload.options
     if square_causal(workload):
         return None, True
@@ -91,7 +91,7 @@ def _bind(session: Any, feeds: dict[str, Array], out: Array) -> Any:
 
 
 def _model(workload: Workload, arrays: Arrays, mask: Array | None, causal: bool) -> tuple[Any, dict[str, Array]]:
-    """Build the model and the arrays to feed it."""
+    """Build the model, and return it with its input arrays."""
     helper = importlib.import_module("onnx.helper")
     numpy_helper = importlib.import_module("onnx.numpy_helper")
     block = workload.kind == "block"
@@ -125,7 +125,7 @@ def _model(workload: Workload, arrays: Arrays, mask: Array | None, causal: bool)
 
 
 def _block_nodes(helper: Any, attention: Any) -> list[Any]:
-    """Put the projections of x before the attention node and the output projection after it."""
+    """Add the projections of x before the attention node, and the output projection after it."""
 
     def linear(source: str, name: str, target: str) -> list[Any]:
         return [

@@ -11,14 +11,14 @@ from selfattn._bench.dense import additive_mask, dense_mask, square_causal
 from selfattn._bench.peer import CannotRun, Peer, Run
 from selfattn._bench.workload import Array, Arrays, Workload
 
-HINTS = {"float32": "f32", "bfloat16": "bf16"}  # what it may compute in
+HINTS = {"float32": "f32", "bfloat16": "bf16"}  # the type that it may compute in
 
 
 class OpenVino(Peer):
-    """A compiled model of one attention node, or of a block: MatMul and Add around it.
+    """A compiled model with one attention node; for a block, with MatMul and Add around it.
 
-    The node has no groups of query heads. K and V are repeated beforehand where it masks by itself;
-    elsewhere the heads of a group become more rows of one head, which reads K and V once.
+    The node does not support grouped query heads. If it applies the causal mask itself, K and V are repeated
+    beforehand. Otherwise the heads of a group become additional rows of one head, which reads K and V once.
     """
 
     name, label, module = "openvino", "OpenVINO", "openvino"
@@ -49,7 +49,7 @@ class OpenVino(Peer):
         model = _model(openvino, workload, arrays, feeds, causal)
         try:
             compiled = openvino.Core().compile_model(model, "CPU", _settings(workload, threads))
-        except RuntimeError as error:  # bfloat16, where it is held to an instruction set without
+        except RuntimeError as error:  # bfloat16, when limited to an instruction set without it
             raise CannotRun(str(error).strip().splitlines()[-1]) from error
         request = compiled.create_infer_request()
         for index, array in enumerate(feeds.values()):
@@ -68,7 +68,7 @@ class OpenVino(Peer):
 
 
 def _settings(workload: Workload, threads: int) -> dict[str, Any]:
-    """One call at a time, in the type asked for, on threads that the system may place as it does everybody's."""
+    """Return settings for one call at a time in the requested dtype, without pinning threads, as for all peers."""
     return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -83,14 +83,14 @@ def _type(openvino: Any, array: Array) -> Any:
 
 
 def _tensor(openvino: Any, array: Array) -> Any:
-    """Wrap the same memory as a tensor; NumPy's bfloat16 is not one OpenVINO knows."""
+    """Return a tensor over the same memory; OpenVINO does not accept NumPy's bfloat16 directly."""
     if array.dtype.name == "bfloat16":
         return openvino.Tensor(array.view(np.uint16), openvino.Shape(array.shape), openvino.Type.bf16)
     return openvino.Tensor(array, shared_memory=True)
 
 
 def _mask(workload: Workload, arrays: Arrays) -> Array | None:
-    """Everything that hides or adds, for rows as `_folded` orders them."""
+    """Return one array of all masks and biases, for rows in the order of `_folded`."""
     added = workload.options.bias or workload.options.alibi
     dense = additive_mask(workload, arrays) if added else dense_mask(workload, arrays)
     if dense is None:
@@ -129,7 +129,7 @@ def _model(openvino: Any, workload: Workload, arrays: Arrays, feeds: dict[str, A
 
 
 def _projected(ops: Any, workload: Workload, weights: dict[str, Any], x: Any) -> tuple[Any, ...]:
-    """q, k and v of a block, shape (batch, heads, length, dim); its groups hold one query head each."""
+    """Return q, k and v of a block, shape (batch, heads, length, dim); blocks have no grouped heads."""
     shape = np.array([workload.batch, workload.q_len, workload.num_heads, -1])
     order = np.array([0, 2, 1, 3])
     return tuple(ops.transpose(ops.reshape(_linear(ops, weights, x, name), shape, False), order) for name in "qkv")

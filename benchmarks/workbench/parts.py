@@ -1,4 +1,4 @@
-"""Results as a picture of parts: the products at their peak and the softmax, beside the time of a whole call."""
+"""Plots how results split into the products at peak rate and the softmax, compared with the time of the whole call."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from selfattn._bench.report import count_threads, format_seconds
 
 from .peers import NARROW_HEADS
 
-PRODUCTS, SOFTMAX = "#2a7f9e", "#e0a458"  # told apart in grey and by colour-blind readers
+PRODUCTS, SOFTMAX = "#2a7f9e", "#e0a458"  # distinguishable in grey and by colour-blind readers
 BAR_HEIGHT = 0.7
 
 
 class Parts(NamedTuple):
-    """Seconds of a call, and of what it cannot do without.
+    """Seconds of a call, and of its unavoidable parts.
 
     Attributes
     ----------
     products : float
-        The products' FLOPs at the peak measured beside the call.
+        Time of the products' FLOPs at the peak rate measured together with the call.
     softmax : float
-        What does not grow with head_dim: a straight line through the times of two narrower heads, at 0.
+        Time that does not grow with head_dim: a line through the times of two narrower head sizes, at head_dim 0.
     reached : float
     """
 
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
 
 
 def parts(result: Result) -> Parts | None:
-    """Take a result apart; None if the narrower heads were not measured beside it."""
+    """Split a result into its parts; None if the narrower heads were not measured with it."""
     reached = result.times[OWN.name].median
     seconds = []
     for heads in NARROW_HEADS:
@@ -51,21 +51,22 @@ def parts(result: Result) -> Parts | None:
 
 
 def write_parts(results: Sequence[Result], path: str | Path) -> None:
-    """Draw all results that can be taken apart: a row per type of numbers, a column per number of threads.
+    """Draw all results that can be split into parts: a row per dtype, a column per number of threads.
 
-    Times are shares of the whole call's: what a bar lacks to 1 is lost, what it has beyond went on at the same time.
+    Times are fractions of the whole call. If a bar ends below 1, the rest of the time is lost. If it ends above 1, the
+    parts overlapped.
 
     Raises
     ------
     ImportError
         If matplotlib is not installed.
     ValueError
-        If there is none.
+        If there is no such result.
     """
     taken = [(result, found) for result in results if (found := parts(result)) is not None]
     if not taken:
         raise ValueError("plot: no result with narrower heads beside it: measure the group prefill in 16 bits")
-    # The figure is built without pyplot, which would keep it alive and might want a screen.
+    # Avoid pyplot, which would keep the figure alive and might need a display.
     figure_class = importlib.import_module("matplotlib.figure").Figure
     types = list(dict.fromkeys(result.workload.dtype for result, _ in taken))
     threads = sorted({result.threads for result, _ in taken})

@@ -1,4 +1,4 @@
-"""Peers beyond those that `selfattn bench` has, in the order of the table's columns, and selfattn's own variants."""
+"""Peers in addition to those of `selfattn bench`, in the order of the table's columns, and selfattn's own variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that run modules of this package, whatever folder they start in."""
+"""Commands that run modules of this package, independent of the current folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results read back from the JSON that a benchmark wrote."""
+"""Reads results from JSON files written by benchmarks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def read_records(paths: Sequence[str | Path]) -> tuple[dict[str, Any], list[Resu
     Returns
     -------
     record : dict
-        The first file's, with the versions, the missing peers and the results of all.
+        The first file's record, with the versions, missing peers and results of all files.
     results : list of Result
-        In the order of the files; the last counts where a workload was measured again.
+        In the order of the files; if a workload was measured repeatedly, the last result counts.
 
     Raises
     ------

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 
 
 def _shifted(x: Any) -> Any:
-    """Move row i of products with encodings, farthest first, by what puts each distance to its key."""
+    """Shift each row of products with encodings, ordered from the largest distance, to align distances with keys."""
     *batch, rows, columns = x.shape
     padded = torch.cat([x.new_zeros((*batch, rows, 1)), x], dim=-1)
     return padded.view(*batch, columns + 1, rows)[..., 1:, :].view(*batch, rows, columns)
 
 
 def heads_first(operands: Sequence[Any], hidden: Any, scale: float) -> Any:
-    """Two einsums, the shift, softmax and a product, in the layout that matrix products like best."""
+    """Two einsums, the shift, softmax and a product, in the layout that is fastest for matrix products."""
     q, k, v, r, u, w = operands
     content = torch.einsum("bhid,bhjd->bhij", q + u[:, None], k)
     position = torch.einsum("bhid,hjd->bhij", q + w[:, None], r)
@@ -27,7 +27,7 @@ def heads_first(operands: Sequence[Any], hidden: Any, scale: float) -> Any:
 
 
 def tokens_first(operands: Sequence[Any], hidden: Any, scale: float) -> Any:
-    """The same in the layout of the paper's program: tokens, batch, heads, dim."""
+    """The same in the layout of the paper's code: tokens, batch, heads, dim."""
     q, k, v, r, u, w = operands
     content = torch.einsum("ibnd,jbnd->ijbn", q + u, k)
     position = torch.einsum("ibnd,jnd->ijbn", q + w, r)

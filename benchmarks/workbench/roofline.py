@@ -1,4 +1,4 @@
-"""Results as a roofline: arithmetic intensity against FLOP/s, below what the machine allows."""
+"""Plots results as a roofline: FLOP/s over arithmetic intensity, below the machine's limits."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .grid import GROUPS
 
 MARKERS = "osD^vP*X"
 COLORS = ("#2a7f9e", "#c8553d", "#6a4c93", "#2e8b57", "#b8860b", "#444444", "#d1495b", "#00798c")
-TYPES = ("float32", "bfloat16", "float16")  # those that are drawn, from the top
-FEW_BYTES = 2**20  # K and V below this size say nothing about a memory
-FEW_FLOPS = 1e5  # less than this says nothing about a processor
-INTENSITY_MARGIN = 2.0  # of the axes beyond the outermost points
-LEVEL_MARGIN = 2.0  # above the highest roof
+TYPES = ("float32", "bfloat16", "float16")  # the dtypes that are drawn, from the top
+FEW_BYTES = 2**20  # smaller K and V say nothing about memory bandwidth
+FEW_FLOPS = 1e5  # smaller workloads say nothing about a processor's speed
+INTENSITY_MARGIN = 2.0  # factor by which the axes extend beyond the outermost points
+LEVEL_MARGIN = 2.0  # factor above the highest roof
 
 
 class Stream(NamedTuple):
-    """So many bytes, and bytes/s when they are read again and again."""
+    """A number of bytes, and the bytes/s when they are read repeatedly."""
 
     size: int
     bandwidth: float
 
 
 def intensity(result: Result) -> float:
-    """FLOPs per byte of operands and result."""
+    """Return FLOPs per byte of operands and result."""
     return result.workload.flops() / result.workload.operand_bytes()
 
 
@@ -41,9 +41,9 @@ def _gflops(result: Result) -> float:
 
 
 def roofs(results: Sequence[Result]) -> tuple[float, Stream, Stream]:
-    """FLOP/s of registers, and the streams over the largest and the smallest K and V above a MiB.
+    """Return the peak FLOP/s, and the streams for the largest K and V and for the smallest ones above a MiB.
 
-    The largest come from memory; the smallest stay in a cache.
+    The largest come from memory; the smallest stay in a CPU cache.
     """
     streams = [Stream(result.workload.kv_bytes(), result.bandwidth) for result in results]
     streams = sorted(stream for stream in streams if stream.size >= FEW_BYTES) or sorted(streams)
@@ -51,10 +51,10 @@ def roofs(results: Sequence[Result]) -> tuple[float, Stream, Stream]:
 
 
 def write_roofline(results: Sequence[Result], path: str | Path) -> None:
-    """Draw results, a row per type of numbers, a column per number of threads; the suffix of `path` gives the format.
+    """Draw results: a row per dtype, a column per number of threads. The suffix of `path` determines the format.
 
-    Results of float32 at a lower precision have another roof and are left out, and so is float64. So are workloads
-    that are nothing but a call's overhead: the machine's roofs say nothing about them.
+    Leaves out float64, float32 at a lower precision, which has a different roof, and workloads that consist only of a
+    call's overhead, for which the machine's roofs are meaningless.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def write_roofline(results: Sequence[Result], path: str | Path) -> None:
     types = [dtype for dtype in TYPES if any(result.workload.dtype == dtype for result in results)]
     if not types:
         raise ValueError(f"plot: no result of {', '.join(TYPES)} to draw")
-    # The figure is built without pyplot, which would keep it alive and might want a screen.
+    # Avoid pyplot, which would keep the figure alive and might need a display.
     figure_class = importlib.import_module("matplotlib.figure").Figure
     threads = sorted({result.threads for result in results})
     figure = figure_class(figsize=(6.5 * len(threads), 5 * len(types)), layout="constrained")
@@ -115,7 +115,7 @@ def _draw_roofs(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_points(axes: Any, results: Sequence[Result]) -> None:
-    """One sign per group; workloads of no group share one."""
+    """Draw the points with one marker per group; workloads without a group share one."""
     by_group: dict[str, list[Result]] = {}
     group_of = {workload.name: group.family for group in GROUPS.values() for workload in group.workloads}
     for result in results:

@@ -1,4 +1,4 @@
-"""What a group of workloads must reach, and whether it did."""
+"""The targets of groups of workloads, and whether they were met."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .yardstick import YARDSTICKS, Yardstick
 
 @dataclass(frozen=True)
 class Target:
-    """Values that must be reached by one yardstick.
+    """Values that results must reach, measured by one yardstick.
 
     Attributes
     ----------
     against : str
-        A key of `YARDSTICKS`: a peer's name, or one of those that are no peers.
+        A key of `YARDSTICKS`: a peer's name, or a yardstick that is not a peer.
     each : float
-        What every workload must reach.
+        Value that every workload must reach.
     mean : float, optional
-        What the geometric mean must reach.
+        Value that the geometric mean must reach.
     threads : int, optional
-        It counts with so many threads only; with any number by default.
+        The number of threads for which the target applies; any by default.
     only : tuple of str
-        Workloads it counts for; all of the group by default.
+        Workloads to which the target applies; by default all of the group.
     longer_than : float
-        Seconds that the yardstick's own call must take for the target to count.
+        The target applies only if the yardstick's own call takes longer than this, in seconds.
     needs, without : str
-        Part of the names of the ISAs that it counts for, and of those that it does not; all by default.
+        The target applies to ISAs whose name contains `needs` and does not contain `without`; by default to all.
     """
 
     against: str
@@ -50,7 +50,7 @@ class Target:
 
     @property
     def yardstick(self) -> Yardstick:
-        """What gives the values."""
+        """The yardstick that measures the values."""
         return YARDSTICKS[self.against]
 
     def __str__(self) -> str:
@@ -64,11 +64,11 @@ class Target:
         return f"{self.yardstick.label}{threads}{isa}: {mean}{each} {written(self.each)}{only}"
 
     def counts(self, isa: str) -> bool:
-        """Whether results of this instruction set are judged."""
+        """Whether the target applies to results of this instruction set."""
         return self.needs in isa and not (self.without and self.without in isa)
 
     def values(self, results: Sequence[Result]) -> dict[str, float]:
-        """Values of the workloads it counts for, by name, out of a group's results with one number of threads."""
+        """Return the values of the applicable workloads, by name, from results with one number of threads."""
         counted = [r for r in results if not self.only or r.workload.name in self.only]
         counted = [r for r in counted if self.yardstick.seconds(r) > self.longer_than]
         found = {r.workload.name: self.yardstick.value(r, results) for r in counted}
@@ -77,7 +77,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Workloads of one kind in one type of numbers, and their targets.
+    """Workloads of one kind in one dtype, and their targets.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class Group:
     workloads : tuple of Workload
     targets : tuple of Target
     family : str
-        The name of the group with the same workloads in their first type of numbers; its own by default.
+        The name of the group with the same workloads in their original dtype; by default this group's own name.
     beside : tuple of str
         Variants that are measured without a target.
     """
@@ -102,42 +102,42 @@ class Group:
 
     @property
     def dtype(self) -> str:
-        """Type of all its numbers."""
+        """The dtype of all its workloads."""
         return self.workloads[0].dtype
 
     @property
     def precision(self) -> Precision:
-        """Precision of all its products."""
+        """The precision of all its workloads."""
         return self.workloads[0].precision
 
     def varied(self, dtype: str, precision: Precision) -> Group:
-        """Return the same workloads in another type of numbers or at another precision, without targets."""
+        """Return the same workloads in another dtype or at another precision, without targets."""
         label, suffix = (dtype, dtype) if precision == "highest" else (f'{dtype} at precision "{precision}"', precision)
         workloads = tuple(workload.varied(dtype, precision) for workload in self.workloads)
         return Group(f"{self.name}-{SUFFIXES[suffix]}", f"{self.title}, {label}", workloads, (), self.family)
 
     def judged_by(self, targets: tuple[Target, ...], beside: tuple[str, ...] = ()) -> Group:
-        """Return the same group with these targets, and variants measured beside."""
+        """Return the same group with these targets, and additional variants to measure."""
         return replace(self, targets=targets, beside=beside)
 
     def peers(self, names: Sequence[str], threads: int) -> list[str]:
-        """Peers to measure: those of these names, and what else its targets are held against."""
+        """Return the peers to measure: those with these names, and others that its targets refer to."""
         wanted = {target.against for target in self.targets if target.threads in (None, threads)} | {*self.beside}
         return [*names, *(name for name in PEERS if name in wanted and not PEERS[name].by_default)]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a group did against one target with one number of threads.
+    """The outcome of one target for a group with one number of threads.
 
     Attributes
     ----------
     target : Target
     threads : int
     values : dict of str to float
-        The ratio or fraction of every workload that counts, by name; empty if nothing was measured.
+        The ratio or fraction of every applicable workload, by name; empty if nothing was measured.
     judged : bool
-        Whether the target counts for the ISA that ran.
+        Whether the target applies to the ISA that was used.
     """
 
     target: Target
@@ -152,7 +152,7 @@ class Verdict:
 
     @property
     def worst(self) -> str:
-        """Name of the workload that is furthest from its target, or least beyond it."""
+        """Name of the workload that misses its target by most, or exceeds it by least."""
         return min(self.values, key=lambda name: self._share(self.values[name], self.target.each))
 
     @property
@@ -162,7 +162,7 @@ class Verdict:
 
     @property
     def state(self) -> str:
-        """Say "met" or "missed": whether all values and their mean are good enough; or why that is not the question."""
+        """Return "met" if all values and their mean reach the target, else "missed"; or why it is not judged."""
         if not self.judged:
             return f"needs {self.target.needs.upper()}"
         if not self.values:
@@ -198,7 +198,7 @@ class Verdict:
 
 
 def judge(group: Group, results: Sequence[Result]) -> list[Verdict]:
-    """Hold the group's results against its targets; a peer must be no faster where it has no target."""
+    """Compare a group's results with its targets; a peer without a target must not be faster than selfattn."""
     names = {workload.name for workload in group.workloads}
     results = [result for result in results if result.workload.name in names]
     verdicts = []
@@ -213,7 +213,7 @@ def judge(group: Group, results: Sequence[Result]) -> list[Verdict]:
 
 
 def _no_faster(group: Group, results: Sequence[Result]) -> Iterator[Target]:
-    """Targets for what peers were measured on without one."""
+    """Yield targets for measured peers that have none: they must not be faster."""
     names = [workload.name for workload in group.workloads]
     isas = {result.isa for result in results}
     judging = [target for target in group.targets if all(map(target.counts, isas))]

@@ -1,4 +1,4 @@
-"""The options and the flow of `benchmarks/targets.py` and `benchmarks/caches.py`."""
+"""The options and control flow of `benchmarks/targets.py` and `benchmarks/caches.py`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def add_arguments(
     ----------
     parser : ArgumentParser
     grid : mapping of name to Group
-        What can be measured. Only the first grid can be drawn.
+        Groups that can be measured. Only the first grid can be drawn.
     peers : sequence of str, optional
-        Those that are measured if they are installed and none is named; all but NumPy by default.
+        Peers that are measured, if installed, when the user names none; by default all except NumPy.
     """
     parser.set_defaults(grid=grid, usual_peers=peers, roofline=None, parts=None)
     families = list(dict.fromkeys(group.family for group in grid.values()))
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0; 1 if a target was missed, a result was wrong or an option was.
+        0, or 1 if a target was missed, or a result or an option was wrong.
     """
     if args.vllm:
         os.environ[LIBRARY_VARIABLE] = str(Path(args.vllm).resolve())
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chosen(args: argparse.Namespace) -> list[tuple[Group, list[Workload]]]:
-    """Groups, and those of their workloads that were asked for."""
+    """Return the requested groups, each with its requested workloads."""
     groups = _asked(args)
     wanted = args.workloads or [workload.name for group in groups for workload in group.workloads]
     known = {workload.name for group in groups for workload in group.workloads}
@@ -120,7 +120,7 @@ def _chosen(args: argparse.Namespace) -> list[tuple[Group, list[Workload]]]:
 
 
 def _asked(args: argparse.Namespace) -> list[Group]:
-    """Groups of the families, types and precisions; where none is named, those with targets."""
+    """Return the groups of the named families, dtypes and precisions; if none is named, those with targets."""
     groups = [group for group in args.grid.values() if not args.groups or {group.name, group.family} & {*args.groups}]
     groups = [group for group in groups if not args.dtype or group.dtype in args.dtype]
     groups = [group for group in groups if not args.precision or group.precision in args.precision]
@@ -142,7 +142,7 @@ def _listed(chosen: Sequence[tuple[Group, Sequence[Workload]]]) -> Iterator[str]
 def _measured(
     args: argparse.Namespace, groups: Sequence[tuple[Group, Sequence[Workload]]]
 ) -> tuple[list[Result], bool]:
-    """Measure group by group, so that one that fails leaves the others; say whether one did."""
+    """Measure group by group, so that a failing group does not affect the others; return whether one failed."""
     peers = _peers(args)
     results: list[Result] = []
     failed = False
@@ -166,7 +166,7 @@ def _measured(
 
 
 def _peers(args: argparse.Namespace) -> list[str]:
-    """Names of the peers to measure."""
+    """Return the names of the peers to measure."""
     chosen = [peer.name for peer in choose(args.peers) if peer.name != OWN.name]
     if args.peers:
         return chosen
@@ -194,7 +194,7 @@ def _report(
 
 
 def _group_lines(group: Group, results: Sequence[Result]) -> list[str]:
-    """The group's table and verdicts, however little of it was measured."""
+    """Return the group's table and verdicts, even if only part of it was measured."""
     names = [workload.name for workload in group.workloads]
     shown = sorted((r for r in results if r.workload.name in names), key=lambda r: names.index(r.workload.name))
     if not shown:

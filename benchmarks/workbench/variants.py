@@ -1,4 +1,4 @@
-"""selfattn's own call made differently: yardsticks for what an option costs and what a thread brings."""
+"""Variants of selfattn's own call, to measure the cost of an option and the gain from threads."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ class OneThread(OwnOnCaches):
 
 
 class NarrowHeads(OwnOnCaches):
-    """The same call with narrower heads: two of them tell what does not grow with head_dim, the softmax.
+    """The same call with narrower heads. Two widths give the time that does not grow with head_dim: the softmax.
 
-    The widths are whole tiles of every unit. A head of one number would be padded to one, and cost its products.
+    The widths are multiples of every unit's tile. A head of width 1 would be padded to a whole tile, and its products
+    would cost as much as that tile's.
     """
 
     by_default = in_tables = False

@@ -1,4 +1,4 @@
-"""vLLM's attention operator for CPUs, out of the shared library that its wheel holds."""
+"""vLLM's attention operator for CPUs, loaded from the shared library in its wheel."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from selfattn._bench.workload import Arrays, Workload
 LIBRARY_VARIABLE = "SELFATTN_BENCH_VLLM"  # the path of vllm/_C.abi3.so
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-PAGE = 128  # keys of a page of its cache
+PAGE = 128  # keys per page of its cache
 
 
 class Vllm(Peer):
     """The operator on a paged cache whose pages are in random order, as in a server.
 
-    Its kernels want K and V as the cache stores them: where all keys are new (prefill), storing them is
-    part of the call. What a server computes once for all layers, it gets for nothing.
+    Its kernels read K and V in the cache's format. If all keys are new (prefill), storing them is part of the timed
+    call. Whatever a server computes once for all layers is not timed.
     """
 
     name, label, module = "vllm", "vLLM", "torch"
 
     def available(self) -> bool:
-        """Whether the library is named and there, and PyTorch, which loads it, is installed."""
+        """Whether the library is named and exists, and PyTorch, which loads it, is installed."""
         path = os.environ.get(LIBRARY_VARIABLE)
         return bool(path) and Path(str(path)).is_file() and super().available()
 
     def version(self) -> str:
-        """Name the library: it does not tell its version."""
+        """Return the library's file name, since it does not report its version."""
         return Path(os.environ[LIBRARY_VARIABLE]).name
 
     def why_not(self, workload: Workload) -> str:
@@ -72,17 +72,17 @@ class Vllm(Peer):
 
 
 def _isa(torch: Any, workload: Workload) -> str:
-    """Choose its kernels as vLLM does; matrix units only once the system lets this process use them."""
+    """Choose kernels as vLLM does; matrix units only if the system permits this process to use them."""
     if workload.head_dim % 32:
         return "vec16"
-    held_back = "ATEN_CPU_CAPABILITY" in os.environ  # which its own choice does not ask
+    held_back = "ATEN_CPU_CAPABILITY" in os.environ  # vLLM itself does not check this
     if workload.dtype == "bfloat16" and not held_back and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
         return "amx"
     return "vec"
 
 
 class _Call:
-    """Operands in vLLM's layouts: tokens before heads, K and V in pages."""
+    """Operands in vLLM's layouts: token axis before head axis, K and V in pages."""
 
     def __init__(self, torch: Any, workload: Workload, arrays: Arrays) -> None:
         self.ops = torch.ops._C

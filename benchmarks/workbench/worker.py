@@ -1,4 +1,4 @@
-"""The process that measures, as `selfattn._bench.worker`, with all peers of this package."""
+"""The measuring process, like `selfattn._bench.worker`, but with all peers of this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What results are held against: a peer's time, the machine's peak, fewer queries, or nothing but the clock."""
+"""Yardsticks for results: a peer's time, the machine's peak, fewer queries, or absolute time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ OVERHEAD = "overhead"
 
 
 class Yardstick(ABC):
-    """Gives every result a value: a ratio, the higher the better, unless `limits` says otherwise.
+    """Assigns every result a value: a ratio, higher is better, unless `limits` is True.
 
     Attributes
     ----------
     label : str
-        What people read.
+        The name that is shown.
     limits : bool
-        Whether a target is the most that is allowed, of a value that means something by itself.
+        Whether a target is an upper limit of the value, so that lower is better.
     """
 
     label: str
@@ -35,30 +35,30 @@ class Yardstick(ABC):
 
     @abstractmethod
     def value(self, result: Result, results: Sequence[Result]) -> float | None:
-        """Measure a result by this; None if that cannot be done.
+        """Return a result's value; None if it cannot be determined.
 
         Parameters
         ----------
         result : Result
         results : sequence of Result
-            All of the group with as many threads.
+            All results of the group with the same number of threads.
         """
 
     def seconds(self, result: Result) -> float:
-        """Return what the yardstick's own call took, if it is one; infinity otherwise."""
+        """Return the seconds of the yardstick's own call; infinity if the yardstick is not a call."""
         return float("inf")
 
     def written(self, value: float) -> str:
-        """Write a value as it is read."""
+        """Format a value for display."""
         return f"{value:.2f}x"
 
     def share(self, value: float, target: float) -> float:
-        """Return how much of a target is reached; 1 and more meet it."""
+        """Return the fraction of a target that is reached; it is met from 1 on."""
         return target / value if self.limits else value / target
 
 
 class PeerTime(Yardstick):
-    """A peer's time over selfattn's."""
+    """A peer's time divided by selfattn's."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -76,7 +76,7 @@ class PeerTime(Yardstick):
 
 
 class Peak(Yardstick):
-    """The fraction of what bounds the machine."""
+    """The fraction of the machine's peak rate."""
 
     label = "peak"
 
@@ -90,9 +90,9 @@ class Peak(Yardstick):
 
 
 class FewerQueries(Yardstick):
-    """Queries per second over those of the next smaller number of queries that was measured of the same series.
+    """Queries per second, relative to the next smaller number of queries that was measured in the same series.
 
-    Where one kernel hands over to another, more queries must not take much longer than in proportion.
+    At the switch from one kernel to another, the time must not grow much more than in proportion to the queries.
     """
 
     label = "queries per second with fewer queries"
@@ -107,7 +107,7 @@ class FewerQueries(Yardstick):
 
 
 class CallTime(Yardstick):
-    """The seconds of a call, from Python and back."""
+    """The seconds of a call from Python, including the return."""
 
     label = "time of a call"
     limits = True
@@ -122,7 +122,7 @@ class CallTime(Yardstick):
 
 
 class TimesOf(PeerTime):
-    """selfattn's time over a variant's of its own."""
+    """selfattn's time divided by that of one of its variants."""
 
     limits = True
 
@@ -137,7 +137,7 @@ class TimesOf(PeerTime):
 
 
 class StepOverhead(CallTime):
-    """The seconds of a step that do not grow with its keys: a straight line through two numbers of keys, at none."""
+    """The part of a step's time that does not grow with its keys: a line through two numbers of keys, at 0 keys."""
 
     label = "overhead of a step"
 
@@ -148,7 +148,7 @@ class StepOverhead(CallTime):
 
 
 def _series(workload: Workload) -> Workload:
-    """Leave out what tells apart workloads that differ in the number of queries only."""
+    """Return a key that is equal for workloads that differ only in the number of queries."""
     return replace(workload, name="", why="", q_len=0)
 
 
