@@ -158,8 +158,8 @@ def attention(
     in IEEE arithmetic.
     16-bit operands are read without a converted copy and summed in float32; `out` is rounded to q's dtype, and on
     units that multiply bfloat16 the weights are rounded as well.
-    For a given instruction set, shape and options, the results of a batch entry and KV head are bit-identical whatever
-    else is in the batch.
+    For a given instruction set, shape and options, the result of a batch entry and KV head depends, to the last bit, on
+    nothing but its own operands.
 
     Attention is due to Vaswani et al., "Attention is all you need" (2017); the one-pass softmax to Milakov and
     Gimelshein (2018) and Dao et al., "FlashAttention" (2022).

@@ -61,7 +61,7 @@ def clean_signature(options: Callable[..., Any] | None = None, without: Collecti
 def refuse_unknown(function: Callable[..., Any], given: Iterable[str], hints: Mapping[str, str] | None = None) -> None:
     """Raise a TypeError for a keyword that `function` does not have, with a hint if there is one.
 
-    `hints` replaces the hint for some keywords in this function.
+    `hints` maps keywords to the names that this function has for them.
     """
     name = function.__qualname__.partition(".")[0]
     known = signature(function).parameters

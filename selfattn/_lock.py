@@ -1,4 +1,4 @@
-"""A lock for many readers or one writer of a cache that survives a fork."""
+"""A lock of a cache for many readers or one writer, which remains usable in forked children."""
 
 from __future__ import annotations
 

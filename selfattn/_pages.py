@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
-NUMBER = "i"  # type code of page numbers, as the core reads them
+NUMBER = "i"  # the array type of page numbers, as the core reads them
 assert array(NUMBER).itemsize == 4
 
 

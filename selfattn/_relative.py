@@ -123,8 +123,8 @@ def relative_attention(
     Notes
     -----
     ``q + u`` and ``q + w`` are computed in float32 (float64 for float64), also for 16-bit queries. For a given
-    instruction set, shape and options, the results of a batch entry and head are bit-identical whatever else is in the
-    batch.
+    instruction set, shape and options, the result of a batch entry and head depends, to the last bit, on nothing but
+    its own operands.
 
     Examples
     --------

@@ -164,7 +164,7 @@ def measure(workload: Workload, peers: Sequence[Peer], threads: int, seconds: fl
 def prepare(
     workload: Workload, peers: Sequence[Peer], arrays: Arrays, threads: int
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Prepare the call of every peer that can run the workload; return also why the others cannot."""
+    """Prepare the call of every peer that can run the workload; also return why the others cannot."""
     runs = {OWN.name: PEERS[OWN.name].prepare(workload, arrays, threads)}
     skipped = {}
     for peer in peers:
