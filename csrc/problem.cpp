@@ -24,6 +24,12 @@ constexpr std::int64_t most_elements = std::int64_t{1} << 47;
 
 std::int64_t clamp_far(std::int64_t n) { return std::clamp(n, -far, far); }
 
+// a + b, clamped.
+std::int64_t far_sum(std::int64_t a, std::int64_t b) {
+  std::int64_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? (b < 0 ? -far : far) : clamp_far(sum);
+}
+
 std::int64_t integer_at(const char* p) {
   std::int64_t n;
   std::memcpy(&n, p, sizeof n);
@@ -303,8 +309,8 @@ Problem make_problem(const AttentionArguments& a) {
   place_score_operand(problem, problem.bias, a.function, "bias", a.bias, problem.kv_len);
   problem.causal = a.causal;
   place_per_batch(problem, problem.q_offset, a.function, "q_offset", a.q_offset);
-  problem.window_left = std::min(a.window_left, far);
-  problem.window_right = std::min(a.window_right, far);
+  problem.window_left = a.window_left;
+  problem.window_right = a.window_right;
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
   check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "the length of q");
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
@@ -335,9 +341,11 @@ std::int64_t Problem::masked_from(std::int64_t b) const { return recent_mask ? k
 
 std::int64_t Problem::queries_of(std::int64_t b) const { return q_lens ? integer_at(at(q_lens, b)) : q_len; }
 
-std::int64_t Problem::offset_of(std::int64_t b) const {
-  return q_offset ? clamp_far(integer_at(at(q_offset, b))) : keys_of(b) - queries_of(b);
+std::int64_t Problem::exact_offset_of(std::int64_t b) const {
+  return q_offset ? integer_at(at(q_offset, b)) : keys_of(b) - queries_of(b);
 }
+
+std::int64_t Problem::offset_of(std::int64_t b) const { return clamp_far(exact_offset_of(b)); }
 
 Shape out_shape(const Problem& problem) {
   Shape shape = with_batch(problem);
@@ -376,16 +384,18 @@ void attach_weights(Problem& problem, const TensorView& weights) {
 }
 
 ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
-  return {problem.start_of(b), problem.keys_of(b), problem.offset_of(b)};
+  const std::int64_t offset = problem.exact_offset_of(b);
+  ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far};
+  // Offset and window together may cancel, so that neither may be clamped alone.
+  if (problem.window_left >= 0) valid.first = far_sum(offset, -problem.window_left);
+  if (problem.window_right >= 0) valid.last = far_sum(offset, problem.window_right);
+  if (problem.causal) valid.last = std::min(valid.last, valid.offset);
+  return valid;
 }
 
-KeyRange visible_keys(const Problem& problem, std::int64_t query, const ValidKeys& valid) {
-  const std::int64_t position = query + valid.offset;
-  std::int64_t begin = valid.begin, end = valid.end;
-  if (problem.causal) end = std::min(end, position + 1);
-  if (problem.window_left >= 0) begin = std::max(begin, position - problem.window_left);
-  if (problem.window_right >= 0) end = std::min(end, position + problem.window_right + 1);
-  end = std::max<std::int64_t>(end, 0);
+KeyRange visible_keys(std::int64_t query, const ValidKeys& valid) {
+  const std::int64_t begin = std::max(valid.begin, query + valid.first);
+  const std::int64_t end = std::max<std::int64_t>(std::min(valid.end, query + valid.last + 1), 0);
   return {std::min(begin, end), end};
 }
 

@@ -150,7 +150,8 @@ struct Problem {
   std::int64_t start_of(std::int64_t batch_index) const;     // first key that the entry still holds
   std::int64_t masked_from(std::int64_t batch_index) const;  // the key of the mask's first column
   std::int64_t queries_of(std::int64_t batch_index) const;   // number of valid queries
-  std::int64_t offset_of(std::int64_t batch_index) const;    // key aligned with query 0
+  std::int64_t exact_offset_of(std::int64_t batch_index) const;
+  std::int64_t offset_of(std::int64_t batch_index) const;  // key aligned with query 0
 };
 
 // Throws std::invalid_argument; the message names the function, the argument, its value and the rule.
@@ -169,10 +170,12 @@ struct KeyRange {
   std::int64_t begin, end;
 };
 struct ValidKeys {
-  std::int64_t begin, end, offset;  // of a batch entry; offset: the key aligned with query 0
+  std::int64_t begin, end;   // of a batch entry
+  std::int64_t offset;       // the key aligned with query 0
+  std::int64_t first, last;  // the keys that causal and window leave for query 0: each query sees one key further
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.
-KeyRange visible_keys(const Problem& problem, std::int64_t query, const ValidKeys& valid);
+KeyRange visible_keys(std::int64_t query, const ValidKeys& valid);
 
 }  // namespace selfattn

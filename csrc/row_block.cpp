@@ -161,8 +161,8 @@ KeyRange span_keys(const Problem& problem, const RowSpan& span) {
   if (span.valid == 0) return {0, 0};
   const ValidKeys valid = valid_keys(problem, span.batch);
   // Both ends are monotonic in the query.
-  const KeyRange first = visible_keys(problem, place_of(problem, span, 0).query, valid);
-  const KeyRange last = visible_keys(problem, place_of(problem, span, span.valid - 1).query, valid);
+  const KeyRange first = visible_keys(place_of(problem, span, 0).query, valid);
+  const KeyRange last = visible_keys(place_of(problem, span, span.valid - 1).query, valid);
   // The range of a query that sees nothing may begin before the first valid key, where keys may be in no page.
   const std::int64_t begin = std::max(std::min(first.begin, last.begin), valid.begin);
   const std::int64_t end = std::max(first.end, last.end);
@@ -176,7 +176,7 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
   char* out = problem.at(problem.out, span.batch);
   for (int i = 0; i < span.valid; ++i) {
     const Place place = place_of(problem, span, i);
-    const KeyRange visible = visible_keys(problem, place.query, valid);
+    const KeyRange visible = visible_keys(place.query, valid);
     Row& row = slot.rows[i];
     const char* from = query + place.head * problem.query.head + place.query * problem.query.row;
     row.query = from;

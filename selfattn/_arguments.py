@@ -147,7 +147,7 @@ def _reach(function: str, window: Any, side: Any) -> int:
         raise ValueError(
             f"{function}: window is {window!r}, but its entries cannot be negative: use None for unbounded"
         )
-    return min(int(side), 1 << 60)
+    return min(int(side), (1 << 63) - 1)
 
 
 def flag(function: str, name: str, value: Any) -> bool:

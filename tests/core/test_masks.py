@@ -394,3 +394,12 @@ def test_weights_of_scores_that_all_are_minus_infinity_are_nan(isa: str) -> None
     out, weights = sa.attention(q, k, v, return_weights=True)
     assert np.isnan(out).all()
     assert np.isnan(weights).all()
+
+
+@pytest.mark.parametrize("q_len", [2, 40])
+def test_windows_and_offsets_beyond_any_length_do_not_cancel(isa: str, normal: Any, q_len: int) -> None:
+    x = normal(1, q_len, 8)
+    far = {"window": (1 << 60, None), "q_offset": LARGEST}
+    assert not sa.attention(x, x, x, **far).any()  # every key is more than 2**60 to the left
+    near = {"window": (LARGEST, None), "q_offset": LARGEST - q_len}
+    assert np.array_equal(sa.attention(x, x, x, **near), sa.attention(x, x, x))
