@@ -36,6 +36,8 @@ def pytest_report_header() -> str:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the option
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite on two workers where pytest-xdist is installed."""
+    if hasattr(config, "workerinput"):
+        return  # a worker, which must not start workers of its own
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = 2
