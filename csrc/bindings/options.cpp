@@ -137,10 +137,17 @@ void destroy(PyObject* object) {
   Py_DECREF(type);
 }
 
+// Python calls this function, so no exception may leave it.
 int set(PyObject* self, PyObject* value, void* closure) {
   const Field& field = *static_cast<const Field*>(closure);
-  if (value && field.set(held(self), value)) return 0;
-  PyErr_Format(PyExc_TypeError, "Options: %s cannot be %R", field.name, value ? value : Py_None);
+  try {
+    if (value && field.set(held(self), value)) return 0;
+    PyErr_Format(PyExc_TypeError, "Options: %s cannot be %R", field.name, value ? value : Py_None);
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
   return -1;
 }
 
