@@ -202,7 +202,17 @@ def without_limits(case: Case) -> Case:
     settings = {name: x for name, x in case.settings.items() if name != "window"}
     if case.kind != "rope":
         settings.update(causal=False, num_threads=1)
+    if case.kind == "relative":
+        arrays["r"], settings["r_origin"] = reached_distances(case)
     return Case(case.kind, arrays, settings)
+
+
+def reached_distances(case: Case) -> tuple[Any, int]:
+    """Return r and its origin such that the distances of the call reach both ends of r."""
+    segment, length = case.arrays["q"].shape[-2], case.arrays["k"].shape[-2]
+    r = case.arrays["r"][..., : length + segment - 1, :]
+    least = max(r.shape[-2] - length, 1)
+    return r, max(min(case.settings["r_origin"], segment - 1), least)
 
 
 def ending(action: Callable[[], Any]) -> str:
