@@ -146,13 +146,16 @@ struct Problem {
     }
     return p;
   }
-  std::int64_t keys_of(std::int64_t batch_index) const;      // end of an entry's valid keys
-  std::int64_t start_of(std::int64_t batch_index) const;     // first key that the entry still holds
-  std::int64_t masked_from(std::int64_t batch_index) const;  // the key of the mask's first column
-  std::int64_t queries_of(std::int64_t batch_index) const;   // number of valid queries
-  std::int64_t exact_offset_of(std::int64_t batch_index) const;
-  std::int64_t offset_of(std::int64_t batch_index) const;  // key aligned with query 0
+  std::int64_t keys_of(std::int64_t batch_index) const;          // end of an entry's valid keys
+  std::int64_t start_of(std::int64_t batch_index) const;         // first key that the entry still holds
+  std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
+  std::int64_t queries_of(std::int64_t batch_index) const;       // number of valid queries
+  std::int64_t exact_offset_of(std::int64_t batch_index) const;  // key aligned with query 0, any int64
+  std::int64_t offset_of(std::int64_t batch_index) const;        // the same, clamped so that sums cannot overflow
 };
+
+// Returns the int64 at an address that may be unaligned.
+std::int64_t integer_at(const char* p);
 
 // Throws std::invalid_argument; the message names the function, the argument, its value and the rule.
 Problem make_problem(const AttentionArguments& arguments);

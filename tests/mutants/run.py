@@ -24,8 +24,8 @@ from pathlib import Path
 from sandbox import Sandbox
 from table import ROOT, Mutant, load
 
-MODULES = ["attention", "masks", "options", "layouts", "layer", "rope", "errors", "determinism", "numerics"]
-MODULES += ["narrow", "narrow_layers", "properties", "guard_pages"]
+MODULES = ["attention", "masks", "hidden_keys", "options", "layouts", "layer", "layer_errors", "rope", "errors"]
+MODULES += ["determinism", "numerics", "narrow", "narrow_layers", "properties", "guard_pages"]
 MATRIX_MODULES = ["matrix_units", "narrow", "narrow_layers"]
 LEAST_KILLED = 0.9
 

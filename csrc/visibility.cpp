@@ -1,0 +1,62 @@
+#include "problem.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace selfattn {
+namespace {
+
+// Larger than any length, yet small enough that the sum of two such numbers cannot overflow.
+constexpr std::int64_t far = std::int64_t{1} << 60;
+
+std::int64_t clamp_far(std::int64_t n) { return std::clamp(n, -far, far); }
+
+// a + b, clamped.
+std::int64_t far_sum(std::int64_t a, std::int64_t b) {
+  std::int64_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? (b < 0 ? -far : far) : clamp_far(sum);
+}
+
+}  // namespace
+
+std::int64_t integer_at(const char* p) {
+  std::int64_t n;
+  std::memcpy(&n, p, sizeof n);
+  return n;
+}
+
+const char* ByDistance::at(std::int64_t head, std::int64_t distance) const {
+  return rows.data + head * rows.head + std::clamp<std::int64_t>(clamp_far(distance) + origin, 0, count - 1) * rows.row;
+}
+
+std::int64_t Problem::keys_of(std::int64_t b) const { return kv_lens ? integer_at(at(kv_lens, b)) : kv_len; }
+
+std::int64_t Problem::start_of(std::int64_t b) const { return kv_starts ? integer_at(at(kv_starts, b)) : 0; }
+
+std::int64_t Problem::masked_from(std::int64_t b) const { return recent_mask ? keys_of(b) - q_len : 0; }
+
+std::int64_t Problem::queries_of(std::int64_t b) const { return q_lens ? integer_at(at(q_lens, b)) : q_len; }
+
+std::int64_t Problem::exact_offset_of(std::int64_t b) const {
+  return q_offset ? integer_at(at(q_offset, b)) : keys_of(b) - queries_of(b);
+}
+
+std::int64_t Problem::offset_of(std::int64_t b) const { return clamp_far(exact_offset_of(b)); }
+
+ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
+  const std::int64_t offset = problem.exact_offset_of(b);
+  ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far};
+  // Offset and window together may cancel, so that neither may be clamped alone.
+  if (problem.window_left >= 0) valid.first = far_sum(offset, -problem.window_left);
+  if (problem.window_right >= 0) valid.last = far_sum(offset, problem.window_right);
+  if (problem.causal) valid.last = std::min(valid.last, valid.offset);
+  return valid;
+}
+
+KeyRange visible_keys(std::int64_t query, const ValidKeys& valid) {
+  const std::int64_t begin = std::max(valid.begin, query + valid.first);
+  const std::int64_t end = std::max<std::int64_t>(std::min(valid.end, query + valid.last + 1), 0);
+  return {std::min(begin, end), end};
+}
+
+}  // namespace selfattn
