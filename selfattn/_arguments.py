@@ -157,26 +157,34 @@ def flag(function: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
-def whole_number(function: str, name: str, value: Any, least: int) -> int:
-    """Return an integer that is at least `least` and in the range of the core."""
+def integer(function: str, name: str, value: Any) -> int:
+    """Return an integer; a bool is none."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
-    if value < least:
-        raise ValueError(f"{function}: {name} is {value}, but it must be at least {least}")
-    if value > 1 << 60:
-        raise ValueError(f"{function}: {name} is {value}, but it must be at most {1 << 60}")
     return int(value)
+
+
+def integer_in(function: str, name: str, value: Any, least: int, most: int) -> int:
+    """Return an integer from `least` to `most`."""
+    number = integer(function, name, value)
+    if not least <= number <= most:
+        raise ValueError(f"{function}: {name} is {value}, but it must be in {least}..{most}")
+    return number
+
+
+def whole_number(function: str, name: str, value: Any, least: int) -> int:
+    """Return an integer that is at least `least` and in the range of the core."""
+    number = integer(function, name, value)
+    if number < least:
+        raise ValueError(f"{function}: {name} is {value}, but it must be at least {least}")
+    if number > 1 << 60:
+        raise ValueError(f"{function}: {name} is {value}, but it must be at most {1 << 60}")
+    return number
 
 
 def thread_count(function: str, value: Any) -> int:
     """Return a checked number of threads; None becomes 0, the default."""
-    if value is None:
-        return 0
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: num_threads is {value!r}, but an integer is needed")
-    if not 1 <= value <= 4096:
-        raise ValueError(f"{function}: num_threads is {value}, but it must be in 1..4096")
-    return int(value)
+    return 0 if value is None else integer_in(function, "num_threads", value, 1, 4096)
 
 
 def choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, out_array
+from ._arguments import as_array, core_options, out_array, whole_number
 from ._attention import _DEFAULTS, attention
 from ._cache import AnyCache, KVCache, Step
 from ._cached import check_window
@@ -16,7 +16,7 @@ from ._keywords import clean_signature, hinted, refuse_unknown
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
 from ._typing import Array, LayerCallOptions, No, Yes
-from ._weights import Weights, head_count, vector
+from ._weights import Weights, vector
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -125,8 +125,8 @@ class SelfAttention:
         num_kv_heads: Any,
         rope: Any,
     ) -> None:
-        heads = head_count(function, "num_heads", num_heads)
-        kv_heads = heads if num_kv_heads is None else head_count(function, "num_kv_heads", num_kv_heads)
+        heads = whole_number(function, "num_heads", num_heads, 1)
+        kv_heads = heads if num_kv_heads is None else whole_number(function, "num_kv_heads", num_kv_heads, 1)
         if heads % kv_heads:
             raise ValueError(f"{function}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
         w = Weights.check(function, weights, heads, kv_heads)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from ._arguments import integer_in
 
 # The storage types, and the NumPy type that each has in memory.
 _TYPES: dict[str, Any] = {
@@ -35,11 +36,7 @@ def storage_name(function: str, dtype: Any) -> str:
 
 def count(function: str, name: str, value: Any, least: int = 1) -> int:
     """Return `value` checked to be an integer from `least` to 2^31 - 1."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
-    if not least <= value < 1 << 31:
-        raise ValueError(f"{function}: {name} is {value}, but it must be in {least}..{(1 << 31) - 1}")
-    return int(value)
+    return integer_in(function, name, value, least, (1 << 31) - 1)
 
 
 @dataclass(frozen=True)

@@ -71,14 +71,6 @@ def vector(
     return array
 
 
-def head_count(function: str, name: str, value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
-    if value < 1:
-        raise ValueError(f"{function}: {name} is {value}, but it must be at least 1")
-    return int(value)
-
-
 def _split(function: str, name: str, matrix: NDArray[Any], heads_name: str, heads: int) -> int:
     columns = int(matrix.shape[1])
     if columns == 0 or columns % heads:
