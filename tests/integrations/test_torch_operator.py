@@ -1,0 +1,150 @@
+"""The operator of PyTorch: its schema, fake results, compilation, export and transformations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch_operands import (
+    assert_same,
+    compiling,
+    exact,
+    operator,
+    qkv,
+    randn,
+    sdpa,
+    torch,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(7)
+
+
+OPCHECKED: dict[str, Any] = {
+    "plain": lambda: (*qkv(), None, False, None, False),
+    "causal bfloat16": lambda: (*qkv(torch.bfloat16), None, True, None, False),
+    "float16, groups": lambda: (*qkv(torch.float16, heads=6, groups=2), None, True, 0.3, True),
+    "mask": lambda: (*qkv(), torch.rand(2, 1, 9, 7) < 0.5, False, None, False),
+    "bias, float64": lambda: (*qkv(torch.float64), torch.randn(9, 7), False, 0.1, False),
+    "tokens first": lambda: (*(x.transpose(1, 2) for x in randn(3, 2, 9, 4, 16)), None, False, None, False),
+    "one query": lambda: (randn(1, 1, 1, 16), *randn(2, 2, 4, 7, 16), None, False, None, False),
+    "views of one row": lambda: (*(x.expand(2, 4, 9, 16) for x in randn(3, 9, 16)), None, True, None, False),
+    "narrow values": lambda: (randn(4, 9, 16), randn(4, 7, 16), randn(4, 7, 3), None, False, None, False),
+    "no keys": lambda: (randn(2, 4, 9, 16), *randn(2, 2, 4, 0, 16), None, False, None, False),
+}
+
+
+@compiling
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_operator_is_well_behaved(name: str) -> None:
+    """Schema, aliasing, and the shapes and strides that the compiler gets, also for symbolic lengths."""
+    results = torch.library.opcheck(operator, OPCHECKED[name]())
+    assert set(results.values()) == {"SUCCESS"}
+    assert len(results) == 4
+
+
+@pytest.fixture
+def compile_whole() -> Any:
+    """Compile as far as is possible without a C++ compiler."""
+    torch._dynamo.reset()
+    return lambda function, **options: torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+
+def block(x: Any, mask: Any = None, *, is_causal: bool = False) -> Any:
+    """As in models: heads from one projection, attention, and the heads concatenated."""
+    q, k, v = (x * scale for scale in (1.0, 0.5, 2.0))
+    q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (q, k, v))
+    return sdpa(q, k, v, mask, is_causal=is_causal, scale=0.25).transpose(1, 2).flatten(2) + 1
+
+
+@compiling
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(compile_whole: Any, dynamic: bool) -> None:
+    compiled = compile_whole(block, dynamic=dynamic)
+    for tokens in (9, 12, 5):
+        x = randn(2, tokens, 64)
+        mask = torch.rand(tokens, tokens) < 0.8
+        assert torch.equal(compiled(x, is_causal=True), block(x, is_causal=True))
+        assert torch.equal(compiled(x, mask), block(x, mask))
+    with torch.inference_mode():
+        assert torch.equal(compiled(x.bfloat16()), block(x.bfloat16()))
+
+
+@compiling
+def test_compiled_by_default(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of a kind that this module does not name
+        pytest.skip(f"inductor has no C++ compiler: {error}")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    x = randn(2, 9, 64)
+    compiled = torch.compile(block, fullgraph=True)
+    torch.testing.assert_close(compiled(x, is_causal=True), block(x, is_causal=True), atol=1e-6, rtol=0)
+
+
+@compiling
+def test_exported() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return block(x, is_causal=True)
+
+    x = randn(2, 9, 64)
+    length = torch.export.Dim("length", min=2, max=100)
+    program = torch.export.export(Model(), (x,), dynamic_shapes={"x": {1: length}})
+    assert "selfattn.sdpa" in program.graph_module.code
+    longer = randn(2, 30, 64)
+    for y in (x, longer):
+        assert torch.equal(program.module()(y), block(y, is_causal=True))
+
+
+@compiling
+def test_traced_and_transformed() -> None:
+    """Code that records or transforms operations sees the operator, not a constant."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, k, v = qkv()
+    graph = make_fx(lambda q: sdpa(q, k, v))(q)
+    assert "selfattn.sdpa" in graph.code
+    assert torch.equal(graph(2 * q), sdpa(2 * q, k, v))
+    traced = torch.jit.trace(lambda q: sdpa(q, k, v), q)
+    assert torch.equal(traced(2 * q), sdpa(2 * q, k, v))
+    mapped = torch.func.vmap(lambda q: sdpa(q, k[0], v[0]))(q)
+    assert_same(mapped, exact(q, k[0], v[0]))
+    pure = torch.func.functionalize(lambda q: sdpa(q.mul_(2), k, v))(q.clone())
+    assert torch.equal(pure, sdpa(2 * q, k, v))
+
+
+def test_modes_see_the_operator() -> None:
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[Any] = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = qkv()
+    expected = sdpa(q, k, v)
+    for mode in (Functions, Dispatched):
+        seen.clear()
+        with mode():
+            assert torch.equal(sdpa(q, k, v), expected)
+        assert seen.count(operator) == 1
+
+
+def test_eager_calls_and_the_operator_agree() -> None:
+    q, k, v = qkv()
+    assert torch.equal(operator(q, k, v, None, True, None, False), sdpa(q, k, v, is_causal=True))
+    assert str(operator._schema).startswith("selfattn::sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask")
