@@ -63,7 +63,7 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
       std::int64_t& extent = problem.batch_shape[problem.batch_axes - leading + i];
       if (view.shape[i] == 1 || view.shape[i] == extent) continue;
       if (extent != 1)
-        refuse(arguments.function, "the leading dimensions ", to_text(view.shape, leading), " of ", name,
+        refuse(arguments.function, "the leading dimensions ", to_text(view.shape, leading), " of ", Argument{name},
                " do not broadcast against ", to_text(problem.batch_shape, problem.batch_axes));
       extent = view.shape[i];
     }
@@ -87,25 +87,26 @@ void check_size(const Problem& problem, const char* function) {
 
 void check_rank(const AttentionArguments& arguments, const char* name, const TensorView& view) {
   if (view.ndim < 2)
-    refuse(arguments.function, name, " has shape ", shape_text(view), " but needs at least 2 dimensions ",
+    refuse(arguments.function, Argument{name}, " has shape ", shape_text(view), " but needs at least 2 dimensions ",
            arguments.layout == Layout::bshd ? "(..., sequence, heads, head_dim)" : "(..., heads, sequence, head_dim)");
 }
 
 void set_shapes(Problem& problem, const AttentionArguments& a) {
   check_rank(a, "q", a.q);
   const Axes q = trailing_axes(a.q, a.layout);
-  if (q.dim == 0) refuse(a.function, "q has head_dim 0, but the softmax scale needs head_dim >= 1");
-  if (q.dim > widest) refuse(a.function, "q has head_dim ", q.dim, ", but at most ", widest, " is possible");
+  if (q.dim == 0) refuse(a.function, "q"_arg, " has head_dim 0, but the softmax scale needs head_dim >= 1");
+  if (q.dim > widest) refuse(a.function, "q"_arg, " has head_dim ", q.dim, ", but at most ", widest, " is possible");
   check_rank(a, "k", a.k);
   const Axes k = trailing_axes(a.k, a.layout);
-  if (k.dim != q.dim) refuse(a.function, "k has head_dim ", k.dim, " but q has ", q.dim);
+  if (k.dim != q.dim) refuse(a.function, "k"_arg, " has head_dim ", k.dim, " but ", "q"_arg, " has ", q.dim);
   if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0)
-    refuse(a.function, "q has ", q.heads, " heads, which is not a multiple of the ", k.heads, " heads of k");
+    refuse(a.function, "q"_arg, " has ", q.heads, " heads, which is not a multiple of the ", k.heads, " heads of ",
+           "k"_arg);
   check_rank(a, "v", a.v);
   const Axes v = trailing_axes(a.v, a.layout);
-  if (v.heads != k.heads) refuse(a.function, "v has ", v.heads, " heads but k has ", k.heads);
-  if (v.length != k.length) refuse(a.function, "v has length ", v.length, " but k has ", k.length);
-  if (v.dim > widest) refuse(a.function, "v has head_dim ", v.dim, ", but at most ", widest, " is possible");
+  if (v.heads != k.heads) refuse(a.function, "v"_arg, " has ", v.heads, " heads but ", "k"_arg, " has ", k.heads);
+  if (v.length != k.length) refuse(a.function, "v"_arg, " has length ", v.length, " but ", "k"_arg, " has ", k.length);
+  if (v.dim > widest) refuse(a.function, "v"_arg, " has head_dim ", v.dim, ", but at most ", widest, " is possible");
   problem.ndim = std::max({a.q.ndim, a.k.ndim, a.v.ndim});
   broadcast_batch(problem, a);
   problem.num_heads = q.heads;
@@ -139,7 +140,7 @@ void check_broadcast(const char* function, const char* name, const TensorView& v
   for (int i = 0; fits && i < view.ndim; ++i)
     fits = view.extent(i) == 1 || view.extent(i) == target.extent[target.ndim - 1 - i];
   if (!fits)
-    refuse(function, name, " has shape ", shape_text(view), ", which does not broadcast to ",
+    refuse(function, Argument{name}, " has shape ", shape_text(view), ", which does not broadcast to ",
            to_text(target.extent, target.ndim));
 }
 
@@ -180,11 +181,12 @@ void each_number(const Problem& problem, const Operand& operand, const Use& use,
 }
 
 void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
-                   std::int64_t limit, const char* limit_name) {
+                   std::int64_t limit, const char* limited_by) {
   if (!operand || problem.batch == 0) return;
   const auto check = [&](std::int64_t length) {
     if (length < 0 || length > limit)
-      refuse(function, name, " holds ", length, ", which is outside 0..", limit, " (", limit_name, ")");
+      refuse(function, Argument{name}, " holds ", length, ", which is outside 0..", limit, " (the length of ",
+             Argument{limited_by}, ")");
   };
   each_number(problem, operand, check, operand.data);
 }
@@ -200,9 +202,9 @@ void check_alignment(const Problem& problem, const AttentionArguments& a) {
   if (!depends_on_positions(a)) return;
   const auto check = [&](std::int64_t length) {
     if (length < problem.q_len)
-      refuse(a.function, "kv_lens holds ", length, ", which is less than the ", problem.q_len,
-             " queries of q, so that it is unclear where they are: pass q_lens as well for padded queries, or "
-             "q_offset, the position of the first query");
+      refuse(a.function, "kv_lens"_arg, " holds ", length, ", which is less than the ", problem.q_len, " queries of ",
+             "q"_arg, ", so that it is unclear where they are: pass ", "q_lens"_arg, " as well for padded queries, or ",
+             "q_offset"_arg, ", the position of the first query");
   };
   each_number(problem, problem.kv_lens, check, problem.kv_lens.data);
 }
@@ -218,8 +220,8 @@ void place_per_head(Problem& problem, const AttentionArguments& a) {
   }
   if (a.sinks) {
     if (a.sinks.ndim != 1 || a.sinks.extent(0) != problem.num_heads)
-      refuse(a.function, "sinks has shape ", shape_text(a.sinks), " but needs one logit per head: (", problem.num_heads,
-             ",)");
+      refuse(a.function, "sinks"_arg, " has shape ", shape_text(a.sinks), " but needs one logit per head: (",
+             problem.num_heads, ",)");
     place_batch(problem, problem.sinks, a.sinks, 1);
     problem.sinks.head = a.sinks.stride(0);
   }
@@ -229,7 +231,7 @@ void place_relative(Problem& problem, const AttentionArguments& a) {
   if (!a.r) return;
   if (a.r.ndim < 2 || a.r.ndim > 3 || a.r.extent(0) != problem.head_dim || a.r.extent(1) < 1 ||
       (a.r.ndim == 3 && a.r.extent(2) != problem.num_heads))
-    refuse(a.function, "r has shape ", shape_text(a.r), ", but (", problem.num_heads, ", R, ", problem.head_dim,
+    refuse(a.function, "r"_arg, " has shape ", shape_text(a.r), ", but (", problem.num_heads, ", R, ", problem.head_dim,
            ") or (R, ", problem.head_dim, ") is needed, with R at least 1");
   const struct {
     const char* name;
@@ -238,8 +240,8 @@ void place_relative(Problem& problem, const AttentionArguments& a) {
   } biases[] = {{"u", a.u, problem.key_bias}, {"w", a.w, problem.relative_bias}};
   for (const auto& [name, view, operand] : biases) {
     if (view.ndim != 2 || view.extent(1) != problem.num_heads || view.extent(0) != problem.head_dim)
-      refuse(a.function, name, " has shape ", shape_text(view), ", but (", problem.num_heads, ", ", problem.head_dim,
-             ") is needed");
+      refuse(a.function, Argument{name}, " has shape ", shape_text(view), ", but (", problem.num_heads, ", ",
+             problem.head_dim, ") is needed");
     operand = {static_cast<const char*>(view.data), view.dtype, view.stride(1), 0, view.stride(0)};
   }
   const std::int64_t head = a.r.ndim == 3 ? a.r.stride(2) : 0;
@@ -247,14 +249,16 @@ void place_relative(Problem& problem, const AttentionArguments& a) {
   problem.relative.count = a.r.extent(1);
   problem.relative.origin = a.r_origin;
   if (a.r_origin < 0 || a.r_origin >= problem.relative.count)
-    refuse(a.function, "r_origin is ", a.r_origin, ", but r has the rows 0 to ", problem.relative.count - 1);
+    refuse(a.function, "r_origin"_arg, " is ", a.r_origin, ", but ", "r"_arg, " has the rows 0 to ",
+           problem.relative.count - 1);
 }
 
 void place_distance_bias(Problem& problem, const AttentionArguments& a) {
   const TensorView& view = a.distance_bias;
   if (!view) return;
   if (view.extent(1) != problem.num_heads)
-    refuse(a.function, "t5 has a table for ", view.extent(1), " heads, but q has ", problem.num_heads);
+    refuse(a.function, "t5"_arg, " has a table for ", view.extent(1), " heads, but ", "q"_arg, " has ",
+           problem.num_heads);
   problem.distance_bias.rows = {static_cast<const char*>(view.data), view.dtype, view.stride(1), view.stride(0), 0};
   problem.distance_bias.count = view.extent(0);
   problem.distance_bias.origin = a.distance_origin;
@@ -274,9 +278,10 @@ void check_scale(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();
   if (std::abs(problem.scale) > most / log2_e)
-    refuse(a.function, "scale is ", problem.scale, ", but its size must not exceed ", most / log2_e);
+    refuse(a.function, "scale"_arg, " is ", problem.scale, ", but its size must not exceed ", most / log2_e);
   if (problem.softcap != 0 && std::abs(problem.scale) / problem.softcap > most)
-    refuse(a.function, "softcap is ", problem.softcap, ", but scale / softcap must not exceed ", most);
+    refuse(a.function, "softcap"_arg, " is ", problem.softcap, ", but ", "scale"_arg, " / ", "softcap"_arg,
+           " must not exceed ", most);
 }
 
 Problem make_problem(const AttentionArguments& a) {
@@ -295,13 +300,13 @@ Problem make_problem(const AttentionArguments& a) {
   problem.window_left = a.window_left;
   problem.window_right = a.window_right;
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
-  check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "the length of q");
+  check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "q");
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
-  check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "the length of k");
+  check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "k");
   if (a.keys == Keys::same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
   check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
-  check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "the length of k");
+  check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
   problem.precision = a.precision;

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from ._errors import refusal
 
 ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 LAYOUTS = tuple(_core.LAYOUTS)
@@ -23,8 +24,11 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an ndarray of native byte order, without a copy if possible."""
     if _is_masked(value):
-        raise TypeError(
-            f"{function}: {name} is a MaskedArray, whose mask would be lost: pass .data, and what is hidden as mask="
+        raise refusal(
+            TypeError,
+            function,
+            name,
+            " is a MaskedArray, whose mask would be lost: pass .data, and what is hidden as mask=",
         )
     array = value if isinstance(value, np.ndarray) else _from_foreign(function, name, value)
     if not array.dtype.isnative:
@@ -43,22 +47,25 @@ def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
     device = _dlpack_device(value)
     if device is not None:
         if device[0] != 1:  # kDLCPU
-            raise TypeError(
-                f"{function}: {name} is on device {device} (DLPack), but only CPU memory is "
-                "accepted: copy it to the CPU first"
+            raise refusal(
+                TypeError,
+                function,
+                name,
+                f" is on device {device} (DLPack), but only CPU memory is accepted: copy it to the CPU first",
             )
         # A framework's own conversion gives the best reason for refusing, e.g. a tensor that requires grad.
         if not hasattr(value, "__array__"):
             return _from_dlpack(function, name, value)
         if str(getattr(value, "dtype", "")) == "torch.bfloat16" and not value.requires_grad:
             return _from_torch_bfloat16(function, name, value)
+    no_array = f" of type {type(value).__name__} is not an array of numbers"
     try:
         array = np.asarray(value)
     except Exception as error:
         kind = next((kind for kind in (ValueError, RuntimeError, MemoryError) if isinstance(error, kind)), TypeError)
-        raise kind(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {error}") from error
+        raise refusal(kind, function, name, f"{no_array}: {error}") from error
     if array.dtype == object:
-        raise TypeError(f"{function}: {name} of type {type(value).__name__} is not an array of numbers: {ACCEPTED}")
+        raise refusal(TypeError, function, name, f"{no_array}: {ACCEPTED}")
     return array
 
 
@@ -75,15 +82,15 @@ def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
     try:
         return np.from_dlpack(value)
     except Exception as error:  # a type that NumPy lacks, or memory that cannot be shared
-        raise TypeError(
-            f"{function}: {name} of type {type(value).__name__} is not for NumPy to read ({error}): {ACCEPTED}"
+        raise refusal(
+            TypeError, function, name, f" of type {type(value).__name__} is not for NumPy to read ({error}): {ACCEPTED}"
         ) from error
 
 
 def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
     # NumPy has no bfloat16, so PyTorch does not convert it: pass the bits as uint16.
     if "ml_dtypes" not in sys.modules:  # no import here, see _is_masked
-        raise TypeError(f"{function}: {name} is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
+        raise refusal(TypeError, function, name, " is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
     return np.asarray(tensor.view(sys.modules["torch"].uint16)).view("bfloat16")
 
 
@@ -91,12 +98,12 @@ def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
     """Return integers of any width as int64. A copy, so that later changes by the caller have no effect."""
     array = as_array(function, name, value)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but integers are needed")
+        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but integers are needed")
     held = array
     if 0 in array.strides:  # an axis of stride 0 may have any length, but repeats one number
         held = array[tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides)]
     if array.dtype == np.uint64 and held.size and int(held.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{function}: {name} holds {int(held.max())}, which is beyond int64")
+        raise refusal(ValueError, function, name, f" holds {int(held.max())}, which is beyond int64")
     own = held.astype(np.int64)
     return own if own.shape == array.shape else np.broadcast_to(own, array.shape)
 
@@ -105,35 +112,37 @@ def reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
     """Return real numbers of any accepted type as float64."""
     array = as_array(function, name, value)
     if not is_float(array.dtype):
-        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
+        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
     return array.astype(np.float64, copy=False)
 
 
 def real(function: str, name: str, value: Any) -> float:
     """Return a finite number as float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"{function}: {name} is {value!r}, but a real number is needed")
+        raise refusal(TypeError, function, name, f" is {value!r}, but a real number is needed")
     if isinstance(value, np.complexfloating):
-        raise TypeError(f"{function}: {name} is {value!r}, but a real number is needed")
+        raise refusal(TypeError, function, name, f" is {value!r}, but a real number is needed")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{function}: {name} is {value!r}, but it must be finite")
+        raise refusal(ValueError, function, name, f" is {value!r}, but it must be finite")
     return number
 
 
 def _softcap(function: str, value: Any) -> float:
     number = real(function, "softcap", value)
     if number <= 0:
-        raise ValueError(f"{function}: softcap is {value!r}, but it must be greater than 0")
+        raise refusal(ValueError, function, "softcap", f" is {value!r}, but it must be greater than 0")
     return number
 
 
 def _window(function: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{function}: window is {value!r}, but a pair (left, right) is needed, with None for unbounded")
+        raise refusal(
+            TypeError, function, "window", f" is {value!r}, but a pair (left, right) is needed, with None for unbounded"
+        )
     left, right = value
     return _reach(function, value, left), _reach(function, value, right)
 
@@ -142,10 +151,13 @@ def _reach(function: str, window: Any, side: Any) -> int:
     if side is None:
         return -1
     if isinstance(side, (bool, np.bool_)) or not isinstance(side, (int, np.integer)):
-        raise TypeError(f"{function}: window is {window!r}, but its entries are integers or None")
+        raise refusal(TypeError, function, "window", f" is {window!r}, but its entries are integers or None")
     if side < 0:
-        raise ValueError(
-            f"{function}: window is {window!r}, but its entries cannot be negative: use None for unbounded"
+        raise refusal(
+            ValueError,
+            function,
+            "window",
+            f" is {window!r}, but its entries cannot be negative: use None for unbounded",
         )
     return min(int(side), (1 << 63) - 1)
 
@@ -153,14 +165,14 @@ def _reach(function: str, window: Any, side: Any) -> int:
 def flag(function: str, name: str, value: Any) -> bool:
     """Return a bool; values that are merely truthy raise a TypeError."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{function}: {name} is {value!r}, but True or False is needed")
+        raise refusal(TypeError, function, name, f" is {value!r}, but True or False is needed")
     return bool(value)
 
 
 def integer(function: str, name: str, value: Any) -> int:
     """Return an integer; a bool is none."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} is {value!r}, but an integer is needed")
+        raise refusal(TypeError, function, name, f" is {value!r}, but an integer is needed")
     return int(value)
 
 
@@ -168,7 +180,7 @@ def integer_in(function: str, name: str, value: Any, least: int, most: int) -> i
     """Return an integer from `least` to `most`."""
     number = integer(function, name, value)
     if not least <= number <= most:
-        raise ValueError(f"{function}: {name} is {value}, but it must be in {least}..{most}")
+        raise refusal(ValueError, function, name, f" is {value}, but it must be in {least}..{most}")
     return number
 
 
@@ -176,9 +188,9 @@ def whole_number(function: str, name: str, value: Any, least: int) -> int:
     """Return an integer that is at least `least` and in the range of the core."""
     number = integer(function, name, value)
     if number < least:
-        raise ValueError(f"{function}: {name} is {value}, but it must be at least {least}")
+        raise refusal(ValueError, function, name, f" is {value}, but it must be at least {least}")
     if number > 1 << 60:
-        raise ValueError(f"{function}: {name} is {value}, but it must be at most {1 << 60}")
+        raise refusal(ValueError, function, name, f" is {value}, but it must be at most {1 << 60}")
     return number
 
 
@@ -189,9 +201,9 @@ def thread_count(function: str, value: Any) -> int:
 
 def choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{function}: {name} is {value!r}, but it must be one of {listed}")
+        raise refusal(ValueError, function, name, f" is {value!r}, but it must be one of {listed}")
 
 
 def _code(function: str, name: str, word: Any, codes: dict[str, int]) -> int:
@@ -246,13 +258,13 @@ def core_options(
         options.alibi_slopes = reals(function, "alibi_slopes", alibi_slopes)
     if sinks is not None:
         options.sinks = reals(function, "sinks", sinks)
-    if layout != "bhsd":
+    if type(layout) is not str or layout != "bhsd":  # comparing an array would raise
         options.layout = _code(function, "layout", layout, _core.LAYOUTS)
     if return_lse is not False:
         options.return_lse = flag(function, "return_lse", return_lse)
     if return_weights is not False:
         options.return_weights = flag(function, "return_weights", return_weights)
-    if precision != "highest":
+    if type(precision) is not str or precision != "highest":
         options.precision = _code(function, "precision", precision, _core.PRECISIONS)
     if num_threads is not None:
         options.num_threads = thread_count(function, num_threads)
@@ -265,12 +277,12 @@ def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
     from ._bias import T5Bias  # here, since _bias imports this module
 
     if not isinstance(value, T5Bias):
-        raise TypeError(f"{function}: t5 is a {type(value).__name__}, but a T5Bias is needed: T5Bias(table)")
+        raise refusal(TypeError, function, "t5", f" is a {type(value).__name__}, but a T5Bias is needed: T5Bias(table)")
     return value.for_core()
 
 
 def out_array(function: str, out: Any) -> NDArray[Any]:
     """Check that `out` is an ndarray; the core checks its shape and dtype."""
     if not isinstance(out, np.ndarray) or _is_masked(out):
-        raise TypeError(f"{function}: out is a {type(out).__name__}, but a numpy.ndarray is needed")
+        raise refusal(TypeError, function, "out", f" is a {type(out).__name__}, but a numpy.ndarray is needed")
     return out

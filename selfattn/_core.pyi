@@ -1,4 +1,7 @@
-"""The compiled core. It relies on argument checks of the Python layer; use the public functions instead."""
+"""The compiled core. It relies on argument checks of the Python layer; use the public functions instead.
+
+Its ValueErrors and TypeErrors about arguments have an attribute ``message_parts``; see `_errors.py`.
+"""
 
 from typing import Any, NewType, TypeAlias
 

@@ -19,8 +19,9 @@ constexpr int first_user_number = 256;                                          
 
 std::string dtype_name(const py::array& array) { return py::str(array.dtype().attr("name")); }
 
-[[noreturn]] void refuse_type(const char* function, const char* name, const std::string& got, const char* rule) {
-  throw py::type_error(std::string(function) + ": " + name + " has dtype " + got + ", but " + rule);
+template <class... Rule>
+[[noreturn]] void refuse_type(const char* function, const char* name, const std::string& got, const Rule&... rule) {
+  refuse<TypeRefusal>(function, Argument{name}, " has dtype ", got, ", but ", rule...);
 }
 
 py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>(object); }
@@ -86,9 +87,8 @@ TensorView float_view(const char* function, const char* name, py::handle object)
 TensorView matching_view(const char* function, const char* name, py::handle object, const char* like_name, DType like) {
   const TensorView view = float_view(function, name, object);
   if (view.dtype != like)
-    refuse_type(
-        function, name, dtype_name(as_array(object)),
-        (std::string(like_name) + " has " + name_of(like) + ": they must agree, convert one with .astype").c_str());
+    refuse_type(function, name, dtype_name(as_array(object)), Argument{like_name}, " has ", name_of(like),
+                ": they must agree, convert one with .astype");
   return view;
 }
 
@@ -97,7 +97,8 @@ TensorView bool_view(const char* function, const char* name, py::handle object) 
   const py::array array = as_array(object);
   if (array.dtype().num() != bool_number)
     refuse_type(function, name, dtype_name(array),
-                "a mask is bool, True = attend: write `array != 0` for 1 = attend, or pass numbers to add as bias");
+                "a mask is bool, True = attend: write `array != 0` for 1 = attend, or pass numbers to add as ",
+                "bias"_arg);
   return view_of(array, DType::boolean);
 }
 
@@ -151,7 +152,7 @@ void check_own_memory(const char* function, const TensorView& out) {
   std::int64_t filled = size_of(out.dtype);  // bytes that the axes up to here span
   for (int i = 0; i < count; ++i) {
     if (axes[i].stride < filled)
-      refuse(function, "out has stride ", axes[i].stride, " along axis ", axes[i].number,
+      refuse(function, "out"_arg, " has stride ", axes[i].stride, " along axis ", axes[i].number,
              ", so that its elements share memory");
     filled += (axes[i].extent - 1) * axes[i].stride;
   }
@@ -161,11 +162,12 @@ void check_out(const char* function, const py::array& out, const Shape& shape, D
   const char order = out.dtype().byteorder();
   if (float_type(out) != dtype || order == '>' || order == '<')
     refuse_type(function, "out", dtype_name(out) + (order == '=' || order == '|' ? "" : " of foreign byte order"),
-                (std::string("the result is ") + name_of(dtype)).c_str());
+                "the result is ", name_of(dtype));
   const TensorView view = view_of(out, dtype);
   if (view.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, view.shape))
-    refuse(function, "out has shape ", shape_text(view), " but the result has ", to_text(shape.extent, shape.ndim));
-  if (!out.writeable()) refuse(function, "out is read-only");
+    refuse(function, "out"_arg, " has shape ", shape_text(view), " but the result has ",
+           to_text(shape.extent, shape.ndim));
+  if (!out.writeable()) refuse(function, "out"_arg, " is read-only");
   check_own_memory(function, view);
 }
 

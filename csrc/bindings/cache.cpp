@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <string>
 #include <utility>
 
 #include "bindings/attention.h"
@@ -16,7 +15,7 @@ namespace {
 
 void check_tokens(const char* function, const char* name, const TensorView& view, const Shape& wanted) {
   if (view.ndim != wanted.ndim || !std::equal(wanted.extent, wanted.extent + wanted.ndim, view.shape))
-    refuse(function, name, " has shape ", shape_text(view), ", but this cache and call need ",
+    refuse(function, Argument{name}, " has shape ", shape_text(view), ", but this cache and call need ",
            to_text(wanted.extent, wanted.ndim));
 }
 
@@ -74,16 +73,16 @@ void reorder(py::handle store, py::handle ledger, const py::array& index) {
 // Checks that the cache has the type of the queries or a narrower one.
 void check_type(const char* function, const Cache& cache, DType query) {
   if (cache.dtype == query || size_of(cache.dtype) < size_of(query)) return;
-  throw py::type_error(std::string(function) + ": the cache holds " + name_of(cache.dtype) + ", but q has " +
-                       name_of(query) + ": it must hold the same or a narrower type");
+  refuse<TypeRefusal>(function, "the cache holds ", name_of(cache.dtype), ", but ", "q"_arg, " has ", name_of(query),
+                      ": it must hold the same or a narrower type");
 }
 
 void check_query(const char* function, const Cache& cache, const TensorView& q, bool bshd) {
   if (q.ndim != 4 || q.extent(3) != cache.batch)
-    refuse(function, "q has shape ", shape_text(q), ", but ", cache.batch, " sequences need ",
+    refuse(function, "q"_arg, " has shape ", shape_text(q), ", but ", cache.batch, " sequences need ",
            bshd ? "(batch, q_len, heads, head_dim)" : "(batch, heads, q_len, head_dim)", " with that batch");
   if (q.extent(0) != cache.key.width)
-    refuse(function, "q has head_dim ", q.extent(0), " but the cache has ", cache.key.width);
+    refuse(function, "q"_arg, " has head_dim ", q.extent(0), " but the cache has ", cache.key.width);
 }
 
 // inputs: q, k and v (or None), rope (or None), positions (or None), and whether the result has the type of

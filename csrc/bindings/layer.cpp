@@ -3,7 +3,6 @@
 
 #include <cstring>
 #include <memory>
-#include <string>
 #include <utility>
 
 #include "bindings/attention.h"
@@ -122,11 +121,12 @@ class Layer {
   void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle store, py::handle sequences,
                   const TensorView& x) const {
     if (store.is_none()) return;
-    if (x.ndim != 3) refuse(function, "x has shape ", shape_text(x), ", but a cache needs (batch, tokens, d_model)");
+    if (x.ndim != 3)
+      refuse(function, "x"_arg, " has shape ", shape_text(x), ", but a cache needs (batch, tokens, d_model)");
     found.emplace(function, store, sequences, x.extent(1));
     const Cache& cache = found->cache();
     if (x.extent(2) != cache.batch)
-      refuse(function, "x has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");
+      refuse(function, "x"_arg, " has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");
     const auto check = [&](const char* what, std::int64_t of_cache, std::int64_t of_layer) {
       if (of_cache != of_layer) refuse(function, "the cache has ", what, " ", of_cache, ", but the layer ", of_layer);
     };
@@ -135,16 +135,17 @@ class Layer {
     check("value_dim", cache.value.width, weights_.value_dim);
     const DType computed = computed_in(weights_.dtype);
     if (cache.dtype != computed && size_of(cache.dtype) >= size_of(computed))
-      throw py::type_error(std::string(function) + ": the cache holds " + name_of(cache.dtype) +
-                           ", but the layer computes in " + name_of(computed));
+      refuse<TypeRefusal>(function, "the cache holds ", name_of(cache.dtype), ", but the layer computes in ",
+                          name_of(computed));
   }
 
   TensorView input_view(const char* function, const char* name, py::handle array, std::int64_t depth) const {
     const TensorView view = matching_view(function, name, array, "w_q", weights_.dtype);
     if (view.ndim < 2 || view.ndim >= max_axes)
-      refuse(function, name, " has shape ", shape_text(view), " but needs 2 dimensions or more: (..., S, d_model)");
+      refuse(function, Argument{name}, " has shape ", shape_text(view),
+             " but needs 2 dimensions or more: (..., S, d_model)");
     if (view.extent(0) != depth)
-      refuse(function, name, " has d_model ", view.extent(0), " but the weights have ", depth, " rows");
+      refuse(function, Argument{name}, " has d_model ", view.extent(0), " but the weights have ", depth, " rows");
     return view;
   }
 

@@ -1,7 +1,7 @@
 // attention_varlen(): sequences of different lengths in one call, each computed as if it were alone.
 #include <new>
-#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "attend.h"
 #include "bindings/attention.h"
@@ -110,7 +110,8 @@ class Sequences {
 
 TensorView packed_view(const char* name, const TensorView& view) {
   if (view.ndim != 3)
-    refuse(function, name, " has shape ", shape_text(view), " but needs 3 dimensions (total, heads, head_dim)");
+    refuse(function, Argument{name}, " has shape ", shape_text(view),
+           " but needs 3 dimensions (total, heads, head_dim)");
   return view;
 }
 
@@ -118,8 +119,10 @@ TensorView packed_view(const char* name, const TensorView& view) {
 Problem problem_of(const AttentionArguments& arguments, std::size_t i) {
   try {
     return make_problem(arguments);
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(error.what() + (" (sequence " + std::to_string(i) + ")"));
+  } catch (const Refusal& refusal) {
+    Message message = refusal.message();
+    extend(message, " (sequence " + std::to_string(i) + ")");
+    throw Refusal(std::move(message));
   }
 }
 

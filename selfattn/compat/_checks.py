@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._arguments import as_array, real
+from .._errors import renamed
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -18,19 +18,17 @@ _R = TypeVar("_R")
 
 def own_names(function: str, **arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Make errors of selfattn's functions name this function and its arguments, given as selfattn_name="own name"."""
-    subject = re.compile(rf"\b({'|'.join(arguments)})(?= has | is | holds | goes | must | \(|\)|$)")
 
     def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
         @wraps(call)
         def named(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             try:
                 return call(*args, **kwargs)
-            except (TypeError, ValueError) as error:
-                place, colon, text = str(error).partition(": ")
-                if not colon or not place.startswith("attention"):
+            except Exception as error:
+                own = renamed(error, function, arguments)
+                if own is error:
                     raise
-                text = subject.sub(lambda match: arguments[match[1]], text)
-                raise type(error)(f"{function}: {text}") from error
+                raise own from error
 
         return named
 

@@ -10,11 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 from .._arguments import as_array, flag, integers, is_float
 from .._keywords import hinted
 from .._typing import Array, No, Yes
-from ._checks import arrays, dimensions, is_integer
+from ._checks import arrays, dimensions, is_integer, own_names
 from ._flash_attn import Window, flash_options
 from ._pages import Pages, attend_pages
 
 _NAME = "flash_attn_with_kvcache"
+
+# Only this call: k and v are also arguments of flash_attn_with_kvcache.
+_attend = own_names(_NAME, k="k_cache", v="v_cache", scale="softmax_scale")(attend_pages)
 
 
 # fmt: off
@@ -155,14 +158,14 @@ def flash_attn_with_kvcache(
         new = turn(new[0], lengths), new[1]
     rows = np.arange(len(query))
     if new is None:
-        return attend_pages(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+        return _attend(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
     slots = pages.slots(lengths, new[0].shape[1])
     _check_distinct(slots, pages.page_size)
     before = [side[slots] for side in (pages.k, pages.v)]  # indexing by arrays copies
     try:
         for side, tokens in zip((pages.k, pages.v), new, strict=True):
             side[slots] = tokens
-        return attend_pages(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+        return _attend(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
     except BaseException:
         for side, old in zip((pages.k, pages.v), before, strict=True):
             side[slots] = old

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -147,3 +148,23 @@ def test_stub_and_module_agree() -> None:
     stubbed = set(re.findall(r"^(?:def |class )?(\w+)(?:\(|:(?! TypeAlias))", text, flags=re.M))
     defined = {name for name in dir(_core) if not name.startswith("_")}
     assert stubbed == defined
+
+
+def test_errors_of_the_core_keep_the_names_in_their_messages() -> None:
+    """`refuse` in message.h throws them; others tell of environment variables, or of wrong use of `_core`."""
+    others = re.compile(r"throw (std::invalid_argument|py::(type|value)_error)")
+    found = {f.name for f in CSRC.rglob("*.[ch]*") if others.search(f.read_text(encoding="utf8"))}
+    assert found == {"options.cpp", "parallel.cpp", "registry.cpp"}
+
+
+def test_errors_of_functions_that_compat_calls_keep_the_names_in_their_messages() -> None:
+    package = ROOT / "selfattn"
+    imports = re.compile(r"^from \.\.(_\w+) import", re.M)
+    used = {name for f in (package / "compat").glob("*.py") for name in imports.findall(f.read_text(encoding="utf8"))}
+    used -= {"_errors", "_keywords", "_typing"}  # keywords are those of compat's own functions
+    assert used == {"_arguments", "_attention", "_varlen"}
+    for name in used:
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text(encoding="utf8"))):
+            if isinstance(node, ast.Raise):
+                assert node.exc is not None
+                assert ast.unparse(node.exc).startswith("refusal("), f"{name}.py:{node.lineno}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 import re
 from typing import Any
 
@@ -91,8 +94,10 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sinks": array(4, dtype=np.int16)}, TypeError, "sinks has dtype int16"),
     ({"layout": "sbhd"}, ValueError, "layout is 'sbhd', but it must be one of 'bhsd', 'bshd'"),
     ({"layout": None}, ValueError, "layout is None"),
+    ({"layout": array(2)}, ValueError, "layout is array([0., 0.], dtype=float32), but it must be one of"),
     ({"return_lse": 1}, TypeError, "return_lse is 1"),
     ({"return_weights": None}, TypeError, "return_weights is None"),
+    ({"precision": array(2)}, ValueError, "precision is array("),
     ({"precision": "low"}, ValueError, "precision is 'low', but it must be one of 'highest', 'high', 'medium'"),
     ({"num_threads": 0}, ValueError, "num_threads is 0, but it must be in 1..4096"),
     ({"num_threads": 2.0}, TypeError, "num_threads is 2.0, but an integer is needed"),
@@ -112,9 +117,59 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_input(changed: dict[str, Any], exception: type[Exception], message: str) -> None:
     out = np.full((2, 4, 5, 8), 7, np.float32)
     arguments: dict[str, Any] = {"q": Q, "k": K, "v": K, "out": out, **changed}
-    with pytest.raises(exception, match=r"^attention: .*" + re.escape(message)):
+    with pytest.raises(exception, match=r"^attention: .*" + re.escape(message)) as raised:
         sa.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    assert type(raised.value) is exception
     assert np.all(out == 7)
+    if "unexpected keyword" in str(raised.value):
+        return  # before any argument has been read
+    function, *names = names_in(raised.value)
+    assert function == "attention"
+    assert names
+    assert set(names) <= set(inspect.signature(sa.attention).parameters)
+
+
+def names_in(error: Any) -> tuple[str, ...]:
+    """Return the names that a message mentions: those of the function and of its arguments."""
+    assert "".join(error.message_parts) == str(error)
+    assert {type(part) for part in error.message_parts} == {str}
+    names: tuple[str, ...] = error.message_parts[::2]
+    return names
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"k": array(2, 2, 7, 9)}, ("k", "q")),
+        ({"k": array(2, 3, 7, 8)}, ("q", "k")),
+        ({"v": array(2, 2, 6, 8)}, ("v", "k")),
+        ({"k": K.astype(np.float64)}, ("k", "q")),
+        ({"k": array(3, 2, 7, 8)}, ("k",)),
+        ({"q_lens": [6, 1]}, ("q_lens", "q")),
+        ({"kv_lens": [1, 1], "causal": True}, ("kv_lens", "q", "q_lens", "q_offset")),
+        ({"softcap": 1e-300}, ("softcap", "scale", "softcap")),
+        ({"mask": array(5, 7)}, ("mask", "bias")),
+        ({"scale": "q has k"}, ("scale",)),
+        ({"q": "k has v"}, ("q",)),
+    ],
+    ids=str,
+)
+def test_names_of_arguments_are_known_apart_from_the_text(changed: dict[str, Any], names: tuple[str, ...]) -> None:
+    arguments: dict[str, Any] = {"q": Q, "k": K, "v": K, **changed}
+    with pytest.raises((TypeError, ValueError)) as raised:
+        sa.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    assert names_in(raised.value) == ("attention", *names)
+
+
+def test_errors_can_be_pickled_and_copied() -> None:
+    for arguments in ((Q, K[..., :3], K), (Q, K, "text")):  # one from the core, one from Python
+        with pytest.raises((TypeError, ValueError)) as raised:
+            sa.attention(*arguments)
+        error = raised.value
+        for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+            assert type(again) is type(error)
+            assert str(again) == str(error)
+            assert names_in(again) == names_in(error)
 
 
 def test_reports_in_the_order_of_the_arguments() -> None:
@@ -196,15 +251,18 @@ def test_random_bad_calls_raise_only_what_is_documented(rng: Any) -> None:
     arrays = [np.zeros(shape, dtype) for shape in shapes for dtype in dtypes]
     values: list[Any] = [*plain * 2, {}, object(), np.float32(1), *arrays]
     names = ["q", "k", "v", *(sa.attention.__kwdefaults__ or {})]
-    refused = 0
+    refused: list[Exception] = []
     for _ in range(6000):
         arguments: dict[str, Any] = {"q": Q, "k": K, "v": K}
         for name in rng.choice(names, size=rng.integers(1, 5), replace=False):
             arguments[str(name)] = values[rng.integers(len(values))]
         try:
             sa.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
-        except (TypeError, ValueError, MemoryError, BufferError):
-            refused += 1
-    assert refused > 3000
+        except (TypeError, ValueError) as error:
+            refused.append(error)
+        except (MemoryError, BufferError):
+            pass
+    assert len(refused) > 3000
+    assert all(names_in(error)[0] == "attention" for error in refused)
     assert not Q.any()
     assert not K.any()

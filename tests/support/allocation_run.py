@@ -61,6 +61,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "rope": lambda: sa.apply_rope(many),
         "merge": lambda: merged(many),
         "explain": lambda: str(sa.explain(many, many, many)),
+        "refused": lambda: refused(many),
     }
 
 
@@ -74,6 +75,14 @@ def merged(x: Any) -> Any:
     out, lse = np.empty_like(x), np.empty_like(x[..., 0])
     _core.merge_states([x, x], [x[..., 0], x[..., 1]], out, lse, 3)
     return out, lse
+
+
+def refused(x: Any) -> str:
+    try:
+        sa.attention(x, x[..., :3], x)
+    except ValueError as error:
+        return f"{error} {error.__dict__}"
+    raise AssertionError("not refused")
 
 
 def digest(result: Any) -> bytes:

@@ -1,0 +1,282 @@
+"""Whole messages of compat's functions: each names the function and its own arguments, and changes nothing else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfattn import compat
+
+ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
+NO_FLOATS = f"has dtype int32, but {ACCEPTED}: convert it with .astype(numpy.float32)"
+LARGEST = "3.40282e+38"
+LARGEST_SCALE = "2.35866e+38"
+
+
+class Broken:
+    """An array that cannot be converted, for a reason that looks like a message of ours."""
+
+    def __init__(self, reason: str, kind: type[Exception] = ValueError) -> None:
+        self.reason, self.kind = reason, kind
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise self.kind(self.reason)
+
+
+def array(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.ones(shape, dtype)
+
+
+def claim(*shape: int) -> Any:
+    """A view that claims any shape over four bytes of memory."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+Case = tuple[dict[str, Any], type[Exception], str]
+
+PYTORCH = {"query": array(1, 2, 5, 8), "key": array(1, 2, 6, 8), "value": array(1, 2, 6, 8)}
+JAX = {"query": array(1, 5, 2, 8), "key": array(1, 6, 2, 8), "value": array(1, 6, 2, 8)}
+FLASH = {"q": array(2, 5, 4, 8), "k": array(2, 6, 2, 8), "v": array(2, 6, 2, 8)}
+VARLEN = {
+    "q": array(5, 4, 8),
+    "k": array(6, 2, 8),
+    "v": array(6, 2, 8),
+    "cu_seqlens_q": [0, 2, 5],
+    "cu_seqlens_k": [0, 3, 6],
+    "max_seqlen_q": 9,
+    "max_seqlen_k": 9,
+}
+KVCACHE = {"q": array(2, 1, 4, 8), "k_cache": array(2, 9, 2, 8), "v_cache": array(2, 9, 2, 8), "cache_seqlens": 4}
+PAGES = {"k": array(4, 3, 2, 8), "v": array(4, 3, 2, 8), "block_table": [[0], [1]]}
+
+
+def as_integers(given: dict[str, Any]) -> dict[str, Any]:
+    """The arrays among these arguments, as int32."""
+    return {name: x.astype(np.int32) for name, x in given.items() if isinstance(x, np.ndarray)}
+
+
+SDPA_CASES: list[Case] = [
+    (as_integers(PYTORCH), TypeError, f"query {NO_FLOATS}"),
+    (
+        {"query": array(1, 2, 5, 0), "key": array(1, 2, 6, 0)},
+        ValueError,
+        "query has head_dim 0, but the softmax scale needs head_dim >= 1",
+    ),
+    (
+        {"query": claim(1, 2, 5, 1 << 31), "key": claim(1, 2, 6, 1 << 31)},
+        ValueError,
+        "query has head_dim 2147483648, but at most 2147483647 is possible",
+    ),
+    (
+        {"value": claim(1, 2, 6, 1 << 31)},
+        ValueError,
+        "value has head_dim 2147483648, but at most 2147483647 is possible",
+    ),
+    (
+        {"attn_mask": array(5, 7, dtype=bool)},
+        ValueError,
+        "attn_mask has shape (5, 7), which does not broadcast to (1, 2, 5, 6)",
+    ),
+    (
+        {"attn_mask": array(3, 5, 6)},
+        ValueError,
+        "attn_mask has shape (3, 5, 6), which does not broadcast to (1, 2, 5, 6)",
+    ),
+    ({"scale": 1e300}, ValueError, f"scale is 1e+300, but its size must not exceed {LARGEST_SCALE}"),
+    ({"scale": "q is k"}, TypeError, "scale is 'q is k', but a real number is needed"),
+    ({"scale": "mask has a (bias) "}, TypeError, "scale is 'mask has a (bias) ', but a real number is needed"),
+    ({"query": Broken("k has q")}, ValueError, "query of type Broken is not an array of numbers: k has q"),
+    ({"attn_mask": Broken("v is q")}, ValueError, "attn_mask of type Broken is not an array of numbers: v is q"),
+    ({"key": array(1, 2, 6, 7)}, ValueError, "key has head_dim 7 but query has 8"),
+]
+
+DOT_PRODUCT_CASES: list[Case] = [
+    (as_integers(JAX), TypeError, f"query {NO_FLOATS}"),
+    (
+        {"key": array(1, 6, 3, 8), "value": array(1, 6, 3, 8)},
+        ValueError,
+        "query has 2 heads, which is not a multiple of the 3 heads of key",
+    ),
+    ({"key": array(1, 6, 2, 7), "value": array(1, 6, 2, 7)}, ValueError, "key has head_dim 7 but query has 8"),
+    ({"query_seq_lengths": [9]}, ValueError, "query_seq_lengths holds 9, which is outside 0..5 (the length of query)"),
+    (
+        {"key_value_seq_lengths": [-1]},
+        ValueError,
+        "key_value_seq_lengths holds -1, which is outside 0..6 (the length of key)",
+    ),
+    ({"bias": array(5, 6, dtype=np.int32)}, TypeError, f"bias {NO_FLOATS}"),
+    ({"scale": -1e300}, ValueError, f"scale is -1e+300, but its size must not exceed {LARGEST_SCALE}"),
+    ({"scale": "q is v"}, TypeError, "scale is 'q is v', but a real number is needed"),
+    ({"bias": Broken("q has k")}, ValueError, "bias of type Broken is not an array of numbers: q has k"),
+    (
+        {"local_window_size": "window (q"},
+        TypeError,
+        "local_window_size is 'window (q', but an integer or a pair of them is needed",
+    ),
+]
+
+# Those of all three functions. Each takes k and v by other names or shapes.
+FLASH_OPTIONS: list[Case] = [
+    (
+        {"softmax_scale": "scale is window"},
+        TypeError,
+        "softmax_scale is 'scale is window', but a real number is needed",
+    ),
+    ({"window_size": "window is 3"}, TypeError, "window_size is 'window is 3', but a pair of integers is needed"),
+    ({"alibi_slopes": array(4, dtype=np.int64)}, TypeError, f"alibi_slopes has dtype int64, but {ACCEPTED}"),
+    (
+        {"alibi_slopes": Broken("scale is lost, window has holes")},
+        ValueError,
+        "alibi_slopes of type Broken is not an array of numbers: scale is lost, window has holes",
+    ),
+    (
+        {"alibi_slopes": Broken("no scale", RuntimeError)},
+        RuntimeError,
+        "alibi_slopes of type Broken is not an array of numbers: no scale",
+    ),
+    (
+        {"alibi_slopes": np.ma.masked_less(array(4), 0)},
+        TypeError,
+        "alibi_slopes is a MaskedArray, whose mask would be lost: pass .data, and what is hidden as mask=",
+    ),
+]
+
+# The core's checks of options, which add the number of the sequence to messages about packed sequences.
+LARGE_SCALE: Case = (
+    {"softmax_scale": 1e300},
+    ValueError,
+    f"softmax_scale is 1e+300, but its size must not exceed {LARGEST_SCALE}",
+)
+SMALL_SOFTCAP: Case = (
+    {"softcap": 1e-300},
+    ValueError,
+    f"softcap is 1e-300, but softmax_scale / softcap must not exceed {LARGEST}",
+)
+WRONG_SLOPES: Case = (
+    {"alibi_slopes": array(3)},
+    ValueError,
+    "alibi_slopes has shape (3,), which does not broadcast to (2, 4)",
+)
+
+
+def of_sequence(case: Case) -> Case:
+    changed, kind, message = case
+    return changed, kind, f"{message} (sequence 0)"
+
+
+FLASH_CASES: list[Case] = [
+    *FLASH_OPTIONS,
+    LARGE_SCALE,
+    SMALL_SOFTCAP,
+    WRONG_SLOPES,
+    (as_integers(FLASH), TypeError, f"q {NO_FLOATS}"),
+    ({"k": array(2, 6, 2, 7)}, ValueError, "k has head_dim 7 but q has 8"),
+    ({"k": array(2, 6, 3, 8)}, ValueError, "q has 4 heads, which is not a multiple of the 3 heads of k"),
+    ({"v": array(2, 6, 4, 8)}, ValueError, "v has 4 heads but k has 2"),
+    ({"v": array(2, 7, 2, 8)}, ValueError, "v has length 7 but k has 6"),
+    ({"k": array(3, 6, 2, 8)}, ValueError, "the leading dimensions (3,) of k do not broadcast against (2,)"),
+    (
+        {"q": claim(1 << 40, 1 << 14, 1, 8), "k": claim(1, 6, 1, 8), "v": claim(1, 6, 1, 8)},
+        ValueError,
+        "the result of shape (1099511627776, 16384, 1, 8) is more than any memory holds",
+    ),
+]
+
+VARLEN_CASES: list[Case] = [
+    *FLASH_OPTIONS,
+    of_sequence(LARGE_SCALE),
+    of_sequence(SMALL_SOFTCAP),
+    WRONG_SLOPES,
+    (as_integers(VARLEN), TypeError, f"q {NO_FLOATS}"),
+    ({"k": array(6, 2, 7)}, ValueError, "k has head_dim 7 but q has 8 (sequence 0)"),
+    ({"k": array(6, 3, 8)}, ValueError, "q has 4 heads, which is not a multiple of the 3 heads of k (sequence 0)"),
+    ({"v": array(6, 4, 8)}, ValueError, "v has 4 heads but k has 2 (sequence 0)"),
+    ({"v": array(7, 2, 8)}, ValueError, "v has 7 rows but k has 6"),
+    ({"cu_seqlens_q": [0, 2, 4]}, ValueError, "cu_seqlens_q goes from 0 to 4, but q has the rows 0 to 5"),
+    ({"cu_seqlens_k": [0, 2, 9]}, ValueError, "cu_seqlens_k goes from 0 to 9, but k has the rows 0 to 6"),
+    ({"cu_seqlens_k": [0, 6]}, ValueError, "cu_seqlens_k has 2 entries but cu_seqlens_q has 3"),
+    # with pages
+    ({**PAGES, "softmax_scale": 1e300}, ValueError, LARGE_SCALE[2]),
+    ({**PAGES, "softcap": 1e-300}, ValueError, SMALL_SOFTCAP[2]),
+    (
+        {**PAGES, "k": array(4, 3, 3, 8), "v": array(4, 3, 3, 8)},
+        ValueError,
+        "q has 4 heads, which is not a multiple of the 3 heads of k",
+    ),
+    ({**PAGES, "k": array(4, 3, 2, 6)}, ValueError, "q has head_dim 8 but the cache has 6"),
+]
+
+KVCACHE_CASES: list[Case] = [
+    *FLASH_OPTIONS,
+    LARGE_SCALE,
+    SMALL_SOFTCAP,
+    WRONG_SLOPES,
+    ({"q": array(2, 1, 4, 6)}, ValueError, "q has head_dim 6 but the cache has 8"),
+    (
+        {"k_cache": array(2, 9, 3, 8), "v_cache": array(2, 9, 3, 8)},
+        ValueError,
+        "q has 4 heads, which is not a multiple of the 3 heads of k_cache",
+    ),
+    (
+        {"k": Broken("q has k"), "v": array(2, 1, 2, 8)},
+        ValueError,
+        "k of type Broken is not an array of numbers: q has k",
+    ),
+    (
+        {"k": array(2, 1, 3, 8), "v": array(2, 1, 2, 8)},
+        ValueError,
+        "k has shape (2, 1, 3, 8), but (2, 1, 2, 8) is needed",
+    ),
+]
+
+TABLE: dict[str, tuple[dict[str, Any], list[Case]]] = {
+    "scaled_dot_product_attention": (PYTORCH, SDPA_CASES),
+    "dot_product_attention": (JAX, DOT_PRODUCT_CASES),
+    "flash_attn_func": (FLASH, FLASH_CASES),
+    "flash_attn_varlen_func": (VARLEN, VARLEN_CASES),
+    "flash_attn_with_kvcache": (KVCACHE, KVCACHE_CASES),
+}
+CALLS = [(name, *case) for name, (_, cases) in TABLE.items() for case in cases]
+
+
+def failure(name: str, changed: dict[str, Any]) -> Exception:
+    """Return the exception of a call with these arguments instead of good ones."""
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
+        getattr(compat, name)(**{**TABLE[name][0], **changed})
+    return raised.value
+
+
+def test_every_function_has_a_table() -> None:
+    assert set(TABLE) == set(compat.__all__)
+    for name, (given, _) in TABLE.items():
+        getattr(compat, name)(**given)
+
+
+@pytest.mark.parametrize(("name", "changed", "kind", "message"), CALLS, ids=lambda x: str(x)[:60])
+def test_messages(name: str, changed: dict[str, Any], kind: type[Exception], message: str) -> None:
+    error = failure(name, changed)
+    assert type(error) is kind
+    assert str(error) == f"{name}: {message}"
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_renamed_errors_keep_their_cause(name: str) -> None:
+    option = "softmax_scale" if name.startswith("flash") else "scale"
+    error = failure(name, {option: 1e300})
+    assert type(error.__cause__) is ValueError
+    assert "scale is 1e+300" in str(error.__cause__)
+    reason = failure(name, {"query" if "dot" in name else "q": Broken("reason")})
+    assert str(reason.__cause__) == "reason"
+
+
+def test_renamed_errors_can_be_pickled_and_copied() -> None:
+    error: Any = failure("flash_attn_func", {"softcap": 1e-300})
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is ValueError
+        assert str(again) == str(error)
+        assert again.message_parts == error.message_parts
+    assert error.message_parts[::2] == ("flash_attn_func", "softcap", "softmax_scale", "softcap")
