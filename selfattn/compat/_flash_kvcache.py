@@ -185,7 +185,7 @@ def _pages(query: NDArray[Any], k: NDArray[Any], v: NDArray[Any], index: Any, ta
             raise TypeError(f"{_NAME}: {name} has dtype {cache.dtype} but q has {query.dtype}: they must be equal")
     if table is not None:
         if index is not None:
-            raise ValueError(f"{_NAME}: cache_batch_idx is given together with block_table, which says as much")
+            raise ValueError(f"{_NAME}: cache_batch_idx is given together with block_table: pass one of them")
         return Pages(_NAME, "block_table", k, v, table, len(query), "_cache")
     # Treat each row of the cache as a single page as long as the cache.
     if index is None:
@@ -273,8 +273,8 @@ class _Rotation:
                 raise TypeError(f"{_NAME}: {name} has dtype {table.dtype}, but floating-point numbers are needed")
             if table.ndim != 2 or table.shape != self.cos.shape or 2 * table.shape[1] > head_dim:
                 raise ValueError(
-                    f"{_NAME}: {name} has shape {table.shape}, but (positions, rotary_dim / 2) is needed, alike for "
-                    f"both, with rotary_dim at most {head_dim}"
+                    f"{_NAME}: {name} has shape {table.shape}, but (positions, rotary_dim / 2) is needed, the same "
+                    f"for both, with rotary_dim at most {head_dim}"
                 )
 
     def __call__(self, x: NDArray[Any], first: NDArray[np.int64], step: int = 1) -> NDArray[Any]:
@@ -285,11 +285,11 @@ class _Rotation:
         kind = np.promote_types(np.float32, x.dtype) if x.dtype.name != "bfloat16" else np.dtype(np.float32)
         cos, sin = (table[places][:, :, None].astype(kind) for table in (self.cos, self.sin))
         half = cos.shape[-1]
-        turned = np.array(x)
+        rotated = np.array(x)
         if self.interleaved:
-            one, other = turned[..., 0 : 2 * half : 2], turned[..., 1 : 2 * half : 2]
+            one, other = rotated[..., 0 : 2 * half : 2], rotated[..., 1 : 2 * half : 2]
         else:
-            one, other = turned[..., :half], turned[..., half : 2 * half]
+            one, other = rotated[..., :half], rotated[..., half : 2 * half]
         a, b = one.astype(kind), other.astype(kind)
         one[...], other[...] = a * cos - b * sin, a * sin + b * cos
-        return turned
+        return rotated

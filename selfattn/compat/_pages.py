@@ -24,12 +24,12 @@ class Pages:
             if array.ndim != 4 or array.shape[:3] != k.shape[:3]:
                 raise ValueError(
                     f"{function}: {side} has shape {array.shape}, but (pages, page_size, heads, size) is needed, "
-                    "alike for keys and values but for the size"
+                    "the same for keys and values except for the size"
                 )
             if array.shape[1] == 0:
                 raise ValueError(f"{function}: {side} has shape {array.shape}, but there must be room for a token")
-            apart = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
-            if apart or not array.flags.aligned:
+            strided = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
+            if strided or not array.flags.aligned:
                 raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
             if array.dtype.name not in _TYPES or array.dtype != k.dtype:
                 raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_TYPES)} is needed")

@@ -123,8 +123,8 @@ def test_precision_reaches_selfattn_and_pytorch(monkeypatch):
         ("onnxruntime", "bfloat16", "have no bfloat16"),
         ("openvino", "float16", "float32 or bfloat16"),
         ("jax", "float16", "no products of float16"),
-        ("numpy", "bfloat16", "16 bits"),
-        ("numpy", "float16", "16 bits"),
+        ("numpy", "bfloat16", "16-bit numbers"),
+        ("numpy", "float16", "16-bit numbers"),
         ("vllm", "float64", "not float64"),
     ],
 )
@@ -136,7 +136,7 @@ def test_peers_say_what_they_cannot_do(name, dtype, reason):
 
 def test_what_a_peer_cannot_do_is_below_the_table():
     result = measure(CASES[0].varied("float16"), [NumPy()], threads=1, seconds=0.01)
-    assert "NumPy: square-f16: its products of 16 bits" in table([result])
+    assert "NumPy: square-f16: it multiplies 16-bit numbers" in table([result])
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -149,9 +149,9 @@ def test_our_own_results_keep_the_tight_bound(workload, dtype):
         right = np.asarray(OWN.prepare(workload, arrays, threads=1)())
     assert 0.5 < check("right", right, expected) <= 1
     ulp = np.spacing(right.astype(np.float32)) * 2.0 ** (16 if dtype == "bfloat16" else 13)
-    beside = (right.astype(np.float32) + 1.5 * ulp).astype(right.dtype)
+    changed = (right.astype(np.float32) + 1.5 * ulp).astype(right.dtype)
     with pytest.raises(Mismatch):
-        check("an ulp beside", beside, expected)
+        check("an ulp off", changed, expected)
 
 
 def test_a_matrix_unit_may_round_what_it_multiplies():
@@ -340,7 +340,7 @@ def test_without_ml_dtypes_there_is_no_bfloat16(monkeypatch, capsys, made_up):
 
 
 @pytest.mark.parametrize("isa", list(limits.LIMITS))
-def test_everybody_is_held_to_an_instruction_set(isa, monkeypatch):
+def test_every_peer_is_limited_to_an_instruction_set(isa, monkeypatch):
     monkeypatch.setattr(selfattn, "isas", lambda: [isa, "portable"])
     monkeypatch.setattr(os, "environ", {"PATH": "kept"})
     limits.hold(isa)

@@ -305,7 +305,7 @@ def test_signature_is_the_original() -> None:
     assert defaults == [None, 0.0, False, None, False]
 
 
-def test_stands_in_for_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaces_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own module calls it as it calls its function."""
     layer = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
     x = randn(2, 9, 32)

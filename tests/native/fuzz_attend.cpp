@@ -75,7 +75,7 @@ void check_cached(Described& d, const Results& plain) {
 void compute_and_check(Described& d) {
   const Results one = compute(d.input, *d.kernels, 1, Threads::forced);
   const Results several = compute(d.input, *d.kernels, d.threads, Threads::forced);
-  if (!one.finished || !several.finished) fail("a call that nobody interrupted did not finish");
+  if (!one.finished || !several.finished) fail("an uninterrupted call did not finish");
   if (!(one == several)) fail("other bits on " + std::to_string(d.threads) + " threads");
   if (d.well_behaved && exact(one.plan))
     if (const std::string wrong = judge(d.input, one, effort); !wrong.empty()) fail(wrong);
