@@ -40,6 +40,7 @@ def test_prose_is_wrapped(file: Path) -> None:
 
 def test_long_lines_of_prose_are_found() -> None:
     long = "word " * 30
-    text = f"{long}\n| {long} |\n```\n{long}\n```\n<!-- results: begin -->\n{long}\n<!-- results: end -->\n- `{long}`\n{long}"
-    lines = [number for number, line in prose(text) if len(line) > WIDTH and can_be_wrapped(line)]
+    marks = ("<!-- results: begin -->", "<!-- results: end -->")
+    text = [long, f"| {long} |", "```", long, "```", marks[0], long, marks[1], f"- `{long}`", long]
+    lines = [number for number, line in prose("\n".join(text)) if len(line) > WIDTH and can_be_wrapped(line)]
     assert lines == [1, 10]
