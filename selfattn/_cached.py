@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -203,14 +203,16 @@ def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: in
         )
 
 
-class _Cascade:
+class _Cascade(NamedTuple):
     """One call in two parts: the pages that all sequences share, and the remaining pages of each sequence."""
 
-    def __init__(
-        self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: Layout, options: _core.Options
-    ) -> None:
-        self.q, self.k, self.v, self.rope, self.positions = q, k, v, rope, positions
-        self.layout, self.options = layout, options
+    q: Any
+    k: Any
+    v: Any
+    rope: Any
+    positions: Any
+    layout: Layout
+    options: _core.Options
 
     def run(self, cache: PagedKVCache, sequences: Any, tokens: int, out: Any) -> Any:
         appended = 0 if self.k is None else tokens

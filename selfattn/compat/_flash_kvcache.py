@@ -12,7 +12,7 @@ from .._keywords import hinted
 from .._typing import Array, No, Yes
 from ._checks import arrays, dimensions, is_integer
 from ._flash_attn import Window, flash_options
-from ._pages import Pages, attend_pages
+from ._pages import Pages
 
 _NAME = "flash_attn_with_kvcache"
 
@@ -140,7 +140,7 @@ def flash_attn_with_kvcache(
     _check_splits(num_splits)
     return_lse = flag(_NAME, "return_softmax_lse", return_softmax_lse)
     options = flash_options(_NAME, softmax_scale, causal, window_size, softcap)
-    options["alibi_slopes"] = alibi_slopes
+    options |= {"alibi_slopes": alibi_slopes, "return_lse": return_lse}
     new = _new_tokens(query, k, v, pages)
     total = lengths + (0 if new is None else new[0].shape[1])
     pages.check_lengths(total)
@@ -149,20 +149,20 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None or rotary_sin is not None:
         if new is None:
             raise ValueError(f"{_NAME}: rotary_cos and rotary_sin are given without k and v")
-        turn = _Rotation(rotary_cos, rotary_sin, interleaved, query.shape[-1])
+        rotate = _Rotation(rotary_cos, rotary_sin, interleaved, query.shape[-1])
         in_order = options["causal"] or options["window"] is not None
-        query = turn(query, lengths, step=1 if in_order else 0)
-        new = turn(new[0], lengths), new[1]
+        query = rotate(query, lengths, step=1 if in_order else 0)
+        new = rotate(new[0], lengths), new[1]
     rows = np.arange(len(query))
     if new is None:
-        return attend_pages(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+        return pages.attend(query, rows, total, starts, options)
     slots = pages.slots(lengths, new[0].shape[1])
     _check_distinct(slots, pages.page_size)
     before = [side[slots] for side in (pages.k, pages.v)]  # indexing by arrays copies
     try:
         for side, tokens in zip((pages.k, pages.v), new, strict=True):
             side[slots] = tokens
-        return attend_pages(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+        return pages.attend(query, rows, total, starts, options)
     except BaseException:
         for side, old in zip((pages.k, pages.v), before, strict=True):
             side[slots] = old
