@@ -157,7 +157,7 @@ std::vector<Entry> entries() {
 void compare(const Entry& entry, int threads, const char* where) {
   const Results results = compute(entry.input, active_kernels(), threads);
   expect(results.finished, entry.name + " ends, " + where);
-  expect(results == entry.expected, entry.name + " has other bits, " + where);
+  expect(results == entry.expected, entry.name + " has different results, " + where);
 }
 
 void change_the_number_of_threads(const std::vector<Entry>& all) {

@@ -55,7 +55,7 @@ def test_many_python_threads_get_right_answers(rng: Any, threads: int | None) ->
         for _ in range(40):
             q, k, v, expected = problems[order.integers(len(problems))]
             if not np.array_equal(sa.attention(q, k, v, causal=True, num_threads=threads), expected):
-                wrong.append("other bits")
+                wrong.append("different results")
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for worker in workers:
