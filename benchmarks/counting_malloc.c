@@ -10,17 +10,17 @@ extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_real
 extern void *__libc_memalign(size_t, size_t);
 
 static atomic_int counting;
-static atomic_long everybody, core;
+static atomic_long total, core;
 
 void counting_malloc_start(void) {
-  atomic_store(&everybody, 0);
+  atomic_store(&total, 0);
   atomic_store(&core, 0);
   atomic_store(&counting, 1);
 }
 
 void counting_malloc_stop(long counts[2]) {
   atomic_store(&counting, 0);
-  counts[0] = atomic_load(&everybody);
+  counts[0] = atomic_load(&total);
   counts[1] = atomic_load(&core);
 }
 
@@ -35,7 +35,7 @@ static int is_core(void *caller) {
 
 static void count(void *caller) {
   if (!atomic_load(&counting)) return;
-  atomic_fetch_add(&everybody, 1);
+  atomic_fetch_add(&total, 1);
   if (is_core(caller)) atomic_fetch_add(&core, 1);
 }
 

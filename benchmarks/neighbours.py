@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--apart", action="store_true", help="two teams")
+    parser.add_argument("--apart", action="store_true", help="run two thread teams")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, 8, 128, 64), dtype=np.float32)
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"{_core.parallel_backend()}, GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'as loaded')}")
     for name, seconds in times.items():
         found = Quartiles.of(seconds)
-        print(f"behind {name}: {found.median / alone:.2f}x [{found.q1 / alone:.2f}, {found.q3 / alone:.2f}]")
+        print(f"after {name}: {found.median / alone:.2f}x [{found.q1 / alone:.2f}, {found.q3 / alone:.2f}]")
 
 
 if __name__ == "__main__":

@@ -72,10 +72,10 @@ def t5_runs(shape: tuple[int, ...]) -> tuple[Runs, float]:
     bias = peer.materialised(learned, length).contiguous()  # fastest for SDPA, though models do not do this
     runs: Runs = {
         "selfattn": lambda: sa.attention(q, k, v, t5=t5, scale=1.0),
-        "SDPA, bias at hand": lambda: peer.biased(operands, bias),
-        "SDPA, bias made": lambda: peer.biased(operands, peer.materialised(learned, length)),
+        "SDPA, bias precomputed": lambda: peer.biased(operands, bias),
+        "SDPA, bias computed": lambda: peer.biased(operands, peer.materialised(learned, length)),
     }
-    compare(runs["selfattn"](), runs["SDPA, bias at hand"]().numpy())
+    compare(runs["selfattn"](), runs["SDPA, bias precomputed"]().numpy())
     return runs, 4.0 * batch * heads * dim * length * length
 
 
@@ -125,7 +125,7 @@ def growth(which: str, segment: int) -> int:
 
 def memory_table() -> None:
     """Print how memory grows with length; each case runs in its own process."""
-    print("\nMemory of one call, one head of 64, as much memory as segment:\n")
+    print("\nMemory of one call, one head of 64, memory as long as the segment:\n")
     print("| segment | selfattn | PyTorch |\n| --- | --- | --- |")
     for segment in MEMORY:
         found = []
@@ -139,7 +139,7 @@ def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, sa.get_num_threads()])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each shape")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per shape (default 2)")
     parser.add_argument("--growth", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.growth:

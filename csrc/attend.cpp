@@ -124,10 +124,10 @@ class Run {
     if (task.range == 0) clear_rows(problem, span);
     const Ranges ranges = ranges_of(plan, problem.keys_of(task.batch));
     if (span.valid == 0 || task.range >= ranges.count) return;
-    const bool parted = ranges.count > 1;
+    const bool split = ranges.count > 1;
     const std::int64_t block_index =
         (task.batch * problem.num_kv_heads + task.kv_head) * plan.row_blocks + task.row_block;
-    describe_rows(problem, plan, span, slot, /*with_sinks=*/problem.sinks && !parted);
+    describe_rows(problem, plan, span, slot, /*with_sinks=*/problem.sinks && !split);
 
     RowBlock block{slot.rows,
                    span.valid,
@@ -136,16 +136,16 @@ class Run {
                    problem.value_dim,
                    part.terms,
                    plan.out_type,
-                   /*normalise=*/!parted,
+                   /*normalise=*/!split,
                    slot.row_max,
                    slot.row_sum,
                    slot.kernel_scratch};
-    if (parted) redirect(problem, block, slot, part.shared.partial(plan, problem, block_index, task.range));
+    if (split) redirect(problem, block, slot, part.shared.partial(plan, problem, block_index, task.range));
     plan.attend->begin(block);
     const KeyRange keys{task.range * ranges.keys, (task.range + 1) * ranges.keys};
     if (!absorb_keys(part, task, span, keys, block, slot, slot_index)) return;
     plan.attend->finish(block);
-    if (!parted) return complete_rows(problem, plan, span, slot, slot.row_max, slot.row_sum);
+    if (!split) return complete_rows(problem, plan, span, slot, slot.row_max, slot.row_sum);
 
     const Partial result = part.shared.partial(plan, problem, block_index, task.range);
     const auto bytes = static_cast<std::size_t>(span.valid * size_of(problem.dtype));

@@ -38,7 +38,7 @@ float quantise(const float* x, std::int64_t count, char* codes) {
 
 // Converts a contiguous row of any type to floats.
 void to_floats(const KernelSet& kernels, const char* from, DType type, std::int64_t count, char* to) {
-  if (type != DType::f64) return gather_rows(kernels, to, DType::f32, from, type, 0, size_of(type), 1, count);
+  if (type != DType::f64) return gather_rows(kernels, to, DType::f32, {{from, 0, size_of(type)}, type}, 1, count);
   for (std::int64_t i = 0; i < count; ++i) {
     const auto x = static_cast<float>(read_real(from + i * size_of(type), type));
     std::memcpy(to + i * size_of(DType::f32), &x, sizeof x);
@@ -117,12 +117,14 @@ void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Sid
         static_cast<const char*>(tokens.data) + b * tokens.stride(3) + t * tokens.stride(2) + h * tokens.stride(1);
     char* to = Place{cache.pages, side.tokens, b, h}.of(token);
     const std::int64_t size = size_of(tokens.dtype);
-    if (tokens.dtype == cache.dtype) return copy_rows(to, 0, size, from, 0, tokens.stride(0), 1, width, size);
-    copy_rows(row, 0, size, from, 0, tokens.stride(0), 1, width, size);
-    if (cache.dtype == DType::f64) return gather_rows(kernels, to, cache.dtype, row, tokens.dtype, 0, size, 1, width);
+    const bool converts = tokens.dtype != cache.dtype;
+    copy_rows({converts ? row : to, 0, size}, {from, 0, tokens.stride(0)}, 1, width, size);
+    if (!converts) return;
+    if (cache.dtype == DType::f64)
+      return gather_rows(kernels, to, cache.dtype, {{row, 0, size}, tokens.dtype}, 1, width);
     to_floats(kernels, row, tokens.dtype, width, floats);
     if (cache.dtype != DType::i8)
-      return scatter_row(kernels, to, cache.dtype, size_of(cache.dtype), floats, DType::f32, width);
+      return scatter_row(kernels, {to, size_of(cache.dtype), cache.dtype}, floats, DType::f32, width);
     const float scale = quantise(reinterpret_cast<const float*>(floats), width, to);
     std::memcpy(Place{cache.pages, side.scales, b, h}.of(token), &scale, sizeof scale);
   };

@@ -41,7 +41,7 @@ void pack(const Problem& problem, const Plan& plan, const Slot& slot, std::int64
       continue;
     }
     char* copy = slot.relative_copies + i * problem.head_dim * size_of(problem.dtype);
-    gather_rows(*plan.kernels, copy, problem.dtype, row, rows.dtype, 0, rows.column, 1, problem.head_dim);
+    gather_rows(*plan.kernels, copy, problem.dtype, {{row, 0, rows.column}, rows.dtype}, 1, problem.head_dim);
     slot.relative_rows[i] = copy;
   }
   plan.types->pack_panel(slot.relative_rows, problem.head_dim, slot.relative_panel);

@@ -60,8 +60,8 @@ void KeySource::copy(const Side& side, std::int64_t first, int count) const {
   const std::int64_t row = side.width * size_of(type);
   each_run(side.operand, side.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
     char* to = side.copy + index * row;
-    gather_rows(*plan_.kernels, to, type, from, side.operand.dtype, side.operand.row, side.operand.column, keys,
-                side.width);
+    const SourceRows rows{{from, side.operand.row, side.operand.column}, side.operand.dtype};
+    gather_rows(*plan_.kernels, to, type, rows, keys, side.width);
     if (side.scales)
       for (std::int64_t i = 0; i < keys; ++i)
         scale_row(to + i * row, type, side.width, static_cast<double>(side.scale[index + i]));
@@ -84,8 +84,8 @@ void KeySource::list(const Side& side, std::int64_t first, int count) const {
 
 void KeySource::read_scales(const Side& side, std::int64_t first, int count) const {
   each_run(side.scales, side.scale_base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
-    copy_rows(reinterpret_cast<char*>(side.scale + index), 0, sizeof(float), from, 0, side.scales.row, 1, keys,
-              sizeof(float));
+    char* to = reinterpret_cast<char*>(side.scale + index);
+    copy_rows({to, 0, sizeof(float)}, {from, 0, side.scales.row}, 1, keys, sizeof(float));
   });
   std::fill_n(side.scale + count, rows_ahead, 0.0f);
 }

@@ -133,12 +133,11 @@ class Merge {
     for (std::size_t p = 0; p < sources.size(); ++p)
       if (sources[p].weight != 0) add_part(sum, parts_[p].out, sources[p], column, count);
     const TensorView& to = merged_.out;
-    out += column * to.stride(0);
-    if (to.dtype == DType::f64)
-      return scatter_row(kernels_, out, to.dtype, to.stride(0), reinterpret_cast<char*>(sum), to.dtype, count);
+    const TargetRow row{out + column * to.stride(0), to.stride(0), to.dtype};
+    if (to.dtype == DType::f64) return scatter_row(kernels_, row, reinterpret_cast<char*>(sum), to.dtype, count);
     float rounded[run];
     for (std::int64_t i = 0; i < count; ++i) rounded[i] = static_cast<float>(sum[i]);
-    scatter_row(kernels_, out, to.dtype, to.stride(0), reinterpret_cast<char*>(rounded), DType::f32, count);
+    scatter_row(kernels_, row, reinterpret_cast<char*>(rounded), DType::f32, count);
   }
 
   void add_part(double* sum, const TensorView& part, const Source& source, std::int64_t column,
@@ -147,7 +146,7 @@ class Merge {
     const char* from = source.out + column * part.stride(0);
     alignas(64) char gathered[run * sizeof(double)];
     if (type != part.dtype || part.stride(0) != size_of(type)) {
-      gather_rows(kernels_, gathered, type, from, part.dtype, 0, part.stride(0), 1, count);
+      gather_rows(kernels_, gathered, type, {{from, 0, part.stride(0)}, part.dtype}, 1, count);
       from = gathered;
     }
     type == DType::f32 ? add_weighted<float>(sum, from, count, source.weight)

@@ -82,18 +82,17 @@ struct Bounce {
 void gather(const Projection& projection, char* to, const char* from, const RowsView& x, std::int64_t rows) {
   const std::int64_t depth = projection.depth(), step = bounce_step(projection), size = size_of(projection.operand());
   if (step == depth)
-    return gather_rows(projection.kernels(), to, projection.operand(), from, x.dtype, x.row, x.column, rows, depth);
+    return gather_rows(projection.kernels(), to, projection.operand(), {{from, x.row, x.column}, x.dtype}, rows, depth);
   for (std::int64_t r = 0; r < rows; ++r, to += step * size, from += x.row) {
-    gather_rows(projection.kernels(), to, projection.operand(), from, x.dtype, x.row, x.column, 1, depth);
+    gather_rows(projection.kernels(), to, projection.operand(), {{from, x.row, x.column}, x.dtype}, 1, depth);
     std::memset(to + depth * size, 0, static_cast<std::size_t>((step - depth) * size));
   }
 }
 
-// Some rows of a matrix; strides in bytes.
-struct Part {
-  char* data;
-  std::int64_t row, column;
-};
+using Part = StridedRows<char>;  // some rows of a matrix
+
+// To read them.
+StridedRows<const char> source(const Part& part) { return {part.data, part.row, part.column}; }
 
 void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce) noexcept {
   const Projection& projection = job.projection;
@@ -123,7 +122,8 @@ void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce)
   projection.project(panel, from, step / size_of(projection.operand()), rows, bounce.out, width);
   const std::int64_t columns = std::min(width, projection.columns() - panel * width);
   for (std::int64_t r = 0; r < rows; ++r)
-    scatter_row(projection.kernels(), out + r * job.out_step + panel * width * narrow_size, job.out_dtype, narrow_size,
+    scatter_row(projection.kernels(),
+                {out + r * job.out_step + panel * width * narrow_size, narrow_size, job.out_dtype},
                 bounce.out + r * width * size, dtype, columns);
 }
 
@@ -159,13 +159,13 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
   panels_.reset(allocate_aligned(static_cast<std::size_t>(bytes)));
   std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
   each_part(weights, [](Part packed, Part plain, std::int64_t count, std::int64_t columns, std::int64_t bytes) {
-    copy_rows(packed.data, packed.row, packed.column, plain.data, plain.row, plain.column, count, columns, bytes);
+    copy_rows(packed, source(plain), count, columns, bytes);
   });
   if (!bias) return;
   bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, wide))));
   std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * wide));
-  gather_rows(kernels, bias_.get(), computation(), static_cast<const char*>(bias.data), bias.dtype, 0, bias.strides[0],
-              1, columns_);
+  const SourceRows row{{static_cast<const char*>(bias.data), 0, bias.strides[0]}, bias.dtype};
+  gather_rows(kernels, bias_.get(), computation(), row, 1, columns_);
 }
 
 std::int64_t Projection::panel_rows() const {
@@ -175,7 +175,7 @@ std::int64_t Projection::panel_rows() const {
 
 void Projection::unpack(const TensorView& weights) const {
   each_part(weights, [](Part packed, Part plain, std::int64_t count, std::int64_t columns, std::int64_t bytes) {
-    copy_rows(plain.data, plain.row, plain.column, packed.data, packed.row, packed.column, count, columns, bytes);
+    copy_rows(plain, source(packed), count, columns, bytes);
   });
 }
 

@@ -61,7 +61,7 @@ const KernelSet& default_kernels() {
   const std::uint32_t features = cpu_features();
   const auto& available = available_kernels();
   return **std::find_if(available.begin(), available.end(),
-                        [&](const KernelSet* kernels) { return (kernels->shuns & features) == 0; });
+                        [&](const KernelSet* kernels) { return (kernels->not_default_with & features) == 0; });
 }
 
 }  // namespace

@@ -43,12 +43,14 @@ void put_element(char* p, double value) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// Rotates one vector. Steps are in bytes.
-void rotate_vector(const Rope& rope, DType dtype, std::int64_t head_dim, const double* cosines, const double* sines,
-                   const char* from, std::int64_t from_step, char* to, std::int64_t to_step) {
+// Rotates one vector. The sines follow the cosines.
+void rotate_vector(const Rope& rope, const Rotation& part, const double* cosines, const char* from, char* to) {
+  const DType dtype = part.from.dtype;
+  const std::int64_t from_step = part.from.stride(0), to_step = part.to.stride(0);
   const auto rotate_by = [&](auto read, auto write) {
     rotate_pairs(
-        rope, head_dim, cosines, sines, [&](std::int64_t i) { return read(from + i * from_step); },
+        rope, part.from.extent(0), cosines, cosines + rope.rotary_dim / 2,
+        [&](std::int64_t i) { return read(from + i * from_step); },
         [&](std::int64_t i, double x) { write(to + i * to_step, x); });
   };
   if (dtype == DType::f32)
@@ -101,8 +103,7 @@ void rotate_token(const Rope& rope, const Rotation& part, std::int64_t token, co
     target += i * to.stride(axis);
   }
   for (std::int64_t head = 0; head < from.extent(1); ++head)
-    rotate_vector(rope, from.dtype, from.extent(0), cosines, sines, source + head * from.stride(1), from.stride(0),
-                  target + head * to.stride(1), to.stride(0));
+    rotate_vector(rope, part, cosines, source + head * from.stride(1), target + head * to.stride(1));
 }
 
 }  // namespace

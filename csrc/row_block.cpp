@@ -209,8 +209,8 @@ void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span,
                   const PerHead& bias, char* to) {
   const Place place = place_of(problem, span, i);
   const Operand& query = problem.query;
-  gather_rows(*plan.kernels, to, type, element(problem, query, span, place), query.dtype, 0, query.column, 1,
-              problem.head_dim);
+  const SourceRows row{{element(problem, query, span, place), 0, query.column}, query.dtype};
+  gather_rows(*plan.kernels, to, type, row, 1, problem.head_dim);
   if (!bias) return;
   const auto* added = reinterpret_cast<const double*>(bias.data + place.head * bias.head);
   if (type == DType::f32)
@@ -266,7 +266,7 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
       fill_row(static_cast<char*>(row.out), size_of(plan.out_type), problem.value_dim,
                std::numeric_limits<double>::quiet_NaN(), plan.out_type);
     if (plan.copies_out)
-      scatter_row(*plan.kernels, element(problem, problem.out, span, place), problem.out.dtype, problem.out.column,
+      scatter_row(*plan.kernels, {element(problem, problem.out, span, place), problem.out.column, problem.out.dtype},
                   static_cast<char*>(row.out), problem.dtype, problem.value_dim);
     if (problem.lse)
       write_real(element(problem, problem.lse, span, place),

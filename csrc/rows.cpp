@@ -34,17 +34,16 @@ void scale_elements(char* row, std::int64_t count, double factor) {
   for (std::int64_t i = 0; i < count; ++i) elements[i] *= static_cast<T>(factor);
 }
 
-void widen_row(const KernelSet& kernels, char* to, const char* from, DType type, std::int64_t from_column,
-               std::int64_t count) {
-  const Conversion& conversion = conversion_of(kernels, type);
-  const std::int64_t size = size_of(type);
+void widen_row(const KernelSet& kernels, char* to, const SourceRows& from, std::int64_t count) {
+  const Conversion& conversion = conversion_of(kernels, from.dtype);
+  const std::int64_t size = size_of(from.dtype);
   float* floats = reinterpret_cast<float*>(to);
-  if (from_column == size && reinterpret_cast<std::uintptr_t>(from) % static_cast<std::uintptr_t>(size) == 0)
-    return conversion.widen(from, count, floats);
+  if (from.column == size && reinterpret_cast<std::uintptr_t>(from.data) % static_cast<std::uintptr_t>(size) == 0)
+    return conversion.widen(from.data, count, floats);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
-    copy_rows(together, 0, size, from + first * from_column, 0, from_column, 1, n, size);
+    copy_rows({together, 0, size}, {from.data + first * from.column, 0, from.column}, 1, n, size);
     conversion.widen(together, n, floats + first);
   }
 }
@@ -81,30 +80,33 @@ void write_real(char* p, double x, DType dtype) {
   }
 }
 
-void copy_rows(char* to, std::int64_t to_row, std::int64_t to_column, const char* from, std::int64_t from_row,
-               std::int64_t from_column, std::int64_t rows, std::int64_t count, std::int64_t size) {
+void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from, std::int64_t rows, std::int64_t count,
+               std::int64_t size) {
   const auto bytes = static_cast<std::size_t>(size);
-  for (std::int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
-    if (to_column == size && from_column == size) {
-      std::memcpy(to, from, bytes * static_cast<std::size_t>(count));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    char* target = to.data + r * to.row;
+    const char* source = from.data + r * from.row;
+    if (to.column == size && from.column == size) {
+      std::memcpy(target, source, bytes * static_cast<std::size_t>(count));
     } else {
-      for (std::int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_column, from + i * from_column, bytes);
+      for (std::int64_t i = 0; i < count; ++i) std::memcpy(target + i * to.column, source + i * from.column, bytes);
     }
   }
 }
 
-void gather_rows(const KernelSet& kernels, char* to, DType to_type, const char* from, DType from_type,
-                 std::int64_t from_row, std::int64_t from_column, std::int64_t rows, std::int64_t count) {
+void gather_rows(const KernelSet& kernels, char* to, DType to_type, const SourceRows& from, std::int64_t rows,
+                 std::int64_t count) {
   const std::int64_t size = size_of(to_type);
-  if (from_type == to_type) return copy_rows(to, count * size, size, from, from_row, from_column, rows, count, size);
-  for (std::int64_t r = 0; r < rows; ++r, to += count * size, from += from_row) {
-    if (computed_in(from_type) == DType::f32 && from_type != DType::f32 && to_type == DType::f32)
-      widen_row(kernels, to, from, from_type, from_column, count);
-    else if (is_narrow(to_type) && from_type == DType::f32 && from_column == size_of(from_type))
-      scatter_row(kernels, to, to_type, size, from, from_type, count);
+  if (from.dtype == to_type) return copy_rows({to, count * size, size}, from, rows, count, size);
+  SourceRows row = from;
+  for (std::int64_t r = 0; r < rows; ++r, to += count * size, row.data += from.row) {
+    if (computed_in(from.dtype) == DType::f32 && from.dtype != DType::f32 && to_type == DType::f32)
+      widen_row(kernels, to, row, count);
+    else if (is_narrow(to_type) && from.dtype == DType::f32 && from.column == size_of(from.dtype))
+      scatter_row(kernels, {to, size, to_type}, row.data, from.dtype, count);
     else  // rare: to double, or strided floats to 16 bits
       for (std::int64_t i = 0; i < count; ++i)
-        write_real(to + i * size, read_real(from + i * from_column, from_type), to_type);
+        write_real(to + i * size, read_real(row.data + i * from.column, from.dtype), to_type);
   }
 }
 
@@ -112,16 +114,16 @@ void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
   dtype == DType::f32 ? scale_elements<float>(row, count, factor) : scale_elements<double>(row, count, factor);
 }
 
-void scatter_row(const KernelSet& kernels, char* to, DType to_type, std::int64_t to_column, const char* from,
-                 DType from_type, std::int64_t count) {
-  if (from_type == to_type) return copy_rows(to, 0, to_column, from, 0, size_of(to_type), 1, count, size_of(to_type));
-  const Conversion& conversion = conversion_of(kernels, to_type);
+void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count) {
+  const std::int64_t size = size_of(to.dtype);
+  if (from_type == to.dtype) return copy_rows({to.data, 0, to.column}, {from, 0, size}, 1, count, size);
+  const Conversion& conversion = conversion_of(kernels, to.dtype);
   const float* floats = reinterpret_cast<const float*>(from);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
     conversion.narrow(floats + first, n, together);
-    copy_rows(to + first * to_column, 0, to_column, together, 0, narrow_size, 1, n, narrow_size);
+    copy_rows({to.data + first * to.column, 0, to.column}, {together, 0, narrow_size}, 1, n, narrow_size);
   }
 }
 

@@ -13,21 +13,36 @@ double clamp_finite(double x, double most);
 double read_real(const char* p, DType dtype);
 void write_real(char* p, double x, DType dtype);
 
-// Copies `rows` rows of `count` elements of `size` bytes, from any strides to any others.
-void copy_rows(char* to, std::int64_t to_row, std::int64_t to_column, const char* from, std::int64_t from_row,
-               std::int64_t from_column, std::int64_t rows, std::int64_t count, std::int64_t size);
+// Where rows of elements are; strides in bytes.
+template <class Byte>
+struct StridedRows {
+  Byte* data;
+  std::int64_t row, column;
+};
 
-// Converts rows of any type, with strides `from_row` and `from_column` in bytes, to contiguous rows of `to_type`. That
-// type is at least as wide, except that floats may be rounded to a 16-bit type.
-void gather_rows(const KernelSet& kernels, char* to, DType to_type, const char* from, DType from_type,
-                 std::int64_t from_row, std::int64_t from_column, std::int64_t rows, std::int64_t count);
+struct SourceRows : StridedRows<const char> {
+  DType dtype;
+};
+
+struct TargetRow {
+  char* data;
+  std::int64_t column;
+  DType dtype;
+};
+
+// Copies `rows` rows of `count` elements of `size` bytes.
+void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from, std::int64_t rows, std::int64_t count,
+               std::int64_t size);
+
+// Converts rows to contiguous rows of `to_type`. That type is at least as wide, except that floats may be rounded to a
+// 16-bit type.
+void gather_rows(const KernelSet& kernels, char* to, DType to_type, const SourceRows& from, std::int64_t rows,
+                 std::int64_t count);
 
 // Multiplies a contiguous row of floats or doubles by `factor`.
 void scale_row(char* row, DType dtype, std::int64_t count, double factor);
 
-// Writes a contiguous row to elements that are `to_column` bytes apart and have its type, or a 16-bit type to which it
-// is rounded.
-void scatter_row(const KernelSet& kernels, char* to, DType to_type, std::int64_t to_column, const char* from,
-                 DType from_type, std::int64_t count);
+// Writes a contiguous row to elements of its type, or of a 16-bit type to which it is rounded.
+void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count);
 
 }  // namespace selfattn

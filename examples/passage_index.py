@@ -126,12 +126,12 @@ def save(index: Index, file: Path) -> None:
         "passages": [astuple(passage) for passage in index.passages],
     }
     data = np.frombuffer(json.dumps(contents).encode(), dtype=np.uint8)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with beside.open("wb") as stream:
+        with temporary.open("wb") as stream:
             np.savez(stream, contents=data, embeddings=index.embeddings)
-        beside.replace(file)
+        temporary.replace(file)
     except OSError as error:
         raise Unusable(f"{file}: cannot be written ({error.strerror})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

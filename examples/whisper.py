@@ -113,10 +113,10 @@ class Block:
             self.cross, self.cross_norm = CrossAttention(weights), weights.norm("attention/layer_norm")
         self.into, self.out_of = weights.linear("ffn/linear_0"), weights.linear("ffn/linear_1")
 
-    def __call__(self, x: Array, heard: tuple[Array, Array] | None = None, **options: Any) -> Array:
+    def __call__(self, x: Array, context: tuple[Array, Array] | None = None, **options: Any) -> Array:
         x = x + self.attention(self.attention_norm(x), **options)
-        if heard is not None:
-            x = x + self.cross(self.cross_norm(x), *heard)
+        if context is not None:
+            x = x + self.cross(self.cross_norm(x), *context)
         (w_in, b_in), (w_out, b_out) = self.into, self.out_of
         return np.asarray(x + (gelu(self.norm(x) @ w_in + b_in) @ w_out + b_out))
 
@@ -158,10 +158,12 @@ class Decoder:
         length, width = self.positions.shape
         return [sa.KVCache(1, HEADS, width // HEADS, length) for _ in self.blocks]
 
-    def __call__(self, ids: list[int], start: int, heard: list[tuple[Array, Array]], caches: list[sa.KVCache]) -> Array:
+    def __call__(
+        self, ids: list[int], start: int, context: list[tuple[Array, Array]], caches: list[sa.KVCache]
+    ) -> Array:
         """Return the logits (S, 51864) after each of the tokens, the first of which sits at position `start`."""
         x = (self.token_vectors[ids] + self.positions[start : start + len(ids)])[None]
-        for block, sounds, cache in zip(self.blocks, heard, caches, strict=True):
+        for block, sounds, cache in zip(self.blocks, context, caches, strict=True):
             x = block(x, sounds, cache=cache)
         return np.asarray(self.norm(x[0]) @ self.token_vectors.T)
 
@@ -182,10 +184,10 @@ class Whisper:
 
     def tokens(self, sound: Array) -> Iterator[int]:
         """Yield the text of the encoder's output, one token after the other, always the likeliest."""
-        heard, caches = self.decoder.listen(sound), self.decoder.new_caches()
+        context, caches = self.decoder.listen(sound), self.decoder.new_caches()
         ids, start = self.prompt, 0
         for _ in range(MOST_TOKENS):
-            logits = self.decoder(ids, start, heard, caches)[-1]
+            logits = self.decoder(ids, start, context, caches)[-1]
             logits[self.never] = -np.inf
             if start == 0:
                 logits[self.never_first] = -np.inf

@@ -2,84 +2,19 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
+from ._any_cache import AnyCache, Step
 from ._arguments import as_array, integers
-from ._copying import Copyable
 from ._keywords import hinted
+from ._ledger import Ledger, header_bytes
 from ._lock import SharedLock
 from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
-
-_VERSION = 1
-_LONGEST = (1 << 61) - 1  # tokens in a ring; beyond this, positions could overflow
-_FIXED = 16  # integers before the lengths: magic, version, description, index of the valid copy of the lengths
-_ACTIVE = 9
-
-
-class Step(NamedTuple):
-    """The core's view of a cache's sequences for one call, and the state that is needed to undo a failed call."""
-
-    sequences: _core.Sequences
-    state: Any
-
-
-class AnyCache(Copyable):
-    """Base class of both caches: memory, a lock, and the steps of a call that uses them.
-
-    `_begin`, `_commit`, `_roll_back` and `_bounds` are called with the lock held.
-    """
-
-    window: int | None
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The storage type."""
-        return self._store.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the whole cache in bytes."""
-        return self._store.memory.nbytes
-
-    def _run(self, function: str, sequences: Any, tokens: int, call: Callable[[Step], Any]) -> Any:
-        """Run `call`, which appends `tokens` tokens to each sequence and may read the cache; undo it if it fails."""
-        with self._lock.writing if tokens else self._lock.reading:
-            step = None
-            try:
-                step = self._begin(function, sequences, tokens)
-                result = call(step)
-                self._commit(step)
-            except BaseException:
-                if step is not None:
-                    self._roll_back(step)
-                raise
-        return result
-
-    def _append(self, step: Step, k: NDArray[Any], v: NDArray[Any]) -> None:
-        _core.append("append", self._store.core, step.sequences, k, v)
-
-    @abstractmethod
-    def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
-        """Make room for `tokens` more tokens in each sequence, and return what the core needs."""
-
-    @abstractmethod
-    def _commit(self, step: Step) -> None:
-        """Record the tokens of a step that succeeded."""
-
-    @abstractmethod
-    def _roll_back(self, step: Step) -> None:
-        """Undo a step that failed."""
-
-    @abstractmethod
-    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the lengths before the step, and the first token that each sequence still holds."""
 
 
 @hinted
@@ -133,7 +68,7 @@ class KVCache(AnyCache):
     """
 
     _made_with = ("batch", "num_kv_heads", "head_dim", "capacity", "value_dim", "window")
-    _made = ("_store", "_lock", "_header", "_copies", "_ledger")
+    _made = ("_store", "_lock", "_ledger")
 
     def __init__(
         self,
@@ -147,34 +82,28 @@ class KVCache(AnyCache):
         window: int | None = None,
         buffer: Any = None,
     ) -> None:
-        layout, description = _describe(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window)
+        layout = _layout(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window)
         self.batch, self.num_kv_heads, self.capacity = layout.blocks, layout.heads, layout.slots
         self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
         self.window = window
         self._store = Store("KVCache", layout, buffer)
         self._lock = SharedLock()
-        self._header = self._store.memory[: layout.header_bytes].view(np.int64)
-        self._open(description)
-        self._ledger = _core.make_ledger(
-            copies=self._copies,
-            active=self._header[_ACTIVE : _ACTIVE + 1],
-            window=-1 if window is None else int(window),
-        )
+        self._ledger = Ledger(self._store.memory, layout, window, self)
 
     def _make(self, **arguments: Any) -> None:
         KVCache.__init__(self, **arguments)
 
     def _contents(self) -> dict[str, Any]:
-        lengths, starts = self._state()
+        lengths, starts = self._ledger.state()
         tokens = [array[:, :, : self._used(lengths)] for array in self._store.arrays()]
         return {"lengths": lengths, "starts": starts, "tokens": tokens}
 
     def _load(self, contents: dict[str, Any]) -> None:
         lengths, starts = (self._integers(name, contents[name], self.batch) for name in ("lengths", "starts"))
-        if not self._all_possible(lengths, starts):
+        if not self._ledger.are_possible(lengths, starts):
             raise self._damaged("lengths that are impossible")
         self._fill((slice(None), slice(None), slice(self._used(lengths))), contents["tokens"])
-        self._publish(lengths, starts)
+        self._ledger.publish(lengths, starts)
 
     def _used(self, lengths: NDArray[np.int64]) -> int:
         """Return how many slots hold tokens, including those that a ring no longer needs."""
@@ -192,19 +121,13 @@ class KVCache(AnyCache):
         window: int | None = None,
     ) -> int:
         """Return the bytes that a buffer for such a cache must have."""
-        return _describe(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window)[0].nbytes()
-
-    def __repr__(self) -> str:
-        return (
-            f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"capacity={self.capacity}, value_dim={self.value_dim}, dtype={self._store.name!r}, window={self.window})"
-        )
+        return _layout(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window).nbytes()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """The current number of tokens of each sequence, (batch,)."""
         with self._lock.reading:
-            view: NDArray[np.int64] = self._state()[0]
+            view: NDArray[np.int64] = self._ledger.state()[0]
         view.flags.writeable = False
         return view
 
@@ -258,7 +181,7 @@ class KVCache(AnyCache):
         if new.shape not in ((), (self.batch,)):
             raise ValueError(f"truncate: lengths has shape {new.shape}, but ({self.batch},) or one integer is needed")
         with self._lock.writing:
-            old, starts = self._state()
+            old, starts = self._ledger.state()
             new = np.broadcast_to(new, old.shape)
             for b in np.flatnonzero((new < 0) | (new > old))[:1]:
                 raise ValueError(f"truncate: lengths holds {new[b]}, which is outside 0..{old[b]} (sequence {b})")
@@ -268,7 +191,7 @@ class KVCache(AnyCache):
                         f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any "
                         f"more, of which a window of {self.window} would see some"
                     )
-            self._publish(new, np.where(new == 0, 0, starts))
+            self._ledger.publish(new, np.where(new == 0, 0, starts))
 
     def reorder(self, index: ArrayLike) -> None:
         """Replace sequence b by a copy of sequence index[b], as in beam search.
@@ -284,81 +207,29 @@ class KVCache(AnyCache):
         for i in np.flatnonzero((index < 0) | (index >= self.batch))[:1]:
             raise ValueError(f"reorder: index holds {index[i]}, which is outside 0..{self.batch - 1}")
         with self._lock.writing:
-            _core.reorder(self._store.core, self._ledger, index)
+            _core.reorder(self._store.core, self._ledger.core, index)
 
     # The core checks that there is room, and updates the lengths after appending.
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is not None:
             raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
-        # A ring switches between the two copies of the lengths twice per call, which overwrites both. Keep the old
-        # lengths for roll-back.
-        lengths = None if self.window is None else self._state()[0]
-        return Step(self._ledger, (int(self._header[_ACTIVE]), lengths))
+        return Step(self._ledger.core, self._ledger.mark())
 
     def _commit(self, step: Step) -> None:
         pass
 
     def _roll_back(self, step: Step) -> None:
-        # An interrupt may arrive after the core has updated the lengths.
-        active, lengths = step.state
-        if lengths is None:
-            self._header[_ACTIVE] = active
-        elif not np.array_equal(self._state()[0], lengths):
-            self._publish(lengths, self._state()[1])
+        self._ledger.restore(step.state)
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        lengths, starts = self._state()
+        lengths, starts = self._ledger.state()
         return lengths, starts
 
-    def _state(self) -> NDArray[np.int64]:
-        """Return the valid (lengths, starts). A copy, since the buffer may be shared with another process."""
-        state: NDArray[np.int64] = self._copies[int(self._header[_ACTIVE]) & 1].copy()
-        for b, (length, start) in enumerate(zip(*state.tolist(), strict=True)):
-            if not self._is_possible(length, start):
-                raise ValueError(
-                    f"KVCache: the cache's buffer says that sequence {b} has the tokens {start} to {length}, "
-                    "which is impossible"
-                )
-        return state
 
-    def _is_possible(self, length: int, start: int) -> bool:
-        """Whether a sequence can hold the tokens from `start` to `length`. Python's own integers are fastest here."""
-        if self.window is None:
-            return start == 0 <= length <= self.capacity
-        return 0 <= start <= length <= _LONGEST and length - start <= self.capacity
-
-    def _all_possible(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> bool:
-        return all(map(self._is_possible, lengths.ravel().tolist(), starts.ravel().tolist()))
-
-    def _publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
-        # Write the other copy first; then a single 8-byte store makes it the valid one.
-        other = 1 - (int(self._header[_ACTIVE]) & 1)
-        self._copies[other][0] = lengths
-        self._copies[other][1] = starts
-        self._header[_ACTIVE] = other
-
-    def _open(self, description: tuple[int, ...]) -> None:
-        header = self._header
-        self._copies = header[_FIXED : _FIXED + 4 * self.batch].reshape(2, 2, self.batch)
-        if header[0] == 0:
-            # The process that was creating the cache may have been killed halfway.
-            begun = header[1 : len(description)]
-            if np.any((begun != 0) & (begun != description[1:])) or header[len(description) :].any():
-                raise ValueError("KVCache: buffer holds neither a cache nor zeros")
-            header[1 : len(description)] = description[1:]
-            header[0] = description[0]  # last: without the magic number, the buffer is not a cache
-            return
-        if tuple(header[: len(description)].tolist()) != description:
-            raise ValueError(f"KVCache: buffer holds something else than a {self!r}")
-        states = self._copies.copy()
-        if header[_ACTIVE] not in (0, 1) or not self._all_possible(states[:, 0], states[:, 1]):
-            raise ValueError("KVCache: buffer holds a cache whose lengths are impossible")
-
-
-def _describe(
+def _layout(
     batch: Any, num_kv_heads: Any, head_dim: Any, capacity: Any, value_dim: Any, dtype: Any, window: Any
-) -> tuple[Layout, tuple[int, ...]]:
+) -> Layout:
     function = "KVCache"
     name = storage_name(function, dtype)
     batch, num_kv_heads = count(function, "batch", batch), count(function, "num_kv_heads", num_kv_heads)
@@ -366,18 +237,4 @@ def _describe(
     value_dim = head_dim if value_dim is None else count(function, "value_dim", value_dim)
     if window is not None and count(function, "window", window, least=0) >= capacity:
         raise ValueError(f"{function}: window is {window}, but it must be less than the capacity {capacity}")
-    header = (_FIXED + 4 * batch) * 8
-    layout = Layout(name, batch, num_kv_heads, capacity, head_dim, value_dim, header)
-    words = (int.from_bytes(text.ljust(8, b"\0"), "little") for text in (b"selfattn", name.encode()))
-    magic, kind = words
-    return layout, (
-        magic,
-        _VERSION,
-        batch,
-        num_kv_heads,
-        head_dim,
-        value_dim,
-        capacity,
-        kind,
-        -1 if window is None else int(window),
-    )
+    return Layout(name, batch, num_kv_heads, capacity, head_dim, value_dim, header_bytes(batch))

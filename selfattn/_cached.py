@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
+from ._any_cache import AnyCache, Step
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
-from ._cache import AnyCache, KVCache, Step
+from ._cache import KVCache
 from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
 from ._pages import Row
@@ -166,7 +167,7 @@ def attention_with_kvcache(
             raise ValueError(f"{_NAME}: positions is given without rope")
         positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens))
     check_window(_NAME, cache, options.window_left)
-    turn = None if description is None else description.for_core(_NAME, cache.head_dim)
+    rotation = None if description is None else description.for_core(_NAME, cache.head_dim)
     target = None if out is None else out_array(_NAME, out)
     plain = window is None and bias is None and alibi_slopes is None and t5 is None
     if flag(_NAME, "cascade", cascade) and plain and not return_weights and isinstance(cache, PagedKVCache):
@@ -177,7 +178,7 @@ def attention_with_kvcache(
     def attend(step: Step) -> Any:
         check_seen(_NAME, cache, step, tokens - appended, options.window_left)
         return _core.attend_cache(
-            _NAME, cache._store.core, step.sequences, (q, keys, values, turn, positions, False), target, options
+            _NAME, cache._store.core, step.sequences, (q, keys, values, rotation, positions, False), target, options
         )
 
     return cache._run(_NAME, sequences, appended, attend)
@@ -202,14 +203,16 @@ def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: in
         )
 
 
-class _Cascade:
+class _Cascade(NamedTuple):
     """One call in two parts: the pages that all sequences share, and the remaining pages of each sequence."""
 
-    def __init__(
-        self, q: Any, k: Any, v: Any, rope: Any, positions: Any, layout: Layout, options: _core.Options
-    ) -> None:
-        self.q, self.k, self.v, self.rope, self.positions = q, k, v, rope, positions
-        self.layout, self.options = layout, options
+    q: Any
+    k: Any
+    v: Any
+    rope: Any
+    positions: Any
+    layout: Layout
+    options: _core.Options
 
     def run(self, cache: PagedKVCache, sequences: Any, tokens: int, out: Any) -> Any:
         appended = 0 if self.k is None else tokens
@@ -217,8 +220,8 @@ class _Cascade:
 
     def _attend(self, cache: PagedKVCache, step: Any, appended: int, out: Any) -> Any:
         store, rows = cache._store.core, step.sequences
-        turn = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
-        inputs = (self.q, self.k, self.v, turn, self.positions)
+        rotation = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
+        inputs = (self.q, self.k, self.v, rotation, self.positions)
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
         first = np.array([row.length for row in rows], np.int64) - tokens

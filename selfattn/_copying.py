@@ -100,5 +100,5 @@ class Copyable(ABC):
 
     def _integers(self, name: str, value: Any, count: int) -> NDArray[np.int64]:
         if not isinstance(value, np.ndarray) or value.dtype != np.int64 or value.shape != (count,):
-            raise self._damaged(f"{name} that are not {count} integers of 64 bits")
+            raise self._damaged(f"{name} that are not {count} 64-bit integers")
         return value

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 _SPIN = "GOMP_SPINCOUNT"
-_TURNS = "600"  # about 10 microseconds: an immediately following call finds the team awake
+_SPIN_COUNT = "600"  # about 10 microseconds: an immediately following call finds the team awake
 
 
 def _missing_core() -> str:
@@ -33,7 +33,7 @@ def _missing_core() -> str:
 
 _own_setting = _SPIN in os.environ or "OMP_WAIT_POLICY" in os.environ
 if not _own_setting:
-    os.environ[_SPIN] = _TURNS
+    os.environ[_SPIN] = _SPIN_COUNT
 try:
     from . import _core as _core
 except ImportError as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import _core
+from ._any_cache import AnyCache, Step
 from ._arguments import as_array, core_options, out_array, whole_number
 from ._attention import _DEFAULTS, attention
-from ._cache import AnyCache, KVCache, Step
+from ._cache import KVCache
 from ._cached import check_window
 from ._keywords import clean_signature, hinted, refuse_unknown
 from ._paged import PagedKVCache
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _VERSION = 1  # of the pickle format
+_Four = tuple[Any, Any, Any, Any]  # for q, k, v and the output
+_Inputs = tuple[Any, Any, Any]  # x, context, positions
+_Held = tuple[AnyCache, Step]
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 
 
@@ -74,18 +78,9 @@ class SelfAttention:
     """
 
     __slots__ = (
-        "_core",
-        "_rope",
-        "d_context",
-        "d_model",
-        "d_out",
-        "dtype",
-        "head_dim",
-        "isa",
-        "num_heads",
-        "num_kv_heads",
+        "_core", "_rope", "d_context", "d_model", "d_out", "dtype", "head_dim", "isa", "num_heads", "num_kv_heads",
         "value_dim",
-    )
+    )  # fmt: skip
 
     _core: _core.Layer
     _rope: RoPE | None
@@ -117,13 +112,7 @@ class SelfAttention:
         self._build("SelfAttention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
 
     def _build(
-        self,
-        function: str,
-        weights: tuple[Any, Any, Any, Any],
-        biases: tuple[Any, Any, Any, Any],
-        num_heads: Any,
-        num_kv_heads: Any,
-        rope: Any,
+        self, function: str, weights: _Four, biases: _Four, num_heads: Any, num_kv_heads: Any, rope: Any
     ) -> None:
         heads = whole_number(function, "num_heads", num_heads, 1)
         kv_heads = heads if num_kv_heads is None else whole_number(function, "num_kv_heads", num_kv_heads, 1)
@@ -136,8 +125,8 @@ class SelfAttention:
             for name, bias, matrix in zip("qkvo", biases, columns, strict=True)
         )
         description = rope_or_none(function, rope)
-        turn = None if description is None else description.for_core(function, w.head_dim)
-        core = _core.make_layer(columns, vectors, heads, kv_heads, turn)
+        rotation = None if description is None else description.for_core(function, w.head_dim)
+        core = _core.make_layer(columns, vectors, heads, kv_heads, rotation)
         for name, value in {
             "_core": core,
             "_rope": description,
@@ -167,13 +156,11 @@ class SelfAttention:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the unpacked weights: loading packs them for the machine it runs on."""
-        joined = self.num_heads * self.value_dim
-        key_columns, value_columns = self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim
         shapes = (
             (self.d_model, self.num_heads * self.head_dim),
-            (self.d_context, key_columns),
-            (self.d_context, value_columns),
-            (joined, self.d_out),
+            (self.d_context, self.num_kv_heads * self.head_dim),
+            (self.d_context, self.num_kv_heads * self.value_dim),
+            (self.num_heads * self.value_dim, self.d_out),
         )
         matrices = tuple(np.empty(shape, self.dtype) for shape in shapes)
         *biases, has_output = _core.unpack_layer(self._core, matrices)
@@ -257,22 +244,12 @@ class SelfAttention:
         if cache is None:
             if sequences is not None:
                 raise ValueError("SelfAttention: sequences is given without a cache")
-            return self._call("SelfAttention", x, context, positions, out, options)
-        return self._step(
-            "SelfAttention", as_array("SelfAttention", "x", x), context, positions, cache, sequences, out, options
-        )
+            return self._call("SelfAttention", (x, context, positions), out, options)
+        return self._step((x, context, positions), cache, sequences, out, options)
 
-    def _step(
-        self,
-        function: str,
-        x: NDArray[Any],
-        context: Any,
-        positions: Any,
-        cache: AnyCache,
-        sequences: Any,
-        out: Any,
-        options: dict[str, Any],
-    ) -> Any:
+    def _step(self, inputs: _Inputs, cache: AnyCache, sequences: Any, out: Any, options: dict[str, Any]) -> Any:
+        function = "SelfAttention"
+        x, context, positions = as_array(function, "x", inputs[0]), *inputs[1:]
         if not isinstance(cache, AnyCache):
             raise TypeError(f"{function}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
         if context is not None:
@@ -282,29 +259,24 @@ class SelfAttention:
                 raise ValueError(f"{function}: {name} is given, but a cache knows where its tokens are")
         options = {"causal": True, **options}
         tokens = x.shape[-2] if x.ndim > 1 else 0
-        return cache._run(
-            function,
-            sequences,
-            tokens,
-            lambda step: self._call(function, x, None, positions, out, options, cache, step),
-        )
+
+        def call(step: Step) -> Any:
+            return self._call(function, (x, None, positions), out, options, (cache, step))
+
+        return cache._run(function, sequences, tokens, call)
 
     def _call(
-        self,
-        function: str,
-        x: Any,
-        context: Any,
-        positions: Any,
-        out: Any,
-        options: dict[str, Any],
-        cache: AnyCache | None = None,
-        step: Step | None = None,
+        self, function: str, inputs: _Inputs, out: Any, options: dict[str, Any], held: _Held | None = None
     ) -> Any:
         if not options.keys() <= _OPTIONS.keys():
             refuse_unknown(SelfAttention.__call__, options)
         values = core_options(function, **options)
-        if cache is not None:
+        cached: tuple[Any, Any] = (None, None)
+        if held is not None:
+            cache, step = held
             check_window(function, cache, values.window_left)
+            cached = (cache._store.core, step.sequences)
+        x, context, positions = inputs
         x = as_array(function, "x", x)
         if context is not None:
             context = as_array(function, "context", context)
@@ -314,8 +286,7 @@ class SelfAttention:
             positions = positions_for(function, positions, x.shape[:-1])
         if out is not None:
             out = out_array(function, out)
-        held = (None, None) if cache is None or step is None else (cache._store.core, step.sequences)
-        return _core.call_layer(self._core, function, (x, context, positions, *held), out, values)
+        return _core.call_layer(self._core, function, (x, context, positions, *cached), out, values)
 
 
 def _load(cls: type[SelfAttention], version: int, *parts: Any) -> SelfAttention:

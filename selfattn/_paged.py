@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._any_cache import AnyCache, Step
 from ._arguments import as_array, integers
-from ._cache import AnyCache, Step
 from ._keywords import hinted
 from ._lock import SharedLock
-from ._pages import NUMBER, Growth, PageTable, Row
+from ._pages import NUMBER, Growth, PageTable, Row, is_count
 from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
 
@@ -117,22 +117,13 @@ class PagedKVCache(AnyCache):
         for name, description in sequences.items():
             if not is_count(name) or name >= after:
                 raise self._damaged(f"the id {name!r}, but the next one is {after}")
-            self._table.rows[name] = self._row_of(name, description, there)
+            row = self._table.row_of(description, there)
+            if row is None or (self.window is None and row.start):
+                raise self._damaged(f"a sequence {name} that is impossible")
+            self._table.rows[name] = row
         self._fill(pages, contents["tokens"])
         self._table.recount()
         self._next = after
-
-    def _row_of(self, name: int, description: Any, there: set[int]) -> Row:
-        try:
-            length, start, held = description
-            row = Row(array(NUMBER, held), start, length)
-            sound = is_count(length) and is_count(start) and start <= length and start % self.page_size == 0
-            sound = sound and len(held) == self._table.count(row) == len(set(held)) and there.issuperset(held)
-        except (TypeError, ValueError, OverflowError):
-            sound = False
-        if not sound or (self.window is None and start):
-            raise self._damaged(f"a sequence {name} that is impossible")
-        return row
 
     @staticmethod
     def buffer_size(
@@ -147,12 +138,6 @@ class PagedKVCache(AnyCache):
     ) -> int:
         """Return the bytes that a buffer for such a cache must have; the window does not matter."""
         return _layout(num_pages, page_size, num_kv_heads, head_dim, value_dim, dtype).nbytes()
-
-    def __repr__(self) -> str:
-        return (
-            f"PagedKVCache(num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self._store.name!r}, window={self.window})"
-        )
 
     @property
     def num_free_pages(self) -> int:
@@ -242,15 +227,11 @@ class PagedKVCache(AnyCache):
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is None:
             raise ValueError(f"{function}: sequences is missing: a PagedKVCache needs one id per row of q")
-        names = []
-        rows = []
-        for sequence in _ids(function, sequences):
-            name, row = self._row(function, sequence)
-            names.append(name)
-            rows.append(row)
+        found = [self._row(function, sequence) for sequence in _ids(function, sequences)]
+        rows = [row for _, row in found]
         growth: Growth | None = None
         if tokens and rows:
-            growth = self._grow(function, names, tokens)
+            growth = self._grow(function, [name for name, _ in found], tokens)
             rows = list(growth.rows.values())
         return Step(rows, _Step(rows, growth, self._copy_pages(growth)))
 
@@ -258,13 +239,7 @@ class PagedKVCache(AnyCache):
         if len(set(names)) < len(names):
             raise ValueError(f"{function}: sequences holds {names}, but tokens can be appended to each once")
         self._table.settle()
-        try:
-            return self._table.grow(names, tokens, self.window)
-        except MemoryError as error:
-            if not error.args:
-                raise
-            needed, there = error.args
-        raise MemoryError(f"{function}: {needed} pages are needed, but {there} are free")
+        return self._table.grow(function, names, tokens, self.window)
 
     def _copy_pages(self, growth: Growth | None) -> list[NDArray[Any]]:
         """Copy shared pages for the rows that will write to them; return the page contents needed to undo the step."""
@@ -306,11 +281,6 @@ class PagedKVCache(AnyCache):
         return self._table.common(step.state.rows) * self.page_size
 
 
-def is_count(value: Any) -> bool:
-    """Whether a value from a pickle can be a length or an id."""
-    return type(value) is int and 0 <= value < 1 << 61
-
-
 def _ids(function: str, sequences: Any) -> list[int]:
     if type(sequences) in (list, tuple) and all(type(name) is int for name in sequences):
         return list(sequences)
@@ -325,6 +295,5 @@ def _layout(num_pages: Any, page_size: Any, num_kv_heads: Any, head_dim: Any, va
     name = storage_name(function, dtype)
     pages, size = count(function, "num_pages", num_pages), count(function, "page_size", page_size)
     heads, width = count(function, "num_kv_heads", num_kv_heads), count(function, "head_dim", head_dim)
-    return Layout(
-        name, pages, heads, size, width, width if value_dim is None else count(function, "value_dim", value_dim)
-    )
+    value_width = width if value_dim is None else count(function, "value_dim", value_dim)
+    return Layout(name, pages, heads, size, width, value_width)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 NUMBER = "i"  # the array type of page numbers, as the core reads them
 assert array(NUMBER).itemsize == 4
@@ -40,6 +40,11 @@ class Growth(NamedTuple):
     reused: list[int]  # pages that will be written to, but also belong to rows of `before`
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value from a pickle can be a length or an id."""
+    return type(value) is int and 0 <= value < 1 << 61
+
+
 class PageTable:
     """A row for each sequence. Each page is either free or has a count of the rows that hold it.
 
@@ -64,6 +69,17 @@ class PageTable:
     def held(self, row: Row) -> array[int]:
         """Return the pages that a row holds, as a copy."""
         return row.pages[: self.count(row)]
+
+    def row_of(self, description: Any, there: set[int]) -> Row | None:
+        """Return the row that a pickle describes; None if it is impossible or has pages other than those in `there`."""
+        try:
+            length, start, held = description
+            row = Row(array(NUMBER, held), start, length)
+            sound = is_count(length) and is_count(start) and start <= length and start % self.page_size == 0
+            sound = sound and len(held) == self.count(row) == len(set(held)) and there.issuperset(held)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        return row if sound else None
 
     def settle(self) -> None:
         """Recount the pages if the last change was interrupted."""
@@ -136,8 +152,8 @@ class PageTable:
         """Delete a row and release its pages."""
         self.put({name: None}, lost=self.held(self.rows[name]))
 
-    def grow(self, names: list[int], tokens: int, window: int | None) -> Growth:
-        """Plan room for `tokens` more tokens in each row; no row changes yet. MemoryError(pages needed, available).
+    def grow(self, function: str, names: list[int], tokens: int, window: int | None) -> Growth:
+        """Plan room for `tokens` more tokens in each row; no row changes yet.
 
         With a window, each row releases the pages that none of the new tokens sees. They are reused if there are not
         enough free pages.
@@ -165,7 +181,7 @@ class PageTable:
             reusable = set()
         there = len(self.free_pages)
         if needed > there + len(given):
-            raise MemoryError(needed, there + len(given))
+            raise MemoryError(f"{function}: {needed} pages are needed, but {there + len(given)} are free")
         taken = min(needed, there)
         gained = [*self.free_pages[there - taken :][::-1], *given[: needed - taken]]
         growth = Growth(before, {}, taken, gained, lost, [], [])

@@ -49,7 +49,7 @@ class RoPE:
         rotary_dim = head_dim if self.rotary_dim is None else int(self.rotary_dim)
         if rotary_dim > head_dim or rotary_dim % 2:
             raise ValueError(
-                f"{function}: rope turns {rotary_dim} elements, but head_dim is {head_dim}: rotary_dim must be "
+                f"{function}: rope rotates {rotary_dim} elements, but head_dim is {head_dim}: rotary_dim must be "
                 "even and at most head_dim"
             )
         return float(self.base), rotary_dim, bool(self.interleaved)

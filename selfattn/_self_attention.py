@@ -96,4 +96,4 @@ def self_attention(
         refuse_unknown(self_attention, attention_options)
     layer = SelfAttention.__new__(SelfAttention)
     layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
-    return layer._call("self_attention", x, context, positions, out, attention_options)
+    return layer._call("self_attention", (x, context, positions), out, attention_options)

@@ -152,7 +152,7 @@ def attention(
         products, sizes = np.matmul(q, k.swapaxes(-1, -2)), np.matmul(abs(q), abs(k).swapaxes(-1, -2))
         distance = np.atleast_3d(-_distances(q_len, kv_len, batch, **limits).T).T  # the same for all heads
         if relative is not None:
-            products, sizes = _relative_products(q, k, distance, *relative)
+            products, sizes = _relative_products(q, k, distance, relative)
         scores, sizes = scale * products, abs(scale) * sizes
         sigma = float(np.max(np.where(visible, sizes, 0), initial=0))
         if softcap is not None:
@@ -165,15 +165,20 @@ def attention(
         if t5 is not None:
             scores = scores + _t5_terms(t5, distance)
         scores = np.where(visible, scores, -np.inf)
-        return _softmax(scores, visible, v, sinks, q_lens, sigma, ndim, layout)
+        found = _softmax(scores, visible, v, sinks, q_lens, sigma)
+    if ndim == 2:
+        return Result(found.out[0], found.lse[0], found.weights[0], found.magnitude[0], sigma)
+    if layout == "bshd":
+        return found._replace(out=found.out.swapaxes(-2, -3), magnitude=found.magnitude.swapaxes(-2, -3))
+    return found
 
 
 def _relative_products(
-    q: NDArray[Any], k: NDArray[Any], distance: NDArray[np.int64], r: Any, u: Any, w: Any, r_origin: int
+    q: NDArray[Any], k: NDArray[Any], distance: NDArray[np.int64], relative: tuple[Any, ...]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(q + u) . k + (q + w) . r by distance, and the same for absolute values; gathers a vector of r for every pair."""
-    r, u, w = (np.asarray(x, dtype=q.dtype) for x in (r, u, w))
-    row = np.clip(distance + r_origin, 0, r.shape[-2] - 1)[..., 0, :, :]
+    r, u, w = (np.asarray(x, dtype=q.dtype) for x in relative[:3])
+    row = np.clip(distance + relative[3], 0, r.shape[-2] - 1)[..., 0, :, :]
     vectors = r[np.arange(len(r))[:, None, None], row[..., None, :, :]] if r.ndim == 3 else r[row][..., None, :, :, :]
     for_keys, for_vectors = q + u[:, None], q + w[:, None]
     products = np.matmul(for_keys, k.swapaxes(-1, -2)) + np.einsum("...id,...ijd->...ij", for_vectors, vectors)
@@ -204,8 +209,6 @@ def _softmax(
     sinks: ArrayLike | None,
     q_lens: ArrayLike | None,
     sigma: float,
-    ndim: int,
-    layout: str,
 ) -> Result:
     sink = np.full(scores.shape[:-1], -np.inf, dtype=scores.dtype)
     if sinks is not None:
@@ -222,12 +225,7 @@ def _softmax(
     weights = np.where(visible, parts / np.where(total == 0, 1, total)[..., None], 0)
     lse = np.where(np.isneginf(peak), -np.inf, peak + np.log(total))
     out = _weighted_sum(weights, visible, v)
-    magnitude = _weighted_sum(weights, visible, abs(v))
-    if ndim == 2:
-        return Result(out[0], lse[0], weights[0], magnitude[0], sigma)
-    if layout == "bshd":
-        out, magnitude = out.swapaxes(-2, -3), magnitude.swapaxes(-2, -3)
-    return Result(out, lse, weights, magnitude, sigma)
+    return Result(out, lse, weights, _weighted_sum(weights, visible, abs(v)), sigma)
 
 
 def _weighted_sum(weights: NDArray[Any], visible: NDArray[np.bool_], v: NDArray[Any]) -> NDArray[Any]:

@@ -78,7 +78,7 @@ def count(source: Path, threads: int, cases: Sequence[str] = CASES) -> dict[str,
             cwd=folder,  # in the project's folder, Python would import the sources, which lack the core
             env={**os.environ, "LD_PRELOAD": library},
         )
-    return {name: (everybody, core) for name, (everybody, core) in json.loads(printed).items()}
+    return {name: (total, core) for name, (total, core) in json.loads(printed).items()}
 
 
 def show(source: Path, threads: int, cases: Sequence[str] = CASES) -> bool:
@@ -90,9 +90,9 @@ def show(source: Path, threads: int, cases: Sequence[str] = CASES) -> bool:
     print(f"\nAllocations in {CALLS} repeated calls with out=, threads {threads}; malloc and its relatives,")
     print("counted by a preloaded library over all threads and libraries of the process")
     counts = count(source, threads, cases)
-    for name, (everybody, core) in counts.items():
-        print(f"{name:>20} {everybody:6}, of these by the core {core}")
-    return all(everybody == 0 for name, (everybody, _) in counts.items() if not name.endswith(NO_OUT))
+    for name, (total, core) in counts.items():
+        print(f"{name:>20} {total:6}, of these by the core {core}")
+    return all(total == 0 for name, (total, _) in counts.items() if not name.endswith(NO_OUT))
 
 
 def count_here(threads: int, cases: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -31,10 +31,10 @@ def varied_groups(groups: Mapping[str, Group]) -> Iterator[Group]:
         for dtype, precision in AXES:
             group = groups[family].varied(dtype, precision)
             make = _TARGETS.get((family, dtype, precision))
-            yield group.judged_by(make(group) if make else (), _beside(group))
+            yield group.judged_by(make(group) if make else (), _variants_of(group))
 
 
-def _beside(group: Group) -> tuple[str, ...]:
+def _variants_of(group: Group) -> tuple[str, ...]:
     return SOFTMAX if group.family == "prefill" and group.workloads[0].itemsize == 2 else ()
 
 

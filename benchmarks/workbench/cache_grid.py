@@ -92,7 +92,7 @@ def _twin(group: Group, dtype: str) -> Group:
     twin = group.varied(dtype, "highest")
     names = {old.name: new.name for old, new in zip(group.workloads, twin.workloads, strict=True)}
     targets = tuple(replace(target, only=tuple(names[name] for name in target.only)) for target in group.targets)
-    return twin.judged_by(targets, group.beside)
+    return twin.judged_by(targets, group.variants)
 
 
 _MIXED = Group(
@@ -118,7 +118,7 @@ CACHE_GROUPS: dict[str, Group] = {
                 "Group sizes: query heads to each of 8 KV heads",
                 SIZES,
                 (Target("pytorch", each=1.0),),
-                beside=("group-1",),
+                variants=("group-1",),
             )
         ),
         *_in_types(
@@ -130,16 +130,16 @@ CACHE_GROUPS: dict[str, Group] = {
             )
         ),
         *_in_types(
-            Group("paged", "Pages beside a contiguous cache", PAGED, (Target(CONTIGUOUS, each=1.1),)),
+            Group("paged", "Pages compared with a contiguous cache", PAGED, (Target(CONTIGUOUS, each=1.1),)),
         ),
-        *_in_types(Group("int8", "Codes of 8 bits beside bfloat16", INT8, (Target("bf16-cache", each=1.6),))),
+        *_in_types(Group("int8", "8-bit codes compared with bfloat16", INT8, (Target("bf16-cache", each=1.6),))),
         *_in_types(Group("cascade", "One prompt that many answers share", CASCADE, (Target("no-cascade", each=5.0),))),
         Group(
             OVERHEAD_GROUP,
-            "A step: what it takes beside arithmetic",
+            "A step: overhead besides arithmetic",
             STEPS,
             (Target(OVERHEAD, each=5e-6, threads=1, only=(STEPS[0].name,)),),
-            beside=("core", TWICE),
+            variants=("core", TWICE),
         ),
     )
 }

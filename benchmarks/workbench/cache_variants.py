@@ -153,7 +153,7 @@ class BareCore(OnCache):
         inputs = (arrays["q"], *last_token(arrays), None, None, False)
         options = core_options(name, causal=True, num_threads=threads)
         out = np.empty((*arrays["q"].shape[:-1], workload.value_dim), arrays["q"].dtype)
-        store, ledger, left = filled.cache._store.core, filled.cache._ledger, STEPS
+        store, ledger, left = filled.cache._store.core, filled.cache._ledger.core, STEPS
 
         def step() -> Any:
             nonlocal left

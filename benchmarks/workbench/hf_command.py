@@ -127,7 +127,7 @@ def markdown(rows: Sequence[Row]) -> str:
         for length in dict.fromkeys(row["length"] for row in of_group):
             by_column = {(row["dtype"], row["threads"]): row for row in of_group if row["length"] == length}
             lines.append(_line([str(length), *(_cell(by_column.get(column)) for column in columns)]))
-        parts.append(f"### {GROUPS[name].title}; beside {GROUPS[name].peer}\n\n" + "\n".join(lines))
+        parts.append(f"### {GROUPS[name].title}; compared with {GROUPS[name].peer}\n\n" + "\n".join(lines))
     note = "The peer's time over selfattn's, median of interleaved rounds [quartiles]; times are medians."
     return "\n\n".join([*parts, note])
 

@@ -65,7 +65,7 @@ def write_parts(results: Sequence[Result], path: str | Path) -> None:
     """
     taken = [(result, found) for result in results if (found := parts(result)) is not None]
     if not taken:
-        raise ValueError("plot: no result with narrower heads beside it: measure the group prefill in 16 bits")
+        raise ValueError("plot: no result was measured with narrower heads: measure the group prefill in a 16-bit type")
     # Avoid pyplot, which would keep the figure alive and might need a display.
     figure_class = importlib.import_module("matplotlib.figure").Figure
     types = list(dict.fromkeys(result.workload.dtype for result, _ in taken))

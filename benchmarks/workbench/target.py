@@ -86,7 +86,7 @@ class Group:
     targets : tuple of Target
     family : str
         The name of the group with the same workloads in their original dtype; by default this group's own name.
-    beside : tuple of str
+    variants : tuple of str
         Variants that are measured without a target.
     """
 
@@ -95,7 +95,7 @@ class Group:
     workloads: tuple[Workload, ...]
     targets: tuple[Target, ...]
     family: str = ""
-    beside: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", self.family or self.name)
@@ -116,13 +116,13 @@ class Group:
         workloads = tuple(workload.varied(dtype, precision) for workload in self.workloads)
         return Group(f"{self.name}-{SUFFIXES[suffix]}", f"{self.title}, {label}", workloads, (), self.family)
 
-    def judged_by(self, targets: tuple[Target, ...], beside: tuple[str, ...] = ()) -> Group:
+    def judged_by(self, targets: tuple[Target, ...], variants: tuple[str, ...] = ()) -> Group:
         """Return the same group with these targets, and additional variants to measure."""
-        return replace(self, targets=targets, beside=beside)
+        return replace(self, targets=targets, variants=variants)
 
     def peers(self, names: Sequence[str], threads: int) -> list[str]:
         """Return the peers to measure: those with these names, and others that its targets refer to."""
-        wanted = {target.against for target in self.targets if target.threads in (None, threads)} | {*self.beside}
+        wanted = {target.against for target in self.targets if target.threads in (None, threads)} | {*self.variants}
         return [*names, *(name for name in PEERS if name in wanted and not PEERS[name].by_default)]
 
 

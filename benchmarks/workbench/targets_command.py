@@ -68,7 +68,7 @@ def add_arguments(
 
 def _add_drawings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--roofline", metavar="FILE", help="draw the roofline (needs matplotlib)")
-    parser.add_argument("--parts", metavar="FILE", help="draw products and softmax of prefill in 16 bits (the same)")
+    parser.add_argument("--parts", metavar="FILE", help="draw products and softmax of 16-bit prefill (the same)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
   return {
       .name = name,
       .features = feature_avx512 | feature_avx512_bf16 | feature,
-      .shuns = 0,
+      .not_default_with = 0,
       .f32 = avx512::f32,
       .f64 = avx512::f64,
       .f16 = avx512::f16,

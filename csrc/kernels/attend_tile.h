@@ -144,7 +144,7 @@ struct TileAttention {
 
   // Whether the multiplier can be applied later, while exponentials are computed. It can if masking by limits is the
   // only step in between.
-  static bool may_wait(const RowBlock& block) {
+  static bool can_defer_scale(const RowBlock& block) {
     return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
            !has_terms(block.terms) && !block.rows[0].scores;
   }
@@ -177,7 +177,7 @@ struct TileAttention {
     T multiplier = static_cast<T>(block.terms.multiplier);
     Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
     if (rows->relative) add_relative<AcrossRows>(tile, Engine::scales ? multiplier : T(1));
-    if (Engine::scales || !may_wait(block)) {
+    if (Engine::scales || !can_defer_scale(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
       multiplier = T(1);
     }

@@ -50,7 +50,7 @@ struct AmxEngine : PairOperands<E, Terms> {
       const CellMatrix keys{block.memory.keys + (seen.skipped + key) * step, step, block.memory.key_plane};
       multiply_rows_of<Cols>(seen.count - key, keys, packed, depth, scores + key * Cols * W, /*adds=*/false);
     }
-    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, 1.0f, scores);
+    Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, 1.0f, scores);
   }
 
   static void keep_probs(const Block& block, const VecF (&prob)[cell], float* scores, float* line, int lane) {
@@ -81,7 +81,8 @@ struct AmxEngine : PairOperands<E, Terms> {
       }
       return sum;
     };
-    if (!block.carries_values) Operands::template join_values<Cols>(block, seen, prob, value_dim, out, tile());
+    if (!block.splits_values)
+      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, tile());
   }
 
  private:

@@ -49,7 +49,7 @@ struct PairEngine : PairOperands<E, 1> {
                                                 for (int c = 0; c < Cols; ++c, score += W)
                                                   store(score, row[c] * broadcast(multiplier));
                                             });
-    Operands::mend_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
+    Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
   }
 
   // Weights overwrite the scores.
@@ -65,7 +65,8 @@ struct PairEngine : PairOperands<E, 1> {
       const VecF cells = load(probs + (key / cell * Cols + c) * W);
       return key % cell == 0 ? first_of(cells) : second_of(cells);
     };
-    if (!block.carries_values) Operands::template join_values<Cols>(block, seen, prob, value_dim, out, tile());
+    if (!block.splits_values)
+      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, tile());
   }
 
  private:

@@ -11,7 +11,7 @@ constexpr TypeKernels f64 = type_kernels<double, 4, 3, 8, 2>();
 extern constexpr KernelSet kernels{
     .name = "avx2",
     .features = feature_avx2_fma,
-    .shuns = 0,
+    .not_default_with = 0,
     .f32 = f32,
     .f64 = f64,
     .f16 = conversion<Half>,

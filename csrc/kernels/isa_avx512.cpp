@@ -15,7 +15,7 @@ extern constexpr Conversion i8 = from_codes;
 extern constexpr KernelSet kernels{
     .name = "avx512",
     .features = feature_avx512,
-    .shuns = 0,
+    .not_default_with = 0,
     .f32 = f32,
     .f64 = f64,
     .f16 = f16,

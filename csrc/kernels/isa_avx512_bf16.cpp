@@ -14,7 +14,7 @@ namespace selfattn::avx512_bf16 {
 extern constexpr KernelSet kernels{
     .name = "avx512_bf16",
     .features = feature_avx512 | feature_avx512_bf16,
-    .shuns = feature_avx512_fp16,
+    .not_default_with = feature_avx512_fp16,
     .f32 = avx512::f32,
     .f64 = avx512::f64,
     .f16 = avx512::f16,

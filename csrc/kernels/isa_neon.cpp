@@ -12,7 +12,7 @@ constexpr TypeKernels f64 = type_kernels<double, 8, 3, 16, 2>();
 extern constexpr KernelSet kernels{
     .name = "neon",
     .features = 0,
-    .shuns = 0,
+    .not_default_with = 0,
     .f32 = f32,
     .f64 = f64,
     .f16 = conversion<Half>,

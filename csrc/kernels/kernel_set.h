@@ -149,8 +149,8 @@ struct MatrixKernels {
 
 struct KernelSet {
   const char* name;
-  std::uint32_t features;  // bits of Feature that the machine must have
-  std::uint32_t shuns;     // features with which the set is slower than the next one, so that it is not the default
+  std::uint32_t features;          // bits of Feature that the machine must have
+  std::uint32_t not_default_with;  // features with which the set is slower than the next one
   const TypeKernels& f32;
   const TypeKernels& f64;
   const Conversion& f16;

@@ -48,7 +48,7 @@ struct PairOperands {
   struct Memory {
     float* keys;                          // [term][key][cells of head_dim]
     float* values;                        // [term][dim][cells of keys]
-    unsigned char* uncarried;             // per key: whether it holds a number that cannot be split
+    unsigned char* unsplittable;          // per key: whether it holds a number that cannot be split
     std::int64_t key_step, value_step;    // cells from one row to the next
     std::int64_t key_plane, value_plane;  // cells from one term's plane to the next
 
@@ -59,7 +59,7 @@ struct PairOperands {
           value_plane(dim_rows(value_dim) * value_step) {
       keys = carver.take<float>(Terms * key_plane);
       values = carver.take<float>(Terms * value_plane);
-      uncarried = carver.take<unsigned char>(key_block);
+      unsplittable = carver.take<unsigned char>(key_block);
     }
   };
 
@@ -69,19 +69,19 @@ struct PairOperands {
     std::int64_t key_step;
     const E* values;
     std::int64_t value_step;
-    bool carries_keys, carries_values;
+    bool splits_keys, splits_values;  // whether all of the block's can be split
   };
 
   // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms or their
   // products would be subnormal (float16 has none).
-  static MaskF lost(VecF x) {
+  static MaskF unsplittable(VecF x) {
     const VecF size = abs(x);
     const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
     if constexpr (same_type<E, Half>) return unbounded;
     return unbounded | ((broadcast(0.0f) < size) & (size < broadcast(0x1p-100f)));
   }
 
-  static VecF without(MaskF lost, VecF x) { return select(lost, broadcast(0.0f), x); }
+  static VecF clear(MaskF lanes, VecF x) { return select(lanes, broadcast(0.0f), x); }
 
   // Stores the terms of up to 32 adjacent numbers. Returns the lanes that cannot be split.
   static MaskF store_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
@@ -90,8 +90,8 @@ struct PairOperands {
       return broadcast(0.0f) < broadcast(0.0f);
     } else {
       VecF x[2] = {load_up_to(p, n), n > W ? load_up_to(p + W, n - W) : broadcast(0.0f)};
-      const MaskF bad[2] = {lost(x[0]), lost(x[1])};
-      for (int i = 0; i < 2; ++i) x[i] = without(bad[i], x[i]);
+      const MaskF lanes[2] = {unsplittable(x[0]), unsplittable(x[1])};
+      for (int i = 0; i < 2; ++i) x[i] = clear(lanes[i], x[i]);
       for (int t = 0; t < Terms; ++t) {
         VecF term[2];
         for (int i = 0; i < 2; ++i) {
@@ -100,20 +100,20 @@ struct PairOperands {
         }
         store(cells + t * plane, to_cells_in_order(term[0], term[1]));
       }
-      return bad[0] | bad[1];
+      return lanes[0] | lanes[1];
     }
   }
 
   static void pack_queries(const Row* rows, int count, std::int64_t head_dim, int lanes, float* queries) {
     const std::int64_t depth = row_cells(head_dim), plane = depth * lanes;
-    float* uncarried = queries + Terms * plane;
-    for (int l = 0; l < lanes; ++l) uncarried[l] = 0;
+    float* flags = queries + Terms * plane;
+    for (int l = 0; l < lanes; ++l) flags[l] = 0;
     float split[Terms][W];
     for (int t = 0; t < Terms; ++t)
       rows_to_columns(queries + t * plane, lanes, lanes, depth, [&](int row, std::int64_t c, int) {
         if (row >= count) return broadcast(0.0f);
         const E* query = static_cast<const E*>(rows[row].query);
-        if (any(store_terms(query + cell * c, head_dim - cell * c, split[0], W))) uncarried[row] = 1;
+        if (any(store_terms(query + cell * c, head_dim - cell * c, split[0], W))) flags[row] = 1;
         return load(split[t]);
       });
   }
@@ -127,34 +127,34 @@ struct PairOperands {
                 true,
                 true};
     for (int key = 0; key < keys.count; ++key) {
-      MaskF bad = broadcast(0.0f) < broadcast(0.0f);
+      MaskF found = broadcast(0.0f) < broadcast(0.0f);
       for (std::int64_t c = 0; c < memory.key_step; c += W)
-        bad = bad | store_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
-                                memory.keys + key * memory.key_step + c, memory.key_plane);
-      memory.uncarried[key] = any(bad) ? 1 : 0;
-      block.carries_keys = block.carries_keys && memory.uncarried[key] == 0;
+        found = found | store_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
+                                    memory.keys + key * memory.key_step + c, memory.key_plane);
+      memory.unsplittable[key] = any(found) ? 1 : 0;
+      block.splits_keys = block.splits_keys && memory.unsplittable[key] == 0;
     }
-    block.carries_values = pack_values(block.values, keys.value_step, keys.count, rows.value_dim, memory);
+    block.splits_values = pack_values(block.values, keys.value_step, keys.count, rows.value_dim, memory);
     return block;
   }
 
   // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN. Such a NaN may be
   // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinite with both signs.
-  static void mend_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                          std::int64_t head_dim, int lanes, float multiplier, float* scores) {
+  static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
+                               std::int64_t head_dim, int lanes, float multiplier, float* scores) {
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
     for (int i = 0; i < seen.count * lanes; i += W) undefined = undefined | is_nan(load(scores + i));
     if (exact && !any(undefined)) return;
-    const float* uncarried = queries.packed + Terms * row_cells(head_dim) * lanes;
-    const auto carries = [&](int row) { return exact || (block.carries_keys && uncarried[row] == 0); };
+    const float* flags = queries.packed + Terms * row_cells(head_dim) * lanes;
+    const auto splits = [&](int row) { return exact || (block.splits_keys && flags[row] == 0); };
     for (int row = 0; row < queries.count; ++row) {
-      if (!any(undefined) && carries(row)) continue;
+      if (!any(undefined) && splits(row)) continue;
       const E* query = static_cast<const E*>(queries.rows[row].query);
       for (int key = 0; key < seen.count; ++key) {
         const int place = seen.skipped + key;
         float& score = scores[key * lanes + row];
-        const bool carried = exact || (block.memory.uncarried[place] == 0 && uncarried[row] == 0);
-        if (carried && score == score) continue;
+        const bool split = exact || (block.memory.unsplittable[place] == 0 && flags[row] == 0);
+        if (split && score == score) continue;
         float sum = 0;
         for (std::int64_t d = 0; d < head_dim; ++d)
           sum = __builtin_fmaf(widen(query[d]), widen(block.keys[place * block.key_step + d]), sum);
@@ -165,13 +165,13 @@ struct PairOperands {
 
   // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): weights of a key.
   template <int Cols, class Prob>
-  static void join_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim, float* out,
-                          const ScoreTile<float>& tile) {
+  static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim,
+                                      float* out, const ScoreTile<float>& tile) {
     for (int key = 0; key < seen.count; ++key) {
       const E* values = block.values + (seen.skipped + key) * block.value_step;
       for (std::int64_t dim = 0; dim < value_dim; ++dim) {
         const VecF value = broadcast(widen(values[dim]));
-        if (!any(lost(value))) continue;
+        if (!any(unsplittable(value))) continue;
         for (int c = 0; c < Cols; ++c) {
           float* o = out + (dim * Cols + c) * W;
           store(o, select(visible<AcrossRows>(tile, key, c * W), fma(value, prob(key, c), load(o)), load(o)));
@@ -184,7 +184,7 @@ struct PairOperands {
   // Packs pairs of keys into cells for each dim, 32 keys x 16 dims at a time. Returns false if some value cannot be
   // split.
   static bool pack_values(const E* values, std::int64_t step, int count, std::int64_t value_dim, const Memory& memory) {
-    MaskF bad = broadcast(0.0f) < broadcast(0.0f);
+    MaskF found = broadcast(0.0f) < broadcast(0.0f);
     for (std::int64_t d = 0; d < value_dim; d += W)
       for (int key = 0; key < count; key += cell * W) {
         VecF square[Terms][W];
@@ -193,9 +193,9 @@ struct PairOperands {
           for (int j = 0; j < cell; ++j) {
             const int k = key + cell * i + j;
             x[j] = k < count ? load_up_to(values + k * step + d, value_dim - d) : broadcast(0.0f);
-            const MaskF gone = lost(x[j]);
-            bad = bad | gone;
-            x[j] = without(gone, x[j]);
+            const MaskF lanes = unsplittable(x[j]);
+            found = found | lanes;
+            x[j] = clear(lanes, x[j]);
           }
           for (int t = 0; t < Terms; ++t) {
             square[t][i] = to_cells(x[0], x[1]);
@@ -209,7 +209,7 @@ struct PairOperands {
           for (int i = 0; i < W; ++i) store(to + i * memory.value_step, square[t][i]);
         }
       }
-    return !any(bad);
+    return !any(found);
   }
 };
 

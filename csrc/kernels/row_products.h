@@ -169,7 +169,7 @@ struct RowProducts {
         const Vec<T> dots = reduce_sums(sums) * multiplier;
         store(products, dots);
         if constexpr (Dots::flushes)
-          if (any(is_nan(dots))) mend_dots<Rows>(block, keys, row, j, products);
+          if (any(is_nan(dots))) recompute_dots<Rows>(block, keys, row, j, products);
         for (int r = 0; r < Rows; ++r)
           for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_step + j + k] = products[r * Keys + k];
       }
@@ -179,7 +179,7 @@ struct RowProducts {
 
   // Recomputes products that became NaN with scalar FMAs, which follow IEEE 754.
   template <int Rows>
-  static void mend_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
+  static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;
     for (int i = 0; i < W; ++i) {
       const int place = key + i % Keys;

@@ -13,7 +13,7 @@ namespace selfattn::SELFATTN_ISA {
 // Applies softcap and ALiBi. This precedes bias and masks, so that a slope that is not finite cannot make a hidden key
 // visible.
 template <class Axes, class T>
-[[gnu::always_inline]] inline void bend_scores(const ScoreTile<T>& tile, const ScoreTerms& terms) {
+[[gnu::always_inline]] inline void apply_softcap_and_alibi(const ScoreTile<T>& tile, const ScoreTerms& terms) {
   if (terms.softcap != 0) {
     const Vec<T> cap = broadcast(static_cast<T>(terms.softcap));
     change_scores(tile, [&](Vec<T> s, int, int) { return cap * tanh(s); });
@@ -225,7 +225,7 @@ inline void keep_scores(ScoreTile<T> tile) {
 // Turns scaled products into scores. Returns whether mask or bias may hide any key.
 template <class Axes, class T>
 [[gnu::always_inline]] inline bool complete_scores(const ScoreTile<T>& tile, const ScoreTerms& terms, Sight sight) {
-  bend_scores<Axes>(tile, terms);
+  apply_softcap_and_alibi<Axes>(tile, terms);
   const bool hidden = sight != Sight::everything && add_terms<Axes>(tile, terms);
   hide_beyond_limits<Axes>(tile);
   if (tile.rows->scores) keep_scores<Axes>(tile);

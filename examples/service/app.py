@@ -144,14 +144,14 @@ async def _body(receive: Receive) -> bytes:
 
 async def _result(future: Future[Any], receive: Receive) -> Any:
     answer = asyncio.wrap_future(future)
-    gone = asyncio.ensure_future(receive())  # after the body, only the end of the connection is received
+    disconnected = asyncio.ensure_future(receive())  # after the body, only the end of the connection is received
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise Disconnected
         return answer.result()
     finally:
-        gone.cancel()
+        disconnected.cancel()
         answer.cancel()  # if it is not done: the request leaves the batch
 
 

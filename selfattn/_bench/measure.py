@@ -137,7 +137,7 @@ def measure(workload: Workload, peers: Sequence[Peer], threads: int, seconds: fl
     arrays = workload.make_arrays()
     runs, skipped = prepare(workload, peers, arrays, threads)
     errors = check_all(workload, arrays, runs, peers)
-    lost = check_storage(workload, arrays, runs[OWN.name])
+    stored = check_storage(workload, arrays, runs[OWN.name])
     peaks = Peaks(threads, float(np.clip(PEAK_SHARE * seconds, *PEAK_SECONDS)))
     before = _both_peaks(peaks, workload)
     samples = interleave(runs, seconds, _gauges(peaks, workload))
@@ -157,7 +157,7 @@ def measure(workload: Workload, peers: Sequence[Peer], threads: int, seconds: fl
         skipped=skipped,
         flop_peak=max(before[0], after[0]),
         bandwidth=bandwidth,
-        storage_error=lost,
+        storage_error=stored,
     )
 
 
@@ -214,10 +214,10 @@ def check_storage(workload: Workload, arrays: Arrays, run: Run) -> float | None:
     """
     if not _rounds(workload):
         return None
-    lost = storage_error(workload, arrays, np.asarray(run()))
-    if not lost <= MAX_STORAGE_ERROR:
-        raise Mismatch(f"{workload.name}: storing k and v has cost {lost:.2g} of sum p|v|")
-    return lost
+    error = storage_error(workload, arrays, np.asarray(run()))
+    if not error <= MAX_STORAGE_ERROR:
+        raise Mismatch(f"{workload.name}: storing k and v has an error of {error:.2g} of sum p|v|")
+    return error
 
 
 def _rounds(workload: Workload) -> bool:

@@ -121,7 +121,7 @@ class NumPy(Peer):
     def why_not(self, workload: Workload) -> str:
         """See `Peer.why_not`."""
         if workload.dtype in NARROW_ROUNDOFF:
-            return "its products of 16 bits are made one number at a time"
+            return "it multiplies 16-bit numbers one at a time"
         pairs = workload.batch * workload.num_heads * workload.q_len * workload.kv_len
         mask_bytes = workload.q_len * workload.kv_len
         if pairs * workload.itemsize + mask_bytes > MAX_SCORES_BYTES:

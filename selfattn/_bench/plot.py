@@ -64,7 +64,7 @@ def _measured_peer(results: Sequence[Result], wanted: str) -> str:
     for name in PEERS:
         if name in measured:
             return name
-    raise ValueError("plot: no peer was measured beside selfattn")
+    raise ValueError("plot: no peer was measured to compare selfattn with")
 
 
 def _draw_bars(axes: Any, places: Sequence[float], ratios: Sequence[Quartiles], height: float, suffix: str) -> None:

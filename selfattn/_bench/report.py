@@ -117,8 +117,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _storage_lines(results: Sequence[Result]) -> list[str]:
     """Return lines with the errors from rounding to a cache's dtype."""
-    lost = {r.workload.name: r.storage_error for r in results if r.storage_error is not None}
-    lines = [f"  {name}: {error:.2%} of sum p|v|" for name, error in lost.items()]
+    errors = {r.workload.name: r.storage_error for r in results if r.storage_error is not None}
+    lines = [f"  {name}: {error:.2%} of sum p|v|" for name, error in errors.items()]
     return ["", "largest error by storing k and v:", *lines] if lines else []
 
 

@@ -13,7 +13,7 @@ from .._keywords import hinted
 from .._typing import Array, No, Yes
 from .._varlen import attention_varlen
 from ._checks import arrays, dimensions, is_integer, no_dropout, own_names
-from ._pages import Pages, attend_pages
+from ._pages import Pages
 
 Window = tuple[int, int]
 
@@ -289,7 +289,7 @@ def _varlen_pages(
     for i in range(count):
         rows = slice(int(starts_q[i]), int(starts_q[i + 1]))
         single = {**options, "alibi_slopes": None if own is None else own[i]}
-        attend_pages(name, q[rows][None], pages, np.array([i]), lengths[i : i + 1], None, single, out=out[rows][None])
+        pages.attend(q[rows][None], np.array([i]), lengths[i : i + 1], None, single, out[rows][None])
     return out
 
 

@@ -12,12 +12,12 @@ from .._keywords import hinted
 from .._typing import Array, No, Yes
 from ._checks import arrays, dimensions, is_integer, own_names
 from ._flash_attn import Window, flash_options
-from ._pages import Pages, attend_pages
+from ._pages import Pages
 
 _NAME = "flash_attn_with_kvcache"
 
 # Only this call: k and v are also arguments of flash_attn_with_kvcache.
-_attend = own_names(_NAME, k="k_cache", v="v_cache", scale="softmax_scale")(attend_pages)
+_attend = own_names(_NAME, k="k_cache", v="v_cache", scale="softmax_scale")(Pages.attend)
 
 
 # fmt: off
@@ -143,7 +143,7 @@ def flash_attn_with_kvcache(
     _check_splits(num_splits)
     return_lse = flag(_NAME, "return_softmax_lse", return_softmax_lse)
     options = flash_options(_NAME, softmax_scale, causal, window_size, softcap)
-    options["alibi_slopes"] = alibi_slopes
+    options |= {"alibi_slopes": alibi_slopes, "return_lse": return_lse}
     new = _new_tokens(query, k, v, pages)
     total = lengths + (0 if new is None else new[0].shape[1])
     pages.check_lengths(total)
@@ -152,20 +152,20 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None or rotary_sin is not None:
         if new is None:
             raise ValueError(f"{_NAME}: rotary_cos and rotary_sin are given without k and v")
-        turn = _Rotation(rotary_cos, rotary_sin, interleaved, query.shape[-1])
+        rotate = _Rotation(rotary_cos, rotary_sin, interleaved, query.shape[-1])
         in_order = options["causal"] or options["window"] is not None
-        query = turn(query, lengths, step=1 if in_order else 0)
-        new = turn(new[0], lengths), new[1]
+        query = rotate(query, lengths, step=1 if in_order else 0)
+        new = rotate(new[0], lengths), new[1]
     rows = np.arange(len(query))
     if new is None:
-        return _attend(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+        return _attend(pages, query, rows, total, starts, options)
     slots = pages.slots(lengths, new[0].shape[1])
     _check_distinct(slots, pages.page_size)
     before = [side[slots] for side in (pages.k, pages.v)]  # indexing by arrays copies
     try:
         for side, tokens in zip((pages.k, pages.v), new, strict=True):
             side[slots] = tokens
-        return _attend(_NAME, query, pages, rows, total, starts, options, return_lse=return_lse)
+        return _attend(pages, query, rows, total, starts, options)
     except BaseException:
         for side, old in zip((pages.k, pages.v), before, strict=True):
             side[slots] = old
@@ -188,7 +188,7 @@ def _pages(query: NDArray[Any], k: NDArray[Any], v: NDArray[Any], index: Any, ta
             raise TypeError(f"{_NAME}: {name} has dtype {cache.dtype} but q has {query.dtype}: they must be equal")
     if table is not None:
         if index is not None:
-            raise ValueError(f"{_NAME}: cache_batch_idx is given together with block_table, which says as much")
+            raise ValueError(f"{_NAME}: cache_batch_idx is given together with block_table: pass one of them")
         return Pages(_NAME, "block_table", k, v, table, len(query), "_cache")
     # Treat each row of the cache as a single page as long as the cache.
     if index is None:
@@ -276,8 +276,8 @@ class _Rotation:
                 raise TypeError(f"{_NAME}: {name} has dtype {table.dtype}, but floating-point numbers are needed")
             if table.ndim != 2 or table.shape != self.cos.shape or 2 * table.shape[1] > head_dim:
                 raise ValueError(
-                    f"{_NAME}: {name} has shape {table.shape}, but (positions, rotary_dim / 2) is needed, alike for "
-                    f"both, with rotary_dim at most {head_dim}"
+                    f"{_NAME}: {name} has shape {table.shape}, but (positions, rotary_dim / 2) is needed, the same "
+                    f"for both, with rotary_dim at most {head_dim}"
                 )
 
     def __call__(self, x: NDArray[Any], first: NDArray[np.int64], step: int = 1) -> NDArray[Any]:
@@ -288,11 +288,11 @@ class _Rotation:
         kind = np.promote_types(np.float32, x.dtype) if x.dtype.name != "bfloat16" else np.dtype(np.float32)
         cos, sin = (table[places][:, :, None].astype(kind) for table in (self.cos, self.sin))
         half = cos.shape[-1]
-        turned = np.array(x)
+        rotated = np.array(x)
         if self.interleaved:
-            one, other = turned[..., 0 : 2 * half : 2], turned[..., 1 : 2 * half : 2]
+            one, other = rotated[..., 0 : 2 * half : 2], rotated[..., 1 : 2 * half : 2]
         else:
-            one, other = turned[..., :half], turned[..., half : 2 * half]
+            one, other = rotated[..., :half], rotated[..., half : 2 * half]
         a, b = one.astype(kind), other.astype(kind)
         one[...], other[...] = a * cos - b * sin, a * sin + b * cos
-        return turned
+        return rotated

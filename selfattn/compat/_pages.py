@@ -24,12 +24,12 @@ class Pages:
             if array.ndim != 4 or array.shape[:3] != k.shape[:3]:
                 raise ValueError(
                     f"{function}: {side} has shape {array.shape}, but (pages, page_size, heads, size) is needed, "
-                    "alike for keys and values but for the size"
+                    "the same for keys and values except for the size"
                 )
             if array.shape[1] == 0:
                 raise ValueError(f"{function}: {side} has shape {array.shape}, but there must be room for a token")
-            apart = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
-            if apart or not array.flags.aligned:
+            strided = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
+            if strided or not array.flags.aligned:
                 raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
             if array.dtype.name not in _TYPES or array.dtype != k.dtype:
                 raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_TYPES)} is needed")
@@ -62,28 +62,24 @@ class Pages:
         tokens = first[:, None] + np.arange(count)
         return np.take_along_axis(self.table, tokens // self.page_size, axis=1), tokens % self.page_size
 
-
-def attend_pages(
-    function: str,
-    q: NDArray[Any],
-    pages: Pages,
-    rows: NDArray[Any],
-    lengths: NDArray[np.int64],
-    starts: NDArray[np.int64] | None,
-    options: dict[str, Any],
-    *,
-    return_lse: bool = False,
-    out: NDArray[Any] | None = None,
-) -> Any:
-    """Attend with q (B, Sq, H, D) to the pages in these rows of the table."""
-    k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (pages.k, pages.v))
-    store = _core.make_cache_store(
-        k=k.swapaxes(1, 2),
-        v=v.swapaxes(1, 2),
-        k_scales=None,
-        v_scales=None,
-        dtype=_core.DTYPES[pages.k.dtype.name],
-    )
-    sequences = _core.make_block_table(pages=pages.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
-    values = core_options(function, layout="bshd", return_lse=return_lse, **options)
-    return _core.attend_cache(function, store, sequences, (q, None, None, None, None, False), out, values)
+    def attend(
+        self,
+        q: NDArray[Any],
+        rows: NDArray[Any],
+        lengths: NDArray[np.int64],
+        starts: NDArray[np.int64] | None,
+        options: dict[str, Any],
+        out: NDArray[Any] | None = None,
+    ) -> Any:
+        """Attend with q (B, Sq, H, D) to the pages in these rows of the table."""
+        k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (self.k, self.v))
+        store = _core.make_cache_store(
+            k=k.swapaxes(1, 2),
+            v=v.swapaxes(1, 2),
+            k_scales=None,
+            v_scales=None,
+            dtype=_core.DTYPES[self.k.dtype.name],
+        )
+        sequences = _core.make_block_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
+        values = core_options(self.function, layout="bshd", **options)
+        return _core.attend_cache(self.function, store, sequences, (q, None, None, None, None, False), out, values)

@@ -38,14 +38,14 @@ def refuse_own_attention(name: str) -> None:
 def _check_model(kind: type, requested: str) -> None:
     for base in kind.__mro__:
         name = base.__module__
-        if name.startswith(_LIBRARY) and name not in _TAUGHT and _attends_by_itself(sys.modules[name], requested):
+        if name.startswith(_LIBRARY) and name not in _TAUGHT and _has_own_attention(sys.modules[name], requested):
             raise ValueError(
-                f"selfattn: {kind.__name__} attends by code of its own ({name}), which never calls selfattn: "
-                'attn_implementation="eager" is needed, or a dict of it and of "selfattn" by part'
+                f"selfattn: {kind.__name__} has its own attention code ({name}), which never calls selfattn: "
+                'pass attn_implementation="eager", or a dict with "eager" or "selfattn" for each sub-model'
             )
 
 
-def _attends_by_itself(module: Any, requested: str) -> bool:
+def _has_own_attention(module: Any, requested: str) -> bool:
     tables = (x for name, x in vars(module).items() if name.endswith("ATTENTION_CLASSES") and isinstance(x, dict))
     if any(requested not in table for table in tables):
         return True

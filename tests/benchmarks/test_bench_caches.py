@@ -81,18 +81,18 @@ def test_a_cache_that_holds_something_else_is_found(name, monkeypatch):
         check("a test", np.asarray(run()), expected_parts(workload, stored(workload, arrays)))
 
 
-def test_codes_lose_little_and_what_they_lose_is_told():
+def test_errors_of_codes_are_small_and_reported():
     workload = SMALL["int8"]
     arrays = workload.make_arrays()
     held = stored(workload, arrays)
     step = np.abs(arrays["k"]).max(axis=-1, keepdims=True) / 127
     assert np.abs(held["k"] - arrays["k"]).max() > 0 and np.all(np.abs(held["k"] - arrays["k"]) <= step * 0.501)  # noqa: PT018
     run = OWN.prepare(workload, arrays, 1)
-    lost = check_storage(workload, arrays, run)
-    assert 1e-5 < lost < 0.02
-    assert lost == storage_error(workload, arrays, np.asarray(run()))
+    error = check_storage(workload, arrays, run)
+    assert 1e-5 < error < 0.02
+    assert error == storage_error(workload, arrays, np.asarray(run()))
     wrong = {**arrays, "v": arrays["v"] * np.float32(1.1)}
-    with pytest.raises(Mismatch, match="storing k and v has cost"):
+    with pytest.raises(Mismatch, match="storing k and v has an error of"):
         check_storage(workload, wrong, run)
     assert check_storage(SMALL["paged"], {}, run) is None
 

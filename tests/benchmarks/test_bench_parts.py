@@ -38,7 +38,7 @@ def test_the_softmax_is_what_does_not_grow_with_head_dim(made_up):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_prefill_is_measured_with_narrower_heads_beside(dtype):
+def test_prefill_is_also_measured_with_narrower_heads(dtype):
     group = GROUPS[f"prefill-{TYPES[dtype]}"]
     assert group.peers(["pytorch"], 1)[:1] == ["pytorch"]
     assert {"heads-32", "heads-64"} <= set(group.peers([], 2))

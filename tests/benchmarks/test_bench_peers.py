@@ -73,7 +73,7 @@ def test_a_wrong_call_without_the_option_is_found():
         check_all(MASKED, arrays, {"selfattn": with_mask, "plain": with_mask}, [WithoutOption()])
 
 
-def test_variants_are_measured_beside_the_call():
+def test_variants_are_measured_with_the_call():
     result = measure(MASKED, [PEERS["plain"], PEERS["single"]], threads=2, seconds=0.01)
     assert set(result.ratios) == {"plain", "single"}
     assert not result.skipped

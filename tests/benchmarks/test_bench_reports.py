@@ -93,7 +93,7 @@ def test_markdown_leaves_out_what_one_number_of_threads_lacks(made_up, results):
     assert next(line for line in text.splitlines() if "decode-4k" in line).endswith("| – |")
 
 
-def test_fill_replaces_what_stands_between_the_marks(file, tmp_path):
+def test_fill_replaces_what_is_between_the_marks(file, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
     for _ in range(2):

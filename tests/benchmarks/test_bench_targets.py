@@ -45,7 +45,7 @@ def test_the_grid_is_the_promised_one():
 
 
 @pytest.mark.parametrize("workload", IN_GROUPS, ids=lambda w: w.name)
-def test_calls_are_short_and_fit_everybody(workload):
+def test_calls_are_short_and_fit_every_peer(workload):
     assert workload.flops() < MAX_FLOPS
     assert workload.batch * workload.num_heads * workload.q_len * workload.kv_len * 4 < MAX_SCORES_BYTES
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from places import BENCHMARKS
 
 import selfattn
-from selfattn._bench import plot, report, timing
+from selfattn._bench import report, timing
 from selfattn._bench.check import Mismatch, check, check_everywhere, expected_parts
 from selfattn._bench.measure import Result, measure
 from selfattn._bench.peer import CannotRun, NumPy, Peer
@@ -288,101 +285,6 @@ def test_interleave_takes_turns(monkeypatch):
 def test_ratios_are_taken_within_rounds():
     samples = {"selfattn": [1.0, 2.0, 4.0], "numpy": [3.0, 6.0, 12.0]}
     assert ratios(samples, "selfattn") == {"numpy": Quartiles(3.0, 3.0, 3.0)}
-
-
-@pytest.fixture
-def results():
-    """Made-up figures of two workloads and two numbers of threads."""
-    return [
-        Result(
-            workload=WORKLOADS[name],
-            threads=threads,
-            isa="avx2",
-            rounds=5,
-            times={peer: Quartiles(1e-3, 2e-3, 3e-3) for peer in ("selfattn", "numpy", "pytorch")},
-            ratios={
-                "numpy": Quartiles(3.0, factor * 4.0, 40.0),
-                "pytorch": Quartiles(0.4, factor * 0.5, 4.0),
-            },
-            errors={"selfattn": 0.1, "numpy": 0.2, "pytorch": 0.3},
-            skipped={"onnxruntime": "a reason"},
-            flop_peak=1e12,
-            bandwidth=1e12,
-        )
-        for threads in (1, 2)
-        for name, factor in (("bert-512", 1.0), ("decode-4k-gqa", 4.0))
-    ]
-
-
-def test_table(results):
-    pytest.importorskip("torch")
-    lines = report.table(results).splitlines()
-    assert any("bert-512" in line and "GFLOP/s" in line and "4.00x" in line for line in lines)
-    assert any("decode-4k-gqa" in line and "GB/s" in line and "2.00x" in line for line in lines)
-    means = [line.split() for line in lines if line.startswith("geometric mean")]
-    assert means == [["geometric", "mean", n, "8.00x", "1.00x", "-"] for n in "12"]
-    assert "  ONNX Runtime: bert-512, decode-4k-gqa: a reason" in lines
-
-
-def test_json(results, tmp_path):
-    pytest.importorskip("torch")
-    report.write_json(results, tmp_path / "r.json")
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert [entry["threads"] for entry in record["results"]] == [1, 1, 2, 2]
-    assert record["results"][0]["fraction_of_peak"] == pytest.approx(WORKLOADS["bert-512"].flops() / 2e-3 / 1e12)
-    assert {"selfattn", "NumPy", "PyTorch", "Python"} == set(record["versions"])
-    assert record["machine"]["platform"]
-    assert record["runtime"]
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_plot(results, tmp_path, suffix):
-    pytest.importorskip("matplotlib")
-    file = tmp_path / f"plot.{suffix}"
-    plot.write_plot(results, file)
-    assert file.stat().st_size > 2000
-    if suffix == "svg":
-        assert file.read_text().lstrip().startswith("<?xml")
-
-
-def test_plot_without_peers_is_refused(results, tmp_path):
-    pytest.importorskip("matplotlib")
-    alone = [replace(result, ratios={}) for result in results]
-    with pytest.raises(ValueError, match="no peer"):
-        plot.write_plot(alone, tmp_path / "plot.png")
-
-
-def run_script(name: str, *options: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / name), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_attention_script(tmp_path):
-    listed = [line.split()[0] for line in run_script("attention.py", "--list").splitlines()]
-    assert listed == list(WORKLOADS)
-    file = tmp_path / "r.json"
-    options = ["--workloads", "tiny-16", "decode-4k-gqa", "--peers", "numpy", "--seconds", "0.02"]
-    printed = run_script("attention.py", *options, "--threads", "1", "2", "--json", str(file))
-    assert printed.count("decode-4k-gqa") == 2
-    assert len(json.loads(file.read_text())["results"]) == 4
-
-
-def test_attention_script_has_the_grid_and_all_peers_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = ["--workloads", "few-2x3000", "--peers", "numpy", "single", "--seconds", "0.02", "--threads", "1"]
-    assert f"vs {PEERS['single'].label}" in run_script("attention.py", *options)
-
-
-def test_the_command_of_the_package_has_its_own_peers_only(run_python):
-    code = "import sys\nfrom selfattn.__main__ import main\nmain(['bench', '--peers', 'nobody'])"
-    code += "\nassert not any(name.startswith('workbench') for name in sys.modules)"
-    assert run_python(code + "\nfrom selfattn._bench.peers import PEERS\nprint(*PEERS)") == "selfattn numpy pytorch\n"
-
-
-def test_the_readme_names_every_file_of_the_workbench():
-    text = (BENCHMARKS / "README.md").read_text(encoding="utf8")
-    names = {file.name for file in (BENCHMARKS / "workbench").glob("*.py")} - {"__init__.py"}
-    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 def test_peers_share_one_interface():

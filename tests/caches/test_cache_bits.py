@@ -97,11 +97,11 @@ def test_a_sequence_among_others_is_the_sequence_alone(isa: str, rng: Any, q_len
 def test_pages_do_not_matter(isa: str, rng: Any, page_size: int, dtype: str) -> None:
     rows = [tokens(rng, length) for length in LENGTHS]
     cache, names = paged(rows, page_size, dtype)
-    beside = contiguous(rows, dtype)
+    single = contiguous(rows, dtype)
     for q_len in (1, 4, 33):
         q = queries(rng, len(rows), q_len)
         for options in OPTIONS if q_len == 4 else OPTIONS[:1]:
-            expected = answer(q, beside, **options)
+            expected = answer(q, single, **options)
             for threads in (None, 1, 7):
                 assert same(answer(q, cache, sequences=names, num_threads=threads, **options), expected)
             order = rng.permutation(len(names))
@@ -217,7 +217,7 @@ def test_a_mask_of_the_newest_is_one_of_all(isa: str, rng: Any, q_len: int) -> N
         assert same((found[0][b], found[1][b]), sa.attention(q[b], k, v, mask=whole, return_lse=True))
 
 
-def test_tokens_may_stand_in_the_cache_itself(rng: Any) -> None:
+def test_tokens_may_be_views_of_the_cache(rng: Any) -> None:
     k, v = (x[np.newaxis] for x in tokens(rng, 4))
     cache = sa.KVCache(1, KV_HEADS, DIM, 8, value_dim=VALUE_DIM)
     cache.append(k, v)
@@ -251,7 +251,7 @@ def test_packed_sequences_are_each_alone(isa: str, rng: Any, kind: str, dtype: A
             assert same((together[0][own], together[1][:, own]), expected)
 
 
-def test_a_bias_beside_a_mask_has_columns_of_its_own(isa: str, normal: Any) -> None:
+def test_a_bias_with_a_mask_has_its_own_columns(isa: str, normal: Any) -> None:
     cache = sa.KVCache(1, 2, 8, 700)  # more than one block; the mask covers only the last
     cache.append(normal(1, 2, 700, 8), normal(1, 2, 700, 8))
     q, bias, everything = normal(1, 2, 5, 8), normal(1, 2, 5, 700), np.ones((5, 5), bool)

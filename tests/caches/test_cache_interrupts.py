@@ -14,7 +14,10 @@ import pytest
 import selfattn as sa
 from selfattn import _core
 
-FILES = {str(Path(sa.__file__).with_name(name)) for name in ("_cache.py", "_paged.py", "_pages.py")}
+FILES = {
+    str(Path(sa.__file__).with_name(name))
+    for name in ("_any_cache.py", "_cache.py", "_ledger.py", "_paged.py", "_pages.py")
+}
 
 
 def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) -> bool:

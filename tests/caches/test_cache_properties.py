@@ -149,7 +149,7 @@ class Contiguous(RuleBasedStateMachine):
         if tokens:
             self.append_to_model(tokens["k"], tokens["v"])
         out = out.swapaxes(1, 2) if asked["layout"] == "bshd" else out
-        check_attention(self.assert_accurate, self.rows, q, out, lse, turned=tokens.get("rope") is not None, **options)
+        check_attention(self.assert_accurate, self.rows, q, out, lse, rotated=tokens.get("rope") is not None, **options)
 
     def looks_too_far_back(self, q_len: int, options: dict[str, Any]) -> bool:
         return self.window is not None and any(

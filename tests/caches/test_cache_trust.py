@@ -16,7 +16,7 @@ from selfattn import _core
 
 
 @contextmanager
-def interrupt_behind(name: str) -> Iterator[None]:
+def interrupt_after(name: str) -> Iterator[None]:
     """Let the core do all of its work; then Ctrl-C arrives."""
     original = getattr(_core, name)
 
@@ -38,7 +38,7 @@ def test_sharers_of_a_page_survive_a_failed_call(normal: Any) -> None:
     q = normal(1, 2, 1, 8)
     before = [sa.attention_with_kvcache(q, cache, sequences=[s]).tobytes() for s in (a, b)]
     free, lengths = cache.num_free_pages, (cache.length(a), cache.length(b))
-    with interrupt_behind("attend_cache"):
+    with interrupt_after("attend_cache"):
         for order in ([a, b], [b, a]):
             with pytest.raises(KeyboardInterrupt):
                 sa.attention_with_kvcache(
@@ -49,7 +49,7 @@ def test_sharers_of_a_page_survive_a_failed_call(normal: Any) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_an_interrupt_behind_the_core_takes_its_tokens_back(normal: Any, window: Any) -> None:
+def test_an_interrupt_after_the_core_takes_its_tokens_back(normal: Any, window: Any) -> None:
     cache = sa.KVCache(2, 2, 8, 20, window=window)
     cache.append(normal(2, 2, 7, 8), normal(2, 2, 7, 8))
     options = {"window": None if window is None else (window, 0)}
@@ -58,7 +58,7 @@ def test_an_interrupt_behind_the_core_takes_its_tokens_back(normal: Any, window:
     for name in ("attend_cache", "append"):
         k, v = normal(2, 2, 1, 8), normal(2, 2, 1, 8)
         attend = partial(sa.attention_with_kvcache, q, cache, **options)
-        with interrupt_behind(name), pytest.raises(KeyboardInterrupt):
+        with interrupt_after(name), pytest.raises(KeyboardInterrupt):
             (attend if name == "attend_cache" else cache.append)(k, v)
         assert cache.lengths.tolist() == [7, 7]
     assert np.array_equal(sa.attention_with_kvcache(q, cache, **options), before)

@@ -40,7 +40,7 @@ def answer(cache: Any, **options: Any) -> bytes:
 @ways
 @storage
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_cache_and_its_copy_go_on_alike_and_apart(way: Any, dtype: str, window: int | None) -> None:
+def test_a_cache_and_its_copy_are_equal_and_independent(way: Any, dtype: str, window: int | None) -> None:
     cache = sa.KVCache(3, 2, 5, 12, dtype=dtype, window=window)
     for seed in range(3):
         cache.append(*tokens(seed, 3, 2, 4, 5))

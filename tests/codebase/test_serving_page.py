@@ -11,7 +11,7 @@ from places import ROOT
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf8")
 
 
-def test_examples_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
     assert len(blocks) == 6

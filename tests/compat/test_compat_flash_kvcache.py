@@ -11,7 +11,7 @@ from flash_reference import OPTIONS, close, paged, plain
 from selfattn import compat
 
 
-def turned(x: Any, cos: Any, sin: Any, places: Any, interleaved: bool) -> Any:
+def rotated(x: Any, cos: Any, sin: Any, places: Any, interleaved: bool) -> Any:
     """Multiply pairs by complex numbers of length 1."""
     half = cos.shape[1]
     one, other = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
@@ -44,14 +44,14 @@ class Caches:
             self.options["k"], self.options["v"] = normal(3, new, 2, 8), normal(3, new, 2, 8)
         self.new = new
 
-    def expected(self, q: Any, starts: Any, turn: Any, **options: Any) -> list[Any]:
+    def expected(self, q: Any, starts: Any, rotate: Any, **options: Any) -> list[Any]:
         """Update k and v, and return (out, lse, weights) of each sequence."""
         found = []
         for b, length in enumerate(self.lengths):
             total = length + self.new
-            query = turn(q[b], np.full(q.shape[1], length) + (np.arange(q.shape[1]) if in_order(options) else 0))
+            query = rotate(q[b], np.full(q.shape[1], length) + (np.arange(q.shape[1]) if in_order(options) else 0))
             if self.new:
-                self.k[b, length:total] = turn(self.options["k"][b], length + np.arange(self.new))
+                self.k[b, length:total] = rotate(self.options["k"][b], length + np.arange(self.new))
                 self.v[b, length:total] = self.options["v"][b]
             found.append(plain(query, self.k[b, starts[b] : total], self.v[b, starts[b] : total], b, **options))
         return found
@@ -85,8 +85,8 @@ def test_flash_attn_with_kvcache(
     out, lse = compat.flash_attn_with_kvcache(
         q, caches.k_cache, caches.v_cache, **options, **OPTIONS[name], return_softmax_lse=True
     )
-    turn = lambda x, places: turned(x, cos, sin, places, rotary == "interleaved") if rotary else x  # noqa: E731
-    for b, (own_out, own_lse, _) in enumerate(caches.expected(q, starts, turn, **OPTIONS[name])):
+    rotate = lambda x, places: rotated(x, cos, sin, places, rotary == "interleaved") if rotary else x  # noqa: E731
+    for b, (own_out, own_lse, _) in enumerate(caches.expected(q, starts, rotate, **OPTIONS[name])):
         close(out[b], own_out)
         close(lse[b], own_lse)
     # Only the new tokens were written, in place.
@@ -165,7 +165,7 @@ CACHE_ERRORS: dict[str, Any] = {
     "k_cache has dtype float64 but q has float32": {"k_cache": np.zeros((2, 9, 2, 8))},
     "v_cache is a list": {"v_cache": np.zeros((2, 9, 2, 8), np.float32).tolist()},
     "k_cache has 3 rows but q has 2": {"k_cache": np.zeros((3, 9, 2, 8), np.float32)},
-    "v_cache has shape .*alike for keys and values": {"v_cache": np.zeros((2, 8, 2, 8), np.float32)},
+    "v_cache has shape .*the same for keys and values": {"v_cache": np.zeros((2, 8, 2, 8), np.float32)},
     "k_cache holds pages whose last dimension is not contiguous": {
         "k_cache": np.zeros((2, 9, 2, 16), np.float32)[..., ::2]
     },
@@ -210,7 +210,7 @@ def test_errors_leave_caches_as_they_were(normal: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (1, 4), (4, 2), ()])
-def test_slopes_beside_pages_have_a_shape(shape: Any) -> None:
+def test_slopes_with_pages_have_a_shape(shape: Any) -> None:
     from selfattn.compat import flash_attn_varlen_func
 
     q, pages = np.ones((6, 4, 8), np.float32), np.ones((4, 4, 2, 8), np.float32)

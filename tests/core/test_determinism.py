@@ -115,7 +115,7 @@ def test_order_of_the_batch_does_not_matter(isa: str, rng: Any) -> None:
 
 @pytest.mark.parametrize("kv_len", [300, 5000])
 @pytest.mark.parametrize("options", [{"window": (200, 5)}, {"causal": True, "window": (60, None)}], ids=str)
-def test_queries_before_and_behind_do_not_matter(isa: str, rng: Any, options: Any, kv_len: int) -> None:
+def test_queries_before_and_after_do_not_matter(isa: str, rng: Any, options: Any, kv_len: int) -> None:
     # Their visible keys begin and end elsewhere.
     q, k, v = make(rng, (1, 2, 2, 250, kv_len, 16))
     offset = kv_len - 250

@@ -129,7 +129,7 @@ def test_a_row_whose_visible_scores_are_all_minus_infinity_is_nan(isa: str) -> N
         assert np.isnan(sa.attention(q, k, v, bias=np.where(only, 0.0, -np.inf))).all()
 
 
-def test_mask_and_bias_hide_alike(isa: str, normal: Any, rng: Any) -> None:
+def test_mask_and_bias_hide_the_same(isa: str, normal: Any, rng: Any) -> None:
     q, k, v = normal(2, 40, 8), normal(2, 90, 8), normal(2, 90, 8)
     mask = rng.random((40, 90)) < 0.5
     bias = np.where(mask, np.float32(0), np.float32(-np.inf))
@@ -172,7 +172,7 @@ def test_a_nan_among_hidden_keys_is_visible(isa: str, normal: Any, q_len: int) -
         assert not sa.attention(q, k, v, bias=bias, mask=np.arange(90) != place).any()
 
 
-def test_weights_of_hidden_keys_are_zero_beside_a_visible_nan(isa: str, normal: Any) -> None:
+def test_weights_of_hidden_keys_are_zero_next_to_a_visible_nan(isa: str, normal: Any) -> None:
     q, k = normal(1, 2, 8), normal(1, 6, 8)
     k[0, 1, 0] = np.nan
     mask = np.array([True, True, False, True, False, True])

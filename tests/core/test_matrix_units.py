@@ -160,7 +160,7 @@ def test_what_is_visible_counts(check: Any, normal: Any, mode: Any, name: str, v
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_numbers_that_no_split_carries(isa: str, check: Any, normal: Any, precision: str) -> None:
+def test_unsplittable_numbers(isa: str, check: Any, normal: Any, precision: str) -> None:
     # Numbers so small or so large that their split terms would be subnormal or infinite.
     q, k, v = operands(normal, FLOAT32, 50, 90, 32, 24)
     check(q, k, v * np.float32(1e-37), precision=precision)

@@ -138,7 +138,7 @@ def test_a_draw_beyond_the_usual_bound_is_within_the_chains(isa: str) -> None:
 
 
 @pytest.mark.parametrize("q_len", [1, 40])
-def test_codes_of_8_bits(isa: str, normal: Any, q_len: int) -> None:
+def test_8_bit_codes(isa: str, normal: Any, q_len: int) -> None:
     q, k, v = normal(1, 4, q_len, 64), normal(1, 2, 3000, 64), normal(1, 2, 3000, 64)
     cache = sa.KVCache(1, 2, 64, 3000, dtype="int8")
     cache.append(k, v)

@@ -91,7 +91,7 @@ def test_the_order_of_keys_hardly_matters(seed: int, q_len: int, kv_len: int) ->
 
 @checked
 @given(st.integers(0, 1 << 30), st.integers(1, 60), st.integers(1, 140), st.integers(1, 140), st.sampled_from(TYPES))
-def test_hidden_keys_behind_the_others_change_no_bit(
+def test_hidden_keys_after_the_others_change_no_bit(
     isa: str, seed: int, q_len: int, kv_len: int, more: int, dtype: Any
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -139,7 +139,7 @@ def test_values_scale_through(isa: str, normal: Any, factor: float, dtype: Any) 
 
 @checked
 @given(st.integers(0, 1 << 30), st.integers(1, 60), st.integers(1, 200), st.sampled_from(NARROW))
-def test_numbers_of_16_bits_are_those_of_float32_rounded_once(
+def test_16_bit_numbers_are_those_of_float32_rounded_once(
     isa: str, seed: int, q_len: int, kv_len: int, dtype: Any
 ) -> None:
     rng = np.random.default_rng(seed)

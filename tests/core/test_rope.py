@@ -82,7 +82,7 @@ def test_out_may_overlap(normal: Any) -> None:
     ("arguments", "exception", "message"),
     [
         ({"x": np.zeros(8)}, ValueError, r"x has shape \(8,\) but needs 2 dimensions"),
-        ({"x": np.zeros((5, 7))}, ValueError, "rope turns 7 elements, but head_dim is 7"),
+        ({"x": np.zeros((5, 7))}, ValueError, "rope rotates 7 elements, but head_dim is 7"),
         ({"x": np.zeros((5, 8), int)}, TypeError, "x has dtype int64"),
         ({"positions": np.zeros(5)}, TypeError, "positions has dtype float64, but integers are needed"),
         (
@@ -91,7 +91,7 @@ def test_out_may_overlap(normal: Any) -> None:
             r"positions has shape \(4,\), which does not broadcast to \(5,\)",
         ),
         ({"rope": True}, TypeError, "rope is True, but a RoPE is needed"),
-        ({"rope": sa.RoPE(rotary_dim=10)}, ValueError, "rope turns 10 elements, but head_dim is 8"),
+        ({"rope": sa.RoPE(rotary_dim=10)}, ValueError, "rope rotates 10 elements, but head_dim is 8"),
         ({"layout": "x"}, ValueError, "layout is 'x'"),
         ({"out": np.zeros((5, 7))}, ValueError, r"out has shape \(5, 7\) but x has \(5, 8\)"),
         ({"out": np.zeros((5, 8), np.float32)}, TypeError, "out has dtype float32 but x has float64"),

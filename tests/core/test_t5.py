@@ -52,7 +52,7 @@ def test_places_follow_offset_and_lengths(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_beside_a_bias_masks_and_limits(
+def test_with_a_bias_masks_and_limits(
     isa: str, check: Any, arrays: Any, table: Any, rng: np.random.Generator, shape: Any
 ) -> None:
     _, heads, _, q_len, kv_len = shape

@@ -117,7 +117,7 @@ def test_tokens_against_ctranslate2(sentence: str, sound: Any, model: Any, peer:
 
 
 @pytest.mark.parametrize("loudness", [0, 0.1])
-def test_where_nobody_speaks(sound: Any, model: Any, peer: Peer, rng: np.random.Generator, loudness: float) -> None:
+def test_sound_without_speech(sound: Any, model: Any, peer: Peer, rng: np.random.Generator, loudness: float) -> None:
     features = sound.log_mel(loudness * rng.standard_normal(3 * 16000))
     tokens = list(model.tokens(model.encoder(features)))
     assert len(tokens) > 0
@@ -199,12 +199,12 @@ def test_text_against_tokenizers(whisper: Any, model: Any) -> None:
 
 
 def test_the_same_logits_without_a_cache(sound: Any, model: Any, speak: Any) -> None:
-    heard = model.decoder.listen(model.encoder(sound.log_mel(sound.read_wav(speak(NORWAY)))))
+    context = model.decoder.listen(model.encoder(sound.log_mel(sound.read_wav(speak(NORWAY)))))
     ids = [*model.prompt, 679, 1816, 284, 15238, 938, 1227, 13]
-    wanted = model.decoder(ids, 0, heard, model.decoder.new_caches())
+    wanted = model.decoder(ids, 0, context, model.decoder.new_caches())
     caches = model.decoder.new_caches()
     steps = [ids[:2], *([token] for token in ids[2:])]
-    found = [model.decoder(step, caches[0].lengths[0], heard, caches) for step in steps]
+    found = [model.decoder(step, caches[0].lengths[0], context, caches) for step in steps]
     assert np.max(abs(np.concatenate(found) - wanted)) <= 1e-4
 
 

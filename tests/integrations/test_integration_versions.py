@@ -41,7 +41,7 @@ def test_newer_versions_pass(library: str, new: str) -> None:
     runtime.check_version(version(library, new))
 
 
-def test_import_beside_an_old_transformers_says_what_is_needed(tmp_path: Path) -> None:
+def test_import_with_an_old_transformers_says_what_is_needed(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("__version__ = '5.14.1'")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import selfattn.integrations.transformers"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

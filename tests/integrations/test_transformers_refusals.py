@@ -125,7 +125,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_refuses_models_with_attention_of_their_own(name: str) -> None:
+def test_refuses_models_with_their_own_attention(name: str) -> None:
     kind = hf.BlipTextModel if name == "blip_text" else hf.AutoModel.from_config
 
     def build(attention: str) -> Any:
@@ -133,7 +133,7 @@ def test_refuses_models_with_attention_of_their_own(name: str) -> None:
         config._attn_implementation = attention
         return kind(config)
 
-    message = rf"attends by code of its own \(transformers\.models\.\w+\.modeling_{name}\)"
+    message = rf"has its own attention code \(transformers\.models\.\w+\.modeling_{name}\)"
     with pytest.raises(ValueError, match=message):
         build("selfattn")
     model = build("eager")
@@ -141,19 +141,19 @@ def test_refuses_models_with_attention_of_their_own(name: str) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_refuses_models_that_look_names_up_in_tables_of_theirs() -> None:
-    with pytest.raises(ValueError, match=r"GitModel attends by code of its own \(transformers\.models\.git\.model"):
+def test_refuses_models_that_look_names_up_in_their_own_tables() -> None:
+    with pytest.raises(ValueError, match=r"GitModel has its own attention code \(transformers\.models\.git\.model"):
         hf.GitModel(hf.GitConfig(num_hidden_layers=1, attn_implementation="selfattn"))
 
 
-def test_looks_at_the_library_under_models_of_others() -> None:
+def test_looks_at_the_base_classes_of_foreign_models() -> None:
     class Mine(hf.DebertaV2Model):
         pass
 
     class AttentionPooling(hf.BertModel):  # a name that says nothing of how BERT attends
         pass
 
-    with pytest.raises(ValueError, match="Mine attends by code of its own"):
+    with pytest.raises(ValueError, match="Mine has its own attention code"):
         Mine(hf.DebertaV2Config(num_hidden_layers=1, attn_implementation="selfattn"))
     AttentionPooling(hf.BertConfig(num_hidden_layers=1, attn_implementation="selfattn"))
 

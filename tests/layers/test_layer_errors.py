@@ -38,7 +38,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
         ({"num_heads": 4.0}, TypeError, "num_heads is 4.0, but an integer is needed"),
         ({"num_kv_heads": 3}, ValueError, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"rope": "yes"}, TypeError, "rope is 'yes', but a RoPE, True or None is needed"),
-        ({"rope": sa.RoPE(rotary_dim=6)}, ValueError, "rope turns 6 elements, but head_dim is 4"),
+        ({"rope": sa.RoPE(rotary_dim=6)}, ValueError, "rope rotates 6 elements, but head_dim is 4"),
     ],
 )
 def test_bad_weights(changed: dict[str, Any], exception: type[Exception], message: str) -> None:

@@ -40,5 +40,5 @@ def load() -> list[Mutant]:
     names = [mutant.name for mutant in mutants]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"names stand twice: {', '.join(sorted(twice))}")
+        raise ValueError(f"duplicate names: {', '.join(sorted(twice))}")
     return mutants

@@ -95,7 +95,7 @@ bool run(const VectorCase& c, const KernelSet& kernels) {
   const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
   const bool passed = out <= 1 && lse <= 1 && weights <= 1 && same;
   std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f%s\n", passed ? "ok  " : "FAIL",
-              c.name.c_str(), fused.kernel, out, lse, weights, same ? "" : "; other bits with threads and weights");
+              c.name.c_str(), fused.kernel, out, lse, weights, same ? "" : "; results differ with threads and weights");
   return passed;
 }
 

@@ -112,13 +112,13 @@ int main() {
       matrix += std::strcmp(one.plan.attend->unit, "amx") == 0 ? 1 : 0;
       if (agree(one, other) && agree(one, team)) continue;
       ++failed;
-      std::printf("round %d, type %d, precision %d: other bits\n", round, static_cast<int>(mode.dtype),
+      std::printf("round %d, type %d, precision %d: results differ\n", round, static_cast<int>(mode.dtype),
                   static_cast<int>(mode.precision));
     }
   for (int round = 0; round < rounds; ++round)
     if (!projections_agree(random, *processor, *emulation)) {
       ++failed;
-      std::printf("projection %d: other bits\n", round);
+      std::printf("projection %d: results differ\n", round);
     }
   std::printf("emulation: %d calls, %d on tiles, %d failed\n", rounds * 4, matrix, failed);
   return failed == 0 && matrix > rounds * 3 ? 0 : 1;

@@ -61,12 +61,12 @@ void check_cached(Described& d, const Results& plain) {
   const CachedCase cached(d.input, d.store);
   const Results stored = compute(d.input, cached.arguments(), *d.kernels, d.threads, Threads::forced);
   if (!d.store.codes) {
-    if (!(stored == plain)) fail("other bits where a cache holds the keys");
+    if (!(stored == plain)) fail("results differ if a cache holds the keys");
     return;
   }
   const CachedCase in_order(d.input, {.codes = true});
   if (!(stored == compute(d.input, in_order.arguments(), *d.kernels, 1, Threads::forced)))
-    fail("other bits where a cache holds codes");
+    fail("results differ if a cache holds codes");
   d.input.k = coded(d.input.k);
   d.input.v = coded(d.input.v);
   if (const std::string wrong = judge(d.input, stored, effort); !wrong.empty()) fail("of codes: " + wrong);
@@ -75,8 +75,8 @@ void check_cached(Described& d, const Results& plain) {
 void compute_and_check(Described& d) {
   const Results one = compute(d.input, *d.kernels, 1, Threads::forced);
   const Results several = compute(d.input, *d.kernels, d.threads, Threads::forced);
-  if (!one.finished || !several.finished) fail("a call that nobody interrupted did not finish");
-  if (!(one == several)) fail("other bits on " + std::to_string(d.threads) + " threads");
+  if (!one.finished || !several.finished) fail("an uninterrupted call did not finish");
+  if (!(one == several)) fail("results differ on " + std::to_string(d.threads) + " threads");
   if (d.well_behaved && exact(one.plan))
     if (const std::string wrong = judge(d.input, one, effort); !wrong.empty()) fail(wrong);
   check_gaps(several.out);

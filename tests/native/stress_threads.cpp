@@ -55,7 +55,7 @@ Case make(const Sizes& s, DType queries, DType keys, const Layout& layout) {
 
 Case make(const Sizes& s, DType dtype = DType::f32, const Layout& layout = {}) { return make(s, dtype, dtype, layout); }
 
-enum class Keys { whole, parted };  // whether one task sees all keys, or their results must be merged
+enum class Keys { whole, split };  // whether one task sees all keys, or their results must be merged
 
 struct Entry {
   std::string name;
@@ -132,20 +132,20 @@ std::vector<Entry> entries() {
   std::vector<Entry> all;
   const auto add = [&](const char* name, Keys keys, Case c) { all.push_back({name, keys, std::move(c)}); };
   add("many tasks", Keys::whole, many_tasks());
-  add("decode", Keys::parted, decode());
-  add("few rows", Keys::parted, few_rows());
-  add("decode with sinks", Keys::parted, decode_with_sinks());
+  add("decode", Keys::split, decode());
+  add("few rows", Keys::split, few_rows());
+  add("decode with sinks", Keys::split, decode_with_sinks());
   add("ragged", Keys::whole, ragged());
   add("copied", Keys::whole, copied());
   add("narrow prompt", Keys::whole, narrow_prompt());
-  add("narrow decode", Keys::parted, narrow_decode());
-  add("narrow keys", Keys::parted, narrow_keys());
+  add("narrow decode", Keys::split, narrow_decode());
+  add("narrow keys", Keys::split, narrow_keys());
   add("narrow ragged", Keys::whole, narrow_ragged());
   add("narrow, copied", Keys::whole, narrow_copied());
   for (Entry& entry : all) {
     entry.expected = compute(entry.input, active_kernels(), 1);
     expect(entry.expected.plan.threads == 1, entry.name + " asks for one thread");
-    expect((entry.expected.plan.ranges > 1) == (entry.keys == Keys::parted), entry.name + " parts its keys");
+    expect((entry.expected.plan.ranges > 1) == (entry.keys == Keys::split), entry.name + " splits its keys");
     bool varied = false;
     const Array& out = entry.expected.out;
     for (std::int64_t i = 1; i < out.count(); ++i) varied = varied || out.number(i) != out.number(0);
@@ -157,7 +157,7 @@ std::vector<Entry> entries() {
 void compare(const Entry& entry, int threads, const char* where) {
   const Results results = compute(entry.input, active_kernels(), threads);
   expect(results.finished, entry.name + " ends, " + where);
-  expect(results == entry.expected, entry.name + " has other bits, " + where);
+  expect(results == entry.expected, entry.name + " has different results, " + where);
 }
 
 void change_the_number_of_threads(const std::vector<Entry>& all) {
@@ -237,7 +237,7 @@ void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one,
         compute_together(all, threads);
       } else {
         expect(compute(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.expected,
-               entry.name + " beside other callers");
+               entry.name + " next to other callers");
       }
     }
   };

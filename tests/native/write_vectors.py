@@ -162,7 +162,7 @@ def distances(m: Maker) -> Iterator[Case]:
             yield m.case(f"t5-{q_len}-queries-{1 + bidirectional}-sides", operands, t5=t5, kv_lens=np.array([150, 77]))
     bias = m.normal(4, 45, 150)
     bias[..., 40:90] = -np.inf
-    yield m.case("t5-beside-bias", m.qkv(45, 150, heads=4), t5=t5, bias=bias)
+    yield m.case("t5-with-bias", m.qkv(45, 150, heads=4), t5=t5, bias=bias)
 
 
 def odd_values(m: Maker) -> Iterator[Case]:

@@ -27,9 +27,11 @@ def failing_malloc(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("backend", ["openmp", "threads", "serial"])
 # Where every allocation of the process fails, those of the measurement fail as well.
-@pytest.mark.parametrize("everyone", [False, pytest.param(True, marks=pytest.mark.uncounted)], ids=["core", "process"])
-def test_each_allocation_in_turn(failing_malloc: str, run_python: Any, backend: str, everyone: bool) -> None:
-    code = START + f"allocation_run.in_fresh_processes({everyone})"
+@pytest.mark.parametrize(
+    "all_libraries", [False, pytest.param(True, marks=pytest.mark.uncounted)], ids=["core", "process"]
+)
+def test_each_allocation_in_turn(failing_malloc: str, run_python: Any, backend: str, all_libraries: bool) -> None:
+    code = START + f"allocation_run.in_fresh_processes({all_libraries})"
     lines = run_python(code, LD_PRELOAD=failing_malloc, SELFATTN_PARALLEL=backend).splitlines()
     met = {name: (int(reached), int(raised)) for name, reached, raised in map(str.split, lines)}
     assert len(met) == 18

@@ -148,7 +148,7 @@ def test_multiprocessing(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
-def test_fork_beside_a_warm_torch(tmp_path: Path) -> None:
+def test_fork_with_a_warm_torch(tmp_path: Path) -> None:
     code = """
         import torch
         torch.set_num_threads(2)

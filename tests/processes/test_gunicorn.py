@@ -147,7 +147,7 @@ def test_gunicorn_preload(tmp_path: Path, options: tuple[str, ...], assert_accur
                 q, k, v = inputs(**values)
                 out = np.frombuffer(body, np.float32).reshape(q.shape)
                 assert_accurate(out, reference.attention(q, k, v, causal=causal), trivial=True)
-                assert np.array_equal(out, sa.attention(q, k, v, causal=causal, num_threads=1)), "other bits"
+                assert np.array_equal(out, sa.attention(q, k, v, causal=causal, num_threads=1)), "different results"
         except Exception as problem:  # a client's exception would be lost in its thread
             problems.append(repr(problem))
 

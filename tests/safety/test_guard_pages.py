@@ -18,7 +18,7 @@ SEEDS = range(int(os.environ.get("SELFATTN_GUARD_SEEDS", "1")))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_operand_beside_a_page_that_kills(isa: str, seed: int, run_python: Any, tmp_path: Path) -> None:
+def test_every_operand_next_to_a_guard_page(isa: str, seed: int, run_python: Any, tmp_path: Path) -> None:
     try:
         printed = run_python(START + f"guard_sweep.run(guard_sweep.sweep, {isa!r}, {seed})")
     except AssertionError as failure:

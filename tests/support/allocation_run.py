@@ -90,10 +90,10 @@ def digest(result: Any) -> bytes:
     return hashlib.sha256(b"".join(x.tobytes() if isinstance(x, np.ndarray) else x.encode() for x in parts)).digest()
 
 
-def attempt(call: Callable[[], Any], expected: bytes, n: int, everyone: bool) -> tuple[bool, bool]:
+def attempt(call: Callable[[], Any], expected: bytes, n: int, all_libraries: bool) -> tuple[bool, bool]:
     """Let the n-th allocation fail; return whether it was reached, and whether the call failed because of it."""
     result, failed = None, False
-    _shim.failing_malloc_arm(n, everyone)
+    _shim.failing_malloc_arm(n, all_libraries)
     try:
         result = call()
     except MemoryError:
@@ -106,22 +106,22 @@ def attempt(call: Callable[[], Any], expected: bytes, n: int, everyone: bool) ->
     return reached, failed
 
 
-def in_fresh_processes(everyone: bool) -> None:
+def in_fresh_processes(all_libraries: bool) -> None:
     """Let each allocation of a first call fail, in a fork for each; print how many there were and how many raised."""
     for name, call in calls().items():
         expected = in_child(lambda call=call: digest(call()))  # a fork as well: no scratch may be left here
         raised = n = 0
         while True:
             n += 1
-            reached, failed = in_child(partial(answer, call, expected, n, everyone))
+            reached, failed = in_child(partial(answer, call, expected, n, all_libraries))
             if not reached:
                 break
             raised += failed
         print(name.replace(" ", "_"), n - 1, raised)
 
 
-def answer(call: Callable[[], Any], expected: bytes, n: int, everyone: bool) -> bytes:
-    return bytes(attempt(call, expected, n, everyone))
+def answer(call: Callable[[], Any], expected: bytes, n: int, all_libraries: bool) -> bytes:
+    return bytes(attempt(call, expected, n, all_libraries))
 
 
 def in_child(action: Callable[[], bytes]) -> bytes:
@@ -144,14 +144,14 @@ def in_child(action: Callable[[], bytes]) -> bytes:
     return received
 
 
-def leaking(everyone: bool) -> None:
+def leaking(all_libraries: bool) -> None:
     """Print how many more bytes are in use after a second round of failures than after the first."""
     rounds = []
     for _ in range(3):
         for call in calls().values():
             expected = digest(call())
             n = 1
-            while attempt(call, expected, n, everyone)[0]:
+            while attempt(call, expected, n, all_libraries)[0]:
                 n += 1
         gc.collect()
         rounds.append(_shim.failing_malloc_live())

@@ -185,15 +185,15 @@ def check_attention(
     out: Any,
     lse: Any = None,
     *,
-    turned: bool = False,
+    rotated: bool = False,
     **options: Any,
 ) -> None:
     """Compare row b of `out` and `lse` with the model's result for sequence b.
 
-    `turned`: q has been rotated in its own type.
+    `rotated`: q has been rotated in its own type.
     """
     rounded = MATRIX_ROUNDINGS.get((q.dtype.name, "highest"), (0.0, 0.0))
-    if turned and q.dtype.itemsize == 2:
+    if rotated and q.dtype.itemsize == 2:
         rounded = (rounded[0], rounded[1] + 2.0**-8)
     assert len(out) == len(sequences)
     for b, sequence in enumerate(sequences):

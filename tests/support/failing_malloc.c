@@ -13,12 +13,12 @@ extern void __libc_free(void *);
 
 static atomic_long countdown;  // 0: disarmed or done
 static atomic_long live;       // bytes that are allocated now
-static int everybody;
+static int every_library;
 
-// countdown = n: the n-th allocation from now on fails. In `everyone`'s scope all callers count, else only the core and
-// the C++ library on its behalf.
-void failing_malloc_arm(long n, int everyone) {
-  everybody = everyone;
+// The n-th allocation from now on fails. Counts those of all libraries, or only those of the core and of the C++
+// library on its behalf.
+void failing_malloc_arm(long n, int all_libraries) {
+  every_library = all_libraries;
   atomic_store(&countdown, n);
 }
 
@@ -34,7 +34,7 @@ static int counts(void *caller) {
   const char *slash = strrchr(info.dli_fname, '/');
   const char *name = slash ? slash + 1 : info.dli_fname;
   if (!strncmp(name, "_core", 5) || !strncmp(name, "libstdc++", 9)) return 1;
-  return everybody && strncmp(name, "libgomp", 7) && strncmp(name, "libc.", 5) && strncmp(name, "ld-", 3);
+  return every_library && strncmp(name, "libgomp", 7) && strncmp(name, "libc.", 5) && strncmp(name, "ld-", 3);
 }
 
 static int fails(void *caller) {

@@ -82,7 +82,7 @@ class Sweep:
         plain = call(case, {name: x.copy() for name, x in case.arrays.items()})
         assert len(plain) == len(copies)
         for wanted, found in zip(plain, copies, strict=True):
-            assert np.array_equal(wanted, found, equal_nan=True), "other bits than on ordinary memory"
+            assert np.array_equal(wanted, found, equal_nan=True), "differs from the result in ordinary memory"
         return copies
 
 

@@ -45,7 +45,7 @@ def test_module_runs_as_a_command(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["--version"], ["bench", "--list"]])
-def test_ends_quietly_where_nobody_reads(arguments, tmp_path):
+def test_ends_quietly_if_no_one_reads(arguments, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "selfattn", *arguments]

