@@ -42,8 +42,9 @@ constexpr int relative_strips = 2;
 bool in_place(const Problem& problem, const Operand& operand, DType dtype) {
   const std::int64_t size = size_of(dtype);
   bool aligned = reinterpret_cast<std::uintptr_t>(operand.data) % static_cast<std::uintptr_t>(size) == 0 &&
-                 operand.row % size == 0 && operand.head % size == 0 && operand.page % size == 0;
-  for (int axis = 0; axis < problem.batch_axes; ++axis) aligned = aligned && operand.batch[axis] % size == 0;
+                 operand.row % size == 0 && operand.head % size == 0 && operand.page % size == 0 &&
+                 operand.batch % size == 0;
+  for (const BatchAxis& axis : problem.axes_of(operand)) aligned = aligned && axis.stride % size == 0;
   return operand.dtype == dtype && aligned && operand.column == size;
 }
 
