@@ -1,6 +1,7 @@
 #include "attend.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -58,6 +59,7 @@ class Run {
     for (std::int64_t i = 0; i < count; ++i) {
       const Problem& problem = *jobs[i].problem;
       const Plan& plan = *jobs[i].plan;
+      assert(problem.out || problem.value_dim == 0 || plan.tasks == 0);
       const Part* part = ::new (parts_ + i) Part{&problem, &plan, score_terms(problem), Shared(place, plan, problem)};
       std::uninitialized_value_construct_n(part->shared.finished, part->shared.row_blocks);
       place += plan.shared_bytes;

@@ -49,11 +49,23 @@ void place_batch(Problem& problem, Operand& operand, const TensorView& view, int
   problem.batch_axes.insert(problem.batch_axes.end(), axes, axes + count);
 }
 
-void place(Problem& problem, Operand& operand, const TensorView& view, const Axes& axes) {
+void place(Problem& problem, Operand& operand, const TensorView& view, const Axes& axes, std::int64_t page) {
   place_batch(problem, operand, view, 3);
   operand.head = axes.head_stride;
   operand.row = axes.row_stride;
   operand.column = axes.column_stride;
+  operand.page = page;
+  operand.in_place =
+      are_in_place(view.data, view.dtype, operand.column, {operand.row, operand.head, operand.page, operand.batch});
+  for (const BatchAxis& axis : problem.axes_of(operand))
+    operand.in_place = operand.in_place && axis.stride % size_of(view.dtype) == 0;
+}
+
+bool are_in_place(const void* data, DType dtype, std::int64_t column, std::initializer_list<std::int64_t> strides) {
+  const std::int64_t size = size_of(dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(size) == 0;
+  for (const std::int64_t stride : strides) aligned = aligned && stride % size == 0;
+  return aligned && column == size;
 }
 
 Shape out_shape(const Problem& problem) {

@@ -1,5 +1,7 @@
 // Places arrays in a problem: converts their shapes and strides to the problem's form.
 #pragma once
+#include <initializer_list>
+
 #include "problem.h"
 
 namespace selfattn {
@@ -17,7 +19,10 @@ int leading_axes(const TensorView& view, int trailing);
 // axes.
 void place_batch(Problem& problem, Operand& operand, const TensorView& view, int trailing);
 
-// Sets the other strides as well.
-void place(Problem& problem, Operand& operand, const TensorView& view, const Axes& axes);
+// Sets everything else as well.
+void place(Problem& problem, Operand& operand, const TensorView& view, const Axes& axes, std::int64_t page = 0);
+
+// Whether rows at these strides are contiguous, aligned elements.
+bool are_in_place(const void* data, DType dtype, std::int64_t column, std::initializer_list<std::int64_t> strides);
 
 }  // namespace selfattn

@@ -88,11 +88,9 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   problem.value_dim = v.dim;
   check_size(problem, a.function);
   place(problem, problem.query, a.q, q);
-  place(problem, problem.key, a.k, k);
-  place(problem, problem.value, a.v, v);
+  place(problem, problem.key, a.k, k, a.key_page);
+  place(problem, problem.value, a.v, v, a.value_page);
   problem.pages = a.pages;
-  problem.key.page = a.key_page;
-  problem.value.page = a.value_page;
 }
 
 // The cache has allocated the scales itself, so their shapes need no check.
@@ -217,6 +215,7 @@ void place_relative(Problem& problem, const AttentionArguments& a) {
   }
   const std::int64_t head = a.r.ndim == 3 ? a.r.stride(2) : 0;
   problem.relative.rows = {static_cast<const char*>(a.r.data), a.r.dtype, head, a.r.stride(1), a.r.stride(0)};
+  problem.relative.rows.in_place = are_in_place(a.r.data, a.r.dtype, a.r.stride(0), {head, a.r.stride(1)});
   problem.relative.count = a.r.extent(1);
   problem.relative.origin = a.r_origin;
   if (a.r_origin < 0 || a.r_origin >= problem.relative.count)
@@ -276,6 +275,8 @@ Problem make_problem(const AttentionArguments& a) {
   place_per_head(problem, a);
   place_relative(problem, a);
   place_distance_bias(problem, a);
+  problem.out.dtype = a.q.dtype;
+  problem.out.in_place = true;
   return problem;
 }
 

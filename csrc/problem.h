@@ -24,6 +24,7 @@ struct Shape {
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::f32;
+  bool in_place = false;  // kernels for this type can use it without a copy: rows are contiguous and aligned
   std::uint8_t axes = 0;  // see Problem::axes_of
   int first_axis = 0;
   std::int64_t head = 0;
@@ -72,6 +73,7 @@ struct PerHead {
   std::int64_t head = 0;
   std::int64_t row = 0;
   std::int64_t column = 0;
+  bool in_place = false;  // see Operand
 
   explicit operator bool() const { return data != nullptr; }
 };
@@ -171,7 +173,8 @@ static_assert(sizeof(Problem) < 2048);  // a call of many sequences has one for 
 // Returns the int64 at an address that may be unaligned.
 std::int64_t integer_at(const char* p);
 
-// Throws std::invalid_argument; the message names the function, the argument, its value and the rule.
+// Throws std::invalid_argument; the message names the function, the argument, its value and the rule. Until attach_out,
+// the problem describes `out` as a new array of the queries' type, so that it can be planned, but not computed.
 Problem make_problem(const AttentionArguments& arguments);
 
 Shape out_shape(const Problem& problem);

@@ -1,6 +1,6 @@
 #include "bindings/attention.h"
 
-#include <algorithm>
+#include <utility>
 
 #include "attend.h"
 #include "parallel.h"
@@ -95,7 +95,7 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
   if (plan.copies_queries) copied.append("q");
   if (plan.copies_keys) copied.append("k");
   if (plan.copies_values) copied.append("v");
-  if (problem.out && plan.copies_out) copied.append("out");
+  if (plan.copies_out) copied.append("out");
   d["copied_blockwise"] = copied;
   d["flops"] = plan.flops;
   return d;
@@ -116,25 +116,10 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, p
   return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
 }
 
-// Attaches a stand-in for the array that a call without `out` would create. A plan depends only on its type, alignment
-// and strides.
-void attach_new_out(Problem& problem, DType dtype) {
-  alignas(64) static char anywhere[64];
-  const Shape shape = out_shape(problem);
-  std::int64_t strides[max_axes];
-  std::int64_t stride = size_of(dtype);
-  for (int axis = shape.ndim - 1; axis >= 0; --axis) {
-    strides[axis] = stride;
-    stride *= std::max<std::int64_t>(shape.extent[axis], 1);
-  }
-  attach_out(problem, {anywhere, dtype, shape.ndim, shape.extent, strides});
-}
-
 py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_values) {
   const Options& options = options_of(option_values);
   const AttentionArguments arguments = arguments_of("explain", q, k, v, options);
-  Problem problem = make_problem(arguments);
-  attach_new_out(problem, arguments.q.dtype);
+  const Problem problem = make_problem(arguments);
   forget_last_call();
   return describe_plan(problem, make_plan(problem, active_kernels(), options.num_threads), options);
 }
