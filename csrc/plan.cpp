@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "slot.h"
-#include "task_loop.h"
 
 namespace selfattn {
 namespace {
@@ -163,7 +162,7 @@ Ranges ranges_of(const Plan& plan, std::int64_t keys) {
   return {range_keys, ceil_div(keys, range_keys)};
 }
 
-Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads) {
+Plan make_plan(const Problem& problem, const KernelSet& kernels) {
   Plan plan{};
   plan.kernels = &kernels;
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
@@ -183,7 +182,6 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
                static_cast<double>(products * problem.head_dim + problem.value_dim);
   plan.bytes = cache_bytes(problem);
-  plan.threads = useful_threads(plan.flops, plan.bytes, plan.tasks, num_threads);
   plan.thread_bytes = Slot(nullptr, plan, problem).bytes;
   plan.shared_bytes = Shared(nullptr, plan, problem).bytes;
   return plan;

@@ -97,7 +97,7 @@ class Sequences {
   bool run(const KernelSet& kernels, int num_threads) {
     const auto count = static_cast<std::int64_t>(count_);
     for (std::size_t i = 0; i < count_; ++i) {
-      sequences_[i].plan = make_plan(sequences_[i].problem, kernels, 1);
+      sequences_[i].plan = make_plan(sequences_[i].problem, kernels);
       ::new (jobs_ + i) Job{&sequences_[i].problem, &sequences_[i].plan};
     }
     double flops = 0;
