@@ -62,16 +62,16 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 // The type of queries that kernels get: adding u or w widens 16-bit queries to the type of computation.
 DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
 
-// 16-bit keys and values are widened as they are loaded: decoding is limited by memory bandwidth, and they take half of
-// it.
+// Narrow keys and values are widened as they are loaded: decoding is limited by memory bandwidth, and they take less of
+// it. Where the kernel does not read them in place, they are copied to the type of computation; codes only if there is
+// no kernel for them.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
-  const AttendKernel* narrow = dtype == DType::f16 ? types.row_f16 : dtype == DType::bf16 ? types.row_bf16 : nullptr;
-  if (dtype == DType::i8) return types.row_i8 ? types.row_i8 : &types.row;
   // Even if operands must be copied: kernels differ in their results, which must not depend on strides.
   if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
-  const bool reads = narrow && in_place(problem.key, dtype) && in_place(problem.value, dtype);
-  return reads ? narrow : &types.row;
+  const AttendKernel* own = types.of(dtype).row;
+  const bool reads = own && (is_scaled(dtype) || (in_place(problem.key, dtype) && in_place(problem.value, dtype)));
+  return reads ? own : types.of(problem.dtype).row;
 }
 
 // The kernel on the matrix unit, if it supports the operands and is faster; else the one on FMA.

@@ -24,10 +24,6 @@ void write(char* p, E element) {
   std::memcpy(p, &element, sizeof element);
 }
 
-const Conversion& conversion_of(const KernelSet& kernels, DType dtype) {
-  return dtype == DType::f16 ? kernels.f16 : dtype == DType::bf16 ? kernels.bf16 : kernels.i8;
-}
-
 template <class T>
 void scale_elements(char* row, std::int64_t count, double factor) {
   T* elements = reinterpret_cast<T*>(row);
@@ -36,16 +32,16 @@ void scale_elements(char* row, std::int64_t count, double factor) {
 
 void widen_row(const KernelSet& kernels, char* to, const char* from, DType type, std::int64_t from_column,
                std::int64_t count) {
-  const Conversion& conversion = conversion_of(kernels, type);
+  const auto widen = kernels.f32.of(type).widen;
   const std::int64_t size = size_of(type);
   float* floats = reinterpret_cast<float*>(to);
   if (from_column == size && reinterpret_cast<std::uintptr_t>(from) % static_cast<std::uintptr_t>(size) == 0)
-    return conversion.widen(from, count, floats);
+    return widen(from, count, floats);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
     copy_rows(together, 0, size, from + first * from_column, 0, from_column, 1, n, size);
-    conversion.widen(together, n, floats + first);
+    widen(together, n, floats + first);
   }
 }
 
@@ -115,12 +111,12 @@ void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
 void scatter_row(const KernelSet& kernels, char* to, DType to_type, std::int64_t to_column, const char* from,
                  DType from_type, std::int64_t count) {
   if (from_type == to_type) return copy_rows(to, 0, to_column, from, 0, size_of(to_type), 1, count, size_of(to_type));
-  const Conversion& conversion = conversion_of(kernels, to_type);
+  const auto narrow = kernels.f32.of(to_type).narrow;
   const float* floats = reinterpret_cast<const float*>(from);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
-    conversion.narrow(floats + first, n, together);
+    narrow(floats + first, n, together);
     copy_rows(to + first * to_column, 0, to_column, together, 0, narrow_size, 1, n, narrow_size);
   }
 }
