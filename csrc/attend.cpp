@@ -1,6 +1,7 @@
 #include "attend.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -58,6 +59,7 @@ class Run {
     for (std::int64_t i = 0; i < count; ++i) {
       const Problem& problem = *jobs[i].problem;
       const Plan& plan = *jobs[i].plan;
+      assert(problem.out || problem.value_dim == 0 || plan.tasks == 0);
       const Part* part = ::new (parts_ + i) Part{&problem, &plan, score_terms(problem), Shared(place, plan, problem)};
       std::uninitialized_value_construct_n(part->shared.finished, part->shared.row_blocks);
       place += plan.shared_bytes;
@@ -203,16 +205,8 @@ bool writes_nothing(const Problem& problem, const Plan& plan) {
 
 }  // namespace
 
-bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted) {
-  bool nothing = true;
-  for (std::int64_t i = 0; i < count; ++i) nothing = nothing && writes_nothing(*jobs[i].problem, *jobs[i].plan);
-  if (nothing) return true;
-  return Run(jobs, count, threads, interrupted).execute();
-}
-
-bool attend(const Problem& problem, const Plan& plan, Interrupted interrupted) {
-  const Job job{&problem, &plan};
-  return attend(&job, 1, plan.threads, interrupted);
+int threads_for(const Plan& plan, int num_threads) {
+  return useful_threads(plan.flops, plan.bytes, plan.tasks, num_threads);
 }
 
 int threads_for(const Job* jobs, std::int64_t count, int num_threads) {
@@ -224,6 +218,18 @@ int threads_for(const Job* jobs, std::int64_t count, int num_threads) {
     tasks += jobs[i].plan->tasks;
   }
   return useful_threads(flops, bytes, tasks, num_threads);
+}
+
+bool attend(const Problem& problem, const Plan& plan, int threads, Interrupted interrupted) {
+  const Job job{&problem, &plan};
+  return attend(&job, 1, threads, interrupted);
+}
+
+bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted) {
+  bool nothing = true;
+  for (std::int64_t i = 0; i < count; ++i) nothing = nothing && writes_nothing(*jobs[i].problem, *jobs[i].plan);
+  if (nothing) return true;
+  return Run(jobs, count, threads, interrupted).execute();
 }
 
 }  // namespace selfattn

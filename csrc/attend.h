@@ -6,20 +6,21 @@
 
 namespace selfattn {
 
+// Number of threads worth using for a plan, at most num_threads (0: the default). Results never depend on it.
+int threads_for(const Plan& plan, int num_threads);
+
 // Computes problem.out and, if attached, problem.lse and problem.weights. Allocates all memory before anything is
 // written; throws std::bad_alloc. Returns false if interrupted; the outputs are then unspecified.
-bool attend(const Problem& problem, const Plan& plan, Interrupted interrupted);
+bool attend(const Problem& problem, const Plan& plan, int threads, Interrupted interrupted);
 
 struct Job {
   const Problem* problem;
   const Plan* plan;
 };
 
-// Computes several problems at once: one team of threads shares all their tasks. The problems must have the same type
-// of computation.
-bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted);
-
-// Number of threads worth using for all jobs together. num_threads is that of make_plan.
+// The same for several problems at once: one team of threads shares all their tasks. The problems must have the same
+// type of computation.
 int threads_for(const Job* jobs, std::int64_t count, int num_threads);
+bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted);
 
 }  // namespace selfattn

@@ -40,12 +40,13 @@ bool CacheCall::rotate(int num_threads, Interrupted interrupted) const {
 }
 
 bool CacheCall::run(const Plan& plan, int num_threads, Interrupted interrupted) const {
+  const int threads = threads_for(plan, num_threads);  // before the rotation: the team may be awake still
   if (inputs_.rope && !rotate(num_threads, interrupted)) return false;
   if (inputs_.k) {
     const TokensView keys(key_ ? key_->view() : inputs_.k, bshd_), values(inputs_.v, bshd_);
     step_.store(*plan.kernels, keys.view, values.view);
   }
-  return attend(problem_, plan, interrupted);
+  return attend(problem_, plan, threads, interrupted);
 }
 
 }  // namespace selfattn

@@ -98,10 +98,11 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
       for (std::int64_t batch = 0; batch < batches; ++batch) {
         const std::int64_t place = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
         if (place < 0 || place >= panels) continue;
-        plan_.types->project({slot_.relative_queries + row * depth * size, group * depth,
-                              std::min(width, rows.count - batch * width), depth, slot_.relative_panel, nullptr,
-                              slot_.relative + (row * slot_.relative_step + place * width) * size,
-                              group * slot_.relative_step, static_cast<int>(width)});
+        plan_.types->of(problem_.dtype)
+            .project({slot_.relative_queries + row * depth * size, group * depth,
+                      std::min(width, rows.count - batch * width), depth, slot_.relative_panel, nullptr,
+                      slot_.relative + (row * slot_.relative_step + place * width) * size, group * slot_.relative_step,
+                      static_cast<int>(width)});
       }
     }
     for (std::int64_t n = 0; n < rows.count; ++n) {

@@ -1,21 +1,40 @@
-// Element types, and the type in which each is computed.
+// Element types, in one table. Each kernel set has a table of their kernels: TypeKernels::stored.
 #pragma once
 #include <cstdint>
 
 namespace selfattn {
 
-// i8: codes of a quantised cache, with one scale per row.
+// i8: codes of a quantised cache.
 enum class DType : std::uint8_t { f32, f64, f16, bf16, i8, i64, boolean };
 
-// 16-bit types: only loaded and stored; computed as f32.
-constexpr bool is_narrow(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
+struct ElementType {
+  const char* name;     // in NumPy
+  std::int64_t size;    // bytes
+  DType computed;       // the type in which it is computed
+  bool scaled = false;  // rows have a scale each: a number is element * scale
+};
+
+// By DType.
+constexpr ElementType element_types[] = {
+    {"float32", 4, DType::f32},     // f32
+    {"float64", 8, DType::f64},     // f64
+    {"float16", 2, DType::f32},     // f16
+    {"bfloat16", 2, DType::f32},    // bf16
+    {"int8", 1, DType::f32, true},  // i8
+    {"int64", 8, DType::i64},       // i64
+    {"bool", 1, DType::boolean},    // boolean
+};
+constexpr int dtype_count = sizeof(element_types) / sizeof(element_types[0]);
+static_assert(dtype_count == static_cast<int>(DType::boolean) + 1);
+
+constexpr const ElementType& element_type(DType dtype) { return element_types[static_cast<int>(dtype)]; }
+constexpr const char* name_of(DType dtype) { return element_type(dtype).name; }
+constexpr std::int64_t size_of(DType dtype) { return element_type(dtype).size; }
+constexpr DType computed_in(DType dtype) { return element_type(dtype).computed; }
+constexpr bool is_scaled(DType dtype) { return element_type(dtype).scaled; }
+
+// 16-bit types: only loaded and stored. Results can be rounded to them.
+constexpr bool is_narrow(DType dtype) { return computed_in(dtype) != dtype && !is_scaled(dtype); }
 constexpr std::int64_t narrow_size = 2;
-
-constexpr DType computed_in(DType dtype) { return is_narrow(dtype) || dtype == DType::i8 ? DType::f32 : dtype; }
-
-constexpr std::int64_t size_of(DType dtype) {
-  if (dtype == DType::boolean || dtype == DType::i8) return 1;
-  return is_narrow(dtype) ? narrow_size : dtype == DType::f32 ? 4 : 8;
-}
 
 }  // namespace selfattn

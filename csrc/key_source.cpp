@@ -111,7 +111,7 @@ KeyBlock KeySource::block(std::int64_t first, int count) const {
     block.next_keys = static_cast<const char*>(keys.data) + count * problem_.key.row;
   block.key_rows = keys_.rows;
   block.value_rows = values_.rows;
-  const bool scaled = plan_.attend->keys == DType::i8;
+  const bool scaled = is_scaled(plan_.attend->keys);
   block.key_scales = scaled ? keys_.scale : nullptr;
   block.value_scales = scaled ? values_.scale : nullptr;
   return block;

@@ -100,7 +100,8 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   const BufferView heads(layer_.output ? heads_->data() : static_cast<char*>(out.data), heads_dtype, rows,
                          layer_.num_heads, layer_.value_dim);
   attach_out(problem_, heads.view);
-  const Plan plan = make_plan(problem_, *layer_.kernels, num_threads);
+  const Plan plan = make_plan(problem_, *layer_.kernels);
+  const int threads = threads_for(plan, num_threads);
 
   const ProjectionJob inputs[] = {
       {layer_.query, RowsView(x_), query_.data(), dtype_, layer_.query.columns() * size},
@@ -110,7 +111,7 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   if (!project_all(inputs, 3, num_threads, interrupted)) return false;
   if (layer_.rope && !rotate(num_threads, interrupted)) return false;
   if (step_) step_->store(*layer_.kernels, key_.view, value_.view);
-  if (!attend(problem_, plan, interrupted)) return false;
+  if (!attend(problem_, plan, threads, interrupted)) return false;
   if (!layer_.output) return true;
   const std::int64_t joined = layer_.num_heads * layer_.value_dim * size;
   const std::int64_t shape[] = {problem_.batch * problem_.q_len, layer_.num_heads * layer_.value_dim};

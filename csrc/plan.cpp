@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "slot.h"
-#include "task_loop.h"
 
 namespace selfattn {
 namespace {
@@ -38,14 +37,8 @@ constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial resu
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
 
-// Whether kernels that read `dtype` can use the operand in place.
-bool in_place(const Problem& problem, const Operand& operand, DType dtype) {
-  const std::int64_t size = size_of(dtype);
-  bool aligned = reinterpret_cast<std::uintptr_t>(operand.data) % static_cast<std::uintptr_t>(size) == 0 &&
-                 operand.row % size == 0 && operand.head % size == 0 && operand.page % size == 0;
-  for (int axis = 0; axis < problem.batch_axes; ++axis) aligned = aligned && operand.batch[axis] % size == 0;
-  return operand.dtype == dtype && aligned && operand.column == size;
-}
+// Whether kernels for `dtype` can use an Operand or a PerHead without a copy.
+bool in_place(const auto& operand, DType dtype) { return operand.in_place && operand.dtype == dtype; }
 
 int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t largest) {
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
@@ -69,16 +62,16 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 // The type of queries that kernels get: adding u or w widens 16-bit queries to the type of computation.
 DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
 
-// 16-bit keys and values are widened as they are loaded: decoding is limited by memory bandwidth, and they take half of
-// it.
+// Narrow keys and values are widened as they are loaded: decoding is limited by memory bandwidth, and they take less of
+// it. Where the kernel does not read them in place, they are copied to the type of computation; codes only if there is
+// no kernel for them.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
-  const AttendKernel* narrow = dtype == DType::f16 ? types.row_f16 : dtype == DType::bf16 ? types.row_bf16 : nullptr;
-  if (dtype == DType::i8) return types.row_i8 ? types.row_i8 : &types.row;
   // Even if operands must be copied: kernels differ in their results, which must not depend on strides.
   if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
-  const bool reads = narrow && in_place(problem, problem.key, dtype) && in_place(problem, problem.value, dtype);
-  return reads ? narrow : &types.row;
+  const AttendKernel* own = types.of(dtype).row;
+  const bool reads = own && (is_scaled(dtype) || (in_place(problem.key, dtype) && in_place(problem.value, dtype)));
+  return reads ? own : types.of(problem.dtype).row;
 }
 
 // The kernel on the matrix unit, if it supports the operands and is faster; else the one on FMA.
@@ -98,18 +91,12 @@ const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& typ
   return found ? found : &types.tile;
 }
 
-bool in_place(const PerHead& rows, DType dtype) {
-  const std::int64_t size = size_of(dtype);
-  return rows.dtype == dtype && rows.column == size && rows.row % size == 0 && rows.head % size == 0 &&
-         reinterpret_cast<std::uintptr_t>(rows.data) % static_cast<std::uintptr_t>(size) == 0;
-}
-
 void choose_copies(Plan& plan, const Problem& problem) {
-  plan.copies_queries = problem.relative || !in_place(problem, problem.query, plan.attend->queries);
+  plan.copies_queries = problem.relative || !in_place(problem.query, plan.attend->queries);
   const bool apart = problem.pages.size != 0 && !plan.attend->by_row;
-  plan.copies_keys = apart || !in_place(problem, problem.key, plan.attend->keys);
+  plan.copies_keys = apart || !in_place(problem.key, plan.attend->keys);
   plan.copies_relative = problem.relative && !in_place(problem.relative.rows, problem.dtype);
-  plan.copies_values = apart || !in_place(problem, problem.value, plan.attend->keys);
+  plan.copies_values = apart || !in_place(problem.value, plan.attend->keys);
 }
 
 std::int64_t relative_keys(const Plan& plan) {
@@ -175,24 +162,19 @@ Ranges ranges_of(const Plan& plan, std::int64_t keys) {
   return {range_keys, ceil_div(keys, range_keys)};
 }
 
-Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads) {
+Plan make_plan(const Problem& problem, const KernelSet& kernels) {
   Plan plan{};
   plan.kernels = &kernels;
   plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
   plan.rows = problem.q_len * problem.group_size;
-  plan.out_type = problem.dtype;
   choose_kernel(plan, problem);
-  plan.copies_out = !problem.out || !in_place(problem, problem.out, problem.dtype);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
   plan.range_keys = ranges_of(plan, problem.kv_len).keys;
   plan.ranges = most_ranges_of(plan, problem.kv_len);
-  if (plan.ranges == 1) {
-    if (problem.out && is_narrow(problem.out.dtype) && in_place(problem, problem.out, problem.out.dtype)) {
-      plan.out_type = problem.out.dtype;
-      plan.copies_out = false;
-    }
-  }
+  const bool rounds = is_narrow(problem.out.dtype) && problem.out.in_place && plan.ranges == 1;
+  plan.out_type = rounds ? problem.out.dtype : problem.dtype;
+  plan.copies_out = !in_place(problem.out, plan.out_type);
   plan.tasks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.ranges;
 
   const std::int64_t products = problem.relative ? 2 : 1;
@@ -200,7 +182,6 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
                static_cast<double>(products * problem.head_dim + problem.value_dim);
   plan.bytes = cache_bytes(problem);
-  plan.threads = useful_threads(plan.flops, plan.bytes, plan.tasks, num_threads);
   plan.thread_bytes = Slot(nullptr, plan, problem).bytes;
   plan.shared_bytes = Shared(nullptr, plan, problem).bytes;
   return plan;

@@ -1,5 +1,6 @@
-// How to compute a problem: kernels, block sizes, tasks, threads and memory. Planning does not access the operands'
-// elements.
+// How to compute a problem: kernels, block sizes, tasks and memory. Planning is arithmetic on the problem's
+// description: it neither accesses the operands' elements nor queries the machine. threads_for (attend.h) chooses the
+// threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,10 +26,9 @@ struct Plan {
   bool copies_relative;
   std::int64_t relative_keys;  // keys for which relative products are computed at a time
   DType out_type;              // what kernels write: the type of computation, or that of out if they can write in place
-  int threads;
-  std::size_t thread_bytes;  // scratch of one thread
-  std::size_t shared_bytes;  // partial results and their counters
-  double flops, bytes;       // operations, and bytes of keys and values
+  std::size_t thread_bytes;    // scratch of one thread
+  std::size_t shared_bytes;    // partial results and their counters
+  double flops, bytes;         // operations, and bytes of keys and values
 };
 
 // The key ranges of a batch entry with `keys` keys. They do not depend on the lengths of other entries or on the
@@ -38,7 +38,6 @@ struct Ranges {
 };
 Ranges ranges_of(const Plan& plan, std::int64_t keys);
 
-// num_threads 0: the default. It only affects Plan::threads, and never the results.
-Plan make_plan(const Problem& problem, const KernelSet& kernels, int num_threads);
+Plan make_plan(const Problem& problem, const KernelSet& kernels);
 
 }  // namespace selfattn

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "arithmetic.h"
 #include "message.h"
+#include "operand.h"
 
 namespace selfattn {
 namespace {
@@ -19,58 +19,29 @@ constexpr std::int64_t widest = (std::int64_t{1} << 31) - 1;
 // no size overflows.
 constexpr std::int64_t most_elements = std::int64_t{1} << 47;
 
-// The last three axes of q, k, v and out; a 2-D array has one head.
-struct Axes {
-  std::int64_t heads, head_stride, length, row_stride, dim, column_stride;
-};
-
-Axes trailing_axes(const TensorView& view, Layout layout) {
-  if (view.ndim == 2) return {1, 0, view.extent(1), view.stride(1), view.extent(0), view.stride(0)};
-  const int head = layout == Layout::bshd ? 1 : 2, row = 3 - head;
-  return {view.extent(head), view.stride(head), view.extent(row), view.stride(row), view.extent(0), view.stride(0)};
-}
-
-int leading_axes(const TensorView& view, int trailing) { return std::max(view.ndim - trailing, 0); }
-
-// Sets the operand's data, type and batch strides. The view's leading axes are right-aligned with the problem's batch
-// axes.
-void place_batch(const Problem& problem, Operand& operand, const TensorView& view, int trailing) {
-  operand.data = static_cast<char*>(view.data);
-  operand.dtype = view.dtype;
-  const int missing = problem.batch_axes - leading_axes(view, trailing);
-  for (int axis = 0; axis < problem.batch_axes; ++axis)
-    operand.batch[axis] = axis < missing || view.shape[axis - missing] == 1 ? 0 : view.strides[axis - missing];
-}
-
-void place(const Problem& problem, Operand& operand, const TensorView& view, const Axes& axes) {
-  place_batch(problem, operand, view, 3);
-  operand.head = axes.head_stride;
-  operand.row = axes.row_stride;
-  operand.column = axes.column_stride;
-}
-
 void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
   const struct {
     const char* name;
     const TensorView& view;
   } operands[] = {{"q", arguments.q}, {"k", arguments.k}, {"v", arguments.v}};
-  problem.batch_axes = std::max(problem.ndim - 3, 0);
-  for (int axis = 0; axis < problem.batch_axes; ++axis) problem.batch_shape[axis] = 1;
+  Shape& shape = problem.batch_shape;
+  shape.ndim = std::max(problem.ndim - 3, 0);
+  std::fill_n(shape.extent, shape.ndim, 1);
   for (const auto& [name, view] : operands) {
     const int leading = leading_axes(view, 3);
-    assert(leading <= problem.batch_axes);
+    assert(leading <= shape.ndim);
     for (int i = 0; i < leading; ++i) {
-      std::int64_t& extent = problem.batch_shape[problem.batch_axes - leading + i];
+      std::int64_t& extent = shape.extent[shape.ndim - leading + i];
       if (view.shape[i] == 1 || view.shape[i] == extent) continue;
       if (extent != 1)
         refuse(arguments.function, "the leading dimensions ", to_text(view.shape, leading), " of ", Argument{name},
-               " do not broadcast against ", to_text(problem.batch_shape, problem.batch_axes));
+               " do not broadcast against ", to_text(shape.extent, shape.ndim));
       extent = view.shape[i];
     }
   }
-  for (int axis = 0; axis < problem.batch_axes; ++axis)
-    if (__builtin_mul_overflow(problem.batch, problem.batch_shape[axis], &problem.batch))
-      refuse(arguments.function, "the leading dimensions ", to_text(problem.batch_shape, problem.batch_axes),
+  for (int axis = 0; axis < shape.ndim; ++axis)
+    if (__builtin_mul_overflow(problem.batch, shape.extent[axis], &problem.batch))
+      refuse(arguments.function, "the leading dimensions ", to_text(shape.extent, shape.ndim),
              " have too many entries");
 }
 
@@ -118,11 +89,9 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   problem.value_dim = v.dim;
   check_size(problem, a.function);
   place(problem, problem.query, a.q, q);
-  place(problem, problem.key, a.k, k);
-  place(problem, problem.value, a.v, v);
+  place(problem, problem.key, a.k, k, a.key_page);
+  place(problem, problem.value, a.v, v, a.value_page);
   problem.pages = a.pages;
-  problem.key.page = a.key_page;
-  problem.value.page = a.value_page;
 }
 
 // The cache has allocated the scales itself, so their shapes need no check.
@@ -162,22 +131,25 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
 void place_per_batch(Problem& problem, Operand& operand, const char* function, const char* name,
                      const TensorView& view) {
   if (!view) return;
-  Shape target;
-  for (int axis = 0; axis < problem.batch_axes; ++axis) target.append(problem.batch_shape[axis]);
+  Shape target = problem.batch_shape;
   if (target.ndim == 0) target.append(1);
   check_broadcast(function, name, view, target);
   place_batch(problem, operand, view, 0);
-  if (problem.batch_axes == 0) operand.data = static_cast<char*>(view.data);
 }
 
-// Calls use(number) for each integer in `operand`, recursively: `data` points to those along the axes from `axis` on.
+// Calls use(number) for each integer along the axes from `data` on.
 template <class Use>
-void each_number(const Problem& problem, const Operand& operand, const Use& use, const char* data, int axis = 0) {
-  if (axis == problem.batch_axes) return use(integer_at(data));
-  // A broadcast axis may have any extent, but holds only one number.
-  const std::int64_t extent = operand.batch[axis] == 0 ? 1 : problem.batch_shape[axis];
-  for (std::int64_t i = 0; i < extent; ++i)
-    each_number(problem, operand, use, data + i * operand.batch[axis], axis + 1);
+void each_number(std::span<const BatchAxis> axes, const char* data, const Use& use) {
+  if (axes.empty()) return use(integer_at(data));
+  const auto [inside, extent, stride] = axes.back();
+  for (std::int64_t i = 0; i < extent; ++i) each_number(axes.first(axes.size() - 1), data + i * stride, use);
+}
+
+// The same for all integers of an operand. A number that entries share comes once: there may be any number of these.
+template <class Use>
+void each_number(const Problem& problem, const Operand& operand, const Use& use) {
+  const BatchAxis even{1, operand.batch == 0 ? 1 : problem.batch, operand.batch};
+  each_number(operand.axes == 0 ? std::span(&even, 1) : problem.axes_of(operand), operand.data, use);
 }
 
 void check_lengths(const Problem& problem, const Operand& operand, const char* function, const char* name,
@@ -188,7 +160,7 @@ void check_lengths(const Problem& problem, const Operand& operand, const char* f
       refuse(function, Argument{name}, " holds ", length, ", which is outside 0..", limit, " (the length of ",
              Argument{limited_by}, ")");
   };
-  each_number(problem, operand, check, operand.data);
+  each_number(problem, operand, check);
 }
 
 bool depends_on_positions(const AttentionArguments& a) {
@@ -206,13 +178,12 @@ void check_alignment(const Problem& problem, const AttentionArguments& a) {
              "q"_arg, ", so that it is unclear where they are: pass ", "q_lens"_arg, " as well for padded queries, or ",
              "q_offset"_arg, ", the position of the first query");
   };
-  each_number(problem, problem.kv_lens, check, problem.kv_lens.data);
+  each_number(problem, problem.kv_lens, check);
 }
 
 void place_per_head(Problem& problem, const AttentionArguments& a) {
   if (a.alibi_slopes) {
-    Shape target;
-    for (int axis = 0; axis < problem.batch_axes; ++axis) target.append(problem.batch_shape[axis]);
+    Shape target = problem.batch_shape;
     target.append(problem.num_heads);
     check_broadcast(a.function, "alibi_slopes", a.alibi_slopes, target);
     place_batch(problem, problem.alibi_slopes, a.alibi_slopes, 1);
@@ -246,6 +217,7 @@ void place_relative(Problem& problem, const AttentionArguments& a) {
   }
   const std::int64_t head = a.r.ndim == 3 ? a.r.stride(2) : 0;
   problem.relative.rows = {static_cast<const char*>(a.r.data), a.r.dtype, head, a.r.stride(1), a.r.stride(0)};
+  problem.relative.rows.in_place = are_in_place(a.r.data, a.r.dtype, a.r.stride(0), {head, a.r.stride(1)});
   problem.relative.count = a.r.extent(1);
   problem.relative.origin = a.r_origin;
   if (a.r_origin < 0 || a.r_origin >= problem.relative.count)
@@ -262,12 +234,6 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
   problem.distance_bias.rows = {static_cast<const char*>(view.data), view.dtype, view.stride(1), view.stride(0), 0};
   problem.distance_bias.count = view.extent(0);
   problem.distance_bias.origin = a.distance_origin;
-}
-
-Shape with_batch(const Problem& problem) {
-  Shape shape;
-  for (int axis = 0; axis < problem.batch_axes; ++axis) shape.append(problem.batch_shape[axis]);
-  return shape;
 }
 
 }  // namespace
@@ -314,43 +280,9 @@ Problem make_problem(const AttentionArguments& a) {
   place_per_head(problem, a);
   place_relative(problem, a);
   place_distance_bias(problem, a);
+  problem.out.dtype = a.q.dtype;
+  problem.out.in_place = true;
   return problem;
-}
-
-Shape out_shape(const Problem& problem) {
-  Shape shape = with_batch(problem);
-  const bool heads_last = problem.ndim > 2 && problem.layout == Layout::bshd;
-  if (problem.ndim > 2) shape.append(heads_last ? problem.q_len : problem.num_heads);
-  shape.append(heads_last ? problem.num_heads : problem.q_len);
-  shape.append(problem.value_dim);
-  return shape;
-}
-
-Shape lse_shape(const Problem& problem) {
-  Shape shape = with_batch(problem);
-  if (problem.ndim > 2) shape.append(problem.num_heads);
-  shape.append(problem.q_len);
-  return shape;
-}
-
-Shape weights_shape(const Problem& problem) {
-  Shape shape = lse_shape(problem);
-  shape.append(problem.kv_len);
-  return shape;
-}
-
-void attach_out(Problem& problem, const TensorView& out) {
-  place(problem, problem.out, out, trailing_axes(out, problem.layout));
-}
-
-void attach_lse(Problem& problem, const TensorView& lse) {
-  place_batch(problem, problem.lse, lse, 2);
-  problem.lse.row = lse.stride(0);
-  problem.lse.head = lse.ndim > 1 ? lse.stride(1) : 0;
-}
-
-void attach_weights(Problem& problem, const TensorView& weights) {
-  place(problem, problem.weights, weights, trailing_axes(weights, Layout::bhsd));
 }
 
 }  // namespace selfattn

@@ -5,7 +5,8 @@
 #pragma once
 #include <cstdint>
 #include <optional>
-#include <string>
+#include <span>
+#include <vector>
 
 #include "tensor_view.h"
 
@@ -23,13 +24,24 @@ struct Shape {
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::f32;
+  bool in_place = false;  // kernels for this type can use it without a copy: rows are contiguous and aligned
+  std::uint8_t axes = 0;  // see Problem::axes_of
+  int first_axis = 0;
   std::int64_t head = 0;
   std::int64_t row = 0;
   std::int64_t column = 0;
-  std::int64_t page = 0;         // see Pages
-  std::int64_t batch[max_axes];  // the first Problem::batch_axes are set
+  std::int64_t page = 0;   // see Pages
+  std::int64_t batch = 0;  // from one batch entry to the next; 0 if the operand has axes of its own
 
   explicit operator bool() const { return data != nullptr; }
+};
+
+// A batch axis of an operand whose entries are not equally spaced, or batch axes that it steps through evenly. It moves
+// entry b by b / inside % extent * stride.
+struct BatchAxis {
+  std::int64_t inside;  // batch entries per step
+  std::int64_t extent;
+  std::int64_t stride;
 };
 
 // Keys and values in pages of `size` keys, which may be in any order. Operand::page is the stride between pages in
@@ -61,6 +73,7 @@ struct PerHead {
   std::int64_t head = 0;
   std::int64_t row = 0;
   std::int64_t column = 0;
+  bool in_place = false;  // see Operand
 
   explicit operator bool() const { return data != nullptr; }
 };
@@ -118,9 +131,8 @@ struct Problem {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
   int ndim = 0;              // of out
   Layout layout = Layout::bhsd;
-  int batch_axes = 0;
-  std::int64_t batch_shape[max_axes];
-  std::int64_t batch = 1;
+  Shape batch_shape;
+  std::int64_t batch = 1;  // number of entries
   std::int64_t num_heads = 0, num_kv_heads = 0, group_size = 0;
   std::int64_t q_len = 0, kv_len = 0, head_dim = 0, value_dim = 0;
   Operand query, key, value, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
@@ -137,13 +149,15 @@ struct Problem {
   double scale = 0;
   double softcap = 0;
   Precision precision = Precision::highest;
+  std::vector<BatchAxis> batch_axes;  // of all operands. Few have any: most have one stride, Operand::batch
 
+  // Innermost first.
+  std::span<const BatchAxis> axes_of(const Operand& operand) const {
+    return {batch_axes.data() + operand.first_axis, operand.axes};
+  }
   char* at(const Operand& operand, std::int64_t batch_index) const {
-    char* p = operand.data;
-    for (int axis = batch_axes - 1; axis >= 0; --axis) {
-      p += batch_index % batch_shape[axis] * operand.batch[axis];
-      batch_index /= batch_shape[axis];
-    }
+    char* p = operand.data + batch_index * operand.batch;
+    for (const BatchAxis& axis : axes_of(operand)) p += batch_index / axis.inside % axis.extent * axis.stride;
     return p;
   }
   std::int64_t keys_of(std::int64_t batch_index) const;          // end of an entry's valid keys
@@ -154,10 +168,13 @@ struct Problem {
   std::int64_t offset_of(std::int64_t batch_index) const;        // the same, clamped so that sums cannot overflow
 };
 
+static_assert(sizeof(Problem) < 2048);  // a call of many sequences has one for each
+
 // Returns the int64 at an address that may be unaligned.
 std::int64_t integer_at(const char* p);
 
-// Throws std::invalid_argument; the message names the function, the argument, its value and the rule.
+// Throws std::invalid_argument; the message names the function, the argument, its value and the rule. Until attach_out,
+// the problem describes `out` as a new array of the queries' type, so that it can be planned, but not computed.
 Problem make_problem(const AttentionArguments& arguments);
 
 Shape out_shape(const Problem& problem);

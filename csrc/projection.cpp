@@ -182,10 +182,7 @@ void Projection::unpack(const TensorView& weights) const {
 void Projection::project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
                          std::int64_t out_step) const noexcept {
   const std::int64_t width = panel_columns(), first = panel * width;
-  const auto kernel = pairs_                  ? kernels_->matrix.project_bf16
-                      : dtype_ == DType::f16  ? types_->project_f16
-                      : dtype_ == DType::bf16 ? types_->project_bf16
-                                              : types_->project;
+  const auto kernel = pairs_ ? kernels_->matrix.project_bf16 : types_->of(dtype_).project;
   kernel({x, x_step, rows, depth_, panels_.get() + first * panel_rows() * size_of(dtype_),
           bias_ ? bias_.get() + first * size_of(computation()) : nullptr, out, out_step,
           static_cast<int>(std::min(width, columns_ - first))});

@@ -65,20 +65,6 @@ double within_range(double x, DType dtype) {
   return clamp_finite(x, most);
 }
 
-BiasType bias_type(const Operand& bias) {
-  if (!bias) return BiasType::none;
-  switch (bias.dtype) {
-    case DType::f64:
-      return BiasType::f64;
-    case DType::f16:
-      return BiasType::f16;
-    case DType::bf16:
-      return BiasType::bf16;
-    default:
-      return BiasType::f32;
-  }
-}
-
 double sink_of(const Problem& problem, std::int64_t head) {
   if (!problem.sinks) return -infinity;
   const double sink = read_real(problem.sinks.data + head * problem.sinks.head, DType::f64);
@@ -242,10 +228,12 @@ ScoreTerms score_terms(const Problem& problem) {
   terms.alibi = static_cast<bool>(problem.alibi_slopes);
   terms.mask = static_cast<bool>(problem.mask);
   terms.mask_step = problem.recent_mask ? 1 : problem.mask.column;
-  terms.bias = bias_type(problem.bias);
+  terms.bias = static_cast<bool>(problem.bias);
+  terms.bias_type = problem.bias.dtype;
   terms.bias_step = problem.bias.column;
   if (problem.distance_bias) {
-    terms.bias = problem.dtype == DType::f32 ? BiasType::f32 : BiasType::f64;
+    terms.bias = true;
+    terms.bias_type = problem.dtype;
     terms.bias_step = size_of(problem.dtype);
     terms.bias_at_hand = true;
     terms.toeplitz = problem.group_size == 1 && !problem.bias && !problem.mask;

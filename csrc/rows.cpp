@@ -24,10 +24,6 @@ void write(char* p, E element) {
   std::memcpy(p, &element, sizeof element);
 }
 
-const Conversion& conversion_of(const KernelSet& kernels, DType dtype) {
-  return dtype == DType::f16 ? kernels.f16 : dtype == DType::bf16 ? kernels.bf16 : kernels.i8;
-}
-
 template <class T>
 void scale_elements(char* row, std::int64_t count, double factor) {
   T* elements = reinterpret_cast<T*>(row);
@@ -35,16 +31,16 @@ void scale_elements(char* row, std::int64_t count, double factor) {
 }
 
 void widen_row(const KernelSet& kernels, char* to, const SourceRows& from, std::int64_t count) {
-  const Conversion& conversion = conversion_of(kernels, from.dtype);
+  const auto widen = kernels.f32.of(from.dtype).widen;
   const std::int64_t size = size_of(from.dtype);
   float* floats = reinterpret_cast<float*>(to);
   if (from.column == size && reinterpret_cast<std::uintptr_t>(from.data) % static_cast<std::uintptr_t>(size) == 0)
-    return conversion.widen(from.data, count, floats);
+    return widen(from.data, count, floats);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
     copy_rows({together, 0, size}, {from.data + first * from.column, 0, from.column}, 1, n, size);
-    conversion.widen(together, n, floats + first);
+    widen(together, n, floats + first);
   }
 }
 
@@ -117,12 +113,12 @@ void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
 void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count) {
   const std::int64_t size = size_of(to.dtype);
   if (from_type == to.dtype) return copy_rows({to.data, 0, to.column}, {from, 0, size}, 1, count, size);
-  const Conversion& conversion = conversion_of(kernels, to.dtype);
+  const auto narrow = kernels.f32.of(to.dtype).narrow;
   const float* floats = reinterpret_cast<const float*>(from);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
-    conversion.narrow(floats + first, n, together);
+    narrow(floats + first, n, together);
     copy_rows({to.data + first * to.column, 0, to.column}, {together, 0, narrow_size}, 1, n, narrow_size);
   }
 }

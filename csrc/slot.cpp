@@ -31,7 +31,7 @@ Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   key_rows = carver.take<const void*>(listed);
   value_rows = carver.take<const void*>(listed);
   // Kernels read whole vectors of scales.
-  const std::int64_t scaled = problem.key.dtype == DType::i8 ? plan.key_block + rows_ahead : 0;
+  const std::int64_t scaled = is_scaled(problem.key.dtype) ? plan.key_block + rows_ahead : 0;
   key_scales = carver.take<float>(scaled);
   value_scales = carver.take<float>(scaled);
   mask_step = plan.key_block;

@@ -52,21 +52,6 @@ std::optional<DType> float_type(const py::array& array) {
 
 }  // namespace
 
-const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return "float64";
-    case DType::f16:
-      return "float16";
-    case DType::bf16:
-      return "bfloat16";
-    case DType::i8:
-      return "int8";
-    default:
-      return "float32";
-  }
-}
-
 TensorView view_of(const py::array& array, DType dtype) {
   TensorView view;
   view.data = const_cast<void*>(array.data());

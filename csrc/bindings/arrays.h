@@ -22,9 +22,6 @@ TensorView optional_view(py::handle array, DType dtype);
 // The view of an array whose dtype must be `like`, which is that of the argument `like_name`.
 TensorView matching_view(const char* function, const char* name, py::handle array, const char* like_name, DType like);
 
-// The dtype's name in NumPy; only for types of numbers.
-const char* name_of(DType dtype);
-
 // 16-bit types take their NumPy dtype from `like`, because bfloat16 is defined by another package.
 py::array new_array(const Shape& shape, DType dtype, py::handle like = py::none());
 TensorView view_of(const py::array& array, DType dtype);

@@ -1,6 +1,6 @@
 #include "bindings/attention.h"
 
-#include <algorithm>
+#include <utility>
 
 #include "attend.h"
 #include "parallel.h"
@@ -48,15 +48,6 @@ TensorView value_view(const char* function, py::handle v, DType query, DType key
   return matching_view(function, "v", v, key == query ? "q" : "k", key);
 }
 
-void run_attention(const Problem& problem, const Plan& plan) {
-  bool finished;
-  {
-    const CoreCall call_of_core(plan.flops);
-    finished = attend(problem, plan, interrupted);
-  }
-  if (!finished) throw py::error_already_set();
-}
-
 py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like) {
   Problem problem = make_problem(arguments);
   const DType dtype = arguments.q.dtype;
@@ -69,36 +60,15 @@ py::object attend_to(const AttentionArguments& arguments, const Options& options
   Destination result(std::move(out), direct, out_shape(problem), dtype, like);
   attach_out(problem, result.view(dtype));
   const Extras extras(options, problem);
-  run_attention(problem, make_plan(problem, active_kernels(), options.num_threads));
+  const Plan plan = make_plan(problem, active_kernels());
+  const int threads = threads_for(plan, options.num_threads);
+  bool finished;
+  {
+    const CoreCall call_of_core(plan.flops);
+    finished = attend(problem, plan, threads, interrupted);
+  }
+  if (!finished) throw py::error_already_set();
   return extras.join(result.deliver());
-}
-
-py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& options) {
-  py::dict d;
-  d["isa"] = plan.kernels->name;
-  d["kernel"] = plan.attend->name;
-  d["unit"] = plan.attend->unit;
-  d["reason"] = plan.reason;
-  d["query_rows"] = plan.rows;
-  d["block_rows"] = plan.block_rows;
-  d["key_block"] = plan.key_block;
-  d["range_keys"] = plan.range_keys;
-  d["ranges"] = plan.ranges;
-  d["tasks"] = plan.tasks;
-  d["threads"] = plan.threads;
-  d["threads_source"] = plan.threads == 1         ? "one thread is enough for this much work"
-                        : options.num_threads > 0 ? "num_threads argument"
-                                                  : default_threads().source;
-  d["scratch_bytes_per_thread"] = plan.thread_bytes;
-  d["shared_bytes"] = plan.shared_bytes;
-  py::list copied;
-  if (plan.copies_queries) copied.append("q");
-  if (plan.copies_keys) copied.append("k");
-  if (plan.copies_values) copied.append("v");
-  if (problem.out && plan.copies_out) copied.append("out");
-  d["copied_blockwise"] = copied;
-  d["flops"] = plan.flops;
-  return d;
 }
 
 namespace {
@@ -116,27 +86,40 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, p
   return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
 }
 
-// Attaches a stand-in for the array that a call without `out` would create. A plan depends only on its type, alignment
-// and strides.
-void attach_new_out(Problem& problem, DType dtype) {
-  alignas(64) static char anywhere[64];
-  const Shape shape = out_shape(problem);
-  std::int64_t strides[max_axes];
-  std::int64_t stride = size_of(dtype);
-  for (int axis = shape.ndim - 1; axis >= 0; --axis) {
-    strides[axis] = stride;
-    stride *= std::max<std::int64_t>(shape.extent[axis], 1);
-  }
-  attach_out(problem, {anywhere, dtype, shape.ndim, shape.extent, strides});
+py::dict describe_plan(const Plan& plan, int threads, const Options& options) {
+  py::dict d;
+  d["isa"] = plan.kernels->name;
+  d["kernel"] = plan.attend->name;
+  d["unit"] = plan.attend->unit;
+  d["reason"] = plan.reason;
+  d["query_rows"] = plan.rows;
+  d["block_rows"] = plan.block_rows;
+  d["key_block"] = plan.key_block;
+  d["range_keys"] = plan.range_keys;
+  d["ranges"] = plan.ranges;
+  d["tasks"] = plan.tasks;
+  d["threads"] = threads;
+  d["threads_source"] = threads == 1              ? "one thread is enough for this much work"
+                        : options.num_threads > 0 ? "num_threads argument"
+                                                  : default_threads().source;
+  d["scratch_bytes_per_thread"] = plan.thread_bytes;
+  d["shared_bytes"] = plan.shared_bytes;
+  py::list copied;
+  if (plan.copies_queries) copied.append("q");
+  if (plan.copies_keys) copied.append("k");
+  if (plan.copies_values) copied.append("v");
+  if (plan.copies_out) copied.append("out");
+  d["copied_blockwise"] = copied;
+  d["flops"] = plan.flops;
+  return d;
 }
 
 py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_values) {
   const Options& options = options_of(option_values);
   const AttentionArguments arguments = arguments_of("explain", q, k, v, options);
-  Problem problem = make_problem(arguments);
-  attach_new_out(problem, arguments.q.dtype);
+  const Plan plan = make_plan(make_problem(arguments), active_kernels());
   forget_last_call();
-  return describe_plan(problem, make_plan(problem, active_kernels(), options.num_threads), options);
+  return describe_plan(plan, threads_for(plan, options.num_threads), options);
 }
 
 }  // namespace

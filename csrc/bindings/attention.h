@@ -35,11 +35,6 @@ struct Extras {
 // Checks the arguments, computes into `out` or a new array like `like`, and returns the requested results.
 py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like);
 
-// Runs the plan. If a signal handler raised, throws its exception.
-void run_attention(const Problem& problem, const Plan& plan);
-
-py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& options);
-
 void register_attention(py::module_& module);
 void register_errors();
 void register_layer(py::module_& module);

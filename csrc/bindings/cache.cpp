@@ -123,8 +123,7 @@ py::object attend_cache(py::handle function_name, py::handle store, py::handle s
   Destination result(std::move(out), direct, out_shape(problem), type, inputs[0]);
   attach_out(problem, result.view(type));
   const Extras extras(options, problem);
-  const KernelSet& kernels = active_kernels();
-  const Plan plan = make_plan(problem, kernels, options.num_threads);
+  const Plan plan = make_plan(problem, active_kernels());
   py::object results;
   source.step().run([&] {
     bool finished;

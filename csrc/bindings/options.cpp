@@ -159,6 +159,15 @@ py::dict codes(std::span<const char* const> words) {
   return d;
 }
 
+// The types of keys and values.
+py::dict dtype_codes() {
+  py::dict d;
+  for (int code = 0; code < dtype_count; ++code)
+    if (const DType dtype = computed_in(static_cast<DType>(code)); dtype == DType::f32 || dtype == DType::f64)
+      d[element_types[code].name] = code;
+  return d;
+}
+
 }  // namespace
 
 const Options& options_of(py::handle object) {
@@ -206,7 +215,7 @@ void register_options(py::module_& module) {
   module.attr("Options") = type;
   module.attr("LAYOUTS") = codes(layout_words);
   module.attr("PRECISIONS") = codes(precision_words);
-  module.attr("DTYPES") = codes(dtype_words);
+  module.attr("DTYPES") = dtype_codes();
 }
 
 }  // namespace selfattn::bindings

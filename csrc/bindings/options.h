@@ -8,7 +8,6 @@ namespace selfattn::bindings {
 // Users' words for the core's codes: the code of a word is its index.
 constexpr const char* layout_words[] = {"bhsd", "bshd"};
 constexpr const char* precision_words[] = {"highest", "high", "medium"};
-constexpr const char* dtype_words[] = {"float32", "float64", "float16", "bfloat16", "int8"};
 
 // An option that is an array: its name, its member of AttentionArguments, and the function that makes its view.
 struct ArrayOption {

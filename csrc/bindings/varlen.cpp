@@ -1,4 +1,5 @@
 // attention_varlen(): sequences of different lengths in one call, each computed as if it were alone.
+#include <memory>
 #include <new>
 #include <string>
 #include <utility>
@@ -80,18 +81,23 @@ class Sequences {
         memory_(static_cast<std::size_t>(bytes_of(count + 1, sizeof(Sequence) + sizeof(Job)))),
         sequences_(reinterpret_cast<Sequence*>(memory_.data())),
         jobs_(reinterpret_cast<Job*>(memory_.data() + bytes_of(count, sizeof(Sequence)))) {}
+  ~Sequences() { std::destroy_n(sequences_, made_); }
+  Sequences(const Sequences&) = delete;
+  Sequences& operator=(const Sequences&) = delete;
 
   Sequence& make(std::size_t i, const TensorView& q, const TensorView& k, const TensorView& v,
                  const std::int64_t* queries, const std::int64_t* keys) {
     const std::int64_t q_len = queries[i + 1] - queries[i], kv_len = keys[i + 1] - keys[i];
-    return *::new (sequences_ + i) Sequence(q, k, v, queries[i], q_len, keys[i], kv_len);
+    Sequence& made = *::new (sequences_ + i) Sequence(q, k, v, queries[i], q_len, keys[i], kv_len);
+    ++made_;
+    return made;
   }
   Sequence& operator[](std::size_t i) { return sequences_[i]; }
 
   bool run(const KernelSet& kernels, int num_threads) {
     const auto count = static_cast<std::int64_t>(count_);
     for (std::size_t i = 0; i < count_; ++i) {
-      sequences_[i].plan = make_plan(sequences_[i].problem, kernels, 1);
+      sequences_[i].plan = make_plan(sequences_[i].problem, kernels);
       ::new (jobs_ + i) Job{&sequences_[i].problem, &sequences_[i].plan};
     }
     double flops = 0;
@@ -106,6 +112,7 @@ class Sequences {
   const Scratch memory_;
   Sequence* const sequences_;
   Job* const jobs_;
+  std::size_t made_ = 0;
 };
 
 TensorView packed_view(const char* name, const TensorView& view) {

@@ -100,7 +100,7 @@ struct TileAttention {
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
-    if (block.terms.bias != BiasType::none && !block.terms.bias_at_hand) touch_bias(block, keys);
+    if (block.terms.bias && !block.terms.bias_at_hand) touch_bias(block, keys);
     // Per block of keys, not per block of rows: signal handlers may run, and use the tiles, between key blocks.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);

@@ -8,9 +8,6 @@ namespace selfattn::avx512 {
 // 8 x 3 sums, 3 vectors of the right-hand side and 1 broadcast use 28 of 32 registers.
 extern constexpr TypeKernels f32 = type_kernels<float, 8, 3, 16, 12>();
 extern constexpr TypeKernels f64 = type_kernels<double, 8, 3, 16, 6>();
-extern constexpr Conversion f16 = conversion<Half>;
-extern constexpr Conversion bf16 = conversion<BFloat>;
-extern constexpr Conversion i8 = from_codes;
 
 extern constexpr KernelSet kernels{
     .name = "avx512",
@@ -18,9 +15,6 @@ extern constexpr KernelSet kernels{
     .not_default_with = 0,
     .f32 = f32,
     .f64 = f64,
-    .f16 = f16,
-    .bf16 = bf16,
-    .i8 = i8,
     .matrix = {},
 };
 

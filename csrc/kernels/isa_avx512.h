@@ -5,6 +5,5 @@
 namespace selfattn::avx512 {
 
 extern const TypeKernels f32, f64;
-extern const Conversion f16, bf16, i8;
 
 }  // namespace selfattn::avx512

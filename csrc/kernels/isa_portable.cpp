@@ -14,9 +14,6 @@ extern constexpr KernelSet kernels{
     .not_default_with = 0,
     .f32 = f32,
     .f64 = f64,
-    .f16 = conversion<Half>,
-    .bf16 = conversion<BFloat>,
-    .i8 = from_codes,
     .matrix = {},
 };
 

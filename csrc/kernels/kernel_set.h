@@ -28,15 +28,14 @@ struct Row {
   double sink;               // logit that is added to the denominator only (log2 units), or -inf
 };
 
-enum class BiasType : std::uint8_t { none, f32, f64, f16, bf16 };
-
 // How a product q.k becomes a score. The same for every row of a call.
 struct ScoreTerms {
   double multiplier = 0;  // applied first; the result is in log2 units unless softcap follows
   double softcap = 0;     // applied next: softcap * tanh(score), in log2 units; 0: none
   bool alibi = false;
   bool mask = false;
-  BiasType bias = BiasType::none;
+  bool bias = false;
+  DType bias_type = DType::f32;
   bool bias_at_hand = false;  // the bias was computed for this block and is in scratch memory, not the caller's
   // It is also the only term, and all rows share one line: each row starts one element before the previous row.
   bool toeplitz = false;
@@ -106,30 +105,29 @@ struct ProjectArgs {
 // number of floating-point operations.
 using PeakLoop = double (*)(std::int64_t rounds) noexcept;
 
-// The kernels of one element type.
+// The kernels that read operands of one element type; null where there is none.
+struct StoredKernels {
+  const AttendKernel* row;                       // few rows: vectors run along head_dim and along keys
+  void (*project)(const ProjectArgs&) noexcept;  // for panels of this type
+  // Convert contiguous numbers to float and back; not for float itself.
+  void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
+  void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
+};
+
+// The kernels of one type of computation: float or double.
 struct TypeKernels {
-  AttendKernel tile;            // many rows: vectors run across query rows
-  AttendKernel row;             // few rows: vectors run along head_dim and along keys
-  const AttendKernel* row_f16;  // the same, reading 16-bit keys and values in place; null: they are widened first
-  const AttendKernel* row_bf16;
-  const AttendKernel* row_i8;  // the same for int8 codes; null: they are multiplied by their scales first
-  int lanes;                   // elements per vector
-  int row_limit;               // up to this many rows, `row` is faster than `tile` for any number of keys
+  AttendKernel tile;                  // many rows: vectors run across query rows
+  StoredKernels stored[dtype_count];  // by DType: of this type and of those that are computed as this one
+  int lanes;                          // elements per vector
+  int row_limit;                      // up to this many rows, row kernels are faster for any number of keys
   int panel_columns;
-  void (*project)(const ProjectArgs&) noexcept;
-  void (*project_f16)(const ProjectArgs&) noexcept;  // for 16-bit panels, or null
-  void (*project_bf16)(const ProjectArgs&) noexcept;
   // panel[d][i] = rows[i][d]: packs panel_columns rows of `depth` elements into a panel for `project`.
   void (*pack_panel)(const void* const* rows, std::int64_t depth, void* panel) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
   PeakLoop peak_loop;
-};
 
-// Converts contiguous numbers between a narrow type and float.
-struct Conversion {
-  void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
-  void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
+  const StoredKernels& of(DType dtype) const { return stored[static_cast<int>(dtype)]; }
 };
 
 // Kernels that multiply bfloat16. Operands are bfloat16 already, or are split into or rounded to bfloat16. Null where
@@ -153,9 +151,6 @@ struct KernelSet {
   std::uint32_t not_default_with;  // features with which the set is slower than the next one
   const TypeKernels& f32;
   const TypeKernels& f64;
-  const Conversion& f16;
-  const Conversion& bf16;
-  const Conversion& i8;  // widens only
   MatrixKernels matrix;
 };
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/element_type.h"
 #include "kernels/exp.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_tile.h"
@@ -35,7 +36,7 @@ template <class Axes, class T>
     });
 }
 
-inline bool has_terms(const ScoreTerms& terms) { return terms.mask || terms.bias != BiasType::none; }
+inline bool has_terms(const ScoreTerms& terms) { return terms.mask || terms.bias; }
 
 // Adds the terms from term_chunk to scores, and records whether they may have hidden any key.
 template <class T>
@@ -62,18 +63,15 @@ inline E read(const char* p) {
 
 // Reads one number of a bias array of any type, at any address. Finite numbers stay finite.
 template <class T>
-inline T bias_at(const char* p, BiasType type) {
-  if (type == BiasType::f32) return static_cast<T>(read<float>(p));
-  if (type == BiasType::f16) return static_cast<T>(widen(read<Half>(p)));
-  if (type == BiasType::bf16) return static_cast<T>(widen(read<BFloat>(p)));
+inline T bias_at(const char* p, DType type) {
+  if (type == DType::f32) return static_cast<T>(read<float>(p));
+  if (type == DType::f16) return static_cast<T>(widen(read<Half>(p)));
+  if (type == DType::bf16) return static_cast<T>(widen(read<BFloat>(p)));
   const double x = read<double>(p);
   if (x < -largest<T> && x > minus_infinity<double>) return -largest<T>;
   if (x > largest<T> && x < -minus_infinity<double>) return largest<T>;
   return static_cast<T>(x);
 }
-
-template <class T>
-constexpr BiasType bias_type_of = sizeof(T) == sizeof(float) ? BiasType::f32 : BiasType::f64;
 
 // Mask and bias of one row for n <= width keys, starting at `key`: the bias, or -inf where the mask hides the key.
 // Lanes from n on repeat the last key.
@@ -83,11 +81,11 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
   Vec<T> term = broadcast(T(0));
   if (row.bias) {
     const char* bias = row.bias + key * terms.bias_step;
-    const bool in_place = terms.bias == bias_type_of<T> && terms.bias_step == sizeof(T) && n == W &&
+    const bool in_place = terms.bias_type == dtype_of(T()) && terms.bias_step == sizeof(T) && n == W &&
                           reinterpret_cast<std::uintptr_t>(bias) % sizeof(T) == 0;
     T buffer[W];
     if (!in_place)
-      for (int j = 0; j < W; ++j) buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * terms.bias_step, terms.bias);
+      for (int j = 0; j < W; ++j) buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * terms.bias_step, terms.bias_type);
     term = load(in_place ? reinterpret_cast<const T*>(bias) : buffer);
   }
   if (terms.mask) {

@@ -41,33 +41,36 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
     store_up_to(element + i, load_up_to(from + i, count - i), count - i);
 }
 
-template <class E>
-constexpr Conversion conversion{widen<E>, narrow<E>};
-inline constexpr Conversion from_codes{widen<Int8>, nullptr};
+// E: a type that is only stored. Codes have scales, which only the row kernel applies.
+template <class E, int TileRows, int TileVectors, int MaxSums>
+constexpr StoredKernels stored_kernels() {
+  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, nullptr, widen<E>, nullptr};
+  if constexpr (!scaled<E>) {
+    kernels.project = project<FmaUnit<float>, TileRows, TileVectors, E>;
+    kernels.narrow = narrow<E>;
+  }
+  return kernels;
+}
 
 // The tile shape and MaxSums are chosen to fit the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
 constexpr TypeKernels type_kernels() {
   TypeKernels kernels{.tile = TileAttention<FmaEngine<T, TileRows>, TileVectors>::kernel,
-                      .row = RowAttention<T, MaxSums>::kernel,
-                      .row_f16 = nullptr,
-                      .row_bf16 = nullptr,
-                      .row_i8 = nullptr,
+                      .stored = {},
                       .lanes = Vec<T>::width,
                       .row_limit = RowLimit,
                       .panel_columns = TileVectors * Vec<T>::width,
-                      .project = project<FmaUnit<T>, TileRows, TileVectors>,
-                      .project_f16 = nullptr,
-                      .project_bf16 = nullptr,
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
                       .peak_loop = peak_loop<FmaUnit<T>, MaxSums>};
+  const auto stored = [&](auto element) -> StoredKernels& {
+    return kernels.stored[static_cast<int>(dtype_of(element))];
+  };
+  stored(T()) = {&RowAttention<T, MaxSums>::kernel, project<FmaUnit<T>, TileRows, TileVectors>, nullptr, nullptr};
   if constexpr (sizeof(T) == sizeof(float)) {
-    kernels.row_f16 = &RowAttention<T, MaxSums, Half>::kernel;
-    kernels.row_bf16 = &RowAttention<T, MaxSums, BFloat>::kernel;
-    kernels.row_i8 = &RowAttention<T, MaxSums, Int8>::kernel;
-    kernels.project_f16 = project<FmaUnit<T>, TileRows, TileVectors, Half>;
-    kernels.project_bf16 = project<FmaUnit<T>, TileRows, TileVectors, BFloat>;
+    stored(Half()) = stored_kernels<Half, TileRows, TileVectors, MaxSums>();
+    stored(BFloat()) = stored_kernels<BFloat, TileRows, TileVectors, MaxSums>();
+    stored(Int8()) = stored_kernels<Int8, TileRows, TileVectors, MaxSums>();
   }
   return kernels;
 }

@@ -94,6 +94,21 @@ def test_many_leading_axes(isa: str, check: Any, normal: Any) -> None:
     check(normal(*shape, 2, 5, 4), normal(*(1,) * 14, 3, 1, 7, 4), normal(2, 1, 1, 1, 7, 4), causal=True)
 
 
+@pytest.mark.parametrize("axes", [(), (2, 0, 1), (5, 4, 3, 2, 1, 0)])
+def test_batch_axes_that_no_single_stride_describes(isa: str, check: Any, normal: Any, rng: Any, axes: Any) -> None:
+    batch = (2, 1, 3, 2, 1, 2)
+    q, k, v = normal(*batch, 2, 5, 4), normal(2, 1, 1, 2, 1, 1, 1, 7, 4), normal(3, 1, 1, 2, 1, 7, 4)
+    lengths = rng.integers(1, 8, batch)
+    if axes:  # another order in memory
+        axes = (*axes, *range(len(axes), len(batch)))
+        q = np.ascontiguousarray(q.transpose(*np.argsort(axes), -3, -2, -1)).transpose(*axes, -3, -2, -1)
+        lengths = np.ascontiguousarray(lengths.transpose(np.argsort(axes))).transpose(axes)
+    check(q, k, v, causal=True, q_offset=2, kv_lens=lengths)
+    lengths[1, 0, 2, 1, 0, 1] = 8
+    with pytest.raises(ValueError, match="kv_lens holds 8"):
+        sa.attention(q, k, v, q_offset=2, kv_lens=lengths)
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0, 0.0, 1, 3.5, np.float32(0.25), 1e-20])
 def test_scale(isa: str, check: Any, normal: Any, scale: Any) -> None:
     check(normal(2, 9, 8), normal(2, 70, 8), normal(2, 70, 8), scale=scale)

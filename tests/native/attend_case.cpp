@@ -1,7 +1,5 @@
 #include "attend_case.h"
 
-#include "slot.h"
-
 namespace selfattn::native {
 namespace {
 
@@ -65,12 +63,9 @@ Results compute(const Case& c, const AttentionArguments& arguments, const Kernel
                 Interrupted interrupted) {
   Problem problem = make_problem(arguments);
   Results results = attach_results(c, problem);
-  results.plan = make_plan(problem, kernels, threads);
-  if (how == Threads::forced && threads != results.plan.threads) {
-    results.plan.threads = threads;
-    results.plan.shared_bytes = Shared(nullptr, results.plan, problem).bytes;
-  }
-  results.finished = attend(problem, results.plan, interrupted);
+  results.plan = make_plan(problem, kernels);
+  results.threads = how == Threads::forced ? threads : threads_for(results.plan, threads);
+  results.finished = attend(problem, results.plan, results.threads, interrupted);
   return results;
 }
 

@@ -21,6 +21,7 @@ struct Results {
   Array out, lse, weights;
   bool finished = false;
   Plan plan{};
+  int threads = 0;
 
   bool operator==(const Results& other) const;  // every bit of every element
 };

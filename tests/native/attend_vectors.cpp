@@ -74,10 +74,10 @@ Results compute(const VectorCase& c, const KernelSet& kernels, int threads, bool
   attach_out(problem, results.out.view());
   attach_lse(problem, results.lse.view());
   if (with_weights) attach_weights(problem, results.weights.view());
-  const Plan plan = make_plan(problem, kernels, threads);
+  const Plan plan = make_plan(problem, kernels);
   results.kernel = plan.attend->name;
   results.rounding = rounding_of(plan, c.array("q").dtype());
-  if (!attend(problem, plan, nullptr)) throw std::runtime_error("interrupted");
+  if (!attend(problem, plan, threads_for(plan, threads), nullptr)) throw std::runtime_error("interrupted");
   return results;
 }
 

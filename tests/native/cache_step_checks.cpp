@@ -201,7 +201,7 @@ Array attend_over(Held& held, const CacheInputs& inputs) {
   arguments.causal = true;
   CacheCall call(step, inputs, arguments);
   attach_out(call.problem(), out.view());
-  const Plan plan = make_plan(call.problem(), active_kernels(), 1);
+  const Plan plan = make_plan(call.problem(), active_kernels());
   step.run([&] { SELFATTN_CHECK(call.run(plan, 1, nullptr)); });
   return out;
 }

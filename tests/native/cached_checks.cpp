@@ -57,9 +57,8 @@ Case make(const Form& form) {
 }
 
 std::string text_of(const Form& form, const KernelSet& kernels, const char* where) {
-  const char* const names[] = {"float32", "float64", "float16", "bfloat16"};
-  return std::string(kernels.name) + " " + names[static_cast<int>(form.dtype)] + ", " + std::to_string(form.q_len) +
-         " queries" + (form.starts ? ", starts" : "") + (form.mask ? ", mask" : "") + ", " + where;
+  return std::string(kernels.name) + " " + name_of(form.dtype) + ", " + std::to_string(form.q_len) + " queries" +
+         (form.starts ? ", starts" : "") + (form.mask ? ", mask" : "") + ", " + where;
 }
 
 class Checks {

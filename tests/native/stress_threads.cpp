@@ -144,7 +144,7 @@ std::vector<Entry> entries() {
   add("narrow, copied", Keys::whole, narrow_copied());
   for (Entry& entry : all) {
     entry.expected = compute(entry.input, active_kernels(), 1);
-    expect(entry.expected.plan.threads == 1, entry.name + " asks for one thread");
+    expect(entry.expected.threads == 1, entry.name + " asks for one thread");
     expect((entry.expected.plan.ranges > 1) == (entry.keys == Keys::split), entry.name + " splits its keys");
     bool varied = false;
     const Array& out = entry.expected.out;
@@ -164,7 +164,7 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
   for (const Entry& entry : all)
     for (const int threads : {2, 3, 8, 1, 5, 2}) {
       const Results results = compute(entry.input, active_kernels(), threads);
-      expect(results.plan.threads > 1 || threads == 1, entry.name + " is worth a second thread");
+      expect(results.threads > 1 || threads == 1, entry.name + " is worth a second thread");
       expect(results.finished && results == entry.expected, entry.name + " on " + std::to_string(threads));
       // More threads than tasks as well.
       expect(compute(entry.input, active_kernels(), threads, Threads::forced) == entry.expected,
@@ -183,7 +183,7 @@ void compute_together(const std::vector<Entry>& all, int threads) {
   for (const Entry* entry : together) {
     problems.push_back(make_problem(entry->input.arguments()));
     results.push_back(attach_results(entry->input, problems.back()));
-    plans.push_back(make_plan(problems.back(), active_kernels(), 1));
+    plans.push_back(make_plan(problems.back(), active_kernels()));
   }
   std::vector<Job> jobs;
   for (std::size_t i = 0; i < problems.size(); ++i) jobs.push_back({&problems[i], &plans[i]});
@@ -216,7 +216,7 @@ void interrupt(const Case& long_one, const Entry& next, int threads, Interrupted
 void interrupt_together(const Case& long_one, int threads) {
   Problem problems[] = {make_problem(long_one.arguments()), make_problem(long_one.arguments())};
   const Results results[] = {attach_results(long_one, problems[0]), attach_results(long_one, problems[1])};
-  const Plan plan = make_plan(problems[0], active_kernels(), 1);
+  const Plan plan = make_plan(problems[0], active_kernels());
   const Job jobs[] = {{&problems[0], &plan}, {&problems[1], &plan}};
   expect(!attend(jobs, std::size(results), threads, at_once), "several interrupted problems");
 }

@@ -1,0 +1,107 @@
+#include "operand.h"
+
+#include <algorithm>
+
+namespace selfattn {
+namespace {
+
+// Finds the view's batch axes, innermost first, and returns their number. Axes that the view steps through evenly
+// become one.
+int find_axes(const Problem& problem, const TensorView& view, int trailing, BatchAxis* axes) {
+  const Shape& shape = problem.batch_shape;
+  const int missing = shape.ndim - leading_axes(view, trailing);
+  int count = 0;
+  std::int64_t inside = 1;
+  for (int axis = shape.ndim - 1; axis >= 0 && problem.batch > 0; --axis) {
+    const std::int64_t extent = shape.extent[axis];
+    const std::int64_t stride = axis < missing || view.shape[axis - missing] == 1 ? 0 : view.strides[axis - missing];
+    BatchAxis* last = count > 0 ? axes + count - 1 : nullptr;
+    if (last && last->inside * last->extent == inside && last->stride * last->extent == stride)
+      last->extent *= extent;
+    else if (stride != 0)
+      axes[count++] = {inside, extent, stride};
+    inside *= extent;
+  }
+  return count;
+}
+
+}  // namespace
+
+Axes trailing_axes(const TensorView& view, Layout layout) {
+  if (view.ndim == 2) return {1, 0, view.extent(1), view.stride(1), view.extent(0), view.stride(0)};
+  const int head = layout == Layout::bshd ? 1 : 2, row = 3 - head;
+  return {view.extent(head), view.stride(head), view.extent(row), view.stride(row), view.extent(0), view.stride(0)};
+}
+
+int leading_axes(const TensorView& view, int trailing) { return std::max(view.ndim - trailing, 0); }
+
+void place_batch(Problem& problem, Operand& operand, const TensorView& view, int trailing) {
+  operand.data = static_cast<char*>(view.data);
+  operand.dtype = view.dtype;
+  BatchAxis axes[max_axes];
+  const int count = find_axes(problem, view, trailing, axes);
+  if (count == 1 && axes[0].inside == 1 && axes[0].extent == problem.batch) {
+    operand.batch = axes[0].stride;
+    return;
+  }
+  operand.first_axis = static_cast<int>(problem.batch_axes.size());
+  operand.axes = static_cast<std::uint8_t>(count);
+  problem.batch_axes.insert(problem.batch_axes.end(), axes, axes + count);
+}
+
+void place(Problem& problem, Operand& operand, const TensorView& view, const Axes& axes, std::int64_t page) {
+  place_batch(problem, operand, view, 3);
+  operand.head = axes.head_stride;
+  operand.row = axes.row_stride;
+  operand.column = axes.column_stride;
+  operand.page = page;
+  operand.in_place =
+      are_in_place(view.data, view.dtype, operand.column, {operand.row, operand.head, operand.page, operand.batch});
+  for (const BatchAxis& axis : problem.axes_of(operand))
+    operand.in_place = operand.in_place && axis.stride % size_of(view.dtype) == 0;
+}
+
+bool are_in_place(const void* data, DType dtype, std::int64_t column, std::initializer_list<std::int64_t> strides) {
+  const std::int64_t size = size_of(dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(size) == 0;
+  for (const std::int64_t stride : strides) aligned = aligned && stride % size == 0;
+  return aligned && column == size;
+}
+
+Shape out_shape(const Problem& problem) {
+  Shape shape = problem.batch_shape;
+  const bool heads_last = problem.ndim > 2 && problem.layout == Layout::bshd;
+  if (problem.ndim > 2) shape.append(heads_last ? problem.q_len : problem.num_heads);
+  shape.append(heads_last ? problem.num_heads : problem.q_len);
+  shape.append(problem.value_dim);
+  return shape;
+}
+
+Shape lse_shape(const Problem& problem) {
+  Shape shape = problem.batch_shape;
+  if (problem.ndim > 2) shape.append(problem.num_heads);
+  shape.append(problem.q_len);
+  return shape;
+}
+
+Shape weights_shape(const Problem& problem) {
+  Shape shape = lse_shape(problem);
+  shape.append(problem.kv_len);
+  return shape;
+}
+
+void attach_out(Problem& problem, const TensorView& out) {
+  place(problem, problem.out, out, trailing_axes(out, problem.layout));
+}
+
+void attach_lse(Problem& problem, const TensorView& lse) {
+  place_batch(problem, problem.lse, lse, 2);
+  problem.lse.row = lse.stride(0);
+  problem.lse.head = lse.ndim > 1 ? lse.stride(1) : 0;
+}
+
+void attach_weights(Problem& problem, const TensorView& weights) {
+  place(problem, problem.weights, weights, trailing_axes(weights, Layout::bhsd));
+}
+
+}  // namespace selfattn
