@@ -8,17 +8,16 @@
 namespace selfattn {
 namespace {
 
-// The rows of a span that belong to one head: every group_size-th row from `row` on. They belong to consecutive
+// The rows of a span that belong to one head: every `heads`-th row from `row` on. They belong to consecutive
 // queries, from `query` on.
 struct HeadRows {
   std::int64_t head, row, query, count;
 };
 
-HeadRows rows_of(const Problem& problem, const RowSpan& span, std::int64_t i) {
-  const std::int64_t group = problem.group_size;
-  const std::int64_t row = (i - span.first % group + group) % group;
-  return {span.kv_head * group + i, row, (span.first + row) / group,
-          row < span.valid ? ceil_div(span.valid - row, group) : 0};
+HeadRows rows_of(const RowSpan& span, std::int64_t i) {
+  const std::int64_t row = (i - span.first % span.heads + span.heads) % span.heads;
+  return {span.first_head + i, row, (span.first + row) / span.heads,
+          row < span.valid ? ceil_div(span.valid - row, span.heads) : 0};
 }
 
 // Whether no query sees a key at a distance in [least, most].
@@ -86,9 +85,9 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
 // Consecutive batches need the same panels, shifted by one, so each panel is packed once for all batches.
 void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
   const std::int64_t width = plan_.types->panel_columns, size = size_of(problem_.dtype), depth = problem_.head_dim;
-  const std::int64_t group = problem_.group_size, panels = ceil_div(count + width - 1, width);
+  const std::int64_t group = span_.heads, panels = ceil_div(count + width - 1, width);
   for (std::int64_t i = 0; i < group; ++i) {
-    const HeadRows rows = rows_of(problem_, span_, i);
+    const HeadRows rows = rows_of(span_, i);
     const std::int64_t batches = ceil_div(rows.count, width);
     const std::int64_t farthest = rows.query + offset_ + batches * width - 1 - first;
     for (std::int64_t panel = 0; panel < panels + batches - 1 && rows.count > 0; ++panel) {
@@ -115,15 +114,15 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
 // before at the second, and so on.
 template <class T>
 void DistanceTerms::fill_biases(std::int64_t first, int count) const {
-  for (std::int64_t i = 0; i < problem_.group_size; ++i) {
-    const HeadRows rows = rows_of(problem_, span_, i);
+  for (std::int64_t i = 0; i < span_.heads; ++i) {
+    const HeadRows rows = rows_of(span_, i);
     if (rows.count == 0) continue;
     T* line = reinterpret_cast<T*>(slot_.biases) + rows.row * slot_.bias_step;
     const std::int64_t last = rows.query + rows.count - 1;
     for (std::int64_t n = 0; n < count + rows.count - 1; ++n)
       line[n] = bias_at<T>(problem_, rows.head, last + offset_ - first - n);
     for (std::int64_t n = 0; n < rows.count; ++n)
-      slot_.rows[rows.row + n * problem_.group_size].bias =
+      slot_.rows[rows.row + n * span_.heads].bias =
           reinterpret_cast<char*>(line) + (rows.count - 1 - n - first) * static_cast<std::int64_t>(sizeof(T));
   }
 }
@@ -132,10 +131,10 @@ void DistanceTerms::fill_biases(std::int64_t first, int count) const {
 template <class T>
 void DistanceTerms::add_biases(std::int64_t first, int count) const {
   const double hidden = -std::numeric_limits<double>::infinity();
-  for (std::int64_t i = 0; i < problem_.group_size; ++i) {
-    const HeadRows rows = rows_of(problem_, span_, i);
+  for (std::int64_t i = 0; i < span_.heads; ++i) {
+    const HeadRows rows = rows_of(span_, i);
     for (std::int64_t n = 0; n < rows.count; ++n) {
-      const std::int64_t row = rows.row + n * problem_.group_size, query = rows.query + n;
+      const std::int64_t row = rows.row + n * span_.heads, query = rows.query + n;
       const char* bias = problem_.at(problem_.bias, span_.batch) + rows.head * problem_.bias.head +
                          query * problem_.bias.row + first * problem_.bias.column;
       T* line = reinterpret_cast<T*>(slot_.biases) + row * slot_.bias_step;

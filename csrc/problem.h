@@ -160,9 +160,16 @@ std::int64_t integer_at(const char* p);
 // Throws std::invalid_argument; the message names the function, the argument, its value and the rule.
 Problem make_problem(const AttentionArguments& arguments);
 
+// The shape of an array like q, k, v or out, with all batch axes, in the problem's layout.
+Shape rows_shape(const Problem& problem, std::int64_t heads, std::int64_t length, std::int64_t dim);
 Shape out_shape(const Problem& problem);
 Shape lse_shape(const Problem& problem);
 Shape weights_shape(const Problem& problem);
+
+// Operands for arrays of these shapes: rows_shape, lse_shape, and one that broadcasts to weights_shape.
+Operand place_rows(const Problem& problem, const TensorView& view);
+Operand place_per_row(const Problem& problem, const TensorView& view);
+Operand place_scores(const Problem& problem, const TensorView& view);
 
 void attach_out(Problem& problem, const TensorView& out);
 void attach_lse(Problem& problem, const TensorView& lse);

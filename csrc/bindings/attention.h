@@ -41,6 +41,7 @@ void run_attention(const Problem& problem, const Plan& plan);
 py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& options);
 
 void register_attention(py::module_& module);
+void register_backward(py::module_& module);
 void register_layer(py::module_& module);
 void register_varlen(py::module_& module);
 void register_machine(py::module_& module);

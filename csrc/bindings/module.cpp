@@ -6,6 +6,7 @@ PYBIND11_MODULE(_core, module) {
   selfattn::prepare_for_fork();
   selfattn::bindings::register_options(module);
   selfattn::bindings::register_attention(module);
+  selfattn::bindings::register_backward(module);
   selfattn::bindings::register_cache(module);
   selfattn::bindings::register_varlen(module);
   selfattn::bindings::register_layer(module);

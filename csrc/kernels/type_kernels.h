@@ -2,6 +2,7 @@
 #pragma once
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
+#include "kernels/backward_tile.h"
 #include "kernels/kernel_set.h"
 #include "kernels/peak_loop.h"
 #include "kernels/project.h"
@@ -45,8 +46,9 @@ template <class E>
 constexpr Conversion conversion{widen<E>, narrow<E>};
 inline constexpr Conversion from_codes{widen<Int8>, nullptr};
 
-// The tile shape and MaxSums are chosen to fit the registers: see each isa_*.cpp.
-template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
+// The tile shapes and MaxSums are chosen to fit the registers: see each isa_*.cpp.
+template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit, int SumRows = TileRows,
+          int SumVectors = TileVectors>
 constexpr TypeKernels type_kernels() {
   TypeKernels kernels{.tile = TileAttention<FmaEngine<T, TileRows>, TileVectors>::kernel,
                       .row = RowAttention<T, MaxSums>::kernel,
@@ -61,7 +63,8 @@ constexpr TypeKernels type_kernels() {
                       .project_bf16 = nullptr,
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
-                      .peak_loop = peak_loop<FmaUnit<T>, MaxSums>};
+                      .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,
+                      .backward = TileBackward<T, TileRows, TileVectors, SumRows, SumVectors>::kernel};
   if constexpr (sizeof(T) == sizeof(float)) {
     kernels.row_f16 = &RowAttention<T, MaxSums, Half>::kernel;
     kernels.row_bf16 = &RowAttention<T, MaxSums, BFloat>::kernel;
