@@ -51,6 +51,8 @@ class BackwardRun {
         memory_(plan.shared_bytes + plan.thread_bytes * static_cast<std::size_t>(plan.threads)),
         shared_(memory_.data(), plan, problem),
         loop_(plan.tasks, plan.threads, interrupted) {
+    // The rows of a block belong to one head, so that they share one line of biases by distance.
+    terms_.toeplitz = problem.distance_bias && !problem.bias && !problem.mask;
     std::uninitialized_value_construct_n(shared_.rows_prepared, plan.row_tasks);
     std::uninitialized_value_construct_n(shared_.progress, plan.tasks - plan.row_tasks);
   }
@@ -120,8 +122,9 @@ class BackwardRun {
       if (gradients_.dlse) sum -= read_real(element(problem_, gradients_.dlse, span, place), gradients_.dlse.dtype);
       const Row row = describe_row(problem_, span, place, valid);
       const double peak = lse * log2_e + row.omitted;
+      // The factor makes up for the rounding of the shift.
       shift[i] = static_cast<T>(empty ? 0 : peak);
-      factor[i] = T(1);
+      factor[i] = static_cast<T>(empty ? 0 : std::exp2(static_cast<double>(shift[i]) - peak));
       delta[i] = static_cast<T>(sum);
       if (gradients_.sinks && !empty) gradients_.sinks[row_index(span) + i] = -std::exp2(row.sink - peak) * sum;
     }
@@ -161,6 +164,7 @@ class BackwardRun {
       const KeyRange seen = span_keys(problem_, span);
       if (seen.begin < task.first + task.count && task.first < seen.end && seen.begin < seen.end)
         if (!visit(task, span, seen, block, slot)) return;
+      if (gradients_.distance_bias && !sum_distances(task, block, slot)) return;
       // Who shares gradients of scores relies on all tasks before, also on those that skipped the block.
       if (gradients_.shares_scores && task.index % heads > 0 &&
           !wait_for(task.index - 1, blocks_before(block), task.slot))
@@ -183,6 +187,7 @@ class BackwardRun {
     };
     gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, slot.keys);
     gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim, plan_.value_step, slot.values);
+    if (slot.distance_sums) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
     std::memset(slot.dkeys, 0, static_cast<std::size_t>(task.count * plan_.key_step * size));
     std::memset(slot.dvalues, 0, static_cast<std::size_t>(task.count * plan_.value_step * size));
     task.finite = plan_.kernel->finite(slot.keys, task.count * plan_.key_step) &&
@@ -202,10 +207,26 @@ class BackwardRun {
     store(gradients_.value, slot.dvalues, problem_.value_dim, plan_.value_step, 1);
   }
 
+  // At the end of a head, adds its gradients by distance to those of the keys before; clears them for the next head.
+  bool sum_distances(const Task& task, std::int64_t block, const BackwardSlot& slot) noexcept {
+    if (block % plan_.row_blocks != plan_.row_blocks - 1) return true;
+    if (task.range > 0 && !wait_for(task.index - problem_.batch * problem_.num_kv_heads, block, task.slot))
+      return false;
+    const std::int64_t head = task.kv_head * problem_.group_size + block / plan_.row_blocks;
+    const std::int64_t count = problem_.distance_bias.count;
+    double* sums = gradients_.distance_bias + (task.batch * problem_.num_heads + head) * count;
+    for (std::int64_t i = 0; i < count; ++i) sums[i] += slot.distance_sums[i];
+    std::fill_n(slot.distance_sums, count, 0.0);
+    return true;
+  }
+
   bool visit(const Task& task, const RowSpan& span, const KeyRange& seen, std::int64_t block,
              const BackwardSlot& slot) noexcept {
     const ValidKeys valid = valid_keys(problem_, span.batch);
     for (int i = 0; i < span.valid; ++i) slot.rows[i] = describe_row(problem_, span, place_of(span, i), valid);
+    if (problem_.distance_bias)
+      DistanceTerms(problem_, plan_.relative, span, slot.rows, slot.distance)
+          .prepare(task.first, task.count, task.first + task.count);
     gather<T>(*plan_.kernels, rows_of(problem_.query, span), span.valid, problem_.head_dim, plan_.key_step,
               slot.queries);
     gather<T>(*plan_.kernels, rows_of(gradients_.dout, span), span.valid, problem_.value_dim, plan_.value_step,
@@ -225,6 +246,7 @@ class BackwardRun {
         !wait_for(task.index - 1, blocks_before(block), task.slot))
       return false;
     if (gradients_.key_sums || gradients_.scores) add_dscores(task, span, slot);
+    if (gradients_.distance_bias) add_distances(task, span, slot);
     if (!first && !wait_for(task.index - heads, block, task.slot)) return false;
     add_row_results(task, span, slot);
     if (gradients_.query) add_dquery(span, slot, first, last);
@@ -256,6 +278,8 @@ class BackwardRun {
             .finite = finite,
             .dscores = slot.dscores,
             .dscore_step = plan_.range_keys,
+            .dweights = gradients_.dweights ? element(problem_, gradients_.dweights, span, place_of(span, 0)) : nullptr,
+            .dweight_step = gradients_.dweights.row / size,
             .scratch = slot.kernel_scratch};
   }
 
@@ -275,6 +299,16 @@ class BackwardRun {
       if (!gradients_.scores) continue;
       T* to = reinterpret_cast<T*>(element(problem_, gradients_.scores, span, place_of(span, i))) + task.first;
       for (int j = 0; j < task.count; ++j) to[j] += from[j];
+    }
+  }
+
+  void add_distances(const Task& task, const RowSpan& span, const BackwardSlot& slot) const {
+    const ByDistance& table = problem_.distance_bias;
+    for (int i = 0; i < span.valid; ++i) {
+      const T* from = dscores_of(slot, i);
+      const std::int64_t first = place_of(span, i).query + problem_.offset_of(span.batch) - task.first + table.origin;
+      for (int j = 0; j < task.count; ++j)
+        slot.distance_sums[std::clamp<std::int64_t>(first - j, 0, table.count - 1)] += static_cast<double>(from[j]);
     }
   }
 
@@ -317,7 +351,7 @@ class BackwardRun {
   const Problem& problem_;
   const Gradients& gradients_;
   const BackwardPlan& plan_;
-  const ScoreTerms terms_;
+  ScoreTerms terms_;
   const Scratch memory_;
   const BackwardShared shared_;
   TaskLoop loop_;

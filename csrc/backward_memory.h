@@ -21,6 +21,8 @@ struct BackwardSlot {
   char* dvalues;
   char* dscores;  // [block_rows][range_keys]
   char* kernel_scratch;
+  DistanceMemory distance;
+  double* distance_sums;  // of the current head: Gradients::distance_bias
   std::size_t bytes;
 
   BackwardSlot(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients);

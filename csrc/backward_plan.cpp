@@ -13,10 +13,10 @@ namespace {
 // rows there are fewer of these additions.
 constexpr int rows_wanted = 96;
 // The scores of this many keys, and their gradients, stay in L1 between the products.
-constexpr int largest_key_block = 72;
+constexpr int largest_key_block = 96;
 constexpr int smallest_key_block = 8;
 // Keys, values and their gradients stay in L2 while a task visits all rows.
-constexpr std::int64_t range_bytes = std::int64_t{320} << 10;
+constexpr std::int64_t range_bytes = std::int64_t{400} << 10;
 constexpr int largest_range = 512;
 // Bounds the scratch memory for very wide heads.
 constexpr std::int64_t row_bytes_wanted = std::int64_t{256} << 10;
@@ -62,6 +62,8 @@ BackwardSlot::BackwardSlot(char* base, const BackwardPlan& plan, const Problem& 
   dscores = gradients.of_scores() ? take(rows_ * keys_) : nullptr;
   kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
       plan.kernel->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
+  distance = place_distance_memory(base, carver.used, problem, plan.relative, rows_, keys_);
+  distance_sums = gradients.distance_bias ? carver.take<double>(problem.distance_bias.count) : nullptr;
   bytes = carver.used;
 }
 
@@ -86,6 +88,8 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   plan.key_step = whole_vectors(problem.head_dim, plan.kernel->lanes);
   plan.value_step = whole_vectors(problem.value_dim, plan.kernel->lanes);
   choose_blocks(plan, problem);
+  plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
+                   plan.range_keys};
   plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);
   plan.ranges = ceil_div(problem.kv_len, plan.range_keys);
   plan.buffers_dquery = gradients.query && !adds_in_place(problem, gradients.query);

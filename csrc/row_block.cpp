@@ -33,11 +33,6 @@ bool sees_a_key(const Problem& problem, const RowSpan& span, Place place, const 
   return false;
 }
 
-template <class T>
-void add_row(T* row, const double* added, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
-}
-
 // Turns scores into weights. Keys outside the row's range have no scores and get 0.
 void finish_weights(const Problem& problem, const Plan& plan, const Row& row, double row_max, double row_sum,
                     bool undefined) {
@@ -111,27 +106,13 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.query = query + place.head * problem.query.head + place.query * problem.query.row;
     if (plan.copies_queries) {
       char* copy = slot.queries + i * problem.head_dim * size_of(plan.attend->queries);
-      gather_query(problem, plan, span, i, plan.attend->queries, problem.key_bias, copy);
+      gather_query(problem, *plan.kernels, span, i, plan.attend->queries, problem.key_bias, copy);
       row.query = copy;
     }
     row.out = plan.copies_out ? slot.out + i * problem.value_dim * size
                               : out + place.head * problem.out.head + place.query * problem.out.row;
     row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
   }
-}
-
-void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to) {
-  const Place place = place_of(span, i);
-  const Operand& query = problem.query;
-  gather_rows(*plan.kernels, to, type, element(problem, query, span, place), query.dtype, 0, query.column, 1,
-              problem.head_dim);
-  if (!bias) return;
-  const auto* added = reinterpret_cast<const double*>(bias.data + place.head * bias.head);
-  if (type == DType::f32)
-    add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
-  else
-    add_row(reinterpret_cast<double*>(to), added, problem.head_dim);
 }
 
 void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count) {
@@ -164,7 +145,7 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
                   static_cast<char*>(row.out), problem.dtype, problem.value_dim);
     if (problem.lse)
       write_real(element(problem, problem.lse, span, place),
-                 sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.dtype);
+                 sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.lse.dtype);
     if (problem.weights) finish_weights(problem, plan, row, max, sum, undefined);
   }
 }
@@ -173,7 +154,7 @@ void clear_rows(const Problem& problem, const RowSpan& span) {
   for (int i = span.valid; i < span.count; ++i) {
     const Place place = place_of(span, i);
     fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0, problem.out.dtype);
-    if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.dtype);
+    if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.lse.dtype);
     if (problem.weights)
       fill_row(element(problem, problem.weights, span, place), problem.weights.column, problem.kv_len, 0,
                problem.dtype);

@@ -14,11 +14,6 @@ RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, st
 // Fills slot.rows for the valid rows. Copies queries that kernels cannot read in place.
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks);
 
-// Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
-// is one.
-void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to);
-
 // For masks that cover only the newest keys: expands them to the keys [first, first + count), where earlier keys are
 // visible, and points slot.rows to the result.
 void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count);

@@ -43,6 +43,11 @@ double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
   return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
 }
 
+template <class T>
+void add_row(T* row, const double* added, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
+}
+
 }  // namespace
 
 RowSpan make_span(const Problem& problem, std::int64_t batch, std::int64_t first_head, std::int64_t heads,
@@ -92,6 +97,20 @@ Row describe_row(const Problem& problem, const RowSpan& span, Place place, const
   row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
   row.sink = sink_of(problem, place.head);
   return row;
+}
+
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
+                  const PerHead& bias, char* to) {
+  const Place place = place_of(span, i);
+  const Operand& query = problem.query;
+  gather_rows(kernels, to, type, element(problem, query, span, place), query.dtype, 0, query.column, 1,
+              problem.head_dim);
+  if (!bias) return;
+  const auto* added = reinterpret_cast<const double*>(bias.data + place.head * bias.head);
+  if (type == DType::f32)
+    add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
+  else
+    add_row(reinterpret_cast<double*>(to), added, problem.head_dim);
 }
 
 ScoreTerms score_terms(const Problem& problem) {

@@ -48,6 +48,11 @@ double sink_of(const Problem& problem, std::int64_t head);
 // A row without addresses of query, out and scores.
 Row describe_row(const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid);
 
+// Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
+// is one.
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
+                  const PerHead& bias, char* to);
+
 // How products become scores, the same for every row.
 ScoreTerms score_terms(const Problem& problem);
 

@@ -73,6 +73,13 @@ class ExplainOptions(AttentionOptions, total=False):
     return_weights: bool
 
 
+class GradientOptions(PaddedOptions, total=False):
+    """Options of `attention_backward` and `attention_vjp`."""
+
+    q_offset: ArrayLike | None
+    layout: Layout
+
+
 class RelativeOptions(PaddedOptions, total=False):
     """Options of `relative_attention`."""
 

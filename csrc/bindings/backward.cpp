@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
 #include "bindings/attention.h"
 #include "message.h"
@@ -12,10 +11,8 @@
 namespace selfattn::bindings {
 namespace {
 
-constexpr const char* function = "attention_backward";
-
 // An operand of the backward pass that has a shape of the forward pass's results.
-TensorView shaped_view(const char* name, py::handle array, const Shape& shape) {
+TensorView shaped_view(const char* function, const char* name, py::handle array, const Shape& shape) {
   const TensorView view = float_view(function, name, array);
   if (view.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, view.shape))
     refuse(function, name, " has shape ", shape_text(view), " but ", to_text(shape.extent, shape.ndim), " is needed");
@@ -23,8 +20,8 @@ TensorView shaped_view(const char* name, py::handle array, const Shape& shape) {
 }
 
 // The same with q's dtype or the type of computation.
-TensorView result_view(const char* name, py::handle array, const Shape& shape, DType query) {
-  const TensorView view = shaped_view(name, array, shape);
+TensorView result_view(const char* function, const char* name, py::handle array, const Shape& shape, DType query) {
+  const TensorView view = shaped_view(function, name, array, shape);
   if (view.dtype != query && view.dtype != computed_in(query))
     throw py::type_error(std::string(function) + ": " + name + " has dtype " + name_of(view.dtype) + ", but " +
                          name_of(query) + (query == computed_in(query) ? "" : " or float32") + " is needed");
@@ -32,7 +29,8 @@ TensorView result_view(const char* name, py::handle array, const Shape& shape, D
 }
 
 py::array zeros(const Shape& shape, DType dtype) {
-  const std::vector<py::ssize_t> extents(shape.extent, shape.extent + shape.ndim);
+  py::tuple extents(static_cast<std::size_t>(shape.ndim));
+  for (int axis = 0; axis < shape.ndim; ++axis) extents[static_cast<std::size_t>(axis)] = shape.extent[axis];
   return py::module_::import("numpy").attr("zeros")(extents, name_of(dtype));
 }
 
@@ -46,24 +44,28 @@ class Results {
   Gradients gradients;
 
   void allocate(const py::tuple& operands) {
-    rows("q", gradients.query, operands[1], problem_.num_heads, problem_.q_len, problem_.head_dim);
-    rows("k", gradients.key, operands[2], problem_.num_kv_heads, problem_.kv_len, problem_.head_dim);
-    rows("v", gradients.value, operands[3], problem_.num_kv_heads, problem_.kv_len, problem_.value_dim);
+    place("q", gradients.query, operands[1], problem_.num_heads, problem_.q_len, problem_.head_dim);
+    place("k", gradients.key, operands[2], problem_.num_kv_heads, problem_.kv_len, problem_.head_dim);
+    place("v", gradients.value, operands[3], problem_.num_kv_heads, problem_.kv_len, problem_.value_dim);
     if (wants("bias")) bias();
-    gradients.scale = per_row("scale");
-    gradients.slopes = per_row("alibi_slopes");
-    gradients.sinks = per_row("sinks");
+    const Shape rows = lse_shape(problem_);
+    gradients.scale = doubles_for("scale", rows);
+    gradients.slopes = doubles_for("alibi_slopes", rows);
+    gradients.sinks = doubles_for("sinks", rows);
+    Shape distances = rows;
+    distances.extent[distances.ndim - 1] = problem_.distance_bias.count;
+    gradients.distance_bias = doubles_for("t5", distances);
   }
 
  private:
   bool wants(const char* name) const { return wrt_.contains(name); }
 
   // In the operand's dtype if it has all axes, else in the type of computation: its caller has to sum over some.
-  void rows(const char* name, Operand& operand, py::handle like, std::int64_t heads, std::int64_t length,
-            std::int64_t dim) {
+  void place(const char* name, Operand& operand, py::handle like, std::int64_t heads, std::int64_t length,
+             std::int64_t dim) {
     if (!wants(name)) return;
     const Shape shape = rows_shape(problem_, heads, length, dim);
-    const TensorView view = float_view(function, name, like);
+    const TensorView view = float_view(arguments_.function, name, like);
     const bool whole = view.ndim == shape.ndim && std::equal(shape.extent, shape.extent + shape.ndim, view.shape);
     const DType dtype = whole ? view.dtype : problem_.dtype;
     const py::array array = new_array(shape, dtype, like);
@@ -71,11 +73,14 @@ class Results {
     arrays[name] = array;
   }
 
-  double* per_row(const char* name) {
-    if (!wants(name)) return nullptr;
-    const py::array array = zeros(lse_shape(problem_), DType::f64);
+  char* zeros_for(const char* name, const Shape& shape, DType dtype) {
+    const py::array array = zeros(shape, dtype);
     arrays[name] = array;
-    return static_cast<double*>(const_cast<void*>(array.data()));
+    return static_cast<char*>(const_cast<void*>(array.data()));
+  }
+
+  double* doubles_for(const char* name, const Shape& shape) {
+    return wants(name) ? reinterpret_cast<double*>(zeros_for(name, shape, DType::f64)) : nullptr;
   }
 
   // What the bias does not tell apart is summed as it is computed; axes of heads and batch are left to the caller,
@@ -84,13 +89,14 @@ class Results {
     const TensorView& view = arguments_.bias;
     const bool one_key = view.ndim < 1 || view.extent(0) == 1, one_query = view.ndim < 2 || view.extent(1) == 1;
     if (one_key && problem_.kv_len != 1) {
-      gradients.row_sums = per_row("bias");
+      Shape shape = lse_shape(problem_);
+      shape.append(1);
+      gradients.row_sums = doubles_for("bias", shape);
     } else if (one_query && problem_.q_len != 1) {
       Shape shape = lse_shape(problem_);
-      shape.extent[shape.ndim - 1] = problem_.kv_len;
-      const py::array array = zeros(shape, problem_.dtype);
-      gradients.key_sums = static_cast<char*>(const_cast<void*>(array.data()));
-      arrays["bias"] = array;
+      shape.extent[shape.ndim - 1] = 1;
+      shape.append(problem_.kv_len);
+      gradients.key_sums = zeros_for("bias", shape, problem_.dtype);
     } else {
       Shape shape;
       for (int axis = 0; axis < view.ndim; ++axis) shape.append(view.shape[axis]);
@@ -106,10 +112,11 @@ class Results {
   const py::sequence& wrt_;
 };
 
-// operands: grad_out, q, k, v, out, lse, grad_lse. Returns the gradients by name: those of q, k and v with all batch
-// axes; that of the bias for all heads and batch entries or in its own shape; those of numbers per head or call for
-// each row.
-py::dict attention_backward(const py::tuple& operands, const py::sequence& wrt, py::handle option_values) {
+// operands: grad_out, q, k, v, out, lse, grad_lse, grad_weights (with all axes, in the type of computation). Returns
+// the gradients by name: those of q, k and v with all batch axes; that of the bias for all heads and batch entries or
+// in its own shape; those of numbers per head or call for each row.
+py::dict attention_backward(const char* function, const py::tuple& operands, const py::sequence& wrt,
+                            py::handle option_values) {
   const Options& options = options_of(option_values);
   const TensorView q = float_view(function, "q", operands[1]);
   const TensorView k = key_view(function, operands[2], q.dtype);
@@ -117,13 +124,17 @@ py::dict attention_backward(const py::tuple& operands, const py::sequence& wrt, 
   const AttentionArguments arguments = arguments_of(function, options, q, k, v);
   Problem problem = make_problem(arguments);
   const Shape shape = out_shape(problem);
-  const TensorView dout = result_view("grad_out", operands[0], shape, q.dtype);
-  attach_out(problem, result_view("out", operands[4], shape, q.dtype));
-  attach_lse(problem, shaped_view("lse", operands[5], lse_shape(problem)));
+  const TensorView dout = result_view(function, "grad_out", operands[0], shape, q.dtype);
+  attach_out(problem, result_view(function, "out", operands[4], shape, q.dtype));
+  attach_lse(problem, shaped_view(function, "lse", operands[5], lse_shape(problem)));
   Results results(problem, arguments, wrt);
   results.gradients.dout = place_rows(problem, dout);
   if (!operands[6].is_none())
-    results.gradients.dlse = place_per_row(problem, shaped_view("grad_lse", operands[6], lse_shape(problem)));
+    results.gradients.dlse = place_per_row(problem, shaped_view(function, "grad_lse", operands[6], lse_shape(problem)));
+  if (!operands[7].is_none()) {
+    const TensorView dweights = shaped_view(function, "grad_weights", operands[7], weights_shape(problem));
+    results.gradients.dweights = place_scores(problem, dweights);
+  }
   results.allocate(operands);
   const BackwardPlan plan = make_backward_plan(problem, results.gradients, active_kernels(), options.num_threads);
   bool finished;

@@ -238,6 +238,7 @@ struct TileBackward {
     const bool hides = complete(block, s, tile, sight) || limited || count < seen.count;
     Engine::template score<Cols>(values_in, own, {tile.rows, strip.rows, s.dout + strip.first_row * block.value_dim},
                                  block.value_dim, 0, T(1), s.dprobs);
+    if (block.dweights) add_dweights(block, s, tile);
     const std::int64_t place = before * s.block_lanes + strip.first_row;
     if (!block.finite) keep_original<Cols>(s, place, count);
     differentiate<Cols>(block, s, strip, own, place);
@@ -261,6 +262,14 @@ struct TileBackward {
       terms.softcap = 0;  // it is applied
     }
     return complete_scores<AcrossRows>(tile, terms, sight);
+  }
+
+  static void add_dweights(const BackwardBlock& block, const Scratch& s, const ScoreTile<T>& tile) {
+    const T* weights = static_cast<const T*>(block.dweights);
+    const auto chunk = [&](const Row& row, int key, int n) {
+      return load_up_to(weights + (&row - block.rows) * block.dweight_step + tile.first_key + key, n);
+    };
+    AcrossRows::each_chunk(tile, s.dprobs, chunk, [](T* cell, Vec<T> added) { store(cell, load(cell) + added); });
   }
 
   // Marks keys as hidden from all rows of a strip: those with the indices [from, to).

@@ -115,6 +115,8 @@ struct BackwardBlock {
   void* dscores;  // [row][key], with `dscore_step` elements per row: gradients of the scores; null: not wanted. Only
                   // keys that some row of the strip sees are written.
   std::int64_t dscore_step;
+  const void* dweights;  // of row 0 at key 0: added to the gradients of probs; null: none
+  std::int64_t dweight_step;  // elements from one row to the next
   void* scratch;
 };
 
