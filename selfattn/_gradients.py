@@ -12,7 +12,7 @@ from . import _core
 from ._arguments import as_array, core_options, flag
 from ._attention import attention
 from ._keywords import clean_signature, refuse_unknown
-from ._typing import Array, GradientOptions
+from ._typing import Array, GradientOptions, VjpOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +127,7 @@ def attention_backward(
 
 @clean_signature(attention, without=("out",))
 def attention_vjp(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, wrt: Sequence[str] = ("q", "k", "v"), **options: Any
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, wrt: Sequence[str] = ("q", "k", "v"), **options: Unpack[VjpOptions]
 ) -> tuple[Any, Vjp]:
     """Compute `attention` and return a function that computes its gradients.
 
@@ -237,7 +237,7 @@ class _Operands:
         gradients: dict[str, NDArray[Any]] = {}
         for name, array in found.items():
             if name in ("q", "k", "v", "bias"):
-                like = self.options.bias if name == "bias" else getattr(self, name)
+                like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)  # type: ignore[assignment]
                 gradients[name] = sum_to(array, like.shape).astype(like.dtype, copy=False)
             else:
                 gradients[name] = self._of_numbers(name, array).astype(_computed_in(self.q.dtype))
