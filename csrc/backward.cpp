@@ -18,9 +18,8 @@ namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-// Copies rows of an operand to contiguous rows of T, zero-padded to `step` elements.
 struct RowSource {
-  const char* data;
+  char* data;
   DType dtype;
   std::int64_t row, column;  // strides in bytes
 };
@@ -28,16 +27,24 @@ struct RowSource {
 template <class T>
 constexpr DType type_of = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
 
+// Copies rows of an operand to contiguous rows of T, zero-padded to `step` elements, and returns the copy; or the rows
+// themselves, if they have this form.
 template <class T>
-void gather(const KernelSet& kernels, const RowSource& from, std::int64_t rows, std::int64_t width, std::int64_t step,
-            char* to) {
+char* gather(const KernelSet& kernels, const RowSource& from, std::int64_t rows, std::int64_t width, std::int64_t step,
+             char* to) {
   const std::int64_t size = static_cast<std::int64_t>(sizeof(T));
-  if (width == step)
-    return gather_rows(kernels, to, type_of<T>, from.data, from.dtype, from.row, from.column, rows, width);
-  for (std::int64_t r = 0; r < rows; ++r, to += step * size) {
-    gather_rows(kernels, to, type_of<T>, from.data + r * from.row, from.dtype, 0, from.column, 1, width);
-    std::memset(to + width * size, 0, static_cast<std::size_t>((step - width) * size));
+  if (width == step) {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(from.data) % sizeof(T) == 0;
+    if (from.dtype == type_of<T> && aligned && from.column == size && from.row == step * size) return from.data;
+    gather_rows(kernels, to, type_of<T>, from.data, from.dtype, from.row, from.column, rows, width);
+    return to;
   }
+  for (std::int64_t r = 0; r < rows; ++r) {
+    char* row = to + r * step * size;
+    gather_rows(kernels, row, type_of<T>, from.data + r * from.row, from.dtype, 0, from.column, 1, width);
+    std::memset(row + width * size, 0, static_cast<std::size_t>((step - width) * size));
+  }
+  return to;
 }
 
 template <class T>
@@ -109,16 +116,17 @@ class BackwardRun {
     T* shift = reinterpret_cast<T*>(shared_.shift) + first;
     T* factor = reinterpret_cast<T*>(shared_.factor) + first;
     T* delta = reinterpret_cast<T*>(shared_.delta) + first;
-    gather<T>(*plan_.kernels, rows_of(gradients_.dout, span), span.valid, problem_.value_dim, plan_.value_step,
-              slot.dout);
-    gather<T>(*plan_.kernels, rows_of(problem_.out, span), span.valid, problem_.value_dim, plan_.value_step, slot.out);
+    const char* dout = gather<T>(*plan_.kernels, rows_of(gradients_.dout, span), span.valid, problem_.value_dim,
+                                 plan_.value_step, slot.dout);
+    const char* out = gather<T>(*plan_.kernels, rows_of(problem_.out, span), span.valid, problem_.value_dim,
+                                plan_.value_step, slot.out);
     const ValidKeys valid = valid_keys(problem_, span.batch);
     for (int i = 0; i < span.valid; ++i) {
       const Place place = place_of(span, i);
       const double lse = read_real(element(problem_, problem_.lse, span, place), problem_.lse.dtype);
       const bool empty = lse == -infinity;
-      double sum = plan_.kernel->dot(slot.dout + i * plan_.value_step * size, slot.out + i * plan_.value_step * size,
-                                     plan_.value_step);
+      const std::int64_t at = i * plan_.value_step * size;
+      double sum = plan_.kernel->dot(dout + at, out + at, plan_.value_step);
       if (gradients_.dlse) sum -= read_real(element(problem_, gradients_.dlse, span, place), gradients_.dlse.dtype);
       const Row row = describe_row(problem_, span, place, valid);
       const double peak = lse * log2_e + row.omitted;
@@ -153,7 +161,7 @@ class BackwardRun {
     return true;
   }
 
-  void visit_rows(Task& task, const BackwardSlot& slot) noexcept {
+  void visit_rows(Task& task, BackwardSlot slot) noexcept {
     load_keys(task, slot);
     const std::int64_t blocks = problem_.group_size * plan_.row_blocks;
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
@@ -180,13 +188,15 @@ class BackwardRun {
     return (problem_.group_size - 1) * plan_.row_blocks + block % plan_.row_blocks;
   }
 
-  void load_keys(Task& task, const BackwardSlot& slot) const {
+  void load_keys(Task& task, BackwardSlot& slot) const {
     const auto source = [&](const Operand& operand) {
       return RowSource{problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row,
                        operand.dtype, operand.row, operand.column};
     };
-    gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, slot.keys);
-    gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim, plan_.value_step, slot.values);
+    slot.keys =
+        gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, slot.keys);
+    slot.values = gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim, plan_.value_step,
+                            slot.values);
     if (slot.distance_sums) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
     std::memset(slot.dkeys, 0, static_cast<std::size_t>(task.count * plan_.key_step * size));
     std::memset(slot.dvalues, 0, static_cast<std::size_t>(task.count * plan_.value_step * size));
@@ -221,16 +231,16 @@ class BackwardRun {
   }
 
   bool visit(const Task& task, const RowSpan& span, const KeyRange& seen, std::int64_t block,
-             const BackwardSlot& slot) noexcept {
+             BackwardSlot slot) noexcept {
     const ValidKeys valid = valid_keys(problem_, span.batch);
     for (int i = 0; i < span.valid; ++i) slot.rows[i] = describe_row(problem_, span, place_of(span, i), valid);
     if (problem_.distance_bias)
       DistanceTerms(problem_, plan_.relative, span, slot.rows, slot.distance)
           .prepare(task.first, task.count, task.first + task.count);
-    gather<T>(*plan_.kernels, rows_of(problem_.query, span), span.valid, problem_.head_dim, plan_.key_step,
-              slot.queries);
-    gather<T>(*plan_.kernels, rows_of(gradients_.dout, span), span.valid, problem_.value_dim, plan_.value_step,
-              slot.dout);
+    slot.queries = gather<T>(*plan_.kernels, rows_of(problem_.query, span), span.valid, problem_.head_dim,
+                             plan_.key_step, slot.queries);
+    slot.dout = gather<T>(*plan_.kernels, rows_of(gradients_.dout, span), span.valid, problem_.value_dim,
+                          plan_.value_step, slot.dout);
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
     while (shared_.rows_prepared[row_task].load(std::memory_order_acquire) == 0)
@@ -339,7 +349,10 @@ class BackwardRun {
       char* result = element(problem_, gradients_.query, span, place_of(span, i));
       T* sum = plan_.buffers_dquery ? reinterpret_cast<T*>(shared_.dquery) + (row_index(span) + i) * problem_.head_dim
                                     : reinterpret_cast<T*>(result);
-      for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = first ? scale * part[d] : sum[d] + scale * part[d];
+      if (first)
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * part[d];
+      else
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] += scale * part[d];
       if (last && plan_.buffers_dquery)
         scatter_row(*plan_.kernels, result, gradients_.query.dtype, gradients_.query.column,
                     reinterpret_cast<const char*>(sum), type_of<T>, problem_.head_dim);

@@ -8,7 +8,8 @@
 
 namespace selfattn {
 
-// One thread's memory. Rows are padded to whole vectors.
+// One thread's memory. Rows are padded to whole vectors. While a block is processed, queries, dout, keys and values may
+// point to the operands instead, if these have this form.
 struct BackwardSlot {
   Row* rows;
   char* queries;  // [block_rows][head_dim]
