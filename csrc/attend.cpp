@@ -177,7 +177,9 @@ class Run {
     unmasked.terms.mask = false;
     const KeySource source(problem, plan, slot, task.batch, task.kv_head);
     std::optional<DistanceTerms> by_distance;
-    if (problem.relative || problem.distance_bias) by_distance.emplace(problem, plan, span, slot);
+    if (problem.relative || problem.distance_bias)
+      by_distance.emplace(problem, RelativeProducts{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys},
+                          span, slot.rows, slot.distance);
     for (std::int64_t first = begin / plan.key_block * plan.key_block; first < end; first += plan.key_block) {
       if (loop_->should_stop(slot_index)) return false;
       const int count = static_cast<int>(std::min<std::int64_t>(end - first, plan.key_block));

@@ -5,20 +5,22 @@
 
 #include "rows.h"
 
+#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
+#include "kernels/scratch.h"
+
 namespace selfattn {
 namespace {
 
-// The rows of a span that belong to one head: every group_size-th row from `row` on. They belong to consecutive
+// The rows of a span that belong to one head: every `heads`-th row from `row` on. They belong to consecutive
 // queries, from `query` on.
 struct HeadRows {
   std::int64_t head, row, query, count;
 };
 
-HeadRows rows_of(const Problem& problem, const RowSpan& span, std::int64_t i) {
-  const std::int64_t group = problem.group_size;
-  const std::int64_t row = (i - span.first % group + group) % group;
-  return {span.kv_head * group + i, row, (span.first + row) / group,
-          row < span.valid ? ceil_div(span.valid - row, group) : 0};
+HeadRows rows_of(const RowSpan& span, std::int64_t i) {
+  const std::int64_t row = (i - span.first % span.heads + span.heads) % span.heads;
+  return {span.first_head + i, row, (span.first + row) / span.heads,
+          row < span.valid ? ceil_div(span.valid - row, span.heads) : 0};
 }
 
 // Whether no query sees a key at a distance in [least, most].
@@ -28,23 +30,24 @@ bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most)
 }
 
 // Packs the vectors of distance, distance - 1, ... as the columns of one panel.
-void pack(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t head, std::int64_t distance) {
+void pack(const Problem& problem, const RelativeProducts& relative, const DistanceMemory& memory, std::int64_t head,
+          std::int64_t distance) {
   const PerHead& rows = problem.relative.rows;
-  const int width = plan.types->panel_columns;
+  const int width = relative.types->panel_columns;
   const std::int64_t row_bytes = problem.head_dim * size_of(rows.dtype);
   for (int i = 0; i < width; ++i) {
     const char* row = problem.relative.at(head, distance - i);
-    slot.relative_rows[i] = row;
-    if (!plan.copies_relative) {
+    memory.vectors[i] = row;
+    if (!relative.copies) {
       const char* next = problem.relative.at(head, distance - i - width);
       for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte);
       continue;
     }
-    char* copy = slot.relative_copies + i * problem.head_dim * size_of(problem.dtype);
-    gather_rows(*plan.kernels, copy, problem.dtype, {{row, 0, rows.column}, rows.dtype}, 1, problem.head_dim);
-    slot.relative_rows[i] = copy;
+    char* copy = memory.copies + i * problem.head_dim * size_of(problem.dtype);
+    gather_rows(*relative.kernels, copy, problem.dtype, {{row, 0, rows.column}, rows.dtype}, 1, problem.head_dim);
+    memory.vectors[i] = copy;
   }
-  plan.types->pack_panel(slot.relative_rows, problem.head_dim, slot.relative_panel);
+  relative.types->pack_panel(memory.vectors, problem.head_dim, memory.panel);
 }
 
 // Converts an entry of the table to T. A finite entry stays finite.
@@ -56,17 +59,45 @@ T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
 
 }  // namespace
 
-DistanceTerms::DistanceTerms(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot)
-    : problem_(problem), plan_(plan), span_(span), slot_(slot), offset_(problem.offset_of(span.batch)) {
+DistanceMemory place_distance_memory(char* base, std::size_t& used, const Problem& problem,
+                                     const RelativeProducts& relative, std::int64_t rows, std::int64_t keys) {
+  core::Carver carver{base, used};
+  const auto take_if = [&](bool needed, std::int64_t count) {
+    return needed ? carver.take<char>(count * size_of(problem.dtype)) : nullptr;
+  };
+  DistanceMemory memory;
+  const std::int64_t width = problem.relative ? relative.types->panel_columns : 0;
+  memory.queries = take_if(width > 0, rows * problem.head_dim);
+  memory.vectors = carver.take<const void*>(width);
+  memory.copies = take_if(relative.copies, width * problem.head_dim);
+  memory.panel = take_if(width > 0, width * problem.head_dim);
+  memory.step = width > 0 ? (relative.keys + 2 * width - 2) / width * width : 0;
+  memory.products = take_if(width > 0, rows * memory.step);
+  memory.bias_step = keys + (problem.bias ? 0 : rows);
+  const std::int64_t lines = problem.bias ? rows : std::min(problem.group_size, rows);
+  memory.biases = take_if(static_cast<bool>(problem.distance_bias), lines * memory.bias_step);
+  used = carver.used;
+  return memory;
+}
+
+DistanceTerms::DistanceTerms(const Problem& problem, const RelativeProducts& relative, const RowSpan& span, Row* rows,
+                             const DistanceMemory& memory)
+    : problem_(problem),
+      relative_(relative),
+      span_(span),
+      rows_(rows),
+      memory_(memory),
+      offset_(problem.offset_of(span.batch)) {
   if (!problem.relative) return;
   const std::int64_t row_bytes = problem.head_dim * size_of(problem.dtype);
   for (int i = 0; i < span.valid; ++i)
-    gather_query(problem, plan, span, i, problem.dtype, problem.relative_bias, slot.relative_queries + i * row_bytes);
+    gather_query(problem, *relative.kernels, span, i, problem.dtype, problem.relative_bias,
+                 memory.queries + i * row_bytes);
 }
 
 void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
   if (problem_.relative && first >= made_) {
-    made_ = std::min(first + plan_.relative_keys, end);
+    made_ = std::min(first + relative_.keys, end);
     multiply(first, made_ - first);
   }
   if (!problem_.distance_bias) return;
@@ -85,29 +116,28 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
 //
 // Consecutive batches need the same panels, shifted by one, so each panel is packed once for all batches.
 void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
-  const std::int64_t width = plan_.types->panel_columns, size = size_of(problem_.dtype), depth = problem_.head_dim;
-  const std::int64_t group = problem_.group_size, panels = ceil_div(count + width - 1, width);
+  const std::int64_t width = relative_.types->panel_columns, size = size_of(problem_.dtype), depth = problem_.head_dim;
+  const std::int64_t group = span_.heads, panels = ceil_div(count + width - 1, width);
   for (std::int64_t i = 0; i < group; ++i) {
-    const HeadRows rows = rows_of(problem_, span_, i);
+    const HeadRows rows = rows_of(span_, i);
     const std::int64_t batches = ceil_div(rows.count, width);
     const std::int64_t farthest = rows.query + offset_ + batches * width - 1 - first;
     for (std::int64_t panel = 0; panel < panels + batches - 1 && rows.count > 0; ++panel) {
       const std::int64_t distance = farthest - panel * width;
       if (out_of_sight(problem_, distance - width + 1, distance)) continue;
-      pack(problem_, plan_, slot_, rows.head, distance);
+      pack(problem_, relative_, memory_, rows.head, distance);
       for (std::int64_t batch = 0; batch < batches; ++batch) {
         const std::int64_t place = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
         if (place < 0 || place >= panels) continue;
-        plan_.types->of(problem_.dtype)
-            .project({slot_.relative_queries + row * depth * size, group * depth,
-                      std::min(width, rows.count - batch * width), depth, slot_.relative_panel, nullptr,
-                      slot_.relative + (row * slot_.relative_step + place * width) * size, group * slot_.relative_step,
-                      static_cast<int>(width)});
+        relative_.types->of(problem_.dtype)
+            .project({memory_.queries + row * depth * size, group * depth, std::min(width, rows.count - batch * width),
+                      depth, memory_.panel, nullptr, memory_.products + (row * memory_.step + place * width) * size,
+                      group * memory_.step, static_cast<int>(width)});
       }
     }
     for (std::int64_t n = 0; n < rows.count; ++n) {
       const std::int64_t row = rows.row + n * group, own = width - 1 - n % width;
-      slot_.rows[row].relative = slot_.relative + (row * slot_.relative_step + own - first) * size;
+      rows_[row].relative = memory_.products + (row * memory_.step + own - first) * size;
     }
   }
 }
@@ -116,15 +146,15 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
 // before at the second, and so on.
 template <class T>
 void DistanceTerms::fill_biases(std::int64_t first, int count) const {
-  for (std::int64_t i = 0; i < problem_.group_size; ++i) {
-    const HeadRows rows = rows_of(problem_, span_, i);
+  for (std::int64_t i = 0; i < span_.heads; ++i) {
+    const HeadRows rows = rows_of(span_, i);
     if (rows.count == 0) continue;
-    T* line = reinterpret_cast<T*>(slot_.biases) + rows.row * slot_.bias_step;
+    T* line = reinterpret_cast<T*>(memory_.biases) + rows.row * memory_.bias_step;
     const std::int64_t last = rows.query + rows.count - 1;
     for (std::int64_t n = 0; n < count + rows.count - 1; ++n)
       line[n] = bias_at<T>(problem_, rows.head, last + offset_ - first - n);
     for (std::int64_t n = 0; n < rows.count; ++n)
-      slot_.rows[rows.row + n * problem_.group_size].bias =
+      rows_[rows.row + n * span_.heads].bias =
           reinterpret_cast<char*>(line) + (rows.count - 1 - n - first) * static_cast<std::int64_t>(sizeof(T));
   }
 }
@@ -133,19 +163,19 @@ void DistanceTerms::fill_biases(std::int64_t first, int count) const {
 template <class T>
 void DistanceTerms::add_biases(std::int64_t first, int count) const {
   const double hidden = -std::numeric_limits<double>::infinity();
-  for (std::int64_t i = 0; i < problem_.group_size; ++i) {
-    const HeadRows rows = rows_of(problem_, span_, i);
+  for (std::int64_t i = 0; i < span_.heads; ++i) {
+    const HeadRows rows = rows_of(span_, i);
     for (std::int64_t n = 0; n < rows.count; ++n) {
-      const std::int64_t row = rows.row + n * problem_.group_size, query = rows.query + n;
+      const std::int64_t row = rows.row + n * span_.heads, query = rows.query + n;
       const char* bias = problem_.at(problem_.bias, span_.batch) + rows.head * problem_.bias.head +
                          query * problem_.bias.row + first * problem_.bias.column;
-      T* line = reinterpret_cast<T*>(slot_.biases) + row * slot_.bias_step;
+      T* line = reinterpret_cast<T*>(memory_.biases) + row * memory_.bias_step;
       for (int j = 0; j < count; ++j) {
         const double given = read_real(bias + j * problem_.bias.column, problem_.bias.dtype);
         const T own = bias_at<T>(problem_, rows.head, query + offset_ - first - j);
         line[j] = static_cast<T>(given == hidden || static_cast<double>(own) == hidden ? hidden : given + own);
       }
-      slot_.rows[row].bias = reinterpret_cast<char*>(line) - first * static_cast<std::int64_t>(sizeof(T));
+      rows_[row].bias = reinterpret_cast<char*>(line) - first * static_cast<std::int64_t>(sizeof(T));
     }
   }
 }

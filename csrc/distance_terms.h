@@ -3,15 +3,44 @@
 #pragma once
 #include <cstdint>
 
-#include "row_block.h"
+#include "kernels/kernel_set.h"
+#include "score_rows.h"
 
 namespace selfattn {
 
+// How relative products are computed.
+struct RelativeProducts {
+  const KernelSet* kernels = nullptr;
+  const TypeKernels* types = nullptr;
+  bool copies = false;    // vectors that kernels cannot read in place
+  std::int64_t keys = 0;  // computed at a time
+};
+
+// Scratch memory of one thread for the terms of a block of rows.
+struct DistanceMemory {
+  // Queries of the relative product, pointers to the vectors of a panel, their copies, the packed panel, and the
+  // products [row][step].
+  char* queries = nullptr;
+  const void** vectors = nullptr;
+  char* copies = nullptr;
+  char* panel = nullptr;
+  char* products = nullptr;
+  std::int64_t step = 0;
+  char* biases = nullptr;  // one line per head of the group, or per row
+  std::int64_t bias_step = 0;
+};
+
+// For blocks of `rows` rows and `keys` keys, from base + used on; adds their bytes to `used`.
+DistanceMemory place_distance_memory(char* base, std::size_t& used, const Problem& problem,
+                                     const RelativeProducts& relative, std::int64_t rows, std::int64_t keys);
+
 class DistanceTerms {
  public:
-  DistanceTerms(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot);
+  // Points `rows`, those of the span, to their terms.
+  DistanceTerms(const Problem& problem, const RelativeProducts& relative, const RowSpan& span, Row* rows,
+                const DistanceMemory& memory);
 
-  // Points the slot's rows to their terms for the keys [first, first + count). Blocks must come in order; `end` is the
+  // Points the rows to their terms for the keys [first, first + count). Blocks must come in order; `end` is the
   // end of the last one.
   void prepare(std::int64_t first, int count, std::int64_t end);
 
@@ -23,9 +52,10 @@ class DistanceTerms {
   void add_biases(std::int64_t first, int count) const;
 
   const Problem& problem_;
-  const Plan& plan_;
+  const RelativeProducts relative_;
   const RowSpan& span_;
-  const Slot& slot_;
+  Row* const rows_;
+  const DistanceMemory& memory_;
   const std::int64_t offset_;
   std::int64_t made_ = -1;  // end of the keys whose relative products are computed
 };

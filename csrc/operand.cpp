@@ -68,13 +68,17 @@ bool are_in_place(const void* data, DType dtype, std::int64_t column, std::initi
   return aligned && column == size;
 }
 
-Shape out_shape(const Problem& problem) {
+Shape rows_shape(const Problem& problem, std::int64_t heads, std::int64_t length, std::int64_t dim) {
   Shape shape = problem.batch_shape;
   const bool heads_last = problem.ndim > 2 && problem.layout == Layout::bshd;
-  if (problem.ndim > 2) shape.append(heads_last ? problem.q_len : problem.num_heads);
-  shape.append(heads_last ? problem.num_heads : problem.q_len);
-  shape.append(problem.value_dim);
+  if (problem.ndim > 2) shape.append(heads_last ? length : heads);
+  shape.append(heads_last ? heads : length);
+  shape.append(dim);
   return shape;
+}
+
+Shape out_shape(const Problem& problem) {
+  return rows_shape(problem, problem.num_heads, problem.q_len, problem.value_dim);
 }
 
 Shape lse_shape(const Problem& problem) {
@@ -90,15 +94,33 @@ Shape weights_shape(const Problem& problem) {
   return shape;
 }
 
-void attach_out(Problem& problem, const TensorView& out) {
-  place(problem, problem.out, out, trailing_axes(out, problem.layout));
+Operand place_rows(Problem& problem, const TensorView& view) {
+  Operand operand;
+  place(problem, operand, view, trailing_axes(view, problem.layout));
+  return operand;
 }
 
-void attach_lse(Problem& problem, const TensorView& lse) {
-  place_batch(problem, problem.lse, lse, 2);
-  problem.lse.row = lse.stride(0);
-  problem.lse.head = lse.ndim > 1 ? lse.stride(1) : 0;
+Operand place_per_row(Problem& problem, const TensorView& view) {
+  Operand operand;
+  place_batch(problem, operand, view, 2);
+  operand.row = view.stride(0);
+  operand.head = view.ndim > 1 ? view.stride(1) : 0;
+  return operand;
 }
+
+Operand place_scores(Problem& problem, const TensorView& view) {
+  Operand operand;
+  place_batch(problem, operand, view, 3);
+  const auto stride = [&](int axis) { return view.ndim > axis && view.extent(axis) != 1 ? view.stride(axis) : 0; };
+  operand.column = stride(0);
+  operand.row = stride(1);
+  operand.head = problem.ndim > 2 ? stride(2) : 0;
+  return operand;
+}
+
+void attach_out(Problem& problem, const TensorView& out) { problem.out = place_rows(problem, out); }
+
+void attach_lse(Problem& problem, const TensorView& lse) { problem.lse = place_per_row(problem, lse); }
 
 void attach_weights(Problem& problem, const TensorView& weights) {
   place(problem, problem.weights, weights, trailing_axes(weights, Layout::bhsd));

@@ -120,11 +120,7 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
   Shape scores = weights_shape(problem);
   scores.extent[scores.ndim - 1] = keys;
   check_broadcast(function, name, view, scores);
-  place_batch(problem, operand, view, 3);
-  const auto stride = [&](int axis) { return view.ndim > axis && view.extent(axis) != 1 ? view.stride(axis) : 0; };
-  operand.column = stride(0);
-  operand.row = stride(1);
-  operand.head = problem.ndim > 2 ? stride(2) : 0;
+  operand = place_scores(problem, view);
 }
 
 // For lengths and offsets: one integer per batch entry.

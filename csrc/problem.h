@@ -177,9 +177,16 @@ std::int64_t integer_at(const char* p);
 // the problem describes `out` as a new array of the queries' type, so that it can be planned, but not computed.
 Problem make_problem(const AttentionArguments& arguments);
 
+// The shape of an array like q, k, v or out, with all batch axes, in the problem's layout.
+Shape rows_shape(const Problem& problem, std::int64_t heads, std::int64_t length, std::int64_t dim);
 Shape out_shape(const Problem& problem);
 Shape lse_shape(const Problem& problem);
 Shape weights_shape(const Problem& problem);
+
+// Operands for arrays of these shapes: rows_shape, lse_shape, and one that broadcasts to weights_shape.
+Operand place_rows(Problem& problem, const TensorView& view);
+Operand place_per_row(Problem& problem, const TensorView& view);
+Operand place_scores(Problem& problem, const TensorView& view);
 
 void attach_out(Problem& problem, const TensorView& out);
 void attach_lse(Problem& problem, const TensorView& lse);

@@ -12,26 +12,8 @@ namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-struct Place {
-  std::int64_t query, head;
-};
-
-Place place_of(const Problem& problem, const RowSpan& span, std::int64_t i) {
-  const std::int64_t row = span.first + i;
-  return {row / problem.group_size, span.kv_head * problem.group_size + row % problem.group_size};
-}
-
-char* element(const Problem& problem, const Operand& operand, const RowSpan& span, Place place) {
-  return problem.at(operand, span.batch) + place.head * operand.head + place.query * operand.row;
-}
-
 void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dtype) {
   for (std::int64_t i = 0; i < count; ++i) write_real(p + i * step, x, dtype);
-}
-
-// A row's mask at its first column, or null.
-const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place place) {
-  return problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
 }
 
 // Whether a row sees any key. If it does and all its scores are -inf, its result is NaN, as in IEEE arithmetic; a row
@@ -49,35 +31,6 @@ bool sees_a_key(const Problem& problem, const RowSpan& span, Place place, const 
     return true;
   }
   return false;
-}
-
-template <class T>
-void add_row(T* row, const double* added, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
-}
-
-double base2(double x) { return x * log2_e; }
-
-// Clamps a finite number so that it stays finite in the type of computation, even in sums.
-double within_range(double x, DType dtype) {
-  const double most = dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max()) / 4
-                                          : std::numeric_limits<double>::max() / 4;
-  return clamp_finite(x, most);
-}
-
-double sink_of(const Problem& problem, std::int64_t head) {
-  if (!problem.sinks) return -infinity;
-  const double sink = read_real(problem.sinks.data + head * problem.sinks.head, DType::f64);
-  return within_range(base2(sink), problem.dtype);
-}
-
-double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
-  if (!problem.alibi_slopes) return 0;
-  const double slope =
-      read_real(problem.at(problem.alibi_slopes, batch) + head * problem.alibi_slopes.head, DType::f64);
-  // The product of slope and distance must stay finite for any distance.
-  constexpr double farthest = 1e12;
-  return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
 }
 
 // Turns scores into weights. Keys outside the row's range have no scores and get 0.
@@ -107,7 +60,7 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
   T* row_sum = reinterpret_cast<T*>(slot.row_sum);
   for (int i = 0; i < span.valid; ++i) {
     const Row& row = slot.rows[i];
-    const double start = sink_of(problem, place_of(problem, span, i).head);
+    const double start = sink_of(problem, place_of(span, i).head);
     T peak = static_cast<T>(start);
     T sum = start == -infinity ? T(0) : T(1);
     T* out = static_cast<T*>(row.out);
@@ -136,23 +89,8 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
 
 RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, std::int64_t kv_head,
                 std::int64_t row_block) {
-  const std::int64_t first = row_block * plan.block_rows;
-  const auto within = [&](std::int64_t rows) {
-    return static_cast<int>(std::clamp<std::int64_t>(rows - first, 0, plan.block_rows));
-  };
-  return {batch, kv_head, first, within(plan.rows), within(problem.queries_of(batch) * problem.group_size)};
-}
-
-KeyRange span_keys(const Problem& problem, const RowSpan& span) {
-  if (span.valid == 0) return {0, 0};
-  const ValidKeys valid = valid_keys(problem, span.batch);
-  // Both ends are monotonic in the query.
-  const KeyRange first = visible_keys(place_of(problem, span, 0).query, valid);
-  const KeyRange last = visible_keys(place_of(problem, span, span.valid - 1).query, valid);
-  // The range of a query that sees nothing may begin before the first valid key, where keys may be in no page.
-  const std::int64_t begin = std::max(std::min(first.begin, last.begin), valid.begin);
-  const std::int64_t end = std::max(first.end, last.end);
-  return {std::min(begin, end), end};
+  return make_span(problem, batch, kv_head * problem.group_size, problem.group_size, row_block * plan.block_rows,
+                   plan.block_rows);
 }
 
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks) {
@@ -161,54 +99,26 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
   const char* query = problem.at(problem.query, span.batch);
   char* out = problem.at(problem.out, span.batch);
   for (int i = 0; i < span.valid; ++i) {
-    const Place place = place_of(problem, span, i);
-    const KeyRange visible = visible_keys(place.query, valid);
+    const Place place = place_of(span, i);
     Row& row = slot.rows[i];
-    const char* from = query + place.head * problem.query.head + place.query * problem.query.row;
-    row.query = from;
+    row = describe_row(problem, span, place, valid);
+    if (!with_sinks) row.sink = -infinity;
+    row.query = query + place.head * problem.query.head + place.query * problem.query.row;
     if (plan.copies_queries) {
       char* copy = slot.queries + i * problem.head_dim * size_of(plan.attend->queries);
-      gather_query(problem, plan, span, i, plan.attend->queries, problem.key_bias, copy);
+      gather_query(problem, *plan.kernels, span, i, plan.attend->queries, problem.key_bias, copy);
       row.query = copy;
     }
     row.out = plan.copies_out ? slot.out + i * problem.value_dim * size
                               : out + place.head * problem.out.head + place.query * problem.out.row;
-    row.mask = mask_of(problem, span, place);
-    row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
-    row.relative = nullptr;
     row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
-    row.key_begin = visible.begin;
-    row.key_end = visible.end;
-    // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
-    // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
-    // that lse gets back. A sink has no distance: with one, the constant does not cancel and must stay.
-    const std::int64_t position = place.query + valid.offset;
-    row.position =
-        problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
-    row.slope = slope_of(problem, span.batch, place.head);
-    row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
-    row.sink = with_sinks ? sink_of(problem, place.head) : -infinity;
   }
-}
-
-void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to) {
-  const Place place = place_of(problem, span, i);
-  const Operand& query = problem.query;
-  const SourceRows row{{element(problem, query, span, place), 0, query.column}, query.dtype};
-  gather_rows(*plan.kernels, to, type, row, 1, problem.head_dim);
-  if (!bias) return;
-  const auto* added = reinterpret_cast<const double*>(bias.data + place.head * bias.head);
-  if (type == DType::f32)
-    add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
-  else
-    add_row(reinterpret_cast<double*>(to), added, problem.head_dim);
 }
 
 void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count) {
   const std::int64_t masked_from = problem.masked_from(span.batch);
   for (int i = 0; i < span.valid; ++i) {
-    const std::uint8_t* mask = mask_of(problem, span, place_of(problem, span, i));
+    const std::uint8_t* mask = mask_of(problem, span, place_of(span, i));
     std::uint8_t* spread = slot.masks + std::int64_t{i} * slot.mask_step;
     for (int j = 0; j < count; ++j) {
       const std::int64_t column = first + j - masked_from;
@@ -218,35 +128,12 @@ void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot,
   }
 }
 
-ScoreTerms score_terms(const Problem& problem) {
-  ScoreTerms terms;
-  // A cap that overflows the type has no effect.
-  const bool capped = problem.softcap != 0 && std::isfinite(base2(problem.softcap)) &&
-                      base2(problem.softcap) == within_range(base2(problem.softcap), problem.dtype);
-  terms.multiplier = capped ? problem.scale / problem.softcap : base2(problem.scale);
-  terms.softcap = capped ? base2(problem.softcap) : 0;
-  terms.alibi = static_cast<bool>(problem.alibi_slopes);
-  terms.mask = static_cast<bool>(problem.mask);
-  terms.mask_step = problem.recent_mask ? 1 : problem.mask.column;
-  terms.bias = static_cast<bool>(problem.bias);
-  terms.bias_type = problem.bias.dtype;
-  terms.bias_step = problem.bias.column;
-  if (problem.distance_bias) {
-    terms.bias = true;
-    terms.bias_type = problem.dtype;
-    terms.bias_step = size_of(problem.dtype);
-    terms.bias_at_hand = true;
-    terms.toeplitz = problem.group_size == 1 && !problem.bias && !problem.mask;
-  }
-  return terms;
-}
-
 void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,
                    const char* row_sum) {
   const std::int64_t size = size_of(problem.dtype);
   for (int i = 0; i < span.valid; ++i) {
     const Row& row = slot.rows[i];
-    const Place place = place_of(problem, span, i);
+    const Place place = place_of(span, i);
     const double max = read_real(row_max + i * size, problem.dtype);
     const double sum = read_real(row_sum + i * size, problem.dtype);
     const bool undefined = sum == 0 && sees_a_key(problem, span, place, row);
@@ -258,16 +145,16 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
                   static_cast<char*>(row.out), problem.dtype, problem.value_dim);
     if (problem.lse)
       write_real(element(problem, problem.lse, span, place),
-                 sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.dtype);
+                 sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.lse.dtype);
     if (problem.weights) finish_weights(problem, plan, row, max, sum, undefined);
   }
 }
 
 void clear_rows(const Problem& problem, const RowSpan& span) {
   for (int i = span.valid; i < span.count; ++i) {
-    const Place place = place_of(problem, span, i);
+    const Place place = place_of(span, i);
     fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0, problem.out.dtype);
-    if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.dtype);
+    if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.lse.dtype);
     if (problem.weights)
       fill_row(element(problem, problem.weights, span, place), problem.weights.column, problem.kv_len, 0,
                problem.dtype);

@@ -2,39 +2,21 @@
 #pragma once
 #include "plan.h"
 #include "problem.h"
+#include "score_rows.h"
 #include "slot.h"
 
 namespace selfattn {
 
-// The rows of a KV head are ordered by query, then by head within the group, so that the heads of a query are adjacent
-// and see the same keys.
-struct RowSpan {
-  std::int64_t batch, kv_head;
-  std::int64_t first;  // row of the KV head
-  int count;
-  int valid;  // the first `valid` rows are queries within q_lens; the others get empty results
-};
-
+// The rows of a block, of all heads of a KV head.
 RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, std::int64_t kv_head,
                 std::int64_t row_block);
-
-// Keys that any valid row of the span may see, before mask and bias.
-KeyRange span_keys(const Problem& problem, const RowSpan& span);
 
 // Fills slot.rows for the valid rows. Copies queries that kernels cannot read in place.
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks);
 
-// Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
-// is one.
-void gather_query(const Problem& problem, const Plan& plan, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to);
-
 // For masks that cover only the newest keys: expands them to the keys [first, first + count), where earlier keys are
 // visible, and points slot.rows to the result.
 void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count);
-
-// How products become scores, the same for every row.
-ScoreTerms score_terms(const Problem& problem);
 
 // Computes lse and weights from row_max and row_sum, and copies outputs that were computed in scratch to `out`.
 void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,

@@ -36,17 +36,8 @@ Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   value_scales = carver.take<float>(scaled);
   mask_step = plan.key_block;
   masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_step : 0);
-  const std::int64_t width = problem.relative ? plan.types->panel_columns : 0;
-  relative_queries = take_if(width > 0, plan.block_rows * problem.head_dim, problem.dtype);
-  relative_rows = carver.take<const void*>(width);
-  relative_copies = take_if(plan.copies_relative, width * problem.head_dim, problem.dtype);
-  relative_panel = take_if(width > 0, width * problem.head_dim, problem.dtype);
-  relative_step = width > 0 ? (plan.relative_keys + 2 * width - 2) / width * width : 0;
-  relative = take_if(width > 0, plan.block_rows * relative_step, problem.dtype);
-  bias_step = plan.key_block + (problem.bias ? 0 : plan.block_rows);
-  const std::int64_t block_rows = plan.block_rows;
-  const std::int64_t lines = problem.bias ? block_rows : std::min(problem.group_size, block_rows);
-  biases = take_if(static_cast<bool>(problem.distance_bias), lines * bias_step, problem.dtype);
+  const RelativeProducts relative{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys};
+  distance = place_distance_memory(base, carver.used, problem, relative, plan.block_rows, plan.key_block);
   bytes = carver.used;
 }
 

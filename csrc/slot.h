@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "distance_terms.h"
 #include "plan.h"
 
 namespace selfattn {
@@ -25,16 +26,7 @@ struct Slot {
   float* value_scales;
   std::uint8_t* masks;  // masks over the newest keys, expanded to a key block: [row][mask_step]
   std::int64_t mask_step;
-  // For distance terms: queries of the relative product, pointers to the vectors of a panel, their copies, the packed
-  // panel, and the products [row][relative_step].
-  char* relative_queries;
-  const void** relative_rows;
-  char* relative_copies;
-  char* relative_panel;
-  char* relative;
-  std::int64_t relative_step;
-  char* biases;  // one line per head of the group, or per row
-  std::int64_t bias_step;
+  DistanceMemory distance;
   std::size_t bytes;
 
   Slot(char* base, const Plan& plan, const Problem& problem);

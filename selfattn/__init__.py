@@ -10,6 +10,7 @@ from ._attention import attention, explain
 from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache
 from ._cached import attention_with_kvcache
+from ._gradients import Gradients, attention_backward, attention_vjp
 from ._info import show_config, show_runtime
 from ._layer import SelfAttention
 from ._paged import PagedKVCache
@@ -23,6 +24,7 @@ from ._varlen import attention_varlen
 __version__ = _version("selfattn")
 
 __all__ = [
+    "Gradients",
     "KVCache",
     "PagedKVCache",
     "RoPE",
@@ -33,7 +35,9 @@ __all__ = [
     "alibi_slopes",
     "apply_rope",
     "attention",
+    "attention_backward",
     "attention_varlen",
+    "attention_vjp",
     "attention_with_kvcache",
     "explain",
     "get_num_threads",

@@ -139,6 +139,13 @@ class T5Bias:
         # Without the arrays computed from the table, which are larger than the table.
         return type(self), (self.table, self.bidirectional, self.max_distance)
 
+    def gradient(self, by_distance: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the gradient of the table from those of each head and distance, (H, count)."""
+        buckets = _Buckets.check("T5Bias", self.table, self.bidirectional, self.max_distance)
+        total = np.zeros(buckets.table.shape)
+        np.add.at(total, buckets.bucket, by_distance.T)
+        return total
+
     def for_core(self) -> tuple[NDArray[np.float64], int]:
         """Return the bias of each head and distance, (H, count), and the index of distance 0."""
         return self._core

@@ -37,6 +37,7 @@ class Options:
     distance_origin: int
     return_lse: bool
     return_weights: bool
+    exact: bool
     num_threads: int
 
     def copy(self) -> Options: ...
@@ -73,6 +74,14 @@ def layer_isa(layer: Layer, /) -> str: ...
 def attention(
     q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any] | None, options: Options, /
 ) -> Any: ...
+def attention_backward(
+    function: str,
+    # grad_out, q, k, v, out, lse, grad_lse, grad_weights
+    operands: tuple[NDArray[Any] | None, ...],
+    wrt: tuple[str, ...],
+    options: Options,
+    /,
+) -> dict[str, NDArray[Any]]: ...
 def attention_varlen(inputs: tuple[Any, ...], out: NDArray[Any] | None, options: Options, /) -> Any: ...
 def relative_attention(
     inputs: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],

@@ -29,8 +29,8 @@ StorageType = (
 )
 
 
-class CommonOptions(TypedDict, total=False):
-    """Options of every function that computes attention."""
+class ScoreOptions(TypedDict, total=False):
+    """Options of every function that computes attention or its gradients."""
 
     causal: bool
     window: Window | None
@@ -38,10 +38,15 @@ class CommonOptions(TypedDict, total=False):
     softcap: float | None
     alibi_slopes: ArrayLike | None
     sinks: ArrayLike | None
-    out: Array | None
     precision: Precision
     num_threads: int | None
     t5: T5Bias | None
+
+
+class CommonOptions(ScoreOptions, total=False):
+    """Options of every function that computes attention."""
+
+    out: Array | None
 
 
 class BatchOptions(CommonOptions, total=False):
@@ -68,6 +73,25 @@ class AttentionOptions(PaddedOptions, total=False):
 
 class ExplainOptions(AttentionOptions, total=False):
     """Options of `explain`."""
+
+    return_lse: bool
+    return_weights: bool
+
+
+class GradientOptions(ScoreOptions, total=False):
+    """Options of `attention_backward`."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    q_lens: ArrayLike | None
+    kv_lens: ArrayLike | None
+    kv_starts: ArrayLike | None
+    q_offset: ArrayLike | None
+    layout: Layout
+
+
+class VjpOptions(GradientOptions, total=False):
+    """Options of `attention_vjp`."""
 
     return_lse: bool
     return_weights: bool

@@ -19,8 +19,9 @@ py::object Destination::deliver() {
 
 Extras::Extras(const Options& options, Problem& problem) {
   if (options.return_lse) {
-    const py::array array = new_array(lse_shape(problem), problem.dtype);
-    attach_lse(problem, view_of(array, problem.dtype));
+    const DType dtype = options.exact ? DType::f64 : problem.dtype;
+    const py::array array = new_array(lse_shape(problem), dtype);
+    attach_lse(problem, view_of(array, dtype));
     lse = array;
   }
   if (options.return_weights) {
@@ -50,7 +51,7 @@ TensorView value_view(const char* function, py::handle v, DType query, DType key
 
 py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like) {
   Problem problem = make_problem(arguments);
-  const DType dtype = arguments.q.dtype;
+  const DType dtype = options.exact ? problem.dtype : arguments.q.dtype;
   bool direct = false;
   if (!out.is_none()) {
     const py::array given = py::reinterpret_borrow<py::array>(out);

@@ -36,6 +36,7 @@ struct Extras {
 py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like);
 
 void register_attention(py::module_& module);
+void register_backward(py::module_& module);
 void register_errors();
 void register_layer(py::module_& module);
 void register_varlen(py::module_& module);

@@ -101,6 +101,7 @@ constexpr Field setting_fields[] = {
     field<&Options::distance_origin>("distance_origin"),
     field<&Options::return_lse>("return_lse"),
     field<&Options::return_weights>("return_weights"),
+    field<&Options::exact>("exact"),
     field<&Options::num_threads>("num_threads"),
 };
 

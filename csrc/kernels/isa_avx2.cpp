@@ -5,8 +5,8 @@
 namespace selfattn::avx2 {
 
 // 4 x 3 sums, 3 vectors of the right-hand side and 1 broadcast use all 16 registers.
-constexpr TypeKernels f32 = type_kernels<float, 4, 3, 8, 8>();
-constexpr TypeKernels f64 = type_kernels<double, 4, 3, 8, 2>();
+constexpr TypeKernels f32 = type_kernels<float, 4, 3, 8, 8, 6, 2>();
+constexpr TypeKernels f64 = type_kernels<double, 4, 3, 8, 2, 6, 2>();
 
 extern constexpr KernelSet kernels{
     .name = "avx2",

@@ -6,8 +6,8 @@
 namespace selfattn::avx512 {
 
 // 8 x 3 sums, 3 vectors of the right-hand side and 1 broadcast use 28 of 32 registers.
-extern constexpr TypeKernels f32 = type_kernels<float, 8, 3, 16, 12>();
-extern constexpr TypeKernels f64 = type_kernels<double, 8, 3, 16, 6>();
+extern constexpr TypeKernels f32 = type_kernels<float, 8, 3, 16, 12, 6, 4>();
+extern constexpr TypeKernels f64 = type_kernels<double, 8, 3, 16, 6, 6, 4>();
 
 extern constexpr KernelSet kernels{
     .name = "avx512",

@@ -88,6 +88,47 @@ struct AttendKernel {
   void (*finish)(const RowBlock&) noexcept;
 };
 
+// The backward pass of one block of query rows of a head against a range of keys. All operands have the type of
+// computation. Rows of operands are contiguous and zero-padded to whole vectors; the next row follows directly.
+struct BackwardBlock {
+  const Row* rows;  // what each row sees, and its terms; query, out and scores are not used
+  int count;
+  ScoreTerms terms;
+  std::int64_t head_dim;
+  std::int64_t value_dim;
+  const void* queries;  // [row][head_dim]
+  const void* dout;     // [row][value_dim]: the gradient of out
+  // Per row, padded to whole strips. probs = 2^(score - shift) * factor; delta is the sum of probs * (their gradients).
+  const void* shift;
+  const void* factor;
+  const void* delta;
+  void* dquery;  // [row][head_dim], overwritten: the gradient of the queries, before the scale
+  std::int64_t first_key;
+  int key_count;
+  int key_block;       // keys that are processed at a time
+  const void* keys;    // [key][head_dim]
+  const void* values;  // [key][value_dim]
+  void* dkeys;         // added to: the gradients of the keys, before the scale, and of the values
+  void* dvalues;
+  bool finite;    // none of queries, dout, keys and values is NaN or infinite
+  void* dscores;  // [row][key], with `dscore_step` elements per row: gradients of the scores; null: not wanted. Only
+                  // keys that some row of the strip sees are written.
+  std::int64_t dscore_step;
+  const void* dweights;       // of row 0 at key 0: added to the gradients of probs; null: none
+  std::int64_t dweight_step;  // elements from one row to the next
+  void* scratch;
+};
+
+struct BackwardKernel {
+  int strip_rows;
+  int lanes;
+  std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
+  void (*run)(const BackwardBlock&) noexcept;
+  bool (*finite)(const void* numbers, std::int64_t count) noexcept;
+  // The dot product of two padded rows.
+  double (*dot)(const void* a, const void* b, std::int64_t count) noexcept;
+};
+
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns.
 struct ProjectArgs {
   const void* x;  // rows of depth contiguous elements, `x_step` elements apart
@@ -126,6 +167,7 @@ struct TypeKernels {
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
   PeakLoop peak_loop;
+  BackwardKernel backward;
 
   const StoredKernels& of(DType dtype) const { return stored[static_cast<int>(dtype)]; }
 };

@@ -2,6 +2,7 @@
 #pragma once
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
+#include "kernels/backward_tile.h"
 #include "kernels/kernel_set.h"
 #include "kernels/peak_loop.h"
 #include "kernels/project.h"
@@ -52,8 +53,9 @@ constexpr StoredKernels stored_kernels() {
   return kernels;
 }
 
-// The tile shape and MaxSums are chosen to fit the registers: see each isa_*.cpp.
-template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit>
+// The tile shapes and MaxSums are chosen to fit the registers: see each isa_*.cpp.
+template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit, int SumRows = TileRows,
+          int SumVectors = TileVectors>
 constexpr TypeKernels type_kernels() {
   TypeKernels kernels{.tile = TileAttention<FmaEngine<T, TileRows>, TileVectors>::kernel,
                       .stored = {},
@@ -62,7 +64,8 @@ constexpr TypeKernels type_kernels() {
                       .panel_columns = TileVectors * Vec<T>::width,
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
-                      .peak_loop = peak_loop<FmaUnit<T>, MaxSums>};
+                      .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,
+                      .backward = TileBackward<T, TileRows, TileVectors, SumRows, SumVectors>::kernel};
   const auto stored = [&](auto element) -> StoredKernels& {
     return kernels.stored[static_cast<int>(dtype_of(element))];
   };

@@ -21,10 +21,14 @@ X = np.zeros((1, 2, 3, 8), np.float32)
 LAYER = sa.SelfAttention(*[np.eye(8, dtype=np.float32)] * 3, num_heads=2)
 CACHE = sa.KVCache(1, 2, 8, capacity=10)
 
+GRADIENTS_OWN = {"wrt", "grad_lse", "grad_weights", "into", "accumulate"}
+
 # Functions, the dict of their options, and the keywords that each overload spells out.
 OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
     (sa.attention, _typing.AttentionOptions, {"return_lse", "return_weights"}),
     (sa.explain, _typing.ExplainOptions, set()),
+    (sa.attention_backward, _typing.GradientOptions, GRADIENTS_OWN),
+    (sa.attention_vjp, _typing.VjpOptions, {"wrt"}),
     (sa.relative_attention, _typing.RelativeOptions, {"return_lse", "return_weights"}),
     (sa.attention_varlen, _typing.VarlenOptions, {"return_lse", "return_weights"}),
     (sa.attention_with_kvcache, _typing.CachedOptions, {"return_lse", "return_weights"}),

@@ -1,0 +1,64 @@
+// The backward pass: gradients of a problem's operands (decision 10).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "distance_terms.h"
+#include "kernels/kernel_set.h"
+#include "problem.h"
+#include "task_loop.h"
+
+namespace selfattn {
+
+// What the backward pass gets besides the problem, whose out and lse hold the results of the forward pass, and where it
+// writes. An operand that is absent or null is not wanted. Results are in the problem's form, with all batch axes.
+struct Gradients {
+  Operand dout;      // in out's form
+  Operand dlse;      // in lse's form; optional
+  Operand dweights;  // (batch, num_heads, q_len, kv_len) in the type of computation, keys adjacent; optional
+  Operand query, key, value;
+  // Gradients of the scores, summed over what the caller does not tell apart. Arrays start with zeros and have the type
+  // of computation, or hold doubles where that is written.
+  Operand scores;                   // (batch, num_heads, q_len, kv_len); broadcast axes have stride 0
+  bool shares_scores = false;       // several heads or batch entries share elements of `scores`
+  char* key_sums = nullptr;         // (batch, num_heads, kv_len): sums over queries
+  double* row_sums = nullptr;       // (batch, num_heads, q_len): sums over keys
+  double* scale = nullptr;          // (batch, num_heads, q_len): each row's part of the gradient of the scale
+  double* slopes = nullptr;         // the same for the ALiBi slope of the row's head
+  double* sinks = nullptr;          // the same for the sink
+  double* distance_bias = nullptr;  // (batch, num_heads, Problem::distance_bias.count)
+
+  bool of_scores() const { return scores || key_sums || row_sums || slopes || distance_bias; }
+};
+
+// How to compute gradients. A task is a range of keys of one KV head: it visits all query rows that see them, and adds
+// to the gradients of the queries after the task of the range before has.
+struct BackwardPlan {
+  const KernelSet* kernels;
+  const BackwardKernel* kernel;
+  int block_rows;           // query rows of one head that are processed at a time
+  std::int64_t row_blocks;  // of one head
+  int key_block;            // keys that the kernel processes at a time
+  int range_keys;           // keys of a task
+  std::int64_t ranges;      // of one KV head
+  RelativeProducts relative;
+  std::int64_t key_step, value_step;  // elements from one row of keys or values in scratch memory to the next
+  bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
+  std::int64_t row_tasks;             // the tasks that come first: one per block of rows
+  std::int64_t tasks;                 // all
+  std::size_t thread_bytes;
+  std::size_t shared_bytes;
+  double flops;
+};
+
+BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradients, const KernelSet& kernels);
+
+// Number of threads worth using for a plan, at most num_threads (0: the default). Results never depend on it.
+int threads_for(const BackwardPlan& plan, int num_threads);
+
+// Allocates all memory before anything is written; throws std::bad_alloc. Returns false if interrupted; the results are
+// then unspecified.
+bool attend_backward(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan, int threads,
+                     Interrupted interrupted);
+
+}  // namespace selfattn

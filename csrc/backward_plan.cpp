@@ -1,0 +1,97 @@
+#include <algorithm>
+
+#include "backward.h"
+#include "backward_memory.h"
+
+#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
+#include "kernels/scratch.h"
+
+namespace selfattn {
+namespace {
+
+// Gradients of keys and values are sums over the rows of a block, which are added to memory once per block. With more
+// rows there are fewer of these additions.
+constexpr int rows_wanted = 96;
+// The scores of this many keys, and their gradients, stay in L1 between the products.
+constexpr int largest_key_block = 96;
+constexpr int smallest_key_block = 8;
+// Keys, values and their gradients stay in L2 while a task visits all rows.
+constexpr std::int64_t range_bytes = std::int64_t{400} << 10;
+constexpr int largest_range = 512;
+// Bounds the scratch memory for very wide heads.
+constexpr std::int64_t row_bytes_wanted = std::int64_t{256} << 10;
+
+std::int64_t whole_vectors(std::int64_t count, std::int64_t lanes) { return ceil_div(count, lanes) * lanes; }
+
+// None of these depends on lengths, so that results do not either.
+void choose_blocks(BackwardPlan& plan, const Problem& problem) {
+  const std::int64_t row_bytes = (plan.key_step + plan.value_step) * size_of(problem.dtype);
+  const std::int64_t fitting = range_bytes / (2 * row_bytes);
+  plan.key_block = static_cast<int>(std::clamp<std::int64_t>(fitting / smallest_key_block * smallest_key_block,
+                                                             smallest_key_block, largest_key_block));
+  plan.range_keys = static_cast<int>(
+      std::clamp<std::int64_t>(fitting / plan.key_block * plan.key_block, plan.key_block, largest_range));
+  const int strip = plan.kernel->strip_rows;
+  const std::int64_t strips = std::min<std::int64_t>(rows_wanted / strip, row_bytes_wanted / row_bytes / strip);
+  plan.block_rows = strip * static_cast<int>(std::max<std::int64_t>(strips, 1));
+}
+
+}  // namespace
+
+BackwardSlot::BackwardSlot(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients) {
+  const std::int64_t size = size_of(problem.dtype), rows_ = plan.block_rows, keys_ = plan.range_keys;
+  core::Carver carver{base};
+  const auto take = [&](std::int64_t count) { return carver.take<char>(count * size); };
+  rows = carver.take<Row>(rows_);
+  queries = take(rows_ * plan.key_step);
+  dout = take(rows_ * plan.value_step);
+  out = take(rows_ * plan.value_step);
+  dquery = take(rows_ * plan.key_step);
+  keys = take(keys_ * plan.key_step);
+  values = take(keys_ * plan.value_step);
+  dkeys = take(keys_ * plan.key_step);
+  dvalues = take(keys_ * plan.value_step);
+  dscores = gradients.of_scores() ? take(rows_ * keys_) : nullptr;
+  kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
+      plan.kernel->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
+  distance = place_distance_memory(base, carver.used, problem, plan.relative, rows_, keys_);
+  distance_sums = gradients.distance_bias ? carver.take<double>(problem.distance_bias.count) : nullptr;
+  bytes = carver.used;
+}
+
+BackwardShared::BackwardShared(char* base, const BackwardPlan& plan, const Problem& problem) {
+  const std::int64_t size = size_of(problem.dtype), heads = problem.batch * problem.num_heads;
+  const std::int64_t rows = heads * plan.row_blocks * plan.block_rows;
+  core::Carver carver{base};
+  shift = carver.take<char>(rows * size);
+  factor = carver.take<char>(rows * size);
+  delta = carver.take<char>(rows * size);
+  dquery = plan.buffers_dquery ? carver.take<char>(heads * problem.q_len * problem.head_dim * size) : nullptr;
+  rows_prepared = carver.take<std::atomic<std::int32_t>>(plan.row_tasks);
+  progress = carver.take<std::atomic<std::int64_t>>(plan.tasks - plan.row_tasks);
+  bytes = carver.used;
+}
+
+BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradients, const KernelSet& kernels) {
+  BackwardPlan plan{};
+  plan.kernels = &kernels;
+  plan.kernel = problem.dtype == DType::f32 ? &kernels.f32.backward : &kernels.f64.backward;
+  plan.key_step = whole_vectors(problem.head_dim, plan.kernel->lanes);
+  plan.value_step = whole_vectors(problem.value_dim, plan.kernel->lanes);
+  choose_blocks(plan, problem);
+  plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
+                   plan.range_keys};
+  plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);
+  plan.ranges = ceil_div(problem.kv_len, plan.range_keys);
+  plan.buffers_dquery = gradients.query && !(gradients.query.in_place && gradients.query.dtype == problem.dtype);
+  plan.row_tasks = problem.batch * problem.num_heads * plan.row_blocks;
+  plan.tasks = plan.row_tasks + problem.batch * problem.num_kv_heads * plan.ranges;
+  plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
+               static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
+               static_cast<double>(3 * problem.head_dim + 2 * problem.value_dim);
+  plan.thread_bytes = BackwardSlot(nullptr, plan, problem, gradients).bytes;
+  plan.shared_bytes = BackwardShared(nullptr, plan, problem).bytes;
+  return plan;
+}
+
+}  // namespace selfattn

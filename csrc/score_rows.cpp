@@ -1,0 +1,125 @@
+#include "score_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "rows.h"
+
+namespace selfattn {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+double base2(double x) { return x * log2_e; }
+
+// Clamps a finite number so that it stays finite in the type of computation, even in sums.
+double within_range(double x, DType dtype) {
+  const double most = dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max()) / 4
+                                          : std::numeric_limits<double>::max() / 4;
+  return clamp_finite(x, most);
+}
+
+double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
+  if (!problem.alibi_slopes) return 0;
+  const double slope =
+      read_real(problem.at(problem.alibi_slopes, batch) + head * problem.alibi_slopes.head, DType::f64);
+  // The product of slope and distance must stay finite for any distance.
+  constexpr double farthest = 1e12;
+  return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
+}
+
+template <class T>
+void add_row(T* row, const double* added, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
+}
+
+}  // namespace
+
+RowSpan make_span(const Problem& problem, std::int64_t batch, std::int64_t first_head, std::int64_t heads,
+                  std::int64_t first, std::int64_t most) {
+  const auto within = [&](std::int64_t queries) {
+    return static_cast<int>(std::clamp<std::int64_t>(queries * heads - first, 0, most));
+  };
+  return {batch, first_head, heads, first, within(problem.q_len), within(problem.queries_of(batch))};
+}
+
+KeyRange span_keys(const Problem& problem, const RowSpan& span) {
+  if (span.valid == 0) return {0, 0};
+  const ValidKeys valid = valid_keys(problem, span.batch);
+  // Both ends are monotonic in the query.
+  const KeyRange first = visible_keys(place_of(span, 0).query, valid);
+  const KeyRange last = visible_keys(place_of(span, span.valid - 1).query, valid);
+  // The range of a query that sees nothing may begin before the first valid key, where keys may be in no page.
+  const std::int64_t begin = std::max(std::min(first.begin, last.begin), valid.begin);
+  const std::int64_t end = std::max(first.end, last.end);
+  return {std::min(begin, end), end};
+}
+
+const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place place) {
+  return problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
+}
+
+double sink_of(const Problem& problem, std::int64_t head) {
+  if (!problem.sinks) return -infinity;
+  const double sink = read_real(problem.sinks.data + head * problem.sinks.head, DType::f64);
+  return within_range(base2(sink), problem.dtype);
+}
+
+Row describe_row(const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid) {
+  const KeyRange visible = visible_keys(place.query, valid);
+  Row row{};
+  row.mask = mask_of(problem, span, place);
+  row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
+  row.key_begin = visible.begin;
+  row.key_end = visible.end;
+  // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
+  // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
+  // that lse gets back. A sink has no distance: with one, the constant does not cancel and must stay.
+  const std::int64_t position = place.query + valid.offset;
+  row.position =
+      problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
+  row.slope = slope_of(problem, span.batch, place.head);
+  row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
+  row.sink = sink_of(problem, place.head);
+  return row;
+}
+
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
+                  const PerHead& bias, char* to) {
+  const Place place = place_of(span, i);
+  const Operand& query = problem.query;
+  const SourceRows row{{element(problem, query, span, place), 0, query.column}, query.dtype};
+  gather_rows(kernels, to, type, row, 1, problem.head_dim);
+  if (!bias) return;
+  const auto* added = reinterpret_cast<const double*>(bias.data + place.head * bias.head);
+  if (type == DType::f32)
+    add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
+  else
+    add_row(reinterpret_cast<double*>(to), added, problem.head_dim);
+}
+
+ScoreTerms score_terms(const Problem& problem) {
+  ScoreTerms terms;
+  // A cap that overflows the type has no effect.
+  const bool capped = problem.softcap != 0 && std::isfinite(base2(problem.softcap)) &&
+                      base2(problem.softcap) == within_range(base2(problem.softcap), problem.dtype);
+  terms.multiplier = capped ? problem.scale / problem.softcap : base2(problem.scale);
+  terms.softcap = capped ? base2(problem.softcap) : 0;
+  terms.alibi = static_cast<bool>(problem.alibi_slopes);
+  terms.mask = static_cast<bool>(problem.mask);
+  terms.mask_step = problem.recent_mask ? 1 : problem.mask.column;
+  terms.bias = static_cast<bool>(problem.bias);
+  terms.bias_type = problem.bias.dtype;
+  terms.bias_step = problem.bias.column;
+  if (problem.distance_bias) {
+    terms.bias = true;
+    terms.bias_type = problem.dtype;
+    terms.bias_step = size_of(problem.dtype);
+    terms.bias_at_hand = true;
+    terms.toeplitz = problem.group_size == 1 && !problem.bias && !problem.mask;
+  }
+  return terms;
+}
+
+}  // namespace selfattn

@@ -1,0 +1,59 @@
+// The query rows of a task, which keys each may see, and what is added to its scores. Forward and backward pass share
+// this.
+#pragma once
+#include "kernels/kernel_set.h"
+#include "problem.h"
+
+namespace selfattn {
+
+// Rows of one or several heads of a KV head, ordered by query, then by head, so that the heads of a query are adjacent
+// and see the same keys.
+struct RowSpan {
+  std::int64_t batch;
+  std::int64_t first_head, heads;
+  std::int64_t first;  // row: query first / heads
+  int count;
+  int valid;  // the first `valid` rows are queries within q_lens; the others get empty results
+
+  std::int64_t kv_head(const Problem& problem) const { return first_head / problem.group_size; }
+};
+
+// At most `most` rows from `first` on.
+RowSpan make_span(const Problem& problem, std::int64_t batch, std::int64_t first_head, std::int64_t heads,
+                  std::int64_t first, std::int64_t most);
+
+struct Place {
+  std::int64_t query, head;
+};
+
+inline Place place_of(const RowSpan& span, std::int64_t i) {
+  const std::int64_t row = span.first + i;
+  return {row / span.heads, span.first_head + row % span.heads};
+}
+
+// The element of an operand for a query and head, in its first column.
+inline char* element(const Problem& problem, const Operand& operand, const RowSpan& span, Place place) {
+  return problem.at(operand, span.batch) + place.head * operand.head + place.query * operand.row;
+}
+
+// Keys that any valid row of the span may see, before mask and bias.
+KeyRange span_keys(const Problem& problem, const RowSpan& span);
+
+// A row's mask at its first column, or null.
+const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place place);
+
+// The head's sink in units of log2, or -inf.
+double sink_of(const Problem& problem, std::int64_t head);
+
+// A row without addresses of query, out and scores.
+Row describe_row(const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid);
+
+// Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
+// is one.
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
+                  const PerHead& bias, char* to);
+
+// How products become scores, the same for every row.
+ScoreTerms score_terms(const Problem& problem);
+
+}  // namespace selfattn

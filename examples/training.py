@@ -1,0 +1,141 @@
+"""What training needs besides attention: gradients of the other parts, and the AdamW optimiser, in NumPy.
+
+A function named ``..._vjp`` returns its result and a function that turns the result's gradient into those of the
+arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from nn import CHUNK, Array
+
+Weights = dict[str, Array]
+
+
+def linear_vjp(x: Array, weight: Array, bias: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """Return x @ weight + bias."""
+
+    def vjp(grad: Array) -> tuple[Array, Array, Array]:
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        return (grads @ weight.T).reshape(x.shape), rows.T @ grads, grads.sum(axis=0)
+
+    rows = x.reshape(-1, x.shape[-1]) @ weight
+    rows += bias
+    return rows.reshape(*x.shape[:-1], -1), vjp
+
+
+def layer_norm_vjp(
+    x: Array, weight: Array, bias: Array, epsilon: float
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """Return x, normalised to mean 0 and variance 1, then scaled and shifted."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    rate = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + x.dtype.type(epsilon))
+    unit = centred * rate
+
+    def vjp(grad: Array) -> tuple[Array, Array, Array]:
+        inner = grad * weight
+        along = inner.mean(axis=-1, keepdims=True) + unit * (inner * unit).mean(axis=-1, keepdims=True)
+        axes = tuple(range(grad.ndim - 1))
+        return rate * (inner - along), (grad * unit).sum(axis=axes), grad.sum(axis=axes)
+
+    return unit * weight + bias, vjp
+
+
+def gelu_tanh_vjp(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Return the approximation of x · Φ(x) by tanh."""
+    y, slope = np.empty_like(x), np.empty_like(x)
+    rate = x.dtype.type(math.sqrt(2 / math.pi))
+    flat, values, slopes = x.reshape(-1), y.reshape(-1), slope.reshape(-1)
+    for start in range(0, x.size, CHUNK):  # small temporaries stay in the cache
+        part = flat[start : start + CHUNK]
+        square = part * part
+        bent = np.tanh(rate * part * (1 + 0.044715 * square))
+        values[start : start + CHUNK] = 0.5 * part * (1 + bent)
+        inner = rate * (1 + 3 * 0.044715 * square)
+        slopes[start : start + CHUNK] = 0.5 * (1 + bent) + 0.5 * part * (1 - bent * bent) * inner
+    return y, lambda grad: grad * slope
+
+
+def cross_entropy(logits: Array, targets: Array) -> tuple[float, Array]:
+    """Return the mean of −log p(target), in nats, and its gradient with respect to the logits."""
+    rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    shifted = rows - rows.max(axis=-1, keepdims=True)
+    probs = np.exp(shifted)
+    total = probs.sum(axis=-1, keepdims=True)
+    index = np.arange(len(wanted))
+    loss = float((np.log(total[:, 0]) - shifted[index, wanted]).mean(dtype=np.float64))
+    probs /= total
+    probs[index, wanted] -= 1
+    probs /= len(wanted)
+    return loss, probs.reshape(logits.shape)
+
+
+def embedding_gradient(ids: Array, grad: Array, count: int) -> Array:
+    """Return the gradient of a table of `count` vectors from those of the vectors that `ids` took from it."""
+    rows, order = grad.reshape(-1, grad.shape[-1]), np.argsort(ids, axis=None, kind="stable")
+    found, starts = np.unique(ids.reshape(-1)[order], return_index=True)
+    table = np.zeros((count, grad.shape[-1]), dtype=grad.dtype)
+    table[found] = np.add.reduceat(rows[order], starts, axis=0)
+    return table
+
+
+def clip(gradients: Mapping[str, Array], largest: float) -> float:
+    """Scale all gradients so that their common norm is at most `largest`; return the norm before."""
+    norm = math.sqrt(sum(float(np.vdot(x, x)) for x in gradients.values()))
+    if norm > largest:
+        for gradient in gradients.values():
+            gradient *= gradient.dtype.type(largest / norm)
+    return norm
+
+
+def learning_rate(step: int, peak: float, warm_up: int, steps: int) -> float:
+    """Return the rate of a step: it rises linearly during the warm-up, then falls along a cosine to a tenth."""
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    share = (step - warm_up) / max(1, steps - warm_up)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * min(share, 1.0)))
+
+
+@dataclass
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019). Vectors (biases, norms) do not decay."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    decay: float = 0.1
+    steps: int = 0
+    first: Weights = field(default_factory=dict)  # moving averages of the gradients and of their squares
+    second: Weights = field(default_factory=dict)
+
+    def update(self, weights: Weights, gradients: Mapping[str, Array], rate: float) -> None:
+        """Change the weights in place."""
+        self.steps += 1
+        unbias1, unbias2 = 1 - self.beta1**self.steps, 1 - self.beta2**self.steps
+        for name, gradient in gradients.items():
+            weight = weights[name]
+            first = self.first.setdefault(name, np.zeros_like(weight))
+            second = self.second.setdefault(name, np.zeros_like(weight))
+            first += (1 - self.beta1) * (gradient - first)
+            second += (1 - self.beta2) * (gradient * gradient - second)
+            if weight.ndim > 1:
+                weight *= 1 - rate * self.decay
+            weight -= (rate / unbias1) * first / (np.sqrt(second / unbias2) + self.epsilon)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a checkpoint needs."""
+        moments = {f"first/{name}": x for name, x in self.first.items()}
+        return moments | {f"second/{name}": x for name, x in self.second.items()} | {"steps": np.array(self.steps)}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Continue from what `state` returned."""
+        self.steps = int(state["steps"])
+        for name, array in state.items():
+            kind, _, weight = name.partition("/")
+            if weight:
+                (self.first if kind == "first" else self.second)[weight] = array

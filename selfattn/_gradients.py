@@ -1,0 +1,326 @@
+"""Gradients of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import as_array, core_options, flag
+from ._attention import attention
+from ._keywords import clean_signature, refuse_unknown
+from ._typing import Array, GradientOptions, VjpOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Gradients(NamedTuple):
+    """The gradients that ``wrt`` names; the others are None. Each has the shape of its argument."""
+
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    bias: Array | None = None
+    sinks: Array | None = None
+    alibi_slopes: Array | None = None
+    t5: Array | None = None
+    scale: Array | None = None
+    r: Array | None = None
+    u: Array | None = None
+    w: Array | None = None
+
+
+Vjp = Callable[..., Gradients]
+_OPTIONAL = ("bias", "sinks", "alibi_slopes", "t5")
+
+
+@clean_signature(attention, without=("out", "return_lse", "return_weights"))
+def attention_backward(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    wrt: Sequence[str] = ("q", "k", "v"),
+    grad_lse: ArrayLike | None = None,
+    grad_weights: ArrayLike | None = None,
+    into: Gradients | Mapping[str, Array] | None = None,
+    accumulate: bool = False,
+    **options: Unpack[GradientOptions],
+) -> Gradients:
+    r"""Compute the gradients of `attention` from its results.
+
+    For a scalar L that depends on `out`, and perhaps on lse and weights, returns the derivatives of L with respect to
+    the arguments that `wrt` names. Scores are computed again, one block at a time: nothing of size Sq × Sk is stored,
+    unless a bias of that size has a gradient.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape of out
+        ∂L/∂out, in q's dtype, or float32 for 16-bit q.
+    q, k, v : array_like
+        As for `attention`.
+    out : array_like
+        The result of `attention` for the same arguments. For 16-bit q it may be float32: gradients are more accurate if
+        it was not rounded, see `attention_vjp`.
+    lse : array_like, shape (..., H, Sq)
+        The log-sum-exp that `attention` returned, in float32 or float64.
+    wrt : sequence of str
+        Names of the arguments whose gradients are wanted: "q", "k", "v", "bias", "sinks", "alibi_slopes", "t5" (the
+        table of its T5Bias), "scale". Others cost nothing.
+    grad_lse : array_like, shape (..., H, Sq), optional
+        ∂L/∂lse.
+    grad_weights : array_like, shape (..., H, Sq, Sk), optional
+        ∂L/∂weights. Needs memory for further arrays of this size.
+    into : Gradients or mapping of names to ndarrays, optional
+        Arrays for the gradients: each with exactly the shape and dtype of the gradient that it gets.
+    accumulate : bool, default False
+        Add to the arrays in `into` instead of overwriting them.
+    **options
+        Those of `attention`, with the same values as in its call.
+
+    Returns
+    -------
+    Gradients
+        A named tuple. Gradients of q, k, v and bias have the dtype of the argument, into which they are rounded once.
+        The others are float64 for float64 q, else float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attention`; or `wrt` names an argument that is unknown or not given, or shapes do not fit. Nothing has
+        been written.
+
+    Notes
+    -----
+    With P = softmax(S), D_i = Σ_d ∂out_id · out_id − ∂lse_i and dP = ∂out · vᵀ: ∂v = Pᵀ · ∂out, dS = P ∘ (dP − D),
+    ∂q = scale · dS · k, ∂k = scale · dSᵀ · q (Dao, "FlashAttention-2", 2023). A hidden key has gradient 0, whatever it
+    holds, and so has a query that sees no key. For a given instruction set, shape and options, gradients do not depend
+    on the number of threads, the rest of the batch or strides, not even in the last bit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, grad_out = rng.standard_normal((4, 2, 4, 10, 8))
+    >>> out, lse = sa.attention(q, k, v, causal=True, return_lse=True)
+    >>> grads = sa.attention_backward(grad_out, q, k, v, out, lse, causal=True)
+    >>> grads.q.shape
+    (2, 4, 10, 8)
+    """
+    refuse_unknown(attention_backward, options)
+    function = "attention_backward"
+    operands = _Operands(function, q, k, v, options, wrt)
+    targets = _targets(function, into, accumulate, operands.wrt)
+    out_array = as_array(function, "out", out)
+    lse_array = as_array(function, "lse", lse)
+    gradients = operands.backward(_Upstream(grad_out, grad_lse, grad_weights), out_array, lse_array)
+    return _deliver(function, operands.in_shape(gradients), targets, accumulate)
+
+
+@clean_signature(attention, without=("out",))
+def attention_vjp(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, wrt: Sequence[str] = ("q", "k", "v"), **options: Unpack[VjpOptions]
+) -> tuple[Any, Vjp]:
+    """Compute `attention` and return a function that computes its gradients.
+
+    Parameters
+    ----------
+    q, k, v : array_like
+        As for `attention`. They must not change before `vjp` is called.
+    wrt : sequence of str
+        As for `attention_backward`.
+    **options
+        Those of `attention`, except ``out``.
+
+    Returns
+    -------
+    out : ndarray or tuple
+        What `attention` returns for these options.
+    vjp : callable
+        ``vjp(grad_out, grad_lse=None, grad_weights=None)`` returns the `Gradients`; it may be called several times.
+
+    Notes
+    -----
+    Keeps out in the type of computation and lse in float64 for the gradients. These are therefore more accurate than
+    those that `attention_backward` computes from rounded results. Of 16-bit operands, units that multiply bfloat16 may
+    make `out` differ from that of `attention` in its rounding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 2, 4, 10, 8))
+    >>> out, vjp = sa.attention_vjp(q, k, v, causal=True)
+    >>> vjp(np.ones_like(out)).v.shape
+    (2, 4, 10, 8)
+    """
+    refuse_unknown(attention_vjp, options)
+    function = "attention_vjp"
+    return_lse = flag(function, "return_lse", options.pop("return_lse", False))
+    return_weights = flag(function, "return_weights", options.pop("return_weights", False))
+    operands = _Operands(function, q, k, v, options, wrt)
+    forward = operands.options.copy()
+    forward.return_lse, forward.return_weights, forward.exact = True, return_weights, True
+    exact_out, exact_lse, *weights = _core.attention(operands.q, operands.k, operands.v, None, forward)
+    out = exact_out.astype(operands.q.dtype, copy=True)
+
+    def vjp(grad_out: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None) -> Gradients:
+        """Return the gradients for those of out, lse and weights."""
+        upstream = _Upstream(grad_out, grad_lse, grad_weights)
+        return Gradients(**operands.in_shape(operands.backward(upstream, exact_out, exact_lse)))
+
+    if not (return_lse or return_weights):
+        return out, vjp
+    return (out, *([exact_lse.astype(exact_out.dtype)] if return_lse else []), *weights), vjp
+
+
+class _Upstream(NamedTuple):
+    """The gradients of the results."""
+
+    out: ArrayLike
+    lse: ArrayLike | None
+    weights: ArrayLike | None
+
+
+class _Operands:
+    """The arguments of a forward pass, converted."""
+
+    def __init__(
+        self, function: str, q: ArrayLike, k: ArrayLike, v: ArrayLike, options: Mapping[str, Any], wrt: Sequence[str]
+    ) -> None:
+        self.function = function
+        self.q, self.k, self.v = (as_array(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+        self.given = options
+        self.options = core_options(function, **options)
+        self.wrt = _names(function, wrt, options)
+
+    def backward(self, upstream: _Upstream, out: NDArray[Any], lse: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return what the core computes: arrays with all axes of heads and batch."""
+        grad_out = as_array(self.function, "grad_out", upstream.out)
+        grad_lse = None if upstream.lse is None else as_array(self.function, "grad_lse", upstream.lse)
+        grad_weights = None
+        if upstream.weights is not None:
+            grad_weights = as_array(self.function, "grad_weights", upstream.weights)
+            grad_weights = np.ascontiguousarray(grad_weights, dtype=_computed_in(self.q.dtype))
+            through = self._through_weights(grad_weights)
+            grad_lse = -through if grad_lse is None else grad_lse - through
+        return _core.attention_backward(
+            self.function,
+            (grad_out, self.q, self.k, self.v, out, lse, grad_lse, grad_weights),
+            self.wrt,
+            self.options,
+        )
+
+    def _through_weights(self, grad_weights: NDArray[Any]) -> NDArray[Any]:
+        """Return each row's sum of weights times their gradients, which is subtracted from the gradients of scores."""
+        options = self.options.copy()
+        options.return_lse, options.return_weights = False, True
+        _, weights = _core.attention(self.q, self.k, self.v, None, options)
+        if weights.shape != grad_weights.shape:
+            raise ValueError(
+                f"{self.function}: grad_weights has shape {grad_weights.shape} but {weights.shape} is needed"
+            )
+        total: NDArray[Any] = np.einsum("...j,...j->...", weights, grad_weights, dtype=np.float64, casting="safe")
+        return total
+
+    def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Sum the core's results over what their arguments do not tell apart, and convert them to their dtypes."""
+        gradients: dict[str, NDArray[Any]] = {}
+        for name, array in found.items():
+            if name in ("q", "k", "v", "bias"):
+                like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)  # type: ignore[assignment]
+                gradients[name] = sum_to(array, like.shape).astype(like.dtype, copy=False)
+            else:
+                gradients[name] = self._of_numbers(name, array).astype(_computed_in(self.q.dtype))
+        return gradients
+
+    def _of_numbers(self, name: str, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""
+        if name == "scale":
+            return np.asarray(array.sum())
+        if name == "t5":
+            return self.given["t5"].gradient(sum_to(array, (self._heads(), array.shape[-1])))  # type: ignore[no-any-return]
+        per_head = np.atleast_1d(array.sum(axis=-1))
+        given = getattr(self.options, name)
+        return sum_to(per_head, given.shape)
+
+    def _heads(self) -> int:
+        axis = -2 if self.options.layout == _core.LAYOUTS["bshd"] else -3
+        return self.q.shape[axis] if self.q.ndim > 2 else 1
+
+
+def sum_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Sum over the axes along which an array of this shape was broadcast."""
+    extra = array.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        axis + extra for axis, n in enumerate(shape) if n == 1 and array.shape[axis + extra] != 1
+    )
+    return (array.sum(axis=axes) if axes else array).reshape(shape)
+
+
+def _computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which the core computes for operands of this dtype."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _names(function: str, wrt: Sequence[str], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the checked names of arguments whose gradients are wanted."""
+    known = ("q", "k", "v", *_OPTIONAL, "scale")
+    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+        raise TypeError(f"{function}: wrt is {wrt!r}, but a sequence of names is needed")
+    for name in wrt:
+        if name not in known:
+            raise ValueError(f"{function}: wrt names {name!r}, but it must be one of {', '.join(map(repr, known))}")
+        if name in _OPTIONAL and options.get(name) is None:
+            raise ValueError(f"{function}: wrt names {name!r}, but there is no {name}")
+    return tuple(wrt)
+
+
+def _targets(
+    function: str, into: Gradients | Mapping[str, Array] | None, accumulate: bool, wrt: tuple[str, ...]
+) -> dict[str, Array]:
+    """Return the arrays of `into` by name."""
+    add = flag(function, "accumulate", accumulate)
+    if into is None:
+        if add:
+            raise ValueError(f"{function}: accumulate is True, but there is no into to add to")
+        return {}
+    named = into._asdict() if isinstance(into, Gradients) else dict(into)
+    targets = {name: array for name, array in named.items() if array is not None}
+    for name, array in targets.items():
+        if name not in wrt:
+            raise ValueError(f"{function}: into has {name!r}, which wrt does not name")
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{function}: into[{name!r}] is of type {type(array).__name__}, but an ndarray is needed")
+        if not array.flags.writeable:
+            raise ValueError(f"{function}: into[{name!r}] is read-only")
+    return targets
+
+
+def _deliver(
+    function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool
+) -> Gradients:
+    """Write gradients to the caller's arrays, where there are any."""
+    for name, target in targets.items():
+        array = gradients[name]
+        if target.shape != array.shape or target.dtype != array.dtype:
+            raise ValueError(
+                f"{function}: into[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has "
+                f"{array.shape} and {array.dtype}"
+            )
+    for name, target in targets.items():
+        if accumulate:
+            target += gradients[name]
+        else:
+            target[...] = gradients[name]
+        gradients[name] = target
+    return Gradients(**gradients)
