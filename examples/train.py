@@ -142,10 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     config = Config(args.layers, args.width, args.heads, args.heads, VOCABULARY, max(args.length, 64 + args.write))
+    run = Run(random_weights(config, args.seed), AdamW(), [])
     if args.resume:
-        run = Run.load(args.checkpoint)
-    else:
-        run = Run(random_weights(config, args.seed), AdamW(), [])
+        new, run = run, Run.load(args.checkpoint)
+        if {name: x.shape for name, x in new.weights.items()} != {name: x.shape for name, x in run.weights.items()}:
+            print(f"train.py: {args.checkpoint} is of a model of other sizes", file=sys.stderr)
+            return 1
     count = sum(x.size for x in run.weights.values())
     print(f"{len(data):,} bytes of text, {count:,} weights, {args.batch} x {args.length} tokens a step")
     train(run, config, data, args)
