@@ -326,9 +326,7 @@ class BackwardRun {
     const std::int64_t index = row_index(span);
     const std::int64_t offset = problem_.offset_of(span.batch);
     for (int i = 0; i < span.valid; ++i) {
-      if (gradients_.scale)
-        gradients_.scale[index + i] += plan_.kernel->dot(slot.queries + i * plan_.key_step * size,
-                                                         slot.dquery + i * plan_.key_step * size, plan_.key_step);
+      if (gradients_.scale) gradients_.scale[index + i] += scale_gradient(slot, i);
       if (!gradients_.slopes && !gradients_.row_sums) continue;
       const T* from = dscores_of(slot, i);
       const double position = static_cast<double>(place_of(span, i).query + offset - task.first);
@@ -340,6 +338,16 @@ class BackwardRun {
       if (gradients_.slopes) gradients_.slopes[index + i] -= moment;
       if (gradients_.row_sums) gradients_.row_sums[index + i] += sum;
     }
+  }
+
+  // A query that sees no key has gradient 0, whatever it holds.
+  double scale_gradient(const BackwardSlot& slot, int row) const {
+    const T* query = reinterpret_cast<const T*>(slot.queries) + row * plan_.key_step;
+    const T* dquery = reinterpret_cast<const T*>(slot.dquery) + row * plan_.key_step;
+    double sum = 0;
+    for (std::int64_t d = 0; d < problem_.head_dim; ++d)
+      if (dquery[d] != 0) sum += static_cast<double>(query[d]) * static_cast<double>(dquery[d]);
+    return sum;
   }
 
   void add_dquery(const RowSpan& span, const BackwardSlot& slot, bool first, bool last) const {

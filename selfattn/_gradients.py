@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, flag
+from ._arguments import ACCEPTED, as_array, core_options, flag, is_float
 from ._attention import attention
 from ._keywords import clean_signature, refuse_unknown
 from ._typing import Array, GradientOptions, VjpOptions
@@ -206,12 +206,14 @@ class _Operands:
     def backward(self, upstream: _Upstream, out: NDArray[Any], lse: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return what the core computes: arrays with all axes of heads and batch."""
         grad_out = as_array(self.function, "grad_out", upstream.out)
-        grad_lse = None if upstream.lse is None else as_array(self.function, "grad_lse", upstream.lse)
+        grad_lse = None if upstream.lse is None else _floats(self.function, "grad_lse", upstream.lse)
         grad_weights = None
         if upstream.weights is not None:
-            grad_weights = as_array(self.function, "grad_weights", upstream.weights)
+            grad_weights = _floats(self.function, "grad_weights", upstream.weights)
             grad_weights = np.ascontiguousarray(grad_weights, dtype=_computed_in(self.q.dtype))
             through = self._through_weights(grad_weights)
+            if grad_lse is not None and grad_lse.shape != through.shape:
+                raise ValueError(f"{self.function}: grad_lse has shape {grad_lse.shape} but {through.shape} is needed")
             grad_lse = -through if grad_lse is None else grad_lse - through
         return _core.attention_backward(
             self.function,
@@ -229,7 +231,8 @@ class _Operands:
             raise ValueError(
                 f"{self.function}: grad_weights has shape {grad_weights.shape} but {weights.shape} is needed"
             )
-        total: NDArray[Any] = np.einsum("...j,...j->...", weights, grad_weights, dtype=np.float64, casting="safe")
+        counted = np.where(weights == 0, 0, grad_weights)  # those of hidden keys may be anything
+        total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
         return total
 
     def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -267,6 +270,13 @@ def sum_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return (array.sum(axis=axes) if axes else array).reshape(shape)
 
 
+def _floats(function: str, name: str, value: ArrayLike) -> NDArray[Any]:
+    array = as_array(function, name, value)
+    if not is_float(array.dtype):
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
+    return array
+
+
 def _computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype in which the core computes for operands of this dtype."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
@@ -294,8 +304,11 @@ def _targets(
         if add:
             raise ValueError(f"{function}: accumulate is True, but there is no into to add to")
         return {}
-    named = into._asdict() if isinstance(into, Gradients) else dict(into)
-    targets = {name: array for name, array in named.items() if array is not None}
+    if isinstance(into, Gradients):
+        into = into._asdict()
+    if not isinstance(into, Mapping):
+        raise TypeError(f"{function}: into is of type {type(into).__name__}, but Gradients or a mapping is needed")
+    targets = {name: array for name, array in into.items() if array is not None}
     for name, array in targets.items():
         if name not in wrt:
             raise ValueError(f"{function}: into has {name!r}, which wrt does not name")

@@ -28,6 +28,14 @@ TensorView result_view(const char* function, const char* name, py::handle array,
   return view;
 }
 
+TensorView lse_view(const char* function, py::handle array, const Shape& shape) {
+  const TensorView view = shaped_view(function, "lse", array, shape);
+  if (view.dtype != computed_in(view.dtype))
+    throw py::type_error(std::string(function) + ": lse has dtype " + name_of(view.dtype) +
+                         ", but float32 or float64 is needed");
+  return view;
+}
+
 py::array zeros(const Shape& shape, DType dtype) {
   py::tuple extents(static_cast<std::size_t>(shape.ndim));
   for (int axis = 0; axis < shape.ndim; ++axis) extents[static_cast<std::size_t>(axis)] = shape.extent[axis];
@@ -126,7 +134,7 @@ py::dict attention_backward(const char* function, const py::tuple& operands, con
   const Shape shape = out_shape(problem);
   const TensorView dout = result_view(function, "grad_out", operands[0], shape, q.dtype);
   attach_out(problem, result_view(function, "out", operands[4], shape, q.dtype));
-  attach_lse(problem, shaped_view(function, "lse", operands[5], lse_shape(problem)));
+  attach_lse(problem, lse_view(function, operands[5], lse_shape(problem)));
   Results results(problem, arguments, wrt);
   results.gradients.dout = place_rows(problem, dout);
   if (!operands[6].is_none())
