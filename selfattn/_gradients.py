@@ -170,7 +170,7 @@ def attention_vjp(
     operands = _Operands(function, q, k, v, options, wrt)
     forward = operands.options.copy()
     forward.return_lse, forward.return_weights, forward.exact = True, return_weights, True
-    exact_out, exact_lse, *weights = _core.attention(operands.q, operands.k, operands.v, None, forward)
+    exact_out, exact_lse, *weights = _core.attention_for(function, operands.q, operands.k, operands.v, forward)
     out = exact_out.astype(operands.q.dtype, copy=True)
 
     def vjp(grad_out: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None) -> Gradients:
@@ -226,7 +226,7 @@ class _Operands:
         """Return each row's sum of weights times their gradients, which is subtracted from the gradients of scores."""
         options = self.options.copy()
         options.return_lse, options.return_weights = False, True
-        _, weights = _core.attention(self.q, self.k, self.v, None, options)
+        _, weights = _core.attention_for(self.function, self.q, self.k, self.v, options)
         if weights.shape != grad_weights.shape:
             raise ValueError(
                 f"{self.function}: grad_weights has shape {grad_weights.shape} but {weights.shape} is needed"

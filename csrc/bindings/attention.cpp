@@ -117,6 +117,12 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, p
   return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
 }
 
+// Attention for another function, which errors name.
+py::object attention_for(const char* function, py::handle q, py::handle k, py::handle v, py::handle option_values) {
+  const Options& options = options_of(option_values);
+  return attend_to(arguments_of(function, q, k, v, options), options, py::none(), q);
+}
+
 // Attaches a stand-in for the array that a call without `out` would create. A plan depends only on its type, alignment
 // and strides.
 void attach_new_out(Problem& problem, DType dtype) {
@@ -144,6 +150,7 @@ py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_val
 
 void register_attention(py::module_& module) {
   module.def("attention", &attention);
+  module.def("attention_for", &attention_for);
   module.def("check_own_memory", [](const char* function, const py::array& out) {
     check_own_memory(function, float_view(function, "out", out));
   });
