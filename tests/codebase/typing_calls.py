@@ -119,7 +119,7 @@ def paged(x: Array) -> None:
 
 
 def others(x: Array) -> None:
-    assert_type(sa.apply_rope(x, [0, 1], sa.RoPE(base=1e6), layout="bshd"), Array)
+    assert_type(sa.apply_rope(x, [0, 1], sa.RoPE(base=1e6), layout="bshd", inverse=True), Array)
     assert_type(sa.merge_states([x, x], [x, x]), tuple[Array, Array])
     assert_type(sa.alibi_slopes(4), NDArray[np.float32])
     assert_type(sa.t5_bias(x, 3, 4, bidirectional=False), Array)
