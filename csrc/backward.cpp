@@ -9,9 +9,9 @@
 #include <thread>
 
 #include "backward_memory.h"
+#include "backward_run.h"
 #include "rows.h"
 #include "score_rows.h"
-#include "scratch_pool.h"
 
 namespace selfattn {
 namespace {
@@ -47,34 +47,30 @@ char* gather(const KernelSet& kernels, const RowSource& from, std::int64_t rows,
   return to;
 }
 
+// The backward pass of one problem.
 template <class T>
-class BackwardRun {
+class BackwardPart {
  public:
-  BackwardRun(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan, Interrupted interrupted)
-      : problem_(problem),
-        gradients_(gradients),
-        plan_(plan),
-        terms_(score_terms(problem)),
-        memory_(plan.shared_bytes + plan.thread_bytes * static_cast<std::size_t>(plan.threads)),
-        shared_(memory_.data(), plan, problem),
-        loop_(plan.tasks, plan.threads, interrupted) {
+  BackwardPart(const BackwardJob& job, char* shared_memory, TaskLoop& loop)
+      : problem_(*job.problem),
+        gradients_(*job.gradients),
+        plan_(*job.plan),
+        terms_(score_terms(problem_)),
+        shared_(shared_memory, plan_, problem_),
+        loop_(loop) {
     // The rows of a block belong to one head, so that they share one line of biases by distance.
-    terms_.toeplitz = problem.distance_bias && !problem.bias && !problem.mask;
-    std::uninitialized_value_construct_n(shared_.rows_prepared, plan.row_tasks);
-    std::uninitialized_value_construct_n(shared_.progress, plan.tasks - plan.row_tasks);
+    terms_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
+    std::uninitialized_value_construct_n(shared_.rows_prepared, plan_.row_tasks);
+    std::uninitialized_value_construct_n(shared_.progress, plan_.tasks - plan_.row_tasks);
   }
 
-  bool execute() { return loop_.run(*this); }
+  void prepare_rows(std::int64_t index, char* own_memory) noexcept {
+    prepare_rows(index, BackwardSlot(own_memory, plan_, problem_, gradients_));
+    shared_.rows_prepared[index].store(1, std::memory_order_release);
+  }
 
-  void operator()(std::int64_t index, int slot_index) noexcept {
-    char* own = memory_.data() + plan_.shared_bytes + plan_.thread_bytes * static_cast<std::size_t>(slot_index);
-    const BackwardSlot slot(own, plan_, problem_, gradients_);
-    if (index < plan_.row_tasks) {
-      prepare_rows(index, slot);
-      shared_.rows_prepared[index].store(1, std::memory_order_release);
-      return;
-    }
-    index -= plan_.row_tasks;
+  void visit_range(std::int64_t index, char* own_memory, int slot_index) noexcept {
+    const BackwardSlot slot(own_memory, plan_, problem_, gradients_);
     // All heads for the first keys, then all heads for the next ones: a task needs what the task of the range before
     // has done, which then was started long ago.
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
@@ -373,18 +369,23 @@ class BackwardRun {
   const Gradients& gradients_;
   const BackwardPlan& plan_;
   ScoreTerms terms_;
-  const Scratch memory_;
   const BackwardShared shared_;
-  TaskLoop loop_;
+  TaskLoop& loop_;
 };
 
 }  // namespace
 
 bool attend_backward(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan,
                      Interrupted interrupted) {
-  if (plan.tasks == 0) return true;
-  return problem.dtype == DType::f32 ? BackwardRun<float>(problem, gradients, plan, interrupted).execute()
-                                     : BackwardRun<double>(problem, gradients, plan, interrupted).execute();
+  const BackwardJob job{&problem, &gradients, &plan};
+  return attend_backward(&job, 1, plan.threads, interrupted);
+}
+
+bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted) {
+  if (std::all_of(jobs, jobs + count, [](const BackwardJob& job) { return job.plan->tasks == 0; })) return true;
+  return jobs->problem->dtype == DType::f32
+             ? BackwardRun<BackwardPart<float>>(jobs, count, threads, interrupted).execute()
+             : BackwardRun<BackwardPart<double>>(jobs, count, threads, interrupted).execute();
 }
 
 }  // namespace selfattn

@@ -60,4 +60,17 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
 bool attend_backward(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan,
                      Interrupted interrupted);
 
+struct BackwardJob {
+  const Problem* problem;
+  const Gradients* gradients;
+  const BackwardPlan* plan;
+};
+
+// The same for several problems at once: one team of threads shares all their tasks. The problems must have the same
+// type of computation, and their gradients must not share memory.
+bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted);
+
+// Number of threads worth using for all jobs together. num_threads is that of make_backward_plan.
+int threads_for(const BackwardJob* jobs, std::int64_t count, int num_threads);
+
 }  // namespace selfattn

@@ -104,4 +104,14 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   return plan;
 }
 
+int threads_for(const BackwardJob* jobs, std::int64_t count, int num_threads) {
+  double flops = 0;
+  std::int64_t tasks = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    flops += jobs[i].plan->flops;
+    tasks += jobs[i].plan->tasks;
+  }
+  return useful_threads(flops, 0, tasks, num_threads);
+}
+
 }  // namespace selfattn

@@ -20,6 +20,7 @@ from ._self_attention import self_attention
 from ._states import merge_states
 from ._threads import active_isa, get_num_threads, isas, set_num_threads, use_isa
 from ._varlen import attention_varlen
+from ._varlen_gradients import attention_varlen_backward, attention_varlen_vjp
 
 __version__ = _version("selfattn")
 
@@ -37,6 +38,8 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_varlen",
+    "attention_varlen_backward",
+    "attention_varlen_vjp",
     "attention_vjp",
     "attention_with_kvcache",
     "explain",

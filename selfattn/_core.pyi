@@ -80,7 +80,15 @@ def attention_backward(
     options: Options,
     /,
 ) -> dict[str, NDArray[Any]]: ...
-def attention_varlen(inputs: tuple[Any, ...], out: NDArray[Any] | None, options: Options, /) -> Any: ...
+def attention_varlen(function: str, inputs: tuple[Any, ...], out: NDArray[Any] | None, options: Options, /) -> Any: ...
+def attention_varlen_backward(
+    function: str,
+    inputs: tuple[Any, ...],
+    results: tuple[NDArray[Any] | None, ...],  # grad_out, out, lse, grad_lse
+    wrt: tuple[str, ...],
+    options: Options,
+    /,
+) -> dict[str, Any]: ...
 def relative_attention(
     inputs: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
     terms: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int],  # r, u, w, r_origin

@@ -322,7 +322,13 @@ def _targets(
 def _deliver(
     function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool
 ) -> Gradients:
-    """Write gradients to the caller's arrays, where there are any."""
+    """Write gradients to the caller's arrays, where there are any, and return them."""
+    _write(function, gradients, targets, accumulate)
+    return Gradients(**gradients)
+
+
+def _write(function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool) -> None:
+    """Write gradients to the caller's arrays, which replace them in the dict."""
     for name, target in targets.items():
         array = gradients[name]
         if target.shape != array.shape or target.dtype != array.dtype:
@@ -336,4 +342,3 @@ def _deliver(
         else:
             target[...] = gradients[name]
         gradients[name] = target
-    return Gradients(**gradients)

@@ -141,6 +141,20 @@ class CachedOptions(BatchOptions, total=False):
     layout: Layout
 
 
+class VarlenGradientOptions(ScoreOptions, total=False):
+    """Options of `attention_varlen_backward`."""
+
+    mask: Sequence[ArrayLike | None] | None
+    bias: Sequence[ArrayLike | None] | None
+    q_offset: ArrayLike | None
+
+
+class VarlenVjpOptions(VarlenGradientOptions, total=False):
+    """Options of `attention_varlen_vjp`."""
+
+    return_lse: bool
+
+
 class VarlenOptions(CommonOptions, total=False):
     """Options of `attention_varlen`."""
 

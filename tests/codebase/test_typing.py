@@ -29,6 +29,8 @@ OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
     (sa.explain, _typing.ExplainOptions, set()),
     (sa.attention_backward, _typing.GradientOptions, GRADIENTS_OWN),
     (sa.attention_vjp, _typing.VjpOptions, {"wrt"}),
+    (sa.attention_varlen_backward, _typing.VarlenGradientOptions, GRADIENTS_OWN - {"grad_weights"}),
+    (sa.attention_varlen_vjp, _typing.VarlenVjpOptions, {"wrt"}),
     (sa.relative_attention, _typing.RelativeOptions, {"return_lse", "return_weights"}),
     (sa.attention_varlen, _typing.VarlenOptions, {"return_lse", "return_weights"}),
     (sa.attention_with_kvcache, _typing.CachedOptions, {"return_lse", "return_weights"}),

@@ -74,6 +74,11 @@ def varlen(x: Array) -> None:
     assert_type(sa.attention_varlen(x, x, x, [0, 3], return_weights=True), tuple[Array, list[Array]])
     assert_type(sa.attention_varlen([x], [x], [x], mask=[None]), list[Array])
     assert_type(sa.attention_varlen([x], [x], [x], return_lse=True), tuple[list[Array], list[Array]])
+    assert_type(sa.attention_varlen_backward(x, x, x, x, x, x, [0, 3], into={"q": x}, bias=[None]), sa.Gradients)
+    _, vjp = sa.attention_varlen_vjp(x, x, x, [0, 3], wrt=["scale"], scale=1, return_lse=True)
+    assert_type(vjp(x, x), sa.Gradients)
+    sa.attention_varlen_vjp(x, x, x, [0, 3], kv_lens=[3])  # type: ignore[call-arg]
+    sa.attention_varlen_backward(x, x, x, x, x, x, [0, 3], return_lse=True)  # type: ignore[call-arg]
     sa.attention_varlen(x, x, x)  # type: ignore[call-overload]
     sa.attention_varlen([x], [x], [x], [0, 3], kv_lens=[3])  # type: ignore[call-overload]
     sa.attention_varlen(x, x, x, [0, 3], layout="bshd")  # type: ignore[call-overload]
