@@ -150,6 +150,18 @@ def test_sums_over_sequences_are_the_derivatives(rng: Any) -> None:
         assert np.isclose(np.vdot(getattr(found, "t5" if name == "table" else name), direction), slope, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [8, 16])
+def test_what_memory_held_before_does_not_matter(rng: Any, dim: int) -> None:
+    """Vectors of 5 numbers are padded to 8 or 16, where another call of this form had its own numbers."""
+    _, q, k, v = operands(rng)
+    out, vjp = sa.attention_varlen_vjp(q[..., :5], k[..., :5], v, Q_ENDS, K_ENDS, wrt=("scale",), num_threads=1)
+    expected = vjp(np.ones_like(out)).scale
+    wide_q, wide_k = (np.full((len(x), x.shape[1], dim), np.nan, np.float32) for x in (q, k))
+    _, vjp_of_nan = sa.attention_varlen_vjp(wide_q, wide_k, v, Q_ENDS, K_ENDS, wrt=("scale",), num_threads=1)
+    vjp_of_nan(np.ones_like(out))
+    assert vjp(np.ones_like(out)).scale == expected
+
+
 def test_from_results(rng: Any) -> None:
     grad_out, q, k, v = operands(rng, np.float64)
     out, lse = sa.attention_varlen(q, k, v, Q_ENDS, K_ENDS, return_lse=True)
