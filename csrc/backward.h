@@ -27,8 +27,17 @@ struct Gradients {
   double* slopes = nullptr;         // the same for the ALiBi slope of the row's head
   double* sinks = nullptr;          // the same for the sink
   double* distance_bias = nullptr;  // (batch, num_heads, Problem::distance_bias.count)
+  // Of Transformer-XL's terms.
+  char* relative = nullptr;         // (batch, num_heads, Problem::relative.count, head_dim)
+  double* key_bias = nullptr;       // (batch, num_heads, head_dim)
+  double* relative_bias = nullptr;  // the same
 
   bool of_scores() const { return scores || key_sums || row_sums || slopes || distance_bias; }
+  bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
+  // Whether any of them passes through the products of queries and the vectors of distances.
+  bool through_distances(const Problem& problem) const {
+    return problem.relative && (query || scale || relative || relative_bias);
+  }
 };
 
 // How to compute gradients. A task is a range of keys of one KV head: it visits all query rows that see them, and adds
@@ -43,6 +52,7 @@ struct BackwardPlan {
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
   std::int64_t key_step, value_step;  // elements from one row of keys or values in scratch memory to the next
+  std::int64_t score_step;            // the same for gradients of scores
   bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
   std::int64_t row_tasks;             // the tasks that come first: one per block of rows
   std::int64_t tasks;                 // all

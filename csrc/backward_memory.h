@@ -8,6 +8,19 @@
 
 namespace selfattn {
 
+// For the relative half.
+struct RelativeMemory {
+  char* dproducts = nullptr;  // block_rows elements of margin, then [block_rows][score_step]
+  char* queries = nullptr;    // [block_rows][head_dim], as for the relative products
+  char* dquery = nullptr;     // the same
+  char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: those of the block's distances
+  char* window = nullptr;     // the same: sums of their gradients, see backward_relative.h
+  // Sums of the current head, [head_dim]: gradients of the vectors at both ends of the table, and of the added vectors.
+  double* ends[2] = {};
+  double* key_bias = nullptr;
+  double* relative_bias = nullptr;
+};
+
 // One thread's memory. Rows are padded to whole vectors. While a block is processed, queries, dout, keys and values may
 // point to the operands instead, if these have this form.
 struct BackwardSlot {
@@ -20,10 +33,11 @@ struct BackwardSlot {
   char* values;   // [range_keys][value_dim]
   char* dkeys;
   char* dvalues;
-  char* dscores;  // [block_rows][range_keys]
+  char* dscores;  // [block_rows][score_step]
   char* kernel_scratch;
   DistanceMemory distance;
   double* distance_sums;  // of the current head: Gradients::distance_bias
+  RelativeMemory relative;
   std::size_t bytes;
 
   BackwardSlot(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients);

@@ -102,8 +102,6 @@ py::dict describe_plan(const Problem& problem, const Plan& plan, const Options& 
   return d;
 }
 
-namespace {
-
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v,
                                 const Options& options) {
   const TensorView query = float_view(function, "q", q);
@@ -111,6 +109,8 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
   const TensorView value = value_view(function, v, query.dtype, key.dtype);
   return arguments_of(function, options, query, key, value);
 }
+
+namespace {
 
 py::object attention(py::handle q, py::handle k, py::handle v, py::object out, py::handle option_values) {
   const Options& options = options_of(option_values);

@@ -31,6 +31,16 @@ class Results {
     Shape distances = rows;
     distances.extent[distances.ndim - 1] = problem_.distance_bias.count;
     gradients.distance_bias = doubles_for("t5", distances);
+    Shape heads = rows;
+    heads.extent[heads.ndim - 1] = problem_.head_dim;
+    gradients.key_bias = doubles_for("u", heads);
+    gradients.relative_bias = doubles_for("w", heads);
+    heads.extent[heads.ndim - 1] = problem_.relative.count;
+    heads.append(problem_.head_dim);
+    if (!wants("r")) return;
+    const py::array relative = zeros(heads, problem_.dtype);
+    gradients.relative = static_cast<char*>(const_cast<void*>(relative.data()));
+    arrays["r"] = relative;
   }
 
  private:
@@ -61,16 +71,12 @@ class Results {
   const py::sequence& wrt_;
 };
 
-// operands: grad_out, q, k, v, out, lse, grad_lse, grad_weights (with all axes, in the type of computation). Returns
-// the gradients by name: those of q, k and v with all batch axes; that of the bias for all heads and batch entries or
-// in its own shape; those of numbers per head or call for each row.
-py::dict attention_backward(const char* function, const py::tuple& operands, const py::sequence& wrt,
-                            py::handle option_values) {
-  const Options& options = options_of(option_values);
-  const TensorView q = float_view(function, "q", operands[1]);
-  const TensorView k = key_view(function, operands[2], q.dtype);
-  const TensorView v = value_view(function, operands[3], q.dtype, k.dtype);
-  const AttentionArguments arguments = arguments_of(function, options, q, k, v);
+}  // namespace
+
+py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
+                      const py::sequence& wrt) {
+  const char* function = arguments.function;
+  const TensorView& q = arguments.q;
   Problem problem = make_problem(arguments);
   const Shape shape = out_shape(problem);
   const TensorView dout = result_view(function, "grad_out", operands[0], shape, q.dtype);
@@ -93,6 +99,15 @@ py::dict attention_backward(const char* function, const py::tuple& operands, con
   }
   if (!finished) throw py::error_already_set();
   return results.arrays;
+}
+
+namespace {
+
+py::dict attention_backward(const char* function, const py::tuple& operands, const py::sequence& wrt,
+                            py::handle option_values) {
+  const Options& options = options_of(option_values);
+  const AttentionArguments arguments = arguments_of(function, operands[1], operands[2], operands[3], options);
+  return gradients_of(arguments, options, operands, wrt);
 }
 
 }  // namespace
