@@ -15,6 +15,7 @@ from ._info import show_config, show_runtime
 from ._layer import SelfAttention
 from ._paged import PagedKVCache
 from ._relative import relative_attention
+from ._relative_gradients import relative_attention_backward, relative_attention_vjp
 from ._rope import RoPE, apply_rope
 from ._self_attention import self_attention
 from ._states import merge_states
@@ -47,6 +48,8 @@ __all__ = [
     "isas",
     "merge_states",
     "relative_attention",
+    "relative_attention_backward",
+    "relative_attention_vjp",
     "self_attention",
     "set_num_threads",
     "show_config",

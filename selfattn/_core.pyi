@@ -90,12 +90,21 @@ def attention_varlen_backward(
     /,
 ) -> dict[str, Any]: ...
 def relative_attention(
+    function: str,
     inputs: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
     terms: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int],  # r, u, w, r_origin
     out: NDArray[Any] | None,
     options: Options,
     /,
 ) -> Any: ...
+def relative_attention_backward(
+    function: str,
+    operands: tuple[NDArray[Any] | None, ...],  # as for attention_backward
+    terms: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int],
+    wrt: tuple[str, ...],
+    options: Options,
+    /,
+) -> dict[str, NDArray[Any]]: ...
 def make_cache_store(
     *,
     k: NDArray[Any],  # (blocks, heads, slots, width)

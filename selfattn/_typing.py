@@ -97,6 +97,26 @@ class VjpOptions(GradientOptions, total=False):
     return_weights: bool
 
 
+class RelativeGradientOptions(ScoreOptions, total=False):
+    """Options of `relative_attention_backward`."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    q_lens: ArrayLike | None
+    kv_lens: ArrayLike | None
+    kv_starts: ArrayLike | None
+    mem_len: int
+    r_origin: int
+    layout: Layout
+
+
+class RelativeVjpOptions(RelativeGradientOptions, total=False):
+    """Options of `relative_attention_vjp`."""
+
+    return_lse: bool
+    return_weights: bool
+
+
 class RelativeOptions(PaddedOptions, total=False):
     """Options of `relative_attention`."""
 

@@ -50,6 +50,14 @@ def relative(x: Array) -> None:
     sa.relative_attention(x, x, x, x, x, x, q_offset=3)  # type: ignore[call-overload]
 
 
+def relative_gradients(x: Array) -> None:
+    _, vjp = sa.relative_attention_vjp(x, x, x, x, x, x, mem_len=3, return_lse=True, wrt=("r", "t5"))
+    assert_type(vjp(x), sa.Gradients)
+    sa.relative_attention_vjp(x, x, x, x, x, x, out=x)  # type: ignore[call-arg]
+    assert_type(sa.relative_attention_backward(*[x] * 9, mem_len=3, window=(3, 0), accumulate=False), sa.Gradients)
+    sa.relative_attention_backward(x, x, x, x, x, x, x, x, x, q_offset=3)  # type: ignore[call-arg]
+
+
 def layers(x: Array, cache: sa.KVCache) -> None:
     layer = sa.SelfAttention(x, x, x, num_heads=2, rope=True)
     assert_type(layer.num_heads, int)
