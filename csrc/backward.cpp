@@ -5,102 +5,62 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <thread>
 
 #include "backward_memory.h"
-#include "rows.h"
-#include "score_rows.h"
-#include "scratch_pool.h"
+#include "backward_relative.h"
+#include "backward_rows.h"
+#include "backward_run.h"
+#include "backward_sums.h"
 
 namespace selfattn {
 namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
+// The backward pass of one problem.
 template <class T>
-constexpr DType type_of = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
-
-// Copies rows of an operand to contiguous rows of T, zero-padded to `step` elements, and returns the copy; or the rows
-// themselves, if they have this form.
-template <class T>
-const char* gather(const KernelSet& kernels, const SourceRows& from, std::int64_t rows, std::int64_t width,
-                   std::int64_t step, char* to) {
-  const std::int64_t size = static_cast<std::int64_t>(sizeof(T));
-  if (width == step) {
-    const bool aligned = reinterpret_cast<std::uintptr_t>(from.data) % sizeof(T) == 0;
-    if (from.dtype == type_of<T> && aligned && from.column == size && from.row == step * size) return from.data;
-    gather_rows(kernels, to, type_of<T>, from, rows, width);
-    return to;
-  }
-  for (std::int64_t r = 0; r < rows; ++r) {
-    char* row = to + r * step * size;
-    gather_rows(kernels, row, type_of<T>, {{from.data + r * from.row, 0, from.column}, from.dtype}, 1, width);
-    std::memset(row + width * size, 0, static_cast<std::size_t>((step - width) * size));
-  }
-  return to;
-}
-
-template <class T>
-class BackwardRun {
+class BackwardPart {
  public:
-  BackwardRun(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan, int threads,
-              Interrupted interrupted)
-      : problem_(problem),
-        gradients_(gradients),
-        plan_(plan),
-        terms_(score_terms(problem)),
-        memory_(plan.shared_bytes + plan.thread_bytes * static_cast<std::size_t>(threads)),
-        shared_(memory_.data(), plan, problem),
-        loop_(plan.tasks, threads, interrupted) {
+  BackwardPart(const BackwardJob& job, char* shared_memory, TaskLoop& loop)
+      : problem_(*job.problem),
+        gradients_(*job.gradients),
+        plan_(*job.plan),
+        terms_(score_terms(problem_)),
+        sums_(problem_, gradients_, plan_),
+        relative_(problem_, gradients_, plan_),
+        shared_(shared_memory, plan_, problem_),
+        loop_(loop) {
     // The rows of a block belong to one head, so that they share one line of biases by distance.
-    terms_.toeplitz = problem.distance_bias && !problem.bias && !problem.mask;
-    std::uninitialized_value_construct_n(shared_.rows_prepared, plan.row_tasks);
-    std::uninitialized_value_construct_n(shared_.progress, plan.tasks - plan.row_tasks);
+    terms_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
+    std::uninitialized_value_construct_n(shared_.rows_prepared, plan_.row_tasks);
+    std::uninitialized_value_construct_n(shared_.progress, plan_.tasks - plan_.row_tasks);
   }
 
-  bool execute() { return loop_.run(*this); }
+  void prepare_rows(std::int64_t index, char* own_memory) noexcept {
+    prepare_rows(index, BackwardSlot(own_memory, plan_, problem_, gradients_));
+    shared_.rows_prepared[index].store(1, std::memory_order_release);
+  }
 
-  void operator()(std::int64_t index, int slot_index) noexcept {
-    char* own = memory_.data() + plan_.shared_bytes + plan_.thread_bytes * static_cast<std::size_t>(slot_index);
-    const BackwardSlot slot(own, plan_, problem_, gradients_);
-    if (index < plan_.row_tasks) {
-      prepare_rows(index, slot);
-      shared_.rows_prepared[index].store(1, std::memory_order_release);
-      return;
-    }
-    index -= plan_.row_tasks;
+  void visit_range(std::int64_t index, char* own_memory, int slot_index) noexcept {
+    const BackwardSlot slot(own_memory, plan_, problem_, gradients_);
     // All heads for the first keys, then all heads for the next ones: a task needs what the task of the range before
     // has done, which then was started long ago.
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
-    Task task{index, index / heads, index % heads / problem_.num_kv_heads, index % problem_.num_kv_heads, slot_index};
+    BackwardTask task{index, index / heads, index % heads / problem_.num_kv_heads, index % problem_.num_kv_heads,
+                      slot_index};
     task.first = task.range * plan_.range_keys;
     task.count = static_cast<int>(std::min<std::int64_t>(problem_.kv_len - task.first, plan_.range_keys));
     visit_rows(task, slot);
   }
 
  private:
-  struct Task {
-    std::int64_t index, range, batch, kv_head;
-    int slot;
-    std::int64_t first = 0;  // key
-    int count = 0;
-    bool finite = false;  // its keys and values are
-  };
-
   RowSpan span_of(std::int64_t batch, std::int64_t head, std::int64_t block) const {
     return make_span(problem_, batch, head, 1, block * plan_.block_rows, plan_.block_rows);
   }
 
-  std::int64_t row_index(const RowSpan& span) const {
-    return (span.batch * problem_.num_heads + span.first_head) * problem_.q_len + span.first;
-  }
   std::int64_t padded_row_index(const RowSpan& span) const {
     return (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks * plan_.block_rows + span.first;
-  }
-
-  SourceRows rows_of(const Operand& operand, const RowSpan& span) const {
-    return {{element(problem_, operand, span, place_of(span, 0)), operand.row, operand.column}, operand.dtype};
   }
 
   // What the kernel needs to know about each row, and the results of rows that see no key.
@@ -111,9 +71,9 @@ class BackwardRun {
     T* shift = reinterpret_cast<T*>(shared_.shift) + first;
     T* factor = reinterpret_cast<T*>(shared_.factor) + first;
     T* delta = reinterpret_cast<T*>(shared_.delta) + first;
-    const char* dout = gather<T>(*plan_.kernels, rows_of(gradients_.dout, span), span.valid, problem_.value_dim,
-                                 plan_.value_step, slot.dout);
-    const char* out = gather<T>(*plan_.kernels, rows_of(problem_.out, span), span.valid, problem_.value_dim,
+    const char* dout = gather<T>(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid,
+                                 problem_.value_dim, plan_.value_step, slot.dout);
+    const char* out = gather<T>(*plan_.kernels, rows_of(problem_, problem_.out, span), span.valid, problem_.value_dim,
                                 plan_.value_step, slot.out);
     const ValidKeys valid = valid_keys(problem_, span.batch);
     for (int i = 0; i < span.valid; ++i) {
@@ -129,20 +89,13 @@ class BackwardRun {
       shift[i] = static_cast<T>(empty ? 0 : peak);
       factor[i] = static_cast<T>(empty ? 0 : std::exp2(static_cast<double>(shift[i]) - peak));
       delta[i] = static_cast<T>(sum);
-      if (gradients_.sinks && !empty) gradients_.sinks[row_index(span) + i] = -std::exp2(row.sink - peak) * sum;
+      if (gradients_.sinks && !empty)
+        gradients_.sinks[row_index(problem_, span) + i] = -std::exp2(row.sink - peak) * sum;
     }
     for (std::int64_t i = span.valid; i < ceil_div(span.count, lanes) * lanes; ++i) shift[i] = factor[i] = delta[i] = 0;
     const KeyRange seen = span_keys(problem_, span);
     const int unseen = seen.begin < seen.end ? span.valid : 0;
-    if (gradients_.query) clear(gradients_.query, span, unseen);
-  }
-
-  // Zeros in the rows of the span from `first` on.
-  void clear(const Operand& operand, const RowSpan& span, int first) const {
-    for (int i = first; i < span.count; ++i) {
-      char* row = element(problem_, operand, span, place_of(span, i));
-      for (std::int64_t d = 0; d < problem_.head_dim; ++d) write_real(row + d * operand.column, 0, operand.dtype);
-    }
+    if (gradients_.query) clear_rows(problem_, gradients_.query, span, unseen);
   }
 
   // Waits until a task has passed the block of rows. Such a task was started before, by a thread that does not wait for
@@ -156,7 +109,7 @@ class BackwardRun {
     return true;
   }
 
-  void visit_rows(Task& task, BackwardSlot slot) noexcept {
+  void visit_rows(BackwardTask& task, BackwardSlot slot) noexcept {
     load_keys(task, slot);
     const std::int64_t blocks = problem_.group_size * plan_.row_blocks;
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
@@ -167,7 +120,7 @@ class BackwardRun {
       const KeyRange seen = span_keys(problem_, span);
       if (seen.begin < task.first + task.count && task.first < seen.end && seen.begin < seen.end)
         if (!visit(task, span, seen, block, slot)) return;
-      if (gradients_.distance_bias && !sum_distances(task, block, slot)) return;
+      if (gradients_.of_heads() && !deliver(task, span, block, slot)) return;
       // Who shares gradients of scores relies on all tasks before, also on those that skipped the block.
       if (gradients_.shares_scores && task.index % heads > 0 &&
           !wait_for(task.index - 1, blocks_before(block), task.slot))
@@ -183,7 +136,7 @@ class BackwardRun {
     return (problem_.group_size - 1) * plan_.row_blocks + block % plan_.row_blocks;
   }
 
-  void load_keys(Task& task, BackwardSlot& slot) const {
+  void load_keys(BackwardTask& task, BackwardSlot& slot) const {
     const auto source = [&](const Operand& operand) {
       const char* rows = problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row;
       return SourceRows{{rows, operand.row, operand.column}, operand.dtype};
@@ -192,14 +145,15 @@ class BackwardRun {
         gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, slot.keys);
     slot.operands.values = gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim,
                                      plan_.value_step, slot.values);
-    if (slot.distance_sums) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
-    std::memset(slot.dkeys, 0, static_cast<std::size_t>(task.count * plan_.key_step * size));
-    std::memset(slot.dvalues, 0, static_cast<std::size_t>(task.count * plan_.value_step * size));
+    if (gradients_.distance_bias) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
+    relative_.start(slot);
+    clear(slot.dkeys, task.count * plan_.key_step);
+    clear(slot.dvalues, task.count * plan_.value_step);
     task.finite = plan_.kernel->finite(slot.operands.keys, task.count * plan_.key_step) &&
                   plan_.kernel->finite(slot.operands.values, task.count * plan_.value_step);
   }
 
-  void store_keys(const Task& task, const BackwardSlot& slot) const {
+  void store_keys(const BackwardTask& task, const BackwardSlot& slot) const {
     const auto store = [&](const Operand& operand, char* rows, std::int64_t width, std::int64_t step, double factor) {
       if (!operand) return;
       char* to = problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row;
@@ -212,37 +166,36 @@ class BackwardRun {
     store(gradients_.value, slot.dvalues, problem_.value_dim, plan_.value_step, 1);
   }
 
-  // At the end of a head, adds its gradients by distance to those of the keys before; clears them for the next head.
-  bool sum_distances(const Task& task, std::int64_t block, const BackwardSlot& slot) noexcept {
-    if (block % plan_.row_blocks != plan_.row_blocks - 1) return true;
+  // Adds what is summed over rows to the gradients of the head, after the keys before. With relative products, tasks
+  // wait after every block, also after those they skip, since the next one relies on all before.
+  bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block, const BackwardSlot& slot) noexcept {
+    const bool last_of_head = block % plan_.row_blocks == plan_.row_blocks - 1;
+    if (!last_of_head && !problem_.relative) return true;
     if (task.range > 0 && !wait_for(task.index - problem_.batch * problem_.num_kv_heads, block, task.slot))
       return false;
-    const std::int64_t head = task.kv_head * problem_.group_size + block / plan_.row_blocks;
-    const std::int64_t count = problem_.distance_bias.count;
-    double* sums = gradients_.distance_bias + (task.batch * problem_.num_heads + head) * count;
-    for (std::int64_t i = 0; i < count; ++i) sums[i] += slot.distance_sums[i];
-    std::fill_n(slot.distance_sums, count, 0.0);
+    if (problem_.relative) relative_.deliver(task, span, last_of_head, slot);
+    if (gradients_.distance_bias && last_of_head) sums_.deliver_distances(span, slot);
     return true;
   }
 
-  bool visit(const Task& task, const RowSpan& span, const KeyRange& seen, std::int64_t block,
+  bool visit(BackwardTask& task, const RowSpan& span, const KeyRange& seen, std::int64_t block,
              BackwardSlot slot) noexcept {
     const ValidKeys valid = valid_keys(problem_, span.batch);
     for (int i = 0; i < span.valid; ++i) slot.rows[i] = describe_row(problem_, span, place_of(span, i), valid);
-    if (problem_.distance_bias)
+    if (problem_.distance_bias || problem_.relative)
       DistanceTerms(problem_, plan_.relative, span, slot.rows, slot.distance)
           .prepare(task.first, task.count, task.first + task.count);
-    slot.operands.queries = gather<T>(*plan_.kernels, rows_of(problem_.query, span), span.valid, problem_.head_dim,
-                                      plan_.key_step, slot.queries);
-    slot.operands.dout = gather<T>(*plan_.kernels, rows_of(gradients_.dout, span), span.valid, problem_.value_dim,
-                                   plan_.value_step, slot.dout);
+    slot.operands.queries = gather_queries<T>(problem_, plan_, span, problem_.key_bias, slot.queries);
+    slot.operands.dout = gather<T>(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid,
+                                   problem_.value_dim, plan_.value_step, slot.dout);
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
     while (shared_.rows_prepared[row_task].load(std::memory_order_acquire) == 0)
       if (loop_.should_stop(task.slot)) return false;
-    if (slot.dscores)
-      std::memset(slot.dscores, 0, static_cast<std::size_t>(span.valid * std::int64_t{plan_.range_keys} * size));
+    if (slot.dscores) clear(slot.dscores, span.valid * plan_.score_step);
+    if (slot.relative.dproducts) clear(slot.relative.dproducts, plan_.block_rows + span.valid * plan_.score_step);
     plan_.kernel->run(block_of(task, span, slot));
+    relative_.visit(task, span, slot);
 
     const bool first = seen.begin / plan_.range_keys == task.range;
     const bool last = (seen.end - 1) / plan_.range_keys == task.range;
@@ -250,15 +203,15 @@ class BackwardRun {
     if (gradients_.shares_scores && task.index % heads > 0 &&
         !wait_for(task.index - 1, blocks_before(block), task.slot))
       return false;
-    if (gradients_.key_sums || gradients_.scores) add_dscores(task, span, slot);
-    if (gradients_.distance_bias) add_distances(task, span, slot);
+    if (gradients_.key_sums || gradients_.scores) sums_.add_scores(task, span, slot);
+    if (gradients_.distance_bias) sums_.add_distances(task, span, slot);
     if (!first && !wait_for(task.index - heads, block, task.slot)) return false;
-    add_row_results(task, span, slot);
+    sums_.add_rows(task, span, slot);
     if (gradients_.query) add_dquery(span, slot, first, last);
     return true;
   }
 
-  BackwardBlock block_of(const Task& task, const RowSpan& span, const BackwardSlot& slot) const {
+  BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
     const std::int64_t row = padded_row_index(span) * size;
     const bool finite = task.finite && plan_.kernel->finite(slot.operands.queries, span.valid * plan_.key_step) &&
                         plan_.kernel->finite(slot.operands.dout, span.valid * plan_.value_step);
@@ -282,68 +235,23 @@ class BackwardRun {
             .dvalues = slot.dvalues,
             .finite = finite,
             .dscores = slot.dscores,
-            .dscore_step = plan_.range_keys,
+            .dproducts = slot.relative.dproducts ? slot.relative.dproducts + plan_.block_rows * size : nullptr,
+            .dscore_step = plan_.score_step,
             .dweights = gradients_.dweights ? element(problem_, gradients_.dweights, span, place_of(span, 0)) : nullptr,
             .dweight_step = gradients_.dweights.row / size,
             .scratch = slot.kernel_scratch};
   }
 
-  const T* dscores_of(const BackwardSlot& slot, int row) const {
-    return reinterpret_cast<const T*>(slot.dscores) + row * std::int64_t{plan_.range_keys};
-  }
-
-  void add_dscores(const Task& task, const RowSpan& span, const BackwardSlot& slot) const {
-    T* sums = gradients_.key_sums
-                  ? reinterpret_cast<T*>(gradients_.key_sums) +
-                        (span.batch * problem_.num_heads + span.first_head) * problem_.kv_len + task.first
-                  : nullptr;
-    for (int i = 0; i < span.valid; ++i) {
-      const T* from = dscores_of(slot, i);
-      if (sums)
-        for (int j = 0; j < task.count; ++j) sums[j] += from[j];
-      if (!gradients_.scores) continue;
-      T* to = reinterpret_cast<T*>(element(problem_, gradients_.scores, span, place_of(span, i))) + task.first;
-      for (int j = 0; j < task.count; ++j) to[j] += from[j];
-    }
-  }
-
-  void add_distances(const Task& task, const RowSpan& span, const BackwardSlot& slot) const {
-    const ByDistance& table = problem_.distance_bias;
-    for (int i = 0; i < span.valid; ++i) {
-      const T* from = dscores_of(slot, i);
-      const std::int64_t first = place_of(span, i).query + problem_.offset_of(span.batch) - task.first + table.origin;
-      for (int j = 0; j < task.count; ++j)
-        slot.distance_sums[std::clamp<std::int64_t>(first - j, 0, table.count - 1)] += static_cast<double>(from[j]);
-    }
-  }
-
-  void add_row_results(const Task& task, const RowSpan& span, const BackwardSlot& slot) const {
-    const std::int64_t index = row_index(span);
-    const std::int64_t offset = problem_.offset_of(span.batch);
-    for (int i = 0; i < span.valid; ++i) {
-      if (gradients_.scale)
-        gradients_.scale[index + i] += plan_.kernel->dot(slot.operands.queries + i * plan_.key_step * size,
-                                                         slot.dquery + i * plan_.key_step * size, plan_.key_step);
-      if (!gradients_.slopes && !gradients_.row_sums) continue;
-      const T* from = dscores_of(slot, i);
-      const double position = static_cast<double>(place_of(span, i).query + offset - task.first);
-      double sum = 0, moment = 0;
-      for (int j = 0; j < task.count; ++j) {
-        sum += static_cast<double>(from[j]);
-        moment += static_cast<double>(from[j]) * std::abs(position - j);
-      }
-      if (gradients_.slopes) gradients_.slopes[index + i] -= moment;
-      if (gradients_.row_sums) gradients_.row_sums[index + i] += sum;
-    }
-  }
-
   void add_dquery(const RowSpan& span, const BackwardSlot& slot, bool first, bool last) const {
     const T scale = static_cast<T>(problem_.scale);
     for (int i = 0; i < span.valid; ++i) {
-      const T* part = reinterpret_cast<const T*>(slot.dquery) + i * plan_.key_step;
+      T* part = reinterpret_cast<T*>(slot.dquery) + i * plan_.key_step;
+      const T* relative = reinterpret_cast<const T*>(slot.relative.dquery) + i * plan_.key_step;
+      for (std::int64_t d = 0; problem_.relative && d < problem_.head_dim; ++d) part[d] += relative[d];
       char* result = element(problem_, gradients_.query, span, place_of(span, i));
-      T* sum = plan_.buffers_dquery ? reinterpret_cast<T*>(shared_.dquery) + (row_index(span) + i) * problem_.head_dim
-                                    : reinterpret_cast<T*>(result);
+      T* sum = plan_.buffers_dquery
+                   ? reinterpret_cast<T*>(shared_.dquery) + (row_index(problem_, span) + i) * problem_.head_dim
+                   : reinterpret_cast<T*>(result);
       if (first)
         for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * part[d];
       else
@@ -354,28 +262,39 @@ class BackwardRun {
     }
   }
 
+  static void clear(char* elements, std::int64_t count) {
+    std::memset(elements, 0, static_cast<std::size_t>(count * size));
+  }
+
   static constexpr std::int64_t size = static_cast<std::int64_t>(sizeof(T));
 
   const Problem& problem_;
   const Gradients& gradients_;
   const BackwardPlan& plan_;
   ScoreTerms terms_;
-  const Scratch memory_;
+  const ScoreSums<T> sums_;
+  const RelativeSums<T> relative_;
   const BackwardShared shared_;
-  TaskLoop loop_;
+  TaskLoop& loop_;
 };
 
 }  // namespace
+
+bool attend_backward(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan, int threads,
+                     Interrupted interrupted) {
+  const BackwardJob job{&problem, &gradients, &plan};
+  return attend_backward(&job, 1, threads, interrupted);
+}
 
 int threads_for(const BackwardPlan& plan, int num_threads) {
   return useful_threads(plan.flops, 0, plan.tasks, num_threads);
 }
 
-bool attend_backward(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan, int threads,
-                     Interrupted interrupted) {
-  if (plan.tasks == 0) return true;
-  return problem.dtype == DType::f32 ? BackwardRun<float>(problem, gradients, plan, threads, interrupted).execute()
-                                     : BackwardRun<double>(problem, gradients, plan, threads, interrupted).execute();
+bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted) {
+  if (std::all_of(jobs, jobs + count, [](const BackwardJob& job) { return job.plan->tasks == 0; })) return true;
+  return jobs->problem->dtype == DType::f32
+             ? BackwardRun<BackwardPart<float>>(jobs, count, threads, interrupted).execute()
+             : BackwardRun<BackwardPart<double>>(jobs, count, threads, interrupted).execute();
 }
 
 }  // namespace selfattn

@@ -27,8 +27,17 @@ struct Gradients {
   double* slopes = nullptr;         // the same for the ALiBi slope of the row's head
   double* sinks = nullptr;          // the same for the sink
   double* distance_bias = nullptr;  // (batch, num_heads, Problem::distance_bias.count)
+  // Of Transformer-XL's terms.
+  char* relative = nullptr;         // (batch, num_heads, Problem::relative.count, head_dim)
+  double* key_bias = nullptr;       // (batch, num_heads, head_dim)
+  double* relative_bias = nullptr;  // the same
 
   bool of_scores() const { return scores || key_sums || row_sums || slopes || distance_bias; }
+  bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
+  // Whether any of them passes through the products of queries and the vectors of distances.
+  bool through_distances(const Problem& problem) const {
+    return problem.relative && (query || scale || relative || relative_bias);
+  }
 };
 
 // How to compute gradients. A task is a range of keys of one KV head: it visits all query rows that see them, and adds
@@ -43,6 +52,7 @@ struct BackwardPlan {
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
   std::int64_t key_step, value_step;  // elements from one row of keys or values in scratch memory to the next
+  std::int64_t score_step;            // the same for gradients of scores
   bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
   std::int64_t row_tasks;             // the tasks that come first: one per block of rows
   std::int64_t tasks;                 // all
@@ -60,5 +70,18 @@ int threads_for(const BackwardPlan& plan, int num_threads);
 // then unspecified.
 bool attend_backward(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan, int threads,
                      Interrupted interrupted);
+
+struct BackwardJob {
+  const Problem* problem;
+  const Gradients* gradients;
+  const BackwardPlan* plan;
+};
+
+// The same for several problems at once: one team of threads shares all their tasks. The problems must have the same
+// type of computation, and their gradients must not share memory.
+bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted);
+
+// Number of threads worth using for all jobs together.
+int threads_for(const BackwardJob* jobs, std::int64_t count, int num_threads);
 
 }  // namespace selfattn

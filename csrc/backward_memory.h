@@ -8,8 +8,21 @@
 
 namespace selfattn {
 
+// For the relative half.
+struct RelativeMemory {
+  char* dproducts = nullptr;  // block_rows elements of margin, then [block_rows][score_step]
+  char* queries = nullptr;    // [block_rows][head_dim], as for the relative products
+  char* dquery = nullptr;     // the same
+  char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: those of the block's distances
+  char* window = nullptr;     // the same: sums of their gradients, see backward_relative.h
+  // Sums of the current head, [head_dim]: gradients of the vectors at both ends of the table, and of the added vectors.
+  double* ends[2] = {};
+  double* key_bias = nullptr;
+  double* relative_bias = nullptr;
+};
+
 // Rows of operands in the form that kernels need: the caller's own, if they have it, or copies in a slot.
-struct BackwardRows {
+struct BackwardOperands {
   const char *queries, *dout;  // of the current block of rows
   const char *keys, *values;   // of the current task
 };
@@ -25,11 +38,12 @@ struct BackwardSlot {
   char* values;   // [range_keys][value_dim]
   char* dkeys;
   char* dvalues;
-  char* dscores;  // [block_rows][range_keys]
+  char* dscores;  // [block_rows][score_step]
   char* kernel_scratch;
-  BackwardRows operands{};
+  BackwardOperands operands{};
   DistanceMemory distance;
   double* distance_sums;  // of the current head: Gradients::distance_bias
+  RelativeMemory relative;
   std::size_t bytes;
 
   BackwardSlot(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients);

@@ -36,6 +36,26 @@ void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   plan.block_rows = strip * static_cast<int>(std::max<std::int64_t>(strips, 1));
 }
 
+RelativeMemory place_relative(core::Carver& carver, const BackwardPlan& plan, const Problem& problem,
+                              const Gradients& gradients) {
+  const std::int64_t size = size_of(problem.dtype), row = plan.key_step * size;
+  const std::int64_t columns = plan.block_rows + plan.range_keys - 1;
+  RelativeMemory memory;
+  if (gradients.through_distances(problem)) {
+    memory.dproducts = carver.take<char>(plan.block_rows * (plan.score_step + 1) * size);
+    memory.queries = carver.take<char>(plan.block_rows * row);
+    memory.dquery = carver.take<char>(plan.block_rows * row);
+    memory.vectors = carver.take<char>(columns * row);
+  }
+  if (gradients.relative) {
+    memory.window = carver.take<char>(columns * row);
+    for (double*& end : memory.ends) end = carver.take<double>(problem.head_dim);
+  }
+  if (gradients.key_bias) memory.key_bias = carver.take<double>(problem.head_dim);
+  if (gradients.relative_bias) memory.relative_bias = carver.take<double>(problem.head_dim);
+  return memory;
+}
+
 }  // namespace
 
 BackwardSlot::BackwardSlot(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients) {
@@ -51,11 +71,12 @@ BackwardSlot::BackwardSlot(char* base, const BackwardPlan& plan, const Problem& 
   values = take(keys_ * plan.value_step);
   dkeys = take(keys_ * plan.key_step);
   dvalues = take(keys_ * plan.value_step);
-  dscores = gradients.of_scores() ? take(rows_ * keys_) : nullptr;
+  dscores = gradients.of_scores() ? take(rows_ * plan.score_step) : nullptr;
   kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
       plan.kernel->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
   distance = place_distance_memory(base, carver.used, problem, plan.relative, rows_, keys_);
   distance_sums = gradients.distance_bias ? carver.take<double>(problem.distance_bias.count) : nullptr;
+  relative = place_relative(carver, plan, problem, gradients);
   bytes = carver.used;
 }
 
@@ -81,6 +102,8 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   choose_blocks(plan, problem);
   plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
                    plan.range_keys};
+  // Room between rows, so that they can be read as if shifted by up to block_rows - 1.
+  plan.score_step = plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0);
   plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);
   plan.ranges = ceil_div(problem.kv_len, plan.range_keys);
   plan.buffers_dquery = gradients.query && !(gradients.query.in_place && gradients.query.dtype == problem.dtype);
@@ -88,10 +111,20 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   plan.tasks = plan.row_tasks + problem.batch * problem.num_kv_heads * plan.ranges;
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
-               static_cast<double>(3 * problem.head_dim + 2 * problem.value_dim);
+               static_cast<double>((problem.relative ? 6 : 3) * problem.head_dim + 2 * problem.value_dim);
   plan.thread_bytes = BackwardSlot(nullptr, plan, problem, gradients).bytes;
   plan.shared_bytes = BackwardShared(nullptr, plan, problem).bytes;
   return plan;
+}
+
+int threads_for(const BackwardJob* jobs, std::int64_t count, int num_threads) {
+  double flops = 0;
+  std::int64_t tasks = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    flops += jobs[i].plan->flops;
+    tasks += jobs[i].plan->tasks;
+  }
+  return useful_threads(flops, 0, tasks, num_threads);
 }
 
 }  // namespace selfattn

@@ -91,7 +91,7 @@ void rotate_token(const Rope& rope, const Rotation& part, std::int64_t token, co
   for (std::int64_t i = 0; i < half; ++i) {
     const double angle = position * frequencies[i];
     cosines[i] = std::cos(angle);
-    sines[i] = std::sin(angle);
+    sines[i] = std::sin(part.inverse ? -angle : angle);
   }
   const TensorView &from = part.from, &to = part.to;
   const char* source = static_cast<const char*>(from.data);

@@ -18,6 +18,7 @@ struct Rotation {
   TensorView from, to;
   TensorView positions;                // integers that broadcast to (..., tokens), or absent: 0, 1, 2, ...
   const std::int64_t* ends = nullptr;  // without positions: the last token of sequence b has position ends[b] - 1
+  bool inverse = false;                // rotate by the negative angles
 };
 
 // Rotates every vector by the position of its token. Results do not depend on the number of threads. Returns false if

@@ -15,11 +15,13 @@ from ._info import show_config, show_runtime
 from ._layer import SelfAttention
 from ._paged import PagedKVCache
 from ._relative import relative_attention
+from ._relative_gradients import relative_attention_backward, relative_attention_vjp
 from ._rope import RoPE, apply_rope
 from ._self_attention import self_attention
 from ._states import merge_states
 from ._threads import active_isa, get_num_threads, isas, set_num_threads, use_isa
 from ._varlen import attention_varlen
+from ._varlen_gradients import attention_varlen_backward, attention_varlen_vjp
 
 __version__ = _version("selfattn")
 
@@ -37,6 +39,8 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_varlen",
+    "attention_varlen_backward",
+    "attention_varlen_vjp",
     "attention_vjp",
     "attention_with_kvcache",
     "explain",
@@ -44,6 +48,8 @@ __all__ = [
     "isas",
     "merge_states",
     "relative_attention",
+    "relative_attention_backward",
+    "relative_attention_vjp",
     "self_attention",
     "set_num_threads",
     "show_config",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, core_options, flag
+from ._arguments import ACCEPTED, as_array, core_options, flag, is_float
 from ._attention import attention
 from ._keywords import clean_signature, refuse_unknown
 from ._typing import Array, GradientOptions, VjpOptions
@@ -117,12 +117,8 @@ def attention_backward(
     """
     refuse_unknown(attention_backward, options)
     function = "attention_backward"
-    operands = _Operands(function, q, k, v, options, wrt)
-    targets = _targets(function, into, accumulate, operands.wrt)
-    out_array = as_array(function, "out", out)
-    lse_array = as_array(function, "lse", lse)
-    gradients = operands.backward(_Upstream(grad_out, grad_lse, grad_weights), out_array, lse_array)
-    return _deliver(function, operands.in_shape(gradients), targets, accumulate)
+    operands = Operands(function, (q, k, v), options, wrt)
+    return operands.deliver(Upstream(grad_out, grad_lse, grad_weights), out, lse, into, accumulate)
 
 
 @clean_signature(attention, without=("out",))
@@ -167,23 +163,10 @@ def attention_vjp(
     function = "attention_vjp"
     return_lse = flag(function, "return_lse", options.pop("return_lse", False))
     return_weights = flag(function, "return_weights", options.pop("return_weights", False))
-    operands = _Operands(function, q, k, v, options, wrt)
-    forward = operands.options.copy()
-    forward.return_lse, forward.return_weights, forward.exact = True, return_weights, True
-    exact_out, exact_lse, *weights = _core.attention(operands.q, operands.k, operands.v, None, forward)
-    out = exact_out.astype(operands.q.dtype, copy=True)
-
-    def vjp(grad_out: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None) -> Gradients:
-        """Return the gradients for those of out, lse and weights."""
-        upstream = _Upstream(grad_out, grad_lse, grad_weights)
-        return Gradients(**operands.in_shape(operands.backward(upstream, exact_out, exact_lse)))
-
-    if not (return_lse or return_weights):
-        return out, vjp
-    return (out, *([exact_lse.astype(exact_out.dtype)] if return_lse else []), *weights), vjp
+    return Operands(function, (q, k, v), options, wrt).vjp(return_lse, return_weights)
 
 
-class _Upstream(NamedTuple):
+class Upstream(NamedTuple):
     """The gradients of the results."""
 
     out: ArrayLike
@@ -191,45 +174,90 @@ class _Upstream(NamedTuple):
     weights: ArrayLike | None
 
 
-class _Operands:
+class Operands:
     """The arguments of a forward pass, converted."""
 
+    always: tuple[str, ...] = ("q", "k", "v")  # names of arguments that every call has
+
     def __init__(
-        self, function: str, q: ArrayLike, k: ArrayLike, v: ArrayLike, options: Mapping[str, Any], wrt: Sequence[str]
+        self, function: str, arrays: Sequence[ArrayLike], options: Mapping[str, Any], wrt: Sequence[str]
     ) -> None:
         self.function = function
-        self.q, self.k, self.v = (as_array(function, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
         self.given = options
-        self.options = core_options(function, **options)
-        self.wrt = _names(function, wrt, options)
+        self.convert(arrays, options)
+        self.wrt = _names(function, wrt, options, self.always)
 
-    def backward(self, upstream: _Upstream, out: NDArray[Any], lse: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    def convert(self, arrays: Sequence[ArrayLike], options: Mapping[str, Any]) -> None:
+        """Set the attributes that hold converted arguments."""
+        self.q, self.k, self.v = (as_array(self.function, name, x) for name, x in zip("qkv", arrays, strict=True))
+        self.options = core_options(self.function, **options)
+
+    def forward(self, options: _core.Options) -> Any:
+        """Compute the forward pass."""
+        return _core.attention_for(self.function, self.q, self.k, self.v, options)
+
+    def differentiate(self, operands: tuple[NDArray[Any] | None, ...]) -> dict[str, NDArray[Any]]:
+        """Compute the backward pass."""
+        return _core.attention_backward(self.function, operands, self.wrt, self.options)
+
+    def deliver(
+        self,
+        upstream: Upstream,
+        out: ArrayLike,
+        lse: ArrayLike,
+        into: Gradients | Mapping[str, Array] | None,
+        accumulate: bool,
+    ) -> Gradients:
+        """Return the gradients, or write them to the caller's arrays."""
+        targets = _targets(self.function, into, accumulate, self.wrt)
+        out_array = as_array(self.function, "out", out)
+        lse_array = as_array(self.function, "lse", lse)
+        gradients = self.in_shape(self.backward(upstream, out_array, lse_array))
+        return _deliver(self.function, gradients, targets, accumulate)
+
+    def vjp(self, return_lse: bool, return_weights: bool) -> tuple[Any, Vjp]:
+        """Compute the forward pass and return the function that computes its gradients."""
+        options = self.options.copy()
+        options.return_lse, options.return_weights, options.exact = True, return_weights, True
+        exact_out, exact_lse, *weights = self.forward(options)
+        out = exact_out.astype(self.q.dtype, copy=True)
+
+        def vjp(
+            grad_out: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None
+        ) -> Gradients:
+            """Return the gradients for those of out, lse and weights."""
+            upstream = Upstream(grad_out, grad_lse, grad_weights)
+            return Gradients(**self.in_shape(self.backward(upstream, exact_out, exact_lse)))
+
+        if not (return_lse or return_weights):
+            return out, vjp
+        return (out, *([exact_lse.astype(exact_out.dtype)] if return_lse else []), *weights), vjp
+
+    def backward(self, upstream: Upstream, out: NDArray[Any], lse: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return what the core computes: arrays with all axes of heads and batch."""
         grad_out = as_array(self.function, "grad_out", upstream.out)
-        grad_lse = None if upstream.lse is None else as_array(self.function, "grad_lse", upstream.lse)
+        grad_lse = None if upstream.lse is None else _floats(self.function, "grad_lse", upstream.lse)
         grad_weights = None
         if upstream.weights is not None:
-            grad_weights = as_array(self.function, "grad_weights", upstream.weights)
+            grad_weights = _floats(self.function, "grad_weights", upstream.weights)
             grad_weights = np.ascontiguousarray(grad_weights, dtype=_computed_in(self.q.dtype))
             through = self._through_weights(grad_weights)
+            if grad_lse is not None and grad_lse.shape != through.shape:
+                raise ValueError(f"{self.function}: grad_lse has shape {grad_lse.shape} but {through.shape} is needed")
             grad_lse = -through if grad_lse is None else grad_lse - through
-        return _core.attention_backward(
-            self.function,
-            (grad_out, self.q, self.k, self.v, out, lse, grad_lse, grad_weights),
-            self.wrt,
-            self.options,
-        )
+        return self.differentiate((grad_out, self.q, self.k, self.v, out, lse, grad_lse, grad_weights))
 
     def _through_weights(self, grad_weights: NDArray[Any]) -> NDArray[Any]:
         """Return each row's sum of weights times their gradients, which is subtracted from the gradients of scores."""
         options = self.options.copy()
         options.return_lse, options.return_weights = False, True
-        _, weights = _core.attention(self.q, self.k, self.v, None, options)
+        _, weights = self.forward(options)
         if weights.shape != grad_weights.shape:
             raise ValueError(
                 f"{self.function}: grad_weights has shape {grad_weights.shape} but {weights.shape} is needed"
             )
-        total: NDArray[Any] = np.einsum("...j,...j->...", weights, grad_weights, dtype=np.float64, casting="safe")
+        counted = np.where(weights == 0, 0, grad_weights)  # those of hidden keys may be anything
+        total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
         return total
 
     def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -267,14 +295,23 @@ def sum_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return (array.sum(axis=axes) if axes else array).reshape(shape)
 
 
+def _floats(function: str, name: str, value: ArrayLike) -> NDArray[Any]:
+    array = as_array(function, name, value)
+    if not is_float(array.dtype):
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
+    return array
+
+
 def _computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype in which the core computes for operands of this dtype."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def _names(function: str, wrt: Sequence[str], options: Mapping[str, Any]) -> tuple[str, ...]:
+def _names(
+    function: str, wrt: Sequence[str], options: Mapping[str, Any], always: tuple[str, ...] = ("q", "k", "v")
+) -> tuple[str, ...]:
     """Return the checked names of arguments whose gradients are wanted."""
-    known = ("q", "k", "v", *_OPTIONAL, "scale")
+    known = (*always, *_OPTIONAL, "scale")
     if isinstance(wrt, str) or not isinstance(wrt, Sequence):
         raise TypeError(f"{function}: wrt is {wrt!r}, but a sequence of names is needed")
     for name in wrt:
@@ -294,8 +331,11 @@ def _targets(
         if add:
             raise ValueError(f"{function}: accumulate is True, but there is no into to add to")
         return {}
-    named = into._asdict() if isinstance(into, Gradients) else dict(into)
-    targets = {name: array for name, array in named.items() if array is not None}
+    if isinstance(into, Gradients):
+        into = into._asdict()
+    if not isinstance(into, Mapping):
+        raise TypeError(f"{function}: into is of type {type(into).__name__}, but Gradients or a mapping is needed")
+    targets = {name: array for name, array in into.items() if array is not None}
     for name, array in targets.items():
         if name not in wrt:
             raise ValueError(f"{function}: into has {name!r}, which wrt does not name")
@@ -309,7 +349,13 @@ def _targets(
 def _deliver(
     function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool
 ) -> Gradients:
-    """Write gradients to the caller's arrays, where there are any."""
+    """Write gradients to the caller's arrays, where there are any, and return them."""
+    _write(function, gradients, targets, accumulate)
+    return Gradients(**gradients)
+
+
+def _write(function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool) -> None:
+    """Write gradients to the caller's arrays, which replace them in the dict."""
     for name, target in targets.items():
         array = gradients[name]
         if target.shape != array.shape or target.dtype != array.dtype:
@@ -323,4 +369,3 @@ def _deliver(
         else:
             target[...] = gradients[name]
         gradients[name] = target
-    return Gradients(**gradients)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _NAME = "relative_attention"
 
+Inputs = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+Terms = tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]  # r, u, w, r_origin
+
 
 # fmt: off
 @overload
@@ -139,30 +142,48 @@ def relative_attention(
     """
     if unknown:
         refuse_unknown(relative_attention, unknown, {"q_offset": "mem_len", "clamp_len": "r", "same_length": "window"})
-    q, k, v, r = (as_array(_NAME, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
-    memory = whole_number(_NAME, "mem_len", mem_len, 0)
-    options = core_options(
-        _NAME, mask=mask, bias=bias, q_offset=np.array(memory), q_lens=q_lens, kv_lens=kv_lens, kv_starts=kv_starts,
-        alibi_slopes=alibi_slopes, sinks=sinks, t5=t5, layout=layout, causal=causal, window=window, scale=scale,
-        softcap=softcap, precision=precision, return_lse=return_lse, return_weights=return_weights,
-        num_threads=num_threads,
+    inputs, terms, options = prepare(
+        _NAME, q, k, v, r, u, w, mem_len=mem_len, r_origin=r_origin, causal=causal, layout=layout, mask=mask,
+        bias=bias, q_lens=q_lens, kv_lens=kv_lens, kv_starts=kv_starts, alibi_slopes=alibi_slopes, sinks=sinks, t5=t5,
+        window=window, scale=scale, softcap=softcap, precision=precision, return_lse=return_lse,
+        return_weights=return_weights, num_threads=num_threads,
     )  # fmt: skip
-    _check_lengths(q, k, memory, layout)
-    origin = whole_number(_NAME, "r_origin", r_origin, 0)
-    if origin == 0 and not flag(_NAME, "causal", causal):
-        raise ValueError(f"{_NAME}: causal is False, but with r_origin 0 r has no rows for keys ahead of the query")
-    u, w = (np.ascontiguousarray(reals(_NAME, name, x)) for name, x in (("u", u), ("w", w)))
-    return _core.relative_attention(
-        (q, k, v), (r, u, w, origin), None if out is None else out_array(_NAME, out), options
-    )
+    return _core.relative_attention(_NAME, inputs, terms, None if out is None else out_array(_NAME, out), options)
 
 
-def _check_lengths(q: NDArray[Any], k: NDArray[Any], memory: int, layout: str) -> None:
+def prepare(
+    function: str,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    r: ArrayLike,
+    u: ArrayLike,
+    w: ArrayLike,
+    *,
+    mem_len: int = 0,
+    r_origin: int = 0,
+    causal: bool = True,
+    layout: Layout = "bhsd",
+    **options: Any,
+) -> tuple[Inputs, Terms, _core.Options]:
+    """Check and convert the arguments of relative attention or of its gradients."""
+    q, k, v, r = (as_array(function, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
+    memory = whole_number(function, "mem_len", mem_len, 0)
+    converted = core_options(function, q_offset=np.array(memory), causal=causal, layout=layout, **options)
+    _check_lengths(function, q, k, memory, layout)
+    origin = whole_number(function, "r_origin", r_origin, 0)
+    if origin == 0 and not flag(function, "causal", causal):
+        raise ValueError(f"{function}: causal is False, but with r_origin 0 r has no rows for keys ahead of the query")
+    u, w = (np.ascontiguousarray(reals(function, name, x)) for name, x in (("u", u), ("w", w)))
+    return (q, k, v), (r, u, w, origin), converted
+
+
+def _check_lengths(function: str, q: NDArray[Any], k: NDArray[Any], memory: int, layout: str) -> None:
     def length(x: NDArray[Any]) -> int:
         return int(x.shape[-3 if layout == "bshd" and x.ndim > 2 else -2])
 
     if min(q.ndim, k.ndim) >= 2 and length(k) != memory + length(q):
         raise ValueError(
-            f"{_NAME}: k has length {length(k)}, but mem_len {memory} and the length of q, {length(q)}, "
+            f"{function}: k has length {length(k)}, but mem_len {memory} and the length of q, {length(q)}, "
             f"make {memory + length(q)}"
         )

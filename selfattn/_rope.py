@@ -89,6 +89,7 @@ def apply_rope(
     *,
     layout: Layout = "bhsd",
     out: Array | None = None,
+    inverse: bool = False,
 ) -> NDArray[Any]:
     """Rotate pairs of elements of each head by angles proportional to the token's position.
 
@@ -104,6 +105,9 @@ def apply_rope(
     layout : {"bhsd", "bshd"}
     out : ndarray, optional
         Array for the result; may be x itself.
+    inverse : bool, default False
+        Rotate by the negative angles. This undoes a rotation, and is also its gradient: given the gradient of the
+        result, returns that of x.
 
     Returns
     -------
@@ -117,10 +121,13 @@ def apply_rope(
     >>> x = np.ones((2, 3, 4), dtype=np.float32)
     >>> bool(np.array_equal(sa.apply_rope(x)[:, 0], x[:, 0]))
     True
+    >>> bool(np.allclose(sa.apply_rope(sa.apply_rope(x), inverse=True), x, rtol=0, atol=1e-6))
+    True
     """
     function = "apply_rope"
     array = as_array(function, "x", x)
     choice(function, "layout", layout, LAYOUTS)
+    backwards = flag(function, "inverse", inverse)
     if not isinstance(rope, RoPE):
         raise TypeError(f"{function}: rope is {rope!r}, but a RoPE is needed")
     if array.ndim < 2:
@@ -141,7 +148,7 @@ def apply_rope(
     same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
     if not same and np.may_share_memory(out, array):
         tokens = tokens.copy()
-    _core.apply_rope(tokens, places, _tokens_first(out, layout), description)
+    _core.apply_rope(tokens, places, _tokens_first(out, layout), description, backwards)
     return out
 
 

@@ -97,6 +97,26 @@ class VjpOptions(GradientOptions, total=False):
     return_weights: bool
 
 
+class RelativeGradientOptions(ScoreOptions, total=False):
+    """Options of `relative_attention_backward`."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    q_lens: ArrayLike | None
+    kv_lens: ArrayLike | None
+    kv_starts: ArrayLike | None
+    mem_len: int
+    r_origin: int
+    layout: Layout
+
+
+class RelativeVjpOptions(RelativeGradientOptions, total=False):
+    """Options of `relative_attention_vjp`."""
+
+    return_lse: bool
+    return_weights: bool
+
+
 class RelativeOptions(PaddedOptions, total=False):
     """Options of `relative_attention`."""
 
@@ -139,6 +159,20 @@ class CachedOptions(BatchOptions, total=False):
     positions: ArrayLike | None
     cascade: bool
     layout: Layout
+
+
+class VarlenGradientOptions(ScoreOptions, total=False):
+    """Options of `attention_varlen_backward`."""
+
+    mask: Sequence[ArrayLike | None] | None
+    bias: Sequence[ArrayLike | None] | None
+    q_offset: ArrayLike | None
+
+
+class VarlenVjpOptions(VarlenGradientOptions, total=False):
+    """Options of `attention_varlen_vjp`."""
+
+    return_lse: bool
 
 
 class VarlenOptions(CommonOptions, total=False):

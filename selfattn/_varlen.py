@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import _core
-from ._arguments import as_array, core_options, integers, out_array, reals
+from ._arguments import core_options, out_array
 from ._bias import T5Bias
 from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
+from ._packing import Packed
 from ._typing import Array, No, Precision, VarlenOptions, Window, Yes
 
 if TYPE_CHECKING:
@@ -145,122 +145,20 @@ def attention_varlen(
     """
     if unknown:
         refuse_unknown(attention_varlen, unknown, {"q_lens": "cu_seqlens_q", "kv_lens": "cu_seqlens_k"})
-    lists = [isinstance(x, (list, tuple)) for x in (q, k, v)]
-    if any(lists):
-        if not all(lists):
-            raise refusal(
-                TypeError, _NAME, "q, k and v", " are of different kinds, but must be three arrays or three lists"
-            )
-        if cu_seqlens_q is not None or cu_seqlens_k is not None:
-            raise refusal(ValueError, _NAME, "cu_seqlens", " is given, but lists of arrays have their lengths")
-        if out is not None:
-            raise refusal(TypeError, _NAME, "out", " is for packed arrays, not for lists")
-        q, cu_seqlens_q = _packed("q", q)
-        k, cu_seqlens_k = _packed("k", k)
-        v, cu_v = _packed("v", v)
-        if not np.array_equal(cu_v, cu_seqlens_k):
-            raise refusal(
-                ValueError, _NAME, "v", f" has lengths {np.diff(cu_v)} but ", "k", f" has {np.diff(cu_seqlens_k)}"
-            )
-    else:
-        q, k, v = as_array(_NAME, "q", q), as_array(_NAME, "k", k), as_array(_NAME, "v", v)
-    if cu_seqlens_q is None:
-        raise refusal(TypeError, _NAME, "cu_seqlens_q", " is missing")
-    queries = _starts("cu_seqlens_q", cu_seqlens_q, "q", q)
-    keys = _starts("cu_seqlens_k", queries if cu_seqlens_k is None else cu_seqlens_k, "k", k)
-    if len(keys) != len(queries):
-        raise refusal(
-            ValueError, _NAME, "cu_seqlens_k", f" has {len(keys)} entries but ", "cu_seqlens_q", f" has {len(queries)}"
-        )
-    if v.ndim and k.ndim and len(v) != len(k):
-        raise refusal(ValueError, _NAME, "v", f" has {len(v)} rows but ", "k", f" has {len(k)}")
-    count = len(queries) - 1
-    own = (
-        _each("mask", mask, count),
-        _each("bias", bias, count),
-        None if q_offset is None else _per_sequence("q_offset", integers(_NAME, "q_offset", q_offset), (count,)),
-        None if alibi_slopes is None else _slopes(alibi_slopes, count, q),
-    )
+    packed = Packed.check(_NAME, (q, k, v), cu_seqlens_q, cu_seqlens_k)
+    if packed.lists and out is not None:
+        raise refusal(TypeError, _NAME, "out", " is for packed arrays, not for lists")
+    inputs = packed.inputs(_NAME, mask, bias, q_offset, alibi_slopes)
     options = core_options(
         _NAME, sinks=sinks, t5=t5, layout="bshd", causal=causal, window=window, scale=scale, softcap=softcap,
         precision=precision, return_lse=return_lse, return_weights=return_weights, num_threads=num_threads,
     )  # fmt: skip
     target = None if out is None else out_array(_NAME, out)
-    result = _core.attention_varlen((q, k, v, queries, keys, *own), target, options)
-    return _unpacked(result, queries, return_lse, return_weights) if all(lists) else result
-
-
-def _packed(name: str, arrays: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    # Copies the inputs once, which is cheap compared with attention itself.
-    parts = [as_array(_NAME, f"{name}[{i}]", x) for i, x in enumerate(arrays)]
-    if not parts:
-        raise refusal(ValueError, _NAME, name, " is an empty list, but at least one sequence is needed")
-    for i, part in enumerate(parts):
-        if part.ndim != 3 or part.shape[1:] != parts[0].shape[1:]:
-            raise refusal(
-                ValueError,
-                _NAME,
-                name,
-                f"[{i}] has shape {part.shape}, but (tokens, heads, size) is needed, the last two as in ",
-                name,
-                f"[0]: {parts[0].shape}",
-            )
-        if part.dtype != parts[0].dtype:
-            raise refusal(
-                TypeError, _NAME, name, f"[{i}] has dtype {part.dtype} but ", name, f"[0] has {parts[0].dtype}"
-            )
-    lengths = [len(part) for part in parts]
-    return np.concatenate(parts), np.cumsum([0, *lengths], dtype=np.int64)
-
-
-def _starts(name: str, value: Any, of: str, packed: NDArray[Any]) -> NDArray[np.int64]:
-    starts = np.array(integers(_NAME, name, value), order="C")  # a copy, so that it cannot change after the checks
-    if starts.ndim != 1 or len(starts) == 0:
-        raise refusal(ValueError, _NAME, name, f" has shape {starts.shape}, but (N + 1,) is needed")
-    total = len(packed) if packed.ndim else 0
-    if starts[0] != 0 or starts[-1] != total:
-        raise refusal(
-            ValueError, _NAME, name, f" goes from {starts[0]} to {starts[-1]}, but ", of, f" has the rows 0 to {total}"
-        )
-    for i in np.flatnonzero(starts[1:] < starts[:-1])[:1]:
-        raise refusal(ValueError, _NAME, name, f" falls from {starts[i]} to {starts[i + 1]} (sequence {i})")
-    return starts
-
-
-def _each(name: str, value: Any, count: int) -> list[NDArray[Any] | None] | None:
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)):
-        raise refusal(
-            TypeError,
-            _NAME,
-            name,
-            f" is a {type(value).__name__}, but a list of one array or None per sequence is needed",
-        )
-    if len(value) != count:
-        raise refusal(ValueError, _NAME, name, f" has {len(value)} entries, but there are {count} sequences")
-    return [None if x is None else as_array(_NAME, f"{name}[{i}]", x) for i, x in enumerate(value)]
-
-
-def _per_sequence(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError:
-        raise refusal(
-            ValueError, _NAME, name, f" has shape {array.shape}, which does not broadcast to {shape}"
-        ) from None
-
-
-def _slopes(value: Any, count: int, q: NDArray[Any]) -> NDArray[np.float64]:
-    heads = q.shape[1] if q.ndim > 1 else 1
-    return _per_sequence("alibi_slopes", reals(_NAME, "alibi_slopes", value), (count, heads))
-
-
-def _unpacked(result: Any, starts: NDArray[np.int64], return_lse: bool, return_weights: bool) -> Any:
+    result = _core.attention_varlen(_NAME, inputs, target, options)
     if not return_lse and not return_weights:
-        return np.split(result, starts[1:-1])
+        return packed.split(result, packed.queries)
     out, *rest = result
-    parts: list[Any] = [np.split(out, starts[1:-1])]
+    parts = [packed.split(out, packed.queries)]
     if return_lse:
-        parts.append(np.split(rest.pop(0), starts[1:-1], axis=1))
+        parts.append(packed.split(rest.pop(0), packed.queries, axis=1))
     return (*parts, *rest)

@@ -6,12 +6,14 @@ each option means.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ._keywords import hinted
+from ._reference_gradients import GradientResult, gradients
 
 if TYPE_CHECKING:
     from ._bias import T5Bias
@@ -173,6 +175,36 @@ def attention(
     return found
 
 
+def attention_backward(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    wrt: Sequence[str] = ("q", "k", "v"),
+    grad_lse: ArrayLike | None = None,
+    grad_weights: ArrayLike | None = None,
+    **options: Any,
+) -> GradientResult:
+    """Compute the gradients of `attention`, whose numbers must be finite (except for a bias of -inf).
+
+    Parameters
+    ----------
+    grad_out, q, k, v, wrt, grad_lse, grad_weights
+        As for `selfattn.attention_backward`; `wrt` may name r, u and w as well.
+    **options
+        Those of `attention`.
+    """
+    forward = attention(q, k, v, **options)
+    q_len, kv_len = forward.weights.shape[-2:]
+    limits = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
+    distance = -_distances(q_len, kv_len, forward.weights.shape[:-3], *limits)
+    operands = {"q": q, "k": k, "v": v, "distance": distance, **options}
+    if options.get("t5") is not None:
+        operands["buckets"] = _t5_buckets(options["t5"], distance)
+    return gradients(forward, operands, (grad_out, grad_lse, grad_weights), wrt)
+
+
 def _relative_products(
     q: NDArray[Any], k: NDArray[Any], distance: NDArray[np.int64], relative: tuple[Any, ...]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -187,9 +219,14 @@ def _relative_products(
 
 
 def _t5_terms(t5: Any, distance: NDArray[np.int64]) -> NDArray[Any]:
-    """The bias of each head and pair, computing T5's bucket for one distance at a time."""
+    """The bias of each head and pair."""
     table = np.asarray(t5.table, dtype=np.float64)
-    buckets = len(table) // (2 if t5.bidirectional else 1)
+    return np.moveaxis(table[_t5_buckets(t5, distance)][..., 0, :, :, :], -1, -3)
+
+
+def _t5_buckets(t5: Any, distance: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The row of the table for each distance."""
+    buckets = len(np.asarray(t5.table)) // (2 if t5.bidirectional else 1)
     exact = buckets // 2
 
     def bucket(t: int) -> int:
@@ -198,8 +235,7 @@ def _t5_terms(t5: Any, distance: NDArray[np.int64]) -> NDArray[Any]:
         far = exact + int(np.log(max(t, exact) / exact) / np.log(t5.max_distance / exact) * (buckets - exact))
         return side + (t if t < exact else min(far, buckets - 1))
 
-    terms = np.array([table[bucket(int(t))] for t in distance.ravel()]).reshape(*distance.shape, table.shape[1])
-    return np.moveaxis(terms[..., 0, :, :, :], -1, -3)
+    return np.array([bucket(int(t)) for t in distance.ravel()], dtype=np.int64).reshape(distance.shape)
 
 
 def _softmax(

@@ -72,8 +72,6 @@ py::object attend_to(const AttentionArguments& arguments, const Options& options
   return extras.join(result.deliver());
 }
 
-namespace {
-
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v,
                                 const Options& options) {
   const TensorView query = float_view(function, "q", q);
@@ -82,9 +80,17 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
   return arguments_of(function, options, query, key, value);
 }
 
+namespace {
+
 py::object attention(py::handle q, py::handle k, py::handle v, py::object out, py::handle option_values) {
   const Options& options = options_of(option_values);
   return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
+}
+
+// Attention for another function, which errors name.
+py::object attention_for(const char* function, py::handle q, py::handle k, py::handle v, py::handle option_values) {
+  const Options& options = options_of(option_values);
+  return attend_to(arguments_of(function, q, k, v, options), options, py::none(), q);
 }
 
 py::dict describe_plan(const Plan& plan, int threads, const Options& options) {
@@ -127,6 +133,7 @@ py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_val
 
 void register_attention(py::module_& module) {
   module.def("attention", &attention);
+  module.def("attention_for", &attention_for);
   module.def("check_own_memory", [](const char* function, const py::array& out) {
     check_own_memory(function, float_view(function, "out", out));
   });

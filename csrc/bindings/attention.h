@@ -35,11 +35,22 @@ struct Extras {
 // Checks the arguments, computes into `out` or a new array like `like`, and returns the requested results.
 py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like);
 
+// The arguments of a call, from arrays.
+AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options);
+
+// The gradients of a call, by name: those of q, k and v with all batch axes; that of the bias for all heads and batch
+// entries or in its own shape; those of r, u and w for all heads and batch entries; those of numbers per head or call
+// for each row. operands: grad_out, q, k, v, out, lse, grad_lse, grad_weights (with all axes, in the type of
+// computation).
+py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
+                      const py::sequence& wrt);
+
 void register_attention(py::module_& module);
 void register_backward(py::module_& module);
 void register_errors();
 void register_layer(py::module_& module);
 void register_varlen(py::module_& module);
+void register_varlen_backward(py::module_& module);
 void register_machine(py::module_& module);
 void register_merge(py::module_& module);
 void register_relative(py::module_& module);

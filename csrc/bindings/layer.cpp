@@ -172,10 +172,10 @@ py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
 
 // x and out have the same shape (..., tokens, heads, head_dim); positions broadcasts to (..., tokens). The Python layer
 // has made sure of all this.
-void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description) {
+void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description, bool inverse) {
   const TensorView from = float_view("apply_rope", "x", x);
   const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);
-  const Rotation all{from, to, optional_view(positions, DType::i64)};
+  const Rotation all{from, to, optional_view(positions, DType::i64), nullptr, inverse};
   const Rope rope = *rope_of(rope_description);
   const py::gil_scoped_release release;
   rotate(rope, &all, 1, 1, nullptr);

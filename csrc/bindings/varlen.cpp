@@ -1,6 +1,6 @@
 // attention_varlen(): sequences of different lengths in one call, each computed as if it were alone.
-#include <memory>
-#include <new>
+#include "bindings/varlen.h"
+
 #include <string>
 #include <utility>
 
@@ -8,118 +8,19 @@
 #include "bindings/attention.h"
 #include "message.h"
 #include "registry.h"
-#include "scratch_pool.h"
 
 namespace selfattn::bindings {
 namespace {
 
-constexpr const char* function = "attention_varlen";
-
-// The rows [first, first + count) of a packed array (total, heads, dim).
-struct RowsOf {
-  std::int64_t shape[3], strides[3];
-  TensorView view;
-
-  RowsOf(const TensorView& packed, std::int64_t first, std::int64_t count)
-      : shape{count, packed.shape[1], packed.shape[2]},
-        strides{packed.strides[0], packed.strides[1], packed.strides[2]},
-        view{static_cast<char*>(packed.data) + first * packed.strides[0], packed.dtype, 3, shape, strides} {}
-  RowsOf(const RowsOf&) = delete;  // the view points into this object
-  RowsOf& operator=(const RowsOf&) = delete;
-};
-
-// The columns [first, first + count) of a packed array (heads, total).
-struct LseOf {
-  std::int64_t shape[2];
-  TensorView view;
-  LseOf(const TensorView& packed, std::int64_t first, std::int64_t count)
-      : shape{packed.shape[0], count},
-        view{static_cast<char*>(packed.data) + first * packed.strides[1], packed.dtype, 2, shape, packed.strides} {}
-  LseOf(const LseOf&) = delete;
-  LseOf& operator=(const LseOf&) = delete;
-};
-
-struct Sequence {
-  RowsOf query, key, value;
-  Problem problem;
-  Plan plan{};
-
-  Sequence(const TensorView& q, const TensorView& k, const TensorView& v, std::int64_t query_row, std::int64_t q_len,
-           std::int64_t key_row, std::int64_t kv_len)
-      : query(q, query_row, q_len), key(k, key_row, kv_len), value(v, key_row, kv_len) {}
-};
-
-// Options that differ from sequence to sequence: lists of arrays or None, and arrays whose first axis is the sequences.
-struct OwnOptions {
-  py::object masks, biases, q_offsets, alibi_slopes;
-
-  void apply(AttentionArguments& arguments, std::size_t i, std::int64_t (&step)[1]) const {
-    if (!masks.is_none()) arguments.mask = bool_view(function, "mask", masks[py::int_(i)]);
-    if (!biases.is_none()) {
-      const py::object bias = biases[py::int_(i)];
-      if (!bias.is_none()) arguments.bias = float_view(function, "bias", bias);
-    }
-    if (!q_offsets.is_none()) {
-      const TensorView all = optional_view(q_offsets, DType::i64);
-      arguments.q_offset = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(0), DType::i64, 0,
-                            nullptr, nullptr};
-    }
-    if (!alibi_slopes.is_none()) {
-      const TensorView all = optional_view(alibi_slopes, DType::f64);
-      step[0] = all.stride(0);
-      arguments.alibi_slopes = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(1), DType::f64,
-                                1, all.shape + 1, step};
-    }
-  }
-};
-
-// The sequences of a call, in memory that later calls reuse.
-class Sequences {
- public:
-  explicit Sequences(std::size_t count)
-      : count_(count),
-        memory_(static_cast<std::size_t>(bytes_of(count + 1, sizeof(Sequence) + sizeof(Job)))),
-        sequences_(reinterpret_cast<Sequence*>(memory_.data())),
-        jobs_(reinterpret_cast<Job*>(memory_.data() + bytes_of(count, sizeof(Sequence)))) {}
-  ~Sequences() { std::destroy_n(sequences_, made_); }
-  Sequences(const Sequences&) = delete;
-  Sequences& operator=(const Sequences&) = delete;
-
-  Sequence& make(std::size_t i, const TensorView& q, const TensorView& k, const TensorView& v,
-                 const std::int64_t* queries, const std::int64_t* keys) {
-    const std::int64_t q_len = queries[i + 1] - queries[i], kv_len = keys[i + 1] - keys[i];
-    Sequence& made = *::new (sequences_ + i) Sequence(q, k, v, queries[i], q_len, keys[i], kv_len);
-    ++made_;
-    return made;
-  }
-  Sequence& operator[](std::size_t i) { return sequences_[i]; }
-
-  bool run(const KernelSet& kernels, int num_threads) {
-    const auto count = static_cast<std::int64_t>(count_);
-    for (std::size_t i = 0; i < count_; ++i) {
-      sequences_[i].plan = make_plan(sequences_[i].problem, kernels);
-      ::new (jobs_ + i) Job{&sequences_[i].problem, &sequences_[i].plan};
-    }
-    double flops = 0;
-    for (std::size_t i = 0; i < count_; ++i) flops += sequences_[i].plan.flops;
-    const int threads = threads_for(jobs_, count, num_threads);
-    const CoreCall call_of_core(flops);
-    return attend(jobs_, count, threads, interrupted);
-  }
-
- private:
-  const std::size_t count_;
-  const Scratch memory_;
-  Sequence* const sequences_;
-  Job* const jobs_;
-  std::size_t made_ = 0;
-};
-
-TensorView packed_view(const char* name, const TensorView& view) {
+TensorView packed_view(const char* function, const char* name, const TensorView& view) {
   if (view.ndim != 3)
     refuse(function, Argument{name}, " has shape ", shape_text(view),
            " but needs 3 dimensions (total, heads, head_dim)");
   return view;
+}
+
+const std::int64_t* integers_of(py::handle array) {
+  return static_cast<const std::int64_t*>(py::reinterpret_borrow<py::array>(array).data());
 }
 
 // Like make_problem, but error messages name the sequence as well.
@@ -133,54 +34,110 @@ Problem problem_of(const AttentionArguments& arguments, std::size_t i) {
   }
 }
 
-// inputs: q, k, v, cu_seqlens_q, cu_seqlens_k, masks, biases, q_offsets, alibi_slopes. The last four replace the
-// options of the same names, which are None in `option_values`.
-py::object attention_varlen(const py::tuple& inputs, py::object out, py::handle option_values) {
-  const Options& options = options_of(option_values);
-  const TensorView q = packed_view("q", float_view(function, "q", inputs[0]));
-  const TensorView k = packed_view("k", key_view(function, inputs[1], q.dtype));
-  const TensorView v = packed_view("v", value_view(function, inputs[2], q.dtype, k.dtype));
-  const auto offsets = [&](std::size_t i) { return py::reinterpret_borrow<py::array>(inputs[i]); };
-  const auto* queries = static_cast<const std::int64_t*>(offsets(3).data());
-  const auto* keys = static_cast<const std::int64_t*>(offsets(4).data());
-  const std::size_t count = static_cast<std::size_t>(offsets(3).shape(0)) - 1;
-  const OwnOptions own{inputs[5], inputs[6], inputs[7], inputs[8]};
+}  // namespace
 
-  Sequences sequences(count);
+Packed::Packed(const char* function, const py::tuple& inputs)
+    : q(packed_view(function, "q", float_view(function, "q", inputs[0]))),
+      k(packed_view(function, "k", key_view(function, inputs[1], q.dtype))),
+      v(packed_view(function, "v", value_view(function, inputs[2], q.dtype, k.dtype))),
+      queries(integers_of(inputs[3])),
+      keys(integers_of(inputs[4])),
+      count(py::len(inputs[3]) - 1),
+      biases(inputs[6]),
+      function_(function),
+      masks_(inputs[5]),
+      q_offsets_(inputs[7]),
+      alibi_slopes_(inputs[8]) {}
+
+Shape Packed::lse_shape() const {
+  Shape shape;
+  shape.append(q.shape[1]);
+  shape.append(q.shape[0]);
+  return shape;
+}
+
+AttentionArguments Packed::arguments(const Options& options, std::size_t i, const RowsOf (&rows)[3],
+                                     std::int64_t& slope_stride) const {
+  AttentionArguments own = arguments_of(function_, options, rows[0].view, rows[1].view, rows[2].view);
+  if (!masks_.is_none()) own.mask = bool_view(function_, "mask", masks_[py::int_(i)]);
+  if (!biases.is_none()) {
+    const py::object bias = biases[py::int_(i)];
+    if (!bias.is_none()) own.bias = float_view(function_, "bias", bias);
+  }
+  if (!q_offsets_.is_none()) {
+    const TensorView all = optional_view(q_offsets_, DType::i64);
+    own.q_offset = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(0), DType::i64, 0, nullptr,
+                    nullptr};
+  }
+  if (!alibi_slopes_.is_none()) {
+    const TensorView all = optional_view(alibi_slopes_, DType::f64);
+    slope_stride = all.stride(0);
+    own.alibi_slopes = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(1), DType::f64, 1,
+                        all.shape + 1, &slope_stride};
+  }
+  return own;
+}
+
+Sequence::Sequence(const Packed& packed, const Options& options, std::size_t i)
+    : rows{{packed.q, packed.queries[i], packed.queries_of(i)},
+           {packed.k, packed.keys[i], packed.keys_of(i)},
+           {packed.v, packed.keys[i], packed.keys_of(i)}},
+      arguments(packed.arguments(options, i, rows, slope_stride)),
+      problem(problem_of(arguments, i)) {}
+
+namespace {
+
+bool run(PerSequence<Sequence>& sequences, std::size_t number, int num_threads) {
+  const KernelSet& kernels = active_kernels();
+  PerSequence<Plan> plans(number);
+  PerSequence<Job> jobs(number);
+  double flops = 0;
+  for (std::size_t i = 0; i < number; ++i) {
+    const Problem& problem = sequences[i].problem;
+    const Plan& plan = plans.make(i, make_plan(problem, kernels));
+    jobs.make(i, &problem, &plan);
+    flops += plan.flops;
+  }
+  const auto count = static_cast<std::int64_t>(number);
+  const int threads = threads_for(jobs.data(), count, num_threads);
+  const CoreCall call_of_core(flops);
+  return attend(jobs.data(), count, threads, interrupted);
+}
+
+py::object attention_varlen(const char* function, const py::tuple& inputs, py::object out, py::handle option_values) {
+  const Options& options = options_of(option_values);
+  const Packed packed(function, inputs);
+  const DType computed = computed_in(packed.q.dtype), dtype = options.exact ? computed : packed.q.dtype;
+  PerSequence<Sequence> sequences(packed.count);
   bool meets = false;
-  const TensorView given = out.is_none() ? TensorView{} : view_of(py::reinterpret_borrow<py::array>(out), q.dtype);
-  for (std::size_t i = 0; i < count; ++i) {
-    Sequence& s = sequences.make(i, q, k, v, queries, keys);
-    AttentionArguments arguments = arguments_of(function, options, s.query.view, s.key.view, s.value.view);
-    std::int64_t step[1];
-    own.apply(arguments, i, step);
-    s.problem = problem_of(arguments, i);
-    meets = meets || (given && meets_any(given, arguments));
+  const TensorView given = out.is_none() ? TensorView{} : view_of(py::reinterpret_borrow<py::array>(out), dtype);
+  for (std::size_t i = 0; i < packed.count; ++i) {
+    const Sequence& sequence = sequences.make(i, packed, options, i);
+    meets = meets || (given && meets_any(given, sequence.arguments));
   }
   Shape shape;
-  for (const std::int64_t n : {q.shape[0], q.shape[1], v.shape[2]}) shape.append(n);
-  if (given) check_out(function, py::reinterpret_borrow<py::array>(out), shape, q.dtype);
-  Destination result(std::move(out), given && !meets, shape, q.dtype, inputs[0]);
-  const TensorView packed_out = result.view(q.dtype);
+  for (const std::int64_t n : {packed.q.shape[0], packed.q.shape[1], packed.v.shape[2]}) shape.append(n);
+  if (given) check_out(function, py::reinterpret_borrow<py::array>(out), shape, dtype);
+  Destination result(std::move(out), given && !meets, shape, dtype, inputs[0]);
+  const TensorView packed_out = result.view(dtype);
+  const DType lse_type = options.exact ? DType::f64 : computed;
   py::object lse = py::none();
-  Shape lse_shape;
-  lse_shape.append(q.shape[1]);
-  lse_shape.append(q.shape[0]);
-  if (options.return_lse) lse = new_array(lse_shape, computed_in(q.dtype));
+  if (options.return_lse) lse = new_array(packed.lse_shape(), lse_type);
   py::object weights = options.return_weights ? py::object(py::list()) : py::none();
-  for (std::size_t i = 0; i < count; ++i) {
+  for (std::size_t i = 0; i < packed.count; ++i) {
     Problem& problem = sequences[i].problem;
-    attach_out(problem, RowsOf(packed_out, queries[i], problem.q_len).view);
-    if (!lse.is_none())
-      attach_lse(problem,
-                 LseOf(view_of(py::reinterpret_borrow<py::array>(lse), problem.dtype), queries[i], problem.q_len).view);
+    attach_out(problem, RowsOf(packed_out, packed.queries[i], problem.q_len).view);
+    if (!lse.is_none()) {
+      const TensorView all = view_of(py::reinterpret_borrow<py::array>(lse), lse_type);
+      attach_lse(problem, LseOf(all, packed.queries[i], problem.q_len).view);
+    }
     if (!weights.is_none()) {
       const py::array array = new_array(weights_shape(problem), problem.dtype);
       attach_weights(problem, view_of(array, problem.dtype));
       weights.attr("append")(array);
     }
   }
-  if (!sequences.run(active_kernels(), options.num_threads)) throw py::error_already_set();
+  if (!run(sequences, packed.count, options.num_threads)) throw py::error_already_set();
   return join(result.deliver(), lse, weights);
 }
 

@@ -12,6 +12,9 @@
 //
 // A block of rows consists of strips, as in the forward pass. Sums over rows go through all strips of a block at once.
 #pragma once
+#include "kernels/backward_relative.h"
+#include "kernels/backward_strips.h"
+#include "kernels/backward_sums.h"
 #include "kernels/engine_fma.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
@@ -21,17 +24,13 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Vectors that hold `count` elements, in elements: the step between rows of operands.
-template <class T>
-constexpr std::int64_t padded(std::int64_t count) {
-  return (count + Vec<T>::width - 1) / Vec<T>::width * Vec<T>::width;
-}
-
 // TileRows and Vectors are the shape of tiles with vectors across rows, SumRows and SumVectors that of tiles with
 // vectors along the head.
 template <class T, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct TileBackward {
   using Engine = FmaEngine<T, TileRows>;
+  using Sums = BackwardSums<T, TileRows, SumRows>;
+  using Relative = RelativeBackward<T, TileRows, Vectors, SumRows, SumVectors>;
   static constexpr int W = Vec<T>::width;
   static constexpr int strip_rows = Vectors * W;
 
@@ -69,15 +68,6 @@ struct TileBackward {
         : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
-  // Rows that share registers, and the keys of the current key block that at least one of them may see.
-  struct Strip {
-    int first_row;
-    int rows;
-    std::int64_t begin_min, begin_max;  // of key_begin over the rows
-    std::int64_t end_min, end_max;      // of key_end over the rows
-    bool shares_terms;
-  };
-
   // A block of keys in scratch memory.
   struct Keys {
     std::int64_t first;
@@ -99,8 +89,7 @@ struct TileBackward {
            lanes, s.queries + strip.first_row * block.head_dim);
       pack(static_cast<const T*>(block.dout) + strip.first_row * value_step, value_step, strip.rows, block.value_dim,
            lanes, s.dout + strip.first_row * block.value_dim);
-      T* dquery = s.dquery + strip.first_row * block.head_dim;
-      for (std::int64_t i = 0; i < block.head_dim * lanes; i += W) store(dquery + i, broadcast(T(0)));
+      Sums::template clear<columns.value>(block.head_dim, s.dquery + strip.first_row * block.head_dim);
     });
     for (int done = 0; done < block.key_count; done += block.key_block) {
       const int left = block.key_count - done;
@@ -111,55 +100,17 @@ struct TileBackward {
            static_cast<T*>(block.dkeys) + done * key_step, static_cast<T*>(block.dvalues) + done * value_step});
     }
     each_strip(block, [&](const Strip& strip, auto columns) {
-      constexpr int lanes = decltype(columns)::value * W;
-      const T* dquery = s.dquery + strip.first_row * block.head_dim;
-      T* rows = static_cast<T*>(block.dquery) + strip.first_row * key_step;
-      columns_to_rows<T>(
-          strip.rows, block.head_dim, [&](int row) { return rows + row * key_step; },
-          [&](std::int64_t d, int row) { return load(dquery + d * lanes + row); });
+      Sums::template store_rows<columns.value>(s.dquery + strip.first_row * block.head_dim, strip.rows, block.head_dim,
+                                               static_cast<T*>(block.dquery) + strip.first_row * key_step, key_step);
     });
   }
 
  private:
-  template <int N>
-  struct Columns {
-    static constexpr int value = N;
-  };
-
   // Calls use(strip, Columns<vectors of the strip>()).
   template <class Use>
   static void each_strip(const BackwardBlock& block, Use use) {
-    for (int first = 0; first < block.count; first += strip_rows) {
-      const Strip strip = make_strip(block, first);
-      with_columns<Vectors>((strip.rows + W - 1) / W, [&](auto columns) { use(strip, columns); });
-    }
-  }
-  template <int N, class Use>
-  static void with_columns(int vectors, Use use) {
-    if constexpr (N > 1)
-      if (vectors < N) return with_columns<N - 1>(vectors, use);
-    use(Columns<N>());
-  }
-
-  static Strip make_strip(const BackwardBlock& block, int first) {
-    const Row* rows = block.rows + first;
-    const int left = block.count - first;
-    Strip strip{first,
-                left < strip_rows ? left : strip_rows,
-                rows[0].key_begin,
-                rows[0].key_begin,
-                rows[0].key_end,
-                rows[0].key_end,
-                !block.terms.bias_at_hand};
-    for (int i = 1; i < strip.rows; ++i) {
-      const std::int64_t begin = rows[i].key_begin, end = rows[i].key_end;
-      strip.begin_min = begin < strip.begin_min ? begin : strip.begin_min;
-      strip.begin_max = begin > strip.begin_max ? begin : strip.begin_max;
-      strip.end_min = end < strip.end_min ? end : strip.end_min;
-      strip.end_max = end > strip.end_max ? end : strip.end_max;
-      strip.shares_terms = strip.shares_terms && rows[i].mask == rows[0].mask && rows[i].bias == rows[0].bias;
-    }
-    return strip;
+    each_strip_of<T, Vectors>(block.count,
+                              [&](int first, int rows, auto columns) { use(make_strip(block, first, rows), columns); });
   }
 
   static void pack(const T* rows, std::int64_t step, int count, std::int64_t width, int lanes, T* columns) {
@@ -179,19 +130,19 @@ struct TileBackward {
     from = from > keys.first ? from : keys.first;
     to = to < keys.first + keys.count ? to : keys.first + keys.count;
     if (from >= to) return;
-    const int skipped = static_cast<int>(from - keys.first);
-    const SeenKeys seen{from, skipped, static_cast<int>(to - from)};
+    const SeenKeys seen{from, static_cast<int>(from - keys.first), static_cast<int>(to - from)};
     each_strip(block, [&](const Strip& strip, auto columns) {
       hides = absorb_strip<decltype(columns)::value>(block, s, strip, keys, seen) || hides;
     });
     const std::int64_t key_step = padded<T>(block.head_dim), value_step = padded<T>(block.value_dim);
     const bool careful = hides && !block.finite;
-    const RowSums dkeys{s.dscores, s.block_lanes, static_cast<const T*>(block.queries), key_step,
-                        careful ? s.original : nullptr};
-    const RowSums dvalues{s.probs, s.block_lanes, static_cast<const T*>(block.dout), value_step,
-                          careful ? s.original : nullptr};
-    add_row_sums<SumVectors>(dkeys, seen.count, block.count, keys.dkeys + skipped * key_step);
-    add_row_sums<SumVectors>(dvalues, seen.count, block.count, keys.dvalues + skipped * value_step);
+    const Skipped<T> skipped{careful ? s.original : nullptr, minus_infinity<T>};
+    Sums::template add_row_sums<SumVectors>(
+        {s.dscores, s.block_lanes, static_cast<const T*>(block.queries), key_step, skipped}, seen.count, block.count,
+        keys.dkeys + seen.skipped * key_step);
+    Sums::template add_row_sums<SumVectors>(
+        {s.probs, s.block_lanes, static_cast<const T*>(block.dout), value_step, skipped}, seen.count, block.count,
+        keys.dvalues + seen.skipped * value_step);
   }
 
   // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key is hidden from some row.
@@ -242,9 +193,10 @@ struct TileBackward {
     const std::int64_t place = before * s.block_lanes + strip.first_row;
     if (!block.finite) keep_original<Cols>(s, place, count);
     differentiate<Cols>(block, s, strip, own, place);
-    add_key_sums<Cols>(keys.keys + own.skipped * key_step, key_step, count, s.dscores + place, s.block_lanes,
-                       block.head_dim, hides && !block.finite ? s.original + place : nullptr,
-                       s.dquery + strip.first_row * block.head_dim);
+    const Skipped<T> skipped{hides && !block.finite ? s.original + place : nullptr, minus_infinity<T>};
+    Sums::template add_key_sums<Cols>(
+        {keys.keys + own.skipped * key_step, key_step, count, s.dscores + place, s.block_lanes, skipped},
+        block.head_dim, s.dquery + strip.first_row * block.head_dim);
     return hides;
   }
 
@@ -321,105 +273,23 @@ struct TileBackward {
         store(s.dscores + wide, dscore);
       }
     if (block.dscores)
-      keep_dscores<Cols>(block, strip, seen, capped ? s.dprobs : s.dscores + place, capped ? Cols * W : s.block_lanes);
+      keep<Cols>(block, block.dscores, strip, seen, capped ? s.dprobs : s.dscores + place,
+                 capped ? Cols * W : s.block_lanes);
+    if (block.dproducts) keep<Cols>(block, block.dproducts, strip, seen, s.dscores + place, s.block_lanes);
   }
 
-  // Stores the gradients of the scores in rows, for gradients of what is added to scores.
+  // Stores gradients [key][row] of a strip in rows.
   template <int Cols>
-  static void keep_dscores(const BackwardBlock& block, const Strip& strip, const SeenKeys& seen, const T* dscores,
-                           std::int64_t step) {
-    T* to = static_cast<T*>(block.dscores) + strip.first_row * block.dscore_step + (seen.first - block.first_key);
+  static void keep(const BackwardBlock& block, void* rows, const Strip& strip, const SeenKeys& seen, const T* gradients,
+                   std::int64_t step) {
+    T* to = static_cast<T*>(rows) + strip.first_row * block.dscore_step + (seen.first - block.first_key);
     columns_to_rows<T>(
         strip.rows, seen.count, [&](int row) { return to + row * block.dscore_step; },
-        [&](std::int64_t key, int row) { return load(dscores + key * step + row); });
-  }
-
-  // dquery[dim][row] += sum over keys of key[dim] * dscores[key][row]. `original`: scores that tell which keys are
-  // hidden, if those must be skipped instead of multiplied by 0.
-  template <int Cols>
-  [[gnu::noinline]] static void add_key_sums(const T* keys, std::int64_t key_step, int count, const T* dscores,
-                                             std::int64_t step, std::int64_t head_dim, const T* original, T* dquery) {
-    if (original) return add_visible_keys<Cols>(keys, key_step, count, dscores, step, head_dim, original, dquery);
-    multiply_rows<TileRows, Cols, FmaUnit<T>>(Transposed<T>{keys, key_step}, head_dim, dscores, step, count,
-                                              [&](std::int64_t dim, const auto& sums) {
-                                                T* to = dquery + dim * Cols * W;
-                                                for (const auto& row : sums)
-                                                  for (int c = 0; c < Cols; ++c, to += W) store(to, load(to) + row[c]);
-                                              });
-  }
-
-  template <int Cols>
-  static void add_visible_keys(const T* keys, std::int64_t key_step, int count, const T* dscores, std::int64_t step,
-                               std::int64_t head_dim, const T* original, T* dquery) {
-    for (std::int64_t dim = 0; dim < head_dim; ++dim)
-      for (int c = 0; c < Cols; ++c, dquery += W) {
-        Vec<T> sum = broadcast(T(0));
-        for (int key = 0; key < count; ++key) {
-          const Mask<T> hidden = load(original + key * step + c * W) == broadcast(minus_infinity<T>);
-          const Vec<T> element = broadcast(keys[key * key_step + dim]);
-          sum = select(hidden, sum, fma(element, load(dscores + key * step + c * W), sum));
-        }
-        store(dquery, load(dquery) + sum);
-      }
-  }
-
-  // Sums over rows: sums[key][dim] += sum over rows of factors[key][row] * rows[row][dim].
-  struct RowSums {
-    const T* factors;
-    std::int64_t factor_step;
-    const T* rows;
-    std::int64_t row_step;
-    const T* original;  // as in add_key_sums
-  };
-
-  template <int Cols>
-  static void add_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim = 0) {
-    if (sums.original) return add_visible_rows(sums, keys, rows, to);
-    for (; sums.row_step - dim >= Cols * W; dim += Cols * W) multiply_row_sums<Cols>(sums, keys, rows, to, dim);
-    if constexpr (Cols > 1)
-      if (dim < sums.row_step) add_row_sums<Cols - 1>(sums, keys, rows, to, dim);
-  }
-
-  template <int Cols>
-  [[gnu::noinline]] static void multiply_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim) {
-    const std::int64_t step = sums.row_step;
-    multiply_rows<SumRows, Cols, FmaUnit<T>>(RowMajor<T>{sums.factors, sums.factor_step}, keys, sums.rows + dim, step,
-                                             rows, [&](std::int64_t key, const auto& tile) {
-                                               T* sum = to + key * step + dim;
-                                               for (const auto& row : tile) {
-                                                 for (int c = 0; c < Cols; ++c)
-                                                   store(sum + c * W, load(sum + c * W) + row[c]);
-                                                 sum += step;
-                                               }
-                                             });
-  }
-
-  static void add_visible_rows(const RowSums& sums, int keys, int rows, T* to) {
-    for (int key = 0; key < keys; ++key)
-      for (std::int64_t dim = 0; dim < sums.row_step; dim += W, to += W) {
-        Vec<T> sum = broadcast(T(0));
-        for (int row = 0; row < rows; ++row) {
-          if (sums.original[key * sums.factor_step + row] == minus_infinity<T>) continue;
-          sum = fma(broadcast(sums.factors[key * sums.factor_step + row]), load(sums.rows + row * sums.row_step + dim),
-                    sum);
-        }
-        store(to, load(to) + sum);
-      }
-  }
-
-  static bool finite(const void* numbers, std::int64_t count) noexcept {
-    return all_finite([&](int) { return static_cast<const T*>(numbers); }, 1, count);
-  }
-
-  static double dot(const void* a, const void* b, std::int64_t count) noexcept {
-    Vec<T> sum = broadcast(T(0));
-    for (std::int64_t i = 0; i < count; i += W)
-      sum = fma(load(static_cast<const T*>(a) + i), load(static_cast<const T*>(b) + i), sum);
-    return static_cast<double>(reduce_sum(sum));
+        [&](std::int64_t key, int row) { return load(gradients + key * step + row); });
   }
 
  public:
-  static constexpr BackwardKernel kernel{strip_rows, W, scratch_bytes, run, finite, dot};
+  static constexpr BackwardKernel kernel{strip_rows, W, scratch_bytes, run, Relative::run, Sums::finite, Sums::dot};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -110,13 +110,35 @@ struct BackwardBlock {
   const void* values;  // [key][value_dim]
   void* dkeys;         // added to: the gradients of the keys, before the scale, and of the values
   void* dvalues;
-  bool finite;    // none of queries, dout, keys and values is NaN or infinite
-  void* dscores;  // [row][key], with `dscore_step` elements per row: gradients of the scores; null: not wanted. Only
-                  // keys that some row of the strip sees are written.
+  bool finite;  // none of queries, dout, keys and values is NaN or infinite
+  // [row][key], with `dscore_step` elements per row: gradients of the scores, and of the products before the scale,
+  // which differ if there is a softcap. Null: not wanted. Only keys that some row of the strip sees are written.
+  void* dscores;
+  void* dproducts;
   std::int64_t dscore_step;
   const void* dweights;       // of row 0 at key 0: added to the gradients of probs; null: none
   std::int64_t dweight_step;  // elements from one row to the next
   void* scratch;
+};
+
+// The relative half for the same rows, which are consecutive queries, and keys. Column c of a block belongs to the
+// pairs of row i and key first_key + c - (count - 1 - i), which all have the same distance. Rows as in BackwardBlock.
+struct RelativeBlock {
+  const Row* rows;
+  int count;
+  std::int64_t head_dim;
+  std::int64_t first_key;
+  int key_count;
+  int column_block;       // BackwardBlock::key_block
+  const void* dproducts;  // BackwardBlock::dproducts, with 0 for pairs that were not written, and in the count - 1
+                          // elements before and after the keys of each row
+  std::int64_t dproduct_step;
+  const void* queries;  // [row][head_dim]
+  const void* vectors;  // [column][head_dim]
+  void* dquery;         // [row][head_dim], overwritten: the gradient of the queries, before the scale
+  void* dvectors;  // [column][head_dim], added to: the gradients of the vectors, before the scale; null: not wanted
+  bool finite;     // none of queries and vectors is NaN or infinite
+  void* scratch;   // as for BackwardBlock
 };
 
 struct BackwardKernel {
@@ -124,6 +146,7 @@ struct BackwardKernel {
   int lanes;
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*run)(const BackwardBlock&) noexcept;
+  void (*run_relative)(const RelativeBlock&) noexcept;
   bool (*finite)(const void* numbers, std::int64_t count) noexcept;
   // The dot product of two padded rows.
   double (*dot)(const void* a, const void* b, std::int64_t count) noexcept;

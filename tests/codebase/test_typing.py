@@ -29,7 +29,11 @@ OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
     (sa.explain, _typing.ExplainOptions, set()),
     (sa.attention_backward, _typing.GradientOptions, GRADIENTS_OWN),
     (sa.attention_vjp, _typing.VjpOptions, {"wrt"}),
+    (sa.attention_varlen_backward, _typing.VarlenGradientOptions, GRADIENTS_OWN - {"grad_weights"}),
+    (sa.attention_varlen_vjp, _typing.VarlenVjpOptions, {"wrt"}),
     (sa.relative_attention, _typing.RelativeOptions, {"return_lse", "return_weights"}),
+    (sa.relative_attention_backward, _typing.RelativeGradientOptions, GRADIENTS_OWN),
+    (sa.relative_attention_vjp, _typing.RelativeVjpOptions, {"wrt"}),
     (sa.attention_varlen, _typing.VarlenOptions, {"return_lse", "return_weights"}),
     (sa.attention_with_kvcache, _typing.CachedOptions, {"return_lse", "return_weights"}),
     (sa.self_attention, _typing.SelfAttentionOptions, {"return_lse", "return_weights", "num_heads"}),
@@ -75,6 +79,10 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str, str]] = {
     "attention": (lambda **x: sa.attention(X, X, X, **x), "casual", "causal"),
     "explain": (lambda **x: sa.explain(X, X, X, **x), "num_thread", "num_threads"),
     "relative_attention": (lambda **x: sa.relative_attention(X, X, X, X, X, X, **x), "memlen", "mem_len"),
+    "relative_attention_backward": (
+        lambda **x: sa.relative_attention_backward(*[X] * 9, **x), "accumulte", "accumulate"
+    ),
+    "relative_attention_vjp": (lambda **x: sa.relative_attention_vjp(X, X, X, X, X, X, **x), "memlen", "mem_len"),
     "attention_varlen": (lambda **x: sa.attention_varlen(X, X, X, [0], **x), "soft_cap", "softcap"),
     "attention_with_kvcache": (lambda **x: sa.attention_with_kvcache(X, CACHE, **x), "position", "positions"),
     "SelfAttention.__call__": (lambda **x: LAYER(X[0], **x), "contex", "context"),

@@ -50,6 +50,14 @@ def relative(x: Array) -> None:
     sa.relative_attention(x, x, x, x, x, x, q_offset=3)  # type: ignore[call-overload]
 
 
+def relative_gradients(x: Array) -> None:
+    _, vjp = sa.relative_attention_vjp(x, x, x, x, x, x, mem_len=3, return_lse=True, wrt=("r", "t5"))
+    assert_type(vjp(x), sa.Gradients)
+    sa.relative_attention_vjp(x, x, x, x, x, x, out=x)  # type: ignore[call-arg]
+    assert_type(sa.relative_attention_backward(*[x] * 9, mem_len=3, window=(3, 0), accumulate=False), sa.Gradients)
+    sa.relative_attention_backward(x, x, x, x, x, x, x, x, x, q_offset=3)  # type: ignore[call-arg]
+
+
 def layers(x: Array, cache: sa.KVCache) -> None:
     layer = sa.SelfAttention(x, x, x, num_heads=2, rope=True)
     assert_type(layer.num_heads, int)
@@ -74,6 +82,11 @@ def varlen(x: Array) -> None:
     assert_type(sa.attention_varlen(x, x, x, [0, 3], return_weights=True), tuple[Array, list[Array]])
     assert_type(sa.attention_varlen([x], [x], [x], mask=[None]), list[Array])
     assert_type(sa.attention_varlen([x], [x], [x], return_lse=True), tuple[list[Array], list[Array]])
+    assert_type(sa.attention_varlen_backward(x, x, x, x, x, x, [0, 3], into={"q": x}, bias=[None]), sa.Gradients)
+    _, vjp = sa.attention_varlen_vjp(x, x, x, [0, 3], wrt=["scale"], scale=1, return_lse=True)
+    assert_type(vjp(x, x), sa.Gradients)
+    sa.attention_varlen_vjp(x, x, x, [0, 3], kv_lens=[3])  # type: ignore[call-arg]
+    sa.attention_varlen_backward(x, x, x, x, x, x, [0, 3], return_lse=True)  # type: ignore[call-arg]
     sa.attention_varlen(x, x, x)  # type: ignore[call-overload]
     sa.attention_varlen([x], [x], [x], [0, 3], kv_lens=[3])  # type: ignore[call-overload]
     sa.attention_varlen(x, x, x, [0, 3], layout="bshd")  # type: ignore[call-overload]
@@ -119,7 +132,7 @@ def paged(x: Array) -> None:
 
 
 def others(x: Array) -> None:
-    assert_type(sa.apply_rope(x, [0, 1], sa.RoPE(base=1e6), layout="bshd"), Array)
+    assert_type(sa.apply_rope(x, [0, 1], sa.RoPE(base=1e6), layout="bshd", inverse=True), Array)
     assert_type(sa.merge_states([x, x], [x, x]), tuple[Array, Array])
     assert_type(sa.alibi_slopes(4), NDArray[np.float32])
     assert_type(sa.t5_bias(x, 3, 4, bidirectional=False), Array)

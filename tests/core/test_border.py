@@ -35,6 +35,7 @@ FIELDS: dict[str, Any] = {
     "distance_origin": 3,
     "return_lse": True,
     "return_weights": True,
+    "exact": True,
     "num_threads": 4096,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -57,6 +58,30 @@ def test_scores_depend_on_distance_only(normal: Any) -> None:
     assert np.ptp(scores) < 1e-12
 
 
+# Half an ulp of numbers from 1 to 2.
+HALF_ULPS = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda x: x.__name__)
+def test_the_inverse_is_the_gradient(normal: Any, rng: Any, rope: sa.RoPE, dtype: Any) -> None:
+    x, y = normal(2, 2, 3, 20, 8, dtype=dtype)
+    positions = rng.integers(-50, 50, (2, 20))
+    for where in (None, positions):
+        forth, back = sa.apply_rope(x, where, rope), sa.apply_rope(y, where, rope, inverse=True)
+        assert back.dtype == dtype
+        wide = [array.astype(np.float64) for array in (forth, y, x, back)]
+        # Each element of forth and back is off by half an ulp, and is at most a few units large.
+        allowed = 8 * HALF_ULPS[np.dtype(dtype).name] * np.sqrt(x.size)
+        assert abs(np.vdot(wide[0], wide[1]) - np.vdot(wide[2], wide[3])) < allowed
+        again = sa.apply_rope(forth, where, rope, inverse=True).astype(np.float64)
+        assert np.max(abs(again - wide[2])) < 16 * HALF_ULPS[np.dtype(dtype).name]
+    assert np.array_equal(back, sa.apply_rope(y, -positions, rope))
+    swapped = sa.apply_rope(y.swapaxes(1, 2), positions, rope, layout="bshd", inverse=True)
+    assert np.array_equal(swapped.swapaxes(1, 2), back)
+    assert np.array_equal(sa.apply_rope(y, positions, rope, inverse=True, out=y), back)
+
+
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 1, 3, 5, 8), (0, 5, 8), (2, 0, 8)])
 def test_shapes_and_out(normal: Any, shape: Any) -> None:
     x = normal(*shape)
@@ -93,6 +118,7 @@ def test_out_may_overlap(normal: Any) -> None:
         ({"rope": True}, TypeError, "rope is True, but a RoPE is needed"),
         ({"rope": sa.RoPE(rotary_dim=10)}, ValueError, "rope rotates 10 elements, but head_dim is 8"),
         ({"layout": "x"}, ValueError, "layout is 'x'"),
+        ({"inverse": 1}, TypeError, "inverse is 1, but True or False is needed"),
         ({"out": np.zeros((5, 7))}, ValueError, r"out has shape \(5, 7\) but x has \(5, 8\)"),
         ({"out": np.zeros((5, 8), np.float32)}, TypeError, "out has dtype float32 but x has float64"),
         ({"out": np.broadcast_to(np.zeros(8), (5, 8))}, ValueError, "out is read-only"),

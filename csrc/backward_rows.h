@@ -1,0 +1,80 @@
+// Rows of a backward pass: indices of per-row results, and copies of operands in the type of computation.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "backward.h"
+#include "rows.h"
+#include "score_rows.h"
+
+namespace selfattn {
+
+// A range of keys of one KV head.
+struct BackwardTask {
+  std::int64_t index, range, batch, kv_head;
+  int slot;
+  std::int64_t first = 0;  // key
+  int count = 0;
+  bool finite = false;       // its keys and values are
+  std::int64_t carried = 0;  // distances whose sums are in RelativeMemory::window
+};
+
+template <class T>
+constexpr DType type_of = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
+
+// The row of a span's first query in arrays with rows for all heads and batch entries.
+inline std::int64_t row_index(const Problem& problem, const RowSpan& span) {
+  return (span.batch * problem.num_heads + span.first_head) * problem.q_len + span.first;
+}
+
+inline SourceRows rows_of(const Problem& problem, const Operand& operand, const RowSpan& span) {
+  return {{element(problem, operand, span, place_of(span, 0)), operand.row, operand.column}, operand.dtype};
+}
+
+// Zeros in the rows of a span from `first` on.
+inline void clear_rows(const Problem& problem, const Operand& operand, const RowSpan& span, int first) {
+  for (int i = first; i < span.count; ++i) {
+    char* row = element(problem, operand, span, place_of(span, i));
+    for (std::int64_t d = 0; d < problem.head_dim; ++d) write_real(row + d * operand.column, 0, operand.dtype);
+  }
+}
+
+// Copies rows of an operand to contiguous rows of T, zero-padded to `step` elements.
+template <class T>
+void copy_padded(const KernelSet& kernels, const SourceRows& from, std::int64_t rows, std::int64_t width,
+                 std::int64_t step, char* to) {
+  const std::int64_t size = static_cast<std::int64_t>(sizeof(T));
+  if (width == step) return gather_rows(kernels, to, type_of<T>, from, rows, width);
+  for (std::int64_t r = 0; r < rows; ++r, to += step * size) {
+    gather_rows(kernels, to, type_of<T>, {{from.data + r * from.row, 0, from.column}, from.dtype}, 1, width);
+    std::memset(to + width * size, 0, static_cast<std::size_t>((step - width) * size));
+  }
+}
+
+// The same; returns the copy, or the rows themselves if they have this form.
+template <class T>
+const char* gather(const KernelSet& kernels, const SourceRows& from, std::int64_t rows, std::int64_t width,
+                   std::int64_t step, char* to) {
+  const std::int64_t size = static_cast<std::int64_t>(sizeof(T));
+  const bool aligned = reinterpret_cast<std::uintptr_t>(from.data) % sizeof(T) == 0;
+  if (width == step && from.dtype == type_of<T> && aligned && from.column == size && from.row == step * size)
+    return from.data;
+  copy_padded<T>(kernels, from, rows, width, step, to);
+  return to;
+}
+
+// The same for the valid queries of a span, with their head's row of `bias` added if there is one.
+template <class T>
+const char* gather_queries(const Problem& problem, const BackwardPlan& plan, const RowSpan& span, const PerHead& bias,
+                           char* to) {
+  const SourceRows rows = rows_of(problem, problem.query, span);
+  if (!bias) return gather<T>(*plan.kernels, rows, span.valid, problem.head_dim, plan.key_step, to);
+  copy_padded<T>(*plan.kernels, rows, span.valid, problem.head_dim, plan.key_step, to);
+  const auto* added = reinterpret_cast<const double*>(bias.data + span.first_head * bias.head);
+  T* row = reinterpret_cast<T*>(to);
+  for (int i = 0; i < span.valid; ++i, row += plan.key_step)
+    for (std::int64_t d = 0; d < problem.head_dim; ++d) row[d] += static_cast<T>(added[d]);
+  return to;
+}
+
+}  // namespace selfattn

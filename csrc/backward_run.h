@@ -1,0 +1,92 @@
+// One team of threads for the backward passes of several problems.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "backward.h"
+#include "scratch_pool.h"
+#include "task_loop.h"
+
+namespace selfattn {
+
+// The tasks of all problems in one order: first their blocks of rows, then their ranges of keys. Within a problem they
+// keep their order, so that a task only waits for tasks that were started before. Part is the backward pass of one
+// problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory, slot).
+template <class Part>
+class BackwardRun {
+ public:
+  BackwardRun(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted)
+      : sizes_(jobs, count),
+        memory_(sizes_.shared_bytes + sizes_.thread_bytes * static_cast<std::size_t>(threads)),
+        slots_(memory_.data() + sizes_.shared_bytes),
+        loop_(sizes_.row_tasks + sizes_.range_tasks, threads, interrupted) {
+    // Problems with long tasks first, so that no thread is left alone with such a task at the end.
+    std::vector<BackwardJob> ordered(jobs, jobs + count);
+    std::stable_sort(ordered.begin(), ordered.end(),
+                     [](const BackwardJob& a, const BackwardJob& b) { return task_cost(a) > task_cost(b); });
+    parts_.reserve(ordered.size());
+    char* shared = memory_.data();
+    std::int64_t rows = 0, ranges = 0;
+    for (const BackwardJob& job : ordered) {
+      parts_.push_back({Part(job, shared, loop_), rows, ranges});
+      shared += job.plan->shared_bytes;
+      rows += job.plan->row_tasks;
+      ranges += job.plan->tasks - job.plan->row_tasks;
+    }
+  }
+
+  bool execute() { return loop_.run(*this); }
+
+  void operator()(std::int64_t index, int slot) noexcept {
+    char* own = slots_ + sizes_.thread_bytes * static_cast<std::size_t>(slot);
+    if (index < sizes_.row_tasks) {
+      Entry& entry = entry_of(index, &Entry::first_rows);
+      entry.part.prepare_rows(index - entry.first_rows, own);
+    } else {
+      index -= sizes_.row_tasks;
+      Entry& entry = entry_of(index, &Entry::first_range);
+      entry.part.visit_range(index - entry.first_range, own, slot);
+    }
+  }
+
+ private:
+  struct Entry {
+    Part part;
+    std::int64_t first_rows, first_range;  // numbers of its first tasks
+  };
+
+  struct Sizes {
+    std::int64_t row_tasks = 0, range_tasks = 0;
+    std::size_t shared_bytes = 0, thread_bytes = 0;
+
+    Sizes(const BackwardJob* jobs, std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        const BackwardPlan& plan = *jobs[i].plan;
+        row_tasks += plan.row_tasks;
+        range_tasks += plan.tasks - plan.row_tasks;
+        shared_bytes += plan.shared_bytes;
+        thread_bytes = std::max(thread_bytes, plan.thread_bytes);
+      }
+    }
+  };
+
+  static std::int64_t task_cost(const BackwardJob& job) {
+    return job.problem->q_len * std::min<std::int64_t>(job.problem->kv_len, job.plan->range_keys);
+  }
+
+  // The last entry that starts at or before a task: those without tasks start where the next one does.
+  Entry& entry_of(std::int64_t task, std::int64_t Entry::* first) {
+    return *(std::upper_bound(parts_.begin(), parts_.end(), task,
+                              [first](std::int64_t index, const Entry& entry) { return index < entry.*first; }) -
+             1);
+  }
+
+  const Sizes sizes_;
+  const Scratch memory_;
+  char* const slots_;
+  TaskLoop loop_;
+  std::vector<Entry> parts_;
+};
+
+}  // namespace selfattn

@@ -1,0 +1,34 @@
+// Sums of the gradients of scores, for gradients of what is added to them.
+#pragma once
+#include "backward_memory.h"
+#include "backward_rows.h"
+
+namespace selfattn {
+
+// The gradients of the scores of one block are in slot.dscores.
+template <class T>
+class ScoreSums {
+ public:
+  ScoreSums(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan)
+      : problem_(problem), gradients_(gradients), plan_(plan) {}
+
+  // Adds to the gradients of a bias that has an axis of keys.
+  void add_scores(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
+  // Adds to the slot's sums by distance.
+  void add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
+  // Adds to the gradients that hold one number per row.
+  void add_rows(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
+  // Adds the slot's sums by distance to those of the head, and clears them.
+  void deliver_distances(const RowSpan& span, const BackwardSlot& slot) const;
+
+ private:
+  const T* dscores_of(const BackwardSlot& slot, int row) const {
+    return reinterpret_cast<const T*>(slot.dscores) + row * plan_.score_step;
+  }
+
+  const Problem& problem_;
+  const Gradients& gradients_;
+  const BackwardPlan& plan_;
+};
+
+}  // namespace selfattn

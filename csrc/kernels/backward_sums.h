@@ -1,0 +1,132 @@
+// The sums of the backward pass, over keys and over rows. Instead of keys, the relative half (backward_relative.h) has
+// vectors of distances.
+#pragma once
+#include "kernels/backward_strips.h"
+#include "kernels/pack.h"
+#include "kernels/tile_matmul.h"
+#include "kernels/values.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+// Which pairs of keys and rows sums must skip, because 0 times their operands is not 0: those where `marks`, an array
+// in the shape of the factors, has this value. Null: none.
+template <class T>
+struct Skipped {
+  const T* marks = nullptr;
+  T value = 0;
+
+  explicit operator bool() const { return marks != nullptr; }
+  Skipped from(std::int64_t place) const { return {marks ? marks + place : nullptr, value}; }
+};
+
+template <class T, int TileRows, int SumRows>
+struct BackwardSums {
+  static constexpr int W = Vec<T>::width;
+
+  // sums[dim][row] += sum over keys of keys[key][dim] * factors[key][row], for a strip of `Cols` vectors.
+  struct KeySums {
+    const T* keys;
+    std::int64_t key_step;
+    int count;
+    const T* factors;
+    std::int64_t factor_step;
+    Skipped<T> skipped;
+  };
+
+  template <int Cols>
+  [[gnu::noinline]] static void add_key_sums(const KeySums& sums, std::int64_t head_dim, T* to) {
+    if (sums.skipped) return add_some_keys<Cols>(sums, head_dim, to);
+    multiply_rows<TileRows, Cols, FmaUnit<T>>(Transposed<T>{sums.keys, sums.key_step}, head_dim, sums.factors,
+                                              sums.factor_step, sums.count, [&](std::int64_t dim, const auto& tile) {
+                                                T* sum = to + dim * Cols * W;
+                                                for (const auto& row : tile)
+                                                  for (int c = 0; c < Cols; ++c, sum += W)
+                                                    store(sum, load(sum) + row[c]);
+                                              });
+  }
+
+  // sums[key][dim] += sum over rows of factors[key][row] * rows[row][dim]
+  struct RowSums {
+    const T* factors;
+    std::int64_t factor_step;
+    const T* rows;
+    std::int64_t row_step;
+    Skipped<T> skipped;
+  };
+
+  template <int Cols>
+  static void add_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim = 0) {
+    if (sums.skipped) return add_some_rows(sums, keys, rows, to);
+    for (; sums.row_step - dim >= Cols * W; dim += Cols * W) multiply_row_sums<Cols>(sums, keys, rows, to, dim);
+    if constexpr (Cols > 1)
+      if (dim < sums.row_step) add_row_sums<Cols - 1>(sums, keys, rows, to, dim);
+  }
+
+  static bool finite(const void* numbers, std::int64_t count) noexcept {
+    return all_finite([&](int) { return static_cast<const T*>(numbers); }, 1, count);
+  }
+
+  static double dot(const void* a, const void* b, std::int64_t count) noexcept {
+    Vec<T> sum = broadcast(T(0));
+    for (std::int64_t i = 0; i < count; i += W)
+      sum = fma(load(static_cast<const T*>(a) + i), load(static_cast<const T*>(b) + i), sum);
+    return static_cast<double>(reduce_sum(sum));
+  }
+
+  // Sets the sums of a strip to 0, or stores them in rows of `step` elements.
+  template <int Cols>
+  static void clear(std::int64_t head_dim, T* sums) {
+    for (std::int64_t i = 0; i < head_dim * Cols * W; i += W) store(sums + i, broadcast(T(0)));
+  }
+  template <int Cols>
+  static void store_rows(const T* sums, int rows, std::int64_t head_dim, T* to, std::int64_t step) {
+    columns_to_rows<T>(
+        rows, head_dim, [&](int row) { return to + row * step; },
+        [&](std::int64_t dim, int row) { return load(sums + dim * Cols * W + row); });
+  }
+
+ private:
+  template <int Cols>
+  static void add_some_keys(const KeySums& sums, std::int64_t head_dim, T* to) {
+    for (std::int64_t dim = 0; dim < head_dim; ++dim)
+      for (int c = 0; c < Cols; ++c, to += W) {
+        Vec<T> sum = broadcast(T(0));
+        for (int key = 0; key < sums.count; ++key) {
+          const std::int64_t cell = key * sums.factor_step + c * W;
+          const Mask<T> hidden = load(sums.skipped.marks + cell) == broadcast(sums.skipped.value);
+          const Vec<T> element = broadcast(sums.keys[key * sums.key_step + dim]);
+          sum = select(hidden, sum, fma(element, load(sums.factors + cell), sum));
+        }
+        store(to, load(to) + sum);
+      }
+  }
+
+  template <int Cols>
+  [[gnu::noinline]] static void multiply_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim) {
+    const std::int64_t step = sums.row_step;
+    multiply_rows<SumRows, Cols, FmaUnit<T>>(RowMajor<T>{sums.factors, sums.factor_step}, keys, sums.rows + dim, step,
+                                             rows, [&](std::int64_t key, const auto& tile) {
+                                               T* sum = to + key * step + dim;
+                                               for (const auto& row : tile) {
+                                                 for (int c = 0; c < Cols; ++c)
+                                                   store(sum + c * W, load(sum + c * W) + row[c]);
+                                                 sum += step;
+                                               }
+                                             });
+  }
+
+  static void add_some_rows(const RowSums& sums, int keys, int rows, T* to) {
+    for (int key = 0; key < keys; ++key)
+      for (std::int64_t dim = 0; dim < sums.row_step; dim += W, to += W) {
+        Vec<T> sum = broadcast(T(0));
+        for (int row = 0; row < rows; ++row) {
+          const std::int64_t cell = key * sums.factor_step + row;
+          if (sums.skipped.marks[cell] == sums.skipped.value) continue;
+          sum = fma(broadcast(sums.factors[cell]), load(sums.rows + row * sums.row_step + dim), sum);
+        }
+        store(to, load(to) + sum);
+      }
+  }
+};
+
+}  // namespace selfattn::SELFATTN_ISA
