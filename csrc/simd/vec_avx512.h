@@ -233,4 +233,21 @@ inline void transpose(VecD (&v)[8]) {
   }
 }
 
+// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore them.
+struct Words {
+  static constexpr int width = 8;
+  __m512i r;
+};
+inline Words broadcast_word(std::uint32_t x) { return {_mm512_set1_epi64(x)}; }
+inline Words load_words(const std::uint32_t* p) {
+  return {_mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_words(std::uint32_t* p, Words a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a.r));
+}
+inline Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.r, b.r)}; }
+// The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
+inline Words multiply(Words a, Words b) { return {_mm512_mul_epu32(a.r, b.r)}; }
+inline Words upper_half(Words a) { return {_mm512_srli_epi64(a.r, 32)}; }
+
 }  // namespace selfattn::SELFATTN_ISA
