@@ -38,12 +38,13 @@ struct RowLanes {
 constexpr std::int64_t factor_lines(std::int64_t keys) { return keys + 2 * (keys_per_block - 1); }
 
 // Computes the factors of weights, 0 or dropout.factor: factors[key][lane]. Returns the line of the first key. Kernels
-// that take keys in pairs start at an even key, so that they find a second line for the last key, too.
+// that take keys in pairs start at an even key, so that they find a second line for the last key, too. Arguments are
+// copies, which stores cannot change: the compiler keeps what it computes from the seed and the rows in registers.
 template <class T>
-[[gnu::noinline]] inline const T* dropout_factors(const Dropout& dropout, const RowLanes& tile, std::int64_t first_key,
+[[gnu::noinline]] inline const T* dropout_factors(const Dropout dropout, const RowLanes tile, std::int64_t first_key,
                                                   int keys, T* factors) {
   constexpr int W = Vec<T>::width, chains = W / Words::width;
-  const T factor = static_cast<T>(dropout.factor);
+  const Vec<T> factor = broadcast(static_cast<T>(dropout.factor)), zero = broadcast(T(0));
   const std::int64_t first = first_key / keys_per_block, end = (first_key + keys + keys_per_block - 1) / keys_per_block;
   for (int lane = 0; lane < tile.lanes; lane += W) {
     std::uint32_t place[3][W] = {};
@@ -58,9 +59,9 @@ template <class T>
       }
       philox(words, dropout.seed);
       for (int key = 0; key < keys_per_block; ++key, line += tile.lanes) {
-        std::uint32_t word[W];
-        for (int c = 0; c < chains; ++c) store_words(word + c * Words::width, words[c][key]);
-        for (int i = 0; i < W; ++i) line[i] = word[i] < dropout.threshold ? T(0) : factor;
+        Words word[chains];
+        for (int c = 0; c < chains; ++c) word[c] = words[c][key];
+        store(line, select(at_least(word, dropout.threshold), factor, zero));
       }
     }
   }

@@ -247,5 +247,17 @@ inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.r, b.r)}; 
 // The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
 inline Words multiply(Words a, Words b) { return {_mm256_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm256_srli_epi64(a.r, 32)}; }
+// Whether each word is at least `limit`.
+inline MaskF at_least(const Words (&a)[2], std::uint32_t limit) {
+  const __m256 pairs = _mm256_shuffle_ps(_mm256_castsi256_ps(a[0].r), _mm256_castsi256_ps(a[1].r), 0x88);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_castps_si256(pairs), 0xd8);
+  const __m256i larger = _mm256_max_epu32(words, _mm256_set1_epi32(static_cast<int>(limit)));
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, words))};
+}
+inline MaskD at_least(const Words (&a)[1], std::uint32_t limit) {
+  const __m256i words = _mm256_shuffle_epi32(a[0].r, 0xa0);  // in both halves of their lanes
+  const __m256i larger = _mm256_max_epu32(words, _mm256_set1_epi32(static_cast<int>(limit)));
+  return {_mm256_castsi256_pd(_mm256_cmpeq_epi32(larger, words))};
+}
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -249,5 +249,14 @@ inline Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.r, b.r)}; 
 // The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
 inline Words multiply(Words a, Words b) { return {_mm512_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm512_srli_epi64(a.r, 32)}; }
+// Whether each word is at least `limit`.
+inline MaskF at_least(const Words (&a)[2], std::uint32_t limit) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i words = _mm512_permutex2var_epi32(a[0].r, even, a[1].r);
+  return {_mm512_cmpge_epu32_mask(words, _mm512_set1_epi32(static_cast<int>(limit)))};
+}
+inline MaskD at_least(const Words (&a)[1], std::uint32_t limit) {
+  return {_mm256_cmpge_epu32_mask(_mm512_cvtepi64_epi32(a[0].r), _mm256_set1_epi32(static_cast<int>(limit)))};
+}
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -226,5 +226,12 @@ inline Words operator^(Words a, Words b) { return {veorq_u64(a.r, b.r)}; }
 // The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
 inline Words multiply(Words a, Words b) { return {vmull_u32(vmovn_u64(a.r), vmovn_u64(b.r))}; }
 inline Words upper_half(Words a) { return {vshrq_n_u64(a.r, 32)}; }
+// Whether each word is at least `limit`.
+inline MaskF at_least(const Words (&a)[2], std::uint32_t limit) {
+  return {vcgeq_u32(vcombine_u32(vmovn_u64(a[0].r), vmovn_u64(a[1].r)), vdupq_n_u32(limit))};
+}
+inline MaskD at_least(const Words (&a)[1], std::uint32_t limit) {
+  return {vcgeq_u64(vandq_u64(a[0].r, vdupq_n_u64(0xffffffff)), vdupq_n_u64(limit))};
+}
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -275,5 +275,14 @@ inline Words operator^(Words a, Words b) { return {a.r ^ b.r}; }
 // The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
 inline Words multiply(Words a, Words b) { return {(a.r & 0xffffffff) * (b.r & 0xffffffff)}; }
 inline Words upper_half(Words a) { return {a.r >> 32}; }
+// Whether each word is at least `limit`.
+inline Mask<float> at_least(const Words (&a)[2], std::uint32_t limit) {
+  Mask<float> mask;
+  for (int i = 0; i < VecF::width; ++i) mask.r[i] = static_cast<std::uint32_t>(a[i / 2].r[i % 2]) >= limit ? -1 : 0;
+  return mask;
+}
+inline Mask<double> at_least(const Words (&a)[1], std::uint32_t limit) {
+  return {(a[0].r & 0xffffffff) >= Words::Register{limit, limit}};
+}
 
 }  // namespace selfattn::SELFATTN_ISA
