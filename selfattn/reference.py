@@ -224,7 +224,7 @@ def dropout_factors(shape: tuple[int, ...], rate: float, seed: int | None, first
     words = philox(np.moveaxis(places, 0, -1), int(seed or 0))
     threshold = min(round(rate * 2**32), 2**32 - 1)
     factors = np.where(words >= np.uint64(threshold), 1 / (1 - rate), 0)
-    return factors.reshape(*shape[:-1], -1)[..., :kv_len]
+    return factors.reshape(*shape[:-1], -(-kv_len // 4) * 4)[..., :kv_len]
 
 
 def _softmax(
