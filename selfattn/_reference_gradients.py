@@ -30,7 +30,8 @@ class _Pass:
     grad_out: Floats
     grad_lse: Floats  # (*batch, H, Sq, 1)
     grad_weights: Floats
-    weights: Floats
+    weights: Floats  # before dropout
+    factors: Floats  # of dropout
     sink_weights: Floats  # (*batch, H, Sq, 1)
     products: Floats  # before the scale
     bend: Floats  # the derivative of the softcap
@@ -55,7 +56,8 @@ def gradients(
 ) -> GradientResult:
     """Return the gradients for a forward pass of the reference, whose `operands` are its arguments by name.
 
-    They include the distance i + offset - j of each pair and, with t5, the row of its table for each.
+    They include the distance i + offset - j of each pair, with t5 the row of its table for each, and with dropout its
+    factors. The pass is without dropout.
     """
     through = _make_pass(forward, operands, upstream)
     exact = _all_sums(through, _score_gradients(through, subtract=True))
@@ -93,6 +95,7 @@ def _make_pass(forward: Any, operands: Mapping[str, Any], upstream: tuple[Any, A
         grad_lse=per_row(upstream[1]),
         grad_weights=np.zeros(pairs, dtype) if upstream[2] is None else np.asarray(upstream[2], dtype).reshape(pairs),
         weights=forward.weights.reshape(pairs),
+        factors=np.broadcast_to(operands.get("factors", 1.0), pairs).astype(dtype),
         sink_weights=np.exp(np.where(np.isneginf(lse), -np.inf, sink - np.where(np.isneginf(lse), 0, lse))),
         products=products,
         bend=np.ones_like(products) if cap is None else 1 - np.tanh(scale * products / cap) ** 2,
@@ -125,7 +128,7 @@ def _products(q: Floats, k: Floats, relative: tuple[Floats, ...]) -> Floats:
 
 def _score_gradients(p: _Pass, subtract: bool) -> tuple[Floats, Floats]:
     """Return the gradients of all scores after the softcap, and each row's part of that of the sink."""
-    of_weights = p.grad_out @ p.v.swapaxes(-1, -2) + p.grad_weights
+    of_weights = (p.grad_out @ p.v.swapaxes(-1, -2) + p.grad_weights) * p.factors
     mean = (p.weights * of_weights).sum(axis=-1, keepdims=True)
     sign = -1 if subtract else 1
     change = mean + sign * p.grad_lse  # what a higher score of any key takes from the row
@@ -139,7 +142,7 @@ def _all_sums(p: _Pass, of_scores: tuple[Floats, Floats]) -> dict[str, Floats]:
     scaled = p.scale * bent
     for_queries, for_keys = scaled @ p.k, scaled.swapaxes(-1, -2) @ p.q
     sums = {
-        "v": p.weights.swapaxes(-1, -2) @ p.grad_out,
+        "v": (p.weights * p.factors).swapaxes(-1, -2) @ p.grad_out,
         "bias": scores,
         "sinks": sinks[..., 0].sum(axis=-1),
         "alibi_slopes": -(scores * abs(p.distance)).sum(axis=(-1, -2)),

@@ -41,6 +41,8 @@ class ScoreOptions(TypedDict, total=False):
     precision: Precision
     num_threads: int | None
     t5: T5Bias | None
+    dropout: float
+    seed: int | None
 
 
 class CommonOptions(ScoreOptions, total=False):

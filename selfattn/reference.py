@@ -115,6 +115,8 @@ def attention(
     sinks: ArrayLike | None = None,
     layout: Layout = "bhsd",
     t5: T5Bias | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     relative: tuple[Any, ...] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> Result:
@@ -167,7 +169,8 @@ def attention(
         if t5 is not None:
             scores = scores + _t5_terms(t5, distance)
         scores = np.where(visible, scores, -np.inf)
-        found = _softmax(scores, visible, v, sinks, q_lens, sigma)
+        factors = dropout_factors(scores.shape, dropout, seed) if dropout else np.ones(())
+        found = _softmax(scores, visible, v, sinks, q_lens, sigma, factors)
     if ndim == 2:
         return Result(found.out[0], found.lse[0], found.weights[0], found.magnitude[0], sigma)
     if layout == "bshd":
@@ -195,6 +198,7 @@ def attention_backward(
     **options
         Those of `attention`.
     """
+    dropout, seed = options.pop("dropout", 0.0), options.pop("seed", None)
     forward = attention(q, k, v, **options)
     q_len, kv_len = forward.weights.shape[-2:]
     limits = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
@@ -202,6 +206,9 @@ def attention_backward(
     operands = {"q": q, "k": k, "v": v, "distance": distance, **options}
     if options.get("t5") is not None:
         operands["buckets"] = _t5_buckets(options["t5"], distance)
+    if dropout:
+        pairs = forward.weights.shape if forward.weights.ndim > 2 else (1, *forward.weights.shape)
+        operands["factors"] = dropout_factors(pairs, dropout, seed)
     return gradients(forward, operands, (grad_out, grad_lse, grad_weights), wrt)
 
 
@@ -238,6 +245,33 @@ def _t5_buckets(t5: Any, distance: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array([bucket(int(t)) for t in distance.ravel()], dtype=np.int64).reshape(distance.shape)
 
 
+def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Encrypt counters with Philox4x32-10 (Salmon et al., 2011); the last axis holds the four words of each."""
+    word = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+    for i in range(10):
+        low = np.uint64((seed + i * 0x9E3779B9) & 0xFFFFFFFF)
+        high = np.uint64(((seed >> 32) + i * 0xBB67AE85) & 0xFFFFFFFF)
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ low, b & word, (a >> np.uint64(32)) ^ c3 ^ high, a & word
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def dropout_factors(shape: tuple[int, ...], rate: float, seed: int | None, first: int = 0) -> NDArray[np.float64]:
+    """Return the factors of weights (..., H, Sq, Sk) under dropout: 0, or 1 / (1 - rate) of those that are kept.
+
+    `first` is the number of the first batch entry.
+    """
+    *batch, _, _, kv_len = shape
+    entries = int(np.prod(batch, dtype=np.int64))
+    places = np.indices((entries, *shape[-3:-1], -(-kv_len // 4)), dtype=np.uint64)
+    places[0] += np.uint64(first)
+    words = philox(np.moveaxis(places, 0, -1), int(seed or 0))
+    threshold = min(round(rate * 2**32), 2**32 - 1)
+    factors = np.where(words >= np.uint64(threshold), 1 / (1 - rate), 0)
+    return factors.reshape(*shape[:-1], -(-kv_len // 4) * 4)[..., :kv_len]
+
+
 def _softmax(
     scores: NDArray[Any],
     visible: NDArray[np.bool_],
@@ -245,6 +279,7 @@ def _softmax(
     sinks: ArrayLike | None,
     q_lens: ArrayLike | None,
     sigma: float,
+    factors: NDArray[np.float64],
 ) -> Result:
     sink = np.full(scores.shape[:-1], -np.inf, dtype=scores.dtype)
     if sinks is not None:
@@ -258,7 +293,7 @@ def _softmax(
     shift = np.where(np.isneginf(peak) & ~sees, 0, peak)[..., None]
     parts = np.where(visible, np.exp(scores - shift), 0)
     total = parts.sum(axis=-1) + np.where(np.isneginf(sink), 0, np.exp(sink - shift[..., 0]))
-    weights = np.where(visible, parts / np.where(total == 0, 1, total)[..., None], 0)
+    weights = np.where(visible, parts / np.where(total == 0, 1, total)[..., None] * factors, 0)
     lse = np.where(np.isneginf(peak), -np.inf, peak + np.log(total))
     out = _weighted_sum(weights, visible, v)
     return Result(out, lse, weights, _weighted_sum(weights, visible, abs(v)), sigma)

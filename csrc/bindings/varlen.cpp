@@ -59,6 +59,7 @@ Shape Packed::lse_shape() const {
 AttentionArguments Packed::arguments(const Options& options, std::size_t i, const RowsOf (&rows)[3],
                                      std::int64_t& slope_stride) const {
   AttentionArguments own = arguments_of(function_, options, rows[0].view, rows[1].view, rows[2].view);
+  own.first_entry = static_cast<std::int64_t>(i);
   if (!masks_.is_none()) own.mask = bool_view(function_, "mask", masks_[py::int_(i)]);
   if (!biases.is_none()) {
     const py::object bias = biases[py::int_(i)];

@@ -3,6 +3,7 @@
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
 #include "kernels/backward_tile.h"
+#include "kernels/dropout.h"
 #include "kernels/kernel_set.h"
 #include "kernels/peak_loop.h"
 #include "kernels/project.h"
@@ -64,6 +65,7 @@ constexpr TypeKernels type_kernels() {
                       .panel_columns = TileVectors * Vec<T>::width,
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
+                      .drop = drop<T>,
                       .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,
                       .backward = TileBackward<T, TileRows, TileVectors, SumRows, SumVectors>::kernel};
   const auto stored = [&](auto element) -> StoredKernels& {
