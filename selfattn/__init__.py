@@ -7,10 +7,11 @@ from importlib.metadata import version as _version
 from . import _idle as _idle  # first: it loads the core
 from . import reference as reference
 from ._attention import attention, explain
+from ._backward import Gradients
 from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache
 from ._cached import attention_with_kvcache
-from ._gradients import Gradients, attention_backward, attention_vjp
+from ._gradients import attention_backward, attention_vjp
 from ._info import show_config, show_runtime
 from ._layer import SelfAttention
 from ._paged import PagedKVCache

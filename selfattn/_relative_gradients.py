@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import flag
-from ._gradients import Gradients, Operands, Upstream, Vjp, _computed_in
+from ._backward import Gradients, Operands, Upstream, Vjp, computed_in
 from ._keywords import clean_signature, refuse_unknown
 from ._relative import prepare, relative_attention
 from ._typing import Array, RelativeGradientOptions, RelativeVjpOptions
@@ -174,5 +174,5 @@ class _RelativeOperands(Operands):
             array = found[name]
             shared = tuple(range(array.ndim - given.ndim))
             total = array.sum(axis=shared, dtype=np.float64).reshape(given.shape)
-            gradients[name] = total.astype(given.dtype if name == "r" else _computed_in(self.q.dtype))
+            gradients[name] = total.astype(given.dtype if name == "r" else computed_in(self.q.dtype))
         return gradients

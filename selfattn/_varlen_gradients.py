@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, flag
-from ._gradients import Gradients, Vjp, _computed_in, _names, _targets, _write, sum_to
+from ._backward import Gradients, Vjp, checked_names, computed_in, sum_to, targets_of, write
 from ._keywords import clean_signature, refuse_unknown
 from ._packing import Packed, joined
 from ._typing import VarlenGradientOptions, VarlenVjpOptions
@@ -92,11 +92,11 @@ def attention_varlen_backward(
     function = "attention_varlen_backward"
     sequences = _Sequences(function, Packed.check(function, (q, k, v), cu_seqlens_q, cu_seqlens_k), options, wrt)
     given = None if into is None else _flat(into._asdict() if isinstance(into, Gradients) else into)
-    targets = _targets(function, given, accumulate, sequences.names())
+    targets = targets_of(function, given, accumulate, sequences.names())
     upstream = sequences.rows("grad_out", grad_out), sequences.columns("grad_lse", grad_lse)
     found = sequences.backward(upstream, sequences.rows("out", out), sequences.columns("lse", lse))
     flat = _flat(found)
-    _write(function, flat, targets, accumulate)
+    write(function, flat, targets, accumulate)
     return Gradients(**{name: _nested(name, value, flat) for name, value in found.items()})
 
 
@@ -175,7 +175,7 @@ class _Sequences:
         shared = {name: value for name, value in options.items() if name not in _OWN}
         self.options = core_options(function, layout="bshd", **shared)
         self.slopes_shape = np.shape(options.get("alibi_slopes", 0.0))
-        self.wrt = _names(function, wrt, options)
+        self.wrt = checked_names(function, wrt, options)
 
     @property
     def biases(self) -> list[NDArray[Any] | None]:
@@ -231,7 +231,7 @@ class _Sequences:
                 None if bias is None else sum_to(array, bias.shape).astype(bias.dtype, copy=False)
                 for array, bias in zip(found, self.biases, strict=True)
             ]
-        return self._of_numbers(name, found).astype(_computed_in(self.packed.q.dtype))
+        return self._of_numbers(name, found).astype(computed_in(self.packed.q.dtype))
 
     def _of_numbers(self, name: str, found: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""

@@ -1,0 +1,238 @@
+"""What the functions that compute gradients share: checks, the operands of a call, and the delivery of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import ACCEPTED, as_array, core_options, flag, is_float
+from ._typing import Array
+
+
+class Gradients(NamedTuple):
+    """The gradients that ``wrt`` names; the others are None. Each has the shape of its argument."""
+
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    bias: Array | None = None
+    sinks: Array | None = None
+    alibi_slopes: Array | None = None
+    t5: Array | None = None
+    scale: Array | None = None
+    r: Array | None = None
+    u: Array | None = None
+    w: Array | None = None
+
+
+Vjp = Callable[..., Gradients]
+_OPTIONAL = ("bias", "sinks", "alibi_slopes", "t5")
+
+
+class Upstream(NamedTuple):
+    """The gradients of the results."""
+
+    out: ArrayLike
+    lse: ArrayLike | None
+    weights: ArrayLike | None
+
+
+class Operands:
+    """The arguments of a forward pass, converted."""
+
+    always: tuple[str, ...] = ("q", "k", "v")  # names of arguments that every call has
+
+    def __init__(
+        self, function: str, arrays: Sequence[ArrayLike], options: Mapping[str, Any], wrt: Sequence[str]
+    ) -> None:
+        self.function = function
+        self.given = options
+        self.convert(arrays, options)
+        self.wrt = checked_names(function, wrt, options, self.always)
+
+    def convert(self, arrays: Sequence[ArrayLike], options: Mapping[str, Any]) -> None:
+        """Set the attributes that hold converted arguments."""
+        self.q, self.k, self.v = (as_array(self.function, name, x) for name, x in zip("qkv", arrays, strict=True))
+        self.options = core_options(self.function, **options)
+
+    def forward(self, options: _core.Options) -> Any:
+        """Compute the forward pass."""
+        return _core.attention_for(self.function, self.q, self.k, self.v, options)
+
+    def differentiate(self, operands: tuple[NDArray[Any] | None, ...]) -> dict[str, NDArray[Any]]:
+        """Compute the backward pass."""
+        return _core.attention_backward(self.function, operands, self.wrt, self.options)
+
+    def deliver(
+        self,
+        upstream: Upstream,
+        out: ArrayLike,
+        lse: ArrayLike,
+        into: Gradients | Mapping[str, Array] | None,
+        accumulate: bool,
+    ) -> Gradients:
+        """Return the gradients, or write them to the caller's arrays."""
+        targets = targets_of(self.function, into, accumulate, self.wrt)
+        out_array = as_array(self.function, "out", out)
+        lse_array = as_array(self.function, "lse", lse)
+        gradients = self.in_shape(self.backward(upstream, out_array, lse_array))
+        return _deliver(self.function, gradients, targets, accumulate)
+
+    def vjp(self, return_lse: bool, return_weights: bool) -> tuple[Any, Vjp]:
+        """Compute the forward pass and return the function that computes its gradients."""
+        options = self.options.copy()
+        options.return_lse, options.return_weights, options.exact = True, return_weights, True
+        exact_out, exact_lse, *weights = self.forward(options)
+        out = exact_out.astype(self.q.dtype, copy=True)
+
+        def vjp(
+            grad_out: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None
+        ) -> Gradients:
+            """Return the gradients for those of out, lse and weights."""
+            upstream = Upstream(grad_out, grad_lse, grad_weights)
+            return Gradients(**self.in_shape(self.backward(upstream, exact_out, exact_lse)))
+
+        if not (return_lse or return_weights):
+            return out, vjp
+        return (out, *([exact_lse.astype(exact_out.dtype)] if return_lse else []), *weights), vjp
+
+    def backward(self, upstream: Upstream, out: NDArray[Any], lse: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return what the core computes: arrays with all axes of heads and batch."""
+        grad_out = as_array(self.function, "grad_out", upstream.out)
+        grad_lse = None if upstream.lse is None else _floats(self.function, "grad_lse", upstream.lse)
+        grad_weights = None
+        if upstream.weights is not None:
+            grad_weights = _floats(self.function, "grad_weights", upstream.weights)
+            grad_weights = np.ascontiguousarray(grad_weights, dtype=computed_in(self.q.dtype))
+            through = self._through_weights(grad_weights)
+            if grad_lse is not None and grad_lse.shape != through.shape:
+                raise ValueError(f"{self.function}: grad_lse has shape {grad_lse.shape} but {through.shape} is needed")
+            grad_lse = -through if grad_lse is None else grad_lse - through
+        return self.differentiate((grad_out, self.q, self.k, self.v, out, lse, grad_lse, grad_weights))
+
+    def _through_weights(self, grad_weights: NDArray[Any]) -> NDArray[Any]:
+        """Return each row's sum of weights times their gradients, which is subtracted from the gradients of scores."""
+        options = self.options.copy()
+        options.return_lse, options.return_weights = False, True
+        _, weights = self.forward(options)
+        if weights.shape != grad_weights.shape:
+            raise ValueError(
+                f"{self.function}: grad_weights has shape {grad_weights.shape} but {weights.shape} is needed"
+            )
+        counted = np.where(weights == 0, 0, grad_weights)  # those of hidden keys may be anything
+        total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
+        return total
+
+    def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Sum the core's results over what their arguments do not tell apart, and convert them to their dtypes."""
+        gradients: dict[str, NDArray[Any]] = {}
+        for name, array in found.items():
+            if name in ("q", "k", "v", "bias"):
+                like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)  # type: ignore[assignment]
+                gradients[name] = sum_to(array, like.shape).astype(like.dtype, copy=False)
+            else:
+                gradients[name] = self._of_numbers(name, array).astype(computed_in(self.q.dtype))
+        return gradients
+
+    def _of_numbers(self, name: str, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""
+        if name == "scale":
+            return np.asarray(array.sum())
+        if name == "t5":
+            return self.given["t5"].gradient(sum_to(array, (self._heads(), array.shape[-1])))  # type: ignore[no-any-return]
+        per_head = np.atleast_1d(array.sum(axis=-1))
+        given = getattr(self.options, name)
+        return sum_to(per_head, given.shape)
+
+    def _heads(self) -> int:
+        axis = -2 if self.options.layout == _core.LAYOUTS["bshd"] else -3
+        return self.q.shape[axis] if self.q.ndim > 2 else 1
+
+
+def sum_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Sum over the axes along which an array of this shape was broadcast."""
+    extra = array.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        axis + extra for axis, n in enumerate(shape) if n == 1 and array.shape[axis + extra] != 1
+    )
+    return (array.sum(axis=axes) if axes else array).reshape(shape)
+
+
+def _floats(function: str, name: str, value: ArrayLike) -> NDArray[Any]:
+    array = as_array(function, name, value)
+    if not is_float(array.dtype):
+        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
+    return array
+
+
+def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which the core computes for operands of this dtype."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def checked_names(
+    function: str, wrt: Sequence[str], options: Mapping[str, Any], always: tuple[str, ...] = ("q", "k", "v")
+) -> tuple[str, ...]:
+    """Return the checked names of arguments whose gradients are wanted."""
+    known = (*always, *_OPTIONAL, "scale")
+    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+        raise TypeError(f"{function}: wrt is {wrt!r}, but a sequence of names is needed")
+    for name in wrt:
+        if name not in known:
+            raise ValueError(f"{function}: wrt names {name!r}, but it must be one of {', '.join(map(repr, known))}")
+        if name in _OPTIONAL and options.get(name) is None:
+            raise ValueError(f"{function}: wrt names {name!r}, but there is no {name}")
+    return tuple(wrt)
+
+
+def targets_of(
+    function: str, into: Gradients | Mapping[str, Array] | None, accumulate: bool, wrt: tuple[str, ...]
+) -> dict[str, Array]:
+    """Return the arrays of `into` by name."""
+    add = flag(function, "accumulate", accumulate)
+    if into is None:
+        if add:
+            raise ValueError(f"{function}: accumulate is True, but there is no into to add to")
+        return {}
+    if isinstance(into, Gradients):
+        into = into._asdict()
+    if not isinstance(into, Mapping):
+        raise TypeError(f"{function}: into is of type {type(into).__name__}, but Gradients or a mapping is needed")
+    targets = {name: array for name, array in into.items() if array is not None}
+    for name, array in targets.items():
+        if name not in wrt:
+            raise ValueError(f"{function}: into has {name!r}, which wrt does not name")
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{function}: into[{name!r}] is of type {type(array).__name__}, but an ndarray is needed")
+        if not array.flags.writeable:
+            raise ValueError(f"{function}: into[{name!r}] is read-only")
+    return targets
+
+
+def _deliver(
+    function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool
+) -> Gradients:
+    """Write gradients to the caller's arrays, where there are any, and return them."""
+    write(function, gradients, targets, accumulate)
+    return Gradients(**gradients)
+
+
+def write(function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool) -> None:
+    """Write gradients to the caller's arrays, which replace them in the dict."""
+    for name, target in targets.items():
+        array = gradients[name]
+        if target.shape != array.shape or target.dtype != array.dtype:
+            raise ValueError(
+                f"{function}: into[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has "
+                f"{array.shape} and {array.dtype}"
+            )
+    for name, target in targets.items():
+        if accumulate:
+            target += gradients[name]
+        else:
+            target[...] = gradients[name]
+        gradients[name] = target
