@@ -115,6 +115,11 @@ void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
 void scatter_row(const KernelSet& kernels, char* to, DType to_type, std::int64_t to_column, const char* from,
                  DType from_type, std::int64_t count) {
   if (from_type == to_type) return copy_rows(to, 0, to_column, from, 0, size_of(to_type), 1, count, size_of(to_type));
+  if (from_type == DType::f64) {  // rare: gradients of keys narrower than float64 queries
+    for (std::int64_t i = 0; i < count; ++i)
+      write_real(to + i * to_column, read_real(from + i * size_of(from_type), from_type), to_type);
+    return;
+  }
   const Conversion& conversion = conversion_of(kernels, to_type);
   const float* floats = reinterpret_cast<const float*>(from);
   alignas(64) char together[run * narrow_size];

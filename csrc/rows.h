@@ -25,7 +25,7 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const char* 
 // Multiplies a contiguous row of floats or doubles by `factor`.
 void scale_row(char* row, DType dtype, std::int64_t count, double factor);
 
-// Writes a contiguous row to elements that are `to_column` bytes apart and have its type, or a 16-bit type to which it
+// Writes a contiguous row to elements that are `to_column` bytes apart and have its type, or a narrower one to which it
 // is rounded.
 void scatter_row(const KernelSet& kernels, char* to, DType to_type, std::int64_t to_column, const char* from,
                  DType from_type, std::int64_t count);
