@@ -74,7 +74,7 @@ def added_to_scores(q: Any, k: Any, lse: Any, options: dict[str, Any]) -> float:
         if terms is not None:
             total += float(np.max(abs(terms), initial=0, where=np.isfinite(terms)))
     if options.get("alibi_slopes") is not None:
-        farthest = q.shape[-2] + k.shape[-2] + float(np.max(abs(np.asarray(options.get("q_offset") or 0))))
+        farthest = q.shape[-2] + k.shape[-2] + float(np.max(abs(np.asarray(options.get("q_offset", 0)))))
         total += float(np.max(abs(np.asarray(options["alibi_slopes"])), initial=0)) * farthest
     return total
 
