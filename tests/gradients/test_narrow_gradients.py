@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gradient_bounds import check
+from gradient_bounds import Comparison, check
 
 import selfattn as sa
 
@@ -67,3 +67,25 @@ def test_an_exact_out_makes_gradients_more_accurate(isa: str, normal: Any, dtype
         assert found is not None
         errors.append(float(np.max(abs(found.astype(np.float64) - exact))))
     assert errors[0] * 2 < errors[1]
+
+
+# Those of docs/numerics.md: largest error of q and k relative to the sum of absolute values, then of v.
+FIGURES = {
+    "float32": (3.9e-8, 2.5e-7),
+    "float64": (9e-17, 5.8e-16),
+    "float16": (1.3e-5, 8.4e-5),
+    "bfloat16": (9.2e-5, 8.1e-4),
+}
+
+
+@pytest.mark.parametrize("dtype", FIGURES)
+def test_documented_figures(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = rng.standard_normal((3, 1, 200 if dtype == "float64" else 512, 64)).astype(dtype)
+    comparison = Comparison(q, k, v, rng, all_results=False)
+    for rounded in (False, True):
+        found = comparison.gradients(rounded)
+        for name, figure in zip("qkv", (FIGURES[dtype][0], *FIGURES[dtype]), strict=True):
+            expected, magnitude = comparison.exact.gradients[name], comparison.exact.magnitudes[name]
+            error = float(np.max(abs(getattr(found, name).astype(expected.dtype) - expected) / magnitude))
+            assert figure / 3 < error < figure * 3, name

@@ -42,14 +42,17 @@ class Comparison:
             upstream.pop("grad_out"), q, k, v, wrt=self.names, dtype=dtype, **upstream, **known
         )
 
+    def gradients(self, rounded: bool) -> sa.Gradients:
+        """Compute the gradients from rounded out and lse, or from exact ones."""
+        if not rounded:
+            return sa.attention_vjp(*self.operands, wrt=self.names, **self.options)[1](**self.upstream)
+        upstream = dict(self.upstream)
+        given = (upstream.pop("grad_out"), *self.operands, self.out, self.lse)
+        return sa.attention_backward(*given, wrt=self.names, **upstream, **self.options)
+
     def shares(self, rounded: bool) -> dict[str, float]:
-        """Return the largest error of each gradient as a share of its bound; from rounded out and lse, or exact."""
-        if rounded:
-            upstream = dict(self.upstream)
-            given = (upstream.pop("grad_out"), *self.operands, self.out, self.lse)
-            found = sa.attention_backward(*given, wrt=self.names, **upstream, **self.options)
-        else:
-            found = sa.attention_vjp(*self.operands, wrt=self.names, **self.options)[1](**self.upstream)
+        """Return the largest error of each gradient as a share of its bound."""
+        found = self.gradients(rounded)
         unit = relative_bound(*self.operands, self.exact.sigma, self.lse, rounded, self.options)
         arguments = {**dict(zip("qkv", self.operands, strict=True)), **self.options}
         return {name: share(getattr(found, name), self.exact, name, arguments, unit) for name in self.names}
