@@ -33,10 +33,10 @@ TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 # Libraries that tests of examples and integrations compare with.
 PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests that call the core within the pytest process; sanitizers and coverage use these.
-CALLS = ["core", "caches", "layers", "compat"]
+CALLS = ["core", "gradients", "caches", "layers", "compat"]
 # Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
 BOUNDED = {
-    "numpy": ["core", "compat", "layers"],
+    "numpy": ["core", "gradients", "compat", "layers"],
     "torch": ["integrations", "compat"],
     "transformers": ["integrations"],
     "ml_dtypes": ["compat", "layers", "caches"],

@@ -113,6 +113,11 @@ void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
 void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count) {
   const std::int64_t size = size_of(to.dtype);
   if (from_type == to.dtype) return copy_rows({to.data, 0, to.column}, {from, 0, size}, 1, count, size);
+  if (from_type == DType::f64) {  // rare: gradients of keys narrower than float64 queries
+    for (std::int64_t i = 0; i < count; ++i)
+      write_real(to.data + i * to.column, read_real(from + i * size_of(from_type), from_type), to.dtype);
+    return;
+  }
   const auto narrow = kernels.f32.of(to.dtype).narrow;
   const float* floats = reinterpret_cast<const float*>(from);
   alignas(64) char together[run * narrow_size];

@@ -242,7 +242,8 @@ def _t5_buckets(t5: Any, distance: NDArray[np.int64]) -> NDArray[np.int64]:
         far = exact + int(np.log(max(t, exact) / exact) / np.log(t5.max_distance / exact) * (buckets - exact))
         return side + (t if t < exact else min(far, buckets - 1))
 
-    return np.array([bucket(int(t)) for t in distance.ravel()], dtype=np.int64).reshape(distance.shape)
+    distances, place = np.unique(distance, return_inverse=True)
+    return np.array([bucket(int(t)) for t in distances], dtype=np.int64)[place].reshape(distance.shape)
 
 
 def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:

@@ -110,6 +110,14 @@ CASES = {
         for worker in workers: worker.join()
         assert good
     """,
+    "gradients": """
+        def gradients():
+            return sa.attention_backward(x, x, x, x, x, x[..., 0], num_threads=2)
+        before = gradients()
+        def right_gradients():
+            return right() and all(np.array_equal(a, b) for a, b in zip(gradients()[:3], before[:3], strict=True))
+        assert in_child(right_gradients) and right_gradients()
+    """,
     "layer": """
         rng = np.random.default_rng(1)
         w = [rng.standard_normal((64, 64)).astype(np.float32) for _ in range(4)]

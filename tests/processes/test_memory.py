@@ -42,6 +42,26 @@ def test_peak_is_linear_in_the_length(run_python: Any) -> None:
     assert all(int(n) < 8 << 20 for n in added)
 
 
+def test_gradients_store_nothing_of_all_pairs(run_python: Any) -> None:
+    added = run_python(
+        PRELUDE
+        + """
+    x = np.ones((1, 12_000, 16), np.float32)
+    lse = np.full((1, 12_000), 10, np.float32)
+    wrt = ("q", "k", "v", "scale", "bias", "alibi_slopes")
+    options = {"bias": np.zeros((12_000, 1), np.float32), "alibi_slopes": [0.0], "causal": True, "num_threads": 2}
+    sa.attention_backward(x, x, x, x, x, lse, wrt=wrt, **options)
+    before = peak()
+    grads = sa.attention_backward(x, x, x, x, x, lse, wrt=wrt, **options)
+    first = peak()
+    sa.attention_backward(x, x, x, x, x, lse, wrt=("k",), bias=np.zeros(12_000, np.float32), num_threads=2)
+    print(before, first - before, peak() - first)
+    """
+    ).split()
+    assert int(added[0]) < 100 << 20  # scores would take 550 MiB
+    assert all(int(n) < 8 << 20 for n in added[1:])
+
+
 def test_relative_attention_stores_nothing_of_all_pairs(run_python: Any) -> None:
     added = run_python(
         PRELUDE

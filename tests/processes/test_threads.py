@@ -169,7 +169,13 @@ INTERRUPTED = """
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
 
-    def measure(threads):
+    def gradients(x, num_threads):
+        sa.attention_backward(x, x, x, x, x, x[..., 0], num_threads=num_threads)
+
+    def attention(x, num_threads):
+        sa.attention(x, x, x, num_threads=num_threads)
+
+    def measure(threads, call=attention):
         x = np.zeros((1, 64, 20000, 64), np.float32)
         sent = []
         def send():
@@ -179,7 +185,7 @@ INTERRUPTED = """
         sender = threading.Thread(target=send)
         sender.start()
         try:
-            sa.attention(x, x, x, num_threads=threads)
+            call(x, threads)
         except KeyboardInterrupt:
             delay = time.monotonic() - sent[0]
         else:
@@ -193,8 +199,9 @@ INTERRUPTED = """
 
 @linux
 @pytest.mark.parametrize("threads", [1, 2])
-def test_ctrl_c(run_python: Any, threads: int) -> None:
-    code = textwrap.dedent(INTERRUPTED) + f"\ndelay = measure({threads})\nprint(delay)\n"
+@pytest.mark.parametrize("call", ["attention", "gradients"])
+def test_ctrl_c(run_python: Any, threads: int, call: str) -> None:
+    code = textwrap.dedent(INTERRUPTED) + f"\ndelay = measure({threads}, {call})\nprint(delay)\n"
     assert float(run_python(code)) < 0.2
 
 

@@ -25,7 +25,7 @@ def test_every_operand_next_to_a_guard_page(isa: str, seed: int, run_python: Any
         last = (tmp_path / "case").read_text(encoding="utf8")
         pytest.fail(f"{failure}\nThe last case: {last}")
     met = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", printed)}
-    assert met.keys() == {"attention", "layer", "ranges", "relative", "rope", "row", "threads", "tile"}
+    assert met.keys() == {"attention", "gradients", "layer", "ranges", "relative", "rope", "row", "threads", "tile"}
     assert min(met.values()) >= 20
 
 
@@ -36,7 +36,9 @@ def test_one_element_too_far_is_caught(isa: str, run_python: Any) -> None:
     operands = ["q", "k", "v", "mask", "bias", "kv_lens", "q_lens", "q_offset", "alibi_slopes", "sinks", "out"]
     for side in ("start", "end"):
         assert {("attention", side, name) for name in operands} < names
+        upstream = ("grad_out", "result", "lse", "grad_lse", "grad_weights")
+        assert {("gradients", side, name) for name in ("q", "k", "v", *upstream)} < names
         assert {("layer", side, name) for name in ("x", "context", "w_q", "w_o", "b_q", "b_o", "positions")} < names
         assert {("relative", side, name) for name in ("q", "k", "v", "r", "u", "w", "out")} < names
         assert {("rope", side, name) for name in ("x", "positions", "out")} < names
-        assert {("attention", side, "result", "0"), ("layer", side, "result", "0")} < names
+        assert {(kind, side, "result", "0") for kind in ("attention", "gradients", "layer")} < names

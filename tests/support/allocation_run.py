@@ -17,6 +17,7 @@ import numpy as np
 
 import selfattn as sa
 from selfattn import _core
+from selfattn._arguments import core_options
 
 _shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
 _shim.failing_malloc_live.restype = ctypes.c_long
@@ -58,6 +59,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "narrower": lambda: sa.attention(many, narrow[..., ::-1], narrow, num_threads=3),
         "narrow ranges": lambda: sa.attention(narrow_few, narrow_cache, narrow_cache, num_threads=3),
         "narrow layer": lambda: narrow_layer(narrow_x, num_threads=3),
+        "gradients": lambda: gradients(many, sinks),
+        "narrow gradients": lambda: gradients(narrow[..., ::-1], sinks),
         "rope": lambda: sa.apply_rope(many),
         "merge": lambda: merged(many),
         "explain": lambda: str(sa.explain(many, many, many)),
@@ -68,6 +71,13 @@ def calls() -> dict[str, Callable[[], Any]]:
 def overlapping(x: Any) -> Any:
     y = x.copy()
     return sa.attention(y, y, y, out=y, num_threads=3)
+
+
+def gradients(x: Any, sinks: Any) -> Any:
+    # Not attention_backward: where memory is short, NumPy's sums raise SystemError.
+    options = core_options("attention_backward", sinks=sinks, num_threads=3)
+    operands = (x, x, x, x, x, np.ones(x.shape[:3], np.float32), None, None)
+    return tuple(_core.attention_backward("attention_backward", operands, ("q", "k", "v", "sinks"), options).values())
 
 
 def merged(x: Any) -> Any:

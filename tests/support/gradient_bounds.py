@@ -23,37 +23,39 @@ def computed_in(dtype: Any) -> Any:
     return np.float64 if dtype == np.float64 else np.float32
 
 
-def shares(
-    q: Any, k: Any, v: Any, *, rng: Any, all_results: bool = False, rounded: bool = False, **options: Any
-) -> dict[str, float]:
-    """Compute all gradients for random ones of the results; return the largest error of each as a share of its bound.
+class Comparison:
+    """A call with random gradients of its results, and the reference's gradients of its operands."""
 
-    `all_results`: lse and weights have gradients as well. `rounded`: compute from rounded out and lse.
-    """
-    names = given_names(options)
-    shape = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    out, lse = sa.attention(q, k, v, return_lse=True, **options)
-    assert out.shape[:-3] == shape or out.ndim == 2
-    grad_out = rng.standard_normal(out.shape).astype(out.dtype)
-    more: dict[str, Any] = {}
-    if all_results:
-        more["grad_lse"] = rng.standard_normal(lse.shape).astype(lse.dtype)
-        more["grad_weights"] = rng.standard_normal((*lse.shape, k.shape[-3 if is_heads_last(options) else -2]))
-        more["grad_weights"] = more["grad_weights"].astype(lse.dtype)
-    if rounded:
-        found = sa.attention_backward(grad_out, q, k, v, out, lse, wrt=names, **more, **options)
-    else:
-        found = sa.attention_vjp(q, k, v, wrt=names, **options)[1](grad_out, **more)
-    kept = {name: x for name, x in options.items() if name not in ("num_threads", "precision")}
-    dtype = np.longdouble if q.dtype == np.float64 else np.float64
-    exact = reference.attention_backward(grad_out, q, k, v, wrt=names, dtype=dtype, **more, **kept)
-    unit = relative_bound(q, k, v, exact.sigma, lse, rounded, options)
-    arguments = {"q": q, "k": k, "v": v, **options}
-    return {name: share(getattr(found, name), exact, name, arguments, unit) for name in names}
+    def __init__(self, q: Any, k: Any, v: Any, rng: Any, all_results: bool = True, **options: Any) -> None:
+        """`all_results`: lse and weights have gradients as well."""
+        self.operands, self.options, self.names = (q, k, v), options, given_names(options)
+        self.out, self.lse = sa.attention(q, k, v, return_lse=True, **options)
+        self.upstream = {"grad_out": rng.standard_normal(self.out.shape).astype(self.out.dtype)}
+        if all_results:
+            keys = k.shape[-3 if options.get("layout") == "bshd" and k.ndim > 2 else -2]
+            for name, shape in (("grad_lse", self.lse.shape), ("grad_weights", (*self.lse.shape, keys))):
+                self.upstream[name] = rng.standard_normal(shape).astype(self.lse.dtype)
+        known = {name: x for name, x in options.items() if name not in ("num_threads", "precision")}
+        dtype = np.longdouble if q.dtype == np.float64 else np.float64
+        upstream = dict(self.upstream)
+        self.exact = reference.attention_backward(
+            upstream.pop("grad_out"), q, k, v, wrt=self.names, dtype=dtype, **upstream, **known
+        )
 
+    def gradients(self, rounded: bool) -> sa.Gradients:
+        """Compute the gradients from rounded out and lse, or from exact ones."""
+        if not rounded:
+            return sa.attention_vjp(*self.operands, wrt=self.names, **self.options)[1](**self.upstream)
+        upstream = dict(self.upstream)
+        given = (upstream.pop("grad_out"), *self.operands, self.out, self.lse)
+        return sa.attention_backward(*given, wrt=self.names, **upstream, **self.options)
 
-def is_heads_last(options: dict[str, Any]) -> bool:
-    return bool(options.get("layout") == "bshd")
+    def shares(self, rounded: bool) -> dict[str, float]:
+        """Return the largest error of each gradient as a share of its bound."""
+        found = self.gradients(rounded)
+        unit = relative_bound(*self.operands, self.exact.sigma, self.lse, rounded, self.options)
+        arguments = {**dict(zip("qkv", self.operands, strict=True)), **self.options}
+        return {name: share(getattr(found, name), self.exact, name, arguments, unit) for name in self.names}
 
 
 def relative_bound(q: Any, k: Any, v: Any, sigma: float, lse: Any, rounded: bool, options: dict[str, Any]) -> float:
@@ -75,7 +77,7 @@ def added_to_scores(q: Any, k: Any, lse: Any, options: dict[str, Any]) -> float:
         if terms is not None:
             total += float(np.max(abs(terms), initial=0, where=np.isfinite(terms)))
     if options.get("alibi_slopes") is not None:
-        farthest = q.shape[-2] + k.shape[-2] + float(np.max(abs(np.asarray(options.get("q_offset") or 0))))
+        farthest = q.shape[-2] + k.shape[-2] + float(np.max(abs(np.asarray(options.get("q_offset", 0)))))
         total += float(np.max(abs(np.asarray(options["alibi_slopes"])), initial=0)) * farthest
     return total
 
@@ -93,3 +95,11 @@ def share(found: Any, exact: reference.GradientResult, name: str, arguments: dic
     bound = bound + (abs(expected) + bound) * rounding_unit + (2.0**-25 if found.dtype == np.float16 else 0)
     bound = bound + 1e5 * float(np.finfo(computed_in(found.dtype)).smallest_normal)  # weights below it may be lost
     return float(np.max(abs(found - expected) / bound, initial=0))
+
+
+def check(q: Any, k: Any, v: Any, **options: Any) -> None:
+    """Fail if a gradient's error exceeds its bound, from exact out and lse or from rounded ones."""
+    comparison = Comparison(q, k, v, np.random.default_rng(3), **options)
+    for rounded in (False, True):
+        beyond = {name: share for name, share in comparison.shares(rounded).items() if not share <= 1}
+        assert not beyond, f"errors as shares of their bounds, from {'rounded' if rounded else 'exact'} out: {beyond}"

@@ -19,7 +19,7 @@ LONG = (1025, 2049, 2175)  # few rows: the keys are split into ranges
 class Case(NamedTuple):
     """A call: arrays that may be placed anywhere, and everything else."""
 
-    kind: str  # attention, layer, relative, rope
+    kind: str  # attention, gradients, layer, relative, rope
     arrays: dict[str, Any]
     settings: dict[str, Any]
 
@@ -37,6 +37,7 @@ def cases(seed: int) -> Any:
                 yield attention_case(rng, dtype, head_dim, q_len, int(rng.choice(LENGTHS)))
             yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[:3])), int(rng.choice(LONG)))
             yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[3:])), int(rng.choice(LONG)))
+            yield gradient_case(rng, dtype, head_dim, int(rng.choice(LENGTHS)), int(rng.choice(LENGTHS)))
             for _ in range(4):
                 yield layer_case(rng, dtype, head_dim)
             for _ in range(2):
@@ -87,6 +88,20 @@ def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int)
     if rng.random() < 0.7:
         arrays["out"] = tokens(heads, q_len, value_dim)
     return Case("attention", arrays, {**score_settings(rng), "layout": "bshd" if bshd else "bhsd"})
+
+
+def gradient_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
+    case = attention_case(rng, dtype, head_dim, q_len, kv_len)
+    arrays = {name: x for name, x in case.arrays.items() if name != "out"}
+    settings = {name: x for name, x in case.settings.items() if name not in ("return_lse", "return_weights")}
+    forward = call(Case("attention", arrays, {**settings, "return_lse": True, "return_weights": True}), arrays)
+    arrays["result"], arrays["lse"] = forward[:2]
+    names = {"grad_out": forward[0], "grad_lse": forward[1], "grad_weights": forward[2]}
+    for name, like in names.items():
+        if name == "grad_out" or rng.random() < 0.4:
+            arrays[name] = rng.standard_normal(like.shape).astype(like.dtype)
+    terms = [name for name in ("bias", "alibi_slopes", "sinks") if name in arrays and rng.random() < 0.7]
+    return Case("gradients", arrays, {**settings, "wrt": ("q", "k", "v", "scale", *terms)})
 
 
 def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -207,6 +222,9 @@ def call(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
     given = {**arrays, **case.settings}
     if case.kind == "attention":
         result = sa.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+    elif case.kind == "gradients":
+        operands = [given.pop(name) for name in ("grad_out", "q", "k", "v", "result", "lse")]
+        result = tuple(x for x in sa.attention_backward(*operands, **given) if x is not None)
     elif case.kind == "relative":
         result = sa.relative_attention(**given)
     elif case.kind == "rope":

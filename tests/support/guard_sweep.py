@@ -22,6 +22,7 @@ from guard_cases import (
     attention_case,
     call,
     cases,
+    gradient_case,
     layer_case,
     relative_case,
     rope_case,
@@ -177,6 +178,12 @@ def whole_cases(rng: Any) -> Any:
         (attention_case, {"q", "k", "v", "out"}, (np.float16, 33, 2, 33)),
         (attention_case, {"q", "k", "v", "out"}, (NARROW[1], 33, 17, 33)),
         (layer_case, score | layer, (np.float64, 17)),
+        (
+            gradient_case,
+            {"q", "k", "v", "grad_out", "result", "lse", "grad_lse", "grad_weights"},
+            (np.float32, 33, 17, 33),
+        ),
+        (gradient_case, {"q", "k", "v", "grad_out", "result"}, (np.float16, 33, 17, 33)),
         (rope_case, {"x", "positions", "out"}, (np.float32, 40)),
         (relative_case, {"q", "k", "v", "r", "u", "w", "out"}, (np.float32, 33)),
     ):

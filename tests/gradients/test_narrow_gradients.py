@@ -1,0 +1,91 @@
+"""Gradients of 16-bit operands: those of float32, rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gradient_bounds import Comparison, check
+
+import selfattn as sa
+
+NARROW = pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+
+
+@NARROW
+@pytest.mark.parametrize(("q_len", "kv_len", "dim"), [(1, 40, 17), (49, 97, 64), (100, 450, 33), (12, 8, 1)])
+def test_accuracy(isa: str, normal: Any, dtype: Any, q_len: int, kv_len: int, dim: int) -> None:
+    q, k, v = (normal(2, n, d, dtype=dtype) for n, d in ((q_len, dim), (kv_len, dim), (kv_len, dim + 1)))
+    check(q, k, v, causal=True, q_offset=kv_len // 2, sinks=np.ones(2), all_results=q_len > 20)
+
+
+@NARROW
+def test_options(isa: str, rng: Any, normal: Any, dtype: Any) -> None:
+    q, k, v = (normal(2, heads, n, 9, dtype=dtype) for heads, n in ((4, 50), (2, 70), (2, 70)))
+    bias = np.where(rng.random((4, 50, 70)) < 0.2, -np.inf, rng.standard_normal((4, 50, 70))).astype(dtype)
+    slopes, table = rng.random((2, 4)) / 50, normal(8, 4, dtype=dtype)
+    check(q, k, v, bias=bias, t5=sa.T5Bias(table, max_distance=20), softcap=4.0)
+    check(q, k, v, bias=bias[0], alibi_slopes=slopes.astype(dtype), kv_lens=[60, 70], q_lens=[50, 9])
+    check(q, k[:1], v, mask=rng.random((2, 1, 50, 70)) < 0.3, scale=-0.3)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [("f4", "f2"), ("f4", ml_dtypes.bfloat16), ("f8", "f2"), ("f8", "f4")])
+def test_narrower_keys(isa: str, normal: Any, queries: Any, keys: Any) -> None:
+    q, k, v = normal(1, 4, 50, 17, dtype=queries), normal(2, 2, 99, 17, dtype=keys), normal(2, 2, 99, 8, dtype=keys)
+    check(q, k, v, causal=True, bias=np.zeros((50, 99), np.float16))
+
+
+@NARROW
+def test_grad_out_may_be_float32(isa: str, normal: Any, dtype: Any) -> None:
+    q, k, v = (normal(2, n, 9, dtype=dtype) for n in (50, 70, 70))
+    _, vjp = sa.attention_vjp(q, k, v)
+    grad_out = normal(2, 50, 9, dtype=dtype)
+    for narrow, wide in zip(vjp(grad_out)[:3], vjp(grad_out.astype(np.float32))[:3], strict=True):
+        assert narrow is not None
+        assert wide is not None
+        assert narrow.dtype == dtype
+        assert np.array_equal(narrow, wide)
+
+
+@NARROW
+def test_an_exact_out_makes_gradients_more_accurate(isa: str, normal: Any, dtype: Any) -> None:
+    # Values are nearly alike: gradients cancel.
+    q, k, v = (
+        normal(1, 60, 16) * np.float32(0.1),
+        normal(1, 90, 16),
+        normal(1, 90, 16) * np.float32(0.1) + np.float32(3),
+    )
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    grad_out = np.ones((1, 60, 16), np.float32)
+    exact = sa.attention_vjp(*(x.astype(np.float64) for x in (q, k, v)))[1](grad_out.astype(np.float64)).q
+    out, lse = sa.attention(*(x.astype(np.float32) for x in (q, k, v)), return_lse=True)
+    errors = []
+    for given in (out, out.astype(dtype)):
+        found = sa.attention_backward(grad_out, q, k, v, given, lse).q
+        assert found is not None
+        errors.append(float(np.max(abs(found.astype(np.float64) - exact))))
+    assert errors[0] * 2 < errors[1]
+
+
+# Those of docs/numerics.md: largest error of q and k relative to the sum of absolute values, then of v.
+FIGURES = {
+    "float32": (3.9e-8, 2.5e-7),
+    "float64": (9e-17, 5.8e-16),
+    "float16": (1.3e-5, 8.4e-5),
+    "bfloat16": (9.2e-5, 8.1e-4),
+}
+
+
+@pytest.mark.parametrize("dtype", FIGURES)
+def test_documented_figures(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = rng.standard_normal((3, 1, 200 if dtype == "float64" else 512, 64)).astype(dtype)
+    comparison = Comparison(q, k, v, rng, all_results=False)
+    for rounded in (False, True):
+        found = comparison.gradients(rounded)
+        for name, figure in zip("qkv", (FIGURES[dtype][0], *FIGURES[dtype]), strict=True):
+            expected, magnitude = comparison.exact.gradients[name], comparison.exact.magnitudes[name]
+            error = float(np.max(abs(getattr(found, name).astype(expected.dtype) - expected) / magnitude))
+            assert figure / 3 < error < figure * 3, name
