@@ -38,6 +38,9 @@ class Layer {
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
+    if (!other && weights_.key.depth() != weights_.query.depth())
+      refuse(function, "x has d_model ", weights_.query.depth(), " but w_k has ", weights_.key.depth(),
+             " rows: without context they must agree");
     const TensorView places = optional_view(inputs[2], DType::i64);
     std::optional<CacheArguments> source;
     open_cache(source, function, inputs[3], inputs[4], input);

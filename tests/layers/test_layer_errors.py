@@ -90,6 +90,20 @@ def test_x_and_context_must_fit(with_out: bool) -> None:
         layer(np.zeros(16, np.float32), out=out)
 
 
+def test_keys_of_x_need_weights_for_x() -> None:
+    given = {**arguments(), "w_k": np.zeros((17, 16), np.float32), "w_v": np.zeros((17, 16), np.float32)}
+    x, message = (
+        np.zeros((2, 3, 16), np.float32),
+        "x has d_model 16 but w_k has 17 rows: without context they must agree",
+    )
+    with pytest.raises(ValueError, match="^SelfAttention: " + message):
+        sa.SelfAttention(**given)(x)
+    with pytest.raises(ValueError, match="^SelfAttention: " + message):
+        sa.SelfAttention(**given)(x, cache=sa.KVCache(2, 4, 4, 10))
+    with pytest.raises(ValueError, match="^self_attention: " + message):
+        sa.self_attention(x, **given)
+
+
 def test_random_bad_calls_raise_only_what_is_documented(rng: Any) -> None:
     plain = [None, True, 0, -1, 3, 2.5, np.nan, 1 << 70, b"", "x", (), (1, 2), [1, 2], [[1.0]], {}, object(), sa.RoPE()]
     shapes = [(), (16,), (3, 16), (16, 16), (2, 3, 16), (0, 16), (16, 0), (1,) * 32]
