@@ -14,6 +14,7 @@ from ._cached import attention_with_kvcache
 from ._gradients import attention_backward, attention_vjp
 from ._info import show_config, show_runtime
 from ._layer import SelfAttention
+from ._layer_gradients import self_attention_vjp
 from ._paged import PagedKVCache
 from ._relative import relative_attention
 from ._relative_gradients import relative_attention_backward, relative_attention_vjp
@@ -52,6 +53,7 @@ __all__ = [
     "relative_attention_backward",
     "relative_attention_vjp",
     "self_attention",
+    "self_attention_vjp",
     "set_num_threads",
     "show_config",
     "show_runtime",

@@ -40,6 +40,7 @@ class Options:
     return_lse: bool
     return_weights: bool
     exact: bool
+    same_tokens: bool
     num_threads: int
 
     def copy(self) -> Options: ...

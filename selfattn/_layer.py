@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from . import _core
 from ._any_cache import AnyCache, Step
-from ._arguments import as_array, core_options, out_array, whole_number
+from ._arguments import as_array, core_options, out_array
 from ._attention import _DEFAULTS, attention
 from ._cache import KVCache
 from ._cached import check_window
@@ -17,7 +17,7 @@ from ._keywords import clean_signature, hinted, refuse_unknown
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
 from ._typing import Array, LayerCallOptions, No, Yes
-from ._weights import Weights, vector
+from ._weights import Weights, head_counts, vector
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -114,10 +114,7 @@ class SelfAttention:
     def _build(
         self, function: str, weights: _Four, biases: _Four, num_heads: Any, num_kv_heads: Any, rope: Any
     ) -> None:
-        heads = whole_number(function, "num_heads", num_heads, 1)
-        kv_heads = heads if num_kv_heads is None else whole_number(function, "num_kv_heads", num_kv_heads, 1)
-        if heads % kv_heads:
-            raise ValueError(f"{function}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+        heads, kv_heads = head_counts(function, num_heads, num_kv_heads)
         w = Weights.check(function, weights, heads, kv_heads)
         columns = (w.q, w.k, w.v, w.o)
         vectors = tuple(

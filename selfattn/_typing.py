@@ -153,6 +153,19 @@ class SelfAttentionOptions(LayerOptions, total=False):
     rope: RoPE | bool | None
 
 
+class LayerVjpOptions(ScoreOptions, total=False):
+    """Options of `self_attention_vjp`."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    q_lens: ArrayLike | None
+    kv_lens: ArrayLike | None
+    kv_starts: ArrayLike | None
+    q_offset: ArrayLike | None
+    return_lse: bool
+    return_weights: bool
+
+
 class CachedOptions(BatchOptions, total=False):
     """Options of `attention_with_kvcache`."""
 

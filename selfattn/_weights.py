@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arguments import ACCEPTED, as_array, is_float
+from ._arguments import ACCEPTED, as_array, is_float, whole_number
 
 
 class Weights(NamedTuple):
@@ -43,6 +43,15 @@ class Weights(NamedTuple):
                 f"{num_heads * value_dim}"
             )
         return cls(q, k, v, o, head_dim, value_dim)
+
+
+def head_counts(function: str, num_heads: Any, num_kv_heads: Any) -> tuple[int, int]:
+    """Return the checked numbers of heads of queries and of keys."""
+    heads = whole_number(function, "num_heads", num_heads, 1)
+    kv_heads = heads if num_kv_heads is None else whole_number(function, "num_kv_heads", num_kv_heads, 1)
+    if heads % kv_heads:
+        raise ValueError(f"{function}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+    return heads, kv_heads
 
 
 def _matrix(function: str, name: str, value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:

@@ -113,6 +113,7 @@ constexpr Field setting_fields[] = {
     field<&Options::return_lse>("return_lse"),
     field<&Options::return_weights>("return_weights"),
     field<&Options::exact>("exact"),
+    field<&Options::same_tokens>("same_tokens"),
     field<&Options::num_threads>("num_threads"),
 };
 
@@ -195,6 +196,7 @@ AttentionArguments arguments_of(const char* function, const Options& options, co
   a.q = q;
   a.k = k;
   a.v = v;
+  if (options.same_tokens) a.keys = Keys::same_tokens;
   for (std::size_t i = 0; i < array_count; ++i) {
     const ArrayOption& option = array_options[i];
     if (options.arrays[i]) a.*option.argument = option.view(function, option.name, options.arrays[i]);

@@ -22,6 +22,7 @@ LAYER = sa.SelfAttention(*[np.eye(8, dtype=np.float32)] * 3, num_heads=2)
 CACHE = sa.KVCache(1, 2, 8, capacity=10)
 
 GRADIENTS_OWN = {"wrt", "grad_lse", "grad_weights", "into", "accumulate"}
+LAYER_OWN = {"wrt", "b_q", "b_k", "b_v", "b_o", "num_heads", "num_kv_heads", "context", "rope", "positions"}
 
 # Functions, the dict of their options, and the keywords that each overload spells out.
 OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
@@ -37,6 +38,7 @@ OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
     (sa.attention_varlen, _typing.VarlenOptions, {"return_lse", "return_weights"}),
     (sa.attention_with_kvcache, _typing.CachedOptions, {"return_lse", "return_weights"}),
     (sa.self_attention, _typing.SelfAttentionOptions, {"return_lse", "return_weights", "num_heads"}),
+    (sa.self_attention_vjp, _typing.LayerVjpOptions, LAYER_OWN),
     (sa.SelfAttention.__call__, _typing.LayerCallOptions, {"return_lse", "return_weights"}),
     (compat.dot_product_attention, _jax._Options, {"return_residual"}),
 ]

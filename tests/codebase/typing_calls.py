@@ -66,6 +66,9 @@ def layers(x: Array, cache: sa.KVCache) -> None:
     assert_type(layer(x, return_lse=True, return_weights=True), tuple[Array, Array, Array])
     assert_type(sa.self_attention(x, x, x, x, num_heads=2, rope=sa.RoPE()), Array)
     assert_type(sa.self_attention(x, x, x, x, num_heads=2, return_weights=True), tuple[Array, Array])
+    y, vjp = sa.self_attention_vjp(x, x, x, x, num_heads=2, wrt=["x", "b_q"], b_q=x, rope=True)
+    assert_type(vjp(y), dict[str, Array])
+    sa.self_attention_vjp(x, x, x, x, num_heads=2, layout="bshd")  # type: ignore[call-arg]
     sa.SelfAttention(x, x, x)  # type: ignore[call-arg]
     sa.SelfAttention(x, x, x, num_head=2)  # type: ignore[call-arg]
     layer(x, casual=True)  # type: ignore[call-overload]

@@ -38,6 +38,7 @@ FIELDS: dict[str, Any] = {
     "return_lse": True,
     "return_weights": True,
     "exact": True,
+    "same_tokens": True,
     "num_threads": 4096,
 }
 

@@ -1,0 +1,260 @@
+"""Gradients of self-attention, from its output to its inputs and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import as_array, flag
+from ._attention import attention
+from ._backward import Operands, Upstream, computed_in
+from ._keywords import clean_signature, refuse_unknown
+from ._products import Product, rounded, rows_of
+from ._rope import RoPE, positions_for, rope_or_none
+from ._typing import Array, LayerVjpOptions
+from ._weights import Weights, head_counts, vector
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_Heads = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]  # queries, keys and values
+LayerVjp = Callable[..., dict[str, Array]]
+_NAME = "self_attention_vjp"
+_WRT = ("x", "w_q", "w_k", "w_v", "w_o")
+_TERMS = ("bias", "sinks", "alibi_slopes", "t5", "scale")  # arguments of attention itself
+_KNOWN = (*_WRT, "b_q", "b_k", "b_v", "b_o", "context", *_TERMS)
+
+
+@clean_signature(attention, without=("layout", "out"))
+def self_attention_vjp(
+    x: ArrayLike,
+    w_q: ArrayLike,
+    w_k: ArrayLike,
+    w_v: ArrayLike,
+    w_o: ArrayLike | None = None,
+    *,
+    wrt: Sequence[str] = _WRT,
+    b_q: ArrayLike | None = None,
+    b_k: ArrayLike | None = None,
+    b_v: ArrayLike | None = None,
+    b_o: ArrayLike | None = None,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    context: ArrayLike | None = None,
+    rope: RoPE | bool | None = None,
+    positions: ArrayLike | None = None,
+    **options: Unpack[LayerVjpOptions],
+) -> tuple[Any, LayerVjp]:
+    """Compute `self_attention` and return a function that computes its gradients.
+
+    Parameters
+    ----------
+    x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, context, rope, positions
+        As for `self_attention`. They must not change before `vjp` is called.
+    wrt : sequence of str
+        Names of the arguments whose gradients are wanted: x, context, matrices and their biases, and of `attention`
+        "bias", "sinks", "alibi_slopes", "t5" and "scale". The default is x and the matrices that are given.
+    **options
+        Those of `self_attention`, except ``out``.
+
+    Returns
+    -------
+    y : ndarray or tuple
+        What `self_attention` returns for these options, except for rounding.
+    vjp : callable
+        ``vjp(grad_y, grad_lse=None, grad_weights=None)`` returns a dict of the gradients by name; it may be called
+        several times. They have the shape and dtype of their argument; those of `sinks`, `alibi_slopes`, `t5` and
+        `scale` are float64 for float64 x, else float32.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As from `self_attention`; or `wrt` names an argument that is unknown or not given.
+
+    Notes
+    -----
+    Multiplies matrices with NumPy, whose library has threads of its own: `num_threads` is for attention only, and
+    the last bits may depend on that library. 16-bit arguments are computed with in float32, and results are rounded
+    once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rng = np.random.default_rng(0)
+    >>> x, w_q, w_k, w_v, w_o = rng.standard_normal((5, 32, 32))
+    >>> y, vjp = sa.self_attention_vjp(x, w_q, w_k, w_v, w_o, num_heads=4, causal=True, rope=True)
+    >>> grads = vjp(np.ones_like(y))
+    >>> grads["x"].shape, grads["w_o"].shape
+    ((32, 32), (32, 32))
+    """
+    refuse_unknown(self_attention_vjp, options)
+    heads, kv_heads = head_counts(_NAME, num_heads, num_kv_heads)
+    w = Weights.check(_NAME, (w_q, w_k, w_v, w_o), heads, kv_heads)
+    given = zip("qkvo", (b_q, b_k, b_v, b_o), (w.q, w.k, w.v, w.o), strict=True)
+    biases = {letter: vector(_NAME, letter, bias, matrix, w.q.dtype) for letter, bias, matrix in given}
+    turn = _Rotation.check(rope, positions, w.head_dim)
+    named = {"w_o": w.o, "context": context, **{f"b_{letter}": bias for letter, bias in biases.items()}, **options}
+    names = _names(wrt, named)
+    queries = _input("x", x, w.q)
+    keys = queries if context is None else _input("context", context, w.k)
+    if context is None and len(w.k) != len(w.q):
+        raise ValueError(
+            f"{_NAME}: x has d_model {len(w.q)} but w_k has {len(w.k)} rows: without context they must agree"
+        )
+    layer = _Layer(names, turn.placed(queries), context is None)
+    q = layer.add("q", queries, w.q, biases["q"], heads)
+    k = layer.add("k", keys, w.k, biases["k"], kv_heads)
+    v = layer.add("v", keys, w.v, biases["v"], kv_heads)
+    return layer.attend((q, k, v), (w.o, biases["o"]), options)
+
+
+def _names(wrt: Sequence[str], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the checked names of arguments whose gradients are wanted."""
+    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+        raise TypeError(f"{_NAME}: wrt is {wrt!r}, but a sequence of names is needed")
+    if wrt == _WRT and given["w_o"] is None:
+        return _WRT[:-1]
+    for name in wrt:
+        if name not in _KNOWN:
+            raise ValueError(f"{_NAME}: wrt names {name!r}, but it must be one of {', '.join(map(repr, _KNOWN))}")
+        if name not in ("x", "w_q", "w_k", "w_v", "scale") and given.get(name) is None:
+            raise ValueError(f"{_NAME}: wrt names {name!r}, but there is no {name}")
+    return tuple(wrt)
+
+
+def _input(name: str, value: Any, matrix: NDArray[Any]) -> NDArray[Any]:
+    array = as_array(_NAME, name, value)
+    if array.dtype != matrix.dtype:
+        raise TypeError(
+            f"{_NAME}: {name} has dtype {array.dtype}, but w_q has {matrix.dtype}: they must agree, convert one with "
+            ".astype"
+        )
+    if array.ndim < 2:
+        raise ValueError(f"{_NAME}: {name} has shape {array.shape} but needs 2 dimensions or more: (..., S, d_model)")
+    if array.shape[-1] != len(matrix):
+        raise ValueError(f"{_NAME}: {name} has d_model {array.shape[-1]} but the weights have {len(matrix)} rows")
+    return array
+
+
+class _Rotation(NamedTuple):
+    """How queries and keys are rotated: rope for the core, and positions of the tokens of x, or None."""
+
+    rope: tuple[float, int, bool] | None
+    positions: Any
+
+    @classmethod
+    def check(cls, rope: Any, positions: Any, head_dim: int) -> _Rotation:
+        description = rope_or_none(_NAME, rope)
+        if description is not None:
+            return cls(description.for_core(_NAME, head_dim), positions)
+        if positions is not None:
+            raise ValueError(f"{_NAME}: positions is given, but the layer has no rope")
+        return cls(None, None)
+
+    def placed(self, x: NDArray[Any]) -> _Rotation:
+        """Return it with checked positions for x."""
+        if self.positions is None:
+            return self
+        return self._replace(positions=positions_for(_NAME, self.positions, x.shape[:-1]))
+
+    def apply(self, heads: NDArray[Any], positions: Any, *, inverse: bool) -> None:
+        """Rotate (..., tokens, heads, head_dim) in place."""
+        if self.rope is not None:
+            _core.apply_rope(heads, positions, heads, self.rope, inverse)
+
+
+class _Layer:
+    """The projections of a call, and what to compute."""
+
+    def __init__(self, names: tuple[str, ...], turn: _Rotation, same_tokens: bool) -> None:
+        self.names = names
+        self.turn = turn
+        self.same_tokens = same_tokens
+        self.products: dict[str, Product] = {}
+        # The positions of the tokens of queries and keys; None: their indices.
+        self.positions = {"q": turn.positions, "k": turn.positions if same_tokens else None}
+
+    def add(self, letter: str, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None, heads: int) -> NDArray[Any]:
+        """Project x to queries, keys or values, and return them as (..., tokens, heads, size)."""
+        product = self.products[letter] = Product(letter, x, w, b)
+        result = product.forward()
+        result = result.reshape(*result.shape[:-1], heads, result.shape[-1] // heads)
+        if letter in self.positions:
+            self.turn.apply(result, self.positions[letter], inverse=False)
+        return result
+
+    def attend(
+        self, operands: _Heads, output: tuple[NDArray[Any] | None, NDArray[Any] | None], options: Any
+    ) -> tuple[Any, LayerVjp]:
+        """Compute attention and the output projection; return the results and the function for their gradients."""
+        lse, weights = (flag(_NAME, f"return_{x}", options.pop(f"return_{x}", False)) for x in ("lse", "weights"))
+        dtype = self.products["q"].dtype
+        attended = self._operands(operands, options)
+        forward = attended.options.copy()
+        forward.return_lse, forward.return_weights, forward.exact = True, weights, True
+        heads, exact_lse, *rest = _core.attention_for(_NAME, *operands, forward)
+        joined = heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
+        last = None if output[0] is None else Product("o", joined, output[0], output[1])
+        y = joined.copy() if last is None else last.forward()
+
+        def vjp(
+            grad_y: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None
+        ) -> dict[str, Array]:
+            """Return the gradients for those of y, lse and weights."""
+            grad = _upstream(grad_y, y.shape, dtype)
+            found = {} if last is None else last.of_weights(grad, self.names)
+            if attended.wrt:
+                of_heads = (grad if last is None else last.of_input(grad)).reshape(heads.shape)
+                upstream = Upstream(of_heads, grad_lse, grad_weights)
+                found |= self._through(attended.in_shape(attended.backward(upstream, heads, exact_lse)))
+            return {name: found[name] for name in self.names}
+
+        if not (lse or weights):
+            return rounded(y, dtype), vjp
+        return (rounded(y, dtype), *([exact_lse.astype(heads.dtype)] if lse else []), *rest), vjp
+
+    def _operands(self, operands: _Heads, options: Any) -> Operands:
+        if self.same_tokens and options.get("q_offset") is None and options.get("kv_lens") is None:
+            options = {**options, "q_offset": 0}  # query i and key i are the same token, even if only q_lens is given
+        source = {"q": "x", "k": "x" if self.same_tokens else "context", "v": "x" if self.same_tokens else "context"}
+        wrt = [x for x, of in source.items() if {of, f"w_{x}", f"b_{x}"} & set(self.names)]
+        wrt += [name for name in self.names if name in _TERMS]
+        attended = Operands(_NAME, operands, {**options, "layout": "bshd"}, wrt)
+        attended.options.same_tokens = self.same_tokens
+        return attended
+
+    def _through(self, gradients: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the gradients of inputs and weights from those of queries, keys and values."""
+        found: dict[str, NDArray[Any]] = {}
+        inputs: dict[str, NDArray[Any]] = {}
+        for letter in [letter for letter in "qkv" if letter in gradients]:
+            product, heads = self.products[letter], gradients.pop(letter)
+            if letter in self.positions:
+                self.turn.apply(heads, self.positions[letter], inverse=True)
+            grad = heads.reshape(len(product.rows), product.w.shape[1])
+            found |= product.of_weights(grad, self.names)
+            name = "x" if letter == "q" or self.same_tokens else "context"
+            if name in self.names:
+                part = product.of_input(grad)
+                inputs[name] = inputs[name] + part if name in inputs else part
+        for name, total in inputs.items():
+            like = self.products["q" if name == "x" else "k"]
+            found[name] = rounded(total.reshape(like.shape), like.dtype)
+        return {**found, **gradients}
+
+
+def _upstream(grad_y: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the gradient of y as (rows, columns) in the type of computation."""
+    grad = as_array(_NAME, "grad_y", grad_y)
+    if grad.shape != shape:
+        raise ValueError(f"{_NAME}: grad_y has shape {grad.shape} but {shape} is needed")
+    computed = computed_in(dtype)
+    if grad.dtype not in (dtype, computed):
+        rule = f"{dtype}" if dtype == computed else f"{dtype} or float32"
+        raise TypeError(f"{_NAME}: grad_y has dtype {grad.dtype}, but {rule} is needed")
+    return rows_of(grad, computed)
