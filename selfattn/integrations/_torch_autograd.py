@@ -39,7 +39,7 @@ class _Forms(NamedTuple):
     def run(self, tensors: tuple[Any, ...], records: bool) -> Callable[..., Any]:
         """Return the fastest form that works for these tensors, given whether gradients are recorded."""
         if is_plain(*tensors):
-            return self.function.apply if records else self.kernel  # type: ignore[no-any-return]
+            return self.function.apply if records else self.kernel
         if is_transformed():
             return self.transformed.apply  # type: ignore[no-any-return]
         return self.operator  # type: ignore[no-any-return]
@@ -138,14 +138,16 @@ def _forms(operator: Any, kernel: Callable[..., Any], keep: Any, pull_back: Any,
     """Make an operator differentiable and return it with functions of the same kind."""
 
     def below(*arguments: Any) -> Any:
+        """Compute inside the transformation that was applied last."""
         tensors = tuple(x for x in arguments if isinstance(x, torch.Tensor))
         return forms.run(tensors, records=False)(*arguments)
 
     members = {"setup_context": staticmethod(keep), "backward": staticmethod(pull_back)}
     function = type("Selfattn", (torch.autograd.Function,), {"forward": staticmethod(kernel), **members})
-    rule = staticmethod(partial(fold, lambda *arguments: forms.transformed.apply(*arguments)))
-    members |= {"forward": staticmethod(below), "vmap": rule}
-    forms = _Forms(kernel, operator, function, type("SelfattnTransformed", (torch.autograd.Function,), members))
+    transformed: Any = type("SelfattnTransformed", (torch.autograd.Function,), members)
+    transformed.forward = staticmethod(below)
+    transformed.vmap = staticmethod(lambda *arguments: fold(transformed.apply, *arguments))
+    forms = _Forms(kernel, operator, function, transformed)
     operator.register_autograd(pull_back, setup_context=keep)
     operator.register_vmap(partial(fold, operator))
     return forms

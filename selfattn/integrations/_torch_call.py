@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of out and of the log-sum-exp."""
-        *_, first, second, _ = (1, *self.q.shape)
+        first, second = (1, *self.q.shape)[-3:-1]
         width = self.v.shape[-1]
         if max(x.ndim for x in self[:3]) == 2:
             return (second, width), (second,)
@@ -151,12 +151,12 @@ def backward(
     """Return the gradients of the DIFFERENTIABLE arguments; empty tensors for those that are not wanted."""
     call = Call(*arguments)
     names = [name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want]
-    upstream, grad_lse, grad_weights, out, lse, q, k, v = (
-        None if x is None else to_array(x) for x in (grad_out, grad_lse, grad_weights, out, lse, *call[:3])
-    )
+    upstream, q, k, v, result, row_lse = (to_array(x) for x in (grad_out, *call[:3], out, lse))
+    upstream_lse, upstream_weights = (None if x is None else to_array(x) for x in (grad_lse, grad_weights))
     found = attention_backward(
-        upstream, q, k, v, out, lse, wrt=names, grad_lse=grad_lse, grad_weights=grad_weights, **call.options()
-    )
+        upstream, q, k, v, result, row_lse, wrt=names, grad_lse=upstream_lse, grad_weights=upstream_weights,
+        **call.options(),
+    )  # fmt: skip
     return tuple(
         to_tensor(getattr(found, name)).to(x.dtype).reshape(x.shape) if name in names else _nothing(call)
         for name, x in zip(DIFFERENTIABLE, call, strict=False)
