@@ -138,7 +138,8 @@ def _softcap(function: str, value: Any) -> float:
     return number
 
 
-def _window(function: str, value: Any) -> tuple[int, int]:
+def window_sides(function: str, value: Any) -> tuple[int, int]:
+    """Return a window's two sides; −1 for unbounded."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise refusal(
             TypeError, function, "window", f" is {value!r}, but a pair (left, right) is needed, with None for unbounded"
@@ -257,7 +258,7 @@ def core_options(
     if q_offset is not None:
         options.q_offset = integers(function, "q_offset", q_offset)
     if window is not None:
-        options.window_left, options.window_right = _window(function, window)
+        options.window_left, options.window_right = window_sides(function, window)
     if q_lens is not None:
         options.q_lens = integers(function, "q_lens", q_lens)
     if kv_lens is not None:

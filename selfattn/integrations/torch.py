@@ -1,23 +1,26 @@
-"""PyTorch's attention function for CPU tensors, computed by selfattn."""
+"""PyTorch's attention function for CPU tensors, and selfattn's with all its options: both differentiable."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .._arguments import flag
+from .._attention import attention as _core_attention
+from .._keywords import clean_signature, refuse_unknown
+from ..compat._checks import own_names
 from ..compat._pytorch import attend, check_mask, check_mask_type, result_shape
+from . import _torch_autograd
+from ._dropout import dropout_options
 from ._runtime import share_runtime
+from ._tensors import computed_in, is_plain, to_array, wants_gradient
+from ._torch_call import Call, make_call
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["T5Bias", "attention", "scaled_dot_product_attention"]
 
 _NAME = "scaled_dot_product_attention"
-_BFLOAT16: Any = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
-_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses that override it may have no memory
+_OPTIONS = (_core_attention.__kwdefaults__ or {}).keys() - {"out"}
 _ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,7 +37,8 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """Compute ``torch.nn.functional.scaled_dot_product_attention`` of CPU tensors, without copying them.
 
-    Works under `torch.compile` (also ``fullgraph=True``) and `torch.export`, as the operator ``selfattn::sdpa``.
+    Differentiable, also twice. Works under `torch.compile` (also ``fullgraph=True``), `torch.export` and `torch.func`,
+    as the operator ``selfattn::sdpa``.
 
     Parameters
     ----------
@@ -46,7 +50,7 @@ def scaled_dot_product_attention(
     attn_mask : Tensor, broadcasting to (..., H, L, S), optional
         bool (True = attend), or float32 or query's dtype (added to the scores).
     dropout_p : float
-        Must be 0: training is not supported.
+        Must be 0.
     is_causal : bool, default False
         Query i sees the keys up to i (top-left alignment); not together with `attn_mask`.
     scale : float, optional
@@ -61,8 +65,6 @@ def scaled_dot_product_attention(
 
     Raises
     ------
-    RuntimeError
-        A tensor requires grad while gradients are recorded: there is no backward pass.
     TypeError, ValueError
         Tensors on other devices; sparse, nested or quantised tensors; other dtypes; shapes that do not fit together.
 
@@ -74,6 +76,10 @@ def scaled_dot_product_attention(
     plain tensors bypass PyTorch's dispatcher, because its Python overhead would exceed the time of a small attention
     call; profilers see such calls only as Python functions.
 
+    For gradients, out (in float32 for 16-bit operands) and one float64 per query and head are kept; scores are computed
+    again. Only second derivatives store all scores. They are not defined for hidden keys that are not finite. There is
+    no forward-mode differentiation.
+
     Examples
     --------
     >>> import torch
@@ -82,8 +88,7 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
     torch.Size([2, 4, 10, 8])
     """
-    if dropout_p != 0.0:
-        raise ValueError(f"{_NAME}: dropout_p is {dropout_p!r}, but there is no dropout at inference: pass 0.0")
+    dropout = dropout_options(_NAME, "dropout_p", dropout_p)
     _check_tensors(query, key, value, attn_mask)
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -91,90 +96,126 @@ def scaled_dot_product_attention(
         raise TypeError(
             f"{_NAME}: query, key and value must have one dtype, but have {query.dtype}, {key.dtype}, {value.dtype}"
         )
-    if torch.is_grad_enabled() and any(_requires_grad(x) for x in (query, key, value, attn_mask)):
-        raise RuntimeError(
-            f"{_NAME}: a tensor requires grad, but selfattn computes no gradients: call it under torch.no_grad() or "
-            "torch.inference_mode(), or detach the tensors"
-        )
-    arguments = (
-        query,
-        key,
-        value,
-        attn_mask,
-        flag(_NAME, "is_causal", is_causal),
-        scale,
-        flag(_NAME, "enable_gqa", enable_gqa),
-    )
-    return _compute(*arguments) if _is_plain(query, key, value, attn_mask) else _operator(*arguments)
+    check_mask_type(None if attn_mask is None else attn_mask.dtype, query.dtype, torch.bool, torch.float32)
+    is_causal, enable_gqa = flag(_NAME, "is_causal", is_causal), flag(_NAME, "enable_gqa", enable_gqa)
+    check_mask(None if attn_mask is None else attn_mask.shape, is_causal)
+    shape = result_shape(query.shape, key.shape, value.shape, enable_gqa, torch.broadcast_shapes)
+    tensors = (query, key, value, attn_mask)
+    if not dropout and is_plain(*tensors) and not wants_gradient(*tensors):
+        out = torch.empty_like(query) if shape == tuple(query.shape) else query.new_empty(shape)
+        mask = None if attn_mask is None else to_array(attn_mask)
+        attend(to_array(query), to_array(key), to_array(value), mask, is_causal, scale, enable_gqa, to_array(out))
+        return out
+    if not enable_gqa:
+        query, key, value = _broadcast(query, key, value)
+    options = {"bias" if attn_mask is None or attn_mask.is_floating_point() else "mask": attn_mask, **dropout}
+    if is_causal:
+        options |= {"causal": True, "q_offset": 0}
+    return _attend(make_call(query, key, value, scale=scale, **options))
 
 
-def _compute(
-    query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Any:
-    out = _result(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    mask = None if attn_mask is None else to_array(attn_mask)
-    attend(to_array(query), to_array(key), to_array(value), mask, is_causal, scale, enable_gqa, to_array(out))
+@own_names(_NAME, q="query", k="key", v="value", mask="attn_mask", bias="attn_mask")
+def _attend(call: Call) -> Any:
+    out, _, _ = _torch_autograd.attend(call)
     return out
 
 
-def _result(
-    query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Any:
-    """Return an uninitialized result: compilers trace it to learn its shape, and calls write into it."""
-    check_mask_type(None if attn_mask is None else attn_mask.dtype, query.dtype, torch.bool, torch.float32)
-    check_mask(None if attn_mask is None else attn_mask.shape, is_causal)
-    shape = result_shape(query.shape, key.shape, value.shape, enable_gqa, torch.broadcast_shapes)
-    return torch.empty_like(query) if shape == tuple(query.shape) else query.new_empty(shape)
+def _broadcast(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
+    """Return views with matching numbers of heads; if key and value have one head, it is kept for all query heads."""
+    fronts = query.shape[:-2], key.shape[:-2], value.shape[:-2]
+    if fronts[0] == fronts[1] == fronts[2]:
+        return query, key, value
+    front = torch.broadcast_shapes(*fronts)
+    one = all(x.ndim == 2 or x.shape[-3] == 1 for x in (key, value))
+    shared = (*front[:-1], 1) if one else front
+    return tuple(x.expand(*lead, *x.shape[-2:]) for x, lead in ((query, front), (key, shared), (value, shared)))
 
 
-def to_array(tensor: Any) -> NDArray[Any]:
-    """Return a view of a CPU tensor; bfloat16 becomes the dtype of ml_dtypes, since NumPy has none."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.is_neg():  # a pending negation, as in the imaginary part of a conjugate
-        tensor = tensor.resolve_neg()
-    if tensor.dtype is torch.bfloat16:
-        view: NDArray[Any] = tensor.view(torch.uint16).numpy().view(_BFLOAT16)
-        return view
-    array: NDArray[Any] = tensor.numpy()
-    return array
+class T5Bias(NamedTuple):
+    """T5's bias by distance with a table that may require grad; otherwise as `selfattn.T5Bias`."""
+
+    table: torch.Tensor
+    bidirectional: bool = True
+    max_distance: int = 128
 
 
-def _is_plain(*tensors: Any) -> bool:
-    """Whether nothing traces, transforms or intercepts operations on these tensors, so that they can be read now."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.overrides.has_torch_function(tensors)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or any(x is not None and (x.is_meta or type(x).__torch_dispatch__ is not _PLAIN_DISPATCH) for x in tensors)
-    )
+@clean_signature(_core_attention, without=("out",))
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    """Compute `selfattn.attention` of CPU tensors, differentiably.
 
+    Parameters
+    ----------
+    q, k, v : Tensor
+        As for `selfattn.attention`.
+    **options
+        Those of `selfattn.attention`, except ``out``. ``mask``, ``bias``, ``q_offset``, ``q_lens``, ``kv_lens``,
+        ``kv_starts``, ``scale``, ``alibi_slopes`` and ``sinks`` may be tensors, arrays or numbers; ``t5`` is a `T5Bias`
+        of this module or of selfattn. If they require grad, ``bias``, ``scale`` (a tensor with one element),
+        ``alibi_slopes``, ``sinks`` and the table of ``t5`` get gradients as q, k and v do.
 
-def _requires_grad(tensor: Any) -> bool:
-    return tensor is not None and bool(tensor.requires_grad)
+    Returns
+    -------
+    out : Tensor
+        And lse and weights if they are asked for, as from `selfattn.attention`; both are differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `selfattn.attention`, and for tensors without CPU memory.
+
+    Notes
+    -----
+    As for `scaled_dot_product_attention`, except that autocast does not apply. Of 16-bit operands, units that multiply
+    bfloat16 may make the result differ in its rounding from one for which no gradient is recorded.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import attention
+    >>> q, k, v = torch.randn(3, 2, 4, 10, 8)
+    >>> sinks = torch.zeros(4, requires_grad=True)
+    >>> attention(q, k, v, causal=True, window=(3, 0), sinks=sinks).sum().backward()
+    >>> sinks.grad.shape
+    torch.Size([4])
+    """
+    function = "attention"
+    if not options.keys() <= _OPTIONS:  # compilers cannot trace what follows
+        refuse_unknown(attention, options)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_memory(function, name, tensor)
+    options |= dropout_options(function, "dropout", options.pop("dropout", 0.0), options.pop("seed", None))
+    call = make_call(q, k, v, **options)
+    for name, tensor in zip(Call._fields, call.tensors(), strict=False):
+        if tensor is not None:
+            check_memory(function, name, tensor)
+    out, lse, weights = _torch_autograd.attend(call)
+    results = [out]
+    if call.residuals:
+        results.append(lse.to(computed_in(q.dtype)))
+    if call.weights:
+        results.append(weights)
+    return out if len(results) == 1 else tuple(results)
 
 
 def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_memory(name, tensor)
+        check_memory(_NAME, name, tensor)
         if tensor.dtype not in _ACCEPTED:
             raise TypeError(f"{_NAME}: {name} has dtype {tensor.dtype}, but one of {_ACCEPTED} is needed")
     if attn_mask is not None:
         if type(attn_mask).__name__ == "CausalBias":  # has no elements, and in PyTorch 2.5 no properties
             raise TypeError(f"{_NAME}: attn_mask is a CausalBias: pass is_causal=True, or a tensor of bool")
-        _check_memory("attn_mask", attn_mask)
+        check_memory(_NAME, "attn_mask", attn_mask)
 
 
-def _check_memory(name: str, tensor: Any) -> None:
+def check_memory(function: str, name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{_NAME}: {name} is a {type(tensor).__name__}, but a tensor is needed")
+        raise TypeError(f"{function}: {name} is a {type(tensor).__name__}, but a tensor is needed")
     if not (tensor.is_cpu or tensor.is_meta):
-        raise TypeError(f"{_NAME}: {name} is on device {tensor.device}, but only CPU memory is accepted")
+        raise TypeError(f"{function}: {name} is on device {tensor.device}, but only CPU memory is accepted")
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{_NAME}: {name} is a tensor of layout {kind}, but a dense one is needed")
+        raise TypeError(f"{function}: {name} is a tensor of layout {kind}, but a dense one is needed")
 
 
 def _autocast(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, ...]:
@@ -184,17 +225,5 @@ def _autocast(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, ..
         for x in (query, key, value, attn_mask)
     )
 
-
-_operator = torch.library.custom_op(
-    "selfattn::sdpa",
-    _compute,
-    mutates_args=(),
-    device_types="cpu",
-    schema=(
-        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa)"
-        " -> Tensor"
-    ),
-)
-_operator.register_fake(_result)
 
 share_runtime()

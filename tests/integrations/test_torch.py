@@ -182,6 +182,17 @@ def test_subclasses_without_memory(place: int) -> None:
     assert torch.equal(sdpa(*call), expected)
 
 
+def test_nothing_is_recorded_without_gradients() -> None:
+    q, k, v = qkv()
+    mask = torch.randn(9, 7, requires_grad=True)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found = sdpa(q.clone().requires_grad_(), k, v, mask)
+        assert not found.requires_grad
+        assert found.is_inference() is (context is torch.inference_mode)
+        assert torch.equal(found, sdpa(q, k, v, mask.detach()))
+
+
 def test_autocast_as_the_original() -> None:
     q, k, v = qkv()
     mask = torch.randn(9, 7)

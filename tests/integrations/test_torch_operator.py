@@ -9,6 +9,7 @@ from torch_operands import (
     assert_same,
     compiling,
     exact,
+    make_call,
     operator,
     qkv,
     randn,
@@ -23,16 +24,18 @@ def seed() -> None:
 
 
 OPCHECKED: dict[str, Any] = {
-    "plain": lambda: (*qkv(), None, False, None, False),
-    "causal bfloat16": lambda: (*qkv(torch.bfloat16), None, True, None, False),
-    "float16, groups": lambda: (*qkv(torch.float16, heads=6, groups=2), None, True, 0.3, True),
-    "mask": lambda: (*qkv(), torch.rand(2, 1, 9, 7) < 0.5, False, None, False),
-    "bias, float64": lambda: (*qkv(torch.float64), torch.randn(9, 7), False, 0.1, False),
-    "tokens first": lambda: (*(x.transpose(1, 2) for x in randn(3, 2, 9, 4, 16)), None, False, None, False),
-    "one query": lambda: (randn(1, 1, 1, 16), *randn(2, 2, 4, 7, 16), None, False, None, False),
-    "views of one row": lambda: (*(x.expand(2, 4, 9, 16) for x in randn(3, 9, 16)), None, True, None, False),
-    "narrow values": lambda: (randn(4, 9, 16), randn(4, 7, 16), randn(4, 7, 3), None, False, None, False),
-    "no keys": lambda: (randn(2, 4, 9, 16), *randn(2, 2, 4, 0, 16), None, False, None, False),
+    "plain": lambda: make_call(*qkv()),
+    "causal bfloat16": lambda: make_call(*qkv(torch.bfloat16), causal=True, q_offset=0),
+    "float16, groups": lambda: make_call(*qkv(torch.float16, heads=6, groups=2), scale=0.3, return_lse=True),
+    "mask": lambda: make_call(*qkv(), mask=torch.rand(2, 1, 9, 7) < 0.5),
+    "bias, float64": lambda: make_call(*qkv(torch.float64), bias=torch.randn(9, 7), return_lse=True),
+    "tokens first": lambda: make_call(*(x.transpose(1, 2) for x in randn(3, 2, 9, 4, 16))),
+    "one query": lambda: make_call(randn(1, 4, 1, 16), *randn(2, 2, 4, 7, 16)),
+    "views of one row": lambda: make_call(*(x.expand(2, 4, 9, 16) for x in randn(3, 9, 16)), return_weights=True),
+    "narrow values": lambda: make_call(randn(4, 9, 16), randn(4, 7, 16), randn(4, 7, 3)),
+    "no keys": lambda: make_call(randn(2, 4, 9, 16), *randn(2, 2, 4, 0, 16), return_lse=True),
+    "one head": lambda: make_call(randn(9, 16), randn(7, 16), randn(7, 3), return_lse=True),
+    "tokens before heads": lambda: make_call(*randn(3, 2, 9, 4, 16), layout="bshd", return_lse=True),
 }
 
 
@@ -40,7 +43,7 @@ OPCHECKED: dict[str, Any] = {
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_operator_is_well_behaved(name: str) -> None:
     """Schema, aliasing, and the shapes and strides that the compiler gets, also for symbolic lengths."""
-    results = torch.library.opcheck(operator, OPCHECKED[name]())
+    results = torch.library.opcheck(operator, tuple(OPCHECKED[name]()))
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
 
@@ -82,9 +85,13 @@ def test_compiled_by_default(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"inductor has no C++ compiler: {error}")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    x = randn(2, 9, 64)
-    compiled = torch.compile(block, fullgraph=True)
-    torch.testing.assert_close(compiled(x, is_causal=True), block(x, is_causal=True), atol=1e-6, rtol=0)
+    results = []
+    for function in (torch.compile(block, fullgraph=True), block):
+        x = torch.linspace(-2, 2, 2 * 9 * 64).sin().view(2, 9, 64).requires_grad_()
+        out = function(x, is_causal=True)
+        out.square().sum().backward()
+        results.append((out, x.grad))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
 
 
 @compiling
@@ -146,5 +153,6 @@ def test_modes_see_the_operator() -> None:
 
 def test_eager_calls_and_the_operator_agree() -> None:
     q, k, v = qkv()
-    assert torch.equal(operator(q, k, v, None, True, None, False), sdpa(q, k, v, is_causal=True))
-    assert str(operator._schema).startswith("selfattn::sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask")
+    out, exact, lse, weights = operator(*make_call(q, k, v, causal=True, q_offset=0))
+    assert torch.equal(out, sdpa(q, k, v, is_causal=True))
+    assert exact.numel() == lse.numel() == weights.numel() == 0

@@ -17,7 +17,7 @@ import transformers_models as models  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers_models import layer, normal  # noqa: E402
 
-from selfattn.integrations import _hf_attention  # noqa: E402
+from selfattn.integrations import _tensors  # noqa: E402
 from selfattn.integrations._hf_attention import attention_forward  # noqa: E402
 from selfattn.integrations._hf_mask import make_mask  # noqa: E402
 from selfattn.integrations.transformers import register  # noqa: E402
@@ -34,7 +34,6 @@ def _no_grad() -> Iterator[None]:
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 X = (1, 2, 5, 8)
 REFUSED = {
-    "dropout": (ValueError, r"dropout is 0\.1", {"dropout": 0.1}),
     "unknown": (TypeError, "unexpected keyword argument 'places'", {"places": torch.zeros(1)}),
     "blocks": (TypeError, "block_indices is given, but Module has no indexer", {"block_indices": torch.zeros(1)}),
     "paged": (TypeError, "unexpected keyword argument 'cache'", {"cache": SimpleNamespace()}),
@@ -83,27 +82,8 @@ def test_accepts_a_two_sided_window_that_hides_nothing() -> None:
     assert torch.equal(wide, attention_forward(layer(), **call)[0])
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "attention_mask", "position_bias", "s_aux", "sinks"])
-def test_refuses_gradients(name: str) -> None:
-    call = {"query": normal(*X), "key": normal(*X), "value": normal(*X), "attention_mask": normal(5, 5)}
-    call |= {"position_bias": normal(1, 2, 5, 5), "sinks" if name == "sinks" else "s_aux": normal(2)}
-    call[name].requires_grad_()
-    wanted, _ = attention_forward(layer(), **call)
-    assert not wanted.requires_grad
-    with torch.enable_grad(), pytest.raises(RuntimeError, match=f"selfattn: {name} requires a gradient"):
-        attention_forward(layer(), **call)
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")  # by versions of PyTorch after 2.5
-def test_refuses_training_and_tracing() -> None:
-    model, fed = models.build("llama", attention_dropout=0.1), models.inputs("llama")
-    model(**fed)
-    model.train()
-    with pytest.raises(ValueError, match=r"dropout is 0\.1"):
-        model(**fed)
-    model.eval()
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="requires a gradient"):
-        model(**fed)
+def test_refuses_tracing() -> None:
     query = normal(*X)
     with pytest.raises(RuntimeError, match="traced"):
         torch.jit.trace(lambda x: attention_forward(layer(), x, x, x, None)[0], (query,))
@@ -160,7 +140,7 @@ def test_looks_at_the_base_classes_of_foreign_models() -> None:
 
 def test_needs_ml_dtypes_for_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    _hf_attention._bfloat16.cache_clear()
+    _tensors.bfloat16.cache_clear()
     attention_forward(layer(), normal(*X), normal(*X), normal(*X), None)
     narrow = normal(*X).bfloat16()
     with pytest.raises(ImportError, match=r"ml_dtypes \(extra `transformers`\)"):

@@ -12,8 +12,11 @@ pytest.importorskip("ml_dtypes")
 integration = importlib.import_module("selfattn.integrations.torch")
 
 sdpa = integration.scaled_dot_product_attention
+checkpoint = importlib.import_module("torch.utils.checkpoint").checkpoint
 original = torch.nn.functional.scaled_dot_product_attention
+make_call = integration.make_call
 operator = torch.ops.selfattn.sdpa.default
+backward_operator = torch.ops.selfattn.sdpa_backward.default
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # torch.compile's own code, and what it imports, warn.
 compiling = pytest.mark.filterwarnings("ignore")
@@ -40,3 +43,11 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def qkv(dtype: Any = torch.float32, q_len: int = 9, kv_len: int = 7, heads: int = 4, groups: int = 4) -> Any:
     return randn(2, heads, q_len, 16, dtype=dtype), *(randn(2, groups, kv_len, 16, dtype=dtype) for _ in "kv")
+
+
+def gradients(function: Any, *tensors: Any) -> list[Any]:
+    """Return the gradients of a sum in which each element of the result has a weight of its own."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+    out = function(*leaves)
+    weights = torch.linspace(-1, 1, out.numel()).bfloat16().to(out.dtype).view(out.shape)  # the same in all dtypes
+    return list(torch.autograd.grad(out, [x for x in leaves if x.requires_grad], weights))

@@ -1,0 +1,84 @@
+"""Tensors as arrays over the same memory, and arrays as tensors."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses that override it may have no memory
+
+
+def to_array(tensor: Any) -> NDArray[Any]:
+    """Return a view of a CPU tensor; bfloat16 becomes the dtype of ml_dtypes, since NumPy has none."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_neg():  # a pending negation, as in the imaginary part of a conjugate
+        tensor = tensor.resolve_neg()
+    if tensor.dtype is torch.bfloat16:
+        view: NDArray[Any] = tensor.view(torch.uint16).numpy().view(bfloat16())
+        return view
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def to_tensor(array: NDArray[Any]) -> Any:
+    """Return a contiguous tensor, over the array's memory if that is contiguous."""
+    array = np.ascontiguousarray(array).reshape(array.shape)  # the former gives numbers an axis
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+@cache
+def bfloat16() -> Any:
+    """Return the dtype of ml_dtypes."""
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise ImportError("selfattn: bfloat16 tensors need the package ml_dtypes (extra `transformers`)") from error
+    return np.dtype(bfloat16)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the core computes for operands of this dtype."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def is_plain(*tensors: Any) -> bool:
+    """Whether nothing traces, transforms or intercepts operations on these tensors, so that they can be read now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.overrides.has_torch_function(tensors)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(x is not None and (x.is_meta or _is_disguised(x)) for x in tensors)
+    )
+
+
+def _is_disguised(tensor: Any) -> bool:
+    """Whether a tensor has no memory of its own; the second kind are batches of upstream gradients."""
+    return type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func.grad`, `vmap` or the like is at work, for which operators have no gradients."""
+    top = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize
+
+
+def wants_gradient(*tensors: Any) -> bool:
+    """Whether gradients are recorded for any of the tensors."""
+    return torch.is_grad_enabled() and any(x is not None and (x.requires_grad or _is_traced(x)) for x in tensors)
+
+
+def _is_traced(tensor: Any) -> bool:
+    """Whether a tensor within others, to which transformations are applied, requires grad."""
+    if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    inner = torch._C._functorch.get_unwrapped(tensor)
+    return inner.requires_grad or _is_traced(inner)

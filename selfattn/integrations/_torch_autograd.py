@@ -1,0 +1,165 @@
+"""Attention as a differentiable function of PyTorch: directly in eager mode, as an operator elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ._tensors import is_plain, is_transformed, wants_gradient
+from ._torch_call import DIFFERENTIABLE, Call, backward, backward_shapes, forward, forward_shapes
+from ._torch_dense import dense_attention
+from ._torch_vmap import map_backward, map_forward
+
+_COUNT = len(DIFFERENTIABLE)
+_UPSTREAM = 3  # the gradients of out, lse and weights are the first arguments of the backward operator
+_BEFORE_CALL = 6  # and these are followed by out, lse, and which gradients are wanted
+
+
+def attend(call: Call) -> tuple[Any, Any, Any]:
+    """Return out, lse (in float64) and weights; the last two are empty if the call does not ask for them."""
+    tensors = call.tensors()
+    records = wants_gradient(*tensors)
+    if records:
+        call = call._replace(residuals=True)
+    out, _, lse, weights = _FORWARD.run(tensors, records)(*call)
+    return out, lse, weights
+
+
+class _Forms(NamedTuple):
+    """One computation in the forms that PyTorch needs."""
+
+    kernel: Callable[..., Any]
+    operator: Any
+    function: Any
+    transformed: Any
+
+    def run(self, tensors: tuple[Any, ...], records: bool) -> Callable[..., Any]:
+        """Return the fastest form that works for these tensors, given whether gradients are recorded."""
+        if is_plain(*tensors):
+            return self.function.apply if records else self.kernel
+        if is_transformed():
+            return self.transformed.apply  # type: ignore[no-any-return]
+        return self.operator  # type: ignore[no-any-return]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    out, exact, lse, weights = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(exact, *([] if Call(*inputs).weights else [weights]))
+    _save(ctx, (*inputs, exact if exact.ndim == out.ndim else out, lse))
+
+
+def _save(ctx: Any, values: tuple[Any, ...]) -> None:
+    """Save tensors where PyTorch can move or recompute them, and other values in the context."""
+    ctx.others = [None if isinstance(x, torch.Tensor) else x for x in values]
+    ctx.places = [i for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
+    ctx.save_for_backward(*(values[i] for i in ctx.places))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    values = list(ctx.others)
+    for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        values[i] = tensor
+    return values
+
+
+def _pull_back(ctx: Any, grad_out: Any, _: Any, grad_lse: Any, grad_weights: Any) -> tuple[Any, ...]:
+    *arguments, out, lse = _saved(ctx)
+    call = Call(*arguments)
+    if not call.residuals:
+        raise RuntimeError("selfattn::sdpa: residuals is False, but gradients need them")
+    if grad_lse is None and grad_weights is None and grad_out is None:
+        return (None,) * len(call)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out, dtype=call.q.dtype)
+    wanted = list(ctx.needs_input_grad[:_COUNT])
+    tensors = (grad_out, grad_lse, grad_weights, out, lse, *call.tensors())
+    run = _BACKWARD.run(tensors, wants_gradient(*tensors))
+    found = run(grad_out, grad_lse, grad_weights, out, lse, wanted, *call)
+    gradients = (x if want else None for x, want in zip(found, wanted, strict=True))
+    return (*gradients, *[None] * (len(call) - _COUNT))
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    _save(ctx, inputs)
+
+
+def _pull_back_twice(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+    """Differentiate the gradients: out and lse, which they also depend on, count as functions of the arguments."""
+    values = _saved(ctx)
+    wanted = [i for i in range(_COUNT) if values[_BEFORE_CALL - 1][i] and upstream[i] is not None]
+    variables = [
+        i
+        for i in (*range(_UPSTREAM), *range(_BEFORE_CALL, _BEFORE_CALL + _COUNT))
+        if values[i] is not None and ctx.needs_input_grad[i]
+    ]
+
+    def gradients(*given: Any) -> Any:
+        replaced = dict(zip(variables, given, strict=True))
+        every = [replaced.get(i, x) for i, x in enumerate(values)]
+        call = Call(*every[_BEFORE_CALL:])
+        used = [i for i in range(_UPSTREAM) if every[i] is not None]
+
+        def results(*chosen: Any) -> Any:
+            fields = {Call._fields[i]: x for i, x in zip(wanted, chosen, strict=True)}
+            found = dense_attention(call._replace(**fields))
+            return tuple(found[i].to(every[i].dtype) for i in used)
+
+        _, vjp = torch.func.vjp(results, *(call[i] for i in wanted))
+        return vjp(tuple(every[i] for i in used))
+
+    found: list[Any] = [None] * len(values)
+    if wanted and variables:
+        _, vjp = torch.func.vjp(gradients, *(values[i] for i in variables))
+        for i, gradient in zip(variables, vjp(tuple(upstream[i] for i in wanted)), strict=True):
+            found[i] = gradient
+    return tuple(found)
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? t5, "
+    "Tensor? scale, Tensor? mask, Tensor? q_offset, Tensor? q_lens, Tensor? kv_lens, Tensor? kv_starts, Tensor? seed, "
+    "bool causal, int left, int right, float? softcap, float dropout, bool bidirectional, int max_distance, "
+    "str layout, str precision, int? num_threads, bool residuals, bool weights"
+)
+
+
+def _operator(name: str, compute: Any, shapes: Any, schema: str) -> Any:
+    made = torch.library.custom_op(f"selfattn::{name}", compute, mutates_args=(), device_types="cpu", schema=schema)
+    made.register_fake(shapes)
+    return made
+
+
+def _forms(operator: Any, kernel: Callable[..., Any], keep: Any, pull_back: Any, fold: Any) -> _Forms:
+    """Make an operator differentiable and return it with functions of the same kind."""
+
+    def below(*arguments: Any) -> Any:
+        """Compute inside the transformation that was applied last."""
+        tensors = tuple(x for x in arguments if isinstance(x, torch.Tensor))
+        return forms.run(tensors, records=False)(*arguments)
+
+    members = {"setup_context": staticmethod(keep), "backward": staticmethod(pull_back)}
+    function = type("Selfattn", (torch.autograd.Function,), {"forward": staticmethod(kernel), **members})
+    transformed: Any = type("SelfattnTransformed", (torch.autograd.Function,), members)
+    transformed.forward = staticmethod(below)
+    transformed.vmap = staticmethod(lambda *arguments: fold(transformed.apply, *arguments))
+    forms = _Forms(kernel, operator, function, transformed)
+    operator.register_autograd(pull_back, setup_context=keep)
+    operator.register_vmap(partial(fold, operator))
+    return forms
+
+
+operator = _operator("sdpa", forward, forward_shapes, f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+backward_operator = _operator(
+    "sdpa_backward",
+    backward,
+    backward_shapes,
+    "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor out, Tensor lse, bool[] wanted, "
+    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * _COUNT)})",
+)
+_FORWARD = _forms(operator, forward, _keep, _pull_back, map_forward)
+_BACKWARD = _forms(backward_operator, backward, _keep_all, _pull_back_twice, map_backward)

@@ -1,0 +1,178 @@
+"""One attention call on tensors: its arguments, its results, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _core
+from .._arguments import core_options, flag, window_sides
+from .._bias import T5Bias
+from .._gradients import attention_backward
+from ._tensors import computed_in, to_array, to_tensor
+
+# The arguments that may have a gradient: the first fields of a Call, named as in `wrt` of attention_backward.
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks", "alibi_slopes", "t5", "scale")
+_PER_BATCH = ("q_offset", "q_lens", "kv_lens", "kv_starts")
+
+
+class Call(NamedTuple):
+    """The arguments of the operator, in the order of its schema."""
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any = None
+    sinks: Any = None
+    alibi_slopes: Any = None
+    t5: Any = None  # the table
+    scale: Any = None
+    mask: Any = None
+    q_offset: Any = None
+    q_lens: Any = None
+    kv_lens: Any = None
+    kv_starts: Any = None
+    seed: Any = None
+    causal: bool = False
+    left: int = -1  # of the window; negative: unbounded
+    right: int = -1
+    softcap: float | None = None
+    dropout: float = 0.0
+    bidirectional: bool = True
+    max_distance: int = 128
+    layout: str = "bhsd"
+    precision: str = "highest"
+    num_threads: int | None = None
+    residuals: bool = False  # return what gradients need
+    weights: bool = False
+
+    def tensors(self) -> tuple[Any, ...]:
+        """Return the fields that are tensors or None."""
+        return self[: Call._fields.index("causal")]
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `attention`."""
+        options: dict[str, Any] = {
+            name: to_array(x)
+            for name in ("mask", "bias", "alibi_slopes", "sinks", *_PER_BATCH)
+            if (x := getattr(self, name)) is not None
+        }
+        options |= {name: getattr(self, name) for name in ("causal", "softcap", "layout", "precision", "num_threads")}
+        if self.left >= 0 or self.right >= 0:
+            options["window"] = tuple(None if side < 0 else side for side in (self.left, self.right))
+        if self.scale is not None:
+            options["scale"] = float(self.scale.detach())
+        if self.t5 is not None:
+            options["t5"] = T5Bias(to_array(self.t5), self.bidirectional, self.max_distance)
+        if self.dropout:
+            options["dropout"], options["seed"] = self.dropout, int(self.seed) % (1 << 64)
+        return options
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of out and of the log-sum-exp."""
+        first, second = (1, *self.q.shape)[-3:-1]
+        width = self.v.shape[-1]
+        if max(x.ndim for x in self[:3]) == 2:
+            return (second, width), (second,)
+        fronts = [x.shape[:-3] for x in self[:3]]
+        front = fronts[0] if fronts[0] == fronts[1] == fronts[2] else torch.broadcast_shapes(*fronts)
+        heads, length = (second, first) if self.heads_last(self.q) else (first, second)
+        tokens = (length, heads) if self.layout == "bshd" else (heads, length)
+        return (*front, *tokens, width), (*front, heads, length)
+
+    def heads_last(self, operand: Any) -> bool:
+        """Whether the axis of heads comes after that of the sequence."""
+        return self.layout == "bshd" and operand.ndim > 2
+
+    def new_out(self, dtype: torch.dtype) -> Any:
+        """Return an uninitialized result; in q's memory order if it has q's shape."""
+        shape, _ = self.shapes()
+        if shape == tuple(self.q.shape):
+            return torch.empty_like(self.q, dtype=dtype)
+        return self.q.new_empty(shape, dtype=dtype)
+
+
+def make_call(q: Any, k: Any, v: Any, **options: Any) -> Call:
+    """Return the call with these options of `attention`, some of which may be arrays or numbers instead of tensors."""
+    for name in (*_PER_BATCH, "mask", "bias", "sinks", "alibi_slopes"):
+        if options.get(name) is not None:
+            options[name] = torch.as_tensor(options[name])
+    if (scale := options.get("scale")) is not None and not isinstance(scale, torch.Tensor):
+        options["scale"] = torch.full((), scale, dtype=torch.float64)
+    if (window := options.pop("window", None)) is not None:
+        options["left"], options["right"] = window_sides("attention", window)
+    options["residuals"] = flag("attention", "return_lse", options.pop("return_lse", False))
+    options["weights"] = flag("attention", "return_weights", options.pop("return_weights", False))
+    if (t5 := options.pop("t5", None)) is not None:
+        options |= {"bidirectional": t5.bidirectional, "max_distance": t5.max_distance}
+        options["t5"] = torch.as_tensor(t5.table)
+    return Call(q, k, v, **options)
+
+
+def forward(*arguments: Any) -> tuple[Any, Any, Any, Any]:
+    """Return out, out in the type of computation, lse in float64, and weights; empty tensors if not needed.
+
+    The second is empty for operands of 32 or 64 bits, as out is the same.
+    """
+    call = Call(*arguments)
+    options = core_options("attention", **call.options())
+    options.exact = options.return_lse = call.residuals
+    options.return_weights = call.weights
+    dtype = computed_in(call.q.dtype) if call.residuals else call.q.dtype
+    out = call.new_out(dtype)
+    done = _core.attention(to_array(call.q), to_array(call.k), to_array(call.v), to_array(out), options)
+    extras = [to_tensor(x) for x in done[1:]] if isinstance(done, tuple) else []
+    lse = extras.pop(0) if call.residuals else _nothing(call)
+    weights = extras.pop(0) if call.weights else _nothing(call)
+    if dtype is call.q.dtype:
+        return out, _nothing(call), lse, weights
+    return out.to(call.q.dtype), out, lse, weights
+
+
+def forward_shapes(*arguments: Any) -> tuple[Any, Any, Any, Any]:
+    """Return uninitialized results: compilers trace them to learn their shapes."""
+    call = Call(*arguments)
+    dtype, exact = call.q.dtype, computed_in(call.q.dtype)
+    _, shape = call.shapes()
+    kv_len = call.k.shape[-3 if call.heads_last(call.k) else -2]
+    return (
+        call.new_out(dtype),
+        call.new_out(exact) if call.residuals and exact is not dtype else _nothing(call),
+        call.q.new_empty(shape, dtype=torch.float64) if call.residuals else _nothing(call),
+        call.q.new_empty((*shape, kv_len), dtype=exact) if call.weights else _nothing(call),
+    )
+
+
+def backward(
+    grad_out: Any, grad_lse: Any, grad_weights: Any, out: Any, lse: Any, wanted: Sequence[bool], *arguments: Any
+) -> tuple[Any, ...]:
+    """Return the gradients of the DIFFERENTIABLE arguments; empty tensors for those that are not wanted."""
+    call = Call(*arguments)
+    names = [name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want]
+    upstream, q, k, v, result, row_lse = (to_array(x) for x in (grad_out, *call[:3], out, lse))
+    upstream_lse, upstream_weights = (None if x is None else to_array(x) for x in (grad_lse, grad_weights))
+    found = attention_backward(
+        upstream, q, k, v, result, row_lse, wrt=names, grad_lse=upstream_lse, grad_weights=upstream_weights,
+        **call.options(),
+    )  # fmt: skip
+    return tuple(
+        to_tensor(getattr(found, name)).to(x.dtype).reshape(x.shape) if name in names else _nothing(call)
+        for name, x in zip(DIFFERENTIABLE, call, strict=False)
+    )
+
+
+def backward_shapes(
+    grad_out: Any, grad_lse: Any, grad_weights: Any, out: Any, lse: Any, wanted: Sequence[bool], *arguments: Any
+) -> tuple[Any, ...]:
+    """Return uninitialized gradients."""
+    call = Call(*arguments)
+    return tuple(
+        call.q.new_empty(x.shape, dtype=x.dtype) if want else _nothing(call)
+        for want, x in zip(wanted, call, strict=False)
+    )
+
+
+def _nothing(call: Call) -> Any:
+    return call.q.new_empty(0)

@@ -1,0 +1,127 @@
+"""Attention in operators of PyTorch, which stores all scores: for second derivatives only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import attention
+from .._bias import _Buckets
+from ._tensors import computed_in
+from ._torch_call import Call
+
+
+def dense_attention(call: Call) -> tuple[Any, Any, Any]:
+    """Return out, log-sum-exp and weights, all in the type of computation."""
+    dtype = computed_in(call.q.dtype)
+    q, k, v = (_heads_first(call, x.to(dtype)) for x in call[:3])
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) if x.shape[-3] != q.shape[-3] else x for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if call.scale is None else call.scale.to(dtype).reshape(())
+    scores = q @ k.mT * scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    distance = _distance(call, *scores.shape[-2:])
+    visible = _visible(call, distance)
+    if call.bias is not None:
+        bias = call.bias.to(dtype)
+        visible = visible & (bias != -math.inf)
+        scores = scores + bias.masked_fill(bias == -math.inf, 0)
+    if call.alibi_slopes is not None:
+        scores = scores - _per_head(call.alibi_slopes, dtype) * distance.abs()
+    if call.t5 is not None:
+        scores = scores + _by_distance(call, distance).to(dtype)
+    scores = scores.masked_fill(~visible, -math.inf)
+    weights, lse = _softmax(call, scores)
+    if call.dropout:
+        weights = weights * _kept(call, scores.shape)
+    out = weights @ v
+    if max(x.ndim for x in call[:3]) == 2:
+        return out[0], lse[0], weights[0]
+    return (out.transpose(-3, -2) if call.layout == "bshd" else out), lse, weights
+
+
+def _heads_first(call: Call, x: Any) -> Any:
+    if x.ndim == 2:
+        return x[None]
+    return x.transpose(-3, -2) if call.layout == "bshd" else x
+
+
+def _per_head(numbers: Any, dtype: torch.dtype) -> Any:
+    return numbers.to(dtype)[..., None, None]
+
+
+def _per_batch(numbers: Any) -> Any:
+    """Return integers with axes for heads, queries and keys."""
+    return numbers[..., None, None, None]
+
+
+def _distance(call: Call, q_len: int, kv_len: int) -> Any:
+    """Return each query's position minus each key's."""
+    offset = call.q_offset
+    if offset is None:
+        offset = torch.as_tensor(kv_len if call.kv_lens is None else call.kv_lens)
+        offset = offset - (q_len if call.q_lens is None else call.q_lens)
+    return torch.arange(q_len)[:, None] - torch.arange(kv_len) + _per_batch(offset)
+
+
+def _visible(call: Call, distance: Any) -> Any:
+    """Return which keys the queries see, apart from those that a bias hides."""
+    queries, keys = (torch.arange(n) for n in distance.shape[-2:])
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if call.causal:
+        visible = visible & (distance >= 0)
+    if call.left >= 0:
+        visible = visible & (distance <= call.left)
+    if call.right >= 0:
+        visible = visible & (-distance <= call.right)
+    if call.kv_lens is not None:
+        visible = visible & (keys < _per_batch(call.kv_lens))
+    if call.kv_starts is not None:
+        visible = visible & (keys >= _per_batch(call.kv_starts))
+    if call.mask is not None:
+        visible = visible & call.mask
+    return visible & _valid(call, queries)[..., None]
+
+
+def _valid(call: Call, queries: Any) -> Any:
+    """Return which rows belong to queries, for each batch entry and head."""
+    if call.q_lens is None:
+        return torch.ones_like(queries, dtype=torch.bool)
+    return queries < call.q_lens[..., None, None]
+
+
+def _by_distance(call: Call, distance: Any) -> Any:
+    """Return the bias of T5 for each head."""
+    buckets = _Buckets.check("attention", np.empty(call.t5.shape), call.bidirectional, call.max_distance)
+    row = (distance + buckets.origin).clamp(0, len(buckets.bucket) - 1)
+    bucket = torch.from_numpy(buckets.bucket)[row]  # (..., 1, Sq, Sk)
+    return call.t5[bucket.squeeze(-3)].movedim(-1, -3)
+
+
+def _softmax(call: Call, scores: Any) -> tuple[Any, Any]:
+    top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    sinks = None
+    if call.sinks is not None:
+        valid = _valid(call, torch.arange(scores.shape[-2]))[..., None]
+        sinks = _per_head(call.sinks, scores.dtype).expand_as(top).masked_fill(~valid, -math.inf)
+        top = torch.maximum(top, sinks)
+    top = top.detach().masked_fill(top == -math.inf, 0)
+    numerators = (scores - top).exp()
+    total = numerators.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - top).exp()
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    lse = (total.log() + top).masked_fill(empty, -math.inf)
+    return numerators / total, lse[..., 0]
+
+
+def _kept(call: Call, shape: Any) -> Any:
+    """Return the factors of dropout: 0 or 1 / (1 − rate), from weights that are all the same without it."""
+    zeros = np.zeros((*shape[:-1], 1), dtype=np.float32), np.zeros((*shape[:-2], shape[-1], 1), dtype=np.float32)
+    options: Any = {"dropout": call.dropout, "seed": int(call.seed) % (1 << 64), "return_weights": True}
+    _, weights = attention(zeros[0], zeros[1], zeros[1], **options)
+    return torch.from_numpy(weights > 0) / (1 - call.dropout)
