@@ -70,7 +70,7 @@ def _attend_forward(config: Config, traced: Any) -> Any:
 
 def _attend_backward(config: Config, kept: Any, grad_out: Any) -> tuple[Operands]:
     operands, out, lse, wanted = kept
-    wrt = tuple(name for name in DIFFERENTIABLE if name in wanted)
+    wrt = tuple(name for i, name in enumerate(DIFFERENTIABLE) if wanted.shape[0] >> i & 1)
     if not wrt or isinstance(grad_out, jax.custom_derivatives.SymbolicZero):
         return (_only((), ()),)
     return (_only(wrt, _gradients((config, wrt), grad_out, operands, out, lse)),)
@@ -128,11 +128,15 @@ def _gradients_backward(static: Any, kept: Any, grads: Any) -> Any:
     return grad_grad_out, _only(names, found), None, None
 
 
-def _untraced(traced: Any) -> tuple[Operands, dict[str, None]]:
-    """Return the operands, and the names of those whose gradients are wanted, as a dict, which JAX can keep."""
+def _untraced(traced: Any) -> tuple[Operands, Any]:
+    """Return the operands, and which gradients are wanted: bits, as the length of an array without elements.
+
+    A compiled function may be differentiated for one argument, then for another. JAX keeps shapes for each of them, but
+    the structure of what is passed to the backward rule only once.
+    """
     operands = Operands(*(x if x is None else x.value for x in traced))
     wanted = [name for name in DIFFERENTIABLE if (x := getattr(traced, name)) is not None and x.perturbed]
-    return operands, dict.fromkeys(wanted)
+    return operands, jnp.zeros((_bits(DIFFERENTIABLE, wanted), 0), bool)
 
 
 def _computed_in(dtype: Any) -> Any:

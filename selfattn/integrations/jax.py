@@ -70,8 +70,8 @@ def dot_product_attention(
     ------
     TypeError, ValueError
         When the function is traced: wrong types or shapes; arrays that are not on a CPU.
-    jax.errors.JaxRuntimeError
-        When the program runs: a length is negative or too large.
+    ValueError, jax.errors.JaxRuntimeError
+        When the program runs: a length is negative or too large. The type depends on the thread that runs it.
 
     Notes
     -----
@@ -135,10 +135,14 @@ def _array(name: str, value: Any) -> Any:
     if name in DIFFERENTIABLE and not is_float(array.dtype):
         raise TypeError(f"{_NAME}: {name} has dtype {array.dtype}, but {ACCEPTED}")
     if not isinstance(array, jax.core.Tracer):
-        for device in array.devices():
-            if device.platform != "cpu":
-                raise ValueError(f"{_NAME}: {name} is on device {device}, but only JAX's CPU backend is supported")
+        _check_place(name, array)
     return array
+
+
+def _check_place(name: str, array: Any) -> None:
+    for device in array.devices():
+        if device.platform != "cpu":
+            raise ValueError(f"{_NAME}: {name} is on device {device}, but only JAX's CPU backend is supported")
 
 
 def _of_scores(name: str, value: Any, shape: tuple[int, ...]) -> Any:
