@@ -148,6 +148,10 @@ def check_own_memory(function: str, out: NDArray[Any], /) -> None: ...
 def merge_states(
     outs: list[NDArray[Any]], lses: list[NDArray[Any]], out: NDArray[Any], lse: NDArray[Any], num_threads: int, /
 ) -> None: ...
+
+xla_attention: object  # capsules: handlers for XLA
+xla_attention_backward: object
+
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
 def apply_rope(
     x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, inverse: bool, /

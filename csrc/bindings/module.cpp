@@ -15,4 +15,5 @@ PYBIND11_MODULE(_core, module) {
   selfattn::bindings::register_machine(module);
   selfattn::bindings::register_merge(module);
   selfattn::bindings::register_relative(module);
+  selfattn::bindings::register_xla(module);
 }

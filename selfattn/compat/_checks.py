@@ -38,14 +38,18 @@ def own_names(function: str, **arguments: str) -> Callable[[Callable[_P, _R]], C
 def arrays(function: str, **values: Any) -> list[NDArray[Any]]:
     """Return the operands as ndarrays; they must have the same dtype."""
     found = {name: as_array(function, name, value) for name, value in values.items()}
-    names = list(found)
-    first = found[names[0]]
-    for name in names[1:]:
-        if found[name].dtype != first.dtype:
-            raise TypeError(
-                f"{function}: {name} has dtype {found[name].dtype} but {names[0]} has {first.dtype}: they must be equal"
-            )
+    equal_dtypes(function, **found)
     return list(found.values())
+
+
+def equal_dtypes(function: str, **arrays: Any) -> None:
+    """Raise unless all arrays, of any library, have the same dtype."""
+    (first_name, first), *others = arrays.items()
+    for name, array in others:
+        if array.dtype != first.dtype:
+            raise TypeError(
+                f"{function}: {name} has dtype {array.dtype} but {first_name} has {first.dtype}: they must be equal"
+            )
 
 
 def no_dropout(function: str, dropout_p: Any) -> None:

@@ -120,27 +120,20 @@ def dot_product_attention(
     >>> dot_product_attention(q, k, v, is_causal=True, local_window_size=4).shape
     (2, 10, 4, 8)
     """
-    if implementation not in (None, "xla"):
-        raise ValueError(f"{_NAME}: implementation is {implementation!r}, but selfattn has its own: pass None")
+    check_implementation(implementation)
     query, key, value = arrays(_NAME, query=query, key=key, value=value)
+    check_operands(query, key, value)
     batched = query.ndim == 4
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != query.ndim or array.ndim not in (3, 4):
-            raise ValueError(f"{_NAME}: {name} has shape {array.shape}, but 3 or 4 dimensions are needed, as query has")
-    if value.shape != key.shape:
-        raise ValueError(f"{_NAME}: value has shape {value.shape} but key has {key.shape}")
-    if query.shape[:-3] != key.shape[:-3]:
-        raise ValueError(f"{_NAME}: key has a batch of {key.shape[0]} but query has {query.shape[0]}")
     return_residual = flag(_NAME, "return_residual", return_residual)
     count = len(query) if batched else 1
     shape = (count, query.shape[-2], query.shape[-3], key.shape[-3])
     result = attention(
         *(x if batched else x[None] for x in (query, key, value)),
-        bias=_fitting("bias", bias, shape),
-        mask=_fitting("mask", mask, shape),
+        bias=_score_operand("bias", bias, shape),
+        mask=_score_operand("mask", mask, shape),
         causal=flag(_NAME, "is_causal", is_causal),
         q_offset=0,
-        window=_window(local_window_size),
+        window=window_sides(local_window_size),
         q_lens=_lengths("query_seq_lengths", query_seq_lengths, count),
         kv_lens=_lengths("key_value_seq_lengths", key_value_seq_lengths, count),
         scale=None if scale is None else real(_NAME, "scale", scale),
@@ -156,10 +149,34 @@ def dot_product_attention(
     return out, rows if batched else rows[0]
 
 
-def _fitting(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[Any] | None:
+# The checks are for arrays of any library: selfattn.integrations.jax shares them.
+
+
+def check_implementation(implementation: Any) -> None:
+    if implementation not in (None, "xla"):
+        raise ValueError(f"{_NAME}: implementation is {implementation!r}, but selfattn has its own: pass None")
+
+
+def check_operands(query: Any, key: Any, value: Any) -> None:
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != query.ndim or array.ndim not in (3, 4):
+            raise ValueError(f"{_NAME}: {name} has shape {array.shape}, but 3 or 4 dimensions are needed, as query has")
+    if value.shape != key.shape:
+        raise ValueError(f"{_NAME}: value has shape {value.shape} but key has {key.shape}")
+    if query.shape[:-3] != key.shape[:-3]:
+        raise ValueError(f"{_NAME}: key has a batch of {key.shape[0]} but query has {query.shape[0]}")
+
+
+def _score_operand(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[Any] | None:
     if value is None:
         return None
     array = as_array(_NAME, name, value)
+    check_score_operand(name, array, shape)
+    return array
+
+
+def check_score_operand(name: str, array: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless a mask or bias broadcasts to the shape of the scores."""
     if name == "mask" and array.dtype != np.bool_:
         raise TypeError(f"{_NAME}: mask has dtype {array.dtype}, but bool is needed: pass numbers to add as bias")
     try:
@@ -168,10 +185,9 @@ def _fitting(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> NDAr
         fits = False
     if not fits:
         raise ValueError(f"{_NAME}: {name} has shape {array.shape}, which does not broadcast to {shape}")
-    return array
 
 
-def _window(value: Any) -> tuple[int, int] | None:
+def window_sides(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
     pair = (value, value) if is_integer(value) else value
@@ -186,6 +202,10 @@ def _lengths(name: str, value: ArrayLike | None, count: int) -> NDArray[np.int64
     if value is None:
         return None
     lengths = integers(_NAME, name, value)
+    check_lengths(name, lengths, count)
+    return lengths
+
+
+def check_lengths(name: str, lengths: Any, count: int) -> None:
     if lengths.shape != (count,):
         raise ValueError(f"{_NAME}: {name} has shape {lengths.shape}, but ({count},) is needed")
-    return lengths

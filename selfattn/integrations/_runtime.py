@@ -1,30 +1,15 @@
-"""Common to all integrations: the version check of the other library, and a shared OpenMP runtime."""
+"""A shared OpenMP runtime for the integrations of PyTorch."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from .. import _core
-
-# The lower bounds of pyproject.toml.
-_LOWEST = {"torch": (2, 5), "transformers": (5, 15)}
-
-
-def check_version(library: ModuleType) -> None:
-    """Raise an ImportError that names the needed version if the library is too old."""
-    lowest = _LOWEST[library.__name__]
-    if tuple(map(int, re.findall(r"\d+", library.__version__)[:2])) < lowest:
-        needed = ".".join(map(str, lowest))
-        raise ImportError(
-            f"selfattn: {library.__name__} is {library.__version__}, but {needed} or newer is needed: "
-            f'pip install "{library.__name__}>={needed}"'
-        )
+from ._versions import check_version
 
 
 def share_runtime() -> None:

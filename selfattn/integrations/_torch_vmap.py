@@ -56,7 +56,8 @@ def _fold(call: Call, dims: Call, size: int) -> Call:
     for name, x, dim in zip(Call._fields, call.tensors(), dims, strict=False):
         if x is not None and name in _SHAPED:
             missing = (None,) * (rank - _rank(x, dim))
-            fields[name] = _first(x, dim, size)[(slice(None), *missing)]
+            place: tuple[Any, ...] = (slice(None), *missing)
+            fields[name] = _first(x, dim, size)[place]
     return call._replace(**fields, layout="bhsd" if rank == 2 else call.layout)
 
 

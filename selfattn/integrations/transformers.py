@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import transformers
 
-from ._runtime import check_version, share_runtime
+from ._runtime import share_runtime
+from ._versions import check_version
 
 check_version(transformers)  # before importing names that older versions lack
 

@@ -12,8 +12,7 @@ from types import ModuleType
 import pytest
 from places import ROOT
 
-pytest.importorskip("torch")
-runtime = import_module("selfattn.integrations._runtime")
+versions = import_module("selfattn.integrations._versions")
 
 PYPROJECT = ROOT / "pyproject.toml"
 
@@ -24,24 +23,29 @@ def version(library: str, text: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("library", ["torch", "transformers"])
+@pytest.mark.parametrize("library", ["torch", "transformers", "jax"])
 def test_bounds_are_those_of_the_project(library: str) -> None:
     bounds = set(re.findall(rf'"{library}>=([\d.]+)"', PYPROJECT.read_text(encoding="utf8")))
-    assert bounds == {".".join(map(str, runtime._LOWEST[library]))}
+    assert bounds == {".".join(map(str, versions._LOWEST[library]))}
 
 
-@pytest.mark.parametrize(("library", "old"), [("torch", "2.4.1+cpu"), ("torch", "1.13.1"), ("transformers", "4.57.6")])
+@pytest.mark.parametrize(
+    ("library", "old"), [("torch", "2.4.1+cpu"), ("torch", "1.13.1"), ("transformers", "4.57.6"), ("jax", "0.5.3")]
+)
 def test_older_versions_are_refused(library: str, old: str) -> None:
     with pytest.raises(ImportError, match=rf"^selfattn: {library} is {re.escape(old)}, but [\d.]+ or newer is needed"):
-        runtime.check_version(version(library, old))
+        versions.check_version(version(library, old))
 
 
-@pytest.mark.parametrize(("library", "new"), [("torch", "2.5.0+cpu"), ("torch", "3.0.0"), ("transformers", "5.100.0")])
+@pytest.mark.parametrize(
+    ("library", "new"), [("torch", "2.5.0+cpu"), ("torch", "3.0.0"), ("transformers", "5.100.0"), ("jax", "0.6.0")]
+)
 def test_newer_versions_pass(library: str, new: str) -> None:
-    runtime.check_version(version(library, new))
+    versions.check_version(version(library, new))
 
 
 def test_import_with_an_old_transformers_says_what_is_needed(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     (tmp_path / "transformers.py").write_text("__version__ = '5.14.1'")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import selfattn.integrations.transformers"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -1,0 +1,178 @@
+"""Attention and its gradients as operations of JAX: the calls of the core's handlers, and what differentiates them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _core
+from . import _jax_formula
+from ._versions import check_version
+
+# The names of the handlers in XLA. Its error on another platform is that it has no handler of this name.
+_FORWARD, _BACKWARD = "selfattn_attention_for_cpus", "selfattn_attention_backward_for_cpus"
+
+
+class Config(NamedTuple):
+    """What is fixed when the function is traced."""
+
+    scale: float
+    causal: bool
+    left: int  # -1: no window
+    right: int
+
+    def attributes(self, **flags: int) -> dict[str, Any]:
+        """Return the attributes of a call of a handler."""
+        integers = {"causal": self.causal, "left": self.left, "right": self.right, **flags}
+        return {"scale": np.float64(self.scale), **{name: np.int64(value) for name, value in integers.items()}}
+
+
+class Operands(NamedTuple):
+    """Arrays with all axes: (B, T, N, H), (B, S, K, H), scores with four axes, lengths with one. None: absent."""
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any = None
+    mask: Any = None
+    query_lengths: Any = None
+    key_lengths: Any = None
+
+    def given(self) -> list[Any]:
+        return [array for array in self if array is not None]
+
+
+DIFFERENTIABLE = ("query", "key", "value", "bias")
+
+
+def _only(names: tuple[str, ...], gradients: Any) -> Operands:
+    """Return gradients by the names of their operands; None means 0."""
+    return Operands(**{**dict.fromkeys(Operands._fields), **dict(zip(names, gradients, strict=True))})
+
+
+# Three functions have a gradient of their own, so that gradients have gradients: the attention that users call, the
+# same with what its gradients need, and these gradients.
+
+
+def _attend_function(config: Config, operands: Operands) -> Any:
+    query = operands.query
+    return _call(_FORWARD, jax.ShapeDtypeStruct(query.shape, query.dtype), config, operands)
+
+
+def _attend_forward(config: Config, traced: Any) -> Any:
+    operands, wanted = _untraced(traced)
+    out, lse = _keep(config, operands)
+    return out.astype(operands.query.dtype), (operands, out, lse, wanted)
+
+
+def _attend_backward(config: Config, kept: Any, grad_out: Any) -> tuple[Operands]:
+    operands, out, lse, wanted = kept
+    wrt = tuple(name for i, name in enumerate(DIFFERENTIABLE) if wanted.shape[0] >> i & 1)
+    if not wrt or isinstance(grad_out, jax.custom_derivatives.SymbolicZero):
+        return (_only((), ()),)
+    return (_only(wrt, _gradients((config, wrt), grad_out, operands, out, lse)),)
+
+
+def _keep_function(config: Config, operands: Operands) -> Any:
+    """Return attention in the type of computation, and the bits of each row's log-sum-exp in float64."""
+    query = operands.query
+    batch, rows, heads, _ = query.shape
+    results = (
+        jax.ShapeDtypeStruct(query.shape, _computed_in(query.dtype)),
+        jax.ShapeDtypeStruct((batch, heads, rows, 2), jnp.uint32),
+    )
+    return _call(_FORWARD, results, config, operands)
+
+
+def _keep_forward(config: Config, traced: Any) -> Any:
+    operands, wanted = _untraced(traced)
+    out, lse = _keep(config, operands)
+    return (out, lse), (operands, out, lse, wanted)
+
+
+def _keep_backward(config: Config, kept: Any, grads: Any) -> tuple[Operands]:
+    return _attend_backward(config, kept, grads[0])
+
+
+def _gradients_function(static: Any, grad_out: Any, operands: Operands, out: Any, lse: Any) -> tuple[Any, ...]:
+    config, wrt = static
+    arrays = [getattr(operands, name) for name in wrt]
+    computed = _computed_in(operands.query.dtype)
+    results = tuple(
+        jax.ShapeDtypeStruct(array.shape, computed if name == "bias" else array.dtype)
+        for name, array in zip(wrt, arrays, strict=True)
+    )
+    found = _call(_BACKWARD, results, config, operands, (grad_out,), (out, lse), wrt=_bits(DIFFERENTIABLE, wrt))
+    return tuple(gradient.astype(array.dtype) for gradient, array in zip(found, arrays, strict=True))
+
+
+def _gradients_forward(static: Any, grad_out: Any, operands: Operands, out: Any, lse: Any) -> Any:
+    return _gradients(static, grad_out, operands, out, lse), (grad_out, operands)
+
+
+def _gradients_backward(static: Any, kept: Any, grads: Any) -> Any:
+    config, wrt = static
+    grad_out, operands = kept
+    names = tuple(name for name in DIFFERENTIABLE if getattr(operands, name) is not None)
+
+    def plain(grad_out: Any, *arrays: Any) -> Any:
+        changed = operands._replace(**dict(zip(names, arrays, strict=True)))
+        return _jax_formula.gradients(config, changed, grad_out, wrt)
+
+    _, vjp = jax.vjp(plain, grad_out, *(getattr(operands, name) for name in names))
+    grad_grad_out, *found = vjp(tuple(grads))
+    # Out and the log-sum-exps depend on the operands: their share is in the gradients of these.
+    return grad_grad_out, _only(names, found), None, None
+
+
+def _untraced(traced: Any) -> tuple[Operands, Any]:
+    """Return the operands, and which gradients are wanted: bits, as the length of an array without elements.
+
+    A compiled function may be differentiated for one argument, then for another. JAX keeps shapes for each of them, but
+    the structure of what is passed to the backward rule only once.
+    """
+    operands = Operands(*(x if x is None else x.value for x in traced))
+    wanted = [name for name in DIFFERENTIABLE if (x := getattr(traced, name)) is not None and x.perturbed]
+    return operands, jnp.zeros((_bits(DIFFERENTIABLE, wanted), 0), bool)
+
+
+def _computed_in(dtype: Any) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _bits(names: tuple[str, ...], chosen: Any) -> int:
+    return sum(1 << i for i, name in enumerate(names) if name in chosen)
+
+
+def _call(
+    target: str,
+    results: Any,
+    config: Config,
+    operands: Operands,
+    before: tuple[Any, ...] = (),
+    between: tuple[Any, ...] = (),
+    **flags: int,
+) -> Any:
+    """Call a handler of csrc/bindings/xla.cpp."""
+    optional = Operands._fields[3:]
+    given = _bits(optional, [name for name in optional if getattr(operands, name) is not None])
+    call = jax.ffi.ffi_call(target, results, vmap_method="expand_dims")  # what vmap does not map is not repeated
+    arrays = operands.given()
+    return call(*before, *arrays[:3], *between, *arrays[3:], **config.attributes(given=given, **flags))
+
+
+def _with_gradient(function: Any, forward: Any, backward: Any, *, symbolic_zeros: bool) -> Any:
+    differentiable = jax.custom_vjp(function, nondiff_argnums=(0,))
+    differentiable.defvjp(forward, backward, symbolic_zeros=symbolic_zeros)
+    return jax.jit(differentiable, static_argnums=0)
+
+
+check_version(jax)
+for _target, _handler in ((_FORWARD, _core.xla_attention), (_BACKWARD, _core.xla_attention_backward)):
+    jax.ffi.register_ffi_target(_target, _handler, platform="cpu")
+attend = _with_gradient(_attend_function, _attend_forward, _attend_backward, symbolic_zeros=True)
+_keep = _with_gradient(_keep_function, _keep_forward, _keep_backward, symbolic_zeros=True)
+_gradients = _with_gradient(_gradients_function, _gradients_forward, _gradients_backward, symbolic_zeros=False)
