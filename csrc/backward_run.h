@@ -23,8 +23,8 @@ class BackwardRun {
         loop_(sizes_.row_tasks + sizes_.range_tasks, threads, interrupted) {
     // Problems with long tasks first, so that no thread is left alone with such a task at the end.
     std::vector<BackwardJob> ordered(jobs, jobs + count);
-    std::stable_sort(ordered.begin(), ordered.end(),
-                     [](const BackwardJob& a, const BackwardJob& b) { return task_cost(a) > task_cost(b); });
+    std::sort(ordered.begin(), ordered.end(),
+              [](const BackwardJob& a, const BackwardJob& b) { return task_cost(a) > task_cost(b); });
     parts_.reserve(ordered.size());
     char* shared = memory_.data();
     std::int64_t rows = 0, ranges = 0;

@@ -99,6 +99,19 @@ def test_each_sequence_has_the_bits_that_it_has_alone(isa: str, rng: Any, name: 
             assert np.allclose(together, total, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("wide", "narrow"), [(np.float32, np.float16), (np.float64, np.float32)])
+def test_keys_may_be_narrower_than_queries(rng: Any, wide: Any, narrow: Any) -> None:
+    grad_out, q, k, v = operands(rng, wide)
+    arrays = (grad_out, q, k.astype(narrow), v.astype(narrow))
+    grad_lse = rng.standard_normal((HEADS, sum(Q_LENS)))
+    _, vjp = sa.attention_varlen_vjp(*arrays[1:], Q_ENDS, K_ENDS, causal=True)
+    found = vjp(grad_out, grad_lse)
+    wanted = [alone(n, arrays, grad_lse, {"causal": True}, ("q", "k", "v"))[1] for n in range(COUNT)]
+    for name, dtype in (("q", wide), ("k", narrow), ("v", narrow)):
+        assert getattr(found, name).dtype == dtype
+        assert np.array_equal(getattr(found, name), np.concatenate([getattr(own, name) for own in wanted]))
+
+
 @pytest.mark.parametrize("name", ["slopes", "bias", "t5"])
 def test_threads_and_strides_do_not_change_bits(rng: Any, name: str) -> None:
     grad_out, q, k, v = operands(rng)

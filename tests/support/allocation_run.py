@@ -61,6 +61,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "narrow layer": lambda: narrow_layer(narrow_x, num_threads=3),
         "gradients": lambda: gradients(many, sinks),
         "narrow gradients": lambda: gradients(narrow[..., ::-1], sinks),
+        "packed gradients": lambda: packed_gradients(many[0], sinks),
         "rope": lambda: sa.apply_rope(many),
         "merge": lambda: merged(many),
         "explain": lambda: str(sa.explain(many, many, many)),
@@ -78,6 +79,15 @@ def gradients(x: Any, sinks: Any) -> Any:
     options = core_options("attention_backward", sinks=sinks, num_threads=3)
     operands = (x, x, x, x, x, np.ones(x.shape[:3], np.float32), None, None)
     return tuple(_core.attention_backward("attention_backward", operands, ("q", "k", "v", "sinks"), options).values())
+
+
+def packed_gradients(x: Any, sinks: Any) -> Any:
+    function, starts = "attention_varlen_backward", np.array([0, 50, 130])
+    options = core_options(function, sinks=sinks, layout="bshd", num_threads=3)
+    packed = x.swapaxes(0, 1)
+    inputs = (packed, packed, packed, starts, starts, None, None, None, None)
+    results = (packed, packed, np.ones(x.shape[:2], np.float32), None)
+    return tuple(_core.attention_varlen_backward(function, inputs, results, ("q", "k", "v"), options).values())
 
 
 def merged(x: Any) -> Any:
