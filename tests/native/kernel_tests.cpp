@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "backward_checks.h"
 #include "check.h"
 #include "isa_checks.h"
 #include "kernel_set_checks.h"
@@ -28,6 +29,7 @@ int main() {
   SELFATTN_ISA::check_functions();
   SELFATTN_ISA::check_loops();
   test::check_kernel_set(**found);
+  test::check_backward(**found);
   test::check_merge(**found);
   return test::finish(isa);
 }
