@@ -79,14 +79,14 @@ class BackwardPart {
     for (int i = 0; i < span.valid; ++i) {
       const Place place = place_of(span, i);
       const double lse = read_real(element(problem_, problem_.lse, span, place), problem_.lse.dtype);
-      const bool empty = lse == -infinity;
       const std::int64_t at = i * plan_.value_step * size;
       double sum = plan_.kernel->dot(dout + at, out + at, plan_.value_step);
       if (gradients_.dlse) sum -= read_real(element(problem_, gradients_.dlse, span, place), gradients_.dlse.dtype);
       const Row row = describe_row(problem_, span, place, valid);
       const double peak = lse * log2_e + row.omitted;
+      const bool empty = lse == -infinity || (std::isfinite(peak) && std::abs(peak) > largest_peak);
       // The factor makes up for the rounding of the shift.
-      shift[i] = static_cast<T>(empty ? 0 : peak);
+      shift[i] = static_cast<T>(empty ? infinity : peak);
       factor[i] = static_cast<T>(empty ? 0 : std::exp2(static_cast<double>(shift[i]) - peak));
       delta[i] = static_cast<T>(sum);
       if (gradients_.sinks && !empty)
@@ -267,6 +267,9 @@ class BackwardPart {
   }
 
   static constexpr std::int64_t size = static_cast<std::int64_t>(sizeof(T));
+  // Beyond this, an ulp is 1/16 or more: a row's probabilities cannot be computed from its log-sum-exp. Such rows are
+  // padding whose biases are the lowest float; they are treated like rows that see no key.
+  static constexpr double largest_peak = sizeof(T) == sizeof(float) ? 0x1p20 : 0x1p49;
 
   const Problem& problem_;
   const Gradients& gradients_;

@@ -134,6 +134,33 @@ def test_a_visible_value_reaches_only_those_who_see_it(
     assert not np.isfinite(found["q"][0, 0, seen]).any()
 
 
+@pytest.mark.parametrize("lowest", [-1e9, -1e20, -3e37, float(np.finfo(np.float32).min)])
+def test_padding_with_large_negative_numbers(isa: str, normal: Any, lowest: float) -> None:
+    # Rows that hold nothing else are padding as well.
+    q, k, v = normal(2, 60, 8), normal(2, 110, 8), normal(2, 110, 8)
+    mask = np.ones((60, 110), bool)
+    mask[:, 70:] = mask[50:] = False
+    given = {"bias": np.where(mask, np.float32(0.5), np.float32(lowest)), "sinks": [0.0, 1.0]}
+    wrt = ("q", "k", "v", "scale")
+    for options in ({"bias": given["bias"]}, given):
+        hidden = {**options, "bias": np.where(mask, np.float32(0.5), np.float32(-np.inf))}
+        out, lse = sa.attention(q, k, v, return_lse=True, **options)
+        expected = gradients({"q": q, "k": k, "v": v}, q, wrt, **hidden)
+        assert same(gradients({"q": q, "k": k, "v": v}, q, wrt, **options), expected)
+        rounded = sa.attention_backward(q, q, k, v, out, lse, **options)
+        assert all(np.allclose(getattr(rounded, name), expected[name], atol=1e-5) for name in "qkv")
+
+
+@pytest.mark.parametrize("size", [1e9, 3e37, 3e38])
+def test_finite_scores_have_finite_gradients(isa: str, normal: Any, rng: Any, size: float) -> None:
+    q, k, v = normal(2, 60, 8), normal(2, 110, 8), normal(2, 110, 8)
+    bias = (size * rng.choice([-1, 0, 1], (60, 110))).astype(np.float32)
+    bias[:20] = np.float32(size)
+    for scale in (1.0, 1e9, -1e30):
+        found = gradients({"q": q, "k": k, "v": v}, q, ("q", "k", "v", "bias"), bias=bias, scale=scale)
+        assert all(np.isfinite(x).all() for x in found.values())
+
+
 @pytest.mark.parametrize("dim", [1, 3, 17, 33])
 def test_what_a_call_leaves_in_scratch_memory_does_not_matter(isa: str, normal: Any, dim: int) -> None:
     nan = np.full((1, 2, 300, 64), np.nan, np.float32)

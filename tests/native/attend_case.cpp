@@ -69,4 +69,43 @@ Results compute(const Case& c, const AttentionArguments& arguments, const Kernel
   return results;
 }
 
+bool GradientArrays::operator==(const GradientArrays& other) const {
+  return same_bits(query, other.query) && same_bits(key, other.key) && same_bits(value, other.value) &&
+         same_bits(scores, other.scores) && numbers.size() == other.numbers.size() &&
+         std::memcmp(numbers.data(), other.numbers.data(), numbers.size() * sizeof(double)) == 0;
+}
+
+GradientArrays differentiate(const Case& c, const KernelSet& kernels, int threads, Threads how,
+                             Interrupted interrupted) {
+  Problem problem = make_problem(c.arguments());
+  const Results results = attach_results(c, problem);
+  const Array lse(problem.dtype, extents(lse_shape(problem)));
+  attach_lse(problem, lse.view());
+  attend(problem, make_plan(problem, kernels, 1), nullptr);
+
+  GradientArrays found;
+  Gradients gradients;
+  gradients.dout = problem.out;
+  const auto rows = [&](Array& array, const Array& like, std::int64_t heads, std::int64_t length, std::int64_t dim) {
+    array = Array(like.dtype(), extents(rows_shape(problem, heads, length, dim)));
+    return place_rows(problem, array.view());
+  };
+  gradients.query = rows(found.query, c.q, problem.num_heads, problem.q_len, problem.head_dim);
+  gradients.key = rows(found.key, c.k, problem.num_kv_heads, problem.kv_len, problem.head_dim);
+  gradients.value = rows(found.value, c.v, problem.num_kv_heads, problem.kv_len, problem.value_dim);
+  found.scores = Array(problem.dtype, {problem.q_len, problem.kv_len});
+  found.scores.each([&](char* p) { std::memset(p, 0, static_cast<std::size_t>(size_of(problem.dtype))); });
+  gradients.scores = place_scores(problem, found.scores.view());
+  gradients.shares_scores = problem.batch * problem.num_heads > 1;
+  const auto count = static_cast<std::size_t>(problem.batch * problem.num_heads * problem.q_len);
+  found.numbers.resize(3 * count);
+  gradients.scale = found.numbers.data();
+  if (c.alibi_slopes) gradients.slopes = gradients.scale + count;
+  if (c.sinks) gradients.sinks = gradients.scale + 2 * count;
+  BackwardPlan plan = make_backward_plan(problem, gradients, kernels, threads);
+  if (how == Threads::forced) plan.threads = threads;
+  found.finished = attend_backward(problem, gradients, plan, interrupted);
+  return found;
+}
+
 }  // namespace selfattn::native

@@ -1,7 +1,10 @@
 // One attention call with memory for everything that it reads, and the call itself.
 #pragma once
+#include <vector>
+
 #include "arrays.h"
 #include "attend.h"
+#include "backward.h"
 #include "plan.h"
 #include "problem.h"
 
@@ -38,5 +41,17 @@ Results compute(const Case& c, const KernelSet& kernels, int threads, Threads ho
 // The same with keys and values from elsewhere.
 Results compute(const Case& c, const AttentionArguments& arguments, const KernelSet& kernels, int threads,
                 Threads how = Threads::as_planned, Interrupted interrupted = nullptr);
+
+// The gradients of half the sum of squares of a call's results, whose gradient is the result itself.
+struct GradientArrays {
+  Array query, key, value, scores;
+  std::vector<double> numbers;  // of the scale, the slopes and the sinks, for each row
+  bool finished = false;
+
+  bool operator==(const GradientArrays& other) const;
+};
+
+GradientArrays differentiate(const Case& c, const KernelSet& kernels, int threads, Threads how = Threads::as_planned,
+                             Interrupted interrupted = nullptr);
 
 }  // namespace selfattn::native

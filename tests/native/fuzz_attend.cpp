@@ -70,6 +70,13 @@ void check_cached(Described& d, const Results& plain) {
   if (const std::string wrong = judge(d.input, stored, effort); !wrong.empty()) fail("of codes: " + wrong);
 }
 
+void check_gradients(const Described& d) {
+  const GradientArrays one = differentiate(d.input, *d.kernels, 1, Threads::forced);
+  const GradientArrays several = differentiate(d.input, *d.kernels, d.threads, Threads::forced);
+  if (!one.finished || !several.finished) fail("gradients that nobody interrupted did not finish");
+  if (!(one == several)) fail("gradients with other bits on " + std::to_string(d.threads) + " threads");
+}
+
 void compute_and_check(Described& d) {
   const Results one = compute(d.input, *d.kernels, 1, Threads::forced);
   const Results several = compute(d.input, *d.kernels, d.threads, Threads::forced);
@@ -78,6 +85,7 @@ void compute_and_check(Described& d) {
   if (d.well_behaved && exact(one.plan))
     if (const std::string wrong = judge(d.input, one, effort); !wrong.empty()) fail(wrong);
   check_gaps(several.out);
+  if (!d.input.r) check_gradients(d);
   if (d.cached && cacheable(d.input) && few_enough(d.input) && (!d.store.codes || d.well_behaved)) check_cached(d, one);
 }
 

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "backward_checks.h"
 #include "check.h"
 #include "isa_checks.h"
 #include "kernel_set_checks.h"
@@ -29,6 +30,7 @@ int main() {
   SELFATTN_ISA::check_loops();
   SELFATTN_ISA::check_dropout();
   test::check_kernel_set(**found);
+  test::check_backward(**found);
   test::check_merge(**found);
   return test::finish(isa);
 }

@@ -62,6 +62,7 @@ struct Entry {
   Keys keys;
   Case input;
   Results expected{};  // of one thread
+  GradientArrays gradients{};
 };
 
 Case many_tasks() {
@@ -144,6 +145,7 @@ std::vector<Entry> entries() {
   add("narrow, copied", Keys::whole, narrow_copied());
   for (Entry& entry : all) {
     entry.expected = compute(entry.input, active_kernels(), 1);
+    entry.gradients = differentiate(entry.input, active_kernels(), 1);
     expect(entry.expected.threads == 1, entry.name + " asks for one thread");
     expect((entry.expected.plan.ranges > 1) == (entry.keys == Keys::split), entry.name + " splits its keys");
     bool varied = false;
@@ -169,6 +171,8 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
       // More threads than tasks as well.
       expect(compute(entry.input, active_kernels(), threads, Threads::forced) == entry.expected,
              entry.name + " forced");
+      expect(differentiate(entry.input, active_kernels(), threads, Threads::forced) == entry.gradients,
+             "gradients of " + entry.name);
     }
 }
 
@@ -235,6 +239,9 @@ void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one,
         ++interrupts;
       } else if (caller == 0) {
         compute_together(all, threads);
+      } else if (caller == 1) {
+        expect(differentiate(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.gradients,
+               "gradients of " + entry.name + " next to other callers");
       } else {
         expect(compute(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.expected,
                entry.name + " next to other callers");

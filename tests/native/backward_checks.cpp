@@ -1,0 +1,231 @@
+#include "backward_checks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "guarded_memory.h"
+
+namespace selfattn::test {
+namespace {
+
+constexpr int key_block = 24;
+constexpr double multiplier = 0.4;
+
+// Rows of `width` numbers, zero-padded to whole vectors, that end at an inaccessible page.
+template <class T>
+class Rows {
+ public:
+  Rows(int count, int width, int lanes)
+      : step_((width + lanes - 1) / lanes * lanes),
+        count_(count),
+        memory_(static_cast<std::size_t>(count * step_) * sizeof(T)) {
+    std::fill_n(&at(0, 0), count * step_, T(0));
+  }
+
+  Rows& random(std::mt19937& source, int width) {
+    std::uniform_real_distribution<T> distribution(-1, 1);
+    for (int i = 0; i < count_; ++i)
+      for (int d = 0; d < width; ++d) at(i, d) = distribution(source);
+    return *this;
+  }
+
+  T& at(int row, int column) const { return reinterpret_cast<T*>(memory_.data())[row * step_ + column]; }
+  T* data() const { return &at(0, 0); }
+  int step() const { return step_; }
+
+ private:
+  int step_, count_;
+  GuardedMemory memory_;
+};
+
+// A block of rows, of which each sees another range of keys. Some see none, and some keys are seen by no row.
+template <class T>
+struct Call {
+  int count, keys, dim, value_dim;
+  Rows<T> query, key, value, dout, dquery, dkey, dvalue, dscore, shift, factor, delta;
+  std::vector<Row> rows;
+
+  Call(const BackwardKernel& kernel, std::mt19937& source, int count_, int keys_, int dim_, int value_dim_)
+      : count(count_),
+        keys(keys_),
+        dim(dim_),
+        value_dim(value_dim_),
+        query(count, dim, kernel.lanes),
+        key(keys, dim, kernel.lanes),
+        value(keys, value_dim, kernel.lanes),
+        dout(count, value_dim, kernel.lanes),
+        dquery(count, dim, kernel.lanes),
+        dkey(keys, dim, kernel.lanes),
+        dvalue(keys, value_dim, kernel.lanes),
+        dscore(count, keys, kernel.lanes),
+        shift(1, count, kernel.strip_rows),
+        factor(1, count, kernel.strip_rows),
+        delta(1, count, kernel.strip_rows) {
+    query.random(source, dim);
+    key.random(source, dim);
+    value.random(source, value_dim);
+    dout.random(source, value_dim);
+    shift.random(source, count);
+    factor.random(source, count);
+    delta.random(source, count);
+    dkey.random(source, dim);  // what other blocks of rows have added
+    dvalue.random(source, value_dim);
+    for (int i = 0; i < count; ++i) {
+      Row row{};
+      row.key_begin = i % 5 == 4 ? 3 : i % 3;
+      row.key_end = std::max<std::int64_t>(std::min<std::int64_t>(i * 7 % 90 + 1, keys - 1), row.key_begin);
+      row.sink = -std::numeric_limits<double>::infinity();
+      rows.push_back(row);
+    }
+  }
+
+  bool sees(int row, int k) const {
+    const Row& r = rows[static_cast<std::size_t>(row)];
+    return k >= r.key_begin && k < r.key_end;
+  }
+
+  void run(const BackwardKernel& kernel, bool finite) {
+    const std::size_t bytes = kernel.scratch_bytes(count, key_block, dim, value_dim);
+    const GuardedMemory scratch((bytes + 63) / 64 * 64);
+    std::fill_n(scratch.data(), (bytes + 63) / 64 * 64, '\xff');  // NaN, if it is read before it is written
+    BackwardBlock block{};
+    block.rows = rows.data();
+    block.count = count;
+    block.terms.multiplier = multiplier;
+    block.head_dim = dim;
+    block.value_dim = value_dim;
+    block.queries = query.data();
+    block.dout = dout.data();
+    block.shift = shift.data();
+    block.factor = factor.data();
+    block.delta = delta.data();
+    block.dquery = dquery.data();
+    block.key_count = keys;
+    block.key_block = key_block;
+    block.keys = key.data();
+    block.values = value.data();
+    block.dkeys = dkey.data();
+    block.dvalues = dvalue.data();
+    block.finite = finite;
+    block.dscores = dscore.data();
+    block.dscore_step = dscore.step();
+    block.scratch = scratch.data();
+    kernel.run(block);
+  }
+};
+
+template <class T>
+double dot(const Rows<T>& a, int i, const Rows<T>& b, int j, int width) {
+  double sum = 0;
+  for (int d = 0; d < width; ++d) sum += static_cast<double>(a.at(i, d)) * static_cast<double>(b.at(j, d));
+  return sum;
+}
+
+// Adds the definition's sums to `wanted`, which starts as what the arrays held before.
+template <class T>
+void add_definition(const Call<T>& call, std::vector<double>& dquery, std::vector<double>& dkey,
+                    std::vector<double>& dvalue, double& largest_dscore_error) {
+  for (int i = 0; i < call.count; ++i)
+    for (int j = 0; j < call.keys; ++j) {
+      if (!call.sees(i, j)) continue;
+      const double score = dot(call.query, i, call.key, j, call.dim) * multiplier;
+      const double prob =
+          std::exp2(score - static_cast<double>(call.shift.at(0, i))) * static_cast<double>(call.factor.at(0, i));
+      const double dscore =
+          prob * (dot(call.dout, i, call.value, j, call.value_dim) - static_cast<double>(call.delta.at(0, i)));
+      largest_dscore_error =
+          std::max(largest_dscore_error, std::abs(static_cast<double>(call.dscore.at(i, j)) - dscore));
+      for (int d = 0; d < call.dim; ++d) {
+        dquery[static_cast<std::size_t>(i * call.dim + d)] += dscore * static_cast<double>(call.key.at(j, d));
+        dkey[static_cast<std::size_t>(j * call.dim + d)] += dscore * static_cast<double>(call.query.at(i, d));
+      }
+      for (int d = 0; d < call.value_dim; ++d)
+        dvalue[static_cast<std::size_t>(j * call.value_dim + d)] += prob * static_cast<double>(call.dout.at(i, d));
+    }
+}
+
+template <class T>
+std::vector<double> numbers_of(const Rows<T>& rows, int count, int width) {
+  std::vector<double> numbers;
+  for (int i = 0; i < count; ++i)
+    for (int d = 0; d < width; ++d) numbers.push_back(static_cast<double>(rows.at(i, d)));
+  return numbers;
+}
+
+double largest_difference(const std::vector<double>& a, const std::vector<double>& b) {
+  double largest = 0;
+  for (std::size_t i = 0; i < a.size(); ++i)
+    largest = std::isnan(a[i]) ? a[i] : std::max(largest, std::abs(a[i] - b[i]));
+  return largest;
+}
+
+template <class T>
+void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int value_dim) {
+  std::mt19937 source(11);
+  Call<T> call(kernel, source, count, keys, dim, value_dim);
+  std::vector<double> dquery(static_cast<std::size_t>(count * dim)), dkey = numbers_of(call.dkey, keys, dim),
+                                                                     dvalue = numbers_of(call.dvalue, keys, value_dim);
+  call.run(kernel, true);
+  // Each sum has at most some hundred terms, of at most about 20.
+  const double limit = 4e3 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  double error = 0;
+  add_definition(call, dquery, dkey, dvalue, error);
+  error = std::max(error, largest_difference(numbers_of(call.dquery, count, dim), dquery));
+  error = std::max(error, largest_difference(numbers_of(call.dkey, keys, dim), dkey));
+  error = std::max(error, largest_difference(numbers_of(call.dvalue, keys, value_dim), dvalue));
+  SELFATTN_CHECK(error <= limit);
+
+  // The last key, which no row sees, and rows that see no key may hold anything: the bits are the same.
+  std::mt19937 again(11);
+  Call<T> spoiled(kernel, again, count, keys, dim, value_dim);
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  spoiled.key.at(keys - 1, 0) = spoiled.value.at(keys - 1, value_dim - 1) = nan;
+  for (int i = 0; i < count; ++i) {
+    const Row& row = spoiled.rows[static_cast<std::size_t>(i)];
+    if (row.key_begin < row.key_end) continue;
+    spoiled.query.at(i, 0) = spoiled.dout.at(i, 0) = spoiled.delta.at(0, i) = nan;
+  }
+  spoiled.run(kernel, false);
+  SELFATTN_CHECK(numbers_of(spoiled.dquery, count, dim) == numbers_of(call.dquery, count, dim));
+  SELFATTN_CHECK(numbers_of(spoiled.dkey, keys, dim) == numbers_of(call.dkey, keys, dim));
+  SELFATTN_CHECK(numbers_of(spoiled.dvalue, keys, value_dim) == numbers_of(call.dvalue, keys, value_dim));
+}
+
+template <class T>
+void check_kernel(const BackwardKernel& kernel) {
+  for (const int count : {1, kernel.lanes + 1, kernel.strip_rows - 1, kernel.strip_rows, 2 * kernel.strip_rows + 1})
+    for (const int keys : {2, key_block, 3 * key_block + 1}) {
+      check_call<T>(kernel, count, keys, 1, kernel.lanes + 1);
+      check_call<T>(kernel, count, keys, 2 * kernel.lanes, 3);
+      check_call<T>(kernel, count, keys, 5 * kernel.lanes - 1, 4 * kernel.lanes);
+    }
+  std::mt19937 source(3);
+  const int width = 3 * kernel.lanes;
+  Rows<T> a(1, width, kernel.lanes), b(1, width, kernel.lanes);
+  a.random(source, width);
+  b.random(source, width);
+  const double error = std::abs(kernel.dot(a.data(), b.data(), width) - dot(a, 0, b, 0, width));
+  SELFATTN_CHECK(error <= width * static_cast<double>(std::numeric_limits<T>::epsilon()));
+  for (int i = 0; i < width; ++i) {
+    SELFATTN_CHECK(kernel.finite(a.data(), width));
+    const T kept = a.at(0, i);
+    a.at(0, i) = std::numeric_limits<T>::infinity();
+    SELFATTN_CHECK(!kernel.finite(a.data(), width));
+    a.at(0, i) = kept;
+  }
+}
+
+}  // namespace
+
+void check_backward(const KernelSet& kernels) {
+  begin_section("backward");
+  check_kernel<float>(kernels.f32.backward);
+  check_kernel<double>(kernels.f64.backward);
+}
+
+}  // namespace selfattn::test
