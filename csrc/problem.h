@@ -113,7 +113,7 @@ struct AttentionArguments : Settings {
   TensorView key_scales, value_scales;  // (batch, num_kv_heads, kv_len)
   std::int64_t key_scale_page = 0, value_scale_page = 0;
   TensorView kv_starts;
-  bool recent_mask = false;  // the mask covers only the newest q_len keys
+  bool recent_mask = false;      // the mask covers only the newest q_len keys
   std::int64_t first_entry = 0;  // dropout counts batch entries from here
 };
 

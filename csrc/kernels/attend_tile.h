@@ -192,12 +192,11 @@ struct TileAttention {
     if (block.terms.dropout) {
       const T* factors =
           dropout_factors(block.terms.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
-      exponentiate<Cols>(block, strip, lines, multiplier, rescale,
-                         [&](Vec<T>(&prob)[Engine::cell], T* line, int lane) {
-                           const T* factor = factors + (line - lines.scores) + lane;
-                           for (int i = 0; i < Engine::cell; ++i) prob[i] = prob[i] * load(factor + i * lanes);
-                           keep(prob, line, lane);
-                         });
+      exponentiate<Cols>(block, strip, lines, multiplier, rescale, [&](Vec<T>(&prob)[Engine::cell], T* line, int lane) {
+        const T* factor = factors + (line - lines.scores) + lane;
+        for (int i = 0; i < Engine::cell; ++i) prob[i] = prob[i] * load(factor + i * lanes);
+        keep(prob, line, lane);
+      });
     } else {
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, keep);
     }
@@ -211,8 +210,8 @@ struct TileAttention {
 
   // Replaces scores, times a factor, by probs; keep(prob, line, lane) stores them.
   template <int Cols, class Keep>
-  [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines, T factor,
-                           Vec<T> (&rescale)[Cols], Keep keep) {
+  [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines,
+                                                  T factor, Vec<T> (&rescale)[Cols], Keep keep) {
     T* row_max = static_cast<T*>(block.row_max) + strip.first_row;
     T* row_sum = static_cast<T*>(block.row_sum) + strip.first_row;
     SoftmaxStep<T, Cols> step;

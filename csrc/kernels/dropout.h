@@ -1,6 +1,6 @@
 // Dropout: decides which weights are kept (decision 11). The random numbers come from Philox4x32-10 (Salmon et al.,
-// "Parallel random numbers: as easy as 1, 2, 3", 2011). It encrypts a counter, so that a weight's number depends only on
-// its place. One block of the cipher has the words of four adjacent keys of a row.
+// "Parallel random numbers: as easy as 1, 2, 3", 2011). It encrypts a counter, so that a weight's number depends only
+// on its place. One block of the cipher has the words of four adjacent keys of a row.
 #pragma once
 #include <cstdint>
 

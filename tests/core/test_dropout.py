@@ -281,7 +281,9 @@ def test_errors(options: dict[str, Any], error: type[Exception], message: str) -
         "attention_vjp": lambda: sa.attention_vjp(x, x, x, **options),
         "attention_backward": lambda: sa.attention_backward(x, x, x, x, x, x[..., 0], **options),
         "self_attention": lambda: sa.self_attention(x, *np.ones((3, 4, 4), np.float32), num_heads=2, **options),
-        "attention_with_kvcache": lambda: sa.attention_with_kvcache(x[None], sa.KVCache(1, 2, 4, capacity=9), **options),
+        "attention_with_kvcache": lambda: sa.attention_with_kvcache(
+            x[None], sa.KVCache(1, 2, 4, capacity=9), **options
+        ),
     }
     for name, call in calls.items():
         with pytest.raises(error) as caught:
