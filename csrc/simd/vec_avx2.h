@@ -230,8 +230,7 @@ inline void transpose(VecD (&v)[4]) {
   v[3].r = _mm256_permute2f128_pd(b, d, 0x31);
 }
 
-// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore
-// them.
+// Words of 32 bits in the lower halves of 64-bit lanes. Operations ignore what the upper halves hold.
 struct Words {
   static constexpr int width = 4;
   __m256i r;

@@ -233,8 +233,7 @@ inline void transpose(VecD (&v)[8]) {
   }
 }
 
-// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore
-// them.
+// Words of 32 bits in the lower halves of 64-bit lanes. Operations ignore what the upper halves hold.
 struct Words {
   static constexpr int width = 8;
   __m512i r;

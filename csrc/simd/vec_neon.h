@@ -214,8 +214,7 @@ inline void transpose(VecD (&v)[2]) {
   v[1].r = vtrn2q_f64(a, v[1].r);
 }
 
-// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore
-// them.
+// Words of 32 bits in the lower halves of 64-bit lanes. Operations ignore what the upper halves hold.
 struct Words {
   static constexpr int width = 2;
   uint64x2_t r;

@@ -74,8 +74,7 @@ void check_known_answers() {
   constexpr std::uint32_t known[][4] = {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
                                         {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
                                         {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}};
-  constexpr std::uint32_t counters[][4] = {
-      {}, {~0u, ~0u, ~0u, ~0u}, {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}};
+  constexpr std::uint32_t counters[][4] = {{}, {~0u, ~0u, ~0u, ~0u}, {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}};
   constexpr std::uint64_t keys[] = {0, ~std::uint64_t{0}, 0x299f31d0a4093822};
   for (int i = 0; i < 3; ++i) {
     Words block[1][4];
