@@ -32,6 +32,7 @@ BOUNDED = {
     "numpy": ["core", "compat", "layers"],
     "torch": ["integrations", "compat"],
     "transformers": ["integrations"],
+    "jax": ["integrations"],
     "ml_dtypes": ["compat", "layers", "caches"],
     "matplotlib": ["tools", "benchmarks"],
 }
