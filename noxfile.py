@@ -39,6 +39,7 @@ BOUNDED = {
     "numpy": ["core", "gradients", "compat", "layers"],
     "torch": ["integrations", "compat"],
     "transformers": ["integrations"],
+    "jax": ["integrations"],
     "ml_dtypes": ["compat", "layers", "caches"],
     "matplotlib": ["tools", "benchmarks"],
 }

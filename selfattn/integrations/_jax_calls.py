@@ -48,9 +48,14 @@ class Operands(NamedTuple):
 DIFFERENTIABLE = ("query", "key", "value", "bias")
 
 
-def _only(names: tuple[str, ...], gradients: Any) -> Operands:
-    """Return gradients by the names of their operands; None means 0."""
-    return Operands(**{**dict.fromkeys(Operands._fields), **dict(zip(names, gradients, strict=True))})
+def _for(operands: Operands, gradients: dict[str, Any]) -> Operands:
+    """Return the gradients of the operands: zeros, which take no memory, where none is given."""
+    zeros = {
+        name: jax.custom_derivatives.zero_from_primal(x, symbolic_zeros=True)
+        for name in DIFFERENTIABLE
+        if (x := getattr(operands, name)) is not None
+    }
+    return Operands(**{**dict.fromkeys(Operands._fields), **zeros, **gradients})
 
 
 # Three functions have a gradient of their own, so that gradients have gradients: the attention that users call, the
@@ -72,8 +77,9 @@ def _attend_backward(config: Config, kept: Any, grad_out: Any) -> tuple[Operands
     operands, out, lse, wanted = kept
     wrt = tuple(name for i, name in enumerate(DIFFERENTIABLE) if wanted.shape[0] >> i & 1)
     if not wrt or isinstance(grad_out, jax.custom_derivatives.SymbolicZero):
-        return (_only((), ()),)
-    return (_only(wrt, _gradients((config, wrt), grad_out, operands, out, lse)),)
+        return (_for(operands, {}),)
+    gradients = _gradients((config, wrt), grad_out, operands, out, lse)
+    return (_for(operands, dict(zip(wrt, gradients, strict=True))),)
 
 
 def _keep_function(config: Config, operands: Operands) -> Any:
@@ -125,14 +131,14 @@ def _gradients_backward(static: Any, kept: Any, grads: Any) -> Any:
     _, vjp = jax.vjp(plain, grad_out, *(getattr(operands, name) for name in names))
     grad_grad_out, *found = vjp(tuple(grads))
     # Out and the log-sum-exps depend on the operands: their share is in the gradients of these.
-    return grad_grad_out, _only(names, found), None, None
+    return grad_grad_out, _for(operands, dict(zip(names, found, strict=True))), None, None
 
 
 def _untraced(traced: Any) -> tuple[Operands, Any]:
     """Return the operands, and which gradients are wanted: bits, as the length of an array without elements.
 
     A compiled function may be differentiated for one argument, then for another. JAX keeps shapes for each of them, but
-    the structure of what is passed to the backward rule only once.
+    the structure of what backward rules get and return only once.
     """
     operands = Operands(*(x if x is None else x.value for x in traced))
     wanted = [name for name in DIFFERENTIABLE if (x := getattr(traced, name)) is not None and x.perturbed]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from jax_operands import (
-    FLOATS,
     HEADS,
     OPTIONS,
     ROWS,
@@ -27,15 +26,18 @@ from jax_operands import (
     mask,
     normal,
     qkv,
+    some_options,
     theirs,
 )
+from places import ROOT
 
 import selfattn as sa
 from selfattn import compat
 
 
-@each_option
-def test_options_as_in_jax(options: Any) -> None:
+@some_options
+def test_options_as_in_jax(name: str) -> None:
+    options = OPTIONS[name]
     q, k, v = qkv()
     assert_close(attend(q, k, v, **options), theirs(q, k, v, **broadcast(options)))
 
@@ -48,7 +50,6 @@ def broadcast(options: Any) -> Any:
 
 
 @each_option
-@pytest.mark.parametrize("dtype", FLOATS)
 @float64()
 def test_bits_are_those_of_arrays(dtype: Any, options: Any) -> None:
     q, k, v = qkv(dtype)
@@ -200,6 +201,15 @@ class threads:
 
     def __exit__(self, *_: Any) -> None:
         sa.set_num_threads(None)
+
+
+def test_example_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    code = re.findall(r"^import jax$.*?(?=^```)", text, flags=re.M | re.S)
+    assert len(code) == 1
+    namespace: dict[str, Any] = {}
+    exec(compile(code[0], "README.md", "exec"), namespace)
+    assert namespace["dk"].shape == namespace["k"].shape
 
 
 def test_docstring_examples() -> None:

@@ -76,7 +76,7 @@ def test_errors_when_run(compiled: bool, name: str, length: int, limit: int, of:
 
 def test_other_devices_are_refused() -> None:
     module = sys.modules[attend.__module__]
-    there = SimpleNamespace(dtype=np.dtype("float32"), devices=lambda: {SimpleNamespace(platform="gpu")})
+    there = SimpleNamespace(dtype=np.dtype("float32"), devices=lambda: [SimpleNamespace(platform="gpu")])
     with pytest.raises(ValueError, match=r"^dot_product_attention: key is on device .*, but only JAX's CPU backend"):
         module._check_place("key", there)
     program = jax.jit(attend).trace(*qkv()).lower(lowering_platforms=("cuda",)).as_text()

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from jax_operands import (
-    FLOATS,
     HEADS,
     KEYS,
     OPTIONS,
@@ -24,6 +23,7 @@ from jax_operands import (
     mask,
     normal,
     qkv,
+    some_options,
     theirs,
     to_core,
 )
@@ -44,8 +44,10 @@ def gradients(function: Any, operands: Any, options: Any, grad_out: Any) -> Any:
     return vjp(grad_out.astype(out.dtype))
 
 
-@each_option
-def test_options_as_in_jax(options: Any) -> None:
+@some_options
+def test_options_as_in_jax(name: str) -> None:
+    options = OPTIONS[name]
+
     def original(q: Any, k: Any, v: Any, bias: Any = None, **fixed: Any) -> Any:
         return theirs(q, k, v, None if bias is None else jnp.broadcast_to(bias, (2, HEADS, ROWS, KEYS)), **fixed)
 
@@ -57,7 +59,6 @@ def test_options_as_in_jax(options: Any) -> None:
 
 
 @each_option
-@pytest.mark.parametrize("dtype", FLOATS)
 @float64()
 def test_bits_are_those_of_arrays(dtype: Any, options: Any) -> None:
     operands = qkv(dtype)
@@ -86,11 +87,10 @@ def formula(options: Any) -> Any:
     return lambda q, k, v, bias=None, **_: _jax_formula.attend(config, _jax_calls.Operands(q, k, v, bias, **fixed))
 
 
-@pytest.mark.parametrize("name", ["plain", "all", "bias of keys"])
 @float64()
-def test_float64(name: str) -> None:
-    options, operands = OPTIONS[name], qkv("float64")
-    options = {**options, "bias": options["bias"].astype("float64")} if "bias" in options else options
+def test_float64() -> None:
+    options, operands = OPTIONS["all"], qkv("float64")
+    options = {**options, "bias": options["bias"].astype("float64")}
     grad_out = normal(6, *operands[0].shape, dtype="float64")
     for f, g in zip(*(gradients(f, operands, options, grad_out) for f in (attend, formula(options))), strict=True):
         assert_close(f, g, units=1e-7)
@@ -195,13 +195,12 @@ def test_rows_without_keys_and_hidden_keys_have_gradient_zero() -> None:
     assert dv[1, :3].all()
 
 
-@pytest.mark.parametrize("name", ["plain", "all", "bias of keys"])
 @float64()
-def test_second_derivatives(name: str) -> None:
-    options = OPTIONS[name]
+def test_second_derivatives() -> None:
+    options = OPTIONS["all"]
     bias, fixed = split(options)
-    given = qkv("float64") if bias is None else (*qkv("float64"), bias.astype("float64"))
-    wrt = tuple(range(len(given)))
+    given = *qkv("float64"), bias.astype("float64")
+    wrt = 0, 1, 2, 3
 
     def second(function: Any) -> Any:
         def slope(*x: Any) -> Any:
@@ -218,17 +217,19 @@ def test_second_derivatives_of_narrow_operands() -> None:
     def slope(q: Any, *rest: Any) -> Any:
         return (jax.grad(loss)(q, *rest).astype("float32") ** 2).sum()
 
-    found = jax.grad(slope)(*qkv("bfloat16"))
-    assert found.dtype == jnp.bfloat16
-    exact = np.asarray(jax.grad(slope)(*(x.astype("float32") for x in qkv("bfloat16"))))
-    assert np.max(abs(np.asarray(found, np.float64) - exact)) < 0.03 * abs(exact).max()
+    operands = qkv("bfloat16")
+    assert jax.eval_shape(jax.grad(slope), *operands).dtype == jnp.bfloat16
+    found, exact = (
+        np.asarray(jax.jit(jax.grad(slope))(*x), np.float64)
+        for x in (operands, [x.astype("float32") for x in operands])
+    )
+    assert np.max(abs(found - exact)) < 0.03 * abs(exact).max()
 
 
 def test_forward_mode_is_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: attend(q, k, v), (q,), (q,))
-    assert jax.jacrev(jax.jacrev(lambda s: loss(q * s, k, v)))(1.0).shape == ()
 
 
 def test_masks_and_lengths_may_be_traced() -> None:

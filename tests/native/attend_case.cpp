@@ -81,7 +81,7 @@ GradientArrays differentiate(const Case& c, const KernelSet& kernels, int thread
   const Results results = attach_results(c, problem);
   const Array lse(problem.dtype, extents(lse_shape(problem)));
   attach_lse(problem, lse.view());
-  attend(problem, make_plan(problem, kernels, 1), nullptr);
+  attend(problem, make_plan(problem, kernels), 1, nullptr);
 
   GradientArrays found;
   Gradients gradients;
@@ -102,9 +102,9 @@ GradientArrays differentiate(const Case& c, const KernelSet& kernels, int thread
   gradients.scale = found.numbers.data();
   if (c.alibi_slopes) gradients.slopes = gradients.scale + count;
   if (c.sinks) gradients.sinks = gradients.scale + 2 * count;
-  BackwardPlan plan = make_backward_plan(problem, gradients, kernels, threads);
-  if (how == Threads::forced) plan.threads = threads;
-  found.finished = attend_backward(problem, gradients, plan, interrupted);
+  const BackwardPlan plan = make_backward_plan(problem, gradients, kernels);
+  const int used = how == Threads::forced ? threads : threads_for(plan, threads);
+  found.finished = attend_backward(problem, gradients, plan, used, interrupted);
   return found;
 }
 
