@@ -157,6 +157,16 @@ def test_what_a_whole_row_shares_has_no_gradient(isa: str, normal: Any, shape: A
     assert np.all(abs(found) <= 1e-4)
 
 
+@WIDE
+def test_probabilities_sum_to_1_however_large_scores_are(isa: str, normal: Any, dtype: Any) -> None:
+    q, k, v = (normal(1, n, 8, dtype=dtype) for n in (50, 130, 130))
+    bias = normal(50, 1, dtype=dtype) * dtype(3e4)
+    out, vjp = sa.attention_vjp(q, k, v, bias=bias)
+    found = vjp(np.ones_like(out)).v
+    assert found is not None
+    assert np.allclose(found.sum(axis=-2), 50, rtol=1e-5 if dtype == np.float32 else 1e-13)
+
+
 def test_wrt_names_what_is_returned(normal: Any) -> None:
     q, k, v = normal(2, 40, 8), normal(2, 60, 8), normal(2, 60, 8)
     out, vjp = sa.attention_vjp(q, k, v)
