@@ -90,7 +90,8 @@ class Sweep:
 def compare(case: Case, out: Any) -> None:
     """Compare the result of an attention with the reference."""
     q, k, v, options = attention_arguments(case)
-    kept = {name: case.settings[name] for name in ("causal", "window", "softcap", "layout") if name in case.settings}
+    named = ("causal", "window", "softcap", "layout", "dropout", "seed")
+    kept = {name: case.settings[name] for name in named if name in case.settings}
     exact = reference.attention(q, k, v, **options, **kept)
     largest = {
         name: float(np.max(abs(options[name].astype(np.float64)), initial=0))
