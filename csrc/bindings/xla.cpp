@@ -44,10 +44,11 @@ class Operands {
     if (call.is_set("given", mask_given)) arguments.mask = mask_.emplace(call.argument(rest++)).view;
     if (call.is_set("given", query_lengths_given))
       arguments.q_lens =
-          query_lengths_.emplace(call.argument(rest++), "query_seq_lengths", query_.view.extent(2), "query").array.view;
+          query_lengths_.emplace(call.argument(rest++), "query_seq_lengths", call.argument(first), "query").array.view;
     if (call.is_set("given", key_lengths_given))
       arguments.kv_lens =
-          key_lengths_.emplace(call.argument(rest++), "key_value_seq_lengths", key_.view.extent(2), "key").array.view;
+          key_lengths_.emplace(call.argument(rest++), "key_value_seq_lengths", call.argument(first + 1), "key")
+              .array.view;
   }
   Operands(const Operands&) = delete;
   Operands& operator=(const Operands&) = delete;
@@ -78,8 +79,8 @@ class BiasGradient {
       : problem_(problem),
         array_(buffer),
         target_(place_scores(problem, array_.view)),
-        one_key_(array_.view.extent(0) == 1 && problem.kv_len != 1),
-        one_query_(array_.view.extent(1) == 1 && problem.q_len != 1) {
+        one_key_(target_.column == 0 && problem.kv_len != 1),
+        one_query_(target_.row == 0 && problem.q_len != 1) {
     for (int axis = 0; axis < array_.view.ndim; ++axis) size_ *= array_.view.shape[axis];
     std::memset(array_.view.data, 0, static_cast<std::size_t>(size_ * size_of(array_.view.dtype)));
   }

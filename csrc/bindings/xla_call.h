@@ -41,6 +41,9 @@ struct Array {
   Array(void* data, DType dtype, const std::int64_t* shape, std::int64_t rank) {
     // XLA may give empty arrays no memory, but for the core null means that there is no array.
     alignas(64) static char nothing[64];
+    if (rank < 0 || rank > max_axes)
+      refuse(function, "an array has ", rank, " dimensions, those of jax.vmap included, but at most ", max_axes,
+             " are possible");
     std::int64_t stride = size_of(dtype);
     for (std::int64_t axis = rank - 1; axis >= 0; --axis) {
       extents[axis] = shape[axis];
@@ -72,8 +75,10 @@ struct Lengths {
   std::vector<std::int64_t> numbers;
   Array array;
 
-  Lengths(const Buffer& buffer, const char* name, std::int64_t limit, const char* of)
+  // `of` names the operand whose lengths these are, (..., length, heads, head_dim).
+  Lengths(const Buffer& buffer, const char* name, const Buffer& operand, const char* of)
       : numbers(read(buffer)), array(numbers.data(), DType::i64, buffer.extents, buffer.rank) {
+    const std::int64_t limit = operand.extents[operand.rank - 3];
     for (const std::int64_t n : numbers)
       if (n < 0 || n > limit)
         refuse(function, name, " holds ", n, ", which is outside 0..", limit, " (the length of ", of, ")");

@@ -109,7 +109,7 @@ def dot_product_attention(
     16-bit weights         rounded before the product with values  float32 (bfloat16 on units that need it)
     implementation         "cudnn": NVIDIA's kernel                ValueError
     arrays                 traced, differentiated, on devices      NumPy, or anything convertible to it;
-                                                                   not inside `jax.jit`
+                                                                   in `jax.jit`: selfattn.integrations.jax
     =====================  ======================================  =========================================
 
     Examples

@@ -83,7 +83,8 @@ def dot_product_attention(
     float64. Second derivatives by `jax.grad` are plain JAX with memory for all scores. Forward mode (`jax.jvp`,
     `jax.hessian`) raises JAX's error for functions with a custom gradient: use ``jax.jacrev(jax.jacrev(f))``.
 
-    A call runs on selfattn's threads (`selfattn.set_num_threads`), and cannot be interrupted.
+    A call runs on selfattn's threads (`selfattn.set_num_threads`), and cannot be interrupted. Each of XLA's threads
+    that calls selfattn keeps a team of its own.
 
     Examples
     --------
