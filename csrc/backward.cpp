@@ -188,6 +188,8 @@ class BackwardRun {
     gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, slot.keys);
     gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim, plan_.value_step, slot.values);
     if (slot.distance_sums) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
+    // Kernels leave out the padding of these rows, which add_row_results multiplies by 0.
+    std::memset(slot.dquery, 0, static_cast<std::size_t>(plan_.block_rows * plan_.key_step * size));
     std::memset(slot.dkeys, 0, static_cast<std::size_t>(task.count * plan_.key_step * size));
     std::memset(slot.dvalues, 0, static_cast<std::size_t>(task.count * plan_.value_step * size));
     task.finite = plan_.kernel->finite(slot.keys, task.count * plan_.key_step) &&

@@ -58,6 +58,7 @@ int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t la
 // the number of keys, because results would, too. A few queries of grouped heads indicate decoding, which has many
 // keys.
 bool row_kernel_pays(const Plan& plan, const Problem& problem) {
+  if (problem.dropout != 0) return false;  // only the tile kernel has it
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = ceil_div(plan.rows, vector) * vector;
@@ -129,7 +130,7 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   plan.attend = tile_kernel(*plan.kernels, *plan.types, problem);
   plan.key_block = choose_key_block(problem, key_block_bytes, largest_key_block);
   plan.relative_keys = relative_keys(plan);
-  plan.reason = "enough query rows per KV head to fill vectors";
+  plan.reason = problem.dropout != 0 ? "dropout" : "enough query rows per KV head to fill vectors";
   const int strip = plan.attend->strip_rows;
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
   const std::int64_t fitting = row_block_bytes / row_bytes / strip;
@@ -137,7 +138,7 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const std::int64_t strips = std::min(plan.rows / wanted / strip, fitting);
   const std::int64_t most = problem.relative ? relative_strips : most_strips;
   plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most));
-  plan.block_rows = static_cast<int>(std::min<std::int64_t>(plan.rows, plan.block_rows));
+  plan.block_rows = static_cast<int>(std::clamp<std::int64_t>(plan.rows, 1, plan.block_rows));
   // For very wide heads, use fewer rows to keep the scratch within its limit. Assume that all operands are copied:
   // block_rows affects the key ranges, and so the results, which must not depend on strides.
   plan.copies_queries = plan.copies_keys = plan.copies_values = plan.copies_out = true;

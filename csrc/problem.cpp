@@ -301,6 +301,9 @@ Problem make_problem(const AttentionArguments& a) {
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap;
   problem.precision = a.precision;
+  problem.dropout = a.dropout;
+  problem.seed = a.seed;
+  problem.first_entry = a.first_entry;
   check_scale(a, problem);
   place_per_head(problem, a);
   place_relative(problem, a);

@@ -94,6 +94,8 @@ struct Settings {
   double softcap = 0;           // 0: none
   Precision precision = Precision::highest;
   std::int64_t distance_origin = 0;  // the column of distance_bias for distance 0
+  double dropout = 0;                // rate at which weights are dropped, in [0, 1)
+  std::uint64_t seed = 0;            // of dropout
 };
 
 // The arguments as received: shapes have not been checked.
@@ -112,6 +114,7 @@ struct AttentionArguments : Settings {
   std::int64_t key_scale_page = 0, value_scale_page = 0;
   TensorView kv_starts;
   bool recent_mask = false;  // the mask covers only the newest q_len keys
+  std::int64_t first_entry = 0;  // dropout counts batch entries from here
 };
 
 struct Problem {
@@ -137,6 +140,9 @@ struct Problem {
   double scale = 0;
   double softcap = 0;
   Precision precision = Precision::highest;
+  double dropout = 0;
+  std::uint64_t seed = 0;
+  std::int64_t first_entry = 0;
 
   char* at(const Operand& operand, std::int64_t batch_index) const {
     char* p = operand.data;

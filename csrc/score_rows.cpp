@@ -43,6 +43,14 @@ double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
   return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
 }
 
+// No threshold is larger than the largest word, so that a few weights are kept at any rate.
+Dropout dropout_of(const Problem& problem) {
+  if (problem.dropout == 0) return {};
+  const double most = std::numeric_limits<std::uint32_t>::max();
+  const double threshold = std::min(std::nearbyint(std::ldexp(problem.dropout, 32)), most);
+  return {1 / (1 - problem.dropout), static_cast<std::uint32_t>(threshold), problem.seed};
+}
+
 template <class T>
 void add_row(T* row, const double* added, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
@@ -96,6 +104,8 @@ Row describe_row(const Problem& problem, const RowSpan& span, Place place, const
   row.slope = slope_of(problem, span.batch, place.head);
   row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
   row.sink = sink_of(problem, place.head);
+  const std::int64_t numbers[] = {problem.first_entry + span.batch, place.head, place.query};
+  std::transform(numbers, numbers + 3, row.place, [](std::int64_t n) { return static_cast<std::uint32_t>(n); });
   return row;
 }
 
@@ -125,6 +135,7 @@ ScoreTerms score_terms(const Problem& problem) {
   terms.mask_step = problem.recent_mask ? 1 : problem.mask.column;
   terms.bias = bias_type(problem.bias);
   terms.bias_step = problem.bias.column;
+  terms.dropout = dropout_of(problem);
   if (problem.distance_bias) {
     terms.bias = problem.dtype == DType::f32 ? BiasType::f32 : BiasType::f64;
     terms.bias_step = size_of(problem.dtype);

@@ -183,6 +183,18 @@ def whole_number(function: str, name: str, value: Any, least: int) -> int:
     return number
 
 
+def _dropout(function: str, rate: Any, seed: Any) -> tuple[float, int]:
+    """Return the rate of dropout and its seed, which is 0 where none is needed."""
+    number = real(function, "dropout", rate)
+    if not 0 <= number < 1:
+        raise ValueError(f"{function}: dropout is {rate!r}, but it must be at least 0 and less than 1")
+    if seed is not None:
+        return number, integer_in(function, "seed", seed, 0, (1 << 64) - 1)
+    if number > 0:
+        raise ValueError(f"{function}: dropout is {rate!r} without a seed: pass an integer in 0..{(1 << 64) - 1}")
+    return number, 0
+
+
 def thread_count(function: str, value: Any) -> int:
     """Return a checked number of threads; None becomes 0, the default."""
     return 0 if value is None else integer_in(function, "num_threads", value, 1, 4096)
@@ -220,6 +232,8 @@ def core_options(
     precision: Any = "highest",
     num_threads: Any = None,
     t5: Any = None,
+    dropout: Any = 0.0,
+    seed: Any = None,
 ) -> _core.Options:
     """Return the options of `attention`, in the same order, in the core's form; checks what the core cannot check."""
     options = _core.Options()
@@ -259,6 +273,8 @@ def core_options(
         options.num_threads = thread_count(function, num_threads)
     if t5 is not None:
         options.distance_bias, options.distance_origin = _t5(function, t5)
+    if type(dropout) is not float or dropout != 0.0 or seed is not None:
+        options.dropout, options.seed = _dropout(function, dropout, seed)
     return options
 
 

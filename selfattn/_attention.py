@@ -69,6 +69,8 @@ def attention(
     precision: Precision = "highest",
     num_threads: int | None = None,
     t5: T5Bias | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
@@ -132,6 +134,13 @@ def attention(
     t5 : T5Bias, optional
         T5's bias by distance, added to the scores inside the kernel; may be combined with `bias`. T5 uses
         ``scale=1.0``.
+    dropout : float, default 0.0
+        Rate in [0, 1). After the softmax each weight is set to 0 with this probability, and otherwise divided by
+        ``1 − dropout``. The log-sum-exp does not change; `return_weights` gives the weights after dropout.
+    seed : int, optional
+        Required with dropout, in 0..2⁶⁴ − 1. Which weights are kept depends only on the seed, the rate and the indices
+        of batch entry, query head, query and key: the same on all machines, and in the gradients. Use another seed for
+        each call whose weights should be dropped independently.
 
     Returns
     -------
@@ -159,7 +168,7 @@ def attention(
     16-bit operands are read without a converted copy and summed in float32; `out` is rounded to q's dtype, and on
     units that multiply bfloat16 the weights are rounded as well.
     For a given instruction set, shape and options, the result of a batch entry and KV head depends, to the last bit, on
-    nothing but its own operands.
+    nothing but its own operands. (With dropout, also on its place in the batch.)
 
     Attention is due to Vaswani et al., "Attention is all you need" (2017); the one-pass softmax to Milakov and
     Gimelshein (2018) and Dao et al., "FlashAttention" (2022).
@@ -185,7 +194,7 @@ def attention(
     # function.
     options = core_options(
         "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts, scale, softcap,
-        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5,
+        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed,
     )  # fmt: skip
     if out is None:
         return _core.attention(q, k, v, None, options)

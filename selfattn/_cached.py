@@ -76,6 +76,8 @@ def attention_with_kvcache(
     precision: Precision = "highest",
     num_threads: int | None = None,
     t5: T5Bias | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Append new tokens to a cache and attend to everything in it, in one call.
@@ -104,10 +106,13 @@ def attention_with_kvcache(
         Query i sees the tokens up to its own position. The last query is the last token of its sequence.
     window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
         As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most the cache's window.
+    dropout, seed
+        As in `attention`. Queries are counted from the first one of this call, so that each step needs another seed;
+        keys are counted from the start of their sequence.
     cascade : bool, default False
         Read the leading pages that all sequences share (forks of one prompt) once for all of them. The two parts are
         merged by log-sum-exp, so the rounding of the result depends on the length of the shared part. Has no effect if
-        window, bias, alibi_slopes, t5 or return_weights is given.
+        window, bias, alibi_slopes, t5, dropout or return_weights is given.
     layout : {"bhsd", "bshd"}
         "bshd": the token axis of q, k, v and out comes before the head axis.
     return_weights : bool, default False
@@ -156,7 +161,7 @@ def attention_with_kvcache(
     options = core_options(
         _NAME, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, t5=t5, layout=layout, causal=causal,
         window=window, scale=scale, softcap=softcap, precision=precision, return_lse=return_lse,
-        return_weights=return_weights, num_threads=num_threads,
+        return_weights=return_weights, num_threads=num_threads, dropout=dropout, seed=seed,
     )  # fmt: skip
     description = rope_or_none(_NAME, rope)
     token_axis = 1 if layout == "bshd" else 2
@@ -168,7 +173,7 @@ def attention_with_kvcache(
     check_window(_NAME, cache, options.window_left)
     turn = None if description is None else description.for_core(_NAME, cache.head_dim)
     target = None if out is None else out_array(_NAME, out)
-    plain = window is None and bias is None and alibi_slopes is None and t5 is None
+    plain = window is None and bias is None and alibi_slopes is None and t5 is None and options.dropout == 0
     if flag(_NAME, "cascade", cascade) and plain and not return_weights and isinstance(cache, PagedKVCache):
         call = _Cascade(q, keys, values, description, positions, layout, options)
         return call.run(cache, sequences, tokens, target)

@@ -32,6 +32,8 @@ class Options:
     softcap: float
     precision: int
     distance_origin: int
+    dropout: float
+    seed: int
     return_lse: bool
     return_weights: bool
     exact: bool

@@ -17,7 +17,11 @@ _HINTS = {
     "attn_mask": "mask",
     "attention_bias": "bias",
     "attention_mask": "mask",
+    "attention_dropout": "dropout",
     "cache_seqlens": "kv_lens",
+    "dropout_p": "dropout",
+    "dropout_rate": "dropout",
+    "dropout_seed": "seed",
     "is_causal": "causal",
     "key_value_seq_lengths": "kv_lens",
     "local_window_size": "window",
@@ -33,8 +37,6 @@ _HINTS = {
     "window_size": "window",
 }
 _NO_NEED = {
-    "dropout_p": "there is no dropout at inference",
-    "dropout": "there is no dropout at inference",
     "enable_gqa": "grouped heads are recognised by the shapes of k and v",
 }
 

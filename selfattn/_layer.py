@@ -244,10 +244,10 @@ class SelfAttention:
             Array for y.
         **options
             Those of `attention` except `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts,
-            scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads, t5. Shapes are
-            those of the heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a cache, queries and
-            keys are the same tokens: kv_lens also serves as q_lens, and query i is aligned with key i unless q_offset
-            or both lengths are given.
+            scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads, t5, dropout,
+            seed. Shapes are those of the heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a
+            cache, queries and keys are the same tokens: kv_lens also serves as q_lens, and query i is aligned with
+            key i unless q_offset or both lengths are given.
 
         Returns
         -------

@@ -75,6 +75,8 @@ def relative_attention(
     precision: Precision = "highest",
     num_threads: int | None = None,
     t5: T5Bias | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Attend to a segment and the memory before it by content and distance (Dai et al., "Transformer-XL", 2019).
@@ -107,7 +109,7 @@ def relative_attention(
         As in `attention`; the original's ``same_length`` is ``(mem_len − 1, 0)``.
     mask, bias, q_lens, kv_lens, kv_starts, scale, softcap, alibi_slopes, sinks, layout, return_lse, return_weights, out
         As in `attention`; `layout` concerns q, k, v and out. The default scale is ``1 / sqrt(D)``.
-    precision, num_threads, t5
+    precision, num_threads, t5, dropout, seed
         As in `attention`.
 
     Returns
@@ -145,7 +147,7 @@ def relative_attention(
         _NAME, mask=mask, bias=bias, q_offset=np.array(memory), q_lens=q_lens, kv_lens=kv_lens, kv_starts=kv_starts,
         alibi_slopes=alibi_slopes, sinks=sinks, t5=t5, layout=layout, causal=causal, window=window, scale=scale,
         softcap=softcap, precision=precision, return_lse=return_lse, return_weights=return_weights,
-        num_threads=num_threads,
+        num_threads=num_threads, dropout=dropout, seed=seed,
     )  # fmt: skip
     _check_lengths(q, k, memory, layout)
     origin = whole_number(_NAME, "r_origin", r_origin, 0)

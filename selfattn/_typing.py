@@ -42,6 +42,8 @@ class CommonOptions(TypedDict, total=False):
     precision: Precision
     num_threads: int | None
     t5: T5Bias | None
+    dropout: float
+    seed: int | None
 
 
 class BatchOptions(CommonOptions, total=False):

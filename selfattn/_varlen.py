@@ -93,6 +93,8 @@ def attention_varlen(
     precision: Precision = "highest",
     num_threads: int | None = None,
     t5: T5Bias | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Attend within each of N sequences of different lengths; each result is bit-identical to that of a separate call.
@@ -114,6 +116,8 @@ def attention_varlen(
     alibi_slopes : array_like, shape (H,) or (N, H), optional
     causal, window, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
         As in `attention`.
+    dropout, seed
+        As in `attention`, where sequence i counts as batch entry i, and its queries and keys from its own start.
     out : ndarray, optional
         Array for a packed result: exactly its shape and dtype, any strides.
 
@@ -177,6 +181,7 @@ def attention_varlen(
     options = core_options(
         _NAME, sinks=sinks, t5=t5, layout="bshd", causal=causal, window=window, scale=scale, softcap=softcap,
         precision=precision, return_lse=return_lse, return_weights=return_weights, num_threads=num_threads,
+        dropout=dropout, seed=seed,
     )  # fmt: skip
     target = None if out is None else out_array(_NAME, out)
     result = _core.attention_varlen((q, k, v, queries, keys, *own), target, options)

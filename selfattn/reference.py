@@ -113,6 +113,8 @@ def attention(
     sinks: ArrayLike | None = None,
     layout: Layout = "bhsd",
     t5: T5Bias | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     relative: tuple[Any, ...] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> Result:
@@ -165,7 +167,8 @@ def attention(
         if t5 is not None:
             scores = scores + _t5_terms(t5, distance)
         scores = np.where(visible, scores, -np.inf)
-        return _softmax(scores, visible, v, sinks, q_lens, sigma, ndim, layout)
+        factors = dropout_factors(scores.shape, dropout, seed) if dropout else np.ones(())
+        return _softmax(scores, visible, v, sinks, q_lens, sigma, ndim, layout, factors)
 
 
 def _relative_products(
@@ -197,6 +200,33 @@ def _t5_terms(t5: Any, distance: NDArray[np.int64]) -> NDArray[Any]:
     return np.moveaxis(terms[..., 0, :, :, :], -1, -3)
 
 
+def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Encrypt counters with Philox4x32-10 (Salmon et al., 2011); the last axis holds the four words of each."""
+    word = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+    for i in range(10):
+        low = np.uint64((seed + i * 0x9E3779B9) & 0xFFFFFFFF)
+        high = np.uint64(((seed >> 32) + i * 0xBB67AE85) & 0xFFFFFFFF)
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ low, b & word, (a >> np.uint64(32)) ^ c3 ^ high, a & word
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def dropout_factors(shape: tuple[int, ...], rate: float, seed: int | None, first: int = 0) -> NDArray[np.float64]:
+    """Return the factors of weights (..., H, Sq, Sk) under dropout: 0, or 1 / (1 - rate) of those that are kept.
+
+    `first` is the number of the first batch entry.
+    """
+    *batch, _, _, kv_len = shape
+    entries = int(np.prod(batch, dtype=np.int64))
+    places = np.indices((entries, *shape[-3:-1], -(-kv_len // 4)), dtype=np.uint64)
+    places[0] += np.uint64(first)
+    words = philox(np.moveaxis(places, 0, -1), int(seed or 0))
+    threshold = min(round(rate * 2**32), 2**32 - 1)
+    factors = np.where(words >= np.uint64(threshold), 1 / (1 - rate), 0)
+    return factors.reshape(*shape[:-1], -(-kv_len // 4) * 4)[..., :kv_len]
+
+
 def _softmax(
     scores: NDArray[Any],
     visible: NDArray[np.bool_],
@@ -206,6 +236,7 @@ def _softmax(
     sigma: float,
     ndim: int,
     layout: str,
+    factors: NDArray[np.float64],
 ) -> Result:
     sink = np.full(scores.shape[:-1], -np.inf, dtype=scores.dtype)
     if sinks is not None:
@@ -219,7 +250,7 @@ def _softmax(
     shift = np.where(np.isneginf(peak) & ~sees, 0, peak)[..., None]
     parts = np.where(visible, np.exp(scores - shift), 0)
     total = parts.sum(axis=-1) + np.where(np.isneginf(sink), 0, np.exp(sink - shift[..., 0]))
-    weights = np.where(visible, parts / np.where(total == 0, 1, total)[..., None], 0)
+    weights = np.where(visible, parts / np.where(total == 0, 1, total)[..., None] * factors, 0)
     lse = np.where(np.isneginf(peak), -np.inf, peak + np.log(total))
     out = _weighted_sum(weights, visible, v)
     magnitude = _weighted_sum(weights, visible, abs(v))

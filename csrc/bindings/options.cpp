@@ -59,6 +59,14 @@ bool read(PyObject* value, std::int64_t& to) {
   return overflow == 0;
 }
 
+bool read(PyObject* value, std::uint64_t& to) {
+  if (!PyLong_Check(value)) return false;
+  to = PyLong_AsUnsignedLongLong(value);
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // negative or too large
+  return false;
+}
+
 bool read(PyObject* value, std::optional<double>& to) {
   to.reset();
   return value == Py_None || read(value, to.emplace());
@@ -79,6 +87,7 @@ bool read(PyObject* value, int& to) { return read_code(value, to, std::int64_t{1
 PyObject* written(bool value) { return PyBool_FromLong(value); }
 PyObject* written(double value) { return PyFloat_FromDouble(value); }
 PyObject* written(std::int64_t value) { return PyLong_FromLongLong(value); }
+PyObject* written(std::uint64_t value) { return PyLong_FromUnsignedLongLong(value); }
 PyObject* written(int value) { return PyLong_FromLong(value); }
 PyObject* written(Layout value) { return PyLong_FromLong(static_cast<long>(value)); }
 PyObject* written(Precision value) { return PyLong_FromLong(static_cast<long>(value)); }
@@ -99,6 +108,8 @@ constexpr Field setting_fields[] = {
     field<&Options::softcap>("softcap"),
     field<&Options::precision>("precision"),
     field<&Options::distance_origin>("distance_origin"),
+    field<&Options::dropout>("dropout"),
+    field<&Options::seed>("seed"),
     field<&Options::return_lse>("return_lse"),
     field<&Options::return_weights>("return_weights"),
     field<&Options::exact>("exact"),

@@ -142,6 +142,7 @@ py::object attention_varlen(const py::tuple& inputs, py::object out, py::handle 
   for (std::size_t i = 0; i < count; ++i) {
     Sequence& s = sequences.make(i, q, k, v, queries, keys);
     AttentionArguments arguments = arguments_of(function, options, s.query.view, s.key.view, s.value.view);
+    arguments.first_entry = static_cast<std::int64_t>(i);
     std::int64_t step[1];
     own.apply(arguments, i, step);
     s.problem = problem_of(arguments, i);

@@ -9,6 +9,7 @@
 // limits waste at most half a strip.
 #pragma once
 #include "kernels/ahead.h"
+#include "kernels/dropout.h"
 #include "kernels/engine_fma.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
@@ -38,7 +39,7 @@ struct TileAttention {
     T* queries;  // per strip, as the engine packs them
     T* out;      // per strip [value_dim][lanes]
     T* scores;   // [key_block][lanes]; some engines store probs here
-    T* terms;    // [key_block][lanes]
+    T* terms;    // [key_block][lanes]; holds the factors of dropout before
     RowPlaces<T> places;
     typename Engine::Memory memory;
     std::size_t bytes;
@@ -53,7 +54,7 @@ struct TileAttention {
       queries = carver.take<T>(lanes * Engine::query_cells(head_dim));
       out = carver.take<T>(lanes * Engine::dim_rows(value_dim));
       scores = carver.take<T>(Engine::key_rows(key_block) * strip_rows);
-      terms = carver.take<T>(std::int64_t{key_block} * strip_rows);
+      terms = carver.take<T>(factor_lines(key_block) * strip_rows);
       bytes = carver.used;
     }
     explicit Scratch(const RowBlock& block)
@@ -184,7 +185,22 @@ struct TileAttention {
     const bool hidden = complete_scores<AcrossRows>(tile, block.terms, sight);
 
     Vec<T> rescale[Cols];
-    exponentiate<Cols>(block, strip, {s.scores, s.scores + keys.count * lanes, lanes}, multiplier, prepared, rescale);
+    const ScoreLines<T> lines{s.scores, s.scores + keys.count * lanes, lanes};
+    const auto keep = [&](const Vec<T>(&prob)[Engine::cell], T* line, int lane) {
+      Engine::keep_probs(prepared, prob, lines.scores, line, lane);
+    };
+    if (block.terms.dropout) {
+      const T* factors =
+          dropout_factors(block.terms.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
+      exponentiate<Cols>(block, strip, lines, multiplier, rescale,
+                         [&](Vec<T>(&prob)[Engine::cell], T* line, int lane) {
+                           const T* factor = factors + (line - lines.scores) + lane;
+                           for (int i = 0; i < Engine::cell; ++i) prob[i] = prob[i] * load(factor + i * lanes);
+                           keep(prob, line, lane);
+                         });
+    } else {
+      exponentiate<Cols>(block, strip, lines, multiplier, rescale, keep);
+    }
     Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
                                       out_of(block, s, strip.first_row), limited || hidden, [&] {
                                         describe_rows(tile, lanes);
@@ -193,19 +209,16 @@ struct TileAttention {
                                       });
   }
 
-  // Replaces scores, times a factor, by probs.
-  template <int Cols>
-  static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines, T factor,
-                           const Block& prepared, Vec<T> (&rescale)[Cols]) {
+  // Replaces scores, times a factor, by probs; keep(prob, line, lane) stores them.
+  template <int Cols, class Keep>
+  [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines, T factor,
+                           Vec<T> (&rescale)[Cols], Keep keep) {
     T* row_max = static_cast<T*>(block.row_max) + strip.first_row;
     T* row_sum = static_cast<T*>(block.row_sum) + strip.first_row;
     SoftmaxStep<T, Cols> step;
     for (int c = 0; c < Cols; ++c) step.peak[c] = load(row_max + c * W);
     softmax<AcrossRows, Engine::cell>(
-        lines, step, [&](Vec<T> score) { return Engine::scales ? score : score * broadcast(factor); },
-        [&](const Vec<T>(&prob)[Engine::cell], T* line, int lane) {
-          Engine::keep_probs(prepared, prob, lines.scores, line, lane);
-        });
+        lines, step, [&](Vec<T> score) { return Engine::scales ? score : score * broadcast(factor); }, keep);
     for (int c = 0; c < Cols; ++c) {
       rescale[c] = step.rescale[c];
       store(row_max + c * W, step.peak[c]);

@@ -12,6 +12,7 @@
 //
 // A block of rows consists of strips, as in the forward pass. Sums over rows go through all strips of a block at once.
 #pragma once
+#include "kernels/dropout.h"
 #include "kernels/engine_fma.h"
 #include "kernels/kernel_set.h"
 #include "kernels/score_terms.h"
@@ -42,6 +43,7 @@ struct TileBackward {
     T* scores;    // [key_block][lanes] of one strip
     T* dprobs;    // the same
     T* slopes;    // the same: derivative of the softcap
+    T* factors;   // the same and a few lines more: see dropout_factors
     T* probs;     // [key_block][block_lanes] of all strips
     T* dscores;   // the same
     T* original;  // the same: scores before the softmax, to tell hidden keys
@@ -60,6 +62,7 @@ struct TileBackward {
       scores = carver.take<T>(tile);
       dprobs = carver.take<T>(tile);
       slopes = carver.take<T>(tile);
+      factors = carver.take<T>(factor_lines(key_block) * strip_rows);
       probs = carver.take<T>(wide);
       dscores = carver.take<T>(wide);
       original = carver.take<T>(wide);
@@ -241,7 +244,10 @@ struct TileBackward {
     if (block.dweights) add_dweights(block, s, tile);
     const std::int64_t place = before * s.block_lanes + strip.first_row;
     if (!block.finite) keep_original<Cols>(s, place, count);
-    differentiate<Cols>(block, s, strip, own, place);
+    const Dropout& dropout = block.terms.dropout;
+    const T* factors =
+        dropout ? dropout_factors(dropout, {tile.rows, strip.rows, lanes}, from, count, s.factors) : nullptr;
+    differentiate<Cols>(block, s, strip, own, place, factors);
     add_key_sums<Cols>(keys.keys + own.skipped * key_step, key_step, count, s.dscores + place, s.block_lanes,
                        block.head_dim, hides && !block.finite ? s.original + place : nullptr,
                        s.dquery + strip.first_row * block.head_dim);
@@ -292,10 +298,11 @@ struct TileBackward {
   }
 
   // probs and dscores of a strip, from its scores and dprobs. A hidden key has probability 0 and gradient 0, whatever
-  // its value or the row's sums are.
+  // its value or the row's sums are. With dropout the weights and their gradients differ from those of the softmax by
+  // `factors`; `probs` then gets the weights.
   template <int Cols>
   static void differentiate(const BackwardBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& seen,
-                            std::int64_t place) {
+                            std::int64_t place, const T* factors) {
     const std::int64_t key_count = seen.count;
     const Vec<T> nothing = broadcast(minus_infinity<T>), zero = broadcast(T(0));
     Vec<T> shift[Cols], factor[Cols], delta[Cols];
@@ -312,8 +319,13 @@ struct TileBackward {
         const Vec<T> score = load(s.scores + cell);
         const Mask<T> hidden = score == nothing;
         const Vec<T> prob = select(hidden, zero, exp2(score - shift[c]) * factor[c]);
-        Vec<T> dscore = select(hidden, zero, prob * (load(s.dprobs + cell) - delta[c]));
-        store(s.probs + wide, prob);
+        Vec<T> weight = prob, dprob = load(s.dprobs + cell);
+        if (factors) {
+          weight = weight * load(factors + cell);
+          dprob = dprob * load(factors + cell);
+        }
+        Vec<T> dscore = select(hidden, zero, prob * (dprob - delta[c]));
+        store(s.probs + wide, weight);
         if (capped) {
           store(s.dprobs + cell, dscore);  // before the softcap
           dscore = select(hidden, zero, dscore * load(s.slopes + cell));

@@ -26,11 +26,22 @@ struct Row {
   double slope;              // ALiBi slope
   double omitted;            // by how much clamping `position` raises every score (log2 units); subtracted from lse
   double sink;               // logit that is added to the denominator only (log2 units), or -inf
+  std::uint32_t place[3];    // what dropout tells rows apart by: batch entry, head, query
 };
 
 enum class BiasType : std::uint8_t { none, f32, f64, f16, bf16 };
 
-// How a product q.k becomes a score. The same for every row of a call.
+// Weights are dropped if the word that belongs to their place is below the threshold, and are multiplied by the factor
+// otherwise (decision 11).
+struct Dropout {
+  double factor = 0;  // 0: there is no dropout
+  std::uint32_t threshold = 0;
+  std::uint64_t seed = 0;
+
+  explicit operator bool() const { return factor != 0; }
+};
+
+// How a product q.k becomes a score, and dropout. The same for every row of a call.
 struct ScoreTerms {
   double multiplier = 0;  // applied first; the result is in log2 units unless softcap follows
   double softcap = 0;     // applied next: softcap * tanh(score), in log2 units; 0: none
@@ -42,6 +53,7 @@ struct ScoreTerms {
   bool toeplitz = false;
   std::int64_t mask_step = 0;  // bytes from one key to the next
   std::int64_t bias_step = 0;
+  Dropout dropout;  // of the weights; only tile kernels apply it
 };
 
 struct KeyBlock {
@@ -164,6 +176,8 @@ struct TypeKernels {
   void (*pack_panel)(const void* const* rows, std::int64_t depth, void* panel) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
+  // Applies dropout to the weights of a row for the keys [first, first + count).
+  void (*drop)(const Dropout& dropout, const Row& row, std::int64_t first, std::int64_t count, void* weights) noexcept;
   PeakLoop peak_loop;
   BackwardKernel backward;
 };

@@ -3,6 +3,7 @@
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
 #include "kernels/backward_tile.h"
+#include "kernels/dropout.h"
 #include "kernels/kernel_set.h"
 #include "kernels/peak_loop.h"
 #include "kernels/project.h"
@@ -63,6 +64,7 @@ constexpr TypeKernels type_kernels() {
                       .project_bf16 = nullptr,
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
+                      .drop = drop<T>,
                       .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,
                       .backward = TileBackward<T, TileRows, TileVectors, SumRows, SumVectors>::kernel};
   if constexpr (sizeof(T) == sizeof(float)) {

@@ -230,4 +230,34 @@ inline void transpose(VecD (&v)[4]) {
   v[3].r = _mm256_permute2f128_pd(b, d, 0x31);
 }
 
+// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore them.
+struct Words {
+  static constexpr int width = 4;
+  __m256i r;
+};
+inline Words broadcast_word(std::uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+inline Words load_words(const std::uint32_t* p) {
+  return {_mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store_words(std::uint32_t* p, Words a) {
+  const __m256i even = _mm256_permutevar8x32_epi32(a.r, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(even));
+}
+inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.r, b.r)}; }
+// The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
+inline Words multiply(Words a, Words b) { return {_mm256_mul_epu32(a.r, b.r)}; }
+inline Words upper_half(Words a) { return {_mm256_srli_epi64(a.r, 32)}; }
+// Whether each word is at least `limit`.
+inline MaskF at_least(const Words (&a)[2], std::uint32_t limit) {
+  const __m256 pairs = _mm256_shuffle_ps(_mm256_castsi256_ps(a[0].r), _mm256_castsi256_ps(a[1].r), 0x88);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_castps_si256(pairs), 0xd8);
+  const __m256i larger = _mm256_max_epu32(words, _mm256_set1_epi32(static_cast<int>(limit)));
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, words))};
+}
+inline MaskD at_least(const Words (&a)[1], std::uint32_t limit) {
+  const __m256i words = _mm256_shuffle_epi32(a[0].r, 0xa0);  // in both halves of their lanes
+  const __m256i larger = _mm256_max_epu32(words, _mm256_set1_epi32(static_cast<int>(limit)));
+  return {_mm256_castsi256_pd(_mm256_cmpeq_epi32(larger, words))};
+}
+
 }  // namespace selfattn::SELFATTN_ISA

@@ -233,4 +233,30 @@ inline void transpose(VecD (&v)[8]) {
   }
 }
 
+// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore them.
+struct Words {
+  static constexpr int width = 8;
+  __m512i r;
+};
+inline Words broadcast_word(std::uint32_t x) { return {_mm512_set1_epi64(x)}; }
+inline Words load_words(const std::uint32_t* p) {
+  return {_mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_words(std::uint32_t* p, Words a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a.r));
+}
+inline Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.r, b.r)}; }
+// The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
+inline Words multiply(Words a, Words b) { return {_mm512_mul_epu32(a.r, b.r)}; }
+inline Words upper_half(Words a) { return {_mm512_srli_epi64(a.r, 32)}; }
+// Whether each word is at least `limit`.
+inline MaskF at_least(const Words (&a)[2], std::uint32_t limit) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i words = _mm512_permutex2var_epi32(a[0].r, even, a[1].r);
+  return {_mm512_cmpge_epu32_mask(words, _mm512_set1_epi32(static_cast<int>(limit)))};
+}
+inline MaskD at_least(const Words (&a)[1], std::uint32_t limit) {
+  return {_mm256_cmpge_epu32_mask(_mm512_cvtepi64_epi32(a[0].r), _mm256_set1_epi32(static_cast<int>(limit)))};
+}
+
 }  // namespace selfattn::SELFATTN_ISA

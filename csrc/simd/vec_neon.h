@@ -214,4 +214,24 @@ inline void transpose(VecD (&v)[2]) {
   v[1].r = vtrn2q_f64(a, v[1].r);
 }
 
+// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore them.
+struct Words {
+  static constexpr int width = 2;
+  uint64x2_t r;
+};
+inline Words broadcast_word(std::uint32_t x) { return {vdupq_n_u64(x)}; }
+inline Words load_words(const std::uint32_t* p) { return {vmovl_u32(vld1_u32(p))}; }
+inline void store_words(std::uint32_t* p, Words a) { vst1_u32(p, vmovn_u64(a.r)); }
+inline Words operator^(Words a, Words b) { return {veorq_u64(a.r, b.r)}; }
+// The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
+inline Words multiply(Words a, Words b) { return {vmull_u32(vmovn_u64(a.r), vmovn_u64(b.r))}; }
+inline Words upper_half(Words a) { return {vshrq_n_u64(a.r, 32)}; }
+// Whether each word is at least `limit`.
+inline MaskF at_least(const Words (&a)[2], std::uint32_t limit) {
+  return {vcgeq_u32(vcombine_u32(vmovn_u64(a[0].r), vmovn_u64(a[1].r)), vdupq_n_u32(limit))};
+}
+inline MaskD at_least(const Words (&a)[1], std::uint32_t limit) {
+  return {vcgeq_u64(vandq_u64(a[0].r, vdupq_n_u64(0xffffffff)), vdupq_n_u64(limit))};
+}
+
 }  // namespace selfattn::SELFATTN_ISA

@@ -260,4 +260,29 @@ inline void transpose(Vec<T> (&v)[N]) {
     }
 }
 
+// Words of 32 bits, each in the lower half of a 64-bit lane. Upper halves hold anything; operations on words ignore them.
+struct Words {
+  static constexpr int width = 2;
+  typedef std::uint64_t Register __attribute__((vector_size(16)));
+  Register r;
+};
+inline Words broadcast_word(std::uint32_t x) { return {Words::Register{x, x}}; }
+inline Words load_words(const std::uint32_t* p) { return {Words::Register{p[0], p[1]}}; }
+inline void store_words(std::uint32_t* p, Words a) {
+  for (int i = 0; i < Words::width; ++i) p[i] = static_cast<std::uint32_t>(a.r[i]);
+}
+inline Words operator^(Words a, Words b) { return {a.r ^ b.r}; }
+// The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
+inline Words multiply(Words a, Words b) { return {(a.r & 0xffffffff) * (b.r & 0xffffffff)}; }
+inline Words upper_half(Words a) { return {a.r >> 32}; }
+// Whether each word is at least `limit`.
+inline Mask<float> at_least(const Words (&a)[2], std::uint32_t limit) {
+  Mask<float> mask;
+  for (int i = 0; i < VecF::width; ++i) mask.r[i] = static_cast<std::uint32_t>(a[i / 2].r[i % 2]) >= limit ? -1 : 0;
+  return mask;
+}
+inline Mask<double> at_least(const Words (&a)[1], std::uint32_t limit) {
+  return {(a[0].r & 0xffffffff) >= Words::Register{limit, limit}};
+}
+
 }  // namespace selfattn::SELFATTN_ISA

@@ -33,8 +33,11 @@ FIELDS: dict[str, Any] = {
     "softcap": 2.0,
     "precision": 2,
     "distance_origin": 3,
+    "dropout": 0.25,
+    "seed": (1 << 64) - 1,
     "return_lse": True,
     "return_weights": True,
+    "exact": True,
     "num_threads": 4096,
 }
 

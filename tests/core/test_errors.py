@@ -100,7 +100,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"is_causal": True}, TypeError, "unexpected keyword argument 'is_causal' (did you mean 'causal'?)"),
     ({"attn_mask": None}, TypeError, "did you mean 'mask'?"),
     ({"softmax_scale": 1.0}, TypeError, "did you mean 'scale'?"),
-    ({"dropout_p": 0.0}, TypeError, "there is no dropout at inference"),
+    ({"dropout_p": 0.0}, TypeError, "did you mean 'dropout'?"),
     ({"enable_gqa": True}, TypeError, "grouped heads are recognised"),
     ({"casual": True}, TypeError, "unexpected keyword argument 'casual' (did you mean 'causal'?)"),
     ({"kv_len": [1, 1]}, TypeError, "unexpected keyword argument 'kv_len' (did you mean 'kv_lens'?)"),

@@ -139,6 +139,8 @@ def test_everything_at_once(isa: str, check: Any, rng: Any, shape: Any) -> None:
         "alibi_slopes": rng.random((batch, heads)) / 10,
         "softcap": 3.0,
         "sinks": rng.standard_normal(heads),
+        "dropout": 0.2,
+        "seed": 5,
     }
     for count in range(1, len(parts) + 1):
         for names in itertools.islice(itertools.combinations(parts, count), 0, None, 3):

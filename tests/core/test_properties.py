@@ -68,6 +68,8 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
         options["sinks"] = rng.standard_normal(heads)
     if draw(st.booleans()):
         options["scale"] = draw(st.floats(-1, 1))
+    if draw(st.booleans()):
+        options.update(dropout=draw(st.floats(0, 0.9)), seed=draw(st.integers(0, 2**64 - 1)))
     return arrays, options
 
 

@@ -51,6 +51,8 @@ AttentionArguments arguments_of(const VectorCase& c) {
   a.window_right = static_cast<std::int64_t>(c.number("window_right", -1));
   if (c.numbers.count("scale") != 0) a.scale = c.number("scale", 0);
   a.softcap = c.number("softcap", 0);
+  a.dropout = c.number("dropout", 0);
+  a.seed = static_cast<std::uint64_t>(c.number("seed", 0));
   return a;
 }
 

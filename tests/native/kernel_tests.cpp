@@ -27,6 +27,7 @@ int main() {
   SELFATTN_ISA::check_narrow();
   SELFATTN_ISA::check_functions();
   SELFATTN_ISA::check_loops();
+  SELFATTN_ISA::check_dropout();
   test::check_kernel_set(**found);
   test::check_merge(**found);
   return test::finish(isa);

@@ -182,12 +182,21 @@ def odd_values(m: Maker) -> Iterator[Case]:
         yield m.case(f"visible-nan-{q_len}-queries", (q, k, v), causal=True)
 
 
+def dropouts(m: Maker) -> Iterator[Case]:
+    for q_len in (1, 45):
+        sizes = {"dropout": 0.3, "seed": 0xFEDCBA987654}  # numbers in the file are doubles
+        yield m.case(f"dropout-{q_len}-queries", m.qkv(q_len, 150, heads=4), causal=True, **sizes)
+        yield m.case(f"dropout-{q_len}-queries-hidden", m.qkv(q_len, 150), mask=m.mask(150), window=(99, None), **sizes)
+
+
 def cases(dtype: Any) -> Iterator[Case]:
     m = Maker(dtype, seed=20)
     for i, q_len in enumerate(LENGTHS):
         if i % 2 == (m.dtype in (np.float64, ml_dtypes.bfloat16)):  # the lengths alternate between the types
             yield m.case(f"length-{q_len}", m.qkv(q_len, q_len + i, d=3 + 4 * i))
-    groups: tuple[Callable[[Maker], Iterator[Case]], ...] = (shapes, limits, masks, scores, distances, odd_values)
+    groups: tuple[Callable[[Maker], Iterator[Case]], ...] = (
+        shapes, limits, masks, scores, distances, odd_values, dropouts,
+    )  # fmt: skip
     for group in groups:
         yield from group(m)
 

@@ -126,6 +126,8 @@ def score_settings(rng: Any) -> dict[str, Any]:
         settings["softcap"] = 5.0
     if rng.random() < 0.3:
         settings["precision"] = str(rng.choice(["high", "medium"]))
+    if rng.random() < 0.2:
+        settings.update(dropout=0.3, seed=1)
     return settings
 
 

@@ -56,6 +56,8 @@ def attention_call(rng: random.Random) -> Call:
         "return_weights": lambda: True,
         "out": lambda: strided(rng, (batch, heads, q_len, dim), dtype, OUTPUTS),
         "num_threads": lambda: 1,
+        "dropout": lambda: 0.3,
+        "seed": lambda: rng.randrange(1 << 64),
     }
     named = {name: optional[name]() for name in rng.sample(list(optional), rng.randrange(6))}
     if "out" in named and rng.random() < 0.1:
