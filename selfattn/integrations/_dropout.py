@@ -6,18 +6,23 @@ from typing import Any
 
 import torch
 
+from .._arguments import integer_in
 from .._attention import attention
 
 _SUPPORTED = "dropout" in (attention.__kwdefaults__ or {})
 
 
-def dropout_options(function: str, name: str, rate: float) -> dict[str, Any]:
+def dropout_options(function: str, name: str, rate: float, seed: int | None = None) -> dict[str, Any]:
     """Return the options of a call whose argument `name` is the rate; empty for 0.
 
-    The seed comes from PyTorch's generator, whose state activation checkpointing restores before it repeats a call.
+    Without a seed, one comes from PyTorch's generator, whose state activation checkpointing restores before it repeats
+    a call.
     """
     if rate == 0:
         return {}
     if not _SUPPORTED:
         raise ValueError(f"{function}: {name} is {rate!r}, but there is no dropout yet: pass 0.0")
-    return {"dropout": float(rate), "seed": torch.randint((1 << 63) - 1, ())}
+    if seed is None:
+        return {"dropout": float(rate), "seed": torch.randint((1 << 63) - 1, ())}
+    number = integer_in(function, "seed", seed, 0, (1 << 64) - 1)
+    return {"dropout": float(rate), "seed": torch.tensor(number - (number >> 63 << 64))}  # the same 64 bits

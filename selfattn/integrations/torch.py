@@ -183,7 +183,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
         refuse_unknown(attention, options)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_memory(function, name, tensor)
-    options |= dropout_options(function, "dropout", options.pop("dropout", 0.0))
+    options |= dropout_options(function, "dropout", options.pop("dropout", 0.0), options.pop("seed", None))
     call = make_call(q, k, v, **options)
     for name, tensor in zip(Call._fields, call.tensors(), strict=False):
         if tensor is not None:

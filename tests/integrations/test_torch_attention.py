@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_operands import FLOATS, compiling, gradients, integration, make_call, qkv, torch
+from torch_operands import FLOATS, checkpoint, compiling, gradients, integration, make_call, qkv, sdpa, torch
 
 import selfattn as sa
 from selfattn.integrations import _dropout
@@ -132,16 +132,52 @@ def test_signature_is_that_of_arrays() -> None:
     assert list(found) == [name for name in expected if name != "out"]
 
 
-def test_dropout_is_drawn_from_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that checkpointing, which restores the generator's state, repeats it."""
+def test_seeds_of_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the generator, whose state checkpointing restores, or given."""
     monkeypatch.setattr(_dropout, "_SUPPORTED", True)
     drawn = [_dropout.dropout_options("f", "p", 0.1) for _ in "ab"]
     torch.manual_seed(7)
     again = _dropout.dropout_options("f", "p", 0.1)
     assert again == drawn[0] != drawn[1]
-    options = make_call(*qkv(), **again).options()
-    assert (options["dropout"], options["seed"]) == (0.1, int(again["seed"]))
-    assert _dropout.dropout_options("f", "p", 0.0) == {}
+    for seed in (0, 1 << 63, (1 << 64) - 1):
+        options = make_call(*qkv(), **_dropout.dropout_options("f", "p", 0.1, seed)).options()
+        assert (options["dropout"], options["seed"]) == (0.1, seed)
+    assert _dropout.dropout_options("f", "p", 0.0, 3) == {}
+
+
+@pytest.mark.skipif(not _dropout._SUPPORTED, reason="attention has no dropout")
+def test_dropout_has_both_derivatives() -> None:
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return attention(q, k, v, causal=True, dropout=0.4, seed=(1 << 64) - 1)
+
+    arguments = doubles((2, 2, 3, 2), (2, 1, 4, 2), (2, 1, 4, 1))
+    assert gradcheck(call, arguments, nondet_tol=0)
+    assert gradgradcheck(call, arguments, nondet_tol=0, fast_mode=True)
+
+
+@compiling
+@pytest.mark.skipif(not _dropout._SUPPORTED, reason="attention has no dropout")
+def test_dropout_follows_the_generator() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(kv_len=9))
+
+    def run(function: Any) -> list[Any]:
+        torch.manual_seed(3)
+        out = function(q, k, v, dropout_p=0.5, is_causal=True)
+        return [out, *torch.autograd.grad(out.sin().sum(), (q, k, v))]
+
+    expected = run(sdpa)
+    plain = sdpa(q, k, v, is_causal=True)
+    assert not torch.equal(expected[0], plain)
+    torch._dynamo.reset()
+    forms = {
+        "checkpoint": lambda *x, **o: checkpoint(sdpa, *x, use_reentrant=False, **o),
+        "compiled": torch.compile(sdpa, backend="aot_eager", fullgraph=True),
+    }
+    for name, function in forms.items():
+        for x, y in zip(run(function), expected, strict=True):
+            torch.testing.assert_close(x, y, msg=name)
+    mean = torch.stack([sdpa(q, k, v, dropout_p=0.1, is_causal=True).detach() for _ in range(200)]).mean(0)
+    torch.testing.assert_close(mean, plain, atol=0.2, rtol=0)
 
 
 @pytest.mark.skipif(_dropout._SUPPORTED, reason="attention has dropout")

@@ -199,3 +199,15 @@ def test_dropout_is_refused() -> None:
     model, fed = models.build("bert").train(), models.inputs("bert")
     with pytest.raises(ValueError, match=r"selfattn: dropout is 0\.1, but there is no dropout yet"):
         model(**fed)
+
+
+@pytest.mark.skipif(not _dropout._SUPPORTED, reason="attention has no dropout")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_dropout_is_repeated_by_checkpointing(name: str, use_reentrant: bool) -> None:
+    model, fed = models.build(name).train(), models.inputs(name, "left")
+    torch.manual_seed(3)
+    expected = gradients(model, fed)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    torch.manual_seed(3)
+    assert_close(gradients(model, fed), expected)
