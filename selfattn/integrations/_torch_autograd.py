@@ -23,7 +23,7 @@ def attend(call: Call) -> tuple[Any, Any, Any]:
     tensors = call.tensors()
     records = wants_gradient(*tensors)
     if records:
-        call = call._replace(residuals=True)
+        call = Call(*call[:-2], True, call.weights)  # the compiler of PyTorch 2.5 does not know _replace
     out, _, lse, weights = _FORWARD.run(tensors, records)(*call)
     return out, lse, weights
 

@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
     def tensors(self) -> tuple[Any, ...]:
         """Return the fields that are tensors or None."""
-        return self[: Call._fields.index("causal")]
+        return self[: len(TENSORS)]
 
     def options(self) -> dict[str, Any]:
         """Return the options of `attention`."""
@@ -94,6 +94,9 @@ class Call(NamedTuple):
         return self.q.new_empty(shape, dtype=dtype)
 
 
+TENSORS = Call._fields[: Call._fields.index("causal")]
+
+
 def make_call(q: Any, k: Any, v: Any, **options: Any) -> Call:
     """Return the call with these options of `attention`, some of which may be arrays or numbers instead of tensors."""
     for name in (*_PER_BATCH, "mask", "bias", "sinks", "alibi_slopes"):
@@ -106,7 +109,7 @@ def make_call(q: Any, k: Any, v: Any, **options: Any) -> Call:
     options["residuals"] = flag("attention", "return_lse", options.pop("return_lse", False))
     options["weights"] = flag("attention", "return_weights", options.pop("return_weights", False))
     if (t5 := options.pop("t5", None)) is not None:
-        options |= {"bidirectional": t5.bidirectional, "max_distance": t5.max_distance}
+        options["bidirectional"], options["max_distance"] = t5.bidirectional, t5.max_distance
         options["t5"] = torch.as_tensor(t5.table)
     return Call(q, k, v, **options)
 

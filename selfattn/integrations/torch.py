@@ -15,7 +15,7 @@ from . import _torch_autograd
 from ._dropout import dropout_options
 from ._runtime import share_runtime
 from ._tensors import computed_in, is_plain, to_array, wants_gradient
-from ._torch_call import Call, make_call
+from ._torch_call import TENSORS, Call, make_call
 
 __all__ = ["T5Bias", "attention", "scaled_dot_product_attention"]
 
@@ -111,7 +111,7 @@ def scaled_dot_product_attention(
         query, key, value = _broadcast(query, key, value)
     options = {"bias" if attn_mask is None or attn_mask.is_floating_point() else "mask": attn_mask, **dropout}
     if is_causal:
-        options |= {"causal": True, "q_offset": 0}
+        options["causal"], options["q_offset"] = True, 0
     return _attend(make_call(query, key, value, scale=scale, **options))
 
 
@@ -184,9 +184,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
         refuse_unknown(attention, options)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_memory(function, name, tensor)
-    options |= dropout_options(function, "dropout", options.pop("dropout", 0.0), options.pop("seed", None))
+    options.update(dropout_options(function, "dropout", options.pop("dropout", 0.0), options.pop("seed", None)))
     call = make_call(q, k, v, **options)
-    for name, tensor in zip(Call._fields, call.tensors(), strict=False):
+    for name, tensor in zip(TENSORS, call.tensors(), strict=True):
         if tensor is not None:
             check_memory(function, name, tensor)
     out, lse, weights = _torch_autograd.attend(call)
