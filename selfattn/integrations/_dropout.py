@@ -7,9 +7,6 @@ from typing import Any
 import torch
 
 from .._arguments import integer_in
-from .._attention import attention
-
-_SUPPORTED = "dropout" in (attention.__kwdefaults__ or {})
 
 
 def dropout_options(function: str, name: str, rate: float, seed: int | None = None) -> dict[str, Any]:
@@ -20,8 +17,8 @@ def dropout_options(function: str, name: str, rate: float, seed: int | None = No
     """
     if rate == 0:
         return {}
-    if not _SUPPORTED:
-        raise ValueError(f"{function}: {name} is {rate!r}, but there is no dropout yet: pass 0.0")
+    if not 0 < rate < 1:
+        raise ValueError(f"{function}: {name} is {rate!r}, but it must be at least 0 and less than 1")
     if seed is None:
         return {"dropout": float(rate), "seed": torch.randint((1 << 63) - 1, ())}
     number = integer_in(function, "seed", seed, 0, (1 << 64) - 1)

@@ -49,8 +49,9 @@ def scaled_dot_product_attention(
         broadcast.
     attn_mask : Tensor, broadcasting to (..., H, L, S), optional
         bool (True = attend), or float32 or query's dtype (added to the scores).
-    dropout_p : float
-        Must be 0.
+    dropout_p : float, default 0.0
+        The rate at which weights are dropped, below 1. The seed comes from PyTorch's generator. Which weights are
+        dropped differs from the original.
     is_causal : bool, default False
         Query i sees the keys up to i (top-left alignment); not together with `attn_mask`.
     scale : float, optional

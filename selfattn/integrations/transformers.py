@@ -25,8 +25,8 @@ def register() -> None:
     models with their own attention code raise an error when they are constructed with this name. In models that mix
     both, the parts with their own attention code (Gemma 3n's audio encoder, LongT5's encoder) keep it.
 
-    Models can be trained, also with gradient checkpointing. Tensors must be in CPU memory; unsupported calls, such as
-    dropout of attention weights, raise an error. The number of threads is limited by both ``torch.set_num_threads`` and
+    Models can be trained, also with dropout of attention weights and gradient checkpointing. Tensors must be in CPU
+    memory; unsupported calls raise an error. The number of threads is limited by both ``torch.set_num_threads`` and
     `selfattn.set_num_threads`, and calls run in PyTorch's threads if both libraries use OpenMP. A query that sees no
     key, as in padding, gives 0.
 

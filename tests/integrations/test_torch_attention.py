@@ -116,6 +116,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "window": (lambda q, k, v: attention(q, k, v, window=3), TypeError, "window is 3, but a pair"),
     "shape": (lambda q, k, v: attention(q.requires_grad_(), k[..., :3], v), ValueError, "k has head_dim 3 but q has"),
     "flag": (lambda q, k, v: attention(q, k, v, return_lse=1), TypeError, "return_lse is 1"),
+    "rate": (lambda q, k, v: attention(q, k, v, dropout=1.0), ValueError, "dropout is 1.0, but it must be"),
+    "seed": (lambda q, k, v: attention(q, k, v, dropout=0.5, seed=-1), ValueError, "seed is -1"),
     "layout": (lambda q, k, v: attention(q, k, v, layout="sbhd"), ValueError, "layout is 'sbhd'"),
 }  # fmt: skip
 
@@ -132,9 +134,8 @@ def test_signature_is_that_of_arrays() -> None:
     assert list(found) == [name for name in expected if name != "out"]
 
 
-def test_seeds_of_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_of_dropout() -> None:
     """From the generator, whose state checkpointing restores, or given."""
-    monkeypatch.setattr(_dropout, "_SUPPORTED", True)
     drawn = [_dropout.dropout_options("f", "p", 0.1) for _ in "ab"]
     torch.manual_seed(7)
     again = _dropout.dropout_options("f", "p", 0.1)
@@ -145,7 +146,6 @@ def test_seeds_of_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _dropout.dropout_options("f", "p", 0.0, 3) == {}
 
 
-@pytest.mark.skipif(not _dropout._SUPPORTED, reason="attention has no dropout")
 def test_dropout_has_both_derivatives() -> None:
     def call(q: Any, k: Any, v: Any) -> Any:
         return attention(q, k, v, causal=True, dropout=0.4, seed=(1 << 64) - 1)
@@ -156,7 +156,6 @@ def test_dropout_has_both_derivatives() -> None:
 
 
 @compiling
-@pytest.mark.skipif(not _dropout._SUPPORTED, reason="attention has no dropout")
 def test_dropout_follows_the_generator() -> None:
     q, k, v = (x.requires_grad_() for x in qkv(kv_len=9))
 
@@ -178,9 +177,3 @@ def test_dropout_follows_the_generator() -> None:
             torch.testing.assert_close(x, y, msg=name)
     mean = torch.stack([sdpa(q, k, v, dropout_p=0.1, is_causal=True).detach() for _ in range(200)]).mean(0)
     torch.testing.assert_close(mean, plain, atol=0.2, rtol=0)
-
-
-@pytest.mark.skipif(_dropout._SUPPORTED, reason="attention has dropout")
-def test_dropout_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"f: p is 0\.1, but there is no dropout yet: pass 0\.0"):
-        _dropout.dropout_options("f", "p", 0.1)

@@ -14,7 +14,7 @@ pytest.importorskip("ml_dtypes")
 import transformers_models as models  # noqa: E402
 from transformers_models import layer, normal  # noqa: E402
 
-from selfattn.integrations import _dropout, _torch_call  # noqa: E402
+from selfattn.integrations import _torch_call  # noqa: E402
 from selfattn.integrations._hf_attention import attention_forward  # noqa: E402
 from selfattn.integrations._hf_mask import VisibleKeys, make_mask  # noqa: E402
 from selfattn.integrations.transformers import register  # noqa: E402
@@ -194,14 +194,6 @@ def test_trainer(tmp_path: Any) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.skipif(_dropout._SUPPORTED, reason="attention has dropout")
-def test_dropout_is_refused() -> None:
-    model, fed = models.build("bert").train(), models.inputs("bert")
-    with pytest.raises(ValueError, match=r"selfattn: dropout is 0\.1, but there is no dropout yet"):
-        model(**fed)
-
-
-@pytest.mark.skipif(not _dropout._SUPPORTED, reason="attention has no dropout")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_dropout_is_repeated_by_checkpointing(name: str, use_reentrant: bool) -> None:
