@@ -66,14 +66,16 @@ def test_hidden_operands_are_inert(isa: str, rng: Any) -> None:
     assert not gradients[1].k[1, :, :200].any()
 
 
-def test_threads_and_repetition_change_no_bit(rng: Any) -> None:
-    case = Case(batch=2, segment=700, memory=900, heads=2, kv_heads=1, dim=16, rows=500, options={})
-    x = draw(rng, case, np.float32)
-    _, vjp = sa.relative_attention_vjp(*x, mem_len=900, wrt=ALL, num_threads=1)
-    grad_out = rng.standard_normal((*x.q.shape[:-1], case.value_dim)).astype(np.float32)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (350, 40), "causal": False, "r_origin": 100}, {"q_lens": [700, 333]}], ids=str
+)
+def test_threads_and_repetition_change_no_bit(rng: Any, options: dict[str, Any]) -> None:
+    x = draw(rng, Case(batch=2, segment=700, memory=900, heads=2, kv_heads=1, dim=16, rows=500), np.float32)
+    grad_out = draw(rng, Case(batch=2, segment=700), np.float32).q
+    _, vjp = sa.relative_attention_vjp(*x, mem_len=900, wrt=ALL, num_threads=1, **options)
     expected = vjp(grad_out)
     for threads in (2, 3, 7, 7):
-        _, vjp = sa.relative_attention_vjp(*x, mem_len=900, wrt=ALL, num_threads=threads)
+        _, vjp = sa.relative_attention_vjp(*x, mem_len=900, wrt=ALL, num_threads=threads, **options)
         found = vjp(grad_out)
         for name in ALL:
             assert np.array_equal(getattr(found, name), getattr(expected, name)), (name, threads)
