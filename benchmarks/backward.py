@@ -78,10 +78,10 @@ def operands(shape: Shape, dtype: torch.dtype) -> tuple[Operands, list[torch.Ten
 def as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     """Return an array that shares the tensor's memory."""
     if tensor.dtype != torch.bfloat16:
-        return tensor.numpy()
+        return np.asarray(tensor.numpy())
     import ml_dtypes
 
-    return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
 
 
 def runs_of(shape: Shape, dtype: torch.dtype) -> Runs:

@@ -199,11 +199,12 @@ def _dropout(function: str, rate: Any, seed: Any) -> tuple[float, int]:
     """Return the rate of dropout and its seed, which is 0 where none is needed."""
     number = real(function, "dropout", rate)
     if not 0 <= number < 1:
-        raise ValueError(f"{function}: dropout is {rate!r}, but it must be at least 0 and less than 1")
+        raise refusal(ValueError, function, "dropout", f" is {rate!r}, but it must be at least 0 and less than 1")
     if seed is not None:
         return number, integer_in(function, "seed", seed, 0, (1 << 64) - 1)
     if number > 0:
-        raise ValueError(f"{function}: dropout is {rate!r} without a seed: pass an integer in 0..{(1 << 64) - 1}")
+        text = f" is {rate!r} without a seed: pass an integer in 0..{(1 << 64) - 1}"
+        raise refusal(ValueError, function, "dropout", text)
     return number, 0
 
 

@@ -23,7 +23,7 @@ INCLUDE_RULES = [
     ("problem.h", r'<|"tensor_view\.h"', r"immintrin|arm_neon|pybind11"),
     ("tensor_view.h", r'<|"dtype\.h"', r"immintrin|arm_neon|pybind11"),
     ("plan.*", r'<|"(plan|slot|problem|kernels/kernel_set)\.h"', r"immintrin|arm_neon|chrono|thread|omp\.h"),
-    ("slot.*", r'<|"(slot|plan|kernels/scratch)\.h"', r"immintrin|arm_neon|chrono|thread|omp\.h"),
+    ("slot.*", r'<|"(slot|plan|distance_terms|kernels/scratch)\.h"', r"immintrin|arm_neon|chrono|thread|omp\.h"),
     ("registry.cpp", None, r"simd/|kernels/(?!kernel_set)"),
     ("bindings/*", None, r"simd/|kernels/(?!kernel_set)"),
     ("*.*", None, r"Python\.h|pybind11"),

@@ -219,7 +219,7 @@ def test_only_what_is_wanted(rng: Any) -> None:
         ({"w_k": np.zeros((D_MODEL, 7))}, ValueError, "w_k has 7 columns, but 2 KV heads of head_dim 6 (from w_q)"),
         ({"positions": np.arange(LENGTH)}, ValueError, "positions is given, but the layer has no rope"),
         ({"positions": [1, 2], "rope": True}, ValueError, "positions has shape (2,), which does not broadcast to"),
-        ({"rope": sa.RoPE(rotary_dim=8)}, ValueError, "rope turns 8 elements, but head_dim is 6"),
+        ({"rope": sa.RoPE(rotary_dim=8)}, ValueError, "rope rotates 8 elements, but head_dim is 6"),
         ({"kv_lens": [12, 3]}, ValueError, "kv_lens holds 12, which is outside 0..11 (the length of k)"),
         ({"mask": np.ones((5, 11, 11), bool)}, ValueError, "mask has shape (5, 11, 11), which does not broadcast to"),
         ({"return_lse": 1}, TypeError, "return_lse is 1, but True or False is needed"),
