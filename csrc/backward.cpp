@@ -294,7 +294,9 @@ int threads_for(const BackwardPlan& plan, int num_threads) {
 }
 
 bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted) {
-  if (std::all_of(jobs, jobs + count, [](const BackwardJob& job) { return job.plan->tasks == 0; })) return true;
+  std::int64_t tasks = 0;
+  for (std::int64_t i = 0; i < count; ++i) tasks += jobs[i].plan->tasks;
+  if (tasks == 0) return true;
   return jobs->problem->dtype == DType::f32
              ? BackwardRun<BackwardPart<float>>(jobs, count, threads, interrupted).execute()
              : BackwardRun<BackwardPart<double>>(jobs, count, threads, interrupted).execute();

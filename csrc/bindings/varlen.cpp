@@ -56,9 +56,9 @@ Shape Packed::lse_shape() const {
   return shape;
 }
 
-AttentionArguments Packed::arguments(const Options& options, std::size_t i, const RowsOf (&rows)[3],
-                                     std::int64_t& slope_stride) const {
-  AttentionArguments own = arguments_of(function_, options, rows[0].view, rows[1].view, rows[2].view);
+AttentionArguments Packed::arguments(const Options& options, std::size_t i, Sequence& sequence) const {
+  AttentionArguments own =
+      arguments_of(function_, options, sequence.query.view, sequence.key.view, sequence.value.view);
   own.first_entry = static_cast<std::int64_t>(i);
   if (!masks_.is_none()) own.mask = bool_view(function_, "mask", masks_[py::int_(i)]);
   if (!biases.is_none()) {
@@ -72,18 +72,18 @@ AttentionArguments Packed::arguments(const Options& options, std::size_t i, cons
   }
   if (!alibi_slopes_.is_none()) {
     const TensorView all = optional_view(alibi_slopes_, DType::f64);
-    slope_stride = all.stride(0);
+    sequence.slope_stride = all.stride(0);
     own.alibi_slopes = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(1), DType::f64, 1,
-                        all.shape + 1, &slope_stride};
+                        all.shape + 1, &sequence.slope_stride};
   }
   return own;
 }
 
 Sequence::Sequence(const Packed& packed, const Options& options, std::size_t i)
-    : rows{{packed.q, packed.queries[i], packed.queries_of(i)},
-           {packed.k, packed.keys[i], packed.keys_of(i)},
-           {packed.v, packed.keys[i], packed.keys_of(i)}},
-      arguments(packed.arguments(options, i, rows, slope_stride)),
+    : query(packed.q, packed.queries[i], packed.queries_of(i)),
+      key(packed.k, packed.keys[i], packed.keys_of(i)),
+      value(packed.v, packed.keys[i], packed.keys_of(i)),
+      arguments(packed.arguments(options, i, *this)),
       problem(problem_of(arguments, i)) {}
 
 namespace {

@@ -47,9 +47,9 @@ class PerSequence {
   // Makes the items in order.
   template <class... Arguments>
   T& make(std::size_t i, Arguments&&... arguments) {
-    T& item = *::new (items_ + i) T{arguments...};
+    ::new (items_ + i) T{arguments...};
     ++made_;
-    return item;
+    return items_[i];
   }
   T& operator[](std::size_t i) { return items_[i]; }
   T* data() { return items_; }
@@ -59,6 +59,8 @@ class PerSequence {
   T* const items_;
   std::size_t made_ = 0;
 };
+
+struct Sequence;
 
 // The operands of a call: q, k, v, cu_seqlens_q, cu_seqlens_k, masks, biases, q_offsets, alibi_slopes. The last four
 // replace the options of the same names, which are None in the call's options. They are lists of arrays or None, and
@@ -76,9 +78,8 @@ class Packed {
   std::int64_t keys_of(std::size_t i) const { return keys[i + 1] - keys[i]; }
   Shape lse_shape() const;
 
-  // The arguments of one sequence. `slope_stride` must live as long as they do.
-  AttentionArguments arguments(const Options& options, std::size_t i, const RowsOf (&rows)[3],
-                               std::int64_t& slope_stride) const;
+  // The arguments of one sequence, which must live as long as they do.
+  AttentionArguments arguments(const Options& options, std::size_t i, Sequence& sequence) const;
 
  private:
   const char* const function_;
@@ -87,7 +88,7 @@ class Packed {
 
 // One sequence: its rows of q, k and v, and what to compute.
 struct Sequence {
-  RowsOf rows[3];
+  RowsOf query, key, value;
   std::int64_t slope_stride = 0;
   AttentionArguments arguments;
   Problem problem;
