@@ -246,8 +246,10 @@ class BackwardPart {
     const T scale = static_cast<T>(problem_.scale);
     for (int i = 0; i < span.valid; ++i) {
       T* part = reinterpret_cast<T*>(slot.dquery) + i * plan_.key_step;
-      const T* relative = reinterpret_cast<const T*>(slot.relative.dquery) + i * plan_.key_step;
-      for (std::int64_t d = 0; problem_.relative && d < problem_.head_dim; ++d) part[d] += relative[d];
+      if (problem_.relative) {
+        const T* relative = reinterpret_cast<const T*>(slot.relative.dquery) + i * plan_.key_step;
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) part[d] += relative[d];
+      }
       char* result = element(problem_, gradients_.query, span, place_of(span, i));
       T* sum = plan_.buffers_dquery
                    ? reinterpret_cast<T*>(shared_.dquery) + (row_index(problem_, span) + i) * problem_.head_dim
