@@ -72,7 +72,7 @@ Results compute(const Case& c, const AttentionArguments& arguments, const Kernel
 bool GradientArrays::operator==(const GradientArrays& other) const {
   return same_bits(query, other.query) && same_bits(key, other.key) && same_bits(value, other.value) &&
          same_bits(scores, other.scores) && numbers.size() == other.numbers.size() &&
-         std::memcmp(numbers.data(), other.numbers.data(), numbers.size() * sizeof(double)) == 0;
+         (numbers.empty() || std::memcmp(numbers.data(), other.numbers.data(), numbers.size() * sizeof(double)) == 0);
 }
 
 GradientArrays differentiate(const Case& c, const KernelSet& kernels, int threads, Threads how,
