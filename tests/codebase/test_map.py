@@ -17,7 +17,7 @@ def section(page: Path, title: str) -> str:
 
 
 def unnamed(files: list[Path], text: str) -> set[str]:
-    """Return the files that no name or pattern in backticks matches; `name` stands for name.h and name.cpp."""
+    """Return the files that no name or pattern in backticks matches; `name` matches name.h and name.cpp."""
     patterns = re.findall(r"`([^`\s]+)`", text)
     return {
         file.name for file in files if not any(fnmatch(name, p) for p in patterns for name in (file.name, file.stem))

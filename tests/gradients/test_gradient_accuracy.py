@@ -57,7 +57,7 @@ def options_by_name(rng: Any) -> dict[str, dict[str, Any]]:
     return {
         "causal": {"causal": True},
         "before all keys": {"causal": True, "q_offset": -20, "sinks": sinks},
-        "behind all keys": {"window": (40, 0), "q_offset": 170},
+        "after all keys": {"window": (40, 0), "q_offset": 170},
         "window": {"window": (7, 3), "q_offset": [30, 90]},
         "right side only": {"window": (None, 2), "softcap": 2.0},
         "empty tiles": {"mask": tiles},

@@ -122,9 +122,9 @@ def test_backward_writes_and_adds(rng: Any) -> None:
 
 def test_empty(rng: Any) -> None:
     x = draw(rng, Case(segment=3), np.float32)
-    nobody = x._replace(q=x.q[:0], k=x.k[:0], v=x.v[:0])
-    _, vjp = sa.relative_attention_vjp(*nobody)
-    grads = vjp(nobody.q)
+    empty = x._replace(q=x.q[:0], k=x.k[:0], v=x.v[:0])
+    _, vjp = sa.relative_attention_vjp(*empty)
+    grads = vjp(empty.q)
     assert grads.r.shape == x.r.shape
     assert not grads.r.any()
     assert not grads.u.any()

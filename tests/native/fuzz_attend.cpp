@@ -73,7 +73,7 @@ void check_cached(Described& d, const Results& plain) {
 void check_gradients(const Described& d) {
   const GradientArrays one = differentiate(d.input, *d.kernels, 1, Threads::forced);
   const GradientArrays several = differentiate(d.input, *d.kernels, d.threads, Threads::forced);
-  if (!one.finished || !several.finished) fail("gradients that nobody interrupted did not finish");
+  if (!one.finished || !several.finished) fail("gradients did not finish, although nothing interrupted them");
   if (!(one == several)) fail("gradients with other bits on " + std::to_string(d.threads) + " threads");
 }
 
