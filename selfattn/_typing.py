@@ -80,14 +80,19 @@ class ExplainOptions(AttentionOptions, total=False):
     return_weights: bool
 
 
-class GradientOptions(ScoreOptions, total=False):
-    """Options of `attention_backward`."""
+class PaddedScoreOptions(ScoreOptions, total=False):
+    """Options of gradients of functions whose sequences may be shorter than their array."""
 
     mask: ArrayLike | None
     bias: ArrayLike | None
     q_lens: ArrayLike | None
     kv_lens: ArrayLike | None
     kv_starts: ArrayLike | None
+
+
+class GradientOptions(PaddedScoreOptions, total=False):
+    """Options of `attention_backward`."""
+
     q_offset: ArrayLike | None
     layout: Layout
 
@@ -99,14 +104,9 @@ class VjpOptions(GradientOptions, total=False):
     return_weights: bool
 
 
-class RelativeGradientOptions(ScoreOptions, total=False):
+class RelativeGradientOptions(PaddedScoreOptions, total=False):
     """Options of `relative_attention_backward`."""
 
-    mask: ArrayLike | None
-    bias: ArrayLike | None
-    q_lens: ArrayLike | None
-    kv_lens: ArrayLike | None
-    kv_starts: ArrayLike | None
     mem_len: int
     r_origin: int
     layout: Layout
@@ -153,14 +153,9 @@ class SelfAttentionOptions(LayerOptions, total=False):
     rope: RoPE | bool | None
 
 
-class LayerVjpOptions(ScoreOptions, total=False):
+class LayerVjpOptions(PaddedScoreOptions, total=False):
     """Options of `self_attention_vjp`."""
 
-    mask: ArrayLike | None
-    bias: ArrayLike | None
-    q_lens: ArrayLike | None
-    kv_lens: ArrayLike | None
-    kv_starts: ArrayLike | None
     q_offset: ArrayLike | None
     return_lse: bool
     return_weights: bool
