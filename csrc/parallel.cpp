@@ -182,6 +182,16 @@ thread_local bool survived_fork = false;
 // Of the thread that survived a fork. Never deleted, since the helper's own thread runs until the process ends.
 Helper* helper = nullptr;
 
+// Null if there is no memory for a helper, or its thread cannot be started.
+Helper* start_helper() {
+  try {
+    if (!helper) helper = new Helper;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+  return helper;
+}
+
 [[maybe_unused]] void after_fork_in_child() {
   survived_fork = true;
   new (&growth) std::mutex;  // another thread of the parent may have held it
@@ -210,15 +220,18 @@ ThreadDefault detect_threads() {
 }  // namespace
 
 void run_region(const Region& region, int num_threads) {
-  if (runs_on_helper(num_threads)) {
-    try {
-      if (!helper) helper = new Helper;
-    } catch (const std::exception&) {
-      return region.work(region.context, caller_slot);  // no thread, or no memory for it: run on this thread alone
-    }
-    return helper->run(region, num_threads);
-  }
-  run_here(region, num_threads);
+  // A signal handler that runs while this thread polls may start another region. That one gets no threads: the team,
+  // and the helper after a fork, are busy with the interrupted region.
+  thread_local bool in_region = false;
+  if (in_region) return region.work(region.context, caller_slot);
+  in_region = true;
+  if (!runs_on_helper(num_threads))
+    run_here(region, num_threads);
+  else if (Helper* const own = start_helper())
+    own->run(region, num_threads);
+  else
+    region.work(region.context, caller_slot);
+  in_region = false;
 }
 
 ThreadDefault default_threads() {

@@ -222,6 +222,50 @@ def test_ctrl_c_in_a_forked_child(run_python: Any) -> None:
 
 
 @linux
+@pytest.mark.parametrize("forked", [False, True])
+def test_calls_in_a_signal_handler(run_python: Any, forked: bool) -> None:
+    # The handler runs while a call of the same thread polls. Neither call may take the other's end for its own.
+    code = f"""
+        import os, signal, time, warnings
+        import numpy as np
+        import selfattn as sa
+
+        warnings.simplefilter("ignore")
+        x = np.random.default_rng(0).standard_normal((1, 16, 3000, 64)).astype(np.float32)
+        y = x[:, :, :500].copy()
+        expected = sa.attention(x, x, x, num_threads=2), sa.attention(y, y, y, num_threads=2)
+        inner = []
+
+        def handle(*_):
+            inner.append(sa.attention(y, y, y, num_threads=2))
+
+        def calls():
+            signal.signal(signal.SIGALRM, handle)
+            signal.setitimer(signal.ITIMER_REAL, 0.02, 0.03)
+            end = time.monotonic() + 30
+            while len(inner) < 4 and time.monotonic() < end:
+                assert np.array_equal(sa.attention(x, x, x, num_threads=2), expected[0])
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert len(inner) >= 4
+            assert all(np.array_equal(result, expected[1]) for result in inner)
+
+        if {forked}:
+            child = os.fork()
+            if child == 0:
+                try:
+                    calls()
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+        else:
+            calls()
+        print("right")
+    """
+    assert run_python(textwrap.dedent(code)).strip() == "right"
+
+
+@linux
 def test_import_has_no_side_effects(run_python: Any) -> None:
     code = """
         import os, signal, threading
