@@ -296,7 +296,9 @@ def deep(session: nox.Session) -> None:
         session.run(*command, "--", *options, external=True, success_codes=range(256))
         minutes = (time.monotonic() - start) / 60
         for part in json.loads(report.read_text(encoding="utf8"))["sessions"]:
-            verdicts[part["signature"]] = part["result"]
+            # Newer versions of nox list the names of a session.
+            signature = part["signature"] if "signature" in part else part["signatures"][0]
+            verdicts[signature] = part["result"]
         session.log(f"{name}: {minutes:.1f} minutes")
     for part, verdict in verdicts.items():
         session.log(f"{verdict:8} {part}")
