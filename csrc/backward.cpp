@@ -180,8 +180,7 @@ class BackwardPart {
 
   bool visit(BackwardTask& task, const RowSpan& span, const KeyRange& seen, std::int64_t block,
              BackwardSlot slot) noexcept {
-    const ValidKeys valid = valid_keys(problem_, span.batch);
-    for (int i = 0; i < span.valid; ++i) slot.rows[i] = describe_row(problem_, span, place_of(span, i), valid);
+    describe_rows(problem_, span, slot.rows);
     if (problem_.distance_bias || problem_.relative)
       DistanceTerms(problem_, plan_.relative, span, slot.rows, slot.distance)
           .prepare(task.first, task.count, task.first + task.count);

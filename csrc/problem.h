@@ -3,6 +3,7 @@
 //   out   (batch, num_heads, q_len, value_dim)     value (batch, num_kv_heads, kv_len, value_dim)
 // Here batch is any number of leading axes. Every operand keeps its own strides.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -209,6 +210,10 @@ struct ValidKeys {
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.
-KeyRange visible_keys(std::int64_t query, const ValidKeys& valid);
+inline KeyRange visible_keys(std::int64_t query, const ValidKeys& valid) {
+  const std::int64_t begin = std::max(valid.begin, query + valid.first);
+  const std::int64_t end = std::max<std::int64_t>(std::min(valid.end, query + valid.last + 1), 0);
+  return {std::min(begin, end), end};
+}
 
 }  // namespace selfattn

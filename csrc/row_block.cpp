@@ -97,13 +97,12 @@ RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, st
 
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks) {
   const std::int64_t size = size_of(problem.dtype);
-  const ValidKeys valid = valid_keys(problem, span.batch);
   const char* query = problem.at(problem.query, span.batch);
   char* out = problem.at(problem.out, span.batch);
-  for (int i = 0; i < span.valid; ++i) {
-    const Place place = place_of(span, i);
+  describe_rows(problem, span, slot.rows);
+  Place place = place_of(span, 0);
+  for (int i = 0; i < span.valid; ++i, place = next_place(span, place)) {
     Row& row = slot.rows[i];
-    row = describe_row(problem, span, place, valid);
     if (!with_sinks) row.sink = -infinity;
     row.query = query + place.head * problem.query.head + place.query * problem.query.row;
     if (plan.copies_queries) {
@@ -133,9 +132,9 @@ void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot,
 void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,
                    const char* row_sum) {
   const std::int64_t size = size_of(problem.dtype);
-  for (int i = 0; i < span.valid; ++i) {
+  Place place = place_of(span, 0);
+  for (int i = 0; i < span.valid; ++i, place = next_place(span, place)) {
     const Row& row = slot.rows[i];
-    const Place place = place_of(span, i);
     const double max = read_real(row_max + i * size, problem.dtype);
     const double sum = read_real(row_sum + i * size, problem.dtype);
     const bool undefined = sum == 0 && sees_a_key(problem, span, place, row);

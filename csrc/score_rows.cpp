@@ -21,7 +21,6 @@ double within_range(double x, DType dtype) {
 }
 
 double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
-  if (!problem.alibi_slopes) return 0;
   const double slope =
       read_real(problem.at(problem.alibi_slopes, batch) + head * problem.alibi_slopes.head, DType::f64);
   // The product of slope and distance must stay finite for any distance.
@@ -40,6 +39,28 @@ Dropout dropout_of(const Problem& problem) {
 template <class T>
 void add_row(T* row, const double* added, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
+}
+
+// Short calls spend several percent of their time here, so that all of it is inlined into the loop over rows.
+inline void fill(Row& row, const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid) {
+  const KeyRange visible = visible_keys(place.query, valid);
+  row.query = row.relative = nullptr;
+  row.out = row.scores = nullptr;
+  row.mask = problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
+  row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
+  row.key_begin = visible.begin;
+  row.key_end = visible.end;
+  // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
+  // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
+  // that lse gets back. A sink has no distance: with one, the constant does not cancel and must stay.
+  const std::int64_t position = place.query + valid.offset;
+  row.position =
+      problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
+  row.slope = problem.alibi_slopes ? slope_of(problem, span.batch, place.head) : 0;
+  row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
+  row.sink = problem.sinks ? sink_of(problem, place.head) : -infinity;
+  const std::int64_t numbers[] = {problem.first_entry + span.batch, place.head, place.query};
+  for (int i = 0; i < 3; ++i) row.place[i] = static_cast<std::uint32_t>(numbers[i]);
 }
 
 }  // namespace
@@ -75,24 +96,15 @@ double sink_of(const Problem& problem, std::int64_t head) {
 }
 
 Row describe_row(const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid) {
-  const KeyRange visible = visible_keys(place.query, valid);
-  Row row{};
-  row.mask = mask_of(problem, span, place);
-  row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
-  row.key_begin = visible.begin;
-  row.key_end = visible.end;
-  // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
-  // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
-  // that lse gets back. A sink has no distance: with one, the constant does not cancel and must stay.
-  const std::int64_t position = place.query + valid.offset;
-  row.position =
-      problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
-  row.slope = slope_of(problem, span.batch, place.head);
-  row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
-  row.sink = sink_of(problem, place.head);
-  const std::int64_t numbers[] = {problem.first_entry + span.batch, place.head, place.query};
-  std::transform(numbers, numbers + 3, row.place, [](std::int64_t n) { return static_cast<std::uint32_t>(n); });
+  Row row;
+  fill(row, problem, span, place, valid);
   return row;
+}
+
+void describe_rows(const Problem& problem, const RowSpan& span, Row* rows) {
+  const ValidKeys valid = valid_keys(problem, span.batch);
+  Place place = place_of(span, 0);
+  for (int i = 0; i < span.valid; ++i, place = next_place(span, place)) fill(rows[i], problem, span, place, valid);
 }
 
 void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,

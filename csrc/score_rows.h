@@ -31,6 +31,12 @@ inline Place place_of(const RowSpan& span, std::int64_t i) {
   return {row / span.heads, span.first_head + row % span.heads};
 }
 
+// The place of the row after this one. Loops over rows use it, since place_of divides.
+inline Place next_place(const RowSpan& span, Place place) {
+  if (++place.head < span.first_head + span.heads) return place;
+  return {place.query + 1, span.first_head};
+}
+
 // The element of an operand for a query and head, in its first column.
 inline char* element(const Problem& problem, const Operand& operand, const RowSpan& span, Place place) {
   return problem.at(operand, span.batch) + place.head * operand.head + place.query * operand.row;
@@ -47,6 +53,9 @@ double sink_of(const Problem& problem, std::int64_t head);
 
 // A row without addresses of query, out and scores.
 Row describe_row(const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid);
+
+// The same for every valid row of the span.
+void describe_rows(const Problem& problem, const RowSpan& span, Row* rows);
 
 // Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
 // is one.

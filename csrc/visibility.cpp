@@ -53,10 +53,4 @@ ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
   return valid;
 }
 
-KeyRange visible_keys(std::int64_t query, const ValidKeys& valid) {
-  const std::int64_t begin = std::max(valid.begin, query + valid.first);
-  const std::int64_t end = std::max<std::int64_t>(std::min(valid.end, query + valid.last + 1), 0);
-  return {std::min(begin, end), end};
-}
-
 }  // namespace selfattn
