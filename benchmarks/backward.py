@@ -123,6 +123,7 @@ def option_runs() -> Runs:
         "ALiBi slopes": call(("alibi_slopes",), alibi_slopes=sa.alibi_slopes(shape.heads)),
         "T5's table": call(("t5",), t5=sa.T5Bias(rng.standard_normal((32, shape.heads)))),
         "softcap": call(softcap=30.0),
+        "dropout": call(dropout=0.1, seed=1),
         "half of the value width": call(values=np.ascontiguousarray(v[..., : shape.dim // 2])),
     }
 
@@ -151,12 +152,26 @@ def print_shapes(dtype: str, threads: int, seconds: float) -> None:
     print(f"\ngeometric mean {np.exp(np.mean(np.log(speedups))):.2f}, lowest {min(speedups):.2f}")
 
 
+def forward_runs() -> Runs:
+    """Return the forward pass without and with dropout."""
+    (_, q, k, v), _ = operands(OPTIONS, torch.float32)
+    return {
+        "selfattn": lambda: sa.attention(q, k, v),
+        "forward pass with dropout": lambda: sa.attention(q, k, v, dropout=0.1, seed=1),
+    }
+
+
 def print_options(threads: int, seconds: float) -> None:
     """Print the time of each option relative to the call without."""
     print(f"\noptions with gradient, {tuple(OPTIONS)}, {threads} thread{'s' * (threads > 1)}\n")
     print("| option | time / time without |")
     print("|---|---|")
-    runs = option_runs()
+    for runs in (option_runs(), forward_runs()):
+        print_relative(runs, seconds)
+
+
+def print_relative(runs: Runs, seconds: float) -> None:
+    """Print the time of each call relative to that of the call without options."""
     plain = runs.pop("selfattn")
     for name, run in runs.items():
         times = interleave({"without": plain, "with": run}, seconds)
