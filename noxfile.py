@@ -45,6 +45,19 @@ BOUNDED = {
 }
 
 
+built: list[Path] = []  # the wheel that sessions of this run share
+
+
+def wheel(session: nox.Session) -> Path:
+    """Return a wheel of this source tree. Only the first session of a run builds it."""
+    if not built:
+        out = Path(session.create_tmp()).resolve() / "wheel"
+        shutil.rmtree(out, ignore_errors=True)
+        session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(out), ".", silent=True)
+        built.extend(out.glob("*.whl"))
+    return built[0]
+
+
 def folders(names: list[str]) -> list[str]:
     return [f"tests/{name}" for name in names]
 
@@ -85,7 +98,8 @@ def versions(session: nox.Session, package: str, version: str) -> None:
     if package == "torch":
         wanted = install_lowest_torch(session) if lowest else TORCH
     torch = [TORCH] if package == "transformers" else []
-    session.install("--upgrade", ".[test]", wanted, *torch)  # together, so that pip finds compatible versions
+    own = f"{wheel(session)}[test]"
+    session.install("--upgrade", own, wanted, *torch)  # together, so that pip finds compatible versions
     session.run("python", "-c", f"import {package}; print({package}.__name__, {package}.__version__)")
     # Old packages use features that other packages have since deprecated.
     warnings = ["-W", "ignore::DeprecationWarning"] if lowest else []
