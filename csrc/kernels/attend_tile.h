@@ -15,6 +15,7 @@
 #include "kernels/score_terms.h"
 #include "kernels/scratch.h"
 #include "kernels/softmax.h"
+#include "kernels/strip.h"
 
 namespace selfattn::SELFATTN_ISA {
 
@@ -24,15 +25,6 @@ struct TileAttention {
   using Block = typename Engine::Block;
   static constexpr int W = Vec<T>::width;
   static constexpr int strip_rows = Vectors * W;
-
-  struct Strip {
-    int first_row;
-    int rows;
-    int vectors;                        // registers that hold these rows
-    std::int64_t begin_min, begin_max;  // of key_begin over the rows
-    std::int64_t end_min, end_max;      // of key_end over the rows
-    bool shares_terms;                  // all rows read the same mask and bias
-  };
 
   struct Scratch {
     Strip* strips;
@@ -65,29 +57,13 @@ struct TileAttention {
     return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
-  static Strip make_strip(const RowBlock& block, int first_row) {
-    const Row* rows = block.rows + first_row;
-    const int left = block.count - first_row;
-    const int count = left < strip_rows ? left : strip_rows;
-    Strip strip{first_row,         count,           (count + W - 1) / W, rows[0].key_begin,
-                rows[0].key_begin, rows[0].key_end, rows[0].key_end,     !block.terms.bias_at_hand};
-    for (int i = 1; i < count; ++i) {
-      const std::int64_t begin = rows[i].key_begin, end = rows[i].key_end;
-      strip.begin_min = begin < strip.begin_min ? begin : strip.begin_min;
-      strip.begin_max = begin > strip.begin_max ? begin : strip.begin_max;
-      strip.end_min = end < strip.end_min ? end : strip.end_min;
-      strip.end_max = end > strip.end_max ? end : strip.end_max;
-      strip.shares_terms = strip.shares_terms && rows[i].mask == rows[0].mask && rows[i].bias == rows[0].bias;
-    }
-    return strip;
-  }
-
   static void begin(const RowBlock& block) noexcept {
     const Scratch s(block);
     T* row_max = static_cast<T*>(block.row_max);
     T* row_sum = static_cast<T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
-      s.strips[i] = make_strip(block, first);
+      const int left = block.count - first;
+      s.strips[i] = make_strip<T>(block.rows, block.terms, first, left < strip_rows ? left : strip_rows);
       const int lanes = s.strips[i].vectors * W;
       for (int l = 0; l < lanes; ++l) {
         const double sink = first + l < block.count ? block.rows[first + l].sink : minus_infinity<double>;

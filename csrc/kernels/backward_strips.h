@@ -1,7 +1,6 @@
 // The strips of a block of rows in the backward pass: rows that share registers.
 #pragma once
-#include "kernels/kernel_set.h"
-#include "simd/vec.h"
+#include "kernels/strip.h"
 
 namespace selfattn::SELFATTN_ISA {
 
@@ -32,30 +31,6 @@ inline void each_strip_of(int block_rows, Use use) {
     const int rows = block_rows - first < most ? block_rows - first : most;
     with_columns<Vectors>((rows + W - 1) / W, [&](auto columns) { use(first, rows, columns); });
   }
-}
-
-// Rows that share registers, and the keys of the current key block that at least one of them may see.
-struct Strip {
-  int first_row;
-  int rows;
-  std::int64_t begin_min, begin_max;  // of key_begin over the rows
-  std::int64_t end_min, end_max;      // of key_end over the rows
-  bool shares_terms;
-};
-
-inline Strip make_strip(const BackwardBlock& block, int first, int count) {
-  const Row* rows = block.rows + first;
-  Strip strip{first,           count,           rows[0].key_begin,        rows[0].key_begin,
-              rows[0].key_end, rows[0].key_end, !block.terms.bias_at_hand};
-  for (int i = 1; i < strip.rows; ++i) {
-    const std::int64_t begin = rows[i].key_begin, end = rows[i].key_end;
-    strip.begin_min = begin < strip.begin_min ? begin : strip.begin_min;
-    strip.begin_max = begin > strip.begin_max ? begin : strip.begin_max;
-    strip.end_min = end < strip.end_min ? end : strip.end_min;
-    strip.end_max = end > strip.end_max ? end : strip.end_max;
-    strip.shares_terms = strip.shares_terms && rows[i].mask == rows[0].mask && rows[i].bias == rows[0].bias;
-  }
-  return strip;
 }
 
 }  // namespace selfattn::SELFATTN_ISA

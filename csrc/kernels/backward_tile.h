@@ -112,8 +112,9 @@ struct TileBackward {
   // Calls use(strip, Columns<vectors of the strip>()).
   template <class Use>
   static void each_strip(const BackwardBlock& block, Use use) {
-    each_strip_of<T, Vectors>(block.count,
-                              [&](int first, int rows, auto columns) { use(make_strip(block, first, rows), columns); });
+    each_strip_of<T, Vectors>(block.count, [&](int first, int rows, auto columns) {
+      use(make_strip<T>(block.rows, block.terms, first, rows), columns);
+    });
   }
 
   static void pack(const T* rows, std::int64_t step, int count, std::int64_t width, int lanes, T* columns) {
