@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ from numpy.typing import NDArray
 
 from . import _core
 from ._errors import refusal
+from ._foreign import ACCEPTED as ACCEPTED
+from ._foreign import from_foreign, is_masked
 
-ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 LAYOUTS = tuple(_core.LAYOUTS)
 
 
@@ -23,75 +23,17 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an ndarray of native byte order, without a copy if possible."""
-    if _is_masked(value):
+    if is_masked(value):
         raise refusal(
             TypeError,
             function,
             name,
             " is a MaskedArray, whose mask would be lost: pass .data, and what is hidden as mask=",
         )
-    array = value if isinstance(value, np.ndarray) else _from_foreign(function, name, value)
+    array = value if isinstance(value, np.ndarray) else from_foreign(function, name, value)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array if type(array) is np.ndarray else array.view(np.ndarray)
-
-
-def _is_masked(value: Any) -> bool:
-    # No import here: a child process forked while the import lock is held would deadlock. A MaskedArray can only exist
-    # if numpy.ma has been imported, which NumPy does not do by itself.
-    module = sys.modules.get("numpy.ma")
-    return module is not None and isinstance(value, module.MaskedArray)
-
-
-def _from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
-    device = _dlpack_device(value)
-    if device is not None:
-        if device[0] != 1:  # kDLCPU
-            raise refusal(
-                TypeError,
-                function,
-                name,
-                f" is on device {device} (DLPack), but only CPU memory is accepted: copy it to the CPU first",
-            )
-        # A framework's own conversion gives the best reason for refusing, e.g. a tensor that requires grad.
-        if not hasattr(value, "__array__"):
-            return _from_dlpack(function, name, value)
-        if str(getattr(value, "dtype", "")) == "torch.bfloat16" and not value.requires_grad:
-            return _from_torch_bfloat16(function, name, value)
-    no_array = f" of type {type(value).__name__} is not an array of numbers"
-    try:
-        array = np.asarray(value)
-    except Exception as error:
-        kind = next((kind for kind in (ValueError, RuntimeError, MemoryError) if isinstance(error, kind)), TypeError)
-        raise refusal(kind, function, name, f"{no_array}: {error}") from error
-    if array.dtype == object:
-        raise refusal(TypeError, function, name, f"{no_array}: {ACCEPTED}")
-    return array
-
-
-def _dlpack_device(value: Any) -> tuple[int, int] | None:
-    """Return the DLPack device of an array; None if it has no single one, as when it is spread over devices."""
-    try:
-        kind, number = value.__dlpack_device__()
-        return int(kind), int(number)
-    except Exception:
-        return None
-
-
-def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
-    try:
-        return np.from_dlpack(value)
-    except Exception as error:  # a type that NumPy lacks, or memory that cannot be shared
-        raise refusal(
-            TypeError, function, name, f" of type {type(value).__name__} is not for NumPy to read ({error}): {ACCEPTED}"
-        ) from error
-
-
-def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
-    # NumPy has no bfloat16, so PyTorch does not convert it: pass the bits as uint16.
-    if "ml_dtypes" not in sys.modules:  # no import here, see _is_masked
-        raise refusal(TypeError, function, name, " is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
-    return np.asarray(tensor.view(sys.modules["torch"].uint16)).view("bfloat16")
 
 
 def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
@@ -301,6 +243,6 @@ def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
 
 def out_array(function: str, out: Any) -> NDArray[Any]:
     """Check that `out` is an ndarray; the core checks its shape and dtype."""
-    if not isinstance(out, np.ndarray) or _is_masked(out):
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise refusal(TypeError, function, "out", f" is a {type(out).__name__}, but a numpy.ndarray is needed")
     return out

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ._keywords import hinted
+from ._reference_distances import distances, per_batch, relative_products, t5_buckets, t5_terms
 from ._reference_gradients import GradientResult, gradients
 
 if TYPE_CHECKING:
@@ -28,30 +29,6 @@ class Result(NamedTuple):
     weights: NDArray[Any]  # (..., H, Sq, Sk)
     magnitude: NDArray[Any]  # sum_j p_ij |v_j|, the shape of out
     sigma: float  # the largest |scale| * sum_d |q_d k_d| of a visible pair
-
-
-def _per_batch(values: ArrayLike | None, batch: tuple[int, ...]) -> NDArray[np.int64] | None:
-    """Lengths or offsets as (*batch, 1, 1, 1), to broadcast against (..., H, Sq, Sk)."""
-    if values is None:
-        return None
-    array = np.asarray(values, dtype=np.int64)
-    return np.broadcast_to(array if batch else array.reshape(()), batch)[..., None, None, None]
-
-
-def _distances(
-    q_len: int,
-    kv_len: int,
-    batch: tuple[int, ...],
-    q_offset: ArrayLike | None,
-    q_lens: ArrayLike | None,
-    kv_lens: ArrayLike | None,
-) -> NDArray[np.int64]:
-    """j - (i + offset) for every pair, (*batch, 1, Sq, Sk) or broadcastable to it."""
-    offset = _per_batch(q_offset, batch)
-    if offset is None:
-        queries, keys = _per_batch(q_lens, batch), _per_batch(kv_lens, batch)
-        offset = (np.int64(kv_len) if keys is None else keys) - (np.int64(q_len) if queries is None else queries)
-    return np.asarray(np.arange(kv_len) - (np.arange(q_len)[:, None] + offset))
 
 
 @hinted
@@ -72,7 +49,7 @@ def visibility(
 ) -> NDArray[np.bool_]:
     """Return which keys each query sees, (*batch, H, Sq, Sk)."""
     visible = np.ones((*batch, num_heads, q_len, kv_len), dtype=bool)
-    distance = _distances(q_len, kv_len, batch, q_offset, q_lens, kv_lens)
+    distance = distances(q_len, kv_len, batch, q_offset, q_lens, kv_lens)
     if causal:
         visible &= distance <= 0
     left, right = window or (None, None)
@@ -80,10 +57,10 @@ def visibility(
         visible &= distance >= -left
     if right is not None:
         visible &= distance <= right
-    keys, queries = _per_batch(kv_lens, batch), _per_batch(q_lens, batch)
+    keys, queries = per_batch(kv_lens, batch), per_batch(q_lens, batch)
     if keys is not None:
         visible &= np.arange(kv_len) < keys
-    starts = _per_batch(kv_starts, batch)
+    starts = per_batch(kv_starts, batch)
     if starts is not None:
         visible &= np.arange(kv_len) >= starts
     if queries is not None:
@@ -154,9 +131,9 @@ def attention(
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     with np.errstate(all="ignore"):
         products, sizes = np.matmul(q, k.swapaxes(-1, -2)), np.matmul(abs(q), abs(k).swapaxes(-1, -2))
-        distance = np.atleast_3d(-_distances(q_len, kv_len, batch, **limits).T).T  # the same for all heads
+        distance = np.atleast_3d(-distances(q_len, kv_len, batch, **limits).T).T  # the same for all heads
         if relative is not None:
-            products, sizes = _relative_products(q, k, distance, relative)
+            products, sizes = relative_products(q, k, distance, relative)
         scores, sizes = scale * products, abs(scale) * sizes
         sigma = float(np.max(np.where(visible, sizes, 0), initial=0))
         if softcap is not None:
@@ -167,7 +144,7 @@ def attention(
             slopes = np.asarray(alibi_slopes, dtype=dtype)[..., None, None]
             scores = scores - slopes * abs(distance)
         if t5 is not None:
-            scores = scores + _t5_terms(t5, distance)
+            scores = scores + t5_terms(t5, distance)
         scores = np.where(visible, scores, -np.inf)
         factors = dropout_factors(scores.shape, dropout, seed) if dropout else np.ones(())
         found = _softmax(scores, visible, v, sinks, q_lens, sigma, factors)
@@ -202,48 +179,14 @@ def attention_backward(
     forward = attention(q, k, v, **options)
     q_len, kv_len = forward.weights.shape[-2:]
     limits = [options.get(name) for name in ("q_offset", "q_lens", "kv_lens")]
-    distance = -_distances(q_len, kv_len, forward.weights.shape[:-3], *limits)
+    distance = -distances(q_len, kv_len, forward.weights.shape[:-3], *limits)
     operands = {"q": q, "k": k, "v": v, "distance": distance, **options}
     if options.get("t5") is not None:
-        operands["buckets"] = _t5_buckets(options["t5"], distance)
+        operands["buckets"] = t5_buckets(options["t5"], distance)
     if dropout:
         pairs = forward.weights.shape if forward.weights.ndim > 2 else (1, *forward.weights.shape)
         operands["factors"] = dropout_factors(pairs, dropout, seed)
     return gradients(forward, operands, (grad_out, grad_lse, grad_weights), wrt)
-
-
-def _relative_products(
-    q: NDArray[Any], k: NDArray[Any], distance: NDArray[np.int64], relative: tuple[Any, ...]
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(q + u) . k + (q + w) . r by distance, and the same for absolute values; gathers a vector of r for every pair."""
-    r, u, w = (np.asarray(x, dtype=q.dtype) for x in relative[:3])
-    row = np.clip(distance + relative[3], 0, r.shape[-2] - 1)[..., 0, :, :]
-    vectors = r[np.arange(len(r))[:, None, None], row[..., None, :, :]] if r.ndim == 3 else r[row][..., None, :, :, :]
-    for_keys, for_vectors = q + u[:, None], q + w[:, None]
-    products = np.matmul(for_keys, k.swapaxes(-1, -2)) + np.einsum("...id,...ijd->...ij", for_vectors, vectors)
-    sizes = np.matmul(abs(for_keys), abs(k).swapaxes(-1, -2))
-    return products, sizes + np.einsum("...id,...ijd->...ij", abs(for_vectors), abs(vectors))
-
-
-def _t5_terms(t5: Any, distance: NDArray[np.int64]) -> NDArray[Any]:
-    """The bias of each head and pair."""
-    table = np.asarray(t5.table, dtype=np.float64)
-    return np.moveaxis(table[_t5_buckets(t5, distance)][..., 0, :, :, :], -1, -3)
-
-
-def _t5_buckets(t5: Any, distance: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The row of the table for each distance."""
-    buckets = len(np.asarray(t5.table)) // (2 if t5.bidirectional else 1)
-    exact = buckets // 2
-
-    def bucket(t: int) -> int:
-        side = buckets if t5.bidirectional and t < 0 else 0
-        t = abs(t) if t5.bidirectional else max(t, 0)
-        far = exact + int(np.log(max(t, exact) / exact) / np.log(t5.max_distance / exact) * (buckets - exact))
-        return side + (t if t < exact else min(far, buckets - 1))
-
-    distances, place = np.unique(distance, return_inverse=True)
-    return np.array([bucket(int(t)) for t in distances], dtype=np.int64)[place].reshape(distance.shape)
 
 
 def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
@@ -285,7 +228,7 @@ def _softmax(
     sink = np.full(scores.shape[:-1], -np.inf, dtype=scores.dtype)
     if sinks is not None:
         sink[...] = np.asarray(sinks, dtype=scores.dtype)[:, None]
-    queries = _per_batch(q_lens, scores.shape[:-3])
+    queries = per_batch(q_lens, scores.shape[:-3])
     if queries is not None:
         sink[np.broadcast_to(np.arange(scores.shape[-2]) >= queries[..., 0], sink.shape)] = -np.inf
     peak = np.maximum(np.max(scores, axis=-1, initial=-np.inf), sink)

@@ -7,8 +7,9 @@ none is silently ignored.
 
 from __future__ import annotations
 
-from ._flash_attn import flash_attn_func, flash_attn_varlen_func
+from ._flash_attn import flash_attn_func
 from ._flash_kvcache import flash_attn_with_kvcache
+from ._flash_varlen import flash_attn_varlen_func
 from ._jax import dot_product_attention
 from ._pytorch import scaled_dot_product_attention
 

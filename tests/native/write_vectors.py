@@ -227,7 +227,7 @@ def write_array(file: BinaryIO, name: str, values: Any) -> None:
 def write_t5(file: BinaryIO, t5: T5, reference: ModuleType) -> None:
     """Write the bias of each head and distance, and the place of distance 0."""
     origin = t5.max_distance if t5.bidirectional else 0
-    terms = reference._t5_terms(t5, np.arange(-origin, t5.max_distance + 1)[None, None])
+    terms = reference.t5_terms(t5, np.arange(-origin, t5.max_distance + 1)[None, None])
     write_array(file, "distance_bias", terms[:, 0])
     write_number(file, "distance_origin", origin)
 
