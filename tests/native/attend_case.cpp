@@ -14,6 +14,30 @@ bool same_bits(const Array& a, const Array& b) {
   return true;
 }
 
+bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+}
+
+void set_zeros(Array& array) {
+  array.each([&](char* p) { std::memset(p, 0, static_cast<std::size_t>(size_of(array.dtype()))); });
+}
+
+// Memory for the gradients of terms by distance.
+void attach_distances(const Problem& problem, GradientArrays& found, Gradients& gradients) {
+  const std::int64_t heads = problem.batch * problem.num_heads;
+  const auto doubles = [&](std::vector<double>& numbers, std::int64_t count) {
+    numbers.resize(static_cast<std::size_t>(heads * count));
+    return numbers.data();
+  };
+  if (problem.distance_bias) gradients.distance_bias = doubles(found.distance_bias, problem.distance_bias.count);
+  if (!problem.relative) return;
+  gradients.key_bias = doubles(found.key_bias, problem.head_dim);
+  gradients.relative_bias = doubles(found.relative_bias, problem.head_dim);
+  found.relative = Array(problem.dtype, {heads, problem.relative.count, problem.head_dim});
+  set_zeros(found.relative);
+  gradients.relative = static_cast<char*>(found.relative.view().data);
+}
+
 }  // namespace
 
 AttentionArguments Case::arguments() const {
@@ -71,8 +95,9 @@ Results compute(const Case& c, const AttentionArguments& arguments, const Kernel
 
 bool GradientArrays::operator==(const GradientArrays& other) const {
   return same_bits(query, other.query) && same_bits(key, other.key) && same_bits(value, other.value) &&
-         same_bits(scores, other.scores) && numbers.size() == other.numbers.size() &&
-         (numbers.empty() || std::memcmp(numbers.data(), other.numbers.data(), numbers.size() * sizeof(double)) == 0);
+         same_bits(scores, other.scores) && same_bits(relative, other.relative) && same_bits(numbers, other.numbers) &&
+         same_bits(key_bias, other.key_bias) && same_bits(relative_bias, other.relative_bias) &&
+         same_bits(distance_bias, other.distance_bias);
 }
 
 GradientArrays differentiate(const Case& c, const KernelSet& kernels, int threads, Threads how,
@@ -94,7 +119,7 @@ GradientArrays differentiate(const Case& c, const KernelSet& kernels, int thread
   gradients.key = rows(found.key, c.k, problem.num_kv_heads, problem.kv_len, problem.head_dim);
   gradients.value = rows(found.value, c.v, problem.num_kv_heads, problem.kv_len, problem.value_dim);
   found.scores = Array(problem.dtype, {problem.q_len, problem.kv_len});
-  found.scores.each([&](char* p) { std::memset(p, 0, static_cast<std::size_t>(size_of(problem.dtype))); });
+  set_zeros(found.scores);
   gradients.scores = place_scores(problem, found.scores.view());
   gradients.shares_scores = problem.batch * problem.num_heads > 1;
   const auto count = static_cast<std::size_t>(problem.batch * problem.num_heads * problem.q_len);
@@ -102,6 +127,7 @@ GradientArrays differentiate(const Case& c, const KernelSet& kernels, int thread
   gradients.scale = found.numbers.data();
   if (c.alibi_slopes) gradients.slopes = gradients.scale + count;
   if (c.sinks) gradients.sinks = gradients.scale + 2 * count;
+  attach_distances(problem, found, gradients);
   const BackwardPlan plan = make_backward_plan(problem, gradients, kernels);
   const int used = how == Threads::forced ? threads : threads_for(plan, threads);
   found.finished = attend_backward(problem, gradients, plan, used, interrupted);

@@ -45,7 +45,9 @@ Results compute(const Case& c, const AttentionArguments& arguments, const Kernel
 // The gradients of half the sum of squares of a call's results, whose gradient is the result itself.
 struct GradientArrays {
   Array query, key, value, scores;
-  std::vector<double> numbers;  // of the scale, the slopes and the sinks, for each row
+  Array relative;                                              // for each batch entry and head
+  std::vector<double> numbers;                                 // of the scale, the slopes and the sinks, for each row
+  std::vector<double> key_bias, relative_bias, distance_bias;  // for each batch entry and head
   bool finished = false;
 
   bool operator==(const GradientArrays& other) const;

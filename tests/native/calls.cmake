@@ -27,7 +27,7 @@ target_compile_options(cache_step_checks PRIVATE ${SELFATTN_WARNINGS})
 add_test(NAME cache_step_checks COMMAND cache_step_checks)
 
 # The fuzzer's target; `replay` runs it over a corpus without a fuzzer.
-add_library(selfattn_fuzz_case STATIC fuzz_case.cpp)
+add_library(selfattn_fuzz_case STATIC fuzz_case.cpp fuzz_shapes.cpp)
 target_link_libraries(selfattn_fuzz_case PUBLIC selfattn_cached_case)
 target_compile_options(selfattn_fuzz_case PRIVATE ${SELFATTN_WARNINGS})
 add_executable(replay replay.cpp fuzz_attend.cpp)

@@ -25,8 +25,25 @@ Wide element(const Array& array, const Extents& index) {
   return static_cast<Wide>(n);  // exact: 64 bits of mantissa
 }
 
+// The four words of a place under Philox4x32-10 (Salmon et al., 2011).
+struct Words {
+  std::uint32_t word[4];
+};
+Words philox(Words words, std::uint64_t seed) {
+  auto& [a, b, c, d] = words.word;
+  for (std::uint32_t round = 0; round < 10; ++round) {
+    const std::uint64_t x = std::uint64_t{a} * 0xD2511F53, y = std::uint64_t{c} * 0xCD9E8D57;
+    words = {{static_cast<std::uint32_t>(y >> 32) ^ b ^ (static_cast<std::uint32_t>(seed) + round * 0x9E3779B9),
+              static_cast<std::uint32_t>(y),
+              static_cast<std::uint32_t>(x >> 32) ^ d ^ (static_cast<std::uint32_t>(seed >> 32) + round * 0xBB67AE85),
+              static_cast<std::uint32_t>(x)}};
+  }
+  return words;
+}
+
 struct Row {
   Extents batch;
+  std::int64_t entry;  // of the batch
   std::int64_t head, query;
 };
 
@@ -57,8 +74,9 @@ class Definition {
   double row_cost() const { return static_cast<double>((kv_len_ + 1) * (head_dim_ + value_dim_ + 1)); }
 
   Row row(std::int64_t i) const {
-    Row row{batch_, i / q_len_ % heads_, i % q_len_};
-    i /= q_len_ * heads_;
+    const std::int64_t entry = i / (q_len_ * heads_);
+    Row row{batch_, entry, i / q_len_ % heads_, i % q_len_};
+    i = entry;
     for (std::size_t axis = batch_.size(); axis-- > 0; i /= batch_[axis]) row.batch[axis] = i % batch_[axis];
     return row;
   }
@@ -84,7 +102,7 @@ class Definition {
     for (const Wide score : scores) total += std::exp(score - peak);
     exact.lse = peak + std::log(total);
     for (std::int64_t j = 0; j < kv_len_; ++j) {
-      const Wide weight = std::exp(scores[static_cast<std::size_t>(j)] - peak) / total;
+      const Wide weight = std::exp(scores[static_cast<std::size_t>(j)] - peak) / total * kept(row, j);
       exact.weights[static_cast<std::size_t>(j)] = weight;
       if (weight == 0) continue;
       for (std::int64_t d = 0; d < value_dim_; ++d) {
@@ -162,6 +180,16 @@ class Definition {
     if (c_.mask && masked(row, j)) return false;
     if (c_.distance_bias && by_distance(c_.distance_bias, o.distance_origin, row, j) == -infinity) return false;
     return !c_.bias || element(c_.bias, scores(row, j)) != -infinity;
+  }
+
+  // The factor of a weight under dropout.
+  Wide kept(const Row& row, std::int64_t j) const {
+    const AttentionArguments& o = c_.options;
+    if (o.dropout == 0) return 1;
+    const auto word = [](std::int64_t n) { return static_cast<std::uint32_t>(n); };
+    const Words place{{word(row.entry + o.first_entry), word(row.head), word(row.query), word(j / 4)}};
+    const double threshold = std::nearbyint(std::ldexp(o.dropout, 32));
+    return philox(place, o.seed).word[j % 4] < threshold ? 0 : 1 / (1 - static_cast<Wide>(o.dropout));
   }
 
   // The element of (heads, count, ...) or (count, ...) for the distance of query and key, clamped to both ends.

@@ -85,8 +85,7 @@ void compute_and_check(Described& d) {
   if (d.well_behaved && exact(one.plan))
     if (const std::string wrong = judge(d.input, one, effort); !wrong.empty()) fail(wrong);
   check_gaps(several.out);
-  // Calls on caches have no gradients, and those of relative attention need more than `differentiate` gives.
-  if (!d.input.r && !d.input.options.recent_mask) check_gradients(d);
+  if (!d.input.options.recent_mask) check_gradients(d);  // calls on caches have no gradients
   if (d.cached && cacheable(d.input) && few_enough(d.input) && (!d.store.codes || d.well_behaved)) check_cached(d, one);
 }
 

@@ -1,0 +1,54 @@
+// Bytes of a fuzzer -> the shapes of an attention call.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "arrays.h"
+#include "problem.h"
+
+namespace selfattn::native {
+
+// Zeros after the end of the bytes: a short input is a plain call.
+class Bytes {
+ public:
+  Bytes(const std::uint8_t* data, std::size_t size) : data_(data), left_(size) {}
+  int next() { return left_ == 0 ? 0 : (--left_, *data_++); }
+  std::int64_t below(std::int64_t n) { return (n > 256 ? next() * 256 + next() : next()) % n; }
+  bool flag() { return next() % 2 == 1; }
+  template <class T, std::size_t n>
+  T one_of(const T (&values)[n]) {
+    return values[below(static_cast<std::int64_t>(n))];
+  }
+
+ private:
+  const std::uint8_t* data_;
+  std::size_t left_;
+};
+
+enum Name { q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks, kv_starts, names };
+constexpr int public_names = kv_starts;  // the others are the cache's own and never wrong
+
+struct Sizes {
+  int ndim[3];    // of q, k and v
+  Extents batch;  // before any operand broadcasts
+  std::int64_t kv_heads, group, q_len, kv_len, head_dim, value_dim;
+};
+
+Sizes read_sizes(Bytes& bytes);
+
+// Extents that no memory could hold, as views with stride 0 claim them.
+void read_claims(Bytes& bytes, Sizes& s);
+
+void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Extents (&shapes)[names],
+                 bool (&present)[names]);
+
+// Makes a shape wrong in one place, or at least different.
+void spoil(Bytes& bytes, Extents& shape);
+
+// Whether NumPy could express it: fewer bytes than its integers count.
+bool expressible(const Extents& shape);
+
+// Whether the call is small enough to be computed.
+bool affordable(const Sizes& s, const Extents (&shapes)[names]);
+
+}  // namespace selfattn::native
