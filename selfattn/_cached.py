@@ -154,17 +154,19 @@ def attention_with_kvcache(
         refuse_unknown(attention_with_kvcache, unknown)
     if not isinstance(cache, AnyCache):
         raise TypeError(f"{_NAME}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
-    q = as_array(_NAME, "q", q)
+    if type(q) is not np.ndarray or not q.dtype.isnative:
+        q = as_array(_NAME, "q", q)
     if (k is None) != (v is None):
         raise ValueError(f"{_NAME}: {'v' if k is None else 'k'} is given without {'k' if k is None else 'v'}")
-    keys = None if k is None else as_array(_NAME, "k", k)
-    values = None if v is None else as_array(_NAME, "v", v)
-    options = core_options(
-        _NAME, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, t5=t5, layout=layout, causal=causal,
-        window=window, scale=scale, softcap=softcap, precision=precision, return_lse=return_lse,
-        return_weights=return_weights, num_threads=num_threads, dropout=dropout, seed=seed,
+    if k is not None and (type(k) is not np.ndarray or not k.dtype.isnative):
+        k = as_array(_NAME, "k", k)
+    if v is not None and (type(v) is not np.ndarray or not v.dtype.isnative):
+        v = as_array(_NAME, "v", v)
+    options = core_options(  # positional, see `attention`
+        _NAME, mask, bias, causal, None, window, None, None, None, scale, softcap,
+        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed,
     )  # fmt: skip
-    description = rope_or_none(_NAME, rope)
+    description = None if rope is None else rope_or_none(_NAME, rope)
     token_axis = 1 if layout == "bshd" else 2
     tokens = q.shape[token_axis] if q.ndim == 4 else 0
     if positions is not None:
@@ -173,18 +175,19 @@ def attention_with_kvcache(
         positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens))
     check_window(_NAME, cache, options.window_left)
     rotation = None if description is None else description.for_core(_NAME, cache.head_dim)
-    target = None if out is None else out_array(_NAME, out)
-    plain = window is None and bias is None and alibi_slopes is None and t5 is None and options.dropout == 0
-    if flag(_NAME, "cascade", cascade) and plain and not return_weights and isinstance(cache, PagedKVCache):
-        call = _Cascade(q, keys, values, description, positions, layout, options)
-        return call.run(cache, sequences, tokens, target)
+    if out is not None:
+        out_array(_NAME, out)
+    if cascade is not False and flag(_NAME, "cascade", cascade) and isinstance(cache, PagedKVCache):
+        plain = window is None and bias is None and alibi_slopes is None and t5 is None and options.dropout == 0
+        if plain and not return_weights:
+            call = _Cascade(q, k, v, description, positions, layout, options)
+            return call.run(cache, sequences, tokens, out)
     appended = 0 if k is None else tokens
 
     def attend(step: Step) -> Any:
         check_seen(_NAME, cache, step, tokens - appended, options.window_left)
-        return _core.attend_cache(
-            _NAME, cache._store.core, step.sequences, (q, keys, values, rotation, positions, False), target, options
-        )
+        inputs = (q, k, v, rotation, positions, False)
+        return _core.attend_cache(_NAME, cache._store.core, step.sequences, inputs, out, options)
 
     return cache._run(_NAME, sequences, appended, attend)
 

@@ -18,10 +18,25 @@ class SharedLock:
         _locks.add(self)
 
     def _renew(self) -> None:
-        self.changed = threading.Condition(threading.Lock())
+        self.mutex = threading.Lock()
+        self.changed = threading.Condition(self.mutex)
+        self.waiting = 0  # threads that wait for a change; nobody is notified without one, since that is slow
         self.readers = 0
         self.writers = 0  # waiting or writing; new readers wait for them
         self.is_written = False
+
+    def wait(self) -> None:
+        """Wait for a change; with the mutex held."""
+        self.waiting += 1
+        try:
+            self.changed.wait()
+        finally:
+            self.waiting -= 1
+
+    def notify(self) -> None:
+        """Wake all that wait; with the mutex held."""
+        if self.waiting:
+            self.changed.notify_all()
 
 
 class _Reading:
@@ -32,17 +47,17 @@ class _Reading:
 
     def __enter__(self) -> None:
         lock = self._lock
-        with lock.changed:
+        with lock.mutex:
             while lock.writers:
-                lock.changed.wait()
+                lock.wait()
             lock.readers += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         lock = self._lock
-        with lock.changed:
+        with lock.mutex:
             lock.readers -= 1
-            if lock.writers and not lock.readers:
-                lock.changed.notify_all()
+            if not lock.readers:
+                lock.notify()
 
 
 class _Writing:
@@ -53,23 +68,23 @@ class _Writing:
 
     def __enter__(self) -> None:
         lock = self._lock
-        with lock.changed:
+        with lock.mutex:
             lock.writers += 1
             try:
                 while lock.readers or lock.is_written:
-                    lock.changed.wait()
+                    lock.wait()
             except BaseException:  # Ctrl-C while waiting
                 lock.writers -= 1
-                lock.changed.notify_all()
+                lock.notify()
                 raise
             lock.is_written = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         lock = self._lock
-        with lock.changed:
+        with lock.mutex:
             lock.is_written = False
             lock.writers -= 1
-            lock.changed.notify_all()
+            lock.notify()
 
 
 _locks: weakref.WeakSet[SharedLock] = weakref.WeakSet()

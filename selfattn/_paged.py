@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,14 +16,6 @@ from ._lock import SharedLock
 from ._pages import NUMBER, Growth, PageTable, Row, is_count
 from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
-
-
-class _Step(NamedTuple):
-    """The changes that a step makes to a paged cache, and the old contents of the pages that it overwrites."""
-
-    rows: list[Row]
-    growth: Growth | None
-    overwritten: list[NDArray[Any]]
 
 
 @hinted
@@ -158,7 +151,7 @@ class PagedKVCache(AnyCache):
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence has."""
-        return self._row("length", sequence)[1].length
+        return self._named("length", sequence)[1].length
 
     def append(self, sequence: int, k: ArrayLike, v: ArrayLike) -> None:
         """Append T tokens to a sequence.
@@ -185,7 +178,7 @@ class PagedKVCache(AnyCache):
     def fork(self, sequence: int) -> int:
         """Return the id of a new sequence that starts as a copy of this one and shares its pages."""
         with self._lock.writing:
-            name, _ = self._row("fork", sequence)
+            name, _ = self._named("fork", sequence)
             self._table.settle()
             twin = self._new_id()
             self._table.fork(name, twin)
@@ -195,7 +188,7 @@ class PagedKVCache(AnyCache):
         """Remove the newest tokens, so that `length` remain; pages without tokens are released."""
         length = count("truncate", "length", length, least=0)
         with self._lock.writing:
-            name, (_, start, old) = self._row("truncate", sequence)
+            name, (_, start, old) = self._named("truncate", sequence)
             if length > old:
                 raise ValueError(f"truncate: length is {length}, but sequence {sequence} has {old} tokens")
             if self.window is not None and length > 0 and start > max(length - self.window, 0):
@@ -209,7 +202,7 @@ class PagedKVCache(AnyCache):
     def free(self, sequence: int) -> None:
         """Delete a sequence; pages that no other sequence shares become free."""
         with self._lock.writing:
-            name, _ = self._row("free", sequence)
+            name, _ = self._named("free", sequence)
             self._table.settle()
             self._table.remove(name)
 
@@ -217,34 +210,34 @@ class PagedKVCache(AnyCache):
         self._next += 1  # first: if an interrupt comes now, the id is skipped rather than given out twice
         return self._next - 1
 
-    def _row(self, function: str, sequence: Any) -> tuple[int, Row]:
-        known = isinstance(sequence, (int, np.integer)) and not isinstance(sequence, bool)
-        row = self._table.rows.get(int(sequence)) if known else None
+    def _row(self, function: str, sequence: int) -> Row:
+        row = self._table.rows.get(sequence)
         if row is None:
+            raise ValueError(f"{function}: sequence {sequence} is not live")
+        return row
+
+    def _named(self, function: str, sequence: Any) -> tuple[int, Row]:
+        """Return the id and the row that a user's argument means."""
+        if not isinstance(sequence, (int, np.integer)) or isinstance(sequence, bool):
             raise ValueError(f"{function}: sequence {sequence!r} is not live")
-        return int(sequence), row
+        return int(sequence), self._row(function, int(sequence))
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is None:
             raise ValueError(f"{function}: sequences is missing: a PagedKVCache needs one id per row of q")
-        found = [self._row(function, sequence) for sequence in _ids(function, sequences)]
-        rows = [row for _, row in found]
-        growth: Growth | None = None
-        if tokens and rows:
-            growth = self._grow(function, [name for name, _ in found], tokens)
-            rows = list(growth.rows.values())
-        return Step(rows, _Step(rows, growth, self._copy_pages(growth)))
-
-    def _grow(self, function: str, names: list[int], tokens: int) -> Growth:
-        if len(set(names)) < len(names):
+        names = _ids(function, sequences)
+        rows = [self._row(function, name) for name in names]
+        if not tokens or not rows:
+            return Step(rows, None)
+        if len(names) > 1 and len(set(names)) < len(names):
             raise ValueError(f"{function}: sequences holds {names}, but tokens can be appended to each once")
         self._table.settle()
-        return self._table.grow(function, names, tokens, self.window)
+        growth = self._table.grow(function, names, tokens, self.window)
+        overwritten = self._copy_pages(growth) if growth.copies or growth.reused else ()
+        return Step(list(growth.rows.values()), (growth, overwritten))
 
-    def _copy_pages(self, growth: Growth | None) -> list[NDArray[Any]]:
+    def _copy_pages(self, growth: Growth) -> list[NDArray[Any]]:
         """Copy shared pages for the rows that will write to them; return the page contents needed to undo the step."""
-        if growth is None:
-            return []
         arrays = self._store.arrays()
         overwritten = [store[growth.reused] for store in arrays] if growth.reused else []
         try:
@@ -256,33 +249,32 @@ class PagedKVCache(AnyCache):
             raise
         return overwritten
 
-    def _write_back(self, growth: Growth, overwritten: list[NDArray[Any]]) -> None:
+    def _write_back(self, growth: Growth, overwritten: Sequence[NDArray[Any]]) -> None:
         for store, old in zip(self._store.arrays(), overwritten, strict=False):
             store[growth.reused] = old
 
     def _commit(self, step: Step) -> None:
-        growth = step.state.growth
-        if growth is not None:
-            self._table.put(growth.rows, growth.gained, growth.lost, growth.taken)
+        if step.state is not None:
+            self._table.commit(step.state[0])
 
     def _roll_back(self, step: Step) -> None:
-        growth = step.state.growth
-        if growth is not None:
+        if step.state is not None:
+            growth, overwritten = step.state
             self._table.restore(growth.before)
-            self._write_back(growth, step.state.overwritten)
+            self._write_back(growth, overwritten)
 
     def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        growth, after = step.state.growth, step.state.rows
-        before = after if growth is None else growth.before.values()
+        after: Any = step.sequences
+        before = after if step.state is None else step.state[0].before.values()
         lengths, starts = [row.length for row in before], [row.start for row in after]
         return np.array(lengths, np.int64), np.array(starts, np.int64)
 
     def _common_tokens(self, step: Step) -> int:
-        return self._table.common(step.state.rows) * self.page_size
+        return self._table.common(step.sequences) * self.page_size  # type: ignore[arg-type]
 
 
 def _ids(function: str, sequences: Any) -> list[int]:
-    if type(sequences) in (list, tuple) and all(type(name) is int for name in sequences):
+    if type(sequences) in (list, tuple) and set(map(type, sequences)) == {int}:
         return list(sequences)
     ids = integers(function, "sequences", sequences)
     if ids.ndim != 1:

@@ -8,7 +8,7 @@ stored here.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -33,11 +33,11 @@ class Growth(NamedTuple):
 
     before: dict[int, Row]
     rows: dict[int, Row]
-    taken: int  # number of pages taken from the end of the free list
-    gained: list[int]
-    lost: list[int]
-    copies: list[tuple[int, int]]  # (page shared with other rows, page for its copy)
-    reused: list[int]  # pages that will be written to, but also belong to rows of `before`
+    taken: int = 0  # number of pages taken from the end of the free list
+    gained: Sequence[int] = ()
+    lost: Sequence[int] = ()
+    copies: Sequence[tuple[int, int]] = ()  # (page shared with other rows, page for its copy)
+    reused: Sequence[int] = ()  # pages that will be written to, but also belong to rows of `before`
 
 
 def is_count(value: Any) -> bool:
@@ -159,6 +159,9 @@ class PageTable:
         enough free pages.
         """
         before = {name: self.rows[name] for name in names}
+        longer = self._in_place(before, tokens, window)
+        if longer is not None:
+            return Growth(before, longer)
         skipped = dict.fromkeys(names, 0)
         lost: list[int] = []
         if window is not None:
@@ -166,9 +169,6 @@ class PageTable:
             lost = [page for name, row in before.items() for page in row.pages[: skipped[name]]]
         left: dict[int, int] = {}
         needed, copied = self._missing(before, tokens, left)
-        if not needed and not lost:  # nearly always: the last pages have room
-            longer = {name: Row(row.pages, row.start, row.length + tokens) for name, row in before.items()}
-            return Growth(before, longer, 0, [], [], [], [])
         given: list[int] = []
         if needed > len(self.free_pages) and lost:
             left = {}
@@ -184,30 +184,54 @@ class PageTable:
             raise MemoryError(f"{function}: {needed} pages are needed, but {there + len(given)} are free")
         taken = min(needed, there)
         gained = [*self.free_pages[there - taken :][::-1], *given[: needed - taken]]
-        growth = Growth(before, {}, taken, gained, lost, [], [])
         fresh = iter(gained)
+        rows: dict[int, Row] = {}
+        copies: list[tuple[int, int]] = []
+        reused: list[int] = []
         for name, row in before.items():
-            pages = self._extended(growth, row, skipped[name], name in copied, tokens, fresh)
-            after = Row(pages, row.start + skipped[name] * self.page_size, row.length + tokens)
-            growth.rows[name] = after
+            pages = self._extended(row, skipped[name], copies if name in copied else None, tokens, fresh)
+            rows[name] = after = Row(pages, row.start + skipped[name] * self.page_size, row.length + tokens)
             if reusable:
                 written = pages[(row.length - after.start) // self.page_size :]
-                growth.reused.extend(page for page in written if page in reusable)
-        return growth
+                reused.extend(page for page in written if page in reusable)
+        lost.extend(page for page, _ in copies)
+        return Growth(before, rows, taken, gained, lost, copies, reused)
+
+    def _in_place(self, rows: dict[int, Row], tokens: int, window: int | None) -> dict[int, Row] | None:
+        """Return rows with `tokens` more tokens if each has room in its last page, shares it with none, and keeps all.
+
+        This is so for nearly all steps that append a token, and fast.
+        """
+        size, longer = self.page_size, {}
+        for name, row in rows.items():
+            pages, start, length = row
+            filled = length % size
+            if not 0 < filled <= size - tokens or self.sharers[pages[length // size - start // size]] > 1:
+                return None
+            if window is not None and self._unseen(row, window):
+                return None
+            longer[name] = Row(pages, start, length + tokens)
+        return longer
+
+    def commit(self, growth: Growth) -> None:
+        """Put the rows of a growth in place."""
+        if growth.gained or growth.lost:
+            self.put(growth.rows, growth.gained, growth.lost, growth.taken)
+        else:
+            self.rows.update(growth.rows)  # one step, as far as interrupts can tell
 
     def _extended(
-        self, growth: Growth, row: Row, skipped: int, copied: bool, tokens: int, fresh: Iterator[int]
+        self, row: Row, skipped: int, copies: list[tuple[int, int]] | None, tokens: int, fresh: Iterator[int]
     ) -> array[int]:
         count = self.count(row)
         pages = row.pages
-        if skipped or copied:
+        if skipped or copies is not None:
             pages = pages[skipped:count]
         else:
             del pages[count:]  # left over from a failed step
-        if copied:
-            growth.copies.append((pages[-1], next(fresh)))
-            growth.lost.append(pages[-1])
-            pages[-1] = growth.copies[-1][1]
+        if copies is not None:
+            copies.append((pages[-1], next(fresh)))
+            pages[-1] = copies[-1][1]
         pages.extend(islice(fresh, self.runs(row.length + tokens) - self.runs(row.length)))
         return pages
 
