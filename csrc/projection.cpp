@@ -37,7 +37,7 @@ bool in_place(const ProjectionJob& job) {
   const std::int64_t grid = job.projection.pairs() ? 2 * narrow_size : size_of(dtype);
   bool aligned = reinterpret_cast<std::uintptr_t>(x.data) % static_cast<std::uintptr_t>(grid) == 0 &&
                  x.row % grid == 0 && x.column == size_of(dtype);
-  for (int axis = 0; axis < x.outer_axes; ++axis) aligned = aligned && x.outer_stride[axis] % grid == 0;
+  for (const BatchAxis& axis : x.axes) aligned = aligned && axis.stride % grid == 0;
   return x.dtype == dtype && aligned && bounce_step(job.projection) == job.projection.depth();
 }
 
@@ -189,28 +189,18 @@ void Projection::project(std::int64_t panel, const void* x, std::int64_t x_step,
 }
 
 RowsView::RowsView(const TensorView& x)
-    : data(static_cast<const char*>(x.data)),
-      dtype(x.dtype),
-      rows(x.extent(1)),
-      row(x.stride(1)),
-      column(x.stride(0)),
-      outer_axes(x.ndim - 2),
-      outer(1) {
-  while (outer_axes > 0 && (x.strides[outer_axes - 1] == rows * row || x.shape[outer_axes - 1] == 1))
-    rows *= x.shape[--outer_axes];
-  for (int axis = 0; axis < outer_axes; ++axis) {
-    outer_shape[axis] = x.shape[axis];
-    outer_stride[axis] = x.strides[axis];
-    outer *= x.shape[axis];
+    : data(static_cast<const char*>(x.data)), dtype(x.dtype), rows(x.extent(1)), row(x.stride(1)), column(x.stride(0)) {
+  int left = x.ndim - 2;
+  for (; left > 0 && (x.strides[left - 1] == rows * row || x.shape[left - 1] == 1); --left) rows *= x.shape[left - 1];
+  for (; left > 0; --left) {
+    axes.push_back({outer, x.shape[left - 1], x.strides[left - 1]});
+    outer *= x.shape[left - 1];
   }
 }
 
 const char* RowsView::at(std::int64_t index) const {
   const char* p = data;
-  for (int axis = outer_axes - 1; axis >= 0; --axis) {
-    p += index % outer_shape[axis] * outer_stride[axis];
-    index /= outer_shape[axis];
-  }
+  for (const BatchAxis& axis : axes) p += index / axis.inside % axis.extent * axis.stride;
   return p;
 }
 

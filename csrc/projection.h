@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kernels/kernel_set.h"
 #include "problem.h"
@@ -59,9 +60,8 @@ struct RowsView {
   const char* data;
   DType dtype;
   std::int64_t rows, row, column;  // bytes
-  int outer_axes;
-  std::int64_t outer_shape[max_axes], outer_stride[max_axes];
-  std::int64_t outer;  // product of outer_shape
+  std::int64_t outer = 1;          // entries of the other axes together
+  std::vector<BatchAxis> axes;     // nearly always none; innermost first
 
   explicit RowsView(const TensorView& x);
   const char* at(std::int64_t outer_index) const;
