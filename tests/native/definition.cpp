@@ -5,6 +5,8 @@
 #include <limits>
 #include <sstream>
 
+#include "philox.h"
+
 namespace selfattn::native {
 namespace {
 
@@ -23,22 +25,6 @@ Wide element(const Array& array, const Extents& index) {
   if (array.dtype() != DType::i64) return static_cast<Wide>(array.number(position));
   std::memcpy(&n, array.at(position), sizeof n);
   return static_cast<Wide>(n);  // exact: 64 bits of mantissa
-}
-
-// The four words of a place under Philox4x32-10 (Salmon et al., 2011).
-struct Words {
-  std::uint32_t word[4];
-};
-Words philox(Words words, std::uint64_t seed) {
-  auto& [a, b, c, d] = words.word;
-  for (std::uint32_t round = 0; round < 10; ++round) {
-    const std::uint64_t x = std::uint64_t{a} * 0xD2511F53, y = std::uint64_t{c} * 0xCD9E8D57;
-    words = {{static_cast<std::uint32_t>(y >> 32) ^ b ^ (static_cast<std::uint32_t>(seed) + round * 0x9E3779B9),
-              static_cast<std::uint32_t>(y),
-              static_cast<std::uint32_t>(x >> 32) ^ d ^ (static_cast<std::uint32_t>(seed >> 32) + round * 0xBB67AE85),
-              static_cast<std::uint32_t>(x)}};
-  }
-  return words;
 }
 
 struct Row {
@@ -187,9 +173,9 @@ class Definition {
     const AttentionArguments& o = c_.options;
     if (o.dropout == 0) return 1;
     const auto word = [](std::int64_t n) { return static_cast<std::uint32_t>(n); };
-    const Words place{{word(row.entry + o.first_entry), word(row.head), word(row.query), word(j / 4)}};
+    const std::uint32_t place[] = {word(row.entry + o.first_entry), word(row.head), word(row.query), word(j / 4)};
     const double threshold = std::nearbyint(std::ldexp(o.dropout, 32));
-    return philox(place, o.seed).word[j % 4] < threshold ? 0 : 1 / (1 - static_cast<Wide>(o.dropout));
+    return philox_word(place, o.seed, static_cast<int>(j % 4)) < threshold ? 0 : 1 / (1 - static_cast<Wide>(o.dropout));
   }
 
   // The element of (heads, count, ...) or (count, ...) for the distance of query and key, clamped to both ends.

@@ -2,6 +2,7 @@
 #include "isa_checks.h"
 #include "kernels/dropout.h"
 #include "lanes.h"
+#include "philox.h"
 
 namespace selfattn::SELFATTN_ISA {
 namespace {
@@ -54,21 +55,6 @@ void check_at_least() {
     }
 }
 
-// One word of Philox4x32-10 as the paper defines it.
-std::uint32_t word_of(const std::uint32_t (&counter)[4], std::uint64_t seed, int index) {
-  std::uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]};
-  std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = std::uint64_t{0xD2511F53} * c[0], b = std::uint64_t{0xCD9E8D57} * c[2];
-    const std::uint32_t next[4] = {static_cast<std::uint32_t>(b >> 32) ^ c[1] ^ key[0], static_cast<std::uint32_t>(b),
-                                   static_cast<std::uint32_t>(a >> 32) ^ c[3] ^ key[1], static_cast<std::uint32_t>(a)};
-    for (int i = 0; i < 4; ++i) c[i] = next[i];
-    key[0] += 0x9E3779B9;
-    key[1] += 0xBB67AE85;
-  }
-  return c[index];
-}
-
 // The test vectors of Random123.
 void check_known_answers() {
   constexpr std::uint32_t known[][4] = {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
@@ -84,7 +70,7 @@ void check_known_answers() {
       std::uint32_t got[Words::width];
       store_words(got, block[0][w]);
       for (const std::uint32_t lane : got) expect_same(lane, known[i][w], "philox");
-      expect_same(word_of(counters[i], keys[i], w), known[i][w], "word_of");
+      expect_same(philox_word(counters[i], keys[i], w), known[i][w], "philox_word");
     }
   }
 }
@@ -103,7 +89,7 @@ void check_factors(int count, std::int64_t first_key, int keys) {
   const auto exact = [&](int row, std::int64_t key) {
     const std::uint32_t* place = rows[row].place;
     const std::uint32_t counter[4] = {place[0], place[1], place[2], static_cast<std::uint32_t>(key / 4)};
-    return word_of(counter, dropout.seed, static_cast<int>(key % 4)) < dropout.threshold ? T(0) : T(1.25);
+    return philox_word(counter, dropout.seed, static_cast<int>(key % 4)) < dropout.threshold ? T(0) : T(1.25);
   };
   const int lanes = (count + W - 1) / W * W;
   T* const memory = reinterpret_cast<T*>(test::guarded_area().end) - factor_lines(keys) * lanes;
