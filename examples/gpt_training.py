@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from decoder import Config
 from nn import Array
-from training import Weights, cross_entropy, embedding_gradient, gelu_tanh_vjp, layer_norm_vjp, linear_vjp
+from training import Gradients, Vjp, Weights, cross_entropy, embedding_gradient, gelu_tanh_vjp
 
 import selfattn as sa
 
-Vjp = Callable[[Array], Array]
 
-
-class Gradients:
-    """Collects the gradients of weights by name while gradients flow back through a model."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self.found: Weights = {}
-
-    def norm(self, part: str, x: Array, epsilon: float) -> tuple[Array, Vjp]:
-        """Layer norm with the weights `part`."""
-        y, vjp = layer_norm_vjp(x, self.weights[f"{part}.weight"], self.weights[f"{part}.bias"], epsilon)
-        return y, lambda grad: self._keep(part, *vjp(grad))
-
-    def linear(self, part: str, x: Array) -> tuple[Array, Vjp]:
-        """Linear map with the weights `part`."""
-        y, vjp = linear_vjp(x, self.weights[f"{part}.weight"], self.weights[f"{part}.bias"])
-        return y, lambda grad: self._keep(part, *vjp(grad))
+class GptGradients(Gradients):
+    """The same with GPT-2's attention."""
 
     def attention(self, part: str, x: Array, heads: int, **options: Any) -> tuple[Array, Vjp]:
         """Causal self-attention; its three input projections are stored as one."""
@@ -45,18 +28,15 @@ class Gradients:
 
         def backward(grad: Array) -> Array:
             g = vjp(grad)
-            self._keep(f"{part}.c_proj", grad, g["w_o"], g["b_o"])
+            self.keep(f"{part}.c_proj", g["w_o"], g["b_o"])
             qkv = np.concatenate([g["w_q"], g["w_k"], g["w_v"]], axis=1)
-            return self._keep(f"{part}.c_attn", g["x"], qkv, np.concatenate([g["b_q"], g["b_k"], g["b_v"]]))
+            self.keep(f"{part}.c_attn", qkv, np.concatenate([g["b_q"], g["b_k"], g["b_v"]]))
+            return g["x"]
 
         return y, backward
 
-    def _keep(self, part: str, x: Array, weight: Array, bias: Array) -> Array:
-        self.found[f"{part}.weight"], self.found[f"{part}.bias"] = weight, bias
-        return x
 
-
-def block_vjp(gradients: Gradients, layer: int, config: Config, x: Array) -> tuple[Array, Vjp]:
+def block_vjp(gradients: GptGradients, layer: int, config: Config, x: Array) -> tuple[Array, Vjp]:
     """Return x + attention(norm(x)), then the same with the feed-forward part."""
     name = f"h.{layer}"
     normed, through_norm = gradients.norm(f"{name}.ln_1", x, config.epsilon)
@@ -77,7 +57,7 @@ def block_vjp(gradients: Gradients, layer: int, config: Config, x: Array) -> tup
 def loss_and_gradients(config: Config, weights: Weights, tokens: Array) -> tuple[float, Weights]:
     """Return the mean loss of predicting each token (B, S + 1) from those before, and the gradients of all weights."""
     ids, targets = tokens[:, :-1], tokens[:, 1:]
-    gradients = Gradients(weights)
+    gradients = GptGradients(weights)
     vectors = weights["wte.weight"]
     x = vectors[ids] + weights["wpe.weight"][: ids.shape[1]]
     steps: list[Vjp] = []

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,42 +17,11 @@ from decoder import VOCABULARY, Config, Decoder, encode, random_weights
 from generate import Chooser, generate, new_caches
 from gpt_training import loss_and_gradients
 from nn import Array
-from training import AdamW, Weights, clip, learning_rate
+from training import AdamW, Weights, learning_rate
+from training_run import Step, add_options, check_options, save_curves, start, train
 
 TEXTS = Path(__file__).resolve().parent.parent / "docs"
 KINDS = {".md", ".txt", ".rst", ".py"}
-BAR = 24  # characters of the progress bar
-CLIP = 1.0  # largest norm of the gradients
-
-
-@dataclass
-class Run:
-    """A training run: everything that a checkpoint keeps."""
-
-    weights: Weights
-    optimiser: AdamW
-    losses: list[float]
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint. An existing one is replaced only after the new one is complete."""
-        arrays = {f"weight/{name}": x for name, x in self.weights.items()}
-        arrays |= {f"optimiser/{name}": x for name, x in self.optimiser.state().items()}
-        new = path.with_suffix(".new.npz")
-        np.savez(new, losses=np.array(self.losses), **arrays)
-        new.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Run:
-        """Read a checkpoint."""
-        with np.load(path) as file:
-            parts: dict[str, Weights] = {"weight": {}, "optimiser": {}}
-            for name in file.files:
-                kind, _, rest = name.partition("/")
-                if rest:
-                    parts[kind][rest] = file[name]
-            optimiser = AdamW()
-            optimiser.restore(parts["optimiser"])
-            return cls(parts["weight"], optimiser, file["losses"].tolist())
 
 
 def read_texts(folder: Path) -> Array:
@@ -63,63 +31,15 @@ def read_texts(folder: Path) -> Array:
     return encode("\n\n".join(texts))
 
 
-def batches(data: Array, batch: int, length: int, seed: int, first: int) -> Iterator[Array]:
-    """Yield random pieces (batch, length + 1) of the data. A step's batch depends on the seed and its number alone."""
-    step = first
-    while True:
-        starts = np.random.default_rng([seed, step]).integers(0, len(data) - length, batch)
-        yield data[starts[:, None] + np.arange(length + 1)]
-        step += 1
+def step_on(data: Array, config: Config, args: argparse.Namespace) -> Step:
+    """Return the training's step: random pieces of the data, which depend on the seed and the step's number alone."""
 
+    def step(weights: Weights, number: int) -> tuple[float, Weights, int]:
+        starts = np.random.default_rng([args.seed, number]).integers(0, len(data) - args.length, args.batch)
+        pieces = data[starts[:, None] + np.arange(args.length + 1)]
+        return *loss_and_gradients(config, weights, pieces), args.batch * args.length
 
-def train(run: Run, config: Config, data: Array, args: argparse.Namespace) -> None:
-    """Continue the run until it has `args.steps` steps."""
-    begun, first = time.perf_counter(), len(run.losses)
-    saved = begun
-    pieces = batches(data, args.batch, args.length, args.seed, first)
-    for step in range(first, args.steps):
-        loss, gradients = loss_and_gradients(config, run.weights, next(pieces))
-        clip(gradients, CLIP)
-        run.optimiser.update(run.weights, gradients, learning_rate(step, args.rate, args.warm_up, args.steps))
-        run.losses.append(loss)
-        now = time.perf_counter()
-        speed = (step + 1 - first) * args.batch * args.length / (now - begun)
-        show_progress(step + 1, args.steps, loss, speed)
-        if args.checkpoint and now - saved > args.save_every:
-            run.save(args.checkpoint)
-            saved = now
-    if args.checkpoint:
-        run.save(args.checkpoint)
-
-
-def show_progress(step: int, steps: int, loss: float, speed: float) -> None:
-    """Redraw the bar on a terminal; elsewhere print a line for every tenth of the way."""
-    done = BAR * step // steps
-    line = f"step {step:,} of {steps:,}  loss {loss:.3f}  {speed:,.0f} tokens/s"
-    if sys.stderr.isatty():
-        bar = "█" * done + "░" * (BAR - done)
-        print(f"\r\033[K{bar} {line}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
-    elif step % max(1, steps // 10) == 0 or step == steps:
-        print(line, file=sys.stderr, flush=True)
-
-
-def save_curve(losses: Sequence[float], path: Path) -> None:
-    """Draw the loss of each step and its moving average, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: pip install 'selfattn[viz]'", file=sys.stderr)
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(losses, color="0.8", label="each step")
-    width = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axes.plot(np.arange(len(smooth)) + width - 1, smooth, label=f"mean of {width} steps")
-    axes.set(xlabel="step", ylabel="loss in nats per byte", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    print(f"loss curve: {path}")
+    return step
 
 
 def write(config: Config, weights: Weights, prompt: str, tokens: int, seed: int) -> str:
@@ -142,17 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     config = Config(args.layers, args.width, args.heads, args.heads, VOCABULARY, max(args.length, 64 + args.write))
-    run = Run(random_weights(config, args.seed), AdamW(), [])
-    if args.resume:
-        new, run = run, Run.load(args.checkpoint)
-        if {name: x.shape for name, x in new.weights.items()} != {name: x.shape for name, x in run.weights.items()}:
-            print(f"train.py: {args.checkpoint} is of a model of other sizes", file=sys.stderr)
-            return 1
+    run = start(random_weights(config, args.seed), AdamW(), args)
     count = sum(x.size for x in run.weights.values())
     print(f"{len(data):,} bytes of text, {count:,} weights, {args.batch} x {args.length} tokens a step")
-    train(run, config, data, args)
-    if run.losses:
-        save_curve(run.losses, args.picture)
+    rates = partial(learning_rate, peak=args.rate, warm_up=args.warm_up, steps=args.steps)
+    train(run, step_on(data, config, args), rates, args)
+    save_curves({"loss": run.losses}, "nats per byte", args.picture)
     print(write(config, run.weights, args.prompt, args.write, args.seed))
     return 0
 
@@ -171,24 +86,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "warm-up": 50,
         "write": 300,
     }
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    add_options(parser, sizes)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate (default: 1e-3)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt", default="Attention ")
-    parser.add_argument("--picture", type=Path, default=Path("loss.png"), help="where the loss curve goes")
-    parser.add_argument("--checkpoint", type=Path, help="an .npz file that keeps the state of the training")
-    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints (default: 60)")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     args = parser.parse_args(arguments)
-    if any(getattr(args, name.replace("-", "_")) < 1 for name in sizes if name not in ("warm-up", "write")):
-        parser.error("all sizes must be at least 1")
-    if args.width % args.heads:
-        parser.error("heads must divide the width")
+    check_options(parser, args, [name for name in sizes if name not in ("warm-up", "write")])
     if not 1 <= len(args.prompt.encode()) <= 64:
         parser.error("the prompt must have 1 to 64 bytes")
-    if args.resume and not (args.checkpoint and args.checkpoint.exists()):
-        parser.error("--resume needs an existing --checkpoint")
     return args
 
 

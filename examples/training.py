@@ -15,6 +15,7 @@ import numpy as np
 from nn import CHUNK, Array
 
 Weights = dict[str, Array]
+Vjp = Callable[[Array], Array]
 
 
 def linear_vjp(x: Array, weight: Array, bias: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
@@ -46,7 +47,7 @@ def layer_norm_vjp(
     return unit * weight + bias, vjp
 
 
-def gelu_tanh_vjp(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+def gelu_tanh_vjp(x: Array) -> tuple[Array, Vjp]:
     """Return the approximation of x · Φ(x) by tanh."""
     y, slope = np.empty_like(x), np.empty_like(x)
     rate = x.dtype.type(math.sqrt(2 / math.pi))
@@ -61,16 +62,27 @@ def gelu_tanh_vjp(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     return y, lambda grad: grad * slope
 
 
-def cross_entropy(logits: Array, targets: Array) -> tuple[float, Array]:
-    """Return the mean of −log p(target), in nats, and its gradient with respect to the logits."""
+def relu_vjp(x: Array) -> tuple[Array, Vjp]:
+    """Return x where it is positive, else 0."""
+    y = np.maximum(x, 0)
+    return y, lambda grad: grad * (y > 0)
+
+
+def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> tuple[float, Array]:
+    """Return the mean of −log p(target), in nats, and its gradient with respect to the logits.
+
+    Label smoothing (Szegedy et al., 2016) takes this share of the target's probability and spreads it over all words.
+    """
     rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     shifted = rows - rows.max(axis=-1, keepdims=True)
     probs = np.exp(shifted)
     total = probs.sum(axis=-1, keepdims=True)
     index = np.arange(len(wanted))
-    loss = float((np.log(total[:, 0]) - shifted[index, wanted]).mean(dtype=np.float64))
+    expected = (1 - smoothing) * shifted[index, wanted] + smoothing * shifted.mean(axis=-1)
+    loss = float((np.log(total[:, 0]) - expected).mean(dtype=np.float64))
     probs /= total
-    probs[index, wanted] -= 1
+    probs -= smoothing / logits.shape[-1]
+    probs[index, wanted] -= 1 - smoothing
     probs /= len(wanted)
     return loss, probs.reshape(logits.shape)
 
@@ -84,6 +96,36 @@ def embedding_gradient(ids: Array, grad: Array, count: int) -> Array:
     return table
 
 
+class Gradients:
+    """Collects the gradients of weights by name while gradients flow back through a model."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.found: Weights = {}
+
+    def norm(self, part: str, x: Array, epsilon: float) -> tuple[Array, Vjp]:
+        """Layer norm with the weights `part`."""
+        y, vjp = layer_norm_vjp(x, *self.pair(part), epsilon)
+        return y, lambda grad: self._passed(part, *vjp(grad))
+
+    def linear(self, part: str, x: Array) -> tuple[Array, Vjp]:
+        """Linear map with the weights `part`."""
+        y, vjp = linear_vjp(x, *self.pair(part))
+        return y, lambda grad: self._passed(part, *vjp(grad))
+
+    def pair(self, part: str) -> tuple[Array, Array]:
+        """Return a part's weight and bias; a matrix is ready for x @ weight."""
+        return self.weights[f"{part}.weight"], self.weights[f"{part}.bias"]
+
+    def keep(self, part: str, weight: Array, bias: Array) -> None:
+        """Note the gradients of a part's weight and bias."""
+        self.found[f"{part}.weight"], self.found[f"{part}.bias"] = weight, bias
+
+    def _passed(self, part: str, x: Array, weight: Array, bias: Array) -> Array:
+        self.keep(part, weight, bias)
+        return x
+
+
 def clip(gradients: Mapping[str, Array], largest: float) -> float:
     """Scale all gradients so that their common norm is at most `largest`; return the norm before."""
     norm = math.sqrt(sum(float(np.vdot(x, x)) for x in gradients.values()))
@@ -91,6 +133,11 @@ def clip(gradients: Mapping[str, Array], largest: float) -> float:
         for gradient in gradients.values():
             gradient *= gradient.dtype.type(largest / norm)
     return norm
+
+
+def inverse_root_rate(step: int, width: int, warm_up: int) -> float:
+    """Return the rate of a step as Vaswani et al. (2017) set it: linear warm-up, then 1 / √step."""
+    return width**-0.5 * min((step + 1) ** -0.5, (step + 1) * warm_up**-1.5)
 
 
 def learning_rate(step: int, peak: float, warm_up: int, steps: int) -> float:

@@ -74,11 +74,16 @@ class Transformer:
 
 
 def generate(
-    model: Transformer, sources: Sequence[Sequence[int]], tokens: int, end: int = END, cached: bool = True
+    model: Transformer,
+    sources: Sequence[Sequence[int]],
+    tokens: int,
+    end: int = END,
+    cached: bool = True,
+    repeats: bool = False,
 ) -> list[list[int]]:
     """Generate tokens for each source, the likeliest at each step, until the token `end` or the limit.
 
-    No token is used twice: a model with random weights would repeat its first one for ever.
+    Without `repeats` no token is used twice: a model with random weights would repeat its first one for ever.
     """
     ids, lengths = padded(sources)
     state = model.start(model.encode(ids, lengths), lengths, tokens if cached else None)
@@ -86,7 +91,8 @@ def generate(
     going = np.ones(len(sources), bool)
     while written.shape[1] <= tokens and going.any():
         logits = model.decode(written[:, -1:] if cached else written, state)[:, -1]
-        np.put_along_axis(logits, written, -np.inf, axis=1)
+        if not repeats:
+            np.put_along_axis(logits, written, -np.inf, axis=1)
         chosen = logits.argmax(axis=-1)
         written = np.append(written, chosen[:, None], axis=1)
         going &= chosen != end
