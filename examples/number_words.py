@@ -1,4 +1,4 @@
-"""Numbers below a thousand millions in words, in English and in Portuguese."""
+"""Numbers below 1,000,000,000 in words, in English and in Portuguese."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable
 
 LIMIT = 10**9
 
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = ". . twenty thirty forty fifty sixty seventy eighty ninety".split()
+UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 # Brazil's spelling; Portugal writes dezasseis, dezassete and dezanove.
-UNIDADES = (
-    "zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis dezessete dezoito "
-    "dezenove"
-).split()
-DEZENAS = ". . vinte trinta quarenta cinquenta sessenta setenta oitenta noventa".split()
-CENTENAS = (
-    ". cento duzentos trezentos quatrocentos quinhentos seiscentos setecentos oitocentos novecentos"
-).split()
+UNIDADES = [
+    "zero", "um", "dois", "três", "quatro", "cinco", "seis", "sete", "oito", "nove", "dez", "onze", "doze",
+    "treze", "catorze", "quinze", "dezesseis", "dezessete", "dezoito", "dezenove",
+]  # fmt: skip
+DEZENAS = ["vinte", "trinta", "quarenta", "cinquenta", "sessenta", "setenta", "oitenta", "noventa"]
+CENTENAS = [
+    "cento", "duzentos", "trezentos", "quatrocentos", "quinhentos", "seiscentos", "setecentos", "oitocentos",
+    "novecentos",
+]  # fmt: skip
 
 
 def english(number: int) -> str:
@@ -41,7 +42,7 @@ def portuguese(number: int) -> str:
     """
     if number == 0:
         return UNIDADES[0]
-    found = list(groups(number, ("milhões", "mil", "")))
+    found = groups(number, ("milhões", "mil", ""))
     parts = [_portuguese_group(n, scale) for n, scale in found]
     last = found[-1][0]
     if len(parts) > 1 and (last < 100 or last % 100 == 0):
@@ -70,7 +71,7 @@ def words(language: Callable[[int], str], number: int) -> list[str]:
 
 def _english_below_1000(n: int) -> str:
     hundreds, rest = divmod(n, 100)
-    below = UNITS[rest] if rest < 20 else TENS[rest // 10] + (f"-{UNITS[rest % 10]}" if rest % 10 else "")
+    below = UNITS[rest] if rest < 20 else TENS[rest // 10 - 2] + (f"-{UNITS[rest % 10]}" if rest % 10 else "")
     if not hundreds:
         return below
     return f"{UNITS[hundreds]} hundred" + (f" and {below}" if rest else "")
@@ -88,9 +89,9 @@ def _portuguese_below_1000(n: int) -> str:
     if n == 100:
         return "cem"
     hundreds, rest = divmod(n, 100)
-    parts = [CENTENAS[hundreds]] if hundreds else []
+    parts = [CENTENAS[hundreds - 1]] if hundreds else []
     if rest >= 20:
-        parts.append(DEZENAS[rest // 10])
+        parts.append(DEZENAS[rest // 10 - 2])
         rest %= 10
     if rest:
         parts.append(UNIDADES[rest])

@@ -64,12 +64,12 @@ def step_on(config: Config, kept: Sequence[int], args: argparse.Namespace) -> St
     return step
 
 
-def translate(config: Config, weights: Weights, numbers: Sequence[int]) -> list[str]:
+def translate(config: Config, weights: Weights, asked: Sequence[int]) -> list[str]:
     """Translate numbers from English, always with the likeliest word; keys and values stay in caches."""
     model = Transformer(config, {**weights, "final_logits_bias": np.zeros(len(WORDS), np.float32)})
     found: list[str] = []
-    for first in range(0, len(numbers), TOGETHER):
-        sources = [tokens(english, n) for n in numbers[first : first + TOGETHER]]
+    for first in range(0, len(asked), TOGETHER):
+        sources = [tokens(english, n) for n in asked[first : first + TOGETHER]]
         rows = generate(model, sources, LONGEST, repeats=True)
         found += (" ".join(WORDS[i] for i in row if i != END) for row in rows)
     return found
@@ -101,6 +101,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoothing", type=float, default=0.0, help="of labels; the paper's is 0.1 (default: 0)")
     args = parser.parse_args(arguments)
     check_options(parser, args, list(sizes))
+    if args.width % 2:
+        parser.error("the width must be even: its halves are sines and cosines")
     if not 0 <= args.smoothing < 1:
         parser.error("the smoothing must be in [0, 1)")
     return args

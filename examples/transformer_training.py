@@ -1,4 +1,4 @@
-"""The gradients of the Transformer of 2017 (transformer.py, in Marian's shape), by the chain rule, layer after layer."""
+"""The gradients of the Transformer of 2017 (transformer.py, Marian's shape), by the chain rule, layer after layer."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def loss_and_gradients(
     targets: Sequence[Sequence[int]],
     smoothing: float = 0.0,
 ) -> tuple[float, Weights]:
-    """Return the mean loss of each target token, given its source and those before, and the gradients of all weights."""
+    """Return the mean loss of each target token, given source and tokens before, and the gradients of all weights."""
     gradients, embed = TransformerGradients(weights, config), Embedding(weights, "encoder", config)
     ids, lengths = padded(sources)
     wanted, counts = padded(targets)
