@@ -2,7 +2,8 @@
 
 Its task: to translate numbers in words from English to Portuguese. In the end it translates numbers that it never saw.
 As in the paper: encoder and decoder, norms after the sub-layers, sines and cosines for positions, one matrix for all
-embeddings, Adam with a warm-up, label smoothing (an option). There is no dropout: examples are made as they are needed.
+embeddings, Adam with a warm-up, an average of the last weights in the end, label smoothing (an option). There is no
+dropout: examples are made as they are needed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformer_training import loss_and_gradients, random_weights
 
 DIGITS = 9
 SHORTEST = 3  # digits of a number that may be kept for the test: all shorter ones are needed for training
+AVERAGING = 0.01  # the share of each step in the weights that translate, which are a moving average
 LONGEST = 24  # tokens of a translation, including its end
 TOGETHER = 200  # numbers that are translated at a time
 
@@ -80,12 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     config = Config("marian", args.layers, args.width, args.heads)
     kept = held_out(args.seed, args.test)
-    run = start(random_weights(config, len(WORDS), args.seed), AdamW(beta2=0.98, epsilon=1e-9, decay=0.0), args)
+    optimiser = AdamW(beta2=0.98, epsilon=1e-9, decay=0.0, averaging=AVERAGING)
+    run = start(random_weights(config, len(WORDS), args.seed), optimiser, args)
     count = sum(x.size for x in run.weights.values())
     print(f"{len(WORDS)} tokens, {count:,} weights, {args.batch} numbers a step; {len(kept):,} others for the test")
     train(run, step_on(config, kept, args), partial(inverse_root_rate, width=args.width, warm_up=args.warm_up), args)
     save_curves({"loss": run.losses}, "nats per token", args.picture)
-    translated = translate(config, run.weights, kept)
+    translated = translate(config, run.optimiser.mean, kept)
     right = [text == portuguese(n) for n, text in zip(kept, translated, strict=True)]
     for n, text, good in sorted(zip(kept, translated, right, strict=True), key=lambda row: row[2])[: args.show]:
         print(f"{n:,}: {english(n)} -> {text}" + ("" if good else f" (wrong: {portuguese(n)})"))

@@ -150,15 +150,20 @@ def learning_rate(step: int, peak: float, warm_up: int, steps: int) -> float:
 
 @dataclass
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019). Vectors (biases, norms) do not decay."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019). Vectors (biases, norms) do not decay.
+
+    With `averaging` above 0 it also keeps a moving average of the weights, to which each step contributes this share.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     decay: float = 0.1
+    averaging: float = 0.0
     steps: int = 0
     first: Weights = field(default_factory=dict)  # moving averages of the gradients and of their squares
     second: Weights = field(default_factory=dict)
+    mean: Weights = field(default_factory=dict)  # moving average of the weights
 
     def update(self, weights: Weights, gradients: Mapping[str, Array], rate: float) -> None:
         """Change the weights in place."""
@@ -173,11 +178,15 @@ class AdamW:
             if weight.ndim > 1:
                 weight *= 1 - rate * self.decay
             weight -= (rate / unbias1) * first / (np.sqrt(second / unbias2) + self.epsilon)
+            if self.averaging:
+                mean = self.mean.setdefault(name, weight.copy())
+                mean += self.averaging * (weight - mean)
 
     def state(self) -> dict[str, Any]:
         """Return everything that a checkpoint needs."""
-        moments = {f"first/{name}": x for name, x in self.first.items()}
-        return moments | {f"second/{name}": x for name, x in self.second.items()} | {"steps": np.array(self.steps)}
+        kept = {"first": self.first, "second": self.second, "mean": self.mean}
+        arrays = {f"{kind}/{name}": x for kind, weights in kept.items() for name, x in weights.items()}
+        return arrays | {"steps": np.array(self.steps)}
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Continue from what `state` returned."""
@@ -185,4 +194,4 @@ class AdamW:
         for name, array in state.items():
             kind, _, weight = name.partition("/")
             if weight:
-                (self.first if kind == "first" else self.second)[weight] = array
+                getattr(self, kind)[weight] = array
