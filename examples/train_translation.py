@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 from number_words import english, portuguese, vocabulary, words
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = start(random_weights(config, len(WORDS), args.seed), optimiser, args)
     count = sum(x.size for x in run.weights.values())
     print(f"{len(WORDS)} tokens, {count:,} weights, {args.batch} numbers a step; {len(kept):,} others for the test")
-    train(run, step_on(config, kept, args), partial(inverse_root_rate, width=args.width, warm_up=args.warm_up), args)
+    train(run, step_on(config, kept, args), lambda n: args.rate * inverse_root_rate(n, args.width, args.warm_up), args)
     save_curves({"loss": run.losses}, "nats per token", args.picture)
     translated = translate(config, run.optimiser.mean, kept)
     right = [text == portuguese(n) for n, text in zip(kept, translated, strict=True)]
@@ -99,8 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options, checked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sizes = {"steps": 2000, "batch": 64, "layers": 2, "width": 128, "heads": 4, "warm-up": 400, "test": 2000, "show": 8}
+    sizes = {"steps": 1500, "batch": 64, "layers": 2, "width": 128, "heads": 4, "warm-up": 250, "test": 2000, "show": 8}
     add_options(parser, sizes)
+    parser.add_argument("--rate", type=float, default=0.25, help="times the paper's learning rate (default: 0.25)")
     parser.add_argument("--smoothing", type=float, default=0.0, help="of labels; the paper's is 0.1 (default: 0)")
     args = parser.parse_args(arguments)
     check_options(parser, args, list(sizes))
