@@ -232,19 +232,23 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
   problem.distance_bias.origin = a.distance_origin;
 }
 
-}  // namespace
-
 // The first factor of a score is the scale in units of log2, or scale / softcap. If it were not finite in the type of
-// computation, every product of 0 would become NaN.
-void check_scale(const AttentionArguments& a, const Problem& problem) {
+// computation, every product of 0 would become NaN. Each rule says what is accepted, because NaN fails every comparison.
+void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();
-  if (std::abs(problem.scale) > most / log2_e)
+  if (!(std::abs(problem.scale) <= most / log2_e))
     refuse(a.function, "scale"_arg, " is ", problem.scale, ", but its size must not exceed ", most / log2_e);
+  if (!(problem.softcap >= 0 && std::isfinite(problem.softcap)))
+    refuse(a.function, "softcap"_arg, " is ", problem.softcap, ", but it must be finite and not negative");
   if (problem.softcap != 0 && std::abs(problem.scale) / problem.softcap > most)
     refuse(a.function, "softcap"_arg, " is ", problem.softcap, ", but ", "scale"_arg, " / ", "softcap"_arg,
            " must not exceed ", most);
+  if (!(problem.dropout >= 0 && problem.dropout < 1))
+    refuse(a.function, "dropout"_arg, " is ", problem.dropout, ", but it must be at least 0 and less than 1");
 }
+
+}  // namespace
 
 Problem make_problem(const AttentionArguments& a) {
   Problem problem;
@@ -275,7 +279,7 @@ Problem make_problem(const AttentionArguments& a) {
   problem.dropout = a.dropout;
   problem.seed = a.seed;
   problem.first_entry = a.first_entry;
-  check_scale(a, problem);
+  check_numbers(a, problem);
   place_per_head(problem, a);
   place_relative(problem, a);
   place_distance_bias(problem, a);

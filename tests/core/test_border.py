@@ -96,6 +96,25 @@ def test_wrong_values_are_refused(name: str, wrong: Any) -> None:
         delattr(options, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("scale", [np.nan, np.inf, -1e39]),
+        ("softcap", [np.nan, np.inf, -1.0, 1e-39]),
+        ("dropout", [np.nan, np.inf, -0.25, 1.0]),
+    ],
+)
+def test_the_core_itself_refuses_numbers_that_it_cannot_use(name: str, wrong: list[float]) -> None:
+    x = np.ones((1, 1, 2, 1), np.float32)
+    for value in wrong:
+        options = _core.Options()
+        setattr(options, name, value)
+        out = x * 7
+        with pytest.raises(ValueError, match=f"^attention: {name} is "):
+            _core.attention(x, x, x, out, options)
+        assert np.all(out == 7)
+
+
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="casual"):
         _core.Options().casual = True  # type: ignore[attr-defined]
