@@ -44,8 +44,8 @@ class BackwardPart {
 
   void visit_range(std::int64_t index, char* own_memory, int slot_index) noexcept {
     const BackwardSlot slot(own_memory, plan_, problem_, gradients_);
-    // All heads for the first keys, then all heads for the next ones: a task needs what the task of the range before
-    // has done, which then was started long ago.
+    // All heads for the first range of keys, then all heads for the next one. So the task of the preceding range, whose
+    // results a task needs, was started long before.
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
     BackwardTask task{index, index / heads, index % heads / problem_.num_kv_heads, index % problem_.num_kv_heads,
                       slot_index};
@@ -121,7 +121,7 @@ class BackwardPart {
       if (seen.begin < task.first + task.count && task.first < seen.end && seen.begin < seen.end)
         if (!visit(task, span, seen, block, slot)) return;
       if (gradients_.of_heads() && !deliver(task, span, block, slot)) return;
-      // Who shares gradients of scores relies on all tasks before, also on those that skipped the block.
+      // A task that shares gradients of scores relies on all tasks before it, including those that skipped the block.
       if (gradients_.shares_scores && task.index % heads > 0 &&
           !wait_for(task.index - 1, blocks_before(block), task.slot))
         return;
@@ -130,8 +130,8 @@ class BackwardPart {
     store_keys(task, slot);
   }
 
-  // The last block that the KV head before must have finished before this one may add to shared gradients: the same
-  // rows of its last head.
+  // The last block that the preceding KV head must have finished before this KV head may add to shared gradients: the
+  // same rows of the preceding one's last query head.
   std::int64_t blocks_before(std::int64_t block) const {
     return (problem_.group_size - 1) * plan_.row_blocks + block % plan_.row_blocks;
   }
@@ -166,8 +166,9 @@ class BackwardPart {
     store(gradients_.value, slot.dvalues, problem_.value_dim, plan_.value_step, 1);
   }
 
-  // Adds what is summed over rows to the gradients of the head, after the keys before. With relative products, tasks
-  // wait after every block, also after those they skip, since the next one relies on all before.
+  // Adds what is summed over rows to the gradients of the head, after the preceding range of keys has done so. With
+  // relative products, a task waits after every block, even a skipped one, since the task of the next range relies on
+  // all tasks before it.
   bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block, const BackwardSlot& slot) noexcept {
     const bool last_of_head = block % plan_.row_blocks == plan_.row_blocks - 1;
     if (!last_of_head && !problem_.relative) return true;
@@ -268,7 +269,7 @@ class BackwardPart {
   }
 
   static constexpr std::int64_t size = static_cast<std::int64_t>(sizeof(T));
-  // Beyond this, an ulp is 1/16 or more: a row's probabilities cannot be computed from its log-sum-exp. Such rows are
+  // Beyond this, an ulp is 1/8 or more: a row's probabilities cannot be computed from its log-sum-exp. Such rows are
   // padding whose biases are the lowest float; they are treated like rows that see no key.
   static constexpr double largest_peak = sizeof(T) == sizeof(float) ? 0x1p20 : 0x1p49;
 

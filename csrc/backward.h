@@ -10,15 +10,15 @@
 
 namespace selfattn {
 
-// What the backward pass gets besides the problem, whose out and lse hold the results of the forward pass, and where it
-// writes. An operand that is absent or null is not wanted. Results are in the problem's form, with all batch axes.
+// The inputs of the backward pass besides the problem (whose out and lse hold the results of the forward pass), and its
+// outputs. An operand that is absent or null is not wanted. Results are in the problem's form, with all batch axes.
 struct Gradients {
   Operand dout;      // in out's form
   Operand dlse;      // in lse's form; optional
   Operand dweights;  // (batch, num_heads, q_len, kv_len) in the type of computation, keys adjacent; optional
   Operand query, key, value;
-  // Gradients of the scores, summed over what the caller does not tell apart. Arrays start with zeros and have the type
-  // of computation, or hold doubles where that is written.
+  // Gradients of the scores, summed over the axes along which the caller's operand is broadcast. The caller sets the
+  // arrays to 0. They have the type of computation, except those declared as double.
   Operand scores;                   // (batch, num_heads, q_len, kv_len); broadcast axes have stride 0
   bool shares_scores = false;       // several heads or batch entries share elements of `scores`
   char* key_sums = nullptr;         // (batch, num_heads, kv_len): sums over queries
@@ -34,14 +34,14 @@ struct Gradients {
 
   bool of_scores() const { return scores || key_sums || row_sums || slopes || distance_bias; }
   bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
-  // Whether any of them passes through the products of queries and the vectors of distances.
+  // Whether any wanted gradient depends on the gradients of relative products.
   bool through_distances(const Problem& problem) const {
     return problem.relative && (query || scale || relative || relative_bias);
   }
 };
 
-// How to compute gradients. A task is a range of keys of one KV head: it visits all query rows that see them, and adds
-// to the gradients of the queries after the task of the range before has.
+// How to compute gradients. A task is a range of keys of one KV head. It visits all query rows that see them, and adds
+// to the gradients of a row only after the task of the preceding range has done so.
 struct BackwardPlan {
   const KernelSet* kernels;
   const BackwardKernel* kernel;

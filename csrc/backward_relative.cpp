@@ -41,7 +41,7 @@ template <class T>
 void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
   const std::int64_t step = plan_.key_step, row_bytes = step * static_cast<std::int64_t>(sizeof(T));
   const PerHead& rows = problem_.relative.rows;
-  // Of the first column; it falls by 1 from column to column.
+  // The distance of the first column; it falls by 1 from column to column.
   const std::int64_t farthest = span.first + span.valid - 1 + problem_.offset_of(span.batch) - task.first;
   const KeyRange seen = span_keys(problem_, span);
   const std::int64_t begin = std::max<std::int64_t>(seen.begin - task.first, 0);
@@ -92,8 +92,8 @@ void RelativeSums<T>::deliver(BackwardTask& task, const RowSpan& span, bool last
   if (last_of_head) deliver_head(span, slot);
 }
 
-// Adds a column of the window to the vector of its distance, and clears it. Distances at or beyond the ends of the
-// table share a vector, for which the order of tasks is that of whole heads.
+// Adds a column of the window to the gradient of its distance's vector, and clears the column. Distances at or beyond
+// an end of the table share its vector: they are summed in the slot, and deliver_head adds the sum once per head.
 template <class T>
 void RelativeSums<T>::add_column(const RowSpan& span, std::int64_t distance, T* sums, const BackwardSlot& slot) const {
   const std::int64_t count = problem_.relative.count, width = problem_.head_dim;

@@ -15,7 +15,7 @@ struct BackwardTask {
   int slot;
   std::int64_t first = 0;  // key
   int count = 0;
-  bool finite = false;       // its keys and values are
+  bool finite = false;       // no key or value of the task is NaN or infinite
   std::int64_t carried = 0;  // distances whose sums are in RelativeMemory::window
 };
 
@@ -31,7 +31,7 @@ inline SourceRows rows_of(const Problem& problem, const Operand& operand, const 
   return {{element(problem, operand, span, place_of(span, 0)), operand.row, operand.column}, operand.dtype};
 }
 
-// Zeros in the rows of a span from `first` on.
+// Sets the rows of a span to 0, from its row `first` on.
 inline void clear_rows(const Problem& problem, const Operand& operand, const RowSpan& span, int first) {
   for (int i = first; i < span.count; ++i) {
     char* row = element(problem, operand, span, place_of(span, i));

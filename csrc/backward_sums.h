@@ -1,4 +1,4 @@
-// Sums of the gradients of scores, for gradients of what is added to them.
+// Sums of the gradients of scores: these are the gradients of the terms that are added to scores.
 #pragma once
 #include "backward_memory.h"
 #include "backward_rows.h"

@@ -74,7 +74,8 @@ void KeySource::list(const Side& side, std::int64_t first, int count) const {
     for (int i = 0; i < count + rows_ahead; ++i) side.rows[i] = side.copy + std::min(i, count - 1) * row;
     return;
   }
-  // The rows after the block are only prefetched: the keys that follow, or the last valid key past the end.
+  // The rows after the block are only prefetched. They are the keys that follow; past the end, the last valid key is
+  // repeated.
   const std::int64_t known = std::min<std::int64_t>(count + rows_ahead, end_ - first);
   each_run(side.operand, side.base, first, known, [&](const char* from, std::int64_t index, std::int64_t keys) {
     for (std::int64_t i = 0; i < keys; ++i) side.rows[index + i] = from + i * side.operand.row;

@@ -33,7 +33,8 @@ struct BufferView {
   char* data() const { return static_cast<char*>(view.data); }
 };
 
-// One call of a layer. Sets q, k, v and the layout of the arguments; the caller sets the other options.
+// One call of a layer. Sets q, k, v, the layout and where keys come from, and for bfloat16 the precision; the caller
+// sets the other options.
 class LayerCall {
  public:
   // `context` may be absent, and `step` null. With a step, x is (batch, tokens, d_model): its tokens are appended to

@@ -9,7 +9,7 @@ namespace {
 
 // The scores of 128 keys for a strip of 48 floats take 24 KiB and stay in L1 between the two products.
 constexpr int largest_key_block = 128;
-// A few rows have few scores, so that longer blocks fit. These switch less often between reading K and reading V.
+// A few rows have few scores, so longer blocks fit. These switch less often between reading K and reading V.
 constexpr int largest_row_key_block = 512;
 constexpr std::int64_t row_key_block_bytes = std::int64_t{1} << 20;  // limits the copies, if K and V must be copied
 constexpr int smallest_key_block = 8;

@@ -45,7 +45,7 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
              " have too many entries");
 }
 
-// An extent of 0 counts as 1, because empty results have rows, too.
+// An extent of 0 counts as 1: sizes are computed from the other extents even if the result is empty.
 void check_size(const Problem& problem, const char* function) {
   std::int64_t elements = 1;
   bool fits = true;
@@ -53,7 +53,8 @@ void check_size(const Problem& problem, const char* function) {
     fits = fits && !__builtin_mul_overflow(elements, std::max<std::int64_t>(n, 1), &elements);
   if (fits && elements <= most_elements) return;
   const Shape shape = out_shape(problem);
-  refuse(function, "the result of shape ", to_text(shape.extent, shape.ndim), " is more than any memory holds");
+  refuse(function, "the result would have shape ", to_text(shape.extent, shape.ndim),
+         ", which is larger than any memory");
 }
 
 void check_rank(const AttentionArguments& arguments, const char* name, const TensorView& view) {
@@ -141,7 +142,8 @@ void each_number(std::span<const BatchAxis> axes, const char* data, const Use& u
   for (std::int64_t i = 0; i < extent; ++i) each_number(axes.first(axes.size() - 1), data + i * stride, use);
 }
 
-// The same for all integers of an operand. A number that entries share comes once: there may be any number of these.
+// The same for all integers of an operand. Visits an integer that entries share only once: a broadcast operand may have
+// any number of entries.
 template <class Use>
 void each_number(const Problem& problem, const Operand& operand, const Use& use) {
   const BatchAxis even{1, operand.batch == 0 ? 1 : problem.batch, operand.batch};
@@ -171,7 +173,7 @@ void check_alignment(const Problem& problem, const AttentionArguments& a) {
   const auto check = [&](std::int64_t length) {
     if (length < problem.q_len)
       refuse(a.function, "kv_lens"_arg, " holds ", length, ", which is less than the ", problem.q_len, " queries of ",
-             "q"_arg, ", so that it is unclear where they are: pass ", "q_lens"_arg, " as well for padded queries, or ",
+             "q"_arg, ", so their positions are unclear: pass ", "q_lens"_arg, " as well for padded queries, or ",
              "q_offset"_arg, ", the position of the first query");
   };
   each_number(problem, problem.kv_lens, check);
@@ -233,12 +235,12 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
 }
 
 // The first factor of a score is the scale in units of log2, or scale / softcap. If it were not finite in the type of
-// computation, every product of 0 would become NaN. Each rule says what is accepted, because NaN fails every comparison.
+// computation, every product of 0 would become NaN. Conditions name what is accepted, since NaN fails every comparison.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();
   if (!(std::abs(problem.scale) <= most / log2_e))
-    refuse(a.function, "scale"_arg, " is ", problem.scale, ", but its size must not exceed ", most / log2_e);
+    refuse(a.function, "scale"_arg, " is ", problem.scale, ", but its absolute value must not exceed ", most / log2_e);
   if (!(problem.softcap >= 0 && std::isfinite(problem.softcap)))
     refuse(a.function, "softcap"_arg, " is ", problem.softcap, ", but it must be finite and not negative");
   if (problem.softcap != 0 && std::abs(problem.scale) / problem.softcap > most)

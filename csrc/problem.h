@@ -37,8 +37,8 @@ struct Operand {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// A batch axis of an operand whose entries are not equally spaced, or batch axes that it steps through evenly. It moves
-// entry b by b / inside % extent * stride.
+// One batch axis of an operand, or several that it steps through evenly. Operands that a single stride (Operand::batch)
+// can describe have none. Entry b is at the sum of b / inside % extent * stride over the axes.
 struct BatchAxis {
   std::int64_t inside;  // batch entries per step
   std::int64_t extent;
@@ -48,7 +48,8 @@ struct BatchAxis {
 // Keys and values in pages of `size` keys, which may be in any order. Operand::page is the stride between pages in
 // bytes. A ring buffer has no page tables and a page stride of 0, so that all its runs of keys share one page.
 struct Pages {
-  // The page table of one batch entry, from run `first` on. Run r holds the keys from r * size on; null: it is page r.
+  // The page table of one batch entry, from run `first` on. Run r holds the keys from r * size on. Without `numbers`,
+  // run r is page r.
   struct Row {
     const std::int32_t* numbers = nullptr;
     std::int64_t first = 0;
@@ -206,7 +207,7 @@ struct KeyRange {
 struct ValidKeys {
   std::int64_t begin, end;   // of a batch entry
   std::int64_t offset;       // the key aligned with query 0
-  std::int64_t first, last;  // the keys that causal and window leave for query 0: each query sees one key further
+  std::int64_t first, last;  // what causal and window leave to query 0; the interval moves by one key per query
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.

@@ -91,7 +91,7 @@ void gather(const Projection& projection, char* to, const char* from, const Rows
 
 using Part = StridedRows<char>;  // some rows of a matrix
 
-// To read them.
+// The same rows, for reading.
 StridedRows<const char> source(const Part& part) { return {part.data, part.row, part.column}; }
 
 void run_task(const ProjectionJob& job, std::int64_t task, const Bounce& bounce) noexcept {

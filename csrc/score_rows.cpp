@@ -28,7 +28,7 @@ double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
   return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
 }
 
-// No threshold is larger than the largest word, so that a few weights are kept at any rate.
+// The threshold must fit a 32-bit word. This matters only for rates that would round to 1: a few weights are kept.
 Dropout dropout_of(const Problem& problem) {
   if (problem.dropout == 0) return {};
   const double most = std::numeric_limits<std::uint32_t>::max();

@@ -11,7 +11,7 @@ namespace selfattn {
 struct RowSpan {
   std::int64_t batch;
   std::int64_t first_head, heads;
-  std::int64_t first;  // row: query first / heads
+  std::int64_t first;  // index of the first row; its query is first / heads
   int count;
   int valid;  // the first `valid` rows are queries within q_lens; the others get empty results
 

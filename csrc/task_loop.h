@@ -11,8 +11,8 @@ namespace selfattn {
 // Called on the calling thread about every 50 ms; true: stop.
 using Interrupted = bool (*)();
 
-// After a call, its thread's team stays awake for a moment, and useful_threads uses it for less work. Call
-// forget_last_call() to get the result for a call that does not follow another.
+// After a call, the calling thread's team stays awake for a moment, so that useful_threads uses it even for smaller
+// amounts of work. After forget_last_call(), useful_threads answers as if no call had just ended.
 void note_end_of_call();
 void forget_last_call();
 
@@ -64,7 +64,7 @@ class TaskLoop {
   const std::int64_t tasks_;
   const int threads_;
   const Interrupted interrupted_;
-  const bool caller_waits_;  // on a helper thread, which has slot 0 but must not poll: the caller does
+  const bool caller_waits_;  // tasks run on a helper thread: the waiting caller polls, and slot 0 must not
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stopped_{false};
   Clock::time_point last_asked_ = Clock::now();

@@ -46,7 +46,7 @@ std::int64_t Problem::offset_of(std::int64_t b) const { return clamp_far(exact_o
 ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
   const std::int64_t offset = problem.exact_offset_of(b);
   ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far};
-  // Offset and window together may cancel, so that neither may be clamped alone.
+  // Offset and window together may cancel, so neither may be clamped alone.
   if (problem.window_left >= 0) valid.first = far_sum(offset, -problem.window_left);
   if (problem.window_right >= 0) valid.last = far_sum(offset, problem.window_right);
   if (problem.causal) valid.last = std::min(valid.last, valid.offset);

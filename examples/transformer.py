@@ -4,7 +4,7 @@ The encoder's self-attention sees all of a source. The decoder's self-attention 
 values stay in caches. Cross-attention sees the source, whose keys and values are computed once. There are two shapes:
 Marian's, with sines and cosines for positions as in the paper, and BART's, with learned positions. The weights are
 those of a random model of the library transformers (extra: pip install transformers torch), so the text means nothing.
---check compares it with the text of transformers, and with computing everything again at every step.
+--check compares it with the text that the library generates, and with computing everything again at every step.
 """
 
 from __future__ import annotations

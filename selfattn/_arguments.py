@@ -113,7 +113,7 @@ def flag(function: str, name: str, value: Any) -> bool:
 
 
 def integer(function: str, name: str, value: Any) -> int:
-    """Return an integer; a bool is none."""
+    """Return an integer; a bool does not count as one."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise refusal(TypeError, function, name, f" is {value!r}, but an integer is needed")
     return int(value)

@@ -128,7 +128,7 @@ class Operands:
         return total
 
     def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Sum the core's results over what their arguments do not tell apart, and convert them to their dtypes."""
+        """Sum the core's results over the axes along which arguments were broadcast; convert to their dtypes."""
         gradients: dict[str, NDArray[Any]] = {}
         for name, array in found.items():
             if name in ("q", "k", "v", "bias"):

@@ -188,8 +188,8 @@ class KVCache(AnyCache):
             if self.window is not None:
                 for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
                     raise ValueError(
-                        f"truncate: lengths holds {new[b]}, but sequence {b} has no tokens before {starts[b]} any "
-                        f"more, of which a window of {self.window} would see some"
+                        f"truncate: lengths holds {new[b]}, but a window of {self.window} would then see tokens before "
+                        f"{starts[b]}, which sequence {b} no longer holds"
                     )
             self._ledger.publish(new, np.where(new == 0, 0, starts))
 

@@ -108,7 +108,7 @@ def attention_with_kvcache(
     window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
         As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most the cache's window.
     dropout, seed
-        As in `attention`. Queries are counted from the first one of this call, so that each step needs another seed;
+        As in `attention`. Queries are counted from the first one of this call, so each step needs another seed;
         keys are counted from the start of their sequence.
     cascade : bool, default False
         Read the leading pages that all sequences share (forks of one prompt) once for all of them. The two parts are
@@ -200,14 +200,14 @@ def check_window(function: str, cache: AnyCache, left: int) -> None:
 
 
 def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: int) -> None:
-    """Raise if a query looks to the left of the kept tokens; `before`: how many queries are already in the cache."""
+    """Raise if a query sees tokens that are no longer kept; `before`: the queries whose tokens were stored earlier."""
     if cache.window is None or before <= 0:
         return
     lengths, starts = cache._bounds(step)
     for b in np.flatnonzero(starts > np.maximum(lengths - before - left, 0))[:1]:
         raise ValueError(
-            f"{function}: q has {before} queries of tokens that are there, but sequence {b} has no tokens before "
-            f"{starts[b]} any more, of which the first would see some"
+            f"{function}: the first of q's {before} queries for stored tokens would see tokens before {starts[b]}, "
+            f"which sequence {b} no longer holds"
         )
 
 

@@ -125,8 +125,8 @@ def attention_vjp(
     Notes
     -----
     Keeps out in the type of computation and lse in float64 for the gradients. These are therefore more accurate than
-    those that `attention_backward` computes from rounded results. Of 16-bit operands, units that multiply bfloat16 may
-    make `out` differ from that of `attention` in its rounding.
+    those that `attention_backward` computes from rounded results. With 16-bit operands on units
+    that multiply bfloat16, `out` may differ from that of `attention` by rounding.
 
     Examples
     --------

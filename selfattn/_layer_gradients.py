@@ -78,7 +78,7 @@ def self_attention_vjp(
     Notes
     -----
     Multiplies matrices with NumPy, whose library has threads of its own: `num_threads` is for attention only, and
-    the last bits may depend on that library. 16-bit arguments are computed with in float32, and results are rounded
+    the last bits may depend on that library. 16-bit arguments are converted to float32, and results are rounded
     once.
 
     Examples

@@ -193,8 +193,8 @@ class PagedKVCache(AnyCache):
                 raise ValueError(f"truncate: length is {length}, but sequence {sequence} has {old} tokens")
             if self.window is not None and length > 0 and start > max(length - self.window, 0):
                 raise ValueError(
-                    f"truncate: length is {length}, but sequence {sequence} has no tokens before {start} any more, of "
-                    f"which a window of {self.window} would see some"
+                    f"truncate: length is {length}, but a window of {self.window} would then see tokens before "
+                    f"{start}, which sequence {sequence} no longer holds"
                 )
             self._table.settle()
             self._table.shorten(name, length)

@@ -40,7 +40,7 @@ class _Pass:
     relative: tuple[Floats, ...]  # u, w (H, 1, D) and the vector of r for each pair, (*batch, H, Sq, Sk, D); or nothing
 
     def absolute(self) -> _Pass:
-        """Return the pass over absolute values; the softcap's derivative has errors relative to 1."""
+        """Return the pass over absolute values, with 1 for the softcap's derivative, whose errors are relative to 1."""
         values = {name: abs(value) for name, value in vars(self).items() if name != "relative"}
         relative = tuple(abs(x) for x in self.relative)
         queries, keys = values["q"], values["k"]
@@ -56,8 +56,8 @@ def gradients(
 ) -> GradientResult:
     """Return the gradients for a forward pass of the reference, whose `operands` are its arguments by name.
 
-    They include the distance i + offset - j of each pair, with t5 the row of its table for each, and with dropout its
-    factors. The pass is without dropout.
+    `operands` also has "distance": i + offset - j of each pair; with t5 "buckets": the row of the table for each pair;
+    with dropout "factors". The forward pass itself was computed without dropout.
     """
     through = _make_pass(forward, operands, upstream)
     exact = _all_sums(through, _score_gradients(through, subtract=True))
@@ -131,7 +131,7 @@ def _score_gradients(p: _Pass, subtract: bool) -> tuple[Floats, Floats]:
     of_weights = (p.grad_out @ p.v.swapaxes(-1, -2) + p.grad_weights) * p.factors
     mean = (p.weights * of_weights).sum(axis=-1, keepdims=True)
     sign = -1 if subtract else 1
-    change = mean + sign * p.grad_lse  # what a higher score of any key takes from the row
+    change = mean + sign * p.grad_lse  # subtracted from the gradient of each weight of the row
     return p.weights * (of_weights + sign * change), sign * p.sink_weights * change
 
 
@@ -159,7 +159,7 @@ def _all_sums(p: _Pass, of_scores: tuple[Floats, Floats]) -> dict[str, Floats]:
 
 
 def _like_argument(name: str, sums: Mapping[str, Floats], operands: Mapping[str, Any]) -> Floats:
-    """Sum a gradient over what its argument does not tell apart."""
+    """Sum a gradient over the axes along which its argument was broadcast."""
     total = sums[name]
     if name == "t5":
         buckets = np.broadcast_to(operands["buckets"], total.shape)

@@ -8,7 +8,7 @@ from ._attention import explain
 from ._typing import Precision
 
 # The error that products on a matrix unit add, relative to the sum of p|v|: (from rounding weights and values, per unit
-# of sigma from rounding queries and keys). docs/numerics.md derives the bounds.
+# of sigma from rounding queries and keys). The table in docs/numerics.md explains them.
 MATRIX_ROUNDINGS = {
     ("bfloat16", "highest"): (2.0**-8, 0.0),
     ("float16", "highest"): (2.0**-16, 2.0**-16),

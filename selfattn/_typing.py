@@ -1,7 +1,7 @@
 """Types of the public functions' options, for type checkers.
 
-A function's overloads name only the options that determine the type of its result. One of these dicts describes all the
-others. A test compares the dicts with the functions.
+A function's overloads name only the options that determine the type of its result. One of these dicts describes the
+function's remaining options. A test compares the dicts with the functions.
 """
 
 from __future__ import annotations

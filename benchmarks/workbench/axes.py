@@ -18,7 +18,7 @@ AXES: tuple[tuple[str, Precision], ...] = (
 )
 FAMILIES = ("prefill", "decode", "few", "tiny", "block")
 
-AMX = "amx"  # part of the names of ISAs with a matrix unit
+AMX = "amx"  # part of the names of ISAs with AMX
 SOFTMAX = ("heads-32", "heads-64")  # calls that separate the softmax's time from that of the products
 
 _LONG = 2048  # from this length on, the products dominate a prefill

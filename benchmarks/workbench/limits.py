@@ -6,7 +6,7 @@ import os
 
 import selfattn
 
-# All AVX-512 extensions of the processor but no matrix unit, like selfattn's ISAs of that name.
+# All AVX-512 extensions of the processor but not AMX, like selfattn's ISAs of that name.
 _AVX512 = {
     "ATEN_CPU_CAPABILITY": "avx512",
     "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",

@@ -72,7 +72,7 @@ class Vllm(Peer):
 
 
 def _isa(torch: Any, workload: Workload) -> str:
-    """Choose kernels as vLLM does; matrix units only if the system permits this process to use them."""
+    """Choose kernels as vLLM does; AMX only if the system permits this process to use them."""
     if workload.head_dim % 32:
         return "vec16"
     held_back = "ATEN_CPU_CAPABILITY" in os.environ  # vLLM itself does not check this

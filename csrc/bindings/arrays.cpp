@@ -82,7 +82,8 @@ TensorView bool_view(const char* function, const char* name, py::handle object) 
   const py::array array = as_array(object);
   if (array.dtype().num() != bool_number)
     refuse_type(function, name, dtype_name(array),
-                "a mask is bool, True = attend: write `array != 0` for 1 = attend, or pass numbers to add as ",
+                "a mask must be bool, with True where to attend: if 1 means attend, pass `array != 0`; pass numbers "
+                "that are to be added to scores as ",
                 "bias"_arg);
   return view_of(array, DType::boolean);
 }

@@ -87,7 +87,7 @@ py::object attention(py::handle q, py::handle k, py::handle v, py::object out, p
   return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
 }
 
-// Attention for another function, which errors name.
+// Attention on behalf of another function, whose name appears in error messages.
 py::object attention_for(const char* function, py::handle q, py::handle k, py::handle v, py::handle option_values) {
   const Options& options = options_of(option_values);
   return attend_to(arguments_of(function, q, k, v, options), options, py::none(), q);

@@ -39,9 +39,9 @@ py::object attend_to(const AttentionArguments& arguments, const Options& options
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options);
 
 // The gradients of a call, by name: those of q, k and v with all batch axes; that of the bias for all heads and batch
-// entries or in its own shape; those of r, u and w for all heads and batch entries; those of numbers per head or call
-// for each row. operands: grad_out, q, k, v, out, lse, grad_lse, grad_weights (with all axes, in the type of
-// computation).
+// entries or in its own shape; those of r, u and w for all heads and batch entries; those of the scale, ALiBi's slopes
+// and sinks with one number per query row, which the caller sums. operands: grad_out, q, k, v, out, lse, grad_lse,
+// grad_weights (with all axes, in the type of computation).
 py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
                       const py::sequence& wrt);
 

@@ -79,8 +79,9 @@ void check_type(const char* function, const Cache& cache, DType query) {
 
 void check_query(const char* function, const Cache& cache, const TensorView& q, bool bshd) {
   if (q.ndim != 4 || q.extent(3) != cache.batch)
-    refuse(function, "q"_arg, " has shape ", shape_text(q), ", but ", cache.batch, " sequences need ",
-           bshd ? "(batch, q_len, heads, head_dim)" : "(batch, heads, q_len, head_dim)", " with that batch");
+    refuse(function, "q"_arg, " has shape ", shape_text(q), ", but ",
+           bshd ? "(batch, q_len, heads, head_dim)" : "(batch, heads, q_len, head_dim)", " is needed, with batch ",
+           cache.batch, " for the sequences of the cache");
   if (q.extent(0) != cache.key.width)
     refuse(function, "q"_arg, " has head_dim ", q.extent(0), " but the cache has ", cache.key.width);
 }

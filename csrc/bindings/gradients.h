@@ -5,7 +5,7 @@
 
 namespace selfattn::bindings {
 
-// An operand of the backward pass that has a shape of the forward pass's results.
+// The view of an operand of the backward pass, which must have the shape of one of the forward pass's results.
 TensorView shaped_view(const char* function, const char* name, py::handle array, const Shape& shape);
 
 // The same with q's dtype or the type of computation.
@@ -16,8 +16,9 @@ TensorView lse_view(const char* function, py::handle array, const Shape& shape);
 
 py::array zeros(const Shape& shape, DType dtype);
 
-// Allocates the gradient of a bias. What the bias does not tell apart is summed as it is computed; axes of heads and
-// batch are left to the caller, unless that would take an array larger than the bias for every pair of query and key.
+// Allocates the gradient of a bias. If the bias has one query or one key, the core sums over queries or keys, and the
+// caller over heads and batch entries. Otherwise the core makes all sums, in the bias's own shape: an array for every
+// pair of query and key of all heads would be too large.
 py::array bias_gradient(Problem& problem, const TensorView& bias, Gradients& gradients);
 
 }  // namespace selfattn::bindings

@@ -1,5 +1,5 @@
-// relative_attention(): attention that adds products of queries with a vector per distance to those with keys. And its
-// gradients.
+// relative_attention() and its gradients: scores are the products of queries and keys plus the products of queries and
+// a vector for their distance.
 #include "bindings/attention.h"
 
 namespace selfattn::bindings {

@@ -33,7 +33,7 @@ struct LseOf {
   LseOf& operator=(const LseOf&) = delete;
 };
 
-// What each sequence of a call has one of, in memory that later calls reuse.
+// One T for each sequence of a call, in memory that later calls reuse.
 template <class T>
 class PerSequence {
  public:
@@ -63,8 +63,9 @@ class PerSequence {
 struct Sequence;
 
 // The operands of a call: q, k, v, cu_seqlens_q, cu_seqlens_k, masks, biases, q_offsets, alibi_slopes. The last four
-// replace the options of the same names, which are None in the call's options. They are lists of arrays or None, and
-// arrays whose first axis is the sequences. The Python layer has checked lengths.
+// replace the options of the same names, which are None in the call's options. Masks and biases are lists of arrays,
+// q_offsets and alibi_slopes are arrays whose first axis counts sequences; each of them may be None. The Python layer
+// has checked lengths.
 class Packed {
  public:
   Packed(const char* function, const py::tuple& inputs);
@@ -78,7 +79,7 @@ class Packed {
   std::int64_t keys_of(std::size_t i) const { return keys[i + 1] - keys[i]; }
   Shape lse_shape() const;
 
-  // The arguments of one sequence, which must live as long as they do.
+  // The arguments of one sequence. `sequence` must outlive them.
   AttentionArguments arguments(const Options& options, std::size_t i, Sequence& sequence) const;
 
  private:

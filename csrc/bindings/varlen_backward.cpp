@@ -94,8 +94,8 @@ bool run(PerSequence<Sequence>& sequences, PerSequence<Gradients>& gradients, st
 }
 
 // inputs: those of attention_varlen. results: grad_out, out, lse, grad_lse (or None). Returns the gradients by name:
-// those of q, k and v packed; lists of those of each sequence's bias and of numbers per head or call, in the form in
-// which attention_backward returns them.
+// packed arrays for q, k and v; for bias, scale, alibi_slopes, sinks and t5 a list with what attention_backward would
+// return for each sequence.
 py::dict attention_varlen_backward(const char* function, const py::tuple& inputs, const py::tuple& results,
                                    const py::sequence& wrt, py::handle option_values) {
   const Options& options = options_of(option_values);

@@ -22,8 +22,8 @@ using xla::Lengths;
 enum Given : std::int64_t { bias_given = 1, mask_given = 2, query_lengths_given = 4, key_lengths_given = 8 };
 enum Wanted : std::int64_t { query_wanted = 1, key_wanted = 2, value_wanted = 4, bias_wanted = 8 };
 
-// The operands of attention, as views that `arguments` refers to: query, key and value from an argument on, then
-// `rest`, the first of those that may be absent.
+// The operands of attention, as views that `arguments` refers to. Query, key and value are the arguments from `first`
+// on; `rest` is the first of those that may be absent.
 class Operands {
  public:
   Operands(const Call& call, std::int64_t first, std::int64_t rest)
@@ -137,7 +137,7 @@ class BiasGradient {
   std::vector<double> sums_;
 };
 
-// Arguments: the gradient of out, query, key, value, out, the log-sum-exps, what may be absent. Results: the gradients
+// Arguments: grad_out; query, key, value; out; the log-sum-exps; then those that may be absent. Results: the gradients
 // that `wrt` names; that of the bias in the type of computation.
 void differentiate_xla(const Call& call) {
   const Operands operands(call, 1, 6);

@@ -1,4 +1,5 @@
-// Attention for few query rows against many keys (decode): vectors run along keys. row_products.h has the products.
+// Attention for few query rows against many keys (decode): scores are vectors along keys. The products run along
+// head_dim and value_dim: see row_products.h.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"

@@ -5,8 +5,8 @@
 //   out[dim][row] += value[dim] * probs[key][row]
 //
 // An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips; a strip has
-// as many rows as `Vectors` registers have lanes. Each strip records which keys its rows can see, so causal and window
-// limits waste at most half a strip.
+// as many rows as `Vectors` registers have lanes. Each strip records which keys its rows can see. So at a causal or
+// window limit a row computes at most as many hidden keys as a strip has rows, half as many on average.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/dropout.h"
@@ -31,7 +31,7 @@ struct TileAttention {
     T* queries;  // per strip, as the engine packs them
     T* out;      // per strip [value_dim][lanes]
     T* scores;   // [key_block][lanes]; some engines store probs here
-    T* terms;    // [key_block][lanes]; holds the factors of dropout before
+    T* terms;    // [key_block][lanes]; the factors of dropout, or mask and bias
     RowPlaces<T> places;
     typename Engine::Memory memory;
     std::size_t bytes;

@@ -1,6 +1,6 @@
 // The relative half of the backward pass: gradients of the products of a block of query rows with the vectors of
-// distances. The rows are consecutive queries, so that distances are the diagonals of the block, and of row r only the
-// place is shifted:
+// distances. The rows are consecutive queries, so each diagonal of the block is one distance. To make a diagonal a
+// column, row r is shifted:
 //
 //   factors[column][row] = dproducts[row][column - (rows - 1 - row)]
 //

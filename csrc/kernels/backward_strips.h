@@ -4,7 +4,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Vectors that hold `count` elements, in elements: the step between rows of operands.
+// `count` rounded up to whole vectors: the step between rows of operands, in elements.
 template <class T>
 constexpr std::int64_t padded(std::int64_t count) {
   return (count + Vec<T>::width - 1) / Vec<T>::width * Vec<T>::width;

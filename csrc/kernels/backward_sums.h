@@ -8,8 +8,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Which pairs of keys and rows sums must skip, because 0 times their operands is not 0: those where `marks`, an array
-// in the shape of the factors, has this value. Null: none.
+// The pairs of key and row that sums must skip, because 0 times their operands is not 0: those where `marks`, an array
+// in the shape of the factors, equals `value`. Null: none.
 template <class T>
 struct Skipped {
   const T* marks = nullptr;

@@ -5,7 +5,7 @@
 //   dprobs[key][row]  = value . dout             dscores = probs * (dprobs - delta)
 //   dquery[dim][row] += key[dim] * dscores[key][row]
 //
-// The gradients of keys and values are sums over rows, so there vectors run along the head:
+// The gradients of keys and values are sums over rows. Their vectors run along head_dim and value_dim:
 //
 //   dkey[key][dim]   += dscores[key][row] * query[row][dim]
 //   dvalue[key][dim] += probs[key][row] * dout[row][dim]
@@ -26,7 +26,7 @@
 namespace selfattn::SELFATTN_ISA {
 
 // TileRows and Vectors are the shape of tiles with vectors across rows, SumRows and SumVectors that of tiles with
-// vectors along the head.
+// vectors along head_dim or value_dim.
 template <class T, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct TileBackward {
   using Engine = FmaEngine<T, TileRows>;
@@ -45,7 +45,7 @@ struct TileBackward {
     T* factors;   // the same and a few lines more: see dropout_factors
     T* probs;     // [key_block][block_lanes] of all strips
     T* dscores;   // the same
-    T* original;  // the same: scores before the softmax, to tell hidden keys
+    T* original;  // the same: scores before the softmax, in which hidden keys are -inf
     RowPlaces<T> places;
     std::int64_t block_lanes;
     std::size_t bytes;
@@ -71,7 +71,7 @@ struct TileBackward {
         : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
-  // A block of keys in scratch memory.
+  // A block of keys and values, and the sums of their gradients.
   struct Keys {
     std::int64_t first;
     int count;

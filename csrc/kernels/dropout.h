@@ -28,7 +28,7 @@ template <int Chains>
   }
 }
 
-// Rows and lanes of a tile across rows. Lanes from `count` on have no row.
+// The rows and the number of lanes of a tile whose vectors run across rows. Lanes from `count` on have no row.
 struct RowLanes {
   const Row* rows;
   int count, lanes;

@@ -67,7 +67,7 @@ struct AmxEngine : PairOperands<E, Terms> {
   static void accumulate(const Block& block, const SeenKeys& seen, const float*, const VecF (&rescale)[Cols],
                          std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
     rescale_sums<Cols>(rescale, value_dim, out);
-    // Pads the weights with 0 up to the end of the last tile.
+    // Pads the probs with 0 up to the end of the last tile.
     const std::int64_t used = (seen.count + cell - 1) / cell, depth = row_cells(seen.count);
     for (int t = 0; t < Terms; ++t)
       for (std::int64_t i = used * Cols * W; i < depth * Cols * W; i += W)

@@ -5,7 +5,7 @@
 //   pack_queries    packs the queries of a strip, once per block of rows
 //   prepare         prepares a block of keys and values, once for all strips that see it
 //   score           scores[key][row] = key . query, times the multiplier if the engine `scales`
-//   keep_probs      stores the weights of `cell` keys where accumulate expects them; `line`: the first key's scores
+//   keep_probs      stores the probs of `cell` keys where accumulate expects them; `line`: the first key's scores
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
 // A strip may start at any key of a block whose index within the block is a multiple of `alignment`.
 #pragma once

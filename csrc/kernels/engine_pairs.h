@@ -52,7 +52,7 @@ struct PairEngine : PairOperands<E, 1> {
     Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
   }
 
-  // Weights overwrite the scores.
+  // Probs overwrite the scores.
   static void keep_probs(const Block&, const VecF (&prob)[cell], float* scores, float* line, int lane) {
     store(scores + (line - scores) / cell + lane, to_cells(prob[0], prob[1]));
   }

@@ -29,8 +29,8 @@ struct Row {
   std::uint32_t place[3];    // what dropout tells rows apart by: batch entry, head, query
 };
 
-// Weights are dropped if the word that belongs to their place is below the threshold, and are multiplied by the factor
-// otherwise (decision 11).
+// A weight is dropped if the random 32-bit word of its place (batch entry, head, query, key) is below the threshold;
+// otherwise it is multiplied by the factor (decision 11).
 struct Dropout {
   double factor = 0;  // 0: there is no dropout
   std::uint32_t threshold = 0;
@@ -48,7 +48,8 @@ struct ScoreTerms {
   bool bias = false;
   DType bias_type = DType::f32;
   bool bias_at_hand = false;  // the bias was computed for this block and is in scratch memory, not the caller's
-  // It is also the only term, and all rows share one line: each row starts one element before the previous row.
+  // The bias is at hand and is the only term, and all rows share one line: each row starts one element before the
+  // previous row.
   bool toeplitz = false;
   std::int64_t mask_step = 0;  // bytes from one key to the next
   std::int64_t bias_step = 0;
@@ -133,8 +134,9 @@ struct BackwardBlock {
   void* scratch;
 };
 
-// The relative half for the same rows, which are consecutive queries, and keys. Column c of a block belongs to the
-// pairs of row i and key first_key + c - (count - 1 - i), which all have the same distance. Rows as in BackwardBlock.
+// The relative half of the backward pass, for the same keys and the same rows, which are consecutive queries here.
+// Column c of a block belongs to the pairs of row i and key first_key + c - (count - 1 - i), which all have the same
+// distance. Rows as in BackwardBlock.
 struct RelativeBlock {
   const Row* rows;
   int count;

@@ -7,10 +7,10 @@
 // bfloat16. Terms are stored in `Terms` planes, one after another. A product is the sum of the products of terms i and
 // j with i + j < Terms. Two terms carry 16 bits of the significand, three carry all 24.
 //
-// Some numbers cannot be split: NaN, Inf, numbers that round to Inf, and numbers that would leave subnormal terms. They
-// are multiplied by FMA instead. Scores are recomputed key by key and row by row; values are added to the outputs
-// afterwards. Only scores and outputs that such a number contributes to are changed, so results are bit-identical
-// whatever hidden keys hold.
+// Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers that would leave subnormal
+// terms. They are multiplied by FMA instead. Scores are recomputed key by key and row by row; values are added to the
+// outputs afterwards. Only scores and outputs that such a number contributes to are changed, so results are
+// bit-identical whatever hidden keys hold.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/engine_fma.h"
@@ -163,7 +163,7 @@ struct PairOperands {
     }
   }
 
-  // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): weights of a key.
+  // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): probs of a key.
   template <int Cols, class Prob>
   static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim,
                                       float* out, const ScoreTile<float>& tile) {

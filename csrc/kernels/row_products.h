@@ -22,7 +22,9 @@ struct FmaDots {
   static Vec<T> load_some(const E* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> load_query(const Q* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> add_product(Vec<T> query, Vec<T> key, Vec<T> sum) { return fma(query, key, sum); }
-  static constexpr bool flushes = false;  // whether subnormal numbers count as 0; 0 times Inf is NaN
+  // Whether the unit takes subnormal numbers for 0. Then a subnormal number times Inf is NaN, which recompute_dots
+  // corrects.
+  static constexpr bool flushes = false;
 };
 
 // MaxSums: vector accumulators that fit the registers along with their operands. E: type of keys and values in memory.

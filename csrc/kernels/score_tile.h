@@ -17,8 +17,8 @@ constexpr T largest = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) :
 // What each row sees. Keys are counted from the tile's first key.
 template <class T>
 struct RowPlaces {
-  T* begin;     // the row sees keys in [begin, end)
-  T* end;       //
+  T* begin;  // the row sees keys in [begin, end)
+  T* end;
   T* distance;  // the key from which ALiBi distances count
   T* slope;
 

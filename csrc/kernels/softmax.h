@@ -5,7 +5,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The scores of one softmax: lines of Cols vectors, `step` elements apart. Loops over pointers need no other counter.
+// The scores of one softmax: lines of Cols vectors, `step` elements apart. `end` is a pointer, so that loops need no
+// other counter.
 template <class T>
 struct ScoreLines {
   T* scores;
@@ -32,7 +33,7 @@ template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
     for (int c = 0; c < Cols; ++c) peak[c] = max(peak[c], scaled(load(line + c * W)));
   for (int c = 0; c < Cols; ++c) {
     peak[c] = Axes::max_of_line(peak[c]);
-    // -inf minus -inf is NaN, so a row that has seen no key yet shifts by 0, and its weights stay 0.
+    // -inf minus -inf is NaN, so a row that has seen no key yet shifts by 0, and its probs stay 0.
     shift[c] = select(peak[c] == nothing, broadcast(T(0)), peak[c]);
     step.rescale[c] = exp2(step.peak[c] - shift[c]);
     step.peak[c] = peak[c];

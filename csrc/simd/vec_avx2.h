@@ -230,7 +230,7 @@ inline void transpose(VecD (&v)[4]) {
   v[3].r = _mm256_permute2f128_pd(b, d, 0x31);
 }
 
-// Words of 32 bits in the lower halves of 64-bit lanes. Operations ignore what the upper halves hold.
+// Words of 32 bits in the lower halves of 64-bit lanes. Operations except upper_half ignore the upper halves.
 struct Words {
   static constexpr int width = 4;
   __m256i r;
@@ -244,7 +244,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(even));
 }
 inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.r, b.r)}; }
-// The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
+// A product fills its lane: its lower half is a word as it stands, and upper_half turns its upper half into one.
 inline Words multiply(Words a, Words b) { return {_mm256_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm256_srli_epi64(a.r, 32)}; }
 // Whether each word is at least `limit`.

@@ -1,5 +1,5 @@
 // Any CPU: 16-byte vectors with the compiler's vector extensions (SSE2 on x86-64, the baseline elsewhere).
-// Every vec_*.h offers the same operations in the same order.
+// Every vec_*.h offers the same operations.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -260,7 +260,7 @@ inline void transpose(Vec<T> (&v)[N]) {
     }
 }
 
-// Words of 32 bits in the lower halves of 64-bit lanes. Operations ignore what the upper halves hold.
+// Words of 32 bits in the lower halves of 64-bit lanes. Operations except upper_half ignore the upper halves.
 struct Words {
   static constexpr int width = 2;
   typedef std::uint64_t Register __attribute__((vector_size(16)));
@@ -272,7 +272,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   for (int i = 0; i < Words::width; ++i) p[i] = static_cast<std::uint32_t>(a.r[i]);
 }
 inline Words operator^(Words a, Words b) { return {a.r ^ b.r}; }
-// The products of words fill their lanes: a word again is the lower half, and upper_half moves the upper one there.
+// A product fills its lane: its lower half is a word as it stands, and upper_half turns its upper half into one.
 inline Words multiply(Words a, Words b) { return {(a.r & 0xffffffff) * (b.r & 0xffffffff)}; }
 inline Words upper_half(Words a) { return {a.r >> 32}; }
 // Whether each word is at least `limit`.

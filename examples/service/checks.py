@@ -62,7 +62,7 @@ def parse_generate(body: bytes) -> Generate:
     temperature = values.get("temperature", 1.0)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise Problem(400, "temperature must be a number")
-    if not 0 <= temperature <= 100:  # nor is NaN
+    if not 0 <= temperature <= 100:  # true for NaN as well
         raise Problem(400, "temperature must be from 0 to 100")
     return Generate(prompt, tokens, float(temperature), seed)
 

@@ -86,7 +86,7 @@ def dot_product_attention(
     local_window_size : int or (left, right), optional
         Number of keys that a query sees to each side of its own position; a single number applies to both sides.
     implementation : {None, "xla"}
-        Ignored: selfattn computes either.
+        Ignored: both values have the same effect.
     return_residual : bool, default False
         Also return the log-sum-exps.
 

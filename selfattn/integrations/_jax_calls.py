@@ -58,8 +58,8 @@ def _for(operands: Operands, gradients: dict[str, Any]) -> Operands:
     return Operands(**{**dict.fromkeys(Operands._fields), **zeros, **gradients})
 
 
-# Three functions have a gradient of their own, so that gradients have gradients: the attention that users call, the
-# same with what its gradients need, and these gradients.
+# Three functions have custom gradients, so that second derivatives work: `attend`, which users call; `_keep`, which
+# also returns what the gradients need; and `_gradients`.
 
 
 def _attend_function(config: Config, operands: Operands) -> Any:
@@ -130,7 +130,7 @@ def _gradients_backward(static: Any, kept: Any, grads: Any) -> Any:
 
     _, vjp = jax.vjp(plain, grad_out, *(getattr(operands, name) for name in names))
     grad_grad_out, *found = vjp(tuple(grads))
-    # Out and the log-sum-exps depend on the operands: their share is in the gradients of these.
+    # None for out and the log-sum-exps: the gradients of the operands already include what goes through them.
     return grad_grad_out, _for(operands, dict(zip(names, found, strict=True))), None, None
 
 

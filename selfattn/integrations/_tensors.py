@@ -27,7 +27,7 @@ def to_array(tensor: Any) -> NDArray[Any]:
 
 def to_tensor(array: NDArray[Any]) -> Any:
     """Return a contiguous tensor, over the array's memory if that is contiguous."""
-    array = np.ascontiguousarray(array).reshape(array.shape)  # the former gives numbers an axis
+    array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes 0-d arrays 1-d
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -61,7 +61,7 @@ def is_plain(*tensors: Any) -> bool:
 
 
 def _is_disguised(tensor: Any) -> bool:
-    """Whether a tensor has no memory of its own; the second kind are batches of upstream gradients."""
+    """Whether a tensor has no memory of its own: some subclasses, and batches of upstream gradients (legacy vmap)."""
     return type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
@@ -77,7 +77,7 @@ def wants_gradient(*tensors: Any) -> bool:
 
 
 def _is_traced(tensor: Any) -> bool:
-    """Whether a tensor within others, to which transformations are applied, requires grad."""
+    """Whether a tensor that `torch.func` transformations have wrapped, perhaps several times, requires grad inside."""
     if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     inner = torch._C._functorch.get_unwrapped(tensor)

@@ -44,7 +44,7 @@ def _can_fold(call: Call, dims: Call) -> bool:
     others = [(x, dim) for name, x, dim in zip(Call._fields, call.tensors(), dims, strict=False) if name not in _SHAPED]
     if call.dropout or any(dim is not None for _, dim in others):
         return False
-    if ranks == {2}:  # the dimension becomes that of heads, for which there are no numbers
+    if ranks == {2}:  # the new dimension becomes that of heads: options with numbers per head would not fit
         return call.sinks is None and call.alibi_slopes is None and call.t5 is None
     return len(ranks) == 1 or call.layout == "bhsd"
 

@@ -166,8 +166,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
 
     Notes
     -----
-    As for `scaled_dot_product_attention`, except that autocast does not apply. Of 16-bit operands, units that multiply
-    bfloat16 may make the result differ in its rounding from one for which no gradient is recorded.
+    As for `scaled_dot_product_attention`, except that autocast does not apply. With 16-bit operands on units
+    that multiply bfloat16, the result may differ by rounding from one for which no gradient is recorded.
 
     Examples
     --------

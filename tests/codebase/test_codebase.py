@@ -26,7 +26,7 @@ INCLUDE_RULES = [
     ("slot.*", r'<|"(slot|plan|distance_terms|kernels/scratch)\.h"', r"immintrin|arm_neon|chrono|thread|omp\.h"),
     ("registry.cpp", None, r"simd/|kernels/(?!kernel_set)"),
     ("bindings/*", None, r"simd/|kernels/(?!kernel_set)"),
-    ("*.*", None, r"Python\.h|pybind11"),
+    ("*.*", None, r"Python\.h|pybind11|simd/(?!narrow)|kernels/(?!kernel_set|scratch)"),
 ]
 
 

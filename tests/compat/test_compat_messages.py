@@ -86,7 +86,7 @@ SDPA_CASES: list[Case] = [
         ValueError,
         "attn_mask has shape (3, 5, 6), which does not broadcast to (1, 2, 5, 6)",
     ),
-    ({"scale": 1e300}, ValueError, f"scale is 1e+300, but its size must not exceed {LARGEST_SCALE}"),
+    ({"scale": 1e300}, ValueError, f"scale is 1e+300, but its absolute value must not exceed {LARGEST_SCALE}"),
     ({"scale": "q is k"}, TypeError, "scale is 'q is k', but a real number is needed"),
     ({"scale": "mask has a (bias) "}, TypeError, "scale is 'mask has a (bias) ', but a real number is needed"),
     ({"query": Broken("k has q")}, ValueError, "query of type Broken is not an array of numbers: k has q"),
@@ -109,7 +109,7 @@ DOT_PRODUCT_CASES: list[Case] = [
         "key_value_seq_lengths holds -1, which is outside 0..6 (the length of key)",
     ),
     ({"bias": array(5, 6, dtype=np.int32)}, TypeError, f"bias {NO_FLOATS}"),
-    ({"scale": -1e300}, ValueError, f"scale is -1e+300, but its size must not exceed {LARGEST_SCALE}"),
+    ({"scale": -1e300}, ValueError, f"scale is -1e+300, but its absolute value must not exceed {LARGEST_SCALE}"),
     ({"scale": "q is v"}, TypeError, "scale is 'q is v', but a real number is needed"),
     ({"bias": Broken("q has k")}, ValueError, "bias of type Broken is not an array of numbers: q has k"),
     (
@@ -149,7 +149,7 @@ FLASH_OPTIONS: list[Case] = [
 LARGE_SCALE: Case = (
     {"softmax_scale": 1e300},
     ValueError,
-    f"softmax_scale is 1e+300, but its size must not exceed {LARGEST_SCALE}",
+    f"softmax_scale is 1e+300, but its absolute value must not exceed {LARGEST_SCALE}",
 )
 SMALL_SOFTCAP: Case = (
     {"softcap": 1e-300},
@@ -182,7 +182,7 @@ FLASH_CASES: list[Case] = [
     (
         {"q": claim(1 << 40, 1 << 14, 1, 8), "k": claim(1, 6, 1, 8), "v": claim(1, 6, 1, 8)},
         ValueError,
-        "the result of shape (1099511627776, 16384, 1, 8) is more than any memory holds",
+        "the result would have shape (1099511627776, 16384, 1, 8), which is larger than any memory",
     ),
 ]
 
