@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import ACCEPTED, as_array, core_options, flag, is_float
+from ._errors import refusal
 from ._typing import Array
 
 
@@ -82,10 +83,10 @@ class Operands:
         gradients = self.in_shape(self.backward(upstream, out_array, lse_array))
         return _deliver(self.function, gradients, targets, accumulate)
 
-    def vjp(self, return_lse: bool, return_weights: bool) -> tuple[Any, Vjp]:
+    def vjp(self) -> tuple[Any, Vjp]:
         """Compute the forward pass and return the function that computes its gradients."""
         options = self.options.copy()
-        options.return_lse, options.return_weights, options.exact = True, return_weights, True
+        options.return_lse = options.exact = True
         exact_out, exact_lse, *weights = self.forward(options)
         out = exact_out.astype(self.q.dtype, copy=True)
 
@@ -96,9 +97,8 @@ class Operands:
             upstream = Upstream(grad_out, grad_lse, grad_weights)
             return Gradients(**self.in_shape(self.backward(upstream, exact_out, exact_lse)))
 
-        if not (return_lse or return_weights):
-            return out, vjp
-        return (out, *([exact_lse.astype(exact_out.dtype)] if return_lse else []), *weights), vjp
+        lse = [exact_lse.astype(exact_out.dtype)] if self.options.return_lse else []
+        return (out, *lse, *weights) if lse or weights else out, vjp
 
     def backward(self, upstream: Upstream, out: NDArray[Any], lse: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return what the core computes: arrays with all axes of heads and batch."""
@@ -110,7 +110,9 @@ class Operands:
             grad_weights = np.ascontiguousarray(grad_weights, dtype=computed_in(self.q.dtype))
             through = self._through_weights(grad_weights)
             if grad_lse is not None and grad_lse.shape != through.shape:
-                raise ValueError(f"{self.function}: grad_lse has shape {grad_lse.shape} but {through.shape} is needed")
+                raise refusal(
+                    ValueError, self.function, "grad_lse", f" has shape {grad_lse.shape} but {through.shape} is needed"
+                )
             grad_lse = -through if grad_lse is None else grad_lse - through
         return self.differentiate((grad_out, self.q, self.k, self.v, out, lse, grad_lse, grad_weights))
 
@@ -120,8 +122,11 @@ class Operands:
         options.return_lse, options.return_weights = False, True
         _, weights = self.forward(options)
         if weights.shape != grad_weights.shape:
-            raise ValueError(
-                f"{self.function}: grad_weights has shape {grad_weights.shape} but {weights.shape} is needed"
+            raise refusal(
+                ValueError,
+                self.function,
+                "grad_weights",
+                f" has shape {grad_weights.shape} but {weights.shape} is needed",
             )
         counted = np.where(weights == 0, 0, grad_weights)  # those of hidden keys may be anything
         total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
@@ -165,7 +170,7 @@ def sum_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 def _floats(function: str, name: str, value: ArrayLike) -> NDArray[Any]:
     array = as_array(function, name, value)
     if not is_float(array.dtype):
-        raise TypeError(f"{function}: {name} has dtype {array.dtype}, but {ACCEPTED}")
+        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
     return array
 
 
@@ -180,12 +185,14 @@ def checked_names(
     """Return the checked names of arguments whose gradients are wanted."""
     known = (*always, *_OPTIONAL, "scale")
     if isinstance(wrt, str) or not isinstance(wrt, Sequence):
-        raise TypeError(f"{function}: wrt is {wrt!r}, but a sequence of names is needed")
+        raise refusal(TypeError, function, "wrt", f" is {wrt!r}, but a sequence of names is needed")
     for name in wrt:
         if name not in known:
-            raise ValueError(f"{function}: wrt names {name!r}, but it must be one of {', '.join(map(repr, known))}")
+            raise refusal(
+                ValueError, function, "wrt", f" names {name!r}, but it must be one of {', '.join(map(repr, known))}"
+            )
         if name in _OPTIONAL and options.get(name) is None:
-            raise ValueError(f"{function}: wrt names {name!r}, but there is no {name}")
+            raise refusal(ValueError, function, "wrt", f" names {name!r}, but there is no ", name, "")
     return tuple(wrt)
 
 
@@ -196,20 +203,24 @@ def targets_of(
     add = flag(function, "accumulate", accumulate)
     if into is None:
         if add:
-            raise ValueError(f"{function}: accumulate is True, but there is no into to add to")
+            raise refusal(ValueError, function, "accumulate", " is True, but there is no ", "into", " to add to")
         return {}
     if isinstance(into, Gradients):
         into = into._asdict()
     if not isinstance(into, Mapping):
-        raise TypeError(f"{function}: into is of type {type(into).__name__}, but Gradients or a mapping is needed")
+        raise refusal(
+            TypeError, function, "into", f" is of type {type(into).__name__}, but Gradients or a mapping is needed"
+        )
     targets = {name: array for name, array in into.items() if array is not None}
     for name, array in targets.items():
         if name not in wrt:
-            raise ValueError(f"{function}: into has {name!r}, which wrt does not name")
+            raise refusal(ValueError, function, "into", f" has {name!r}, which ", "wrt", " does not name")
         if not isinstance(array, np.ndarray):
-            raise TypeError(f"{function}: into[{name!r}] is of type {type(array).__name__}, but an ndarray is needed")
+            raise refusal(
+                TypeError, function, "into", f"[{name!r}] is of type {type(array).__name__}, but an ndarray is needed"
+            )
         if not array.flags.writeable:
-            raise ValueError(f"{function}: into[{name!r}] is read-only")
+            raise refusal(ValueError, function, "into", f"[{name!r}] is read-only")
     return targets
 
 
@@ -226,9 +237,12 @@ def write(function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, 
     for name, target in targets.items():
         array = gradients[name]
         if target.shape != array.shape or target.dtype != array.dtype:
-            raise ValueError(
-                f"{function}: into[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has "
-                f"{array.shape} and {array.dtype}"
+            raise refusal(
+                ValueError,
+                function,
+                "into",
+                f"[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has {array.shape} "
+                f"and {array.dtype}",
             )
     for name, target in targets.items():
         if accumulate:

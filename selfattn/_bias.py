@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import ACCEPTED, as_array, flag, is_float, whole_number
+from ._errors import refusal
 from ._keywords import hinted
 
 
@@ -162,19 +163,21 @@ class _Buckets(NamedTuple):
     def check(cls, function: str, table: ArrayLike, bidirectional: bool, max_distance: int) -> _Buckets:
         array = as_array(function, "table", table)
         if not is_float(array.dtype):
-            raise TypeError(f"{function}: table has dtype {array.dtype}, but {ACCEPTED}")
+            raise refusal(TypeError, function, "table", f" has dtype {array.dtype}, but {ACCEPTED}")
         sides = 2 if flag(function, "bidirectional", bidirectional) else 1
         if array.ndim != 2 or array.shape[0] < 2 * sides or array.shape[0] % sides:
-            raise ValueError(
-                f"{function}: table has shape {array.shape}, but (num_buckets, H) is needed, with at least "
-                f"{2 * sides} buckets" + (", an even number" if bidirectional else "")
-            )
+            even = ", an even number" if bidirectional else ""
+            text = f" has shape {array.shape}, but (num_buckets, H) is needed, with at least {2 * sides} buckets{even}"
+            raise refusal(ValueError, function, "table", text)
         buckets = array.shape[0] // sides
         exact = buckets // 2
         farthest = whole_number(function, "max_distance", max_distance, 1)
         if not exact < farthest <= 1 << 20:
-            raise ValueError(
-                f"{function}: max_distance is {max_distance}, but it must be greater than {exact} and at most {1 << 20}"
+            raise refusal(
+                ValueError,
+                function,
+                "max_distance",
+                f" is {max_distance}, but it must be greater than {exact} and at most {1 << 20}",
             )
         distance = np.arange(farthest + 1)
         steps = np.log(np.maximum(distance, exact) / exact) / np.log(farthest / exact)

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._any_cache import AnyCache, Step
 from ._arguments import as_array, integers
+from ._errors import refusal
 from ._keywords import hinted
 from ._ledger import Ledger, header_bytes
 from ._lock import SharedLock
@@ -179,17 +180,27 @@ class KVCache(AnyCache):
         """
         new = np.array(integers("truncate", "lengths", lengths))
         if new.shape not in ((), (self.batch,)):
-            raise ValueError(f"truncate: lengths has shape {new.shape}, but ({self.batch},) or one integer is needed")
+            raise refusal(
+                ValueError,
+                "truncate",
+                "lengths",
+                f" has shape {new.shape}, but ({self.batch},) or one integer is needed",
+            )
         with self._lock.writing:
             old, starts = self._ledger.state()
             new = np.broadcast_to(new, old.shape)
             for b in np.flatnonzero((new < 0) | (new > old))[:1]:
-                raise ValueError(f"truncate: lengths holds {new[b]}, which is outside 0..{old[b]} (sequence {b})")
+                raise refusal(
+                    ValueError, "truncate", "lengths", f" holds {new[b]}, which is outside 0..{old[b]} (sequence {b})"
+                )
             if self.window is not None:
                 for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
-                    raise ValueError(
-                        f"truncate: lengths holds {new[b]}, but a window of {self.window} would then see tokens before "
-                        f"{starts[b]}, which sequence {b} no longer holds"
+                    raise refusal(
+                        ValueError,
+                        "truncate",
+                        "lengths",
+                        f" holds {new[b]}, but a window of {self.window} would then see tokens before {starts[b]}, "
+                        f"which sequence {b} no longer holds",
                     )
             self._ledger.publish(new, np.where(new == 0, 0, starts))
 
@@ -203,9 +214,9 @@ class KVCache(AnyCache):
         """
         index = np.array(integers("reorder", "index", index))
         if index.shape != (self.batch,):
-            raise ValueError(f"reorder: index has shape {index.shape}, but ({self.batch},) is needed")
+            raise refusal(ValueError, "reorder", "index", f" has shape {index.shape}, but ({self.batch},) is needed")
         for i in np.flatnonzero((index < 0) | (index >= self.batch))[:1]:
-            raise ValueError(f"reorder: index holds {index[i]}, which is outside 0..{self.batch - 1}")
+            raise refusal(ValueError, "reorder", "index", f" holds {index[i]}, which is outside 0..{self.batch - 1}")
         with self._lock.writing:
             _core.reorder(self._store.core, self._ledger.core, index)
 
@@ -213,7 +224,9 @@ class KVCache(AnyCache):
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is not None:
-            raise ValueError(f"{function}: sequences is for a PagedKVCache; a KVCache has all of its batch in order")
+            raise refusal(
+                ValueError, function, "sequences", " is for a PagedKVCache; a KVCache has all of its batch in order"
+            )
         return Step(self._ledger.core, self._ledger.mark())
 
     def _commit(self, step: Step) -> None:
@@ -236,5 +249,5 @@ def _layout(
     head_dim, capacity = count(function, "head_dim", head_dim), count(function, "capacity", capacity)
     value_dim = head_dim if value_dim is None else count(function, "value_dim", value_dim)
     if window is not None and count(function, "window", window, least=0) >= capacity:
-        raise ValueError(f"{function}: window is {window}, but it must be less than the capacity {capacity}")
+        raise refusal(ValueError, function, "window", f" is {window}, but it must be less than the capacity {capacity}")
     return Layout(name, batch, num_kv_heads, capacity, head_dim, value_dim, header_bytes(batch))

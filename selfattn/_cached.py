@@ -12,6 +12,7 @@ from ._any_cache import AnyCache, Step
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
 from ._cache import KVCache
+from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
 from ._pages import Row
@@ -153,11 +154,14 @@ def attention_with_kvcache(
     if unknown:
         refuse_unknown(attention_with_kvcache, unknown)
     if not isinstance(cache, AnyCache):
-        raise TypeError(f"{_NAME}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
+        raise refusal(
+            TypeError, _NAME, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
+        )
     if type(q) is not np.ndarray or not q.dtype.isnative:
         q = as_array(_NAME, "q", q)
     if (k is None) != (v is None):
-        raise ValueError(f"{_NAME}: {'v' if k is None else 'k'} is given without {'k' if k is None else 'v'}")
+        given, absent = ("v", "k") if k is None else ("k", "v")
+        raise refusal(ValueError, _NAME, given, " is given without ", absent, "")
     if k is not None and (type(k) is not np.ndarray or not k.dtype.isnative):
         k = as_array(_NAME, "k", k)
     if v is not None and (type(v) is not np.ndarray or not v.dtype.isnative):
@@ -171,7 +175,7 @@ def attention_with_kvcache(
     tokens = q.shape[token_axis] if q.ndim == 4 else 0
     if positions is not None:
         if description is None:
-            raise ValueError(f"{_NAME}: positions is given without rope")
+            raise refusal(ValueError, _NAME, "positions", " is given without ", "rope", "")
         positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens))
     check_window(_NAME, cache, options.window_left)
     rotation = None if description is None else description.for_core(_NAME, cache.head_dim)
@@ -196,7 +200,9 @@ def check_window(function: str, cache: AnyCache, left: int) -> None:
     """Raise if a call looks farther back than the cache's window."""
     if cache.window is not None and not 0 <= left <= cache.window:
         asked = "none" if left < 0 else f"{left} to the left"
-        raise ValueError(f"{function}: window is {asked}, but the cache keeps only what one of {cache.window} sees")
+        raise refusal(
+            ValueError, function, "window", f" is {asked}, but the cache keeps only what one of {cache.window} sees"
+        )
 
 
 def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: int) -> None:
@@ -205,9 +211,12 @@ def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: in
         return
     lengths, starts = cache._bounds(step)
     for b in np.flatnonzero(starts > np.maximum(lengths - before - left, 0))[:1]:
-        raise ValueError(
-            f"{function}: the first of q's {before} queries for stored tokens would see tokens before {starts[b]}, "
-            f"which sequence {b} no longer holds"
+        raise refusal(
+            ValueError,
+            function,
+            "q",
+            f" has {before} queries for stored tokens, and the first would see tokens before {starts[b]}, which "
+            f"sequence {b} no longer holds",
         )
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from ._arguments import flag
 from ._attention import attention
 from ._backward import Gradients, Operands, Upstream, Vjp
 from ._keywords import clean_signature, refuse_unknown
@@ -139,7 +138,4 @@ def attention_vjp(
     (2, 4, 10, 8)
     """
     refuse_unknown(attention_vjp, options)
-    function = "attention_vjp"
-    return_lse = flag(function, "return_lse", options.pop("return_lse", False))
-    return_weights = flag(function, "return_weights", options.pop("return_weights", False))
-    return Operands(function, (q, k, v), options, wrt).vjp(return_lse, return_weights)
+    return Operands("attention_vjp", (q, k, v), options, wrt).vjp()

@@ -13,6 +13,7 @@ from ._arguments import as_array, core_options, out_array
 from ._attention import _DEFAULTS, attention
 from ._cache import KVCache
 from ._cached import check_window
+from ._errors import refusal
 from ._keywords import clean_signature, hinted, refuse_unknown
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
@@ -241,7 +242,7 @@ class SelfAttention:
         """
         if cache is None:
             if sequences is not None:
-                raise ValueError("SelfAttention: sequences is given without a cache")
+                raise refusal(ValueError, "SelfAttention", "sequences", " is given without a cache")
             return self._call("SelfAttention", (x, context, positions), out, options)
         return self._step((x, context, positions), cache, sequences, out, options)
 
@@ -249,12 +250,16 @@ class SelfAttention:
         function = "SelfAttention"
         x, context, positions = as_array(function, "x", inputs[0]), *inputs[1:]
         if not isinstance(cache, AnyCache):
-            raise TypeError(f"{function}: cache is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed")
+            raise refusal(
+                TypeError, function, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
+            )
         if context is not None:
-            raise ValueError(f"{function}: context and cache are given, but a cache holds the keys of x")
+            raise refusal(
+                ValueError, function, "context", " and ", "cache", " are given, but a cache holds the keys of ", "x", ""
+            )
         for name in ("q_offset", "q_lens", "kv_lens", "kv_starts"):
             if options.get(name) is not None:
-                raise ValueError(f"{function}: {name} is given, but a cache knows where its tokens are")
+                raise refusal(ValueError, function, name, " is given, but a cache knows where its tokens are")
         options = {"causal": True, **options}
         tokens = x.shape[-2] if x.ndim > 1 else 0
 
@@ -280,7 +285,7 @@ class SelfAttention:
             context = as_array(function, "context", context)
         if positions is not None:
             if self._rope is None:
-                raise ValueError(f"{function}: positions is given, but the layer has no rope")
+                raise refusal(ValueError, function, "positions", " is given, but the layer has no rope")
             positions = positions_for(function, positions, x.shape[:-1])
         if out is not None:
             out = out_array(function, out)

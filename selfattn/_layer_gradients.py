@@ -12,6 +12,7 @@ from . import _core
 from ._arguments import as_array, flag
 from ._attention import attention
 from ._backward import Operands, Upstream, computed_in
+from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._products import Product, rounded, rows_of
 from ._rope import RoPE, positions_for, rope_or_none
@@ -103,8 +104,13 @@ def self_attention_vjp(
     queries = _input("x", x, w.q)
     keys = queries if context is None else _input("context", context, w.k)
     if context is None and len(w.k) != len(w.q):
-        raise ValueError(
-            f"{_NAME}: x has d_model {len(w.q)} but w_k has {len(w.k)} rows: without context they must agree"
+        raise refusal(
+            ValueError,
+            _NAME,
+            "x",
+            f" has d_model {len(w.q)} but ",
+            "w_k",
+            f" has {len(w.k)} rows: without context they must agree",
         )
     layer = _Layer(names, turn.placed(queries), context is None)
     q = layer.add("q", queries, w.q, biases["q"], heads)
@@ -116,28 +122,38 @@ def self_attention_vjp(
 def _names(wrt: Sequence[str], given: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the checked names of arguments whose gradients are wanted."""
     if isinstance(wrt, str) or not isinstance(wrt, Sequence):
-        raise TypeError(f"{_NAME}: wrt is {wrt!r}, but a sequence of names is needed")
+        raise refusal(TypeError, _NAME, "wrt", f" is {wrt!r}, but a sequence of names is needed")
     if wrt == _WRT and given["w_o"] is None:
         return _WRT[:-1]
     for name in wrt:
         if name not in _KNOWN:
-            raise ValueError(f"{_NAME}: wrt names {name!r}, but it must be one of {', '.join(map(repr, _KNOWN))}")
+            raise refusal(
+                ValueError, _NAME, "wrt", f" names {name!r}, but it must be one of {', '.join(map(repr, _KNOWN))}"
+            )
         if name not in ("x", "w_q", "w_k", "w_v", "scale") and given.get(name) is None:
-            raise ValueError(f"{_NAME}: wrt names {name!r}, but there is no {name}")
+            raise refusal(ValueError, _NAME, "wrt", f" names {name!r}, but there is no ", name, "")
     return tuple(wrt)
 
 
 def _input(name: str, value: Any, matrix: NDArray[Any]) -> NDArray[Any]:
     array = as_array(_NAME, name, value)
     if array.dtype != matrix.dtype:
-        raise TypeError(
-            f"{_NAME}: {name} has dtype {array.dtype}, but w_q has {matrix.dtype}: they must agree, convert one with "
-            ".astype"
+        raise refusal(
+            TypeError,
+            _NAME,
+            name,
+            f" has dtype {array.dtype}, but ",
+            "w_q",
+            f" has {matrix.dtype}: they must agree, convert one with .astype",
         )
     if array.ndim < 2:
-        raise ValueError(f"{_NAME}: {name} has shape {array.shape} but needs 2 dimensions or more: (..., S, d_model)")
+        raise refusal(
+            ValueError, _NAME, name, f" has shape {array.shape} but needs 2 dimensions or more: (..., S, d_model)"
+        )
     if array.shape[-1] != len(matrix):
-        raise ValueError(f"{_NAME}: {name} has d_model {array.shape[-1]} but the weights have {len(matrix)} rows")
+        raise refusal(
+            ValueError, _NAME, name, f" has d_model {array.shape[-1]} but the weights have {len(matrix)} rows"
+        )
     return array
 
 
@@ -153,7 +169,7 @@ class _Rotation(NamedTuple):
         if description is not None:
             return cls(description.for_core(_NAME, head_dim), positions)
         if positions is not None:
-            raise ValueError(f"{_NAME}: positions is given, but the layer has no rope")
+            raise refusal(ValueError, _NAME, "positions", " is given, but the layer has no rope")
         return cls(None, None)
 
     def placed(self, x: NDArray[Any]) -> _Rotation:
@@ -252,9 +268,9 @@ def _upstream(grad_y: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -
     """Return the gradient of y as (rows, columns) in the type of computation."""
     grad = as_array(_NAME, "grad_y", grad_y)
     if grad.shape != shape:
-        raise ValueError(f"{_NAME}: grad_y has shape {grad.shape} but {shape} is needed")
+        raise refusal(ValueError, _NAME, "grad_y", f" has shape {grad.shape} but {shape} is needed")
     computed = computed_in(dtype)
     if grad.dtype not in (dtype, computed):
         rule = f"{dtype}" if dtype == computed else f"{dtype} or float32"
-        raise TypeError(f"{_NAME}: grad_y has dtype {grad.dtype}, but {rule} is needed")
+        raise refusal(TypeError, _NAME, "grad_y", f" has dtype {grad.dtype}, but {rule} is needed")
     return rows_of(grad, computed)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from ._errors import refusal
 from ._store import Layout
 
 _VERSION = 1
@@ -41,15 +42,15 @@ class Ledger:
             # The process that was creating the cache may have been killed halfway.
             begun = header[1 : len(description)]
             if np.any((begun != 0) & (begun != description[1:])) or header[len(description) :].any():
-                raise ValueError("KVCache: buffer holds neither a cache nor zeros")
+                raise refusal(ValueError, "KVCache", "buffer", " holds neither a cache nor zeros")
             header[1 : len(description)] = description[1:]
             header[0] = description[0]  # last: without the magic number, the buffer is not a cache
             return
         if tuple(header[: len(description)].tolist()) != description:
-            raise ValueError(f"KVCache: buffer holds something else than a {cache!r}")
+            raise refusal(ValueError, "KVCache", "buffer", f" holds something else than a {cache!r}")
         states = self.copies.copy()
         if header[_ACTIVE] not in (0, 1) or not self.are_possible(states[:, 0], states[:, 1]):
-            raise ValueError("KVCache: buffer holds a cache whose lengths are impossible")
+            raise refusal(ValueError, "KVCache", "buffer", " holds a cache whose lengths are impossible")
 
     def state(self) -> NDArray[np.int64]:
         """Return the valid (lengths, starts). A copy, since the buffer may be shared with another process."""

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._any_cache import AnyCache, Step
 from ._arguments import as_array, integers
+from ._errors import refusal
 from ._keywords import hinted
 from ._lock import SharedLock
 from ._pages import NUMBER, Growth, PageTable, Row, is_count
@@ -172,7 +173,9 @@ class PagedKVCache(AnyCache):
         for name, x, width in (("k", k, self.head_dim), ("v", v, self.value_dim)):
             wanted = (self.num_kv_heads, k.shape[1] if k.ndim == 3 else 0, width)
             if x.shape != wanted:
-                raise ValueError(f"append: {name} has shape {x.shape}, but this cache and call need {wanted}")
+                raise refusal(
+                    ValueError, "append", name, f" has shape {x.shape}, but this cache and call need {wanted}"
+                )
         self._run("append", (sequence,), k.shape[1], lambda step: self._append(step, k[None], v[None]))
 
     def fork(self, sequence: int) -> int:
@@ -190,11 +193,16 @@ class PagedKVCache(AnyCache):
         with self._lock.writing:
             name, (_, start, old) = self._named("truncate", sequence)
             if length > old:
-                raise ValueError(f"truncate: length is {length}, but sequence {sequence} has {old} tokens")
+                raise refusal(
+                    ValueError, "truncate", "length", f" is {length}, but sequence {sequence} has {old} tokens"
+                )
             if self.window is not None and length > 0 and start > max(length - self.window, 0):
-                raise ValueError(
-                    f"truncate: length is {length}, but a window of {self.window} would then see tokens before "
-                    f"{start}, which sequence {sequence} no longer holds"
+                raise refusal(
+                    ValueError,
+                    "truncate",
+                    "length",
+                    f" is {length}, but a window of {self.window} would then see tokens before {start}, which "
+                    f"sequence {sequence} no longer holds",
                 )
             self._table.settle()
             self._table.shorten(name, length)
@@ -213,24 +221,24 @@ class PagedKVCache(AnyCache):
     def _row(self, function: str, sequence: int) -> Row:
         row = self._table.rows.get(sequence)
         if row is None:
-            raise ValueError(f"{function}: sequence {sequence} is not live")
+            raise refusal(ValueError, function, "sequence", f" {sequence} is not live")
         return row
 
     def _named(self, function: str, sequence: Any) -> tuple[int, Row]:
         """Return the id and the row that a user's argument means."""
         if not isinstance(sequence, (int, np.integer)) or isinstance(sequence, bool):
-            raise ValueError(f"{function}: sequence {sequence!r} is not live")
+            raise refusal(ValueError, function, "sequence", f" {sequence!r} is not live")
         return int(sequence), self._row(function, int(sequence))
 
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
         if sequences is None:
-            raise ValueError(f"{function}: sequences is missing: a PagedKVCache needs one id per row of q")
+            raise refusal(ValueError, function, "sequences", " is missing: a PagedKVCache needs one id per row of q")
         names = _ids(function, sequences)
         rows = [self._row(function, name) for name in names]
         if not tokens or not rows:
             return Step(rows, None)
         if len(names) > 1 and len(set(names)) < len(names):
-            raise ValueError(f"{function}: sequences holds {names}, but tokens can be appended to each once")
+            raise refusal(ValueError, function, "sequences", f" holds {names}, but tokens can be appended to each once")
         self._table.settle()
         growth = self._table.grow(function, names, tokens, self.window)
         overwritten = self._copy_pages(growth) if growth.copies or growth.reused else ()
@@ -278,7 +286,7 @@ def _ids(function: str, sequences: Any) -> list[int]:
         return list(sequences)
     ids = integers(function, "sequences", sequences)
     if ids.ndim != 1:
-        raise ValueError(f"{function}: sequences has shape {ids.shape}, but one id per row is needed")
+        raise refusal(ValueError, function, "sequences", f" has shape {ids.shape}, but one id per row is needed")
     return ids.tolist()  # type: ignore[no-any-return]
 
 

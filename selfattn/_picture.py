@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import as_array, flag, is_float, real
+from ._errors import refusal
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -36,7 +37,7 @@ def read(
     """Return the weights of one head with the names of its rows and columns."""
     array = as_array(function, "weights", weights)
     if not is_float(array.dtype) and array.dtype.kind not in "fiub":
-        raise TypeError(f"{function}: weights has dtype {array.dtype}, but real numbers are needed")
+        raise refusal(TypeError, function, "weights", f" has dtype {array.dtype}, but real numbers are needed")
     if array.ndim == 3 and head is None and array.shape[0] == 1:
         head = 0
     matrix = _one_head(function, array, head)
@@ -53,12 +54,12 @@ def read_style(function: str, title: Any, log: Any, vmax: Any) -> tuple[str | No
     """Return title, log and vmax, checked; invisible characters of the title are escaped."""
     if title is not None:
         if not isinstance(title, str):
-            raise TypeError(f"{function}: title is {title!r}, but a string is needed")
+            raise refusal(TypeError, function, "title", f" is {title!r}, but a string is needed")
         title = "\n".join(map(visible, title.split("\n"))) if function == "heatmap" else visible(title)
     if vmax is not None:
         vmax = real(function, "vmax", vmax)
         if vmax <= 0:
-            raise ValueError(f"{function}: vmax is {vmax!r}, but it must be greater than 0")
+            raise refusal(ValueError, function, "vmax", f" is {vmax!r}, but it must be greater than 0")
     return title, flag(function, "log", log), vmax
 
 
@@ -110,31 +111,44 @@ def ignoring_overflow(draw: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def _one_head(function: str, array: NDArray[Any], head: int | str | None) -> NDArray[Any]:
     if array.ndim not in (2, 3):
-        raise ValueError(f"{function}: weights has shape {array.shape}, but (Sq, Sk) or (H, Sq, Sk) is needed")
+        raise refusal(
+            ValueError, function, "weights", f" has shape {array.shape}, but (Sq, Sk) or (H, Sq, Sk) is needed"
+        )
     if array.dtype.kind != "f" or array.dtype.itemsize == 2:  # bfloat16's kind is not "f"
         array = array.astype(np.float32 if array.dtype.itemsize == 2 else np.float64)
     if array.ndim == 2:
         if head is not None:
-            raise ValueError(f"{function}: head is {head!r}, but weights has shape {array.shape}, without heads")
+            raise refusal(
+                ValueError,
+                function,
+                "head",
+                f" is {head!r}, but ",
+                "weights",
+                f" has shape {array.shape}, without heads",
+            )
         return array
     if head == "mean":
         return np.asarray(array.mean(axis=0))
     if isinstance(head, (int, np.integer)) and not isinstance(head, bool):
         if not -array.shape[0] <= head < array.shape[0]:
-            raise ValueError(f"{function}: head is {head}, but weights has {array.shape[0]} heads")
+            raise refusal(ValueError, function, "head", f" is {head}, but ", "weights", f" has {array.shape[0]} heads")
         return np.asarray(array[head])
     chosen = "" if head is None else f", but head is {head!r}"
-    raise ValueError(f'{function}: weights has {array.shape[0]} heads{chosen}: choose one with head=, or head="mean"')
+    raise refusal(
+        ValueError, function, "weights", f' has {array.shape[0]} heads{chosen}: choose one with head=, or head="mean"'
+    )
 
 
 def _mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     array = as_array(function, "mask", mask)
     if array.dtype != bool:
-        raise TypeError(f"{function}: mask has dtype {array.dtype}, but bool is needed, True = attend")
+        raise refusal(TypeError, function, "mask", f" has dtype {array.dtype}, but bool is needed, True = attend")
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
-        raise ValueError(f"{function}: mask has shape {array.shape}, which does not broadcast to {shape}") from None
+        raise refusal(
+            ValueError, function, "mask", f" has shape {array.shape}, which does not broadcast to {shape}"
+        ) from None
 
 
 def _names(function: str, name: str, given: Any, wanted: int) -> list[str] | None:
@@ -143,7 +157,7 @@ def _names(function: str, name: str, given: Any, wanted: int) -> list[str] | Non
     try:
         names = [visible(str(token)) for token in given]
     except TypeError:
-        raise TypeError(f"{function}: {name} is {given!r}, but a sequence of strings is needed") from None
+        raise refusal(TypeError, function, name, f" is {given!r}, but a sequence of strings is needed") from None
     if len(names) != wanted:
-        raise ValueError(f"{function}: {name} has {len(names)} entries, but weights has {wanted}")
+        raise refusal(ValueError, function, name, f" has {len(names)} entries, but ", "weights", f" has {wanted}")
     return names

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import as_array, core_options, flag, out_array, reals, whole_number
 from ._bias import T5Bias
+from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._typing import Array, Layout, No, Precision, RelativeOptions, Window, Yes
 
@@ -175,7 +176,16 @@ def prepare(
     _check_lengths(function, q, k, memory, layout)
     origin = whole_number(function, "r_origin", r_origin, 0)
     if origin == 0 and not flag(function, "causal", causal):
-        raise ValueError(f"{function}: causal is False, but with r_origin 0 r has no rows for keys ahead of the query")
+        raise refusal(
+            ValueError,
+            function,
+            "causal",
+            " is False, but with ",
+            "r_origin",
+            " 0 ",
+            "r",
+            " has no rows for keys ahead of the query",
+        )
     u, w = (np.ascontiguousarray(reals(function, name, x)) for name, x in (("u", u), ("w", w)))
     return (q, k, v), (r, u, w, origin), converted
 
@@ -185,7 +195,13 @@ def _check_lengths(function: str, q: NDArray[Any], k: NDArray[Any], memory: int,
         return int(x.shape[-3 if layout == "bshd" and x.ndim > 2 else -2])
 
     if min(q.ndim, k.ndim) >= 2 and length(k) != memory + length(q):
-        raise ValueError(
-            f"{function}: k has length {length(k)}, but mem_len {memory} and the length of q, {length(q)}, "
-            f"make {memory + length(q)}"
+        raise refusal(
+            ValueError,
+            function,
+            "k",
+            f" has length {length(k)}, but ",
+            "mem_len",
+            f" {memory} and the length of ",
+            "q",
+            f", {length(q)}, make {memory + length(q)}",
         )

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import flag
 from ._backward import Gradients, Operands, Upstream, Vjp, computed_in
 from ._keywords import clean_signature, refuse_unknown
 from ._relative import prepare, relative_attention
@@ -108,12 +107,12 @@ def relative_attention_vjp(
     wrt: Sequence[str] = _ALL,
     **options: Unpack[RelativeVjpOptions],
 ) -> tuple[Any, Vjp]:
-    """Compute `relative_attention` and return a function that computes its gradients.
+    """Compute `relative_attention` and return a function that computes its gradients, as `attention_vjp` does.
 
     Parameters
     ----------
     q, k, v, r, u, w : array_like
-        As for `relative_attention`. They must not change before `vjp` is called.
+        As for `relative_attention`; not to be changed before `vjp` is called.
     wrt : sequence of str
         As for `relative_attention_backward`.
     **options
@@ -121,14 +120,8 @@ def relative_attention_vjp(
 
     Returns
     -------
-    out : ndarray or tuple
-        What `relative_attention` returns for these options.
-    vjp : callable
-        ``vjp(grad_out, grad_lse=None, grad_weights=None)`` returns the `Gradients`; it may be called several times.
-
-    Notes
-    -----
-    Its gradients are more accurate than those from rounded results, as for `attention_vjp`.
+    out, vjp
+        As from `attention_vjp`, with the results of `relative_attention`.
 
     Examples
     --------
@@ -142,10 +135,7 @@ def relative_attention_vjp(
     (4, 8)
     """
     refuse_unknown(relative_attention_vjp, options)
-    function = "relative_attention_vjp"
-    return_lse = flag(function, "return_lse", options.pop("return_lse", False))
-    return_weights = flag(function, "return_weights", options.pop("return_weights", False))
-    return _RelativeOperands(function, (q, k, v, r, u, w), options, wrt).vjp(return_lse, return_weights)
+    return _RelativeOperands("relative_attention_vjp", (q, k, v, r, u, w), options, wrt).vjp()
 
 
 class _RelativeOperands(Operands):

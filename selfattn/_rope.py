@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import LAYOUTS, as_array, choice, flag, integers, out_array, real
+from ._errors import refusal
 from ._keywords import hinted
 from ._typing import Array, Layout
 
@@ -35,22 +36,27 @@ class RoPE:
 
     def __post_init__(self) -> None:
         if real("RoPE", "base", self.base) <= 0:
-            raise ValueError(f"RoPE: base is {self.base!r}, but it must be finite and greater than 0")
+            raise refusal(ValueError, "RoPE", "base", f" is {self.base!r}, but it must be finite and greater than 0")
         flag("RoPE", "interleaved", self.interleaved)
         if self.rotary_dim is not None and (
             isinstance(self.rotary_dim, bool) or not isinstance(self.rotary_dim, (int, np.integer))
         ):
-            raise TypeError(f"RoPE: rotary_dim is {self.rotary_dim!r}, but an integer is needed")
+            raise refusal(TypeError, "RoPE", "rotary_dim", f" is {self.rotary_dim!r}, but an integer is needed")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            raise ValueError(f"RoPE: rotary_dim is {self.rotary_dim!r}, but it must be even and at least 2")
+            raise refusal(
+                ValueError, "RoPE", "rotary_dim", f" is {self.rotary_dim!r}, but it must be even and at least 2"
+            )
 
     def for_core(self, function: str, head_dim: int) -> tuple[float, int, bool]:
         """Return (base, rotary_dim, interleaved) for heads of this size."""
         rotary_dim = head_dim if self.rotary_dim is None else int(self.rotary_dim)
         if rotary_dim > head_dim or rotary_dim % 2:
-            raise ValueError(
-                f"{function}: rope rotates {rotary_dim} elements, but head_dim is {head_dim}: rotary_dim must be "
-                "even and at most head_dim"
+            raise refusal(
+                ValueError,
+                function,
+                "rope",
+                f" rotates {rotary_dim} elements, but head_dim is {head_dim}: rotary_dim must be even and at "
+                "most head_dim",
             )
         return float(self.base), rotary_dim, bool(self.interleaved)
 
@@ -65,7 +71,7 @@ def rope_or_none(function: str, rope: Any) -> RoPE | None:
     if rope is True:
         return _PLAIN
     if not isinstance(rope, RoPE):
-        raise TypeError(f"{function}: rope is {rope!r}, but a RoPE, True or None is needed")
+        raise refusal(TypeError, function, "rope", f" is {rope!r}, but a RoPE, True or None is needed")
     return rope
 
 
@@ -77,7 +83,9 @@ def positions_for(function: str, positions: Any, shape: tuple[int, ...]) -> NDAr
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{function}: positions has shape {array.shape}, which does not broadcast to {shape}")
+        raise refusal(
+            ValueError, function, "positions", f" has shape {array.shape}, which does not broadcast to {shape}"
+        )
     return array
 
 
@@ -129,20 +137,22 @@ def apply_rope(
     choice(function, "layout", layout, LAYOUTS)
     backwards = flag(function, "inverse", inverse)
     if not isinstance(rope, RoPE):
-        raise TypeError(f"{function}: rope is {rope!r}, but a RoPE is needed")
+        raise refusal(TypeError, function, "rope", f" is {rope!r}, but a RoPE is needed")
     if array.ndim < 2:
-        raise ValueError(f"{function}: x has shape {array.shape} but needs 2 dimensions or more: (..., S, D)")
+        raise refusal(
+            ValueError, function, "x", f" has shape {array.shape} but needs 2 dimensions or more: (..., S, D)"
+        )
     description = rope.for_core(function, array.shape[-1])
     tokens = _tokens_first(array, layout)
     places = None if positions is None else positions_for(function, positions, tokens.shape[:-2])
     if out is None:
         out = np.empty(array.shape, array.dtype)
     elif out_array(function, out).shape != array.shape:
-        raise ValueError(f"{function}: out has shape {out.shape} but x has {array.shape}")
+        raise refusal(ValueError, function, "out", f" has shape {out.shape} but ", "x", f" has {array.shape}")
     elif out.dtype != array.dtype:
-        raise TypeError(f"{function}: out has dtype {out.dtype} but x has {array.dtype}")
+        raise refusal(TypeError, function, "out", f" has dtype {out.dtype} but ", "x", f" has {array.dtype}")
     elif not out.flags.writeable:
-        raise ValueError(f"{function}: out is read-only")
+        raise refusal(ValueError, function, "out", " is read-only")
     else:
         _core.check_own_memory(function, out)
     same = out.ctypes.data == array.ctypes.data and out.strides == array.strides

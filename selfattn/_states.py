@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import ACCEPTED, as_array, is_float
+from ._errors import refusal
 from ._keywords import hinted
 
 
@@ -56,9 +57,9 @@ def merge_states(
     values = [_real(f"outs[{i}]", x) for i, x in enumerate(_parts("outs", outs))]
     logs = [_real(f"lses[{i}]", x) for i, x in enumerate(_parts("lses", lses))]
     if not values:
-        raise ValueError("merge_states: outs is empty, but there must be at least one part")
+        raise refusal(ValueError, "merge_states", "outs", " is empty, but there must be at least one part")
     if len(values) != len(logs):
-        raise ValueError(f"merge_states: outs has {len(values)} parts but lses has {len(logs)}")
+        raise refusal(ValueError, "merge_states", "outs", f" has {len(values)} parts but ", "lses", f" has {len(logs)}")
     _check(values, logs)
     out, lse = np.empty(values[0].shape, values[0].dtype), np.empty(logs[0].shape, logs[0].dtype)
     _core.merge_states(values, logs, out, lse, 0)
@@ -74,14 +75,14 @@ def _parts(name: str, values: Any) -> list[Any]:
     if not hasattr(values, "__iter__"):  # a single array of all parts may support DLPack only
         values = as_array("merge_states", name, values)
         if values.ndim == 0:
-            raise TypeError(f"merge_states: {name} is {values!r}, but a sequence of arrays is needed")
+            raise refusal(TypeError, "merge_states", name, f" is {values!r}, but a sequence of arrays is needed")
     return list(values)
 
 
 def _real(name: str, value: Any) -> NDArray[Any]:
     array = as_array("merge_states", name, value)
     if not is_float(array.dtype):
-        raise TypeError(f"merge_states: {name} has dtype {array.dtype}, but {ACCEPTED}")
+        raise refusal(TypeError, "merge_states", name, f" has dtype {array.dtype}, but {ACCEPTED}")
     return array
 
 
@@ -89,13 +90,30 @@ def _check(values: list[NDArray[Any]], logs: list[NDArray[Any]]) -> None:
     first = values[0]
     for i, (value, log) in enumerate(zip(values, logs, strict=True)):
         if value.shape != first.shape:
-            raise ValueError(f"merge_states: outs[{i}] has shape {value.shape} but outs[0] has {first.shape}")
+            raise refusal(
+                ValueError,
+                "merge_states",
+                "outs",
+                f"[{i}] has shape {value.shape} but ",
+                "outs",
+                f"[0] has {first.shape}",
+            )
         if value.ndim == 0 or log.shape != value.shape[:-1]:
-            raise ValueError(
-                f"merge_states: lses[{i}] has shape {log.shape}, but outs[{i}] {value.shape} needs {value.shape[:-1]}"
+            raise refusal(
+                ValueError,
+                "merge_states",
+                "lses",
+                f"[{i}] has shape {log.shape}, but ",
+                "outs",
+                f"[{i}] {value.shape} needs {value.shape[:-1]}",
             )
         for name, array, wanted in (("outs", value, first.dtype), ("lses", log, _lse_dtype(first.dtype))):
             if array.dtype != wanted:
-                raise TypeError(
-                    f"merge_states: {name}[{i}] has dtype {array.dtype} but needs {wanted}, as outs[0] is {first.dtype}"
+                raise refusal(
+                    TypeError,
+                    "merge_states",
+                    name,
+                    f"[{i}] has dtype {array.dtype} but needs {wanted}, as ",
+                    "outs",
+                    f"[0] is {first.dtype}",
                 )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from ._arguments import integer_in
+from ._errors import refusal
 
 # The storage types, and the NumPy type that each has in memory.
 _TYPES: dict[str, Any] = {
@@ -30,7 +31,7 @@ def storage_name(function: str, dtype: Any) -> str:
     except TypeError:
         name = repr(dtype)
     if name not in _TYPES:
-        raise TypeError(f"{function}: dtype is {name}, but {', '.join(_TYPES)} are accepted")
+        raise refusal(TypeError, function, "dtype", f" is {name}, but {', '.join(_TYPES)} are accepted")
     return name
 
 
@@ -119,16 +120,16 @@ def _memory(function: str, nbytes: int, buffer: Any) -> NDArray[np.uint8]:
         given = memoryview(buffer)
         view = given.cast("B")
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{function}: buffer is a {type(buffer).__name__}, but C-contiguous memory is needed"
+        raise refusal(
+            TypeError, function, "buffer", f" is a {type(buffer).__name__}, but C-contiguous memory is needed"
         ) from error
     if "O" in given.format:
-        raise TypeError(f"{function}: buffer holds Python objects, but plain bytes are needed")
+        raise refusal(TypeError, function, "buffer", " holds Python objects, but plain bytes are needed")
     if view.readonly:
-        raise ValueError(f"{function}: buffer is read-only")
+        raise refusal(ValueError, function, "buffer", " is read-only")
     if view.nbytes < nbytes:
-        raise ValueError(f"{function}: buffer has {view.nbytes} bytes, but {nbytes} are needed")
+        raise refusal(ValueError, function, "buffer", f" has {view.nbytes} bytes, but {nbytes} are needed")
     memory = np.frombuffer(view, np.uint8, nbytes)
     if memory.ctypes.data % 8:
-        raise ValueError(f"{function}: buffer starts at an odd address, but a multiple of 8 bytes is needed")
+        raise refusal(ValueError, function, "buffer", " starts at an odd address, but a multiple of 8 bytes is needed")
     return memory

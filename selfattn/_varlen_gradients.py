@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import as_array, core_options, flag
 from ._backward import Gradients, Vjp, checked_names, computed_in, sum_to, targets_of, write
+from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._packing import Packed, joined
 from ._typing import VarlenGradientOptions, VarlenVjpOptions
@@ -200,7 +201,9 @@ class _Sequences:
         array, starts = joined(self.function, name, value)
         if not np.array_equal(starts, self.packed.queries):
             lengths = np.diff(self.packed.queries)
-            raise ValueError(f"{self.function}: {name} has lengths {np.diff(starts)} but q has {lengths}")
+            raise refusal(
+                ValueError, self.function, name, f" has lengths {np.diff(starts)} but ", "q", f" has {lengths}"
+            )
         return array
 
     def columns(self, name: str, value: Any) -> NDArray[Any] | None:
@@ -210,7 +213,9 @@ class _Sequences:
         parts = [as_array(self.function, f"{name}[{i}]", x) for i, x in enumerate(value)]
         shapes = [(self.packed.q.shape[1], n) for n in np.diff(self.packed.queries).tolist()]
         if [part.shape for part in parts] != shapes:
-            raise ValueError(f"{self.function}: {name} has shapes {[x.shape for x in parts]}, but {shapes} are needed")
+            raise refusal(
+                ValueError, self.function, name, f" has shapes {[x.shape for x in parts]}, but {shapes} are needed"
+            )
         return np.concatenate(parts, axis=1)
 
     def backward(

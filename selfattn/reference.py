@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ._errors import refusal
 from ._keywords import hinted
 from ._reference_distances import distances, per_batch, relative_products, t5_buckets, t5_terms
 from ._reference_gradients import GradientResult, gradients
@@ -127,7 +128,18 @@ def attention(
         and q_offset is None
         and np.any(np.less(kv_lens, q_len))
     ):
-        raise ValueError("attention: kv_lens holds less than the queries of q: pass q_lens or q_offset as well")
+        raise refusal(
+            ValueError,
+            "attention",
+            "kv_lens",
+            " holds less than the queries of ",
+            "q",
+            ": pass ",
+            "q_lens",
+            " or ",
+            "q_offset",
+            " as well",
+        )
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     with np.errstate(all="ignore"):
         products, sizes = np.matmul(q, k.swapaxes(-1, -2)), np.matmul(abs(q), abs(k).swapaxes(-1, -2))

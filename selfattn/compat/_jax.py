@@ -153,7 +153,7 @@ def dot_product_attention(
 
 
 def check_implementation(implementation: Any) -> None:
-    if implementation not in (None, "xla"):
+    if implementation is not None and not (isinstance(implementation, str) and implementation == "xla"):
         raise ValueError(f"{_NAME}: implementation is {implementation!r}, but selfattn has its own: pass None")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compat_operands import FLASH, JAX, OPERANDS, PAGES, PYTORCH, VARLEN, array, claim
 
 from selfattn import compat
 
@@ -27,31 +28,7 @@ class Broken:
         raise self.kind(self.reason)
 
 
-def array(*shape: int, dtype: Any = np.float32) -> Any:
-    return np.ones(shape, dtype)
-
-
-def claim(*shape: int) -> Any:
-    """A view that claims any shape over four bytes of memory."""
-    return np.broadcast_to(np.float32(0), shape)
-
-
 Case = tuple[dict[str, Any], type[Exception], str]
-
-PYTORCH = {"query": array(1, 2, 5, 8), "key": array(1, 2, 6, 8), "value": array(1, 2, 6, 8)}
-JAX = {"query": array(1, 5, 2, 8), "key": array(1, 6, 2, 8), "value": array(1, 6, 2, 8)}
-FLASH = {"q": array(2, 5, 4, 8), "k": array(2, 6, 2, 8), "v": array(2, 6, 2, 8)}
-VARLEN = {
-    "q": array(5, 4, 8),
-    "k": array(6, 2, 8),
-    "v": array(6, 2, 8),
-    "cu_seqlens_q": [0, 2, 5],
-    "cu_seqlens_k": [0, 3, 6],
-    "max_seqlen_q": 9,
-    "max_seqlen_k": 9,
-}
-KVCACHE = {"q": array(2, 1, 4, 8), "k_cache": array(2, 9, 2, 8), "v_cache": array(2, 9, 2, 8), "cache_seqlens": 4}
-PAGES = {"k": array(4, 3, 2, 8), "v": array(4, 3, 2, 8), "block_table": [[0], [1]]}
 
 
 def as_integers(given: dict[str, Any]) -> dict[str, Any]:
@@ -233,26 +210,26 @@ KVCACHE_CASES: list[Case] = [
     ),
 ]
 
-TABLE: dict[str, tuple[dict[str, Any], list[Case]]] = {
-    "scaled_dot_product_attention": (PYTORCH, SDPA_CASES),
-    "dot_product_attention": (JAX, DOT_PRODUCT_CASES),
-    "flash_attn_func": (FLASH, FLASH_CASES),
-    "flash_attn_varlen_func": (VARLEN, VARLEN_CASES),
-    "flash_attn_with_kvcache": (KVCACHE, KVCACHE_CASES),
+CASES: dict[str, list[Case]] = {
+    "scaled_dot_product_attention": SDPA_CASES,
+    "dot_product_attention": DOT_PRODUCT_CASES,
+    "flash_attn_func": FLASH_CASES,
+    "flash_attn_varlen_func": VARLEN_CASES,
+    "flash_attn_with_kvcache": KVCACHE_CASES,
 }
-CALLS = [(name, *case) for name, (_, cases) in TABLE.items() for case in cases]
+CALLS = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 
 def failure(name: str, changed: dict[str, Any]) -> Exception:
     """Return the exception of a call with these arguments instead of good ones."""
     with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
-        getattr(compat, name)(**{**TABLE[name][0], **changed})
+        getattr(compat, name)(**{**OPERANDS[name], **changed})
     return raised.value
 
 
 def test_every_function_has_a_table() -> None:
-    assert set(TABLE) == set(compat.__all__)
-    for name, (given, _) in TABLE.items():
+    assert set(CASES) == set(OPERANDS) == set(compat.__all__)
+    for name, given in OPERANDS.items():
         getattr(compat, name)(**given)
 
 
@@ -263,7 +240,7 @@ def test_messages(name: str, changed: dict[str, Any], kind: type[Exception], mes
     assert str(error) == f"{name}: {message}"
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", CASES)
 def test_renamed_errors_keep_their_cause(name: str) -> None:
     option = "softmax_scale" if name.startswith("flash") else "scale"
     error = failure(name, {option: 1e300})
