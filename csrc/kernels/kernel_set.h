@@ -111,7 +111,7 @@ struct BackwardBlock {
   std::int64_t value_dim;
   const void* queries;  // [row][head_dim]
   const void* dout;     // [row][value_dim]: the gradient of out
-  // Per row, padded to whole strips. probs = 2^(score - shift) * factor; delta is the sum of probs * (their gradients).
+  // Per row, padded to whole vectors. probs = 2^(score - shift) * factor; delta is the sum of probs * (their gradients).
   const void* shift;
   const void* factor;
   const void* delta;

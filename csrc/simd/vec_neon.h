@@ -110,7 +110,7 @@ inline VecD in_register(VecD a) {
 inline VecF iota(float) { return {float32x4_t{0, 1, 2, 3}}; }
 inline VecD iota(double) { return {float64x2_t{0, 1}}; }
 
-// Arithmetic. max returns b if either operand is NaN, unlike FMAX.
+// Arithmetic. max and min return b if either operand is NaN, unlike FMAX and FMIN.
 inline VecF operator+(VecF a, VecF b) { return {vaddq_f32(a.r, b.r)}; }
 inline VecD operator+(VecD a, VecD b) { return {vaddq_f64(a.r, b.r)}; }
 inline VecF operator-(VecF a, VecF b) { return {vsubq_f32(a.r, b.r)}; }
