@@ -203,8 +203,7 @@ class BackwardPart {
     if (gradients_.shares_scores && task.index % heads > 0 &&
         !wait_for(task.index - 1, blocks_before(block), task.slot))
       return false;
-    if (gradients_.key_sums || gradients_.scores) sums_.add_scores(task, span, slot);
-    if (gradients_.distance_bias) sums_.add_distances(task, span, slot);
+    sums_.add_scores(task, span, slot);
     if (!first && !wait_for(task.index - heads, block, task.slot)) return false;
     sums_.add_rows(task, span, slot);
     if (gradients_.query) add_dquery(span, slot, first, last);
@@ -213,6 +212,7 @@ class BackwardPart {
 
   BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
     const std::int64_t row = padded_row_index(span) * size;
+    const bool keeps = gradients_.keeps_scores();
     const bool finite = task.finite && plan_.kernel->finite(slot.operands.queries, span.valid * plan_.key_step) &&
                         plan_.kernel->finite(slot.operands.dout, span.valid * plan_.value_step);
     return {.rows = slot.rows,
@@ -234,9 +234,11 @@ class BackwardPart {
             .dkeys = slot.dkeys,
             .dvalues = slot.dvalues,
             .finite = finite,
-            .dscores = slot.dscores,
+            .dscores = keeps ? element(problem_, gradients_.scores, span, place_of(span, 0)) + task.first * size
+                             : slot.dscores,
+            .dscore_step = keeps ? gradients_.scores.row / size : plan_.score_step,
             .dproducts = slot.relative.dproducts ? slot.relative.dproducts + plan_.block_rows * size : nullptr,
-            .dscore_step = plan_.score_step,
+            .dproduct_step = plan_.score_step,
             .dweights = gradients_.dweights ? element(problem_, gradients_.dweights, span, place_of(span, 0)) : nullptr,
             .dweight_step = gradients_.dweights.row / size,
             .scratch = slot.kernel_scratch};

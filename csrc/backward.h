@@ -32,7 +32,9 @@ struct Gradients {
   double* key_bias = nullptr;       // (batch, num_heads, head_dim)
   double* relative_bias = nullptr;  // the same
 
-  bool of_scores() const { return scores || key_sums || row_sums || slopes || distance_bias; }
+  // Whether gradients of scores are summed over anything, and whether they are a gradient as they are.
+  bool sums_scores() const { return key_sums || row_sums || slopes || distance_bias || (scores && shares_scores); }
+  bool keeps_scores() const { return scores && !sums_scores(); }
   bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
   // Whether any wanted gradient depends on the gradients of relative products.
   bool through_distances(const Problem& problem) const {
@@ -52,7 +54,7 @@ struct BackwardPlan {
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
   std::int64_t key_step, value_step;  // elements from one row of keys or values in scratch memory to the next
-  std::int64_t score_step;            // the same for gradients of scores
+  std::int64_t score_step;            // the same for gradients of scores and of products
   bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
   std::int64_t row_tasks;             // the tasks that come first: one per block of rows
   std::int64_t tasks;                 // all

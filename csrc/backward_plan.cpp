@@ -71,7 +71,8 @@ BackwardSlot::BackwardSlot(char* base, const BackwardPlan& plan, const Problem& 
   values = take(keys_ * plan.value_step);
   dkeys = take(keys_ * plan.key_step);
   dvalues = take(keys_ * plan.value_step);
-  dscores = gradients.of_scores() ? take(rows_ * plan.score_step) : nullptr;
+  dscores = gradients.sums_scores() ? take(rows_ * plan.score_step) : nullptr;
+  distances = gradients.sums_scores() ? take(rows_ + plan.score_step) : nullptr;
   kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
       plan.kernel->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
   distance = place_distance_memory(base, carver.used, problem, plan.relative, rows_, keys_);
@@ -103,7 +104,8 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
                    plan.range_keys};
   // Room between rows, so that they can be read as if shifted by up to block_rows - 1.
-  plan.score_step = plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0);
+  plan.score_step =
+      whole_vectors(plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0), plan.kernel->lanes);
   plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);
   plan.ranges = ceil_div(problem.kv_len, plan.range_keys);
   plan.buffers_dquery = gradients.query && !(gradients.query.in_place && gradients.query.dtype == problem.dtype);

@@ -21,51 +21,61 @@ double dot(const char* queries, const char* gradients, std::int64_t first, std::
 
 template <class T>
 void ScoreSums<T>::add_scores(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
-  T* sums = gradients_.key_sums ? reinterpret_cast<T*>(gradients_.key_sums) +
-                                      (span.batch * problem_.num_heads + span.first_head) * problem_.kv_len + task.first
-                                : nullptr;
+  if (!slot.dscores) return;
+  const std::int64_t head = span.batch * problem_.num_heads + span.first_head;
   for (int i = 0; i < span.valid; ++i) {
     const T* from = dscores_of(slot, i);
-    if (sums)
-      for (int j = 0; j < task.count; ++j) sums[j] += from[j];
-    if (!gradients_.scores) continue;
-    T* to = reinterpret_cast<T*>(element(problem_, gradients_.scores, span, place_of(span, i))) + task.first;
-    for (int j = 0; j < task.count; ++j) to[j] += from[j];
+    if (gradients_.key_sums)
+      plan_.kernel->add(from, task.count,
+                        reinterpret_cast<T*>(gradients_.key_sums) + head * problem_.kv_len + task.first);
+    if (gradients_.scores)
+      plan_.kernel->add(
+          from, task.count,
+          reinterpret_cast<T*>(element(problem_, gradients_.scores, span, place_of(span, i))) + task.first);
   }
+  if (gradients_.distance_bias) add_distances(task, span, slot);
 }
 
+// Of row i, key j has column valid - 1 - i + j: pairs in a column have the same distance.
 template <class T>
 void ScoreSums<T>::add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
   const ByDistance& table = problem_.distance_bias;
-  for (int i = 0; i < span.valid; ++i) {
-    const T* from = dscores_of(slot, i);
-    const std::int64_t first = place_of(span, i).query + problem_.offset_of(span.batch) - task.first + table.origin;
-    for (int j = 0; j < task.count; ++j)
-      slot.distance_sums[std::clamp<std::int64_t>(first - j, 0, table.count - 1)] += static_cast<double>(from[j]);
-  }
+  const std::int64_t columns = span.valid - 1 + task.count, first = farthest(task, span) + table.origin;
+  T* sums = reinterpret_cast<T*>(slot.distances);
+  std::fill_n(sums, columns, T(0));
+  for (int i = 0; i < span.valid; ++i) plan_.kernel->add(dscores_of(slot, i), task.count, sums + span.valid - 1 - i);
+  for (std::int64_t c = 0; c < columns; ++c)
+    slot.distance_sums[std::clamp<std::int64_t>(first - c, 0, table.count - 1)] += static_cast<double>(sums[c]);
 }
 
 template <class T>
 void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
-  const std::int64_t index = row_index(problem_, span), offset = problem_.offset_of(span.batch);
-  for (int i = 0; i < span.valid; ++i) {
-    if (gradients_.scale) {
+  const std::int64_t index = row_index(problem_, span);
+  if (gradients_.scale)
+    for (int i = 0; i < span.valid; ++i) {
       const std::int64_t place = i * plan_.key_step, width = problem_.head_dim;
       double sum = dot<T>(slot.operands.queries, slot.dquery, place, width);
       if (problem_.relative) sum += dot<T>(slot.relative.queries, slot.relative.dquery, place, width);
       gradients_.scale[index + i] += sum;
     }
-    if (!gradients_.slopes && !gradients_.row_sums) continue;
-    const T* from = dscores_of(slot, i);
-    const double position = static_cast<double>(place_of(span, i).query + offset - task.first);
-    double sum = 0, moment = 0;
-    for (int j = 0; j < task.count; ++j) {
-      sum += static_cast<double>(from[j]);
-      moment += static_cast<double>(from[j]) * std::abs(position - j);
-    }
-    if (gradients_.slopes) gradients_.slopes[index + i] -= moment;
-    if (gradients_.row_sums) gradients_.row_sums[index + i] += sum;
+  T* line = reinterpret_cast<T*>(slot.distances);
+  const std::int64_t columns = plan_.block_rows + plan_.score_step;
+  if (gradients_.slopes) {
+    const std::int64_t first = farthest(task, span);
+    for (std::int64_t c = 0; c < columns; ++c) line[c] = static_cast<T>(-std::abs(first - c));
+    multiply_rows(span, slot, gradients_.slopes + index);
   }
+  if (gradients_.row_sums) {
+    std::fill_n(line, columns, T(1));
+    multiply_rows(span, slot, gradients_.row_sums + index);
+  }
+}
+
+// Multiplies the gradients of each row with the numbers of their columns.
+template <class T>
+void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardSlot& slot, double* sums) const {
+  const T* line = reinterpret_cast<const T*>(slot.distances) + span.valid - 1;
+  for (int i = 0; i < span.valid; ++i) sums[i] += plan_.kernel->dot(dscores_of(slot, i), line - i, plan_.score_step);
 }
 
 template <class T>

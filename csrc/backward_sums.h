@@ -12,16 +12,22 @@ class ScoreSums {
   ScoreSums(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan)
       : problem_(problem), gradients_(gradients), plan_(plan) {}
 
-  // Adds to the gradients of a bias that has an axis of keys.
+  // Adds to the gradients of a bias that has an axis of keys, and to the slot's sums by distance.
   void add_scores(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
-  // Adds to the slot's sums by distance.
-  void add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
   // Adds to the gradients that hold one number per row.
   void add_rows(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
   // Adds the slot's sums by distance to those of the head, and clears them.
   void deliver_distances(const RowSpan& span, const BackwardSlot& slot) const;
 
  private:
+  void add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
+  void multiply_rows(const RowSpan& span, const BackwardSlot& slot, double* sums) const;
+
+  // The distance of a block's last row and first key. It falls by 1 from key to key and from row to row.
+  std::int64_t farthest(const BackwardTask& task, const RowSpan& span) const {
+    return place_of(span, span.valid - 1).query + problem_.offset_of(span.batch) - task.first;
+  }
+
   const T* dscores_of(const BackwardSlot& slot, int row) const {
     return reinterpret_cast<const T*>(slot.dscores) + row * plan_.score_step;
   }

@@ -73,6 +73,13 @@ struct BackwardSums {
     return static_cast<double>(reduce_sum(sum));
   }
 
+  static void add(const void* from, std::int64_t count, void* to) noexcept {
+    const T* term = static_cast<const T*>(from);
+    T* sum = static_cast<T*>(to);
+    for (std::int64_t i = 0; i < count; i += W)
+      store_up_to(sum + i, load_up_to(sum + i, count - i) + load_up_to(term + i, count - i), count - i);
+  }
+
   // Sets the sums of a strip to 0, or stores them in rows of `step` elements.
   template <int Cols>
   static void clear(std::int64_t head_dim, T* sums) {

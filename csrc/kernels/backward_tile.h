@@ -285,24 +285,29 @@ struct TileBackward {
         }
         store(s.dscores + wide, dscore);
       }
+    const std::int64_t first = seen.first - block.first_key;
+    const Lines own{s.dscores + place, s.block_lanes}, uncapped{s.dprobs, Cols * W};
     if (block.dscores)
-      keep<Cols>(block, block.dscores, strip, seen, capped ? s.dprobs : s.dscores + place,
-                 capped ? Cols * W : s.block_lanes);
-    if (block.dproducts) keep<Cols>(block, block.dproducts, strip, seen, s.dscores + place, s.block_lanes);
+      keep(capped ? uncapped : own, strip, key_count, static_cast<T*>(block.dscores) + first, block.dscore_step);
+    if (block.dproducts) keep(own, strip, key_count, static_cast<T*>(block.dproducts) + first, block.dproduct_step);
   }
 
-  // Stores gradients [key][row] of a strip in rows.
-  template <int Cols>
-  static void keep(const BackwardBlock& block, void* rows, const Strip& strip, const SeenKeys& seen, const T* gradients,
-                   std::int64_t step) {
-    T* to = static_cast<T*>(rows) + strip.first_row * block.dscore_step + (seen.first - block.first_key);
+  // Numbers of the rows of a strip, [key][row].
+  struct Lines {
+    const T* numbers;
+    std::int64_t step;
+  };
+
+  // Stores them row by row.
+  static void keep(const Lines& lines, const Strip& strip, std::int64_t keys, T* rows, std::int64_t step) {
     columns_to_rows<T>(
-        strip.rows, seen.count, [&](int row) { return to + row * block.dscore_step; },
-        [&](std::int64_t key, int row) { return load(gradients + key * step + row); });
+        strip.rows, keys, [&](int row) { return rows + (strip.first_row + row) * step; },
+        [&](std::int64_t key, int row) { return load(lines.numbers + key * lines.step + row); });
   }
 
  public:
-  static constexpr BackwardKernel kernel{strip_rows, W, scratch_bytes, run, Relative::run, Sums::finite, Sums::dot};
+  static constexpr BackwardKernel kernel{strip_rows,   W,         scratch_bytes, run, Relative::run,
+                                         Sums::finite, Sums::dot, Sums::add};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -124,11 +124,12 @@ struct BackwardBlock {
   void* dkeys;         // added to: the gradients of the keys, before the scale, and of the values
   void* dvalues;
   bool finite;  // none of queries, dout, keys and values is NaN or infinite
-  // [row][key], with `dscore_step` elements per row: gradients of the scores, and of the products before the scale,
-  // which differ if there is a softcap. Null: not wanted. Only keys that some row of the strip sees are written.
+  // [row][key]: gradients of the scores, and of the products before the scale, which differ if there is a softcap.
+  // Null: not wanted. Only keys that some row of the strip sees are written.
   void* dscores;
+  std::int64_t dscore_step;  // elements from one row to the next
   void* dproducts;
-  std::int64_t dscore_step;
+  std::int64_t dproduct_step;
   const void* dweights;       // of row 0 at key 0: added to the gradients of probs; null: none
   std::int64_t dweight_step;  // elements from one row to the next
   void* scratch;
@@ -164,6 +165,8 @@ struct BackwardKernel {
   bool (*finite)(const void* numbers, std::int64_t count) noexcept;
   // The dot product of two padded rows.
   double (*dot)(const void* a, const void* b, std::int64_t count) noexcept;
+  // to[i] += from[i], at any addresses
+  void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns.
