@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/kernel_set.h"
+
 namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
@@ -31,6 +33,15 @@ struct Ahead {
 inline void touch(const char* memory, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += cache_line)
     static_cast<void>(*static_cast<const volatile char*>(memory + i));
+}
+
+// The same for the biases that rows have for the keys [first, end); strips read them column by column.
+inline void touch_biases(const Row* rows, int count, std::int64_t step, std::int64_t first, std::int64_t end) {
+  for (int r = 0; r < count; ++r) {
+    const std::int64_t last = rows[r].key_end < end ? rows[r].key_end : end;
+    if (first < last && (r == 0 || rows[r].bias != rows[r - 1].bias))
+      touch(rows[r].bias + first * step, (last - first - 1) * step + 1);  // nothing after the last key
+  }
 }
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -103,20 +103,14 @@ struct TileAttention {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
-  // Strips read the bias column by column, which is a slow access pattern. So it is read row by row first, in windows
-  // of keys that fit L2 and leave room for everything else.
+  // Reads the bias row by row, in windows of keys that fit L2 and leave room for everything else.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
     const std::int64_t step = block.terms.bias_step;
     const std::int64_t fitting = bytes / (block.count * (step > 0 ? step : 1)) / block.key_block;
     const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
     if (keys.first % window != 0) return;
-    for (int r = 0; r < block.count; ++r) {
-      const Row& row = block.rows[r];
-      const std::int64_t end = row.key_end < keys.first + window ? row.key_end : keys.first + window;
-      if (keys.first < end && (r == 0 || row.bias != block.rows[r - 1].bias))
-        touch(row.bias + keys.first * step, (end - keys.first - 1) * step + 1);  // nothing after the last key
-    }
+    touch_biases(block.rows, block.count, step, keys.first, keys.first + window);
   }
 
   // Whether the multiplier can be applied later, while exponentials are computed. It can if masking by limits is the

@@ -12,6 +12,7 @@
 //
 // A block of rows consists of strips, as in the forward pass. Sums over rows go through all strips of a block at once.
 #pragma once
+#include "kernels/ahead.h"
 #include "kernels/backward_relative.h"
 #include "kernels/backward_strips.h"
 #include "kernels/backward_sums.h"
@@ -86,6 +87,8 @@ struct TileBackward {
   static void run(const BackwardBlock& block) noexcept {
     const Scratch s(block);
     const std::int64_t key_step = padded<T>(block.head_dim), value_step = padded<T>(block.value_dim);
+    if (block.terms.bias && !block.terms.bias_at_hand)
+      touch_biases(block.rows, block.count, block.terms.bias_step, block.first_key, block.first_key + block.key_count);
     each_strip(block, [&](const Strip& strip, auto columns) {
       const int lanes = columns.value * W;
       pack(static_cast<const T*>(block.queries) + strip.first_row * key_step, key_step, strip.rows, block.head_dim,
