@@ -1,13 +1,12 @@
 #include "backward.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <thread>
 
 #include "backward_memory.h"
+#include "backward_prepare.h"
 #include "backward_relative.h"
 #include "backward_rows.h"
 #include "backward_run.h"
@@ -15,8 +14,6 @@
 
 namespace selfattn {
 namespace {
-
-constexpr double infinity = std::numeric_limits<double>::infinity();
 
 // The backward pass of one problem.
 template <class T>
@@ -30,6 +27,7 @@ class BackwardPart {
         sums_(problem_, gradients_, plan_),
         relative_(problem_, gradients_, plan_),
         shared_(shared_memory, plan_, problem_),
+        prepared_(problem_, gradients_, plan_, shared_),
         loop_(loop) {
     // The rows of a block belong to one head, so that they share one line of biases by distance.
     terms_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
@@ -38,7 +36,9 @@ class BackwardPart {
   }
 
   void prepare_rows(std::int64_t index, char* own_memory) noexcept {
-    prepare_rows(index, BackwardSlot(own_memory, plan_, problem_, gradients_));
+    const std::int64_t block = index % plan_.row_blocks, head = index / plan_.row_blocks % problem_.num_heads;
+    const BackwardSlot slot(own_memory, plan_, problem_, gradients_);
+    prepared_.prepare(span_of(index / plan_.row_blocks / problem_.num_heads, head, block), slot);
     shared_.rows_prepared[index].store(1, std::memory_order_release);
   }
 
@@ -57,45 +57,6 @@ class BackwardPart {
  private:
   RowSpan span_of(std::int64_t batch, std::int64_t head, std::int64_t block) const {
     return make_span(problem_, batch, head, 1, block * plan_.block_rows, plan_.block_rows);
-  }
-
-  std::int64_t padded_row_index(const RowSpan& span) const {
-    return (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks * plan_.block_rows + span.first;
-  }
-
-  // What the kernel needs to know about each row, and the results of rows that see no key.
-  void prepare_rows(std::int64_t index, const BackwardSlot& slot) noexcept {
-    const std::int64_t block = index % plan_.row_blocks, head = index / plan_.row_blocks % problem_.num_heads;
-    const RowSpan span = span_of(index / plan_.row_blocks / problem_.num_heads, head, block);
-    const std::int64_t lanes = plan_.kernel->lanes, first = padded_row_index(span);
-    T* shift = reinterpret_cast<T*>(shared_.shift) + first;
-    T* factor = reinterpret_cast<T*>(shared_.factor) + first;
-    T* delta = reinterpret_cast<T*>(shared_.delta) + first;
-    const char* dout = gather<T>(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid,
-                                 problem_.value_dim, plan_.value_step, slot.dout);
-    const char* out = gather<T>(*plan_.kernels, rows_of(problem_, problem_.out, span), span.valid, problem_.value_dim,
-                                plan_.value_step, slot.out);
-    const ValidKeys valid = valid_keys(problem_, span.batch);
-    for (int i = 0; i < span.valid; ++i) {
-      const Place place = place_of(span, i);
-      const double lse = read_real(element(problem_, problem_.lse, span, place), problem_.lse.dtype);
-      const std::int64_t at = i * plan_.value_step * size;
-      double sum = plan_.kernel->dot(dout + at, out + at, plan_.value_step);
-      if (gradients_.dlse) sum -= read_real(element(problem_, gradients_.dlse, span, place), gradients_.dlse.dtype);
-      const Row row = describe_row(problem_, span, place, valid);
-      const double peak = lse * log2_e + row.omitted;
-      const bool empty = lse == -infinity || (std::isfinite(peak) && std::abs(peak) > largest_peak);
-      // The factor makes up for the rounding of the shift.
-      shift[i] = static_cast<T>(empty ? infinity : peak);
-      factor[i] = static_cast<T>(empty ? 0 : std::exp2(static_cast<double>(shift[i]) - peak));
-      delta[i] = static_cast<T>(sum);
-      if (gradients_.sinks && !empty)
-        gradients_.sinks[row_index(problem_, span) + i] = -std::exp2(row.sink - peak) * sum;
-    }
-    for (std::int64_t i = span.valid; i < ceil_div(span.count, lanes) * lanes; ++i) shift[i] = factor[i] = delta[i] = 0;
-    const KeyRange seen = span_keys(problem_, span);
-    const int unseen = seen.begin < seen.end ? span.valid : 0;
-    if (gradients_.query) clear_rows(problem_, gradients_.query, span, unseen);
   }
 
   // Waits until a task has passed the block of rows. Such a task was started before, by a thread that does not wait for
@@ -211,7 +172,7 @@ class BackwardPart {
   }
 
   BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
-    const std::int64_t row = padded_row_index(span) * size;
+    const std::int64_t row = padded_row_index(problem_, plan_, span) * size;
     const bool keeps = gradients_.keeps_scores();
     const bool finite = task.finite && plan_.kernel->finite(slot.operands.queries, span.valid * plan_.key_step) &&
                         plan_.kernel->finite(slot.operands.dout, span.valid * plan_.value_step);
@@ -271,9 +232,6 @@ class BackwardPart {
   }
 
   static constexpr std::int64_t size = static_cast<std::int64_t>(sizeof(T));
-  // Beyond this, an ulp is 1/8 or more: a row's probabilities cannot be computed from its log-sum-exp. Such rows are
-  // padding whose biases are the lowest float; they are treated like rows that see no key.
-  static constexpr double largest_peak = sizeof(T) == sizeof(float) ? 0x1p20 : 0x1p49;
 
   const Problem& problem_;
   const Gradients& gradients_;
@@ -282,6 +240,7 @@ class BackwardPart {
   const ScoreSums<T> sums_;
   const RelativeSums<T> relative_;
   const BackwardShared shared_;
+  const RowPreparation<T> prepared_;
   TaskLoop& loop_;
 };
 

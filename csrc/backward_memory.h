@@ -38,8 +38,8 @@ struct BackwardSlot {
   char* values;   // [range_keys][value_dim]
   char* dkeys;
   char* dvalues;
-  char* dscores;    // [block_rows][score_step]
-  char* distances;  // [block_rows + score_step]: numbers that belong to the distances of a block of rows
+  char* dscores;  // [block_rows][score_step]
+  char* columns;  // [block_rows + score_step]: numbers of the columns of a block, see backward_sums.cpp
   char* kernel_scratch;
   BackwardOperands operands{};
   DistanceMemory distance;

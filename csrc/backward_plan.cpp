@@ -72,7 +72,7 @@ BackwardSlot::BackwardSlot(char* base, const BackwardPlan& plan, const Problem& 
   dkeys = take(keys_ * plan.key_step);
   dvalues = take(keys_ * plan.value_step);
   dscores = gradients.sums_scores() ? take(rows_ * plan.score_step) : nullptr;
-  distances = gradients.sums_scores() ? take(rows_ + plan.score_step) : nullptr;
+  columns = gradients.sums_scores() ? take(rows_ + plan.score_step) : nullptr;
   kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
       plan.kernel->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
   distance = place_distance_memory(base, carver.used, problem, plan.relative, rows_, keys_);

@@ -67,7 +67,7 @@ void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span, co
        .dproduct_step = plan_.score_step,
        .queries = queries,
        .vectors = slot.relative.vectors,
-       .dquery = slot.relative.dquery,
+       .dquery = gradients_.query || gradients_.scale || gradients_.relative_bias ? slot.relative.dquery : nullptr,
        .dvectors = gradients_.relative ? window : nullptr,
        .finite = plan_.kernel->finite(slot.relative.vectors + begin * row_bytes, (end - begin) * step) &&
                  plan_.kernel->finite(queries, span.valid * step),

@@ -27,6 +27,11 @@ inline std::int64_t row_index(const Problem& problem, const RowSpan& span) {
   return (span.batch * problem.num_heads + span.first_head) * problem.q_len + span.first;
 }
 
+// The same in arrays that are padded to whole blocks of rows.
+inline std::int64_t padded_row_index(const Problem& problem, const BackwardPlan& plan, const RowSpan& span) {
+  return (span.batch * problem.num_heads + span.first_head) * plan.row_blocks * plan.block_rows + span.first;
+}
+
 inline SourceRows rows_of(const Problem& problem, const Operand& operand, const RowSpan& span) {
   return {{element(problem, operand, span, place_of(span, 0)), operand.row, operand.column}, operand.dtype};
 }

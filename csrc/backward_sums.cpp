@@ -41,7 +41,7 @@ template <class T>
 void ScoreSums<T>::add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
   const ByDistance& table = problem_.distance_bias;
   const std::int64_t columns = span.valid - 1 + task.count, first = farthest(task, span) + table.origin;
-  T* sums = reinterpret_cast<T*>(slot.distances);
+  T* sums = reinterpret_cast<T*>(slot.columns);
   std::fill_n(sums, columns, T(0));
   for (int i = 0; i < span.valid; ++i) plan_.kernel->add(dscores_of(slot, i), task.count, sums + span.valid - 1 - i);
   for (std::int64_t c = 0; c < columns; ++c)
@@ -58,7 +58,7 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
       if (problem_.relative) sum += dot<T>(slot.relative.queries, slot.relative.dquery, place, width);
       gradients_.scale[index + i] += sum;
     }
-  T* line = reinterpret_cast<T*>(slot.distances);
+  T* line = reinterpret_cast<T*>(slot.columns);
   const std::int64_t columns = plan_.block_rows + plan_.score_step;
   if (gradients_.slopes) {
     const std::int64_t first = farthest(task, span);
@@ -74,7 +74,7 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
 // Multiplies the gradients of each row with the numbers of their columns.
 template <class T>
 void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardSlot& slot, double* sums) const {
-  const T* line = reinterpret_cast<const T*>(slot.distances) + span.valid - 1;
+  const T* line = reinterpret_cast<const T*>(slot.columns) + span.valid - 1;
   for (int i = 0; i < span.valid; ++i) sums[i] += plan_.kernel->dot(dscores_of(slot, i), line - i, plan_.score_step);
 }
 

@@ -23,7 +23,7 @@ class ScoreSums {
   void add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
   void multiply_rows(const RowSpan& span, const BackwardSlot& slot, double* sums) const;
 
-  // The distance of a block's last row and first key. It falls by 1 from key to key and from row to row.
+  // The distance in the first column of a block, see add_distances. It falls by 1 from column to column.
   std::int64_t farthest(const BackwardTask& task, const RowSpan& span) const {
     return place_of(span, span.valid - 1).query + problem_.offset_of(span.batch) - task.first;
   }

@@ -45,6 +45,7 @@ struct RelativeBackward {
     const int columns = block.key_count + block.count - 1;
     for (int done = 0; done < columns; done += block.column_block)
       absorb(block, s, {done, columns - done < block.column_block ? columns : done + block.column_block});
+    if (!block.dquery) return;
     each_strip_of<T, Vectors>(block.count, [&](int first, int rows, auto columns) {
       Sums::template store_rows<columns.value>(s.dquery + first * block.head_dim, rows, block.head_dim,
                                                static_cast<T*>(block.dquery) + first * step, step);
@@ -60,7 +61,7 @@ struct RelativeBackward {
     each_strip_of<T, Vectors>(block.count, [&](int first, int rows, auto columns) {
       align(block, s, first, rows, columns.value * W, seen);
       const ColumnRange own = seen_columns(block, first, rows, all);
-      if (own.begin == own.end) return;
+      if (own.begin == own.end || !block.dquery) return;
       const std::int64_t place = (own.begin - seen.begin) * s.block_lanes + first;
       Sums::template add_key_sums<columns.value>(
           {static_cast<const T*>(block.vectors) + own.begin * step, step, own.end - own.begin, s.factors + place,

@@ -1,6 +1,11 @@
-// The strips of a block of rows in the backward pass: rows that share registers.
+// The strips of a block of rows in the backward pass: rows that share registers. And where the kernel keeps them.
 #pragma once
+#include "kernels/dropout.h"
+#include "kernels/kernel_set.h"
+#include "kernels/score_tile.h"
+#include "kernels/scratch.h"
 #include "kernels/strip.h"
+#include "simd/vec.h"
 
 namespace selfattn::SELFATTN_ISA {
 
@@ -32,5 +37,43 @@ inline void each_strip_of(int block_rows, Use use) {
     with_columns<Vectors>((rows + W - 1) / W, [&](auto columns) { use(first, rows, columns); });
   }
 }
+
+// Scratch memory of the kernel.
+template <class T, int StripRows>
+struct BackwardScratch {
+  T* queries;   // per strip [head_dim][lanes]
+  T* dout;      // per strip [value_dim][lanes]
+  T* dquery;    // per strip [head_dim][lanes]
+  T* scores;    // [key_block][lanes] of one strip
+  T* dprobs;    // the same
+  T* slopes;    // the same: derivative of the softcap
+  T* factors;   // the same and a few lines more: see dropout_factors
+  T* probs;     // [key_block][block_lanes] of all strips
+  T* dscores;   // the same
+  T* original;  // the same: scores before the softmax, to tell hidden keys
+  RowPlaces<T> places;
+  std::int64_t block_lanes;
+  std::size_t bytes;
+
+  BackwardScratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+      : BackwardScratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+  BackwardScratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+      : places(carver, StripRows), block_lanes(padded<T>(rows)) {
+    queries = carver.take<T>(block_lanes * head_dim);
+    dout = carver.take<T>(block_lanes * value_dim);
+    dquery = carver.take<T>(block_lanes * head_dim);
+    const std::int64_t tile = std::int64_t{key_block} * StripRows, wide = key_block * block_lanes;
+    scores = carver.take<T>(tile);
+    dprobs = carver.take<T>(tile);
+    slopes = carver.take<T>(tile);
+    factors = carver.take<T>(factor_lines(key_block) * StripRows);
+    probs = carver.take<T>(wide);
+    dscores = carver.take<T>(wide);
+    original = carver.take<T>(wide);
+    bytes = carver.used;
+  }
+  explicit BackwardScratch(const BackwardBlock& block)
+      : BackwardScratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+};
 
 }  // namespace selfattn::SELFATTN_ISA

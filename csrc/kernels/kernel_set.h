@@ -111,7 +111,8 @@ struct BackwardBlock {
   std::int64_t value_dim;
   const void* queries;  // [row][head_dim]
   const void* dout;     // [row][value_dim]: the gradient of out
-  // Per row, padded to whole vectors. probs = 2^(score - shift) * factor; delta is the sum of probs * (their gradients).
+  // Per row, padded to whole vectors. probs = 2^(score - shift) * factor; delta is the sum of probs * (their
+  // gradients).
   const void* shift;
   const void* factor;
   const void* delta;
@@ -150,7 +151,7 @@ struct RelativeBlock {
   std::int64_t dproduct_step;
   const void* queries;  // [row][head_dim]
   const void* vectors;  // [column][head_dim]
-  void* dquery;         // [row][head_dim], overwritten: the gradient of the queries, before the scale
+  void* dquery;         // [row][head_dim], overwritten: the gradient of the queries, before the scale; null: not wanted
   void* dvectors;  // [column][head_dim], added to: the gradients of the vectors, before the scale; null: not wanted
   bool finite;     // none of queries and vectors is NaN or infinite
   void* scratch;   // as for BackwardBlock

@@ -81,12 +81,14 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
   Vec<T> term = broadcast(T(0));
   if (row.bias) {
     const char* bias = row.bias + key * terms.bias_step;
+    const bool constant = terms.bias_step == 0;
     const bool in_place = terms.bias_type == dtype_of(T()) && terms.bias_step == sizeof(T) && n == W &&
                           reinterpret_cast<std::uintptr_t>(bias) % sizeof(T) == 0;
     T buffer[W];
-    if (!in_place)
+    if (!in_place && !constant)
       for (int j = 0; j < W; ++j) buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * terms.bias_step, terms.bias_type);
-    term = load(in_place ? reinterpret_cast<const T*>(bias) : buffer);
+    term = constant ? broadcast(bias_at<T>(bias, terms.bias_type))
+                    : load(in_place ? reinterpret_cast<const T*>(bias) : buffer);
   }
   if (terms.mask) {
     const std::uint8_t* mask = row.mask + key * terms.mask_step;

@@ -123,6 +123,16 @@ def test_small_and_large_scores(isa: str, normal: Any, dtype: Any, size: float) 
     check(q, k, v.astype(dtype), softcap=20.0)
 
 
+@WIDE
+@pytest.mark.parametrize("kv_len", [1100, 511])
+def test_ranges_of_keys(isa: str, rng: Any, normal: Any, dtype: Any, kv_len: int) -> None:
+    # Of the head size 8, ranges of 512 keys.
+    q, k, v = (normal(2, n, 8, dtype=dtype) for n in (100, kv_len, kv_len))
+    for shape in ((2, 100, kv_len), (100, kv_len), (2, 1, kv_len), (100, 1)):
+        check(q, k, v, bias=normal(*shape, dtype=dtype), causal=True, q_offset=kv_len - 70, all_results=False)
+    check(q, k, v, t5=sa.T5Bias(normal(32, 2)), alibi_slopes=rng.random(2) / 50, q_offset=400, all_results=False)
+
+
 def test_many_rows(isa: str, normal: Any) -> None:
     q, k, v = normal(1, 800, 8), normal(1, 800, 8), normal(1, 800, 8)
     check(q, k, v, causal=True, bias=np.zeros((1, 800), np.float32), all_results=False)

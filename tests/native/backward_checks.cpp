@@ -196,6 +196,22 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   SELFATTN_CHECK(numbers_of(spoiled.dvalue, keys, value_dim) == numbers_of(call.dvalue, keys, value_dim));
 }
 
+// Both rows end at an inaccessible page.
+template <class T>
+void check_add(const BackwardKernel& kernel, int count) {
+  std::mt19937 source(7);
+  const int width = 3 * kernel.lanes, first = width - count;
+  Rows<T> from(1, width, kernel.lanes), to(1, width, kernel.lanes);
+  from.random(source, width);
+  to.random(source, width);
+  const std::vector<double> terms = numbers_of(from, 1, width);
+  std::vector<double> wanted = numbers_of(to, 1, width);
+  for (std::size_t i = static_cast<std::size_t>(first); i < wanted.size(); ++i)
+    wanted[i] = static_cast<double>(static_cast<T>(wanted[i] + terms[i]));
+  kernel.add(&from.at(0, first), count, &to.at(0, first));
+  SELFATTN_CHECK(numbers_of(to, 1, width) == wanted);
+}
+
 template <class T>
 void check_kernel(const BackwardKernel& kernel) {
   for (const int count : {1, kernel.lanes + 1, kernel.strip_rows - 1, kernel.strip_rows, 2 * kernel.strip_rows + 1})
@@ -206,6 +222,7 @@ void check_kernel(const BackwardKernel& kernel) {
     }
   std::mt19937 source(3);
   const int width = 3 * kernel.lanes;
+  for (int i = 0; i <= width; ++i) check_add<T>(kernel, i);
   Rows<T> a(1, width, kernel.lanes), b(1, width, kernel.lanes);
   a.random(source, width);
   b.random(source, width);

@@ -1,0 +1,31 @@
+// What the kernel of the backward pass needs to know about each row before any key is visited.
+#pragma once
+#include "backward_memory.h"
+#include "backward_rows.h"
+
+namespace selfattn {
+
+template <class T>
+class RowPreparation {
+ public:
+  RowPreparation(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan,
+                 const BackwardShared& shared)
+      : problem_(problem), gradients_(gradients), plan_(plan), shared_(shared) {}
+
+  // Fills in shift, factor and delta of a block of rows, and the results of rows that see no key.
+  void prepare(const RowSpan& span, const BackwardSlot& slot) const;
+
+ private:
+  // Beyond this, an ulp of scores or of the log-sum-exp is 1/8 or more: a row's probabilities cannot be computed from
+  // them. Such rows are padding whose biases are the lowest float; they are treated like rows that see no key.
+  double largest_peak() const {
+    return sizeof(T) == sizeof(float) || problem_.lse.dtype == DType::f32 ? 0x1p20 : 0x1p49;
+  }
+
+  const Problem& problem_;
+  const Gradients& gradients_;
+  const BackwardPlan& plan_;
+  const BackwardShared shared_;
+};
+
+}  // namespace selfattn
