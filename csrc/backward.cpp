@@ -62,7 +62,12 @@ class BackwardPart {
   // Waits until a task has passed the block of rows. Such a task was started before, by a thread that does not wait for
   // this one. Returns false if the call was interrupted.
   bool wait_for(std::int64_t task, std::int64_t block, int slot) noexcept {
-    for (int spins = 0; shared_.progress[task].load(std::memory_order_acquire) <= block; ++spins) {
+    return wait_until(shared_.progress[task], block + 1, slot);
+  }
+
+  template <class Count>
+  bool wait_until(const std::atomic<Count>& done, std::int64_t least, int slot) noexcept {
+    for (int spins = 0; done.load(std::memory_order_acquire) < least; ++spins) {
       if (spins < 200) continue;
       if (loop_.should_stop(slot)) return false;
       std::this_thread::yield();
@@ -151,8 +156,7 @@ class BackwardPart {
                                    problem_.value_dim, plan_.value_step, slot.dout);
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
-    while (shared_.rows_prepared[row_task].load(std::memory_order_acquire) == 0)
-      if (loop_.should_stop(task.slot)) return false;
+    if (!wait_until(shared_.rows_prepared[row_task], 1, task.slot)) return false;
     if (slot.dscores) clear(slot.dscores, span.valid * plan_.score_step);
     if (slot.relative.dproducts) clear(slot.relative.dproducts, plan_.block_rows + span.valid * plan_.score_step);
     plan_.kernel->run(block_of(task, span, slot));
