@@ -31,7 +31,7 @@ CPP = [str(p) for folder in ("csrc", "tests") for p in sorted(Path(folder).rglob
 LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 # Libraries that tests of examples and integrations compare with.
-PEERS = [TORCH, "transformers", "ctranslate2", "jax", "onnx", "onnxruntime"]
+PEERS = [TORCH, "transformers", "accelerate", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests that call the core within the pytest process; sanitizers and coverage use these.
 CALLS = ["core", "gradients", "caches", "layers", "compat"]
 # Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
