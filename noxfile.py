@@ -291,7 +291,7 @@ DEEP = {
     "mutants": ["--jobs", "2", "--sample", "40"],
     "asan": [],
     "versions": [],
-    "fuzz": ["200000"],
+    "fuzz": ["60000"],
     "isas": [],
     "neon": [],
 }
