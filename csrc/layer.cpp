@@ -103,12 +103,12 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   const Plan plan = make_plan(problem_, *layer_.kernels);
   const int threads = threads_for(plan, num_threads);
 
-  const ProjectionJob inputs[] = {
+  const LinearJob inputs[] = {
       {layer_.query, RowsView(x_), query_.data(), dtype_, layer_.query.columns() * size},
       {layer_.key, RowsView(context_), key_.data(), dtype_, layer_.key.columns() * size},
       {layer_.value, RowsView(context_), value_.data(), dtype_, layer_.value.columns() * size},
   };
-  if (!project_all(inputs, 3, num_threads, interrupted)) return false;
+  if (!run_all(inputs, 3, num_threads, interrupted)) return false;
   if (layer_.rope && !rotate(num_threads, interrupted)) return false;
   if (step_) step_->store(*layer_.kernels, key_.view, value_.view);
   if (!attend(problem_, plan, threads, interrupted)) return false;
@@ -116,9 +116,9 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   const std::int64_t joined = layer_.num_heads * layer_.value_dim * size;
   const std::int64_t shape[] = {problem_.batch * problem_.q_len, layer_.num_heads * layer_.value_dim};
   const std::int64_t strides[] = {joined, size};
-  const ProjectionJob output{*layer_.output, RowsView({heads.data(), dtype_, 2, shape, strides}),
-                             static_cast<char*>(out.data), out.dtype, layer_.output->columns() * size_of(out.dtype)};
-  return project_all(&output, 1, num_threads, interrupted);
+  const LinearJob output{*layer_.output, RowsView({heads.data(), dtype_, 2, shape, strides}),
+                         static_cast<char*>(out.data), out.dtype, layer_.output->columns() * size_of(out.dtype)};
+  return run_all(&output, 1, num_threads, interrupted);
 }
 
 }  // namespace selfattn

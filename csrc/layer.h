@@ -4,8 +4,8 @@
 #include <optional>
 
 #include "cache_step.h"
+#include "linear.h"
 #include "problem.h"
-#include "projection.h"
 #include "rope.h"
 #include "scratch_pool.h"
 #include "task_loop.h"

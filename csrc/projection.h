@@ -6,8 +6,6 @@
 
 #include "kernels/kernel_set.h"
 #include "problem.h"
-#include "scratch_pool.h"
-#include "task_loop.h"
 
 namespace selfattn {
 
@@ -21,25 +19,36 @@ class Projection {
   std::int64_t columns() const { return columns_; }
   std::int64_t panels() const { return (columns_ + types_->panel_columns - 1) / types_->panel_columns; }
   std::int64_t panel_columns() const { return types_->panel_columns; }
+  DType dtype() const { return dtype_; }
   DType computation() const { return computed_in(dtype_); }
-  // The type that rows of x must have: bfloat16 if a unit multiplies bfloat16 weights in pairs along the depth, else
-  // the type of computation.
-  DType operand() const { return pairs_ ? dtype_ : computation(); }
+  // The type that rows of x must have if they come as `x`: bfloat16 if a unit multiplies bfloat16 in pairs along the
+  // depth, else the type of computation.
+  DType operand(DType x) const { return pairs_ && x == dtype_ ? dtype_ : computation(); }
+  // Whether pairs of numbers share a cell of a panel. Rows of x must then have an even number of elements.
   bool pairs() const { return pairs_; }
   const KernelSet& kernels() const { return *kernels_; }
+  const StoredKernels& kernels_of(DType dtype) const { return types_->of(dtype); }
+  std::int64_t bytes() const { return panels() * panel_bytes(); }
 
   // Writes the original weights to a matrix of the same type.
   void unpack(const TensorView& weights) const;
   // The bias in the type of computation, or null.
   const char* bias() const { return bias_.get(); }
 
-  // Computes the columns of one panel for `rows` rows of x. Rows of x are contiguous elements of type operand() (for
+  // Columns of some panels that are adjacent.
+  struct Panels {
+    std::int64_t first, count;
+  };
+  std::int64_t columns_of(Panels panels) const;
+
+  // Computes the columns of these panels for `rows` rows of x. Rows of x are contiguous elements of type operand (for
   // pairs, see MatrixKernels); rows of out are contiguous elements of the type of computation. Steps are in elements.
-  void project(std::int64_t panel, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
+  void project(Panels panels, DType operand, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
                std::int64_t out_step) const noexcept;
 
  private:
   std::int64_t panel_rows() const;  // padded depth
+  std::int64_t panel_bytes() const { return panel_rows() * panel_columns() * size_of(dtype_); }
   template <class Copy>
   void each_part(const TensorView& weights, Copy copy) const;
 
@@ -64,19 +73,12 @@ struct RowsView {
   std::vector<BatchAxis> axes;     // nearly always none; innermost first
 
   explicit RowsView(const TensorView& x);
+  // Contiguous rows.
+  RowsView(const char* data, DType dtype, std::int64_t rows, std::int64_t columns);
   const char* at(std::int64_t outer_index) const;
+  // A row counted over all outer axes.
+  const char* at_row(std::int64_t index) const { return at(index / rows) + index % rows * row; }
+  std::int64_t total() const { return outer * rows; }
 };
-
-// One projection of a call, from x (any strides) to a matrix of contiguous rows.
-struct ProjectionJob {
-  const Projection& projection;
-  RowsView x;
-  char* out;
-  DType out_dtype;
-  std::int64_t out_step;  // bytes from row to row
-};
-
-// Runs all jobs as one list of tasks. Returns false if interrupted.
-bool project_all(const ProjectionJob* jobs, int count, int num_threads, Interrupted interrupted);
 
 }  // namespace selfattn

@@ -11,10 +11,13 @@ from ._backward import Gradients
 from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache
 from ._cached import attention_with_kvcache
+from ._feed_forward import FeedForward
 from ._gradients import attention_backward, attention_vjp
 from ._info import show_config, show_runtime
 from ._layer import SelfAttention
 from ._layer_gradients import self_attention_vjp
+from ._linear import Linear
+from ._norm import LayerNorm, RMSNorm, layer_norm, rms_norm
 from ._paged import PagedKVCache
 from ._relative import relative_attention
 from ._relative_gradients import relative_attention_backward, relative_attention_vjp
@@ -28,9 +31,13 @@ from ._varlen_gradients import attention_varlen_backward, attention_varlen_vjp
 __version__ = _version("selfattn")
 
 __all__ = [
+    "FeedForward",
     "Gradients",
     "KVCache",
+    "LayerNorm",
+    "Linear",
     "PagedKVCache",
+    "RMSNorm",
     "RoPE",
     "SelfAttention",
     "T5Bias",
@@ -48,10 +55,12 @@ __all__ = [
     "explain",
     "get_num_threads",
     "isas",
+    "layer_norm",
     "merge_states",
     "relative_attention",
     "relative_attention_backward",
     "relative_attention_vjp",
+    "rms_norm",
     "self_attention",
     "self_attention_vjp",
     "set_num_threads",

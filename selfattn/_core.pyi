@@ -49,6 +49,8 @@ Rope: TypeAlias = tuple[float, int, bool]  # base, rotary_dim, interleaved
 
 # Capsules: objects that the core keeps between calls.
 Layer = NewType("Layer", object)
+Linear = NewType("Linear", object)
+Norm = NewType("Norm", object)
 CacheStore = NewType("CacheStore", object)  # the arrays of a cache
 Ledger = NewType("Ledger", object)  # the lengths of a cache that has one block per sequence
 BlockTable = NewType("BlockTable", object)  # the pages of all sequences of a call in one array
@@ -153,6 +155,49 @@ xla_attention: object  # capsules: handlers for XLA
 xla_attention_backward: object
 
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
+def make_linear(
+    w: NDArray[Any],
+    b: NDArray[Any] | None,
+    w_gate: NDArray[Any] | None,
+    b_gate: NDArray[Any] | None,
+    activation: int,  # 0: none
+    /,
+) -> Linear: ...
+def call_linear(
+    layer: Linear,
+    function: str,
+    x: NDArray[Any],
+    residual: NDArray[Any] | None,
+    out: NDArray[Any] | None,
+    num_threads: int,
+    /,
+) -> NDArray[Any]: ...
+def linear_isa(layer: Linear, /) -> str: ...
+# Fills the matrices w and, if there is one, w_gate; returns their biases.
+def unpack_linear(
+    layer: Linear, matrices: tuple[NDArray[Any], ...], /
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None]: ...
+def call_feed_forward(
+    parts: tuple[Linear, Linear, Norm | None, Norm | None],
+    function: str,
+    x: NDArray[Any],
+    residual: NDArray[Any] | None,
+    out: NDArray[Any] | None,
+    num_threads: int,
+    /,
+) -> NDArray[Any]: ...
+# Vectors are contiguous and have the type of computation.
+def make_norm(weight: NDArray[Any] | None, bias: NDArray[Any] | None, eps: float, centred: bool, /) -> Norm: ...
+def call_norm(
+    function: str,
+    x: NDArray[Any],
+    vectors: tuple[NDArray[Any] | None, NDArray[Any] | None],  # weight and bias
+    eps: float,
+    centred: bool,
+    residual: NDArray[Any] | None,
+    out: NDArray[Any] | None,
+    /,
+) -> NDArray[Any]: ...
 def apply_rope(
     x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, inverse: bool, /
 ) -> None: ...

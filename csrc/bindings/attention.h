@@ -49,6 +49,7 @@ void register_attention(py::module_& module);
 void register_backward(py::module_& module);
 void register_errors();
 void register_layer(py::module_& module);
+void register_linear(py::module_& module);
 void register_varlen(py::module_& module);
 void register_varlen_backward(py::module_& module);
 void register_machine(py::module_& module);

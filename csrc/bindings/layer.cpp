@@ -1,12 +1,12 @@
 // The core's part of SelfAttention, and apply_rope.
 #include "layer.h"
 
-#include <cstring>
 #include <memory>
 #include <utility>
 
 #include "bindings/attention.h"
 #include "bindings/cache_arguments.h"
+#include "bindings/linear.h"
 #include "message.h"
 #include "parallel.h"
 #include "registry.h"
@@ -77,21 +77,14 @@ class Layer {
 
   // Fills the matrices w_q, w_k, w_v and, if there is one, w_o. Returns the four biases, each an array or None, and
   // whether there is a w_o.
-  py::tuple unpack(const py::tuple& matrices) const {
+  py::tuple unpack_all(const py::tuple& matrices) const {
     const Projection* const projections[] = {&weights_.query, &weights_.key, &weights_.value,
                                              weights_.output ? &*weights_.output : nullptr};
     py::tuple found(5);
     for (std::size_t i = 0; i < 4; ++i) {
       found[i] = py::none();
       if (!projections[i]) continue;
-      const Projection& projection = *projections[i];
-      projection.unpack(view_of(py::reinterpret_borrow<py::array>(matrices[i]), weights_.dtype));
-      if (!projection.bias()) continue;
-      Shape shape;
-      shape.append(projection.columns());
-      py::array bias = new_array(shape, projection.computation());
-      std::memcpy(bias.mutable_data(), projection.bias(), static_cast<std::size_t>(bias.nbytes()));
-      found[i] = std::move(bias);
+      found[i] = unpack(*projections[i], view_of(py::reinterpret_borrow<py::array>(matrices[i]), weights_.dtype));
     }
     found[4] = py::bool_(projections[3] != nullptr);
     return found;
@@ -170,7 +163,7 @@ py::object call_layer(const py::capsule& capsule, const char* function, const py
 const char* layer_isa(const py::capsule& capsule) { return held_by<Layer>(capsule).isa(); }
 
 py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
-  return held_by<Layer>(capsule).unpack(matrices);
+  return held_by<Layer>(capsule).unpack_all(matrices);
 }
 
 // x and out have the same shape (..., tokens, heads, head_dim); positions broadcasts to (..., tokens). The Python layer

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_core, module) {
   selfattn::bindings::register_varlen(module);
   selfattn::bindings::register_varlen_backward(module);
   selfattn::bindings::register_layer(module);
+  selfattn::bindings::register_linear(module);
   selfattn::bindings::register_machine(module);
   selfattn::bindings::register_merge(module);
   selfattn::bindings::register_relative(module);

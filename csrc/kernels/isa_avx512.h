@@ -7,3 +7,9 @@ namespace selfattn::avx512 {
 extern const TypeKernels f32, f64;
 
 }  // namespace selfattn::avx512
+
+namespace selfattn::avx512_bf16 {
+
+void project_f32(const ProjectArgs&) noexcept;
+
+}  // namespace selfattn::avx512_bf16

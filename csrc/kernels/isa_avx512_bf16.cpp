@@ -5,9 +5,11 @@
 #include "kernels/engine_pairs.h"
 #include "kernels/isa_avx512.h"
 #include "kernels/peak_loop.h"
-#include "kernels/project.h"
+#include "kernels/project_widened.h"
 
 namespace selfattn::avx512_bf16 {
+
+void project_f32(const ProjectArgs& args) noexcept { project<WidenedUnit, 8, 3, float, FloatPair>(args); }
 
 // The AVX-512 kernels plus products of bfloat16. On CPUs that also have AVX512_FP16, a dot product was measured to take
 // as long as four FMAs instead of one.
@@ -24,6 +26,7 @@ extern constexpr KernelSet kernels{
                .f32_medium = &TileAttention<PairEngine<float, 8>, 3>::kernel,
                .row_bf16 = &RowAttention<float, 16, BFloat, PairDots>::kernel,
                .project_bf16 = project<PairUnit, 8, 3>,
+               .project_f32 = project_f32,
                .peak_loop = peak_loop<PairUnit, 16>},
 };
 

@@ -170,7 +170,7 @@ struct BackwardKernel {
   void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
-// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns.
+// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or several adjacent ones.
 struct ProjectArgs {
   const void* x;  // rows of depth contiguous elements, `x_step` elements apart
   std::int64_t x_step;
@@ -180,7 +180,36 @@ struct ProjectArgs {
   const void* bias;   // panel_columns elements; null: none
   void* out;          // rows of `columns` contiguous elements, `out_step` elements apart
   std::int64_t out_step;
-  int columns;  // at most panel_columns
+  std::int64_t columns;         // more than panel_columns if further panels follow
+  std::int64_t panel_step = 0;  // bytes from one panel to the next
+};
+
+enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu };
+
+// out = activation(sums) + residual, or activation(gates) * sums + residual, for rows of contiguous elements.
+// Overwrites sums and gates.
+struct FinishArgs {
+  Activation activation;
+  void* sums;
+  void* gates;  // null: none
+  std::int64_t sums_step;
+  const void* residual;  // in the type of out; null: none
+  std::int64_t residual_step;
+  void* out;
+  std::int64_t out_step;
+  std::int64_t rows, columns;
+};
+
+// A row plus the addend is normalised in place: to mean 0, if `centred`, and a mean square of 1; then multiplied by the
+// weight and shifted by the bias. All have the type of computation.
+struct NormArgs {
+  void* row;
+  const void* addend;  // null: none
+  const void* weight;  // null: none
+  const void* bias;    // null: none
+  std::int64_t count;
+  double epsilon;
+  bool centred;
 };
 
 // For benchmarks only, as the peak to compare with: multiplies registers or tiles as fast as possible. Returns the
@@ -194,6 +223,7 @@ struct StoredKernels {
   // Convert contiguous numbers to float and back; not for float itself.
   void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
+  void (*finish)(const FinishArgs&) noexcept;  // for results of this type
 };
 
 // The kernels of one type of computation: float or double.
@@ -209,6 +239,7 @@ struct TypeKernels {
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
   // Applies dropout to the weights of a row for the keys [first, first + count).
   void (*drop)(const Dropout& dropout, const Row& row, std::int64_t first, std::int64_t count, void* weights) noexcept;
+  void (*normalise)(const NormArgs&) noexcept;
   PeakLoop peak_loop;
   BackwardKernel backward;
 
@@ -227,6 +258,7 @@ struct MatrixKernels {
   // x and weights are bfloat16. Rows of x are 4-byte aligned, and an odd depth is zero-padded. Panels are
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
+  void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32, and the panels are the same
   PeakLoop peak_loop;
 };
 

@@ -1,4 +1,4 @@
-// Linear projection: out = x . weights + bias for some rows of x and one packed panel of weight columns.
+// Linear projection: out = x . weights + bias for some rows of x and packed panels of weight columns.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "kernels/pack.h"
@@ -6,23 +6,56 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// B: the type of the weights in memory.
-template <class Unit, int TileRows, int Vectors, class B = typename Unit::Real>
-inline void project(const ProjectArgs& args) noexcept {
-  using T = typename Unit::Real;
+// One row has too few sums per panel to keep the FMA units busy, and one stream of weights is too few for the memory.
+// So several panels are multiplied at once.
+template <class Unit, int Panels, int Vectors, class A, class B, class T = typename Unit::Real>
+[[gnu::always_inline]] inline void multiply_row(const A* x, const B* b, std::int64_t panel_step, std::int64_t depth,
+                                                Vec<T> (&sums)[Panels][Vectors]) {
+  constexpr int W = Vec<T>::width;
+  Vec<T> own[Panels][Vectors];
+  for (auto& panel : own)
+    for (auto& sum : panel) sum = broadcast(T(0));
+  for (std::int64_t k = 0; k < depth; ++k, b += Vectors * W) {
+    const auto left = broadcast(x[k]);
+    for (int p = 0; p < Panels; ++p)
+      for (int c = 0; c < Vectors; ++c)
+        own[p][c] = Unit::add_product(left, load(b + p * panel_step + c * W), own[p][c]);
+  }
+  for (int p = 0; p < Panels; ++p)
+    for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
+}
+
+// Computes out for the columns from `first` on, of one row and one panel.
+template <int Vectors, class T>
+inline void store_row(const ProjectArgs& args, std::int64_t row, std::int64_t first, const Vec<T> (&sums)[Vectors]) {
   constexpr int W = Vec<T>::width;
   const T* bias = static_cast<const T*>(args.bias);
-  T* out = static_cast<T*>(args.out);
-  multiply_rows<TileRows, Vectors, Unit>(
-      RowMajor<T>{static_cast<const T*>(args.x), args.x_step / Unit::cell}, args.rows,
-      static_cast<const B*>(args.panel), std::int64_t{Vectors} * W, (args.depth + Unit::cell - 1) / Unit::cell,
-      [&](std::int64_t i, const auto& sums) {
-        for (const auto& row : sums) {
-          T* o = out + i++ * args.out_step;
-          for (int c = 0; c < Vectors && c * W < args.columns; ++c)
-            store_up_to(o + c * W, bias ? row[c] + load(bias + c * W) : row[c], args.columns - c * W);
-        }
-      });
+  T* out = static_cast<T*>(args.out) + row * args.out_step;
+  for (int c = 0; c < Vectors && first < args.columns; ++c, first += W)
+    store_up_to(out + first, bias ? sums[c] + load(bias + first) : sums[c], args.columns - first);
+}
+
+// A and B: the types of a cell of x and of the weights in memory.
+template <class Unit, int TileRows, int Vectors, class B = typename Unit::Real, class A = typename Unit::Real>
+inline void project(const ProjectArgs& args) noexcept {
+  using T = typename Unit::Real;
+  constexpr int width = Vectors * Vec<T>::width, together = 4;
+  const RowMajor<A> x{static_cast<const A*>(args.x), args.x_step / Unit::cell};
+  const std::int64_t depth = (args.depth + Unit::cell - 1) / Unit::cell;
+  const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
+  const B* panel = static_cast<const B*>(args.panel);
+  std::int64_t first = 0;
+  if (args.rows == 1)
+    for (; first + (together - 1) * width < args.columns; first += together * width, panel += together * panel_step) {
+      Vec<T> sums[together][Vectors];
+      multiply_row<Unit>(x.data, panel, panel_step, depth, sums);
+      for (int p = 0; p < together; ++p) store_row(args, 0, first + p * width, sums[p]);
+    }
+  for (; first < args.columns; first += width, panel += panel_step)
+    multiply_rows<TileRows, Vectors, Unit>(x, args.rows, panel, std::int64_t{width}, depth,
+                                           [&](std::int64_t row, const auto& sums) {
+                                             for (const auto& s : sums) store_row(args, row++, first, s);
+                                           });
 }
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -45,9 +45,8 @@ inline void project_block(const ProjectArgs& args, int first_column, int panel_c
 }
 
 // Panels are three tiles wide.
-inline void project_amx(const ProjectArgs& args) noexcept {
+inline void project_panel(const ProjectArgs& args) {
   constexpr int W = VecF::width, panel_columns = 3 * W;
-  configure_tiles();
   for (std::int64_t row = 0; row < args.rows; row += 2 * tile_rows) {
     if (args.rows - row > tile_rows) {
       project_block<2, 2>(args, 0, panel_columns, row);
@@ -56,6 +55,17 @@ inline void project_amx(const ProjectArgs& args) noexcept {
       project_block<1, 2>(args, 0, panel_columns, row);
       project_block<1, 1>(args, 2 * W, panel_columns, row);
     }
+  }
+}
+
+inline void project_amx(const ProjectArgs& args) noexcept {
+  constexpr int panel_columns = 3 * VecF::width;
+  configure_tiles();
+  for (ProjectArgs panel = args; panel.columns > 0; panel.columns -= panel_columns) {
+    project_panel(panel);
+    panel.panel = static_cast<const char*>(panel.panel) + panel.panel_step;
+    if (panel.bias) panel.bias = static_cast<const float*>(panel.bias) + panel_columns;
+    panel.out = static_cast<float*>(panel.out) + panel_columns;
   }
   release_tiles();
 }

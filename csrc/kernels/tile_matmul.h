@@ -47,7 +47,7 @@ template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A
     Vec<T> right[Cols];
     for (int c = 0; c < Cols; ++c) right[c] = load(b + c * Vec<T>::width);
     for (int r = 0; r < Rows; ++r) {
-      const Vec<T> left = broadcast(a.at(r, k));
+      const auto left = broadcast(a.at(r, k));
       for (int c = 0; c < Cols; ++c) own[r][c] = Unit::add_product(left, right[c], own[r][c]);
     }
   }

@@ -4,7 +4,9 @@
 #include "kernels/attend_tile.h"
 #include "kernels/backward_tile.h"
 #include "kernels/dropout.h"
+#include "kernels/finish.h"
 #include "kernels/kernel_set.h"
+#include "kernels/norm.h"
 #include "kernels/peak_loop.h"
 #include "kernels/project.h"
 
@@ -46,10 +48,11 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
 // E: a type that is only stored. Codes have scales, which only the row kernel applies.
 template <class E, int TileRows, int TileVectors, int MaxSums>
 constexpr StoredKernels stored_kernels() {
-  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, nullptr, widen<E>, nullptr};
+  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, nullptr, widen<E>, nullptr, nullptr};
   if constexpr (!scaled<E>) {
     kernels.project = project<FmaUnit<float>, TileRows, TileVectors, E>;
     kernels.narrow = narrow<E>;
+    kernels.finish = finish<float, E>;
   }
   return kernels;
 }
@@ -66,12 +69,14 @@ constexpr TypeKernels type_kernels() {
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
                       .drop = drop<T>,
+                      .normalise = normalise<T>,
                       .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,
                       .backward = TileBackward<T, TileRows, TileVectors, SumRows, SumVectors>::kernel};
   const auto stored = [&](auto element) -> StoredKernels& {
     return kernels.stored[static_cast<int>(dtype_of(element))];
   };
-  stored(T()) = {&RowAttention<T, MaxSums>::kernel, project<FmaUnit<T>, TileRows, TileVectors>, nullptr, nullptr};
+  stored(T()) = {&RowAttention<T, MaxSums>::kernel, project<FmaUnit<T>, TileRows, TileVectors>, nullptr, nullptr,
+                 finish<T, T>};
   if constexpr (sizeof(T) == sizeof(float)) {
     stored(Half()) = stored_kernels<Half, TileRows, TileVectors, MaxSums>();
     stored(BFloat()) = stored_kernels<BFloat, TileRows, TileVectors, MaxSums>();

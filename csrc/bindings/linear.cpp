@@ -1,0 +1,223 @@
+// The core's part of Linear, FeedForward and the norms.
+#include "bindings/linear.h"
+
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "bindings/attention.h"
+#include "bindings/cache_arguments.h"
+#include "message.h"
+#include "registry.h"
+
+namespace selfattn::bindings {
+
+HeldNorm::HeldNorm(py::object w, py::object b, double epsilon, bool centred)
+    : weight(std::move(w)), bias(std::move(b)), norm{data_of(weight), data_of(bias), epsilon, centred} {}
+
+const char* HeldNorm::data_of(py::handle vector) {
+  return vector.is_none() ? nullptr : static_cast<const char*>(py::reinterpret_borrow<py::array>(vector).data());
+}
+
+const Norm* norm_or_none(py::handle capsule) { return capsule.is_none() ? nullptr : &held_by<HeldNorm>(capsule).norm; }
+
+namespace {
+
+bool same(const TensorView& a, const TensorView& b) {
+  return a.data == b.data && a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape) &&
+         std::equal(a.strides, a.strides + a.ndim, b.strides);
+}
+
+// An array with axes (..., columns) as rows: a vector is one row.
+struct ArrayRows {
+  explicit ArrayRows(const TensorView& array) : view(array) {
+    if (array.ndim != 1) return;
+    shape[1] = array.shape[0];
+    strides[1] = array.strides[0];
+    view.ndim = 2;
+    view.shape = shape;
+    view.strides = strides;
+  }
+  ArrayRows(const ArrayRows&) = delete;  // the view points into this object
+  ArrayRows& operator=(const ArrayRows&) = delete;
+  RowsView rows() const { return RowsView(view); }
+
+  std::int64_t shape[2] = {1, 0}, strides[2] = {0, 0};
+  TensorView view;
+};
+
+// A call that maps rows of x to rows of out.
+struct RowCall {
+  const char* function;
+  TensorView x, residual;
+  Shape shape;  // of the result
+
+  // Checks that x has `depth` columns, and the residual, or None, the shape of the result.
+  RowCall(const char* function, py::handle x_array, std::int64_t depth, py::handle residual_array, std::int64_t columns)
+      : function(function), x(float_view(function, "x", x_array)) {
+    if (x.ndim < 1 || x.ndim >= max_axes)
+      refuse(function, "x"_arg, " has shape ", shape_text(x), ", but (..., ", depth, ") is needed");
+    if (x.extent(0) != depth) refuse(function, "x"_arg, " has ", x.extent(0), " columns, but ", depth, " are needed");
+    for (int axis = 0; axis + 1 < x.ndim; ++axis) shape.append(x.shape[axis]);
+    shape.append(columns);
+    if (residual_array.is_none()) return;
+    residual = matching_view(function, "residual", residual_array, "x", x.dtype);
+    if (residual.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, residual.shape))
+      refuse(function, "residual"_arg, " has shape ", shape_text(residual), " but the result has ",
+             to_text(shape.extent, shape.ndim));
+  }
+
+  // Calls work(x, residual or null, out), which returns false if interrupted. `in_place`: x may be out.
+  template <class Work>
+  py::object run(py::object out, py::handle like, bool in_place, double flops, Work work) const {
+    bool direct = false;
+    if (!out.is_none()) {
+      const py::array given = py::reinterpret_borrow<py::array>(out);
+      check_out(function, given, shape, x.dtype);
+      const TensorView view = view_of(given, x.dtype);
+      direct = (given.flags() & py::array::c_style) != 0 && (!meet(view, x) || (in_place && same(view, x))) &&
+               (!meet(view, residual) || same(view, residual));
+    }
+    Destination result(std::move(out), direct, shape, x.dtype, like);
+    const ArrayRows rows(x), added(residual ? residual : x);
+    const RowsView added_rows = added.rows();
+    bool finished = true;
+    if (result.array.size() > 0) {
+      const CoreCall call_of_core(flops);
+      finished = work(rows.rows(), residual ? &added_rows : nullptr, static_cast<char*>(result.view(x.dtype).data));
+    }
+    if (!finished) throw py::error_already_set();
+    return result.deliver();
+  }
+};
+
+Projection projection_of(py::handle weights, py::handle bias) {
+  const auto view = [](py::handle array) { return array.is_none() ? TensorView{} : float_view("Linear", "w", array); };
+  return Projection(active_kernels(), view(weights), view(bias));
+}
+
+struct HeldLinear {
+  static constexpr const char* capsule_name = "selfattn.Linear";
+
+  const LinearWeights weights;
+};
+
+// Whether x of this type can be multiplied by weights of that one.
+void check_dtype(const char* function, const TensorView& x, const Projection& projection) {
+  const DType weights = projection.dtype();
+  if (x.dtype != weights && (computed_in(weights) != x.dtype))
+    refuse<TypeRefusal>(function, "x"_arg, " has dtype ", name_of(x.dtype), " but the weights have ", name_of(weights),
+                        ": x must have their dtype", is_narrow(weights) ? " or float32" : "");
+}
+
+py::capsule make_linear(py::handle w, py::handle b, py::handle w_gate, py::handle b_gate, int activation) {
+  std::optional<Projection> gate;
+  if (!w_gate.is_none()) gate.emplace(projection_of(w_gate, b_gate));
+  return capsule_of(std::unique_ptr<HeldLinear>(
+      new HeldLinear{{projection_of(w, b), std::move(gate), static_cast<Activation>(activation)}}));
+}
+
+py::object call_linear(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
+                       py::object out, int num_threads) {
+  const LinearWeights& layer = held_by<HeldLinear>(capsule).weights;
+  const Projection& projection = layer.projection;
+  const RowCall call(function, x, projection.depth(), residual, projection.columns());
+  check_dtype(function, call.x, projection);
+  const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
+    const DType dtype = call.x.dtype;
+    return LinearJob{projection,
+                     rows,
+                     result,
+                     dtype,
+                     projection.columns() * size_of(dtype),
+                     nullptr,
+                     layer.gate ? &*layer.gate : nullptr,
+                     layer.activation,
+                     added};
+  };
+  const ArrayRows rows(call.x);
+  return call.run(std::move(out), x, false, flops(job(rows.rows(), nullptr, nullptr)),
+                  [&](const RowsView& rows, const RowsView* added, char* result) {
+                    const LinearJob all = job(rows, added, result);
+                    return run_all(&all, 1, num_threads, interrupted);
+                  });
+}
+
+const char* linear_isa(const py::capsule& capsule) {
+  return held_by<HeldLinear>(capsule).weights.projection.kernels().name;
+}
+
+// Fills the matrices w and, if there is one, w_gate. Returns their biases, each an array or None.
+py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
+  const LinearWeights& layer = held_by<HeldLinear>(capsule).weights;
+  const Projection* const projections[] = {&layer.projection, layer.gate ? &*layer.gate : nullptr};
+  py::tuple found(2);
+  for (std::size_t i = 0; i < 2; ++i) {
+    found[i] = py::none();
+    if (projections[i])
+      found[i] =
+          unpack(*projections[i], view_of(py::reinterpret_borrow<py::array>(matrices[i]), projections[i]->dtype()));
+  }
+  return found;
+}
+
+// Layers and norms as capsules, whose owner must keep them alive; norms may be None.
+py::object call_feed_forward(const py::tuple& parts, const char* function, py::handle x, py::handle residual,
+                             py::object out, int num_threads) {
+  const LinearWeights& first = held_by<HeldLinear>(parts[0]).weights;
+  const LinearWeights& second = held_by<HeldLinear>(parts[1]).weights;
+  const RowCall call(function, x, first.projection.depth(), residual, second.projection.columns());
+  check_dtype(function, call.x, first.projection);
+  const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
+    return FeedForwardJob{first,  second,      norm_or_none(parts[2]), norm_or_none(parts[3]), rows, added,
+                          result, call.x.dtype};
+  };
+  const ArrayRows rows(call.x);
+  return call.run(std::move(out), x, true, flops(job(rows.rows(), nullptr, nullptr)),
+                  [&](const RowsView& rows, const RowsView* added, char* result) {
+                    return run_feed_forward(job(rows, added, result), num_threads, interrupted);
+                  });
+}
+
+py::capsule make_norm(py::object weight, py::object bias, double epsilon, bool centred) {
+  return capsule_of(std::make_unique<HeldNorm>(std::move(weight), std::move(bias), epsilon, centred));
+}
+
+py::object call_norm(const char* function, py::handle x, const py::tuple& vectors, double epsilon, bool centred,
+                     py::handle residual, py::object out) {
+  const TensorView view = float_view(function, "x", x);
+  const std::int64_t count = view.ndim > 0 ? view.extent(0) : 0;
+  const RowCall call(function, x, count, residual, count);
+  const HeldNorm held(vectors[0], vectors[1], epsilon, centred);
+  const double elements = static_cast<double>(py::reinterpret_borrow<py::array>(x).size());
+  return call.run(
+      std::move(out), x, true, 16 * elements, [&](const RowsView& rows, const RowsView* added, char* result) {
+        const DType dtype = call.x.dtype;
+        return normalise_all({active_kernels(), held.norm, count, rows, added, result, dtype, count * size_of(dtype)},
+                             0, interrupted);
+      });
+}
+
+}  // namespace
+
+py::object unpack(const Projection& projection, const TensorView& weights) {
+  projection.unpack(weights);
+  if (!projection.bias()) return py::none();
+  Shape shape;
+  shape.append(projection.columns());
+  py::array bias = new_array(shape, projection.computation());
+  std::memcpy(bias.mutable_data(), projection.bias(), static_cast<std::size_t>(bias.nbytes()));
+  return std::move(bias);
+}
+
+void register_linear(py::module_& module) {
+  module.def("make_linear", &make_linear);
+  module.def("call_linear", &call_linear);
+  module.def("linear_isa", &linear_isa);
+  module.def("unpack_linear", &unpack_linear);
+  module.def("call_feed_forward", &call_feed_forward);
+  module.def("make_norm", &make_norm);
+  module.def("call_norm", &call_norm);
+}
+
+}  // namespace selfattn::bindings

@@ -1,0 +1,161 @@
+#include "feed_forward.h"
+
+#include <algorithm>
+
+#include "scratch_pool.h"
+
+#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
+#include "kernels/scratch.h"
+
+namespace selfattn {
+namespace {
+
+// With fewer rows per thread, all threads share each product: they read less of the weights then.
+constexpr std::int64_t rows_per_thread = 48;
+
+LinearJob first_job(const FeedForwardJob& job, char* hidden) {
+  const LinearWeights& layer = job.first;
+  const DType dtype = job.second.projection.operand(job.dtype);
+  return {layer.projection,
+          job.x,
+          hidden,
+          dtype,
+          layer.projection.columns() * size_of(dtype),
+          job.norm,
+          layer.gate ? &*layer.gate : nullptr,
+          layer.activation};
+}
+
+// The residual is added here unless a norm follows, which needs the sum before it is rounded.
+LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t rows, char* out) {
+  const Projection& projection = job.second.projection;
+  const RowsView x(hidden, projection.operand(job.dtype), rows, projection.depth());
+  return {projection,       x,           out, job.dtype, projection.columns() * size_of(job.dtype), nullptr, nullptr,
+          Activation::none, job.residual};
+}
+
+// Each task takes a block of rows through both products, so that what is between them stays in the thread's cache.
+class RowTasks {
+ public:
+  RowTasks(const FeedForwardJob& job, int threads)
+      : job_(job),
+        blocks_(ceil_div(job.x.rows, LinearSpace::most_rows * threads) * threads),
+        block_rows_(std::min(ceil_div(ceil_div(job.x.rows, blocks_), 8) * 8, LinearSpace::most_rows)),
+        own_(Space(*this, nullptr).bytes),
+        memory_(own_ * static_cast<std::size_t>(threads)) {}
+
+  bool run(int threads, Interrupted interrupted) {
+    const std::int64_t blocks = ceil_div(job_.x.rows, block_rows_);
+    TaskLoop loop(job_.x.outer * blocks, threads, interrupted);
+    const auto body = [&](std::int64_t task, int slot) {
+      const std::int64_t first = task % blocks * block_rows_;
+      run_block(task / blocks, first, std::min(block_rows_, job_.x.rows - first),
+                Space(*this, memory_.data() + own_ * static_cast<std::size_t>(slot)));
+    };
+    return loop.run(body);
+  }
+
+ private:
+  struct Space {
+    char *hidden, *wide, *norm;
+    LinearSpace linear;
+    std::size_t bytes;
+
+    Space(const RowTasks& tasks, char* base) : Space(tasks, core::Carver{base}) {}
+    Space(const RowTasks& tasks, core::Carver carver)
+        : hidden(carver.take<char>(tasks.block_rows_ * tasks.first(nullptr).out_step)),
+          wide(carver.take<char>(tasks.job_.post_norm ? tasks.block_rows_ * tasks.wide_step() : 0)),
+          norm(carver.take<char>(tasks.job_.post_norm
+                                     ? static_cast<std::int64_t>(norm_scratch(tasks.columns(), tasks.computation()))
+                                     : 0)),
+          linear(tasks.space(carver.base ? carver.base + carver.used : nullptr)),
+          bytes(carver.used + linear.bytes()) {}
+  };
+
+  LinearJob first(char* hidden) const { return first_job(job_, hidden); }
+  LinearJob second(const char* hidden, char* wide) const {
+    LinearJob second = second_job(job_, hidden, block_rows_, job_.out);
+    if (!job_.post_norm) return second;
+    second.out = wide;
+    second.out_dtype = computation();
+    second.out_step = wide_step();
+    second.residual = nullptr;
+    return second;
+  }
+  std::int64_t columns() const { return job_.second.projection.columns(); }
+  DType computation() const { return job_.second.projection.computation(); }
+  std::int64_t wide_step() const { return columns() * size_of(computation()); }
+  LinearSpace space(char* base) const {
+    const LinearJob jobs[] = {first(nullptr), second(nullptr, nullptr)};
+    return LinearSpace(base, jobs, 2);
+  }
+
+  static void run_panels(LinearSpace& space, const LinearJob& job, LinearBlock block) {
+    space.forget();
+    for (block.panels = {0, 1}; block.panels.first < job.projection.panels(); ++block.panels.first)
+      space.run(job, block);
+  }
+
+  void run_block(std::int64_t outer, std::int64_t first_row, std::int64_t rows, Space space) const {
+    const std::int64_t row = outer * job_.x.rows + first_row;
+    const LinearJob one = first(space.hidden);
+    run_panels(space.linear, one, {outer, first_row, rows, {}, space.hidden});
+    LinearJob two = second(space.hidden, space.wide);
+    two.first_row = row;
+    run_panels(space.linear, two, {0, 0, rows, {}, job_.post_norm ? two.out : two.out + row * two.out_step});
+    if (!job_.post_norm) return;
+    const std::int64_t step = columns() * size_of(job_.dtype);
+    const NormJob norm{job_.first.projection.kernels(),
+                       *job_.post_norm,
+                       columns(),
+                       RowsView(space.wide, computation(), rows, columns()),
+                       job_.residual,
+                       job_.out + row * step,
+                       job_.dtype,
+                       step,
+                       row};
+    for (std::int64_t r = 0; r < rows; ++r) normalise_row(norm, r, space.norm);
+  }
+
+  const FeedForwardJob& job_;
+  const std::int64_t blocks_, block_rows_;
+  const std::size_t own_;
+  const Scratch memory_;
+};
+
+}  // namespace
+
+bool run_normalised(const LinearJob& job, const Norm* norm, int num_threads, Interrupted interrupted) {
+  if (!norm) return run_all(&job, 1, num_threads, interrupted);
+  const std::int64_t columns = job.projection.columns(), rows = job.x.total();
+  const DType wide = job.projection.computation();
+  const Scratch sums(static_cast<std::size_t>(bytes_of(rows, columns, size_of(wide))));
+  LinearJob product = job;
+  product.out = sums.data();
+  product.out_dtype = wide;
+  product.out_step = columns * size_of(wide);
+  product.residual = nullptr;
+  return run_all(&product, 1, num_threads, interrupted) &&
+         normalise_all({job.projection.kernels(), *norm, columns, RowsView(sums.data(), wide, rows, columns),
+                        job.residual, job.out, job.out_dtype, job.out_step},
+                       num_threads, interrupted);
+}
+
+double flops(const FeedForwardJob& job) {
+  return flops(first_job(job, nullptr)) + flops(second_job(job, nullptr, job.x.total(), nullptr));
+}
+
+bool run_feed_forward(const FeedForwardJob& job, int num_threads, Interrupted interrupted) {
+  const std::int64_t rows = job.x.total();
+  if (rows == 0) return true;
+  LinearJob one = first_job(job, nullptr);
+  const int threads = useful_threads(flops(job), 0, ceil_div(rows, rows_per_thread), num_threads);
+  if (rows >= 2 * rows_per_thread && useful_threads(flops(job), 0, rows, num_threads) == threads)
+    return RowTasks(job, threads).run(threads, interrupted);
+  const Scratch hidden(static_cast<std::size_t>(bytes_of(rows, one.out_step)));
+  one.out = hidden.data();
+  return run_all(&one, 1, num_threads, interrupted) &&
+         run_normalised(second_job(job, hidden.data(), rows, job.out), job.post_norm, num_threads, interrupted);
+}
+
+}  // namespace selfattn

@@ -1,0 +1,24 @@
+// Linear projection of float32 by bfloat16 weights that are packed in pairs.
+#pragma once
+#include "kernels/project.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+struct FloatPair {
+  float first, second;
+};
+struct VecPair {
+  VecF first, second;
+};
+inline VecPair broadcast(FloatPair x) { return {broadcast(x.first), broadcast(x.second)}; }
+
+// Adds the products in the order of the depth, as FmaUnit does.
+struct WidenedUnit {
+  using Real = float;
+  static constexpr int cell = 2;
+  static VecF add_product(const VecPair& a, VecF cells, VecF sum) {
+    return fma(a.second, second_of(cells), fma(a.first, first_of(cells), sum));
+  }
+};
+
+}  // namespace selfattn::SELFATTN_ISA

@@ -1,0 +1,69 @@
+// Linear layers: rows of x times packed weights, with what precedes and follows.
+#pragma once
+#include <cstdint>
+
+#include "norm.h"
+#include "projection.h"
+#include "task_loop.h"
+
+namespace selfattn {
+
+// out = activation(norm(x) . w + b) + residual, or activation(norm(x) . w_gate + b_gate) * (norm(x) . w + b) +
+// residual. Rows of out are contiguous; a residual that has no other strides may be out itself.
+struct LinearJob {
+  const Projection& projection;
+  RowsView x;
+  char* out;
+  DType out_dtype;
+  std::int64_t out_step;  // bytes from row to row
+  const Norm* norm = nullptr;
+  const Projection* gate = nullptr;  // has as many columns
+  Activation activation = Activation::none;
+  const RowsView* residual = nullptr;  // of the type of out
+  std::int64_t first_row = 0;          // of the residual
+};
+
+double flops(const LinearJob& job);
+double weight_bytes(const LinearJob& job);
+
+// Some rows of x, which are rows of out from `out` on, and some panels.
+struct LinearBlock {
+  std::int64_t outer, first, rows;
+  Projection::Panels panels;
+  char* out;
+};
+
+// One thread's scratch memory for the blocks of some jobs.
+class LinearSpace {
+ public:
+  LinearSpace(char* base, const LinearJob* jobs, int count);
+  std::size_t bytes() const { return bytes_; }
+  void forget();  // call it before the first block
+  // At most most_rows rows.
+  void run(const LinearJob& job, const LinearBlock& block) noexcept;
+
+  static constexpr std::int64_t most_rows = 96;
+
+ private:
+  void follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t x_step) noexcept;
+  bool holds(const char* rows, const LinearJob& job) const;
+
+  // Identifies the rows of x in the buffer `x`. Those that follow can often reuse them: the panels of a block follow
+  // one another, and so do projections of the same x.
+  struct Held {
+    const char* from;
+    const LinearJob* job;
+  };
+  Held* held_;
+  char* x_;
+  char* row_;  // for a norm
+  char* sums_;
+  char* gates_;
+  char* residual_;
+  std::size_t bytes_;
+};
+
+// Runs all jobs as one list of tasks. Returns false if interrupted.
+bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted interrupted);
+
+}  // namespace selfattn

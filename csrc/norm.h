@@ -1,0 +1,46 @@
+// Layer norm and RMS norm of rows.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "kernels/kernel_set.h"
+#include "projection.h"
+#include "task_loop.h"
+
+namespace selfattn {
+
+// What rows are normalised to. The vectors are contiguous numbers of the type of computation, or null.
+struct Norm {
+  const char* weight;
+  const char* bias;
+  double epsilon;
+  bool centred;  // layer norm, else RMS norm
+};
+
+// Normalises a contiguous row of the type of computation in place, plus an addend of the same type or null.
+void normalise(const KernelSet& kernels, const Norm& norm, DType dtype, char* row, const char* addend,
+               std::int64_t count);
+
+// out = norm(x + residual), for rows of `count` elements. Rows of out are contiguous.
+struct NormJob {
+  const KernelSet& kernels;
+  const Norm& norm;
+  std::int64_t count;
+  RowsView x;
+  const RowsView* residual;  // null: none
+  char* out;
+  DType out_dtype;
+  std::int64_t out_step;       // bytes from row to row
+  std::int64_t first_row = 0;  // of the residual
+};
+
+// Scratch memory of a thread for `normalise_row`.
+std::size_t norm_scratch(std::int64_t count, DType computation);
+// Computes one row, counted over all axes of x.
+void normalise_row(const NormJob& job, std::int64_t row, char* scratch);
+
+// Computes all rows. Returns false if interrupted.
+bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted);
+
+}  // namespace selfattn

@@ -1,0 +1,205 @@
+"""Linear layers: a matrix product with bias, activation, gate and residual in one call of the core."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arguments import ACCEPTED, as_array, choice, is_float, out_array, thread_count
+from ._errors import refusal
+from ._keywords import hinted
+from ._norm import computed_in
+from ._typing import Array
+
+Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # from 1 on, in the order of csrc/kernels/kernel_set.h
+_VERSION = 1  # of the pickle format
+
+
+@hinted
+class Linear:
+    """A matrix product with what follows it. The weights are packed once, for this machine's kernels.
+
+    ``y = activation(x w + b) + residual``, or with a gate ``activation(x w_gate + b_gate) · (x w + b) + residual``
+    (Shazeer, "GLU variants improve Transformer", 2020).
+
+    Parameters
+    ----------
+    w : array_like, shape (d_in, d_out)
+        Used literally as ``x @ w``. A PyTorch ``Linear`` holds the transpose: pass ``linear.weight.T``. float32,
+        float64, float16 or bfloat16 (of ``ml_dtypes``).
+    b : array_like, shape (d_out,), optional
+        Of the dtype of w, or of the one that it is computed in.
+    activation : str, optional
+        "relu"; "gelu", x times the normal distribution function; "gelu_tanh", its approximation by tanh; or "silu",
+        x · sigmoid(x), also called swish.
+    w_gate, b_gate : array_like, optional
+        Like w and b. The activation is then that of the gate: "gelu" gives GeGLU, "silu" SwiGLU, None a product of
+        two linear maps.
+
+    Attributes
+    ----------
+    d_in, d_out : int
+    dtype : numpy.dtype
+        That of w.
+    activation : str or None
+    isa : str
+        The instruction set that the weights are packed for: the one active when the layer was created.
+
+    Notes
+    -----
+    A layer is immutable and may be called from many threads at once. The bits of a row of y depend neither on the
+    other rows, nor on their number, nor on the number of threads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> linear = sa.Linear(np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([1.0, 1.0]), activation="relu")
+    >>> linear(np.array([[1.0, 2.0], [3.0, 0.5]]))
+    array([[2. , 0. ],
+           [4. , 0.5]])
+    """
+
+    __slots__ = ("_core", "_gated", "activation", "d_in", "d_out", "dtype", "isa")
+
+    _core: _core.Linear
+    _gated: bool
+    activation: Activation | None
+    d_in: int
+    d_out: int
+    dtype: np.dtype[Any]
+    isa: str
+
+    def __init__(
+        self,
+        w: ArrayLike,
+        b: ArrayLike | None = None,
+        *,
+        activation: Activation | None = None,
+        w_gate: ArrayLike | None = None,
+        b_gate: ArrayLike | None = None,
+    ) -> None:
+        self._build("Linear", ("w", "b", "w_gate", "b_gate"), (w, b, w_gate, b_gate), activation)
+
+    def _build(self, function: str, names: tuple[str, ...], values: tuple[Any, ...], activation: Any) -> None:
+        w = matrix(function, names[0], values[0])
+        b = _bias(function, names[1], values[1], names[0], w)
+        gate = None if values[2] is None else matrix(function, names[2], values[2])
+        if gate is not None:
+            if gate.dtype != w.dtype:
+                text = f" has dtype {gate.dtype} but {names[0]} has {w.dtype}"
+                raise refusal(TypeError, function, names[2], text)
+            if gate.shape != w.shape:
+                text = f" has shape {gate.shape} but {names[0]} has {w.shape}"
+                raise refusal(ValueError, function, names[2], text)
+        elif values[3] is not None:
+            raise refusal(ValueError, function, names[3], f" is given without {names[2]}")
+        gate_bias = None if gate is None else _bias(function, names[3], values[3], names[2], gate)
+        if activation is not None:
+            choice(function, "activation", activation, ACTIVATIONS)
+        code = 0 if activation is None else 1 + ACTIVATIONS.index(activation)
+        core = _core.make_linear(w, b, gate, gate_bias, code)
+        for name, value in {
+            "_core": core,
+            "_gated": gate is not None,
+            "activation": activation,
+            "d_in": w.shape[0],
+            "d_out": w.shape[1],
+            "dtype": w.dtype,
+            "isa": _core.linear_isa(core),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Linear is immutable: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"Linear is immutable: cannot delete {name!r}")
+
+    def __copy__(self) -> Linear:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Linear:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the unpacked weights: loading packs them for the machine it runs on."""
+        matrices = tuple(np.empty((self.d_in, self.d_out), self.dtype) for _ in range(1 + self._gated))
+        b, b_gate = _core.unpack_linear(self._core, matrices)
+        return _load, (_VERSION, matrices[0], b, matrices[1] if self._gated else None, b_gate, self.activation)
+
+    def __repr__(self) -> str:
+        gate = ", gated" if self._gated else ""
+        return (
+            f"Linear(d_in={self.d_in}, d_out={self.d_out}, activation={self.activation!r}{gate}, dtype={self.dtype}, "
+            f"isa={self.isa!r})"
+        )
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        residual: ArrayLike | None = None,
+        out: Array | None = None,
+        num_threads: int | None = None,
+    ) -> Array:
+        """Apply the layer to x.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., d_in)
+            Of the layer's dtype, or float32 if the weights have 16 bits.
+        residual : array_like, shape of y and dtype of x, optional
+            Added at the end.
+        out : ndarray, shape of y and dtype of x, optional
+            Array for y. May be `residual` itself.
+        num_threads : int, optional
+
+        Returns
+        -------
+        y : ndarray, shape (..., d_out), dtype of x
+        """
+        return apply_rows(_core.call_linear, self._core, "Linear", x, residual, out, num_threads)
+
+
+def apply_rows(call: Any, core: Any, function: str, x: Any, residual: Any, out: Any, num_threads: Any) -> Any:
+    """Convert the arguments of a layer's call, and call the core."""
+    x = as_array(function, "x", x)
+    if residual is not None:
+        residual = as_array(function, "residual", residual)
+    if out is not None:
+        out = out_array(function, out)
+    return call(core, function, x, residual, out, thread_count(function, num_threads))
+
+
+def matrix(function: str, name: str, value: Any) -> NDArray[Any]:
+    """Return a checked weight matrix."""
+    array = as_array(function, name, value)
+    if not is_float(array.dtype):
+        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+    if array.ndim != 2 or 0 in array.shape:
+        raise refusal(ValueError, function, name, f" has shape {array.shape}, but a matrix is needed")
+    return array
+
+
+def _bias(function: str, name: str, value: Any, of: str, w: NDArray[Any]) -> NDArray[Any] | None:
+    if value is None:
+        return None
+    array = as_array(function, name, value)
+    if array.dtype not in (w.dtype, computed_in(w.dtype)):
+        raise refusal(TypeError, function, name, f" has dtype {array.dtype} but {of} has {w.dtype}")
+    if array.shape != (w.shape[1],):
+        raise refusal(ValueError, function, name, f" has shape {array.shape} but {of} has {w.shape[1]} columns")
+    return array
+
+
+def _load(version: int, *parts: Any) -> Linear:
+    if version != _VERSION:
+        raise ValueError(f"Linear: the pickle has version {version!r}, but {_VERSION} is known")
+    w, b, w_gate, b_gate, activation = parts
+    return Linear(w, b, activation=activation, w_gate=w_gate, b_gate=b_gate)
