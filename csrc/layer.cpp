@@ -70,10 +70,9 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
 
 // Rotates queries and keys in place. `positions` are those of x, so they apply to keys only if there is no context.
 bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
-  const bool one_input = context_.data == x_.data && context_.shape == x_.shape;
   const std::int64_t* ends = step_ ? step_->lengths_after() : nullptr;
   const Rotation parts[] = {{query_.view, query_.view, positions_, ends},
-                            {key_.view, key_.view, one_input ? positions_ : TensorView{}, ends}};
+                            {key_.view, key_.view, one_input() ? positions_ : TensorView{}, ends}};
   return selfattn::rotate(*layer_.rope, parts, 2, num_threads, interrupted);
 }
 
@@ -92,7 +91,7 @@ double LayerCall::flops() const {
          product(p.batch, p.num_heads, p.q_len, p.kv_len, p.head_dim + p.value_dim);
 }
 
-bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrupted) {
+bool LayerCall::run(const TensorView& out, const TensorView& residual, int num_threads, Interrupted interrupted) {
   const std::int64_t size = size_of(dtype_);
   // The result of attention as (batch..., length, heads, value_dim).
   const DType heads_dtype = layer_.output ? dtype_ : out.dtype;
@@ -103,22 +102,26 @@ bool LayerCall::run(const TensorView& out, int num_threads, Interrupted interrup
   const Plan plan = make_plan(problem_, *layer_.kernels);
   const int threads = threads_for(plan, num_threads);
 
+  const Norm* const inner = one_input() ? layer_.norm : nullptr;  // a context comes as it is
   const LinearJob inputs[] = {
-      {layer_.query, RowsView(x_), query_.data(), dtype_, layer_.query.columns() * size},
-      {layer_.key, RowsView(context_), key_.data(), dtype_, layer_.key.columns() * size},
-      {layer_.value, RowsView(context_), value_.data(), dtype_, layer_.value.columns() * size},
+      {layer_.query, RowsView(x_), query_.data(), dtype_, layer_.query.columns() * size, layer_.norm},
+      {layer_.key, RowsView(context_), key_.data(), dtype_, layer_.key.columns() * size, inner},
+      {layer_.value, RowsView(context_), value_.data(), dtype_, layer_.value.columns() * size, inner},
   };
   if (!run_all(inputs, 3, num_threads, interrupted)) return false;
   if (layer_.rope && !rotate(num_threads, interrupted)) return false;
   if (step_) step_->store(*layer_.kernels, key_.view, value_.view);
   if (!attend(problem_, plan, threads, interrupted)) return false;
   if (!layer_.output) return true;
-  const std::int64_t joined = layer_.num_heads * layer_.value_dim * size;
-  const std::int64_t shape[] = {problem_.batch * problem_.q_len, layer_.num_heads * layer_.value_dim};
-  const std::int64_t strides[] = {joined, size};
-  const LinearJob output{*layer_.output, RowsView({heads.data(), dtype_, 2, shape, strides}),
-                         static_cast<char*>(out.data), out.dtype, layer_.output->columns() * size_of(out.dtype)};
-  return run_all(&output, 1, num_threads, interrupted);
+  const std::int64_t joined = layer_.num_heads * layer_.value_dim;
+  const std::optional<RowsView> added = residual ? std::optional<RowsView>(residual) : std::nullopt;
+  return run_normalised({.projection = *layer_.output,
+                         .x = RowsView(heads.data(), dtype_, problem_.batch * problem_.q_len, joined),
+                         .out = static_cast<char*>(out.data),
+                         .out_dtype = out.dtype,
+                         .out_step = layer_.output->columns() * size_of(out.dtype),
+                         .residual = added ? &*added : nullptr},
+                        layer_.post_norm, num_threads, interrupted);
 }
 
 }  // namespace selfattn

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "cache_step.h"
-#include "linear.h"
+#include "feed_forward.h"
 #include "problem.h"
 #include "rope.h"
 #include "scratch_pool.h"
@@ -19,6 +19,8 @@ struct LayerWeights {
   Projection query, key, value;
   std::optional<Projection> output;
   std::optional<Rope> rope;
+  const Norm* norm;       // of x; null: none
+  const Norm* post_norm;  // of the result
 };
 
 // A view of a C-contiguous buffer with axes (batch..., length, heads, dim). The axes batch... and length are those of
@@ -45,10 +47,12 @@ class LayerCall {
   Problem& problem() { return problem_; }  // to attach lse and weights
   Shape out_shape() const;
   double flops() const;
-  // `out` must be C-contiguous. Returns false if interrupted. Throws std::bad_alloc.
-  bool run(const TensorView& out, int num_threads, Interrupted interrupted);
+  // `out` must be C-contiguous. The residual has its shape and type, or is absent. Returns false if interrupted. Throws
+  // std::bad_alloc.
+  bool run(const TensorView& out, const TensorView& residual, int num_threads, Interrupted interrupted);
 
  private:
+  bool one_input() const { return context_.data == x_.data && context_.shape == x_.shape; }
   bool rotate(int num_threads, Interrupted interrupted) const;
 
   const LayerWeights& layer_;

@@ -63,13 +63,21 @@ def make_layer(
     num_heads: int,
     num_kv_heads: int,
     rope: Rope | None,
+    norms: tuple[Norm | None, Norm | None],
     /,
 ) -> Layer: ...
 def call_layer(
     layer: Layer,
     function: str,
-    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, CacheStore | None, Sequences | None],
-    # x, context, positions; the cache's store and sequences
+    # x, context, positions, residual; the cache's store and sequences
+    inputs: tuple[
+        NDArray[Any],
+        NDArray[Any] | None,
+        NDArray[Any] | None,
+        NDArray[Any] | None,
+        CacheStore | None,
+        Sequences | None,
+    ],
     out: NDArray[Any] | None,
     options: Options,
     /,
@@ -173,6 +181,7 @@ def call_linear(
     /,
 ) -> NDArray[Any]: ...
 def linear_isa(layer: Linear, /) -> str: ...
+
 # Fills the matrices w and, if there is one, w_gate; returns their biases.
 def unpack_linear(
     layer: Linear, matrices: tuple[NDArray[Any], ...], /
@@ -186,6 +195,7 @@ def call_feed_forward(
     num_threads: int,
     /,
 ) -> NDArray[Any]: ...
+
 # Vectors are contiguous and have the type of computation.
 def make_norm(weight: NDArray[Any] | None, bias: NDArray[Any] | None, eps: float, centred: bool, /) -> Norm: ...
 def call_norm(

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from . import _core
 from ._errors import refusal
 from ._keywords import hinted
-from ._linear import Activation, Linear, apply_rows
+from ._linear import Activation, Linear, row_arguments
 from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._typing import Array
 
@@ -165,7 +165,8 @@ class FeedForward:
         -------
         y : ndarray, shape (..., d_out), dtype of x
         """
-        return apply_rows(_core.call_feed_forward, self._parts, "FeedForward", x, residual, out, num_threads)
+        arguments = row_arguments("FeedForward", x, residual, out, num_threads)
+        return _core.call_feed_forward(self._parts, *arguments)
 
 
 def _load(version: int, *parts: Any) -> FeedForward:

@@ -15,6 +15,7 @@ from ._cache import KVCache
 from ._cached import check_window
 from ._errors import refusal
 from ._keywords import clean_signature, hinted, refuse_unknown
+from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._paged import PagedKVCache
 from ._rope import RoPE, positions_for, rope_or_none
 from ._typing import Array, LayerCallOptions, No, Yes
@@ -23,9 +24,10 @@ from ._weights import Weights, head_counts, vector
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_VERSION = 1  # of the pickle format
+_VERSION = 2  # of the pickle format
 _Four = tuple[Any, Any, Any, Any]  # for q, k, v and the output
-_Inputs = tuple[Any, Any, Any]  # x, context, positions
+_Pair = tuple[Any, Any]
+_Inputs = tuple[Any, Any, Any, Any]  # x, context, positions, residual
 _Held = tuple[AnyCache, Step]
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 
@@ -55,6 +57,10 @@ class SelfAttention:
         Hkv, a divisor of H; default H.
     rope : RoPE or True, optional
         Rotates q and k before attention.
+    norm : LayerNorm or RMSNorm, optional
+        Of x, before the projections. A context is taken as it is.
+    post_norm : LayerNorm or RMSNorm, optional
+        Of y, after a residual is added.
 
     Attributes
     ----------
@@ -79,11 +85,13 @@ class SelfAttention:
     """
 
     __slots__ = (
-        "_core", "_rope", "d_context", "d_model", "d_out", "dtype", "head_dim", "isa", "num_heads", "num_kv_heads",
-        "value_dim",
+        "_core", "_has_output", "_norms", "_rope", "d_context", "d_model", "d_out", "dtype", "head_dim", "isa",
+        "num_heads", "num_kv_heads", "value_dim",
     )  # fmt: skip
 
     _core: _core.Layer
+    _has_output: bool
+    _norms: tuple[LayerNorm | RMSNorm | None, LayerNorm | RMSNorm | None]
     _rope: RoPE | None
     d_context: int
     d_model: int
@@ -109,13 +117,16 @@ class SelfAttention:
         num_heads: int,
         num_kv_heads: int | None = None,
         rope: RoPE | bool | None = None,
+        norm: LayerNorm | RMSNorm | None = None,
+        post_norm: LayerNorm | RMSNorm | None = None,
     ) -> None:
-        self._build("SelfAttention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
+        matrices, biases = (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o)
+        self._build("SelfAttention", matrices, biases, (num_heads, num_kv_heads), rope, (norm, post_norm))
 
     def _build(
-        self, function: str, weights: _Four, biases: _Four, num_heads: Any, num_kv_heads: Any, rope: Any
+        self, function: str, weights: _Four, biases: _Four, counts: _Pair, rope: Any, norms: _Pair = (None, None)
     ) -> None:
-        heads, kv_heads = head_counts(function, num_heads, num_kv_heads)
+        heads, kv_heads = head_counts(function, *counts)
         w = Weights.check(function, weights, heads, kv_heads)
         columns = (w.q, w.k, w.v, w.o)
         vectors = tuple(
@@ -124,13 +135,20 @@ class SelfAttention:
         )
         description = rope_or_none(function, rope)
         rotation = None if description is None else description.for_core(function, w.head_dim)
-        core = _core.make_layer(columns, vectors, heads, kv_heads, rotation)
+        d_out = heads * w.value_dim if w.o is None else w.o.shape[1]
+        before = norm_or_none(function, "norm", norms[0], w.q.shape[0], w.q.dtype)
+        after = norm_or_none(function, "post_norm", norms[1], d_out, w.q.dtype)
+        if after is not None and w.o is None:
+            raise refusal(ValueError, function, "post_norm", " is given without w_o")
+        core = _core.make_layer(columns, vectors, heads, kv_heads, rotation, (before, after))
         for name, value in {
             "_core": core,
+            "_has_output": w.o is not None,
+            "_norms": norms,
             "_rope": description,
             "d_context": w.k.shape[0],
             "d_model": w.q.shape[0],
-            "d_out": heads * w.value_dim if w.o is None else w.o.shape[1],
+            "d_out": d_out,
             "dtype": w.q.dtype,
             "head_dim": w.head_dim,
             "isa": _core.layer_isa(core),
@@ -165,7 +183,8 @@ class SelfAttention:
         # Biases are kept in the computation type, which represents every number of the narrower dtype exactly.
         plain = tuple(None if bias is None else bias.astype(self.dtype) for bias in biases)
         weights = matrices if has_output else (*matrices[:3], None)
-        return _load, (type(self), _VERSION, weights, plain, self.num_heads, self.num_kv_heads, self._rope)
+        counts = (self.num_heads, self.num_kv_heads)
+        return _load, (type(self), _VERSION, weights, plain, counts, self._rope, self._norms)
 
     def __repr__(self) -> str:
         return (
@@ -205,6 +224,7 @@ class SelfAttention:
         positions: ArrayLike | None = None,
         cache: KVCache | PagedKVCache | None = None,
         sequences: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
         out: Array | None = None,
         **options: Any,
     ) -> Any:
@@ -226,8 +246,10 @@ class SelfAttention:
             except that a ring may have lost tokens that no later query can see.
         sequences : sequence of int
             With a PagedKVCache: the id of the sequence of each row of x.
+        residual : array_like, shape of y, optional
+            Added to y; often x itself. Needs w_o.
         out : ndarray, optional
-            Array for y.
+            Array for y. May be `residual` itself.
         **options
             Those of `attention` except `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts,
             scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads, t5, dropout,
@@ -243,12 +265,12 @@ class SelfAttention:
         if cache is None:
             if sequences is not None:
                 raise refusal(ValueError, "SelfAttention", "sequences", " is given without a cache")
-            return self._call("SelfAttention", (x, context, positions), out, options)
-        return self._step((x, context, positions), cache, sequences, out, options)
+            return self._call("SelfAttention", (x, context, positions, residual), out, options)
+        return self._step((x, context, positions, residual), cache, sequences, out, options)
 
     def _step(self, inputs: _Inputs, cache: AnyCache, sequences: Any, out: Any, options: dict[str, Any]) -> Any:
         function = "SelfAttention"
-        x, context, positions = as_array(function, "x", inputs[0]), *inputs[1:]
+        x, context = as_array(function, "x", inputs[0]), inputs[1]
         if not isinstance(cache, AnyCache):
             raise refusal(
                 TypeError, function, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
@@ -264,7 +286,7 @@ class SelfAttention:
         tokens = x.shape[-2] if x.ndim > 1 else 0
 
         def call(step: Step) -> Any:
-            return self._call(function, (x, None, positions), out, options, (cache, step))
+            return self._call(function, (x, *inputs[1:]), out, options, (cache, step))
 
         return cache._run(function, sequences, tokens, call)
 
@@ -279,7 +301,7 @@ class SelfAttention:
             cache, step = held
             check_window(function, cache, values.window_left)
             cached = (cache._store.core, step.sequences)
-        x, context, positions = inputs
+        x, context, positions, residual = inputs
         x = as_array(function, "x", x)
         if context is not None:
             context = as_array(function, "context", context)
@@ -287,9 +309,13 @@ class SelfAttention:
             if self._rope is None:
                 raise refusal(ValueError, function, "positions", " is given, but the layer has no rope")
             positions = positions_for(function, positions, x.shape[:-1])
+        if residual is not None:
+            if not self._has_output:
+                raise refusal(ValueError, function, "residual", " is given, but the layer has no w_o")
+            residual = as_array(function, "residual", residual)
         if out is not None:
             out = out_array(function, out)
-        return _core.call_layer(self._core, function, (x, context, positions, *cached), out, values)
+        return _core.call_layer(self._core, function, (x, context, positions, residual, *cached), out, values)
 
 
 def _load(cls: type[SelfAttention], version: int, *parts: Any) -> SelfAttention:

@@ -164,17 +164,20 @@ class Linear:
         -------
         y : ndarray, shape (..., d_out), dtype of x
         """
-        return apply_rows(_core.call_linear, self._core, "Linear", x, residual, out, num_threads)
+        arguments = row_arguments("Linear", x, residual, out, num_threads)
+        return _core.call_linear(self._core, *arguments)
 
 
-def apply_rows(call: Any, core: Any, function: str, x: Any, residual: Any, out: Any, num_threads: Any) -> Any:
-    """Convert the arguments of a layer's call, and call the core."""
+def row_arguments(
+    function: str, x: Any, residual: Any, out: Any, num_threads: Any
+) -> tuple[str, NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, int]:
+    """Convert the arguments of a layer's call."""
     x = as_array(function, "x", x)
     if residual is not None:
         residual = as_array(function, "residual", residual)
     if out is not None:
         out = out_array(function, out)
-    return call(core, function, x, residual, out, thread_count(function, num_threads))
+    return function, x, residual, out, thread_count(function, num_threads)
 
 
 def matrix(function: str, name: str, value: Any) -> NDArray[Any]:

@@ -95,5 +95,5 @@ def self_attention(
     if not attention_options.keys() <= _OPTIONS.keys():
         refuse_unknown(self_attention, attention_options)
     layer = SelfAttention.__new__(SelfAttention)
-    layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), num_heads, num_kv_heads, rope)
-    return layer._call("self_attention", (x, context, positions), out, attention_options)
+    layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), (num_heads, num_kv_heads), rope)
+    return layer._call("self_attention", (x, context, positions, None), out, attention_options)

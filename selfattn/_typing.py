@@ -140,6 +140,7 @@ class LayerCallOptions(LayerOptions, total=False):
 
     cache: KVCache | PagedKVCache | None
     sequences: ArrayLike | None
+    residual: ArrayLike | None
 
 
 class SelfAttentionOptions(LayerOptions, total=False):

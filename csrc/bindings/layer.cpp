@@ -27,11 +27,12 @@ class Layer {
   static constexpr const char* capsule_name = "selfattn.Layer";
 
   // All arrays have one dtype, and the Python layer has checked their shapes. Biases, w_o and rope may be None.
-  Layer(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases, std::int64_t num_heads,
-        std::int64_t num_kv_heads, py::handle rope)
-      : weights_(make(w_q, w_k, w_v, w_o, biases, num_heads, num_kv_heads, rope)) {}
+  Layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads, std::int64_t num_kv_heads,
+        py::handle rope, py::tuple norms)
+      : norms_(std::move(norms)), weights_(make(matrices, biases, num_heads, num_kv_heads, rope, norms_)) {}
 
-  // inputs: x, context (or None), positions (or None), a cache's store (or None), and its ledger, block table or rows.
+  // inputs: x, context, positions, residual, a cache's store (each of these or None), and its ledger, block table or
+  // rows.
   py::object call(const char* function, const py::tuple& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs[0], context = inputs[1];
     const Options& options = options_of(option_values);
@@ -43,16 +44,18 @@ class Layer {
              " rows: without context they must agree");
     const TensorView places = optional_view(inputs[2], DType::i64);
     std::optional<CacheArguments> source;
-    open_cache(source, function, inputs[3], inputs[4], input);
+    open_cache(source, function, inputs[4], inputs[5], input);
     const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
     LayerCall call(weights_, input, other, places, source ? &source->step() : nullptr, arguments);
+    const TensorView added = residual_view(function, inputs[3], weights_.dtype, call.out_shape());
     bool direct = false;
     if (!out.is_none()) {
       const py::array given = py::reinterpret_borrow<py::array>(out);
       check_out(function, given, call.out_shape(), weights_.dtype);
       const TensorView view = view_of(given, weights_.dtype);
       direct = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
-               !meet(view, places) && !meets_any(view, arguments) && !(source && source->meets(view));
+               !meet(view, places) && (!meet(view, added) || same(view, added)) && !meets_any(view, arguments) &&
+               !(source && source->meets(view));
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
     const Extras extras(options, call.problem());
@@ -61,7 +64,7 @@ class Layer {
       bool finished;
       {
         const CoreCall call_of_core(call.flops());
-        finished = call.run(result.view(weights_.dtype), options.num_threads, interrupted);
+        finished = call.run(result.view(weights_.dtype), added, options.num_threads, interrupted);
       }
       if (!finished) throw py::error_already_set();
       results = extras.join(result.deliver());
@@ -91,8 +94,9 @@ class Layer {
   }
 
  private:
-  static LayerWeights make(py::handle w_q, py::handle w_k, py::handle w_v, py::handle w_o, const py::tuple& biases,
-                           std::int64_t num_heads, std::int64_t num_kv_heads, py::handle rope) {
+  static LayerWeights make(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads,
+                           std::int64_t num_kv_heads, py::handle rope, const py::tuple& norms) {
+    const py::handle w_q = matrices[0], w_v = matrices[2], w_o = matrices[3];
     const KernelSet& kernels = active_kernels();
     const DType dtype = float_view("SelfAttention", "w_q", w_q).dtype;
     const auto projection = [&](py::handle weights, std::size_t bias) {
@@ -106,10 +110,12 @@ class Layer {
                        columns(w_q) / num_heads,
                        columns(w_v) / num_kv_heads,
                        projection(w_q, 0),
-                       projection(w_k, 1),
+                       projection(matrices[1], 1),
                        projection(w_v, 2),
                        std::nullopt,
-                       rope_of(rope)};
+                       rope_of(rope),
+                       norm_or_none(norms[0]),
+                       norm_or_none(norms[1])};
     if (!w_o.is_none()) layer.output.emplace(projection(w_o, 3));
     return layer;
   }
@@ -145,13 +151,13 @@ class Layer {
     return view;
   }
 
+  const py::tuple norms_;  // capsules or None
   const LayerWeights weights_;
 };
 
 py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads,
-                       std::int64_t num_kv_heads, py::handle rope) {
-  return capsule_of(std::make_unique<Layer>(matrices[0], matrices[1], matrices[2], matrices[3], biases, num_heads,
-                                            num_kv_heads, rope));
+                       std::int64_t num_kv_heads, py::handle rope, py::tuple norms) {
+  return capsule_of(std::make_unique<Layer>(matrices, biases, num_heads, num_kv_heads, rope, std::move(norms)));
 }
 
 // The inputs are one tuple, because pybind11 allocates memory for more than six arguments.

@@ -21,12 +21,21 @@ const char* HeldNorm::data_of(py::handle vector) {
 
 const Norm* norm_or_none(py::handle capsule) { return capsule.is_none() ? nullptr : &held_by<HeldNorm>(capsule).norm; }
 
-namespace {
-
 bool same(const TensorView& a, const TensorView& b) {
   return a.data == b.data && a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape) &&
          std::equal(a.strides, a.strides + a.ndim, b.strides);
 }
+
+TensorView residual_view(const char* function, py::handle array, DType dtype, const Shape& shape) {
+  if (array.is_none()) return {};
+  const TensorView view = matching_view(function, "residual", array, "x", dtype);
+  if (view.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, view.shape))
+    refuse(function, "residual"_arg, " has shape ", shape_text(view), " but the result has ",
+           to_text(shape.extent, shape.ndim));
+  return view;
+}
+
+namespace {
 
 // An array with axes (..., columns) as rows: a vector is one row.
 struct ArrayRows {
@@ -60,11 +69,7 @@ struct RowCall {
     if (x.extent(0) != depth) refuse(function, "x"_arg, " has ", x.extent(0), " columns, but ", depth, " are needed");
     for (int axis = 0; axis + 1 < x.ndim; ++axis) shape.append(x.shape[axis]);
     shape.append(columns);
-    if (residual_array.is_none()) return;
-    residual = matching_view(function, "residual", residual_array, "x", x.dtype);
-    if (residual.ndim != shape.ndim || !std::equal(shape.extent, shape.extent + shape.ndim, residual.shape))
-      refuse(function, "residual"_arg, " has shape ", shape_text(residual), " but the result has ",
-             to_text(shape.extent, shape.ndim));
+    residual = residual_view(function, residual_array, x.dtype, shape);
   }
 
   // Calls work(x, residual or null, out), which returns false if interrupted. `in_place`: x may be out.

@@ -21,6 +21,12 @@ struct HeldNorm {
 // The norm in a capsule, or null for None. Its vectors are as long as the rows.
 const Norm* norm_or_none(py::handle capsule);
 
+// Whether two arrays are the same memory in the same order.
+bool same(const TensorView& a, const TensorView& b);
+
+// What is added to a result of this type and shape; absent for None.
+TensorView residual_view(const char* function, py::handle array, DType dtype, const Shape& shape);
+
 // Writes the original weights to a matrix of the same type. Returns the bias as an array, or None.
 py::object unpack(const Projection& projection, const TensorView& weights);
 

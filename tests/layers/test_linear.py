@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -133,7 +134,7 @@ def test_bits_of_a_row(isa: str, normal: Any, weights: Any, dtype: Any) -> None:
             other = None if residual is None else strided
             assert np.array_equal(layer(strided, residual=other), y)
         with ThreadPoolExecutor(4) as pool:
-            assert all(np.array_equal(found, y) for found in pool.map(lambda _: layer(x, residual=residual), range(8)))
+            assert all(np.array_equal(found, y) for found in pool.map(partial(layer, residual=residual), [x] * 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
