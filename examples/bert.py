@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bert_layers import ACTIVATIONS, Block, Weights
@@ -27,8 +28,8 @@ class Bert:
         Of the layer norms.
     activation : str
         Of the feed-forward networks: a key of `ACTIVATIONS`.
-    batch_invariant : bool
-        Makes the result of a sequence in a ragged batch bit-identical to that of the sequence alone. Slower.
+    dtype : numpy dtype
+        Of the weights and of the vectors: float32, or a 16-bit type.
     """
 
     def __init__(
@@ -38,11 +39,11 @@ class Bert:
         num_heads: int,
         epsilon: float = 1e-12,
         activation: str = "gelu",
-        batch_invariant: bool = False,
+        dtype: Any = np.float32,
     ) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"the activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
-        weights = Weights(tensors, epsilon, batch_invariant)
+        weights = Weights(tensors, epsilon, dtype)
         self.word_vectors = weights["embeddings.word_embeddings.weight"]
         self.position_vectors = weights["embeddings.position_embeddings.weight"]
         self.type_vectors = weights["embeddings.token_type_embeddings.weight"]
@@ -51,10 +52,10 @@ class Bert:
             raise ValueError(f"{num_heads} heads do not divide the hidden size {self.hidden_size}")
         self.blocks: list[Block] = []
         while f"encoder.layer.{len(self.blocks)}.attention.self.query.weight" in weights:
-            self.blocks.append(weights.block(f"encoder.layer.{len(self.blocks)}", num_heads, ACTIVATIONS[activation]))
+            self.blocks.append(weights.block(f"encoder.layer.{len(self.blocks)}", num_heads, activation))
 
     @staticmethod
-    def load(folder: Path | str, *, batch_invariant: bool = False) -> Bert:
+    def load(folder: Path | str, *, dtype: Any = np.float32) -> Bert:
         """Return the model in a folder. ValueError says which of its settings are not supported."""
         from safetensors.numpy import load_file
 
@@ -69,7 +70,7 @@ class Bert:
             num_heads=config["num_attention_heads"],
             epsilon=config.get("layer_norm_eps", 1e-12),
             activation=config.get("hidden_act", "gelu"),
-            batch_invariant=batch_invariant,
+            dtype=dtype,
         )
         for name, found in {"hidden_size": model.hidden_size, "num_hidden_layers": len(model.blocks)}.items():
             if config.get(name, found) != found:

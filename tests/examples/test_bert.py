@@ -127,7 +127,7 @@ def test_each_sequence_alone_is_as_in_its_batch(pair: tuple[Any, Any], batch: tu
 
 def test_the_same_bits_alone_and_in_a_batch(bert: Any, tmp_path: Path, rng: np.random.Generator) -> None:
     random_peer(tmp_path, **CONFIGS["heads of 80, relu"])
-    model = bert.Bert.load(tmp_path, batch_invariant=True)
+    model = bert.Bert.load(tmp_path)
     ids, starts = rng.integers(99, size=sum(LENGTHS)), np.cumsum([0, *LENGTHS])
     together = model.ragged(ids, starts)
     assert np.max(abs(together - bert.Bert.load(tmp_path).ragged(ids, starts))) <= 1e-5

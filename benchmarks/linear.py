@@ -1,0 +1,95 @@
+"""Time one linear layer with selfattn, PyTorch's `nn.Linear` and NumPy's `matmul`, over rows and sizes.
+
+Run `python benchmarks/linear.py --help` for the options. PyTorch is left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+ROWS = (1, 8, 64, 302, 512, 2048)
+SIZES = ("384x384", "384x1536", "1536x384", "768x3072", "1024x1024", "4096x4096")
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def calls(dtype: str, rows: int, depth: int, columns: int, threads: int) -> dict[str, Callable[[], Any]]:
+    """Return one call per library, on equal operands."""
+    import ml_dtypes
+    import numpy as np
+
+    import selfattn as sa
+
+    rng = np.random.default_rng(0)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    x, w = rng.standard_normal((rows, depth)).astype(kind), rng.standard_normal((depth, columns)).astype(kind)
+    b = rng.standard_normal(columns).astype(kind)
+    layer, out = sa.Linear(w, b), np.empty((rows, columns), kind)
+    runs: dict[str, Callable[[], Any]] = {"selfattn": lambda: layer(x, out=out, num_threads=threads)}
+    if dtype in ("float32", "float64"):
+        product = np.empty((rows, columns), kind)
+        runs["numpy"] = lambda: np.add(np.matmul(x, w, out=product), b, out=product)
+    if importlib.util.find_spec("torch"):
+        runs["pytorch"] = torch_call(x, w, b, threads)
+    return runs
+
+
+def torch_call(x: Any, w: Any, b: Any, threads: int) -> Callable[[], Any]:
+    """Return PyTorch's call."""
+    import torch
+
+    torch.set_num_threads(threads)
+    dtype = getattr(torch, x.dtype.name)
+
+    def tensor(array: Any) -> Any:
+        return torch.from_numpy(array.astype("float64")).to(dtype)
+
+    layer = torch.nn.Linear(*w.shape, dtype=dtype).requires_grad_(False)
+    layer.weight.copy_(tensor(w.T))
+    layer.bias.copy_(tensor(b))
+    rows = tensor(x)
+    torch.inference_mode().__enter__()
+    return lambda: layer(rows)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Print one line per size, with the median rate and the ratios of the others' times."""
+    import numpy as np
+
+    from selfattn._bench.timing import interleave
+
+    print(f"{args.threads} thread(s): GFLOP/s of selfattn, and the times of others relative to it")
+    for dtype in args.dtype:
+        for size in args.sizes:
+            depth, columns = map(int, size.split("x"))
+            for rows in args.rows:
+                times = interleave(calls(dtype, rows, depth, columns, args.threads), args.seconds)
+                rate = 2e-9 * rows * depth * columns / np.median(times["selfattn"])
+                ratios = [
+                    f"{name} {np.median(np.divide(found, times['selfattn'])):5.2f}"
+                    for name, found in times.items()
+                    if name != "selfattn"
+                ]
+                print(f"{dtype:9} {size:>10} {rows:5} rows {rate:7.1f}  {'  '.join(ratios)}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="DEPTHxCOLUMNS")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per line")
+    args = parser.parse_args()
+    if any(os.environ.get(name) != str(args.threads) for name in POOLS):  # libraries read them when they are loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(POOLS, str(args.threads)))
+    measure(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
