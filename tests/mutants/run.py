@@ -25,7 +25,19 @@ from sandbox import Sandbox
 from table import ROOT, Mutant, load
 
 MODULES = ["attention", "masks", "hidden_keys", "options", "layouts", "layer", "layer_errors", "rope", "errors"]
-MODULES += ["determinism", "numerics", "narrow", "narrow_numbers", "narrow_layers", "properties", "guard_pages"]
+MODULES += [
+    "linear",
+    "linear_errors",
+    "norms",
+    "layer_norms",
+    "determinism",
+    "numerics",
+    "narrow",
+    "narrow_numbers",
+    "narrow_layers",
+    "properties",
+    "guard_pages",
+]
 MATRIX_MODULES = ["matrix_units", "narrow", "narrow_numbers", "narrow_layers"]
 LEAST_KILLED = 0.9
 

@@ -48,6 +48,100 @@ void check_project(const TypeKernels& kernels, DType dtype, bool fuses, int rows
     }
 }
 
+// Several panels at once give the bits of each alone.
+template <class T>
+void check_panels(const TypeKernels& kernels, DType dtype, int rows) {
+  constexpr int depth = 5, panels = 6;
+  const int width = kernels.panel_columns, columns = panels * width - 1;
+  const auto x = numbers<T>(static_cast<std::size_t>(rows * depth));
+  const auto weights = numbers<T>(static_cast<std::size_t>(panels * depth * width));
+  const auto bias = numbers<T>(static_cast<std::size_t>(panels * width));
+  std::vector<T> together(static_cast<std::size_t>(rows * (columns + 1)), T(-77)), alone = together;
+  const std::int64_t panel = std::int64_t{depth} * width;
+  const auto project = kernels.of(dtype).project;
+  project({x.data(), depth, rows, depth, weights.data(), bias.data(), together.data(), columns + 1, columns,
+           panel * static_cast<std::int64_t>(sizeof(T))});
+  for (int p = 0; p < panels; ++p)
+    project({x.data(), depth, rows, depth, weights.data() + p * panel, bias.data() + p * width,
+             alone.data() + p * width, columns + 1, p + 1 < panels ? width : width - 1});
+  for (std::size_t i = 0; i < alone.size(); ++i) expect_same(together[i], alone[i], "several panels");
+}
+
+double activated(Activation activation, double x) {
+  const double pi = std::acos(-1.0);
+  switch (activation) {
+    case Activation::relu:
+      return x > 0 ? x : 0;
+    case Activation::gelu:
+      return x * std::erfc(-x / std::sqrt(2.0)) / 2;
+    case Activation::gelu_tanh:
+      return x / (1 + std::exp(-2 * std::sqrt(2 / pi) * (x + 0.044715 * x * x * x)));
+    case Activation::silu:
+      return x / (1 + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
+template <class T>
+void check_finish(const TypeKernels& kernels, DType dtype, Activation activation, bool gated, bool added) {
+  constexpr int rows = 3;
+  for (int columns = 1; columns < 2 * kernels.lanes + 3; ++columns) {
+    const int step = columns + 2;
+    const auto count = static_cast<std::size_t>(rows * step);
+    auto sums = numbers<T>(count), gates = numbers<T>(count);
+    for (T& gate : gates) gate = 3 * gate + 1;
+    const auto product = sums, gate = gates, residual = numbers<T>(count);
+    std::vector<T> out(count, T(-77));
+    kernels.of(dtype).finish({activation, sums.data(), gated ? gates.data() : nullptr, step,
+                              added ? residual.data() : nullptr, step, out.data(), step, rows, columns});
+    for (std::size_t i = 0; i < count; ++i) {
+      if (static_cast<int>(i) % step >= columns) {
+        expect_same(out[i], T(-77), "finish beyond a row's end");
+        continue;
+      }
+      const double value = activated(activation, static_cast<double>(gated ? gate[i] : product[i]));
+      const double exact =
+          (gated ? value * static_cast<double>(product[i]) : value) + (added ? static_cast<double>(residual[i]) : 0);
+      SELFATTN_CHECK(std::abs(out[i] - exact) <= 8 * std::numeric_limits<T>::epsilon() * (std::abs(value) + 2));
+    }
+  }
+}
+
+template <class T>
+void check_normalise(const TypeKernels& kernels, bool centred, bool all) {
+  for (std::size_t count = 1; count < 9 * static_cast<std::size_t>(kernels.lanes); count += count < 20 ? 1 : 7) {
+    auto row = numbers<T>(count + 1);
+    row.back() = -77;
+    const auto x = row, addend = numbers<T>(count), weight = numbers<T>(count), bias = numbers<T>(count);
+    kernels.normalise({row.data(), all ? addend.data() : nullptr, all ? weight.data() : nullptr,
+                       all ? bias.data() : nullptr, static_cast<std::int64_t>(count), 0.5, centred});
+    expect_same(row.back(), T(-77), "normalise beyond the end");
+    double mean = 0, square = 0;
+    const auto z = [&](std::size_t i) {
+      return static_cast<double>(x[i]) + (all ? static_cast<double>(addend[i]) : 0);
+    };
+    for (std::size_t i = 0; i < count && centred; ++i) mean += z(i) / static_cast<double>(count);
+    for (std::size_t i = 0; i < count; ++i) square += (z(i) - mean) * (z(i) - mean) / static_cast<double>(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      const double scaled = (z(i) - mean) / std::sqrt(square + 0.5) * (all ? static_cast<double>(weight[i]) : 1);
+      const double exact = scaled + (all ? static_cast<double>(bias[i]) : 0);
+      SELFATTN_CHECK(std::abs(row[i] - exact) <= 32 * std::numeric_limits<T>::epsilon());
+    }
+  }
+}
+
+template <class T>
+void check_layers(const TypeKernels& kernels, DType dtype) {
+  for (const int rows : {1, 2, 9}) check_panels<T>(kernels, dtype, rows);
+  for (const auto activation :
+       {Activation::none, Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu})
+    for (const bool gated : {false, true})
+      for (const bool added : {false, true}) check_finish<T>(kernels, dtype, activation, gated, added);
+  for (const bool centred : {false, true})
+    for (const bool all : {false, true}) check_normalise<T>(kernels, centred, all);
+}
+
 template <class T>
 void check_weigh(const TypeKernels& kernels) {
   for (std::size_t count = 0; count < 40; ++count) {
@@ -72,6 +166,7 @@ void check_type(const TypeKernels& kernels, DType dtype, bool fuses) {
   for (const int rows : {1, 2, 7, 8, 19})
     for (const int columns : {1, kernels.panel_columns / 2, kernels.panel_columns - 1, kernels.panel_columns})
       for (const bool with_bias : {false, true}) check_project<T>(kernels, dtype, fuses, rows, columns, with_bias);
+  check_layers<T>(kernels, dtype);
   check_weigh<T>(kernels);
   SELFATTN_CHECK(kernels.peak_loop(10) >= 2 * 10);
 }
@@ -85,6 +180,7 @@ void check_table(const TypeKernels& kernels, DType computed) {
     SELFATTN_CHECK((stored.row != nullptr) == here && (!here || stored.row->keys == dtype));
     SELFATTN_CHECK((stored.project != nullptr) == (here && !is_scaled(dtype)));
     SELFATTN_CHECK((stored.widen != nullptr) == (here && dtype != computed));
+    SELFATTN_CHECK((stored.finish != nullptr) == (here && !is_scaled(dtype)));
     SELFATTN_CHECK((stored.narrow != nullptr) == (here && is_narrow(dtype)));
   }
 }
