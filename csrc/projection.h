@@ -13,8 +13,10 @@ namespace selfattn {
 // [panel][depth][column]. Weights keep their type; the bias is converted to the type of computation.
 class Projection {
  public:
-  // `weights` is 2-D, `bias` 1-D or absent and of the same type; any strides.
-  Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias);
+  // `weights` is 2-D, `bias` 1-D or absent; any strides. Codes have `scales` (groups, columns), contiguous float32: a
+  // number is code * scale, and groups are equally many rows of the weights.
+  Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
+             const TensorView& scales = {});
   std::int64_t depth() const { return depth_; }
   std::int64_t columns() const { return columns_; }
   std::int64_t panels() const { return (columns_ + types_->panel_columns - 1) / types_->panel_columns; }
@@ -32,6 +34,11 @@ class Projection {
 
   // Writes the original weights to a matrix of the same type.
   void unpack(const TensorView& weights) const;
+  std::int64_t groups() const { return groups_; }
+  // The scale of a group's columns.
+  const float* scales(std::int64_t group) const {
+    return reinterpret_cast<const float*>(scales_.get()) + group * padded_columns();
+  }
   // The bias in the type of computation, or null.
   const char* bias() const { return bias_.get(); }
 
@@ -48,6 +55,7 @@ class Projection {
 
  private:
   std::int64_t panel_rows() const;  // padded depth
+  std::int64_t padded_columns() const { return panels() * panel_columns(); }
   std::int64_t panel_bytes() const { return panel_rows() * panel_columns() * size_of(dtype_); }
   template <class Copy>
   void each_part(const TensorView& weights, Copy copy) const;
@@ -59,8 +67,9 @@ class Projection {
   const TypeKernels* types_;
   DType dtype_;
   bool pairs_;
-  std::int64_t depth_, columns_;
+  std::int64_t depth_, columns_, groups_ = 0;
   std::unique_ptr<char, Free> panels_;
+  std::unique_ptr<char, Free> scales_;  // (groups, padded columns), or null
   std::unique_ptr<char, Free> bias_;
 };
 

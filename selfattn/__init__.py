@@ -19,6 +19,7 @@ from ._layer_gradients import self_attention_vjp
 from ._linear import Linear
 from ._norm import LayerNorm, RMSNorm, layer_norm, rms_norm
 from ._paged import PagedKVCache
+from ._quantized import QuantizedWeights, quantize
 from ._relative import relative_attention
 from ._relative_gradients import relative_attention_backward, relative_attention_vjp
 from ._rope import RoPE, apply_rope
@@ -37,6 +38,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "PagedKVCache",
+    "QuantizedWeights",
     "RMSNorm",
     "RoPE",
     "SelfAttention",
@@ -57,6 +59,7 @@ __all__ = [
     "isas",
     "layer_norm",
     "merge_states",
+    "quantize",
     "relative_attention",
     "relative_attention_backward",
     "relative_attention_vjp",

@@ -163,10 +163,12 @@ xla_attention: object  # capsules: handlers for XLA
 xla_attention_backward: object
 
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
+
+# Matrices of codes come as pairs with their scales, (groups, columns).
 def make_linear(
-    w: NDArray[Any],
+    w: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]],
     b: NDArray[Any] | None,
-    w_gate: NDArray[Any] | None,
+    w_gate: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None,
     b_gate: NDArray[Any] | None,
     activation: int,  # 0: none
     /,
@@ -184,7 +186,7 @@ def linear_isa(layer: Linear, /) -> str: ...
 
 # Fills the matrices w and, if there is one, w_gate; returns their biases.
 def unpack_linear(
-    layer: Linear, matrices: tuple[NDArray[Any], ...], /
+    layer: Linear, matrices: tuple[NDArray[Any] | tuple[NDArray[Any], NDArray[Any]], ...], /
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None]: ...
 def call_feed_forward(
     parts: tuple[Linear, Linear, Norm | None, Norm | None],

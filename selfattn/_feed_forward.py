@@ -12,6 +12,7 @@ from ._errors import refusal
 from ._keywords import hinted
 from ._linear import Activation, Linear, row_arguments
 from ._norm import LayerNorm, RMSNorm, norm_or_none
+from ._quantized import QuantizedWeights
 from ._typing import Array
 
 _VERSION = 1  # of the pickle format
@@ -82,13 +83,13 @@ class FeedForward:
 
     def __init__(
         self,
-        w_1: ArrayLike,
-        w_2: ArrayLike,
+        w_1: ArrayLike | QuantizedWeights,
+        w_2: ArrayLike | QuantizedWeights,
         b_1: ArrayLike | None = None,
         b_2: ArrayLike | None = None,
         *,
         activation: Activation | None = "gelu",
-        w_gate: ArrayLike | None = None,
+        w_gate: ArrayLike | QuantizedWeights | None = None,
         b_gate: ArrayLike | None = None,
         norm: LayerNorm | RMSNorm | None = None,
         post_norm: LayerNorm | RMSNorm | None = None,
@@ -154,7 +155,7 @@ class FeedForward:
         Parameters
         ----------
         x : array_like, shape (..., d_in)
-            Of the layer's dtype, or float32 if the weights have 16 bits.
+            Of a dtype that `Linear` takes for these weights.
         residual : array_like, shape of y and dtype of x, optional
             Added at the end; often x itself.
         out : ndarray, shape of y and dtype of x, optional

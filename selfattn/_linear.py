@@ -12,6 +12,7 @@ from ._arguments import ACCEPTED, as_array, choice, is_float, out_array, thread_
 from ._errors import refusal
 from ._keywords import hinted
 from ._norm import computed_in
+from ._quantized import QuantizedWeights, checked, dtype_and_shape
 from ._typing import Array
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
@@ -31,7 +32,7 @@ class Linear:
     ----------
     w : array_like, shape (d_in, d_out)
         Used literally as ``x @ w``. A PyTorch ``Linear`` holds the transpose: pass ``linear.weight.T``. float32,
-        float64, float16 or bfloat16 (of ``ml_dtypes``).
+        float64, float16 or bfloat16 (of ``ml_dtypes``); or 8-bit codes, the result of `quantize`.
     b : array_like, shape (d_out,), optional
         Of the dtype of w, or of the one that it is computed in.
     activation : str, optional
@@ -65,10 +66,11 @@ class Linear:
            [4. , 0.5]])
     """
 
-    __slots__ = ("_core", "_gated", "activation", "d_in", "d_out", "dtype", "isa")
+    __slots__ = ("_core", "_gated", "_groups", "activation", "d_in", "d_out", "dtype", "isa")
 
     _core: _core.Linear
     _gated: bool
+    _groups: tuple[int, ...]
     activation: Activation | None
     d_in: int
     d_out: int
@@ -77,26 +79,26 @@ class Linear:
 
     def __init__(
         self,
-        w: ArrayLike,
+        w: ArrayLike | QuantizedWeights,
         b: ArrayLike | None = None,
         *,
         activation: Activation | None = None,
-        w_gate: ArrayLike | None = None,
+        w_gate: ArrayLike | QuantizedWeights | None = None,
         b_gate: ArrayLike | None = None,
     ) -> None:
         self._build("Linear", ("w", "b", "w_gate", "b_gate"), (w, b, w_gate, b_gate), activation)
 
     def _build(self, function: str, names: tuple[str, ...], values: tuple[Any, ...], activation: Any) -> None:
         w = matrix(function, names[0], values[0])
+        dtype, shape = dtype_and_shape(w)
         b = _bias(function, names[1], values[1], names[0], w)
         gate = None if values[2] is None else matrix(function, names[2], values[2])
         if gate is not None:
-            if gate.dtype != w.dtype:
-                text = f" has dtype {gate.dtype} but {names[0]} has {w.dtype}"
-                raise refusal(TypeError, function, names[2], text)
-            if gate.shape != w.shape:
-                text = f" has shape {gate.shape} but {names[0]} has {w.shape}"
-                raise refusal(ValueError, function, names[2], text)
+            gate_dtype, gate_shape = dtype_and_shape(gate)
+            if gate_dtype != dtype:
+                raise refusal(TypeError, function, names[2], f" has dtype {gate_dtype} but {names[0]} has {dtype}")
+            if gate_shape != shape:
+                raise refusal(ValueError, function, names[2], f" has shape {gate_shape} but {names[0]} has {shape}")
         elif values[3] is not None:
             raise refusal(ValueError, function, names[3], f" is given without {names[2]}")
         gate_bias = None if gate is None else _bias(function, names[3], values[3], names[2], gate)
@@ -106,11 +108,12 @@ class Linear:
         core = _core.make_linear(w, b, gate, gate_bias, code)
         for name, value in {
             "_core": core,
+            "_groups": tuple(len(m.scales) for m in (w, gate) if isinstance(m, QuantizedWeights)),
             "_gated": gate is not None,
             "activation": activation,
-            "d_in": w.shape[0],
-            "d_out": w.shape[1],
-            "dtype": w.dtype,
+            "d_in": shape[0],
+            "d_out": shape[1],
+            "dtype": dtype,
             "isa": _core.linear_isa(core),
         }.items():
             object.__setattr__(self, name, value)
@@ -129,7 +132,11 @@ class Linear:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the unpacked weights: loading packs them for the machine it runs on."""
-        matrices = tuple(np.empty((self.d_in, self.d_out), self.dtype) for _ in range(1 + self._gated))
+        shape = (self.d_in, self.d_out)
+        matrices: tuple[Any, ...] = tuple(np.empty(shape, self.dtype) for _ in range(1 + self._gated))
+        if self._groups:
+            scales = (np.empty((groups, self.d_out), np.float32) for groups in self._groups)
+            matrices = tuple(QuantizedWeights(*pair) for pair in zip(matrices, scales, strict=True))
         b, b_gate = _core.unpack_linear(self._core, matrices)
         return _load, (_VERSION, matrices[0], b, matrices[1] if self._gated else None, b_gate, self.activation)
 
@@ -153,7 +160,7 @@ class Linear:
         Parameters
         ----------
         x : array_like, shape (..., d_in)
-            Of the layer's dtype, or float32 if the weights have 16 bits.
+            Of the layer's dtype; float32 as well if the weights have 16 bits; float32 or 16 bits if they have 8.
         residual : array_like, shape of y and dtype of x, optional
             Added at the end.
         out : ndarray, shape of y and dtype of x, optional
@@ -180,24 +187,27 @@ def row_arguments(
     return function, x, residual, out, thread_count(function, num_threads)
 
 
-def matrix(function: str, name: str, value: Any) -> NDArray[Any]:
+def matrix(function: str, name: str, value: Any) -> NDArray[Any] | QuantizedWeights:
     """Return a checked weight matrix."""
+    if isinstance(value, QuantizedWeights):
+        return checked(function, name, value)
     array = as_array(function, name, value)
     if not is_float(array.dtype):
-        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+        text = f" has dtype {array.dtype}, but {ACCEPTED}, and for 8 bits the result of quantize"
+        raise refusal(TypeError, function, name, text)
     if array.ndim != 2 or 0 in array.shape:
         raise refusal(ValueError, function, name, f" has shape {array.shape}, but a matrix is needed")
     return array
 
 
-def _bias(function: str, name: str, value: Any, of: str, w: NDArray[Any]) -> NDArray[Any] | None:
+def _bias(function: str, name: str, value: Any, of: str, w: Any) -> NDArray[Any] | None:
     if value is None:
         return None
-    array = as_array(function, name, value)
-    if array.dtype not in (w.dtype, computed_in(w.dtype)):
-        raise refusal(TypeError, function, name, f" has dtype {array.dtype} but {of} has {w.dtype}")
-    if array.shape != (w.shape[1],):
-        raise refusal(ValueError, function, name, f" has shape {array.shape} but {of} has {w.shape[1]} columns")
+    array, (dtype, shape) = as_array(function, name, value), dtype_and_shape(w)
+    if not is_float(array.dtype) or array.dtype not in (dtype, computed_in(dtype)):
+        raise refusal(TypeError, function, name, f" has dtype {array.dtype} but {of} has {dtype}")
+    if array.shape != (shape[1],):
+        raise refusal(ValueError, function, name, f" has shape {array.shape} but {of} has {shape[1]} columns")
     return array
 
 

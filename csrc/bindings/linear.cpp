@@ -96,9 +96,13 @@ struct RowCall {
   }
 };
 
+// Weights are a matrix of numbers, or a pair of codes and their scales. The Python layer has checked them.
 Projection projection_of(py::handle weights, py::handle bias) {
-  const auto view = [](py::handle array) { return array.is_none() ? TensorView{} : float_view("Linear", "w", array); };
-  return Projection(active_kernels(), view(weights), view(bias));
+  const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
+  if (!py::isinstance<py::tuple>(weights))
+    return Projection(active_kernels(), float_view("Linear", "w", weights), added);
+  const py::tuple pair = py::reinterpret_borrow<py::tuple>(weights);
+  return Projection(active_kernels(), optional_view(pair[0], DType::i8), added, optional_view(pair[1], DType::f32));
 }
 
 struct HeldLinear {
@@ -110,9 +114,12 @@ struct HeldLinear {
 // Whether x of this type can be multiplied by weights of that one.
 void check_dtype(const char* function, const TensorView& x, const Projection& projection) {
   const DType weights = projection.dtype();
-  if (x.dtype != weights && (computed_in(weights) != x.dtype))
+  const bool codes = is_scaled(weights);
+  if (x.dtype != weights && computed_in(weights) != (codes ? computed_in(x.dtype) : x.dtype))
     refuse<TypeRefusal>(function, "x"_arg, " has dtype ", name_of(x.dtype), " but the weights have ", name_of(weights),
-                        ": x must have their dtype", is_narrow(weights) ? " or float32" : "");
+                        codes                ? ": x must have float32 or 16 bits"
+                        : is_narrow(weights) ? ": x must have their dtype or float32"
+                                             : ": x must have their dtype");
 }
 
 py::capsule make_linear(py::handle w, py::handle b, py::handle w_gate, py::handle b_gate, int activation) {
@@ -152,6 +159,16 @@ const char* linear_isa(const py::capsule& capsule) {
   return held_by<HeldLinear>(capsule).weights.projection.kernels().name;
 }
 
+// Fills a pair of codes and scales, or returns the matrix that it is given.
+py::handle unpack_scales(const Projection& projection, py::handle matrix) {
+  if (!is_scaled(projection.dtype())) return matrix;
+  const py::tuple pair = py::reinterpret_borrow<py::tuple>(matrix);
+  float* to = static_cast<float*>(py::reinterpret_borrow<py::array>(pair[1]).mutable_data());
+  for (std::int64_t group = 0; group < projection.groups(); ++group, to += projection.columns())
+    std::copy_n(projection.scales(group), projection.columns(), to);
+  return pair[0];
+}
+
 // Fills the matrices w and, if there is one, w_gate. Returns their biases, each an array or None.
 py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   const LinearWeights& layer = held_by<HeldLinear>(capsule).weights;
@@ -159,9 +176,9 @@ py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   py::tuple found(2);
   for (std::size_t i = 0; i < 2; ++i) {
     found[i] = py::none();
-    if (projections[i])
-      found[i] =
-          unpack(*projections[i], view_of(py::reinterpret_borrow<py::array>(matrices[i]), projections[i]->dtype()));
+    if (!projections[i]) continue;
+    const py::handle matrix = unpack_scales(*projections[i], matrices[i]);
+    found[i] = unpack(*projections[i], view_of(py::reinterpret_borrow<py::array>(matrix), projections[i]->dtype()));
   }
   return found;
 }

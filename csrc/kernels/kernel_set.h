@@ -182,6 +182,10 @@ struct ProjectArgs {
   std::int64_t out_step;
   std::int64_t columns;         // more than panel_columns if further panels follow
   std::int64_t panel_step = 0;  // bytes from one panel to the next
+  // Codes only: one factor per group of rows of the weights and per column, with `scale_step` from group to group.
+  const float* scales = nullptr;
+  std::int64_t scale_step = 0;
+  std::int64_t groups = 1;  // of equal depth
 };
 
 enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu };

@@ -1,5 +1,6 @@
 // Linear projection: out = x . weights + bias for some rows of x and packed panels of weight columns.
 #pragma once
+#include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
 #include "kernels/pack.h"
 #include "kernels/tile_matmul.h"
@@ -25,14 +26,23 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
 }
 
-// Computes out for the columns from `first` on, of one row and one panel.
-template <int Vectors, class T>
-inline void store_row(const ProjectArgs& args, std::int64_t row, std::int64_t first, const Vec<T> (&sums)[Vectors]) {
+// Stores the sums of one row and one panel, whose columns start at `first`. Those of codes are of one group, to be
+// scaled and added to the groups before.
+template <bool Scaled, int Vectors, class T>
+inline void store_row(const ProjectArgs& args, std::int64_t group, std::int64_t row, std::int64_t first,
+                      const Vec<T> (&sums)[Vectors]) {
   constexpr int W = Vec<T>::width;
   const T* bias = static_cast<const T*>(args.bias);
   T* out = static_cast<T*>(args.out) + row * args.out_step;
-  for (int c = 0; c < Vectors && first < args.columns; ++c, first += W)
-    store_up_to(out + first, bias ? sums[c] + load(bias + first) : sums[c], args.columns - first);
+  for (int c = 0; c < Vectors && first < args.columns; ++c, first += W) {
+    Vec<T> sum = sums[c];
+    if constexpr (Scaled) {
+      sum = sum * load(args.scales + group * args.scale_step + first);
+      if (group > 0) sum = sum + load_up_to(out + first, args.columns - first);
+    }
+    const bool last = !Scaled || group + 1 == args.groups;
+    store_up_to(out + first, bias && last ? sum + load(bias + first) : sum, args.columns - first);
+  }
 }
 
 // A and B: the types of a cell of x and of the weights in memory.
@@ -40,22 +50,27 @@ template <class Unit, int TileRows, int Vectors, class B = typename Unit::Real, 
 inline void project(const ProjectArgs& args) noexcept {
   using T = typename Unit::Real;
   constexpr int width = Vectors * Vec<T>::width, together = 4;
-  const RowMajor<A> x{static_cast<const A*>(args.x), args.x_step / Unit::cell};
-  const std::int64_t depth = (args.depth + Unit::cell - 1) / Unit::cell;
+  constexpr bool codes = scaled<B>;
+  const std::int64_t groups = codes ? args.groups : 1;
+  const std::int64_t depth = (args.depth / groups + Unit::cell - 1) / Unit::cell;
   const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
-  const B* panel = static_cast<const B*>(args.panel);
-  std::int64_t first = 0;
-  if (args.rows == 1)
-    for (; first + (together - 1) * width < args.columns; first += together * width, panel += together * panel_step) {
-      Vec<T> sums[together][Vectors];
-      multiply_row<Unit>(x.data, panel, panel_step, depth, sums);
-      for (int p = 0; p < together; ++p) store_row(args, 0, first + p * width, sums[p]);
-    }
-  for (; first < args.columns; first += width, panel += panel_step)
-    multiply_rows<TileRows, Vectors, Unit>(x, args.rows, panel, std::int64_t{width}, depth,
-                                           [&](std::int64_t row, const auto& sums) {
-                                             for (const auto& s : sums) store_row(args, row++, first, s);
-                                           });
+  for (std::int64_t group = 0; group < groups; ++group) {
+    const RowMajor<A> x{static_cast<const A*>(args.x) + group * depth, args.x_step / Unit::cell};
+    const B* panel = static_cast<const B*>(args.panel) + group * depth * width;
+    std::int64_t first = 0;
+    if (args.rows == 1)
+      for (; first + (together - 1) * width < args.columns; first += together * width, panel += together * panel_step) {
+        Vec<T> sums[together][Vectors];
+        multiply_row<Unit>(x.data, panel, panel_step, depth, sums);
+        for (int p = 0; p < together; ++p) store_row<codes>(args, group, 0, first + p * width, sums[p]);
+      }
+    for (; first < args.columns; first += width, panel += panel_step)
+      multiply_rows<TileRows, Vectors, Unit>(x, args.rows, panel, std::int64_t{width}, depth,
+                                             [&](std::int64_t row, const auto& sums) {
+                                               for (const auto& s : sums)
+                                                 store_row<codes>(args, group, row++, first, s);
+                                             });
+  }
 }
 
 }  // namespace selfattn::SELFATTN_ISA

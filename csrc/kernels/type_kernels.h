@@ -48,9 +48,9 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
 // E: a type that is only stored. Codes have scales, which only the row kernel applies.
 template <class E, int TileRows, int TileVectors, int MaxSums>
 constexpr StoredKernels stored_kernels() {
-  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, nullptr, widen<E>, nullptr, nullptr};
+  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, project<FmaUnit<float>, TileRows, TileVectors, E>,
+                        widen<E>, nullptr, nullptr};
   if constexpr (!scaled<E>) {
-    kernels.project = project<FmaUnit<float>, TileRows, TileVectors, E>;
     kernels.narrow = narrow<E>;
     kernels.finish = finish<float, E>;
   }

@@ -178,7 +178,7 @@ void check_table(const TypeKernels& kernels, DType computed) {
     const StoredKernels& stored = kernels.of(dtype);
     const bool here = computed_in(dtype) == computed;
     SELFATTN_CHECK((stored.row != nullptr) == here && (!here || stored.row->keys == dtype));
-    SELFATTN_CHECK((stored.project != nullptr) == (here && !is_scaled(dtype)));
+    SELFATTN_CHECK((stored.project != nullptr) == here);
     SELFATTN_CHECK((stored.widen != nullptr) == (here && dtype != computed));
     SELFATTN_CHECK((stored.finish != nullptr) == (here && !is_scaled(dtype)));
     SELFATTN_CHECK((stored.narrow != nullptr) == (here && is_narrow(dtype)));

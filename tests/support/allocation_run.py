@@ -43,6 +43,10 @@ def calls() -> dict[str, Callable[[], Any]]:
     narrow, narrow_few, narrow_cache = (x.astype(np.float16) for x in (many, few, cache))
     narrow_layer = sa.SelfAttention(*(w.astype(np.float16) for w in weights), num_heads=4, rope=True)
     narrow_x = x.astype(np.float16)
+    norm = sa.LayerNorm(biases["b_q"], biases["b_k"])
+    linear = sa.Linear(weights[0], biases["b_q"], activation="gelu", w_gate=weights[1])
+    feed_forward = sa.FeedForward(weights[0], weights[1], norm=norm, post_norm=norm)
+    whole = sa.SelfAttention(*weights, num_heads=4, norm=norm, post_norm=norm)
     both = {"return_lse": True, "return_weights": True}
     return {
         "tile": lambda: sa.attention(many, many, many, num_threads=3),
@@ -59,6 +63,11 @@ def calls() -> dict[str, Callable[[], Any]]:
         "narrower": lambda: sa.attention(many, narrow[..., ::-1], narrow, num_threads=3),
         "narrow ranges": lambda: sa.attention(narrow_few, narrow_cache, narrow_cache, num_threads=3),
         "narrow layer": lambda: narrow_layer(narrow_x, num_threads=3),
+        "linear": lambda: linear(x[:, ::-1], residual=x, num_threads=3),
+        "feed forward": lambda: feed_forward(x, residual=x, num_threads=3),
+        "few rows": lambda: feed_forward(x[:, :20], residual=x[:, :20], num_threads=3),
+        "norm": lambda: norm(x[:, ::-1], residual=x),
+        "whole layer": lambda: whole(x, residual=x, num_threads=3),
         "gradients": lambda: gradients(many, sinks),
         "narrow gradients": lambda: gradients(narrow[..., ::-1], sinks),
         "packed gradients": lambda: packed_gradients(many[0], sinks),

@@ -1,0 +1,95 @@
+"""Weights of layers as 8-bit codes with scales."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ._arguments import as_array, is_float, whole_number
+from ._errors import refusal
+from ._keywords import hinted
+from ._typing import Array
+
+
+class QuantizedWeights(NamedTuple):
+    """A weight matrix as codes and scales, for `Linear` and `FeedForward`: see `quantize`."""
+
+    codes: Array
+    """int8, (d_in, d_out)"""
+    scales: Array
+    """float32, (groups, d_out): one for each group of d_in / groups rows and each column"""
+
+
+@hinted
+def quantize(w: ArrayLike, *, groups: int = 1) -> QuantizedWeights:
+    """Round a weight matrix to 8-bit codes, with one scale per column or per group of rows and column.
+
+    ``scale = max|w| / 127`` over the group's rows of a column, and ``code = round(w / scale)``: each weight is off by
+    at most scale / 2, and a result of a layer by at most the sum of abs(x) · scale / 2.
+
+    Parameters
+    ----------
+    w : array_like, shape (d_in, d_out)
+        Finite numbers.
+    groups : int
+        A divisor of d_in. More groups are more accurate.
+
+    Returns
+    -------
+    weights : QuantizedWeights
+
+    Raises
+    ------
+    ValueError, TypeError
+        If w is no matrix of finite numbers, or `groups` does not divide its rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> weights = sa.quantize(np.array([[1.27, 0.0], [-0.5, 0.0]]))
+    >>> weights.codes
+    array([[127,   0],
+           [-50,   0]], dtype=int8)
+    >>> sa.Linear(weights)(np.ones((1, 2), np.float32)).round(3)
+    array([[0.77, 0.  ]], dtype=float32)
+    """
+    function = "quantize"
+    array = as_array(function, "w", w)
+    if not is_float(array.dtype):
+        raise refusal(TypeError, function, "w", f" has dtype {array.dtype}, but real numbers are needed")
+    if array.ndim != 2 or 0 in array.shape:
+        raise refusal(ValueError, function, "w", f" has shape {array.shape}, but a matrix is needed")
+    count = whole_number(function, "groups", groups, 1)
+    if len(array) % count:
+        raise refusal(ValueError, function, "groups", f" is {count}, which does not divide the {len(array)} rows of w")
+    parts = array.astype(np.float64).reshape(count, -1, array.shape[1])
+    if not np.isfinite(parts).all():
+        raise refusal(ValueError, function, "w", " holds numbers that are not finite")
+    scales = (abs(parts).max(axis=1) / 127).astype(np.float32)
+    divisors = np.where(scales > 0, scales, 1)[:, None]
+    codes = np.clip(np.rint(parts / divisors), -127, 127).astype(np.int8)
+    return QuantizedWeights(codes.reshape(array.shape), scales)
+
+
+def checked(function: str, name: str, weights: QuantizedWeights) -> QuantizedWeights:
+    """Return codes and scales that fit together, or raise an error."""
+    codes, scales = (as_array(function, name, part) for part in weights)
+    if codes.dtype != np.int8 or scales.dtype != np.float32:
+        text = f" has codes of {codes.dtype} and scales of {scales.dtype}, but int8 and float32 are needed"
+        raise refusal(TypeError, function, name, text)
+    if codes.ndim != 2 or 0 in codes.shape:
+        raise refusal(ValueError, function, name, f" has codes of shape {codes.shape}, but a matrix is needed")
+    rows, columns = codes.shape
+    if scales.ndim != 2 or scales.shape[1] != columns or not len(scales) or rows % len(scales):
+        text = f" has scales of shape {scales.shape}, but (groups, {columns}) are needed, where groups divide {rows}"
+        raise refusal(ValueError, function, name, text)
+    return QuantizedWeights(codes, scales)
+
+
+def dtype_and_shape(weights: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Return those of a matrix, quantized or not."""
+    matrix = weights.codes if isinstance(weights, QuantizedWeights) else weights
+    return matrix.dtype, matrix.shape
