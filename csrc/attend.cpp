@@ -38,17 +38,26 @@ struct Part {
 
 std::int64_t tasks_per_unit(const Part& part) { return part.problem->num_kv_heads * part.plan->ranges; }
 
+Work work_of(const Job* jobs, std::int64_t count) {
+  Work work{count > 0 ? jobs->plan->attend : nullptr, 0, 0, 0};
+  for (std::int64_t i = 0; i < count; ++i) {
+    work.flops += jobs[i].plan->flops;
+    work.bytes += jobs[i].plan->bytes;
+    work.tasks += jobs[i].plan->tasks;
+  }
+  return work;
+}
+
 class Run {
  public:
   Run(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted)
       : count_(count), ordered_(count > 1 || threads > 1), thread_bytes_(0) {
     std::size_t bytes = whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
-    std::int64_t units = 0, tasks = 0;
+    std::int64_t units = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       const Plan& plan = *jobs[i].plan;
       bytes += plan.shared_bytes;
       thread_bytes_ = std::max(thread_bytes_, plan.thread_bytes);
-      tasks += plan.tasks;
       units += jobs[i].problem->batch * plan.row_blocks;
     }
     const std::size_t unit_bytes = ordered_ ? whole_lines(sizeof(Unit) * static_cast<std::size_t>(units)) : 0;
@@ -66,7 +75,7 @@ class Run {
     }
     if (ordered_) order_units(reinterpret_cast<Unit*>(place));
     slots_ = place + unit_bytes;
-    loop_.emplace(tasks, threads, interrupted);
+    loop_.emplace(work_of(jobs, count), threads, interrupted);
   }
 
   bool execute() { return loop_->run(*this); }
@@ -208,18 +217,12 @@ bool writes_nothing(const Problem& problem, const Plan& plan) {
 }  // namespace
 
 int threads_for(const Plan& plan, int num_threads) {
-  return useful_threads(plan.flops, plan.bytes, plan.tasks, num_threads);
+  const Job job{nullptr, &plan};
+  return threads_for(&job, 1, num_threads);
 }
 
 int threads_for(const Job* jobs, std::int64_t count, int num_threads) {
-  double flops = 0, bytes = 0;
-  std::int64_t tasks = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    flops += jobs[i].plan->flops;
-    bytes += jobs[i].plan->bytes;
-    tasks += jobs[i].plan->tasks;
-  }
-  return useful_threads(flops, bytes, tasks, num_threads);
+  return useful_threads(work_of(jobs, count), num_threads);
 }
 
 bool attend(const Problem& problem, const Plan& plan, int threads, Interrupted interrupted) {

@@ -156,21 +156,20 @@ void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const c
 }
 
 bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted interrupted) {
-  std::int64_t tasks = 0;
-  double work = 0, bytes = 0;
+  Work work{&jobs->projection.kernels(), 0, 0, 0};
   for (int i = 0; i < count; ++i) {
-    tasks += task_count(jobs[i]);
-    work += flops(jobs[i]);
-    bytes += weight_bytes(jobs[i]);
+    work.tasks += task_count(jobs[i]);
+    work.flops += flops(jobs[i]);
+    work.bytes += weight_bytes(jobs[i]);
   }
-  const int threads = useful_threads(work, bytes, tasks, num_threads);
+  const int threads = useful_threads(work, num_threads);
   const std::size_t own = LinearSpace(nullptr, jobs, count).bytes();
   const Scratch memory(own * static_cast<std::size_t>(threads));
   const auto space = [&](int slot) {
     return LinearSpace(memory.data() + own * static_cast<std::size_t>(slot), jobs, count);
   };
   for (int slot = 0; slot < threads; ++slot) space(slot).forget();
-  TaskLoop loop(tasks, threads, interrupted);
+  TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t index, int slot) {
     const LinearJob* job = jobs;
     for (; index >= task_count(*job); ++job) index -= task_count(*job);

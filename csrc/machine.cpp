@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <memory>
 #include <sstream>
 
 #include "kernels/kernel_set.h"
@@ -68,20 +69,63 @@ std::uint32_t cpu_features() {
 std::uint32_t cpu_features() { return 0; }
 #endif
 
-int affinity_count() {
 #if defined(__linux__)
-  // The mask must be at least as large as the kernel's, whose size is unknown.
-  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 4) {
-    cpu_set_t* set = CPU_ALLOC(static_cast<std::size_t>(cpus));
-    if (!set) return 0;
-    const std::size_t bytes = CPU_ALLOC_SIZE(static_cast<std::size_t>(cpus));
-    const int count = sched_getaffinity(0, bytes, set) == 0 ? CPU_COUNT_S(bytes, set) : 0;
-    CPU_FREE(set);
-    if (count > 0) return count;
+namespace {
+
+// A set of CPUs, as large as the kernel's, whose size is unknown: get(bytes, set) is to succeed.
+class CpuSet {
+ public:
+  template <class F>
+  explicit CpuSet(const F& get) {
+    for (int cpus = 1024; cpus <= 1 << 20; cpus *= 4) {
+      bytes_ = CPU_ALLOC_SIZE(static_cast<std::size_t>(cpus));
+      set_.reset(CPU_ALLOC(static_cast<std::size_t>(cpus)));
+      if (set_ && get(bytes_, set_.get()) == 0) return;
+    }
+    set_.reset();
   }
-#endif
-  return 0;
+
+  int count() const { return set_ ? CPU_COUNT_S(bytes_, set_.get()) : 0; }
+  void remove(int cpu) { CPU_CLR_S(static_cast<std::size_t>(cpu), bytes_, set_.get()); }
+  void assign_to(pthread_t thread) const { pthread_setaffinity_np(thread, bytes_, set_.get()); }
+
+ private:
+  struct Free {
+    void operator()(cpu_set_t* set) const { CPU_FREE(set); }
+  };
+  std::unique_ptr<cpu_set_t, Free> set_;
+  std::size_t bytes_ = 0;
+};
+
+CpuSet cpus_of_this_thread() {
+  return CpuSet([](std::size_t bytes, cpu_set_t* set) { return sched_getaffinity(0, bytes, set); });
 }
+
+}  // namespace
+
+int affinity_count() { return cpus_of_this_thread().count(); }
+
+Place Place::of_this_thread() {
+  thread_local const bool movable = affinity_count() > 1;
+  Place place;
+  place.thread_ = pthread_self();
+  place.cpu_ = sched_getcpu();
+  place.movable_ = movable;
+  return place;
+}
+
+void Place::make_way() const {
+  if (!movable_ || sched_getcpu() != cpu_) return;
+  CpuSet cpus = cpus_of_this_thread();
+  if (cpus.count() < 2) return;
+  cpus.remove(cpu_);
+  cpus.assign_to(thread_);
+}
+#else
+int affinity_count() { return 0; }
+Place Place::of_this_thread() { return {}; }
+void Place::make_way() const {}
+#endif
 
 namespace {
 

@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#if defined(__linux__)
+#include <pthread.h>
+#endif
 
 namespace selfattn {
 
@@ -10,6 +13,24 @@ std::uint32_t cpu_features();
 
 // Number of CPUs that this thread may run on; 0: unknown.
 int affinity_count();
+
+// A thread, and the CPU on which it was last seen.
+class Place {
+ public:
+  Place() = default;  // of no thread
+  static Place of_this_thread();
+
+  // If the calling thread now runs on the same CPU, the other one, which must still exist, is to run on the other CPUs
+  // of the calling thread. A thread that had only one CPU from the start, as with OMP_PROC_BIND, keeps it.
+  void make_way() const;
+
+ private:
+#if defined(__linux__)
+  pthread_t thread_{};
+  int cpu_ = -1;
+  bool movable_ = false;
+#endif
+};
 
 // CPU quota of the control group, in CPUs, e.g. 1.5; 0: no limit found. `root` is a prefix of all paths, empty outside
 // tests.

@@ -72,6 +72,7 @@ struct Team {
   std::unique_lock<std::mutex> growing;
   std::thread::id caller = std::this_thread::get_id();
   std::atomic<int> next{caller_slot + 1};
+  Place last;  // of the thread that came last
 };
 
 // The calling thread takes caller_slot; the others draw slots from a counter, because OpenMP's own thread numbers are
@@ -83,6 +84,7 @@ void join(void* context) {
   if (is_caller && team.growing) team.growing.unlock();
   const int slot = is_caller ? caller_slot : team.next.fetch_add(1, std::memory_order_relaxed);
   if (slot < team.num_threads) team.region.work(team.region.context, slot);
+  if (!is_caller && slot == team.num_threads - 1) team.last = Place::of_this_thread();
 }
 
 std::atomic<const Runtime*> shared{nullptr};
@@ -126,6 +128,9 @@ void run_openmp(const Region& region, int num_threads) {
   if (runtime) return runtime->run(&join, &team, static_cast<unsigned>(size), 0);
 #pragma omp parallel num_threads(size) default(shared)
   join(&team);
+  // Some schedulers wake a thread on its caller's CPU, where it gets no time before the caller waits for it, and do so
+  // again and again. The threads of our own teams exist until the next region.
+  team.last.make_way();
 }
 #endif
 
@@ -192,8 +197,12 @@ Helper* start_helper() {
   return helper;
 }
 
+// Threads of this process that are in regions, callers included.
+std::atomic<int> threads_in_regions{0};
+
 [[maybe_unused]] void after_fork_in_child() {
   survived_fork = true;
+  threads_in_regions = 0;
   new (&growth) std::mutex;  // another thread of the parent may have held it
   helper = nullptr;          // the parent's helper thread does not exist here
 }
@@ -217,21 +226,49 @@ ThreadDefault detect_threads() {
   return limit;
 }
 
+// The threads of a region: all that it wants if no other thread of this process is in a region, else those that leave
+// a CPU for each.
+class Seats {
+ public:
+  explicit Seats(int wanted) : count_(wanted) {
+    const int others = threads_in_regions.fetch_add(wanted, std::memory_order_relaxed);
+    if (wanted == 1 || others == 0) return;
+    count_ = std::clamp(default_threads().count - others, 1, wanted);
+    threads_in_regions.fetch_sub(wanted - count_, std::memory_order_relaxed);
+  }
+  ~Seats() { threads_in_regions.fetch_sub(count_, std::memory_order_relaxed); }
+  Seats(const Seats&) = delete;
+  Seats& operator=(const Seats&) = delete;
+
+  int count() const { return count_; }
+
+ private:
+  int count_;
+};
+
 }  // namespace
 
-void run_region(const Region& region, int num_threads) {
+int run_region(const Region& region, int num_threads) {
   // A signal handler that runs while this thread polls may start another region. That one gets no threads: the team,
   // and the helper after a fork, are busy with the interrupted region.
   thread_local bool in_region = false;
-  if (in_region) return region.work(region.context, caller_slot);
-  in_region = true;
-  if (!runs_on_helper(num_threads))
-    run_here(region, num_threads);
-  else if (Helper* const own = start_helper())
-    own->run(region, num_threads);
-  else
+  if (in_region) {
     region.work(region.context, caller_slot);
+    return 1;
+  }
+  in_region = true;
+  const Seats seats(num_threads);
+  num_threads = seats.count();
+  if (!runs_on_helper(num_threads)) {
+    run_here(region, num_threads);
+  } else if (Helper* const own = start_helper()) {
+    own->run(region, num_threads);
+  } else {
+    region.work(region.context, caller_slot);
+    num_threads = 1;
+  }
   in_region = false;
+  return num_threads;
 }
 
 ThreadDefault default_threads() {

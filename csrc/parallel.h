@@ -6,7 +6,7 @@
 namespace selfattn {
 
 // `work(context, slot)` runs once on each thread of the team, with slots 0, 1, ... that are unique within the region.
-// It must not throw. The team may be smaller than requested. `poll(context)` is called on the calling thread while that
+// It must not throw. `poll(context)` is called on the calling thread while that
 // thread only waits; otherwise `work` must poll itself, in slot `caller_slot`.
 struct Region {
   void (*work)(void* context, int slot) noexcept;
@@ -16,7 +16,10 @@ struct Region {
 
 constexpr int caller_slot = 0;
 
-void run_region(const Region& region, int num_threads);
+// Returns the number of threads that the team was to have: fewer than num_threads if other threads of this process are
+// in regions, so that all teams together have no more threads than there are CPUs, and one for every caller. The team
+// may still be smaller.
+int run_region(const Region& region, int num_threads);
 
 // Default number of threads of a call: that of set_default_threads, else the minimum of OpenMP's setting in this
 // thread, the hardware's threads, the CPUs in this thread's affinity and the control group's quota, rounded up.

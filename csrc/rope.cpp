@@ -111,14 +111,15 @@ void rotate_token(const Rope& rope, const Rotation& part, std::int64_t token, co
 bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads, Interrupted interrupted) {
   std::int64_t tokens = 0;
   for (int i = 0; i < count; ++i) tokens += token_count(parts[i]);
-  const double flops = static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100;
-  const int threads = useful_threads(flops, 0, tokens, num_threads);
+  static constexpr char kernel = 0;
+  const Work work{&kernel, static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100, 0, tokens};
+  const int threads = useful_threads(work, num_threads);
   // The frequencies, then for each thread a table of cosines and sines.
   const auto doubles = static_cast<std::size_t>(rope.rotary_dim) * (1 + static_cast<std::size_t>(threads));
   const Scratch memory(doubles * sizeof(double));
   auto* frequencies = reinterpret_cast<double*>(memory.data());
   set_frequencies(rope, frequencies);
-  TaskLoop loop(tokens, threads, interrupted);
+  TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t token, int slot) {
     const Rotation* part = parts;
     for (; token >= token_count(*part); ++part) token -= token_count(*part);

@@ -1,40 +1,148 @@
 #include "task_loop.h"
 
 #include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
 
 namespace selfattn {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using Estimate = std::atomic<float>;
 
-// The least work per thread: with less, waking the thread costs more than it saves. A team of two thus needs at least
-// 50 us of work.
-constexpr double seconds_per_thread = 25e-6;
-// The same if the team is still awake from the call before.
-constexpr double seconds_per_awake_thread = 10e-6;
-// How long idle threads of a team spin before they sleep (selfattn/_idle.py).
-constexpr std::chrono::microseconds awake{10};
-// The rates of one core of a current server, in float32 and for reads from the last-level cache.
+// All times are in seconds. The least work per thread, whatever was learned: a team of two thus needs at least 50 us of
+// work, or 20 us if it is still awake.
+constexpr double least_asleep = 25e-6;
+constexpr double least_awake = 10e-6;
+// Longer work always gets all threads.
+constexpr double long_enough = 1e-3;
+// A team counts as awake, and a call as the next one of a loop, if the one before ended less than this ago. Idle
+// threads spin at least as long before they sleep (selfattn/_idle.py).
+constexpr std::chrono::microseconds at_once{10};
+// Calls that make a loop.
+constexpr int loop_calls = 8;
+
+// The rates of one core of a current server, in float32 and for reads from the last-level cache: a first guess, and the
+// unit in which work is measured.
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
-// End of the calling thread's last call, counted from the clock's epoch. Each thread has its own team.
-thread_local constinit Clock::rep last_end = 0;
+// How many times as long as guessed the work of a kernel takes, by the size of the work; 0: not known. Two kinds of
+// work that share a place disturb each other, but no result.
+std::array<Estimate, 256> slowness;
+
+double guess(const Work& work) { return std::max(work.flops / flops_per_second, work.bytes / bytes_per_second); }
+
+Estimate& slowness_of(const Work& work) {
+  const auto kernel = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(work.kernel));
+  const auto size = static_cast<std::uint64_t>(std::ilogb(guess(work)));
+  return slowness[((kernel >> 3) * 31 + size) * 0x9e3779b97f4a7c15 >> 56];
+}
+
+// Time that the work takes on one thread.
+double expected(const Work& work) {
+  const float slower = work.kernel ? slowness_of(work).load(std::memory_order_relaxed) : 0;
+  return guess(work) * (slower > 0 ? static_cast<double>(slower) : 1);
+}
+
+// What a team costs in addition to its share of the work, by the logarithm of its size and by whether it was asleep.
+constexpr double wake_asleep = 25e-6, wake_awake = 3e-6;  // the first guess, and the least
+struct Wake {
+  Estimate asleep{wake_asleep}, awake{wake_awake};
+};
+std::array<Wake, 32> wakes;
+
+Estimate& wake_of(int team, bool is_awake) {
+  Wake& wake = wakes[static_cast<std::size_t>(std::bit_width(static_cast<unsigned>(team))) - 1];
+  return is_awake ? wake.awake : wake.asleep;
+}
+
+// Follows what was seen. A thread that loses its core in between makes a region seem many times as long, so the new
+// value counts for at most twice the old one.
+void follow(Estimate& estimate, double seen) {
+  const double old = static_cast<double>(estimate.load(std::memory_order_relaxed));
+  estimate.store(static_cast<float>(old + (std::min(seen, 2 * old) - old) / 4), std::memory_order_relaxed);
+}
+
+// Of the calling thread, which has its own team. Times are counted from the clock's epoch.
+struct Rhythm {
+  Clock::rep region_end = 0;  // of the last region with a team
+  Clock::rep call_end = 0;
+  int calls_in_row = 0;
+  bool in_call = false;
+};
+thread_local constinit Rhythm rhythm;
+
+bool follows(Clock::time_point now, Clock::rep end) { return now.time_since_epoch() - Clock::duration(end) < at_once; }
+
+// Whether a team may be counted on to be awake, now or in the next calls of a loop.
+bool expects_awake() {
+  const Clock::time_point now = Clock::now();
+  if (!rhythm.in_call) {
+    rhythm.in_call = true;
+    rhythm.calls_in_row = follows(now, rhythm.call_end) ? std::min(rhythm.calls_in_row + 1, loop_calls) : 0;
+  }
+  return rhythm.calls_in_row == loop_calls || follows(now, rhythm.region_end);
+}
+
+// The team, of at most `limit` threads, that is expected to finish first.
+int best_team(double seconds, int limit, bool is_awake) {
+  int best = 1;
+  double least = seconds;
+  for (int team = limit; team > 1; team /= 2) {
+    Estimate& wake = wake_of(team, is_awake);
+    const double cost = seconds / team + static_cast<double>(wake.load(std::memory_order_relaxed));
+    if (cost < least) {
+      least = cost;
+      best = team;
+    }
+  }
+  if (best > 1 || limit <= 1) return best;
+  // What is never tried seems a little cheaper every time, until it is: its cost may have changed.
+  Estimate& wake = wake_of(limit, is_awake);
+  const float cheaper = wake.load(std::memory_order_relaxed) * (1 - 1.0F / 128);
+  wake.store(std::max(cheaper, static_cast<float>(is_awake ? wake_awake : wake_asleep)), std::memory_order_relaxed);
+  return 1;
+}
 
 }  // namespace
 
-void note_end_of_call() { last_end = Clock::now().time_since_epoch().count(); }
-void forget_last_call() { last_end = 0; }
+void note_end_of_call() {
+  rhythm.call_end = Clock::now().time_since_epoch().count();
+  rhythm.in_call = false;
+}
 
-int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
-  const double seconds = std::max(flops / flops_per_second, bytes / bytes_per_second);
-  if (seconds < 2 * seconds_per_awake_thread) return 1;
-  const bool is_awake = Clock::now().time_since_epoch() - Clock::duration(last_end) < awake;
-  const double useful =
-      std::min(seconds / (is_awake ? seconds_per_awake_thread : seconds_per_thread), static_cast<double>(tasks));
+void forget_last_call() { rhythm = {}; }
+
+int useful_threads(const Work& work, int num_threads) {
+  const double seconds = expected(work);
+  if (seconds < 2 * least_awake) return 1;
+  const bool is_awake = expects_awake();
+  const double useful = std::min(seconds / (is_awake ? least_awake : least_asleep), static_cast<double>(work.tasks));
   if (useful < 2) return 1;
-  const int limit = num_threads > 0 ? num_threads : default_threads().count;
-  return std::max(std::min(limit, static_cast<int>(std::min(useful, 1e6))), 1);
+  const int limit =
+      std::min(num_threads > 0 ? num_threads : default_threads().count, static_cast<int>(std::min(useful, 1e6)));
+  if (num_threads > 0 || seconds >= long_enough) return std::max(limit, 1);
+  return best_team(seconds, limit, is_awake);
+}
+
+void TaskLoop::learn(Clock::time_point start, int used, bool finished) const {
+  const bool was_awake = follows(start, rhythm.region_end);
+  if (used == 1 && (!work_.kernel || guess(work_) < 1e-6)) return;  // not worth looking at the clock
+  const Clock::time_point end = Clock::now();
+  if (used > 1) rhythm.region_end = end.time_since_epoch().count();
+  if (!work_.kernel || !finished || own_.tasks == 0) return;
+  const std::chrono::duration<double> own = own_.time, all = end - start;
+  const double alone = own.count() * static_cast<double>(work_.tasks) / static_cast<double>(own_.tasks);
+  Estimate& slower = slowness_of(work_);
+  if (slower.load(std::memory_order_relaxed) > 0)
+    follow(slower, alone / guess(work_));
+  else
+    slower.store(static_cast<float>(alone / guess(work_)), std::memory_order_relaxed);
+  const double seconds = expected(work_);
+  if (used > 1 && seconds < long_enough)
+    follow(wake_of(used, was_awake), std::max(all.count() - seconds / used, was_awake ? wake_awake : wake_asleep));
 }
 
 }  // namespace selfattn

@@ -11,15 +11,34 @@ namespace selfattn {
 // Called on the calling thread about every 50 ms; true: stop.
 using Interrupted = bool (*)();
 
-// After a call, the calling thread's team stays awake for a moment, so that useful_threads uses it even for smaller
-// amounts of work. After forget_last_call(), useful_threads answers as if no call had just ended.
+// What a region is about to compute. How long that takes is learned for each kernel: any address that stands for one
+// kind of work. Without a kernel nothing is learned.
+struct Work {
+  const void* kernel;
+  double flops, bytes;
+  std::int64_t tasks;
+};
+
+// Number of threads that are expected to finish this work soonest. num_threads is the caller's own choice: a limit that
+// is used in full if every thread gets enough work. 0 is the default, of which only as many threads are used as pay for
+// themselves (docs/decisions/0013). Finding the default takes system calls, so it is only done if more than one thread
+// is worth using. Results never depend on this number.
+int useful_threads(const Work& work, int num_threads);
+inline int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
+  return useful_threads({nullptr, flops, bytes, tasks}, num_threads);
+}
+
+// Calls that follow one another at once are a loop, which may wake a team that a single call would leave asleep.
 void note_end_of_call();
+// The next call counts as one that comes alone.
 void forget_last_call();
 
 class TaskLoop {
  public:
+  TaskLoop(const Work& work, int threads, Interrupted interrupted)
+      : work_(work), threads_(threads), interrupted_(interrupted), caller_waits_(runs_on_helper(threads)) {}
   TaskLoop(std::int64_t tasks, int threads, Interrupted interrupted)
-      : tasks_(tasks), threads_(threads), interrupted_(interrupted), caller_waits_(runs_on_helper(threads)) {}
+      : TaskLoop(Work{nullptr, 0, 0, tasks}, threads, interrupted) {}
 
   // Calls task(index, slot) for every index, slot < threads. Returns false if it was stopped before the end.
   template <class F>
@@ -28,15 +47,16 @@ class TaskLoop {
       TaskLoop& loop;
       F& task;
     } context{*this, task};
-    run_region({[](void* opaque, int slot) noexcept {
-                  auto& [loop, body] = *static_cast<Context*>(opaque);
-                  if (slot >= loop.threads_) return;  // the team is larger than requested
-                  std::int64_t index;
-                  while (!loop.should_stop(slot) && loop.claim(index)) body(index, slot);
-                },
-                [](void* opaque) noexcept { static_cast<Context*>(opaque)->loop.ask(); }, &context},
-               threads_);
-    return !stopped_.load(std::memory_order_relaxed);
+    const Clock::time_point start = Clock::now();
+    const int used = run_region({[](void* opaque, int slot) noexcept {
+                                   auto& [loop, body] = *static_cast<Context*>(opaque);
+                                   loop.take_tasks(body, slot);
+                                 },
+                                 [](void* opaque) noexcept { static_cast<Context*>(opaque)->loop.ask(); }, &context},
+                                threads_);
+    const bool finished = !stopped_.load(std::memory_order_relaxed);
+    learn(start, used, finished);
+    return finished;
   }
 
   // Long tasks check this between their steps.
@@ -52,26 +72,40 @@ class TaskLoop {
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds interval{50};
 
+  // The caller's share of the tasks, from which the duration of all of them on one thread follows.
+  struct Share {
+    std::int64_t tasks = 0;
+    Clock::duration time{};
+  };
+
+  template <class F>
+  void take_tasks(F& task, int slot) noexcept {
+    if (slot >= threads_) return;  // the team is larger than requested
+    const Clock::time_point start = slot == caller_slot ? Clock::now() : Clock::time_point();
+    std::int64_t index, taken = 0;
+    for (; !should_stop(slot) && claim(index); ++taken) task(index, slot);
+    if (slot == caller_slot) own_ = {taken, Clock::now() - start};
+  }
+
   bool claim(std::int64_t& index) noexcept {
     index = next_.fetch_add(1, std::memory_order_relaxed);
-    return index < tasks_;
+    return index < work_.tasks;
   }
 
   void ask() noexcept {
     if (interrupted_ && interrupted_()) stopped_.store(true, std::memory_order_relaxed);
   }
 
-  const std::int64_t tasks_;
+  void learn(Clock::time_point start, int used, bool finished) const;
+
+  const Work work_;
   const int threads_;
   const Interrupted interrupted_;
   const bool caller_waits_;  // tasks run on a helper thread: the waiting caller polls, and slot 0 must not
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stopped_{false};
   Clock::time_point last_asked_ = Clock::now();
+  Share own_;
 };
-
-// Number of threads worth using for this much work, at most num_threads (0: the default). Finding the default takes
-// system calls, so it is only done if more than one thread is worth using. Results never depend on this number.
-int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads);
 
 }  // namespace selfattn

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
 import selfattn as sa
+from selfattn import _info
 
 
 def test_the_best_comes_first() -> None:
@@ -80,7 +84,18 @@ def test_self_description(capsys: pytest.CaptureFixture[str]) -> None:
         (sa.show_config, {"version", "compiler", "flags", "build_type", "openmp", "isas"}),
         (
             sa.show_runtime,
-            {"isa", "isas", "threads", "threads_source", "affinity", "cgroup_quota", "parallel", "subnormals", "blas"},
+            {
+                "isa",
+                "isas",
+                "threads",
+                "threads_source",
+                "affinity",
+                "cgroup_quota",
+                "parallel",
+                "subnormals",
+                "blas",
+                "warnings",
+            },
         ),
     ):
         facts = show(mode="dicts")
@@ -106,12 +121,54 @@ def test_the_specification_comes_with_the_package(run_python: Any) -> None:
     assert run_python("import selfattn as sa; print(sa.reference.attention.__name__)").strip() == "attention"
 
 
-def test_the_blas_of_numpy_and_its_threads(run_python: Any) -> None:
-    code = "import sys; {}; import selfattn as sa; print(*sa.show_runtime(mode='dicts')['blas'])"
-    without = run_python(code.format("sys.modules['threadpoolctl'] = None"))
-    assert without.strip().endswith("(threads: needs threadpoolctl)")
-    config: Any = np.show_config(mode="dicts")
-    assert config["Build Dependencies"]["blas"]["name"] in without
-    pytest.importorskip("threadpoolctl")
-    if "openblas" in without:
-        assert "openblas (1 threads)" in run_python(code.format("pass"), OPENBLAS_NUM_THREADS="1")
+@pytest.mark.parametrize("reader", ["threadpoolctl", "itself"])
+def test_the_blas_of_numpy_and_its_threads(run_python: Any, reader: str) -> None:
+    if reader == "threadpoolctl":
+        pytest.importorskip("threadpoolctl")
+    code = f"""
+        import sys
+        if {reader == "itself"}: sys.modules['threadpoolctl'] = None
+        import numpy as np
+        import selfattn as sa
+        print(np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"])
+        print(*sa.show_runtime(mode="dicts")["blas"], sep="\\n")
+    """
+    build, *found = run_python(code, OPENBLAS_NUM_THREADS="1").splitlines()
+    if "openblas" not in build or not sys.platform.startswith("linux"):
+        pytest.skip("reads the functions of a loaded OpenBLAS")
+    assert re.fullmatch(r"openblas \(1 thread, \w+\)", found[0])
+    found = run_python(code, OPENBLAS_NUM_THREADS="2").splitlines()[1:]
+    assert found[0].startswith("openblas (2 threads, ") or os.cpu_count() == 1
+
+
+def test_settings_that_make_services_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = os.cpu_count() or 1
+    monkeypatch.setattr(_info, "_processes", lambda: 1)
+    assert _info._warnings(cpus, cpus) == []
+    monkeypatch.setattr(_info, "_processes", lambda: cpus + 1)
+    assert _info._warnings(1, 1)[0].startswith(f"{cpus + 1} processes x 1 threads (NumPy's BLAS: 1) exceed ")
+    monkeypatch.setattr(_info, "_processes", lambda: 2)
+    assert len(_info._warnings(1, cpus + 1)) == 1
+    monkeypatch.setattr(_info, "_processes", lambda: 1)
+    monkeypatch.setattr(_info, "_IMPORTED_IN", os.getpid() - 1)
+    assert _info._warnings(1, 1) == []
+    assert _info._warnings(1, 2)[0].startswith("a BLAS with 2 threads in a forked process")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the Linux kernel")
+def test_processes_are_counted(run_python: Any) -> None:
+    code = """
+        import subprocess, sys
+        from selfattn import _info
+        ready = "import selfattn; print('ready', flush=True); input()"
+        others = [
+            subprocess.Popen([sys.executable, "-c", ready], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for _ in range(2)
+        ]
+        for other in others:
+            other.stdout.readline()
+        print(_info._processes() >= 3)
+        for other in others:
+            other.communicate(b"\\n")
+    """
+    assert run_python(code).strip() == "True"
