@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 _SPIN = "GOMP_SPINCOUNT"
-_SPIN_COUNT = "600"  # about 10 microseconds: an immediately following call finds the team awake
+_SPIN_COUNT = "600"  # 10 to 30 microseconds: an immediately following call finds the team awake
 
 
 def _missing_core() -> str:
