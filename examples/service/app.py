@@ -1,42 +1,49 @@
-"""An HTTP service without a framework: POST /embed, POST /generate, GET /health.
+"""An HTTP service without a framework: POST /embed, POST /generate, GET /health, GET /metrics.
 
     .venv/bin/uvicorn --app-dir examples service.app:app
-    cd examples && ../.venv/bin/gunicorn -k uvicorn_worker.UvicornWorker -w 2 service.app:app
+    cd examples && ../.venv/bin/gunicorn service.app:app
 
 Every worker process has its own models and caches. One of its threads computes; this module only checks and waits.
+gunicorn reads `examples/gunicorn.conf.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import logging
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
-from service.checks import MAX_BODY, Problem, parse_embed, parse_generate
+from service.checks import Generate, Problem, parse_embed, parse_generate
 from service.engine import Busy, TooLong
+from service.http import Answer, Disconnected, Receive, Scope, Send, read_body, result_of, send_answer, until_done
+from service.metrics import KIND, Metrics
 from service.settings import Settings, make_embedder, make_engine
 from service.worker import Closed, Worker
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-
 log = logging.getLogger("service")
-
-
-class Disconnected(Exception):
-    """The client has disconnected: no answer is needed."""
 
 
 class Service:
     """The ASGI application."""
 
+    settings: Settings
     worker: Worker
     no_embedder: str | None = None  # why there is none
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.routes = {
+            "/embed": ("POST", self._embed),
+            "/generate": ("POST", self._generate),
+            "/health": ("GET", self._health),
+            "/metrics": ("GET", self._metrics),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] == "http":
@@ -62,97 +69,108 @@ class Service:
 
     def _start(self) -> None:
         # Not when the module is loaded: a server may fork workers after that, and a thread does not survive a fork.
-        settings = Settings.from_environment()
+        settings = self.settings = Settings.from_environment()
         try:
             embedder = make_embedder()
         except ImportError as error:
             embedder, self.no_embedder = None, str(error)
             log.warning("no /embed: %s", error)
-        self.worker = Worker(make_engine(settings), embedder, max_waiting=settings.max_waiting)
+        self.worker = Worker(make_engine(settings), embedder, settings.step_tokens, settings.max_waiting)
 
-    async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        routes = {
-            "/embed": ("POST", self._embed),
-            "/generate": ("POST", self._generate),
-            "/health": ("GET", self._health),
-        }
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.perf_counter()
+        path = scope["path"] if scope["path"] in self.routes else "other"
         try:
-            if scope["path"] not in routes:
-                raise Problem(404, f"there are {', '.join(routes)}")
-            method, handle = routes[scope["path"]]
-            if scope["method"] != method:
-                raise Problem(405, f"{scope['path']} wants {method}")
-            status, answer = 200, await handle(await _body(receive), receive)
+            answer = await self._answer(scope, receive)
+            await send_answer(answer, send, head=scope["method"] == "HEAD")
+            status = answer.status
         except Disconnected:
-            return
+            status = 499  # as other servers count clients that left
+        self.metrics.count(path, status, time.perf_counter() - start)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Answer:
+        try:
+            if scope["path"] not in self.routes:
+                raise Problem(404, f"there are {', '.join(self.routes)}")
+            method, handle = self.routes[scope["path"]]
+            if scope["method"] != method and not (method == "GET" and scope["method"] == "HEAD"):
+                raise Problem(405, f"{scope['path']} wants {method}")
+            return await handle(await read_body(scope, receive, self.settings.read_seconds), receive)
         except Problem as problem:
-            status, answer = problem.status, {"error": str(problem)}
+            retry = {"retry_after": "1"} if problem.status == 503 else {}
+            return Answer.of({"error": str(problem)}, problem.status, **retry)
         except TooLong as error:
-            status, answer = 400, {"error": str(error)}
+            return Answer.of({"error": str(error)}, 400)
         except (Busy, Closed) as error:
-            status, answer = 503, {"error": str(error)}
+            return Answer.of({"error": str(error)}, 503, retry_after="1")
+        except Disconnected:
+            raise
         except Exception:
             log.exception("%s failed", scope["path"])
-            status, answer = 500, {"error": "an error of the service, which its log tells"}
-        body = json.dumps(answer).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        if status == 503:
-            headers.append((b"retry-after", b"1"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+            return Answer.of({"error": "an error of the service, which its log tells"}, 500)
 
-    async def _embed(self, body: bytes, receive: Receive) -> dict[str, Any]:
+    async def _embed(self, body: bytes, receive: Receive) -> Answer:
         request = parse_embed(body)
         if self.no_embedder is not None:
             raise Problem(503, self.no_embedder)
-        embeddings = await _result(self.worker.embed(request.texts), receive)
-        return {"embeddings": embeddings.tolist()}
+        found = await result_of(self.worker.embed(request.texts), receive)
+        answer = {"embeddings": found.vectors.tolist()}
+        if found.cut:
+            answer["cut"] = found.cut  # texts that are longer than the model reads: their beginnings are embedded
+        return Answer.of(answer)
 
-    async def _generate(self, body: bytes, receive: Receive) -> dict[str, Any]:
+    async def _generate(self, body: bytes, receive: Receive) -> Answer:
         request = parse_generate(body)
-        tokens = await _result(self.worker.generate(request.prompt, request.tokens, request.chooser()), receive)
-        return {"text": bytes(tokens).decode("utf8", "replace"), "tokens": len(tokens)}
+        if request.stream:
+            return self._stream(request, receive)
+        tokens = await result_of(self.worker.generate(request.prompt, request.tokens, request.chooser()), receive)
+        return Answer.of({"text": bytes(tokens).decode("utf8", "replace"), "tokens": len(tokens)})
 
-    async def _health(self, body: bytes, receive: Receive) -> dict[str, Any]:
+    def _stream(self, request: Generate, receive: Receive) -> Answer:
+        """Answer with a line of JSON for each piece of text, then one with the number of tokens or the error."""
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[int]()
+
+        def tell(token: int) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, token)
+
+        future = self.worker.generate(request.prompt, request.tokens, request.chooser(), tell)
+
+        async def lines() -> AsyncIterator[bytes]:
+            decoder = codecs.getincrementaldecoder("utf8")("replace")
+            count = 0
+            try:
+                async for token in until_done(future, receive, news):
+                    count += 1
+                    if text := decoder.decode(bytes([token]), final=count == request.tokens):
+                        yield json.dumps({"text": text}).encode() + b"\n"
+                last: dict[str, Any] = {"tokens": len(future.result())}
+            except Disconnected:
+                raise
+            except Exception as error:  # the status has been sent already
+                last = {"error": str(error)}
+            yield json.dumps(last).encode() + b"\n"
+
+        return Answer(kind="application/x-ndjson", parts=lines())
+
+    async def _metrics(self, body: bytes, receive: Receive) -> Answer:
+        return Answer(self.metrics.text(self.worker).encode(), kind=KIND)
+
+    async def _health(self, body: bytes, receive: Receive) -> Answer:
         if not self.worker.thread.is_alive():
             raise Problem(503, "the worker has stopped")
         engine = self.worker.engine
-        return {
-            "status": "ok",
-            "embed": self.no_embedder is None,
-            "running": len(engine.running),
-            "waiting": len(engine.waiting),
-            "free_pages": engine.caches[0].num_free_pages,
-            "steps": engine.steps,
-            "tokens_per_step": engine.rows / max(engine.steps, 1),
-            "shared_tokens": engine.shared,
-        }
-
-
-async def _body(receive: Receive) -> bytes:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Disconnected
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY:
-            raise Problem(413, f"the body has more than {MAX_BODY} bytes")
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-async def _result(future: Future[Any], receive: Receive) -> Any:
-    answer = asyncio.wrap_future(future)
-    disconnected = asyncio.ensure_future(receive())  # after the body, only the end of the connection is received
-    try:
-        await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise Disconnected
-        return answer.result()
-    finally:
-        disconnected.cancel()
-        answer.cancel()  # if it is not done: the request leaves the batch
+        return Answer.of(
+            {
+                "status": "ok",
+                "embed": self.no_embedder is None,
+                "running": len(engine.running),
+                "waiting": len(engine.waiting),
+                "free_pages": engine.caches[0].num_free_pages,
+                "steps": engine.steps,
+                "tokens_per_step": engine.rows / max(engine.steps, 1),
+                "shared_tokens": engine.shared,
+            }
+        )
 
 
 app = Service()

@@ -30,6 +30,7 @@ class Generate(NamedTuple):
     tokens: int
     temperature: float
     seed: int
+    stream: bool
 
     def chooser(self) -> Chooser:
         return Chooser(self.temperature, self.seed)
@@ -49,8 +50,11 @@ def parse_embed(body: bytes) -> Embed:
 
 
 def parse_generate(body: bytes) -> Generate:
-    """Read {"prompt": "...", "tokens": 20, "temperature": 1.0, "seed": 0}; the last two may be missing."""
-    values = _object(body, {"prompt", "tokens", "temperature", "seed"})
+    """Read {"prompt": "...", "tokens": 20, "temperature": 1.0, "seed": 0, "stream": false}.
+
+    The last three may be missing.
+    """
+    values = _object(body, {"prompt", "tokens", "temperature", "seed", "stream"})
     _utf8("prompt", values.get("prompt"))
     prompt = encode(values["prompt"])
     if len(prompt) == 0:
@@ -64,7 +68,10 @@ def parse_generate(body: bytes) -> Generate:
         raise Problem(400, "temperature must be a number")
     if not 0 <= temperature <= 100:  # true for NaN as well
         raise Problem(400, "temperature must be from 0 to 100")
-    return Generate(prompt, tokens, float(temperature), seed)
+    stream = values.get("stream", False)
+    if not isinstance(stream, bool):
+        raise Problem(400, "stream must be true or false")
+    return Generate(prompt, tokens, float(temperature), seed, stream)
 
 
 def _object(body: bytes, known: set[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,12 @@ class Request:
     sequences: list[int] = field(default_factory=list)  # its id in each layer's cache, once it has one
     read: int = 0  # tokens whose keys and values are in the caches
     produced: list[int] = field(default_factory=list)
+    on_token: Callable[[int], None] | None = None
+
+    def add(self, token: int) -> None:
+        self.produced.append(token)
+        if self.on_token is not None:
+            self.on_token(token)
 
     @property
     def length(self) -> int:
@@ -74,9 +81,14 @@ class Engine:
         self.running: list[Request] = []
         self.steps = self.rows = self.shared = 0  # counted for /health
 
-    def submit(self, prompt: Array, tokens: int, choose: Chooser) -> Future[list[int]]:
-        """Queue a request. Its future may be cancelled at any time; the request then leaves before the next step."""
-        request = Request(prompt, tokens, choose)
+    def submit(
+        self, prompt: Array, tokens: int, choose: Chooser, on_token: Callable[[int], None] | None = None
+    ) -> Future[list[int]]:
+        """Queue a request. Its future may be cancelled at any time; the request then leaves before the next step.
+
+        `on_token` gets each token as it is chosen, on the thread that computes.
+        """
+        request = Request(prompt, tokens, choose, on_token=on_token)
         most = min(MAX_LENGTH, self.num_pages * self.page_size)
         if request.length > most:
             raise TooLong(f"prompt and tokens are {request.length} bytes together, but at most {most} fit")
@@ -134,7 +146,7 @@ class Engine:
         logits = self.model(ids, request.read, self.caches, [[sequence] for sequence in request.sequences])
         request.read = end
         if end == len(request.prompt):
-            request.produced.append(request.choose(logits[0, -1]))
+            request.add(request.choose(logits[0, -1]))
 
     def _begin(self, request: Request) -> None:
         other, shared = max(
@@ -165,7 +177,7 @@ class Engine:
         logits = self.model(ids, starts, self.caches, sequences)
         for request, row in zip(requests, logits, strict=True):
             request.read += 1
-            request.produced.append(request.choose(row[-1]))
+            request.add(request.choose(row[-1]))
         self.steps += 1
         self.rows += len(requests)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 from generate import Chooser
-from minilm import MiniLM
+from minilm import MiniLM, max_tokens, model_folder
 from nn import Array
 
 from service.engine import Busy, Engine, settle
@@ -21,37 +24,60 @@ class Closed(Exception):
     """The service is shutting down."""
 
 
+class Embeddings(NamedTuple):
+    """The result of a request."""
+
+    vectors: Array  # (texts, 384)
+    cut: list[int]  # which texts were longer than the model reads
+
+
+@dataclass(eq=False)
+class Job:
+    """Texts to be embedded, a few in each step."""
+
+    texts: list[str]
+    future: Future[Embeddings] = field(default_factory=Future)
+    tokens: list[int] = field(default_factory=list)  # of each text, as far as the model reads it
+    cut: list[int] = field(default_factory=list)
+    vectors: list[Array] = field(default_factory=list)
+
+
 class Worker:
     """Answers `embed` and `generate` with futures that its thread fulfils.
 
-    Between two steps of the batch it embeds the texts of waiting requests, together, at most `max_texts` of them.
+    Between two steps of the batch it embeds texts of waiting requests, together, of at most `step_tokens` tokens. It
+    takes one text of each request in turn, so that a request with many long texts does not hold up the others.
     """
 
-    def __init__(self, engine: Engine, embedder: MiniLM | None, max_texts: int = 64, max_waiting: int = 64) -> None:
+    def __init__(self, engine: Engine, embedder: MiniLM | None, step_tokens: int = 2048, max_waiting: int = 64) -> None:
         self.engine, self.embedder = engine, embedder
-        self.max_texts, self.max_waiting = max_texts, max_waiting
-        self.texts: deque[tuple[list[str], Future[Array]]] = deque()
+        self.step_tokens, self.max_waiting = step_tokens, max_waiting
+        self.most_tokens = max_tokens(model_folder()) if embedder is not None else 0
+        self.jobs: deque[Job] = deque()
+        self.embedded_tokens = self.cut_texts = 0  # counted for /metrics
         self.changed = threading.Condition()
         self.closing = False
         self.thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self.thread.start()
 
-    def embed(self, texts: list[str]) -> Future[Array]:
-        """Request the embeddings (len(texts), 384)."""
-        future: Future[Array] = Future()
+    def embed(self, texts: list[str]) -> Future[Embeddings]:
+        """Request the embeddings of some texts."""
+        job = Job(texts)
         with self.changed:
             self._refuse_when_closing()
-            if len(self.texts) >= self.max_waiting:
+            if len(self.jobs) >= self.max_waiting:
                 raise Busy(f"{self.max_waiting} requests wait already: try again later")
-            self.texts.append((texts, future))
+            self.jobs.append(job)
             self.changed.notify()
-        return future
+        return job.future
 
-    def generate(self, prompt: Array, tokens: int, choose: Chooser) -> Future[list[int]]:
+    def generate(
+        self, prompt: Array, tokens: int, choose: Chooser, on_token: Callable[[int], None] | None = None
+    ) -> Future[list[int]]:
         """Request the tokens that continue a prompt."""
         with self.changed:
             self._refuse_when_closing()
-            future = self.engine.submit(prompt, tokens, choose)
+            future = self.engine.submit(prompt, tokens, choose, on_token)
             self.changed.notify()
         return future
 
@@ -69,12 +95,13 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.closing or self.texts or self.engine.busy)
+                self.changed.wait_for(lambda: self.closing or self.jobs or self.engine.busy)
                 if self.closing:
                     break
-                jobs = self._take()
-            if jobs:
-                self._embed(jobs)
+                jobs = list(self.jobs)
+            self._embed([job for job in jobs if not job.future.cancelled()])
+            with self.changed:
+                self.jobs = deque(job for job in self.jobs if not job.future.done())
             try:
                 self.engine.step()
             except Exception as error:
@@ -82,30 +109,51 @@ class Worker:
                 self.engine.fail_all(error)
         closed = Closed("the service shuts down")
         self.engine.fail_all(closed)
-        for _, future in self.texts:
-            settle(future, error=closed)
+        for job in self.jobs:
+            settle(job.future, error=closed)
 
-    def _take(self) -> list[tuple[list[str], Future[Array]]]:
-        jobs: list[tuple[list[str], Future[Array]]] = []
-        count = 0
-        while self.texts and (not jobs or count + len(self.texts[0][0]) <= self.max_texts):
-            jobs.append(self.texts.popleft())
-            count += len(jobs[-1][0])
-        return jobs
-
-    def _embed(self, jobs: list[tuple[list[str], Future[Any]]]) -> None:
-        jobs = [job for job in jobs if not job[1].cancelled()]
+    def _embed(self, jobs: list[Job]) -> None:
+        """Embed the texts of one step, and fulfil the jobs of which none is left."""
         if not jobs:
             return
         try:
             assert self.embedder is not None
-            embeddings = self.embedder.embed([text for texts, _ in jobs for text in texts])
+            for job in jobs:
+                self._count(job)
+            chosen = self._choose(jobs)
+            vectors = self.embedder.embed([job.texts[place] for job, place in chosen])
+            for (job, place), vector in zip(chosen, vectors, strict=True):
+                self.embedded_tokens += job.tokens[place]
+                job.vectors.append(vector)
         except Exception as error:
             log.exception("embedding failed")
-            for _, future in jobs:
-                settle(future, error=error)
+            for job in jobs:
+                settle(job.future, error=error)
             return
-        start = 0
-        for texts, future in jobs:
-            settle(future, embeddings[start : start + len(texts)])
-            start += len(texts)
+        for job in jobs:
+            if len(job.vectors) == len(job.texts):
+                self.cut_texts += len(job.cut)
+                settle(job.future, Embeddings(np.stack(job.vectors), job.cut))
+
+    def _count(self, job: Job) -> None:
+        if job.tokens:
+            return
+        assert self.embedder is not None
+        counts = [count + 2 for count in self.embedder.count_tokens(job.texts)]  # [CLS] and [SEP]
+        job.cut = [i for i, count in enumerate(counts) if count > self.most_tokens]
+        job.tokens = [min(count, self.most_tokens) for count in counts]
+
+    def _choose(self, jobs: list[Job]) -> list[tuple[Job, int]]:
+        """Return which texts to embed in a step: one of each job in turn while they fit, and at least one."""
+        chosen: list[tuple[Job, int]] = []
+        left = self.step_tokens
+        for turn in range(max(len(job.texts) - len(job.vectors) for job in jobs)):
+            for job in jobs:
+                place = len(job.vectors) + turn
+                if place >= len(job.texts):
+                    continue
+                left -= job.tokens[place]
+                if left < 0 and chosen:
+                    return chosen
+                chosen.append((job, place))
+        return chosen

@@ -181,8 +181,8 @@ REFUSED = [
     ("/generate", {**GOOD, "temperature": "hot"}, 400, "temperature must be a number"),
     ("/generate", {**GOOD, "temperature": float("nan")}, 400, "temperature must be from 0 to 100"),
     ("/generate", {**GOOD, "temperature": 10**400}, 400, "temperature must be from 0 to 100"),
+    ("/generate", {**GOOD, "stream": 1}, 400, "stream must be true or false"),
     ("/generate", {**GOOD, "token": 5}, 400, "unknown key 'token'; known are prompt"),
-    ("/generate", b" " * ((1 << 20) + 1), 413, "more than 1048576 bytes"),
     ("/embed", {}, 400, "texts must be a list of 1 to 64 strings"),
     ("/embed", {"texts": "Hi"}, 400, "texts must be a list"),
     ("/embed", {"texts": []}, 400, "texts must be a list"),
@@ -190,7 +190,7 @@ REFUSED = [
     ("/embed", {"texts": ["Hi", None]}, 400, "texts[1] must be a string"),
     ("/embed", {"texts": ["x" * 10_001]}, 400, "texts[0] has 10001 characters"),
     ("/embed", {"texts": ["\udfff"]}, 400, "half of a surrogate pair"),
-    ("/nowhere", {}, 404, "there are /embed, /generate, /health"),
+    ("/nowhere", {}, 404, "there are /embed, /generate, /health, /metrics"),
     ("/health", {}, 405, "/health wants GET"),
 ]
 
@@ -200,6 +200,110 @@ def test_refused(server: Server, path: str, body: Any, status: int, message: str
     found, answer = server.ask(path, body)
     assert (found, message in answer["error"]) == (status, True), answer
     assert server.health()["status"] == "ok"
+
+
+def test_head_answers_as_get_does_without_a_body(server: Server) -> None:
+    for path in ("/health", "/metrics"):
+        with closing(server.connect()) as connection:
+            connection.request("HEAD", path)
+            response = connection.getresponse()
+            assert (response.status, response.read()) == (200, b"")
+            assert int(response.headers["content-length"]) > 100
+    assert server.ask("/generate", None, "PUT")[0] == 405
+
+
+def test_metrics(server: Server) -> None:
+    server.ask("/generate", GOOD)
+    server.ask("/nowhere/else")
+    with closing(server.connect()) as connection:
+        connection.request("GET", "/metrics")
+        response = connection.getresponse()
+        text = response.read().decode()
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    sample = re.compile(r'service_\w+(\{path="[\w/]+"(,status="\d{3}")?\})? \d+(\.\d+)?')
+    samples = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(sample.fullmatch(line) for line in samples)
+    names = {re.split("[{ ]", line)[0] for line in samples}
+    assert {"service_running", "service_generated_tokens_total", "service_cut_texts_total"} <= names
+    assert 'service_answers_total{path="other",status="404"}' in text  # no label for every path that clients invent
+    assert re.search(r'service_answers_total\{path="/generate",status="200"\} [1-9]', text)
+
+
+def test_a_streamed_text_is_the_same_text(server: Server) -> None:
+    request = {"prompt": "Blåbær", "tokens": 40, "seed": 3}
+    whole = server.ask("/generate", request)[1]
+    with closing(server.connect()) as connection:
+        connection.request("POST", "/generate", json.dumps({**request, "stream": True}))
+        response = connection.getresponse()
+        assert response.headers["content-type"] == "application/x-ndjson"
+        *pieces, last = (json.loads(line) for line in response.read().splitlines())
+    assert "".join(piece["text"] for piece in pieces) == whole["text"]
+    assert len(pieces) > 10
+    assert last == {"tokens": 40}
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(server: Server) -> None:
+    with closing(server.connect()) as connection:
+        connection.request("POST", "/generate", json.dumps({"prompt": "Hi", "tokens": 2000, "stream": True}))
+        assert b"text" in connection.getresponse().readline()
+    wait_until(lambda: server.health()["running"] == 0, "the request runs on")
+
+
+def test_bodies_are_limited_in_size_and_time(tmp_path: Path) -> None:
+    with serving(tmp_path, *UVICORN, SERVICE_READ_SECONDS="1") as server:
+        large = (1 << 20) + 1
+        for header, sent, status, message in (
+            (("content-length", str(large)), b"", 413, "more than 1048576 bytes"),  # before any of it is sent
+            (("transfer-encoding", "chunked"), b"%x\r\n%b\r\n" % (large, b" " * large), 413, "more than 1048576 bytes"),
+            (("content-length", "100"), b'{"prompt": ', 408, "within 1 seconds"),  # and no more
+        ):
+            with closing(server.connect()) as connection:
+                connection.putrequest("POST", "/generate")
+                connection.putheader(*header)
+                connection.endheaders()
+                connection.send(sent)
+                response = connection.getresponse()
+                assert response.status == status
+                assert message in json.loads(response.read())["error"]
+                assert response.headers["connection"] == "close"
+        assert server.health()["status"] == "ok"
+
+
+@needs_weights
+def test_cut_texts_are_named(server: Server) -> None:
+    long = "harbour " * 400
+    _, answer = server.ask("/embed", {"texts": ["short", long, long + "and much more"]})
+    assert answer["cut"] == [1, 2]
+    assert np.allclose(answer["embeddings"][1], answer["embeddings"][2], rtol=0, atol=1e-6)
+    assert "cut" not in server.ask("/embed", {"texts": ["harbour " * 200]})[1]
+
+
+@needs_weights
+def test_a_step_embeds_few_tokens_and_every_request_in_turn(load_example: Any) -> None:
+    worker_module, settings = load_example("service.worker"), load_example("service.settings")
+    steps: list[list[str]] = []
+
+    class Embedder:
+        def count_tokens(self, texts: list[str]) -> list[int]:
+            return [len(text) for text in texts]
+
+        def embed(self, texts: list[str]) -> Any:
+            time.sleep(0.05)
+            steps.append(texts)
+            return np.array([[len(text)] for text in texts])
+
+    engine = settings.make_engine(settings.Settings(pages=16))
+    worker = worker_module.Worker(engine, Embedder(), step_tokens=300)
+    first = worker.embed(["a" * 98] * 9 + ["a" * 1000])  # and two tokens each that mark beginning and end
+    wait_until(lambda: worker.embedded_tokens, "nothing is embedded")
+    second = worker.embed(["b"])
+    assert second.result(SECONDS).vectors.tolist() == [[1]]
+    assert not first.done()
+    assert first.result(SECONDS).vectors.tolist() == [[98]] * 9 + [[1000]]
+    assert first.result().cut == [9]
+    worker.close()
+    assert all(sum(min(len(text) + 2, 256) for text in step) <= 300 for step in steps)
+    assert sum(map(len, steps)) == 11
 
 
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
