@@ -57,6 +57,12 @@ class Record:
     errors: list[str] = field(default_factory=list)
 
 
+def make_sentences(count: int, seed: int) -> list[Case]:
+    """Return requests of one sentence each for /embed."""
+    rng, embedder = np.random.default_rng(seed), make_embedder()
+    return [embed_case(embedder, [_sentence(rng, 8, 24)]) for _ in range(count)]
+
+
 def make_cases(count: int, seed: int, embed: bool) -> list[Case]:
     """Return requests of both kinds with their answers, each computed alone."""
     rng = np.random.default_rng(seed)
@@ -90,8 +96,9 @@ def _sentence(rng: np.random.Generator, least: int, most: int) -> str:
     return " ".join(rng.choice(TALE.split(), size=rng.integers(least, most + 1)))
 
 
-async def client(address: tuple[str, int], cases: Sequence[Case], record: Record) -> None:
-    """Send these requests one after the other over one connection."""
+async def client(address: tuple[str, int], cases: Sequence[Case], record: Record, delay: float) -> None:
+    """Send these requests one after the other over one connection, opened after a delay."""
+    await asyncio.sleep(delay)  # the first worker of a server to wake takes all connections that wait
     reader, writer = await asyncio.open_connection(*address)
     for case in cases:
         began = time.perf_counter()
@@ -122,7 +129,7 @@ async def load(address: tuple[str, int], cases: list[Case], clients: int) -> tup
     """Share the requests among the clients, which send them at the same time."""
     record = Record()
     began = time.perf_counter()
-    tasks = [client(address, cases[i::clients], record) for i in range(clients)]
+    tasks = [client(address, cases[i::clients], record, i / 100) for i in range(clients)]
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, BaseException):
             record.errors.append(f"a client failed: {result!r}")
@@ -139,8 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--distinct", type=int, default=48, help="requests that differ (default: 48)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-embed", action="store_true", help="only /generate: where MiniLM's weights are missing")
+    parser.add_argument("--sentences", action="store_true", help="only /embed, one sentence a request")
     args = parser.parse_args(arguments)
-    distinct = make_cases(args.distinct, args.seed, not args.no_embed)
+    if args.sentences:
+        distinct = make_sentences(args.distinct, args.seed)
+    else:
+        distinct = make_cases(args.distinct, args.seed, not args.no_embed)
     order = np.random.default_rng(args.seed + 1).integers(len(distinct), size=args.requests)
     record, seconds = asyncio.run(load((args.host, args.port), [distinct[i] for i in order], args.clients))
     report(record, seconds, args.clients)

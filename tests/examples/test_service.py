@@ -121,6 +121,14 @@ def test_every_answer_under_load_is_the_one_computed_alone(server: Server) -> No
     assert health["free_pages"] == 1024
 
 
+@needs_weights
+def test_single_sentences_under_load(server: Server) -> None:
+    result = run_load(server.port, "--sentences", "--clients", "4", "--requests", "20", "--distinct", "5")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^/embed +20 requests", result.stdout, flags=re.M)
+    assert "/generate" not in result.stdout
+
+
 def test_the_load_tool_fails_without_a_service() -> None:
     result = run_load(1, "--requests", "4", "--distinct", "2")
     assert result.returncode == 1
@@ -351,15 +359,35 @@ def test_what_runs_is_finished_before_the_end(tmp_path: Path) -> None:
         assert [(status, answer["tokens"]) for status, answer in answers] == [(200, 500)]
 
 
-def test_under_gunicorn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pin", ["", "1"])
+def test_under_gunicorn(tmp_path: Path, pin: str) -> None:
     pytest.importorskip("gunicorn")
     pytest.importorskip("uvicorn_worker")
-    command = ["gunicorn", "--chdir", str(EXAMPLES), "-k", "uvicorn_worker.UvicornWorker", "-w", "2"]
-    config = tmp_path / "config.py"
-    config.write_text('bind = "127.0.0.1:0"\ncontrol_socket_disable = True\n')
-    with serving(tmp_path, *command, "-c", str(config), "service.app:app") as server:
+    settings = ["-b", "127.0.0.1:0", "--no-control-socket"]
+    command = ["gunicorn", "--chdir", str(EXAMPLES), *settings, "-c", str(EXAMPLES / "gunicorn.conf.py")]
+    with serving(tmp_path, *command, "service.app:app", WEB_CONCURRENCY="2", SERVICE_PIN=pin) as server:
         result = run_load(server.port, "--clients", "6", "--requests", "30", "--distinct", "6")
         assert result.returncode == 0, result.stdout + result.stderr
+        workers = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        if not workers.exists():
+            return
+        share = max(len(os.sched_getaffinity(0)) // 2, 1)
+        for worker in map(int, workers.read_text().split()):
+            if pin:
+                assert len(os.sched_getaffinity(worker)) == share
+
+
+def test_gunicorn_shares_the_cpus_among_its_workers(run_python: Any) -> None:
+    code = f"""
+        import os, runpy
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+            os.environ.pop(name, None)
+        os.environ["WEB_CONCURRENCY"] = "2"
+        settings = runpy.run_path({str(EXAMPLES / "gunicorn.conf.py")!r})
+        print(settings["workers"], os.environ["OPENBLAS_NUM_THREADS"], os.environ["OMP_NUM_THREADS"])
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert run_python(code).split() == ["2", "1", str(max(cpus // 2, 1))]
 
 
 @pytest.mark.parametrize("module", ["service.app", "load_service"])
