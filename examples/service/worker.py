@@ -118,8 +118,7 @@ class Worker:
             return
         try:
             assert self.embedder is not None
-            for job in jobs:
-                self._count(job)
+            self._count([job for job in jobs if not job.tokens])
             chosen = self._choose(jobs)
             vectors = self.embedder.embed([job.texts[place] for job, place in chosen])
             for (job, place), vector in zip(chosen, vectors, strict=True):
@@ -135,13 +134,13 @@ class Worker:
                 self.cut_texts += len(job.cut)
                 settle(job.future, Embeddings(np.stack(job.vectors), job.cut))
 
-    def _count(self, job: Job) -> None:
-        if job.tokens:
-            return
+    def _count(self, jobs: list[Job]) -> None:
         assert self.embedder is not None
-        counts = [count + 2 for count in self.embedder.count_tokens(job.texts)]  # [CLS] and [SEP]
-        job.cut = [i for i, count in enumerate(counts) if count > self.most_tokens]
-        job.tokens = [min(count, self.most_tokens) for count in counts]
+        counts = iter(self.embedder.count_tokens([text for job in jobs for text in job.texts]))
+        for job in jobs:
+            lengths = [next(counts) + 2 for _ in job.texts]  # [CLS] and [SEP]
+            job.cut = [i for i, length in enumerate(lengths) if length > self.most_tokens]
+            job.tokens = [min(length, self.most_tokens) for length in lengths]
 
     def _choose(self, jobs: list[Job]) -> list[tuple[Job, int]]:
         """Return which texts to embed in a step: one of each job in turn while they fit, and at least one."""
