@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
-#include <memory>
 #include <sstream>
 
 #include "kernels/kernel_set.h"
@@ -72,38 +71,23 @@ std::uint32_t cpu_features() { return 0; }
 #if defined(__linux__)
 namespace {
 
-// A set of CPUs, as large as the kernel's, whose size is unknown: get(bytes, set) is to succeed.
+// A set of CPUs. It must be as large as the kernel's, whose size is unknown; kernels are built for at most 8192 CPUs.
 class CpuSet {
  public:
-  template <class F>
-  explicit CpuSet(const F& get) {
-    for (int cpus = 1024; cpus <= 1 << 20; cpus *= 4) {
-      bytes_ = CPU_ALLOC_SIZE(static_cast<std::size_t>(cpus));
-      set_.reset(CPU_ALLOC(static_cast<std::size_t>(cpus)));
-      if (set_ && get(bytes_, set_.get()) == 0) return;
-    }
-    set_.reset();
-  }
+  CpuSet() { known_ = sched_getaffinity(0, sizeof sets_, sets_) == 0; }  // of the calling thread
 
-  int count() const { return set_ ? CPU_COUNT_S(bytes_, set_.get()) : 0; }
-  void remove(int cpu) { CPU_CLR_S(static_cast<std::size_t>(cpu), bytes_, set_.get()); }
-  void assign_to(pthread_t thread) const { pthread_setaffinity_np(thread, bytes_, set_.get()); }
+  int count() const { return known_ ? CPU_COUNT_S(sizeof sets_, sets_) : 0; }
+  void remove(int cpu) { CPU_CLR_S(static_cast<std::size_t>(cpu), sizeof sets_, sets_); }
+  void assign_to(pthread_t thread) const { pthread_setaffinity_np(thread, sizeof sets_, sets_); }
 
  private:
-  struct Free {
-    void operator()(cpu_set_t* set) const { CPU_FREE(set); }
-  };
-  std::unique_ptr<cpu_set_t, Free> set_;
-  std::size_t bytes_ = 0;
+  cpu_set_t sets_[16]{};
+  bool known_;
 };
-
-CpuSet cpus_of_this_thread() {
-  return CpuSet([](std::size_t bytes, cpu_set_t* set) { return sched_getaffinity(0, bytes, set); });
-}
 
 }  // namespace
 
-int affinity_count() { return cpus_of_this_thread().count(); }
+int affinity_count() { return CpuSet().count(); }
 
 Place Place::of_this_thread() {
   thread_local const bool movable = affinity_count() > 1;
@@ -116,7 +100,7 @@ Place Place::of_this_thread() {
 
 void Place::make_way() const {
   if (!movable_ || sched_getcpu() != cpu_) return;
-  CpuSet cpus = cpus_of_this_thread();
+  CpuSet cpus;
   if (cpus.count() < 2) return;
   cpus.remove(cpu_);
   cpus.assign_to(thread_);
