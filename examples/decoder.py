@@ -5,23 +5,17 @@ By default it is small, with random weights, and each byte is a token. gpt2.py l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from nn import Array, LayerNorm, gelu, gelu_tanh, linear, relu, silu
+from nn import Array
 
 import selfattn as sa
 
 VOCABULARY, MAX_LENGTH = 256, 2048
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": gelu_tanh,
-    "gelu": gelu,
-    "relu": relu,
-    "silu": silu,
-    "tanh": np.tanh,
-}
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}  # GPT-2's names
 
 
 @dataclass(frozen=True)
@@ -104,16 +98,17 @@ class Block:
         b_q, b_k, b_v = np.split(b_qkv, splits)
         w_o, b_o = pair("attn.c_proj")
         heads, kv_heads = config.heads, config.kv_heads
-        self.attention = sa.SelfAttention(
-            w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=heads, num_kv_heads=kv_heads
-        )
-        self.attention_norm, self.norm = (LayerNorm(*pair(part), config.epsilon) for part in ("ln_1", "ln_2"))
-        self.into, self.out_of = pair("mlp.c_fc"), pair("mlp.c_proj")
-        self.activation, self.scale = ACTIVATIONS[config.activation], config.scale(layer)
+        before, between = (sa.LayerNorm(*pair(part), eps=config.epsilon) for part in ("ln_1", "ln_2"))
+        options: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "norm": before}
+        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, **options)
+        (w_1, b_1), (w_2, b_2) = pair("mlp.c_fc"), pair("mlp.c_proj")
+        activation: Any = ACTIVATIONS[config.activation]
+        self.feed_forward = sa.FeedForward(w_1, w_2, b_1, b_2, activation=activation, norm=between)
+        self.scale = config.scale(layer)
 
     def __call__(self, x: Array, **options: Any) -> Array:
-        x = x + self.attention(self.attention_norm(x), scale=self.scale, **options)
-        return np.asarray(x + linear(self.activation(linear(self.norm(x), *self.into)), *self.out_of))
+        x = self.attention(x, residual=x, scale=self.scale, **options)
+        return self.feed_forward(x, residual=x)
 
 
 class Decoder:
@@ -122,9 +117,9 @@ class Decoder:
     def __init__(self, config: Config, weights: dict[str, Array]) -> None:
         self.config = config
         self.token_vectors, self.position_vectors = weights["wte.weight"], weights["wpe.weight"]
-        self.head = weights.get("lm_head.weight", self.token_vectors)
+        self.head = sa.Linear(weights.get("lm_head.weight", self.token_vectors).T)
         self.blocks = [Block(weights, i, config) for i in range(config.layers)]
-        self.norm = LayerNorm(weights["ln_f.weight"], weights["ln_f.bias"], config.epsilon)
+        self.norm = sa.LayerNorm(weights["ln_f.weight"], weights["ln_f.bias"], eps=config.epsilon)
 
     def __call__(
         self, ids: Array, starts: Any = 0, caches: Sequence[Any] | None = None, sequences: Sequence[Any] | None = None
@@ -142,7 +137,7 @@ class Decoder:
                 x = block(x, cache=caches[i])
             else:
                 x = block(x, cache=caches[i], sequences=sequences[i])
-        return linear(self.norm(x), self.head.T)
+        return self.head(self.norm(x))
 
 
 def encode(text: str) -> Array:
