@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from cross_attention import CrossAttention, Memory
 from marian_files import EMBEDDING, Shortlist, read_weights
-from nn import Array, LayerNorm, relu, sigmoid, sinusoids
+from nn import Array, sigmoid, sinusoids
 
 import selfattn as sa
 
@@ -59,19 +59,14 @@ class Weights:
     def pair(self, name: str, part: str) -> tuple[Array, Array]:
         return self.tensors[f"{name}_W{part}"], self.tensors[f"{name}_b{part}"][0]
 
-    def norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self.tensors[f"{name}_ln_scale"][0], self.tensors[f"{name}_ln_bias"][0], NORM_EPSILON)
+    def norm(self, name: str) -> sa.LayerNorm:
+        scale, bias = self.tensors[f"{name}_ln_scale"][0], self.tensors[f"{name}_ln_bias"][0]
+        return sa.LayerNorm(scale, bias, eps=NORM_EPSILON)
 
-
-class FeedForward:
-    """norm(x + relu(x W1 + b1) W2 + b2)."""
-
-    def __init__(self, weights: Weights, name: str) -> None:
-        (self.w1, self.b1), (self.w2, self.b2) = weights.pair(f"{name}_ffn", "1"), weights.pair(f"{name}_ffn", "2")
-        self.norm = weights.norm(f"{name}_ffn_ffn")
-
-    def __call__(self, x: Array) -> Array:
-        return self.norm(x + (relu(x @ self.w1 + self.b1) @ self.w2 + self.b2))
+    def feed_forward(self, name: str) -> sa.FeedForward:
+        """norm(x + relu(x W1 + b1) W2 + b2), with x as the residual."""
+        (w_1, b_1), (w_2, b_2) = self.pair(f"{name}_ffn", "1"), self.pair(f"{name}_ffn", "2")
+        return sa.FeedForward(w_1, w_2, b_1, b_2, activation="relu", post_norm=self.norm(f"{name}_ffn_ffn"))
 
 
 class EncoderLayer:
@@ -79,31 +74,35 @@ class EncoderLayer:
 
     def __init__(self, weights: Weights, name: str) -> None:
         (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = (weights.pair(f"{name}_self", part) for part in "qkvo")
-        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=NUM_HEADS)
-        self.norm, self.feed_forward = weights.norm(f"{name}_self_Wo"), FeedForward(weights, name)
+        biases = {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
+        after = weights.norm(f"{name}_self_Wo")
+        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, **biases, num_heads=NUM_HEADS, post_norm=after)
+        self.feed_forward = weights.feed_forward(name)
 
     def __call__(self, x: Array, lengths: Array) -> Array:
-        return self.feed_forward(self.norm(x + self.attention(x, kv_lens=lengths)))
+        x = self.attention(x, residual=x, kv_lens=lengths)
+        return self.feed_forward(x, residual=x)
 
 
 class DecoderLayer:
     """One step of the recurrent unit, cross-attention, feed-forward network."""
 
     def __init__(self, weights: Weights, name: str) -> None:
-        self.w_input = weights.tensors[f"{name}_rnn_W"]
-        self.w_forget, self.b_forget = weights.pair(f"{name}_rnn", "f")
+        self.input = sa.Linear(weights.tensors[f"{name}_rnn_W"])
+        self.forget = sa.Linear(*weights.pair(f"{name}_rnn", "f"))
         self.recurrent_norm = weights.norm(f"{name}_rnn_ffn")
         context = f"{name}_context"
         self.attention = CrossAttention(*(weights.pair(context, part) for part in "qkvo"), num_heads=NUM_HEADS)
-        self.attention_norm, self.feed_forward = weights.norm(f"{context}_Wo"), FeedForward(weights, name)
+        self.attention_norm, self.feed_forward = weights.norm(f"{context}_Wo"), weights.feed_forward(name)
 
     def __call__(self, x: Array, state: Array, memory: Memory, look: bool) -> tuple[Array, Array, Array | None]:
         """Return the layer's output, its next state and, if `look`, the attention weights."""
-        forget = sigmoid(x @ self.w_forget + self.b_forget)
-        state = forget * state + (1 - forget) * (x @ self.w_input)
-        x = self.recurrent_norm(x + relu(state))
+        forget = sigmoid(self.forget(x))
+        state = forget * state + (1 - forget) * self.input(x)
+        x = self.recurrent_norm(x, residual=np.maximum(state, 0))
         attended, weights = self.attention(x[:, None], memory, return_weights=look)
-        return self.feed_forward(self.attention_norm(x + attended[:, 0])), state, weights
+        x = self.attention_norm(x, residual=attended[:, 0])
+        return self.feed_forward(x, residual=x), state, weights
 
 
 class Marian:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from nn import CHUNK, Array
+from nn import Array
 
 Weights = dict[str, Array]
 Vjp = Callable[[Array], Array]
+
+CHUNK = 1 << 14  # numbers that `gelu_tanh_vjp` works on at a time: its temporaries stay in the cache
 
 
 def linear_vjp(x: Array, weight: Array, bias: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
@@ -52,7 +54,7 @@ def gelu_tanh_vjp(x: Array) -> tuple[Array, Vjp]:
     y, slope = np.empty_like(x), np.empty_like(x)
     rate = x.dtype.type(math.sqrt(2 / math.pi))
     flat, values, slopes = x.reshape(-1), y.reshape(-1), slope.reshape(-1)
-    for start in range(0, x.size, CHUNK):  # small temporaries stay in the cache
+    for start in range(0, x.size, CHUNK):
         part = flat[start : start + CHUNK]
         square = part * part
         bent = np.tanh(rate * part * (1 + 0.044715 * square))

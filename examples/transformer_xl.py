@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nn import Array, LayerNorm, gelu
+from nn import Array
 
 import selfattn as sa
 
@@ -73,13 +73,14 @@ class Layer:
         )
         self.for_keys, self.for_distances = weights[f"{attention}.r_w_bias"], weights[f"{attention}.r_r_bias"]
         self.heads = config.heads
-        self.into, self.out_of = (
+        (w_1, b_1), (w_2, b_2) = (
             (weights[f"{name}.ff.layer_{i}.weight"].T, weights[f"{name}.ff.layer_{i}.bias"]) for i in (1, 2)
         )
-        self.attention_norm, self.norm = (
-            LayerNorm(weights[f"{part}.layer_norm.weight"], weights[f"{part}.layer_norm.bias"], config.epsilon)
+        self.attention_norm, last = (
+            sa.LayerNorm(weights[f"{part}.layer_norm.weight"], weights[f"{part}.layer_norm.bias"], eps=config.epsilon)
             for part in (attention, f"{name}.ff")
         )
+        self.feed_forward = sa.FeedForward(w_1, w_2, b_1, b_2, activation="gelu", post_norm=last)
 
     def __call__(self, x: Array, memory: Array, positions: Array, **options: Any) -> Array:
         """Return the states (B, S, width) after this layer; `memory` has its inputs for earlier tokens."""
@@ -89,9 +90,8 @@ class Layer:
         )
         terms = (r.swapaxes(0, 1), self.for_keys, self.for_distances)
         mixed = sa.relative_attention(q, k, v, *terms, mem_len=memory.shape[1], layout="bshd", **options)
-        x = self.attention_norm(x + mixed.reshape(x.shape[0], x.shape[1], -1) @ self.w_o.T)
-        hidden = gelu(x @ self.into[0] + self.into[1])
-        return self.norm(x + (hidden @ self.out_of[0] + self.out_of[1]))
+        x = self.attention_norm(x, residual=mixed.reshape(x.shape[0], x.shape[1], -1) @ self.w_o.T)
+        return self.feed_forward(x, residual=x)
 
     def _heads(self, x: Array, w: Array) -> Array:
         return (x @ w).reshape(*x.shape[:-1], self.heads, -1)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from byte_letters import text_of
-from nn import Array, LayerNorm, conv1d, gelu
+from nn import Array, conv1d
 
 import selfattn as sa
 
@@ -72,8 +72,8 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return f"{self.name}/{name}" in self.variables
 
-    def norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self[f"{name}/gamma"], self[f"{name}/beta"], 1e-5)
+    def norm(self, name: str) -> sa.LayerNorm:
+        return sa.LayerNorm(self[f"{name}/gamma"], self[f"{name}/beta"], eps=1e-5)
 
     def linear(self, name: str) -> tuple[Array, Array]:
         # The file has (out, in); x @ w wants (in, out).
@@ -84,20 +84,17 @@ class CrossAttention:
     """Cross-attention of the decoder: from the text to the sound."""
 
     def __init__(self, weights: Weights) -> None:
-        self.into_q, self.into_kv, self.out_of = (weights.linear(f"attention/linear_{i}") for i in range(3))
+        self.into_q, self.into_kv, self.out_of = (sa.Linear(*weights.linear(f"attention/linear_{i}")) for i in range(3))
 
     def keys_and_values(self, sound: Array) -> tuple[Array, Array]:
         """Return k and v (6, 1500, 64) of the encoder's output: they serve every token of the clip."""
-        w, b = self.into_kv
-        k, v = (sound @ w + b).reshape(len(sound), 2, HEADS, -1).transpose(1, 2, 0, 3).copy()
+        k, v = self.into_kv(sound).reshape(len(sound), 2, HEADS, -1).transpose(1, 2, 0, 3).copy()
         return k, v
 
-    def __call__(self, x: Array, k: Array, v: Array) -> Array:
-        (w_q, b_q), (w_o, b_o) = self.into_q, self.out_of
-        q = (x @ w_q + b_q).reshape(-1, HEADS, k.shape[-1])
-        # One thread: a token is too little work for a team, whose spinning threads would delay NumPy's products.
-        heads = sa.attention(q.swapaxes(0, 1), k, v, num_threads=1)
-        return np.asarray(heads.swapaxes(0, 1).reshape(x.shape) @ w_o + b_o)
+    def __call__(self, x: Array, k: Array, v: Array, residual: Array) -> Array:
+        q = self.into_q(x).reshape(-1, HEADS, k.shape[-1])
+        heads = sa.attention(q.swapaxes(0, 1), k, v)
+        return self.out_of(heads.swapaxes(0, 1).reshape(x.shape), residual=residual)
 
 
 class Block:
@@ -107,18 +104,19 @@ class Block:
         w_qkv, b_qkv = weights.linear("self_attention/linear_0")
         w_o, b_o = weights.linear("self_attention/linear_1")
         (w_q, w_k, w_v), (b_q, b_k, b_v) = np.split(w_qkv, 3, axis=1), np.split(b_qkv, 3)
-        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, num_heads=HEADS)
-        self.attention_norm, self.norm = weights.norm("self_attention/layer_norm"), weights.norm("ffn/layer_norm")
+        biases = {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
+        before = weights.norm("self_attention/layer_norm")
+        self.attention = sa.SelfAttention(w_q, w_k, w_v, w_o, **biases, num_heads=HEADS, norm=before)
         if "attention/layer_norm/gamma" in weights:
             self.cross, self.cross_norm = CrossAttention(weights), weights.norm("attention/layer_norm")
-        self.into, self.out_of = weights.linear("ffn/linear_0"), weights.linear("ffn/linear_1")
+        (w_1, b_1), (w_2, b_2) = weights.linear("ffn/linear_0"), weights.linear("ffn/linear_1")
+        self.feed_forward = sa.FeedForward(w_1, w_2, b_1, b_2, norm=weights.norm("ffn/layer_norm"))
 
     def __call__(self, x: Array, context: tuple[Array, Array] | None = None, **options: Any) -> Array:
-        x = x + self.attention(self.attention_norm(x), **options)
+        x = self.attention(x, residual=x, **options)
         if context is not None:
-            x = x + self.cross(self.cross_norm(x), *context)
-        (w_in, b_in), (w_out, b_out) = self.into, self.out_of
-        return np.asarray(x + (gelu(self.norm(x) @ w_in + b_in) @ w_out + b_out))
+            x = self.cross(self.cross_norm(x), *context, residual=x)
+        return self.feed_forward(x, residual=x)
 
 
 class Encoder:
@@ -126,7 +124,10 @@ class Encoder:
 
     def __init__(self, variables: dict[str, Array]) -> None:
         weights = Weights(variables, "encoder")
-        self.convolutions = [(weights[f"conv{i}/weight"], weights[f"conv{i}/bias"]) for i in (1, 2)]
+        self.convolutions = [
+            sa.Linear(w.reshape(len(w), -1).T, weights[f"conv{i}/bias"], activation="gelu")
+            for i, w in ((i, weights[f"conv{i}/weight"]) for i in (1, 2))
+        ]
         self.positions = weights["position_encodings/encodings"]
         self.blocks = _blocks(variables, "encoder")
         self.norm = weights.norm("layer_norm")
@@ -134,7 +135,7 @@ class Encoder:
     def __call__(self, features: Array) -> Array:
         """Return (1500, 384) of features (3000, 80)."""
         first, second = self.convolutions
-        x = gelu(conv1d(gelu(conv1d(features, *first)), *second, stride=2)) + self.positions
+        x = conv1d(conv1d(features, first), second, stride=2) + self.positions
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

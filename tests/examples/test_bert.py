@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import math
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -189,27 +187,3 @@ def test_ids_that_the_model_does_not_have(bert: Any, folder: Path) -> None:
         model.ragged(np.zeros(50, np.int64), np.array([0, 9, 50]))
     with pytest.raises(ValueError, match="a token's type is not within 0 to 1"):
         model.padded(np.zeros((1, 2), np.int64), types=np.array([[0, 2]]))
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(), (0, 5), (3, 5), (300, 1111)])
-def test_gelu_in_chunks_has_the_same_bits(load_example: Any, rng: Any, dtype: Any, shape: tuple[int, ...]) -> None:
-    nn = load_example("nn")
-    x = np.asarray(4 * rng.standard_normal(shape), dtype=dtype)
-    whole = np.asarray(0.5 * x * (1 + nn._erf(x / math.sqrt(2))), dtype=dtype)
-    assert nn.gelu(x).dtype == dtype
-    assert np.array_equal(nn.gelu(x), whole)
-    assert np.array_equal(nn.gelu(x.T), whole.T)
-    bent = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-    assert np.array_equal(nn.gelu_tanh(x), np.asarray(bent, dtype=dtype))
-
-
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
-def test_gelu_needs_little_memory(load_example: Any, name: str) -> None:
-    x = np.ones((1024, 1536), dtype=np.float32)
-    tracemalloc.start()
-    try:
-        getattr(load_example("nn"), name)(x)
-        assert tracemalloc.get_traced_memory()[1] < x.nbytes + (1 << 20)
-    finally:
-        tracemalloc.stop()

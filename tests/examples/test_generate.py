@@ -54,15 +54,6 @@ def test_the_tokens_depend_on_the_whole_prompt(example: Any, model: Any, prompt:
     assert written(example, model, other, 40) != written(example, model, prompt, 40)
 
 
-def test_rows_do_not_depend_on_one_another(load_example: Any, rng: np.random.Generator) -> None:
-    linear = load_example("nn").linear
-    x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((21, 96), (96, 200)))
-    together = linear(x, weight)
-    assert np.allclose(together, x @ weight, rtol=0, atol=1e-4)
-    for i in range(len(x)):
-        assert np.array_equal(linear(x[i : i + 1], weight)[0], together[i])
-
-
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / "generate.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
