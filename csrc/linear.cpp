@@ -15,6 +15,8 @@ namespace {
 // Rows whose sums are finished together, and panels that a task multiplies with a single row. What follows the product
 // is computed while the sums are in L1.
 constexpr std::int64_t finished_rows = 32, row_panels = 4;
+// Panels of a task whose results have 16 bits: one panel would end within a cache line, which two threads would write.
+constexpr std::int64_t narrow_panels = 2;
 
 // Blocks of x are equally large. A block stays in L2 from panel to panel.
 std::int64_t block_rows(const LinearJob& job) {
@@ -24,7 +26,9 @@ std::int64_t block_rows(const LinearJob& job) {
 }
 std::int64_t blocks(const LinearJob& job) { return ceil_div(job.x.rows, block_rows(job)); }
 
-std::int64_t task_panels(const LinearJob& job) { return job.x.rows == 1 ? row_panels : 1; }
+std::int64_t task_panels(const LinearJob& job) {
+  return job.x.rows == 1 ? row_panels : is_narrow(job.out_dtype) ? narrow_panels : 1;
+}
 std::int64_t panel_tasks(const LinearJob& job) { return ceil_div(job.projection.panels(), task_panels(job)); }
 std::int64_t task_count(const LinearJob& job) { return job.x.outer * blocks(job) * panel_tasks(job); }
 
@@ -87,7 +91,8 @@ LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count) {
   for (const LinearJob* job = jobs; job != jobs + count; ++job) {
     const Projection& projection = job->projection;
     const std::int64_t size = size_of(projection.computation());
-    const std::int64_t tile = bytes_of(job->x.rows == 1 ? row_panels : finished_rows, projection.panel_columns(), size);
+    const std::int64_t tile =
+        bytes_of(std::min(job->x.rows, finished_rows), task_panels(*job), projection.panel_columns(), size);
     if (!in_place(*job)) x = std::max(x, bytes_of(most_rows, x_step(projection), size_of(operand(*job))));
     if (job->norm) row = std::max(row, bytes_of(projection.depth(), size));
     if (!plain(*job)) sums = std::max(sums, tile);
