@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from . import _core
 from ._errors import refusal
+from ._immutable import Immutable
 from ._keywords import hinted
 from ._linear import Activation, Linear, row_arguments
 from ._norm import LayerNorm, RMSNorm, norm_or_none
@@ -19,7 +20,7 @@ _VERSION = 1  # of the pickle format
 
 
 @hinted
-class FeedForward:
+class FeedForward(Immutable):
     """Two linear layers with an activation or a gate between them, and a norm before or after.
 
     ``y = post_norm(h w_2 + b_2 + residual)`` with ``h = activation(norm(x) w_1 + b_1)``, or with a gate
@@ -108,30 +109,19 @@ class FeedForward:
         function = "FeedForward"
         before = norm_or_none(function, "norm", norm, first.d_in, first.dtype)
         after = norm_or_none(function, "post_norm", post_norm, second.d_out, first.dtype)
-        for name, value in {
-            "_first": first,
-            "_second": second,
-            "_norms": (norm, post_norm),
-            "_parts": (first._core, second._core, before, after),
-            "d_in": first.d_in,
-            "d_hidden": first.d_out,
-            "d_out": second.d_out,
-            "dtype": first.dtype,
-            "isa": first.isa,
-        }.items():
-            object.__setattr__(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"FeedForward is immutable: cannot set {name!r}")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"FeedForward is immutable: cannot delete {name!r}")
-
-    def __copy__(self) -> FeedForward:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FeedForward:
-        return self
+        self._set(
+            {
+                "_first": first,
+                "_second": second,
+                "_norms": (norm, post_norm),
+                "_parts": (first._core, second._core, before, after),
+                "d_in": first.d_in,
+                "d_hidden": first.d_out,
+                "d_out": second.d_out,
+                "dtype": first.dtype,
+                "isa": first.isa,
+            }
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (_VERSION, self._first, self._second, *self._norms)

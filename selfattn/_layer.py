@@ -14,6 +14,7 @@ from ._attention import _DEFAULTS, attention
 from ._cache import KVCache
 from ._cached import check_window
 from ._errors import refusal
+from ._immutable import Immutable
 from ._keywords import clean_signature, hinted, refuse_unknown
 from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._paged import PagedKVCache
@@ -33,7 +34,7 @@ _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "lay
 
 
 @hinted
-class SelfAttention:
+class SelfAttention(Immutable):
     """Multi-head attention with learned projections. The weights are packed once, for this machine's kernels.
 
     ``y = concat_h(softmax(scale · (x w_q)_h (c w_k)_hᵀ) · (c w_v)_h) · w_o`` with ``c = context`` or ``x``
@@ -141,34 +142,23 @@ class SelfAttention:
         if after is not None and w.o is None:
             raise refusal(ValueError, function, "post_norm", " is given without w_o")
         core = _core.make_layer(columns, vectors, heads, kv_heads, rotation, (before, after))
-        for name, value in {
-            "_core": core,
-            "_has_output": w.o is not None,
-            "_norms": norms,
-            "_rope": description,
-            "d_context": w.k.shape[0],
-            "d_model": w.q.shape[0],
-            "d_out": d_out,
-            "dtype": w.q.dtype,
-            "head_dim": w.head_dim,
-            "isa": _core.layer_isa(core),
-            "num_heads": heads,
-            "num_kv_heads": kv_heads,
-            "value_dim": w.value_dim,
-        }.items():
-            object.__setattr__(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"SelfAttention is immutable: cannot set {name!r}")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"SelfAttention is immutable: cannot delete {name!r}")
-
-    def __copy__(self) -> SelfAttention:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SelfAttention:
-        return self
+        self._set(
+            {
+                "_core": core,
+                "_has_output": w.o is not None,
+                "_norms": norms,
+                "_rope": description,
+                "d_context": w.k.shape[0],
+                "d_model": w.q.shape[0],
+                "d_out": d_out,
+                "dtype": w.q.dtype,
+                "head_dim": w.head_dim,
+                "isa": _core.layer_isa(core),
+                "num_heads": heads,
+                "num_kv_heads": kv_heads,
+                "value_dim": w.value_dim,
+            }
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the unpacked weights: loading packs them for the machine it runs on."""

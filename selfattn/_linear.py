@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import ACCEPTED, as_array, choice, is_float, out_array, thread_count
 from ._errors import refusal
+from ._immutable import Immutable
 from ._keywords import hinted
 from ._norm import computed_in
 from ._quantized import QuantizedWeights, checked, dtype_and_shape
@@ -22,7 +23,7 @@ _VERSION = 1  # of the pickle format
 
 
 @hinted
-class Linear:
+class Linear(Immutable):
     """A matrix product with what follows it. The weights are packed once, for this machine's kernels.
 
     ``y = activation(x w + b) + residual``, or with a gate ``activation(x w_gate + b_gate) · (x w + b) + residual``
@@ -106,29 +107,18 @@ class Linear:
             choice(function, "activation", activation, ACTIVATIONS)
         code = 0 if activation is None else 1 + ACTIVATIONS.index(activation)
         core = _core.make_linear(w, b, gate, gate_bias, code)
-        for name, value in {
-            "_core": core,
-            "_groups": tuple(len(m.scales) for m in (w, gate) if isinstance(m, QuantizedWeights)),
-            "_gated": gate is not None,
-            "activation": activation,
-            "d_in": shape[0],
-            "d_out": shape[1],
-            "dtype": dtype,
-            "isa": _core.linear_isa(core),
-        }.items():
-            object.__setattr__(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Linear is immutable: cannot set {name!r}")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"Linear is immutable: cannot delete {name!r}")
-
-    def __copy__(self) -> Linear:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Linear:
-        return self
+        self._set(
+            {
+                "_core": core,
+                "_groups": tuple(len(m.scales) for m in (w, gate) if isinstance(m, QuantizedWeights)),
+                "_gated": gate is not None,
+                "activation": activation,
+                "d_in": shape[0],
+                "d_out": shape[1],
+                "dtype": dtype,
+                "isa": _core.linear_isa(core),
+            }
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the unpacked weights: loading packs them for the machine it runs on."""

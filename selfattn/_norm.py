@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import ACCEPTED, as_array, is_float, out_array, real
 from ._errors import refusal
+from ._immutable import Immutable
 from ._keywords import hinted
 from ._typing import Array
 
@@ -148,7 +149,7 @@ def _vector(function: str, name: str, value: Any, count: int | None, dtype: np.d
     return np.ascontiguousarray(array, dtype)
 
 
-class _Norm:
+class _Norm(Immutable):
     """A norm inside a layer. Immutable; its vectors are copies."""
 
     __slots__ = ("bias", "eps", "weight")
@@ -158,22 +159,19 @@ class _Norm:
     bias: Array | None
     eps: float
 
-    def _set(self, weight: Any, bias: Any, eps: Any) -> None:
-        function = type(self).__name__
+    def _build(self, weight: Any, bias: Any, eps: Any) -> None:
+        function, found = type(self).__name__, {}
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
                 dtype = as_array(function, name, value).dtype
                 value = _vector(function, name, value, None, dtype if is_float(dtype) else np.dtype(float))
                 value = np.array(value)
                 value.flags.writeable = False
-            object.__setattr__(self, name, value)
+            found[name] = value
+        self._set({**found, "eps": _epsilon(function, eps)})
         if self.weight is not None and self.bias is not None and self.weight.shape != self.bias.shape:
             text = f" has shape {self.bias.shape} but weight has {self.weight.shape}"
             raise refusal(ValueError, function, "bias", text)
-        object.__setattr__(self, "eps", _epsilon(function, eps))
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is immutable: cannot set {name!r}")
 
     def for_core(self, function: str, name: str, count: int, dtype: np.dtype[Any]) -> _core.Norm:
         """Return the norm for rows of `count` numbers, computed in `dtype`."""
@@ -210,7 +208,7 @@ class LayerNorm(_Norm):
     _centred = True
 
     def __init__(self, weight: ArrayLike | None = None, bias: ArrayLike | None = None, *, eps: float = 1e-5) -> None:
-        self._set(weight, bias, eps)
+        self._build(weight, bias, eps)
 
     def __call__(self, x: ArrayLike, *, residual: ArrayLike | None = None, out: Array | None = None) -> Array:
         """Return `layer_norm` of x."""
@@ -240,7 +238,7 @@ class RMSNorm(_Norm):
     __slots__ = ()
 
     def __init__(self, weight: ArrayLike | None = None, *, eps: float = 1e-6) -> None:
-        self._set(weight, None, eps)
+        self._build(weight, None, eps)
 
     def __call__(self, x: ArrayLike, *, residual: ArrayLike | None = None, out: Array | None = None) -> Array:
         """Return `rms_norm` of x."""
