@@ -8,8 +8,10 @@ Results are compared before anything is timed. Rounds are interleaved in one pro
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,7 @@ from selfattn.integrations.torch import scaled_dot_product_attention
 from workbench import learning_peer as peer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-import decoder
-import gpt_training
-import training
+decoder, gpt_training, training = (importlib.import_module(name) for name in ("decoder", "gpt_training", "training"))
 
 Runs = dict[str, Callable[[], Any]]
 LAYERS = [(8, 64), (8, 128), (8, 256), (4, 512)]  # batch, length
@@ -42,7 +42,7 @@ def layer_runs(batch: int, length: int) -> Runs:
         "selfattn": scaled_dot_product_attention,
         "PyTorch": torch.nn.functional.scaled_dot_product_attention,
     }
-    runs = {name: lambda f=f: peer.layer_gradients(x, weights, f) for name, f in functions.items()}
+    runs: Runs = {name: partial(peer.layer_gradients, x, weights, f) for name, f in functions.items()}
     compare(*(run() for run in runs.values()))
     return runs
 
@@ -73,7 +73,7 @@ def compare(found: Any, other: Any) -> None:
             sys.exit(f"results differ by {difference:.1e}")
 
 
-def show(title: str, rows: list[tuple[int, ...]], runs_of: Callable[..., Runs], seconds: float) -> None:
+def show(title: str, rows: Sequence[tuple[int, ...]], runs_of: Callable[..., Runs], seconds: float) -> None:
     """Print a table with a row for each size."""
     print(f"\n| {title} | selfattn | times PyTorch [quartiles] |\n|---|---|---|")
     for row in rows:
