@@ -197,6 +197,9 @@ Helper* start_helper() {
   return helper;
 }
 
+// Whether a region of this thread runs on a helper thread while this one waits and polls.
+bool runs_on_helper(int num_threads) { return num_threads > 1 && survived_fork && backend() == Backend::openmp; }
+
 // Threads of this process that are in regions, callers included.
 std::atomic<int> threads_in_regions{0};
 
@@ -252,21 +255,20 @@ int run_region(const Region& region, int num_threads) {
   // A signal handler that runs while this thread polls may start another region. That one gets no threads: the team,
   // and the helper after a fork, are busy with the interrupted region.
   thread_local bool in_region = false;
-  if (in_region) {
+  const auto run_alone = [&] {
     region.work(region.context, caller_slot);
     return 1;
-  }
-  in_region = true;
+  };
+  if (in_region) return run_alone();
   const Seats seats(num_threads);
   num_threads = seats.count();
-  if (!runs_on_helper(num_threads)) {
+  in_region = true;
+  if (!runs_on_helper(num_threads))
     run_here(region, num_threads);
-  } else if (Helper* const own = start_helper()) {
+  else if (Helper* const own = start_helper())
     own->run(region, num_threads);
-  } else {
-    region.work(region.context, caller_slot);
-    num_threads = 1;
-  }
+  else
+    num_threads = run_alone();
   in_region = false;
   return num_threads;
 }
@@ -305,7 +307,5 @@ void prepare_for_fork() {
   pthread_atfork(nullptr, nullptr, after_fork_in_child);
 #endif
 }
-
-bool runs_on_helper(int num_threads) { return num_threads > 1 && survived_fork && backend() == Backend::openmp; }
 
 }  // namespace selfattn

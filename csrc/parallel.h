@@ -46,8 +46,4 @@ const char* parallel_backend();  // "openmp", "shared openmp", "threads" or "ser
 // Registers the fork handler. Call it once, when the module is loaded.
 void prepare_for_fork();
 
-// Whether a region of num_threads threads, started by this thread, runs on a helper thread while the caller waits and
-// polls.
-bool runs_on_helper(int num_threads);
-
 }  // namespace selfattn

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <thread>
 
 #include "parallel.h"
 
@@ -21,7 +22,7 @@ struct Work {
 
 // Number of threads that are expected to finish this work soonest. num_threads is the caller's own choice: a limit that
 // is used in full if every thread gets enough work. 0 is the default, of which only as many threads are used as pay for
-// themselves (docs/decisions/0013). Finding the default takes system calls, so it is only done if more than one thread
+// themselves (docs/decisions/0012). Finding the default takes system calls, so it is only done if more than one thread
 // is worth using. Results never depend on this number.
 int useful_threads(const Work& work, int num_threads);
 inline int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
@@ -36,7 +37,7 @@ void forget_last_call();
 class TaskLoop {
  public:
   TaskLoop(const Work& work, int threads, Interrupted interrupted)
-      : work_(work), threads_(threads), interrupted_(interrupted), caller_waits_(runs_on_helper(threads)) {}
+      : work_(work), threads_(threads), interrupted_(interrupted) {}
   TaskLoop(std::int64_t tasks, int threads, Interrupted interrupted)
       : TaskLoop(Work{nullptr, 0, 0, tasks}, threads, interrupted) {}
 
@@ -61,7 +62,7 @@ class TaskLoop {
 
   // Long tasks check this between their steps.
   bool should_stop(int slot) noexcept {
-    if (slot == caller_slot && !caller_waits_ && Clock::now() - last_asked_ > interval) {
+    if (slot == caller_slot && polls_ && Clock::now() - last_asked_ > interval) {
       ask();
       last_asked_ = Clock::now();
     }
@@ -81,6 +82,7 @@ class TaskLoop {
   template <class F>
   void take_tasks(F& task, int slot) noexcept {
     if (slot >= threads_) return;  // the team is larger than requested
+    if (slot == caller_slot) polls_ = std::this_thread::get_id() == caller_;
     const Clock::time_point start = slot == caller_slot ? Clock::now() : Clock::time_point();
     std::int64_t index, taken = 0;
     for (; !should_stop(slot) && claim(index); ++taken) task(index, slot);
@@ -101,7 +103,8 @@ class TaskLoop {
   const Work work_;
   const int threads_;
   const Interrupted interrupted_;
-  const bool caller_waits_;  // tasks run on a helper thread: the waiting caller polls, and slot 0 must not
+  const std::thread::id caller_ = std::this_thread::get_id();
+  bool polls_ = false;  // slot 0: not if its tasks run on a helper thread, since the waiting caller polls then
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stopped_{false};
   Clock::time_point last_asked_ = Clock::now();

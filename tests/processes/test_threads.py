@@ -266,6 +266,27 @@ def test_calls_in_a_signal_handler(run_python: Any, forked: bool) -> None:
 
 
 @linux
+def test_ctrl_c_in_a_forked_child_whose_cpus_are_taken(run_python: Any) -> None:
+    code = textwrap.dedent(INTERRUPTED) + textwrap.dedent("""
+        import warnings
+        warnings.simplefilter("ignore")
+        x = np.zeros((1, 8, 500, 64), np.float32)
+        sa.attention(x, x, x, num_threads=2)
+        sa.set_num_threads(2)
+        child = os.fork()
+        if child == 0:
+            y = np.zeros((1, 16, 20000, 64), np.float32)
+            other = threading.Thread(target=attention, args=(y, 1), daemon=True)
+            other.start()
+            time.sleep(0.05)  # the other thread is in its call, and leaves one CPU
+            delay = measure(2)
+            os._exit(0 if delay is not None and delay < 0.5 else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """)
+    assert run_python(code).strip() == "0"
+
+
+@linux
 def test_import_has_no_side_effects(run_python: Any) -> None:
     code = """
         import os, signal, threading
