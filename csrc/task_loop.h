@@ -22,7 +22,7 @@ struct Work {
 
 // Number of threads that are expected to finish this work soonest. num_threads is the caller's own choice: a limit that
 // is used in full if every thread gets enough work. 0 is the default, of which only as many threads are used as pay for
-// themselves (docs/decisions/0012). Finding the default takes system calls, so it is only done if more than one thread
+// themselves (docs/decisions/0013). Finding the default takes system calls, so it is only done if more than one thread
 // is worth using. Results never depend on this number.
 int useful_threads(const Work& work, int num_threads);
 inline int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
