@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import Phase, settings
 from places import EXAMPLES, ROOT
 
 import selfattn
@@ -25,6 +26,13 @@ KNOWN_ISAS = sorted(file.stem.removeprefix("isa_") for file in KERNELS.glob("isa
 # Instruction sets that differ from AVX-512 where 16-bit numbers are multiplied, and where precision is below "highest".
 EXTENSIONS = {"avx512_bf16", "amx", "amx_emulated"}
 WIDE = {"float32", "float64"}
+
+# Profiles of hypothesis. Examples depend on the test alone unless `--hypothesis-profile random` asks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random", derandomize=False)
+# For mutants any failure is enough, and shrinking it would take minutes.
+settings.register_profile("mutants", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile("same")
 
 
 def pytest_report_header() -> str:

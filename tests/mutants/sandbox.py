@@ -15,12 +15,6 @@ SITECUSTOMIZE = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
 """
-# A plugin: any failure is enough, and shrinking it takes minutes.
-NO_SHRINKING = """
-from hypothesis import Phase, settings
-settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
-settings.load_profile("mutants")
-"""
 BUILD_SECONDS = 240
 TEST_SECONDS = 240
 
@@ -36,7 +30,6 @@ class Sandbox:
         for name in ("CMakeLists.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf8")
-        (folder / "no_shrinking.py").write_text(NO_SHRINKING, encoding="utf8")
         metadata = folder / "selfattn-0.dist-info"  # the package asks for its version
         metadata.mkdir()
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: selfattn\nVersion: 0\n", encoding="utf8")
@@ -90,8 +83,7 @@ class Sandbox:
             "-q",
             "-p",
             "no:cacheprovider",
-            "-p",
-            "no_shrinking",
+            "--hypothesis-profile=mutants",
             "--no-header",
             "-rN",
             "--tb=line",
