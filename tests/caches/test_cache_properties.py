@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 import selfattn as sa
 
 SETTINGS = settings(
-    deadline=None, max_examples=80, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=40, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
 )
 seeds = st.integers(0, 1 << 30)
 FULL = (ValueError, MemoryError)
@@ -228,5 +228,5 @@ def bad_calls(machine: Contiguous, k: Any, v: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_any_order_of_calls(assert_accurate: Any) -> None:
+def test_any_order_of_calls(isa: str, assert_accurate: Any) -> None:
     run_state_machine_as_test(lambda: Contiguous(assert_accurate), settings=SETTINGS)  # type: ignore[no-untyped-call]

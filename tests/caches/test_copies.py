@@ -1,4 +1,7 @@
-"""`copy` and `pickle` give independent objects that behave like the originals."""
+"""`copy` and `pickle` give independent objects that behave like the originals.
+
+Copies of caches are bytes, whatever the instruction set. A layer is packed for one, so that its tests take `isa`.
+"""
 
 from __future__ import annotations
 

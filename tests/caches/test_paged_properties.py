@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 import selfattn as sa
 
 SETTINGS = settings(
-    deadline=None, max_examples=80, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=40, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow]
 )
 seeds = st.integers(0, 1 << 30)
 some_live = precondition(lambda self: self.model.sequences)
@@ -223,7 +223,7 @@ def bad_calls(machine: Paged, name: int, k: Any, v: Any) -> list[tuple[Any, ...]
     ]
 
 
-def test_any_order_of_calls(assert_accurate: Any) -> None:
+def test_any_order_of_calls(isa: str, assert_accurate: Any) -> None:
     run_state_machine_as_test(lambda: Paged(assert_accurate), settings=SETTINGS)  # type: ignore[no-untyped-call]
 
 

@@ -33,9 +33,9 @@ def same(a: Any, b: Any) -> bool:
 
 
 @each_type
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("parts", [1, 3, 7])
 @pytest.mark.parametrize("shape", [(2, 5, 64), (3, 1), (2, 3, 4, 17), (5, 255), (7, 257), (2, 600), (8,)], ids=str)
-def test_against_the_definition(rng: Any, parts: int, shape: tuple[int, ...], dtype: Any) -> None:
+def test_against_the_definition(isa: str, rng: Any, parts: int, shape: tuple[int, ...], dtype: Any) -> None:
     outs, lses = make(rng, parts, shape, dtype)
     out, lse = sa.merge_states(outs, lses)
     assert (out.dtype, out.shape) == (dtype, shape)
@@ -50,7 +50,7 @@ def test_against_the_definition(rng: Any, parts: int, shape: tuple[int, ...], dt
 
 
 @each_type
-def test_strides_do_not_matter(rng: Any, dtype: Any) -> None:
+def test_strides_do_not_matter(isa: str, rng: Any, dtype: Any) -> None:
     outs, lses = make(rng, 4, (3, 6, 5, 40), dtype)
     expected = sa.merge_states(outs, lses)
 
@@ -74,7 +74,7 @@ def test_strides_do_not_matter(rng: Any, dtype: Any) -> None:
 
 
 @each_type
-def test_threads_do_not_matter(rng: Any, dtype: Any) -> None:
+def test_threads_do_not_matter(isa: str, rng: Any, dtype: Any) -> None:
     outs, lses = make(rng, 3, (4, 1500, 65), dtype)
     found = []
     before = sa.get_num_threads()
@@ -89,7 +89,7 @@ def test_threads_do_not_matter(rng: Any, dtype: Any) -> None:
 
 
 @each_type
-def test_nothing_to_merge(rng: Any, dtype: Any) -> None:
+def test_nothing_to_merge(isa: str, rng: Any, dtype: Any) -> None:
     for shape in ((0, 5, 4), (3, 0, 4), (0,), (2, 0)):
         outs, lses = make(rng, 2, shape, dtype)
         out, lse = sa.merge_states(outs, lses)
@@ -98,7 +98,7 @@ def test_nothing_to_merge(rng: Any, dtype: Any) -> None:
 
 
 @each_type
-def test_rows_of_undefined_lse(rng: Any, dtype: Any) -> None:
+def test_rows_of_undefined_lse(isa: str, rng: Any, dtype: Any) -> None:
     outs, lses = make(rng, 3, (6, 33), dtype)
     expected = sa.merge_states(outs, lses)
     lses[0][1] = np.nan
@@ -114,7 +114,7 @@ def test_rows_of_undefined_lse(rng: Any, dtype: Any) -> None:
 
 
 @each_type
-def test_the_largest_numbers_do_not_overflow(dtype: Any) -> None:
+def test_the_largest_numbers_do_not_overflow(isa: str, dtype: Any) -> None:
     largest = ml_dtypes.finfo(dtype).max
     lse_type = np.float64 if dtype == np.float64 else np.float32
     out, lse = sa.merge_states([np.full((2, 3), largest, dtype)] * 2, [np.full(2, 1e30, lse_type)] * 2)
@@ -123,7 +123,7 @@ def test_the_largest_numbers_do_not_overflow(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
-def test_small_weights_count(dtype: Any) -> None:
+def test_small_weights_count(isa: str, dtype: Any) -> None:
     # Only the second part contributes, with a weight below the range of float32.
     lse_type = np.float64 if dtype == np.float64 else np.float32
     outs = [np.zeros((1, 3), dtype), np.full((1, 3), 1e38, dtype)]
@@ -133,7 +133,7 @@ def test_small_weights_count(dtype: Any) -> None:
 
 
 @each_type
-def test_into_the_memory_of_a_part(rng: Any, dtype: Any) -> None:
+def test_into_the_memory_of_a_part(isa: str, rng: Any, dtype: Any) -> None:
     outs, lses = make(rng, 3, (3, 4, 300), dtype)
     expected = sa.merge_states(outs, lses)
     for place in range(3):
@@ -144,7 +144,7 @@ def test_into_the_memory_of_a_part(rng: Any, dtype: Any) -> None:
 
 @each_type
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-def test_cascade(normal: Any, layout: str, dtype: Any) -> None:
+def test_cascade(isa: str, normal: Any, layout: str, dtype: Any) -> None:
     cache = sa.PagedKVCache(40, 4, 2, 8, value_dim=5, dtype=dtype)
     prompt = cache.allocate()
     cache.append(prompt, normal(2, 21, 8, dtype=dtype), normal(2, 21, 5, dtype=dtype))
@@ -172,7 +172,7 @@ def test_cascade(normal: Any, layout: str, dtype: Any) -> None:
 
 class TestMergeStates:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_parts_of_a_softmax(self, rng: Any, dtype: Any) -> None:
+    def test_parts_of_a_softmax(self, isa: str, rng: Any, dtype: Any) -> None:
         scores = rng.standard_normal((3, 5, 12)) * 10
         values = rng.standard_normal((3, 12, 4))
         cuts = [slice(0, 1), slice(1, 7), slice(7, 12)]
@@ -191,7 +191,7 @@ class TestMergeStates:
         assert np.array_equal(stacked[0], out)
         assert np.array_equal(stacked[1], lse)
 
-    def test_parts_that_showed_nothing_are_no_ops(self) -> None:
+    def test_parts_that_showed_nothing_are_no_ops(self, isa: str) -> None:
         out, lse = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.5, -2.0])
         nothing, never = np.full((2, 2), np.nan), np.full(2, -np.inf)
         for outs, lses in (
@@ -209,7 +209,7 @@ class TestMergeStates:
         assert np.array_equal(merged, [[1, 2], [0, 0]])
         assert np.array_equal(merged_lse, [0.5, -np.inf])
 
-    def test_large_lse_do_not_overflow(self) -> None:
+    def test_large_lse_do_not_overflow(self, isa: str) -> None:
         out, lse = sa.merge_states([np.array([[1.0]]), np.array([[3.0]])], [np.array([2000.0]), np.array([2000.0])])
         assert out == 2.0
         assert np.isclose(lse, 2000 + math.log(2))

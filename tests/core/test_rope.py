@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Rotary position embedding: the same scalar code for every instruction set, so that no test takes `isa`."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ def test_every_option(isa: str, rng: Any, packed: Any, assert_accurate: Any, nam
         assert_accurate(out[rows], exact, trivial=True, rounded=rounded)
 
 
-def test_lists_are_packed_arrays(packed: Any, rng: Any) -> None:
+@pytest.mark.dtypes("float32")
+def test_lists_are_packed_arrays(isa: str, packed: Any, rng: Any) -> None:
     q, k, v, q_ends, k_ends = packed()
     for options in every_option(rng).values():
         expected = sa.attention_varlen(q, k, v, q_ends, k_ends, return_lse=True, return_weights=True, **options)
@@ -98,7 +99,8 @@ def test_lists_are_packed_arrays(packed: Any, rng: Any) -> None:
         assert np.array_equal(found, expected[1])
 
 
-def test_lengths_of_keys_are_those_of_queries_by_default(packed: Any) -> None:
+@pytest.mark.dtypes("float32")
+def test_lengths_of_keys_are_those_of_queries_by_default(isa: str, packed: Any) -> None:
     q, k, v, ends, _ = packed(q_lens=[5, 0, 40], kv_lens=[5, 0, 40])
     expected = sa.attention_varlen(q, k, v, ends, ends, causal=True)
     assert np.array_equal(sa.attention_varlen(q, k, v, ends, causal=True), expected)
@@ -107,8 +109,9 @@ def test_lengths_of_keys_are_those_of_queries_by_default(packed: Any) -> None:
         assert np.array_equal(sa.attention_varlen(q, k, v, given, causal=True), expected)
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("lens", [[], [0], [0, 0], [0, 3, 0]])
-def test_nothing_at_all(packed: Any, lens: list[int]) -> None:
+def test_nothing_at_all(isa: str, packed: Any, lens: list[int]) -> None:
     q, k, v, ends, _ = packed(q_lens=lens, kv_lens=lens)
     out, lse, weights = sa.attention_varlen(q, k, v, ends, return_lse=True, return_weights=True)
     assert (out.shape, lse.shape) == ((sum(lens), HEADS, VALUE_DIM), (HEADS, sum(lens)))
@@ -121,7 +124,8 @@ def test_nothing_at_all(packed: Any, lens: list[int]) -> None:
             sa.attention_varlen([], [], [])
 
 
-def test_a_sequence_without_keys_answers_0(packed: Any) -> None:
+@pytest.mark.dtypes("float32")
+def test_a_sequence_without_keys_answers_0(isa: str, packed: Any) -> None:
     q, k, v, q_ends, k_ends = packed(q_lens=[2, 3], kv_lens=[0, 4])
     out, lse = sa.attention_varlen(q, k, v, q_ends, k_ends, return_lse=True)
     assert not out[:2].any()
@@ -153,7 +157,8 @@ def test_strides_do_not_matter(isa: str, packed: Any) -> None:
     assert np.array_equal(sa.attention_varlen(*backward, *ends), expected)
 
 
-def test_out(packed: Any) -> None:
+@pytest.mark.dtypes("float32")
+def test_out(isa: str, packed: Any) -> None:
     q, k, v, *ends = packed()
     expected, expected_lse = sa.attention_varlen(q, k, v, *ends, causal=True, return_lse=True)
     out = np.full_like(expected, 7)
@@ -166,8 +171,9 @@ def test_out(packed: Any) -> None:
     assert np.array_equal(strided, expected)
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("which", ["q", "k", "v", "shifted"])
-def test_out_may_overlap_with_an_input(normal: Any, which: str) -> None:
+def test_out_may_overlap_with_an_input(isa: str, normal: Any, which: str) -> None:
     ends, memory = np.array([0, 5, 60, 61]), {name: normal(70, 4, 8) for name in "qkv"}
     arrays = {name: x[:61] for name, x in memory.items()}
     expected = sa.attention_varlen(*(x.copy() for x in arrays.values()), ends, causal=True)

@@ -82,8 +82,9 @@ def converted(call: dict[str, Any], dtype: Any) -> dict[str, Any]:
     return {name: x.astype(dtype) if name in ("x", "context", *WEIGHTS, *BIASES) else x for name, x in call.items()}
 
 
+@pytest.mark.dtypes("float64")
 @pytest.mark.parametrize("name", NAMES)
-def test_central_differences(rng: Any, name: str) -> None:
+def test_central_differences(isa: str, rng: Any, name: str) -> None:
     call = cases(rng)[name]
     wrt = names_of(call)
     y, vjp = sa.self_attention_vjp(**call, wrt=wrt)
@@ -124,7 +125,7 @@ def test_every_dtype(isa: str, rng: Any, name: str, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: x.__name__)
-def test_y_is_that_of_self_attention(rng: Any, dtype: Any) -> None:
+def test_y_is_that_of_self_attention(isa: str, rng: Any, dtype: Any) -> None:
     call = converted(cases(rng)["padding"], dtype)
     results = sa.self_attention(**call, return_lse=True, return_weights=True)
     again, _ = sa.self_attention_vjp(**call, return_lse=True, return_weights=True)
@@ -135,7 +136,8 @@ def test_y_is_that_of_self_attention(rng: Any, dtype: Any) -> None:
         assert np.allclose(one[finite].astype(float), other[finite].astype(float), rtol=tolerance, atol=tolerance)
 
 
-def test_gradients_of_lse_and_weights(rng: Any) -> None:
+@pytest.mark.dtypes("float64")
+def test_gradients_of_lse_and_weights(isa: str, rng: Any) -> None:
     call = {**layer(rng), "rope": True}
     results, vjp = sa.self_attention_vjp(**call, wrt=("x", "w_k"), return_lse=True, return_weights=True)
     upstream = [rng.standard_normal(x.shape) for x in results]
@@ -151,8 +153,9 @@ def test_gradients_of_lse_and_weights(rng: Any) -> None:
         assert np.isclose(slope, np.vdot(gradient, step), rtol=1e-5)
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("anything", [np.nan, np.inf, 1e30])
-def test_padding_may_hold_anything(rng: Any, anything: float) -> None:
+def test_padding_may_hold_anything(isa: str, rng: Any, anything: float) -> None:
     call = converted({**cases(rng)["padding"], "kv_lens": [8, 5]}, np.float32)
     padding = np.arange(LENGTH) >= np.array([[8], [5]])
     grad_y = rng.standard_normal((BATCH, LENGTH, D_OUT)).astype(np.float32)
@@ -167,7 +170,8 @@ def test_padding_may_hold_anything(rng: Any, anything: float) -> None:
     assert not results[1]["x"][padding].any()
 
 
-def test_operands_may_have_any_strides(rng: Any) -> None:
+@pytest.mark.dtypes("float64")
+def test_operands_may_have_any_strides(isa: str, rng: Any) -> None:
     call = layer(rng)
     y, vjp = sa.self_attention_vjp(**call)
     strided = {name: np.repeat(x, 2, axis=-1)[..., ::2] if np.ndim(x) else x for name, x in call.items()}
@@ -180,8 +184,9 @@ def test_operands_may_have_any_strides(rng: Any) -> None:
     assert sorted(found) == sorted(("x", *WEIGHTS))
 
 
+@pytest.mark.dtypes("float64")
 @pytest.mark.parametrize("shape", [(0, D_MODEL), (0, LENGTH, D_MODEL), (2, 0, D_MODEL)])
-def test_nothing_at_all(rng: Any, shape: Any) -> None:
+def test_nothing_at_all(isa: str, rng: Any, shape: Any) -> None:
     call = {**layer(rng), "x": np.zeros(shape), "rope": True}
     y, vjp = sa.self_attention_vjp(**call, wrt=("x", *WEIGHTS, *BIASES))
     found = vjp(np.zeros(y.shape))
@@ -189,7 +194,8 @@ def test_nothing_at_all(rng: Any, shape: Any) -> None:
     assert all(found[name].shape == call[name].shape and not found[name].any() for name in found)
 
 
-def test_only_what_is_wanted(rng: Any) -> None:
+@pytest.mark.dtypes("float64")
+def test_only_what_is_wanted(isa: str, rng: Any) -> None:
     call = {name: x for name, x in layer(rng).items() if name not in ("w_o", "b_o")}
     y, vjp = sa.self_attention_vjp(**call)
     assert list(vjp(y)) == ["x", "w_q", "w_k", "w_v"]

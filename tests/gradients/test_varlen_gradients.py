@@ -100,7 +100,7 @@ def test_each_sequence_has_the_bits_that_it_has_alone(isa: str, rng: Any, name: 
 
 
 @pytest.mark.parametrize(("wide", "narrow"), [(np.float32, np.float16), (np.float64, np.float32)])
-def test_keys_may_be_narrower_than_queries(rng: Any, wide: Any, narrow: Any) -> None:
+def test_keys_may_be_narrower_than_queries(isa: str, rng: Any, wide: Any, narrow: Any) -> None:
     grad_out, q, k, v = operands(rng, wide)
     arrays = (grad_out, q, k.astype(narrow), v.astype(narrow))
     grad_lse = rng.standard_normal((HEADS, sum(Q_LENS)))
@@ -112,8 +112,9 @@ def test_keys_may_be_narrower_than_queries(rng: Any, wide: Any, narrow: Any) -> 
         assert np.array_equal(getattr(found, name), np.concatenate([getattr(own, name) for own in wanted]))
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("name", ["slopes", "bias", "t5"])
-def test_threads_and_strides_do_not_change_bits(rng: Any, name: str) -> None:
+def test_threads_and_strides_do_not_change_bits(isa: str, rng: Any, name: str) -> None:
     grad_out, q, k, v = operands(rng)
     options, others = every_option(rng)[name]
     wrt = ("q", "k", "v", *others)
@@ -130,7 +131,8 @@ def test_threads_and_strides_do_not_change_bits(rng: Any, name: str) -> None:
             assert all(map(np.array_equal, one, other)) if field == "bias" else np.array_equal(one, other)
 
 
-def test_long_sequences_with_one_head(rng: Any) -> None:
+@pytest.mark.dtypes("float32")
+def test_long_sequences_with_one_head(isa: str, rng: Any) -> None:
     """Ranges of keys wait for those before, whatever the order of the sequences."""
     lens = [10, 1500, 40, 1200]
     ends = np.cumsum([0, *lens])
@@ -143,7 +145,8 @@ def test_long_sequences_with_one_head(rng: Any) -> None:
             assert np.array_equal(mine[a:b], wanted), n
 
 
-def test_sums_over_sequences_are_the_derivatives(rng: Any) -> None:
+@pytest.mark.dtypes("float64")
+def test_sums_over_sequences_are_the_derivatives(isa: str, rng: Any) -> None:
     _, q, k, v = operands(rng, np.float64)
     weight = rng.standard_normal((sum(Q_LENS), HEADS, VALUE_DIM))
     table = rng.standard_normal((8, HEADS))
@@ -163,8 +166,9 @@ def test_sums_over_sequences_are_the_derivatives(rng: Any) -> None:
         assert np.isclose(np.vdot(getattr(found, "t5" if name == "table" else name), direction), slope, rtol=1e-6)
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("dim", [8, 16])
-def test_what_memory_held_before_does_not_matter(rng: Any, dim: int) -> None:
+def test_what_memory_held_before_does_not_matter(isa: str, rng: Any, dim: int) -> None:
     """Vectors of 5 numbers are padded to 8 or 16, where another call of this form had its own numbers."""
     _, q, k, v = operands(rng)
     out, vjp = sa.attention_varlen_vjp(q[..., :5], k[..., :5], v, Q_ENDS, K_ENDS, wrt=("scale",), num_threads=1)
@@ -175,7 +179,8 @@ def test_what_memory_held_before_does_not_matter(rng: Any, dim: int) -> None:
     assert vjp(np.ones_like(out)).scale == expected
 
 
-def test_from_results(rng: Any) -> None:
+@pytest.mark.dtypes("float64")
+def test_from_results(isa: str, rng: Any) -> None:
     grad_out, q, k, v = operands(rng, np.float64)
     out, lse = sa.attention_varlen(q, k, v, Q_ENDS, K_ENDS, return_lse=True)
     found = sa.attention_varlen_backward(grad_out, q, k, v, out, lse, Q_ENDS, K_ENDS, wrt=("k", "q"))
@@ -185,7 +190,8 @@ def test_from_results(rng: Any) -> None:
         assert np.array_equal(one, other)
 
 
-def test_lists_are_packed_arrays(rng: Any) -> None:
+@pytest.mark.dtypes("float32")
+def test_lists_are_packed_arrays(isa: str, rng: Any) -> None:
     arrays = operands(rng)
     lists = [parts(x, ends) for x, ends in zip(arrays, (Q_ENDS, Q_ENDS, K_ENDS, K_ENDS), strict=True)]
     grad_lse = rng.standard_normal((HEADS, sum(Q_LENS)))
@@ -205,7 +211,8 @@ def test_lists_are_packed_arrays(rng: Any) -> None:
     assert all(x is y for x, y in zip(into["k"], found.k, strict=True))
 
 
-def test_into_and_accumulate(rng: Any) -> None:
+@pytest.mark.dtypes("float32")
+def test_into_and_accumulate(isa: str, rng: Any) -> None:
     grad_out, q, k, v = operands(rng)
     bias = every_option(rng)["bias"][0]["bias"]
     out, lse = sa.attention_varlen(q, k, v, Q_ENDS, K_ENDS, bias=bias, return_lse=True)
@@ -223,8 +230,9 @@ def test_into_and_accumulate(rng: Any) -> None:
     assert all(map(np.array_equal, into.bias, expected.bias))
 
 
+@pytest.mark.dtypes("float64")
 @pytest.mark.parametrize("lens", [[], [0], [0, 0], [0, 3, 0]])
-def test_nothing_at_all(rng: Any, lens: list[int]) -> None:
+def test_nothing_at_all(isa: str, rng: Any, lens: list[int]) -> None:
     ends = np.cumsum([0, *lens])
     q, k, v = rng.standard_normal((3, ends[-1], HEADS, DIM))
     sinks = np.zeros(HEADS)
