@@ -1,5 +1,6 @@
 // One call on a cache. The steps are the same for every kind of cache and every caller: copy the lengths, check them,
-// claim the tokens that will be overwritten, store new tokens, attend, and commit the new lengths last.
+// claim the tokens that will be overwritten, store new tokens, attend, and commit the new lengths of a ledger last. The
+// owner of paged sequences commits their lengths itself, after the call.
 #pragma once
 #include <cstdint>
 #include <optional>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ INCLUDE_RULES = [
     ("slot.*", r'<|"(slot|plan|distance_terms|kernels/scratch)\.h"', r"immintrin|arm_neon|chrono|thread|omp\.h"),
     ("registry.cpp", None, r"simd/|kernels/(?!kernel_set)"),
     ("bindings/*", None, r"simd/|kernels/(?!kernel_set)"),
-    ("*.*", None, r"Python\.h|pybind11|simd/(?!narrow)|kernels/(?!kernel_set|scratch)"),
+    ("*.*", None, r"Python\.h|pybind11|bindings/|simd/(?!narrow)|kernels/(?!kernel_set|scratch)"),
 ]
 
 
@@ -43,6 +44,28 @@ def test_include_rules(pattern: str, allowed: str | None, forbidden: str | None)
             where = f"{file.relative_to(ROOT)} includes {name}"
             assert allowed is None or re.search(allowed, name), where
             assert forbidden is None or not re.search(forbidden, name), where
+
+
+# Each includes those to its right, directly or not, and none to its left.
+ORDER = ["layer", "attend", "plan", "kernels/kernel_set"]
+
+
+def all_includes(file: Path) -> set[Path]:
+    """Return the headers of the core that a file includes, directly or not."""
+    found: set[Path] = set()
+    left = [file]
+    while left:
+        direct = {CSRC / name.strip('"') for name in includes(left.pop()) if name.startswith('"')}
+        left += direct - found
+        found |= direct
+    return found
+
+
+@pytest.mark.parametrize(("left", "right"), list(itertools.combinations(ORDER, 2)))
+def test_includes_go_one_way(left: str, right: str) -> None:
+    assert CSRC / f"{right}.h" in all_includes(CSRC / f"{left}.h") | all_includes(CSRC / f"{left}.cpp")
+    sources = [f for f in (CSRC / f"{right}.h", CSRC / f"{right}.cpp") if f.exists()]
+    assert not [f for f in sources if CSRC / f"{left}.h" in all_includes(f)]
 
 
 def test_openmp_is_known_in_one_place() -> None:
