@@ -32,7 +32,7 @@ struct Gradients {
   double* key_bias = nullptr;       // (batch, num_heads, head_dim)
   double* relative_bias = nullptr;  // the same
 
-  // Whether gradients of scores are summed over anything, and whether they are a gradient as they are.
+  // Whether gradients of scores are summed over anything, and whether they are themselves a wanted gradient.
   bool sums_scores() const { return key_sums || row_sums || slopes || distance_bias || (scores && shares_scores); }
   bool keeps_scores() const { return scores && !sums_scores(); }
   bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }

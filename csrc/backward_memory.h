@@ -8,7 +8,7 @@
 
 namespace selfattn {
 
-// For the relative half.
+// Memory for the gradients of relative products.
 struct RelativeMemory {
   char* dproducts = nullptr;  // block_rows elements of margin, then [block_rows][score_step]
   char* queries = nullptr;    // [block_rows][head_dim], as for the relative products
@@ -39,7 +39,7 @@ struct BackwardSlot {
   char* dkeys;
   char* dvalues;
   char* dscores;  // [block_rows][score_step]
-  char* columns;  // [block_rows + score_step]: numbers of the columns of a block, see backward_sums.cpp
+  char* columns;  // [block_rows + score_step]: one number per column of a block, see backward_sums.cpp
   char* kernel_scratch;
   BackwardOperands operands{};
   DistanceMemory distance;

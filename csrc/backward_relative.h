@@ -5,15 +5,15 @@
 
 namespace selfattn {
 
-// Consecutive blocks of a head share most distances. So a task sums the gradients of their vectors in a window, which
-// moves on with the rows. For a block of n rows against `count` keys it has the
+// Consecutive blocks of a head share most distances. A task therefore keeps the sums of a block's distances in a window
+// of columns, one for each distance. For a block of n rows and `count` keys the columns are
 //
-//   columns [block_rows - n, block_rows)             distances that no earlier row had
-//   columns [block_rows, block_rows + count - 1)     those that it shares with the preceding block
+//   [block_rows - n, block_rows)             distances that no earlier row had
+//   [block_rows, block_rows + count - 1)     distances that the preceding block had, too
 //
-// The distances of the last n columns then do not occur again in this task. They are added to the head's gradient, and
-// the other columns move n further. A task that has passed a block has added all distances that the next range of keys
-// has in that block. If that range waits for this, sums have a fixed order.
+// No later block of the task has the distances of the last n columns. After each block these are added to the gradient
+// of the head, and the other columns move up by n. After a task has finished a block, it has added every distance that
+// the next range of keys has in that block. The task of that range waits for this, so that the order of sums is fixed.
 template <class T>
 class RelativeSums {
  public:

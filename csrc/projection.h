@@ -78,7 +78,7 @@ struct RowsView {
   const char* data;
   DType dtype;
   std::int64_t rows, row, column;  // bytes
-  std::int64_t outer = 1;          // entries of the other axes together
+  std::int64_t outer = 1;          // product of the extents of the other axes
   std::vector<BatchAxis> axes;     // nearly always none; innermost first
 
   explicit RowsView(const TensorView& x);

@@ -28,8 +28,8 @@ struct Ahead {
   }
 };
 
-// Reads one byte per cache line in address order, which suits hardware prefetchers, before the memory is read in a
-// strided order.
+// Reads one byte of each cache line in address order, which suits hardware prefetchers. Called before code that reads
+// the memory in another order.
 inline void touch(const char* memory, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += cache_line)
     static_cast<void>(*static_cast<const volatile char*>(memory + i));

@@ -69,7 +69,7 @@ struct PairOperands {
     std::int64_t key_step;
     const E* values;
     std::int64_t value_step;
-    bool splits_keys, splits_values;  // whether all of the block's can be split
+    bool splits_keys, splits_values;  // whether every key (every value) of the block can be split
   };
 
   // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms or their
