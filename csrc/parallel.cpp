@@ -122,7 +122,7 @@ int granted_threads(int wanted, std::unique_lock<std::mutex>& growing) {
 // Keeps the size of a shared team; threads that are not needed return at once. libgomp terminates the threads that a
 // smaller team leaves out, and the library that shares the runtime would have to start them again.
 void run_openmp(const Region& region, int num_threads) {
-  Team team{region, num_threads, {}};
+  Team team{.region = region, .num_threads = num_threads};
   const Runtime* runtime = shared.load(std::memory_order_acquire);
   const int size = granted_threads(runtime ? std::max(num_threads, runtime->threads()) : num_threads, team.growing);
   if (runtime) return runtime->run(&join, &team, static_cast<unsigned>(size), 0);

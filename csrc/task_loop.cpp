@@ -49,7 +49,7 @@ double expected(const Work& work) {
 // What a team costs in addition to its share of the work, by the logarithm of its size and by whether it was asleep.
 constexpr double wake_asleep = 25e-6, wake_awake = 3e-6;  // the first guess, and the least
 struct Wake {
-  Estimate asleep{wake_asleep}, awake{wake_awake};
+  Estimate asleep{static_cast<float>(wake_asleep)}, awake{static_cast<float>(wake_awake)};
 };
 std::array<Wake, 32> wakes;
 

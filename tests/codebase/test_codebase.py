@@ -188,10 +188,13 @@ def test_errors_about_arguments_keep_the_names_in_their_messages() -> None:
     """
     others = {
         "_copying": 2,  # a pickle
+        "_feed_forward": 1,  # a pickle
         "_idle": 1,  # the missing core
+        "_immutable": 2,  # attributes
         "_keywords": 1,  # an unknown keyword
-        "_layer": 3,  # a pickle, attributes
+        "_layer": 1,  # a pickle
         "_ledger": 1,  # the memory of a cache
+        "_linear": 1,  # a pickle
         "_pages": 1,  # free pages
         "_store": 1,  # a missing package
     }
