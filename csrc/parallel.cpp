@@ -69,10 +69,10 @@ std::mutex growth;
 struct Team {
   const Region& region;
   int num_threads;
-  std::unique_lock<std::mutex> growing;
+  std::unique_lock<std::mutex> growing{};
   std::thread::id caller = std::this_thread::get_id();
   std::atomic<int> next{caller_slot + 1};
-  Place last;  // of the thread that came last
+  Place last{};  // of the thread that came last
 };
 
 // The calling thread takes caller_slot; the others draw slots from a counter, because OpenMP's own thread numbers are
