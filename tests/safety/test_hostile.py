@@ -32,7 +32,6 @@ def test_bad_calls_raise_what_is_documented_and_change_nothing(seed: int, run_py
     assert counts["MemoryError"] > 50
 
 
-@pytest.mark.unsanitized
 def test_good_and_bad_calls_leave_no_memory_behind(run_python: Any) -> None:
     assert int(run_python(START + "hostile_run.grow(3, 10_000)")) < 1 << 20
 
