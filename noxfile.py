@@ -32,7 +32,7 @@ LINTERS = ["ruff==0.17.5", "clang-format==23.1.5", "mypy==2.4.1", "numpy>=2"]
 TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 # Libraries that tests of examples and integrations compare with.
 PEERS = [TORCH, "transformers", "accelerate", "ctranslate2", "jax", "onnx", "onnxruntime"]
-# Tests that call the core within the pytest process; sanitizers and coverage use these.
+# Tests that call the core within the pytest process.
 CALLS = ["core", "gradients", "caches", "layers", "compat"]
 # Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
 BOUNDED = {
@@ -141,7 +141,7 @@ def bench(session: nox.Session, script: str) -> None:
 
 @nox.session
 def asan(session: nox.Session) -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer over calls of the core (GCC); give test folders after `--`."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer (GCC) over CALLS; other folders after `--`."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
     # -O1: with sanitizers, -O2 would slow compilation by minutes to save seconds in the tests.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
@@ -276,7 +276,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def isas(session: nox.Session) -> None:
-    """Test each instruction set in turn, forced by an environment variable."""
+    """The self-test and tests/processes with each instruction set in turn, forced by an environment variable."""
     install_tests(session)
     with session.chdir(session.create_tmp()):
         listed = session.run("python", "-c", "import selfattn; print(*selfattn.isas())", silent=True)
