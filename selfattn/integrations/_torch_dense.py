@@ -36,7 +36,7 @@ def dense_attention(call: Call) -> tuple[Any, Any, Any]:
     scores = scores.masked_fill(~visible, -math.inf)
     weights, lse = _softmax(call, scores)
     if call.dropout:
-        weights = weights * _kept(call, scores.shape)
+        weights = weights * _dropout_factors(scores.shape, call.seed, call.dropout).to(dtype)
     out = weights @ v
     if max(x.ndim for x in call[:3]) == 2:
         return out[0], lse[0], weights[0]
@@ -119,9 +119,20 @@ def _softmax(call: Call, scores: Any) -> tuple[Any, Any]:
     return numerators / total, lse[..., 0]
 
 
-def _kept(call: Call, shape: Any) -> Any:
-    """Return the factors of dropout: 0 or 1 / (1 − rate), from weights that are all the same without it."""
+def _compute_dropout_factors(shape: Any, seed: Any, rate: float) -> Any:
+    """Return the factors of dropout in float64: 0 or 1 / (1 − rate), from weights that are all the same without it."""
     zeros = np.zeros((*shape[:-1], 1), dtype=np.float32), np.zeros((*shape[:-2], shape[-1], 1), dtype=np.float32)
-    options: Any = {"dropout": call.dropout, "seed": int(call.seed) % (1 << 64), "return_weights": True}
+    options: Any = {"dropout": rate, "seed": int(seed) % (1 << 64), "return_weights": True}
     _, weights = attention(zeros[0], zeros[1], zeros[1], **options)
-    return torch.from_numpy(weights > 0) / (1 - call.dropout)
+    return torch.from_numpy(weights > 0).double() / (1 - rate)
+
+
+# An operator of its own, since compilers cannot look at the value of the seed.
+_dropout_factors = torch.library.custom_op(
+    "selfattn::dropout_factors",
+    _compute_dropout_factors,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(SymInt[] shape, Tensor seed, float rate) -> Tensor",
+)
+_dropout_factors.register_fake(lambda shape, seed, rate: torch.empty(tuple(shape), dtype=torch.float64))

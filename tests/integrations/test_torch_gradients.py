@@ -213,10 +213,16 @@ def test_the_operator_needs_residuals() -> None:
         out.sum().backward()
 
 
+def test_second_derivatives_have_the_factors_of_dropout_in_full_precision() -> None:
+    factors = torch.ops.selfattn.dropout_factors([1, 2, 30, 40], torch.tensor(5), 0.3)
+    assert set(factors.unique().tolist()) == {0.0, 1 / 0.7}
+
+
 @compiling
-def test_operators_are_well_behaved() -> None:
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "seed": torch.tensor(5)}], ids=["plain", "dropout"])
+def test_operators_are_well_behaved(options: dict[str, Any]) -> None:
     q, k, v = (x.requires_grad_() for x in qkv(torch.bfloat16))
-    call = make_call(q, k, v, bias=torch.randn(9, 7).requires_grad_(), return_lse=True, scale=0.3)
+    call = make_call(q, k, v, bias=torch.randn(9, 7).requires_grad_(), return_lse=True, scale=0.3, **options)
     results = torch.library.opcheck(operator, tuple(call))
     out, exact, lse, _ = (x.detach() for x in operator(*call))
     wanted = [True] * 4 + [False] * 4
