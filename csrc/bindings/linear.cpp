@@ -229,7 +229,7 @@ py::object unpack(const Projection& projection, const TensorView& weights) {
   shape.append(projection.columns());
   py::array bias = new_array(shape, projection.computation());
   std::memcpy(bias.mutable_data(), projection.bias(), static_cast<std::size_t>(bias.nbytes()));
-  return std::move(bias);
+  return bias;
 }
 
 void register_linear(py::module_& module) {
