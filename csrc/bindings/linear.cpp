@@ -190,9 +190,10 @@ py::object call_feed_forward(const py::tuple& parts, const char* function, py::h
   const LinearWeights& second = held_by<HeldLinear>(parts[1]).weights;
   const RowCall call(function, x, first.projection.depth(), residual, second.projection.columns());
   check_dtype(function, call.x, first.projection);
+  // Read here, since the work runs without the GIL.
+  const Norm *const norm = norm_or_none(parts[2]), *const post_norm = norm_or_none(parts[3]);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
-    return FeedForwardJob{first,  second,      norm_or_none(parts[2]), norm_or_none(parts[3]), rows, added,
-                          result, call.x.dtype};
+    return FeedForwardJob{first, second, norm, post_norm, rows, added, result, call.x.dtype};
   };
   const ArrayRows rows(call.x);
   return call.run(std::move(out), x, true, flops(job(rows.rows(), nullptr, nullptr)),
