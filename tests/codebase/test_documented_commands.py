@@ -189,4 +189,5 @@ def test_serves(command: str, tmp_path: Path) -> None:
                 assert "answers: 0" in run(client, *more, *([] if embeds else ["--no-embed"]))
             elif shutil.which("curl") and (embeds or "/embed" not in client):
                 answer = run(client.replace("localhost:8000", f"127.0.0.1:{port}"), "--silent", "--fail")
-                assert re.match(r'\{"(text|embeddings)": ', answer)
+                start = "# HELP service_" if client.endswith("/metrics") else r'\{"(text|embeddings)": '
+                assert re.match(start, answer)
