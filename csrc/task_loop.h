@@ -12,7 +12,7 @@ namespace selfattn {
 // Called on the calling thread about every 50 ms; true: stop.
 using Interrupted = bool (*)();
 
-// What a region is about to compute. How long that takes is learned for each kernel: any address that stands for one
+// What a region is about to compute. How long that takes is learned for each kernel: any address that identifies one
 // kind of work. Without a kernel nothing is learned.
 struct Work {
   const void* kernel;

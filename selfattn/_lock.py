@@ -20,7 +20,7 @@ class SharedLock:
     def _renew(self) -> None:
         self.mutex = threading.Lock()
         self.changed = threading.Condition(self.mutex)
-        self.waiting = 0  # threads that wait for a change; nobody is notified without one, since that is slow
+        self.waiting = 0  # threads that wait for a change; without one, none is notified, since that is slow
         self.readers = 0
         self.writers = 0  # waiting or writing; new readers wait for them
         self.is_written = False

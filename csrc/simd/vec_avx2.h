@@ -244,7 +244,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(even));
 }
 inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.r, b.r)}; }
-// A product fills its lane: its lower half is a word as it stands, and upper_half turns its upper half into one.
+// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
 inline Words multiply(Words a, Words b) { return {_mm256_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm256_srli_epi64(a.r, 32)}; }
 // Whether each word is at least `limit`.

@@ -246,7 +246,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a.r));
 }
 inline Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.r, b.r)}; }
-// A product fills its lane: its lower half is a word as it stands, and upper_half turns its upper half into one.
+// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
 inline Words multiply(Words a, Words b) { return {_mm512_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm512_srli_epi64(a.r, 32)}; }
 // Whether each word is at least `limit`.

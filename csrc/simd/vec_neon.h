@@ -223,7 +223,7 @@ inline Words broadcast_word(std::uint32_t x) { return {vdupq_n_u64(x)}; }
 inline Words load_words(const std::uint32_t* p) { return {vmovl_u32(vld1_u32(p))}; }
 inline void store_words(std::uint32_t* p, Words a) { vst1_u32(p, vmovn_u64(a.r)); }
 inline Words operator^(Words a, Words b) { return {veorq_u64(a.r, b.r)}; }
-// A product fills its lane: its lower half is a word as it stands, and upper_half turns its upper half into one.
+// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
 inline Words multiply(Words a, Words b) { return {vmull_u32(vmovn_u64(a.r), vmovn_u64(b.r))}; }
 inline Words upper_half(Words a) { return {vshrq_n_u64(a.r, 32)}; }
 // Whether each word is at least `limit`.

@@ -272,7 +272,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   for (int i = 0; i < Words::width; ++i) p[i] = static_cast<std::uint32_t>(a.r[i]);
 }
 inline Words operator^(Words a, Words b) { return {a.r ^ b.r}; }
-// A product fills its lane: its lower half is a word as it stands, and upper_half turns its upper half into one.
+// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
 inline Words multiply(Words a, Words b) { return {(a.r & 0xffffffff) * (b.r & 0xffffffff)}; }
 inline Words upper_half(Words a) { return {a.r >> 32}; }
 // Whether each word is at least `limit`.

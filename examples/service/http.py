@@ -104,4 +104,4 @@ async def until_done(future: Future[Any], receive: Receive, news: asyncio.Queue[
         disconnected.cancel()
         answer.cancel()  # if it is not done: the request leaves the batch
         if not answer.cancelled():
-            answer.exception()  # whoever wants it asks the future
+            answer.exception()  # callers get it from the future
