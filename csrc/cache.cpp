@@ -99,9 +99,9 @@ void CachedKeys::place(AttentionArguments& arguments) {
   arguments.keys = Keys::cached;
 }
 
-TokensView::TokensView(const TensorView& tokens, bool bshd) : view{tokens.data, tokens.dtype, 4, shape, strides} {
+TokensView::TokensView(const TensorView& tokens, Layout layout) : view{tokens.data, tokens.dtype, 4, shape, strides} {
   for (int axis = 0; axis < 4; ++axis) {
-    const int from = bshd || axis == 0 || axis == 3 ? axis : 3 - axis;
+    const int from = layout == Layout::bshd || axis == 0 || axis == 3 ? axis : 3 - axis;
     shape[axis] = tokens.shape[from];
     strides[axis] = tokens.strides[from];
   }

@@ -52,13 +52,13 @@ class CachedKeys {
   View keys_, values_, key_scales_, value_scales_;
 };
 
-// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width). With `bshd` the array has the axes of
-// the view.
+// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width), or in layout bshd of an array with
+// the axes of the view.
 struct TokensView {
   std::int64_t shape[4], strides[4];
   TensorView view;
 
-  TokensView(const TensorView& tokens, bool bshd);
+  TokensView(const TensorView& tokens, Layout layout);
   TokensView(const TokensView&) = delete;  // the view points into this object
   TokensView& operator=(const TokensView&) = delete;
 };

@@ -15,11 +15,11 @@ struct CacheInputs {
   std::optional<Rope> rope;
 };
 
-// A buffer for the elements of a view (batch, heads, tokens, width), or with `bshd` (batch, tokens, heads, width). Its
-// view has the same order of axes, but each head's tokens are contiguous in memory.
+// A buffer for the elements of a view (batch, heads, tokens, width), or in layout bshd (batch, tokens, heads, width).
+// Its view has the same order of axes, but each head's tokens are contiguous in memory.
 class RotatedTokens {
  public:
-  RotatedTokens(const TensorView& like, bool bshd);
+  RotatedTokens(const TensorView& like, Layout layout);
   RotatedTokens(const RotatedTokens&) = delete;  // the view points into this object
   RotatedTokens& operator=(const RotatedTokens&) = delete;
   const TensorView& view() const { return view_; }
@@ -45,7 +45,7 @@ class CacheCall {
 
   const CacheStep& step_;
   const CacheInputs inputs_;
-  const bool bshd_;
+  const Layout layout_;
   std::optional<RotatedTokens> query_, key_;  // only with rope
   Problem problem_;
 };

@@ -64,9 +64,9 @@ class Operands:
         """Compute the forward pass."""
         return _core.attention_for(self.function, self.q, self.k, self.v, options)
 
-    def differentiate(self, operands: tuple[NDArray[Any] | None, ...]) -> dict[str, NDArray[Any]]:
+    def differentiate(self, given: _core.GradientInputs) -> dict[str, NDArray[Any]]:
         """Compute the backward pass."""
-        return _core.attention_backward(self.function, operands, self.wrt, self.options)
+        return _core.attention_backward(self.function, (self.q, self.k, self.v), given, self.wrt, self.options)
 
     def deliver(
         self,
@@ -114,7 +114,9 @@ class Operands:
                     ValueError, self.function, "grad_lse", f" has shape {grad_lse.shape} but {through.shape} is needed"
                 )
             grad_lse = -through if grad_lse is None else grad_lse - through
-        return self.differentiate((grad_out, self.q, self.k, self.v, out, lse, grad_lse, grad_weights))
+        return self.differentiate(
+            _core.GradientInputs(grad_out=grad_out, out=out, lse=lse, grad_lse=grad_lse, grad_weights=grad_weights)
+        )
 
     def _through_weights(self, grad_weights: NDArray[Any]) -> NDArray[Any]:
         """Return each row's sum of weights times their gradients, which is subtracted from the gradients of scores."""

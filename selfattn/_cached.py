@@ -190,7 +190,7 @@ def attention_with_kvcache(
 
     def attend(step: Step) -> Any:
         check_seen(_NAME, cache, step, tokens - appended, options.window_left)
-        inputs = (q, k, v, rotation, positions, False)
+        inputs = _core.CacheInputs(q=q, k=k, v=v, rope=rotation, positions=positions)
         return _core.attend_cache(_NAME, cache._store.core, step.sequences, inputs, out, options)
 
     return cache._run(_NAME, sequences, appended, attend)
@@ -238,7 +238,7 @@ class _Cascade(NamedTuple):
     def _attend(self, cache: PagedKVCache, step: Any, appended: int, out: Any) -> Any:
         store, rows = cache._store.core, step.sequences
         rotation = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
-        inputs = (self.q, self.k, self.v, rotation, self.positions)
+        inputs = _core.CacheInputs(q=self.q, k=self.k, v=self.v, rope=rotation, positions=self.positions)
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
         first = np.array([row.length for row in rows], np.int64) - tokens
@@ -246,7 +246,7 @@ class _Cascade(NamedTuple):
         whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
         shared = whole // cache.page_size * cache.page_size
         if shared <= 0:
-            return _core.attend_cache(_NAME, store, rows, (*inputs, False), out, self.options)
+            return _core.attend_cache(_NAME, store, rows, inputs, out, self.options)
         if out is not None:
             shape = (*self.q.shape[:3], cache.value_dim)
             _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
@@ -254,7 +254,8 @@ class _Cascade(NamedTuple):
         options.return_lse = True
         own_rows = [Row(row.pages[shared // cache.page_size :], shared, row.length) for row in rows]
         # The unshared part first: it checks all arguments. Both parts keep the computation type, to be rounded once.
-        own, own_lse = _core.attend_cache(_NAME, store, own_rows, (*inputs, True), None, options)
+        inputs.unrounded = True
+        own, own_lse = _core.attend_cache(_NAME, store, own_rows, inputs, None, options)
         prefix_row = Row(rows[0].pages, 0, shared)
         prefix, prefix_lse = self._attend_prefix(cache, prefix_row, first, tokens, options)
         if out is None:
@@ -277,8 +278,7 @@ class _Cascade(NamedTuple):
         # No causal limit, mask or sinks: the whole prefix is visible, and sinks may be counted in one part only.
         plain = options.copy()
         plain.mask, plain.causal, plain.sinks, plain.layout = None, False, None, _core.LAYOUTS["bhsd"]
-        out, lse = _core.attend_cache(
-            _NAME, cache._store.core, [row], (rows, None, None, None, None, True), None, plain
-        )
+        inputs = _core.CacheInputs(q=rows, unrounded=True)
+        out, lse = _core.attend_cache(_NAME, cache._store.core, [row], inputs, None, plain)
         out = out.reshape(heads, batch, tokens, cache.value_dim)
         return out.swapaxes(0, 1), lse.reshape(heads, batch, tokens).swapaxes(0, 1)

@@ -45,7 +45,116 @@ class Options:
 
     def copy(self) -> Options: ...
 
-Rope: TypeAlias = tuple[float, int, bool]  # base, rotary_dim, interleaved
+# The operands of calls that take many. Their fields are those of csrc/bindings/operands.h.
+
+class Rope:
+    """A checked `RoPE`."""
+
+    base: float
+    rotary_dim: int
+    interleaved: bool
+
+    def __init__(self, *, base: float, rotary_dim: int, interleaved: bool) -> None: ...
+
+class CacheInputs:
+    """Operands of `attend_cache`."""
+
+    q: NDArray[Any]
+    k: NDArray[Any] | None
+    v: NDArray[Any] | None
+    rope: Rope | None
+    positions: NDArray[Any] | None
+    unrounded: bool
+
+    def __init__(
+        self,
+        *,
+        q: NDArray[Any],
+        k: NDArray[Any] | None = None,
+        v: NDArray[Any] | None = None,
+        rope: Rope | None = None,
+        positions: NDArray[Any] | None = None,
+        unrounded: bool = False,  # return out in the type of computation
+    ) -> None: ...
+
+class LayerInputs:
+    """Operands of `call_layer`."""
+
+    x: NDArray[Any]
+    context: NDArray[Any] | None
+    positions: NDArray[Any] | None
+    residual: NDArray[Any] | None
+    store: CacheStore | None
+    sequences: Sequences | None
+
+    def __init__(
+        self,
+        *,
+        x: NDArray[Any],
+        context: NDArray[Any] | None = None,
+        positions: NDArray[Any] | None = None,
+        residual: NDArray[Any] | None = None,
+        store: CacheStore | None = None,
+        sequences: Sequences | None = None,
+    ) -> None: ...
+
+class VarlenInputs:
+    """Operands of `attention_varlen`, and the options that differ from sequence to sequence."""
+
+    q: NDArray[Any]
+    k: NDArray[Any]
+    v: NDArray[Any]
+    cu_seqlens_q: NDArray[np.int64]
+    cu_seqlens_k: NDArray[np.int64]
+    mask: list[NDArray[Any] | None] | None
+    bias: list[NDArray[Any] | None] | None
+    q_offset: NDArray[np.int64] | None
+    alibi_slopes: NDArray[np.float64] | None
+
+    def __init__(
+        self,
+        *,
+        q: NDArray[Any],
+        k: NDArray[Any],
+        v: NDArray[Any],
+        cu_seqlens_q: NDArray[np.int64],
+        cu_seqlens_k: NDArray[np.int64],
+        mask: list[NDArray[Any] | None] | None = None,
+        bias: list[NDArray[Any] | None] | None = None,
+        q_offset: NDArray[np.int64] | None = None,  # (sequences,)
+        alibi_slopes: NDArray[np.float64] | None = None,  # (sequences, heads)
+    ) -> None: ...
+
+class RelativeTerms:
+    """Operands of relative attention in addition to q, k and v."""
+
+    r: NDArray[Any]
+    u: NDArray[np.float64]
+    w: NDArray[np.float64]
+    r_origin: int
+
+    def __init__(self, *, r: NDArray[Any], u: NDArray[np.float64], w: NDArray[np.float64], r_origin: int) -> None: ...
+
+class GradientInputs:
+    """The results of a forward pass, and the gradients of these."""
+
+    grad_out: NDArray[Any]
+    out: NDArray[Any]
+    lse: NDArray[Any] | None  # None is refused
+    grad_lse: NDArray[Any] | None
+    grad_weights: NDArray[Any] | None
+
+    def __init__(
+        self,
+        *,
+        grad_out: NDArray[Any],
+        out: NDArray[Any],
+        lse: NDArray[Any] | None,
+        grad_lse: NDArray[Any] | None = None,
+        grad_weights: NDArray[Any] | None = None,
+    ) -> None: ...
+
+Heads: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]  # q, k, v
 
 # Capsules: objects that the core keeps between calls.
 Layer = NewType("Layer", object)
@@ -69,20 +178,16 @@ def make_layer(
 def call_layer(
     layer: Layer,
     function: str,
-    # x, context, positions, residual; the cache's store and sequences
-    inputs: tuple[
-        NDArray[Any],
-        NDArray[Any] | None,
-        NDArray[Any] | None,
-        NDArray[Any] | None,
-        CacheStore | None,
-        Sequences | None,
-    ],
+    inputs: LayerInputs,
     out: NDArray[Any] | None,
     options: Options,
     /,
 ) -> Any: ...
-def unpack_layer(layer: Layer, weights: tuple[NDArray[Any], ...], /) -> tuple[Any, ...]: ...
+
+# Fills the four matrices, the last one only if there is one. Returns their biases, and whether there is a w_o.
+def unpack_layer(
+    layer: Layer, weights: tuple[NDArray[Any], ...], /
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None, bool]: ...
 def layer_isa(layer: Layer, /) -> str: ...
 def attention(
     q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any] | None, options: Options, /
@@ -90,33 +195,34 @@ def attention(
 def attention_for(function: str, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> Any: ...
 def attention_backward(
     function: str,
-    # grad_out, q, k, v, out, lse, grad_lse, grad_weights
-    operands: tuple[NDArray[Any] | None, ...],
+    operands: Heads,
+    given: GradientInputs,
     wrt: tuple[str, ...],
     options: Options,
     /,
 ) -> dict[str, NDArray[Any]]: ...
-def attention_varlen(function: str, inputs: tuple[Any, ...], out: NDArray[Any] | None, options: Options, /) -> Any: ...
+def attention_varlen(function: str, inputs: VarlenInputs, out: NDArray[Any] | None, options: Options, /) -> Any: ...
 def attention_varlen_backward(
     function: str,
-    inputs: tuple[Any, ...],
-    results: tuple[NDArray[Any] | None, ...],  # grad_out, out, lse, grad_lse
+    inputs: VarlenInputs,
+    given: GradientInputs,  # without grad_weights
     wrt: tuple[str, ...],
     options: Options,
     /,
 ) -> dict[str, Any]: ...
 def relative_attention(
     function: str,
-    inputs: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
-    terms: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int],  # r, u, w, r_origin
+    operands: Heads,
+    terms: RelativeTerms,
     out: NDArray[Any] | None,
     options: Options,
     /,
 ) -> Any: ...
 def relative_attention_backward(
     function: str,
-    operands: tuple[NDArray[Any] | None, ...],  # as for attention_backward
-    terms: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int],
+    operands: Heads,
+    terms: RelativeTerms,
+    given: GradientInputs,
     wrt: tuple[str, ...],
     options: Options,
     /,
@@ -147,8 +253,7 @@ def attend_cache(
     function: str,
     store: CacheStore,
     sequences: Sequences,
-    # q; k and v or None; rope or None; positions or None; whether the result keeps the computation type
-    inputs: tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None, Rope | None, NDArray[Any] | None, bool],
+    inputs: CacheInputs,
     out: NDArray[Any] | None,
     options: Options,
     /,

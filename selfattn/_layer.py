@@ -286,11 +286,11 @@ class SelfAttention(Immutable):
         if not options.keys() <= _OPTIONS.keys():
             refuse_unknown(SelfAttention.__call__, options)
         values = core_options(function, **options)
-        cached: tuple[Any, Any] = (None, None)
+        store = sequences = None
         if held is not None:
             cache, step = held
             check_window(function, cache, values.window_left)
-            cached = (cache._store.core, step.sequences)
+            store, sequences = cache._store.core, step.sequences
         x, context, positions, residual = inputs
         x = as_array(function, "x", x)
         if context is not None:
@@ -305,7 +305,10 @@ class SelfAttention(Immutable):
             residual = as_array(function, "residual", residual)
         if out is not None:
             out = out_array(function, out)
-        return _core.call_layer(self._core, function, (x, context, positions, residual, *cached), out, values)
+        given = _core.LayerInputs(
+            x=x, context=context, positions=positions, residual=residual, store=store, sequences=sequences
+        )
+        return _core.call_layer(self._core, function, given, out, values)
 
 
 def _load(cls: type[SelfAttention], version: int, *parts: Any) -> SelfAttention:

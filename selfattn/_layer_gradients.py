@@ -160,7 +160,7 @@ def _input(name: str, value: Any, matrix: NDArray[Any]) -> NDArray[Any]:
 class _Rotation(NamedTuple):
     """How queries and keys are rotated: rope for the core, and positions of the tokens of x, or None."""
 
-    rope: tuple[float, int, bool] | None
+    rope: _core.Rope | None
     positions: Any
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _core
 from ._arguments import as_array, integers, reals
 from ._errors import refusal
 
@@ -70,18 +71,22 @@ class Packed(NamedTuple):
         """Return a packed array in the form of the operands: as it is, or as a list of arrays."""
         return np.split(array, starts[1:-1], axis) if self.lists else array
 
-    def inputs(self, function: str, mask: Any, bias: Any, q_offset: Any, alibi_slopes: Any) -> tuple[Any, ...]:
+    def inputs(self, function: str, mask: Any, bias: Any, q_offset: Any, alibi_slopes: Any) -> _core.VarlenInputs:
         """Return what the core takes: the operands, and the options that differ from sequence to sequence."""
         count = self.number
         heads = self.q.shape[1] if self.q.ndim > 1 else 1
         offsets = None if q_offset is None else integers(function, "q_offset", q_offset)
         slopes = None if alibi_slopes is None else reals(function, "alibi_slopes", alibi_slopes)
-        return (
-            *self[:5],
-            _each(function, "mask", mask, count),
-            _each(function, "bias", bias, count),
-            None if offsets is None else _per_sequence(function, "q_offset", offsets, (count,)),
-            None if slopes is None else _per_sequence(function, "alibi_slopes", slopes, (count, heads)),
+        return _core.VarlenInputs(
+            q=self.q,
+            k=self.k,
+            v=self.v,
+            cu_seqlens_q=self.queries,
+            cu_seqlens_k=self.keys,
+            mask=_each(function, "mask", mask, count),
+            bias=_each(function, "bias", bias, count),
+            q_offset=None if offsets is None else _per_sequence(function, "q_offset", offsets, (count,)),
+            alibi_slopes=None if slopes is None else _per_sequence(function, "alibi_slopes", slopes, (count, heads)),
         )
 
 

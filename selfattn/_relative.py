@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _NAME = "relative_attention"
 
 Inputs = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-Terms = tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]  # r, u, w, r_origin
 
 
 # fmt: off
@@ -168,7 +167,7 @@ def prepare(
     causal: bool = True,
     layout: Layout = "bhsd",
     **options: Any,
-) -> tuple[Inputs, Terms, _core.Options]:
+) -> tuple[Inputs, _core.RelativeTerms, _core.Options]:
     """Check and convert the arguments of relative attention or of its gradients."""
     q, k, v, r = (as_array(function, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
     memory = whole_number(function, "mem_len", mem_len, 0)
@@ -187,7 +186,7 @@ def prepare(
             " has no rows for keys ahead of the query",
         )
     u, w = (np.ascontiguousarray(reals(function, name, x)) for name, x in (("u", u), ("w", w)))
-    return (q, k, v), (r, u, w, origin), converted
+    return (q, k, v), _core.RelativeTerms(r=r, u=u, w=w, r_origin=origin), converted
 
 
 def _check_lengths(function: str, q: NDArray[Any], k: NDArray[Any], memory: int, layout: str) -> None:

@@ -151,14 +151,15 @@ class _RelativeOperands(Operands):
         """Compute the forward pass."""
         return _core.relative_attention(self.function, (self.q, self.k, self.v), self.terms, None, options)
 
-    def differentiate(self, operands: tuple[NDArray[Any] | None, ...]) -> dict[str, NDArray[Any]]:
+    def differentiate(self, given: _core.GradientInputs) -> dict[str, NDArray[Any]]:
         """Compute the backward pass."""
-        return _core.relative_attention_backward(self.function, operands, self.terms, self.wrt, self.options)
+        heads = self.q, self.k, self.v
+        return _core.relative_attention_backward(self.function, heads, self.terms, given, self.wrt, self.options)
 
     def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Sum the core's results over batch entries, and over heads if they share r."""
         gradients = super().in_shape({name: array for name, array in found.items() if name not in ("r", "u", "w")})
-        for name, given in zip("ruw", self.terms[:3], strict=True):
+        for name, given in (("r", self.terms.r), ("u", self.terms.u), ("w", self.terms.w)):
             if name not in found:
                 continue
             array = found[name]

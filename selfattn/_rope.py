@@ -47,8 +47,8 @@ class RoPE:
                 ValueError, "RoPE", "rotary_dim", f" is {self.rotary_dim!r}, but it must be even and at least 2"
             )
 
-    def for_core(self, function: str, head_dim: int) -> tuple[float, int, bool]:
-        """Return (base, rotary_dim, interleaved) for heads of this size."""
+    def for_core(self, function: str, head_dim: int) -> _core.Rope:
+        """Return the rotation of heads of this size."""
         rotary_dim = head_dim if self.rotary_dim is None else int(self.rotary_dim)
         if rotary_dim > head_dim or rotary_dim % 2:
             raise refusal(
@@ -58,7 +58,7 @@ class RoPE:
                 f" rotates {rotary_dim} elements, but head_dim is {head_dim}: rotary_dim must be even and at "
                 "most head_dim",
             )
-        return float(self.base), rotary_dim, bool(self.interleaved)
+        return _core.Rope(base=float(self.base), rotary_dim=rotary_dim, interleaved=bool(self.interleaved))
 
 
 _PLAIN = RoPE()

@@ -180,7 +180,7 @@ class _Sequences:
 
     @property
     def biases(self) -> list[NDArray[Any] | None]:
-        return self.inputs[6]  # type: ignore[no-any-return]
+        return self.inputs.bias or []
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all gradients, with those of lists as 'name[i]'."""
@@ -224,7 +224,11 @@ class _Sequences:
         """Return the gradients in the form in which the caller passed the arguments."""
         grad_out, grad_lse = upstream
         found = _core.attention_varlen_backward(
-            self.function, self.inputs, (grad_out, out, lse, grad_lse), self.wrt, self.options
+            self.function,
+            self.inputs,
+            _core.GradientInputs(grad_out=grad_out, out=out, lse=lse, grad_lse=grad_lse),
+            self.wrt,
+            self.options,
         )
         return {name: self._in_shape(name, value) for name, value in found.items()}
 

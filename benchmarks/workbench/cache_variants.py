@@ -150,7 +150,8 @@ class BareCore(OnCache):
     def prepare(self, workload: Workload, arrays: Arrays, threads: int) -> Run:
         """See `Peer.prepare`."""
         filled, name = Filled(workload, arrays), "step"
-        inputs = (arrays["q"], *last_token(arrays), None, None, False)
+        k, v = last_token(arrays)
+        inputs = _core.CacheInputs(q=arrays["q"], k=k, v=v)
         options = core_options(name, causal=True, num_threads=threads)
         out = np.empty((*arrays["q"].shape[:-1], workload.value_dim), arrays["q"].dtype)
         store, ledger, left = filled.cache._store.core, filled.cache._ledger.core, STEPS

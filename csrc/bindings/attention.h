@@ -1,5 +1,6 @@
 // attention(): converts arguments from Python to a Problem, and returns results to Python.
 #pragma once
+#include "bindings/operands.h"
 #include "bindings/options.h"
 #include "plan.h"
 #include "problem.h"
@@ -40,10 +41,10 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
 
 // The gradients of a call, by name: those of q, k and v with all batch axes; that of the bias for all heads and batch
 // entries or in its own shape; those of r, u and w for all heads and batch entries; those of the scale, ALiBi's slopes
-// and sinks with one number per query row, which the caller sums. operands: grad_out, q, k, v, out, lse, grad_lse,
-// grad_weights (with all axes, in the type of computation).
+// and sinks with one number per query row, which the caller sums. operands: the arrays q, k and v. All arrays of
+// `given` have all axes; grad_weights is in the type of computation.
 py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
-                      const py::sequence& wrt);
+                      const GradientInputs& given, const py::sequence& wrt);
 
 void register_attention(py::module_& module);
 void register_backward(py::module_& module);

@@ -20,9 +20,9 @@ class Results {
   Gradients gradients;
 
   void allocate(const py::tuple& operands) {
-    place("q", gradients.query, operands[1], problem_.num_heads, problem_.q_len, problem_.head_dim);
-    place("k", gradients.key, operands[2], problem_.num_kv_heads, problem_.kv_len, problem_.head_dim);
-    place("v", gradients.value, operands[3], problem_.num_kv_heads, problem_.kv_len, problem_.value_dim);
+    place("q", gradients.query, operands[0], problem_.num_heads, problem_.q_len, problem_.head_dim);
+    place("k", gradients.key, operands[1], problem_.num_kv_heads, problem_.kv_len, problem_.head_dim);
+    place("v", gradients.value, operands[2], problem_.num_kv_heads, problem_.kv_len, problem_.value_dim);
     if (wants("bias")) arrays["bias"] = bias_gradient(problem_, arguments_.bias, gradients);
     const Shape rows = lse_shape(problem_);
     gradients.scale = doubles_for("scale", rows);
@@ -75,20 +75,21 @@ class Results {
 }  // namespace
 
 py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
-                      const py::sequence& wrt) {
+                      const GradientInputs& given, const py::sequence& wrt) {
   const char* function = arguments.function;
   const TensorView& q = arguments.q;
   Problem problem = make_problem(arguments);
   const Shape shape = out_shape(problem);
-  const TensorView dout = result_view(function, "grad_out", operands[0], shape, q.dtype);
-  attach_out(problem, result_view(function, "out", operands[4], shape, q.dtype));
-  attach_lse(problem, lse_view(function, operands[5], lse_shape(problem)));
+  const TensorView dout = result_view(function, "grad_out", given.grad_out, shape, q.dtype);
+  attach_out(problem, result_view(function, "out", given.out, shape, q.dtype));
+  attach_lse(problem, lse_view(function, given.lse, lse_shape(problem)));
   Results results(problem, arguments, wrt);
   results.gradients.dout = place_rows(problem, dout);
-  if (!operands[6].is_none())
-    results.gradients.dlse = place_per_row(problem, shaped_view(function, "grad_lse", operands[6], lse_shape(problem)));
-  if (!operands[7].is_none()) {
-    const TensorView dweights = shaped_view(function, "grad_weights", operands[7], weights_shape(problem));
+  if (!given.grad_lse.is_none())
+    results.gradients.dlse =
+        place_per_row(problem, shaped_view(function, "grad_lse", given.grad_lse, lse_shape(problem)));
+  if (!given.grad_weights.is_none()) {
+    const TensorView dweights = shaped_view(function, "grad_weights", given.grad_weights, weights_shape(problem));
     results.gradients.dweights = place_scores(problem, dweights);
   }
   results.allocate(operands);
@@ -105,11 +106,11 @@ py::dict gradients_of(const AttentionArguments& arguments, const Options& option
 
 namespace {
 
-py::dict attention_backward(const char* function, const py::tuple& operands, const py::sequence& wrt,
-                            py::handle option_values) {
+py::dict attention_backward(const char* function, const py::tuple& operands, py::handle upstream,
+                            const py::sequence& wrt, py::handle option_values) {
   const Options& options = options_of(option_values);
-  const AttentionArguments arguments = arguments_of(function, operands[1], operands[2], operands[3], options);
-  return gradients_of(arguments, options, operands, wrt);
+  const AttentionArguments arguments = arguments_of(function, operands[0], operands[1], operands[2], options);
+  return gradients_of(arguments, options, operands, Record<GradientInputs>::in(upstream), wrt);
 }
 
 }  // namespace

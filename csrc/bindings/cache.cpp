@@ -19,11 +19,12 @@ void check_tokens(const char* function, const char* name, const TensorView& view
            to_text(wanted.extent, wanted.ndim));
 }
 
-Shape shape_of(std::int64_t batch, std::int64_t heads, std::int64_t count, std::int64_t width, bool bshd) {
+Shape shape_of(std::int64_t batch, std::int64_t heads, std::int64_t count, std::int64_t width, Layout layout) {
+  const bool heads_last = layout == Layout::bshd;
   Shape shape;
   shape.append(batch);
-  shape.append(bshd ? count : heads);
-  shape.append(bshd ? heads : count);
+  shape.append(heads_last ? count : heads);
+  shape.append(heads_last ? heads : count);
   shape.append(width);
   return shape;
 }
@@ -49,13 +50,14 @@ void append(const char* function, py::handle store, py::handle sequences, py::ha
   const std::int64_t count = key.ndim == 4 ? key.extent(1) : 0;
   CacheArguments arguments(function, store, sequences, count);
   const Cache& cache = arguments.cache();
-  check_tokens(function, "k", key, shape_of(cache.batch, cache.num_kv_heads, count, cache.key.width, false));
-  check_tokens(function, "v", value, shape_of(cache.batch, cache.num_kv_heads, count, cache.value.width, false));
+  check_tokens(function, "k", key, shape_of(cache.batch, cache.num_kv_heads, count, cache.key.width, Layout::bhsd));
+  check_tokens(function, "v", value, shape_of(cache.batch, cache.num_kv_heads, count, cache.value.width, Layout::bhsd));
   const SafeTokens keys(k, key, arguments), values(v, value, arguments);
   const KernelSet& kernels = active_kernels();
   arguments.step().run([&] {
     const CoreCall call_of_core(static_cast<double>(count * cache.batch * cache.num_kv_heads * cache.key.width));
-    arguments.step().store(kernels, TokensView(keys.view(), false).view, TokensView(values.view(), false).view);
+    arguments.step().store(kernels, TokensView(keys.view(), Layout::bhsd).view,
+                           TokensView(values.view(), Layout::bhsd).view);
   });
 }
 
@@ -77,41 +79,42 @@ void check_type(const char* function, const Cache& cache, DType query) {
                       ": it must hold the same or a narrower type");
 }
 
-void check_query(const char* function, const Cache& cache, const TensorView& q, bool bshd) {
+void check_query(const char* function, const Cache& cache, const TensorView& q, Layout layout) {
   if (q.ndim != 4 || q.extent(3) != cache.batch)
     refuse(function, "q"_arg, " has shape ", shape_text(q), ", but ",
-           bshd ? "(batch, q_len, heads, head_dim)" : "(batch, heads, q_len, head_dim)", " is needed, with batch ",
-           cache.batch, " for the sequences of the cache");
+           layout == Layout::bshd ? "(batch, q_len, heads, head_dim)" : "(batch, heads, q_len, head_dim)",
+           " is needed, with batch ", cache.batch, " for the sequences of the cache");
   if (q.extent(0) != cache.key.width)
     refuse(function, "q"_arg, " has head_dim ", q.extent(0), " but the cache has ", cache.key.width);
 }
 
-// inputs: q, k and v (or None), rope (or None), positions (or None), and whether the result has the type of
-// computation. The function's name is not a `const char*`, because pybind11 would allocate memory for it.
-py::object attend_cache(py::handle function_name, py::handle store, py::handle sequences, const py::tuple& inputs,
+// The function's name is not a `const char*`, because pybind11 would allocate memory for it.
+py::object attend_cache(py::handle function_name, py::handle store, py::handle sequences, py::handle operands,
                         py::object out, py::handle option_values) {
+  const CacheInputs& inputs = Record<CacheInputs>::in(operands);
   const char* const function = PyUnicode_AsUTF8(function_name.ptr());
   const Options& options = options_of(option_values);
-  const bool bshd = options.layout == Layout::bshd;
-  const TensorView q = float_view(function, "q", inputs[0]);
-  const DType type = inputs[5].cast<bool>() ? computed_in(q.dtype) : q.dtype;
-  const bool appends = !inputs[1].is_none();
-  const TensorView k = appends ? float_view(function, "k", inputs[1]) : TensorView{};
-  const TensorView v = appends ? matching_view(function, "v", inputs[2], "k", k.dtype) : TensorView{};
-  const std::int64_t q_len = q.ndim == 4 ? q.extent(bshd ? 2 : 1) : 0, more = appends ? q_len : 0;
+  const Layout layout = options.layout;
+  const TensorView q = float_view(function, "q", inputs.q);
+  const DType type = inputs.unrounded ? computed_in(q.dtype) : q.dtype;
+  const bool appends = !inputs.k.is_none();
+  const TensorView k = appends ? float_view(function, "k", inputs.k) : TensorView{};
+  const TensorView v = appends ? matching_view(function, "v", inputs.v, "k", k.dtype) : TensorView{};
+  const std::int64_t q_len = q.ndim == 4 ? q.extent(layout == Layout::bshd ? 2 : 1) : 0, more = appends ? q_len : 0;
   CacheArguments source(function, store, sequences, more);
   const Cache& cache = source.cache();
-  check_query(function, cache, q, bshd);
+  check_query(function, cache, q, layout);
   check_type(function, cache, q.dtype);
   if (appends) {
-    check_tokens(function, "k", k, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.key.width, bshd));
-    check_tokens(function, "v", v, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.value.width, bshd));
+    check_tokens(function, "k", k, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.key.width, layout));
+    check_tokens(function, "v", v, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.value.width, layout));
   }
-  const SafeTokens new_keys(inputs[1], k, source), new_values(inputs[2], v, source);
+  const SafeTokens new_keys(inputs.k, k, source), new_values(inputs.v, v, source);
   const AttentionArguments arguments = arguments_of(function, options, q, {}, {});
-  CacheCall call(source.step(),
-                 {q, new_keys.view(), new_values.view(), optional_view(inputs[4], DType::i64), rope_of(inputs[3])},
-                 arguments);
+  CacheCall call(
+      source.step(),
+      {q, new_keys.view(), new_values.view(), optional_view(inputs.positions, DType::i64), rope_of(inputs.rope)},
+      arguments);
   Problem& problem = call.problem();
 
   bool direct = false;
@@ -121,7 +124,7 @@ py::object attend_cache(py::handle function_name, py::handle store, py::handle s
     const TensorView view = view_of(given, type);
     direct = !meets_any(view, arguments) && !meet(view, q) && !source.meets(view);
   }
-  Destination result(std::move(out), direct, out_shape(problem), type, inputs[0]);
+  Destination result(std::move(out), direct, out_shape(problem), type, inputs.q);
   attach_out(problem, result.view(type));
   const Extras extras(options, problem);
   const Plan plan = make_plan(problem, active_kernels());

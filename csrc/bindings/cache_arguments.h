@@ -5,7 +5,6 @@
 
 #include "bindings/arrays.h"
 #include "cache_step.h"
-#include "rope.h"
 
 namespace selfattn::bindings {
 
@@ -76,8 +75,6 @@ class CacheArguments {
   const Scratch memory_;  // for the PagedSequences of tables and rows
   CacheStep step_;
 };
-
-std::optional<Rope> rope_of(py::handle description);  // (base, rotary_dim, interleaved) or None
 
 void register_cache(py::module_& module);
 

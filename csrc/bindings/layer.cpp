@@ -14,12 +14,6 @@
 
 namespace selfattn::bindings {
 
-std::optional<Rope> rope_of(py::handle description) {
-  if (description.is_none()) return std::nullopt;
-  const py::tuple t = py::reinterpret_borrow<py::tuple>(description);
-  return Rope{t[0].cast<double>(), t[1].cast<std::int64_t>(), t[2].cast<bool>()};
-}
-
 namespace {
 
 class Layer {
@@ -31,23 +25,21 @@ class Layer {
         py::handle rope, py::tuple norms)
       : norms_(std::move(norms)), weights_(make(matrices, biases, num_heads, num_kv_heads, rope, norms_)) {}
 
-  // inputs: x, context, positions, residual, a cache's store (each of these or None), and its ledger, block table or
-  // rows.
-  py::object call(const char* function, const py::tuple& inputs, py::object out, py::handle option_values) const {
-    const py::handle x = inputs[0], context = inputs[1];
+  py::object call(const char* function, const LayerInputs& inputs, py::object out, py::handle option_values) const {
+    const py::handle x = inputs.x, context = inputs.context;
     const Options& options = options_of(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
     if (!other && weights_.key.depth() != weights_.query.depth())
-      refuse(function, "x has d_model ", weights_.query.depth(), " but w_k has ", weights_.key.depth(),
-             " rows: without context they must agree");
-    const TensorView places = optional_view(inputs[2], DType::i64);
+      refuse(function, "x"_arg, " has d_model ", weights_.query.depth(), " but ", "w_k"_arg, " has ",
+             weights_.key.depth(), " rows: without context they must agree");
+    const TensorView places = optional_view(inputs.positions, DType::i64);
     std::optional<CacheArguments> source;
-    open_cache(source, function, inputs[4], inputs[5], input);
+    open_cache(source, function, inputs.store, inputs.sequences, input);
     const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
     LayerCall call(weights_, input, other, places, source ? &source->step() : nullptr, arguments);
-    const TensorView added = residual_view(function, inputs[3], weights_.dtype, call.out_shape());
+    const TensorView added = residual_view(function, inputs.residual, weights_.dtype, call.out_shape());
     bool direct = false;
     if (!out.is_none()) {
       const py::array given = py::reinterpret_borrow<py::array>(out);
@@ -160,10 +152,10 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
   return capsule_of(std::make_unique<Layer>(matrices, biases, num_heads, num_kv_heads, rope, std::move(norms)));
 }
 
-// The inputs are one tuple, because pybind11 allocates memory for more than six arguments.
-py::object call_layer(const py::capsule& capsule, const char* function, const py::tuple& inputs, py::object out,
+// The inputs are one object, because pybind11 allocates memory for more than six arguments.
+py::object call_layer(const py::capsule& capsule, const char* function, py::handle inputs, py::object out,
                       py::handle option_values) {
-  return held_by<Layer>(capsule).call(function, inputs, std::move(out), option_values);
+  return held_by<Layer>(capsule).call(function, Record<LayerInputs>::in(inputs), std::move(out), option_values);
 }
 
 const char* layer_isa(const py::capsule& capsule) { return held_by<Layer>(capsule).isa(); }

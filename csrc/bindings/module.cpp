@@ -5,6 +5,7 @@
 PYBIND11_MODULE(_core, module) {
   selfattn::prepare_for_fork();
   selfattn::bindings::register_errors();
+  selfattn::bindings::register_operands(module);
   selfattn::bindings::register_options(module);
   selfattn::bindings::register_attention(module);
   selfattn::bindings::register_backward(module);

@@ -1,33 +1,17 @@
 #include "bindings/options.h"
 
 #include <algorithm>
-#include <array>
-#include <new>
-#include <optional>
 #include <span>
+#include <type_traits>
 #include <utility>
+
+#include "bindings/record.h"
 
 namespace selfattn::bindings {
 namespace {
 
-// Not a class of pybind11's: these register each object, which is slower and terminates the process if memory runs out.
-struct OptionsObject {
-  PyObject_HEAD Options options;
-};
-
-Options& held(PyObject* object) { return reinterpret_cast<OptionsObject*>(object)->options; }
-
-PyTypeObject* options_type = nullptr;
-
-// One field of the type. `set` returns whether the field accepts the value.
-struct Field {
-  const char* name;
-  bool (*set)(Options& options, PyObject* value);
-  PyObject* (*get)(const Options& options);
-};
-
 template <std::size_t i>
-constexpr Field array_field() {
+constexpr Field<Options> array_field() {
   return {array_options[i].name,
           [](Options& options, PyObject* value) {
             const bool absent = value == Py_None;
@@ -41,130 +25,53 @@ constexpr Field array_field() {
           }};
 }
 
-bool read(PyObject* value, bool& to) {
-  to = value == Py_True;
-  return PyBool_Check(value);
+// A field of one of the codes 0 to count - 1.
+template <auto member, std::int64_t count>
+constexpr Field<Options> code_field(const char* name) {
+  return {name,
+          [](Options& options, PyObject* value) {
+            std::int64_t code = 0;
+            if (!read(value, code) || code < 0 || code >= count) return false;
+            auto& to = options.*member;
+            to = static_cast<std::remove_reference_t<decltype(to)>>(code);
+            return true;
+          },
+          [](const Options& options) { return written(static_cast<std::int64_t>(options.*member)); }};
 }
 
-bool read(PyObject* value, double& to) {
-  if (!PyFloat_Check(value)) return false;
-  to = PyFloat_AS_DOUBLE(value);
-  return true;
-}
-
-bool read(PyObject* value, std::int64_t& to) {
-  int overflow = 0;
-  if (!PyLong_Check(value)) return false;
-  to = PyLong_AsLongLongAndOverflow(value, &overflow);
-  return overflow == 0;
-}
-
-bool read(PyObject* value, std::uint64_t& to) {
-  if (!PyLong_Check(value)) return false;
-  to = PyLong_AsUnsignedLongLong(value);
-  if (!PyErr_Occurred()) return true;
-  PyErr_Clear();  // negative or too large
-  return false;
-}
-
-bool read(PyObject* value, std::optional<double>& to) {
-  to.reset();
-  return value == Py_None || read(value, to.emplace());
-}
-
-template <class Code>
-bool read_code(PyObject* value, Code& to, std::int64_t count) {
-  std::int64_t n = 0;
-  if (!read(value, n) || n < 0 || n >= count) return false;
-  to = static_cast<Code>(n);
-  return true;
-}
-
-bool read(PyObject* value, Layout& to) { return read_code(value, to, std::size(layout_words)); }
-bool read(PyObject* value, Precision& to) { return read_code(value, to, std::size(precision_words)); }
-bool read(PyObject* value, int& to) { return read_code(value, to, std::int64_t{1} << 30); }
-
-PyObject* written(bool value) { return PyBool_FromLong(value); }
-PyObject* written(double value) { return PyFloat_FromDouble(value); }
-PyObject* written(std::int64_t value) { return PyLong_FromLongLong(value); }
-PyObject* written(std::uint64_t value) { return PyLong_FromUnsignedLongLong(value); }
-PyObject* written(int value) { return PyLong_FromLong(value); }
-PyObject* written(Layout value) { return PyLong_FromLong(static_cast<long>(value)); }
-PyObject* written(Precision value) { return PyLong_FromLong(static_cast<long>(value)); }
-PyObject* written(const std::optional<double>& value) { return value ? written(*value) : Py_NewRef(Py_None); }
-
-template <auto member>
-constexpr Field field(const char* name) {
-  return {name, [](Options& options, PyObject* value) { return read(value, options.*member); },
-          [](const Options& options) { return written(options.*member); }};
-}
-
-constexpr Field setting_fields[] = {
-    field<&Options::layout>("layout"),
-    field<&Options::causal>("causal"),
-    field<&Options::window_left>("window_left"),
-    field<&Options::window_right>("window_right"),
-    field<&Options::scale>("scale"),
-    field<&Options::softcap>("softcap"),
-    field<&Options::precision>("precision"),
-    field<&Options::distance_origin>("distance_origin"),
-    field<&Options::dropout>("dropout"),
-    field<&Options::seed>("seed"),
-    field<&Options::return_lse>("return_lse"),
-    field<&Options::return_weights>("return_weights"),
-    field<&Options::exact>("exact"),
-    field<&Options::same_tokens>("same_tokens"),
-    field<&Options::num_threads>("num_threads"),
+constexpr Field<Options> setting_fields[] = {
+    code_field<&Options::layout, std::size(layout_words)>("layout"),
+    field<Options, &Options::causal>("causal"),
+    field<Options, &Options::window_left>("window_left"),
+    field<Options, &Options::window_right>("window_right"),
+    field<Options, &Options::scale>("scale"),
+    field<Options, &Options::softcap>("softcap"),
+    code_field<&Options::precision, std::size(precision_words)>("precision"),
+    field<Options, &Options::distance_origin>("distance_origin"),
+    field<Options, &Options::dropout>("dropout"),
+    field<Options, &Options::seed>("seed"),
+    field<Options, &Options::return_lse>("return_lse"),
+    field<Options, &Options::return_weights>("return_weights"),
+    field<Options, &Options::exact>("exact"),
+    field<Options, &Options::same_tokens>("same_tokens"),
+    code_field<&Options::num_threads, 1 << 30>("num_threads"),
 };
 
 constexpr std::size_t array_count = std::size(array_options);
 constexpr std::size_t count = array_count + std::size(setting_fields);
 
+struct Fields {
+  Field<Options> all[count];
+};
+
 template <std::size_t... i>
-constexpr std::array<Field, count> all_fields(std::index_sequence<i...>) {
-  std::array<Field, count> all{array_field<i>()...};
-  std::copy(std::begin(setting_fields), std::end(setting_fields), all.begin() + array_count);
-  return all;
+constexpr Fields all_fields(std::index_sequence<i...>) {
+  Fields fields{{array_field<i>()...}};
+  std::copy(std::begin(setting_fields), std::end(setting_fields), fields.all + array_count);
+  return fields;
 }
 
-constexpr std::array<Field, count> fields = all_fields(std::make_index_sequence<array_count>());
-
-PyObject* make(const Options& from) {
-  PyObject* object = options_type->tp_alloc(options_type, 0);
-  if (object) ::new (&held(object)) Options(from);
-  return object;
-}
-
-PyObject* construct(PyObject*, PyObject* const*, std::size_t given, PyObject* keywords) {
-  if (PyVectorcall_NARGS(given) == 0 && !keywords) return make(Options());
-  PyErr_SetString(PyExc_TypeError, "Options() takes no arguments: set its fields");
-  return nullptr;
-}
-
-PyObject* copy(PyObject* self, PyObject*) { return make(held(self)); }
-
-void destroy(PyObject* object) {
-  PyTypeObject* type = Py_TYPE(object);
-  held(object).~Options();
-  type->tp_free(object);
-  Py_DECREF(type);
-}
-
-// Python calls this function, so no exception may leave it.
-int set(PyObject* self, PyObject* value, void* closure) {
-  const Field& field = *static_cast<const Field*>(closure);
-  try {
-    if (value && field.set(held(self), value)) return 0;
-    PyErr_Format(PyExc_TypeError, "Options: %s cannot be %R", field.name, value ? value : Py_None);
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  }
-  return -1;
-}
-
-PyObject* get(PyObject* self, void* field) { return static_cast<const Field*>(field)->get(held(self)); }
+constexpr Fields fields = all_fields(std::make_index_sequence<array_count>());
 
 py::dict codes(std::span<const char* const> words) {
   py::dict d;
@@ -183,10 +90,7 @@ py::dict dtype_codes() {
 
 }  // namespace
 
-const Options& options_of(py::handle object) {
-  if (Py_TYPE(object.ptr()) != options_type) throw py::type_error("_core: an Options is needed");
-  return held(object.ptr());
-}
+const Options& options_of(py::handle object) { return Record<Options>::in(object); }
 
 AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
                                 const TensorView& v) {
@@ -211,22 +115,7 @@ bool meets_any(const TensorView& out, const AttentionArguments& a) {
 }
 
 void register_options(py::module_& module) {
-  static PyGetSetDef attributes[count + 1] = {};
-  for (std::size_t i = 0; i < count; ++i)
-    attributes[i] = {fields[i].name, &get, &set, nullptr, const_cast<Field*>(&fields[i])};
-  static PyMethodDef methods[] = {{"copy", &copy, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
-  PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(&destroy)},
-                         {Py_tp_getset, attributes},
-                         {Py_tp_methods, methods},
-                         {0, nullptr}};
-  PyType_Spec spec = {"selfattn._core.Options", sizeof(OptionsObject), 0,
-                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE, slots};
-  const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
-  if (!type) throw py::error_already_set();
-  options_type = reinterpret_cast<PyTypeObject*>(type.ptr());
-  options_type->tp_vectorcall = &construct;  // the only constructor
-  Py_INCREF(options_type);
-  module.attr("Options") = type;
+  Record<Options>::add(module, "Options", fields.all);
   module.attr("LAYOUTS") = codes(layout_words);
   module.attr("PRECISIONS") = codes(precision_words);
   module.attr("DTYPES") = dtype_codes();

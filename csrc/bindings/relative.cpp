@@ -5,31 +5,30 @@
 namespace selfattn::bindings {
 namespace {
 
-// terms: r, u and w (doubles), r_origin.
-AttentionArguments relative_arguments(const char* function, py::handle q, py::handle k, py::handle v,
-                                      const py::tuple& terms, const Options& options) {
-  AttentionArguments arguments = arguments_of(function, q, k, v, options);
-  arguments.r = narrower_view(function, "r", terms[0], arguments.q.dtype);
-  arguments.u = optional_view(terms[1], DType::f64);
-  arguments.w = optional_view(terms[2], DType::f64);
-  arguments.r_origin = terms[3].cast<std::int64_t>();
+// operands: the arrays q, k and v.
+AttentionArguments relative_arguments(const char* function, const py::tuple& operands, py::handle term_values,
+                                      const Options& options) {
+  const RelativeTerms& terms = Record<RelativeTerms>::in(term_values);
+  AttentionArguments arguments = arguments_of(function, operands[0], operands[1], operands[2], options);
+  arguments.r = narrower_view(function, "r", terms.r, arguments.q.dtype);
+  arguments.u = optional_view(terms.u, DType::f64);
+  arguments.w = optional_view(terms.w, DType::f64);
+  arguments.r_origin = terms.r_origin;
   return arguments;
 }
 
-py::object relative_attention(const char* function, const py::tuple& inputs, const py::tuple& terms, py::object out,
+py::object relative_attention(const char* function, const py::tuple& operands, py::handle terms, py::object out,
                               py::handle option_values) {
   const Options& options = options_of(option_values);
-  const AttentionArguments arguments = relative_arguments(function, inputs[0], inputs[1], inputs[2], terms, options);
-  return attend_to(arguments, options, std::move(out), inputs[0]);
+  const AttentionArguments arguments = relative_arguments(function, operands, terms, options);
+  return attend_to(arguments, options, std::move(out), operands[0]);
 }
 
-// operands: as for attention_backward.
-py::dict relative_attention_backward(const char* function, const py::tuple& operands, const py::tuple& terms,
-                                     const py::sequence& wrt, py::handle option_values) {
+py::dict relative_attention_backward(const char* function, const py::tuple& operands, py::handle terms,
+                                     py::handle upstream, const py::sequence& wrt, py::handle option_values) {
   const Options& options = options_of(option_values);
-  const AttentionArguments arguments =
-      relative_arguments(function, operands[1], operands[2], operands[3], terms, options);
-  return gradients_of(arguments, options, operands, wrt);
+  const AttentionArguments arguments = relative_arguments(function, operands, terms, options);
+  return gradients_of(arguments, options, operands, Record<GradientInputs>::in(upstream), wrt);
 }
 
 }  // namespace

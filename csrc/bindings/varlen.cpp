@@ -36,18 +36,15 @@ Problem problem_of(const AttentionArguments& arguments, std::size_t i) {
 
 }  // namespace
 
-Packed::Packed(const char* function, const py::tuple& inputs)
-    : q(packed_view(function, "q", float_view(function, "q", inputs[0]))),
-      k(packed_view(function, "k", key_view(function, inputs[1], q.dtype))),
-      v(packed_view(function, "v", value_view(function, inputs[2], q.dtype, k.dtype))),
-      queries(integers_of(inputs[3])),
-      keys(integers_of(inputs[4])),
-      count(py::len(inputs[3]) - 1),
-      biases(inputs[6]),
+Packed::Packed(const char* function, const VarlenInputs& inputs)
+    : q(packed_view(function, "q", float_view(function, "q", inputs.q))),
+      k(packed_view(function, "k", key_view(function, inputs.k, q.dtype))),
+      v(packed_view(function, "v", value_view(function, inputs.v, q.dtype, k.dtype))),
+      queries(integers_of(inputs.cu_seqlens_q)),
+      keys(integers_of(inputs.cu_seqlens_k)),
+      count(py::len(inputs.cu_seqlens_q) - 1),
       function_(function),
-      masks_(inputs[5]),
-      q_offsets_(inputs[7]),
-      alibi_slopes_(inputs[8]) {}
+      inputs_(inputs) {}
 
 Shape Packed::lse_shape() const {
   Shape shape;
@@ -60,18 +57,18 @@ AttentionArguments Packed::arguments(const Options& options, std::size_t i, Sequ
   AttentionArguments own =
       arguments_of(function_, options, sequence.query.view, sequence.key.view, sequence.value.view);
   own.first_entry = static_cast<std::int64_t>(i);
-  if (!masks_.is_none()) own.mask = bool_view(function_, "mask", masks_[py::int_(i)]);
-  if (!biases.is_none()) {
-    const py::object bias = biases[py::int_(i)];
+  if (!inputs_.mask.is_none()) own.mask = bool_view(function_, "mask", inputs_.mask[py::int_(i)]);
+  if (!inputs_.bias.is_none()) {
+    const py::object bias = inputs_.bias[py::int_(i)];
     if (!bias.is_none()) own.bias = float_view(function_, "bias", bias);
   }
-  if (!q_offsets_.is_none()) {
-    const TensorView all = optional_view(q_offsets_, DType::i64);
+  if (!inputs_.q_offset.is_none()) {
+    const TensorView all = optional_view(inputs_.q_offset, DType::i64);
     own.q_offset = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(0), DType::i64, 0, nullptr,
                     nullptr};
   }
-  if (!alibi_slopes_.is_none()) {
-    const TensorView all = optional_view(alibi_slopes_, DType::f64);
+  if (!inputs_.alibi_slopes.is_none()) {
+    const TensorView all = optional_view(inputs_.alibi_slopes, DType::f64);
     sequence.slope_stride = all.stride(0);
     own.alibi_slopes = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(1), DType::f64, 1,
                         all.shape + 1, &sequence.slope_stride};
@@ -105,7 +102,8 @@ bool run(PerSequence<Sequence>& sequences, std::size_t number, int num_threads) 
   return attend(jobs.data(), count, threads, interrupted);
 }
 
-py::object attention_varlen(const char* function, const py::tuple& inputs, py::object out, py::handle option_values) {
+py::object attention_varlen(const char* function, py::handle operands, py::object out, py::handle option_values) {
+  const VarlenInputs& inputs = Record<VarlenInputs>::in(operands);
   const Options& options = options_of(option_values);
   const Packed packed(function, inputs);
   const DType computed = computed_in(packed.q.dtype), dtype = options.exact ? computed : packed.q.dtype;
@@ -119,7 +117,7 @@ py::object attention_varlen(const char* function, const py::tuple& inputs, py::o
   Shape shape;
   for (const std::int64_t n : {packed.q.shape[0], packed.q.shape[1], packed.v.shape[2]}) shape.append(n);
   if (given) check_out(function, py::reinterpret_borrow<py::array>(out), shape, dtype);
-  Destination result(std::move(out), given && !meets, shape, dtype, inputs[0]);
+  Destination result(std::move(out), given && !meets, shape, dtype, inputs.q);
   const TensorView packed_out = result.view(dtype);
   const DType lse_type = options.exact ? DType::f64 : computed;
   py::object lse = py::none();

@@ -3,6 +3,7 @@
 #include <memory>
 #include <new>
 
+#include "bindings/operands.h"
 #include "bindings/options.h"
 #include "problem.h"
 #include "scratch_pool.h"
@@ -62,18 +63,15 @@ class PerSequence {
 
 struct Sequence;
 
-// The operands of a call: q, k, v, cu_seqlens_q, cu_seqlens_k, masks, biases, q_offsets, alibi_slopes. The last four
-// replace the options of the same names, which are None in the call's options. Masks and biases are lists of arrays,
-// q_offsets and alibi_slopes are arrays whose first axis counts sequences; each of them may be None. The Python layer
-// has checked lengths.
+// The operands of a call.
 class Packed {
  public:
-  Packed(const char* function, const py::tuple& inputs);
+  // `inputs` must outlive this object.
+  Packed(const char* function, const VarlenInputs& inputs);
 
   const TensorView q, k, v;
   const std::int64_t *const queries, *const keys;  // the first row of each sequence, then the total
   const std::size_t count;
-  const py::object biases;
 
   std::int64_t queries_of(std::size_t i) const { return queries[i + 1] - queries[i]; }
   std::int64_t keys_of(std::size_t i) const { return keys[i + 1] - keys[i]; }
@@ -84,7 +82,7 @@ class Packed {
 
  private:
   const char* const function_;
-  const py::object masks_, q_offsets_, alibi_slopes_;
+  const VarlenInputs& inputs_;
 };
 
 // One sequence: its rows of q, k and v, and what to compute.

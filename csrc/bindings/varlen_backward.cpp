@@ -19,10 +19,11 @@ Shape packed_shape(const TensorView& like, std::int64_t last) {
 // The results of all sequences: packed arrays for q, k and v, lists for the others.
 class PackedResults {
  public:
-  PackedResults(const Packed& packed, const py::tuple& inputs, const py::sequence& wrt) : packed_(packed), wrt_(wrt) {
-    query_ = array_for("q", packed.q, inputs[0]);
-    key_ = array_for("k", packed.k, inputs[1]);
-    value_ = array_for("v", packed.v, inputs[2]);
+  PackedResults(const Packed& packed, const VarlenInputs& inputs, const py::sequence& wrt)
+      : packed_(packed), wrt_(wrt) {
+    query_ = array_for("q", packed.q, inputs.q);
+    key_ = array_for("k", packed.k, inputs.k);
+    value_ = array_for("v", packed.v, inputs.v);
     for (const char* name : {"bias", "scale", "alibi_slopes", "sinks", "t5"})
       if (wants(name)) arrays[name] = py::list();
   }
@@ -93,20 +94,22 @@ bool run(PerSequence<Sequence>& sequences, PerSequence<Gradients>& gradients, st
   return attend_backward(jobs.data(), count, threads, interrupted);
 }
 
-// inputs: those of attention_varlen. results: grad_out, out, lse, grad_lse (or None). Returns the gradients by name:
-// packed arrays for q, k and v; for bias, scale, alibi_slopes, sinks and t5 a list with what attention_backward would
-// return for each sequence.
-py::dict attention_varlen_backward(const char* function, const py::tuple& inputs, const py::tuple& results,
+// Returns the gradients by name: packed arrays for q, k and v; for bias, scale, alibi_slopes, sinks and t5 a list with
+// what attention_backward would return for each sequence.
+py::dict attention_varlen_backward(const char* function, py::handle operands, py::handle upstream,
                                    const py::sequence& wrt, py::handle option_values) {
+  const VarlenInputs& inputs = Record<VarlenInputs>::in(operands);
+  const GradientInputs& given = Record<GradientInputs>::in(upstream);
   const Options& options = options_of(option_values);
   const Packed packed(function, inputs);
   PerSequence<Sequence> sequences(packed.count);
   for (std::size_t i = 0; i < packed.count; ++i) sequences.make(i, packed, options, i);
   const Shape shape = packed_shape(packed.q, packed.v.shape[2]), rows = packed.lse_shape();
-  const TensorView dout = result_view(function, "grad_out", results[0], shape, packed.q.dtype);
-  const TensorView out = result_view(function, "out", results[1], shape, packed.q.dtype);
-  const TensorView lse = lse_view(function, results[2], rows);
-  const TensorView dlse = results[3].is_none() ? TensorView{} : shaped_view(function, "grad_lse", results[3], rows);
+  const TensorView dout = result_view(function, "grad_out", given.grad_out, shape, packed.q.dtype);
+  const TensorView out = result_view(function, "out", given.out, shape, packed.q.dtype);
+  const TensorView lse = lse_view(function, given.lse, rows);
+  const TensorView dlse =
+      given.grad_lse.is_none() ? TensorView{} : shaped_view(function, "grad_lse", given.grad_lse, rows);
   PackedResults found(packed, inputs, wrt);
   PerSequence<Gradients> gradients(packed.count);
   for (std::size_t i = 0; i < packed.count; ++i) {

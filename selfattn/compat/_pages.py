@@ -82,4 +82,4 @@ class Pages:
         )
         sequences = _core.make_block_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
         values = core_options(self.function, layout="bshd", **options)
-        return _core.attend_cache(self.function, store, sequences, (q, None, None, None, None, False), out, values)
+        return _core.attend_cache(self.function, store, sequences, _core.CacheInputs(q=q), out, values)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import sys
-from inspect import signature
+from collections.abc import Callable
+from inspect import getsource, signature, unwrap
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, get_args
 
 import numpy as np
@@ -14,6 +16,8 @@ import pytest
 import selfattn as sa
 from selfattn import _core, _typing
 from selfattn._arguments import core_options
+
+STUB = Path(sa.__file__).with_name("_core.pyi")
 
 FIELDS: dict[str, Any] = {
     "mask": np.ones(3, bool),
@@ -63,7 +67,7 @@ def test_fields_keep_what_they_are_given() -> None:
 
 
 def test_stub_names_every_field() -> None:
-    stub = ast.parse(Path(sa.__file__).with_name("_core.pyi").read_text(encoding="utf8"))
+    stub = ast.parse(STUB.read_text(encoding="utf8"))
     (fields,) = (x for x in stub.body if isinstance(x, ast.ClassDef) and x.name == "Options")
     named = [x.target.id for x in fields.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
     assert named == list(FIELDS)
@@ -74,6 +78,52 @@ def test_a_call_passes_options_in_the_order_of_its_signature() -> None:
     taken = list(signature(core_options).parameters.values())[1:]
     offered = [x for x in signature(sa.attention).parameters.values() if x.kind is x.KEYWORD_ONLY and x.name != "out"]
     assert [(x.name, x.default) for x in taken] == [(x.name, x.default) for x in offered]
+
+
+@pytest.mark.parametrize("function", [sa.attention, sa.attention_with_kvcache])
+def test_options_that_are_passed_by_position_are_in_their_places(function: Callable[..., Any]) -> None:
+    names = list(signature(core_options).parameters)[1:]
+    offered = signature(function).parameters
+    calls = [x for x in ast.walk(ast.parse(dedent(getsource(unwrap(function))))) if isinstance(x, ast.Call)]
+    (call,) = (x for x in calls if isinstance(x.func, ast.Name) and x.func.id == "core_options")
+    assert [ast.unparse(x) for x in call.args[1:]] == [name if name in offered else "None" for name in names]
+    assert not call.keywords
+
+
+def operand_types() -> list[ast.ClassDef]:
+    classes = [x for x in ast.parse(STUB.read_text(encoding="utf8")).body if isinstance(x, ast.ClassDef)]
+    return [x for x in classes if x.name != "Options"]
+
+
+@pytest.mark.parametrize("stub", operand_types(), ids=lambda stub: stub.name)
+def test_operands_have_the_fields_of_the_stub(stub: ast.ClassDef) -> None:
+    (init,) = (x for x in stub.body if isinstance(x, ast.FunctionDef) and x.name == "__init__")
+    fields = [x.target.id for x in stub.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
+    assert [x.arg for x in init.args.kwonlyargs] == fields
+    kind = getattr(_core, stub.name)
+    values = {name: getattr(kind(), name) for name in fields}
+    assert sorted(values) == sorted(name for name in dir(kind) if name[0] != "_" and name != "copy")
+    for name, value in values.items():
+        new = np.ones(3) if value is None else type(value)(1)
+        assert getattr(kind(**{name: new}), name) is new or type(new) is float
+        made = kind()
+        setattr(made, name, new)
+        assert getattr(made, name) == pytest.approx(new)
+        with pytest.raises(TypeError, match="has no argument 'other'"):
+            kind(**{name: new, "other": new})
+    with pytest.raises(TypeError, match="takes keyword arguments only"):
+        kind(1)
+
+
+def test_calls_refuse_other_operands() -> None:
+    x, options = np.zeros((1, 1, 1, 1), np.float32), _core.Options()
+    for other in ((x, x, x), None, options):
+        with pytest.raises(TypeError, match="VarlenInputs is needed"):
+            _core.attention_varlen("f", other, None, options)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="GradientInputs is needed"):
+            _core.attention_backward("f", (x, x, x), other, ("q",), options)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="RelativeTerms is needed"):
+            _core.relative_attention("f", (x, x, x), other, None, options)  # type: ignore[arg-type]
 
 
 def test_a_copy_is_another() -> None:
@@ -118,9 +168,10 @@ def test_the_core_itself_refuses_numbers_that_it_cannot_use(name: str, wrong: li
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="casual"):
         _core.Options().casual = True  # type: ignore[attr-defined]
-    for wrong in ({"causal": True}, {}):
-        with pytest.raises(TypeError, match="set its fields"):
-            _core.Options(*([] if wrong else [1]), **wrong)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"Options\(\) has no argument 'casual'"):
+        _core.Options(casual=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"Options\(\) takes keyword arguments only"):
+        _core.Options(1)  # type: ignore[call-arg]
     x = np.zeros((1, 1, 1, 1), np.float32)
     for other in ((), None, {}):
         with pytest.raises(TypeError, match="Options"):

@@ -86,17 +86,18 @@ def overlapping(x: Any) -> Any:
 def gradients(x: Any, sinks: Any) -> Any:
     # Not attention_backward: where memory is short, NumPy's sums raise SystemError.
     options = core_options("attention_backward", sinks=sinks, num_threads=3)
-    operands = (x, x, x, x, x, np.ones(x.shape[:3], np.float32), None, None)
-    return tuple(_core.attention_backward("attention_backward", operands, ("q", "k", "v", "sinks"), options).values())
+    given = _core.GradientInputs(grad_out=x, out=x, lse=np.ones(x.shape[:3], np.float32))
+    wrt = "q", "k", "v", "sinks"
+    return tuple(_core.attention_backward("attention_backward", (x, x, x), given, wrt, options).values())
 
 
 def packed_gradients(x: Any, sinks: Any) -> Any:
     function, starts = "attention_varlen_backward", np.array([0, 50, 130])
     options = core_options(function, sinks=sinks, layout="bshd", num_threads=3)
     packed = x.swapaxes(0, 1)
-    inputs = (packed, packed, packed, starts, starts, None, None, None, None)
-    results = (packed, packed, np.ones(x.shape[:2], np.float32), None)
-    return tuple(_core.attention_varlen_backward(function, inputs, results, ("q", "k", "v"), options).values())
+    inputs = _core.VarlenInputs(q=packed, k=packed, v=packed, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    given = _core.GradientInputs(grad_out=packed, out=packed, lse=np.ones(x.shape[:2], np.float32))
+    return tuple(_core.attention_varlen_backward(function, inputs, given, ("q", "k", "v"), options).values())
 
 
 def merged(x: Any) -> Any:

@@ -1,0 +1,73 @@
+#include "bindings/operands.h"
+
+namespace selfattn::bindings {
+namespace {
+
+constexpr Field<Rope> rope_fields[] = {
+    field<Rope, &Rope::base>("base"),
+    field<Rope, &Rope::rotary_dim>("rotary_dim"),
+    field<Rope, &Rope::interleaved>("interleaved"),
+};
+
+constexpr Field<CacheInputs> cache_fields[] = {
+    field<CacheInputs, &CacheInputs::q>("q"),
+    field<CacheInputs, &CacheInputs::k>("k"),
+    field<CacheInputs, &CacheInputs::v>("v"),
+    field<CacheInputs, &CacheInputs::rope>("rope"),
+    field<CacheInputs, &CacheInputs::positions>("positions"),
+    field<CacheInputs, &CacheInputs::unrounded>("unrounded"),
+};
+
+constexpr Field<LayerInputs> layer_fields[] = {
+    field<LayerInputs, &LayerInputs::x>("x"),
+    field<LayerInputs, &LayerInputs::context>("context"),
+    field<LayerInputs, &LayerInputs::positions>("positions"),
+    field<LayerInputs, &LayerInputs::residual>("residual"),
+    field<LayerInputs, &LayerInputs::store>("store"),
+    field<LayerInputs, &LayerInputs::sequences>("sequences"),
+};
+
+constexpr Field<VarlenInputs> varlen_fields[] = {
+    field<VarlenInputs, &VarlenInputs::q>("q"),
+    field<VarlenInputs, &VarlenInputs::k>("k"),
+    field<VarlenInputs, &VarlenInputs::v>("v"),
+    field<VarlenInputs, &VarlenInputs::cu_seqlens_q>("cu_seqlens_q"),
+    field<VarlenInputs, &VarlenInputs::cu_seqlens_k>("cu_seqlens_k"),
+    field<VarlenInputs, &VarlenInputs::mask>("mask"),
+    field<VarlenInputs, &VarlenInputs::bias>("bias"),
+    field<VarlenInputs, &VarlenInputs::q_offset>("q_offset"),
+    field<VarlenInputs, &VarlenInputs::alibi_slopes>("alibi_slopes"),
+};
+
+constexpr Field<RelativeTerms> relative_fields[] = {
+    field<RelativeTerms, &RelativeTerms::r>("r"),
+    field<RelativeTerms, &RelativeTerms::u>("u"),
+    field<RelativeTerms, &RelativeTerms::w>("w"),
+    field<RelativeTerms, &RelativeTerms::r_origin>("r_origin"),
+};
+
+constexpr Field<GradientInputs> gradient_fields[] = {
+    field<GradientInputs, &GradientInputs::grad_out>("grad_out"),
+    field<GradientInputs, &GradientInputs::out>("out"),
+    field<GradientInputs, &GradientInputs::lse>("lse"),
+    field<GradientInputs, &GradientInputs::grad_lse>("grad_lse"),
+    field<GradientInputs, &GradientInputs::grad_weights>("grad_weights"),
+};
+
+}  // namespace
+
+std::optional<Rope> rope_of(py::handle description) {
+  if (description.is_none()) return std::nullopt;
+  return Record<Rope>::in(description);
+}
+
+void register_operands(py::module_& module) {
+  Record<Rope>::add(module, "Rope", rope_fields);
+  Record<CacheInputs>::add(module, "CacheInputs", cache_fields);
+  Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
+  Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);
+  Record<RelativeTerms>::add(module, "RelativeTerms", relative_fields);
+  Record<GradientInputs>::add(module, "GradientInputs", gradient_fields);
+}
+
+}  // namespace selfattn::bindings
