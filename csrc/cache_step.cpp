@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "arithmetic.h"
 #include "message.h"
 
 namespace selfattn {
@@ -106,7 +107,7 @@ void CacheStep::open_pages(const char* function) {
     if (sequence.start < 0 || sequence.start > sequence.length)
       refuse(function, "sequence ", b, " has the tokens ", sequence.start, " to ", sequence.length,
              ", which is impossible");
-    const std::int64_t first = sequence.start / slots, end = (sequence.length + more_ + slots - 1) / slots;
+    const std::int64_t first = sequence.start / slots, end = ceil_div(sequence.length + more_, slots);
     const std::int64_t used = std::max<std::int64_t>(end - first, 0);
     if (used > sequence.page_count) refuse(function, "the pages of sequence ", b, " do not fit its length");
     rows_[b] = {used > 0 ? sequence.pages : &nothing, first};

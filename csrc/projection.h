@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "arithmetic.h"
 #include "kernels/kernel_set.h"
 #include "problem.h"
 
@@ -19,7 +20,7 @@ class Projection {
              const TensorView& scales = {});
   std::int64_t depth() const { return depth_; }
   std::int64_t columns() const { return columns_; }
-  std::int64_t panels() const { return (columns_ + types_->panel_columns - 1) / types_->panel_columns; }
+  std::int64_t panels() const { return ceil_div(columns_, types_->panel_columns); }
   std::int64_t panel_columns() const { return types_->panel_columns; }
   DType dtype() const { return dtype_; }
   DType computation() const { return computed_in(dtype_); }

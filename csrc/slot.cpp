@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "arithmetic.h"
+
 #define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
 #include "kernels/scratch.h"
 
@@ -12,8 +14,7 @@ using core::Carver;
 Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
   // Kernels write maxima and sums of whole strips.
-  const std::int64_t lanes =
-      (plan.block_rows + plan.attend->strip_rows - 1) / plan.attend->strip_rows * std::int64_t{plan.attend->strip_rows};
+  const std::int64_t lanes = ceil_div(plan.block_rows, plan.attend->strip_rows) * plan.attend->strip_rows;
   Carver carver{base};
   const auto take_if = [&](bool needed, std::int64_t count, DType dtype) {
     return needed ? carver.take<char>(count * size_of(dtype)) : nullptr;

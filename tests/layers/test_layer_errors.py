@@ -96,8 +96,9 @@ def test_keys_of_x_need_weights_for_x() -> None:
         np.zeros((2, 3, 16), np.float32),
         "x has d_model 16 but w_k has 17 rows: without context they must agree",
     )
-    with pytest.raises(ValueError, match="^SelfAttention: " + message):
+    with pytest.raises(ValueError, match="^SelfAttention: " + message) as caught:
         sa.SelfAttention(**given)(x)
+    assert caught.value.message_parts[::2] == ("SelfAttention", "x", "w_k")  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="^SelfAttention: " + message):
         sa.SelfAttention(**given)(x, cache=sa.KVCache(2, 4, 4, 10))
     with pytest.raises(ValueError, match="^self_attention: " + message):
