@@ -92,8 +92,11 @@ class RowTasks {
 
   static void run_panels(LinearSpace& space, const LinearJob& job, LinearBlock block) {
     space.forget();
-    for (block.panels = {0, 1}; block.panels.first < job.projection.panels(); ++block.panels.first)
+    const std::int64_t panels = job.projection.panels(), most = most_panels(job);
+    for (std::int64_t first = 0; first < panels; first += most) {
+      block.panels = {first, std::min(most, panels - first)};
       space.run(job, block);
+    }
   }
 
   void run_block(std::int64_t outer, std::int64_t first_row, std::int64_t rows, Space space) const {

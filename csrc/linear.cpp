@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "rows.h"
 #include "scratch_pool.h"
@@ -12,25 +13,20 @@
 namespace selfattn {
 namespace {
 
-// Rows whose sums are finished together, and panels that a task multiplies with a single row. What follows the product
-// is computed while the sums are in L1.
-constexpr std::int64_t finished_rows = 32, row_panels = 4;
-// Panels of a task whose results have 16 bits: one panel would end within a cache line, which two threads would write.
-constexpr std::int64_t narrow_panels = 2;
+// For as many threads, tasks are as small as they get.
+constexpr int most_threads = 1 << 16;
+constexpr std::int64_t most_deep_rows = 256;
 
-// Blocks of x are equally large. A block stays in L2 from panel to panel.
-std::int64_t block_rows(const LinearJob& job) {
-  constexpr std::int64_t whole = 16;
-  const std::int64_t blocks = std::max<std::int64_t>(ceil_div(job.x.rows, LinearSpace::most_rows), 1);
-  return std::max(ceil_div(ceil_div(job.x.rows, blocks), whole) * whole, whole);
-}
-std::int64_t blocks(const LinearJob& job) { return ceil_div(job.x.rows, block_rows(job)); }
+bool is_deep(const Projection& projection) { return projection.depth() > depth_part; }
 
-std::int64_t task_panels(const LinearJob& job) {
-  return job.x.rows == 1 ? row_panels : is_narrow(job.out_dtype) ? narrow_panels : 1;
-}
-std::int64_t panel_tasks(const LinearJob& job) { return ceil_div(job.projection.panels(), task_panels(job)); }
-std::int64_t task_count(const LinearJob& job) { return job.x.outer * blocks(job) * panel_tasks(job); }
+// Panels of a task. A single row is multiplied by several at once. Of results with 16 bits, one panel would end within
+// a cache line, which two threads would write. Of deep weights, several panels use the same part of the rows in turn.
+std::int64_t least_panels(const LinearJob& job) { return job.x.rows == 1 ? 4 : is_narrow(job.out_dtype) ? 2 : 1; }
+}  // namespace
+
+std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) ? 4 : least_panels(job); }
+
+namespace {
 
 // Elements of a row in the buffer for x: pairs need an even depth.
 std::int64_t x_step(const Projection& projection) {
@@ -55,6 +51,16 @@ bool plain(const LinearJob& job) {
          job.out_dtype == job.projection.computation();
 }
 
+// Rows of x that a task takes at most; they stay in L2 from panel to panel. Deep weights are multiplied part by part,
+// so that only a part needs to fit.
+std::int64_t most_rows(const LinearJob& job) {
+  return is_deep(job.projection) && in_place(job) ? most_deep_rows : LinearSpace::most_rows;
+}
+
+// Rows whose sums are finished together. What follows the product is computed while the sums are in L1. Deep weights
+// would be read again for each group of rows.
+std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
+
 // Rows of x become contiguous rows of the type that the kernel reads.
 void gather(const LinearJob& job, char* to, char* row, const char* from, std::int64_t rows) {
   const Projection& projection = job.projection;
@@ -77,6 +83,37 @@ void gather(const LinearJob& job, char* to, char* row, const char* from, std::in
   }
 }
 
+// How the work of a job is split into tasks.
+class Blocking {
+ public:
+  Blocking(const LinearJob& job, int threads) : x_rows_(job.x.rows), panels_(job.projection.panels()) {
+    constexpr std::int64_t whole = 16, tasks_per_thread = 8;
+    const std::int64_t blocks = std::max<std::int64_t>(ceil_div(x_rows_, most_rows(job)), 1);
+    rows = std::max(ceil_div(ceil_div(x_rows_, blocks), whole) * whole, whole);
+    panels =
+        std::clamp(job.x.outer * blocks * panels_ / (tasks_per_thread * threads), least_panels(job), most_panels(job));
+    tasks = job.x.outer * row_blocks() * panel_tasks();
+  }
+
+  LinearBlock block(const LinearJob& job, std::int64_t task) const {
+    const std::int64_t panel = task % panel_tasks() * panels, block = task / panel_tasks();
+    const std::int64_t first = block % row_blocks() * rows, outer = block / row_blocks();
+    return {outer,
+            first,
+            std::min(rows, x_rows_ - first),
+            {panel, std::min(panels, panels_ - panel)},
+            job.out + (outer * x_rows_ + first) * job.out_step};
+  }
+
+  std::int64_t rows, panels, tasks;  // rows and panels of a task
+
+ private:
+  std::int64_t row_blocks() const { return ceil_div(x_rows_, rows); }
+  std::int64_t panel_tasks() const { return ceil_div(panels_, panels); }
+
+  std::int64_t x_rows_, panels_;
+};
+
 }  // namespace
 
 double flops(const LinearJob& job) {
@@ -92,7 +129,7 @@ LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count) {
     const Projection& projection = job->projection;
     const std::int64_t size = size_of(projection.computation());
     const std::int64_t tile =
-        bytes_of(std::min(job->x.rows, finished_rows), task_panels(*job), projection.panel_columns(), size);
+        bytes_of(std::min(job->x.rows, finished_rows(*job)), most_panels(*job), projection.panel_columns(), size);
     if (!in_place(*job)) x = std::max(x, bytes_of(most_rows, x_step(projection), size_of(operand(*job))));
     if (job->norm) row = std::max(row, bytes_of(projection.depth(), size));
     if (!plain(*job)) sums = std::max(sums, tile);
@@ -143,8 +180,9 @@ void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const c
   const std::int64_t width = block.panels.count * projection.panel_columns();
   const std::int64_t columns = projection.columns_of(block.panels);
   const auto finish = projection.kernels_of(job.out_dtype).finish;
-  for (std::int64_t done = 0; done < block.rows; done += finished_rows) {
-    const std::int64_t rows = std::min(finished_rows, block.rows - done);
+  const std::int64_t together = finished_rows(job);
+  for (std::int64_t done = 0; done < block.rows; done += together) {
+    const std::int64_t rows = std::min(together, block.rows - done);
     const char* from = x + done * step * size_of(operand(job));
     projection.project(block.panels, operand(job), from, step, rows, sums_, width);
     if (job.gate) job.gate->project(block.panels, operand(job), from, step, rows, gates_, width);
@@ -161,13 +199,18 @@ void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const c
 }
 
 bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted interrupted) {
-  Work work{&jobs->projection.kernels(), 0, 0, 0};
+  const auto tasks = [&](int threads) {
+    return std::accumulate(jobs, jobs + count, std::int64_t{0}, [threads](std::int64_t sum, const LinearJob& job) {
+      return sum + Blocking(job, threads).tasks;
+    });
+  };
+  Work work{&jobs->projection.kernels(), 0, 0, tasks(most_threads)};
   for (int i = 0; i < count; ++i) {
-    work.tasks += task_count(jobs[i]);
     work.flops += flops(jobs[i]);
     work.bytes += weight_bytes(jobs[i]);
   }
   const int threads = useful_threads(work, num_threads);
+  work.tasks = tasks(threads);
   const std::size_t own = LinearSpace(nullptr, jobs, count).bytes();
   const Scratch memory(own * static_cast<std::size_t>(threads));
   const auto space = [&](int slot) {
@@ -177,15 +220,9 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
   TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t index, int slot) {
     const LinearJob* job = jobs;
-    for (; index >= task_count(*job); ++job) index -= task_count(*job);
-    const std::int64_t panel = index % panel_tasks(*job) * task_panels(*job);
-    index /= panel_tasks(*job);
-    const std::int64_t first = index % blocks(*job) * block_rows(*job), outer = index / blocks(*job);
-    space(slot).run(*job, {outer,
-                           first,
-                           std::min(block_rows(*job), job->x.rows - first),
-                           {panel, std::min(task_panels(*job), job->projection.panels() - panel)},
-                           job->out + (outer * job->x.rows + first) * job->out_step});
+    Blocking blocking(*job, threads);
+    for (; index >= blocking.tasks; blocking = Blocking(*++job, threads)) index -= blocking.tasks;
+    space(slot).run(*job, blocking.block(*job, index));
   };
   return loop.run(body);
 }

@@ -25,6 +25,8 @@ struct LinearJob {
 
 double flops(const LinearJob& job);
 double weight_bytes(const LinearJob& job);
+// Panels that a task takes at most.
+std::int64_t most_panels(const LinearJob& job);
 
 // Some rows of x, which are rows of out from `out` on, and some panels.
 struct LinearBlock {
@@ -39,7 +41,7 @@ class LinearSpace {
   LinearSpace(char* base, const LinearJob* jobs, int count);
   std::size_t bytes() const { return bytes_; }
   void forget();  // call it before the first block
-  // At most most_rows rows.
+  // At most most_rows rows, or those of a task of run_all.
   void run(const LinearJob& job, const LinearBlock& block) noexcept;
 
   static constexpr std::int64_t most_rows = 96;

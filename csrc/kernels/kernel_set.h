@@ -171,6 +171,10 @@ struct BackwardKernel {
 };
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or several adjacent ones.
+// Elements of the depth that are multiplied for all rows and panels of a call before the next. A panel's part and those
+// of the rows stay in L2 then, however deep the weights are. Not for AMX; the parts of codes are their groups.
+constexpr std::int64_t depth_part = 512;
+
 struct ProjectArgs {
   const void* x;  // rows of depth contiguous elements, `x_step` elements apart
   std::int64_t x_step;

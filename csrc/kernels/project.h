@@ -1,11 +1,19 @@
 // Linear projection: out = x . weights + bias for some rows of x and packed panels of weight columns.
 #pragma once
+#include <algorithm>
+
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
 #include "kernels/pack.h"
 #include "kernels/tile_matmul.h"
 
 namespace selfattn::SELFATTN_ISA {
+
+// Some cells of the depth. Those of codes share their scales.
+struct DepthPart {
+  std::int64_t index, first;
+  bool last;
+};
 
 // One row has too few sums per panel to keep the FMA units busy, and one stream of weights is too few for the memory.
 // So several panels are multiplied at once.
@@ -26,22 +34,19 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
 }
 
-// Stores the sums of one row and one panel, whose columns start at `first`. Those of codes are of one group, to be
-// scaled and added to the groups before.
+// Stores the sums of one row and one panel, whose columns start at `first`. They are added to those of the parts of
+// the depth before this one.
 template <bool Scaled, int Vectors, class T>
-inline void store_row(const ProjectArgs& args, std::int64_t group, std::int64_t row, std::int64_t first,
+inline void store_row(const ProjectArgs& args, DepthPart part, std::int64_t row, std::int64_t first,
                       const Vec<T> (&sums)[Vectors]) {
   constexpr int W = Vec<T>::width;
-  const T* bias = static_cast<const T*>(args.bias);
+  const T* bias = part.last ? static_cast<const T*>(args.bias) : nullptr;
   T* out = static_cast<T*>(args.out) + row * args.out_step;
   for (int c = 0; c < Vectors && first < args.columns; ++c, first += W) {
     Vec<T> sum = sums[c];
-    if constexpr (Scaled) {
-      sum = sum * load(args.scales + group * args.scale_step + first);
-      if (group > 0) sum = sum + load_up_to(out + first, args.columns - first);
-    }
-    const bool last = !Scaled || group + 1 == args.groups;
-    store_up_to(out + first, bias && last ? sum + load(bias + first) : sum, args.columns - first);
+    if constexpr (Scaled) sum = sum * load(args.scales + part.index * args.scale_step + first);
+    if (part.index > 0) sum = sum + load_up_to(out + first, args.columns - first);
+    store_up_to(out + first, bias ? sum + load(bias + first) : sum, args.columns - first);
   }
 }
 
@@ -51,24 +56,25 @@ inline void project(const ProjectArgs& args) noexcept {
   using T = typename Unit::Real;
   constexpr int width = Vectors * Vec<T>::width, together = 4;
   constexpr bool codes = scaled<B>;
-  const std::int64_t groups = codes ? args.groups : 1;
-  const std::int64_t depth = (args.depth / groups + Unit::cell - 1) / Unit::cell;
+  const std::int64_t all = (args.depth + Unit::cell - 1) / Unit::cell;
+  const std::int64_t most = codes ? all / args.groups : depth_part / Unit::cell;
   const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
-  for (std::int64_t group = 0; group < groups; ++group) {
-    const RowMajor<A> x{static_cast<const A*>(args.x) + group * depth, args.x_step / Unit::cell};
-    const B* panel = static_cast<const B*>(args.panel) + group * depth * width;
+  for (DepthPart part{0, 0, false}; !part.last; part.first += most, ++part.index) {
+    const std::int64_t depth = std::min(most, all - part.first);
+    part.last = part.first + depth == all;
+    const RowMajor<A> x{static_cast<const A*>(args.x) + part.first, args.x_step / Unit::cell};
+    const B* panel = static_cast<const B*>(args.panel) + part.first * width;
     std::int64_t first = 0;
     if (args.rows == 1)
       for (; first + (together - 1) * width < args.columns; first += together * width, panel += together * panel_step) {
         Vec<T> sums[together][Vectors];
         multiply_row<Unit>(x.data, panel, panel_step, depth, sums);
-        for (int p = 0; p < together; ++p) store_row<codes>(args, group, 0, first + p * width, sums[p]);
+        for (int p = 0; p < together; ++p) store_row<codes>(args, part, 0, first + p * width, sums[p]);
       }
     for (; first < args.columns; first += width, panel += panel_step)
       multiply_rows<TileRows, Vectors, Unit>(x, args.rows, panel, std::int64_t{width}, depth,
                                              [&](std::int64_t row, const auto& sums) {
-                                               for (const auto& s : sums)
-                                                 store_row<codes>(args, group, row++, first, s);
+                                               for (const auto& s : sums) store_row<codes>(args, part, row++, first, s);
                                              });
   }
 }

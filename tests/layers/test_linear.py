@@ -138,6 +138,24 @@ def test_bits_of_a_row(isa: str, normal: Any, weights: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deep_weights_are_multiplied_by_parts(isa: str, normal: Any, weights: Any, dtype: Any) -> None:
+    """Parts of 512: a task takes several panels then, and more rows of an operand that needs no copy."""
+    for depth in (512, 513, 1100):
+        w, b = weights(depth, 450, dtype)
+        plain, active = sa.Linear(w, b), sa.Linear(w, b, activation="relu")
+        x = normal(2, 300, depth, dtype=dtype)
+        y = plain(x)
+        close(y, expected(x, w, b, None), dtype, depth)
+        assert np.array_equal(active(x), np.maximum(y, 0))
+        assert np.array_equal(plain(np.asfortranarray(x)), y)
+        for rows, threads in ((1, 1), (2, 2), (97, 1), (270, 3)):
+            assert np.array_equal(plain(x[0, :rows], num_threads=threads), y[0, :rows])
+        if dtype in (np.dtype(np.float16), BFLOAT):
+            wide = sa.Linear(w.astype(np.float32), b.astype(np.float32))
+            assert np.array_equal(plain(x.astype(np.float32)), wide(x.astype(np.float32)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_feed_forward(isa: str, normal: Any, weights: Any, dtype: Any) -> None:
     steps = 2.0**-6 if dtype == BFLOAT else 2.0**-9 if dtype == np.float16 else 0.0
     for d_in, hidden, d_out in ((4, 3, 4), (33, 65, 33), (96, 200, 96)):
