@@ -22,7 +22,7 @@ constexpr std::int64_t narrow_panels = 2;
 std::int64_t block_rows(const LinearJob& job) {
   constexpr std::int64_t whole = 16;
   const std::int64_t blocks = std::max<std::int64_t>(ceil_div(job.x.rows, LinearSpace::most_rows), 1);
-  return std::max(ceil_div(ceil_div(job.x.rows, blocks), whole) * whole, whole);
+  return std::max(round_up(ceil_div(job.x.rows, blocks), whole), whole);
 }
 std::int64_t blocks(const LinearJob& job) { return ceil_div(job.x.rows, block_rows(job)); }
 
@@ -34,7 +34,7 @@ std::int64_t task_count(const LinearJob& job) { return job.x.outer * blocks(job)
 
 // Elements of a row in the buffer for x: pairs need an even depth.
 std::int64_t x_step(const Projection& projection) {
-  return projection.pairs() ? (projection.depth() + 1) / 2 * 2 : projection.depth();
+  return projection.pairs() ? round_up(projection.depth(), 2) : projection.depth();
 }
 
 DType operand(const LinearJob& job) { return job.projection.operand(job.x.dtype); }
@@ -170,22 +170,22 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
   const int threads = useful_threads(work, num_threads);
   const std::size_t own = LinearSpace(nullptr, jobs, count).bytes();
   const Scratch memory(own * static_cast<std::size_t>(threads));
-  const auto space = [&](int slot) {
-    return LinearSpace(memory.data() + own * static_cast<std::size_t>(slot), jobs, count);
+  const auto space = [&](int thread) {
+    return LinearSpace(memory.data() + own * static_cast<std::size_t>(thread), jobs, count);
   };
-  for (int slot = 0; slot < threads; ++slot) space(slot).forget();
+  for (int thread = 0; thread < threads; ++thread) space(thread).forget();
   TaskLoop loop(work, threads, interrupted);
-  const auto body = [&](std::int64_t index, int slot) {
+  const auto body = [&](std::int64_t index, int thread) {
     const LinearJob* job = jobs;
     for (; index >= task_count(*job); ++job) index -= task_count(*job);
     const std::int64_t panel = index % panel_tasks(*job) * task_panels(*job);
     index /= panel_tasks(*job);
     const std::int64_t first = index % blocks(*job) * block_rows(*job), outer = index / blocks(*job);
-    space(slot).run(*job, {outer,
-                           first,
-                           std::min(block_rows(*job), job->x.rows - first),
-                           {panel, std::min(task_panels(*job), job->projection.panels() - panel)},
-                           job->out + (outer * job->x.rows + first) * job->out_step});
+    space(thread).run(*job, {outer,
+                             first,
+                             std::min(block_rows(*job), job->x.rows - first),
+                             {panel, std::min(task_panels(*job), job->projection.panels() - panel)},
+                             job->out + (outer * job->x.rows + first) * job->out_step});
   };
   return loop.run(body);
 }

@@ -52,7 +52,7 @@ inline void project(const ProjectArgs& args) noexcept {
   constexpr int width = Vectors * Vec<T>::width, together = 4;
   constexpr bool codes = scaled<B>;
   const std::int64_t groups = codes ? args.groups : 1;
-  const std::int64_t depth = (args.depth / groups + Unit::cell - 1) / Unit::cell;
+  const std::int64_t depth = ceil_div(args.depth / groups, Unit::cell);
   const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
   for (std::int64_t group = 0; group < groups; ++group) {
     const RowMajor<A> x{static_cast<const A*>(args.x) + group * depth, args.x_step / Unit::cell};
