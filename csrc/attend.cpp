@@ -12,8 +12,8 @@
 #include "key_source.h"
 #include "row_block.h"
 #include "scratch_pool.h"
-#include "slot.h"
 #include "task_loop.h"
+#include "thread_memory.h"
 
 namespace selfattn {
 namespace {
@@ -22,8 +22,8 @@ struct Task {
   std::int64_t job, batch, kv_head, row_block, range;
 };
 
-// An entry of the task order: one block of query rows for all KV heads of a batch entry.
-struct Unit {
+// The tasks of one block of query rows: those of all KV heads of a batch entry, and of all ranges.
+struct RowTasks {
   std::int64_t job, batch, row_block;
   std::int64_t cost;
   std::int64_t first_task;
@@ -36,7 +36,7 @@ struct Part {
   Shared shared;
 };
 
-std::int64_t tasks_per_unit(const Part& part) { return part.problem->num_kv_heads * part.plan->ranges; }
+std::int64_t tasks_per_block(const Part& part) { return part.problem->num_kv_heads * part.plan->ranges; }
 
 Work work_of(const Job* jobs, std::int64_t count) {
   Work work{count > 0 ? jobs->plan->attend : nullptr, 0, 0, 0};
@@ -53,15 +53,15 @@ class Run {
   Run(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted)
       : count_(count), ordered_(count > 1 || threads > 1), thread_bytes_(0) {
     std::size_t bytes = whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
-    std::int64_t units = 0;
+    std::int64_t blocks = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       const Plan& plan = *jobs[i].plan;
       bytes += plan.shared_bytes;
       thread_bytes_ = std::max(thread_bytes_, plan.thread_bytes);
-      units += jobs[i].problem->batch * plan.row_blocks;
+      blocks += jobs[i].problem->batch * plan.row_blocks;
     }
-    const std::size_t unit_bytes = ordered_ ? whole_lines(sizeof(Unit) * static_cast<std::size_t>(units)) : 0;
-    memory_.emplace(bytes + unit_bytes + thread_bytes_ * static_cast<std::size_t>(threads));
+    const std::size_t order_bytes = ordered_ ? whole_lines(sizeof(RowTasks) * static_cast<std::size_t>(blocks)) : 0;
+    memory_.emplace(bytes + order_bytes + thread_bytes_ * static_cast<std::size_t>(threads));
     char* place = memory_->data();
     parts_ = reinterpret_cast<Part*>(place);
     place += whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
@@ -73,24 +73,24 @@ class Run {
       std::uninitialized_value_construct_n(part->shared.finished, part->shared.row_blocks);
       place += plan.shared_bytes;
     }
-    if (ordered_) order_units(reinterpret_cast<Unit*>(place));
-    slots_ = place + unit_bytes;
+    if (ordered_) order_tasks(reinterpret_cast<RowTasks*>(place));
+    threads_memory_ = place + order_bytes;
     loop_.emplace(work_of(jobs, count), threads, interrupted);
   }
 
   bool execute() { return loop_->run(*this); }
 
-  void operator()(std::int64_t index, int slot) noexcept {
+  void operator()(std::int64_t index, int thread) noexcept {
     const Task task = task_at(index);
     const Part& part = parts_[task.job];
-    char* own = slots_ + thread_bytes_ * static_cast<std::size_t>(slot);
-    attend_task(part, task, Slot(own, *part.plan, *part.problem), slot);
+    char* own = threads_memory_ + thread_bytes_ * static_cast<std::size_t>(thread);
+    attend_task(part, task, ThreadMemory(own, *part.plan, *part.problem), thread);
   }
 
  private:
   // Largest first, so that no thread is left alone with a long task at the end.
-  void order_units(Unit* unit) {
-    units_ = unit;
+  void order_tasks(RowTasks* next) {
+    order_ = next;
     for (std::int64_t i = 0; i < count_; ++i) {
       const Problem& problem = *parts_[i].problem;
       for (std::int64_t block = 0; block < parts_[i].plan->row_blocks; ++block)
@@ -99,36 +99,37 @@ class Run {
           const KeyRange keys = span_keys(problem, span);
           // Several problems may also differ in their numbers of rows.
           const std::int64_t rows = count_ > 1 ? span.valid : 1;
-          *unit++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
+          *next++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
         }
     }
-    end_ = unit;
-    std::sort(units_, end_, [](const Unit& a, const Unit& b) {
+    end_ = next;
+    std::sort(order_, end_, [](const RowTasks& a, const RowTasks& b) {
       return std::tie(b.cost, b.row_block, a.job, a.batch) < std::tie(a.cost, a.row_block, b.job, b.batch);
     });
     std::int64_t tasks = 0;
-    for (Unit* u = units_; u != end_; ++u) {
-      u->first_task = tasks;
-      tasks += tasks_per_unit(parts_[u->job]);
+    for (RowTasks* rows = order_; rows != end_; ++rows) {
+      rows->first_task = tasks;
+      tasks += tasks_per_block(parts_[rows->job]);
     }
   }
 
   Task task_at(std::int64_t index) const {
     if (!ordered_) {
       const Plan& plan = *parts_->plan;
-      const std::int64_t per_unit = tasks_per_unit(*parts_), unit = index / per_unit;
-      index %= per_unit;
-      return {0, unit / plan.row_blocks, index / plan.ranges, unit % plan.row_blocks, index % plan.ranges};
+      const std::int64_t per_block = tasks_per_block(*parts_), block = index / per_block;
+      index %= per_block;
+      return {0, block / plan.row_blocks, index / plan.ranges, block % plan.row_blocks, index % plan.ranges};
     }
-    const Unit& unit =
-        *(std::upper_bound(units_, end_, index, [](std::int64_t task, const Unit& u) { return task < u.first_task; }) -
+    const RowTasks& rows =
+        *(std::upper_bound(order_, end_, index,
+                           [](std::int64_t task, const RowTasks& r) { return task < r.first_task; }) -
           1);
-    const std::int64_t ranges = parts_[unit.job].plan->ranges;
-    index -= unit.first_task;
-    return {unit.job, unit.batch, index / ranges, unit.row_block, index % ranges};
+    const std::int64_t ranges = parts_[rows.job].plan->ranges;
+    index -= rows.first_task;
+    return {rows.job, rows.batch, index / ranges, rows.row_block, index % ranges};
   }
 
-  void attend_task(const Part& part, const Task& task, const Slot& slot, int slot_index) noexcept {
+  void attend_task(const Part& part, const Task& task, const ThreadMemory& memory, int thread) noexcept {
     const Problem& problem = *part.problem;
     const Plan& plan = *part.plan;
     const RowSpan span = span_of(problem, plan, task.batch, task.kv_head, task.row_block);
@@ -138,43 +139,36 @@ class Run {
     const bool split = ranges.count > 1;
     const std::int64_t block_index =
         (task.batch * problem.num_kv_heads + task.kv_head) * plan.row_blocks + task.row_block;
-    describe_rows(problem, plan, span, slot, /*with_sinks=*/problem.sinks && !split);
+    describe_rows(problem, plan, span, memory, /*with_sinks=*/problem.sinks && !split);
 
-    RowBlock block{slot.rows,
-                   span.valid,
-                   plan.key_block,
-                   problem.head_dim,
-                   problem.value_dim,
-                   part.terms,
-                   plan.out_type,
-                   /*normalise=*/!split,
-                   slot.row_max,
-                   slot.row_sum,
-                   slot.kernel_scratch};
-    if (split) redirect(problem, block, slot, part.shared.partial(plan, problem, block_index, task.range));
+    RowBlock block{memory.rows,          span.valid,     plan.key_block, problem.head_dim,
+                   problem.value_dim,    part.terms,     plan.out_type,
+                   /*normalise=*/!split, memory.row_max, memory.row_sum, memory.kernel_scratch};
+    if (split) redirect(problem, block, memory, part.shared.partial(plan, problem, block_index, task.range));
     plan.attend->begin(block);
     const KeyRange keys{task.range * ranges.keys, (task.range + 1) * ranges.keys};
-    if (!absorb_keys(part, task, span, keys, block, slot, slot_index)) return;
+    if (!absorb_keys(part, task, span, keys, block, memory, thread)) return;
     plan.attend->finish(block);
-    if (!split) return complete_rows(problem, plan, span, slot, slot.row_max, slot.row_sum);
+    if (!split) return complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
 
     const Partial result = part.shared.partial(plan, problem, block_index, task.range);
     const auto bytes = static_cast<std::size_t>(span.valid * size_of(problem.dtype));
-    std::memcpy(result.row_max, slot.row_max, bytes);
-    std::memcpy(result.row_sum, slot.row_sum, bytes);
+    std::memcpy(result.row_max, memory.row_max, bytes);
+    std::memcpy(result.row_sum, memory.row_sum, bytes);
     // The thread that finishes last merges. Acquire-release makes the other ranges' results visible to it.
     if (part.shared.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == ranges.count)
-      merge_ranges(problem, plan, part.shared, block_index, span, slot);
+      merge_ranges(problem, plan, part.shared, block_index, span, memory);
   }
 
-  static void redirect(const Problem& problem, const RowBlock& block, const Slot& slot, const Partial& result) {
+  static void redirect(const Problem& problem, const RowBlock& block, const ThreadMemory& memory,
+                       const Partial& result) {
     for (int i = 0; i < block.count; ++i)
-      slot.rows[i].out = result.out + i * problem.value_dim * size_of(problem.dtype);
+      memory.rows[i].out = result.out + i * problem.value_dim * size_of(problem.dtype);
   }
 
   // Blocks start at multiples of key_block, so a row's result does not depend on which keys its neighbours see.
   bool absorb_keys(const Part& part, const Task& task, const RowSpan& span, const KeyRange& range,
-                   const RowBlock& block, const Slot& slot, int slot_index) noexcept {
+                   const RowBlock& block, const ThreadMemory& memory, int thread) noexcept {
     const Problem& problem = *part.problem;
     const Plan& plan = *part.plan;
     const KeyRange keys = span_keys(problem, span);
@@ -184,16 +178,16 @@ class Run {
     const std::int64_t masked_from = problem.masked_from(task.batch);
     RowBlock unmasked = block;
     unmasked.terms.mask = false;
-    const KeySource source(problem, plan, slot, task.batch, task.kv_head);
+    const KeySource source(problem, plan, memory, task.batch, task.kv_head);
     std::optional<DistanceTerms> by_distance;
     if (problem.relative || problem.distance_bias)
       by_distance.emplace(problem, RelativeProducts{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys},
-                          span, slot.rows, slot.distance);
+                          span, memory.rows, memory.distance);
     for (std::int64_t first = begin / plan.key_block * plan.key_block; first < end; first += plan.key_block) {
-      if (loop_->should_stop(slot_index)) return false;
+      if (loop_->should_stop(thread)) return false;
       const int count = static_cast<int>(std::min<std::int64_t>(end - first, plan.key_block));
       const bool masked = !problem.recent_mask || first + count > masked_from;
-      if (problem.recent_mask && problem.mask && masked) spread_masks(problem, span, slot, first, count);
+      if (problem.recent_mask && problem.mask && masked) spread_masks(problem, span, memory, first, count);
       if (by_distance) by_distance->prepare(first, count, end);
       plan.attend->absorb(masked ? block : unmasked, source.block(first, count));
     }
@@ -205,8 +199,8 @@ class Run {
   std::size_t thread_bytes_;
   std::optional<Scratch> memory_;
   Part* parts_ = nullptr;
-  Unit *units_ = nullptr, *end_ = nullptr;
-  char* slots_ = nullptr;
+  RowTasks *order_ = nullptr, *end_ = nullptr;
+  char* threads_memory_ = nullptr;
   std::optional<TaskLoop> loop_;
 };
 

@@ -37,21 +37,21 @@ class BackwardPart {
 
   void prepare_rows(std::int64_t index, char* own_memory) noexcept {
     const std::int64_t block = index % plan_.row_blocks, head = index / plan_.row_blocks % problem_.num_heads;
-    const BackwardSlot slot(own_memory, plan_, problem_, gradients_);
-    prepared_.prepare(span_of(index / plan_.row_blocks / problem_.num_heads, head, block), slot);
+    const BackwardThreadMemory memory(own_memory, plan_, problem_, gradients_);
+    prepared_.prepare(span_of(index / plan_.row_blocks / problem_.num_heads, head, block), memory);
     shared_.rows_prepared[index].store(1, std::memory_order_release);
   }
 
-  void visit_range(std::int64_t index, char* own_memory, int slot_index) noexcept {
-    const BackwardSlot slot(own_memory, plan_, problem_, gradients_);
+  void visit_range(std::int64_t index, char* own_memory, int thread) noexcept {
+    const BackwardThreadMemory memory(own_memory, plan_, problem_, gradients_);
     // All heads for the first range of keys, then all heads for the next one. So the task of the preceding range, whose
     // results a task needs, was started long before.
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
     BackwardTask task{index, index / heads, index % heads / problem_.num_kv_heads, index % problem_.num_kv_heads,
-                      slot_index};
+                      thread};
     task.first = task.range * plan_.range_keys;
     task.count = static_cast<int>(std::min<std::int64_t>(problem_.kv_len - task.first, plan_.range_keys));
-    visit_rows(task, slot);
+    visit_rows(task, memory);
   }
 
  private:
@@ -61,39 +61,39 @@ class BackwardPart {
 
   // Waits until a task has passed the block of rows. Such a task was started before, by a thread that does not wait for
   // this one. Returns false if the call was interrupted.
-  bool wait_for(std::int64_t task, std::int64_t block, int slot) noexcept {
-    return wait_until(shared_.progress[task], block + 1, slot);
+  bool wait_for(std::int64_t task, std::int64_t block, int thread) noexcept {
+    return wait_until(shared_.progress[task], block + 1, thread);
   }
 
   template <class Count>
-  bool wait_until(const std::atomic<Count>& done, std::int64_t least, int slot) noexcept {
+  bool wait_until(const std::atomic<Count>& done, std::int64_t least, int thread) noexcept {
     for (int spins = 0; done.load(std::memory_order_acquire) < least; ++spins) {
       if (spins < 200) continue;
-      if (loop_.should_stop(slot)) return false;
+      if (loop_.should_stop(thread)) return false;
       std::this_thread::yield();
     }
     return true;
   }
 
-  void visit_rows(BackwardTask& task, BackwardSlot slot) noexcept {
-    load_keys(task, slot);
+  void visit_rows(BackwardTask& task, BackwardThreadMemory memory) noexcept {
+    load_keys(task, memory);
     const std::int64_t blocks = problem_.group_size * plan_.row_blocks;
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
     for (std::int64_t block = 0; block < blocks; ++block) {
-      if (loop_.should_stop(task.slot)) return;
+      if (loop_.should_stop(task.thread)) return;
       const std::int64_t head = task.kv_head * problem_.group_size + block / plan_.row_blocks;
       const RowSpan span = span_of(task.batch, head, block % plan_.row_blocks);
       const KeyRange seen = span_keys(problem_, span);
       if (seen.begin < task.first + task.count && task.first < seen.end && seen.begin < seen.end)
-        if (!visit(task, span, seen, block, slot)) return;
-      if (gradients_.of_heads() && !deliver(task, span, block, slot)) return;
+        if (!visit(task, span, seen, block, memory)) return;
+      if (gradients_.of_heads() && !deliver(task, span, block, memory)) return;
       // A task that shares gradients of scores relies on all tasks before it, including those that skipped the block.
       if (gradients_.shares_scores && task.index % heads > 0 &&
-          !wait_for(task.index - 1, blocks_before(block), task.slot))
+          !wait_for(task.index - 1, blocks_before(block), task.thread))
         return;
       shared_.progress[task.index].store(block + 1, std::memory_order_release);
     }
-    store_keys(task, slot);
+    store_keys(task, memory);
   }
 
   // The last block that the preceding KV head must have finished before this KV head may add to shared gradients: the
@@ -102,24 +102,24 @@ class BackwardPart {
     return (problem_.group_size - 1) * plan_.row_blocks + block % plan_.row_blocks;
   }
 
-  void load_keys(BackwardTask& task, BackwardSlot& slot) const {
+  void load_keys(BackwardTask& task, BackwardThreadMemory& memory) const {
     const auto source = [&](const Operand& operand) {
       const char* rows = problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row;
       return SourceRows{{rows, operand.row, operand.column}, operand.dtype};
     };
-    slot.operands.keys =
-        gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, slot.keys);
-    slot.operands.values = gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim,
-                                     plan_.value_step, slot.values);
-    if (gradients_.distance_bias) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
-    relative_.start(slot);
-    clear(slot.dkeys, task.count * plan_.key_step);
-    clear(slot.dvalues, task.count * plan_.value_step);
-    task.finite = plan_.kernel->finite(slot.operands.keys, task.count * plan_.key_step) &&
-                  plan_.kernel->finite(slot.operands.values, task.count * plan_.value_step);
+    memory.operands.keys =
+        gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, memory.keys);
+    memory.operands.values = gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim,
+                                       plan_.value_step, memory.values);
+    if (gradients_.distance_bias) std::fill_n(memory.distance_sums, problem_.distance_bias.count, 0.0);
+    relative_.start(memory);
+    clear(memory.dkeys, task.count * plan_.key_step);
+    clear(memory.dvalues, task.count * plan_.value_step);
+    task.finite = plan_.kernel->finite(memory.operands.keys, task.count * plan_.key_step) &&
+                  plan_.kernel->finite(memory.operands.values, task.count * plan_.value_step);
   }
 
-  void store_keys(const BackwardTask& task, const BackwardSlot& slot) const {
+  void store_keys(const BackwardTask& task, const BackwardThreadMemory& memory) const {
     const auto store = [&](const Operand& operand, char* rows, std::int64_t width, std::int64_t step, double factor) {
       if (!operand) return;
       char* to = problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row;
@@ -128,96 +128,98 @@ class BackwardPart {
         scatter_row(*plan_.kernels, {to, operand.column, operand.dtype}, rows, type_of<T>, width);
       }
     };
-    store(gradients_.key, slot.dkeys, problem_.head_dim, plan_.key_step, problem_.scale);
-    store(gradients_.value, slot.dvalues, problem_.value_dim, plan_.value_step, 1);
+    store(gradients_.key, memory.dkeys, problem_.head_dim, plan_.key_step, problem_.scale);
+    store(gradients_.value, memory.dvalues, problem_.value_dim, plan_.value_step, 1);
   }
 
   // Adds what is summed over rows to the gradients of the head, after the preceding range of keys has done so. With
   // relative products, a task waits after every block, even a skipped one, since the task of the next range relies on
   // all tasks before it.
-  bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block, const BackwardSlot& slot) noexcept {
+  bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block,
+               const BackwardThreadMemory& memory) noexcept {
     const bool last_of_head = block % plan_.row_blocks == plan_.row_blocks - 1;
     if (!last_of_head && !problem_.relative) return true;
-    if (task.range > 0 && !wait_for(task.index - problem_.batch * problem_.num_kv_heads, block, task.slot))
+    if (task.range > 0 && !wait_for(task.index - problem_.batch * problem_.num_kv_heads, block, task.thread))
       return false;
-    if (problem_.relative) relative_.deliver(task, span, last_of_head, slot);
-    if (gradients_.distance_bias && last_of_head) sums_.deliver_distances(span, slot);
+    if (problem_.relative) relative_.deliver(task, span, last_of_head, memory);
+    if (gradients_.distance_bias && last_of_head) sums_.deliver_distances(span, memory);
     return true;
   }
 
   bool visit(BackwardTask& task, const RowSpan& span, const KeyRange& seen, std::int64_t block,
-             BackwardSlot slot) noexcept {
-    describe_rows(problem_, span, slot.rows);
+             BackwardThreadMemory memory) noexcept {
+    describe_rows(problem_, span, memory.rows);
     if (problem_.distance_bias || problem_.relative)
-      DistanceTerms(problem_, plan_.relative, span, slot.rows, slot.distance)
+      DistanceTerms(problem_, plan_.relative, span, memory.rows, memory.distance)
           .prepare(task.first, task.count, task.first + task.count);
-    slot.operands.queries = gather_queries<T>(problem_, plan_, span, problem_.key_bias, slot.queries);
-    slot.operands.dout = gather<T>(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid,
-                                   problem_.value_dim, plan_.value_step, slot.dout);
+    memory.operands.queries = gather_queries<T>(problem_, plan_, span, problem_.key_bias, memory.queries);
+    memory.operands.dout = gather<T>(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid,
+                                     problem_.value_dim, plan_.value_step, memory.dout);
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
-    if (!wait_until(shared_.rows_prepared[row_task], 1, task.slot)) return false;
-    if (slot.dscores) clear(slot.dscores, span.valid * plan_.score_step);
-    if (slot.relative.dproducts) clear(slot.relative.dproducts, plan_.block_rows + span.valid * plan_.score_step);
-    plan_.kernel->run(block_of(task, span, slot));
-    relative_.visit(task, span, slot);
+    if (!wait_until(shared_.rows_prepared[row_task], 1, task.thread)) return false;
+    if (memory.dscores) clear(memory.dscores, span.valid * plan_.score_step);
+    if (memory.relative.dproducts) clear(memory.relative.dproducts, plan_.block_rows + span.valid * plan_.score_step);
+    plan_.kernel->run(block_of(task, span, memory));
+    relative_.visit(task, span, memory);
 
     const bool first = seen.begin / plan_.range_keys == task.range;
     const bool last = (seen.end - 1) / plan_.range_keys == task.range;
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
     if (gradients_.shares_scores && task.index % heads > 0 &&
-        !wait_for(task.index - 1, blocks_before(block), task.slot))
+        !wait_for(task.index - 1, blocks_before(block), task.thread))
       return false;
-    sums_.add_scores(task, span, slot);
-    if (!first && !wait_for(task.index - heads, block, task.slot)) return false;
-    sums_.add_rows(task, span, slot);
-    if (gradients_.query) add_dquery(span, slot, first, last);
+    sums_.add_scores(task, span, memory);
+    if (!first && !wait_for(task.index - heads, block, task.thread)) return false;
+    sums_.add_rows(task, span, memory);
+    if (gradients_.query) add_dquery(span, memory, first, last);
     return true;
   }
 
-  BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
+  BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const {
     const std::int64_t row = padded_row_index(problem_, plan_, span) * size;
     const bool keeps = gradients_.keeps_scores();
-    const bool finite = task.finite && plan_.kernel->finite(slot.operands.queries, span.valid * plan_.key_step) &&
-                        plan_.kernel->finite(slot.operands.dout, span.valid * plan_.value_step);
-    return {.rows = slot.rows,
-            .count = span.valid,
-            .terms = terms_,
-            .head_dim = problem_.head_dim,
-            .value_dim = problem_.value_dim,
-            .queries = slot.operands.queries,
-            .dout = slot.operands.dout,
-            .shift = shared_.shift + row,
-            .factor = shared_.factor + row,
-            .delta = shared_.delta + row,
-            .dquery = slot.dquery,
-            .first_key = task.first,
-            .key_count = task.count,
-            .key_block = plan_.key_block,
-            .keys = slot.operands.keys,
-            .values = slot.operands.values,
-            .dkeys = slot.dkeys,
-            .dvalues = slot.dvalues,
-            .finite = finite,
-            .dscores = keeps ? element(problem_, gradients_.scores, span, place_of(span, 0)) + task.first * size
-                             : slot.dscores,
-            .dscore_step = keeps ? gradients_.scores.row / size : plan_.score_step,
-            .dproducts = slot.relative.dproducts ? slot.relative.dproducts + plan_.block_rows * size : nullptr,
-            .dproduct_step = plan_.score_step,
-            .dweights = gradients_.dweights ? element(problem_, gradients_.dweights, span, place_of(span, 0)) : nullptr,
-            .dweight_step = gradients_.dweights.row / size,
-            .scratch = slot.kernel_scratch};
+    const bool finite = task.finite && plan_.kernel->finite(memory.operands.queries, span.valid * plan_.key_step) &&
+                        plan_.kernel->finite(memory.operands.dout, span.valid * plan_.value_step);
+    return {
+        .rows = memory.rows,
+        .count = span.valid,
+        .terms = terms_,
+        .head_dim = problem_.head_dim,
+        .value_dim = problem_.value_dim,
+        .queries = memory.operands.queries,
+        .dout = memory.operands.dout,
+        .shift = shared_.shift + row,
+        .factor = shared_.factor + row,
+        .delta = shared_.delta + row,
+        .dquery = memory.dquery,
+        .first_key = task.first,
+        .key_count = task.count,
+        .key_block = plan_.key_block,
+        .keys = memory.operands.keys,
+        .values = memory.operands.values,
+        .dkeys = memory.dkeys,
+        .dvalues = memory.dvalues,
+        .finite = finite,
+        .dscores =
+            keeps ? element(problem_, gradients_.scores, span, row_index(span, 0)) + task.first * size : memory.dscores,
+        .dscore_step = keeps ? gradients_.scores.row / size : plan_.score_step,
+        .dproducts = memory.relative.dproducts ? memory.relative.dproducts + plan_.block_rows * size : nullptr,
+        .dproduct_step = plan_.score_step,
+        .dweights = gradients_.dweights ? element(problem_, gradients_.dweights, span, row_index(span, 0)) : nullptr,
+        .dweight_step = gradients_.dweights.row / size,
+        .scratch = memory.kernel_scratch};
   }
 
-  void add_dquery(const RowSpan& span, const BackwardSlot& slot, bool first, bool last) const {
+  void add_dquery(const RowSpan& span, const BackwardThreadMemory& memory, bool first, bool last) const {
     const T scale = static_cast<T>(problem_.scale);
     for (int i = 0; i < span.valid; ++i) {
-      T* part = reinterpret_cast<T*>(slot.dquery) + i * plan_.key_step;
+      T* part = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
       if (problem_.relative) {
-        const T* relative = reinterpret_cast<const T*>(slot.relative.dquery) + i * plan_.key_step;
+        const T* relative = reinterpret_cast<const T*>(memory.relative.dquery) + i * plan_.key_step;
         for (std::int64_t d = 0; d < problem_.head_dim; ++d) part[d] += relative[d];
       }
-      char* result = element(problem_, gradients_.query, span, place_of(span, i));
+      char* result = element(problem_, gradients_.query, span, row_index(span, i));
       T* sum = plan_.buffers_dquery
                    ? reinterpret_cast<T*>(shared_.dquery) + (row_index(problem_, span) + i) * problem_.head_dim
                    : reinterpret_cast<T*>(result);

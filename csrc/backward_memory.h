@@ -21,14 +21,15 @@ struct RelativeMemory {
   double* relative_bias = nullptr;
 };
 
-// Rows of operands in the form that kernels need: the caller's own, if they have it, or copies in a slot.
+// Rows of operands in the form that kernels need: the caller's own, if they have it, or copies in the memory of a
+// thread.
 struct BackwardOperands {
   const char *queries, *dout;  // of the current block of rows
   const char *keys, *values;   // of the current task
 };
 
 // One thread's memory. Rows are padded to whole vectors.
-struct BackwardSlot {
+struct BackwardThreadMemory {
   Row* rows;
   char* queries;  // [block_rows][head_dim]
   char* dout;     // [block_rows][value_dim]
@@ -47,7 +48,7 @@ struct BackwardSlot {
   RelativeMemory relative;
   std::size_t bytes;
 
-  BackwardSlot(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients);
+  BackwardThreadMemory(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients);
 };
 
 // Memory of all threads.

@@ -21,8 +21,6 @@ constexpr int largest_range = 512;
 // Bounds the scratch memory for very wide heads.
 constexpr std::int64_t row_bytes_wanted = std::int64_t{256} << 10;
 
-std::int64_t whole_vectors(std::int64_t count, std::int64_t lanes) { return ceil_div(count, lanes) * lanes; }
-
 // None of these depends on lengths, so that results do not either.
 void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   const std::int64_t row_bytes = (plan.key_step + plan.value_step) * size_of(problem.dtype);
@@ -58,7 +56,8 @@ RelativeMemory place_relative(core::Carver& carver, const BackwardPlan& plan, co
 
 }  // namespace
 
-BackwardSlot::BackwardSlot(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients) {
+BackwardThreadMemory::BackwardThreadMemory(char* base, const BackwardPlan& plan, const Problem& problem,
+                                           const Gradients& gradients) {
   const std::int64_t size = size_of(problem.dtype), rows_ = plan.block_rows, keys_ = plan.range_keys;
   core::Carver carver{base};
   const auto take = [&](std::int64_t count) { return carver.take<char>(count * size); };
@@ -98,14 +97,14 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   BackwardPlan plan{};
   plan.kernels = &kernels;
   plan.kernel = problem.dtype == DType::f32 ? &kernels.f32.backward : &kernels.f64.backward;
-  plan.key_step = whole_vectors(problem.head_dim, plan.kernel->lanes);
-  plan.value_step = whole_vectors(problem.value_dim, plan.kernel->lanes);
+  plan.key_step = round_up(problem.head_dim, plan.kernel->lanes);
+  plan.value_step = round_up(problem.value_dim, plan.kernel->lanes);
   choose_blocks(plan, problem);
   plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
                    plan.range_keys};
   // Room between rows, so that they can be read as if shifted by up to block_rows - 1.
   plan.score_step =
-      whole_vectors(plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0), plan.kernel->lanes);
+      round_up(plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0), plan.kernel->lanes);
   plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);
   plan.ranges = ceil_div(problem.kv_len, plan.range_keys);
   plan.buffers_dquery = gradients.query && !(gradients.query.in_place && gradients.query.dtype == problem.dtype);
@@ -114,7 +113,7 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
                static_cast<double>((problem.relative ? 6 : 3) * problem.head_dim + 2 * problem.value_dim);
-  plan.thread_bytes = BackwardSlot(nullptr, plan, problem, gradients).bytes;
+  plan.thread_bytes = BackwardThreadMemory(nullptr, plan, problem, gradients).bytes;
   plan.shared_bytes = BackwardShared(nullptr, plan, problem).bytes;
   return plan;
 }

@@ -6,7 +6,7 @@
 namespace selfattn {
 
 template <class T>
-void RowPreparation<T>::prepare(const RowSpan& span, const BackwardSlot& slot) const {
+void RowPreparation<T>::prepare(const RowSpan& span, const BackwardThreadMemory& memory) const {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const std::int64_t lanes = plan_.kernel->lanes, first = padded_row_index(problem_, plan_, span);
   const std::int64_t width = problem_.value_dim, step = plan_.value_step;
@@ -16,17 +16,17 @@ void RowPreparation<T>::prepare(const RowSpan& span, const BackwardSlot& slot) c
   const auto rows = [&](const Operand& operand, char* copy) {
     return gather<T>(*plan_.kernels, rows_of(problem_, operand, span), span.valid, width, step, copy);
   };
-  const char* dout = rows(gradients_.dout, slot.dout);
-  const char* out = rows(problem_.out, slot.out);
+  const char* dout = rows(gradients_.dout, memory.dout);
+  const char* out = rows(problem_.out, memory.out);
   const ValidKeys valid = valid_keys(problem_, span.batch);
   const double most = largest_peak();
   for (int i = 0; i < span.valid; ++i) {
-    const Place place = place_of(span, i);
-    const double lse = read_real(element(problem_, problem_.lse, span, place), problem_.lse.dtype);
+    const RowIndex index = row_index(span, i);
+    const double lse = read_real(element(problem_, problem_.lse, span, index), problem_.lse.dtype);
     const std::int64_t at = i * step * static_cast<std::int64_t>(sizeof(T));
     double sum = plan_.kernel->dot(dout + at, out + at, step);
-    if (gradients_.dlse) sum -= read_real(element(problem_, gradients_.dlse, span, place), gradients_.dlse.dtype);
-    const Row row = describe_row(problem_, span, place, valid);
+    if (gradients_.dlse) sum -= read_real(element(problem_, gradients_.dlse, span, index), gradients_.dlse.dtype);
+    const Row row = describe_row(problem_, span, index, valid);
     const double peak = lse * log2_e + row.omitted;
     const bool empty = lse == -infinity || (std::isfinite(peak) && std::abs(peak) > most);
     // The factor makes up for the rounding of the shift.
@@ -35,7 +35,7 @@ void RowPreparation<T>::prepare(const RowSpan& span, const BackwardSlot& slot) c
     delta[i] = static_cast<T>(sum);
     if (gradients_.sinks && !empty) gradients_.sinks[row_index(problem_, span) + i] = -std::exp2(row.sink - peak) * sum;
   }
-  for (std::int64_t i = span.valid; i < ceil_div(span.count, lanes) * lanes; ++i) shift[i] = factor[i] = delta[i] = 0;
+  for (std::int64_t i = span.valid; i < round_up(span.count, lanes); ++i) shift[i] = factor[i] = delta[i] = 0;
   const KeyRange seen = span_keys(problem_, span);
   const int unseen = seen.begin < seen.end ? span.valid : 0;
   if (gradients_.query) clear_rows(problem_, gradients_.query, span, unseen);

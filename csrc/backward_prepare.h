@@ -13,7 +13,7 @@ class RowPreparation {
       : problem_(problem), gradients_(gradients), plan_(plan), shared_(shared) {}
 
   // Fills in shift, factor and delta of a block of rows, and the results of rows that see no key.
-  void prepare(const RowSpan& span, const BackwardSlot& slot) const;
+  void prepare(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
  private:
   // Beyond this, an ulp of scores or of the log-sum-exp is 1/8 or more: a row's probabilities cannot be computed from

@@ -20,18 +20,18 @@ class RelativeSums {
   RelativeSums(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan)
       : problem_(problem), gradients_(gradients), plan_(plan) {}
 
-  // Clears the slot's sums.
-  void start(const BackwardSlot& slot) const;
-  // Computes the gradients of a block of rows and adds them to the slot's sums. The gradients of queries through q.k
-  // are in slot.dquery already; those through relative products are left in slot.relative.dquery.
-  void visit(BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
+  // Clears the memory's sums.
+  void start(const BackwardThreadMemory& memory) const;
+  // Computes the gradients of a block of rows and adds them to the memory's sums. The gradients of queries through q.k
+  // are in memory.dquery already; those through relative products are left in memory.relative.dquery.
+  void visit(BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
   // Adds what is complete after a block, visited or not, to the head's gradients.
-  void deliver(BackwardTask& task, const RowSpan& span, bool last_of_head, const BackwardSlot& slot) const;
+  void deliver(BackwardTask& task, const RowSpan& span, bool last_of_head, const BackwardThreadMemory& memory) const;
 
  private:
-  void multiply(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
-  void add_column(const RowSpan& span, std::int64_t distance, T* sums, const BackwardSlot& slot) const;
-  void deliver_head(const RowSpan& span, const BackwardSlot& slot) const;
+  void multiply(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
+  void add_column(const RowSpan& span, std::int64_t distance, T* sums, const BackwardThreadMemory& memory) const;
+  void deliver_head(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
   const Problem& problem_;
   const Gradients& gradients_;

@@ -12,7 +12,7 @@ namespace selfattn {
 // A range of keys of one KV head.
 struct BackwardTask {
   std::int64_t index, range, batch, kv_head;
-  int slot;
+  int thread;
   std::int64_t first = 0;  // key
   int count = 0;
   bool finite = false;       // no key or value of the task is NaN or infinite
@@ -33,13 +33,13 @@ inline std::int64_t padded_row_index(const Problem& problem, const BackwardPlan&
 }
 
 inline SourceRows rows_of(const Problem& problem, const Operand& operand, const RowSpan& span) {
-  return {{element(problem, operand, span, place_of(span, 0)), operand.row, operand.column}, operand.dtype};
+  return {{element(problem, operand, span, row_index(span, 0)), operand.row, operand.column}, operand.dtype};
 }
 
 // Sets the rows of a span to 0, from its row `first` on.
 inline void clear_rows(const Problem& problem, const Operand& operand, const RowSpan& span, int first) {
   for (int i = first; i < span.count; ++i) {
-    char* row = element(problem, operand, span, place_of(span, i));
+    char* row = element(problem, operand, span, row_index(span, i));
     for (std::int64_t d = 0; d < problem.head_dim; ++d) write_real(row + d * operand.column, 0, operand.dtype);
   }
 }

@@ -12,14 +12,15 @@ namespace selfattn {
 
 // The tasks of all problems in one order: first their blocks of rows, then their ranges of keys. Within a problem they
 // keep their order, so that a task only waits for tasks that were started before. Part is the backward pass of one
-// problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory, slot).
+// problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
+// thread).
 template <class Part>
 class BackwardRun {
  public:
   BackwardRun(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted)
       : sizes_(jobs, count),
         memory_(sizes_.shared_bytes + sizes_.thread_bytes * static_cast<std::size_t>(threads)),
-        slots_(memory_.data() + sizes_.shared_bytes),
+        threads_memory_(memory_.data() + sizes_.shared_bytes),
         loop_(sizes_.row_tasks + sizes_.range_tasks, threads, interrupted) {
     // Problems with long tasks first, so that no thread is left alone with such a task at the end.
     std::vector<BackwardJob> ordered(jobs, jobs + count);
@@ -38,15 +39,15 @@ class BackwardRun {
 
   bool execute() { return loop_.run(*this); }
 
-  void operator()(std::int64_t index, int slot) noexcept {
-    char* own = slots_ + sizes_.thread_bytes * static_cast<std::size_t>(slot);
+  void operator()(std::int64_t index, int thread) noexcept {
+    char* own = threads_memory_ + sizes_.thread_bytes * static_cast<std::size_t>(thread);
     if (index < sizes_.row_tasks) {
       Entry& entry = entry_of(index, &Entry::first_rows);
       entry.part.prepare_rows(index - entry.first_rows, own);
     } else {
       index -= sizes_.row_tasks;
       Entry& entry = entry_of(index, &Entry::first_range);
-      entry.part.visit_range(index - entry.first_range, own, slot);
+      entry.part.visit_range(index - entry.first_range, own, thread);
     }
   }
 
@@ -84,7 +85,7 @@ class BackwardRun {
 
   const Sizes sizes_;
   const Scratch memory_;
-  char* const slots_;
+  char* const threads_memory_;
   TaskLoop loop_;
   std::vector<Entry> parts_;
 };

@@ -20,70 +20,71 @@ double dot(const char* queries, const char* gradients, std::int64_t first, std::
 }  // namespace
 
 template <class T>
-void ScoreSums<T>::add_scores(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
-  if (!slot.dscores) return;
+void ScoreSums<T>::add_scores(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const {
+  if (!memory.dscores) return;
   const std::int64_t head = span.batch * problem_.num_heads + span.first_head;
   for (int i = 0; i < span.valid; ++i) {
-    const T* from = dscores_of(slot, i);
+    const T* from = dscores_of(memory, i);
     if (gradients_.key_sums)
       plan_.kernel->add(from, task.count,
                         reinterpret_cast<T*>(gradients_.key_sums) + head * problem_.kv_len + task.first);
     if (gradients_.scores)
       plan_.kernel->add(
           from, task.count,
-          reinterpret_cast<T*>(element(problem_, gradients_.scores, span, place_of(span, i))) + task.first);
+          reinterpret_cast<T*>(element(problem_, gradients_.scores, span, row_index(span, i))) + task.first);
   }
-  if (gradients_.distance_bias) add_distances(task, span, slot);
+  if (gradients_.distance_bias) add_distances(task, span, memory);
 }
 
 // Of row i, key j has column valid - 1 - i + j: pairs in a column have the same distance.
 template <class T>
-void ScoreSums<T>::add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
+void ScoreSums<T>::add_distances(const BackwardTask& task, const RowSpan& span,
+                                 const BackwardThreadMemory& memory) const {
   const ByDistance& table = problem_.distance_bias;
   const std::int64_t columns = span.valid - 1 + task.count, first = farthest(task, span) + table.origin;
-  T* sums = reinterpret_cast<T*>(slot.columns);
+  T* sums = reinterpret_cast<T*>(memory.columns);
   std::fill_n(sums, columns, T(0));
-  for (int i = 0; i < span.valid; ++i) plan_.kernel->add(dscores_of(slot, i), task.count, sums + span.valid - 1 - i);
+  for (int i = 0; i < span.valid; ++i) plan_.kernel->add(dscores_of(memory, i), task.count, sums + span.valid - 1 - i);
   for (std::int64_t c = 0; c < columns; ++c)
-    slot.distance_sums[std::clamp<std::int64_t>(first - c, 0, table.count - 1)] += static_cast<double>(sums[c]);
+    memory.distance_sums[std::clamp<std::int64_t>(first - c, 0, table.count - 1)] += static_cast<double>(sums[c]);
 }
 
 template <class T>
-void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
+void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const {
   const std::int64_t index = row_index(problem_, span);
   if (gradients_.scale)
     for (int i = 0; i < span.valid; ++i) {
       const std::int64_t place = i * plan_.key_step, width = problem_.head_dim;
-      double sum = dot<T>(slot.operands.queries, slot.dquery, place, width);
-      if (problem_.relative) sum += dot<T>(slot.relative.queries, slot.relative.dquery, place, width);
+      double sum = dot<T>(memory.operands.queries, memory.dquery, place, width);
+      if (problem_.relative) sum += dot<T>(memory.relative.queries, memory.relative.dquery, place, width);
       gradients_.scale[index + i] += sum;
     }
-  T* line = reinterpret_cast<T*>(slot.columns);
+  T* line = reinterpret_cast<T*>(memory.columns);
   const std::int64_t columns = plan_.block_rows + plan_.score_step;
   if (gradients_.slopes) {
     const std::int64_t first = farthest(task, span);
     for (std::int64_t c = 0; c < columns; ++c) line[c] = static_cast<T>(-std::abs(first - c));
-    multiply_rows(span, slot, gradients_.slopes + index);
+    multiply_rows(span, memory, gradients_.slopes + index);
   }
   if (gradients_.row_sums) {
     std::fill_n(line, columns, T(1));
-    multiply_rows(span, slot, gradients_.row_sums + index);
+    multiply_rows(span, memory, gradients_.row_sums + index);
   }
 }
 
 // Multiplies the gradients of each row with the numbers of their columns.
 template <class T>
-void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardSlot& slot, double* sums) const {
-  const T* line = reinterpret_cast<const T*>(slot.columns) + span.valid - 1;
-  for (int i = 0; i < span.valid; ++i) sums[i] += plan_.kernel->dot(dscores_of(slot, i), line - i, plan_.score_step);
+void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardThreadMemory& memory, double* sums) const {
+  const T* line = reinterpret_cast<const T*>(memory.columns) + span.valid - 1;
+  for (int i = 0; i < span.valid; ++i) sums[i] += plan_.kernel->dot(dscores_of(memory, i), line - i, plan_.score_step);
 }
 
 template <class T>
-void ScoreSums<T>::deliver_distances(const RowSpan& span, const BackwardSlot& slot) const {
+void ScoreSums<T>::deliver_distances(const RowSpan& span, const BackwardThreadMemory& memory) const {
   const std::int64_t count = problem_.distance_bias.count;
   double* sums = gradients_.distance_bias + (span.batch * problem_.num_heads + span.first_head) * count;
-  for (std::int64_t i = 0; i < count; ++i) sums[i] += slot.distance_sums[i];
-  std::fill_n(slot.distance_sums, count, 0.0);
+  for (std::int64_t i = 0; i < count; ++i) sums[i] += memory.distance_sums[i];
+  std::fill_n(memory.distance_sums, count, 0.0);
 }
 
 template class ScoreSums<float>;

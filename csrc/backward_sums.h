@@ -5,31 +5,31 @@
 
 namespace selfattn {
 
-// The gradients of the scores of one block are in slot.dscores.
+// The gradients of the scores of one block are in memory.dscores.
 template <class T>
 class ScoreSums {
  public:
   ScoreSums(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan)
       : problem_(problem), gradients_(gradients), plan_(plan) {}
 
-  // Adds to the gradients of a bias that has an axis of keys, and to the slot's sums by distance.
-  void add_scores(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
+  // Adds to the gradients of a bias that has an axis of keys, and to the memory's sums by distance.
+  void add_scores(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
   // Adds to the gradients that hold one number per row.
-  void add_rows(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
-  // Adds the slot's sums by distance to those of the head, and clears them.
-  void deliver_distances(const RowSpan& span, const BackwardSlot& slot) const;
+  void add_rows(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
+  // Adds the memory's sums by distance to those of the head, and clears them.
+  void deliver_distances(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
  private:
-  void add_distances(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const;
-  void multiply_rows(const RowSpan& span, const BackwardSlot& slot, double* sums) const;
+  void add_distances(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
+  void multiply_rows(const RowSpan& span, const BackwardThreadMemory& memory, double* sums) const;
 
   // The distance in the first column of a block, see add_distances. It falls by 1 from column to column.
   std::int64_t farthest(const BackwardTask& task, const RowSpan& span) const {
-    return place_of(span, span.valid - 1).query + problem_.offset_of(span.batch) - task.first;
+    return row_index(span, span.valid - 1).query + problem_.offset_of(span.batch) - task.first;
   }
 
-  const T* dscores_of(const BackwardSlot& slot, int row) const {
-    return reinterpret_cast<const T*>(slot.dscores) + row * plan_.score_step;
+  const T* dscores_of(const BackwardThreadMemory& memory, int row) const {
+    return reinterpret_cast<const T*>(memory.dscores) + row * plan_.score_step;
   }
 
   const Problem& problem_;

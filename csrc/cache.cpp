@@ -46,7 +46,7 @@ void to_floats(const KernelSet& kernels, const char* from, DType type, std::int6
 }
 
 // The addresses of the rows of one sequence and KV head.
-struct Place {
+struct TokenAddress {
   const Pages& pages;
   const TokenRows& rows;
   std::int64_t sequence, kv_head;
@@ -64,13 +64,13 @@ CachedKeys::CachedKeys(const Cache& cache, const std::int64_t* lengths)
   for (std::int64_t b = 0; b < cache.batch; ++b) longest_ = std::max(longest_, lengths[b]);
 }
 
-TensorView CachedKeys::tokens(View& view, const Cache::Side& side, Layout layout) const {
-  const TokenRows& rows = side.tokens;
+TensorView CachedKeys::tokens(View& view, const Cache::Rows& cached, Layout layout) const {
+  const TokenRows& rows = cached.tokens;
   const int head = layout == Layout::bshd ? 2 : 1, row = 3 - head;
   view.shape[0] = cache_.batch;
   view.shape[head] = cache_.num_kv_heads;
   view.shape[row] = longest_;
-  view.shape[3] = side.width;
+  view.shape[3] = cached.width;
   view.strides[0] = rows.batch;
   view.strides[head] = rows.head;
   view.strides[row] = rows.row;
@@ -107,7 +107,7 @@ TokensView::TokensView(const TensorView& tokens, Layout layout) : view{tokens.da
   }
 }
 
-void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const TensorView& tokens,
+void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Rows& cached, const TensorView& tokens,
                   char* row) {
   const std::int64_t width = tokens.extent(0), heads = tokens.extent(1), count = tokens.extent(2);
   char* floats = row + width * size_of(DType::f64);
@@ -115,7 +115,7 @@ void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Sid
     const std::int64_t token = cache.lengths[b] + t;
     const char* from =
         static_cast<const char*>(tokens.data) + b * tokens.stride(3) + t * tokens.stride(2) + h * tokens.stride(1);
-    char* to = Place{cache.pages, side.tokens, b, h}.of(token);
+    char* to = TokenAddress{cache.pages, cached.tokens, b, h}.of(token);
     const std::int64_t size = size_of(tokens.dtype);
     const bool converts = tokens.dtype != cache.dtype;
     copy_rows({converts ? row : to, 0, size}, {from, 0, tokens.stride(0)}, 1, width, size);
@@ -126,7 +126,7 @@ void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Sid
     if (cache.dtype != DType::i8)
       return scatter_row(kernels, {to, size_of(cache.dtype), cache.dtype}, floats, DType::f32, width);
     const float scale = quantise(reinterpret_cast<const float*>(floats), width, to);
-    std::memcpy(Place{cache.pages, side.scales, b, h}.of(token), &scale, sizeof scale);
+    std::memcpy(TokenAddress{cache.pages, cached.scales, b, h}.of(token), &scale, sizeof scale);
   };
   for (std::int64_t b = 0; b < cache.batch; ++b)
     for (std::int64_t t = 0; t < count; ++t)

@@ -16,14 +16,15 @@ struct TokenRows {
 };
 
 struct Cache {
-  struct Side {
+  // Keys or values.
+  struct Rows {
     TokenRows tokens;
     TokenRows scales;  // float32, of int8 codes
     std::int64_t width;
   };
   DType dtype;
   std::int64_t batch, num_kv_heads;
-  Side key, value;
+  Rows key, value;
   Pages pages;
   const std::int64_t* lengths;  // number of tokens in each sequence
   TensorView starts;            // first token that each sequence still holds; absent: 0
@@ -42,7 +43,7 @@ class CachedKeys {
   struct View {
     std::int64_t shape[4], strides[4];
   };
-  TensorView tokens(View& view, const Cache::Side& side, Layout layout) const;
+  TensorView tokens(View& view, const Cache::Rows& cached, Layout layout) const;
   TensorView scales(View& view, const TokenRows& rows) const;
 
   const Cache& cache_;
@@ -65,7 +66,7 @@ struct TokensView {
 
 // Writes tokens (batch, tokens, heads, width) after the end of each sequence, converted to the cache's type. `row` is
 // scratch for 2 * width doubles.
-void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Side& side, const TensorView& tokens,
+void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Rows& cached, const TensorView& tokens,
                   char* row);
 
 }  // namespace selfattn

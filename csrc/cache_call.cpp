@@ -17,7 +17,9 @@ RotatedTokens::RotatedTokens(const TensorView& like, Layout layout)
 }
 
 CacheCall::CacheCall(CacheStep& step, const CacheInputs& inputs, const AttentionArguments& arguments)
-    : step_(step), inputs_(inputs), layout_(arguments.layout), problem_(make_problem(placed(step, arguments))) {}
+    : step_(step), inputs_(inputs), layout_(arguments.layout), problem_(make_problem(placed(step, arguments))) {
+  step.check_seen(arguments.function, problem_);
+}
 
 AttentionArguments CacheCall::placed(CacheStep& step, AttentionArguments arguments) {
   step.place(arguments);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "arithmetic.h"
 #include "message.h"
@@ -19,9 +20,9 @@ std::size_t memory_bytes(const CacheSource& source) {
   return static_cast<std::size_t>(3 * integer_bytes(source.batch) + page_row_bytes(source.batch) + row);
 }
 
-Cache::Side in_pages(Cache::Side side) {
-  for (TokenRows* rows : {&side.tokens, &side.scales}) std::swap(rows->page, rows->batch);
-  return side;
+Cache::Rows in_pages(Cache::Rows cached) {
+  for (TokenRows* rows : {&cached.tokens, &cached.scales}) std::swap(rows->page, rows->batch);
+  return cached;
 }
 
 // Each number is read exactly once, by an atomic load: another process may write to this memory.
@@ -51,7 +52,7 @@ CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64
   cache_.value = source.ledger ? store.value : in_pages(store.value);
   cache_.lengths = lengths_;
   if (source.ledger)
-    open_blocks(function);
+    open_ledger(function);
   else
     open_pages(function);
   for (std::int64_t b = 0; b < source.batch; ++b) after_[b] = lengths_[b] + more;
@@ -60,67 +61,83 @@ CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64
 
 void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_.batch, &starts_step_}; }
 
-void CacheStep::open_blocks(const char* function) {
+void CacheStep::open_ledger(const char* function) {
   const Ledger& ledger = *source_.ledger;
-  const std::int64_t batch = source_.batch, slots = source_.store->slots;
+  const std::int64_t batch = source_.batch, capacity = source_.store->page_size;
   const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_acquire) & 1;
   copy_shared(lengths_, ledger.copies + current * 2 * batch, batch);
   copy_shared(starts_, ledger.copies + current * 2 * batch + batch, batch);
   constexpr std::int64_t longest_ring = std::int64_t{1} << 61;
-  const std::int64_t longest = ring() ? longest_ring : slots;
+  const std::int64_t longest = ring() ? longest_ring : capacity;
   for (std::int64_t b = 0; b < batch; ++b)
     if (lengths_[b] < 0 || lengths_[b] > longest || starts_[b] < 0 || starts_[b] > lengths_[b])
       refuse(function, "the cache's buffer says that sequence ", b, " has the tokens ", starts_[b], " to ", lengths_[b],
              ", which is impossible");
   check_room(function);
   if (!ring()) return;
-  cache_.pages.size = slots;
-  for (std::int64_t b = 0; b < batch; ++b) starts_[b] = std::max(starts_[b], lengths_[b] + more_ - slots);
+  cache_.pages.size = capacity;
+  for (std::int64_t b = 0; b < batch; ++b) starts_[b] = std::max(starts_[b], lengths_[b] + more_ - capacity);
   use_starts();
 }
 
 void CacheStep::check_room(const char* function) const {
-  const std::int64_t slots = source_.store->slots, window = source_.ledger->window;
+  const std::int64_t capacity = source_.store->page_size, window = source_.store->window;
   if (ring()) {
-    if (more_ > slots - window)
-      refuse(function, more_, " tokens at once, but a ring of ", slots, " slots with a window of ", window,
-             " takes at most ", slots - window);
+    if (more_ > capacity - window)
+      refuse(function, more_, " tokens at once, but a ring of ", capacity, " slots with a window of ", window,
+             " takes at most ", capacity - window);
     return;
   }
   for (std::int64_t b = 0; b < source_.batch; ++b)
-    if (lengths_[b] > slots - more_)
+    if (lengths_[b] > capacity - more_)
       refuse(function, "sequence ", b, " holds ", lengths_[b], " tokens, so that ", more_, " more exceed the capacity ",
-             slots);
+             capacity);
 }
 
-// Checks the pages of each sequence from that of its first token on. Others are never read.
+// Checks the pages of each sequence from that of the first token that is read. Other pages are never read.
 void CacheStep::open_pages(const char* function) {
   static const std::int32_t nothing = 0;
-  const std::int64_t slots = source_.store->slots, num_pages = source_.store->blocks;
-  cache_.pages = {slots, rows_};
+  const std::int64_t page_size = source_.store->page_size, num_pages = source_.store->num_pages;
+  cache_.pages = {page_size, rows_};
   bool started = false;
   for (std::int64_t b = 0; b < source_.batch; ++b) {
     const PagedSequence& sequence = source_.sequences[b];
-    lengths_[b] = sequence.length;
-    starts_[b] = sequence.start;
-    started = started || sequence.start != 0;
-    if (sequence.start < 0 || sequence.start > sequence.length)
-      refuse(function, "sequence ", b, " has the tokens ", sequence.start, " to ", sequence.length,
-             ", which is impossible");
-    const std::int64_t first = sequence.start / slots, end = ceil_div(sequence.length + more_, slots);
-    const std::int64_t used = std::max<std::int64_t>(end - first, 0);
-    if (used > sequence.page_count) refuse(function, "the pages of sequence ", b, " do not fit its length");
-    rows_[b] = {used > 0 ? sequence.pages : &nothing, first};
+    const std::int64_t length = lengths_[b] = *sequence.length;
+    const std::int64_t start = starts_[b] = std::max(sequence.start, source_.skipped);
+    started = started || start != 0;
+    if (sequence.start < 0 || start > length)
+      refuse(function, "sequence ", b, " has the tokens ", start, " to ", length, ", which is impossible");
+    const std::int64_t first = start / page_size, unread = first - sequence.start / page_size;
+    const std::int64_t used = std::max<std::int64_t>(ceil_div(length + more_, page_size) - first, 0);
+    if (used > sequence.page_count - unread) refuse(function, "the pages of sequence ", b, " do not fit its length");
+    const std::int32_t* const pages = used > 0 ? sequence.pages + unread : &nothing;
+    rows_[b] = {pages, first};
     const auto inside = [&](std::int32_t page) { return page >= 0 && page < num_pages; };
-    if (!std::all_of(sequence.pages, sequence.pages + used, inside))
+    if (!std::all_of(pages, pages + used, inside))
       refuse(function, "the pages of sequence ", b, " hold a number outside 0..", num_pages - 1);
   }
   if (started) use_starts();
 }
 
 void CacheStep::place(AttentionArguments& arguments) {
+  const std::int64_t window = source_.store->window, left = arguments.window_left;
+  if (window >= 0 && (left < 0 || left > window))
+    refuse(arguments.function, "window"_arg, " is ", left < 0 ? "none" : std::to_string(left) + " to the left",
+           ", but the cache keeps only what one of ", window, " sees");
   keys_->place(arguments);
   arguments.recent_mask = static_cast<bool>(arguments.mask);
+}
+
+void CacheStep::check_seen(const char* function, const Problem& problem) const {
+  if (source_.store->window < 0 || problem.q_len == 0) return;
+  for (std::int64_t b = 0; b < source_.batch; ++b) {
+    ValidKeys all = valid_keys(problem, b);
+    all.begin = 0;
+    if (visible_keys(0, all).begin < starts_[b])  // no later query sees farther back
+      refuse(function, "q"_arg, " has ", problem.q_len,
+             " queries for stored tokens, and the first would see tokens before ", starts_[b], ", which sequence ", b,
+             " no longer holds");
+  }
 }
 
 void CacheStep::store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const {
@@ -133,17 +150,21 @@ void CacheStep::claim() const {
 }
 
 void CacheStep::commit() const {
-  if (more_ != 0 && source_.ledger) publish(more_);
+  if (more_ == 0) return;
+  if (source_.ledger) return publish(more_);
+  for (std::int64_t b = 0; b < source_.batch; ++b) *source_.sequences[b].length = after_[b];
 }
 
 void CacheStep::reorder(const std::int64_t* index) const {
   std::int64_t used = 0;
-  for (std::int64_t b = 0; b < cache_.batch; ++b) used = std::max(used, std::min(lengths_[b], source_.store->slots));
-  const TokenRows* const sides[] = {&cache_.key.tokens, &cache_.value.tokens, &cache_.key.scales, &cache_.value.scales};
+  for (std::int64_t b = 0; b < cache_.batch; ++b)
+    used = std::max(used, std::min(lengths_[b], source_.store->page_size));
+  const TokenRows* const arrays[] = {&cache_.key.tokens, &cache_.value.tokens, &cache_.key.scales,
+                                     &cache_.value.scales};
   std::int64_t most = 0;
-  for (const TokenRows* rows : sides) most = std::max(most, used * rows->row);
+  for (const TokenRows* rows : arrays) most = std::max(most, used * rows->row);
   const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // the sequences of one head
-  for (const TokenRows* rows : sides)
+  for (const TokenRows* rows : arrays)
     for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
       const auto bytes = static_cast<std::size_t>(used * rows->row);
       const auto at = [&](std::int64_t b) { return rows->data + b * rows->batch + head * rows->head; };
@@ -156,7 +177,7 @@ void CacheStep::reorder(const std::int64_t* index) const {
   publish(0, index);
 }
 
-// Writes the copy that is not in force, then puts it in force with a single 8-byte store.
+// Writes the copy that is not valid, then makes it the valid one with a single 8-byte store.
 void CacheStep::publish(std::int64_t more, const std::int64_t* index) const {
   const Ledger& ledger = *source_.ledger;
   const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_relaxed) & 1;

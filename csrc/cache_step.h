@@ -1,6 +1,5 @@
 // One call on a cache. The steps are the same for every kind of cache and every caller: copy the lengths, check them,
-// claim the tokens that will be overwritten, store new tokens, attend, and commit the new lengths of a ledger last. The
-// owner of paged sequences commits their lengths itself, after the call.
+// claim the tokens that will be overwritten, store new tokens, attend, and commit the new lengths last.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -10,34 +9,36 @@
 
 namespace selfattn {
 
-// The arrays of a cache: blocks of `slots` tokens for each head. A block is either the memory of one sequence or a
-// page.
+// The arrays of a cache: pages of `page_size` tokens for each head.
 struct CacheStore {
   DType dtype = DType::f32;
-  std::int64_t blocks = 0, num_kv_heads = 0, slots = 0;
-  Cache::Side key, value;  // TokenRows::batch is the stride between blocks
+  std::int64_t num_pages = 0, num_kv_heads = 0, page_size = 0;
+  Cache::Rows key, value;    // TokenRows::batch is the stride between pages
+  std::int64_t window = -1;  // the largest distance that queries may look to the left; -1: the cache keeps all tokens
 };
 
-// The lengths of a cache that has one block per sequence. Other processes may write to this memory.
+// The lengths of a cache whose sequences have one page each; with a window, this page is a ring. Other processes may
+// write to this memory.
 struct Ledger {
-  std::int64_t* active = nullptr;  // index of the copy in force: 0 or 1
-  std::int64_t* copies = nullptr;  // (2, 2, blocks): each copy has the lengths, then the first tokens still held
-  std::int64_t window = -1;        // -1: none; otherwise blocks are ring buffers
+  std::int64_t* active = nullptr;  // index of the valid copy: 0 or 1
+  std::int64_t* copies = nullptr;  // (2, 2, sequences): each copy has the lengths, then the first tokens still held
 };
 
-// A paged sequence before a call.
+// A sequence that may have any pages.
 struct PagedSequence {
   const std::int32_t* pages = nullptr;  // from the page of token `start` on, including pages for the tokens to append
   std::int64_t page_count = 0;
-  std::int64_t start = 0, length = 0;
+  std::int64_t start = 0;
+  std::int64_t* length = nullptr;  // copied at the start of a step; a step that appends commits the new length here
 };
 
-// The cache of a call. With a ledger, each block is a sequence; without, blocks are pages of `sequences`.
+// The cache of a call: with a ledger, or with paged sequences.
 struct CacheSource {
   const CacheStore* store = nullptr;
   const Ledger* ledger = nullptr;
   const PagedSequence* sequences = nullptr;
   std::int64_t batch = 0;
+  std::int64_t skipped = 0;  // the call does not read the first tokens of paged sequences; a multiple of the page size
 };
 
 // Reads lengths and starts only once, then checks, uses and commits its own copies.
@@ -53,8 +54,12 @@ class CacheStep {
   const Cache& cache() const { return cache_; }
   const std::int64_t* lengths_after() const { return after_; }
 
-  // Sets the keys and values of an attention call to the contents of the cache after the append.
+  // Sets the keys and values of an attention call to the contents of the cache after the append. Throws
+  // std::invalid_argument if the call may look farther to the left than the cache's window.
   void place(AttentionArguments& arguments);
+
+  // Throws std::invalid_argument if a query of the call sees tokens that the cache no longer holds.
+  void check_seen(const char* function, const Problem& problem) const;
 
   // Writes new tokens (batch, tokens, heads, width) after the end of each sequence.
   void store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const;
@@ -71,14 +76,14 @@ class CacheStep {
   void reorder(const std::int64_t* index) const;
 
  private:
-  void open_blocks(const char* function);
+  void open_ledger(const char* function);
   void check_room(const char* function) const;
   void open_pages(const char* function);
   void use_starts();
-  bool ring() const { return source_.ledger && source_.ledger->window >= 0; }
+  bool ring() const { return source_.ledger && source_.store->window >= 0; }
   // In a ring, publishes that the tokens to be overwritten are no longer held. This is not undone if the call fails.
   void claim() const;
-  // Publishes the new lengths, if there is a ledger. The owner of paged sequences commits their lengths itself.
+  // Publishes the new lengths.
   void commit() const;
   void publish(std::int64_t more, const std::int64_t* index = nullptr) const;
 

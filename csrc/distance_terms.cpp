@@ -25,8 +25,8 @@ HeadRows rows_of(const RowSpan& span, std::int64_t i) {
 
 // Whether no query sees a key at a distance in [least, most].
 bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most) {
-  return (problem.causal && most < 0) || (problem.window_left >= 0 && least > problem.window_left) ||
-         (problem.window_right >= 0 && most < -problem.window_right);
+  const VisibleDistances visible = visible_distances(problem);
+  return (visible.least && most < *visible.least) || (visible.most && least > *visible.most);
 }
 
 // Packs the vectors of distance, distance - 1, ... as the columns of one panel.

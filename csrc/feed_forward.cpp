@@ -40,17 +40,17 @@ class RowTasks {
   RowTasks(const FeedForwardJob& job, int threads)
       : job_(job),
         blocks_(ceil_div(job.x.rows, LinearSpace::most_rows * threads) * threads),
-        block_rows_(std::min(ceil_div(ceil_div(job.x.rows, blocks_), 8) * 8, LinearSpace::most_rows)),
+        block_rows_(std::min(round_up(ceil_div(job.x.rows, blocks_), 8), LinearSpace::most_rows)),
         own_(Space(*this, nullptr).bytes),
         memory_(own_ * static_cast<std::size_t>(threads)) {}
 
   bool run(int threads, Interrupted interrupted) {
     const std::int64_t blocks = ceil_div(job_.x.rows, block_rows_);
     TaskLoop loop(job_.x.outer * blocks, threads, interrupted);
-    const auto body = [&](std::int64_t task, int slot) {
+    const auto body = [&](std::int64_t task, int thread) {
       const std::int64_t first = task % blocks * block_rows_;
       run_block(task / blocks, first, std::min(block_rows_, job_.x.rows - first),
-                Space(*this, memory_.data() + own_ * static_cast<std::size_t>(slot)));
+                Space(*this, memory_.data() + own_ * static_cast<std::size_t>(thread)));
     };
     return loop.run(body);
   }

@@ -7,7 +7,7 @@
 
 namespace selfattn {
 
-KeySource::KeySource(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t batch,
+KeySource::KeySource(const Problem& problem, const Plan& plan, const ThreadMemory& memory, std::int64_t batch,
                      std::int64_t kv_head)
     : problem_(problem),
       plan_(plan),
@@ -19,9 +19,9 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const Slot& slot,
             problem.key_scales ? problem.at(problem.key_scales, batch) + kv_head * problem.key_scales.head : nullptr,
             problem.head_dim,
             plan.copies_keys,
-            slot.keys,
-            slot.key_rows,
-            slot.key_scales},
+            memory.keys,
+            memory.key_rows,
+            memory.key_scales},
       values_{problem.value,
               problem.value_scales,
               problem.at(problem.value, batch) + kv_head * problem.value.head,
@@ -29,9 +29,9 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const Slot& slot,
                                    : nullptr,
               problem.value_dim,
               plan.copies_values,
-              slot.values,
-              slot.value_rows,
-              slot.value_scales} {}
+              memory.values,
+              memory.value_rows,
+              memory.value_scales} {}
 
 // Number of keys from `key` on that are equally spaced in memory.
 std::int64_t KeySource::run_from(std::int64_t key) const {
@@ -55,48 +55,48 @@ void KeySource::each_run(const Operand& operand, const char* base, std::int64_t 
   }
 }
 
-void KeySource::copy(const Side& side, std::int64_t first, int count) const {
+void KeySource::copy(const Input& input, std::int64_t first, int count) const {
   const DType type = plan_.attend->keys;
-  const std::int64_t row = side.width * size_of(type);
-  each_run(side.operand, side.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
-    char* to = side.copy + index * row;
-    const SourceRows rows{{from, side.operand.row, side.operand.column}, side.operand.dtype};
-    gather_rows(*plan_.kernels, to, type, rows, keys, side.width);
-    if (side.scales)
+  const std::int64_t row = input.width * size_of(type);
+  each_run(input.operand, input.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
+    char* to = input.copy + index * row;
+    const SourceRows rows{{from, input.operand.row, input.operand.column}, input.operand.dtype};
+    gather_rows(*plan_.kernels, to, type, rows, keys, input.width);
+    if (input.scales)
       for (std::int64_t i = 0; i < keys; ++i)
-        scale_row(to + i * row, type, side.width, static_cast<double>(side.scale[index + i]));
+        scale_row(to + i * row, type, input.width, static_cast<double>(input.scale[index + i]));
   });
 }
 
-void KeySource::list(const Side& side, std::int64_t first, int count) const {
-  if (side.copies) {
-    const std::int64_t row = side.width * size_of(plan_.attend->keys);
-    for (int i = 0; i < count + rows_ahead; ++i) side.rows[i] = side.copy + std::min(i, count - 1) * row;
+void KeySource::list(const Input& input, std::int64_t first, int count) const {
+  if (input.copies) {
+    const std::int64_t row = input.width * size_of(plan_.attend->keys);
+    for (int i = 0; i < count + rows_ahead; ++i) input.rows[i] = input.copy + std::min(i, count - 1) * row;
     return;
   }
   // The rows after the block are only prefetched. They are the keys that follow; past the end, the last valid key is
   // repeated.
   const std::int64_t known = std::min<std::int64_t>(count + rows_ahead, end_ - first);
-  each_run(side.operand, side.base, first, known, [&](const char* from, std::int64_t index, std::int64_t keys) {
-    for (std::int64_t i = 0; i < keys; ++i) side.rows[index + i] = from + i * side.operand.row;
+  each_run(input.operand, input.base, first, known, [&](const char* from, std::int64_t index, std::int64_t keys) {
+    for (std::int64_t i = 0; i < keys; ++i) input.rows[index + i] = from + i * input.operand.row;
   });
-  for (std::int64_t i = known; i < count + rows_ahead; ++i) side.rows[i] = side.rows[known - 1];
+  for (std::int64_t i = known; i < count + rows_ahead; ++i) input.rows[i] = input.rows[known - 1];
 }
 
-void KeySource::read_scales(const Side& side, std::int64_t first, int count) const {
-  each_run(side.scales, side.scale_base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
-    char* to = reinterpret_cast<char*>(side.scale + index);
-    copy_rows({to, 0, sizeof(float)}, {from, 0, side.scales.row}, 1, keys, sizeof(float));
+void KeySource::read_scales(const Input& input, std::int64_t first, int count) const {
+  each_run(input.scales, input.scale_base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
+    char* to = reinterpret_cast<char*>(input.scale + index);
+    copy_rows({to, 0, sizeof(float)}, {from, 0, input.scales.row}, 1, keys, sizeof(float));
   });
-  std::fill_n(side.scale + count, rows_ahead, 0.0f);
+  std::fill_n(input.scale + count, rows_ahead, 0.0f);
 }
 
-KeySource::Rows KeySource::place(const Side& side, std::int64_t first, int count) const {
-  if (side.scales) read_scales(side, first, count);
-  if (side.copies) copy(side, first, count);
-  if (plan_.attend->by_row) list(side, first, count);
-  if (side.copies) return {side.copy, side.width};
-  return {at(side.operand, side.base, first), side.operand.row / size_of(side.operand.dtype)};
+KeySource::Rows KeySource::place(const Input& input, std::int64_t first, int count) const {
+  if (input.scales) read_scales(input, first, count);
+  if (input.copies) copy(input, first, count);
+  if (plan_.attend->by_row) list(input, first, count);
+  if (input.copies) return {input.copy, input.width};
+  return {at(input.operand, input.base, first), input.operand.row / size_of(input.operand.dtype)};
 }
 
 KeyBlock KeySource::block(std::int64_t first, int count) const {

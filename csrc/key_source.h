@@ -3,18 +3,19 @@
 // time.
 #pragma once
 #include "plan.h"
-#include "slot.h"
+#include "thread_memory.h"
 
 namespace selfattn {
 
 class KeySource {
  public:
-  KeySource(const Problem& problem, const Plan& plan, const Slot& slot, std::int64_t batch, std::int64_t kv_head);
+  KeySource(const Problem& problem, const Plan& plan, const ThreadMemory& memory, std::int64_t batch,
+            std::int64_t kv_head);
   KeyBlock block(std::int64_t first, int count) const;
 
  private:
   // Keys or values, and the scales of their int8 codes.
-  struct Side {
+  struct Input {
     const Operand& operand;
     const Operand& scales;
     const char* base;
@@ -34,16 +35,16 @@ class KeySource {
   const char* at(const Operand& operand, const char* base, std::int64_t key) const;
   template <class Use>
   void each_run(const Operand& operand, const char* base, std::int64_t first, std::int64_t count, Use use) const;
-  Rows place(const Side& side, std::int64_t first, int count) const;
-  void copy(const Side& side, std::int64_t first, int count) const;
-  void list(const Side& side, std::int64_t first, int count) const;
-  void read_scales(const Side& side, std::int64_t first, int count) const;
+  Rows place(const Input& input, std::int64_t first, int count) const;
+  void copy(const Input& input, std::int64_t first, int count) const;
+  void list(const Input& input, std::int64_t first, int count) const;
+  void read_scales(const Input& input, std::int64_t first, int count) const;
 
   const Problem& problem_;
   const Plan& plan_;
   const Pages::Row pages_;
   const std::int64_t end_;  // of the batch entry's valid keys
-  const Side keys_, values_;
+  const Input keys_, values_;
 };
 
 }  // namespace selfattn

@@ -30,7 +30,7 @@ namespace {
 
 // Elements of a row in the buffer for x: pairs need an even depth.
 std::int64_t x_step(const Projection& projection) {
-  return projection.pairs() ? (projection.depth() + 1) / 2 * 2 : projection.depth();
+  return projection.pairs() ? round_up(projection.depth(), 2) : projection.depth();
 }
 
 DType operand(const LinearJob& job) { return job.projection.operand(job.x.dtype); }
@@ -89,7 +89,7 @@ class Blocking {
   Blocking(const LinearJob& job, int threads) : x_rows_(job.x.rows), panels_(job.projection.panels()) {
     constexpr std::int64_t whole = 16, tasks_per_thread = 8;
     const std::int64_t blocks = std::max<std::int64_t>(ceil_div(x_rows_, most_rows(job)), 1);
-    rows = std::max(ceil_div(ceil_div(x_rows_, blocks), whole) * whole, whole);
+    rows = std::max(round_up(ceil_div(x_rows_, blocks), whole), whole);
     panels =
         std::clamp(job.x.outer * blocks * panels_ / (tasks_per_thread * threads), least_panels(job), most_panels(job));
     tasks = job.x.outer * row_blocks() * panel_tasks();
@@ -213,16 +213,16 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
   work.tasks = tasks(threads);
   const std::size_t own = LinearSpace(nullptr, jobs, count).bytes();
   const Scratch memory(own * static_cast<std::size_t>(threads));
-  const auto space = [&](int slot) {
-    return LinearSpace(memory.data() + own * static_cast<std::size_t>(slot), jobs, count);
+  const auto space = [&](int thread) {
+    return LinearSpace(memory.data() + own * static_cast<std::size_t>(thread), jobs, count);
   };
-  for (int slot = 0; slot < threads; ++slot) space(slot).forget();
+  for (int thread = 0; thread < threads; ++thread) space(thread).forget();
   TaskLoop loop(work, threads, interrupted);
-  const auto body = [&](std::int64_t index, int slot) {
+  const auto body = [&](std::int64_t index, int thread) {
     const LinearJob* job = jobs;
     Blocking blocking(*job, threads);
     for (; index >= blocking.tasks; blocking = Blocking(*++job, threads)) index -= blocking.tasks;
-    space(slot).run(*job, blocking.block(*job, index));
+    space(thread).run(*job, blocking.block(*job, index));
   };
   return loop.run(body);
 }

@@ -89,16 +89,16 @@ class CpuSet {
 
 int affinity_count() { return CpuSet().count(); }
 
-Place Place::of_this_thread() {
+ThreadOnCpu ThreadOnCpu::of_this_thread() {
   thread_local const bool movable = affinity_count() > 1;
-  Place place;
-  place.thread_ = pthread_self();
-  place.cpu_ = sched_getcpu();
-  place.movable_ = movable;
-  return place;
+  ThreadOnCpu found;
+  found.thread_ = pthread_self();
+  found.cpu_ = sched_getcpu();
+  found.movable_ = movable;
+  return found;
 }
 
-void Place::make_way() const {
+void ThreadOnCpu::make_way() const {
   if (!movable_ || sched_getcpu() != cpu_) return;
   CpuSet cpus;
   if (cpus.count() < 2) return;
@@ -107,8 +107,8 @@ void Place::make_way() const {
 }
 #else
 int affinity_count() { return 0; }
-Place Place::of_this_thread() { return {}; }
-void Place::make_way() const {}
+ThreadOnCpu ThreadOnCpu::of_this_thread() { return {}; }
+void ThreadOnCpu::make_way() const {}
 #endif
 
 namespace {

@@ -15,10 +15,10 @@ std::uint32_t cpu_features();
 int affinity_count();
 
 // A thread, and the CPU on which it was last seen.
-class Place {
+class ThreadOnCpu {
  public:
-  Place() = default;  // of no thread
-  static Place of_this_thread();
+  ThreadOnCpu() = default;  // of no thread
+  static ThreadOnCpu of_this_thread();
 
   // If the calling thread now runs on the same CPU, the other one, which must still exist, is to run on the other CPUs
   // of the calling thread. A thread that had only one CPU from the start, as with OMP_PROC_BIND, keeps it.

@@ -100,10 +100,10 @@ class Merge {
     return loop.run(*this);
   }
 
-  void operator()(std::int64_t task, int slot) const {
+  void operator()(std::int64_t task, int thread) const {
     const std::int64_t line = task / blocks_, first = task % blocks_ * block_;
     const std::int64_t count = std::min(block_, lines_.length() - first);
-    const std::span sources(reinterpret_cast<Source*>(memory_.data() + slot * thread_bytes_), parts_.size());
+    const std::span sources(reinterpret_cast<Source*>(memory_.data() + thread * thread_bytes_), parts_.size());
     for (std::size_t p = 0; p < sources.size(); ++p)
       sources[p] = {lines_.row(parts_[p].out, line, first), lines_.row(parts_[p].lse, line, first), 0};
     char* out = lines_.row(merged_.out, line, first);

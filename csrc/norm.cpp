@@ -45,10 +45,10 @@ bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted)
   const std::size_t own = norm_scratch(job.count, computed_in(job.x.dtype));
   const Scratch memory(own * static_cast<std::size_t>(threads));
   TaskLoop loop(tasks, threads, interrupted);
-  const auto body = [&](std::int64_t task, int slot) {
+  const auto body = [&](std::int64_t task, int thread) {
     const std::int64_t first = task * rows_per_task;
     for (std::int64_t row = first; row < std::min(rows, first + rows_per_task); ++row)
-      normalise_row(job, row, memory.data() + own * static_cast<std::size_t>(slot));
+      normalise_row(job, row, memory.data() + own * static_cast<std::size_t>(thread));
   };
   return loop.run(body);
 }

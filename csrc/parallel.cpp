@@ -1,8 +1,6 @@
 #include "parallel.h"
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -13,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "fork_helper.h"
 #include "machine.h"
 
 #if defined(SELFATTN_OPENMP)
@@ -54,11 +53,11 @@ void run_threads(const Region& region, int num_threads) {
   std::vector<std::thread> others;
   try {
     others.reserve(static_cast<std::size_t>(num_threads - 1));
-    for (int slot = 1; slot < num_threads; ++slot) others.emplace_back(region.work, region.context, slot);
+    for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(region.work, region.context, thread);
   } catch (const std::exception&) {
     // No more threads, or no memory for them: the team stays smaller.
   }
-  region.work(region.context, caller_slot);
+  region.work(region.context, caller_thread);
   for (std::thread& other : others) other.join();
 }
 
@@ -71,20 +70,20 @@ struct Team {
   int num_threads;
   std::unique_lock<std::mutex> growing{};
   std::thread::id caller = std::this_thread::get_id();
-  std::atomic<int> next{caller_slot + 1};
-  Place last{};  // of the thread that came last
+  std::atomic<int> next{caller_thread + 1};
+  ThreadOnCpu last{};  // the thread that came last
 };
 
-// The calling thread takes caller_slot; the others draw slots from a counter, because OpenMP's own thread numbers are
-// unreliable where two runtimes meet in one process.
+// The calling thread is caller_thread. The others draw their numbers from a counter, because those of OpenMP are
+// unreliable if a process has two OpenMP runtimes.
 void join(void* context) {
   Team& team = *static_cast<Team*>(context);
   const bool is_caller = std::this_thread::get_id() == team.caller;
   // The runtime starts all threads of a team before the caller gets here.
   if (is_caller && team.growing) team.growing.unlock();
-  const int slot = is_caller ? caller_slot : team.next.fetch_add(1, std::memory_order_relaxed);
-  if (slot < team.num_threads) team.region.work(team.region.context, slot);
-  if (!is_caller && slot == team.num_threads - 1) team.last = Place::of_this_thread();
+  const int thread = is_caller ? caller_thread : team.next.fetch_add(1, std::memory_order_relaxed);
+  if (thread < team.num_threads) team.region.work(team.region.context, thread);
+  if (!is_caller && thread == team.num_threads - 1) team.last = ThreadOnCpu::of_this_thread();
 }
 
 std::atomic<const Runtime*> shared{nullptr};
@@ -135,62 +134,20 @@ void run_openmp(const Region& region, int num_threads) {
 #endif
 
 void run_here(const Region& region, int num_threads) {
-  if (num_threads <= 1 || backend() == Backend::serial) return region.work(region.context, caller_slot);
+  if (num_threads <= 1 || backend() == Backend::serial) return region.work(region.context, caller_thread);
 #if defined(SELFATTN_OPENMP)
   if (backend() == Backend::openmp) return run_openmp(region, num_threads);
 #endif
   run_threads(region, num_threads);
 }
 
-// libgomp stores the team of a thread in that thread. After a fork, only the forking thread exists in the child, but it
-// still refers to its old team, so that its next region would wait forever. It therefore passes its regions to a helper
-// thread, which is created in the child and has a team of its own. Threads that the child starts later are not
-// affected.
-class Helper {
- public:
-  Helper() {
-    std::thread([this] { serve(); }).detach();
-  }
-
-  void run(const Region& region, int num_threads) {
-    std::unique_lock lock(mutex_);
-    region_ = &region;
-    num_threads_ = num_threads;
-    changed_.notify_all();
-    while (!changed_.wait_for(lock, std::chrono::milliseconds(50), [this] { return region_ == nullptr; })) {
-      lock.unlock();
-      region.poll(region.context);
-      lock.lock();
-    }
-  }
-
- private:
-  void serve() {
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [this] { return region_ != nullptr; });
-      lock.unlock();
-      run_here(*region_, num_threads_);
-      lock.lock();
-      region_ = nullptr;
-      changed_.notify_all();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  const Region* region_ = nullptr;
-  int num_threads_ = 0;
-};
-
-thread_local bool survived_fork = false;
-// Of the thread that survived a fork. Never deleted, since the helper's own thread runs until the process ends.
-Helper* helper = nullptr;
+thread_local bool survived_fork = false;  // the only thread of a child process when it was forked
+ForkHelper* helper = nullptr;             // never deleted: its thread runs until the process ends
 
 // Null if there is no memory for a helper, or its thread cannot be started.
-Helper* start_helper() {
+ForkHelper* start_helper() {
   try {
-    if (!helper) helper = new Helper;
+    if (!helper) helper = new ForkHelper(run_here);
   } catch (const std::exception&) {
     return nullptr;
   }
@@ -256,7 +213,7 @@ int run_region(const Region& region, int num_threads) {
   // and the helper after a fork, are busy with the interrupted region.
   thread_local bool in_region = false;
   const auto run_alone = [&] {
-    region.work(region.context, caller_slot);
+    region.work(region.context, caller_thread);
     return 1;
   };
   if (in_region) return run_alone();
@@ -265,7 +222,7 @@ int run_region(const Region& region, int num_threads) {
   in_region = true;
   if (!runs_on_helper(num_threads))
     run_here(region, num_threads);
-  else if (Helper* const own = start_helper())
+  else if (ForkHelper* const own = start_helper())
     own->run(region, num_threads);
   else
     num_threads = run_alone();

@@ -5,16 +5,16 @@
 
 namespace selfattn {
 
-// `work(context, slot)` runs once on each thread of the team, with slots 0, 1, ... that are unique within the region.
-// It must not throw. `poll(context)` is called on the calling thread while that
-// thread only waits; otherwise `work` must poll itself, in slot `caller_slot`.
+// `work(context, thread)` runs once on each thread of the team; `thread` counts the threads of the region from 0. It
+// must not throw. If the calling thread only waits, `poll(context)` is called there. Otherwise `work` must poll itself,
+// on thread `caller_thread`.
 struct Region {
-  void (*work)(void* context, int slot) noexcept;
+  void (*work)(void* context, int thread) noexcept;
   void (*poll)(void* context) noexcept;
   void* context;
 };
 
-constexpr int caller_slot = 0;
+constexpr int caller_thread = 0;
 
 // Returns the number of threads that the team was to have: fewer than num_threads if other threads of this process are
 // in regions, so that all teams together have no more threads than there are CPUs, and one for every caller. The team

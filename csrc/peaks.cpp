@@ -21,9 +21,9 @@ struct Stream {
   std::atomic<std::uint64_t> sum{0};
 };
 
-void read_share(void* context, int slot) noexcept {
+void read_share(void* context, int thread) noexcept {
   Stream& stream = *static_cast<Stream*>(context);
-  const std::size_t begin = std::min(stream.share * static_cast<std::size_t>(slot), stream.words.size());
+  const std::size_t begin = std::min(stream.share * static_cast<std::size_t>(thread), stream.words.size());
   const std::size_t end = std::min(begin + stream.share, stream.words.size());
   constexpr std::size_t lanes = 32;  // independent sums, so that loads are the bottleneck
   std::uint64_t sums[lanes] = {};
@@ -51,7 +51,7 @@ double measure_product_peak(PeakLoop loop, double seconds) {
 double measure_read_bandwidth(std::size_t bytes, int num_threads, double seconds) {
   const std::vector<std::uint64_t> words(std::max<std::size_t>(bytes / sizeof(std::uint64_t), 1), 1);
   const auto threads = static_cast<std::size_t>(std::max(num_threads, 1));
-  Stream stream{words, (words.size() + threads - 1) / threads};
+  Stream stream{words, ceil_div(words.size(), threads)};
   double best = 0;
   const Clock::time_point start = Clock::now();
   do {

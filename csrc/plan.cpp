@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "slot.h"
+#include "thread_memory.h"
 
 namespace selfattn {
 namespace {
@@ -54,7 +54,7 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (problem.dropout != 0) return false;  // only the tile kernel has it
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
-  const std::int64_t lanes = ceil_div(plan.rows, vector) * vector;
+  const std::int64_t lanes = round_up(plan.rows, vector);
   // The tile kernel needs 16-bit keys widened or packed; a single vector of rows does not amortise that.
   if (is_narrow(problem.key.dtype) && plan.rows <= (problem.group_size > 1 ? 3 * vector / 2 : vector)) return true;
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
@@ -130,7 +130,7 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   // block_rows affects the key ranges, and so the results, which must not depend on strides.
   plan.copies_queries = plan.copies_keys = plan.copies_values = plan.copies_out = true;
   plan.copies_relative = static_cast<bool>(problem.relative);
-  for (int rows = strip; rows >= plan.types->lanes && Slot(nullptr, plan, problem).bytes > largest_scratch;
+  for (int rows = strip; rows >= plan.types->lanes && ThreadMemory(nullptr, plan, problem).bytes > largest_scratch;
        rows -= plan.types->lanes)
     plan.block_rows = std::min(plan.block_rows, rows);
   choose_copies(plan, problem);
@@ -146,7 +146,7 @@ bool parts_keys(const Plan& plan) { return plan.row_blocks <= row_blocks_with_ra
 
 std::int64_t wanted_range(const Plan& plan) {
   const std::int64_t wanted = plan.attend->strip_rows > 1 ? tile_range_keys : row_range_keys;
-  return ceil_div(wanted, plan.key_block) * plan.key_block;  // blocks never straddle ranges
+  return round_up(wanted, plan.key_block);  // blocks never straddle ranges
 }
 
 // Upper bound for entries with at most `keys` keys.
@@ -159,7 +159,7 @@ std::int64_t most_ranges_of(const Plan& plan, std::int64_t keys) {
 Ranges ranges_of(const Plan& plan, std::int64_t keys) {
   if (most_ranges_of(plan, keys) == 1) return {std::max<std::int64_t>(keys, 1), 1};
   const std::int64_t range = std::max(wanted_range(plan), ceil_div(keys, most_ranges));
-  const std::int64_t range_keys = ceil_div(range, plan.key_block) * plan.key_block;
+  const std::int64_t range_keys = round_up(range, plan.key_block);
   return {range_keys, ceil_div(keys, range_keys)};
 }
 
@@ -183,7 +183,7 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels) {
                static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
                static_cast<double>(products * problem.head_dim + problem.value_dim);
   plan.bytes = cache_bytes(problem);
-  plan.thread_bytes = Slot(nullptr, plan, problem).bytes;
+  plan.thread_bytes = ThreadMemory(nullptr, plan, problem).bytes;
   plan.shared_bytes = Shared(nullptr, plan, problem).bytes;
   return plan;
 }

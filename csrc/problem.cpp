@@ -241,8 +241,8 @@ void check_numbers(const AttentionArguments& a, const Problem& problem) {
                                                   : std::numeric_limits<double>::max();
   if (!(std::abs(problem.scale) <= most / log2_e))
     refuse(a.function, "scale"_arg, " is ", problem.scale, ", but its absolute value must not exceed ", most / log2_e);
-  if (!(problem.softcap >= 0 && std::isfinite(problem.softcap)))
-    refuse(a.function, "softcap"_arg, " is ", problem.softcap, ", but it must be finite and not negative");
+  if (a.softcap && !(*a.softcap > 0 && std::isfinite(*a.softcap)))
+    refuse(a.function, "softcap"_arg, " is ", *a.softcap, ", but it must be greater than 0 and finite");
   if (problem.softcap != 0 && std::abs(problem.scale) / problem.softcap > most)
     refuse(a.function, "softcap"_arg, " is ", problem.softcap, ", but ", "scale"_arg, " / ", "softcap"_arg,
            " must not exceed ", most);
@@ -276,7 +276,7 @@ Problem make_problem(const AttentionArguments& a) {
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
   check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
-  problem.softcap = a.softcap;
+  problem.softcap = a.softcap.value_or(0);
   problem.precision = a.precision;
   problem.dropout = a.dropout;
   problem.seed = a.seed;

@@ -106,7 +106,7 @@ struct Settings {
   std::int64_t window_left = -1;  // -1: unbounded
   std::int64_t window_right = -1;
   std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
-  double softcap = 0;           // 0: none
+  std::optional<double> softcap;
   Precision precision = Precision::highest;
   std::int64_t distance_origin = 0;  // the column of distance_bias for distance 0
   double dropout = 0;                // rate at which weights are dropped, in [0, 1)
@@ -199,6 +199,13 @@ Operand place_scores(Problem& problem, const TensorView& view);
 void attach_out(Problem& problem, const TensorView& out);
 void attach_lse(Problem& problem, const TensorView& lse);
 void attach_weights(Problem& problem, const TensorView& weights);
+
+// The distances i + offset - j of query i and key j at which causal and window let the query see the key; absent:
+// unbounded.
+struct VisibleDistances {
+  std::optional<std::int64_t> least, most;
+};
+VisibleDistances visible_distances(const Problem& problem);
 
 // Keys [begin, end); empty: begin == end.
 struct KeyRange {

@@ -69,7 +69,7 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
 
 std::int64_t Projection::panel_rows() const {
   constexpr std::int64_t whole = 32;  // depth of a tile, in elements
-  return pairs_ ? ceil_div(depth_, whole) * whole : depth_;
+  return pairs_ ? round_up(depth_, whole) : depth_;
 }
 
 void Projection::unpack(const TensorView& weights) const {

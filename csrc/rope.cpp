@@ -120,10 +120,10 @@ bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads,
   auto* frequencies = reinterpret_cast<double*>(memory.data());
   set_frequencies(rope, frequencies);
   TaskLoop loop(work, threads, interrupted);
-  const auto body = [&](std::int64_t token, int slot) {
+  const auto body = [&](std::int64_t token, int thread) {
     const Rotation* part = parts;
     for (; token >= token_count(*part); ++part) token -= token_count(*part);
-    rotate_token(rope, *part, token, frequencies, frequencies + (1 + slot) * rope.rotary_dim);
+    rotate_token(rope, *part, token, frequencies, frequencies + (1 + thread) * rope.rotary_dim);
   };
   return loop.run(body);
 }

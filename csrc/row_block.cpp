@@ -18,16 +18,16 @@ void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dt
 
 // Whether a row sees any key. If it does and all its scores are -inf, its result is NaN, as in IEEE arithmetic; a row
 // that sees no key gets 0.
-bool sees_a_key(const Problem& problem, const RowSpan& span, Place place, const Row& row) {
-  const std::uint8_t* mask = mask_of(problem, span, place);
-  const char* bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
+bool sees_a_key(const Problem& problem, const RowSpan& span, RowIndex index, const Row& row) {
+  const std::uint8_t* mask = mask_of(problem, span, index);
+  const char* bias = problem.bias ? element(problem, problem.bias, span, index) : nullptr;
   const std::int64_t masked_from = problem.masked_from(span.batch);
-  const std::int64_t position = place.query + problem.offset_of(span.batch);
+  const std::int64_t position = index.query + problem.offset_of(span.batch);
   for (std::int64_t j = row.key_begin; j < row.key_end; ++j) {
     if (mask && j >= masked_from && mask[(j - masked_from) * problem.mask.column] == 0) continue;
     if (bias && read_real(bias + j * problem.bias.column, problem.bias.dtype) == -infinity) continue;
     const ByDistance& distances = problem.distance_bias;
-    if (distances && read_real(distances.at(place.head, position - j), DType::f64) == -infinity) continue;
+    if (distances && read_real(distances.at(index.head, position - j), DType::f64) == -infinity) continue;
     return true;
   }
   return false;
@@ -56,13 +56,13 @@ void finish_weights(const Problem& problem, const Plan& plan, const Row& row, do
 
 template <class T>
 void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block, const RowSpan& span,
-           const Slot& slot) {
+           const ThreadMemory& memory) {
   const std::int64_t ranges = ranges_of(plan, problem.keys_of(span.batch)).count;
-  T* row_max = reinterpret_cast<T*>(slot.row_max);
-  T* row_sum = reinterpret_cast<T*>(slot.row_sum);
+  T* row_max = reinterpret_cast<T*>(memory.row_max);
+  T* row_sum = reinterpret_cast<T*>(memory.row_sum);
   for (int i = 0; i < span.valid; ++i) {
-    const Row& row = slot.rows[i];
-    const double start = sink_of(problem, place_of(span, i).head);
+    const Row& row = memory.rows[i];
+    const double start = sink_of(problem, row_index(span, i).head);
     T peak = static_cast<T>(start);
     T sum = start == -infinity ? T(0) : T(1);
     T* out = static_cast<T*>(row.out);
@@ -95,57 +95,59 @@ RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, st
                    plan.block_rows);
 }
 
-void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks) {
+void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const ThreadMemory& memory,
+                   bool with_sinks) {
   const std::int64_t size = size_of(problem.dtype);
   const char* query = problem.at(problem.query, span.batch);
   char* out = problem.at(problem.out, span.batch);
-  describe_rows(problem, span, slot.rows);
-  Place place = place_of(span, 0);
-  for (int i = 0; i < span.valid; ++i, place = next_place(span, place)) {
-    Row& row = slot.rows[i];
+  describe_rows(problem, span, memory.rows);
+  RowIndex index = row_index(span, 0);
+  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
+    Row& row = memory.rows[i];
     if (!with_sinks) row.sink = -infinity;
-    row.query = query + place.head * problem.query.head + place.query * problem.query.row;
+    row.query = query + index.head * problem.query.head + index.query * problem.query.row;
     if (plan.copies_queries) {
-      char* copy = slot.queries + i * problem.head_dim * size_of(plan.attend->queries);
+      char* copy = memory.queries + i * problem.head_dim * size_of(plan.attend->queries);
       gather_query(problem, *plan.kernels, span, i, plan.attend->queries, problem.key_bias, copy);
       row.query = copy;
     }
-    row.out = plan.copies_out ? slot.out + i * problem.value_dim * size
-                              : out + place.head * problem.out.head + place.query * problem.out.row;
-    row.scores = problem.weights ? element(problem, problem.weights, span, place) : nullptr;
+    row.out = plan.copies_out ? memory.out + i * problem.value_dim * size
+                              : out + index.head * problem.out.head + index.query * problem.out.row;
+    row.scores = problem.weights ? element(problem, problem.weights, span, index) : nullptr;
   }
 }
 
-void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count) {
+void spread_masks(const Problem& problem, const RowSpan& span, const ThreadMemory& memory, std::int64_t first,
+                  int count) {
   const std::int64_t masked_from = problem.masked_from(span.batch);
   for (int i = 0; i < span.valid; ++i) {
-    const std::uint8_t* mask = mask_of(problem, span, place_of(span, i));
-    std::uint8_t* spread = slot.masks + std::int64_t{i} * slot.mask_step;
+    const std::uint8_t* mask = mask_of(problem, span, row_index(span, i));
+    std::uint8_t* spread = memory.masks + std::int64_t{i} * memory.mask_step;
     for (int j = 0; j < count; ++j) {
       const std::int64_t column = first + j - masked_from;
       spread[j] = column < 0 ? 1 : mask[column * problem.mask.column];
     }
-    slot.rows[i].mask = spread - first;  // where key 0 would be
+    memory.rows[i].mask = spread - first;  // where key 0 would be
   }
 }
 
-void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,
-                   const char* row_sum) {
+void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const ThreadMemory& memory,
+                   const char* row_max, const char* row_sum) {
   const std::int64_t size = size_of(problem.dtype);
-  Place place = place_of(span, 0);
-  for (int i = 0; i < span.valid; ++i, place = next_place(span, place)) {
-    const Row& row = slot.rows[i];
+  RowIndex index = row_index(span, 0);
+  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
+    const Row& row = memory.rows[i];
     const double max = read_real(row_max + i * size, problem.dtype);
     const double sum = read_real(row_sum + i * size, problem.dtype);
-    const bool undefined = sum == 0 && sees_a_key(problem, span, place, row);
+    const bool undefined = sum == 0 && sees_a_key(problem, span, index, row);
     if (undefined)
       fill_row(static_cast<char*>(row.out), size_of(plan.out_type), problem.value_dim,
                std::numeric_limits<double>::quiet_NaN(), plan.out_type);
     if (plan.copies_out)
-      scatter_row(*plan.kernels, {element(problem, problem.out, span, place), problem.out.column, problem.out.dtype},
+      scatter_row(*plan.kernels, {element(problem, problem.out, span, index), problem.out.column, problem.out.dtype},
                   static_cast<char*>(row.out), problem.dtype, problem.value_dim);
     if (problem.lse)
-      write_real(element(problem, problem.lse, span, place),
+      write_real(element(problem, problem.lse, span, index),
                  sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.lse.dtype);
     if (problem.weights) finish_weights(problem, plan, row, max, sum, undefined);
   }
@@ -153,23 +155,23 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
 
 void clear_rows(const Problem& problem, const RowSpan& span) {
   for (int i = span.valid; i < span.count; ++i) {
-    const Place place = place_of(span, i);
-    fill_row(element(problem, problem.out, span, place), problem.out.column, problem.value_dim, 0, problem.out.dtype);
-    if (problem.lse) write_real(element(problem, problem.lse, span, place), -infinity, problem.lse.dtype);
+    const RowIndex index = row_index(span, i);
+    fill_row(element(problem, problem.out, span, index), problem.out.column, problem.value_dim, 0, problem.out.dtype);
+    if (problem.lse) write_real(element(problem, problem.lse, span, index), -infinity, problem.lse.dtype);
     if (problem.weights)
-      fill_row(element(problem, problem.weights, span, place), problem.weights.column, problem.kv_len, 0,
+      fill_row(element(problem, problem.weights, span, index), problem.weights.column, problem.kv_len, 0,
                problem.dtype);
   }
 }
 
 void merge_ranges(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block,
-                  const RowSpan& span, const Slot& slot) {
-  describe_rows(problem, plan, span, slot, /*with_sinks=*/false);
+                  const RowSpan& span, const ThreadMemory& memory) {
+  describe_rows(problem, plan, span, memory, /*with_sinks=*/false);
   if (problem.dtype == DType::f32)
-    merge<float>(problem, plan, shared, block, span, slot);
+    merge<float>(problem, plan, shared, block, span, memory);
   else
-    merge<double>(problem, plan, shared, block, span, slot);
-  complete_rows(problem, plan, span, slot, slot.row_max, slot.row_sum);
+    merge<double>(problem, plan, shared, block, span, memory);
+  complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
 }
 
 }  // namespace selfattn

@@ -3,7 +3,7 @@
 #include "plan.h"
 #include "problem.h"
 #include "score_rows.h"
-#include "slot.h"
+#include "thread_memory.h"
 
 namespace selfattn {
 
@@ -11,16 +11,18 @@ namespace selfattn {
 RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, std::int64_t kv_head,
                 std::int64_t row_block);
 
-// Fills slot.rows for the valid rows. Copies queries that kernels cannot read in place.
-void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, bool with_sinks);
+// Fills memory.rows for the valid rows. Copies queries that kernels cannot read in place.
+void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const ThreadMemory& memory,
+                   bool with_sinks);
 
 // For masks that cover only the newest keys: expands them to the keys [first, first + count), where earlier keys are
-// visible, and points slot.rows to the result.
-void spread_masks(const Problem& problem, const RowSpan& span, const Slot& slot, std::int64_t first, int count);
+// visible, and points memory.rows to the result.
+void spread_masks(const Problem& problem, const RowSpan& span, const ThreadMemory& memory, std::int64_t first,
+                  int count);
 
 // Computes lse and weights from row_max and row_sum, and copies outputs that were computed in scratch to `out`.
-void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const Slot& slot, const char* row_max,
-                   const char* row_sum);
+void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const ThreadMemory& memory,
+                   const char* row_max, const char* row_sum);
 
 // Writes the empty results of rows beyond q_lens.
 void clear_rows(const Problem& problem, const RowSpan& span);
@@ -28,6 +30,6 @@ void clear_rows(const Problem& problem, const RowSpan& span);
 // Merges the partial results of a row block in the order of its key ranges, as if the ranges had been absorbed one
 // after the other.
 void merge_ranges(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block,
-                  const RowSpan& span, const Slot& slot);
+                  const RowSpan& span, const ThreadMemory& memory);
 
 }  // namespace selfattn

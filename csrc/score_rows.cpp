@@ -42,24 +42,24 @@ void add_row(T* row, const double* added, std::int64_t count) {
 }
 
 // Short calls spend several percent of their time here, so that all of it is inlined into the loop over rows.
-inline void fill(Row& row, const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid) {
-  const KeyRange visible = visible_keys(place.query, valid);
+inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid) {
+  const KeyRange visible = visible_keys(index.query, valid);
   row.query = row.relative = nullptr;
   row.out = row.scores = nullptr;
-  row.mask = problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
-  row.bias = problem.bias ? element(problem, problem.bias, span, place) : nullptr;
+  row.mask = problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, index)) : nullptr;
+  row.bias = problem.bias ? element(problem, problem.bias, span, index) : nullptr;
   row.key_begin = visible.begin;
   row.key_end = visible.end;
   // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
   // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
   // that lse gets back. A sink has no distance: with one, the constant does not cancel and must stay.
-  const std::int64_t position = place.query + valid.offset;
+  const std::int64_t position = index.query + valid.offset;
   row.position =
       problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
-  row.slope = problem.alibi_slopes ? slope_of(problem, span.batch, place.head) : 0;
+  row.slope = problem.alibi_slopes ? slope_of(problem, span.batch, index.head) : 0;
   row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
-  row.sink = problem.sinks ? sink_of(problem, place.head) : -infinity;
-  const std::int64_t numbers[] = {problem.first_entry + span.batch, place.head, place.query};
+  row.sink = problem.sinks ? sink_of(problem, index.head) : -infinity;
+  const std::int64_t numbers[] = {problem.first_entry + span.batch, index.head, index.query};
   for (int i = 0; i < 3; ++i) row.place[i] = static_cast<std::uint32_t>(numbers[i]);
 }
 
@@ -77,16 +77,16 @@ KeyRange span_keys(const Problem& problem, const RowSpan& span) {
   if (span.valid == 0) return {0, 0};
   const ValidKeys valid = valid_keys(problem, span.batch);
   // Both ends are monotonic in the query.
-  const KeyRange first = visible_keys(place_of(span, 0).query, valid);
-  const KeyRange last = visible_keys(place_of(span, span.valid - 1).query, valid);
+  const KeyRange first = visible_keys(row_index(span, 0).query, valid);
+  const KeyRange last = visible_keys(row_index(span, span.valid - 1).query, valid);
   // The range of a query that sees nothing may begin before the first valid key, where keys may be in no page.
   const std::int64_t begin = std::max(std::min(first.begin, last.begin), valid.begin);
   const std::int64_t end = std::max(first.end, last.end);
   return {std::min(begin, end), end};
 }
 
-const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place place) {
-  return problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, place)) : nullptr;
+const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, RowIndex index) {
+  return problem.mask ? reinterpret_cast<std::uint8_t*>(element(problem, problem.mask, span, index)) : nullptr;
 }
 
 double sink_of(const Problem& problem, std::int64_t head) {
@@ -95,26 +95,26 @@ double sink_of(const Problem& problem, std::int64_t head) {
   return within_range(base2(sink), problem.dtype);
 }
 
-Row describe_row(const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid) {
+Row describe_row(const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid) {
   Row row;
-  fill(row, problem, span, place, valid);
+  fill(row, problem, span, index, valid);
   return row;
 }
 
 void describe_rows(const Problem& problem, const RowSpan& span, Row* rows) {
   const ValidKeys valid = valid_keys(problem, span.batch);
-  Place place = place_of(span, 0);
-  for (int i = 0; i < span.valid; ++i, place = next_place(span, place)) fill(rows[i], problem, span, place, valid);
+  RowIndex index = row_index(span, 0);
+  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) fill(rows[i], problem, span, index, valid);
 }
 
 void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
                   const PerHead& bias, char* to) {
-  const Place place = place_of(span, i);
+  const RowIndex index = row_index(span, i);
   const Operand& query = problem.query;
-  const SourceRows row{{element(problem, query, span, place), 0, query.column}, query.dtype};
+  const SourceRows row{{element(problem, query, span, index), 0, query.column}, query.dtype};
   gather_rows(kernels, to, type, row, 1, problem.head_dim);
   if (!bias) return;
-  const auto* added = reinterpret_cast<const double*>(bias.data + place.head * bias.head);
+  const auto* added = reinterpret_cast<const double*>(bias.data + index.head * bias.head);
   if (type == DType::f32)
     add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
   else

@@ -22,37 +22,37 @@ struct RowSpan {
 RowSpan make_span(const Problem& problem, std::int64_t batch, std::int64_t first_head, std::int64_t heads,
                   std::int64_t first, std::int64_t most);
 
-struct Place {
+struct RowIndex {
   std::int64_t query, head;
 };
 
-inline Place place_of(const RowSpan& span, std::int64_t i) {
+inline RowIndex row_index(const RowSpan& span, std::int64_t i) {
   const std::int64_t row = span.first + i;
   return {row / span.heads, span.first_head + row % span.heads};
 }
 
-// The place of the row after this one. Loops over rows use it, since place_of divides.
-inline Place next_place(const RowSpan& span, Place place) {
-  if (++place.head < span.first_head + span.heads) return place;
-  return {place.query + 1, span.first_head};
+// The index of the row after this one. Loops over rows use it, since row_index divides.
+inline RowIndex next_row(const RowSpan& span, RowIndex index) {
+  if (++index.head < span.first_head + span.heads) return index;
+  return {index.query + 1, span.first_head};
 }
 
 // The element of an operand for a query and head, in its first column.
-inline char* element(const Problem& problem, const Operand& operand, const RowSpan& span, Place place) {
-  return problem.at(operand, span.batch) + place.head * operand.head + place.query * operand.row;
+inline char* element(const Problem& problem, const Operand& operand, const RowSpan& span, RowIndex index) {
+  return problem.at(operand, span.batch) + index.head * operand.head + index.query * operand.row;
 }
 
 // Keys that any valid row of the span may see, before mask and bias.
 KeyRange span_keys(const Problem& problem, const RowSpan& span);
 
 // A row's mask at its first column, or null.
-const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, Place place);
+const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, RowIndex index);
 
 // The head's sink in units of log2, or -inf.
 double sink_of(const Problem& problem, std::int64_t head);
 
 // A row without addresses of query, out and scores.
-Row describe_row(const Problem& problem, const RowSpan& span, Place place, const ValidKeys& valid);
+Row describe_row(const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid);
 
 // The same for every valid row of the span.
 void describe_rows(const Problem& problem, const RowSpan& span, Row* rows);

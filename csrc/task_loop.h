@@ -41,7 +41,7 @@ class TaskLoop {
   TaskLoop(std::int64_t tasks, int threads, Interrupted interrupted)
       : TaskLoop(Work{nullptr, 0, 0, tasks}, threads, interrupted) {}
 
-  // Calls task(index, slot) for every index, slot < threads. Returns false if it was stopped before the end.
+  // Calls task(index, thread) for every index, thread < threads. Returns false if it was stopped before the end.
   template <class F>
   bool run(F& task) {
     struct Context {
@@ -49,9 +49,9 @@ class TaskLoop {
       F& task;
     } context{*this, task};
     const Clock::time_point start = Clock::now();
-    const int used = run_region({[](void* opaque, int slot) noexcept {
+    const int used = run_region({[](void* opaque, int thread) noexcept {
                                    auto& [loop, body] = *static_cast<Context*>(opaque);
-                                   loop.take_tasks(body, slot);
+                                   loop.take_tasks(body, thread);
                                  },
                                  [](void* opaque) noexcept { static_cast<Context*>(opaque)->loop.ask(); }, &context},
                                 threads_);
@@ -61,8 +61,8 @@ class TaskLoop {
   }
 
   // Long tasks check this between their steps.
-  bool should_stop(int slot) noexcept {
-    if (slot == caller_slot && polls_ && Clock::now() - last_asked_ > interval) {
+  bool should_stop(int thread) noexcept {
+    if (thread == caller_thread && polls_ && Clock::now() - last_asked_ > interval) {
       ask();
       last_asked_ = Clock::now();
     }
@@ -80,13 +80,13 @@ class TaskLoop {
   };
 
   template <class F>
-  void take_tasks(F& task, int slot) noexcept {
-    if (slot >= threads_) return;  // the team is larger than requested
-    if (slot == caller_slot) polls_ = std::this_thread::get_id() == caller_;
-    const Clock::time_point start = slot == caller_slot ? Clock::now() : Clock::time_point();
+  void take_tasks(F& task, int thread) noexcept {
+    if (thread >= threads_) return;  // the team is larger than requested
+    if (thread == caller_thread) polls_ = std::this_thread::get_id() == caller_;
+    const Clock::time_point start = thread == caller_thread ? Clock::now() : Clock::time_point();
     std::int64_t index, taken = 0;
-    for (; !should_stop(slot) && claim(index); ++taken) task(index, slot);
-    if (slot == caller_slot) own_ = {taken, Clock::now() - start};
+    for (; !should_stop(thread) && claim(index); ++taken) task(index, thread);
+    if (thread == caller_thread) own_ = {taken, Clock::now() - start};
   }
 
   bool claim(std::int64_t& index) noexcept {
@@ -104,7 +104,7 @@ class TaskLoop {
   const int threads_;
   const Interrupted interrupted_;
   const std::thread::id caller_ = std::this_thread::get_id();
-  bool polls_ = false;  // slot 0: not if its tasks run on a helper thread, since the waiting caller polls then
+  bool polls_ = false;  // thread 0: not if its tasks run on a helper thread, since the waiting caller polls then
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stopped_{false};
   Clock::time_point last_asked_ = Clock::now();

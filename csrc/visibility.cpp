@@ -43,13 +43,21 @@ std::int64_t Problem::exact_offset_of(std::int64_t b) const {
 
 std::int64_t Problem::offset_of(std::int64_t b) const { return clamp_far(exact_offset_of(b)); }
 
+VisibleDistances visible_distances(const Problem& problem) {
+  VisibleDistances distances;
+  if (problem.window_right >= 0) distances.least = -problem.window_right;
+  if (problem.causal) distances.least = 0;
+  if (problem.window_left >= 0) distances.most = problem.window_left;
+  return distances;
+}
+
 ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
   const std::int64_t offset = problem.exact_offset_of(b);
+  const VisibleDistances distances = visible_distances(problem);
   ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far};
-  // Offset and window together may cancel, so neither may be clamped alone.
-  if (problem.window_left >= 0) valid.first = far_sum(offset, -problem.window_left);
-  if (problem.window_right >= 0) valid.last = far_sum(offset, problem.window_right);
-  if (problem.causal) valid.last = std::min(valid.last, valid.offset);
+  // Offset and distance together may cancel, so neither may be clamped alone.
+  if (distances.most) valid.first = far_sum(offset, -*distances.most);
+  if (distances.least) valid.last = far_sum(offset, -*distances.least);
   return valid;
 }
 

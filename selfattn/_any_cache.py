@@ -23,7 +23,7 @@ class Step(NamedTuple):
 class AnyCache(Copyable):
     """Base class of both caches: memory, a lock, and the steps of a call that uses them.
 
-    `_begin`, `_commit`, `_roll_back` and `_bounds` are called with the lock held.
+    `_begin`, `_commit` and `_roll_back` are called with the lock held.
     """
 
     window: int | None
@@ -65,12 +65,8 @@ class AnyCache(Copyable):
 
     @abstractmethod
     def _commit(self, step: Step) -> None:
-        """Record the tokens of a step that succeeded."""
+        """Finish a step that succeeded. The core has committed the lengths."""
 
     @abstractmethod
     def _roll_back(self, step: Step) -> None:
         """Undo a step that failed."""
-
-    @abstractmethod
-    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the lengths before the step, and the first token that each sequence still holds."""

@@ -73,13 +73,6 @@ def real(function: str, name: str, value: Any) -> float:
     return number
 
 
-def _softcap(function: str, value: Any) -> float:
-    number = real(function, "softcap", value)
-    if number <= 0:
-        raise refusal(ValueError, function, "softcap", f" is {value!r}, but it must be greater than 0")
-    return number
-
-
 def window_sides(function: str, value: Any) -> tuple[int, int]:
     """Return a window's two sides; −1 for unbounded."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -138,10 +131,8 @@ def whole_number(function: str, name: str, value: Any, least: int) -> int:
 
 
 def _dropout(function: str, rate: Any, seed: Any) -> tuple[float, int]:
-    """Return the rate of dropout and its seed, which is 0 where none is needed."""
+    """Return the rate of dropout and its seed, which is 0 where none is needed; the core checks the rate's range."""
     number = real(function, "dropout", rate)
-    if not 0 <= number < 1:
-        raise refusal(ValueError, function, "dropout", f" is {rate!r}, but it must be at least 0 and less than 1")
     if seed is not None:
         return number, integer_in(function, "seed", seed, 0, (1 << 64) - 1)
     if number > 0:
@@ -211,7 +202,7 @@ def core_options(
     if scale is not None:
         options.scale = real(function, "scale", scale)
     if softcap is not None:
-        options.softcap = _softcap(function, softcap)
+        options.softcap = real(function, "softcap", softcap)
     if alibi_slopes is not None:
         options.alibi_slopes = reals(function, "alibi_slopes", alibi_slopes)
     if sinks is not None:

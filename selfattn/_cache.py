@@ -87,7 +87,7 @@ class KVCache(AnyCache):
         self.batch, self.num_kv_heads, self.capacity = layout.blocks, layout.heads, layout.slots
         self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
         self.window = window
-        self._store = Store("KVCache", layout, buffer)
+        self._store = Store("KVCache", layout, window, buffer)
         self._lock = SharedLock()
         self._ledger = Ledger(self._store.memory, layout, window, self)
 
@@ -234,10 +234,6 @@ class KVCache(AnyCache):
 
     def _roll_back(self, step: Step) -> None:
         self._ledger.restore(step.state)
-
-    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        lengths, starts = self._ledger.state()
-        return lengths, starts
 
 
 def _layout(

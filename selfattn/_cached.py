@@ -15,7 +15,6 @@ from ._cache import KVCache
 from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
-from ._pages import Row
 from ._rope import RoPE, apply_rope, positions_for, rope_or_none
 from ._typing import Array, CachedOptions, Layout, No, Precision, Window, Yes
 
@@ -177,7 +176,6 @@ def attention_with_kvcache(
         if description is None:
             raise refusal(ValueError, _NAME, "positions", " is given without ", "rope", "")
         positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens))
-    check_window(_NAME, cache, options.window_left)
     rotation = None if description is None else description.for_core(_NAME, cache.head_dim)
     if out is not None:
         out_array(_NAME, out)
@@ -189,35 +187,10 @@ def attention_with_kvcache(
     appended = 0 if k is None else tokens
 
     def attend(step: Step) -> Any:
-        check_seen(_NAME, cache, step, tokens - appended, options.window_left)
         inputs = _core.CacheInputs(q=q, k=k, v=v, rope=rotation, positions=positions)
         return _core.attend_cache(_NAME, cache._store.core, step.sequences, inputs, out, options)
 
     return cache._run(_NAME, sequences, appended, attend)
-
-
-def check_window(function: str, cache: AnyCache, left: int) -> None:
-    """Raise if a call looks farther back than the cache's window."""
-    if cache.window is not None and not 0 <= left <= cache.window:
-        asked = "none" if left < 0 else f"{left} to the left"
-        raise refusal(
-            ValueError, function, "window", f" is {asked}, but the cache keeps only what one of {cache.window} sees"
-        )
-
-
-def check_seen(function: str, cache: AnyCache, step: Step, before: int, left: int) -> None:
-    """Raise if a query sees tokens that are no longer kept; `before`: the queries whose tokens were stored earlier."""
-    if cache.window is None or before <= 0:
-        return
-    lengths, starts = cache._bounds(step)
-    for b in np.flatnonzero(starts > np.maximum(lengths - before - left, 0))[:1]:
-        raise refusal(
-            ValueError,
-            function,
-            "q",
-            f" has {before} queries for stored tokens, and the first would see tokens before {starts[b]}, which "
-            f"sequence {b} no longer holds",
-        )
 
 
 class _Cascade(NamedTuple):
@@ -241,7 +214,7 @@ class _Cascade(NamedTuple):
         inputs = _core.CacheInputs(q=self.q, k=self.k, v=self.v, rope=rotation, positions=self.positions)
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
-        first = np.array([row.length for row in rows], np.int64) - tokens
+        first = np.array([row.length for row in rows], np.int64) + appended - tokens
         # Only whole pages that every query sees completely and that were filled before this call.
         whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
         shared = whole // cache.page_size * cache.page_size
@@ -252,11 +225,10 @@ class _Cascade(NamedTuple):
             _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
         options = self.options.copy()
         options.return_lse = True
-        own_rows = [Row(row.pages[shared // cache.page_size :], shared, row.length) for row in rows]
+        prefix_row = _core.PagedRow(pages=rows[0].pages, start=0, length=shared)
         # The unshared part first: it checks all arguments. Both parts keep the computation type, to be rounded once.
-        inputs.unrounded = True
-        own, own_lse = _core.attend_cache(_NAME, store, own_rows, inputs, None, options)
-        prefix_row = Row(rows[0].pages, 0, shared)
+        inputs.skipped, inputs.unrounded = shared, True
+        own, own_lse = _core.attend_cache(_NAME, store, rows, inputs, None, options)
         prefix, prefix_lse = self._attend_prefix(cache, prefix_row, first, tokens, options)
         if out is None:
             out = own if own.dtype == self.q.dtype else np.empty(own.shape, self.q.dtype)
@@ -265,7 +237,7 @@ class _Cascade(NamedTuple):
         return (out, own_lse) if self.options.return_lse else out
 
     def _attend_prefix(
-        self, cache: PagedKVCache, row: Row, first: NDArray[np.int64], tokens: int, options: _core.Options
+        self, cache: PagedKVCache, row: _core.PagedRow, first: NDArray[np.int64], tokens: int, options: _core.Options
     ) -> tuple[Any, Any]:
         """Attend to the shared pages with the rows of all sequences as if they were one sequence; heads first."""
         q = self.q

@@ -3,12 +3,11 @@
 Its ValueErrors and TypeErrors about arguments have an attribute ``message_parts``; see `_errors.py`.
 """
 
+from array import array
 from typing import Any, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-from ._pages import Row
 
 # The numbers by which the core knows the names that users pass.
 LAYOUTS: dict[str, int]
@@ -32,7 +31,7 @@ class Options:
     window_left: int
     window_right: int
     scale: float | None
-    softcap: float
+    softcap: float | None
     precision: int
     distance_origin: int
     dropout: float
@@ -65,6 +64,7 @@ class CacheInputs:
     rope: Rope | None
     positions: NDArray[Any] | None
     unrounded: bool
+    skipped: int
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class CacheInputs:
         rope: Rope | None = None,
         positions: NDArray[Any] | None = None,
         unrounded: bool = False,  # return out in the type of computation
+        skipped: int = 0,  # tokens at the start of paged sequences that are not read; a multiple of the page size
     ) -> None: ...
 
 class LayerInputs:
@@ -161,10 +162,20 @@ Layer = NewType("Layer", object)
 Linear = NewType("Linear", object)
 Norm = NewType("Norm", object)
 CacheStore = NewType("CacheStore", object)  # the arrays of a cache
-Ledger = NewType("Ledger", object)  # the lengths of a cache that has one block per sequence
-BlockTable = NewType("BlockTable", object)  # the pages of all sequences of a call in one array
-# The sequences of a call, with room for the appended tokens. The lengths of tables and rows are those after the call.
-Sequences: TypeAlias = Ledger | BlockTable | list[Row]
+Ledger = NewType("Ledger", object)  # the lengths of a cache whose sequences have one page each
+PageTable = NewType("PageTable", object)  # the pages of all sequences of a call in one array
+
+class PagedRow:
+    """One sequence in pages. A call that appends sets the new length, and nothing else."""
+
+    pages: array[int]  # from the page of token `start` on; may be more than the tokens need
+    start: int  # the first token still held; always the first of its page
+    length: int
+
+    def __init__(self, *, pages: array[int], start: int, length: int) -> None: ...
+
+# The sequences of a call. Tables and rows must have pages for the tokens that the call appends.
+Sequences: TypeAlias = Ledger | PageTable | list[PagedRow]
 
 def make_layer(
     weights: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None],
@@ -229,24 +240,24 @@ def relative_attention_backward(
 ) -> dict[str, NDArray[Any]]: ...
 def make_cache_store(
     *,
-    k: NDArray[Any],  # (blocks, heads, slots, width)
+    k: NDArray[Any],  # (pages, heads, page_size, width)
     v: NDArray[Any],
-    k_scales: NDArray[np.float32] | None,  # (blocks, heads, slots)
+    k_scales: NDArray[np.float32] | None,  # (pages, heads, page_size)
     v_scales: NDArray[np.float32] | None,
     dtype: int,
+    window: int,  # the largest distance that queries may look to the left; -1: the cache keeps all tokens
 ) -> CacheStore: ...
 def make_ledger(
     *,
-    copies: NDArray[np.int64],  # (2, 2, blocks): two copies of (length, first token still held) of each block
+    copies: NDArray[np.int64],  # (2, 2, sequences): two copies of (length, first token still held)
     active: NDArray[np.int64],  # (1,): the copy that is valid
-    window: int,  # -1: none
 ) -> Ledger: ...
-def make_block_table(
+def make_page_table(
     *,
     pages: NDArray[np.int32],  # (sequences, pages), C-contiguous
     lengths: NDArray[np.int64],
     starts: NDArray[np.int64] | None,  # the first token still held
-) -> BlockTable: ...
+) -> PageTable: ...
 def append(function: str, store: CacheStore, sequences: Sequences, k: NDArray[Any], v: NDArray[Any], /) -> None: ...
 def reorder(store: CacheStore, ledger: Ledger, index: NDArray[np.int64], /) -> None: ...
 def attend_cache(

@@ -12,7 +12,6 @@ from ._any_cache import AnyCache, Step
 from ._arguments import as_array, core_options, out_array
 from ._attention import _DEFAULTS, attention
 from ._cache import KVCache
-from ._cached import check_window
 from ._errors import refusal
 from ._immutable import Immutable
 from ._keywords import clean_signature, hinted, refuse_unknown
@@ -289,7 +288,6 @@ class SelfAttention(Immutable):
         store = sequences = None
         if held is not None:
             cache, step = held
-            check_window(function, cache, values.window_left)
             store, sequences = cache._store.core, step.sequences
         x, context, positions, residual = inputs
         x = as_array(function, "x", x)

@@ -32,9 +32,8 @@ class Ledger:
         self.capacity, self.window = layout.slots, window
         self.header = memory[: layout.header_bytes].view(np.int64)
         self.copies = self.header[_FIXED:].reshape(2, 2, layout.blocks)
-        left = -1 if window is None else int(window)
-        self._open(_description(layout, left), cache)
-        self.core = _core.make_ledger(copies=self.copies, active=self.header[_ACTIVE : _ACTIVE + 1], window=left)
+        self._open(_description(layout, -1 if window is None else int(window)), cache)
+        self.core = _core.make_ledger(copies=self.copies, active=self.header[_ACTIVE : _ACTIVE + 1])
 
     def _open(self, description: tuple[int, ...], cache: object) -> None:
         header = self.header

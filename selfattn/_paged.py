@@ -11,10 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._any_cache import AnyCache, Step
 from ._arguments import as_array, integers
+from ._core import PagedRow
 from ._errors import refusal
 from ._keywords import hinted
 from ._lock import SharedLock
-from ._pages import NUMBER, Growth, PageTable, Row, is_count
+from ._pages import NUMBER, Growth, PageTable, is_count
 from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
 
@@ -86,7 +87,7 @@ class PagedKVCache(AnyCache):
         self.num_pages, self.num_kv_heads, self.page_size = layout.blocks, layout.heads, layout.slots
         self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
         self.window = None if window is None else count("PagedKVCache", "window", window, least=0)
-        self._store = Store("PagedKVCache", layout, buffer)
+        self._store = Store("PagedKVCache", layout, self.window, buffer)
         self._lock = SharedLock()
         self._table = PageTable(self.num_pages, self.page_size)
         self._next = 0  # the id of the next sequence
@@ -147,7 +148,7 @@ class PagedKVCache(AnyCache):
         """Return the id of a new, empty sequence. Ids are never reused."""
         with self._lock.writing:
             name = self._new_id()
-            self._table.put({name: Row(array(NUMBER), 0, 0)})
+            self._table.put({name: PagedRow(pages=array(NUMBER), start=0, length=0)})
             return name
 
     def length(self, sequence: int) -> int:
@@ -191,17 +192,17 @@ class PagedKVCache(AnyCache):
         """Remove the newest tokens, so that `length` remain; pages without tokens are released."""
         length = count("truncate", "length", length, least=0)
         with self._lock.writing:
-            name, (_, start, old) = self._named("truncate", sequence)
-            if length > old:
+            name, row = self._named("truncate", sequence)
+            if length > row.length:
                 raise refusal(
-                    ValueError, "truncate", "length", f" is {length}, but sequence {sequence} has {old} tokens"
+                    ValueError, "truncate", "length", f" is {length}, but sequence {sequence} has {row.length} tokens"
                 )
-            if self.window is not None and length > 0 and start > max(length - self.window, 0):
+            if self.window is not None and length > 0 and row.start > max(length - self.window, 0):
                 raise refusal(
                     ValueError,
                     "truncate",
                     "length",
-                    f" is {length}, but a window of {self.window} would then see tokens before {start}, which "
+                    f" is {length}, but a window of {self.window} would then see tokens before {row.start}, which "
                     f"sequence {sequence} no longer holds",
                 )
             self._table.settle()
@@ -218,13 +219,13 @@ class PagedKVCache(AnyCache):
         self._next += 1  # first: if an interrupt comes now, the id is skipped rather than given out twice
         return self._next - 1
 
-    def _row(self, function: str, sequence: int) -> Row:
+    def _row(self, function: str, sequence: int) -> PagedRow:
         row = self._table.rows.get(sequence)
         if row is None:
             raise refusal(ValueError, function, "sequence", f" {sequence} is not live")
         return row
 
-    def _named(self, function: str, sequence: Any) -> tuple[int, Row]:
+    def _named(self, function: str, sequence: Any) -> tuple[int, PagedRow]:
         """Return the id and the row that a user's argument means."""
         if not isinstance(sequence, (int, np.integer)) or isinstance(sequence, bool):
             raise refusal(ValueError, function, "sequence", f" {sequence!r} is not live")
@@ -242,7 +243,12 @@ class PagedKVCache(AnyCache):
         self._table.settle()
         growth = self._table.grow(function, names, tokens, self.window)
         overwritten = self._copy_pages(growth) if growth.copies or growth.reused else ()
-        return Step(list(growth.rows.values()), (growth, overwritten))
+        try:
+            self._table.claim(growth)
+            return Step(list(growth.rows.values()), (growth, overwritten))
+        except BaseException:
+            self._undo(growth, overwritten)
+            raise
 
     def _copy_pages(self, growth: Growth) -> list[NDArray[Any]]:
         """Copy shared pages for the rows that will write to them; return the page contents needed to undo the step."""
@@ -261,21 +267,17 @@ class PagedKVCache(AnyCache):
         for store, old in zip(self._store.arrays(), overwritten, strict=False):
             store[growth.reused] = old
 
+    def _undo(self, growth: Growth, overwritten: Sequence[NDArray[Any]]) -> None:
+        self._table.undo(growth)
+        self._write_back(growth, overwritten)
+
     def _commit(self, step: Step) -> None:
         if step.state is not None:
             self._table.commit(step.state[0])
 
     def _roll_back(self, step: Step) -> None:
         if step.state is not None:
-            growth, overwritten = step.state
-            self._table.restore(growth.before)
-            self._write_back(growth, overwritten)
-
-    def _bounds(self, step: Step) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        after: Any = step.sequences
-        before = after if step.state is None else step.state[0].before.values()
-        lengths, starts = [row.length for row in before], [row.start for row in after]
-        return np.array(lengths, np.int64), np.array(starts, np.int64)
+            self._undo(*step.state)
 
     def _common_tokens(self, step: Step) -> int:
         return self._table.common(step.sequences) * self.page_size  # type: ignore[arg-type]

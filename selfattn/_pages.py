@@ -12,27 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+from ._core import PagedRow
+
 NUMBER = "i"  # the array type of page numbers, as the core reads them
 assert array(NUMBER).itemsize == 4
 
 
-class Row(NamedTuple):
-    """The pages of a sequence. A row is replaced, never changed, so that the old one can be restored.
-
-    `pages` starts with the page of token `start` and may hold more pages than `length` tokens need: a row shares the
-    array with the row that replaces it, and a step appends its new pages there before it replaces the row.
-    """
-
-    pages: array[int]
-    start: int  # the first token still held; always the first of its page
-    length: int
-
-
 class Growth(NamedTuple):
-    """Rows with room for more tokens, for `PageTable.put`."""
+    """Rows with room for more tokens, and what changes with them. The core adds the tokens to their lengths."""
 
-    before: dict[int, Row]
-    rows: dict[int, Row]
+    before: dict[int, PagedRow]
+    lengths: list[int]  # of the rows before
+    rows: dict[int, PagedRow]  # those of `before` themselves if nothing else changes
     taken: int = 0  # number of pages taken from the end of the free list
     gained: Sequence[int] = ()
     lost: Sequence[int] = ()
@@ -48,12 +39,16 @@ def is_count(value: Any) -> bool:
 class PageTable:
     """A row for each sequence. Each page is either free or has a count of the rows that hold it.
 
+    A row is replaced rather than changed, so that the old one can be restored; only the core changes its length. It may
+    have more pages than its tokens need: it shares the array with the row that replaces it, and a step appends new
+    pages to this array.
+
     Uses Python's own integers: accessed one by one, they are faster than NumPy's.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, PagedRow] = {}
         self.sharers = [0] * num_pages
         self.free_pages = list(range(num_pages - 1, -1, -1))
         self.settled = True  # whether sharers and free_pages agree with the rows
@@ -62,19 +57,19 @@ class PageTable:
         """Return how many pages `length` tokens span."""
         return -(-length // self.page_size)
 
-    def count(self, row: Row) -> int:
+    def count(self, row: PagedRow) -> int:
         """Return how many pages a row holds."""
         return self.runs(row.length) - row.start // self.page_size
 
-    def held(self, row: Row) -> array[int]:
+    def held(self, row: PagedRow) -> array[int]:
         """Return the pages that a row holds, as a copy."""
         return row.pages[: self.count(row)]
 
-    def row_of(self, description: Any, there: set[int]) -> Row | None:
+    def row_of(self, description: Any, there: set[int]) -> PagedRow | None:
         """Return the row that a pickle describes; None if it is impossible or has pages other than those in `there`."""
         try:
             length, start, held = description
-            row = Row(array(NUMBER, held), start, length)
+            row = PagedRow(pages=array(NUMBER, held), start=start, length=length)
             sound = is_count(length) and is_count(start) and start <= length and start % self.page_size == 0
             sound = sound and len(held) == self.count(row) == len(set(held)) and there.issuperset(held)
         except (TypeError, ValueError, OverflowError):
@@ -97,38 +92,37 @@ class PageTable:
         self.free_pages = [page for page in range(len(sharers) - 1, -1, -1) if not sharers[page]]
         self.settled = True
 
-    def put(
-        self, rows: Mapping[int, Row | None], gained: Iterable[int] = (), lost: Iterable[int] = (), taken: int = 0
-    ) -> None:
-        """Replace rows, or delete those that are None; after an exception nothing has changed.
-
-        Each page in `gained` is held by one more row, each in `lost` by one fewer; `taken` pages are no longer free.
-        """
+    def put(self, rows: Mapping[int, PagedRow | None], gained: Iterable[int] = (), lost: Iterable[int] = ()) -> None:
+        """Replace rows, or delete those that are None; after an exception nothing has changed."""
         before = {name: self.rows.get(name) for name in rows}
-        self.settled = False
         try:
+            self.settled = False
             self._set(rows)
-            if taken:
-                del self.free_pages[-taken:]
-            for page in gained:
-                self.sharers[page] += 1
-            for page in lost:
-                self.sharers[page] -= 1
-                if not self.sharers[page]:
-                    self.free_pages.append(page)
-            self.settled = True
+            self._move(gained, lost)
         except BaseException:
             self.restore(before)
             raise
 
-    def restore(self, before: Mapping[int, Row | None]) -> None:
+    def _move(self, gained: Iterable[int], lost: Iterable[int], taken: int = 0) -> None:
+        """Count each page in `gained` for one more row, each in `lost` for one fewer; `taken` pages were free."""
+        if taken:
+            del self.free_pages[-taken:]
+        for page in gained:
+            self.sharers[page] += 1
+        for page in lost:
+            self.sharers[page] -= 1
+            if not self.sharers[page]:
+                self.free_pages.append(page)
+        self.settled = True
+
+    def restore(self, before: Mapping[int, PagedRow | None]) -> None:
         """Restore the rows of an earlier state."""
         if not self.settled or any(self.rows.get(name) is not row for name, row in before.items()):
             self.settled = False
             self._set(before)
             self.recount()
 
-    def _set(self, rows: Mapping[int, Row | None]) -> None:
+    def _set(self, rows: Mapping[int, PagedRow | None]) -> None:
         for name, row in rows.items():
             if row is None:
                 self.rows.pop(name, None)
@@ -137,13 +131,14 @@ class PageTable:
 
     def fork(self, name: int, twin: int) -> None:
         """Add a row that shares all pages of another."""
-        pages = self.held(self.rows[name])
-        self.put({twin: self.rows[name]._replace(pages=pages)}, gained=pages)
+        row = self.rows[name]
+        pages = self.held(row)
+        self.put({twin: PagedRow(pages=pages, start=row.start, length=row.length)}, gained=pages)
 
     def shorten(self, name: int, length: int) -> None:
         """Cut a row to `length` tokens and release the pages after them."""
         row = self.rows[name]
-        shorter = Row(row.pages, row.start if length else 0, length)
+        shorter = PagedRow(pages=row.pages, start=row.start if length else 0, length=length)
         kept = self.count(shorter)
         self.put({name: shorter}, lost=self.held(row)[kept:])
         del row.pages[kept:]
@@ -153,15 +148,15 @@ class PageTable:
         self.put({name: None}, lost=self.held(self.rows[name]))
 
     def grow(self, function: str, names: list[int], tokens: int, window: int | None) -> Growth:
-        """Plan room for `tokens` more tokens in each row; no row changes yet.
+        """Plan room for `tokens` more tokens in each row; the table does not change yet.
 
         With a window, each row releases the pages that none of the new tokens sees. They are reused if there are not
         enough free pages.
         """
         before = {name: self.rows[name] for name in names}
-        longer = self._in_place(before, tokens, window)
-        if longer is not None:
-            return Growth(before, longer)
+        lengths = [row.length for row in before.values()]
+        if self._have_room(before, tokens, window):
+            return Growth(before, lengths, before)
         skipped = dict.fromkeys(names, 0)
         lost: list[int] = []
         if window is not None:
@@ -185,43 +180,53 @@ class PageTable:
         taken = min(needed, there)
         gained = [*self.free_pages[there - taken :][::-1], *given[: needed - taken]]
         fresh = iter(gained)
-        rows: dict[int, Row] = {}
+        rows: dict[int, PagedRow] = {}
         copies: list[tuple[int, int]] = []
         reused: list[int] = []
         for name, row in before.items():
             pages = self._extended(row, skipped[name], copies if name in copied else None, tokens, fresh)
-            rows[name] = after = Row(pages, row.start + skipped[name] * self.page_size, row.length + tokens)
+            start = row.start + skipped[name] * self.page_size
+            rows[name] = PagedRow(pages=pages, start=start, length=row.length)
             if reusable:
-                written = pages[(row.length - after.start) // self.page_size :]
+                written = pages[(row.length - start) // self.page_size :]
                 reused.extend(page for page in written if page in reusable)
         lost.extend(page for page, _ in copies)
-        return Growth(before, rows, taken, gained, lost, copies, reused)
+        return Growth(before, lengths, rows, taken, gained, lost, copies, reused)
 
-    def _in_place(self, rows: dict[int, Row], tokens: int, window: int | None) -> dict[int, Row] | None:
-        """Return rows with `tokens` more tokens if each has room in its last page, shares it with none, and keeps all.
+    def _have_room(self, rows: dict[int, PagedRow], tokens: int, window: int | None) -> bool:
+        """Whether each row has room in its last page, shares it with none, and keeps all of its pages.
 
         This is so for nearly all steps that append a token, and fast.
         """
-        size, longer = self.page_size, {}
-        for name, row in rows.items():
-            pages, start, length = row
+        size = self.page_size
+        for row in rows.values():
+            length = row.length
             filled = length % size
-            if not 0 < filled <= size - tokens or self.sharers[pages[length // size - start // size]] > 1:
-                return None
+            if not 0 < filled <= size - tokens or self.sharers[row.pages[length // size - row.start // size]] > 1:
+                return False
             if window is not None and self._unseen(row, window):
-                return None
-            longer[name] = Row(pages, start, length + tokens)
-        return longer
+                return False
+        return True
+
+    def claim(self, growth: Growth) -> None:
+        """Give the rows of a growth their room, before the core stores tokens there."""
+        if growth.rows is not growth.before:
+            self.settled = False
+            self.rows.update(growth.rows)
 
     def commit(self, growth: Growth) -> None:
-        """Put the rows of a growth in place."""
-        if growth.gained or growth.lost:
-            self.put(growth.rows, growth.gained, growth.lost, growth.taken)
-        else:
-            self.rows.update(growth.rows)  # one step, as far as interrupts can tell
+        """Count the pages of a growth whose tokens the core has stored."""
+        if growth.rows is not growth.before:
+            self._move(growth.gained, growth.lost, growth.taken)
+
+    def undo(self, growth: Growth) -> None:
+        """Restore the rows as they were before a growth, of which any part may have happened."""
+        for row, length in zip(growth.before.values(), growth.lengths, strict=True):
+            row.length = length
+        self.restore(growth.before)
 
     def _extended(
-        self, row: Row, skipped: int, copies: list[tuple[int, int]] | None, tokens: int, fresh: Iterator[int]
+        self, row: PagedRow, skipped: int, copies: list[tuple[int, int]] | None, tokens: int, fresh: Iterator[int]
     ) -> array[int]:
         count = self.count(row)
         pages = row.pages
@@ -235,11 +240,11 @@ class PageTable:
         pages.extend(islice(fresh, self.runs(row.length + tokens) - self.runs(row.length)))
         return pages
 
-    def _unseen(self, row: Row, window: int) -> int:
+    def _unseen(self, row: PagedRow, window: int) -> int:
         """Return how many pages hold no token that the next token sees."""
         return max((row.length - window) // self.page_size - row.start // self.page_size, 0)
 
-    def _missing(self, rows: dict[int, Row], tokens: int, left: dict[int, int]) -> tuple[int, set[int]]:
+    def _missing(self, rows: dict[int, PagedRow], tokens: int, left: dict[int, int]) -> tuple[int, set[int]]:
         """Return how many pages `tokens` more tokens per row need, and the rows whose last page must be copied.
 
         `left`: the remaining number of sharers of pages that some rows will have released by then.
@@ -256,7 +261,7 @@ class PageTable:
                     copied.add(name)
         return pages + len(copied), copied
 
-    def common(self, rows: list[Row]) -> int:
+    def common(self, rows: list[PagedRow]) -> int:
         """Return how many leading pages all rows share."""
         shared = 0
         if any(row.start for row in rows):

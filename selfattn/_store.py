@@ -74,7 +74,7 @@ class Layout:
 class Store:
     """The arrays of a cache in one block of memory, and their description for the core."""
 
-    def __init__(self, function: str, layout: Layout, buffer: Any) -> None:
+    def __init__(self, function: str, layout: Layout, window: int | None, buffer: Any) -> None:
         self.name = layout.name
         self.memory = _memory(function, layout.nbytes(), buffer)
         arrays = [np.ndarray(shape, kind, self.memory.data, offset) for offset, kind, shape in layout.pieces()]
@@ -83,7 +83,12 @@ class Store:
         self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None
         self.v_scales: NDArray[np.float32] | None = arrays[3] if len(arrays) > 2 else None
         self.core = _core.make_cache_store(
-            k=self.k, v=self.v, k_scales=self.k_scales, v_scales=self.v_scales, dtype=_core.DTYPES[layout.name]
+            k=self.k,
+            v=self.v,
+            k_scales=self.k_scales,
+            v_scales=self.v_scales,
+            dtype=_core.DTYPES[layout.name],
+            window=-1 if window is None else int(window),
         )
 
     @property

@@ -101,7 +101,7 @@ py::object attend_cache(py::handle function_name, py::handle store, py::handle s
   const TensorView k = appends ? float_view(function, "k", inputs.k) : TensorView{};
   const TensorView v = appends ? matching_view(function, "v", inputs.v, "k", k.dtype) : TensorView{};
   const std::int64_t q_len = q.ndim == 4 ? q.extent(layout == Layout::bshd ? 2 : 1) : 0, more = appends ? q_len : 0;
-  CacheArguments source(function, store, sequences, more);
+  CacheArguments source(function, store, sequences, more, inputs.skipped);
   const Cache& cache = source.cache();
   check_query(function, cache, q, layout);
   check_type(function, cache, q.dtype);
@@ -141,26 +141,35 @@ py::object attend_cache(py::handle function_name, py::handle store, py::handle s
   return results;
 }
 
-py::capsule make_cache_store(py::array k, py::array v, py::object k_scales, py::object v_scales, int dtype) {
+py::capsule make_cache_store(py::array k, py::array v, py::object k_scales, py::object v_scales, int dtype,
+                             std::int64_t window) {
   return capsule_of(std::make_unique<HeldStore>(std::move(k), std::move(v), std::move(k_scales), std::move(v_scales),
-                                                static_cast<DType>(dtype)));
+                                                static_cast<DType>(dtype), window));
 }
 
-py::capsule make_ledger(py::array copies, py::array active, std::int64_t window) {
-  return capsule_of(std::make_unique<HeldLedger>(std::move(copies), std::move(active), window));
+py::capsule make_ledger(py::array copies, py::array active) {
+  return capsule_of(std::make_unique<HeldLedger>(std::move(copies), std::move(active)));
 }
 
-py::capsule make_block_table(py::array pages, py::array lengths, py::object starts) {
+py::capsule make_page_table(py::array pages, py::array lengths, py::object starts) {
   return capsule_of(std::make_unique<HeldTable>(std::move(pages), std::move(lengths), std::move(starts)));
 }
+
+constexpr Field<PagedRow> row_fields[] = {
+    field<PagedRow, &PagedRow::pages>("pages"),
+    field<PagedRow, &PagedRow::start>("start"),
+    field<PagedRow, &PagedRow::length>("length"),
+};
 
 }  // namespace
 
 void register_cache(py::module_& module) {
   using py::literals::operator""_a;
-  module.def("make_cache_store", &make_cache_store, py::kw_only(), "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "dtype"_a);
-  module.def("make_ledger", &make_ledger, py::kw_only(), "copies"_a, "active"_a, "window"_a);
-  module.def("make_block_table", &make_block_table, py::kw_only(), "pages"_a, "lengths"_a, "starts"_a);
+  Record<PagedRow>::add(module, "PagedRow", row_fields);
+  module.def("make_cache_store", &make_cache_store, py::kw_only(), "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "dtype"_a,
+             "window"_a);
+  module.def("make_ledger", &make_ledger, py::kw_only(), "copies"_a, "active"_a);
+  module.def("make_page_table", &make_page_table, py::kw_only(), "pages"_a, "lengths"_a, "starts"_a);
   module.def("append", &append);
   module.def("attend_cache", &attend_cache);
   module.def("reorder", &reorder);

@@ -25,11 +25,11 @@ T& held_by(py::handle capsule) {
   return *static_cast<T*>(held);
 }
 
-// A cache's arrays (blocks, heads, slots, width), unpacked once for all calls.
+// A cache's arrays (pages, heads, page_size, width), unpacked once for all calls.
 struct HeldStore {
   static constexpr const char* capsule_name = "selfattn.CacheStore";
 
-  HeldStore(py::array k, py::array v, py::object k_scales, py::object v_scales, DType dtype);
+  HeldStore(py::array k, py::array v, py::object k_scales, py::object v_scales, DType dtype, std::int64_t window);
   bool meets(const TensorView& view) const { return meet(view, key) || meet(view, value); }
 
   const py::array k, v;
@@ -41,7 +41,7 @@ struct HeldStore {
 struct HeldLedger {
   static constexpr const char* capsule_name = "selfattn.Ledger";
 
-  HeldLedger(py::array copies, py::array active, std::int64_t window);
+  HeldLedger(py::array copies, py::array active);
 
   const py::array copies, active;
   const Ledger ledger;
@@ -49,7 +49,7 @@ struct HeldLedger {
 
 // The page table of the sequences of one call: int32 (sequences, pages), where each row starts at token 0.
 struct HeldTable {
-  static constexpr const char* capsule_name = "selfattn.BlockTable";
+  static constexpr const char* capsule_name = "selfattn.PageTable";
 
   HeldTable(py::array pages, py::array lengths, py::object starts);
 
@@ -57,19 +57,25 @@ struct HeldTable {
   const py::object starts;  // an array or None: 0
 };
 
-// The step of a call on a cache, from the cache's store and its sequences: a ledger, a block table, or a list of rows
-// with the attributes `pages` (a buffer of int32, from the page of token `start` on), `start` and `length`. The lengths
-// in tables and rows are those after the call.
+// One sequence of a PagedKVCache. `pages` is a buffer of int32, see PagedSequence.
+struct PagedRow {
+  py::object pages = py::none();
+  std::int64_t start = 0, length = 0;
+};
+
+// The step of a call on a cache, from the cache's store and its sequences: a ledger, a page table, or a list of
+// _core.PagedRow.
 class CacheArguments {
  public:
-  // For a call that appends `more` tokens to each sequence. Throws like CacheStep.
-  CacheArguments(const char* function, py::handle store, py::handle sequences, std::int64_t more);
+  // For a call that appends `more` tokens to each sequence; for `skipped` see CacheSource. Throws like CacheStep.
+  CacheArguments(const char* function, py::handle store, py::handle sequences, std::int64_t more,
+                 std::int64_t skipped = 0);
   CacheStep& step() { return step_; }
   const Cache& cache() const { return step_.cache(); }
   bool meets(const TensorView& view) const { return held_.meets(view); }
 
  private:
-  CacheSource source(py::handle sequences, std::int64_t more) const;
+  CacheSource source(py::handle sequences, std::int64_t skipped) const;
 
   const HeldStore& held_;
   const Scratch memory_;  // for the PagedSequences of tables and rows

@@ -16,6 +16,7 @@ constexpr Field<CacheInputs> cache_fields[] = {
     field<CacheInputs, &CacheInputs::rope>("rope"),
     field<CacheInputs, &CacheInputs::positions>("positions"),
     field<CacheInputs, &CacheInputs::unrounded>("unrounded"),
+    field<CacheInputs, &CacheInputs::skipped>("skipped"),
 };
 
 constexpr Field<LayerInputs> layer_fields[] = {

@@ -8,7 +8,8 @@ namespace selfattn::bindings {
 // Of attend_cache(); all but q may be None.
 struct CacheInputs {
   py::object q = py::none(), k = py::none(), v = py::none(), rope = py::none(), positions = py::none();
-  bool unrounded = false;  // return out in the type of computation
+  bool unrounded = false;    // return out in the type of computation
+  std::int64_t skipped = 0;  // see CacheSource
 };
 
 // Of call_layer(); all but x may be None. `store` and `sequences` are those of a cache.

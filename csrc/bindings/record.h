@@ -106,7 +106,7 @@ class Record {
   }
 
   // The T in an object. Throws TypeError for an object of another type.
-  static const T& in(py::handle object) {
+  static T& in(py::handle object) {
     if (Py_TYPE(object.ptr()) != type_)
       throw py::type_error(std::string("_core: an object of type ") + name_ + " is needed");
     return held(object.ptr());

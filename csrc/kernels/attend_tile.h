@@ -40,8 +40,8 @@ struct TileAttention {
         : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
     Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : places(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
-      const int count = (rows + strip_rows - 1) / strip_rows;
-      const std::int64_t lanes = (rows + W - 1) / W * W;  // of all strips; the last strip may have fewer vectors
+      const int count = ceil_div(rows, strip_rows);
+      const std::int64_t lanes = round_up(rows, W);  // of all strips; the last strip may have fewer vectors
       strips = carver.take<Strip>(count);
       queries = carver.take<T>(lanes * Engine::query_cells(head_dim));
       out = carver.take<T>(lanes * Engine::dim_rows(value_dim));

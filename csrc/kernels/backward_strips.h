@@ -12,7 +12,7 @@ namespace selfattn::SELFATTN_ISA {
 // `count` rounded up to whole vectors: the step between rows of operands, in elements.
 template <class T>
 constexpr std::int64_t padded(std::int64_t count) {
-  return (count + Vec<T>::width - 1) / Vec<T>::width * Vec<T>::width;
+  return round_up(count, Vec<T>::width);
 }
 
 // The number of vectors of a strip.
@@ -34,7 +34,7 @@ inline void each_strip_of(int block_rows, Use use) {
   constexpr int W = Vec<T>::width, most = Vectors * W;
   for (int first = 0; first < block_rows; first += most) {
     const int rows = block_rows - first < most ? block_rows - first : most;
-    with_columns<Vectors>((rows + W - 1) / W, [&](auto columns) { use(first, rows, columns); });
+    with_columns<Vectors>(ceil_div(rows, W), [&](auto columns) { use(first, rows, columns); });
   }
 }
 

@@ -45,7 +45,7 @@ template <class T>
                                                   int keys, T* factors) {
   constexpr int W = Vec<T>::width, chains = W / Words::width;
   const Vec<T> factor = broadcast(static_cast<T>(dropout.factor)), zero = broadcast(T(0));
-  const std::int64_t first = first_key / keys_per_block, end = (first_key + keys + keys_per_block - 1) / keys_per_block;
+  const std::int64_t first = first_key / keys_per_block, end = ceil_div(first_key + keys, keys_per_block);
   for (int lane = 0; lane < tile.lanes; lane += W) {
     std::uint32_t place[3][W] = {};
     for (int i = 0; i < W && lane + i < tile.count; ++i)

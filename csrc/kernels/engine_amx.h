@@ -68,7 +68,7 @@ struct AmxEngine : PairOperands<E, Terms> {
                          std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
     rescale_sums<Cols>(rescale, value_dim, out);
     // Pads the probs with 0 up to the end of the last tile.
-    const std::int64_t used = (seen.count + cell - 1) / cell, depth = row_cells(seen.count);
+    const std::int64_t used = ceil_div(seen.count, cell), depth = row_cells(seen.count);
     for (int t = 0; t < Terms; ++t)
       for (std::int64_t i = used * Cols * W; i < depth * Cols * W; i += W)
         store(block.probs + t * block.prob_plane + i, broadcast(0.0f));

@@ -42,7 +42,7 @@ struct PairEngine : PairOperands<E, 1> {
                                       std::int64_t head_dim, std::int64_t, float multiplier, float* scores) {
     const std::int64_t step = block.memory.key_step;
     const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
-    multiply_rows<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, Cols * W, (head_dim + cell - 1) / cell,
+    multiply_rows<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, Cols * W, ceil_div(head_dim, cell),
                                             [&](std::int64_t key, const auto& sums) {
                                               float* score = scores + key * Cols * W;
                                               for (const auto& row : sums)
@@ -75,7 +75,7 @@ struct PairEngine : PairOperands<E, 1> {
                                                 const VecF (&rescale)[Cols], std::int64_t value_dim, float* out) {
     multiply_rows<TileRows, Cols, PairUnit>(
         RowMajor<float>{block.memory.values + seen.skipped / cell, block.memory.value_step}, value_dim, probs, Cols * W,
-        (seen.count + cell - 1) / cell, [&](std::int64_t dim, const auto& sums) {
+        ceil_div(seen.count, cell), [&](std::int64_t dim, const auto& sums) {
           float* o = out + dim * Cols * W;
           for (const auto& row : sums)
             for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));

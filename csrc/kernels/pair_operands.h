@@ -38,9 +38,9 @@ struct PairOperands {
   static constexpr bool exact = Terms == 1 && same_type<E, BFloat>;
 
   // Rows of cells are padded to whole vectors.
-  static constexpr std::int64_t whole(std::int64_t count) { return (count + W - 1) / W * W; }
-  static constexpr std::int64_t row_cells(std::int64_t count) { return whole((count + cell - 1) / cell); }
-  static constexpr std::int64_t key_rows(std::int64_t keys) { return (keys + cell * W - 1) / (cell * W) * (cell * W); }
+  static constexpr std::int64_t whole(std::int64_t count) { return round_up(count, W); }
+  static constexpr std::int64_t row_cells(std::int64_t count) { return whole(ceil_div(count, cell)); }
+  static constexpr std::int64_t key_rows(std::int64_t keys) { return round_up(keys, cell * W); }
   static constexpr std::int64_t dim_rows(std::int64_t value_dim) { return whole(value_dim); }
   // The planes are followed by one flag per row: whether the row holds a number that cannot be split.
   static constexpr std::int64_t query_cells(std::int64_t head_dim) { return Terms * row_cells(head_dim) + 1; }

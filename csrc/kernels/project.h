@@ -56,7 +56,7 @@ inline void project(const ProjectArgs& args) noexcept {
   using T = typename Unit::Real;
   constexpr int width = Vectors * Vec<T>::width, together = 4;
   constexpr bool codes = scaled<B>;
-  const std::int64_t all = (args.depth + Unit::cell - 1) / Unit::cell;
+  const std::int64_t all = ceil_div(args.depth, Unit::cell);
   const std::int64_t most = codes ? all / args.groups : depth_part / Unit::cell;
   const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
   for (DepthPart part{0, 0, false}; !part.last; part.first += most, ++part.index) {

@@ -26,7 +26,7 @@ struct ProjectedRows {
 template <int Rows, int Cols>
 inline void project_block(const ProjectArgs& args, int first_column, int panel_columns, std::int64_t row) {
   constexpr int W = VecF::width;
-  const std::int64_t depth = (args.depth + 1) / 2, x_step = args.x_step / 2;
+  const std::int64_t depth = ceil_div(args.depth, 2), x_step = args.x_step / 2;
   const ProjectedRows x{static_cast<const float*>(args.x) + row * x_step, x_step, args.rows - row, depth};
   alignas(64) float sums[Rows * tile_rows * Cols * W];
   clear_sums<Rows, Cols>();

@@ -38,7 +38,7 @@ struct RowProducts {
   // Up to this many rows, reading each key once and in order matters more than saving loads.
   static constexpr int rows_by_key = 2;
 
-  static std::int64_t padded(std::int64_t count) { return (count + W - 1) / W * W; }
+  static std::int64_t padded(std::int64_t count) { return round_up(count, W); }
 
   struct Scratch {
     std::int64_t query_step, out_step;
@@ -54,7 +54,7 @@ struct RowProducts {
     Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
     Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : query_step((head_dim + Dots::elements - 1) / Dots::elements * W),
+        : query_step(ceil_div(head_dim, Dots::elements) * W),
           out_step(padded(value_dim)),
           score_step(static_cast<int>(padded(key_block))),
           places(carver, rows) {

@@ -131,7 +131,7 @@ def flash_options(function: str, scale: Any, causal: Any, window_size: Any, soft
         "scale": None if scale is None else real(function, "softmax_scale", scale),
         "causal": flag(function, "causal", causal),
         "window": _window(function, window_size),
-        "softcap": _softcap(function, softcap),
+        "softcap": real(function, "softcap", softcap) or None,  # 0.0: none
     }
 
 
@@ -140,10 +140,3 @@ def _window(function: str, value: Any) -> tuple[int | None, int | None] | None:
         raise TypeError(f"{function}: window_size is {value!r}, but a pair of integers is needed")
     left, right = (None if side < 0 else int(side) for side in value)
     return None if left is None and right is None else (left, right)
-
-
-def _softcap(function: str, value: Any) -> float | None:
-    number = real(function, "softcap", value)
-    if number < 0:
-        raise ValueError(f"{function}: softcap is {value!r}, but it cannot be negative: 0.0 is none")
-    return number or None

@@ -79,7 +79,8 @@ class Pages:
             k_scales=None,
             v_scales=None,
             dtype=_core.DTYPES[self.k.dtype.name],
+            window=-1,
         )
-        sequences = _core.make_block_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
+        sequences = _core.make_page_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
         values = core_options(self.function, layout="bshd", **options)
         return _core.attend_cache(self.function, store, sequences, _core.CacheInputs(q=q), out, values)

@@ -84,6 +84,12 @@ def windowed() -> Any:
     return cache
 
 
+def roomy() -> Any:
+    cache = sa.PagedKVCache(2, 8, 1, 4)
+    cache.append(cache.allocate(), x(5), x(5))
+    return cache
+
+
 def batch() -> Any:
     cache = sa.KVCache(3, 1, 4, 8)
     cache.append(x(5, 3), x(5, 3))
@@ -96,6 +102,7 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "truncate": (paged, lambda cache: cache.truncate(1, 2)),
     "free": (paged, lambda cache: cache.free(1)),
     "append": (paged, lambda cache: cache.append(1, x(2), x(2))),
+    "append-in-place": (roomy, lambda cache: cache.append(0, x(2), x(2))),
     "out-of-sight": (windowed, lambda cache: cache.append(0, x(6), x(6))),
     "attend": (
         paged,
@@ -152,6 +159,24 @@ def test_a_step_on_a_full_cache_takes_what_is_out_of_sight(kind: str) -> None:
         cache.append(*own, *(((x(4), x(4))) if own else (x(4, 1), x(4, 1))))
     options = {"sequences": own} if own else {}
     assert np.array_equal(sa.attention_with_kvcache(x(1, 1), cache, window=(0, 0), **options)[0], (x(2) + 4)[:, 1:])
+
+
+@pytest.mark.parametrize("make", [batch, roomy, paged])
+def test_lengths_after_an_interrupt_that_follows_the_commit(make: Callable[[], Any], monkeypatch: Any) -> None:
+    cache = make()
+    before, original = everything(cache), _core.append
+    committed = []
+
+    def then_interrupted(name: str, store: Any, sequences: Any, k: Any, v: Any) -> None:
+        original(name, store, sequences, k, v)
+        committed.append([row.length for row in sequences] if isinstance(sequences, list) else cache._ledger.state()[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_core, "append", then_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.append(x(1, 3), x(1, 3)) if make is batch else cache.append(0, x(1), x(1))
+    assert np.array_equal(committed[0], [6] * len(committed[0]))
+    assert everything(cache) == before
 
 
 def test_a_failed_step_gives_reused_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:

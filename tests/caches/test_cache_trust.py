@@ -48,6 +48,20 @@ def test_sharers_of_a_page_survive_a_failed_call(normal: Any) -> None:
     assert [sa.attention_with_kvcache(q, cache, sequences=[s]).tobytes() for s in (a, b)] == before
 
 
+@pytest.mark.parametrize("kind", ["ring", "paged"])
+def test_refuses_queries_that_see_lost_tokens(normal: Any, kind: str) -> None:
+    k = normal(1, 1, 1, 4)
+    cache: Any = sa.KVCache(1, 1, 4, 4, window=2) if kind == "ring" else sa.PagedKVCache(8, 1, 1, 4, window=2)
+    own = {} if kind == "ring" else {"sequences": [cache.allocate()]}
+    for _ in range(6):
+        sa.attention_with_kvcache(k, cache, k, k, window=(2, 0), **own)
+    sa.attention_with_kvcache(normal(1, 1, 3, 4), cache, window=(0, 0), **own)
+    with pytest.raises(ValueError, match="q has 3 queries for stored tokens, and the first would see tokens before"):
+        sa.attention_with_kvcache(normal(1, 1, 3, 4), cache, window=(2, 0), **own)
+    with pytest.raises(ValueError, match="window is 3 to the left, but the cache keeps only what one of 2 sees"):
+        sa.attention_with_kvcache(k, cache, window=(3, 0), **own)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_an_interrupt_after_the_core_takes_its_tokens_back(normal: Any, window: Any) -> None:
     cache = sa.KVCache(2, 2, 8, 20, window=window)

@@ -255,7 +255,7 @@ def test_explain_tells_why_few_rows_use_tiles(normal: Any) -> None:
 
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropout": 0.1}, ValueError, "dropout is 0.1 without a seed: pass an integer in 0..18446744073709551615"),
-    ({"dropout": 1.0, "seed": 1}, ValueError, "dropout is 1.0, but it must be at least 0 and less than 1"),
+    ({"dropout": 1.0, "seed": 1}, ValueError, "dropout is 1, but it must be at least 0 and less than 1"),
     ({"dropout": -0.1, "seed": 1}, ValueError, "dropout is -0.1, but it must be"),
     ({"dropout": np.nan, "seed": 1}, ValueError, "dropout is nan, but it must be finite"),
     ({"dropout": "a", "seed": 1}, TypeError, "dropout is 'a', but a real number is needed"),

@@ -81,7 +81,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": True}, TypeError, "scale is True"),
     ({"scale": 1j}, TypeError, "scale is 1j"),
     ({"softcap": 0}, ValueError, "softcap is 0, but it must be greater than 0"),
-    ({"softcap": -2.0}, ValueError, "softcap is -2.0"),
+    ({"softcap": -2.0}, ValueError, "softcap is -2, but it must be greater than 0"),
     ({"softcap": np.inf}, ValueError, "softcap is inf, but it must be finite"),
     ({"alibi_slopes": array(3)}, ValueError, "alibi_slopes has shape (3,), which does not broadcast to (2, 4)"),
     (

@@ -50,7 +50,7 @@ AttentionArguments arguments_of(const VectorCase& c) {
   a.window_left = static_cast<std::int64_t>(c.number("window_left", -1));
   a.window_right = static_cast<std::int64_t>(c.number("window_right", -1));
   if (c.numbers.count("scale") != 0) a.scale = c.number("scale", 0);
-  a.softcap = c.number("softcap", 0);
+  if (const double softcap = c.number("softcap", 0); softcap != 0) a.softcap = softcap;
   a.dropout = c.number("dropout", 0);
   a.seed = static_cast<std::uint64_t>(c.number("seed", 0));
   return a;

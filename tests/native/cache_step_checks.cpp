@@ -28,18 +28,18 @@ TokenRows rows_of(const Array& array) {
   return {static_cast<char*>(view.data), view.strides[0], view.strides[1], view.strides[2], 0};
 }
 
-// A cache of `blocks` blocks whose every slot holds -1, and a ledger for the first two.
+// A cache of some pages whose every slot holds -1, and a ledger for the first two.
 struct Held {
   Array k, v;
   std::int64_t active = 0;
   std::array<std::int64_t, 4 * batch> copies{};
   CacheStore store;
-  Ledger ledger{&active, copies.data(), -1};
+  Ledger ledger{&active, copies.data()};
 
-  explicit Held(std::int64_t blocks = batch)
-      : k(DType::f32, {blocks, heads, slots, key_width}), v(DType::f32, {blocks, heads, slots, value_width}) {
+  explicit Held(std::int64_t pages = batch)
+      : k(DType::f32, {pages, heads, slots, key_width}), v(DType::f32, {pages, heads, slots, value_width}) {
     for (const Array* array : {&k, &v}) array->each([](char* p) { native::store(p, DType::f32, -1); });
-    store = {DType::f32, blocks, heads, slots, {rows_of(k), {}, key_width}, {rows_of(v), {}, value_width}};
+    store = {DType::f32, pages, heads, slots, {rows_of(k), {}, key_width}, {rows_of(v), {}, value_width}};
   }
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
@@ -55,12 +55,12 @@ struct Held {
   bool starts_at(std::int64_t first, std::int64_t second) const {
     return in_force()[2] == first && in_force()[3] == second;
   }
-  // Whether a slot of a block holds token `t` of sequence `b` of the new tokens.
-  bool has(std::int64_t block, std::int64_t slot, const Array& tokens, std::int64_t b, std::int64_t t) const {
+  // Whether a slot of a page holds token `t` of sequence `b` of the new tokens.
+  bool has(std::int64_t page, std::int64_t slot, const Array& tokens, std::int64_t b, std::int64_t t) const {
     bool same = true;
     for (std::int64_t head = 0; head < heads; ++head)
       for (std::int64_t i = 0; i < key_width; ++i)
-        same = same && k.number(((block * heads + head) * slots + slot) * key_width + i) ==
+        same = same && k.number(((page * heads + head) * slots + slot) * key_width + i) ==
                            tokens.number(((b * tokens.shape()[1] + t) * heads + head) * key_width + i);
     return same;
   }
@@ -108,8 +108,8 @@ bool fails(F call) {
   return false;
 }
 
-void check_blocks() {
-  test::begin_section("one block for each sequence");
+void check_ledger() {
+  test::begin_section("one page for each sequence");
   Held held;
   held.set(3, 0);
   const NewTokens tokens(2);
@@ -136,7 +136,7 @@ void check_blocks() {
 void check_ring() {
   test::begin_section("a ring");
   Held held;
-  held.ledger.window = 5;
+  held.store.window = 5;
   held.set(7, 20);
   held.copies[3] = held.copies[7] = 12;
   const NewTokens tokens(3);
@@ -153,13 +153,28 @@ void check_pages() {
   test::begin_section("pages");
   Held held(4);
   const std::int32_t first[] = {2, 0}, second[] = {3};
-  const PagedSequence sequences[] = {{first, 2, 0, 7}, {second, 1, 16, 17}};
+  std::int64_t lengths[] = {7, 17};
+  const PagedSequence sequences[] = {{first, 2, 0, lengths}, {second, 1, 16, lengths + 1}};
+  const CacheSource source{&held.store, nullptr, sequences, batch};
   const NewTokens tokens(2);
-  append({&held.store, nullptr, sequences, batch}, tokens);
+  append(source, tokens);
+  SELFATTN_CHECK(lengths[0] == 9 && lengths[1] == 19);
   SELFATTN_CHECK(held.has(2, 7, tokens.k, 0, 0) && held.has(0, 0, tokens.k, 0, 1));
   SELFATTN_CHECK(held.has(3, 1, tokens.k, 1, 0) && held.has(3, 2, tokens.k, 1, 1));
-  CacheStep step("attend", {&held.store, nullptr, sequences, batch}, 2);
-  SELFATTN_CHECK(step.lengths_after()[0] == 9 && step.lengths_after()[1] == 19 && step.cache().starts);
+  CacheStep step("attend", source, 2);
+  SELFATTN_CHECK(step.lengths_after()[0] == 11 && step.lengths_after()[1] == 21 && step.cache().starts);
+
+  test::begin_section("a step on pages that fails");
+  SELFATTN_CHECK(fails([&] { append(source, tokens, fail); }));
+  SELFATTN_CHECK(lengths[0] == 9 && lengths[1] == 19);
+
+  test::begin_section("pages that are not read");
+  CacheSource later = source;
+  later.skipped = slots;
+  CacheStep reading("attend", later, 0);
+  const Pages::Row& row = reading.cache().pages.rows[0];
+  SELFATTN_CHECK(row.numbers == first + 1 && row.first == 1 &&
+                 integer_at(static_cast<const char*>(reading.cache().starts.data)) == slots);
 }
 
 void check_refusals() {
@@ -170,14 +185,17 @@ void check_refusals() {
   SELFATTN_CHECK(refuses(appends(2), "sequence 1 holds 7 tokens, so that 2 more exceed the capacity 8"));
   held.set(-1, 0);
   SELFATTN_CHECK(refuses(appends(1), "append: the cache's buffer says that sequence 0 has the tokens 0 to -1"));
-  const auto paged = [&](const PagedSequence& sequence) {
-    return [&held, sequence] { append({&held.store, nullptr, &sequence, 1}, NewTokens(2, 1)); };
+  const auto paged = [&](const std::int32_t* numbers, std::int64_t count, std::int64_t start, std::int64_t length) {
+    return [=, &held]() mutable {
+      const PagedSequence sequence{numbers, count, start, &length};
+      append({&held.store, nullptr, &sequence, 1}, NewTokens(2, 1));
+    };
   };
   const std::int32_t pages[] = {1, 4}, negative[] = {-1};
-  SELFATTN_CHECK(refuses(paged({pages, 1, 0, 7}), "the pages of sequence 0 do not fit its length"));
-  SELFATTN_CHECK(refuses(paged({pages, 2, 0, 7}), "hold a number outside 0..3"));
-  SELFATTN_CHECK(refuses(paged({negative, 1, 0, 0}), "hold a number outside 0..3"));
-  SELFATTN_CHECK(refuses(paged({pages, 2, 3, 2}), "has the tokens 3 to 2, which is impossible"));
+  SELFATTN_CHECK(refuses(paged(pages, 1, 0, 7), "the pages of sequence 0 do not fit its length"));
+  SELFATTN_CHECK(refuses(paged(pages, 2, 0, 7), "hold a number outside 0..3"));
+  SELFATTN_CHECK(refuses(paged(negative, 1, 0, 0), "hold a number outside 0..3"));
+  SELFATTN_CHECK(refuses(paged(pages, 2, 3, 2), "has the tokens 3 to 2, which is impossible"));
   SELFATTN_CHECK(held.untouched() && held.active == 0);
 }
 
@@ -193,17 +211,37 @@ void check_reorder() {
 }
 
 // Attention over a cache; q, k and v are (batch, tokens, heads, width).
-Array attend_over(Held& held, const CacheInputs& inputs) {
+Array attend_over(Held& held, const CacheInputs& inputs, std::int64_t left = -1) {
   Array out(DType::f32, {batch, inputs.q.extent(2), heads, value_width});
   CacheStep step("attend", held.source(), inputs.k ? inputs.q.extent(2) : 0);
   AttentionArguments arguments;
   arguments.layout = selfattn::Layout::bshd;
   arguments.causal = true;
+  arguments.window_left = left;
   CacheCall call(step, inputs, arguments);
   attach_out(call.problem(), out.view());
   const Plan plan = make_plan(call.problem(), active_kernels());
   step.run([&] { SELFATTN_CHECK(call.run(plan, 1, nullptr)); });
   return out;
+}
+
+void check_window() {
+  test::begin_section("queries of a ring");
+  Held held;
+  held.store.window = 5;
+  held.set(9, 20);
+  held.copies[2] = held.copies[6] = 3, held.copies[3] = held.copies[7] = 12;
+  const auto reads = [&](std::int64_t count, std::int64_t left) {
+    return [&held, count, left] {
+      const Array q = numbers({batch, count, heads, key_width}, 5);
+      attend_over(held, {q.view(), {}, {}, {}, {}}, left);
+    };
+  };
+  reads(1, 5)();
+  reads(2, 4)();
+  SELFATTN_CHECK(refuses(reads(1, 6), "window is 6 to the left, but the cache keeps only what one of 5 sees"));
+  SELFATTN_CHECK(refuses(reads(1, -1), "window is none"));
+  SELFATTN_CHECK(refuses(reads(2, 5), "2 queries for stored tokens, and the first would see tokens before 3"));
 }
 
 void check_rotation() {
@@ -242,11 +280,12 @@ void check_rotation() {
 int main() {
   using namespace selfattn;
   test::report_faults();
-  native::check_blocks();
+  native::check_ledger();
   native::check_ring();
   native::check_pages();
   native::check_refusals();
   native::check_reorder();
+  native::check_window();
   native::check_rotation();
   return test::finish("cache_step_checks");
 }

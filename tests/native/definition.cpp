@@ -203,7 +203,7 @@ class Definition {
       multiply(query, c_.u ? element(c_.u, {row.head, d}) : 0, operand(c_.k, row, row.head / group_, j, d));
       if (c_.r) multiply(query, element(c_.w, {row.head, d}), by_distance(c_.r, o.r_origin, row, j, d));
     }
-    if (o.softcap != 0) score = o.softcap * std::tanh(score / o.softcap);
+    if (o.softcap) score = *o.softcap * std::tanh(score / *o.softcap);
     const auto add = [&](Wide term) {
       score += term;
       size += std::fabs(term);

@@ -11,7 +11,7 @@
 namespace selfattn {
 
 // One thread's memory.
-struct Slot {
+struct ThreadMemory {
   Row* rows;
   char* row_max;
   char* row_sum;
@@ -29,7 +29,7 @@ struct Slot {
   DistanceMemory distance;
   std::size_t bytes;
 
-  Slot(char* base, const Plan& plan, const Problem& problem);
+  ThreadMemory(char* base, const Plan& plan, const Problem& problem);
 };
 
 // Results of one key range of one row block, before they are merged.

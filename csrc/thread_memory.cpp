@@ -1,4 +1,4 @@
-#include "slot.h"
+#include "thread_memory.h"
 
 #include <algorithm>
 
@@ -11,10 +11,10 @@ namespace selfattn {
 
 using core::Carver;
 
-Slot::Slot(char* base, const Plan& plan, const Problem& problem) {
+ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
   // Kernels write maxima and sums of whole strips.
-  const std::int64_t lanes = ceil_div(plan.block_rows, plan.attend->strip_rows) * plan.attend->strip_rows;
+  const std::int64_t lanes = round_up(plan.block_rows, plan.attend->strip_rows);
   Carver carver{base};
   const auto take_if = [&](bool needed, std::int64_t count, DType dtype) {
     return needed ? carver.take<char>(count * size_of(dtype)) : nullptr;
