@@ -108,7 +108,7 @@ class KVCache(AnyCache):
 
     def _used(self, lengths: NDArray[np.int64]) -> int:
         """Return how many slots hold tokens, including those that a ring no longer needs."""
-        return min(int(lengths.max(initial=0)), self.capacity)
+        return min(int(np.max(lengths, initial=0)), self.capacity)
 
     @staticmethod
     def buffer_size(

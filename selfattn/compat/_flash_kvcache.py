@@ -282,7 +282,7 @@ class _Rotation:
 
     def __call__(self, x: NDArray[Any], first: NDArray[np.int64], step: int = 1) -> NDArray[Any]:
         places = first[:, None] + step * np.arange(x.shape[1])
-        farthest = int(places.max(initial=0))
+        farthest = int(np.max(places, initial=0))
         if farthest >= len(self.cos):
             raise ValueError(f"{_NAME}: rotary_cos has {len(self.cos)} positions, but position {farthest} is needed")
         kind = np.promote_types(np.float32, x.dtype) if x.dtype.name != "bfloat16" else np.dtype(np.float32)
