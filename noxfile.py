@@ -14,12 +14,14 @@ sys.path.append(str(Path(__file__).parent))
 from nox_steps import (
     EMULATED,
     clang_compiler,
+    cover_core,
     install_lowest_torch,
     install_tests,
     lower_bound,
     run_native,
     sanitized,
     sanitizer_runtimes,
+    wheel,
 )
 
 nox.needs_version = ">=2024.4.15"
@@ -34,6 +36,8 @@ TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 PEERS = [TORCH, "transformers", "accelerate", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests that call the core within the pytest process.
 CALLS = ["core", "gradients", "caches", "layers", "compat"]
+# Modules of selfattn/ that check what users pass: every line of them is covered.
+CHECKS = ["arguments", "attention", "keywords", "layer", "layer_inputs", "rope", "self_attention", "states", "weights"]
 # Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
 BOUNDED = {
     "numpy": ["core", "gradients", "compat", "layers"],
@@ -43,19 +47,6 @@ BOUNDED = {
     "ml_dtypes": ["compat", "layers", "caches"],
     "matplotlib": ["tools", "benchmarks"],
 }
-
-
-built: list[Path] = []  # the wheel that sessions of this run share
-
-
-def wheel(session: nox.Session) -> Path:
-    """Return a wheel of this source tree. Only the first session of a run builds it."""
-    if not built:
-        out = Path(session.create_tmp()).resolve() / "wheel"
-        shutil.rmtree(out, ignore_errors=True)
-        session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(out), ".", silent=True)
-        built.extend(out.glob("*.whl"))
-    return built[0]
 
 
 def folders(names: list[str]) -> list[str]:
@@ -158,7 +149,7 @@ def asan(session: nox.Session) -> None:
 
 @nox.session
 def tsan(session: nox.Session) -> None:
-    """ThreadSanitizer over calls from many threads; give the seconds after `--`."""
+    """ThreadSanitizer over calls from many threads; give the number of rounds after `--`."""
     # Debug symbols for readable reports. No OpenMP: ThreadSanitizer would report libgomp's barriers as races.
     settings = ["-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     program = sanitized(session, "stress_threads", *settings)
@@ -207,30 +198,9 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", *tests)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
-    checks = ",".join(
-        f"*/selfattn/_{name}.py"
-        for name in ("arguments", "attention", "keywords", "layer", "rope", "self_attention", "states", "weights")
-    )
+    checks = ",".join(f"*/selfattn/_{name}.py" for name in CHECKS)
     session.run("coverage", "report", f"--include={checks}", "--fail-under=100")
-    found = str(build / "lines.json")
-    # Merge the instantiations of a template; accept large counts; ignore that the build environment, which contained
-    # pybind11's headers, has been deleted; leave out what only JAX calls.
-    reading = ["--gcov-suspicious-hits-threshold=0", "--gcov-ignore-errors=no_working_dir_found"]
-    reading += ["--exclude=csrc/bindings/xla"]
-    gcovr = ["gcovr", "--root=.", "--merge-lines", "--txt"]
-    session.run(*gcovr, "--filter=csrc/", *reading, "--json", found, "--fail-under-line=95", str(build))
-    whole = [
-        f"--filter=csrc/{name}"
-        for name in (
-            "problem[.]cpp",
-            "operand[.]cpp",
-            "visibility[.]cpp",
-            "score_rows[.]cpp",
-            "row_block[.]cpp",
-            "kernels/score_t.*[.]h",
-        )
-    ]
-    session.run(*gcovr, "--add-tracefile", found, *whole, "--fail-under-line=100")
+    cover_core(session, build)
 
 
 @nox.session
