@@ -99,19 +99,20 @@ Case narrow_copied() {
 }  // namespace
 
 std::vector<StressCase> stress_cases() {
-  return {
-      {"many tasks", Keys::whole, many_tasks()},
-      {"decode", Keys::split, decode()},
-      {"few rows", Keys::split, few_rows()},
-      {"decode with sinks", Keys::split, decode_with_sinks()},
-      {"ragged", Keys::whole, ragged()},
-      {"copied", Keys::whole, copied()},
-      {"narrow prompt", Keys::whole, narrow_prompt()},
-      {"narrow decode", Keys::split, narrow_decode()},
-      {"narrow keys", Keys::split, narrow_keys()},
-      {"narrow ragged", Keys::whole, narrow_ragged()},
-      {"narrow, copied", Keys::whole, narrow_copied()},
-  };
+  std::vector<StressCase> all;
+  const auto add = [&](const char* name, Keys keys, Case c) { all.push_back({name, keys, std::move(c)}); };
+  add("many tasks", Keys::whole, many_tasks());
+  add("decode", Keys::split, decode());
+  add("few rows", Keys::split, few_rows());
+  add("decode with sinks", Keys::split, decode_with_sinks());
+  add("ragged", Keys::whole, ragged());
+  add("copied", Keys::whole, copied());
+  add("narrow prompt", Keys::whole, narrow_prompt());
+  add("narrow decode", Keys::split, narrow_decode());
+  add("narrow keys", Keys::split, narrow_keys());
+  add("narrow ragged", Keys::whole, narrow_ragged());
+  add("narrow, copied", Keys::whole, narrow_copied());
+  return all;
 }
 
 Case decode() { return make({1, 2, 2, 1, 20000, 16}); }
