@@ -18,7 +18,7 @@ Held = tuple[AnyCache, Step]
 
 
 def check_with_cache(function: str, cache: Any, context: Any, options: dict[str, Any]) -> None:
-    """Raise if `cache` is none, or if another argument says what a cache knows."""
+    """Raise if `cache` is not a cache, or if another argument says what a cache knows."""
     if not isinstance(cache, AnyCache):
         raise refusal(
             TypeError, function, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"

@@ -15,7 +15,7 @@ INTERRUPTED = """
     import numpy as np
     import selfattn as sa
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background processes with SIGINT ignored
 
     def gradients(x, num_threads):
         sa.attention_backward(x, x, x, x, x, x[..., 0], num_threads=num_threads)

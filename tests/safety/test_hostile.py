@@ -37,7 +37,7 @@ def test_good_and_bad_calls_leave_no_memory_behind(run_python: Any) -> None:
 
 
 def test_lengths_of_a_claimed_batch_are_looked_at_once(run_python: Any) -> None:
-    # A loop over as many entries as the view claims would not end within the time that run_python grants.
+    # A loop over all the entries that the view claims to have would exceed run_python's time limit.
     run_python(
         """
         import numpy as np
