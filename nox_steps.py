@@ -83,13 +83,15 @@ def lower_bound(package: str) -> str:
     return bound
 
 
-def install_lowest_torch(session: nox.Session) -> str:
-    """Install the CPU build of the lowest version and return its requirement; skip the session if there is none."""
-    wanted = f"torch=={lower_bound('torch')}+cpu"  # without "+cpu", PyPI's wheel brings gigabytes of CUDA
+def install_lowest(session: nox.Session, package: str) -> str:
+    """Install the lowest version and return its requirement; skip the session if this Python has no wheel of it."""
+    wanted = f"{package}=={lower_bound(package)}"
+    if package == "torch":
+        wanted += "+cpu"  # the CPU build; PyPI's wheel brings gigabytes of CUDA
     try:
-        session.install(wanted)
+        session.install("--only-binary", package, wanted)
     except nox.command.CommandFailed:
-        session.skip(f"no index that pip knows has {wanted}: name one that has in PIP_EXTRA_INDEX_URL")
+        session.skip(f"no index that pip knows has a wheel of {wanted}: name one that has in PIP_EXTRA_INDEX_URL")
     return wanted
 
 

@@ -15,9 +15,8 @@ from nox_steps import (
     EMULATED,
     clang_compiler,
     cover_core,
-    install_lowest_torch,
+    install_lowest,
     install_tests,
-    lower_bound,
     run_native,
     sanitized,
     sanitizer_runtimes,
@@ -85,9 +84,9 @@ def integration(session: nox.Session) -> None:
 def versions(session: nox.Session, package: str, version: str) -> None:
     """Test with the lowest and the newest version of a package that pyproject.toml accepts."""
     lowest = version == "lowest"
-    wanted = f"{package}=={lower_bound(package)}" if lowest else package
-    if package == "torch":
-        wanted = install_lowest_torch(session) if lowest else TORCH
+    wanted = TORCH if package == "torch" else package
+    if lowest:
+        wanted = install_lowest(session, package)
     torch = [TORCH] if package == "transformers" else []
     own = f"{wheel(session)}[test]"
     session.install("--upgrade", own, wanted, *torch)  # together, so that pip finds compatible versions
