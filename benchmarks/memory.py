@@ -62,12 +62,12 @@ def show_scratch(threads: int) -> bool:
 
 
 def show_gradients(length: int, threads: int) -> bool:
-    """Print what both passes of training take beside their operands and results; return whether it is little."""
+    """Print what both passes of training need in addition to operands and results; return whether it is little."""
     found = measure_gradients(length, threads)
     print(f"\nGradients: {GRADIENT_HEADS} heads of {length} tokens, bias (H, 1, Sk), float32, threads {threads}")
     forward, backward = (value / MIB for value in found)
     limit = f"limit {MAX_GRADIENT_MEMORY / MIB:.0f} MiB"
-    print(f"beside operands and results: forward {forward:.1f} MiB, backward {backward:.1f} MiB, {limit}")
+    print(f"in addition to operands and results: forward {forward:.1f} MiB, backward {backward:.1f} MiB, {limit}")
     return max(found) <= MAX_GRADIENT_MEMORY
 
 
