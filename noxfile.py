@@ -14,12 +14,13 @@ sys.path.append(str(Path(__file__).parent))
 from nox_steps import (
     EMULATED,
     clang_compiler,
-    install_lowest_torch,
+    cover_core,
+    install_lowest,
     install_tests,
-    lower_bound,
     run_native,
     sanitized,
     sanitizer_runtimes,
+    wheel,
 )
 
 nox.needs_version = ">=2024.4.15"
@@ -34,6 +35,8 @@ TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 PEERS = [TORCH, "transformers", "accelerate", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests that call the core within the pytest process.
 CALLS = ["core", "gradients", "caches", "layers", "compat"]
+# Modules of selfattn/ that check what users pass: every line of them is covered.
+CHECKS = ["arguments", "attention", "keywords", "layer", "layer_inputs", "rope", "self_attention", "states", "weights"]
 # Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
 BOUNDED = {
     "numpy": ["core", "gradients", "compat", "layers"],
@@ -43,19 +46,6 @@ BOUNDED = {
     "ml_dtypes": ["compat", "layers", "caches"],
     "matplotlib": ["tools", "benchmarks"],
 }
-
-
-built: list[Path] = []  # the wheel that sessions of this run share
-
-
-def wheel(session: nox.Session) -> Path:
-    """Return a wheel of this source tree. Only the first session of a run builds it."""
-    if not built:
-        out = Path(session.create_tmp()).resolve() / "wheel"
-        shutil.rmtree(out, ignore_errors=True)
-        session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(out), ".", silent=True)
-        built.extend(out.glob("*.whl"))
-    return built[0]
 
 
 def folders(names: list[str]) -> list[str]:
@@ -94,9 +84,9 @@ def integration(session: nox.Session) -> None:
 def versions(session: nox.Session, package: str, version: str) -> None:
     """Test with the lowest and the newest version of a package that pyproject.toml accepts."""
     lowest = version == "lowest"
-    wanted = f"{package}=={lower_bound(package)}" if lowest else package
-    if package == "torch":
-        wanted = install_lowest_torch(session) if lowest else TORCH
+    wanted = TORCH if package == "torch" else package
+    if lowest:
+        wanted = install_lowest(session, package)
     torch = [TORCH] if package == "transformers" else []
     own = f"{wheel(session)}[test]"
     session.install("--upgrade", own, wanted, *torch)  # together, so that pip finds compatible versions
@@ -141,7 +131,7 @@ def bench(session: nox.Session, script: str) -> None:
 
 @nox.session
 def asan(session: nox.Session) -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer (GCC) over CALLS; other folders after `--`."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer (GCC) over CALLS and safety; other folders after `--`."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
     # -O1: with sanitizers, -O2 would slow compilation by minutes to save seconds in the tests.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
@@ -152,13 +142,14 @@ def asan(session: nox.Session) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
     }
-    running = ["-n", "2", "-p", "no:cacheprovider", *(session.posargs or folders(CALLS))]
-    session.run("pytest", *running, env={**environment, "OMP_WAIT_POLICY": "passive"})
+    environment |= {"OMP_WAIT_POLICY": "passive", "SELFATTN_HOSTILE_CALLS": "20000"}
+    running = ["-n", "2", "-p", "no:cacheprovider", "-m", "not unsanitized"]
+    session.run("pytest", *running, *(session.posargs or folders([*CALLS, "safety"])), env=environment)
 
 
 @nox.session
 def tsan(session: nox.Session) -> None:
-    """ThreadSanitizer over calls from many threads; give the seconds after `--`."""
+    """ThreadSanitizer over calls from many threads; give the number of rounds after `--`."""
     # Debug symbols for readable reports. No OpenMP: ThreadSanitizer would report libgomp's barriers as races.
     settings = ["-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     program = sanitized(session, "stress_threads", *settings)
@@ -207,30 +198,9 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", *tests)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")
-    checks = ",".join(
-        f"*/selfattn/_{name}.py"
-        for name in ("arguments", "attention", "keywords", "layer", "rope", "self_attention", "states", "weights")
-    )
+    checks = ",".join(f"*/selfattn/_{name}.py" for name in CHECKS)
     session.run("coverage", "report", f"--include={checks}", "--fail-under=100")
-    found = str(build / "lines.json")
-    # Merge the instantiations of a template; accept large counts; ignore that the build environment, which contained
-    # pybind11's headers, has been deleted; leave out what only JAX calls.
-    reading = ["--gcov-suspicious-hits-threshold=0", "--gcov-ignore-errors=no_working_dir_found"]
-    reading += ["--exclude=csrc/bindings/xla"]
-    gcovr = ["gcovr", "--root=.", "--merge-lines", "--txt"]
-    session.run(*gcovr, "--filter=csrc/", *reading, "--json", found, "--fail-under-line=95", str(build))
-    whole = [
-        f"--filter=csrc/{name}"
-        for name in (
-            "problem[.]cpp",
-            "operand[.]cpp",
-            "visibility[.]cpp",
-            "score_rows[.]cpp",
-            "row_block[.]cpp",
-            "kernels/score_t.*[.]h",
-        )
-    ]
-    session.run(*gcovr, "--add-tracefile", found, *whole, "--fail-under-line=100")
+    cover_core(session, build)
 
 
 @nox.session

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from workbench.lines import compare_times, parse
 from workbench.minilm_peers import export, import_example, load_model, onnx, padded, pytorch
 
 CASES = {"1x10": [10], "1x60": [60], "8 mixed": [5, 60, 12, 33, 9, 120, 24, 48], "32x20": [20] * 32, "1x300": [300]}
-POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 Call = Callable[[], Any]
 
 
@@ -64,8 +63,6 @@ def measure(args: argparse.Namespace) -> None:
     import ml_dtypes
     import numpy as np
 
-    from selfattn._bench.timing import interleave
-
     peers, rng = Peers(args.threads), np.random.default_rng(0)
     print(f"{args.threads} thread(s): milliseconds of selfattn, and the times of others relative to it")
     for name in args.cases:
@@ -77,14 +74,8 @@ def measure(args: argparse.Namespace) -> None:
             if dtype == "float32" and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
                 runs["onnxruntime"] = peers.onnx(ids)
             check(ids, runs, 1e-4 if dtype == "float32" else 0.5)
-            times = interleave(runs, args.seconds)
-            ratios = [
-                f"{peer} {np.median(np.divide(found, times['selfattn'])):5.2f}"
-                for peer, found in times.items()
-                if peer != "selfattn"
-            ]
-            milliseconds = 1e3 * np.median(times["selfattn"])
-            print(f"{name:8} {dtype:9} {milliseconds:8.3f}  {'  '.join(ratios)}", flush=True)
+            seconds, ratios = compare_times(runs, args.seconds)
+            print(f"{name:8} {dtype:9} {1e3 * seconds:8.3f}  {ratios}", flush=True)
 
 
 def check(ids: list[Any], runs: dict[str, Call], tolerance: float) -> None:
@@ -100,14 +91,8 @@ def check(ids: list[Any], runs: dict[str, Call], tolerance: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seconds", type=float, default=2, help="per line")
-    args = parser.parse_args()
-    if any(os.environ.get(name) != str(args.threads) for name in POOLS):  # libraries read them when they are loaded
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(POOLS, str(args.threads)))
-    measure(args)
+    measure(parse(parser, seconds=2))
     return 0
 
 

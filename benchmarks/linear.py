@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from workbench.lines import compare_times, parse
+
 ROWS = (1, 8, 64, 302, 512, 2048)
 SIZES = ("384x384", "384x1536", "1536x384", "768x3072", "1024x1024", "4096x4096")
-POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def calls(dtype: str, rows: int, depth: int, columns: int, threads: int) -> dict[str, Callable[[], Any]]:
@@ -58,36 +58,21 @@ def torch_call(x: Any, w: Any, b: Any, threads: int) -> Callable[[], Any]:
 
 def measure(args: argparse.Namespace) -> None:
     """Print one line per size, with the median rate and the ratios of the others' times."""
-    import numpy as np
-
-    from selfattn._bench.timing import interleave
-
     print(f"{args.threads} thread(s): GFLOP/s of selfattn, and the times of others relative to it")
     for dtype in args.dtype:
         for size in args.sizes:
             depth, columns = map(int, size.split("x"))
             for rows in args.rows:
-                times = interleave(calls(dtype, rows, depth, columns, args.threads), args.seconds)
-                rate = 2e-9 * rows * depth * columns / np.median(times["selfattn"])
-                ratios = [
-                    f"{name} {np.median(np.divide(found, times['selfattn'])):5.2f}"
-                    for name, found in times.items()
-                    if name != "selfattn"
-                ]
-                print(f"{dtype:9} {size:>10} {rows:5} rows {rate:7.1f}  {'  '.join(ratios)}", flush=True)
+                seconds, ratios = compare_times(calls(dtype, rows, depth, columns, args.threads), args.seconds)
+                rate = 2e-9 * rows * depth * columns / seconds
+                print(f"{dtype:9} {size:>10} {rows:5} rows {rate:7.1f}  {ratios}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="DEPTHxCOLUMNS")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per line")
-    args = parser.parse_args()
-    if any(os.environ.get(name) != str(args.threads) for name in POOLS):  # libraries read them when they are loaded
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(POOLS, str(args.threads)))
-    measure(args)
+    measure(parse(parser, seconds=0.3))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Check selfattn's memory: a peak linear in the sequence length S, little scratch, no allocation with `out=`.
 
-Returns 1 if the peak grows faster than S, a thread's scratch is above 2 MiB, or a repeated call allocates memory.
+Returns 1 if the peak grows faster than S, a thread's scratch is above 2 MiB, the forward or the backward pass of
+training takes more than 8 MiB, or a repeated call allocates memory.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import selfattn
 from selfattn._bench.peers import PEERS
 from workbench import allocations
 from workbench.grid import GROUPS
-from workbench.memory import HEAD_DIM, growth, measure_peak, scratch, wide_workloads
+from workbench.memory import GRADIENT_HEADS, HEAD_DIM, growth, measure_gradients, measure_peak, scratch, wide_workloads
 
 LENGTHS = [2**power for power in range(10, 17)]
 COLUMNS = ("selfattn", "numpy")
 MIB = 2.0**20
 MAX_EXPONENT = 1.1  # the output grows like S^1; below a few MiB, pages and pools add noise
 MAX_SCRATCH = 2 * MIB
+GRADIENT_LENGTH = 16384
+MAX_GRADIENT_MEMORY = 8 * MIB
 SHIM = Path(__file__).with_name("counting_malloc.c")
 
 
@@ -58,16 +61,27 @@ def show_scratch(threads: int) -> bool:
     return worst <= MAX_SCRATCH
 
 
+def show_gradients(length: int, threads: int) -> bool:
+    """Print what both passes of training need in addition to operands and results; return whether it is little."""
+    found = measure_gradients(length, threads)
+    print(f"\nGradients: {GRADIENT_HEADS} heads of {length} tokens, bias (H, 1, Sk), float32, threads {threads}")
+    forward, backward = (value / MIB for value in found)
+    limit = f"limit {MAX_GRADIENT_MEMORY / MIB:.0f} MiB"
+    print(f"in addition to operands and results: forward {forward:.1f} MiB, backward {backward:.1f} MiB, {limit}")
+    return max(found) <= MAX_GRADIENT_MEMORY
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = {"peak", "scratch", "allocations"}
+    parts = {"peak", "scratch", "gradients", "allocations"}
     parser.add_argument("--parts", nargs="+", choices=sorted(parts), default=parts, help="default: all")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="S")
     parser.add_argument("--threads", type=int, default=selfattn.get_num_threads())
     args = parser.parse_args()
     good = "peak" not in args.parts or show_peaks(args.lengths, args.threads)
     good &= "scratch" not in args.parts or show_scratch(args.threads)
+    good &= "gradients" not in args.parts or show_gradients(GRADIENT_LENGTH, args.threads)
     good &= "allocations" not in args.parts or allocations.show(SHIM, args.threads)
     return 0 if good else 1
 

@@ -25,7 +25,7 @@ float quantise(const float* x, std::int64_t count, char* codes) {
   // For the largest floats, 127 * scale could overflow.
   if (scale * most > std::numeric_limits<float>::max()) scale = std::nextafter(scale, 0.0f);
   if (!finite || scale == 0) {
-    std::memset(codes, 0, static_cast<std::size_t>(count));
+    std::fill_n(codes, count, '\0');
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
   for (std::int64_t i = 0; i < count; ++i) {

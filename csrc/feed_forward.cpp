@@ -152,8 +152,9 @@ bool run_feed_forward(const FeedForwardJob& job, int num_threads, Interrupted in
   const std::int64_t rows = job.x.total();
   if (rows == 0) return true;
   LinearJob one = first_job(job, nullptr);
-  const int threads = useful_threads(flops(job), 0, ceil_div(rows, rows_per_thread), num_threads);
-  if (rows >= 2 * rows_per_thread && useful_threads(flops(job), 0, rows, num_threads) == threads)
+  const double work = flops(job);
+  const int threads = useful_threads(work, 0, ceil_div(rows, rows_per_thread), num_threads);
+  if (rows >= 2 * rows_per_thread && useful_threads(work, 0, rows, num_threads) == threads)
     return RowTasks(job, threads).run(threads, interrupted);
   const Scratch hidden(static_cast<std::size_t>(bytes_of(rows, one.out_step)));
   one.out = hidden.data();

@@ -37,11 +37,12 @@ void normalise_row(const NormJob& job, std::int64_t row, char* scratch) {
               job.count);
 }
 
+double flops(const NormJob& job) { return 16 * static_cast<double>(job.x.total()) * static_cast<double>(job.count); }
+
 bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted) {
   const std::int64_t rows = job.x.total(), tasks = ceil_div(rows, rows_per_task);
-  const double elements = static_cast<double>(rows) * static_cast<double>(job.count);
-  const int threads =
-      useful_threads(16 * elements, 2 * static_cast<double>(size_of(job.x.dtype)) * elements, tasks, num_threads);
+  const double bytes = 2 * static_cast<double>(rows * job.count * size_of(job.x.dtype));
+  const int threads = useful_threads(flops(job), bytes, tasks, num_threads);
   const std::size_t own = norm_scratch(job.count, computed_in(job.x.dtype));
   const Scratch memory(own * static_cast<std::size_t>(threads));
   TaskLoop loop(tasks, threads, interrupted);

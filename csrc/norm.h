@@ -40,6 +40,7 @@ std::size_t norm_scratch(std::int64_t count, DType computation);
 // Computes one row, counted over all axes of x.
 void normalise_row(const NormJob& job, std::int64_t row, char* scratch);
 
+double flops(const NormJob& job);
 // Computes all rows. Returns false if interrupted.
 bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted);
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,19 +42,30 @@ def new_caches(config: Config, capacity: int, dtype: str = "float32", batch: int
     return [sa.KVCache(batch, config.kv_heads, config.head_dim, capacity, dtype=dtype) for _ in range(config.layers)]
 
 
+def read_prompt(
+    model: Decoder,
+    caches: Sequence[Any],
+    prompt: Array,
+    chunk: int = 256,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Array:
+    """Read the prompt in chunks and return the logits of the last one."""
+    for start in range(0, len(prompt), chunk):
+        logits = model(prompt[None, start : start + chunk], start, caches)
+        progress(min(start + chunk, len(prompt)))
+    return logits
+
+
 def generate(
     model: Decoder,
     caches: Sequence[Any],
     prompt: Array,
     tokens: int,
     choose: Callable[[Array], int],
-    chunk: int = 256,
-    progress: Callable[[int], None] = lambda done: None,
+    read: Callable[[Decoder, Sequence[Any], Array], Array] = read_prompt,
 ) -> Iterator[int]:
-    """Read the prompt in chunks, then yield one token per step."""
-    for start in range(0, len(prompt), chunk):
-        logits = model(prompt[None, start : start + chunk], start, caches)
-        progress(min(start + chunk, len(prompt)))
+    """Read the prompt, then yield one token per step."""
+    logits = read(model, caches, prompt)
     for position in range(len(prompt), len(prompt) + tokens):
         token = choose(logits[0, -1])
         yield token
@@ -94,12 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def chooser() -> Chooser:
         return Chooser(args.temperature, args.seed)
 
-    def read(done: int) -> None:
+    def progress(done: int) -> None:
         status(f"prompt: {done} of {len(prompt)} tokens" if done < len(prompt) else "")
 
+    read = partial(read_prompt, chunk=args.chunk, progress=progress)
     produced: list[int] = []
     times = [time.perf_counter()]
-    for token in generate(model, caches, prompt, args.tokens, chooser(), args.chunk, read):
+    for token in generate(model, caches, prompt, args.tokens, chooser(), read):
         times.append(time.perf_counter())
         print(chr(token) if produced else args.prompt + chr(token), end="", flush=True)
         produced.append(token)

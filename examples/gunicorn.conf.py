@@ -9,7 +9,7 @@ worker to its share of the CPUs.
 import os
 
 cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-workers = int(os.environ.get("WEB_CONCURRENCY", "1"))  # one worker with all threads batches best
+workers = int(os.environ.get("WEB_CONCURRENCY", "1"))  # one worker with all threads forms the largest batches
 worker_class = "uvicorn_worker.UvicornWorker"
 threads_each = max(len(cpus) // workers, 1)
 

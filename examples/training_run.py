@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from training import AdamW, Weights, clip
 
-BAR = 24  # characters of the progress bar
+BAR = 24  # width of the progress bar in characters
 CLIP = 1.0  # largest norm of the gradients
 
 # Takes the weights and the number of a step; returns its loss, the gradients, and how many tokens it learned from.

@@ -131,7 +131,7 @@ def transformers_model(config: Config, seed: int = 0) -> Any:
     )  # fmt: skip
     classes = {"marian": transformers.MarianMTModel, "bart": transformers.BartForConditionalGeneration}
     model = classes[config.kind](described).eval()
-    with torch.no_grad():  # norms and biases that begin as ones and zeros would hide mistakes
+    with torch.no_grad():  # norms of ones and biases of zeros would hide mistakes
         for parameter in [*model.parameters(), model.final_logits_bias]:
             if parameter.ndim == 1 or parameter is model.final_logits_bias:
                 parameter += 0.1 * torch.randn_like(parameter)

@@ -83,7 +83,7 @@ class KVCache(AnyCache):
         window: int | None = None,
         buffer: Any = None,
     ) -> None:
-        layout = _layout(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window)
+        layout = _layout((batch, num_kv_heads, head_dim, capacity), value_dim, dtype, window)
         self.batch, self.num_kv_heads, self.capacity = layout.blocks, layout.heads, layout.slots
         self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
         self.window = window
@@ -108,7 +108,7 @@ class KVCache(AnyCache):
 
     def _used(self, lengths: NDArray[np.int64]) -> int:
         """Return how many slots hold tokens, including those that a ring no longer needs."""
-        return min(int(lengths.max(initial=0)), self.capacity)
+        return min(int(np.max(lengths, initial=0)), self.capacity)
 
     @staticmethod
     def buffer_size(
@@ -122,7 +122,7 @@ class KVCache(AnyCache):
         window: int | None = None,
     ) -> int:
         """Return the bytes that a buffer for such a cache must have."""
-        return _layout(batch, num_kv_heads, head_dim, capacity, value_dim, dtype, window).nbytes()
+        return _layout((batch, num_kv_heads, head_dim, capacity), value_dim, dtype, window).nbytes()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -236,13 +236,11 @@ class KVCache(AnyCache):
         self._ledger.restore(step.state)
 
 
-def _layout(
-    batch: Any, num_kv_heads: Any, head_dim: Any, capacity: Any, value_dim: Any, dtype: Any, window: Any
-) -> Layout:
+def _layout(sizes: tuple[Any, Any, Any, Any], value_dim: Any, dtype: Any, window: Any) -> Layout:
     function = "KVCache"
     name = storage_name(function, dtype)
-    batch, num_kv_heads = count(function, "batch", batch), count(function, "num_kv_heads", num_kv_heads)
-    head_dim, capacity = count(function, "head_dim", head_dim), count(function, "capacity", capacity)
+    names = ("batch", "num_kv_heads", "head_dim", "capacity")
+    batch, num_kv_heads, head_dim, capacity = (count(function, *size) for size in zip(names, sizes, strict=True))
     value_dim = head_dim if value_dim is None else count(function, "value_dim", value_dim)
     if window is not None and count(function, "window", window, least=0) >= capacity:
         raise refusal(ValueError, function, "window", f" is {window}, but it must be less than the capacity {capacity}")

@@ -1,4 +1,4 @@
-"""What layers share: they cannot be changed, so that copies of them are themselves."""
+"""What layers share: they cannot be changed, so a copy of a layer is the layer itself."""
 
 from __future__ import annotations
 

@@ -15,9 +15,10 @@ from ._cache import KVCache
 from ._errors import refusal
 from ._immutable import Immutable
 from ._keywords import clean_signature, hinted, refuse_unknown
+from ._layer_inputs import Held, Inputs, check_with_cache, layer_inputs
 from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._paged import PagedKVCache
-from ._rope import RoPE, positions_for, rope_or_none
+from ._rope import RoPE, rope_or_none
 from ._typing import Array, LayerCallOptions, No, Yes
 from ._weights import Weights, head_counts, vector
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 _VERSION = 2  # of the pickle format
 _Four = tuple[Any, Any, Any, Any]  # for q, k, v and the output
 _Pair = tuple[Any, Any]
-_Inputs = tuple[Any, Any, Any, Any]  # x, context, positions, residual
-_Held = tuple[AnyCache, Step]
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 
 
@@ -257,20 +256,10 @@ class SelfAttention(Immutable):
             return self._call("SelfAttention", (x, context, positions, residual), out, options)
         return self._step((x, context, positions, residual), cache, sequences, out, options)
 
-    def _step(self, inputs: _Inputs, cache: AnyCache, sequences: Any, out: Any, options: dict[str, Any]) -> Any:
+    def _step(self, inputs: Inputs, cache: AnyCache, sequences: Any, out: Any, options: dict[str, Any]) -> Any:
         function = "SelfAttention"
-        x, context = as_array(function, "x", inputs[0]), inputs[1]
-        if not isinstance(cache, AnyCache):
-            raise refusal(
-                TypeError, function, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
-            )
-        if context is not None:
-            raise refusal(
-                ValueError, function, "context", " and ", "cache", " are given, but a cache holds the keys of ", "x", ""
-            )
-        for name in ("q_offset", "q_lens", "kv_lens", "kv_starts"):
-            if options.get(name) is not None:
-                raise refusal(ValueError, function, name, " is given, but a cache knows where its tokens are")
+        x = as_array(function, "x", inputs[0])
+        check_with_cache(function, cache, inputs[1], options)
         options = {"causal": True, **options}
         tokens = x.shape[-2] if x.ndim > 1 else 0
 
@@ -279,33 +268,13 @@ class SelfAttention(Immutable):
 
         return cache._run(function, sequences, tokens, call)
 
-    def _call(
-        self, function: str, inputs: _Inputs, out: Any, options: dict[str, Any], held: _Held | None = None
-    ) -> Any:
+    def _call(self, function: str, inputs: Inputs, out: Any, options: dict[str, Any], held: Held | None = None) -> Any:
         if not options.keys() <= _OPTIONS.keys():
             refuse_unknown(SelfAttention.__call__, options)
         values = core_options(function, **options)
-        store = sequences = None
-        if held is not None:
-            cache, step = held
-            store, sequences = cache._store.core, step.sequences
-        x, context, positions, residual = inputs
-        x = as_array(function, "x", x)
-        if context is not None:
-            context = as_array(function, "context", context)
-        if positions is not None:
-            if self._rope is None:
-                raise refusal(ValueError, function, "positions", " is given, but the layer has no rope")
-            positions = positions_for(function, positions, x.shape[:-1])
-        if residual is not None:
-            if not self._has_output:
-                raise refusal(ValueError, function, "residual", " is given, but the layer has no w_o")
-            residual = as_array(function, "residual", residual)
+        given = layer_inputs(function, self, inputs, held)
         if out is not None:
             out = out_array(function, out)
-        given = _core.LayerInputs(
-            x=x, context=context, positions=positions, residual=residual, store=store, sequences=sequences
-        )
         return _core.call_layer(self._core, function, given, out, values)
 
 

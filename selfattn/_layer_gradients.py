@@ -173,7 +173,7 @@ class _Rotation(NamedTuple):
         return cls(None, None)
 
     def placed(self, x: NDArray[Any]) -> _Rotation:
-        """Return it with checked positions for x."""
+        """Return the rotation with checked positions for x."""
         if self.positions is None:
             return self
         return self._replace(positions=positions_for(_NAME, self.positions, x.shape[:-1]))

@@ -59,7 +59,7 @@ def layer_norm(
     >>> sa.layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0).round(3)
     array([[-1.225,  0.   ,  1.225]])
     """
-    return _call("layer_norm", x, (weight, bias), eps, True, residual, out)
+    return _call("layer_norm", x, (weight, bias, eps, True), residual, out)
 
 
 @hinted
@@ -105,13 +105,17 @@ def rms_norm(
     >>> sa.rms_norm(np.array([3.0, 4.0]), eps=0.0).round(3)
     array([0.849, 1.131])
     """
-    return _call("rms_norm", x, (weight, None), eps, False, residual, out)
+    return _call("rms_norm", x, (weight, None, eps, False), residual, out)
 
 
-def _call(function: str, x: Any, vectors: tuple[Any, Any], eps: Any, centred: bool, residual: Any, out: Any) -> Array:
+_Form = tuple[Any, Any, Any, bool]  # weight, bias, eps, and whether the mean is subtracted
+
+
+def _call(function: str, x: Any, form: _Form, residual: Any, out: Any) -> Array:
     x = as_array(function, "x", x)
     if x.ndim == 0:
         raise refusal(ValueError, function, "x", " has shape (), but rows are needed: (..., d)")
+    *vectors, eps, centred = form
     epsilon = _epsilon(function, eps)
     wide = computed_in(x.dtype)
     weight, bias = (

@@ -247,7 +247,7 @@ class PageTable:
     def _missing(self, rows: dict[int, PagedRow], tokens: int, left: dict[int, int]) -> tuple[int, set[int]]:
         """Return how many pages `tokens` more tokens per row need, and the rows whose last page must be copied.
 
-        `left`: the remaining number of sharers of pages that some rows will have released by then.
+        `left`: for pages that some of the rows release, how many rows still share them afterwards.
         """
         size, pages, copied = self.page_size, 0, set()
         # Shortest first: the last row to hold a shared page writes to it in place, after the tokens of the others.

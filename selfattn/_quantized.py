@@ -90,6 +90,6 @@ def checked(function: str, name: str, weights: QuantizedWeights) -> QuantizedWei
 
 
 def dtype_and_shape(weights: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """Return those of a matrix, quantized or not."""
+    """Return the dtype and the shape of a matrix, quantized or not."""
     matrix = weights.codes if isinstance(weights, QuantizedWeights) else weights
     return matrix.dtype, matrix.shape

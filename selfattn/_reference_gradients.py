@@ -22,7 +22,7 @@ class GradientResult(NamedTuple):
 
 @dataclass
 class _Pass:
-    """What gradients are sums of. Rows are (*batch, H, S, width), pairs are (*batch, H, Sq, Sk)."""
+    """The terms that gradients are sums of. Rows are (*batch, H, S, width), pairs are (*batch, H, Sq, Sk)."""
 
     q: Floats
     k: Floats  # repeated for each head of a group

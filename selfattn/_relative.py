@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -145,7 +146,7 @@ def relative_attention(
     if unknown:
         refuse_unknown(relative_attention, unknown, {"q_offset": "mem_len", "clamp_len": "r", "same_length": "window"})
     inputs, terms, options = prepare(
-        _NAME, q, k, v, r, u, w, mem_len=mem_len, r_origin=r_origin, causal=causal, layout=layout, mask=mask,
+        _NAME, (q, k, v, r, u, w), mem_len=mem_len, r_origin=r_origin, causal=causal, layout=layout, mask=mask,
         bias=bias, q_lens=q_lens, kv_lens=kv_lens, kv_starts=kv_starts, alibi_slopes=alibi_slopes, sinks=sinks, t5=t5,
         window=window, scale=scale, softcap=softcap, precision=precision, return_lse=return_lse,
         return_weights=return_weights, num_threads=num_threads, dropout=dropout, seed=seed,
@@ -155,12 +156,7 @@ def relative_attention(
 
 def prepare(
     function: str,
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    r: ArrayLike,
-    u: ArrayLike,
-    w: ArrayLike,
+    arrays: Sequence[ArrayLike],
     *,
     mem_len: int = 0,
     r_origin: int = 0,
@@ -168,8 +164,9 @@ def prepare(
     layout: Layout = "bhsd",
     **options: Any,
 ) -> tuple[Inputs, _core.RelativeTerms, _core.Options]:
-    """Check and convert the arguments of relative attention or of its gradients."""
-    q, k, v, r = (as_array(function, name, x) for name, x in zip("qkvr", (q, k, v, r), strict=True))
+    """Check and convert the arguments of relative attention or of its gradients: q, k, v, r, u, w and options."""
+    *heads, u, w = arrays
+    q, k, v, r = (as_array(function, name, x) for name, x in zip("qkvr", heads, strict=True))
     memory = whole_number(function, "mem_len", mem_len, 0)
     converted = core_options(function, q_offset=np.array(memory), causal=causal, layout=layout, **options)
     _check_lengths(function, q, k, memory, layout)

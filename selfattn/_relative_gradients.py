@@ -145,7 +145,7 @@ class _RelativeOperands(Operands):
 
     def convert(self, arrays: Sequence[ArrayLike], options: Mapping[str, Any]) -> None:
         """Set the attributes that hold converted arguments."""
-        (self.q, self.k, self.v), self.terms, self.options = prepare(self.function, *arrays, **options)
+        (self.q, self.k, self.v), self.terms, self.options = prepare(self.function, arrays, **options)
 
     def forward(self, options: _core.Options) -> Any:
         """Compute the forward pass."""

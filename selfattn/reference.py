@@ -121,25 +121,8 @@ def attention(
         **limits,
     )  # fmt: skip
     positions_count = causal or alibi_slopes is not None or t5 is not None or any(x is not None for x in window or ())
-    if (
-        positions_count
-        and kv_lens is not None
-        and q_lens is None
-        and q_offset is None
-        and np.any(np.less(kv_lens, q_len))
-    ):
-        raise refusal(
-            ValueError,
-            "attention",
-            "kv_lens",
-            " holds less than the queries of ",
-            "q",
-            ": pass ",
-            "q_lens",
-            " or ",
-            "q_offset",
-            " as well",
-        )
+    if positions_count and q_lens is None and q_offset is None:
+        _refuse_shorter_keys(kv_lens, q_len)
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     with np.errstate(all="ignore"):
         products, sizes = np.matmul(q, k.swapaxes(-1, -2)), np.matmul(abs(q), abs(k).swapaxes(-1, -2))
@@ -150,16 +133,9 @@ def attention(
         sigma = float(np.max(np.where(visible, sizes, 0), initial=0))
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
-        if bias is not None:
-            scores = scores + np.asarray(bias, dtype=dtype)
-        if alibi_slopes is not None:
-            slopes = np.asarray(alibi_slopes, dtype=dtype)[..., None, None]
-            scores = scores - slopes * abs(distance)
-        if t5 is not None:
-            scores = scores + t5_terms(t5, distance)
-        scores = np.where(visible, scores, -np.inf)
+        scores = np.where(visible, _add_biases(scores, distance, bias, alibi_slopes, t5), -np.inf)
         factors = dropout_factors(scores.shape, dropout, seed) if dropout else np.ones(())
-        found = _softmax(scores, visible, v, sinks, q_lens, sigma, factors)
+        found = _softmax(scores, visible, v, _sink_scores(scores, sinks, q_lens), sigma, factors)
     if ndim == 2:
         return Result(found.out[0], found.lse[0], found.weights[0], found.magnitude[0], sigma)
     if layout == "bshd":
@@ -228,21 +204,52 @@ def dropout_factors(shape: tuple[int, ...], rate: float, seed: int | None, first
     return factors.reshape(*shape[:-1], -(-kv_len // 4) * 4)[..., :kv_len]
 
 
-def _softmax(
-    scores: NDArray[Any],
-    visible: NDArray[np.bool_],
-    v: NDArray[Any],
-    sinks: ArrayLike | None,
-    q_lens: ArrayLike | None,
-    sigma: float,
-    factors: NDArray[np.float64],
-) -> Result:
+def _refuse_shorter_keys(kv_lens: ArrayLike | None, q_len: int) -> None:
+    if kv_lens is not None and np.any(np.less(kv_lens, q_len)):
+        raise refusal(
+            ValueError,
+            "attention",
+            "kv_lens",
+            " holds less than the queries of ",
+            "q",
+            ": pass ",
+            "q_lens",
+            " or ",
+            "q_offset",
+            " as well",
+        )
+
+
+def _add_biases(
+    scores: NDArray[Any], distance: NDArray[Any], bias: ArrayLike | None, alibi_slopes: ArrayLike | None, t5: Any
+) -> NDArray[Any]:
+    if bias is not None:
+        scores = scores + np.asarray(bias, dtype=scores.dtype)
+    if alibi_slopes is not None:
+        slopes = np.asarray(alibi_slopes, dtype=scores.dtype)[..., None, None]
+        scores = scores - slopes * abs(distance)
+    return scores if t5 is None else scores + t5_terms(t5, distance)
+
+
+def _sink_scores(scores: NDArray[Any], sinks: ArrayLike | None, q_lens: ArrayLike | None) -> NDArray[Any]:
+    """Return the score of each row's sink: -inf without one, and in rows of padding."""
     sink = np.full(scores.shape[:-1], -np.inf, dtype=scores.dtype)
     if sinks is not None:
         sink[...] = np.asarray(sinks, dtype=scores.dtype)[:, None]
     queries = per_batch(q_lens, scores.shape[:-3])
     if queries is not None:
         sink[np.broadcast_to(np.arange(scores.shape[-2]) >= queries[..., 0], sink.shape)] = -np.inf
+    return sink
+
+
+def _softmax(
+    scores: NDArray[Any],
+    visible: NDArray[np.bool_],
+    v: NDArray[Any],
+    sink: NDArray[Any],
+    sigma: float,
+    factors: NDArray[np.float64],
+) -> Result:
     peak = np.maximum(np.max(scores, axis=-1, initial=-np.inf), sink)
     sees = visible.any(axis=-1)
     # Rows that see no key subtract 0. Rows whose visible scores are all -inf subtract -inf, which gives NaN.

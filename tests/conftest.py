@@ -130,7 +130,7 @@ def _assert_accurate(
     with np.errstate(invalid="ignore"):
         error = np.where(np.isfinite(exact.out), abs(out - exact.out), 0)
     bound = ((16 + 4 * exact.sigma) * unit(dtype) + rounded[0] + exact.sigma * rounded[1]) * exact.magnitude
-    # Where the computation's error moves a result, its ulp moves with it.
+    # An error that changes a result may change its ulp as well.
     bound = bound + half_ulp(abs(exact.out) + bound, dtype)
     # The result itself must be rounded to out's type; below its normal numbers that is an absolute error.
     bound = bound + smallest_subnormal(dtype)

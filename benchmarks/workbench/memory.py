@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from selfattn._bench.workloads import attention_workload
 from .process import command
 
 HEAD_DIM = 64
+GRADIENT_HEADS = 8
 WARM_LENGTH = 32  # length of a first call that starts the thread pools, whose stacks must not be counted
 WIDE_DIMS = (256, 512, 1024, 4096)  # heads wider than those of the benchmarks, for scratch memory
 
@@ -36,24 +39,63 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure_here(name: str, length: int, threads: int) -> int:
+def peak_of(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Return the bytes of peak resident memory that a call adds in this process, and its result."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    before = resident_bytes("VmRSS")
+    result = run()
+    return max(0, resident_bytes("VmHWM") - before), result
+
+
+def measure_call(name: str, length: int, threads: int) -> int:
     """Return the bytes of peak resident memory that one causal call adds in this process."""
+    added = 0
     for size in (WARM_LENGTH, length):
         workload = attention_workload("memory", "", 1, size, HEAD_DIM, causal=True)
-        run = PEERS[name].prepare(workload, workload.make_arrays(), threads)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
-        before = resident_bytes("VmRSS")
-        run()
-    return max(0, resident_bytes("VmHWM") - before)
+        added, _ = peak_of(PEERS[name].prepare(workload, workload.make_arrays(), threads))
+    return added
+
+
+def measure_passes(length: int, threads: int) -> tuple[int, int]:
+    """Return the bytes that forward and backward pass add in this process, their results left out.
+
+    The gradient of a bias (H, 1, Sk) is among the results.
+    """
+    found = (0, 0)
+    rng = np.random.default_rng(0)
+    for size in (WARM_LENGTH, length):
+        shape = (1, GRADIENT_HEADS, size, HEAD_DIM)
+        q, k, v, grad_out = (rng.standard_normal(shape, dtype=np.float32) for _ in range(4))
+        bias = rng.standard_normal((GRADIENT_HEADS, 1, size), dtype=np.float32)
+        attend = partial(selfattn.attention, q, k, v, bias=bias, num_threads=threads, return_lse=True)
+        forward, (out, lse) = peak_of(attend)
+        wrt = ("q", "k", "v", "bias")
+        differentiate = partial(
+            selfattn.attention_backward, grad_out, q, k, v, out, lse, bias=bias, num_threads=threads, wrt=wrt
+        )
+        backward, gradients = peak_of(differentiate)
+        size_of_gradients = sum(gradient.nbytes for gradient in gradients if gradient is not None)
+        found = (forward - out.nbytes - lse.nbytes, backward - size_of_gradients)
+    return found
+
+
+def _in_new_process(*arguments: str | int) -> Any:
+    running = [*command("workbench.memory"), *map(str, arguments)]
+    # In the project's folder, Python would import the sources, which lack the core.
+    return json.loads(subprocess.check_output(running, text=True, cwd="/"))
 
 
 def measure_peak(name: str, length: int, threads: int) -> int | None:
-    """Call `measure_here` in a new process; None if a score matrix of more than 2 GiB would be needed."""
+    """Call `measure_call` in a new process; None if a score matrix of more than 2 GiB would be needed."""
     if name != "selfattn" and length * length * 4 > MAX_SCORES_BYTES:
         return None
-    running = [*command("workbench.memory"), name, str(length), str(threads)]
-    # In the project's folder, Python would import the sources, which lack the core.
-    return int(json.loads(subprocess.check_output(running, text=True, cwd="/")))
+    return int(_in_new_process(name, length, threads))
+
+
+def measure_gradients(length: int, threads: int) -> tuple[int, int]:
+    """Call `measure_passes` in a new process."""
+    forward, backward = _in_new_process("gradients", length, threads)
+    return forward, backward
 
 
 def growth(lengths: list[int], added: list[int]) -> float:
@@ -94,4 +136,5 @@ def _operands(workload: Workload, step: int) -> Iterator[Array]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_here(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    what, *numbers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    print(json.dumps(measure_passes(*numbers) if what == "gradients" else measure_call(what, *numbers)))

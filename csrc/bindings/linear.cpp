@@ -72,9 +72,9 @@ struct RowCall {
     residual = residual_view(function, residual_array, x.dtype, shape);
   }
 
-  // Calls work(x, residual or null, out), which returns false if interrupted. `in_place`: x may be out.
-  template <class Work>
-  py::object run(py::object out, py::handle like, bool in_place, double flops, Work work) const {
+  // Calls work(make(x, residual or null, out)), which returns false if interrupted. `in_place`: x may be out.
+  template <class Make, class Work>
+  py::object run(py::object out, py::handle like, bool in_place, Make make, Work work) const {
     bool direct = false;
     if (!out.is_none()) {
       const py::array given = py::reinterpret_borrow<py::array>(out);
@@ -88,8 +88,10 @@ struct RowCall {
     const RowsView added_rows = added.rows();
     bool finished = true;
     if (result.array.size() > 0) {
-      const CoreCall call_of_core(flops);
-      finished = work(rows.rows(), residual ? &added_rows : nullptr, static_cast<char*>(result.view(x.dtype).data));
+      const auto job =
+          make(rows.rows(), residual ? &added_rows : nullptr, static_cast<char*>(result.view(x.dtype).data));
+      const CoreCall call_of_core(flops(job));
+      finished = work(job);
     }
     if (!finished) throw py::error_already_set();
     return result.deliver();
@@ -147,12 +149,8 @@ py::object call_linear(const py::capsule& capsule, const char* function, py::han
                      layer.activation,
                      added};
   };
-  const ArrayRows rows(call.x);
-  return call.run(std::move(out), x, false, flops(job(rows.rows(), nullptr, nullptr)),
-                  [&](const RowsView& rows, const RowsView* added, char* result) {
-                    const LinearJob all = job(rows, added, result);
-                    return run_all(&all, 1, num_threads, interrupted);
-                  });
+  return call.run(std::move(out), x, false, job,
+                  [&](const LinearJob& all) { return run_all(&all, 1, num_threads, interrupted); });
 }
 
 const char* linear_isa(const py::capsule& capsule) {
@@ -195,11 +193,8 @@ py::object call_feed_forward(const py::tuple& parts, const char* function, py::h
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
     return FeedForwardJob{first, second, norm, post_norm, rows, added, result, call.x.dtype};
   };
-  const ArrayRows rows(call.x);
-  return call.run(std::move(out), x, true, flops(job(rows.rows(), nullptr, nullptr)),
-                  [&](const RowsView& rows, const RowsView* added, char* result) {
-                    return run_feed_forward(job(rows, added, result), num_threads, interrupted);
-                  });
+  return call.run(std::move(out), x, true, job,
+                  [&](const FeedForwardJob& all) { return run_feed_forward(all, num_threads, interrupted); });
 }
 
 py::capsule make_norm(py::object weight, py::object bias, double epsilon, bool centred) {
@@ -212,13 +207,11 @@ py::object call_norm(const char* function, py::handle x, const py::tuple& vector
   const std::int64_t count = view.ndim > 0 ? view.extent(0) : 0;
   const RowCall call(function, x, count, residual, count);
   const HeldNorm held(vectors[0], vectors[1], epsilon, centred);
-  const double elements = static_cast<double>(py::reinterpret_borrow<py::array>(x).size());
-  return call.run(
-      std::move(out), x, true, 16 * elements, [&](const RowsView& rows, const RowsView* added, char* result) {
-        const DType dtype = call.x.dtype;
-        return normalise_all({active_kernels(), held.norm, count, rows, added, result, dtype, count * size_of(dtype)},
-                             0, interrupted);
-      });
+  const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
+    const DType dtype = call.x.dtype;
+    return NormJob{active_kernels(), held.norm, count, rows, added, result, dtype, count * size_of(dtype)};
+  };
+  return call.run(std::move(out), x, true, job, [](const NormJob& all) { return normalise_all(all, 0, interrupted); });
 }
 
 }  // namespace

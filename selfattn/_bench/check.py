@@ -217,7 +217,7 @@ def check(name: str, out: Array, parts: list[Expected]) -> float:
     worst = 0.0
     for part in parts:
         error = np.abs(np.asarray(out[part.index], dtype=np.float64) - part.value)
-        fraction = float((error / part.bound).max(initial=0.0))
+        fraction = float(np.max(error / part.bound, initial=0.0))
         if not fraction <= 1.0:
             raise Mismatch(
                 f"{name}: error {error.max():.3g} is {fraction:.3g} times its bound at output part {part.index}"
@@ -232,7 +232,7 @@ def storage_error(workload: Workload, arrays: Arrays, out: Array) -> float:
     for part in expected_parts(replace(workload, cache=None), arrays):
         assert part.magnitude is not None
         errors = np.abs(_double(out[part.index]) - part.value) / part.magnitude
-        worst = max(worst, float(errors.max(initial=0.0)))
+        worst = max(worst, float(np.max(errors, initial=0.0)))
     return worst
 
 
@@ -245,8 +245,8 @@ def check_everywhere(name: str, out: Array, trusted: Array, parts: list[Expected
         If the outputs differ in shape or by more than that.
     """
     _check_shape(name, out, trusted)
-    allowed = 4.0 * max(float(part.bound.max(initial=0.0)) for part in parts)
-    difference = float(np.abs(_double(out) - _double(trusted)).max(initial=0.0))
+    allowed = 4.0 * max(float(np.max(part.bound, initial=0.0)) for part in parts)
+    difference = float(np.max(np.abs(_double(out) - _double(trusted)), initial=0.0))
     if not difference <= allowed:
         raise Mismatch(f"{name}: differs from selfattn by {difference:.3g}, allowed {allowed:.3g}")
 

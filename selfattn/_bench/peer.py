@@ -135,7 +135,7 @@ class NumPy(Peer):
         softcap, scale = workload.options.softcap, workload.scale
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return numpy_attention(q, k, v, scale=scale, softcap=softcap, bias=bias, hidden=hidden)
+            return numpy_attention((q, k, v), scale=scale, softcap=softcap, bias=bias, hidden=hidden)
 
         if workload.kind == "attention":
             q, k, v = (arrays[name] for name in "qkv")
@@ -152,9 +152,7 @@ class NumPy(Peer):
 
 
 def numpy_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    operands: tuple[Array, Array, Array],
     *,
     scale: float,
     softcap: float | None,
@@ -162,6 +160,7 @@ def numpy_attention(
     hidden: Array | None,
 ) -> Array:
     """Attention of q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) in q's dtype."""
+    q, k, v = operands
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
     grouped = q.reshape(batch, num_kv_heads, -1, head_dim)

@@ -189,7 +189,7 @@ def _pages(query: NDArray[Any], k: NDArray[Any], v: NDArray[Any], index: Any, ta
     if table is not None:
         if index is not None:
             raise ValueError(f"{_NAME}: cache_batch_idx is given together with block_table: pass one of them")
-        return Pages(_NAME, "block_table", k, v, table, len(query), "_cache")
+        return Pages(_NAME, "block_table", (k, v), table, len(query), "_cache")
     # Treat each row of the cache as a single page as long as the cache.
     if index is None:
         if len(k) != len(query):
@@ -200,7 +200,7 @@ def _pages(query: NDArray[Any], k: NDArray[Any], v: NDArray[Any], index: Any, ta
         raise ValueError(f"{_NAME}: cache_batch_idx has shape {rows.shape}, but ({len(query)},) is needed")
     for b in np.flatnonzero((rows < 0) | (rows >= len(k)))[:1]:
         raise ValueError(f"{_NAME}: cache_batch_idx holds {rows[b]}, which is outside 0..{len(k) - 1}")
-    return Pages(_NAME, "k_cache", k, v, rows[:, None], len(query), "_cache")
+    return Pages(_NAME, "k_cache", (k, v), rows[:, None], len(query), "_cache")
 
 
 def _per_row(name: str, value: Any, count: int) -> NDArray[np.int64]:
@@ -282,7 +282,7 @@ class _Rotation:
 
     def __call__(self, x: NDArray[Any], first: NDArray[np.int64], step: int = 1) -> NDArray[Any]:
         places = first[:, None] + step * np.arange(x.shape[1])
-        farthest = int(places.max(initial=0))
+        farthest = int(np.max(places, initial=0))
         if farthest >= len(self.cos):
             raise ValueError(f"{_NAME}: rotary_cos has {len(self.cos)} positions, but position {farthest} is needed")
         kind = np.promote_types(np.float32, x.dtype) if x.dtype.name != "bfloat16" else np.dtype(np.float32)

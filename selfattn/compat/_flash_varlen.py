@@ -143,7 +143,7 @@ def _varlen_pages(
 ) -> NDArray[Any]:
     name = "flash_attn_varlen_func"
     k, v, block_table = paged
-    pages = Pages(name, "block_table", k, v, block_table, len(starts_k) - 1)
+    pages = Pages(name, "block_table", (k, v), block_table, len(starts_k) - 1)
     if len(starts_q) != len(starts_k):
         raise ValueError(f"{name}: cu_seqlens_q has {len(starts_q)} entries but cu_seqlens_k has {len(starts_k)}")
     if starts_q[-1] != len(q):

@@ -17,8 +17,15 @@ class Pages:
     """Arrays (pages, page_size, Hkv, ·) of keys and values, and the pages of each sequence."""
 
     def __init__(
-        self, function: str, name: str, k: NDArray[Any], v: NDArray[Any], table: Any, count: int, suffix: str = ""
+        self,
+        function: str,
+        name: str,
+        arrays: tuple[NDArray[Any], NDArray[Any]],
+        table: Any,
+        count: int,
+        suffix: str = "",
     ) -> None:
+        k, v = arrays
         self.function, self.k, self.v = function, k, v
         for side, array in ((f"k{suffix}", k), (f"v{suffix}", v)):
             if array.ndim != 4 or array.shape[:3] != k.shape[:3]:

@@ -84,7 +84,7 @@ def scaled_dot_product_attention(
     is_causal, enable_gqa = flag(_NAME, "is_causal", is_causal), flag(_NAME, "enable_gqa", enable_gqa)
     check_mask(None if mask is None else mask.shape, is_causal)
     result_shape(query.shape, key.shape, value.shape, enable_gqa)
-    return attend(query, key, value, mask, is_causal, scale, enable_gqa)
+    return attend((query, key, value), mask, is_causal, scale, enable_gqa)
 
 
 def check_mask_type(mask: Any, query: Any, boolean: Any, single: Any) -> None:
@@ -146,9 +146,7 @@ def _check_groups(query: Shape, key: Shape, value: Shape) -> None:
 
 @own_names(_NAME, q="query", k="key", v="value", mask="attn_mask", bias="attn_mask")
 def attend(
-    query: NDArray[Any],
-    key: NDArray[Any],
-    value: NDArray[Any],
+    operands: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
     mask: NDArray[Any] | None,
     is_causal: bool,
     scale: float | None,
@@ -156,6 +154,7 @@ def attend(
     out: Array | None = None,
 ) -> Array:
     """Attend; the operands' shapes and dtypes have been checked already."""
+    query, key, value = operands
     fronts = query.shape[:-2], key.shape[:-2], value.shape[:-2]
     if not enable_gqa and not fronts[0] == fronts[1] == fronts[2]:
         query, key, value = _broadcast(query, key, value)

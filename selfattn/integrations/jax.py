@@ -97,7 +97,7 @@ def dot_product_attention(
     (2, 10, 4, 8)
     """
     check_implementation(implementation)
-    operands = _operands(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
+    operands = _operands((query, key, value), bias, mask, query_seq_lengths, key_value_seq_lengths)
     sides = window_sides(local_window_size)
     left, right = (-1, -1) if sides is None else (min(side, (1 << 63) - 1) for side in sides)
     width = operands.query.shape[-1]
@@ -106,26 +106,28 @@ def dot_product_attention(
     return attend(config, operands).reshape(jnp.shape(query))
 
 
-def _operands(query: Any, key: Any, value: Any, bias: Any, mask: Any, query_lengths: Any, key_lengths: Any) -> Operands:
-    query, key, value = (_array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+def _operands(heads: tuple[Any, Any, Any], bias: Any, mask: Any, query_lengths: Any, key_lengths: Any) -> Operands:
+    query, key, value = (_array(name, x) for name, x in zip(("query", "key", "value"), heads, strict=True))
     equal_dtypes(_NAME, query=query, key=key, value=value)
     check_operands(query, key, value)
     if query.ndim == 3:
         query, key, value = query[None], key[None], value[None]
-    batch, rows, heads, width = query.shape
+    batch, rows, num_heads, width = query.shape
     _, keys, key_heads, key_width = key.shape
     if width == 0:
         raise ValueError(f"{_NAME}: query has head_dim 0, but the softmax scale needs head_dim >= 1")
     if key_width != width:
         raise ValueError(f"{_NAME}: key has head_dim {key_width} but query has {width}")
-    if heads % key_heads if key_heads else heads:
-        raise ValueError(f"{_NAME}: query has {heads} heads, which is not a multiple of the {key_heads} heads of key")
+    if num_heads % key_heads if key_heads else num_heads:
+        raise ValueError(
+            f"{_NAME}: query has {num_heads} heads, which is not a multiple of the {key_heads} heads of key"
+        )
     return Operands(
         query,
         key,
         value,
-        _of_scores("bias", bias, (batch, heads, rows, keys)),
-        _of_scores("mask", mask, (batch, heads, rows, keys)),
+        _of_scores("bias", bias, (batch, num_heads, rows, keys)),
+        _of_scores("mask", mask, (batch, num_heads, rows, keys)),
         _lengths("query_seq_lengths", query_lengths, batch),
         _lengths("key_value_seq_lengths", key_lengths, batch),
     )

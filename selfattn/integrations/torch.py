@@ -105,7 +105,8 @@ def scaled_dot_product_attention(
     if not dropout and is_plain(*tensors) and not wants_gradient(*tensors):
         out = torch.empty_like(query) if shape == tuple(query.shape) else query.new_empty(shape)
         mask = None if attn_mask is None else to_array(attn_mask)
-        attend(to_array(query), to_array(key), to_array(value), mask, is_causal, scale, enable_gqa, to_array(out))
+        operands = to_array(query), to_array(key), to_array(value)
+        attend(operands, mask, is_causal, scale, enable_gqa, to_array(out))
         return out
     if not enable_gqa:
         query, key, value = _broadcast(query, key, value)

@@ -72,6 +72,16 @@ def test_scratch_is_what_explain_says(script, monkeypatch, capsys):
     assert not script.show_scratch(2)
 
 
+@needs_proc
+def test_memory_of_gradients(script, monkeypatch, capsys):
+    assert script.show_gradients(512, 1)
+    assert "8 heads of 512 tokens" in capsys.readouterr().out
+    scores = 8 * 512 * 512 * 4
+    assert max(memory.measure_gradients(512, 2)) < scores
+    monkeypatch.setattr(script, "measure_gradients", lambda length, threads: (0, 2**23 + 1))
+    assert not script.show_gradients(512, 1)
+
+
 @pytest.mark.uncounted
 @needs_shim
 @pytest.mark.parametrize("threads", [1, 2])

@@ -223,7 +223,7 @@ def test_tokens_may_be_views_of_the_cache(rng: Any) -> None:
     cache.append(k, v)
     moved = cache.k[:, :, 1:4], cache.v[:, :, 1:4]
     cache.truncate(3)
-    cache.append(*moved)  # the last one was in the place of the first
+    cache.append(*moved)  # the last of these tokens comes from the slot that the first is written to
     for held, x in ((cache.k, k), (cache.v, v)):
         assert np.array_equal(held[:, :, :6], x[:, :, [0, 1, 2, 1, 2, 3]])
 

@@ -96,7 +96,7 @@ DOT_PRODUCT_CASES: list[Case] = [
     ),
 ]
 
-# Those of all three functions. Each takes k and v by other names or shapes.
+# Options of all three functions, which differ in the names or shapes of k and v.
 FLASH_OPTIONS: list[Case] = [
     (
         {"softmax_scale": "scale is window"},

@@ -228,7 +228,7 @@ def test_views_that_claim_more_than_there_can_be() -> None:
         sa.attention(claim(4, 1 << 40), claim(4, 1 << 40), x)
     with pytest.raises(ValueError, match="v has head_dim 1099511627776, but at most"):
         sa.attention(x, x, claim(4, 1 << 40))
-    for q_len in (1, 40):  # as many keys as one likes, if only a few are visible
+    for q_len in (1, 40):  # any number of keys is allowed if only a few are visible
         keys = claim(1 << 50, 1)
         out = sa.attention(claim(q_len, 1), keys, keys, causal=True, window=(300, 0), return_lse=True)
         assert np.array_equal(out[0], np.ones((q_len, 1)))

@@ -14,6 +14,8 @@ import pytest
 import selfattn as sa
 from selfattn import reference
 
+pytestmark = pytest.mark.matrix
+
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 MODES = [(FLOAT32, "highest"), (FLOAT32, "high"), (FLOAT32, "medium"), (FLOAT16, "highest"), (BFLOAT16, "highest")]
 # The unit that each set promises to use. Everything else is multiplied by FMA, which other tests cover.

@@ -28,6 +28,8 @@ from narrow_cases import (
 
 import selfattn as sa
 
+pytestmark = pytest.mark.matrix
+
 
 def every_option(rng: Any, shape: Any, dtype: Any) -> list[dict[str, Any]]:
     batch, heads, _, q_len, kv_len = shape[:5]

@@ -12,6 +12,8 @@ from narrow_cases import backwards, columns_apart, every_second, everything, ope
 import selfattn as sa
 from selfattn import reference
 
+pytestmark = pytest.mark.matrix
+
 
 @types
 @pytest.mark.parametrize("sigma", [30, 300])

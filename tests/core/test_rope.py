@@ -71,7 +71,7 @@ def test_the_inverse_is_the_gradient(normal: Any, rng: Any, rope: sa.RoPE, dtype
         forth, back = sa.apply_rope(x, where, rope), sa.apply_rope(y, where, rope, inverse=True)
         assert back.dtype == dtype
         wide = [array.astype(np.float64) for array in (forth, y, x, back)]
-        # Each element of forth and back is off by half an ulp, and is at most a few units large.
+        # Each element of forth and back is at most a few units large, with an error of half an ulp.
         allowed = 8 * HALF_ULPS[np.dtype(dtype).name] * np.sqrt(x.size)
         assert abs(np.vdot(wide[0], wide[1]) - np.vdot(wide[2], wide[3])) < allowed
         again = sa.apply_rope(forth, where, rope, inverse=True).astype(np.float64)

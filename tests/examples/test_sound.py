@@ -68,7 +68,7 @@ def test_pcm_with_the_longer_header(read: Any) -> None:
 
 
 def test_a_file_of_unknown_length(read: Any) -> None:
-    # As written to a pipe: the sizes in the header are as large as can be. The last frame is not complete.
+    # As written to a pipe: the sizes in the header are the largest possible. The last frame is not complete.
     content = wav(b"\x00\x40\x00\xc0\x00")
     content = content.replace(b"data\x05\x00\x00\x00", b"data\xff\xff\xff\x7f")
     content = b"RIFF\xff\xff\xff\x7f" + content[8:]

@@ -57,7 +57,7 @@ def test_a_resumed_run_equals_one_without_a_pause(
     whole, halves = tmp_path / "whole.npz", tmp_path / "halves.npz"
     common = (str(texts), *TINY, "--picture", str(tmp_path / "loss.png"), "--warm-up", "2")
     assert example.main([*common, "--steps", "6", "--checkpoint", str(whole)]) == 0
-    # The schedule depends on the number of steps, so that the pause has to be one: stop the same run after 3 steps.
+    # The schedule depends on the number of steps, so the paused run must be the same run, stopped after 3 steps.
     args = example.parse([*common, "--steps", "6", "--checkpoint", str(halves)])
     stopped(example, load_example("training_run"), args, after=3)
     assert example.main([*common, "--steps", "6", "--checkpoint", str(halves), "--resume"]) == 0

@@ -76,7 +76,7 @@ def test_no_two_numbers_have_the_same_words(example: Any) -> None:
 def small_model(training: Any) -> tuple[Any, dict[str, Any]]:
     config = training.Config("marian", layers=2, width=16, heads=2)
     weights = training.random_weights(config, VOCABULARY)
-    rng = np.random.default_rng(1)  # norms and biases that begin as ones and zeros would hide mistakes
+    rng = np.random.default_rng(1)  # norms of ones and biases of zeros would hide mistakes
     return config, {name: x + 0.1 * rng.standard_normal(x.shape) * (x.ndim == 1) for name, x in weights.items()}
 
 

@@ -157,7 +157,7 @@ def test_empty_arrays(isa: str, normal: Any, shape: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(1,), (40, 1), (2, 40, 1)])
 def test_what_a_whole_row_shares_has_no_gradient(isa: str, normal: Any, shape: Any) -> None:
-    # Softmax does not change if all scores of a row change alike.
+    # Adding the same number to all scores of a row does not change the softmax.
     bias = normal(*shape)
     out, vjp = sa.attention_vjp(normal(2, 40, 8), normal(2, 60, 8), normal(2, 60, 8), wrt=("bias",), bias=bias)
     found = vjp(out).bias

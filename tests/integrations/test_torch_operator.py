@@ -81,7 +81,7 @@ def test_compiled_by_default(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     try:
         get_cpp_compiler()
-    except Exception as error:  # of a kind that this module does not name
+    except Exception as error:  # of a class that is not public
         pytest.skip(f"inductor has no C++ compiler: {error}")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()

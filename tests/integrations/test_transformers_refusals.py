@@ -130,7 +130,7 @@ def test_looks_at_the_base_classes_of_foreign_models() -> None:
     class Mine(hf.DebertaV2Model):
         pass
 
-    class AttentionPooling(hf.BertModel):  # a name that says nothing of how BERT attends
+    class AttentionPooling(hf.BertModel):  # the name says nothing about BERT's attention
         pass
 
     with pytest.raises(ValueError, match="Mine has its own attention code"):

@@ -34,7 +34,7 @@ def test_errors(isa: str, rng: Any, dtype: Any, activation: str, units: float) -
     found = sa.Linear(one, activation=activation)(x[:, None])[:, 0].astype(np.float64)
     wanted = exact(activation, x.astype(np.float64))
     u = 2.0**-53 if dtype == np.float64 else 2.0**-24
-    # The yardstick itself is off by what rounding of its exponent adds.
+    # The expected values have an error too, from rounding their exponents.
     own = 4 * 2.0**-53 * (1 + x.astype(np.float64) ** 2)
     error = abs(found - wanted)
     if activation == "gelu_tanh":

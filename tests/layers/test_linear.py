@@ -104,7 +104,7 @@ def test_weights_may_have_16_bits_where_x_has_32(isa: str, normal: Any, weights:
             x = normal(rows, depth)
             y = linear(x)
             close(y, expected(x, w, b, "silu"), np.float32, depth)
-            # The bits are those of weights that were widened before.
+            # The result is bit-identical to that of weights that were widened beforehand.
             wider = sa.Linear(w.astype(np.float32), b.astype(np.float32), activation="silu")
             assert np.array_equal(y, wider(x))
             assert ff(x).dtype == np.float32

@@ -10,6 +10,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.matrix
+
 TYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 types = pytest.mark.parametrize("dtype", TYPES, ids=str)

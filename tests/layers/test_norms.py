@@ -33,7 +33,7 @@ def test_against_the_definition(isa: str, normal: Any, dtype: Any) -> None:
                 wanted = exact(x, *vectors, 1e-5, True)
                 found = sa.layer_norm(x, *vectors)
                 limit = UNIT[dtype.name] * (1 + abs(wanted))
-                # x - mean is exact to a few units of x, which is what few numbers with equal values leave.
+                # The error of x - mean is a few units of x, which matters where x varies little.
                 spread = np.sqrt(np.var(x.astype(float), axis=-1, keepdims=True) + 1e-5)
                 limit = limit + 8 * (2.0**-53 if dtype == np.float64 else 2.0**-24) * (3 + abs(offset)) / spread * 4
                 assert found.dtype == dtype

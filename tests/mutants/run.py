@@ -24,21 +24,6 @@ from pathlib import Path
 from sandbox import Sandbox
 from table import ROOT, Mutant, load
 
-MODULES = ["attention", "masks", "hidden_keys", "options", "layouts", "layer", "layer_errors", "rope", "errors"]
-MODULES += [
-    "linear",
-    "linear_errors",
-    "norms",
-    "layer_norms",
-    "determinism",
-    "numerics",
-    "narrow",
-    "narrow_numbers",
-    "narrow_layers",
-    "properties",
-    "guard_pages",
-]
-MATRIX_MODULES = ["matrix_units", "narrow", "narrow_numbers", "narrow_layers"]
 LEAST_KILLED = 0.9
 
 
@@ -83,7 +68,7 @@ def choose(mutants: list[Mutant], arguments: argparse.Namespace) -> list[Mutant]
 
 
 def prepare(folder: Path, *, matrix: bool) -> Sandbox:
-    sandbox = Sandbox(folder, MATRIX_MODULES if matrix else MODULES, matrix=matrix)
+    sandbox = Sandbox(folder, matrix=matrix)
     sandbox.configure()
     if complaint := sandbox.build():
         sys.exit(f"the project itself does not compile\n{complaint}")
@@ -115,8 +100,8 @@ def run_group(mutants: list[Mutant], jobs: int, fates: dict[str, list[Mutant]], 
         for i in range(jobs):
             sandboxes.put(prepare(Path(folder).resolve() / str(i), matrix=matrix))
         first = sandboxes.get()
-        for modules in {tuple(sorted(first.modules_for(mutant))) for mutant in mutants}:
-            verdict, seen = first.test(modules)
+        for place in {mutant.module(first.folder).parent for mutant in mutants}:
+            verdict, seen = first.test(place)
             if verdict != "passed":
                 sys.exit(f"the tests fail without any mutant\n{seen}")
         sandboxes.put(first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import tomllib
@@ -18,10 +18,13 @@ class Mutant:
     old: str  # occurs exactly once in the file
     new: str
     why: str  # the purpose of the original
-    first: str  # the test module that should notice; the others follow if it does not
-    others: list[str] = field(default_factory=list)  # these instead of those that other mutants have
+    first: str  # the test module that should notice; the rest of its folder follows if it does not
     equivalent: str = ""  # why no test can notice, where that is so
     matrix: bool = False  # of code for matrix units, which the portable build does not have
+
+    def module(self, root: Path) -> Path:
+        """Return the test module that should notice, in a copy of the project."""
+        return next((root / "tests").rglob(f"test_{self.first}.py"))
 
     def problem(self) -> str:
         """Return why the mutant cannot be made, or nothing."""

@@ -3,7 +3,7 @@ add_library(selfattn_attend_case STATIC arrays.cpp attend_case.cpp)
 target_link_libraries(selfattn_attend_case PUBLIC selfattn_core)
 target_compile_options(selfattn_attend_case PRIVATE ${SELFATTN_WARNINGS})
 
-add_executable(stress_threads stress_threads.cpp)
+add_executable(stress_threads stress_threads.cpp stress_cases.cpp)
 target_link_libraries(stress_threads PRIVATE selfattn_attend_case)
 target_compile_options(stress_threads PRIVATE ${SELFATTN_WARNINGS})
 add_test(NAME stress_threads COMMAND stress_threads 2)

@@ -1,17 +1,17 @@
 // Concurrent threads, to be built with ThreadSanitizer, which must report nothing. Every result must be bit-identical
-// to that of one thread. The argument is the seconds to spend on concurrent callers.
+// to that of one thread. The argument is the number of rounds that concurrent callers share.
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <iterator>
 #include <mutex>
 #include <string>
 #include <thread>
 
-#include "attend_case.h"
 #include "parallel.h"
 #include "registry.h"
+#include "stress_cases.h"
 
 namespace selfattn::native {
 namespace {
@@ -26,123 +26,14 @@ void expect(bool good, const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
 }
 
-Array normal(DType dtype, Extents shape, std::uint64_t seed, const Layout& layout = {}) {
-  Array array(dtype, std::move(shape), layout);
-  Random random(seed);
-  array.each([&](char* p) { store(p, dtype, random.real() * 1.5); });
-  return array;
-}
-
-Array integers(Extents shape, const std::vector<std::int64_t>& values) {
-  Array array(DType::i64, std::move(shape));
-  std::size_t next = 0;
-  array.each([&](char* p) { std::memcpy(p, &values[next++], sizeof values[0]); });
-  return array;
-}
-
-struct Sizes {
-  std::int64_t batch, heads, kv_heads, q_len, kv_len, dim;
-};
-
-Case make(const Sizes& s, DType queries, DType keys, const Layout& layout) {
-  Case c;
-  c.q = normal(queries, {s.batch, s.heads, s.q_len, s.dim}, 1, layout);
-  c.k = normal(keys, {s.batch, s.kv_heads, s.kv_len, s.dim}, 2, layout);
-  c.v = normal(keys, {s.batch, s.kv_heads, s.kv_len, s.dim}, 3, layout);
-  c.out = layout;
-  return c;
-}
-
-Case make(const Sizes& s, DType dtype = DType::f32, const Layout& layout = {}) { return make(s, dtype, dtype, layout); }
-
-enum class Keys { whole, split };  // whether one task sees all keys, or their results must be merged
-
-struct Entry {
-  std::string name;
-  Keys keys;
-  Case input;
+struct Entry : StressCase {
   Results expected{};  // of one thread
   GradientArrays gradients{};
 };
 
-Case many_tasks() {
-  Case c = make({2, 4, 4, 150, 150, 16});
-  c.options.causal = true;
-  c.lse = true;
-  return c;
-}
-
-Case decode() { return make({1, 2, 2, 1, 20000, 16}); }
-
-Case few_rows() {
-  Case c = make({1, 2, 2, 14, 9000, 8}, DType::f64);
-  c.lse = c.weights = true;
-  return c;
-}
-
-Case decode_with_sinks() {
-  Case c = make({2, 8, 2, 1, 9000, 8});
-  c.sinks = normal(DType::f64, {8}, 4);
-  c.alibi_slopes = normal(DType::f64, {2, 8}, 5);
-  c.kv_lens = integers({2}, {9000, 4321});
-  c.lse = true;
-  return c;
-}
-
-Case ragged() {
-  Case c = make({3, 4, 2, 70, 130, 16});
-  c.mask = normal(DType::boolean, {3, 1, 70, 130}, 6);
-  c.bias = normal(DType::f64, {4, 1, 130}, 7);
-  c.q_lens = integers({3}, {70, 0, 33});
-  c.kv_lens = integers({3}, {1, 130, 77});
-  c.options.window_left = 40;
-  c.options.softcap = 3;
-  c.weights = true;
-  return c;
-}
-
-Case copied() {  // neither queries, keys, values nor out can be used in place
-  return make({2, 4, 4, 120, 120, 16}, DType::f32, Layout{.order = {2, 3, 1, 0}, .gaps = {4, 8, 4, 4}});
-}
-
-Case narrow_prompt() {
-  Case c = make({2, 4, 4, 150, 150, 16}, DType::bf16);
-  c.options.causal = true;
-  c.lse = true;
-  return c;
-}
-
-Case narrow_decode() { return make({1, 8, 2, 1, 20000, 16}, DType::f16); }
-
-Case narrow_keys() { return make({1, 2, 2, 14, 9000, 8}, DType::f32, DType::f16, {}); }
-
-Case narrow_ragged() {
-  Case c = make({3, 4, 2, 70, 130, 16}, DType::f16);
-  c.mask = normal(DType::boolean, {3, 1, 70, 130}, 6);
-  c.bias = normal(DType::bf16, {4, 1, 130}, 7);
-  c.kv_lens = integers({3}, {1, 130, 77});
-  c.weights = true;
-  return c;
-}
-
-Case narrow_copied() {
-  return make({2, 4, 4, 120, 120, 16}, DType::bf16, Layout{.order = {2, 3, 1, 0}, .gaps = {2, 4, 6, 2}});
-}
-
 std::vector<Entry> entries() {
   std::vector<Entry> all;
-  const auto add = [&](const char* name, Keys keys, Case c) { all.push_back({name, keys, std::move(c)}); };
-  add("many tasks", Keys::whole, many_tasks());
-  add("decode", Keys::split, decode());
-  add("few rows", Keys::split, few_rows());
-  add("decode with sinks", Keys::split, decode_with_sinks());
-  add("ragged", Keys::whole, ragged());
-  add("copied", Keys::whole, copied());
-  add("narrow prompt", Keys::whole, narrow_prompt());
-  add("narrow decode", Keys::split, narrow_decode());
-  add("narrow keys", Keys::split, narrow_keys());
-  add("narrow ragged", Keys::whole, narrow_ragged());
-  add("narrow, copied", Keys::whole, narrow_copied());
+  for (StressCase& made : stress_cases()) all.push_back({std::move(made)});
   for (Entry& entry : all) {
     entry.expected = compute(entry.input, active_kernels(), 1);
     entry.gradients = differentiate(entry.input, active_kernels(), 1);
@@ -196,16 +87,6 @@ void compute_together(const std::vector<Entry>& all, int threads) {
     expect(results[i] == together[i]->expected, together[i]->name + " among others");
 }
 
-// Far too long to finish; every head is the same memory.
-Case endless() {
-  const Layout repeated{.repeated = {false, true}};
-  Case c;
-  c.q = normal(DType::f32, {1, 512, 4000, 64}, 8, repeated);
-  c.k = normal(DType::f32, {1, 512, 4000, 64}, 9, repeated);
-  c.v = normal(DType::f32, {1, 512, 4000, 1}, 10, repeated);
-  return c;
-}
-
 thread_local int questions = 0;
 bool at_once() { return true; }
 bool at_the_second_question() { return ++questions % 2 == 0; }
@@ -225,42 +106,39 @@ void interrupt_together(const Case& long_one, int threads) {
   expect(!attend(jobs, std::size(results), threads, at_once), "several interrupted problems");
 }
 
-void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one, double seconds) {
-  constexpr int callers = 4;
-  std::atomic<bool> stop{false};
-  std::atomic<std::int64_t> calls{0}, interrupts{0};
-  const auto call = [&](int caller) {
-    Random random(static_cast<std::uint64_t>(caller));
-    while (!stop.load(std::memory_order_relaxed)) {
-      const Entry& entry = all[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(all.size())))];
-      const int threads = random.below(2) ? default_threads().count : 1 + static_cast<int>(random.below(4));
-      if (calls.fetch_add(1) % 16 == caller) {
-        interrupt(long_one, entry, threads, random.below(2) ? at_once : at_the_second_question);
-        ++interrupts;
-      } else if (caller == 0) {
-        compute_together(all, threads);
-      } else if (caller == 1) {
-        expect(differentiate(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.gradients,
-               "gradients of " + entry.name + " next to other callers");
-      } else {
-        expect(compute(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.expected,
-               entry.name + " next to other callers");
-      }
-    }
-  };
-  std::vector<std::thread> others;
-  for (int caller = 0; caller < callers; ++caller) others.emplace_back(call, caller);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-  const auto enough = [&] { return std::chrono::steady_clock::now() >= end && calls >= 50 && interrupts >= 3; };
-  for (int count = 1; !enough(); count = count % 5 + 1) {
+// What a round computes depends on its number alone.
+void run_round(const std::vector<Entry>& all, const Case& long_one, int round) {
+  Random random(static_cast<std::uint64_t>(round));
+  const Entry& entry = all[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(all.size())))];
+  const int threads = random.below(2) ? default_threads().count : 1 + static_cast<int>(random.below(4));
+  if (round % 16 == 5) {
+    interrupt(long_one, entry, threads, random.below(2) ? at_once : at_the_second_question);
+  } else if (round % 4 == 0) {
+    compute_together(all, threads);
+  } else if (round % 4 == 1) {
+    expect(differentiate(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.gradients,
+           "gradients of " + entry.name + " next to other callers");
+  } else {
+    expect(compute(entry.input, active_kernels(), threads, Threads::as_planned, never) == entry.expected,
+           entry.name + " next to other callers");
+  }
+}
+
+void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one, int rounds) {
+  std::atomic<int> next{0}, running{4};
+  std::vector<std::thread> callers;
+  for (int count = running; count > 0; --count)
+    callers.emplace_back([&] {
+      for (int round; (round = next++) < rounds;) run_round(all, long_one, round);
+      --running;
+    });
+  for (int count = 1; running > 0; count = count % 5 + 1) {
     set_default_threads(count);
     std::this_thread::sleep_for(std::chrono::milliseconds(3));
   }
-  stop = true;
-  for (std::thread& other : others) other.join();
+  for (std::thread& caller : callers) caller.join();
   set_default_threads(0);
-  std::printf("%d callers at once: %lld calls, %lld interrupted\n", callers, static_cast<long long>(calls),
-              static_cast<long long>(interrupts));
+  std::printf("%zu callers at once, %d rounds\n", callers.size(), rounds);
 }
 
 // The first call of a process chooses kernels, back end and number of threads; here several threads do so at once.
@@ -279,7 +157,7 @@ void start_together() {
   for (const Results& result : results) expect(result.finished && result == results[0], "first calls at once");
 }
 
-int run(double seconds) {
+int run(int rounds) {
   start_together();
   const std::vector<Entry> all = entries();
   std::printf("%s, %s, %zu cases\n", active_kernels().name, parallel_backend(), all.size());
@@ -290,7 +168,7 @@ int run(double seconds) {
     interrupt(long_one, all.front(), threads, at_once);
     interrupt_together(long_one, threads);
   }
-  call_from_many_threads(all, long_one, seconds);
+  call_from_many_threads(all, long_one, rounds);
   std::printf("%d failures\n", failures.load());
   return failures ? 1 : 0;
 }
@@ -298,4 +176,4 @@ int run(double seconds) {
 }  // namespace
 }  // namespace selfattn::native
 
-int main(int argc, char** argv) { return selfattn::native::run(argc > 1 ? std::atof(argv[1]) : 10); }
+int main(int argc, char** argv) { return selfattn::native::run(argc > 1 ? std::atoi(argv[1]) : 100); }

@@ -163,7 +163,7 @@ def test_killed_while_appending(kind: str, tmp_path: Path) -> None:
         if cache.window is not None or length(cache) < cache.capacity:
             append(cache, 1)
         check_tokens(cache, oldest(cache))
-    assert len(met) > KILLS // 2  # else it was killed outside of the loop
+    assert len(met) > KILLS // 2  # otherwise it was killed outside the loop
 
 
 SHAPE = (BATCH, HEADS, DIM, KINDS["plain"]["capacity"])
@@ -200,7 +200,7 @@ def test_a_buffer_that_will_not_do_is_refused(kind: str, tmp_path: Path) -> None
         memoryview(bytearray(size)).toreadonly(), np.zeros(2 * size, np.uint8)[::2], np.zeros(size + 9, np.uint8)[1:],
         np.array([None] * size),
     ]  # fmt: skip
-    if kind != "paged":  # which keeps nothing but tokens there
+    if kind != "paged":  # whose buffer holds only tokens
         bad += [np.full(size, 0x5A, np.uint8), np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)]
     for buffer in bad:
         plain = isinstance(buffer, np.ndarray) and buffer.dtype == np.uint8

@@ -229,7 +229,8 @@ def test_fork_while_others_are_inside(kind: str, run_python: Any) -> None:
         cache = {made}
         asked = {asked}
         x = np.ones((1, 2, 1, 16), np.float32)
-        sa.attention_with_kvcache(x, cache, **asked)  # NumPy imports something in the first call; not while we fork
+        # NumPy's first call imports a module, which must not happen during a fork.
+        sa.attention_with_kvcache(x, cache, **asked)
         over = threading.Event()
 
         def work():

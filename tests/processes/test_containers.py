@@ -127,6 +127,12 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     assert _core.cgroup_quota(root) == 0
 
 
+def test_groups_that_do_not_count(tmp_path: Path) -> None:
+    assert _core.cgroup_quota(tree(tmp_path / "other", {SELF: "5:cpuset:/a\n", **v1("", "300000\n")})) == 0
+    gone = {SELF: "0::/gone\n", f"{V2}/cpu.max": "50000 100000\n"}  # the root's limit still holds
+    assert _core.cgroup_quota(tree(tmp_path / "gone", gone)) == 0.5
+
+
 def test_symbolic_links(tmp_path: Path) -> None:
     # Version 1 as distributions mount it: one folder for both controllers, and links to it.
     mount = "sys/fs/cgroup/cpu,cpuacct"

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     not _core.parallel_backend().endswith("openmp"), reason="this build does not use OpenMP"
 )
 
-# A runtime whose regions take as long as one likes. Its teams have one thread.
+# A fake runtime whose regions take the time that a test sets. Its teams have one thread.
 SLOW = """
 import ctypes, threading, time
 import numpy as np
@@ -56,7 +56,7 @@ print(regions)
     free, dear, own = run_python(SLOW + code).splitlines()
     assert 0 < int(dear) < 40
     assert own == "[3]"
-    assert int(free) >= 0  # teams of one thread give nothing either
+    assert int(free) >= 0  # any number is right: a team of one thread gains nothing
 
 
 def test_teams_of_several_python_threads_leave_a_cpu_to_each(run_python: Any) -> None:
@@ -104,6 +104,6 @@ def test_a_thread_that_wakes_on_its_callers_cpu_makes_way(run_python: Any) -> No
                 apart += cpu_of(member) != cpu_of(os.getpid())
             print(apart > 20, os.sched_getaffinity(0) == cpus)
         os.sched_setaffinity(0, {min(cpus)})
-        sa.attention(x, x, x, num_threads=2)  # with one CPU there is no way to make
+        sa.attention(x, x, x, num_threads=2)  # with only one CPU, no thread can be moved
     """
     assert set(run_python(code, OMP_PROC_BIND="false").splitlines()) == {"True True"}

@@ -56,7 +56,7 @@ def test_regions_run_in_a_shared_runtime(normal: Any, team: int) -> None:
     _core.share_runtime(*(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (run, usual)))
     try:
         assert _core.parallel_backend() == "shared openmp"
-        for threads in (3, 7):  # of a team that is larger, or as large
+        for threads in (3, 7):  # below and above the team's usual size
             assert np.array_equal(sa.attention(x, x, x, num_threads=threads), expected)
         sa.attention(x, x, x, num_threads=1)
     finally:

@@ -29,6 +29,7 @@ def test_every_operand_next_to_a_guard_page(isa: str, seed: int, run_python: Any
     assert min(met.values()) >= 20
 
 
+@pytest.mark.unsanitized
 def test_one_element_too_far_is_caught(isa: str, run_python: Any) -> None:
     lines = run_python(START + f"guard_sweep.run(guard_sweep.reach, {isa!r})").splitlines()
     assert [line for line in lines if not line.endswith(" SIGSEGV")] == []

@@ -14,8 +14,7 @@ from places import SUPPORT
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own accounts")
 
 START = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import hostile_run; "
-CALLS = 150_000  # of them about 27 % are good
-BAD_CALLS = 100_000
+CALLS = int(os.environ.get("SELFATTN_HOSTILE_CALLS", "150000"))  # of them about 27 % are good
 ROUNDS = int(os.environ.get("SELFATTN_HOSTILE_ROUNDS", "1"))  # of as many calls
 
 
@@ -27,17 +26,18 @@ def test_bad_calls_raise_what_is_documented_and_change_nothing(seed: int, run_py
         pytest.fail(f"{failure}\nThe last call: {(tmp_path / 'case').read_text(encoding='utf8')}")
     counts = ast.literal_eval(printed)
     assert sum(counts.values()) == CALLS
-    assert CALLS - counts["done"] >= BAD_CALLS
-    assert min(counts[name] for name in ("done", "TypeError", "ValueError")) > 10_000
-    assert counts["MemoryError"] > 50
+    assert CALLS - counts["done"] >= CALLS * 2 / 3
+    assert min(counts[name] for name in ("done", "TypeError", "ValueError")) > CALLS / 15
+    assert counts["MemoryError"] > CALLS / 3000
 
 
+@pytest.mark.unsanitized
 def test_good_and_bad_calls_leave_no_memory_behind(run_python: Any) -> None:
     assert int(run_python(START + "hostile_run.grow(3, 10_000)")) < 1 << 20
 
 
 def test_lengths_of_a_claimed_batch_are_looked_at_once(run_python: Any) -> None:
-    # A loop over as many entries as the view claims would not end within the time that run_python grants.
+    # A loop over all the entries that the view claims to have would exceed run_python's time limit.
     run_python(
         """
         import numpy as np

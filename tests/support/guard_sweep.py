@@ -35,7 +35,7 @@ from selfattn import reference
 from selfattn._rounding import rounding
 
 FILL = 0xFF  # NaN, if a gap between an input's elements is read as an element
-MARK = 0x5A  # what must stay in the gaps of `out`
+MARK = 0x5A  # fills the gaps of `out`, and must stay there
 LAYOUTS = ("plain", "rows apart", "rows misaligned", "columns apart", "heads last", "backwards")
 CAPACITY = 8 << 20
 

@@ -74,6 +74,19 @@ class Exact(NamedTuple):
     sigma: float  # the largest magnitude of what a score adds up
 
 
+def probabilities(scores: Any, seen: Any) -> Any:
+    with np.errstate(invalid="ignore"):
+        hidden = np.where(seen, scores, -np.inf)
+        probs = np.where(seen, np.exp(hidden - np.max(hidden, axis=-1, keepdims=True)), 0)
+        total = probs.sum(-1, keepdims=True)
+        return np.where(total > 0, probs / total, 0)
+
+
+def sum_of_groups(x: Any, group: int) -> Any:
+    """Sum (batch, heads, ...) over the query heads of each key head."""
+    return x.reshape(len(x), -1, group, *x.shape[2:]).sum(2)
+
+
 def exact_gradients(x: Drawn, grad_out: Any, case: Case, grad_lse: Any = None) -> Exact:
     q, k, v, r, u, w = (np.asarray(a, np.float64) for a in x)
     grad_out = np.asarray(grad_out, np.float64)
@@ -92,23 +105,16 @@ def exact_gradients(x: Drawn, grad_out: Any, case: Case, grad_lse: Any = None) -
     bend = np.ones_like(scores) if cap is None else 1 - np.tanh(scores / cap) ** 2
     scores = scores if cap is None else cap * np.tanh(scores / cap)
     seen = np.broadcast_to(visible(case, options), scores.shape)
-    with np.errstate(invalid="ignore"):
-        scores = np.where(seen, scores + options.get("bias", 0), -np.inf)
-        peak = np.max(scores, axis=-1, keepdims=True)
-        probs = np.where(seen, np.exp(scores - peak), 0)
-        total = probs.sum(-1, keepdims=True)
-        probs = np.where(total > 0, probs / total, 0)
+    probs = probabilities(scores + options.get("bias", 0), seen)
     dprobs = np.einsum("bhie,bhje->bhij", grad_out, v)
     delta = (probs * dprobs).sum(-1, keepdims=True)
     added = 0 if grad_lse is None else grad_lse[..., None]
     dscores = probs * (dprobs - delta + added)
     size_of_dprobs = np.einsum("bhie,bhje->bhij", abs(grad_out), abs(v))
     size = probs * (size_of_dprobs + (probs * size_of_dprobs).sum(-1, keepdims=True) + abs(added))
-    results = []
-    for kind, d, (content_rows, distance_rows), product in (
-        (np.asarray, dscores, (by_content, by_distance), products),
-        (np.abs, size, sums, sizes),
-    ):
+
+    def gradients(kind: Any, d: Any, rows: tuple[Any, Any], product: Any) -> dict[str, Any]:
+        content_rows, distance_rows = rows
         part = scale * bend * d
         content = np.einsum("bhij,bhjd->bhid", part, kind(k))
         relative = np.einsum("bhij,hijd->bhid", part, kind(vectors))
@@ -125,8 +131,8 @@ def exact_gradients(x: Drawn, grad_out: Any, case: Case, grad_lse: Any = None) -
             "scale": (bend * d * product).sum(),
             "bias": d,
         }
-        for name in "kv":
-            shape = (case.batch, case.kv_heads, group, *found[name].shape[2:])
-            found[name] = found[name].reshape(shape).sum(2)
-        results.append(found)
-    return Exact(*results, (scale * sizes + abs(options.get("bias", 0))).max())
+        return found | {name: sum_of_groups(found[name], group) for name in "kv"}
+
+    value = gradients(np.asarray, dscores, (by_content, by_distance), products)
+    magnitude = gradients(np.abs, size, sums, sizes)
+    return Exact(value, magnitude, (scale * sizes + abs(options.get("bias", 0))).max())

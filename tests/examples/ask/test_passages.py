@@ -57,7 +57,7 @@ def test_cuts_and_overlap(passages: Any, model: Any, rng: np.random.Generator) -
     for one, two in itertools.pairwise(found):
         shared = any(one.body.endswith(two.body[:n]) for n in range(10, len(two.body)))
         assert shared == (one.heading == two.heading)
-    # Sentences stay whole, and a passage begins where one does.
+    # Sentences stay whole, and each passage begins at the start of a sentence.
     assert all(passage.body[0].isupper() and passage.body[-1] in ".`" for passage in found)
 
 

@@ -1,0 +1,55 @@
+"""Checks of what a layer is called with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from ._any_cache import AnyCache, Step
+from ._arguments import as_array
+from ._errors import refusal
+from ._rope import positions_for
+
+if TYPE_CHECKING:
+    from ._layer import SelfAttention
+
+Inputs = tuple[Any, Any, Any, Any]  # x, context, positions, residual
+Held = tuple[AnyCache, Step]
+
+
+def check_with_cache(function: str, cache: Any, context: Any, options: dict[str, Any]) -> None:
+    """Raise if `cache` is not a cache, or if another argument says what a cache knows."""
+    if not isinstance(cache, AnyCache):
+        raise refusal(
+            TypeError, function, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
+        )
+    if context is not None:
+        raise refusal(
+            ValueError, function, "context", " and ", "cache", " are given, but a cache holds the keys of ", "x", ""
+        )
+    for name in ("q_offset", "q_lens", "kv_lens", "kv_starts"):
+        if options.get(name) is not None:
+            raise refusal(ValueError, function, name, " is given, but a cache knows where its tokens are")
+
+
+def layer_inputs(function: str, layer: SelfAttention, inputs: Inputs, held: Held | None) -> _core.LayerInputs:
+    """Return the arrays of one call for the core, which checks their shapes."""
+    x, context, positions, residual = inputs
+    x = as_array(function, "x", x)
+    if context is not None:
+        context = as_array(function, "context", context)
+    if positions is not None:
+        if layer._rope is None:
+            raise refusal(ValueError, function, "positions", " is given, but the layer has no rope")
+        positions = positions_for(function, positions, x.shape[:-1])
+    if residual is not None:
+        if not layer._has_output:
+            raise refusal(ValueError, function, "residual", " is given, but the layer has no w_o")
+        residual = as_array(function, "residual", residual)
+    store = sequences = None
+    if held is not None:
+        cache, step = held
+        store, sequences = cache._store.core, step.sequences
+    return _core.LayerInputs(
+        x=x, context=context, positions=positions, residual=residual, store=store, sequences=sequences
+    )

@@ -1,0 +1,18 @@
+"""Fixtures that several test modules of examples share."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+from service_process import UVICORN, Server, serving
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run the example's HTTP service under uvicorn."""
+    if importlib.util.find_spec("uvicorn") is None:
+        pytest.skip("uvicorn is not installed")
+    with serving(tmp_path_factory.mktemp("server"), *UVICORN) as found:
+        yield found
