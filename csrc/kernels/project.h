@@ -26,8 +26,8 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
 }
 
-// Stores the sums of one row and one panel, whose columns start at `first`. Those of codes are of one group, to be
-// scaled and added to the groups before.
+// Stores the sums of one row and one panel, whose columns start at `first`. If weights are codes, the sums belong
+// to one group: they are scaled and added to those of the groups before.
 template <bool Scaled, int Vectors, class T>
 inline void store_row(const ProjectArgs& args, std::int64_t group, std::int64_t row, std::int64_t first,
                       const Vec<T> (&sums)[Vectors]) {
