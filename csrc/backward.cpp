@@ -97,7 +97,7 @@ class BackwardPart {
   }
 
   // The last block that the preceding KV head must have finished before this KV head may add to shared gradients: the
-  // same rows of the preceding one's last query head.
+  // block with the same rows of its last query head.
   std::int64_t blocks_before(std::int64_t block) const {
     return (problem_.group_size - 1) * plan_.row_blocks + block % plan_.row_blocks;
   }

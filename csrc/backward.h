@@ -10,8 +10,9 @@
 
 namespace selfattn {
 
-// The inputs of the backward pass besides the problem (whose out and lse hold the results of the forward pass), and its
-// outputs. An operand that is absent or null is not wanted. Results are in the problem's form, with all batch axes.
+// What the backward pass reads in addition to the problem, and what it writes. The problem's out and lse hold the
+// results of the forward pass. A gradient that is absent or null is not computed. Gradients are in the problem's form,
+// with all batch axes.
 struct Gradients {
   Operand dout;      // in out's form
   Operand dlse;      // in lse's form; optional
@@ -32,11 +33,11 @@ struct Gradients {
   double* key_bias = nullptr;       // (batch, num_heads, head_dim)
   double* relative_bias = nullptr;  // the same
 
-  // Whether gradients of scores are summed over anything, and whether they are themselves a wanted gradient.
+  // Whether gradients of scores are summed over some axis, and whether they are a result themselves.
   bool sums_scores() const { return key_sums || row_sums || slopes || distance_bias || (scores && shares_scores); }
   bool keeps_scores() const { return scores && !sums_scores(); }
   bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
-  // Whether any wanted gradient depends on the gradients of relative products.
+  // Whether any result depends on the gradients of relative products.
   bool through_distances(const Problem& problem) const {
     return problem.relative && (query || scale || relative || relative_bias);
   }

@@ -102,7 +102,7 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   choose_blocks(plan, problem);
   plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
                    plan.range_keys};
-  // Room between rows, so that they can be read as if shifted by up to block_rows - 1.
+  // There is room between rows, so that a row can be read with a shift of up to block_rows - 1 elements.
   plan.score_step =
       round_up(plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0), plan.kernel->lanes);
   plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);

@@ -29,7 +29,7 @@ void RowPreparation<T>::prepare(const RowSpan& span, const BackwardThreadMemory&
     const Row row = describe_row(problem_, span, index, valid);
     const double peak = lse * log2_e + row.omitted;
     const bool empty = lse == -infinity || (std::isfinite(peak) && std::abs(peak) > most);
-    // The factor makes up for the rounding of the shift.
+    // The factor corrects the rounding of the shift.
     shift[i] = static_cast<T>(empty ? infinity : peak);
     factor[i] = static_cast<T>(empty ? 0 : std::exp2(static_cast<double>(shift[i]) - peak));
     delta[i] = static_cast<T>(sum);

@@ -20,9 +20,9 @@ class RelativeSums {
   RelativeSums(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan)
       : problem_(problem), gradients_(gradients), plan_(plan) {}
 
-  // Clears the memory's sums.
+  // Clears the thread's sums.
   void start(const BackwardThreadMemory& memory) const;
-  // Computes the gradients of a block of rows and adds them to the memory's sums. The gradients of queries through q.k
+  // Computes the gradients of a block of rows and adds them to the thread's sums. The gradients of queries through q.k
   // are in memory.dquery already; those through relative products are left in memory.relative.dquery.
   void visit(BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
   // Adds what is complete after a block, visited or not, to the head's gradients.

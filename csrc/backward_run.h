@@ -76,7 +76,8 @@ class BackwardRun {
     return job.problem->q_len * std::min<std::int64_t>(job.problem->kv_len, job.plan->range_keys);
   }
 
-  // The last entry that starts at or before a task: those without tasks start where the next one does.
+  // The entry of a task: the last one that starts at or before it. An entry without tasks starts where the next one
+  // does, so it is never the last.
   Entry& entry_of(std::int64_t task, std::int64_t Entry::* first) {
     return *(std::upper_bound(parts_.begin(), parts_.end(), task,
                               [first](std::int64_t index, const Entry& entry) { return index < entry.*first; }) -

@@ -6,7 +6,7 @@
 namespace selfattn {
 namespace {
 
-// Where the gradient is 0, as for a query that sees no key, the query may hold anything.
+// Skips gradients of 0: a query that sees no key may hold NaN.
 template <class T>
 double dot(const char* queries, const char* gradients, std::int64_t first, std::int64_t count) {
   const T* query = reinterpret_cast<const T*>(queries) + first;
@@ -36,7 +36,7 @@ void ScoreSums<T>::add_scores(const BackwardTask& task, const RowSpan& span, con
   if (gradients_.distance_bias) add_distances(task, span, memory);
 }
 
-// Of row i, key j has column valid - 1 - i + j: pairs in a column have the same distance.
+// Row i and key j belong to column valid - 1 - i + j, so all pairs of a column have the same distance.
 template <class T>
 void ScoreSums<T>::add_distances(const BackwardTask& task, const RowSpan& span,
                                  const BackwardThreadMemory& memory) const {

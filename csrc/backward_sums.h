@@ -12,11 +12,11 @@ class ScoreSums {
   ScoreSums(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan)
       : problem_(problem), gradients_(gradients), plan_(plan) {}
 
-  // Adds to the gradients of a bias that has an axis of keys, and to the memory's sums by distance.
+  // Adds to the gradients of a bias that has an axis of keys, and to the thread's sums by distance.
   void add_scores(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
   // Adds to the gradients that hold one number per row.
   void add_rows(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
-  // Adds the memory's sums by distance to those of the head, and clears them.
+  // Adds the thread's sums by distance to those of the head, and clears them.
   void deliver_distances(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
  private:

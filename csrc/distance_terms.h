@@ -30,7 +30,7 @@ struct DistanceMemory {
   std::int64_t bias_step = 0;
 };
 
-// For blocks of `rows` rows and `keys` keys, from base + used on; adds their bytes to `used`.
+// Places the memory for blocks of `rows` rows and `keys` keys at base + used, and adds its size to `used`.
 DistanceMemory place_distance_memory(char* base, std::size_t& used, const Problem& problem,
                                      const RelativeProducts& relative, std::int64_t rows, std::int64_t keys);
 

@@ -10,7 +10,7 @@
 namespace selfattn {
 namespace {
 
-// With fewer rows per thread, all threads share each product: they read less of the weights then.
+// With fewer rows per thread than this, all threads share each product, so that each reads only some of the weights.
 constexpr std::int64_t rows_per_thread = 48;
 
 LinearJob first_job(const FeedForwardJob& job, char* hidden) {
@@ -34,7 +34,7 @@ LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t
           Activation::none, job.residual};
 }
 
-// Each task takes a block of rows through both products, so that what is between them stays in the thread's cache.
+// Each task computes both products for a block of rows, so that the values between them stay in the cache.
 class RowTasks {
  public:
   RowTasks(const FeedForwardJob& job, int threads)

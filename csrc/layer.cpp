@@ -102,7 +102,7 @@ bool LayerCall::run(const TensorView& out, const TensorView& residual, int num_t
   const Plan plan = make_plan(problem_, *layer_.kernels);
   const int threads = threads_for(plan, num_threads);
 
-  const Norm* const inner = one_input() ? layer_.norm : nullptr;  // a context comes as it is
+  const Norm* const inner = one_input() ? layer_.norm : nullptr;  // a context is not normalised
   const LinearJob inputs[] = {
       {layer_.query, RowsView(x_), query_.data(), dtype_, layer_.query.columns() * size, layer_.norm},
       {layer_.key, RowsView(context_), key_.data(), dtype_, layer_.key.columns() * size, inner},

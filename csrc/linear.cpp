@@ -45,7 +45,7 @@ bool in_place(const LinearJob& job) {
   return !job.norm && x.dtype == dtype && aligned && x_step(job.projection) == job.projection.depth();
 }
 
-// Whether sums go to out as they are.
+// Whether the sums are the result, so that the kernel can write them to out.
 bool plain(const LinearJob& job) {
   return !job.gate && !job.residual && job.activation == Activation::none &&
          job.out_dtype == job.projection.computation();

@@ -9,7 +9,7 @@
 namespace selfattn {
 
 // out = activation(norm(x) . w + b) + residual, or activation(norm(x) . w_gate + b_gate) * (norm(x) . w + b) +
-// residual. Rows of out are contiguous; a residual that has no other strides may be out itself.
+// residual. Rows of out are contiguous. The residual may be out itself, if it has the same strides.
 struct LinearJob {
   const Projection& projection;
   RowsView x;
@@ -28,7 +28,7 @@ double weight_bytes(const LinearJob& job);
 // Panels that a task takes at most.
 std::int64_t most_panels(const LinearJob& job);
 
-// Some rows of x, which are rows of out from `out` on, and some panels.
+// Some rows of x and some panels. `out` is the result of the first of these rows.
 struct LinearBlock {
   std::int64_t outer, first, rows;
   Projection::Panels panels;
@@ -50,8 +50,8 @@ class LinearSpace {
   void follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t x_step) noexcept;
   bool holds(const char* rows, const LinearJob& job) const;
 
-  // Identifies the rows of x in the buffer `x`. Those that follow can often reuse them: the panels of a block follow
-  // one another, and so do projections of the same x.
+  // Identifies the rows of x in the buffer `x_`. The next block often has the same rows: with other panels, or for
+  // another projection of the same x.
   struct Held {
     const char* from;
     const LinearJob* job;

@@ -20,8 +20,8 @@ class ThreadOnCpu {
   ThreadOnCpu() = default;  // of no thread
   static ThreadOnCpu of_this_thread();
 
-  // If the calling thread now runs on the same CPU, the other one, which must still exist, is to run on the other CPUs
-  // of the calling thread. A thread that had only one CPU from the start, as with OMP_PROC_BIND, keeps it.
+  // If the calling thread now runs on the CPU of this thread, moves this thread to the other CPUs of the calling
+  // thread. This thread must still exist. It is not moved if it had only one CPU from the start, as with OMP_PROC_BIND.
   void make_way() const;
 
  private:

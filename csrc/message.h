@@ -32,7 +32,7 @@ inline void extend(Message& message, Argument argument) {
 template <class Text>
 void extend(Message& message, const Text& part) {
   std::ostringstream text;
-  text.exceptions(std::ios_base::badbit);  // without memory, bad_alloc instead of half a message
+  text.exceptions(std::ios_base::badbit);  // if memory runs out: bad_alloc rather than half a message
   text << part;
   message.back() += text.str();
 }

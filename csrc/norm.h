@@ -18,7 +18,8 @@ struct Norm {
   bool centred;  // layer norm, else RMS norm
 };
 
-// Normalises a contiguous row of the type of computation in place, plus an addend of the same type or null.
+// Normalises the sum of a contiguous row and an addend in place. Both have the type of computation; the addend may be
+// null.
 void normalise(const KernelSet& kernels, const Norm& norm, DType dtype, char* row, const char* addend,
                std::int64_t count);
 

@@ -127,8 +127,8 @@ void run_openmp(const Region& region, int num_threads) {
   if (runtime) return runtime->run(&join, &team, static_cast<unsigned>(size), 0);
 #pragma omp parallel num_threads(size) default(shared)
   join(&team);
-  // Some schedulers wake a thread on its caller's CPU, where it gets no time before the caller waits for it, and do so
-  // again and again. The threads of our own teams exist until the next region.
+  // Some schedulers wake a thread on the CPU of its caller, in one region after another. There it does not run until
+  // the caller waits for it. The threads of our own teams exist until the next region.
   team.last.make_way();
 }
 #endif
@@ -186,8 +186,8 @@ ThreadDefault detect_threads() {
   return limit;
 }
 
-// The threads of a region: all that it wants if no other thread of this process is in a region, else those that leave
-// a CPU for each.
+// The number of threads of a region. It gets all that it wants if no other thread of this process is in a region.
+// Otherwise it gets as many as there are CPUs without a thread in a region, but at least one.
 class Seats {
  public:
   explicit Seats(int wanted) : count_(wanted) {

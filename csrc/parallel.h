@@ -16,9 +16,9 @@ struct Region {
 
 constexpr int caller_thread = 0;
 
-// Returns the number of threads that the team was to have: fewer than num_threads if other threads of this process are
-// in regions, so that all teams together have no more threads than there are CPUs, and one for every caller. The team
-// may still be smaller.
+// Returns the size chosen for the team. It is less than num_threads if other threads of this process are in regions:
+// all teams together should have at most one thread per CPU, but each has its caller. The team is smaller than the
+// chosen size if threads cannot be started.
 int run_region(const Region& region, int num_threads);
 
 // Default number of threads of a call: that of set_default_threads, else the minimum of OpenMP's setting in this

@@ -235,7 +235,8 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
 }
 
 // The first factor of a score is the scale in units of log2, or scale / softcap. If it were not finite in the type of
-// computation, every product of 0 would become NaN. Conditions name what is accepted, since NaN fails every comparison.
+// computation, every product of 0 would become NaN. Each condition states what is accepted, because NaN fails every
+// comparison.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();

@@ -15,7 +15,7 @@ namespace selfattn {
 class Projection {
  public:
   // `weights` is 2-D, `bias` 1-D or absent; any strides. Codes have `scales` (groups, columns), contiguous float32: a
-  // number is code * scale, and groups are equally many rows of the weights.
+  // weight is code * scale. Each group has the same number of adjacent rows of the weights.
   Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
              const TensorView& scales = {});
   std::int64_t depth() const { return depth_; }
@@ -24,8 +24,8 @@ class Projection {
   std::int64_t panel_columns() const { return types_->panel_columns; }
   DType dtype() const { return dtype_; }
   DType computation() const { return computed_in(dtype_); }
-  // The type that rows of x must have if they come as `x`: bfloat16 if a unit multiplies bfloat16 in pairs along the
-  // depth, else the type of computation.
+  // The type to which rows of type `x` must be converted: bfloat16 if a matrix unit multiplies bfloat16 in pairs along
+  // the depth, else the type of computation.
   DType operand(DType x) const { return pairs_ && x == dtype_ ? dtype_ : computation(); }
   // Whether pairs of numbers share a cell of a panel. Rows of x must then have an even number of elements.
   bool pairs() const { return pairs_; }

@@ -41,7 +41,7 @@ void add_row(T* row, const double* added, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
 }
 
-// Short calls spend several percent of their time here, so that all of it is inlined into the loop over rows.
+// Short calls spend several percent of their time here, so all of it is inlined into the loop over rows.
 inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid) {
   const KeyRange visible = visible_keys(index.query, valid);
   row.query = row.relative = nullptr;

@@ -28,8 +28,8 @@ constexpr int loop_calls = 8;
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
-// How many times as long as guessed the work of a kernel takes, by the size of the work; 0: not known. Two kinds of
-// work that share a place disturb each other, but no result.
+// The time that a kernel's work takes, divided by the guess, by the size of the work; 0: not known. Kinds of work that
+// share an entry disturb each other's estimates, but no result.
 std::array<Estimate, 256> slowness;
 
 double guess(const Work& work) { return std::max(work.flops / flops_per_second, work.bytes / bytes_per_second); }
@@ -47,7 +47,7 @@ double expected(const Work& work) {
 }
 
 // What a team costs in addition to its share of the work, by the logarithm of its size and by whether it was asleep.
-constexpr double wake_asleep = 25e-6, wake_awake = 3e-6;  // the first guess, and the least
+constexpr double wake_asleep = 25e-6, wake_awake = 3e-6;  // the first guess, and the least estimate
 struct Wake {
   Estimate asleep{static_cast<float>(wake_asleep)}, awake{static_cast<float>(wake_awake)};
 };
@@ -58,14 +58,14 @@ Estimate& wake_of(int team, bool is_awake) {
   return is_awake ? wake.awake : wake.asleep;
 }
 
-// Follows what was seen. A thread that loses its core in between makes a region seem many times as long, so the new
-// value counts for at most twice the old one.
+// Moves an estimate towards a measured time. A region in which a thread loses its core seems many times as long, so the
+// measured time counts for at most twice the estimate.
 void follow(Estimate& estimate, double seen) {
   const double old = static_cast<double>(estimate.load(std::memory_order_relaxed));
   estimate.store(static_cast<float>(old + (std::min(seen, 2 * old) - old) / 4), std::memory_order_relaxed);
 }
 
-// Of the calling thread, which has its own team. Times are counted from the clock's epoch.
+// What is known of the calling thread, which has its own team. Times are counted from the clock's epoch.
 struct Rhythm {
   Clock::rep region_end = 0;  // of the last region with a team
   Clock::rep call_end = 0;
@@ -76,7 +76,7 @@ thread_local constinit Rhythm rhythm;
 
 bool follows(Clock::time_point now, Clock::rep end) { return now.time_since_epoch() - Clock::duration(end) < at_once; }
 
-// Whether a team may be counted on to be awake, now or in the next calls of a loop.
+// Whether a team is expected to be awake, now or in the next calls of a loop.
 bool expects_awake() {
   const Clock::time_point now = Clock::now();
   if (!rhythm.in_call) {
@@ -99,7 +99,8 @@ int best_team(double seconds, int limit, bool is_awake) {
     }
   }
   if (best > 1 || limit <= 1) return best;
-  // What is never tried seems a little cheaper every time, until it is: its cost may have changed.
+  // The estimate of a team that is not used falls a little each time, until the team is tried: its cost may have
+  // changed.
   Estimate& wake = wake_of(limit, is_awake);
   const float cheaper = wake.load(std::memory_order_relaxed) * (1 - 1.0F / 128);
   wake.store(std::max(cheaper, static_cast<float>(is_awake ? wake_awake : wake_asleep)), std::memory_order_relaxed);

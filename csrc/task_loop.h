@@ -12,18 +12,18 @@ namespace selfattn {
 // Called on the calling thread about every 50 ms; true: stop.
 using Interrupted = bool (*)();
 
-// What a region is about to compute. How long that takes is learned for each kernel: any address that identifies one
-// kind of work. Without a kernel nothing is learned.
+// What a region is about to compute. The time that it takes is learned for each kernel: `kernel` is any address that
+// identifies one kind of work. Without a kernel nothing is learned.
 struct Work {
   const void* kernel;
   double flops, bytes;
   std::int64_t tasks;
 };
 
-// Number of threads that are expected to finish this work soonest. num_threads is the caller's own choice: a limit that
-// is used in full if every thread gets enough work. 0 is the default, of which only as many threads are used as pay for
-// themselves (docs/decisions/0013). Finding the default takes system calls, so it is only done if more than one thread
-// is worth using. Results never depend on this number.
+// Number of threads that are expected to finish this work soonest. num_threads is the limit that
+// the caller chose: all of these threads are used if each gets enough work. 0 is the default number, of which only the
+// threads that pay for themselves are used (docs/decisions/0013). Finding the default takes system calls, so it is only
+// done if more than one thread is worth using. Results never depend on this number.
 int useful_threads(const Work& work, int num_threads);
 inline int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
   return useful_threads({nullptr, flops, bytes, tasks}, num_threads);
@@ -31,7 +31,7 @@ inline int useful_threads(double flops, double bytes, std::int64_t tasks, int nu
 
 // Calls that follow one another at once are a loop, which may wake a team that a single call would leave asleep.
 void note_end_of_call();
-// The next call counts as one that comes alone.
+// Ends a loop: the next call is not part of it.
 void forget_last_call();
 
 class TaskLoop {
@@ -73,7 +73,7 @@ class TaskLoop {
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds interval{50};
 
-  // The caller's share of the tasks, from which the duration of all of them on one thread follows.
+  // The caller's share of the tasks. The time of all tasks on one thread is estimated from it.
   struct Share {
     std::int64_t tasks = 0;
     Clock::duration time{};
@@ -104,7 +104,7 @@ class TaskLoop {
   const int threads_;
   const Interrupted interrupted_;
   const std::thread::id caller_ = std::this_thread::get_id();
-  bool polls_ = false;  // thread 0: not if its tasks run on a helper thread, since the waiting caller polls then
+  bool polls_ = false;  // on thread 0; false if its tasks run on a helper thread: the caller polls then
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stopped_{false};
   Clock::time_point last_asked_ = Clock::now();

@@ -23,7 +23,7 @@ class Step(NamedTuple):
 class AnyCache(Copyable):
     """Base class of both caches: memory, a lock, and the steps of a call that uses them.
 
-    `_begin`, `_commit` and `_roll_back` are called with the lock held.
+    `_begin`, `_claim`, `_commit` and `_roll_back` are called with the lock held.
     """
 
     window: int | None
@@ -48,6 +48,7 @@ class AnyCache(Copyable):
             step = None
             try:
                 step = self._begin(function, sequences, tokens)
+                self._claim(step)
                 result = call(step)
                 self._commit(step)
             except BaseException:
@@ -61,7 +62,11 @@ class AnyCache(Copyable):
 
     @abstractmethod
     def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
-        """Make room for `tokens` more tokens in each sequence, and return what the core needs."""
+        """Find room for `tokens` more tokens in each sequence, and return what the core needs."""
+
+    @abstractmethod
+    def _claim(self, step: Step) -> None:
+        """Take the room that `_begin` found."""
 
     @abstractmethod
     def _commit(self, step: Step) -> None:

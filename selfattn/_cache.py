@@ -229,6 +229,9 @@ class KVCache(AnyCache):
             )
         return Step(self._ledger.core, self._ledger.mark())
 
+    def _claim(self, step: Step) -> None:
+        pass
+
     def _commit(self, step: Step) -> None:
         pass
 

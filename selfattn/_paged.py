@@ -243,12 +243,7 @@ class PagedKVCache(AnyCache):
         self._table.settle()
         growth = self._table.grow(function, names, tokens, self.window)
         overwritten = self._copy_pages(growth) if growth.copies or growth.reused else ()
-        try:
-            self._table.claim(growth)
-            return Step(list(growth.rows.values()), (growth, overwritten))
-        except BaseException:
-            self._undo(growth, overwritten)
-            raise
+        return Step(list(growth.rows.values()), (growth, overwritten))
 
     def _copy_pages(self, growth: Growth) -> list[NDArray[Any]]:
         """Copy shared pages for the rows that will write to them; return the page contents needed to undo the step."""
@@ -267,9 +262,9 @@ class PagedKVCache(AnyCache):
         for store, old in zip(self._store.arrays(), overwritten, strict=False):
             store[growth.reused] = old
 
-    def _undo(self, growth: Growth, overwritten: Sequence[NDArray[Any]]) -> None:
-        self._table.undo(growth)
-        self._write_back(growth, overwritten)
+    def _claim(self, step: Step) -> None:
+        if step.state is not None:
+            self._table.claim(step.state[0])
 
     def _commit(self, step: Step) -> None:
         if step.state is not None:
@@ -277,7 +272,9 @@ class PagedKVCache(AnyCache):
 
     def _roll_back(self, step: Step) -> None:
         if step.state is not None:
-            self._undo(*step.state)
+            growth, overwritten = step.state
+            self._table.undo(growth)
+            self._write_back(growth, overwritten)
 
     def _common_tokens(self, step: Step) -> int:
         return self._table.common(step.sequences) * self.page_size  # type: ignore[arg-type]

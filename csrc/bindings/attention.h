@@ -7,8 +7,8 @@
 
 namespace selfattn::bindings {
 
-// Where a call writes: into `given` if `direct` (there is one, and nothing in it is still to be read), else into a new
-// array.
+// Where a call writes: into `given` if `direct`, else into a new array. `direct` needs a given array that shares no
+// memory with operands that are still to be read.
 struct Destination {
   py::object given;  // or None
   py::array array;

@@ -17,8 +17,8 @@ TensorView lse_view(const char* function, py::handle array, const Shape& shape);
 py::array zeros(const Shape& shape, DType dtype);
 
 // Allocates the gradient of a bias. If the bias has one query or one key, the core sums over queries or keys, and the
-// caller over heads and batch entries. Otherwise the core makes all sums, in the bias's own shape: an array for every
-// pair of query and key of all heads would be too large.
+// caller over heads and batch entries. Otherwise the core computes all sums, in the bias's own shape: an array with
+// every query, key and head would be too large.
 py::array bias_gradient(Problem& problem, const TensorView& bias, Gradients& gradients);
 
 }  // namespace selfattn::bindings

@@ -98,7 +98,7 @@ struct RowCall {
   }
 };
 
-// Weights are a matrix of numbers, or a pair of codes and their scales. The Python layer has checked them.
+// Weights are a matrix of numbers, or a pair: a matrix of codes, and their scales. The Python layer has checked them.
 Projection projection_of(py::handle weights, py::handle bias) {
   const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
   if (!py::isinstance<py::tuple>(weights))
@@ -113,7 +113,7 @@ struct HeldLinear {
   const LinearWeights weights;
 };
 
-// Whether x of this type can be multiplied by weights of that one.
+// Whether x of one type can be multiplied by weights of another.
 void check_dtype(const char* function, const TensorView& x, const Projection& projection) {
   const DType weights = projection.dtype();
   const bool codes = is_scaled(weights);
@@ -188,7 +188,7 @@ py::object call_feed_forward(const py::tuple& parts, const char* function, py::h
   const LinearWeights& second = held_by<HeldLinear>(parts[1]).weights;
   const RowCall call(function, x, first.projection.depth(), residual, second.projection.columns());
   check_dtype(function, call.x, first.projection);
-  // Read here, since the work runs without the GIL.
+  // Read here, because the work runs without the GIL.
   const Norm *const norm = norm_or_none(parts[2]), *const post_norm = norm_or_none(parts[3]);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
     return FeedForwardJob{first, second, norm, post_norm, rows, added, result, call.x.dtype};

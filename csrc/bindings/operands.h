@@ -26,7 +26,7 @@ struct VarlenInputs {
              mask = py::none(), bias = py::none(), q_offset = py::none(), alibi_slopes = py::none();
 };
 
-// Of relative attention, in addition to q, k and v.
+// Of relative_attention() and its gradients, in addition to q, k and v.
 struct RelativeTerms {
   py::object r = py::none(), u = py::none(), w = py::none();
   std::int64_t r_origin = 0;

@@ -62,7 +62,7 @@ class Operands {
   std::optional<Lengths> query_lengths_, key_lengths_;
 };
 
-// Results: out, in query's type or that of the computation; perhaps the log-sum-exps.
+// Results: out, in query's type or the type of computation; optionally the log-sum-exps.
 void attend_xla(const Call& call) {
   const Operands operands(call, 0, 3);
   Problem problem = make_problem(operands.arguments);

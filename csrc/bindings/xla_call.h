@@ -65,7 +65,7 @@ struct Array {
   }
 };
 
-// JAX has no float64 by default. Log-sum-exps are passed as float64 all the same: as pairs of 32-bit integers.
+// JAX has no float64 by default, so log-sum-exps are passed as pairs of 32-bit integers that hold float64.
 struct Doubles : Array {
   explicit Doubles(const Buffer& buffer) : Array(buffer.data, DType::f64, buffer.extents, buffer.rank - 1) {}
 };
@@ -115,7 +115,8 @@ class Call {
   std::int64_t results() const { return frame_.results.count; }
   bool is_set(std::string_view flags, std::int64_t bit) const { return attribute<std::int64_t>(flags) & bit; }
 
-  // The extents of the batch: jax.vmap adds a leading axis to every array, of extent 1 to those that it does not map.
+  // The extents of the batch. jax.vmap adds a leading axis to every array; it has extent 1 in arrays that are not
+  // mapped.
   Shape batch(std::int64_t axes) const {
     Shape shape;
     for (std::int64_t axis = 0; axis < axes; ++axis) {

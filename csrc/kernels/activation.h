@@ -9,9 +9,9 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The tail of the normal distribution is Q(a) = e^(-a^2/2) G(a) with a smooth G. (a + centre) G(a) is a polynomial in
-// t = (a - centre) / (a + centre), which interpolates it at Chebyshev points up to a = `beyond`, from where Q is 0. Its
-// relative error is 1.3e-8 for float and 5e-19 for double.
+// The tail of the normal distribution is Q(a) = e^(-a^2/2) G(a) with a smooth G. (a + centre) G(a) is approximated by a
+// polynomial in t = (a - centre) / (a + centre), which interpolates it at Chebyshev points. From a = `beyond` on, Q is
+// 0. The relative error is 1.3e-8 for float and 5e-19 for double.
 template <class T>
 struct Normal;
 template <>
@@ -74,8 +74,8 @@ inline Vec<T> gelu_tanh(Vec<T> x) {
   return gate_by_logistic(finite, finite * factor);
 }
 
-// x times the normal distribution function: max(x, 0) - a Q(a) with a = |x|. The square of a is computed in two parts:
-// that of a rounded to sixteenths, which is exact, and the rest.
+// x times the normal distribution function: max(x, 0) - a Q(a) with a = |x|. The square of a is the sum of two parts:
+// the square of a rounded to sixteenths, which is exact, and the rest.
 template <class T>
 inline Vec<T> gelu(Vec<T> x) {
   const Vec<T> half = broadcast(T(0.5)), centre = broadcast(Normal<T>::centre);

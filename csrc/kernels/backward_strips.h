@@ -1,4 +1,4 @@
-// The strips of a block of rows in the backward pass: rows that share registers. And where the kernel keeps them.
+// The strips of a block of rows in the backward pass (rows that share registers), and their scratch memory.
 #pragma once
 #include "kernels/dropout.h"
 #include "kernels/kernel_set.h"

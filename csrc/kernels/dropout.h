@@ -1,6 +1,6 @@
 // Dropout: decides which weights are kept (decision 11). The random numbers come from Philox4x32-10 (Salmon et al.,
-// "Parallel random numbers: as easy as 1, 2, 3", 2011). It encrypts a counter, so that a weight's number depends only
-// on its place. One block of the cipher has the words of four adjacent keys of a row.
+// "Parallel random numbers: as easy as 1, 2, 3", 2011). It encrypts a counter, so a weight's number depends only on
+// its batch entry, head, query and key. One block of the cipher has the words of four adjacent keys of a row.
 #pragma once
 #include <cstdint>
 
@@ -38,8 +38,8 @@ struct RowLanes {
 constexpr std::int64_t factor_lines(std::int64_t keys) { return keys + 2 * (keys_per_block - 1); }
 
 // Computes the factors of weights, 0 or dropout.factor: factors[key][lane]. Returns the line of the first key. Kernels
-// that take keys in pairs start at an even key, so that they find a second line for the last key, too. Arguments are
-// copies, which stores cannot change: the compiler keeps what it computes from the seed and the rows in registers.
+// that take keys in pairs start at an even key, so that the last key also has a second line. Arguments are copies,
+// which stores cannot change: so the compiler keeps in registers what it computes from the seed and the rows.
 template <class T>
 [[gnu::noinline]] inline const T* dropout_factors(const Dropout dropout, const RowLanes tile, std::int64_t first_key,
                                                   int keys, T* factors) {

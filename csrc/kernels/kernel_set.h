@@ -26,7 +26,7 @@ struct Row {
   double slope;              // ALiBi slope
   double omitted;            // by how much clamping `position` raises every score (log2 units); subtracted from lse
   double sink;               // logit that is added to the denominator only (log2 units), or -inf
-  std::uint32_t place[3];    // what dropout tells rows apart by: batch entry, head, query
+  std::uint32_t place[3];    // identifies the row for dropout: batch entry, head, query
 };
 
 // A weight is dropped if the random 32-bit word of its place (batch entry, head, query, key) is below the threshold;
@@ -125,7 +125,7 @@ struct BackwardBlock {
   void* dkeys;         // added to: the gradients of the keys, before the scale, and of the values
   void* dvalues;
   bool finite;  // none of queries, dout, keys and values is NaN or infinite
-  // [row][key]: gradients of the scores, and of the products before the scale, which differ if there is a softcap.
+  // [row][key]: gradients of the scores, and of the products before the scale. They differ if there is a softcap.
   // Null: not wanted. Only keys that some row of the strip sees are written.
   void* dscores;
   std::int64_t dscore_step;  // elements from one row to the next

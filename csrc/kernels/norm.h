@@ -8,7 +8,7 @@ namespace selfattn::SELFATTN_ISA {
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 
-// Calls use(i, n) for each vector of a row, n being what is left of the row, and adds up what it returns.
+// Calls use(i, n) for each vector of a row and adds up the results; n is the number of elements from i on.
 template <class T, class Use>
 inline T sum_over_row(std::int64_t count, Use use) {
   constexpr int W = Vec<T>::width;
@@ -20,8 +20,8 @@ inline T sum_over_row(std::int64_t count, Use use) {
   return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// The mean comes off in two steps, since the first one is rounded. Partial vectors are loaded with 0 beyond the end,
-// which must not become -mean.
+// The mean is subtracted in two steps, because the first one is rounded. Partial vectors are loaded with 0 beyond the
+// end, which must not become -mean.
 template <class T>
 inline void normalise(const NormArgs& args) noexcept {
   T* row = static_cast<T*>(args.row);

@@ -36,7 +36,7 @@ struct RowPlaces {
 template <class T>
 struct ScoreTile {
   T* scores;
-  const T* terms;  // mask and bias in the same shape, if `visible` must consider them, or null
+  const T* terms;  // mask and bias in the same shape; null if `visible` need not read them
   int outer;
   int lanes;  // a multiple of the vector width
   int step;

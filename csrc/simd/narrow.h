@@ -12,7 +12,7 @@ struct BFloat {  // the upper half of a float
   std::uint16_t bits;
 };
 
-struct Int8 {  // a code: the number is code * scale, and the scale is stored elsewhere
+struct Int8 {  // a code; the number is code * scale, and scales are stored separately
   std::int8_t code;
 };
 
