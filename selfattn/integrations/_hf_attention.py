@@ -12,8 +12,10 @@ import selfattn
 from . import _torch_autograd
 from ._dropout import dropout_options
 from ._hf_mask import VisibleKeys
+from ._hf_packed import attend_packed, packed_bounds
 from ._hf_sparse import as_array, check_shape, keep_selected, on_cpu, selected, selected_blocks
-from ._tensors import to_array, wants_gradient
+from ._hf_stored import StoredTokens, attend_stored, is_current
+from ._tensors import empty_pair, opaque, to_array, wants_gradient
 from ._torch_call import make_call
 
 # Keywords meant for other parts of a model, which do not affect attention.
@@ -23,11 +25,10 @@ _UNRELATED = {
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
 }  # fmt: skip
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 _collector: Any = output_capturing._active_collector
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@opaque
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -45,6 +46,8 @@ def attention_forward(
     sinks: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     block_indices: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend by `selfattn.attention`, reading query (B, H, Sq, D), key and value (B, Hkv, Sk, D) in place.
@@ -55,22 +58,25 @@ def attention_forward(
     `is_causal` raises an error if it would hide a key.
     Sparse layers pass the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
     Sinks (`sinks` or `s_aux`) are given per head, or per query: (B, H, Sq, 1).
+    `cu_seq_lens_q` and `cu_seq_lens_k` are the bounds of sequences that are packed into one batch entry; without
+    padding between them, each attends to itself only. An `attention_mask` of numbers or booleans does the same.
     """
-    if kwargs or torch._C._get_tracing_state():
-        _refuse(kwargs, attention_mask)
+    if kwargs:
+        _refuse_unknown(kwargs)
     q, k, v = _operands(query, key, value)
+    kv_len = end = k.shape[2]
     if attention_mask is None:
-        options = _by_default(module, q.shape[2], k.shape[2], is_causal, sliding_window)
+        options = _by_default(module, q.shape[2], kv_len, is_causal, sliding_window)
     else:
-        options, end = _by_mask(attention_mask, q, k)
-        if end < k.shape[2]:
+        options, end = _by_mask(attention_mask, q.shape, k.shape)
+        if end < kv_len:
             k, v = k[:, :, :end], v[:, :, :end]
     if position_bias is not None:
-        _add_bias(options, position_bias, k.shape[2])
+        _add_bias(options, position_bias, end)
     if indices is not None:
-        keep_selected(options, selected(indices, q, key), k.shape[2])
+        keep_selected(options, selected(indices, q, key), end)
     if block_indices is not None:
-        keep_selected(options, selected_blocks(module, block_indices, q, key), k.shape[2])
+        keep_selected(options, selected_blocks(module, block_indices, q, key), end)
     by_query = _add_sinks(options, module, sinks, s_aux, q)
     if output_attentions or _weights_are_recorded():
         options["return_weights"] = True
@@ -78,9 +84,13 @@ def attention_forward(
         scaling = float(scaling)
     options["scale"], options["softcap"] = scaling, softcap
     options["num_threads"] = _threads()
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        bounds = packed_bounds(cu_seq_lens_q, cu_seq_lens_k, (q, k), attention_mask, options)
+        if bounds is not None:
+            return attend_packed(_attend, (q, k, v), options, (by_query, dropout), bounds)
     if dropout:
         options |= dropout_options("selfattn", "dropout", dropout)
-    return _attend((q, k, v), options, by_query, key.shape[2])
+    return _attend((q, k, v), options, by_query, kv_len)
 
 
 def _attend(
@@ -106,12 +116,21 @@ def _attend_now(
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: dict[str, Any]
 ) -> tuple[torch.Tensor, Any, Any]:
     """Return the result (B, Sq, H, D), lse and weights, without recording gradients."""
-    q, k, v = (to_array(x) for x in operands)
+    q, k, v = operands
     for name in ("bias", "sinks"):
         if name in options:
             options[name] = to_array(options[name])
-    result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=operands[0].dtype)
-    done = selfattn.attention(q, k, v, out=to_array(result).swapaxes(1, 2), **options)
+    q_array = to_array(q)
+    stored = type(k) is StoredTokens and is_current(k, v)
+    batch, heads, q_len, _ = q_array.shape
+    result, out = empty_pair((max(batch, k.shape[0]), q_len, heads, v.shape[3]), q.dtype)
+    out = out.swapaxes(1, 2)
+    if stored:
+        done = attend_stored(q_array, k, out, options)
+    else:
+        done = selfattn.attention(q_array, to_array(k), to_array(v), out=out, **options)
+    if done is out:
+        return result, None, None
     lse = torch.from_numpy(done[1]) if "return_lse" in options else None
     weights = torch.from_numpy(done[-1]) if "return_weights" in options else None
     return result, lse, weights
@@ -121,10 +140,13 @@ def _operands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the operands in one dtype; they must be in CPU memory."""
+    if torch._C._get_tracing_state():
+        raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
     if not query.dtype is key.dtype is value.dtype:
         query, key, value = _autocast(query, key, value)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        on_cpu(name, x)
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            on_cpu(name, x)
     if query.ndim != 4:
         raise ValueError(
             f"selfattn: query has shape {tuple(query.shape)}, but (batch, heads, length, head_dim) is needed"
@@ -161,17 +183,17 @@ def _by_default(
     return {"causal": True} if q_len > 1 else {}
 
 
-def _by_mask(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[dict[str, Any], int]:
+def _by_mask(mask: torch.Tensor, q: torch.Size, k: torch.Size) -> tuple[dict[str, Any], int]:
     """Return the options that hide keys, and the index from which on all keys are hidden."""
     if type(mask) is VisibleKeys:
-        if mask.made is None and mask.sizes == (max(q.shape[0], k.shape[0]), q.shape[2], k.shape[2]):
+        if mask.made is None and mask.sizes == (max(q[0], k[0]), q[2], k[2]):
             return dict(mask.options), mask.end
         mask = mask.dense()
     if mask.dtype is torch.bool:
-        return {"mask": as_array("attention_mask", mask)}, k.shape[2]
+        return {"mask": as_array("attention_mask", mask)}, k[2]
     if not mask.is_floating_point():
         raise TypeError(f"selfattn: attention_mask has dtype {mask.dtype}, but bool or numbers to add are needed")
-    return {"bias": on_cpu("attention_mask", mask)}, k.shape[2]
+    return {"bias": on_cpu("attention_mask", mask)}, k[2]
 
 
 def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int) -> None:
@@ -224,16 +246,8 @@ def _weights_are_recorded() -> bool:
     return bool(outputs) and any(name.endswith("attentions") for name in outputs)
 
 
-def _refuse(keywords: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
-    """Raise for unsupported calls, and for unknown keywords that could change the result."""
-    if torch._C._get_tracing_state():
-        raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
+def _refuse_unknown(keywords: dict[str, Any]) -> None:
+    """Raise for unknown keywords that could change the result."""
     for name, given in keywords.items():
-        if given is None or name in _UNRELATED:
-            continue
-        if name in _PACKED:
-            # If there is a mask, it separates the packed sequences.
-            if attention_mask is None and len(given) > 2:
-                raise ValueError(f"selfattn: {name} packs {len(given) - 1} sequences, but there is no attention_mask")
-            continue
-        raise TypeError(f"selfattn: unexpected keyword argument '{name}', which could change what a layer computes")
+        if given is not None and name not in _UNRELATED:
+            raise TypeError(f"selfattn: unexpected keyword argument '{name}', which could change what a layer computes")

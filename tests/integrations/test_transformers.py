@@ -207,7 +207,7 @@ def test_nothing_is_copied(dtype: Any, cache: str, calls: list[dict[str, Any]]) 
         # The result is in the memory order that the output projection reads.
         assert call["out"].__array_interface__["data"][0] == projected.data_ptr()
         assert call["q"].dtype.name == str(dtype).removeprefix("torch.")
-        assert call["mask"].shape == (2, 1, 1, models.TOKENS)
+        assert call["kv_starts"].tolist() == [models.PADDED, 0]
 
 
 def test_import_brings_no_framework(tmp_path: Path) -> None:
