@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import output_capturing
 
 import selfattn
 
+from .. import _core
 from . import _torch_autograd
 from ._dropout import dropout_options
 from ._hf_mask import VisibleKeys
@@ -63,6 +65,14 @@ def attention_forward(
     """
     if kwargs:
         _refuse_unknown(kwargs)
+    if (
+        position_bias is s_aux is sinks is indices is block_indices is cu_seq_lens_q is cu_seq_lens_k is None
+        and type(attention_mask) is VisibleKeys
+        and not (dropout or output_attentions)
+    ):
+        result = _attend_plainly(module, (query, key, value), attention_mask, scaling, softcap)
+        if result is not None:
+            return result, None
     q, k, v = _operands(query, key, value)
     kv_len = end = k.shape[2]
     if attention_mask is None:
@@ -91,6 +101,44 @@ def attention_forward(
     if dropout:
         options |= dropout_options("selfattn", "dropout", dropout)
     return _attend((q, k, v), options, by_query, kv_len)
+
+
+def _attend_plainly(
+    module: torch.nn.Module,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: VisibleKeys,
+    scale: Any,
+    softcap: float | None,
+) -> torch.Tensor | None:
+    """Return the result of a call with a described mask and nothing else, or None if it is not that simple.
+
+    Between the products of a model, all code is cold, and this must be short to be fast.
+    """
+    query, key, value = operands
+    if (
+        mask.made is not None
+        or type(key) is StoredTokens
+        or not query.dtype is key.dtype is value.dtype
+        or (type(scale) is not float and scale is not None)
+        or "sinks" in module._parameters
+        or _collector.get()
+        or torch._C._get_tracing_state()
+        or (torch.is_grad_enabled() and wants_gradient(query, key, value))
+    ):
+        return None
+    try:
+        q, k, v = to_array(query), to_array(key), to_array(value)
+    except (RuntimeError, TypeError):  # wrapped, or on another device
+        return None
+    if q.ndim != 4 or mask.sizes != (max(len(q), len(k)), q.shape[2], k.shape[2]):
+        return None
+    if mask.end < k.shape[2]:
+        k, v = k[:, :, : mask.end], v[:, :, : mask.end]
+    options = mask.prepare(scale, softcap, _threads())
+    result = _core.attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None, options)
+    if query.dtype is torch.bfloat16:
+        return torch.from_numpy(result.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
 
 
 def _attend(

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .._store import storage_name
 from ._hf_sparse import on_cpu
 from ._hf_stored import Plain, Stored
-from ._tensors import name_of, opaque
+from ._tensors import name_of
 
 _SLACK = 128  # least number of tokens to make room for in advance
 
@@ -61,10 +61,31 @@ class Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
             dtype = name_of(dtype)
         storage = None if dtype is None else storage_name("Cache", dtype)
         super().__init__(config=config)
-        theirs: list[Any] = self.layers
+        theirs: list[Any] = vars(self)["layers"]
         self.layers = [_in_place(layer, storage) for layer in theirs]
         if not theirs:  # without a configuration, layers are made when they are needed
             self.layer_class_to_replicate = partial(Layer, storage)
+        self._kinds: dict[str, list[bool]] = {}
+
+    # A mask is sized by these at each step; transformers asks every layer again.
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return self._of_layers("is_sliding")
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return self._of_layers("is_linear")
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return self._of_layers("is_dummy")
+
+    def _of_layers(self, name: str) -> list[bool]:
+        kinds: list[bool] = self._kinds.get(name, [])
+        if len(kinds) != len(self.layers):
+            kinds = self._kinds[name] = getattr(super(), name)
+        return kinds
 
 
 def _in_place(layer: Any, storage: str | None) -> Any:
@@ -114,17 +135,18 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         """The values that later queries may need, (B, heads, tokens, value_dim)."""
         return None if self._memory is None else self._memory.part(self._held - self._needed(), self._held)[1]
 
-    @opaque
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append tokens, and return the keys and values that their queries may see."""
-        if (key_states.requires_grad or value_states.requires_grad) and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return _update_uncompiled(self, key_states, value_states)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RuntimeError(
                 "selfattn: a Cache has no gradients: run the model under torch.no_grad() or torch.inference_mode(), "
                 "or with a DynamicCache"
             )
-        memory, held = self._memory, self._held
+        held, memory = self._held, self._memory
         if held == 0:
             return self._begin(key_states, value_states)
         batch, _, added, _ = key_states.shape
@@ -135,14 +157,15 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
             )
         if held + added > memory.capacity:
             memory, held = self._make_room(added)
-        memory.append(held, key_states, value_states)
-        start, end = 0, held + added
+        start = 0
         if self.sliding_window is not None:
             start = max(held - self.sliding_window + 1, 0)
-            self._undoable += added if self.record_past else 0
-        self._held = end
+        seen = memory.extend(start, held, key_states, value_states)
+        self._held = held + added
         self.cumulative_length += added
-        return memory.part(start, end)  # type: ignore[no-any-return]
+        if self.record_past:
+            self._undoable += added
+        return seen  # type: ignore[no-any-return]
 
     def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the first tokens, of which only the newest may be needed later; all of them see each other."""
@@ -152,7 +175,7 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         elif self.sliding_window is not None:
             kept = min(added, self.sliding_window - 1)
         self.lazy_initialization(keys[:, :, added - kept :], values[:, :, added - kept :])
-        self._memory.append(0, keys[:, :, added - kept :], values[:, :, added - kept :])
+        self._memory.extend(0, 0, keys[:, :, added - kept :], values[:, :, added - kept :])
         self._held = kept
         self.cumulative_length += added
         return keys, values
@@ -238,6 +261,9 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         raise NotImplementedError("selfattn: a Cache keeps everything in CPU memory: it cannot be offloaded")
 
     prefetch = offload
+
+
+_update_uncompiled: Any = torch.compiler.disable(Layer.update)
 
 
 def _with_slack(tokens: int) -> int:

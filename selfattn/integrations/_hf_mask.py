@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 
+from .. import _core
+from .._arguments import core_options
 from ._deferred import Deferred
 
 # Closures of transformers that compute what a query sees; they are recognized by their code objects.
@@ -30,6 +32,9 @@ class Pattern(NamedTuple):
     right: int | None = None
 
 
+_CAUSAL, _EVERYTHING = Pattern(causal=True), Pattern(causal=False)
+
+
 class VisibleKeys(Deferred):
     """A boolean mask (B, 1, Sq, Sk) that is described instead of computed.
 
@@ -42,6 +47,7 @@ class VisibleKeys(Deferred):
     options: dict[str, Any]  # of selfattn.attention
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
+    prepared: dict[Any, _core.Options]  # by the options of layers that are not about keys
 
     @staticmethod
     def describe(
@@ -50,8 +56,17 @@ class VisibleKeys(Deferred):
         """Return a mask for `sizes` (batch, q_len, kv_len), equal to what `make` would compute."""
         batch, q_len, kv_len = sizes
         mask = VisibleKeys.without_memory((batch, 1, q_len, kv_len), torch.bool)
-        mask.sizes, mask.end, mask.options, mask.make, mask.made = sizes, end, options, make, None
+        mask.sizes, mask.end, mask.options, mask.make, mask.made, mask.prepared = sizes, end, options, make, None, {}
         return mask
+
+    def prepare(self, scale: float | None, softcap: float | None, num_threads: int) -> _core.Options:
+        """Return the options of a call for the core, in layout "bshd"; made once for all layers."""
+        key = (scale, softcap, num_threads)
+        if key not in self.prepared:
+            self.prepared[key] = core_options(
+                "attention", layout="bshd", scale=scale, softcap=softcap, num_threads=num_threads, **self.options
+            )
+        return self.prepared[key]
 
     def to_add(self, dtype: torch.dtype) -> torch.Tensor:
         """Return 0 for visible keys and the lowest finite number for the others."""
@@ -124,10 +139,11 @@ def make_mask(
     if end <= 0:
         return make()  # type: ignore[no-any-return, unused-ignore]
     options = _options(pattern, q_length, offset, end)
-    keys = _real_keys(attention_mask, kv_offset, end)
-    if keys is not None:
-        options |= _padding(keys)
-    if ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
+    if attention_mask is not None:
+        keys = _real_keys(attention_mask, kv_offset, end)
+        if np.count_nonzero(keys) < keys.size:
+            options |= _padding(keys)
+    if options and ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
         options["q_offset"] = np.array(offset)
     return VisibleKeys.describe((batch_size, q_length, kv_length), end, options, make)
 
@@ -140,9 +156,9 @@ def _has_indexer(config: Any) -> bool:
 def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
     """Return what a mask function of transformers computes, or None if selfattn's options cannot express it."""
     if mask_function is masking_utils.causal_mask_function:
-        return Pattern(causal=True)
+        return _CAUSAL
     if mask_function is masking_utils.bidirectional_mask_function:
-        return Pattern(causal=False)
+        return _EVERYTHING
     if getattr(mask_function, "__code__", None) is not _INTERSECTION:
         return None
     parts = _captured(mask_function)
@@ -166,13 +182,12 @@ def _captured(function: Any) -> Any:
 
 def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str, Any]:
     """Return the options that hide keys, without those that would hide none."""
-    options: dict[str, Any] = {}
-    if pattern.causal and q_length > 1:  # a single query sees all keys before `end`
-        options["causal"] = True
-    far_left = pattern.left is not None and offset + q_length - 1 > pattern.left
-    far_right = pattern.right is not None and end - 1 - offset > pattern.right
-    if far_left or far_right:
-        options["window"] = (pattern.left, pattern.right)
+    causal, left, right = pattern
+    # A single query sees all keys before `end`.
+    options: dict[str, Any] = {"causal": True} if causal and q_length > 1 else {}
+    far_left = left is not None and offset + q_length - 1 > left
+    if far_left or (right is not None and end - 1 - offset > right):
+        options["window"] = (left, right)
     return options
 
 
@@ -184,16 +199,12 @@ def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:
     return bool(attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size)
 
 
-def _real_keys(attention_mask: torch.Tensor | None, start: int, end: int) -> NDArray[np.bool_] | None:
-    """Return which keys of a slice are real tokens, (B, end), or None if all are."""
-    if attention_mask is None:
-        return None
+def _real_keys(attention_mask: torch.Tensor, start: int, end: int) -> NDArray[np.bool_]:
+    """Return which keys of a slice are real tokens, (B, end)."""
     if attention_mask.dtype is not torch.bool:
         attention_mask = attention_mask.to(torch.bool)
     keys: NDArray[np.bool_] = attention_mask.numpy()[:, start : start + end]
-    if keys.shape[1] < end:
-        keys = np.pad(keys, ((0, 0), (0, end - keys.shape[1])))
-    return None if np.count_nonzero(keys) == keys.size else keys
+    return keys if keys.shape[1] == end else np.pad(keys, ((0, 0), (0, end - keys.shape[1])))
 
 
 def _padding(keys: NDArray[np.bool_]) -> dict[str, Any]:

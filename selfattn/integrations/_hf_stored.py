@@ -20,19 +20,19 @@ class Plain:
     """Keys and values in two tensors (B, heads, capacity, width), in the model's type."""
 
     def __init__(self, like: tuple[torch.Tensor, torch.Tensor], capacity: int) -> None:
-        self.dtype, self.capacity = like[0].dtype, capacity
+        self.dtype, self.capacity, self.batch = like[0].dtype, capacity, len(like[0])
         with torch.inference_mode(False):  # or they could not be written to elsewhere
             self.keys, self.values = (x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in like)
 
-    @property
-    def batch(self) -> int:
-        return len(self.keys)
-
-    def append(self, at: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write tokens to the places from `at` on."""
+    def extend(
+        self, start: int, at: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write tokens to the places from `at` on, and return the part from `start` to their end."""
         end = at + keys.shape[2]
-        self.keys[:, :, at:end] = keys
-        self.values[:, :, at:end] = values
+        own_keys, own_values = self.keys, self.values
+        own_keys[:, :, at:end] = keys
+        own_values[:, :, at:end] = values
+        return own_keys[:, :, start:end], own_values[:, :, start:end]
 
     def part(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of the tokens from `start` to `end`."""
@@ -42,7 +42,7 @@ class Plain:
         """Return new memory that begins with these tokens of these sequences."""
         keys, values = self.keys[sequences, :, start:end], self.values[sequences, :, start:end]
         new = Plain((keys, values), capacity)
-        new.append(0, keys, values)
+        new.extend(0, 0, keys, values)
         return new
 
     def reorder(self, index: torch.Tensor, end: int) -> None:
@@ -62,11 +62,14 @@ class Stored:
             bfloat16()  # NumPy does not know it before
         self.cache = KVCache(batch, heads, width, capacity, value_dim=value_dim, dtype=storage)
 
-    def append(self, at: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write tokens to the places from `at` on."""
+    def extend(
+        self, start: int, at: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[StoredTokens, StoredTokens]:
+        """Write tokens to the places from `at` on, and return the part from `start` to their end."""
         if self.cache.lengths[0] != at:
             self.cache.truncate(at)
         self.cache.append(to_array(keys), to_array(values))
+        return self.part(start, at + keys.shape[2])
 
     def part(self, start: int, end: int) -> tuple[StoredTokens, StoredTokens]:
         """Return descriptions of the tokens from `start` to `end`."""

@@ -154,13 +154,13 @@ def test_tokens_are_appended_and_read_in_place(monkeypatch: pytest.MonkeyPatch) 
     model(**fed, past_key_values=cache, use_cache=True)
     places = [layer.keys.data_ptr() for layer in cache.layers]
     read = []
-    attend = selfattn.integrations._hf_attention._attend_now
+    attention = selfattn._core.attention
 
-    def spy(operands: Any, options: Any) -> Any:
-        read.append(operands[1].data_ptr())
-        return attend(operands, options)
+    def spy(q: Any, k: Any, *others: Any) -> Any:
+        read.append(k.__array_interface__["data"][0])
+        return attention(q, k, *others)
 
-    monkeypatch.setattr(selfattn.integrations._hf_attention, "_attend_now", spy)
+    monkeypatch.setattr(selfattn._core, "attention", spy)
     for _ in range(60):
         model(fed["input_ids"][:, :1], past_key_values=cache, use_cache=True)
     assert read == 60 * places
