@@ -79,7 +79,9 @@ def test_assisted_decoding(name: str) -> None:
     for parameter in drafter.lm_head.parameters():  # so that some drafts are rejected
         parameter.add_(0.05 * normal(*parameter.shape))
     assert torch.equal(generate(model, fed, past_key_values=Cache(model.config), prompt_lookup_num_tokens=3), wanted)
-    assert torch.equal(generate(model, fed, past_key_values=Cache(model.config), assistant_model=drafter), wanted)
+    # In older versions, the cache that transformers makes for the drafter fails with sliding windows.
+    if name == "llama" or tuple(map(int, hf.__version__.split(".")[:2])) >= (5, 24):
+        assert torch.equal(generate(model, fed, past_key_values=Cache(model.config), assistant_model=drafter), wanted)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
@@ -249,8 +251,10 @@ class Pair:
         tokens = self.chance.choice([1, 1, 1, 2, 4, 11])
         seed = self.chance.randrange(1 << 30)
         new = normal(self.batch, 2, tokens, 8, seed=seed), normal(self.batch, 2, tokens, 4, seed=seed + 1)
+        visible, _ = self.own.get_mask_sizes(tokens)
         assert self.own.get_mask_sizes(tokens) == self.peer.get_mask_sizes(tokens)
         for found, wanted in zip(self.own.update(*new), self.peer.update(*new), strict=True):
+            wanted = wanted[:, :, -visible:]  # older versions of transformers return more while they record
             assert found.shape == wanted.shape
             assert torch.equal(found, wanted) if self.exact else (found - wanted).abs().max() < 0.05
         self.removable += tokens
