@@ -15,9 +15,10 @@ from . import _torch_autograd
 from ._dropout import dropout_options
 from ._hf_mask import VisibleKeys
 from ._hf_packed import attend_packed, packed_bounds
-from ._hf_sparse import as_array, check_shape, keep_selected, on_cpu, selected, selected_blocks
-from ._hf_stored import StoredTokens, attend_stored, is_current
-from ._tensors import empty_pair, opaque, to_array, wants_gradient
+from ._hf_sinks import absorb, add_sinks
+from ._hf_sparse import as_array, keep_selected, on_cpu, selected, selected_blocks
+from ._hf_stored import StoredTokens, attend_stored, can_attend
+from ._tensors import bfloat16, empty_pair, opaque, to_array, wants_gradient
 from ._torch_call import make_call
 
 # Keywords meant for other parts of a model, which do not affect attention.
@@ -63,8 +64,9 @@ def attention_forward(
     `cu_seq_lens_q` and `cu_seq_lens_k` are the bounds of sequences that are packed into one batch entry; without
     padding between them, each attends to itself only. An `attention_mask` of numbers or booleans does the same.
     """
-    if kwargs:
-        _refuse_unknown(kwargs)
+    for name, given in kwargs.items():
+        if given is not None and name not in _UNRELATED:
+            raise TypeError(f"selfattn: unexpected keyword argument '{name}', which could change what a layer computes")
     if (
         position_bias is s_aux is sinks is indices is block_indices is cu_seq_lens_q is cu_seq_lens_k is None
         and type(attention_mask) is VisibleKeys
@@ -87,7 +89,7 @@ def attention_forward(
         keep_selected(options, selected(indices, q, key), end)
     if block_indices is not None:
         keep_selected(options, selected_blocks(module, block_indices, q, key), end)
-    by_query = _add_sinks(options, module, sinks, s_aux, q)
+    by_query = add_sinks(options, module, sinks, s_aux, q)
     if output_attentions or _weights_are_recorded():
         options["return_weights"] = True
     if scaling is not None and type(scaling) is not float:
@@ -127,8 +129,12 @@ def _attend_plainly(
     ):
         return None
     try:
-        q, k, v = to_array(query), to_array(key), to_array(value)
-    except (RuntimeError, TypeError):  # wrapped, or on another device
+        if query.dtype is torch.bfloat16:
+            kind = bfloat16()
+            q, k, v = (x.view(torch.uint16).numpy().view(kind) for x in operands)
+        else:
+            q, k, v = query.numpy(), key.numpy(), value.numpy()
+    except (RuntimeError, TypeError):  # wrapped, on another device, or a leaf with gradients: see `to_array`
         return None
     if q.ndim != 4 or mask.sizes != (max(len(q), len(k)), q.shape[2], k.shape[2]):
         return None
@@ -154,7 +160,7 @@ def _attend(
     else:
         result, lse, weights = _attend_now(operands, options)
     if sinks is not None:
-        result, weights = _absorb(result, weights, lse, sinks)
+        result, weights = absorb(result, weights, lse, sinks)
     if "return_weights" not in options:
         return result, None
     return result, torch.nn.functional.pad(weights, (0, kv_len - weights.shape[-1])).to(result.dtype)
@@ -169,11 +175,10 @@ def _attend_now(
         if name in options:
             options[name] = to_array(options[name])
     q_array = to_array(q)
-    stored = type(k) is StoredTokens and is_current(k, v)
     batch, heads, q_len, _ = q_array.shape
     result, out = empty_pair((max(batch, k.shape[0]), q_len, heads, v.shape[3]), q.dtype)
     out = out.swapaxes(1, 2)
-    if stored:
+    if can_attend(q_len, k, v, options):
         done = attend_stored(q_array, k, out, options)
     else:
         done = selfattn.attention(q_array, to_array(k), to_array(v), out=out, **options)
@@ -252,37 +257,6 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
     options["bias"] = bias + options["bias"] if "bias" in options else bias
 
 
-def _add_sinks(
-    options: dict[str, Any],
-    module: torch.nn.Module,
-    sinks: torch.Tensor | None,
-    s_aux: torch.Tensor | None,
-    q: torch.Tensor,
-) -> torch.Tensor | None:
-    """Set the sinks option; return sinks given per query (B, H, Sq), which are applied through lse afterwards."""
-    if sinks is not None and s_aux is not None:
-        raise TypeError("selfattn: sinks and s_aux are two names of one argument, but both are given")
-    name, given = ("s_aux", s_aux) if sinks is None else ("sinks", sinks)
-    if given is None:
-        given = module._parameters.get("sinks")
-        if given is None:
-            return None
-    if on_cpu(name, given).ndim != 4:
-        options["sinks"] = given
-        return None
-    check_shape(name, given, q.shape[0], q.shape[1], q.shape[2], 1)
-    options["return_lse"] = True
-    return given[..., 0]
-
-
-def _absorb(result: torch.Tensor, weights: Any, lse: Any, sinks: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Scale a result (B, Sq, H, D) and weights by the share of the softmax that sinks (B, H, Sq) leave to the keys."""
-    # exp(lse) / (exp(lse) + exp(sink)), and 0 for queries that see no key
-    share = torch.sigmoid(lse - sinks).where(lse != -torch.inf, 0.0).to(lse.dtype)
-    result = (result * share.mT[..., None]).to(result.dtype)
-    return result, None if weights is None else weights * share[..., None]
-
-
 def _threads() -> int:
     threads: int = torch.get_num_threads()
     return threads if threads == 1 else min(threads, selfattn.get_num_threads())
@@ -292,10 +266,3 @@ def _weights_are_recorded() -> bool:
     """Whether a hook collects the weights: some models, like GPT-2, do not pass `output_attentions` on."""
     outputs = _collector.get()
     return bool(outputs) and any(name.endswith("attentions") for name in outputs)
-
-
-def _refuse_unknown(keywords: dict[str, Any]) -> None:
-    """Raise for unknown keywords that could change the result."""
-    for name, given in keywords.items():
-        if given is not None and name not in _UNRELATED:
-            raise TypeError(f"selfattn: unexpected keyword argument '{name}', which could change what a layer computes")

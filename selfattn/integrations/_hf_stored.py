@@ -127,21 +127,21 @@ def _converted(
     return numbers.to(dtype)
 
 
-def is_current(k: Any, v: Any) -> bool:
-    """Whether these are the newest tokens of one cache."""
+def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
+    """Whether these are the newest tokens of one cache, and the queries are the last ones of them."""
     if type(k) is not StoredTokens or type(v) is not StoredTokens:
         return False
-    return k.cache is v.cache and k.start == v.start and k.end == v.end == k.cache.lengths[0]
+    if not (k.cache is v.cache and k.start == v.start and k.end == v.end == k.cache.lengths[0]):
+        return False
+    return bool(options.get("q_offset", k.shape[2] - q_len) == k.shape[2] - q_len)
 
 
 def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: dict[str, Any]) -> Any:
     """Attend to such tokens with the options of `selfattn.attention`, and return what that would return."""
     kv_len, hidden = k.end - k.start, k.start  # the cache may hold older tokens, which no query sees
     options = {"causal": False, **options}
-    offset = options.pop("q_offset", None)
+    options.pop("q_offset", None)
     visible = _visible(options, kv_len)
-    if offset is not None and offset != kv_len - q.shape[2]:
-        visible = _by_position(options, int(offset), q.shape[2], kv_len, visible)
     if visible is not None:
         numbers = np.where(visible, np.float32(0), np.float32(-np.inf))
         options["bias"] = numbers + options["bias"].astype(np.float32) if "bias" in options else numbers
@@ -162,21 +162,6 @@ def _visible(options: dict[str, Any], kv_len: int) -> NDArray[np.bool_] | None:
             inside = compare(np.arange(kv_len), limits[:, None])[:, None, None, :]
             visible = inside if visible is None else visible & inside
     return visible
-
-
-def _by_position(
-    options: dict[str, Any], offset: int, q_len: int, kv_len: int, visible: NDArray[np.bool_] | None
-) -> NDArray[np.bool_]:
-    """Also apply causal limits and windows for queries that are not the newest tokens; remove these options."""
-    ahead = np.arange(kv_len) - (np.arange(q_len)[:, None] + offset)
-    inside = ahead <= 0 if options["causal"] else np.ones_like(ahead, dtype=bool)
-    left, right = options.pop("window", (None, None))
-    if left is not None:
-        inside &= -left <= ahead
-    if right is not None:
-        inside &= ahead <= right
-    options["causal"] = False
-    return inside if visible is None else visible & inside
 
 
 def _hide_oldest(options: dict[str, Any], hidden: int, q_len: int, kv_len: int) -> None:
