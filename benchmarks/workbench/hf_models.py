@@ -49,7 +49,8 @@ def _encoder(hf: Any, shape: Shape) -> Any:
     return hf.AutoModel, hf.BertConfig(**shape.config())
 
 
-def _decoder(hf: Any, shape: Shape) -> Any:
+def decoder(hf: Any, shape: Shape) -> Any:
+    """Return the class and the configuration of a Llama-shaped model."""
     return hf.AutoModelForCausalLM, hf.LlamaConfig(**shape.grouped())
 
 
@@ -106,12 +107,12 @@ GROUPS = {
         f"BERT base, {RAGGED} sequences of different lengths, padded", "sdpa", BERT_BASE, _encoder, "padded",
         (32, 128, 512),
     ),
-    "prefill": Group("Llama 3.2 1B's shape, 6 of 16 layers: prompt", "sdpa", LLAMA_1B, _decoder, "forward", PREFILL),
+    "prefill": Group("Llama 3.2 1B's shape, 6 of 16 layers: prompt", "sdpa", LLAMA_1B, decoder, "forward", PREFILL),
     "decode": Group(
-        "Llama 3.2 1B's shape, 6 of 16 layers: a new token, DynamicCache", "sdpa", LLAMA_1B, _decoder, "decode", CACHED
+        "Llama 3.2 1B's shape, 6 of 16 layers: a new token, DynamicCache", "sdpa", LLAMA_1B, decoder, "decode", CACHED
     ),
     "static": Group(
-        "Llama 3.2 1B's shape, 6 of 16 layers: a new token, StaticCache", "sdpa", LLAMA_1B, _decoder, "static", CACHED
+        "Llama 3.2 1B's shape, 6 of 16 layers: a new token, StaticCache", "sdpa", LLAMA_1B, decoder, "static", CACHED
     ),
     "gemma2": Group(
         f"Gemma 2 2B's shape, 4 of 26 layers: a prompt and {NEW_TOKENS} new tokens", "eager", GEMMA2_2B, _gemma2,
@@ -180,7 +181,7 @@ class Bench:
 
     def _forward(self, length: int) -> tuple[Run, Run]:
         ids = self._ids(1, length)
-        last = {"logits_to_keep": 1} if self.group.make is _decoder else {}
+        last = {"logits_to_keep": 1} if self.group.make is decoder else {}
 
         def run() -> Any:
             return self.model(ids, **last)[0]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import output_capturing
 
 import selfattn
 
+from .. import _core
 from . import _torch_autograd
 from ._dropout import dropout_options
 from ._hf_mask import VisibleKeys
-from ._hf_sparse import as_array, check_shape, keep_selected, on_cpu, selected, selected_blocks
-from ._tensors import to_array, wants_gradient
+from ._hf_packed import attend_packed, packed_bounds
+from ._hf_sinks import absorb, add_sinks
+from ._hf_sparse import as_array, keep_selected, on_cpu, selected, selected_blocks
+from ._hf_stored import StoredTokens, attend_stored, can_attend
+from ._tensors import bfloat16, empty_pair, opaque, to_array, wants_gradient
 from ._torch_call import make_call
 
 # Keywords meant for other parts of a model, which do not affect attention.
@@ -23,11 +28,10 @@ _UNRELATED = {
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
 }  # fmt: skip
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 _collector: Any = output_capturing._active_collector
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@opaque
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -45,6 +49,8 @@ def attention_forward(
     sinks: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     block_indices: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend by `selfattn.attention`, reading query (B, H, Sq, D), key and value (B, Hkv, Sk, D) in place.
@@ -55,32 +61,90 @@ def attention_forward(
     `is_causal` raises an error if it would hide a key.
     Sparse layers pass the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
     Sinks (`sinks` or `s_aux`) are given per head, or per query: (B, H, Sq, 1).
+    `cu_seq_lens_q` and `cu_seq_lens_k` are the bounds of sequences that are packed into one batch entry; without
+    padding between them, each attends to itself only. An `attention_mask` of numbers or booleans does the same.
     """
-    if kwargs or torch._C._get_tracing_state():
-        _refuse(kwargs, attention_mask)
+    for name, given in kwargs.items():
+        if given is not None and name not in _UNRELATED:
+            raise TypeError(f"selfattn: unexpected keyword argument '{name}', which could change what a layer computes")
+    if (
+        position_bias is s_aux is sinks is indices is block_indices is cu_seq_lens_q is cu_seq_lens_k is None
+        and type(attention_mask) is VisibleKeys
+        and not (dropout or output_attentions)
+    ):
+        result = _attend_plainly(module, (query, key, value), attention_mask, scaling, softcap)
+        if result is not None:
+            return result, None
     q, k, v = _operands(query, key, value)
+    kv_len = end = k.shape[2]
     if attention_mask is None:
-        options = _by_default(module, q.shape[2], k.shape[2], is_causal, sliding_window)
+        options = _by_default(module, q.shape[2], kv_len, is_causal, sliding_window)
     else:
-        options, end = _by_mask(attention_mask, q, k)
-        if end < k.shape[2]:
+        options, end = _by_mask(attention_mask, q.shape, k.shape)
+        if end < kv_len:
             k, v = k[:, :, :end], v[:, :, :end]
     if position_bias is not None:
-        _add_bias(options, position_bias, k.shape[2])
+        _add_bias(options, position_bias, end)
     if indices is not None:
-        keep_selected(options, selected(indices, q, key), k.shape[2])
+        keep_selected(options, selected(indices, q, key), end)
     if block_indices is not None:
-        keep_selected(options, selected_blocks(module, block_indices, q, key), k.shape[2])
-    by_query = _add_sinks(options, module, sinks, s_aux, q)
+        keep_selected(options, selected_blocks(module, block_indices, q, key), end)
+    by_query = add_sinks(options, module, sinks, s_aux, q)
     if output_attentions or _weights_are_recorded():
         options["return_weights"] = True
     if scaling is not None and type(scaling) is not float:
         scaling = float(scaling)
     options["scale"], options["softcap"] = scaling, softcap
     options["num_threads"] = _threads()
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        bounds = packed_bounds(cu_seq_lens_q, cu_seq_lens_k, (q, k), attention_mask, options)
+        if bounds is not None:
+            return attend_packed(_attend, (q, k, v), options, (by_query, dropout), bounds)
     if dropout:
         options |= dropout_options("selfattn", "dropout", dropout)
-    return _attend((q, k, v), options, by_query, key.shape[2])
+    return _attend((q, k, v), options, by_query, kv_len)
+
+
+def _attend_plainly(
+    module: torch.nn.Module,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: VisibleKeys,
+    scale: Any,
+    softcap: float | None,
+) -> torch.Tensor | None:
+    """Return the result of a call with a described mask and nothing else, or None if it is not that simple.
+
+    Between the products of a model, all code is cold, and this must be short to be fast.
+    """
+    query, key, value = operands
+    if (
+        mask.made is not None
+        or type(key) is StoredTokens
+        or not query.dtype is key.dtype is value.dtype
+        or (type(scale) is not float and scale is not None)
+        or "sinks" in module._parameters
+        or _collector.get()
+        or torch._C._get_tracing_state()
+        or (torch.is_grad_enabled() and wants_gradient(query, key, value))
+    ):
+        return None
+    try:
+        if query.dtype is torch.bfloat16:
+            kind = bfloat16()
+            q, k, v = (x.view(torch.uint16).numpy().view(kind) for x in operands)
+        else:
+            q, k, v = query.numpy(), key.numpy(), value.numpy()
+    except (RuntimeError, TypeError):  # wrapped, on another device, or a leaf with gradients: see `to_array`
+        return None
+    if q.ndim != 4 or mask.sizes != (max(len(q), len(k)), q.shape[2], k.shape[2]):
+        return None
+    if mask.end < k.shape[2]:
+        k, v = k[:, :, : mask.end], v[:, :, : mask.end]
+    options = mask.prepare(scale, softcap, _threads())
+    result = _core.attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None, options)
+    if query.dtype is torch.bfloat16:
+        return torch.from_numpy(result.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
 
 
 def _attend(
@@ -96,7 +160,7 @@ def _attend(
     else:
         result, lse, weights = _attend_now(operands, options)
     if sinks is not None:
-        result, weights = _absorb(result, weights, lse, sinks)
+        result, weights = absorb(result, weights, lse, sinks)
     if "return_weights" not in options:
         return result, None
     return result, torch.nn.functional.pad(weights, (0, kv_len - weights.shape[-1])).to(result.dtype)
@@ -106,12 +170,20 @@ def _attend_now(
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: dict[str, Any]
 ) -> tuple[torch.Tensor, Any, Any]:
     """Return the result (B, Sq, H, D), lse and weights, without recording gradients."""
-    q, k, v = (to_array(x) for x in operands)
+    q, k, v = operands
     for name in ("bias", "sinks"):
         if name in options:
             options[name] = to_array(options[name])
-    result = torch.empty((max(q.shape[0], k.shape[0]), q.shape[2], q.shape[1], v.shape[3]), dtype=operands[0].dtype)
-    done = selfattn.attention(q, k, v, out=to_array(result).swapaxes(1, 2), **options)
+    q_array = to_array(q)
+    batch, heads, q_len, _ = q_array.shape
+    result, out = empty_pair((max(batch, k.shape[0]), q_len, heads, v.shape[3]), q.dtype)
+    out = out.swapaxes(1, 2)
+    if can_attend(q_len, k, v, options):
+        done = attend_stored(q_array, k, out, options)
+    else:
+        done = selfattn.attention(q_array, to_array(k), to_array(v), out=out, **options)
+    if done is out:
+        return result, None, None
     lse = torch.from_numpy(done[1]) if "return_lse" in options else None
     weights = torch.from_numpy(done[-1]) if "return_weights" in options else None
     return result, lse, weights
@@ -121,10 +193,13 @@ def _operands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the operands in one dtype; they must be in CPU memory."""
+    if torch._C._get_tracing_state():
+        raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
     if not query.dtype is key.dtype is value.dtype:
         query, key, value = _autocast(query, key, value)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        on_cpu(name, x)
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            on_cpu(name, x)
     if query.ndim != 4:
         raise ValueError(
             f"selfattn: query has shape {tuple(query.shape)}, but (batch, heads, length, head_dim) is needed"
@@ -161,17 +236,17 @@ def _by_default(
     return {"causal": True} if q_len > 1 else {}
 
 
-def _by_mask(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[dict[str, Any], int]:
+def _by_mask(mask: torch.Tensor, q: torch.Size, k: torch.Size) -> tuple[dict[str, Any], int]:
     """Return the options that hide keys, and the index from which on all keys are hidden."""
     if type(mask) is VisibleKeys:
-        if mask.made is None and mask.sizes == (max(q.shape[0], k.shape[0]), q.shape[2], k.shape[2]):
+        if mask.made is None and mask.sizes == (max(q[0], k[0]), q[2], k[2]):
             return dict(mask.options), mask.end
         mask = mask.dense()
     if mask.dtype is torch.bool:
-        return {"mask": as_array("attention_mask", mask)}, k.shape[2]
+        return {"mask": as_array("attention_mask", mask)}, k[2]
     if not mask.is_floating_point():
         raise TypeError(f"selfattn: attention_mask has dtype {mask.dtype}, but bool or numbers to add are needed")
-    return {"bias": on_cpu("attention_mask", mask)}, k.shape[2]
+    return {"bias": on_cpu("attention_mask", mask)}, k[2]
 
 
 def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int) -> None:
@@ -180,37 +255,6 @@ def _add_bias(options: dict[str, Any], position_bias: torch.Tensor, kv_len: int)
     if bias.shape[-1] > kv_len:
         bias = bias[..., :kv_len]
     options["bias"] = bias + options["bias"] if "bias" in options else bias
-
-
-def _add_sinks(
-    options: dict[str, Any],
-    module: torch.nn.Module,
-    sinks: torch.Tensor | None,
-    s_aux: torch.Tensor | None,
-    q: torch.Tensor,
-) -> torch.Tensor | None:
-    """Set the sinks option; return sinks given per query (B, H, Sq), which are applied through lse afterwards."""
-    if sinks is not None and s_aux is not None:
-        raise TypeError("selfattn: sinks and s_aux are two names of one argument, but both are given")
-    name, given = ("s_aux", s_aux) if sinks is None else ("sinks", sinks)
-    if given is None:
-        given = module._parameters.get("sinks")
-        if given is None:
-            return None
-    if on_cpu(name, given).ndim != 4:
-        options["sinks"] = given
-        return None
-    check_shape(name, given, q.shape[0], q.shape[1], q.shape[2], 1)
-    options["return_lse"] = True
-    return given[..., 0]
-
-
-def _absorb(result: torch.Tensor, weights: Any, lse: Any, sinks: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Scale a result (B, Sq, H, D) and weights by the share of the softmax that sinks (B, H, Sq) leave to the keys."""
-    # exp(lse) / (exp(lse) + exp(sink)), and 0 for queries that see no key
-    share = torch.sigmoid(lse - sinks).where(lse != -torch.inf, 0.0).to(lse.dtype)
-    result = (result * share.mT[..., None]).to(result.dtype)
-    return result, None if weights is None else weights * share[..., None]
 
 
 def _threads() -> int:
@@ -222,18 +266,3 @@ def _weights_are_recorded() -> bool:
     """Whether a hook collects the weights: some models, like GPT-2, do not pass `output_attentions` on."""
     outputs = _collector.get()
     return bool(outputs) and any(name.endswith("attentions") for name in outputs)
-
-
-def _refuse(keywords: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
-    """Raise for unsupported calls, and for unknown keywords that could change the result."""
-    if torch._C._get_tracing_state():
-        raise RuntimeError("selfattn: a traced model would repeat this call's numbers: torch.jit.trace cannot be used")
-    for name, given in keywords.items():
-        if given is None or name in _UNRELATED:
-            continue
-        if name in _PACKED:
-            # If there is a mask, it separates the packed sequences.
-            if attention_mask is None and len(given) > 2:
-                raise ValueError(f"selfattn: {name} packs {len(given) - 1} sequences, but there is no attention_mask")
-            continue
-        raise TypeError(f"selfattn: unexpected keyword argument '{name}', which could change what a layer computes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
-from transformers.utils.import_utils import is_tracing
+
+from .. import _core
+from .._arguments import core_options
+from ._deferred import Deferred
 
 # Closures of transformers that compute what a query sees; they are recognized by their code objects.
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
@@ -31,11 +32,11 @@ class Pattern(NamedTuple):
     right: int | None = None
 
 
-class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
-    """A boolean mask (B, 1, Sq, Sk) that is described instead of computed.
+_CAUSAL, _EVERYTHING = Pattern(causal=True), Pattern(causal=False)
 
-    It has a shape but no memory. Every PyTorch operation, also in compiled and transformed code, gets the dense mask.
-    The first operation creates it, and it is kept so that in-place changes take effect.
+
+class VisibleKeys(Deferred):
+    """A boolean mask (B, 1, Sq, Sk) that is described instead of computed.
 
     Code that adds a mask to its scores expects numbers; added booleans would do the opposite. So sums with a floating
     tensor (`add`, `add_` and `_foreach_add` in all their overloads) use 0 and the lowest number instead. Views of the
@@ -46,10 +47,7 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     options: dict[str, Any]  # of selfattn.attention
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
-    make: Callable[[], Any]
-    made: torch.Tensor | None
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    prepared: dict[Any, _core.Options]  # by the options of layers that are not about keys
 
     @staticmethod
     def describe(
@@ -57,16 +55,18 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
     ) -> VisibleKeys:
         """Return a mask for `sizes` (batch, q_len, kv_len), equal to what `make` would compute."""
         batch, q_len, kv_len = sizes
-        mask = _without_memory((batch, 1, q_len, kv_len))
-        mask.sizes, mask.end, mask.options, mask.make, mask.made = sizes, end, options, make, None
+        mask = VisibleKeys.without_memory((batch, 1, q_len, kv_len), torch.bool)
+        mask.sizes, mask.end, mask.options, mask.make, mask.made, mask.prepared = sizes, end, options, make, None, {}
         return mask
 
-    def dense(self) -> torch.Tensor:
-        """Return the mask as an ordinary tensor, the same one each time."""
-        if self.made is None:
-            with _disable_current_modes():  # while code is compiled, tensors may have no values
-                self.made = self.make()
-        return self.made
+    def prepare(self, scale: float | None, softcap: float | None, num_threads: int) -> _core.Options:
+        """Return the options of a call for the core, in layout "bshd"; made once for all layers."""
+        key = (scale, softcap, num_threads)
+        if key not in self.prepared:
+            self.prepared[key] = core_options(
+                "attention", layout="bshd", scale=scale, softcap=softcap, num_threads=num_threads, **self.options
+            )
+        return self.prepared[key]
 
     def to_add(self, dtype: torch.dtype) -> torch.Tensor:
         """Return 0 for visible keys and the lowest finite number for the others."""
@@ -78,10 +78,10 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
         masks: dict[int, VisibleKeys] = {}
 
         def read(x: Any) -> Any:
-            if not isinstance(x, VisibleKeys):
-                return x
-            masks[id(x.dense())] = x
-            return x.to_add(scores[0].dtype) if scores else x.dense()
+            if isinstance(x, VisibleKeys):
+                masks[id(x.dense())] = x
+                return x.to_add(scores[0].dtype) if scores else x.dense()
+            return x.dense() if isinstance(x, Deferred) else x
 
         args, kwargs = tree_map(read, (args, kwargs or {}))
         result = func(*args, **kwargs)
@@ -89,59 +89,12 @@ class VisibleKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
             return tree_map(_part, result)
         return masks.get(id(result), result)  # an in-place operation returns the mask itself
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """Make torch.compile use the dense mask instead."""
-        self.dense()
-        return ["made"], None
-
-    @staticmethod
-    def __tensor_unflatten__(parts: dict[str, torch.Tensor], context: None, size: Any, stride: Any) -> VisibleKeys:
-        mask = _without_memory(size, stride)
-        mask.made = parts["made"]
-        return mask
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return repr(self.dense())
-
-    # Tensor methods that read memory without dispatching an operation.
-
-    def numpy(self, **options: Any) -> NDArray[np.bool_]:
-        array: NDArray[np.bool_] = self.dense().numpy(**options)
-        return array
-
-    def tolist(self) -> Any:
-        return self.dense().tolist()
-
-    def data_ptr(self) -> int:
-        return int(self.dense().data_ptr())
-
-    def share_memory_(self) -> VisibleKeys:
-        self.dense().share_memory_()
-        return self
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.dense().__dlpack__(**options)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return copy.deepcopy(self.dense(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dense().__reduce_ex__(protocol)
-
-
-def _without_memory(shape: Any, strides: Any = None) -> VisibleKeys:
-    mask: VisibleKeys = torch.Tensor._make_wrapper_subclass(
-        VisibleKeys, shape, strides=strides, dtype=torch.bool, device="cpu"
-    )
-    torch._C._set_throw_on_mutable_data_ptr(mask)  # otherwise DLPack's C functions would read a null pointer
-    return mask
-
 
 def _part(made: torch.Tensor) -> torch.Tensor:
     """Wrap a dense boolean mask in the class that adds as numbers; return tensors of other dtypes unchanged."""
     if made.dtype is not torch.bool:
         return made
-    mask = _without_memory(made.shape, made.stride())
+    mask = VisibleKeys.without_memory(made.shape, torch.bool, made.stride())
     mask.made = made
     return mask
 
@@ -167,16 +120,16 @@ def make_mask(
     Never None, because then a module's `is_causal` would decide, and some models set it wrongly. Query i is at position
     ``i + q_offset``, key j at ``j + kv_offset``. `attention_mask` (B, tokens) is True for real tokens.
     """
-    tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
-    if not tracing:
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if not tracing and type(q_offset) is not int:
         q_offset = int(q_offset)  # may be a tensor that a static cache will change
     # Indexers add the mask to their scores, or append numbers to it; booleans would do the opposite.
-    additive = hasattr(config, "index_topk")
+    additive = config is not None and _has_indexer(config)
+    kwargs["allow_is_causal_skip"] = kwargs["allow_is_bidirectional_skip"] = False
     make = partial(
         masking_utils.eager_mask if additive else masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length,
         kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
-        attention_mask=attention_mask,
-        **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+        attention_mask=attention_mask, **kwargs,
     )  # fmt: skip
     pattern = None if tracing or additive else pattern_of(mask_function)
     if pattern is None or not _is_plain(attention_mask, batch_size):
@@ -186,20 +139,26 @@ def make_mask(
     if end <= 0:
         return make()  # type: ignore[no-any-return, unused-ignore]
     options = _options(pattern, q_length, offset, end)
-    keys = _real_keys(attention_mask, kv_offset, end)
-    if keys is not None:
-        options |= _padding(keys)
-    if ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
+    if attention_mask is not None:
+        keys = _real_keys(attention_mask, kv_offset, end)
+        if np.count_nonzero(keys) < keys.size:
+            options |= _padding(keys)
+    if options and ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
         options["q_offset"] = np.array(offset)
     return VisibleKeys.describe((batch_size, q_length, kv_length), end, options, make)
+
+
+def _has_indexer(config: Any) -> bool:
+    """Return ``hasattr(config, "index_topk")``, without the slow lookup of configurations."""
+    return hasattr(type(config), "index_topk") or "index_topk" in object.__getattribute__(config, "__dict__")
 
 
 def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
     """Return what a mask function of transformers computes, or None if selfattn's options cannot express it."""
     if mask_function is masking_utils.causal_mask_function:
-        return Pattern(causal=True)
+        return _CAUSAL
     if mask_function is masking_utils.bidirectional_mask_function:
-        return Pattern(causal=False)
+        return _EVERYTHING
     if getattr(mask_function, "__code__", None) is not _INTERSECTION:
         return None
     parts = _captured(mask_function)
@@ -223,35 +182,39 @@ def _captured(function: Any) -> Any:
 
 def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str, Any]:
     """Return the options that hide keys, without those that would hide none."""
-    options: dict[str, Any] = {}
-    if pattern.causal and q_length > 1:  # a single query sees all keys before `end`
-        options["causal"] = True
-    far_left = pattern.left is not None and offset + q_length - 1 > pattern.left
-    far_right = pattern.right is not None and end - 1 - offset > pattern.right
-    if far_left or far_right:
-        options["window"] = (pattern.left, pattern.right)
+    causal, left, right = pattern
+    # A single query sees all keys before `end`.
+    options: dict[str, Any] = {"causal": True} if causal and q_length > 1 else {}
+    far_left = left is not None and offset + q_length - 1 > left
+    if far_left or (right is not None and end - 1 - offset > right):
+        options["window"] = (left, right)
     return options
 
 
 def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:
     if attention_mask is None:
         return True
-    return bool(attention_mask.is_cpu and attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size)
+    if type(attention_mask) is not torch.Tensor or not attention_mask.is_cpu:  # such as tensors without numbers
+        return False
+    return bool(attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size)
 
 
-def _real_keys(attention_mask: torch.Tensor | None, start: int, end: int) -> NDArray[np.bool_] | None:
-    """Return which keys of a slice are real tokens, (B, end), or None if all are."""
-    if attention_mask is None:
-        return None
-    keys: NDArray[np.bool_] = attention_mask.to(torch.bool).numpy()[:, start : start + end]
-    if keys.shape[1] < end:
-        keys = np.pad(keys, ((0, 0), (0, end - keys.shape[1])))
-    return None if keys.all() else keys
+def _real_keys(attention_mask: torch.Tensor, start: int, end: int) -> NDArray[np.bool_]:
+    """Return which keys of a slice are real tokens, (B, end)."""
+    if attention_mask.dtype is not torch.bool:
+        attention_mask = attention_mask.to(torch.bool)
+    keys: NDArray[np.bool_] = attention_mask.numpy()[:, start : start + end]
+    return keys if keys.shape[1] == end else np.pad(keys, ((0, 0), (0, end - keys.shape[1])))
 
 
 def _padding(keys: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return the options that hide padding: lengths if all padding is on the right, otherwise a mask of keys."""
-    lengths = np.count_nonzero(keys, axis=1)
-    if np.array_equal(keys, np.arange(keys.shape[1]) < lengths[:, None]):
-        return {"kv_lens": lengths.astype(np.int64, copy=False)}
-    return {"mask": keys[:, None, None, :]}
+    """Return the options that hide padding: where real tokens start and end, or a mask of keys if they have gaps."""
+    kv_len = keys.shape[1]
+    counts = np.count_nonzero(keys, axis=1)
+    starts = np.where(counts > 0, keys.argmax(axis=1), 0)
+    ends = starts + counts
+    places = np.arange(kv_len)
+    if not np.array_equal(keys, (places >= starts[:, None]) & (places < ends[:, None])):
+        return {"mask": keys[:, None, None, :]}
+    options = {"kv_starts": starts} if starts.any() else {}
+    return options if (ends == kv_len).all() else {**options, "kv_lens": ends}

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 _PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses that override it may have no memory
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def opaque(function: _Function) -> _Function:
+    """Make `torch.compile` call a function as it is; elsewhere, this is cheaper than PyTorch's decorator."""
+    uncompiled: Any = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return uncompiled(*arguments, **keywords)
+        return function(*arguments, **keywords)
+
+    return call  # type: ignore[return-value]
 
 
 def to_array(tensor: Any) -> NDArray[Any]:
@@ -31,6 +47,27 @@ def to_tensor(array: NDArray[Any]) -> Any:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name that NumPy and `KVCache` use."""
+    return str(dtype).removeprefix("torch.")
+
+
+def empty_pair(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[Any]]:
+    """Return a tensor and an array over the same memory, whose numbers are not set."""
+    if dtype is torch.bfloat16:
+        bits = np.empty(shape, np.uint16)
+        return torch.from_numpy(bits).view(dtype), bits.view(bfloat16())
+    array = np.empty(shape, _array_dtype(dtype))
+    return torch.from_numpy(array), array
+
+
+@cache
+def _array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return NumPy's dtype; PyTorch raises a TypeError if there is none."""
+    kind: np.dtype[Any] = torch.empty(0, dtype=dtype).numpy().dtype
+    return kind
 
 
 @cache

@@ -12,8 +12,11 @@ check_version(transformers)  # before importing names that older versions lack
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
 from ._hf_attention import attention_forward  # noqa: E402
+from ._hf_cache import Cache  # noqa: E402
 from ._hf_mask import make_mask  # noqa: E402
 from ._hf_models import refuse_own_attention, teach_bloom, teach_falcon  # noqa: E402
+
+__all__ = ["Cache", "register"]
 
 NAME = "selfattn"
 

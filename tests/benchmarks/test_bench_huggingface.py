@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("ml_dtypes")
 
 import selfattn  # noqa: E402
-from workbench import hf_command, hf_models  # noqa: E402
+from workbench import hf_caches, hf_command, hf_models  # noqa: E402
 
 # Versions before 5.24 have no other name for it.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
@@ -54,11 +55,27 @@ def test_measures_every_group_and_writes_a_table(tmp_path: Path) -> None:
 def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = hf_models.Bench(hf_models.GROUPS[name], "bfloat16", tiny=True)
     assert set(bench.runs(20)) == {"selfattn", hf_models.GROUPS[name].peer}
-    attention = selfattn.attention
+    attention = selfattn._core.attention
 
-    def forgetful(q, k, v, **options):
-        return attention(q, k[:, :, ::-1], v, **options)
+    def forgetful(q, k, v, out, options):
+        tokens = 1 if options.layout == selfattn._core.LAYOUTS["bshd"] else 2
+        return attention(q, np.flip(k, tokens), v, out, options)
 
-    monkeypatch.setattr(selfattn, "attention", forgetful)
+    monkeypatch.setattr(selfattn._core, "attention", forgetful)
     with pytest.raises(hf_models.Mismatch, match="length 20, bfloat16: results differ"):
         bench.runs(20)
+
+
+def test_measures_every_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hf_caches.main(["--tiny", "--batch", "2", "--length", "9", "--seconds", "0", "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "### 2 × 9 tokens, float32, 1 thread"
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[4:]] == list(hf_caches.RUNS)
+
+
+def test_a_wrong_cache_is_not_timed() -> None:
+    steps = hf_caches.Steps(hf_caches.SHAPE.tiny(), "float32", 2, 9)
+    steps.check()
+    steps.caches["Cache"].crop(-1)
+    with pytest.raises(hf_caches.Mismatch, match="selfattn, Cache, float32: results differ by"):
+        steps.check()

@@ -44,15 +44,21 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Record the arguments and results of every call of selfattn.attention."""
+    """Record the arguments and results of every call of the core, heads first."""
     seen: list[dict[str, Any]] = []
-    attention = selfattn.attention
+    attention = selfattn._core.attention
+    fields = ("kv_starts", "kv_lens", "mask", "return_weights", "num_threads")
 
-    def spy(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        seen.append({"q": q, "k": k, "v": v, **options})
-        return attention(q, k, v, **options)
+    def spy(q: Any, k: Any, v: Any, out: Any, options: Any) -> Any:
+        result = attention(q, k, v, out, options)
+        operands = {"q": q, "k": k, "v": v, "out": result[0] if isinstance(result, tuple) else result}
+        if options.layout == selfattn._core.LAYOUTS["bshd"]:
+            operands = {name: x.swapaxes(1, 2) for name, x in operands.items()}
+        given = {name: getattr(options, name) for name in fields}
+        seen.append(operands | {name: x for name, x in given.items() if x is not None and x is not False})
+        return result
 
-    monkeypatch.setattr(selfattn, "attention", spy)
+    monkeypatch.setattr(selfattn._core, "attention", spy)
     return seen
 
 
@@ -207,7 +213,7 @@ def test_nothing_is_copied(dtype: Any, cache: str, calls: list[dict[str, Any]]) 
         # The result is in the memory order that the output projection reads.
         assert call["out"].__array_interface__["data"][0] == projected.data_ptr()
         assert call["q"].dtype.name == str(dtype).removeprefix("torch.")
-        assert call["mask"].shape == (2, 1, 1, models.TOKENS)
+        assert call["kv_starts"].tolist() == [models.PADDED, 0]
 
 
 def test_import_brings_no_framework(tmp_path: Path) -> None:

@@ -116,8 +116,10 @@ def test_masks_are_as_small_as_they_can_be() -> None:
     right = make_mask(**common, attention_mask=real_tokens("right", 6))
     assert set(right.options) == {"causal", "kv_lens", "q_offset"}
     left = make_mask(**common, attention_mask=real_tokens("left", 6))
-    assert set(left.options) == {"causal", "mask"}
-    assert left.options["mask"].shape == (3, 1, 1, 6)
+    assert set(left.options) == {"causal", "kv_starts"}
+    gaps = make_mask(**common, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1]]).bool().expand(3, 6))
+    assert set(gaps.options) == {"causal", "mask"}
+    assert gaps.options["mask"].shape == (3, 1, 1, 6)
     wide = masking_utils.sliding_window_causal_mask_function(6)
     assert make_mask(**common, mask_function=wide).options == {"causal": True}
     narrow = make_mask(**common, mask_function=PATTERNS["window"])

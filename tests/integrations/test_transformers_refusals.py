@@ -53,7 +53,20 @@ REFUSED = {
         ValueError, r"sinks has shape \(1, 2, 5, 2\), but \(1, 2, 5, 1\) is needed", {"sinks": torch.zeros(1, 2, 5, 2)},
     ),
     "sinks twice": (TypeError, "sinks and s_aux are two names", {"sinks": torch.zeros(2), "s_aux": torch.zeros(2)}),
-    "packed": (ValueError, "cu_seq_lens_q packs 2", {"cu_seq_lens_q": torch.tensor([0, 2, 5])}),
+    "packed to another end": (ValueError, r"cu_seq_lens_q is \[0, 2, 4\]", {"cu_seq_lens_q": torch.tensor([0, 2, 4])}),
+    "packed by numbers": (TypeError, "cu_seq_lens_. has shape", {"cu_seq_lens_k": torch.tensor([0.0, 5.0])}),
+    "packed differently": (
+        ValueError, "cu_seq_lens_q packs 2 sequences, but cu_seq_lens_k 1",
+        {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 5])},
+    ),
+    "packed and chosen": (
+        ValueError, "cu_seq_lens_q packs sequences, but attention_mask or indices hide",
+        {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "indices": torch.zeros((1, 5, 1), dtype=torch.long)},
+    ),
+    "packed batch": (
+        ValueError, "cu_seq_lens_q is given for 2 batch entries",
+        {name: torch.zeros(2, 2, 5, 8) for name in ("query", "key", "value")} | {"cu_seq_lens_q": torch.tensor([0, 5])},
+    ),
     "two-sided window": (ValueError, "sliding_window is 3 for 5 keys", {"is_causal": False, "sliding_window": 3}),
     "integers": (TypeError, "attention_mask has dtype torch.int64", {"attention_mask": torch.ones((5, 5)).long()}),
     "mask elsewhere": (
