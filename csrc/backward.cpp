@@ -108,15 +108,14 @@ class BackwardPart {
       return SourceRows{{rows, operand.row, operand.column}, operand.dtype};
     };
     slot.operands.keys =
-        gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, slot.keys);
-    slot.operands.values = gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim,
-                                     plan_.value_step, slot.values);
+        gather(*plan_.kernels, source(problem_.key), task.count, plan_.keys, slot.keys);
+    slot.operands.values = gather(*plan_.kernels, source(problem_.value), task.count, plan_.values, slot.values);
     if (gradients_.distance_bias) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
     relative_.start(slot);
     clear(slot.dkeys, task.count * plan_.key_step);
     clear(slot.dvalues, task.count * plan_.value_step);
-    task.finite = plan_.kernel->finite(slot.operands.keys, task.count * plan_.key_step) &&
-                  plan_.kernel->finite(slot.operands.values, task.count * plan_.value_step);
+    task.finite = plan_.kernel->finite(slot.operands.keys, task.count * plan_.keys.step) &&
+                  plan_.kernel->finite(slot.operands.values, task.count * plan_.values.step);
   }
 
   void store_keys(const BackwardTask& task, const BackwardSlot& slot) const {
@@ -152,8 +151,7 @@ class BackwardPart {
       DistanceTerms(problem_, plan_.relative, span, slot.rows, slot.distance)
           .prepare(task.first, task.count, task.first + task.count);
     slot.operands.queries = gather_queries<T>(problem_, plan_, span, problem_.key_bias, slot.queries);
-    slot.operands.dout = gather<T>(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid,
-                                   problem_.value_dim, plan_.value_step, slot.dout);
+    slot.operands.dout = gather(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid, plan_.values, slot.dout);
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
     if (!wait_until(shared_.rows_prepared[row_task], 1, task.slot)) return false;
@@ -178,8 +176,8 @@ class BackwardPart {
   BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardSlot& slot) const {
     const std::int64_t row = padded_row_index(problem_, plan_, span) * size;
     const bool keeps = gradients_.keeps_scores();
-    const bool finite = task.finite && plan_.kernel->finite(slot.operands.queries, span.valid * plan_.key_step) &&
-                        plan_.kernel->finite(slot.operands.dout, span.valid * plan_.value_step);
+    const bool finite = task.finite && plan_.kernel->finite(slot.operands.queries, span.valid * plan_.keys.step) &&
+                        plan_.kernel->finite(slot.operands.dout, span.valid * plan_.values.step);
     return {.rows = slot.rows,
             .count = span.valid,
             .terms = terms_,
