@@ -107,8 +107,7 @@ class BackwardPart {
       const char* rows = problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row;
       return SourceRows{{rows, operand.row, operand.column}, operand.dtype};
     };
-    slot.operands.keys =
-        gather(*plan_.kernels, source(problem_.key), task.count, plan_.keys, slot.keys);
+    slot.operands.keys = gather(*plan_.kernels, source(problem_.key), task.count, plan_.keys, slot.keys);
     slot.operands.values = gather(*plan_.kernels, source(problem_.value), task.count, plan_.values, slot.values);
     if (gradients_.distance_bias) std::fill_n(slot.distance_sums, problem_.distance_bias.count, 0.0);
     relative_.start(slot);
@@ -151,7 +150,8 @@ class BackwardPart {
       DistanceTerms(problem_, plan_.relative, span, slot.rows, slot.distance)
           .prepare(task.first, task.count, task.first + task.count);
     slot.operands.queries = gather_queries<T>(problem_, plan_, span, problem_.key_bias, slot.queries);
-    slot.operands.dout = gather(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid, plan_.values, slot.dout);
+    slot.operands.dout =
+        gather(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid, plan_.values, slot.dout);
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
     if (!wait_until(shared_.rows_prepared[row_task], 1, task.slot)) return false;

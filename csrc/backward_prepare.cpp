@@ -14,8 +14,8 @@ void RowPreparation<T>::prepare(const RowSpan& span, const BackwardSlot& slot) c
   T* factor = reinterpret_cast<T*>(shared_.factor) + first;
   T* delta = reinterpret_cast<T*>(shared_.delta) + first;
   const auto rows = [&](const Operand& operand, char* copy) {
-    return gather(*plan_.kernels, rows_of(problem_, operand, span), span.valid,
-                  {problem_.value_dim, step, type_of<T>}, copy);
+    return gather(*plan_.kernels, rows_of(problem_, operand, span), span.valid, {problem_.value_dim, step, type_of<T>},
+                  copy);
   };
   const char* dout = rows(gradients_.dout, slot.dout);
   const char* out = rows(problem_.out, slot.out);

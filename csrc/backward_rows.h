@@ -69,8 +69,8 @@ inline const char* gather(const KernelSet& kernels, const SourceRows& from, std:
   return to;
 }
 
-// The same for the valid queries of a span, with their head's row of `bias` added if there is one. With a bias, the form
-// has the type of computation.
+// The same for the valid queries of a span, with their head's row of `bias` added if there is one. With a bias, the
+// form has the type of computation.
 template <class T>
 const char* gather_queries(const Problem& problem, const BackwardPlan& plan, const RowSpan& span, const PerHead& bias,
                            char* to) {

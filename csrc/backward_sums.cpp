@@ -53,7 +53,9 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
   const std::int64_t index = row_index(problem_, span);
   if (gradients_.scale)
     for (int i = 0; i < span.valid; ++i) {
-      const auto row = [&](const char* gradients) { return reinterpret_cast<const T*>(gradients) + i * plan_.key_step; };
+      const auto row = [&](const char* gradients) {
+        return reinterpret_cast<const T*>(gradients) + i * plan_.key_step;
+      };
       double sum = dot(slot.operands.queries, plan_.keys, row(slot.dquery), i);
       if (problem_.relative) sum += dot(slot.relative.queries, plan_.keys, row(slot.relative.dquery), i);
       gradients_.scale[index + i] += sum;

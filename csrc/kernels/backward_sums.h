@@ -8,8 +8,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The pairs of key and row that sums must skip, because 0 times their operands is not 0: those where `marks`, [key][row],
-// equals `value`. Null: none.
+// The pairs of key and row that sums must skip, because 0 times their operands is not 0: those where `marks`,
+// [key][row], equals `value`. Null: none.
 template <class T>
 struct Skipped {
   const T* marks = nullptr;
@@ -120,7 +120,8 @@ struct BackwardSums {
                                        cells<Unit>(rows), [&](std::int64_t key, const auto& tile) {
                                          T* sum = to + key * step + dim;
                                          for (const auto& row : tile) {
-                                           for (int c = 0; c < Cols; ++c) store(sum + c * W, load(sum + c * W) + row[c]);
+                                           for (int c = 0; c < Cols; ++c)
+                                             store(sum + c * W, load(sum + c * W) + row[c]);
                                            sum += step;
                                          }
                                        });

@@ -87,9 +87,9 @@ struct TileBackward {
               static_cast<T*>(block.dvalues) + done * sum_step(block.value_dim), nullptr});
     }
     each_strip(block, [&](const Strip& strip, auto columns) {
-      Sums::template store_rows<columns.value>(s.dquery + strip.first_row * block.head_dim, strip.rows, block.head_dim,
-                                               static_cast<T*>(block.dquery) + strip.first_row * sum_step(block.head_dim),
-                                               sum_step(block.head_dim));
+      Sums::template store_rows<columns.value>(
+          s.dquery + strip.first_row * block.head_dim, strip.rows, block.head_dim,
+          static_cast<T*>(block.dquery) + strip.first_row * sum_step(block.head_dim), sum_step(block.head_dim));
     });
   }
 
@@ -115,21 +115,30 @@ struct TileBackward {
     return s.dout + strip.first_row * cells<Unit>(block.value_dim);
   }
 
-  // Strips start at whole cells of keys. The keys in front are hidden.
-  static std::int64_t whole_cells(std::int64_t from, std::int64_t first) { return from - (from - first) % cell; }
+  // Keys [begin, end).
+  struct KeyRange {
+    std::int64_t begin, end;
+  };
+
+  // The part of `seen` within `all`, extended to whole cells: no cell has a key that is not treated as a hidden one.
+  static KeyRange whole_cells(const KeyRange& seen, const KeyRange& all) {
+    if (seen.begin >= all.end || seen.end <= all.begin || seen.begin >= seen.end) return {all.end, all.end};
+    const std::int64_t begin = seen.begin > all.begin ? seen.begin : all.begin;
+    const std::int64_t end = all.begin + cells<Unit>(seen.end - all.begin) * cell;
+    return {begin - (begin - all.begin) % cell, end < all.end ? end : all.end};
+  }
 
   static void absorb(const BackwardBlock& block, const Scratch& s, const Rows& rows, Keys keys) {
     // The keys that some row sees, and whether any of them is hidden from another row.
-    std::int64_t from = keys.first + keys.count, to = keys.first;
+    const KeyRange all{keys.first, keys.first + keys.count};
+    KeyRange some{all.end, all.begin};
     bool hides = false;
     each_strip(block, [&](const Strip& strip, auto) {
-      from = strip.begin_min < from ? strip.begin_min : from;
-      to = strip.end_max > to ? strip.end_max : to;
+      some.begin = strip.begin_min < some.begin ? strip.begin_min : some.begin;
+      some.end = strip.end_max > some.end ? strip.end_max : some.end;
     });
-    from = from > keys.first ? from : keys.first;
-    to = to < keys.first + keys.count ? to : keys.first + keys.count;
-    if (from >= to) return;
-    from = whole_cells(from, keys.first);
+    const auto [from, to] = whole_cells(some, all);
+    if (from == to) return;
     keys.joined = Unit::join(keys.keys, step(block.head_dim), keys.count, block.head_dim, s.joined_keys);
     const SeenKeys seen{from, static_cast<int>(from - keys.first), static_cast<int>(to - from)};
     each_strip(block, [&](const Strip& strip, auto columns) {
@@ -150,14 +159,11 @@ struct TileBackward {
   static bool absorb_strip(const BackwardBlock& block, const Scratch& s, const Strip& strip, const Keys& keys,
                            const SeenKeys& seen) {
     constexpr int lanes = Cols * W;
-    const std::int64_t end = seen.first + seen.count;
-    const std::int64_t begin = strip.begin_min > seen.first ? strip.begin_min : seen.first;
-    const std::int64_t to = strip.end_max < end ? strip.end_max : end;
-    if (begin >= to) {
+    const auto [from, to] = whole_cells({strip.begin_min, strip.end_max}, {seen.first, seen.first + seen.count});
+    if (from == to) {
       Scores::template hide<Cols>(s, strip, 0, seen.count);
       return true;
     }
-    const std::int64_t from = whole_cells(begin, seen.first);
     const int before = static_cast<int>(from - seen.first), count = static_cast<int>(to - from);
     Scores::template hide<Cols>(s, strip, 0, before);
     Scores::template hide<Cols>(s, strip, before + count, seen.count);
@@ -216,9 +222,15 @@ struct TileBackward {
   }
 
  public:
-  static constexpr BackwardKernel kernel{
-      dtype_of(typename Unit::Element()), strip_rows, W, scratch_bytes, run, run_relative(), Sums::finite, Sums::dot,
-      Sums::add};
+  static constexpr BackwardKernel kernel{dtype_of(typename Unit::Element()),
+                                         strip_rows,
+                                         W,
+                                         scratch_bytes,
+                                         run,
+                                         run_relative(),
+                                         Sums::finite,
+                                         Sums::dot,
+                                         Sums::add};
 };
 
 }  // namespace selfattn::SELFATTN_ISA
