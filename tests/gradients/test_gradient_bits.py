@@ -54,8 +54,15 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("bias_shape", "dtype"),
-    [("pairs", np.float32), ("shared", np.float32), ("keys", np.float32), ("rows", np.float32), ("shared", np.float64),
-     ("shared", BFLOAT), ("pairs", BFLOAT)],
+    [
+        ("pairs", np.float32),
+        ("shared", np.float32),
+        ("keys", np.float32),
+        ("rows", np.float32),
+        ("shared", np.float64),
+        ("shared", BFLOAT),
+        ("pairs", BFLOAT),
+    ],
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_threads_and_runs_do_not_matter(isa: str, rng: Any, shape: Any, bias_shape: str, dtype: Any) -> None:

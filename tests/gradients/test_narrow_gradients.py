@@ -1,4 +1,4 @@
-"""Gradients of 16-bit operands: those of float32, rounded once; in products of bfloat16 pairs, rounded before as well."""
+"""Gradients of 16-bit operands: those of float32, rounded once. Products of bfloat16 pairs round before as well."""
 
 from __future__ import annotations
 
