@@ -107,16 +107,14 @@ class BackwardPart {
       const char* rows = problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row;
       return SourceRows{{rows, operand.row, operand.column}, operand.dtype};
     };
-    memory.operands.keys =
-        gather<T>(*plan_.kernels, source(problem_.key), task.count, problem_.head_dim, plan_.key_step, memory.keys);
-    memory.operands.values = gather<T>(*plan_.kernels, source(problem_.value), task.count, problem_.value_dim,
-                                       plan_.value_step, memory.values);
+    memory.operands.keys = gather(*plan_.kernels, source(problem_.key), task.count, plan_.keys, memory.keys);
+    memory.operands.values = gather(*plan_.kernels, source(problem_.value), task.count, plan_.values, memory.values);
     if (gradients_.distance_bias) std::fill_n(memory.distance_sums, problem_.distance_bias.count, 0.0);
     relative_.start(memory);
     clear(memory.dkeys, task.count * plan_.key_step);
     clear(memory.dvalues, task.count * plan_.value_step);
-    task.finite = plan_.kernel->finite(memory.operands.keys, task.count * plan_.key_step) &&
-                  plan_.kernel->finite(memory.operands.values, task.count * plan_.value_step);
+    task.finite = plan_.kernel->finite(memory.operands.keys, task.count * plan_.keys.step) &&
+                  plan_.kernel->finite(memory.operands.values, task.count * plan_.values.step);
   }
 
   void store_keys(const BackwardTask& task, const BackwardThreadMemory& memory) const {
@@ -153,8 +151,8 @@ class BackwardPart {
       DistanceTerms(problem_, plan_.relative, span, memory.rows, memory.distance)
           .prepare(task.first, task.count, task.first + task.count);
     memory.operands.queries = gather_queries<T>(problem_, plan_, span, problem_.key_bias, memory.queries);
-    memory.operands.dout = gather<T>(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid,
-                                     problem_.value_dim, plan_.value_step, memory.dout);
+    memory.operands.dout =
+        gather(*plan_.kernels, rows_of(problem_, gradients_.dout, span), span.valid, plan_.values, memory.dout);
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
     if (!wait_until(shared_.rows_prepared[row_task], 1, task.thread)) return false;
@@ -179,8 +177,8 @@ class BackwardPart {
   BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const {
     const std::int64_t row = padded_row_index(problem_, plan_, span) * size;
     const bool keeps = gradients_.keeps_scores();
-    const bool finite = task.finite && plan_.kernel->finite(memory.operands.queries, span.valid * plan_.key_step) &&
-                        plan_.kernel->finite(memory.operands.dout, span.valid * plan_.value_step);
+    const bool finite = task.finite && plan_.kernel->finite(memory.operands.queries, span.valid * plan_.keys.step) &&
+                        plan_.kernel->finite(memory.operands.dout, span.valid * plan_.values.step);
     return {
         .rows = memory.rows,
         .count = span.valid,

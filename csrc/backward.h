@@ -43,6 +43,13 @@ struct Gradients {
   }
 };
 
+// Contiguous rows, zero-padded.
+struct PaddedRows {
+  std::int64_t width;
+  std::int64_t step;  // elements from one row to the next
+  DType dtype;
+};
+
 // How to compute gradients. A task is a range of keys of one KV head. It visits all query rows that see them, and adds
 // to the gradients of a row only after the task of the preceding range has done so.
 struct BackwardPlan {
@@ -54,7 +61,8 @@ struct BackwardPlan {
   int range_keys;           // keys of a task
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
-  std::int64_t key_step, value_step;  // elements from one row of keys or values in scratch memory to the next
+  PaddedRows keys, values;            // the form of operands with the width of keys or values
+  std::int64_t key_step, value_step;  // elements from one row of sums with these widths to the next
   std::int64_t score_step;            // the same for gradients of scores and of products
   bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
   std::int64_t row_tasks;             // the tasks that come first: one per block of rows

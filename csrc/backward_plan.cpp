@@ -21,10 +21,27 @@ constexpr int largest_range = 512;
 // Bounds the scratch memory for very wide heads.
 constexpr std::int64_t row_bytes_wanted = std::int64_t{256} << 10;
 
+// Products of bfloat16 if all operands are bfloat16 and there is a unit for them.
+const BackwardKernel& kernel_for(const Problem& problem, const Gradients& gradients, const KernelSet& kernels) {
+  const BackwardKernel* pairs = kernels.matrix.backward_bf16;
+  const auto suits = [](const Operand& operand) { return operand.dtype == DType::bf16; };
+  if (pairs && !problem.relative && suits(problem.query) && suits(problem.key) && suits(problem.value) &&
+      suits(gradients.dout))
+    return *pairs;
+  return problem.dtype == DType::f32 ? kernels.f32.backward : kernels.f64.backward;
+}
+
+// Rows of operands are padded to whole vectors, which hold more numbers the narrower these are.
+PaddedRows operand_form(const BackwardPlan& plan, const Problem& problem, std::int64_t width) {
+  const DType dtype = plan.kernel->operands;
+  return {width, round_up(width, plan.kernel->lanes * size_of(problem.dtype) / size_of(dtype)), dtype};
+}
+
 // None of these depends on lengths, so that results do not either.
 void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   const std::int64_t row_bytes = (plan.key_step + plan.value_step) * size_of(problem.dtype);
-  const std::int64_t fitting = range_bytes / (2 * row_bytes);
+  const std::int64_t operand_bytes = (plan.keys.step + plan.values.step) * size_of(plan.kernel->operands);
+  const std::int64_t fitting = range_bytes / (operand_bytes + row_bytes);
   plan.key_block = static_cast<int>(std::clamp<std::int64_t>(fitting / smallest_key_block * smallest_key_block,
                                                              smallest_key_block, largest_key_block));
   plan.range_keys = static_cast<int>(
@@ -61,13 +78,16 @@ BackwardThreadMemory::BackwardThreadMemory(char* base, const BackwardPlan& plan,
   const std::int64_t size = size_of(problem.dtype), rows_ = plan.block_rows, keys_ = plan.range_keys;
   core::Carver carver{base};
   const auto take = [&](std::int64_t count) { return carver.take<char>(count * size); };
+  const auto take_rows = [&](const PaddedRows& form, std::int64_t count) {
+    return carver.take<char>(count * form.step * size_of(form.dtype));
+  };
   rows = carver.take<Row>(rows_);
-  queries = take(rows_ * plan.key_step);
+  queries = take_rows(plan.keys, rows_);
   dout = take(rows_ * plan.value_step);
   out = take(rows_ * plan.value_step);
   dquery = take(rows_ * plan.key_step);
-  keys = take(keys_ * plan.key_step);
-  values = take(keys_ * plan.value_step);
+  keys = take_rows(plan.keys, keys_);
+  values = take_rows(plan.values, keys_);
   dkeys = take(keys_ * plan.key_step);
   dvalues = take(keys_ * plan.value_step);
   dscores = gradients.sums_scores() ? take(rows_ * plan.score_step) : nullptr;
@@ -96,9 +116,11 @@ BackwardShared::BackwardShared(char* base, const BackwardPlan& plan, const Probl
 BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradients, const KernelSet& kernels) {
   BackwardPlan plan{};
   plan.kernels = &kernels;
-  plan.kernel = problem.dtype == DType::f32 ? &kernels.f32.backward : &kernels.f64.backward;
+  plan.kernel = &kernel_for(problem, gradients, kernels);
   plan.key_step = round_up(problem.head_dim, plan.kernel->lanes);
   plan.value_step = round_up(problem.value_dim, plan.kernel->lanes);
+  plan.keys = operand_form(plan, problem, problem.head_dim);
+  plan.values = operand_form(plan, problem, problem.value_dim);
   choose_blocks(plan, problem);
   plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
                    plan.range_keys};

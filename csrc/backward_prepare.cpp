@@ -9,12 +9,13 @@ template <class T>
 void RowPreparation<T>::prepare(const RowSpan& span, const BackwardThreadMemory& memory) const {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const std::int64_t lanes = plan_.kernel->lanes, first = padded_row_index(problem_, plan_, span);
-  const std::int64_t width = problem_.value_dim, step = plan_.value_step;
+  const std::int64_t step = plan_.value_step;
   T* shift = reinterpret_cast<T*>(shared_.shift) + first;
   T* factor = reinterpret_cast<T*>(shared_.factor) + first;
   T* delta = reinterpret_cast<T*>(shared_.delta) + first;
   const auto rows = [&](const Operand& operand, char* copy) {
-    return gather<T>(*plan_.kernels, rows_of(problem_, operand, span), span.valid, width, step, copy);
+    return gather(*plan_.kernels, rows_of(problem_, operand, span), span.valid, {problem_.value_dim, step, type_of<T>},
+                  copy);
   };
   const char* dout = rows(gradients_.dout, memory.dout);
   const char* out = rows(problem_.out, memory.out);

@@ -1,5 +1,6 @@
 // Rows of a backward pass: indices of per-row results, and copies of operands in the type of computation.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -44,40 +45,41 @@ inline void clear_rows(const Problem& problem, const Operand& operand, const Row
   }
 }
 
-// Copies rows of an operand to contiguous rows of T, zero-padded to `step` elements.
-template <class T>
-void copy_padded(const KernelSet& kernels, const SourceRows& from, std::int64_t rows, std::int64_t width,
-                 std::int64_t step, char* to) {
-  const std::int64_t size = static_cast<std::int64_t>(sizeof(T));
-  if (width == step) return gather_rows(kernels, to, type_of<T>, from, rows, width);
-  for (std::int64_t r = 0; r < rows; ++r, to += step * size) {
-    gather_rows(kernels, to, type_of<T>, {{from.data + r * from.row, 0, from.column}, from.dtype}, 1, width);
-    std::memset(to + width * size, 0, static_cast<std::size_t>((step - width) * size));
+// Copies `count` rows of an operand.
+inline void copy_padded(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
+                        char* to) {
+  const std::int64_t size = size_of(form.dtype), width = form.width;
+  if (width == form.step) return gather_rows(kernels, to, form.dtype, from, count, width);
+  for (std::int64_t r = 0; r < count; ++r, to += form.step * size) {
+    gather_rows(kernels, to, form.dtype, {{from.data + r * from.row, 0, from.column}, from.dtype}, 1, width);
+    std::memset(to + width * size, 0, static_cast<std::size_t>((form.step - width) * size));
   }
 }
 
-// The same; returns the copy, or the rows themselves if they have this form.
-template <class T>
-const char* gather(const KernelSet& kernels, const SourceRows& from, std::int64_t rows, std::int64_t width,
-                   std::int64_t step, char* to) {
-  const std::int64_t size = static_cast<std::int64_t>(sizeof(T));
-  const bool aligned = reinterpret_cast<std::uintptr_t>(from.data) % sizeof(T) == 0;
-  if (width == step && from.dtype == type_of<T> && aligned && from.column == size && from.row == step * size)
+// The same; returns the copy, or the rows themselves if they have this form. Kernels read pairs of 16-bit numbers as
+// floats.
+inline const char* gather(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
+                          char* to) {
+  const std::int64_t size = size_of(form.dtype), alignment = std::max<std::int64_t>(size, sizeof(float));
+  const bool aligned = reinterpret_cast<std::uintptr_t>(from.data) % static_cast<std::uintptr_t>(alignment) == 0;
+  if (form.width == form.step && from.dtype == form.dtype && aligned && from.column == size &&
+      from.row == form.step * size)
     return from.data;
-  copy_padded<T>(kernels, from, rows, width, step, to);
+  copy_padded(kernels, from, count, form, to);
   return to;
 }
 
-// The same for the valid queries of a span, with their head's row of `bias` added if there is one.
+// The same for the valid queries of a span, with their head's row of `bias` added if there is one. With a bias, the
+// form has the type of computation.
 template <class T>
 const char* gather_queries(const Problem& problem, const BackwardPlan& plan, const RowSpan& span, const PerHead& bias,
                            char* to) {
   const SourceRows rows = rows_of(problem, problem.query, span);
-  if (!bias) return gather<T>(*plan.kernels, rows, span.valid, problem.head_dim, plan.key_step, to);
-  copy_padded<T>(*plan.kernels, rows, span.valid, problem.head_dim, plan.key_step, to);
+  if (!bias) return gather(*plan.kernels, rows, span.valid, plan.keys, to);
+  copy_padded(*plan.kernels, rows, span.valid, plan.keys, to);
   const auto* added = reinterpret_cast<const double*>(bias.data + span.first_head * bias.head);
   T* row = reinterpret_cast<T*>(to);
-  for (int i = 0; i < span.valid; ++i, row += plan.key_step)
+  for (int i = 0; i < span.valid; ++i, row += plan.keys.step)
     for (std::int64_t d = 0; d < problem.head_dim; ++d) row[d] += static_cast<T>(added[d]);
   return to;
 }

@@ -8,12 +8,12 @@ namespace {
 
 // Skips gradients of 0: a query that sees no key may hold NaN.
 template <class T>
-double dot(const char* queries, const char* gradients, std::int64_t first, std::int64_t count) {
-  const T* query = reinterpret_cast<const T*>(queries) + first;
-  const T* gradient = reinterpret_cast<const T*>(gradients) + first;
+double dot(const char* queries, const PaddedRows& form, const T* gradient, int row) {
+  const std::int64_t size = size_of(form.dtype);
+  const char* query = queries + row * form.step * size;
   double sum = 0;
-  for (std::int64_t d = 0; d < count; ++d)
-    if (gradient[d] != 0) sum += static_cast<double>(query[d]) * static_cast<double>(gradient[d]);
+  for (std::int64_t d = 0; d < form.width; ++d)
+    if (gradient[d] != 0) sum += read_real(query + d * size, form.dtype) * static_cast<double>(gradient[d]);
   return sum;
 }
 
@@ -54,9 +54,11 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
   const std::int64_t index = row_index(problem_, span);
   if (gradients_.scale)
     for (int i = 0; i < span.valid; ++i) {
-      const std::int64_t place = i * plan_.key_step, width = problem_.head_dim;
-      double sum = dot<T>(memory.operands.queries, memory.dquery, place, width);
-      if (problem_.relative) sum += dot<T>(memory.relative.queries, memory.relative.dquery, place, width);
+      const auto row = [&](const char* gradients) {
+        return reinterpret_cast<const T*>(gradients) + i * plan_.key_step;
+      };
+      double sum = dot(memory.operands.queries, plan_.keys, row(memory.dquery), i);
+      if (problem_.relative) sum += dot(memory.relative.queries, plan_.keys, row(memory.relative.dquery), i);
       gradients_.scale[index + i] += sum;
     }
   T* line = reinterpret_cast<T*>(memory.columns);

@@ -26,6 +26,7 @@ constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
                  .row_bf16 = nullptr,
                  .project_bf16 = project_amx,
                  .project_f32 = avx512_bf16::project_f32,
+                 .backward_bf16 = nullptr,
                  .peak_loop = tile_loop},
   };
 }

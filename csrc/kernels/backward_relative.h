@@ -9,13 +9,14 @@
 #pragma once
 #include "kernels/backward_strips.h"
 #include "kernels/backward_sums.h"
+#include "kernels/backward_units.h"
 #include "kernels/scratch.h"
 
 namespace selfattn::SELFATTN_ISA {
 
 template <class T, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct RelativeBackward {
-  using Sums = BackwardSums<T, TileRows, SumRows>;
+  using Sums = BackwardSums<BackwardFma<T>, TileRows, SumRows>;
   static constexpr int W = Vec<T>::width;
 
   struct Scratch {
@@ -57,7 +58,7 @@ struct RelativeBackward {
     const std::int64_t step = padded<T>(block.head_dim);
     const ColumnRange seen = seen_columns(block, 0, block.count, all);
     if (seen.begin == seen.end) return;
-    const Skipped<T> zeros{block.finite ? nullptr : s.factors, T(0)};
+    const Skipped<T> zeros{block.finite ? nullptr : s.factors, T(0), s.block_lanes};
     each_strip_of<T, Vectors>(block.count, [&](int first, int rows, auto columns) {
       align(block, s, first, rows, columns.value * W, seen);
       const ColumnRange own = seen_columns(block, first, rows, all);

@@ -8,10 +8,11 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class T, int Vectors>
+template <class Unit, int Vectors>
 struct BackwardScores {
-  static constexpr int W = Vec<T>::width;
-  using Scratch = BackwardScratch<T, Vectors * W>;
+  using T = typename Unit::Real;
+  static constexpr int W = Vec<T>::width, cell = Unit::cell;
+  using Scratch = BackwardScratch<Unit, Vectors * W>;
 
   // Turns scaled products into scores, and keeps the derivative of the softcap.
   static bool complete(const BackwardBlock& block, const Scratch& s, const ScoreTile<T>& tile, Sight sight) {
@@ -40,13 +41,16 @@ struct BackwardScores {
   // Marks keys as hidden from all rows of a strip: those with the indices [from, to).
   template <int Cols>
   static void hide(const Scratch& s, const Strip& strip, int from, int to) {
-    for (int key = from; key < to; ++key)
-      for (int l = 0; l < Cols * W; l += W) {
-        const std::int64_t cell = key * s.block_lanes + strip.first_row + l;
-        store(s.probs + cell, broadcast(T(0)));
-        store(s.dscores + cell, broadcast(T(0)));
-        store(s.original + cell, broadcast(minus_infinity<T>));
+    constexpr int line_cells = Cols * W / cell;
+    const Vec<T> zero = broadcast(T(0));
+    for (int key = from; key < to; ++key) {
+      for (int l = 0; l < line_cells; l += W) {
+        store_up_to(s.line(s.probs, key, strip.first_row) + l, zero, line_cells - l);
+        store_up_to(s.line(s.dscores, key, strip.first_row) + l, zero, line_cells - l);
       }
+      for (int l = 0; l < Cols * W; l += W)
+        store(s.original + key * s.block_lanes + strip.first_row + l, broadcast(minus_infinity<T>));
+    }
   }
 
   template <int Cols>
@@ -56,56 +60,66 @@ struct BackwardScores {
         store(s.original + place + key * s.block_lanes + l, load(s.scores + key * Cols * W + l));
   }
 
-  // probs and dscores of a strip, from its scores and dprobs. A hidden key has probability 0 and gradient 0, whatever
-  // its value or the row's sums are. With dropout the weights and their gradients differ from those of the softmax by
-  // `factors`; `probs` then gets the weights.
+  // probs and dscores of a strip, from its scores and dprobs. Its keys start at the index `before`. A hidden key has
+  // probability 0 and gradient 0, whatever its value or the row's sums are. With dropout the weights and their
+  // gradients differ from those of the softmax by `factors`; `probs` then gets the weights.
   template <int Cols>
   static void differentiate(const BackwardBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& seen,
-                            std::int64_t place, const T* factors) {
-    const bool capped = block.terms.softcap != 0;
-    if (capped || factors)
-      change_cells<Cols, true>(block, s, strip.first_row, seen.count, place, factors);
+                            int before, const T* factors) {
+    if (block.terms.softcap != 0 || factors || block.dscores)
+      change_cells<Cols, true>(block, s, strip.first_row, {before, seen.count}, factors);
     else
-      change_cells<Cols, false>(block, s, strip.first_row, seen.count, place, nullptr);
+      change_cells<Cols, false>(block, s, strip.first_row, {before, seen.count}, nullptr);
     const std::int64_t first = seen.first - block.first_key;
-    const Lines own{s.dscores + place, s.block_lanes}, uncapped{s.dprobs, Cols * W};
     if (block.dscores)
-      keep(capped ? uncapped : own, strip, seen.count, static_cast<T*>(block.dscores) + first, block.dscore_step);
-    if (block.dproducts) keep(own, strip, seen.count, static_cast<T*>(block.dproducts) + first, block.dproduct_step);
+      keep({s.dprobs, Cols * W}, strip, seen.count, static_cast<T*>(block.dscores) + first, block.dscore_step);
+    if (cell == 1 && block.dproducts)
+      keep({s.line(s.dscores, before, strip.first_row), s.block_lanes}, strip, seen.count,
+           static_cast<T*>(block.dproducts) + first, block.dproduct_step);
   }
 
  private:
-  // `Some`: there is a softcap or dropout.
+  struct KeyIndices {
+    int first, count;
+  };
+
+  // `Some`: there is a softcap, dropout, or a wanted gradient of scores, which is left in the place of dprobs.
   template <int Cols, bool Some>
-  static void change_cells(const BackwardBlock& block, const Scratch& s, std::int64_t first_row, std::int64_t keys,
-                           std::int64_t place, const T* factors) {
+  static void change_cells(const BackwardBlock& block, const Scratch& s, int first_row, KeyIndices keys,
+                           const T* factors) {
     const Vec<T> nothing = broadcast(minus_infinity<T>), zero = broadcast(T(0));
     Vec<T> shift[Cols], factor[Cols], delta[Cols];
     for (int c = 0; c < Cols; ++c) {
-      const std::int64_t row = first_row + c * W;
+      const int row = first_row + c * W;
       shift[c] = load(static_cast<const T*>(block.shift) + row);
       factor[c] = load(static_cast<const T*>(block.factor) + row);
       delta[c] = load(static_cast<const T*>(block.delta) + row);
     }
     const bool capped = Some && block.terms.softcap != 0;
-    for (std::int64_t key = 0; key < keys; ++key)
+    for (int key = 0; key < keys.count; key += cell)
       for (int c = 0; c < Cols; ++c) {
-        const std::int64_t cell = (key * Cols + c) * W, wide = place + key * s.block_lanes + c * W;
-        const Vec<T> score = load(s.scores + cell);
-        const Mask<T> hidden = score == nothing;
-        const Vec<T> prob = select(hidden, zero, exp2(score - shift[c]) * factor[c]);
-        Vec<T> weight = prob, dprob = load(s.dprobs + cell);
-        if (Some && factors) {
-          weight = weight * load(factors + cell);
-          dprob = dprob * load(factors + cell);
+        Vec<T> weight[cell], dscore[cell];
+        for (int i = 0; i < cell; ++i) {
+          weight[i] = dscore[i] = zero;
+          if (key + i >= keys.count) continue;
+          const int place = ((key + i) * Cols + c) * W;
+          const Vec<T> score = load(s.scores + place);
+          const Mask<T> hidden = score == nothing;
+          const Vec<T> prob = select(hidden, zero, exp2(score - shift[c]) * factor[c]);
+          Vec<T> dprob = load(s.dprobs + place);
+          weight[i] = prob;
+          if (Some && factors) {
+            weight[i] = prob * load(factors + place);
+            dprob = dprob * load(factors + place);
+          }
+          dscore[i] = select(hidden, zero, prob * (dprob - delta[c]));
+          if (Some) store(s.dprobs + place, dscore[i]);  // before the softcap
+          if (capped) dscore[i] = select(hidden, zero, dscore[i] * load(s.slopes + place));
         }
-        Vec<T> dscore = select(hidden, zero, prob * (dprob - delta[c]));
-        store(s.probs + wide, weight);
-        if (capped) {
-          store(s.dprobs + cell, dscore);  // before the softcap
-          dscore = select(hidden, zero, dscore * load(s.slopes + cell));
-        }
-        store(s.dscores + wide, dscore);
+        const int index = keys.first + key, row = first_row + c * W;
+        Unit::keep_lines(weight, s.line(s.probs, index, row), s.block_lanes / cell);
+        Unit::keep_lines(dscore, s.line(s.dscores, index, row), s.block_lanes / cell);
+        Unit::keep_joined(dscore, s.joined(index, row));
       }
   }
 

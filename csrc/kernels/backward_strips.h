@@ -38,19 +38,30 @@ inline void each_strip_of(int block_rows, Use use) {
   }
 }
 
+// Cells that hold `count` numbers.
+template <class Unit>
+constexpr std::int64_t cells(std::int64_t count) {
+  return (count + Unit::cell - 1) / Unit::cell;
+}
+
 // Scratch memory of the kernel.
-template <class T, int StripRows>
+template <class Unit, int StripRows>
 struct BackwardScratch {
-  T* queries;   // per strip [head_dim][lanes]
-  T* dout;      // per strip [value_dim][lanes]
-  T* dquery;    // per strip [head_dim][lanes]
-  T* scores;    // [key_block][lanes] of one strip
-  T* dprobs;    // the same
-  T* slopes;    // the same: derivative of the softcap
-  T* factors;   // the same and a few lines more: see dropout_factors
-  T* probs;     // [key_block][block_lanes] of all strips
-  T* dscores;   // the same
-  T* original;  // the same: scores before the softmax, to tell hidden keys
+  using T = typename Unit::Real;
+  T* queries;         // per strip [cells of head_dim][lanes]
+  T* dout;            // per strip [cells of value_dim][lanes]
+  T* dquery;          // per strip [head_dim][lanes]
+  T* joined_queries;  // see backward_units.h: [cells of rows][head_dim]
+  T* joined_dout;     // [cells of rows][value_dim]
+  T* joined_keys;     // [cells of key_block][head_dim]
+  T* scores;          // [key_block][lanes] of one strip
+  T* dprobs;          // the same
+  T* slopes;          // the same: derivative of the softcap
+  T* factors;         // the same and a few lines more: see dropout_factors
+  T* probs;           // [key_block][cells of block_lanes] of all strips
+  T* dscores;         // the same
+  T* joined_dscores;  // [cells of key_block][block_lanes]; of single numbers, the same array
+  T* original;        // [key_block][block_lanes]: scores before the softmax, to tell hidden keys
   RowPlaces<T> places;
   std::int64_t block_lanes;
   std::size_t bytes;
@@ -59,21 +70,33 @@ struct BackwardScratch {
       : BackwardScratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
   BackwardScratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
       : places(carver, StripRows), block_lanes(padded<T>(rows)) {
-    queries = carver.take<T>(block_lanes * head_dim);
-    dout = carver.take<T>(block_lanes * value_dim);
+    queries = carver.take<T>(block_lanes * cells<Unit>(head_dim));
+    dout = carver.take<T>(block_lanes * cells<Unit>(value_dim));
     dquery = carver.take<T>(block_lanes * head_dim);
+    const auto join = [&](std::int64_t count, std::int64_t width) {
+      return carver.take<T>(Unit::cell > 1 ? cells<Unit>(count) * padded<T>(width) : 0);
+    };
+    joined_queries = join(rows, head_dim);
+    joined_dout = join(rows, value_dim);
+    joined_keys = join(key_block, head_dim);
     const std::int64_t tile = std::int64_t{key_block} * StripRows, wide = key_block * block_lanes;
+    const std::int64_t wide_cells = cells<Unit>(key_block) * block_lanes;
     scores = carver.take<T>(tile);
     dprobs = carver.take<T>(tile);
     slopes = carver.take<T>(tile);
     factors = carver.take<T>(factor_lines(key_block) * StripRows);
-    probs = carver.take<T>(wide);
-    dscores = carver.take<T>(wide);
+    probs = carver.take<T>(wide_cells);
+    dscores = carver.take<T>(wide_cells);
+    joined_dscores = Unit::cell > 1 ? carver.take<T>(wide_cells) : dscores;
     original = carver.take<T>(wide);
     bytes = carver.used;
   }
   explicit BackwardScratch(const BackwardBlock& block)
       : BackwardScratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+
+  // The cell of `lines`, which is probs or dscores, with a key and a row.
+  T* line(T* lines, int key, int row) const { return lines + (key * block_lanes + row) / Unit::cell; }
+  T* joined(int key, int row) const { return joined_dscores + key / Unit::cell * block_lanes + row; }
 };
 
 }  // namespace selfattn::SELFATTN_ISA

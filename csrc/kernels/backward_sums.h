@@ -8,26 +8,31 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The pairs of key and row that sums must skip, because 0 times their operands is not 0: those where `marks`, an array
-// in the shape of the factors, equals `value`. Null: none.
+// The pairs of key and row that sums must skip, because 0 times their operands is not 0: those where `marks`,
+// [key][row], equals `value`. Null: none.
 template <class T>
 struct Skipped {
   const T* marks = nullptr;
   T value = 0;
+  std::int64_t step = 0;  // from one key to the next
 
   explicit operator bool() const { return marks != nullptr; }
-  Skipped from(std::int64_t place) const { return {marks ? marks + place : nullptr, value}; }
+  Skipped from(std::int64_t place) const { return {marks ? marks + place : nullptr, value, step}; }
+  Mask<T> lanes(int key, std::int64_t row) const { return load(marks + key * step + row) == broadcast(value); }
+  bool at(int key, int row) const { return marks[key * step + row] == value; }
 };
 
-template <class T, int TileRows, int SumRows>
+template <class Unit, int TileRows, int SumRows>
 struct BackwardSums {
-  static constexpr int W = Vec<T>::width;
+  using T = typename Unit::Real;
+  static constexpr int W = Vec<T>::width, cell = Unit::cell;
 
-  // sums[dim][row] += sum over keys of keys[key][dim] * factors[key][row], for a strip of `Cols` vectors.
+  // sums[dim][row] += sum over keys of keys[key][dim] * factors[key][row], for a strip of `Cols` vectors. Both operands
+  // have cells of keys.
   struct KeySums {
     const T* keys;
     std::int64_t key_step;
-    int count;
+    int count;  // of keys
     const T* factors;
     std::int64_t factor_step;
     Skipped<T> skipped;
@@ -36,16 +41,16 @@ struct BackwardSums {
   template <int Cols>
   [[gnu::noinline]] static void add_key_sums(const KeySums& sums, std::int64_t head_dim, T* to) {
     if (sums.skipped) return add_some_keys<Cols>(sums, head_dim, to);
-    multiply_rows<TileRows, Cols, FmaUnit<T>>(Transposed<T>{sums.keys, sums.key_step}, head_dim, sums.factors,
-                                              sums.factor_step, sums.count, [&](std::int64_t dim, const auto& tile) {
-                                                T* sum = to + dim * Cols * W;
-                                                for (const auto& row : tile)
-                                                  for (int c = 0; c < Cols; ++c, sum += W)
-                                                    store(sum, load(sum) + row[c]);
-                                              });
+    multiply_rows<TileRows, Cols, Unit>(Transposed<T>{sums.keys, sums.key_step}, head_dim, sums.factors,
+                                        sums.factor_step, cells<Unit>(sums.count),
+                                        [&](std::int64_t dim, const auto& tile) {
+                                          T* sum = to + dim * Cols * W;
+                                          for (const auto& row : tile)
+                                            for (int c = 0; c < Cols; ++c, sum += W) store(sum, load(sum) + row[c]);
+                                        });
   }
 
-  // sums[key][dim] += sum over rows of factors[key][row] * rows[row][dim]
+  // sums[key][dim] += sum over rows of factors[key][row] * rows[row][dim]. Both operands have cells of rows.
   struct RowSums {
     const T* factors;
     std::int64_t factor_step;
@@ -63,7 +68,7 @@ struct BackwardSums {
   }
 
   static bool finite(const void* numbers, std::int64_t count) noexcept {
-    return all_finite([&](int) { return static_cast<const T*>(numbers); }, 1, count);
+    return all_finite([&](int) { return static_cast<const typename Unit::Element*>(numbers); }, 1, count);
   }
 
   static double dot(const void* a, const void* b, std::int64_t count) noexcept {
@@ -98,11 +103,11 @@ struct BackwardSums {
     for (std::int64_t dim = 0; dim < head_dim; ++dim)
       for (int c = 0; c < Cols; ++c, to += W) {
         Vec<T> sum = broadcast(T(0));
-        for (int key = 0; key < sums.count; ++key) {
-          const std::int64_t cell = key * sums.factor_step + c * W;
-          const Mask<T> hidden = load(sums.skipped.marks + cell) == broadcast(sums.skipped.value);
-          const Vec<T> element = broadcast(sums.keys[key * sums.key_step + dim]);
-          sum = select(hidden, sum, fma(element, load(sums.factors + cell), sum));
+        for (std::int64_t k = 0; k < cells<Unit>(sums.count); ++k) {
+          Vec<T> seen = broadcast(sums.keys[k * sums.key_step + dim]);
+          for (int i = 0, key = static_cast<int>(k) * cell; i < cell && key < sums.count; ++i, ++key)
+            seen = Unit::without(seen, i, sums.skipped.lanes(key, c * W));
+          sum = Unit::add_product(seen, load(sums.factors + k * sums.factor_step + c * W), sum);
         }
         store(to, load(to) + sum);
       }
@@ -111,25 +116,27 @@ struct BackwardSums {
   template <int Cols>
   [[gnu::noinline]] static void multiply_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim) {
     const std::int64_t step = sums.row_step;
-    multiply_rows<SumRows, Cols, FmaUnit<T>>(RowMajor<T>{sums.factors, sums.factor_step}, keys, sums.rows + dim, step,
-                                             rows, [&](std::int64_t key, const auto& tile) {
-                                               T* sum = to + key * step + dim;
-                                               for (const auto& row : tile) {
-                                                 for (int c = 0; c < Cols; ++c)
-                                                   store(sum + c * W, load(sum + c * W) + row[c]);
-                                                 sum += step;
-                                               }
-                                             });
+    multiply_rows<SumRows, Cols, Unit>(RowMajor<T>{sums.factors, sums.factor_step}, keys, sums.rows + dim, step,
+                                       cells<Unit>(rows), [&](std::int64_t key, const auto& tile) {
+                                         T* sum = to + key * step + dim;
+                                         for (const auto& row : tile) {
+                                           for (int c = 0; c < Cols; ++c)
+                                             store(sum + c * W, load(sum + c * W) + row[c]);
+                                           sum += step;
+                                         }
+                                       });
   }
 
   static void add_some_rows(const RowSums& sums, int keys, int rows, T* to) {
+    const Mask<T> all_lanes = broadcast(T(0)) == broadcast(T(0));
     for (int key = 0; key < keys; ++key)
       for (std::int64_t dim = 0; dim < sums.row_step; dim += W, to += W) {
         Vec<T> sum = broadcast(T(0));
-        for (int row = 0; row < rows; ++row) {
-          const std::int64_t cell = key * sums.factor_step + row;
-          if (sums.skipped.marks[cell] == sums.skipped.value) continue;
-          sum = fma(broadcast(sums.factors[cell]), load(sums.rows + row * sums.row_step + dim), sum);
+        for (std::int64_t k = 0; k < cells<Unit>(rows); ++k) {
+          Vec<T> seen = load(sums.rows + k * sums.row_step + dim);
+          for (int i = 0, row = static_cast<int>(k) * cell; i < cell && row < rows; ++i, ++row)
+            if (sums.skipped.at(key, row)) seen = Unit::without(seen, i, all_lanes);
+          sum = Unit::add_product(broadcast(sums.factors[key * sums.factor_step + k]), seen, sum);
         }
         store(to, load(to) + sum);
       }

@@ -17,6 +17,7 @@
 #include "kernels/backward_scores.h"
 #include "kernels/backward_strips.h"
 #include "kernels/backward_sums.h"
+#include "kernels/backward_units.h"
 #include "kernels/dropout.h"
 #include "kernels/engine_fma.h"
 #include "kernels/kernel_set.h"
@@ -27,25 +28,35 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// TileRows and Vectors are the shape of tiles with vectors across rows, SumRows and SumVectors that of tiles with
-// vectors along head_dim or value_dim.
-template <class T, int TileRows, int Vectors, int SumRows, int SumVectors>
+// Operands are read as cells of the unit (backward_units.h), here called T like the numbers that are computed. TileRows
+// and Vectors are the shape of tiles with vectors across rows, SumRows and SumVectors that of tiles with vectors along
+// head_dim or value_dim.
+template <class Unit, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct TileBackward {
-  using Engine = FmaEngine<T, TileRows>;
-  using Sums = BackwardSums<T, TileRows, SumRows>;
-  using Scores = BackwardScores<T, Vectors>;
+  using T = typename Unit::Real;
+  using Sums = BackwardSums<Unit, TileRows, SumRows>;
+  using Scores = BackwardScores<Unit, Vectors>;
   using Scratch = typename Scores::Scratch;
-  using Relative = RelativeBackward<T, TileRows, Vectors, SumRows, SumVectors>;
-  static constexpr int W = Vec<T>::width;
+  static constexpr int W = Vec<T>::width, cell = Unit::cell;
   static constexpr int strip_rows = Vectors * W;
 
-  // A block of keys and values, and the sums of their gradients.
+  // A block of keys and values, the cells of adjacent keys, and the sums of gradients.
   struct Keys {
     std::int64_t first;
     int count;
     const T *keys, *values;
     T *dkeys, *dvalues;
+    const T* joined;
   };
+
+  // The same cells of the rows of a block.
+  struct Rows {
+    const T *queries, *dout;
+  };
+
+  // Cells from one row of operands to the next, and elements from one row of sums to the next.
+  static std::int64_t step(std::int64_t width) { return padded<T>(cells<Unit>(width)); }
+  static std::int64_t sum_step(std::int64_t width) { return padded<T>(width); }
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
     return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
@@ -53,28 +64,32 @@ struct TileBackward {
 
   static void run(const BackwardBlock& block) noexcept {
     const Scratch s(block);
-    const std::int64_t key_step = padded<T>(block.head_dim), value_step = padded<T>(block.value_dim);
+    const std::int64_t key_step = step(block.head_dim), value_step = step(block.value_dim);
     if (block.terms.bias && !block.terms.bias_at_hand)
       touch_biases(block.rows, block.count, block.terms.bias_step, block.first_key, block.first_key + block.key_count);
     each_strip(block, [&](const Strip& strip, auto columns) {
       const int lanes = columns.value * W;
-      pack(static_cast<const T*>(block.queries) + strip.first_row * key_step, key_step, strip.rows, block.head_dim,
-           lanes, s.queries + strip.first_row * block.head_dim);
-      pack(static_cast<const T*>(block.dout) + strip.first_row * value_step, value_step, strip.rows, block.value_dim,
-           lanes, s.dout + strip.first_row * block.value_dim);
+      pack(static_cast<const T*>(block.queries) + strip.first_row * key_step, strip.rows, block.head_dim, lanes,
+           queries_of(block, s, strip));
+      pack(static_cast<const T*>(block.dout) + strip.first_row * value_step, strip.rows, block.value_dim, lanes,
+           dout_of(block, s, strip));
       Sums::template clear<columns.value>(block.head_dim, s.dquery + strip.first_row * block.head_dim);
     });
+    const Rows rows{
+        Unit::join(static_cast<const T*>(block.queries), key_step, block.count, block.head_dim, s.joined_queries),
+        Unit::join(static_cast<const T*>(block.dout), value_step, block.count, block.value_dim, s.joined_dout)};
     for (int done = 0; done < block.key_count; done += block.key_block) {
-      const int left = block.key_count - done;
-      absorb(
-          block, s,
-          {block.first_key + done, left < block.key_block ? left : block.key_block,
-           static_cast<const T*>(block.keys) + done * key_step, static_cast<const T*>(block.values) + done * value_step,
-           static_cast<T*>(block.dkeys) + done * key_step, static_cast<T*>(block.dvalues) + done * value_step});
+      const int left = block.key_count - done, count = left < block.key_block ? left : block.key_block;
+      absorb(block, s, rows,
+             {block.first_key + done, count, static_cast<const T*>(block.keys) + done * key_step,
+              static_cast<const T*>(block.values) + done * value_step,
+              static_cast<T*>(block.dkeys) + done * sum_step(block.head_dim),
+              static_cast<T*>(block.dvalues) + done * sum_step(block.value_dim), nullptr});
     }
     each_strip(block, [&](const Strip& strip, auto columns) {
-      Sums::template store_rows<columns.value>(s.dquery + strip.first_row * block.head_dim, strip.rows, block.head_dim,
-                                               static_cast<T*>(block.dquery) + strip.first_row * key_step, key_step);
+      Sums::template store_rows<columns.value>(
+          s.dquery + strip.first_row * block.head_dim, strip.rows, block.head_dim,
+          static_cast<T*>(block.dquery) + strip.first_row * sum_step(block.head_dim), sum_step(block.head_dim));
     });
   }
 
@@ -87,36 +102,55 @@ struct TileBackward {
     });
   }
 
-  static void pack(const T* rows, std::int64_t step, int count, std::int64_t width, int lanes, T* columns) {
-    rows_to_columns(columns, lanes, lanes, width, [&](int row, std::int64_t d, int) {
-      return row < count ? load(rows + row * step + d) : broadcast(T(0));
+  static void pack(const T* rows, int count, std::int64_t width, int lanes, T* columns) {
+    rows_to_columns(columns, lanes, lanes, cells<Unit>(width), [&](int row, std::int64_t c, int) {
+      return row < count ? load(rows + row * step(width) + c) : broadcast(T(0));
     });
   }
 
-  static void absorb(const BackwardBlock& block, const Scratch& s, const Keys& keys) {
+  static T* queries_of(const BackwardBlock& block, const Scratch& s, const Strip& strip) {
+    return s.queries + strip.first_row * cells<Unit>(block.head_dim);
+  }
+  static T* dout_of(const BackwardBlock& block, const Scratch& s, const Strip& strip) {
+    return s.dout + strip.first_row * cells<Unit>(block.value_dim);
+  }
+
+  // Keys [begin, end).
+  struct KeyRange {
+    std::int64_t begin, end;
+  };
+
+  // The part of `seen` within `all`, extended to whole cells: no cell has a key that is not treated as a hidden one.
+  static KeyRange whole_cells(const KeyRange& seen, const KeyRange& all) {
+    if (seen.begin >= all.end || seen.end <= all.begin || seen.begin >= seen.end) return {all.end, all.end};
+    const std::int64_t begin = seen.begin > all.begin ? seen.begin : all.begin;
+    const std::int64_t end = all.begin + cells<Unit>(seen.end - all.begin) * cell;
+    return {begin - (begin - all.begin) % cell, end < all.end ? end : all.end};
+  }
+
+  static void absorb(const BackwardBlock& block, const Scratch& s, const Rows& rows, Keys keys) {
     // The keys that some row sees, and whether any of them is hidden from another row.
-    std::int64_t from = keys.first + keys.count, to = keys.first;
+    const KeyRange all{keys.first, keys.first + keys.count};
+    KeyRange some{all.end, all.begin};
     bool hides = false;
     each_strip(block, [&](const Strip& strip, auto) {
-      from = strip.begin_min < from ? strip.begin_min : from;
-      to = strip.end_max > to ? strip.end_max : to;
+      some.begin = strip.begin_min < some.begin ? strip.begin_min : some.begin;
+      some.end = strip.end_max > some.end ? strip.end_max : some.end;
     });
-    from = from > keys.first ? from : keys.first;
-    to = to < keys.first + keys.count ? to : keys.first + keys.count;
-    if (from >= to) return;
+    const auto [from, to] = whole_cells(some, all);
+    if (from == to) return;
+    keys.joined = Unit::join(keys.keys, step(block.head_dim), keys.count, block.head_dim, s.joined_keys);
     const SeenKeys seen{from, static_cast<int>(from - keys.first), static_cast<int>(to - from)};
     each_strip(block, [&](const Strip& strip, auto columns) {
       hides = absorb_strip<decltype(columns)::value>(block, s, strip, keys, seen) || hides;
     });
-    const std::int64_t key_step = padded<T>(block.head_dim), value_step = padded<T>(block.value_dim);
+    const std::int64_t key_step = sum_step(block.head_dim), value_step = sum_step(block.value_dim);
     const bool careful = hides && !block.finite;
-    const Skipped<T> skipped{careful ? s.original : nullptr, minus_infinity<T>};
-    Sums::template add_row_sums<SumVectors>(
-        {s.dscores, s.block_lanes, static_cast<const T*>(block.queries), key_step, skipped}, seen.count, block.count,
-        keys.dkeys + seen.skipped * key_step);
-    Sums::template add_row_sums<SumVectors>(
-        {s.probs, s.block_lanes, static_cast<const T*>(block.dout), value_step, skipped}, seen.count, block.count,
-        keys.dvalues + seen.skipped * value_step);
+    const Skipped<T> skipped{careful ? s.original : nullptr, minus_infinity<T>, s.block_lanes};
+    Sums::template add_row_sums<SumVectors>({s.dscores, s.block_lanes / cell, rows.queries, key_step, skipped},
+                                            seen.count, block.count, keys.dkeys + seen.skipped * key_step);
+    Sums::template add_row_sums<SumVectors>({s.probs, s.block_lanes / cell, rows.dout, value_step, skipped}, seen.count,
+                                            block.count, keys.dvalues + seen.skipped * value_step);
   }
 
   // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key is hidden from some row.
@@ -125,10 +159,8 @@ struct TileBackward {
   static bool absorb_strip(const BackwardBlock& block, const Scratch& s, const Strip& strip, const Keys& keys,
                            const SeenKeys& seen) {
     constexpr int lanes = Cols * W;
-    const std::int64_t end = seen.first + seen.count;
-    const std::int64_t from = strip.begin_min > seen.first ? strip.begin_min : seen.first;
-    const std::int64_t to = strip.end_max < end ? strip.end_max : end;
-    if (from >= to) {
+    const auto [from, to] = whole_cells({strip.begin_min, strip.end_max}, {seen.first, seen.first + seen.count});
+    if (from == to) {
       Scores::template hide<Cols>(s, strip, 0, seen.count);
       return true;
     }
@@ -155,31 +187,50 @@ struct TileBackward {
       return true;
     }
     const SeenKeys own{from, seen.skipped + before, count};
-    const std::int64_t key_step = padded<T>(block.head_dim), value_step = padded<T>(block.value_dim);
-    typename Engine::Block keys_in{keys.keys, key_step, nullptr, 0, nullptr, false};
-    typename Engine::Block values_in{keys.values, value_step, nullptr, 0, nullptr, false};
-    Engine::template score<Cols>(keys_in, own, {tile.rows, strip.rows, s.queries + strip.first_row * block.head_dim},
-                                 block.head_dim, 0, static_cast<T>(block.terms.multiplier), s.scores);
+    multiply<Cols>(keys.keys, own, queries_of(block, s, strip), block.head_dim, static_cast<T>(block.terms.multiplier),
+                   s.scores);
     const bool hides = Scores::complete(block, s, tile, sight) || limited || count < seen.count;
-    Engine::template score<Cols>(values_in, own, {tile.rows, strip.rows, s.dout + strip.first_row * block.value_dim},
-                                 block.value_dim, 0, T(1), s.dprobs);
+    multiply<Cols>(keys.values, own, dout_of(block, s, strip), block.value_dim, T(1), s.dprobs);
     if (block.dweights) Scores::add_dweights(block, s, tile);
     const std::int64_t place = before * s.block_lanes + strip.first_row;
     if (!block.finite) Scores::template keep_original<Cols>(s, place, count);
     const Dropout& dropout = block.terms.dropout;
     const T* factors =
         dropout ? dropout_factors(dropout, {tile.rows, strip.rows, lanes}, from, count, s.factors) : nullptr;
-    Scores::template differentiate<Cols>(block, s, strip, own, place, factors);
-    const Skipped<T> skipped{hides && !block.finite ? s.original + place : nullptr, minus_infinity<T>};
-    Sums::template add_key_sums<Cols>(
-        {keys.keys + own.skipped * key_step, key_step, count, s.dscores + place, s.block_lanes, skipped},
-        block.head_dim, s.dquery + strip.first_row * block.head_dim);
+    Scores::template differentiate<Cols>(block, s, strip, own, before, factors);
+    const Skipped<T> skipped{hides && !block.finite ? s.original + place : nullptr, minus_infinity<T>, s.block_lanes};
+    const std::int64_t key_step = sum_step(block.head_dim);
+    Sums::template add_key_sums<Cols>({keys.joined + own.skipped / cell * key_step, key_step, count,
+                                       s.joined(before, strip.first_row), s.block_lanes, skipped},
+                                      block.head_dim, s.dquery + strip.first_row * block.head_dim);
     return hides;
   }
 
+  // products[key][row] = factor * key . row. Not inlined, so that the loop has all registers to itself.
+  template <int Cols>
+  [[gnu::noinline]] static void multiply(const T* keys, const SeenKeys& seen, const T* packed, std::int64_t width,
+                                         T factor, T* products) {
+    const RowMajor<T> left{keys + seen.skipped * step(width), step(width)};
+    store_products<TileRows, Cols, Unit>(left, seen.count, packed, cells<Unit>(width), factor, products);
+  }
+
+  static constexpr decltype(BackwardKernel::run_relative) run_relative() {
+    if constexpr (cell == 1)
+      return RelativeBackward<T, TileRows, Vectors, SumRows, SumVectors>::run;
+    else
+      return nullptr;
+  }
+
  public:
-  static constexpr BackwardKernel kernel{strip_rows,   W,         scratch_bytes, run, Relative::run,
-                                         Sums::finite, Sums::dot, Sums::add};
+  static constexpr BackwardKernel kernel{dtype_of(typename Unit::Element()),
+                                         strip_rows,
+                                         W,
+                                         scratch_bytes,
+                                         run,
+                                         run_relative(),
+                                         Sums::finite,
+                                         Sums::dot,
+                                         Sums::add};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

@@ -42,13 +42,8 @@ struct PairEngine : PairOperands<E, 1> {
                                       std::int64_t head_dim, std::int64_t, float multiplier, float* scores) {
     const std::int64_t step = block.memory.key_step;
     const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
-    multiply_rows<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, Cols * W, ceil_div(head_dim, cell),
-                                            [&](std::int64_t key, const auto& sums) {
-                                              float* score = scores + key * Cols * W;
-                                              for (const auto& row : sums)
-                                                for (int c = 0; c < Cols; ++c, score += W)
-                                                  store(score, row[c] * broadcast(multiplier));
-                                            });
+    store_products<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, ceil_div(head_dim, cell), multiplier,
+                                             scores);
     Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
   }
 

@@ -2,6 +2,8 @@
 #define SELFATTN_VEC "simd/vec_avx512_bf16.h"
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
+#include "kernels/backward_pairs.h"
+#include "kernels/backward_tile.h"
 #include "kernels/engine_pairs.h"
 #include "kernels/isa_avx512.h"
 #include "kernels/peak_loop.h"
@@ -27,6 +29,7 @@ extern constexpr KernelSet kernels{
                .row_bf16 = &RowAttention<float, 16, BFloat, PairDots>::kernel,
                .project_bf16 = project<PairUnit, 8, 3>,
                .project_f32 = project_f32,
+               .backward_bf16 = &TileBackward<BackwardPairs, 8, 3, 6, 4>::kernel,
                .peak_loop = peak_loop<PairUnit, 16>},
 };
 

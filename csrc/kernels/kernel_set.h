@@ -101,8 +101,9 @@ struct AttendKernel {
   void (*finish)(const RowBlock&) noexcept;
 };
 
-// The backward pass of one block of query rows of a head against a range of keys. All operands have the type of
-// computation. Rows of operands are contiguous and zero-padded to whole vectors; the next row follows directly.
+// The backward pass of one block of query rows of a head against a range of keys. Queries, keys, values and the
+// gradient of out have the kernel's operand type, everything else has the type of computation. Rows of both are
+// contiguous and zero-padded to whole vectors; the next row follows directly.
 struct BackwardBlock {
   const Row* rows;  // what each row sees, and its terms; query, out and scores are not used
   int count;
@@ -158,12 +159,13 @@ struct RelativeBlock {
 };
 
 struct BackwardKernel {
+  DType operands;
   int strip_rows;
-  int lanes;
+  int lanes;  // numbers of the type of computation in a vector
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*run)(const BackwardBlock&) noexcept;
-  void (*run_relative)(const RelativeBlock&) noexcept;
-  bool (*finite)(const void* numbers, std::int64_t count) noexcept;
+  void (*run_relative)(const RelativeBlock&) noexcept;               // only of kernels on FMA
+  bool (*finite)(const void* numbers, std::int64_t count) noexcept;  // of the operands' type
   // The dot product of two padded rows.
   double (*dot)(const void* a, const void* b, std::int64_t count) noexcept;
   // to[i] += from[i], at any addresses
@@ -267,6 +269,7 @@ struct MatrixKernels {
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
   void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32, and the panels are the same
+  const BackwardKernel* backward_bf16;               // bfloat16 operands
   PeakLoop peak_loop;
 };
 

@@ -69,4 +69,16 @@ template <int Rows, int Cols, class Unit, class A, class B, class Finish>
   }
 }
 
+// products[r][c] = factor * sum_k a(r, k) * b[k][c], all in lines of Cols vectors.
+template <int Rows, int Cols, class Unit, class T = typename Unit::Real>
+[[gnu::always_inline]] inline void store_products(RowMajor<T> a, std::int64_t rows, const T* b, std::int64_t depth,
+                                                  T factor, T* products) {
+  constexpr int W = Vec<T>::width;
+  multiply_rows<Rows, Cols, Unit>(a, rows, b, Cols * W, depth, [&](std::int64_t first, const auto& sums) {
+    T* to = products + first * Cols * W;
+    for (const auto& row : sums)
+      for (int c = 0; c < Cols; ++c, to += W) store(to, row[c] * broadcast(factor));
+  });
+}
+
 }  // namespace selfattn::SELFATTN_ISA

@@ -71,7 +71,7 @@ constexpr TypeKernels type_kernels() {
                       .drop = drop<T>,
                       .normalise = normalise<T>,
                       .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,
-                      .backward = TileBackward<T, TileRows, TileVectors, SumRows, SumVectors>::kernel};
+                      .backward = TileBackward<BackwardFma<T>, TileRows, TileVectors, SumRows, SumVectors>::kernel};
   const auto stored = [&](auto element) -> StoredKernels& {
     return kernels.stored[static_cast<int>(dtype_of(element))];
   };

@@ -39,6 +39,12 @@ inline VecF to_cells_in_order(VecF low, VecF high) {
   return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.r, low.r))};
 }
 
+// Stores the first and the second eight cells.
+inline void store_halves(float* low, float* high, VecF cells) {
+  _mm256_storeu_ps(low, _mm512_castps512_ps256(cells.r));
+  _mm256_storeu_ps(high, _mm512_extractf32x8_ps(cells.r, 1));
+}
+
 // Rounds to the nearest bfloat16. Overflow gives Inf, and subnormal numbers give 0.
 inline VecF round_to_bfloat(VecF a) {
   const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.r)));

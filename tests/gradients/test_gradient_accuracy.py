@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from gradient_bounds import check, given_names
@@ -15,9 +16,11 @@ pytestmark = pytest.mark.dtypes("float32", "float64")
 
 INF = np.float32(np.inf)
 WIDE = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+# bfloat16 has kernels of its own on some instruction sets.
+EVERY = pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 
 
-@WIDE
+@EVERY
 # Strips have 4 to 48 rows, blocks up to 96.
 @pytest.mark.parametrize("q_len", [1, 4, 5, 11, 12, 13, 24, 25, 47, 48, 49, 95, 96, 97, 193])
 def test_query_lengths(isa: str, normal: Any, dtype: Any, q_len: int) -> None:
@@ -25,15 +28,15 @@ def test_query_lengths(isa: str, normal: Any, dtype: Any, q_len: int) -> None:
     check(q, k, v, causal=q_len % 2 == 0, q_offset=5)
 
 
-@WIDE
-# Blocks of 96 keys; of the head size 64, ranges of 384 keys in float32 and of 192 in float64.
-@pytest.mark.parametrize("kv_len", [1, 7, 8, 9, 95, 96, 97, 191, 192, 193, 383, 384, 385, 481])
+@EVERY
+# Blocks of 96 keys; of the head size 64, ranges of 384 keys in float32, of 192 in float64 and of 480 in pairs.
+@pytest.mark.parametrize("kv_len", [1, 7, 8, 9, 95, 96, 97, 191, 192, 193, 383, 384, 385, 479, 480, 481])
 def test_key_lengths(isa: str, normal: Any, dtype: Any, kv_len: int) -> None:
     q, k, v = (normal(1, n, 64, dtype=dtype) for n in (14, kv_len, kv_len))
     check(q, k, v, causal=kv_len % 2 == 1, q_offset=kv_len - 14)
 
 
-@WIDE
+@EVERY
 @pytest.mark.parametrize(
     ("dim", "value_dim"), [(1, 1), (1, 3), (3, 17), (17, 65), (64, 1), (65, 33), (128, 16), (2, 129), (515, 4), (8, 0)]
 )
@@ -92,7 +95,7 @@ def options_by_name(rng: Any) -> dict[str, dict[str, Any]]:
 OPTIONS = list(options_by_name(np.random.default_rng(0)))
 
 
-@WIDE
+@EVERY
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(isa: str, rng: Any, normal: Any, dtype: Any, name: str) -> None:
     q, k, v = normal(2, 4, 61, 6, dtype=dtype), normal(2, 2, 150, 6, dtype=dtype), normal(2, 2, 150, 5, dtype=dtype)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import selfattn as sa
 
 pytestmark = pytest.mark.dtypes("float32", "float64")
+BFLOAT = ml_dtypes.bfloat16
 
 SHAPES = [
     # batch, heads, kv heads, q_len, kv_len, dim
@@ -33,7 +35,7 @@ def problem(rng: Any, shape: Any, dtype: Any = np.float32) -> dict[str, Any]:
         "k": normal(batch, kv_heads, kv_len, dim),
         "v": normal(batch, kv_heads, kv_len, dim + 1),
         "grad_out": normal(batch, heads, q_len, dim + 1),
-        "grad_lse": normal(batch, heads, q_len),
+        "grad_lse": normal(batch, heads, q_len).astype(np.float64 if dtype == np.float64 else np.float32),
         "mask": rng.random((batch, 1, q_len, kv_len)) < 0.9,
         "alibi_slopes": rng.random((batch, heads)) / 50,
     }
@@ -52,7 +54,15 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("bias_shape", "dtype"),
-    [("pairs", np.float32), ("shared", np.float32), ("keys", np.float32), ("rows", np.float32), ("shared", np.float64)],
+    [
+        ("pairs", np.float32),
+        ("shared", np.float32),
+        ("keys", np.float32),
+        ("rows", np.float32),
+        ("shared", np.float64),
+        ("shared", BFLOAT),
+        ("pairs", BFLOAT),
+    ],
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_threads_and_runs_do_not_matter(isa: str, rng: Any, shape: Any, bias_shape: str, dtype: Any) -> None:
@@ -62,16 +72,17 @@ def test_threads_and_runs_do_not_matter(isa: str, rng: Any, shape: Any, bias_sha
     given.update(bias=rng.standard_normal(biases[bias_shape]).astype(dtype), sinks=rng.standard_normal(heads))
     given.update(t5=sa.T5Bias(rng.standard_normal((8, heads))), causal=bias_shape == "shared")
     expected = gradients(given, ("q", "k", "v", *NUMBERS), num_threads=1)
-    assert all(np.isfinite(x).all() for x in expected)
+    assert all(np.isfinite(x.astype(np.float64)).all() for x in expected)
     for threads in (1, 2, 3, 7):
         assert same(gradients(given, ("q", "k", "v", *NUMBERS), num_threads=threads), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT])
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window": (90, None)}, {"softcap": 4.0}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_an_entry_alone_gives_the_same_bits(isa: str, rng: Any, shape: Any, options: Any) -> None:
+def test_an_entry_alone_gives_the_same_bits(isa: str, rng: Any, shape: Any, options: Any, dtype: Any) -> None:
     batch, heads, kv_heads, _, kv_len, _ = shape
-    given = problem(rng, shape)
+    given = problem(rng, shape, dtype)
     given["kv_lens"] = rng.integers(kv_len // 2, kv_len + 1, batch)
     given["q_lens"] = np.minimum(given["kv_lens"], shape[3])
     asked = ("q", "k", "v", "alibi_slopes")
@@ -108,12 +119,12 @@ def placed(x: Any, form: str) -> Any:
     return shifted
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT])
 @pytest.mark.parametrize("form", ["backwards", "heads last", "columns first", "rows apart", "misaligned"])
-@pytest.mark.parametrize("dim", [16, 5])
+@pytest.mark.parametrize("dim", [32, 16, 5])
 def test_strides_and_alignment_do_not_matter(isa: str, rng: Any, form: str, dtype: Any, dim: int) -> None:
     given = problem(rng, (2, 4, 2, 100, 130, dim), dtype)
-    given["grad_weights"] = rng.standard_normal((2, 4, 100, 130)).astype(dtype)
+    given["grad_weights"] = rng.standard_normal((2, 4, 100, 130)).astype(given["grad_lse"].dtype)
     expected = gradients(given)
     assert same(gradients({name: placed(x, form) for name, x in given.items()}), expected)
     for name in ("q", "k", "v", "grad_out"):

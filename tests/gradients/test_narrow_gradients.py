@@ -1,4 +1,4 @@
-"""Gradients of 16-bit operands: those of float32, rounded once."""
+"""Gradients of 16-bit operands: those of float32, rounded once. Products of bfloat16 pairs round before as well."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gradient_bounds import Comparison, check
+from gradient_bounds import Comparison, check, multiplies_pairs
 
 import selfattn as sa
 
@@ -46,7 +46,9 @@ def test_grad_out_may_be_float32(isa: str, normal: Any, dtype: Any) -> None:
         assert narrow is not None
         assert wide is not None
         assert narrow.dtype == dtype
-        assert np.array_equal(narrow, wide)
+        difference = np.max(abs(narrow.astype(np.float64) - wide.astype(np.float64)))
+        # Only bfloat16 is multiplied in pairs, not a float32 grad_out.
+        assert difference <= (2.0**-6 if multiplies_pairs(q, k, v) else 0) * np.max(abs(wide))
 
 
 @NARROW

@@ -1,6 +1,7 @@
 #include "backward_checks.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -16,6 +17,24 @@ namespace {
 constexpr int key_block = 24;
 constexpr double multiplier = 0.4;
 
+struct BFloat {
+  std::uint16_t bits;
+};
+
+template <class T>
+double number(T x) {
+  return static_cast<double>(x);
+}
+double number(BFloat x) { return static_cast<double>(std::bit_cast<float>(std::uint32_t{x.bits} << 16)); }
+
+template <class T>
+void set(T& x, double to) {
+  x = static_cast<T>(to);
+}
+void set(BFloat& x, double to) {  // not rounded to the nearest, but that does not matter
+  x.bits = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(to)) >> 16);
+}
+
 // Rows of `width` numbers, zero-padded to whole vectors, that end at an inaccessible page.
 template <class T>
 class Rows {
@@ -24,13 +43,13 @@ class Rows {
       : step_((width + lanes - 1) / lanes * lanes),
         count_(count),
         memory_(static_cast<std::size_t>(count * step_) * sizeof(T)) {
-    std::fill_n(&at(0, 0), count * step_, T(0));
+    std::fill_n(&at(0, 0), count * step_, T{});
   }
 
   Rows& random(std::mt19937& source, int width) {
-    std::uniform_real_distribution<T> distribution(-1, 1);
+    std::uniform_real_distribution<double> distribution(-1, 1);
     for (int i = 0; i < count_; ++i)
-      for (int d = 0; d < width; ++d) at(i, d) = distribution(source);
+      for (int d = 0; d < width; ++d) set(at(i, d), distribution(source));
     return *this;
   }
 
@@ -43,11 +62,18 @@ class Rows {
   GuardedMemory memory_;
 };
 
-// A block of rows, of which each sees another range of keys. Some see none, and some keys are seen by no row.
-template <class T>
+template <class T, class E>
+int operand_lanes(const BackwardKernel& kernel) {
+  return kernel.lanes * static_cast<int>(sizeof(T) / sizeof(E));
+}
+
+// A block of rows, of which each sees another range of keys. Some see none, and some keys are seen by no row. E: the
+// type of operands, T: of everything else.
+template <class T, class E>
 struct Call {
   int count, keys, dim, value_dim;
-  Rows<T> query, key, value, dout, dquery, dkey, dvalue, dscore, shift, factor, delta;
+  Rows<E> query, key, value, dout;
+  Rows<T> dquery, dkey, dvalue, dscore, shift, factor, delta;
   std::vector<Row> rows;
 
   Call(const BackwardKernel& kernel, std::mt19937& source, int count_, int keys_, int dim_, int value_dim_)
@@ -55,10 +81,10 @@ struct Call {
         keys(keys_),
         dim(dim_),
         value_dim(value_dim_),
-        query(count, dim, kernel.lanes),
-        key(keys, dim, kernel.lanes),
-        value(keys, value_dim, kernel.lanes),
-        dout(count, value_dim, kernel.lanes),
+        query(count, dim, operand_lanes<T, E>(kernel)),
+        key(keys, dim, operand_lanes<T, E>(kernel)),
+        value(keys, value_dim, operand_lanes<T, E>(kernel)),
+        dout(count, value_dim, operand_lanes<T, E>(kernel)),
         dquery(count, dim, kernel.lanes),
         dkey(keys, dim, kernel.lanes),
         dvalue(keys, value_dim, kernel.lanes),
@@ -122,13 +148,13 @@ struct Call {
 template <class T>
 double dot(const Rows<T>& a, int i, const Rows<T>& b, int j, int width) {
   double sum = 0;
-  for (int d = 0; d < width; ++d) sum += static_cast<double>(a.at(i, d)) * static_cast<double>(b.at(j, d));
+  for (int d = 0; d < width; ++d) sum += number(a.at(i, d)) * number(b.at(j, d));
   return sum;
 }
 
 // Adds the definition's sums to `wanted`, which starts as what the arrays held before.
-template <class T>
-void add_definition(const Call<T>& call, std::vector<double>& dquery, std::vector<double>& dkey,
+template <class T, class E>
+void add_definition(const Call<T, E>& call, std::vector<double>& dquery, std::vector<double>& dkey,
                     std::vector<double>& dvalue, double& largest_dscore_error) {
   for (int i = 0; i < call.count; ++i)
     for (int j = 0; j < call.keys; ++j) {
@@ -141,11 +167,11 @@ void add_definition(const Call<T>& call, std::vector<double>& dquery, std::vecto
       largest_dscore_error =
           std::max(largest_dscore_error, std::abs(static_cast<double>(call.dscore.at(i, j)) - dscore));
       for (int d = 0; d < call.dim; ++d) {
-        dquery[static_cast<std::size_t>(i * call.dim + d)] += dscore * static_cast<double>(call.key.at(j, d));
-        dkey[static_cast<std::size_t>(j * call.dim + d)] += dscore * static_cast<double>(call.query.at(i, d));
+        dquery[static_cast<std::size_t>(i * call.dim + d)] += dscore * number(call.key.at(j, d));
+        dkey[static_cast<std::size_t>(j * call.dim + d)] += dscore * number(call.query.at(i, d));
       }
       for (int d = 0; d < call.value_dim; ++d)
-        dvalue[static_cast<std::size_t>(j * call.value_dim + d)] += prob * static_cast<double>(call.dout.at(i, d));
+        dvalue[static_cast<std::size_t>(j * call.value_dim + d)] += prob * number(call.dout.at(i, d));
     }
 }
 
@@ -153,7 +179,7 @@ template <class T>
 std::vector<double> numbers_of(const Rows<T>& rows, int count, int width) {
   std::vector<double> numbers;
   for (int i = 0; i < count; ++i)
-    for (int d = 0; d < width; ++d) numbers.push_back(static_cast<double>(rows.at(i, d)));
+    for (int d = 0; d < width; ++d) numbers.push_back(number(rows.at(i, d)));
   return numbers;
 }
 
@@ -164,31 +190,36 @@ double largest_difference(const std::vector<double>& a, const std::vector<double
   return largest;
 }
 
-template <class T>
+template <class T, class E>
 void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int value_dim) {
   std::mt19937 source(11);
-  Call<T> call(kernel, source, count, keys, dim, value_dim);
+  Call<T, E> call(kernel, source, count, keys, dim, value_dim);
   std::vector<double> dquery(static_cast<std::size_t>(count * dim)), dkey = numbers_of(call.dkey, keys, dim),
                                                                      dvalue = numbers_of(call.dvalue, keys, value_dim);
   call.run(kernel, true);
-  // Each sum has at most some hundred terms, of at most about 20.
+  // Each sum has at most some hundred terms, of at most about 20. Pairs are sums of rounded numbers.
   const double limit = 4e3 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  const double sum_limit = sizeof(E) == sizeof(T) ? limit : 0.1;
   double error = 0;
   add_definition(call, dquery, dkey, dvalue, error);
+  SELFATTN_CHECK(error <= limit);
   error = std::max(error, largest_difference(numbers_of(call.dquery, count, dim), dquery));
   error = std::max(error, largest_difference(numbers_of(call.dkey, keys, dim), dkey));
   error = std::max(error, largest_difference(numbers_of(call.dvalue, keys, value_dim), dvalue));
-  SELFATTN_CHECK(error <= limit);
+  SELFATTN_CHECK(error <= sum_limit);
 
   // The last key, which no row sees, and rows that see no key may hold anything: the bits are the same.
   std::mt19937 again(11);
-  Call<T> spoiled(kernel, again, count, keys, dim, value_dim);
-  const T nan = std::numeric_limits<T>::quiet_NaN();
-  spoiled.key.at(keys - 1, 0) = spoiled.value.at(keys - 1, value_dim - 1) = nan;
+  Call<T, E> spoiled(kernel, again, count, keys, dim, value_dim);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  set(spoiled.key.at(keys - 1, 0), nan);
+  set(spoiled.value.at(keys - 1, value_dim - 1), nan);
   for (int i = 0; i < count; ++i) {
     const Row& row = spoiled.rows[static_cast<std::size_t>(i)];
     if (row.key_begin < row.key_end) continue;
-    spoiled.query.at(i, 0) = spoiled.dout.at(i, 0) = spoiled.delta.at(0, i) = nan;
+    set(spoiled.query.at(i, 0), nan);
+    set(spoiled.dout.at(i, 0), nan);
+    set(spoiled.delta.at(0, i), nan);
   }
   spoiled.run(kernel, false);
   SELFATTN_CHECK(numbers_of(spoiled.dquery, count, dim) == numbers_of(call.dquery, count, dim));
@@ -212,14 +243,19 @@ void check_add(const BackwardKernel& kernel, int count) {
   SELFATTN_CHECK(numbers_of(to, 1, width) == wanted);
 }
 
-template <class T>
-void check_kernel(const BackwardKernel& kernel) {
+template <class T, class E>
+void check_calls(const BackwardKernel& kernel) {
   for (const int count : {1, kernel.lanes + 1, kernel.strip_rows - 1, kernel.strip_rows, 2 * kernel.strip_rows + 1})
     for (const int keys : {2, key_block, 3 * key_block + 1}) {
-      check_call<T>(kernel, count, keys, 1, kernel.lanes + 1);
-      check_call<T>(kernel, count, keys, 2 * kernel.lanes, 3);
-      check_call<T>(kernel, count, keys, 5 * kernel.lanes - 1, 4 * kernel.lanes);
+      check_call<T, E>(kernel, count, keys, 1, kernel.lanes + 1);
+      check_call<T, E>(kernel, count, keys, 2 * kernel.lanes, 3);
+      check_call<T, E>(kernel, count, keys, 5 * kernel.lanes - 1, 4 * kernel.lanes);
     }
+}
+
+template <class T>
+void check_kernel(const BackwardKernel& kernel) {
+  check_calls<T, T>(kernel);
   std::mt19937 source(3);
   const int width = 3 * kernel.lanes;
   for (int i = 0; i <= width; ++i) check_add<T>(kernel, i);
@@ -243,6 +279,7 @@ void check_backward(const KernelSet& kernels) {
   begin_section("backward");
   check_kernel<float>(kernels.f32.backward);
   check_kernel<double>(kernels.f64.backward);
+  if (kernels.matrix.backward_bf16) check_calls<float, BFloat>(*kernels.matrix.backward_bf16);
 }
 
 }  // namespace selfattn::test

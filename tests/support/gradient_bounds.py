@@ -58,12 +58,19 @@ class Comparison:
         return {name: share(getattr(found, name), self.exact, name, arguments, unit) for name in self.names}
 
 
+def multiplies_pairs(*operands: Any) -> bool:
+    """Whether the backward pass rounds weights and the gradients of scores to bfloat16."""
+    return sa.active_isa() == "avx512_bf16" and all(x.dtype.name == "bfloat16" for x in operands)
+
+
 def relative_bound(q: Any, k: Any, v: Any, sigma: float, lse: Any, rounded: bool, options: dict[str, Any]) -> float:
     """Return (16 + 4 sigma) u, where sigma includes what is added to scores, and how far out and lse were rounded."""
     unit = 2.0**-53 if q.dtype == np.float64 else 2.0**-24
     of_values, of_scores = rounding(q, k, v, **options)
     sigma += added_to_scores(q, k, lse, options)
     bound = (CONSTANT + PER_SIGMA * sigma) * unit + of_values + sigma * of_scores
+    if multiplies_pairs(q, k, v):
+        bound += 2.0**-8
     if rounded:
         bound += unit * float(np.max(abs(lse), initial=0, where=np.isfinite(lse)))
         bound += {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(q.dtype.name, 0.0)

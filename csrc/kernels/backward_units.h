@@ -1,0 +1,25 @@
+// The units that multiply in the backward pass, and the form that each wants its operands in.
+//
+// A unit multiplies a cell at once: one number, or a pair of bfloat16. Products over head_dim take the operands' rows
+// as they are, read as cells. Sums over keys or rows need cells of adjacent keys or rows:
+//   join           [row][dim] -> [cell of rows][dim]
+//   keep_lines     stores the numbers of `cell` keys as lines of cells of rows, [key][cell of rows]
+//   keep_joined    stores them as one line of cells of keys, [cell of keys][row]
+//   without        clears one part of a cell in some lanes
+#pragma once
+#include "kernels/tile_matmul.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+// A cell is a number, so all forms are the same.
+template <class T>
+struct BackwardFma : FmaUnit<T> {
+  using FmaUnit<T>::cell;
+
+  static const T* join(const T* rows, std::int64_t, int, std::int64_t, T*) { return rows; }
+  static void keep_lines(const Vec<T> (&numbers)[cell], T* line, std::int64_t) { store(line, numbers[0]); }
+  static void keep_joined(const Vec<T> (&)[cell], T*) {}
+  static Vec<T> without(Vec<T> cells, int, Mask<T> lanes) { return select(lanes, broadcast(T(0)), cells); }
+};
+
+}  // namespace selfattn::SELFATTN_ISA
