@@ -71,7 +71,7 @@ DistanceMemory place_distance_memory(char* base, std::size_t& used, const Proble
   memory.vectors = carver.take<const void*>(width);
   memory.copies = take_if(relative.copies, width * problem.head_dim);
   memory.panel = take_if(width > 0, width * problem.head_dim);
-  memory.step = width > 0 ? (relative.keys + 2 * width - 2) / width * width : 0;
+  memory.step = width > 0 ? round_up(relative.keys + width - 1, width) : 0;
   memory.products = take_if(width > 0, rows * memory.step);
   memory.bias_step = keys + (problem.bias ? 0 : rows);
   const std::int64_t lines = problem.bias ? rows : std::min(problem.group_size, rows);

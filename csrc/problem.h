@@ -214,7 +214,7 @@ struct KeyRange {
 struct ValidKeys {
   std::int64_t begin, end;   // of a batch entry
   std::int64_t offset;       // the key aligned with query 0
-  std::int64_t first, last;  // what causal and window leave to query 0; the interval moves by one key per query
+  std::int64_t first, last;  // the keys that causal and window let query 0 see; query i sees those i keys later
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.

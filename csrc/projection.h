@@ -43,7 +43,7 @@ class Projection {
   // The bias in the type of computation, or null.
   const char* bias() const { return bias_.get(); }
 
-  // Columns of some panels that are adjacent.
+  // Adjacent panels.
   struct Panels {
     std::int64_t first, count;
   };
@@ -74,7 +74,7 @@ class Projection {
   std::unique_ptr<char, Free> bias_;
 };
 
-// x (..., S, d_model) as rows. Leading axes that continue the stride of the rows are folded into them.
+// x (..., S, d_model) as rows. Leading axes whose stride continues that of the rows count as rows.
 struct RowsView {
   const char* data;
   DType dtype;

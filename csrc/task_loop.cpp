@@ -29,7 +29,7 @@ constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
 // The time that a kernel's work takes, divided by the guess, by the size of the work; 0: not known. Kinds of work that
-// share an entry disturb each other's estimates, but no result.
+// share an entry mix their estimates. Results do not depend on them.
 std::array<Estimate, 256> slowness;
 
 double guess(const Work& work) { return std::max(work.flops / flops_per_second, work.bytes / bytes_per_second); }

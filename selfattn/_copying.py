@@ -34,7 +34,7 @@ class Copyable(ABC):
 
     @abstractmethod
     def _load(self, contents: dict[str, Any]) -> None:
-        """Check such contents, which may come from an untrusted pickle, and take them over."""
+        """Check what `_contents` returned, which may come from an untrusted pickle, and set it."""
 
     def __copy__(self: _Self) -> _Self:
         twin = self._twin()

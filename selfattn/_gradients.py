@@ -123,8 +123,8 @@ def attention_vjp(
 
     Notes
     -----
-    Keeps out in the type of computation and lse in float64 for the gradients. These are therefore more accurate than
-    those that `attention_backward` computes from rounded results. With 16-bit operands on units
+    `out` is kept in the type of computation and lse in float64. The gradients are therefore more accurate than those
+    that `attention_backward` computes from rounded results. With 16-bit operands on units
     that multiply bfloat16, `out` may differ from that of `attention` by rounding.
 
     Examples

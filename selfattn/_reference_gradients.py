@@ -181,7 +181,7 @@ def _like_argument(name: str, sums: Mapping[str, Floats], operands: Mapping[str,
 
 
 def _by_index(pairs: Floats, index: NDArray[np.int64], count: int) -> Floats:
-    """Sum vectors of pairs, (*batch, H, Sq, Sk, width), over the pairs of a head with the same index."""
+    """Sum, for each head, the vectors (*batch, H, Sq, Sk, width) of all (query, key) pairs that have the same index."""
     per_head, indices = np.moveaxis(pairs, -4, 0), np.moveaxis(index, -3, 0)
     total = np.zeros((len(per_head), count, pairs.shape[-1]), pairs.dtype)
     for sums, vectors, places in zip(total, per_head, indices, strict=True):

@@ -42,7 +42,7 @@ def count(function: str, name: str, value: Any, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a cache in one block of bytes, after a header."""
+    """Where the arrays of a cache are in its buffer, which begins with a header."""
 
     name: str
     blocks: int  # batch entries, or pages

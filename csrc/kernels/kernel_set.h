@@ -172,11 +172,11 @@ struct BackwardKernel {
   void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
-// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or several adjacent ones.
-// Elements of the depth that are multiplied for all rows and panels of a call before the next. A panel's part and those
-// of the rows stay in L2 then, however deep the weights are. Not for AMX; the parts of codes are their groups.
+// Deep weights are multiplied in parts of this depth: each part for all rows and panels of a call, then the next. So
+// the parts in use stay in L2. AMX multiplies the whole depth at once; codes are multiplied group by group.
 constexpr std::int64_t depth_part = 512;
 
+// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or several adjacent ones.
 struct ProjectArgs {
   const void* x;  // rows of depth contiguous elements, `x_step` elements apart
   std::int64_t x_step;

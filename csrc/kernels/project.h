@@ -1,7 +1,5 @@
 // Linear projection: out = x . weights + bias for some rows of x and packed panels of weight columns.
 #pragma once
-#include <algorithm>
-
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
 #include "kernels/pack.h"
@@ -9,7 +7,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Some cells of the depth. Those of codes share their scales.
+// Some cells of the depth: at most depth_part elements, or a group of codes, which share their scales.
 struct DepthPart {
   std::int64_t index, first;
   bool last;
@@ -60,7 +58,7 @@ inline void project(const ProjectArgs& args) noexcept {
   const std::int64_t most = codes ? all / args.groups : depth_part / Unit::cell;
   const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
   for (DepthPart part{0, 0, false}; !part.last; part.first += most, ++part.index) {
-    const std::int64_t depth = std::min(most, all - part.first);
+    const std::int64_t depth = all - part.first < most ? all - part.first : most;
     part.last = part.first + depth == all;
     const RowMajor<A> x{static_cast<const A*>(args.x) + part.first, args.x_step / Unit::cell};
     const B* panel = static_cast<const B*>(args.panel) + part.first * width;

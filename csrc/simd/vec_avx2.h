@@ -208,7 +208,7 @@ inline void transpose(VecF (&v)[8]) {
     t[i + 1] = _mm256_unpackhi_ps(v[i].r, v[i + 1].r);
   }
   __m256 u[8];
-  for (int i = 0; i < 8; i += 4) {  // quads of rows, by pairs of floats
+  for (int i = 0; i < 8; i += 4) {  // pairs of floats: columns of four rows
     u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
     u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
     u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);

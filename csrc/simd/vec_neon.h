@@ -203,7 +203,7 @@ inline void transpose(VecF (&v)[4]) {
   const float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(v[0].r, v[1].r));
   const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(v[2].r, v[3].r));
   const float64x2_t d = vreinterpretq_f64_f32(vtrn2q_f32(v[2].r, v[3].r));
-  v[0].r = vreinterpretq_f32_f64(vtrn1q_f64(a, c));  // quads of rows, by pairs of floats
+  v[0].r = vreinterpretq_f32_f64(vtrn1q_f64(a, c));  // pairs of floats: columns of four rows
   v[1].r = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
   v[2].r = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
   v[3].r = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
@@ -223,7 +223,7 @@ inline Words broadcast_word(std::uint32_t x) { return {vdupq_n_u64(x)}; }
 inline Words load_words(const std::uint32_t* p) { return {vmovl_u32(vld1_u32(p))}; }
 inline void store_words(std::uint32_t* p, Words a) { vst1_u32(p, vmovn_u64(a.r)); }
 inline Words operator^(Words a, Words b) { return {veorq_u64(a.r, b.r)}; }
-// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
+// Products have 64 bits. The lower half of a lane is a word; upper_half extracts the other one.
 inline Words multiply(Words a, Words b) { return {vmull_u32(vmovn_u64(a.r), vmovn_u64(b.r))}; }
 inline Words upper_half(Words a) { return {vshrq_n_u64(a.r, 32)}; }
 // Whether each word is at least `limit`.
