@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def model(request: pytest.FixtureRequest, example: Any) -> Any:
 
 def written(example: Any, model: Any, prompt: Any, tokens: int, chunk: int = 256, temperature: float = 1.0) -> Any:
     caches = example.new_caches(model.config, len(prompt) + tokens)
-    return list(example.generate(model, caches, prompt, tokens, example.Chooser(temperature), chunk))
+    read = partial(example.read_prompt, chunk=chunk)
+    return list(example.generate(model, caches, prompt, tokens, example.Chooser(temperature), read))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

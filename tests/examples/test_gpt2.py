@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,12 @@ def test_logits(pair: tuple[Any, Any]) -> None:
     assert np.std(wanted) > 0.5
 
 
-def test_64_tokens(pair: tuple[Any, Any], gpt2: Any) -> None:
+def test_64_tokens(pair: tuple[Any, Any], gpt2: Any, load_example: Any) -> None:
     model, peer = pair
     prompt = draw(model, 20)
     choose = gpt2.Chooser(allowed=np.arange(model.config.vocabulary))
-    found = list(gpt2.generate(model, gpt2.new_caches(model.config, 84), prompt, 64, choose, chunk=7))
+    read = partial(load_example("generate").read_prompt, chunk=7)
+    found = list(gpt2.generate(model, gpt2.new_caches(model.config, 84), prompt, 64, choose, read))
     assert found == greedy(peer, prompt, 64)
 
 
