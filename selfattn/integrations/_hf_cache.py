@@ -40,18 +40,15 @@ class Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
 
     Examples
     --------
-    >>> from selfattn.integrations import transformers as selfattn_transformers
-    >>> selfattn_transformers.register()
     >>> import torch
-    >>> from transformers import AutoModelForCausalLM, LlamaConfig
-    >>> config = LlamaConfig(
-    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-    ... )
-    >>> model = AutoModelForCausalLM.from_config(config, attn_implementation="selfattn")
-    >>> cache = selfattn_transformers.Cache(model.config)
-    >>> tokens = model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=2, do_sample=False)
+    >>> from transformers import LlamaConfig
+    >>> from selfattn.integrations.transformers import Cache
+    >>> config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    >>> cache = Cache(config)  # for `model.generate(..., past_key_values=cache)`
+    >>> k = v = torch.ones((1, 4, 3, 8))
+    >>> keys, values = cache.update(k, v, layer_idx=0)
     >>> cache.get_seq_length()
-    4
+    3
     """
 
     def __init__(self, config: Any = None, *, dtype: Any = None, offloading: bool = False) -> None:
