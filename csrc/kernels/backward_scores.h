@@ -67,9 +67,9 @@ struct BackwardScores {
   static void differentiate(const BackwardBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& seen,
                             int before, const T* factors) {
     if (block.terms.softcap != 0 || factors || block.dscores)
-      change_cells<Cols, true>(block, s, strip.first_row, {before, seen.count}, factors);
+      change_cells<Cols, true>(block, s, strip, {before, seen.count}, factors);
     else
-      change_cells<Cols, false>(block, s, strip.first_row, {before, seen.count}, nullptr);
+      change_cells<Cols, false>(block, s, strip, {before, seen.count}, nullptr);
     const std::int64_t first = seen.first - block.first_key;
     if (block.dscores)
       keep({s.dprobs, Cols * W}, strip, seen.count, static_cast<T*>(block.dscores) + first, block.dscore_step);
@@ -85,12 +85,14 @@ struct BackwardScores {
 
   // `Some`: there is a softcap, dropout, or a wanted gradient of scores, which is left in the place of dprobs.
   template <int Cols, bool Some>
-  static void change_cells(const BackwardBlock& block, const Scratch& s, int first_row, KeyIndices keys,
+  static void change_cells(const BackwardBlock& block, const Scratch& s, const Strip& strip, KeyIndices keys,
                            const T* factors) {
     const Vec<T> nothing = broadcast(minus_infinity<T>), zero = broadcast(T(0));
     Vec<T> shift[Cols], factor[Cols], delta[Cols];
+    Mask<T> absent[Cols];  // lanes without a row, which may share a cell with one
     for (int c = 0; c < Cols; ++c) {
-      const int row = first_row + c * W;
+      const int row = strip.first_row + c * W;
+      absent[c] = broadcast(static_cast<T>(strip.rows - c * W)) <= iota(T());
       shift[c] = load(static_cast<const T*>(block.shift) + row);
       factor[c] = load(static_cast<const T*>(block.factor) + row);
       delta[c] = load(static_cast<const T*>(block.delta) + row);
@@ -104,7 +106,7 @@ struct BackwardScores {
           if (key + i >= keys.count) continue;
           const int place = ((key + i) * Cols + c) * W;
           const Vec<T> score = load(s.scores + place);
-          const Mask<T> hidden = score == nothing;
+          const Mask<T> hidden = (score == nothing) | absent[c];
           const Vec<T> prob = select(hidden, zero, exp2(score - shift[c]) * factor[c]);
           Vec<T> dprob = load(s.dprobs + place);
           weight[i] = prob;
@@ -116,7 +118,7 @@ struct BackwardScores {
           if (Some) store(s.dprobs + place, dscore[i]);  // before the softcap
           if (capped) dscore[i] = select(hidden, zero, dscore[i] * load(s.slopes + place));
         }
-        const int index = keys.first + key, row = first_row + c * W;
+        const int index = keys.first + key, row = strip.first_row + c * W;
         Unit::keep_lines(weight, s.line(s.probs, index, row), s.block_lanes / cell);
         Unit::keep_lines(dscore, s.line(s.dscores, index, row), s.block_lanes / cell);
         Unit::keep_joined(dscore, s.joined(index, row));

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.dtypes("float32", "float64")
 BOTH = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 
 # Several strips, blocks of rows, blocks of keys and, with 64 elements per vector, ranges of keys.
-SHAPES = [(2, 4, 2, 40, 70, 5), (1, 2, 1, 130, 450, 64)]
+SHAPES = [(2, 4, 2, 40, 70, 5), (1, 1, 1, 33, 51, 8), (1, 2, 1, 130, 450, 64)]
 NAMES = ("q", "k", "v", "scale", "sinks", "alibi_slopes", "bias")
 
 
