@@ -38,7 +38,7 @@ MODULES += [
     "properties",
     "guard_pages",
 ]
-MATRIX_MODULES = ["matrix_units", "narrow", "narrow_numbers", "narrow_layers"]
+MATRIX_MODULES = ["matrix_units", "few_rows", "narrow", "narrow_numbers", "narrow_layers"]
 LEAST_KILLED = 0.9
 
 
