@@ -8,7 +8,17 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
 
-// Prefetches `width` elements.
+// Prefetches a line into L1, which is where loads that cross lines must find both.
+inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Whether a new line starts `d` elements after the start of a line. d is a multiple of `Step`.
+template <class E, int Step>
+inline bool starts_line(std::int64_t d) {
+  constexpr std::int64_t line = cache_line / static_cast<std::int64_t>(sizeof(E));
+  return Step % line == 0 || d % line == 0;
+}
+
+// Prefetches `width` elements into L2.
 template <class T>
 inline void fetch(const T* row, std::int64_t width) {
   for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))

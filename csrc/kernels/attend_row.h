@@ -59,9 +59,9 @@ struct RowAttention {
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
     if ((limited || hidden) && !Products::finite_values(keys, block.value_dim)) {
       if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.terms, s.terms);
-      return Products::accumulate_visible(block, s, tile, keys);
+      return Products::Values::accumulate_visible(block, s, tile, keys);
     }
-    Products::accumulate(block, s, keys);
+    Products::Values::accumulate(block, s, keys);
   }
 
   // Whether some row sees only some keys of the tile. Lanes that pad the last vector are beyond every row's end.

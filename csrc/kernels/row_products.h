@@ -6,6 +6,7 @@
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
+#include "kernels/row_values.h"
 #include "kernels/score_tile.h"
 #include "kernels/scratch.h"
 #include "kernels/values.h"
@@ -16,6 +17,8 @@ namespace selfattn::SELFATTN_ISA {
 template <class T, class E>
 struct FmaDots {
   using Q = T;
+  template <int MaxSums>
+  using Values = FmaValues<T, MaxSums, E>;
   static constexpr const char* unit = "fma";
   static constexpr int elements = Vec<T>::width;
   static Vec<T> load_whole(const E* p) { return load(p); }
@@ -32,8 +35,6 @@ template <class T, int MaxSums, class E, class Dots>
 struct RowProducts {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
-  // Keys or values that stay in L1 while several rows or dims reuse them: 32 rows of 128 floats are 16 KiB.
-  static constexpr int chunk_keys = 32;
   static constexpr int keys_ahead = 16;
   // Up to this many rows, reading each key once and in order matters more than saving loads.
   static constexpr int rows_by_key = 2;
@@ -80,57 +81,14 @@ struct RowProducts {
     }
   }
 
-  struct Chunk {
-    const void* const* values;
-    int first_key;
-    int count;
-
-    Chunk(const KeyBlock& keys, int first)
-        : values(keys.value_rows + first),
-          first_key(first),
-          count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
-  };
-
-  // out = out * rescale + probs . values, one chunk of keys after another.
-  static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
-    for (int first = 0; first < keys.count; first += chunk_keys) {
-      accumulate_rows<max_rows_at_once>(block, s, Chunk(keys, first), 0);
-    }
-  }
-
-  // Computes the same sums in the same order, but skips hidden keys instead of multiplying them by 0.
-  static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
-                                 const KeyBlock& keys) {
-    for (int r = 0; r < block.count; ++r)
-      for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
-        for (int first = 0; first < keys.count; first += chunk_keys) {
-          const Chunk chunk(keys, first);
-          Vec<T> sum = broadcast(T(0));
-          for (int j = first; j < first + chunk.count; ++j) {
-            const Mask<T> seen =
-                visible<AcrossKeys>(tile, r, j / W * W) & (iota(T()) == broadcast(static_cast<T>(j % W)));
-            if (!any(seen)) continue;
-            const Vec<T> value = load_up_to(row_of(keys.value_rows, j) + dim, block.value_dim - dim);
-            sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
-          }
-          add_sum(s, chunk, r, dim, sum);
-        }
-  }
+  using Values = typename Dots::template Values<MaxSums>;
 
   static bool finite_values(const KeyBlock& keys, std::int64_t value_dim) {
     if constexpr (scaled<E>) return all_finite([&](int) { return keys.value_scales; }, 1, keys.count);
-    return all_finite([&](int j) { return row_of(keys.value_rows, j); }, keys.count, value_dim);
+    return all_finite([&](int j) { return row_of<E>(keys.value_rows, j); }, keys.count, value_dim);
   }
 
  private:
-  // Makes the compiler keep one base register: columns are address offsets from it instead of a register each.
-  static const E* one_base(const E* p) {
-    asm("" : "+r"(p));
-    return p;
-  }
-
-  static const E* row_of(const void* const* rows, int j) { return static_cast<const E*>(rows[j]); }
-
   // Computes the scores of the keys in [first, last), `Rows` rows at a time and `Abreast` keys at a time. For the
   // remaining rows, `Rows` is halved.
   template <int Rows, int Abreast>
@@ -144,19 +102,22 @@ struct RowProducts {
       for (int j = first; j < last; j += Keys) {
         const T* queries = s.queries + row * s.query_step;
         Vec<T> sums[W];
-        if (Abreast > 1 && row == 0)
-          for (int k = 0; k < Keys; ++k) fetch(row_of(keys.key_rows, j + keys_ahead + k), block.head_dim);
 #pragma GCC unroll 16
         for (int k = 0; k < Keys; k += abreast) {
           const E* key[abreast];  // beyond the end, the last key is read again; its sums go to hidden lanes
           for (int i = 0; i < abreast; ++i)
-            key[i] = row_of(keys.key_rows, j + k + i < keys.count ? j + k + i : keys.count - 1);
+            key[i] = row_of<E>(keys.key_rows, j + k + i < keys.count ? j + k + i : keys.count - 1);
+          const E* later[abreast];
+          for (int i = 0; i < abreast; ++i) later[i] = row_of<E>(keys.key_rows, j + k + i + keys_ahead);
           Vec<T> dots[abreast][Rows];
           for (auto& line : dots)
             for (Vec<T>& dot : line) dot = broadcast(T(0));
           const auto step = [&](std::int64_t d, auto load_key) {
             Vec<T> right[abreast];
-            for (int i = 0; i < abreast; ++i) right[i] = load_key(key[i] + d);
+            for (int i = 0; i < abreast; ++i) {
+              if (row == 0 && starts_line<E, elements>(d)) fetch_line(later[i] + d);
+              right[i] = load_key(key[i] + d);
+            }
             for (int r = 0; r < Rows; ++r) {
               const Vec<T> query = in_register(load(queries + r * s.query_step + d / (elements / W)));
               for (int i = 0; i < abreast; ++i) dots[i][r] = Dots::add_product(query, right[i], dots[i][r]);
@@ -187,59 +148,11 @@ struct RowProducts {
       const int place = key + i % Keys;
       if (products[i] == products[i] || place >= keys.count) continue;
       const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
-      const E* data = row_of(keys.key_rows, place);
+      const E* data = row_of<E>(keys.key_rows, place);
       T sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
       products[i] = sum * static_cast<T>(block.terms.multiplier);
     }
-  }
-
-  // Processes as many rows at a time as fit, so that each value is loaded and widened once for all of them.
-  template <int Rows>
-  static void accumulate_rows(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row) {
-    constexpr int columns = MaxSums / Rows;
-    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
-    if constexpr (Rows > 1)
-      if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
-  }
-
-  // Processes `Cols` vectors of dims at a time. For the remaining dims, `Cols` is halved.
-  template <int Rows, int Cols>
-  static void accumulate_dims(const RowBlock& block, const Scratch& s, const Chunk& chunk, int row, std::int64_t dim) {
-    const auto sweep = [&](auto load_value) {
-      Vec<T> sums[Rows][Cols];
-      for (auto& line : sums)
-        for (Vec<T>& sum : line) sum = broadcast(T(0));
-      const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      // A single row reads memory in order and is bound by it. Of more rows, the last group prefetches the next chunk.
-      const bool asks = Rows > 1 && row + Rows == block.count;
-      for (int j = 0; j < chunk.count; ++j) {
-        const E* value = one_base(row_of(chunk.values, j) + dim);
-        const E* later = one_base(row_of(chunk.values, j + chunk_keys) + dim);
-        for (int c = 0; c < Cols; ++c) {
-          if (asks) __builtin_prefetch(later + c * W, 0, 2);
-          const Vec<T> right = in_register(load_value(value + c * W));
-          for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c) add_sum(s, chunk, row + r, dim + c * W, sums[r][c]);
-    };
-    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const E* p) { return load(p); });
-    if constexpr (Cols > 1) {
-      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, chunk, row, dim);
-    } else if (dim < block.value_dim) {
-      const int tail = static_cast<int>(block.value_dim - dim);
-      sweep([tail](const E* p) { return load_partial(p, tail); });
-    }
-  }
-
-  static void add_sum(const Scratch& s, const Chunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
-    T* out = s.out + row * s.out_step + dim;
-    const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
-    store(out, fma(load(out), broadcast(rescale), sum));
   }
 };
 

@@ -116,7 +116,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "window": (lambda q, k, v: attention(q, k, v, window=3), TypeError, "window is 3, but a pair"),
     "shape": (lambda q, k, v: attention(q.requires_grad_(), k[..., :3], v), ValueError, "k has head_dim 3 but q has"),
     "flag": (lambda q, k, v: attention(q, k, v, return_lse=1), TypeError, "return_lse is 1"),
-    "rate": (lambda q, k, v: attention(q, k, v, dropout=1.0), ValueError, "dropout is 1, but it must be"),
+    "rate": (lambda q, k, v: attention(q, k, v, dropout=1.0), ValueError, "dropout is 1.0, but it must be"),
     "seed": (lambda q, k, v: attention(q, k, v, dropout=0.5, seed=-1), ValueError, "seed is -1"),
     "layout": (lambda q, k, v: attention(q, k, v, layout="sbhd"), ValueError, "layout is 'sbhd'"),
 }  # fmt: skip

@@ -1,0 +1,126 @@
+// The row kernel's sums of values. Vectors run along value_dim.
+#pragma once
+#include "kernels/ahead.h"
+#include "kernels/element_type.h"
+#include "kernels/kernel_set.h"
+#include "kernels/score_tile.h"
+#include "kernels/values.h"
+
+namespace selfattn::SELFATTN_ISA {
+
+template <class E>
+inline const E* row_of(const void* const* rows, int j) {
+  return static_cast<const E*>(rows[j]);
+}
+
+// Keys or values that stay in L1 while several rows or dims reuse them: 32 rows of 128 floats are 16 KiB.
+constexpr int chunk_keys = 32;
+
+struct ValueChunk {
+  const void* const* values;
+  int first_key;
+  int count;
+
+  ValueChunk(const KeyBlock& keys, int first)
+      : values(keys.value_rows + first),
+        first_key(first),
+        count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
+};
+
+// The sums of a chunk's values, one per dim, are added to the outputs of a row.
+template <class T, class Scratch>
+inline void add_sum(const Scratch& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
+  T* out = s.out + row * s.out_step + dim;
+  const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
+  store(out, fma(load(out), broadcast(rescale), sum));
+}
+
+// Whether a row sees a key of the tile.
+template <class T>
+inline bool sees(const ScoreTile<T>& tile, int row, int key) {
+  constexpr int W = Vec<T>::width;
+  return any(visible<AcrossKeys>(tile, row, key / W * W) & (iota(T()) == broadcast(static_cast<T>(key % W))));
+}
+
+// MaxSums: vector accumulators that fit the registers along with their operands. E: type of values in memory.
+template <class T, int MaxSums, class E>
+struct FmaValues {
+  static constexpr int W = Vec<T>::width;
+  static constexpr int max_rows_at_once = W < 4 ? W : 4;
+
+  // out = out * rescale + probs . values, one chunk of keys after another.
+  template <class Scratch>
+  static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+    for (int first = 0; first < keys.count; first += chunk_keys)
+      accumulate_rows<max_rows_at_once>(block, s, ValueChunk(keys, first), 0);
+  }
+
+  // Computes the same sums in the same order, but skips hidden keys instead of multiplying them by 0.
+  template <class Scratch>
+  static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
+                                 const KeyBlock& keys) {
+    for (int r = 0; r < block.count; ++r)
+      for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
+        for (int first = 0; first < keys.count; first += chunk_keys) {
+          const ValueChunk chunk(keys, first);
+          Vec<T> sum = broadcast(T(0));
+          for (int j = first; j < first + chunk.count; ++j) {
+            if (!sees(tile, r, j)) continue;
+            const Vec<T> value = load_up_to(row_of<E>(keys.value_rows, j) + dim, block.value_dim - dim);
+            sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
+          }
+          add_sum(s, chunk, r, dim, sum);
+        }
+  }
+
+ private:
+  // Makes the compiler keep one base register: columns are address offsets from it instead of a register each.
+  static const E* one_base(const E* p) {
+    asm("" : "+r"(p));
+    return p;
+  }
+
+  // Processes as many rows at a time as fit, so that each value is loaded and widened once for all of them.
+  template <int Rows, class Scratch>
+  static void accumulate_rows(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row) {
+    constexpr int columns = MaxSums / Rows;
+    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
+    if constexpr (Rows > 1)
+      if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
+  }
+
+  // Processes `Cols` vectors of dims at a time. For the remaining dims, `Cols` is halved.
+  template <int Rows, int Cols, class Scratch>
+  static void accumulate_dims(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row,
+                              std::int64_t dim) {
+    const auto sweep = [&](auto load_value) {
+      Vec<T> sums[Rows][Cols];
+      for (auto& line : sums)
+        for (Vec<T>& sum : line) sum = broadcast(T(0));
+      const T* probs = s.scores + row * s.score_step + chunk.first_key;
+      const bool asks = row + Rows == block.count;  // the last rows prefetch the next chunk
+      for (int j = 0; j < chunk.count; ++j) {
+        const E* value = one_base(row_of<E>(chunk.values, j) + dim);
+        const E* later = one_base(row_of<E>(chunk.values, j + chunk_keys) + dim);
+        for (int c = 0; c < Cols; ++c) {
+          if (asks && starts_line<E, W>(c * W)) fetch_line(later + c * W);
+          const Vec<T> right = in_register(load_value(value + c * W));
+          for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < Cols; ++c) add_sum(s, chunk, row + r, dim + c * W, sums[r][c]);
+    };
+    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const E* p) { return load(p); });
+    if constexpr (Cols > 1) {
+      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, chunk, row, dim);
+    } else if (dim < block.value_dim) {
+      const int tail = static_cast<int>(block.value_dim - dim);
+      sweep([tail](const E* p) { return load_partial(p, tail); });
+    }
+  }
+};
+
+}  // namespace selfattn::SELFATTN_ISA
