@@ -17,11 +17,15 @@ MATRIX_ROUNDINGS = {
 }
 
 
+# Units that multiply unrounded operands, summing in float32.
+EXACT_UNITS = ("fma", "bfloat16 dots")
+
+
 def rounding(q: Any, k: Any, v: Any, precision: Precision = "highest", **options: Any) -> tuple[float, float]:
     """Return the entry for the unit that a call runs on; zeros if its products are exact."""
     unit = explain(q, k, v, precision=precision, **options)["unit"]
     return (
         (0.0, 0.0)
-        if unit == "fma"
+        if unit in EXACT_UNITS
         else MATRIX_ROUNDINGS[q.dtype.name, "highest" if q.dtype.itemsize == 2 else precision]
     )

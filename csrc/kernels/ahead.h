@@ -11,11 +11,9 @@ constexpr std::int64_t cache_line = 64;
 // Prefetches a line into L1, which is where loads that cross lines must find both.
 inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// Whether a new line starts `d` elements after the start of a line. d is a multiple of `Step`.
-template <class E, int Step>
-inline bool starts_line(std::int64_t d) {
-  constexpr std::int64_t line = cache_line / static_cast<std::int64_t>(sizeof(E));
-  return Step % line == 0 || d % line == 0;
+template <class E>
+inline void fetch_lines(const E* row, std::int64_t width) {
+  for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(E))) fetch_line(row + i);
 }
 
 // Prefetches `width` elements into L2.

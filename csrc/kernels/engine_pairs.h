@@ -1,7 +1,6 @@
 // A tile kernel's two products with dot products of bfloat16 pairs (engine_fma.h defines the engine interface).
 #pragma once
 #include "kernels/pair_operands.h"
-#include "kernels/row_pair_values.h"
 #include "kernels/tile_matmul.h"
 
 namespace selfattn::SELFATTN_ISA {
@@ -12,12 +11,10 @@ struct PairUnit {
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 
-// For the row kernel. Queries and keys are bfloat16, so their products are exact.
+// For the row kernel. Only its scores are products of pairs: queries and keys are bfloat16, so the products are exact.
 struct PairDots {
   using Q = BFloat;
-  template <int MaxSums>
-  using Values = PairValues<MaxSums>;
-  static constexpr const char* unit = "bfloat16 pairs";
+  static constexpr const char* unit = "bfloat16 dots";
   static constexpr int elements = 2 * VecF::width;
   static VecF load_whole(const BFloat* p) { return load_cells(p, elements); }
   static VecF load_some(const BFloat* p, std::int64_t n) { return load_cells(p, n); }

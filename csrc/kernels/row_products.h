@@ -17,8 +17,6 @@ namespace selfattn::SELFATTN_ISA {
 template <class T, class E>
 struct FmaDots {
   using Q = T;
-  template <int MaxSums>
-  using Values = FmaValues<T, MaxSums, E>;
   static constexpr const char* unit = "fma";
   static constexpr int elements = Vec<T>::width;
   static Vec<T> load_whole(const E* p) { return load(p); }
@@ -81,7 +79,7 @@ struct RowProducts {
     }
   }
 
-  using Values = typename Dots::template Values<MaxSums>;
+  using Values = FmaValues<T, MaxSums, E>;
 
   static bool finite_values(const KeyBlock& keys, std::int64_t value_dim) {
     if constexpr (scaled<E>) return all_finite([&](int) { return keys.value_scales; }, 1, keys.count);
@@ -112,10 +110,13 @@ struct RowProducts {
           Vec<T> dots[abreast][Rows];
           for (auto& line : dots)
             for (Vec<T>& dot : line) dot = broadcast(T(0));
+          constexpr bool whole_lines = elements * sizeof(E) % cache_line == 0;
+          if (row == 0 && !whole_lines)
+            for (const E* rows : later) fetch_lines(rows, block.head_dim);
           const auto step = [&](std::int64_t d, auto load_key) {
             Vec<T> right[abreast];
             for (int i = 0; i < abreast; ++i) {
-              if (row == 0 && starts_line<E, elements>(d)) fetch_line(later[i] + d);
+              if (row == 0 && whole_lines) fetch_line(later[i] + d);
               right[i] = load_key(key[i] + d);
             }
             for (int r = 0; r < Rows; ++r) {

@@ -45,18 +45,6 @@ inline void store_halves(float* low, float* high, VecF cells) {
   _mm256_storeu_ps(high, _mm512_extractf32x8_ps(cells.r, 1));
 }
 
-// Makes cells of the numbers at the same place of two vectors, each of 32 adjacent bfloat16.
-inline void zip(VecF first, VecF second, VecF (&cells)[2]) {
-  alignas(64) static constexpr std::uint16_t order[2][32] = {
-      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-  for (int i = 0; i < 2; ++i)
-    cells[i].r = _mm512_castsi512_ps(_mm512_permutex2var_epi16(
-        _mm512_castps_si512(first.r), _mm512_load_si512(order[i]), _mm512_castps_si512(second.r)));
-}
-
 // Rounds to the nearest bfloat16. Overflow gives Inf, and subnormal numbers give 0.
 inline VecF round_to_bfloat(VecF a) {
   const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.r)));

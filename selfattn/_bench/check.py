@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 import selfattn
 from selfattn import reference
 
-from .._rounding import MATRIX_ROUNDINGS
+from .._rounding import EXACT_UNITS, MATRIX_ROUNDINGS
 from .numbers import UNIT_ROUNDOFF, bound_of, computed_in, numpy_dtype, rounded_bound
 from .workload import Array, Arrays, Workload
 
@@ -60,7 +60,7 @@ class Units:
     @classmethod
     def of(cls, sigma: float, dtype: str, precision: str, unit: str) -> Units:
         """Return the bounds for a dtype, a precision, and the unit that `explain` names."""
-        values, scores = (0.0, 0.0) if unit == "fma" else MATRIX_ROUNDINGS.get((dtype, precision), (0.0, 0.0))
+        values, scores = (0.0, 0.0) if unit in EXACT_UNITS else MATRIX_ROUNDINGS.get((dtype, precision), (0.0, 0.0))
         roundoff = UNIT_ROUNDOFF[computed_in(dtype)]
         own, rounded = 16.0 + 4.0 * sigma, sigma * scores / roundoff
         # A weight's error comes from its own score and, through the division, from all other scores of its row.
@@ -85,7 +85,7 @@ def unit_of(workload: Workload) -> str:
     units = [explained(w.batch, w.q_len)]
     if w.cache and w.cache.cascade:  # the queries of all sequences attend to the shared prompt in one call
         units.append(explained(1, w.batch * w.q_len))
-    return next((unit for unit in units if unit != "fma"), units[0])
+    return next((unit for unit in units if unit not in EXACT_UNITS), units[0])
 
 
 def coarse_error(workload: Workload) -> float:

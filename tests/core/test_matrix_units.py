@@ -58,8 +58,8 @@ def test_the_unit_is_the_set_s(isa: str, normal: Any, dtype: Any, precision: str
     q, k, v = operands(normal, dtype, 60, 60, 16, 16)
     assert sa.explain(q, k, v, precision=precision)["unit"] == UNITS.get(isa, {}).get((dtype, precision), "fma")
     few = sa.explain(q[:, :, :1], k, v, precision=precision)
-    pairs = isa == "avx512_bf16" and dtype == BFLOAT16
-    assert (few["kernel"], few["unit"]) == ("row", "bfloat16 pairs" if pairs else "fma")
+    dots = isa == "avx512_bf16" and dtype == BFLOAT16
+    assert (few["kernel"], few["unit"]) == ("row", "bfloat16 dots" if dots else "fma")
     wide = q.astype(np.float64)
     assert sa.explain(wide, wide, wide, precision=precision)["unit"] == "fma"
 
