@@ -52,6 +52,17 @@ def test_grad_out_may_be_float32(isa: str, normal: Any, dtype: Any) -> None:
 
 
 @NARROW
+def test_a_float32_grad_out_is_not_rounded(isa: str, normal: Any, dtype: Any) -> None:
+    q, k, v = (normal(2, n, 9, dtype=dtype) for n in (50, 70, 70))
+    _, vjp = sa.attention_vjp(q, k, v, wrt=("bias",), bias=np.zeros((50, 70), np.float32))
+    grad_out, factor = normal(2, 50, 9, dtype=dtype).astype(np.float32), np.float32(1 + 2.0**-12)
+    one, more = vjp(grad_out).bias, vjp(grad_out * factor).bias
+    assert one is not None
+    assert more is not None
+    assert np.max(abs(more - one * factor)) <= 1e-5 * np.max(abs(one))
+
+
+@NARROW
 def test_an_exact_out_makes_gradients_more_accurate(isa: str, normal: Any, dtype: Any) -> None:
     # Values are nearly alike: gradients cancel.
     q, k, v = (

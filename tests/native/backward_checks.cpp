@@ -64,7 +64,7 @@ class Rows {
 
 template <class T, class E>
 int operand_lanes(const BackwardKernel& kernel) {
-  return kernel.lanes * static_cast<int>(sizeof(T) / sizeof(E));
+  return kernel.lanes * (sizeof(E) < sizeof(T) ? 2 : 1);
 }
 
 // A block of rows, of which each sees another range of keys. Some see none, and some keys are seen by no row. E: the
