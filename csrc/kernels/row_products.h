@@ -110,7 +110,7 @@ struct RowProducts {
           Vec<T> dots[abreast][Rows];
           for (auto& line : dots)
             for (Vec<T>& dot : line) dot = broadcast(T(0));
-          constexpr bool whole_lines = elements * sizeof(E) % cache_line == 0;
+          constexpr bool whole_lines = elements * static_cast<int>(sizeof(E)) % cache_line == 0;
           if (row == 0 && !whole_lines)
             for (const E* rows : later) fetch_lines(rows, block.head_dim);
           const auto step = [&](std::int64_t d, auto load_key) {

@@ -103,7 +103,7 @@ struct FmaValues {
         const E* value = one_base(row_of<E>(chunk.values, j) + dim);
         const E* later = one_base(row_of<E>(chunk.values, j + chunk_keys) + dim);
         for (int c = 0; c < Cols; ++c) {
-          if (asks && c * W * sizeof(E) % cache_line == 0) fetch_line(later + c * W);
+          if (asks && c * W * static_cast<int>(sizeof(E)) % cache_line == 0) fetch_line(later + c * W);
           const Vec<T> right = in_register(load_value(value + c * W));
           for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
         }
