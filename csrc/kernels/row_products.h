@@ -23,7 +23,7 @@ struct FmaDots {
   static Vec<T> load_some(const E* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> load_query(const Q* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> add_product(Vec<T> query, Vec<T> key, Vec<T> sum) { return fma(query, key, sum); }
-  // Whether the unit takes subnormal numbers for 0. Then a subnormal number times Inf is NaN, which recompute_dots
+  // Whether the unit treats subnormal numbers as 0. Then a subnormal number times Inf is NaN, which recompute_dots
   // corrects.
   static constexpr bool flushes = false;
 };
@@ -45,7 +45,7 @@ struct RowProducts {
     T* queries;  // [row][query_step], as Dots loads them, zero-padded
     T* out;      // [row][out_step]
     T* scores;   // [row][score_step]
-    T* terms;    // the same shape
+    T* terms;    // [row][score_step]
     T* rescale;
     RowPlaces<T> places;
     std::size_t bytes;
