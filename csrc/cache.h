@@ -53,7 +53,7 @@ class CachedKeys {
   View keys_, values_, key_scales_, value_scales_;
 };
 
-// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width), or in layout bshd of an array with
+// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width), or, in layout bshd, of an array with
 // the axes of the view.
 struct TokensView {
   std::int64_t shape[4], strides[4];

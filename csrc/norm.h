@@ -10,7 +10,7 @@
 
 namespace selfattn {
 
-// What rows are normalised to. The vectors are contiguous numbers of the type of computation, or null.
+// How rows are normalised. Weight and bias are contiguous numbers of the type of computation, or null.
 struct Norm {
   const char* weight;
   const char* bias;

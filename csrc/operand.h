@@ -19,7 +19,7 @@ int leading_axes(const TensorView& view, int trailing);
 // axes.
 void place_batch(Problem& problem, Operand& operand, const TensorView& view, int trailing);
 
-// Sets everything else as well.
+// Sets all fields of the operand.
 void place(Problem& problem, Operand& operand, const TensorView& view, const Axes& axes, std::int64_t page = 0);
 
 // Whether rows at these strides are contiguous, aligned elements.

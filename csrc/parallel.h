@@ -17,13 +17,13 @@ struct Region {
 constexpr int caller_thread = 0;
 
 // Returns the size chosen for the team. It is less than num_threads if other threads of this process are in regions:
-// all teams together should have at most one thread per CPU, but each has its caller. The team is smaller than the
-// chosen size if threads cannot be started.
+// all teams together should have at most one thread per CPU, although each team has at least its calling thread. The
+// team is smaller than the chosen size if threads cannot be started.
 int run_region(const Region& region, int num_threads);
 
 // Default number of threads of a call: that of set_default_threads, else the minimum of OpenMP's setting in this
 // thread, the hardware's threads, the CPUs in this thread's affinity and the control group's quota, rounded up.
-// `source` names the one that decided.
+// `source` names the limit that decided.
 struct ThreadDefault {
   int count;
   const char* source;

@@ -37,8 +37,9 @@ struct Operand {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// One batch axis of an operand, or several that it steps through evenly. Operands that a single stride (Operand::batch)
-// can describe have none. Entry b is at the sum of b / inside % extent * stride over the axes.
+// One batch axis of an operand, or several adjacent axes that one stride steps through. An operand has none if
+// Operand::batch alone describes all its batch axes. Entry b is at the sum of b / inside % extent * stride over the
+// axes.
 struct BatchAxis {
   std::int64_t inside;  // batch entries per step
   std::int64_t extent;
@@ -80,7 +81,7 @@ struct PerHead {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// A row for each distance i + offset - j of query i and key j: row clamp(distance + origin, 0, count - 1).
+// One row for each distance i + offset - j of query i and key j, at index clamp(distance + origin, 0, count - 1).
 struct ByDistance {
   PerHead rows;
   std::int64_t count = 0;
@@ -129,7 +130,7 @@ struct AttentionArguments : Settings {
   std::int64_t key_scale_page = 0, value_scale_page = 0;
   TensorView kv_starts;
   bool recent_mask = false;      // the mask covers only the newest q_len keys
-  std::int64_t first_entry = 0;  // dropout counts batch entries from here
+  std::int64_t first_entry = 0;  // for dropout: the index of batch entry 0
 };
 
 struct Problem {
@@ -173,7 +174,7 @@ struct Problem {
   std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
   std::int64_t queries_of(std::int64_t batch_index) const;       // number of valid queries
   std::int64_t exact_offset_of(std::int64_t batch_index) const;  // key aligned with query 0, any int64
-  std::int64_t offset_of(std::int64_t batch_index) const;        // the same, clamped so that sums cannot overflow
+  std::int64_t offset_of(std::int64_t batch_index) const;  // exact_offset_of, clamped so that sums cannot overflow
 };
 
 static_assert(sizeof(Problem) < 2048);  // a call of many sequences has one for each
