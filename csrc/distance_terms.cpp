@@ -29,7 +29,7 @@ bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most)
   return (visible.least && most < *visible.least) || (visible.most && least > *visible.most);
 }
 
-// Packs the vectors of distance, distance - 1, ... as the columns of one panel.
+// Packs the vectors of the distances `distance`, `distance` - 1, ... as the columns of one panel.
 void pack(const Problem& problem, const RelativeProducts& relative, const DistanceMemory& memory, std::int64_t head,
           std::int64_t distance) {
   const PerHead& rows = problem.relative.rows;
@@ -159,7 +159,7 @@ void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   }
 }
 
-// The caller's bias differs between rows, so each row has a line with the sum of both.
+// The caller's bias differs between rows, so each row has a line of its own, with the sum of both biases.
 template <class T>
 void DistanceTerms::add_biases(std::int64_t first, int count) const {
   const double hidden = -std::numeric_limits<double>::infinity();

@@ -10,7 +10,8 @@
 namespace selfattn {
 namespace {
 
-// With fewer rows per thread than this, all threads share each product, so that each reads only some of the weights.
+// With fewer rows per thread than this, all threads share each product, so that each thread reads only some of the
+// weights.
 constexpr std::int64_t rows_per_thread = 48;
 
 LinearJob first_job(const FeedForwardJob& job, char* hidden) {

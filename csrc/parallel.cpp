@@ -71,11 +71,11 @@ struct Team {
   std::unique_lock<std::mutex> growing{};
   std::thread::id caller = std::this_thread::get_id();
   std::atomic<int> next{caller_thread + 1};
-  ThreadOnCpu last{};  // the thread that came last
+  ThreadOnCpu last{};  // the thread that joined last
 };
 
-// The calling thread is caller_thread. The others draw their numbers from a counter, because those of OpenMP are
-// unreliable if a process has two OpenMP runtimes.
+// The calling thread is caller_thread. The others draw their numbers from a counter, because OpenMP's thread numbers
+// are unreliable if a process has two OpenMP runtimes.
 void join(void* context) {
   Team& team = *static_cast<Team*>(context);
   const bool is_caller = std::this_thread::get_id() == team.caller;
@@ -107,8 +107,8 @@ int startable_threads(int count) {
 }
 
 // libgomp terminates the process if it cannot start a thread, so we first test how many can be started. libgomp keeps
-// the threads of the calling thread's last team, so only a larger team needs new threads. Other processes of the same
-// user may still take them in between.
+// the threads of the calling thread's last team, so only a larger team needs new threads. Between the test and the
+// region, other processes of the same user may still use up these threads.
 int granted_threads(int wanted, std::unique_lock<std::mutex>& growing) {
   thread_local int team = 1;
   if (wanted > team) {
@@ -209,8 +209,8 @@ class Seats {
 }  // namespace
 
 int run_region(const Region& region, int num_threads) {
-  // A signal handler that runs while this thread polls may start another region. That one gets no threads: the team,
-  // and the helper after a fork, are busy with the interrupted region.
+  // A signal handler that runs while this thread polls may start another region. The new region gets no threads: the
+  // team, and the helper after a fork, are busy with the interrupted region.
   thread_local bool in_region = false;
   const auto run_alone = [&] {
     region.work(region.context, caller_thread);

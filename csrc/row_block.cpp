@@ -33,7 +33,7 @@ bool sees_a_key(const Problem& problem, const RowSpan& span, RowIndex index, con
   return false;
 }
 
-// Turns scores into weights. Keys outside the row's range have no scores and get 0.
+// Turns scores into weights. Keys outside the row's range have no scores and get weight 0.
 void finish_weights(const Problem& problem, const Plan& plan, const Row& row, double row_max, double row_sum,
                     bool undefined) {
   char* weights = static_cast<char*>(row.scores);
