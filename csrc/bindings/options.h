@@ -38,7 +38,7 @@ struct Options : Settings {
   py::object arrays[std::size(array_options)];  // in the order of array_options; null: absent
   bool return_lse = false, return_weights = false;
   bool exact = false;        // return out in the type of computation, and lse in float64
-  bool same_tokens = false;  // k and v are of the tokens of q: see Keys
+  bool same_tokens = false;  // k and v belong to the tokens of q: see Keys
   int num_threads = 0;       // 0: the default
 };
 

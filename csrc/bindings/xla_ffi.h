@@ -6,8 +6,8 @@
 
 namespace selfattn::xla {
 
-// XLA refuses to start its CPU backend with a handler whose minor version is newer than its own: report the oldest that
-// has everything used here.
+// XLA refuses to start its CPU backend with a handler whose minor version is newer than its own. So this is the oldest
+// version that has everything used here.
 constexpr int api_major = 0;
 constexpr int api_minor = 1;
 
@@ -25,7 +25,7 @@ struct Version {
   int minor_number;
 };
 
-// With this extension of a call frame, XLA asks for the handler's version: nothing is to be computed.
+// A call frame with this extension asks for the handler's version. The handler must then compute nothing.
 constexpr int metadata_kind = 1;
 
 struct Metadata {
