@@ -24,7 +24,8 @@ class RelativeSums {
   // Clears the thread's sums.
   void start(const BackwardThreadMemory& memory) const;
   // Computes the gradients of a block of rows and adds them to the thread's sums. The gradients of queries through q.k
-  // are in memory.dquery already; those through relative products are left in memory.relative.dquery.
+  // are in memory.dquery already; the gradients of queries through relative products are left in
+  // memory.relative.dquery.
   void visit(BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
   // Adds the sums that no later block changes to the head's gradients. Called after every block, visited or skipped.
   void deliver(BackwardTask& task, const RowSpan& span, bool last_of_head, const BackwardThreadMemory& memory) const;

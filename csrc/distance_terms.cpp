@@ -142,8 +142,8 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
   }
 }
 
-// One line per head, shared by its queries: the biases of the last query start at the line's first element, those of
-// the query before it at the second, and so on.
+// One line per head, shared by its queries: the biases of the last query start at the line's first element, the biases
+// of the query before it at the second element, and so on.
 template <class T>
 void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   for (std::int64_t i = 0; i < span_.heads; ++i) {

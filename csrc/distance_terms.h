@@ -36,7 +36,8 @@ DistanceMemory place_distance_memory(char* base, std::size_t& used, const Proble
 
 class DistanceTerms {
  public:
-  // `rows` are those of the span. Copies the queries of the relative products; prepare() sets the pointers of `rows`.
+  // `rows` are the rows of the span. Copies the queries of the relative products; prepare() sets the pointers of
+  // `rows`.
   DistanceTerms(const Problem& problem, const RelativeProducts& relative, const RowSpan& span, Row* rows,
                 const DistanceMemory& memory);
 

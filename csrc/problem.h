@@ -32,7 +32,7 @@ struct Operand {
   std::int64_t row = 0;
   std::int64_t column = 0;
   std::int64_t page = 0;   // see Pages
-  std::int64_t batch = 0;  // from one batch entry to the next; 0 if the operand has axes of its own
+  std::int64_t batch = 0;  // from one batch entry to the next; 0 if the operand has BatchAxis items
 
   explicit operator bool() const { return data != nullptr; }
 };
@@ -192,7 +192,7 @@ Shape out_shape(const Problem& problem);
 Shape lse_shape(const Problem& problem);
 Shape weights_shape(const Problem& problem);
 
-// Operands for arrays of these shapes: rows_shape, lse_shape, and one that broadcasts to weights_shape.
+// Operands for arrays of the shapes rows_shape and lse_shape, and for one that broadcasts to weights_shape.
 Operand place_rows(Problem& problem, const TensorView& view);
 Operand place_per_row(Problem& problem, const TensorView& view);
 Operand place_scores(Problem& problem, const TensorView& view);

@@ -42,7 +42,7 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const Source
 // Multiplies a contiguous row of floats or doubles by `factor`.
 void scale_row(char* row, DType dtype, std::int64_t count, double factor);
 
-// Writes a contiguous row to elements of the same type, or rounds it to a narrower one.
+// Writes a contiguous row to elements of the same type, or rounds it to a narrower type.
 void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count);
 
 }  // namespace selfattn

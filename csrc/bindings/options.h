@@ -48,7 +48,7 @@ const Options& options_of(py::handle object);
 AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
                                 const TensorView& v);
 
-// Whether `out` may share memory with an operand, so that writing it could change what is still to be read.
+// Whether `out` may share memory with an operand, so that writing `out` could change numbers that are still to be read.
 bool meets_any(const TensorView& out, const AttentionArguments& arguments);
 
 void register_options(py::module_& module);

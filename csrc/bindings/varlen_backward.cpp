@@ -1,4 +1,4 @@
-// attention_varlen_backward(): the gradients of attention_varlen, those of each sequence computed as if it were alone.
+// attention_varlen_backward(): the gradients of attention_varlen. Each sequence is computed as if it were alone.
 #include <string>
 
 #include "backward.h"

@@ -2,7 +2,7 @@
 //
 // A block of query rows attends to one block of keys after another:
 //   begin(rows); absorb(rows, keys 0..127); absorb(rows, keys 128..255); ...; finish(rows)
-// Everything that differs between rows is in Row, so kernels know nothing about batches, heads, groups or layouts.
+// Everything that differs between rows is in Row, so kernels do not deal with batches, heads, groups or layouts.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Row {
   std::int64_t key_end;      // end of the visible keys; mask and bias may hide keys in between
   std::int64_t position;     // ALiBi distances are measured from this key; without sinks, clamped to the visible keys
   double slope;              // ALiBi slope
-  double omitted;            // by how much clamping `position` raises every score (log2 units); subtracted from lse
+  double omitted;            // what clamping `position` adds to every score (log2 units); subtracted from lse
   double sink;               // logit that is added to the denominator only (log2 units), or -inf
   std::uint32_t place[3];    // identifies the row for dropout: batch entry, head, query
 };
@@ -269,7 +269,7 @@ struct MatrixKernels {
   // x and weights are bfloat16. Rows of x are 4-byte aligned, and an odd depth is zero-padded. Panels are
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
-  void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32, and the panels are the same
+  void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32; panels as for project_bf16
   const BackwardKernel* backward_bf16;               // bfloat16 operands
   PeakLoop peak_loop;
 };

@@ -32,8 +32,8 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
 }
 
-// Stores the sums of one row and one panel, whose columns start at `first`. They are added to those of earlier parts of
-// the depth. If weights are codes, they are scaled first.
+// Adds the sums of one row and one panel to the sums of earlier parts of the depth. The panel's columns start at
+// `first`. If weights are codes, the sums are scaled first.
 template <bool Scaled, int Vectors, class T>
 inline void store_row(const ProjectArgs& args, DepthPart part, std::int64_t row, std::int64_t first,
                       const Vec<T> (&sums)[Vectors]) {

@@ -1,7 +1,7 @@
 // The row kernel's two products: vectors run along head_dim for q.k, and along value_dim for the sum of values. With
 // one or two rows, memory bandwidth is the limit, so keys and values are read sequentially, each row once. With more
-// rows, the load ports are a limit as well: several keys are processed at a time, so that each load of a query serves
-// all of them, and memory is prefetched.
+// rows, the load ports are a limit as well: several keys are processed at a time, so that each load of a query is used
+// for all of these keys, and memory is prefetched.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"

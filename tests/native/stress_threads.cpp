@@ -59,7 +59,7 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
       const Results results = compute(entry.input, active_kernels(), threads);
       expect(results.threads > 1 || threads == 1, entry.name + " is worth a second thread");
       expect(results.finished && results == entry.expected, entry.name + " on " + std::to_string(threads));
-      // More threads than tasks as well.
+      // Also with more threads than tasks.
       expect(compute(entry.input, active_kernels(), threads, Threads::forced) == entry.expected,
              entry.name + " forced");
       expect(differentiate(entry.input, active_kernels(), threads, Threads::forced) == entry.gradients,
