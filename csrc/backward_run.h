@@ -10,9 +10,9 @@
 
 namespace selfattn {
 
-// The tasks of all problems in one order: first their blocks of rows, then their ranges of keys. Within a problem they
-// keep their order, so that a task only waits for tasks that were started before it. Part is the backward pass of one
-// problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
+// Puts the tasks of all problems into one order: first all blocks of rows, then all ranges of keys. The tasks of a
+// problem keep their order, so that a task only waits for tasks that were started before it. Part is the backward pass
+// of one problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
 // thread).
 template <class Part>
 class BackwardRun {

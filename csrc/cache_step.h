@@ -38,7 +38,7 @@ struct CacheSource {
   const Ledger* ledger = nullptr;
   const PagedSequence* sequences = nullptr;
   std::int64_t batch = 0;
-  std::int64_t skipped = 0;  // the call does not read the first tokens of paged sequences; a multiple of the page size
+  std::int64_t skipped = 0;  // first tokens of paged sequences that the call does not read; a multiple of the page size
 };
 
 // Reads lengths and starts only once, then checks, uses and commits its own copies.

@@ -27,7 +27,7 @@ LinearJob first_job(const FeedForwardJob& job, char* hidden) {
           layer.activation};
 }
 
-// The residual is added here unless a norm follows, which needs the sum before it is rounded.
+// The residual is added here if no norm follows. A norm needs the sum before it is rounded.
 LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t rows, char* out) {
   const Projection& projection = job.second.projection;
   const RowsView x(hidden, projection.operand(job.dtype), rows, projection.depth());

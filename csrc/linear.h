@@ -18,7 +18,7 @@ struct LinearJob {
   DType out_dtype;
   std::int64_t out_step;  // bytes from row to row
   const Norm* norm = nullptr;
-  const Projection* gate = nullptr;  // has as many columns
+  const Projection* gate = nullptr;  // has as many columns as `projection`
   Activation activation = Activation::none;
   const RowsView* residual = nullptr;  // of the type of out
   std::int64_t first_row = 0;          // of the residual

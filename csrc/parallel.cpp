@@ -141,7 +141,7 @@ void run_here(const Region& region, int num_threads) {
   run_threads(region, num_threads);
 }
 
-thread_local bool survived_fork = false;  // the only thread of a child process when it was forked
+thread_local bool survived_fork = false;  // this thread called fork and goes on in the child process
 ForkHelper* helper = nullptr;             // never deleted: its thread runs until the process ends
 
 // Null if there is no memory for a helper, or its thread cannot be started.
@@ -187,7 +187,7 @@ ThreadDefault detect_threads() {
 }
 
 // The number of threads of a region. It gets all that it wants if no other thread of this process is in a region.
-// Otherwise it gets as many as there are CPUs without a thread in a region, but at least one.
+// Otherwise it gets at most the default number minus the threads that are in regions, but at least one.
 class Seats {
  public:
   explicit Seats(int wanted) : count_(wanted) {

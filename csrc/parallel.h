@@ -5,9 +5,9 @@
 
 namespace selfattn {
 
-// `work(context, thread)` runs once on each thread of the team; `thread` counts the threads of the region from 0. It
-// must not throw. If the calling thread only waits, `poll(context)` is called there. Otherwise `work` must poll itself,
-// on thread `caller_thread`.
+// `work(context, thread)` runs once on each thread of the team; `thread` counts the threads of the region from 0.
+// `work` must not throw. If the calling thread only waits, `poll(context)` is called there. Otherwise `work` must poll
+// itself, on thread `caller_thread`.
 struct Region {
   void (*work)(void* context, int thread) noexcept;
   void (*poll)(void* context) noexcept;

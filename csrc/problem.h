@@ -158,7 +158,7 @@ struct Problem {
   double dropout = 0;
   std::uint64_t seed = 0;
   std::int64_t first_entry = 0;
-  std::vector<BatchAxis> batch_axes;  // of all operands. Few have any: most have one stride, Operand::batch
+  std::vector<BatchAxis> batch_axes;  // of all operands; most operands have none, only Operand::batch
 
   // Innermost first.
   std::span<const BatchAxis> axes_of(const Operand& operand) const {

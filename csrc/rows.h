@@ -34,8 +34,8 @@ struct TargetRow {
 void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from, std::int64_t rows, std::int64_t count,
                std::int64_t size);
 
-// Converts rows to contiguous rows of `to_type`. That type is at least as wide, except that floats may be rounded to a
-// 16-bit type.
+// Converts rows to contiguous rows of `to_type`. The target type is at least as wide as the source type, except that
+// floats may be rounded to a 16-bit type.
 void gather_rows(const KernelSet& kernels, char* to, DType to_type, const SourceRows& from, std::int64_t rows,
                  std::int64_t count);
 

@@ -23,8 +23,8 @@ constexpr std::chrono::microseconds at_once{10};
 // How many such calls in a row form a loop.
 constexpr int loop_calls = 8;
 
-// The rates of one core of a current server, in float32 and for reads from the last-level cache: a first guess, and the
-// unit in which work is measured.
+// The rates of one core of a current server: float32 operations, and bytes read from the last-level cache. They are the
+// first guess, and the unit in which work is measured.
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 

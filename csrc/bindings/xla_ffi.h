@@ -1,5 +1,5 @@
 // What this project uses of XLA's foreign function interface. XLA keeps these layouts stable and marks additions by the
-// minor version, so no header of XLA is needed to build, and one binary serves all versions of jaxlib since 0.6.
+// minor version. So building needs no header of XLA, and one binary works with all versions of jaxlib since 0.6.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -7,7 +7,7 @@
 //   score           scores[key][row] = key . query, times the multiplier if the engine `scales`
 //   keep_probs      stores the probs of `cell` keys where accumulate expects them; `line`: the first key's scores
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
-// A strip may start at any key of a block whose index within the block is a multiple of `alignment`.
+// A strip may start at any key whose index within the block is a multiple of `alignment`.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"

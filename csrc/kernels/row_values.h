@@ -80,7 +80,8 @@ struct FmaValues {
     return p;
   }
 
-  // Processes as many rows at a time as fit, so that each value is loaded and widened once for all of them.
+  // Processes as many rows at a time as fit the registers, so that each value is loaded and widened once for all of
+  // these rows.
   template <int Rows, class Scratch>
   static void accumulate_rows(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;

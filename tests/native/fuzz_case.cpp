@@ -76,7 +76,7 @@ void read_options(Bytes& bytes, Described& d) {
   if (flags & 128) options.softcap = bytes.one_of({5.0, 0.5, 50.0, 1e4});
 }
 
-// Terms by distance: what a checked table or relative vectors may be.
+// Reads terms by distance: relative vectors and a table, in forms that are always accepted.
 void read_distances(Bytes& bytes, bool relative, bool table, DType dtype, const Sizes& s, Values& values, Case& c) {
   const std::int64_t heads = s.kv_heads * s.group;
   const auto real_array = [&](Array& array, DType type, Extents shape, const Layout& layout) {

@@ -1,4 +1,4 @@
-// Shared by the checks of one instruction set: numbers to try, and vectors viewed as arrays.
+// Numbers to try, and vectors viewed as arrays, for all checks of one instruction set.
 #pragma once
 #include <cstdint>
 
