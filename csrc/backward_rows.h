@@ -23,7 +23,7 @@ struct BackwardTask {
 template <class T>
 constexpr DType type_of = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
 
-// The row of a span's first query in arrays with rows for all heads and batch entries.
+// The index of a span's first query in arrays with one row per query of each head and batch entry.
 inline std::int64_t row_index(const Problem& problem, const RowSpan& span) {
   return (span.batch * problem.num_heads + span.first_head) * problem.q_len + span.first;
 }

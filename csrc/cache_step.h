@@ -24,7 +24,7 @@ struct Ledger {
   std::int64_t* copies = nullptr;  // (2, 2, sequences): each copy has the lengths, then the first tokens still held
 };
 
-// A sequence that may have any pages.
+// A sequence whose pages may be any pages of the store.
 struct PagedSequence {
   const std::int32_t* pages = nullptr;  // from the page of token `start` on, including pages for the tokens to append
   std::int64_t page_count = 0;

@@ -32,8 +32,8 @@ constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
 constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, whatever length a view claims
-// The relative products of this many keys stay in L2 until their keys are processed, and amortise the additional panels
-// at the edges.
+// The relative products of this many keys stay in L2 until the keys are processed. They also amortise the additional
+// panels at the edges.
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
 

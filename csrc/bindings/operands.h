@@ -1,4 +1,4 @@
-// The operands of calls that take many, as types of the module.
+// Types of the module that hold the operands of calls with many operands.
 #pragma once
 #include "bindings/record.h"
 #include "rope.h"

@@ -178,7 +178,7 @@ struct TileAttention {
                                       });
   }
 
-  // Replaces scores, times a factor, by probs; keep(prob, line, lane) stores them.
+  // Multiplies scores by a factor and computes their probs, which keep(prob, line, lane) stores.
   template <int Cols, class Keep>
   [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines,
                                                   T factor, Vec<T> (&rescale)[Cols], Keep keep) {

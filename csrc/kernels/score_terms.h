@@ -106,8 +106,8 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
 
 enum class Sight : std::uint8_t { nothing, some, everything };
 
-// How many of the keys [key, key + count) a row's mask and bias leave visible. Returns `some` also where counting them
-// would cost more than applying mask and bias.
+// How many of the keys [key, key + count) a row's mask and bias leave visible. Returns `some` also where counting these
+// keys would cost more than applying mask and bias.
 template <class T>
 inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key, int count) {
   if (!terms.mask || row.bias) {

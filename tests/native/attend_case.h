@@ -29,7 +29,7 @@ struct Results {
   bool operator==(const Results& other) const;  // every bit of every element
 };
 
-// Memory for the outputs that the case requests, attached to its problem.
+// Allocates the outputs that the case requests, and attaches them to its problem.
 Results attach_results(const Case& c, Problem& problem);
 
 enum class Threads { as_planned, forced };
