@@ -107,9 +107,9 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
     problem_.bias ? add_biases<double>(first, count) : fill_biases<double>(first, count);
 }
 
-// Multiplies each query with the vectors of the distances to its keys. Query i and key j have distance i + offset - j:
-// it falls by 1 from key to key, and grows by 1 from query to query. So `width` (panel_columns) consecutive queries
-// form a batch, which is multiplied with all panels of distances that any of them needs:
+// Multiplies each query by the vectors of the distances to its keys. Query i and key j have distance i + offset - j: it
+// falls by 1 from key to key, and grows by 1 from query to query. So `width` (panel_columns) consecutive queries form a
+// batch, which is multiplied by all panels of distances that any of these queries needs:
 //
 //   column c of a batch: distance d - c, where d is the distance from query width - 1 of the batch to key `first`
 //   query n of a batch: its products start at column width - 1 - n

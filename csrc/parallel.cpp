@@ -127,8 +127,8 @@ void run_openmp(const Region& region, int num_threads) {
   if (runtime) return runtime->run(&join, &team, static_cast<unsigned>(size), 0);
 #pragma omp parallel num_threads(size) default(shared)
   join(&team);
-  // Some schedulers wake a thread on the CPU of its caller, in one region after another. There it does not run until
-  // the caller waits for it. The threads of our own teams exist until the next region.
+  // Some schedulers wake a thread of the team on the caller's CPU, in one region after another. The thread then does
+  // not run until the caller waits for it. The threads of our own teams exist until the next region.
   team.last.make_way();
 }
 #endif

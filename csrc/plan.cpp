@@ -32,8 +32,8 @@ constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
 constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, whatever length a view claims
-// The relative products of this many keys stay in L2 until the keys are processed. They also amortise the additional
-// panels at the edges.
+// The relative products of this many keys stay in L2 until the keys are processed. The more keys, the better they
+// amortise the additional panels at the edges.
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
 
@@ -68,7 +68,7 @@ DType query_type(const Problem& problem) { return problem.relative ? problem.dty
 // only if there is no kernel for them.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
-  // Even if operands must be copied: kernels differ in their results, which must not depend on strides.
+  // Chosen even if operands must be copied: kernels differ in their results, which must not depend on strides.
   if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
   const AttendKernel* own = types.of(dtype).row;
   const bool reads = own && (is_scaled(dtype) || (in_place(problem.key, dtype) && in_place(problem.value, dtype)));

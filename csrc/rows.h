@@ -1,4 +1,4 @@
-// Conversions between rows of any type and strides and contiguous rows of the type of computation.
+// Converts rows of any type and strides to contiguous rows of the type of computation, and back.
 #pragma once
 #include <cstdint>
 

@@ -50,10 +50,10 @@ inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex
   row.bias = problem.bias ? element(problem, problem.bias, span, index) : nullptr;
   row.key_begin = visible.begin;
   row.key_end = visible.end;
-  // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
-  // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
-  // that this adds to all scores of the row. It is subtracted from lse. A sink has no distance: with one, the constant
-  // does not cancel and must stay.
+  // A constant added to all scores of a row cancels in softmax, but the differences between the scores are lost to
+  // rounding if the constant is large. So ALiBi distances are counted from the visible key nearest to the query's
+  // position, and `omitted` is the constant that this adds to all scores of the row. It is subtracted from lse. A sink
+  // has no distance: with one, the constant does not cancel and must stay.
   const std::int64_t position = index.query + valid.offset;
   row.position =
       problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));

@@ -141,7 +141,7 @@ struct RowProducts {
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
-  // Recomputes products that became NaN with scalar FMAs, which follow IEEE 754.
+  // Uses scalar FMAs, which follow IEEE 754, to recompute products that became NaN.
   template <int Rows>
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;

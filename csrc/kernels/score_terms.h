@@ -126,7 +126,7 @@ inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key,
   return seen == 0 ? Sight::nothing : seen == count ? Sight::everything : Sight::some;
 }
 
-// How many keys of a tile mask and bias leave visible, over all its rows.
+// How many keys mask and bias leave visible in a tile, over all rows of the tile.
 template <class T>
 inline Sight sight_of(ScoreTile<T> tile, const ScoreTerms& terms) {
   const int different = tile.shares_terms ? 1 : tile.num_rows;

@@ -1,5 +1,5 @@
-// libFuzzer's target: any bytes are an attention call. It must be refused with a message or give the correct result,
-// the same on one thread as on several, without accessing memory out of bounds.
+// libFuzzer's target. Any bytes describe an attention call. The call must be refused with a message or give the correct
+// result, the same on one thread as on several, without accessing memory out of bounds.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

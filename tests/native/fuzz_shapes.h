@@ -36,7 +36,7 @@ struct Sizes {
 
 Sizes read_sizes(Bytes& bytes);
 
-// Extents that no memory could hold, as views with stride 0 claim them.
+// Extents that no memory could hold, but that views with stride 0 can claim.
 void read_claims(Bytes& bytes, Sizes& s);
 
 void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Extents (&shapes)[names],
