@@ -22,7 +22,7 @@ struct Task {
   std::int64_t job, batch, kv_head, row_block, range;
 };
 
-// The tasks of one block of query rows: those of all KV heads of a batch entry, and of all ranges.
+// The tasks of one block of query rows of a batch entry: one for each KV head and each range of keys.
 struct RowTasks {
   std::int64_t job, batch, row_block;
   std::int64_t cost;
@@ -97,7 +97,7 @@ class Run {
         for (std::int64_t b = 0; b < problem.batch; ++b) {
           const RowSpan span = span_of(problem, *parts_[i].plan, b, 0, block);
           const KeyRange keys = span_keys(problem, span);
-          // Several problems may also differ in their numbers of rows.
+          // Several problems may have different numbers of rows.
           const std::int64_t rows = count_ > 1 ? span.valid : 1;
           *next++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
         }

@@ -44,8 +44,8 @@ class BackwardPart {
 
   void visit_range(std::int64_t index, char* own_memory, int thread) noexcept {
     const BackwardThreadMemory memory(own_memory, plan_, problem_, gradients_);
-    // All heads for the first range of keys, then all heads for the next one. So the task of the preceding range, whose
-    // results a task needs, was started long before.
+    // The tasks of all heads for the first range of keys come first, then those for the next range. So when a task
+    // needs the results of the preceding range, their task was started long before.
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
     BackwardTask task{index, index / heads, index % heads / problem_.num_kv_heads, index % problem_.num_kv_heads,
                       thread};
@@ -59,8 +59,8 @@ class BackwardPart {
     return make_span(problem_, batch, head, 1, block * plan_.block_rows, plan_.block_rows);
   }
 
-  // Waits until a task has passed the block of rows. Such a task was started before, by a thread that does not wait for
-  // this one. Returns false if the call was interrupted.
+  // Waits until a task has passed the block of rows. That task was started before the calling thread's own task, by a
+  // thread that does not wait for the calling thread. Returns false if the call was interrupted.
   bool wait_for(std::int64_t task, std::int64_t block, int thread) noexcept {
     return wait_until(shared_.progress[task], block + 1, thread);
   }
@@ -96,8 +96,8 @@ class BackwardPart {
     store_keys(task, memory);
   }
 
-  // The last block that the preceding KV head must have finished before this KV head may add to shared gradients: the
-  // block with the same rows of its last query head.
+  // Before a KV head adds a block to shared gradients, the preceding KV head must have finished the returned block: the
+  // rows of `block` in that KV head's last query head.
   std::int64_t blocks_before(std::int64_t block) const {
     return (problem_.group_size - 1) * plan_.row_blocks + block % plan_.row_blocks;
   }
@@ -130,9 +130,9 @@ class BackwardPart {
     store(gradients_.value, memory.dvalues, problem_.value_dim, plan_.value_step, 1);
   }
 
-  // Adds what is summed over rows to the gradients of the head, after the preceding range of keys has done so. With
-  // relative products, a task waits after every block, even a skipped one, since the task of the next range relies on
-  // all tasks before it.
+  // Adds the sums over rows to the gradients of the head, after the preceding range of keys has done so. With relative
+  // products, a task waits after every block, even a skipped one, since the task of the next range relies on all tasks
+  // before it.
   bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block,
                const BackwardThreadMemory& memory) noexcept {
     const bool last_of_head = block % plan_.row_blocks == plan_.row_blocks - 1;

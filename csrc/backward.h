@@ -25,13 +25,13 @@ struct Gradients {
   char* key_sums = nullptr;         // (batch, num_heads, kv_len): sums over queries
   double* row_sums = nullptr;       // (batch, num_heads, q_len): sums over keys
   double* scale = nullptr;          // (batch, num_heads, q_len): each row's part of the gradient of the scale
-  double* slopes = nullptr;         // the same for the ALiBi slope of the row's head
-  double* sinks = nullptr;          // the same for the sink
+  double* slopes = nullptr;         // as `scale`, for the ALiBi slope of the row's head
+  double* sinks = nullptr;          // as `scale`, for the sink of the row's head
   double* distance_bias = nullptr;  // (batch, num_heads, Problem::distance_bias.count)
-  // Of Transformer-XL's terms.
+  // Gradients of Transformer-XL's terms.
   char* relative = nullptr;         // (batch, num_heads, Problem::relative.count, head_dim)
   double* key_bias = nullptr;       // (batch, num_heads, head_dim)
-  double* relative_bias = nullptr;  // the same
+  double* relative_bias = nullptr;  // (batch, num_heads, head_dim)
 
   // Whether gradients of scores are summed over some axis, and whether they are a result themselves.
   bool sums_scores() const { return key_sums || row_sums || slopes || distance_bias || (scores && shares_scores); }
@@ -50,8 +50,8 @@ struct PaddedRows {
   DType dtype;
 };
 
-// How to compute gradients. A task is a range of keys of one KV head. It visits all query rows that see them, and adds
-// to the gradients of a row only after the task of the preceding range has done so.
+// How to compute gradients. A task is a range of keys of one KV head. It visits all query rows that see any of these
+// keys. It adds to the gradients of a row only after the task of the preceding range has done so.
 struct BackwardPlan {
   const KernelSet* kernels;
   const BackwardKernel* kernel;
@@ -61,12 +61,12 @@ struct BackwardPlan {
   int range_keys;           // keys of a task
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
-  PaddedRows keys, values;            // the form of operands with the width of keys or values
-  std::int64_t key_step, value_step;  // elements from one row of sums with these widths to the next
-  std::int64_t score_step;            // the same for gradients of scores and of products
+  PaddedRows keys, values;            // the form of operands as wide as keys, and as wide as values
+  std::int64_t key_step, value_step;  // elements from one row of sums to the next, for both widths
+  std::int64_t score_step;            // elements between rows of gradients of scores and products
   bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
-  std::int64_t row_tasks;             // the tasks that come first: one per block of rows
-  std::int64_t tasks;                 // all
+  std::int64_t row_tasks;             // tasks that prepare one block of rows each; they come first
+  std::int64_t tasks;                 // row tasks and ranges
   std::size_t thread_bytes;
   std::size_t shared_bytes;
   double flops;
@@ -88,8 +88,8 @@ struct BackwardJob {
   const BackwardPlan* plan;
 };
 
-// The same for several problems at once: one team of threads shares all their tasks. The problems must have the same
-// type of computation, and their gradients must not share memory.
+// Backward passes of several problems at once: one team of threads computes the tasks of all problems. They must have
+// the same type of computation, and their gradients must not share memory.
 bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted);
 
 // Number of threads worth using for all jobs together.

@@ -12,17 +12,18 @@ namespace selfattn {
 struct RelativeMemory {
   char* dproducts = nullptr;  // block_rows elements of margin, then [block_rows][score_step]
   char* queries = nullptr;    // [block_rows][head_dim], as for the relative products
-  char* dquery = nullptr;     // the same
-  char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: those of the block's distances
-  char* window = nullptr;     // the same: sums of their gradients, see backward_relative.h
-  // Sums of the current head, [head_dim]: gradients of the vectors at both ends of the table, and of the added vectors.
+  char* dquery = nullptr;     // [block_rows][head_dim]
+  char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: the vectors of the block's distances
+  char* window = nullptr;     // as `vectors`: sums of the vectors' gradients, see backward_relative.h
+  // Sums of the current head, [head_dim]: gradients of the vectors at both ends of the table, and of the vectors that
+  // are added to queries.
   double* ends[2] = {};
   double* key_bias = nullptr;
   double* relative_bias = nullptr;
 };
 
-// Rows of operands in the form that kernels need: the caller's own, if they have it, or copies in the memory of a
-// thread.
+// Rows of operands in the form that kernels need: the caller's rows if they have this form, else copies in the thread's
+// memory.
 struct BackwardOperands {
   const char *queries, *dout;  // of the current block of rows
   const char *keys, *values;   // of the current task
@@ -33,7 +34,7 @@ struct BackwardThreadMemory {
   Row* rows;
   char* queries;  // [block_rows][head_dim]
   char* dout;     // [block_rows][value_dim]
-  char* out;      // the same
+  char* out;      // [block_rows][value_dim]
   char* dquery;   // [block_rows][head_dim]
   char* keys;     // [range_keys][head_dim]
   char* values;   // [range_keys][value_dim]

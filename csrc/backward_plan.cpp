@@ -9,8 +9,8 @@
 namespace selfattn {
 namespace {
 
-// Gradients of keys and values are sums over the rows of a block, which are added to memory once per block. With more
-// rows there are fewer of these additions.
+// The gradients of keys and values are summed over the rows of a block in registers, and then added to memory. Larger
+// blocks need fewer of these additions.
 constexpr int rows_wanted = 96;
 // The scores of this many keys, and their gradients, stay in L1 between the products.
 constexpr int largest_key_block = 96;
@@ -21,7 +21,7 @@ constexpr int largest_range = 512;
 // Bounds the scratch memory for very wide heads.
 constexpr std::int64_t row_bytes_wanted = std::int64_t{256} << 10;
 
-// Products of bfloat16 if all operands are bfloat16 and there is a unit for them.
+// Uses products of bfloat16 if all operands are bfloat16 and there is a unit for such products.
 const BackwardKernel& kernel_for(const Problem& problem, const Gradients& gradients, const KernelSet& kernels) {
   const BackwardKernel* pairs = kernels.matrix.backward_bf16;
   const auto suits = [](const Operand& operand) { return operand.dtype == DType::bf16; };
@@ -31,13 +31,13 @@ const BackwardKernel& kernel_for(const Problem& problem, const Gradients& gradie
   return problem.dtype == DType::f32 ? kernels.f32.backward : kernels.f64.backward;
 }
 
-// Rows of operands are padded to whole vectors, which hold more numbers the narrower these are.
+// Rows of operands are padded to whole vectors. A vector holds more numbers if they are narrow.
 PaddedRows operand_form(const BackwardPlan& plan, const Problem& problem, std::int64_t width) {
   const DType dtype = plan.kernel->operands;
   return {width, round_up(width, plan.kernel->lanes * size_of(problem.dtype) / size_of(dtype)), dtype};
 }
 
-// None of these depends on lengths, so that results do not either.
+// Block sizes do not depend on lengths, so that results do not either.
 void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   const std::int64_t row_bytes = (plan.key_step + plan.value_step) * size_of(problem.dtype);
   const std::int64_t operand_bytes = (plan.keys.step + plan.values.step) * size_of(plan.kernel->operands);

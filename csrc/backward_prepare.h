@@ -16,8 +16,9 @@ class RowPreparation {
   void prepare(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
  private:
-  // Beyond this, an ulp of scores or of the log-sum-exp is 1/8 or more: a row's probabilities cannot be computed from
-  // them. Such rows are padding whose biases are the lowest float; they are treated like rows that see no key.
+  // The largest log-sum-exp from which a row's probabilities can be computed. Beyond it, an ulp of the scores or of the
+  // log-sum-exp is 1/8 or more. Such rows are padding whose biases are the lowest float. They are treated like rows
+  // that see no key.
   double largest_peak() const {
     return sizeof(T) == sizeof(float) || problem_.lse.dtype == DType::f32 ? 0x1p20 : 0x1p49;
   }

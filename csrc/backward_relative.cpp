@@ -94,8 +94,8 @@ void RelativeSums<T>::deliver(BackwardTask& task, const RowSpan& span, bool last
 }
 
 // Adds a column of the window to the gradient of its distance's vector, and clears the column. Distances at or beyond
-// an end of the table use its first or last vector. Their gradients are summed in the thread's memory, and deliver_head
-// adds the sum once per head.
+// an end of the table use its first or last vector. The gradients of these two vectors are summed in the thread's
+// memory, and deliver_head adds the sums once per head.
 template <class T>
 void RelativeSums<T>::add_column(const RowSpan& span, std::int64_t distance, T* sums,
                                  const BackwardThreadMemory& memory) const {

@@ -11,9 +11,10 @@ namespace selfattn {
 //   [block_rows - n, block_rows)             distances that no earlier row had
 //   [block_rows, block_rows + count - 1)     distances that the preceding block had, too
 //
-// No later block of the task has the distances of the last n columns. After each block these are added to the gradient
-// of the head, and the other columns move up by n. After a task has finished a block, it has added every distance that
-// the next range of keys has in that block. The task of that range waits for this, so that the order of sums is fixed.
+// No later block of the task has the distances of the last n columns. After each block these n columns are added to the
+// gradient of the head, and the other columns move up by n. So when a task has finished a block, it has added the sums
+// of every distance that the next range of keys has in that block. The task of the next range waits for this, so that
+// the order of sums is fixed.
 template <class T>
 class RelativeSums {
  public:
@@ -23,9 +24,10 @@ class RelativeSums {
   // Clears the thread's sums.
   void start(const BackwardThreadMemory& memory) const;
   // Computes the gradients of a block of rows and adds them to the thread's sums. The gradients of queries through q.k
-  // are in memory.dquery already; those through relative products are left in memory.relative.dquery.
+  // are in memory.dquery already; the gradients of queries through relative products are left in
+  // memory.relative.dquery.
   void visit(BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
-  // Adds what is complete after a block, visited or not, to the head's gradients.
+  // Adds the sums that no later block changes to the head's gradients. Called after every block, visited or skipped.
   void deliver(BackwardTask& task, const RowSpan& span, bool last_of_head, const BackwardThreadMemory& memory) const;
 
  private:

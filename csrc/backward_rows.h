@@ -23,12 +23,12 @@ struct BackwardTask {
 template <class T>
 constexpr DType type_of = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
 
-// The row of a span's first query in arrays with rows for all heads and batch entries.
+// The index of a span's first query in arrays with one row per query of each head and batch entry.
 inline std::int64_t row_index(const Problem& problem, const RowSpan& span) {
   return (span.batch * problem.num_heads + span.first_head) * problem.q_len + span.first;
 }
 
-// The same in arrays that are padded to whole blocks of rows.
+// row_index for arrays that are padded to whole blocks of rows.
 inline std::int64_t padded_row_index(const Problem& problem, const BackwardPlan& plan, const RowSpan& span) {
   return (span.batch * problem.num_heads + span.first_head) * plan.row_blocks * plan.block_rows + span.first;
 }
@@ -45,7 +45,7 @@ inline void clear_rows(const Problem& problem, const Operand& operand, const Row
   }
 }
 
-// Copies `count` rows of an operand.
+// Copies `count` rows of an operand to rows of this form.
 inline void copy_padded(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
                         char* to) {
   const std::int64_t size = size_of(form.dtype), width = form.width;
@@ -56,8 +56,8 @@ inline void copy_padded(const KernelSet& kernels, const SourceRows& from, std::i
   }
 }
 
-// The same; returns the copy, or the rows themselves if they have this form. Kernels read pairs of 16-bit numbers as
-// floats.
+// Returns `count` rows of this form: the operand's own rows if they have it, else copies in `to`. Rows of 16-bit
+// numbers must be aligned like floats, because kernels read pairs of them as floats.
 inline const char* gather(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
                           char* to) {
   const std::int64_t size = size_of(form.dtype), alignment = std::max<std::int64_t>(size, sizeof(float));
@@ -69,8 +69,8 @@ inline const char* gather(const KernelSet& kernels, const SourceRows& from, std:
   return to;
 }
 
-// The same for the valid queries of a span, with their head's row of `bias` added if there is one. With a bias, the
-// form has the type of computation.
+// Gathers the valid queries of a span. Adds their head's row of `bias` if there is one. With a bias, the form has the
+// type of computation.
 template <class T>
 const char* gather_queries(const Problem& problem, const BackwardPlan& plan, const RowSpan& span, const PerHead& bias,
                            char* to) {

@@ -10,9 +10,9 @@
 
 namespace selfattn {
 
-// The tasks of all problems in one order: first their blocks of rows, then their ranges of keys. Within a problem they
-// keep their order, so that a task only waits for tasks that were started before. Part is the backward pass of one
-// problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
+// Puts the tasks of all problems into one order: first all blocks of rows, then all ranges of keys. The tasks of a
+// problem keep their order, so that a task only waits for tasks that were started before it. Part is the backward pass
+// of one problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
 // thread).
 template <class Part>
 class BackwardRun {
@@ -54,7 +54,7 @@ class BackwardRun {
  private:
   struct Entry {
     Part part;
-    std::int64_t first_rows, first_range;  // numbers of its first tasks
+    std::int64_t first_rows, first_range;  // its first row task, and its first range of keys
   };
 
   struct Sizes {
@@ -76,8 +76,8 @@ class BackwardRun {
     return job.problem->q_len * std::min<std::int64_t>(job.problem->kv_len, job.plan->range_keys);
   }
 
-  // The entry of a task: the last one that starts at or before it. An entry without tasks starts where the next one
-  // does, so it is never the last.
+  // The entry to which a task belongs: the last entry that starts at or before the task. An entry without tasks starts
+  // where the next entry starts, so it is never found.
   Entry& entry_of(std::int64_t task, std::int64_t Entry::* first) {
     return *(std::upper_bound(parts_.begin(), parts_.end(), task,
                               [first](std::int64_t index, const Entry& entry) { return index < entry.*first; }) -

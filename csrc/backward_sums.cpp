@@ -74,7 +74,7 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
   }
 }
 
-// Multiplies the gradients of each row with the numbers of their columns.
+// Adds to each row's sum the dot product of its gradients and the numbers of their columns.
 template <class T>
 void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardThreadMemory& memory, double* sums) const {
   const T* line = reinterpret_cast<const T*>(memory.columns) + span.valid - 1;

@@ -1,4 +1,4 @@
-// Sums of the gradients of scores: these are the gradients of the terms that are added to scores.
+// Sums the gradients of scores. The sums are the gradients of the terms that are added to scores.
 #pragma once
 #include "backward_memory.h"
 #include "backward_rows.h"
@@ -16,7 +16,7 @@ class ScoreSums {
   void add_scores(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
   // Adds to the gradients that hold one number per row.
   void add_rows(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
-  // Adds the thread's sums by distance to those of the head, and clears them.
+  // Adds the thread's sums by distance to the sums of the head, and clears the thread's sums.
   void deliver_distances(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
  private:

@@ -33,7 +33,7 @@ struct Cache {
 // Presents a cache as the keys and values of an attention call.
 class CachedKeys {
  public:
-  // `lengths` are those that the call sees, including the tokens that it appends.
+  // `lengths` include the tokens that the call appends.
   CachedKeys(const Cache& cache, const std::int64_t* lengths);
   CachedKeys(const CachedKeys&) = delete;  // views point into this object
   CachedKeys& operator=(const CachedKeys&) = delete;
@@ -53,7 +53,7 @@ class CachedKeys {
   View keys_, values_, key_scales_, value_scales_;
 };
 
-// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width), or in layout bshd of an array with
+// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width), or, in layout bshd, of an array with
 // the axes of the view.
 struct TokensView {
   std::int64_t shape[4], strides[4];

@@ -15,8 +15,8 @@ struct CacheInputs {
   std::optional<Rope> rope;
 };
 
-// A buffer for the elements of a view (batch, heads, tokens, width), or in layout bshd (batch, tokens, heads, width).
-// Its view has the same order of axes, but each head's tokens are contiguous in memory.
+// A buffer for the elements of a view with the axes (batch, heads, tokens, width), or (batch, tokens, heads, width) in
+// layout bshd. The buffer's own view has its axes in the same order, but each head's tokens are contiguous in memory.
 class RotatedTokens {
  public:
   RotatedTokens(const TensorView& like, Layout layout);

@@ -94,7 +94,8 @@ void CacheStep::check_room(const char* function) const {
              capacity);
 }
 
-// Checks the pages of each sequence from that of the first token that is read. Other pages are never read.
+// Checks the pages of each sequence, from the page of the first token that is read to the page of the last token that
+// is appended. Other pages are never read.
 void CacheStep::open_pages(const char* function) {
   static const std::int32_t nothing = 0;
   const std::int64_t page_size = source_.store->page_size, num_pages = source_.store->num_pages;

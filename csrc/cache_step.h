@@ -14,7 +14,7 @@ struct CacheStore {
   DType dtype = DType::f32;
   std::int64_t num_pages = 0, num_kv_heads = 0, page_size = 0;
   Cache::Rows key, value;    // TokenRows::batch is the stride between pages
-  std::int64_t window = -1;  // the largest distance that queries may look to the left; -1: the cache keeps all tokens
+  std::int64_t window = -1;  // the largest distance to the left that queries may see; -1: the cache keeps all tokens
 };
 
 // The lengths of a cache whose sequences have one page each; with a window, this page is a ring. Other processes may
@@ -24,7 +24,7 @@ struct Ledger {
   std::int64_t* copies = nullptr;  // (2, 2, sequences): each copy has the lengths, then the first tokens still held
 };
 
-// A sequence that may have any pages.
+// A sequence whose pages may be any pages of the store.
 struct PagedSequence {
   const std::int32_t* pages = nullptr;  // from the page of token `start` on, including pages for the tokens to append
   std::int64_t page_count = 0;
@@ -38,7 +38,7 @@ struct CacheSource {
   const Ledger* ledger = nullptr;
   const PagedSequence* sequences = nullptr;
   std::int64_t batch = 0;
-  std::int64_t skipped = 0;  // the call does not read the first tokens of paged sequences; a multiple of the page size
+  std::int64_t skipped = 0;  // first tokens of paged sequences that the call does not read; a multiple of the page size
 };
 
 // Reads lengths and starts only once, then checks, uses and commits its own copies.
@@ -64,7 +64,8 @@ class CacheStep {
   // Writes new tokens (batch, tokens, heads, width) after the end of each sequence.
   void store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const;
 
-  // Claims, calls work() and commits. If `work` throws, the lengths do not change.
+  // Claims the tokens to be overwritten, calls work() and commits the new lengths. If `work` throws, the lengths do not
+  // change.
   template <class Work>
   void run(Work work) const {
     claim();

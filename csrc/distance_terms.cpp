@@ -29,7 +29,7 @@ bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most)
   return (visible.least && most < *visible.least) || (visible.most && least > *visible.most);
 }
 
-// Packs the vectors of distance, distance - 1, ... as the columns of one panel.
+// Packs the vectors of the distances `distance`, `distance` - 1, ... as the columns of one panel.
 void pack(const Problem& problem, const RelativeProducts& relative, const DistanceMemory& memory, std::int64_t head,
           std::int64_t distance) {
   const PerHead& rows = problem.relative.rows;
@@ -107,9 +107,9 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
     problem_.bias ? add_biases<double>(first, count) : fill_biases<double>(first, count);
 }
 
-// Multiplies each query with the vectors of the distances to its keys. Query i and key j have distance i + offset - j:
-// it falls by 1 from key to key, and grows by 1 from query to query. So `width` (panel_columns) consecutive queries
-// form a batch, which is multiplied with all panels of distances that any of them needs:
+// Multiplies each query by the vectors of the distances to its keys. Query i and key j have distance i + offset - j: it
+// falls by 1 from key to key, and grows by 1 from query to query. So `width` (panel_columns) consecutive queries form a
+// batch, which is multiplied by all panels of distances that any of these queries needs:
 //
 //   column c of a batch: distance d - c, where d is the distance from query width - 1 of the batch to key `first`
 //   query n of a batch: its products start at column width - 1 - n
@@ -142,8 +142,8 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
   }
 }
 
-// One line per head, shared by its queries: the biases of the last query start at the line's first element, those of
-// the query before it at the second, and so on.
+// One line per head, shared by its queries: the biases of the last query start at the line's first element, the biases
+// of the query before it at the second element, and so on.
 template <class T>
 void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   for (std::int64_t i = 0; i < span_.heads; ++i) {
@@ -159,7 +159,7 @@ void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   }
 }
 
-// The caller's bias differs between rows, so each row has a line with the sum of both.
+// The caller's bias differs between rows, so each row has a line of its own, with the sum of both biases.
 template <class T>
 void DistanceTerms::add_biases(std::int64_t first, int count) const {
   const double hidden = -std::numeric_limits<double>::infinity();

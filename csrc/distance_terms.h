@@ -1,5 +1,5 @@
 // Score terms that depend on the distance between query and key: relative products and distance biases. They are
-// computed for some keys at a time, so no array of the size of all scores exists, and rows are never shifted in memory.
+// computed for some keys at a time. So no array is as large as all scores, and rows are never shifted in memory.
 #pragma once
 #include <cstdint>
 
@@ -12,8 +12,8 @@ namespace selfattn {
 struct RelativeProducts {
   const KernelSet* kernels = nullptr;
   const TypeKernels* types = nullptr;
-  bool copies = false;    // vectors that kernels cannot read in place
-  std::int64_t keys = 0;  // computed at a time
+  bool copies = false;    // kernels cannot read the vectors in place
+  std::int64_t keys = 0;  // for how many keys they are computed at a time
 };
 
 // Scratch memory of one thread for the terms of a block of rows.
@@ -36,7 +36,8 @@ DistanceMemory place_distance_memory(char* base, std::size_t& used, const Proble
 
 class DistanceTerms {
  public:
-  // `rows` are those of the span. Copies the queries of the relative products; prepare() sets the pointers of `rows`.
+  // `rows` are the rows of the span. Copies the queries of the relative products; prepare() sets the pointers of
+  // `rows`.
   DistanceTerms(const Problem& problem, const RelativeProducts& relative, const RowSpan& span, Row* rows,
                 const DistanceMemory& memory);
 

@@ -10,7 +10,8 @@
 namespace selfattn {
 namespace {
 
-// With fewer rows per thread than this, all threads share each product, so that each reads only some of the weights.
+// With fewer rows per thread than this, all threads share each product, so that each thread reads only some of the
+// weights.
 constexpr std::int64_t rows_per_thread = 48;
 
 LinearJob first_job(const FeedForwardJob& job, char* hidden) {
@@ -26,7 +27,7 @@ LinearJob first_job(const FeedForwardJob& job, char* hidden) {
           layer.activation};
 }
 
-// The residual is added here unless a norm follows, which needs the sum before it is rounded.
+// The residual is added here if no norm follows. A norm needs the sum before it is rounded.
 LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t rows, char* out) {
   const Projection& projection = job.second.projection;
   const RowsView x(hidden, projection.operand(job.dtype), rows, projection.depth());

@@ -68,7 +68,8 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
         bytes_of(problem_.batch, problem_.q_len, layer.num_heads, layer.value_dim, size_of(dtype_))));
 }
 
-// Rotates queries and keys in place. `positions` are those of x, so they apply to keys only if there is no context.
+// Rotates queries and keys in place. `positions` belong to the tokens of x, so they apply to keys only if there is no
+// context.
 bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
   const std::int64_t* ends = step_ ? step_->lengths_after() : nullptr;
   const Rotation parts[] = {{query_.view, query_.view, positions_, ends},

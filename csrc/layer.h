@@ -35,7 +35,7 @@ struct BufferView {
   char* data() const { return static_cast<char*>(view.data); }
 };
 
-// One call of a layer. Sets q, k, v, the layout and where keys come from, and for bfloat16 the precision; the caller
+// One call of a layer. Sets q, k, v, the layout, the source of the keys, and for bfloat16 the precision. The caller
 // sets the other options.
 class LayerCall {
  public:

@@ -13,14 +13,15 @@
 namespace selfattn {
 namespace {
 
-// For as many threads, tasks are as small as they get.
+// With this many threads, tasks are as small as possible.
 constexpr int most_threads = 1 << 16;
 constexpr std::int64_t most_deep_rows = 256;
 
 bool is_deep(const Projection& projection) { return projection.depth() > depth_part; }
 
-// Panels of a task. A single row is multiplied by several at once. Of results with 16 bits, one panel would end within
-// a cache line, which two threads would write. Of deep weights, several panels use the same part of the rows in turn.
+// Panels of a task. Kernels multiply a single row by several panels at once. One panel of 16-bit results would end
+// within a cache line, so two threads would write to that line. With deep weights, several panels use the same part of
+// the rows in turn.
 std::int64_t least_panels(const LinearJob& job) { return job.x.rows == 1 ? 4 : is_narrow(job.out_dtype) ? 2 : 1; }
 }  // namespace
 
@@ -51,17 +52,17 @@ bool plain(const LinearJob& job) {
          job.out_dtype == job.projection.computation();
 }
 
-// Rows of x that a task takes at most; they stay in L2 from panel to panel. Deep weights are multiplied part by part,
-// so that only a part needs to fit.
+// The largest number of rows of x that a task takes. They stay in L2 from panel to panel. Deep weights are multiplied
+// part by part, so that only one part of the rows needs to fit.
 std::int64_t most_rows(const LinearJob& job) {
   return is_deep(job.projection) && in_place(job) ? most_deep_rows : LinearSpace::most_rows;
 }
 
-// Rows whose sums are finished together. What follows the product is computed while the sums are in L1. Deep weights
-// would be read again for each group of rows.
+// The number of rows whose sums are finished together, while the sums are in L1. Deep weights would be read again for
+// each such group of rows, so they have one group per task.
 std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
 
-// Rows of x become contiguous rows of the type that the kernel reads.
+// Converts rows of x to contiguous rows of the type that the kernel reads.
 void gather(const LinearJob& job, char* to, char* row, const char* from, std::int64_t rows) {
   const Projection& projection = job.projection;
   const RowsView& x = job.x;

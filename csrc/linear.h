@@ -1,4 +1,5 @@
-// Linear layers: rows of x times packed weights, with what precedes and follows.
+// Linear layers: rows of x times packed weights, with a norm before the product, and activation, gate and residual
+// after it.
 #pragma once
 #include <cstdint>
 
@@ -17,7 +18,7 @@ struct LinearJob {
   DType out_dtype;
   std::int64_t out_step;  // bytes from row to row
   const Norm* norm = nullptr;
-  const Projection* gate = nullptr;  // has as many columns
+  const Projection* gate = nullptr;  // has as many columns as `projection`
   Activation activation = Activation::none;
   const RowsView* residual = nullptr;  // of the type of out
   std::int64_t first_row = 0;          // of the residual
@@ -25,7 +26,7 @@ struct LinearJob {
 
 double flops(const LinearJob& job);
 double weight_bytes(const LinearJob& job);
-// Panels that a task takes at most.
+// The largest number of panels that a task takes.
 std::int64_t most_panels(const LinearJob& job);
 
 // Some rows of x and some panels. `out` is the result of the first of these rows.
@@ -41,7 +42,7 @@ class LinearSpace {
   LinearSpace(char* base, const LinearJob* jobs, int count);
   std::size_t bytes() const { return bytes_; }
   void forget();  // call it before the first block
-  // At most most_rows rows, or those of a task of run_all.
+  // The block has at most most_rows rows, or is a task of run_all.
   void run(const LinearJob& job, const LinearBlock& block) noexcept;
 
   static constexpr std::int64_t most_rows = 96;
@@ -50,8 +51,8 @@ class LinearSpace {
   void follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t x_step) noexcept;
   bool holds(const char* rows, const LinearJob& job) const;
 
-  // Identifies the rows of x in the buffer `x_`. The next block often has the same rows: with other panels, or for
-  // another projection of the same x.
+  // Identifies the rows of x in the buffer `x_`. The next block often needs these rows again, for other panels or for
+  // another projection of x.
   struct Held {
     const char* from;
     const LinearJob* job;

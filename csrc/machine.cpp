@@ -71,7 +71,7 @@ std::uint32_t cpu_features() { return 0; }
 #if defined(__linux__)
 namespace {
 
-// A set of CPUs. It must be as large as the kernel's, whose size is unknown; kernels are built for at most 8192 CPUs.
+// A set of CPUs. It must be as large as Linux's own set, whose size is unknown; Linux is built for at most 8192 CPUs.
 class CpuSet {
  public:
   CpuSet() { known_ = sched_getaffinity(0, sizeof sets_, sets_) == 0; }  // of the calling thread
@@ -141,7 +141,7 @@ double read_v1(const std::string& folder) {  // quota -1: no limit
   return cpus(quota, period);
 }
 
-// The smallest limit of a group and its ancestors, whose limits all apply.
+// The smallest limit of a group and its ancestors, since all of their limits apply.
 template <class Read>
 double smallest_limit(const std::string& mount, std::string group, Read read) {
   double smallest = 0;

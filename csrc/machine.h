@@ -20,8 +20,9 @@ class ThreadOnCpu {
   ThreadOnCpu() = default;  // of no thread
   static ThreadOnCpu of_this_thread();
 
-  // If the calling thread now runs on the CPU of this thread, moves this thread to the other CPUs of the calling
-  // thread. This thread must still exist. It is not moved if it had only one CPU from the start, as with OMP_PROC_BIND.
+  // If the calling thread now runs on the CPU of this thread, moves this thread to the other CPUs that the calling
+  // thread may use. This thread must still exist. It is not moved if it had only one CPU from the start, as with
+  // OMP_PROC_BIND.
   void make_way() const;
 
  private:
@@ -36,7 +37,7 @@ class ThreadOnCpu {
 // tests.
 double cgroup_quota(const std::string& root);
 
-// The same, rounded up to whole CPUs.
+// cgroup_quota, rounded up to whole CPUs.
 int cgroup_cpus(const std::string& root);
 
 }  // namespace selfattn

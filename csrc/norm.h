@@ -10,7 +10,7 @@
 
 namespace selfattn {
 
-// What rows are normalised to. The vectors are contiguous numbers of the type of computation, or null.
+// How rows are normalised. Weight and bias are contiguous numbers of the type of computation, or null.
 struct Norm {
   const char* weight;
   const char* bias;
@@ -38,7 +38,7 @@ struct NormJob {
 
 // Scratch memory of a thread for `normalise_row`.
 std::size_t norm_scratch(std::int64_t count, DType computation);
-// Computes one row, counted over all axes of x.
+// Computes one row. `row` counts the rows along all axes of x.
 void normalise_row(const NormJob& job, std::int64_t row, char* scratch);
 
 double flops(const NormJob& job);

@@ -5,8 +5,8 @@
 namespace selfattn {
 namespace {
 
-// Finds the view's batch axes, innermost first, and returns their number. Axes that the view steps through evenly
-// become one.
+// Finds the view's batch axes, innermost first, and returns their number. Adjacent axes that one stride steps through
+// become one axis.
 int find_axes(const Problem& problem, const TensorView& view, int trailing, BatchAxis* axes) {
   const Shape& shape = problem.batch_shape;
   const int missing = shape.ndim - leading_axes(view, trailing);

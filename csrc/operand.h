@@ -19,10 +19,10 @@ int leading_axes(const TensorView& view, int trailing);
 // axes.
 void place_batch(Problem& problem, Operand& operand, const TensorView& view, int trailing);
 
-// Sets everything else as well.
+// Sets all fields of the operand.
 void place(Problem& problem, Operand& operand, const TensorView& view, const Axes& axes, std::int64_t page = 0);
 
-// Whether rows at these strides are contiguous, aligned elements.
+// Whether rows with these strides are contiguous and aligned.
 bool are_in_place(const void* data, DType dtype, std::int64_t column, std::initializer_list<std::int64_t> strides);
 
 }  // namespace selfattn

@@ -71,11 +71,11 @@ struct Team {
   std::unique_lock<std::mutex> growing{};
   std::thread::id caller = std::this_thread::get_id();
   std::atomic<int> next{caller_thread + 1};
-  ThreadOnCpu last{};  // the thread that came last
+  ThreadOnCpu last{};  // the thread that joined last
 };
 
-// The calling thread is caller_thread. The others draw their numbers from a counter, because those of OpenMP are
-// unreliable if a process has two OpenMP runtimes.
+// The calling thread is caller_thread. The others draw their numbers from a counter, because OpenMP's thread numbers
+// are unreliable if a process has two OpenMP runtimes.
 void join(void* context) {
   Team& team = *static_cast<Team*>(context);
   const bool is_caller = std::this_thread::get_id() == team.caller;
@@ -107,8 +107,8 @@ int startable_threads(int count) {
 }
 
 // libgomp terminates the process if it cannot start a thread, so we first test how many can be started. libgomp keeps
-// the threads of the calling thread's last team, so only a larger team needs new threads. Other processes of the same
-// user may still take them in between.
+// the threads of the calling thread's last team, so only a larger team needs new threads. Between the test and the
+// region, other processes of the same user may still use up these threads.
 int granted_threads(int wanted, std::unique_lock<std::mutex>& growing) {
   thread_local int team = 1;
   if (wanted > team) {
@@ -127,8 +127,8 @@ void run_openmp(const Region& region, int num_threads) {
   if (runtime) return runtime->run(&join, &team, static_cast<unsigned>(size), 0);
 #pragma omp parallel num_threads(size) default(shared)
   join(&team);
-  // Some schedulers wake a thread on the CPU of its caller, in one region after another. There it does not run until
-  // the caller waits for it. The threads of our own teams exist until the next region.
+  // Some schedulers wake a thread of the team on the caller's CPU, in one region after another. The thread then does
+  // not run until the caller waits for it. The threads of our own teams exist until the next region.
   team.last.make_way();
 }
 #endif
@@ -141,7 +141,7 @@ void run_here(const Region& region, int num_threads) {
   run_threads(region, num_threads);
 }
 
-thread_local bool survived_fork = false;  // the only thread of a child process when it was forked
+thread_local bool survived_fork = false;  // this thread called fork and goes on in the child process
 ForkHelper* helper = nullptr;             // never deleted: its thread runs until the process ends
 
 // Null if there is no memory for a helper, or its thread cannot be started.
@@ -187,7 +187,7 @@ ThreadDefault detect_threads() {
 }
 
 // The number of threads of a region. It gets all that it wants if no other thread of this process is in a region.
-// Otherwise it gets as many as there are CPUs without a thread in a region, but at least one.
+// Otherwise it gets at most the default number minus the threads that are in regions, but at least one.
 class Seats {
  public:
   explicit Seats(int wanted) : count_(wanted) {
@@ -209,8 +209,8 @@ class Seats {
 }  // namespace
 
 int run_region(const Region& region, int num_threads) {
-  // A signal handler that runs while this thread polls may start another region. That one gets no threads: the team,
-  // and the helper after a fork, are busy with the interrupted region.
+  // A signal handler that runs while this thread polls may start another region. The new region gets no threads: the
+  // team, and the helper after a fork, are busy with the interrupted region.
   thread_local bool in_region = false;
   const auto run_alone = [&] {
     region.work(region.context, caller_thread);

@@ -5,9 +5,9 @@
 
 namespace selfattn {
 
-// `work(context, thread)` runs once on each thread of the team; `thread` counts the threads of the region from 0. It
-// must not throw. If the calling thread only waits, `poll(context)` is called there. Otherwise `work` must poll itself,
-// on thread `caller_thread`.
+// `work(context, thread)` runs once on each thread of the team; `thread` counts the threads of the region from 0.
+// `work` must not throw. If the calling thread only waits, `poll(context)` is called there. Otherwise `work` must poll
+// itself, on thread `caller_thread`.
 struct Region {
   void (*work)(void* context, int thread) noexcept;
   void (*poll)(void* context) noexcept;
@@ -17,13 +17,13 @@ struct Region {
 constexpr int caller_thread = 0;
 
 // Returns the size chosen for the team. It is less than num_threads if other threads of this process are in regions:
-// all teams together should have at most one thread per CPU, but each has its caller. The team is smaller than the
-// chosen size if threads cannot be started.
+// all teams together should have at most one thread per CPU, although each team has at least its calling thread. The
+// team is smaller than the chosen size if threads cannot be started.
 int run_region(const Region& region, int num_threads);
 
-// Default number of threads of a call: that of set_default_threads, else the minimum of OpenMP's setting in this
-// thread, the hardware's threads, the CPUs in this thread's affinity and the control group's quota, rounded up.
-// `source` names the one that decided.
+// Default number of threads of a call: the number given to set_default_threads, else the least of four limits. These
+// are OpenMP's setting in this thread, the hardware's threads, the CPUs in this thread's affinity, and the control
+// group's quota, rounded up. `source` names the limit that decided.
 struct ThreadDefault {
   int count;
   const char* source;

@@ -9,7 +9,7 @@ namespace {
 
 // The scores of 128 keys for a strip of 48 floats take 24 KiB and stay in L1 between the two products.
 constexpr int largest_key_block = 128;
-// A few rows have few scores, so longer blocks fit. These switch less often between reading K and reading V.
+// A few rows have few scores, so longer blocks fit. Longer blocks switch less often between reading K and reading V.
 constexpr int largest_row_key_block = 512;
 constexpr std::int64_t row_key_block_bytes = std::int64_t{1} << 20;  // limits the copies, if K and V must be copied
 constexpr int smallest_key_block = 8;
@@ -32,8 +32,8 @@ constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
 constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, whatever length a view claims
-// The relative products of this many keys stay in L2 until their keys are processed, and amortise the additional panels
-// at the edges.
+// The relative products of this many keys stay in L2 until the keys are processed. The more keys, the better they
+// amortise the additional panels at the edges.
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
 
@@ -48,10 +48,10 @@ int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t la
 
 // The row kernel costs as much per row as the tile kernel per lane. So it wins if the tile kernel would leave at least
 // a quarter of the lanes of one or two vectors empty, provided that there are many keys. The choice must not depend on
-// the number of keys, because results would, too. A few queries of grouped heads indicate decoding, which has many
-// keys.
+// the number of keys, because results would then depend on it, too. A few queries of grouped heads indicate decoding,
+// which has many keys.
 bool row_kernel_pays(const Plan& plan, const Problem& problem) {
-  if (problem.dropout != 0) return false;  // only the tile kernel has it
+  if (problem.dropout != 0) return false;  // only the tile kernel applies dropout
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = round_up(plan.rows, vector);
@@ -63,12 +63,12 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 // The type of queries that kernels get: adding u or w widens 16-bit queries to the type of computation.
 DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
 
-// Narrow keys and values are widened as they are loaded: decoding is limited by memory bandwidth, and they take less of
-// it. Where the kernel does not read them in place, they are copied to the type of computation; codes only if there is
-// no kernel for them.
+// Kernels widen narrow keys and values as they load them: decoding is limited by memory bandwidth, and narrow numbers
+// take less of it. Narrow numbers that no kernel reads in place are copied to the type of computation. Codes are copied
+// only if there is no kernel for them.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
-  // Even if operands must be copied: kernels differ in their results, which must not depend on strides.
+  // Chosen even if operands must be copied: kernels differ in their results, which must not depend on strides.
   if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
   const AttendKernel* own = types.of(dtype).row;
   const bool reads = own && (is_scaled(dtype) || (in_place(problem.key, dtype) && in_place(problem.value, dtype)));
@@ -149,7 +149,7 @@ std::int64_t wanted_range(const Plan& plan) {
   return round_up(wanted, plan.key_block);  // blocks never straddle ranges
 }
 
-// Upper bound for entries with at most `keys` keys.
+// An upper bound for the number of ranges of an entry with at most `keys` keys.
 std::int64_t most_ranges_of(const Plan& plan, std::int64_t keys) {
   return parts_keys(plan) ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
 }

@@ -20,12 +20,12 @@ struct Plan {
   std::int64_t row_blocks;  // of one KV head
   int key_block;            // keys per block; the last block may have fewer
   std::int64_t range_keys;  // keys of one task, for an entry with kv_len keys
-  std::int64_t ranges;      // most key ranges of an entry; the results of several ranges are merged
+  std::int64_t ranges;      // largest number of key ranges of an entry; the results of several ranges are merged
   std::int64_t tasks;
   bool copies_queries, copies_keys, copies_values, copies_out;  // operands that kernels cannot read or write in place
   bool copies_relative;
   std::int64_t relative_keys;  // keys for which relative products are computed at a time
-  DType out_type;              // what kernels write: the type of computation, or that of out if they can write in place
+  DType out_type;              // what kernels write: the type of computation, or out's type if they can write in place
   std::size_t thread_bytes;    // scratch of one thread
   std::size_t shared_bytes;    // partial results and their counters
   double flops, bytes;         // operations, and bytes of keys and values

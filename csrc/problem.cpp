@@ -114,7 +114,7 @@ void check_broadcast(const char* function, const char* name, const TensorView& v
            to_text(target.extent, target.ndim));
 }
 
-// For mask and bias: they broadcast to (..., num_heads, q_len, keys).
+// Places a mask or a bias, which broadcasts to (..., num_heads, q_len, keys).
 void place_score_operand(Problem& problem, Operand& operand, const char* function, const char* name,
                          const TensorView& view, std::int64_t keys) {
   if (!view) return;
@@ -124,7 +124,7 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
   operand = place_scores(problem, view);
 }
 
-// For lengths and offsets: one integer per batch entry.
+// Places lengths or offsets: one integer per batch entry.
 void place_per_batch(Problem& problem, Operand& operand, const char* function, const char* name,
                      const TensorView& view) {
   if (!view) return;
@@ -142,8 +142,8 @@ void each_number(std::span<const BatchAxis> axes, const char* data, const Use& u
   for (std::int64_t i = 0; i < extent; ++i) each_number(axes.first(axes.size() - 1), data + i * stride, use);
 }
 
-// The same for all integers of an operand. Visits an integer that entries share only once: a broadcast operand may have
-// any number of entries.
+// Calls use(number) for each integer of an operand. Visits an integer that batch entries share only once, because a
+// broadcast operand may have any number of entries.
 template <class Use>
 void each_number(const Problem& problem, const Operand& operand, const Use& use) {
   const BatchAxis even{1, operand.batch == 0 ? 1 : problem.batch, operand.batch};
@@ -235,8 +235,8 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
 }
 
 // The first factor of a score is the scale in units of log2, or scale / softcap. If it were not finite in the type of
-// computation, every product of 0 would become NaN. Each condition states what is accepted, because NaN fails every
-// comparison.
+// computation, every product of 0 would become NaN. Each condition states what is accepted, so that NaN, which fails
+// every comparison, is refused.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();

@@ -32,13 +32,14 @@ struct Operand {
   std::int64_t row = 0;
   std::int64_t column = 0;
   std::int64_t page = 0;   // see Pages
-  std::int64_t batch = 0;  // from one batch entry to the next; 0 if the operand has axes of its own
+  std::int64_t batch = 0;  // from one batch entry to the next; 0 if the operand has BatchAxis items
 
   explicit operator bool() const { return data != nullptr; }
 };
 
-// One batch axis of an operand, or several that it steps through evenly. Operands that a single stride (Operand::batch)
-// can describe have none. Entry b is at the sum of b / inside % extent * stride over the axes.
+// One batch axis of an operand, or several adjacent axes that one stride steps through. An operand has none if
+// Operand::batch alone describes all its batch axes. Entry b is at the sum of b / inside % extent * stride over the
+// axes.
 struct BatchAxis {
   std::int64_t inside;  // batch entries per step
   std::int64_t extent;
@@ -80,7 +81,7 @@ struct PerHead {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// A row for each distance i + offset - j of query i and key j: row clamp(distance + origin, 0, count - 1).
+// One row for each distance i + offset - j of query i and key j, at index clamp(distance + origin, 0, count - 1).
 struct ByDistance {
   PerHead rows;
   std::int64_t count = 0;
@@ -129,7 +130,7 @@ struct AttentionArguments : Settings {
   std::int64_t key_scale_page = 0, value_scale_page = 0;
   TensorView kv_starts;
   bool recent_mask = false;      // the mask covers only the newest q_len keys
-  std::int64_t first_entry = 0;  // dropout counts batch entries from here
+  std::int64_t first_entry = 0;  // for dropout: the index of batch entry 0
 };
 
 struct Problem {
@@ -157,7 +158,7 @@ struct Problem {
   double dropout = 0;
   std::uint64_t seed = 0;
   std::int64_t first_entry = 0;
-  std::vector<BatchAxis> batch_axes;  // of all operands. Few have any: most have one stride, Operand::batch
+  std::vector<BatchAxis> batch_axes;  // of all operands; most operands have none, only Operand::batch
 
   // Innermost first.
   std::span<const BatchAxis> axes_of(const Operand& operand) const {
@@ -173,7 +174,7 @@ struct Problem {
   std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
   std::int64_t queries_of(std::int64_t batch_index) const;       // number of valid queries
   std::int64_t exact_offset_of(std::int64_t batch_index) const;  // key aligned with query 0, any int64
-  std::int64_t offset_of(std::int64_t batch_index) const;        // the same, clamped so that sums cannot overflow
+  std::int64_t offset_of(std::int64_t batch_index) const;  // exact_offset_of, clamped so that sums cannot overflow
 };
 
 static_assert(sizeof(Problem) < 2048);  // a call of many sequences has one for each
@@ -191,7 +192,7 @@ Shape out_shape(const Problem& problem);
 Shape lse_shape(const Problem& problem);
 Shape weights_shape(const Problem& problem);
 
-// Operands for arrays of these shapes: rows_shape, lse_shape, and one that broadcasts to weights_shape.
+// Operands for arrays of the shapes rows_shape and lse_shape, and for one that broadcasts to weights_shape.
 Operand place_rows(Problem& problem, const TensorView& view);
 Operand place_per_row(Problem& problem, const TensorView& view);
 Operand place_scores(Problem& problem, const TensorView& view);

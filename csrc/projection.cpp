@@ -13,7 +13,7 @@ namespace {
 
 using Part = StridedRows<char>;  // some rows of a matrix
 
-// The same rows, for reading.
+// The rows of a part, for reading.
 StridedRows<const char> source(const Part& part) { return {part.data, part.row, part.column}; }
 
 }  // namespace

@@ -15,7 +15,7 @@ namespace selfattn {
 class Projection {
  public:
   // `weights` is 2-D, `bias` 1-D or absent; any strides. Codes have `scales` (groups, columns), contiguous float32: a
-  // weight is code * scale. Each group has the same number of adjacent rows of the weights.
+  // weight is code * scale. A group consists of adjacent rows of the weights, and all groups have equally many rows.
   Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
              const TensorView& scales = {});
   std::int64_t depth() const { return depth_; }
@@ -74,7 +74,7 @@ class Projection {
   std::unique_ptr<char, Free> bias_;
 };
 
-// x (..., S, d_model) as rows. Leading axes whose stride continues that of the rows count as rows.
+// x (..., S, d_model) as rows. Leading axes that one stride steps through together with S count as rows.
 struct RowsView {
   const char* data;
   DType dtype;

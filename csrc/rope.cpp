@@ -43,7 +43,7 @@ void put_element(char* p, double value) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// Rotates one vector. The sines follow the cosines.
+// Rotates one vector. In `cosines`, the sines follow the cosines.
 void rotate_vector(const Rope& rope, const Rotation& part, const double* cosines, const char* from, char* to) {
   const DType dtype = part.from.dtype;
   const std::int64_t from_step = part.from.stride(0), to_step = part.to.stride(0);

@@ -16,8 +16,8 @@ void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dt
   for (std::int64_t i = 0; i < count; ++i) write_real(p + i * step, x, dtype);
 }
 
-// Whether a row sees any key. If it does and all its scores are -inf, its result is NaN, as in IEEE arithmetic; a row
-// that sees no key gets 0.
+// Whether a row sees any key. If a row sees a key but all its scores are -inf, its result is NaN, as in IEEE
+// arithmetic. A row that sees no key gets 0.
 bool sees_a_key(const Problem& problem, const RowSpan& span, RowIndex index, const Row& row) {
   const std::uint8_t* mask = mask_of(problem, span, index);
   const char* bias = problem.bias ? element(problem, problem.bias, span, index) : nullptr;
@@ -33,7 +33,7 @@ bool sees_a_key(const Problem& problem, const RowSpan& span, RowIndex index, con
   return false;
 }
 
-// Turns scores into weights. Keys outside the row's range have no scores and get 0.
+// Turns scores into weights. Keys outside the row's range have no scores and get weight 0.
 void finish_weights(const Problem& problem, const Plan& plan, const Row& row, double row_max, double row_sum,
                     bool undefined) {
   char* weights = static_cast<char*>(row.scores);

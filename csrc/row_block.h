@@ -15,8 +15,8 @@ RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, st
 void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const ThreadMemory& memory,
                    bool with_sinks);
 
-// For masks that cover only the newest keys: expands them to the keys [first, first + count), where earlier keys are
-// visible, and points memory.rows to the result.
+// For masks that cover only the newest keys: expands them to the keys [first, first + count) and points memory.rows to
+// the result. Keys that a mask does not cover are visible.
 void spread_masks(const Problem& problem, const RowSpan& span, const ThreadMemory& memory, std::int64_t first,
                   int count);
 

@@ -1,4 +1,4 @@
-// Conversions between rows of any type and strides and contiguous rows of the type of computation.
+// Converts rows of any type and strides to contiguous rows of the type of computation, and back.
 #pragma once
 #include <cstdint>
 
@@ -34,15 +34,15 @@ struct TargetRow {
 void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from, std::int64_t rows, std::int64_t count,
                std::int64_t size);
 
-// Converts rows to contiguous rows of `to_type`. That type is at least as wide, except that floats may be rounded to a
-// 16-bit type.
+// Converts rows to contiguous rows of `to_type`. The target type is at least as wide as the source type, except that
+// floats may be rounded to a 16-bit type.
 void gather_rows(const KernelSet& kernels, char* to, DType to_type, const SourceRows& from, std::int64_t rows,
                  std::int64_t count);
 
 // Multiplies a contiguous row of floats or doubles by `factor`.
 void scale_row(char* row, DType dtype, std::int64_t count, double factor);
 
-// Writes a contiguous row to elements of the same type, or rounds it to a narrower one.
+// Writes a contiguous row to elements of the same type, or rounds it to a narrower type.
 void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count);
 
 }  // namespace selfattn

@@ -28,7 +28,7 @@ double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
   return std::isfinite(slope) ? within_range(slope * farthest, problem.dtype) / farthest : slope;
 }
 
-// The threshold must fit a 32-bit word. This matters only for rates that would round to 1: a few weights are kept.
+// The threshold must fit a 32-bit word. So at rates that would round to 1, a few weights are still kept.
 Dropout dropout_of(const Problem& problem) {
   if (problem.dropout == 0) return {};
   const double most = std::numeric_limits<std::uint32_t>::max();
@@ -50,9 +50,10 @@ inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex
   row.bias = problem.bias ? element(problem, problem.bias, span, index) : nullptr;
   row.key_begin = visible.begin;
   row.key_end = visible.end;
-  // A constant added to all scores of a row cancels in softmax, but a large one would swallow their differences. So
-  // ALiBi distances are counted from the visible key nearest to the query's position, and `omitted` is the constant
-  // that lse gets back. A sink has no distance: with one, the constant does not cancel and must stay.
+  // A constant added to all scores of a row cancels in softmax, but the differences between the scores are lost to
+  // rounding if the constant is large. So ALiBi distances are counted from the visible key nearest to the query's
+  // position, and `omitted` is the constant that this adds to all scores of the row. It is subtracted from lse. A sink
+  // has no distance: with one, the constant does not cancel and must stay.
   const std::int64_t position = index.query + valid.offset;
   row.position =
       problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
@@ -76,7 +77,7 @@ RowSpan make_span(const Problem& problem, std::int64_t batch, std::int64_t first
 KeyRange span_keys(const Problem& problem, const RowSpan& span) {
   if (span.valid == 0) return {0, 0};
   const ValidKeys valid = valid_keys(problem, span.batch);
-  // Both ends are monotonic in the query.
+  // Both ends of a query's visible keys are monotonic in the query.
   const KeyRange first = visible_keys(row_index(span, 0).query, valid);
   const KeyRange last = visible_keys(row_index(span, span.valid - 1).query, valid);
   // The range of a query that sees nothing may begin before the first valid key, where keys may be in no page.

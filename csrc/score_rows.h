@@ -1,5 +1,5 @@
-// The query rows of a task, which keys each may see, and what is added to its scores. Forward and backward pass share
-// this.
+// The query rows of a task, which keys each may see, and what is added to its scores. Used by the forward and the
+// backward pass.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "problem.h"
@@ -37,7 +37,7 @@ inline RowIndex next_row(const RowSpan& span, RowIndex index) {
   return {index.query + 1, span.first_head};
 }
 
-// The element of an operand for a query and head, in its first column.
+// The first element of an operand's row for a query and head.
 inline char* element(const Problem& problem, const Operand& operand, const RowSpan& span, RowIndex index) {
   return problem.at(operand, span.batch) + index.head * operand.head + index.query * operand.row;
 }
@@ -51,10 +51,10 @@ const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, RowInde
 // The head's sink in units of log2, or -inf.
 double sink_of(const Problem& problem, std::int64_t head);
 
-// A row without addresses of query, out and scores.
+// Describes a row, except for the addresses of query, out and scores.
 Row describe_row(const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid);
 
-// The same for every valid row of the span.
+// Describes every valid row of the span.
 void describe_rows(const Problem& problem, const RowSpan& span, Row* rows);
 
 // Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there

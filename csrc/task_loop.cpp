@@ -11,25 +11,25 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Estimate = std::atomic<float>;
 
-// All times are in seconds. The least work per thread, whatever was learned: a team of two thus needs at least 50 us of
-// work, or 20 us if it is still awake.
+// All times are in seconds. The least work per thread, whatever the estimates are: a team of two needs at least 50 us
+// of work, or 20 us if it is still awake.
 constexpr double least_asleep = 25e-6;
 constexpr double least_awake = 10e-6;
 // Longer work always gets all threads.
 constexpr double long_enough = 1e-3;
-// A team counts as awake, and a call as the next one of a loop, if the one before ended less than this ago. Idle
-// threads spin at least as long before they sleep (selfattn/_idle.py).
+// A team counts as awake if its last region ended less than this ago. A call belongs to a loop if the last call ended
+// less than this ago. Idle threads spin at least as long before they sleep (selfattn/_idle.py).
 constexpr std::chrono::microseconds at_once{10};
-// Calls that make a loop.
+// How many such calls in a row form a loop.
 constexpr int loop_calls = 8;
 
-// The rates of one core of a current server, in float32 and for reads from the last-level cache: a first guess, and the
-// unit in which work is measured.
+// The rates of one core of a current server: float32 operations, and bytes read from the last-level cache. They are the
+// first guess, and the unit in which work is measured.
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
-// The time that a kernel's work takes, divided by the guess, by the size of the work; 0: not known. Kinds of work that
-// share an entry mix their estimates. Results do not depend on them.
+// The measured time of a kernel's work divided by the guess, for each kernel and size of work; 0: not known. Kinds of
+// work whose hashes agree share an entry and mix their estimates. Results do not depend on the estimates.
 std::array<Estimate, 256> slowness;
 
 double guess(const Work& work) { return std::max(work.flops / flops_per_second, work.bytes / bytes_per_second); }
@@ -46,7 +46,8 @@ double expected(const Work& work) {
   return guess(work) * (slower > 0 ? static_cast<double>(slower) : 1);
 }
 
-// What a team costs in addition to its share of the work, by the logarithm of its size and by whether it was asleep.
+// The time that a team needs in addition to its share of the work. For each power of two of the team's size there are
+// two estimates: for a team that was asleep, and for one that was awake.
 constexpr double wake_asleep = 25e-6, wake_awake = 3e-6;  // the first guess, and the least estimate
 struct Wake {
   Estimate asleep{static_cast<float>(wake_asleep)}, awake{static_cast<float>(wake_awake)};
@@ -99,8 +100,8 @@ int best_team(double seconds, int limit, bool is_awake) {
     }
   }
   if (best > 1 || limit <= 1) return best;
-  // The estimate of a team that is not used falls a little each time, until the team is tried: its cost may have
-  // changed.
+  // If the team is not used, the estimate of its cost falls a little each time, until the team is tried again: its cost
+  // may have changed.
   Estimate& wake = wake_of(limit, is_awake);
   const float cheaper = wake.load(std::memory_order_relaxed) * (1 - 1.0F / 128);
   wake.store(std::max(cheaper, static_cast<float>(is_awake ? wake_awake : wake_asleep)), std::memory_order_relaxed);

@@ -20,16 +20,16 @@ struct Work {
   std::int64_t tasks;
 };
 
-// Number of threads that are expected to finish this work soonest. num_threads is the limit that
-// the caller chose: all of these threads are used if each gets enough work. 0 is the default number, of which only the
-// threads that pay for themselves are used (docs/decisions/0013). Finding the default takes system calls, so it is only
-// done if more than one thread is worth using. Results never depend on this number.
+// Number of threads that are expected to finish this work soonest. num_threads is the limit that the caller chose: all
+// these threads are used if each gets enough work. 0 stands for the default number: then only as many threads are used
+// as make the call faster (docs/decisions/0013). Finding the default takes system calls, so it is only done if more
+// than one thread is worth using. Results never depend on this number.
 int useful_threads(const Work& work, int num_threads);
 inline int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
   return useful_threads({nullptr, flops, bytes, tasks}, num_threads);
 }
 
-// Calls that follow one another at once are a loop, which may wake a team that a single call would leave asleep.
+// Calls that follow one another immediately form a loop. A loop may wake a team that a single call would leave asleep.
 void note_end_of_call();
 // Ends a loop: the next call is not part of it.
 void forget_last_call();
@@ -104,7 +104,7 @@ class TaskLoop {
   const int threads_;
   const Interrupted interrupted_;
   const std::thread::id caller_ = std::this_thread::get_id();
-  bool polls_ = false;  // on thread 0; false if its tasks run on a helper thread: the caller polls then
+  bool polls_ = false;  // thread 0 polls; false: its tasks run on a helper thread, so the caller polls
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stopped_{false};
   Clock::time_point last_asked_ = Clock::now();

@@ -55,7 +55,7 @@ ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
   const std::int64_t offset = problem.exact_offset_of(b);
   const VisibleDistances distances = visible_distances(problem);
   ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far};
-  // Offset and distance together may cancel, so neither may be clamped alone.
+  // Offset and distance may cancel, so they are added exactly, and only the sum is clamped.
   if (distances.most) valid.first = far_sum(offset, -*distances.most);
   if (distances.least) valid.last = far_sum(offset, -*distances.least);
   return valid;

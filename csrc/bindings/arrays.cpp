@@ -26,8 +26,8 @@ template <class... Rule>
 
 py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>(object); }
 
-// bfloat16 has no type number of NumPy's own. It is recognised by its name, without importing the package that defines
-// it. Looking up a name is slow, so its number is kept: it does not change while the process runs.
+// NumPy itself has no type number for bfloat16. The type is recognised by its name, without importing the package that
+// defines it. Looking up a name is slow, so the type's number is kept; it does not change while the process runs.
 bool is_bfloat(const py::array& array, int number) {
   static std::atomic<int> known{first_user_number - 1};  // no type has this number
   if (number == known.load(std::memory_order_relaxed)) return true;

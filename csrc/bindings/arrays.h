@@ -19,7 +19,7 @@ TensorView bool_view(const char* function, const char* name, py::handle array);
 // None gives an absent view. The Python layer has already converted the argument to `dtype`.
 TensorView optional_view(py::handle array, DType dtype);
 
-// The view of an array whose dtype must be `like`, which is that of the argument `like_name`.
+// The view of an array whose dtype must be `like`, the dtype of the argument `like_name`.
 TensorView matching_view(const char* function, const char* name, py::handle array, const char* like_name, DType like);
 
 // 16-bit types take their NumPy dtype from `like`, because bfloat16 is defined by another package.
@@ -36,7 +36,7 @@ void check_out(const char* function, const py::array& out, const Shape& shape, D
 // Takes the GIL, runs pending signal handlers and returns whether one raised. The exception stays set.
 bool interrupted();
 
-// The scope in which the core works for a call. Releases the GIL if the work is long enough to be worth it.
+// The scope of a call in which the core computes. Releases the GIL if the work is long enough to be worth it.
 class CoreCall {
  public:
   explicit CoreCall(double flops) {

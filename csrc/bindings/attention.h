@@ -18,7 +18,7 @@ struct Destination {
   py::object deliver();  // the object to return, with the result in it
 };
 
-// out alone, or the tuple of out and those that are not None.
+// Returns out alone, or a tuple of out and those of lse and weights that are not None.
 py::object join(py::object out, const py::object& lse, const py::object& weights);
 
 // Keys may have a narrower type than queries, as in a cache that saves memory. Values have the keys' type.
@@ -39,10 +39,11 @@ py::object attend_to(const AttentionArguments& arguments, const Options& options
 // The arguments of a call, from arrays.
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options);
 
-// The gradients of a call, by name: those of q, k and v with all batch axes; that of the bias for all heads and batch
-// entries or in its own shape; those of r, u and w for all heads and batch entries; those of the scale, ALiBi's slopes
-// and sinks with one number per query row, which the caller sums. operands: the arrays q, k and v. All arrays of
-// `given` have all axes; grad_weights is in the type of computation.
+// Returns the gradients of a call by name. The gradients of q, k and v have all batch axes. The gradient of the bias is
+// for all heads and batch entries, or has the bias's own shape. The gradients of r, u and w are for all heads and batch
+// entries. The gradients of the scale, ALiBi's slopes and sinks have one number per query row; the caller sums these
+// numbers. `operands` are the arrays q, k and v. All arrays of `given` have all axes; grad_weights is in the type of
+// computation.
 py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
                       const GradientInputs& given, const py::sequence& wrt);
 

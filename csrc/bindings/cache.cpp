@@ -29,8 +29,8 @@ Shape shape_of(std::int64_t batch, std::int64_t heads, std::int64_t count, std::
   return shape;
 }
 
-// A view of tokens. They are copied if they may share memory with the cache, which could overwrite them before they are
-// read.
+// A view of tokens. Tokens that may share memory with the cache are copied first, because storing could overwrite them
+// before they are read.
 class SafeTokens {
  public:
   SafeTokens(py::handle array, const TensorView& view, const CacheArguments& cache) : view_(view) {
@@ -61,7 +61,7 @@ void append(const char* function, py::handle store, py::handle sequences, py::ha
   });
 }
 
-// Reorders all heads in one call, so that no interrupt can come between two of them. The Python layer has checked the
+// Reorders all heads in one call, so that no interrupt can come between two heads. The Python layer has checked the
 // index.
 void reorder(py::handle store, py::handle ledger, const py::array& index) {
   CacheArguments arguments("reorder", store, ledger, 0);

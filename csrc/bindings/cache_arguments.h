@@ -54,7 +54,7 @@ struct HeldTable {
   HeldTable(py::array pages, py::array lengths, py::object starts);
 
   const py::array pages, lengths;
-  const py::object starts;  // an array or None: 0
+  const py::object starts;  // an array, or None: all sequences start at 0
 };
 
 // One sequence of a PagedKVCache. `pages` is a buffer of int32, see PagedSequence.

@@ -7,8 +7,8 @@
 namespace selfattn::bindings {
 namespace {
 
-// Nothing here throws: pybind11 would then translate the refusal as a plain std::invalid_argument. Without memory, the
-// results are null, and Python's error is MemoryError.
+// Nothing here throws, because pybind11 would then translate the refusal as a plain std::invalid_argument. If memory
+// runs out, the results are null and Python's error is MemoryError.
 py::object text_of(const char* text) { return py::reinterpret_steal<py::object>(PyUnicode_FromString(text)); }
 
 py::object parts_of(const Message& message) {

@@ -8,7 +8,7 @@ namespace selfattn::bindings {
 // The view of an operand of the backward pass, which must have the shape of one of the forward pass's results.
 TensorView shaped_view(const char* function, const char* name, py::handle array, const Shape& shape);
 
-// The same with q's dtype or the type of computation.
+// Like shaped_view, for an array with q's dtype or the type of computation.
 TensorView result_view(const char* function, const char* name, py::handle array, const Shape& shape, DType query);
 
 // The log-sum-exp that the forward pass returned.

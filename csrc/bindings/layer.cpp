@@ -165,7 +165,7 @@ py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
 }
 
 // x and out have the same shape (..., tokens, heads, head_dim); positions broadcasts to (..., tokens). The Python layer
-// has made sure of all this.
+// has ensured this.
 void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description, bool inverse) {
   const TensorView from = float_view("apply_rope", "x", x);
   const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);

@@ -61,7 +61,7 @@ struct RowCall {
   TensorView x, residual;
   Shape shape;  // of the result
 
-  // Checks that x has `depth` columns, and the residual, or None, the shape of the result.
+  // Checks that x has `depth` columns, and that the residual is None or has the shape of the result.
   RowCall(const char* function, py::handle x_array, std::int64_t depth, py::handle residual_array, std::int64_t columns)
       : function(function), x(float_view(function, "x", x_array)) {
     if (x.ndim < 1 || x.ndim >= max_axes)
@@ -98,7 +98,7 @@ struct RowCall {
   }
 };
 
-// Weights are a matrix of numbers, or a pair: a matrix of codes, and their scales. The Python layer has checked them.
+// Weights are a matrix of numbers, or a pair of a matrix of codes and their scales. The Python layer has checked them.
 Projection projection_of(py::handle weights, py::handle bias) {
   const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
   if (!py::isinstance<py::tuple>(weights))
@@ -157,7 +157,8 @@ const char* linear_isa(const py::capsule& capsule) {
   return held_by<HeldLinear>(capsule).weights.projection.kernels().name;
 }
 
-// Fills a pair of codes and scales, or returns the matrix that it is given.
+// If weights are codes, `matrix` is a pair of codes and scales: fills the scales and returns the array of codes.
+// Otherwise returns `matrix`.
 py::handle unpack_scales(const Projection& projection, py::handle matrix) {
   if (!is_scaled(projection.dtype())) return matrix;
   const py::tuple pair = py::reinterpret_borrow<py::tuple>(matrix);
@@ -181,7 +182,7 @@ py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   return found;
 }
 
-// Layers and norms as capsules, whose owner must keep them alive; norms may be None.
+// `parts` are two layers and two norms as capsules, which the caller must keep alive. Norms may be None.
 py::object call_feed_forward(const py::tuple& parts, const char* function, py::handle x, py::handle residual,
                              py::object out, int num_threads) {
   const LinearWeights& first = held_by<HeldLinear>(parts[0]).weights;

@@ -49,7 +49,7 @@ double read_bandwidth(std::size_t bytes, int num_threads, double seconds) {
   return measure_read_bandwidth(bytes, num_threads, seconds);
 }
 
-// Whether this thread computes subnormal numbers. They become 0 if some library has switched them off.
+// Whether this thread computes subnormal numbers. If some library has disabled them, they become 0.
 bool subnormals_survive() {
   volatile float smallest = 1.17549435e-38f;
   volatile float half = smallest * 0.5f;

@@ -25,7 +25,7 @@ constexpr Field<Options> array_field() {
           }};
 }
 
-// A field of one of the codes 0 to count - 1.
+// A field whose value is one of the codes 0 to count - 1.
 template <auto member, std::int64_t count>
 constexpr Field<Options> code_field(const char* name) {
   return {name,

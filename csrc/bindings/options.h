@@ -38,7 +38,7 @@ struct Options : Settings {
   py::object arrays[std::size(array_options)];  // in the order of array_options; null: absent
   bool return_lse = false, return_weights = false;
   bool exact = false;        // return out in the type of computation, and lse in float64
-  bool same_tokens = false;  // k and v are of the tokens of q: see Keys
+  bool same_tokens = false;  // k and v belong to the tokens of q: see Keys
   int num_threads = 0;       // 0: the default
 };
 
@@ -48,7 +48,7 @@ const Options& options_of(py::handle object);
 AttentionArguments arguments_of(const char* function, const Options& options, const TensorView& q, const TensorView& k,
                                 const TensorView& v);
 
-// Whether `out` may share memory with an operand, so that writing it could change what is still to be read.
+// Whether `out` may share memory with an operand, so that writing `out` could change numbers that are still to be read.
 bool meets_any(const TensorView& out, const AttentionArguments& arguments);
 
 void register_options(py::module_& module);

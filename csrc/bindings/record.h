@@ -70,8 +70,9 @@ constexpr Field<T> field(const char* name) {
           [](const T& record) { return written(record.*member); }};
 }
 
-// The Python type of T. An object is made from keyword arguments and keeps the defaults of T for the others. Not a
-// class of pybind11's: these register each object, which is slower and terminates the process if memory runs out.
+// The Python type of T. An object is made from keyword arguments; fields that are not given keep the defaults of T. It
+// is not a pybind11 class: pybind11 registers each object, which is slower and terminates the process if memory runs
+// out.
 template <class T>
 class Record {
  public:

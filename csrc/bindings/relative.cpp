@@ -1,5 +1,5 @@
-// relative_attention() and its gradients: scores are the products of queries and keys plus the products of queries and
-// a vector for their distance.
+// relative_attention() and its gradients: a score is the product of query and key plus the product of the query and a
+// vector for the distance of query and key.
 #include "bindings/attention.h"
 
 namespace selfattn::bindings {

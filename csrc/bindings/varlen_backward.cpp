@@ -1,4 +1,4 @@
-// attention_varlen_backward(): the gradients of attention_varlen, those of each sequence computed as if it were alone.
+// attention_varlen_backward(): the gradients of attention_varlen. Each sequence is computed as if it were alone.
 #include <string>
 
 #include "backward.h"
@@ -94,8 +94,8 @@ bool run(PerSequence<Sequence>& sequences, PerSequence<Gradients>& gradients, st
   return attend_backward(jobs.data(), count, threads, interrupted);
 }
 
-// Returns the gradients by name: packed arrays for q, k and v; for bias, scale, alibi_slopes, sinks and t5 a list with
-// what attention_backward would return for each sequence.
+// Returns the gradients by name. The gradients of q, k and v are packed arrays. The gradients of bias, scale,
+// alibi_slopes, sinks and t5 are lists with what attention_backward would return for each sequence.
 py::dict attention_varlen_backward(const char* function, py::handle operands, py::handle upstream,
                                    const py::sequence& wrt, py::handle option_values) {
   const VarlenInputs& inputs = Record<VarlenInputs>::in(operands);

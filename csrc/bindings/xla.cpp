@@ -1,5 +1,5 @@
-// Handlers for XLA: attention and its gradients on the arrays of a compiled JAX program (decision 8).
-// XLA calls them on its own threads without the GIL. They use nothing of Python, and cannot be interrupted.
+// Handlers for XLA: attention and its gradients on the arrays of a compiled JAX program (decision 8). XLA calls them on
+// its own threads without the GIL. They do not use Python, and cannot be interrupted.
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -23,7 +23,7 @@ enum Given : std::int64_t { bias_given = 1, mask_given = 2, query_lengths_given 
 enum Wanted : std::int64_t { query_wanted = 1, key_wanted = 2, value_wanted = 4, bias_wanted = 8 };
 
 // The operands of attention, as views that `arguments` refers to. Query, key and value are the arguments from `first`
-// on; `rest` is the first of those that may be absent.
+// on; the operands that may be absent start at argument `rest`.
 class Operands {
  public:
   Operands(const Call& call, std::int64_t first, std::int64_t rest)
@@ -99,7 +99,7 @@ class BiasGradient {
     }
   }
 
-  // Adds up what the core has summed over keys or over queries.
+  // Adds the sums that the core has computed over keys or queries to the gradient.
   void finish() {
     if (one_key_) return add(sums_.data(), problem_.q_len, target_.row);
     if (!one_query_) return;
@@ -137,8 +137,8 @@ class BiasGradient {
   std::vector<double> sums_;
 };
 
-// Arguments: grad_out; query, key, value; out; the log-sum-exps; then those that may be absent. Results: the gradients
-// that `wrt` names; that of the bias in the type of computation.
+// Arguments: grad_out; query, key, value; out; the log-sum-exps; then the operands that may be absent. Results: the
+// gradients that `wrt` names. The gradient of the bias has the type of computation.
 void differentiate_xla(const Call& call) {
   const Operands operands(call, 1, 6);
   Problem problem = make_problem(operands.arguments);

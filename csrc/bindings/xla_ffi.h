@@ -1,13 +1,13 @@
 // What this project uses of XLA's foreign function interface. XLA keeps these layouts stable and marks additions by the
-// minor version, so no header of XLA is needed to build, and one binary serves all versions of jaxlib since 0.6.
+// minor version. So building needs no header of XLA, and one binary works with all versions of jaxlib since 0.6.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace selfattn::xla {
 
-// XLA refuses to start its CPU backend with a handler whose minor version is newer than its own: report the oldest that
-// has everything used here.
+// XLA refuses to start its CPU backend with a handler whose minor version is newer than its own. So this is the oldest
+// version that has everything used here.
 constexpr int api_major = 0;
 constexpr int api_minor = 1;
 
@@ -25,7 +25,7 @@ struct Version {
   int minor_number;
 };
 
-// With this extension of a call frame, XLA asks for the handler's version: nothing is to be computed.
+// A call frame with this extension asks for the handler's version. The handler must then compute nothing.
 constexpr int metadata_kind = 1;
 
 struct Metadata {

@@ -1,7 +1,8 @@
-// Activation functions on vectors. Their errors are listed in docs/numerics.md; NaN gives NaN, and infinity the limit.
+// Activation functions on vectors. Their errors are listed in docs/numerics.md; NaN gives NaN, and infinity gives the
+// function's limit.
 //
-// Exponentials here need a small relative error even where they are tiny, so their argument is reduced by a ln 2 in two
-// parts: n * ln2_high is exact for every n that occurs.
+// Exponentials here need a small relative error even where they are tiny, so a multiple of ln 2 is subtracted from
+// their argument in two parts: n * ln2_high is exact for every n that occurs.
 #pragma once
 #include "kernels/exp.h"
 #include "kernels/kernel_set.h"
@@ -50,7 +51,7 @@ inline Vec<T> exp_minus(Vec<T> high, Vec<T> low) {
   return scale_by_power(fma(p, f, broadcast(T(1))), n);
 }
 
-// x / (1 + e^-z), where z has the sign of x and is at least as steep.
+// x / (1 + e^-z), where z has the sign of x and |z| >= |x|.
 template <class T>
 inline Vec<T> gate_by_logistic(Vec<T> x, Vec<T> z) {
   const Vec<T> one = broadcast(T(1)), zero = broadcast(T(0));
@@ -60,7 +61,7 @@ inline Vec<T> gate_by_logistic(Vec<T> x, Vec<T> z) {
 
 template <class T>
 inline Vec<T> silu(Vec<T> x) {
-  const Vec<T> finite = max(broadcast(-Normal<T>::underflow), x);  // below, the result is 0
+  const Vec<T> finite = max(broadcast(-Normal<T>::underflow), x);  // for smaller x the result is 0
   return gate_by_logistic(finite, finite);
 }
 
@@ -74,8 +75,8 @@ inline Vec<T> gelu_tanh(Vec<T> x) {
   return gate_by_logistic(finite, finite * factor);
 }
 
-// x times the normal distribution function: max(x, 0) - a Q(a) with a = |x|. The square of a is the sum of two parts:
-// the square of a rounded to sixteenths, which is exact, and the rest.
+// x times the normal distribution function: max(x, 0) - a Q(a) with a = |x|. The square of a is passed in two parts:
+// the square of a rounded to sixteenths, which is exact, and the remainder.
 template <class T>
 inline Vec<T> gelu(Vec<T> x) {
   const Vec<T> half = broadcast(T(0.5)), centre = broadcast(Normal<T>::centre);

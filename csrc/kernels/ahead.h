@@ -1,4 +1,4 @@
-// Prefetching: memory that is needed soon.
+// Prefetches memory that is needed soon.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
 
-// Prefetches a line into L1, which is where loads that cross lines must find both.
+// Prefetches a line into L1. A load that crosses two lines is fast only if both are in L1.
 inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 template <class E>
@@ -23,7 +23,7 @@ inline void fetch(const T* row, std::int64_t width) {
     __builtin_prefetch(row + i, 0, 2);
 }
 
-// Rows to prefetch between the tiles of a product, so that they arrive while it computes.
+// Rows to prefetch between the tiles of a product, so that they arrive while the product is computed.
 template <class T>
 struct Ahead {
   const T* rows;  // null: nothing to prefetch
@@ -43,7 +43,7 @@ inline void touch(const char* memory, std::int64_t bytes) {
     static_cast<void>(*static_cast<const volatile char*>(memory + i));
 }
 
-// The same for the biases that rows have for the keys [first, end); strips read them column by column.
+// Touches the rows' biases for the keys [first, end), row by row. Strips then read these biases column by column.
 inline void touch_biases(const Row* rows, int count, std::int64_t step, std::int64_t first, std::int64_t end) {
   for (int r = 0; r < count; ++r) {
     const std::int64_t last = rows[r].key_end < end ? rows[r].key_end : end;

@@ -1,5 +1,5 @@
 // Products of matrices of cells on AMX. Up to 2 x 2 tiles of sums stay in registers over the whole depth: each step
-// makes four products for four loads.
+// multiplies four pairs of tiles but loads only four tiles.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr int tile_rows = 16, tile_cells = 16;
 
-// A matrix of cells, or of split numbers: one plane per term.
+// A matrix of cells. A matrix of split numbers has one plane of cells per term.
 struct CellMatrix {
   const float* data;
   std::int64_t step;   // cells from one row to the next
@@ -25,9 +25,9 @@ inline void each_tile(Use use) {
   if constexpr (Rows > 1 && Cols > 1) use.template operator()<1, 1>();
 }
 
-// Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads the
-// left operand's tile for a row of tiles. For split operands, the products of small terms come first: if the sums start
-// at 0, small products are added up before the large ones.
+// Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads one
+// tile of the left operand, from the tile row `row`, into register `tile`. For split operands, the products of small
+// terms come first: if the sums start at 0, small products are added to each other before the large ones are added.
 template <int Terms, int Rows, int Cols, class LoadLeft>
 inline void multiply_cells(LoadLeft load_left, const CellMatrix& right, std::int64_t depth) {
   for (int order = Terms - 1; order >= 0; --order)

@@ -5,8 +5,8 @@
 //   out[dim][row] += value[dim] * probs[key][row]
 //
 // An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips; a strip has
-// as many rows as `Vectors` registers have lanes. Each strip records which keys its rows can see. So at a causal or
-// window limit a row computes at most as many hidden keys as a strip has rows, half as many on average.
+// as many rows as `Vectors` registers have lanes. Each strip skips the keys that none of its rows can see. So at a
+// causal or window limit, a row computes at most as many hidden keys as a strip has rows, and half of that on average.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/dropout.h"
@@ -28,7 +28,7 @@ struct TileAttention {
 
   struct Scratch {
     Strip* strips;
-    T* queries;  // per strip, as the engine packs them
+    T* queries;  // per strip, packed by the engine
     T* out;      // per strip [value_dim][lanes]
     T* scores;   // [key_block][lanes]; some engines store probs here
     T* terms;    // [key_block][lanes]; the factors of dropout, or mask and bias
@@ -78,7 +78,7 @@ struct TileAttention {
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
     if (block.terms.bias && !block.terms.bias_at_hand) touch_bias(block, keys);
-    // Per block of keys, not per block of rows: signal handlers may run, and use the tiles, between key blocks.
+    // Called once per key block, because signal handlers may run between key blocks and use the tile registers.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
@@ -103,7 +103,7 @@ struct TileAttention {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
-  // Reads the bias row by row, in windows of keys that fit L2 and leave room for everything else.
+  // Reads the bias row by row, for one window of keys at a time. A window fits L2 and leaves room for everything else.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
     const std::int64_t step = block.terms.bias_step;
@@ -113,8 +113,8 @@ struct TileAttention {
     touch_biases(block.rows, block.count, step, keys.first, keys.first + window);
   }
 
-  // Whether the multiplier can be applied later, while exponentials are computed. It can if masking by limits is the
-  // only step in between.
+  // Whether the multiplier can be applied later, while exponentials are computed. It can if hiding keys beyond the
+  // rows' limits is the only step in between.
   static bool can_defer_scale(const RowBlock& block) {
     return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
            !has_terms(block.terms) && !block.rows[0].scores;
@@ -178,7 +178,7 @@ struct TileAttention {
                                       });
   }
 
-  // Replaces scores, times a factor, by probs; keep(prob, line, lane) stores them.
+  // Multiplies scores by a factor and computes their probs, which keep(prob, line, lane) stores.
   template <int Cols, class Keep>
   [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines,
                                                   T factor, Vec<T> (&rescale)[Cols], Keep keep) {

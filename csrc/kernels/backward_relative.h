@@ -1,11 +1,11 @@
-// The relative half of the backward pass: gradients of the products of a block of query rows with the vectors of
-// distances. The rows are consecutive queries, so each diagonal of the block is one distance. To make a diagonal a
-// column, row r is shifted:
+// The relative half of the backward pass: the gradients of relative products, which multiply a block of query rows by
+// the vectors of distances. The rows are consecutive queries, so each diagonal of the block is one distance. To make a
+// diagonal a column, row r is shifted:
 //
 //   factors[column][row] = dproducts[row][column - (rows - 1 - row)]
 //
-// All elements of a column belong to one distance. Both sums are then those over keys and over rows, with the vector of
-// a column's distance in the place of a key.
+// All elements of a column belong to one distance. The gradients are then the two sums of backward_sums.h, with the
+// vector of a column's distance in the place of a key.
 #pragma once
 #include "kernels/backward_strips.h"
 #include "kernels/backward_sums.h"
@@ -75,7 +75,7 @@ struct RelativeBackward {
           block.count, static_cast<T*>(block.dvectors) + seen.begin * step);
   }
 
-  // The columns within `all` whose distance some of the rows sees; empty: begin == end.
+  // The columns of `all` whose distance at least one of the rows sees. Empty: begin == end.
   static ColumnRange seen_columns(const RelativeBlock& block, int first, int rows, ColumnRange all) {
     std::int64_t begin = all.end, end = all.begin;
     for (int i = first; i < first + rows; ++i) {

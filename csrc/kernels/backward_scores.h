@@ -1,5 +1,5 @@
-// The backward pass between its products, for one strip: from scores and the gradients of weights to weights and the
-// gradients of scores.
+// The steps between the products of the backward pass, for one strip. They turn scores and gradients of weights into
+// weights and gradients of scores.
 #pragma once
 #include "kernels/backward_strips.h"
 #include "kernels/engine_fma.h"
@@ -25,7 +25,7 @@ struct BackwardScores {
         store(s.slopes + o * tile.step + l, one - bent * bent);
         return cap * bent;
       });
-      terms.softcap = 0;  // it is applied
+      terms.softcap = 0;  // already applied
     }
     return complete_scores<AcrossRows>(tile, terms, sight);
   }
@@ -38,7 +38,7 @@ struct BackwardScores {
     AcrossRows::each_chunk(tile, s.dprobs, chunk, [](T* cell, Vec<T> added) { store(cell, load(cell) + added); });
   }
 
-  // Marks keys as hidden from all rows of a strip: those with the indices [from, to).
+  // Marks the keys with the indices [from, to) as hidden from all rows of a strip.
   template <int Cols>
   static void hide(const Scratch& s, const Strip& strip, int from, int to) {
     constexpr int line_cells = Cols * W / cell;
@@ -60,9 +60,9 @@ struct BackwardScores {
         store(s.original + place + key * s.block_lanes + l, load(s.scores + key * Cols * W + l));
   }
 
-  // probs and dscores of a strip, from its scores and dprobs. Its keys start at the index `before`. A hidden key has
-  // probability 0 and gradient 0, whatever its value or the row's sums are. With dropout the weights and their
-  // gradients differ from those of the softmax by `factors`; `probs` then gets the weights.
+  // Computes probs and dscores of a strip from its scores and dprobs. In probs and dscores, the strip's first key has
+  // the index `before`. A hidden key gets probability 0 and gradient 0, whatever its value or the row's sums are. With
+  // dropout, probs and dprobs are multiplied by `factors`, so that `probs` gets the weights.
   template <int Cols>
   static void differentiate(const BackwardBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& seen,
                             int before, const T* factors) {
@@ -83,13 +83,13 @@ struct BackwardScores {
     int first, count;
   };
 
-  // `Some`: there is a softcap, dropout, or a wanted gradient of scores, which is left in the place of dprobs.
+  // `Some`: there is a softcap or dropout, or the gradients of scores are wanted. These gradients replace dprobs.
   template <int Cols, bool Some>
   static void change_cells(const BackwardBlock& block, const Scratch& s, const Strip& strip, KeyIndices keys,
                            const T* factors) {
     const Vec<T> nothing = broadcast(minus_infinity<T>), zero = broadcast(T(0));
     Vec<T> shift[Cols], factor[Cols], delta[Cols];
-    Mask<T> absent[Cols];  // lanes without a row, which may share a cell with one
+    Mask<T> absent[Cols];  // lanes without a row; such a lane may share a cell with a row
     for (int c = 0; c < Cols; ++c) {
       const int row = strip.first_row + c * W;
       absent[c] = broadcast(static_cast<T>(strip.rows - c * W)) <= iota(T());
@@ -131,7 +131,7 @@ struct BackwardScores {
     std::int64_t step;
   };
 
-  // Stores them row by row.
+  // Stores `lines` row by row.
   static void keep(const Lines& lines, const Strip& strip, std::int64_t keys, T* rows, std::int64_t step) {
     columns_to_rows<T>(
         strip.rows, keys, [&](int row) { return rows + (strip.first_row + row) * step; },

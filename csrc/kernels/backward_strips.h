@@ -55,13 +55,13 @@ struct BackwardScratch {
   T* joined_dout;     // [cells of rows][value_dim]
   T* joined_keys;     // [cells of key_block][head_dim]
   T* scores;          // [key_block][lanes] of one strip
-  T* dprobs;          // the same
-  T* slopes;          // the same: derivative of the softcap
-  T* factors;         // the same and a few lines more: see dropout_factors
+  T* dprobs;          // [key_block][lanes] of one strip
+  T* slopes;          // [key_block][lanes] of one strip: derivatives of the softcap
+  T* factors;         // as dprobs, plus a few lines: see dropout_factors
   T* probs;           // [key_block][cells of block_lanes] of all strips
-  T* dscores;         // the same
-  T* joined_dscores;  // [cells of key_block][block_lanes]; of single numbers, the same array
-  T* original;        // [key_block][block_lanes]: scores before the softmax, to tell hidden keys
+  T* dscores;         // [key_block][cells of block_lanes] of all strips
+  T* joined_dscores;  // [cells of key_block][block_lanes]; dscores itself if a cell is one number
+  T* original;        // [key_block][block_lanes]: scores before the softmax; hidden keys have -inf
   RowPlaces<T> places;
   std::int64_t block_lanes;
   std::size_t bytes;
@@ -94,7 +94,7 @@ struct BackwardScratch {
   explicit BackwardScratch(const BackwardBlock& block)
       : BackwardScratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
 
-  // The cell of `lines`, which is probs or dscores, with a key and a row.
+  // The cell that holds a key and a row. `lines` is probs or dscores.
   T* line(T* lines, int key, int row) const { return lines + (key * block_lanes + row) / Unit::cell; }
   T* joined(int key, int row) const { return joined_dscores + key / Unit::cell * block_lanes + row; }
 };

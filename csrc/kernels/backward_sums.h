@@ -1,5 +1,5 @@
-// The sums of the backward pass, over keys and over rows. Instead of keys, the relative half (backward_relative.h) has
-// vectors of distances.
+// The sums of the backward pass, over keys and over rows. In the relative half (backward_relative.h), vectors of
+// distances take the place of keys.
 #pragma once
 #include "kernels/backward_strips.h"
 #include "kernels/pack.h"
@@ -8,8 +8,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The pairs of key and row that sums must skip, because 0 times their operands is not 0: those where `marks`,
-// [key][row], equals `value`. Null: none.
+// The pairs of key and row that sums must skip, because 0 times one of their operands would be NaN. A pair is skipped
+// if its element of `marks`, [key][row], equals `value`. Null: none is skipped.
 template <class T>
 struct Skipped {
   const T* marks = nullptr;
@@ -85,7 +85,7 @@ struct BackwardSums {
       store_up_to(sum + i, load_up_to(sum + i, count - i) + load_up_to(term + i, count - i), count - i);
   }
 
-  // Sets the sums of a strip to 0, or stores them in rows of `step` elements.
+  // `clear` sets the sums of a strip to 0. `store_rows` stores them as rows, `step` elements apart.
   template <int Cols>
   static void clear(std::int64_t head_dim, T* sums) {
     for (std::int64_t i = 0; i < head_dim * Cols * W; i += W) store(sums + i, broadcast(T(0)));

@@ -28,9 +28,9 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Operands are read as cells of the unit (backward_units.h), here called T like the numbers that are computed. TileRows
-// and Vectors are the shape of tiles with vectors across rows, SumRows and SumVectors that of tiles with vectors along
-// head_dim or value_dim.
+// Operands are read as cells of the unit (backward_units.h). A cell has the type T, like a computed number. TileRows x
+// Vectors is the shape of tiles whose vectors run across rows, SumRows x SumVectors the shape of tiles whose vectors
+// run along head_dim or value_dim.
 template <class Unit, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct TileBackward {
   using T = typename Unit::Real;
@@ -40,7 +40,7 @@ struct TileBackward {
   static constexpr int W = Vec<T>::width, cell = Unit::cell;
   static constexpr int strip_rows = Vectors * W;
 
-  // A block of keys and values, the cells of adjacent keys, and the sums of gradients.
+  // A block of keys and values, the sums of their gradients, and in `joined` the cells of adjacent keys.
   struct Keys {
     std::int64_t first;
     int count;
@@ -49,7 +49,7 @@ struct TileBackward {
     const T* joined;
   };
 
-  // The same cells of the rows of a block.
+  // Queries and dout of a block of rows, as cells of adjacent rows.
   struct Rows {
     const T *queries, *dout;
   };
@@ -120,7 +120,7 @@ struct TileBackward {
     std::int64_t begin, end;
   };
 
-  // The part of `seen` within `all`, extended to whole cells: no cell has a key that is not treated as a hidden one.
+  // The part of `seen` within `all`, extended to whole cells: the other keys of a cell are treated as hidden keys.
   static KeyRange whole_cells(const KeyRange& seen, const KeyRange& all) {
     if (seen.begin >= all.end || seen.end <= all.begin || seen.begin >= seen.end) return {all.end, all.end};
     const std::int64_t begin = seen.begin > all.begin ? seen.begin : all.begin;
@@ -154,7 +154,7 @@ struct TileBackward {
   }
 
   // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key is hidden from some row.
-  // `seen`: the keys that some row of the block sees, at which probs and dscores start.
+  // `seen`: the keys that some row of the block sees. probs and dscores start at the first of them.
   template <int Cols>
   static bool absorb_strip(const BackwardBlock& block, const Scratch& s, const Strip& strip, const Keys& keys,
                            const SeenKeys& seen) {

@@ -1,7 +1,7 @@
-// The units that multiply in the backward pass, and the form that each wants its operands in.
+// The units that multiply in the backward pass, and the form of operands that each of them reads.
 //
-// A unit multiplies a cell at once: one number, or a pair of bfloat16. Products over head_dim take the operands' rows
-// as they are, read as cells. Sums over keys or rows need cells of adjacent keys or rows:
+// A unit multiplies one cell at a time: one number, or a pair of bfloat16. Products over head_dim read the operands'
+// rows in memory as cells. Sums over keys or rows need cells of adjacent keys or rows:
 //   join           [row][dim] -> [cell of rows][dim]
 //   keep_lines     stores the numbers of `cell` keys as lines of cells of rows, [key][cell of rows]
 //   keep_joined    stores them as one line of cells of keys, [cell of keys][row]

@@ -1,6 +1,6 @@
 // Dropout: decides which weights are kept (decision 11). The random numbers come from Philox4x32-10 (Salmon et al.,
-// "Parallel random numbers: as easy as 1, 2, 3", 2011). It encrypts a counter, so a weight's number depends only on
-// its batch entry, head, query and key. One block of the cipher has the words of four adjacent keys of a row.
+// "Parallel random numbers: as easy as 1, 2, 3", 2011). It encrypts a counter, so a weight's number depends only on its
+// batch entry, head, query and key. One block of the cipher consists of the words of four adjacent keys of a row.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr int keys_per_block = 4;
 
-// Encrypts several vectors of counters at once: while one waits for a product, another one multiplies.
+// Encrypts several vectors of counters at once, which hides the latency of multiplications.
 template <int Chains>
 [[gnu::always_inline]] inline void philox(Words (&blocks)[Chains][4], std::uint64_t key) {
   const Words first = broadcast_word(0xD2511F53), third = broadcast_word(0xCD9E8D57);
@@ -34,12 +34,13 @@ struct RowLanes {
   int count, lanes;
 };
 
-// How many lines dropout_factors may write for this many keys: it writes those of whole blocks.
+// The number of lines that dropout_factors may write for `keys` keys, since it writes whole blocks of the cipher.
 constexpr std::int64_t factor_lines(std::int64_t keys) { return keys + 2 * (keys_per_block - 1); }
 
 // Computes the factors of weights, 0 or dropout.factor: factors[key][lane]. Returns the line of the first key. Kernels
-// that take keys in pairs start at an even key, so that the last key also has a second line. Arguments are copies,
-// which stores cannot change: so the compiler keeps in registers what it computes from the seed and the rows.
+// that take keys in pairs start at an even key, so the partner of the last key is in the same block of the cipher and
+// has a line, too. Arguments are passed by value, because stores cannot change copies: the compiler can keep in
+// registers what it computes from the seed and the rows.
 template <class T>
 [[gnu::noinline]] inline const T* dropout_factors(const Dropout dropout, const RowLanes tile, std::int64_t first_key,
                                                   int keys, T* factors) {
@@ -68,7 +69,7 @@ template <class T>
   return factors + first_key % keys_per_block * tile.lanes;
 }
 
-// The same for one row, applied to its weights.
+// Multiplies the weights of one row by their factors.
 template <class T>
 inline void drop(const Dropout& dropout, const Row& row, std::int64_t first_key, std::int64_t count,
                  void* weights) noexcept {

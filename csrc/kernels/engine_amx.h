@@ -86,7 +86,7 @@ struct AmxEngine : PairOperands<E, Terms> {
   }
 
  private:
-  // After a few blocks most maxima no longer change, and nothing needs rescaling.
+  // Does nothing if no maximum has changed, which is usual after the first few blocks.
   template <int Cols>
   static void rescale_sums(const VecF (&rescale)[Cols], std::int64_t value_dim, float* out) {
     bool moved = false;

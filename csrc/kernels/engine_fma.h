@@ -7,7 +7,7 @@
 //   score           scores[key][row] = key . query, times the multiplier if the engine `scales`
 //   keep_probs      stores the probs of `cell` keys where accumulate expects them; `line`: the first key's scores
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
-// A strip may start at any key of a block whose index within the block is a multiple of `alignment`.
+// A strip may start at any key whose index within the block is a multiple of `alignment`.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
@@ -54,7 +54,7 @@ struct FmaEngine {
     const T* values;
     std::int64_t value_step;
     const T* next_keys;
-    bool fetches;  // the first strip to be computed prefetches for all strips
+    bool fetches;  // the strip that is computed first prefetches for all strips
   };
 
   static void start() {}
@@ -100,7 +100,7 @@ struct FmaEngine {
     store(line + lane, prob[0]);  // replaces the score
   }
 
-  // `hides`: some key of the block may be hidden from some row. tile() describes which.
+  // `hides`: some key of the block may be hidden from some row. tile() returns the ScoreTile that tells which.
   template <int Cols, class Tile>
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
                          std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {

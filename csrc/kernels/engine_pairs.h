@@ -11,7 +11,8 @@ struct PairUnit {
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 
-// For the row kernel. Only its scores are products of pairs: queries and keys are bfloat16, so the products are exact.
+// The row kernel's dot products of queries and keys. These are bfloat16, so the products of pairs are exact. The sums
+// of values use FMA instead.
 struct PairDots {
   using Q = BFloat;
   static constexpr const char* unit = "bfloat16 dots";

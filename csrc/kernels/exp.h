@@ -26,7 +26,7 @@ struct Exp2<double> {
   static constexpr double lowest = -1100.0;
 };
 
-// n and 2^f - 1 for t clamped from below to `lowest`.
+// n and 2^f - 1 for max(t, lowest).
 template <class T>
 struct PowerParts {
   Vec<T> integer;

@@ -1,4 +1,4 @@
-// What follows the product of a linear layer, for sums that are still in the cache.
+// The steps that follow the product of a linear layer. They run while the sums are still in the cache.
 #pragma once
 #include "kernels/activation.h"
 

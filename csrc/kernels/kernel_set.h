@@ -2,7 +2,7 @@
 //
 // A block of query rows attends to one block of keys after another:
 //   begin(rows); absorb(rows, keys 0..127); absorb(rows, keys 128..255); ...; finish(rows)
-// Everything that differs between rows is in Row, so kernels know nothing about batches, heads, groups or layouts.
+// Everything that differs between rows is in Row, so kernels do not deal with batches, heads, groups or layouts.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,9 +22,9 @@ struct Row {
   void* scores;              // where to store the row's final scores, at key 0; null: nowhere
   std::int64_t key_begin;    // first visible key
   std::int64_t key_end;      // end of the visible keys; mask and bias may hide keys in between
-  std::int64_t position;     // key from which ALiBi distances count; without sinks, clamped to the visible keys
+  std::int64_t position;     // ALiBi distances are measured from this key; without sinks, clamped to the visible keys
   double slope;              // ALiBi slope
-  double omitted;            // by how much clamping `position` raises every score (log2 units); subtracted from lse
+  double omitted;            // what clamping `position` adds to every score (log2 units); subtracted from lse
   double sink;               // logit that is added to the denominator only (log2 units), or -inf
   std::uint32_t place[3];    // identifies the row for dropout: batch entry, head, query
 };
@@ -39,7 +39,7 @@ struct Dropout {
   explicit operator bool() const { return factor != 0; }
 };
 
-// How a product q.k becomes a score, and dropout. The same for every row of a call.
+// How a product q.k becomes a score, and dropout. All rows of a call share these terms.
 struct ScoreTerms {
   double multiplier = 0;  // applied first; the result is in log2 units unless softcap follows
   double softcap = 0;     // applied next: softcap * tanh(score), in log2 units; 0: none
@@ -48,8 +48,8 @@ struct ScoreTerms {
   bool bias = false;
   DType bias_type = DType::f32;
   bool bias_at_hand = false;  // the bias was computed for this block and is in scratch memory, not the caller's
-  // The bias is at hand and is the only term, and all rows share one line: each row starts one element before the
-  // previous row.
+  // The bias is at hand and is the only term, and all rows read one line of memory: each row starts one element before
+  // the previous row.
   bool toeplitz = false;
   std::int64_t mask_step = 0;  // bytes from one key to the next
   std::int64_t bias_step = 0;
@@ -64,8 +64,8 @@ struct KeyBlock {
   const void* values;  // rows of value_dim contiguous elements, `value_step` elements apart
   std::int64_t value_step;
   const void* next_keys;  // keys to prefetch for the next block, with the same count and step; null: unknown
-  // For kernels that read by row, instead of the above: pointers to `count` rows of keys and values at any addresses,
-  // then to rows_ahead more rows, which are only prefetched.
+  // Kernels that read by row use these arrays instead of `keys` and `values`. Each has pointers to `count` rows at any
+  // addresses, then to rows_ahead more rows, which are only prefetched.
   const void* const* key_rows;
   const void* const* value_rows;
   const float* key_scales;  // int8 only: one scale per key (number = code * scale), padded to whole vectors
@@ -102,8 +102,8 @@ struct AttendKernel {
 };
 
 // The backward pass of one block of query rows of a head against a range of keys. Queries, keys, values and the
-// gradient of out have the kernel's operand type, everything else has the type of computation. Rows of both are
-// contiguous and zero-padded to whole vectors; the next row follows directly.
+// gradient of out have the kernel's operand type, everything else has the type of computation. All rows are contiguous
+// and zero-padded to whole vectors; the next row follows directly.
 struct BackwardBlock {
   const Row* rows;  // what each row sees, and its terms; query, out and scores are not used
   int count;
@@ -112,8 +112,8 @@ struct BackwardBlock {
   std::int64_t value_dim;
   const void* queries;  // [row][head_dim]
   const void* dout;     // [row][value_dim]: the gradient of out
-  // Per row, padded to whole vectors. probs = 2^(score - shift) * factor; delta is the sum of probs * (their
-  // gradients).
+  // Per row, padded to whole vectors. probs = 2^(score - shift) * factor; delta is the sum over keys of prob *
+  // (gradient of prob).
   const void* shift;
   const void* factor;
   const void* delta;
@@ -137,9 +137,9 @@ struct BackwardBlock {
   void* scratch;
 };
 
-// The relative half of the backward pass, for the same keys and the same rows, which are consecutive queries here.
+// The relative half of the backward pass, for the keys and rows of a BackwardBlock whose rows are consecutive queries.
 // Column c of a block belongs to the pairs of row i and key first_key + c - (count - 1 - i), which all have the same
-// distance. Rows as in BackwardBlock.
+// distance. Rows are padded as in BackwardBlock.
 struct RelativeBlock {
   const Row* rows;
   int count;
@@ -172,8 +172,9 @@ struct BackwardKernel {
   void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
-// Deep weights are multiplied in parts of this depth: each part for all rows and panels of a call, then the next. So
-// the parts in use stay in L2. AMX multiplies the whole depth at once; codes are multiplied group by group.
+// Deep weights are multiplied in parts of this depth. Each part is multiplied for all rows and panels of a call before
+// the next part, so that the parts in use stay in L2. AMX multiplies the whole depth at once; codes are multiplied
+// group by group.
 constexpr std::int64_t depth_part = 512;
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or several adjacent ones.
@@ -210,8 +211,8 @@ struct FinishArgs {
   std::int64_t rows, columns;
 };
 
-// A row plus the addend is normalised in place: to mean 0, if `centred`, and a mean square of 1; then multiplied by the
-// weight and shifted by the bias. All have the type of computation.
+// Adds the addend to a row and normalises the sum in place: to mean 0 if `centred`, then to a mean square of 1. Then
+// multiplies it by the weight and adds the bias. All have the type of computation.
 struct NormArgs {
   void* row;
   const void* addend;  // null: none
@@ -222,7 +223,7 @@ struct NormArgs {
   bool centred;
 };
 
-// For benchmarks only, as the peak to compare with: multiplies registers or tiles as fast as possible. Returns the
+// Multiplies registers or tiles as fast as possible. Only benchmarks use it, as the peak to compare with. Returns the
 // number of floating-point operations.
 using PeakLoop = double (*)(std::int64_t rounds) noexcept;
 
@@ -239,7 +240,7 @@ struct StoredKernels {
 // The kernels of one type of computation: float or double.
 struct TypeKernels {
   AttendKernel tile;                  // many rows: vectors run across query rows
-  StoredKernels stored[dtype_count];  // by DType: of this type and of those that are computed as this one
+  StoredKernels stored[dtype_count];  // by DType: this type, and the types that are computed in it
   int lanes;                          // elements per vector
   int row_limit;                      // up to this many rows, row kernels are faster for any number of keys
   int panel_columns;
@@ -268,7 +269,7 @@ struct MatrixKernels {
   // x and weights are bfloat16. Rows of x are 4-byte aligned, and an odd depth is zero-padded. Panels are
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
-  void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32, and the panels are the same
+  void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32; panels as for project_bf16
   const BackwardKernel* backward_bf16;               // bfloat16 operands
   PeakLoop peak_loop;
 };

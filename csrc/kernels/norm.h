@@ -20,8 +20,8 @@ inline T sum_over_row(std::int64_t count, Use use) {
   return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// The mean is subtracted in two steps, because the first one is rounded. Partial vectors are loaded with 0 beyond the
-// end, which must not become -mean.
+// The mean is subtracted twice, because the first mean is rounded. Differences are stored and loaded again before they
+// are squared: lanes beyond the end of the row are then 0 instead of -mean.
 template <class T>
 inline void normalise(const NormArgs& args) noexcept {
   T* row = static_cast<T*>(args.row);

@@ -73,7 +73,7 @@ struct PairOperands {
   };
 
   // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms or their
-  // products would be subnormal (float16 has none).
+  // products would be subnormal (float16 has no such numbers).
   static MaskF unsplittable(VecF x) {
     const VecF size = abs(x);
     const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
@@ -139,7 +139,7 @@ struct PairOperands {
   }
 
   // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN. Such a NaN may be
-  // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinite with both signs.
+  // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinities of opposite sign.
   static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                std::int64_t head_dim, int lanes, float multiplier, float* scores) {
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);

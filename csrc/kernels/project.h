@@ -7,14 +7,14 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Some cells of the depth: at most depth_part elements, or a group of codes, which share their scales.
+// A part of the depth: at most depth_part elements, or one group of codes, which have the same scales.
 struct DepthPart {
   std::int64_t index, first;
   bool last;
 };
 
-// One row has too few sums per panel to keep the FMA units busy, and one stream of weights is too few for the memory.
-// So several panels are multiplied at once.
+// Multiplies several panels at once. With one row, a single panel has too few sums to keep the FMA units busy, and a
+// single stream of weights cannot use the whole memory bandwidth.
 template <class Unit, int Panels, int Vectors, class A, class B, class T = typename Unit::Real>
 [[gnu::always_inline]] inline void multiply_row(const A* x, const B* b, std::int64_t panel_step, std::int64_t depth,
                                                 Vec<T> (&sums)[Panels][Vectors]) {
@@ -32,8 +32,8 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
 }
 
-// Stores the sums of one row and one panel, whose columns start at `first`. They are added to those of earlier parts of
-// the depth. If weights are codes, they are scaled first.
+// Adds the sums of one row and one panel to the sums of earlier parts of the depth. The panel's columns start at
+// `first`. If weights are codes, the sums are scaled first.
 template <bool Scaled, int Vectors, class T>
 inline void store_row(const ProjectArgs& args, DepthPart part, std::int64_t row, std::int64_t first,
                       const Vec<T> (&sums)[Vectors]) {

@@ -1,4 +1,4 @@
-// Linear projection of float32 by bfloat16 weights that are packed in pairs.
+// Linear projection of float32 rows with bfloat16 weights that are packed in pairs.
 #pragma once
 #include "kernels/project.h"
 

@@ -1,7 +1,7 @@
 // The row kernel's two products: vectors run along head_dim for q.k, and along value_dim for the sum of values. With
 // one or two rows, memory bandwidth is the limit, so keys and values are read sequentially, each row once. With more
-// rows, the load ports are a limit as well: several keys are processed at a time, so that each load of a query serves
-// all of them, and memory is prefetched.
+// rows, the load ports are a limit as well: several keys are processed at a time, so that each load of a query is used
+// for all of these keys, and memory is prefetched.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
@@ -23,7 +23,7 @@ struct FmaDots {
   static Vec<T> load_some(const E* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> load_query(const Q* p, std::int64_t n) { return load_up_to(p, n); }
   static Vec<T> add_product(Vec<T> query, Vec<T> key, Vec<T> sum) { return fma(query, key, sum); }
-  // Whether the unit takes subnormal numbers for 0. Then a subnormal number times Inf is NaN, which recompute_dots
+  // Whether the unit treats subnormal numbers as 0. Then a subnormal number times Inf is NaN, which recompute_dots
   // corrects.
   static constexpr bool flushes = false;
 };
@@ -45,7 +45,7 @@ struct RowProducts {
     T* queries;  // [row][query_step], as Dots loads them, zero-padded
     T* out;      // [row][out_step]
     T* scores;   // [row][score_step]
-    T* terms;    // the same shape
+    T* terms;    // [row][score_step]
     T* rescale;
     RowPlaces<T> places;
     std::size_t bytes;
@@ -141,7 +141,7 @@ struct RowProducts {
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
-  // Recomputes products that became NaN with scalar FMAs, which follow IEEE 754.
+  // Uses scalar FMAs, which follow IEEE 754, to recompute products that became NaN.
   template <int Rows>
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;

@@ -13,7 +13,7 @@ inline const E* row_of(const void* const* rows, int j) {
   return static_cast<const E*>(rows[j]);
 }
 
-// Keys or values that stay in L1 while several rows or dims reuse them: 32 rows of 128 floats are 16 KiB.
+// How many keys or values stay in L1 while several rows or dims reuse them: 32 rows of 128 floats are 16 KiB.
 constexpr int chunk_keys = 32;
 
 struct ValueChunk {
@@ -27,7 +27,7 @@ struct ValueChunk {
         count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
 };
 
-// The sums of a chunk's values, one per dim, are added to the outputs of a row.
+// Adds the sums of a chunk's values, one per dim, to the outputs of a row.
 template <class T, class Scratch>
 inline void add_sum(const Scratch& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
   T* out = s.out + row * s.out_step + dim;
@@ -74,13 +74,14 @@ struct FmaValues {
   }
 
  private:
-  // Makes the compiler keep one base register: columns are address offsets from it instead of a register each.
+  // Makes the compiler keep one base register and address the columns by offsets, instead of one register per column.
   static const E* one_base(const E* p) {
     asm("" : "+r"(p));
     return p;
   }
 
-  // Processes as many rows at a time as fit, so that each value is loaded and widened once for all of them.
+  // Processes as many rows at a time as fit the registers, so that each value is loaded and widened once for all of
+  // these rows.
   template <int Rows, class Scratch>
   static void accumulate_rows(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;

@@ -41,16 +41,17 @@ inline bool has_terms(const ScoreTerms& terms) { return terms.mask || terms.bias
 // Adds the terms from term_chunk to scores, and records whether they may have hidden any key.
 template <class T>
 struct AddTerm {
-  // Some callers use the lowest finite numbers for "almost hidden". Conversion to log2 must not turn them into -inf.
+  // Some callers use the lowest finite numbers to mean "almost hidden". Conversion to log2 must not turn them into
+  // -inf.
   static constexpr T limit = largest<T> / T(2);
   Mask<T> hidden = broadcast(T(0)) < broadcast(T(0));
 
   Vec<T> operator()(Vec<T> score, Vec<T> term) {
     const Mask<T> infinite = abs(term) == broadcast(-minus_infinity<T>);
-    hidden = hidden | infinite;  // +inf hides nothing, but is rare, so a false alarm costs little
+    hidden = hidden | infinite;  // +inf hides nothing, but is rare, so counting it costs little
     const Vec<T> finite = max(broadcast(-limit), min(broadcast(limit), term));
     const Vec<T> sum = fma(finite, broadcast(static_cast<T>(log2_e)), score);
-    return select(infinite, term, sum);  // -inf must hide a NaN score, too, which a sum would keep
+    return select(infinite, term, sum);  // -inf must hide even a NaN score; the sum would be NaN
   }
 };
 
@@ -105,8 +106,8 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
 
 enum class Sight : std::uint8_t { nothing, some, everything };
 
-// How many of these keys a row's mask and bias leave visible. Also `some` where finding out would cost more than
-// applying them.
+// How many of the keys [key, key + count) a row's mask and bias leave visible. Returns `some` also where counting these
+// keys would cost more than applying mask and bias.
 template <class T>
 inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key, int count) {
   if (!terms.mask || row.bias) {
@@ -125,7 +126,7 @@ inline Sight sight_of(const Row& row, const ScoreTerms& terms, std::int64_t key,
   return seen == 0 ? Sight::nothing : seen == count ? Sight::everything : Sight::some;
 }
 
-// The same for all rows of a tile.
+// How many keys mask and bias leave visible in a tile, over all rows of the tile.
 template <class T>
 inline Sight sight_of(ScoreTile<T> tile, const ScoreTerms& terms) {
   const int different = tile.shares_terms ? 1 : tile.num_rows;

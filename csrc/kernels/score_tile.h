@@ -19,7 +19,7 @@ template <class T>
 struct RowPlaces {
   T* begin;  // the row sees keys in [begin, end)
   T* end;
-  T* distance;  // the key from which ALiBi distances count
+  T* distance;  // ALiBi distances are measured from this key
   T* slope;
 
   RowPlaces(Carver& carver, int rows)
@@ -36,7 +36,7 @@ struct RowPlaces {
 template <class T>
 struct ScoreTile {
   T* scores;
-  const T* terms;  // mask and bias in the same shape; null if `visible` need not read them
+  const T* terms;  // mask and bias, in the shape of the scores; null if `visible` need not read them
   int outer;
   int lanes;  // a multiple of the vector width
   int step;

@@ -16,7 +16,7 @@ struct ScoreLines {
 
 template <class T, int Cols>
 struct SoftmaxStep {
-  Vec<T> peak[Cols];     // maximum scores: before the step those of earlier blocks, then including this one
+  Vec<T> peak[Cols];     // maximum scores: of earlier blocks before the step, of this block as well after it
   Vec<T> rescale[Cols];  // factor that adapts earlier sums and outputs to the new maximum
   Vec<T> sum[Cols];      // sums of this block's probs; vectors across keys are not reduced yet
 };

@@ -9,8 +9,8 @@ struct Strip {
   int first_row;
   int rows;
   int vectors;                        // registers that hold these rows
-  std::int64_t begin_min, begin_max;  // of key_begin over the rows, not limited to a key block
-  std::int64_t end_min, end_max;      // of key_end over the rows
+  std::int64_t begin_min, begin_max;  // bounds of the rows' key_begin, not limited to a key block
+  std::int64_t end_min, end_max;      // bounds of the rows' key_end
   bool shares_terms;                  // all rows read the same mask and bias
 };
 

@@ -2,9 +2,10 @@
 //
 //   sums[r][c] = sum_k a(r, k) * b[k][c]      cells of a are broadcast, b is loaded as vectors
 //
-// A cell is the group of adjacent elements along k that the unit multiplies at once: one element, or a 16-bit pair.
-// On AVX-512, with 24 accumulators, a step of 8 x 3 takes 24 FMAs and 11 loads: the FMA units are the bottleneck. Each
-// sum is one chain of FMAs in the order of k for any shape of the tile, so results do not depend on where a tile ends.
+// A cell is the group of adjacent elements along k that the unit multiplies at once: one element, or a 16-bit pair. On
+// AVX-512, with 24 accumulators, a step of 8 x 3 takes 24 FMAs and 11 loads: the FMA units are the bottleneck. Whatever
+// the shape of the tile, each sum is one chain of FMAs in the order of k. So results do not depend on where a tile
+// ends.
 #pragma once
 #include <cstdint>
 
@@ -40,7 +41,7 @@ struct Transposed {
 template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A, class B>
 [[gnu::always_inline]] inline void multiply_tile(A a, const B* b, std::int64_t b_step, std::int64_t depth,
                                                  Vec<T> (&sums)[Rows][Cols]) {
-  Vec<T> own[Rows][Cols];  // a local array: on some ISAs GCC would store to the caller's in the loop
+  Vec<T> own[Rows][Cols];  // a local array: on some ISAs GCC would store to the caller's array inside the loop
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Cols; ++c) own[r][c] = broadcast(T(0));
   for (std::int64_t k = 0; k < depth; ++k, b += b_step) {

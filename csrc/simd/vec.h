@@ -8,8 +8,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Ends of rows are rare enough to go through a buffer. Loops are bounded by its size as well, since the compiler does
-// not know that n is smaller.
+// Goes through a buffer, which is fast enough because ends of rows are rare. Loops are bounded by the size of the
+// buffer as well, since the compiler does not know that n is smaller.
 template <class E>
 inline VecF load_partial_narrow(const E* p, int n) {
   E buffer[VecF::width] = {};

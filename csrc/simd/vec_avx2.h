@@ -24,7 +24,7 @@ struct Vec<double> {
   __m256d r;
 };
 
-// In each lane, all bits are set or none.
+// In each lane, either all bits are set or none.
 template <class T>
 struct Mask;
 template <>
@@ -48,7 +48,8 @@ inline __m256i first_lanes_f64(int n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
-// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
+// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// sets the other lanes to 0.
 inline VecF broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline VecD broadcast(double x) { return {_mm256_set1_pd(x)}; }
 inline VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -59,7 +60,7 @@ inline void store(float* p, VecF a) { _mm256_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm256_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm256_maskstore_ps(p, first_lanes_f32(n), a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm256_maskstore_pd(p, first_lanes_f64(n), a.r); }
-// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
@@ -230,7 +231,7 @@ inline void transpose(VecD (&v)[4]) {
   v[3].r = _mm256_permute2f128_pd(b, d, 0x31);
 }
 
-// Words of 32 bits in the lower halves of 64-bit lanes. Operations except upper_half ignore the upper halves.
+// 32-bit words in the lower halves of 64-bit lanes. All operations except upper_half ignore the upper halves.
 struct Words {
   static constexpr int width = 4;
   __m256i r;
@@ -244,7 +245,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(even));
 }
 inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.r, b.r)}; }
-// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
+// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
 inline Words multiply(Words a, Words b) { return {_mm256_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm256_srli_epi64(a.r, 32)}; }
 // Whether each word is at least `limit`.

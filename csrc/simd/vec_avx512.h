@@ -44,7 +44,8 @@ using MaskD = Mask<double>;
 inline MaskF first_lanes_f32(int n) { return {static_cast<__mmask16>((1u << n) - 1u)}; }
 inline MaskD first_lanes_f64(int n) { return {static_cast<__mmask8>((1u << n) - 1u)}; }
 
-// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
+// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// sets the other lanes to 0.
 inline VecF broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline VecD broadcast(double x) { return {_mm512_set1_pd(x)}; }
 inline VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -55,7 +56,7 @@ inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm512_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, first_lanes_f32(n).r, a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm512_mask_storeu_pd(p, first_lanes_f64(n).r, a.r); }
-// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
@@ -233,7 +234,7 @@ inline void transpose(VecD (&v)[8]) {
   }
 }
 
-// Words of 32 bits in the lower halves of 64-bit lanes. Operations except upper_half ignore the upper halves.
+// 32-bit words in the lower halves of 64-bit lanes. All operations except upper_half ignore the upper halves.
 struct Words {
   static constexpr int width = 8;
   __m512i r;
@@ -246,7 +247,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a.r));
 }
 inline Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.r, b.r)}; }
-// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
+// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
 inline Words multiply(Words a, Words b) { return {_mm512_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm512_srli_epi64(a.r, 32)}; }
 // Whether each word is at least `limit`.

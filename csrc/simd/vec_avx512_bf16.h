@@ -25,7 +25,7 @@ inline VecF load_cells(const BFloat* p, std::int64_t n) {
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, p))};
 }
 
-// Makes cells of two vectors, lane by lane, rounded to the nearest.
+// Makes cells from two vectors, lane by lane, rounded to the nearest.
 inline VecF to_cells(VecF first, VecF second) {
   const __m512i order =
       _mm512_setr_epi32(0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007,
@@ -34,7 +34,7 @@ inline VecF to_cells(VecF first, VecF second) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)))};
 }
 
-// Makes cells of two vectors that are adjacent in memory, rounded to the nearest.
+// Makes cells from two vectors that are adjacent in memory, rounded to the nearest.
 inline VecF to_cells_in_order(VecF low, VecF high) {
   return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.r, low.r))};
 }

@@ -25,7 +25,7 @@ struct Vec<double> {
   float64x2_t r;
 };
 
-// In each lane, all bits are set or none.
+// In each lane, either all bits are set or none.
 template <class T>
 struct Mask;
 template <>
@@ -42,7 +42,8 @@ using VecD = Vec<double>;
 using MaskF = Mask<float>;
 using MaskD = Mask<double>;
 
-// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
+// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// sets the other lanes to 0.
 inline VecF broadcast(float x) { return {vdupq_n_f32(x)}; }
 inline VecD broadcast(double x) { return {vdupq_n_f64(x)}; }
 inline VecF load(const float* p) { return {vld1q_f32(p)}; }
@@ -68,7 +69,7 @@ inline void store_partial(float* p, VecF a, int n) {
 inline void store_partial(double* p, VecD a, int n) {
   if (n > 0) vst1q_lane_f64(p, a.r, 0);
 }
-// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   uint16x4_t bits;
   std::memcpy(&bits, p, sizeof bits);
@@ -214,7 +215,7 @@ inline void transpose(VecD (&v)[2]) {
   v[1].r = vtrn2q_f64(a, v[1].r);
 }
 
-// Words of 32 bits in the lower halves of 64-bit lanes. Operations except upper_half ignore the upper halves.
+// 32-bit words in the lower halves of 64-bit lanes. All operations except upper_half ignore the upper halves.
 struct Words {
   static constexpr int width = 2;
   uint64x2_t r;
@@ -223,7 +224,7 @@ inline Words broadcast_word(std::uint32_t x) { return {vdupq_n_u64(x)}; }
 inline Words load_words(const std::uint32_t* p) { return {vmovl_u32(vld1_u32(p))}; }
 inline void store_words(std::uint32_t* p, Words a) { vst1_u32(p, vmovn_u64(a.r)); }
 inline Words operator^(Words a, Words b) { return {veorq_u64(a.r, b.r)}; }
-// Products have 64 bits. The lower half of a lane is a word; upper_half extracts the other one.
+// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
 inline Words multiply(Words a, Words b) { return {vmull_u32(vmovn_u64(a.r), vmovn_u64(b.r))}; }
 inline Words upper_half(Words a) { return {vshrq_n_u64(a.r, 32)}; }
 // Whether each word is at least `limit`.

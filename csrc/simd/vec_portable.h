@@ -15,7 +15,7 @@ struct Vec {
   Register r;
 };
 
-// In each lane, all bits are set or none.
+// In each lane, either all bits are set or none.
 template <class T>
 struct Mask {
   decltype(typename Vec<T>::Register{} < typename Vec<T>::Register{}) r;
@@ -24,7 +24,8 @@ struct Mask {
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 
-// Construction, loads and stores. Partial ones access only the first n lanes, n < width; other lanes are loaded as 0.
+// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// sets the other lanes to 0.
 template <class T>
 inline Vec<T> broadcast(T x) {
   return {x - typename Vec<T>::Register{}};  // x - 0 in every lane keeps the sign of a zero
@@ -49,7 +50,7 @@ template <class T>
 inline void store_partial(T* p, Vec<T> a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.r[i];
 }
-// The same for 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   VecF v{};
   for (int i = 0; i < VecF::width; ++i) {
@@ -260,7 +261,7 @@ inline void transpose(Vec<T> (&v)[N]) {
     }
 }
 
-// Words of 32 bits in the lower halves of 64-bit lanes. Operations except upper_half ignore the upper halves.
+// 32-bit words in the lower halves of 64-bit lanes. All operations except upper_half ignore the upper halves.
 struct Words {
   static constexpr int width = 2;
   typedef std::uint64_t Register __attribute__((vector_size(16)));
@@ -272,7 +273,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   for (int i = 0; i < Words::width; ++i) p[i] = static_cast<std::uint32_t>(a.r[i]);
 }
 inline Words operator^(Words a, Words b) { return {a.r ^ b.r}; }
-// A product fills its lane: its lower half is already a word, and upper_half turns its upper half into one.
+// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
 inline Words multiply(Words a, Words b) { return {(a.r & 0xffffffff) * (b.r & 0xffffffff)}; }
 inline Words upper_half(Words a) { return {a.r >> 32}; }
 // Whether each word is at least `limit`.

@@ -29,7 +29,7 @@ Array::Array(DType dtype, Extents shape, const Layout& layout)
   size_ = static_cast<std::size_t>(span + layout.misalignment);
   memory_.reset(static_cast<char*>(std::malloc(size_)));
   if (!memory_) throw std::bad_alloc();
-  std::memset(memory_.get(), 0xff, size_);  // NaN, or a bool that is none
+  std::memset(memory_.get(), 0xff, size_);  // NaN, or an invalid bool
   first_ = memory_.get() + origin;
 }
 

@@ -31,7 +31,7 @@ class Array {
   TensorView view() const;
   DType dtype() const { return dtype_; }
   const Extents& shape() const { return shape_; }
-  Extents& shape() { return shape_; }  // to make it claim something else than it has
+  Extents& shape() { return shape_; }  // for arrays that claim a shape that they do not have
   std::int64_t count() const;          // elements, repeated ones included
 
   // Address of an element given by its position in C order.
@@ -47,7 +47,7 @@ class Array {
     for (std::int64_t i = 0; i < total; ++i) f(address(shape, i));
   }
 
-  // The memory including gaps between the elements, to check that nothing was written there.
+  // The memory including gaps between the elements, to check that nothing was written to the gaps.
   std::vector<char> bytes() const { return {memory_.get(), memory_.get() + size_}; }
 
  private:

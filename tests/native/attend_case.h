@@ -1,4 +1,4 @@
-// One attention call with memory for everything that it reads, and the call itself.
+// An attention call with memory for everything that it reads, and functions that compute it.
 #pragma once
 #include <vector>
 
@@ -29,7 +29,7 @@ struct Results {
   bool operator==(const Results& other) const;  // every bit of every element
 };
 
-// Memory for the outputs that the case requests, attached to its problem.
+// Allocates the outputs that the case requests, and attaches them to its problem.
 Results attach_results(const Case& c, Problem& problem);
 
 enum class Threads { as_planned, forced };
@@ -38,11 +38,12 @@ enum class Threads { as_planned, forced };
 Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how = Threads::as_planned,
                 Interrupted interrupted = nullptr);
 
-// The same with keys and values from elsewhere.
+// As above, with keys and values that are not those of the case.
 Results compute(const Case& c, const AttentionArguments& arguments, const KernelSet& kernels, int threads,
                 Threads how = Threads::as_planned, Interrupted interrupted = nullptr);
 
-// The gradients of half the sum of squares of a call's results, whose gradient is the result itself.
+// The gradients of L, half the sum of squares of a call's results. The gradient of L with respect to a result is the
+// result itself.
 struct GradientArrays {
   Array query, key, value, scores;
   Array relative;                                              // for each batch entry and head

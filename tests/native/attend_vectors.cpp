@@ -15,8 +15,8 @@
 namespace selfattn::test {
 namespace {
 
-// What a matrix unit adds to the error by rounding weights and values, and per unit of sigma by splitting queries and
-// keys: docs/numerics.md.
+// The errors that a matrix unit adds: `values` by rounding weights and values, and `scores`, per unit of sigma, by
+// splitting queries and keys. See docs/numerics.md.
 struct Rounding {
   double values, scores;
 };
@@ -83,7 +83,7 @@ Results compute(const VectorCase& c, const KernelSet& kernels, int threads, bool
   return results;
 }
 
-// One line for the case; true if it passed.
+// Prints one line for the case. Returns whether it passed.
 bool run(const VectorCase& c, const KernelSet& kernels) {
   begin_section(c.name.c_str());
   const Results fused = compute(c, kernels, 1, false), whole = compute(c, kernels, 3, true);
@@ -93,7 +93,7 @@ bool run(const VectorCase& c, const KernelSet& kernels) {
       compare_out(fused.out, c.array("out"), c.array("magnitude"), sigma, rounding.values + sigma * rounding.scores);
   const double lse = compare_lse(fused.lse, c.array("lse"), sigma, rounding.scores);
   const double weights = compare_weights(whole.weights, c.array("weights"), sigma, rounding.scores);
-  // Neither threads nor the output of weights change a result.
+  // Neither the number of threads nor the output of weights changes a result.
   const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
   const bool passed = out <= 1 && lse <= 1 && weights <= 1 && same;
   std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f%s\n", passed ? "ok  " : "FAIL",

@@ -67,8 +67,8 @@ int operand_lanes(const BackwardKernel& kernel) {
   return kernel.lanes * (sizeof(E) < sizeof(T) ? 2 : 1);
 }
 
-// A block of rows, of which each sees another range of keys. Some see none, and some keys are seen by no row. E: the
-// type of operands, T: of everything else.
+// A block of rows, each of which sees a different range of keys. Some see none, and some keys are seen by no row. E:
+// the type of operands, T: of everything else.
 template <class T, class E>
 struct Call {
   int count, keys, dim, value_dim;
@@ -99,7 +99,7 @@ struct Call {
     shift.random(source, count);
     factor.random(source, count);
     delta.random(source, count);
-    dkey.random(source, dim);  // what other blocks of rows have added
+    dkey.random(source, dim);  // as if other blocks of rows had added to it
     dvalue.random(source, value_dim);
     for (int i = 0; i < count; ++i) {
       Row row{};
@@ -152,7 +152,8 @@ double dot(const Rows<T>& a, int i, const Rows<T>& b, int j, int width) {
   return sum;
 }
 
-// Adds the definition's sums to `wanted`, which starts as what the arrays held before.
+// Adds the definition's sums to dquery, dkey and dvalue. dkey and dvalue start with what the arrays held before the
+// call.
 template <class T, class E>
 void add_definition(const Call<T, E>& call, std::vector<double>& dquery, std::vector<double>& dkey,
                     std::vector<double>& dvalue, double& largest_dscore_error) {
@@ -197,7 +198,8 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   std::vector<double> dquery(static_cast<std::size_t>(count * dim)), dkey = numbers_of(call.dkey, keys, dim),
                                                                      dvalue = numbers_of(call.dvalue, keys, value_dim);
   call.run(kernel, true);
-  // Each sum has at most some hundred terms, of at most about 20. Pairs are sums of rounded numbers.
+  // Each sum has at most some hundred terms of at most about 20. Kernels that multiply pairs add products of rounded
+  // numbers.
   const double limit = 4e3 * static_cast<double>(std::numeric_limits<T>::epsilon());
   const double sum_limit = sizeof(E) == sizeof(T) ? limit : 0.5;
   double error = 0;
@@ -208,7 +210,7 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   error = std::max(error, largest_difference(numbers_of(call.dvalue, keys, value_dim), dvalue));
   SELFATTN_CHECK(error <= sum_limit);
 
-  // The last key, which no row sees, and rows that see no key may hold anything: the bits are the same.
+  // The last key, which no row sees, and rows that see no key may hold anything: the results keep the same bits.
   std::mt19937 again(11);
   Call<T, E> spoiled(kernel, again, count, keys, dim, value_dim);
   const double nan = std::numeric_limits<double>::quiet_NaN();

@@ -28,7 +28,7 @@ TokenRows rows_of(const Array& array) {
   return {static_cast<char*>(view.data), view.strides[0], view.strides[1], view.strides[2], 0};
 }
 
-// A cache of some pages whose every slot holds -1, and a ledger for the first two.
+// A cache of some pages, with -1 in every slot, and a ledger for the first two pages.
 struct Held {
   Array k, v;
   std::int64_t active = 0;
@@ -141,7 +141,7 @@ void check_ring() {
   held.copies[3] = held.copies[7] = 12;
   const NewTokens tokens(3);
   SELFATTN_CHECK(fails([&] { append(held.source(), tokens, fail); }));
-  SELFATTN_CHECK(held.holds(7, 20) && held.starts_at(2, 15));  // what was overwritten is gone, no more
+  SELFATTN_CHECK(held.holds(7, 20) && held.starts_at(2, 15));  // only what was overwritten is gone
   append(held.source(), tokens);
   SELFATTN_CHECK(held.holds(10, 23) && held.starts_at(2, 15));
   SELFATTN_CHECK(held.has(0, 7, tokens.k, 0, 0) && held.has(0, 0, tokens.k, 0, 1) &&

@@ -85,7 +85,7 @@ std::int32_t* CachedCase::entries_of(std::int64_t sequence) const {
   return reinterpret_cast<std::int32_t*>(table_->data()) + sequence * runs_;
 }
 
-// A page for each run that holds a key, and none for the others.
+// Gives a page to each run that holds a key, and none to the others.
 void CachedCase::give_pages() {
   slots_ = store_.page_size;
   runs_ = (length_ + slots_ - 1) / slots_;
@@ -124,7 +124,7 @@ void CachedCase::fill(Side& side, const Array& from) {
     }
 }
 
-// `position`: of the row's first element in the array; `place`: slots before it.
+// `position`: the position of the row's first element in the array. `place`: the number of slots before the row.
 void CachedCase::write_row(const Side& side, const Array& from, std::int64_t position, std::int64_t place) const {
   const std::int64_t size = size_of(dtype_), piece = place / slots_, slot = place % slots_;
   char* to = side.rows->data() + piece * step_of(*side.rows) + slot * side.width * size;

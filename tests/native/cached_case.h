@@ -10,12 +10,13 @@ namespace selfattn::native {
 
 struct Store {
   std::int64_t page_size = 0;  // 0: a sequence is one run
-  bool ring = false;           // of as many slots as keys are held
+  bool ring = false;           // a ring has one slot for each key that is held
   bool codes = false;
   std::uint64_t seed = 1;  // of the pages' order
 };
 
-// Whether a cache could hold them: (batch, heads, length, width) for every entry of the batch, or in layout bshd.
+// Whether a cache could hold the keys and values: they are (batch, heads, length, width) with every batch entry, or in
+// layout bshd.
 bool cacheable(const Case& c);
 
 // The exact numbers that the codes of an array's rows represent.
@@ -23,7 +24,7 @@ Array coded(const Array& from);
 
 class CachedCase {
  public:
-  CachedCase(const Case& c, const Store& store);  // the case must be cacheable and outlive this
+  CachedCase(const Case& c, const Store& store);  // the case must be cacheable and outlive this object
   CachedCase(const CachedCase&) = delete;         // views point to its own arrays
   CachedCase& operator=(const CachedCase&) = delete;
 
@@ -52,7 +53,7 @@ class CachedCase {
   const DType dtype_;
   std::int64_t slots_ = 0;   // keys of a run
   std::int64_t runs_ = 1;    // of a sequence
-  std::int64_t places_ = 0;  // for runs of each head
+  std::int64_t places_ = 0;  // runs of each head for which there is memory
   std::optional<test::GuardedMemory> table_;
   std::vector<Pages::Row> rows_;
   Side key_, value_;

@@ -34,7 +34,7 @@ Array integers(const Extents& values) {
   return array;
 }
 
-// Sequences of one block of keys, of several, of enough keys that they are split, and one without keys.
+// Sequences with one block of keys, with several blocks, with enough keys to be split into ranges, and without keys.
 Case make(const Form& form) {
   constexpr std::int64_t longest = 2200;
   Case c;
@@ -96,7 +96,7 @@ class Checks {
     SELFATTN_CHECK(wrong.empty());
   }
 
-  // Bit by bit, on one thread and on several.
+  // Compares all bits, on one thread and on several.
   void compare(const Results& expected, bool codes) {
     for (const std::int64_t page_size : {1, 3, 16}) {
       begin(("pages of " + std::to_string(page_size) + (codes ? ", codes" : "")).c_str());

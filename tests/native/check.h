@@ -11,7 +11,7 @@ void begin_section(const char* name);
 
 void expect(bool passed, const char* what, const char* file, int line);
 
-// Zeros of either sign are the same, and so are all NaNs.
+// Zeros of either sign count as equal, and so do all NaNs.
 void expect_same(double got, double expected, const char* what);
 
 // Also prints the value, to show how close it is to its limit.
@@ -20,7 +20,7 @@ void expect_at_most(double value, double limit, const char* what);
 // A memory fault ends the program with the name of the section.
 void report_faults();
 
-// Prints the sum of all; the exit status.
+// Prints the number of checks and of failures. Returns the exit status.
 int finish(const char* title);
 
 }  // namespace selfattn::test

@@ -7,7 +7,7 @@
 namespace selfattn::test {
 namespace {
 
-// Of the type that results are computed in.
+// The unit roundoff of the type in which results are computed.
 double unit_of(const Array& array) { return array.dtype() == DType::f64 ? 0x1p-53 : 0x1p-24; }
 
 double smallest_of(const Array& array) {
@@ -23,14 +23,14 @@ double smallest_of(const Array& array) {
   }
 }
 
-// What rounding a result to 16 bits may add, half an ulp of it.
+// The relative error that rounding a result to 16 bits may add: half an ulp.
 double last_rounding(const Array& array) {
   return array.dtype() == DType::f16 ? 0x1p-11 : array.dtype() == DType::bf16 ? 0x1p-8 : 0;
 }
 
 double relative_bound(const Array& array, double sigma) { return (16 + 4 * sigma) * unit_of(array); }
 
-// The largest error over its bound; bound(i) is asked for finite values only. What is not finite must be the same.
+// The largest error divided by its bound. bound(i) is called for finite values only; other values must be the same.
 template <class Bound>
 double largest_share(const Array& got, const Array& exact, Bound bound) {
   if (got.size() != exact.size()) return wrong;
@@ -63,7 +63,7 @@ double compare_lse(const Array& lse, const Array& exact, double sigma, double sc
 
 double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding) {
   return largest_share(weights, exact, [&](std::int64_t, double y) {
-    // Numerator and denominator have errors; that of a small weight grows with its logit, biases included.
+    // Numerator and denominator have errors. The error of a small weight grows with its logit, which includes biases.
     const double logit = y > 0 ? std::abs(std::log(y)) : 0;
     const double bound = relative_bound(weights, sigma) + sigma * score_rounding;
     return (2 * bound + 4 * logit * (unit_of(weights) + score_rounding)) * y + 1e-37;

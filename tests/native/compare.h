@@ -6,10 +6,11 @@
 
 namespace selfattn::test {
 
-// The largest error as a share of its bound; more than 1, or `wrong`, fails.
+// The functions return the largest error divided by its bound. More than 1, or `wrong`, is a failure.
 constexpr double wrong = std::numeric_limits<double>::infinity();
 
-// What the unit that multiplies adds to the bounds: `rounding` to that of out, and per unit of sigma to the others.
+// The unit that multiplies adds to the bounds: `rounding` to the bound of out, `score_rounding` per unit of sigma to
+// the others.
 double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double rounding);
 double compare_lse(const Array& lse, const Array& exact, double sigma, double score_rounding);
 double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding);

@@ -13,7 +13,8 @@ namespace {
 using Wide = long double;
 constexpr Wide infinity = std::numeric_limits<Wide>::infinity();
 
-// The element at `index`, which has as many axes as the result it belongs to: the array broadcasts to it.
+// The element that an array, broadcast to the shape of a result, has at `index`. The index has as many axes as the
+// result.
 Wide element(const Array& array, const Extents& index) {
   std::int64_t position = 0;
   const std::size_t ndim = array.shape().size();
@@ -178,7 +179,8 @@ class Definition {
     return philox_word(place, o.seed, static_cast<int>(j % 4)) < threshold ? 0 : 1 / (1 - static_cast<Wide>(o.dropout));
   }
 
-  // The element of (heads, count, ...) or (count, ...) for the distance of query and key, clamped to both ends.
+  // The element of an array (heads, count, ...) or (count, ...) for the distance of query and key, which is clamped to
+  // both ends.
   Wide by_distance(const Array& array, std::int64_t origin, const Row& row, std::int64_t j, std::int64_t d = -1) const {
     Extents index;
     if (d >= 0) index.push_back(d);
@@ -242,11 +244,12 @@ std::string judge_row(const Definition& definition, const Row& row, const Result
                     : dtype == DType::bf16 ? 0x1p-8L
                                            : 0,
              least = last > 0 ? 0x1p-25L : 0;
-  // The worst case, not the usual one: a fuzzer's arrays hold equal numbers, whose rounding errors have one sign.
+  // The bound of the worst case, not of the usual one: a fuzzer's arrays hold equal numbers, whose rounding errors have
+  // the same sign.
   const auto dot = static_cast<Wide>(definition.head_dim()), keys = static_cast<Wide>(definition.kv_len());
   const Wide sums = 16 + 2 * std::min<Wide>(keys, 128) + keys / 64;
   const Wide tolerance = (sums + (4 + dot) * exact.sigma) * unit, tiny = 1e-37L;
-  if (exact.sigma > 300) return {};  // beyond the promise
+  if (exact.sigma > 300) return {};  // docs/numerics.md promises nothing here
   for (std::int64_t d = 0; d < definition.value_dim(); ++d) {
     const auto i = static_cast<std::size_t>(d);
     const Wide got = definition.result(results.out, row, d);

@@ -6,7 +6,7 @@
 
 namespace selfattn::native {
 
-// Compares rows of the results with the definition, as many as `effort` multiplications allow. Checks all rows for what
+// Compares rows of the results with the definition, as many as `effort` multiplications allow. In all rows, checks what
 // holds for any input of finite, moderate numbers. Returns what is wrong, or an empty text.
 std::string judge(const Case& c, const Results& results, double effort);
 

@@ -68,7 +68,7 @@ bool agree(const Results& a, const Results& b) {
   return agree(a.out, b.out) && agree(a.lse, b.lse) && (!a.weights || agree(a.weights, b.weights));
 }
 
-// Projections of both sets on the same numbers.
+// Whether projections of both sets on the same numbers agree.
 bool projections_agree(Random& random, const KernelSet& one, const KernelSet& other) {
   const std::int64_t rows = 1 + random.below(70), cells = 1 + random.below(60), columns = 1 + random.below(48);
   const std::int64_t whole = (cells + 15) / 16 * 16, width = one.f32.panel_columns;

@@ -7,7 +7,8 @@ namespace {
 
 constexpr int samples = 20000;
 
-// Values of one function at `samples` points from `point(i)` on, a vector at a time.
+// Evaluates a function at point(0), point(1), ..., one vector at a time, and calls visit(x, y) for at least `samples`
+// points.
 template <class T, class Point, class Function, class Visit>
 void sample(Point point, Function function, Visit visit) {
   for (int i = 0; i < samples; i += Vec<T>::width) {

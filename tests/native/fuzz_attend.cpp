@@ -1,5 +1,5 @@
-// libFuzzer's target: any bytes are an attention call. It must be refused with a message or give the correct result,
-// the same on one thread as on several, without accessing memory out of bounds.
+// libFuzzer's target. Any bytes describe an attention call. The call must be refused with a message or give the correct
+// result, the same on one thread as on several, without accessing memory out of bounds.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -53,8 +53,8 @@ void check_gaps(const Array& out) {
     if (byte != '\xff') fail("bytes between the elements of out were written");
 }
 
-// In pages or a ring the result is bit-identical. With codes it is bit-identical to codes in one array, and correct
-// for the numbers that they represent.
+// In pages or a ring the result is bit-identical. With codes it is bit-identical to the result for codes in one array,
+// and correct for the numbers that the codes represent.
 void check_cached(Described& d, const Results& plain) {
   const CachedCase cached(d.input, d.store);
   const Results stored = compute(d.input, cached.arguments(), *d.kernels, d.threads, Threads::forced);

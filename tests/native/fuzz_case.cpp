@@ -23,7 +23,7 @@ Layout read_layout(Bytes& bytes, std::size_t ndim, DType dtype, bool may_repeat)
     for (std::size_t axis = 0; axis < ndim; ++axis) layout.negative.push_back(bytes.flag());
   if (style & 8 && may_repeat)
     for (std::size_t axis = 0; axis < ndim; ++axis) layout.repeated.push_back(bytes.flag());
-  if ((style & 48) == 48) {  // off the type's grid
+  if ((style & 48) == 48) {  // elements may be unaligned
     layout.misalignment = bytes.below(8);
     for (std::int64_t& gap : layout.gaps) gap += bytes.below(2);
   }
@@ -33,8 +33,8 @@ Layout read_layout(Bytes& bytes, std::size_t ndim, DType dtype, bool may_repeat)
 struct Values {
   Random random;
   double size;  // of the numbers
-  int odd;      // one in this many is NaN, infinite or enormous; 0: none
-  int share;    // of a mask's entries that are True, of 256
+  int odd;      // one in this many numbers is NaN, infinite or enormous; 0: none
+  int share;    // of every 256 entries of a mask, how many are True
 };
 
 double real(Values& values, double size) {
@@ -76,7 +76,7 @@ void read_options(Bytes& bytes, Described& d) {
   if (flags & 128) options.softcap = bytes.one_of({5.0, 0.5, 50.0, 1e4});
 }
 
-// Terms by distance: what a checked table or relative vectors may be.
+// Reads terms by distance: relative vectors and a table, in forms that are always accepted.
 void read_distances(Bytes& bytes, bool relative, bool table, DType dtype, const Sizes& s, Values& values, Case& c) {
   const std::int64_t heads = s.kv_heads * s.group;
   const auto real_array = [&](Array& array, DType type, Extents shape, const Layout& layout) {
@@ -172,10 +172,10 @@ Described describe(const std::uint8_t* data, std::size_t size) {
     *arrays[i] = Array(dtypes[i], shapes[i], layout);
     fill(bytes, static_cast<Name>(i), *arrays[i], values, wrong_values && i < public_names ? -1 : limits[i]);
   }
-  // The result's rank, in whatever order its axes have.
+  // The result has as many axes as the largest operand, in any order in memory.
   const std::size_t ndim = std::max({shapes[q].size(), shapes[k].size(), shapes[v].size()});
   d.input.out = read_layout(bytes, ndim, dtype, /*may_repeat=*/false);
-  // Last, so that older inputs keep their meaning.
+  // Read last, so that older inputs keep their meaning.
   if (d.computable && !spoiled)
     read_distances(bytes, narrow_bias & 64, narrow_bias & 128, kv_dtype, sizes, values, d.input);
   read_dropout(bytes, d.input.options);

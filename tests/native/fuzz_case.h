@@ -12,7 +12,7 @@ struct Described {
   bool valid = true;         // must be accepted; otherwise it may also be refused
   bool computable = true;    // small enough to compute; otherwise only planned
   bool well_behaved = true;  // all numbers finite and moderate
-  bool cached = false;       // also as a cache holds it, if one could
+  bool cached = false;       // also computed from a cache, if one can hold its keys
   Store store;
   const KernelSet* kernels = nullptr;
   int threads = 2;

@@ -28,7 +28,7 @@ Extents broadcast_batch(const Extents (&shapes)[names]) {
   return batch;
 }
 
-// A shape that broadcasts to `target`: leading axes missing, others 1.
+// A shape that broadcasts to `target`: some leading axes are missing, and some others have extent 1.
 Extents broadcasting(Bytes& bytes, const Extents& target) {
   const auto missing = bytes.next() % 4 == 1 ? bytes.below(static_cast<std::int64_t>(target.size()) + 1) : 0;
   Extents shape(target.begin() + missing, target.end());

@@ -8,7 +8,7 @@
 
 namespace selfattn::native {
 
-// Zeros after the end of the bytes: a short input is a plain call.
+// After the last byte, all further bytes are 0, so that a short input is a plain call.
 class Bytes {
  public:
   Bytes(const std::uint8_t* data, std::size_t size) : data_(data), left_(size) {}
@@ -26,7 +26,7 @@ class Bytes {
 };
 
 enum Name { q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks, kv_starts, names };
-constexpr int public_names = kv_starts;  // the others are the cache's own and never wrong
+constexpr int public_names = kv_starts;  // the other arrays belong to the cache and are never wrong
 
 struct Sizes {
   int ndim[3];    // of q, k and v
@@ -36,7 +36,7 @@ struct Sizes {
 
 Sizes read_sizes(Bytes& bytes);
 
-// Extents that no memory could hold, as views with stride 0 claim them.
+// Extents that no memory could hold, but that views with stride 0 can claim.
 void read_claims(Bytes& bytes, Sizes& s);
 
 void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Extents (&shapes)[names],
@@ -45,7 +45,7 @@ void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options
 // Makes a shape wrong in one place, or at least different.
 void spoil(Bytes& bytes, Extents& shape);
 
-// Whether NumPy could express it: fewer bytes than its integers count.
+// Whether NumPy can have an array of this shape: the number of bytes must fit NumPy's integers.
 bool expressible(const Extents& shape);
 
 // Whether the call is small enough to be computed.

@@ -13,7 +13,7 @@ class GuardedMemory {
   GuardedMemory& operator=(const GuardedMemory&) = delete;
 
   char* data() const { return first_; }       // ends where the second guard begins
-  std::size_t step() const { return step_; }  // from piece to piece, each of which ends at a guard
+  std::size_t step() const { return step_; }  // bytes from piece to piece; each piece ends at a guard
 
  private:
   char* map_;
@@ -22,7 +22,7 @@ class GuardedMemory {
   std::size_t mapped_;
 };
 
-// The ends of some pages, always the same ones: a guard on either side.
+// Pages with a guard on either side. All calls return the same pages.
 struct GuardedArea {
   char* begin;
   char* end;

@@ -48,7 +48,7 @@ void check_project(const TypeKernels& kernels, DType dtype, bool fuses, int rows
     }
 }
 
-// Several panels at once give the bits of each alone.
+// Several panels at once give the same bits as each panel alone.
 template <class T>
 void check_panels(const TypeKernels& kernels, DType dtype, int rows) {
   constexpr int depth = 5, panels = 6;
@@ -171,7 +171,8 @@ void check_type(const TypeKernels& kernels, DType dtype, bool fuses) {
   SELFATTN_CHECK(kernels.peak_loop(10) >= 2 * 10);
 }
 
-// A type of numbers has what drivers call without a check, exactly in the table of the type in which it is computed.
+// A type of numbers has the kernels that drivers call without a check in the table of the type in which it is computed,
+// and in no other table.
 void check_table(const TypeKernels& kernels, DType computed) {
   for (int i = 0; i < dtype_count; ++i) {
     const auto dtype = static_cast<DType>(i);
@@ -193,7 +194,7 @@ void check_conversion(const StoredKernels& stored, std::uint16_t one) {
     auto* const narrow = reinterpret_cast<std::uint16_t*>(from.data());
     auto* const wide = reinterpret_cast<float*>(to.data());
     auto* const again = reinterpret_cast<std::uint16_t*>(back.data());
-    // 1 and what follows it: every lane another number
+    // 1 and the bit patterns that follow it, so that every lane has a different number
     for (std::size_t i = 0; i < count; ++i) narrow[i] = static_cast<std::uint16_t>(one + i);
     stored.widen(narrow, static_cast<std::int64_t>(count), wide);
     stored.narrow(wide, static_cast<std::int64_t>(count), again);

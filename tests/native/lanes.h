@@ -1,4 +1,4 @@
-// Shared by the checks of one instruction set: numbers to try, and vectors viewed as arrays.
+// Numbers to try, and vectors viewed as arrays, for all checks of one instruction set.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Of all sets, only the portable one rounds products before it adds.
+// Only the portable set rounds products before it adds them.
 constexpr bool fuses = __builtin_strcmp(SELFATTN_TEXT(SELFATTN_ISA), "portable") != 0;
 
 template <class T>
@@ -50,7 +50,7 @@ struct Lanes {
   Vec<T> vec() const { return load(lane); }
 };
 
-// The same numbers in every run, of both signs and of magnitudes around 1.
+// Numbers of both signs with magnitudes around 1, the same in every run.
 struct Numbers {
   std::uint32_t state = 12345;
 

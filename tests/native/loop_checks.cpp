@@ -56,7 +56,7 @@ void check_multiply_shapes() {
     }
 }
 
-// Packed and unpacked again, with rows that end at the guard.
+// Packs rows that end at the guard, and unpacks them again.
 template <class T>
 void check_packing(int rows, int count) {
   constexpr int W = Vec<T>::width;
@@ -85,7 +85,7 @@ void check_finite_scan() {
     constexpr T odd_ones[] = {infinity<T>, -infinity<T>, not_a_number<T>};
     T* const values = reinterpret_cast<T*>(test::guarded_area().end) - rows * dim;
     fill(values, rows * dim);
-    values[0] = Limits<T>::largest;  // many large ones may not add up to infinity
+    values[0] = Limits<T>::largest;  // the scan must not add up large numbers to infinity
     const auto row_at = [&](int r) { return values + std::int64_t{r} * dim; };
     SELFATTN_CHECK(all_finite(row_at, rows, dim));
     for (int i = 0; i < rows * dim; ++i)

@@ -62,7 +62,7 @@ void check_every_pattern() {
   }
 }
 
-// Stores x in every second lane and -x in the others, and rounds it alone.
+// Rounds x and -x: as alternating lanes of a vector that is stored, and each of them alone.
 template <class E>
 void expect_narrowed(float x, int size, const char* what) {
   Lanes<float> numbers;
@@ -92,7 +92,7 @@ void check_rounding() {
 
 template <class E>
 void check_nan_stays() {
-  // Also where all bits of the payload are cut off, or a carry would run into the exponent.
+  // Includes payloads whose bits are all cut off, and payloads whose rounding would carry into the exponent.
   constexpr std::uint32_t payloads[] = {0x1, 0x1000, 0x1fff, 0x7fff, 0x8000, 0x3fffff, 0x400000, 0x7fffff};
   constexpr std::uint32_t signs[] = {0, 0x80000000};
   for (const std::uint32_t payload : payloads)
@@ -153,7 +153,7 @@ void check_all() {
   check_partial_stores<E>();
 }
 
-// All of them in every lane, in memory that ends after the last one.
+// Loads all codes in every lane, from memory that ends after the last one.
 void check_codes() {
   test::begin_section(SELFATTN_TEXT(SELFATTN_ISA) " Int8");
   const test::GuardedArea area = test::guarded_area();

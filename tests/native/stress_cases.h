@@ -1,4 +1,4 @@
-// What the program with concurrent threads computes.
+// The calls that stress_threads computes.
 #pragma once
 #include <string>
 #include <vector>
@@ -17,10 +17,10 @@ struct StressCase {
 
 std::vector<StressCase> stress_cases();
 
-// One of them, of few tasks that split the keys.
+// One of these calls: its few tasks split the keys.
 Case decode();
 
-// Far too long to finish; every head is the same memory.
+// A call that is far too long to finish. All heads have the same memory.
 Case endless();
 
 }  // namespace selfattn::native

@@ -1,5 +1,5 @@
-// Concurrent threads, to be built with ThreadSanitizer, which must report nothing. Every result must be bit-identical
-// to that of one thread. The argument is the number of rounds that concurrent callers share.
+// Runs calls on concurrent threads. To be built with ThreadSanitizer, which must report nothing. Every result must be
+// bit-identical to that of one thread. The argument is the number of rounds that concurrent callers share.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -59,7 +59,7 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
       const Results results = compute(entry.input, active_kernels(), threads);
       expect(results.threads > 1 || threads == 1, entry.name + " is worth a second thread");
       expect(results.finished && results == entry.expected, entry.name + " on " + std::to_string(threads));
-      // More threads than tasks as well.
+      // Also with more threads than tasks.
       expect(compute(entry.input, active_kernels(), threads, Threads::forced) == entry.expected,
              entry.name + " forced");
       expect(differentiate(entry.input, active_kernels(), threads, Threads::forced) == entry.gradients,
@@ -106,7 +106,7 @@ void interrupt_together(const Case& long_one, int threads) {
   expect(!attend(jobs, std::size(results), threads, at_once), "several interrupted problems");
 }
 
-// What a round computes depends on its number alone.
+// What a round computes depends only on the round's number.
 void run_round(const std::vector<Entry>& all, const Case& long_one, int round) {
   Random random(static_cast<std::uint64_t>(round));
   const Entry& entry = all[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(all.size())))];

@@ -98,7 +98,7 @@ void check_comparisons() {
     SELFATTN_CHECK(any(a.vec() < b.vec()) == (less > 0));
     SELFATTN_CHECK(all(a.vec() < b.vec()) == (less == Vec<T>::width));
   });
-  for (int alone = 0; alone < Vec<T>::width; ++alone) {  // each lane counts
+  for (int alone = 0; alone < Vec<T>::width; ++alone) {  // any() and all() must see each lane
     const Mask<T> one = iota(T()) == broadcast(static_cast<T>(alone));
     SELFATTN_CHECK(any(one) && !all(one));
     SELFATTN_CHECK(
@@ -165,7 +165,7 @@ void check_powers() {
     for (int power = Limits<T>::lowest_power - 200; power + Vec<T>::width <= -Limits<T>::lowest_power; ++power) {
       const Lanes<T> got(scale_by_power(broadcast(x), broadcast(static_cast<T>(power)) + iota(T())));
       for (int l = 0; l < Vec<T>::width; ++l)
-        // Below the lowest normal power a result may be flushed to 0, but to nothing else.
+        // Below the lowest normal power, a result must be exact or flushed to 0.
         if (power + l >= Limits<T>::lowest_power || got.lane[l] != 0)
           expect_same(got.lane[l], scale(x, power + l), "scale_by_power");
     }

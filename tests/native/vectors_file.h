@@ -1,10 +1,12 @@
-// Test cases of attention from a file: lines of text, and after each line that announces an array its bytes.
+// Reads test cases of attention from a file. It has lines of text; a line that announces an array is followed by the
+// array's bytes.
 //
 //   selfattn vectors 1
 //   case <name>
 //   number <name> <value>
-//   array <name> f32|f64|f16|bf16|i64|bool <ndim> <extents...>       followed by the elements, little-endian, and a
-//   newline end
+//   array <name> f32|f64|f16|bf16|i64|bool <ndim> <extents...>
+//   <the elements of the array, little-endian><newline>
+//   end
 #pragma once
 #include <cstdint>
 #include <iosfwd>
