@@ -1,4 +1,4 @@
-"""NumPy's BLAS as it is loaded: its threads, and the kind of processor that it takes this one for."""
+"""NumPy's BLAS as it is loaded: its threads, and the processor type for which it chose its kernels."""
 
 from __future__ import annotations
 

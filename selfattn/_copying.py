@@ -17,7 +17,7 @@ _Self = TypeVar("_Self", bound="Copyable")
 
 
 class Copyable(ABC):
-    """A cache that supports `copy.copy`, `copy.deepcopy` and `pickle`; appends by other threads wait meanwhile."""
+    """A cache that supports `copy.copy`, `copy.deepcopy` and `pickle`. Appends by other threads wait for them."""
 
     _store: Store
     _lock: SharedLock

@@ -14,8 +14,8 @@ ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 
 
 def is_masked(value: Any) -> bool:
-    # No import here: a child process forked while the import lock is held would deadlock. A MaskedArray can only exist
-    # if numpy.ma has been imported, which NumPy does not do by itself.
+    # No import here: a child process forked while the import lock is held would deadlock. A MaskedArray can exist only
+    # if numpy.ma has been imported, and NumPy does not import it by itself.
     module = sys.modules.get("numpy.ma")
     return module is not None and isinstance(value, module.MaskedArray)
 
@@ -47,7 +47,7 @@ def from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
 
 
 def _dlpack_device(value: Any) -> tuple[int, int] | None:
-    """Return the DLPack device of an array; None if it has no single one, as when it is spread over devices."""
+    """Return the DLPack device of an array; None if it has no single one, e.g. if it is spread over devices."""
     try:
         kind, number = value.__dlpack_device__()
         return int(kind), int(number)

@@ -102,7 +102,7 @@ def _warnings(threads: int, blas_threads: int) -> list[str]:
 
 
 def _processes() -> int:
-    """Return how many processes have loaded this core, apart from those that only started this one; 1 if unknown."""
+    """Return how many processes have loaded this core, except those that only started this one; 1 if unknown."""
     if not sys.platform.startswith("linux"):
         return 1
     ancestors, pid = set(), os.getppid()

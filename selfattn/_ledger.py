@@ -1,4 +1,4 @@
-"""The header of a KVCache's memory: what the cache was made with, and the lengths of its sequences."""
+"""The header of a KVCache's memory: the parameters of the cache, and the lengths of its sequences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def header_bytes(batch: int) -> int:
 
 
 class Ledger:
-    """Lengths and starts in two copies, of which one is valid: they change together, in one store of 8 bytes.
+    """Lengths and starts in two copies, of which one is valid. One store of 8 bytes changes all of them together.
 
     A sequence holds the tokens from its start to its length; without a window the start is 0.
     """

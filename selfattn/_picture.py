@@ -80,7 +80,7 @@ def _column(character: str) -> int:
 
 
 def shorten(text: str, columns: int) -> str:
-    """Return the text; if it is too wide, cut it to this width and end it with an ellipsis."""
+    """Return the text; if it is too wide, cut it to this width, ending in an ellipsis."""
     if num_columns(text) <= columns:
         return text
     end = used = 0

@@ -35,7 +35,7 @@ class Product:
         return result
 
     def of_weights(self, grad: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Return the gradients of w and b, if wanted; grad is that of the result, (rows, columns)."""
+        """Return the gradients of w and b, if wanted; grad is the gradient of the result, (rows, columns)."""
         found = {}
         with np.errstate(all="ignore"):
             if f"w_{self.letter}" in names:

@@ -17,7 +17,7 @@ class GradientResult(NamedTuple):
 
     gradients: dict[str, Floats]  # by the names in `wrt`, each of the shape of its argument
     magnitudes: dict[str, Floats]  # the same sums over the absolute values of all that is added or subtracted
-    sigma: float  # that of the forward pass
+    sigma: float  # sigma of the forward pass
 
 
 @dataclass
@@ -127,7 +127,7 @@ def _products(q: Floats, k: Floats, relative: tuple[Floats, ...]) -> Floats:
 
 
 def _score_gradients(p: _Pass, subtract: bool) -> tuple[Floats, Floats]:
-    """Return the gradients of all scores after the softcap, and each row's part of that of the sink."""
+    """Return the gradients of all scores after the softcap, and each row's part of the sink's gradient."""
     of_weights = (p.grad_out @ p.v.swapaxes(-1, -2) + p.grad_weights) * p.factors
     mean = (p.weights * of_weights).sum(axis=-1, keepdims=True)
     sign = -1 if subtract else 1

@@ -1,4 +1,4 @@
-"""The memory of a cache: keys, values, and the scales of quantised ones."""
+"""The memory of a cache: keys, values, and the scales of int8 codes."""
 
 from __future__ import annotations
 
