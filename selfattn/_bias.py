@@ -153,7 +153,7 @@ class T5Bias:
 
 
 class _Buckets(NamedTuple):
-    """A checked table, and the bucket of each distance i − j from −origin on. Distances beyond an end use its bucket."""
+    """A checked table, and the bucket of each distance i − j from −origin on. Beyond an end, its bucket is used."""
 
     table: NDArray[Any]
     bucket: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""flash-attn 2's attention function on arrays, and the options that all of its functions take.
+"""flash-attn 2's attention function on arrays, and the options that all flash-attn functions take.
 
 The token axis comes before the head axis, and causal limits are aligned with the last key.
 """
@@ -71,12 +71,12 @@ def flash_attn_func(
     causal : bool, default False
         The last query is aligned with the last key.
     window_size : (left, right)
-        Number of keys that a query sees to each side of its own position; negative = unbounded.
+        Number of keys that a query sees on each side of its own position; negative = unbounded.
     softcap : float
         0 = none.
     alibi_slopes : array_like, shape (H,) or (B, H), optional
     deterministic : bool
-        Concerns the original's backward pass. Here, results are bit-identical in every run with either value.
+        Concerns the original's backward pass. Here, results are bit-identical in every run, with True and with False.
     return_attn_probs : bool
         Also return the log-sum-exps and the attention weights.
 

@@ -83,8 +83,8 @@ def flash_attn_with_kvcache(
     v : array_like, shape (B, T, Hkv, Dv), optional
         New tokens, written into the caches after the existing ones, before q attends.
     rotary_cos, rotary_sin : array_like, shape (positions, rotary_dim / 2), optional
-        Rotate k and q, whose positions start at `cache_seqlens`; without `causal` and `window_size`, all queries are
-        at position `cache_seqlens`.
+        Rotate k and q, whose positions start at `cache_seqlens`; with neither `causal` nor `window_size`, all queries
+        are at position `cache_seqlens`.
     cache_seqlens : int or integer array (B,), optional
         Number of tokens in the cache before the call; default: the cache is full.
     cache_batch_idx : integer array (B,), optional
@@ -110,7 +110,7 @@ def flash_attn_with_kvcache(
 
     Notes
     -----
-    A failed call leaves the caches unchanged. The table of `flash_attn_func`, and:
+    A failed call leaves the caches unchanged. The table of `flash_attn_func` applies, and:
 
     =====================  ======================================  =========================================
     argument or case       flash-attn                              here

@@ -86,7 +86,7 @@ def flash_attn_varlen_func(
 
     Notes
     -----
-    The table of `flash_attn_func`, and:
+    The table of `flash_attn_func` applies, and:
 
     =====================  ======================================  =========================================
     argument or case       flash-attn                              here

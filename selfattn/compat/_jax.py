@@ -84,7 +84,7 @@ def dot_product_attention(
     query_seq_lengths, key_value_seq_lengths : integer array (B,), optional
         Number of valid queries and keys of each batch entry.
     local_window_size : int or (left, right), optional
-        Number of keys that a query sees to each side of its own position; a single number applies to both sides.
+        Number of keys that a query sees on each side of its own position; a single number applies to both sides.
     implementation : {None, "xla"}
         Ignored: both values have the same effect.
     return_residual : bool, default False

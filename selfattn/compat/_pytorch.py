@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
     scale : float, optional
         Default ``1 / sqrt(E)``.
     enable_gqa : bool, default False
-        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of theirs.
+        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of their number.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The memory of a layer's cache: tensors, or a `KVCache` for tokens in another type than the model's."""
+"""The memory of a layer's cache: tensors, or a `KVCache` for tokens that are not stored in the model's type."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Stored:
 class StoredTokens(Deferred):
     """Keys or values (B, heads, tokens, width) in a `KVCache`: the tokens from `start` to `end` of each sequence.
 
-    `attend_stored` reads them in place. Every other operation gets them converted to the model's type.
+    `attend_stored` reads them in place. Every other operation gets tokens that are converted to the model's type.
     """
 
     cache: KVCache
@@ -104,7 +104,7 @@ class StoredTokens(Deferred):
 
     @staticmethod
     def pair(cache: KVCache, start: int, end: int, dtype: torch.dtype) -> tuple[StoredTokens, StoredTokens]:
-        """Return keys and values of such a cache."""
+        """Return descriptions of the keys and values in a cache."""
         store = cache._store
         keys, values = (
             StoredTokens.without_memory((*tokens.shape[:2], end - start, tokens.shape[3]), dtype)
@@ -128,7 +128,7 @@ def _converted(
 
 
 def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
-    """Whether these are the newest tokens of one cache, and the queries are the last ones of them."""
+    """Whether these are the newest tokens of one cache, and the queries are the last of these tokens."""
     if type(k) is not StoredTokens or type(v) is not StoredTokens:
         return False
     if not (k.cache is v.cache and k.start == v.start and k.end == v.end == k.cache.lengths[0]):
@@ -137,7 +137,7 @@ def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
 
 
 def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: dict[str, Any]) -> Any:
-    """Attend to such tokens with the options of `selfattn.attention`, and return what that would return."""
+    """Attend to stored tokens with the options of `selfattn.attention`, and return what that function would return."""
     kv_len, hidden = k.end - k.start, k.start  # the cache may hold older tokens, which no query sees
     options = {"causal": False, **options}
     options.pop("q_offset", None)

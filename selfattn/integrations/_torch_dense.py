@@ -68,7 +68,7 @@ def _distance(call: Call, q_len: int, kv_len: int) -> Any:
 
 
 def _visible(call: Call, distance: Any) -> Any:
-    """Return which keys the queries see, apart from those that a bias hides."""
+    """Return which keys the queries see. Keys that a bias hides count as visible."""
     queries, keys = (torch.arange(n) for n in distance.shape[-2:])
     visible = torch.ones_like(distance, dtype=torch.bool)
     if call.causal:
