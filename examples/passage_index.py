@@ -25,7 +25,7 @@ Report = Callable[[int, int], None]  # called with how many passages are embedde
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came while passages were embedded; `index` holds those that are."""
+    """Ctrl-C came while passages were embedded; `index` holds the passages that are done."""
 
     def __init__(self, index: Index) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ EMPTY = Index([], np.empty((0, 0), dtype=np.float32))
 
 
 def refresh(old: Index, files: Iterable[tuple[str, bytes]], model: MiniLM, report: Report) -> Index:
-    """Return the index of the files' present contents; embeds only what `old` does not have."""
+    """Return the index of the files' present contents; embed only the passages that `old` does not have."""
     of_file: dict[str, list[Passage]] = {}
     for passage in old.passages:
         of_file.setdefault(passage.file, []).append(passage)
@@ -83,7 +83,7 @@ def refresh(old: Index, files: Iterable[tuple[str, bytes]], model: MiniLM, repor
 
 
 def batches(rows: Array, tokens: list[int]) -> Iterator[Array]:
-    """Yield the rows, those of few tokens first, in batches of about BATCH_TOKENS."""
+    """Yield the rows in batches of about BATCH_TOKENS, rows with few tokens first."""
     order = np.argsort(tokens, kind="stable")
     # A passage belongs to the batch in which its last token would be counted.
     number = np.cumsum(np.asarray(tokens, dtype=np.int64)[order]) // BATCH_TOKENS
@@ -119,7 +119,7 @@ def _passage(file: Any, line: Any, heading: Any, body: Any, tokens: Any) -> Pass
 
 
 def save(index: Index, file: Path) -> None:
-    """Write an index to a file: all of it, or the file stays what it was."""
+    """Write an index to a file. If that fails, the file stays as it was."""
     contents = {
         "made_with": MADE_WITH,
         "digests": index.digests,

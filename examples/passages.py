@@ -1,4 +1,4 @@
-"""Text files cut into passages: at headings, else between paragraphs, else between sentences, with some overlap."""
+"""Cuts text files into passages: at headings, else between paragraphs, else between sentences, with some overlap."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Piece:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files given and the text files in the folders given, hidden ones left out."""
+    """Return the given files, and the text files in the given folders except hidden ones."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -161,7 +161,7 @@ def _counted(text: str, pieces: list[Piece], count: Count) -> list[Piece]:
 
 
 def _halves(text: str, piece: Piece) -> list[Piece]:
-    """Split a piece about its middle: at the end of a line, else between words, else within a word."""
+    """Split a piece near its middle: at the end of a line, else between words, else within a word."""
     middle, quarter = (piece.start + piece.stop) // 2, (piece.stop - piece.start) // 4
     for mark in ("\n", " "):
         at = text.find(mark, middle, middle + quarter)
@@ -172,7 +172,7 @@ def _halves(text: str, piece: Piece) -> list[Piece]:
 
 
 def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Yield what goes into each passage: full ones end with a paragraph if they can, and overlap."""
+    """Yield the pieces of each passage. Full passages end with a paragraph if they can, and overlap."""
     first = 0
     while first < len(pieces):
         stop, total, paragraph = first, 0, 0

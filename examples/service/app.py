@@ -3,8 +3,8 @@
     .venv/bin/uvicorn --app-dir examples service.app:app
     cd examples && ../.venv/bin/gunicorn service.app:app
 
-Every worker process has its own models and caches. One of its threads computes; this module only checks and waits.
-gunicorn reads `examples/gunicorn.conf.py`.
+Every worker process has its own models and caches. One of its threads computes; this module only checks requests and
+waits for results. gunicorn reads `examples/gunicorn.conf.py`.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Service:
         return Answer.of({"text": bytes(tokens).decode("utf8", "replace"), "tokens": len(tokens)})
 
     def _stream(self, request: Generate, receive: Receive) -> Answer:
-        """Answer with a line of JSON for each piece of text, then one with the number of tokens or the error."""
+        """Answer with a line of JSON for each piece of text, then one line with the number of tokens or the error."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[int]()
 
         def tell(token: int) -> None:

@@ -1,4 +1,4 @@
-"""What the service needs of HTTP, on ASGI: bodies with limits of size and time, answers whole or in parts."""
+"""The parts of HTTP that the service needs, on ASGI: bodies with limits of size and time, answers whole or in parts."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def result_of(future: Future[Any], receive: Receive) -> Any:
 
 
 async def until_done(future: Future[Any], receive: Receive, news: asyncio.Queue[Any]) -> AsyncIterator[Any]:
-    """Yield what arrives in `news` until the future is done; raise Disconnected if the client leaves first."""
+    """Yield the items that arrive in `news` until the future is done; raise Disconnected if the client leaves first."""
     answer = asyncio.wrap_future(future)
     disconnected = asyncio.ensure_future(receive())  # after the body, only the end of the connection is received
     try:

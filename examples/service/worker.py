@@ -33,7 +33,7 @@ class Embeddings(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """Texts to be embedded, a few in each step."""
+    """A request's texts, of which a few are embedded in each step."""
 
     texts: list[str]
     future: Future[Embeddings] = field(default_factory=Future)
@@ -45,8 +45,8 @@ class Job:
 class Worker:
     """Answers `embed` and `generate` with futures that its thread fulfils.
 
-    Between two steps of the batch it embeds texts of waiting requests, together, of at most `step_tokens` tokens. It
-    takes one text of each request in turn, so that a request with many long texts does not hold up the others.
+    Between two steps of the batch it embeds texts of waiting requests together, with at most `step_tokens` tokens in
+    all. It takes one text of each request in turn, so that a request with many long texts does not hold up the others.
     """
 
     def __init__(self, engine: Engine, embedder: MiniLM | None, step_tokens: int = 2048, max_waiting: int = 64) -> None:
@@ -113,7 +113,7 @@ class Worker:
             settle(job.future, error=closed)
 
     def _embed(self, jobs: list[Job]) -> None:
-        """Embed the texts of one step, and fulfil the jobs of which none is left."""
+        """Embed the texts of one step, and fulfil the jobs that have no text left."""
         if not jobs:
             return
         try:
