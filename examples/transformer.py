@@ -56,7 +56,7 @@ class Transformer:
         return x
 
     def start(self, encoded: Array, lengths: Array, capacity: int | None) -> State:
-        """Return the decoder's state before the first token, with caches for `capacity` tokens or without."""
+        """Return the decoder's state before the first token, with caches for `capacity` tokens, or none."""
         memories = [layer.cross.memory(encoded, lengths) for layer in self.decoder]
         heads, width = self.config.heads, self.config.width
         if capacity is None:
@@ -64,8 +64,7 @@ class Transformer:
         return State(memories, [sa.KVCache(len(encoded), heads, width // heads, capacity) for _ in self.decoder])
 
     def decode(self, ids: Array, state: State) -> Array:
-        """Return the logits (B, T, vocabulary) after each of these tokens (B, T), which follow the tokens in the
-        caches."""
+        """Return the logits (B, T, vocabulary) after each of these tokens (B, T), which follow the cached tokens."""
         x = self.sides["decoder"](ids, state.length)
         for i, layer in enumerate(self.decoder):
             x = layer(x, state.memories[i], None if state.caches is None else state.caches[i])

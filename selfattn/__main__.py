@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | N
     Parameters
     ----------
     argv : sequence of str, optional
-        Command-line arguments; by default those of the process.
+        Command-line arguments; by default the process's arguments.
     attention : callable, optional
         Function that `selftest` checks instead of `selfattn.attention`.
 

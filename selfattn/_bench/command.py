@@ -30,7 +30,7 @@ def add_arguments(
     ----------
     parser : ArgumentParser
     default : sequence of str, optional
-        Workloads to run if the user names none; all of `WORKLOADS` by default.
+        Workloads to run if the user names none; by default all of `WORKLOADS`.
     known : mapping of name to Workload
         Workloads that the user can name.
     worker : sequence of str
@@ -119,7 +119,7 @@ def varied(
     Raises
     ------
     ValueError
-        If none is left, or a dtype is not available here.
+        If no workload is left, or a dtype is not available here.
     """
     found = {
         variant.name: variant

@@ -88,7 +88,7 @@ class Result:
         return self.rate() / self.peak
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, including derived figures, as plain types."""
+        """Return all fields and derived figures as plain types."""
         record = asdict(self)
         record["flops"] = self.workload.flops()
         record["kv_bytes"] = self.workload.kv_bytes()

@@ -1,4 +1,4 @@
-"""The dtypes of workloads, and the error that each allows."""
+"""The dtypes of workloads, and the error that is allowed for each."""
 
 from __future__ import annotations
 

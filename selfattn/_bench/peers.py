@@ -22,7 +22,7 @@ def others() -> list[Peer]:
 
 
 def choose(names: list[str] | None) -> list[Peer]:
-    """Return selfattn and the peers with these names, or all installed default peers.
+    """Return selfattn and the peers with these names; without names, all installed default peers.
 
     Raises
     ------

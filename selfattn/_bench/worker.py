@@ -33,7 +33,7 @@ THREAD_LIMITS = (
 
 
 class WorkerFailed(RuntimeError):
-    """The measuring process failed; its own output contains the error."""
+    """The measuring process failed; its output contains the error."""
 
 
 def measure_in_process(
