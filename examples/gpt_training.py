@@ -13,7 +13,7 @@ import selfattn as sa
 
 
 class GptGradients(Gradients):
-    """The same with GPT-2's attention."""
+    """Gradients of a model with GPT-2's attention."""
 
     def attention(self, part: str, x: Array, heads: int, **options: Any) -> tuple[Array, Vjp]:
         """Causal self-attention; its three input projections are stored as one."""

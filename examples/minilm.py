@@ -73,7 +73,7 @@ class MiniLM:
         self._counter.no_truncation()
 
     def __call__(self, sentences: list[str]) -> Encoding:
-        """Encode sentences together; each gets the same vectors as alone."""
+        """Encode sentences together; each gets the vectors that it would get alone."""
         encoded = self.tokenizer.encode_batch(sentences)
         lengths = np.array([len(e.ids) for e in encoded])
         ids = np.zeros((len(encoded), lengths.max()), dtype=np.int64)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 SUFFIXES = {".md", ".markdown", ".rst", ".txt", ".text", ".adoc", ".org"}  # the files to read in a folder
-MAX_BYTES = 20_000_000  # of a file
-MAX_TOKENS = 200  # of a passage, [CLS] and [SEP] included
+MAX_BYTES = 20_000_000  # in a file
+MAX_TOKENS = 200  # in a passage, [CLS] and [SEP] included
 MIN_TOKENS = 100  # a passage of this length ends at the end of a paragraph
 OVERLAP = 40  # at most this many tokens at the end of a passage are repeated in the next one
 MAX_PIECE = 120  # tokens; a longer sentence is halved

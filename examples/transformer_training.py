@@ -54,7 +54,7 @@ class Encoded:
 
 
 class TransformerGradients(Gradients):
-    """The same for matrices (out, in), and with the parts of the Transformer's layers."""
+    """Gradients of matrices (out, in) and of the parts of the Transformer's layers."""
 
     def __init__(self, weights: Weights, config: Config) -> None:
         super().__init__(weights)

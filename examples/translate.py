@@ -88,7 +88,7 @@ def translate(model: Any, args: argparse.Namespace) -> None:
 
 
 def groups(sentences: list[str]) -> Iterator[list[str]]:
-    """Yield the sentences to translate; those of the standard input one by one."""
+    """Yield the sentences to translate; sentences from standard input come one by one."""
     if sentences:
         yield sentences
         return

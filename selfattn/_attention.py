@@ -82,8 +82,8 @@ def attention(
     ----------
     q : array_like, shape (..., H, Sq, D)
         Queries: float32, float64, float16 or ``ml_dtypes.bfloat16``. A 2-D array is one head. Objects with
-        ``__array__`` or CPU DLPack are accepted, with any strides. Leading dimensions broadcast against those of k and
-        v as in `numpy.matmul`.
+        ``__array__`` or CPU DLPack are accepted, with any strides. Leading dimensions of q, k and v broadcast as in
+        `numpy.matmul`.
     k : array_like, shape (..., Hkv, Sk, D)
         Keys, in q's dtype or a dtype with fewer bytes: for example a float16 cache with float32 queries. Query head
         ``h`` uses KV head ``h // (H // Hkv)``.

@@ -44,8 +44,8 @@ _NO_NEED = {
 def clean_signature(options: Callable[..., Any] | None = None, without: Collection[str] = ()) -> Callable[[_F], _F]:
     """Make `help` and `inspect.signature` show named keywords instead of a function's ``**``.
 
-    The keywords are those of the function `options`, to which ``**`` is passed on. Without `options`, ``**`` only
-    catches misspelt keywords. The function is not wrapped, since a wrapper would slow down each call.
+    The function `options`, to which ``**`` is passed on, has these keywords. Without `options`, ``**`` only catches
+    misspelt keywords. The function is not wrapped, since a wrapper would slow down each call.
     """
     others = [] if options is None else list(signature(options).parameters.values())
 

@@ -23,7 +23,7 @@ class Growth(NamedTuple):
 
     before: dict[int, PagedRow]
     lengths: list[int]  # of the rows before
-    rows: dict[int, PagedRow]  # those of `before` themselves if nothing else changes
+    rows: dict[int, PagedRow]  # the rows of `before` themselves if nothing else changes
     taken: int = 0  # number of pages taken from the end of the free list
     gained: Sequence[int] = ()
     lost: Sequence[int] = ()
@@ -66,7 +66,7 @@ class PageTable:
         return row.pages[: self.count(row)]
 
     def row_of(self, description: Any, there: set[int]) -> PagedRow | None:
-        """Return the row that a pickle describes; None if it is impossible or has pages other than those in `there`."""
+        """Return the row that a pickle describes; None if it is impossible or has a page that is not in `there`."""
         try:
             length, start, held = description
             row = PagedRow(pages=array(NUMBER, held), start=start, length=length)
@@ -93,7 +93,7 @@ class PageTable:
         self.settled = True
 
     def put(self, rows: Mapping[int, PagedRow | None], gained: Iterable[int] = (), lost: Iterable[int] = ()) -> None:
-        """Replace rows, or delete those that are None; after an exception nothing has changed."""
+        """Replace rows, or delete a row where None is given; after an exception nothing has changed."""
         before = {name: self.rows.get(name) for name in rows}
         try:
             self.settled = False

@@ -64,7 +64,7 @@ def read_style(function: str, title: Any, log: Any, vmax: Any) -> tuple[str | No
 
 
 def visible(text: str) -> str:
-    """Escape invisible characters and those that control a terminal: newlines, ESC, bidi overrides."""
+    """Escape characters that are invisible or control a terminal: newlines, ESC, bidi overrides."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

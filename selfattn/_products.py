@@ -17,7 +17,7 @@ class Product:
 
     def __init__(self, letter: str, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None) -> None:
         self.letter = letter
-        self.dtype = w.dtype  # of the gradients
+        self.dtype = w.dtype  # dtype of the gradients
         computed = computed_in(w.dtype)
         self.shape = x.shape
         self.rows = rows_of(x, computed)

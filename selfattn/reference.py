@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """The results of `attention`, and the quantities that error bounds are expressed in."""
+    """The results of `attention`, and the quantities in which error bounds are expressed."""
 
     out: NDArray[Any]  # (..., H, Sq, Dv), or (..., Sq, H, Dv) in layout "bshd"
     lse: NDArray[Any]  # (..., H, Sq)

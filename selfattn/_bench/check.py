@@ -96,7 +96,7 @@ def coarse_error(workload: Workload) -> float:
 def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
     """Compute the expected output on the active ISA: all of it, or rows at start, middle and end of some heads.
 
-    `arrays` are those that the call reads (`Peer.held`).
+    `arrays` are the arrays that the call reads (`Peer.held`).
     """
     unit = unit_of(workload)
     if workload.kind == "block":

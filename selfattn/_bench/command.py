@@ -114,7 +114,7 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
 def varied(
     workloads: Sequence[Workload], dtypes: Sequence[str] | None, precisions: Sequence[Precision] | None
 ) -> list[Workload]:
-    """Return the workloads in each of the dtypes; those in float32 also at each precision.
+    """Return the workloads in each of the dtypes, and float32 workloads at each precision.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from .workload import Arrays, Workload
 
 PEAK_SHARE = 0.05  # share of a workload's time budget for each of four peak measurements
 PEAK_SECONDS = (0.005, 0.1)  # shortest and longest peak measurement
-MAX_STORAGE_ERROR = 0.02  # relative to sum p|v|: above the error of any cache dtype, below that of a wrong scale
+MAX_STORAGE_ERROR = 0.02  # relative to sum p|v|: above the error of any cache dtype, below the error of a wrong scale
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def computed_in(dtype: str) -> str:
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, deviation: float) -> NDArray[Any]:
-    """Draw normal numbers; apart from rounding, they are the same for every dtype except float64."""
+    """Draw normal numbers. Apart from rounding, every dtype except float64 gets the same numbers."""
     drawn = rng.standard_normal(shape, dtype=np.float64 if dtype == "float64" else np.float32)
     drawn *= deviation
     return drawn.astype(numpy_dtype(dtype), copy=False)

@@ -56,14 +56,14 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Compute the same as ``flash_attn.flash_attn_func``, on arrays.
+    """Compute ``flash_attn.flash_attn_func`` on arrays.
 
     Parameters
     ----------
     q : array_like, shape (B, Sq, H, D)
     k : array_like, shape (B, Sk, Hkv, D)
     v : array_like, shape (B, Sk, Hkv, Dv)
-        All of the same dtype: float32, float64, float16 or bfloat16. Hkv divides H.
+        All in one dtype: float32, float64, float16 or bfloat16. Hkv divides H.
     dropout_p : float
         Must be 0.
     softmax_scale : float, optional

@@ -71,7 +71,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Compute the same as ``flash_attn.flash_attn_with_kvcache``, on arrays; the caches are updated in place.
+    """Compute ``flash_attn.flash_attn_with_kvcache`` on arrays; the caches are updated in place.
 
     Parameters
     ----------

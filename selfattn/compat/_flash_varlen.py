@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: ArrayLike | None = None,
 ) -> Any:
-    """Compute the same as ``flash_attn.flash_attn_varlen_func``, on arrays.
+    """Compute ``flash_attn.flash_attn_varlen_func`` on arrays.
 
     Parameters
     ----------

@@ -61,11 +61,11 @@ class Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
         super().__init__(config=config)
         theirs: list[Any] = vars(self)["layers"]
         self.layers = [_in_place(layer, storage) for layer in theirs]
-        if not theirs:  # without a configuration, layers are made when they are needed
+        if not theirs:  # without a configuration, layers are made on first use
             self.layer_class_to_replicate = partial(Layer, storage)
         self._kinds: dict[str, list[bool]] = {}
 
-    # A mask is sized by these at each step; transformers asks every layer again.
+    # transformers sizes a mask by these properties at each step; its own versions ask every layer again.
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -113,7 +113,7 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         self._memory: Any = None  # Plain or Stored
         self._held = 0  # tokens in the memory
         self.cumulative_length = 0  # tokens seen
-        self._undoable = 0  # of these, the newest that `crop` may remove from a sliding window
+        self._undoable = 0  # number of the newest tokens that `crop` may remove from a sliding window
 
     @property
     def is_initialized(self) -> bool:

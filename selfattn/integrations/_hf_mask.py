@@ -44,7 +44,7 @@ class VisibleKeys(Deferred):
     advanced indexing, `repeat` and `&`, are ordinary boolean tensors.
     """
 
-    options: dict[str, Any]  # of selfattn.attention
+    options: dict[str, Any]  # options of selfattn.attention
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
     prepared: dict[Any, _core.Options]  # by the options of layers that are not about keys

@@ -46,7 +46,7 @@ class Plain:
         return new
 
     def reorder(self, index: torch.Tensor, end: int) -> None:
-        """Replace the first `end` tokens of each sequence b by those of sequence index[b]."""
+        """Replace the first `end` tokens of each sequence b by the tokens of sequence index[b]."""
         changed = torch.nonzero(index != torch.arange(len(index)))[:, 0]
         for tokens in (self.keys, self.values):
             tokens[changed, :, :end] = tokens[index[changed], :, :end]

@@ -1,4 +1,4 @@
-"""Tensors as arrays over the same memory, and arrays as tensors."""
+"""Views of tensors as arrays, and of arrays as tensors."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Call(NamedTuple):
     bias: Any = None
     sinks: Any = None
     alibi_slopes: Any = None
-    t5: Any = None  # the table
+    t5: Any = None  # the table of the T5Bias
     scale: Any = None
     mask: Any = None
     q_offset: Any = None
@@ -36,7 +36,7 @@ class Call(NamedTuple):
     kv_starts: Any = None
     seed: Any = None
     causal: bool = False
-    left: int = -1  # of the window; negative: unbounded
+    left: int = -1  # the left side of the window; negative: unbounded
     right: int = -1
     softcap: float | None = None
     dropout: float = 0.0

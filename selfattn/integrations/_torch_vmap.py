@@ -9,9 +9,9 @@ import torch
 
 from ._torch_call import DIFFERENTIABLE, Call
 
-_BEFORE_CALL = 6  # of the backward operator's arguments
+_BEFORE_CALL = 6  # number of the backward operator's arguments before the call's
 _SHAPED = {"q", "k", "v", "bias", "mask"}  # the fields with the axes of scores or operands
-_Results = tuple[Any, Any]  # of a rule: tensors, and their dimensions
+_Results = tuple[Any, Any]  # results of a rule: tensors, and their dimensions
 
 
 def map_forward(operator: Callable[..., Any], info: Any, dims: Sequence[Any], *arguments: Any) -> _Results:

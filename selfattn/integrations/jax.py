@@ -45,7 +45,7 @@ def dot_product_attention(
     query : array, shape (B, T, N, H) or (T, N, H)
     key : array, shape (B, S, K, H) or (S, K, H)
     value : array, shape (B, S, K, H) or (S, K, H)
-        All of the same dtype: float32, float16, bfloat16 or float64. K divides N.
+        All in one dtype: float32, float16, bfloat16 or float64. K divides N.
     bias : array, broadcasting to (B, N, T, S), optional
         Added to the scores; any of these dtypes.
     mask : array of bool, broadcasting to (B, N, T, S), optional

@@ -45,7 +45,7 @@ def scaled_dot_product_attention(
     query : Tensor, shape (..., H, L, E)
     key : Tensor, shape (..., H, S, E)
     value : Tensor, shape (..., H, S, Ev)
-        All of the same dtype: float32, bfloat16, float16 or float64; any strides. All dimensions before the last two
+        All in one dtype: float32, bfloat16, float16 or float64; any strides. All dimensions before the last two
         broadcast.
     attn_mask : Tensor, broadcasting to (..., H, L, S), optional
         bool (True = attend), or float32 or query's dtype (added to the scores).
