@@ -32,7 +32,7 @@ class Shares:
     """A score as a sum."""
 
     words: list[Word]
-    rest: float  # the share of punctuation, [CLS] and [SEP]
+    rest: float  # the share of punctuation, [CLS] and [SEP] together
 
     @property
     def score(self) -> float:

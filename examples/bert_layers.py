@@ -47,7 +47,7 @@ class Block:
             x = self.attention_norm(x, out=x)
         return self.feed_forward(x, residual=x)
 
-    # Each packs its own copy of the weights, so it is only made where it is needed.
+    # Each of these objects packs its own copy of the weights, so it is made only when it is first used.
     @cached_property
     def _layer(self) -> sa.SelfAttention:
         (w_q, w_k, w_v), (b_q, b_k, b_v) = (np.split(part, 3, axis=-1) for part in self.qkv)

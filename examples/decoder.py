@@ -30,8 +30,8 @@ class Config:
     max_length: int = MAX_LENGTH
     activation: str = "gelu_new"
     epsilon: float = 1e-5
-    scaled: bool = True  # scores by 1 / sqrt(head_dim)
-    scaled_by_layer: bool = False  # in layer i also by 1 / (i + 1)
+    scaled: bool = True  # multiply scores by 1 / sqrt(head_dim)
+    scaled_by_layer: bool = False  # multiply scores of layer i by 1 / (i + 1) as well
 
     @property
     def head_dim(self) -> int:

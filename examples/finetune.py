@@ -44,7 +44,7 @@ HELD_OUT = Words(
     ["excellent", "fantastic", "tasty", "enjoyable", "impressive", "nice", "superb"],
     ["horrible", "dreadful", "nasty", "dull", "disappointing", "miserable", "worthless"],
 )
-# Whether the sentence means what its adjective says.
+# Forms of sentences, and whether such a sentence means what its adjective says.
 FORMS = {
     "The {} was {}.": True,
     "Everybody found the {} {}.": True,
@@ -76,10 +76,10 @@ class Classifier:
         import torch
         import transformers
 
-        transformers.logging.set_verbosity_error()  # or it reports that the new layer is not in the file
+        transformers.logging.set_verbosity_error()  # else it would report that the new layer is not in the file
         transformers.logging.disable_progress_bar()
         folder = model_folder()
-        torch.manual_seed(seed)  # of the new layer and the dropout
+        torch.manual_seed(seed)  # for the new layer and the dropout
         # Dropout of attention weights would draw different random numbers in each implementation.
         self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, attn_implementation=implementation, num_labels=2, attention_probs_dropout_prob=0.0

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         times.append(time.perf_counter())
         print(chr(token) if produced else args.prompt + chr(token), end="", flush=True)
         produced.append(token)
-        if not sys.stdout.isatty():  # there the text itself shows how far it is
+        if not sys.stdout.isatty():  # on a terminal the text itself shows the progress
             status(f"{len(produced)} of {args.tokens} tokens" if len(produced) < args.tokens else "")
     print(f"\n\nprompt: {len(prompt)} tokens in {times[1] - times[0]:.3f} s")
     if args.tokens > 1:

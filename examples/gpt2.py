@@ -71,7 +71,7 @@ def continue_batch(model: Decoder, prompts: Sequence[Array], tokens: int) -> Arr
         row[: len(prompt)] = prompt
     logits = model(ids, 0, caches)[np.arange(len(prompts)), lengths - 1]
     for cache in caches:
-        cache.truncate(lengths)  # forget the padding
+        cache.truncate(lengths)  # remove the padding
     produced = [np.argmax(logits, axis=-1)]
     for done in range(tokens - 1):
         logits = model(produced[-1][:, None], lengths + done, caches)[:, 0]
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f'gpt2.py: {error.name} is missing: pip install "selfattn[examples]"', file=sys.stderr)
         return 1
-    except Exception as error:  # tokenizers and safetensors raise nothing narrower
+    except Exception as error:  # tokenizers and safetensors raise no narrower class
         print(f"gpt2.py: {args.folder}: {error}", file=sys.stderr)
         return 1
     caches = new_caches(model.config, len(prompt) + args.tokens)

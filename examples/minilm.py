@@ -99,7 +99,7 @@ class MiniLM:
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Return how many tokens each text has, [CLS] and [SEP] not counted, however long it is."""
         counts: list[int] = []
-        for first in range(0, len(texts), 256):  # the tokenizer's own results take much memory
+        for first in range(0, len(texts), 256):  # in parts, since the tokenizer's results take much memory
             encoded = self._counter.encode_batch(texts[first : first + 256], add_special_tokens=False)
             counts += (len(e.ids) for e in encoded)
         return counts

@@ -43,9 +43,9 @@ def read_wav(path: Path) -> Array:
 
 
 def _from_pcm(frames: bytes, width: int) -> Array:
-    if width == 1:  # the only width without a sign
+    if width == 1:  # the only width whose integers are unsigned
         return np.asarray((np.frombuffer(frames, dtype=np.uint8).astype(np.float32) - 128) / 128)
-    # The bytes become the upper ones of an int32.
+    # The bytes become the upper bytes of an int32.
     wide = np.zeros((len(frames) // width, 4), dtype=np.uint8)
     wide[:, 4 - width :] = np.frombuffer(frames, dtype=np.uint8).reshape(-1, width)
     return np.asarray(wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31))
@@ -67,7 +67,7 @@ def resample(samples: Array, rate: int) -> Array:
     padded = np.pad(samples, reach)
     windows = WINDOWS(padded, 2 * reach + 1)[: len(samples)]
     out = np.empty(-(-len(samples) * up // down), dtype=np.float32)
-    for phase in range(min(up, len(out))):  # every up-th value has the same distance to a sample, so the same weights
+    for phase in range(min(up, len(out))):  # every up-th value is equally far from a sample and has equal weights
         first, part = divmod(phase * down, up)
         distance = part / up - np.arange(-reach, reach + 1)
         weights = np.sinc(cutoff * distance) * np.cos(np.pi / 2 * np.clip(cutoff * distance / CROSSINGS, -1, 1)) ** 2

@@ -22,8 +22,8 @@ from transformer_training import loss_and_gradients, random_weights
 
 DIGITS = 9
 SHORTEST = 3  # digits of a number that may be kept for the test: all shorter numbers are needed for training
-AVERAGING = 0.01  # the share of each step in the weights that translate, which are a moving average
-LONGEST = 24  # tokens of a translation, including its end
+AVERAGING = 0.01  # share of each step in the moving average of the weights, which translates
+LONGEST = 24  # most tokens of a translation, including its end
 TOGETHER = 200  # numbers that are translated at a time
 
 SPECIAL = {END: "</s>", PADDING: "<pad>", START: "<s>"}

@@ -17,7 +17,7 @@ from nn import Array
 Weights = dict[str, Array]
 Vjp = Callable[[Array], Array]
 
-CHUNK = 1 << 14  # numbers that `gelu_tanh_vjp` works on at a time: its temporaries stay in the cache
+CHUNK = 1 << 14  # numbers per pass of `gelu_tanh_vjp`, so that its temporaries stay in the cache
 
 
 def linear_vjp(x: Array, weight: Array, bias: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:

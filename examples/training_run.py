@@ -108,7 +108,7 @@ def save_curves(curves: Mapping[str, Sequence[float]], unit: str, path: Path) ->
     for i, (name, losses) in enumerate(curves.items()):
         width = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        steps, style = np.arange(len(smooth)) + width - 1, "--" if i % 2 else "-"  # equal curves show both
+        steps, style = np.arange(len(smooth)) + width - 1, "--" if i % 2 else "-"  # two equal curves are both visible
         axes.plot(losses, color=f"C{i}", alpha=0.25)
         axes.plot(steps, smooth, style, color=f"C{i}", label=f"{name}, mean of {width} steps" if width > 1 else name)
     axes.set(xlabel="step", ylabel=f"loss in {unit}", ylim=(0, None))

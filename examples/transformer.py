@@ -25,7 +25,7 @@ import selfattn as sa
 KINDS = ("marian", "bart")
 PADDING, START, END = 1, 2, 0
 VOCABULARY = 500
-TOLERANCE = 1e-4  # of logits in float32
+TOLERANCE = 1e-4  # largest error of logits in float32
 
 
 @dataclass

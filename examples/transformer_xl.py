@@ -113,7 +113,7 @@ class TransformerXL:
         memory = [x[:, :0]] * len(self.layers) if memory is None else memory
         length = memory[0].shape[1] + x.shape[1]
         farthest = length if self.config.clamp_length is None else self.config.clamp_length
-        ahead = 0 if causal else min(x.shape[1], farthest)  # without causal order there are distances ahead as well
+        ahead = 0 if causal else min(x.shape[1], farthest)  # without causal order, keys ahead have distances too
         positions = encodings(np.arange(-ahead, min(farthest, length) + 1), self.config.width)
         states = []
         for layer, before in zip(self.layers, memory, strict=True):

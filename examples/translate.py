@@ -20,7 +20,7 @@ import numpy as np
 
 LANGUAGES = {"en": "English", "pt": "Portuguese"}
 LINES = 1024  # lines of standard input to read, sort by length and translate at a time
-MARK = "▁"  # in a token: here begins a word
+MARK = "▁"  # in a token, marks the beginning of a word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

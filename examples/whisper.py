@@ -199,7 +199,7 @@ class Whisper:
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Return the text of tokens, piece by piece as they come."""
-        return text_of(self.vocabulary[token] for token in tokens if token < self.end)  # what follows are marks
+        return text_of(self.vocabulary[token] for token in tokens if token < self.end)  # larger tokens are marks
 
 
 def _blocks(variables: dict[str, Array], name: str) -> list[Block]:

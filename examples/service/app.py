@@ -85,7 +85,7 @@ class Service:
             await send_answer(answer, send, head=scope["method"] == "HEAD")
             status = answer.status
         except Disconnected:
-            status = 499  # as other servers count clients that left
+            status = 499  # other servers also count clients that left as 499
         self.metrics.count(path, status, time.perf_counter() - start)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
@@ -116,7 +116,7 @@ class Service:
         found = await result_of(self.worker.embed(request.texts), receive)
         answer = {"embeddings": found.vectors.tolist()}
         if found.cut:
-            answer["cut"] = found.cut  # texts that are longer than the model reads: their beginnings are embedded
+            answer["cut"] = found.cut  # indices of texts longer than the model reads: only their beginnings count
         return Answer.of(answer)
 
     async def _generate(self, body: bytes, receive: Receive) -> Answer:
@@ -146,7 +146,7 @@ class Service:
                 last: dict[str, Any] = {"tokens": len(future.result())}
             except Disconnected:
                 raise
-            except Exception as error:  # the status has been sent already
+            except Exception as error:  # the status line has already been sent
                 last = {"error": str(error)}
             yield json.dumps(last).encode() + b"\n"
 

@@ -80,7 +80,7 @@ class Engine:
         self.lock = threading.Lock()  # guards `waiting`, which another thread fills
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.steps = self.rows = self.shared = 0  # counted for /health
+        self.steps = self.rows = self.shared = 0  # figures for /health
 
     def submit(
         self, prompt: Array, tokens: int, choose: Chooser, on_token: Callable[[int], None] | None = None

@@ -28,7 +28,7 @@ class Embeddings(NamedTuple):
     """The result of a request."""
 
     vectors: Array  # (texts, 384)
-    cut: list[int]  # which texts were longer than the model reads
+    cut: list[int]  # indices of texts that were longer than the model reads
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class Job:
 
     texts: list[str]
     future: Future[Embeddings] = field(default_factory=Future)
-    tokens: list[int] = field(default_factory=list)  # of each text, as far as the model reads it
+    tokens: list[int] = field(default_factory=list)  # number of tokens of each text that the model reads
     cut: list[int] = field(default_factory=list)
     vectors: list[Array] = field(default_factory=list)
 
@@ -54,7 +54,7 @@ class Worker:
         self.step_tokens, self.max_waiting = step_tokens, max_waiting
         self.most_tokens = max_tokens(model_folder()) if embedder is not None else 0
         self.jobs: deque[Job] = deque()
-        self.embedded_tokens = self.cut_texts = 0  # counted for /metrics
+        self.embedded_tokens = self.cut_texts = 0  # figures for /metrics
         self.changed = threading.Condition()
         self.closing = False
         self.thread = threading.Thread(target=self._run, name="worker", daemon=True)
