@@ -225,7 +225,7 @@ def core_options(
 
 
 def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
-    from ._bias import T5Bias  # here, since _bias imports this module
+    from ._bias import T5Bias  # imported here, since _bias imports this module
 
     if not isinstance(value, T5Bias):
         raise refusal(TypeError, function, "t5", f" is a {type(value).__name__}, but a T5Bias is needed: T5Bias(table)")

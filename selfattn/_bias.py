@@ -137,7 +137,7 @@ class T5Bias:
         object.__setattr__(self, "_core", (by_distance, bias.origin))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the arrays computed from the table, which are larger than the table.
+        # The arrays computed from the table are left out: they are larger than the table.
         return type(self), (self.table, self.bidirectional, self.max_distance)
 
     def gradient(self, by_distance: NDArray[np.float64]) -> NDArray[np.float64]:

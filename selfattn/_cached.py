@@ -214,7 +214,7 @@ class _Cascade(NamedTuple):
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
         first = np.array([row.length for row in rows], np.int64) + appended - tokens
-        # Only whole pages that every query sees completely and that were filled before this call.
+        # Share only whole pages that every query sees completely and that were filled before this call.
         whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
         shared = whole // cache.page_size * cache.page_size
         if shared <= 0:
@@ -247,7 +247,7 @@ class _Cascade(NamedTuple):
         heads_first = q.swapaxes(1, 2) if self.layout == "bshd" else q
         batch, heads, _, width = heads_first.shape
         rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
-        # No causal limit, mask or sinks: the whole prefix is visible, and sinks may be counted in one part only.
+        # No causal limit, mask or sinks here: the whole prefix is visible, and only one part may count the sinks.
         plain = options.copy()
         plain.mask, plain.causal, plain.sinks, plain.layout = None, False, None, _core.LAYOUTS["bhsd"]
         inputs = _core.CacheInputs(q=rows, unrounded=True)

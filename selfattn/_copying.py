@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ._lock import SharedLock
 from ._store import Store
 
-_VERSION = 1  # of the pickle format
+_VERSION = 1  # version of the pickle format
 _Self = TypeVar("_Self", bound="Copyable")
 
 

@@ -16,7 +16,7 @@ from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._quantized import QuantizedWeights
 from ._typing import Array
 
-_VERSION = 1  # of the pickle format
+_VERSION = 1  # version of the pickle format
 
 
 @hinted

@@ -66,6 +66,6 @@ def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
 
 def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
     # NumPy has no bfloat16, so PyTorch does not convert it: pass the bits as uint16.
-    if "ml_dtypes" not in sys.modules:  # no import here, see is_masked
+    if "ml_dtypes" not in sys.modules:  # not imported here, see is_masked
         raise refusal(TypeError, function, name, " is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
     return np.asarray(tensor.view(sys.modules["torch"].uint16)).view("bfloat16")

@@ -111,7 +111,7 @@ def _processes() -> int:
         pid = _parent(pid)
     core, count = os.path.realpath(str(_core.__file__)), 0
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # ended, or another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             count += int(folder.name) not in ancestors and core in (folder / "maps").read_text(errors="replace")
     return max(count, 1)
 

@@ -25,8 +25,8 @@ from ._weights import Weights, head_counts, vector
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_VERSION = 2  # of the pickle format
-_Four = tuple[Any, Any, Any, Any]  # for q, k, v and the output
+_VERSION = 2  # version of the pickle format
+_Four = tuple[Any, Any, Any, Any]  # one value each for q, k, v and the output
 _Pair = tuple[Any, Any]
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 

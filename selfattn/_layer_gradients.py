@@ -191,7 +191,7 @@ class _Layer:
         self.turn = turn
         self.same_tokens = same_tokens
         self.products: dict[str, Product] = {}
-        # The positions of the tokens of queries and keys; None: their indices.
+        # Positions of the tokens of queries and of keys; None means their indices.
         self.positions = {"q": turn.positions, "k": turn.positions if same_tokens else None}
 
     def add(self, letter: str, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None, heads: int) -> NDArray[Any]:

@@ -43,7 +43,7 @@ class Ledger:
             if np.any((begun != 0) & (begun != description[1:])) or header[len(description) :].any():
                 raise refusal(ValueError, "KVCache", "buffer", " holds neither a cache nor zeros")
             header[1 : len(description)] = description[1:]
-            header[0] = description[0]  # last: without the magic number, the buffer is not a cache
+            header[0] = description[0]  # written last: without the magic number, the buffer is not a cache
             return
         if tuple(header[: len(description)].tolist()) != description:
             raise refusal(ValueError, "KVCache", "buffer", f" holds something else than a {cache!r}")

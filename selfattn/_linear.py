@@ -18,8 +18,8 @@ from ._typing import Array
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # from 1 on, in the order of csrc/kernels/kernel_set.h
-_VERSION = 1  # of the pickle format
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered from 1, in the order of csrc/kernels/kernel_set.h
+_VERSION = 1  # version of the pickle format
 
 
 @hinted

@@ -22,7 +22,7 @@ class SharedLock:
         self.changed = threading.Condition(self.mutex)
         self.waiting = 0  # threads that wait for a change; if there are none, notifying, which is slow, is skipped
         self.readers = 0
-        self.writers = 0  # waiting or writing; new readers wait for them
+        self.writers = 0  # threads that write or wait to write; new readers wait for them
         self.is_written = False
 
     def wait(self) -> None:

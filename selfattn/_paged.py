@@ -216,7 +216,7 @@ class PagedKVCache(AnyCache):
             self._table.remove(name)
 
     def _new_id(self) -> int:
-        self._next += 1  # first: if an interrupt comes now, the id is skipped rather than given out twice
+        self._next += 1  # done first: after an interrupt here, the id is skipped rather than given out twice
         return self._next - 1
 
     def _row(self, function: str, sequence: int) -> PagedRow:

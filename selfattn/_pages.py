@@ -22,7 +22,7 @@ class Growth(NamedTuple):
     """Rows with room for more tokens, and the changes that come with them. The core adds the tokens to the lengths."""
 
     before: dict[int, PagedRow]
-    lengths: list[int]  # of the rows before
+    lengths: list[int]  # lengths of the rows in `before`
     rows: dict[int, PagedRow]  # the rows of `before` themselves if nothing else changes
     taken: int = 0  # number of pages taken from the end of the free list
     gained: Sequence[int] = ()

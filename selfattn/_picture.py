@@ -74,7 +74,7 @@ def num_columns(text: str) -> int:
 
 
 def _column(character: str) -> int:
-    if unicodedata.category(character) in ("Mn", "Me"):  # drawn over the character before
+    if unicodedata.category(character) in ("Mn", "Me"):  # drawn over the preceding character
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 

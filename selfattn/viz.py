@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LARGEST = 512  # maximum number of cells along an axis; more tokens are grouped, showing each group's largest weight
 _LABELLED = 64  # maximum number of tokens along an axis that are labelled with their names
 _LEAST = 1e-4  # the weight at the dark end of a logarithmic scale
-_MARGIN = 20  # columns for a name
+_MARGIN = 20  # number of columns for a name
 _SHADES = " ░▒▓█"
 _HIDDEN, _NOT_FINITE = "·", "!"  # drawn in a terminal instead of a shade
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a token does not start a formula

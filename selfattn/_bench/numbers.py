@@ -25,8 +25,8 @@ SUFFIXES = {
 }
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
-NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp; 16-bit: only results are rounded
-_SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # subnormal
+NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp; in 16 bits, only results are rounded
+_SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # smallest subnormal numbers
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

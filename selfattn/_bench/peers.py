@@ -8,7 +8,7 @@ from .torch_peer import PyTorch
 OWN = Own()
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, NumPy(), PyTorch())}
 
-ALIASES = {"torch": "pytorch"}  # the name used to import and install it
+ALIASES = {"torch": "pytorch"}  # the name by which it is imported and installed
 
 
 def add(*peers: Peer) -> None:

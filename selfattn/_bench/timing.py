@@ -18,7 +18,7 @@ from selfattn import _core
 Timed = Mapping[str, Callable[[], Any]]
 Gauges = Mapping[str, Callable[[], float]]
 
-BANDWIDTH = "bandwidth"  # name, among the times of a round, of the time to read as many bytes as K and V have
+BANDWIDTH = "bandwidth"  # in the times of a round, names the time to read as many bytes as K and V have
 
 MIN_SAMPLE_SECONDS = 2e-3  # far above the clock's resolution and the time of an interrupt
 MIN_ROUNDS = 5

@@ -28,7 +28,7 @@ THREAD_LIMITS = (
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
-    "NPROC",  # XLA's
+    "NPROC",  # read by XLA
 )
 
 

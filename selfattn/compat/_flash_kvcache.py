@@ -16,7 +16,7 @@ from ._pages import Pages
 
 _NAME = "flash_attn_with_kvcache"
 
-# Only this call: k and v are also arguments of flash_attn_with_kvcache.
+# Renames for this call only: k and v are also arguments of flash_attn_with_kvcache.
 _attend = own_names(_NAME, k="k_cache", v="v_cache", scale="softmax_scale")(Pages.attend)
 
 
@@ -219,7 +219,7 @@ def _lengths(value: Any, count: int, pages: Pages, given: bool) -> NDArray[np.in
         lengths = np.full(count, min(max(int(value), -1), np.iinfo(np.int64).max), np.int64)
     else:
         lengths = _per_row("cache_seqlens", value, count)
-    pages.check_lengths(lengths)  # before additions, which could mask negative values or overflow
+    pages.check_lengths(lengths)  # checked before additions, which could hide negative values or overflow
     return lengths
 
 

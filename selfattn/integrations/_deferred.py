@@ -30,7 +30,7 @@ class Deferred(torch.Tensor):  # type: ignore[misc, unused-ignore]
     def without_memory(cls: type[_Self], shape: Any, dtype: torch.dtype, strides: Any = None) -> _Self:
         """Return a tensor of this class; the caller must set `make` or `made`."""
         tensor: _Self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device="cpu")
-        torch._C._set_throw_on_mutable_data_ptr(tensor)  # otherwise DLPack's C functions would read a null pointer
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # else DLPack's C functions would read a null pointer
         return tensor
 
     def dense(self) -> torch.Tensor:

@@ -47,7 +47,7 @@ class VisibleKeys(Deferred):
     options: dict[str, Any]  # options of selfattn.attention
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
-    prepared: dict[Any, _core.Options]  # by the options of layers that are not about keys
+    prepared: dict[Any, _core.Options]  # the core's options, by those options of layers that hide no keys
 
     @staticmethod
     def describe(
@@ -194,7 +194,7 @@ def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str
 def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:
     if attention_mask is None:
         return True
-    if type(attention_mask) is not torch.Tensor or not attention_mask.is_cpu:  # such as tensors without numbers
+    if type(attention_mask) is not torch.Tensor or not attention_mask.is_cpu:  # for example, a tensor without numbers
         return False
     return bool(attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size)
 

@@ -21,7 +21,7 @@ class Plain:
 
     def __init__(self, like: tuple[torch.Tensor, torch.Tensor], capacity: int) -> None:
         self.dtype, self.capacity, self.batch = like[0].dtype, capacity, len(like[0])
-        with torch.inference_mode(False):  # or they could not be written to elsewhere
+        with torch.inference_mode(False):  # inference tensors cannot be changed elsewhere
             self.keys, self.values = (x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in like)
 
     def extend(
@@ -59,7 +59,7 @@ class Stored:
         (batch, heads, _, width), value_dim = like[0].shape, like[1].shape[3]
         self.dtype, self.capacity, self.batch = like[0].dtype, capacity, batch
         if storage == "bfloat16":
-            bfloat16()  # NumPy does not know it before
+            bfloat16()  # before this call, NumPy may not know bfloat16
         self.cache = KVCache(batch, heads, width, capacity, value_dim=value_dim, dtype=storage)
 
     def extend(
@@ -167,7 +167,7 @@ def _visible(options: dict[str, Any], kv_len: int) -> NDArray[np.bool_] | None:
 def _hide_oldest(options: dict[str, Any], hidden: int, q_len: int, kv_len: int) -> None:
     """Hide tokens that the cache still holds, but that the model's layer no longer sees."""
     if "bias" not in options:
-        if "window" in options:  # it ends at the layer's oldest key
+        if "window" in options:  # the window ends at the layer's oldest key
             return
         if q_len == 1:
             options["window"] = (kv_len - 1, None)

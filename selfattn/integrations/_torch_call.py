@@ -45,7 +45,7 @@ class Call(NamedTuple):
     layout: str = "bhsd"
     precision: str = "highest"
     num_threads: int | None = None
-    residuals: bool = False  # return what gradients need
+    residuals: bool = False  # also return what gradients need
     weights: bool = False
 
     def tensors(self) -> tuple[Any, ...]:

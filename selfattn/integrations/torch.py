@@ -207,7 +207,7 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
         if tensor.dtype not in _ACCEPTED:
             raise TypeError(f"{_NAME}: {name} has dtype {tensor.dtype}, but one of {_ACCEPTED} is needed")
     if attn_mask is not None:
-        if type(attn_mask).__name__ == "CausalBias":  # has no elements, and in PyTorch 2.5 no properties
+        if type(attn_mask).__name__ == "CausalBias":  # it has no elements, and in PyTorch 2.5 no properties
             raise TypeError(f"{_NAME}: attn_mask is a CausalBias: pass is_causal=True, or a tensor of bool")
         check_memory(_NAME, "attn_mask", attn_mask)
 

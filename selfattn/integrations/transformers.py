@@ -7,7 +7,7 @@ import transformers
 from ._runtime import share_runtime
 from ._versions import check_version
 
-check_version(transformers)  # before importing names that older versions lack
+check_version(transformers)  # checked before names are imported that older versions lack
 
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
