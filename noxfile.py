@@ -35,7 +35,7 @@ TORCH = "torch==2.13.0"  # the CPU build; a bare "torch" may bring CUDA
 PEERS = [TORCH, "transformers", "accelerate", "ctranslate2", "jax", "onnx", "onnxruntime"]
 # Tests that call the core within the pytest process.
 CALLS = ["core", "gradients", "caches", "layers", "compat"]
-# Modules of selfattn/ that check what users pass: every line of them is covered.
+# Modules of selfattn/ that check users' arguments: tests must cover every line of them.
 CHECKS = ["arguments", "attention", "keywords", "layer", "layer_inputs", "rope", "self_attention", "states", "weights"]
 # Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
 BOUNDED = {
@@ -54,7 +54,7 @@ def folders(names: list[str]) -> list[str]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Formatting, static checks and types."""
+    """Check formatting, static rules and types."""
     session.install(*LINTERS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -64,14 +64,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The whole suite, on every instruction set of this machine."""
+    """Run the whole suite, on every instruction set of this machine."""
     install_tests(session)
     session.run("pytest", *session.posargs)
 
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """The suite with the peers installed."""
+    """Run the suite with the peers installed."""
     session.install(*PEERS, "openvino")
     install_tests(session)
     session.install(".[models]")
@@ -113,7 +113,7 @@ def neon(session: nox.Session) -> None:
 
 @nox.session
 def targets(session: nox.Session) -> None:
-    """Compare speed with all peers and with its targets, and memory with its limits; options after `--`."""
+    """Compare speed with all peers and with targets, and memory with its limits; options after `--`."""
     session.install(TORCH, "openvino", "jax")
     session.install(".[bench]")
     session.run("python", "benchmarks/targets.py", *session.posargs, success_codes=[0, 1])

@@ -4,7 +4,8 @@
     python examples/ask.py "Who owns the harbour?" notes/ --top 5 --index notes.npz
 
 A passage's score is the cosine of the angle between MiniLM's embeddings of passage and question. The embedding is a
-mean over tokens, so the score is a sum over them: each word's share is exact. Words with large shares are highlighted.
+mean over tokens, so the score is a sum over tokens, and each word's share of it is exact. Words with large shares are
+highlighted.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def status(text: str) -> None:
 
 
 def show(rank: int, passage: Passage, shares: Shares) -> None:
-    """Print a passage with its score and the words that it comes from."""
+    """Print a passage with its score and the words that the score comes from."""
     file = os.path.relpath(passage.file) if Path(passage.file).is_relative_to(Path.cwd()) else passage.file
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = min(shutil.get_terminal_size((WIDTH, 0)).columns, WIDTH) - INDENT

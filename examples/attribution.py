@@ -1,4 +1,4 @@
-"""Which words of a passage its score comes from.
+"""Computes how much each word of a passage contributes to its score.
 
 A passage's embedding is the mean m of its tokens' vectors x_t, scaled to length 1. So its score for a query q of
 length 1, q·m / |m|, is the sum of the tokens' shares q·x_t / (n |m|). This decomposition is exact. It shows which
@@ -32,7 +32,7 @@ class Shares:
     """A score as a sum."""
 
     words: list[Word]
-    rest: float  # the share of punctuation, [CLS] and [SEP]
+    rest: float  # the share of punctuation, [CLS] and [SEP] together
 
     @property
     def score(self) -> float:

@@ -22,14 +22,14 @@ class Bert:
     Parameters
     ----------
     tensors : mapping of str to ndarray
-        Under transformers' names, with or without the prefix `bert.`. Their shapes give the sizes.
+        Tensors under transformers' names, with or without the prefix `bert.`. The shapes give the model's sizes.
     num_heads : int
     epsilon : float
-        Of the layer norms.
+        The epsilon of the layer norms.
     activation : str
-        Of the feed-forward networks: a key of `ACTIVATIONS`.
+        The activation of the feed-forward networks: a key of `ACTIVATIONS`.
     dtype : numpy dtype
-        Of the weights and of the vectors: float32, or a 16-bit type.
+        The dtype of the weights and of the vectors: float32, or a 16-bit type.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Bert:
             yield x
 
     def ragged(self, ids: Array, starts: Array, types: Array | None = None) -> Array:
-        """Return the last of `ragged_states`, without keeping the others."""
+        """Return the last of `ragged_states`, without keeping the earlier states."""
         return deque(self.ragged_states(ids, starts, types), maxlen=1).pop()
 
     def _embedded(self, ids: Array, positions: Array, types: Array | None) -> Array:

@@ -1,4 +1,4 @@
-"""BERT's layers, and how to read them from tensors with transformers' names."""
+"""BERT's layers, and code that reads them from tensors with transformers' names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Block:
         return self.feed_forward(x, residual=x), weights
 
     def ragged(self, x: Array, starts: Array) -> Array:
-        """Return the same for sequences that follow one another without padding: x (total, hidden)."""
+        """Return the block's result for sequences that follow one another without padding: x (total, hidden)."""
         if len(starts) == 2:
             x = self._layer(x, residual=x)
         else:
@@ -47,7 +47,7 @@ class Block:
             x = self.attention_norm(x, out=x)
         return self.feed_forward(x, residual=x)
 
-    # Each packs its own copy of the weights, so it is only made where it is needed.
+    # Each of these objects packs its own copy of the weights, so it is made only when it is first used.
     @cached_property
     def _layer(self) -> sa.SelfAttention:
         (w_q, w_k, w_v), (b_q, b_k, b_v) = (np.split(part, 3, axis=-1) for part in self.qkv)

@@ -1,4 +1,4 @@
-"""GPT-2's mapping of bytes to letters, which byte-pair vocabularies are stored in."""
+"""GPT-2's mapping of bytes to letters. Byte-pair vocabularies are stored in these letters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BYTES = _bytes()
 
 
 def text_of(words: Iterable[str]) -> Iterator[str]:
-    """Yield the text of a vocabulary's words one by one; a letter split between words comes with the last of them."""
+    """Yield the text of a vocabulary's words one by one; a letter split between words comes with the last one."""
     decoder = codecs.getincrementaldecoder("utf8")(errors="replace")
     for word in words:
         yield decoder.decode(bytes(BYTES[letter] for letter in word))

@@ -40,7 +40,7 @@ class CrossAttention:
         self.num_heads = num_heads
 
     def memory(self, encoded: Array, lengths: Array) -> Memory:
-        """Return what all steps need of the encoder's output (B, S, width)."""
+        """Return the keys and values of the encoder's output (B, S, width), which all steps need."""
         return Memory(self._heads(encoded, self.keys), self._heads(encoded, self.values), lengths)
 
     def __call__(self, x: Array, memory: Memory, return_weights: bool = False) -> tuple[Array, Array | None]:

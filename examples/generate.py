@@ -74,7 +74,7 @@ def generate(
 
 
 def generate_again(model: Decoder, prompt: Array, tokens: int, choose: Callable[[Array], int]) -> Iterator[int]:
-    """Yield the same without a cache: each step computes all tokens so far."""
+    """Read the prompt, then yield one token per step without a cache: each step computes all tokens so far."""
     ids = prompt
     for _ in range(tokens):
         ids = np.append(ids, choose(model(ids[None])[0, -1]))
@@ -82,7 +82,8 @@ def generate_again(model: Decoder, prompt: Array, tokens: int, choose: Callable[
 
 
 def bytes_per_token(caches: Sequence[Any], prompt: int, tokens: int) -> float:
-    """Return how many bytes of the caches a step reads on average: its own token and all before it."""
+    """Return how many bytes of the caches a step reads on average: the bytes of its own token and of all tokens before
+    it."""
     cache = caches[0]
     kept = cache.k[..., :1, :].nbytes + cache.v[..., :1, :].nbytes
     if np.dtype(cache.k.dtype) == np.int8:
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         times.append(time.perf_counter())
         print(chr(token) if produced else args.prompt + chr(token), end="", flush=True)
         produced.append(token)
-        if not sys.stdout.isatty():  # there the text itself shows how far it is
+        if not sys.stdout.isatty():  # on a terminal the text itself shows the progress
             status(f"{len(produced)} of {args.tokens} tokens" if len(produced) < args.tokens else "")
     print(f"\n\nprompt: {len(prompt)} tokens in {times[1] - times[0]:.3f} s")
     if args.tokens > 1:
@@ -126,11 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(produced: list[int], model: Decoder, prompt: Array, choose: Chooser, dtype: str) -> int:
-    """Print how many tokens full recomputation confirms; return 1 if it must confirm all but does not."""
+    """Print how many tokens full recomputation confirms; return 1 if it had to confirm all tokens and did not."""
     again = list(generate_again(model, prompt, len(produced), choose))
     same = next((i for i, (one, two) in enumerate(zip(produced, again, strict=True)) if one != two), len(again))
     print(f"without a cache: the first {same} of {len(again)} tokens are the same")
-    return int(same < len(again) and dtype == "float32")  # a narrower cache rounds what it keeps
+    return int(same < len(again) and dtype == "float32")  # a narrower cache rounds the tokens it keeps
 
 
 def status(text: str) -> None:

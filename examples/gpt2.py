@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al., 2019) continues a text, with weights from a folder that `transformers` saved.
 
-Such a folder has config.json, model.safetensors and tokenizer.json. None comes with a package, and none is
+Such a folder has config.json, model.safetensors and tokenizer.json. No package contains such a folder, and nothing is
 downloaded: name the folder of a model that you have.
 """
 
@@ -63,7 +63,7 @@ def from_folder(folder: Path) -> Decoder:
 
 
 def continue_batch(model: Decoder, prompts: Sequence[Array], tokens: int) -> Array:
-    """Return the likeliest tokens (B, tokens) after prompts of any lengths, computed together."""
+    """Return the likeliest tokens (B, tokens) after prompts of any lengths, which are computed as one batch."""
     lengths = np.array([len(prompt) for prompt in prompts])
     caches = new_caches(model.config, int(lengths.max()) + tokens, batch=len(prompts))
     ids = np.zeros((len(prompts), lengths.max()), dtype=np.int64)
@@ -71,7 +71,7 @@ def continue_batch(model: Decoder, prompts: Sequence[Array], tokens: int) -> Arr
         row[: len(prompt)] = prompt
     logits = model(ids, 0, caches)[np.arange(len(prompts)), lengths - 1]
     for cache in caches:
-        cache.truncate(lengths)  # forget the padding
+        cache.truncate(lengths)  # remove the padding
     produced = [np.argmax(logits, axis=-1)]
     for done in range(tokens - 1):
         logits = model(produced[-1][:, None], lengths + done, caches)[:, 0]
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f'gpt2.py: {error.name} is missing: pip install "selfattn[examples]"', file=sys.stderr)
         return 1
-    except Exception as error:  # tokenizers and safetensors raise nothing narrower
+    except Exception as error:  # tokenizers and safetensors raise no narrower class
         print(f"gpt2.py: {args.folder}: {error}", file=sys.stderr)
         return 1
     caches = new_caches(model.config, len(prompt) + args.tokens)

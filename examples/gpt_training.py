@@ -13,7 +13,7 @@ import selfattn as sa
 
 
 class GptGradients(Gradients):
-    """The same with GPT-2's attention."""
+    """Gradients of a model with GPT-2's attention."""
 
     def attention(self, part: str, x: Array, heads: int, **options: Any) -> tuple[Array, Vjp]:
         """Causal self-attention; its three input projections are stored as one."""
@@ -37,7 +37,7 @@ class GptGradients(Gradients):
 
 
 def block_vjp(gradients: GptGradients, layer: int, config: Config, x: Array) -> tuple[Array, Vjp]:
-    """Return x + attention(norm(x)), then the same with the feed-forward part."""
+    """Return y + feed_forward(norm(y)) with y = x + attention(norm(x))."""
     name = f"h.{layer}"
     normed, through_norm = gradients.norm(f"{name}.ln_1", x, config.epsilon)
     attended, through_attention = gradients.attention(f"{name}.attn", normed, config.heads, scale=config.scale(layer))
@@ -55,7 +55,7 @@ def block_vjp(gradients: GptGradients, layer: int, config: Config, x: Array) -> 
 
 
 def loss_and_gradients(config: Config, weights: Weights, tokens: Array) -> tuple[float, Weights]:
-    """Return the mean loss of predicting each token (B, S + 1) from those before, and the gradients of all weights."""
+    """Return the mean loss of predicting each token (B, S + 1) from earlier ones, and the gradients of all weights."""
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     gradients = GptGradients(weights)
     vectors = weights["wte.weight"]

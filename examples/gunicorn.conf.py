@@ -2,8 +2,8 @@
 
     cd examples && WEB_CONCURRENCY=2 ../.venv/bin/gunicorn service.app:app
 
-Give the number of workers here or in WEB_CONCURRENCY, not with `-w`: threads follow from it. SERVICE_PIN=1 pins each
-worker to its share of the CPUs.
+Give the number of workers here or in WEB_CONCURRENCY, not with `-w`: this file computes the number of threads from it.
+SERVICE_PIN=1 pins each worker to its share of the CPUs.
 """
 
 import os
@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(threads_each))
 
 
 def post_fork(server, worker):
-    """Pin the new worker, if wanted. `age` counts workers, also those that replace others."""
+    """Pin the new worker, if requested. `age` counts workers, including workers that replace others."""
     if os.environ.get("SERVICE_PIN") == "1" and hasattr(os, "sched_setaffinity"):
         first = (worker.age - 1) % workers * threads_each % len(cpus)
         os.sched_setaffinity(0, cpus[first : first + threads_each])

@@ -30,8 +30,8 @@ def highlighted(text: str, shares: Shares, width: int, colour: bool) -> Iterator
 def _lines(text: str, width: int) -> Iterator[tuple[int, int]]:
     """Yield where each line to show starts and stops.
 
-    Lines of the text are kept. A line that is too long is broken between words, and the lines that continue it are
-    wrapped with it.
+    Lines of the text are kept. A line that is too long is broken between words, and the lines that continue its
+    sentence are wrapped together with it.
     """
     start = stop = 0
     flows = False

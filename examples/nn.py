@@ -1,4 +1,4 @@
-"""What these models need besides layers."""
+"""Functions that these models need besides layers."""
 
 from __future__ import annotations
 

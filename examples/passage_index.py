@@ -17,7 +17,7 @@ from minilm import PACKAGE, MiniLM
 from nn import Array
 from passages import Passage, Unusable, cut
 
-BATCH_TOKENS = 2048  # embedded together: bounds the memory
+BATCH_TOKENS = 2048  # tokens that are embedded together: bounds the memory
 # Versions and settings of an index. If they differ, the index is built again.
 MADE_WITH = [1, PACKAGE, cutting.MAX_TOKENS, cutting.MIN_TOKENS, cutting.OVERLAP, cutting.MAX_PIECE, cutting.SHORT]
 
@@ -25,7 +25,7 @@ Report = Callable[[int, int], None]  # called with how many passages are embedde
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came while passages were embedded; `index` holds those that are."""
+    """Ctrl-C came while passages were embedded; `index` holds the passages that are done."""
 
     def __init__(self, index: Index) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Index:
 
     passages: list[Passage]
     embeddings: Array  # (passages, 384), each of length 1
-    digests: dict[str, str] = field(default_factory=dict)  # of the files whose present contents are in it
+    digests: dict[str, str] = field(default_factory=dict)  # of the files whose present contents are in the index
 
     def search(self, query: Array, top: int) -> list[tuple[float, Passage]]:
         """Return the passages nearest to a query's embedding, best first, with the cosines of the angles."""
@@ -50,7 +50,7 @@ EMPTY = Index([], np.empty((0, 0), dtype=np.float32))
 
 
 def refresh(old: Index, files: Iterable[tuple[str, bytes]], model: MiniLM, report: Report) -> Index:
-    """Return the index of the files' present contents; embeds only what `old` does not have."""
+    """Return the index of the files' present contents; embed only the passages that `old` does not have."""
     of_file: dict[str, list[Passage]] = {}
     for passage in old.passages:
         of_file.setdefault(passage.file, []).append(passage)
@@ -83,9 +83,9 @@ def refresh(old: Index, files: Iterable[tuple[str, bytes]], model: MiniLM, repor
 
 
 def batches(rows: Array, tokens: list[int]) -> Iterator[Array]:
-    """Yield the rows, those of few tokens first, in batches of about BATCH_TOKENS."""
+    """Yield the rows in batches of about BATCH_TOKENS, rows with few tokens first."""
     order = np.argsort(tokens, kind="stable")
-    # A passage belongs to the batch in which its last token would be counted.
+    # A passage belongs to the batch that holds its last token, if all tokens are counted in this order.
     number = np.cumsum(np.asarray(tokens, dtype=np.int64)[order]) // BATCH_TOKENS
     for places in np.split(order, np.flatnonzero(np.diff(number)) + 1):
         if len(places):
@@ -119,7 +119,7 @@ def _passage(file: Any, line: Any, heading: Any, body: Any, tokens: Any) -> Pass
 
 
 def save(index: Index, file: Path) -> None:
-    """Write an index to a file: all of it, or the file stays what it was."""
+    """Write an index to a file. If that fails, the file stays as it was."""
     contents = {
         "made_with": MADE_WITH,
         "digests": index.digests,

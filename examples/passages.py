@@ -1,4 +1,4 @@
-"""Text files cut into passages: at headings, else between paragraphs, else between sentences, with some overlap."""
+"""Cuts text files into passages: at headings, else between paragraphs, else between sentences, with some overlap."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SUFFIXES = {".md", ".markdown", ".rst", ".txt", ".text", ".adoc", ".org"}  # the files to read in a folder
-MAX_BYTES = 20_000_000  # of a file
-MAX_TOKENS = 200  # of a passage, [CLS] and [SEP] included
-MIN_TOKENS = 100  # a passage of this length ends at the end of a paragraph
+SUFFIXES = {".md", ".markdown", ".rst", ".txt", ".text", ".adoc", ".org"}  # suffixes of the files to read in a folder
+MAX_BYTES = 20_000_000  # in a file
+MAX_TOKENS = 200  # in a passage, [CLS] and [SEP] included
+MIN_TOKENS = 100  # a passage of at least this length ends where a paragraph ends
 OVERLAP = 40  # at most this many tokens at the end of a passage are repeated in the next one
 MAX_PIECE = 120  # tokens; a longer sentence is halved
-TOKEN_CHARS = 20  # count as at least one token: a very long word is one token, [UNK]
+TOKEN_CHARS = 20  # characters that count as at least one token: a very long word is one token, [UNK]
 MAX_HEADING = 100  # characters
 SHORT = 60  # a passage of fewer tokens is embedded with its heading; in a longer one the heading would only dilute it
 
@@ -28,7 +28,7 @@ BOUNDARY = re.compile(
     r"|(?<=[.!?])[\"')\]*_`]*(?:[ \t]+|\n(?![ \t]*\n))(?=[^\sa-z])"  # between sentences
 )
 
-Count = Callable[[list[str]], list[int]]  # how many tokens texts have
+Count = Callable[[list[str]], list[int]]  # returns how many tokens each text has
 
 
 class Unusable(Exception):
@@ -40,10 +40,10 @@ class Passage:
     """A part of a file, small enough to be one vector."""
 
     file: str
-    line: int  # where it starts, from 1
+    line: int  # number of the line where it starts, from 1
     heading: str
     body: str
-    tokens: int  # of the body, [CLS] and [SEP] included
+    tokens: int  # tokens of the body, [CLS] and [SEP] included
 
     @property
     def text(self) -> str:
@@ -62,7 +62,7 @@ class Piece:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files given and the text files in the folders given, hidden ones left out."""
+    """Return the given files, and the text files in the given folders except hidden ones."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -161,7 +161,7 @@ def _counted(text: str, pieces: list[Piece], count: Count) -> list[Piece]:
 
 
 def _halves(text: str, piece: Piece) -> list[Piece]:
-    """Split a piece about its middle: at the end of a line, else between words, else within a word."""
+    """Split a piece near its middle: at the end of a line, else between words, else within a word."""
     middle, quarter = (piece.start + piece.stop) // 2, (piece.stop - piece.start) // 4
     for mark in ("\n", " "):
         at = text.find(mark, middle, middle + quarter)
@@ -172,7 +172,7 @@ def _halves(text: str, piece: Piece) -> list[Piece]:
 
 
 def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Yield what goes into each passage: full ones end with a paragraph if they can, and overlap."""
+    """Yield the pieces of each passage. Full passages end with a paragraph if they can, and overlap."""
     first = 0
     while first < len(pieces):
         stop, total, paragraph = first, 0, 0

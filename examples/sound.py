@@ -43,19 +43,20 @@ def read_wav(path: Path) -> Array:
 
 
 def _from_pcm(frames: bytes, width: int) -> Array:
-    if width == 1:  # the only width without a sign
+    if width == 1:  # the only width whose integers are unsigned
         return np.asarray((np.frombuffer(frames, dtype=np.uint8).astype(np.float32) - 128) / 128)
-    # The bytes become the upper ones of an int32.
+    # The bytes become the upper bytes of an int32.
     wide = np.zeros((len(frames) // width, 4), dtype=np.uint8)
     wide[:, 4 - width :] = np.frombuffer(frames, dtype=np.uint8).reshape(-1, width)
     return np.asarray(wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31))
 
 
 def resample(samples: Array, rate: int) -> Array:
-    """Return samples at 16 kHz instead of `rate`; those at 16 kHz unchanged.
+    """Return samples at 16 kHz instead of `rate`; samples at 16 kHz are returned unchanged.
 
-    A low-pass filter, then the values at the new times: each is the sum of the samples around it, weighted with a sinc
-    that passes what both rates can hold, under a Hann window over 32 zero crossings on each side.
+    A low-pass filter computes the values at the new times. Each value is the sum of the samples around it, weighted
+    with a sinc that passes the frequencies that both rates can hold, under a Hann window over 32 zero crossings on each
+    side.
     """
     common = math.gcd(rate, SAMPLE_RATE)
     up, down = SAMPLE_RATE // common, rate // common
@@ -66,7 +67,7 @@ def resample(samples: Array, rate: int) -> Array:
     padded = np.pad(samples, reach)
     windows = WINDOWS(padded, 2 * reach + 1)[: len(samples)]
     out = np.empty(-(-len(samples) * up // down), dtype=np.float32)
-    for phase in range(min(up, len(out))):  # every up-th value has the same distance to a sample, so the same weights
+    for phase in range(min(up, len(out))):  # every up-th value is equally far from a sample and has equal weights
         first, part = divmod(phase * down, up)
         distance = part / up - np.arange(-reach, reach + 1)
         weights = np.sinc(cutoff * distance) * np.cos(np.pi / 2 * np.clip(cutoff * distance / CROSSINGS, -1, 1)) ** 2
@@ -75,7 +76,7 @@ def resample(samples: Array, rate: int) -> Array:
 
 
 def clips(samples: Array) -> Iterator[Array]:
-    """Yield parts of at most 30 s that follow one another, each but the last cut where its last 5 s are quietest."""
+    """Yield consecutive parts of at most 30 s. Each part but the last is cut where its last 5 s are quietest."""
     while len(samples) > CLIP:
         tail = samples[CLIP - 5 * SAMPLE_RATE : CLIP].reshape(-1, SAMPLE_RATE // 20)
         cut = CLIP - 5 * SAMPLE_RATE + int(np.argmin(np.square(tail).mean(axis=1))) * tail.shape[1]
@@ -106,7 +107,7 @@ def log_mel(samples: Array) -> Array:
 
 
 def mel_filters() -> Array:
-    """Return one triangle over the frequencies for each band, (80, 201), each of the same area (Slaney's)."""
+    """Return a triangle over the frequencies for each band, (80, 201); all have the same area (as Slaney's)."""
     # Bands lie at equal distances on a scale that is linear up to 1 kHz (15 mels), then logarithmic.
     mels = np.linspace(0, 15 + 27 * np.log(SAMPLE_RATE / 2 / 1000) / np.log(6.4), BANDS + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))

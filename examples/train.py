@@ -1,7 +1,7 @@
 """Train a small GPT on a folder of texts, in NumPy and selfattn alone; then let it write.
 
-A token is a byte. Shows the loss and the speed while it runs, saves the loss curve as a picture, and keeps a checkpoint
-from which --resume continues.
+A token is a byte. The program shows the loss and the speed while it runs, saves the loss curve as a picture, and keeps
+a checkpoint from which --resume continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_texts(folder: Path) -> Array:
 
 
 def step_on(data: Array, config: Config, args: argparse.Namespace) -> Step:
-    """Return the training's step: random pieces of the data, which depend on the seed and the step's number alone."""
+    """Return the training's step. Its random pieces of the data depend only on the seed and the step's number."""
 
     def step(weights: Weights, number: int) -> tuple[float, Weights, int]:
         starts = np.random.default_rng([args.seed, number]).integers(0, len(data) - args.length, args.batch)

@@ -21,9 +21,9 @@ from transformer_layers import Config
 from transformer_training import loss_and_gradients, random_weights
 
 DIGITS = 9
-SHORTEST = 3  # digits of a number that may be kept for the test: all shorter ones are needed for training
-AVERAGING = 0.01  # the share of each step in the weights that translate, which are a moving average
-LONGEST = 24  # tokens of a translation, including its end
+SHORTEST = 3  # digits of a number that may be kept for the test: all shorter numbers are needed for training
+AVERAGING = 0.01  # share of each step in the moving average of the weights, which translates
+LONGEST = 24  # most tokens of a translation, including its end
 TOGETHER = 200  # numbers that are translated at a time
 
 SPECIAL = {END: "</s>", PADDING: "<pad>", START: "<s>"}
@@ -37,7 +37,7 @@ def tokens(language: Callable[[int], str], number: int) -> list[int]:
 
 
 def numbers(rng: np.random.Generator, count: int, shortest: int = 1) -> list[int]:
-    """Return random numbers; those of 1 digit are as frequent as those of 9."""
+    """Return random numbers; every number of digits, from 1 to 9, is equally frequent."""
     digits = rng.integers(shortest, DIGITS + 1, count)
     lowest = np.where(digits == 1, 0, 10 ** (digits - 1))
     return rng.integers(lowest, 10**digits).tolist()
@@ -52,7 +52,7 @@ def held_out(seed: int, count: int) -> list[int]:
 
 
 def step_on(config: Config, kept: Sequence[int], args: argparse.Namespace) -> Step:
-    """Return the training's step: random numbers but those kept, which depend on the seed and the step alone."""
+    """Return the training's step. Its random numbers, never those of the test, depend only on the seed and the step."""
     left_out = set(kept)
 
     def step(weights: Weights, number: int) -> tuple[float, Weights, int]:

@@ -1,7 +1,7 @@
-"""What training needs besides attention: gradients of the other parts, and the AdamW optimiser, in NumPy.
+"""The parts of training besides attention: gradients of the other layers, and the AdamW optimiser, in NumPy.
 
-A function named ``..._vjp`` returns its result and a function that turns the result's gradient into those of the
-arguments.
+A function named ``..._vjp`` returns its result and a function that computes the gradients of the arguments from the
+result's gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nn import Array
 Weights = dict[str, Array]
 Vjp = Callable[[Array], Array]
 
-CHUNK = 1 << 14  # numbers that `gelu_tanh_vjp` works on at a time: its temporaries stay in the cache
+CHUNK = 1 << 14  # numbers per pass of `gelu_tanh_vjp`, so that its temporaries stay in the cache
 
 
 def linear_vjp(x: Array, weight: Array, bias: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
@@ -73,7 +73,8 @@ def relu_vjp(x: Array) -> tuple[Array, Vjp]:
 def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> tuple[float, Array]:
     """Return the mean of −log p(target), in nats, and its gradient with respect to the logits.
 
-    Label smoothing (Szegedy et al., 2016) takes this share of the target's probability and spreads it over all words.
+    Label smoothing (Szegedy et al., 2016) takes the share `smoothing` of the target's probability and spreads it over
+    all words.
     """
     rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     shifted = rows - rows.max(axis=-1, keepdims=True)
@@ -90,7 +91,7 @@ def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> tupl
 
 
 def embedding_gradient(ids: Array, grad: Array, count: int) -> Array:
-    """Return the gradient of a table of `count` vectors from those of the vectors that `ids` took from it."""
+    """Return the gradient of a table of `count` vectors, given the gradients of the vectors that `ids` took from it."""
     rows, order = grad.reshape(-1, grad.shape[-1]), np.argsort(ids, axis=None, kind="stable")
     found, starts = np.unique(ids.reshape(-1)[order], return_index=True)
     table = np.zeros((count, grad.shape[-1]), dtype=grad.dtype)
@@ -120,7 +121,7 @@ class Gradients:
         return self.weights[f"{part}.weight"], self.weights[f"{part}.bias"]
 
     def keep(self, part: str, weight: Array, bias: Array) -> None:
-        """Note the gradients of a part's weight and bias."""
+        """Store the gradients of a part's weight and bias."""
         self.found[f"{part}.weight"], self.found[f"{part}.bias"] = weight, bias
 
     def _passed(self, part: str, x: Array, weight: Array, bias: Array) -> Array:

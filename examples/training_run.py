@@ -36,7 +36,7 @@ class Run:
         new.replace(path)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint. ValueError says that it is of a model of other sizes."""
+        """Continue from a checkpoint. Raise ValueError if the checkpoint is from a model of other sizes."""
         with np.load(path) as file:
             parts: dict[str, Weights] = {"weight": {}, "optimiser": {}}
             for name in file.files:
@@ -108,7 +108,7 @@ def save_curves(curves: Mapping[str, Sequence[float]], unit: str, path: Path) ->
     for i, (name, losses) in enumerate(curves.items()):
         width = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        steps, style = np.arange(len(smooth)) + width - 1, "--" if i % 2 else "-"  # equal curves show both
+        steps, style = np.arange(len(smooth)) + width - 1, "--" if i % 2 else "-"  # two equal curves are both visible
         axes.plot(losses, color=f"C{i}", alpha=0.25)
         axes.plot(steps, smooth, style, color=f"C{i}", label=f"{name}, mean of {width} steps" if width > 1 else name)
     axes.set(xlabel="step", ylabel=f"loss in {unit}", ylim=(0, None))
@@ -118,7 +118,7 @@ def save_curves(curves: Mapping[str, Sequence[float]], unit: str, path: Path) ->
 
 
 def add_options(parser: argparse.ArgumentParser, sizes: Mapping[str, int]) -> None:
-    """Add an option for each size, with its default, and those of every run."""
+    """Add an option for each size, with its default, and the options of every run."""
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--seed", type=int, default=0)
@@ -129,7 +129,7 @@ def add_options(parser: argparse.ArgumentParser, sizes: Mapping[str, int]) -> No
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: Sequence[str]) -> None:
-    """Exit with a message where an option that all runs have is impossible."""
+    """Exit with a message if an option that all runs have is impossible."""
     if any(getattr(args, name.replace("-", "_")) < 1 for name in sizes):
         parser.error("all sizes must be at least 1")
     if args.width % args.heads:

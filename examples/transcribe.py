@@ -1,6 +1,6 @@
 """Transcribes a WAV file (English), with Whisper tiny.en on selfattn and NumPy.
 
-The text is written to standard output while it is recognised, the speed to standard error.
+The text is written to standard output while it is recognised; the speed is written to standard error.
 """
 
 from __future__ import annotations

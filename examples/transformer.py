@@ -2,9 +2,9 @@
 
 The encoder's self-attention sees all of a source. The decoder's self-attention sees the tokens so far, whose keys and
 values stay in caches. Cross-attention sees the source, whose keys and values are computed once. There are two shapes:
-Marian's, with sines and cosines for positions as in the paper, and BART's, with learned positions. The weights are
-those of a random model of the library transformers (extra: pip install transformers torch), so the text means nothing.
---check compares it with the text that the library generates, and with computing everything again at every step.
+Marian's, with sines and cosines for positions as in the paper, and BART's, with learned positions. The library
+transformers makes the random weights (extra: pip install transformers torch), so the text means nothing. --check
+compares it with the text that the library generates, and with the text when everything is computed again at every step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import selfattn as sa
 KINDS = ("marian", "bart")
 PADDING, START, END = 1, 2, 0
 VOCABULARY = 500
-TOLERANCE = 1e-4  # of logits in float32
+TOLERANCE = 1e-4  # largest error of logits in float32
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Transformer:
         return x
 
     def start(self, encoded: Array, lengths: Array, capacity: int | None) -> State:
-        """Return the decoder's state before the first token, with caches for `capacity` tokens, or with none."""
+        """Return the decoder's state before the first token, with caches for `capacity` tokens, or none."""
         memories = [layer.cross.memory(encoded, lengths) for layer in self.decoder]
         heads, width = self.config.heads, self.config.width
         if capacity is None:
@@ -64,7 +64,7 @@ class Transformer:
         return State(memories, [sa.KVCache(len(encoded), heads, width // heads, capacity) for _ in self.decoder])
 
     def decode(self, ids: Array, state: State) -> Array:
-        """Return the logits (B, T, vocabulary) after each of these tokens (B, T), which follow those in the caches."""
+        """Return the logits (B, T, vocabulary) after each of these tokens (B, T), which follow the cached tokens."""
         x = self.sides["decoder"](ids, state.length)
         for i, layer in enumerate(self.decoder):
             x = layer(x, state.memories[i], None if state.caches is None else state.caches[i])

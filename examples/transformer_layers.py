@@ -61,7 +61,7 @@ class EncoderLayer(Layer):
 
 
 class DecoderLayer(Layer):
-    """The same, with x = norm(x + cross_attention(x, source)) between the two."""
+    """An encoder's layer with x = norm(x + cross_attention(x, source)) between its two steps."""
 
     def __init__(self, weights: dict[str, Array], name: str, config: Config) -> None:
         super().__init__(weights, name, config)

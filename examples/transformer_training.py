@@ -54,7 +54,7 @@ class Encoded:
 
 
 class TransformerGradients(Gradients):
-    """The same for matrices (out, in), and with the parts of the Transformer's layers."""
+    """Gradients of matrices (out, in) and of the parts of the Transformer's layers."""
 
     def __init__(self, weights: Weights, config: Config) -> None:
         super().__init__(weights)
@@ -113,7 +113,7 @@ def loss_and_gradients(
     targets: Sequence[Sequence[int]],
     smoothing: float = 0.0,
 ) -> tuple[float, Weights]:
-    """Return the mean loss of each target token, given source and tokens before, and the gradients of all weights."""
+    """Return the mean loss of each target token, given source and earlier tokens, and the gradients of all weights."""
     gradients, embed = TransformerGradients(weights, config), Embedding(weights, "encoder", config)
     ids, lengths = padded(sources)
     wanted, counts = padded(targets)

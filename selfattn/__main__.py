@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | N
     Parameters
     ----------
     argv : sequence of str, optional
-        Command-line arguments; by default those of the process.
+        Command-line arguments; by default the process's arguments.
     attention : callable, optional
         Function that `selftest` checks instead of `selfattn.attention`.
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | N
         finally:
             print(end="", flush=True)
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's flush at exit does not fail
         return 1
 
 

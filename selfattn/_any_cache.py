@@ -1,4 +1,4 @@
-"""What both caches have in common: memory, a lock, and the steps of a call that uses them."""
+"""The parts that both caches share: memory, a lock, and the steps of a call that uses the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Step(NamedTuple):
 
 
 class AnyCache(Copyable):
-    """Base class of both caches: memory, a lock, and the steps of a call that uses them.
+    """Base class of both caches: memory, a lock, and the steps of a call that uses the cache.
 
     `_begin`, `_claim`, `_commit` and `_roll_back` are called with the lock held.
     """

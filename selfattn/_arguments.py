@@ -131,7 +131,7 @@ def whole_number(function: str, name: str, value: Any, least: int) -> int:
 
 
 def _dropout(function: str, rate: Any, seed: Any) -> tuple[float, int]:
-    """Return the rate of dropout and its seed, which is 0 where none is needed; the core checks the rate's range."""
+    """Return the rate of dropout and its seed; without dropout the seed is 0. The core checks the rate's range."""
     number = real(function, "dropout", rate)
     if seed is not None:
         return number, integer_in(function, "seed", seed, 0, (1 << 64) - 1)
@@ -181,7 +181,7 @@ def core_options(
     dropout: Any = 0.0,
     seed: Any = None,
 ) -> _core.Options:
-    """Return the options of `attention`, in the same order, in the core's form; checks what the core cannot check."""
+    """Return the options of `attention`, passed in its order, in the core's form; check what the core cannot check."""
     options = _core.Options()
     if mask is not None:
         options.mask = as_array(function, "mask", mask)
@@ -225,7 +225,7 @@ def core_options(
 
 
 def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
-    from ._bias import T5Bias  # here, since _bias imports this module
+    from ._bias import T5Bias  # imported here, since _bias imports this module
 
     if not isinstance(value, T5Bias):
         raise refusal(TypeError, function, "t5", f" is a {type(value).__name__}, but a T5Bias is needed: T5Bias(table)")

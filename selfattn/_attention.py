@@ -82,17 +82,17 @@ def attention(
     ----------
     q : array_like, shape (..., H, Sq, D)
         Queries: float32, float64, float16 or ``ml_dtypes.bfloat16``. A 2-D array is one head. Objects with
-        ``__array__`` or CPU DLPack are accepted, with any strides. Leading dimensions broadcast against those of k and
-        v as in `numpy.matmul`.
+        ``__array__`` or CPU DLPack are accepted, with any strides. Leading dimensions of q, k and v broadcast as in
+        `numpy.matmul`.
     k : array_like, shape (..., Hkv, Sk, D)
-        Keys, in q's dtype or one with fewer bytes: for example a float16 cache with float32 queries. Query head ``h``
-        uses KV head ``h // (H // Hkv)``.
+        Keys, in q's dtype or a dtype with fewer bytes: for example a float16 cache with float32 queries. Query head
+        ``h`` uses KV head ``h // (H // Hkv)``.
     v : array_like, shape (..., Hkv, Sk, Dv)
         Values, in k's dtype.
     mask : array_like of bool, optional
         True = attend. Broadcasts to (..., H, Sq, Sk) in both layouts.
     bias : array_like of any dtype that q may have, optional
-        Added to the scores; −inf hides a key exactly as False in `mask` does. Broadcasts like `mask`.
+        Added to the scores; −inf hides a key exactly as False in `mask` does. Broadcasts as `mask` does.
     causal : bool, default False
         Key j is visible to query i iff ``j <= i + offset``.
     q_offset : int or integer array (B,), optional
@@ -105,9 +105,9 @@ def attention(
         on are hidden. Pass both for a right-padded batch. If positions matter (causal, window, alibi_slopes, t5), a
         kv_lens below Sq without q_lens or q_offset is a ValueError.
     kv_starts : integer array (B,), optional
-        First valid key of each batch entry, in 0..Sk: the keys before it are hidden, as in a left-padded batch. If it
-        is not below kv_lens, no key is visible. Positions still count from the start of k: the offset does not depend
-        on kv_starts.
+        First valid key of each batch entry, in 0..Sk: the keys before it are hidden, as in a left-padded batch. If an
+        entry's kv_starts is not below its kv_lens, no key of the entry is visible. Positions still count from the start
+        of k: the offset does not depend on kv_starts.
     scale : float, optional
         Factor applied to the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional
@@ -124,11 +124,11 @@ def attention(
     return_weights : bool, default False
         Also return the attention weights, which needs memory for Sq × Sk numbers per head.
     out : ndarray, optional
-        Array for the result: exactly its shape and dtype, any strides. May overlap with an input.
+        Array for the result, with exactly the result's shape and dtype, and any strides. May overlap with an input.
     precision : {"highest", "high", "medium"}
-        The least accurate products allowed for float32: full accuracy, or two ("high") or one ("medium") bfloat16 per
-        number (16 or 8 bits). They are used only if the CPU has a unit that makes them faster; `explain` names that
-        unit, and docs/numerics.md bounds the error.
+        The lowest accuracy allowed for products of float32: "highest" is full accuracy; "high" allows each number to be
+        rounded to a sum of two bfloat16 numbers (16 bits), "medium" to one (8 bits). Numbers are rounded only if the
+        CPU has a unit that is then faster; `explain` names the unit, and docs/numerics.md bounds the error.
     num_threads : int, optional
         Maximum number of threads; default `get_num_threads`. Never changes the result, not even in the last bit.
     t5 : T5Bias, optional
@@ -139,8 +139,8 @@ def attention(
         ``1 − dropout``. The log-sum-exp does not change; `return_weights` gives the weights after dropout.
     seed : int, optional
         Required with dropout, in 0..2⁶⁴ − 1. Which weights are kept depends only on the seed, the rate and the indices
-        of batch entry, query head, query and key: the same on all machines, and in the gradients. Use another seed for
-        each call whose weights should be dropped independently.
+        of batch entry, query head, query and key. So the same weights are kept on all machines, and in the gradients.
+        Use another seed for each call whose weights should be dropped independently.
 
     Returns
     -------
@@ -162,13 +162,12 @@ def attention(
 
     Notes
     -----
-    A row without a visible key (by mask, bias, causal, window and lengths) gives exactly 0, weights 0 and lse −inf.
-    Hidden keys and values never affect the result, even if they are NaN; NaN and infinity in visible ones propagate as
-    in IEEE arithmetic.
-    16-bit operands are read without a converted copy and summed in float32; `out` is rounded to q's dtype, and on
-    units that multiply bfloat16 the weights are rounded as well.
-    For a given instruction set, shape and options, the result of a batch entry and KV head depends, to the last bit, on
-    nothing but its own operands. (With dropout, also on its place in the batch.)
+    For a row without a visible key (by mask, bias, causal, window and lengths), out is exactly 0, all weights are 0,
+    and lse is −inf. Hidden keys and values never affect the result, even if they are NaN; NaN and infinity in visible
+    ones propagate as in IEEE arithmetic. 16-bit operands are read without a converted copy and summed in float32; `out`
+    is rounded to q's dtype, and on units that multiply bfloat16 the weights are rounded as well. For a given
+    instruction set, shape and options, the result of a batch entry and KV head depends, to the last bit, on nothing but
+    its own operands. (With dropout, also on its place in the batch.)
 
     Attention is due to Vaswani et al., "Attention is all you need" (2017); the one-pass softmax to Milakov and
     Gimelshein (2018) and Dao et al., "FlashAttention" (2022).
@@ -190,8 +189,8 @@ def attention(
         k = as_array("attention", "k", k)
     if type(v) is not np.ndarray or not v.dtype.isnative:
         v = as_array("attention", "v", v)
-    # Positional arguments: Python builds a dict for more than 15 keywords, which takes longer than the rest of this
-    # function.
+    # Options are passed by position: Python builds a dict for more than 15 keywords, which takes longer than the rest
+    # of this function.
     options = core_options(
         "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed,
@@ -218,7 +217,7 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
     q, k, v : array_like
         As for `attention`; their values are not read.
     **options
-        Those of `attention`.
+        The options of `attention`.
 
     Returns
     -------

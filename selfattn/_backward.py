@@ -1,4 +1,4 @@
-"""What the functions that compute gradients share: checks, the operands of a call, and the delivery of results."""
+"""Code shared by the functions that compute gradients: checks, the operands of a call, and the return of results."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Operands:
         def vjp(
             grad_out: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None
         ) -> Gradients:
-            """Return the gradients for those of out, lse and weights."""
+            """Return the gradients, given the gradients of out, lse and weights."""
             upstream = Upstream(grad_out, grad_lse, grad_weights)
             return Gradients(**self.in_shape(self.backward(upstream, exact_out, exact_lse)))
 
@@ -130,7 +130,7 @@ class Operands:
                 "grad_weights",
                 f" has shape {grad_weights.shape} but {weights.shape} is needed",
             )
-        counted = np.where(weights == 0, 0, grad_weights)  # those of hidden keys may be anything
+        counted = np.where(weights == 0, 0, grad_weights)  # gradients of hidden keys' weights may be anything
         total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
         return total
 
@@ -235,7 +235,7 @@ def _deliver(
 
 
 def write(function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool) -> None:
-    """Write gradients to the caller's arrays, which replace them in the dict."""
+    """Write gradients to the caller's arrays, and put these arrays into the dict."""
     for name, target in targets.items():
         array = gradients[name]
         if target.shape != array.shape or target.dtype != array.dtype:

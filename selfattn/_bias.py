@@ -20,8 +20,8 @@ def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
     Parameters
     ----------
     num_heads : int
-        n. If it is not a power of two, the slopes of the power below it are followed by every other slope of the
-        power above it, as in the paper's code.
+        n. If n is not a power of two, the slopes for the next smaller power of two are followed by every other slope
+        for the next larger one, as in the paper's code.
 
     Returns
     -------
@@ -137,11 +137,11 @@ class T5Bias:
         object.__setattr__(self, "_core", (by_distance, bias.origin))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the arrays computed from the table, which are larger than the table.
+        # The arrays computed from the table are left out: they are larger than the table.
         return type(self), (self.table, self.bidirectional, self.max_distance)
 
     def gradient(self, by_distance: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the gradient of the table from those of each head and distance, (H, count)."""
+        """Return the gradient of the table, given the gradients for each head and distance, (H, count)."""
         buckets = _Buckets.check("T5Bias", self.table, self.bidirectional, self.max_distance)
         total = np.zeros(buckets.table.shape)
         np.add.at(total, buckets.bucket, by_distance.T)
@@ -153,7 +153,7 @@ class T5Bias:
 
 
 class _Buckets(NamedTuple):
-    """A checked table, and the bucket of each distance i − j from −origin on. Distances beyond an end use that end."""
+    """A checked table, and the bucket of each distance i − j from −origin on. Beyond an end, its bucket is used."""
 
     table: NDArray[Any]
     bucket: NDArray[np.int64]

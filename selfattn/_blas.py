@@ -1,4 +1,4 @@
-"""NumPy's BLAS as it is loaded: its threads, and the kind of processor that it takes this one for."""
+"""NumPy's BLAS as it is loaded: its threads, and the processor type for which it chose its kernels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _openblas_files() -> Iterator[str]:
     if maps.exists():
         lines = maps.read_text(errors="replace").splitlines()
         files = {line.split(maxsplit=5)[5] for line in lines if "openblas" in line.lower()}
-    else:  # of NumPy's wheels
+    else:  # the libraries in NumPy's wheels
         package = Path(np.__file__).parent
         folders = (package / ".dylibs", package.with_name("numpy.libs"))
         files = {str(file) for folder in folders for file in folder.glob("*openblas*")}
@@ -51,7 +51,7 @@ def _openblas_files() -> Iterator[str]:
 def _ask(path: str) -> Blas | None:
     try:
         library = ctypes.CDLL(path, mode=getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_LAZY", 0))
-    except OSError:  # replaced on disk, or not loaded after all
+    except OSError:  # the file was replaced, or is not loaded after all
         return None
     threads = _function(library, "get_num_threads", ctypes.c_int)
     core = _function(library, "get_corename", ctypes.c_char_p)
@@ -61,7 +61,7 @@ def _ask(path: str) -> Blas | None:
 
 
 def _function(library: ctypes.CDLL, name: str, result: Any) -> Callable[[], Any] | None:
-    # NumPy's wheels add both a prefix and a suffix.
+    # The BLAS in NumPy's wheels has names with a prefix and a suffix.
     for prefix in ("scipy_openblas_", "openblas_"):
         for suffix in ("64_", "_64", ""):
             function = getattr(library, f"{prefix}{name}{suffix}", None)

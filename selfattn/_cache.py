@@ -25,7 +25,7 @@ class KVCache(AnyCache):
     Parameters
     ----------
     batch, num_kv_heads, head_dim : int
-        Number of sequences, number of heads of k and v, size of k's heads.
+        Number of sequences, number of heads of k and v, and size of k's heads.
     capacity : int
         Maximum number of tokens per sequence.
     value_dim : int, optional
@@ -34,9 +34,9 @@ class KVCache(AnyCache):
         Storage type of the tokens. "int8": int8 codes with a float32 scale per token and head, ``x ≈ code · scale``
         with ``scale = max|x| / 127``.
     window : int, optional
-        The largest distance, in tokens, that any query will look to the left. The cache is then a ring: sequences grow
-        without limit, and a token is overwritten once no query can see it. At most ``capacity − window`` tokens can be
-        appended at once.
+        The largest distance, in tokens, that any query will look to the left. With a window the cache is a ring:
+        sequences grow without limit, and a token is overwritten once no query can see it. At most ``capacity − window``
+        tokens can be appended at once.
     buffer : buffer, optional
         Writeable memory of at least ``KVCache.buffer_size(...)`` bytes, such as a `numpy.memmap` or the `buf` of a
         `multiprocessing.shared_memory.SharedMemory`. If it is all zeros, it becomes a new cache. If it holds a cache
@@ -50,8 +50,8 @@ class KVCache(AnyCache):
     Notes
     -----
     Calls from several threads are synchronized: many readers or one writer. If several processes share a buffer, only
-    one of them may write at a time, and the others must wait until it is done. If a process is killed while it appends,
-    the cache holds all complete appends.
+    one of them may write at a time, and the others must not use the cache until it is done. If a process is killed
+    while it appends, the cache holds the tokens of all complete appends.
 
     Examples
     --------
@@ -107,7 +107,7 @@ class KVCache(AnyCache):
         self._ledger.publish(lengths, starts)
 
     def _used(self, lengths: NDArray[np.int64]) -> int:
-        """Return how many slots hold tokens, including those that a ring no longer needs."""
+        """Return how many slots hold tokens, including the tokens that a ring no longer needs."""
         return min(int(np.max(lengths, initial=0)), self.capacity)
 
     @staticmethod
@@ -159,19 +159,19 @@ class KVCache(AnyCache):
         ----------
         k : array_like, shape (batch, num_kv_heads, T, head_dim)
         v : array_like, shape (batch, num_kv_heads, T, value_dim)
-            Both in one floating dtype; rounded to the storage type (float64 via float32).
+            Both in one floating dtype. Tokens are rounded to the storage type (float64 via float32).
 
         Raises
         ------
         ValueError
-            A wrong shape, or no room for T tokens. The cache is unchanged.
+            The shape is wrong, or there is no room for T tokens. The cache is unchanged.
         """
         k, v = as_array("append", "k", k), as_array("append", "v", v)
         tokens = k.shape[2] if k.ndim == 4 else 0
         self._run("append", None, tokens, lambda step: self._append(step, k, v))
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Remove the newest tokens, for example those of a rejected draft.
+        """Remove the newest tokens, for example the tokens of a rejected draft.
 
         Parameters
         ----------

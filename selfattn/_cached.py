@@ -89,11 +89,11 @@ def attention_with_kvcache(
         Queries of the newest Sq tokens of each sequence: one token to generate text, a few to verify a draft, many to
         process a prompt in chunks.
     cache : KVCache or PagedKVCache
-        In q's dtype or a narrower one.
+        Its storage type is q's dtype or a narrower one.
     k : array_like, shape (B, Hkv, Sq, D), optional
     v : array_like, shape (B, Hkv, Sq, Dv), optional
-        Keys and values of the same Sq tokens, appended first. Both have the same dtype, any that `KVCache.append`
-        accepts. If omitted, the cache is only read.
+        Keys and values of the newest Sq tokens, which are appended first. Both have one dtype, any that
+        `KVCache.append` accepts. If k and v are omitted, the cache is only read.
     sequences : sequence of int
         With a PagedKVCache: the id of the sequence of each row of q.
     rope : RoPE or True, optional
@@ -108,12 +108,12 @@ def attention_with_kvcache(
     window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
         As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most the cache's window.
     dropout, seed
-        As in `attention`. Queries are counted from the first one of this call, so each step needs another seed;
-        keys are counted from the start of their sequence.
+        As in `attention`. Queries are counted from the first query of this call, so each step needs another seed; keys
+        are counted from the start of their sequence.
     cascade : bool, default False
-        Read the leading pages that all sequences share (forks of one prompt) once for all of them. The two parts are
-        merged by log-sum-exp, so the rounding of the result depends on the length of the shared part. Has no effect if
-        window, bias, alibi_slopes, t5, dropout or return_weights is given.
+        Read the leading pages that all sequences share (forks of one prompt) once for all of them. The results over the
+        shared pages and over the rest are merged by log-sum-exp, so the rounding of the result depends on the length of
+        the shared part. Has no effect if window, bias, alibi_slopes, t5, dropout or return_weights is given.
     layout : {"bhsd", "bshd"}
         "bshd": the token axis of q, k, v and out comes before the head axis.
     return_weights : bool, default False
@@ -129,13 +129,12 @@ def attention_with_kvcache(
     Raises
     ------
     TypeError, ValueError, MemoryError
-        The cache is unchanged, except that a ring may have lost tokens that no later query can see. The same holds
-        after an interrupt.
+        The cache is then unchanged, except that a ring may have lost tokens that no later query can see. An interrupt
+        leaves the cache in the same state.
 
     Notes
     -----
-    The result of a sequence is bit-identical whatever the other sequences, the pages, the capacity and the number of
-    threads are.
+    The result of a sequence is bit-identical for any other sequences, pages, capacity and number of threads.
 
     Examples
     --------
@@ -165,7 +164,7 @@ def attention_with_kvcache(
         k = as_array(_NAME, "k", k)
     if v is not None and (type(v) is not np.ndarray or not v.dtype.isnative):
         v = as_array(_NAME, "v", v)
-    options = core_options(  # positional, see `attention`
+    options = core_options(  # by position, see `attention`
         _NAME, mask, bias, causal, None, window, None, None, None, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed,
     )  # fmt: skip
@@ -215,7 +214,7 @@ class _Cascade(NamedTuple):
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
         first = np.array([row.length for row in rows], np.int64) + appended - tokens
-        # Only whole pages that every query sees completely and that were filled before this call.
+        # Share only whole pages that every query sees completely and that were filled before this call.
         whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
         shared = whole // cache.page_size * cache.page_size
         if shared <= 0:
@@ -226,7 +225,8 @@ class _Cascade(NamedTuple):
         options = self.options.copy()
         options.return_lse = True
         prefix_row = _core.PagedRow(pages=rows[0].pages, start=0, length=shared)
-        # The unshared part first: it checks all arguments. Both parts keep the computation type, to be rounded once.
+        # Attend to the unshared part first, because that call checks all arguments. Both parts keep the computation
+        # type, so that the result is rounded only once.
         inputs.skipped, inputs.unrounded = shared, True
         own, own_lse = _core.attend_cache(_NAME, store, rows, inputs, None, options)
         prefix, prefix_lse = self._attend_prefix(cache, prefix_row, first, tokens, options)
@@ -239,7 +239,7 @@ class _Cascade(NamedTuple):
     def _attend_prefix(
         self, cache: PagedKVCache, row: _core.PagedRow, first: NDArray[np.int64], tokens: int, options: _core.Options
     ) -> tuple[Any, Any]:
-        """Attend to the shared pages with the rows of all sequences as if they were one sequence; heads first."""
+        """Attend to the shared pages with the rows of all sequences as if they were one sequence; head axis first."""
         q = self.q
         if self.rope is not None:
             places = first[:, None] + np.arange(tokens) if self.positions is None else self.positions
@@ -247,7 +247,7 @@ class _Cascade(NamedTuple):
         heads_first = q.swapaxes(1, 2) if self.layout == "bshd" else q
         batch, heads, _, width = heads_first.shape
         rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
-        # No causal limit, mask or sinks: the whole prefix is visible, and sinks may be counted in one part only.
+        # No causal limit, mask or sinks here: the whole prefix is visible, and only one part may count the sinks.
         plain = options.copy()
         plain.mask, plain.causal, plain.sinks, plain.layout = None, False, None, _core.LAYOUTS["bhsd"]
         inputs = _core.CacheInputs(q=rows, unrounded=True)

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from ._lock import SharedLock
 from ._store import Store
 
-_VERSION = 1  # of the pickle format
+_VERSION = 1  # version of the pickle format
 _Self = TypeVar("_Self", bound="Copyable")
 
 
 class Copyable(ABC):
-    """A cache that supports `copy.copy`, `copy.deepcopy` and `pickle`; appends by other threads wait meanwhile."""
+    """A cache that supports `copy.copy`, `copy.deepcopy` and `pickle`. Appends by other threads wait for them."""
 
     _store: Store
     _lock: SharedLock

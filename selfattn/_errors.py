@@ -1,8 +1,8 @@
-"""Errors that keep the names in their messages as data, so that `compat` can replace them by its own.
+"""Errors that keep the names in their messages as data, so that `compat` can replace them with its own names.
 
 Their attribute ``message_parts`` is the message as a tuple of names and texts in turn, for example
 ``("attention", ": ", "k", " has head_dim 64 but ", "q", " has 128")``. The first name is the function's, the others are
-those of arguments. The core's errors have the same attribute (`csrc/message.h`).
+names of arguments. The core's errors have the same attribute (`csrc/message.h`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def refusal(kind: type[_E], function: str, name: str, text: str, *more: str) -> 
 
 
 def renamed(error: _E, function: str, names: Mapping[str, str]) -> _E:
-    """Return the error with this function's name and its names of arguments; `error` itself if nothing differs."""
+    """Return the error with this function's name and its names of arguments; `error` itself if no name differs."""
     found: tuple[str, ...] | None = error.__dict__.get("message_parts")
     if found is None:
         return error

@@ -16,7 +16,7 @@ from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._quantized import QuantizedWeights
 from ._typing import Array
 
-_VERSION = 1  # of the pickle format
+_VERSION = 1  # version of the pickle format
 
 
 @hinted
@@ -25,8 +25,8 @@ class FeedForward(Immutable):
 
     ``y = post_norm(h w_2 + b_2 + residual)`` with ``h = activation(norm(x) w_1 + b_1)``, or with a gate
     ``h = activation(norm(x) w_gate + b_gate) · (norm(x) w_1 + b_1)`` (Vaswani et al., "Attention is all you need",
-    2017; Shazeer, "GLU variants improve Transformer", 2020). Blocks of rows pass through all steps, so that h stays in
-    the cache.
+    2017; Shazeer, "GLU variants improve Transformer", 2020). Each block of rows passes through all steps before the
+    next, so that h stays in the processor's cache.
 
     Parameters
     ----------
@@ -40,23 +40,23 @@ class FeedForward(Immutable):
     w_gate, b_gate : array_like, optional
         Like w_1 and b_1.
     norm : LayerNorm or RMSNorm, optional
-        Of x, before the first product.
+        The norm of x, before the first product.
     post_norm : LayerNorm or RMSNorm, optional
-        Of the result, after the residual is added.
+        The norm of the result, after the residual is added.
 
     Attributes
     ----------
     d_in, d_hidden, d_out : int
     dtype : numpy.dtype
-        That of the weights.
+        The dtype of the weights.
     isa : str
         The instruction set that the weights are packed for: the one active when the layer was created.
 
     Notes
     -----
     A layer is immutable and may be called from many threads at once. The bits of a row of y depend neither on the
-    other rows, nor on their number, nor on the number of threads. With bfloat16 weights and inputs, units that
-    multiply bfloat16 round h to it.
+    other rows, nor on their number, nor on the number of threads. With bfloat16 weights and inputs, units that multiply
+    bfloat16 round h to bfloat16.
 
     Examples
     --------
@@ -145,7 +145,7 @@ class FeedForward(Immutable):
         Parameters
         ----------
         x : array_like, shape (..., d_in)
-            Of a dtype that `Linear` takes for these weights.
+            In a dtype that `Linear` takes for these weights.
         residual : array_like, shape of y and dtype of x, optional
             Added at the end; often x itself.
         out : ndarray, shape of y and dtype of x, optional

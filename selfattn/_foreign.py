@@ -14,8 +14,8 @@ ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 
 
 def is_masked(value: Any) -> bool:
-    # No import here: a child process forked while the import lock is held would deadlock. A MaskedArray can only exist
-    # if numpy.ma has been imported, which NumPy does not do by itself.
+    # No import here: a child process forked while the import lock is held would deadlock. A MaskedArray can exist only
+    # if numpy.ma has been imported, and NumPy does not import it by itself.
     module = sys.modules.get("numpy.ma")
     return module is not None and isinstance(value, module.MaskedArray)
 
@@ -47,7 +47,7 @@ def from_foreign(function: str, name: str, value: Any) -> NDArray[Any]:
 
 
 def _dlpack_device(value: Any) -> tuple[int, int] | None:
-    """Return the DLPack device of an array; None if it has no single one, as when it is spread over devices."""
+    """Return the DLPack device of an array; None if it has no single one, e.g. if it is spread over devices."""
     try:
         kind, number = value.__dlpack_device__()
         return int(kind), int(number)
@@ -66,6 +66,6 @@ def _from_dlpack(function: str, name: str, value: Any) -> NDArray[Any]:
 
 def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
     # NumPy has no bfloat16, so PyTorch does not convert it: pass the bits as uint16.
-    if "ml_dtypes" not in sys.modules:  # no import here, see is_masked
+    if "ml_dtypes" not in sys.modules:  # not imported here, see is_masked
         raise refusal(TypeError, function, name, " is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
     return np.asarray(tensor.view(sys.modules["torch"].uint16)).view("bfloat16")

@@ -34,9 +34,9 @@ def attention_backward(
 ) -> Gradients:
     r"""Compute the gradients of `attention` from its results.
 
-    For a scalar L that depends on `out`, and perhaps on lse and weights, returns the derivatives of L with respect to
-    the arguments that `wrt` names. Scores are computed again, one block at a time: nothing of size Sq × Sk is stored,
-    unless a bias of that size has a gradient.
+    For a scalar L that depends on `out`, and perhaps on lse and weights, this returns the derivatives of L with respect
+    to the arguments that `wrt` names. Scores are computed again, one block at a time: nothing of size Sq × Sk is
+    stored, unless a bias of that size has a gradient.
 
     Parameters
     ----------
@@ -45,13 +45,13 @@ def attention_backward(
     q, k, v : array_like
         As for `attention`.
     out : array_like
-        The result of `attention` for the same arguments. For 16-bit q it may be float32: gradients are more accurate if
-        it was not rounded, see `attention_vjp`.
+        The result of `attention` for the same arguments. For 16-bit q, `out` may be float32: gradients are more
+        accurate if `out` was not rounded, see `attention_vjp`.
     lse : array_like, shape (..., H, Sq)
         The log-sum-exp that `attention` returned, in float32 or float64.
     wrt : sequence of str
         Names of the arguments whose gradients are wanted: "q", "k", "v", "bias", "sinks", "alibi_slopes", "t5" (the
-        table of its T5Bias), "scale". Others cost nothing.
+        table of its T5Bias), "scale". Gradients that are not named cost nothing.
     grad_lse : array_like, shape (..., H, Sq), optional
         ∂L/∂lse.
     grad_weights : array_like, shape (..., H, Sq, Sk), optional
@@ -61,13 +61,13 @@ def attention_backward(
     accumulate : bool, default False
         Add to the arrays in `into` instead of overwriting them.
     **options
-        Those of `attention`, with the same values as in its call.
+        The options of `attention`, with the values that were passed to it.
 
     Returns
     -------
     Gradients
-        A named tuple. Gradients of q, k, v and bias have the dtype of the argument, into which they are rounded once.
-        The others are float64 for float64 q, else float32.
+        A named tuple. Gradients of q, k, v and bias have the dtype of the argument, to which they are rounded once. The
+        other gradients are float64 for float64 q, else float32.
 
     Raises
     ------
@@ -79,8 +79,8 @@ def attention_backward(
     -----
     With P = softmax(S), D_i = Σ_d ∂out_id · out_id − ∂lse_i and dP = ∂out · vᵀ: ∂v = Pᵀ · ∂out, dS = P ∘ (dP − D),
     ∂q = scale · dS · k, ∂k = scale · dSᵀ · q (Dao, "FlashAttention-2", 2023). A hidden key has gradient 0, whatever it
-    holds, and so has a query that sees no key. For a given instruction set, shape and options, gradients do not depend
-    on the number of threads, the rest of the batch or strides, not even in the last bit.
+    holds. A query that sees no key has gradient 0 too. For a given instruction set, shape and options, gradients do not
+    depend on the number of threads, the rest of the batch or strides, not even in the last bit.
 
     Examples
     --------
@@ -112,7 +112,7 @@ def attention_vjp(
     wrt : sequence of str
         As for `attention_backward`.
     **options
-        Those of `attention`, except ``out``.
+        The options of `attention`, except ``out``.
 
     Returns
     -------
@@ -124,8 +124,8 @@ def attention_vjp(
     Notes
     -----
     `out` is kept in the type of computation and lse in float64. The gradients are therefore more accurate than those
-    that `attention_backward` computes from rounded results. With 16-bit operands on units
-    that multiply bfloat16, `out` may differ from that of `attention` by rounding.
+    that `attention_backward` computes from rounded results. With 16-bit operands on units that multiply bfloat16, `out`
+    may differ from the result of `attention` by rounding.
 
     Examples
     --------

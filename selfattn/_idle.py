@@ -2,9 +2,9 @@
 
 In GCC's OpenMP runtime, threads that wait for the next parallel region spin for about 5 ms. NumPy's matrix products
 have their own threads, which spin as well. Two threads that spin on the same CPU core alternate in time slices of
-milliseconds: an attention call right after ``X @ W`` took many times as long as alone (`benchmarks/neighbours.py`). A
-sleeping thread leaves the core to others immediately. The runtime reads its settings from the environment only while it
-is being loaded. A user's own setting takes precedence.
+milliseconds: an attention call right after ``X @ W`` took many times as long as it does alone
+(`benchmarks/neighbours.py`). A sleeping thread leaves the core to others immediately. The runtime reads its settings
+from the environment only while it is being loaded. A user's own setting takes precedence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SPIN_COUNT = "600"  # 10 to 30 microseconds: an immediately following call find
 
 
 def _missing_core() -> str:
-    """Return the error message for a missing compiled core: what to do about it."""
+    """Return the error message for a missing compiled core, which says what to do."""
     folder = Path(__file__).resolve().parent
     if not (folder.parent / "csrc").is_dir():
         version = ".".join(map(str, sys.version_info[:2]))

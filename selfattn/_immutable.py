@@ -1,4 +1,4 @@
-"""What layers share: they cannot be changed, so a copy of a layer is the layer itself."""
+"""The base class of layers: they cannot be changed, so a copy of a layer is the layer itself."""
 
 from __future__ import annotations
 

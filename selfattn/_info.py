@@ -102,7 +102,7 @@ def _warnings(threads: int, blas_threads: int) -> list[str]:
 
 
 def _processes() -> int:
-    """Return how many processes have loaded this core, apart from those that only started this one; 1 if unknown."""
+    """Return how many processes have loaded this core, except those that only started this one; 1 if unknown."""
     if not sys.platform.startswith("linux"):
         return 1
     ancestors, pid = set(), os.getppid()
@@ -111,7 +111,7 @@ def _processes() -> int:
         pid = _parent(pid)
     core, count = os.path.realpath(str(_core.__file__)), 0
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # ended, or another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             count += int(folder.name) not in ancestors and core in (folder / "maps").read_text(errors="replace")
     return max(count, 1)
 

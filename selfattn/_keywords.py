@@ -44,8 +44,8 @@ _NO_NEED = {
 def clean_signature(options: Callable[..., Any] | None = None, without: Collection[str] = ()) -> Callable[[_F], _F]:
     """Make `help` and `inspect.signature` show named keywords instead of a function's ``**``.
 
-    The keywords are those of the function `options`, to which ``**`` is passed on. Without `options`, ``**`` only
-    catches misspelt keywords. The function is not wrapped, since a wrapper would slow down each call.
+    The function `options`, to which ``**`` is passed on, has these keywords. Without `options`, ``**`` only catches
+    misspelt keywords. The function is not wrapped, since a wrapper would slow down each call.
     """
     others = [] if options is None else list(signature(options).parameters.values())
 
@@ -89,7 +89,7 @@ def _hint(keyword: str, known: Iterable[str], hints: Mapping[str, str]) -> str |
 
 
 def hinted(function: _F) -> _F:
-    """Make a function or class refuse unknown keywords with a hint; for those that are not called often."""
+    """Make a function or class refuse unknown keywords with a hint. Slows down calls: not for what is called often."""
     if isinstance(function, type):
         function.__init__ = hinted(function.__init__)  # type: ignore[misc]
         return function

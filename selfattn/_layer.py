@@ -25,8 +25,8 @@ from ._weights import Weights, head_counts, vector
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_VERSION = 2  # of the pickle format
-_Four = tuple[Any, Any, Any, Any]  # for q, k, v and the output
+_VERSION = 2  # version of the pickle format
+_Four = tuple[Any, Any, Any, Any]  # one value each for q, k, v and the output
 _Pair = tuple[Any, Any]
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
 
@@ -42,8 +42,8 @@ class SelfAttention(Immutable):
     ----------
     w_q : array_like, shape (d_model, H·D)
         Used literally as ``x @ w_q``. A PyTorch ``Linear`` holds the transpose: pass ``linear.weight.T``. float32,
-        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In a 16-bit dtype
-        y is rounded and, on units that multiply bfloat16, so are the operands of each step's products.
+        float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In a 16-bit dtype y is
+        rounded. On units that multiply bfloat16, the operands of each step's products are rounded as well.
     w_k : array_like, shape (d_context, Hkv·D)
     w_v : array_like, shape (d_context, Hkv·Dv)
     w_o : array_like, shape (H·Dv, d_out), optional
@@ -57,9 +57,9 @@ class SelfAttention(Immutable):
     rope : RoPE or True, optional
         Rotates q and k before attention.
     norm : LayerNorm or RMSNorm, optional
-        Of x, before the projections. A context is taken as it is.
+        The norm of x, before the projections. It is not applied to a context.
     post_norm : LayerNorm or RMSNorm, optional
-        Of y, after a residual is added.
+        The norm of y, after a residual is added.
 
     Attributes
     ----------
@@ -159,7 +159,7 @@ class SelfAttention(Immutable):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the unpacked weights: loading packs them for the machine it runs on."""
+        """Pickle the unpacked weights: unpickling packs them for the machine it runs on."""
         shapes = (
             (self.d_model, self.num_heads * self.head_dim),
             (self.d_context, self.num_kv_heads * self.head_dim),
@@ -226,7 +226,7 @@ class SelfAttention(Immutable):
             The input of the keys and values (cross-attention).
         positions : integer array, shape (S,) or (..., S), optional
             Positions of the tokens of x, for `rope`; default 0, 1, 2, ... (with a cache: their positions in their
-            sequences). Tokens of a context are at their index.
+            sequences). The position of a context's token is its index.
         cache : KVCache or PagedKVCache, optional
             x is (batch, S, d_model): the S newest tokens of each sequence. Their keys and values are appended, and
             they attend to everything in the cache, causally unless ``causal=False``. `mask` then covers the S newest
@@ -239,11 +239,11 @@ class SelfAttention(Immutable):
         out : ndarray, optional
             Array for y. May be `residual` itself.
         **options
-            Those of `attention` except `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts,
-            scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads, t5, dropout,
-            seed. Shapes are those of the heads: mask and bias broadcast to (..., H, S, Sk). Without a context and a
-            cache, queries and keys are the same tokens: kv_lens also serves as q_lens, and query i is aligned with
-            key i unless q_offset or both lengths are given.
+            The options of `attention` except `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens,
+            kv_starts, scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads, t5,
+            dropout, seed. Shapes are as for the heads: mask and bias broadcast to (..., H, S, Sk). If there is neither
+            a context nor a cache, queries and keys are the same tokens: kv_lens also serves as q_lens, and query i is
+            aligned with key i unless q_offset or both lengths are given.
 
         Returns
         -------

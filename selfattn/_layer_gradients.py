@@ -60,16 +60,16 @@ def self_attention_vjp(
         Names of the arguments whose gradients are wanted: x, context, matrices and their biases, and of `attention`
         "bias", "sinks", "alibi_slopes", "t5" and "scale". The default is x and the matrices that are given.
     **options
-        Those of `self_attention`, except ``out``.
+        The options of `self_attention`, except ``out``.
 
     Returns
     -------
     y : ndarray or tuple
-        What `self_attention` returns for these options, except for rounding.
+        The result of `self_attention` for these options, up to rounding.
     vjp : callable
         ``vjp(grad_y, grad_lse=None, grad_weights=None)`` returns a dict of the gradients by name; it may be called
-        several times. They have the shape and dtype of their argument; those of `sinks`, `alibi_slopes`, `t5` and
-        `scale` are float64 for float64 x, else float32.
+        several times. Each gradient has the shape and dtype of its argument, except that the gradients of `sinks`,
+        `alibi_slopes`, `t5` and `scale` are float64 for float64 x, else float32.
 
     Raises
     ------
@@ -78,9 +78,8 @@ def self_attention_vjp(
 
     Notes
     -----
-    Multiplies matrices with NumPy, whose library has threads of its own: `num_threads` is for attention only, and
-    the last bits may depend on that library. 16-bit arguments are converted to float32, and results are rounded
-    once.
+    Matrices are multiplied by NumPy, whose BLAS has threads of its own: `num_threads` applies to attention only, and
+    the last bits may depend on the BLAS. 16-bit arguments are converted to float32, and results are rounded once.
 
     Examples
     --------
@@ -192,7 +191,7 @@ class _Layer:
         self.turn = turn
         self.same_tokens = same_tokens
         self.products: dict[str, Product] = {}
-        # The positions of the tokens of queries and keys; None: their indices.
+        # Positions of the tokens of queries and of keys; None means their indices.
         self.positions = {"q": turn.positions, "k": turn.positions if same_tokens else None}
 
     def add(self, letter: str, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None, heads: int) -> NDArray[Any]:
@@ -221,7 +220,7 @@ class _Layer:
         def vjp(
             grad_y: ArrayLike, grad_lse: ArrayLike | None = None, grad_weights: ArrayLike | None = None
         ) -> dict[str, Array]:
-            """Return the gradients for those of y, lse and weights."""
+            """Return the gradients, given the gradients of y, lse and weights."""
             grad = _upstream(grad_y, y.shape, dtype)
             found = {} if last is None else last.of_weights(grad, self.names)
             if attended.wrt:
@@ -245,7 +244,7 @@ class _Layer:
         return attended
 
     def _through(self, gradients: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return the gradients of inputs and weights from those of queries, keys and values."""
+        """Return the gradients of inputs and weights, given the gradients of queries, keys and values."""
         found: dict[str, NDArray[Any]] = {}
         inputs: dict[str, NDArray[Any]] = {}
         for letter in [letter for letter in "qkv" if letter in gradients]:

@@ -1,4 +1,4 @@
-"""Checks of what a layer is called with."""
+"""Checks of the arguments of a layer's call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Held = tuple[AnyCache, Step]
 
 
 def check_with_cache(function: str, cache: Any, context: Any, options: dict[str, Any]) -> None:
-    """Raise if `cache` is not a cache, or if another argument says what a cache knows."""
+    """Raise if `cache` is not a cache, or if another argument sets what the cache determines."""
     if not isinstance(cache, AnyCache):
         raise refusal(
             TypeError, function, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"

@@ -1,4 +1,4 @@
-"""The header of a KVCache's memory: what the cache was made with, and the lengths of its sequences."""
+"""The header of a KVCache's memory: the parameters of the cache, and the lengths of its sequences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def header_bytes(batch: int) -> int:
 
 
 class Ledger:
-    """Lengths and starts in two copies, of which one is valid: they change together, in one store of 8 bytes.
+    """Lengths and starts in two copies, of which one is valid. One store of 8 bytes changes all of them together.
 
     A sequence holds the tokens from its start to its length; without a window the start is 0.
     """
@@ -43,7 +43,7 @@ class Ledger:
             if np.any((begun != 0) & (begun != description[1:])) or header[len(description) :].any():
                 raise refusal(ValueError, "KVCache", "buffer", " holds neither a cache nor zeros")
             header[1 : len(description)] = description[1:]
-            header[0] = description[0]  # last: without the magic number, the buffer is not a cache
+            header[0] = description[0]  # written last: without the magic number, the buffer is not a cache
             return
         if tuple(header[: len(description)].tolist()) != description:
             raise refusal(ValueError, "KVCache", "buffer", f" holds something else than a {cache!r}")

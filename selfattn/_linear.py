@@ -18,13 +18,13 @@ from ._typing import Array
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # from 1 on, in the order of csrc/kernels/kernel_set.h
-_VERSION = 1  # of the pickle format
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered from 1, in the order of csrc/kernels/kernel_set.h
+_VERSION = 1  # version of the pickle format
 
 
 @hinted
 class Linear(Immutable):
-    """A matrix product with what follows it. The weights are packed once, for this machine's kernels.
+    """A matrix product and the steps after it. The weights are packed once, for this machine's kernels.
 
     ``y = activation(x w + b) + residual``, or with a gate ``activation(x w_gate + b_gate) · (x w + b) + residual``
     (Shazeer, "GLU variants improve Transformer", 2020).
@@ -35,19 +35,19 @@ class Linear(Immutable):
         Used literally as ``x @ w``. A PyTorch ``Linear`` holds the transpose: pass ``linear.weight.T``. float32,
         float64, float16 or bfloat16 (of ``ml_dtypes``); or 8-bit codes, the result of `quantize`.
     b : array_like, shape (d_out,), optional
-        Of the dtype of w, or of the one that it is computed in.
+        In the dtype of w, or in the type of computation.
     activation : str, optional
         "relu"; "gelu", x times the normal distribution function; "gelu_tanh", its approximation by tanh; or "silu",
         x · sigmoid(x), also called swish.
     w_gate, b_gate : array_like, optional
-        Like w and b. The activation is then that of the gate: "gelu" gives GeGLU, "silu" SwiGLU, None a product of
+        Like w and b. The activation is then applied to the gate: "gelu" gives GeGLU, "silu" SwiGLU, None a product of
         two linear maps.
 
     Attributes
     ----------
     d_in, d_out : int
     dtype : numpy.dtype
-        That of w.
+        The dtype of w.
     activation : str or None
     isa : str
         The instruction set that the weights are packed for: the one active when the layer was created.
@@ -121,7 +121,7 @@ class Linear(Immutable):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the unpacked weights: loading packs them for the machine it runs on."""
+        """Pickle the unpacked weights: unpickling packs them for the machine it runs on."""
         shape = (self.d_in, self.d_out)
         matrices: tuple[Any, ...] = tuple(np.empty(shape, self.dtype) for _ in range(1 + self._gated))
         if self._groups:
@@ -150,7 +150,8 @@ class Linear(Immutable):
         Parameters
         ----------
         x : array_like, shape (..., d_in)
-            Of the layer's dtype; float32 as well if the weights have 16 bits; float32 or 16 bits if they have 8.
+            In the layer's dtype. For 16-bit weights, x may be float32 as well; for 8-bit weights, x is float32 or a
+            16-bit type.
         residual : array_like, shape of y and dtype of x, optional
             Added at the end.
         out : ndarray, shape of y and dtype of x, optional

@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 class SharedLock:
-    """`with lock.reading:` waits for a writer, `with lock.writing:` for all readers and writers. Not reentrant."""
+    """`with lock.reading:` waits for writers, `with lock.writing:` waits for all readers and writers. Not reentrant."""
 
     def __init__(self) -> None:
         self.reading = _Reading(self)
@@ -20,9 +20,9 @@ class SharedLock:
     def _renew(self) -> None:
         self.mutex = threading.Lock()
         self.changed = threading.Condition(self.mutex)
-        self.waiting = 0  # threads that wait for a change; without one, none is notified, since that is slow
+        self.waiting = 0  # threads that wait for a change; if there are none, notifying, which is slow, is skipped
         self.readers = 0
-        self.writers = 0  # waiting or writing; new readers wait for them
+        self.writers = 0  # threads that write or wait to write; new readers wait for them
         self.is_written = False
 
     def wait(self) -> None:

@@ -130,7 +130,7 @@ def _call(function: str, x: Any, form: _Form, residual: Any, out: Any) -> Array:
 
 
 def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype that an accepted dtype is computed in."""
+    """Return the type of computation for an accepted dtype."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
@@ -259,7 +259,7 @@ def _load(centred: bool, weight: Any, bias: Any, eps: float) -> LayerNorm | RMSN
 def norm_or_none(
     function: str, name: str, value: LayerNorm | RMSNorm | None, count: int, dtype: np.dtype[Any]
 ) -> _core.Norm | None:
-    """Return a layer's norm in the core's form; `dtype` is that of the layer."""
+    """Return a layer's norm in the core's form; `dtype` is the layer's dtype."""
     if value is None:
         return None
     if not isinstance(value, (LayerNorm, RMSNorm)):

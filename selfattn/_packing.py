@@ -68,7 +68,7 @@ class Packed(NamedTuple):
         return len(self.queries) - 1
 
     def split(self, array: NDArray[Any], starts: NDArray[np.int64], axis: int = 0) -> Any:
-        """Return a packed array in the form of the operands: as it is, or as a list of arrays."""
+        """Return a packed array in the form in which the caller passed the operands: packed, or as a list of arrays."""
         return np.split(array, starts[1:-1], axis) if self.lists else array
 
     def inputs(self, function: str, mask: Any, bias: Any, q_offset: Any, alibi_slopes: Any) -> _core.VarlenInputs:

@@ -30,9 +30,9 @@ class PagedKVCache(AnyCache):
     Parameters
     ----------
     num_pages, page_size : int
-        Number of pages, and of tokens per page.
+        Number of pages, and number of tokens per page.
     num_kv_heads, head_dim : int
-        Number of heads of k and v, size of k's heads.
+        Number of heads of k and v, and size of k's heads.
     value_dim : int, optional
         Size of v's heads; default head_dim.
     dtype : {"float32", "float16", "bfloat16", "int8", "float64"} or dtype
@@ -163,12 +163,12 @@ class PagedKVCache(AnyCache):
         sequence : int
         k : array_like, shape (num_kv_heads, T, head_dim)
         v : array_like, shape (num_kv_heads, T, value_dim)
-            Both in one floating dtype; rounded to the storage type.
+            Both in one floating dtype. Tokens are rounded to the storage type.
 
         Raises
         ------
         MemoryError
-            There are not enough free pages. All sequences are unchanged, as after any other error.
+            There are not enough free pages. This error, like any other, leaves all sequences unchanged.
         """
         k, v = (as_array("append", name, x) for name, x in (("k", k), ("v", v)))
         for name, x, width in (("k", k, self.head_dim), ("v", v, self.value_dim)):
@@ -216,7 +216,7 @@ class PagedKVCache(AnyCache):
             self._table.remove(name)
 
     def _new_id(self) -> int:
-        self._next += 1  # first: if an interrupt comes now, the id is skipped rather than given out twice
+        self._next += 1  # done first: after an interrupt here, the id is skipped rather than given out twice
         return self._next - 1
 
     def _row(self, function: str, sequence: int) -> PagedRow:

@@ -1,8 +1,8 @@
 """The page table: the pages of each sequence, how many sequences share a page, and which pages are free.
 
-The rows are authoritative. The number of rows that share each page and the list of free pages are derived from them:
-updated with every change, and recomputed if a change failed halfway, for example by an interrupt. Tokens are not
-stored here.
+The rows are authoritative. The number of rows that share each page and the list of free pages are derived from the
+rows. Both are updated with every change, and recomputed if a change failed halfway, for example because of an
+interrupt. Tokens are not stored here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ assert array(NUMBER).itemsize == 4
 
 
 class Growth(NamedTuple):
-    """Rows with room for more tokens, and what changes with them. The core adds the tokens to their lengths."""
+    """Rows with room for more tokens, and the changes that come with them. The core adds the tokens to the lengths."""
 
     before: dict[int, PagedRow]
-    lengths: list[int]  # of the rows before
-    rows: dict[int, PagedRow]  # those of `before` themselves if nothing else changes
+    lengths: list[int]  # lengths of the rows in `before`
+    rows: dict[int, PagedRow]  # the rows of `before` themselves if nothing else changes
     taken: int = 0  # number of pages taken from the end of the free list
     gained: Sequence[int] = ()
     lost: Sequence[int] = ()
@@ -39,9 +39,9 @@ def is_count(value: Any) -> bool:
 class PageTable:
     """A row for each sequence. Each page is either free or has a count of the rows that hold it.
 
-    A row is replaced rather than changed, so that the old one can be restored; only the core changes its length. It may
-    have more pages than its tokens need: it shares the array with the row that replaces it, and a step appends new
-    pages to this array.
+    A row is replaced rather than changed, so that the old row can be restored; only the core changes a row's length. A
+    row's array may have more pages than its tokens need: the row shares the array with the row that replaces it, and a
+    step appends new pages to this array.
 
     Uses Python's own integers: accessed one by one, they are faster than NumPy's.
     """
@@ -66,7 +66,7 @@ class PageTable:
         return row.pages[: self.count(row)]
 
     def row_of(self, description: Any, there: set[int]) -> PagedRow | None:
-        """Return the row that a pickle describes; None if it is impossible or has pages other than those in `there`."""
+        """Return the row that a pickle describes; None if it is impossible or has a page that is not in `there`."""
         try:
             length, start, held = description
             row = PagedRow(pages=array(NUMBER, held), start=start, length=length)
@@ -93,7 +93,7 @@ class PageTable:
         self.settled = True
 
     def put(self, rows: Mapping[int, PagedRow | None], gained: Iterable[int] = (), lost: Iterable[int] = ()) -> None:
-        """Replace rows, or delete those that are None; after an exception nothing has changed."""
+        """Replace rows, or delete a row where None is given; after an exception nothing has changed."""
         before = {name: self.rows.get(name) for name in rows}
         try:
             self.settled = False
@@ -150,8 +150,8 @@ class PageTable:
     def grow(self, function: str, names: list[int], tokens: int, window: int | None) -> Growth:
         """Plan room for `tokens` more tokens in each row; the table does not change yet.
 
-        With a window, each row releases the pages that none of the new tokens sees. They are reused if there are not
-        enough free pages.
+        With a window, each row releases the pages that none of the new tokens sees. These pages are reused if there are
+        not enough free ones.
         """
         before = {name: self.rows[name] for name in names}
         lengths = [row.length for row in before.values()]
@@ -194,9 +194,9 @@ class PageTable:
         return Growth(before, lengths, rows, taken, gained, lost, copies, reused)
 
     def _have_room(self, rows: dict[int, PagedRow], tokens: int, window: int | None) -> bool:
-        """Whether each row has room in its last page, shares it with none, and keeps all of its pages.
+        """Whether each row has room in its last page, shares this page with no other row, and keeps all of its pages.
 
-        This is so for nearly all steps that append a token, and fast.
+        This holds for nearly all steps that append a token, and the check is fast.
         """
         size = self.page_size
         for row in rows.values():

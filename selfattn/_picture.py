@@ -64,7 +64,7 @@ def read_style(function: str, title: Any, log: Any, vmax: Any) -> tuple[str | No
 
 
 def visible(text: str) -> str:
-    """Escape invisible characters and those that control a terminal: newlines, ESC, bidi overrides."""
+    """Escape characters that are invisible or control a terminal: newlines, ESC, bidi overrides."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -74,13 +74,13 @@ def num_columns(text: str) -> int:
 
 
 def _column(character: str) -> int:
-    if unicodedata.category(character) in ("Mn", "Me"):  # drawn over the character before
+    if unicodedata.category(character) in ("Mn", "Me"):  # drawn over the preceding character
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def shorten(text: str, columns: int) -> str:
-    """Return the text; if it is too wide, cut it to this width and end it with an ellipsis."""
+    """Return the text; if it is too wide, cut it to this width, ending in an ellipsis."""
     if num_columns(text) <= columns:
         return text
     end = used = 0

@@ -17,7 +17,7 @@ class Product:
 
     def __init__(self, letter: str, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None) -> None:
         self.letter = letter
-        self.dtype = w.dtype  # of the gradients
+        self.dtype = w.dtype  # dtype of the gradients
         computed = computed_in(w.dtype)
         self.shape = x.shape
         self.rows = rows_of(x, computed)
@@ -35,7 +35,7 @@ class Product:
         return result
 
     def of_weights(self, grad: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Return the gradients of w and b, if wanted; grad is that of the result, (rows, columns)."""
+        """Return the gradients of w and b, if wanted; grad is the gradient of the result, (rows, columns)."""
         found = {}
         with np.errstate(all="ignore"):
             if f"w_{self.letter}" in names:

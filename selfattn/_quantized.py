@@ -24,7 +24,7 @@ class QuantizedWeights(NamedTuple):
 
 @hinted
 def quantize(w: ArrayLike, *, groups: int = 1) -> QuantizedWeights:
-    """Round a weight matrix to 8-bit codes, with one scale per column or per group of rows and column.
+    """Round a weight matrix to 8-bit codes, with one scale for each column, or for each group of rows of a column.
 
     ``scale = max|w| / 127`` over the group's rows of a column, and ``code = round(w / scale)``: each weight is off by
     at most scale / 2, and a result of a layer by at most the sum of abs(x) · scale / 2.

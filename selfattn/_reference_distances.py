@@ -35,7 +35,7 @@ def distances(
 def relative_products(
     q: NDArray[Any], k: NDArray[Any], distance: NDArray[np.int64], relative: tuple[Any, ...]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(q + u) . k + (q + w) . r by distance, and the same for absolute values; gathers a vector of r for every pair."""
+    """(q + u) . k + (q + w) . r, and the sum of the absolute values; gathers a vector of r for every pair."""
     r, u, w = (np.asarray(x, dtype=q.dtype) for x in relative[:3])
     row = np.clip(distance + relative[3], 0, r.shape[-2] - 1)[..., 0, :, :]
     vectors = r[np.arange(len(r))[:, None, None], row[..., None, :, :]] if r.ndim == 3 else r[row][..., None, :, :, :]

@@ -13,16 +13,16 @@ Floats = NDArray[Any]
 
 
 class GradientResult(NamedTuple):
-    """The gradients that were asked for, and the quantities that error bounds are expressed in."""
+    """The requested gradients, and the quantities in which error bounds are expressed."""
 
-    gradients: dict[str, Floats]  # by the names in `wrt`, each of the shape of its argument
-    magnitudes: dict[str, Floats]  # the same sums over the absolute values of all that is added or subtracted
-    sigma: float  # that of the forward pass
+    gradients: dict[str, Floats]  # by the names in `wrt`, each with the shape of its argument
+    magnitudes: dict[str, Floats]  # the gradients' sums with the absolute value of every number
+    sigma: float  # sigma of the forward pass
 
 
 @dataclass
 class _Pass:
-    """The terms that gradients are sums of. Rows are (*batch, H, S, width), pairs are (*batch, H, Sq, Sk)."""
+    """The numbers from which gradients are computed. Rows are (*batch, H, S, width), pairs are (*batch, H, Sq, Sk)."""
 
     q: Floats
     k: Floats  # repeated for each head of a group
@@ -31,7 +31,7 @@ class _Pass:
     grad_lse: Floats  # (*batch, H, Sq, 1)
     grad_weights: Floats
     weights: Floats  # before dropout
-    factors: Floats  # of dropout
+    factors: Floats  # factors of dropout
     sink_weights: Floats  # (*batch, H, Sq, 1)
     products: Floats  # before the scale
     bend: Floats  # the derivative of the softcap
@@ -127,7 +127,7 @@ def _products(q: Floats, k: Floats, relative: tuple[Floats, ...]) -> Floats:
 
 
 def _score_gradients(p: _Pass, subtract: bool) -> tuple[Floats, Floats]:
-    """Return the gradients of all scores after the softcap, and each row's part of that of the sink."""
+    """Return the gradients of all scores after the softcap, and each row's part of the sink's gradient."""
     of_weights = (p.grad_out @ p.v.swapaxes(-1, -2) + p.grad_weights) * p.factors
     mean = (p.weights * of_weights).sum(axis=-1, keepdims=True)
     sign = -1 if subtract else 1

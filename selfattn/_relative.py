@@ -85,9 +85,9 @@ def relative_attention(
 ) -> Any:
     r"""Attend to a segment and the memory before it by content and distance (Dai et al., "Transformer-XL", 2019).
 
-    ``score[i, j] = scale · ((q_i + u) · k_j + (q_i + w) · r_t)`` with the distance ``t = i + mem_len − j``. The rest is
-    as in `attention` with ``q_offset=mem_len``. The second product is computed by distance for one block of keys at a
-    time: nothing of size S × (mem_len + S) is stored, and there is no relative-shift step.
+    ``score[i, j] = scale · ((q_i + u) · k_j + (q_i + w) · r_t)`` with the distance ``t = i + mem_len − j``. All other
+    steps are as in `attention` with ``q_offset=mem_len``. The product with r is computed by distance for one block of
+    keys at a time: nothing of size S × (mem_len + S) is stored, and there is no relative-shift step.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ def relative_attention(
         Queries of the segment, in any dtype that `attention` accepts.
     k : array_like, shape (..., Hkv, mem_len + S, D)
     v : array_like, shape (..., Hkv, mem_len + S, Dv)
-        Keys and values of the memory, followed by those of the segment.
+        Keys and values of the memory, followed by the keys and values of the segment.
     r : array_like, shape (H, R, D) or (R, D)
-        Projected encodings of distances, in q's dtype or one with fewer bytes. Row ``t + r_origin`` belongs to
+        Projected encodings of distances, in q's dtype or a dtype with fewer bytes. Row ``t + r_origin`` belongs to
         distance t; distances beyond either end use the row at that end (``clamp_len`` in the original).
     u, w : array_like, shape (H, D)
         Vectors added to the queries before the products with keys (u, ``r_w_bias``) and with encodings (w,

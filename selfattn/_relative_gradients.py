@@ -53,17 +53,18 @@ def relative_attention_backward(
     out, lse : array_like
         The results of `relative_attention` for the same arguments, as for `attention_backward`.
     wrt : sequence of str
-        Names of the arguments whose gradients are wanted: "r", "u", "w" and those that `attention_backward` knows.
+        Names of the arguments whose gradients are wanted: "r", "u", "w" and the names that `attention_backward`
+        accepts.
     grad_lse, grad_weights, into, accumulate
         As for `attention_backward`.
     **options
-        Those of `relative_attention`, with the same values as in its call.
+        The options of `relative_attention`, with the values that were passed to it.
 
     Returns
     -------
     Gradients
-        As from `attention_backward`. The gradient of r has r's shape and dtype. Those of u and w have the type of the
-        computation: float64 for float64 q, else float32.
+        As from `attention_backward`. The gradient of r has r's shape and dtype. The gradients of u and w have the type
+        of computation: float64 for float64 q, else float32.
 
     Raises
     ------
@@ -112,11 +113,11 @@ def relative_attention_vjp(
     Parameters
     ----------
     q, k, v, r, u, w : array_like
-        As for `relative_attention`; not to be changed before `vjp` is called.
+        As for `relative_attention`. They must not change before `vjp` is called.
     wrt : sequence of str
         As for `relative_attention_backward`.
     **options
-        Those of `relative_attention`, except ``out``.
+        The options of `relative_attention`, except ``out``.
 
     Returns
     -------

@@ -114,8 +114,8 @@ def apply_rope(
     out : ndarray, optional
         Array for the result; may be x itself.
     inverse : bool, default False
-        Rotate by the negative angles. This undoes a rotation, and is also its gradient: given the gradient of the
-        result, returns that of x.
+        Rotate by the negative angles. This undoes a rotation. It also computes the gradient: given the gradient of the
+        result, it returns the gradient of x.
 
     Returns
     -------

@@ -17,7 +17,7 @@ MATRIX_ROUNDINGS = {
 }
 
 
-# Units that multiply unrounded operands, summing in float32.
+# Units that multiply operands without rounding them; sums are float32.
 EXACT_UNITS = ("fma", "bfloat16 dots")
 
 

@@ -139,7 +139,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """All cases of `attention`, the same in every run."""
+    """All cases of `attention`. They are the same in every run."""
     rng = np.random.default_rng(20)
     for shape in SHAPES:
         yield Case("plain", shape, {}, _arrays(rng, shape))

@@ -27,9 +27,9 @@ def merge_states(
     outs : sequence of array_like, each (..., Sq, Dv)
         Results of `attention` over each part.
     lses : sequence of array_like, each (..., Sq)
-        Their log-sum-exps (``return_lse=True``): float32 for 16-bit results, otherwise of the same dtype. −inf means
-        that the row saw no key in this part. (flash-attn gives +inf there, which must be replaced: here it means an
-        infinite score, and the row becomes NaN.)
+        The log-sum-exps of outs (``return_lse=True``): float32 for 16-bit outs, otherwise in the dtype of outs. −inf
+        means that the row saw no key in this part. (flash-attn gives +inf there, which must be replaced: here it means
+        an infinite score, and the row becomes NaN.)
 
     Returns
     -------

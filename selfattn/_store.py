@@ -1,4 +1,4 @@
-"""The memory of a cache: keys, values, and the scales of quantised ones."""
+"""The memory of a cache: keys, values, and the scales of int8 codes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _aligned(nbytes: int) -> int:
 
 def _memory(function: str, nbytes: int, buffer: Any) -> NDArray[np.uint8]:
     if buffer is None:
-        # One cache line extra, to align the start; the system zeroes pages when they are first touched.
+        # One cache line more, to align the start; the system zeroes pages when they are first touched.
         block = np.zeros(nbytes + _ALIGNMENT, np.uint8)
         start = -block.ctypes.data % _ALIGNMENT
         return block[start : start + nbytes]

@@ -118,9 +118,9 @@ def attention_varlen(
     causal, window, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
         As in `attention`.
     dropout, seed
-        As in `attention`, where sequence i counts as batch entry i, and its queries and keys from its own start.
+        As in `attention`: sequence i counts as batch entry i, and its queries and keys are counted from its own start.
     out : ndarray, optional
-        Array for a packed result: exactly its shape and dtype, any strides.
+        Array for a packed result, with exactly the result's shape and dtype, and any strides.
 
     Returns
     -------

@@ -43,16 +43,17 @@ def attention_varlen_backward(
 ) -> Gradients:
     """Compute the gradients of `attention_varlen` from its results.
 
-    Those of a sequence's q, k, v and bias are bit-identical to those that `attention_backward` computes for it alone.
+    The gradients of a sequence's q, k, v and bias are bit-identical to the gradients that `attention_backward` computes
+    for that sequence alone.
 
     Parameters
     ----------
     grad_out : array_like, shape of out
         ∂L/∂out, in q's dtype, or float32 for 16-bit q.
     q, k, v, cu_seqlens_q, cu_seqlens_k
-        As for `attention_varlen`. If these are lists, so are the other operands and the gradients of q, k and v.
+        As for `attention_varlen`. If q, k and v are lists, so are the other operands and the gradients of q, k and v.
     out : array_like
-        The result of `attention_varlen` for the same arguments. For 16-bit q it may be float32.
+        The result of `attention_varlen` for the same arguments. For 16-bit q, `out` may be float32.
     lse : array_like, shape (H, total_q)
         The log-sum-exp that `attention_varlen` returned, in float32 or float64.
     wrt : sequence of str
@@ -64,14 +65,14 @@ def attention_varlen_backward(
     accumulate : bool, default False
         Add to the arrays in `into` instead of overwriting them.
     **options
-        Those of `attention_varlen`, with the same values as in its call.
+        The options of `attention_varlen`, with the values that were passed to it.
 
     Returns
     -------
     Gradients
-        As from `attention_backward`. That of a bias is a list with an array for each sequence, or None for a sequence
-        without one. Those of `sinks`, `t5`, `scale` and of `alibi_slopes` that all sequences share are sums over the
-        sequences.
+        As from `attention_backward`. The gradient of `bias` is a list with an array for each sequence, or None for a
+        sequence without a bias. The gradients of `sinks`, `t5`, `scale`, and of `alibi_slopes` that all sequences
+        share, are sums over the sequences.
 
     Raises
     ------
@@ -121,7 +122,7 @@ def attention_varlen_vjp(
     wrt : sequence of str
         As for `attention_varlen_backward`.
     **options
-        Those of `attention_varlen`, except ``out`` and ``return_weights``.
+        The options of `attention_varlen`, except ``out`` and ``return_weights``.
 
     Returns
     -------
@@ -133,7 +134,7 @@ def attention_varlen_vjp(
 
     Notes
     -----
-    Like `attention_vjp`, keeps what makes the gradients more accurate than those computed from rounded results.
+    As with `attention_vjp`, the gradients are more accurate than gradients computed from rounded results.
 
     Examples
     --------
@@ -156,7 +157,7 @@ def attention_varlen_vjp(
     out = packed.split(exact_out.astype(packed.q.dtype, copy=True), packed.queries)
 
     def vjp(grad_out: Any, grad_lse: Any = None) -> Gradients:
-        """Return the gradients for those of out and lse."""
+        """Return the gradients, given the gradients of out and lse."""
         upstream = sequences.rows("grad_out", grad_out), sequences.columns("grad_lse", grad_lse)
         return Gradients(**sequences.backward(upstream, exact_out, exact_lse))
 
@@ -183,7 +184,7 @@ class _Sequences:
         return self.inputs.bias or []
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of all gradients, with those of lists as 'name[i]'."""
+        """Return the names of all gradients; the entries of a list are named 'name[i]'."""
         names: list[str] = []
         for name in self.wrt:
             if name == "bias":
@@ -257,7 +258,7 @@ class _Sequences:
 
 
 def _flat(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arrays by name, with those of lists as 'name[i]'."""
+    """Return arrays by name; the arrays of a list are named 'name[i]'."""
     flat: dict[str, Any] = {}
     for name, value in named.items():
         if isinstance(value, (list, tuple)):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """The results of `attention`, and the quantities that error bounds are expressed in."""
+    """The results of `attention`, and the quantities in which error bounds are expressed."""
 
     out: NDArray[Any]  # (..., H, Sq, Dv), or (..., Sq, H, Dv) in layout "bshd"
     lse: NDArray[Any]  # (..., H, Sq)
@@ -103,7 +103,7 @@ def attention(
     Parameters
     ----------
     relative : (r, u, w, r_origin), optional
-        As for `selfattn.relative_attention`, with mem_len as `q_offset`.
+        As for `selfattn.relative_attention`; pass its mem_len as `q_offset`.
     dtype : dtype, default float64
         The type to compute in; `numpy.longdouble` to check float64 results.
     """
@@ -154,14 +154,14 @@ def attention_backward(
     grad_weights: ArrayLike | None = None,
     **options: Any,
 ) -> GradientResult:
-    """Compute the gradients of `attention`, whose numbers must be finite (except for a bias of -inf).
+    """Compute the gradients of `attention`; all operands must be finite, except that a bias may be -inf.
 
     Parameters
     ----------
     grad_out, q, k, v, wrt, grad_lse, grad_weights
         As for `selfattn.attention_backward`; `wrt` may name r, u and w as well.
     **options
-        Those of `attention`.
+        The options of `attention`.
     """
     dropout, seed = options.pop("dropout", 0.0), options.pop("seed", None)
     forward = attention(q, k, v, **options)
@@ -178,7 +178,7 @@ def attention_backward(
 
 
 def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Encrypt counters with Philox4x32-10 (Salmon et al., 2011); the last axis holds the four words of each."""
+    """Encrypt counters with Philox4x32-10 (Salmon et al., 2011); the last axis holds the four words of a counter."""
     word = np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
     for i in range(10):
@@ -190,7 +190,7 @@ def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def dropout_factors(shape: tuple[int, ...], rate: float, seed: int | None, first: int = 0) -> NDArray[np.float64]:
-    """Return the factors of weights (..., H, Sq, Sk) under dropout: 0, or 1 / (1 - rate) of those that are kept.
+    """Return dropout's factors of the weights (..., H, Sq, Sk): 0, or 1 / (1 - rate) where the weight is kept.
 
     `first` is the number of the first batch entry.
     """

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _LARGEST = 512  # maximum number of cells along an axis; more tokens are grouped, showing each group's largest weight
 _LABELLED = 64  # maximum number of tokens along an axis that are labelled with their names
 _LEAST = 1e-4  # the weight at the dark end of a logarithmic scale
-_MARGIN = 20  # columns for a name
+_MARGIN = 20  # number of columns for a name
 _SHADES = " ░▒▓█"
-_HIDDEN, _NOT_FINITE = "·", "!"  # in a terminal, in place of a shade
+_HIDDEN, _NOT_FINITE = "·", "!"  # drawn in a terminal instead of a shade
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a token does not start a formula
 
 
@@ -53,9 +53,9 @@ def heatmap(
     key_tokens : sequence of str, optional
         Names of the keys.
     ax : matplotlib Axes, optional
-        Axes to draw on; by default those of a new figure.
+        Axes to draw on; by default, a new figure is made.
     head : int or "mean", optional
-        Which head of (H, Sq, Sk); "mean" averages the heads. Required if there is more than one.
+        The head of (H, Sq, Sk) to draw; "mean" averages the heads. Required if there is more than one head.
     title : str, optional
     log : bool, default False
         Use a logarithmic colour scale, from 1e-4.

@@ -3,8 +3,8 @@
     .venv/bin/uvicorn --app-dir examples service.app:app
     cd examples && ../.venv/bin/gunicorn service.app:app
 
-Every worker process has its own models and caches. One of its threads computes; this module only checks and waits.
-gunicorn reads `examples/gunicorn.conf.py`.
+Every worker process has its own models and caches. One of its threads computes; this module only checks requests and
+waits for results. gunicorn reads `examples/gunicorn.conf.py`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Service:
             await send_answer(answer, send, head=scope["method"] == "HEAD")
             status = answer.status
         except Disconnected:
-            status = 499  # as other servers count clients that left
+            status = 499  # other servers also count clients that left as 499
         self.metrics.count(path, status, time.perf_counter() - start)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
@@ -116,7 +116,7 @@ class Service:
         found = await result_of(self.worker.embed(request.texts), receive)
         answer = {"embeddings": found.vectors.tolist()}
         if found.cut:
-            answer["cut"] = found.cut  # texts that are longer than the model reads: their beginnings are embedded
+            answer["cut"] = found.cut  # indices of texts longer than the model reads: only their beginnings count
         return Answer.of(answer)
 
     async def _generate(self, body: bytes, receive: Receive) -> Answer:
@@ -127,7 +127,7 @@ class Service:
         return Answer.of({"text": bytes(tokens).decode("utf8", "replace"), "tokens": len(tokens)})
 
     def _stream(self, request: Generate, receive: Receive) -> Answer:
-        """Answer with a line of JSON for each piece of text, then one with the number of tokens or the error."""
+        """Answer with a line of JSON for each piece of text, then one line with the number of tokens or the error."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[int]()
 
         def tell(token: int) -> None:
@@ -146,7 +146,7 @@ class Service:
                 last: dict[str, Any] = {"tokens": len(future.result())}
             except Disconnected:
                 raise
-            except Exception as error:  # the status has been sent already
+            except Exception as error:  # the status line has already been sent
                 last = {"error": str(error)}
             yield json.dumps(last).encode() + b"\n"
 

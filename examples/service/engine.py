@@ -23,7 +23,7 @@ class Busy(Exception):
 
 
 class TooLong(ValueError):
-    """The request does not fit even alone."""
+    """The request would not fit even if it ran alone."""
 
 
 @dataclass(eq=False)
@@ -50,11 +50,12 @@ class Request:
 
 
 class Engine:
-    """Generates many texts at once, one token of each per step. Only `submit` may be called from other threads.
+    """Generates many texts at once, one token of each text per step. Only `submit` may be called from other threads.
 
-    A prompt is read in chunks of `chunk` tokens, one chunk per step, so that a long one does not hold up the others.
-    Whole chunks that a running request has already read are shared with it. Chunks end at places that depend on the
-    prompt alone. So every call computes the same for a request as if it were alone, and the text is the same.
+    A prompt is read in chunks of `chunk` tokens, one chunk per step, so that a long prompt does not hold up other
+    requests. If a running request has already read whole chunks of the prompt, they are shared with it. Chunks end at
+    places that depend on the prompt alone. So for each request, every call computes the same numbers as if the request
+    ran alone, and the text is the same.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Engine:
         self.lock = threading.Lock()  # guards `waiting`, which another thread fills
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.steps = self.rows = self.shared = 0  # counted for /health
+        self.steps = self.rows = self.shared = 0  # figures for /health
 
     def submit(
         self, prompt: Array, tokens: int, choose: Chooser, on_token: Callable[[int], None] | None = None
@@ -103,7 +104,7 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def step(self) -> None:
-        """Let requests join, read one chunk of one prompt, compute one token of all others, let requests leave."""
+        """Let requests join, read one chunk of one prompt, compute one token of all others, let finished ones leave."""
         with self.lock:
             self._drop_cancelled()
             self._admit()
@@ -164,7 +165,7 @@ class Engine:
         self.shared += shared
 
     def _shared_length(self, request: Request, other: Request) -> int:
-        # At least one token must be left to read: its logits choose the first token.
+        # At least one token of the prompt must be left to read: its logits choose the first new token.
         most = min(len(request.prompt) - 1, len(other.prompt), other.read)
         differs = request.prompt[:most] != other.prompt[:most]
         same = int(np.argmax(differs)) if differs.any() else most

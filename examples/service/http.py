@@ -1,4 +1,4 @@
-"""What the service needs of HTTP, on ASGI: bodies with limits of size and time, answers whole or in parts."""
+"""The parts of HTTP that the service needs, on ASGI: bodies with limits of size and time, answers whole or in parts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def read_body(scope: Scope, receive: Receive, seconds: float) -> bytes:
     declared = dict(scope["headers"]).get(b"content-length", b"0")
     too_large = Problem(413, f"the body has more than {MAX_BODY} bytes")
     if declared.isdigit() and int(declared) > MAX_BODY:
-        raise too_large  # before a byte of it is read
+        raise too_large  # before a byte of the body is read
     body = bytearray()
 
     async def read() -> bytes:
@@ -85,9 +85,9 @@ async def result_of(future: Future[Any], receive: Receive) -> Any:
 
 
 async def until_done(future: Future[Any], receive: Receive, news: asyncio.Queue[Any]) -> AsyncIterator[Any]:
-    """Yield what arrives in `news` until the future is done; raise Disconnected if the client leaves first."""
+    """Yield the items that arrive in `news` until the future is done; raise Disconnected if the client leaves first."""
     answer = asyncio.wrap_future(future)
-    disconnected = asyncio.ensure_future(receive())  # after the body, only the end of the connection is received
+    disconnected = asyncio.ensure_future(receive())  # after the body, the only event left is the end of the connection
     try:
         while not answer.done():
             arrived = asyncio.ensure_future(news.get())
@@ -102,6 +102,6 @@ async def until_done(future: Future[Any], receive: Receive, news: asyncio.Queue[
             yield news.get_nowait()
     finally:
         disconnected.cancel()
-        answer.cancel()  # if it is not done: the request leaves the batch
+        answer.cancel()  # no effect if it is done; otherwise the request leaves the batch
         if not answer.cancelled():
-            answer.exception()  # callers get it from the future
+            answer.exception()  # marks it as seen: callers read it from the future

@@ -1,8 +1,8 @@
-"""Puts load on a service with many clients, and compares every answer with one computed alone in this process.
+"""Puts load on a service with many clients, and compares every answer with an answer computed in this process.
 
     .venv/bin/python examples/load_service.py --clients 16 --requests 400
 
-Texts must be equal, embeddings to 1e-6. The exit code is 1 if any answer is not.
+Texts must be equal, embeddings must agree to 1e-6. The exit code is 1 if any answer differs.
 """
 
 from __future__ import annotations

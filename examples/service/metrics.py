@@ -10,7 +10,7 @@ KIND = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Counts answers; the rest is asked from the worker when it is wanted."""
+    """Counts answers. All other figures are read from the worker when they are requested."""
 
     def __init__(self) -> None:
         self.answers: Counter[tuple[str, int]] = Counter()

@@ -18,8 +18,8 @@ class Settings:
     pages: int = 1024
     max_batch: int = 16
     max_waiting: int = 64
-    step_tokens: int = 2048  # embedded between two steps of the batch that generates
-    read_seconds: int = 10  # for a request's body
+    step_tokens: int = 2048  # most tokens embedded between two steps of generation
+    read_seconds: int = 10  # time for a request's body to arrive
 
     @staticmethod
     def from_environment() -> Settings:

@@ -28,16 +28,16 @@ class Embeddings(NamedTuple):
     """The result of a request."""
 
     vectors: Array  # (texts, 384)
-    cut: list[int]  # which texts were longer than the model reads
+    cut: list[int]  # indices of texts that were longer than the model reads
 
 
 @dataclass(eq=False)
 class Job:
-    """Texts to be embedded, a few in each step."""
+    """A request's texts, of which a few are embedded in each step."""
 
     texts: list[str]
     future: Future[Embeddings] = field(default_factory=Future)
-    tokens: list[int] = field(default_factory=list)  # of each text, as far as the model reads it
+    tokens: list[int] = field(default_factory=list)  # number of tokens of each text that the model reads
     cut: list[int] = field(default_factory=list)
     vectors: list[Array] = field(default_factory=list)
 
@@ -45,8 +45,8 @@ class Job:
 class Worker:
     """Answers `embed` and `generate` with futures that its thread fulfils.
 
-    Between two steps of the batch it embeds texts of waiting requests, together, of at most `step_tokens` tokens. It
-    takes one text of each request in turn, so that a request with many long texts does not hold up the others.
+    Between two steps of the batch it embeds texts of waiting requests together, with at most `step_tokens` tokens in
+    all. It takes one text of each request in turn, so that a request with many long texts does not hold up the others.
     """
 
     def __init__(self, engine: Engine, embedder: MiniLM | None, step_tokens: int = 2048, max_waiting: int = 64) -> None:
@@ -54,7 +54,7 @@ class Worker:
         self.step_tokens, self.max_waiting = step_tokens, max_waiting
         self.most_tokens = max_tokens(model_folder()) if embedder is not None else 0
         self.jobs: deque[Job] = deque()
-        self.embedded_tokens = self.cut_texts = 0  # counted for /metrics
+        self.embedded_tokens = self.cut_texts = 0  # figures for /metrics
         self.changed = threading.Condition()
         self.closing = False
         self.thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -113,7 +113,7 @@ class Worker:
             settle(job.future, error=closed)
 
     def _embed(self, jobs: list[Job]) -> None:
-        """Embed the texts of one step, and fulfil the jobs of which none is left."""
+        """Embed the texts of one step, and fulfil the jobs that have no text left."""
         if not jobs:
             return
         try:

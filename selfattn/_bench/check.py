@@ -1,4 +1,4 @@
-"""Checks results against the documented error bound, on as many rows as can be checked in a second."""
+"""Checks results against the documented error bound, on as many rows as fit in a second of work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .workload import Array, Arrays, Workload
 
 Float64 = NDArray[np.float64]
 
-# Allowed error of other libraries, relative to the norm of the result: they round at different places between steps.
+# Allowed error of other libraries, relative to the norm of the result: they round at other places between steps.
 COARSE_ERRORS = {"bfloat16": 2e-2, "float16": 3e-3, "medium": 2e-2, "high": 3e-3}
 MAX_PAIRS = 2**22  # (query, key) pairs that a check computes in float64, in less than a second
 
@@ -68,7 +68,7 @@ class Units:
 
 
 def unit_of(workload: Workload) -> str:
-    """Return the unit that computes a workload's products; if there are two, the one that rounds."""
+    """Return the unit that computes a workload's products; if there are two units, the one that rounds."""
     w, nothing = workload, np.zeros((), numpy_dtype(workload.dtype))
 
     def explained(batch: int, q_len: int) -> str:
@@ -96,7 +96,7 @@ def coarse_error(workload: Workload) -> float:
 def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
     """Compute the expected output on the active ISA: all of it, or rows at start, middle and end of some heads.
 
-    `arrays` are those that the call reads (`Peer.held`).
+    `arrays` are the arrays that the call reads (`Peer.held`).
     """
     unit = unit_of(workload)
     if workload.kind == "block":
@@ -237,12 +237,12 @@ def storage_error(workload: Workload, arrays: Arrays, out: Array) -> float:
 
 
 def check_everywhere(name: str, out: Array, trusted: Array, parts: list[Expected]) -> None:
-    """Compare a whole output with one that `check` accepted; a few times the largest bound is allowed.
+    """Compare a whole output with one that `check` accepted; errors may be a few times the largest bound.
 
     Raises
     ------
     Mismatch
-        If the outputs differ in shape or by more than that.
+        If the outputs differ in shape or by more than is allowed.
     """
     _check_shape(name, out, trusted)
     allowed = 4.0 * max(float(np.max(part.bound, initial=0.0)) for part in parts)

@@ -30,7 +30,7 @@ def add_arguments(
     ----------
     parser : ArgumentParser
     default : sequence of str, optional
-        Workloads to run if the user names none; all of `WORKLOADS` by default.
+        Workloads to run if the user names none; by default all of `WORKLOADS`.
     known : mapping of name to Workload
         Workloads that the user can name.
     worker : sequence of str
@@ -114,12 +114,12 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
 def varied(
     workloads: Sequence[Workload], dtypes: Sequence[str] | None, precisions: Sequence[Precision] | None
 ) -> list[Workload]:
-    """Return the workloads in each of the dtypes; those in float32 also at each precision.
+    """Return the workloads in each of the dtypes, and float32 workloads at each precision.
 
     Raises
     ------
     ValueError
-        If none is left, or a dtype is not available here.
+        If no workload is left, or a dtype is not available here.
     """
     found = {
         variant.name: variant

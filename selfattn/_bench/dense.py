@@ -25,7 +25,7 @@ def range_mask(workload: Workload) -> NDArray[np.bool_] | None:
 
 
 def square_causal(workload: Workload) -> bool:
-    """Whether `causal` is the only option that hides keys, and top-left alignment is the same as ours."""
+    """Whether `causal` is the only option that hides keys, and top-left alignment gives the same mask as ours."""
     options = workload.options
     others = options.window or options.kv_lens or options.bias or options.alibi or options.mask != "none"
     return options.causal and not others and workload.q_len == workload.kv_len

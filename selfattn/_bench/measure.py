@@ -18,7 +18,7 @@ from .workload import Arrays, Workload
 
 PEAK_SHARE = 0.05  # share of a workload's time budget for each of four peak measurements
 PEAK_SECONDS = (0.005, 0.1)  # shortest and longest peak measurement
-MAX_STORAGE_ERROR = 0.02  # relative to sum p|v|: above the error of any cache dtype, below that of a wrong scale
+MAX_STORAGE_ERROR = 0.02  # relative to sum p|v|: above the error of any cache dtype, below the error of a wrong scale
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Result:
         return self.rate() / self.peak
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, including derived figures, as plain types."""
+        """Return all fields and derived figures as plain types."""
         record = asdict(self)
         record["flops"] = self.workload.flops()
         record["kv_bytes"] = self.workload.kv_bytes()

@@ -1,4 +1,4 @@
-"""The dtypes of workloads, and the error that each allows."""
+"""The dtypes of workloads, and the error that is allowed for each."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SUFFIXES = {
 }
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
-NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp; 16-bit: only results are rounded
-_SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # subnormal
+NARROW_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half an ulp; in 16 bits, only results are rounded
+_SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # smallest subnormal numbers
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -50,7 +50,7 @@ def computed_in(dtype: str) -> str:
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, deviation: float) -> NDArray[Any]:
-    """Draw normal numbers; apart from rounding, they are the same for every dtype except float64."""
+    """Draw normal numbers. Apart from rounding, every dtype except float64 gets the same numbers."""
     drawn = rng.standard_normal(shape, dtype=np.float64 if dtype == "float64" else np.float32)
     drawn *= deviation
     return drawn.astype(numpy_dtype(dtype), copy=False)

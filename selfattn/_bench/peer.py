@@ -26,7 +26,7 @@ BLOCK_INPUTS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o")
 
 
 class CannotRun(Exception):
-    """A peer that seemed to support a workload turned out to be unable to run it."""
+    """A peer turned out to be unable to run a workload that it seemed to support."""
 
 
 class Peer(ABC):

@@ -8,7 +8,7 @@ from .torch_peer import PyTorch
 OWN = Own()
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (OWN, NumPy(), PyTorch())}
 
-ALIASES = {"torch": "pytorch"}  # the name used to import and install it
+ALIASES = {"torch": "pytorch"}  # the name by which it is imported and installed
 
 
 def add(*peers: Peer) -> None:
@@ -22,7 +22,7 @@ def others() -> list[Peer]:
 
 
 def choose(names: list[str] | None) -> list[Peer]:
-    """Return selfattn and the peers with these names, or all installed default peers.
+    """Return selfattn and the peers with these names; without names, all installed default peers.
 
     Raises
     ------

@@ -28,7 +28,7 @@ def write_plot(results: Sequence[Result], path: str | Path, peer: str = "pytorch
     path : str or Path
         The suffix gives the format.
     peer : str
-        The peer to compare with; if it was not measured, the first one that was.
+        The peer to compare with; if it was not measured, the first peer that was.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def _measured_peer(results: Sequence[Result], wanted: str) -> str:
 
 
 def _draw_bars(axes: Any, places: Sequence[float], ratios: Sequence[Quartiles], height: float, suffix: str) -> None:
-    """Bars from 1 to the median, the quartiles as error bars, the median as text."""
+    """Draw bars from 1 to the median, with the quartiles as error bars and the median as text."""
     median = np.array([ratio.median for ratio in ratios])
     low = median - [ratio.q1 for ratio in ratios]
     high = np.array([ratio.q3 for ratio in ratios]) - median

@@ -18,7 +18,7 @@ from selfattn import _core
 Timed = Mapping[str, Callable[[], Any]]
 Gauges = Mapping[str, Callable[[], float]]
 
-BANDWIDTH = "bandwidth"  # name, among the times of a round, of the time to read as many bytes as K and V have
+BANDWIDTH = "bandwidth"  # in the times of a round, names the time to read as many bytes as K and V have
 
 MIN_SAMPLE_SECONDS = 2e-3  # far above the clock's resolution and the time of an interrupt
 MIN_ROUNDS = 5
@@ -27,9 +27,9 @@ WARM_CALL_LIMIT = 20e-3  # for longer calls, it does not matter whether the thre
 # A team that wakes up may start with two threads on one core; the scheduler takes some ticks to separate them.
 WARM_SECONDS = 30e-3
 
-# After a call, the threads of a pool spin while they wait for more work: OpenBLAS 100 ms, ONNX Runtime 30 ms,
-# OpenMP 5 ms. The next peer would share its cores with them, so each sample waits until the
-# process is idle. The kernel counts the time of running threads in ticks of up to 4 ms.
+# After a call, the threads of a pool spin while they wait for more work: for 100 ms in OpenBLAS, 30 ms in ONNX Runtime,
+# 5 ms in OpenMP. The next peer would share its cores with them, so each sample waits until the process is idle. The
+# kernel counts the time of running threads in ticks of up to 4 ms.
 IDLE_WINDOW = 10e-3
 IDLE_SHARE = 0.2
 MAX_SETTLE_SECONDS = 0.5

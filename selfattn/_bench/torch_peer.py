@@ -14,7 +14,7 @@ from .workload import Array, Arrays, Workload
 
 
 class PyTorch(Peer):
-    """SDPA under inference_mode; every mask is prepared beforehand in the form that is fastest for it."""
+    """SDPA under inference_mode; every mask is prepared beforehand in the form that is fastest for SDPA."""
 
     name, label, module = "pytorch", "PyTorch", "torch"
 

@@ -28,12 +28,12 @@ THREAD_LIMITS = (
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
-    "NPROC",  # XLA's
+    "NPROC",  # read by XLA
 )
 
 
 class WorkerFailed(RuntimeError):
-    """The measuring process failed; its own output contains the error."""
+    """The measuring process failed; its output contains the error."""
 
 
 def measure_in_process(

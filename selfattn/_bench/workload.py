@@ -19,13 +19,13 @@ Arrays = dict[str, Array]
 RandomArrays = dict[str, tuple[tuple[int, ...], float]]  # shape and standard deviation
 
 # FLOPs per element of K and V. A core with wide vectors does at least this many FLOPs while a float arrives from
-# memory. Workloads with fewer wait for memory.
+# memory. Workloads with fewer FLOPs per element wait for memory.
 MEMORY_BOUND_INTENSITY = 12.0
 
 VISIBLE_SHARE = 0.75  # share of True in a random mask
 SOFT_BIAS = 2.0  # standard deviation of a random bias
 TILE = 256  # side of the squares of a "tiles" mask
-TILE_PERIOD = 4  # one in this many of them is visible
+TILE_PERIOD = 4  # one in this many squares is visible
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Workload:
         return cls(**values)
 
     def varied(self, dtype: str, precision: Precision = "highest") -> Workload:
-        """Return the same case in another dtype or at another precision, with a matching name."""
+        """Return this case in another dtype or at another precision, with a matching name."""
         suffixes = [SUFFIXES[dtype]] if dtype != self.dtype else []
         suffixes += [SUFFIXES[precision]] if precision != self.precision else []
         return replace(self, name="-".join([self.name, *suffixes]), dtype=dtype, precision=precision)
@@ -116,7 +116,7 @@ class Workload:
         return np.broadcast_to(np.asarray(lens - self.q_len, dtype=np.int64), (self.batch,))
 
     def key_ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First visible key, and the one after the last, shapes (batch, q_len).
+        """First visible key, and the key after the last visible one, shapes (batch, q_len).
 
         Takes into account causal, window and lengths, whose shape is known in advance. Ignores masks and biases, since
         no kernel can know which pairs they hide before reading them.
@@ -184,7 +184,7 @@ class Workload:
 
     @property
     def memory_bound(self) -> bool:
-        """Whether reading K and V limits the speed rather than arithmetic, as in decode; always true for caches."""
+        """Whether reading K and V, rather than arithmetic, limits the speed, as in decode; always true for caches."""
         if self.cache is not None:
             return True
         if self.kind == "block" or self.q_len >= self.kv_len:
@@ -192,7 +192,7 @@ class Workload:
         return self.flops() * self.itemsize < MEMORY_BOUND_INTENSITY * self.kv_bytes()
 
     def make_arrays(self, seed: int = 0) -> Arrays:
-        """Random arrays of this workload by name; the same seed gives the same arrays.
+        """Random arrays of this workload by name; a seed always gives the same arrays.
 
         Returns
         -------

@@ -10,7 +10,7 @@ from .workload import Workload
 
 PADDED_LENS = (128, 19, 64, 101, 33, 80, 117, 50)
 
-# The workloads of `python -m selfattn bench` if none is named: one of each kind, half a minute in total.
+# The workloads of `python -m selfattn bench` if none is named: one of each kind. They take half a minute in total.
 QUICK = (
     "tiny-16",
     "embed-128",

@@ -1,8 +1,8 @@
-"""Attention with the function names, argument orders and alignments of other libraries, on NumPy arrays.
+"""Attention with the function names, argument orders and causal alignments of other libraries, on NumPy arrays.
 
 Each function is a thin wrapper around selfattn's own, so that existing code only needs to change an import. A table in
 its docstring lists the differences from the original. An argument that cannot be mapped raises an error that names it;
-none is silently ignored.
+no argument is silently ignored.
 """
 
 from __future__ import annotations

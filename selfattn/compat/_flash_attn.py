@@ -1,4 +1,4 @@
-"""flash-attn 2's attention function on arrays, and the options that all of its functions take.
+"""flash-attn 2's attention function on arrays, and the options that all flash-attn functions take.
 
 The token axis comes before the head axis, and causal limits are aligned with the last key.
 """
@@ -56,14 +56,14 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Compute the same as ``flash_attn.flash_attn_func``, on arrays.
+    """Compute ``flash_attn.flash_attn_func`` on arrays.
 
     Parameters
     ----------
     q : array_like, shape (B, Sq, H, D)
     k : array_like, shape (B, Sk, Hkv, D)
     v : array_like, shape (B, Sk, Hkv, Dv)
-        All of the same dtype: float32, float64, float16 or bfloat16. Hkv divides H.
+        All in one dtype: float32, float64, float16 or bfloat16. Hkv divides H.
     dropout_p : float
         Must be 0.
     softmax_scale : float, optional
@@ -71,12 +71,12 @@ def flash_attn_func(
     causal : bool, default False
         The last query is aligned with the last key.
     window_size : (left, right)
-        Number of keys that a query sees to each side of its own position; negative = unbounded.
+        Number of keys that a query sees on each side of its own position; negative = unbounded.
     softcap : float
         0 = none.
     alibi_slopes : array_like, shape (H,) or (B, H), optional
     deterministic : bool
-        Concerns the original's backward pass. Here, results are bit-identical in every run with either value.
+        Concerns the original's backward pass. Here, results are bit-identical in every run, with True and with False.
     return_attn_probs : bool
         Also return the log-sum-exps and the attention weights.
 

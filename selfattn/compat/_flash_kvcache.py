@@ -16,7 +16,7 @@ from ._pages import Pages
 
 _NAME = "flash_attn_with_kvcache"
 
-# Only this call: k and v are also arguments of flash_attn_with_kvcache.
+# Renames for this call only: k and v are also arguments of flash_attn_with_kvcache.
 _attend = own_names(_NAME, k="k_cache", v="v_cache", scale="softmax_scale")(Pages.attend)
 
 
@@ -71,7 +71,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Compute the same as ``flash_attn.flash_attn_with_kvcache``, on arrays; the caches are updated in place.
+    """Compute ``flash_attn.flash_attn_with_kvcache`` on arrays; the caches are updated in place.
 
     Parameters
     ----------
@@ -83,8 +83,8 @@ def flash_attn_with_kvcache(
     v : array_like, shape (B, T, Hkv, Dv), optional
         New tokens, written into the caches after the existing ones, before q attends.
     rotary_cos, rotary_sin : array_like, shape (positions, rotary_dim / 2), optional
-        Rotate k and q, whose positions start at `cache_seqlens`; without `causal` and `window_size`, all queries are
-        at position `cache_seqlens`.
+        Rotate k and q, whose positions start at `cache_seqlens`; with neither `causal` nor `window_size`, all queries
+        are at position `cache_seqlens`.
     cache_seqlens : int or integer array (B,), optional
         Number of tokens in the cache before the call; default: the cache is full.
     cache_batch_idx : integer array (B,), optional
@@ -110,7 +110,7 @@ def flash_attn_with_kvcache(
 
     Notes
     -----
-    A failed call leaves the caches unchanged. The table of `flash_attn_func`, and:
+    A failed call leaves the caches unchanged. The table of `flash_attn_func` applies, and:
 
     =====================  ======================================  =========================================
     argument or case       flash-attn                              here
@@ -219,7 +219,7 @@ def _lengths(value: Any, count: int, pages: Pages, given: bool) -> NDArray[np.in
         lengths = np.full(count, min(max(int(value), -1), np.iinfo(np.int64).max), np.int64)
     else:
         lengths = _per_row("cache_seqlens", value, count)
-    pages.check_lengths(lengths)  # before additions, which could mask negative values or overflow
+    pages.check_lengths(lengths)  # checked before additions, which could hide negative values or overflow
     return lengths
 
 

@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: ArrayLike | None = None,
 ) -> Any:
-    """Compute the same as ``flash_attn.flash_attn_varlen_func``, on arrays.
+    """Compute ``flash_attn.flash_attn_varlen_func`` on arrays.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def flash_attn_varlen_func(
 
     Notes
     -----
-    The table of `flash_attn_func`, and:
+    The table of `flash_attn_func` applies, and:
 
     =====================  ======================================  =========================================
     argument or case       flash-attn                              here

@@ -65,14 +65,14 @@ def dot_product_attention(
     implementation: Literal["xla"] | None = None,
     return_residual: bool = False,
 ) -> Any:
-    """Compute the same as ``jax.nn.dot_product_attention``, on arrays.
+    """Compute ``jax.nn.dot_product_attention`` on arrays.
 
     Parameters
     ----------
     query : array_like, shape (B, T, N, H) or (T, N, H)
     key : array_like, shape (B, S, K, H) or (S, K, H)
     value : array_like, shape (B, S, K, H) or (S, K, H)
-        All of the same dtype: float32, float64, float16 or bfloat16. K divides N.
+        All in one dtype: float32, float64, float16 or bfloat16. K divides N.
     bias : array_like, broadcasting to (B, N, T, S), optional
         Added to the scores.
     mask : array_like of bool, broadcasting to (B, N, T, S), optional
@@ -84,7 +84,7 @@ def dot_product_attention(
     query_seq_lengths, key_value_seq_lengths : integer array (B,), optional
         Number of valid queries and keys of each batch entry.
     local_window_size : int or (left, right), optional
-        Number of keys that a query sees to each side of its own position; a single number applies to both sides.
+        Number of keys that a query sees on each side of its own position; a single number applies to both sides.
     implementation : {None, "xla"}
         Ignored: both values have the same effect.
     return_residual : bool, default False

@@ -30,14 +30,14 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """Compute the same as ``torch.nn.functional.scaled_dot_product_attention``, on arrays.
+    """Compute ``torch.nn.functional.scaled_dot_product_attention`` on arrays.
 
     Parameters
     ----------
     query : array_like, shape (..., H, L, E)
     key : array_like, shape (..., H, S, E)
     value : array_like, shape (..., H, S, Ev)
-        All of the same dtype: float32, float64, float16 or bfloat16. All dimensions before the last two broadcast.
+        All in one dtype: float32, float64, float16 or bfloat16. All dimensions before the last two broadcast.
     attn_mask : array_like, broadcasting to (..., H, L, S), optional
         bool (True = attend), or float32 or query's dtype (added to the scores).
     dropout_p : float
@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
     scale : float, optional
         Default ``1 / sqrt(E)``.
     enable_gqa : bool, default False
-        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of theirs.
+        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of their number.
 
     Returns
     -------

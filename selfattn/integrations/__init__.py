@@ -1,1 +1,1 @@
-"""Use of selfattn inside other libraries; each module needs the library that it is named after."""
+"""Integrations of selfattn into other libraries. Each module needs the library that it is named after."""

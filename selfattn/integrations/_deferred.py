@@ -1,4 +1,4 @@
-"""Tensors that are described, and computed only when an operation needs their numbers."""
+"""Tensors that are described, and whose numbers are computed only when an operation needs them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Deferred(torch.Tensor):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def without_memory(cls: type[_Self], shape: Any, dtype: torch.dtype, strides: Any = None) -> _Self:
-        """Return such a tensor; `make` or `made` remains to be set."""
+        """Return a tensor of this class; the caller must set `make` or `made`."""
         tensor: _Self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device="cpu")
-        torch._C._set_throw_on_mutable_data_ptr(tensor)  # otherwise DLPack's C functions would read a null pointer
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # else DLPack's C functions would read a null pointer
         return tensor
 
     def dense(self) -> torch.Tensor:
-        """Return the numbers as an ordinary tensor, the same one each time."""
+        """Return the numbers as an ordinary tensor; every call returns the same tensor."""
         if self.made is None:
             with _disable_current_modes():  # while code is compiled, tensors may have no values
                 self.made = self.make()

@@ -10,10 +10,10 @@ from .._arguments import integer_in
 
 
 def dropout_options(function: str, name: str, rate: float, seed: int | None = None) -> dict[str, Any]:
-    """Return the options of a call whose argument `name` is the rate; empty for 0.
+    """Return the options for dropout, given the argument `name`, which is the rate; no options if the rate is 0.
 
-    Without a seed, one comes from PyTorch's generator, whose state activation checkpointing restores before it repeats
-    a call.
+    If no seed is given, PyTorch's generator provides one. Activation checkpointing restores the generator's state
+    before it repeats a call.
     """
     if rate == 0:
         return {}

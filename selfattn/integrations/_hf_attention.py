@@ -57,12 +57,13 @@ def attention_forward(
 
     Returns the result as (B, Sq, H, D), and the weights (B, H, Sq, Sk) if `output_attentions` asks for them.
     If `attention_mask` is given, it alone decides what is visible. Otherwise `is_causal` (by default the module's, if
-    any) aligns the last query with the last key and applies `sliding_window`. A `sliding_window` without mask and
-    `is_causal` raises an error if it would hide a key.
+    it has one) aligns the last query with the last key, and `sliding_window` applies. If there is neither a mask nor
+    `is_causal`, a `sliding_window` that would hide a key raises an error.
     Sparse layers pass the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
     Sinks (`sinks` or `s_aux`) are given per head, or per query: (B, H, Sq, 1).
-    `cu_seq_lens_q` and `cu_seq_lens_k` are the bounds of sequences that are packed into one batch entry; without
-    padding between them, each attends to itself only. An `attention_mask` of numbers or booleans does the same.
+    `cu_seq_lens_q` and `cu_seq_lens_k` are the bounds of sequences that are packed into one batch entry without padding
+    between them; each sequence attends only to itself. An `attention_mask` of numbers or booleans may separate them
+    instead.
     """
     for name, given in kwargs.items():
         if given is not None and name not in _UNRELATED:
@@ -112,9 +113,9 @@ def _attend_plainly(
     scale: Any,
     softcap: float | None,
 ) -> torch.Tensor | None:
-    """Return the result of a call with a described mask and nothing else, or None if it is not that simple.
+    """Return the result of a call that has a described mask and no other options; None for any other call.
 
-    Between the products of a model, all code is cold, and this must be short to be fast.
+    Between the products of a model, this code is not in the processor's caches: it must be short to be fast.
     """
     query, key, value = operands
     if (
@@ -208,7 +209,7 @@ def _operands(
 
 
 def _autocast(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Convert the operands to autocast's dtype. Without autocast, return them unchanged; they are rejected later."""
+    """Convert the operands to autocast's dtype. Without autocast, return them unchanged; they are checked later."""
     if not torch.is_autocast_enabled("cpu"):
         return operands
     dtype = torch.get_autocast_dtype("cpu")

@@ -18,20 +18,21 @@ _SLACK = 128  # least number of tokens to make room for in advance
 
 
 class Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
-    """A cache for `generate` and for models, which appends in place; a `DynamicCache` copies all it holds at each step.
+    """A cache for `generate` and for models that appends in place; a `DynamicCache` copies all its tokens at each step.
 
-    Any attention implementation can use it, but only selfattn reads 8-bit tokens without converting all of them.
-    Layers that keep more than keys and values, such as those of linear attention, are the ones of `DynamicCache`.
-    Results are those of `DynamicCache`. The tensors that a layer returns are views, valid until the next call of
-    `crop`, `reorder_cache` or another method that changes tokens.
+    Any attention implementation can use this cache, but only selfattn reads 8-bit tokens without converting all of
+    them. For layers that keep more than keys and values, such as layers of linear attention, the cache uses
+    `DynamicCache`'s own. Results are the same as with `DynamicCache`. The tensors that a layer returns are views, valid
+    until the next call of `crop`, `reorder_cache` or another method that changes tokens.
 
     Parameters
     ----------
     config : PreTrainedConfig, optional
-        The model's configuration. It tells which layers have a sliding window: these keep only its tokens.
+        The model's configuration. It tells which layers have a sliding window: these layers keep only the window's
+        tokens.
     dtype : {"int8", "float32", "float16", "bfloat16"} or dtype, optional
-        Storage type, as in `selfattn.KVCache`; by default that of the model. "int8" halves the memory of bfloat16. The
-        prompt attends to its own keys before they are rounded.
+        Storage type, as in `selfattn.KVCache`; by default the model's type. "int8" takes half the memory of bfloat16.
+        The prompt attends to its own keys before they are rounded.
 
     Raises
     ------
@@ -60,11 +61,11 @@ class Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
         super().__init__(config=config)
         theirs: list[Any] = vars(self)["layers"]
         self.layers = [_in_place(layer, storage) for layer in theirs]
-        if not theirs:  # without a configuration, layers are made when they are needed
+        if not theirs:  # without a configuration, layers are made on first use
             self.layer_class_to_replicate = partial(Layer, storage)
         self._kinds: dict[str, list[bool]] = {}
 
-    # A mask is sized by these at each step; transformers asks every layer again.
+    # transformers sizes a mask by these properties at each step; its own versions ask every layer again.
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -96,12 +97,12 @@ def _in_place(layer: Any, storage: str | None) -> Any:
 class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
     """The keys and values of one layer, in memory that is replaced by larger memory when it is full.
 
-    With a sliding window, only the newest tokens are copied then. So keys and values are always contiguous, unlike in a
-    ring, and every mask and every attention implementation can be used.
+    With a sliding window, only the newest tokens are copied to the new memory. So keys and values are always
+    contiguous, unlike in a ring, and every mask and every attention implementation can be used.
     """
 
     def __init__(self, storage: str | None = None, sliding_window: int | None = None) -> None:
-        # Not DynamicLayer's: it sets attributes that are properties here.
+        # DynamicLayer's `__init__` is not called: it sets attributes that are properties here.
         self.storage, self.sliding_window = storage, sliding_window
         self.is_sliding, self.record_past = sliding_window is not None, False
         self._sliding_window_tensor = None if sliding_window is None else torch.tensor(sliding_window)
@@ -112,7 +113,7 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         self._memory: Any = None  # Plain or Stored
         self._held = 0  # tokens in the memory
         self.cumulative_length = 0  # tokens seen
-        self._undoable = 0  # of these, the newest that `crop` may remove from a sliding window
+        self._undoable = 0  # number of the newest tokens that `crop` may remove from a sliding window
 
     @property
     def is_initialized(self) -> bool:
@@ -165,7 +166,7 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         return seen  # type: ignore[no-any-return]
 
     def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the first tokens, of which only the newest may be needed later; all of them see each other."""
+        """Store the first tokens, which all see each other; later queries may need only the newest."""
         added = kept = keys.shape[2]
         if self.record_past:
             self._undoable += added
@@ -199,7 +200,7 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         self._held = needed
 
     def _needed(self) -> int:
-        """Return how many of the newest tokens later queries may see, also after a `crop`."""
+        """Return how many of the newest tokens later queries may see, even after a `crop`."""
         if self.sliding_window is None:
             return self._held
         return min(self._held, self.sliding_window - 1 + self._undoable)
@@ -264,5 +265,5 @@ _update_uncompiled: Any = torch.compiler.disable(Layer.update)
 
 
 def _with_slack(tokens: int) -> int:
-    """Return a capacity with room for more, so that memory is rarely replaced."""
+    """Return a capacity that leaves room for more tokens, so that memory is rarely replaced."""
     return tokens + max(tokens // 2, _SLACK)

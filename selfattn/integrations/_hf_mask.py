@@ -16,7 +16,7 @@ from .. import _core
 from .._arguments import core_options
 from ._deferred import Deferred
 
-# Closures of transformers that compute what a query sees; they are recognized by their code objects.
+# Closures of transformers that compute which keys a query sees; they are recognized by their code objects.
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
@@ -25,7 +25,7 @@ _SUMS = {_ATEN.add, _ATEN.add_, _ATEN._foreach_add, _ATEN._foreach_add_}  # in a
 
 
 class Pattern(NamedTuple):
-    """A mask function that selfattn's options can express: causal or not, and how many tokens are seen per side."""
+    """A mask function that selfattn's options can express: is it causal, and how many tokens are seen per side?"""
 
     causal: bool
     left: int | None = None
@@ -44,10 +44,10 @@ class VisibleKeys(Deferred):
     advanced indexing, `repeat` and `&`, are ordinary boolean tensors.
     """
 
-    options: dict[str, Any]  # of selfattn.attention
+    options: dict[str, Any]  # options of selfattn.attention
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
-    prepared: dict[Any, _core.Options]  # by the options of layers that are not about keys
+    prepared: dict[Any, _core.Options]  # the core's options, by those options of layers that hide no keys
 
     @staticmethod
     def describe(
@@ -60,7 +60,7 @@ class VisibleKeys(Deferred):
         return mask
 
     def prepare(self, scale: float | None, softcap: float | None, num_threads: int) -> _core.Options:
-        """Return the options of a call for the core, in layout "bshd"; made once for all layers."""
+        """Return a call's options in the core's form, in layout "bshd"; they are made once for all layers."""
         key = (scale, softcap, num_threads)
         if key not in self.prepared:
             self.prepared[key] = core_options(
@@ -154,7 +154,7 @@ def _has_indexer(config: Any) -> bool:
 
 
 def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
-    """Return what a mask function of transformers computes, or None if selfattn's options cannot express it."""
+    """Return the rule that a mask function of transformers computes; None if our options cannot express it."""
     if mask_function is masking_utils.causal_mask_function:
         return _CAUSAL
     if mask_function is masking_utils.bidirectional_mask_function:
@@ -181,7 +181,7 @@ def _captured(function: Any) -> Any:
 
 
 def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str, Any]:
-    """Return the options that hide keys, without those that would hide none."""
+    """Return the options that hide keys; an option that would hide none is left out."""
     causal, left, right = pattern
     # A single query sees all keys before `end`.
     options: dict[str, Any] = {"causal": True} if causal and q_length > 1 else {}
@@ -194,7 +194,7 @@ def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str
 def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:
     if attention_mask is None:
         return True
-    if type(attention_mask) is not torch.Tensor or not attention_mask.is_cpu:  # such as tensors without numbers
+    if type(attention_mask) is not torch.Tensor or not attention_mask.is_cpu:  # for example, a tensor without numbers
         return False
     return bool(attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size)
 

@@ -17,8 +17,8 @@ def refuse_own_attention(name: str) -> None:
     """Make models raise at construction if they ask for this name but never call a registered attention function.
 
     Otherwise some of them would add our boolean mask to their scores, and others would silently ignore the name. If a
-    module also contains parts that do call registered functions, its parts with their own attention code (for example
-    an audio encoder) keep that code.
+    module also contains parts that call registered functions, only these parts use selfattn: parts with their own
+    attention code (for example an audio encoder) keep that code.
     """
     choose: Any = PreTrainedModel.get_correct_attn_implementation
     if getattr(choose, "knows_selfattn", False):

@@ -67,7 +67,7 @@ def attend_packed(
     together = {"causal", "window", "scale", "softcap", "num_threads", "sinks"}
     if options.keys() <= together and not dropout and not wants_gradient(*operands, options.get("sinks")):
         return _attend_together(operands, options, bounds), None
-    # One call per sequence: its gradients and its dropout are those of a sequence alone.
+    # One call per sequence, so that its gradients and its dropout are computed as for the sequence alone.
     q, k, v = operands
     parts = []
     places = [list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)) for cu in bounds]

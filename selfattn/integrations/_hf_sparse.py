@@ -59,6 +59,6 @@ def selected_blocks(
 
 
 def keep_selected(options: dict[str, Any], chosen: NDArray[np.bool_], kv_len: int) -> None:
-    """Also hide those of the first `kv_len` keys that are not selected."""
+    """Also hide the keys that are not selected, among the first `kv_len` keys."""
     mask = chosen[..., :kv_len]
     options["mask"] = options["mask"] & mask if "mask" in options else mask

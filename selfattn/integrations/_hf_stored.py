@@ -1,4 +1,4 @@
-"""The memory of a layer's cache: tensors, or a `KVCache` for tokens in another type than the model's."""
+"""The memory of a layer's cache: tensors, or a `KVCache` for tokens that are not stored in the model's type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Plain:
 
     def __init__(self, like: tuple[torch.Tensor, torch.Tensor], capacity: int) -> None:
         self.dtype, self.capacity, self.batch = like[0].dtype, capacity, len(like[0])
-        with torch.inference_mode(False):  # or they could not be written to elsewhere
+        with torch.inference_mode(False):  # inference tensors cannot be changed elsewhere
             self.keys, self.values = (x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in like)
 
     def extend(
@@ -46,7 +46,7 @@ class Plain:
         return new
 
     def reorder(self, index: torch.Tensor, end: int) -> None:
-        """Replace the first `end` tokens of each sequence b by those of sequence index[b]."""
+        """Replace the first `end` tokens of each sequence b by the tokens of sequence index[b]."""
         changed = torch.nonzero(index != torch.arange(len(index)))[:, 0]
         for tokens in (self.keys, self.values):
             tokens[changed, :, :end] = tokens[index[changed], :, :end]
@@ -59,7 +59,7 @@ class Stored:
         (batch, heads, _, width), value_dim = like[0].shape, like[1].shape[3]
         self.dtype, self.capacity, self.batch = like[0].dtype, capacity, batch
         if storage == "bfloat16":
-            bfloat16()  # NumPy does not know it before
+            bfloat16()  # before this call, NumPy may not know bfloat16
         self.cache = KVCache(batch, heads, width, capacity, value_dim=value_dim, dtype=storage)
 
     def extend(
@@ -95,7 +95,7 @@ class Stored:
 class StoredTokens(Deferred):
     """Keys or values (B, heads, tokens, width) in a `KVCache`: the tokens from `start` to `end` of each sequence.
 
-    `attend_stored` reads them in place. Every other operation gets them converted to the model's type.
+    `attend_stored` reads them in place. Every other operation gets tokens that are converted to the model's type.
     """
 
     cache: KVCache
@@ -104,7 +104,7 @@ class StoredTokens(Deferred):
 
     @staticmethod
     def pair(cache: KVCache, start: int, end: int, dtype: torch.dtype) -> tuple[StoredTokens, StoredTokens]:
-        """Return keys and values of such a cache."""
+        """Return descriptions of the keys and values in a cache."""
         store = cache._store
         keys, values = (
             StoredTokens.without_memory((*tokens.shape[:2], end - start, tokens.shape[3]), dtype)
@@ -128,7 +128,7 @@ def _converted(
 
 
 def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
-    """Whether these are the newest tokens of one cache, and the queries are the last ones of them."""
+    """Whether these are the newest tokens of one cache, and the queries are the last of these tokens."""
     if type(k) is not StoredTokens or type(v) is not StoredTokens:
         return False
     if not (k.cache is v.cache and k.start == v.start and k.end == v.end == k.cache.lengths[0]):
@@ -137,7 +137,7 @@ def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
 
 
 def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: dict[str, Any]) -> Any:
-    """Attend to such tokens with the options of `selfattn.attention`, and return what that would return."""
+    """Attend to stored tokens with the options of `selfattn.attention`, and return what that function would return."""
     kv_len, hidden = k.end - k.start, k.start  # the cache may hold older tokens, which no query sees
     options = {"causal": False, **options}
     options.pop("q_offset", None)
@@ -167,7 +167,7 @@ def _visible(options: dict[str, Any], kv_len: int) -> NDArray[np.bool_] | None:
 def _hide_oldest(options: dict[str, Any], hidden: int, q_len: int, kv_len: int) -> None:
     """Hide tokens that the cache still holds, but that the model's layer no longer sees."""
     if "bias" not in options:
-        if "window" in options:  # it ends at the layer's oldest key
+        if "window" in options:  # the window ends at the layer's oldest key
             return
         if q_len == 1:
             options["window"] = (kv_len - 1, None)

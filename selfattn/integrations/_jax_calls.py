@@ -1,4 +1,4 @@
-"""Attention and its gradients as operations of JAX: the calls of the core's handlers, and what differentiates them."""
+"""Attention and its gradients as operations of JAX: calls of the core's handlers, and how they are differentiated."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .. import _core
 from . import _jax_formula
 from ._versions import check_version
 
-# The names of the handlers in XLA. Its error on another platform is that it has no handler of this name.
+# The names of the handlers in XLA. On another platform, XLA's error says that it has no handler of this name.
 _FORWARD, _BACKWARD = "selfattn_attention_for_cpus", "selfattn_attention_backward_for_cpus"
 
 
 class Config(NamedTuple):
-    """What is fixed when the function is traced."""
+    """The options that are fixed when the function is traced."""
 
     scale: float
     causal: bool
@@ -165,7 +165,7 @@ def _call(
     """Call a handler of csrc/bindings/xla.cpp."""
     optional = Operands._fields[3:]
     given = _bits(optional, [name for name in optional if getattr(operands, name) is not None])
-    call = jax.ffi.ffi_call(target, results, vmap_method="expand_dims")  # what vmap does not map is not repeated
+    call = jax.ffi.ffi_call(target, results, vmap_method="expand_dims")  # unmapped arrays are not repeated
     arrays = operands.given()
     return call(*before, *arrays[:3], *between, *arrays[3:], **config.attributes(given=given, **flags))
 

@@ -1,4 +1,4 @@
-"""Attention and its gradients as plain JAX, which JAX can differentiate: for second derivatives."""
+"""Attention and its gradients in plain JAX operations, which JAX can differentiate for second derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shared OpenMP runtime for the integrations of PyTorch."""
+"""A shared OpenMP runtime for the integrations with PyTorch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def share_runtime() -> None:
     """Run selfattn's calls in the threads of PyTorch's OpenMP runtime, from now on, in the whole process.
 
     Each wheel contains its own OpenMP runtime. After every parallel region, the threads of a runtime spin for some
-    milliseconds, waiting for the next one. If calls of both libraries alternate, two teams on the same cores delay each
-    other. Does nothing if PyTorch's library lacks the needed functions, or selfattn does not use OpenMP.
+    milliseconds, waiting for the next region. If calls of both libraries alternate, two teams on the same cores delay
+    each other. Does nothing if PyTorch's library lacks the needed functions, or selfattn does not use OpenMP.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

@@ -1,4 +1,4 @@
-"""Tensors as arrays over the same memory, and arrays as tensors."""
+"""Views of tensors as arrays, and of arrays as tensors."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def to_tensor(array: NDArray[Any]) -> Any:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return the name that NumPy and `KVCache` use."""
+    """Return the name of a dtype in NumPy and `KVCache`."""
     return str(dtype).removeprefix("torch.")
 
 
 def empty_pair(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[Any]]:
-    """Return a tensor and an array over the same memory, whose numbers are not set."""
+    """Return an uninitialized tensor, and an array over its memory."""
     if dtype is torch.bfloat16:
         bits = np.empty(shape, np.uint16)
         return torch.from_numpy(bits).view(dtype), bits.view(bfloat16())
@@ -86,7 +86,7 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_plain(*tensors: Any) -> bool:
-    """Whether nothing traces, transforms or intercepts operations on these tensors, so that they can be read now."""
+    """Whether nothing traces, transforms or intercepts operations on these tensors: their memory can be read now."""
     return not (
         torch.compiler.is_compiling()
         or torch.overrides.has_torch_function(tensors)
@@ -114,7 +114,7 @@ def wants_gradient(*tensors: Any) -> bool:
 
 
 def _is_traced(tensor: Any) -> bool:
-    """Whether a tensor that `torch.func` transformations have wrapped, perhaps several times, requires grad inside."""
+    """Whether the tensor inside a `torch.func` wrapper, or inside several nested wrappers, requires grad."""
     if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     inner = torch._C._functorch.get_unwrapped(tensor)

@@ -29,7 +29,7 @@ def attend(call: Call) -> tuple[Any, Any, Any]:
 
 
 class _Forms(NamedTuple):
-    """One computation in the forms that PyTorch needs."""
+    """One computation, in each of the forms that PyTorch needs."""
 
     kernel: Callable[..., Any]
     operator: Any
@@ -37,7 +37,7 @@ class _Forms(NamedTuple):
     transformed: Any
 
     def run(self, tensors: tuple[Any, ...], records: bool) -> Callable[..., Any]:
-        """Return the fastest form that works for these tensors, given whether gradients are recorded."""
+        """Return the fastest form that works for these tensors; it depends on whether gradients are recorded."""
         if is_plain(*tensors):
             return self.function.apply if records else self.kernel
         if is_transformed():
@@ -89,7 +89,7 @@ def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
 
 
 def _pull_back_twice(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-    """Differentiate the gradients: out and lse, which they also depend on, count as functions of the arguments."""
+    """Differentiate the gradients. They also depend on out and lse, which count as functions of the arguments."""
     values = _saved(ctx)
     wanted = [i for i in range(_COUNT) if values[_BEFORE_CALL - 1][i] and upstream[i] is not None]
     variables = [

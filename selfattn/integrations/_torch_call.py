@@ -27,7 +27,7 @@ class Call(NamedTuple):
     bias: Any = None
     sinks: Any = None
     alibi_slopes: Any = None
-    t5: Any = None  # the table
+    t5: Any = None  # the table of the T5Bias
     scale: Any = None
     mask: Any = None
     q_offset: Any = None
@@ -36,7 +36,7 @@ class Call(NamedTuple):
     kv_starts: Any = None
     seed: Any = None
     causal: bool = False
-    left: int = -1  # of the window; negative: unbounded
+    left: int = -1  # the left side of the window; negative: unbounded
     right: int = -1
     softcap: float | None = None
     dropout: float = 0.0
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     layout: str = "bhsd"
     precision: str = "highest"
     num_threads: int | None = None
-    residuals: bool = False  # return what gradients need
+    residuals: bool = False  # also return what gradients need
     weights: bool = False
 
     def tensors(self) -> tuple[Any, ...]:
@@ -83,7 +83,7 @@ class Call(NamedTuple):
         return (*front, *tokens, width), (*front, heads, length)
 
     def heads_last(self, operand: Any) -> bool:
-        """Whether the axis of heads comes after that of the sequence."""
+        """Whether the head axis comes after the sequence axis."""
         return self.layout == "bshd" and operand.ndim > 2
 
     def new_out(self, dtype: torch.dtype) -> Any:
@@ -117,7 +117,7 @@ def make_call(q: Any, k: Any, v: Any, **options: Any) -> Call:
 def forward(*arguments: Any) -> tuple[Any, Any, Any, Any]:
     """Return out, out in the type of computation, lse in float64, and weights; empty tensors if not needed.
 
-    The second is empty for operands of 32 or 64 bits, as out is the same.
+    The second is empty for 32-bit and 64-bit operands, where it would equal out.
     """
     call = Call(*arguments)
     options = core_options("attention", **call.options())
@@ -135,7 +135,7 @@ def forward(*arguments: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def forward_shapes(*arguments: Any) -> tuple[Any, Any, Any, Any]:
-    """Return uninitialized results: compilers trace them to learn their shapes."""
+    """Return uninitialized results, from which compilers learn the shapes when they trace."""
     call = Call(*arguments)
     dtype, exact = call.q.dtype, computed_in(call.q.dtype)
     _, shape = call.shapes()
@@ -151,7 +151,7 @@ def forward_shapes(*arguments: Any) -> tuple[Any, Any, Any, Any]:
 def backward(
     grad_out: Any, grad_lse: Any, grad_weights: Any, out: Any, lse: Any, wanted: Sequence[bool], *arguments: Any
 ) -> tuple[Any, ...]:
-    """Return the gradients of the DIFFERENTIABLE arguments; empty tensors for those that are not wanted."""
+    """Return the gradients of the DIFFERENTIABLE arguments; a gradient that is not wanted is an empty tensor."""
     call = Call(*arguments)
     names = [name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want]
     upstream, q, k, v, result, row_lse = (to_array(x) for x in (grad_out, *call[:3], out, lse))

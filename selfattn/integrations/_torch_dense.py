@@ -68,7 +68,7 @@ def _distance(call: Call, q_len: int, kv_len: int) -> Any:
 
 
 def _visible(call: Call, distance: Any) -> Any:
-    """Return which keys the queries see, apart from those that a bias hides."""
+    """Return which keys the queries see. Keys that a bias hides count as visible."""
     queries, keys = (torch.arange(n) for n in distance.shape[-2:])
     visible = torch.ones_like(distance, dtype=torch.bool)
     if call.causal:
@@ -120,7 +120,7 @@ def _softmax(call: Call, scores: Any) -> tuple[Any, Any]:
 
 
 def _compute_dropout_factors(shape: Any, seed: Any, rate: float) -> Any:
-    """Return the factors of dropout in float64: 0 or 1 / (1 − rate), from weights that are all the same without it."""
+    """Return the factors of dropout in float64: 0 or 1 / (1 − rate). Equal weights show which are dropped."""
     zeros = np.zeros((*shape[:-1], 1), dtype=np.float32), np.zeros((*shape[:-2], shape[-1], 1), dtype=np.float32)
     options: Any = {"dropout": rate, "seed": int(seed) % (1 << 64), "return_weights": True}
     _, weights = attention(zeros[0], zeros[1], zeros[1], **options)

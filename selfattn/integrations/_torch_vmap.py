@@ -1,4 +1,4 @@
-"""Attention under torch.vmap: the new dimension becomes one of the batch, so that there is still a single call."""
+"""Attention under torch.vmap: the new dimension becomes a batch dimension, so that there is still a single call."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from ._torch_call import DIFFERENTIABLE, Call
 
-_BEFORE_CALL = 6  # of the backward operator's arguments
+_BEFORE_CALL = 6  # number of the backward operator's arguments before the call's
 _SHAPED = {"q", "k", "v", "bias", "mask"}  # the fields with the axes of scores or operands
-_Results = tuple[Any, Any]  # of a rule: tensors, and their dimensions
+_Results = tuple[Any, Any]  # results of a rule: tensors, and their dimensions
 
 
 def map_forward(operator: Callable[..., Any], info: Any, dims: Sequence[Any], *arguments: Any) -> _Results:
@@ -44,7 +44,7 @@ def _can_fold(call: Call, dims: Call) -> bool:
     others = [(x, dim) for name, x, dim in zip(Call._fields, call.tensors(), dims, strict=False) if name not in _SHAPED]
     if call.dropout or any(dim is not None for _, dim in others):
         return False
-    if ranks == {2}:  # the new dimension becomes that of heads: options with numbers per head would not fit
+    if ranks == {2}:  # the new dimension becomes the head axis: options with numbers per head would not fit
         return call.sinks is None and call.alibi_slopes is None and call.t5 is None
     return len(ranks) == 1 or call.layout == "bhsd"
 

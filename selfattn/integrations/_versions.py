@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from types import ModuleType
 
-# The lower bounds of pyproject.toml.
+# The lower bounds in pyproject.toml.
 _LOWEST = {"torch": (2, 5), "transformers": (5, 15), "jax": (0, 6)}
 
 

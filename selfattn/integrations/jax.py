@@ -45,7 +45,7 @@ def dot_product_attention(
     query : array, shape (B, T, N, H) or (T, N, H)
     key : array, shape (B, S, K, H) or (S, K, H)
     value : array, shape (B, S, K, H) or (S, K, H)
-        All of the same dtype: float32, float16, bfloat16 or float64. K divides N.
+        All in one dtype: float32, float16, bfloat16 or float64. K divides N.
     bias : array, broadcasting to (B, N, T, S), optional
         Added to the scores; any of these dtypes.
     mask : array of bool, broadcasting to (B, N, T, S), optional
@@ -57,7 +57,7 @@ def dot_product_attention(
     query_seq_lengths, key_value_seq_lengths : array (B,) of int32 or int64, optional
         Number of valid queries and keys of each batch entry.
     local_window_size : int or (left, right), optional
-        Number of keys that a query sees to each side of its own position; a single number applies to both sides.
+        Number of keys that a query sees on each side of its own position; a single number applies to both sides.
     implementation : {None, "xla"}
         Ignored.
 
@@ -75,13 +75,14 @@ def dot_product_attention(
 
     Notes
     -----
-    Row-major arrays are read and written in place. The differences from JAX's function are those of
-    `selfattn.compat.dot_product_attention`; there is no ``return_residual``.
+    Row-major arrays are read and written in place. `selfattn.compat.dot_product_attention` lists the differences from
+    JAX's function; there is no ``return_residual``.
 
-    Gradients of query, key, value and bias are fused, too, and computed only if they are needed. From the forward pass
-    they keep the result in the type of computation and the log-sum-exp of each row in float64, also where JAX has no
-    float64. Second derivatives by `jax.grad` are plain JAX with memory for all scores. Forward mode (`jax.jvp`,
-    `jax.hessian`) raises JAX's error for functions with a custom gradient: use ``jax.jacrev(jax.jacrev(f))``.
+    Gradients of query, key, value and bias are fused as well, and computed only if they are needed. For them, the
+    forward pass keeps the result in the type of computation and the log-sum-exp of each row in float64, even where JAX
+    has no float64. Second derivatives by `jax.grad` are computed in plain JAX, with memory for all scores. Forward mode
+    (`jax.jvp`, `jax.hessian`) raises JAX's error for functions with a custom gradient: use
+    ``jax.jacrev(jax.jacrev(f))``.
 
     A call runs on selfattn's threads (`selfattn.set_num_threads`), and cannot be interrupted. Each of XLA's threads
     that calls selfattn keeps a team of its own.

@@ -1,4 +1,4 @@
-"""PyTorch's attention function for CPU tensors, and selfattn's with all its options: both differentiable."""
+"""PyTorch's attention function for CPU tensors, and selfattn's own with all its options. Both are differentiable."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scaled_dot_product_attention(
     query : Tensor, shape (..., H, L, E)
     key : Tensor, shape (..., H, S, E)
     value : Tensor, shape (..., H, S, Ev)
-        All of the same dtype: float32, bfloat16, float16 or float64; any strides. All dimensions before the last two
+        All in one dtype: float32, bfloat16, float16 or float64; any strides. All dimensions before the last two
         broadcast.
     attn_mask : Tensor, broadcasting to (..., H, L, S), optional
         bool (True = attend), or float32 or query's dtype (added to the scores).
@@ -57,7 +57,7 @@ def scaled_dot_product_attention(
     scale : float, optional
         Default ``1 / sqrt(E)``.
     enable_gqa : bool, default False
-        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of theirs.
+        Allow fewer heads in key and value than in query; the number of query heads must be a multiple of their number.
 
     Returns
     -------
@@ -73,13 +73,13 @@ def scaled_dot_product_attention(
     -----
     A row without a visible key gives 0; PyTorch gives NaN or 0, depending on the version. The other differences are
     listed in `selfattn.compat.scaled_dot_product_attention`. `selfattn.set_num_threads` limits the threads of a call;
-    they belong to PyTorch's runtime if both libraries use OpenMP. Autocast applies as to the original. Eager calls with
-    plain tensors bypass PyTorch's dispatcher, because its Python overhead would exceed the time of a small attention
-    call; profilers see such calls only as Python functions.
+    they belong to PyTorch's runtime if both libraries use OpenMP. Autocast applies as it does to the original. Eager
+    calls with plain tensors bypass PyTorch's dispatcher, because its Python overhead would exceed the time of a small
+    attention call; profilers see such calls only as Python functions.
 
     For gradients, out (in float32 for 16-bit operands) and one float64 per query and head are kept; scores are computed
-    again. Only second derivatives store all scores. They are not defined for hidden keys that are not finite. There is
-    no forward-mode differentiation.
+    again. Only second derivatives store all scores. Second derivatives are not defined for hidden keys that are not
+    finite. There is no forward-mode differentiation.
 
     Examples
     --------
@@ -134,7 +134,7 @@ def _broadcast(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
 
 
 class T5Bias(NamedTuple):
-    """T5's bias by distance with a table that may require grad; otherwise as `selfattn.T5Bias`."""
+    """T5's bias by distance, like `selfattn.T5Bias`, with a table that may require grad."""
 
     table: torch.Tensor
     bidirectional: bool = True
@@ -150,7 +150,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
     q, k, v : Tensor
         As for `selfattn.attention`.
     **options
-        Those of `selfattn.attention`, except ``out``. ``mask``, ``bias``, ``q_offset``, ``q_lens``, ``kv_lens``,
+        The options of `selfattn.attention`, except ``out``. ``mask``, ``bias``, ``q_offset``, ``q_lens``, ``kv_lens``,
         ``kv_starts``, ``scale``, ``alibi_slopes`` and ``sinks`` may be tensors, arrays or numbers; ``t5`` is a `T5Bias`
         of this module or of selfattn. If they require grad, ``bias``, ``scale`` (a tensor with one element),
         ``alibi_slopes``, ``sinks`` and the table of ``t5`` get gradients as q, k and v do.
@@ -158,7 +158,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
     Returns
     -------
     out : Tensor
-        And lse and weights if they are asked for, as from `selfattn.attention`; both are differentiable.
+        With `return_lse` and `return_weights` a tuple, as from `selfattn.attention`; lse and weights are
+        differentiable.
 
     Raises
     ------
@@ -168,7 +169,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
     Notes
     -----
     As for `scaled_dot_product_attention`, except that autocast does not apply. With 16-bit operands on units
-    that multiply bfloat16, the result may differ by rounding from one for which no gradient is recorded.
+    that multiply bfloat16, the result of a call that records gradients may differ by rounding from the result without
+    them.
 
     Examples
     --------
@@ -205,7 +207,7 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
         if tensor.dtype not in _ACCEPTED:
             raise TypeError(f"{_NAME}: {name} has dtype {tensor.dtype}, but one of {_ACCEPTED} is needed")
     if attn_mask is not None:
-        if type(attn_mask).__name__ == "CausalBias":  # has no elements, and in PyTorch 2.5 no properties
+        if type(attn_mask).__name__ == "CausalBias":  # it has no elements, and in PyTorch 2.5 no properties
             raise TypeError(f"{_NAME}: attn_mask is a CausalBias: pass is_causal=True, or a tensor of bool")
         check_memory(_NAME, "attn_mask", attn_mask)
 

@@ -7,7 +7,7 @@ import transformers
 from ._runtime import share_runtime
 from ._versions import check_version
 
-check_version(transformers)  # before importing names that older versions lack
+check_version(transformers)  # checked before names are imported that older versions lack
 
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
@@ -25,8 +25,8 @@ def register() -> None:
     """Register ``attn_implementation="selfattn"`` with transformers. Calling it again has no effect.
 
     Models that use transformers' `AttentionInterface` work unchanged. Bloom and Falcon are patched by this call. Other
-    models with their own attention code raise an error when they are constructed with this name. In models that mix
-    both, the parts with their own attention code (Gemma 3n's audio encoder, LongT5's encoder) keep it.
+    models with their own attention code raise an error when they are constructed with this name. If only some parts of
+    a model have their own attention code (Gemma 3n's audio encoder, LongT5's encoder), these parts keep it.
 
     Models can be trained, also with dropout of attention weights and gradient checkpointing. Tensors must be in CPU
     memory; unsupported calls raise an error. The number of threads is limited by both ``torch.set_num_threads`` and
