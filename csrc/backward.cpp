@@ -131,8 +131,8 @@ class BackwardPart {
   }
 
   // Adds the sums over rows to the gradients of the head, after the preceding range of keys has done so. With relative
-  // products, a task waits after every block, even a skipped one, since the task of the next range relies on all tasks
-  // before it.
+  // products, a task waits after every block, even a skipped one. The task of the next range waits for this task alone,
+  // so this task must have waited for the range before it.
   bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block,
                const BackwardThreadMemory& memory) noexcept {
     const bool last_of_head = block % plan_.row_blocks == plan_.row_blocks - 1;

@@ -61,7 +61,7 @@ struct BackwardPlan {
   int range_keys;           // keys of a task
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
-  PaddedRows keys, values;            // the form of operands as wide as keys, and as wide as values
+  PaddedRows keys, values;            // the form of operands with head_dim and with value_dim numbers per row
   std::int64_t key_step, value_step;  // elements from one row of sums to the next, for both widths
   std::int64_t score_step;            // elements between rows of gradients of scores and products
   bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted

@@ -27,7 +27,8 @@ LinearJob first_job(const FeedForwardJob& job, char* hidden) {
           layer.activation};
 }
 
-// The residual is added here if no norm follows. A norm needs the sum before it is rounded.
+// The job adds the residual. If a norm follows, the caller removes the residual from the job: the norm adds it, before
+// the sum is rounded.
 LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t rows, char* out) {
   const Projection& projection = job.second.projection;
   const RowsView x(hidden, projection.operand(job.dtype), rows, projection.depth());

@@ -23,7 +23,7 @@ struct Norm {
 void normalise(const KernelSet& kernels, const Norm& norm, DType dtype, char* row, const char* addend,
                std::int64_t count);
 
-// out = norm(x + residual), for rows of `count` elements. Rows of out are contiguous.
+// out = norm(x + residual), for rows of `count` elements. The elements of a row of out are contiguous.
 struct NormJob {
   const KernelSet& kernels;
   const Norm& norm;

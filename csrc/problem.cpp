@@ -234,9 +234,9 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
   problem.distance_bias.origin = a.distance_origin;
 }
 
-// The first factor of a score is the scale in units of log2, or scale / softcap. If it were not finite in the type of
-// computation, every product of 0 would become NaN. Each condition states what is accepted, so that NaN, which fails
-// every comparison, is refused.
+// Kernels first multiply a product by scale * log2(e), or by scale / softcap. If this factor were not finite in the
+// type of computation, every product of 0 would become NaN. Each condition states what is accepted, so that NaN, which
+// fails every comparison, is refused.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();

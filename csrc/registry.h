@@ -1,4 +1,4 @@
-// The list of kernel sets. registry.cpp is the only file that names every ISA.
+// The list of kernel sets. registry.cpp is the only C++ file that names every ISA.
 #pragma once
 #include <span>
 #include <string>

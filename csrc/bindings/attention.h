@@ -39,8 +39,9 @@ py::object attend_to(const AttentionArguments& arguments, const Options& options
 // The arguments of a call, from arrays.
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options);
 
-// Returns the gradients of a call by name. The gradients of q, k and v have all batch axes. The gradient of the bias is
-// for all heads and batch entries, or has the bias's own shape. The gradients of r, u and w are for all heads and batch
+// Returns the gradients of a call by name. The gradients of q, k and v have all batch axes. If the bias
+// is broadcast over keys or over queries, its gradient has all heads and batch entries, and the caller sums over them.
+// Otherwise it has the shape of the bias. The gradients of r, u and w are for all heads and batch
 // entries. The gradients of the scale, ALiBi's slopes and sinks have one number per query row; the caller sums these
 // numbers. `operands` are the arrays q, k and v. All arrays of `given` have all axes; grad_weights is in the type of
 // computation.

@@ -83,7 +83,7 @@ struct PairOperands {
 
   static VecF clear(MaskF lanes, VecF x) { return select(lanes, broadcast(0.0f), x); }
 
-  // Stores the terms of up to 32 adjacent numbers. Returns the lanes that cannot be split.
+  // Stores the split terms of up to 32 adjacent numbers. Returns the lanes i where number i or i + 16 cannot be split.
   static MaskF store_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
     if constexpr (exact) {
       store(cells, load_cells(p, n));

@@ -121,7 +121,7 @@ def _gauged(gauge: Callable[[], float]) -> float:
 
 
 def _settle() -> None:
-    """Wait until no thread of this process is running any more."""
+    """Wait until this process is nearly idle, at most MAX_SETTLE_SECONDS."""
     deadline = time.perf_counter() + MAX_SETTLE_SECONDS
     while time.perf_counter() < deadline:
         start, busy = time.perf_counter(), time.process_time()

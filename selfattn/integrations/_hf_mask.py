@@ -91,7 +91,7 @@ class VisibleKeys(Deferred):
 
 
 def _part(made: torch.Tensor) -> torch.Tensor:
-    """Wrap a dense boolean mask in the class that adds as numbers; return tensors of other dtypes unchanged."""
+    """Wrap a dense boolean mask in `VisibleKeys`, which can be added to scores; return other dtypes unchanged."""
     if made.dtype is not torch.bool:
         return made
     mask = VisibleKeys.without_memory(made.shape, torch.bool, made.stride())

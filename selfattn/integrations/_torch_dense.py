@@ -120,7 +120,7 @@ def _softmax(call: Call, scores: Any) -> tuple[Any, Any]:
 
 
 def _compute_dropout_factors(shape: Any, seed: Any, rate: float) -> Any:
-    """Return the factors of dropout in float64: 0 or 1 / (1 − rate). Equal weights show which are dropped."""
+    """Return the factors of dropout in float64: 0 or 1 / (1 − rate). With q = k = 0, a weight is 0 only if dropped."""
     zeros = np.zeros((*shape[:-1], 1), dtype=np.float32), np.zeros((*shape[:-2], shape[-1], 1), dtype=np.float32)
     options: Any = {"dropout": rate, "seed": int(seed) % (1 << 64), "return_weights": True}
     _, weights = attention(zeros[0], zeros[1], zeros[1], **options)
