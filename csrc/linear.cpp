@@ -149,8 +149,9 @@ LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count) {
 
 void LinearSpace::forget() { *held_ = {}; }
 
-bool LinearSpace::holds(const char* rows, const LinearJob& job) const {
-  if (held_->from != rows || !held_->job) return false;
+// Blocks of different lengths may begin with the same row, if rows of x overlap.
+bool LinearSpace::holds(const char* from, std::int64_t rows, const LinearJob& job) const {
+  if (held_->from != from || held_->rows < rows || !held_->job) return false;
   const LinearJob& other = *held_->job;
   return &other == &job || (other.x.row == job.x.row && other.x.column == job.x.column && other.x.rows == job.x.rows &&
                             other.norm == job.norm && other.projection.depth() == job.projection.depth() &&
@@ -162,9 +163,9 @@ void LinearSpace::run(const LinearJob& job, const LinearBlock& block) noexcept {
   const char* from = job.x.at(block.outer) + block.first * job.x.row;
   std::int64_t step = job.x.row / size_of(operand(job));
   if (!in_place(job)) {
-    if (!holds(from, job)) {
+    if (!holds(from, block.rows, job)) {
       gather(job, x_, row_, from, block.rows);
-      *held_ = {from, &job};
+      *held_ = {from, block.rows, &job};
     }
     from = x_;
     step = x_step(projection);

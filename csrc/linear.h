@@ -49,12 +49,13 @@ class LinearSpace {
 
  private:
   void follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t x_step) noexcept;
-  bool holds(const char* rows, const LinearJob& job) const;
+  bool holds(const char* from, std::int64_t rows, const LinearJob& job) const;
 
   // Identifies the rows of x in the buffer `x_`. The next block often needs these rows again, for other panels or for
   // another projection of x.
   struct Held {
     const char* from;
+    std::int64_t rows;
     const LinearJob* job;
   };
   Held* held_;

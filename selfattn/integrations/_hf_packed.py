@@ -27,9 +27,11 @@ def packed_bounds(
     mask: torch.Tensor | None,
     options: dict[str, Any],
 ) -> Bounds | None:
-    """Return where sequences start and end among queries and keys, or None if the mask separates them already."""
-    if mask is not None and not (type(mask) is VisibleKeys and mask.made is None):
-        return None
+    """Return where sequences start and end among queries and keys, or None if there is only one.
+
+    A dense mask may separate the sequences already, or hide nothing: so it is applied as well.
+    """
+    dense = mask is not None and not (type(mask) is VisibleKeys and mask.made is None)
     cu_q, cu_k = (cu_k if cu_q is None else cu_q), (cu_q if cu_k is None else cu_k)
     bounds = _checked("cu_seq_lens_q", cu_q, operands[0].shape), _checked("cu_seq_lens_k", cu_k, operands[1].shape)
     if len(bounds[0]) != len(bounds[1]):
@@ -39,7 +41,7 @@ def packed_bounds(
     if len(bounds[0]) == 2:
         return None
     for name in _PADDING:
-        if name in options:
+        if name in options and not (dense and name == "mask"):
             raise ValueError("selfattn: cu_seq_lens_q packs sequences, but attention_mask or indices hide some keys")
     return bounds
 
@@ -73,8 +75,9 @@ def attend_packed(
     places = [list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)) for cu in bounds]
     for (first, last), (start, end) in zip(*places, strict=True):
         of_part = options | dropout_options("selfattn", "dropout", dropout)
-        if "bias" in options:
-            of_part["bias"] = _part(_part(options["bias"], -2, first, last), -1, start, end)
+        for name in ("bias", "mask"):
+            if name in options:
+                of_part[name] = _part(_part(options[name], -2, first, last), -1, start, end)
         own_sinks = None if sinks is None else sinks[:, :, first:last]
         sequence = q[:, :, first:last], k[:, :, start:end], v[:, :, start:end]
         parts.append(attend(sequence, of_part, own_sinks, end - start))
@@ -98,8 +101,8 @@ def _attend_together(
     return result
 
 
-def _part(bias: torch.Tensor, axis: int, first: int, last: int) -> torch.Tensor:
-    """Return a slice, unless the axis is one that broadcasts."""
-    if bias.ndim < -axis or bias.shape[axis] == 1:
-        return bias
-    return bias.narrow(axis, first, last - first)
+def _part(terms: Any, axis: int, first: int, last: int) -> Any:
+    """Return a slice of a tensor or an array, unless the axis is one that broadcasts."""
+    if terms.ndim < -axis or terms.shape[axis] == 1:
+        return terms
+    return terms[..., first:last, :] if axis == -2 else terms[..., first:last]

@@ -13,7 +13,9 @@ import selfattn
 
 from .._cache import KVCache
 from ._deferred import Deferred
-from ._tensors import bfloat16, to_array
+from ._tensors import bfloat16, name_of, to_array
+
+_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Plain:
@@ -133,7 +135,15 @@ def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
         return False
     if not (k.cache is v.cache and k.start == v.start and k.end == v.end == k.cache.lengths[0]):
         return False
+    if not _suits(k.cache._store.name, k.dtype):
+        return False
     return bool(options.get("q_offset", k.shape[2] - q_len) == k.shape[2] - q_len)
+
+
+def _suits(storage: str, dtype: torch.dtype) -> bool:
+    """Whether queries of a dtype can attend to stored tokens: of their own type, or of a narrower one."""
+    own = name_of(dtype)
+    return storage == own or _BYTES[storage] < _BYTES[own]
 
 
 def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: dict[str, Any]) -> Any:

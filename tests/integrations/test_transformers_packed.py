@@ -94,9 +94,15 @@ def test_sequences_drop_weights_independently() -> None:
     assert not torch.equal(dropped[:, :12], dropped[:, 12:])
 
 
-def test_a_mask_of_booleans_separates_by_itself() -> None:
+def test_a_mask_of_booleans_need_not_separate() -> None:
+    """Compiled models pass one that hides nothing."""
     q = normal(1, 2, 24, 8)
-    mask = torch.block_diag(*[torch.ones((n, n)) for n in LENGTHS]).bool()[None, None]
-    assert torch.equal(
-        attention_forward(layer(), q, q, q, mask, **PACKED)[0], attention_forward(layer(), q, q, q, mask)[0]
+    separating = torch.block_diag(*[torch.ones((n, n)) for n in LENGTHS]).bool()[None, None]
+    wanted = attention_forward(layer(), q, q, q, None, **PACKED)[0]
+    for mask in (separating, torch.ones_like(separating), torch.ones((1, 1, 1, 24), dtype=torch.bool)):
+        torch.testing.assert_close(attention_forward(layer(), q, q, q, mask, **PACKED)[0], wanted)
+    hidden = separating.clone()
+    hidden[..., 2] = False
+    torch.testing.assert_close(
+        attention_forward(layer(), q, q, q, hidden, **PACKED)[0], attention_forward(layer(), q, q, q, hidden)[0]
     )

@@ -102,3 +102,15 @@ def test_gradients_of_queries_on_converted_tokens() -> None:
     attention_forward(layer(), q, k.dense(), v.dense(), None)[0].sum().backward()
     assert torch.equal(own, q.grad)
     assert own.abs().max() > 0
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_storage_may_be_wider_than_the_model(dtype: Any, storage: str) -> None:
+    held = Layer(storage)
+    for seed, count in enumerate((4, 1)):
+        k, v = held.update(*(normal(BATCH, 2, count, 8, seed=seed + 9 * i).to(dtype) for i in (0, 1)))
+    q = normal(BATCH, 2, 1, 8, seed=3).to(dtype)
+    result, _ = attention_forward(layer(), q, k, v, None)
+    wanted, _ = attention_forward(layer(), q, k[:, :, :].clone(), v[:, :, :].clone(), None)
+    torch.testing.assert_close(result, wanted)

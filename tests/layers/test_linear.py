@@ -138,6 +138,18 @@ def test_bits_of_a_row(isa: str, normal: Any, weights: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_x_may_overlap(isa: str, normal: Any, weights: Any, dtype: Any) -> None:
+    """The last block of a batch entry may begin with the row with which a longer block of the next one begins."""
+    w, _ = weights(40, 30, dtype)
+    tokens = normal(164, 40, dtype=dtype)
+    x = np.lib.stride_tricks.sliding_window_view(tokens, 100, axis=0)[::64].swapaxes(1, 2)
+    for layer in (sa.Linear(w), sa.FeedForward(w, w.T, norm=sa.RMSNorm(np.ones(40, dtype)))):
+        for rows in (x, np.broadcast_to(x[:, :1], x.shape)):
+            for threads in (1, 2):
+                assert np.array_equal(layer(rows, num_threads=threads), layer(rows.copy(), num_threads=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deep_weights_are_multiplied_by_parts(isa: str, normal: Any, weights: Any, dtype: Any) -> None:
     """Parts of 512: a task takes several panels then, and more rows of an operand that needs no copy."""
     for depth in (512, 513, 1100):
