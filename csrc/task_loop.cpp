@@ -135,6 +135,7 @@ void TaskLoop::learn(Clock::time_point start, int used, bool finished) const {
   const Clock::time_point end = Clock::now();
   if (used > 1) rhythm.region_end = end.time_since_epoch().count();
   if (!work_.kernel || !finished || own_.tasks == 0) return;
+  if (guess(work_) <= 0) return;  // as with queries that see no key: nothing can be compared with it
   const std::chrono::duration<double> own = own_.time, all = end - start;
   const double alone = own.count() * static_cast<double>(work_.tasks) / static_cast<double>(own_.tasks);
   Estimate& slower = slowness_of(work_);
