@@ -37,7 +37,7 @@ def english(number: int) -> str:
 def portuguese(number: int) -> str:
     """Return the number as in "dois milhões e cinco" or "quatrocentos e vinte e um mil e seiscentos".
 
-    Within a group of three digits, "e" joins hundreds, tens and units. Between groups it stands only before the last
+    Within a group of three digits, "e" joins hundreds, tens and units. Between groups it is used only before the last
     group, and only if this group is below a hundred or consists of hundreds alone.
     """
     if number == 0:

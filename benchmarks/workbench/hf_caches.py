@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -20,7 +17,6 @@ from typing import Any
 import selfattn
 from selfattn._bench.report import format_seconds
 from selfattn._bench.timing import Quartiles, interleave, ratios
-from selfattn._bench.worker import THREAD_LIMITS
 
 from . import process
 from .hf_models import LLAMA_1B, OWN, VOCABULARY, WORST, Mismatch, Shape, decoder
@@ -68,18 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure_in_process(args: argparse.Namespace, threads: int, dtype: str) -> list[Row] | None:
     """Measure in a new process whose thread pools all have `threads` threads."""
-    environment = {**os.environ, **dict.fromkeys(THREAD_LIMITS, str(threads))}
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "rows.json"
-        command = [
-            *process.command("workbench.hf_caches"), "--answer", str(answer), "--threads", str(threads),
-            "--dtype", dtype, "--batch", str(args.batch), "--length", str(args.length),
-            "--seconds", str(args.seconds), *(["--tiny"] if args.tiny else []),
-        ]  # fmt: skip
-        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
-            return None
-        rows: list[Row] = json.loads(answer.read_text(encoding="utf-8"))
-        return rows
+    options = ["--dtype", dtype, "--batch", str(args.batch), "--length", str(args.length)]
+    options += ["--seconds", str(args.seconds), *(["--tiny"] if args.tiny else [])]
+    return process.answer_of("workbench.hf_caches", threads, *options)
 
 
 def measure(args: argparse.Namespace) -> int:

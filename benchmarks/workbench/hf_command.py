@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from typing import Any
 import selfattn
 from selfattn._bench.report import format_seconds
 from selfattn._bench.timing import Quartiles, interleave, ratios
-from selfattn._bench.worker import THREAD_LIMITS
 
 from . import process
 from .hf_models import GROUPS, OWN, Bench, Mismatch
@@ -62,19 +58,10 @@ def _listed() -> str:
 
 def _measure_in_process(args: argparse.Namespace, threads: int) -> list[Row] | None:
     """Measure in a new process whose thread pools all have `threads` threads."""
-    environment = {**os.environ, **dict.fromkeys(THREAD_LIMITS, str(threads))}
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "rows.json"
-        lengths = ["--lengths", *map(str, args.lengths)] if args.lengths else []
-        command = [
-            *process.command("workbench.hf_command"), "--answer", str(answer), "--threads", str(threads), "--groups",
-            *args.groups, "--dtype", *args.dtype, "--seconds", str(args.seconds), *lengths,
-            *(["--tiny"] if args.tiny else []),
-        ]  # fmt: skip
-        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
-            return None
-        rows: list[Row] = json.loads(answer.read_text(encoding="utf-8"))
-        return rows
+    options = ["--groups", *args.groups, "--dtype", *args.dtype, "--seconds", str(args.seconds)]
+    options += ["--lengths", *map(str, args.lengths)] if args.lengths else []
+    options += ["--tiny"] if args.tiny else []
+    return process.answer_of("workbench.hf_command", threads, *options)
 
 
 def measure(args: argparse.Namespace) -> int:
