@@ -94,6 +94,48 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
   }
 }
 
+// Where the sums of a batch entry's rows are kept.
+template <class T>
+struct Kept {
+  const Operand& place;
+  char *row_max, *row_sum, *sees_key;
+
+  Kept(const Problem& problem, std::int64_t batch)
+      : place(problem.running.row_max),
+        row_max(problem.at(problem.running.row_max, batch)),
+        row_sum(problem.at(problem.running.row_sum, batch)),
+        sees_key(problem.at(problem.running.sees_key, batch)) {}
+
+  T& number(char* numbers, RowIndex index) const {
+    return *reinterpret_cast<T*>(numbers + index.head * place.head + index.query * place.row);
+  }
+};
+
+template <class T>
+void load(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
+  const Kept<T> kept(problem, span.batch);
+  RowIndex index = row_index(span, 0);
+  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
+    reinterpret_cast<T*>(memory.row_max)[i] = kept.number(kept.row_max, index);
+    reinterpret_cast<T*>(memory.row_sum)[i] = kept.number(kept.row_sum, index);
+  }
+}
+
+template <class T>
+void store(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
+  const Kept<T> kept(problem, span.batch);
+  const Operand& flags = problem.running.sees_key;
+  RowIndex index = row_index(span, 0);
+  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
+    const T sum = reinterpret_cast<const T*>(memory.row_sum)[i];
+    kept.number(kept.row_max, index) = reinterpret_cast<const T*>(memory.row_max)[i];
+    kept.number(kept.row_sum, index) = sum;
+    char& sees_key = kept.sees_key[index.head * flags.head + index.query * flags.row];
+    if (!problem.running.begun) sees_key = 0;
+    if (sum == T(0) && sees_key == 0) sees_key = sees_a_key(problem, span, index, memory.rows[i]);
+  }
+}
+
 }  // namespace
 
 RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, std::int64_t kv_head,
@@ -165,28 +207,17 @@ double lse_of(double row_max, double row_sum, double omitted) {
 }
 
 void load_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
-  const std::int64_t size = size_of(problem.dtype);
-  RowIndex index = row_index(span, 0);
-  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
-    const auto bytes = static_cast<std::size_t>(size);
-    std::memcpy(memory.row_max + i * size, element(problem, problem.running.row_max, span, index), bytes);
-    std::memcpy(memory.row_sum + i * size, element(problem, problem.running.row_sum, span, index), bytes);
-  }
+  if (problem.dtype == DType::f32)
+    load<float>(problem, span, memory);
+  else
+    load<double>(problem, span, memory);
 }
 
 void store_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
-  const RunningSums& running = problem.running;
-  const std::int64_t size = size_of(problem.dtype);
-  RowIndex index = row_index(span, 0);
-  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
-    const auto bytes = static_cast<std::size_t>(size);
-    std::memcpy(element(problem, running.row_max, span, index), memory.row_max + i * size, bytes);
-    std::memcpy(element(problem, running.row_sum, span, index), memory.row_sum + i * size, bytes);
-    char* sees_key = element(problem, running.sees_key, span, index);
-    if (!running.begun) *sees_key = 0;
-    if (*sees_key == 0 && read_real(memory.row_sum + i * size, problem.dtype) == 0)
-      *sees_key = sees_a_key(problem, span, index, memory.rows[i]);
-  }
+  if (problem.dtype == DType::f32)
+    store<float>(problem, span, memory);
+  else
+    store<double>(problem, span, memory);
 }
 
 void clear_rows(const Problem& problem, const RowSpan& span) {

@@ -6,13 +6,11 @@
 #include <string>
 #include <utility>
 
-#include "aligned_memory.h"
 #include "attend.h"
 #include "message.h"
 #include "operand.h"
 #include "row_block.h"
 #include "rows.h"
-#include "scratch_pool.h"
 
 namespace selfattn {
 namespace {
@@ -156,8 +154,8 @@ Problem AttentionState::problem_of(AttentionArguments arguments, std::int64_t fi
   if (begun_)
     check_later(problem, last_, arguments);
   else
-    memory_.reset(allocate_aligned(place_sums(problem, nullptr)));
-  place_sums(problem, memory_.get());
+    memory_.emplace(std::max<std::size_t>(place_sums(problem, nullptr), 1));
+  place_sums(problem, memory_->data());
   problem.running.begun = begun_;
   return problem;
 }

@@ -2,11 +2,11 @@
 // maximum and its sum, as kernels leave them (RunningSums). So the pieces of a row are summed like blocks of keys of
 // one call, and nothing is merged.
 #pragma once
-#include <cstdlib>
-#include <memory>
+#include <optional>
 
 #include "plan.h"
 #include "problem.h"
+#include "scratch_pool.h"
 #include "task_loop.h"
 
 namespace selfattn {
@@ -37,8 +37,8 @@ class AttentionState {
  private:
   const std::int64_t kv_len_;
   std::int64_t next_;
-  std::unique_ptr<char, decltype(&std::free)> memory_{nullptr, &std::free};
-  Problem last_;  // of the last piece, whose keys and values may be gone
+  std::optional<Scratch> memory_;  // the sums; from the pool, since states often follow one another
+  Problem last_;                   // of the last piece, whose keys and values may be gone
   bool begun_ = false;
   bool complete_ = true;
 };

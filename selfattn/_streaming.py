@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _MOST_KEYS = 1 << 47
+_OPTIONS = (attention.__kwdefaults__ or {}).keys() - {"out", "return_lse", "return_weights"}
 
 
 class AttentionState:
@@ -85,7 +86,8 @@ class AttentionState:
     @clean_signature(attention, without=("out", "return_lse", "return_weights"))
     def __init__(self, q: ArrayLike, *, kv_len: int, first: int = 0, **options: Unpack[StateOptions]) -> None:
         function = "AttentionState"
-        refuse_unknown(AttentionState.__init__, options)
+        if not options.keys() <= _OPTIONS:
+            refuse_unknown(AttentionState.__init__, options)
         queries = np.array(as_array(function, "q", q), order="C")
         self.kv_len = integer_in(function, "kv_len", kv_len, 0, _MOST_KEYS)
         start = integer_in(function, "first", first, 0, self.kv_len)

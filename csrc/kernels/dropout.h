@@ -37,16 +37,17 @@ struct RowLanes {
 // The number of lines that dropout_factors may write for `keys` keys, since it writes whole blocks of the cipher.
 constexpr std::int64_t factor_lines(std::int64_t keys) { return keys + 2 * (keys_per_block - 1); }
 
-// Computes the factors of weights, 0 or dropout.factor: factors[key][lane]. Returns the line of the first key. Kernels
-// that take keys in pairs start at an even key, so the partner of the last key is in the same block of the cipher and
-// has a line, too. Arguments are passed by value, because stores cannot change copies: the compiler can keep in
-// registers what it computes from the seed and the rows.
+// Computes the factors of weights, 0 or dropout.factor: factors[key][lane]. Returns the line of the first key. Some
+// kernels take keys in pairs: if the number of keys is odd, the partner of the last key has a line, too. Arguments are
+// passed by value, because stores cannot change copies: the compiler can keep in registers what it computes from the
+// seed and the rows.
 template <class T>
 [[gnu::noinline]] inline const T* dropout_factors(const Dropout dropout, const RowLanes tile, std::int64_t first_key,
                                                   int keys, T* factors) {
   constexpr int W = Vec<T>::width, chains = W / Words::width;
   const Vec<T> factor = broadcast(static_cast<T>(dropout.factor)), zero = broadcast(T(0));
-  const std::int64_t first = first_key / keys_per_block, end = ceil_div(first_key + keys, keys_per_block);
+  const std::int64_t first = first_key / keys_per_block;
+  const std::int64_t end = ceil_div(first_key + round_up(keys, 2), keys_per_block);
   for (int lane = 0; lane < tile.lanes; lane += W) {
     std::uint32_t place[3][W] = {};
     for (int i = 0; i < W && lane + i < tile.count; ++i)
