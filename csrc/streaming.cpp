@@ -110,11 +110,13 @@ class Finish {
     const bool undefined = sum == T(0) && *element(from, from.running.sees_key, span, index) != 0;
     const T factor = undefined ? std::numeric_limits<T>::quiet_NaN() : T(1) / (sum == T(0) ? T(1) : sum);
     const T* out = reinterpret_cast<const T*>(element(from, from.out, span, index));
-    std::transform(out, out + from.value_dim, reinterpret_cast<T*>(row), [factor](T x) { return x * factor; });
     const Operand& to = results_.out;
-    scatter_row(kernels_, {element(results_, to, span, index), to.column, to.dtype}, row, results_.dtype,
-                results_.value_dim);
-    const double omitted = describe_row(results_, span, index, valid).omitted;
+    const bool direct = to.in_place && to.dtype == results_.dtype;
+    char* target = element(results_, to, span, index);
+    T* finished = reinterpret_cast<T*>(direct ? target : row);
+    std::transform(out, out + from.value_dim, finished, [factor](T x) { return x * factor; });
+    if (!direct) scatter_row(kernels_, {target, to.column, to.dtype}, row, results_.dtype, results_.value_dim);
+    const double omitted = results_.alibi_slopes ? describe_row(results_, span, index, valid).omitted : 0;
     write_real(element(results_, results_.lse, span, index),
                lse_of(static_cast<double>(max), static_cast<double>(sum), omitted), results_.lse.dtype);
   }
