@@ -144,13 +144,38 @@ struct TileBackward {
     each_strip(block, [&](const Strip& strip, auto columns) {
       hides = absorb_strip<decltype(columns)::value>(block, s, strip, keys, seen) || hides;
     });
+    add_row_sums(block, s, rows, keys, seen, hides && !block.finite);
+  }
+
+  // Adds to the gradients of the block's keys and values. Near the diagonal of a causal problem, later keys are hidden
+  // from the first strips: the sums over a key's rows leave out the strips that do not see the key.
+  static void add_row_sums(const BackwardBlock& block, const Scratch& s, const Rows& rows, const Keys& keys,
+                           const SeenKeys& seen, bool careful) {
     const std::int64_t key_step = sum_step(block.head_dim), value_step = sum_step(block.value_dim);
-    const bool careful = hides && !block.finite;
-    const Skipped<T> skipped{careful ? s.original : nullptr, minus_infinity<T>, s.block_lanes};
-    Sums::template add_row_sums<SumVectors>({s.dscores, s.block_lanes / cell, rows.queries, key_step, skipped},
-                                            seen.count, block.count, keys.dkeys + seen.skipped * key_step);
-    Sums::template add_row_sums<SumVectors>({s.probs, s.block_lanes / cell, rows.dout, value_step, skipped}, seen.count,
-                                            block.count, keys.dvalues + seen.skipped * value_step);
+    const KeyRange all{seen.first, seen.first + seen.count};
+    for (std::int64_t key = all.begin, next = all.end; key < all.end; key = next, next = all.end) {
+      int first_row = block.count, end_row = 0;
+      each_strip(block, [&](const Strip& strip, auto) {
+        const KeyRange own = whole_cells({strip.begin_min, strip.end_max}, all);
+        if (own.begin > key && own.begin < next) next = own.begin;
+        if (own.end > key && own.end < next) next = own.end;
+        if (own.begin > key || own.end <= key) return;
+        first_row = strip.first_row < first_row ? strip.first_row : first_row;
+        end_row = strip.first_row + strip.rows;
+      });
+      const int before = static_cast<int>(key - all.begin), count = static_cast<int>(next - key);
+      const int row_count = end_row - first_row;
+      const std::int64_t place = before * s.block_lanes + first_row, to = seen.skipped + before;
+      const Skipped<T> hidden{careful ? s.original + place : nullptr, minus_infinity<T>, s.block_lanes};
+      const auto add = [&](T* factors, const T* operands, std::int64_t step, T* sums) {
+        Sums::template add_row_sums<SumVectors>({s.line(factors, before, first_row), s.block_lanes / cell,
+                                                 operands + first_row / cell * step, step, hidden},
+                                                count, row_count, sums + to * step);
+      };
+      if (row_count <= 0) continue;
+      add(s.dscores, rows.queries, key_step, keys.dkeys);
+      add(s.probs, rows.dout, value_step, keys.dvalues);
+    }
   }
 
   // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key is hidden from some row.
