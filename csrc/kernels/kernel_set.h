@@ -234,6 +234,10 @@ struct StoredKernels {
   // Convert contiguous numbers to float and back; not for float itself.
   void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
+  // to[r][c] = from[c * step + r] for `rows` rows of `columns` contiguous elements. The result has this type or the
+  // type of computation.
+  void (*transpose)(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
+                    void* to) noexcept;
   void (*finish)(const FinishArgs&) noexcept;  // for results of this type
 };
 

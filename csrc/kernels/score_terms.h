@@ -74,6 +74,21 @@ inline T bias_at(const char* p, DType type) {
   return static_cast<T>(x);
 }
 
+// Calls use(pointer) if the numbers of a bias array at `p` can be loaded as a vector of adjacent numbers. Returns
+// whether it did.
+template <class T, class Use>
+[[gnu::always_inline]] inline bool with_numbers(const char* p, DType type, Use use) {
+  const auto as = [&](auto element) {
+    using E = decltype(element);
+    if (type != dtype_of(E()) || reinterpret_cast<std::uintptr_t>(p) % sizeof(E) != 0) return false;
+    use(reinterpret_cast<const E*>(p));
+    return true;
+  };
+  if (as(T())) return true;
+  if constexpr (sizeof(T) == sizeof(float)) return as(Half()) || as(BFloat());
+  return false;
+}
+
 // Mask and bias of one row for n <= width keys, starting at `key`: the bias, or -inf where the mask hides the key.
 // Lanes from n on repeat the last key.
 template <class T>
@@ -82,14 +97,14 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
   Vec<T> term = broadcast(T(0));
   if (row.bias) {
     const char* bias = row.bias + key * terms.bias_step;
-    const bool constant = terms.bias_step == 0;
-    const bool in_place = terms.bias_type == dtype_of(T()) && terms.bias_step == sizeof(T) && n == W &&
-                          reinterpret_cast<std::uintptr_t>(bias) % sizeof(T) == 0;
-    T buffer[W];
-    if (!in_place && !constant)
+    if (terms.bias_step == 0) {
+      term = broadcast(bias_at<T>(bias, terms.bias_type));
+    } else if (n < W || terms.bias_step != size_of(terms.bias_type) ||
+               !with_numbers<T>(bias, terms.bias_type, [&](const auto* numbers) { term = load(numbers); })) {
+      T buffer[W];
       for (int j = 0; j < W; ++j) buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * terms.bias_step, terms.bias_type);
-    term = constant ? broadcast(bias_at<T>(bias, terms.bias_type))
-                    : load(in_place ? reinterpret_cast<const T*>(bias) : buffer);
+      term = load(buffer);
+    }
   }
   if (terms.mask) {
     const std::uint8_t* mask = row.mask + key * terms.mask_step;
@@ -193,11 +208,30 @@ struct TileTerms {
         if (terms.toeplitz && l + W <= tile.num_rows) {
           const T* last = reinterpret_cast<const T*>(tile.rows[l + W - 1].bias) + tile.first_key + j;
           for (int i = 0; i < n; ++i) use(first + i * tile.step + l, reverse(load(last + i)));
+        } else if (are_adjacent(l)) {
+          const char* bias = tile.rows[l].bias + (tile.first_key + j) * terms.bias_step;
+          for (int i = 0; i < n; ++i, bias += terms.bias_step)
+            with_numbers<T>(bias, terms.bias_type,
+                            [&](const auto* numbers) { use(first + i * tile.step + l, load(numbers)); });
         } else {
           AcrossRows::each_of_square(tile, cells, AcrossRows::Square{j, n, l}, *this, use);
         }
       }
     }
+  }
+
+ private:
+  // Whether the biases of a vector of rows can be loaded as a vector: there is no mask, and the rows' biases for a key
+  // are adjacent, as in a transposed bias.
+  bool are_adjacent(int lane) const {
+    const std::int64_t size = size_of(terms.bias_type);
+    const Row* rows = tile.rows + lane;
+    if (terms.mask || terms.bias_step == size || terms.bias_step % size != 0 || lane + Vec<T>::width > tile.num_rows)
+      return false;
+    if (!with_numbers<T>(rows[0].bias, terms.bias_type, [](const auto*) {})) return false;
+    for (int i = 1; i < Vec<T>::width; ++i)
+      if (rows[i].bias != rows[0].bias + i * size) return false;
+    return true;
   }
 };
 

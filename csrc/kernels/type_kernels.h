@@ -45,13 +45,31 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
     store_up_to(element + i, load_up_to(from + i, count - i), count - i);
 }
 
+template <class T, class E>
+inline void transpose(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
+                      void* to) noexcept {
+  const auto store_as = [&](auto* result) {
+    columns_to_rows<T>(
+        static_cast<int>(rows), columns, [&](int row) { return result + row * columns; },
+        [&](std::int64_t column, int row) {
+          return load_up_to(static_cast<const E*>(from) + column * step + row, rows - row);
+        });
+  };
+  to_type == dtype_of(E()) ? store_as(static_cast<E*>(to)) : store_as(static_cast<T*>(to));
+}
+
 // E: a type that is only stored. Codes have scales, which only the row kernel applies.
 template <class E, int TileRows, int TileVectors, int MaxSums>
 constexpr StoredKernels stored_kernels() {
-  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, project<FmaUnit<float>, TileRows, TileVectors, E>,
-                        widen<E>, nullptr, nullptr};
+  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel,
+                        project<FmaUnit<float>, TileRows, TileVectors, E>,
+                        widen<E>,
+                        nullptr,
+                        nullptr,
+                        nullptr};
   if constexpr (!scaled<E>) {
     kernels.narrow = narrow<E>;
+    kernels.transpose = transpose<float, E>;
     kernels.finish = finish<float, E>;
   }
   return kernels;
@@ -75,7 +93,11 @@ constexpr TypeKernels type_kernels() {
   const auto stored = [&](auto element) -> StoredKernels& {
     return kernels.stored[static_cast<int>(dtype_of(element))];
   };
-  stored(T()) = {&RowAttention<T, MaxSums>::kernel, project<FmaUnit<T>, TileRows, TileVectors>, nullptr, nullptr,
+  stored(T()) = {&RowAttention<T, MaxSums>::kernel,
+                 project<FmaUnit<T>, TileRows, TileVectors>,
+                 nullptr,
+                 nullptr,
+                 transpose<T, T>,
                  finish<T, T>};
   if constexpr (sizeof(T) == sizeof(float)) {
     stored(Half()) = stored_kernels<Half, TileRows, TileVectors, MaxSums>();
