@@ -57,11 +57,13 @@ struct RowAttention {
     const bool hidden = complete_scores<AcrossKeys>(tile, block.terms, sight);
     for (int r = 0; r < block.count; ++r) exponentiate(block, tile, r, s.rescale[r]);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
-    if ((limited || hidden) && !Products::finite_values(keys, block.value_dim)) {
+    KeyBlock finite = keys;
+    if ((limited || hidden) && !Products::finite_values(keys, block.value_dim) &&
+        (scaled<E> || !Products::Values::replace_hidden(block, s, tile, finite))) {
       if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.terms, s.terms);
       return Products::Values::accumulate_visible(block, s, tile, keys);
     }
-    Products::Values::accumulate(block, s, keys);
+    Products::Values::accumulate(block, s, finite);
   }
 
   // Whether some row sees only some keys of the tile. Lanes that pad the last vector are beyond every row's end.

@@ -120,6 +120,22 @@ struct TileAttention {
            !has_terms(block.terms) && !block.rows[0].scores;
   }
 
+  // Which keys of a tile its rows see. Only needed if some value is not finite.
+  struct Visibility {
+    const ScoreTerms& terms;
+    const ScoreTile<T>& tile;
+    T* cells;  // memory for mask and bias in the shape of the tile; null if they hide no key
+
+    bool hides(int key) const { return selfattn::SELFATTN_ISA::hides(tile, terms, key); }  // from all rows
+    // A tile for `visible`.
+    ScoreTile<T> described() const {
+      ScoreTile<T> result = tile;
+      describe_rows(result, tile.lanes);
+      if (cells) result.terms = gather_terms<AcrossRows>(result, terms, cells);
+      return result;
+    }
+  };
+
   template <int Cols>
   static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys,
                            Block& prepared) {
@@ -171,11 +187,8 @@ struct TileAttention {
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, keep);
     }
     Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
-                                      out_of(block, s, strip.first_row), limited || hidden, [&] {
-                                        describe_rows(tile, lanes);
-                                        if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.terms, s.terms);
-                                        return tile;
-                                      });
+                                      out_of(block, s, strip.first_row), limited || hidden,
+                                      Visibility{block.terms, tile, hidden ? s.terms : nullptr});
   }
 
   // Multiplies scores by a factor and computes their probs, which keep(prob, line, lane) stores.

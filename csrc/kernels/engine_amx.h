@@ -63,9 +63,9 @@ struct AmxEngine : PairOperands<E, Terms> {
     }
   }
 
-  template <int Cols, class Tile>
+  template <int Cols, class Visibility>
   static void accumulate(const Block& block, const SeenKeys& seen, const float*, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
+                         std::int64_t, std::int64_t value_dim, float* out, bool, const Visibility& visibility) {
     rescale_sums<Cols>(rescale, value_dim, out);
     // Pads the probs with 0 up to the end of the last tile.
     const std::int64_t used = ceil_div(seen.count, cell), depth = row_cells(seen.count);
@@ -82,7 +82,7 @@ struct AmxEngine : PairOperands<E, Terms> {
       return sum;
     };
     if (!block.splits_values)
-      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, tile());
+      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, visibility);
   }
 
  private:

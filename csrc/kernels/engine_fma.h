@@ -45,7 +45,10 @@ struct FmaEngine {
   static constexpr bool scales = true;
 
   struct Memory {
-    Memory(Carver&, int, std::int64_t, std::int64_t) {}
+    T* values;  // [key][value_dim]: a copy without values that are not finite; see `accumulate`
+
+    Memory(Carver& carver, int key_block, std::int64_t, std::int64_t value_dim)
+        : values(carver.take<T>(key_block * value_dim)) {}
   };
 
   struct Block {
@@ -54,7 +57,8 @@ struct FmaEngine {
     const T* values;
     std::int64_t value_step;
     const T* next_keys;
-    bool fetches;  // the strip that is computed first prefetches for all strips
+    T* clean_values;  // see Memory
+    bool fetches;     // the strip that is computed first prefetches for all strips
   };
 
   static void start() {}
@@ -69,9 +73,14 @@ struct FmaEngine {
     });
   }
 
-  static Block prepare(const RowBlock&, const KeyBlock& keys, const Memory&) {
-    return {static_cast<const T*>(keys.keys),      keys.key_step, static_cast<const T*>(keys.values), keys.value_step,
-            static_cast<const T*>(keys.next_keys), true};
+  static Block prepare(const RowBlock&, const KeyBlock& keys, const Memory& memory) {
+    return {static_cast<const T*>(keys.keys),
+            keys.key_step,
+            static_cast<const T*>(keys.values),
+            keys.value_step,
+            static_cast<const T*>(keys.next_keys),
+            memory.values,
+            true};
   }
 
   template <int Rows, int Cols>
@@ -100,22 +109,41 @@ struct FmaEngine {
     store(line + lane, prob[0]);  // replaces the score
   }
 
-  // `hides`: some key of the block may be hidden from some row. tile() returns the ScoreTile that tells which.
-  template <int Cols, class Tile>
+  // `hides`: some key of the block may be hidden from some row; `visibility` tells which. Values that are not finite
+  // are replaced by 0 in a copy if all rows hide them. If a row sees one of them, its other rows need the slower path.
+  template <int Cols, class Visibility>
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
-                         std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
+                         std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides,
+                         const Visibility& visibility) {
     const T* values = block.values + seen.skipped * block.value_step;
-    if (hides && !all_finite([&](int j) { return values + j * block.value_step; }, seen.count, value_dim)) {
-      accumulate_visible<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out, tile());
-    } else {
-      const bool next = block.fetches && block.next_keys;
-      multiply_values<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out,
-                            {next ? block.next_keys : nullptr, block.key_step, head_dim});
-    }
+    std::int64_t step = block.value_step;
+    const bool fetches_keys = block.fetches && block.next_keys;
     block.fetches = false;
+    if (hides && !all_finite([&](int j) { return values + j * step; }, seen.count, value_dim)) {
+      if (!copy_finite(values, step, seen.count, value_dim, visibility, block.clean_values))
+        return accumulate_visible<Cols>(values, step, seen.count, probs, rescale, value_dim, out,
+                                        visibility.described());
+      values = block.clean_values;
+      step = value_dim;
+    }
+    multiply_values<Cols>(values, step, seen.count, probs, rescale, value_dim, out,
+                          {fetches_keys ? block.next_keys : nullptr, block.key_step, head_dim});
   }
 
  private:
+  // Copies values; those that are not finite and hidden from all rows become 0. Returns false if a row sees one.
+  template <class Visibility>
+  static bool copy_finite(const T* values, std::int64_t step, int count, std::int64_t value_dim,
+                          const Visibility& visibility, T* to) {
+    for (int key = 0; key < count; ++key, values += step, to += value_dim) {
+      const bool finite = all_finite([&](int) { return values; }, 1, value_dim);
+      if (!finite && !visibility.hides(key)) return false;
+      for (std::int64_t d = 0; d < value_dim; d += W)
+        store_up_to(to + d, finite ? load_up_to(values + d, value_dim - d) : broadcast(T(0)), value_dim - d);
+    }
+    return true;
+  }
+
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const T* values, std::int64_t value_step, int count, const T* probs,
                                                 const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,

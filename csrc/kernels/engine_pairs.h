@@ -53,16 +53,16 @@ struct PairEngine : PairOperands<E, 1> {
     store(scores + (line - scores) / cell + lane, to_cells(prob[0], prob[1]));
   }
 
-  template <int Cols, class Tile>
+  template <int Cols, class Visibility>
   static void accumulate(const Block& block, const SeenKeys& seen, const float* probs, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
+                         std::int64_t, std::int64_t value_dim, float* out, bool, const Visibility& visibility) {
     multiply_values<Cols>(block, seen, probs, rescale, value_dim, out);
     const auto prob = [&](int key, int c) {
       const VecF cells = load(probs + (key / cell * Cols + c) * W);
       return key % cell == 0 ? first_of(cells) : second_of(cells);
     };
     if (!block.splits_values)
-      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, tile());
+      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, visibility);
   }
 
  private:

@@ -69,6 +69,7 @@ struct PairOperands {
     std::int64_t key_step;
     const E* values;
     std::int64_t value_step;
+    const ScoreTerms* terms;
     bool splits_keys, splits_values;  // whether every key (every value) of the block can be split
   };
 
@@ -124,6 +125,7 @@ struct PairOperands {
                 keys.key_step,
                 static_cast<const E*>(keys.values),
                 keys.value_step,
+                &rows.terms,
                 true,
                 true};
     for (int key = 0; key < keys.count; ++key) {
@@ -138,8 +140,9 @@ struct PairOperands {
     return block;
   }
 
-  // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN. Such a NaN may be
-  // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinities of opposite sign.
+  // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN, unless they are
+  // hidden. Such a NaN may be wrong: a term or a subnormal number may have counted as 0, or products of terms may be
+  // infinities of opposite sign.
   static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                std::int64_t head_dim, int lanes, float multiplier, float* scores) {
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
@@ -154,7 +157,7 @@ struct PairOperands {
         const int place = seen.skipped + key;
         float& score = scores[key * lanes + row];
         const bool split = exact || (block.memory.unsplittable[place] == 0 && flags[row] == 0);
-        if (split && score == score) continue;
+        if ((split && score == score) || hides<float>(queries.rows[row], *block.terms, seen.first + key)) continue;
         float sum = 0;
         for (std::int64_t d = 0; d < head_dim; ++d)
           sum = __builtin_fmaf(widen(query[d]), widen(block.keys[place * block.key_step + d]), sum);
@@ -164,11 +167,18 @@ struct PairOperands {
   }
 
   // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): probs of a key.
-  template <int Cols, class Prob>
+  template <int Cols, class Prob, class Visibility>
   static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim,
-                                      float* out, const ScoreTile<float>& tile) {
-    for (int key = 0; key < seen.count; ++key) {
-      const E* values = block.values + (seen.skipped + key) * block.value_step;
+                                      float* out, const Visibility& visibility) {
+    const auto values_of = [&](int key) { return block.values + (seen.skipped + key) * block.value_step; };
+    const auto skips = [&](int key) { return splits(values_of(key), value_dim) || visibility.hides(key); };
+    int key = 0;
+    while (key < seen.count && skips(key)) ++key;
+    if (key == seen.count) return;
+    const ScoreTile<float> tile = visibility.described();
+    for (; key < seen.count; ++key) {
+      if (skips(key)) continue;
+      const E* values = values_of(key);
       for (std::int64_t dim = 0; dim < value_dim; ++dim) {
         const VecF value = broadcast(widen(values[dim]));
         if (!any(unsplittable(value))) continue;
@@ -181,6 +191,12 @@ struct PairOperands {
   }
 
  private:
+  static bool splits(const E* values, std::int64_t count) {
+    MaskF found = broadcast(0.0f) < broadcast(0.0f);
+    for (std::int64_t i = 0; i < count; i += W) found = found | unsplittable(load_up_to(values + i, count - i));
+    return !any(found);
+  }
+
   // Packs pairs of keys into cells for each dim, 32 keys x 16 dims at a time. Returns false if some value cannot be
   // split.
   static bool pack_values(const E* values, std::int64_t step, int count, std::int64_t value_dim, const Memory& memory) {

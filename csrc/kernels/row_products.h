@@ -47,6 +47,8 @@ struct RowProducts {
     T* scores;   // [row][score_step]
     T* terms;    // [row][score_step]
     T* rescale;
+    const void** value_rows;  // KeyBlock::value_rows without values that are not finite
+    E* zeros;                 // [value_dim]
     RowPlaces<T> places;
     std::size_t bytes;
 
@@ -62,6 +64,8 @@ struct RowProducts {
       scores = carver.take<T>(std::int64_t{rows} * score_step);
       terms = carver.take<T>(std::int64_t{rows} * score_step);
       rescale = carver.take<T>(rows);
+      value_rows = carver.take<const void*>(key_block + rows_ahead);
+      zeros = carver.take<E>(value_dim);
       bytes = carver.used;
     }
     explicit Scratch(const RowBlock& block)

@@ -55,6 +55,21 @@ struct FmaValues {
       accumulate_rows<max_rows_at_once>(block, s, ValueChunk(keys, first), 0);
   }
 
+  // Replaces values that are not finite and hidden from all rows by zeros. Returns false if a row sees one.
+  template <class Scratch>
+  static bool replace_hidden(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile, KeyBlock& keys) {
+    for (std::int64_t d = 0; d < block.value_dim; ++d) s.zeros[d] = E();
+    for (int j = 0; j < keys.count + rows_ahead; ++j) {
+      s.value_rows[j] = keys.value_rows[j];
+      if (j >= keys.count || all_finite([&](int) { return row_of<E>(keys.value_rows, j); }, 1, block.value_dim))
+        continue;
+      if (!hides(tile, block.terms, j)) return false;
+      s.value_rows[j] = s.zeros;
+    }
+    keys.value_rows = s.value_rows;
+    return true;
+  }
+
   // Computes the same sums in the same order, but skips hidden keys instead of multiplying them by 0.
   template <class Scratch>
   static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,

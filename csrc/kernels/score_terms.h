@@ -119,6 +119,22 @@ inline Vec<T> term_chunk(const Row& row, const ScoreTerms& terms, std::int64_t k
   return term;
 }
 
+// Whether a row's limits, its mask or its bias hide a key.
+template <class T>
+inline bool hides(const Row& row, const ScoreTerms& terms, std::int64_t key) {
+  if (key < row.key_begin || key >= row.key_end) return true;
+  if (terms.mask && row.mask[key * terms.mask_step] == 0) return true;
+  return terms.bias && bias_at<T>(row.bias + key * terms.bias_step, terms.bias_type) == minus_infinity<T>;
+}
+
+// Whether a key of a tile is hidden from all rows of the tile.
+template <class T>
+inline bool hides(const ScoreTile<T>& tile, const ScoreTerms& terms, int key) {
+  for (int r = 0; r < tile.num_rows; ++r)
+    if (!hides<T>(tile.rows[r], terms, tile.first_key + key)) return false;
+  return true;
+}
+
 enum class Sight : std::uint8_t { nothing, some, everything };
 
 // How many of the keys [key, key + count) a row's mask and bias leave visible. Returns `some` also where counting these
