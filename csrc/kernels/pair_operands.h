@@ -192,9 +192,9 @@ struct PairOperands {
 
  private:
   static bool splits(const E* values, std::int64_t count) {
-    MaskF found = broadcast(0.0f) < broadcast(0.0f);
-    for (std::int64_t i = 0; i < count; i += W) found = found | unsplittable(load_up_to(values + i, count - i));
-    return !any(found);
+    for (std::int64_t i = 0; i < count; i += W)
+      if (any(unsplittable(load_up_to(values + i, count - i)))) return false;
+    return true;
   }
 
   // Packs pairs of keys into cells for each dim, 32 keys x 16 dims at a time. Returns false if some value cannot be
