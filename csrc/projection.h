@@ -74,7 +74,7 @@ class Projection {
   std::unique_ptr<char, Free> bias_;
 };
 
-// x (..., S, d_model) as rows. Leading axes count as rows too, as far as one stride steps through them and S.
+// x (..., S, d_model) as rows. Leading axes are merged with S where one stride steps through all of them.
 struct RowsView {
   const char* data;
   DType dtype;
