@@ -97,7 +97,8 @@ class Run {
         for (std::int64_t b = 0; b < problem.batch; ++b) {
           const RowSpan span = span_of(problem, *parts_[i].plan, b, 0, block);
           const KeyRange keys = span_keys(problem, span);
-          // Several problems may have different numbers of rows.
+          // Nearly all blocks of one problem have equally many rows, so that the number of keys suffices as the cost.
+          // Blocks of different problems may have different numbers of rows.
           const std::int64_t rows = count_ > 1 ? span.valid : 1;
           *next++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
         }
@@ -173,7 +174,8 @@ class Run {
     const Plan& plan = *part.plan;
     const KeyRange keys = span_keys(problem, span);
     const std::int64_t begin = std::max(keys.begin, range.begin), end = std::min(keys.end, range.end);
-    // An empty range would be rounded down to a block whose keys may be in no page.
+    // The loop below rounds `begin` down to a multiple of key_block. So it would visit a block even if there is no key
+    // to visit, and the keys of that block may be in no page.
     if (begin >= end) return true;
     const std::int64_t masked_from = problem.masked_from(task.batch);
     RowBlock unmasked = block;

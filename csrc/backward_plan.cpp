@@ -15,13 +15,13 @@ constexpr int rows_wanted = 96;
 // The scores of this many keys, and their gradients, stay in L1 between the products.
 constexpr int largest_key_block = 96;
 constexpr int smallest_key_block = 8;
-// Keys, values and their gradients stay in L2 while a task visits all rows.
+// This many bytes of keys, values and their gradients stay in L2 while a task visits all rows.
 constexpr std::int64_t range_bytes = std::int64_t{400} << 10;
 constexpr int largest_range = 512;
 // Bounds the scratch memory for very wide heads.
 constexpr std::int64_t row_bytes_wanted = std::int64_t{256} << 10;
 
-// Uses products of bfloat16 if all operands are bfloat16 and there is a unit for such products.
+// Uses products of bfloat16 if there is a unit for them, all operands are bfloat16, and there are no relative products.
 const BackwardKernel& kernel_for(const Problem& problem, const Gradients& gradients, const KernelSet& kernels) {
   const BackwardKernel* pairs = kernels.matrix.backward_bf16;
   const auto suits = [](const Operand& operand) { return operand.dtype == DType::bf16; };
@@ -37,7 +37,7 @@ PaddedRows operand_form(const BackwardPlan& plan, const Problem& problem, std::i
   return {width, round_up(width, plan.kernel->lanes * size_of(problem.dtype) / size_of(dtype)), dtype};
 }
 
-// Block sizes do not depend on lengths, so that results do not either.
+// Block sizes fix the order of sums. They do not depend on lengths, so that padding does not change results.
 void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   const std::int64_t row_bytes = (plan.key_step + plan.value_step) * size_of(problem.dtype);
   const std::int64_t operand_bytes = (plan.keys.step + plan.values.step) * size_of(plan.kernel->operands);

@@ -10,10 +10,10 @@
 
 namespace selfattn {
 
-// Puts the tasks of all problems into one order: first all blocks of rows, then all ranges of keys. The tasks of a
-// problem keep their order, so that a task only waits for tasks that were started before it. Part is the backward pass
-// of one problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
-// thread).
+// Puts the tasks of all problems into one order: first all row tasks, then all range tasks. The tasks of a problem keep
+// their order, so that a task only waits for tasks that were started before it. The class `Part` computes the backward
+// pass of one problem. It has the constructor Part(job, shared_memory, loop) and the functions prepare_rows(task,
+// own_memory) and visit_range(task, own_memory, thread).
 template <class Part>
 class BackwardRun {
  public:
@@ -54,7 +54,7 @@ class BackwardRun {
  private:
   struct Entry {
     Part part;
-    std::int64_t first_rows, first_range;  // its first row task, and its first range of keys
+    std::int64_t first_rows, first_range;  // indices of its first row task and its first range task
   };
 
   struct Sizes {

@@ -9,7 +9,7 @@
 namespace selfattn {
 
 // An array with one row per token and head; strides in bytes. A sequence is either a batch entry of the array or a list
-// of its pages.
+// of pages of the array.
 struct TokenRows {
   char* data = nullptr;
   std::int64_t batch = 0, head = 0, row = 0, page = 0;
@@ -53,8 +53,8 @@ class CachedKeys {
   View keys_, values_, key_scales_, value_scales_;
 };
 
-// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width), or, in layout bshd, of an array with
-// the axes of the view.
+// Views an array of tokens as (batch, tokens, heads, width). In layout bhsd the array has the axes (batch, heads,
+// tokens, width); in layout bshd it already has the axes of the view.
 struct TokensView {
   std::int64_t shape[4], strides[4];
   TensorView view;

@@ -16,7 +16,7 @@ struct CacheInputs {
 };
 
 // A buffer for the elements of a view with the axes (batch, heads, tokens, width), or (batch, tokens, heads, width) in
-// layout bshd. The buffer's own view has its axes in the same order, but each head's tokens are contiguous in memory.
+// layout bshd. view() has the same axes, but each head's tokens are contiguous in memory.
 class RotatedTokens {
  public:
   RotatedTokens(const TensorView& like, Layout layout);

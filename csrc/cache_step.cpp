@@ -164,7 +164,7 @@ void CacheStep::reorder(const std::int64_t* index) const {
                                      &cache_.value.scales};
   std::int64_t most = 0;
   for (const TokenRows* rows : arrays) most = std::max(most, used * rows->row);
-  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // the sequences of one head
+  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // one head of all sequences
   for (const TokenRows* rows : arrays)
     for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
       const auto bytes = static_cast<std::size_t>(used * rows->row);

@@ -26,7 +26,7 @@ struct Ledger {
 
 // A sequence whose pages may be any pages of the store.
 struct PagedSequence {
-  const std::int32_t* pages = nullptr;  // from the page of token `start` on, including pages for the tokens to append
+  const std::int32_t* pages = nullptr;  // the first has token `start`; includes pages for the tokens to append
   std::int64_t page_count = 0;
   std::int64_t start = 0;
   std::int64_t* length = nullptr;  // copied at the start of a step; a step that appends commits the new length here
@@ -38,10 +38,11 @@ struct CacheSource {
   const Ledger* ledger = nullptr;
   const PagedSequence* sequences = nullptr;
   std::int64_t batch = 0;
-  std::int64_t skipped = 0;  // first tokens of paged sequences that the call does not read; a multiple of the page size
+  std::int64_t skipped = 0;  // tokens at the start of paged sequences that the call does not read; whole pages
 };
 
-// Reads lengths and starts only once, then checks, uses and commits its own copies.
+// Reads lengths and starts only once, since other processes may change them, and then checks, uses and commits its own
+// copies.
 class CacheStep {
  public:
   // For a call that appends `more` tokens to each sequence. Throws std::invalid_argument if there is no room for them,
@@ -73,7 +74,8 @@ class CacheStep {
     commit();
   }
 
-  // Replaces each sequence b by a copy of sequence index[b]. Needs a ledger. Allocates the copies of one head.
+  // Replaces each sequence b by a copy of sequence index[b]. Needs a ledger. Allocates memory for the copies of one
+  // head.
   void reorder(const std::int64_t* index) const;
 
  private:

@@ -23,7 +23,7 @@ HeadRows rows_of(const RowSpan& span, std::int64_t i) {
           row < span.valid ? ceil_div(span.valid - row, span.heads) : 0};
 }
 
-// Whether no query sees a key at a distance in [least, most].
+// Whether causal or window hide all keys at distances in [least, most].
 bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most) {
   const VisibleDistances visible = visible_distances(problem);
   return (visible.least && most < *visible.least) || (visible.most && least > *visible.most);
@@ -50,7 +50,7 @@ void pack(const Problem& problem, const RelativeProducts& relative, const Distan
   relative.types->pack_panel(memory.vectors, problem.head_dim, memory.panel);
 }
 
-// Converts an entry of the table to T. A finite entry stays finite.
+// The entry of the table of distance biases for a distance, converted to T. A finite entry stays finite.
 template <class T>
 T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
   const double x = read_real(problem.distance_bias.at(head, distance), DType::f64);
@@ -107,8 +107,8 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
     problem_.bias ? add_biases<double>(first, count) : fill_biases<double>(first, count);
 }
 
-// Multiplies each query by the vectors of the distances to its keys. Query i and key j have distance i + offset - j: it
-// falls by 1 from key to key, and grows by 1 from query to query. So `width` (panel_columns) consecutive queries form a
+// Multiplies each query by the vectors of the distances to its keys. The distance i + offset - j of query i and key j
+// falls by 1 from key to key and grows by 1 from query to query. `width` (panel_columns) consecutive queries form a
 // batch, which is multiplied by all panels of distances that any of these queries needs:
 //
 //   column c of a batch: distance d - c, where d is the distance from query width - 1 of the batch to key `first`

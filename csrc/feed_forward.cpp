@@ -27,8 +27,8 @@ LinearJob first_job(const FeedForwardJob& job, char* hidden) {
           layer.activation};
 }
 
-// The job adds the residual. If a norm follows, the caller removes the residual from the job: the norm adds it, before
-// the sum is rounded.
+// The job adds the residual. If a norm follows, the caller removes the residual from the job, because the norm then
+// adds it: to sums that have not been rounded yet.
 LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t rows, char* out) {
   const Projection& projection = job.second.projection;
   const RowsView x(hidden, projection.operand(job.dtype), rows, projection.depth());
@@ -36,7 +36,7 @@ LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t
           Activation::none, job.residual};
 }
 
-// Each task computes both products for a block of rows, so that the values between them stay in the cache.
+// Each task computes both products for a block of rows, so that the result of the first product stays in the cache.
 class RowTasks {
  public:
   RowTasks(const FeedForwardJob& job, int threads)

@@ -12,7 +12,7 @@ struct LinearWeights {
   Activation activation;
 };
 
-// Runs a job. With a norm, the result is the norm of the sum of output and residual. Returns false if interrupted.
+// Runs a job. If `norm` is not null, the result is the norm of product + residual. Returns false if interrupted.
 bool run_normalised(const LinearJob& job, const Norm* norm, int num_threads, Interrupted interrupted);
 
 // out = post_norm(second(first(norm(x))) + residual), where either norm may be null.

@@ -35,20 +35,20 @@ struct BufferView {
   char* data() const { return static_cast<char*>(view.data); }
 };
 
-// One call of a layer. Sets q, k, v, the layout, the source of the keys, and for bfloat16 the precision. The caller
-// sets the other options.
+// One call of a layer. Sets q, k, v, layout and keys of the attention arguments, and the precision if the weights are
+// multiplied as pairs of bfloat16. The caller sets the other options.
 class LayerCall {
  public:
   // `context` may be absent, and `step` null. With a step, x is (batch, tokens, d_model): its tokens are appended to
-  // the cache and attend to everything that it then holds. Throws like make_problem. Allocates the buffers between the
-  // stages.
+  // the cache and attend to everything that the cache then holds. Throws like make_problem. Allocates the buffers for
+  // intermediate results.
   LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context, const TensorView& positions,
             CacheStep* step, AttentionArguments arguments);
   Problem& problem() { return problem_; }  // to attach lse and weights
   Shape out_shape() const;
   double flops() const;
-  // `out` must be C-contiguous. The residual has its shape and type, or is absent. Returns false if interrupted. Throws
-  // std::bad_alloc.
+  // `out` must be C-contiguous. The residual has the shape and type of `out`, or is absent. Returns false if
+  // interrupted. Throws std::bad_alloc.
   bool run(const TensorView& out, const TensorView& residual, int num_threads, Interrupted interrupted);
 
  private:

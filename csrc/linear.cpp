@@ -13,18 +13,19 @@
 namespace selfattn {
 namespace {
 
-// With this many threads, tasks are as small as possible.
+// With this many threads, `Blocking` makes tasks as small as possible.
 constexpr int most_threads = 1 << 16;
 constexpr std::int64_t most_deep_rows = 256;
 
 bool is_deep(const Projection& projection) { return projection.depth() > depth_part; }
 
-// Panels of a task. Kernels multiply a single row by several panels at once. One panel of 16-bit results would end
-// within a cache line, so two threads would write to that line. With deep weights, several panels use the same part of
-// the rows in turn.
+// The smallest number of panels of a task. Kernels multiply a single row by several panels at once. A single panel of
+// 16-bit results can end within a cache line, so that two threads would write to that line.
 std::int64_t least_panels(const LinearJob& job) { return job.x.rows == 1 ? 4 : is_narrow(job.out_dtype) ? 2 : 1; }
 }  // namespace
 
+// With deep weights, a task may have several panels. Each part of the rows is then used several times while it is in
+// L2.
 std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) ? 4 : least_panels(job); }
 
 namespace {
@@ -46,7 +47,7 @@ bool in_place(const LinearJob& job) {
   return !job.norm && x.dtype == dtype && aligned && x_step(job.projection) == job.projection.depth();
 }
 
-// Whether the sums are the result, so that the kernel can write them to out.
+// Whether nothing follows the product, so that the kernel can write its sums directly to out.
 bool plain(const LinearJob& job) {
   return !job.gate && !job.residual && job.activation == Activation::none &&
          job.out_dtype == job.projection.computation();
@@ -58,8 +59,8 @@ std::int64_t most_rows(const LinearJob& job) {
   return is_deep(job.projection) && in_place(job) ? most_deep_rows : LinearSpace::most_rows;
 }
 
-// The number of rows whose sums are finished together, while the sums are in L1. Deep weights would be read again for
-// each such group of rows, so they have one group per task.
+// The number of rows whose sums are finished together, while the sums are in L1. Each such group of rows reads the
+// weights again, so a task with deep weights has only one group.
 std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
 
 // Converts rows of x to contiguous rows of the type that the kernel reads.
@@ -106,7 +107,7 @@ class Blocking {
             job.out + (outer * x_rows_ + first) * job.out_step};
   }
 
-  std::int64_t rows, panels, tasks;  // rows and panels of a task
+  std::int64_t rows, panels, tasks;  // rows and panels of a task; number of tasks
 
  private:
   std::int64_t row_blocks() const { return ceil_div(x_rows_, rows); }

@@ -10,7 +10,7 @@
 namespace selfattn {
 
 // out = activation(norm(x) . w + b) + residual, or activation(norm(x) . w_gate + b_gate) * (norm(x) . w + b) +
-// residual. Rows of out are contiguous. The residual may be out itself, if it has the same strides.
+// residual. The elements of a row of out are contiguous. The residual may be out itself, if it has the same strides.
 struct LinearJob {
   const Projection& projection;
   RowsView x;
@@ -29,7 +29,8 @@ double weight_bytes(const LinearJob& job);
 // The largest number of panels that a task takes.
 std::int64_t most_panels(const LinearJob& job);
 
-// Some rows of x and some panels. `out` is the result of the first of these rows.
+// Some rows of x and some panels: rows [first, first + rows) at the index `outer` of the outer axes of x. `out` points
+// to column 0 of the result of the first of these rows.
 struct LinearBlock {
   std::int64_t outer, first, rows;
   Projection::Panels panels;

@@ -22,8 +22,8 @@ struct Source {
   double weight;
 };
 
-// Iterates over rows along the longest axis. A line consists of all rows along that axis at one index of each other
-// axis.
+// Iterates over rows along the longest axis. A line consists of all rows along that axis, for one index along each of
+// the other axes.
 class Lines {
  public:
   explicit Lines(const TensorView& lse) : axes_(lse.ndim), shape_(lse.shape) {

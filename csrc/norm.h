@@ -38,7 +38,7 @@ struct NormJob {
 
 // Scratch memory of a thread for `normalise_row`.
 std::size_t norm_scratch(std::int64_t count, DType computation);
-// Computes one row. `row` counts the rows along all axes of x.
+// Computes one row. `row` is its index, counted over all axes of x.
 void normalise_row(const NormJob& job, std::int64_t row, char* scratch);
 
 double flops(const NormJob& job);

@@ -26,7 +26,7 @@ struct Operand {
   char* data = nullptr;
   DType dtype = DType::f32;
   bool in_place = false;  // kernels for this type can use it without a copy: rows are contiguous and aligned
-  std::uint8_t axes = 0;  // see Problem::axes_of
+  std::uint8_t axes = 0;  // number of BatchAxis items, from first_axis on: see Problem::axes_of
   int first_axis = 0;
   std::int64_t head = 0;
   std::int64_t row = 0;
@@ -38,8 +38,8 @@ struct Operand {
 };
 
 // One batch axis of an operand, or several adjacent axes that one stride steps through. An operand has none if
-// Operand::batch alone describes all its batch axes. Entry b is at the sum of b / inside % extent * stride over the
-// axes.
+// Operand::batch alone describes all its batch axes. The offset of entry b is the sum of b / inside % extent * stride
+// over the axes.
 struct BatchAxis {
   std::int64_t inside;  // batch entries per step
   std::int64_t extent;
@@ -49,8 +49,8 @@ struct BatchAxis {
 // Keys and values in pages of `size` keys, which may be in any order. Operand::page is the stride between pages in
 // bytes. A ring buffer has no page tables and a page stride of 0, so that all its runs of keys share one page.
 struct Pages {
-  // The page table of one batch entry, from run `first` on. Run r holds the keys from r * size on. Without `numbers`,
-  // run r is page r.
+  // The page table of one batch entry, from run `first` on. Run r consists of the keys [r * size, (r + 1) * size).
+  // Without `numbers`, run r is in page r.
   struct Row {
     const std::int32_t* numbers = nullptr;
     std::int64_t first = 0;
@@ -59,8 +59,8 @@ struct Pages {
   const Row* rows = nullptr;  // one per batch entry; null: no page tables
 
   Row of(std::int64_t batch_index) const { return rows ? rows[batch_index] : Row{}; }
-  // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that is held:
-  // such keys are masked, and the first page is read in their place.
+  // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that the
+  // sequence still holds. Such keys are masked, and the first page is read in their place.
   std::int64_t offset(const Row& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
     const std::int64_t run = key / size;
@@ -94,7 +94,7 @@ struct ByDistance {
 // How far operands of float32 products may be rounded, where that is faster.
 enum class Precision : std::uint8_t { highest, high, medium };
 
-// Where the keys of a call come from. This decides how they are aligned with the queries if lengths are given.
+// Where the keys of a call come from. This decides how keys and queries are aligned if lengths are given.
 enum class Keys : std::uint8_t { separate, same_tokens, cached };
 
 // The order of the axes of q, k, v and out: heads before the sequence, or after it.
@@ -130,7 +130,7 @@ struct AttentionArguments : Settings {
   std::int64_t key_scale_page = 0, value_scale_page = 0;
   TensorView kv_starts;
   bool recent_mask = false;      // the mask covers only the newest q_len keys
-  std::int64_t first_entry = 0;  // for dropout: the index of batch entry 0
+  std::int64_t first_entry = 0;  // for dropout: batch entry b counts as entry first_entry + b
 };
 
 struct Problem {
@@ -173,7 +173,7 @@ struct Problem {
   std::int64_t start_of(std::int64_t batch_index) const;         // first key that the entry still holds
   std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
   std::int64_t queries_of(std::int64_t batch_index) const;       // number of valid queries
-  std::int64_t exact_offset_of(std::int64_t batch_index) const;  // key aligned with query 0, any int64
+  std::int64_t exact_offset_of(std::int64_t batch_index) const;  // key aligned with query 0; any int64
   std::int64_t offset_of(std::int64_t batch_index) const;  // exact_offset_of, clamped so that sums cannot overflow
 };
 
@@ -213,9 +213,9 @@ struct KeyRange {
   std::int64_t begin, end;
 };
 struct ValidKeys {
-  std::int64_t begin, end;   // of a batch entry
+  std::int64_t begin, end;   // the valid keys of a batch entry
   std::int64_t offset;       // the key aligned with query 0
-  std::int64_t first, last;  // the keys that causal and window let query 0 see; query i sees those i keys later
+  std::int64_t first, last;  // causal and window let query i see the keys first + i to last + i
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.

@@ -21,7 +21,7 @@ StridedRows<const char> source(const Part& part) { return {part.data, part.row, 
 void Projection::Free::operator()(char* p) const { std::free(p); }
 
 // Calls copy(packed, plain, rows, columns, size) for rows that are equally spaced both in a panel and in the matrix:
-// all rows of a panel, or every other row if pairs of rows share a vector.
+// all rows of a panel, or every other row if pairs of rows form cells.
 template <class Copy>
 void Projection::each_part(const TensorView& weights, Copy copy) const {
   const std::int64_t size = size_of(dtype_), width = panel_columns(), together = pairs_ ? 2 : 1;

@@ -10,7 +10,7 @@
 namespace selfattn {
 namespace {
 
-constexpr std::int64_t run = 256;  // elements per chunk, where strided memory goes through a contiguous buffer
+constexpr std::int64_t run = 256;  // strided elements that are converted at a time, in a contiguous buffer
 
 template <class E>
 E read(const char* p) {

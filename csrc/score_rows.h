@@ -51,7 +51,7 @@ const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, RowInde
 // The head's sink in units of log2, or -inf.
 double sink_of(const Problem& problem, std::int64_t head);
 
-// Describes a row, except for the addresses of query, out and scores.
+// Describes a row, but sets the addresses of query, relative products, out and scores to null.
 Row describe_row(const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid);
 
 // Describes every valid row of the span.

@@ -40,8 +40,8 @@ struct Partial {
 };
 
 struct Shared {
-  std::int64_t row_blocks;              // of all batch entries and KV heads
-  std::atomic<std::int32_t>* finished;  // finished ranges of each row block
+  std::int64_t row_blocks;              // of all batch entries and KV heads; 0 if keys are not split into ranges
+  std::atomic<std::int32_t>* finished;  // number of finished ranges of each row block
   char* partials;
   std::size_t partial_bytes;  // of one range of one row block
   std::size_t bytes;

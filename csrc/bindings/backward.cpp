@@ -46,8 +46,8 @@ class Results {
  private:
   bool wants(const char* name) const { return wrt_.contains(name); }
 
-  // In the operand's dtype if it has all axes; else in the type of computation, since the caller still has to sum over
-  // the axes that were broadcast.
+  // Allocates the gradient of q, k or v. It has the operand's dtype if the operand has all axes. Otherwise it has the
+  // type of computation, because the caller still has to sum over the axes that were broadcast.
   void place(const char* name, Operand& operand, py::handle like, std::int64_t heads, std::int64_t length,
              std::int64_t dim) {
     if (!wants(name)) return;

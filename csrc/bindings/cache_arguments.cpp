@@ -40,7 +40,7 @@ PagedSequence sequence_of(py::handle object) {
   Py_buffer buffer;
   if (PyObject_GetBuffer(row.pages.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw py::error_already_set();
   // Releases the buffer at once: the row owns the numbers, and the cache's lock keeps them in place. While a buffer is
-  // held, the array cannot grow, and in a child process that is forked meanwhile it could never grow.
+  // held, the array cannot grow. In a child process that is forked at that moment, it could never grow.
   PyBuffer_Release(&buffer);
   return {static_cast<const std::int32_t*>(buffer.buf), buffer.len / static_cast<std::int64_t>(sizeof(std::int32_t)),
           row.start, &row.length};

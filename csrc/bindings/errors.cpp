@@ -1,4 +1,4 @@
-// The core's refusals as Python errors, with the parts of their messages.
+// Translates the core's refusals (message.h) to Python exceptions, with the parts of their messages.
 #include <exception>
 
 #include "bindings/attention.h"

@@ -70,8 +70,8 @@ class Layer {
 
   const char* isa() const { return weights_.kernels->name; }
 
-  // Fills the matrices w_q, w_k, w_v and, if there is one, w_o. Returns the four biases, each an array or None, and
-  // whether there is a w_o.
+  // Writes the weights to the matrices w_q, w_k, w_v and, if there is one, w_o. Returns the four biases, each an array
+  // or None, and whether there is a w_o.
   py::tuple unpack_all(const py::tuple& matrices) const {
     const Projection* const projections[] = {&weights_.query, &weights_.key, &weights_.value,
                                              weights_.output ? &*weights_.output : nullptr};
@@ -152,7 +152,7 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
   return capsule_of(std::make_unique<Layer>(matrices, biases, num_heads, num_kv_heads, rope, std::move(norms)));
 }
 
-// The inputs are one object, because pybind11 allocates memory for more than six arguments.
+// The inputs are one object, because pybind11 allocates memory for a call with more than six arguments.
 py::object call_layer(const py::capsule& capsule, const char* function, py::handle inputs, py::object out,
                       py::handle option_values) {
   return held_by<Layer>(capsule).call(function, Record<LayerInputs>::in(inputs), std::move(out), option_values);

@@ -72,7 +72,7 @@ struct RowCall {
     residual = residual_view(function, residual_array, x.dtype, shape);
   }
 
-  // Calls work(make(x, residual or null, out)), which returns false if interrupted. `in_place`: x may be out.
+  // Calls work(make(x, residual or null, out)), which returns false if interrupted. `in_place`: out may be x itself.
   template <class Make, class Work>
   py::object run(py::object out, py::handle like, bool in_place, Make make, Work work) const {
     bool direct = false;
@@ -98,7 +98,7 @@ struct RowCall {
   }
 };
 
-// Weights are a matrix of numbers, or a pair of a matrix of codes and their scales. The Python layer has checked them.
+// `weights` is a matrix of numbers, or a pair: a matrix of codes, and their scales. The Python layer has checked them.
 Projection projection_of(py::handle weights, py::handle bias) {
   const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
   if (!py::isinstance<py::tuple>(weights))
@@ -113,7 +113,7 @@ struct HeldLinear {
   const LinearWeights weights;
 };
 
-// Whether x of one type can be multiplied by weights of another.
+// Checks that x has a type that can be multiplied by the type of the weights.
 void check_dtype(const char* function, const TensorView& x, const Projection& projection) {
   const DType weights = projection.dtype();
   const bool codes = is_scaled(weights);
@@ -157,8 +157,8 @@ const char* linear_isa(const py::capsule& capsule) {
   return held_by<HeldLinear>(capsule).weights.projection.kernels().name;
 }
 
-// If weights are codes, `matrix` is a pair of codes and scales: fills the scales and returns the array of codes.
-// Otherwise returns `matrix`.
+// If the weights are codes, `matrix` is a pair of arrays, for codes and for scales: fills the scales and returns the
+// array for codes. Otherwise returns `matrix`.
 py::handle unpack_scales(const Projection& projection, py::handle matrix) {
   if (!is_scaled(projection.dtype())) return matrix;
   const py::tuple pair = py::reinterpret_borrow<py::tuple>(matrix);
@@ -168,7 +168,7 @@ py::handle unpack_scales(const Projection& projection, py::handle matrix) {
   return pair[0];
 }
 
-// Fills the matrices w and, if there is one, w_gate. Returns their biases, each an array or None.
+// Writes the weights to the matrices w and, if there is one, w_gate. Returns their biases, each an array or None.
 py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   const LinearWeights& layer = held_by<HeldLinear>(capsule).weights;
   const Projection* const projections[] = {&layer.projection, layer.gate ? &*layer.gate : nullptr};

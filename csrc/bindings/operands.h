@@ -18,9 +18,10 @@ struct LayerInputs {
              sequences = py::none();
 };
 
-// Operands of attention_varlen() and its gradients. The last four replace the options of the same names, which are None
-// in the call's options. Masks and biases are lists of arrays. The first axis of q_offset and alibi_slopes counts
-// sequences. Each of these four may be None. The Python layer has checked lengths.
+// Operands of attention_varlen() and its gradients. The last four may be None. They replace the options of the same
+// names, which are None in the call's options: `mask` and `bias` are lists with one item per sequence, and the first
+// axis of q_offset and alibi_slopes counts sequences. The Python layer has checked cu_seqlens and the lengths of these
+// lists and axes.
 struct VarlenInputs {
   py::object q = py::none(), k = py::none(), v = py::none(), cu_seqlens_q = py::none(), cu_seqlens_k = py::none(),
              mask = py::none(), bias = py::none(), q_offset = py::none(), alibi_slopes = py::none();
@@ -32,8 +33,8 @@ struct RelativeTerms {
   std::int64_t r_origin = 0;
 };
 
-// Operands of a backward pass, in addition to those of the forward pass: the results of the forward pass, and their
-// gradients. The last two may be None.
+// Operands of a backward pass, in addition to those of the forward pass: the results of the forward pass, and the
+// gradients of these results. The last two may be None.
 struct GradientInputs {
   py::object grad_out = py::none(), out = py::none(), lse = py::none(), grad_lse = py::none(),
              grad_weights = py::none();

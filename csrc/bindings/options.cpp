@@ -79,7 +79,7 @@ py::dict codes(std::span<const char* const> words) {
   return d;
 }
 
-// The types of keys and values.
+// The types that keys and values may have, by name.
 py::dict dtype_codes() {
   py::dict d;
   for (int code = 0; code < dtype_count; ++code)

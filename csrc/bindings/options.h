@@ -5,7 +5,8 @@
 
 namespace selfattn::bindings {
 
-// Users' words for the core's codes: the code of a word is its index.
+// The words by which users choose a layout or a precision. The code of a word is its index here, and its value in the
+// core's enum.
 constexpr const char* layout_words[] = {"bhsd", "bshd"};
 constexpr const char* precision_words[] = {"highest", "high", "medium"};
 

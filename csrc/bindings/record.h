@@ -43,7 +43,7 @@ inline bool read(PyObject* value, std::optional<double>& to) {
   return value == Py_None || read(value, to.emplace());
 }
 
-// The binding checks the type of an object where it uses it.
+// Accepts any object. The binding checks the object's type where it uses the object.
 inline bool read(PyObject* value, py::object& to) {
   to = py::reinterpret_borrow<py::object>(value);
   return true;
@@ -70,9 +70,9 @@ constexpr Field<T> field(const char* name) {
           [](const T& record) { return written(record.*member); }};
 }
 
-// The Python type of T. An object is made from keyword arguments; fields that are not given keep the defaults of T. It
-// is not a pybind11 class: pybind11 registers each object, which is slower and terminates the process if memory runs
-// out.
+// The Python type of T. Its objects are made from keyword arguments; fields that are not given keep the defaults of T.
+// The type is not a pybind11 class: pybind11 registers each object, which is slower and terminates the process if
+// memory runs out.
 template <class T>
 class Record {
  public:
@@ -130,7 +130,7 @@ class Record {
 
   static const Field<T>* named(PyObject* name) {
     for (std::size_t i = 0; i < count_; ++i)
-      if (names_[i] == name) return fields_ + i;  // Python interns the names in a program
+      if (names_[i] == name) return fields_ + i;  // usually found here: Python interns the names in source code
     for (std::size_t i = 0; i < count_; ++i)
       if (PyUnicode_CompareWithASCIIString(name, fields_[i].name) == 0) return fields_ + i;
     return nullptr;

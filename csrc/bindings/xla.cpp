@@ -1,5 +1,5 @@
-// Handlers for XLA: attention and its gradients on the arrays of a compiled JAX program (decision 8). XLA calls them on
-// its own threads without the GIL. They do not use Python, and cannot be interrupted.
+// Handlers for XLA: attention and its gradients on the arrays of a compiled JAX program (decision 8). XLA calls the
+// handlers on its own threads without the GIL. The handlers do not use Python, and cannot be interrupted.
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -91,7 +91,8 @@ class BiasGradient {
       sums_.resize(static_cast<std::size_t>(heads * problem_.q_len));
       gradients.row_sums = sums_.data();
     } else if (one_query_) {
-      sums_.resize(static_cast<std::size_t>(heads * problem_.kv_len));  // large enough for either type
+      sums_.resize(
+          static_cast<std::size_t>(heads * problem_.kv_len));  // room for doubles, even if the core writes floats
       gradients.key_sums = reinterpret_cast<char*>(sums_.data());
     } else {
       gradients.scores = target_;
@@ -99,7 +100,8 @@ class BiasGradient {
     }
   }
 
-  // Adds the sums that the core has computed over keys or queries to the gradient.
+  // If the core has summed over keys or queries, sums its results over the other axes along which the bias is
+  // broadcast, and writes these sums to the gradient.
   void finish() {
     if (one_key_) return add(sums_.data(), problem_.q_len, target_.row);
     if (!one_query_) return;

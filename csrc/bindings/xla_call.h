@@ -32,7 +32,7 @@ inline DType dtype_of(Type type) {
   }
 }
 
-// A view of a row-major array, with the memory that it refers to.
+// A view of a row-major array, with the shape and strides that the view points to.
 struct Array {
   TensorView view;
   std::int64_t extents[max_axes];
@@ -56,7 +56,7 @@ struct Array {
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
 
-  // Repeats the array along leading axes of extent 1.
+  // Broadcasts leading axes of extent 1 to `shape`.
   void repeat(const std::int64_t* shape, int axes) {
     for (int axis = 0; axis < axes; ++axis) {
       if (extents[axis] == 1) strides[axis] = 0;
@@ -65,12 +65,13 @@ struct Array {
   }
 };
 
-// JAX has no float64 by default, so log-sum-exps are passed as pairs of 32-bit integers that hold float64.
+// JAX has no float64 by default, so log-sum-exps are passed as pairs of 32-bit integers. Each pair holds the bits of
+// one float64.
 struct Doubles : Array {
   explicit Doubles(const Buffer& buffer) : Array(buffer.data, DType::f64, buffer.extents, buffer.rank - 1) {}
 };
 
-// Lengths as int64, checked here because errors must name JAX's arguments.
+// Lengths as int64. They are checked here, because errors must name JAX's arguments.
 struct Lengths {
   std::vector<std::int64_t> numbers;
   Array array;
@@ -115,8 +116,8 @@ class Call {
   std::int64_t results() const { return frame_.results.count; }
   bool is_set(std::string_view flags, std::int64_t bit) const { return attribute<std::int64_t>(flags) & bit; }
 
-  // The extents of the batch. jax.vmap adds a leading axis to every array; it has extent 1 in arrays that are not
-  // mapped.
+  // The extents of the batch axes. jax.vmap adds a leading axis to every array. Its extent is 1 in arrays that
+  // are not mapped.
   Shape batch(std::int64_t axes) const {
     Shape shape;
     for (std::int64_t axis = 0; axis < axes; ++axis) {
