@@ -40,7 +40,7 @@ Backend choose_backend() {
   constexpr bool has_openmp = built == Backend::openmp;
   if (has_openmp && std::strcmp(name, "openmp") == 0) return built;
   throw std::invalid_argument("SELFATTN_PARALLEL: '" + std::string(name) +
-                              "' is not a back end of this build; it has " + (has_openmp ? "openmp, " : "") +
+                              "' is not a back end of this build; available: " + (has_openmp ? "openmp, " : "") +
                               "threads, serial");
 }
 

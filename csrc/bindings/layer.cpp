@@ -122,7 +122,8 @@ class Layer {
     if (x.extent(2) != cache.batch)
       refuse(function, "x"_arg, " has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");
     const auto check = [&](const char* what, std::int64_t of_cache, std::int64_t of_layer) {
-      if (of_cache != of_layer) refuse(function, "the cache has ", what, " ", of_cache, ", but the layer ", of_layer);
+      if (of_cache != of_layer)
+        refuse(function, "the cache has ", what, " ", of_cache, ", but the layer has ", of_layer);
     };
     check("num_kv_heads", cache.num_kv_heads, weights_.num_kv_heads);
     check("head_dim", cache.key.width, weights_.head_dim);

@@ -119,7 +119,7 @@ void check_dtype(const char* function, const TensorView& x, const Projection& pr
   const bool codes = is_scaled(weights);
   if (x.dtype != weights && computed_in(weights) != (codes ? computed_in(x.dtype) : x.dtype))
     refuse<TypeRefusal>(function, "x"_arg, " has dtype ", name_of(x.dtype), " but the weights have ", name_of(weights),
-                        codes                ? ": x must have float32 or 16 bits"
+                        codes                ? ": x must be float32, float16 or bfloat16"
                         : is_narrow(weights) ? ": x must have their dtype or float32"
                                              : ": x must have their dtype");
 }

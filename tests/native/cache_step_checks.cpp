@@ -239,7 +239,8 @@ void check_window() {
   };
   reads(1, 5)();
   reads(2, 4)();
-  SELFATTN_CHECK(refuses(reads(1, 6), "window is 6 to the left, but the cache keeps only what one of 5 sees"));
+  SELFATTN_CHECK(
+      refuses(reads(1, 6), "window is 6 to the left, but the cache keeps only the tokens that a window of 5 sees"));
   SELFATTN_CHECK(refuses(reads(1, -1), "window is none"));
   SELFATTN_CHECK(refuses(reads(2, 5), "2 queries for stored tokens, and the first would see tokens before 3"));
 }
