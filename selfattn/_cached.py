@@ -103,6 +103,7 @@ def attention_with_kvcache(
     mask : array_like of bool, broadcasting to (B, H, Sq, Sq), optional
         Covers the newest Sq tokens only, True = attend; all earlier tokens are visible. For tree-shaped drafts.
     bias : array_like, broadcasting to (B, H, Sq, longest sequence), optional
+        Added to the scores, as in `attention`.
     causal : bool, default True
         Query i sees the tokens up to its own position. The last query is the last token of its sequence.
     window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
