@@ -1,4 +1,4 @@
-// Assembles the kernels of one element type for the ISA of this translation unit.
+// Assembles the kernels of one type of computation (float or double) for the ISA of this translation unit.
 #pragma once
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
@@ -45,7 +45,8 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
     store_up_to(element + i, load_up_to(from + i, count - i), count - i);
 }
 
-// E: a type that is only stored. Codes have scales, which only the row kernel applies.
+// E: a type that is only stored; computations use float. Results are never rounded to codes, so codes have no `narrow`
+// and no `finish`.
 template <class E, int TileRows, int TileVectors, int MaxSums>
 constexpr StoredKernels stored_kernels() {
   StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, project<FmaUnit<float>, TileRows, TileVectors, E>,
@@ -57,7 +58,7 @@ constexpr StoredKernels stored_kernels() {
   return kernels;
 }
 
-// The tile shapes and MaxSums are chosen to fit the registers: see each isa_*.cpp.
+// Tile shapes and MaxSums are chosen so that sums and operands fit in the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit, int SumRows = TileRows,
           int SumVectors = TileVectors>
 constexpr TypeKernels type_kernels() {
