@@ -1,4 +1,4 @@
-// Numbers to try, and vectors viewed as arrays, for all checks of one instruction set.
+// What all checks of one instruction set share: numbers to try, and vectors as arrays of lanes.
 #pragma once
 #include <cstdint>
 
