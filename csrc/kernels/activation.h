@@ -38,7 +38,7 @@ struct Normal<double> {
       -0.31353315667128745421,     0.49530561596997607633,      -0.66538250289005685172,   0.76919304975006295951};
 };
 
-// e^-(high + low), where high + low is between 0 and little more than `underflow`.
+// e^-(high + low), where high + low is between 0 and slightly more than `underflow`.
 template <class T>
 inline Vec<T> exp_minus(Vec<T> high, Vec<T> low) {
   const Vec<T> n = round((high + low) * broadcast(static_cast<T>(-log2_e)));

@@ -75,8 +75,8 @@ struct RelativeBackward {
           block.count, static_cast<T*>(block.dvectors) + seen.begin * step);
   }
 
-  // The columns of `all` from the first to the last in which one of the rows sees a key. If there is none, begin ==
-  // end.
+  // The columns of `all` from the first to the last in which one of the rows sees a key. If there is none,
+  // begin == end.
   static ColumnRange seen_columns(const RelativeBlock& block, int first, int rows, ColumnRange all) {
     std::int64_t begin = all.end, end = all.begin;
     for (int i = first; i < first + rows; ++i) {

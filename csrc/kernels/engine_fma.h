@@ -54,7 +54,7 @@ struct FmaEngine {
     const T* values;
     std::int64_t value_step;
     const T* next_keys;
-    bool fetches;  // the strip that is computed first prefetches for all strips
+    bool fetches;  // true until the first strip is computed, which prefetches for all strips
   };
 
   static void start() {}

@@ -16,10 +16,10 @@ namespace selfattn {
 struct Row {
   const void* query;         // head_dim contiguous elements of the kernel's query type
   void* out;                 // value_dim contiguous elements of the block's out_type
-  const std::uint8_t* mask;  // the row's mask, at key 0; null: all keys are visible
-  const char* bias;          // the row's bias, at key 0; null: none
-  const void* relative;      // added to q.k before scaling; in the type of computation, at key 0; null: none
-  void* scores;              // where to store the row's final scores, at key 0; null: nowhere
+  const std::uint8_t* mask;  // the row's mask, from key 0 on; null: all keys are visible
+  const char* bias;          // the row's bias, from key 0 on; null: none
+  const void* relative;      // added to q.k before scaling; in the type of computation, from key 0 on; null: none
+  void* scores;              // where to store the row's final scores, from key 0 on; null: nowhere
   std::int64_t key_begin;    // first visible key
   std::int64_t key_end;      // end of the visible keys; mask and bias may hide keys in between
   std::int64_t position;     // ALiBi distances are measured from this key; without sinks, clamped to the visible keys
@@ -133,7 +133,7 @@ struct BackwardBlock {
   std::int64_t dscore_step;  // elements from one row to the next
   void* dproducts;
   std::int64_t dproduct_step;
-  const void* dweights;       // of row 0 at key 0: added to the gradients of probs; null: none
+  const void* dweights;       // from row 0 and key 0 on: added to the gradients of probs; null: none
   std::int64_t dweight_step;  // elements from one row to the next
   void* scratch;
 };
@@ -167,7 +167,7 @@ struct BackwardKernel {
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*run)(const BackwardBlock&) noexcept;
   void (*run_relative)(const RelativeBlock&) noexcept;  // null if the kernel multiplies pairs
-  // Whether all numbers, of the type of the operands, are finite.
+  // Whether all numbers, which have the type of the operands, are finite.
   bool (*finite)(const void* numbers, std::int64_t count) noexcept;
   // The dot product of two padded rows.
   double (*dot)(const void* a, const void* b, std::int64_t count) noexcept;

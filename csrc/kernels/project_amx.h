@@ -6,7 +6,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Loads tiles of the left operand: rows of x in memory. A tile that reaches beyond the rows or the depth is padded with
+// Loads tiles of the left operand: rows of x in memory. Tiles that reach beyond the rows or the depth are padded with
 // 0.
 struct ProjectedRows {
   const float* x;

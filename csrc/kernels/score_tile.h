@@ -41,7 +41,7 @@ struct ScoreTile {
   int outer;       // keys if vectors run across rows; rows if they run across keys
   int lanes;       // a multiple of the vector width
   int step;
-  bool limited;  // some row may not see all lanes or keys of the tile
+  bool limited;  // whether keys or padding lanes may be outside a row's limits
   RowPlaces<T> places;
   const Row* rows;
   int num_rows;

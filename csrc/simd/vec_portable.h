@@ -186,8 +186,8 @@ inline bool all(Mask<T> a) {
 // integral n; for finite x, exactly 0 from n = -127 (double: -1023) downwards.
 template <class T>
 inline Vec<T> round(Vec<T> a) {
-  const T magic =
-      sizeof(T) == 4 ? static_cast<T>(12582912.0) : static_cast<T>(6755399441055744.0);  // 1.5 * 2^23 (2^52)
+  // 1.5 * 2^23 (double: 1.5 * 2^52). Adding it rounds a to an integer.
+  const T magic = sizeof(T) == 4 ? static_cast<T>(12582912.0) : static_cast<T>(6755399441055744.0);
   return {(a.r + magic) - magic};
 }
 inline VecF scale_by_power(VecF x, VecF n) {
