@@ -6,8 +6,8 @@
 //
 // An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips. A strip has
 // at most as many rows as `Vectors` registers have lanes. Each strip skips the keys before the first and after the last
-// key that its rows can see. So at a causal or window limit, the scores that a row computes for hidden keys are at most
-// as many as a strip has rows, and half as many on average.
+// key that its rows can see. So at a causal or window limit, a row computes the scores of at most as many hidden keys
+// as a strip has rows, and of half as many on average. An engine with an `alignment` may add a few.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/dropout.h"

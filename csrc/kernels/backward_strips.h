@@ -1,4 +1,4 @@
-// The strips of a block of rows (rows that share registers) in the backward pass, and the block's scratch memory.
+// The strips (rows that share registers) of a block of rows in the backward pass, and the block's scratch memory.
 #pragma once
 #include "kernels/dropout.h"
 #include "kernels/kernel_set.h"

@@ -29,8 +29,8 @@
 namespace selfattn::SELFATTN_ISA {
 
 // Operands are read as cells of the unit (backward_units.h). A cell has the type T in the code, even if it holds two
-// numbers. TileRows x Vectors is the shape of tiles whose vectors run across rows, SumRows x SumVectors the shape of
-// tiles whose vectors run along head_dim or value_dim.
+// numbers. Tiles whose vectors run across rows have the shape TileRows x Vectors. Tiles whose vectors run along
+// head_dim or value_dim have the shape SumRows x SumVectors.
 template <class Unit, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct TileBackward {
   using T = typename Unit::Real;

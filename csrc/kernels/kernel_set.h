@@ -103,7 +103,7 @@ struct AttendKernel {
 };
 
 // The backward pass of one block of query rows of a head against a range of keys. Queries, keys, values and the
-// gradient of out have the kernel's operand type, everything else has the type of computation. All rows are contiguous
+// gradient of out have the kernel's operand type; everything else has the type of computation. All rows are contiguous
 // and zero-padded to whole vectors; the next row follows directly.
 struct BackwardBlock {
   const Row* rows;  // what each row sees, and its terms; query, out and scores are not used

@@ -7,10 +7,10 @@
 // rounded to the nearest bfloat16. Terms are stored in `Terms` planes, one after another. A product is the sum of the
 // products of terms i and j with i + j < Terms. Two terms carry 16 bits of the significand, three carry all 24.
 //
-// Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers that would leave subnormal
-// terms. The unit multiplies 0 in their place, and FMA multiplies them afterwards: the scores to which they contribute
-// are recomputed one by one, and values are multiplied by probs and added to the outputs. Only scores and outputs that
-// such a number contributes to are changed, so results are bit-identical whatever hidden keys hold.
+// Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers whose terms could be
+// subnormal. The unit multiplies 0 in their place, and FMA multiplies them afterwards: the scores to which they
+// contribute are recomputed one by one, and values are multiplied by probs and added to the outputs. Only scores and
+// outputs that such a number contributes to are changed, so results are bit-identical whatever hidden keys hold.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/engine_fma.h"

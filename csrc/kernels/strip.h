@@ -1,4 +1,4 @@
-// Strips: the rows of a block that share registers.
+// A strip: rows of a block that share registers.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "simd/vec.h"

@@ -230,7 +230,7 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   SELFATTN_CHECK(numbers_of(spoiled.dvalue, keys, value_dim) == numbers_of(call.dvalue, keys, value_dim));
 }
 
-// Both rows end at an inaccessible page.
+// Checks `add` with rows that end at an inaccessible page.
 template <class T>
 void check_add(const BackwardKernel& kernel, int count) {
   std::mt19937 source(7);

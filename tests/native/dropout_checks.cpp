@@ -75,7 +75,7 @@ void check_known_answers() {
   }
 }
 
-// Factors of a tile, and the weights of each of its rows; both arrays end where the guard begins.
+// Checks the factors of a tile, and the weights of each of its rows. Both arrays end at a guard.
 template <class T>
 void check_factors(int count, std::int64_t first_key, int keys) {
   constexpr int W = Vec<T>::width, most_rows = 3 * W;

@@ -53,8 +53,8 @@ void check_gaps(const Array& out) {
     if (byte != '\xff') fail("bytes between the elements of out were written");
 }
 
-// If keys are in pages or a ring, the result is bit-identical. With codes it is bit-identical to the result for codes
-// in one array, and correct for the numbers that the codes represent.
+// If keys are in pages or a ring, the result is bit-identical to `plain`. With codes, it is bit-identical to the result
+// for codes in one array, and correct for the numbers that the codes represent.
 void check_cached(Described& d, const Results& plain) {
   const CachedCase cached(d.input, d.store);
   const Results stored = compute(d.input, cached.arguments(), *d.kernels, d.threads, Threads::forced);

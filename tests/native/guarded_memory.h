@@ -1,4 +1,4 @@
-// Memory that ends where an inaccessible page begins: an access beyond its end is a fault. Another inaccessible page
+// Memory that ends where an inaccessible page, its guard, begins: an access beyond its end is a fault. Another guard
 // precedes the page in which it begins.
 #pragma once
 #include <cstddef>
@@ -23,7 +23,7 @@ class GuardedMemory {
   std::size_t mapped_;
 };
 
-// Whole pages with an inaccessible page on either side. All calls return the same pages.
+// Whole pages between two guards. All calls return the same pages.
 struct GuardedArea {
   char* begin;
   char* end;

@@ -50,7 +50,7 @@ struct Lanes {
   Vec<T> vec() const { return load(lane); }
 };
 
-// Numbers of both signs with magnitudes around 1, the same in every run.
+// Numbers between -2 and 2, the same in every run.
 struct Numbers {
   std::uint32_t state = 12345;
 

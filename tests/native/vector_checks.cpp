@@ -29,7 +29,7 @@ constexpr T specials[] = {T(0),
 template <class T>
 constexpr int special_count = sizeof(specials<T>) / sizeof(T);
 
-// Calls f(a, b, c) with every pair of special numbers in every lane; adjacent lanes hold different numbers.
+// Calls f(a, b, c) with every pair (a, b) of special numbers in every lane. Adjacent lanes hold different numbers.
 template <class T, class F>
 void for_special_lanes(F f) {
   for (int i = 0; i < special_count<T>; ++i)
