@@ -1,5 +1,5 @@
-// Attention for few query rows against many keys (decode): scores are vectors along keys. The products run along
-// head_dim and value_dim: see row_products.h.
+// Attention for few query rows and many keys (decode). Vectors of scores run along keys. In the products, vectors run
+// along head_dim (row_products.h) and value_dim (row_values.h).
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
@@ -66,7 +66,7 @@ struct RowAttention {
     Products::Values::accumulate(block, s, finite);
   }
 
-  // Whether some row sees only some keys of the tile. Lanes that pad the last vector are beyond every row's end.
+  // Whether some row does not see all lanes of the tile. Lanes that pad the last vector are beyond every row's end.
   static bool limits(const RowBlock& block, const KeyBlock& keys) {
     bool limited = keys.count % W != 0;
     for (int r = 0; r < block.count; ++r) {

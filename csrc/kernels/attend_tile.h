@@ -4,9 +4,10 @@
 //   online softmax down the keys           maxima and sums are vertical: no shuffles
 //   out[dim][row] += value[dim] * probs[key][row]
 //
-// An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips; a strip has
-// as many rows as `Vectors` registers have lanes. Each strip skips the keys that none of its rows can see. So at a
-// causal or window limit, a row computes at most as many hidden keys as a strip has rows, and half of that on average.
+// An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips. A strip has
+// at most as many rows as `Vectors` registers have lanes. Each strip skips the keys before the first and after the last
+// key that its rows can see. So at a causal or window limit, a row computes the scores of at most as many hidden keys
+// as a strip has rows, and of half as many on average. An engine with an `alignment` may add a few.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/dropout.h"
@@ -78,12 +79,13 @@ struct TileAttention {
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Scratch s(block);
     if (block.terms.bias && !block.terms.bias_at_hand) touch_bias(block, keys);
-    // Called once per key block, because signal handlers may run between key blocks and use the tile registers.
+    // Called for each key block, not once for all: between key blocks, the driver may run the caller's signal handlers,
+    // and these may use the tile registers.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
-      // The keys of the block that at least one row of the strip can see.
+      // The keys of the block from the first to the last that any row of the strip can see.
       const std::int64_t end = keys.first + keys.count;
       const std::int64_t from = strip.begin_min > keys.first ? strip.begin_min : keys.first;
       const std::int64_t to = strip.end_max < end ? strip.end_max : end;
@@ -103,7 +105,8 @@ struct TileAttention {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
-  // Reads the bias row by row, for one window of keys at a time. A window fits L2 and leaves room for everything else.
+  // Reads the bias row by row before strips read it column by column, for one window of keys at a time. The biases of a
+  // window fit in L2 and leave room for other data.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
     const std::int64_t step = block.terms.bias_step;
@@ -113,8 +116,9 @@ struct TileAttention {
     touch_biases(block.rows, block.count, step, keys.first, keys.first + window);
   }
 
-  // Whether the multiplier can be applied later, while exponentials are computed. It can if hiding keys beyond the
-  // rows' limits is the only step in between.
+  // Whether the multiplier can be applied later, while exponentials are computed. It can if no step in between needs
+  // scaled scores: adding relative products does not, and setting hidden scores to -inf does not if the multiplier is
+  // positive.
   static bool can_defer_scale(const RowBlock& block) {
     return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
            !has_terms(block.terms) && !block.rows[0].scores;
@@ -191,7 +195,8 @@ struct TileAttention {
                                       Visibility{block.terms, tile, hidden ? s.terms : nullptr});
   }
 
-  // Multiplies scores by a factor and computes their probs, which keep(prob, line, lane) stores.
+  // Multiplies scores by `factor`, unless the engine has scaled them, and computes their probs, which keep(prob, line,
+  // lane) stores.
   template <int Cols, class Keep>
   [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines,
                                                   T factor, Vec<T> (&rescale)[Cols], Keep keep) {

@@ -1,11 +1,11 @@
-// The relative half of the backward pass: the gradients of relative products, which multiply a block of query rows by
-// the vectors of distances. The rows are consecutive queries, so each diagonal of the block is one distance. To make a
-// diagonal a column, row r is shifted:
+// The backward pass of relative products. A relative product multiplies a query by the vector of its distance to a key.
+// The rows of a block are consecutive queries, so all pairs of row and key on a diagonal have the same distance. To
+// turn diagonals into columns, each row is shifted:
 //
 //   factors[column][row] = dproducts[row][column - (rows - 1 - row)]
 //
-// All elements of a column belong to one distance. The gradients are then the two sums of backward_sums.h, with the
-// vector of a column's distance in the place of a key.
+// All elements of a column then belong to one distance. The gradients of queries and vectors are the two sums of
+// backward_sums.h, with the vector of a column's distance in the place of a key.
 #pragma once
 #include "kernels/backward_strips.h"
 #include "kernels/backward_sums.h"
@@ -75,7 +75,8 @@ struct RelativeBackward {
           block.count, static_cast<T*>(block.dvectors) + seen.begin * step);
   }
 
-  // The columns of `all` whose distance at least one of the rows sees. Empty: begin == end.
+  // The columns of `all` from the first to the last in which one of the rows sees a key. If there is none,
+  // begin == end.
   static ColumnRange seen_columns(const RelativeBlock& block, int first, int rows, ColumnRange all) {
     std::int64_t begin = all.end, end = all.begin;
     for (int i = first; i < first + rows; ++i) {

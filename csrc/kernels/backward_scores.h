@@ -1,5 +1,5 @@
-// The steps between the products of the backward pass, for one strip. They turn scores and gradients of weights into
-// weights and gradients of scores.
+// The steps between the products of the backward pass, for one strip. They turn scaled products and gradients of
+// weights into weights and gradients of scores.
 #pragma once
 #include "kernels/backward_strips.h"
 #include "kernels/engine_fma.h"
@@ -14,7 +14,8 @@ struct BackwardScores {
   static constexpr int W = Vec<T>::width, cell = Unit::cell;
   using Scratch = BackwardScratch<Unit, Vectors * W>;
 
-  // Turns scaled products into scores, and keeps the derivative of the softcap.
+  // Turns scaled products into scores, and keeps the derivative of the softcap. Returns whether mask or bias may hide
+  // any key.
   static bool complete(const BackwardBlock& block, const Scratch& s, const ScoreTile<T>& tile, Sight sight) {
     if (tile.rows->relative) add_relative<AcrossRows>(tile, static_cast<T>(block.terms.multiplier));
     ScoreTerms terms = block.terms;
@@ -61,8 +62,9 @@ struct BackwardScores {
   }
 
   // Computes probs and dscores of a strip from its scores and dprobs. In probs and dscores, the strip's first key has
-  // the index `before`. A hidden key gets probability 0 and gradient 0, whatever its value or the row's sums are. With
-  // dropout, probs and dprobs are multiplied by `factors`, so that `probs` gets the weights.
+  // the index `before`. A hidden key gets probability 0 and gradient 0, even if its value, or the row's factor or
+  // delta, is not finite. With dropout, probs and dprobs are multiplied by `factors`, so that s.probs holds the weights
+  // after dropout.
   template <int Cols>
   static void differentiate(const BackwardBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& seen,
                             int before, const T* factors) {
@@ -83,7 +85,8 @@ struct BackwardScores {
     int first, count;
   };
 
-  // `Some`: there is a softcap or dropout, or the gradients of scores are wanted. These gradients replace dprobs.
+  // `Some`: there is a softcap or dropout, or the caller wants the gradients of scores. Then the gradients of scores
+  // overwrite dprobs.
   template <int Cols, bool Some>
   static void change_cells(const BackwardBlock& block, const Scratch& s, const Strip& strip, KeyIndices keys,
                            const T* factors) {
@@ -115,7 +118,7 @@ struct BackwardScores {
             dprob = dprob * load(factors + place);
           }
           dscore[i] = select(hidden, zero, prob * (dprob - delta[c]));
-          if (Some) store(s.dprobs + place, dscore[i]);  // before the softcap
+          if (Some) store(s.dprobs + place, dscore[i]);  // the gradient of the score after the softcap
           if (capped) dscore[i] = select(hidden, zero, dscore[i] * load(s.slopes + place));
         }
         const int index = keys.first + key, row = strip.first_row + c * W;

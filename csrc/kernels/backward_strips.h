@@ -1,4 +1,4 @@
-// The strips of a block of rows in the backward pass (rows that share registers), and their scratch memory.
+// The strips (rows that share registers) of a block of rows in the backward pass, and the block's scratch memory.
 #pragma once
 #include "kernels/dropout.h"
 #include "kernels/kernel_set.h"
@@ -15,7 +15,7 @@ constexpr std::int64_t padded(std::int64_t count) {
   return round_up(count, Vec<T>::width);
 }
 
-// The number of vectors of a strip.
+// The number of vectors of a strip, as a type.
 template <int N>
 struct Columns {
   static constexpr int value = N;
@@ -38,7 +38,7 @@ inline void each_strip_of(int block_rows, Use use) {
   }
 }
 
-// Cells that hold `count` numbers.
+// The number of cells that hold `count` numbers.
 template <class Unit>
 constexpr std::int64_t cells(std::int64_t count) {
   return (count + Unit::cell - 1) / Unit::cell;
@@ -94,7 +94,7 @@ struct BackwardScratch {
   explicit BackwardScratch(const BackwardBlock& block)
       : BackwardScratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
 
-  // The cell that holds a key and a row. `lines` is probs or dscores.
+  // The address of the cell that holds a key and a row, in `lines` (probs or dscores) or in joined_dscores.
   T* line(T* lines, int key, int row) const { return lines + (key * block_lanes + row) / Unit::cell; }
   T* joined(int key, int row) const { return joined_dscores + key / Unit::cell * block_lanes + row; }
 };

@@ -1,4 +1,4 @@
-// The sums of the backward pass, over keys and over rows. In the relative half (backward_relative.h), vectors of
+// The sums of the backward pass, over keys and over rows. For relative products (backward_relative.h), vectors of
 // distances take the place of keys.
 #pragma once
 #include "kernels/backward_strips.h"
@@ -8,8 +8,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The pairs of key and row that sums must skip, because 0 times one of their operands would be NaN. A pair is skipped
-// if its element of `marks`, [key][row], equals `value`. Null: none is skipped.
+// The pairs of key and row that sums must skip. Their factor is 0, but the other operand may be NaN or infinite. A pair
+// is skipped if its element of `marks`, [key][row], equals `value`. If `marks` is null, none is skipped.
 template <class T>
 struct Skipped {
   const T* marks = nullptr;

@@ -28,9 +28,9 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Operands are read as cells of the unit (backward_units.h). A cell has the type T, like a computed number. TileRows x
-// Vectors is the shape of tiles whose vectors run across rows, SumRows x SumVectors the shape of tiles whose vectors
-// run along head_dim or value_dim.
+// Operands are read as cells of the unit (backward_units.h). A cell has the type T in the code, even if it holds two
+// numbers. Tiles whose vectors run across rows have the shape TileRows x Vectors. Tiles whose vectors run along
+// head_dim or value_dim have the shape SumRows x SumVectors.
 template <class Unit, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct TileBackward {
   using T = typename Unit::Real;
@@ -40,7 +40,7 @@ struct TileBackward {
   static constexpr int W = Vec<T>::width, cell = Unit::cell;
   static constexpr int strip_rows = Vectors * W;
 
-  // A block of keys and values, the sums of their gradients, and in `joined` the cells of adjacent keys.
+  // A block of keys and values, the sums of their gradients, and `joined`: the keys as cells of adjacent keys.
   struct Keys {
     std::int64_t first;
     int count;
@@ -120,7 +120,7 @@ struct TileBackward {
     std::int64_t begin, end;
   };
 
-  // The part of `seen` within `all`, extended to whole cells: the other keys of a cell are treated as hidden keys.
+  // The part of `seen` within `all`, extended to whole cells. The keys that this adds are treated as hidden.
   static KeyRange whole_cells(const KeyRange& seen, const KeyRange& all) {
     if (seen.begin >= all.end || seen.end <= all.begin || seen.begin >= seen.end) return {all.end, all.end};
     const std::int64_t begin = seen.begin > all.begin ? seen.begin : all.begin;
@@ -129,7 +129,8 @@ struct TileBackward {
   }
 
   static void absorb(const BackwardBlock& block, const Scratch& s, const Rows& rows, Keys keys) {
-    // The keys that some row sees, and whether any of them is hidden from another row.
+    // `some`: the keys from the first to the last that any row sees. `hides`: whether one of these keys may be hidden
+    // from a row.
     const KeyRange all{keys.first, keys.first + keys.count};
     KeyRange some{all.end, all.begin};
     bool hides = false;
@@ -178,8 +179,9 @@ struct TileBackward {
     }
   }
 
-  // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key is hidden from some row.
-  // `seen`: the keys that some row of the block sees. probs and dscores start at the first of them.
+  // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key may be hidden from some
+  // row. `seen`: the keys from the first to the last that any row of the block sees. The arrays probs and dscores start
+  // at the first of them.
   template <int Cols>
   static bool absorb_strip(const BackwardBlock& block, const Scratch& s, const Strip& strip, const Keys& keys,
                            const SeenKeys& seen) {

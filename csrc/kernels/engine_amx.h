@@ -86,7 +86,8 @@ struct AmxEngine : PairOperands<E, Terms> {
   }
 
  private:
-  // Does nothing if no maximum has changed, which is usual after the first few blocks.
+  // Multiplies the outputs of earlier blocks by `rescale`. Skips this if no maximum has changed, which is usual after
+  // the first few blocks.
   template <int Cols>
   static void rescale_sums(const VecF (&rescale)[Cols], std::int64_t value_dim, float* out) {
     bool moved = false;
@@ -107,7 +108,7 @@ struct AmxEngine : PairOperands<E, Terms> {
     }
   }
 
-  // Multiplies one or two tiles of rows, depending on how many rows are left.
+  // Multiplies two tiles of rows, or one if at most 16 rows are left.
   template <int Cols>
   static void multiply_rows_of(std::int64_t left, const CellMatrix& a, const CellMatrix& b, std::int64_t depth,
                                float* sums, bool adds) {

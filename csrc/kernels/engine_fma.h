@@ -5,7 +5,7 @@
 //   pack_queries    packs the queries of a strip, once per block of rows
 //   prepare         prepares a block of keys and values, once for all strips that see it
 //   score           scores[key][row] = key . query, times the multiplier if the engine `scales`
-//   keep_probs      stores the probs of `cell` keys where accumulate expects them; `line`: the first key's scores
+//   keep_probs      stores the probs of `cell` keys where accumulate reads them; `line`: the scores of the first key
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
 // A strip may start at any key whose index within the block is a multiple of `alignment`.
 #pragma once
@@ -26,7 +26,7 @@ struct SeenKeys {
   int count;
 };
 
-// The rows of a strip: in memory, and packed for the unit.
+// The queries of a strip: as rows in memory, and packed for the unit.
 template <class T>
 struct StripQueries {
   const Row* rows;
@@ -58,7 +58,7 @@ struct FmaEngine {
     std::int64_t value_step;
     const T* next_keys;
     T* clean_values;  // see Memory
-    bool fetches;     // the strip that is computed first prefetches for all strips
+    bool fetches;     // true until the first strip is computed, which prefetches for all strips
   };
 
   static void start() {}
@@ -109,8 +109,8 @@ struct FmaEngine {
     store(line + lane, prob[0]);  // replaces the score
   }
 
-  // `hides`: some key of the block may be hidden from some row; `visibility` tells which. Values that are not finite
-  // are replaced by 0 in a copy if all rows hide them. If a row sees one of them, its other rows need the slower path.
+  // `hides`: whether some key of `seen` may be hidden from some row; `visibility` tells which. If all rows hide a value
+  // that is not finite, a copy has 0 in its place. If some row sees such a value, a slower path skips hidden keys.
   template <int Cols, class Visibility>
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
                          std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides,
@@ -157,7 +157,8 @@ struct FmaEngine {
         });
   }
 
-  // Computes the same sums in the same order as multiply_rows, but skips hidden keys instead of multiplying them by 0.
+  // Computes the same sums in the same order as multiply_values, but skips hidden keys instead of multiplying their
+  // values by 0.
   template <int Cols>
   static void accumulate_visible(const T* values, std::int64_t value_step, int count, const T* probs,
                                  const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,

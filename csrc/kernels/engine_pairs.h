@@ -11,8 +11,8 @@ struct PairUnit {
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 
-// The row kernel's dot products of queries and keys. These are bfloat16, so the products of pairs are exact. The sums
-// of values use FMA instead.
+// The row kernel's dot products of queries and keys, which are bfloat16, so every product is exact. The row kernel's
+// sums of values use FMA, so probs are not rounded to bfloat16.
 struct PairDots {
   using Q = BFloat;
   static constexpr const char* unit = "bfloat16 dots";

@@ -3,14 +3,14 @@
 // Such a unit multiplies two adjacent numbers at once, so operands are stored in cells of two: queries and keys in
 // pairs of dims, probs and values in pairs of keys. Keys keep their layout and values are transposed, once per block.
 //
-// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each term is the remainder rounded to the nearest
-// bfloat16. Terms are stored in `Terms` planes, one after another. A product is the sum of the products of terms i and
-// j with i + j < Terms. Two terms carry 16 bits of the significand, three carry all 24.
+// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each term is what the terms before it leave of x,
+// rounded to the nearest bfloat16. Terms are stored in `Terms` planes, one after another. A product is the sum of the
+// products of terms i and j with i + j < Terms. Two terms carry 16 bits of the significand, three carry all 24.
 //
-// Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers that would leave subnormal
-// terms. They are multiplied by FMA instead. Scores are recomputed key by key and row by row; values are added to the
-// outputs afterwards. Only scores and outputs that such a number contributes to are changed, so results are
-// bit-identical whatever hidden keys hold.
+// Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers whose terms could be
+// subnormal. The unit multiplies 0 in their place, and FMA multiplies them afterwards: the scores to which they
+// contribute are recomputed one by one, and values are multiplied by probs and added to the outputs. Only scores and
+// outputs that such a number contributes to are changed, so results are bit-identical whatever hidden keys hold.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/engine_fma.h"
@@ -42,7 +42,7 @@ struct PairOperands {
   static constexpr std::int64_t row_cells(std::int64_t count) { return whole(ceil_div(count, cell)); }
   static constexpr std::int64_t key_rows(std::int64_t keys) { return round_up(keys, cell * W); }
   static constexpr std::int64_t dim_rows(std::int64_t value_dim) { return whole(value_dim); }
-  // The planes are followed by one flag per row: whether the row holds a number that cannot be split.
+  // Each query has its planes, then a flag that says whether the query holds a number that cannot be split.
   static constexpr std::int64_t query_cells(std::int64_t head_dim) { return Terms * row_cells(head_dim) + 1; }
 
   struct Memory {
@@ -73,8 +73,8 @@ struct PairOperands {
     bool splits_keys, splits_values;  // whether every key (every value) of the block can be split
   };
 
-  // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms or their
-  // products would be subnormal (float16 has no such numbers).
+  // The lanes whose number cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms
+  // could be subnormal (float16 has no such numbers).
   static MaskF unsplittable(VecF x) {
     const VecF size = abs(x);
     const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
@@ -84,7 +84,8 @@ struct PairOperands {
 
   static VecF clear(MaskF lanes, VecF x) { return select(lanes, broadcast(0.0f), x); }
 
-  // Stores the split terms of up to 32 adjacent numbers. Returns the lanes i where number i or i + 16 cannot be split.
+  // Stores the split terms of up to 32 adjacent numbers. Returns a mask of the lanes i for which number i or number
+  // i + 16 cannot be split.
   static MaskF store_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
     if constexpr (exact) {
       store(cells, load_cells(p, n));
@@ -140,9 +141,9 @@ struct PairOperands {
     return block;
   }
 
-  // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN, unless they are
-  // hidden. Such a NaN may be wrong: a term or a subnormal number may have counted as 0, or products of terms may be
-  // infinities of opposite sign.
+  // Recomputes the scores of all keys and rows that hold a number that cannot be split, and all scores that became NaN,
+  // except hidden ones. Such a NaN may be wrong: the unit may have multiplied infinity by a subnormal number that
+  // counts as 0 or by a term that is 0, or products of terms may be infinities of opposite sign.
   static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                std::int64_t head_dim, int lanes, float multiplier, float* scores) {
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
@@ -166,7 +167,8 @@ struct PairOperands {
     }
   }
 
-  // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): probs of a key.
+  // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): vector c of the probs of a
+  // key.
   template <int Cols, class Prob, class Visibility>
   static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim,
                                       float* out, const Visibility& visibility) {

@@ -7,13 +7,14 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// A part of the depth: at most depth_part elements, or one group of codes, which have the same scales.
+// A part of the depth: at most depth_part elements, or the depth of one group of codes, which share their scales.
+// `first` counts cells.
 struct DepthPart {
   std::int64_t index, first;
   bool last;
 };
 
-// Multiplies several panels at once. With one row, a single panel has too few sums to keep the FMA units busy, and a
+// Multiplies one row by several panels at once. A single panel has too few sums to keep the FMA units busy, and a
 // single stream of weights cannot use the whole memory bandwidth.
 template <class Unit, int Panels, int Vectors, class A, class B, class T = typename Unit::Real>
 [[gnu::always_inline]] inline void multiply_row(const A* x, const B* b, std::int64_t panel_step, std::int64_t depth,
@@ -32,8 +33,8 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
 }
 
-// Adds the sums of one row and one panel to the sums of earlier parts of the depth. The panel's columns start at
-// `first`. If weights are codes, the sums are scaled first.
+// Adds the sums of one row and one panel to `out`, which holds the sums of earlier parts of the depth. Adds the bias in
+// the last part. The panel's columns start at `first`. If weights are codes, the sums are scaled first.
 template <bool Scaled, int Vectors, class T>
 inline void store_row(const ProjectArgs& args, DepthPart part, std::int64_t row, std::int64_t first,
                       const Vec<T> (&sums)[Vectors]) {
@@ -48,7 +49,7 @@ inline void store_row(const ProjectArgs& args, DepthPart part, std::int64_t row,
   }
 }
 
-// A and B: the types of a cell of x and of the weights in memory.
+// A: the type of a cell of x in memory; B: of a cell of the weights.
 template <class Unit, int TileRows, int Vectors, class B = typename Unit::Real, class A = typename Unit::Real>
 inline void project(const ProjectArgs& args) noexcept {
   using T = typename Unit::Real;

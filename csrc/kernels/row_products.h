@@ -1,7 +1,7 @@
-// The row kernel's two products: vectors run along head_dim for q.k, and along value_dim for the sum of values. With
-// one or two rows, memory bandwidth is the limit, so keys and values are read sequentially, each row once. With more
-// rows, the load ports are a limit as well: several keys are processed at a time, so that each load of a query is used
-// for all of these keys, and memory is prefetched.
+// The row kernel's products of queries and keys: vectors run along head_dim. With one or two rows, memory bandwidth is
+// the limit, so keys are read one after the other. With more rows, the load ports are a limit as well, so several keys
+// are processed at a time: each load of a query is used for all of these keys. Keys are processed in chunks that stay
+// in L1 while all rows use them, and later keys are prefetched.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
@@ -28,13 +28,14 @@ struct FmaDots {
   static constexpr bool flushes = false;
 };
 
-// MaxSums: vector accumulators that fit the registers along with their operands. E: type of keys and values in memory.
+// MaxSums: how many vector accumulators fit in the registers together with their operands. E: type of keys and values
+// in memory.
 template <class T, int MaxSums, class E, class Dots>
 struct RowProducts {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
   static constexpr int keys_ahead = 16;
-  // Up to this many rows, reading each key once and in order matters more than saving loads.
+  // Up to this many rows, reading one key after the other matters more than saving loads of queries.
   static constexpr int rows_by_key = 2;
 
   static std::int64_t padded(std::int64_t count) { return round_up(count, W); }
@@ -145,7 +146,7 @@ struct RowProducts {
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
-  // Uses scalar FMAs, which follow IEEE 754, to recompute products that became NaN.
+  // Recomputes products that became NaN, with scalar FMAs, which follow IEEE 754.
   template <int Rows>
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;

@@ -13,7 +13,8 @@ inline const E* row_of(const void* const* rows, int j) {
   return static_cast<const E*>(rows[j]);
 }
 
-// How many keys or values stay in L1 while several rows or dims reuse them: 32 rows of 128 floats are 16 KiB.
+// The number of keys or values that are processed at a time. They stay in L1 while all rows and dims use them: 32 rows
+// of 128 floats are 16 KiB.
 constexpr int chunk_keys = 32;
 
 struct ValueChunk {
@@ -27,7 +28,8 @@ struct ValueChunk {
         count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
 };
 
-// Adds the sums of a chunk's values, one per dim, to the outputs of a row.
+// Adds a chunk's sums for one vector of dims to the outputs of a row. The first chunk of a key block also rescales
+// these outputs.
 template <class T, class Scratch>
 inline void add_sum(const Scratch& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
   T* out = s.out + row * s.out_step + dim;
@@ -42,7 +44,7 @@ inline bool sees(const ScoreTile<T>& tile, int row, int key) {
   return any(visible<AcrossKeys>(tile, row, key / W * W) & (iota(T()) == broadcast(static_cast<T>(key % W))));
 }
 
-// MaxSums: vector accumulators that fit the registers along with their operands. E: type of values in memory.
+// MaxSums: how many vector accumulators fit in the registers together with their operands. E: type of values in memory.
 template <class T, int MaxSums, class E>
 struct FmaValues {
   static constexpr int W = Vec<T>::width;
@@ -70,7 +72,7 @@ struct FmaValues {
     return true;
   }
 
-  // Computes the same sums in the same order, but skips hidden keys instead of multiplying them by 0.
+  // Computes the same sums in the same order, but skips hidden keys instead of multiplying their values by 0.
   template <class Scratch>
   static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
                                  const KeyBlock& keys) {
@@ -95,8 +97,8 @@ struct FmaValues {
     return p;
   }
 
-  // Processes as many rows at a time as fit the registers, so that each value is loaded and widened once for all of
-  // these rows.
+  // Processes `Rows` rows at a time, so that each value is loaded and widened once for all of these rows. For the
+  // remaining rows, `Rows` is halved.
   template <int Rows, class Scratch>
   static void accumulate_rows(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;
@@ -114,7 +116,7 @@ struct FmaValues {
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      const bool asks = row + Rows == block.count;  // the last rows prefetch the next chunk
+      const bool asks = row + Rows == block.count;  // only the last rows prefetch the next chunk
       for (int j = 0; j < chunk.count; ++j) {
         const E* value = one_base(row_of<E>(chunk.values, j) + dim);
         const E* later = one_base(row_of<E>(chunk.values, j + chunk_keys) + dim);

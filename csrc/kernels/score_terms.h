@@ -41,14 +41,13 @@ inline bool has_terms(const ScoreTerms& terms) { return terms.mask || terms.bias
 // Adds the terms from term_chunk to scores, and records whether they may have hidden any key.
 template <class T>
 struct AddTerm {
-  // Some callers use the lowest finite numbers to mean "almost hidden". Conversion to log2 must not turn them into
-  // -inf.
+  // Some callers mask keys with the lowest finite number. Conversion to log2 units must not turn it into -inf.
   static constexpr T limit = largest<T> / T(2);
   Mask<T> hidden = broadcast(T(0)) < broadcast(T(0));
 
   Vec<T> operator()(Vec<T> score, Vec<T> term) {
     const Mask<T> infinite = abs(term) == broadcast(-minus_infinity<T>);
-    hidden = hidden | infinite;  // +inf hides nothing, but is rare, so counting it costs little
+    hidden = hidden | infinite;  // +inf hides nothing; it is rare, so treating it as -inf here costs little
     const Vec<T> finite = max(broadcast(-limit), min(broadcast(limit), term));
     const Vec<T> sum = fma(finite, broadcast(static_cast<T>(log2_e)), score);
     return select(infinite, term, sum);  // -inf must hide even a NaN score; the sum would be NaN
@@ -260,7 +259,7 @@ template <class Axes, class T>
   return any(add.hidden);
 }
 
-// Stores mask and bias alone, for the rare tile that needs them twice.
+// Stores mask and bias without the scores, for the rare tile that needs them a second time.
 template <class Axes, class T>
 inline const T* gather_terms(ScoreTile<T> tile, const ScoreTerms& terms, T* to) {
   TileTerms<T>{tile, terms}.each(Axes(), to, [](T* cell, Vec<T> term) { store(cell, term); });

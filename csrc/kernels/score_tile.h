@@ -1,5 +1,6 @@
 // A tile of scores: some query rows against some keys. Its vectors run either across rows (each for one key) or across
-// keys (each for one row). The parameter `Axes` selects one, so that code that changes scores is written once for both.
+// keys (each for one row). The template parameter `Axes` (AcrossRows or AcrossKeys) selects the direction, so that code
+// that changes scores is written once for both.
 #pragma once
 #include <cstdint>
 
@@ -32,15 +33,15 @@ struct RowPlaces {
 // scores[outer * step + lane]
 //
 // Functions in hot loops are always inlined, and other functions take a tile by value. GCC then knows which fields are
-// constant, and unrolls loops over lanes.
+// constant, and can unroll loops over lanes.
 template <class T>
 struct ScoreTile {
   T* scores;
   const T* terms;  // mask and bias, in the shape of the scores; null if `visible` need not read them
-  int outer;
-  int lanes;  // a multiple of the vector width
+  int outer;       // keys if vectors run across rows; rows if they run across keys
+  int lanes;       // a multiple of the vector width
   int step;
-  bool limited;  // some row sees only some keys of the tile
+  bool limited;  // whether keys or padding lanes may be outside a row's limits
   RowPlaces<T> places;
   const Row* rows;
   int num_rows;
@@ -49,6 +50,10 @@ struct ScoreTile {
   int num_keys;
 };
 
+// The two types for `Axes`. Three of their functions return a vector for the scores from [outer * step + lane] on:
+//   key          the key of each lane, counted from the tile's first key
+//   of_row       the number in `values` that belongs to each lane's row
+//   max_of_line  the maximum of each lane's row, from the maxima of single lanes
 struct AcrossRows {
   template <class T>
   static Vec<T> key(int outer, int) {
@@ -115,7 +120,7 @@ struct AcrossKeys {
   }
 
   // Calls use(cell, numbers) for vectors of numbers from all rows. row_chunk(row, key, n) returns n numbers of a row,
-  // starting at a key of the tile. `cell` points into `cells`, an array of the tile's shape.
+  // starting at the key with this index in the tile. `cell` points into `cells`, an array of the tile's shape.
   template <class T, class RowChunk, class Use>
   [[gnu::always_inline]] static void each_chunk(const ScoreTile<T>& tile, T* cells, RowChunk row_chunk, Use use) {
     constexpr int W = Vec<T>::width;

@@ -1,4 +1,4 @@
-// Strips: the rows of a block that share registers.
+// A strip: rows of a block that share registers.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "simd/vec.h"
@@ -9,8 +9,8 @@ struct Strip {
   int first_row;
   int rows;
   int vectors;                        // registers that hold these rows
-  std::int64_t begin_min, begin_max;  // bounds of the rows' key_begin, not limited to a key block
-  std::int64_t end_min, end_max;      // bounds of the rows' key_end
+  std::int64_t begin_min, begin_max;  // least and largest key_begin of the rows; may lie outside the key block
+  std::int64_t end_min, end_max;      // least and largest key_end of the rows
   bool shares_terms;                  // all rows read the same mask and bias
 };
 

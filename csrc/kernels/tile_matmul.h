@@ -2,10 +2,10 @@
 //
 //   sums[r][c] = sum_k a(r, k) * b[k][c]      cells of a are broadcast, b is loaded as vectors
 //
-// A cell is the group of adjacent elements along k that the unit multiplies at once: one element, or a 16-bit pair. On
-// AVX-512, with 24 accumulators, a step of 8 x 3 takes 24 FMAs and 11 loads: the FMA units are the bottleneck. Whatever
-// the shape of the tile, each sum is one chain of FMAs in the order of k. So results do not depend on where a tile
-// ends.
+// A cell is the group of adjacent elements along k that the unit multiplies at once: one element, or a pair of bfloat16
+// numbers. On AVX-512, a tile has 8 x 3 vectors of sums. One step along k then takes 24 FMAs and 11 loads, so the FMA
+// units are the bottleneck. In a tile of any shape, each sum is one chain of FMAs in the order of k. So results do not
+// depend on where a tile ends.
 #pragma once
 #include <cstdint>
 
@@ -56,7 +56,8 @@ template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A
     for (int c = 0; c < Cols; ++c) sums[r][c] = own[r][c];
 }
 
-// Calls finish(first_row, sums) for each tile of `rows` rows. Tiles have `Rows` rows, halved for the remainder.
+// Multiplies `rows` rows, and calls finish(first_row, sums) for each tile. Tiles have `Rows` rows. For the remaining
+// rows, `Rows` is halved.
 template <int Rows, int Cols, class Unit, class A, class B, class Finish>
 [[gnu::always_inline]] inline void multiply_rows(A a, std::int64_t rows, const B* b, std::int64_t b_step,
                                                  std::int64_t depth, Finish finish, std::int64_t done = 0) {
@@ -70,7 +71,7 @@ template <int Rows, int Cols, class Unit, class A, class B, class Finish>
   }
 }
 
-// products[r][c] = factor * sum_k a(r, k) * b[k][c], all in lines of Cols vectors.
+// products[r][c] = factor * sum_k a(r, k) * b[k][c]. Lines of b and of products have Cols vectors.
 template <int Rows, int Cols, class Unit, class T = typename Unit::Real>
 [[gnu::always_inline]] inline void store_products(RowMajor<T> a, std::int64_t rows, const T* b, std::int64_t depth,
                                                   T factor, T* products) {

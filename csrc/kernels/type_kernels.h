@@ -1,4 +1,4 @@
-// Assembles the kernels of one element type for the ISA of this translation unit.
+// Assembles the kernels of one type of computation (float or double) for the ISA of this translation unit.
 #pragma once
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
@@ -58,7 +58,8 @@ inline void transpose(const void* from, std::int64_t step, std::int64_t rows, st
   to_type == dtype_of(E()) ? store_as(static_cast<E*>(to)) : store_as(static_cast<T*>(to));
 }
 
-// E: a type that is only stored. Codes have scales, which only the row kernel applies.
+// E: a type that is only stored; computations use float. Results are never rounded to codes, so codes have no `narrow`,
+// `transpose` or `finish`.
 template <class E, int TileRows, int TileVectors, int MaxSums>
 constexpr StoredKernels stored_kernels() {
   StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel,
@@ -75,7 +76,7 @@ constexpr StoredKernels stored_kernels() {
   return kernels;
 }
 
-// The tile shapes and MaxSums are chosen to fit the registers: see each isa_*.cpp.
+// Tile shapes and MaxSums are chosen so that sums and operands fit in the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit, int SumRows = TileRows,
           int SumVectors = TileVectors>
 constexpr TypeKernels type_kernels() {

@@ -1,4 +1,5 @@
-// attend_vectors ISA FILE: computes every case of the file on one instruction set and compares.
+// attend_vectors ISA FILE: computes every case of the file on one instruction set, and compares the results with the
+// file's.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -15,8 +16,8 @@
 namespace selfattn::test {
 namespace {
 
-// The errors that a matrix unit adds: `values` by rounding weights and values, and `scores`, per unit of sigma, by
-// splitting queries and keys. See docs/numerics.md.
+// The errors that a matrix unit adds (docs/numerics.md). `values` comes from rounding weights and values. `scores`
+// comes from splitting queries and keys, and is multiplied by sigma.
 struct Rounding {
   double values, scores;
 };
@@ -93,7 +94,7 @@ bool run(const VectorCase& c, const KernelSet& kernels) {
       compare_out(fused.out, c.array("out"), c.array("magnitude"), sigma, rounding.values + sigma * rounding.scores);
   const double lse = compare_lse(fused.lse, c.array("lse"), sigma, rounding.scores);
   const double weights = compare_weights(whole.weights, c.array("weights"), sigma, rounding.scores);
-  // Neither the number of threads nor the output of weights changes a result.
+  // A result depends neither on the number of threads nor on whether weights are returned.
   const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
   const bool passed = out <= 1 && lse <= 1 && weights <= 1 && same;
   std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f%s\n", passed ? "ok  " : "FAIL",

@@ -1,4 +1,5 @@
-// cache_step_checks: what a step on a cache reads, claims, writes and commits, and what it leaves when it fails.
+// cache_step_checks: what a step on a cache reads, claims, writes and commits, and the state in which a failed step
+// leaves the cache.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -115,7 +116,7 @@ void check_ledger() {
   const NewTokens tokens(2);
   append(held.source(), tokens);
   SELFATTN_CHECK(held.active == 1 && held.holds(5, 2) && held.starts_at(0, 0));
-  SELFATTN_CHECK(held.copies[0] == 3 && held.copies[1] == 0);  // the other copy stays
+  SELFATTN_CHECK(held.copies[0] == 3 && held.copies[1] == 0);  // the other copy of the lengths is unchanged
   for (std::int64_t t = 0; t < 2; ++t)
     SELFATTN_CHECK(held.has(0, 3 + t, tokens.k, 0, t) && held.has(1, t, tokens.k, 1, t));
 
@@ -141,7 +142,7 @@ void check_ring() {
   held.copies[3] = held.copies[7] = 12;
   const NewTokens tokens(3);
   SELFATTN_CHECK(fails([&] { append(held.source(), tokens, fail); }));
-  SELFATTN_CHECK(held.holds(7, 20) && held.starts_at(2, 15));  // only what was overwritten is gone
+  SELFATTN_CHECK(held.holds(7, 20) && held.starts_at(2, 15));  // only the tokens that were to be overwritten are lost
   append(held.source(), tokens);
   SELFATTN_CHECK(held.holds(10, 23) && held.starts_at(2, 15));
   SELFATTN_CHECK(held.has(0, 7, tokens.k, 0, 0) && held.has(0, 0, tokens.k, 0, 1) &&

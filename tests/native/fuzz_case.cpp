@@ -33,8 +33,8 @@ Layout read_layout(Bytes& bytes, std::size_t ndim, DType dtype, bool may_repeat)
 struct Values {
   Random random;
   double size;  // of the numbers
-  int odd;      // one in this many numbers is NaN, infinite or enormous; 0: none
-  int share;    // of every 256 entries of a mask, how many are True
+  int odd;      // one in this many numbers is NaN, infinite, 0, huge or tiny; 0: none
+  int share;    // average number of True among 256 entries of a mask
 };
 
 double real(Values& values, double size) {
@@ -114,7 +114,7 @@ void read_store(int bits, Store& store) {
   store.seed = static_cast<std::uint64_t>(bits);
 }
 
-// A 16-bit type if the lowest bit is set; the next bit chooses which of the two.
+// A 16-bit type if the lowest bit of `narrow` is set; the next bit chooses which of the two.
 DType read_type(int narrow, int wide) {
   if (narrow & 1) return narrow & 2 ? DType::bf16 : DType::f16;
   return wide != 0 ? DType::f64 : DType::f32;
@@ -129,7 +129,7 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   d.kernels = sets[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(sets.size())))];
   d.threads = 2 + static_cast<int>(bytes.below(3));
   const int mode = bytes.next();
-  // Two zeros leave the 32-bit and 64-bit types, between which `mode` chooses.
+  // If these bytes are 0, operands and bias have a 32-bit or 64-bit type, which `mode` chooses.
   const int narrow_operands = bytes.next(), narrow_bias = bytes.next();
   d.input.options.recent_mask = narrow_operands & 32;
   read_store(narrow_bias >> 2, d.store);
@@ -179,7 +179,7 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   if (d.computable && !spoiled)
     read_distances(bytes, narrow_bias & 64, narrow_bias & 128, kv_dtype, sizes, values, d.input);
   read_dropout(bytes, d.input.options);
-  // Lengths of keys alone may leave the queries' positions ambiguous.
+  // With kv_lens alone, the positions of the queries may be ambiguous, and then the call is refused.
   if (d.input.kv_lens && !d.input.q_lens && !d.input.q_offset) d.valid = false;
   return d;
 }

@@ -50,7 +50,8 @@ Sizes read_sizes(Bytes& bytes) {
   if (s.ndim[k] == 2 || s.ndim[v] == 2 || s.ndim[q] == 2) s.kv_heads = 1;
   if (s.ndim[q] == 2) s.group = 1;
   constexpr std::int64_t lengths[] = {8, 40, 130, 3300};
-  const auto up_to = [&](std::int64_t n) { return (bytes.below(n + 1) + 1) % (n + 1); };  // 0 is the rare end
+  // A number in 0..n. A zero byte gives 1, so that a short input has no empty axis.
+  const auto up_to = [&](std::int64_t n) { return (bytes.below(n + 1) + 1) % (n + 1); };
   s.q_len = up_to(bytes.one_of(lengths) / 8 + 8);
   s.kv_len = up_to(bytes.one_of(lengths));
   s.head_dim = 1 + bytes.below(bytes.one_of({8, 40, 200}));
