@@ -226,8 +226,7 @@ struct NormArgs {
   bool centred;
 };
 
-// Multiplies registers or tiles as fast as possible, to measure the peak that benchmarks compare with. Returns the
-// number of floating-point operations.
+// Multiplies registers or tiles as fast as possible, for benchmarks. Returns the number of floating-point operations.
 using PeakLoop = double (*)(std::int64_t rounds) noexcept;
 
 // The kernels that read operands of one element type; null where there is none.
@@ -237,8 +236,7 @@ struct StoredKernels {
   // Convert contiguous numbers to float, and floats to a 16-bit type. Null for types of computation.
   void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
-  // to[r][c] = from[c * step + r] for `rows` rows of `columns` contiguous elements. The result has this type or the
-  // type of computation.
+  // to[r][c] = from[c * step + r], in this type or the type of computation; r < rows, c < columns.
   void (*transpose)(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
                     void* to) noexcept;
   void (*finish)(const FinishArgs&) noexcept;  // for results of this type
