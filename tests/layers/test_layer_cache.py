@@ -138,7 +138,7 @@ def test_out_may_be_x(isa: str, rng: Any) -> None:
         ({"x": np.zeros((1, WIDTH), np.float32)}, ValueError, r"x has shape \(1, 24\), but a cache needs"),
         ({"x": np.zeros((2, 41, WIDTH), np.float32)}, ValueError, "41 more exceed the capacity 40"),
         ({"x": np.zeros((2, 1, WIDTH))}, TypeError, "x has dtype float64"),
-        ({"cache": sa.KVCache(2, 4, HEAD_DIM, 8, value_dim=VALUE_DIM)}, ValueError, "num_kv_heads 4, but the layer has 2"),
+        ({"cache": sa.KVCache(2, 4, HEAD_DIM, 8, value_dim=VALUE_DIM)}, ValueError, "_heads 4, but the layer has 2"),
         ({"cache": sa.KVCache(2, KV_HEADS, 9, 8, value_dim=VALUE_DIM)}, ValueError, "head_dim 9, but the layer has 8"),
         ({"cache": sa.KVCache(2, KV_HEADS, HEAD_DIM, 8)}, ValueError, "value_dim 8, but the layer has 6"),
         ({"cache": make_cache(2, "float64")}, TypeError, "the cache holds float64, but the layer computes in float32"),
