@@ -48,12 +48,17 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
 template <class T, class E>
 inline void transpose(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
                       void* to) noexcept {
+  // A few columns at a time, so that memory is read in a few sequential streams.
   const auto store_as = [&](auto* result) {
-    columns_to_rows<T>(
-        static_cast<int>(rows), columns, [&](int row) { return result + row * columns; },
-        [&](std::int64_t column, int row) {
-          return load_up_to(static_cast<const E*>(from) + column * step + row, rows - row);
-        });
+    for (std::int64_t first = 0; first < columns; first += Vec<T>::width) {
+      const std::int64_t left = columns - first;
+      columns_to_rows<T>(
+          static_cast<int>(rows), left < Vec<T>::width ? left : Vec<T>::width,
+          [&](int row) { return result + row * columns + first; },
+          [&](std::int64_t column, int row) {
+            return load_up_to(static_cast<const E*>(from) + (first + column) * step + row, rows - row);
+          });
+    }
   };
   to_type == dtype_of(E()) ? store_as(static_cast<E*>(to)) : store_as(static_cast<T*>(to));
 }
