@@ -96,7 +96,7 @@ void CachedKeys::place(AttentionArguments& arguments) {
   arguments.value_scale_page = cache_.value.scales.page;
   arguments.kv_lens = {const_cast<std::int64_t*>(lengths_), DType::i64, 1, &count_, &step_};
   arguments.kv_starts = cache_.starts;
-  arguments.keys = Keys::cached;
+  arguments.cached = true;
 }
 
 TokensView::TokensView(const TensorView& tokens, Layout layout) : view{tokens.data, tokens.dtype, 4, shape, strides} {

@@ -55,7 +55,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   if (step) {
     step->place(arguments);
   } else if (!context) {
-    arguments.keys = Keys::same_tokens;
+    arguments.same_tokens = true;
     // Query i and key i are the same token, even if only q_lens is given.
     if (!arguments.q_offset && !arguments.kv_lens) arguments.q_offset = first_token;
   }

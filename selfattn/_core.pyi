@@ -15,7 +15,7 @@ PRECISIONS: dict[str, int]
 DTYPES: dict[str, int]
 
 class Options:
-    """All arguments of a call except its operands; csrc/bindings/options.cpp has the defaults."""
+    """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
 
     mask: NDArray[Any] | None
     bias: NDArray[Any] | None

@@ -27,7 +27,6 @@ class Layer {
 
   py::object call(const char* function, const LayerInputs& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs.x, context = inputs.context;
-    const Options& options = options_of(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
@@ -37,7 +36,7 @@ class Layer {
     const TensorView places = optional_view(inputs.positions, DType::i64);
     std::optional<CacheArguments> source;
     open_cache(source, function, inputs.store, inputs.sequences, input);
-    const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
+    const AttentionArguments arguments = arguments_of(function, options_of(option_values), {}, {}, {});
     LayerCall call(weights_, input, other, places, source ? &source->step() : nullptr, arguments);
     const TensorView added = residual_view(function, inputs.residual, weights_.dtype, call.out_shape());
     bool direct = false;
@@ -50,13 +49,13 @@ class Layer {
                !(source && source->meets(view));
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
-    const Extras extras(options, call.problem());
+    const Extras extras(arguments, call.problem());
     py::object results;
     const auto work = [&] {
       bool finished;
       {
         const CoreCall call_of_core(call.flops());
-        finished = call.run(result.view(weights_.dtype), added, options.num_threads, interrupted);
+        finished = call.run(result.view(weights_.dtype), added, arguments.num_threads, interrupted);
       }
       if (!finished) throw py::error_already_set();
       results = extras.join(result.deliver());

@@ -6,6 +6,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 namespace selfattn::bindings {
 
@@ -43,6 +44,27 @@ inline bool read(PyObject* value, std::optional<double>& to) {
   return value == Py_None || read(value, to.emplace());
 }
 
+// An integer from 0 to count - 1.
+template <class T>
+bool read_below(std::int64_t count, PyObject* value, T& to) {
+  std::int64_t number = 0;
+  if (!read(value, number) || number < 0 || number >= count) return false;
+  to = static_cast<T>(number);
+  return true;
+}
+
+inline bool read(PyObject* value, int& to) { return read_below(1 << 30, value, to); }
+
+// The number of values of an enumeration, whose codes are 0, 1, ...
+template <class Code>
+constexpr std::int64_t code_count = 0;
+
+template <class Code>
+  requires std::is_enum_v<Code>
+bool read(PyObject* value, Code& to) {
+  return read_below(code_count<Code>, value, to);
+}
+
 // The binding checks the type of an object where it uses it.
 inline bool read(PyObject* value, py::object& to) {
   to = py::reinterpret_borrow<py::object>(value);
@@ -51,10 +73,16 @@ inline bool read(PyObject* value, py::object& to) {
 
 inline PyObject* written(bool value) { return PyBool_FromLong(value); }
 inline PyObject* written(double value) { return PyFloat_FromDouble(value); }
+inline PyObject* written(int value) { return PyLong_FromLong(value); }
 inline PyObject* written(std::int64_t value) { return PyLong_FromLongLong(value); }
 inline PyObject* written(std::uint64_t value) { return PyLong_FromUnsignedLongLong(value); }
 inline PyObject* written(const py::object& value) { return Py_NewRef(value.ptr()); }
 inline PyObject* written(const std::optional<double>& value) { return value ? written(*value) : Py_NewRef(Py_None); }
+template <class Code>
+  requires std::is_enum_v<Code>
+PyObject* written(Code value) {
+  return PyLong_FromLong(static_cast<long>(value));
+}
 
 // One field of a T.
 template <class T>

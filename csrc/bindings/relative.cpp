@@ -7,7 +7,8 @@ namespace {
 
 // operands: the arrays q, k and v.
 AttentionArguments relative_arguments(const char* function, const py::tuple& operands, py::handle term_values,
-                                      const Options& options) {
+                                      py::handle option_values) {
+  const Options& options = options_of(option_values);
   const RelativeTerms& terms = Record<RelativeTerms>::in(term_values);
   AttentionArguments arguments = arguments_of(function, operands[0], operands[1], operands[2], options);
   arguments.r = narrower_view(function, "r", terms.r, arguments.q.dtype);
@@ -19,16 +20,13 @@ AttentionArguments relative_arguments(const char* function, const py::tuple& ope
 
 py::object relative_attention(const char* function, const py::tuple& operands, py::handle terms, py::object out,
                               py::handle option_values) {
-  const Options& options = options_of(option_values);
-  const AttentionArguments arguments = relative_arguments(function, operands, terms, options);
-  return attend_to(arguments, options, std::move(out), operands[0]);
+  return attend_to(relative_arguments(function, operands, terms, option_values), std::move(out), operands[0]);
 }
 
 py::dict relative_attention_backward(const char* function, const py::tuple& operands, py::handle terms,
                                      py::handle upstream, const py::sequence& wrt, py::handle option_values) {
-  const Options& options = options_of(option_values);
-  const AttentionArguments arguments = relative_arguments(function, operands, terms, options);
-  return gradients_of(arguments, options, operands, Record<GradientInputs>::in(upstream), wrt);
+  const AttentionArguments arguments = relative_arguments(function, operands, terms, option_values);
+  return gradients_of(arguments, operands, Record<GradientInputs>::in(upstream), wrt);
 }
 
 }  // namespace
