@@ -82,14 +82,20 @@ struct PerHead {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// One row for each distance i + offset - j of query i and key j, at index clamp(distance + origin, 0, count - 1).
+// One row for each distance i + offset - j of query i and key j. Distances beyond an end use the row at that end.
 struct ByDistance {
   PerHead rows;
   std::int64_t count = 0;
   std::int64_t origin = 0;
 
   explicit operator bool() const { return static_cast<bool>(rows); }
-  const char* at(std::int64_t head, std::int64_t distance) const;
+  // The index of the row for a distance. Problem::offset_of is clamped, so the sum cannot overflow.
+  std::int64_t index_of(std::int64_t distance) const {
+    return std::clamp<std::int64_t>(distance + origin, 0, count - 1);
+  }
+  const char* at(std::int64_t head_index, std::int64_t distance) const {
+    return rows.data + head_index * rows.head + index_of(distance) * rows.row;
+  }
 };
 
 // The arguments as received: shapes have not been checked.
