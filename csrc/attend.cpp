@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "carver.h"
 #include "distance_terms.h"
 #include "key_source.h"
 #include "row_block.h"
@@ -51,30 +52,35 @@ Work work_of(const Job* jobs, std::int64_t count) {
 class Run {
  public:
   Run(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted)
-      : count_(count), ordered_(count > 1 || threads > 1), thread_bytes_(0) {
-    std::size_t bytes = whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
+      : count_(count), ordered_(count > 1 || threads > 1) {
+    std::size_t shared_bytes = 0;
     std::int64_t blocks = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       const Plan& plan = *jobs[i].plan;
-      bytes += plan.shared_bytes;
+      shared_bytes += plan.shared_bytes;
       thread_bytes_ = std::max(thread_bytes_, plan.thread_bytes);
       blocks += jobs[i].problem->batch * plan.row_blocks;
     }
-    const std::size_t order_bytes = ordered_ ? whole_lines(sizeof(RowTasks) * static_cast<std::size_t>(blocks)) : 0;
-    memory_.emplace(bytes + order_bytes + thread_bytes_ * static_cast<std::size_t>(threads));
-    char* place = memory_->data();
-    parts_ = reinterpret_cast<Part*>(place);
-    place += whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
+    char* shared = nullptr;
+    const auto divide = [&](char* base) {
+      Carver carver{base};
+      parts_ = carver.take<Part>(count);
+      shared = carver.take<char>(static_cast<std::int64_t>(shared_bytes));
+      order_ = carver.take<RowTasks>(ordered_ ? blocks : 0);
+      threads_memory_ = carver.take<char>(static_cast<std::int64_t>(thread_bytes_) * threads);
+      return carver.used;
+    };
+    memory_.emplace(divide(nullptr));
+    divide(memory_->data());
     for (std::int64_t i = 0; i < count; ++i) {
       const Problem& problem = *jobs[i].problem;
       const Plan& plan = *jobs[i].plan;
       assert(problem.out || problem.value_dim == 0 || plan.tasks == 0);
-      const Part* part = ::new (parts_ + i) Part{&problem, &plan, score_terms(problem), Shared(place, plan, problem)};
+      const Part* part = ::new (parts_ + i) Part{&problem, &plan, score_terms(problem), Shared(shared, plan, problem)};
       std::uninitialized_value_construct_n(part->shared.finished, part->shared.row_blocks);
-      place += plan.shared_bytes;
+      shared += plan.shared_bytes;
     }
-    if (ordered_) order_tasks(reinterpret_cast<RowTasks*>(place));
-    threads_memory_ = place + order_bytes;
+    if (ordered_) order_tasks();
     loop_.emplace(work_of(jobs, count), threads, interrupted);
   }
 
@@ -89,8 +95,8 @@ class Run {
 
  private:
   // Largest first, so that no thread is left alone with a long task at the end.
-  void order_tasks(RowTasks* next) {
-    order_ = next;
+  void order_tasks() {
+    RowTasks* next = order_;
     for (std::int64_t i = 0; i < count_; ++i) {
       const Problem& problem = *parts_[i].problem;
       for (std::int64_t block = 0; block < parts_[i].plan->row_blocks; ++block)
@@ -196,7 +202,7 @@ class Run {
 
   const std::int64_t count_;
   const bool ordered_;
-  std::size_t thread_bytes_;
+  std::size_t thread_bytes_ = 0;
   std::optional<Scratch> memory_;
   Part* parts_ = nullptr;
   RowTasks *order_ = nullptr, *end_ = nullptr;

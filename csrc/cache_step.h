@@ -91,10 +91,10 @@ class CacheStep {
   const CacheSource source_;
   const std::int64_t more_;
   Cache cache_{};
-  const Scratch memory_;  // backs the following arrays
+  std::optional<Scratch> memory_;  // backs the following arrays
   std::int64_t *lengths_, *after_, *starts_;
   Pages::Row* rows_;
-  char* row_;  // see store_tokens
+  char* token_;  // a TokenScratch
   std::int64_t starts_step_ = sizeof(std::int64_t);
   std::optional<CachedKeys> keys_;
 };

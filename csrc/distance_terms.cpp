@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "carver.h"
 #include "rows.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
@@ -59,9 +57,8 @@ T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
 
 }  // namespace
 
-DistanceMemory place_distance_memory(char* base, std::size_t& used, const Problem& problem,
-                                     const RelativeProducts& relative, std::int64_t rows, std::int64_t keys) {
-  core::Carver carver{base, used};
+DistanceMemory take_distance_memory(Carver& carver, const Problem& problem, const RelativeProducts& relative,
+                                    std::int64_t rows, std::int64_t keys) {
   const auto take_if = [&](bool needed, std::int64_t count) {
     return needed ? carver.take<char>(count * size_of(problem.dtype)) : nullptr;
   };
@@ -76,7 +73,6 @@ DistanceMemory place_distance_memory(char* base, std::size_t& used, const Proble
   memory.bias_step = keys + (problem.bias ? 0 : rows);
   const std::int64_t lines = problem.bias ? rows : std::min(problem.group_size, rows);
   memory.biases = take_if(static_cast<bool>(problem.distance_bias), lines * memory.bias_step);
-  used = carver.used;
   return memory;
 }
 

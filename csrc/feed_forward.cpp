@@ -2,10 +2,8 @@
 
 #include <algorithm>
 
+#include "carver.h"
 #include "scratch_pool.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
@@ -43,16 +41,14 @@ class RowTasks {
       : job_(job),
         blocks_(ceil_div(job.x.rows, LinearSpace::most_rows * threads) * threads),
         block_rows_(std::min(round_up(ceil_div(job.x.rows, blocks_), 8), LinearSpace::most_rows)),
-        own_(Space(*this, nullptr).bytes),
-        memory_(own_ * static_cast<std::size_t>(threads)) {}
+        memory_(Space(*this, nullptr).bytes, threads) {}
 
   bool run(int threads, Interrupted interrupted) {
     const std::int64_t blocks = ceil_div(job_.x.rows, block_rows_);
     TaskLoop loop(job_.x.outer * blocks, threads, interrupted);
     const auto body = [&](std::int64_t task, int thread) {
       const std::int64_t first = task % blocks * block_rows_;
-      run_block(task / blocks, first, std::min(block_rows_, job_.x.rows - first),
-                Space(*this, memory_.data() + own_ * static_cast<std::size_t>(thread)));
+      run_block(task / blocks, first, std::min(block_rows_, job_.x.rows - first), Space(*this, memory_.of(thread)));
     };
     return loop.run(body);
   }
@@ -63,13 +59,14 @@ class RowTasks {
     LinearSpace linear;
     std::size_t bytes;
 
-    Space(const RowTasks& tasks, char* base) : Space(tasks, core::Carver{base}) {}
-    Space(const RowTasks& tasks, core::Carver carver)
+    Space(const RowTasks& tasks, char* base) : Space(tasks, Carver{base}) {}
+    Space(const RowTasks& tasks, Carver carver)
         : hidden(carver.take<char>(tasks.block_rows_ * tasks.first(nullptr).out_step)),
           wide(carver.take<char>(tasks.job_.post_norm ? tasks.block_rows_ * tasks.wide_step() : 0)),
-          norm(carver.take<char>(tasks.job_.post_norm
-                                     ? static_cast<std::int64_t>(norm_scratch(tasks.columns(), tasks.computation()))
-                                     : 0)),
+          norm(carver.take<char>(
+              tasks.job_.post_norm
+                  ? static_cast<std::int64_t>(NormScratch(nullptr, tasks.columns(), tasks.computation()).bytes)
+                  : 0)),
           linear(tasks.space(carver.base ? carver.base + carver.used : nullptr)),
           bytes(carver.used + linear.bytes()) {}
   };
@@ -124,8 +121,7 @@ class RowTasks {
 
   const FeedForwardJob& job_;
   const std::int64_t blocks_, block_rows_;
-  const std::size_t own_;
-  const Scratch memory_;
+  const ThreadScratch memory_;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attend.h"
+#include "carver.h"
 #include "plan.h"
 
 namespace selfattn {
@@ -31,6 +32,18 @@ BufferView::BufferView(char* data, DType dtype, const TensorView& x, std::int64_
   }
 }
 
+LayerMemory::LayerMemory(char* base, const LayerWeights& layer, std::int64_t query_rows, std::int64_t key_rows) {
+  Carver carver{base};
+  const auto take = [&](const Projection& projection, std::int64_t rows) {
+    return carver.take<char>(bytes_of(rows, projection.columns(), size_of(projection.computation())));
+  };
+  query = take(layer.query, query_rows);
+  key = take(layer.key, key_rows);
+  value = take(layer.value, key_rows);
+  carver.take<char>(1);  // arrays without elements still need an address
+  bytes = carver.used;
+}
+
 LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context,
                      const TensorView& positions, CacheStep* step, AttentionArguments arguments)
     : layer_(layer),
@@ -40,14 +53,12 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
       positions_(positions),
       query_rows_(row_count(x_)),
       key_rows_(row_count(context_)),
-      query_bytes_(bytes_of(query_rows_, layer.query.columns(), size_of(dtype_))),
-      key_bytes_(bytes_of(key_rows_, layer.key.columns(), size_of(dtype_))),
-      value_bytes_(bytes_of(key_rows_, layer.value.columns(), size_of(dtype_))),
       step_(step),
-      inputs_(static_cast<std::size_t>(query_bytes_ + key_bytes_ + value_bytes_ + 64)),
-      query_(inputs_.data(), dtype_, x_, layer.num_heads, layer.head_dim),
-      key_(inputs_.data() + query_bytes_, dtype_, context_, layer.num_kv_heads, layer.head_dim),
-      value_(inputs_.data() + query_bytes_ + key_bytes_, dtype_, context_, layer.num_kv_heads, layer.value_dim) {
+      memory_(LayerMemory(nullptr, layer, query_rows_, key_rows_).bytes),
+      inputs_(memory_.data(), layer, query_rows_, key_rows_),
+      query_(inputs_.query, dtype_, x_, layer.num_heads, layer.head_dim),
+      key_(inputs_.key, dtype_, context_, layer.num_kv_heads, layer.head_dim),
+      value_(inputs_.value, dtype_, context_, layer.num_kv_heads, layer.value_dim) {
   arguments.q = query_.view;
   arguments.k = key_.view;
   arguments.v = value_.view;

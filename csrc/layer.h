@@ -1,5 +1,6 @@
 // A self-attention layer in one call: projections of x to queries, keys and values, attention, output projection.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -35,6 +36,14 @@ struct BufferView {
   char* data() const { return static_cast<char*>(view.data); }
 };
 
+// Queries, keys and values between the projections and attention.
+struct LayerMemory {
+  char *query, *key, *value;
+  std::size_t bytes;
+
+  LayerMemory(char* base, const LayerWeights& layer, std::int64_t query_rows, std::int64_t key_rows);
+};
+
 // One call of a layer. Sets q, k, v, the layout, the source of the keys, and for bfloat16 the precision. The caller
 // sets the other options.
 class LayerCall {
@@ -59,9 +68,9 @@ class LayerCall {
   const DType dtype_;  // of the computation
   const TensorView x_, context_, positions_;
   const std::int64_t query_rows_, key_rows_;
-  const std::int64_t query_bytes_, key_bytes_, value_bytes_;
   const CacheStep* const step_;
-  const Scratch inputs_;  // queries, keys, values
+  const Scratch memory_;  // the results of the first three projections
+  const LayerMemory inputs_;
   const BufferView query_, key_, value_;
   Problem problem_;
   std::optional<Scratch> heads_;  // the result of attention, before the output projection

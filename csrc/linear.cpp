@@ -4,11 +4,9 @@
 #include <cstring>
 #include <numeric>
 
+#include "carver.h"
 #include "rows.h"
 #include "scratch_pool.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
@@ -137,7 +135,7 @@ LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count) {
     if (job->gate) gates = std::max(gates, tile);
     if (job->residual) residual = std::max(residual, tile);
   }
-  core::Carver carver{base};
+  Carver carver{base};
   held_ = carver.take<Held>(1);
   x_ = carver.take<char>(x);
   row_ = carver.take<char>(row);
@@ -213,11 +211,8 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
   }
   const int threads = useful_threads(work, num_threads);
   work.tasks = tasks(threads);
-  const std::size_t own = LinearSpace(nullptr, jobs, count).bytes();
-  const Scratch memory(own * static_cast<std::size_t>(threads));
-  const auto space = [&](int thread) {
-    return LinearSpace(memory.data() + own * static_cast<std::size_t>(thread), jobs, count);
-  };
+  const ThreadScratch memory(LinearSpace(nullptr, jobs, count).bytes(), threads);
+  const auto space = [&](int thread) { return LinearSpace(memory.of(thread), jobs, count); };
   for (int thread = 0; thread < threads; ++thread) space(thread).forget();
   TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t index, int thread) {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "carver.h"
 #include "rows.h"
 #include "scratch_pool.h"
 
@@ -114,16 +115,21 @@ bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads,
   static constexpr char kernel = 0;
   const Work work{&kernel, static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100, 0, tokens};
   const int threads = useful_threads(work, num_threads);
-  // The frequencies, then for each thread a table of cosines and sines.
-  const auto doubles = static_cast<std::size_t>(rope.rotary_dim) * (1 + static_cast<std::size_t>(threads));
-  const Scratch memory(doubles * sizeof(double));
-  auto* frequencies = reinterpret_cast<double*>(memory.data());
+  double *frequencies = nullptr, *cosines = nullptr;  // each thread has cosines of its own
+  const auto divide = [&](char* base) {
+    Carver carver{base};
+    frequencies = carver.take<double>(rope.rotary_dim / 2);
+    cosines = carver.take<double>(rope.rotary_dim * threads);
+    return carver.used;
+  };
+  const Scratch memory(divide(nullptr));
+  divide(memory.data());
   set_frequencies(rope, frequencies);
   TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t token, int thread) {
     const Rotation* part = parts;
     for (; token >= token_count(*part); ++part) token -= token_count(*part);
-    rotate_token(rope, *part, token, frequencies, frequencies + (1 + thread) * rope.rotary_dim);
+    rotate_token(rope, *part, token, frequencies, cosines + thread * rope.rotary_dim);
   };
   return loop.run(body);
 }

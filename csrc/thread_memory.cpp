@@ -3,13 +3,9 @@
 #include <algorithm>
 
 #include "arithmetic.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
+#include "carver.h"
 
 namespace selfattn {
-
-using core::Carver;
 
 ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
@@ -38,7 +34,7 @@ ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem)
   mask_step = plan.key_block;
   masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_step : 0);
   const RelativeProducts relative{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys};
-  distance = place_distance_memory(base, carver.used, problem, relative, plan.block_rows, plan.key_block);
+  distance = take_distance_memory(carver, problem, relative, plan.block_rows, plan.key_block);
   bytes = carver.used;
 }
 
