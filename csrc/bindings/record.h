@@ -12,10 +12,11 @@ namespace selfattn::bindings {
 
 namespace py = pybind11;
 
-// Conversions of a field's value. `read` returns whether the field accepts the value.
+// Conversions of a field's value. `read` returns whether the field accepts the value; if not, it does not change `to`.
 inline bool read(PyObject* value, bool& to) {
+  if (!PyBool_Check(value)) return false;
   to = value == Py_True;
-  return PyBool_Check(value);
+  return true;
 }
 
 inline bool read(PyObject* value, double& to) {
@@ -25,23 +26,30 @@ inline bool read(PyObject* value, double& to) {
 }
 
 inline bool read(PyObject* value, std::int64_t& to) {
-  int overflow = 0;
   if (!PyLong_Check(value)) return false;
-  to = PyLong_AsLongLongAndOverflow(value, &overflow);
-  return overflow == 0;
+  int overflow = 0;
+  const std::int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+  if (overflow != 0) return false;
+  to = number;
+  return true;
 }
 
 inline bool read(PyObject* value, std::uint64_t& to) {
   if (!PyLong_Check(value)) return false;
-  to = PyLong_AsUnsignedLongLong(value);
-  if (!PyErr_Occurred()) return true;
-  PyErr_Clear();  // negative or too large
-  return false;
+  const std::uint64_t number = PyLong_AsUnsignedLongLong(value);
+  if (PyErr_Occurred()) {  // negative or too large
+    PyErr_Clear();
+    return false;
+  }
+  to = number;
+  return true;
 }
 
 inline bool read(PyObject* value, std::optional<double>& to) {
-  to.reset();
-  return value == Py_None || read(value, to.emplace());
+  double number = 0;
+  if (value != Py_None && !read(value, number)) return false;
+  to = value == Py_None ? std::nullopt : std::optional(number);
+  return true;
 }
 
 // An integer from 0 to count - 1.

@@ -144,6 +144,7 @@ def test_wrong_values_are_refused(name: str, wrong: Any) -> None:
         setattr(options, name, wrong)
     with pytest.raises(TypeError, match=f"^Options: {name} cannot be "):
         delattr(options, name)
+    assert fields_of(options) == FIELDS  # a refused value changes nothing
 
 
 @pytest.mark.parametrize(
