@@ -21,6 +21,7 @@ bool is_deep(const Projection& projection) { return projection.depth() > depth_p
 // within a cache line, so two threads would write to that line. With deep weights, several panels use the same part of
 // the rows in turn.
 std::int64_t least_panels(const LinearJob& job) { return job.x.rows == 1 ? 4 : is_narrow(job.out_dtype) ? 2 : 1; }
+
 }  // namespace
 
 std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) ? 4 : least_panels(job); }
@@ -122,14 +123,15 @@ double flops(const LinearJob& job) {
 
 double weight_bytes(const LinearJob& job) { return static_cast<double>(job.projection.bytes()) * (job.gate ? 2 : 1); }
 
-LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count) {
+LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count, std::int64_t rows) {
   std::int64_t x = 0, row = 0, sums = 0, gates = 0, residual = 0;
   for (const LinearJob* job = jobs; job != jobs + count; ++job) {
     const Projection& projection = job->projection;
     const std::int64_t size = size_of(projection.computation());
+    const std::int64_t own = std::min({rows, job->x.rows, selfattn::most_rows(*job)});
     const std::int64_t tile =
-        bytes_of(std::min(job->x.rows, finished_rows(*job)), most_panels(*job), projection.panel_columns(), size);
-    if (!in_place(*job)) x = std::max(x, bytes_of(most_rows, x_step(projection), size_of(operand(*job))));
+        bytes_of(std::min(own, finished_rows(*job)), most_panels(*job), projection.panel_columns(), size);
+    if (!in_place(*job)) x = std::max(x, bytes_of(own, x_step(projection), size_of(operand(*job))));
     if (job->norm) row = std::max(row, bytes_of(projection.depth(), size));
     if (!plain(*job)) sums = std::max(sums, tile);
     if (job->gate) gates = std::max(gates, tile);
@@ -211,8 +213,10 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
   }
   const int threads = useful_threads(work, num_threads);
   work.tasks = tasks(threads);
-  const ThreadScratch memory(LinearSpace(nullptr, jobs, count).bytes(), threads);
-  const auto space = [&](int thread) { return LinearSpace(memory.of(thread), jobs, count); };
+  std::int64_t rows = 0;
+  for (int i = 0; i < count; ++i) rows = std::max(rows, Blocking(jobs[i], threads).rows);
+  const ThreadScratch memory(LinearSpace(nullptr, jobs, count, rows).bytes(), threads);
+  const auto space = [&](int thread) { return LinearSpace(memory.of(thread), jobs, count, rows); };
   for (int thread = 0; thread < threads; ++thread) space(thread).forget();
   TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t index, int thread) {

@@ -192,10 +192,10 @@ py::object call_feed_forward(const py::tuple& parts, const char* function, py::h
   // Read here, because the work runs without the GIL.
   const Norm *const norm = norm_or_none(parts[2]), *const post_norm = norm_or_none(parts[3]);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
-    return FeedForwardJob{first, second, norm, post_norm, rows, added, result, call.x.dtype};
+    return FeedForward({first, second, norm, post_norm, rows, added, result, call.x.dtype});
   };
   return call.run(std::move(out), x, true, job,
-                  [&](const FeedForwardJob& all) { return run_feed_forward(all, num_threads, interrupted); });
+                  [&](const FeedForward& all) { return all.run(num_threads, interrupted); });
 }
 
 py::capsule make_norm(py::object weight, py::object bias, double epsilon, bool centred) {
