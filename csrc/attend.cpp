@@ -153,7 +153,7 @@ class Run {
     if (split) redirect(problem, block, memory, part.shared.partial(plan, problem, block_index, task.range));
     plan.attend->begin(block);
     const KeyRange keys{task.range * ranges.keys, (task.range + 1) * ranges.keys};
-    if (!absorb_keys(part, task, span, keys, block, memory, thread)) return;
+    if (!absorb_keys(part, span, keys, block, memory, thread)) return;
     plan.attend->finish(block);
     if (!split) return complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
 
@@ -173,18 +173,18 @@ class Run {
   }
 
   // Blocks start at multiples of key_block, so a row's result does not depend on which keys its neighbours see.
-  bool absorb_keys(const Part& part, const Task& task, const RowSpan& span, const KeyRange& range,
-                   const RowBlock& block, const ThreadMemory& memory, int thread) noexcept {
+  bool absorb_keys(const Part& part, const RowSpan& span, const KeyRange& range, const RowBlock& block,
+                   const ThreadMemory& memory, int thread) noexcept {
     const Problem& problem = *part.problem;
     const Plan& plan = *part.plan;
     const KeyRange keys = span_keys(problem, span);
     const std::int64_t begin = std::max(keys.begin, range.begin), end = std::min(keys.end, range.end);
     // An empty range would be rounded down to a block whose keys may be in no page.
     if (begin >= end) return true;
-    const std::int64_t masked_from = problem.masked_from(task.batch);
+    const std::int64_t masked_from = problem.masked_from(span.batch);
     RowBlock unmasked = block;
     unmasked.terms.mask = false;
-    const KeySource source(problem, plan, memory, task.batch, task.kv_head);
+    const KeySource source(problem, plan, memory, span.batch, span.kv_head(problem));
     std::optional<DistanceTerms> by_distance;
     if (problem.relative || problem.distance_bias)
       by_distance.emplace(problem, RelativeProducts{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys},

@@ -85,10 +85,10 @@ DistanceTerms::DistanceTerms(const Problem& problem, const RelativeProducts& rel
       memory_(memory),
       offset_(problem.offset_of(span.batch)) {
   if (!problem.relative) return;
-  const std::int64_t row_bytes = problem.head_dim * size_of(problem.dtype);
+  const std::int64_t size = size_of(problem.dtype);
   for (int i = 0; i < span.valid; ++i)
-    gather_query(problem, *relative.kernels, span, i, problem.dtype, problem.relative_bias,
-                 memory.queries + i * row_bytes);
+    gather_query(problem, *relative.kernels, span, i, problem.relative_bias,
+                 {memory.queries + i * problem.head_dim * size, size, problem.dtype});
 }
 
 void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {

@@ -172,8 +172,9 @@ void LinearSpace::run(const LinearJob& job, const LinearBlock& block) noexcept {
   }
   if (!plain(job)) return follow(job, block, from, step);
   const std::int64_t size = size_of(job.out_dtype);
-  projection.project(block.panels, operand(job), from, step, block.rows,
-                     block.out + block.panels.first * projection.panel_columns() * size, job.out_step / size);
+  projection.project(block.panels,
+                     {operand(job), from, step, block.rows,
+                      block.out + block.panels.first * projection.panel_columns() * size, job.out_step / size});
 }
 
 void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t step) noexcept {
@@ -186,8 +187,8 @@ void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const c
   for (std::int64_t done = 0; done < block.rows; done += together) {
     const std::int64_t rows = std::min(together, block.rows - done);
     const char* from = x + done * step * size_of(operand(job));
-    projection.project(block.panels, operand(job), from, step, rows, sums_, width);
-    if (job.gate) job.gate->project(block.panels, operand(job), from, step, rows, gates_, width);
+    projection.project(block.panels, {operand(job), from, step, rows, sums_, width});
+    if (job.gate) job.gate->project(block.panels, {operand(job), from, step, rows, gates_, width});
     if (job.residual) {
       const std::int64_t row = job.first_row + block.outer * job.x.rows + block.first + done;
       for (std::int64_t r = 0; r < rows; ++r)

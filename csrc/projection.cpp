@@ -83,14 +83,13 @@ std::int64_t Projection::columns_of(Panels panels) const {
   return std::min(panels.count * width, columns_ - panels.first * width);
 }
 
-void Projection::project(Panels panels, DType operand, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
-                         std::int64_t out_step) const noexcept {
+void Projection::project(Panels panels, const Rows& rows) const noexcept {
   const std::int64_t first = panels.first * panel_columns();
-  const auto kernel = !pairs_             ? types_->of(dtype_).project
-                      : operand == dtype_ ? kernels_->matrix.project_bf16
-                                          : kernels_->matrix.project_f32;
-  kernel({x, x_step, rows, depth_, panels_.get() + panels.first * panel_bytes(),
-          bias_ ? bias_.get() + first * size_of(computation()) : nullptr, out, out_step, columns_of(panels),
+  const auto kernel = !pairs_                  ? types_->of(dtype_).project
+                      : rows.operand == dtype_ ? kernels_->matrix.project_bf16
+                                               : kernels_->matrix.project_f32;
+  kernel({rows.x, rows.x_step, rows.count, depth_, panels_.get() + panels.first * panel_bytes(),
+          bias_ ? bias_.get() + first * size_of(computation()) : nullptr, rows.out, rows.out_step, columns_of(panels),
           panel_bytes(), groups_ > 0 ? scales(0) + first : nullptr, padded_columns(),
           std::max<std::int64_t>(groups_, 1)});
 }

@@ -108,18 +108,18 @@ void describe_rows(const Problem& problem, const RowSpan& span, Row* rows) {
   for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) fill(rows[i], problem, span, index, valid);
 }
 
-void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to) {
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i,
+                  const PerHead& bias, const TargetRow& to) {
   const RowIndex index = row_index(span, i);
   const Operand& query = problem.query;
   const SourceRows row{{element(problem, query, span, index), 0, query.column}, query.dtype};
-  gather_rows(kernels, to, type, row, 1, problem.head_dim);
+  gather_rows(kernels, to.data, to.dtype, row, 1, problem.head_dim);
   if (!bias) return;
   const auto* added = reinterpret_cast<const double*>(bias.data + index.head * bias.head);
-  if (type == DType::f32)
-    add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
+  if (to.dtype == DType::f32)
+    add_row(reinterpret_cast<float*>(to.data), added, problem.head_dim);
   else
-    add_row(reinterpret_cast<double*>(to), added, problem.head_dim);
+    add_row(reinterpret_cast<double*>(to.data), added, problem.head_dim);
 }
 
 ScoreTerms score_terms(const Problem& problem) {

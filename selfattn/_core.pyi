@@ -317,14 +317,7 @@ def call_feed_forward(
 # Vectors are contiguous and have the type of computation.
 def make_norm(weight: NDArray[Any] | None, bias: NDArray[Any] | None, eps: float, centred: bool, /) -> Norm: ...
 def call_norm(
-    function: str,
-    x: NDArray[Any],
-    vectors: tuple[NDArray[Any] | None, NDArray[Any] | None],  # weight and bias
-    eps: float,
-    centred: bool,
-    residual: NDArray[Any] | None,
-    out: NDArray[Any] | None,
-    /,
+    norm: Norm, function: str, x: NDArray[Any], residual: NDArray[Any] | None, out: NDArray[Any] | None, /
 ) -> NDArray[Any]: ...
 def apply_rope(
     x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, inverse: bool, /

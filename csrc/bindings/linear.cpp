@@ -202,15 +202,15 @@ py::capsule make_norm(py::object weight, py::object bias, double epsilon, bool c
   return capsule_of(std::make_unique<HeldNorm>(std::move(weight), std::move(bias), epsilon, centred));
 }
 
-py::object call_norm(const char* function, py::handle x, const py::tuple& vectors, double epsilon, bool centred,
-                     py::handle residual, py::object out) {
+py::object call_norm(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
+                     py::object out) {
+  const Norm& norm = held_by<HeldNorm>(capsule).norm;
   const TensorView view = float_view(function, "x", x);
   const std::int64_t count = view.ndim > 0 ? view.extent(0) : 0;
   const RowCall call(function, x, count, residual, count);
-  const HeldNorm held(vectors[0], vectors[1], epsilon, centred);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
     const DType dtype = call.x.dtype;
-    return NormJob{active_kernels(), held.norm, count, rows, added, result, dtype, count * size_of(dtype)};
+    return NormJob{active_kernels(), norm, count, rows, added, result, dtype, count * size_of(dtype)};
   };
   return call.run(std::move(out), x, true, job, [](const NormJob& all) { return normalise_all(all, 0, interrupted); });
 }
