@@ -120,33 +120,38 @@ struct TileAttention {
            !has_terms(block.terms) && !block.rows[0].scores;
   }
 
+  // The scores of a strip, before the rows are described.
+  [[gnu::always_inline]] static ScoreTile<T> tile_of(const Scratch& s, const Strip& strip, const Row* rows,
+                                                     const SeenKeys& keys, int lanes) {
+    return {.scores = s.scores,
+            .terms = nullptr,
+            .outer = keys.count,
+            .lanes = lanes,
+            .step = lanes,
+            .limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count,
+            .places = s.places,
+            .rows = rows,
+            .num_rows = strip.rows,
+            .shares_terms = strip.shares_terms,
+            .first_key = keys.first,
+            .num_keys = keys.count};
+  }
+
   template <int Cols>
   static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys,
                            Block& prepared) {
     if constexpr (Cols > 1)
       if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, prepared);
     constexpr int lanes = Cols * W;
-    const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
     const Row* rows = block.rows + strip.first_row;
-    ScoreTile<T> tile{.scores = s.scores,
-                      .terms = nullptr,
-                      .outer = keys.count,
-                      .lanes = lanes,
-                      .step = lanes,
-                      .limited = limited,
-                      .places = s.places,
-                      .rows = rows,
-                      .num_rows = strip.rows,
-                      .shares_terms = strip.shares_terms,
-                      .first_key = keys.first,
-                      .num_keys = keys.count};
-    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
+    ScoreTile<T> tile = tile_of(s, strip, rows, keys, lanes);
+    if (tile.limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
     const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
     if (sight == Sight::nothing && !rows->scores) return;
 
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
     T multiplier = static_cast<T>(block.terms.multiplier);
-    Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
+    Engine::template score<Cols>(prepared, keys, queries, multiplier, s.scores);
     if (rows->relative) add_relative<AcrossRows>(tile, Engine::scales ? multiplier : T(1));
     if (Engine::scales || !can_defer_scale(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
@@ -170,12 +175,13 @@ struct TileAttention {
     } else {
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, keep);
     }
-    Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
-                                      out_of(block, s, strip.first_row), limited || hidden, [&] {
-                                        describe_rows(tile, lanes);
-                                        if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.terms, s.terms);
-                                        return tile;
-                                      });
+    const auto complete_tile = [&] {
+      describe_rows(tile, lanes);
+      if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.terms, s.terms);
+      return tile;
+    };
+    Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, out_of(block, s, strip.first_row),
+                                      HiddenKeys<decltype(complete_tile)>{tile.limited || hidden, complete_tile});
   }
 
   // Multiplies scores by a factor and computes their probs, which keep(prob, line, lane) stores.

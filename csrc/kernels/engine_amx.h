@@ -43,14 +43,14 @@ struct AmxEngine : PairOperands<E, Terms> {
   // Computes scores without the multiplier.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                                      std::int64_t head_dim, std::int64_t, float, float* scores) {
-    const std::int64_t depth = row_cells(head_dim), step = block.memory.key_step;
+                                      float, float* scores) {
+    const std::int64_t depth = row_cells(block.head_dim), step = block.memory.key_step;
     const CellMatrix packed{queries.packed, Cols * W, depth * Cols * W};
     for (int key = 0; key < seen.count; key += 2 * W) {
       const CellMatrix keys{block.memory.keys + (seen.skipped + key) * step, step, block.memory.key_plane};
       multiply_rows_of<Cols>(seen.count - key, keys, packed, depth, scores + key * Cols * W, /*adds=*/false);
     }
-    Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, 1.0f, scores);
+    Operands::recompute_scores(block, seen, queries, Cols * W, 1.0f, scores);
   }
 
   static void keep_probs(const Block& block, const VecF (&prob)[cell], float* scores, float* line, int lane) {
@@ -65,14 +65,14 @@ struct AmxEngine : PairOperands<E, Terms> {
 
   template <int Cols, class Tile>
   static void accumulate(const Block& block, const SeenKeys& seen, const float*, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
-    rescale_sums<Cols>(rescale, value_dim, out);
+                         float* out, const HiddenKeys<Tile>& hidden) {
+    rescale_sums<Cols>(rescale, block.value_dim, out);
     // Pads the probs with 0 up to the end of the last tile.
     const std::int64_t used = ceil_div(seen.count, cell), depth = row_cells(seen.count);
     for (int t = 0; t < Terms; ++t)
       for (std::int64_t i = used * Cols * W; i < depth * Cols * W; i += W)
         store(block.probs + t * block.prob_plane + i, broadcast(0.0f));
-    multiply_values<Cols>(block, seen, depth, value_dim, out);
+    multiply_values<Cols>(block, seen, depth, out);
     const auto prob = [&](int key, int c) {
       VecF sum = broadcast(0.0f);
       for (int t = Terms - 1; t >= 0; --t) {
@@ -81,8 +81,7 @@ struct AmxEngine : PairOperands<E, Terms> {
       }
       return sum;
     };
-    if (!block.splits_values)
-      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, tile());
+    if (!block.splits_values) Operands::template add_unsplittable_values<Cols>(block, seen, prob, out, hidden.tile());
   }
 
  private:
@@ -98,8 +97,8 @@ struct AmxEngine : PairOperands<E, Terms> {
 
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, std::int64_t depth,
-                                                std::int64_t value_dim, float* out) {
-    const std::int64_t step = block.memory.value_step;
+                                                float* out) {
+    const std::int64_t step = block.memory.value_step, value_dim = block.value_dim;
     const CellMatrix probs{block.probs, Cols * W, block.prob_plane};
     for (std::int64_t dim = 0; dim < value_dim; dim += 2 * W) {
       const CellMatrix values{block.memory.values + dim * step + seen.skipped / cell, step, block.memory.value_plane};

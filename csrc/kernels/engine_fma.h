@@ -26,6 +26,13 @@ struct SeenKeys {
   int count;
 };
 
+// `any`: some key of the block may be hidden from some row. tile() returns the ScoreTile that tells which.
+template <class Tile>
+struct HiddenKeys {
+  bool any;
+  Tile tile;
+};
+
 // The rows of a strip: in memory, and packed for the unit.
 template <class T>
 struct StripQueries {
@@ -49,6 +56,7 @@ struct FmaEngine {
   };
 
   struct Block {
+    std::int64_t head_dim, value_dim;
     const T* keys;
     std::int64_t key_step;
     const T* values;
@@ -69,9 +77,15 @@ struct FmaEngine {
     });
   }
 
-  static Block prepare(const RowBlock&, const KeyBlock& keys, const Memory&) {
-    return {static_cast<const T*>(keys.keys),      keys.key_step, static_cast<const T*>(keys.values), keys.value_step,
-            static_cast<const T*>(keys.next_keys), true};
+  static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory&) {
+    return {rows.head_dim,
+            rows.value_dim,
+            static_cast<const T*>(keys.keys),
+            keys.key_step,
+            static_cast<const T*>(keys.values),
+            keys.value_step,
+            static_cast<const T*>(keys.next_keys),
+            true};
   }
 
   template <int Rows, int Cols>
@@ -82,11 +96,11 @@ struct FmaEngine {
   // The two products are not inlined, so that their loops have all registers to themselves.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
-                                      std::int64_t head_dim, std::int64_t value_dim, T multiplier, T* scores) {
+                                      T multiplier, T* scores) {
     const Ahead<T> values{block.fetches ? block.values + seen.skipped * block.value_step : nullptr, block.value_step,
-                          value_dim};
+                          block.value_dim};
     multiply_rows<TileRows, Cols, FmaUnit<T>>(RowMajor<T>{block.keys + seen.skipped * block.key_step, block.key_step},
-                                              seen.count, queries.packed, Cols * W, head_dim,
+                                              seen.count, RowMajor<T>{queries.packed, Cols * W}, block.head_dim,
                                               [&](std::int64_t key, const auto& sums) {
                                                 T* score = scores + key * Cols * W;
                                                 values.fetch(key, key + rows_of(sums));
@@ -100,45 +114,49 @@ struct FmaEngine {
     store(line + lane, prob[0]);  // replaces the score
   }
 
-  // `hides`: some key of the block may be hidden from some row. tile() returns the ScoreTile that tells which.
   template <int Cols, class Tile>
-  static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
-                         std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
-    const T* values = block.values + seen.skipped * block.value_step;
-    if (hides && !all_finite([&](int j) { return values + j * block.value_step; }, seen.count, value_dim)) {
-      accumulate_visible<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out, tile());
-    } else {
-      const bool next = block.fetches && block.next_keys;
-      multiply_values<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out,
-                            {next ? block.next_keys : nullptr, block.key_step, head_dim});
-    }
+  static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols], T* out,
+                         const HiddenKeys<Tile>& hidden) {
+    const T* values = values_of(block, seen).data;
+    if (hidden.any && !all_finite([&](int j) { return values + j * block.value_step; }, seen.count, block.value_dim))
+      accumulate_visible<Cols>(block, seen, probs, rescale, out, hidden.tile());
+    else
+      multiply_values<Cols>(block, seen, probs, rescale, out);
     block.fetches = false;
   }
 
  private:
+  static Transposed<T> values_of(const Block& block, const SeenKeys& seen) {
+    return {block.values + seen.skipped * block.value_step, block.value_step};
+  }
+
   template <int Cols>
-  [[gnu::noinline]] static void multiply_values(const T* values, std::int64_t value_step, int count, const T* probs,
-                                                const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                                const Ahead<T>& next_keys) {
-    multiply_rows<TileRows, Cols, FmaUnit<T>>(
-        Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count, [&](std::int64_t dim, const auto& sums) {
-          T* o = out + dim * Cols * W;
-          next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
-          for (const auto& row : sums)
-            for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
-        });
+  [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, const T* probs,
+                                                const Vec<T> (&rescale)[Cols], T* out) {
+    const std::int64_t value_dim = block.value_dim, count = seen.count;
+    const bool next = block.fetches && block.next_keys;
+    const Ahead<T> next_keys{next ? block.next_keys : nullptr, block.key_step, block.head_dim};
+    multiply_rows<TileRows, Cols, FmaUnit<T>>(values_of(block, seen), value_dim, RowMajor<T>{probs, Cols * W}, count,
+                                              [&](std::int64_t dim, const auto& sums) {
+                                                T* o = out + dim * Cols * W;
+                                                next_keys.fetch(count * dim / value_dim,
+                                                                count * (dim + rows_of(sums)) / value_dim);
+                                                for (const auto& row : sums)
+                                                  for (int c = 0; c < Cols; ++c, o += W)
+                                                    store(o, fma(load(o), rescale[c], row[c]));
+                                              });
   }
 
   // Computes the same sums in the same order as multiply_rows, but skips hidden keys instead of multiplying them by 0.
   template <int Cols>
-  static void accumulate_visible(const T* values, std::int64_t value_step, int count, const T* probs,
-                                 const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                 const ScoreTile<T>& tile) {
-    for (std::int64_t dim = 0; dim < value_dim; ++dim)
+  static void accumulate_visible(const Block& block, const SeenKeys& seen, const T* probs,
+                                 const Vec<T> (&rescale)[Cols], T* out, const ScoreTile<T>& tile) {
+    const T* values = values_of(block, seen).data;
+    for (std::int64_t dim = 0; dim < block.value_dim; ++dim)
       for (int c = 0; c < Cols; ++c, out += W) {
         Vec<T> sum = broadcast(T(0));
-        for (int key = 0; key < count; ++key) {
-          const Vec<T> value = broadcast(values[key * value_step + dim]);
+        for (int key = 0; key < seen.count; ++key) {
+          const Vec<T> value = broadcast(values[key * block.value_step + dim]);
           const Vec<T> prob = load(probs + (key * Cols + c) * W);
           sum = select(visible<AcrossRows>(tile, key, c * W), fma(value, prob, sum), sum);
         }

@@ -64,6 +64,7 @@ struct PairOperands {
   };
 
   struct Block {
+    std::int64_t head_dim, value_dim;
     Memory memory;
     const E* keys;  // the original keys and values, not packed
     std::int64_t key_step;
@@ -119,7 +120,9 @@ struct PairOperands {
   }
 
   static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
-    Block block{memory,
+    Block block{rows.head_dim,
+                rows.value_dim,
+                memory,
                 static_cast<const E*>(keys.keys),
                 keys.key_step,
                 static_cast<const E*>(keys.values),
@@ -140,8 +143,9 @@ struct PairOperands {
 
   // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN. Such a NaN may be
   // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinities of opposite sign.
-  static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                               std::int64_t head_dim, int lanes, float multiplier, float* scores) {
+  static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries, int lanes,
+                               float multiplier, float* scores) {
+    const std::int64_t head_dim = block.head_dim;
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
     for (int i = 0; i < seen.count * lanes; i += W) undefined = undefined | is_nan(load(scores + i));
     if (exact && !any(undefined)) return;
@@ -165,11 +169,11 @@ struct PairOperands {
 
   // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): probs of a key.
   template <int Cols, class Prob>
-  static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim,
-                                      float* out, const ScoreTile<float>& tile) {
+  static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, float* out,
+                                      const ScoreTile<float>& tile) {
     for (int key = 0; key < seen.count; ++key) {
       const E* values = block.values + (seen.skipped + key) * block.value_step;
-      for (std::int64_t dim = 0; dim < value_dim; ++dim) {
+      for (std::int64_t dim = 0; dim < block.value_dim; ++dim) {
         const VecF value = broadcast(widen(values[dim]));
         if (!any(unsplittable(value))) continue;
         for (int c = 0; c < Cols; ++c) {
