@@ -212,19 +212,19 @@ class BackwardPart {
   void add_dquery(const RowSpan& span, const BackwardThreadMemory& memory, bool first, bool last) const {
     const T scale = static_cast<T>(problem_.scale);
     for (int i = 0; i < span.valid; ++i) {
-      T* part = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
+      T* own = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
       if (problem_.relative) {
         const T* relative = reinterpret_cast<const T*>(memory.relative.dquery) + i * plan_.key_step;
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) part[d] += relative[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) own[d] += relative[d];
       }
       char* result = element(problem_, gradients_.query, span, row_index(span, i));
       T* sum = plan_.buffers_dquery
                    ? reinterpret_cast<T*>(shared_.dquery) + (row_index(problem_, span) + i) * problem_.head_dim
                    : reinterpret_cast<T*>(result);
       if (first)
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * part[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * own[d];
       else
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] += scale * part[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] += scale * own[d];
       if (last && plan_.buffers_dquery)
         scatter_row(*plan_.kernels, {result, gradients_.query.column, gradients_.query.dtype},
                     reinterpret_cast<const char*>(sum), type_of<T>, problem_.head_dim);

@@ -11,10 +11,10 @@
 namespace selfattn {
 
 // Puts the tasks of all problems into one order: first all blocks of rows, then all ranges of keys. The tasks of a
-// problem keep their order, so that a task only waits for tasks that were started before it. Part is the backward pass
-// of one problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
+// problem keep their order, so that a task only waits for tasks that were started before it. Pass is the backward pass
+// of one problem: Pass(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
 // thread).
-template <class Part>
+template <class Pass>
 class BackwardRun {
  public:
   BackwardRun(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted)
@@ -26,11 +26,11 @@ class BackwardRun {
     std::vector<BackwardJob> ordered(jobs, jobs + count);
     std::sort(ordered.begin(), ordered.end(),
               [](const BackwardJob& a, const BackwardJob& b) { return task_cost(a) > task_cost(b); });
-    parts_.reserve(ordered.size());
+    entries_.reserve(ordered.size());
     char* shared = memory_.data();
     std::int64_t rows = 0, ranges = 0;
     for (const BackwardJob& job : ordered) {
-      parts_.push_back({Part(job, shared, loop_), rows, ranges});
+      entries_.push_back({Pass(job, shared, loop_), rows, ranges});
       shared += job.plan->shared_bytes;
       rows += job.plan->row_tasks;
       ranges += job.plan->tasks - job.plan->row_tasks;
@@ -43,17 +43,17 @@ class BackwardRun {
     char* own = threads_memory_ + sizes_.thread_bytes * static_cast<std::size_t>(thread);
     if (index < sizes_.row_tasks) {
       Entry& entry = entry_of(index, &Entry::first_rows);
-      entry.part.prepare_rows(index - entry.first_rows, own);
+      entry.pass.prepare_rows(index - entry.first_rows, own);
     } else {
       index -= sizes_.row_tasks;
       Entry& entry = entry_of(index, &Entry::first_range);
-      entry.part.visit_range(index - entry.first_range, own, thread);
+      entry.pass.visit_range(index - entry.first_range, own, thread);
     }
   }
 
  private:
   struct Entry {
-    Part part;
+    Pass pass;
     std::int64_t first_rows, first_range;  // its first row task, and its first range of keys
   };
 
@@ -79,7 +79,7 @@ class BackwardRun {
   // The entry to which a task belongs: the last entry that starts at or before the task. An entry without tasks starts
   // where the next entry starts, so it is never found.
   Entry& entry_of(std::int64_t task, std::int64_t Entry::* first) {
-    return *(std::upper_bound(parts_.begin(), parts_.end(), task,
+    return *(std::upper_bound(entries_.begin(), entries_.end(), task,
                               [first](std::int64_t index, const Entry& entry) { return index < entry.*first; }) -
              1);
   }
@@ -88,7 +88,7 @@ class BackwardRun {
   const Scratch memory_;
   char* const threads_memory_;
   TaskLoop loop_;
-  std::vector<Entry> parts_;
+  std::vector<Entry> entries_;
 };
 
 }  // namespace selfattn

@@ -83,9 +83,9 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
 // context.
 bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
   const std::int64_t* ends = step_ ? step_->lengths_after() : nullptr;
-  const Rotation parts[] = {{query_.view, query_.view, positions_, ends},
-                            {key_.view, key_.view, one_input() ? positions_ : TensorView{}, ends}};
-  return selfattn::rotate(*layer_.rope, parts, 2, num_threads, interrupted);
+  const Rotation rotations[] = {{query_.view, query_.view, positions_, ends},
+                                {key_.view, key_.view, one_input() ? positions_ : TensorView{}, ends}};
+  return selfattn::rotate(*layer_.rope, rotations, 2, num_threads, interrupted);
 }
 
 Shape LayerCall::out_shape() const {

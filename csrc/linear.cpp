@@ -15,10 +15,10 @@ namespace {
 constexpr int most_threads = 1 << 16;
 constexpr std::int64_t most_deep_rows = 256;
 
-bool is_deep(const Projection& projection) { return projection.depth() > depth_part; }
+bool is_deep(const Projection& projection) { return projection.depth() > depth_slice; }
 
 // Panels of a task. Kernels multiply a single row by several panels at once. One panel of 16-bit results would end
-// within a cache line, so two threads would write to that line. With deep weights, several panels use the same part of
+// within a cache line, so two threads would write to that line. With deep weights, several panels use the same slice of
 // the rows in turn.
 std::int64_t least_panels(const LinearJob& job) { return job.x.rows == 1 ? 4 : is_narrow(job.out_dtype) ? 2 : 1; }
 
@@ -52,7 +52,7 @@ bool plain(const LinearJob& job) {
 }
 
 // The largest number of rows of x that a task takes. They stay in L2 from panel to panel. Deep weights are multiplied
-// part by part, so that only one part of the rows needs to fit.
+// slice by slice, so that only one slice of the rows needs to fit.
 std::int64_t most_rows(const LinearJob& job) {
   return is_deep(job.projection) && in_place(job) ? most_deep_rows : LinearSpace::most_rows;
 }

@@ -66,7 +66,7 @@ class Projection {
   std::int64_t padded_columns() const { return panels() * panel_columns(); }
   std::int64_t panel_bytes() const { return panel_rows() * panel_columns() * size_of(dtype_); }
   template <class Copy>
-  void each_part(const TensorView& weights, Copy copy) const;
+  void each_rows(const TensorView& weights, Copy copy) const;
 
   struct Free {
     void operator()(char* p) const;

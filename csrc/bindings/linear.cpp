@@ -182,15 +182,15 @@ py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   return found;
 }
 
-// `parts` are two layers and two norms as capsules, which the caller must keep alive. Norms may be None.
-py::object call_feed_forward(const py::tuple& parts, const char* function, py::handle x, py::handle residual,
+// `capsules` are two layers and two norms, which the caller must keep alive. Norms may be None.
+py::object call_feed_forward(const py::tuple& capsules, const char* function, py::handle x, py::handle residual,
                              py::object out, int num_threads) {
-  const LinearWeights& first = held_by<HeldLinear>(parts[0]).weights;
-  const LinearWeights& second = held_by<HeldLinear>(parts[1]).weights;
+  const LinearWeights& first = held_by<HeldLinear>(capsules[0]).weights;
+  const LinearWeights& second = held_by<HeldLinear>(capsules[1]).weights;
   const RowCall call(function, x, first.projection.depth(), residual, second.projection.columns());
   check_dtype(function, call.x, first.projection);
   // Read here, because the work runs without the GIL.
-  const Norm *const norm = norm_or_none(parts[2]), *const post_norm = norm_or_none(parts[3]);
+  const Norm *const norm = norm_or_none(capsules[2]), *const post_norm = norm_or_none(capsules[3]);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
     return FeedForward({first, second, norm, post_norm, rows, added, result, call.x.dtype});
   };

@@ -5,7 +5,7 @@
 //   join           [row][dim] -> [cell of rows][dim]
 //   keep_lines     stores the numbers of `cell` keys as lines of cells of rows, [key][cell of rows]
 //   keep_joined    stores them as one line of cells of keys, [cell of keys][row]
-//   without        clears one part of a cell in some lanes
+//   without        clears one half of a cell in some lanes
 #pragma once
 #include "kernels/tile_matmul.h"
 

@@ -172,10 +172,10 @@ struct BackwardKernel {
   void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
-// Deep weights are multiplied in parts of this depth. Each part is multiplied for all rows and panels of a call before
-// the next part, so that the parts in use stay in L2. AMX multiplies the whole depth at once; codes are multiplied
-// group by group.
-constexpr std::int64_t depth_part = 512;
+// Deep weights are multiplied in slices of this depth. Each slice is multiplied for all rows and panels of a call
+// before the next one, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes are
+// multiplied group by group.
+constexpr std::int64_t depth_slice = 512;
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or several adjacent ones.
 struct ProjectArgs {
