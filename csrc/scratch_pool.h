@@ -30,7 +30,7 @@ class Scratch {
 
  private:
   char* data_ = nullptr;
-  unsigned class_ = 0;  // size class of the block
+  unsigned class_ = 0;  // size class of the buffer
 };
 
 // Scratch memory of the same size for each thread.

@@ -181,7 +181,7 @@ inline bool all(Mask<T> a) {
   return (halves[0] & halves[1]) == ~std::uint64_t{0};
 }
 
-// Building blocks of exp2: round to the nearest integer (|a| < 2^22 or 2^51); x * 2^n for integral n, exactly 0 for
+// Steps of exp2: round to the nearest integer (|a| < 2^22 or 2^51); x * 2^n for integral n, exactly 0 for
 // n <= -127 (-1023).
 template <class T>
 inline Vec<T> round(Vec<T> a) {
