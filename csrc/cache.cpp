@@ -108,7 +108,7 @@ TokensView::TokensView(const TensorView& tokens, Layout layout) : view{tokens.da
   }
 }
 
-TokenScratch::TokenScratch(char* base, std::int64_t width) {
+TokenMemory::TokenMemory(char* base, std::int64_t width) {
   Carver carver{base};
   given = carver.take<char>(width * size_of(DType::f64));
   floats = carver.take<char>(width * size_of(DType::f32));
@@ -118,7 +118,7 @@ TokenScratch::TokenScratch(char* base, std::int64_t width) {
 void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Rows& cached, const TensorView& tokens,
                   char* scratch) {
   const std::int64_t width = tokens.extent(0), heads = tokens.extent(1), count = tokens.extent(2);
-  const TokenScratch row(scratch, width);
+  const TokenMemory row(scratch, width);
   const auto store_row = [&](std::int64_t b, std::int64_t t, std::int64_t h) {
     const std::int64_t token = cache.lengths[b] + t;
     const char* from =

@@ -66,12 +66,12 @@ struct TokensView {
 };
 
 // Scratch memory for a row of keys or values that is converted.
-struct TokenScratch {
+struct TokenMemory {
   char* given;  // in the type of the new tokens
   char* floats;
   std::size_t bytes;
 
-  TokenScratch(char* base, std::int64_t width);
+  TokenMemory(char* base, std::int64_t width);
 };
 
 // Writes tokens (batch, tokens, heads, width) after the end of each sequence, converted to the cache's type.

@@ -27,7 +27,7 @@ void copy_shared(std::int64_t* to, std::int64_t* from, std::int64_t count) {
 CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64_t more)
     : source_(source), more_(more) {
   const CacheStore& store = *source.store;
-  const TokenScratch row(nullptr, std::max(store.key.width, store.value.width));
+  const TokenMemory row(nullptr, std::max(store.key.width, store.value.width));
   const auto divide = [&](char* base) {
     Carver carver{base};
     for (std::int64_t** array : {&lengths_, &after_, &starts_}) *array = carver.take<std::int64_t>(source.batch);

@@ -94,7 +94,7 @@ class CacheStep {
   std::optional<Scratch> memory_;  // backs the following arrays
   std::int64_t *lengths_, *after_, *starts_;
   Pages::Row* rows_;
-  char* token_;  // a TokenScratch
+  char* token_;  // a TokenMemory
   std::int64_t starts_step_ = sizeof(std::int64_t);
   std::optional<CachedKeys> keys_;
 };

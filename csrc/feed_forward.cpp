@@ -85,7 +85,7 @@ class RowTasks {
   std::int64_t columns() const { return job_.second.projection.columns(); }
   DType computation() const { return job_.second.projection.computation(); }
   std::int64_t norm_bytes() const {
-    return job_.post_norm ? static_cast<std::int64_t>(NormScratch(nullptr, columns(), computation()).bytes) : 0;
+    return job_.post_norm ? static_cast<std::int64_t>(NormMemory(nullptr, columns(), computation()).bytes) : 0;
   }
 
   static void run_panels(LinearSpace& space, const LinearJob& job, LinearBlock block) {

@@ -19,7 +19,7 @@ void normalise(const KernelSet& kernels, const Norm& norm, DType dtype, char* ro
   types.normalise({row, addend, norm.weight, norm.bias, count, norm.epsilon, norm.centred});
 }
 
-NormScratch::NormScratch(char* base, std::int64_t count, DType computation) {
+NormMemory::NormMemory(char* base, std::int64_t count, DType computation) {
   Carver carver{base};
   row = carver.take<char>(bytes_of(count, size_of(computation)));
   addend = carver.take<char>(bytes_of(count, size_of(computation)));
@@ -28,7 +28,7 @@ NormScratch::NormScratch(char* base, std::int64_t count, DType computation) {
 
 void normalise_row(const NormJob& job, std::int64_t row, char* scratch) {
   const DType computation = computed_in(job.x.dtype);
-  const NormScratch own(scratch, job.count, computation);
+  const NormMemory own(scratch, job.count, computation);
   const auto gather = [&](char* to, const RowsView& from, std::int64_t index) {
     gather_rows(job.kernels, to, computation, {{from.at_row(index), from.row, from.column}, from.dtype}, 1, job.count);
   };
@@ -45,7 +45,7 @@ bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted)
   const std::int64_t rows = job.x.total(), tasks = ceil_div(rows, rows_per_task);
   const double bytes = 2 * static_cast<double>(rows * job.count * size_of(job.x.dtype));
   const int threads = useful_threads(flops(job), bytes, tasks, num_threads);
-  const ThreadScratch memory(NormScratch(nullptr, job.count, computed_in(job.x.dtype)).bytes, threads);
+  const ThreadScratch memory(NormMemory(nullptr, job.count, computed_in(job.x.dtype)).bytes, threads);
   TaskLoop loop(tasks, threads, interrupted);
   const auto body = [&](std::int64_t task, int thread) {
     const std::int64_t first = task * rows_per_task;

@@ -38,11 +38,11 @@ struct NormJob {
 };
 
 // Scratch memory of a thread for `normalise_row`.
-struct NormScratch {
+struct NormMemory {
   char *row, *addend;
   std::size_t bytes;
 
-  NormScratch(char* base, std::int64_t count, DType computation);
+  NormMemory(char* base, std::int64_t count, DType computation);
 };
 
 // Computes one row. `row` counts the rows along all axes of x.

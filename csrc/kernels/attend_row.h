@@ -13,15 +13,15 @@ namespace selfattn::SELFATTN_ISA {
 template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>>
 struct RowAttention {
   using Products = RowProducts<T, MaxSums, E, Dots>;
-  using Scratch = typename Products::Scratch;
+  using Memory = typename Products::Memory;
   static constexpr int W = Vec<T>::width;
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+    return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
   static void begin(const RowBlock& block) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     for (int r = 0; r < block.count; ++r) {
       const Row& row = block.rows[r];
       start_softmax(row.sink, static_cast<T*>(block.row_max)[r], static_cast<T*>(block.row_sum)[r]);
@@ -34,7 +34,7 @@ struct RowAttention {
   }
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     const bool limited = limits(block, keys);
     ScoreTile<T> tile{.scores = s.scores,
                       .terms = nullptr,
@@ -101,7 +101,7 @@ struct RowAttention {
 
   template <class Out>
   static void finish_as(const RowBlock& block) {
-    const Scratch s(block);
+    const Memory s(block);
     for (int r = 0; r < block.count; ++r) {
       const Vec<T> factor = output_factor(broadcast(static_cast<const T*>(block.row_sum)[r]), block.normalise);
       Out* out = static_cast<Out*>(block.rows[r].out);

@@ -26,7 +26,7 @@ struct TileAttention {
   static constexpr int W = Vec<T>::width;
   static constexpr int strip_rows = Vectors * W;
 
-  struct Scratch {
+  struct Memory {
     Strip* strips;
     T* queries;  // per strip, packed by the engine
     T* out;      // per strip [value_dim][lanes]
@@ -36,9 +36,9 @@ struct TileAttention {
     typename Engine::Memory memory;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+    Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : places(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
       const int count = ceil_div(rows, strip_rows);
       const std::int64_t lanes = round_up(rows, W);  // of all strips; the last strip may have fewer vectors
@@ -49,16 +49,16 @@ struct TileAttention {
       terms = carver.take<T>(factor_lines(key_block) * strip_rows);
       bytes = carver.used;
     }
-    explicit Scratch(const RowBlock& block)
-        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+    explicit Memory(const RowBlock& block)
+        : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+    return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
   static void begin(const RowBlock& block) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     T* row_max = static_cast<T*>(block.row_max);
     T* row_sum = static_cast<T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
@@ -76,7 +76,7 @@ struct TileAttention {
   }
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     if (block.terms.bias && !block.terms.bias_at_hand) touch_bias(block, keys);
     // Called once per key block, because signal handlers may run between key blocks and use the tile registers.
     Engine::start();
@@ -95,11 +95,11 @@ struct TileAttention {
     Engine::stop();
   }
 
-  static T* out_of(const RowBlock& block, const Scratch& s, int first_row) {
+  static T* out_of(const RowBlock& block, const Memory& s, int first_row) {
     return s.out + first_row * Engine::dim_rows(block.value_dim);
   }
 
-  static T* queries_of(const RowBlock& block, const Scratch& s, int first_row) {
+  static T* queries_of(const RowBlock& block, const Memory& s, int first_row) {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
@@ -121,7 +121,7 @@ struct TileAttention {
   }
 
   // The scores of a strip, before the rows are described.
-  [[gnu::always_inline]] static ScoreTile<T> tile_of(const Scratch& s, const Strip& strip, const Row* rows,
+  [[gnu::always_inline]] static ScoreTile<T> tile_of(const Memory& s, const Strip& strip, const Row* rows,
                                                      const SeenKeys& keys, int lanes) {
     return {.scores = s.scores,
             .terms = nullptr,
@@ -138,7 +138,7 @@ struct TileAttention {
   }
 
   template <int Cols>
-  static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys,
+  static void absorb_strip(const RowBlock& block, const Memory& s, const Strip& strip, const SeenKeys& keys,
                            Block& prepared) {
     if constexpr (Cols > 1)
       if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, prepared);
@@ -207,7 +207,7 @@ struct TileAttention {
 
   template <class Out>
   static void finish_as(const RowBlock& block) {
-    const Scratch s(block);
+    const Memory s(block);
     const T* row_sum = static_cast<const T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];

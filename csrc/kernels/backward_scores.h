@@ -12,10 +12,10 @@ template <class Unit, int Vectors>
 struct BackwardScores {
   using T = typename Unit::Real;
   static constexpr int W = Vec<T>::width, cell = Unit::cell;
-  using Scratch = BackwardScratch<Unit, Vectors * W>;
+  using Memory = BackwardMemory<Unit, Vectors * W>;
 
   // Turns scaled products into scores, and keeps the derivative of the softcap.
-  static bool complete(const BackwardBlock& block, const Scratch& s, const ScoreTile<T>& tile, Sight sight) {
+  static bool complete(const BackwardBlock& block, const Memory& s, const ScoreTile<T>& tile, Sight sight) {
     if (tile.rows->relative) add_relative<AcrossRows>(tile, static_cast<T>(block.terms.multiplier));
     ScoreTerms terms = block.terms;
     if (terms.softcap != 0) {
@@ -30,7 +30,7 @@ struct BackwardScores {
     return complete_scores<AcrossRows>(tile, terms, sight);
   }
 
-  static void add_dweights(const BackwardBlock& block, const Scratch& s, const ScoreTile<T>& tile) {
+  static void add_dweights(const BackwardBlock& block, const Memory& s, const ScoreTile<T>& tile) {
     const T* weights = static_cast<const T*>(block.dweights);
     const auto chunk = [&](const Row& row, int key, int n) {
       return load_up_to(weights + (&row - block.rows) * block.dweight_step + tile.first_key + key, n);
@@ -40,7 +40,7 @@ struct BackwardScores {
 
   // Marks the keys with the indices [from, to) as hidden from all rows of a strip.
   template <int Cols>
-  static void hide(const Scratch& s, const Strip& strip, int from, int to) {
+  static void hide(const Memory& s, const Strip& strip, int from, int to) {
     constexpr int line_cells = Cols * W / cell;
     const Vec<T> zero = broadcast(T(0));
     for (int key = from; key < to; ++key) {
@@ -54,7 +54,7 @@ struct BackwardScores {
   }
 
   template <int Cols>
-  static void keep_original(const Scratch& s, std::int64_t place, int keys) {
+  static void keep_original(const Memory& s, std::int64_t place, int keys) {
     for (int key = 0; key < keys; ++key)
       for (int l = 0; l < Cols * W; l += W)
         store(s.original + place + key * s.block_lanes + l, load(s.scores + key * Cols * W + l));
@@ -64,7 +64,7 @@ struct BackwardScores {
   // the index `before`. A hidden key gets probability 0 and gradient 0, whatever its value or the row's sums are. With
   // dropout, probs and dprobs are multiplied by `factors`, so that `probs` gets the weights.
   template <int Cols>
-  static void differentiate(const BackwardBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& seen,
+  static void differentiate(const BackwardBlock& block, const Memory& s, const Strip& strip, const SeenKeys& seen,
                             int before, const T* factors) {
     if (block.terms.softcap != 0 || factors || block.dscores)
       change_cells<Cols, true>(block, s, strip, {before, seen.count}, factors);
@@ -85,7 +85,7 @@ struct BackwardScores {
 
   // `Some`: there is a softcap or dropout, or the gradients of scores are wanted. These gradients replace dprobs.
   template <int Cols, bool Some>
-  static void change_cells(const BackwardBlock& block, const Scratch& s, const Strip& strip, KeyIndices keys,
+  static void change_cells(const BackwardBlock& block, const Memory& s, const Strip& strip, KeyIndices keys,
                            const T* factors) {
     const Vec<T> nothing = broadcast(minus_infinity<T>), zero = broadcast(T(0));
     Vec<T> shift[Cols], factor[Cols], delta[Cols];

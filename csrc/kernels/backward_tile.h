@@ -36,7 +36,7 @@ struct TileBackward {
   using T = typename Unit::Real;
   using Sums = BackwardSums<Unit, TileRows, SumRows>;
   using Scores = BackwardScores<Unit, Vectors>;
-  using Scratch = typename Scores::Scratch;
+  using Memory = typename Scores::Memory;
   static constexpr int W = Vec<T>::width, cell = Unit::cell;
   static constexpr int strip_rows = Vectors * W;
 
@@ -59,11 +59,11 @@ struct TileBackward {
   static std::int64_t sum_step(std::int64_t width) { return padded<T>(width); }
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+    return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
   static void run(const BackwardBlock& block) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     const std::int64_t key_step = step(block.head_dim), value_step = step(block.value_dim);
     if (block.terms.bias && !block.terms.bias_at_hand)
       touch_biases(block.rows, block.count, block.terms.bias_step, block.first_key, block.first_key + block.key_count);
@@ -108,10 +108,10 @@ struct TileBackward {
     });
   }
 
-  static T* queries_of(const BackwardBlock& block, const Scratch& s, const Strip& strip) {
+  static T* queries_of(const BackwardBlock& block, const Memory& s, const Strip& strip) {
     return s.queries + strip.first_row * cells<Unit>(block.head_dim);
   }
-  static T* dout_of(const BackwardBlock& block, const Scratch& s, const Strip& strip) {
+  static T* dout_of(const BackwardBlock& block, const Memory& s, const Strip& strip) {
     return s.dout + strip.first_row * cells<Unit>(block.value_dim);
   }
 
@@ -128,7 +128,7 @@ struct TileBackward {
     return {begin - (begin - all.begin) % cell, end < all.end ? end : all.end};
   }
 
-  static void absorb(const BackwardBlock& block, const Scratch& s, const Rows& rows, Keys keys) {
+  static void absorb(const BackwardBlock& block, const Memory& s, const Rows& rows, Keys keys) {
     // The keys that some row sees, and whether any of them is hidden from another row.
     const KeyRange all{keys.first, keys.first + keys.count};
     KeyRange some{all.end, all.begin};
@@ -156,7 +156,7 @@ struct TileBackward {
   // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key is hidden from some row.
   // `seen`: the keys that some row of the block sees. probs and dscores start at the first of them.
   template <int Cols>
-  static bool absorb_strip(const BackwardBlock& block, const Scratch& s, const Strip& strip, const Keys& keys,
+  static bool absorb_strip(const BackwardBlock& block, const Memory& s, const Strip& strip, const Keys& keys,
                            const SeenKeys& seen) {
     constexpr int lanes = Cols * W;
     const auto [from, to] = whole_cells({strip.begin_min, strip.end_max}, {seen.first, seen.first + seen.count});

@@ -39,7 +39,7 @@ struct RowProducts {
 
   static std::int64_t padded(std::int64_t count) { return round_up(count, W); }
 
-  struct Scratch {
+  struct Memory {
     std::int64_t query_step, out_step;
     int score_step;
     T* queries;  // [row][query_step], as Dots loads them, zero-padded
@@ -50,9 +50,9 @@ struct RowProducts {
     RowPlaces<T> places;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+    Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : query_step(ceil_div(head_dim, Dots::elements) * W),
           out_step(padded(value_dim)),
           score_step(static_cast<int>(padded(key_block))),
@@ -64,12 +64,12 @@ struct RowProducts {
       rescale = carver.take<T>(rows);
       bytes = carver.used;
     }
-    explicit Scratch(const RowBlock& block)
-        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+    explicit Memory(const RowBlock& block)
+        : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
   // scores = q . k * multiplier
-  static void score(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+  static void score(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys) {
       const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
       if (block.count <= rows_by_key)
@@ -90,7 +90,7 @@ struct RowProducts {
   // Computes the scores of the keys in [first, last), `Rows` rows at a time and `Abreast` keys at a time. For the
   // remaining rows, `Rows` is halved.
   template <int Rows, int Abreast>
-  static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
+  static void dot_rows(const RowBlock& block, const Memory& s, const KeyBlock& keys, int first, int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     constexpr int elements = Dots::elements;

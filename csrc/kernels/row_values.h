@@ -28,8 +28,8 @@ struct ValueChunk {
 };
 
 // Adds the sums of a chunk's values, one per dim, to the outputs of a row.
-template <class T, class Scratch>
-inline void add_sum(const Scratch& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
+template <class T, class Memory>
+inline void add_sum(const Memory& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
   T* out = s.out + row * s.out_step + dim;
   const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
   store(out, fma(load(out), broadcast(rescale), sum));
@@ -49,15 +49,15 @@ struct FmaValues {
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
 
   // out = out * rescale + probs . values, one chunk of keys after another.
-  template <class Scratch>
-  static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+  template <class Memory>
+  static void accumulate(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys)
       accumulate_rows<max_rows_at_once>(block, s, ValueChunk(keys, first), 0);
   }
 
   // Computes the same sums in the same order, but skips hidden keys instead of multiplying them by 0.
-  template <class Scratch>
-  static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
+  template <class Memory>
+  static void accumulate_visible(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile,
                                  const KeyBlock& keys) {
     for (int r = 0; r < block.count; ++r)
       for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
@@ -82,8 +82,8 @@ struct FmaValues {
 
   // Processes as many rows at a time as fit the registers, so that each value is loaded and widened once for all of
   // these rows.
-  template <int Rows, class Scratch>
-  static void accumulate_rows(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row) {
+  template <int Rows, class Memory>
+  static void accumulate_rows(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;
     for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
     if constexpr (Rows > 1)
@@ -91,8 +91,8 @@ struct FmaValues {
   }
 
   // Processes `Cols` vectors of dims at a time. For the remaining dims, `Cols` is halved.
-  template <int Rows, int Cols, class Scratch>
-  static void accumulate_dims(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row,
+  template <int Rows, int Cols, class Memory>
+  static void accumulate_dims(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row,
                               std::int64_t dim) {
     const auto sweep = [&](auto load_value) {
       Vec<T> sums[Rows][Cols];
