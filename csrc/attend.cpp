@@ -33,7 +33,7 @@ struct RowTasks {
 struct PreparedJob {
   const Problem* problem;
   const Plan* plan;
-  ScoreTerms terms;
+  Scoring scoring;
   Shared shared;
 };
 
@@ -77,7 +77,7 @@ class Run {
       const Plan& plan = *jobs[i].plan;
       assert(problem.out || problem.value_dim == 0 || plan.tasks == 0);
       const PreparedJob* job =
-          ::new (jobs_ + i) PreparedJob{&problem, &plan, score_terms(problem), Shared(shared, plan, problem)};
+          ::new (jobs_ + i) PreparedJob{&problem, &plan, scoring_of(problem), Shared(shared, plan, problem)};
       std::uninitialized_value_construct_n(job->shared.finished, job->shared.row_blocks);
       shared += plan.shared_bytes;
     }
@@ -149,7 +149,7 @@ class Run {
     describe_rows(problem, plan, span, memory, /*with_sinks=*/problem.sinks && !split);
 
     RowBlock block{memory.rows,          span.valid,     plan.key_block, problem.head_dim,
-                   problem.value_dim,    job.terms,      plan.out_type,
+                   problem.value_dim,    job.scoring,    plan.out_type,
                    /*normalise=*/!split, memory.row_max, memory.row_sum, memory.kernel_scratch};
     if (split) redirect(problem, block, memory, job.shared.partial(plan, problem, block_index, task.range));
     plan.attend->begin(block);
@@ -184,7 +184,7 @@ class Run {
     if (begin >= end) return true;
     const std::int64_t masked_from = problem.masked_from(span.batch);
     RowBlock unmasked = block;
-    unmasked.terms.mask = false;
+    unmasked.scoring.mask = false;
     const KeySource source(problem, plan, memory, span.batch, span.kv_head(problem));
     std::optional<DistanceTerms> by_distance;
     if (problem.relative || problem.distance_bias)

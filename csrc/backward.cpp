@@ -23,14 +23,14 @@ class BackwardPart {
       : problem_(*job.problem),
         gradients_(*job.gradients),
         plan_(*job.plan),
-        terms_(score_terms(problem_)),
+        scoring_(scoring_of(problem_)),
         sums_(problem_, gradients_, plan_),
         relative_(problem_, gradients_, plan_),
         shared_(shared_memory, plan_, problem_),
         prepared_(problem_, gradients_, plan_, shared_),
         loop_(loop) {
     // The rows of a block belong to one head, so that they share one line of biases by distance.
-    terms_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
+    scoring_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
     std::uninitialized_value_construct_n(shared_.rows_prepared, plan_.row_tasks);
     std::uninitialized_value_construct_n(shared_.progress, plan_.tasks - plan_.row_tasks);
   }
@@ -182,7 +182,7 @@ class BackwardPart {
     return {
         .rows = memory.rows,
         .count = span.valid,
-        .terms = terms_,
+        .scoring = scoring_,
         .head_dim = problem_.head_dim,
         .value_dim = problem_.value_dim,
         .queries = memory.operands.queries,
@@ -240,7 +240,7 @@ class BackwardPart {
   const Problem& problem_;
   const Gradients& gradients_;
   const BackwardPlan& plan_;
-  ScoreTerms terms_;
+  Scoring scoring_;
   const ScoreSums<T> sums_;
   const RelativeSums<T> relative_;
   const BackwardShared shared_;

@@ -49,7 +49,7 @@ void finish_weights(const Problem& problem, const Plan& plan, const Row& row, do
     zero(row.key_begin, row.key_end);
   else
     plan.types->weigh(weights + row.key_begin * size, row.key_end - row.key_begin, row_max, 1.0 / row_sum);
-  if (const Dropout dropout = score_terms(problem).dropout)
+  if (const Dropout dropout = scoring_of(problem).dropout)
     plan.types->drop(dropout, row, row.key_begin, row.key_end - row.key_begin, weights + row.key_begin * size);
   zero(row.key_end, problem.kv_len);
 }

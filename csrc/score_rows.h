@@ -64,6 +64,6 @@ void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpa
                   const PerHead& bias, const TargetRow& to);
 
 // How products become scores, the same for every row.
-ScoreTerms score_terms(const Problem& problem);
+Scoring scoring_of(const Problem& problem);
 
 }  // namespace selfattn

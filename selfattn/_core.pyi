@@ -126,7 +126,7 @@ class VarlenInputs:
         alibi_slopes: NDArray[np.float64] | None = None,  # (sequences, heads)
     ) -> None: ...
 
-class RelativeTerms:
+class RelativeInputs:
     """Operands of relative attention in addition to q, k and v."""
 
     r: NDArray[Any]
@@ -224,7 +224,7 @@ def attention_varlen_backward(
 def relative_attention(
     function: str,
     operands: Heads,
-    terms: RelativeTerms,
+    inputs: RelativeInputs,
     out: NDArray[Any] | None,
     options: Options,
     /,
@@ -232,7 +232,7 @@ def relative_attention(
 def relative_attention_backward(
     function: str,
     operands: Heads,
-    terms: RelativeTerms,
+    inputs: RelativeInputs,
     given: GradientInputs,
     wrt: tuple[str, ...],
     options: Options,

@@ -9,8 +9,8 @@ namespace selfattn::SELFATTN_ISA {
 
 // A strip is two tiles wide. At full accuracy, each float32 product takes six bfloat16 products. So far that is no
 // faster than FMA, so f32_highest is null.
-template <class E, int Terms>
-constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, Terms>, 2>::kernel;
+template <class E, int SplitTerms>
+constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, SplitTerms>, 2>::kernel;
 
 constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
   return {

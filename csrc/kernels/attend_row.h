@@ -49,16 +49,16 @@ struct RowAttention {
                       .first_key = keys.first,
                       .num_keys = keys.count};
     describe_rows(tile, block.count);
-    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    const Sight sight = has_terms(block.scoring) ? sight_of(tile, block.scoring) : Sight::everything;
     if (sight == Sight::nothing && !block.rows[0].scores) return;
     Products::score(block, s, keys);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.key_scales + l); });
-    if (block.rows[0].relative) add_relative<AcrossKeys>(tile, static_cast<T>(block.terms.multiplier));
-    const bool hidden = complete_scores<AcrossKeys>(tile, block.terms, sight);
+    if (block.rows[0].relative) add_relative<AcrossKeys>(tile, static_cast<T>(block.scoring.multiplier));
+    const bool hidden = complete_scores<AcrossKeys>(tile, block.scoring, sight);
     for (int r = 0; r < block.count; ++r) exponentiate(block, tile, r, s.rescale[r]);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
     if ((limited || hidden) && !Products::finite_values(keys, block.value_dim)) {
-      if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.terms, s.terms);
+      if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.scoring, s.terms);
       return Products::Values::accumulate_visible(block, s, tile, keys);
     }
     Products::Values::accumulate(block, s, keys);

@@ -63,7 +63,7 @@ struct TileAttention {
     T* row_sum = static_cast<T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const int left = block.count - first;
-      s.strips[i] = make_strip<T>(block.rows, block.terms, first, left < strip_rows ? left : strip_rows);
+      s.strips[i] = make_strip<T>(block.rows, block.scoring, first, left < strip_rows ? left : strip_rows);
       const int lanes = s.strips[i].vectors * W;
       for (int l = 0; l < lanes; ++l) {
         const double sink = first + l < block.count ? block.rows[first + l].sink : minus_infinity<double>;
@@ -77,7 +77,7 @@ struct TileAttention {
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
     const Memory s(block);
-    if (block.terms.bias && !block.terms.bias_at_hand) touch_bias(block, keys);
+    if (block.scoring.bias && !block.scoring.bias_at_hand) touch_bias(block, keys);
     // Called once per key block, because signal handlers may run between key blocks and use the tile registers.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
@@ -106,7 +106,7 @@ struct TileAttention {
   // Reads the bias row by row, for one window of keys at a time. A window fits L2 and leaves room for everything else.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
-    const std::int64_t step = block.terms.bias_step;
+    const std::int64_t step = block.scoring.bias_step;
     const std::int64_t fitting = bytes / (block.count * (step > 0 ? step : 1)) / block.key_block;
     const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
     if (keys.first % window != 0) return;
@@ -116,8 +116,8 @@ struct TileAttention {
   // Whether the multiplier can be applied later, while exponentials are computed. It can if hiding keys beyond the
   // rows' limits is the only step in between.
   static bool can_defer_scale(const RowBlock& block) {
-    return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
-           !has_terms(block.terms) && !block.rows[0].scores;
+    return static_cast<T>(block.scoring.multiplier) > T(0) && block.scoring.softcap == 0 && !block.scoring.alibi &&
+           !has_terms(block.scoring) && !block.rows[0].scores;
   }
 
   // The scores of a strip, before the rows are described.
@@ -145,28 +145,28 @@ struct TileAttention {
     constexpr int lanes = Cols * W;
     const Row* rows = block.rows + strip.first_row;
     ScoreTile<T> tile = tile_of(s, strip, rows, keys, lanes);
-    if (tile.limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
-    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    if (tile.limited || block.scoring.alibi || has_terms(block.scoring)) describe_rows(tile, lanes);
+    const Sight sight = has_terms(block.scoring) ? sight_of(tile, block.scoring) : Sight::everything;
     if (sight == Sight::nothing && !rows->scores) return;
 
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
-    T multiplier = static_cast<T>(block.terms.multiplier);
+    T multiplier = static_cast<T>(block.scoring.multiplier);
     Engine::template score<Cols>(prepared, keys, queries, multiplier, s.scores);
     if (rows->relative) add_relative<AcrossRows>(tile, Engine::scales ? multiplier : T(1));
     if (Engine::scales || !can_defer_scale(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
       multiplier = T(1);
     }
-    const bool hidden = complete_scores<AcrossRows>(tile, block.terms, sight);
+    const bool hidden = complete_scores<AcrossRows>(tile, block.scoring, sight);
 
     Vec<T> rescale[Cols];
     const ScoreLines<T> lines{s.scores, s.scores + keys.count * lanes, lanes};
     const auto keep = [&](const Vec<T>(&prob)[Engine::cell], T* line, int lane) {
       Engine::keep_probs(prepared, prob, lines.scores, line, lane);
     };
-    if (block.terms.dropout) {
+    if (block.scoring.dropout) {
       const T* factors =
-          dropout_factors(block.terms.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
+          dropout_factors(block.scoring.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, [&](Vec<T>(&prob)[Engine::cell], T* line, int lane) {
         const T* factor = factors + (line - lines.scores) + lane;
         for (int i = 0; i < Engine::cell; ++i) prob[i] = prob[i] * load(factor + i * lanes);
@@ -177,7 +177,7 @@ struct TileAttention {
     }
     const auto complete_tile = [&] {
       describe_rows(tile, lanes);
-      if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.terms, s.terms);
+      if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.scoring, s.terms);
       return tile;
     };
     Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, out_of(block, s, strip.first_row),

@@ -16,18 +16,18 @@ struct BackwardScores {
 
   // Turns scaled products into scores, and keeps the derivative of the softcap.
   static bool complete(const BackwardBlock& block, const Memory& s, const ScoreTile<T>& tile, Sight sight) {
-    if (tile.rows->relative) add_relative<AcrossRows>(tile, static_cast<T>(block.terms.multiplier));
-    ScoreTerms terms = block.terms;
-    if (terms.softcap != 0) {
-      const Vec<T> cap = broadcast(static_cast<T>(terms.softcap)), one = broadcast(T(1));
+    if (tile.rows->relative) add_relative<AcrossRows>(tile, static_cast<T>(block.scoring.multiplier));
+    Scoring scoring = block.scoring;
+    if (scoring.softcap != 0) {
+      const Vec<T> cap = broadcast(static_cast<T>(scoring.softcap)), one = broadcast(T(1));
       change_scores(tile, [&](Vec<T> score, int o, int l) {
         const Vec<T> bent = tanh(score);
         store(s.slopes + o * tile.step + l, one - bent * bent);
         return cap * bent;
       });
-      terms.softcap = 0;  // already applied
+      scoring.softcap = 0;  // already applied
     }
-    return complete_scores<AcrossRows>(tile, terms, sight);
+    return complete_scores<AcrossRows>(tile, scoring, sight);
   }
 
   static void add_dweights(const BackwardBlock& block, const Memory& s, const ScoreTile<T>& tile) {
@@ -66,7 +66,7 @@ struct BackwardScores {
   template <int Cols>
   static void differentiate(const BackwardBlock& block, const Memory& s, const Strip& strip, const SeenKeys& seen,
                             int before, const T* factors) {
-    if (block.terms.softcap != 0 || factors || block.dscores)
+    if (block.scoring.softcap != 0 || factors || block.dscores)
       change_cells<Cols, true>(block, s, strip, {before, seen.count}, factors);
     else
       change_cells<Cols, false>(block, s, strip, {before, seen.count}, nullptr);
@@ -97,7 +97,7 @@ struct BackwardScores {
       factor[c] = load(static_cast<const T*>(block.factor) + row);
       delta[c] = load(static_cast<const T*>(block.delta) + row);
     }
-    const bool capped = Some && block.terms.softcap != 0;
+    const bool capped = Some && block.scoring.softcap != 0;
     for (int key = 0; key < keys.count; key += cell)
       for (int c = 0; c < Cols; ++c) {
         Vec<T> weight[cell], dscore[cell];

@@ -65,8 +65,9 @@ struct TileBackward {
   static void run(const BackwardBlock& block) noexcept {
     const Memory s(block);
     const std::int64_t key_step = step(block.head_dim), value_step = step(block.value_dim);
-    if (block.terms.bias && !block.terms.bias_at_hand)
-      touch_biases(block.rows, block.count, block.terms.bias_step, block.first_key, block.first_key + block.key_count);
+    if (block.scoring.bias && !block.scoring.bias_at_hand)
+      touch_biases(block.rows, block.count, block.scoring.bias_step, block.first_key,
+                   block.first_key + block.key_count);
     each_strip(block, [&](const Strip& strip, auto columns) {
       const int lanes = columns.value * W;
       pack(static_cast<const T*>(block.queries) + strip.first_row * key_step, strip.rows, block.head_dim, lanes,
@@ -98,7 +99,7 @@ struct TileBackward {
   template <class Use>
   static void each_strip(const BackwardBlock& block, Use use) {
     each_strip_of<T, Vectors>(block.count, [&](int first, int rows, auto columns) {
-      use(make_strip<T>(block.rows, block.terms, first, rows), columns);
+      use(make_strip<T>(block.rows, block.scoring, first, rows), columns);
     });
   }
 
@@ -180,21 +181,21 @@ struct TileBackward {
                       .shares_terms = strip.shares_terms,
                       .first_key = from,
                       .num_keys = count};
-    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
-    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    if (limited || block.scoring.alibi || has_terms(block.scoring)) describe_rows(tile, lanes);
+    const Sight sight = has_terms(block.scoring) ? sight_of(tile, block.scoring) : Sight::everything;
     if (sight == Sight::nothing) {
       Scores::template hide<Cols>(s, strip, before, before + count);
       return true;
     }
     const SeenKeys own{from, seen.skipped + before, count};
-    multiply<Cols>(keys.keys, own, queries_of(block, s, strip), block.head_dim, static_cast<T>(block.terms.multiplier),
-                   s.scores);
+    multiply<Cols>(keys.keys, own, queries_of(block, s, strip), block.head_dim,
+                   static_cast<T>(block.scoring.multiplier), s.scores);
     const bool hides = Scores::complete(block, s, tile, sight) || limited || count < seen.count;
     multiply<Cols>(keys.values, own, dout_of(block, s, strip), block.value_dim, T(1), s.dprobs);
     if (block.dweights) Scores::add_dweights(block, s, tile);
     const std::int64_t place = before * s.block_lanes + strip.first_row;
     if (!block.finite) Scores::template keep_original<Cols>(s, place, count);
-    const Dropout& dropout = block.terms.dropout;
+    const Dropout& dropout = block.scoring.dropout;
     const T* factors =
         dropout ? dropout_factors(dropout, {tile.rows, strip.rows, lanes}, from, count, s.factors) : nullptr;
     Scores::template differentiate<Cols>(block, s, strip, own, before, factors);

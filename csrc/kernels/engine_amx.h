@@ -8,9 +8,9 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class E, int Terms>
-struct AmxEngine : PairOperands<E, Terms> {
-  using Operands = PairOperands<E, Terms>;
+template <class E, int SplitTerms>
+struct AmxEngine : PairOperands<E, SplitTerms> {
+  using Operands = PairOperands<E, SplitTerms>;
   using Operands::cell;
   using Operands::row_cells;
   using Operands::W;
@@ -19,12 +19,12 @@ struct AmxEngine : PairOperands<E, Terms> {
   static constexpr bool scales = false;
 
   struct Memory : Operands::Memory {
-    float* probs;  // [term][cells of keys][lanes]
+    float* probs;  // [split term][cells of keys][lanes]
     std::int64_t prob_plane;
 
     Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Operands::Memory(carver, key_block, head_dim, value_dim), prob_plane(row_cells(key_block) * 2 * W) {
-      probs = carver.take<float>(Terms * prob_plane);
+      probs = carver.take<float>(SplitTerms * prob_plane);
     }
   };
 
@@ -55,7 +55,7 @@ struct AmxEngine : PairOperands<E, Terms> {
 
   static void keep_probs(const Block& block, const VecF (&prob)[cell], float* scores, float* line, int lane) {
     VecF rest[cell] = {prob[0], prob[1]};
-    for (int t = 0; t < Terms; ++t) {
+    for (int t = 0; t < SplitTerms; ++t) {
       const VecF cells = to_cells(rest[0], rest[1]);
       store(block.probs + t * block.prob_plane + (line - scores) / cell + lane, cells);
       rest[0] = rest[0] - first_of(cells);
@@ -69,13 +69,13 @@ struct AmxEngine : PairOperands<E, Terms> {
     rescale_sums<Cols>(rescale, block.value_dim, out);
     // Pads the probs with 0 up to the end of the last tile.
     const std::int64_t used = ceil_div(seen.count, cell), depth = row_cells(seen.count);
-    for (int t = 0; t < Terms; ++t)
+    for (int t = 0; t < SplitTerms; ++t)
       for (std::int64_t i = used * Cols * W; i < depth * Cols * W; i += W)
         store(block.probs + t * block.prob_plane + i, broadcast(0.0f));
     multiply_values<Cols>(block, seen, depth, out);
     const auto prob = [&](int key, int c) {
       VecF sum = broadcast(0.0f);
-      for (int t = Terms - 1; t >= 0; --t) {
+      for (int t = SplitTerms - 1; t >= 0; --t) {
         const VecF cells = load(block.probs + t * block.prob_plane + (key / cell * Cols + c) * W);
         sum = sum + (key % cell == 0 ? first_of(cells) : second_of(cells));
       }
@@ -125,7 +125,7 @@ struct AmxEngine : PairOperands<E, Terms> {
     const auto load_left = [&]<int Tile, int R>(int term, std::int64_t k) {
       load_tile<Tile>(a.data + term * a.plane + R * tile_rows * a.step + k, a.step);
     };
-    multiply_cells<Terms, Rows, Cols>(load_left, b, depth);
+    multiply_cells<SplitTerms, Rows, Cols>(load_left, b, depth);
     store_sums<Rows, Cols>(sums, Cols * W);
   }
 };

@@ -39,8 +39,8 @@ struct Dropout {
   explicit operator bool() const { return factor != 0; }
 };
 
-// How a product q.k becomes a score, and dropout. All rows of a call share these terms.
-struct ScoreTerms {
+// How a product q.k becomes a score, and dropout: the same for all rows of a call.
+struct Scoring {
   double multiplier = 0;  // applied first; the result is in log2 units unless softcap follows
   double softcap = 0;     // applied next: softcap * tanh(score), in log2 units; 0: none
   bool alibi = false;
@@ -79,7 +79,7 @@ struct RowBlock {
   int key_block;  // the largest KeyBlock::count that will be absorbed
   std::int64_t head_dim;
   std::int64_t value_dim;
-  ScoreTerms terms;
+  Scoring scoring;
   DType out_type;  // the type of computation, or a 16-bit type
   bool normalise;  // whether finish divides by row_sum; false if the keys are split into several ranges
   void* row_max;   // per row, in the type of computation; valid after finish; padded to whole strips
@@ -107,7 +107,7 @@ struct AttendKernel {
 struct BackwardBlock {
   const Row* rows;  // what each row sees, and its terms; query, out and scores are not used
   int count;
-  ScoreTerms terms;
+  Scoring scoring;
   std::int64_t head_dim;
   std::int64_t value_dim;
   const void* queries;  // [row][head_dim]

@@ -3,13 +3,13 @@
 // Such a unit multiplies two adjacent numbers at once, so operands are stored in cells of two: queries and keys in
 // pairs of dims, probs and values in pairs of keys. Keys keep their layout and values are transposed, once per block.
 //
-// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each term is the remainder rounded to the nearest
-// bfloat16. Terms are stored in `Terms` planes, one after another. A product is the sum of the products of terms i and
-// j with i + j < Terms. Two terms carry 16 bits of the significand, three carry all 24.
+// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each split term is the remainder rounded to the
+// nearest bfloat16. Split terms are stored in planes, one after another. A product is the sum of the products of split
+// terms i and j with i + j < `SplitTerms`. Two split terms carry 16 bits of the significand, three carry all 24.
 //
 // Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers that would leave subnormal
-// terms. They are multiplied by FMA instead. Scores are recomputed key by key and row by row; values are added to the
-// outputs afterwards. Only scores and outputs that such a number contributes to are changed, so results are
+// split terms. They are multiplied by FMA instead. Scores are recomputed key by key and row by row; values are added to
+// the outputs afterwards. Only scores and outputs that such a number contributes to are changed, so results are
 // bit-identical whatever hidden keys hold.
 #pragma once
 #include "kernels/element_type.h"
@@ -27,15 +27,15 @@ template <class A>
 constexpr bool same_type<A, A> = true;
 
 // E: the type of queries, keys and values in memory.
-template <class E, int Terms>
+template <class E, int SplitTerms>
 struct PairOperands {
   using Real = float;
   static constexpr int W = VecF::width;
   static constexpr bool packs = true;
   static constexpr DType operands = dtype_of(E());
   static constexpr int cell = 2;
-  // Nothing to split: every bfloat16 is a single exact term.
-  static constexpr bool exact = Terms == 1 && same_type<E, BFloat>;
+  // Nothing to split: every bfloat16 is a single exact split term.
+  static constexpr bool exact = SplitTerms == 1 && same_type<E, BFloat>;
 
   // Rows of cells are padded to whole vectors.
   static constexpr std::int64_t whole(std::int64_t count) { return round_up(count, W); }
@@ -43,22 +43,22 @@ struct PairOperands {
   static constexpr std::int64_t key_rows(std::int64_t keys) { return round_up(keys, cell * W); }
   static constexpr std::int64_t dim_rows(std::int64_t value_dim) { return whole(value_dim); }
   // The planes are followed by one flag per row: whether the row holds a number that cannot be split.
-  static constexpr std::int64_t query_cells(std::int64_t head_dim) { return Terms * row_cells(head_dim) + 1; }
+  static constexpr std::int64_t query_cells(std::int64_t head_dim) { return SplitTerms * row_cells(head_dim) + 1; }
 
   struct Memory {
-    float* keys;                          // [term][key][cells of head_dim]
-    float* values;                        // [term][dim][cells of keys]
+    float* keys;                          // [split term][key][cells of head_dim]
+    float* values;                        // [split term][dim][cells of keys]
     unsigned char* unsplittable;          // per key: whether it holds a number that cannot be split
     std::int64_t key_step, value_step;    // cells from one row to the next
-    std::int64_t key_plane, value_plane;  // cells from one term's plane to the next
+    std::int64_t key_plane, value_plane;  // cells from one split term's plane to the next
 
     Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : key_step(row_cells(head_dim)),
           value_step(row_cells(key_block)),
           key_plane(key_rows(key_block) * key_step),
           value_plane(dim_rows(value_dim) * value_step) {
-      keys = carver.take<float>(Terms * key_plane);
-      values = carver.take<float>(Terms * value_plane);
+      keys = carver.take<float>(SplitTerms * key_plane);
+      values = carver.take<float>(SplitTerms * value_plane);
       unsplittable = carver.take<unsigned char>(key_block);
     }
   };
@@ -73,8 +73,8 @@ struct PairOperands {
     bool splits_keys, splits_values;  // whether every key (every value) of the block can be split
   };
 
-  // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms or their
-  // products would be subnormal (float16 has no such numbers).
+  // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that split terms or
+  // their products would be subnormal (float16 has no such numbers).
   static MaskF unsplittable(VecF x) {
     const VecF size = abs(x);
     const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
@@ -85,7 +85,7 @@ struct PairOperands {
   static VecF clear(MaskF lanes, VecF x) { return select(lanes, broadcast(0.0f), x); }
 
   // Stores the split terms of up to 32 adjacent numbers. Returns the lanes i where number i or i + 16 cannot be split.
-  static MaskF store_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
+  static MaskF store_split_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
     if constexpr (exact) {
       store(cells, load_cells(p, n));
       return broadcast(0.0f) < broadcast(0.0f);
@@ -93,7 +93,7 @@ struct PairOperands {
       VecF x[2] = {load_up_to(p, n), n > W ? load_up_to(p + W, n - W) : broadcast(0.0f)};
       const MaskF lanes[2] = {unsplittable(x[0]), unsplittable(x[1])};
       for (int i = 0; i < 2; ++i) x[i] = clear(lanes[i], x[i]);
-      for (int t = 0; t < Terms; ++t) {
+      for (int t = 0; t < SplitTerms; ++t) {
         VecF term[2];
         for (int i = 0; i < 2; ++i) {
           term[i] = round_to_bfloat(x[i]);
@@ -107,14 +107,14 @@ struct PairOperands {
 
   static void pack_queries(const Row* rows, int count, std::int64_t head_dim, int lanes, float* queries) {
     const std::int64_t depth = row_cells(head_dim), plane = depth * lanes;
-    float* flags = queries + Terms * plane;
+    float* flags = queries + SplitTerms * plane;
     for (int l = 0; l < lanes; ++l) flags[l] = 0;
-    float split[Terms][W];
-    for (int t = 0; t < Terms; ++t)
+    float split[SplitTerms][W];
+    for (int t = 0; t < SplitTerms; ++t)
       rows_to_columns(queries + t * plane, lanes, lanes, depth, [&](int row, std::int64_t c, int) {
         if (row >= count) return broadcast(0.0f);
         const E* query = static_cast<const E*>(rows[row].query);
-        if (any(store_terms(query + cell * c, head_dim - cell * c, split[0], W))) flags[row] = 1;
+        if (any(store_split_terms(query + cell * c, head_dim - cell * c, split[0], W))) flags[row] = 1;
         return load(split[t]);
       });
   }
@@ -132,8 +132,8 @@ struct PairOperands {
     for (int key = 0; key < keys.count; ++key) {
       MaskF found = broadcast(0.0f) < broadcast(0.0f);
       for (std::int64_t c = 0; c < memory.key_step; c += W)
-        found = found | store_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
-                                    memory.keys + key * memory.key_step + c, memory.key_plane);
+        found = found | store_split_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
+                                          memory.keys + key * memory.key_step + c, memory.key_plane);
       memory.unsplittable[key] = any(found) ? 1 : 0;
       block.splits_keys = block.splits_keys && memory.unsplittable[key] == 0;
     }
@@ -142,14 +142,15 @@ struct PairOperands {
   }
 
   // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN. Such a NaN may be
-  // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinities of opposite sign.
+  // wrong: a split term or a subnormal number may have counted as 0, or products of split terms may be infinities of
+  // opposite sign.
   static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries, int lanes,
                                float multiplier, float* scores) {
     const std::int64_t head_dim = block.head_dim;
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
     for (int i = 0; i < seen.count * lanes; i += W) undefined = undefined | is_nan(load(scores + i));
     if (exact && !any(undefined)) return;
-    const float* flags = queries.packed + Terms * row_cells(head_dim) * lanes;
+    const float* flags = queries.packed + SplitTerms * row_cells(head_dim) * lanes;
     const auto splits = [&](int row) { return exact || (block.splits_keys && flags[row] == 0); };
     for (int row = 0; row < queries.count; ++row) {
       if (!any(undefined) && splits(row)) continue;
@@ -191,7 +192,7 @@ struct PairOperands {
     MaskF found = broadcast(0.0f) < broadcast(0.0f);
     for (std::int64_t d = 0; d < value_dim; d += W)
       for (int key = 0; key < count; key += cell * W) {
-        VecF square[Terms][W];
+        VecF square[SplitTerms][W];
         for (int i = 0; i < W; ++i) {
           VecF x[cell];
           for (int j = 0; j < cell; ++j) {
@@ -201,13 +202,13 @@ struct PairOperands {
             found = found | lanes;
             x[j] = clear(lanes, x[j]);
           }
-          for (int t = 0; t < Terms; ++t) {
+          for (int t = 0; t < SplitTerms; ++t) {
             square[t][i] = to_cells(x[0], x[1]);
             x[0] = x[0] - first_of(square[t][i]);
             x[1] = x[1] - second_of(square[t][i]);
           }
         }
-        for (int t = 0; t < Terms; ++t) {
+        for (int t = 0; t < SplitTerms; ++t) {
           transpose(square[t]);
           float* to = memory.values + t * memory.value_plane + d * memory.value_step + key / cell;
           for (int i = 0; i < W; ++i) store(to + i * memory.value_step, square[t][i]);

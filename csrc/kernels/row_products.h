@@ -95,7 +95,7 @@ struct RowProducts {
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     constexpr int elements = Dots::elements;
     const std::int64_t whole = block.head_dim / elements * elements, tail = block.head_dim - whole;
-    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
+    const Vec<T> multiplier = broadcast(static_cast<T>(block.scoring.multiplier));
     for (; row + Rows <= block.count; row += Rows)
       for (int j = first; j < last; j += Keys) {
         const T* queries = s.queries + row * s.query_step;
@@ -152,7 +152,7 @@ struct RowProducts {
       const E* data = row_of<E>(keys.key_rows, place);
       T sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
-      products[i] = sum * static_cast<T>(block.terms.multiplier);
+      products[i] = sum * static_cast<T>(block.scoring.multiplier);
     }
   }
 };

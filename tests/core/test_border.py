@@ -122,7 +122,7 @@ def test_calls_refuse_other_operands() -> None:
             _core.attention_varlen("f", other, None, options)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="GradientInputs is needed"):
             _core.attention_backward("f", (x, x, x), other, ("q",), options)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="RelativeTerms is needed"):
+        with pytest.raises(TypeError, match="RelativeInputs is needed"):
             _core.relative_attention("f", (x, x, x), other, None, options)  # type: ignore[arg-type]
 
 
