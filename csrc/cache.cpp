@@ -85,7 +85,7 @@ TensorView CachedKeys::scales(View& view, const TokenRows& rows) const {
   return {rows.data, DType::f32, 3, view.shape, view.strides};
 }
 
-void CachedKeys::place(AttentionArguments& arguments) {
+void CachedKeys::present(AttentionArguments& arguments) {
   arguments.k = tokens(keys_, cache_.key, arguments.layout);
   arguments.v = tokens(values_, cache_.value, arguments.layout);
   arguments.pages = cache_.pages;

@@ -38,7 +38,7 @@ class CachedKeys {
   CachedKeys(const Cache& cache, const std::int64_t* lengths);
   CachedKeys(const CachedKeys&) = delete;  // views point into this object
   CachedKeys& operator=(const CachedKeys&) = delete;
-  void place(AttentionArguments& arguments);
+  void present(AttentionArguments& arguments);
 
  private:
   struct View {

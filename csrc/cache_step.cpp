@@ -112,12 +112,12 @@ void CacheStep::open_pages(const char* function) {
   if (started) use_starts();
 }
 
-void CacheStep::place(AttentionArguments& arguments) {
+void CacheStep::present(AttentionArguments& arguments) {
   const std::int64_t window = source_.store->window, left = arguments.window_left;
   if (window >= 0 && (left < 0 || left > window))
     refuse(arguments.function, "window"_arg, " is ", left < 0 ? "none" : std::to_string(left) + " to the left",
            ", but the cache keeps only what one of ", window, " sees");
-  keys_->place(arguments);
+  keys_->present(arguments);
   arguments.recent_mask = static_cast<bool>(arguments.mask);
 }
 

@@ -56,7 +56,7 @@ class CacheStep {
 
   // Sets the keys and values of an attention call to the contents of the cache after the append. Throws
   // std::invalid_argument if the call may look farther to the left than the cache's window.
-  void place(AttentionArguments& arguments);
+  void present(AttentionArguments& arguments);
 
   // Throws std::invalid_argument if a query of the call sees tokens that the cache no longer holds.
   void check_seen(const char* function, const Problem& problem) const;

@@ -123,11 +123,11 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
       if (out_of_sight(problem_, distance - width + 1, distance)) continue;
       pack(problem_, relative_, memory_, rows.head, distance);
       for (std::int64_t batch = 0; batch < batches; ++batch) {
-        const std::int64_t place = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
-        if (place < 0 || place >= panels) continue;
+        const std::int64_t index = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
+        if (index < 0 || index >= panels) continue;
         relative_.types->of(problem_.dtype)
             .project({memory_.queries + row * depth * size, group * depth, std::min(width, rows.count - batch * width),
-                      depth, memory_.panel, nullptr, memory_.products + (row * memory_.step + place * width) * size,
+                      depth, memory_.panel, nullptr, memory_.products + (row * memory_.step + index * width) * size,
                       group * memory_.step, static_cast<int>(width)});
       }
     }

@@ -64,7 +64,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   arguments.v = value_.view;
   arguments.layout = Layout::bshd;
   if (step) {
-    step->place(arguments);
+    step->present(arguments);
   } else if (!context) {
     arguments.same_tokens = true;
     // Query i and key i are the same token, even if only q_lens is given.

@@ -33,11 +33,11 @@ class Layer {
     if (!other && weights_.key.depth() != weights_.query.depth())
       refuse(function, "x"_arg, " has d_model ", weights_.query.depth(), " but ", "w_k"_arg, " has ",
              weights_.key.depth(), " rows: without context they must agree");
-    const TensorView places = optional_view(inputs.positions, DType::i64);
+    const TensorView positions = optional_view(inputs.positions, DType::i64);
     std::optional<CacheArguments> source;
     open_cache(source, function, inputs.store, inputs.sequences, input);
     const AttentionArguments arguments = arguments_of(function, options_of(option_values), {}, {}, {});
-    LayerCall call(weights_, input, other, places, source ? &source->step() : nullptr, arguments);
+    LayerCall call(weights_, input, other, positions, source ? &source->step() : nullptr, arguments);
     const TensorView added = residual_view(function, inputs.residual, weights_.dtype, call.out_shape());
     bool direct = false;
     if (!out.is_none()) {
@@ -45,7 +45,7 @@ class Layer {
       check_out(function, given, call.out_shape(), weights_.dtype);
       const TensorView view = view_of(given, weights_.dtype);
       direct = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
-               !meet(view, places) && (!meet(view, added) || same(view, added)) && !meets_any(view, arguments) &&
+               !meet(view, positions) && (!meet(view, added) || same(view, added)) && !meets_any(view, arguments) &&
                !(source && source->meets(view));
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);

@@ -42,7 +42,7 @@ struct RowAttention {
                       .lanes = static_cast<int>(Products::padded(keys.count)),
                       .step = s.score_step,
                       .limited = limited,
-                      .places = s.places,
+                      .limits = s.limits,
                       .rows = block.rows,
                       .num_rows = block.count,
                       .shares_terms = false,

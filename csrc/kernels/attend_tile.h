@@ -32,14 +32,14 @@ struct TileAttention {
     T* out;      // per strip [value_dim][lanes]
     T* scores;   // [key_block][lanes]; some engines store probs here
     T* terms;    // [key_block][lanes]; the factors of dropout, or mask and bias
-    RowPlaces<T> places;
+    RowLimits<T> limits;
     typename Engine::Memory memory;
     std::size_t bytes;
 
     Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
     Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : places(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
+        : limits(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
       const int count = ceil_div(rows, strip_rows);
       const std::int64_t lanes = round_up(rows, W);  // of all strips; the last strip may have fewer vectors
       strips = carver.take<Strip>(count);
@@ -129,7 +129,7 @@ struct TileAttention {
             .lanes = lanes,
             .step = lanes,
             .limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count,
-            .places = s.places,
+            .limits = s.limits,
             .rows = rows,
             .num_rows = strip.rows,
             .shares_terms = strip.shares_terms,

@@ -63,10 +63,10 @@ struct RelativeBackward {
       align(block, s, first, rows, columns.value * W, seen);
       const ColumnRange own = seen_columns(block, first, rows, all);
       if (own.begin == own.end || !block.dquery) return;
-      const std::int64_t place = (own.begin - seen.begin) * s.block_lanes + first;
+      const std::int64_t offset = (own.begin - seen.begin) * s.block_lanes + first;
       Sums::template add_key_sums<columns.value>(
-          {static_cast<const T*>(block.vectors) + own.begin * step, step, own.end - own.begin, s.factors + place,
-           s.block_lanes, zeros.from(place)},
+          {static_cast<const T*>(block.vectors) + own.begin * step, step, own.end - own.begin, s.factors + offset,
+           s.block_lanes, zeros.from(offset)},
           block.head_dim, s.dquery + first * block.head_dim);
     });
     if (block.dvectors)

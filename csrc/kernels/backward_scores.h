@@ -54,10 +54,10 @@ struct BackwardScores {
   }
 
   template <int Cols>
-  static void keep_original(const Memory& s, std::int64_t place, int keys) {
+  static void keep_original(const Memory& s, std::int64_t offset, int keys) {
     for (int key = 0; key < keys; ++key)
       for (int l = 0; l < Cols * W; l += W)
-        store(s.original + place + key * s.block_lanes + l, load(s.scores + key * Cols * W + l));
+        store(s.original + offset + key * s.block_lanes + l, load(s.scores + key * Cols * W + l));
   }
 
   // Computes probs and dscores of a strip from its scores and dprobs. In probs and dscores, the strip's first key has
@@ -104,19 +104,19 @@ struct BackwardScores {
         for (int i = 0; i < cell; ++i) {
           weight[i] = dscore[i] = zero;
           if (key + i >= keys.count) continue;
-          const int place = ((key + i) * Cols + c) * W;
-          const Vec<T> score = load(s.scores + place);
+          const int offset = ((key + i) * Cols + c) * W;
+          const Vec<T> score = load(s.scores + offset);
           const Mask<T> hidden = (score == nothing) | absent[c];
           const Vec<T> prob = select(hidden, zero, exp2(score - shift[c]) * factor[c]);
-          Vec<T> dprob = load(s.dprobs + place);
+          Vec<T> dprob = load(s.dprobs + offset);
           weight[i] = prob;
           if (Some && factors) {
-            weight[i] = prob * load(factors + place);
-            dprob = dprob * load(factors + place);
+            weight[i] = prob * load(factors + offset);
+            dprob = dprob * load(factors + offset);
           }
           dscore[i] = select(hidden, zero, prob * (dprob - delta[c]));
-          if (Some) store(s.dprobs + place, dscore[i]);  // before the softcap
-          if (capped) dscore[i] = select(hidden, zero, dscore[i] * load(s.slopes + place));
+          if (Some) store(s.dprobs + offset, dscore[i]);  // before the softcap
+          if (capped) dscore[i] = select(hidden, zero, dscore[i] * load(s.slopes + offset));
         }
         const int index = keys.first + key, row = strip.first_row + c * W;
         Unit::keep_lines(weight, s.line(s.probs, index, row), s.block_lanes / cell);

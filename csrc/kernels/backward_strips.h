@@ -62,14 +62,14 @@ struct BackwardMemory {
   T* dscores;         // [key_block][cells of block_lanes] of all strips
   T* joined_dscores;  // [cells of key_block][block_lanes]; dscores itself if a cell is one number
   T* original;        // [key_block][block_lanes]: scores before the softmax; hidden keys have -inf
-  RowPlaces<T> places;
+  RowLimits<T> limits;
   std::int64_t block_lanes;
   std::size_t bytes;
 
   BackwardMemory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
       : BackwardMemory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
   BackwardMemory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-      : places(carver, StripRows), block_lanes(padded<T>(rows)) {
+      : limits(carver, StripRows), block_lanes(padded<T>(rows)) {
     queries = carver.take<T>(block_lanes * cells<Unit>(head_dim));
     dout = carver.take<T>(block_lanes * cells<Unit>(value_dim));
     dquery = carver.take<T>(block_lanes * head_dim);

@@ -17,7 +17,7 @@ struct Skipped {
   std::int64_t step = 0;  // from one key to the next
 
   explicit operator bool() const { return marks != nullptr; }
-  Skipped from(std::int64_t place) const { return {marks ? marks + place : nullptr, value, step}; }
+  Skipped from(std::int64_t offset) const { return {marks ? marks + offset : nullptr, value, step}; }
   Mask<T> lanes(int key, std::int64_t row) const { return load(marks + key * step + row) == broadcast(value); }
   bool at(int key, int row) const { return marks[key * step + row] == value; }
 };

@@ -175,7 +175,7 @@ struct TileBackward {
                       .lanes = lanes,
                       .step = lanes,
                       .limited = limited,
-                      .places = s.places,
+                      .limits = s.limits,
                       .rows = block.rows + strip.first_row,
                       .num_rows = strip.rows,
                       .shares_terms = strip.shares_terms,
@@ -193,13 +193,13 @@ struct TileBackward {
     const bool hides = Scores::complete(block, s, tile, sight) || limited || count < seen.count;
     multiply<Cols>(keys.values, own, dout_of(block, s, strip), block.value_dim, T(1), s.dprobs);
     if (block.dweights) Scores::add_dweights(block, s, tile);
-    const std::int64_t place = before * s.block_lanes + strip.first_row;
-    if (!block.finite) Scores::template keep_original<Cols>(s, place, count);
+    const std::int64_t offset = before * s.block_lanes + strip.first_row;
+    if (!block.finite) Scores::template keep_original<Cols>(s, offset, count);
     const Dropout& dropout = block.scoring.dropout;
     const T* factors =
         dropout ? dropout_factors(dropout, {tile.rows, strip.rows, lanes}, from, count, s.factors) : nullptr;
     Scores::template differentiate<Cols>(block, s, strip, own, before, factors);
-    const Skipped<T> skipped{hides && !block.finite ? s.original + place : nullptr, minus_infinity<T>, s.block_lanes};
+    const Skipped<T> skipped{hides && !block.finite ? s.original + offset : nullptr, minus_infinity<T>, s.block_lanes};
     const std::int64_t key_step = sum_step(block.head_dim);
     Sums::template add_key_sums<Cols>({keys.joined + own.skipped / cell * key_step, key_step, count,
                                        s.joined(before, strip.first_row), s.block_lanes, skipped},

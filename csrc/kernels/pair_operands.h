@@ -156,13 +156,13 @@ struct PairOperands {
       if (!any(undefined) && splits(row)) continue;
       const E* query = static_cast<const E*>(queries.rows[row].query);
       for (int key = 0; key < seen.count; ++key) {
-        const int place = seen.skipped + key;
+        const int index = seen.skipped + key;
         float& score = scores[key * lanes + row];
-        const bool split = exact || (block.memory.unsplittable[place] == 0 && flags[row] == 0);
+        const bool split = exact || (block.memory.unsplittable[index] == 0 && flags[row] == 0);
         if (split && score == score) continue;
         float sum = 0;
         for (std::int64_t d = 0; d < head_dim; ++d)
-          sum = __builtin_fmaf(widen(query[d]), widen(block.keys[place * block.key_step + d]), sum);
+          sum = __builtin_fmaf(widen(query[d]), widen(block.keys[index * block.key_step + d]), sum);
         score = sum * multiplier;
       }
     }

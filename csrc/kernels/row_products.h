@@ -47,7 +47,7 @@ struct RowProducts {
     T* scores;   // [row][score_step]
     T* terms;    // [row][score_step]
     T* rescale;
-    RowPlaces<T> places;
+    RowLimits<T> limits;
     std::size_t bytes;
 
     Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
@@ -56,7 +56,7 @@ struct RowProducts {
         : query_step(ceil_div(head_dim, Dots::elements) * W),
           out_step(padded(value_dim)),
           score_step(static_cast<int>(padded(key_block))),
-          places(carver, rows) {
+          limits(carver, rows) {
       queries = carver.take<T>(rows * query_step);
       out = carver.take<T>(rows * out_step);
       scores = carver.take<T>(std::int64_t{rows} * score_step);
@@ -146,10 +146,10 @@ struct RowProducts {
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;
     for (int i = 0; i < W; ++i) {
-      const int place = key + i % Keys;
-      if (products[i] == products[i] || place >= keys.count) continue;
+      const int index = key + i % Keys;
+      if (products[i] == products[i] || index >= keys.count) continue;
       const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
-      const E* data = row_of<E>(keys.key_rows, place);
+      const E* data = row_of<E>(keys.key_rows, index);
       T sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
       products[i] = sum * static_cast<T>(block.scoring.multiplier);

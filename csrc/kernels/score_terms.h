@@ -21,8 +21,8 @@ template <class Axes, class T>
   }
   if (scoring.alibi)
     change_scores(tile, [&](Vec<T> s, int o, int l) {
-      const Vec<T> distance = abs(Axes::of_row(tile.places.distance, o, l) - Axes::template key<T>(o, l));
-      return s - Axes::of_row(tile.places.slope, o, l) * distance;
+      const Vec<T> distance = abs(Axes::of_row(tile.limits.distance, o, l) - Axes::template key<T>(o, l));
+      return s - Axes::of_row(tile.limits.slope, o, l) * distance;
     });
 }
 
@@ -137,7 +137,7 @@ inline Sight sight_of(ScoreTile<T> tile, const Scoring& scoring) {
   return first;
 }
 
-// Fills tile.places for `lanes` rows. Lanes without a row see all keys.
+// Fills tile.limits for `lanes` rows. Lanes without a row see all keys.
 template <class T>
 inline void describe_rows(ScoreTile<T> tile, int lanes) {
   const auto within = [&](std::int64_t key) {
@@ -146,10 +146,10 @@ inline void describe_rows(ScoreTile<T> tile, int lanes) {
   };
   for (int l = 0; l < lanes; ++l) {
     const Row* row = l < tile.num_rows ? tile.rows + l : nullptr;
-    tile.places.begin[l] = row ? within(row->key_begin) : T(0);
-    tile.places.end[l] = row ? within(row->key_end) : static_cast<T>(tile.num_keys);
-    tile.places.distance[l] = row ? static_cast<T>(row->position - tile.first_key) : T(0);
-    tile.places.slope[l] = row ? static_cast<T>(row->slope * log2_e) : T(0);
+    tile.limits.begin[l] = row ? within(row->key_begin) : T(0);
+    tile.limits.end[l] = row ? within(row->key_end) : static_cast<T>(tile.num_keys);
+    tile.limits.distance[l] = row ? static_cast<T>(row->position - tile.first_key) : T(0);
+    tile.limits.slope[l] = row ? static_cast<T>(row->slope * log2_e) : T(0);
   }
 }
 
