@@ -19,15 +19,15 @@ class BackwardRun {
  public:
   BackwardRun(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted)
       : sizes_(jobs, count),
-        memory_(sizes_.shared_bytes + sizes_.thread_bytes * static_cast<std::size_t>(threads)),
-        threads_memory_(memory_.data() + sizes_.shared_bytes),
+        shared_(sizes_.shared_bytes),
+        own_(sizes_.thread_bytes, threads),
         loop_(sizes_.row_tasks + sizes_.range_tasks, threads, interrupted) {
     // Problems with long tasks first, so that no thread is left alone with such a task at the end.
     std::vector<BackwardJob> ordered(jobs, jobs + count);
     std::sort(ordered.begin(), ordered.end(),
               [](const BackwardJob& a, const BackwardJob& b) { return task_cost(a) > task_cost(b); });
     entries_.reserve(ordered.size());
-    char* shared = memory_.data();
+    char* shared = shared_.data();
     std::int64_t rows = 0, ranges = 0;
     for (const BackwardJob& job : ordered) {
       entries_.push_back({Pass(job, shared, loop_), rows, ranges});
@@ -40,7 +40,7 @@ class BackwardRun {
   bool execute() { return loop_.run(*this); }
 
   void operator()(std::int64_t index, int thread) noexcept {
-    char* own = threads_memory_ + sizes_.thread_bytes * static_cast<std::size_t>(thread);
+    char* own = own_.of(thread);
     if (index < sizes_.row_tasks) {
       Entry& entry = entry_of(index, &Entry::first_rows);
       entry.pass.prepare_rows(index - entry.first_rows, own);
@@ -85,8 +85,8 @@ class BackwardRun {
   }
 
   const Sizes sizes_;
-  const Scratch memory_;
-  char* const threads_memory_;
+  const Scratch shared_;
+  const ThreadScratch own_;
   TaskLoop loop_;
   std::vector<Entry> entries_;
 };

@@ -37,6 +37,9 @@ struct Partial {
   char* out;
   char* row_max;
   char* row_sum;
+  std::size_t bytes;
+
+  Partial(char* base, const Plan& plan, const Problem& problem);
 };
 
 struct Shared {
