@@ -23,14 +23,14 @@ class BackwardPart {
       : problem_(*job.problem),
         gradients_(*job.gradients),
         plan_(*job.plan),
-        terms_(score_terms(problem_)),
+        scoring_(scoring_of(problem_)),
         sums_(problem_, gradients_, plan_),
         relative_(problem_, gradients_, plan_),
         shared_(shared_memory, plan_, problem_),
         prepared_(problem_, gradients_, plan_, shared_),
         loop_(loop) {
     // The rows of a block belong to one head, so that they share one line of biases by distance.
-    terms_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
+    scoring_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
     std::uninitialized_value_construct_n(shared_.rows_prepared, plan_.row_tasks);
     std::uninitialized_value_construct_n(shared_.progress, plan_.tasks - plan_.row_tasks);
   }
@@ -183,7 +183,7 @@ class BackwardPart {
     return {
         .rows = memory.rows,
         .count = span.valid,
-        .terms = terms_,
+        .scoring = scoring_,
         .head_dim = problem_.head_dim,
         .value_dim = problem_.value_dim,
         .queries = memory.operands.queries,
@@ -213,19 +213,19 @@ class BackwardPart {
   void add_dquery(const RowSpan& span, const BackwardThreadMemory& memory, bool first, bool last) const {
     const T scale = static_cast<T>(problem_.scale);
     for (int i = 0; i < span.valid; ++i) {
-      T* part = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
+      T* own = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
       if (problem_.relative) {
         const T* relative = reinterpret_cast<const T*>(memory.relative.dquery) + i * plan_.key_step;
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) part[d] += relative[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) own[d] += relative[d];
       }
       char* result = element(problem_, gradients_.query, span, row_index(span, i));
       T* sum = plan_.buffers_dquery
                    ? reinterpret_cast<T*>(shared_.dquery) + (row_index(problem_, span) + i) * problem_.head_dim
                    : reinterpret_cast<T*>(result);
       if (first)
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * part[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * own[d];
       else
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] += scale * part[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] += scale * own[d];
       if (last && plan_.buffers_dquery)
         scatter_row(*plan_.kernels, {result, gradients_.query.column, gradients_.query.dtype},
                     reinterpret_cast<const char*>(sum), type_of<T>, problem_.head_dim);
@@ -241,7 +241,7 @@ class BackwardPart {
   const Problem& problem_;
   const Gradients& gradients_;
   const BackwardPlan& plan_;
-  ScoreTerms terms_;
+  Scoring scoring_;
   const ScoreSums<T> sums_;
   const RelativeSums<T> relative_;
   const BackwardShared shared_;

@@ -24,7 +24,7 @@ struct Gradients {
   bool shares_scores = false;       // several heads or batch entries share elements of `scores`
   char* key_sums = nullptr;         // (batch, num_heads, kv_len): sums over queries
   double* row_sums = nullptr;       // (batch, num_heads, q_len): sums over keys
-  double* scale = nullptr;          // (batch, num_heads, q_len): each row's part of the gradient of the scale
+  double* scale = nullptr;          // (batch, num_heads, q_len): each row's share of the gradient of the scale
   double* slopes = nullptr;         // as `scale`, for the ALiBi slope of the row's head
   double* sinks = nullptr;          // as `scale`, for the sink of the row's head
   double* distance_bias = nullptr;  // (batch, num_heads, Problem::distance_bias.count)

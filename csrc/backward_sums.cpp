@@ -42,12 +42,12 @@ template <class T>
 void ScoreSums<T>::add_distances(const BackwardTask& task, const RowSpan& span,
                                  const BackwardThreadMemory& memory) const {
   const ByDistance& table = problem_.distance_bias;
-  const std::int64_t columns = span.valid - 1 + task.count, first = farthest(task, span) + table.origin;
+  const std::int64_t columns = span.valid - 1 + task.count, first = farthest(task, span);
   T* sums = reinterpret_cast<T*>(memory.columns);
   std::fill_n(sums, columns, T(0));
   for (int i = 0; i < span.valid; ++i) plan_.kernel->add(dscores_of(memory, i), task.count, sums + span.valid - 1 - i);
   for (std::int64_t c = 0; c < columns; ++c)
-    memory.distance_sums[std::clamp<std::int64_t>(first - c, 0, table.count - 1)] += static_cast<double>(sums[c]);
+    memory.distance_sums[table.index_of(first - c)] += static_cast<double>(sums[c]);
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 // A cache of the keys and values of growing sequences: where tokens are stored, how new ones are written, and how
 // attention reads them. Owns no memory.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/kernel_set.h"
@@ -37,7 +38,7 @@ class CachedKeys {
   CachedKeys(const Cache& cache, const std::int64_t* lengths);
   CachedKeys(const CachedKeys&) = delete;  // views point into this object
   CachedKeys& operator=(const CachedKeys&) = delete;
-  void place(AttentionArguments& arguments);
+  void present(AttentionArguments& arguments);
 
  private:
   struct View {
@@ -64,9 +65,17 @@ struct TokensView {
   TokensView& operator=(const TokensView&) = delete;
 };
 
-// Writes tokens (batch, tokens, heads, width) after the end of each sequence, converted to the cache's type. `row` is
-// scratch for 2 * width doubles.
+// Scratch memory for a row of keys or values that is converted.
+struct TokenMemory {
+  char* given;  // in the type of the new tokens
+  char* floats;
+  std::size_t bytes;
+
+  TokenMemory(char* base, std::int64_t width);
+};
+
+// Writes tokens (batch, tokens, heads, width) after the end of each sequence, converted to the cache's type.
 void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Rows& cached, const TensorView& tokens,
-                  char* row);
+                  char* scratch);
 
 }  // namespace selfattn

@@ -40,7 +40,7 @@ class CacheCall {
   bool run(const Plan& plan, int num_threads, Interrupted interrupted) const;
 
  private:
-  AttentionArguments placed(CacheStep& step, AttentionArguments arguments);
+  AttentionArguments presented(CacheStep& step, AttentionArguments arguments);
   bool rotate(int num_threads, Interrupted interrupted) const;
 
   const CacheStep& step_;

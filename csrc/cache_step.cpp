@@ -6,19 +6,11 @@
 #include <string>
 
 #include "arithmetic.h"
+#include "carver.h"
 #include "message.h"
 
 namespace selfattn {
 namespace {
-
-std::int64_t integer_bytes(std::int64_t batch) { return bytes_of(batch, sizeof(std::int64_t)); }
-std::int64_t page_row_bytes(std::int64_t batch) { return bytes_of(batch, sizeof(Pages::Row)); }
-
-std::size_t memory_bytes(const CacheSource& source) {
-  const std::int64_t row =
-      bytes_of(2, size_of(DType::f64), std::max(source.store->key.width, source.store->value.width));
-  return static_cast<std::size_t>(3 * integer_bytes(source.batch) + page_row_bytes(source.batch) + row);
-}
 
 Cache::Rows in_pages(Cache::Rows cached) {
   for (TokenRows* rows : {&cached.tokens, &cached.scales}) std::swap(rows->page, rows->batch);
@@ -33,18 +25,18 @@ void copy_shared(std::int64_t* to, std::int64_t* from, std::int64_t count) {
 }  // namespace
 
 CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64_t more)
-    : source_(source), more_(more), memory_(memory_bytes(source)) {
-  char* p = memory_.data();
-  const auto take = [&p](std::int64_t bytes) {
-    char* piece = p;
-    p += bytes;
-    return piece;
-  };
-  for (std::int64_t** array : {&lengths_, &after_, &starts_})
-    *array = reinterpret_cast<std::int64_t*>(take(integer_bytes(source.batch)));
-  rows_ = reinterpret_cast<Pages::Row*>(take(page_row_bytes(source.batch)));
-  row_ = p;
+    : source_(source), more_(more) {
   const CacheStore& store = *source.store;
+  const TokenMemory row(nullptr, std::max(store.key.width, store.value.width));
+  const auto divide = [&](char* base) {
+    Carver carver{base};
+    for (std::int64_t** array : {&lengths_, &after_, &starts_}) *array = carver.take<std::int64_t>(source.batch);
+    rows_ = carver.take<Pages::Row>(source.batch);
+    token_ = carver.take<char>(static_cast<std::int64_t>(row.bytes));
+    return carver.used;
+  };
+  memory_.emplace(divide(nullptr));
+  divide(memory_->data());
   cache_.dtype = store.dtype;
   cache_.batch = source.batch;
   cache_.num_kv_heads = store.num_kv_heads;
@@ -120,12 +112,12 @@ void CacheStep::open_pages(const char* function) {
   if (started) use_starts();
 }
 
-void CacheStep::place(AttentionArguments& arguments) {
+void CacheStep::present(AttentionArguments& arguments) {
   const std::int64_t window = source_.store->window, left = arguments.window_left;
   if (window >= 0 && (left < 0 || left > window))
     refuse(arguments.function, "window"_arg, " is ", left < 0 ? "none" : std::to_string(left) + " to the left",
            ", but the cache keeps only the tokens that a window of ", window, " sees");
-  keys_->place(arguments);
+  keys_->present(arguments);
   arguments.recent_mask = static_cast<bool>(arguments.mask);
 }
 
@@ -142,8 +134,8 @@ void CacheStep::check_seen(const char* function, const Problem& problem) const {
 }
 
 void CacheStep::store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const {
-  store_tokens(kernels, cache_, cache_.key, keys, row_);
-  store_tokens(kernels, cache_, cache_.value, values, row_);
+  store_tokens(kernels, cache_, cache_.key, keys, token_);
+  store_tokens(kernels, cache_, cache_.value, values, token_);
 }
 
 void CacheStep::claim() const {

@@ -57,7 +57,7 @@ class CacheStep {
 
   // Sets the keys and values of an attention call to the contents of the cache after the append. Throws
   // std::invalid_argument if the call may look farther to the left than the cache's window.
-  void place(AttentionArguments& arguments);
+  void present(AttentionArguments& arguments);
 
   // Throws std::invalid_argument if a query of the call sees tokens that the cache no longer holds.
   void check_seen(const char* function, const Problem& problem) const;
@@ -93,10 +93,10 @@ class CacheStep {
   const CacheSource source_;
   const std::int64_t more_;
   Cache cache_{};
-  const Scratch memory_;  // backs the following arrays
+  std::optional<Scratch> memory_;  // backs the following arrays
   std::int64_t *lengths_, *after_, *starts_;
   Pages::Row* rows_;
-  char* row_;  // see store_tokens
+  char* token_;  // a TokenMemory
   std::int64_t starts_step_ = sizeof(std::int64_t);
   std::optional<CachedKeys> keys_;
 };

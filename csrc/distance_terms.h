@@ -9,6 +9,10 @@
 
 namespace selfattn {
 
+namespace core {
+struct Carver;
+}
+
 // How relative products are computed.
 struct RelativeProducts {
   const KernelSet* kernels = nullptr;
@@ -29,9 +33,9 @@ struct DistanceMemory {
   std::int64_t bias_step = 0;
 };
 
-// Places the memory for blocks of `rows` rows and `keys` keys at base + used, and adds its size to `used`.
-DistanceMemory place_distance_memory(char* base, std::size_t& used, const Problem& problem,
-                                     const RelativeProducts& relative, std::int64_t rows, std::int64_t keys);
+// Takes the memory for blocks of `rows` rows and `keys` keys.
+DistanceMemory take_distance_memory(core::Carver& carver, const Problem& problem, const RelativeProducts& relative,
+                                    std::int64_t rows, std::int64_t keys);
 
 class DistanceTerms {
  public:

@@ -40,7 +40,8 @@ struct LinearBlock {
 // One thread's scratch memory for the blocks of some jobs.
 class LinearSpace {
  public:
-  LinearSpace(char* base, const LinearJob* jobs, int count);
+  // For blocks of at most `rows` rows.
+  LinearSpace(char* base, const LinearJob* jobs, int count, std::int64_t rows);
   std::size_t bytes() const { return bytes_; }
   void forget();  // call it before the first block
   // The block has at most most_rows rows, or is a task of run_all.

@@ -143,7 +143,7 @@ double cache_bytes(const Problem& problem) {
          static_cast<double>((problem.head_dim + problem.value_dim) * size_of(problem.key.dtype));
 }
 
-bool parts_keys(const Plan& plan) { return plan.row_blocks <= row_blocks_with_ranges; }
+bool splits_keys(const Plan& plan) { return plan.row_blocks <= row_blocks_with_ranges; }
 
 std::int64_t wanted_range(const Plan& plan) {
   const std::int64_t wanted = plan.attend->strip_rows > 1 ? tile_range_keys : row_range_keys;
@@ -152,7 +152,7 @@ std::int64_t wanted_range(const Plan& plan) {
 
 // An upper bound for the number of ranges of an entry with at most `keys` keys.
 std::int64_t most_ranges_of(const Plan& plan, std::int64_t keys) {
-  return parts_keys(plan) ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
+  return splits_keys(plan) ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
 }
 
 }  // namespace

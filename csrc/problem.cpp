@@ -168,7 +168,7 @@ bool depends_on_positions(const AttentionArguments& a) {
 // An entry with fewer valid keys than queries nearly always comes from a right-padded batch. Aligning its last query,
 // which is padding, with its last valid key would silently shift its positions.
 void check_alignment(const Problem& problem, const AttentionArguments& a) {
-  if (!problem.kv_lens || problem.q_lens || problem.q_offset || a.keys == Keys::cached || problem.batch == 0) return;
+  if (!problem.kv_lens || problem.q_lens || problem.q_offset || a.cached || problem.batch == 0) return;
   if (!depends_on_positions(a)) return;
   const auto check = [&](std::int64_t length) {
     if (length < problem.q_len)
@@ -255,8 +255,8 @@ void check_numbers(const AttentionArguments& a, const Problem& problem) {
 
 Problem make_problem(const AttentionArguments& a) {
   Problem problem;
+  static_cast<Settings&>(problem) = a;
   problem.dtype = computed_in(a.q.dtype);
-  problem.layout = a.layout;
   set_shapes(problem, a);
   place_scales(problem, problem.key_scales, a.key_scales, a.key_scale_page);
   place_scales(problem, problem.value_scales, a.value_scales, a.value_scale_page);
@@ -264,23 +264,17 @@ Problem make_problem(const AttentionArguments& a) {
   place_score_operand(problem, problem.mask, a.function, "mask", a.mask,
                       a.recent_mask ? problem.q_len : problem.kv_len);
   place_score_operand(problem, problem.bias, a.function, "bias", a.bias, problem.kv_len);
-  problem.causal = a.causal;
   place_per_batch(problem, problem.q_offset, a.function, "q_offset", a.q_offset);
-  problem.window_left = a.window_left;
-  problem.window_right = a.window_right;
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
   check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "q");
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
   check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "k");
-  if (a.keys == Keys::same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
+  if (a.same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
   check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
   check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap.value_or(0);
-  problem.precision = a.precision;
-  problem.dropout = a.dropout;
-  problem.seed = a.seed;
   problem.first_entry = a.first_entry;
   check_numbers(a, problem);
   place_per_head(problem, a);

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "attention_options.h"
 #include "tensor_view.h"
 
 namespace selfattn {
@@ -81,62 +82,40 @@ struct PerHead {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// One row for each distance i + offset - j of query i and key j, at index clamp(distance + origin, 0, count - 1).
+// One row for each distance i + offset - j of query i and key j. Distances beyond an end use the row at that end.
 struct ByDistance {
   PerHead rows;
   std::int64_t count = 0;
   std::int64_t origin = 0;
 
   explicit operator bool() const { return static_cast<bool>(rows); }
-  const char* at(std::int64_t head, std::int64_t distance) const;
-};
-
-// How far operands of float32 products may be rounded, where that is faster.
-enum class Precision : std::uint8_t { highest, high, medium };
-
-// Where the keys of a call come from. This decides how keys and queries are aligned if lengths are given.
-enum class Keys : std::uint8_t { separate, same_tokens, cached };
-
-// The order of the axes of q, k, v and out: heads before the sequence, or after it.
-enum class Layout : std::uint8_t { bhsd, bshd };
-
-// The options of a call that are not arrays.
-struct Settings {
-  Layout layout = Layout::bhsd;
-  bool causal = false;
-  std::int64_t window_left = -1;  // -1: unbounded
-  std::int64_t window_right = -1;
-  std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
-  std::optional<double> softcap;
-  Precision precision = Precision::highest;
-  std::int64_t distance_origin = 0;  // the column of distance_bias for distance 0
-  double dropout = 0;                // rate at which weights are dropped, in [0, 1)
-  std::uint64_t seed = 0;            // of dropout
+  // The index of the row for a distance. Problem::offset_of is clamped, so the sum cannot overflow.
+  std::int64_t index_of(std::int64_t distance) const {
+    return std::clamp<std::int64_t>(distance + origin, 0, count - 1);
+  }
+  const char* at(std::int64_t head_index, std::int64_t distance) const {
+    return rows.data + head_index * rows.head + index_of(distance) * rows.row;
+  }
 };
 
 // The arguments as received: shapes have not been checked.
-struct AttentionArguments : Settings {
+struct AttentionArguments : AttentionOptions<TensorView> {
   const char* function = "attention";  // the function that error messages name
-  TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
-  Keys keys = Keys::separate;
-  TensorView r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
+  TensorView q, k, v, r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
   std::int64_t r_origin = 0;
-  TensorView distance_bias;  // (num_heads, count)
-  // For caches: the pages of k and v and the strides between them in bytes, the scales of int8 codes, and the first key
-  // that each sequence still holds (kv_starts).
+  // For caches: the pages of k and v and the strides between them in bytes, and the scales of int8 codes.
+  bool cached = false;  // queries are aligned with the newest keys, however few these are
   Pages pages;
   std::int64_t key_page = 0, value_page = 0;
   TensorView key_scales, value_scales;  // (batch, num_kv_heads, kv_len)
   std::int64_t key_scale_page = 0, value_scale_page = 0;
-  TensorView kv_starts;
   bool recent_mask = false;      // the mask covers only the newest q_len keys
   std::int64_t first_entry = 0;  // for dropout: batch entry b counts as entry first_entry + b
 };
 
-struct Problem {
+struct Problem : Settings {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
   int ndim = 0;              // of out
-  Layout layout = Layout::bhsd;
   Shape batch_shape;
   std::int64_t batch = 1;  // number of entries
   std::int64_t num_heads = 0, num_kv_heads = 0, group_size = 0;
@@ -150,13 +129,8 @@ struct Problem {
   Pages pages;
   bool recent_mask = false;
   Operand out, lse, weights;  // lse and weights may be absent
-  bool causal = false;
-  std::int64_t window_left = -1, window_right = -1;
   double scale = 0;
-  double softcap = 0;
-  Precision precision = Precision::highest;
-  double dropout = 0;
-  std::uint64_t seed = 0;
+  double softcap = 0;  // 0: none
   std::int64_t first_entry = 0;
   std::vector<BatchAxis> batch_axes;  // of all operands; most operands have none, only Operand::batch
 

@@ -49,17 +49,24 @@ class Projection {
   };
   std::int64_t columns_of(Panels panels) const;
 
-  // Computes the columns of these panels for `rows` rows of x. Rows of x are contiguous elements of type operand (for
-  // pairs, see MatrixKernels); rows of out are contiguous elements of the type of computation. Steps are in elements.
-  void project(Panels panels, DType operand, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
-               std::int64_t out_step) const noexcept;
+  // Rows of x are contiguous elements of type operand (for pairs, see MatrixKernels); rows of out are contiguous
+  // elements of the type of computation. Steps are in elements.
+  struct Rows {
+    DType operand;
+    const void* x;
+    std::int64_t x_step, count;
+    void* out;
+    std::int64_t out_step;
+  };
+  // Computes the columns of these panels for some rows.
+  void project(Panels panels, const Rows& rows) const noexcept;
 
  private:
   std::int64_t panel_rows() const;  // padded depth
   std::int64_t padded_columns() const { return panels() * panel_columns(); }
   std::int64_t panel_bytes() const { return panel_rows() * panel_columns() * size_of(dtype_); }
   template <class Copy>
-  void each_part(const TensorView& weights, Copy copy) const;
+  void each_rows(const TensorView& weights, Copy copy) const;
 
   struct Free {
     void operator()(char* p) const;

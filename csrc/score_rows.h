@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels/kernel_set.h"
 #include "problem.h"
+#include "rows.h"
 
 namespace selfattn {
 
@@ -57,12 +58,12 @@ Row describe_row(const Problem& problem, const RowSpan& span, RowIndex index, co
 // Describes every valid row of the span.
 void describe_rows(const Problem& problem, const RowSpan& span, Row* rows);
 
-// Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
-// is one.
-void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to);
+// Copies the query of row i of the span, and adds its head's row of `bias`, if there is one. The elements of `to` are
+// contiguous.
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i,
+                  const PerHead& bias, const TargetRow& to);
 
 // How products become scores, the same for every row.
-ScoreTerms score_terms(const Problem& problem);
+Scoring scoring_of(const Problem& problem);
 
 }  // namespace selfattn

@@ -1,4 +1,4 @@
-// The layout of the scratch memory of a call. make_plan uses it to compute sizes and attend() to place the buffers, so
+// The layout of the scratch memory of a call. make_plan uses it to compute sizes and attend() to divide memory, so
 // that they always agree.
 #pragma once
 #include <atomic>
@@ -37,6 +37,9 @@ struct Partial {
   char* out;
   char* row_max;
   char* row_sum;
+  std::size_t bytes;
+
+  Partial(char* base, const Plan& plan, const Problem& problem);
 };
 
 struct Shared {

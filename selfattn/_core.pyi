@@ -15,7 +15,7 @@ PRECISIONS: dict[str, int]
 DTYPES: dict[str, int]
 
 class Options:
-    """All arguments of a call except its operands; csrc/bindings/options.cpp has the defaults."""
+    """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
 
     mask: NDArray[Any] | None
     bias: NDArray[Any] | None
@@ -126,7 +126,7 @@ class VarlenInputs:
         alibi_slopes: NDArray[np.float64] | None = None,  # (sequences, heads)
     ) -> None: ...
 
-class RelativeTerms:
+class RelativeInputs:
     """Operands of relative attention in addition to q, k and v."""
 
     r: NDArray[Any]
@@ -224,7 +224,7 @@ def attention_varlen_backward(
 def relative_attention(
     function: str,
     operands: Heads,
-    terms: RelativeTerms,
+    inputs: RelativeInputs,
     out: NDArray[Any] | None,
     options: Options,
     /,
@@ -232,7 +232,7 @@ def relative_attention(
 def relative_attention_backward(
     function: str,
     operands: Heads,
-    terms: RelativeTerms,
+    inputs: RelativeInputs,
     given: GradientInputs,
     wrt: tuple[str, ...],
     options: Options,
@@ -317,14 +317,7 @@ def call_feed_forward(
 # Vectors are contiguous and have the type of computation.
 def make_norm(weight: NDArray[Any] | None, bias: NDArray[Any] | None, eps: float, centred: bool, /) -> Norm: ...
 def call_norm(
-    function: str,
-    x: NDArray[Any],
-    vectors: tuple[NDArray[Any] | None, NDArray[Any] | None],  # weight and bias
-    eps: float,
-    centred: bool,
-    residual: NDArray[Any] | None,
-    out: NDArray[Any] | None,
-    /,
+    norm: Norm, function: str, x: NDArray[Any], residual: NDArray[Any] | None, out: NDArray[Any] | None, /
 ) -> NDArray[Any]: ...
 def apply_rope(
     x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, inverse: bool, /

@@ -29,12 +29,12 @@ TensorView value_view(const char* function, py::handle v, DType query, DType key
 // The requested results other than out, allocated and attached to the problem.
 struct Extras {
   py::object lse = py::none(), weights = py::none();
-  Extras(const Options& options, Problem& problem);
+  Extras(const AttentionArguments& arguments, Problem& problem);
   py::object join(py::object out) const { return bindings::join(std::move(out), lse, weights); }
 };
 
 // Checks the arguments, computes into `out` or a new array like `like`, and returns the requested results.
-py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like);
+py::object attend_to(const AttentionArguments& arguments, py::object out, py::handle like);
 
 // The arguments of a call, from arrays.
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options);
@@ -44,8 +44,8 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
 // has the shape of the bias. The gradients of r, u, w and T5's table have all heads and batch entries. The gradients of
 // the scale, ALiBi's slopes and sinks have one number per query row; the caller sums these numbers. `operands` are the
 // arrays q, k and v. No array of `given` lacks or broadcasts an axis; grad_weights is in the type of computation.
-py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
-                      const GradientInputs& given, const py::sequence& wrt);
+py::dict gradients_of(const AttentionArguments& arguments, const py::tuple& operands, const GradientInputs& given,
+                      const py::sequence& wrt);
 
 void register_attention(py::module_& module);
 void register_backward(py::module_& module);

@@ -126,7 +126,7 @@ py::object attend_cache(py::handle function_name, py::handle store, py::handle s
   }
   Destination result(std::move(out), direct, out_shape(problem), type, inputs.q);
   attach_out(problem, result.view(type));
-  const Extras extras(options, problem);
+  const Extras extras(arguments, problem);
   const Plan plan = make_plan(problem, active_kernels());
   py::object results;
   source.step().run([&] {

@@ -27,18 +27,17 @@ class Layer {
 
   py::object call(const char* function, const LayerInputs& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs.x, context = inputs.context;
-    const Options& options = options_of(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
     if (!other && weights_.key.depth() != weights_.query.depth())
       refuse(function, "x"_arg, " has d_model ", weights_.query.depth(), " but ", "w_k"_arg, " has ",
              weights_.key.depth(), " rows: without context they must agree");
-    const TensorView places = optional_view(inputs.positions, DType::i64);
+    const TensorView positions = optional_view(inputs.positions, DType::i64);
     std::optional<CacheArguments> source;
     open_cache(source, function, inputs.store, inputs.sequences, input);
-    const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
-    LayerCall call(weights_, input, other, places, source ? &source->step() : nullptr, arguments);
+    const AttentionArguments arguments = arguments_of(function, options_of(option_values), {}, {}, {});
+    LayerCall call(weights_, input, other, positions, source ? &source->step() : nullptr, arguments);
     const TensorView added = residual_view(function, inputs.residual, weights_.dtype, call.out_shape());
     bool direct = false;
     if (!out.is_none()) {
@@ -46,17 +45,17 @@ class Layer {
       check_out(function, given, call.out_shape(), weights_.dtype);
       const TensorView view = view_of(given, weights_.dtype);
       direct = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
-               !meet(view, places) && (!meet(view, added) || same(view, added)) && !meets_any(view, arguments) &&
+               !meet(view, positions) && (!meet(view, added) || same(view, added)) && !meets_any(view, arguments) &&
                !(source && source->meets(view));
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
-    const Extras extras(options, call.problem());
+    const Extras extras(arguments, call.problem());
     py::object results;
     const auto work = [&] {
       bool finished;
       {
         const CoreCall call_of_core(call.flops());
-        finished = call.run(result.view(weights_.dtype), added, options.num_threads, interrupted);
+        finished = call.run(result.view(weights_.dtype), added, arguments.num_threads, interrupted);
       }
       if (!finished) throw py::error_already_set();
       results = extras.join(result.deliver());

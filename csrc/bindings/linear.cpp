@@ -182,35 +182,35 @@ py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   return found;
 }
 
-// `parts` are two layers and two norms as capsules, which the caller must keep alive. Norms may be None.
-py::object call_feed_forward(const py::tuple& parts, const char* function, py::handle x, py::handle residual,
+// `capsules` are two layers and two norms, which the caller must keep alive. Norms may be None.
+py::object call_feed_forward(const py::tuple& capsules, const char* function, py::handle x, py::handle residual,
                              py::object out, int num_threads) {
-  const LinearWeights& first = held_by<HeldLinear>(parts[0]).weights;
-  const LinearWeights& second = held_by<HeldLinear>(parts[1]).weights;
+  const LinearWeights& first = held_by<HeldLinear>(capsules[0]).weights;
+  const LinearWeights& second = held_by<HeldLinear>(capsules[1]).weights;
   const RowCall call(function, x, first.projection.depth(), residual, second.projection.columns());
   check_dtype(function, call.x, first.projection);
   // Read here, because the work runs without the GIL.
-  const Norm *const norm = norm_or_none(parts[2]), *const post_norm = norm_or_none(parts[3]);
+  const Norm *const norm = norm_or_none(capsules[2]), *const post_norm = norm_or_none(capsules[3]);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
-    return FeedForwardJob{first, second, norm, post_norm, rows, added, result, call.x.dtype};
+    return FeedForward({first, second, norm, post_norm, rows, added, result, call.x.dtype});
   };
   return call.run(std::move(out), x, true, job,
-                  [&](const FeedForwardJob& all) { return run_feed_forward(all, num_threads, interrupted); });
+                  [&](const FeedForward& all) { return all.run(num_threads, interrupted); });
 }
 
 py::capsule make_norm(py::object weight, py::object bias, double epsilon, bool centred) {
   return capsule_of(std::make_unique<HeldNorm>(std::move(weight), std::move(bias), epsilon, centred));
 }
 
-py::object call_norm(const char* function, py::handle x, const py::tuple& vectors, double epsilon, bool centred,
-                     py::handle residual, py::object out) {
+py::object call_norm(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
+                     py::object out) {
+  const Norm& norm = held_by<HeldNorm>(capsule).norm;
   const TensorView view = float_view(function, "x", x);
   const std::int64_t count = view.ndim > 0 ? view.extent(0) : 0;
   const RowCall call(function, x, count, residual, count);
-  const HeldNorm held(vectors[0], vectors[1], epsilon, centred);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
     const DType dtype = call.x.dtype;
-    return NormJob{active_kernels(), held.norm, count, rows, added, result, dtype, count * size_of(dtype)};
+    return NormJob{active_kernels(), norm, count, rows, added, result, dtype, count * size_of(dtype)};
   };
   return call.run(std::move(out), x, true, job, [](const NormJob& all) { return normalise_all(all, 0, interrupted); });
 }

@@ -40,11 +40,11 @@ constexpr Field<VarlenInputs> varlen_fields[] = {
     field<VarlenInputs, &VarlenInputs::alibi_slopes>("alibi_slopes"),
 };
 
-constexpr Field<RelativeTerms> relative_fields[] = {
-    field<RelativeTerms, &RelativeTerms::r>("r"),
-    field<RelativeTerms, &RelativeTerms::u>("u"),
-    field<RelativeTerms, &RelativeTerms::w>("w"),
-    field<RelativeTerms, &RelativeTerms::r_origin>("r_origin"),
+constexpr Field<RelativeInputs> relative_fields[] = {
+    field<RelativeInputs, &RelativeInputs::r>("r"),
+    field<RelativeInputs, &RelativeInputs::u>("u"),
+    field<RelativeInputs, &RelativeInputs::w>("w"),
+    field<RelativeInputs, &RelativeInputs::r_origin>("r_origin"),
 };
 
 constexpr Field<GradientInputs> gradient_fields[] = {
@@ -67,7 +67,7 @@ void register_operands(py::module_& module) {
   Record<CacheInputs>::add(module, "CacheInputs", cache_fields);
   Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
   Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);
-  Record<RelativeTerms>::add(module, "RelativeTerms", relative_fields);
+  Record<RelativeInputs>::add(module, "RelativeInputs", relative_fields);
   Record<GradientInputs>::add(module, "GradientInputs", gradient_fields);
 }
 

@@ -28,7 +28,7 @@ struct VarlenInputs {
 };
 
 // Operands of relative_attention() and its gradients, in addition to q, k and v.
-struct RelativeTerms {
+struct RelativeInputs {
   py::object r = py::none(), u = py::none(), w = py::none();
   std::int64_t r_origin = 0;
 };

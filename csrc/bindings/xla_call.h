@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "bindings/xla_ffi.h"
@@ -71,19 +72,13 @@ struct Doubles : Array {
   explicit Doubles(const Buffer& buffer) : Array(buffer.data, DType::f64, buffer.extents, buffer.rank - 1) {}
 };
 
-// Lengths as int64. They are checked here, because errors must name JAX's arguments.
+// Lengths as int64.
 struct Lengths {
   std::vector<std::int64_t> numbers;
   Array array;
 
-  // `of` names the operand whose lengths these are, (..., length, heads, head_dim).
-  Lengths(const Buffer& buffer, const char* name, const Buffer& operand, const char* of)
-      : numbers(read(buffer)), array(numbers.data(), DType::i64, buffer.extents, buffer.rank) {
-    const std::int64_t limit = operand.extents[operand.rank - 3];
-    for (const std::int64_t n : numbers)
-      if (n < 0 || n > limit)
-        refuse(function, name, " holds ", n, ", which is outside 0..", limit, " (the length of ", of, ")");
-  }
+  explicit Lengths(const Buffer& buffer)
+      : numbers(read(buffer)), array(numbers.data(), DType::i64, buffer.extents, buffer.rank) {}
 
  private:
   static std::vector<std::int64_t> read(const Buffer& buffer) {
@@ -94,6 +89,28 @@ struct Lengths {
     return copy(static_cast<const std::int64_t*>(buffer.data));
   }
 };
+
+// make_problem, but errors use JAX's names for arguments.
+inline Problem problem_of(const AttentionArguments& arguments) {
+  struct Name {
+    std::string_view ours, theirs;
+  };
+  static constexpr Name names[] = {{"q", "query"},
+                                   {"k", "key"},
+                                   {"v", "value"},
+                                   {"q_lens", "query_seq_lengths"},
+                                   {"kv_lens", "key_value_seq_lengths"}};
+  try {
+    return make_problem(arguments);
+  } catch (const Refusal& refusal) {
+    Message message = refusal.message();
+    for (std::size_t i = 2; i < message.size(); i += 2) {  // the first name is the function's
+      const auto* const found = std::ranges::find(names, message[i], &Name::ours);
+      if (found != std::end(names)) message[i] = found->theirs;
+    }
+    throw Refusal(std::move(message));
+  }
+}
 
 class Call {
  public:

@@ -9,8 +9,8 @@ namespace selfattn::SELFATTN_ISA {
 
 // A strip is two tiles wide. f32_highest is null: at full accuracy, each float32 product takes six bfloat16 products,
 // and no kernel with six products is known to be faster than FMA.
-template <class E, int Terms>
-constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, Terms>, 2>::kernel;
+template <class E, int SplitTerms>
+constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, SplitTerms>, 2>::kernel;
 
 constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
   return {

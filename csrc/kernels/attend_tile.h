@@ -27,20 +27,20 @@ struct TileAttention {
   static constexpr int W = Vec<T>::width;
   static constexpr int strip_rows = Vectors * W;
 
-  struct Scratch {
+  struct Memory {
     Strip* strips;
     T* queries;  // per strip, packed by the engine
     T* out;      // per strip [value_dim][lanes]
     T* scores;   // [key_block][lanes]; some engines store probs here
     T* terms;    // [key_block][lanes]; the factors of dropout, or mask and bias
-    RowPlaces<T> places;
+    RowLimits<T> limits;
     typename Engine::Memory memory;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : places(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
+    Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : limits(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
       const int count = ceil_div(rows, strip_rows);
       const std::int64_t lanes = round_up(rows, W);  // of all strips; the last strip may have fewer vectors
       strips = carver.take<Strip>(count);
@@ -50,21 +50,21 @@ struct TileAttention {
       terms = carver.take<T>(factor_lines(key_block) * strip_rows);
       bytes = carver.used;
     }
-    explicit Scratch(const RowBlock& block)
-        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+    explicit Memory(const RowBlock& block)
+        : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+    return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
   static void begin(const RowBlock& block) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     T* row_max = static_cast<T*>(block.row_max);
     T* row_sum = static_cast<T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const int left = block.count - first;
-      s.strips[i] = make_strip<T>(block.rows, block.terms, first, left < strip_rows ? left : strip_rows);
+      s.strips[i] = make_strip<T>(block.rows, block.scoring, first, left < strip_rows ? left : strip_rows);
       const int lanes = s.strips[i].vectors * W;
       for (int l = 0; l < lanes; ++l) {
         const double sink = first + l < block.count ? block.rows[first + l].sink : minus_infinity<double>;
@@ -77,8 +77,8 @@ struct TileAttention {
   }
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
-    const Scratch s(block);
-    if (block.terms.bias && !block.terms.bias_at_hand) touch_bias(block, keys);
+    const Memory s(block);
+    if (block.scoring.bias && !block.scoring.bias_at_hand) touch_bias(block, keys);
     // Called for each key block, not once for all: between key blocks, the driver may run the caller's signal handlers,
     // and these may use the tile registers.
     Engine::start();
@@ -97,11 +97,11 @@ struct TileAttention {
     Engine::stop();
   }
 
-  static T* out_of(const RowBlock& block, const Scratch& s, int first_row) {
+  static T* out_of(const RowBlock& block, const Memory& s, int first_row) {
     return s.out + first_row * Engine::dim_rows(block.value_dim);
   }
 
-  static T* queries_of(const RowBlock& block, const Scratch& s, int first_row) {
+  static T* queries_of(const RowBlock& block, const Memory& s, int first_row) {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
@@ -109,7 +109,7 @@ struct TileAttention {
   // window fit in L2 and leave room for other data.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
-    const std::int64_t step = block.terms.bias_step;
+    const std::int64_t step = block.scoring.bias_step;
     const std::int64_t fitting = bytes / (block.count * (step > 0 ? step : 1)) / block.key_block;
     const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
     if (keys.first % window != 0) return;
@@ -120,68 +120,74 @@ struct TileAttention {
   // scaled scores: adding relative products does not, and setting hidden scores to -inf does not if the multiplier is
   // positive.
   static bool can_defer_scale(const RowBlock& block) {
-    return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
-           !has_terms(block.terms) && !block.rows[0].scores;
+    return static_cast<T>(block.scoring.multiplier) > T(0) && block.scoring.softcap == 0 && !block.scoring.alibi &&
+           !has_terms(block.scoring) && !block.rows[0].scores;
+  }
+
+  // The scores of a strip, before the rows are described.
+  [[gnu::always_inline]] static ScoreTile<T> tile_of(const Memory& s, const Strip& strip, const Row* rows,
+                                                     const SeenKeys& keys, int lanes) {
+    return {.scores = s.scores,
+            .terms = nullptr,
+            .outer = keys.count,
+            .lanes = lanes,
+            .step = lanes,
+            .limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count,
+            .limits = s.limits,
+            .rows = rows,
+            .num_rows = strip.rows,
+            .shares_terms = strip.shares_terms,
+            .first_key = keys.first,
+            .num_keys = keys.count};
   }
 
   // Which keys of a tile its rows see. Only needed if some value is not finite.
   struct Visibility {
-    const ScoreTerms& terms;
+    bool hides_some;  // whether some key may be hidden from some row
+    const Scoring& scoring;
     const ScoreTile<T>& tile;
     T* cells;  // memory for mask and bias in the shape of the tile; null if they hide no key
 
-    bool hides(int key) const { return selfattn::SELFATTN_ISA::hides(tile, terms, key); }  // from all rows
+    bool hides(int key) const { return selfattn::SELFATTN_ISA::hides(tile, scoring, key); }  // from all rows
     // A tile for `visible`.
     ScoreTile<T> described() const {
       ScoreTile<T> result = tile;
       describe_rows(result, tile.lanes);
-      if (cells) result.terms = gather_terms<AcrossRows>(result, terms, cells);
+      if (cells) result.terms = gather_terms<AcrossRows>(result, scoring, cells);
       return result;
     }
   };
 
   template <int Cols>
-  static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys,
+  static void absorb_strip(const RowBlock& block, const Memory& s, const Strip& strip, const SeenKeys& keys,
                            Block& prepared) {
     if constexpr (Cols > 1)
       if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, prepared);
     constexpr int lanes = Cols * W;
-    const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
     const Row* rows = block.rows + strip.first_row;
-    ScoreTile<T> tile{.scores = s.scores,
-                      .terms = nullptr,
-                      .outer = keys.count,
-                      .lanes = lanes,
-                      .step = lanes,
-                      .limited = limited,
-                      .places = s.places,
-                      .rows = rows,
-                      .num_rows = strip.rows,
-                      .shares_terms = strip.shares_terms,
-                      .first_key = keys.first,
-                      .num_keys = keys.count};
-    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
-    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    const ScoreTile<T> tile = tile_of(s, strip, rows, keys, lanes);
+    if (tile.limited || block.scoring.alibi || has_terms(block.scoring)) describe_rows(tile, lanes);
+    const Sight sight = has_terms(block.scoring) ? sight_of(tile, block.scoring) : Sight::everything;
     if (sight == Sight::nothing && !rows->scores) return;
 
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
-    T multiplier = static_cast<T>(block.terms.multiplier);
-    Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
+    T multiplier = static_cast<T>(block.scoring.multiplier);
+    Engine::template score<Cols>(prepared, keys, queries, multiplier, s.scores);
     if (rows->relative) add_relative<AcrossRows>(tile, Engine::scales ? multiplier : T(1));
     if (Engine::scales || !can_defer_scale(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
       multiplier = T(1);
     }
-    const bool hidden = complete_scores<AcrossRows>(tile, block.terms, sight);
+    const bool hidden = complete_scores<AcrossRows>(tile, block.scoring, sight);
 
     Vec<T> rescale[Cols];
     const ScoreLines<T> lines{s.scores, s.scores + keys.count * lanes, lanes};
     const auto keep = [&](const Vec<T>(&prob)[Engine::cell], T* line, int lane) {
       Engine::keep_probs(prepared, prob, lines.scores, line, lane);
     };
-    if (block.terms.dropout) {
+    if (block.scoring.dropout) {
       const T* factors =
-          dropout_factors(block.terms.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
+          dropout_factors(block.scoring.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, [&](Vec<T>(&prob)[Engine::cell], T* line, int lane) {
         const T* factor = factors + (line - lines.scores) + lane;
         for (int i = 0; i < Engine::cell; ++i) prob[i] = prob[i] * load(factor + i * lanes);
@@ -190,9 +196,9 @@ struct TileAttention {
     } else {
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, keep);
     }
-    Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
-                                      out_of(block, s, strip.first_row), limited || hidden,
-                                      Visibility{block.terms, tile, hidden ? s.terms : nullptr});
+    Engine::template accumulate<Cols>(
+        prepared, keys, s.scores, rescale, out_of(block, s, strip.first_row),
+        Visibility{tile.limited || hidden, block.scoring, tile, hidden ? s.terms : nullptr});
   }
 
   // Multiplies scores by `factor`, unless the engine has scaled them, and computes their probs, which keep(prob, line,
@@ -219,7 +225,7 @@ struct TileAttention {
 
   template <class Out>
   static void finish_as(const RowBlock& block) {
-    const Scratch s(block);
+    const Memory s(block);
     const T* row_sum = static_cast<const T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];

@@ -17,7 +17,7 @@ struct Skipped {
   std::int64_t step = 0;  // from one key to the next
 
   explicit operator bool() const { return marks != nullptr; }
-  Skipped from(std::int64_t place) const { return {marks ? marks + place : nullptr, value, step}; }
+  Skipped from(std::int64_t offset) const { return {marks ? marks + offset : nullptr, value, step}; }
   Mask<T> lanes(int key, std::int64_t row) const { return load(marks + key * step + row) == broadcast(value); }
   bool at(int key, int row) const { return marks[key * step + row] == value; }
 };
@@ -41,8 +41,8 @@ struct BackwardSums {
   template <int Cols>
   [[gnu::noinline]] static void add_key_sums(const KeySums& sums, std::int64_t head_dim, T* to) {
     if (sums.skipped) return add_some_keys<Cols>(sums, head_dim, to);
-    multiply_rows<TileRows, Cols, Unit>(Transposed<T>{sums.keys, sums.key_step}, head_dim, sums.factors,
-                                        sums.factor_step, cells<Unit>(sums.count),
+    multiply_rows<TileRows, Cols, Unit>(Transposed<T>{sums.keys, sums.key_step}, head_dim,
+                                        RowMajor<T>{sums.factors, sums.factor_step}, cells<Unit>(sums.count),
                                         [&](std::int64_t dim, const auto& tile) {
                                           T* sum = to + dim * Cols * W;
                                           for (const auto& row : tile)
@@ -116,8 +116,9 @@ struct BackwardSums {
   template <int Cols>
   [[gnu::noinline]] static void multiply_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim) {
     const std::int64_t step = sums.row_step;
-    multiply_rows<SumRows, Cols, Unit>(RowMajor<T>{sums.factors, sums.factor_step}, keys, sums.rows + dim, step,
-                                       cells<Unit>(rows), [&](std::int64_t key, const auto& tile) {
+    multiply_rows<SumRows, Cols, Unit>(RowMajor<T>{sums.factors, sums.factor_step}, keys,
+                                       RowMajor<T>{sums.rows + dim, step}, cells<Unit>(rows),
+                                       [&](std::int64_t key, const auto& tile) {
                                          T* sum = to + key * step + dim;
                                          for (const auto& row : tile) {
                                            for (int c = 0; c < Cols; ++c)

@@ -6,7 +6,7 @@
 //   join           [row][dim] -> [cell of rows][dim]
 //   keep_lines     stores the numbers of `cell` keys as cells of adjacent rows: [key][cell of rows]
 //   keep_joined    stores the same numbers as cells of adjacent keys: [cell of keys][row]
-//   without        sets one number of each cell to 0 in some lanes
+//   without        sets one half of each cell to 0 in some lanes
 #pragma once
 #include "kernels/tile_matmul.h"
 

@@ -52,6 +52,7 @@ struct FmaEngine {
   };
 
   struct Block {
+    std::int64_t head_dim, value_dim;
     const T* keys;
     std::int64_t key_step;
     const T* values;
@@ -73,8 +74,10 @@ struct FmaEngine {
     });
   }
 
-  static Block prepare(const RowBlock&, const KeyBlock& keys, const Memory& memory) {
-    return {static_cast<const T*>(keys.keys),
+  static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
+    return {rows.head_dim,
+            rows.value_dim,
+            static_cast<const T*>(keys.keys),
             keys.key_step,
             static_cast<const T*>(keys.values),
             keys.value_step,
@@ -91,11 +94,11 @@ struct FmaEngine {
   // The two products are not inlined, so that their loops have all registers to themselves.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
-                                      std::int64_t head_dim, std::int64_t value_dim, T multiplier, T* scores) {
+                                      T multiplier, T* scores) {
     const Ahead<T> values{block.fetches ? block.values + seen.skipped * block.value_step : nullptr, block.value_step,
-                          value_dim};
+                          block.value_dim};
     multiply_rows<TileRows, Cols, FmaUnit<T>>(RowMajor<T>{block.keys + seen.skipped * block.key_step, block.key_step},
-                                              seen.count, queries.packed, Cols * W, head_dim,
+                                              seen.count, RowMajor<T>{queries.packed, Cols * W}, block.head_dim,
                                               [&](std::int64_t key, const auto& sums) {
                                                 T* score = scores + key * Cols * W;
                                                 values.fetch(key, key + rows_of(sums));
@@ -109,47 +112,51 @@ struct FmaEngine {
     store(line + lane, prob[0]);  // replaces the score
   }
 
-  // `hides`: whether some key of `seen` may be hidden from some row; `visibility` tells which. If all rows hide a value
-  // that is not finite, a copy has 0 in its place. If some row sees such a value, a slower path skips hidden keys.
+  // If all rows hide a value that is not finite, a copy has 0 in its place. If some row sees such a value, a slower
+  // path skips hidden keys.
   template <int Cols, class Visibility>
-  static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
-                         std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides,
+  static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols], T* out,
                          const Visibility& visibility) {
-    const T* values = block.values + seen.skipped * block.value_step;
-    std::int64_t step = block.value_step;
-    const bool fetches_keys = block.fetches && block.next_keys;
+    Transposed<T> values = values_of(block, seen);
+    const auto value = [&](int key) { return values.data + key * values.step; };
+    const bool finite = !visibility.hides_some || all_finite(value, seen.count, block.value_dim);
+    if (finite || copy_finite(block, seen.count, visibility, values))
+      multiply_values<Cols>(block, values, seen.count, probs, rescale, out);
+    else
+      accumulate_visible<Cols>(block, seen, probs, rescale, out, visibility.described());
     block.fetches = false;
-    if (hides && !all_finite([&](int j) { return values + j * step; }, seen.count, value_dim)) {
-      if (!copy_finite(values, step, seen.count, value_dim, visibility, block.clean_values))
-        return accumulate_visible<Cols>(values, step, seen.count, probs, rescale, value_dim, out,
-                                        visibility.described());
-      values = block.clean_values;
-      step = value_dim;
-    }
-    multiply_values<Cols>(values, step, seen.count, probs, rescale, value_dim, out,
-                          {fetches_keys ? block.next_keys : nullptr, block.key_step, head_dim});
   }
 
  private:
-  // Copies values; those that are not finite and hidden from all rows become 0. Returns false if a row sees one.
+  static Transposed<T> values_of(const Block& block, const SeenKeys& seen) {
+    return {block.values + seen.skipped * block.value_step, block.value_step};
+  }
+
+  // Replaces `values` by a copy in which values that are not finite and hidden from all rows are 0. Returns false if a
+  // row sees one.
   template <class Visibility>
-  static bool copy_finite(const T* values, std::int64_t step, int count, std::int64_t value_dim,
-                          const Visibility& visibility, T* to) {
-    for (int key = 0; key < count; ++key, values += step, to += value_dim) {
-      const bool finite = all_finite([&](int) { return values; }, 1, value_dim);
+  static bool copy_finite(const Block& block, int count, const Visibility& visibility, Transposed<T>& values) {
+    const std::int64_t value_dim = block.value_dim;
+    T* to = block.clean_values;
+    for (int key = 0; key < count; ++key, to += value_dim) {
+      const T* from = values.data + key * values.step;
+      const bool finite = all_finite([&](int) { return from; }, 1, value_dim);
       if (!finite && !visibility.hides(key)) return false;
       for (std::int64_t d = 0; d < value_dim; d += W)
-        store_up_to(to + d, finite ? load_up_to(values + d, value_dim - d) : broadcast(T(0)), value_dim - d);
+        store_up_to(to + d, finite ? load_up_to(from + d, value_dim - d) : broadcast(T(0)), value_dim - d);
     }
+    values = {block.clean_values, value_dim};
     return true;
   }
 
   template <int Cols>
-  [[gnu::noinline]] static void multiply_values(const T* values, std::int64_t value_step, int count, const T* probs,
-                                                const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                                const Ahead<T>& next_keys) {
+  [[gnu::noinline]] static void multiply_values(const Block& block, const Transposed<T>& values, int count,
+                                                const T* probs, const Vec<T> (&rescale)[Cols], T* out) {
+    const std::int64_t value_dim = block.value_dim;
+    const bool next = block.fetches && block.next_keys;
+    const Ahead<T> next_keys{next ? block.next_keys : nullptr, block.key_step, block.head_dim};
     multiply_rows<TileRows, Cols, FmaUnit<T>>(
-        Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count, [&](std::int64_t dim, const auto& sums) {
+        values, value_dim, RowMajor<T>{probs, Cols * W}, count, [&](std::int64_t dim, const auto& sums) {
           T* o = out + dim * Cols * W;
           next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
           for (const auto& row : sums)
@@ -160,14 +167,14 @@ struct FmaEngine {
   // Computes the same sums in the same order as multiply_values, but skips hidden keys instead of multiplying their
   // values by 0.
   template <int Cols>
-  static void accumulate_visible(const T* values, std::int64_t value_step, int count, const T* probs,
-                                 const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                 const ScoreTile<T>& tile) {
-    for (std::int64_t dim = 0; dim < value_dim; ++dim)
+  static void accumulate_visible(const Block& block, const SeenKeys& seen, const T* probs,
+                                 const Vec<T> (&rescale)[Cols], T* out, const ScoreTile<T>& tile) {
+    const T* values = values_of(block, seen).data;
+    for (std::int64_t dim = 0; dim < block.value_dim; ++dim)
       for (int c = 0; c < Cols; ++c, out += W) {
         Vec<T> sum = broadcast(T(0));
-        for (int key = 0; key < count; ++key) {
-          const Vec<T> value = broadcast(values[key * value_step + dim]);
+        for (int key = 0; key < seen.count; ++key) {
+          const Vec<T> value = broadcast(values[key * block.value_step + dim]);
           const Vec<T> prob = load(probs + (key * Cols + c) * W);
           sum = select(visible<AcrossRows>(tile, key, c * W), fma(value, prob, sum), sum);
         }

@@ -40,12 +40,12 @@ struct PairEngine : PairOperands<E, 1> {
 
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                                      std::int64_t head_dim, std::int64_t, float multiplier, float* scores) {
+                                      float multiplier, float* scores) {
     const std::int64_t step = block.memory.key_step;
     const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
-    store_products<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, ceil_div(head_dim, cell), multiplier,
-                                             scores);
-    Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
+    store_products<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, ceil_div(block.head_dim, cell),
+                                             multiplier, scores);
+    Operands::recompute_scores(block, seen, queries, Cols * W, multiplier, scores);
   }
 
   // Probs overwrite the scores.
@@ -55,23 +55,22 @@ struct PairEngine : PairOperands<E, 1> {
 
   template <int Cols, class Visibility>
   static void accumulate(const Block& block, const SeenKeys& seen, const float* probs, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, const Visibility& visibility) {
-    multiply_values<Cols>(block, seen, probs, rescale, value_dim, out);
+                         float* out, const Visibility& visibility) {
+    multiply_values<Cols>(block, seen, probs, rescale, out);
     const auto prob = [&](int key, int c) {
       const VecF cells = load(probs + (key / cell * Cols + c) * W);
       return key % cell == 0 ? first_of(cells) : second_of(cells);
     };
-    if (!block.splits_values)
-      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, visibility);
+    if (!block.splits_values) Operands::template add_unsplittable_values<Cols>(block, seen, prob, out, visibility);
   }
 
  private:
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, const float* probs,
-                                                const VecF (&rescale)[Cols], std::int64_t value_dim, float* out) {
+                                                const VecF (&rescale)[Cols], float* out) {
     multiply_rows<TileRows, Cols, PairUnit>(
-        RowMajor<float>{block.memory.values + seen.skipped / cell, block.memory.value_step}, value_dim, probs, Cols * W,
-        ceil_div(seen.count, cell), [&](std::int64_t dim, const auto& sums) {
+        RowMajor<float>{block.memory.values + seen.skipped / cell, block.memory.value_step}, block.value_dim,
+        RowMajor<float>{probs, Cols * W}, ceil_div(seen.count, cell), [&](std::int64_t dim, const auto& sums) {
           float* o = out + dim * Cols * W;
           for (const auto& row : sums)
             for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));

@@ -40,7 +40,7 @@ struct Dropout {
 };
 
 // How products q.k become scores, and how weights are dropped. The same for all rows of a block.
-struct ScoreTerms {
+struct Scoring {
   double multiplier = 0;  // applied first; the result is in log2 units unless softcap follows
   double softcap = 0;     // applied next: softcap * tanh(score), in log2 units; 0: none
   bool alibi = false;
@@ -79,7 +79,7 @@ struct RowBlock {
   int key_block;  // the largest KeyBlock::count that will be absorbed
   std::int64_t head_dim;
   std::int64_t value_dim;
-  ScoreTerms terms;
+  Scoring scoring;
   DType out_type;  // the type of computation, or a 16-bit type
   bool normalise;  // whether finish divides by row_sum; false if the keys are split into several ranges
   // Per row, padded to whole strips: the maximum score and the sum of probs. Drivers read them after finish.
@@ -108,7 +108,7 @@ struct AttendKernel {
 struct BackwardBlock {
   const Row* rows;  // what each row sees, and its terms; query, out and scores are not used
   int count;
-  ScoreTerms terms;
+  Scoring scoring;
   std::int64_t head_dim;
   std::int64_t value_dim;
   const void* queries;  // [row][head_dim]
@@ -175,10 +175,10 @@ struct BackwardKernel {
   void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
-// Deep weights are multiplied in parts of this depth. Each part is multiplied for all rows and panels of a call before
-// the next part, so that the parts in use stay in L2. AMX multiplies the whole depth at once; codes are multiplied
-// group by group.
-constexpr std::int64_t depth_part = 512;
+// Deep weights are multiplied in slices of this depth. Each slice is multiplied for all rows and panels of a call
+// before the next one, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes are
+// multiplied group by group.
+constexpr std::int64_t depth_slice = 512;
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
 struct ProjectArgs {

@@ -40,7 +40,7 @@ struct RowProducts {
 
   static std::int64_t padded(std::int64_t count) { return round_up(count, W); }
 
-  struct Scratch {
+  struct Memory {
     std::int64_t query_step, out_step;
     int score_step;
     T* queries;  // [row][query_step], as Dots loads them, zero-padded
@@ -50,16 +50,16 @@ struct RowProducts {
     T* rescale;
     const void** value_rows;  // KeyBlock::value_rows without values that are not finite
     E* zeros;                 // [value_dim]
-    RowPlaces<T> places;
+    RowLimits<T> limits;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+    Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : query_step(ceil_div(head_dim, Dots::elements) * W),
           out_step(padded(value_dim)),
           score_step(static_cast<int>(padded(key_block))),
-          places(carver, rows) {
+          limits(carver, rows) {
       queries = carver.take<T>(rows * query_step);
       out = carver.take<T>(rows * out_step);
       scores = carver.take<T>(std::int64_t{rows} * score_step);
@@ -69,12 +69,12 @@ struct RowProducts {
       zeros = carver.take<E>(value_dim);
       bytes = carver.used;
     }
-    explicit Scratch(const RowBlock& block)
-        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+    explicit Memory(const RowBlock& block)
+        : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
   // scores = q . k * multiplier
-  static void score(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+  static void score(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys) {
       const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
       if (block.count <= rows_by_key)
@@ -95,12 +95,12 @@ struct RowProducts {
   // Computes the scores of the keys in [first, last), `Rows` rows at a time and `Abreast` keys at a time. For the
   // remaining rows, `Rows` is halved.
   template <int Rows, int Abreast>
-  static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
+  static void dot_rows(const RowBlock& block, const Memory& s, const KeyBlock& keys, int first, int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     constexpr int elements = Dots::elements;
     const std::int64_t whole = block.head_dim / elements * elements, tail = block.head_dim - whole;
-    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
+    const Vec<T> multiplier = broadcast(static_cast<T>(block.scoring.multiplier));
     for (; row + Rows <= block.count; row += Rows)
       for (int j = first; j < last; j += Keys) {
         const T* queries = s.queries + row * s.query_step;
@@ -151,13 +151,13 @@ struct RowProducts {
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;
     for (int i = 0; i < W; ++i) {
-      const int place = key + i % Keys;
-      if (products[i] == products[i] || place >= keys.count) continue;
+      const int index = key + i % Keys;
+      if (products[i] == products[i] || index >= keys.count) continue;
       const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
-      const E* data = row_of<E>(keys.key_rows, place);
+      const E* data = row_of<E>(keys.key_rows, index);
       T sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
-      products[i] = sum * static_cast<T>(block.terms.multiplier);
+      products[i] = sum * static_cast<T>(block.scoring.multiplier);
     }
   }
 };

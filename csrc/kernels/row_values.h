@@ -30,8 +30,8 @@ struct ValueChunk {
 
 // Adds a chunk's sums for one vector of dims to the outputs of a row. The first chunk of a key block also rescales
 // these outputs.
-template <class T, class Scratch>
-inline void add_sum(const Scratch& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
+template <class T, class Memory>
+inline void add_sum(const Memory& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
   T* out = s.out + row * s.out_step + dim;
   const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
   store(out, fma(load(out), broadcast(rescale), sum));
@@ -51,21 +51,21 @@ struct FmaValues {
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
 
   // out = out * rescale + probs . values, one chunk of keys after another.
-  template <class Scratch>
-  static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+  template <class Memory>
+  static void accumulate(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys)
       accumulate_rows<max_rows_at_once>(block, s, ValueChunk(keys, first), 0);
   }
 
   // Replaces values that are not finite and hidden from all rows by zeros. Returns false if a row sees one.
-  template <class Scratch>
-  static bool replace_hidden(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile, KeyBlock& keys) {
+  template <class Memory>
+  static bool replace_hidden(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile, KeyBlock& keys) {
     for (std::int64_t d = 0; d < block.value_dim; ++d) s.zeros[d] = E();
     for (int j = 0; j < keys.count + rows_ahead; ++j) {
       s.value_rows[j] = keys.value_rows[j];
       if (j >= keys.count || all_finite([&](int) { return row_of<E>(keys.value_rows, j); }, 1, block.value_dim))
         continue;
-      if (!hides(tile, block.terms, j)) return false;
+      if (!hides(tile, block.scoring, j)) return false;
       s.value_rows[j] = s.zeros;
     }
     keys.value_rows = s.value_rows;
@@ -73,8 +73,8 @@ struct FmaValues {
   }
 
   // Computes the same sums in the same order, but skips hidden keys instead of multiplying their values by 0.
-  template <class Scratch>
-  static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
+  template <class Memory>
+  static void accumulate_visible(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile,
                                  const KeyBlock& keys) {
     for (int r = 0; r < block.count; ++r)
       for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
@@ -99,8 +99,8 @@ struct FmaValues {
 
   // Processes `Rows` rows at a time, so that each value is loaded and widened once for all of these rows. For the
   // remaining rows, `Rows` is halved.
-  template <int Rows, class Scratch>
-  static void accumulate_rows(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row) {
+  template <int Rows, class Memory>
+  static void accumulate_rows(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;
     for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
     if constexpr (Rows > 1)
@@ -108,8 +108,8 @@ struct FmaValues {
   }
 
   // Processes `Cols` vectors of dims at a time. For the remaining dims, `Cols` is halved.
-  template <int Rows, int Cols, class Scratch>
-  static void accumulate_dims(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row,
+  template <int Rows, int Cols, class Memory>
+  static void accumulate_dims(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row,
                               std::int64_t dim) {
     const auto sweep = [&](auto load_value) {
       Vec<T> sums[Rows][Cols];

@@ -17,13 +17,13 @@ constexpr T largest = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) :
 
 // What each row sees. Keys are counted from the tile's first key.
 template <class T>
-struct RowPlaces {
+struct RowLimits {
   T* begin;  // the row sees keys in [begin, end)
   T* end;
   T* distance;  // ALiBi distances are measured from this key
   T* slope;
 
-  RowPlaces(Carver& carver, int rows)
+  RowLimits(Carver& carver, int rows)
       : begin(carver.take<T>(rows)),
         end(carver.take<T>(rows)),
         distance(carver.take<T>(rows)),
@@ -42,7 +42,7 @@ struct ScoreTile {
   int lanes;       // a multiple of the vector width
   int step;
   bool limited;  // whether keys or padding lanes may be outside a row's limits
-  RowPlaces<T> places;
+  RowLimits<T> limits;
   const Row* rows;
   int num_rows;
   bool shares_terms;  // all rows read the same mask and bias
@@ -97,10 +97,10 @@ struct AcrossRows {
     for (int i = 0; i < at.n; ++i) use(first + i * tile.step, square[i]);
   }
 
-  template <class T, class RowPlace>
-  static void store_rows(const ScoreTile<T>& tile, RowPlace place) {
+  template <class T, class RowAddress>
+  static void store_rows(const ScoreTile<T>& tile, RowAddress address) {
     columns_to_rows<T>(
-        tile.num_rows, tile.num_keys, [&](int row) { return place(tile.rows[row]); },
+        tile.num_rows, tile.num_keys, [&](int row) { return address(tile.rows[row]); },
         [&](std::int64_t key, int row) { return load(tile.scores + key * tile.step + row); });
   }
 };
@@ -131,11 +131,11 @@ struct AcrossKeys {
       }
   }
 
-  // Stores each row's scores at place(row), in the order of keys.
-  template <class T, class RowPlace>
-  static void store_rows(const ScoreTile<T>& tile, RowPlace place) {
+  // Stores each row's scores at address(row), in the order of keys.
+  template <class T, class RowAddress>
+  static void store_rows(const ScoreTile<T>& tile, RowAddress address) {
     for (int r = 0; r < tile.num_rows; ++r) {
-      T* to = place(tile.rows[r]);
+      T* to = address(tile.rows[r]);
       for (int j = 0; j < tile.num_keys; j += Vec<T>::width)
         store_up_to(to + j, load(tile.scores + r * tile.step + j), tile.num_keys - j);
     }
@@ -154,7 +154,7 @@ template <class T, class Change>
 template <class Axes, class T>
 inline Mask<T> visible(const ScoreTile<T>& tile, int outer, int lane) {
   const Vec<T> key = Axes::template key<T>(outer, lane);
-  const RowPlaces<T>& row = tile.places;
+  const RowLimits<T>& row = tile.limits;
   Mask<T> seen = (Axes::of_row(row.begin, outer, lane) <= key) & (key < Axes::of_row(row.end, outer, lane));
   if (tile.terms) {
     const Vec<T> term = load(tile.terms + outer * tile.step + lane);

@@ -15,11 +15,11 @@ struct Strip {
 };
 
 template <class T>
-Strip make_strip(const Row* block_rows, const ScoreTerms& terms, int first_row, int count) {
+Strip make_strip(const Row* block_rows, const Scoring& scoring, int first_row, int count) {
   constexpr int W = Vec<T>::width;
   const Row* rows = block_rows + first_row;
   const std::int64_t begin = rows[0].key_begin, end = rows[0].key_end;
-  Strip strip{first_row, count, ceil_div(count, W), begin, begin, end, end, !terms.bias_at_hand};
+  Strip strip{first_row, count, ceil_div(count, W), begin, begin, end, end, !scoring.bias_at_hand};
   for (int i = 1; i < count; ++i) {
     const Row& row = rows[i];
     strip.begin_min = row.key_begin < strip.begin_min ? row.key_begin : strip.begin_min;

@@ -141,7 +141,7 @@ inline bool all(MaskD a) { return _mm256_movemask_pd(a.r) == 0xf; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm256_blendv_ps(b.r, a.r, where.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm256_blendv_pd(b.r, a.r, where.r)}; }
 
-// Building blocks of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
+// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
 // 0 from n = -127 (double: -1023) downwards.
 inline VecF round(VecF a) { return {_mm256_round_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm256_round_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }

@@ -136,7 +136,7 @@ inline bool all(MaskD a) { return a.r == 0xff; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm512_mask_blend_ps(where.r, b.r, a.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm512_mask_blend_pd(where.r, b.r, a.r)}; }
 
-// Building blocks of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n, including subnormal
+// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n, including subnormal
 // results.
 inline VecF round(VecF a) { return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm512_roundscale_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }

@@ -152,7 +152,7 @@ inline bool all(MaskD a) { return vminvq_u32(vreinterpretq_u32_u64(a.r)) != 0; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {vbslq_f32(where.r, a.r, b.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {vbslq_f64(where.r, a.r, b.r)}; }
 
-// Building blocks of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
+// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
 // 0 from n = -127 (double: -1023) downwards.
 inline VecF round(VecF a) { return {vrndnq_f32(a.r)}; }
 inline VecD round(VecD a) { return {vrndnq_f64(a.r)}; }

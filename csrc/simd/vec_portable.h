@@ -182,7 +182,7 @@ inline bool all(Mask<T> a) {
   return (halves[0] & halves[1]) == ~std::uint64_t{0};
 }
 
-// Building blocks of exp2. round: to the nearest integer, for |a| < 2^22 (double: 2^51). scale_by_power: x * 2^n for
+// Steps of exp2. round: to the nearest integer, for |a| < 2^22 (double: 2^51). scale_by_power: x * 2^n for
 // integral n; for finite x, exactly 0 from n = -127 (double: -1023) downwards.
 template <class T>
 inline Vec<T> round(Vec<T> a) {

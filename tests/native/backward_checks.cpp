@@ -122,7 +122,7 @@ struct Call {
     BackwardBlock block{};
     block.rows = rows.data();
     block.count = count;
-    block.terms.multiplier = multiplier;
+    block.scoring.multiplier = multiplier;
     block.head_dim = dim;
     block.value_dim = value_dim;
     block.queries = query.data();

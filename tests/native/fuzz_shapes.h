@@ -36,11 +36,16 @@ struct Sizes {
 
 Sizes read_sizes(Bytes& bytes);
 
+// The arrays of a call. q, k and v are always present.
+struct Shapes {
+  Extents of[names];
+  bool present[names] = {true, true, true};
+};
+
 // Replaces some extents by numbers so large that no memory could hold the array. Views with stride 0 can claim them.
 void read_claims(Bytes& bytes, Sizes& s);
 
-void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Extents (&shapes)[names],
-                 bool (&present)[names]);
+void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Shapes& shapes);
 
 // Changes a shape in one place, which may make it invalid.
 void spoil(Bytes& bytes, Extents& shape);
@@ -49,6 +54,6 @@ void spoil(Bytes& bytes, Extents& shape);
 bool expressible(const Extents& shape);
 
 // Whether the call is small enough to be computed.
-bool affordable(const Sizes& s, const Extents (&shapes)[names]);
+bool affordable(const Sizes& s, const Shapes& shapes);
 
 }  // namespace selfattn::native

@@ -32,10 +32,11 @@ void check_multiply(int rows, int depth) {
       ++finished[row++];
     }
   };
+  const RowMajor<T> right{b, columns};
   if constexpr (transposed)
-    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, right, depth, finish);
   else
-    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, right, depth, finish);
   for (int r = 0; r < rows; ++r) {
     SELFATTN_CHECK(finished[r] == 1);
     for (int n = 0; n < columns; ++n) {
