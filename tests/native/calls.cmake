@@ -21,7 +21,7 @@ foreach(isa IN LISTS isas)
 endforeach()
 
 # The step of a cache: one program, because it does not depend on the instruction set.
-add_executable(cache_step_checks cache_step_checks.cpp)
+add_executable(cache_step_checks cache_step_checks.cpp page_checks.cpp)
 target_link_libraries(cache_step_checks PRIVATE selfattn_attend_case native_checks)
 target_compile_options(cache_step_checks PRIVATE ${SELFATTN_WARNINGS})
 add_test(NAME cache_step_checks COMMAND cache_step_checks)
