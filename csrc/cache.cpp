@@ -60,6 +60,15 @@ struct TokenAddress {
 
 }  // namespace
 
+void check_cut(const char* function, const Argument& argument, const char* verb, const Cut& cut, std::int64_t window) {
+  if (cut.kept < 0 || cut.kept > cut.length)
+    refuse(function, argument, verb, cut.kept, ", which is outside 0..", cut.length, " (sequence ", cut.sequence, ")");
+  const std::int64_t seen = window < 0 ? 0 : std::max<std::int64_t>(cut.kept - window, 0);
+  if (cut.kept > 0 && cut.start > seen)
+    refuse(function, argument, verb, cut.kept, ", but a window of ", window, " would then see tokens before ",
+           cut.start, ", which sequence ", cut.sequence, " no longer holds");
+}
+
 CachedKeys::CachedKeys(const Cache& cache, const std::int64_t* lengths)
     : cache_(cache), lengths_(lengths), count_(cache.batch) {
   for (std::int64_t b = 0; b < cache.batch; ++b) longest_ = std::max(longest_, lengths[b]);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/kernel_set.h"
+#include "message.h"
 #include "problem.h"
 
 namespace selfattn {
@@ -30,6 +31,23 @@ struct Cache {
   const std::int64_t* lengths;  // number of tokens in each sequence
   TensorView starts;            // first token that each sequence still holds; absent: 0
 };
+
+// The arrays of a cache: pages of `page_size` tokens for each head.
+struct CacheStore {
+  DType dtype = DType::f32;
+  std::int64_t num_pages = 0, num_kv_heads = 0, page_size = 0;
+  Cache::Rows key, value;    // TokenRows::batch is the stride between pages
+  std::int64_t window = -1;  // the largest distance to the left that queries may see; -1: the cache keeps all tokens
+};
+
+// A sequence that holds the tokens from `start` to `length`, to be cut to its first `kept` tokens.
+struct Cut {
+  std::int64_t sequence, start, length, kept;
+};
+
+// Throws std::invalid_argument if the sequence has fewer tokens, or if queries with this window (-1: none) would then
+// see tokens that it no longer holds. `verb` follows the argument's name in the message.
+void check_cut(const char* function, const Argument& argument, const char* verb, const Cut& cut, std::int64_t window);
 
 // Presents a cache as the keys and values of an attention call.
 class CachedKeys {

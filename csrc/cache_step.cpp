@@ -1,7 +1,6 @@
 #include "cache_step.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <string>
 
@@ -15,11 +14,6 @@ namespace {
 Cache::Rows in_pages(Cache::Rows cached) {
   for (TokenRows* rows : {&cached.tokens, &cached.scales}) std::swap(rows->page, rows->batch);
   return cached;
-}
-
-// Each number is read exactly once, by an atomic load: another process may write to this memory.
-void copy_shared(std::int64_t* to, std::int64_t* from, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] = std::atomic_ref(from[i]).load(std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -54,11 +48,8 @@ CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64
 void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_.batch, &starts_step_}; }
 
 void CacheStep::open_ledger(const char* function) {
-  const Ledger& ledger = *source_.ledger;
   const std::int64_t batch = source_.batch, capacity = source_.store->page_size;
-  const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_acquire) & 1;
-  copy_shared(lengths_, ledger.copies + current * 2 * batch, batch);
-  copy_shared(starts_, ledger.copies + current * 2 * batch + batch, batch);
+  source_.ledger->read(lengths_, starts_);
   constexpr std::int64_t longest_ring = std::int64_t{1} << 61;
   const std::int64_t longest = ring() ? longest_ring : capacity;
   for (std::int64_t b = 0; b < batch; ++b)
@@ -94,7 +85,7 @@ void CacheStep::open_pages(const char* function) {
   cache_.pages = {page_size, rows_};
   bool started = false;
   for (std::int64_t b = 0; b < source_.batch; ++b) {
-    const PagedSequence& sequence = source_.sequences[b];
+    const PagedSequence& sequence = source_.pages->sequences()[static_cast<std::size_t>(b)];
     const std::int64_t length = lengths_[b] = *sequence.length;
     const std::int64_t start = starts_[b] = std::max(sequence.start, source_.skipped);
     started = started || start != 0;
@@ -139,13 +130,13 @@ void CacheStep::store(const KernelSet& kernels, const TensorView& keys, const Te
 }
 
 void CacheStep::claim() const {
-  if (more_ != 0 && ring()) publish(0);
+  if (source_.pages) return source_.pages->claim(*source_.store);
+  if (ring()) source_.ledger->publish(lengths_, starts_);
 }
 
 void CacheStep::commit() const {
-  if (more_ == 0) return;
-  if (source_.ledger) return publish(more_);
-  for (std::int64_t b = 0; b < source_.batch; ++b) *source_.sequences[b].length = after_[b];
+  if (source_.pages) return source_.pages->commit(after_);
+  source_.ledger->publish(after_, ring() ? starts_ : nullptr);
 }
 
 void CacheStep::reorder(const std::int64_t* index) const {
@@ -167,20 +158,24 @@ void CacheStep::reorder(const std::int64_t* index) const {
       for (std::int64_t b = 0; b < cache_.batch; ++b)
         if (index[b] != b) std::memcpy(at(b), kept(b), bytes);
     }
-  publish(0, index);
+  for (std::int64_t b = 0; b < cache_.batch; ++b) after_[b] = lengths_[index[b]];
+  std::copy_n(starts_, cache_.batch, lengths_);
+  for (std::int64_t b = 0; b < cache_.batch; ++b) starts_[b] = lengths_[index[b]];
+  commit();
 }
 
-// Writes the copy that is not valid, then makes it the valid one with a single 8-byte store.
-void CacheStep::publish(std::int64_t more, const std::int64_t* index) const {
-  const Ledger& ledger = *source_.ledger;
-  const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_relaxed) & 1;
-  std::int64_t* to = ledger.copies + (1 - current) * 2 * cache_.batch;
-  for (std::int64_t b = 0; b < cache_.batch; ++b) {
-    const std::int64_t from = index ? index[b] : b;
-    to[b] = lengths_[from] + more;
-    to[cache_.batch + b] = ring() ? starts_[from] : 0;
-  }
-  std::atomic_ref(*ledger.active).store(1 - current, std::memory_order_release);
+void CacheStep::truncate(const char* function, const std::int64_t* lengths) const {
+  for (std::int64_t b = 0; b < cache_.batch; ++b)
+    check_cut(function, "lengths"_arg, " holds ", {b, starts_[b], lengths_[b], lengths[b]}, source_.store->window);
+  for (std::int64_t b = 0; b < cache_.batch; ++b)
+    if (lengths[b] == 0) starts_[b] = 0;
+  set(lengths, starts_);
+}
+
+void CacheStep::set(const std::int64_t* lengths, const std::int64_t* starts) const {
+  std::copy_n(lengths, cache_.batch, after_);
+  std::copy_n(starts, cache_.batch, starts_);
+  commit();
 }
 
 }  // namespace selfattn

@@ -55,6 +55,12 @@ class TypeRefusal : public Refusal {
   using Refusal::Refusal;
 };
 
+// Not enough memory of a fixed size: Python's MemoryError.
+class MemoryRefusal : public Refusal {
+ public:
+  using Refusal::Refusal;
+};
+
 template <class Error = Refusal, class... Parts>
 [[noreturn]] void refuse(const char* function, const Parts&... parts) {
   Message message{function, ": "};

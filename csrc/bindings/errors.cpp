@@ -39,6 +39,8 @@ void register_errors() {
       std::rethrow_exception(std::move(exception));
     } catch (const TypeRefusal& refusal) {
       set_error(PyExc_TypeError, refusal);
+    } catch (const MemoryRefusal& refusal) {
+      set_error(PyExc_MemoryError, refusal);
     } catch (const Refusal& refusal) {
       set_error(PyExc_ValueError, refusal);
     }

@@ -35,7 +35,7 @@ class Layer {
              weights_.key.depth(), " rows: without context they must agree");
     const TensorView positions = optional_view(inputs.positions, DType::i64);
     std::optional<CacheArguments> source;
-    open_cache(source, function, inputs.store, inputs.sequences, input);
+    open_cache(source, function, inputs.step, input);
     const AttentionArguments arguments = arguments_of(function, options_of(option_values), {}, {}, {});
     LayerCall call(weights_, input, other, positions, source ? &source->step() : nullptr, arguments);
     const TensorView added = residual_view(function, inputs.residual, weights_.dtype, call.out_shape());
@@ -61,7 +61,7 @@ class Layer {
       results = extras.join(result.deliver());
     };
     if (source)
-      source->step().run(work);
+      source->run(work);
     else
       work();
     return results;
@@ -111,12 +111,12 @@ class Layer {
     return layer;
   }
 
-  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle store, py::handle sequences,
+  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle step,
                   const TensorView& x) const {
-    if (store.is_none()) return;
+    if (step.is_none()) return;
     if (x.ndim != 3)
       refuse(function, "x"_arg, " has shape ", shape_text(x), ", but a cache needs (batch, tokens, d_model)");
-    found.emplace(function, store, sequences, x.extent(1));
+    found.emplace(function, Record<Step>::in(step), x.extent(1));
     const Cache& cache = found->cache();
     if (x.extent(2) != cache.batch)
       refuse(function, "x"_arg, " has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");

@@ -17,6 +17,7 @@ constexpr Field<CacheInputs> cache_fields[] = {
     field<CacheInputs, &CacheInputs::positions>("positions"),
     field<CacheInputs, &CacheInputs::unrounded>("unrounded"),
     field<CacheInputs, &CacheInputs::skipped>("skipped"),
+    field<CacheInputs, &CacheInputs::tokens>("tokens"),
 };
 
 constexpr Field<LayerInputs> layer_fields[] = {
@@ -24,8 +25,7 @@ constexpr Field<LayerInputs> layer_fields[] = {
     field<LayerInputs, &LayerInputs::context>("context"),
     field<LayerInputs, &LayerInputs::positions>("positions"),
     field<LayerInputs, &LayerInputs::residual>("residual"),
-    field<LayerInputs, &LayerInputs::store>("store"),
-    field<LayerInputs, &LayerInputs::sequences>("sequences"),
+    field<LayerInputs, &LayerInputs::step>("step"),
 };
 
 constexpr Field<VarlenInputs> varlen_fields[] = {

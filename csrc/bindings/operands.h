@@ -10,12 +10,12 @@ struct CacheInputs {
   py::object q = py::none(), k = py::none(), v = py::none(), rope = py::none(), positions = py::none();
   bool unrounded = false;    // return out in the type of computation
   std::int64_t skipped = 0;  // see CacheSource
+  std::int64_t tokens = -1;  // tokens of k and v; -1: as many as queries
 };
 
-// Operands of call_layer(). All but x may be None. `store` and `sequences` describe a cache.
+// Operands of call_layer(). All but x may be None. `step` is a _core.Step.
 struct LayerInputs {
-  py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), store = py::none(),
-             sequences = py::none();
+  py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), step = py::none();
 };
 
 // Operands of attention_varlen() and its gradients. The last four may be None. They replace the options of the same

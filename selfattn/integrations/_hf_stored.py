@@ -86,7 +86,7 @@ class Stored:
         new = Stored((like[0], like[1]), capacity, self.cache._store.name)
         for store, array in zip(new.cache._store.arrays(), arrays, strict=True):
             store[:, :, : end - start] = array
-        new.cache._ledger.publish(np.int64(end - start), np.int64(0))
+        new.cache._set(np.full(new.batch, end - start), np.zeros(new.batch, np.int64))
         return new
 
     def reorder(self, index: torch.Tensor, end: int) -> None:

@@ -199,7 +199,6 @@ def test_errors_about_arguments_keep_the_names_in_their_messages() -> None:
         "_layer": 1,  # a pickle
         "_ledger": 1,  # the memory of a cache
         "_linear": 1,  # a pickle
-        "_pages": 1,  # free pages
         "_store": 1,  # a missing package
     }
     found: dict[str, int] = {}
