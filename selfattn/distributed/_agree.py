@@ -79,7 +79,7 @@ def failure(error: Exception, function: str) -> Any:
 def _compare(described: Sequence[Sequence[Fact]]) -> None:
     names = [facts[0].value for facts in described]
     _compare_one(
-        names, lambda usual, differs, i, j: ValueError(f"{usual}: rank {i} calls {differs}, but rank {j} does not")
+        names, lambda usual, differs, i, j: ValueError(f"{usual}: rank {i} has called {differs}, but rank {j} has not")
     )
     for column in zip(*described, strict=False):
         argument, verb, _ = column[0]

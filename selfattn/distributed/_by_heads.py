@@ -17,14 +17,14 @@ from ._travel import bytes_for, views_of
 
 def check_by_heads(call: Call, size: int) -> None:
     """Check what is needed besides; equal on all ranks."""
-    heads = _kv_heads(call)
-    if heads < size:
-        text = f" is 'heads', but {heads} KV heads cannot be split over {size} ranks: use by='keys'"
-        raise refusal(ValueError, call.function, "by", text)
     for name in ("mask", "bias"):
         if call.options.has_rows(name):
             text = " has rows of its own on each rank, which do not travel: use by='keys'"
             raise refusal(ValueError, call.function, name, text)
+    heads = call.k.shape[-3] if call.k.ndim > 2 else 1
+    if heads < size:
+        text = f" is 'heads', which needs a KV head for each of {size} ranks, but there are {heads}: use by='keys'"
+        raise refusal(ValueError, call.function, "by", text)
 
 
 def attend_by_heads(link: Link, call: Call, num_threads: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -46,10 +46,6 @@ def attend_by_heads(link: Link, call: Call, num_threads: int) -> tuple[NDArray[A
 def split(count: int, size: int) -> list[slice]:
     """Split a number of things over ranks as evenly as possible."""
     return [slice(rank * count // size, (rank + 1) * count // size) for rank in range(size)]
-
-
-def _kv_heads(call: Call) -> int:
-    return call.k.shape[-3] if call.k.ndim > 2 else 1
 
 
 def _to_heads(link: Link, call: Call, parts: Sequence[Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:

@@ -28,12 +28,15 @@ class RunState:
         start = max(min(run.start, length - FEWEST_ROWS), 0)
         stop = max(run.stop, min(start + FEWEST_ROWS, length))
         self._before, self._after = run.start - start, stop - run.stop
-        q = widened(call.q[..., run.rows, :], self._before, self._after)
+        q = np.broadcast_to(call.q, (*call.out_shape[:-1], call.q.shape[-1]))
+        q = widened(q[..., run.rows, :], self._before, self._after)
         options = {**call.options.scores(), **call.options.lengths((start, stop), (0, length))}
         self._state = AttentionState(q, kv_len=length, num_threads=num_threads, **options)
 
     def absorb(self, chunk: Chunk) -> None:
         """Absorb the keys of a chunk."""
+        if chunk.start >= self._run.stop and self._call.options.given.get("causal"):
+            return  # none of them is visible, and neither will be the later ones
         k, v = chunk.arrays
         keys = (chunk.start, chunk.stop)
         terms = self._call.options.piece(self._run, self._before, self._after, keys)

@@ -31,6 +31,9 @@ class Call:
         self.runs = runs_of(function, rows)
         self.options = Options(function, like, options)
         self.rows = sum(run.stop - run.start for run in self.runs)
+        for name in ("mask", "bias"):
+            if self.options.has_rows(name):
+                self._check_rows(name, self.options.given[name])
         self.arrays = {name: self._checked(name, array) for name, array in found.items()}
         self.q, self.k, self.v = (self.arrays[name] for name in "qkv")
         lead = [x.shape[:-3] for x in (self.q, self.k, self.v)]
@@ -51,10 +54,13 @@ class Call:
                 ValueError, self.function, name, f" has shape {array.shape}, but at least {2 - numbers} axes are needed"
             )
         array = array[..., None] if numbers else self.to_layout(array)
+        self._check_rows(name, array)
+        return array
+
+    def _check_rows(self, name: str, array: NDArray[Any]) -> None:
         if array.shape[-2] != self.rows:
             text = f" has {array.shape[-2]} rows but "
             raise refusal(ValueError, self.function, name, text, "rows", f" has {self.rows} positions")
-        return array
 
     def to_layout(self, array: NDArray[Any]) -> NDArray[Any]:
         """Exchange the axes of heads and rows if the caller's arrays have them so."""

@@ -143,7 +143,7 @@ class Group:
         def prepare() -> Call:
             choice(function, "by", by, _BY)
             found = Call(function, Group.attention, {"q": q, "k": k, "v": v}, rows, options)
-            found.more = [Fact("by", " is ", by)]
+            found.more = [Fact("by", " is ", repr(by))]
             return found
 
         call, runs = agree(self._link, function, prepare)
@@ -252,8 +252,7 @@ class Group:
             self._link, function, lambda: CacheCall(function, Group.attention_with_kvcache, (q, cache, k, v), options)
         )
         call.settle(owns)
-        with self._link.flight(function):
-            return attend_cache(self._link, call, call.num_threads or self.num_threads)
+        return attend_cache(self._link, call, call.num_threads or self.num_threads)
 
 
 def _share_of_cores(link: Link) -> int:

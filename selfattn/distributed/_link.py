@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 import time
@@ -17,7 +18,9 @@ Bytes = NDArray[np.uint8]
 
 LARGEST = 1 << 30  # bytes of one message; counts of MPI are ints
 INLINE = 1016  # bytes of a small object that travel with its size
-FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 2e-3  # seconds between two questions whether a message has arrived
+# Questions whether a message has arrived: a few at once, while other processes may use the core, then with pauses.
+YIELDS = 20
+FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 2e-3  # seconds
 
 # MPI may still write to the buffers of messages that nobody waits for any more: they must live as long as the process.
 _unfinished: list[Any] = []
@@ -59,8 +62,12 @@ class Link:
 
     def wait(self, function: str, requests: Sequence[Any]) -> None:
         """Wait until all these messages have been sent or received."""
-        start, pause = time.monotonic(), FIRST_PAUSE
+        start, pause, left = time.monotonic(), FIRST_PAUSE, YIELDS
         while not MPI.Request.Testall(requests):
+            if left:
+                left -= 1
+                os.sched_yield()
+                continue
             if self.timeout is not None and time.monotonic() - start > self.timeout:
                 raise TimeoutError(
                     f"{function}: rank {self.rank} has waited {self.timeout:g} s for the others (timeout="

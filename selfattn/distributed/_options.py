@@ -24,7 +24,7 @@ REFUSED = {
     "seed": "there is no dropout",
 }
 _COMPARED = (
-    "causal", "window", "q_lens", "kv_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks", "layout",
+    "causal", "window", "kv_lens", "q_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks", "layout",
     "return_lse", "precision", "t5",
 )  # fmt: skip
 
