@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._any_cache import AnyCache
 from .._arguments import ACCEPTED, as_array, is_float, thread_count
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
@@ -28,7 +27,7 @@ class Held:
     """The lengths of a cache's sequences before a call, to undo it."""
 
     def __init__(self, function: str, cache: Any, sequences: Any) -> None:
-        if not isinstance(cache, AnyCache):
+        if not isinstance(cache, (KVCache, PagedKVCache)):
             text = f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
             raise refusal(TypeError, function, "cache", text)
         if cache.window is not None:
@@ -36,10 +35,10 @@ class Held:
         if isinstance(cache, PagedKVCache) and sequences is None:
             raise refusal(ValueError, function, "sequences", " is needed with a PagedKVCache")
         self._cache, self._sequences = cache, sequences
-        if isinstance(cache, PagedKVCache):
-            self.lengths = [cache.length(sequence) for sequence in sequences]
-        else:
+        if isinstance(cache, KVCache):
             self.lengths = [int(n) for n in cache.lengths]
+        else:
+            self.lengths = [cache.length(sequence) for sequence in sequences]
 
     def restore(self) -> None:
         """Forget the tokens that have been appended since."""
@@ -115,7 +114,7 @@ class CacheCall:
         self.turn = tokens.index(min(tokens))
         self.totals = np.array(lengths, np.int64).sum(axis=0)
 
-    def attend(self, rank: int, num_threads: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def attend(self, rank: int, num_threads: int) -> Any:
         """Append, if it is this rank's turn, and attend to this rank's cache."""
         options = {**self.given, "num_threads": num_threads, "return_lse": True}
         count = self.q.shape[2]

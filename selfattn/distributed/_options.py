@@ -110,8 +110,8 @@ class Options:
         for name in ("mask", "bias"):
             if self.has_rows(name):
                 whole[name] = _of_length(whole[name], length)
-        arrays = [_of_length(array, length) for array in (q, k, v)]
-        _core.explain(*arrays, core_options(self.function, q_offset=0, **whole))
+        q, k, v = (_of_length(array, length) for array in (q, k, v))
+        _core.explain(q, k, v, core_options(self.function, q_offset=0, **whole))
 
 
 def of_heads(function: str, given: Mapping[str, Any], heads: slice) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def views_of(memory: Bytes, arrays: Sequence[NDArray[Any]], rows: int) -> list[N
 
 
 def _bytes_of(array: NDArray[Any], rows: int) -> int:
-    size = math.prod(array.shape[:-2]) * rows * array.shape[-1] * array.dtype.itemsize
+    size: int = math.prod(array.shape[:-2]) * rows * array.shape[-1] * array.dtype.itemsize
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

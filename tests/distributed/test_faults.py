@@ -76,4 +76,4 @@ def test_without_mpi4py_the_error_names_the_extra(run_python: Any) -> None:
 def test_an_old_mpi4py_is_refused(run_python: Any) -> None:
     pytest.importorskip("mpi4py")
     code = "import mpi4py; mpi4py.__version__ = '3.1.6'; import selfattn.distributed"
-    assert 'mpi4py is 3.1.6, but 4.0 or newer is needed: pip install "mpi4py>=4.0"' in run_python(code, expected_exit=1)
+    assert 'mpi4py is 3.1.6, but 4.1 or newer is needed: pip install "mpi4py>=4.1"' in run_python(code, expected_exit=1)

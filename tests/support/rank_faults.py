@@ -31,7 +31,7 @@ def before_second_piece(action: Any) -> None:
 
     def changed(*args: Any, **kwargs: Any) -> None:
         seen.append(None)
-        if len(seen) == 4:
+        if len(seen) == 2:
             action()
         absorb(*args, **kwargs)
 
