@@ -12,10 +12,11 @@ from .._backward import Gradients, checked_names, computed_in
 from .._errors import refusal
 from .._gradients import attention_backward
 from ._agree import Fact
+from ._by_keys import wants_keys
 from ._call import Call
 from ._link import Link
 from ._rows import Run
-from ._travel import Travel
+from ._travel import Travel, Wants
 
 BLOCK = 512  # rows of a chunk are a multiple of this
 _NAMES = ("q", "k", "v")
@@ -66,17 +67,24 @@ def differentiate(link: Link, call: GradientCall, num_threads: int) -> Gradients
     sums = {name: np.zeros(call.arrays[name].shape, kind) for name in call.wrt}
     backward = _Backward(call, call.inner(), kind, num_threads)
     if "q" in sums:
-        for chunk in Travel(link, call.function, call.owners, (call.k, call.v)).chunks(BLOCK):
+        for chunk in Travel(link, call, (call.k, call.v), BLOCK, wants_keys(call)).chunks():
             with link.moving(chunk.coming):
                 backward.add_of_queries(sums["q"], (chunk.start, chunk.stop), chunk.arrays)
     of_keys = {name: x for name, x in sums.items() if name != "q"}
     if of_keys:
         queries = (call.q, call.arrays["grad_out"], call.arrays["lse"], backward.inner)
-        for chunk in Travel(link, call.function, call.owners, queries).chunks(BLOCK):
+        for chunk in Travel(link, call, queries, BLOCK, _wants_queries(call)).chunks():
             with link.moving(chunk.coming):
                 backward.add_of_keys(of_keys, (chunk.start, chunk.stop), chunk.arrays)
     rounded = {name: call.to_layout(x.astype(call.arrays[name].dtype, copy=False)) for name, x in sums.items()}
     return Gradients(**rounded)
+
+
+def _wants_queries(call: GradientCall) -> Wants:
+    def wants(rank: int, start: int, stop: int) -> bool:
+        return any(call.options.sees((start, stop), (run.start, run.stop)) for run in call.owners.runs[rank])
+
+    return wants
 
 
 class _Backward:
@@ -85,14 +93,13 @@ class _Backward:
     def __init__(self, call: GradientCall, inner: NDArray[Any], kind: np.dtype[Any], num_threads: int) -> None:
         self.call, self.inner, self._kind = call, inner, kind
         self._options = {**call.options.scores(), "num_threads": num_threads, "accumulate": True}
-        self._causal = bool(call.options.given.get("causal"))
 
     def add_of_queries(self, total: NDArray[Any], keys: tuple[int, int], arrays: list[NDArray[Any]]) -> None:
         """Add what some keys contribute to the gradients of this rank's queries."""
         call = self.call
         k, v = (x.astype(self._kind, copy=False) for x in arrays)
         for run in call.runs:
-            if self._causal and keys[0] >= run.stop:
+            if not call.options.sees((run.start, run.stop), keys):
                 continue
             q, grad_out, lse, inner = (
                 x[..., run.rows, :] for x in (call.q, call.arrays["grad_out"], call.arrays["lse"], self.inner)
@@ -109,7 +116,7 @@ class _Backward:
         q, grad_out, lse, inner = arrays
         given = (q.astype(self._kind, copy=False), grad_out.astype(self._kind, copy=False), lse, inner)
         for run in call.runs:
-            if self._causal and queries[1] <= run.start:
+            if not call.options.sees(queries, (run.start, run.stop)):
                 continue
             k, v = (x[..., run.rows, :].astype(self._kind, copy=False) for x in (call.k, call.v))
             into = {name: x[..., run.rows, :] for name, x in totals.items()}

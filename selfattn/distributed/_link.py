@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 LARGEST = 1 << 30  # bytes of one message; counts of MPI are ints
+FEW = 2  # this many ranks get a message directly from its sender
 INLINE = 1016  # bytes of a small object that travel with its size
 # Questions whether a message has arrived: a few at once, while other processes may use the core, then with pauses.
 YIELDS = 20
@@ -99,13 +100,19 @@ class Link:
             stop.set()
             thread.join()
 
-    def broadcast(self, buffer: Bytes, root: int) -> list[Any]:
-        """Start to send the buffer of rank `root` to the buffers of all others."""
-        if self.size == 1:
-            return []
-        parts = [self._comm.Ibcast([buffer[part], MPI.BYTE], root) for part in _parts(len(buffer))]
-        self._pending += parts
-        return parts
+    def spread(self, buffer: Bytes, root: int, receivers: Sequence[int]) -> list[Any]:
+        """Start to send the buffer of rank `root` to the buffers of others; all ranks call this."""
+        requests: list[Any] = []
+        for part in _parts(len(buffer)):
+            message = [buffer[part], MPI.BYTE]
+            if len(receivers) > FEW:  # all ranks get it, and pass it on to one another
+                requests.append(self._comm.Ibcast(message, root))
+            elif self.rank == root:
+                requests += [self._comm.Isend(message, rank) for rank in receivers]
+            elif self.rank in receivers:
+                requests.append(self._comm.Irecv(message, root))
+        self._pending += requests
+        return requests
 
     def gather(self, function: str, buffer: Bytes) -> NDArray[np.uint8]:
         """Return the buffers of all ranks, which have one size: (size, bytes)."""

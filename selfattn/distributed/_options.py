@@ -81,6 +81,15 @@ class Options:
                 found[name] = np.clip(self.given[name] - first, 0, stop - first)
         return found
 
+    def sees(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
+        """Whether queries in one range of positions may see keys in another one."""
+        left, right = self.given.get("window", (None, None))
+        right = 0 if self.given.get("causal") else right
+        seen = (right is None or keys[0] < queries[1] + right) and (left is None or keys[1] > queries[0] - left)
+        for name, (first, _) in (("q_lens", queries), ("kv_lens", keys)):
+            seen = seen and (name not in self.given or first < self.given[name].max(initial=0))
+        return seen and ("kv_starts" not in self.given or keys[1] > self.given["kv_starts"].min(initial=keys[1]))
+
     def of_heads(self, heads: slice) -> dict[str, Any]:
         """Return all options for some of the query heads."""
         return of_heads(self.function, self.given, heads)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._call import Call
 from ._link import Bytes, Link
-from ._rows import Owners, Piece
 
 ALIGNMENT = 64
 CHUNK_BYTES = 4 << 20  # of one chunk: small in memory, and large enough to send at full speed
 MOST_BLOCKS = 8
+
+# Whether a rank wants the rows of positions start..stop − 1.
+Wants = Callable[[int, int, int], bool]
 
 
 class Chunk(NamedTuple):
@@ -29,44 +32,43 @@ class Chunk(NamedTuple):
 class Travel:
     """One journey of some arrays of rows, with their rows on axis −2; on all ranks they differ in this axis only."""
 
-    def __init__(self, link: Link, function: str, owners: Owners, arrays: Sequence[NDArray[Any]]) -> None:
-        self._link, self._function, self._owners, self._arrays = link, function, owners, arrays
-        self.row_bytes = sum(_bytes_of(array, 1) for array in arrays)
+    def __init__(self, link: Link, call: Call, arrays: Sequence[NDArray[Any]], block: int, wants: Wants) -> None:
+        """Cut positions into chunks: multiples of `block`, which depend on the shapes alone."""
+        self._link, self._call, self._arrays, self._wants = link, call, arrays, wants
+        row_bytes = sum(_bytes_of(array, 1) for array in arrays)
+        blocks = min(max(CHUNK_BYTES // max(row_bytes * block, 1), 1), MOST_BLOCKS)
+        length, step = call.owners.length, int(blocks * block)
+        self.spans = [(first, min(first + step, length)) for first in range(0, length, step)]
 
-    def chunks(self, block: int) -> Iterator[Chunk]:
-        """Yield all chunks. Their lengths are multiples of `block`, which depend on the shapes alone."""
-        blocks = min(max(CHUNK_BYTES // max(self.row_bytes * block, 1), 1), MOST_BLOCKS)
-        length, step = self._owners.length, int(blocks * block)
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks that this rank wants."""
         buffers = (_Memory(), _Memory())
-        spans = [(first, min(first + step, length)) for first in range(0, length, step)]
-        coming = self._send(buffers[0], *spans[0]) if spans else None
-        for i, (start, stop) in enumerate(spans):
-            assert coming is not None
+        coming = self._send(buffers[0], *self.spans[0]) if self.spans else ([], [])
+        for i, (start, stop) in enumerate(self.spans):
             pieces, requests = coming
-            self._link.wait(self._function, requests)
+            self._link.wait(self._call.function, requests)
             # Only now, when nobody uses the other buffer any more, may the next chunk fill it.
-            coming = self._send(buffers[(i + 1) % 2], *spans[i + 1]) if i + 1 < len(spans) else ([], [])
-            yield Chunk(start, stop, _joined(pieces), coming[1])
+            coming = self._send(buffers[(i + 1) % 2], *self.spans[i + 1]) if i + 1 < len(self.spans) else ([], [])
+            if self._wants(self._link.rank, start, stop):
+                yield Chunk(start, stop, _joined(pieces), coming[1])
 
     def _send(self, buffer: _Memory, start: int, stop: int) -> tuple[list[list[NDArray[Any]]], list[Any]]:
         """Start to send the rows of a chunk; return the arrays of each piece, and the messages."""
-        pieces = self._owners.between(start, stop)
+        pieces = self._call.owners.between(start, stop)
+        receivers = [rank for rank in range(self._link.size) if self._wants(rank, start, stop)]
         sizes = [sum(_bytes_of(array, piece.stop - piece.start) for array in self._arrays) for piece in pieces]
         memory = buffer.of(sum(sizes))
         found, requests, first = [], [], 0
         for piece, size in zip(pieces, sizes, strict=True):
             part = memory[first : first + size]
             first += size
-            views = self._views(part, piece)
+            views = views_of(part, self._arrays, piece.stop - piece.start)
             if piece.owner == self._link.rank:
                 for view, array in zip(views, self._arrays, strict=True):
                     view[...] = array[..., piece.at : piece.at + piece.stop - piece.start, :]
-            requests += self._link.broadcast(part, piece.owner)
+            requests += self._link.spread(part, piece.owner, [rank for rank in receivers if rank != piece.owner])
             found.append(views)
         return found, requests
-
-    def _views(self, memory: Bytes, piece: Piece) -> list[NDArray[Any]]:
-        return views_of(memory, self._arrays, piece.stop - piece.start)
 
 
 class _Memory:
