@@ -77,6 +77,8 @@ def failure(error: Exception, function: str) -> Any:
 
 
 def _compare(described: Sequence[Sequence[Fact]]) -> None:
+    if all(facts == described[0] for facts in described):
+        return
     names = [facts[0].value for facts in described]
     _compare_one(
         names, lambda usual, differs, i, j: ValueError(f"{usual}: rank {i} has called {differs}, but rank {j} has not")

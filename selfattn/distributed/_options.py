@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,19 @@ _COMPARED = (
     "causal", "window", "kv_lens", "q_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks", "layout",
     "return_lse", "precision", "t5",
 )  # fmt: skip
+
+
+_FAR = 1 << 62
+
+
+class _Reach(NamedTuple):
+    """What queries may see: keys so far to the left and right, and the positions of valid queries and keys."""
+
+    left: int
+    right: int
+    q_end: int
+    kv_begin: int
+    kv_end: int
 
 
 class Options:
@@ -83,12 +97,16 @@ class Options:
 
     def sees(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
         """Whether queries in one range of positions may see keys in another one."""
-        left, right = self.given.get("window", (None, None))
-        right = 0 if self.given.get("causal") else right
-        seen = (right is None or keys[0] < queries[1] + right) and (left is None or keys[1] > queries[0] - left)
-        for name, (first, _) in (("q_lens", queries), ("kv_lens", keys)):
-            seen = seen and (name not in self.given or first < self.given[name].max(initial=0))
-        return seen and ("kv_starts" not in self.given or keys[1] > self.given["kv_starts"].min(initial=keys[1]))
+        reach = self._reach
+        near = keys[0] < queries[1] + reach.right and keys[1] > queries[0] - reach.left
+        return near and queries[0] < reach.q_end and reach.kv_begin < keys[1] and keys[0] < reach.kv_end
+
+    @cached_property
+    def _reach(self) -> _Reach:
+        left, right = (_FAR if side is None else int(side) for side in self.given.get("window", (None, None)))
+        ends = [int(self.given[name].max(initial=0)) if name in self.given else _FAR for name in ("q_lens", "kv_lens")]
+        begin = int(self.given["kv_starts"].min(initial=_FAR)) if "kv_starts" in self.given else 0
+        return _Reach(left, 0 if self.given.get("causal") else right, ends[0], begin, ends[1])
 
     def of_heads(self, heads: slice) -> dict[str, Any]:
         """Return all options for some of the query heads."""
