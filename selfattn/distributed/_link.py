@@ -64,7 +64,7 @@ class Link:
     def wait(self, function: str, requests: Sequence[Any]) -> None:
         """Wait until all these messages have been sent or received."""
         start, pause, left = time.monotonic(), FIRST_PAUSE, YIELDS
-        while not MPI.Request.Testall(requests):
+        while not self._done(function, requests):
             if left:
                 left -= 1
                 os.sched_yield()
@@ -78,6 +78,13 @@ class Link:
             pause = min(1.3 * pause, LONGEST_PAUSE)
         done = {id(request) for request in requests}
         self._pending = [request for request in self._pending if id(request) not in done]
+
+    @staticmethod
+    def _done(function: str, requests: Sequence[Any]) -> bool:
+        try:
+            return bool(MPI.Request.Testall(requests))
+        except MPI.Exception as error:
+            raise ConnectionError(f"{function}: MPI has lost a rank or a message: {error}") from error
 
     @contextmanager
     def moving(self, requests: Sequence[Any]) -> Iterator[None]:
