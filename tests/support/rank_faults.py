@@ -89,7 +89,15 @@ def waits(group: Group, odd: bool) -> None:
     call(group)
 
 
-FAULTS = (raises, raises_in_flight, dies_in_flight, absent, waits)
+def goes_on(group: Group, odd: bool) -> None:
+    """One call after another."""
+    for i in range(10**6):
+        call(group, 100)
+        if i == 3 and not odd:
+            print("going on", flush=True)
+
+
+FAULTS = (raises, raises_in_flight, dies_in_flight, absent, waits, goes_on)
 
 
 def main(name: str, timeout: str) -> None:
