@@ -100,6 +100,17 @@ enum class Keys : std::uint8_t { separate, same_tokens, cached };
 // The order of the axes of q, k, v and out: heads before the sequence, or after it.
 enum class Layout : std::uint8_t { bhsd, bshd };
 
+// Keys [begin, end); empty: begin == end.
+struct KeyRange {
+  std::int64_t begin, end;
+};
+
+inline bool is_empty(const KeyRange& keys) { return keys.begin >= keys.end; }
+inline KeyRange common(const KeyRange& a, const KeyRange& b) {
+  const std::int64_t end = std::min(a.end, b.end);
+  return {std::min(std::max(a.begin, b.begin), end), end};
+}
+
 // The options of a call that are not arrays.
 struct Settings {
   Layout layout = Layout::bhsd;
@@ -114,11 +125,27 @@ struct Settings {
   std::uint64_t seed = 0;            // of dropout
 };
 
+// A call on a piece of the keys: k, v, mask and bias hold the keys from `first` on, of kv_len keys in all.
+struct Piece {
+  std::int64_t first, kv_len;
+};
+
+// What a call on a piece continues and leaves for the next piece, one number per row. Problem::out holds the rows'
+// outputs, in the type of computation and not normalised.
+struct RunningSums {
+  Operand row_max, row_sum;  // in the type of computation
+  Operand sees_key;          // boolean: the row sees a key, although its sum is 0
+  bool begun = false;        // there was a piece before
+
+  explicit operator bool() const { return static_cast<bool>(row_max); }
+};
+
 // The arguments as received: shapes have not been checked.
 struct AttentionArguments : Settings {
   const char* function = "attention";  // the function that error messages name
   TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
   Keys keys = Keys::separate;
+  std::optional<Piece> piece;
   TensorView r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
   std::int64_t r_origin = 0;
   TensorView distance_bias;  // (num_heads, count)
@@ -149,7 +176,9 @@ struct Problem {
   ByDistance distance_bias;         // T5: doubles, added to scores like a bias
   Pages pages;
   bool recent_mask = false;
+  KeyRange held{0, 0};        // the keys that the operands hold: all keys, or a piece
   Operand out, lse, weights;  // lse and weights may be absent
+  RunningSums running;        // absent: the call starts and finishes the sums of all rows
   bool causal = false;
   std::int64_t window_left = -1, window_right = -1;
   double scale = 0;
@@ -169,6 +198,7 @@ struct Problem {
     for (const BatchAxis& axis : axes_of(operand)) p += batch_index / axis.inside % axis.extent * axis.stride;
     return p;
   }
+  std::int64_t held_keys() const { return held.end - held.begin; }
   std::int64_t keys_of(std::int64_t batch_index) const;          // end of an entry's valid keys
   std::int64_t start_of(std::int64_t batch_index) const;         // first key that the entry still holds
   std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
@@ -208,10 +238,6 @@ struct VisibleDistances {
 };
 VisibleDistances visible_distances(const Problem& problem);
 
-// Keys [begin, end); empty: begin == end.
-struct KeyRange {
-  std::int64_t begin, end;
-};
 struct ValidKeys {
   std::int64_t begin, end;   // of a batch entry
   std::int64_t offset;       // the key aligned with query 0

@@ -2,6 +2,7 @@
 //
 // A block of query rows attends to one block of keys after another:
 //   begin(rows); absorb(rows, keys 0..127); absorb(rows, keys 128..255); ...; finish(rows)
+// A block may be finished in between and resumed later.
 // Everything that differs between rows is in Row, so kernels do not deal with batches, heads, groups or layouts.
 #pragma once
 #include <cstddef>
@@ -81,7 +82,8 @@ struct RowBlock {
   std::int64_t value_dim;
   ScoreTerms terms;
   DType out_type;  // the type of computation, or a 16-bit type
-  bool normalise;  // whether finish divides by row_sum; false if the keys are split into several ranges
+  bool normalise;  // whether finish divides by row_sum; false if more keys follow or are in other ranges
+  bool resumes;    // begin continues from row_max, row_sum and the rows' out, as finish left them without normalising
   void* row_max;   // per row, in the type of computation; valid after finish; padded to whole strips
   void* row_sum;
   void* scratch;  // scratch_bytes(...) bytes, 64-byte aligned

@@ -71,6 +71,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "gradients": lambda: gradients(many, sinks),
         "narrow gradients": lambda: gradients(narrow[..., ::-1], sinks),
         "packed gradients": lambda: packed_gradients(many[0], sinks),
+        "pieces": lambda: in_pieces(many),
         "rope": lambda: sa.apply_rope(many),
         "merge": lambda: merged(many),
         "explain": lambda: str(sa.explain(many, many, many)),
@@ -98,6 +99,20 @@ def packed_gradients(x: Any, sinks: Any) -> Any:
     inputs = _core.VarlenInputs(q=packed, k=packed, v=packed, cu_seqlens_q=starts, cu_seqlens_k=starts)
     given = _core.GradientInputs(grad_out=packed, out=packed, lse=np.ones(x.shape[:2], np.float32))
     return tuple(_core.attention_varlen_backward(function, inputs, given, ("q", "k", "v"), options).values())
+
+
+def in_pieces(x: Any) -> Any:
+    state = sa.AttentionState(x, kv_len=x.shape[2], num_threads=3)
+    for keys in (slice(0, 70), slice(70, None)):
+        before = state.next_key
+        try:
+            state.absorb(x[:, :, keys], x[:, :, keys], first=keys.start)
+        except MemoryError:
+            assert state.next_key == before
+            state.absorb(x[:, :, keys], x[:, :, keys], first=keys.start)  # the state is unchanged
+            state.result()
+            raise
+    return state.result()
 
 
 def merged(x: Any) -> Any:
