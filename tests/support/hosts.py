@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,9 @@ class Hosts:
 
     def tear_down(self) -> None:
         for host in range(1, self.count + 1):
+            for pid in ip(f"netns pids {self.prefix}{host}", check=False).split():  # cut off, they would wait for ever
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             ip(f"netns del {self.prefix}{host}", check=False)
         ip(f"link del {self.prefix}b", check=False)
 
@@ -76,8 +80,8 @@ class Hosts:
         )
 
 
-def ip(arguments: str, *, check: bool = True) -> None:
-    subprocess.run(["ip", *arguments.split()], check=check, capture_output=True, timeout=20)
+def ip(arguments: str, *, check: bool = True) -> str:
+    return subprocess.run(["ip", *arguments.split()], check=check, capture_output=True, timeout=20, text=True).stdout
 
 
 @contextmanager
