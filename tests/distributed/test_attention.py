@@ -12,6 +12,7 @@ CHECKS = [
     "heads",
     "layout_and_out",
     "any_rows",
+    "single_rows",
     "threads_and_cuts",
     "part_of_a_communicator",
     "many_small_calls",
