@@ -33,8 +33,7 @@ def calls() -> dict[str, Callable[[], Any]]:
 
     few, cache = normal(1, 2, 2, 64), normal(1, 2, 5000, 64)
     many = normal(2, 4, 130, 40)
-    backwards, lengths = many[..., ::-1], np.array([100, 130], np.int32)
-    out = np.empty_like(many)
+    backwards, lengths, out = many[..., ::-1], np.array([100, 130], np.int32), np.empty_like(many)
     sinks = normal(4)
     x, context = normal(2, 90, 48), normal(2, 70, 48)
     weights = [normal(48, 48) for _ in range(4)]
