@@ -44,6 +44,7 @@ BOUNDED = {
     "transformers": ["integrations"],
     "jax": ["integrations"],
     "ml_dtypes": ["compat", "layers", "caches"],
+    "mpi4py": ["distributed"],
     "matplotlib": ["tools", "benchmarks"],
 }
 
@@ -194,7 +195,7 @@ def coverage(session: nox.Session) -> None:
     install_tests(session, f"-Cbuild-dir={build}", *(f"-Ccmake.define.{setting}" for setting in settings))
     session.env["COVERAGE_FILE"] = str(build / "python")
     tests = [str(Path(session.bin) / "pytest"), "-q", "-n", "2", "-m", "not uncounted", *session.posargs]
-    tests += folders([*CALLS, "processes", "tools", "benchmarks"])
+    tests += folders([*CALLS, "distributed", "processes", "tools", "benchmarks"])
     session.run("coverage", "run", *tests)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", "--skip-covered", "--fail-under=95")

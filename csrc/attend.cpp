@@ -145,18 +145,22 @@ class Run {
     const Ranges ranges = ranges_of(plan, problem.keys_of(task.batch));
     if (span.valid == 0 || task.range >= ranges.count) return;
     const bool split = ranges.count > 1;
+    const RunningSums& running = problem.running;
+    if (running.begun && is_empty(span_keys(problem, span))) return;
     const std::int64_t block_index =
         (task.batch * problem.num_kv_heads + task.kv_head) * plan.row_blocks + task.row_block;
     describe_rows(problem, plan, span, memory, /*with_sinks=*/problem.sinks && !split);
 
-    RowBlock block{memory.rows,          span.valid,     plan.key_block, problem.head_dim,
-                   problem.value_dim,    job.scoring,    plan.out_type,
-                   /*normalise=*/!split, memory.row_max, memory.row_sum, memory.kernel_scratch};
+    RowBlock block{memory.rows,       span.valid,     plan.key_block, problem.head_dim,
+                   problem.value_dim, job.scoring,    plan.out_type,  /*normalise=*/!split && !running,
+                   running.begun,     memory.row_max, memory.row_sum, memory.kernel_scratch};
+    if (running.begun) load_sums(problem, span, memory);
     if (split) redirect(problem, block, memory, job.shared.partial(plan, problem, block_index, task.range));
     plan.attend->begin(block);
     const KeyRange keys{task.range * ranges.keys, (task.range + 1) * ranges.keys};
     if (!absorb_keys(job, span, keys, block, memory, thread)) return;
     plan.attend->finish(block);
+    if (running) return store_sums(problem, span, memory);
     if (!split) return complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
 
     const Partial result = job.shared.partial(plan, problem, block_index, task.range);
@@ -174,7 +178,8 @@ class Run {
       memory.rows[i].out = result.out + i * problem.value_dim * size_of(problem.dtype);
   }
 
-  // Blocks start at multiples of key_block, so a row's result does not depend on which keys its neighbours see.
+  // Blocks start at multiples of key_block, so a row's result does not depend on which keys its neighbours see. The
+  // first block of a piece may start later.
   bool absorb_keys(const PreparedJob& job, const RowSpan& span, const KeyRange& range, const RowBlock& block,
                    const ThreadMemory& memory, int thread) noexcept {
     const Problem& problem = *job.problem;
@@ -192,9 +197,11 @@ class Run {
     if (problem.relative || problem.distance_bias)
       by_distance.emplace(problem, RelativeProducts{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys},
                           span, memory.rows, memory.distance);
-    for (std::int64_t first = begin / plan.key_block * plan.key_block; first < end; first += plan.key_block) {
+    const std::int64_t step = plan.key_block;
+    for (std::int64_t first = std::max(begin / step * step, problem.held.begin), next; first < end; first = next) {
       if (loop_->should_stop(thread)) return false;
-      const int count = static_cast<int>(std::min<std::int64_t>(end - first, plan.key_block));
+      next = std::min((first / step + 1) * step, end);
+      const int count = static_cast<int>(next - first);
       const bool masked = !problem.recent_mask || first + count > masked_from;
       if (problem.recent_mask && problem.mask && masked) spread_masks(problem, span, memory, first, count);
       if (by_distance) by_distance->prepare(first, count, end);
@@ -214,7 +221,7 @@ class Run {
 };
 
 bool writes_nothing(const Problem& problem, const Plan& plan) {
-  return plan.tasks == 0 || (problem.value_dim == 0 && !problem.lse && !problem.weights);
+  return plan.tasks == 0 || (problem.value_dim == 0 && !problem.lse && !problem.weights && !problem.running);
 }
 
 }  // namespace

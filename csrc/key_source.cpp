@@ -12,7 +12,7 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const ThreadMemor
     : problem_(problem),
       plan_(plan),
       pages_(problem.pages.of(batch)),
-      end_(problem.keys_of(batch)),
+      end_(std::min(problem.keys_of(batch), problem.held.end)),
       keys_{problem.key,
             problem.key_scales,
             problem.at(problem.key, batch) + kv_head * problem.key.head,
@@ -36,11 +36,11 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const ThreadMemor
 // Number of keys from `key` on that are equally spaced in memory.
 std::int64_t KeySource::run_from(std::int64_t key) const {
   const std::int64_t size = problem_.pages.size;
-  return size == 0 ? problem_.kv_len - key : size - key % size;
+  return size == 0 ? problem_.held.end - key : size - key % size;
 }
 
 const char* KeySource::at(const Operand& operand, const char* base, std::int64_t key) const {
-  return base + problem_.pages.offset(pages_, key, operand.page, operand.row);
+  return base + problem_.pages.offset(pages_, key - problem_.held.begin, operand.page, operand.row);
 }
 
 // Calls use(address, index, keys) for every run of equally spaced keys in [first, first + count); index is relative to
@@ -108,7 +108,7 @@ KeyBlock KeySource::block(std::int64_t first, int count) const {
   block.key_step = keys.step;
   block.values = values.data;
   block.value_step = values.step;
-  if (!plan_.copies_keys && !plan_.attend->by_row && first + count + count <= problem_.kv_len)
+  if (!plan_.copies_keys && !plan_.attend->by_row && first + count + count <= problem_.held.end)
     block.next_keys = static_cast<const char*>(keys.data) + count * problem_.key.row;
   block.key_rows = keys_.rows;
   block.value_rows = values_.rows;

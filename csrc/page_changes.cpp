@@ -29,17 +29,16 @@ void copy_page(const CacheStore& store, std::int64_t from, std::int64_t to) {
 
 void KeptTokens::keep(const CacheStore& store, std::int64_t page, std::int64_t first_slot, std::int64_t count) {
   each_head(store, page, first_slot, [&](char* first, const TokenRows& array, std::int64_t bytes) {
-    const std::size_t place = copies_.size();
-    copies_.resize(place + static_cast<std::size_t>(count * bytes));
-    pieces_.push_back({first, array.row, count, bytes, place});
-    copy_rows({copies_.data() + place, bytes, 1}, {first, array.row, 1}, count, bytes, 1);
+    const std::size_t copy = copies_.size();
+    copies_.resize(copy + static_cast<std::size_t>(count * bytes));
+    kept_.push_back({first, array.row, count, bytes, copy});
+    copy_rows({copies_.data() + copy, bytes, 1}, {first, array.row, 1}, count, bytes, 1);
   });
 }
 
 void KeptTokens::put_back() const {
-  for (const Piece& piece : pieces_)
-    copy_rows({piece.slots, piece.step, 1}, {copies_.data() + piece.place, piece.bytes, 1}, piece.count, piece.bytes,
-              1);
+  for (const Slots& kept : kept_)
+    copy_rows({kept.first, kept.step, 1}, {copies_.data() + kept.copy, kept.bytes, 1}, kept.count, kept.bytes, 1);
 }
 
 void PageChanges::claim(const CacheStore& store) {

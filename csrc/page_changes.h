@@ -25,12 +25,12 @@ class KeptTokens {
   void put_back() const;  // cannot fail
 
  private:
-  struct Piece {  // the slots of one head
-    char* slots;
+  struct Slots {  // of one head
+    char* first;
     std::int64_t step, count, bytes;  // from slot to slot, number of slots, bytes of a slot
-    std::size_t place;                // in copies_
+    std::size_t copy;                 // where their copies start in copies_
   };
-  std::vector<Piece> pieces_;
+  std::vector<Slots> kept_;
   std::vector<char> copies_;
 };
 

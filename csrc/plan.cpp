@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "thread_memory.h"
 
@@ -44,7 +45,9 @@ bool in_place(const auto& operand, DType dtype) { return operand.in_place && ope
 int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t largest) {
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
   const std::int64_t fitting = bytes / row_bytes / smallest_key_block * smallest_key_block;
-  return static_cast<int>(std::clamp<std::int64_t>(fitting, smallest_key_block, largest));
+  const std::int64_t block = std::clamp<std::int64_t>(fitting, smallest_key_block, largest);
+  // Pieces are cut at multiples of the largest block. Blocks must not straddle the cuts.
+  return static_cast<int>(problem.running ? std::bit_floor(static_cast<std::uint64_t>(block)) : block);
 }
 
 // The row kernel costs about as much per row as the tile kernel costs per lane. So it wins if the tile kernel would
@@ -139,11 +142,9 @@ void choose_kernel(Plan& plan, const Problem& problem) {
 
 double cache_bytes(const Problem& problem) {
   return static_cast<double>(problem.batch) * static_cast<double>(problem.num_kv_heads) *
-         static_cast<double>(problem.kv_len) *
+         static_cast<double>(problem.held_keys()) *
          static_cast<double>((problem.head_dim + problem.value_dim) * size_of(problem.key.dtype));
 }
-
-bool splits_keys(const Plan& plan) { return plan.row_blocks <= row_blocks_with_ranges; }
 
 std::int64_t wanted_range(const Plan& plan) {
   const std::int64_t wanted = plan.attend->strip_rows > 1 ? tile_range_keys : row_range_keys;
@@ -152,7 +153,7 @@ std::int64_t wanted_range(const Plan& plan) {
 
 // An upper bound for the number of ranges of an entry with at most `keys` keys.
 std::int64_t most_ranges_of(const Plan& plan, std::int64_t keys) {
-  return splits_keys(plan) ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
+  return plan.splits_keys ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
 }
 
 }  // namespace
@@ -172,6 +173,8 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels) {
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
+  // Running sums are continued in the order of the keys.
+  plan.splits_keys = plan.row_blocks <= row_blocks_with_ranges && !problem.running;
   plan.range_keys = ranges_of(plan, problem.kv_len).keys;
   plan.ranges = most_ranges_of(plan, problem.kv_len);
   const bool rounds = is_narrow(problem.out.dtype) && problem.out.in_place && plan.ranges == 1;
@@ -181,7 +184,7 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels) {
 
   const std::int64_t products = problem.relative ? 2 : 1;
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
-               static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
+               static_cast<double>(problem.q_len) * static_cast<double>(problem.held_keys()) *
                static_cast<double>(products * problem.head_dim + problem.value_dim);
   plan.bytes = cache_bytes(problem);
   plan.thread_bytes = ThreadMemory(nullptr, plan, problem).bytes;

@@ -85,7 +85,9 @@ void set_shapes(Problem& problem, const AttentionArguments& a) {
   problem.num_kv_heads = k.heads;
   problem.group_size = k.heads == 0 ? 0 : q.heads / k.heads;
   problem.q_len = q.length;
-  problem.kv_len = k.length;
+  const auto [first, kv_len] = a.piece.value_or(Piece{0, k.length});
+  problem.kv_len = kv_len;
+  problem.held = {first, first + k.length};
   problem.head_dim = q.dim;
   problem.value_dim = v.dim;
   check_size(problem, a.function);
@@ -122,6 +124,9 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
   scores.extent[scores.ndim - 1] = keys;
   check_broadcast(function, name, view, scores);
   operand = place_scores(problem, view);
+  // Kernels count from key 0, which a piece need not hold.
+  const auto before = static_cast<std::uint64_t>(problem.held.begin) * static_cast<std::uint64_t>(operand.column);
+  operand.data = reinterpret_cast<char*>(reinterpret_cast<std::uintptr_t>(operand.data) - before);
 }
 
 // Places lengths or offsets: one integer per batch entry.
@@ -262,8 +267,8 @@ Problem make_problem(const AttentionArguments& a) {
   place_scales(problem, problem.value_scales, a.value_scales, a.value_scale_page);
   problem.recent_mask = a.recent_mask;
   place_score_operand(problem, problem.mask, a.function, "mask", a.mask,
-                      a.recent_mask ? problem.q_len : problem.kv_len);
-  place_score_operand(problem, problem.bias, a.function, "bias", a.bias, problem.kv_len);
+                      a.recent_mask ? problem.q_len : problem.held_keys());
+  place_score_operand(problem, problem.bias, a.function, "bias", a.bias, problem.held_keys());
   place_per_batch(problem, problem.q_offset, a.function, "q_offset", a.q_offset);
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
   check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "q");

@@ -98,10 +98,37 @@ struct ByDistance {
   }
 };
 
+// Keys [begin, end); empty: begin == end.
+struct KeyRange {
+  std::int64_t begin, end;
+};
+
+inline bool is_empty(const KeyRange& keys) { return keys.begin >= keys.end; }
+inline KeyRange common(const KeyRange& a, const KeyRange& b) {
+  const std::int64_t end = std::min(a.end, b.end);
+  return {std::min(std::max(a.begin, b.begin), end), end};
+}
+
+// A call on a piece of the keys: k, v, mask and bias hold the keys from `first` on, of kv_len keys in all.
+struct Piece {
+  std::int64_t first, kv_len;
+};
+
+// What a call on a piece continues and leaves for the next piece, one number per row. Problem::out holds the rows'
+// outputs, in the type of computation and not normalised.
+struct RunningSums {
+  Operand row_max, row_sum;  // in the type of computation
+  Operand sees_key;          // boolean: the row sees a key, although its sum is 0
+  bool begun = false;        // there was a piece before
+
+  explicit operator bool() const { return static_cast<bool>(row_max); }
+};
+
 // The arguments as received: shapes have not been checked.
 struct AttentionArguments : AttentionOptions<TensorView> {
   const char* function = "attention";  // the function that error messages name
   TensorView q, k, v, r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
+  std::optional<Piece> piece;
   std::int64_t r_origin = 0;
   // For caches: the pages of k and v and the strides between them in bytes, and the scales of int8 codes.
   bool cached = false;  // queries are aligned with the newest keys, however few these are
@@ -128,7 +155,9 @@ struct Problem : Settings {
   ByDistance distance_bias;         // T5: doubles, added to scores like a bias
   Pages pages;
   bool recent_mask = false;
+  KeyRange held{0, 0};        // the keys that the operands hold: all keys, or a piece
   Operand out, lse, weights;  // lse and weights may be absent
+  RunningSums running;        // absent: the call starts and finishes the sums of all rows
   double scale = 0;
   double softcap = 0;  // 0: none
   std::int64_t first_entry = 0;
@@ -143,6 +172,7 @@ struct Problem : Settings {
     for (const BatchAxis& axis : axes_of(operand)) p += batch_index / axis.inside % axis.extent * axis.stride;
     return p;
   }
+  std::int64_t held_keys() const { return held.end - held.begin; }
   std::int64_t keys_of(std::int64_t batch_index) const;          // end of an entry's valid keys
   std::int64_t start_of(std::int64_t batch_index) const;         // first key that the entry still holds
   std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
@@ -182,10 +212,6 @@ struct VisibleDistances {
 };
 VisibleDistances visible_distances(const Problem& problem);
 
-// Keys [begin, end); empty: begin == end.
-struct KeyRange {
-  std::int64_t begin, end;
-};
 struct ValidKeys {
   std::int64_t begin, end;   // the valid keys of a batch entry
   std::int64_t offset;       // the key aligned with query 0

@@ -54,6 +54,13 @@ void finish_weights(const Problem& problem, const Plan& plan, const Row& row, do
   zero(row.key_end, problem.kv_len);
 }
 
+// Nothing is read before or after the keys that are held.
+void clip_row(Row& row, const KeyRange& held) {
+  const KeyRange keys = common({row.key_begin, row.key_end}, held);
+  row.key_begin = keys.begin;
+  row.key_end = keys.end;
+}
+
 template <class T>
 void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block, const RowSpan& span,
            const ThreadMemory& memory) {
@@ -114,6 +121,7 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     }
     row.out = plan.copies_out ? memory.out + i * problem.value_dim * size
                               : out + index.head * problem.out.head + index.query * problem.out.row;
+    if (problem.running) clip_row(row, problem.held);
     row.scores = problem.weights ? element(problem, problem.weights, span, index) : nullptr;
   }
 }
@@ -148,9 +156,37 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
       scatter_row(*plan.kernels, {element(problem, problem.out, span, index), problem.out.column, problem.out.dtype},
                   static_cast<char*>(row.out), problem.dtype, problem.value_dim);
     if (problem.lse)
-      write_real(element(problem, problem.lse, span, index),
-                 sum == 0 ? -infinity : (max + std::log2(sum) - row.omitted) * ln_2, problem.lse.dtype);
+      write_real(element(problem, problem.lse, span, index), lse_of(max, sum, row.omitted), problem.lse.dtype);
     if (problem.weights) finish_weights(problem, plan, row, max, sum, undefined);
+  }
+}
+
+double lse_of(double row_max, double row_sum, double omitted) {
+  return row_sum == 0 ? -infinity : (row_max + std::log2(row_sum) - omitted) * ln_2;
+}
+
+void load_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
+  const std::int64_t size = size_of(problem.dtype);
+  RowIndex index = row_index(span, 0);
+  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
+    const auto bytes = static_cast<std::size_t>(size);
+    std::memcpy(memory.row_max + i * size, element(problem, problem.running.row_max, span, index), bytes);
+    std::memcpy(memory.row_sum + i * size, element(problem, problem.running.row_sum, span, index), bytes);
+  }
+}
+
+void store_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
+  const RunningSums& running = problem.running;
+  const std::int64_t size = size_of(problem.dtype);
+  RowIndex index = row_index(span, 0);
+  for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) {
+    const auto bytes = static_cast<std::size_t>(size);
+    std::memcpy(element(problem, running.row_max, span, index), memory.row_max + i * size, bytes);
+    std::memcpy(element(problem, running.row_sum, span, index), memory.row_sum + i * size, bytes);
+    char* sees_key = element(problem, running.sees_key, span, index);
+    if (!running.begun) *sees_key = 0;
+    if (*sees_key == 0 && read_real(memory.row_sum + i * size, problem.dtype) == 0)
+      *sees_key = sees_a_key(problem, span, index, memory.rows[i]);
   }
 }
 

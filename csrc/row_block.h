@@ -24,6 +24,13 @@ void spread_masks(const Problem& problem, const RowSpan& span, const ThreadMemor
 void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const ThreadMemory& memory,
                    const char* row_max, const char* row_sum);
 
+// A row's log-sum-exp, from its maximum and sum in units of log2.
+double lse_of(double row_max, double row_sum, double omitted);
+
+// For problems with running sums: copy the valid rows' maxima and sums to memory.row_max and memory.row_sum, and back.
+void load_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory);
+void store_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory);
+
 // Writes the empty results of rows beyond q_lens.
 void clear_rows(const Problem& problem, const RowSpan& span);
 

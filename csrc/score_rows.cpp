@@ -82,8 +82,7 @@ KeyRange span_keys(const Problem& problem, const RowSpan& span) {
   const KeyRange last = visible_keys(row_index(span, span.valid - 1).query, valid);
   // The range of a query that sees nothing may begin before the first valid key, where keys may be in no page.
   const std::int64_t begin = std::max(std::min(first.begin, last.begin), valid.begin);
-  const std::int64_t end = std::max(first.end, last.end);
-  return {std::min(begin, end), end};
+  return common({begin, std::max(first.end, last.end)}, problem.held);
 }
 
 const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, RowIndex index) {

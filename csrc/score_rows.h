@@ -43,7 +43,7 @@ inline char* element(const Problem& problem, const Operand& operand, const RowSp
   return problem.at(operand, span.batch) + index.head * operand.head + index.query * operand.row;
 }
 
-// Keys that any valid row of the span may see, before mask and bias.
+// Keys that any valid row of the span may see, before mask and bias; only keys that the operands hold.
 KeyRange span_keys(const Problem& problem, const RowSpan& span);
 
 // A row's mask at its first column, or null.

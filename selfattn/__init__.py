@@ -25,6 +25,7 @@ from ._relative_gradients import relative_attention_backward, relative_attention
 from ._rope import RoPE, apply_rope
 from ._self_attention import self_attention
 from ._states import merge_states
+from ._streaming import AttentionState
 from ._threads import active_isa, get_num_threads, isas, set_num_threads, use_isa
 from ._varlen import attention_varlen
 from ._varlen_gradients import attention_varlen_backward, attention_varlen_vjp
@@ -32,6 +33,7 @@ from ._varlen_gradients import attention_varlen_backward, attention_varlen_vjp
 __version__ = _version("selfattn")
 
 __all__ = [
+    "AttentionState",
     "FeedForward",
     "Gradients",
     "KVCache",

@@ -160,6 +160,7 @@ Heads: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]  # q, k, v
 Layer = NewType("Layer", object)
 Linear = NewType("Linear", object)
 Norm = NewType("Norm", object)
+AttentionState = NewType("AttentionState", object)
 CacheStore = NewType("CacheStore", object)  # the arrays of a cache
 Ledger = NewType("Ledger", object)  # the lengths of a cache whose sequences have one page each
 PageTable = NewType("PageTable", object)  # the pages of all sequences of a call in one array
@@ -300,6 +301,20 @@ def check_own_memory(function: str, out: NDArray[Any], /) -> None: ...
 def merge_states(
     outs: list[NDArray[Any]], lses: list[NDArray[Any]], out: NDArray[Any], lse: NDArray[Any], num_threads: int, /
 ) -> None: ...
+
+# `options` may have mask and bias, for all keys; they are only checked. `own`: the same without mask and bias.
+def make_state(q: NDArray[Any], kv_len: int, first: int, options: Options, own: Options, /) -> AttentionState: ...
+def absorb(
+    state: AttentionState,
+    k: NDArray[Any],
+    v: NDArray[Any],
+    first: int,
+    mask: NDArray[Any] | None,
+    bias: NDArray[Any] | None,
+    /,
+) -> None: ...
+def next_key(state: AttentionState, /) -> int: ...
+def state_result(state: AttentionState, out: NDArray[Any] | None, /) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
 xla_attention: object  # capsules: handlers for XLA
 xla_attention_backward: object

@@ -97,6 +97,10 @@ class GradientOptions(PaddedScoreOptions, total=False):
     layout: Layout
 
 
+class StateOptions(GradientOptions, total=False):
+    """Options of `AttentionState`."""
+
+
 class VjpOptions(GradientOptions, total=False):
     """Options of `attention_vjp`."""
 

@@ -57,6 +57,7 @@ void register_varlen_backward(py::module_& module);
 void register_machine(py::module_& module);
 void register_merge(py::module_& module);
 void register_relative(py::module_& module);
+void register_streaming(py::module_& module);
 void register_xla(py::module_& module);
 
 }  // namespace selfattn::bindings

@@ -24,12 +24,14 @@ struct RowAttention {
     const Memory s(block);
     for (int r = 0; r < block.count; ++r) {
       const Row& row = block.rows[r];
-      start_softmax(row.sink, static_cast<T*>(block.row_max)[r], static_cast<T*>(block.row_sum)[r]);
+      if (!block.resumes) start_softmax(row.sink, static_cast<T*>(block.row_max)[r], static_cast<T*>(block.row_sum)[r]);
       const typename Dots::Q* query = static_cast<const typename Dots::Q*>(row.query);
       T* loaded = s.queries + r * s.query_step;
       for (std::int64_t d = 0; d < block.head_dim; d += Dots::elements, loaded += W)
         store(loaded, Dots::load_query(query + d, block.head_dim - d));
-      for (std::int64_t d = 0; d < s.out_step; d += W) store(s.out + r * s.out_step + d, broadcast(T(0)));
+      for (std::int64_t d = 0; d < s.out_step; d += W)
+        store(s.out + r * s.out_step + d,
+              block.resumes ? load_up_to(static_cast<const T*>(row.out) + d, block.value_dim - d) : broadcast(T(0)));
     }
   }
 

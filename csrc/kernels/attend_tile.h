@@ -66,14 +66,27 @@ struct TileAttention {
       const int left = block.count - first;
       s.strips[i] = make_strip<T>(block.rows, block.scoring, first, left < strip_rows ? left : strip_rows);
       const int lanes = s.strips[i].vectors * W;
-      for (int l = 0; l < lanes; ++l) {
+      for (int l = 0; l < lanes && !block.resumes; ++l) {
         const double sink = first + l < block.count ? block.rows[first + l].sink : minus_infinity<double>;
         start_softmax(sink, row_max[first + l], row_sum[first + l]);
       }
       Engine::pack_queries(block.rows + first, s.strips[i].rows, block.head_dim, lanes, queries_of(block, s, first));
       T* out = out_of(block, s, first);
-      for (std::int64_t d = 0; d < Engine::dim_rows(block.value_dim) * lanes; d += W) store(out + d, broadcast(T(0)));
+      const std::int64_t resumed = block.resumes ? resume(block, s.strips[i], out) : 0;
+      for (std::int64_t d = resumed; d < Engine::dim_rows(block.value_dim) * lanes; d += W)
+        store(out + d, broadcast(T(0)));
     }
+  }
+
+  // Reads the outputs of a strip, and pads its maxima and sums. Returns the number of elements read.
+  static std::int64_t resume(const RowBlock& block, const Strip& strip, T* out) {
+    const int lanes = strip.vectors * W, first = strip.first_row;
+    for (int row = first + strip.rows; row < first + lanes; ++row)
+      start_softmax(minus_infinity<double>, static_cast<T*>(block.row_max)[row], static_cast<T*>(block.row_sum)[row]);
+    rows_to_columns(out, lanes, lanes, block.value_dim, [&](int row, std::int64_t d, int n) {
+      return row < strip.rows ? load_up_to(static_cast<const T*>(block.rows[first + row].out) + d, n) : broadcast(T(0));
+    });
+    return block.value_dim * lanes;
   }
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {

@@ -1,6 +1,6 @@
 // The interface between the drivers in csrc/ and the kernels, which are compiled once per ISA.
 //
-// A block of query rows attends to one block of keys after another:
+// A block of query rows attends to one block of keys after another. It may be finished in between and resumed later:
 //   begin(rows); absorb(rows, keys 0..127); absorb(rows, keys 128..255); ...; finish(rows)
 // Everything that differs between rows is in Row, so kernels do not deal with batches, heads, groups or layouts.
 #pragma once
@@ -81,10 +81,10 @@ struct RowBlock {
   std::int64_t value_dim;
   Scoring scoring;
   DType out_type;  // the type of computation, or a 16-bit type
-  bool normalise;  // whether finish divides by row_sum; false if the keys are split into several ranges
+  bool normalise;  // whether finish divides by row_sum; false if more keys follow or are in other ranges
+  bool resumes;    // begin continues from row_max, row_sum and the rows' out, as finish left them without normalising
   // Per row, padded to whole strips: the maximum score and the sum of probs. Drivers read them after finish.
-  void* row_max;
-  void* row_sum;
+  void *row_max, *row_sum;
   void* scratch;  // scratch_bytes(...) bytes, 64-byte aligned
 };
 

@@ -137,6 +137,9 @@ def paged(x: Array) -> None:
 def others(x: Array) -> None:
     assert_type(sa.apply_rope(x, [0, 1], sa.RoPE(base=1e6), layout="bshd", inverse=True), Array)
     assert_type(sa.merge_states([x, x], [x, x]), tuple[Array, Array])
+    state = sa.AttentionState(x, kv_len=6, causal=True, window=(3, None), softcap=2.0)
+    state.absorb(x, x, first=0, mask=x)
+    assert_type(state.result(), tuple[Array, Array])
     assert_type(sa.alibi_slopes(4), NDArray[np.float32])
     assert_type(sa.t5_bias(x, 3, 4, bidirectional=False), Array)
     assert_type(sa.show_config(), None)
@@ -151,6 +154,8 @@ def others(x: Array) -> None:
     sa.apply_rope(x, position=[0])  # type: ignore[call-arg]
     sa.RoPE(theta=1e6)  # type: ignore[call-arg]
     sa.merge_states([x])  # type: ignore[call-arg]
+    sa.AttentionState(x)  # type: ignore[call-arg]
+    sa.AttentionState(x, kv_len=6, return_lse=True)  # type: ignore[call-arg]
     sa.alibi_slopes("four")  # type: ignore[arg-type]
     sa.show_config("dict")  # type: ignore[call-overload]
     sa.set_num_threads(2.5)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@
 #include "check.h"
 #include "compare.h"
 #include "registry.h"
+#include "streaming.h"
 #include "vectors_file.h"
 
 namespace selfattn::test {
@@ -84,6 +85,72 @@ Results compute(const VectorCase& c, const KernelSet& kernels, int threads, bool
   return results;
 }
 
+// A piece of an operand: some of its keys. `axis` is the axis of the keys, counted from the end.
+class PieceOf {
+ public:
+  PieceOf(const TensorView& whole, int axis, std::int64_t first, std::int64_t count) : view_(whole) {
+    if (!whole || whole.ndim <= axis || whole.extent(axis) == 1) return;
+    extents_.assign(whole.shape, whole.shape + whole.ndim);
+    extents_[static_cast<std::size_t>(whole.ndim - 1 - axis)] = count;
+    view_.shape = extents_.data();
+    view_.data = static_cast<char*>(whole.data) + first * whole.stride(axis);
+  }
+  PieceOf(const PieceOf&) = delete;
+  PieceOf& operator=(const PieceOf&) = delete;
+  const TensorView& view() const { return view_; }
+
+ private:
+  TensorView view_;
+  std::vector<std::int64_t> extents_;
+};
+
+// States do not have the operands of relative attention, and queries have all axes of the result.
+bool can_stream(const AttentionArguments& a, const Problem& problem) {
+  const Shape rows = rows_shape(problem, problem.num_heads, problem.q_len, problem.head_dim);
+  return !a.r && problem.kv_len > 1 && a.q.ndim == rows.ndim &&
+         std::equal(a.q.shape, a.q.shape + a.q.ndim, rows.extent);
+}
+
+// Absorbs the keys in three pieces.
+Results stream(const VectorCase& c, const KernelSet& kernels) {
+  const AttentionArguments whole = arguments_of(c);
+  const std::int64_t kv_len = make_problem(whole).kv_len;
+  const int axis = whole.layout == selfattn::Layout::bshd && whole.k.ndim > 2 ? 2 : 1;
+  AttentionState state(kv_len, 0);
+  const std::int64_t cuts[] = {0, kv_len / 3, kv_len / 3 + 1, kv_len};
+  for (int i = 0; i < 3; ++i) {
+    const std::int64_t first = cuts[i], count = cuts[i + 1] - first;
+    const PieceOf k(whole.k, axis, first, count), v(whole.v, axis, first, count);
+    const PieceOf mask(whole.mask, 0, first, count), bias(whole.bias, 0, first, count);
+    AttentionArguments piece = whole;
+    piece.k = k.view();
+    piece.v = v.view();
+    piece.mask = mask.view();
+    piece.bias = bias.view();
+    const Problem problem = state.problem_of(piece, first);
+    if (!state.absorb(problem, make_plan(problem, kernels), 1 + i, nullptr)) throw std::runtime_error("interrupted");
+  }
+  Problem problem = state.results("result");
+  Results results{array_of(c.array("q").dtype(), out_shape(problem)),
+                  array_of(problem.dtype, lse_shape(problem)),
+                  Array(problem.dtype, {0}),
+                  nullptr,
+                  {}};
+  attach_out(problem, results.out.view());
+  attach_lse(problem, results.lse.view());
+  if (!state.finish(problem, kernels, 2, nullptr)) throw std::runtime_error("interrupted");
+  return results;
+}
+
+// The larger error of the results in pieces, as a share of its bound.
+double streamed_error(const VectorCase& c, const KernelSet& kernels, double sigma, const Rounding& rounding) {
+  if (!can_stream(arguments_of(c), make_problem(arguments_of(c)))) return 0;
+  const Results found = stream(c, kernels);
+  return std::max(
+      compare_out(found.out, c.array("out"), c.array("magnitude"), sigma, rounding.values + sigma * rounding.scores),
+      compare_lse(found.lse, c.array("lse"), sigma, rounding.scores));
+}
+
 // Prints one line for the case. Returns whether it passed.
 bool run(const VectorCase& c, const KernelSet& kernels) {
   begin_section(c.name.c_str());
@@ -93,12 +160,14 @@ bool run(const VectorCase& c, const KernelSet& kernels) {
   const double out =
       compare_out(fused.out, c.array("out"), c.array("magnitude"), sigma, rounding.values + sigma * rounding.scores);
   const double lse = compare_lse(fused.lse, c.array("lse"), sigma, rounding.scores);
+  const double pieces = streamed_error(c, kernels, sigma, rounding);
   const double weights = compare_weights(whole.weights, c.array("weights"), sigma, rounding.scores);
   // A result depends neither on the number of threads nor on whether weights are returned.
   const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
-  const bool passed = out <= 1 && lse <= 1 && weights <= 1 && same;
-  std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f%s\n", passed ? "ok  " : "FAIL",
-              c.name.c_str(), fused.kernel, out, lse, weights, same ? "" : "; results differ with threads and weights");
+  const bool passed = out <= 1 && lse <= 1 && weights <= 1 && pieces <= 1 && same;
+  std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f, in pieces %.2f%s\n",
+              passed ? "ok  " : "FAIL", c.name.c_str(), fused.kernel, out, lse, weights, pieces,
+              same ? "" : "; results differ with threads and weights");
   return passed;
 }
 

@@ -52,6 +52,28 @@ def test_ctrl_c(run_python: Any, threads: int, call: str) -> None:
     assert float(run_python(code)) < 0.2
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_while_a_state_absorbs(run_python: Any, threads: int) -> None:
+    code = textwrap.dedent(INTERRUPTED) + textwrap.dedent(f"""
+        def absorb(x, num_threads):
+            global state
+            state = sa.AttentionState(x[:, :, :3000], kv_len=20000, num_threads=num_threads)
+            state.absorb(x, x)
+
+        print(measure({threads}, absorb))
+        y = np.zeros((1, 64, 0, 64), np.float32)
+        for call in (lambda: state.absorb(y, y), state.result):
+            try:
+                call()
+            except RuntimeError as error:
+                print(error)
+    """)
+    delay, absorbing, asking = run_python(code).splitlines()
+    assert float(delay) < 0.2
+    assert absorbing.startswith("AttentionState.absorb: an absorb was interrupted")
+    assert asking.startswith("AttentionState.result: an absorb was interrupted")
+
+
 def test_ctrl_c_in_a_forked_child(run_python: Any) -> None:
     code = textwrap.dedent(INTERRUPTED) + textwrap.dedent("""
         import warnings

@@ -25,7 +25,18 @@ def test_every_operand_next_to_a_guard_page(isa: str, seed: int, run_python: Any
         last = (tmp_path / "case").read_text(encoding="utf8")
         pytest.fail(f"{failure}\nThe last case: {last}")
     met = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", printed)}
-    assert met.keys() == {"attention", "gradients", "layer", "ranges", "relative", "rope", "row", "threads", "tile"}
+    assert met.keys() == {
+        "attention",
+        "gradients",
+        "layer",
+        "piece",
+        "ranges",
+        "relative",
+        "rope",
+        "row",
+        "threads",
+        "tile",
+    }
     assert min(met.values()) >= 20
 
 

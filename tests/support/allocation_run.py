@@ -33,8 +33,7 @@ def calls() -> dict[str, Callable[[], Any]]:
 
     few, cache = normal(1, 2, 2, 64), normal(1, 2, 5000, 64)
     many = normal(2, 4, 130, 40)
-    backwards, lengths = many[..., ::-1], np.array([100, 130], np.int32)
-    out = np.empty_like(many)
+    backwards, lengths, out = many[..., ::-1], np.array([100, 130], np.int32), np.empty_like(many)
     sinks = normal(4)
     x, context = normal(2, 90, 48), normal(2, 70, 48)
     weights = [normal(48, 48) for _ in range(4)]
@@ -71,6 +70,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "gradients": lambda: gradients(many, sinks),
         "narrow gradients": lambda: gradients(narrow[..., ::-1], sinks),
         "packed gradients": lambda: packed_gradients(many[0], sinks),
+        "pieces": lambda: in_pieces(many),
         "rope": lambda: sa.apply_rope(many),
         "merge": lambda: merged(many),
         "explain": lambda: str(sa.explain(many, many, many)),
@@ -98,6 +98,20 @@ def packed_gradients(x: Any, sinks: Any) -> Any:
     inputs = _core.VarlenInputs(q=packed, k=packed, v=packed, cu_seqlens_q=starts, cu_seqlens_k=starts)
     given = _core.GradientInputs(grad_out=packed, out=packed, lse=np.ones(x.shape[:2], np.float32))
     return tuple(_core.attention_varlen_backward(function, inputs, given, ("q", "k", "v"), options).values())
+
+
+def in_pieces(x: Any) -> Any:
+    state = sa.AttentionState(x, kv_len=x.shape[2], num_threads=3)
+    for keys in (slice(0, 70), slice(70, None)):
+        before = state.next_key
+        try:
+            state.absorb(x[:, :, keys], x[:, :, keys], first=keys.start)
+        except MemoryError:
+            assert state.next_key == before
+            state.absorb(x[:, :, keys], x[:, :, keys], first=keys.start)  # the state is unchanged
+            state.result()
+            raise
+    return state.result()
 
 
 def merged(x: Any) -> Any:

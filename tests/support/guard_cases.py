@@ -19,7 +19,7 @@ LONG = (1025, 2049, 2175)  # few rows: the keys are split into ranges
 class Case(NamedTuple):
     """A call: arrays that may be placed anywhere, and everything else."""
 
-    kind: str  # attention, gradients, layer, relative, rope
+    kind: str  # attention, piece, gradients, layer, relative, rope
     arrays: dict[str, Any]
     settings: dict[str, Any]
 
@@ -38,6 +38,7 @@ def cases(seed: int) -> Any:
             yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[:3])), int(rng.choice(LONG)))
             yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[3:])), int(rng.choice(LONG)))
             yield gradient_case(rng, dtype, head_dim, int(rng.choice(LENGTHS)), int(rng.choice(LENGTHS)))
+            yield piece_case(rng, dtype, head_dim, int(rng.choice(LENGTHS)), int(rng.choice(LENGTHS)))
             for _ in range(4):
                 yield layer_case(rng, dtype, head_dim)
             for _ in range(2):
@@ -102,6 +103,14 @@ def gradient_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) 
             arrays[name] = rng.standard_normal(like.shape).astype(like.dtype)
     terms = [name for name in ("bias", "alibi_slopes", "sinks") if name in arrays and rng.random() < 0.7]
     return Case("gradients", arrays, {**settings, "wrt": ("q", "k", "v", "scale", *terms)})
+
+
+def piece_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
+    """Draw a call in which an AttentionState absorbs one piece, from the middle of all keys."""
+    case = attention_case(rng, dtype, head_dim, q_len, kv_len)
+    settings = {name: x for name, x in case.settings.items() if name not in ("return_lse", "return_weights")}
+    first = int(rng.integers(200))
+    return Case("piece", case.arrays, {**settings, "first": first, "kv_len": first + kv_len + int(rng.integers(200))})
 
 
 def score_arrays(rng: Any, shape: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -225,6 +234,12 @@ def call(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
     elif case.kind == "gradients":
         operands = [given.pop(name) for name in ("grad_out", "q", "k", "v", "result", "lse")]
         result = tuple(x for x in sa.attention_backward(*operands, **given) if x is not None)
+    elif case.kind == "piece":
+        piece = {name: given.pop(name) for name in ("k", "v", "mask", "bias") if name in given}
+        out = given.pop("out", None)
+        state = sa.AttentionState(**given)
+        state.absorb(**piece)
+        result = state.result(out)
     elif case.kind == "relative":
         result = sa.relative_attention(**given)
     elif case.kind == "rope":

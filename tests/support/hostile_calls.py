@@ -120,6 +120,22 @@ def rope_call(rng: random.Random) -> Call:
     return Call(sa.apply_rope, [floats(rng, dtype, *shape)], named)
 
 
+def absorbed(q: Any, k: Any, v: Any, kv_len: Any, first: Any, out: Any = None, **options: Any) -> Any:
+    state = sa.AttentionState(q, kv_len=kv_len, first=first, **options)
+    state.absorb(k, v)
+    return state.result(out)
+
+
+def piece_call(rng: random.Random) -> Call:
+    call = attention_call(rng)
+    named = {
+        name: x for name, x in call.named.items() if not name.startswith("return") and name not in ("mask", "bias")
+    }
+    length = call.positional[1].shape[2]
+    first = rng.randrange(9)
+    return Call(absorbed, [*call.positional, first + length + rng.randrange(9), first], named)
+
+
 def explain_call(rng: random.Random) -> Call:
     return attention_call(rng)._replace(function=sa.explain)
 
@@ -132,6 +148,7 @@ MAKERS = [
     t5_call,
     rope_call,
     explain_call,
+    piece_call,
     *hostile_caches.MAKERS,
 ]
 NAMES = [

@@ -1,0 +1,46 @@
+// Attention over keys that arrive in pieces. Between two pieces each row keeps its output, which is not normalised, its
+// maximum and its sum, as kernels leave them (RunningSums). So the pieces of a row are summed like blocks of keys of
+// one call, and nothing is merged.
+#pragma once
+#include <cstdlib>
+#include <memory>
+
+#include "plan.h"
+#include "problem.h"
+#include "task_loop.h"
+
+namespace selfattn {
+
+class AttentionState {
+ public:
+  AttentionState(std::int64_t kv_len, std::int64_t first) : kv_len_(kv_len), next_(first) {}
+
+  std::int64_t next() const { return next_; }  // the key with which the next piece starts
+
+  // The problem of the piece from key `first` on, which must be the next one. The first piece allocates the memory, and
+  // decides on the number of KV heads, the width of values and the type of keys; refuses a later piece that differs.
+  Problem problem_of(AttentionArguments arguments, std::int64_t first);
+
+  // Absorbs a piece. Returns false if interrupted. Then some rows have absorbed it and others have not, so that the
+  // state is of no use any more.
+  bool absorb(const Problem& problem, const Plan& plan, int threads, Interrupted interrupted);
+
+  // The problem of the results; complete after attach_out and attach_lse. Refuses if nothing was absorbed yet.
+  const Problem& results(const char* function) const;
+
+  // Writes the results over the keys absorbed so far. Returns false if interrupted; the state is as before.
+  bool finish(const Problem& results, const KernelSet& kernels, int num_threads, Interrupted interrupted) const;
+
+  // Throws std::runtime_error if an absorb was not completed.
+  void check(const char* function) const;
+
+ private:
+  const std::int64_t kv_len_;
+  std::int64_t next_;
+  std::unique_ptr<char, decltype(&std::free)> memory_{nullptr, &std::free};
+  Problem last_;  // of the last piece, whose keys and values may be gone
+  bool begun_ = false;
+  bool complete_ = true;
+};
+
+}  // namespace selfattn
