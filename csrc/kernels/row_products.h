@@ -7,7 +7,7 @@
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
 #include "kernels/row_values.h"
-#include "kernels/score_tile.h"
+#include "kernels/score_terms.h"
 #include "kernels/scratch.h"
 #include "kernels/values.h"
 
@@ -146,14 +146,16 @@ struct RowProducts {
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
-  // Recomputes products that became NaN, with scalar FMAs, which follow IEEE 754.
+  // Recomputes products that became NaN, with scalar FMAs, which follow IEEE 754. Those of hidden keys are not needed.
   template <int Rows>
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;
     for (int i = 0; i < W; ++i) {
       const int index = key + i % Keys;
       if (products[i] == products[i] || index >= keys.count) continue;
-      const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
+      const Row& own = block.rows[row + i / Keys];
+      if (hides<T>(own, block.scoring, keys.first + index)) continue;
+      const auto* query = static_cast<const typename Dots::Q*>(own.query);
       const E* data = row_of<E>(keys.key_rows, index);
       T sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);

@@ -3,7 +3,7 @@
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
-#include "kernels/score_tile.h"
+#include "kernels/score_terms.h"
 #include "kernels/values.h"
 
 namespace selfattn::SELFATTN_ISA {
