@@ -126,6 +126,10 @@ class Bert:
         """Return the last of `ragged_states`, without keeping the earlier states."""
         return deque(self.ragged_states(ids, starts, types), maxlen=1).pop()
 
+    def embed(self, ids: Array, positions: Array) -> Array:
+        """Return the vectors of tokens at these positions before the first layer."""
+        return self._embedded(ids, positions, None)
+
     def _embedded(self, ids: Array, positions: Array, types: Array | None) -> Array:
         types = np.zeros_like(ids) if types is None else types
         for name, index, table in (

@@ -39,12 +39,17 @@ class Block:
         """Return the block's result for sequences that follow one another without padding: x (total, hidden)."""
         if len(starts) == 2:
             x = self._layer(x, residual=x)
-        else:
-            project, output = self._linears
-            q, k, v = (part.reshape(len(x), self.num_heads, -1) for part in np.split(project(x), 3, axis=1))
-            heads = sa.attention_varlen(q, k, v, starts)
-            x = output(heads.reshape(x.shape), residual=x)
-            x = self.attention_norm(x, out=x)
+            return self.feed_forward(x, residual=x)
+        return self.rest(x, sa.attention_varlen(*self.heads(x), starts))
+
+    def heads(self, x: Array) -> list[Array]:
+        """Return queries, keys and values of x (total, hidden): each (total, heads, head_dim)."""
+        return [part.reshape(len(x), self.num_heads, -1) for part in np.split(self._linears[0](x), 3, axis=1)]
+
+    def rest(self, x: Array, attended: Array) -> Array:
+        """Return the block's result for x, given the output of its attention (total, heads, head_dim)."""
+        x = self._linears[1](attended.reshape(x.shape), residual=x)
+        x = self.attention_norm(x, out=x)
         return self.feed_forward(x, residual=x)
 
     # Each of these objects packs its own copy of the weights, so it is made only when it is first used.

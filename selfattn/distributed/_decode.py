@@ -1,0 +1,171 @@
+"""Attention over caches that are spread over ranks: keys stay where they are, and results are merged in rank order."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._arguments import ACCEPTED, as_array, is_float, thread_count
+from .._cache import KVCache
+from .._cached import attention_with_kvcache
+from .._errors import refusal
+from .._keywords import refuse_unknown
+from .._paged import PagedKVCache
+from .._states import merge_states
+from ._agree import Fact, failure, raise_failures
+from ._link import Link
+from ._options import value_text
+
+_BY_DISTANCE = ("window", "bias", "alibi_slopes", "t5")
+
+
+class Held:
+    """The lengths of a cache's sequences before a call, to undo it."""
+
+    def __init__(self, function: str, cache: Any, sequences: Any) -> None:
+        if not isinstance(cache, (KVCache, PagedKVCache)):
+            text = f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
+            raise refusal(TypeError, function, "cache", text)
+        if cache.window is not None:
+            raise refusal(ValueError, function, "cache", " has a window, which cannot be used over ranks")
+        if isinstance(cache, PagedKVCache) and sequences is None:
+            raise refusal(ValueError, function, "sequences", " is needed with a PagedKVCache")
+        self._cache, self._sequences = cache, sequences
+        if isinstance(cache, KVCache):
+            self.lengths = [int(n) for n in cache.lengths]
+        else:
+            self.lengths = [cache.length(sequence) for sequence in sequences]
+
+    def restore(self) -> None:
+        """Forget the tokens that have been appended since."""
+        if isinstance(self._cache, KVCache):
+            self._cache.truncate(np.array(self.lengths, np.int64))
+        else:
+            for sequence, length in zip(self._sequences, self.lengths, strict=True):
+                self._cache.truncate(sequence, length)
+
+
+class CacheCall:
+    """The arguments of `Group.attention_with_kvcache` on one rank; arrays have their heads before their tokens."""
+
+    turn: int  # the rank that appends the new tokens
+    totals: NDArray[np.int64]
+
+    def __init__(
+        self, function: str, like: Callable[..., Any], arrays: Sequence[Any], options: Mapping[str, Any]
+    ) -> None:
+        """Check what one rank can check."""
+        self.function = function
+        self.given = {name: x for name, x in options.items() if x is not None}
+        for name in _BY_DISTANCE:
+            if name in self.given:
+                text = " cannot be used over ranks: a rank does not know the positions of the tokens in its cache"
+                raise refusal(ValueError, function, name, text)
+        refuse_unknown(like, options)
+        self.layout = self.given.pop("layout", "bhsd")
+        self.return_lse = self.given.pop("return_lse", False)
+        self.num_threads = thread_count(function, self.given.pop("num_threads", None))
+        q, cache, k, v = arrays
+        self.q = self._array("q", q)
+        self.k, self.v = (None if x is None else self._array(name, x) for name, x in (("k", k), ("v", v)))
+        if (k is None) != (v is None):
+            raise refusal(ValueError, function, "k" if k is None else "v", " is missing")
+        if k is None and self.q.shape[2] > 1 and self.given.get("causal", True):
+            text = " is missing, but with several causal queries the newest tokens must be those of this call"
+            raise refusal(ValueError, function, "k", text)
+        self.cache = cache
+        self.held = Held(function, cache, self.given.get("sequences"))
+        if len(self.held.lengths) != self.q.shape[0]:
+            text = f" has a batch of {self.q.shape[0]}, but there are {len(self.held.lengths)} sequences in "
+            raise refusal(ValueError, function, "q", text, "cache", "")
+
+    def _array(self, name: str, value: Any) -> NDArray[Any]:
+        array = as_array(self.function, name, value)
+        if not is_float(array.dtype):
+            raise refusal(TypeError, self.function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+        if array.ndim != 4:
+            raise refusal(ValueError, self.function, name, f" has shape {array.shape}, but 4 axes are needed")
+        return array.swapaxes(1, 2) if self.layout == "bshd" else array
+
+    def facts(self) -> list[Fact]:
+        """Return what must be equal on all ranks."""
+        found = []
+        for name, array in (("q", self.q), ("k", self.k), ("v", self.v)):
+            found.append(Fact(name, " has dtype ", "none" if array is None else array.dtype.name))
+            found.append(Fact(name, " has shape ", "none" if array is None else str(array.shape)))
+            sum_ = "none" if array is None else f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
+            found.append(Fact(name, " has checksum ", sum_))
+        names = ("rope", "positions", "mask", "causal", "scale", "softcap", "sinks", "precision")
+        found += [Fact(name, " is ", value_text(self.given.get(name))) for name in names]
+        found.append(Fact("cache", " has value_dim ", str(self.cache.value_dim)))
+        return found
+
+    def own(self) -> list[int]:
+        """Return what all ranks must know of this one."""
+        return self.held.lengths
+
+    def settle(self, lengths: Sequence[Sequence[int]]) -> None:
+        """Find whose turn it is; equal on all ranks."""
+        tokens = [sum(own) for own in lengths]
+        self.turn = tokens.index(min(tokens))
+        self.totals = np.array(lengths, np.int64).sum(axis=0)
+
+    def attend(self, rank: int, num_threads: int) -> Any:
+        """Append, if it is this rank's turn, and attend to this rank's cache."""
+        options = {**self.given, "num_threads": num_threads, "return_lse": True}
+        count = self.q.shape[2]
+        if options.get("rope") is not None and "positions" not in options:
+            first = self.totals - (count if self.k is None else 0)
+            options["positions"] = first[:, None] + np.arange(count)
+        # Results stay in the type of computation until they are merged.
+        q = self.q if self.q.dtype == np.float64 else self.q.astype(np.float32, copy=False)
+        if rank == self.turn:
+            return attention_with_kvcache(q, self.cache, self.k, self.v, **options)
+        # All tokens of this cache are older than the queries. Only one rank may count the sinks.
+        plain = {name: x for name, x in options.items() if name not in ("mask", "sinks")}
+        return attention_with_kvcache(q, self.cache, **{**plain, "causal": False})
+
+    def results(self, out: NDArray[Any], lse: NDArray[Any]) -> Any:
+        """Return the results in the form that the caller asked for."""
+        out = out.astype(self.q.dtype, copy=False)
+        out = out.swapaxes(1, 2) if self.layout == "bshd" else out
+        return (out, lse) if self.return_lse else out
+
+
+def attend_cache(link: Link, call: CacheCall, num_threads: int) -> Any:
+    """Return the results, or raise the error of any rank on all of them; then no cache has changed."""
+    try:
+        with link.flight(call.function):
+            error, states = None, None
+            try:
+                states = call.attend(link.rank, num_threads)
+            except Exception as raised:
+                error = raised
+            found = _gather(link, call, states)
+            failures = link.exchange(call.function, error and failure(error, call.function)) if found is None else []
+        raise_failures(failures, error)
+        assert found is not None
+        return call.results(*merge_states(*found))
+    except BaseException:
+        call.held.restore()
+        raise
+
+
+def _gather(link: Link, call: CacheCall, states: Any) -> tuple[list[NDArray[Any]], list[NDArray[Any]]] | None:
+    """Return out and lse of all ranks, or None if a rank has none."""
+    batch, heads, count, _ = call.q.shape
+    kind = np.dtype(np.float64 if call.q.dtype == np.float64 else np.float32)
+    shape = (batch, heads, count, call.cache.value_dim)
+    numbers = np.empty(1 + int(np.prod(shape)) + int(np.prod(shape[:3])), kind)
+    split = 1 + int(np.prod(shape))
+    numbers[0] = states is not None
+    if states is not None:
+        numbers[1:split], numbers[split:] = states[0].ravel(), states[1].ravel()
+    rows = link.gather(call.function, numbers.view(np.uint8)).view(kind)
+    if not rows[:, 0].all():
+        return None
+    return [row[1:split].reshape(shape) for row in rows], [row[split:].reshape(shape[:3]) for row in rows]

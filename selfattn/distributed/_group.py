@@ -1,0 +1,264 @@
+"""A group of ranks that compute attention together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import ArrayLike, NDArray
+
+from .._arguments import choice, real, thread_count
+from .._attention import attention
+from .._backward import Gradients
+from .._cached import attention_with_kvcache
+from .._errors import refusal
+from .._gradients import attention_backward
+from .._keywords import clean_signature
+from .._threads import get_num_threads
+from ._agree import Fact, agree
+from ._by_heads import attend_by_heads, check_by_heads
+from ._by_keys import attend_by_keys
+from ._call import Call
+from ._decode import CacheCall, attend_cache
+from ._gradients import GradientCall, differentiate
+from ._link import Link
+from ._rows import rows_of
+
+_BY = ("keys", "heads")
+
+
+class Group:
+    """The ranks of a communicator, which compute attention over sequences that are spread over them.
+
+    All methods except `rows` are collective: every rank of the communicator must call them, in the same order. Ranks
+    compare shapes, dtypes and options before they compute; if those do not fit, every rank raises the same error, which
+    names the rank that differs.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        The communicator, for example ``MPI.COMM_WORLD``. It is duplicated: messages of the caller cannot be mixed up
+        with those of the group.
+    num_threads : int, optional
+        Threads of this rank. By default the ranks on one machine share its cores: a rank has the cores that its
+        affinity allows, each divided by the number of ranks that may use it.
+    timeout : float, default 600.0
+        Seconds after which a rank that waits for others raises a TimeoutError. None: it waits for ever.
+
+    Attributes
+    ----------
+    rank, size : int
+    num_threads : int
+
+    Notes
+    -----
+    A rank that waits sleeps, so that other processes can use its core. A group must not be used by two threads at once.
+    """
+
+    def __init__(self, comm: Any, *, num_threads: int | None = None, timeout: float | None = 600.0) -> None:
+        if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+            text = f" is a {type(comm).__name__}, but an mpi4py communicator is needed: Group(MPI.COMM_WORLD)"
+            raise refusal(TypeError, "Group", "comm", text)
+        if timeout is not None and real("Group", "timeout", timeout) <= 0:
+            raise refusal(ValueError, "Group", "timeout", f" is {timeout!r}, but it must be positive")
+        threads = thread_count("Group", num_threads)
+        self._link = Link(comm, timeout)
+        self.rank: int = self._link.rank
+        self.size: int = self._link.size
+        self.num_threads = threads or _share_of_cores(self._link)
+
+    def __repr__(self) -> str:
+        return f"Group(rank={self.rank}, size={self.size}, num_threads={self.num_threads})"
+
+    def close(self) -> None:
+        """Free the group's communicator. Not needed for a group that lives as long as the program."""
+        self._link.close()
+
+    def rows(self, length: int, order: str = "zigzag") -> NDArray[np.int64]:
+        """Return the positions of the tokens that this rank has.
+
+        Parameters
+        ----------
+        length : int
+            Number of tokens of the whole sequence; it may be smaller than the number of ranks.
+        order : {"zigzag", "contiguous"}
+            "zigzag": one part near the start and its mirror image near the end, which balances causal attention.
+            "contiguous": one part.
+
+        Returns
+        -------
+        ndarray of int64
+            Ascending. Every token is on one rank.
+        """
+        return rows_of("Group.rows", length, order, self.rank, self.size)
+
+    @clean_signature(attention, without=("q_offset", "return_weights", "dropout", "seed"))
+    def attention(
+        self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, rows: ArrayLike, by: str = "keys", **options: Any
+    ) -> Any:
+        """Compute `selfattn.attention` over a sequence whose tokens are spread over the ranks.
+
+        Parameters
+        ----------
+        q : array_like, shape (..., H, rows, D)
+            This rank's queries, in the order of `rows`.
+        k : array_like, shape (..., Hkv, rows, D)
+        v : array_like, shape (..., Hkv, rows, Dv)
+            This rank's keys and values: those of the same tokens.
+        rows : integer array
+            The positions of this rank's tokens, see `rows`. All ranks together have every position once.
+        by : {"keys", "heads"}
+            What travels. "keys": every rank gets all keys and values, a chunk at a time, in ascending order, and
+            computes while the next chunk travels; its memory is that of its own rows and of two chunks. "heads": every
+            rank gets all rows of some heads; needs at least as many KV heads as ranks.
+        **options
+            Options of `selfattn.attention`, except `q_offset`, `return_weights`, `dropout` and `seed`. They speak of
+            the whole sequence: `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys are the
+            same tokens). `mask` and `bias` broadcast to (..., H, rows, length of the whole sequence); with
+            ``by="heads"`` they must be the same for all rows. `num_threads` and `out` may differ between ranks.
+
+        Returns
+        -------
+        out : ndarray, shape (..., H, rows, Dv)
+        lse : ndarray, shape (..., H, rows)
+            Only with `return_lse`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `selfattn.attention`, or ranks differ; on every rank.
+        TimeoutError
+            Another rank did not answer in time. The group cannot be used any more.
+
+        Notes
+        -----
+        With ``by="keys"`` the results do not depend on the number of ranks, not even in the last bit: they are those of
+        `AttentionState`. With ``by="heads"`` they are those of `selfattn.attention`.
+        """
+        function = "Group.attention"
+
+        def prepare() -> Call:
+            choice(function, "by", by, _BY)
+            found = Call(function, Group.attention, {"q": q, "k": k, "v": v}, rows, options)
+            found.more = [Fact("by", " is ", repr(by))]
+            return found
+
+        call, runs = agree(self._link, function, prepare)
+        call.settle(runs)
+        threads = call.options.num_threads or self.num_threads
+        if by == "heads":
+            check_by_heads(call, self.size)
+        with self._link.flight(function):
+            attend = attend_by_keys if by == "keys" else attend_by_heads
+            return call.results(*attend(self._link, call, threads))
+
+    @clean_signature(attention_backward, without=("q_offset", "dropout", "seed", "grad_weights", "into", "accumulate"))
+    def attention_backward(
+        self,
+        grad_out: ArrayLike,
+        q: ArrayLike,
+        k: ArrayLike,
+        v: ArrayLike,
+        out: ArrayLike,
+        lse: ArrayLike,
+        *,
+        rows: ArrayLike,
+        wrt: Sequence[str] = ("q", "k", "v"),
+        grad_lse: ArrayLike | None = None,
+        **options: Any,
+    ) -> Gradients:
+        """Compute the gradients of `Group.attention` from its results, for this rank's rows.
+
+        Parameters
+        ----------
+        grad_out, q, k, v, out, lse : array_like
+            This rank's rows. `out` and `lse` are what `attention` returned, with ``by="keys"`` or ``by="heads"``.
+        rows : integer array
+            As for `attention`.
+        wrt : sequence of str
+            "q", "k", "v" or some of them.
+        grad_lse : array_like, shape (..., H, rows), optional
+            ∂L/∂lse.
+        **options
+            The options that were passed to `attention`. `mask` and `bias` must be the same for all rows.
+
+        Returns
+        -------
+        Gradients
+            Those of this rank's rows, in the dtypes of q, k and v.
+
+        Raises
+        ------
+        TypeError, ValueError, TimeoutError
+            As `attention`.
+
+        Notes
+        -----
+        Keys and values travel for the gradient of q; then queries, the gradient of `out`, lse and one number per row
+        (``Σ_d ∂out_d · out_d``) travel for the gradients of k and v. No gradient travels, so each is summed on one
+        rank, in ascending order.
+        """
+        function = "Group.attention_backward"
+        arrays = {"q": q, "k": k, "v": v, "grad_out": grad_out, "out": out, "lse": lse}
+        if grad_lse is not None:
+            arrays["grad_lse"] = grad_lse
+        call, runs = agree(
+            self._link, function, lambda: GradientCall(function, Group.attention_backward, arrays, rows, wrt, options)
+        )
+        call.settle(runs)
+        with self._link.flight(function):
+            return differentiate(self._link, call, call.options.num_threads or self.num_threads)
+
+    @clean_signature(attention_with_kvcache, without=("return_weights", "dropout", "seed", "cascade", "out"))
+    def attention_with_kvcache(
+        self, q: ArrayLike, cache: Any, k: ArrayLike | None = None, v: ArrayLike | None = None, **options: Any
+    ) -> Any:
+        """Append new tokens to one rank's cache and attend to what is in all ranks' caches.
+
+        Keys and values stay where they are; only results travel, with their log-sum-exps.
+
+        Parameters
+        ----------
+        q : array_like, shape (B, H, Sq, D)
+            Queries of the newest Sq tokens: the same on all ranks.
+        cache : KVCache or PagedKVCache
+            This rank's cache, of any storage type. It has no window.
+        k, v : array_like, shape (B, Hkv, Sq, D) and (B, Hkv, Sq, Dv), optional
+            Keys and values of the newest tokens: the same on all ranks. The rank whose cache has the fewest tokens
+            appends them (those of all sequences count; of equal ranks the first).
+        **options
+            `sequences` (this rank's), `rope` and `positions`, `mask` (of the newest tokens), `causal`, `scale`,
+            `softcap`, `sinks`, `layout`, `return_lse`, `precision`, `num_threads`: as for
+            `selfattn.attention_with_kvcache`. A token's position is its place in the whole sequence, or what
+            `positions` says. Options that depend on the distance to older tokens are refused.
+
+        Returns
+        -------
+        out : ndarray, shape (B, H, Sq, Dv)
+            The same on all ranks, to the last bit.
+        lse : ndarray, shape (B, H, Sq)
+            Only with `return_lse`.
+
+        Raises
+        ------
+        TypeError, ValueError, TimeoutError
+            As `attention`. No cache has changed.
+        """
+        function = "Group.attention_with_kvcache"
+        call, owns = agree(
+            self._link, function, lambda: CacheCall(function, Group.attention_with_kvcache, (q, cache, k, v), options)
+        )
+        call.settle(owns)
+        return attend_cache(self._link, call, call.num_threads or self.num_threads)
+
+
+def _share_of_cores(link: Link) -> int:
+    """Return how many threads this rank may use, if the ranks of its machine share its cores."""
+    mine = sorted(os.sched_getaffinity(0))
+    leader = link.leader_of_machine()
+    neighbours = [cores for other, cores in link.exchange("Group", (leader, mine)) if other == leader]
+    share = sum(1 / sum(core in cores for cores in neighbours) for core in mine) / len(mine)
+    return max(int(get_num_threads() * share + 1e-9), 1)

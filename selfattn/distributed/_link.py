@@ -1,0 +1,171 @@
+"""Messages between ranks. Every wait sleeps, and ends after a time limit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+LARGEST = 1 << 30  # bytes of one message; counts of MPI are ints
+FEW = 2  # this many ranks get a message directly from its sender
+INLINE = 1016  # bytes of a small object that travel with its size
+# Questions whether a message has arrived: a few at once, while other processes may use the core, then with pauses.
+YIELDS = 20
+FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 2e-3  # seconds
+
+# MPI may still write to the buffers of messages that nobody waits for any more: they must live as long as the process.
+_unfinished: list[Any] = []
+
+
+class Link:
+    """A communicator of its own, so that no message of the caller's is mistaken for one of ours."""
+
+    def __init__(self, comm: Any, timeout: float | None) -> None:
+        self.timeout = timeout
+        self.rank, self.size = comm.rank, comm.size
+        self._broken = False
+        self._pending: list[Any] = []
+        self._comm, request = comm.Idup()
+        self.wait("Group", [request])
+
+    def close(self) -> None:
+        """Free the communicator."""
+        self._comm.Free()
+
+    def leader_of_machine(self) -> int:
+        """Return the lowest rank that shares memory with this one."""
+        machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        leader = int(machine.group.Translate_ranks([0], self._comm.group)[0])
+        machine.Free()
+        return leader
+
+    @contextmanager
+    def flight(self, function: str) -> Iterator[None]:
+        """Enclose what ranks do together: after an error, this rank's messages no longer fit to those of the others."""
+        if self._broken:
+            raise RuntimeError(f"{function}: an earlier call failed while messages travelled: make a new Group")
+        try:
+            yield
+        except BaseException:
+            self._broken = True
+            _unfinished.extend(self._pending)
+            raise
+
+    def wait(self, function: str, requests: Sequence[Any]) -> None:
+        """Wait until all these messages have been sent or received."""
+        start, pause, left = time.monotonic(), FIRST_PAUSE, YIELDS
+        while not self._done(function, requests):
+            if left:
+                left -= 1
+                os.sched_yield()
+                continue
+            if self.timeout is not None and time.monotonic() - start > self.timeout:
+                raise TimeoutError(
+                    f"{function}: rank {self.rank} has waited {self.timeout:g} s for the others (timeout="
+                    f"{self.timeout:g}): a rank has failed, makes no such call, or computes for longer than that"
+                )
+            time.sleep(pause)
+            pause = min(1.3 * pause, LONGEST_PAUSE)
+        done = {id(request) for request in requests}
+        self._pending = [request for request in self._pending if id(request) not in done]
+
+    @staticmethod
+    def _done(function: str, requests: Sequence[Any]) -> bool:
+        try:
+            return bool(MPI.Request.Testall(requests))
+        except MPI.Exception as error:
+            raise ConnectionError(f"{function}: MPI has lost a rank or a message: {error}") from error
+
+    @contextmanager
+    def moving(self, requests: Sequence[Any]) -> Iterator[None]:
+        """Let these messages travel while the caller computes: MPI moves them only while somebody asks for them."""
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED or MPI.Request.Testall(requests):
+            yield
+            return
+        stop = threading.Event()
+
+        def ask() -> None:
+            with suppress(MPI.Exception):  # `wait` will meet it again
+                while not stop.wait(LONGEST_PAUSE / 2) and not MPI.Request.Testall(requests):
+                    pass
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def spread(self, buffer: Bytes, root: int, receivers: Sequence[int]) -> list[Any]:
+        """Start to send the buffer of rank `root` to the buffers of others; all ranks call this."""
+        requests: list[Any] = []
+        for part in _parts(len(buffer)):
+            message = [buffer[part], MPI.BYTE]
+            if len(receivers) > FEW:  # all ranks get it, and pass it on to one another
+                requests.append(self._comm.Ibcast(message, root))
+            elif self.rank == root:
+                requests += [self._comm.Isend(message, rank) for rank in receivers]
+            elif self.rank in receivers:
+                requests.append(self._comm.Irecv(message, root))
+        self._pending += requests
+        return requests
+
+    def gather(self, function: str, buffer: Bytes) -> NDArray[np.uint8]:
+        """Return the buffers of all ranks, which have one size: (size, bytes)."""
+        found = np.empty((self.size, len(buffer)), np.uint8)
+        for part in _parts(len(buffer), LARGEST // self.size):
+            received = np.empty((self.size, part.stop - part.start), np.uint8)
+            request = self._comm.Iallgather([buffer[part], MPI.BYTE], [received, MPI.BYTE])
+            self._pending.append(request)
+            self.wait(function, [request])
+            found[:, part] = received
+        return found
+
+    def swap(self, function: str, outgoing: Sequence[Bytes], incoming: Sequence[Bytes]) -> None:
+        """Send a buffer to every rank and receive one from every rank."""
+        requests = []
+        for step in range(1, self.size):
+            source, target = (self.rank - step) % self.size, (self.rank + step) % self.size
+            requests += [
+                self._comm.Irecv([incoming[source][part], MPI.BYTE], source) for part in _parts(len(incoming[source]))
+            ]
+            requests += [
+                self._comm.Isend([outgoing[target][part], MPI.BYTE], target) for part in _parts(len(outgoing[target]))
+            ]
+        self._pending += requests
+        incoming[self.rank][...] = outgoing[self.rank]
+        self.wait(function, requests)
+
+    def exchange(self, function: str, mine: Any) -> list[Any]:
+        """Return the objects of all ranks; small ones in one message."""
+        data = pickle.dumps(mine)
+        head = np.zeros(8 + INLINE, np.uint8)
+        head[:8] = np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)
+        inline = data[:INLINE]
+        head[8 : 8 + len(inline)] = np.frombuffer(inline, np.uint8)
+        heads = self.gather(function, head)
+        sizes = [int.from_bytes(row[:8].tobytes(), "little") for row in heads]
+        rest = max(sizes) - INLINE
+        rests = np.zeros((self.size, 0), np.uint8)
+        if rest > 0:
+            tail = np.zeros(rest, np.uint8)
+            tail[: max(len(data) - INLINE, 0)] = np.frombuffer(data[INLINE:], np.uint8)
+            rests = self.gather(function, tail)
+        whole = np.concatenate([heads[:, 8:], rests], axis=1)
+        return [pickle.loads(row[:size].tobytes()) for row, size in zip(whole, sizes, strict=True)]
+
+
+def _parts(size: int, largest: int | None = None) -> list[slice]:
+    most = max(LARGEST if largest is None else largest, 1)
+    return [slice(first, min(first + most, size)) for first in range(0, size, most)]

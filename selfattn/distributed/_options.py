@@ -1,0 +1,190 @@
+"""The options of attention over ranks: which there are, and their values for some of the rows and keys."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from .._arguments import as_array, core_options, integers
+from .._bias import T5Bias
+from .._errors import refusal
+from .._keywords import refuse_unknown
+from ._agree import Fact
+from ._rows import Run
+
+REFUSED = {
+    "q_offset": "the positions of queries are those of rows",
+    "return_weights": "no rank has all keys at once",
+    "dropout": "which weights are dropped depends on the index of a row in one array",
+    "seed": "there is no dropout",
+}
+_COMPARED = (
+    "causal", "window", "kv_lens", "q_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks", "layout",
+    "return_lse", "precision", "t5",
+)  # fmt: skip
+
+
+_FAR = 1 << 62
+
+
+class _Reach(NamedTuple):
+    """What queries may see: keys so far to the left and right, and the positions of valid queries and keys."""
+
+    left: int
+    right: int
+    q_end: int
+    kv_begin: int
+    kv_end: int
+
+
+class Options:
+    """Checked options of one call."""
+
+    def __init__(self, function: str, like: Callable[..., Any], given: Mapping[str, Any]) -> None:
+        """Check the options of the public function `like`, as far as one rank can."""
+        self.function = function
+        self.given = {name: x for name, x in given.items() if x is not None and x is not False}
+        if type(self.given.get("dropout")) in (int, float) and self.given["dropout"] == 0:
+            del self.given["dropout"]
+        for name, reason in REFUSED.items():
+            if name in self.given:
+                raise refusal(ValueError, function, name, f" cannot be used over ranks: {reason}")
+        refuse_unknown(like, [name for name in given if name not in REFUSED])
+        core_options(function, **{name: x for name, x in self.given.items() if name != "out"})
+        self.out = self.given.pop("out", None)
+        self.layout = self.given.pop("layout", "bhsd")
+        self.return_lse = bool(self.given.pop("return_lse", False))
+        self.num_threads = self.given.pop("num_threads", None)
+        for name in ("mask", "bias"):
+            if name in self.given:
+                self.given[name] = as_array(function, name, self.given[name])
+        for name in ("q_lens", "kv_lens", "kv_starts"):
+            if name in self.given:
+                self.given[name] = integers(function, name, self.given[name])
+        self._checked = dict(self.given)
+        # Queries and keys are the same tokens.
+        if "kv_lens" in self.given and "q_lens" not in self.given:
+            self.given["q_lens"] = self.given["kv_lens"]
+
+    def facts(self) -> list[Fact]:
+        """Return what must be equal on all ranks."""
+        known = {**self.given, "layout": self.layout, "return_lse": self.return_lse}
+        facts = [Fact(name, " is ", value_text(known.get(name))) for name in _COMPARED]
+        for name in ("mask", "bias"):
+            array = self.given.get(name)
+            facts.append(Fact(name, " has dtype ", "not given" if array is None else array.dtype.name))
+            facts.append(Fact(name, " has shape ", "not given" if array is None else _shape_but_rows(array.shape)))
+        return facts
+
+    def scores(self) -> dict[str, Any]:
+        """Return the options that are the same for all rows and keys."""
+        names = ("causal", "window", "scale", "softcap", "alibi_slopes", "sinks", "precision", "t5")
+        return {name: self.given[name] for name in names if name in self.given}
+
+    def lengths(self, queries: tuple[int, int], keys: tuple[int, int]) -> dict[str, Any]:
+        """Return offset and lengths for the queries and the keys in two ranges of positions."""
+        found: dict[str, Any] = {"q_offset": queries[0] - keys[0]}
+        for name, (first, stop) in (("q_lens", queries), ("kv_lens", keys), ("kv_starts", keys)):
+            if name in self.given:
+                found[name] = np.clip(self.given[name] - first, 0, stop - first)
+        return found
+
+    def sees(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
+        """Whether queries in one range of positions may see keys in another one."""
+        reach = self._reach
+        near = keys[0] < queries[1] + reach.right and keys[1] > queries[0] - reach.left
+        return near and queries[0] < reach.q_end and reach.kv_begin < keys[1] and keys[0] < reach.kv_end
+
+    @cached_property
+    def _reach(self) -> _Reach:
+        left, right = (_FAR if side is None else int(side) for side in self.given.get("window", (None, None)))
+        ends = [int(self.given[name].max(initial=0)) if name in self.given else _FAR for name in ("q_lens", "kv_lens")]
+        begin = int(self.given["kv_starts"].min(initial=_FAR)) if "kv_starts" in self.given else 0
+        return _Reach(left, 0 if self.given.get("causal") else right, ends[0], begin, ends[1])
+
+    def of_heads(self, heads: slice) -> dict[str, Any]:
+        """Return all options for some of the query heads."""
+        return of_heads(self.function, self.given, heads)
+
+    def has_rows(self, name: str) -> bool:
+        """Whether the mask or bias differs between rows."""
+        array = self.given.get(name)
+        return array is not None and array.ndim > 1 and array.shape[-2] != 1
+
+    def piece(self, run: Run, before: int, after: int, keys: tuple[int, int]) -> dict[str, Any]:
+        """Return mask and bias for a run of rows, with rows of zeros around it, and for a range of keys."""
+        found: dict[str, Any] = {}
+        for name in ("mask", "bias"):
+            if name not in self.given:
+                continue
+            array = self.given[name]
+            if array.ndim and array.shape[-1] != 1:
+                array = array[..., keys[0] : keys[1]]
+            if self.has_rows(name):
+                array = widened(array[..., run.rows, :], before, after)
+            found[name] = array
+        return found
+
+    def check_whole(self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], length: int) -> None:
+        """Check all shapes as `attention` would if one rank had all rows; equal on all ranks."""
+        whole = dict(self._checked)
+        for name in ("mask", "bias"):
+            if self.has_rows(name):
+                whole[name] = _of_length(whole[name], length)
+        q, k, v = (_of_length(array, length) for array in (q, k, v))
+        _core.explain(q, k, v, core_options(self.function, q_offset=0, **whole))
+
+
+def of_heads(function: str, given: Mapping[str, Any], heads: slice) -> dict[str, Any]:
+    """Return options for some of the query heads."""
+    found = dict(given)
+    for name in ("alibi_slopes", "sinks"):
+        if found.get(name) is not None:
+            found[name] = as_array(function, name, found[name])[..., heads]
+    if found.get("t5") is not None:
+        t5 = found["t5"]
+        found["t5"] = T5Bias(as_array(function, "t5", t5.table)[:, heads], t5.bidirectional, t5.max_distance)
+    for name in ("mask", "bias"):
+        if found.get(name) is not None:
+            array = as_array(function, name, found[name])
+            found[name] = array[..., heads, :, :] if array.ndim > 2 and array.shape[-3] > 1 else array
+    return found
+
+
+def widened(array: NDArray[Any], before: int, after: int) -> NDArray[Any]:
+    """Return an array of rows with rows of zeros before and after them."""
+    if not before and not after:
+        return array
+    wide = np.zeros((*array.shape[:-2], before + array.shape[-2] + after, array.shape[-1]), array.dtype)
+    wide[..., before : before + array.shape[-2], :] = array
+    return wide
+
+
+def _of_length(array: NDArray[Any], length: int) -> NDArray[Any]:
+    """Return an array like this one with another number of rows, which takes no memory."""
+    return np.broadcast_to(np.zeros((), array.dtype), (*array.shape[:-2], length, array.shape[-1]))
+
+
+def _shape_but_rows(shape: tuple[int, ...]) -> str:
+    return f"({', '.join('rows' if axis == len(shape) - 2 else str(n) for axis, n in enumerate(shape))})"
+
+
+def value_text(value: Any) -> str:
+    """Return a short text that is equal for equal values."""
+    if isinstance(value, T5Bias):
+        table = np.asarray(value.table)
+        return f"T5Bias({value_text(table)}, {value.bidirectional}, {value.max_distance})"
+    if value is None or isinstance(value, np.generic):
+        return "not given" if value is None else repr(value.item())
+    if not hasattr(value, "__array__") and not hasattr(value, "__dlpack__"):
+        return repr(value)
+    array = np.ascontiguousarray(as_array("", "", value))
+    if array.size <= 8:
+        return f"{array.tolist()}"
+    return f"an array {array.shape} of {array.dtype} with checksum {zlib.crc32(array.tobytes()):08x}"

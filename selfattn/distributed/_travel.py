@@ -1,0 +1,112 @@
+"""Rows that travel: all ranks see the rows of all others, a chunk at a time, in the order of their positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._call import Call
+from ._link import Bytes, Link
+
+ALIGNMENT = 64
+CHUNK_BYTES = 4 << 20  # of one chunk: small in memory, and large enough to send at full speed
+MOST_BLOCKS = 8
+
+# Whether a rank wants the rows of positions start..stop − 1.
+Wants = Callable[[int, int, int], bool]
+
+
+class Chunk(NamedTuple):
+    """The rows of positions start..stop − 1 from all ranks, and the messages of the next chunk, still travelling."""
+
+    start: int
+    stop: int
+    arrays: list[NDArray[Any]]
+    coming: Sequence[Any]
+
+
+class Travel:
+    """One journey of some arrays of rows, with their rows on axis −2; on all ranks they differ in this axis only."""
+
+    def __init__(self, link: Link, call: Call, arrays: Sequence[NDArray[Any]], block: int, wants: Wants) -> None:
+        """Cut positions into chunks: multiples of `block`, which depend on the shapes alone."""
+        self._link, self._call, self._arrays, self._wants = link, call, arrays, wants
+        row_bytes = sum(_bytes_of(array, 1) for array in arrays)
+        blocks = min(max(CHUNK_BYTES // max(row_bytes * block, 1), 1), MOST_BLOCKS)
+        length, step = call.owners.length, int(blocks * block)
+        self.spans = [(first, min(first + step, length)) for first in range(0, length, step)]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks that this rank wants."""
+        buffers = (_Memory(), _Memory())
+        coming = self._send(buffers[0], *self.spans[0]) if self.spans else ([], [])
+        for i, (start, stop) in enumerate(self.spans):
+            pieces, requests = coming
+            self._link.wait(self._call.function, requests)
+            # Only now, when nobody uses the other buffer any more, may the next chunk fill it.
+            coming = self._send(buffers[(i + 1) % 2], *self.spans[i + 1]) if i + 1 < len(self.spans) else ([], [])
+            if self._wants(self._link.rank, start, stop):
+                yield Chunk(start, stop, _joined(pieces), coming[1])
+
+    def _send(self, buffer: _Memory, start: int, stop: int) -> tuple[list[list[NDArray[Any]]], list[Any]]:
+        """Start to send the rows of a chunk; return the arrays of each piece, and the messages."""
+        pieces = self._call.owners.between(start, stop)
+        receivers = [rank for rank in range(self._link.size) if self._wants(rank, start, stop)]
+        sizes = [sum(_bytes_of(array, piece.stop - piece.start) for array in self._arrays) for piece in pieces]
+        memory = buffer.of(sum(sizes))
+        found, requests, first = [], [], 0
+        for piece, size in zip(pieces, sizes, strict=True):
+            part = memory[first : first + size]
+            first += size
+            views = views_of(part, self._arrays, piece.stop - piece.start)
+            if piece.owner == self._link.rank:
+                for view, array in zip(views, self._arrays, strict=True):
+                    view[...] = array[..., piece.at : piece.at + piece.stop - piece.start, :]
+            requests += self._link.spread(part, piece.owner, [rank for rank in receivers if rank != piece.owner])
+            found.append(views)
+        return found, requests
+
+
+class _Memory:
+    """Memory that is used again."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def of(self, size: int) -> Bytes:
+        """Return this many bytes; what they held before is lost."""
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size]
+
+
+def bytes_for(arrays: Sequence[NDArray[Any]], rows: int) -> int:
+    """The size of the memory for `views_of`."""
+    return sum(_bytes_of(array, rows) for array in arrays)
+
+
+def views_of(memory: Bytes, arrays: Sequence[NDArray[Any]], rows: int) -> list[NDArray[Any]]:
+    """Return arrays like these ones with this number of rows, in this memory."""
+    found, first = [], 0
+    for array in arrays:
+        shape = (*array.shape[:-2], rows, array.shape[-1])
+        size = math.prod(shape) * array.dtype.itemsize
+        found.append(memory[first : first + size].view(array.dtype).reshape(shape))
+        first += _bytes_of(array, rows)
+    return found
+
+
+def _bytes_of(array: NDArray[Any], rows: int) -> int:
+    size: int = math.prod(array.shape[:-2]) * rows * array.shape[-1] * array.dtype.itemsize
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _joined(pieces: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
+    """Return the arrays of all pieces, one after another."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return [np.concatenate(parts, axis=-2) for parts in zip(*pieces, strict=True)]

@@ -1,0 +1,144 @@
+"""Checks of `Group.attention_with_kvcache` and `SplitSelfAttention`, see rank_checks.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rank_operands import error_of_all, sha
+
+import selfattn as sa
+from selfattn.distributed import Group, SplitSelfAttention
+
+STEPS = [50, 1, 1, 3, 1, 20, 1, 1, 1, 1]
+
+
+def tokens(step: int, count: int, dtype: Any = np.float32) -> Any:
+    rng = np.random.default_rng(step)
+    q = rng.standard_normal((2, 4, count, 16)).astype(dtype)
+    k, v = rng.standard_normal((2, 2, 2, count, 16)).astype(dtype)
+    return q, k, v
+
+
+def lengths(cache: Any, sequences: Any) -> list[int]:
+    return [cache.length(i) for i in sequences] if sequences else [int(n) for n in cache.lengths]
+
+
+def follow(group: Group, own: Any, alone: Any, sequences: Any = None, dtype: Any = np.float32, **options: Any) -> None:
+    """Generate with caches that are spread, and alone; the results are the same on all ranks."""
+    own_sequences, alone_sequences = sequences or (None, None)
+    for step, count in enumerate(STEPS):
+        q, k, v = tokens(step, count, dtype)
+        found = group.attention_with_kvcache(q, own, k, v, sequences=own_sequences, return_lse=True, **options)
+        expected = sa.attention_with_kvcache(q, alone, k, v, sequences=alone_sequences, return_lse=True, **options)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            tolerance = 1e-5 if one.dtype == np.float32 else 4e-3
+            np.testing.assert_allclose(one.astype(float), other.astype(float), rtol=0, atol=tolerance)
+        assert len(set(group._link.exchange("test", sha(*found)))) == 1
+    found = group._link.exchange("test", lengths(own, own_sequences))
+    assert np.array_equal(np.sum(found, axis=0), lengths(alone, alone_sequences))
+    assert group.size == 1 or np.all(np.max(found, axis=0) < sum(STEPS))
+    # The cache is only read: one query, or several that see all tokens.
+    for count, more in ((1, {}), (3, {"causal": False})):
+        q, _, _ = tokens(77, count, dtype)
+        found = group.attention_with_kvcache(q, own, sequences=own_sequences, **options, **more)
+        expected = sa.attention_with_kvcache(q, alone, sequences=alone_sequences, **options, **more)
+        np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=0, atol=4e-3)
+
+
+def check_caches(group: Group) -> None:
+    for dtype in ("float32", "float16", "bfloat16"):
+        follow(group, sa.KVCache(2, 2, 16, 100, dtype=dtype), sa.KVCache(2, 2, 16, 100, dtype=dtype))
+    follow(group, sa.KVCache(2, 2, 16, 100), sa.KVCache(2, 2, 16, 100), rope=True, scale=0.3, softcap=5.0)
+    follow(group, sa.KVCache(2, 2, 16, 100), sa.KVCache(2, 2, 16, 100), sinks=np.ones(4))
+    narrow = np.float16
+    follow(group, sa.KVCache(2, 2, 16, 100, dtype=narrow), sa.KVCache(2, 2, 16, 100, dtype=narrow), dtype=narrow)
+    codes = [sa.KVCache(2, 2, 16, 100, dtype="int8") for _ in range(2)]
+    follow(group, *codes)
+
+
+def check_pages(group: Group) -> None:
+    caches = [sa.PagedKVCache(30, 8, 2, 16) for _ in range(2)]
+    for _ in range(group.rank):
+        caches[0].allocate()  # ids of sequences may differ between ranks
+    sequences = [[cache.allocate(), cache.allocate()] for cache in caches]
+    follow(group, *caches, sequences=sequences, rope=sa.RoPE(base=500.0))
+
+
+def check_layout_and_mask(group: Group) -> None:
+    own, alone = sa.KVCache(2, 2, 16, 100), sa.KVCache(2, 2, 16, 100)
+    for step in range(3):
+        q, k, v = tokens(step, 4)
+        mask = np.tril(np.random.default_rng(step).random((4, 4)) < 0.7) | np.eye(4, dtype=bool)
+        expected = sa.attention_with_kvcache(q, alone, k, v, mask=mask, causal=False)
+        swapped = [x.swapaxes(1, 2) for x in (q, k, v)]
+        found = group.attention_with_kvcache(
+            swapped[0], own, *swapped[1:], mask=mask, causal=False, layout="bshd", num_threads=1
+        )
+        np.testing.assert_allclose(found.swapaxes(1, 2), expected, rtol=0, atol=1e-5)
+
+
+def check_errors(group: Group) -> dict[str, str]:
+    cache = sa.KVCache(2, 2, 16, 10 if group.rank == 0 else 5)
+    q, k, v = tokens(0, 4)
+    group.attention_with_kvcache(q, cache, k, v)
+    before = lengths(cache, None)
+    odd = group.rank == group.size - 1
+    pages = sa.PagedKVCache(4, 8, 2, 16)
+
+    def error(*arrays: Any, **options: Any) -> str:
+        text = error_of_all(group, lambda: group.attention_with_kvcache(*arrays, **options))
+        assert lengths(cache, None) == before
+        return text
+
+    window = sa.KVCache(2, 2, 16, 10, window=4)
+    many_q, many_k, many_v = tokens(1, 6)
+    return {
+        "q": error(q + odd, cache, k, v),
+        "k": error(q, cache, k, v + odd),
+        "full": error(many_q, cache, many_k, many_v),
+        "missing": error(q, cache),
+        "v": error(q, cache, k),
+        "cache": error(q, [] if odd else cache, k, v),
+        "window_of_cache": error(q, window, k, v),
+        "sequences": error(q, pages, k, v),
+        "window": error(q, cache, k, v, window=(3, 0)),
+        "causal": error(q, cache, k, v, causal=odd),
+        "batch": error(q[:1], cache, k[:1], v[:1]),
+        "unknown": error(q, cache, k, v, cache_seqlens=3),
+    }
+
+
+def check_layer(group: Group) -> None:
+    rng = np.random.default_rng(0)
+    w_q, w_o = rng.standard_normal((2, 80, 80), dtype=np.float32) / 9
+    w_k, w_v = rng.standard_normal((2, 80, 40), dtype=np.float32) / 9
+    b_q, b_o = rng.standard_normal((2, 80), dtype=np.float32)
+    b_k, b_v = rng.standard_normal((2, 40), dtype=np.float32)
+    settings = {"num_heads": 10, "num_kv_heads": 5, "rope": True, "b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
+    settings["norm"] = sa.RMSNorm(np.ones(80))
+    split, alone = (
+        SplitSelfAttention(group, w_q, w_k, w_v, w_o, **settings),
+        sa.SelfAttention(w_q, w_k, w_v, w_o, **settings),
+    )
+    x = rng.standard_normal((2, 9, 80), dtype=np.float32)
+    cases: list[dict[str, Any]] = [
+        {},
+        {"causal": True, "residual": x},
+        {"alibi_slopes": sa.alibi_slopes(10), "sinks": np.ones(10), "num_threads": 1},
+        {"t5": sa.T5Bias(rng.standard_normal((32, 10))), "scale": 1.0},
+        {"mask": rng.random((10, 9, 9)) < 0.8, "bias": rng.standard_normal((1, 9, 9))},
+        {"kv_lens": [9, 4], "causal": True},
+    ]
+    for options in cases:
+        found = split(x, **options)
+        np.testing.assert_allclose(found, alone(x, **options), rtol=0, atol=2e-5, err_msg=str(sorted(options)))
+        assert len(set(group._link.exchange("test", sha(found)))) == 1
+    count = split.kv_heads.stop - split.kv_heads.start
+    own, whole = sa.KVCache(2, count, 8, 20), sa.KVCache(2, 5, 8, 20)
+    for part in (x[:, :6], x[:, 6:7], x[:, 7:]):
+        np.testing.assert_allclose(split(part, cache=own), alone(part, cache=whole), rtol=0, atol=2e-5)
+    text = error_of_all(group, lambda: split(x, cache=own if group.rank else sa.KVCache(2, count, 8, 3)))
+    assert "capacity" in text or "full" in text, text
+    assert lengths(own, None) == [9, 9]

@@ -1,0 +1,35 @@
+"""Caches that are spread over ranks, and layers whose heads are: the results of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+NAME = "Group.attention_with_kvcache"
+ERRORS = {
+    "q": f"ValueError: {NAME}: q has checksum ",
+    "k": f"ValueError: {NAME}: v has checksum ",
+    "full": "ValueError: ",
+    "missing": f"ValueError: {NAME}: k is missing, but with several causal queries",
+    "v": f"ValueError: {NAME}: v is missing",
+    "cache": f"TypeError: {NAME}: cache is a list, but a KVCache or PagedKVCache is needed (on rank 1)",
+    "window_of_cache": f"ValueError: {NAME}: cache has a window, which cannot be used over ranks",
+    "sequences": f"ValueError: {NAME}: sequences is needed with a PagedKVCache",
+    "window": f"ValueError: {NAME}: window cannot be used over ranks: ",
+    "causal": f"ValueError: {NAME}: causal is True on rank 1 but False on rank 0",
+    "batch": f"ValueError: {NAME}: q has a batch of 1, but there are 2 sequences in cache",
+    "unknown": "TypeError: Group: unexpected keyword argument 'cache_seqlens'",
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("check", ["caches", "pages", "layout_and_mask", "layer"])
+def test_caches(checked: Any, check: str, size: int) -> None:
+    checked("checks_caches", check, size)
+
+
+def test_errors(checked: Any) -> None:
+    found = checked("checks_caches", "errors", 2)
+    assert found.keys() == ERRORS.keys()
+    assert {name: text for name, text in found.items() if not text.startswith(ERRORS[name])} == {}
