@@ -166,7 +166,7 @@ def check_threads_and_cuts(group: Group) -> None:
 def check_part_of_a_communicator(group: Group) -> None:
     """A group for each half of the ranks; both compute at once."""
     comm = MPI.COMM_WORLD.Split(group.rank % 2, group.rank)
-    part = Group(comm, num_threads=1, timeout=20)
+    part = Group(comm, num_threads=1, timeout=60)
     q, k, v = operands(60, seed=group.rank % 2)
     rows = part.rows(60)
     out = part.attention(*own(part, rows, q, k, v), rows=rows, causal=True)

@@ -35,4 +35,4 @@ def test_a_host_that_disappears_ends_in_an_error(tmp_path: Path) -> None:
         done = ranks.finish(process)
     assert done.code != 0
     assert "TimeoutError: Group.attention: rank 0 has waited 3 s" in done.text
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 60

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import ascii_lowercase
 
 import pytest
+
 import ranks
 
 # Called by mpiexec as ssh would be: options, the host, the command.
