@@ -19,7 +19,6 @@ from ._relay import Relay, all_done, branches
 Bytes = NDArray[np.uint8]
 
 LARGEST = 1 << 30  # bytes of one message; counts of MPI are ints
-MOST_TAGS = 30000  # MPI guarantees 32767
 INLINE = 1016  # bytes of a small object that travel with its size
 # Questions whether a message has arrived: a few at once, while other processes may use the core, then with pauses.
 YIELDS = 20
@@ -36,7 +35,6 @@ class Link:
         self.timeout = timeout
         self.rank, self.size = comm.rank, comm.size
         self._broken = False
-        self._tag = 0
         self._pending: list[Any] = []
         self._comm, request = comm.Idup()
         self.wait("Group", [request])
@@ -104,16 +102,15 @@ class Link:
             stop.set()
             thread.join()
 
-    def spread(self, buffer: Bytes, root: int, receivers: Sequence[int]) -> list[Any]:
-        """Start to send the buffer of rank `root` to those of the receivers; all ranks call this in the same order."""
+    def spread(self, buffer: Bytes, root: int, receivers: Sequence[int], place: int) -> list[Any]:
+        """Start to send the buffer of rank `root` to those of the receivers; the root and the receivers call this.
+
+        Messages of one root have ascending places, and so have those that a rank waits for at the same time.
+        """
         source, targets = branches(self.rank, root, receivers, self.machines)
-        found = []
-        for part in _parts(len(buffer)):
-            self._tag = self._tag % MOST_TAGS + 1
-            if self.rank == root or source is not None:
-                found.append(Relay(self._comm, buffer[part], source, targets, self._tag))
-        self._pending += found
-        return found
+        relay = Relay(self._comm, [buffer[part] for part in _parts(len(buffer))], root, (source, targets), place)
+        self._pending.append(relay)
+        return [relay]
 
     def gather(self, function: str, buffer: Bytes) -> NDArray[np.uint8]:
         """Return the buffers of all ranks, which have one size: (size, bytes)."""

@@ -9,15 +9,21 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+Ends = tuple[int | None, list[int]]  # whom a rank receives a message from, and whom it sends it to
+PLACES = 16000  # more than there are rows in the chunks that travel at the same time; MPI guarantees tags up to 32767
+
 
 class Relay:
     """A message that a rank receives and passes on, or sends first. It moves only when somebody asks whether it has."""
 
-    def __init__(
-        self, comm: Any, buffer: NDArray[np.uint8], source: int | None, targets: Sequence[int], tag: int
-    ) -> None:
-        self._comm, self._message, self._targets, self._tag = comm, [buffer, MPI.BYTE], targets, tag
-        self._requests = [] if source is None else [comm.Irecv(self._message, source, tag)]
+    def __init__(self, comm: Any, parts: Sequence[NDArray[np.uint8]], root: int, ends: Ends, place: int) -> None:
+        source, self._targets = ends
+        self._comm, self._root = comm, root
+        self._parts = [[part, MPI.BYTE] for part in parts]
+        # A root sends in the order of places, but what others pass on may overtake it.
+        self._tag = 2 * (place % PLACES)
+        tag = self._tag + (source != root)
+        self._requests = [] if source is None else [comm.Irecv(part, source, tag) for part in self._parts]
         self._here = False
         self.Test()
 
@@ -28,7 +34,8 @@ class Relay:
         if self._here:
             return True
         self._here = True
-        self._requests = [self._comm.Isend(self._message, target, self._tag) for target in self._targets]
+        tag = self._tag + (self._comm.rank != self._root)
+        self._requests = [self._comm.Isend(part, target, tag) for target in self._targets for part in self._parts]
         return bool(MPI.Request.Testall(self._requests))
 
 
@@ -40,7 +47,7 @@ def all_done(function: str, requests: Sequence[Any]) -> bool:
         raise ConnectionError(f"{function}: MPI has lost a rank or a message: {error}") from error
 
 
-def branches(rank: int, root: int, receivers: Sequence[int], machines: Sequence[int]) -> tuple[int | None, list[int]]:
+def branches(rank: int, root: int, receivers: Sequence[int], machines: Sequence[int]) -> Ends:
     """Return whom a rank receives a message of rank `root` from, and whom it sends it to.
 
     On one machine the first rank that has the message gives it to all others: they copy it from its memory. Between
