@@ -96,7 +96,7 @@ def install_lowest(session: nox.Session, package: str) -> str:
 
 
 def cover_core(session: nox.Session, build: Path) -> None:
-    """Check the line coverage of the core, and that no line is missed that views operands or hides keys."""
+    """Check the core's line coverage, and that every line that views operands or hides keys is covered."""
     found = str(build / "lines.json")
     # Merge the instantiations of a template; accept large counts; ignore that the build environment, which contained
     # pybind11's headers, has been deleted; leave out what only JAX calls.

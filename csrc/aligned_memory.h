@@ -1,4 +1,4 @@
-// Memory with 64-byte alignment: an aligned vector load never straddles two cache lines.
+// Memory with 64-byte alignment, so that aligned vector loads never straddle two cache lines.
 #pragma once
 #include <cstddef>
 #include <cstdlib>

@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "carver.h"
 #include "distance_terms.h"
 #include "key_source.h"
 #include "row_block.h"
@@ -29,14 +30,14 @@ struct RowTasks {
   std::int64_t first_task;
 };
 
-struct Part {
+struct PreparedJob {
   const Problem* problem;
   const Plan* plan;
-  ScoreTerms terms;
+  Scoring scoring;
   Shared shared;
 };
 
-std::int64_t tasks_per_block(const Part& part) { return part.problem->num_kv_heads * part.plan->ranges; }
+std::int64_t tasks_per_block(const PreparedJob& job) { return job.problem->num_kv_heads * job.plan->ranges; }
 
 Work work_of(const Job* jobs, std::int64_t count) {
   Work work{count > 0 ? jobs->plan->attend : nullptr, 0, 0, 0};
@@ -51,30 +52,36 @@ Work work_of(const Job* jobs, std::int64_t count) {
 class Run {
  public:
   Run(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted)
-      : count_(count), ordered_(count > 1 || threads > 1), thread_bytes_(0) {
-    std::size_t bytes = whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
+      : count_(count), ordered_(count > 1 || threads > 1) {
+    std::size_t shared_bytes = 0;
     std::int64_t blocks = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       const Plan& plan = *jobs[i].plan;
-      bytes += plan.shared_bytes;
+      shared_bytes += plan.shared_bytes;
       thread_bytes_ = std::max(thread_bytes_, plan.thread_bytes);
       blocks += jobs[i].problem->batch * plan.row_blocks;
     }
-    const std::size_t order_bytes = ordered_ ? whole_lines(sizeof(RowTasks) * static_cast<std::size_t>(blocks)) : 0;
-    memory_.emplace(bytes + order_bytes + thread_bytes_ * static_cast<std::size_t>(threads));
-    char* place = memory_->data();
-    parts_ = reinterpret_cast<Part*>(place);
-    place += whole_lines(sizeof(Part) * static_cast<std::size_t>(count));
+    char* shared = nullptr;
+    const auto divide = [&](char* base) {
+      Carver carver{base};
+      jobs_ = carver.take<PreparedJob>(count);
+      shared = carver.take<char>(static_cast<std::int64_t>(shared_bytes));
+      order_ = carver.take<RowTasks>(ordered_ ? blocks : 0);
+      threads_memory_ = carver.take<char>(static_cast<std::int64_t>(thread_bytes_) * threads);
+      return carver.used;
+    };
+    memory_.emplace(divide(nullptr));
+    divide(memory_->data());
     for (std::int64_t i = 0; i < count; ++i) {
       const Problem& problem = *jobs[i].problem;
       const Plan& plan = *jobs[i].plan;
       assert(problem.out || problem.value_dim == 0 || plan.tasks == 0);
-      const Part* part = ::new (parts_ + i) Part{&problem, &plan, score_terms(problem), Shared(place, plan, problem)};
-      std::uninitialized_value_construct_n(part->shared.finished, part->shared.row_blocks);
-      place += plan.shared_bytes;
+      const PreparedJob* job =
+          ::new (jobs_ + i) PreparedJob{&problem, &plan, scoring_of(problem), Shared(shared, plan, problem)};
+      std::uninitialized_value_construct_n(job->shared.finished, job->shared.row_blocks);
+      shared += plan.shared_bytes;
     }
-    if (ordered_) order_tasks(reinterpret_cast<RowTasks*>(place));
-    threads_memory_ = place + order_bytes;
+    if (ordered_) order_tasks();
     loop_.emplace(work_of(jobs, count), threads, interrupted);
   }
 
@@ -82,22 +89,23 @@ class Run {
 
   void operator()(std::int64_t index, int thread) noexcept {
     const Task task = task_at(index);
-    const Part& part = parts_[task.job];
+    const PreparedJob& job = jobs_[task.job];
     char* own = threads_memory_ + thread_bytes_ * static_cast<std::size_t>(thread);
-    attend_task(part, task, ThreadMemory(own, *part.plan, *part.problem), thread);
+    attend_task(job, task, ThreadMemory(own, *job.plan, *job.problem), thread);
   }
 
  private:
   // Largest first, so that no thread is left alone with a long task at the end.
-  void order_tasks(RowTasks* next) {
-    order_ = next;
+  void order_tasks() {
+    RowTasks* next = order_;
     for (std::int64_t i = 0; i < count_; ++i) {
-      const Problem& problem = *parts_[i].problem;
-      for (std::int64_t block = 0; block < parts_[i].plan->row_blocks; ++block)
+      const Problem& problem = *jobs_[i].problem;
+      for (std::int64_t block = 0; block < jobs_[i].plan->row_blocks; ++block)
         for (std::int64_t b = 0; b < problem.batch; ++b) {
-          const RowSpan span = span_of(problem, *parts_[i].plan, b, 0, block);
+          const RowSpan span = span_of(problem, *jobs_[i].plan, b, 0, block);
           const KeyRange keys = span_keys(problem, span);
-          // Several problems may have different numbers of rows.
+          // Nearly all blocks of one problem have equally many rows, so that the number of keys suffices as the cost.
+          // Blocks of different problems may have different numbers of rows.
           const std::int64_t rows = count_ > 1 ? span.valid : 1;
           *next++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
         }
@@ -109,14 +117,14 @@ class Run {
     std::int64_t tasks = 0;
     for (RowTasks* rows = order_; rows != end_; ++rows) {
       rows->first_task = tasks;
-      tasks += tasks_per_block(parts_[rows->job]);
+      tasks += tasks_per_block(jobs_[rows->job]);
     }
   }
 
   Task task_at(std::int64_t index) const {
     if (!ordered_) {
-      const Plan& plan = *parts_->plan;
-      const std::int64_t per_block = tasks_per_block(*parts_), block = index / per_block;
+      const Plan& plan = *jobs_->plan;
+      const std::int64_t per_block = tasks_per_block(*jobs_), block = index / per_block;
       index %= per_block;
       return {0, block / plan.row_blocks, index / plan.ranges, block % plan.row_blocks, index % plan.ranges};
     }
@@ -124,14 +132,14 @@ class Run {
         *(std::upper_bound(order_, end_, index,
                            [](std::int64_t task, const RowTasks& r) { return task < r.first_task; }) -
           1);
-    const std::int64_t ranges = parts_[rows.job].plan->ranges;
+    const std::int64_t ranges = jobs_[rows.job].plan->ranges;
     index -= rows.first_task;
     return {rows.job, rows.batch, index / ranges, rows.row_block, index % ranges};
   }
 
-  void attend_task(const Part& part, const Task& task, const ThreadMemory& memory, int thread) noexcept {
-    const Problem& problem = *part.problem;
-    const Plan& plan = *part.plan;
+  void attend_task(const PreparedJob& job, const Task& task, const ThreadMemory& memory, int thread) noexcept {
+    const Problem& problem = *job.problem;
+    const Plan& plan = *job.plan;
     const RowSpan span = span_of(problem, plan, task.batch, task.kv_head, task.row_block);
     if (task.range == 0) clear_rows(problem, span);
     const Ranges ranges = ranges_of(plan, problem.keys_of(task.batch));
@@ -143,34 +151,25 @@ class Run {
         (task.batch * problem.num_kv_heads + task.kv_head) * plan.row_blocks + task.row_block;
     describe_rows(problem, plan, span, memory, /*with_sinks=*/problem.sinks && !split);
 
-    RowBlock block{memory.rows,
-                   span.valid,
-                   plan.key_block,
-                   problem.head_dim,
-                   problem.value_dim,
-                   part.terms,
-                   plan.out_type,
-                   /*normalise=*/!split && !running,
-                   running.begun,
-                   memory.row_max,
-                   memory.row_sum,
-                   memory.kernel_scratch};
+    RowBlock block{memory.rows,       span.valid,     plan.key_block, problem.head_dim,
+                   problem.value_dim, job.scoring,    plan.out_type,  /*normalise=*/!split && !running,
+                   running.begun,     memory.row_max, memory.row_sum, memory.kernel_scratch};
     if (running.begun) load_sums(problem, span, memory);
-    if (split) redirect(problem, block, memory, part.shared.partial(plan, problem, block_index, task.range));
+    if (split) redirect(problem, block, memory, job.shared.partial(plan, problem, block_index, task.range));
     plan.attend->begin(block);
     const KeyRange keys{task.range * ranges.keys, (task.range + 1) * ranges.keys};
-    if (!absorb_keys(part, task, span, keys, block, memory, thread)) return;
+    if (!absorb_keys(job, span, keys, block, memory, thread)) return;
     plan.attend->finish(block);
     if (running) return store_sums(problem, span, memory);
     if (!split) return complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
 
-    const Partial result = part.shared.partial(plan, problem, block_index, task.range);
+    const Partial result = job.shared.partial(plan, problem, block_index, task.range);
     const auto bytes = static_cast<std::size_t>(span.valid * size_of(problem.dtype));
     std::memcpy(result.row_max, memory.row_max, bytes);
     std::memcpy(result.row_sum, memory.row_sum, bytes);
     // The thread that finishes last merges. Acquire-release makes the other ranges' results visible to it.
-    if (part.shared.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == ranges.count)
-      merge_ranges(problem, plan, part.shared, block_index, span, memory);
+    if (job.shared.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == ranges.count)
+      merge_ranges(problem, plan, job.shared, block_index, span, memory);
   }
 
   static void redirect(const Problem& problem, const RowBlock& block, const ThreadMemory& memory,
@@ -181,18 +180,19 @@ class Run {
 
   // Blocks start at multiples of key_block, so a row's result does not depend on which keys its neighbours see. The
   // first block of a piece may start later.
-  bool absorb_keys(const Part& part, const Task& task, const RowSpan& span, const KeyRange& range,
-                   const RowBlock& block, const ThreadMemory& memory, int thread) noexcept {
-    const Problem& problem = *part.problem;
-    const Plan& plan = *part.plan;
+  bool absorb_keys(const PreparedJob& job, const RowSpan& span, const KeyRange& range, const RowBlock& block,
+                   const ThreadMemory& memory, int thread) noexcept {
+    const Problem& problem = *job.problem;
+    const Plan& plan = *job.plan;
     const KeyRange keys = span_keys(problem, span);
     const std::int64_t begin = std::max(keys.begin, range.begin), end = std::min(keys.end, range.end);
-    // An empty range would be rounded down to a block whose keys may be in no page.
+    // The loop below rounds `begin` down to a multiple of key_block. So it would visit a block even if there is no key
+    // to visit, and the keys of that block may be in no page.
     if (begin >= end) return true;
-    const std::int64_t masked_from = problem.masked_from(task.batch);
+    const std::int64_t masked_from = problem.masked_from(span.batch);
     RowBlock unmasked = block;
-    unmasked.terms.mask = false;
-    const KeySource source(problem, plan, memory, task.batch, task.kv_head);
+    unmasked.scoring.mask = false;
+    const KeySource source(problem, plan, memory, span.batch, span.kv_head(problem));
     std::optional<DistanceTerms> by_distance;
     if (problem.relative || problem.distance_bias)
       by_distance.emplace(problem, RelativeProducts{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys},
@@ -212,9 +212,9 @@ class Run {
 
   const std::int64_t count_;
   const bool ordered_;
-  std::size_t thread_bytes_;
+  std::size_t thread_bytes_ = 0;
   std::optional<Scratch> memory_;
-  Part* parts_ = nullptr;
+  PreparedJob* jobs_ = nullptr;
   RowTasks *order_ = nullptr, *end_ = nullptr;
   char* threads_memory_ = nullptr;
   std::optional<TaskLoop> loop_;

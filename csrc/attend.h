@@ -18,8 +18,8 @@ struct Job {
   const Plan* plan;
 };
 
-// Both functions for several problems at once: one team of threads computes the tasks of all problems. The problems
-// must have the same type of computation.
+// threads_for and attend for several problems at once: one team of threads computes the tasks of all problems. The
+// problems must have the same type of computation.
 int threads_for(const Job* jobs, std::int64_t count, int num_threads);
 bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted);
 

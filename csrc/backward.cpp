@@ -23,14 +23,14 @@ class BackwardPart {
       : problem_(*job.problem),
         gradients_(*job.gradients),
         plan_(*job.plan),
-        terms_(score_terms(problem_)),
+        scoring_(scoring_of(problem_)),
         sums_(problem_, gradients_, plan_),
         relative_(problem_, gradients_, plan_),
         shared_(shared_memory, plan_, problem_),
         prepared_(problem_, gradients_, plan_, shared_),
         loop_(loop) {
     // The rows of a block belong to one head, so that they share one line of biases by distance.
-    terms_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
+    scoring_.toeplitz = problem_.distance_bias && !problem_.bias && !problem_.mask;
     std::uninitialized_value_construct_n(shared_.rows_prepared, plan_.row_tasks);
     std::uninitialized_value_construct_n(shared_.progress, plan_.tasks - plan_.row_tasks);
   }
@@ -45,7 +45,7 @@ class BackwardPart {
   void visit_range(std::int64_t index, char* own_memory, int thread) noexcept {
     const BackwardThreadMemory memory(own_memory, plan_, problem_, gradients_);
     // The tasks of all heads for the first range of keys come first, then those for the next range. So when a task
-    // needs the results of the preceding range, their task was started long before.
+    // needs the results of the preceding range, the task that computes them was started long before.
     const std::int64_t heads = problem_.batch * problem_.num_kv_heads;
     BackwardTask task{index, index / heads, index % heads / problem_.num_kv_heads, index % problem_.num_kv_heads,
                       thread};
@@ -59,8 +59,8 @@ class BackwardPart {
     return make_span(problem_, batch, head, 1, block * plan_.block_rows, plan_.block_rows);
   }
 
-  // Waits until a task has passed the block of rows. That task was started before the calling thread's own task, by a
-  // thread that does not wait for the calling thread. Returns false if the call was interrupted.
+  // Waits until a task has finished or skipped the block of rows. That task was started before the calling thread's own
+  // task, by a thread that does not wait for the calling thread. Returns false if the call was interrupted.
   bool wait_for(std::int64_t task, std::int64_t block, int thread) noexcept {
     return wait_until(shared_.progress[task], block + 1, thread);
   }
@@ -87,7 +87,8 @@ class BackwardPart {
       if (seen.begin < task.first + task.count && task.first < seen.end && seen.begin < seen.end)
         if (!visit(task, span, seen, block, memory)) return;
       if (gradients_.of_heads() && !deliver(task, span, block, memory)) return;
-      // A task that shares gradients of scores relies on all tasks before it, including those that skipped the block.
+      // If heads share gradients of scores, the next task waits for this task alone. So even if this task skipped the
+      // block, it must have waited for the task before it.
       if (gradients_.shares_scores && task.index % heads > 0 &&
           !wait_for(task.index - 1, blocks_before(block), task.thread))
         return;
@@ -96,8 +97,8 @@ class BackwardPart {
     store_keys(task, memory);
   }
 
-  // Before a KV head adds a block to shared gradients, the preceding KV head must have finished the returned block: the
-  // rows of `block` in that KV head's last query head.
+  // Before the task of a KV head adds `block` to shared gradients, the task of the preceding KV head must have finished
+  // the block that this function returns: the same rows of that KV head's last query head.
   std::int64_t blocks_before(std::int64_t block) const {
     return (problem_.group_size - 1) * plan_.row_blocks + block % plan_.row_blocks;
   }
@@ -130,9 +131,9 @@ class BackwardPart {
     store(gradients_.value, memory.dvalues, problem_.value_dim, plan_.value_step, 1);
   }
 
-  // Adds the sums over rows to the gradients of the head, after the preceding range of keys has done so. With relative
-  // products, a task waits after every block, even a skipped one. The task of the next range waits for this task alone,
-  // so this task must have waited for the range before it.
+  // Adds the sums over rows to the gradients of the head, after the task of the preceding range has done so. With
+  // relative products, a task waits after every block, even a skipped one: the task of the next range waits for this
+  // task alone, so this task must have waited for the task of the preceding range.
   bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block,
                const BackwardThreadMemory& memory) noexcept {
     const bool last_of_head = block % plan_.row_blocks == plan_.row_blocks - 1;
@@ -182,7 +183,7 @@ class BackwardPart {
     return {
         .rows = memory.rows,
         .count = span.valid,
-        .terms = terms_,
+        .scoring = scoring_,
         .head_dim = problem_.head_dim,
         .value_dim = problem_.value_dim,
         .queries = memory.operands.queries,
@@ -212,19 +213,19 @@ class BackwardPart {
   void add_dquery(const RowSpan& span, const BackwardThreadMemory& memory, bool first, bool last) const {
     const T scale = static_cast<T>(problem_.scale);
     for (int i = 0; i < span.valid; ++i) {
-      T* part = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
+      T* own = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
       if (problem_.relative) {
         const T* relative = reinterpret_cast<const T*>(memory.relative.dquery) + i * plan_.key_step;
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) part[d] += relative[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) own[d] += relative[d];
       }
       char* result = element(problem_, gradients_.query, span, row_index(span, i));
       T* sum = plan_.buffers_dquery
                    ? reinterpret_cast<T*>(shared_.dquery) + (row_index(problem_, span) + i) * problem_.head_dim
                    : reinterpret_cast<T*>(result);
       if (first)
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * part[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] = scale * own[d];
       else
-        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] += scale * part[d];
+        for (std::int64_t d = 0; d < problem_.head_dim; ++d) sum[d] += scale * own[d];
       if (last && plan_.buffers_dquery)
         scatter_row(*plan_.kernels, {result, gradients_.query.column, gradients_.query.dtype},
                     reinterpret_cast<const char*>(sum), type_of<T>, problem_.head_dim);
@@ -240,7 +241,7 @@ class BackwardPart {
   const Problem& problem_;
   const Gradients& gradients_;
   const BackwardPlan& plan_;
-  ScoreTerms terms_;
+  Scoring scoring_;
   const ScoreSums<T> sums_;
   const RelativeSums<T> relative_;
   const BackwardShared shared_;

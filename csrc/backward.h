@@ -24,7 +24,7 @@ struct Gradients {
   bool shares_scores = false;       // several heads or batch entries share elements of `scores`
   char* key_sums = nullptr;         // (batch, num_heads, kv_len): sums over queries
   double* row_sums = nullptr;       // (batch, num_heads, q_len): sums over keys
-  double* scale = nullptr;          // (batch, num_heads, q_len): each row's part of the gradient of the scale
+  double* scale = nullptr;          // (batch, num_heads, q_len): each row's share of the gradient of the scale
   double* slopes = nullptr;         // as `scale`, for the ALiBi slope of the row's head
   double* sinks = nullptr;          // as `scale`, for the sink of the row's head
   double* distance_bias = nullptr;  // (batch, num_heads, Problem::distance_bias.count)
@@ -33,9 +33,11 @@ struct Gradients {
   double* key_bias = nullptr;       // (batch, num_heads, head_dim)
   double* relative_bias = nullptr;  // (batch, num_heads, head_dim)
 
-  // Whether gradients of scores are summed over some axis, and whether they are a result themselves.
+  // Whether some result is a sum of gradients of scores. Kernels then write these gradients to scratch memory.
   bool sums_scores() const { return key_sums || row_sums || slopes || distance_bias || (scores && shares_scores); }
+  // Whether kernels write the gradients of scores directly to `scores`.
   bool keeps_scores() const { return scores && !sums_scores(); }
+  // Whether some result is a sum over all query rows and all key ranges of a head.
   bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
   // Whether any result depends on the gradients of relative products.
   bool through_distances(const Problem& problem) const {
@@ -43,30 +45,31 @@ struct Gradients {
   }
 };
 
-// Contiguous rows, zero-padded.
+// The form of rows in memory: `width` contiguous numbers, zero-padded to `step` numbers.
 struct PaddedRows {
   std::int64_t width;
   std::int64_t step;  // elements from one row to the next
   DType dtype;
 };
 
-// How to compute gradients. A task is a range of keys of one KV head. It visits all query rows that see any of these
-// keys. It adds to the gradients of a row only after the task of the preceding range has done so.
+// How to compute gradients. There are two kinds of tasks. A row task prepares one block of query rows. A range task
+// computes the gradients of a range of keys of one KV head. It visits all query rows that see any of these keys, and
+// adds to the gradients of a row only after the task of the preceding range has done so.
 struct BackwardPlan {
   const KernelSet* kernels;
   const BackwardKernel* kernel;
   int block_rows;           // query rows of one head that are processed at a time
   std::int64_t row_blocks;  // of one head
   int key_block;            // keys that the kernel processes at a time
-  int range_keys;           // keys of a task
+  int range_keys;           // keys of a range
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
-  PaddedRows keys, values;            // the form of operands with head_dim and with value_dim numbers per row
-  std::int64_t key_step, value_step;  // elements from one row of sums to the next, for both widths
-  std::int64_t score_step;            // elements between rows of gradients of scores and products
+  PaddedRows keys, values;            // the form of operands with head_dim and with value_dim columns
+  std::int64_t key_step, value_step;  // elements from one row of sums to the next, for keys and for values
+  std::int64_t score_step;            // elements from one row to the next, for gradients of scores and of products
   bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
-  std::int64_t row_tasks;             // tasks that prepare one block of rows each; they come first
-  std::int64_t tasks;                 // row tasks and ranges
+  std::int64_t row_tasks;             // they come before all range tasks
+  std::int64_t tasks;                 // row tasks and range tasks
   std::size_t thread_bytes;
   std::size_t shared_bytes;
   double flops;
@@ -88,8 +91,8 @@ struct BackwardJob {
   const BackwardPlan* plan;
 };
 
-// Backward passes of several problems at once: one team of threads computes the tasks of all problems. They must have
-// the same type of computation, and their gradients must not share memory.
+// Backward passes of several problems at once: one team of threads computes the tasks of all problems. The problems
+// must have the same type of computation, and their gradients must not share memory.
 bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted);
 
 // Number of threads worth using for all jobs together.

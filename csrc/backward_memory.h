@@ -11,7 +11,7 @@ namespace selfattn {
 // Memory for the gradients of relative products.
 struct RelativeMemory {
   char* dproducts = nullptr;  // block_rows elements of margin, then [block_rows][score_step]
-  char* queries = nullptr;    // [block_rows][head_dim], as for the relative products
+  char* queries = nullptr;    // [block_rows][head_dim]: queries plus relative_bias
   char* dquery = nullptr;     // [block_rows][head_dim]
   char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: the vectors of the block's distances
   char* window = nullptr;     // as `vectors`: sums of the vectors' gradients, see backward_relative.h
@@ -59,8 +59,8 @@ struct BackwardShared {
   char* factor;
   char* delta;
   char* dquery;                              // [batch][head][q_len][head_dim], if the plan buffers it
-  std::atomic<std::int32_t>* rows_prepared;  // per row task: whether it is done
-  std::atomic<std::int64_t>* progress;       // per range task: blocks of rows that it has finished or skipped
+  std::atomic<std::int32_t>* rows_prepared;  // per row task: 1 if it is done
+  std::atomic<std::int64_t>* progress;       // per range task: number of blocks of rows finished or skipped
   std::size_t bytes;
 
   BackwardShared(char* base, const BackwardPlan& plan, const Problem& problem);

@@ -2,9 +2,7 @@
 
 #include "backward.h"
 #include "backward_memory.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
+#include "carver.h"
 
 namespace selfattn {
 namespace {
@@ -15,13 +13,13 @@ constexpr int rows_wanted = 96;
 // The scores of this many keys, and their gradients, stay in L1 between the products.
 constexpr int largest_key_block = 96;
 constexpr int smallest_key_block = 8;
-// Keys, values and their gradients stay in L2 while a task visits all rows.
+// This many bytes of keys, values and their gradients stay in L2 while a task visits all rows.
 constexpr std::int64_t range_bytes = std::int64_t{400} << 10;
 constexpr int largest_range = 512;
 // Bounds the scratch memory for very wide heads.
 constexpr std::int64_t row_bytes_wanted = std::int64_t{256} << 10;
 
-// Uses products of bfloat16 if all operands are bfloat16 and there is a unit for such products.
+// Uses products of bfloat16 if there is a unit for them, all operands are bfloat16, and there are no relative products.
 const BackwardKernel& kernel_for(const Problem& problem, const Gradients& gradients, const KernelSet& kernels) {
   const BackwardKernel* pairs = kernels.matrix.backward_bf16;
   const auto suits = [](const Operand& operand) { return operand.dtype == DType::bf16; };
@@ -37,7 +35,7 @@ PaddedRows operand_form(const BackwardPlan& plan, const Problem& problem, std::i
   return {width, round_up(width, plan.kernel->lanes * size_of(problem.dtype) / size_of(dtype)), dtype};
 }
 
-// Block sizes do not depend on lengths, so that results do not either.
+// Block sizes fix the order of sums. They do not depend on lengths, so that padding does not change results.
 void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   const std::int64_t row_bytes = (plan.key_step + plan.value_step) * size_of(problem.dtype);
   const std::int64_t operand_bytes = (plan.keys.step + plan.values.step) * size_of(plan.kernel->operands);
@@ -51,8 +49,8 @@ void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   plan.block_rows = strip * static_cast<int>(std::max<std::int64_t>(strips, 1));
 }
 
-RelativeMemory place_relative(core::Carver& carver, const BackwardPlan& plan, const Problem& problem,
-                              const Gradients& gradients) {
+RelativeMemory take_relative(Carver& carver, const BackwardPlan& plan, const Problem& problem,
+                             const Gradients& gradients) {
   const std::int64_t size = size_of(problem.dtype), row = plan.key_step * size;
   const std::int64_t columns = plan.block_rows + plan.range_keys - 1;
   RelativeMemory memory;
@@ -76,7 +74,7 @@ RelativeMemory place_relative(core::Carver& carver, const BackwardPlan& plan, co
 BackwardThreadMemory::BackwardThreadMemory(char* base, const BackwardPlan& plan, const Problem& problem,
                                            const Gradients& gradients) {
   const std::int64_t size = size_of(problem.dtype), rows_ = plan.block_rows, keys_ = plan.range_keys;
-  core::Carver carver{base};
+  Carver carver{base};
   const auto take = [&](std::int64_t count) { return carver.take<char>(count * size); };
   const auto take_rows = [&](const PaddedRows& form, std::int64_t count) {
     return carver.take<char>(count * form.step * size_of(form.dtype));
@@ -94,16 +92,16 @@ BackwardThreadMemory::BackwardThreadMemory(char* base, const BackwardPlan& plan,
   columns = gradients.sums_scores() ? take(rows_ + plan.score_step) : nullptr;
   kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
       plan.kernel->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
-  distance = place_distance_memory(base, carver.used, problem, plan.relative, rows_, keys_);
+  distance = take_distance_memory(carver, problem, plan.relative, rows_, keys_);
   distance_sums = gradients.distance_bias ? carver.take<double>(problem.distance_bias.count) : nullptr;
-  relative = place_relative(carver, plan, problem, gradients);
+  relative = take_relative(carver, plan, problem, gradients);
   bytes = carver.used;
 }
 
 BackwardShared::BackwardShared(char* base, const BackwardPlan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype), heads = problem.batch * problem.num_heads;
   const std::int64_t rows = heads * plan.row_blocks * plan.block_rows;
-  core::Carver carver{base};
+  Carver carver{base};
   shift = carver.take<char>(rows * size);
   factor = carver.take<char>(rows * size);
   delta = carver.take<char>(rows * size);

@@ -12,13 +12,14 @@ class RowPreparation {
                  const BackwardShared& shared)
       : problem_(problem), gradients_(gradients), plan_(plan), shared_(shared) {}
 
-  // Fills in shift, factor and delta of a block of rows, and the results of rows that see no key.
+  // Fills in shift, factor and delta of a block of rows, and its gradients of sinks. Clears the gradients of queries
+  // that no range task writes: those beyond q_lens, and all those of a block that sees no key.
   void prepare(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
  private:
-  // The largest log-sum-exp from which a row's probabilities can be computed. Beyond it, an ulp of the scores or of the
-  // log-sum-exp is 1/8 or more. Such rows are padding whose biases are the lowest float. They are treated like rows
-  // that see no key.
+  // The largest magnitude of a log-sum-exp, in units of log2, from which a row's probabilities can be computed. Beyond
+  // it, an ulp of the scores or of the log-sum-exp is 1/8 or more. In practice only padding exceeds it: rows whose
+  // biases are all the lowest finite float. They are treated like rows that see no key.
   double largest_peak() const {
     return sizeof(T) == sizeof(float) || problem_.lse.dtype == DType::f32 ? 0x1p20 : 0x1p49;
   }

@@ -100,7 +100,7 @@ template <class T>
 void RelativeSums<T>::add_column(const RowSpan& span, std::int64_t distance, T* sums,
                                  const BackwardThreadMemory& memory) const {
   const std::int64_t count = problem_.relative.count, width = problem_.head_dim;
-  const std::int64_t row = std::clamp<std::int64_t>(distance + problem_.relative.origin, 0, count - 1);
+  const std::int64_t row = problem_.relative.index_of(distance);
   if (row == 0 || row == count - 1) {
     double* to = memory.relative.ends[row == 0 ? 0 : 1];
     for (std::int64_t d = 0; d < width; ++d) to[d] += static_cast<double>(sums[d]);

@@ -12,9 +12,9 @@ namespace selfattn {
 //   [block_rows, block_rows + count - 1)     distances that the preceding block had, too
 //
 // No later block of the task has the distances of the last n columns. After each block these n columns are added to the
-// gradient of the head, and the other columns move up by n. So when a task has finished a block, it has added the sums
-// of every distance that the next range of keys has in that block. The task of the next range waits for this, so that
-// the order of sums is fixed.
+// head's part of Gradients::relative, and the other columns move up by n. So when a task has finished a block, it has
+// added its sums for every distance between that block and the next range of keys. The task of the next range waits for
+// this, so that the order of sums is fixed.
 template <class T>
 class RelativeSums {
  public:
@@ -27,7 +27,8 @@ class RelativeSums {
   // are in memory.dquery already; the gradients of queries through relative products are left in
   // memory.relative.dquery.
   void visit(BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
-  // Adds the sums that no later block changes to the head's gradients. Called after every block, visited or skipped.
+  // Adds to the head's gradients those sums that no later block will change. Called after every block, visited or
+  // skipped.
   void deliver(BackwardTask& task, const RowSpan& span, bool last_of_head, const BackwardThreadMemory& memory) const;
 
  private:

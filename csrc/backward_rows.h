@@ -1,4 +1,4 @@
-// Rows of a backward pass: indices of per-row results, and copies of operands in the type of computation.
+// Rows of a backward pass: indices of per-row results, and copies of operands in the form that kernels need.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,10 +14,10 @@ namespace selfattn {
 struct BackwardTask {
   std::int64_t index, range, batch, kv_head;
   int thread;
-  std::int64_t first = 0;  // key
+  std::int64_t first = 0;  // first key
   int count = 0;
   bool finite = false;       // no key or value of the task is NaN or infinite
-  std::int64_t carried = 0;  // distances whose sums are in RelativeMemory::window
+  std::int64_t carried = 0;  // number of distances whose sums are in RelativeMemory::window
 };
 
 template <class T>
@@ -37,7 +37,7 @@ inline SourceRows rows_of(const Problem& problem, const Operand& operand, const 
   return {{element(problem, operand, span, row_index(span, 0)), operand.row, operand.column}, operand.dtype};
 }
 
-// Sets the rows of a span to 0, from its row `first` on.
+// Sets the gradients of a span's queries to 0, from row `first` of the span on.
 inline void clear_rows(const Problem& problem, const Operand& operand, const RowSpan& span, int first) {
   for (int i = first; i < span.count; ++i) {
     char* row = element(problem, operand, span, row_index(span, i));
@@ -45,7 +45,7 @@ inline void clear_rows(const Problem& problem, const Operand& operand, const Row
   }
 }
 
-// Copies `count` rows of an operand to rows of this form.
+// Copies `count` rows and converts them to `form`.
 inline void copy_padded(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
                         char* to) {
   const std::int64_t size = size_of(form.dtype), width = form.width;
@@ -56,8 +56,8 @@ inline void copy_padded(const KernelSet& kernels, const SourceRows& from, std::i
   }
 }
 
-// Returns `count` rows of this form: the operand's own rows if they have it, else copies in `to`. Rows of 16-bit
-// numbers must be aligned like floats, because kernels read pairs of them as floats.
+// Returns `count` rows in `form`: the rows of `from` themselves if they have this form, else copies in `to`. Rows of
+// 16-bit numbers must be aligned like floats, because kernels read pairs of them as floats.
 inline const char* gather(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
                           char* to) {
   const std::int64_t size = size_of(form.dtype), alignment = std::max<std::int64_t>(size, sizeof(float));
@@ -69,8 +69,8 @@ inline const char* gather(const KernelSet& kernels, const SourceRows& from, std:
   return to;
 }
 
-// Gathers the valid queries of a span. Adds their head's row of `bias` if there is one. With a bias, the form has the
-// type of computation.
+// Gathers the valid queries of a span in the form plan.keys. If there is a `bias`, adds the head's row of it; plan.keys
+// then has the type of computation.
 template <class T>
 const char* gather_queries(const Problem& problem, const BackwardPlan& plan, const RowSpan& span, const PerHead& bias,
                            char* to) {

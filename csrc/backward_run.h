@@ -10,27 +10,27 @@
 
 namespace selfattn {
 
-// Puts the tasks of all problems into one order: first all blocks of rows, then all ranges of keys. The tasks of a
-// problem keep their order, so that a task only waits for tasks that were started before it. Part is the backward pass
-// of one problem: Part(job, shared_memory, loop), with prepare_rows(task, own_memory) and visit_range(task, own_memory,
-// thread).
-template <class Part>
+// Puts the tasks of all problems into one order: first all row tasks, then all range tasks. The tasks of a problem keep
+// their order, so that a task only waits for tasks that were started before it. The class `Pass` computes the backward
+// pass of one problem. It has the constructor Pass(job, shared_memory, loop) and the functions prepare_rows(task,
+// own_memory) and visit_range(task, own_memory, thread).
+template <class Pass>
 class BackwardRun {
  public:
   BackwardRun(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted)
       : sizes_(jobs, count),
-        memory_(sizes_.shared_bytes + sizes_.thread_bytes * static_cast<std::size_t>(threads)),
-        threads_memory_(memory_.data() + sizes_.shared_bytes),
+        shared_(sizes_.shared_bytes),
+        own_(sizes_.thread_bytes, threads),
         loop_(sizes_.row_tasks + sizes_.range_tasks, threads, interrupted) {
     // Problems with long tasks first, so that no thread is left alone with such a task at the end.
     std::vector<BackwardJob> ordered(jobs, jobs + count);
     std::sort(ordered.begin(), ordered.end(),
               [](const BackwardJob& a, const BackwardJob& b) { return task_cost(a) > task_cost(b); });
-    parts_.reserve(ordered.size());
-    char* shared = memory_.data();
+    entries_.reserve(ordered.size());
+    char* shared = shared_.data();
     std::int64_t rows = 0, ranges = 0;
     for (const BackwardJob& job : ordered) {
-      parts_.push_back({Part(job, shared, loop_), rows, ranges});
+      entries_.push_back({Pass(job, shared, loop_), rows, ranges});
       shared += job.plan->shared_bytes;
       rows += job.plan->row_tasks;
       ranges += job.plan->tasks - job.plan->row_tasks;
@@ -40,21 +40,21 @@ class BackwardRun {
   bool execute() { return loop_.run(*this); }
 
   void operator()(std::int64_t index, int thread) noexcept {
-    char* own = threads_memory_ + sizes_.thread_bytes * static_cast<std::size_t>(thread);
+    char* own = own_.of(thread);
     if (index < sizes_.row_tasks) {
       Entry& entry = entry_of(index, &Entry::first_rows);
-      entry.part.prepare_rows(index - entry.first_rows, own);
+      entry.pass.prepare_rows(index - entry.first_rows, own);
     } else {
       index -= sizes_.row_tasks;
       Entry& entry = entry_of(index, &Entry::first_range);
-      entry.part.visit_range(index - entry.first_range, own, thread);
+      entry.pass.visit_range(index - entry.first_range, own, thread);
     }
   }
 
  private:
   struct Entry {
-    Part part;
-    std::int64_t first_rows, first_range;  // its first row task, and its first range of keys
+    Pass pass;
+    std::int64_t first_rows, first_range;  // indices of its first row task and its first range task
   };
 
   struct Sizes {
@@ -79,16 +79,16 @@ class BackwardRun {
   // The entry to which a task belongs: the last entry that starts at or before the task. An entry without tasks starts
   // where the next entry starts, so it is never found.
   Entry& entry_of(std::int64_t task, std::int64_t Entry::* first) {
-    return *(std::upper_bound(parts_.begin(), parts_.end(), task,
+    return *(std::upper_bound(entries_.begin(), entries_.end(), task,
                               [first](std::int64_t index, const Entry& entry) { return index < entry.*first; }) -
              1);
   }
 
   const Sizes sizes_;
-  const Scratch memory_;
-  char* const threads_memory_;
+  const Scratch shared_;
+  const ThreadScratch own_;
   TaskLoop loop_;
-  std::vector<Entry> parts_;
+  std::vector<Entry> entries_;
 };
 
 }  // namespace selfattn

@@ -6,7 +6,8 @@
 namespace selfattn {
 namespace {
 
-// Skips gradients of 0: a query that sees no key may hold NaN.
+// The dot product of query `row` and its gradient. Skips gradients of 0: a query that sees no key may hold NaN,
+// and 0 * NaN is NaN.
 template <class T>
 double dot(const char* queries, const PaddedRows& form, const T* gradient, int row) {
   const std::int64_t size = size_of(form.dtype);
@@ -41,12 +42,12 @@ template <class T>
 void ScoreSums<T>::add_distances(const BackwardTask& task, const RowSpan& span,
                                  const BackwardThreadMemory& memory) const {
   const ByDistance& table = problem_.distance_bias;
-  const std::int64_t columns = span.valid - 1 + task.count, first = farthest(task, span) + table.origin;
+  const std::int64_t columns = span.valid - 1 + task.count, first = farthest(task, span);
   T* sums = reinterpret_cast<T*>(memory.columns);
   std::fill_n(sums, columns, T(0));
   for (int i = 0; i < span.valid; ++i) plan_.kernel->add(dscores_of(memory, i), task.count, sums + span.valid - 1 - i);
   for (std::int64_t c = 0; c < columns; ++c)
-    memory.distance_sums[std::clamp<std::int64_t>(first - c, 0, table.count - 1)] += static_cast<double>(sums[c]);
+    memory.distance_sums[table.index_of(first - c)] += static_cast<double>(sums[c]);
 }
 
 template <class T>
@@ -74,7 +75,8 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
   }
 }
 
-// Adds to each row's sum the dot product of its gradients and the numbers of their columns.
+// memory.columns holds one number per column. Adds to each row's sum the dot product of the row's gradients of scores
+// and the numbers of their columns.
 template <class T>
 void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardThreadMemory& memory, double* sums) const {
   const T* line = reinterpret_cast<const T*>(memory.columns) + span.valid - 1;

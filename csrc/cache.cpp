@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "carver.h"
 #include "rows.h"
 
 namespace selfattn {
@@ -59,6 +60,15 @@ struct TokenAddress {
 
 }  // namespace
 
+void check_cut(const char* function, const Argument& argument, const char* verb, const Cut& cut, std::int64_t window) {
+  if (cut.kept < 0 || cut.kept > cut.length)
+    refuse(function, argument, verb, cut.kept, ", which is outside 0..", cut.length, " (sequence ", cut.sequence, ")");
+  const std::int64_t seen = window < 0 ? 0 : std::max<std::int64_t>(cut.kept - window, 0);
+  if (cut.kept > 0 && cut.start > seen)
+    refuse(function, argument, verb, cut.kept, ", but a window of ", window, " would then see tokens before ",
+           cut.start, ", which sequence ", cut.sequence, " no longer holds");
+}
+
 CachedKeys::CachedKeys(const Cache& cache, const std::int64_t* lengths)
     : cache_(cache), lengths_(lengths), count_(cache.batch) {
   for (std::int64_t b = 0; b < cache.batch; ++b) longest_ = std::max(longest_, lengths[b]);
@@ -84,7 +94,7 @@ TensorView CachedKeys::scales(View& view, const TokenRows& rows) const {
   return {rows.data, DType::f32, 3, view.shape, view.strides};
 }
 
-void CachedKeys::place(AttentionArguments& arguments) {
+void CachedKeys::present(AttentionArguments& arguments) {
   arguments.k = tokens(keys_, cache_.key, arguments.layout);
   arguments.v = tokens(values_, cache_.value, arguments.layout);
   arguments.pages = cache_.pages;
@@ -96,7 +106,7 @@ void CachedKeys::place(AttentionArguments& arguments) {
   arguments.value_scale_page = cache_.value.scales.page;
   arguments.kv_lens = {const_cast<std::int64_t*>(lengths_), DType::i64, 1, &count_, &step_};
   arguments.kv_starts = cache_.starts;
-  arguments.keys = Keys::cached;
+  arguments.cached = true;
 }
 
 TokensView::TokensView(const TensorView& tokens, Layout layout) : view{tokens.data, tokens.dtype, 4, shape, strides} {
@@ -107,10 +117,17 @@ TokensView::TokensView(const TensorView& tokens, Layout layout) : view{tokens.da
   }
 }
 
+TokenMemory::TokenMemory(char* base, std::int64_t width) {
+  Carver carver{base};
+  given = carver.take<char>(width * size_of(DType::f64));
+  floats = carver.take<char>(width * size_of(DType::f32));
+  bytes = carver.used;
+}
+
 void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Rows& cached, const TensorView& tokens,
-                  char* row) {
+                  char* scratch) {
   const std::int64_t width = tokens.extent(0), heads = tokens.extent(1), count = tokens.extent(2);
-  char* floats = row + width * size_of(DType::f64);
+  const TokenMemory row(scratch, width);
   const auto store_row = [&](std::int64_t b, std::int64_t t, std::int64_t h) {
     const std::int64_t token = cache.lengths[b] + t;
     const char* from =
@@ -118,14 +135,14 @@ void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Row
     char* to = TokenAddress{cache.pages, cached.tokens, b, h}.of(token);
     const std::int64_t size = size_of(tokens.dtype);
     const bool converts = tokens.dtype != cache.dtype;
-    copy_rows({converts ? row : to, 0, size}, {from, 0, tokens.stride(0)}, 1, width, size);
+    copy_rows({converts ? row.given : to, 0, size}, {from, 0, tokens.stride(0)}, 1, width, size);
     if (!converts) return;
     if (cache.dtype == DType::f64)
-      return gather_rows(kernels, to, cache.dtype, {{row, 0, size}, tokens.dtype}, 1, width);
-    to_floats(kernels, row, tokens.dtype, width, floats);
+      return gather_rows(kernels, to, cache.dtype, {{row.given, 0, size}, tokens.dtype}, 1, width);
+    to_floats(kernels, row.given, tokens.dtype, width, row.floats);
     if (cache.dtype != DType::i8)
-      return scatter_row(kernels, {to, size_of(cache.dtype), cache.dtype}, floats, DType::f32, width);
-    const float scale = quantise(reinterpret_cast<const float*>(floats), width, to);
+      return scatter_row(kernels, {to, size_of(cache.dtype), cache.dtype}, row.floats, DType::f32, width);
+    const float scale = quantise(reinterpret_cast<const float*>(row.floats), width, to);
     std::memcpy(TokenAddress{cache.pages, cached.scales, b, h}.of(token), &scale, sizeof scale);
   };
   for (std::int64_t b = 0; b < cache.batch; ++b)

@@ -1,15 +1,17 @@
 // A cache of the keys and values of growing sequences: where tokens are stored, how new ones are written, and how
 // attention reads them. Owns no memory.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/kernel_set.h"
+#include "message.h"
 #include "problem.h"
 
 namespace selfattn {
 
 // An array with one row per token and head; strides in bytes. A sequence is either a batch entry of the array or a list
-// of its pages.
+// of pages of the array.
 struct TokenRows {
   char* data = nullptr;
   std::int64_t batch = 0, head = 0, row = 0, page = 0;
@@ -30,6 +32,23 @@ struct Cache {
   TensorView starts;            // first token that each sequence still holds; absent: 0
 };
 
+// The arrays of a cache: pages of `page_size` tokens for each head.
+struct CacheStore {
+  DType dtype = DType::f32;
+  std::int64_t num_pages = 0, num_kv_heads = 0, page_size = 0;
+  Cache::Rows key, value;    // TokenRows::batch is the stride between pages
+  std::int64_t window = -1;  // the largest distance to the left that queries may see; -1: the cache keeps all tokens
+};
+
+// A sequence that holds the tokens from `start` to `length`, to be cut to its first `kept` tokens.
+struct Cut {
+  std::int64_t sequence, start, length, kept;
+};
+
+// Throws std::invalid_argument if the sequence has fewer tokens, or if queries with this window (-1: none) would then
+// see tokens that it no longer holds. `verb` follows the argument's name in the message.
+void check_cut(const char* function, const Argument& argument, const char* verb, const Cut& cut, std::int64_t window);
+
 // Presents a cache as the keys and values of an attention call.
 class CachedKeys {
  public:
@@ -37,7 +56,7 @@ class CachedKeys {
   CachedKeys(const Cache& cache, const std::int64_t* lengths);
   CachedKeys(const CachedKeys&) = delete;  // views point into this object
   CachedKeys& operator=(const CachedKeys&) = delete;
-  void place(AttentionArguments& arguments);
+  void present(AttentionArguments& arguments);
 
  private:
   struct View {
@@ -53,8 +72,8 @@ class CachedKeys {
   View keys_, values_, key_scales_, value_scales_;
 };
 
-// A view (batch, tokens, heads, width) of an array (batch, heads, tokens, width), or, in layout bshd, of an array with
-// the axes of the view.
+// Views an array of tokens as (batch, tokens, heads, width). In layout bhsd the array has the axes (batch, heads,
+// tokens, width); in layout bshd it already has the axes of the view.
 struct TokensView {
   std::int64_t shape[4], strides[4];
   TensorView view;
@@ -64,9 +83,17 @@ struct TokensView {
   TokensView& operator=(const TokensView&) = delete;
 };
 
-// Writes tokens (batch, tokens, heads, width) after the end of each sequence, converted to the cache's type. `row` is
-// scratch for 2 * width doubles.
+// Scratch memory for a row of keys or values that is converted.
+struct TokenMemory {
+  char* given;  // in the type of the new tokens
+  char* floats;
+  std::size_t bytes;
+
+  TokenMemory(char* base, std::int64_t width);
+};
+
+// Writes tokens (batch, tokens, heads, width) after the end of each sequence, converted to the cache's type.
 void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Rows& cached, const TensorView& tokens,
-                  char* row);
+                  char* scratch);
 
 }  // namespace selfattn

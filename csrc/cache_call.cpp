@@ -17,12 +17,12 @@ RotatedTokens::RotatedTokens(const TensorView& like, Layout layout)
 }
 
 CacheCall::CacheCall(CacheStep& step, const CacheInputs& inputs, const AttentionArguments& arguments)
-    : step_(step), inputs_(inputs), layout_(arguments.layout), problem_(make_problem(placed(step, arguments))) {
+    : step_(step), inputs_(inputs), layout_(arguments.layout), problem_(make_problem(presented(step, arguments))) {
   step.check_seen(arguments.function, problem_);
 }
 
-AttentionArguments CacheCall::placed(CacheStep& step, AttentionArguments arguments) {
-  step.place(arguments);
+AttentionArguments CacheCall::presented(CacheStep& step, AttentionArguments arguments) {
+  step.present(arguments);
   arguments.q = inputs_.rope ? query_.emplace(inputs_.q, layout_).view() : inputs_.q;
   if (inputs_.rope && inputs_.k) key_.emplace(inputs_.k, layout_);
   return arguments;
@@ -39,7 +39,7 @@ bool CacheCall::rotate(int num_threads, Interrupted interrupted) const {
 }
 
 bool CacheCall::run(const Plan& plan, int num_threads, Interrupted interrupted) const {
-  const int threads = threads_for(plan, num_threads);  // before the rotation: depends on the time since the last call
+  const int threads = threads_for(plan, num_threads);  // before rotate(): it depends on the time since the last call
   if (inputs_.rope && !rotate(num_threads, interrupted)) return false;
   if (inputs_.k) {
     const TokensView keys(key_ ? key_->view() : inputs_.k, layout_), values(inputs_.v, layout_);

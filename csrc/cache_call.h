@@ -16,7 +16,7 @@ struct CacheInputs {
 };
 
 // A buffer for the elements of a view with the axes (batch, heads, tokens, width), or (batch, tokens, heads, width) in
-// layout bshd. The buffer's own view has its axes in the same order, but each head's tokens are contiguous in memory.
+// layout bshd. view() has the same axes, but each head's tokens are contiguous in memory.
 class RotatedTokens {
  public:
   RotatedTokens(const TensorView& like, Layout layout);
@@ -40,7 +40,7 @@ class CacheCall {
   bool run(const Plan& plan, int num_threads, Interrupted interrupted) const;
 
  private:
-  AttentionArguments placed(CacheStep& step, AttentionArguments arguments);
+  AttentionArguments presented(CacheStep& step, AttentionArguments arguments);
   bool rotate(int num_threads, Interrupted interrupted) const;
 
   const CacheStep& step_;

@@ -1,50 +1,36 @@
 #include "cache_step.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <string>
 
 #include "arithmetic.h"
+#include "carver.h"
 #include "message.h"
 
 namespace selfattn {
 namespace {
-
-std::int64_t integer_bytes(std::int64_t batch) { return bytes_of(batch, sizeof(std::int64_t)); }
-std::int64_t page_row_bytes(std::int64_t batch) { return bytes_of(batch, sizeof(Pages::Row)); }
-
-std::size_t memory_bytes(const CacheSource& source) {
-  const std::int64_t row =
-      bytes_of(2, size_of(DType::f64), std::max(source.store->key.width, source.store->value.width));
-  return static_cast<std::size_t>(3 * integer_bytes(source.batch) + page_row_bytes(source.batch) + row);
-}
 
 Cache::Rows in_pages(Cache::Rows cached) {
   for (TokenRows* rows : {&cached.tokens, &cached.scales}) std::swap(rows->page, rows->batch);
   return cached;
 }
 
-// Each number is read exactly once, by an atomic load: another process may write to this memory.
-void copy_shared(std::int64_t* to, std::int64_t* from, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] = std::atomic_ref(from[i]).load(std::memory_order_relaxed);
-}
-
 }  // namespace
 
 CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64_t more)
-    : source_(source), more_(more), memory_(memory_bytes(source)) {
-  char* p = memory_.data();
-  const auto take = [&p](std::int64_t bytes) {
-    char* piece = p;
-    p += bytes;
-    return piece;
-  };
-  for (std::int64_t** array : {&lengths_, &after_, &starts_})
-    *array = reinterpret_cast<std::int64_t*>(take(integer_bytes(source.batch)));
-  rows_ = reinterpret_cast<Pages::Row*>(take(page_row_bytes(source.batch)));
-  row_ = p;
+    : source_(source), more_(more) {
   const CacheStore& store = *source.store;
+  const TokenMemory row(nullptr, std::max(store.key.width, store.value.width));
+  const auto divide = [&](char* base) {
+    Carver carver{base};
+    for (std::int64_t** array : {&lengths_, &after_, &starts_}) *array = carver.take<std::int64_t>(source.batch);
+    rows_ = carver.take<Pages::Row>(source.batch);
+    token_ = carver.take<char>(static_cast<std::int64_t>(row.bytes));
+    return carver.used;
+  };
+  memory_.emplace(divide(nullptr));
+  divide(memory_->data());
   cache_.dtype = store.dtype;
   cache_.batch = source.batch;
   cache_.num_kv_heads = store.num_kv_heads;
@@ -62,11 +48,8 @@ CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64
 void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_.batch, &starts_step_}; }
 
 void CacheStep::open_ledger(const char* function) {
-  const Ledger& ledger = *source_.ledger;
   const std::int64_t batch = source_.batch, capacity = source_.store->page_size;
-  const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_acquire) & 1;
-  copy_shared(lengths_, ledger.copies + current * 2 * batch, batch);
-  copy_shared(starts_, ledger.copies + current * 2 * batch + batch, batch);
+  source_.ledger->read(lengths_, starts_);
   constexpr std::int64_t longest_ring = std::int64_t{1} << 61;
   const std::int64_t longest = ring() ? longest_ring : capacity;
   for (std::int64_t b = 0; b < batch; ++b)
@@ -102,7 +85,7 @@ void CacheStep::open_pages(const char* function) {
   cache_.pages = {page_size, rows_};
   bool started = false;
   for (std::int64_t b = 0; b < source_.batch; ++b) {
-    const PagedSequence& sequence = source_.sequences[b];
+    const PagedSequence& sequence = source_.pages->sequences()[static_cast<std::size_t>(b)];
     const std::int64_t length = lengths_[b] = *sequence.length;
     const std::int64_t start = starts_[b] = std::max(sequence.start, source_.skipped);
     started = started || start != 0;
@@ -120,12 +103,12 @@ void CacheStep::open_pages(const char* function) {
   if (started) use_starts();
 }
 
-void CacheStep::place(AttentionArguments& arguments) {
+void CacheStep::present(AttentionArguments& arguments) {
   const std::int64_t window = source_.store->window, left = arguments.window_left;
   if (window >= 0 && (left < 0 || left > window))
     refuse(arguments.function, "window"_arg, " is ", left < 0 ? "none" : std::to_string(left) + " to the left",
-           ", but the cache keeps only what one of ", window, " sees");
-  keys_->place(arguments);
+           ", but the cache keeps only the tokens that a window of ", window, " sees");
+  keys_->present(arguments);
   arguments.recent_mask = static_cast<bool>(arguments.mask);
 }
 
@@ -142,18 +125,18 @@ void CacheStep::check_seen(const char* function, const Problem& problem) const {
 }
 
 void CacheStep::store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const {
-  store_tokens(kernels, cache_, cache_.key, keys, row_);
-  store_tokens(kernels, cache_, cache_.value, values, row_);
+  store_tokens(kernels, cache_, cache_.key, keys, token_);
+  store_tokens(kernels, cache_, cache_.value, values, token_);
 }
 
 void CacheStep::claim() const {
-  if (more_ != 0 && ring()) publish(0);
+  if (source_.pages) return source_.pages->claim(*source_.store);
+  if (ring()) source_.ledger->publish(lengths_, starts_);
 }
 
 void CacheStep::commit() const {
-  if (more_ == 0) return;
-  if (source_.ledger) return publish(more_);
-  for (std::int64_t b = 0; b < source_.batch; ++b) *source_.sequences[b].length = after_[b];
+  if (source_.pages) return source_.pages->commit(after_);
+  source_.ledger->publish(after_, ring() ? starts_ : nullptr);
 }
 
 void CacheStep::reorder(const std::int64_t* index) const {
@@ -164,7 +147,7 @@ void CacheStep::reorder(const std::int64_t* index) const {
                                      &cache_.value.scales};
   std::int64_t most = 0;
   for (const TokenRows* rows : arrays) most = std::max(most, used * rows->row);
-  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // the sequences of one head
+  const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // one head of all sequences
   for (const TokenRows* rows : arrays)
     for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
       const auto bytes = static_cast<std::size_t>(used * rows->row);
@@ -175,20 +158,24 @@ void CacheStep::reorder(const std::int64_t* index) const {
       for (std::int64_t b = 0; b < cache_.batch; ++b)
         if (index[b] != b) std::memcpy(at(b), kept(b), bytes);
     }
-  publish(0, index);
+  for (std::int64_t b = 0; b < cache_.batch; ++b) after_[b] = lengths_[index[b]];
+  std::copy_n(starts_, cache_.batch, lengths_);
+  for (std::int64_t b = 0; b < cache_.batch; ++b) starts_[b] = lengths_[index[b]];
+  commit();
 }
 
-// Writes the copy that is not valid, then makes it the valid one with a single 8-byte store.
-void CacheStep::publish(std::int64_t more, const std::int64_t* index) const {
-  const Ledger& ledger = *source_.ledger;
-  const std::int64_t current = std::atomic_ref(*ledger.active).load(std::memory_order_relaxed) & 1;
-  std::int64_t* to = ledger.copies + (1 - current) * 2 * cache_.batch;
-  for (std::int64_t b = 0; b < cache_.batch; ++b) {
-    const std::int64_t from = index ? index[b] : b;
-    to[b] = lengths_[from] + more;
-    to[cache_.batch + b] = ring() ? starts_[from] : 0;
-  }
-  std::atomic_ref(*ledger.active).store(1 - current, std::memory_order_release);
+void CacheStep::truncate(const char* function, const std::int64_t* lengths) const {
+  for (std::int64_t b = 0; b < cache_.batch; ++b)
+    check_cut(function, "lengths"_arg, " holds ", {b, starts_[b], lengths_[b], lengths[b]}, source_.store->window);
+  for (std::int64_t b = 0; b < cache_.batch; ++b)
+    if (lengths[b] == 0) starts_[b] = 0;
+  set(lengths, starts_);
+}
+
+void CacheStep::set(const std::int64_t* lengths, const std::int64_t* starts) const {
+  std::copy_n(lengths, cache_.batch, after_);
+  std::copy_n(starts, cache_.batch, starts_);
+  commit();
 }
 
 }  // namespace selfattn

@@ -1,47 +1,27 @@
 // One call on a cache. The steps are the same for every kind of cache and every caller: copy the lengths, check them,
-// claim the tokens that will be overwritten, store new tokens, attend, and commit the new lengths last.
+// claim what will be overwritten, store new tokens, attend, and commit the new lengths last.
 #pragma once
 #include <cstdint>
 #include <optional>
 
 #include "cache.h"
+#include "ledger.h"
+#include "page_changes.h"
 #include "scratch_pool.h"
 
 namespace selfattn {
-
-// The arrays of a cache: pages of `page_size` tokens for each head.
-struct CacheStore {
-  DType dtype = DType::f32;
-  std::int64_t num_pages = 0, num_kv_heads = 0, page_size = 0;
-  Cache::Rows key, value;    // TokenRows::batch is the stride between pages
-  std::int64_t window = -1;  // the largest distance to the left that queries may see; -1: the cache keeps all tokens
-};
-
-// The lengths of a cache whose sequences have one page each; with a window, this page is a ring. Other processes may
-// write to this memory.
-struct Ledger {
-  std::int64_t* active = nullptr;  // index of the valid copy: 0 or 1
-  std::int64_t* copies = nullptr;  // (2, 2, sequences): each copy has the lengths, then the first tokens still held
-};
-
-// A sequence whose pages may be any pages of the store.
-struct PagedSequence {
-  const std::int32_t* pages = nullptr;  // from the page of token `start` on, including pages for the tokens to append
-  std::int64_t page_count = 0;
-  std::int64_t start = 0;
-  std::int64_t* length = nullptr;  // copied at the start of a step; a step that appends commits the new length here
-};
 
 // The cache of a call: with a ledger, or with paged sequences.
 struct CacheSource {
   const CacheStore* store = nullptr;
   const Ledger* ledger = nullptr;
-  const PagedSequence* sequences = nullptr;
+  PageChanges* pages = nullptr;
   std::int64_t batch = 0;
-  std::int64_t skipped = 0;  // first tokens of paged sequences that the call does not read; a multiple of the page size
+  std::int64_t skipped = 0;  // tokens at the start of paged sequences that the call does not read; whole pages
 };
 
-// Reads lengths and starts only once, then checks, uses and commits its own copies.
+// Reads lengths and starts only once, since other processes may change them, and then checks, uses and commits its own
+// copies.
 class CacheStep {
  public:
   // For a call that appends `more` tokens to each sequence. Throws std::invalid_argument if there is no room for them,
@@ -56,7 +36,7 @@ class CacheStep {
 
   // Sets the keys and values of an attention call to the contents of the cache after the append. Throws
   // std::invalid_argument if the call may look farther to the left than the cache's window.
-  void place(AttentionArguments& arguments);
+  void present(AttentionArguments& arguments);
 
   // Throws std::invalid_argument if a query of the call sees tokens that the cache no longer holds.
   void check_seen(const char* function, const Problem& problem) const;
@@ -64,17 +44,28 @@ class CacheStep {
   // Writes new tokens (batch, tokens, heads, width) after the end of each sequence.
   void store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const;
 
-  // Claims the tokens to be overwritten, calls work() and commits the new lengths. If `work` throws, the lengths do not
-  // change.
+  // Claims the tokens to be overwritten, calls work() and commits the new lengths. If anything throws, lengths and
+  // pages do not change.
   template <class Work>
   void run(Work work) const {
+    if (more_ == 0) return work();
     claim();
-    work();
+    try {
+      work();
+    } catch (...) {
+      if (source_.pages) source_.pages->abandon();
+      throw;
+    }
     commit();
   }
 
-  // Replaces each sequence b by a copy of sequence index[b]. Needs a ledger. Allocates the copies of one head.
+  // The following need a ledger. Each ends with a commit.
+  // Replaces each sequence b by a copy of sequence index[b]. Allocates memory for the copies of one head.
   void reorder(const std::int64_t* index) const;
+  // Keeps the first lengths[b] tokens of each sequence b. Throws like check_cut.
+  void truncate(const char* function, const std::int64_t* lengths) const;
+  // Gives each sequence b the tokens from starts[b] to lengths[b], which are already in the cache's arrays.
+  void set(const std::int64_t* lengths, const std::int64_t* starts) const;
 
  private:
   void open_ledger(const char* function);
@@ -84,17 +75,16 @@ class CacheStep {
   bool ring() const { return source_.ledger && source_.store->window >= 0; }
   // In a ring, publishes that the tokens to be overwritten are no longer held. This is not undone if the call fails.
   void claim() const;
-  // Publishes the new lengths.
+  // Publishes after_ and starts_.
   void commit() const;
-  void publish(std::int64_t more, const std::int64_t* index = nullptr) const;
 
   const CacheSource source_;
   const std::int64_t more_;
   Cache cache_{};
-  const Scratch memory_;  // backs the following arrays
+  std::optional<Scratch> memory_;  // backs the following arrays
   std::int64_t *lengths_, *after_, *starts_;
   Pages::Row* rows_;
-  char* row_;  // see store_tokens
+  char* token_;  // a TokenMemory
   std::int64_t starts_step_ = sizeof(std::int64_t);
   std::optional<CachedKeys> keys_;
 };

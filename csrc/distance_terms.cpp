@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "carver.h"
 #include "rows.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
@@ -23,7 +21,7 @@ HeadRows rows_of(const RowSpan& span, std::int64_t i) {
           row < span.valid ? ceil_div(span.valid - row, span.heads) : 0};
 }
 
-// Whether no query sees a key at a distance in [least, most].
+// Whether causal or window hide all keys at distances in [least, most].
 bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most) {
   const VisibleDistances visible = visible_distances(problem);
   return (visible.least && most < *visible.least) || (visible.most && least > *visible.most);
@@ -50,7 +48,7 @@ void pack(const Problem& problem, const RelativeProducts& relative, const Distan
   relative.types->pack_panel(memory.vectors, problem.head_dim, memory.panel);
 }
 
-// Converts an entry of the table to T. A finite entry stays finite.
+// The entry of the table of distance biases for a distance, converted to T. A finite entry stays finite.
 template <class T>
 T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
   const double x = read_real(problem.distance_bias.at(head, distance), DType::f64);
@@ -59,9 +57,8 @@ T bias_at(const Problem& problem, std::int64_t head, std::int64_t distance) {
 
 }  // namespace
 
-DistanceMemory place_distance_memory(char* base, std::size_t& used, const Problem& problem,
-                                     const RelativeProducts& relative, std::int64_t rows, std::int64_t keys) {
-  core::Carver carver{base, used};
+DistanceMemory take_distance_memory(Carver& carver, const Problem& problem, const RelativeProducts& relative,
+                                    std::int64_t rows, std::int64_t keys) {
   const auto take_if = [&](bool needed, std::int64_t count) {
     return needed ? carver.take<char>(count * size_of(problem.dtype)) : nullptr;
   };
@@ -76,7 +73,6 @@ DistanceMemory place_distance_memory(char* base, std::size_t& used, const Proble
   memory.bias_step = keys + (problem.bias ? 0 : rows);
   const std::int64_t lines = problem.bias ? rows : std::min(problem.group_size, rows);
   memory.biases = take_if(static_cast<bool>(problem.distance_bias), lines * memory.bias_step);
-  used = carver.used;
   return memory;
 }
 
@@ -89,10 +85,10 @@ DistanceTerms::DistanceTerms(const Problem& problem, const RelativeProducts& rel
       memory_(memory),
       offset_(problem.offset_of(span.batch)) {
   if (!problem.relative) return;
-  const std::int64_t row_bytes = problem.head_dim * size_of(problem.dtype);
+  const std::int64_t size = size_of(problem.dtype);
   for (int i = 0; i < span.valid; ++i)
-    gather_query(problem, *relative.kernels, span, i, problem.dtype, problem.relative_bias,
-                 memory.queries + i * row_bytes);
+    gather_query(problem, *relative.kernels, span, i, problem.relative_bias,
+                 {memory.queries + i * problem.head_dim * size, size, problem.dtype});
 }
 
 void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
@@ -107,8 +103,8 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
     problem_.bias ? add_biases<double>(first, count) : fill_biases<double>(first, count);
 }
 
-// Multiplies each query by the vectors of the distances to its keys. Query i and key j have distance i + offset - j: it
-// falls by 1 from key to key, and grows by 1 from query to query. So `width` (panel_columns) consecutive queries form a
+// Multiplies each query by the vectors of the distances to its keys. The distance i + offset - j of query i and key j
+// falls by 1 from key to key and grows by 1 from query to query. `width` (panel_columns) consecutive queries form a
 // batch, which is multiplied by all panels of distances that any of these queries needs:
 //
 //   column c of a batch: distance d - c, where d is the distance from query width - 1 of the batch to key `first`
@@ -127,11 +123,11 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
       if (out_of_sight(problem_, distance - width + 1, distance)) continue;
       pack(problem_, relative_, memory_, rows.head, distance);
       for (std::int64_t batch = 0; batch < batches; ++batch) {
-        const std::int64_t place = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
-        if (place < 0 || place >= panels) continue;
+        const std::int64_t index = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
+        if (index < 0 || index >= panels) continue;
         relative_.types->of(problem_.dtype)
             .project({memory_.queries + row * depth * size, group * depth, std::min(width, rows.count - batch * width),
-                      depth, memory_.panel, nullptr, memory_.products + (row * memory_.step + place * width) * size,
+                      depth, memory_.panel, nullptr, memory_.products + (row * memory_.step + index * width) * size,
                       group * memory_.step, static_cast<int>(width)});
       }
     }

@@ -1,5 +1,6 @@
 // Score terms that depend on the distance between query and key: relative products and distance biases. They are
-// computed for some keys at a time. So no array is as large as all scores, and rows are never shifted in memory.
+// computed for a few hundred keys at a time, so that no array has an element for every score. Each row reads its terms
+// from its own start address, so that rows need not be shifted in memory.
 #pragma once
 #include <cstdint>
 
@@ -8,36 +9,38 @@
 
 namespace selfattn {
 
+namespace core {
+struct Carver;
+}
+
 // How relative products are computed.
 struct RelativeProducts {
   const KernelSet* kernels = nullptr;
   const TypeKernels* types = nullptr;
   bool copies = false;    // kernels cannot read the vectors in place
-  std::int64_t keys = 0;  // for how many keys they are computed at a time
+  std::int64_t keys = 0;  // number of keys for which they are computed at a time
 };
 
 // Scratch memory of one thread for the terms of a block of rows.
 struct DistanceMemory {
-  // Queries of the relative product, pointers to the vectors of a panel, their copies, the packed panel, and the
-  // products [row][step].
-  char* queries = nullptr;
-  const void** vectors = nullptr;
-  char* copies = nullptr;
-  char* panel = nullptr;
-  char* products = nullptr;
+  char* queries = nullptr;         // [row][head_dim]: queries plus relative_bias
+  const void** vectors = nullptr;  // pointers to the vectors of a panel
+  char* copies = nullptr;          // copies of these vectors, if kernels cannot read them in place
+  char* panel = nullptr;           // the packed panel
+  char* products = nullptr;        // [row][step]
   std::int64_t step = 0;
-  char* biases = nullptr;  // one line per head of the group, or per row
+  char* biases = nullptr;  // one line per head of the group, or per row if the caller passes a bias too
   std::int64_t bias_step = 0;
 };
 
-// Places the memory for blocks of `rows` rows and `keys` keys at base + used, and adds its size to `used`.
-DistanceMemory place_distance_memory(char* base, std::size_t& used, const Problem& problem,
-                                     const RelativeProducts& relative, std::int64_t rows, std::int64_t keys);
+// Takes the memory for blocks of `rows` rows and `keys` keys.
+DistanceMemory take_distance_memory(core::Carver& carver, const Problem& problem, const RelativeProducts& relative,
+                                    std::int64_t rows, std::int64_t keys);
 
 class DistanceTerms {
  public:
-  // `rows` are the rows of the span. Copies the queries of the relative products; prepare() sets the pointers of
-  // `rows`.
+  // `rows` are the rows of the span. Copies the queries of the relative products. The pointers in `rows` are set by
+  // prepare().
   DistanceTerms(const Problem& problem, const RelativeProducts& relative, const RowSpan& span, Row* rows,
                 const DistanceMemory& memory);
 

@@ -4,14 +4,14 @@
 
 namespace selfattn {
 
-// i8: codes of a quantised cache.
+// i8: codes of a quantised cache or of quantised weights.
 enum class DType : std::uint8_t { f32, f64, f16, bf16, i8, i64, boolean };
 
 struct ElementType {
   const char* name;     // in NumPy
   std::int64_t size;    // bytes
-  DType computed;       // the type in which it is computed
-  bool scaled = false;  // rows have a scale each: a number is element * scale
+  DType computed;       // the type in which its numbers are computed
+  bool scaled = false;  // elements are codes: a number is code * scale
 };
 
 // By DType.
@@ -33,7 +33,7 @@ constexpr std::int64_t size_of(DType dtype) { return element_type(dtype).size; }
 constexpr DType computed_in(DType dtype) { return element_type(dtype).computed; }
 constexpr bool is_scaled(DType dtype) { return element_type(dtype).scaled; }
 
-// 16-bit types: only loaded and stored. Results can be rounded to them.
+// The 16-bit types. Numbers are stored in them but computed in float32. Results can be rounded to them.
 constexpr bool is_narrow(DType dtype) { return computed_in(dtype) != dtype && !is_scaled(dtype); }
 constexpr std::int64_t narrow_size = 2;
 

@@ -2,10 +2,8 @@
 
 #include <algorithm>
 
+#include "carver.h"
 #include "scratch_pool.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
@@ -14,12 +12,12 @@ namespace {
 // weights.
 constexpr std::int64_t rows_per_thread = 48;
 
-LinearJob first_job(const FeedForwardJob& job, char* hidden) {
+LinearJob first_job(const FeedForwardJob& job) {
   const LinearWeights& layer = job.first;
   const DType dtype = job.second.projection.operand(job.dtype);
   return {layer.projection,
           job.x,
-          hidden,
+          nullptr,
           dtype,
           layer.projection.columns() * size_of(dtype),
           job.norm,
@@ -27,69 +25,67 @@ LinearJob first_job(const FeedForwardJob& job, char* hidden) {
           layer.activation};
 }
 
-// The job adds the residual. If a norm follows, the caller removes the residual from the job: the norm adds it, before
-// the sum is rounded.
-LinearJob second_job(const FeedForwardJob& job, const char* hidden, std::int64_t rows, char* out) {
+// The job adds the residual. If a norm follows, the caller removes the residual from the job, because the norm then
+// adds it: to sums that have not been rounded yet.
+LinearJob second_job(const FeedForwardJob& job) {
   const Projection& projection = job.second.projection;
-  const RowsView x(hidden, projection.operand(job.dtype), rows, projection.depth());
-  return {projection,       x,           out, job.dtype, projection.columns() * size_of(job.dtype), nullptr, nullptr,
-          Activation::none, job.residual};
+  return {.projection = projection,
+          .x = RowsView(nullptr, projection.operand(job.dtype), job.x.total(), projection.depth()),
+          .out = job.out,
+          .out_dtype = job.dtype,
+          .out_step = projection.columns() * size_of(job.dtype),
+          .residual = job.residual};
 }
 
-// Each task computes both products for a block of rows, so that the values between them stay in the cache.
+// Each task computes both products for a block of rows, so that the result of the first product stays in the cache.
 class RowTasks {
  public:
-  RowTasks(const FeedForwardJob& job, int threads)
+  RowTasks(const FeedForwardJob& job, const LinearJob& first, const LinearJob& second, int threads)
       : job_(job),
         blocks_(ceil_div(job.x.rows, LinearSpace::most_rows * threads) * threads),
         block_rows_(std::min(round_up(ceil_div(job.x.rows, blocks_), 8), LinearSpace::most_rows)),
-        own_(Space(*this, nullptr).bytes),
-        memory_(own_ * static_cast<std::size_t>(threads)) {}
+        jobs_{first, for_blocks(second)},
+        memory_(Space(*this, nullptr).bytes, threads) {}
 
   bool run(int threads, Interrupted interrupted) {
     const std::int64_t blocks = ceil_div(job_.x.rows, block_rows_);
     TaskLoop loop(job_.x.outer * blocks, threads, interrupted);
     const auto body = [&](std::int64_t task, int thread) {
       const std::int64_t first = task % blocks * block_rows_;
-      run_block(task / blocks, first, std::min(block_rows_, job_.x.rows - first),
-                Space(*this, memory_.data() + own_ * static_cast<std::size_t>(thread)));
+      run_block(task / blocks, first, std::min(block_rows_, job_.x.rows - first), Space(*this, memory_.of(thread)));
     };
     return loop.run(body);
   }
 
  private:
+  // One thread's memory.
   struct Space {
     char *hidden, *wide, *norm;
     LinearSpace linear;
     std::size_t bytes;
 
-    Space(const RowTasks& tasks, char* base) : Space(tasks, core::Carver{base}) {}
-    Space(const RowTasks& tasks, core::Carver carver)
-        : hidden(carver.take<char>(tasks.block_rows_ * tasks.first(nullptr).out_step)),
-          wide(carver.take<char>(tasks.job_.post_norm ? tasks.block_rows_ * tasks.wide_step() : 0)),
-          norm(carver.take<char>(tasks.job_.post_norm
-                                     ? static_cast<std::int64_t>(norm_scratch(tasks.columns(), tasks.computation()))
-                                     : 0)),
-          linear(tasks.space(carver.base ? carver.base + carver.used : nullptr)),
+    Space(const RowTasks& tasks, char* base) : Space(tasks, Carver{base}) {}
+    Space(const RowTasks& tasks, Carver carver)
+        : hidden(carver.take<char>(tasks.block_rows_ * tasks.jobs_[0].out_step)),
+          wide(carver.take<char>(tasks.job_.post_norm ? tasks.block_rows_ * tasks.jobs_[1].out_step : 0)),
+          norm(carver.take<char>(tasks.norm_bytes())),
+          linear(carver.base ? carver.base + carver.used : nullptr, tasks.jobs_, 2, tasks.block_rows_),
           bytes(carver.used + linear.bytes()) {}
   };
 
-  LinearJob first(char* hidden) const { return first_job(job_, hidden); }
-  LinearJob second(const char* hidden, char* wide) const {
-    LinearJob second = second_job(job_, hidden, block_rows_, job_.out);
+  // The second product of one block. If a norm follows, the sums are not rounded before it.
+  LinearJob for_blocks(LinearJob second) const {
+    second.x.rows = block_rows_;
     if (!job_.post_norm) return second;
-    second.out = wide;
     second.out_dtype = computation();
-    second.out_step = wide_step();
+    second.out_step = columns() * size_of(computation());
     second.residual = nullptr;
     return second;
   }
   std::int64_t columns() const { return job_.second.projection.columns(); }
   DType computation() const { return job_.second.projection.computation(); }
-  std::int64_t wide_step() const { return columns() * size_of(computation()); }
-  LinearSpace space(char* base) const {
-    const LinearJob jobs[] = {first(nullptr), second(nullptr, nullptr)};
-    return LinearSpace(base, jobs, 2);
+  std::int64_t norm_bytes() const {
+    return job_.post_norm ? static_cast<std::int64_t>(NormMemory(nullptr, columns(), computation()).bytes) : 0;
   }
 
   static void run_panels(LinearSpace& space, const LinearJob& job, LinearBlock block) {
@@ -103,11 +99,11 @@ class RowTasks {
 
   void run_block(std::int64_t outer, std::int64_t first_row, std::int64_t rows, Space space) const {
     const std::int64_t row = outer * job_.x.rows + first_row;
-    const LinearJob one = first(space.hidden);
-    run_panels(space.linear, one, {outer, first_row, rows, {}, space.hidden});
-    LinearJob two = second(space.hidden, space.wide);
-    two.first_row = row;
-    run_panels(space.linear, two, {0, 0, rows, {}, job_.post_norm ? two.out : two.out + row * two.out_step});
+    run_panels(space.linear, jobs_[0], {outer, first_row, rows, {}, space.hidden});
+    LinearJob second = jobs_[1];
+    second.x.data = space.hidden;
+    second.first_row = row;
+    run_panels(space.linear, second, {0, 0, rows, {}, job_.post_norm ? space.wide : job_.out + row * second.out_step});
     if (!job_.post_norm) return;
     const std::int64_t step = columns() * size_of(job_.dtype);
     const NormJob norm{job_.first.projection.kernels(),
@@ -124,8 +120,8 @@ class RowTasks {
 
   const FeedForwardJob& job_;
   const std::int64_t blocks_, block_rows_;
-  const std::size_t own_;
-  const Scratch memory_;
+  const LinearJob jobs_[2];
+  const ThreadScratch memory_;
 };
 
 }  // namespace
@@ -146,22 +142,21 @@ bool run_normalised(const LinearJob& job, const Norm* norm, int num_threads, Int
                        num_threads, interrupted);
 }
 
-double flops(const FeedForwardJob& job) {
-  return flops(first_job(job, nullptr)) + flops(second_job(job, nullptr, job.x.total(), nullptr));
-}
+FeedForward::FeedForward(const FeedForwardJob& job) : job_(job), first_(first_job(job)), second_(second_job(job)) {}
 
-bool run_feed_forward(const FeedForwardJob& job, int num_threads, Interrupted interrupted) {
-  const std::int64_t rows = job.x.total();
+bool FeedForward::run(int num_threads, Interrupted interrupted) const {
+  const std::int64_t rows = job_.x.total();
   if (rows == 0) return true;
-  LinearJob one = first_job(job, nullptr);
-  const double work = flops(job);
+  const double work = flops(*this);
   const int threads = useful_threads(work, 0, ceil_div(rows, rows_per_thread), num_threads);
   if (rows >= 2 * rows_per_thread && useful_threads(work, 0, rows, num_threads) == threads)
-    return RowTasks(job, threads).run(threads, interrupted);
-  const Scratch hidden(static_cast<std::size_t>(bytes_of(rows, one.out_step)));
-  one.out = hidden.data();
-  return run_all(&one, 1, num_threads, interrupted) &&
-         run_normalised(second_job(job, hidden.data(), rows, job.out), job.post_norm, num_threads, interrupted);
+    return RowTasks(job_, first_, second_, threads).run(threads, interrupted);
+  const Scratch hidden(static_cast<std::size_t>(bytes_of(rows, first_.out_step)));
+  LinearJob first = first_, second = second_;
+  first.out = hidden.data();
+  second.x.data = hidden.data();
+  return run_all(&first, 1, num_threads, interrupted) &&
+         run_normalised(second, job_.post_norm, num_threads, interrupted);
 }
 
 }  // namespace selfattn

@@ -12,7 +12,7 @@ struct LinearWeights {
   Activation activation;
 };
 
-// Runs a job. With a norm, the result is the norm of the sum of output and residual. Returns false if interrupted.
+// Runs a job. If `norm` is not null, the result is the norm of product + residual. Returns false if interrupted.
 bool run_normalised(const LinearJob& job, const Norm* norm, int num_threads, Interrupted interrupted);
 
 // out = post_norm(second(first(norm(x))) + residual), where either norm may be null.
@@ -27,7 +27,17 @@ struct FeedForwardJob {
   DType dtype;               // of out
 };
 
-double flops(const FeedForwardJob& job);
-bool run_feed_forward(const FeedForwardJob& job, int num_threads, Interrupted interrupted);
+class FeedForward {
+ public:
+  explicit FeedForward(const FeedForwardJob& job);
+  // Returns false if interrupted.
+  bool run(int num_threads, Interrupted interrupted) const;
+  friend double flops(const FeedForward& network) { return flops(network.first_) + flops(network.second_); }
+
+ private:
+  const FeedForwardJob job_;
+  // For all rows. The memory between the two products is set where it is allocated.
+  const LinearJob first_, second_;
+};
 
 }  // namespace selfattn

@@ -1,4 +1,4 @@
-// Runs the regions of the thread that survived a fork.
+// Runs parallel regions for the one thread that exists in a child process right after a fork.
 #pragma once
 #include <chrono>
 #include <condition_variable>
@@ -9,9 +9,10 @@
 
 namespace selfattn {
 
-// libgomp stores the team of a thread in that thread. In a child process only the forking thread exists, but it still
-// refers to its old team, so its next region would wait forever. It therefore passes its regions to a helper: a thread
-// that is created in the child and has a team of its own. Threads that the child starts later need no helper.
+// libgomp stores a thread's team in the thread's own data. In a child process only the forking thread exists, but its
+// data still refers to its old team, so its next region would wait forever. The thread therefore passes its regions to
+// a helper: a thread that is created in the child and has a team of its own. Threads that the child starts later need
+// no helper.
 class ForkHelper {
  public:
   using Run = void (*)(const Region& region, int num_threads);

@@ -91,7 +91,7 @@ void KeySource::read_scales(const Input& input, std::int64_t first, int count) c
   std::fill_n(input.scale + count, rows_ahead, 0.0f);
 }
 
-KeySource::Rows KeySource::place(const Input& input, std::int64_t first, int count) const {
+KeySource::Rows KeySource::prepare(const Input& input, std::int64_t first, int count) const {
   if (input.scales) read_scales(input, first, count);
   if (input.copies) copy(input, first, count);
   if (plan_.attend->by_row) list(input, first, count);
@@ -100,7 +100,7 @@ KeySource::Rows KeySource::place(const Input& input, std::int64_t first, int cou
 }
 
 KeyBlock KeySource::block(std::int64_t first, int count) const {
-  const Rows keys = place(keys_, first, count), values = place(values_, first, count);
+  const Rows keys = prepare(keys_, first, count), values = prepare(values_, first, count);
   KeyBlock block{};
   block.first = first;
   block.count = count;

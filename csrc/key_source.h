@@ -35,7 +35,7 @@ class KeySource {
   const char* at(const Operand& operand, const char* base, std::int64_t key) const;
   template <class Use>
   void each_run(const Operand& operand, const char* base, std::int64_t first, std::int64_t count, Use use) const;
-  Rows place(const Input& input, std::int64_t first, int count) const;
+  Rows prepare(const Input& input, std::int64_t first, int count) const;
   void copy(const Input& input, std::int64_t first, int count) const;
   void list(const Input& input, std::int64_t first, int count) const;
   void read_scales(const Input& input, std::int64_t first, int count) const;

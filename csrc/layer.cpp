@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attend.h"
+#include "carver.h"
 #include "plan.h"
 
 namespace selfattn {
@@ -31,6 +32,18 @@ BufferView::BufferView(char* data, DType dtype, const TensorView& x, std::int64_
   }
 }
 
+LayerMemory::LayerMemory(char* base, const LayerWeights& layer, std::int64_t query_rows, std::int64_t key_rows) {
+  Carver carver{base};
+  const auto take = [&](const Projection& projection, std::int64_t rows) {
+    return carver.take<char>(bytes_of(rows, projection.columns(), size_of(projection.computation())));
+  };
+  query = take(layer.query, query_rows);
+  key = take(layer.key, key_rows);
+  value = take(layer.value, key_rows);
+  carver.take<char>(1);  // arrays without elements still need an address
+  bytes = carver.used;
+}
+
 LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context,
                      const TensorView& positions, CacheStep* step, AttentionArguments arguments)
     : layer_(layer),
@@ -40,22 +53,20 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
       positions_(positions),
       query_rows_(row_count(x_)),
       key_rows_(row_count(context_)),
-      query_bytes_(bytes_of(query_rows_, layer.query.columns(), size_of(dtype_))),
-      key_bytes_(bytes_of(key_rows_, layer.key.columns(), size_of(dtype_))),
-      value_bytes_(bytes_of(key_rows_, layer.value.columns(), size_of(dtype_))),
       step_(step),
-      inputs_(static_cast<std::size_t>(query_bytes_ + key_bytes_ + value_bytes_ + 64)),
-      query_(inputs_.data(), dtype_, x_, layer.num_heads, layer.head_dim),
-      key_(inputs_.data() + query_bytes_, dtype_, context_, layer.num_kv_heads, layer.head_dim),
-      value_(inputs_.data() + query_bytes_ + key_bytes_, dtype_, context_, layer.num_kv_heads, layer.value_dim) {
+      memory_(LayerMemory(nullptr, layer, query_rows_, key_rows_).bytes),
+      inputs_(memory_.data(), layer, query_rows_, key_rows_),
+      query_(inputs_.query, dtype_, x_, layer.num_heads, layer.head_dim),
+      key_(inputs_.key, dtype_, context_, layer.num_kv_heads, layer.head_dim),
+      value_(inputs_.value, dtype_, context_, layer.num_kv_heads, layer.value_dim) {
   arguments.q = query_.view;
   arguments.k = key_.view;
   arguments.v = value_.view;
   arguments.layout = Layout::bshd;
   if (step) {
-    step->place(arguments);
+    step->present(arguments);
   } else if (!context) {
-    arguments.keys = Keys::same_tokens;
+    arguments.same_tokens = true;
     // Query i and key i are the same token, even if only q_lens is given.
     if (!arguments.q_offset && !arguments.kv_lens) arguments.q_offset = first_token;
   }
@@ -72,9 +83,9 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
 // context.
 bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
   const std::int64_t* ends = step_ ? step_->lengths_after() : nullptr;
-  const Rotation parts[] = {{query_.view, query_.view, positions_, ends},
-                            {key_.view, key_.view, one_input() ? positions_ : TensorView{}, ends}};
-  return selfattn::rotate(*layer_.rope, parts, 2, num_threads, interrupted);
+  const Rotation rotations[] = {{query_.view, query_.view, positions_, ends},
+                                {key_.view, key_.view, one_input() ? positions_ : TensorView{}, ends}};
+  return selfattn::rotate(*layer_.rope, rotations, 2, num_threads, interrupted);
 }
 
 Shape LayerCall::out_shape() const {

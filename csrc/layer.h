@@ -1,5 +1,6 @@
 // A self-attention layer in one call: projections of x to queries, keys and values, attention, output projection.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -35,20 +36,28 @@ struct BufferView {
   char* data() const { return static_cast<char*>(view.data); }
 };
 
-// One call of a layer. Sets q, k, v, the layout, the source of the keys, and for bfloat16 the precision. The caller
-// sets the other options.
+// The memory of queries, keys and values between the projections and attention.
+struct LayerMemory {
+  char *query, *key, *value;
+  std::size_t bytes;
+
+  LayerMemory(char* base, const LayerWeights& layer, std::int64_t query_rows, std::int64_t key_rows);
+};
+
+// One call of a layer. Sets q, k, v, the layout and the source of the keys in the attention arguments, and the
+// precision if the weights are multiplied as pairs of bfloat16. The caller sets the other options.
 class LayerCall {
  public:
   // `context` may be absent, and `step` null. With a step, x is (batch, tokens, d_model): its tokens are appended to
-  // the cache and attend to everything that it then holds. Throws like make_problem. Allocates the buffers between the
-  // stages.
+  // the cache and attend to everything that the cache then holds. Throws like make_problem. Allocates the buffers for
+  // intermediate results.
   LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context, const TensorView& positions,
             CacheStep* step, AttentionArguments arguments);
   Problem& problem() { return problem_; }  // to attach lse and weights
   Shape out_shape() const;
   double flops() const;
-  // `out` must be C-contiguous. The residual has its shape and type, or is absent. Returns false if interrupted. Throws
-  // std::bad_alloc.
+  // `out` must be C-contiguous. The residual has the shape and type of `out`, or is absent. Returns false if
+  // interrupted. Throws std::bad_alloc.
   bool run(const TensorView& out, const TensorView& residual, int num_threads, Interrupted interrupted);
 
  private:
@@ -59,9 +68,9 @@ class LayerCall {
   const DType dtype_;  // of the computation
   const TensorView x_, context_, positions_;
   const std::int64_t query_rows_, key_rows_;
-  const std::int64_t query_bytes_, key_bytes_, value_bytes_;
   const CacheStep* const step_;
-  const Scratch inputs_;  // queries, keys, values
+  const Scratch memory_;  // the results of the first three projections
+  const LayerMemory inputs_;
   const BufferView query_, key_, value_;
   Problem problem_;
   std::optional<Scratch> heads_;  // the result of attention, before the output projection

@@ -4,27 +4,27 @@
 #include <cstring>
 #include <numeric>
 
+#include "carver.h"
 #include "rows.h"
 #include "scratch_pool.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
 
 namespace selfattn {
 namespace {
 
-// With this many threads, tasks are as small as possible.
+// With this many threads, `Blocking` makes tasks as small as possible.
 constexpr int most_threads = 1 << 16;
 constexpr std::int64_t most_deep_rows = 256;
 
-bool is_deep(const Projection& projection) { return projection.depth() > depth_part; }
+bool is_deep(const Projection& projection) { return projection.depth() > depth_slice; }
 
-// Panels of a task. Kernels multiply a single row by several panels at once. One panel of 16-bit results would end
-// within a cache line, so two threads would write to that line. With deep weights, several panels use the same part of
-// the rows in turn.
+// The smallest number of panels of a task. Kernels multiply a single row by several panels at once. A single panel of
+// 16-bit results can end within a cache line, so that two threads would write to that line.
 std::int64_t least_panels(const LinearJob& job) { return job.x.rows == 1 ? 4 : is_narrow(job.out_dtype) ? 2 : 1; }
+
 }  // namespace
 
+// With deep weights, a task may have several panels. Each slice of the rows is then used several times while it is in
+// L2.
 std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) ? 4 : least_panels(job); }
 
 namespace {
@@ -46,20 +46,20 @@ bool in_place(const LinearJob& job) {
   return !job.norm && x.dtype == dtype && aligned && x_step(job.projection) == job.projection.depth();
 }
 
-// Whether the sums are the result, so that the kernel can write them to out.
+// Whether nothing follows the product, so that the kernel can write its sums directly to out.
 bool plain(const LinearJob& job) {
   return !job.gate && !job.residual && job.activation == Activation::none &&
          job.out_dtype == job.projection.computation();
 }
 
 // The largest number of rows of x that a task takes. They stay in L2 from panel to panel. Deep weights are multiplied
-// part by part, so that only one part of the rows needs to fit.
+// slice by slice, so that only one slice of the rows needs to fit.
 std::int64_t most_rows(const LinearJob& job) {
   return is_deep(job.projection) && in_place(job) ? most_deep_rows : LinearSpace::most_rows;
 }
 
-// The number of rows whose sums are finished together, while the sums are in L1. Deep weights would be read again for
-// each such group of rows, so they have one group per task.
+// The number of rows whose sums are finished together, while the sums are in L1. Each such group of rows reads the
+// weights again, so a task with deep weights has only one group.
 std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
 
 // Converts rows of x to contiguous rows of the type that the kernel reads.
@@ -106,7 +106,7 @@ class Blocking {
             job.out + (outer * x_rows_ + first) * job.out_step};
   }
 
-  std::int64_t rows, panels, tasks;  // rows and panels of a task
+  std::int64_t rows, panels, tasks;  // rows and panels of a task; number of tasks
 
  private:
   std::int64_t row_blocks() const { return ceil_div(x_rows_, rows); }
@@ -124,20 +124,21 @@ double flops(const LinearJob& job) {
 
 double weight_bytes(const LinearJob& job) { return static_cast<double>(job.projection.bytes()) * (job.gate ? 2 : 1); }
 
-LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count) {
+LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count, std::int64_t rows) {
   std::int64_t x = 0, row = 0, sums = 0, gates = 0, residual = 0;
   for (const LinearJob* job = jobs; job != jobs + count; ++job) {
     const Projection& projection = job->projection;
     const std::int64_t size = size_of(projection.computation());
+    const std::int64_t own = std::min({rows, job->x.rows, selfattn::most_rows(*job)});
     const std::int64_t tile =
-        bytes_of(std::min(job->x.rows, finished_rows(*job)), most_panels(*job), projection.panel_columns(), size);
-    if (!in_place(*job)) x = std::max(x, bytes_of(most_rows, x_step(projection), size_of(operand(*job))));
+        bytes_of(std::min(own, finished_rows(*job)), most_panels(*job), projection.panel_columns(), size);
+    if (!in_place(*job)) x = std::max(x, bytes_of(own, x_step(projection), size_of(operand(*job))));
     if (job->norm) row = std::max(row, bytes_of(projection.depth(), size));
     if (!plain(*job)) sums = std::max(sums, tile);
     if (job->gate) gates = std::max(gates, tile);
     if (job->residual) residual = std::max(residual, tile);
   }
-  core::Carver carver{base};
+  Carver carver{base};
   held_ = carver.take<Held>(1);
   x_ = carver.take<char>(x);
   row_ = carver.take<char>(row);
@@ -172,8 +173,9 @@ void LinearSpace::run(const LinearJob& job, const LinearBlock& block) noexcept {
   }
   if (!plain(job)) return follow(job, block, from, step);
   const std::int64_t size = size_of(job.out_dtype);
-  projection.project(block.panels, operand(job), from, step, block.rows,
-                     block.out + block.panels.first * projection.panel_columns() * size, job.out_step / size);
+  projection.project(block.panels,
+                     {operand(job), from, step, block.rows,
+                      block.out + block.panels.first * projection.panel_columns() * size, job.out_step / size});
 }
 
 void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t step) noexcept {
@@ -186,8 +188,8 @@ void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const c
   for (std::int64_t done = 0; done < block.rows; done += together) {
     const std::int64_t rows = std::min(together, block.rows - done);
     const char* from = x + done * step * size_of(operand(job));
-    projection.project(block.panels, operand(job), from, step, rows, sums_, width);
-    if (job.gate) job.gate->project(block.panels, operand(job), from, step, rows, gates_, width);
+    projection.project(block.panels, {operand(job), from, step, rows, sums_, width});
+    if (job.gate) job.gate->project(block.panels, {operand(job), from, step, rows, gates_, width});
     if (job.residual) {
       const std::int64_t row = job.first_row + block.outer * job.x.rows + block.first + done;
       for (std::int64_t r = 0; r < rows; ++r)
@@ -213,11 +215,10 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
   }
   const int threads = useful_threads(work, num_threads);
   work.tasks = tasks(threads);
-  const std::size_t own = LinearSpace(nullptr, jobs, count).bytes();
-  const Scratch memory(own * static_cast<std::size_t>(threads));
-  const auto space = [&](int thread) {
-    return LinearSpace(memory.data() + own * static_cast<std::size_t>(thread), jobs, count);
-  };
+  std::int64_t rows = 0;
+  for (int i = 0; i < count; ++i) rows = std::max(rows, Blocking(jobs[i], threads).rows);
+  const ThreadScratch memory(LinearSpace(nullptr, jobs, count, rows).bytes(), threads);
+  const auto space = [&](int thread) { return LinearSpace(memory.of(thread), jobs, count, rows); };
   for (int thread = 0; thread < threads; ++thread) space(thread).forget();
   TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t index, int thread) {

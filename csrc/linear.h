@@ -10,7 +10,7 @@
 namespace selfattn {
 
 // out = activation(norm(x) . w + b) + residual, or activation(norm(x) . w_gate + b_gate) * (norm(x) . w + b) +
-// residual. Rows of out are contiguous. The residual may be out itself, if it has the same strides.
+// residual. The elements of a row of out are contiguous. The residual may be out itself, if it has the same strides.
 struct LinearJob {
   const Projection& projection;
   RowsView x;
@@ -29,7 +29,8 @@ double weight_bytes(const LinearJob& job);
 // The largest number of panels that a task takes.
 std::int64_t most_panels(const LinearJob& job);
 
-// Some rows of x and some panels. `out` is the result of the first of these rows.
+// Some rows of x and some panels: rows [first, first + rows) at the index `outer` of the outer axes of x. `out` points
+// to column 0 of the result of the first of these rows.
 struct LinearBlock {
   std::int64_t outer, first, rows;
   Projection::Panels panels;
@@ -39,7 +40,8 @@ struct LinearBlock {
 // One thread's scratch memory for the blocks of some jobs.
 class LinearSpace {
  public:
-  LinearSpace(char* base, const LinearJob* jobs, int count);
+  // For blocks of at most `rows` rows.
+  LinearSpace(char* base, const LinearJob* jobs, int count, std::int64_t rows);
   std::size_t bytes() const { return bytes_; }
   void forget();  // call it before the first block
   // The block has at most most_rows rows, or is a task of run_all.

@@ -11,18 +11,18 @@ namespace selfattn {
 // Bits of Feature (kernels/kernel_set.h) that both the CPU and the operating system support.
 std::uint32_t cpu_features();
 
-// Number of CPUs that this thread may run on; 0: unknown.
+// Number of CPUs that the calling thread may run on; 0: unknown.
 int affinity_count();
 
-// A thread, and the CPU on which it was last seen.
+// A thread, and the CPU on which it ran when this record was made.
 class ThreadOnCpu {
  public:
   ThreadOnCpu() = default;  // of no thread
   static ThreadOnCpu of_this_thread();
 
-  // If the calling thread now runs on the CPU of this thread, moves this thread to the other CPUs that the calling
-  // thread may use. This thread must still exist. It is not moved if it had only one CPU from the start, as with
-  // OMP_PROC_BIND.
+  // If the calling thread now runs on the recorded CPU, moves the recorded thread to the other CPUs that the calling
+  // thread may use. The recorded thread must still exist. A thread that was bound to one CPU from the start, as with
+  // OMP_PROC_BIND, is not moved.
   void make_way() const;
 
  private:

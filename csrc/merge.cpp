@@ -22,8 +22,8 @@ struct Source {
   double weight;
 };
 
-// Iterates over rows along the longest axis. A line consists of all rows along that axis at one index of each other
-// axis.
+// Iterates over rows along the longest axis. A line consists of all rows along that axis, for one index along each of
+// the other axes.
 class Lines {
  public:
   explicit Lines(const TensorView& lse) : axes_(lse.ndim), shape_(lse.shape) {
@@ -93,8 +93,7 @@ class Merge {
         blocks_(ceil_div(lines_.length(), block_)),
         tasks_(lines_.rows() == 0 ? 0 : lines_.rows() / lines_.length() * blocks_),
         threads_(useful_threads(0, bytes(), tasks_, num_threads)),
-        thread_bytes_(bytes_of(parts.size(), sizeof(Source))),
-        memory_(static_cast<std::size_t>(bytes_of(threads_, thread_bytes_))) {}
+        memory_(static_cast<std::size_t>(bytes_of(parts.size(), sizeof(Source))), threads_) {}
 
   bool run_tasks(Interrupted interrupted) {
     TaskLoop loop(tasks_, threads_, interrupted);
@@ -104,7 +103,7 @@ class Merge {
   void operator()(std::int64_t task, int thread) const {
     const std::int64_t line = task / blocks_, first = task % blocks_ * block_;
     const std::int64_t count = std::min(block_, lines_.length() - first);
-    const std::span sources(reinterpret_cast<Source*>(memory_.data() + thread * thread_bytes_), parts_.size());
+    const std::span sources(reinterpret_cast<Source*>(memory_.of(thread)), parts_.size());
     for (std::size_t p = 0; p < sources.size(); ++p)
       sources[p] = {lines_.row(parts_[p].out, line, first), lines_.row(parts_[p].lse, line, first), 0};
     char* out = lines_.row(merged_.out, line, first);
@@ -160,8 +159,7 @@ class Merge {
   const Lines lines_;
   const std::int64_t columns_, block_, blocks_, tasks_;
   const int threads_;
-  const std::int64_t thread_bytes_;  // whole cache lines
-  const Scratch memory_;             // the sources of each thread
+  const ThreadScratch memory_;  // for the sources
 };
 
 }  // namespace

@@ -13,8 +13,8 @@ struct State {
   TensorView out, lse;
 };
 
-// All shapes must agree. `merged` may be one of the parts, but must not overlap them otherwise. Sums are in double and
-// in the order of the parts. Returns false if interrupted.
+// All shapes must agree. `merged` may be one of the parts, but must not overlap the parts in any other way. Sums are
+// computed in double, in the order of the parts. Returns false if interrupted.
 bool merge_states(const KernelSet& kernels, std::span<const State> parts, const State& merged, int num_threads,
                   Interrupted interrupted);
 

@@ -26,13 +26,13 @@ using Message = std::vector<std::string>;
 
 inline void extend(Message& message, Argument argument) {
   message.emplace_back(argument.name);
-  message.emplace_back();  // the text after it
+  message.emplace_back();  // the text after the name
 }
 
 template <class Text>
 void extend(Message& message, const Text& part) {
   std::ostringstream text;
-  text.exceptions(std::ios_base::badbit);  // if memory runs out: bad_alloc rather than half a message
+  text.exceptions(std::ios_base::badbit);  // if memory runs out, throws bad_alloc instead of cutting the message off
   text << part;
   message.back() += text.str();
 }
@@ -51,6 +51,12 @@ class Refusal : public std::invalid_argument {
 
 // A wrong type: Python's TypeError.
 class TypeRefusal : public Refusal {
+ public:
+  using Refusal::Refusal;
+};
+
+// Not enough memory of a fixed size: Python's MemoryError.
+class MemoryRefusal : public Refusal {
  public:
   using Refusal::Refusal;
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "carver.h"
 #include "rows.h"
 #include "scratch_pool.h"
 
@@ -9,8 +10,6 @@ namespace selfattn {
 namespace {
 
 constexpr std::int64_t rows_per_task = 32;
-
-std::int64_t row_bytes(std::int64_t count, DType computation) { return bytes_of(count, size_of(computation)); }
 
 }  // namespace
 
@@ -20,20 +19,23 @@ void normalise(const KernelSet& kernels, const Norm& norm, DType dtype, char* ro
   types.normalise({row, addend, norm.weight, norm.bias, count, norm.epsilon, norm.centred});
 }
 
-std::size_t norm_scratch(std::int64_t count, DType computation) {
-  return static_cast<std::size_t>(2 * row_bytes(count, computation));
+NormMemory::NormMemory(char* base, std::int64_t count, DType computation) {
+  Carver carver{base};
+  row = carver.take<char>(bytes_of(count, size_of(computation)));
+  addend = carver.take<char>(bytes_of(count, size_of(computation)));
+  bytes = carver.used;
 }
 
 void normalise_row(const NormJob& job, std::int64_t row, char* scratch) {
   const DType computation = computed_in(job.x.dtype);
-  char* addend = nullptr;
+  const NormMemory own(scratch, job.count, computation);
   const auto gather = [&](char* to, const RowsView& from, std::int64_t index) {
     gather_rows(job.kernels, to, computation, {{from.at_row(index), from.row, from.column}, from.dtype}, 1, job.count);
   };
-  gather(scratch, job.x, row);
-  if (job.residual) gather(addend = scratch + row_bytes(job.count, computation), *job.residual, job.first_row + row);
-  normalise(job.kernels, job.norm, computation, scratch, addend, job.count);
-  scatter_row(job.kernels, {job.out + row * job.out_step, size_of(job.out_dtype), job.out_dtype}, scratch, computation,
+  gather(own.row, job.x, row);
+  if (job.residual) gather(own.addend, *job.residual, job.first_row + row);
+  normalise(job.kernels, job.norm, computation, own.row, job.residual ? own.addend : nullptr, job.count);
+  scatter_row(job.kernels, {job.out + row * job.out_step, size_of(job.out_dtype), job.out_dtype}, own.row, computation,
               job.count);
 }
 
@@ -43,13 +45,12 @@ bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted)
   const std::int64_t rows = job.x.total(), tasks = ceil_div(rows, rows_per_task);
   const double bytes = 2 * static_cast<double>(rows * job.count * size_of(job.x.dtype));
   const int threads = useful_threads(flops(job), bytes, tasks, num_threads);
-  const std::size_t own = norm_scratch(job.count, computed_in(job.x.dtype));
-  const Scratch memory(own * static_cast<std::size_t>(threads));
+  const ThreadScratch memory(NormMemory(nullptr, job.count, computed_in(job.x.dtype)).bytes, threads);
   TaskLoop loop(tasks, threads, interrupted);
   const auto body = [&](std::int64_t task, int thread) {
     const std::int64_t first = task * rows_per_task;
     for (std::int64_t row = first; row < std::min(rows, first + rows_per_task); ++row)
-      normalise_row(job, row, memory.data() + own * static_cast<std::size_t>(thread));
+      normalise_row(job, row, memory.of(thread));
   };
   return loop.run(body);
 }

@@ -1,5 +1,6 @@
 // Layer norm and RMS norm of rows.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -37,8 +38,14 @@ struct NormJob {
 };
 
 // Scratch memory of a thread for `normalise_row`.
-std::size_t norm_scratch(std::int64_t count, DType computation);
-// Computes one row. `row` counts the rows along all axes of x.
+struct NormMemory {
+  char *row, *addend;
+  std::size_t bytes;
+
+  NormMemory(char* base, std::int64_t count, DType computation);
+};
+
+// Computes one row. `row` is its index, counted over all axes of x.
 void normalise_row(const NormJob& job, std::int64_t row, char* scratch);
 
 double flops(const NormJob& job);

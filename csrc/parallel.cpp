@@ -40,7 +40,7 @@ Backend choose_backend() {
   constexpr bool has_openmp = built == Backend::openmp;
   if (has_openmp && std::strcmp(name, "openmp") == 0) return built;
   throw std::invalid_argument("SELFATTN_PARALLEL: '" + std::string(name) +
-                              "' is not a back end of this build; it has " + (has_openmp ? "openmp, " : "") +
+                              "' is not a back end of this build; available: " + (has_openmp ? "openmp, " : "") +
                               "threads, serial");
 }
 
@@ -118,8 +118,8 @@ int granted_threads(int wanted, std::unique_lock<std::mutex>& growing) {
   return team = wanted;
 }
 
-// Keeps the size of a shared team; threads that are not needed return at once. libgomp terminates the threads that a
-// smaller team leaves out, and the library that shares the runtime would have to start them again.
+// In a shared runtime, the team keeps its size, and threads that are not needed return at once: libgomp terminates the
+// threads that a smaller team leaves out, and the library that owns the runtime would have to start them again.
 void run_openmp(const Region& region, int num_threads) {
   Team team{.region = region, .num_threads = num_threads};
   const Runtime* runtime = shared.load(std::memory_order_acquire);
@@ -128,7 +128,8 @@ void run_openmp(const Region& region, int num_threads) {
 #pragma omp parallel num_threads(size) default(shared)
   join(&team);
   // Some schedulers wake a thread of the team on the caller's CPU, in one region after another. The thread then does
-  // not run until the caller waits for it. The threads of our own teams exist until the next region.
+  // not run until the caller waits for it. make_way() needs a thread that still exists: the threads of our own teams
+  // exist until the next region.
   team.last.make_way();
 }
 #endif
@@ -154,7 +155,7 @@ ForkHelper* start_helper() {
   return helper;
 }
 
-// Whether a region of this thread runs on a helper thread while this one waits and polls.
+// Whether a region of this thread runs on a helper thread while this thread waits and polls.
 bool runs_on_helper(int num_threads) { return num_threads > 1 && survived_fork && backend() == Backend::openmp; }
 
 // Threads of this process that are in regions, callers included.
@@ -186,8 +187,8 @@ ThreadDefault detect_threads() {
   return limit;
 }
 
-// The number of threads of a region. It gets all that it wants if no other thread of this process is in a region.
-// Otherwise it gets at most the default number minus the threads that are in regions, but at least one.
+// The number of threads of a region. The region gets all that it wants if no other thread of this process is in a
+// region. Otherwise it gets at most the default number minus the threads that are in regions, but at least one.
 class Seats {
  public:
   explicit Seats(int wanted) : count_(wanted) {
@@ -209,8 +210,8 @@ class Seats {
 }  // namespace
 
 int run_region(const Region& region, int num_threads) {
-  // A signal handler that runs while this thread polls may start another region. The new region gets no threads: the
-  // team, and the helper after a fork, are busy with the interrupted region.
+  // A signal handler that runs while this thread polls may start another region. The new region runs on this thread
+  // alone: the team, and the helper after a fork, are busy with the interrupted region.
   thread_local bool in_region = false;
   const auto run_alone = [&] {
     region.work(region.context, caller_thread);

@@ -6,8 +6,8 @@
 namespace selfattn {
 
 // `work(context, thread)` runs once on each thread of the team; `thread` counts the threads of the region from 0.
-// `work` must not throw. If the calling thread only waits, `poll(context)` is called there. Otherwise `work` must poll
-// itself, on thread `caller_thread`.
+// `work` must not throw. If all of `work` runs on other threads, the calling thread waits and calls `poll(context)`
+// from time to time. Otherwise `work` must poll by itself when it runs as `caller_thread`.
 struct Region {
   void (*work)(void* context, int thread) noexcept;
   void (*poll)(void* context) noexcept;
@@ -16,9 +16,9 @@ struct Region {
 
 constexpr int caller_thread = 0;
 
-// Returns the size chosen for the team. It is less than num_threads if other threads of this process are in regions:
-// all teams together should have at most one thread per CPU, although each team has at least its calling thread. The
-// team is smaller than the chosen size if threads cannot be started.
+// Returns the size chosen for the team. It may be less than num_threads if other threads of this process are in
+// regions: all teams together should not have more threads than the default number, but each team has at least its
+// calling thread. If threads cannot be started, the team is smaller than the returned size.
 int run_region(const Region& region, int num_threads);
 
 // Default number of threads of a call: the number given to set_default_threads, else the least of four limits. These
@@ -30,16 +30,15 @@ struct ThreadDefault {
 };
 ThreadDefault default_threads();
 
-void set_default_threads(int count);  // 0: detect it
+void set_default_threads(int count);  // 0: none, so that the limits decide
 
-// Another library's OpenMP runtime, given by two of its functions: the entry point for parallel regions in code
-// compiled by GCC (function, its argument, threads, flags), and the default number of threads of the calling thread's
-// regions.
+// Another library's OpenMP runtime, given by two of its functions: GOMP_parallel (function, argument of the function,
+// number of threads, flags) and omp_get_max_threads.
 struct Runtime {
   void (*run)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*threads)() = nullptr;
 };
-void share_runtime(Runtime runtime);  // runs later regions there; without functions: in our own runtime again
+void share_runtime(Runtime runtime);  // used for later regions; null functions: our own runtime
 
 const char* parallel_backend();  // "openmp", "shared openmp", "threads" or "serial"
 

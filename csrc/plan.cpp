@@ -8,9 +8,10 @@
 namespace selfattn {
 namespace {
 
-// The scores of 128 keys for a strip of 48 floats take 24 KiB and stay in L1 between the two products.
+// The scores of 128 keys for a strip of 48 rows take 24 KiB in float32 and stay in L1 between the two products.
 constexpr int largest_key_block = 128;
-// A few rows have few scores, so longer blocks fit. Longer blocks switch less often between reading K and reading V.
+// The row kernel has few rows and thus few scores, so that longer blocks fit. Longer blocks switch less often between
+// reading K and reading V.
 constexpr int largest_row_key_block = 512;
 constexpr std::int64_t row_key_block_bytes = std::int64_t{1} << 20;  // limits the copies, if K and V must be copied
 constexpr int smallest_key_block = 8;
@@ -20,7 +21,7 @@ constexpr std::int64_t key_block_bytes = std::int64_t{512} << 10;
 // tasks to balance.
 constexpr int fewest_strips = 2;
 constexpr int most_strips = 8;
-constexpr std::int64_t blocks_wanted = 8;
+constexpr std::int64_t blocks_wanted = 8;         // row blocks per KV head
 constexpr std::int64_t packed_blocks_wanted = 2;  // fewer row blocks pack K and V less often
 // Queries and outputs of a row block stay in L2 together with the K and V block.
 constexpr std::int64_t row_block_bytes = std::int64_t{448} << 10;
@@ -32,9 +33,9 @@ constexpr std::int64_t widest_packed = 4096;  // head_dim + value_dim
 constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
-constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, whatever length a view claims
-// The relative products of this many keys stay in L2 until the keys are processed. The more keys, the better they
-// amortise the additional panels at the edges.
+constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, even for huge broadcast views
+// The relative products of this many keys stay in L2 until the keys are processed. More keys amortise the additional
+// panels at the edges better.
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
 
@@ -49,10 +50,10 @@ int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t la
   return static_cast<int>(problem.running ? std::bit_floor(static_cast<std::uint64_t>(block)) : block);
 }
 
-// The row kernel costs as much per row as the tile kernel per lane. So it wins if the tile kernel would leave at least
-// a quarter of the lanes of one or two vectors empty, provided that there are many keys. The choice must not depend on
-// the number of keys, because results would then depend on it, too. A few queries of grouped heads indicate decoding,
-// which has many keys.
+// The row kernel costs about as much per row as the tile kernel costs per lane. So it wins if the tile kernel would
+// leave at least a quarter of the lanes of one or two vectors empty, provided that there are many keys. The choice must
+// not depend on the number of keys, because results would then depend on it, too. A few queries of grouped heads
+// indicate decoding, which has many keys.
 bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (problem.dropout != 0) return false;  // only the tile kernel applies dropout
   if (plan.rows <= plan.types->row_limit) return true;
@@ -67,8 +68,8 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
 
 // Kernels widen narrow keys and values as they load them: decoding is limited by memory bandwidth, and narrow numbers
-// take less of it. Narrow numbers that no kernel reads in place are copied to the type of computation. Codes are copied
-// only if there is no kernel for them.
+// take less of it. Narrow numbers that cannot be read in place are converted to the type of computation, in copies.
+// Codes are copied only if there is no kernel for them.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
   // Chosen even if operands must be copied: kernels differ in their results, which must not depend on strides.
@@ -152,7 +153,7 @@ std::int64_t wanted_range(const Plan& plan) {
 
 // An upper bound for the number of ranges of an entry with at most `keys` keys.
 std::int64_t most_ranges_of(const Plan& plan, std::int64_t keys) {
-  return plan.parts_keys ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
+  return plan.splits_keys ? std::clamp<std::int64_t>(ceil_div(keys, wanted_range(plan)), 1, most_ranges) : 1;
 }
 
 }  // namespace
@@ -173,7 +174,7 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels) {
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
   // Running sums are continued in the order of the keys.
-  plan.parts_keys = plan.row_blocks <= row_blocks_with_ranges && !problem.running;
+  plan.splits_keys = plan.row_blocks <= row_blocks_with_ranges && !problem.running;
   plan.range_keys = ranges_of(plan, problem.kv_len).keys;
   plan.ranges = most_ranges_of(plan, problem.kv_len);
   const bool rounds = is_narrow(problem.out.dtype) && problem.out.in_place && plan.ranges == 1;

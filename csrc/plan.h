@@ -14,26 +14,26 @@ struct Plan {
   const KernelSet* kernels;
   const TypeKernels* types;
   const AttendKernel* attend;
-  const char* reason;       // why this kernel
+  const char* reason;       // why this kernel was chosen
   std::int64_t rows;        // query rows of one KV head: q_len * group_size
   int block_rows;           // query rows of one task
   std::int64_t row_blocks;  // of one KV head
   int key_block;            // keys per block; the last block may have fewer
-  bool parts_keys;          // whether tasks may have a range of the keys each
+  bool splits_keys;         // whether tasks may have a range of the keys each
   std::int64_t range_keys;  // keys of one task, for an entry with kv_len keys
   std::int64_t ranges;      // largest number of key ranges of an entry; the results of several ranges are merged
   std::int64_t tasks;
   bool copies_queries, copies_keys, copies_values, copies_out;  // operands that kernels cannot read or write in place
   bool copies_relative;
   std::int64_t relative_keys;  // keys for which relative products are computed at a time
-  DType out_type;              // what kernels write: the type of computation, or out's type if they can write in place
-  std::size_t thread_bytes;    // scratch of one thread
-  std::size_t shared_bytes;    // partial results and their counters
-  double flops, bytes;         // operations, and bytes of keys and values
+  DType out_type;            // what kernels write: the type of computation, or out's type if they write to out directly
+  std::size_t thread_bytes;  // scratch of one thread
+  std::size_t shared_bytes;  // partial results and their counters
+  double flops, bytes;       // operations, and bytes of keys and values
 };
 
-// The key ranges of a batch entry with `keys` keys. They do not depend on the lengths of other entries or on the
-// capacity of the array, so the entry's results do not either.
+// The key ranges of a batch entry with `keys` keys. The lengths of other entries and the capacity of the array do not
+// affect these ranges, so they do not affect the entry's results.
 struct Ranges {
   std::int64_t keys, count;
 };

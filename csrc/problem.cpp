@@ -106,7 +106,7 @@ void place_scales(Problem& problem, Operand& operand, const TensorView& view, st
   operand.page = page;
 }
 
-// Checks that an argument broadcasts to `target`, right-aligned, without extending it.
+// Checks that an argument broadcasts to the shape `target`: right-aligned, and without changing `target`.
 void check_broadcast(const char* function, const char* name, const TensorView& view, const Shape& target) {
   bool fits = view.ndim <= target.ndim;
   for (int i = 0; fits && i < view.ndim; ++i)
@@ -147,7 +147,7 @@ void each_number(std::span<const BatchAxis> axes, const char* data, const Use& u
   for (std::int64_t i = 0; i < extent; ++i) each_number(axes.first(axes.size() - 1), data + i * stride, use);
 }
 
-// Calls use(number) for each integer of an operand. Visits an integer that batch entries share only once, because a
+// Calls use(number) for each integer of an operand. Batch entries may share an integer; it is visited once, because a
 // broadcast operand may have any number of entries.
 template <class Use>
 void each_number(const Problem& problem, const Operand& operand, const Use& use) {
@@ -170,10 +170,10 @@ bool depends_on_positions(const AttentionArguments& a) {
   return a.causal || a.window_left >= 0 || a.window_right >= 0 || a.alibi_slopes || a.distance_bias || a.r;
 }
 
-// Fewer keys than queries nearly always mean a right-padded batch. Aligning the last of all queries with the last valid
-// key would silently shift such an entry.
+// An entry with fewer valid keys than queries nearly always comes from a right-padded batch. Aligning its last query,
+// which is padding, with its last valid key would silently shift its positions.
 void check_alignment(const Problem& problem, const AttentionArguments& a) {
-  if (!problem.kv_lens || problem.q_lens || problem.q_offset || a.keys == Keys::cached || problem.batch == 0) return;
+  if (!problem.kv_lens || problem.q_lens || problem.q_offset || a.cached || problem.batch == 0) return;
   if (!depends_on_positions(a)) return;
   const auto check = [&](std::int64_t length) {
     if (length < problem.q_len)
@@ -240,8 +240,8 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
 }
 
 // Kernels first multiply a product by scale * log2(e), or by scale / softcap. If this factor were not finite in the
-// type of computation, every product of 0 would become NaN. Each condition states what is accepted, so that NaN, which
-// fails every comparison, is refused.
+// type of computation, every product of 0 would become NaN. NaN fails every comparison, so numbers that may be NaN are
+// refused unless they fulfil a condition.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
                                                   : std::numeric_limits<double>::max();
@@ -260,8 +260,8 @@ void check_numbers(const AttentionArguments& a, const Problem& problem) {
 
 Problem make_problem(const AttentionArguments& a) {
   Problem problem;
+  static_cast<Settings&>(problem) = a;
   problem.dtype = computed_in(a.q.dtype);
-  problem.layout = a.layout;
   set_shapes(problem, a);
   place_scales(problem, problem.key_scales, a.key_scales, a.key_scale_page);
   place_scales(problem, problem.value_scales, a.value_scales, a.value_scale_page);
@@ -269,23 +269,17 @@ Problem make_problem(const AttentionArguments& a) {
   place_score_operand(problem, problem.mask, a.function, "mask", a.mask,
                       a.recent_mask ? problem.q_len : problem.held_keys());
   place_score_operand(problem, problem.bias, a.function, "bias", a.bias, problem.held_keys());
-  problem.causal = a.causal;
   place_per_batch(problem, problem.q_offset, a.function, "q_offset", a.q_offset);
-  problem.window_left = a.window_left;
-  problem.window_right = a.window_right;
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
   check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "q");
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
   check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "k");
-  if (a.keys == Keys::same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
+  if (a.same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
   check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
   check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap.value_or(0);
-  problem.precision = a.precision;
-  problem.dropout = a.dropout;
-  problem.seed = a.seed;
   problem.first_entry = a.first_entry;
   check_numbers(a, problem);
   place_per_head(problem, a);

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "attention_options.h"
 #include "tensor_view.h"
 
 namespace selfattn {
@@ -26,7 +27,7 @@ struct Operand {
   char* data = nullptr;
   DType dtype = DType::f32;
   bool in_place = false;  // kernels for this type can use it without a copy: rows are contiguous and aligned
-  std::uint8_t axes = 0;  // see Problem::axes_of
+  std::uint8_t axes = 0;  // number of BatchAxis items, from first_axis on: see Problem::axes_of
   int first_axis = 0;
   std::int64_t head = 0;
   std::int64_t row = 0;
@@ -38,8 +39,8 @@ struct Operand {
 };
 
 // One batch axis of an operand, or several adjacent axes that one stride steps through. An operand has none if
-// Operand::batch alone describes all its batch axes. Entry b is at the sum of b / inside % extent * stride over the
-// axes.
+// Operand::batch alone describes all its batch axes. The offset of entry b is the sum of b / inside % extent * stride
+// over the axes.
 struct BatchAxis {
   std::int64_t inside;  // batch entries per step
   std::int64_t extent;
@@ -49,8 +50,8 @@ struct BatchAxis {
 // Keys and values in pages of `size` keys, which may be in any order. Operand::page is the stride between pages in
 // bytes. A ring buffer has no page tables and a page stride of 0, so that all its runs of keys share one page.
 struct Pages {
-  // The page table of one batch entry, from run `first` on. Run r holds the keys from r * size on. Without `numbers`,
-  // run r is page r.
+  // The page table of one batch entry, from run `first` on. Run r consists of the keys [r * size, (r + 1) * size).
+  // Without `numbers`, run r is in page r.
   struct Row {
     const std::int32_t* numbers = nullptr;
     std::int64_t first = 0;
@@ -59,8 +60,8 @@ struct Pages {
   const Row* rows = nullptr;  // one per batch entry; null: no page tables
 
   Row of(std::int64_t batch_index) const { return rows ? rows[batch_index] : Row{}; }
-  // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that is held:
-  // such keys are masked, and the first page is read in their place.
+  // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that the
+  // sequence still holds. Such keys are masked, and the first page is read in their place.
   std::int64_t offset(const Row& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
     const std::int64_t run = key / size;
@@ -81,24 +82,21 @@ struct PerHead {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// One row for each distance i + offset - j of query i and key j, at index clamp(distance + origin, 0, count - 1).
+// One row for each distance i + offset - j of query i and key j. Distances beyond an end use the row at that end.
 struct ByDistance {
   PerHead rows;
   std::int64_t count = 0;
   std::int64_t origin = 0;
 
   explicit operator bool() const { return static_cast<bool>(rows); }
-  const char* at(std::int64_t head, std::int64_t distance) const;
+  // The index of the row for a distance. Problem::offset_of is clamped, so the sum cannot overflow.
+  std::int64_t index_of(std::int64_t distance) const {
+    return std::clamp<std::int64_t>(distance + origin, 0, count - 1);
+  }
+  const char* at(std::int64_t head_index, std::int64_t distance) const {
+    return rows.data + head_index * rows.head + index_of(distance) * rows.row;
+  }
 };
-
-// How far operands of float32 products may be rounded, where that is faster.
-enum class Precision : std::uint8_t { highest, high, medium };
-
-// Where the keys of a call come from. This decides how they are aligned with the queries if lengths are given.
-enum class Keys : std::uint8_t { separate, same_tokens, cached };
-
-// The order of the axes of q, k, v and out: heads before the sequence, or after it.
-enum class Layout : std::uint8_t { bhsd, bshd };
 
 // Keys [begin, end); empty: begin == end.
 struct KeyRange {
@@ -110,20 +108,6 @@ inline KeyRange common(const KeyRange& a, const KeyRange& b) {
   const std::int64_t end = std::min(a.end, b.end);
   return {std::min(std::max(a.begin, b.begin), end), end};
 }
-
-// The options of a call that are not arrays.
-struct Settings {
-  Layout layout = Layout::bhsd;
-  bool causal = false;
-  std::int64_t window_left = -1;  // -1: unbounded
-  std::int64_t window_right = -1;
-  std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
-  std::optional<double> softcap;
-  Precision precision = Precision::highest;
-  std::int64_t distance_origin = 0;  // the column of distance_bias for distance 0
-  double dropout = 0;                // rate at which weights are dropped, in [0, 1)
-  std::uint64_t seed = 0;            // of dropout
-};
 
 // A call on a piece of the keys: k, v, mask and bias hold the keys from `first` on, of kv_len keys in all.
 struct Piece {
@@ -141,29 +125,24 @@ struct RunningSums {
 };
 
 // The arguments as received: shapes have not been checked.
-struct AttentionArguments : Settings {
+struct AttentionArguments : AttentionOptions<TensorView> {
   const char* function = "attention";  // the function that error messages name
-  TensorView q, k, v, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
-  Keys keys = Keys::separate;
+  TensorView q, k, v, r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
   std::optional<Piece> piece;
-  TensorView r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
   std::int64_t r_origin = 0;
-  TensorView distance_bias;  // (num_heads, count)
-  // For caches: the pages of k and v and the strides between them in bytes, the scales of int8 codes, and the first key
-  // that each sequence still holds (kv_starts).
+  // For caches: the pages of k and v and the strides between them in bytes, and the scales of int8 codes.
+  bool cached = false;  // queries are aligned with the newest keys, however few these are
   Pages pages;
   std::int64_t key_page = 0, value_page = 0;
   TensorView key_scales, value_scales;  // (batch, num_kv_heads, kv_len)
   std::int64_t key_scale_page = 0, value_scale_page = 0;
-  TensorView kv_starts;
   bool recent_mask = false;      // the mask covers only the newest q_len keys
-  std::int64_t first_entry = 0;  // for dropout: the index of batch entry 0
+  std::int64_t first_entry = 0;  // for dropout: batch entry b counts as entry first_entry + b
 };
 
-struct Problem {
+struct Problem : Settings {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
   int ndim = 0;              // of out
-  Layout layout = Layout::bhsd;
   Shape batch_shape;
   std::int64_t batch = 1;  // number of entries
   std::int64_t num_heads = 0, num_kv_heads = 0, group_size = 0;
@@ -179,13 +158,8 @@ struct Problem {
   KeyRange held{0, 0};        // the keys that the operands hold: all keys, or a piece
   Operand out, lse, weights;  // lse and weights may be absent
   RunningSums running;        // absent: the call starts and finishes the sums of all rows
-  bool causal = false;
-  std::int64_t window_left = -1, window_right = -1;
   double scale = 0;
-  double softcap = 0;
-  Precision precision = Precision::highest;
-  double dropout = 0;
-  std::uint64_t seed = 0;
+  double softcap = 0;  // 0: none
   std::int64_t first_entry = 0;
   std::vector<BatchAxis> batch_axes;  // of all operands; most operands have none, only Operand::batch
 
@@ -203,7 +177,7 @@ struct Problem {
   std::int64_t start_of(std::int64_t batch_index) const;         // first key that the entry still holds
   std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
   std::int64_t queries_of(std::int64_t batch_index) const;       // number of valid queries
-  std::int64_t exact_offset_of(std::int64_t batch_index) const;  // key aligned with query 0, any int64
+  std::int64_t exact_offset_of(std::int64_t batch_index) const;  // key aligned with query 0; any int64
   std::int64_t offset_of(std::int64_t batch_index) const;  // exact_offset_of, clamped so that sums cannot overflow
 };
 
@@ -239,9 +213,9 @@ struct VisibleDistances {
 VisibleDistances visible_distances(const Problem& problem);
 
 struct ValidKeys {
-  std::int64_t begin, end;   // of a batch entry
+  std::int64_t begin, end;   // the valid keys of a batch entry
   std::int64_t offset;       // the key aligned with query 0
-  std::int64_t first, last;  // the keys that causal and window let query 0 see; query i sees those i keys later
+  std::int64_t first, last;  // causal and window let query i see the keys first + i to last + i
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.

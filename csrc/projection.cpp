@@ -11,27 +11,27 @@
 namespace selfattn {
 namespace {
 
-using Part = StridedRows<char>;  // some rows of a matrix
+using MatrixRows = StridedRows<char>;
 
-// The rows of a part, for reading.
-StridedRows<const char> source(const Part& part) { return {part.data, part.row, part.column}; }
+// The same rows, for reading.
+StridedRows<const char> source(const MatrixRows& rows) { return {rows.data, rows.row, rows.column}; }
 
 }  // namespace
 
 void Projection::Free::operator()(char* p) const { std::free(p); }
 
 // Calls copy(packed, plain, rows, columns, size) for rows that are equally spaced both in a panel and in the matrix:
-// all rows of a panel, or every other row if pairs of rows share a vector.
+// all rows of a panel, or every other row if pairs of rows form cells.
 template <class Copy>
-void Projection::each_part(const TensorView& weights, Copy copy) const {
+void Projection::each_rows(const TensorView& weights, Copy copy) const {
   const std::int64_t size = size_of(dtype_), width = panel_columns(), together = pairs_ ? 2 : 1;
   const std::int64_t row = weights.strides[0], column = weights.strides[1];
   for (std::int64_t first = 0; first < columns_; first += width) {
     char* panel = panels_.get() + first * panel_rows() * size;
     char* plain = static_cast<char*>(weights.data) + first * column;
     for (std::int64_t i = 0; i < together && i < depth_; ++i)
-      copy(Part{panel + i * size, together * width * size, together * size},
-           Part{plain + i * row, together * row, column}, ceil_div(depth_ - i, together),
+      copy(MatrixRows{panel + i * size, together * width * size, together * size},
+           MatrixRows{plain + i * row, together * row, column}, ceil_div(depth_ - i, together),
            std::min(width, columns_ - first), size);
   }
 }
@@ -48,9 +48,8 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
   const std::int64_t rows = panel_rows(), bytes = bytes_of(panels(), rows, width, size);
   panels_.reset(allocate_aligned(static_cast<std::size_t>(bytes)));
   std::memset(panels_.get(), 0, static_cast<std::size_t>(bytes));
-  each_part(weights, [](Part packed, Part plain, std::int64_t count, std::int64_t columns, std::int64_t bytes) {
-    copy_rows(packed, source(plain), count, columns, bytes);
-  });
+  each_rows(weights, [](MatrixRows packed, MatrixRows plain, std::int64_t count, std::int64_t columns,
+                        std::int64_t bytes) { copy_rows(packed, source(plain), count, columns, bytes); });
   if (scales) {
     groups_ = scales.shape[0];
     const std::int64_t row = padded_columns() * size_of(DType::f32);
@@ -73,9 +72,8 @@ std::int64_t Projection::panel_rows() const {
 }
 
 void Projection::unpack(const TensorView& weights) const {
-  each_part(weights, [](Part packed, Part plain, std::int64_t count, std::int64_t columns, std::int64_t bytes) {
-    copy_rows(plain, source(packed), count, columns, bytes);
-  });
+  each_rows(weights, [](MatrixRows packed, MatrixRows plain, std::int64_t count, std::int64_t columns,
+                        std::int64_t bytes) { copy_rows(plain, source(packed), count, columns, bytes); });
 }
 
 std::int64_t Projection::columns_of(Panels panels) const {
@@ -83,14 +81,13 @@ std::int64_t Projection::columns_of(Panels panels) const {
   return std::min(panels.count * width, columns_ - panels.first * width);
 }
 
-void Projection::project(Panels panels, DType operand, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
-                         std::int64_t out_step) const noexcept {
+void Projection::project(Panels panels, const Rows& rows) const noexcept {
   const std::int64_t first = panels.first * panel_columns();
-  const auto kernel = !pairs_             ? types_->of(dtype_).project
-                      : operand == dtype_ ? kernels_->matrix.project_bf16
-                                          : kernels_->matrix.project_f32;
-  kernel({x, x_step, rows, depth_, panels_.get() + panels.first * panel_bytes(),
-          bias_ ? bias_.get() + first * size_of(computation()) : nullptr, out, out_step, columns_of(panels),
+  const auto kernel = !pairs_                  ? types_->of(dtype_).project
+                      : rows.operand == dtype_ ? kernels_->matrix.project_bf16
+                                               : kernels_->matrix.project_f32;
+  kernel({rows.x, rows.x_step, rows.count, depth_, panels_.get() + panels.first * panel_bytes(),
+          bias_ ? bias_.get() + first * size_of(computation()) : nullptr, rows.out, rows.out_step, columns_of(panels),
           panel_bytes(), groups_ > 0 ? scales(0) + first : nullptr, padded_columns(),
           std::max<std::int64_t>(groups_, 1)});
 }

@@ -1,4 +1,4 @@
-// Linear projections with packed weights: x . w + b, several at once.
+// Linear projections with packed weights: x . w + b.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -14,8 +14,8 @@ namespace selfattn {
 // [panel][depth][column]. Weights keep their type; the bias is converted to the type of computation.
 class Projection {
  public:
-  // `weights` is 2-D, `bias` 1-D or absent; any strides. Codes have `scales` (groups, columns), contiguous float32: a
-  // weight is code * scale. A group consists of adjacent rows of the weights, and all groups have equally many rows.
+  // `weights` is 2-D, `bias` 1-D or absent; any strides. Codes have float32 `scales` (groups, columns): a weight is
+  // code * scale. A group consists of adjacent rows of the weights, and all groups have equally many rows.
   Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
              const TensorView& scales = {});
   std::int64_t depth() const { return depth_; }
@@ -24,8 +24,8 @@ class Projection {
   std::int64_t panel_columns() const { return types_->panel_columns; }
   DType dtype() const { return dtype_; }
   DType computation() const { return computed_in(dtype_); }
-  // The type to which rows of type `x` must be converted: bfloat16 if a matrix unit multiplies bfloat16 in pairs along
-  // the depth, else the type of computation.
+  // The type to which rows of type `x` must be converted: bfloat16 if both x and the weights are bfloat16 and a matrix
+  // unit multiplies them in pairs along the depth, else the type of computation.
   DType operand(DType x) const { return pairs_ && x == dtype_ ? dtype_ : computation(); }
   // Whether pairs of numbers share a cell of a panel. Rows of x must then have an even number of elements.
   bool pairs() const { return pairs_; }
@@ -36,7 +36,7 @@ class Projection {
   // Writes the original weights to a matrix of the same type.
   void unpack(const TensorView& weights) const;
   std::int64_t groups() const { return groups_; }
-  // The scale of a group's columns.
+  // The scales of a group, one per column.
   const float* scales(std::int64_t group) const {
     return reinterpret_cast<const float*>(scales_.get()) + group * padded_columns();
   }
@@ -49,17 +49,24 @@ class Projection {
   };
   std::int64_t columns_of(Panels panels) const;
 
-  // Computes the columns of these panels for `rows` rows of x. Rows of x are contiguous elements of type operand (for
-  // pairs, see MatrixKernels); rows of out are contiguous elements of the type of computation. Steps are in elements.
-  void project(Panels panels, DType operand, const void* x, std::int64_t x_step, std::int64_t rows, void* out,
-               std::int64_t out_step) const noexcept;
+  // Rows of x are contiguous elements of type operand (for pairs, see MatrixKernels); rows of out are contiguous
+  // elements of the type of computation. Steps are in elements.
+  struct Rows {
+    DType operand;
+    const void* x;
+    std::int64_t x_step, count;
+    void* out;
+    std::int64_t out_step;
+  };
+  // Computes the columns of these panels for some rows.
+  void project(Panels panels, const Rows& rows) const noexcept;
 
  private:
   std::int64_t panel_rows() const;  // padded depth
   std::int64_t padded_columns() const { return panels() * panel_columns(); }
   std::int64_t panel_bytes() const { return panel_rows() * panel_columns() * size_of(dtype_); }
   template <class Copy>
-  void each_part(const TensorView& weights, Copy copy) const;
+  void each_rows(const TensorView& weights, Copy copy) const;
 
   struct Free {
     void operator()(char* p) const;
@@ -74,11 +81,11 @@ class Projection {
   std::unique_ptr<char, Free> bias_;
 };
 
-// x (..., S, d_model) as rows. Leading axes that one stride steps through together with S count as rows.
+// x (..., S, d_model) as rows. Leading axes are merged with S where one stride steps through all of them.
 struct RowsView {
   const char* data;
   DType dtype;
-  std::int64_t rows, row, column;  // bytes
+  std::int64_t rows, row, column;  // number of rows; strides in bytes
   std::int64_t outer = 1;          // product of the extents of the other axes
   std::vector<BatchAxis> axes;     // nearly always none; innermost first
 
@@ -86,7 +93,7 @@ struct RowsView {
   // Contiguous rows.
   RowsView(const char* data, DType dtype, std::int64_t rows, std::int64_t columns);
   const char* at(std::int64_t outer_index) const;
-  // A row counted over all outer axes.
+  // The row with this index, counted over all outer axes.
   const char* at_row(std::int64_t index) const { return at(index / rows) + index % rows * row; }
   std::int64_t total() const { return outer * rows; }
 };

@@ -86,7 +86,7 @@ const KernelSet& kernels_named(const std::string& name) {
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
   throw std::invalid_argument("SELFATTN_ISA: '" + name +
-                              "' is not an instruction set that this machine can run; it has " + names);
+                              "' is not an instruction set that this machine can run; available: " + names);
 }
 
 const KernelSet& active_kernels() {

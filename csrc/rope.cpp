@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "carver.h"
 #include "rows.h"
 #include "scratch_pool.h"
 
@@ -44,12 +45,12 @@ void put_element(char* p, double value) {
 }
 
 // Rotates one vector. In `cosines`, the sines follow the cosines.
-void rotate_vector(const Rope& rope, const Rotation& part, const double* cosines, const char* from, char* to) {
-  const DType dtype = part.from.dtype;
-  const std::int64_t from_step = part.from.stride(0), to_step = part.to.stride(0);
+void rotate_vector(const Rope& rope, const Rotation& rotation, const double* cosines, const char* from, char* to) {
+  const DType dtype = rotation.from.dtype;
+  const std::int64_t from_step = rotation.from.stride(0), to_step = rotation.to.stride(0);
   const auto rotate_by = [&](auto read, auto write) {
     rotate_pairs(
-        rope, part.from.extent(0), cosines, cosines + rope.rotary_dim / 2,
+        rope, rotation.from.extent(0), cosines, cosines + rope.rotary_dim / 2,
         [&](std::int64_t i) { return read(from + i * from_step); },
         [&](std::int64_t i, double x) { write(to + i * to_step, x); });
   };
@@ -62,19 +63,19 @@ void rotate_vector(const Rope& rope, const Rotation& part, const double* cosines
     rotate_by([&](const char* p) { return read_real(p, dtype); }, [&](char* p, double x) { write_real(p, x, dtype); });
 }
 
-std::int64_t token_count(const Rotation& part) {
+std::int64_t token_count(const Rotation& rotation) {
   std::int64_t tokens = 1;
-  for (int axis = 2; axis < part.from.ndim; ++axis) tokens *= part.from.extent(axis);
+  for (int axis = 2; axis < rotation.from.ndim; ++axis) tokens *= rotation.from.extent(axis);
   return tokens;
 }
 
-std::int64_t position_of(const Rotation& part, std::int64_t token) {
-  const std::int64_t length = part.from.extent(2);
-  if (!part.positions) return token % length + (part.ends ? part.ends[token / length] - length : 0);
-  const char* p = static_cast<const char*>(part.positions.data);
-  for (int axis = 0; axis < part.positions.ndim; ++axis) {
-    const std::int64_t extent = part.from.extent(axis + 2);
-    if (part.positions.extent(axis) != 1) p += token % extent * part.positions.stride(axis);
+std::int64_t position_of(const Rotation& rotation, std::int64_t token) {
+  const std::int64_t length = rotation.from.extent(2);
+  if (!rotation.positions) return token % length + (rotation.ends ? rotation.ends[token / length] - length : 0);
+  const char* p = static_cast<const char*>(rotation.positions.data);
+  for (int axis = 0; axis < rotation.positions.ndim; ++axis) {
+    const std::int64_t extent = rotation.from.extent(axis + 2);
+    if (rotation.positions.extent(axis) != 1) p += token % extent * rotation.positions.stride(axis);
     token /= extent;
   }
   std::int64_t position;
@@ -83,17 +84,17 @@ std::int64_t position_of(const Rotation& part, std::int64_t token) {
 }
 
 // Rotates all heads of one token. `cosines` has room for rotary_dim doubles; its second half is for the sines.
-void rotate_token(const Rope& rope, const Rotation& part, std::int64_t token, const double* frequencies,
+void rotate_token(const Rope& rope, const Rotation& rotation, std::int64_t token, const double* frequencies,
                   double* cosines) {
   const std::int64_t half = rope.rotary_dim / 2;
   double* sines = cosines + half;
-  const auto position = static_cast<double>(position_of(part, token));
+  const auto position = static_cast<double>(position_of(rotation, token));
   for (std::int64_t i = 0; i < half; ++i) {
     const double angle = position * frequencies[i];
     cosines[i] = std::cos(angle);
-    sines[i] = std::sin(part.inverse ? -angle : angle);
+    sines[i] = std::sin(rotation.inverse ? -angle : angle);
   }
-  const TensorView &from = part.from, &to = part.to;
+  const TensorView &from = rotation.from, &to = rotation.to;
   const char* source = static_cast<const char*>(from.data);
   char* target = static_cast<char*>(to.data);
   for (int axis = 2; axis < from.ndim; ++axis) {
@@ -103,27 +104,32 @@ void rotate_token(const Rope& rope, const Rotation& part, std::int64_t token, co
     target += i * to.stride(axis);
   }
   for (std::int64_t head = 0; head < from.extent(1); ++head)
-    rotate_vector(rope, part, cosines, source + head * from.stride(1), target + head * to.stride(1));
+    rotate_vector(rope, rotation, cosines, source + head * from.stride(1), target + head * to.stride(1));
 }
 
 }  // namespace
 
-bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads, Interrupted interrupted) {
+bool rotate(const Rope& rope, const Rotation* rotations, int count, int num_threads, Interrupted interrupted) {
   std::int64_t tokens = 0;
-  for (int i = 0; i < count; ++i) tokens += token_count(parts[i]);
+  for (int i = 0; i < count; ++i) tokens += token_count(rotations[i]);
   static constexpr char kernel = 0;
   const Work work{&kernel, static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100, 0, tokens};
   const int threads = useful_threads(work, num_threads);
-  // The frequencies, then for each thread a table of cosines and sines.
-  const auto doubles = static_cast<std::size_t>(rope.rotary_dim) * (1 + static_cast<std::size_t>(threads));
-  const Scratch memory(doubles * sizeof(double));
-  auto* frequencies = reinterpret_cast<double*>(memory.data());
+  double *frequencies = nullptr, *cosines = nullptr;  // each thread has cosines of its own
+  const auto divide = [&](char* base) {
+    Carver carver{base};
+    frequencies = carver.take<double>(rope.rotary_dim / 2);
+    cosines = carver.take<double>(rope.rotary_dim * threads);
+    return carver.used;
+  };
+  const Scratch memory(divide(nullptr));
+  divide(memory.data());
   set_frequencies(rope, frequencies);
   TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t token, int thread) {
-    const Rotation* part = parts;
-    for (; token >= token_count(*part); ++part) token -= token_count(*part);
-    rotate_token(rope, *part, token, frequencies, frequencies + (1 + thread) * rope.rotary_dim);
+    const Rotation* rotation = rotations;
+    for (; token >= token_count(*rotation); ++rotation) token -= token_count(*rotation);
+    rotate_token(rope, *rotation, token, frequencies, cosines + thread * rope.rotary_dim);
   };
   return loop.run(body);
 }

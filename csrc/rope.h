@@ -23,6 +23,6 @@ struct Rotation {
 
 // Rotates every vector by the position of its token. Results do not depend on the number of threads. Returns false if
 // interrupted. Throws std::bad_alloc.
-bool rotate(const Rope& rope, const Rotation* parts, int count, int num_threads, Interrupted interrupted);
+bool rotate(const Rope& rope, const Rotation* rotations, int count, int num_threads, Interrupted interrupted);
 
 }  // namespace selfattn

@@ -49,7 +49,7 @@ void finish_weights(const Problem& problem, const Plan& plan, const Row& row, do
     zero(row.key_begin, row.key_end);
   else
     plan.types->weigh(weights + row.key_begin * size, row.key_end - row.key_begin, row_max, 1.0 / row_sum);
-  if (const Dropout dropout = score_terms(problem).dropout)
+  if (const Dropout dropout = scoring_of(problem).dropout)
     plan.types->drop(dropout, row, row.key_begin, row.key_end - row.key_begin, weights + row.key_begin * size);
   zero(row.key_end, problem.kv_len);
 }
@@ -114,8 +114,9 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     if (!with_sinks) row.sink = -infinity;
     row.query = query + index.head * problem.query.head + index.query * problem.query.row;
     if (plan.copies_queries) {
-      char* copy = memory.queries + i * problem.head_dim * size_of(plan.attend->queries);
-      gather_query(problem, *plan.kernels, span, i, plan.attend->queries, problem.key_bias, copy);
+      const DType type = plan.attend->queries;
+      char* copy = memory.queries + i * problem.head_dim * size_of(type);
+      gather_query(problem, *plan.kernels, span, i, problem.key_bias, {copy, size_of(type), type});
       row.query = copy;
     }
     row.out = plan.copies_out ? memory.out + i * problem.value_dim * size

@@ -7,7 +7,7 @@
 
 namespace selfattn {
 
-// The rows of a block, of all heads of a KV head.
+// The rows of a block, for all query heads of a KV head.
 RowSpan span_of(const Problem& problem, const Plan& plan, std::int64_t batch, std::int64_t kv_head,
                 std::int64_t row_block);
 

@@ -10,7 +10,7 @@
 namespace selfattn {
 namespace {
 
-constexpr std::int64_t run = 256;  // elements per chunk, where strided memory goes through a contiguous buffer
+constexpr std::int64_t run = 256;  // strided elements that are converted at a time, in a contiguous buffer
 
 template <class E>
 E read(const char* p) {
@@ -42,6 +42,13 @@ void widen_row(const KernelSet& kernels, char* to, const SourceRows& from, std::
     copy_rows({together, 0, size}, {from.data + first * from.column, 0, from.column}, 1, n, size);
     widen(together, n, floats + first);
   }
+}
+
+// Whether the rows are the columns of contiguous rows in memory.
+bool are_columns(const SourceRows& from) {
+  const std::int64_t size = size_of(from.dtype);
+  return from.row == size && from.column != size && from.column % size == 0 &&
+         reinterpret_cast<std::uintptr_t>(from.data) % static_cast<std::uintptr_t>(size) == 0;
 }
 
 }  // namespace
@@ -93,10 +100,14 @@ void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from,
 void gather_rows(const KernelSet& kernels, char* to, DType to_type, const SourceRows& from, std::int64_t rows,
                  std::int64_t count) {
   const std::int64_t size = size_of(to_type);
+  const DType computed = computed_in(from.dtype);
+  const auto transpose = (computed == DType::f32 ? kernels.f32 : kernels.f64).of(from.dtype).transpose;
+  if (rows > 1 && transpose && (to_type == from.dtype || to_type == computed) && are_columns(from))
+    return transpose(from.data, from.column / size_of(from.dtype), rows, count, to_type, to);
   if (from.dtype == to_type) return copy_rows({to, count * size, size}, from, rows, count, size);
   SourceRows row = from;
   for (std::int64_t r = 0; r < rows; ++r, to += count * size, row.data += from.row) {
-    if (computed_in(from.dtype) == DType::f32 && from.dtype != DType::f32 && to_type == DType::f32)
+    if (computed == DType::f32 && from.dtype != DType::f32 && to_type == DType::f32)
       widen_row(kernels, to, row, count);
     else if (is_narrow(to_type) && from.dtype == DType::f32 && from.column == size_of(from.dtype))
       scatter_row(kernels, {to, size, to_type}, row.data, from.dtype, count);

@@ -52,8 +52,8 @@ inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex
   row.key_end = visible.end;
   // A constant added to all scores of a row cancels in softmax, but the differences between the scores are lost to
   // rounding if the constant is large. So ALiBi distances are counted from the visible key nearest to the query's
-  // position, and `omitted` is the constant that this adds to all scores of the row. It is subtracted from lse. A sink
-  // has no distance: with one, the constant does not cancel and must stay.
+  // position, and `omitted` is the constant that this change adds to all scores of the row. It is subtracted from lse.
+  // A sink has no distance: with one, the constant does not cancel and must stay.
   const std::int64_t position = index.query + valid.offset;
   row.position =
       problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));
@@ -107,42 +107,42 @@ void describe_rows(const Problem& problem, const RowSpan& span, Row* rows) {
   for (int i = 0; i < span.valid; ++i, index = next_row(span, index)) fill(rows[i], problem, span, index, valid);
 }
 
-void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to) {
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i,
+                  const PerHead& bias, const TargetRow& to) {
   const RowIndex index = row_index(span, i);
   const Operand& query = problem.query;
   const SourceRows row{{element(problem, query, span, index), 0, query.column}, query.dtype};
-  gather_rows(kernels, to, type, row, 1, problem.head_dim);
+  gather_rows(kernels, to.data, to.dtype, row, 1, problem.head_dim);
   if (!bias) return;
   const auto* added = reinterpret_cast<const double*>(bias.data + index.head * bias.head);
-  if (type == DType::f32)
-    add_row(reinterpret_cast<float*>(to), added, problem.head_dim);
+  if (to.dtype == DType::f32)
+    add_row(reinterpret_cast<float*>(to.data), added, problem.head_dim);
   else
-    add_row(reinterpret_cast<double*>(to), added, problem.head_dim);
+    add_row(reinterpret_cast<double*>(to.data), added, problem.head_dim);
 }
 
-ScoreTerms score_terms(const Problem& problem) {
-  ScoreTerms terms;
+Scoring scoring_of(const Problem& problem) {
+  Scoring scoring;
   // A cap that overflows the type has no effect.
   const bool capped = problem.softcap != 0 && std::isfinite(base2(problem.softcap)) &&
                       base2(problem.softcap) == within_range(base2(problem.softcap), problem.dtype);
-  terms.multiplier = capped ? problem.scale / problem.softcap : base2(problem.scale);
-  terms.softcap = capped ? base2(problem.softcap) : 0;
-  terms.alibi = static_cast<bool>(problem.alibi_slopes);
-  terms.mask = static_cast<bool>(problem.mask);
-  terms.mask_step = problem.recent_mask ? 1 : problem.mask.column;
-  terms.bias = static_cast<bool>(problem.bias);
-  terms.bias_type = problem.bias.dtype;
-  terms.bias_step = problem.bias.column;
-  terms.dropout = dropout_of(problem);
+  scoring.multiplier = capped ? problem.scale / problem.softcap : base2(problem.scale);
+  scoring.softcap = capped ? base2(problem.softcap) : 0;
+  scoring.alibi = static_cast<bool>(problem.alibi_slopes);
+  scoring.mask = static_cast<bool>(problem.mask);
+  scoring.mask_step = problem.recent_mask ? 1 : problem.mask.column;
+  scoring.bias = static_cast<bool>(problem.bias);
+  scoring.bias_type = problem.bias.dtype;
+  scoring.bias_step = problem.bias.column;
+  scoring.dropout = dropout_of(problem);
   if (problem.distance_bias) {
-    terms.bias = true;
-    terms.bias_type = problem.dtype;
-    terms.bias_step = size_of(problem.dtype);
-    terms.bias_at_hand = true;
-    terms.toeplitz = problem.group_size == 1 && !problem.bias && !problem.mask;
+    scoring.bias = true;
+    scoring.bias_type = problem.dtype;
+    scoring.bias_step = size_of(problem.dtype);
+    scoring.bias_at_hand = true;
+    scoring.toeplitz = problem.group_size == 1 && !problem.bias && !problem.mask;
   }
-  return terms;
+  return scoring;
 }
 
 }  // namespace selfattn

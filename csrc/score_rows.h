@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels/kernel_set.h"
 #include "problem.h"
+#include "rows.h"
 
 namespace selfattn {
 
@@ -51,18 +52,18 @@ const std::uint8_t* mask_of(const Problem& problem, const RowSpan& span, RowInde
 // The head's sink in units of log2, or -inf.
 double sink_of(const Problem& problem, std::int64_t head);
 
-// Describes a row, except for the addresses of query, out and scores.
+// Describes a row, but sets the addresses of query, relative products, out and scores to null.
 Row describe_row(const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid);
 
 // Describes every valid row of the span.
 void describe_rows(const Problem& problem, const RowSpan& span, Row* rows);
 
-// Copies the query of row i of the span to contiguous elements of `type`, and adds its head's row of `bias`, if there
-// is one.
-void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i, DType type,
-                  const PerHead& bias, char* to);
+// Copies the query of row i of the span, and adds its head's row of `bias`, if there is one. The elements of `to` are
+// contiguous.
+void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpan& span, std::int64_t i,
+                  const PerHead& bias, const TargetRow& to);
 
 // How products become scores, the same for every row.
-ScoreTerms score_terms(const Problem& problem);
+Scoring scoring_of(const Problem& problem);
 
 }  // namespace selfattn

@@ -10,7 +10,7 @@
 namespace selfattn {
 namespace {
 
-// Blocks come in four sizes per power of two, from 64 KiB to 128 MiB; larger ones are not kept.
+// Buffers come in four sizes per power of two, from 64 KiB to 128 MiB; larger ones are not kept.
 constexpr std::size_t smallest = std::size_t{64} << 10;
 constexpr unsigned classes = 45;
 constexpr std::size_t class_bytes(unsigned c) { return smallest / 4 * (4 + c % 4) << c / 4; }
@@ -22,54 +22,54 @@ unsigned class_for(std::size_t bytes) {
   return c;
 }
 
-// A kept block is a single pointer, so that one atomic exchange takes or stores it. Blocks have 64-byte alignment, so
-// the low 6 bits of the pointer are free for the block's size class.
+// A kept buffer is a single pointer, so that one atomic exchange takes or stores it. Buffers have 64-byte alignment, so
+// the low 6 bits of the pointer are free for the buffer's size class.
 constexpr std::uintptr_t boundary = 64;
 static_assert(classes < boundary);
 
 unsigned class_of(const char* mark) { return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(mark) % boundary); }
-char* block_of(char* mark) { return mark - class_of(mark); }
+char* buffer_of(char* mark) { return mark - class_of(mark); }
 
 std::array<std::atomic<char*>, 32> kept;
 std::atomic<std::size_t> kept_bytes;
 
-// The smallest kept block that is large enough, or null.
+// The smallest kept buffer that is large enough, or null.
 char* take(unsigned& wanted) {
   while (true) {
     std::atomic<char*>* best = nullptr;
     char* found = nullptr;
-    for (std::atomic<char*>& place : kept) {
-      char* mark = place.load(std::memory_order_relaxed);
+    for (std::atomic<char*>& holder : kept) {
+      char* mark = holder.load(std::memory_order_relaxed);
       if (!mark || class_of(mark) < wanted || (best && class_of(mark) >= class_of(found))) continue;
-      best = &place;
+      best = &holder;
       found = mark;
     }
     if (!best) return nullptr;
     if (!best->compare_exchange_strong(found, nullptr, std::memory_order_acquire, std::memory_order_relaxed)) continue;
     wanted = class_of(found);
     kept_bytes.fetch_sub(class_bytes(wanted), std::memory_order_relaxed);
-    return block_of(found);
+    return buffer_of(found);
   }
 }
 
 bool keep(char* data, unsigned c) {
   if (kept_bytes.fetch_add(class_bytes(c), std::memory_order_relaxed) + class_bytes(c) <= most_kept)
-    for (std::atomic<char*>& place : kept) {
+    for (std::atomic<char*>& holder : kept) {
       char* empty = nullptr;
-      if (place.compare_exchange_strong(empty, data + c, std::memory_order_release, std::memory_order_relaxed))
+      if (holder.compare_exchange_strong(empty, data + c, std::memory_order_release, std::memory_order_relaxed))
         return true;
     }
   kept_bytes.fetch_sub(class_bytes(c), std::memory_order_relaxed);
   return false;
 }
 
-// Frees all kept blocks, to make room for blocks of the sizes in use now.
+// Frees all kept buffers, to make room for buffers of the sizes in use now.
 void drop_all() {
-  for (std::atomic<char*>& place : kept) {
-    char* mark = place.exchange(nullptr, std::memory_order_acquire);
+  for (std::atomic<char*>& holder : kept) {
+    char* mark = holder.exchange(nullptr, std::memory_order_acquire);
     if (!mark) continue;
     kept_bytes.fetch_sub(class_bytes(class_of(mark)), std::memory_order_relaxed);
-    std::free(block_of(mark));
+    std::free(buffer_of(mark));
   }
 }
 

@@ -30,7 +30,18 @@ class Scratch {
 
  private:
   char* data_ = nullptr;
-  unsigned class_ = 0;  // size class of the block
+  unsigned class_ = 0;  // size class of the buffer
+};
+
+// Scratch memory of the same size for each thread.
+class ThreadScratch {
+ public:
+  ThreadScratch(std::size_t bytes, int threads) : bytes_(bytes), memory_(bytes * static_cast<std::size_t>(threads)) {}
+  char* of(int thread) const { return memory_.data() + bytes_ * static_cast<std::size_t>(thread); }
+
+ private:
+  const std::size_t bytes_;
+  const Scratch memory_;
 };
 
 }  // namespace selfattn

@@ -8,6 +8,7 @@
 
 #include "aligned_memory.h"
 #include "attend.h"
+#include "carver.h"
 #include "message.h"
 #include "operand.h"
 #include "row_block.h"
@@ -19,25 +20,23 @@ namespace {
 
 constexpr std::int64_t rows_per_task = 64;
 
-// Places contiguous arrays for the sums of a problem's rows at `base`, and returns their bytes. A null base only
-// counts.
+// Divides the memory of the sums of a problem's rows into contiguous arrays, and places these. Returns their bytes. A
+// null base only counts.
 std::size_t place_sums(Problem& problem, char* base) {
-  std::size_t used = 0;
+  Carver carver{base};
   const auto next = [&](const Shape& shape, DType dtype, Operand (*place)(Problem&, const TensorView&)) {
     std::int64_t strides[max_axes], bytes = size_of(dtype);
     for (int axis = shape.ndim - 1; axis >= 0; --axis) {
       strides[axis] = bytes;
       bytes *= shape.extent[axis];  // make_problem has limited the size of the results
     }
-    const Operand operand = place(problem, {base ? base + used : nullptr, dtype, shape.ndim, shape.extent, strides});
-    used += whole_lines(static_cast<std::size_t>(bytes));
-    return operand;
+    return place(problem, {carver.take<char>(bytes), dtype, shape.ndim, shape.extent, strides});
   };
   problem.out = next(out_shape(problem), problem.dtype, place_rows);
   problem.running.row_max = next(lse_shape(problem), problem.dtype, place_per_row);
   problem.running.row_sum = next(lse_shape(problem), problem.dtype, place_per_row);
   problem.running.sees_key = next(lse_shape(problem), DType::boolean, place_per_row);
-  return used;
+  return carver.used;
 }
 
 void check_keys(const AttentionArguments& a, std::int64_t next) {
@@ -81,7 +80,7 @@ class Finish {
         tasks_(results.batch * results.num_heads * blocks_),
         row_bytes_(bytes_of(std::max<std::int64_t>(results.value_dim, 1), size_of(results.dtype))),
         threads_(useful_threads(0, bytes(), tasks_, num_threads)),
-        memory_(static_cast<std::size_t>(bytes_of(threads_, row_bytes_))),
+        memory_(static_cast<std::size_t>(row_bytes_), threads_),
         loop_(tasks_, threads_, interrupted) {}
 
   bool execute() { return loop_.run(*this); }
@@ -91,7 +90,7 @@ class Finish {
     const RowSpan span =
         make_span(results_, task / blocks_ / results_.num_heads, head, 1, block * rows_per_task, rows_per_task);
     const ValidKeys valid = valid_keys(results_, span.batch);
-    char* row = memory_.data() + thread * row_bytes_;
+    char* row = memory_.of(thread);
     for (int i = 0; i < span.valid; ++i)
       results_.dtype == DType::f32 ? finish_row<float>(span, row_index(span, i), valid, row)
                                    : finish_row<double>(span, row_index(span, i), valid, row);
@@ -130,7 +129,7 @@ class Finish {
   const KernelSet& kernels_;
   const std::int64_t blocks_, tasks_, row_bytes_;
   const int threads_;
-  const Scratch memory_;  // one row for each thread
+  const ThreadScratch memory_;  // a row
   TaskLoop loop_;
 };
 

@@ -17,14 +17,15 @@ constexpr double least_asleep = 25e-6;
 constexpr double least_awake = 10e-6;
 // Longer work always gets all threads.
 constexpr double long_enough = 1e-3;
-// A team counts as awake if its last region ended less than this ago. A call belongs to a loop if the last call ended
-// less than this ago. Idle threads spin at least as long before they sleep (selfattn/_idle.py).
+// A team counts as awake if less than this time has passed since its last region ended. A call belongs to a loop if
+// less than this time has passed since the last call ended. Idle threads spin at least as long before they sleep
+// (selfattn/_idle.py).
 constexpr std::chrono::microseconds at_once{10};
 // How many such calls in a row form a loop.
 constexpr int loop_calls = 8;
 
-// The rates of one core of a current server: float32 operations, and bytes read from the last-level cache. They are the
-// first guess, and the unit in which work is measured.
+// The rates of one core of a current server: float32 operations, and bytes read from the last-level cache. They give a
+// first guess of the time that work takes. Measured times are divided by this guess.
 constexpr double flops_per_second = 100e9;
 constexpr double bytes_per_second = 25e9;
 
@@ -59,8 +60,8 @@ Estimate& wake_of(int team, bool is_awake) {
   return is_awake ? wake.awake : wake.asleep;
 }
 
-// Moves an estimate towards a measured time. A region in which a thread loses its core seems many times as long, so the
-// measured time counts for at most twice the estimate.
+// Moves an estimate towards a measured value. If a thread loses its core during a region, the measured value is many
+// times too high, so it counts as at most twice the estimate.
 void follow(Estimate& estimate, double seen) {
   const double old = static_cast<double>(estimate.load(std::memory_order_relaxed));
   estimate.store(static_cast<float>(old + (std::min(seen, 2 * old) - old) / 4), std::memory_order_relaxed);
@@ -131,11 +132,11 @@ int useful_threads(const Work& work, int num_threads) {
 
 void TaskLoop::learn(Clock::time_point start, int used, bool finished) const {
   const bool was_awake = follows(start, rhythm.region_end);
-  if (used == 1 && (!work_.kernel || guess(work_) < 1e-6)) return;  // not worth looking at the clock
+  if (used == 1 && (!work_.kernel || guess(work_) < 1e-6)) return;  // too short to be worth reading the clock
   const Clock::time_point end = Clock::now();
   if (used > 1) rhythm.region_end = end.time_since_epoch().count();
   if (!work_.kernel || !finished || own_.tasks == 0) return;
-  if (guess(work_) <= 0) return;  // as with queries that see no key: nothing can be compared with it
+  if (guess(work_) <= 0) return;  // no operations and no bytes: the time cannot be divided by 0
   const std::chrono::duration<double> own = own_.time, all = end - start;
   const double alone = own.count() * static_cast<double>(work_.tasks) / static_cast<double>(own_.tasks);
   Estimate& slower = slowness_of(work_);

@@ -12,8 +12,8 @@ namespace selfattn {
 // Called on the calling thread about every 50 ms; true: stop.
 using Interrupted = bool (*)();
 
-// What a region is about to compute. The time that it takes is learned for each kernel: `kernel` is any address that
-// identifies one kind of work. Without a kernel nothing is learned.
+// What a region is about to compute. The time that work takes is learned for each kernel: `kernel` is any address that
+// identifies one kind of work. If `kernel` is null, nothing is learned.
 struct Work {
   const void* kernel;
   double flops, bytes;

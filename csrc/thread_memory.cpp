@@ -3,13 +3,9 @@
 #include <algorithm>
 
 #include "arithmetic.h"
-
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "kernels/scratch.h"
+#include "carver.h"
 
 namespace selfattn {
-
-using core::Carver;
 
 ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
@@ -38,25 +34,30 @@ ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem)
   mask_step = plan.key_block;
   masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_step : 0);
   const RelativeProducts relative{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys};
-  distance = place_distance_memory(base, carver.used, problem, relative, plan.block_rows, plan.key_block);
+  distance = take_distance_memory(carver, problem, relative, plan.block_rows, plan.key_block);
+  bytes = carver.used;
+}
+
+Partial::Partial(char* base, const Plan& plan, const Problem& problem) {
+  const std::int64_t size = size_of(problem.dtype);
+  Carver carver{base};
+  out = carver.take<char>(plan.block_rows * problem.value_dim * size);
+  row_max = carver.take<char>(plan.block_rows * size);
+  row_sum = carver.take<char>(plan.block_rows * size);
   bytes = carver.used;
 }
 
 Shared::Shared(char* base, const Plan& plan, const Problem& problem) {
-  const std::int64_t size = size_of(problem.dtype);
   Carver carver{base};
   row_blocks = plan.ranges > 1 ? problem.batch * problem.num_kv_heads * plan.row_blocks : 0;
   finished = carver.take<std::atomic<std::int32_t>>(row_blocks);
-  partial_bytes = whole_lines(static_cast<std::size_t>(plan.block_rows * (problem.value_dim + 2) * size));
+  partial_bytes = Partial(nullptr, plan, problem).bytes;
   partials = carver.take<char>(row_blocks * plan.ranges * static_cast<std::int64_t>(partial_bytes));
   bytes = carver.used;
 }
 
 Partial Shared::partial(const Plan& plan, const Problem& problem, std::int64_t block, std::int64_t range) const {
-  const std::int64_t size = size_of(problem.dtype);
-  char* base = partials + static_cast<std::size_t>(block * plan.ranges + range) * partial_bytes;
-  char* row_max = base + plan.block_rows * problem.value_dim * size;
-  return {base, row_max, row_max + plan.block_rows * size};
+  return {partials + static_cast<std::size_t>(block * plan.ranges + range) * partial_bytes, plan, problem};
 }
 
 }  // namespace selfattn

@@ -1,4 +1,4 @@
-// The layout of the scratch memory of a call. make_plan uses it to compute sizes and attend() to place the buffers, so
+// The layout of the scratch memory of a call. make_plan uses it to compute sizes and attend() to divide memory, so
 // that they always agree.
 #pragma once
 #include <atomic>
@@ -37,11 +37,14 @@ struct Partial {
   char* out;
   char* row_max;
   char* row_sum;
+  std::size_t bytes;
+
+  Partial(char* base, const Plan& plan, const Problem& problem);
 };
 
 struct Shared {
-  std::int64_t row_blocks;              // of all batch entries and KV heads
-  std::atomic<std::int32_t>* finished;  // finished ranges of each row block
+  std::int64_t row_blocks;              // of all batch entries and KV heads; 0 if keys are not split into ranges
+  std::atomic<std::int32_t>* finished;  // number of finished ranges of each row block
   char* partials;
   std::size_t partial_bytes;  // of one range of one row block
   std::size_t bytes;

@@ -25,10 +25,6 @@ std::int64_t integer_at(const char* p) {
   return n;
 }
 
-const char* ByDistance::at(std::int64_t head, std::int64_t distance) const {
-  return rows.data + head * rows.head + std::clamp<std::int64_t>(clamp_far(distance) + origin, 0, count - 1) * rows.row;
-}
-
 std::int64_t Problem::keys_of(std::int64_t b) const { return kv_lens ? integer_at(at(kv_lens, b)) : kv_len; }
 
 std::int64_t Problem::start_of(std::int64_t b) const { return kv_starts ? integer_at(at(kv_starts, b)) : 0; }

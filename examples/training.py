@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from nn import Array
 
+import selfattn as sa
+
 Weights = dict[str, Array]
 Vjp = Callable[[Array], Array]
 
-CHUNK = 1 << 14  # numbers per pass of `gelu_tanh_vjp`, so that its temporaries stay in the cache
+CHUNK = 1 << 14  # numbers per call of an elementwise function, so that its temporaries stay in the cache
 
 
 def linear_vjp(x: Array, weight: Array, bias: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
@@ -49,18 +52,38 @@ def layer_norm_vjp(
     return unit * weight + bias, vjp
 
 
+def in_threads(compute: Callable[[slice], None], count: int) -> None:
+    """Call ``compute`` for chunks of ``count`` numbers, on as many threads as selfattn uses.
+
+    NumPy computes elementwise functions on the calling thread, but without the GIL.
+    """
+    threads = sa.get_num_threads()
+    bounds = [count * i // threads for i in range(threads + 1)]
+
+    def share(thread: int) -> None:
+        first, end = bounds[thread : thread + 2]
+        for start in range(first, end, CHUNK):
+            compute(slice(start, min(start + CHUNK, end)))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))
+
+
 def gelu_tanh_vjp(x: Array) -> tuple[Array, Vjp]:
     """Return the approximation of x · Φ(x) by tanh."""
     y, slope = np.empty_like(x), np.empty_like(x)
     rate = x.dtype.type(math.sqrt(2 / math.pi))
     flat, values, slopes = x.reshape(-1), y.reshape(-1), slope.reshape(-1)
-    for start in range(0, x.size, CHUNK):
-        part = flat[start : start + CHUNK]
+
+    def compute(chunk: slice) -> None:
+        part = flat[chunk]
         square = part * part
         bent = np.tanh(rate * part * (1 + 0.044715 * square))
-        values[start : start + CHUNK] = 0.5 * part * (1 + bent)
+        values[chunk] = 0.5 * part * (1 + bent)
         inner = rate * (1 + 3 * 0.044715 * square)
-        slopes[start : start + CHUNK] = 0.5 * (1 + bent) + 0.5 * part * (1 - bent * bent) * inner
+        slopes[chunk] = 0.5 * (1 + bent) + 0.5 * part * (1 - bent * bent) * inner
+
+    in_threads(compute, x.size)
     return y, lambda grad: grad * slope
 
 

@@ -53,8 +53,8 @@ def t5_bias(
 ) -> NDArray[Any]:
     """Return the relative position bias of T5 (Raffel et al., 2020), for `attention`'s ``bias``.
 
-    Half of the buckets hold one distance each, the other half grow logarithmically up to `max_distance`, and the last
-    one holds all larger distances. T5 scales its scores by 1: pass ``scale=1.0``.
+    Half of the buckets hold one distance each. The other half hold ranges of distances that grow logarithmically up to
+    `max_distance`, and the last bucket also holds all larger distances. T5 scales its scores by 1: pass ``scale=1.0``.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._any_cache import AnyCache, Step
+from ._any_cache import AnyCache
 from ._arguments import as_array, integers
 from ._errors import refusal
 from ._keywords import hinted
@@ -104,7 +104,12 @@ class KVCache(AnyCache):
         if not self._ledger.are_possible(lengths, starts):
             raise self._damaged("lengths that are impossible")
         self._fill((slice(None), slice(None), slice(self._used(lengths))), contents["tokens"])
-        self._ledger.publish(lengths, starts)
+        self._set(lengths, starts)
+
+    def _set(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+        """Set the lengths and starts of sequences whose tokens are in the store already."""
+        state = np.array((lengths, starts), np.int64)
+        _core.set_lengths(self._store.core, self._ledger.core, *state)
 
     def _used(self, lengths: NDArray[np.int64]) -> int:
         """Return how many slots hold tokens, including the tokens that a ring no longer needs."""
@@ -168,7 +173,7 @@ class KVCache(AnyCache):
         """
         k, v = as_array("append", "k", k), as_array("append", "v", v)
         tokens = k.shape[2] if k.ndim == 4 else 0
-        self._run("append", None, tokens, lambda step: self._append(step, k, v))
+        self._run("append", None, tokens, lambda step: _core.append("append", step, k, v))
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Remove the newest tokens, for example the tokens of a rejected draft.
@@ -186,23 +191,9 @@ class KVCache(AnyCache):
                 "lengths",
                 f" has shape {new.shape}, but ({self.batch},) or one integer is needed",
             )
+        new = np.ascontiguousarray(np.broadcast_to(new, (self.batch,)))
         with self._lock.writing:
-            old, starts = self._ledger.state()
-            new = np.broadcast_to(new, old.shape)
-            for b in np.flatnonzero((new < 0) | (new > old))[:1]:
-                raise refusal(
-                    ValueError, "truncate", "lengths", f" holds {new[b]}, which is outside 0..{old[b]} (sequence {b})"
-                )
-            if self.window is not None:
-                for b in np.flatnonzero((new > 0) & (starts > np.maximum(new - self.window, 0)))[:1]:
-                    raise refusal(
-                        ValueError,
-                        "truncate",
-                        "lengths",
-                        f" holds {new[b]}, but a window of {self.window} would then see tokens before {starts[b]}, "
-                        f"which sequence {b} no longer holds",
-                    )
-            self._ledger.publish(new, np.where(new == 0, 0, starts))
+            _core.truncate(self._store.core, self._ledger.core, new)
 
     def reorder(self, index: ArrayLike) -> None:
         """Replace sequence b by a copy of sequence index[b], as in beam search.
@@ -220,23 +211,12 @@ class KVCache(AnyCache):
         with self._lock.writing:
             _core.reorder(self._store.core, self._ledger.core, index)
 
-    # The core checks that there is room, and updates the lengths after appending.
-
-    def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
+    def _step(self, function: str, sequences: Any) -> _core.Step:
         if sequences is not None:
             raise refusal(
                 ValueError, function, "sequences", " is for a PagedKVCache; a KVCache has all of its batch in order"
             )
-        return Step(self._ledger.core, self._ledger.mark())
-
-    def _claim(self, step: Step) -> None:
-        pass
-
-    def _commit(self, step: Step) -> None:
-        pass
-
-    def _roll_back(self, step: Step) -> None:
-        self._ledger.restore(step.state)
+        return _core.Step(store=self._store.core, sequences=self._ledger.core)
 
 
 def _layout(sizes: tuple[Any, Any, Any, Any], value_dim: Any, dtype: Any, window: Any) -> Layout:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._any_cache import AnyCache, Step
+from ._any_cache import AnyCache
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
 from ._cache import KVCache
@@ -103,6 +103,7 @@ def attention_with_kvcache(
     mask : array_like of bool, broadcasting to (B, H, Sq, Sq), optional
         Covers the newest Sq tokens only, True = attend; all earlier tokens are visible. For tree-shaped drafts.
     bias : array_like, broadcasting to (B, H, Sq, longest sequence), optional
+        Added to the scores, as in `attention`.
     causal : bool, default True
         Query i sees the tokens up to its own position. The last query is the last token of its sequence.
     window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
@@ -185,9 +186,9 @@ def attention_with_kvcache(
             return call.run(cache, sequences, tokens, out)
     appended = 0 if k is None else tokens
 
-    def attend(step: Step) -> Any:
+    def attend(step: _core.Step) -> Any:
         inputs = _core.CacheInputs(q=q, k=k, v=v, rope=rotation, positions=positions)
-        return _core.attend_cache(_NAME, cache._store.core, step.sequences, inputs, out, options)
+        return _core.attend_cache(_NAME, step, inputs, out, options)
 
     return cache._run(_NAME, sequences, appended, attend)
 
@@ -207,29 +208,28 @@ class _Cascade(NamedTuple):
         appended = 0 if self.k is None else tokens
         return cache._run(_NAME, sequences, appended, lambda step: self._attend(cache, step, appended, out))
 
-    def _attend(self, cache: PagedKVCache, step: Any, appended: int, out: Any) -> Any:
-        store, rows = cache._store.core, step.sequences
+    def _attend(self, cache: PagedKVCache, step: _core.Step, appended: int, out: Any) -> Any:
         rotation = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
         inputs = _core.CacheInputs(q=self.q, k=self.k, v=self.v, rope=rotation, positions=self.positions)
         token_axis = 1 if self.layout == "bshd" else 2
         tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
-        first = np.array([row.length for row in rows], np.int64) + appended - tokens
+        pages, lengths = _core.common_pages(_NAME, step)
+        first = lengths + appended - tokens
         # Share only whole pages that every query sees completely and that were filled before this call.
-        whole = min(cache._common_tokens(step), int(first.min(initial=0 if len(rows) < 2 else 1 << 60)))
-        shared = whole // cache.page_size * cache.page_size
-        if shared <= 0:
-            return _core.attend_cache(_NAME, store, rows, inputs, out, self.options)
+        seen = int(first.min(initial=0 if len(lengths) < 2 else 1 << 60)) // cache.page_size
+        pages = pages[: max(seen, 0)]
+        if not len(pages):
+            return _core.attend_cache(_NAME, step, inputs, out, self.options)
         if out is not None:
             shape = (*self.q.shape[:3], cache.value_dim)
             _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
         options = self.options.copy()
         options.return_lse = True
-        prefix_row = _core.PagedRow(pages=rows[0].pages, start=0, length=shared)
         # Attend to the unshared part first, because that call checks all arguments. Both parts keep the computation
         # type, so that the result is rounded only once.
-        inputs.skipped, inputs.unrounded = shared, True
-        own, own_lse = _core.attend_cache(_NAME, store, rows, inputs, None, options)
-        prefix, prefix_lse = self._attend_prefix(cache, prefix_row, first, tokens, options)
+        inputs.skipped, inputs.unrounded = len(pages) * cache.page_size, True
+        own, own_lse = _core.attend_cache(_NAME, step, inputs, None, options)
+        prefix, prefix_lse = self._attend_prefix(cache, pages, first, tokens, options)
         if out is None:
             out = own if own.dtype == self.q.dtype else np.empty(own.shape, self.q.dtype)
         own, merged = (x.swapaxes(1, 2) if self.layout == "bshd" else x for x in (own, out))
@@ -237,7 +237,12 @@ class _Cascade(NamedTuple):
         return (out, own_lse) if self.options.return_lse else out
 
     def _attend_prefix(
-        self, cache: PagedKVCache, row: _core.PagedRow, first: NDArray[np.int64], tokens: int, options: _core.Options
+        self,
+        cache: PagedKVCache,
+        pages: NDArray[np.int32],
+        first: NDArray[np.int64],
+        tokens: int,
+        options: _core.Options,
     ) -> tuple[Any, Any]:
         """Attend to the shared pages with the rows of all sequences as if they were one sequence; head axis first."""
         q = self.q
@@ -251,6 +256,9 @@ class _Cascade(NamedTuple):
         plain = options.copy()
         plain.mask, plain.causal, plain.sinks, plain.layout = None, False, None, _core.LAYOUTS["bhsd"]
         inputs = _core.CacheInputs(q=rows, unrounded=True)
-        out, lse = _core.attend_cache(_NAME, cache._store.core, [row], inputs, None, plain)
+        lengths = np.array([len(pages) * cache.page_size])
+        table = _core.make_page_table(pages=pages[None], lengths=lengths, starts=None)
+        step = _core.Step(store=cache._store.core, sequences=table)
+        out, lse = _core.attend_cache(_NAME, step, inputs, None, plain)
         out = out.reshape(heads, batch, tokens, cache.value_dim)
         return out.swapaxes(0, 1), lse.reshape(heads, batch, tokens).swapaxes(0, 1)

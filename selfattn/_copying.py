@@ -17,7 +17,7 @@ _Self = TypeVar("_Self", bound="Copyable")
 
 
 class Copyable(ABC):
-    """A cache that supports `copy.copy`, `copy.deepcopy` and `pickle`. Appends by other threads wait for them."""
+    """A cache that supports `copy.copy`, `copy.deepcopy` and `pickle`. Meanwhile, appends by other threads wait."""
 
     _store: Store
     _lock: SharedLock

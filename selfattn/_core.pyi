@@ -3,7 +3,6 @@
 Its ValueErrors and TypeErrors about arguments have an attribute ``message_parts``; see `_errors.py`.
 """
 
-from array import array
 from typing import Any, NewType, TypeAlias
 
 import numpy as np
@@ -15,7 +14,7 @@ PRECISIONS: dict[str, int]
 DTYPES: dict[str, int]
 
 class Options:
-    """All arguments of a call except its operands; csrc/bindings/options.cpp has the defaults."""
+    """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
 
     mask: NDArray[Any] | None
     bias: NDArray[Any] | None
@@ -65,6 +64,7 @@ class CacheInputs:
     positions: NDArray[Any] | None
     unrounded: bool
     skipped: int
+    tokens: int
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class CacheInputs:
         positions: NDArray[Any] | None = None,
         unrounded: bool = False,  # return out in the type of computation
         skipped: int = 0,  # tokens at the start of paged sequences that are not read; a multiple of the page size
+        tokens: int = -1,  # tokens of k and v; -1: as many as queries
     ) -> None: ...
 
 class LayerInputs:
@@ -85,8 +86,7 @@ class LayerInputs:
     context: NDArray[Any] | None
     positions: NDArray[Any] | None
     residual: NDArray[Any] | None
-    store: CacheStore | None
-    sequences: Sequences | None
+    step: Step | None
 
     def __init__(
         self,
@@ -95,8 +95,7 @@ class LayerInputs:
         context: NDArray[Any] | None = None,
         positions: NDArray[Any] | None = None,
         residual: NDArray[Any] | None = None,
-        store: CacheStore | None = None,
-        sequences: Sequences | None = None,
+        step: Step | None = None,
     ) -> None: ...
 
 class VarlenInputs:
@@ -126,7 +125,7 @@ class VarlenInputs:
         alibi_slopes: NDArray[np.float64] | None = None,  # (sequences, heads)
     ) -> None: ...
 
-class RelativeTerms:
+class RelativeInputs:
     """Operands of relative attention in addition to q, k and v."""
 
     r: NDArray[Any]
@@ -166,17 +165,22 @@ CacheStore = NewType("CacheStore", object)  # the arrays of a cache
 Ledger = NewType("Ledger", object)  # the lengths of a cache whose sequences have one page each
 PageTable = NewType("PageTable", object)  # the pages of all sequences of a call in one array
 
-class PagedRow:
-    """One sequence in pages. A call that appends sets the new length, and nothing else."""
+PagePool = NewType("PagePool", object)  # the pages of a PagedKVCache
 
-    pages: array[int]  # from the page of token `start` on; may be more than the tokens need
-    start: int  # the first token still held; always the first of its page
-    length: int
+class Step:
+    """The cache of one call, and what `undo` needs to take the call back."""
 
-    def __init__(self, *, pages: array[int], start: int, length: int) -> None: ...
+    store: CacheStore
+    sequences: Ledger | PageTable | PagePool
+    ids: list[int] | None
 
-# The sequences of a call. Tables and rows must have pages for the tokens that the call appends.
-Sequences: TypeAlias = Ledger | PageTable | list[PagedRow]
+    def __init__(
+        self,
+        *,
+        store: CacheStore,
+        sequences: Ledger | PageTable | PagePool,
+        ids: list[int] | None = None,  # of the sequences in a pool
+    ) -> None: ...
 
 def make_layer(
     weights: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None],
@@ -225,7 +229,7 @@ def attention_varlen_backward(
 def relative_attention(
     function: str,
     operands: Heads,
-    terms: RelativeTerms,
+    inputs: RelativeInputs,
     out: NDArray[Any] | None,
     options: Options,
     /,
@@ -233,7 +237,7 @@ def relative_attention(
 def relative_attention_backward(
     function: str,
     operands: Heads,
-    terms: RelativeTerms,
+    inputs: RelativeInputs,
     given: GradientInputs,
     wrt: tuple[str, ...],
     options: Options,
@@ -255,21 +259,43 @@ def make_ledger(
 ) -> Ledger: ...
 def make_page_table(
     *,
-    pages: NDArray[np.int32],  # (sequences, pages), C-contiguous
-    lengths: NDArray[np.int64],
+    pages: NDArray[np.int32],  # (sequences, pages), C-contiguous, also for the tokens that the call appends
+    lengths: NDArray[np.int64],  # a call that appends writes the new lengths
     starts: NDArray[np.int64] | None,  # the first token still held
 ) -> PageTable: ...
-def append(function: str, store: CacheStore, sequences: Sequences, k: NDArray[Any], v: NDArray[Any], /) -> None: ...
-def reorder(store: CacheStore, ledger: Ledger, index: NDArray[np.int64], /) -> None: ...
+def append(function: str, step: Step, k: NDArray[Any], v: NDArray[Any], /) -> None: ...
 def attend_cache(
-    function: str,
-    store: CacheStore,
-    sequences: Sequences,
-    inputs: CacheInputs,
-    out: NDArray[Any] | None,
-    options: Options,
-    /,
+    function: str, step: Step, inputs: CacheInputs, out: NDArray[Any] | None, options: Options, /
 ) -> Any: ...
+
+# Takes the last call on a step back if it has committed.
+def undo(step: Step, /) -> None: ...
+
+# Changes of lengths by one call.
+def reorder(store: CacheStore, ledger: Ledger, index: NDArray[np.int64], /) -> None: ...
+def truncate(store: CacheStore, ledger: Ledger, lengths: NDArray[np.int64], /) -> None: ...
+def set_lengths(
+    store: CacheStore, ledger: Ledger, lengths: NDArray[np.int64], starts: NDArray[np.int64], /
+) -> None: ...
+
+# The sequences of a pool; ids are integers of any size.
+def make_page_pool(num_pages: int, page_size: int, next_id: int, /) -> PagePool: ...
+def add_sequence(pool: PagePool, /) -> int: ...
+def fork_sequence(pool: PagePool, id: int, /) -> int: ...
+def truncate_sequence(pool: PagePool, id: int, length: int, window: int, /) -> None: ...  # window -1: none
+def free_sequence(pool: PagePool, id: int, /) -> None: ...
+def length_of(pool: PagePool, id: int, /) -> int: ...
+def sequence(pool: PagePool, id: int, /) -> tuple[int, int, NDArray[np.int32]]: ...  # length, first token held, pages
+def live_sequences(pool: PagePool, /) -> tuple[int, ...]: ...
+def next_id(pool: PagePool, /) -> int: ...
+def num_free_pages(pool: PagePool, /) -> int: ...
+
+# Returns False for an impossible sequence. Its pages are counted by `recount_pages`.
+def put_sequence(pool: PagePool, id: int, length: int, start: int, pages: NDArray[np.int32], /) -> bool: ...
+def recount_pages(pool: PagePool, /) -> None: ...
+
+# The leading pages that all sequences of a step share, and the lengths of the sequences.
+def common_pages(function: str, step: Step, /) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
 def check_out(function: str, out: NDArray[Any], like: NDArray[Any], /) -> None: ...
 def check_own_memory(function: str, out: NDArray[Any], /) -> None: ...
 def merge_states(
@@ -332,14 +358,7 @@ def call_feed_forward(
 # Vectors are contiguous and have the type of computation.
 def make_norm(weight: NDArray[Any] | None, bias: NDArray[Any] | None, eps: float, centred: bool, /) -> Norm: ...
 def call_norm(
-    function: str,
-    x: NDArray[Any],
-    vectors: tuple[NDArray[Any] | None, NDArray[Any] | None],  # weight and bias
-    eps: float,
-    centred: bool,
-    residual: NDArray[Any] | None,
-    out: NDArray[Any] | None,
-    /,
+    norm: Norm, function: str, x: NDArray[Any], residual: NDArray[Any] | None, out: NDArray[Any] | None, /
 ) -> NDArray[Any]: ...
 def apply_rope(
     x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, inverse: bool, /

@@ -89,7 +89,7 @@ def _hint(keyword: str, known: Iterable[str], hints: Mapping[str, str]) -> str |
 
 
 def hinted(function: _F) -> _F:
-    """Make a function or class refuse unknown keywords with a hint. Slows down calls: not for what is called often."""
+    """Make a function or class refuse unknown keywords with a hint. Too slow for functions that are called often."""
     if isinstance(function, type):
         function.__init__ = hinted(function.__init__)  # type: ignore[misc]
         return function

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _core
-from ._any_cache import AnyCache, Step
+from ._any_cache import AnyCache
 from ._arguments import as_array, core_options, out_array
 from ._attention import _DEFAULTS, attention
 from ._cache import KVCache
 from ._errors import refusal
 from ._immutable import Immutable
 from ._keywords import clean_signature, hinted, refuse_unknown
-from ._layer_inputs import Held, Inputs, check_with_cache, layer_inputs
+from ._layer_inputs import Inputs, check_with_cache, layer_inputs
 from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._paged import PagedKVCache
 from ._rope import RoPE, rope_or_none
@@ -24,6 +24,8 @@ from ._weights import Weights, head_counts, vector
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ._core import Step
 
 _VERSION = 2  # version of the pickle format
 _Four = tuple[Any, Any, Any, Any]  # one value each for q, k, v and the output
@@ -264,15 +266,15 @@ class SelfAttention(Immutable):
         tokens = x.shape[-2] if x.ndim > 1 else 0
 
         def call(step: Step) -> Any:
-            return self._call(function, (x, *inputs[1:]), out, options, (cache, step))
+            return self._call(function, (x, *inputs[1:]), out, options, step)
 
         return cache._run(function, sequences, tokens, call)
 
-    def _call(self, function: str, inputs: Inputs, out: Any, options: dict[str, Any], held: Held | None = None) -> Any:
+    def _call(self, function: str, inputs: Inputs, out: Any, options: dict[str, Any], step: Step | None = None) -> Any:
         if not options.keys() <= _OPTIONS.keys():
             refuse_unknown(SelfAttention.__call__, options)
         values = core_options(function, **options)
-        given = layer_inputs(function, self, inputs, held)
+        given = layer_inputs(function, self, inputs, step)
         if out is not None:
             out = out_array(function, out)
         return _core.call_layer(self._core, function, given, out, values)

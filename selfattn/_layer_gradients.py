@@ -57,7 +57,7 @@ def self_attention_vjp(
     x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, context, rope, positions
         As for `self_attention`. They must not change before `vjp` is called.
     wrt : sequence of str
-        Names of the arguments whose gradients are wanted: x, context, matrices and their biases, and of `attention`
+        Names of the arguments whose gradients are wanted: x, context, the matrices and their biases, and the options
         "bias", "sinks", "alibi_slopes", "t5" and "scale". The default is x and the matrices that are given.
     **options
         The options of `self_attention`, except ``out``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._any_cache import AnyCache, Step
+from ._any_cache import AnyCache
 from ._arguments import as_array
 from ._errors import refusal
 from ._rope import positions_for
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ._layer import SelfAttention
 
 Inputs = tuple[Any, Any, Any, Any]  # x, context, positions, residual
-Held = tuple[AnyCache, Step]
 
 
 def check_with_cache(function: str, cache: Any, context: Any, options: dict[str, Any]) -> None:
@@ -32,7 +31,7 @@ def check_with_cache(function: str, cache: Any, context: Any, options: dict[str,
             raise refusal(ValueError, function, name, " is given, but a cache knows where its tokens are")
 
 
-def layer_inputs(function: str, layer: SelfAttention, inputs: Inputs, held: Held | None) -> _core.LayerInputs:
+def layer_inputs(function: str, layer: SelfAttention, inputs: Inputs, step: _core.Step | None) -> _core.LayerInputs:
     """Return the arrays of one call for the core, which checks their shapes."""
     x, context, positions, residual = inputs
     x = as_array(function, "x", x)
@@ -46,10 +45,4 @@ def layer_inputs(function: str, layer: SelfAttention, inputs: Inputs, held: Held
         if not layer._has_output:
             raise refusal(ValueError, function, "residual", " is given, but the layer has no w_o")
         residual = as_array(function, "residual", residual)
-    store = sequences = None
-    if held is not None:
-        cache, step = held
-        store, sequences = cache._store.core, step.sequences
-    return _core.LayerInputs(
-        x=x, context=context, positions=positions, residual=residual, store=store, sequences=sequences
-    )
+    return _core.LayerInputs(x=x, context=context, positions=positions, residual=residual, step=step)

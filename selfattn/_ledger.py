@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +21,7 @@ def header_bytes(batch: int) -> int:
 
 
 class Ledger:
-    """Lengths and starts in two copies, of which one is valid. One store of 8 bytes changes all of them together.
+    """Lengths and starts in two copies, of which one is valid. Here they are only read: the core writes them.
 
     A sequence holds the tokens from its start to its length; without a window the start is 0.
     """
@@ -61,27 +59,6 @@ class Ledger:
                     "which is impossible"
                 )
         return state
-
-    def publish(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
-        """Replace the lengths and starts."""
-        # Write the other copy first; then a single 8-byte store makes it the valid one.
-        other = 1 - (int(self.header[_ACTIVE]) & 1)
-        self.copies[other][0] = lengths
-        self.copies[other][1] = starts
-        self.header[_ACTIVE] = other
-
-    def mark(self) -> tuple[int, Any]:
-        """Return what `restore` needs to undo a step of the core."""
-        # A ring switches between the two copies twice per call, which overwrites both: keep the old lengths.
-        return int(self.header[_ACTIVE]), None if self.window is None else self.state()[0]
-
-    def restore(self, mark: tuple[int, Any]) -> None:
-        """Undo a step that failed; an interrupt may arrive after the core has updated the lengths."""
-        active, lengths = mark
-        if lengths is None:
-            self.header[_ACTIVE] = active
-        elif not np.array_equal(self.state()[0], lengths):
-            self.publish(lengths, self.state()[1])
 
     def are_possible(self, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> bool:
         """Whether sequences of such a cache can hold such tokens."""

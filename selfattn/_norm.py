@@ -126,7 +126,7 @@ def _call(function: str, x: Any, form: _Form, residual: Any, out: Any) -> Array:
         residual = as_array(function, "residual", residual)
     if out is not None:
         out = out_array(function, out)
-    return _core.call_norm(function, x, (weight, bias), epsilon, centred, residual, out)
+    return _core.call_norm(_core.make_norm(weight, bias, epsilon, centred), function, x, residual, out)
 
 
 def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:

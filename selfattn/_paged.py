@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._any_cache import AnyCache, Step
+from . import _core
+from ._any_cache import AnyCache
 from ._arguments import as_array, integers
-from ._core import PagedRow
 from ._errors import refusal
 from ._keywords import hinted
 from ._lock import SharedLock
-from ._pages import NUMBER, Growth, PageTable, is_count
 from ._store import Layout, Store, count, storage_name
 from ._typing import StorageType
 
@@ -69,7 +67,7 @@ class PagedKVCache(AnyCache):
     """
 
     _made_with = ("num_pages", "page_size", "num_kv_heads", "head_dim", "value_dim", "window")
-    _made = ("_store", "_lock", "_table", "_next")
+    _made = ("_store", "_lock", "_pool")
 
     def __init__(
         self,
@@ -89,36 +87,50 @@ class PagedKVCache(AnyCache):
         self.window = None if window is None else count("PagedKVCache", "window", window, least=0)
         self._store = Store("PagedKVCache", layout, self.window, buffer)
         self._lock = SharedLock()
-        self._table = PageTable(self.num_pages, self.page_size)
-        self._next = 0  # the id of the next sequence
+        self._pool = _core.make_page_pool(self.num_pages, self.page_size, 0)
 
     def _make(self, **arguments: Any) -> None:
         PagedKVCache.__init__(self, **arguments)
 
     def _contents(self) -> dict[str, Any]:
-        rows = {name: (row.length, row.start, self._table.held(row).tolist()) for name, row in self._table.rows.items()}
+        rows = {}
+        for name in self.sequences:
+            length, start, held = _core.sequence(self._pool, name)
+            rows[name] = (length, start, held.tolist())
         pages = sorted({page for _, _, held in rows.values() for page in held})
         tokens = [array[pages] for array in self._store.arrays()]
-        return {"next": self._next, "sequences": rows, "pages": np.array(pages, np.int64), "tokens": tokens}
+        after = _core.next_id(self._pool)
+        return {"next": after, "sequences": rows, "pages": np.array(pages, np.int64), "tokens": tokens}
 
     def _load(self, contents: dict[str, Any]) -> None:
         after, sequences, pages = (contents[name] for name in ("next", "sequences", "pages"))
-        if not isinstance(sequences, dict) or not is_count(after):
+        if not isinstance(sequences, dict) or not _is_count(after):
             raise self._damaged("no sequences by id")
         pages = self._integers("pages", pages, len(pages))
         there = set(pages.tolist())
         if len(there) != len(pages) or not all(0 <= page < self.num_pages for page in there):
             raise self._damaged(f"pages that are not different numbers in 0..{self.num_pages - 1}")
+        pool = _core.make_page_pool(self.num_pages, self.page_size, after)
         for name, description in sequences.items():
-            if not is_count(name) or name >= after:
+            if not _is_count(name) or name >= after:
                 raise self._damaged(f"the id {name!r}, but the next one is {after}")
-            row = self._table.row_of(description, there)
-            if row is None or (self.window is None and row.start):
+            row = self._row_of(description, there)
+            if row is None or not _core.put_sequence(pool, name, *row):
                 raise self._damaged(f"a sequence {name} that is impossible")
-            self._table.rows[name] = row
         self._fill(pages, contents["tokens"])
-        self._table.recount()
-        self._next = after
+        _core.recount_pages(pool)
+        self._pool = pool
+
+    def _row_of(self, description: Any, there: set[int]) -> tuple[int, int, NDArray[np.int32]] | None:
+        """Return (length, start, pages) from a pickle; None if they are impossible or a page is not in `there`."""
+        try:
+            length, start, held = description
+            pages = array("i", held)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        sound = _is_count(length) and _is_count(start) and there.issuperset(pages)
+        lost = sound and start > 0 and self.window is None
+        return (length, start, np.array(pages, np.int32)) if sound and not lost else None
 
     @staticmethod
     def buffer_size(
@@ -137,23 +149,21 @@ class PagedKVCache(AnyCache):
     @property
     def num_free_pages(self) -> int:
         """Number of pages that belong to no sequence."""
-        return len(self._table.free_pages)
+        return _core.num_free_pages(self._pool)
 
     @property
     def sequences(self) -> tuple[int, ...]:
         """The ids of the live sequences, oldest first."""
-        return tuple(sorted(self._table.rows))
+        return _core.live_sequences(self._pool)
 
     def allocate(self) -> int:
         """Return the id of a new, empty sequence. Ids are never reused."""
         with self._lock.writing:
-            name = self._new_id()
-            self._table.put({name: PagedRow(pages=array(NUMBER), start=0, length=0)})
-            return name
+            return _core.add_sequence(self._pool)
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence has."""
-        return self._named("length", sequence)[1].length
+        return _core.length_of(self._pool, _id("length", sequence))
 
     def append(self, sequence: int, k: ArrayLike, v: ArrayLike) -> None:
         """Append T tokens to a sequence.
@@ -177,107 +187,40 @@ class PagedKVCache(AnyCache):
                 raise refusal(
                     ValueError, "append", name, f" has shape {x.shape}, but this cache and call need {wanted}"
                 )
-        self._run("append", (sequence,), k.shape[1], lambda step: self._append(step, k[None], v[None]))
+        self._run("append", (sequence,), k.shape[1], lambda step: _core.append("append", step, k[None], v[None]))
 
     def fork(self, sequence: int) -> int:
         """Return the id of a new sequence that starts as a copy of this one and shares its pages."""
         with self._lock.writing:
-            name, _ = self._named("fork", sequence)
-            self._table.settle()
-            twin = self._new_id()
-            self._table.fork(name, twin)
-            return twin
+            return _core.fork_sequence(self._pool, _id("fork", sequence))
 
     def truncate(self, sequence: int, length: int) -> None:
         """Remove the newest tokens, so that `length` remain; pages without tokens are released."""
         length = count("truncate", "length", length, least=0)
         with self._lock.writing:
-            name, row = self._named("truncate", sequence)
-            if length > row.length:
-                raise refusal(
-                    ValueError, "truncate", "length", f" is {length}, but sequence {sequence} has {row.length} tokens"
-                )
-            if self.window is not None and length > 0 and row.start > max(length - self.window, 0):
-                raise refusal(
-                    ValueError,
-                    "truncate",
-                    "length",
-                    f" is {length}, but a window of {self.window} would then see tokens before {row.start}, which "
-                    f"sequence {sequence} no longer holds",
-                )
-            self._table.settle()
-            self._table.shorten(name, length)
+            window = -1 if self.window is None else self.window
+            _core.truncate_sequence(self._pool, _id("truncate", sequence), length, window)
 
     def free(self, sequence: int) -> None:
         """Delete a sequence; pages that no other sequence shares become free."""
         with self._lock.writing:
-            name, _ = self._named("free", sequence)
-            self._table.settle()
-            self._table.remove(name)
+            _core.free_sequence(self._pool, _id("free", sequence))
 
-    def _new_id(self) -> int:
-        self._next += 1  # done first: after an interrupt here, the id is skipped rather than given out twice
-        return self._next - 1
-
-    def _row(self, function: str, sequence: int) -> PagedRow:
-        row = self._table.rows.get(sequence)
-        if row is None:
-            raise refusal(ValueError, function, "sequence", f" {sequence} is not live")
-        return row
-
-    def _named(self, function: str, sequence: Any) -> tuple[int, PagedRow]:
-        """Return the id and the row that a user's argument means."""
-        if not isinstance(sequence, (int, np.integer)) or isinstance(sequence, bool):
-            raise refusal(ValueError, function, "sequence", f" {sequence!r} is not live")
-        return int(sequence), self._row(function, int(sequence))
-
-    def _begin(self, function: str, sequences: Any, tokens: int) -> Step:
+    def _step(self, function: str, sequences: Any) -> _core.Step:
         if sequences is None:
             raise refusal(ValueError, function, "sequences", " is missing: a PagedKVCache needs one id per row of q")
-        names = _ids(function, sequences)
-        rows = [self._row(function, name) for name in names]
-        if not tokens or not rows:
-            return Step(rows, None)
-        if len(names) > 1 and len(set(names)) < len(names):
-            raise refusal(ValueError, function, "sequences", f" holds {names}, but tokens can be appended to each once")
-        self._table.settle()
-        growth = self._table.grow(function, names, tokens, self.window)
-        overwritten = self._copy_pages(growth) if growth.copies or growth.reused else ()
-        return Step(list(growth.rows.values()), (growth, overwritten))
+        return _core.Step(store=self._store.core, sequences=self._pool, ids=_ids(function, sequences))
 
-    def _copy_pages(self, growth: Growth) -> list[NDArray[Any]]:
-        """Copy shared pages for the rows that will write to them; return the page contents needed to undo the step."""
-        arrays = self._store.arrays()
-        overwritten = [store[growth.reused] for store in arrays] if growth.reused else []
-        try:
-            for old, new in growth.copies:
-                for store in arrays:
-                    store[new] = store[old]
-        except BaseException:
-            self._write_back(growth, overwritten)
-            raise
-        return overwritten
 
-    def _write_back(self, growth: Growth, overwritten: Sequence[NDArray[Any]]) -> None:
-        for store, old in zip(self._store.arrays(), overwritten, strict=False):
-            store[growth.reused] = old
+def _is_count(value: Any) -> bool:
+    """Whether a value from a pickle can be a length or an id."""
+    return type(value) is int and 0 <= value < 1 << 61
 
-    def _claim(self, step: Step) -> None:
-        if step.state is not None:
-            self._table.claim(step.state[0])
 
-    def _commit(self, step: Step) -> None:
-        if step.state is not None:
-            self._table.commit(step.state[0])
-
-    def _roll_back(self, step: Step) -> None:
-        if step.state is not None:
-            growth, overwritten = step.state
-            self._table.undo(growth)
-            self._write_back(growth, overwritten)
-
-    def _common_tokens(self, step: Step) -> int:
-        return self._table.common(step.sequences) * self.page_size  # type: ignore[arg-type]
+def _id(function: str, sequence: Any) -> int:
+    if not isinstance(sequence, (int, np.integer)) or isinstance(sequence, bool):
+        raise refusal(ValueError, function, "sequence", f" {sequence!r} is not live")
+    return int(sequence)
 
 
 def _ids(function: str, sequences: Any) -> list[int]:

@@ -43,7 +43,7 @@ def quantize(w: ArrayLike, *, groups: int = 1) -> QuantizedWeights:
     Raises
     ------
     ValueError, TypeError
-        If w is no matrix of finite numbers, or `groups` does not divide its rows.
+        If w is not a matrix of finite numbers, or `groups` does not divide its number of rows.
 
     Examples
     --------

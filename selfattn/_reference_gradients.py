@@ -16,7 +16,7 @@ class GradientResult(NamedTuple):
     """The requested gradients, and the quantities in which error bounds are expressed."""
 
     gradients: dict[str, Floats]  # by the names in `wrt`, each with the shape of its argument
-    magnitudes: dict[str, Floats]  # the gradients' sums with the absolute value of every number
+    magnitudes: dict[str, Floats]  # the same sums, with the absolute value of every number
     sigma: float  # sigma of the forward pass
 
 

@@ -163,7 +163,7 @@ def prepare(
     causal: bool = True,
     layout: Layout = "bhsd",
     **options: Any,
-) -> tuple[Inputs, _core.RelativeTerms, _core.Options]:
+) -> tuple[Inputs, _core.RelativeInputs, _core.Options]:
     """Check and convert the arguments of relative attention or of its gradients: q, k, v, r, u, w and options."""
     *heads, u, w = arrays
     q, k, v, r = (as_array(function, name, x) for name, x in zip("qkvr", heads, strict=True))
@@ -183,7 +183,7 @@ def prepare(
             " has no rows for keys ahead of the query",
         )
     u, w = (np.ascontiguousarray(reals(function, name, x)) for name, x in (("u", u), ("w", w)))
-    return (q, k, v), _core.RelativeTerms(r=r, u=u, w=w, r_origin=origin), converted
+    return (q, k, v), _core.RelativeInputs(r=r, u=u, w=w, r_origin=origin), converted
 
 
 def _check_lengths(function: str, q: NDArray[Any], k: NDArray[Any], memory: int, layout: str) -> None:

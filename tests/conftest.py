@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
-from places import EXAMPLES, ROOT
+from places import ROOT
 
 import selfattn
 from selfattn import reference
@@ -82,14 +80,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this machine has no {request.param}")
     with selfattn.use_isa(request.param):
         yield request.param
-
-
-@pytest.fixture(scope="session")
-def load_example() -> Iterator[Callable[[str], ModuleType]]:
-    """Import a module of examples/, whose modules import one another as scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module
 
 
 @pytest.fixture

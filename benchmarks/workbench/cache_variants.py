@@ -154,7 +154,7 @@ class BareCore(OnCache):
         inputs = _core.CacheInputs(q=arrays["q"], k=k, v=v)
         options = core_options(name, causal=True, num_threads=threads)
         out = np.empty((*arrays["q"].shape[:-1], workload.value_dim), arrays["q"].dtype)
-        store, ledger, left = filled.cache._store.core, filled.cache._ledger.core, STEPS
+        made, left = filled.cache._step(name, None), STEPS
 
         def step() -> Any:
             nonlocal left
@@ -162,7 +162,7 @@ class BareCore(OnCache):
                 filled.rewind()
                 left = STEPS
             left -= 1
-            return _core.attend_cache(name, store, ledger, inputs, out, options)
+            return _core.attend_cache(name, made, inputs, out, options)
 
         return step
 

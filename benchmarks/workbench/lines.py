@@ -27,8 +27,8 @@ def parse(parser: argparse.ArgumentParser, seconds: float) -> argparse.Namespace
 
 
 def compare_times(runs: Mapping[str, Callable[[], Any]], seconds: float) -> tuple[float, str]:
-    """Return the median time of "selfattn", and the ratios of the others' times to it, as text."""
+    """Return the median time of the first call, and the ratios of the others' times to it, as text."""
     times = interleave(runs, seconds)
-    own = times.pop("selfattn")
+    own = times.pop(next(iter(runs)))
     ratios = [f"{name} {np.median(np.divide(found, own)):5.2f}" for name, found in times.items()]
     return float(np.median(own)), "  ".join(ratios)

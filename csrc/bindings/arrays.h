@@ -12,7 +12,7 @@ namespace selfattn::bindings {
 namespace py = pybind11;
 
 // Views of arrays, which the Python layer has already converted to ndarrays of native byte order. A wrong dtype throws
-// TypeError with the function, the argument, its dtype and what is accepted.
+// TypeError; the message names the function, the argument, its dtype and what is accepted.
 TensorView float_view(const char* function, const char* name, py::handle array);
 TensorView bool_view(const char* function, const char* name, py::handle array);
 
@@ -22,7 +22,8 @@ TensorView optional_view(py::handle array, DType dtype);
 // The view of an array whose dtype must be `like`, the dtype of the argument `like_name`.
 TensorView matching_view(const char* function, const char* name, py::handle array, const char* like_name, DType like);
 
-// 16-bit types take their NumPy dtype from `like`, because bfloat16 is defined by another package.
+// Allocates an array. For 16-bit types, its NumPy dtype is the dtype of `like`, because bfloat16 is defined by another
+// package.
 py::array new_array(const Shape& shape, DType dtype, py::handle like = py::none());
 TensorView view_of(const py::array& array, DType dtype);
 

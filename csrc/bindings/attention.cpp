@@ -17,14 +17,14 @@ py::object Destination::deliver() {
   return std::move(given);
 }
 
-Extras::Extras(const Options& options, Problem& problem) {
-  if (options.return_lse) {
-    const DType dtype = options.exact ? DType::f64 : problem.dtype;
+Extras::Extras(const AttentionArguments& arguments, Problem& problem) {
+  if (arguments.return_lse) {
+    const DType dtype = arguments.exact ? DType::f64 : problem.dtype;
     const py::array array = new_array(lse_shape(problem), dtype);
     attach_lse(problem, view_of(array, dtype));
     lse = array;
   }
-  if (options.return_weights) {
+  if (arguments.return_weights) {
     const py::array array = new_array(weights_shape(problem), problem.dtype);
     attach_weights(problem, view_of(array, problem.dtype));
     weights = array;
@@ -49,9 +49,9 @@ TensorView value_view(const char* function, py::handle v, DType query, DType key
   return matching_view(function, "v", v, key == query ? "q" : "k", key);
 }
 
-py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like) {
+py::object attend_to(const AttentionArguments& arguments, py::object out, py::handle like) {
   Problem problem = make_problem(arguments);
-  const DType dtype = options.exact ? problem.dtype : arguments.q.dtype;
+  const DType dtype = arguments.exact ? problem.dtype : arguments.q.dtype;
   bool direct = false;
   if (!out.is_none()) {
     const py::array given = py::reinterpret_borrow<py::array>(out);
@@ -60,9 +60,9 @@ py::object attend_to(const AttentionArguments& arguments, const Options& options
   }
   Destination result(std::move(out), direct, out_shape(problem), dtype, like);
   attach_out(problem, result.view(dtype));
-  const Extras extras(options, problem);
+  const Extras extras(arguments, problem);
   const Plan plan = make_plan(problem, active_kernels());
-  const int threads = threads_for(plan, options.num_threads);
+  const int threads = threads_for(plan, arguments.num_threads);
   bool finished;
   {
     const CoreCall call_of_core(plan.flops);
@@ -83,17 +83,16 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
 namespace {
 
 py::object attention(py::handle q, py::handle k, py::handle v, py::object out, py::handle option_values) {
-  const Options& options = options_of(option_values);
-  return attend_to(arguments_of("attention", q, k, v, options), options, std::move(out), q);
+  return attend_to(arguments_of("attention", q, k, v, options_of(option_values)), std::move(out), q);
 }
 
 // Attention on behalf of another function, whose name appears in error messages.
 py::object attention_for(const char* function, py::handle q, py::handle k, py::handle v, py::handle option_values) {
-  const Options& options = options_of(option_values);
-  return attend_to(arguments_of(function, q, k, v, options), options, py::none(), q);
+  return attend_to(arguments_of(function, q, k, v, options_of(option_values)), py::none(), q);
 }
 
-py::dict describe_plan(const Plan& plan, int threads, const Options& options) {
+py::dict describe_plan(const Plan& plan, int num_threads) {
+  const int threads = threads_for(plan, num_threads);
   py::dict d;
   d["isa"] = plan.kernels->name;
   d["kernel"] = plan.attend->name;
@@ -106,9 +105,9 @@ py::dict describe_plan(const Plan& plan, int threads, const Options& options) {
   d["ranges"] = plan.ranges;
   d["tasks"] = plan.tasks;
   d["threads"] = threads;
-  d["threads_source"] = threads == 1              ? "one thread is enough for this much work"
-                        : options.num_threads > 0 ? "num_threads argument"
-                                                  : default_threads().source;
+  d["threads_source"] = threads == 1      ? "one thread is enough for this much work"
+                        : num_threads > 0 ? "num_threads argument"
+                                          : default_threads().source;
   d["scratch_bytes_per_thread"] = plan.thread_bytes;
   d["shared_bytes"] = plan.shared_bytes;
   py::list copied;
@@ -122,11 +121,10 @@ py::dict describe_plan(const Plan& plan, int threads, const Options& options) {
 }
 
 py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_values) {
-  const Options& options = options_of(option_values);
-  const AttentionArguments arguments = arguments_of("explain", q, k, v, options);
+  const AttentionArguments arguments = arguments_of("explain", q, k, v, options_of(option_values));
   const Plan plan = make_plan(make_problem(arguments), active_kernels());
   forget_last_call();
-  return describe_plan(plan, threads_for(plan, options.num_threads), options);
+  return describe_plan(plan, arguments.num_threads);
 }
 
 }  // namespace

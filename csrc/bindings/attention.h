@@ -7,8 +7,8 @@
 
 namespace selfattn::bindings {
 
-// Where a call writes: into `given` if `direct`, else into a new array. `direct` needs a given array that shares no
-// memory with operands that are still to be read.
+// Where a call writes: into `given` if `direct`, else into a new array, which deliver() copies to `given` if that is
+// not None. `direct` needs a given array that shares no memory with operands that are still to be read.
 struct Destination {
   py::object given;  // or None
   py::array array;
@@ -18,7 +18,7 @@ struct Destination {
   py::object deliver();  // the object to return, with the result in it
 };
 
-// Returns out alone, or a tuple of out and those of lse and weights that are not None.
+// Returns `out` alone if lse and weights are None, else a tuple of `out` and those of the two that are not None.
 py::object join(py::object out, const py::object& lse, const py::object& weights);
 
 // Keys may have a narrower type than queries, as in a cache that saves memory. Values have the keys' type.
@@ -29,24 +29,23 @@ TensorView value_view(const char* function, py::handle v, DType query, DType key
 // The requested results other than out, allocated and attached to the problem.
 struct Extras {
   py::object lse = py::none(), weights = py::none();
-  Extras(const Options& options, Problem& problem);
+  Extras(const AttentionArguments& arguments, Problem& problem);
   py::object join(py::object out) const { return bindings::join(std::move(out), lse, weights); }
 };
 
 // Checks the arguments, computes into `out` or a new array like `like`, and returns the requested results.
-py::object attend_to(const AttentionArguments& arguments, const Options& options, py::object out, py::handle like);
+py::object attend_to(const AttentionArguments& arguments, py::object out, py::handle like);
 
 // The arguments of a call, from arrays.
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options);
 
-// Returns the gradients of a call by name. The gradients of q, k and v have all batch axes. If the bias
-// is broadcast over keys or over queries, its gradient has all heads and batch entries, and the caller sums over them.
-// Otherwise it has the shape of the bias. The gradients of r, u and w are for all heads and batch
-// entries. The gradients of the scale, ALiBi's slopes and sinks have one number per query row; the caller sums these
-// numbers. `operands` are the arrays q, k and v. All arrays of `given` have all axes; grad_weights is in the type of
-// computation.
-py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
-                      const GradientInputs& given, const py::sequence& wrt);
+// Returns the gradients of a call by name. The gradients of q, k and v have all batch axes. If the bias is broadcast
+// over keys or over queries, its gradient has all heads and batch entries, and the caller sums over them. Otherwise it
+// has the shape of the bias. The gradients of r, u, w and T5's table have all heads and batch entries. The gradients of
+// the scale, ALiBi's slopes and sinks have one number per query row; the caller sums these numbers. `operands` are the
+// arrays q, k and v. No array of `given` lacks or broadcasts an axis; grad_weights is in the type of computation.
+py::dict gradients_of(const AttentionArguments& arguments, const py::tuple& operands, const GradientInputs& given,
+                      const py::sequence& wrt);
 
 void register_attention(py::module_& module);
 void register_backward(py::module_& module);

@@ -46,8 +46,8 @@ class Results {
  private:
   bool wants(const char* name) const { return wrt_.contains(name); }
 
-  // In the operand's dtype if it has all axes; else in the type of computation, since the caller still has to sum over
-  // the axes that were broadcast.
+  // Allocates the gradient of q, k or v. It has the operand's dtype if the operand has all axes. Otherwise it has the
+  // type of computation, because the caller still has to sum over the axes that were broadcast.
   void place(const char* name, Operand& operand, py::handle like, std::int64_t heads, std::int64_t length,
              std::int64_t dim) {
     if (!wants(name)) return;
@@ -74,8 +74,8 @@ class Results {
 
 }  // namespace
 
-py::dict gradients_of(const AttentionArguments& arguments, const Options& options, const py::tuple& operands,
-                      const GradientInputs& given, const py::sequence& wrt) {
+py::dict gradients_of(const AttentionArguments& arguments, const py::tuple& operands, const GradientInputs& given,
+                      const py::sequence& wrt) {
   const char* function = arguments.function;
   const TensorView& q = arguments.q;
   Problem problem = make_problem(arguments);
@@ -94,7 +94,7 @@ py::dict gradients_of(const AttentionArguments& arguments, const Options& option
   }
   results.allocate(operands);
   const BackwardPlan plan = make_backward_plan(problem, results.gradients, active_kernels());
-  const int threads = threads_for(plan, options.num_threads);
+  const int threads = threads_for(plan, arguments.num_threads);
   bool finished;
   {
     const CoreCall call_of_core(plan.flops);
@@ -108,9 +108,9 @@ namespace {
 
 py::dict attention_backward(const char* function, const py::tuple& operands, py::handle upstream,
                             const py::sequence& wrt, py::handle option_values) {
-  const Options& options = options_of(option_values);
-  const AttentionArguments arguments = arguments_of(function, operands[0], operands[1], operands[2], options);
-  return gradients_of(arguments, options, operands, Record<GradientInputs>::in(upstream), wrt);
+  const AttentionArguments arguments =
+      arguments_of(function, operands[0], operands[1], operands[2], options_of(option_values));
+  return gradients_of(arguments, operands, Record<GradientInputs>::in(upstream), wrt);
 }
 
 }  // namespace

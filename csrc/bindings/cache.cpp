@@ -45,31 +45,55 @@ class SafeTokens {
   TensorView view_;
 };
 
-void append(const char* function, py::handle store, py::handle sequences, py::handle k, py::handle v) {
+void append(const char* function, py::handle step, py::handle k, py::handle v) {
   const TensorView key = float_view(function, "k", k), value = matching_view(function, "v", v, "k", key.dtype);
   const std::int64_t count = key.ndim == 4 ? key.extent(1) : 0;
-  CacheArguments arguments(function, store, sequences, count);
+  CacheArguments arguments(function, Record<Step>::in(step), count);
   const Cache& cache = arguments.cache();
   check_tokens(function, "k", key, shape_of(cache.batch, cache.num_kv_heads, count, cache.key.width, Layout::bhsd));
   check_tokens(function, "v", value, shape_of(cache.batch, cache.num_kv_heads, count, cache.value.width, Layout::bhsd));
   const SafeTokens keys(k, key, arguments), values(v, value, arguments);
   const KernelSet& kernels = active_kernels();
-  arguments.step().run([&] {
+  arguments.run([&] {
     const CoreCall call_of_core(static_cast<double>(count * cache.batch * cache.num_kv_heads * cache.key.width));
     arguments.step().store(kernels, TokensView(keys.view(), Layout::bhsd).view,
                            TokensView(values.view(), Layout::bhsd).view);
   });
 }
 
+// Takes back the last call of a step if it has committed, for example because an interrupt came after the commit.
+void undo(py::handle object) {
+  Step& step = Record<Step>::in(object);
+  if (!step.committed) return;
+  step.committed = false;
+  step.pages ? step.pages->undo() : held_by<HeldLedger>(step.sequences).ledger.undo();
+}
+
+Step on_ledger(py::object store, py::object ledger) { return {std::move(store), std::move(ledger), py::none(), {}}; }
+
+const std::int64_t* integers(const py::array& array) { return static_cast<const std::int64_t*>(array.data()); }
+
 // Reorders all heads in one call, so that no interrupt can come between two heads. The Python layer has checked the
 // index.
-void reorder(py::handle store, py::handle ledger, const py::array& index) {
-  CacheArguments arguments("reorder", store, ledger, 0);
+void reorder(py::object store, py::object ledger, const py::array& index) {
+  Step step = on_ledger(std::move(store), std::move(ledger));
+  CacheArguments arguments("reorder", step, 0);
   const Cache& cache = arguments.cache();
   double rows = 0;
   for (std::int64_t b = 0; b < cache.batch; ++b) rows += static_cast<double>(cache.lengths[b]);
   const CoreCall call_of_core(rows * static_cast<double>(cache.num_kv_heads * cache.key.tokens.row));
-  arguments.step().reorder(static_cast<const std::int64_t*>(index.data()));
+  arguments.step().reorder(integers(index));
+}
+
+// The Python layer has checked the shapes of the arrays of these two.
+void truncate(py::object store, py::object ledger, const py::array& lengths) {
+  Step step = on_ledger(std::move(store), std::move(ledger));
+  CacheArguments("truncate", step, 0).step().truncate("truncate", integers(lengths));
+}
+
+void set_lengths(py::object store, py::object ledger, const py::array& lengths, const py::array& starts) {
+  Step step = on_ledger(std::move(store), std::move(ledger));
+  CacheArguments("KVCache", step, 0).step().set(integers(lengths), integers(starts));
 }
 
 // Checks that the cache has the type of the queries or a narrower one.
@@ -89,8 +113,8 @@ void check_query(const char* function, const Cache& cache, const TensorView& q, 
 }
 
 // The function's name is not a `const char*`, because pybind11 would allocate memory for it.
-py::object attend_cache(py::handle function_name, py::handle store, py::handle sequences, py::handle operands,
-                        py::object out, py::handle option_values) {
+py::object attend_cache(py::handle function_name, py::handle step, py::handle operands, py::object out,
+                        py::handle option_values) {
   const CacheInputs& inputs = Record<CacheInputs>::in(operands);
   const char* const function = PyUnicode_AsUTF8(function_name.ptr());
   const Options& options = options_of(option_values);
@@ -100,14 +124,15 @@ py::object attend_cache(py::handle function_name, py::handle store, py::handle s
   const bool appends = !inputs.k.is_none();
   const TensorView k = appends ? float_view(function, "k", inputs.k) : TensorView{};
   const TensorView v = appends ? matching_view(function, "v", inputs.v, "k", k.dtype) : TensorView{};
-  const std::int64_t q_len = q.ndim == 4 ? q.extent(layout == Layout::bshd ? 2 : 1) : 0, more = appends ? q_len : 0;
-  CacheArguments source(function, store, sequences, more, inputs.skipped);
+  const std::int64_t q_len = q.ndim == 4 ? q.extent(layout == Layout::bshd ? 2 : 1) : 0;
+  const std::int64_t more = !appends ? 0 : inputs.tokens < 0 ? q_len : inputs.tokens;
+  CacheArguments source(function, Record<Step>::in(step), more, inputs.skipped);
   const Cache& cache = source.cache();
   check_query(function, cache, q, layout);
   check_type(function, cache, q.dtype);
   if (appends) {
-    check_tokens(function, "k", k, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.key.width, layout));
-    check_tokens(function, "v", v, shape_of(cache.batch, cache.num_kv_heads, q_len, cache.value.width, layout));
+    check_tokens(function, "k", k, shape_of(cache.batch, cache.num_kv_heads, more, cache.key.width, layout));
+    check_tokens(function, "v", v, shape_of(cache.batch, cache.num_kv_heads, more, cache.value.width, layout));
   }
   const SafeTokens new_keys(inputs.k, k, source), new_values(inputs.v, v, source);
   const AttentionArguments arguments = arguments_of(function, options, q, {}, {});
@@ -126,10 +151,10 @@ py::object attend_cache(py::handle function_name, py::handle store, py::handle s
   }
   Destination result(std::move(out), direct, out_shape(problem), type, inputs.q);
   attach_out(problem, result.view(type));
-  const Extras extras(options, problem);
+  const Extras extras(arguments, problem);
   const Plan plan = make_plan(problem, active_kernels());
   py::object results;
-  source.step().run([&] {
+  source.run([&] {
     bool finished;
     {
       const CoreCall call_of_core(plan.flops);
@@ -155,24 +180,27 @@ py::capsule make_page_table(py::array pages, py::array lengths, py::object start
   return capsule_of(std::make_unique<HeldTable>(std::move(pages), std::move(lengths), std::move(starts)));
 }
 
-constexpr Field<PagedRow> row_fields[] = {
-    field<PagedRow, &PagedRow::pages>("pages"),
-    field<PagedRow, &PagedRow::start>("start"),
-    field<PagedRow, &PagedRow::length>("length"),
+constexpr Field<Step> step_fields[] = {
+    field<Step, &Step::store>("store"),
+    field<Step, &Step::sequences>("sequences"),
+    field<Step, &Step::ids>("ids"),
 };
 
 }  // namespace
 
 void register_cache(py::module_& module) {
   using py::literals::operator""_a;
-  Record<PagedRow>::add(module, "PagedRow", row_fields);
+  Record<Step>::add(module, "Step", step_fields);
   module.def("make_cache_store", &make_cache_store, py::kw_only(), "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "dtype"_a,
              "window"_a);
   module.def("make_ledger", &make_ledger, py::kw_only(), "copies"_a, "active"_a);
   module.def("make_page_table", &make_page_table, py::kw_only(), "pages"_a, "lengths"_a, "starts"_a);
   module.def("append", &append);
   module.def("attend_cache", &attend_cache);
+  module.def("undo", &undo);
   module.def("reorder", &reorder);
+  module.def("truncate", &truncate);
+  module.def("set_lengths", &set_lengths);
 }
 
 }  // namespace selfattn::bindings

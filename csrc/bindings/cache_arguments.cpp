@@ -1,9 +1,11 @@
 #include "bindings/cache_arguments.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
-#include "bindings/record.h"
+#include "message.h"
+#include "page_growth.h"
 
 namespace selfattn::bindings {
 namespace {
@@ -28,34 +30,10 @@ bool holds(py::handle object) {
   return PyCapsule_IsValid(object.ptr(), T::capsule_name) != 0;
 }
 
-std::size_t memory_bytes(py::handle sequences) {
-  if (holds<HeldLedger>(sequences)) return 0;
-  const auto count = holds<HeldTable>(sequences) ? held_by<HeldTable>(sequences).lengths.shape(0)
-                                                 : static_cast<py::ssize_t>(py::len(sequences));
-  return static_cast<std::size_t>(bytes_of(count, sizeof(PagedSequence)));
-}
-
-PagedSequence sequence_of(py::handle object) {
-  PagedRow& row = Record<PagedRow>::in(object);
-  Py_buffer buffer;
-  if (PyObject_GetBuffer(row.pages.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  // Releases the buffer at once: the row owns the numbers, and the cache's lock keeps them in place. While a buffer is
-  // held, the array cannot grow, and in a child process that is forked meanwhile it could never grow.
-  PyBuffer_Release(&buffer);
-  return {static_cast<const std::int32_t*>(buffer.buf), buffer.len / static_cast<std::int64_t>(sizeof(std::int32_t)),
-          row.start, &row.length};
-}
-
-void read_table(const HeldTable& table, std::int64_t page_size, PagedSequence* found) {
-  std::int64_t* const lengths = integers_of(table.lengths);
-  const std::int64_t* const starts =
-      table.starts.is_none() ? nullptr : integers_of(py::reinterpret_borrow<py::array>(table.starts));
-  const auto* numbers = static_cast<const std::int32_t*>(table.pages.data());
-  const std::int64_t width = table.pages.shape(1);
-  for (py::ssize_t b = 0; b < table.lengths.shape(0); ++b, numbers += width) {
-    const std::int64_t start = starts ? starts[b] : 0, first = std::clamp<std::int64_t>(start / page_size, 0, width);
-    found[b] = {numbers + first, width - first, start, lengths + b};
-  }
+std::vector<std::int64_t> ids_of(const char* function, py::handle list) {
+  std::vector<std::int64_t> ids;
+  for (const py::handle id : py::reinterpret_borrow<py::list>(list)) ids.push_back(id_of(function, id));
+  return ids;
 }
 
 }  // namespace
@@ -77,29 +55,55 @@ HeldStore::HeldStore(py::array keys, py::array values, py::object key_scales, py
       value(view_of(v, dtype)) {}
 
 HeldLedger::HeldLedger(py::array lengths, py::array which)
-    : copies(std::move(lengths)), active(std::move(which)), ledger{integers_of(active), integers_of(copies)} {}
+    : copies(std::move(lengths)),
+      active(std::move(which)),
+      ledger(integers_of(active), integers_of(copies), copies.shape(2)) {}
 
 HeldTable::HeldTable(py::array numbers, py::array ends, py::object firsts)
     : pages(std::move(numbers)), lengths(std::move(ends)), starts(std::move(firsts)) {}
 
-CacheArguments::CacheArguments(const char* function, py::handle store, py::handle sequences, std::int64_t more,
-                               std::int64_t skipped)
-    : held_(held_by<HeldStore>(store)),
-      memory_(memory_bytes(sequences)),
-      step_(function, source(sequences, skipped), more) {}
-
-CacheSource CacheArguments::source(py::handle sequences, std::int64_t skipped) const {
-  const CacheStore& store = held_.store;
-  if (holds<HeldLedger>(sequences)) return {&store, &held_by<HeldLedger>(sequences).ledger, nullptr, store.num_pages};
-  auto* found = reinterpret_cast<PagedSequence*>(memory_.data());
-  if (holds<HeldTable>(sequences)) {
-    const HeldTable& table = held_by<HeldTable>(sequences);
-    read_table(table, store.page_size, found);
-    return {&store, nullptr, found, table.lengths.shape(0), skipped};
+std::vector<PagedSequence> HeldTable::sequences(std::int64_t page_size) const {
+  std::int64_t* const ends = integers_of(lengths);
+  const std::int64_t* const firsts =
+      starts.is_none() ? nullptr : integers_of(py::reinterpret_borrow<py::array>(starts));
+  const auto* numbers = static_cast<const std::int32_t*>(pages.data());
+  const std::int64_t width = pages.shape(1);
+  std::vector<PagedSequence> found;
+  for (py::ssize_t b = 0; b < lengths.shape(0); ++b, numbers += width) {
+    const std::int64_t start = firsts ? firsts[b] : 0, first = std::clamp<std::int64_t>(start / page_size, 0, width);
+    found.push_back({numbers + first, width - first, start, ends + b});
   }
-  std::int64_t batch = 0;
-  for (const py::handle row : py::reinterpret_borrow<py::list>(sequences)) found[batch++] = sequence_of(row);
-  return {&store, nullptr, found, batch, skipped};
+  return found;
+}
+
+std::int64_t id_of(const char* function, py::handle id) {
+  int overflow = 0;
+  const std::int64_t value = PyLong_AsLongLongAndOverflow(id.ptr(), &overflow);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  if (overflow != 0) refuse(function, "sequence"_arg, " ", std::string(py::str(id)), " is not live");
+  return value;
+}
+
+CacheArguments::CacheArguments(const char* function, Step& step, std::int64_t more, std::int64_t skipped)
+    : state_(step),
+      held_(held_by<HeldStore>(step.store)),
+      more_(more),
+      step_(function, source(function, skipped), more) {}
+
+CacheSource CacheArguments::source(const char* function, std::int64_t skipped) const {
+  const CacheStore& store = held_.store;
+  const py::handle sequences = state_.sequences;
+  state_.committed = false;
+  if (holds<HeldLedger>(sequences)) return {&store, &held_by<HeldLedger>(sequences).ledger, nullptr, store.num_pages};
+  if (holds<HeldTable>(sequences)) {
+    state_.pages = std::make_shared<PageChanges>(held_by<HeldTable>(sequences).sequences(store.page_size), more_);
+  } else {
+    PagePool& pool = held_by<HeldPool>(sequences).pool;
+    const std::vector<std::int64_t> ids = ids_of(function, state_.ids);
+    state_.pages = std::make_shared<PageGrowth>(pool, PageGrowth::Call{function, ids, more_, store.window});
+  }
+  const auto batch = static_cast<std::int64_t>(state_.pages->sequences().size());
+  return {&store, nullptr, state_.pages.get(), batch, skipped};
 }
 
 }  // namespace selfattn::bindings

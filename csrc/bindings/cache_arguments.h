@@ -2,9 +2,12 @@
 #pragma once
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "bindings/arrays.h"
+#include "bindings/record.h"
 #include "cache_step.h"
+#include "page_pool.h"
 
 namespace selfattn::bindings {
 
@@ -52,36 +55,55 @@ struct HeldTable {
   static constexpr const char* capsule_name = "selfattn.PageTable";
 
   HeldTable(py::array pages, py::array lengths, py::object starts);
+  std::vector<PagedSequence> sequences(std::int64_t page_size) const;
 
   const py::array pages, lengths;
   const py::object starts;  // an array, or None: all sequences start at 0
 };
 
-// One sequence of a PagedKVCache. `pages` is a buffer of int32, see PagedSequence.
-struct PagedRow {
-  py::object pages = py::none();
-  std::int64_t start = 0, length = 0;
+struct HeldPool {
+  static constexpr const char* capsule_name = "selfattn.PagePool";
+
+  PagePool pool;
 };
 
-// The step of a call on a cache, from the cache's store and its sequences: a ledger, a page table, or a list of
-// _core.PagedRow.
+// The id of a sequence in a pool, from a Python integer of any size.
+std::int64_t id_of(const char* function, py::handle id);
+
+// The cache of one call, and what takes the call back after its commit.
+struct Step {
+  py::object store = py::none(), sequences = py::none();  // capsules: a store; a ledger, a page table or a pool
+  py::object ids = py::none();                            // of the sequences in a pool, a list
+  std::shared_ptr<PageChanges> pages;                     // of the last call
+  bool committed = false;                                 // whether the last call has changed lengths
+};
+
+// The step of a call on a cache.
 class CacheArguments {
  public:
-  // For a call that appends `more` tokens to each sequence; for `skipped` see CacheSource. Throws like CacheStep.
-  CacheArguments(const char* function, py::handle store, py::handle sequences, std::int64_t more,
-                 std::int64_t skipped = 0);
+  // For a call that appends `more` tokens to each sequence; for `skipped` see CacheSource. Throws like CacheStep and
+  // PageGrowth.
+  CacheArguments(const char* function, Step& step, std::int64_t more, std::int64_t skipped = 0);
   CacheStep& step() { return step_; }
   const Cache& cache() const { return step_.cache(); }
   bool meets(const TensorView& view) const { return held_.meets(view); }
+  // See CacheStep::run.
+  template <class Work>
+  void run(Work work) {
+    step_.run(work);
+    state_.committed = more_ != 0;
+  }
 
  private:
-  CacheSource source(py::handle sequences, std::int64_t skipped) const;
+  CacheSource source(const char* function, std::int64_t skipped) const;
 
+  Step& state_;
   const HeldStore& held_;
-  const Scratch memory_;  // for the PagedSequences of tables and rows
+  const std::int64_t more_;
   CacheStep step_;
 };
 
 void register_cache(py::module_& module);
+void register_pages(py::module_& module);
 
 }  // namespace selfattn::bindings

@@ -1,4 +1,4 @@
-// The core's refusals as Python errors, with the parts of their messages.
+// Translates the core's refusals (message.h) to Python exceptions, with the parts of their messages.
 #include <exception>
 
 #include "bindings/attention.h"
@@ -39,6 +39,8 @@ void register_errors() {
       std::rethrow_exception(std::move(exception));
     } catch (const TypeRefusal& refusal) {
       set_error(PyExc_TypeError, refusal);
+    } catch (const MemoryRefusal& refusal) {
+      set_error(PyExc_MemoryError, refusal);
     } catch (const Refusal& refusal) {
       set_error(PyExc_ValueError, refusal);
     }

@@ -27,18 +27,17 @@ class Layer {
 
   py::object call(const char* function, const LayerInputs& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs.x, context = inputs.context;
-    const Options& options = options_of(option_values);
     const TensorView input = input_view(function, "x", x, weights_.query.depth());
     const TensorView other =
         context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
     if (!other && weights_.key.depth() != weights_.query.depth())
       refuse(function, "x"_arg, " has d_model ", weights_.query.depth(), " but ", "w_k"_arg, " has ",
              weights_.key.depth(), " rows: without context they must agree");
-    const TensorView places = optional_view(inputs.positions, DType::i64);
+    const TensorView positions = optional_view(inputs.positions, DType::i64);
     std::optional<CacheArguments> source;
-    open_cache(source, function, inputs.store, inputs.sequences, input);
-    const AttentionArguments arguments = arguments_of(function, options, {}, {}, {});
-    LayerCall call(weights_, input, other, places, source ? &source->step() : nullptr, arguments);
+    open_cache(source, function, inputs.step, input);
+    const AttentionArguments arguments = arguments_of(function, options_of(option_values), {}, {}, {});
+    LayerCall call(weights_, input, other, positions, source ? &source->step() : nullptr, arguments);
     const TensorView added = residual_view(function, inputs.residual, weights_.dtype, call.out_shape());
     bool direct = false;
     if (!out.is_none()) {
@@ -46,23 +45,23 @@ class Layer {
       check_out(function, given, call.out_shape(), weights_.dtype);
       const TensorView view = view_of(given, weights_.dtype);
       direct = (given.flags() & py::array::c_style) != 0 && !meet(view, input) && !meet(view, other) &&
-               !meet(view, places) && (!meet(view, added) || same(view, added)) && !meets_any(view, arguments) &&
+               !meet(view, positions) && (!meet(view, added) || same(view, added)) && !meets_any(view, arguments) &&
                !(source && source->meets(view));
     }
     Destination result(std::move(out), direct, call.out_shape(), weights_.dtype, x);
-    const Extras extras(options, call.problem());
+    const Extras extras(arguments, call.problem());
     py::object results;
     const auto work = [&] {
       bool finished;
       {
         const CoreCall call_of_core(call.flops());
-        finished = call.run(result.view(weights_.dtype), added, options.num_threads, interrupted);
+        finished = call.run(result.view(weights_.dtype), added, arguments.num_threads, interrupted);
       }
       if (!finished) throw py::error_already_set();
       results = extras.join(result.deliver());
     };
     if (source)
-      source->step().run(work);
+      source->run(work);
     else
       work();
     return results;
@@ -70,8 +69,8 @@ class Layer {
 
   const char* isa() const { return weights_.kernels->name; }
 
-  // Fills the matrices w_q, w_k, w_v and, if there is one, w_o. Returns the four biases, each an array or None, and
-  // whether there is a w_o.
+  // Writes the weights to the matrices w_q, w_k, w_v and, if there is one, w_o. Returns the four biases, each an array
+  // or None, and whether there is a w_o.
   py::tuple unpack_all(const py::tuple& matrices) const {
     const Projection* const projections[] = {&weights_.query, &weights_.key, &weights_.value,
                                              weights_.output ? &*weights_.output : nullptr};
@@ -112,17 +111,18 @@ class Layer {
     return layer;
   }
 
-  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle store, py::handle sequences,
+  void open_cache(std::optional<CacheArguments>& found, const char* function, py::handle step,
                   const TensorView& x) const {
-    if (store.is_none()) return;
+    if (step.is_none()) return;
     if (x.ndim != 3)
       refuse(function, "x"_arg, " has shape ", shape_text(x), ", but a cache needs (batch, tokens, d_model)");
-    found.emplace(function, store, sequences, x.extent(1));
+    found.emplace(function, Record<Step>::in(step), x.extent(1));
     const Cache& cache = found->cache();
     if (x.extent(2) != cache.batch)
       refuse(function, "x"_arg, " has shape ", shape_text(x), ", but the cache has ", cache.batch, " sequences");
     const auto check = [&](const char* what, std::int64_t of_cache, std::int64_t of_layer) {
-      if (of_cache != of_layer) refuse(function, "the cache has ", what, " ", of_cache, ", but the layer ", of_layer);
+      if (of_cache != of_layer)
+        refuse(function, "the cache has ", what, " ", of_cache, ", but the layer has ", of_layer);
     };
     check("num_kv_heads", cache.num_kv_heads, weights_.num_kv_heads);
     check("head_dim", cache.key.width, weights_.head_dim);
@@ -152,7 +152,7 @@ py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::
   return capsule_of(std::make_unique<Layer>(matrices, biases, num_heads, num_kv_heads, rope, std::move(norms)));
 }
 
-// The inputs are one object, because pybind11 allocates memory for more than six arguments.
+// The inputs are one object, because pybind11 allocates memory for a call with more than six arguments.
 py::object call_layer(const py::capsule& capsule, const char* function, py::handle inputs, py::object out,
                       py::handle option_values) {
   return held_by<Layer>(capsule).call(function, Record<LayerInputs>::in(inputs), std::move(out), option_values);

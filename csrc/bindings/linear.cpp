@@ -72,7 +72,7 @@ struct RowCall {
     residual = residual_view(function, residual_array, x.dtype, shape);
   }
 
-  // Calls work(make(x, residual or null, out)), which returns false if interrupted. `in_place`: x may be out.
+  // Calls work(make(x, residual or null, out)), which returns false if interrupted. `in_place`: out may be x itself.
   template <class Make, class Work>
   py::object run(py::object out, py::handle like, bool in_place, Make make, Work work) const {
     bool direct = false;
@@ -98,7 +98,7 @@ struct RowCall {
   }
 };
 
-// Weights are a matrix of numbers, or a pair of a matrix of codes and their scales. The Python layer has checked them.
+// `weights` is a matrix of numbers, or a pair: a matrix of codes, and their scales. The Python layer has checked them.
 Projection projection_of(py::handle weights, py::handle bias) {
   const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
   if (!py::isinstance<py::tuple>(weights))
@@ -113,13 +113,13 @@ struct HeldLinear {
   const LinearWeights weights;
 };
 
-// Whether x of one type can be multiplied by weights of another.
+// Checks that x has a type that can be multiplied by the type of the weights.
 void check_dtype(const char* function, const TensorView& x, const Projection& projection) {
   const DType weights = projection.dtype();
   const bool codes = is_scaled(weights);
   if (x.dtype != weights && computed_in(weights) != (codes ? computed_in(x.dtype) : x.dtype))
     refuse<TypeRefusal>(function, "x"_arg, " has dtype ", name_of(x.dtype), " but the weights have ", name_of(weights),
-                        codes                ? ": x must have float32 or 16 bits"
+                        codes                ? ": x must be float32, float16 or bfloat16"
                         : is_narrow(weights) ? ": x must have their dtype or float32"
                                              : ": x must have their dtype");
 }
@@ -157,8 +157,8 @@ const char* linear_isa(const py::capsule& capsule) {
   return held_by<HeldLinear>(capsule).weights.projection.kernels().name;
 }
 
-// If weights are codes, `matrix` is a pair of codes and scales: fills the scales and returns the array of codes.
-// Otherwise returns `matrix`.
+// If the weights are codes, `matrix` is a pair of arrays, for codes and for scales: fills the scales and returns the
+// array for codes. Otherwise returns `matrix`.
 py::handle unpack_scales(const Projection& projection, py::handle matrix) {
   if (!is_scaled(projection.dtype())) return matrix;
   const py::tuple pair = py::reinterpret_borrow<py::tuple>(matrix);
@@ -168,7 +168,7 @@ py::handle unpack_scales(const Projection& projection, py::handle matrix) {
   return pair[0];
 }
 
-// Fills the matrices w and, if there is one, w_gate. Returns their biases, each an array or None.
+// Writes the weights to the matrices w and, if there is one, w_gate. Returns their biases, each an array or None.
 py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   const LinearWeights& layer = held_by<HeldLinear>(capsule).weights;
   const Projection* const projections[] = {&layer.projection, layer.gate ? &*layer.gate : nullptr};
@@ -182,35 +182,35 @@ py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   return found;
 }
 
-// `parts` are two layers and two norms as capsules, which the caller must keep alive. Norms may be None.
-py::object call_feed_forward(const py::tuple& parts, const char* function, py::handle x, py::handle residual,
+// `capsules` are two layers and two norms, which the caller must keep alive. Norms may be None.
+py::object call_feed_forward(const py::tuple& capsules, const char* function, py::handle x, py::handle residual,
                              py::object out, int num_threads) {
-  const LinearWeights& first = held_by<HeldLinear>(parts[0]).weights;
-  const LinearWeights& second = held_by<HeldLinear>(parts[1]).weights;
+  const LinearWeights& first = held_by<HeldLinear>(capsules[0]).weights;
+  const LinearWeights& second = held_by<HeldLinear>(capsules[1]).weights;
   const RowCall call(function, x, first.projection.depth(), residual, second.projection.columns());
   check_dtype(function, call.x, first.projection);
   // Read here, because the work runs without the GIL.
-  const Norm *const norm = norm_or_none(parts[2]), *const post_norm = norm_or_none(parts[3]);
+  const Norm *const norm = norm_or_none(capsules[2]), *const post_norm = norm_or_none(capsules[3]);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
-    return FeedForwardJob{first, second, norm, post_norm, rows, added, result, call.x.dtype};
+    return FeedForward({first, second, norm, post_norm, rows, added, result, call.x.dtype});
   };
   return call.run(std::move(out), x, true, job,
-                  [&](const FeedForwardJob& all) { return run_feed_forward(all, num_threads, interrupted); });
+                  [&](const FeedForward& all) { return all.run(num_threads, interrupted); });
 }
 
 py::capsule make_norm(py::object weight, py::object bias, double epsilon, bool centred) {
   return capsule_of(std::make_unique<HeldNorm>(std::move(weight), std::move(bias), epsilon, centred));
 }
 
-py::object call_norm(const char* function, py::handle x, const py::tuple& vectors, double epsilon, bool centred,
-                     py::handle residual, py::object out) {
+py::object call_norm(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
+                     py::object out) {
+  const Norm& norm = held_by<HeldNorm>(capsule).norm;
   const TensorView view = float_view(function, "x", x);
   const std::int64_t count = view.ndim > 0 ? view.extent(0) : 0;
   const RowCall call(function, x, count, residual, count);
-  const HeldNorm held(vectors[0], vectors[1], epsilon, centred);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
     const DType dtype = call.x.dtype;
-    return NormJob{active_kernels(), held.norm, count, rows, added, result, dtype, count * size_of(dtype)};
+    return NormJob{active_kernels(), norm, count, rows, added, result, dtype, count * size_of(dtype)};
   };
   return call.run(std::move(out), x, true, job, [](const NormJob& all) { return normalise_all(all, 0, interrupted); });
 }

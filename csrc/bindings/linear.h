@@ -1,11 +1,12 @@
-// Layers and norms as Python holds them.
+// Norms that Python holds as capsules, and what the bindings of layers and of linear layers share.
 #pragma once
 #include "bindings/arrays.h"
 #include "feed_forward.h"
 
 namespace selfattn::bindings {
 
-// The Python layer has converted the vectors to contiguous arrays of the type of computation, or they are None.
+// `weight` and `bias` are None, or contiguous arrays to which the Python layer has converted them, in the type of
+// computation.
 struct HeldNorm {
   static constexpr const char* capsule_name = "selfattn.Norm";
 
@@ -21,10 +22,10 @@ struct HeldNorm {
 // The norm in a capsule, or null for None. Its vectors are as long as the rows.
 const Norm* norm_or_none(py::handle capsule);
 
-// Whether two arrays are the same memory in the same order.
+// Whether two views have the same memory, shape and strides.
 bool same(const TensorView& a, const TensorView& b);
 
-// What is added to a result of this type and shape; absent for None.
+// The view of a residual, which must have the type and shape of the result; absent for None.
 TensorView residual_view(const char* function, py::handle array, DType dtype, const Shape& shape);
 
 // Writes the original weights to a matrix of the same type. Returns the bias as an array, or None.

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, module) {
   selfattn::bindings::register_attention(module);
   selfattn::bindings::register_backward(module);
   selfattn::bindings::register_cache(module);
+  selfattn::bindings::register_pages(module);
   selfattn::bindings::register_varlen(module);
   selfattn::bindings::register_varlen_backward(module);
   selfattn::bindings::register_layer(module);

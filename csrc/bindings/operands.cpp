@@ -17,6 +17,7 @@ constexpr Field<CacheInputs> cache_fields[] = {
     field<CacheInputs, &CacheInputs::positions>("positions"),
     field<CacheInputs, &CacheInputs::unrounded>("unrounded"),
     field<CacheInputs, &CacheInputs::skipped>("skipped"),
+    field<CacheInputs, &CacheInputs::tokens>("tokens"),
 };
 
 constexpr Field<LayerInputs> layer_fields[] = {
@@ -24,8 +25,7 @@ constexpr Field<LayerInputs> layer_fields[] = {
     field<LayerInputs, &LayerInputs::context>("context"),
     field<LayerInputs, &LayerInputs::positions>("positions"),
     field<LayerInputs, &LayerInputs::residual>("residual"),
-    field<LayerInputs, &LayerInputs::store>("store"),
-    field<LayerInputs, &LayerInputs::sequences>("sequences"),
+    field<LayerInputs, &LayerInputs::step>("step"),
 };
 
 constexpr Field<VarlenInputs> varlen_fields[] = {
@@ -40,11 +40,11 @@ constexpr Field<VarlenInputs> varlen_fields[] = {
     field<VarlenInputs, &VarlenInputs::alibi_slopes>("alibi_slopes"),
 };
 
-constexpr Field<RelativeTerms> relative_fields[] = {
-    field<RelativeTerms, &RelativeTerms::r>("r"),
-    field<RelativeTerms, &RelativeTerms::u>("u"),
-    field<RelativeTerms, &RelativeTerms::w>("w"),
-    field<RelativeTerms, &RelativeTerms::r_origin>("r_origin"),
+constexpr Field<RelativeInputs> relative_fields[] = {
+    field<RelativeInputs, &RelativeInputs::r>("r"),
+    field<RelativeInputs, &RelativeInputs::u>("u"),
+    field<RelativeInputs, &RelativeInputs::w>("w"),
+    field<RelativeInputs, &RelativeInputs::r_origin>("r_origin"),
 };
 
 constexpr Field<GradientInputs> gradient_fields[] = {
@@ -67,7 +67,7 @@ void register_operands(py::module_& module) {
   Record<CacheInputs>::add(module, "CacheInputs", cache_fields);
   Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
   Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);
-  Record<RelativeTerms>::add(module, "RelativeTerms", relative_fields);
+  Record<RelativeInputs>::add(module, "RelativeInputs", relative_fields);
   Record<GradientInputs>::add(module, "GradientInputs", gradient_fields);
 }
 

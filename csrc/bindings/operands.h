@@ -10,30 +10,31 @@ struct CacheInputs {
   py::object q = py::none(), k = py::none(), v = py::none(), rope = py::none(), positions = py::none();
   bool unrounded = false;    // return out in the type of computation
   std::int64_t skipped = 0;  // see CacheSource
+  std::int64_t tokens = -1;  // tokens of k and v; -1: as many as queries
 };
 
-// Operands of call_layer(). All but x may be None. `store` and `sequences` describe a cache.
+// Operands of call_layer(). All but x may be None. `step` is a _core.Step.
 struct LayerInputs {
-  py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), store = py::none(),
-             sequences = py::none();
+  py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), step = py::none();
 };
 
-// Operands of attention_varlen() and its gradients. The last four replace the options of the same names, which are None
-// in the call's options. Masks and biases are lists of arrays. The first axis of q_offset and alibi_slopes counts
-// sequences. Each of these four may be None. The Python layer has checked lengths.
+// Operands of attention_varlen() and its gradients. The last four may be None. They replace the options of the same
+// names, which are None in the call's options: `mask` and `bias` are lists with one item per sequence, and the first
+// axis of q_offset and alibi_slopes counts sequences. The Python layer has checked cu_seqlens and the lengths of these
+// lists and axes.
 struct VarlenInputs {
   py::object q = py::none(), k = py::none(), v = py::none(), cu_seqlens_q = py::none(), cu_seqlens_k = py::none(),
              mask = py::none(), bias = py::none(), q_offset = py::none(), alibi_slopes = py::none();
 };
 
 // Operands of relative_attention() and its gradients, in addition to q, k and v.
-struct RelativeTerms {
+struct RelativeInputs {
   py::object r = py::none(), u = py::none(), w = py::none();
   std::int64_t r_origin = 0;
 };
 
-// Operands of a backward pass, in addition to those of the forward pass: the results of the forward pass, and their
-// gradients. The last two may be None.
+// Operands of a backward pass, in addition to those of the forward pass: the results of the forward pass, and the
+// gradients of these results. The last two may be None.
 struct GradientInputs {
   py::object grad_out = py::none(), out = py::none(), lse = py::none(), grad_lse = py::none(),
              grad_weights = py::none();

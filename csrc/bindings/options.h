@@ -5,42 +5,12 @@
 
 namespace selfattn::bindings {
 
-// Users' words for the core's codes: the code of a word is its index.
-constexpr const char* layout_words[] = {"bhsd", "bshd"};
-constexpr const char* precision_words[] = {"highest", "high", "medium"};
-
-// An option that is an array: its name, its member of AttentionArguments, and the function that makes its view.
-struct ArrayOption {
-  const char* name;
-  TensorView AttentionArguments::* argument;
-  TensorView (*view)(const char* function, const char* name, py::handle array);
+// An option that is an array. Null if it is absent.
+struct ArrayReference : py::object {
+  using py::object::object;
 };
 
-// The view of an array that the Python layer has already converted to `dtype`.
-template <DType dtype>
-TensorView converted_view(const char*, const char*, py::handle array) {
-  return optional_view(array, dtype);
-}
-
-constexpr ArrayOption array_options[] = {
-    {"mask", &AttentionArguments::mask, bool_view},
-    {"bias", &AttentionArguments::bias, float_view},
-    {"q_offset", &AttentionArguments::q_offset, converted_view<DType::i64>},
-    {"q_lens", &AttentionArguments::q_lens, converted_view<DType::i64>},
-    {"kv_lens", &AttentionArguments::kv_lens, converted_view<DType::i64>},
-    {"kv_starts", &AttentionArguments::kv_starts, converted_view<DType::i64>},
-    {"alibi_slopes", &AttentionArguments::alibi_slopes, converted_view<DType::f64>},
-    {"sinks", &AttentionArguments::sinks, converted_view<DType::f64>},
-    {"distance_bias", &AttentionArguments::distance_bias, converted_view<DType::f64>},
-};
-
-struct Options : Settings {
-  py::object arrays[std::size(array_options)];  // in the order of array_options; null: absent
-  bool return_lse = false, return_weights = false;
-  bool exact = false;        // return out in the type of computation, and lse in float64
-  bool same_tokens = false;  // k and v belong to the tokens of q: see Keys
-  int num_threads = 0;       // 0: the default
-};
+using Options = AttentionOptions<ArrayReference>;
 
 // The options in a _core.Options. Throws TypeError for any other object.
 const Options& options_of(py::handle object);

@@ -6,15 +6,17 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 namespace selfattn::bindings {
 
 namespace py = pybind11;
 
-// Conversions of a field's value. `read` returns whether the field accepts the value.
+// Conversions of a field's value. `read` returns whether the field accepts the value; if not, it does not change `to`.
 inline bool read(PyObject* value, bool& to) {
+  if (!PyBool_Check(value)) return false;
   to = value == Py_True;
-  return PyBool_Check(value);
+  return true;
 }
 
 inline bool read(PyObject* value, double& to) {
@@ -24,26 +26,54 @@ inline bool read(PyObject* value, double& to) {
 }
 
 inline bool read(PyObject* value, std::int64_t& to) {
-  int overflow = 0;
   if (!PyLong_Check(value)) return false;
-  to = PyLong_AsLongLongAndOverflow(value, &overflow);
-  return overflow == 0;
+  int overflow = 0;
+  const std::int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+  if (overflow != 0) return false;
+  to = number;
+  return true;
 }
 
 inline bool read(PyObject* value, std::uint64_t& to) {
   if (!PyLong_Check(value)) return false;
-  to = PyLong_AsUnsignedLongLong(value);
-  if (!PyErr_Occurred()) return true;
-  PyErr_Clear();  // negative or too large
-  return false;
+  const std::uint64_t number = PyLong_AsUnsignedLongLong(value);
+  if (PyErr_Occurred()) {  // negative or too large
+    PyErr_Clear();
+    return false;
+  }
+  to = number;
+  return true;
 }
 
 inline bool read(PyObject* value, std::optional<double>& to) {
-  to.reset();
-  return value == Py_None || read(value, to.emplace());
+  double number = 0;
+  if (value != Py_None && !read(value, number)) return false;
+  to = value == Py_None ? std::nullopt : std::optional(number);
+  return true;
 }
 
-// The binding checks the type of an object where it uses it.
+// An integer from 0 to count - 1.
+template <class T>
+bool read_below(std::int64_t count, PyObject* value, T& to) {
+  std::int64_t number = 0;
+  if (!read(value, number) || number < 0 || number >= count) return false;
+  to = static_cast<T>(number);
+  return true;
+}
+
+inline bool read(PyObject* value, int& to) { return read_below(1 << 30, value, to); }
+
+// The number of values of an enumeration, whose codes are 0, 1, ...
+template <class Code>
+constexpr std::int64_t code_count = 0;
+
+template <class Code>
+  requires std::is_enum_v<Code>
+bool read(PyObject* value, Code& to) {
+  return read_below(code_count<Code>, value, to);
+}
+
+// Accepts any object. The binding checks the object's type where it uses the object.
 inline bool read(PyObject* value, py::object& to) {
   to = py::reinterpret_borrow<py::object>(value);
   return true;
@@ -51,10 +81,16 @@ inline bool read(PyObject* value, py::object& to) {
 
 inline PyObject* written(bool value) { return PyBool_FromLong(value); }
 inline PyObject* written(double value) { return PyFloat_FromDouble(value); }
+inline PyObject* written(int value) { return PyLong_FromLong(value); }
 inline PyObject* written(std::int64_t value) { return PyLong_FromLongLong(value); }
 inline PyObject* written(std::uint64_t value) { return PyLong_FromUnsignedLongLong(value); }
 inline PyObject* written(const py::object& value) { return Py_NewRef(value.ptr()); }
 inline PyObject* written(const std::optional<double>& value) { return value ? written(*value) : Py_NewRef(Py_None); }
+template <class Code>
+  requires std::is_enum_v<Code>
+PyObject* written(Code value) {
+  return PyLong_FromLong(static_cast<long>(value));
+}
 
 // One field of a T.
 template <class T>
@@ -70,9 +106,9 @@ constexpr Field<T> field(const char* name) {
           [](const T& record) { return written(record.*member); }};
 }
 
-// The Python type of T. An object is made from keyword arguments; fields that are not given keep the defaults of T. It
-// is not a pybind11 class: pybind11 registers each object, which is slower and terminates the process if memory runs
-// out.
+// The Python type of T. Its objects are made from keyword arguments; fields that are not given keep the defaults of T.
+// The type is not a pybind11 class: pybind11 registers each object, which is slower and terminates the process if
+// memory runs out.
 template <class T>
 class Record {
  public:
@@ -130,7 +166,7 @@ class Record {
 
   static const Field<T>* named(PyObject* name) {
     for (std::size_t i = 0; i < count_; ++i)
-      if (names_[i] == name) return fields_ + i;  // Python interns the names in a program
+      if (names_[i] == name) return fields_ + i;  // usually found here: Python interns the names in source code
     for (std::size_t i = 0; i < count_; ++i)
       if (PyUnicode_CompareWithASCIIString(name, fields_[i].name) == 0) return fields_ + i;
     return nullptr;

@@ -1,5 +1,5 @@
-// Handlers for XLA: attention and its gradients on the arrays of a compiled JAX program (decision 8). XLA calls them on
-// its own threads without the GIL. They do not use Python, and cannot be interrupted.
+// Handlers for XLA: attention and its gradients on the arrays of a compiled JAX program (decision 8). XLA calls the
+// handlers on its own threads without the GIL. The handlers do not use Python, and cannot be interrupted.
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -43,12 +43,9 @@ class Operands {
     if (call.is_set("given", bias_given)) arguments.bias = bias_.emplace(call.argument(rest++)).view;
     if (call.is_set("given", mask_given)) arguments.mask = mask_.emplace(call.argument(rest++)).view;
     if (call.is_set("given", query_lengths_given))
-      arguments.q_lens =
-          query_lengths_.emplace(call.argument(rest++), "query_seq_lengths", call.argument(first), "query").array.view;
+      arguments.q_lens = query_lengths_.emplace(call.argument(rest++)).array.view;
     if (call.is_set("given", key_lengths_given))
-      arguments.kv_lens =
-          key_lengths_.emplace(call.argument(rest++), "key_value_seq_lengths", call.argument(first + 1), "key")
-              .array.view;
+      arguments.kv_lens = key_lengths_.emplace(call.argument(rest++)).array.view;
   }
   Operands(const Operands&) = delete;
   Operands& operator=(const Operands&) = delete;
@@ -65,7 +62,7 @@ class Operands {
 // Results: out, in query's type or the type of computation; optionally the log-sum-exps.
 void attend_xla(const Call& call) {
   const Operands operands(call, 0, 3);
-  Problem problem = make_problem(operands.arguments);
+  Problem problem = xla::problem_of(operands.arguments);
   attach_out(problem, Array(call.result(0)).view);
   if (call.results() > 1) attach_lse(problem, Doubles(call.result(1)).view);
   const Plan plan = make_plan(problem, active_kernels());
@@ -91,7 +88,8 @@ class BiasGradient {
       sums_.resize(static_cast<std::size_t>(heads * problem_.q_len));
       gradients.row_sums = sums_.data();
     } else if (one_query_) {
-      sums_.resize(static_cast<std::size_t>(heads * problem_.kv_len));  // large enough for either type
+      sums_.resize(
+          static_cast<std::size_t>(heads * problem_.kv_len));  // room for doubles, even if the core writes floats
       gradients.key_sums = reinterpret_cast<char*>(sums_.data());
     } else {
       gradients.scores = target_;
@@ -99,7 +97,8 @@ class BiasGradient {
     }
   }
 
-  // Adds the sums that the core has computed over keys or queries to the gradient.
+  // If the core has summed over keys or queries, sums its results over the other axes along which the bias is
+  // broadcast, and writes these sums to the gradient.
   void finish() {
     if (one_key_) return add(sums_.data(), problem_.q_len, target_.row);
     if (!one_query_) return;
@@ -141,7 +140,7 @@ class BiasGradient {
 // gradients that `wrt` names. The gradient of the bias has the type of computation.
 void differentiate_xla(const Call& call) {
   const Operands operands(call, 1, 6);
-  Problem problem = make_problem(operands.arguments);
+  Problem problem = xla::problem_of(operands.arguments);
   attach_out(problem, Array(call.argument(4)).view);
   attach_lse(problem, Doubles(call.argument(5)).view);
   Gradients gradients;

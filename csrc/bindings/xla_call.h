@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "bindings/xla_ffi.h"
@@ -32,7 +33,7 @@ inline DType dtype_of(Type type) {
   }
 }
 
-// A view of a row-major array, with the memory that it refers to.
+// A view of a row-major array, with the shape and strides that the view points to.
 struct Array {
   TensorView view;
   std::int64_t extents[max_axes];
@@ -56,7 +57,7 @@ struct Array {
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
 
-  // Repeats the array along leading axes of extent 1.
+  // Broadcasts leading axes of extent 1 to `shape`.
   void repeat(const std::int64_t* shape, int axes) {
     for (int axis = 0; axis < axes; ++axis) {
       if (extents[axis] == 1) strides[axis] = 0;
@@ -65,24 +66,19 @@ struct Array {
   }
 };
 
-// JAX has no float64 by default, so log-sum-exps are passed as pairs of 32-bit integers that hold float64.
+// JAX has no float64 by default, so log-sum-exps are passed as pairs of 32-bit integers. Each pair holds the bits of
+// one float64.
 struct Doubles : Array {
   explicit Doubles(const Buffer& buffer) : Array(buffer.data, DType::f64, buffer.extents, buffer.rank - 1) {}
 };
 
-// Lengths as int64, checked here because errors must name JAX's arguments.
+// Lengths as int64.
 struct Lengths {
   std::vector<std::int64_t> numbers;
   Array array;
 
-  // `of` names the operand whose lengths these are, (..., length, heads, head_dim).
-  Lengths(const Buffer& buffer, const char* name, const Buffer& operand, const char* of)
-      : numbers(read(buffer)), array(numbers.data(), DType::i64, buffer.extents, buffer.rank) {
-    const std::int64_t limit = operand.extents[operand.rank - 3];
-    for (const std::int64_t n : numbers)
-      if (n < 0 || n > limit)
-        refuse(function, name, " holds ", n, ", which is outside 0..", limit, " (the length of ", of, ")");
-  }
+  explicit Lengths(const Buffer& buffer)
+      : numbers(read(buffer)), array(numbers.data(), DType::i64, buffer.extents, buffer.rank) {}
 
  private:
   static std::vector<std::int64_t> read(const Buffer& buffer) {
@@ -93,6 +89,28 @@ struct Lengths {
     return copy(static_cast<const std::int64_t*>(buffer.data));
   }
 };
+
+// make_problem, but errors use JAX's names for arguments.
+inline Problem problem_of(const AttentionArguments& arguments) {
+  struct Name {
+    std::string_view ours, theirs;
+  };
+  static constexpr Name names[] = {{"q", "query"},
+                                   {"k", "key"},
+                                   {"v", "value"},
+                                   {"q_lens", "query_seq_lengths"},
+                                   {"kv_lens", "key_value_seq_lengths"}};
+  try {
+    return make_problem(arguments);
+  } catch (const Refusal& refusal) {
+    Message message = refusal.message();
+    for (std::size_t i = 2; i < message.size(); i += 2) {  // the first name is the function's
+      const auto* const found = std::ranges::find(names, message[i], &Name::ours);
+      if (found != std::end(names)) message[i] = found->theirs;
+    }
+    throw Refusal(std::move(message));
+  }
+}
 
 class Call {
  public:
@@ -115,8 +133,8 @@ class Call {
   std::int64_t results() const { return frame_.results.count; }
   bool is_set(std::string_view flags, std::int64_t bit) const { return attribute<std::int64_t>(flags) & bit; }
 
-  // The extents of the batch. jax.vmap adds a leading axis to every array; it has extent 1 in arrays that are not
-  // mapped.
+  // The extents of the batch axes. jax.vmap adds a leading axis to every array. Its extent is 1 in arrays that
+  // are not mapped.
   Shape batch(std::int64_t axes) const {
     Shape shape;
     for (std::int64_t axis = 0; axis < axes; ++axis) {

@@ -85,7 +85,7 @@ enum class ErrorCode : int { invalid_argument = 3, resource_exhausted = 8, inter
 struct ErrorRequest {
   std::size_t size;
   Extension* extensions;
-  const char* message;  // copied
+  const char* message;  // XLA copies it
   ErrorCode code;
 };
 

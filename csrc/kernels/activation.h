@@ -1,8 +1,8 @@
 // Activation functions on vectors. Their errors are listed in docs/numerics.md; NaN gives NaN, and infinity gives the
 // function's limit.
 //
-// Exponentials here need a small relative error even where they are tiny, so a multiple of ln 2 is subtracted from
-// their argument in two parts: n * ln2_high is exact for every n that occurs.
+// Exponentials here need a small relative error even where they are tiny. So n * ln 2 is subtracted from the argument
+// in two parts. The first part, n * ln2_high, is exact for every n that occurs.
 #pragma once
 #include "kernels/exp.h"
 #include "kernels/kernel_set.h"
@@ -10,15 +10,15 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The tail of the normal distribution is Q(a) = e^(-a^2/2) G(a) with a smooth G. (a + centre) G(a) is approximated by a
-// polynomial in t = (a - centre) / (a + centre), which interpolates it at Chebyshev points. From a = `beyond` on, Q is
-// 0. The relative error is 1.3e-8 for float and 5e-19 for double.
+// The tail of the normal distribution is Q(a) = e^(-a^2/2) G(a) with a smooth G. `tail` is a polynomial in
+// t = (a - centre) / (a + centre) that approximates (a + centre) G(a): it interpolates this function at Chebyshev
+// points. Its relative error is 1.3e-8 for float and 5e-19 for double. From a = `beyond` on, Q(a) rounds to 0.
 template <class T>
 struct Normal;
 template <>
 struct Normal<float> {
   static constexpr float ln2_high = 0.693138122558593750f, ln2_low = 9.05800061e-6f;
-  static constexpr float underflow = 104.0f;  // e^-104 is 0
+  static constexpr float underflow = 104.0f;  // e^-104 rounds to 0
   static constexpr float beyond = 14.5f, centre = 4;
   static constexpr float tail[] = {
       -0.00012298315700527f, 0.00019480185114247f, 0.0015693136450922f, -0.0035235740563519f, -0.0075272129116799f,
@@ -38,7 +38,7 @@ struct Normal<double> {
       -0.31353315667128745421,     0.49530561596997607633,      -0.66538250289005685172,   0.76919304975006295951};
 };
 
-// e^-(high + low) for 0 <= high + low <= underflow.
+// e^-(high + low), where high + low is between 0 and slightly more than `underflow`.
 template <class T>
 inline Vec<T> exp_minus(Vec<T> high, Vec<T> low) {
   const Vec<T> n = round((high + low) * broadcast(static_cast<T>(-log2_e)));
@@ -75,8 +75,8 @@ inline Vec<T> gelu_tanh(Vec<T> x) {
   return gate_by_logistic(finite, finite * factor);
 }
 
-// x times the normal distribution function: max(x, 0) - a Q(a) with a = |x|. The square of a is passed in two parts:
-// the square of a rounded to sixteenths, which is exact, and the remainder.
+// x times the standard normal distribution function, computed as max(x, 0) - a Q(a) with a = |x|. exp_minus gets
+// a^2 / 2 in two parts: c^2 / 2, where c is a rounded to sixteenths, so that this part is exact, and the remainder.
 template <class T>
 inline Vec<T> gelu(Vec<T> x) {
   const Vec<T> half = broadcast(T(0.5)), centre = broadcast(Normal<T>::centre);

@@ -8,7 +8,8 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
 
-// Prefetches a line into L1. A load that crosses two lines is fast only if both are in L1.
+// Prefetches a cache line into L1. L2 would not do: a load that crosses the boundary between two lines is fast only if
+// both are in L1.
 inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 template <class E>
@@ -45,10 +46,11 @@ inline void touch(const char* memory, std::int64_t bytes) {
 
 // Touches the rows' biases for the keys [first, end), row by row. Strips then read these biases column by column.
 inline void touch_biases(const Row* rows, int count, std::int64_t step, std::int64_t first, std::int64_t end) {
+  if (step > cache_line || step < -cache_line) return;  // most lines between two biases of a row belong to other rows
   for (int r = 0; r < count; ++r) {
     const std::int64_t last = rows[r].key_end < end ? rows[r].key_end : end;
     if (first < last && (r == 0 || rows[r].bias != rows[r - 1].bias))
-      touch(rows[r].bias + first * step, (last - first - 1) * step + 1);  // nothing after the last key
+      touch(rows[r].bias + first * step, (last - first - 1) * step + 1);  // up to the last key
   }
 }
 

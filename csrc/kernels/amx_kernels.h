@@ -1,4 +1,4 @@
-// The kernel set of AMX: the AVX-512 kernels plus matrix products.
+// The kernel set of AMX: the AVX-512 kernels, and kernels that multiply bfloat16.
 #pragma once
 #include "kernels/attend_tile.h"
 #include "kernels/engine_amx.h"
@@ -7,10 +7,10 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// A strip is two tiles wide. At full accuracy, each float32 product takes six bfloat16 products. So far that is no
-// faster than FMA, so f32_highest is null.
-template <class E, int Terms>
-constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, Terms>, 2>::kernel;
+// A strip is two tiles wide. f32_highest is null: at full accuracy, each float32 product takes six bfloat16 products,
+// and no kernel with six products is known to be faster than FMA.
+template <class E, int SplitTerms>
+constexpr AttendKernel amx_tile = TileAttention<AmxEngine<E, SplitTerms>, 2>::kernel;
 
 constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
   return {

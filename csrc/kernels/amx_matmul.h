@@ -9,11 +9,11 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr int tile_rows = 16, tile_cells = 16;
 
-// A matrix of cells. A matrix of split numbers has one plane of cells per term.
+// A matrix of cells. A matrix of split numbers has one plane of cells per split term.
 struct CellMatrix {
   const float* data;
   std::int64_t step;   // cells from one row to the next
-  std::int64_t plane;  // cells from one term's plane to the next
+  std::int64_t plane;  // cells from one split term's plane to the next
 };
 
 // Calls use<row, column>() for each of Rows x Cols tiles.
@@ -25,12 +25,13 @@ inline void each_tile(Use use) {
   if constexpr (Rows > 1 && Cols > 1) use.template operator()<1, 1>();
 }
 
-// Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads one
-// tile of the left operand, from the tile row `row`, into register `tile`. For split operands, the products of small
-// terms come first: if the sums start at 0, small products are added to each other before the large ones are added.
-template <int Terms, int Rows, int Cols, class LoadLeft>
+// Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads the
+// tile of the left operand in tile row `row`, from cell k on, into tile `tile`. Of split operands, the products of
+// small split terms are added first. If the sums start at 0, small products are thus added to each other before large
+// ones are added.
+template <int SplitTerms, int Rows, int Cols, class LoadLeft>
 inline void multiply_cells(LoadLeft load_left, const CellMatrix& right, std::int64_t depth) {
-  for (int order = Terms - 1; order >= 0; --order)
+  for (int order = SplitTerms - 1; order >= 0; --order)
     for (int i = order; i >= 0; --i) {
       const float* b = right.data + (order - i) * right.plane;
       for (std::int64_t k = 0; k < depth; k += tile_cells, b += tile_cells * right.step) {
@@ -60,7 +61,7 @@ inline void store_sums(float* sums, std::int64_t step) {
       [&]<int R, int C>() { store_tile<2 * R + C>(sums + R * tile_rows * step + C * VecF::width, step); });
 }
 
-// The peak throughput of the unit.
+// The PeakLoop (kernel_set.h) of AMX.
 inline double tile_loop(std::int64_t rounds) noexcept {
   alignas(64) float zeros[tile_rows * tile_cells] = {};
   configure_tiles();

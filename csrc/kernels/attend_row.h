@@ -1,5 +1,5 @@
-// Attention for few query rows against many keys (decode): scores are vectors along keys. The products run along
-// head_dim and value_dim: see row_products.h.
+// Attention for few query rows and many keys (decode). Vectors of scores run along keys. In the products, vectors run
+// along head_dim (row_products.h) and value_dim (row_values.h).
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
@@ -13,15 +13,15 @@ namespace selfattn::SELFATTN_ISA {
 template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>>
 struct RowAttention {
   using Products = RowProducts<T, MaxSums, E, Dots>;
-  using Scratch = typename Products::Scratch;
+  using Memory = typename Products::Memory;
   static constexpr int W = Vec<T>::width;
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+    return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
   static void begin(const RowBlock& block) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     for (int r = 0; r < block.count; ++r) {
       const Row& row = block.rows[r];
       if (!block.resumes) start_softmax(row.sink, static_cast<T*>(block.row_max)[r], static_cast<T*>(block.row_sum)[r]);
@@ -36,7 +36,7 @@ struct RowAttention {
   }
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     const bool limited = limits(block, keys);
     ScoreTile<T> tile{.scores = s.scores,
                       .terms = nullptr,
@@ -44,29 +44,31 @@ struct RowAttention {
                       .lanes = static_cast<int>(Products::padded(keys.count)),
                       .step = s.score_step,
                       .limited = limited,
-                      .places = s.places,
+                      .limits = s.limits,
                       .rows = block.rows,
                       .num_rows = block.count,
                       .shares_terms = false,
                       .first_key = keys.first,
                       .num_keys = keys.count};
     describe_rows(tile, block.count);
-    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    const Sight sight = has_terms(block.scoring) ? sight_of(tile, block.scoring) : Sight::everything;
     if (sight == Sight::nothing && !block.rows[0].scores) return;
     Products::score(block, s, keys);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.key_scales + l); });
-    if (block.rows[0].relative) add_relative<AcrossKeys>(tile, static_cast<T>(block.terms.multiplier));
-    const bool hidden = complete_scores<AcrossKeys>(tile, block.terms, sight);
+    if (block.rows[0].relative) add_relative<AcrossKeys>(tile, static_cast<T>(block.scoring.multiplier));
+    const bool hidden = complete_scores<AcrossKeys>(tile, block.scoring, sight);
     for (int r = 0; r < block.count; ++r) exponentiate(block, tile, r, s.rescale[r]);
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
-    if ((limited || hidden) && !Products::finite_values(keys, block.value_dim)) {
-      if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.terms, s.terms);
+    KeyBlock finite = keys;
+    if ((limited || hidden) && !Products::finite_values(keys, block.value_dim) &&
+        (scaled<E> || !Products::Values::replace_hidden(block, s, tile, finite))) {
+      if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.scoring, s.terms);
       return Products::Values::accumulate_visible(block, s, tile, keys);
     }
-    Products::Values::accumulate(block, s, keys);
+    Products::Values::accumulate(block, s, finite);
   }
 
-  // Whether some row sees only some keys of the tile. Lanes that pad the last vector are beyond every row's end.
+  // Whether some row does not see all lanes of the tile. Lanes that pad the last vector are beyond every row's end.
   static bool limits(const RowBlock& block, const KeyBlock& keys) {
     bool limited = keys.count % W != 0;
     for (int r = 0; r < block.count; ++r) {
@@ -103,7 +105,7 @@ struct RowAttention {
 
   template <class Out>
   static void finish_as(const RowBlock& block) {
-    const Scratch s(block);
+    const Memory s(block);
     for (int r = 0; r < block.count; ++r) {
       const Vec<T> factor = output_factor(broadcast(static_cast<const T*>(block.row_sum)[r]), block.normalise);
       Out* out = static_cast<Out*>(block.rows[r].out);

@@ -4,9 +4,10 @@
 //   online softmax down the keys           maxima and sums are vertical: no shuffles
 //   out[dim][row] += value[dim] * probs[key][row]
 //
-// An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips; a strip has
-// as many rows as `Vectors` registers have lanes. Each strip skips the keys that none of its rows can see. So at a
-// causal or window limit, a row computes at most as many hidden keys as a strip has rows, and half of that on average.
+// An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips. A strip has
+// at most as many rows as `Vectors` registers have lanes. Each strip skips the keys before the first and after the last
+// key that its rows can see. So at a causal or window limit, a row computes the scores of at most as many hidden keys
+// as a strip has rows, and of half as many on average. An engine with an `alignment` may add a few.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/dropout.h"
@@ -26,20 +27,20 @@ struct TileAttention {
   static constexpr int W = Vec<T>::width;
   static constexpr int strip_rows = Vectors * W;
 
-  struct Scratch {
+  struct Memory {
     Strip* strips;
     T* queries;  // per strip, packed by the engine
     T* out;      // per strip [value_dim][lanes]
     T* scores;   // [key_block][lanes]; some engines store probs here
     T* terms;    // [key_block][lanes]; the factors of dropout, or mask and bias
-    RowPlaces<T> places;
+    RowLimits<T> limits;
     typename Engine::Memory memory;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : places(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
+    Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : limits(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
       const int count = ceil_div(rows, strip_rows);
       const std::int64_t lanes = round_up(rows, W);  // of all strips; the last strip may have fewer vectors
       strips = carver.take<Strip>(count);
@@ -49,21 +50,21 @@ struct TileAttention {
       terms = carver.take<T>(factor_lines(key_block) * strip_rows);
       bytes = carver.used;
     }
-    explicit Scratch(const RowBlock& block)
-        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+    explicit Memory(const RowBlock& block)
+        : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+    return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
   static void begin(const RowBlock& block) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     T* row_max = static_cast<T*>(block.row_max);
     T* row_sum = static_cast<T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const int left = block.count - first;
-      s.strips[i] = make_strip<T>(block.rows, block.terms, first, left < strip_rows ? left : strip_rows);
+      s.strips[i] = make_strip<T>(block.rows, block.scoring, first, left < strip_rows ? left : strip_rows);
       const int lanes = s.strips[i].vectors * W;
       for (int l = 0; l < lanes && !block.resumes; ++l) {
         const double sink = first + l < block.count ? block.rows[first + l].sink : minus_infinity<double>;
@@ -89,14 +90,15 @@ struct TileAttention {
   }
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
-    const Scratch s(block);
-    if (block.terms.bias && !block.terms.bias_at_hand) touch_bias(block, keys);
-    // Called once per key block, because signal handlers may run between key blocks and use the tile registers.
+    const Memory s(block);
+    if (block.scoring.bias && !block.scoring.bias_at_hand) touch_bias(block, keys);
+    // Called for each key block, not once for all: between key blocks, the driver may run the caller's signal handlers,
+    // and these may use the tile registers.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];
-      // The keys of the block that at least one row of the strip can see.
+      // The keys of the block from the first to the last that any row of the strip can see.
       const std::int64_t end = keys.first + keys.count;
       const std::int64_t from = strip.begin_min > keys.first ? strip.begin_min : keys.first;
       const std::int64_t to = strip.end_max < end ? strip.end_max : end;
@@ -108,73 +110,97 @@ struct TileAttention {
     Engine::stop();
   }
 
-  static T* out_of(const RowBlock& block, const Scratch& s, int first_row) {
+  static T* out_of(const RowBlock& block, const Memory& s, int first_row) {
     return s.out + first_row * Engine::dim_rows(block.value_dim);
   }
 
-  static T* queries_of(const RowBlock& block, const Scratch& s, int first_row) {
+  static T* queries_of(const RowBlock& block, const Memory& s, int first_row) {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
-  // Reads the bias row by row, for one window of keys at a time. A window fits L2 and leaves room for everything else.
+  // Reads the bias row by row before strips read it column by column, for one window of keys at a time. The biases of a
+  // window fit in L2 and leave room for other data.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
-    const std::int64_t step = block.terms.bias_step;
+    const std::int64_t step = block.scoring.bias_step;
     const std::int64_t fitting = bytes / (block.count * (step > 0 ? step : 1)) / block.key_block;
     const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
     if (keys.first % window != 0) return;
     touch_biases(block.rows, block.count, step, keys.first, keys.first + window);
   }
 
-  // Whether the multiplier can be applied later, while exponentials are computed. It can if hiding keys beyond the
-  // rows' limits is the only step in between.
+  // Whether the multiplier can be applied later, while exponentials are computed. It can if no step in between needs
+  // scaled scores: adding relative products does not, and setting hidden scores to -inf does not if the multiplier is
+  // positive.
   static bool can_defer_scale(const RowBlock& block) {
-    return static_cast<T>(block.terms.multiplier) > T(0) && block.terms.softcap == 0 && !block.terms.alibi &&
-           !has_terms(block.terms) && !block.rows[0].scores;
+    return static_cast<T>(block.scoring.multiplier) > T(0) && block.scoring.softcap == 0 && !block.scoring.alibi &&
+           !has_terms(block.scoring) && !block.rows[0].scores;
   }
 
+  // The scores of a strip, before the rows are described.
+  [[gnu::always_inline]] static ScoreTile<T> tile_of(const Memory& s, const Strip& strip, const Row* rows,
+                                                     const SeenKeys& keys, int lanes) {
+    return {.scores = s.scores,
+            .terms = nullptr,
+            .outer = keys.count,
+            .lanes = lanes,
+            .step = lanes,
+            .limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count,
+            .limits = s.limits,
+            .rows = rows,
+            .num_rows = strip.rows,
+            .shares_terms = strip.shares_terms,
+            .first_key = keys.first,
+            .num_keys = keys.count};
+  }
+
+  // Which keys of a tile its rows see. Only needed if some value is not finite.
+  struct Visibility {
+    bool hides_some;  // whether some key may be hidden from some row
+    const Scoring& scoring;
+    const ScoreTile<T>& tile;
+    T* cells;  // memory for mask and bias in the shape of the tile; null if they hide no key
+
+    bool hides(int key) const { return selfattn::SELFATTN_ISA::hides(tile, scoring, key); }  // from all rows
+    // A tile for `visible`.
+    ScoreTile<T> described() const {
+      ScoreTile<T> result = tile;
+      describe_rows(result, tile.lanes);
+      if (cells) result.terms = gather_terms<AcrossRows>(result, scoring, cells);
+      return result;
+    }
+  };
+
   template <int Cols>
-  static void absorb_strip(const RowBlock& block, const Scratch& s, const Strip& strip, const SeenKeys& keys,
+  static void absorb_strip(const RowBlock& block, const Memory& s, const Strip& strip, const SeenKeys& keys,
                            Block& prepared) {
     if constexpr (Cols > 1)
       if (strip.vectors < Cols) return absorb_strip<Cols - 1>(block, s, strip, keys, prepared);
     constexpr int lanes = Cols * W;
-    const bool limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count;
     const Row* rows = block.rows + strip.first_row;
-    ScoreTile<T> tile{.scores = s.scores,
-                      .terms = nullptr,
-                      .outer = keys.count,
-                      .lanes = lanes,
-                      .step = lanes,
-                      .limited = limited,
-                      .places = s.places,
-                      .rows = rows,
-                      .num_rows = strip.rows,
-                      .shares_terms = strip.shares_terms,
-                      .first_key = keys.first,
-                      .num_keys = keys.count};
-    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
-    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    const ScoreTile<T> tile = tile_of(s, strip, rows, keys, lanes);
+    if (tile.limited || block.scoring.alibi || has_terms(block.scoring)) describe_rows(tile, lanes);
+    const Sight sight = has_terms(block.scoring) ? sight_of(tile, block.scoring) : Sight::everything;
     if (sight == Sight::nothing && !rows->scores) return;
 
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
-    T multiplier = static_cast<T>(block.terms.multiplier);
-    Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
+    T multiplier = static_cast<T>(block.scoring.multiplier);
+    Engine::template score<Cols>(prepared, keys, queries, multiplier, s.scores);
     if (rows->relative) add_relative<AcrossRows>(tile, Engine::scales ? multiplier : T(1));
     if (Engine::scales || !can_defer_scale(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
       multiplier = T(1);
     }
-    const bool hidden = complete_scores<AcrossRows>(tile, block.terms, sight);
+    const bool hidden = complete_scores<AcrossRows>(tile, block.scoring, sight);
 
     Vec<T> rescale[Cols];
     const ScoreLines<T> lines{s.scores, s.scores + keys.count * lanes, lanes};
     const auto keep = [&](const Vec<T>(&prob)[Engine::cell], T* line, int lane) {
       Engine::keep_probs(prepared, prob, lines.scores, line, lane);
     };
-    if (block.terms.dropout) {
+    if (block.scoring.dropout) {
       const T* factors =
-          dropout_factors(block.terms.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
+          dropout_factors(block.scoring.dropout, {rows, strip.rows, lanes}, keys.first, keys.count, s.terms);
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, [&](Vec<T>(&prob)[Engine::cell], T* line, int lane) {
         const T* factor = factors + (line - lines.scores) + lane;
         for (int i = 0; i < Engine::cell; ++i) prob[i] = prob[i] * load(factor + i * lanes);
@@ -183,15 +209,13 @@ struct TileAttention {
     } else {
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, keep);
     }
-    Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
-                                      out_of(block, s, strip.first_row), limited || hidden, [&] {
-                                        describe_rows(tile, lanes);
-                                        if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.terms, s.terms);
-                                        return tile;
-                                      });
+    Engine::template accumulate<Cols>(
+        prepared, keys, s.scores, rescale, out_of(block, s, strip.first_row),
+        Visibility{tile.limited || hidden, block.scoring, tile, hidden ? s.terms : nullptr});
   }
 
-  // Multiplies scores by a factor and computes their probs, which keep(prob, line, lane) stores.
+  // Multiplies scores by `factor`, unless the engine has scaled them, and computes their probs, which keep(prob, line,
+  // lane) stores.
   template <int Cols, class Keep>
   [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines,
                                                   T factor, Vec<T> (&rescale)[Cols], Keep keep) {
@@ -214,7 +238,7 @@ struct TileAttention {
 
   template <class Out>
   static void finish_as(const RowBlock& block) {
-    const Scratch s(block);
+    const Memory s(block);
     const T* row_sum = static_cast<const T*>(block.row_sum);
     for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
       const Strip& strip = s.strips[i];

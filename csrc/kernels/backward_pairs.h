@@ -26,9 +26,9 @@ struct BackwardPairs : PairUnit {
   }
   static void keep_joined(const VecF (&numbers)[cell], float* line) { store(line, to_cells(numbers[0], numbers[1])); }
 
-  static VecF without(VecF cells, int part, MaskF lanes) {
+  static VecF without(VecF cells, int half, MaskF lanes) {
     const VecF zero = broadcast(0.0f);
-    return select(lanes, part == 0 ? to_cells(zero, second_of(cells)) : to_cells(first_of(cells), zero), cells);
+    return select(lanes, half == 0 ? to_cells(zero, second_of(cells)) : to_cells(first_of(cells), zero), cells);
   }
 };
 

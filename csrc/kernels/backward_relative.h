@@ -1,11 +1,11 @@
-// The relative half of the backward pass: the gradients of relative products, which multiply a block of query rows by
-// the vectors of distances. The rows are consecutive queries, so each diagonal of the block is one distance. To make a
-// diagonal a column, row r is shifted:
+// The backward pass of relative products. A relative product multiplies a query by the vector of its distance to a key.
+// The rows of a block are consecutive queries, so all pairs of row and key on a diagonal have the same distance. To
+// turn diagonals into columns, each row is shifted:
 //
 //   factors[column][row] = dproducts[row][column - (rows - 1 - row)]
 //
-// All elements of a column belong to one distance. The gradients are then the two sums of backward_sums.h, with the
-// vector of a column's distance in the place of a key.
+// All elements of a column then belong to one distance. The gradients of queries and vectors are the two sums of
+// backward_sums.h, with the vector of a column's distance in the place of a key.
 #pragma once
 #include "kernels/backward_strips.h"
 #include "kernels/backward_sums.h"
@@ -19,13 +19,13 @@ struct RelativeBackward {
   using Sums = BackwardSums<BackwardFma<T>, TileRows, SumRows>;
   static constexpr int W = Vec<T>::width;
 
-  struct Scratch {
+  struct Memory {
     T* factors;  // [column_block][block_lanes]
     T* dquery;   // per strip [head_dim][lanes]
     std::int64_t block_lanes;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int column_block, std::int64_t head_dim) : block_lanes(padded<T>(rows)) {
+    Memory(void* base, int rows, int column_block, std::int64_t head_dim) : block_lanes(padded<T>(rows)) {
       Carver carver{static_cast<char*>(base)};
       factors = carver.take<T>(column_block * block_lanes);
       dquery = carver.take<T>(block_lanes * head_dim);
@@ -38,7 +38,7 @@ struct RelativeBackward {
   };
 
   static void run(const RelativeBlock& block) noexcept {
-    const Scratch s(block.scratch, block.count, block.column_block, block.head_dim);
+    const Memory s(block.scratch, block.count, block.column_block, block.head_dim);
     const std::int64_t step = padded<T>(block.head_dim);
     each_strip_of<T, Vectors>(block.count, [&](int first, int, auto columns) {
       Sums::template clear<columns.value>(block.head_dim, s.dquery + first * block.head_dim);
@@ -54,7 +54,7 @@ struct RelativeBackward {
   }
 
  private:
-  static void absorb(const RelativeBlock& block, const Scratch& s, ColumnRange all) {
+  static void absorb(const RelativeBlock& block, const Memory& s, ColumnRange all) {
     const std::int64_t step = padded<T>(block.head_dim);
     const ColumnRange seen = seen_columns(block, 0, block.count, all);
     if (seen.begin == seen.end) return;
@@ -63,10 +63,10 @@ struct RelativeBackward {
       align(block, s, first, rows, columns.value * W, seen);
       const ColumnRange own = seen_columns(block, first, rows, all);
       if (own.begin == own.end || !block.dquery) return;
-      const std::int64_t place = (own.begin - seen.begin) * s.block_lanes + first;
+      const std::int64_t offset = (own.begin - seen.begin) * s.block_lanes + first;
       Sums::template add_key_sums<columns.value>(
-          {static_cast<const T*>(block.vectors) + own.begin * step, step, own.end - own.begin, s.factors + place,
-           s.block_lanes, zeros.from(place)},
+          {static_cast<const T*>(block.vectors) + own.begin * step, step, own.end - own.begin, s.factors + offset,
+           s.block_lanes, zeros.from(offset)},
           block.head_dim, s.dquery + first * block.head_dim);
     });
     if (block.dvectors)
@@ -75,7 +75,8 @@ struct RelativeBackward {
           block.count, static_cast<T*>(block.dvectors) + seen.begin * step);
   }
 
-  // The columns of `all` whose distance at least one of the rows sees. Empty: begin == end.
+  // The columns of `all` from the first to the last in which one of the rows sees a key. If there is none,
+  // begin == end.
   static ColumnRange seen_columns(const RelativeBlock& block, int first, int rows, ColumnRange all) {
     std::int64_t begin = all.end, end = all.begin;
     for (int i = first; i < first + rows; ++i) {
@@ -93,7 +94,7 @@ struct RelativeBackward {
   }
 
   // Shifts and transposes the rows of a strip.
-  static void align(const RelativeBlock& block, const Scratch& s, int first, int rows, int lanes, ColumnRange columns) {
+  static void align(const RelativeBlock& block, const Memory& s, int first, int rows, int lanes, ColumnRange columns) {
     const T* dproducts = static_cast<const T*>(block.dproducts) - (block.count - 1) + columns.begin;
     rows_to_columns(
         s.factors + first, s.block_lanes, lanes, columns.end - columns.begin, [&](int row, std::int64_t column, int n) {

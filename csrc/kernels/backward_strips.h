@@ -1,4 +1,4 @@
-// The strips of a block of rows in the backward pass (rows that share registers), and their scratch memory.
+// The strips (rows that share registers) of a block of rows in the backward pass, and the block's scratch memory.
 #pragma once
 #include "kernels/dropout.h"
 #include "kernels/kernel_set.h"
@@ -15,7 +15,7 @@ constexpr std::int64_t padded(std::int64_t count) {
   return round_up(count, Vec<T>::width);
 }
 
-// The number of vectors of a strip.
+// The number of vectors of a strip, as a type.
 template <int N>
 struct Columns {
   static constexpr int value = N;
@@ -38,15 +38,15 @@ inline void each_strip_of(int block_rows, Use use) {
   }
 }
 
-// Cells that hold `count` numbers.
+// The number of cells that hold `count` numbers.
 template <class Unit>
 constexpr std::int64_t cells(std::int64_t count) {
   return (count + Unit::cell - 1) / Unit::cell;
 }
 
-// Scratch memory of the kernel.
+// The scratch memory of the kernel.
 template <class Unit, int StripRows>
-struct BackwardScratch {
+struct BackwardMemory {
   using T = typename Unit::Real;
   T* queries;         // per strip [cells of head_dim][lanes]
   T* dout;            // per strip [cells of value_dim][lanes]
@@ -62,14 +62,14 @@ struct BackwardScratch {
   T* dscores;         // [key_block][cells of block_lanes] of all strips
   T* joined_dscores;  // [cells of key_block][block_lanes]; dscores itself if a cell is one number
   T* original;        // [key_block][block_lanes]: scores before the softmax; hidden keys have -inf
-  RowPlaces<T> places;
+  RowLimits<T> limits;
   std::int64_t block_lanes;
   std::size_t bytes;
 
-  BackwardScratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-      : BackwardScratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-  BackwardScratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-      : places(carver, StripRows), block_lanes(padded<T>(rows)) {
+  BackwardMemory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+      : BackwardMemory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+  BackwardMemory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+      : limits(carver, StripRows), block_lanes(padded<T>(rows)) {
     queries = carver.take<T>(block_lanes * cells<Unit>(head_dim));
     dout = carver.take<T>(block_lanes * cells<Unit>(value_dim));
     dquery = carver.take<T>(block_lanes * head_dim);
@@ -91,10 +91,10 @@ struct BackwardScratch {
     original = carver.take<T>(wide);
     bytes = carver.used;
   }
-  explicit BackwardScratch(const BackwardBlock& block)
-      : BackwardScratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+  explicit BackwardMemory(const BackwardBlock& block)
+      : BackwardMemory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
 
-  // The cell that holds a key and a row. `lines` is probs or dscores.
+  // The address of the cell that holds a key and a row, in `lines` (probs or dscores) or in joined_dscores.
   T* line(T* lines, int key, int row) const { return lines + (key * block_lanes + row) / Unit::cell; }
   T* joined(int key, int row) const { return joined_dscores + key / Unit::cell * block_lanes + row; }
 };

@@ -1,4 +1,4 @@
-// The sums of the backward pass, over keys and over rows. In the relative half (backward_relative.h), vectors of
+// The sums of the backward pass, over keys and over rows. For relative products (backward_relative.h), vectors of
 // distances take the place of keys.
 #pragma once
 #include "kernels/backward_strips.h"
@@ -8,8 +8,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The pairs of key and row that sums must skip, because 0 times one of their operands would be NaN. A pair is skipped
-// if its element of `marks`, [key][row], equals `value`. Null: none is skipped.
+// The pairs of key and row that sums must skip. Their factor is 0, but the other operand may be NaN or infinite. A pair
+// is skipped if its element of `marks`, [key][row], equals `value`. If `marks` is null, none is skipped.
 template <class T>
 struct Skipped {
   const T* marks = nullptr;
@@ -17,7 +17,7 @@ struct Skipped {
   std::int64_t step = 0;  // from one key to the next
 
   explicit operator bool() const { return marks != nullptr; }
-  Skipped from(std::int64_t place) const { return {marks ? marks + place : nullptr, value, step}; }
+  Skipped from(std::int64_t offset) const { return {marks ? marks + offset : nullptr, value, step}; }
   Mask<T> lanes(int key, std::int64_t row) const { return load(marks + key * step + row) == broadcast(value); }
   bool at(int key, int row) const { return marks[key * step + row] == value; }
 };
@@ -41,8 +41,8 @@ struct BackwardSums {
   template <int Cols>
   [[gnu::noinline]] static void add_key_sums(const KeySums& sums, std::int64_t head_dim, T* to) {
     if (sums.skipped) return add_some_keys<Cols>(sums, head_dim, to);
-    multiply_rows<TileRows, Cols, Unit>(Transposed<T>{sums.keys, sums.key_step}, head_dim, sums.factors,
-                                        sums.factor_step, cells<Unit>(sums.count),
+    multiply_rows<TileRows, Cols, Unit>(Transposed<T>{sums.keys, sums.key_step}, head_dim,
+                                        RowMajor<T>{sums.factors, sums.factor_step}, cells<Unit>(sums.count),
                                         [&](std::int64_t dim, const auto& tile) {
                                           T* sum = to + dim * Cols * W;
                                           for (const auto& row : tile)
@@ -116,8 +116,9 @@ struct BackwardSums {
   template <int Cols>
   [[gnu::noinline]] static void multiply_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim) {
     const std::int64_t step = sums.row_step;
-    multiply_rows<SumRows, Cols, Unit>(RowMajor<T>{sums.factors, sums.factor_step}, keys, sums.rows + dim, step,
-                                       cells<Unit>(rows), [&](std::int64_t key, const auto& tile) {
+    multiply_rows<SumRows, Cols, Unit>(RowMajor<T>{sums.factors, sums.factor_step}, keys,
+                                       RowMajor<T>{sums.rows + dim, step}, cells<Unit>(rows),
+                                       [&](std::int64_t key, const auto& tile) {
                                          T* sum = to + key * step + dim;
                                          for (const auto& row : tile) {
                                            for (int c = 0; c < Cols; ++c)

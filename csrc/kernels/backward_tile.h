@@ -28,19 +28,19 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Operands are read as cells of the unit (backward_units.h). A cell has the type T, like a computed number. TileRows x
-// Vectors is the shape of tiles whose vectors run across rows, SumRows x SumVectors the shape of tiles whose vectors
-// run along head_dim or value_dim.
+// Operands are read as cells of the unit (backward_units.h). A cell has the type T in the code, even if it holds two
+// numbers. Tiles whose vectors run across rows have the shape TileRows x Vectors. Tiles whose vectors run along
+// head_dim or value_dim have the shape SumRows x SumVectors.
 template <class Unit, int TileRows, int Vectors, int SumRows, int SumVectors>
 struct TileBackward {
   using T = typename Unit::Real;
   using Sums = BackwardSums<Unit, TileRows, SumRows>;
   using Scores = BackwardScores<Unit, Vectors>;
-  using Scratch = typename Scores::Scratch;
+  using Memory = typename Scores::Memory;
   static constexpr int W = Vec<T>::width, cell = Unit::cell;
   static constexpr int strip_rows = Vectors * W;
 
-  // A block of keys and values, the sums of their gradients, and in `joined` the cells of adjacent keys.
+  // A block of keys and values, the sums of their gradients, and `joined`: the keys as cells of adjacent keys.
   struct Keys {
     std::int64_t first;
     int count;
@@ -59,14 +59,15 @@ struct TileBackward {
   static std::int64_t sum_step(std::int64_t width) { return padded<T>(width); }
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
-    return Scratch(nullptr, rows, key_block, head_dim, value_dim).bytes;
+    return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
 
   static void run(const BackwardBlock& block) noexcept {
-    const Scratch s(block);
+    const Memory s(block);
     const std::int64_t key_step = step(block.head_dim), value_step = step(block.value_dim);
-    if (block.terms.bias && !block.terms.bias_at_hand)
-      touch_biases(block.rows, block.count, block.terms.bias_step, block.first_key, block.first_key + block.key_count);
+    if (block.scoring.bias && !block.scoring.bias_at_hand)
+      touch_biases(block.rows, block.count, block.scoring.bias_step, block.first_key,
+                   block.first_key + block.key_count);
     each_strip(block, [&](const Strip& strip, auto columns) {
       const int lanes = columns.value * W;
       pack(static_cast<const T*>(block.queries) + strip.first_row * key_step, strip.rows, block.head_dim, lanes,
@@ -98,7 +99,7 @@ struct TileBackward {
   template <class Use>
   static void each_strip(const BackwardBlock& block, Use use) {
     each_strip_of<T, Vectors>(block.count, [&](int first, int rows, auto columns) {
-      use(make_strip<T>(block.rows, block.terms, first, rows), columns);
+      use(make_strip<T>(block.rows, block.scoring, first, rows), columns);
     });
   }
 
@@ -108,10 +109,10 @@ struct TileBackward {
     });
   }
 
-  static T* queries_of(const BackwardBlock& block, const Scratch& s, const Strip& strip) {
+  static T* queries_of(const BackwardBlock& block, const Memory& s, const Strip& strip) {
     return s.queries + strip.first_row * cells<Unit>(block.head_dim);
   }
-  static T* dout_of(const BackwardBlock& block, const Scratch& s, const Strip& strip) {
+  static T* dout_of(const BackwardBlock& block, const Memory& s, const Strip& strip) {
     return s.dout + strip.first_row * cells<Unit>(block.value_dim);
   }
 
@@ -120,7 +121,7 @@ struct TileBackward {
     std::int64_t begin, end;
   };
 
-  // The part of `seen` within `all`, extended to whole cells: the other keys of a cell are treated as hidden keys.
+  // The part of `seen` within `all`, extended to whole cells. The keys that this adds are treated as hidden.
   static KeyRange whole_cells(const KeyRange& seen, const KeyRange& all) {
     if (seen.begin >= all.end || seen.end <= all.begin || seen.begin >= seen.end) return {all.end, all.end};
     const std::int64_t begin = seen.begin > all.begin ? seen.begin : all.begin;
@@ -128,8 +129,9 @@ struct TileBackward {
     return {begin - (begin - all.begin) % cell, end < all.end ? end : all.end};
   }
 
-  static void absorb(const BackwardBlock& block, const Scratch& s, const Rows& rows, Keys keys) {
-    // The keys that some row sees, and whether any of them is hidden from another row.
+  static void absorb(const BackwardBlock& block, const Memory& s, const Rows& rows, Keys keys) {
+    // `some`: the keys from the first to the last that any row sees. `hides`: whether one of these keys may be hidden
+    // from a row.
     const KeyRange all{keys.first, keys.first + keys.count};
     KeyRange some{all.end, all.begin};
     bool hides = false;
@@ -144,19 +146,45 @@ struct TileBackward {
     each_strip(block, [&](const Strip& strip, auto columns) {
       hides = absorb_strip<decltype(columns)::value>(block, s, strip, keys, seen) || hides;
     });
-    const std::int64_t key_step = sum_step(block.head_dim), value_step = sum_step(block.value_dim);
-    const bool careful = hides && !block.finite;
-    const Skipped<T> skipped{careful ? s.original : nullptr, minus_infinity<T>, s.block_lanes};
-    Sums::template add_row_sums<SumVectors>({s.dscores, s.block_lanes / cell, rows.queries, key_step, skipped},
-                                            seen.count, block.count, keys.dkeys + seen.skipped * key_step);
-    Sums::template add_row_sums<SumVectors>({s.probs, s.block_lanes / cell, rows.dout, value_step, skipped}, seen.count,
-                                            block.count, keys.dvalues + seen.skipped * value_step);
+    add_row_sums(block, s, rows, keys, seen, hides && !block.finite);
   }
 
-  // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key is hidden from some row.
-  // `seen`: the keys that some row of the block sees. probs and dscores start at the first of them.
+  // Adds to the gradients of the block's keys and values. Near the diagonal of a causal problem, later keys are hidden
+  // from the first strips: the sums over a key's rows leave out the strips that do not see the key.
+  static void add_row_sums(const BackwardBlock& block, const Memory& s, const Rows& rows, const Keys& keys,
+                           const SeenKeys& seen, bool careful) {
+    const std::int64_t key_step = sum_step(block.head_dim), value_step = sum_step(block.value_dim);
+    const KeyRange all{seen.first, seen.first + seen.count};
+    for (std::int64_t key = all.begin, next = all.end; key < all.end; key = next, next = all.end) {
+      int first_row = block.count, end_row = 0;
+      each_strip(block, [&](const Strip& strip, auto) {
+        const KeyRange own = whole_cells({strip.begin_min, strip.end_max}, all);
+        if (own.begin > key && own.begin < next) next = own.begin;
+        if (own.end > key && own.end < next) next = own.end;
+        if (own.begin > key || own.end <= key) return;
+        first_row = strip.first_row < first_row ? strip.first_row : first_row;
+        end_row = strip.first_row + strip.rows;
+      });
+      const int before = static_cast<int>(key - all.begin), count = static_cast<int>(next - key);
+      const int row_count = end_row - first_row;
+      const std::int64_t offset = before * s.block_lanes + first_row, to = seen.skipped + before;
+      const Skipped<T> hidden{careful ? s.original + offset : nullptr, minus_infinity<T>, s.block_lanes};
+      const auto add = [&](T* factors, const T* operands, std::int64_t step, T* sums) {
+        Sums::template add_row_sums<SumVectors>({s.line(factors, before, first_row), s.block_lanes / cell,
+                                                 operands + first_row / cell * step, step, hidden},
+                                                count, row_count, sums + to * step);
+      };
+      if (row_count <= 0) continue;
+      add(s.dscores, rows.queries, key_step, keys.dkeys);
+      add(s.probs, rows.dout, value_step, keys.dvalues);
+    }
+  }
+
+  // Computes probs and dscores of a strip, and adds to its dquery. Returns whether some key may be hidden from some
+  // row. `seen`: the keys from the first to the last that any row of the block sees. The arrays probs and dscores start
+  // at the first of them.
   template <int Cols>
-  static bool absorb_strip(const BackwardBlock& block, const Scratch& s, const Strip& strip, const Keys& keys,
+  static bool absorb_strip(const BackwardBlock& block, const Memory& s, const Strip& strip, const Keys& keys,
                            const SeenKeys& seen) {
     constexpr int lanes = Cols * W;
     const auto [from, to] = whole_cells({strip.begin_min, strip.end_max}, {seen.first, seen.first + seen.count});
@@ -174,31 +202,31 @@ struct TileBackward {
                       .lanes = lanes,
                       .step = lanes,
                       .limited = limited,
-                      .places = s.places,
+                      .limits = s.limits,
                       .rows = block.rows + strip.first_row,
                       .num_rows = strip.rows,
                       .shares_terms = strip.shares_terms,
                       .first_key = from,
                       .num_keys = count};
-    if (limited || block.terms.alibi || has_terms(block.terms)) describe_rows(tile, lanes);
-    const Sight sight = has_terms(block.terms) ? sight_of(tile, block.terms) : Sight::everything;
+    if (limited || block.scoring.alibi || has_terms(block.scoring)) describe_rows(tile, lanes);
+    const Sight sight = has_terms(block.scoring) ? sight_of(tile, block.scoring) : Sight::everything;
     if (sight == Sight::nothing) {
       Scores::template hide<Cols>(s, strip, before, before + count);
       return true;
     }
     const SeenKeys own{from, seen.skipped + before, count};
-    multiply<Cols>(keys.keys, own, queries_of(block, s, strip), block.head_dim, static_cast<T>(block.terms.multiplier),
-                   s.scores);
+    multiply<Cols>(keys.keys, own, queries_of(block, s, strip), block.head_dim,
+                   static_cast<T>(block.scoring.multiplier), s.scores);
     const bool hides = Scores::complete(block, s, tile, sight) || limited || count < seen.count;
     multiply<Cols>(keys.values, own, dout_of(block, s, strip), block.value_dim, T(1), s.dprobs);
     if (block.dweights) Scores::add_dweights(block, s, tile);
-    const std::int64_t place = before * s.block_lanes + strip.first_row;
-    if (!block.finite) Scores::template keep_original<Cols>(s, place, count);
-    const Dropout& dropout = block.terms.dropout;
+    const std::int64_t offset = before * s.block_lanes + strip.first_row;
+    if (!block.finite) Scores::template keep_original<Cols>(s, offset, count);
+    const Dropout& dropout = block.scoring.dropout;
     const T* factors =
         dropout ? dropout_factors(dropout, {tile.rows, strip.rows, lanes}, from, count, s.factors) : nullptr;
     Scores::template differentiate<Cols>(block, s, strip, own, before, factors);
-    const Skipped<T> skipped{hides && !block.finite ? s.original + place : nullptr, minus_infinity<T>, s.block_lanes};
+    const Skipped<T> skipped{hides && !block.finite ? s.original + offset : nullptr, minus_infinity<T>, s.block_lanes};
     const std::int64_t key_step = sum_step(block.head_dim);
     Sums::template add_key_sums<Cols>({keys.joined + own.skipped / cell * key_step, key_step, count,
                                        s.joined(before, strip.first_row), s.block_lanes, skipped},

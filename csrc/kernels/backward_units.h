@@ -1,17 +1,18 @@
-// The units that multiply in the backward pass, and the form of operands that each of them reads.
+// The units that multiply in the backward pass, and the form of the operands that each unit reads.
 //
 // A unit multiplies one cell at a time: one number, or a pair of bfloat16. Products over head_dim read the operands'
-// rows in memory as cells. Sums over keys or rows need cells of adjacent keys or rows:
+// rows in memory as cells. Sums over keys need cells of adjacent keys, and sums over rows need cells of adjacent rows.
+// So a unit defines:
 //   join           [row][dim] -> [cell of rows][dim]
-//   keep_lines     stores the numbers of `cell` keys as lines of cells of rows, [key][cell of rows]
-//   keep_joined    stores them as one line of cells of keys, [cell of keys][row]
-//   without        clears one part of a cell in some lanes
+//   keep_lines     stores the numbers of `cell` keys as cells of adjacent rows: [key][cell of rows]
+//   keep_joined    stores the same numbers as cells of adjacent keys: [cell of keys][row]
+//   without        sets one half of each cell to 0 in some lanes
 #pragma once
 #include "kernels/tile_matmul.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-// A cell is a number, so all forms are the same.
+// A cell is one number, so all forms are the same.
 template <class T>
 struct BackwardFma : FmaUnit<T> {
   using FmaUnit<T>::cell;

@@ -1,6 +1,7 @@
 // Dropout: decides which weights are kept (decision 11). The random numbers come from Philox4x32-10 (Salmon et al.,
-// "Parallel random numbers: as easy as 1, 2, 3", 2011). It encrypts a counter, so a weight's number depends only on its
-// batch entry, head, query and key. One block of the cipher consists of the words of four adjacent keys of a row.
+// "Parallel random numbers: as easy as 1, 2, 3", 2011). Philox is a cipher: it encrypts a counter, with the seed as the
+// cipher's key. So a weight's random number depends only on the seed and on the weight's batch entry, head, query and
+// key. One block of the cipher has the words of four adjacent keys of a row.
 #pragma once
 #include <cstdint>
 
@@ -34,13 +35,13 @@ struct RowLanes {
   int count, lanes;
 };
 
-// The number of lines that dropout_factors may write for `keys` keys, since it writes whole blocks of the cipher.
+// The largest number of lines that dropout_factors writes for `keys` keys: it writes whole blocks of the cipher.
 constexpr std::int64_t factor_lines(std::int64_t keys) { return keys + 2 * (keys_per_block - 1); }
 
 // Computes the factors of weights, 0 or dropout.factor: factors[key][lane]. Returns the line of the first key. Kernels
-// that take keys in pairs start at an even key, so the partner of the last key is in the same block of the cipher and
-// has a line, too. Arguments are passed by value, because stores cannot change copies: the compiler can keep in
-// registers what it computes from the seed and the rows.
+// that process keys in pairs start at an even key. The second key of the last pair may be beyond the last key. It still
+// has a line, because it is in the same block of the cipher as the first. Arguments are passed by value: the compiler
+// then knows that stores to `factors` do not change them, and keeps what it computes from them in registers.
 template <class T>
 [[gnu::noinline]] inline const T* dropout_factors(const Dropout dropout, const RowLanes tile, std::int64_t first_key,
                                                   int keys, T* factors) {

@@ -18,7 +18,8 @@ constexpr bool scaled = false;
 template <>
 inline constexpr bool scaled<Int8> = true;
 
-// Calls use with a value of the block's output type. T: the type of computation.
+// Calls `use` with a value of the C++ type that corresponds to `type`, the type of the outputs. T: the type of
+// computation.
 template <class T, class Use>
 inline void use_out_type(DType type, Use use) {
   if constexpr (sizeof(T) == sizeof(float)) {

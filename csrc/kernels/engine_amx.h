@@ -8,9 +8,9 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-template <class E, int Terms>
-struct AmxEngine : PairOperands<E, Terms> {
-  using Operands = PairOperands<E, Terms>;
+template <class E, int SplitTerms>
+struct AmxEngine : PairOperands<E, SplitTerms> {
+  using Operands = PairOperands<E, SplitTerms>;
   using Operands::cell;
   using Operands::row_cells;
   using Operands::W;
@@ -19,12 +19,12 @@ struct AmxEngine : PairOperands<E, Terms> {
   static constexpr bool scales = false;
 
   struct Memory : Operands::Memory {
-    float* probs;  // [term][cells of keys][lanes]
+    float* probs;  // [split term][cells of keys][lanes]
     std::int64_t prob_plane;
 
     Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Operands::Memory(carver, key_block, head_dim, value_dim), prob_plane(row_cells(key_block) * 2 * W) {
-      probs = carver.take<float>(Terms * prob_plane);
+      probs = carver.take<float>(SplitTerms * prob_plane);
     }
   };
 
@@ -43,19 +43,19 @@ struct AmxEngine : PairOperands<E, Terms> {
   // Computes scores without the multiplier.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                                      std::int64_t head_dim, std::int64_t, float, float* scores) {
-    const std::int64_t depth = row_cells(head_dim), step = block.memory.key_step;
+                                      float, float* scores) {
+    const std::int64_t depth = row_cells(block.head_dim), step = block.memory.key_step;
     const CellMatrix packed{queries.packed, Cols * W, depth * Cols * W};
     for (int key = 0; key < seen.count; key += 2 * W) {
       const CellMatrix keys{block.memory.keys + (seen.skipped + key) * step, step, block.memory.key_plane};
       multiply_rows_of<Cols>(seen.count - key, keys, packed, depth, scores + key * Cols * W, /*adds=*/false);
     }
-    Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, 1.0f, scores);
+    Operands::recompute_scores(block, seen, queries, Cols * W, 1.0f, scores);
   }
 
   static void keep_probs(const Block& block, const VecF (&prob)[cell], float* scores, float* line, int lane) {
     VecF rest[cell] = {prob[0], prob[1]};
-    for (int t = 0; t < Terms; ++t) {
+    for (int t = 0; t < SplitTerms; ++t) {
       const VecF cells = to_cells(rest[0], rest[1]);
       store(block.probs + t * block.prob_plane + (line - scores) / cell + lane, cells);
       rest[0] = rest[0] - first_of(cells);
@@ -63,30 +63,30 @@ struct AmxEngine : PairOperands<E, Terms> {
     }
   }
 
-  template <int Cols, class Tile>
+  template <int Cols, class Visibility>
   static void accumulate(const Block& block, const SeenKeys& seen, const float*, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
-    rescale_sums<Cols>(rescale, value_dim, out);
+                         float* out, const Visibility& visibility) {
+    rescale_sums<Cols>(rescale, block.value_dim, out);
     // Pads the probs with 0 up to the end of the last tile.
     const std::int64_t used = ceil_div(seen.count, cell), depth = row_cells(seen.count);
-    for (int t = 0; t < Terms; ++t)
+    for (int t = 0; t < SplitTerms; ++t)
       for (std::int64_t i = used * Cols * W; i < depth * Cols * W; i += W)
         store(block.probs + t * block.prob_plane + i, broadcast(0.0f));
-    multiply_values<Cols>(block, seen, depth, value_dim, out);
+    multiply_values<Cols>(block, seen, depth, out);
     const auto prob = [&](int key, int c) {
       VecF sum = broadcast(0.0f);
-      for (int t = Terms - 1; t >= 0; --t) {
+      for (int t = SplitTerms - 1; t >= 0; --t) {
         const VecF cells = load(block.probs + t * block.prob_plane + (key / cell * Cols + c) * W);
         sum = sum + (key % cell == 0 ? first_of(cells) : second_of(cells));
       }
       return sum;
     };
-    if (!block.splits_values)
-      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, tile());
+    if (!block.splits_values) Operands::template add_unsplittable_values<Cols>(block, seen, prob, out, visibility);
   }
 
  private:
-  // Does nothing if no maximum has changed, which is usual after the first few blocks.
+  // Multiplies the outputs of earlier blocks by `rescale`. Skips this if no maximum has changed, which is usual after
+  // the first few blocks.
   template <int Cols>
   static void rescale_sums(const VecF (&rescale)[Cols], std::int64_t value_dim, float* out) {
     bool moved = false;
@@ -98,8 +98,8 @@ struct AmxEngine : PairOperands<E, Terms> {
 
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, std::int64_t depth,
-                                                std::int64_t value_dim, float* out) {
-    const std::int64_t step = block.memory.value_step;
+                                                float* out) {
+    const std::int64_t step = block.memory.value_step, value_dim = block.value_dim;
     const CellMatrix probs{block.probs, Cols * W, block.prob_plane};
     for (std::int64_t dim = 0; dim < value_dim; dim += 2 * W) {
       const CellMatrix values{block.memory.values + dim * step + seen.skipped / cell, step, block.memory.value_plane};
@@ -107,7 +107,7 @@ struct AmxEngine : PairOperands<E, Terms> {
     }
   }
 
-  // Multiplies one or two tiles of rows, depending on how many rows are left.
+  // Multiplies two tiles of rows, or one if at most 16 rows are left.
   template <int Cols>
   static void multiply_rows_of(std::int64_t left, const CellMatrix& a, const CellMatrix& b, std::int64_t depth,
                                float* sums, bool adds) {
@@ -126,7 +126,7 @@ struct AmxEngine : PairOperands<E, Terms> {
     const auto load_left = [&]<int Tile, int R>(int term, std::int64_t k) {
       load_tile<Tile>(a.data + term * a.plane + R * tile_rows * a.step + k, a.step);
     };
-    multiply_cells<Terms, Rows, Cols>(load_left, b, depth);
+    multiply_cells<SplitTerms, Rows, Cols>(load_left, b, depth);
     store_sums<Rows, Cols>(sums, Cols * W);
   }
 };

@@ -5,7 +5,7 @@
 //   pack_queries    packs the queries of a strip, once per block of rows
 //   prepare         prepares a block of keys and values, once for all strips that see it
 //   score           scores[key][row] = key . query, times the multiplier if the engine `scales`
-//   keep_probs      stores the probs of `cell` keys where accumulate expects them; `line`: the first key's scores
+//   keep_probs      stores the probs of `cell` keys where accumulate reads them; `line`: the scores of the first key
 //   accumulate      out[dim][row] = out * rescale + sum over keys of value[dim] * probs[key][row]
 // A strip may start at any key whose index within the block is a multiple of `alignment`.
 #pragma once
@@ -26,7 +26,7 @@ struct SeenKeys {
   int count;
 };
 
-// The rows of a strip: in memory, and packed for the unit.
+// The queries of a strip: as rows in memory, and packed for the unit.
 template <class T>
 struct StripQueries {
   const Row* rows;
@@ -45,16 +45,21 @@ struct FmaEngine {
   static constexpr bool scales = true;
 
   struct Memory {
-    Memory(Carver&, int, std::int64_t, std::int64_t) {}
+    T* values;  // [key][value_dim]: a copy without values that are not finite; see `accumulate`
+
+    Memory(Carver& carver, int key_block, std::int64_t, std::int64_t value_dim)
+        : values(carver.take<T>(key_block * value_dim)) {}
   };
 
   struct Block {
+    std::int64_t head_dim, value_dim;
     const T* keys;
     std::int64_t key_step;
     const T* values;
     std::int64_t value_step;
     const T* next_keys;
-    bool fetches;  // the strip that is computed first prefetches for all strips
+    T* clean_values;  // see Memory
+    bool fetches;     // true until the first strip is computed, which prefetches for all strips
   };
 
   static void start() {}
@@ -69,9 +74,16 @@ struct FmaEngine {
     });
   }
 
-  static Block prepare(const RowBlock&, const KeyBlock& keys, const Memory&) {
-    return {static_cast<const T*>(keys.keys),      keys.key_step, static_cast<const T*>(keys.values), keys.value_step,
-            static_cast<const T*>(keys.next_keys), true};
+  static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
+    return {rows.head_dim,
+            rows.value_dim,
+            static_cast<const T*>(keys.keys),
+            keys.key_step,
+            static_cast<const T*>(keys.values),
+            keys.value_step,
+            static_cast<const T*>(keys.next_keys),
+            memory.values,
+            true};
   }
 
   template <int Rows, int Cols>
@@ -82,11 +94,11 @@ struct FmaEngine {
   // The two products are not inlined, so that their loops have all registers to themselves.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
-                                      std::int64_t head_dim, std::int64_t value_dim, T multiplier, T* scores) {
+                                      T multiplier, T* scores) {
     const Ahead<T> values{block.fetches ? block.values + seen.skipped * block.value_step : nullptr, block.value_step,
-                          value_dim};
+                          block.value_dim};
     multiply_rows<TileRows, Cols, FmaUnit<T>>(RowMajor<T>{block.keys + seen.skipped * block.key_step, block.key_step},
-                                              seen.count, queries.packed, Cols * W, head_dim,
+                                              seen.count, RowMajor<T>{queries.packed, Cols * W}, block.head_dim,
                                               [&](std::int64_t key, const auto& sums) {
                                                 T* score = scores + key * Cols * W;
                                                 values.fetch(key, key + rows_of(sums));
@@ -100,28 +112,51 @@ struct FmaEngine {
     store(line + lane, prob[0]);  // replaces the score
   }
 
-  // `hides`: some key of the block may be hidden from some row. tile() returns the ScoreTile that tells which.
-  template <int Cols, class Tile>
-  static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
-                         std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
-    const T* values = block.values + seen.skipped * block.value_step;
-    if (hides && !all_finite([&](int j) { return values + j * block.value_step; }, seen.count, value_dim)) {
-      accumulate_visible<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out, tile());
-    } else {
-      const bool next = block.fetches && block.next_keys;
-      multiply_values<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out,
-                            {next ? block.next_keys : nullptr, block.key_step, head_dim});
-    }
+  // If all rows hide a value that is not finite, a copy has 0 in its place. If some row sees such a value, a slower
+  // path skips hidden keys.
+  template <int Cols, class Visibility>
+  static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols], T* out,
+                         const Visibility& visibility) {
+    Transposed<T> values = values_of(block, seen);
+    const auto value = [&](int key) { return values.data + key * values.step; };
+    const bool finite = !visibility.hides_some || all_finite(value, seen.count, block.value_dim);
+    if (finite || copy_finite(block, seen.count, visibility, values))
+      multiply_values<Cols>(block, values, seen.count, probs, rescale, out);
+    else
+      accumulate_visible<Cols>(block, seen, probs, rescale, out, visibility.described());
     block.fetches = false;
   }
 
  private:
+  static Transposed<T> values_of(const Block& block, const SeenKeys& seen) {
+    return {block.values + seen.skipped * block.value_step, block.value_step};
+  }
+
+  // Replaces `values` by a copy in which values that are not finite and hidden from all rows are 0. Returns false if a
+  // row sees one.
+  template <class Visibility>
+  static bool copy_finite(const Block& block, int count, const Visibility& visibility, Transposed<T>& values) {
+    const std::int64_t value_dim = block.value_dim;
+    T* to = block.clean_values;
+    for (int key = 0; key < count; ++key, to += value_dim) {
+      const T* from = values.data + key * values.step;
+      const bool finite = all_finite([&](int) { return from; }, 1, value_dim);
+      if (!finite && !visibility.hides(key)) return false;
+      for (std::int64_t d = 0; d < value_dim; d += W)
+        store_up_to(to + d, finite ? load_up_to(from + d, value_dim - d) : broadcast(T(0)), value_dim - d);
+    }
+    values = {block.clean_values, value_dim};
+    return true;
+  }
+
   template <int Cols>
-  [[gnu::noinline]] static void multiply_values(const T* values, std::int64_t value_step, int count, const T* probs,
-                                                const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                                const Ahead<T>& next_keys) {
+  [[gnu::noinline]] static void multiply_values(const Block& block, const Transposed<T>& values, int count,
+                                                const T* probs, const Vec<T> (&rescale)[Cols], T* out) {
+    const std::int64_t value_dim = block.value_dim;
+    const bool next = block.fetches && block.next_keys;
+    const Ahead<T> next_keys{next ? block.next_keys : nullptr, block.key_step, block.head_dim};
     multiply_rows<TileRows, Cols, FmaUnit<T>>(
-        Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count, [&](std::int64_t dim, const auto& sums) {
+        values, value_dim, RowMajor<T>{probs, Cols * W}, count, [&](std::int64_t dim, const auto& sums) {
           T* o = out + dim * Cols * W;
           next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
           for (const auto& row : sums)
@@ -129,16 +164,17 @@ struct FmaEngine {
         });
   }
 
-  // Computes the same sums in the same order as multiply_rows, but skips hidden keys instead of multiplying them by 0.
+  // Computes the same sums in the same order as multiply_values, but skips hidden keys instead of multiplying their
+  // values by 0.
   template <int Cols>
-  static void accumulate_visible(const T* values, std::int64_t value_step, int count, const T* probs,
-                                 const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                 const ScoreTile<T>& tile) {
-    for (std::int64_t dim = 0; dim < value_dim; ++dim)
+  static void accumulate_visible(const Block& block, const SeenKeys& seen, const T* probs,
+                                 const Vec<T> (&rescale)[Cols], T* out, const ScoreTile<T>& tile) {
+    const T* values = values_of(block, seen).data;
+    for (std::int64_t dim = 0; dim < block.value_dim; ++dim)
       for (int c = 0; c < Cols; ++c, out += W) {
         Vec<T> sum = broadcast(T(0));
-        for (int key = 0; key < count; ++key) {
-          const Vec<T> value = broadcast(values[key * value_step + dim]);
+        for (int key = 0; key < seen.count; ++key) {
+          const Vec<T> value = broadcast(values[key * block.value_step + dim]);
           const Vec<T> prob = load(probs + (key * Cols + c) * W);
           sum = select(visible<AcrossRows>(tile, key, c * W), fma(value, prob, sum), sum);
         }

@@ -11,8 +11,8 @@ struct PairUnit {
   static VecF add_product(VecF a, VecF b, VecF sum) { return add_products(a, b, sum); }
 };
 
-// The row kernel's dot products of queries and keys. These are bfloat16, so the products of pairs are exact. The sums
-// of values use FMA instead.
+// The row kernel's dot products of queries and keys, which are bfloat16, so every product is exact. The row kernel's
+// sums of values use FMA, so probs are not rounded to bfloat16.
 struct PairDots {
   using Q = BFloat;
   static constexpr const char* unit = "bfloat16 dots";
@@ -40,12 +40,12 @@ struct PairEngine : PairOperands<E, 1> {
 
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                                      std::int64_t head_dim, std::int64_t, float multiplier, float* scores) {
+                                      float multiplier, float* scores) {
     const std::int64_t step = block.memory.key_step;
     const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
-    store_products<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, ceil_div(head_dim, cell), multiplier,
-                                             scores);
-    Operands::recompute_scores(block, seen, queries, head_dim, Cols * W, multiplier, scores);
+    store_products<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, ceil_div(block.head_dim, cell),
+                                             multiplier, scores);
+    Operands::recompute_scores(block, seen, queries, Cols * W, multiplier, scores);
   }
 
   // Probs overwrite the scores.
@@ -53,25 +53,24 @@ struct PairEngine : PairOperands<E, 1> {
     store(scores + (line - scores) / cell + lane, to_cells(prob[0], prob[1]));
   }
 
-  template <int Cols, class Tile>
+  template <int Cols, class Visibility>
   static void accumulate(const Block& block, const SeenKeys& seen, const float* probs, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
-    multiply_values<Cols>(block, seen, probs, rescale, value_dim, out);
+                         float* out, const Visibility& visibility) {
+    multiply_values<Cols>(block, seen, probs, rescale, out);
     const auto prob = [&](int key, int c) {
       const VecF cells = load(probs + (key / cell * Cols + c) * W);
       return key % cell == 0 ? first_of(cells) : second_of(cells);
     };
-    if (!block.splits_values)
-      Operands::template add_unsplittable_values<Cols>(block, seen, prob, value_dim, out, tile());
+    if (!block.splits_values) Operands::template add_unsplittable_values<Cols>(block, seen, prob, out, visibility);
   }
 
  private:
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, const float* probs,
-                                                const VecF (&rescale)[Cols], std::int64_t value_dim, float* out) {
+                                                const VecF (&rescale)[Cols], float* out) {
     multiply_rows<TileRows, Cols, PairUnit>(
-        RowMajor<float>{block.memory.values + seen.skipped / cell, block.memory.value_step}, value_dim, probs, Cols * W,
-        ceil_div(seen.count, cell), [&](std::int64_t dim, const auto& sums) {
+        RowMajor<float>{block.memory.values + seen.skipped / cell, block.memory.value_step}, block.value_dim,
+        RowMajor<float>{probs, Cols * W}, ceil_div(seen.count, cell), [&](std::int64_t dim, const auto& sums) {
           float* o = out + dim * Cols * W;
           for (const auto& row : sums)
             for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));

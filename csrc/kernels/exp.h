@@ -15,7 +15,7 @@ template <>
 struct Exp2<float> {
   static constexpr float coefficients[] = {0.00015453163134738f, 0.0013390863583684f, 0.0096180825569226f,
                                            0.055503571138085f,   0.24022650760569f,   0.69314718802631f};
-  static constexpr float lowest = -160.0f;  // 2^-160 is 0, and t - round(t) stays exact
+  static constexpr float lowest = -160.0f;  // 2^-160 rounds to 0, and t - round(t) stays exact
 };
 template <>
 struct Exp2<double> {

@@ -13,8 +13,8 @@ namespace selfattn::avx512_bf16 {
 
 void project_f32(const ProjectArgs& args) noexcept { project<WidenedUnit, 8, 3, float, FloatPair>(args); }
 
-// The AVX-512 kernels plus products of bfloat16. On CPUs that also have AVX512_FP16, a dot product was measured to take
-// as long as four FMAs instead of one.
+// The AVX-512 kernels, and kernels that multiply bfloat16 in pairs. On CPUs that also have AVX512_FP16, this set is not
+// the default: there, a dot product of pairs was measured to take as long as four FMAs instead of one.
 extern constexpr KernelSet kernels{
     .name = "avx512_bf16",
     .features = feature_avx512 | feature_avx512_bf16,

@@ -1,8 +1,7 @@
 // The interface between the drivers in csrc/ and the kernels, which are compiled once per ISA.
 //
-// A block of query rows attends to one block of keys after another:
+// A block of query rows attends to one block of keys after another. It may be finished in between and resumed later:
 //   begin(rows); absorb(rows, keys 0..127); absorb(rows, keys 128..255); ...; finish(rows)
-// A block may be finished in between and resumed later.
 // Everything that differs between rows is in Row, so kernels do not deal with batches, heads, groups or layouts.
 #pragma once
 #include <cstddef>
@@ -17,16 +16,16 @@ namespace selfattn {
 struct Row {
   const void* query;         // head_dim contiguous elements of the kernel's query type
   void* out;                 // value_dim contiguous elements of the block's out_type
-  const std::uint8_t* mask;  // the row's mask, at key 0; null: all keys are visible
-  const char* bias;          // the row's bias, at key 0; null: none
-  const void* relative;      // added to q.k before scaling; in the type of computation, at key 0; null: none
-  void* scores;              // where to store the row's final scores, at key 0; null: nowhere
+  const std::uint8_t* mask;  // the row's mask, from key 0 on; null: all keys are visible
+  const char* bias;          // the row's bias, from key 0 on; null: none
+  const void* relative;      // added to q.k before scaling; in the type of computation, from key 0 on; null: none
+  void* scores;              // where to store the row's final scores, from key 0 on; null: nowhere
   std::int64_t key_begin;    // first visible key
   std::int64_t key_end;      // end of the visible keys; mask and bias may hide keys in between
   std::int64_t position;     // ALiBi distances are measured from this key; without sinks, clamped to the visible keys
   double slope;              // ALiBi slope
   double omitted;            // what clamping `position` adds to every score (log2 units); subtracted from lse
-  double sink;               // logit that is added to the denominator only (log2 units), or -inf
+  double sink;               // logit whose exponential is added to the softmax's denominator (log2 units), or -inf
   std::uint32_t place[3];    // identifies the row for dropout: batch entry, head, query
 };
 
@@ -40,8 +39,8 @@ struct Dropout {
   explicit operator bool() const { return factor != 0; }
 };
 
-// How a product q.k becomes a score, and dropout. All rows of a call share these terms.
-struct ScoreTerms {
+// How products q.k become scores, and how weights are dropped. The same for all rows of a block.
+struct Scoring {
   double multiplier = 0;  // applied first; the result is in log2 units unless softcap follows
   double softcap = 0;     // applied next: softcap * tanh(score), in log2 units; 0: none
   bool alibi = false;
@@ -49,8 +48,8 @@ struct ScoreTerms {
   bool bias = false;
   DType bias_type = DType::f32;
   bool bias_at_hand = false;  // the bias was computed for this block and is in scratch memory, not the caller's
-  // The bias is at hand and is the only term, and all rows read one line of memory: each row starts one element before
-  // the previous row.
+  // The bias is at hand, there is no mask, and all rows read their biases from one array: the bias of each row starts
+  // one element before that of the previous row.
   bool toeplitz = false;
   std::int64_t mask_step = 0;  // bytes from one key to the next
   std::int64_t bias_step = 0;
@@ -65,8 +64,8 @@ struct KeyBlock {
   const void* values;  // rows of value_dim contiguous elements, `value_step` elements apart
   std::int64_t value_step;
   const void* next_keys;  // keys to prefetch for the next block, with the same count and step; null: unknown
-  // Kernels that read by row use these arrays instead of `keys` and `values`. Each has pointers to `count` rows at any
-  // addresses, then to rows_ahead more rows, which are only prefetched.
+  // Kernels that read by row use these arrays instead of `keys` and `values`. Each holds pointers to `count` rows,
+  // which may be anywhere in memory, then to rows_ahead more rows, which are only prefetched.
   const void* const* key_rows;
   const void* const* value_rows;
   const float* key_scales;  // int8 only: one scale per key (number = code * scale), padded to whole vectors
@@ -80,12 +79,12 @@ struct RowBlock {
   int key_block;  // the largest KeyBlock::count that will be absorbed
   std::int64_t head_dim;
   std::int64_t value_dim;
-  ScoreTerms terms;
+  Scoring scoring;
   DType out_type;  // the type of computation, or a 16-bit type
   bool normalise;  // whether finish divides by row_sum; false if more keys follow or are in other ranges
   bool resumes;    // begin continues from row_max, row_sum and the rows' out, as finish left them without normalising
-  void* row_max;   // per row, in the type of computation; valid after finish; padded to whole strips
-  void* row_sum;
+  // Per row, padded to whole strips: the maximum score and the sum of probs. Drivers read them after finish.
+  void *row_max, *row_sum;
   void* scratch;  // scratch_bytes(...) bytes, 64-byte aligned
 };
 
@@ -104,12 +103,12 @@ struct AttendKernel {
 };
 
 // The backward pass of one block of query rows of a head against a range of keys. Queries, keys, values and the
-// gradient of out have the kernel's operand type, everything else has the type of computation. All rows are contiguous
+// gradient of out have the kernel's operand type; everything else has the type of computation. All rows are contiguous
 // and zero-padded to whole vectors; the next row follows directly.
 struct BackwardBlock {
   const Row* rows;  // what each row sees, and its terms; query, out and scores are not used
   int count;
-  ScoreTerms terms;
+  Scoring scoring;
   std::int64_t head_dim;
   std::int64_t value_dim;
   const void* queries;  // [row][head_dim]
@@ -119,29 +118,30 @@ struct BackwardBlock {
   const void* shift;
   const void* factor;
   const void* delta;
-  void* dquery;  // [row][head_dim], overwritten: the gradient of the queries, before the scale
+  void* dquery;  // [row][head_dim], overwritten: the gradient of the queries, not yet multiplied by the scale
   std::int64_t first_key;
   int key_count;
   int key_block;       // keys that are processed at a time
   const void* keys;    // [key][head_dim]
   const void* values;  // [key][value_dim]
-  void* dkeys;         // added to: the gradients of the keys, before the scale, and of the values
+  void* dkeys;         // added to: the gradients of the keys, not yet multiplied by the scale, and of the values
   void* dvalues;
   bool finite;  // none of queries, dout, keys and values is NaN or infinite
-  // [row][key]: gradients of the scores, and of the products before the scale. They differ if there is a softcap.
-  // Null: not wanted. Only keys that some row of the strip sees are written.
+  // [row][key]: the gradients of the scores, and of the scaled products from which the scores are computed. They differ
+  // if there is a softcap. Null: not wanted. Keys that no row of a strip sees may be left unwritten.
   void* dscores;
   std::int64_t dscore_step;  // elements from one row to the next
   void* dproducts;
   std::int64_t dproduct_step;
-  const void* dweights;       // of row 0 at key 0: added to the gradients of probs; null: none
+  const void* dweights;       // from row 0 and key 0 on: added to the gradients of probs; null: none
   std::int64_t dweight_step;  // elements from one row to the next
   void* scratch;
 };
 
-// The relative half of the backward pass, for the keys and rows of a BackwardBlock whose rows are consecutive queries.
-// Column c of a block belongs to the pairs of row i and key first_key + c - (count - 1 - i), which all have the same
-// distance. Rows are padded as in BackwardBlock.
+// The backward pass of relative products (backward_relative.h), for the keys and rows of a BackwardBlock whose rows are
+// consecutive queries. Column c consists of the pairs of row i and key first_key + c - (count - 1 - i), for all i.
+// These pairs have the same distance. Arrays are padded as in BackwardBlock. Gradients are not yet multiplied by the
+// scale.
 struct RelativeBlock {
   const Row* rows;
   int count;
@@ -153,11 +153,11 @@ struct RelativeBlock {
                           // elements before and after the keys of each row
   std::int64_t dproduct_step;
   const void* queries;  // [row][head_dim]
-  const void* vectors;  // [column][head_dim]
-  void* dquery;         // [row][head_dim], overwritten: the gradient of the queries, before the scale; null: not wanted
-  void* dvectors;  // [column][head_dim], added to: the gradients of the vectors, before the scale; null: not wanted
-  bool finite;     // none of queries and vectors is NaN or infinite
-  void* scratch;   // as for BackwardBlock
+  const void* vectors;  // [column][head_dim]: the vector of each column's distance
+  void* dquery;         // [row][head_dim], overwritten: the gradient of the queries; null: not wanted
+  void* dvectors;       // [column][head_dim], added to: the gradients of the vectors; null: not wanted
+  bool finite;          // none of queries and vectors is NaN or infinite
+  void* scratch;        // as for BackwardBlock
 };
 
 struct BackwardKernel {
@@ -166,20 +166,21 @@ struct BackwardKernel {
   int lanes;  // numbers of the type of computation in a vector
   std::size_t (*scratch_bytes)(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim);
   void (*run)(const BackwardBlock&) noexcept;
-  void (*run_relative)(const RelativeBlock&) noexcept;               // only of kernels on FMA
-  bool (*finite)(const void* numbers, std::int64_t count) noexcept;  // of the operands' type
+  void (*run_relative)(const RelativeBlock&) noexcept;  // null if the kernel multiplies pairs
+  // Whether all numbers, which have the type of the operands, are finite.
+  bool (*finite)(const void* numbers, std::int64_t count) noexcept;
   // The dot product of two padded rows.
   double (*dot)(const void* a, const void* b, std::int64_t count) noexcept;
   // to[i] += from[i], at any addresses
   void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
-// Deep weights are multiplied in parts of this depth. Each part is multiplied for all rows and panels of a call before
-// the next part, so that the parts in use stay in L2. AMX multiplies the whole depth at once; codes are multiplied
-// group by group.
-constexpr std::int64_t depth_part = 512;
+// Deep weights are multiplied in slices of this depth. Each slice is multiplied for all rows and panels of a call
+// before the next one, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes are
+// multiplied group by group.
+constexpr std::int64_t depth_slice = 512;
 
-// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or several adjacent ones.
+// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
 struct ProjectArgs {
   const void* x;  // rows of depth contiguous elements, `x_step` elements apart
   std::int64_t x_step;
@@ -191,7 +192,7 @@ struct ProjectArgs {
   std::int64_t out_step;
   std::int64_t columns;         // more than panel_columns if further panels follow
   std::int64_t panel_step = 0;  // bytes from one panel to the next
-  // Codes only: one factor per group of rows of the weights and per column, with `scale_step` from group to group.
+  // Codes only: one factor for each group of weight rows and each column; `scale_step` elements from group to group.
   const float* scales = nullptr;
   std::int64_t scale_step = 0;
   std::int64_t groups = 1;  // of equal depth
@@ -213,8 +214,8 @@ struct FinishArgs {
   std::int64_t rows, columns;
 };
 
-// Adds the addend to a row and normalises the sum in place: to mean 0 if `centred`, then to a mean square of 1. Then
-// multiplies it by the weight and adds the bias. All have the type of computation.
+// Adds the addend to a row, then normalises the row in place: subtracts the mean if `centred`, divides by the root of
+// the mean square plus epsilon, multiplies by the weight and adds the bias. All arrays have the type of computation.
 struct NormArgs {
   void* row;
   const void* addend;  // null: none
@@ -225,17 +226,19 @@ struct NormArgs {
   bool centred;
 };
 
-// Multiplies registers or tiles as fast as possible. Only benchmarks use it, as the peak to compare with. Returns the
-// number of floating-point operations.
+// Multiplies registers or tiles as fast as possible, for benchmarks. Returns the number of floating-point operations.
 using PeakLoop = double (*)(std::int64_t rounds) noexcept;
 
 // The kernels that read operands of one element type; null where there is none.
 struct StoredKernels {
   const AttendKernel* row;                       // few rows: vectors run along head_dim and along keys
   void (*project)(const ProjectArgs&) noexcept;  // for panels of this type
-  // Convert contiguous numbers to float and back; not for float itself.
+  // Convert contiguous numbers to float, and floats to a 16-bit type. Null for types of computation.
   void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
+  // to[r][c] = from[c * step + r], in this type or the type of computation; r < rows, c < columns.
+  void (*transpose)(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
+                    void* to) noexcept;
   void (*finish)(const FinishArgs&) noexcept;  // for results of this type
 };
 
@@ -259,8 +262,8 @@ struct TypeKernels {
   const StoredKernels& of(DType dtype) const { return stored[static_cast<int>(dtype)]; }
 };
 
-// Kernels that multiply bfloat16. Operands are bfloat16 already, or are split into or rounded to bfloat16. Null where
-// the ISA has no such kernel that is faster than FMA.
+// Kernels for operands that are bfloat16, or that are rounded to bfloat16 or split into a sum of bfloat16 numbers. A
+// pointer is null if the ISA has no such kernel, or none that is faster than FMA.
 struct MatrixKernels {
   const AttendKernel* bf16;         // bfloat16 operands
   const AttendKernel* f16;          // float16 operands, each split into two bfloat16
@@ -271,7 +274,7 @@ struct MatrixKernels {
   // x and weights are bfloat16. Rows of x are 4-byte aligned, and an odd depth is zero-padded. Panels are
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
-  void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32; panels as for project_bf16
+  void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32, products use FMA; panels as for project_bf16
   const BackwardKernel* backward_bf16;               // bfloat16 operands
   PeakLoop peak_loop;
 };
@@ -279,7 +282,7 @@ struct MatrixKernels {
 struct KernelSet {
   const char* name;
   std::uint32_t features;          // bits of Feature that the machine must have
-  std::uint32_t not_default_with;  // features with which the set is slower than the next one
+  std::uint32_t not_default_with;  // if the machine has one of these, the next set is faster than this one
   const TypeKernels& f32;
   const TypeKernels& f64;
   MatrixKernels matrix;

@@ -8,7 +8,8 @@ namespace selfattn::SELFATTN_ISA {
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 
-// Calls use(i, n) for each vector of a row and adds up the results; n is the number of elements from i on.
+// Adds up the results of use(i, n) for the vectors of a row. i is a vector's first element. In the last vector, n is
+// the number of elements that are left; in other vectors, it is at least the vector's width.
 template <class T, class Use>
 inline T sum_over_row(std::int64_t count, Use use) {
   constexpr int W = Vec<T>::width;

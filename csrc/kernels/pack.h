@@ -1,5 +1,4 @@
-// Transposes rows of memory into columns of vectors and back. Queries and score terms are transposed on input, outputs
-// on output.
+// Loads and stores of up to one vector, and transposition between rows in memory and columns of vectors.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +19,8 @@ inline void store_up_to(E* p, Vec<T> a, std::int64_t n) {
     store_partial(p, a, static_cast<int>(n));
 }
 
-// columns[j * step + i] = row_chunk(i, j..): `row_chunk(i, j, n)` returns n elements of row i, starting at column j.
+// Transposes rows into columns: columns[j * step + i] is element j of row i. row_chunk(i, j, n) returns n elements of
+// row i, starting at element j.
 template <class T, class RowChunk>
 inline void rows_to_columns(T* columns, std::int64_t step, int rows, std::int64_t count, RowChunk row_chunk) {
   constexpr int W = Vec<T>::width;
@@ -34,7 +34,8 @@ inline void rows_to_columns(T* columns, std::int64_t step, int rows, std::int64_
     }
 }
 
-// The inverse: row(i)[j] = column_chunk(j, i..).
+// The inverse: row(i)[j] is element i of column j. column_chunk(j, i) returns a vector of elements of column j,
+// starting at element i.
 template <class T, class Row, class ColumnChunk>
 inline void columns_to_rows(int rows, std::int64_t count, Row row, ColumnChunk column_chunk) {
   constexpr int W = Vec<T>::width;

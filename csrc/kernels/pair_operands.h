@@ -3,14 +3,15 @@
 // Such a unit multiplies two adjacent numbers at once, so operands are stored in cells of two: queries and keys in
 // pairs of dims, probs and values in pairs of keys. Keys keep their layout and values are transposed, once per block.
 //
-// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each term is the remainder rounded to the nearest
-// bfloat16. Terms are stored in `Terms` planes, one after another. A product is the sum of the products of terms i and
-// j with i + j < Terms. Two terms carry 16 bits of the significand, three carry all 24.
+// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each split term is what the split terms before it
+// leave of x, rounded to the nearest bfloat16. Split terms are stored in `SplitTerms` planes, one after another. A
+// product is the sum of the products of split terms i and j with i + j < SplitTerms. Two split terms carry 16 bits of
+// the significand, three carry all 24.
 //
-// Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers that would leave subnormal
-// terms. They are multiplied by FMA instead. Scores are recomputed key by key and row by row; values are added to the
-// outputs afterwards. Only scores and outputs that such a number contributes to are changed, so results are
-// bit-identical whatever hidden keys hold.
+// Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers whose split terms could be
+// subnormal. The unit multiplies 0 in their place, and FMA multiplies them afterwards: the scores to which they
+// contribute are recomputed one by one, and values are multiplied by probs and added to the outputs. Only scores and
+// outputs that such a number contributes to are changed, so results are bit-identical whatever hidden keys hold.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/engine_fma.h"
@@ -27,53 +28,55 @@ template <class A>
 constexpr bool same_type<A, A> = true;
 
 // E: the type of queries, keys and values in memory.
-template <class E, int Terms>
+template <class E, int SplitTerms>
 struct PairOperands {
   using Real = float;
   static constexpr int W = VecF::width;
   static constexpr bool packs = true;
   static constexpr DType operands = dtype_of(E());
   static constexpr int cell = 2;
-  // Nothing to split: every bfloat16 is a single exact term.
-  static constexpr bool exact = Terms == 1 && same_type<E, BFloat>;
+  // Nothing to split: every bfloat16 is a single exact split term.
+  static constexpr bool exact = SplitTerms == 1 && same_type<E, BFloat>;
 
   // Rows of cells are padded to whole vectors.
   static constexpr std::int64_t whole(std::int64_t count) { return round_up(count, W); }
   static constexpr std::int64_t row_cells(std::int64_t count) { return whole(ceil_div(count, cell)); }
   static constexpr std::int64_t key_rows(std::int64_t keys) { return round_up(keys, cell * W); }
   static constexpr std::int64_t dim_rows(std::int64_t value_dim) { return whole(value_dim); }
-  // The planes are followed by one flag per row: whether the row holds a number that cannot be split.
-  static constexpr std::int64_t query_cells(std::int64_t head_dim) { return Terms * row_cells(head_dim) + 1; }
+  // Each query has its planes, then a flag that says whether the query holds a number that cannot be split.
+  static constexpr std::int64_t query_cells(std::int64_t head_dim) { return SplitTerms * row_cells(head_dim) + 1; }
 
   struct Memory {
-    float* keys;                          // [term][key][cells of head_dim]
-    float* values;                        // [term][dim][cells of keys]
+    float* keys;                          // [split term][key][cells of head_dim]
+    float* values;                        // [split term][dim][cells of keys]
     unsigned char* unsplittable;          // per key: whether it holds a number that cannot be split
     std::int64_t key_step, value_step;    // cells from one row to the next
-    std::int64_t key_plane, value_plane;  // cells from one term's plane to the next
+    std::int64_t key_plane, value_plane;  // cells from one split term's plane to the next
 
     Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : key_step(row_cells(head_dim)),
           value_step(row_cells(key_block)),
           key_plane(key_rows(key_block) * key_step),
           value_plane(dim_rows(value_dim) * value_step) {
-      keys = carver.take<float>(Terms * key_plane);
-      values = carver.take<float>(Terms * value_plane);
+      keys = carver.take<float>(SplitTerms * key_plane);
+      values = carver.take<float>(SplitTerms * value_plane);
       unsplittable = carver.take<unsigned char>(key_block);
     }
   };
 
   struct Block {
+    std::int64_t head_dim, value_dim;
     Memory memory;
     const E* keys;  // the original keys and values, not packed
     std::int64_t key_step;
     const E* values;
     std::int64_t value_step;
+    const Scoring* scoring;
     bool splits_keys, splits_values;  // whether every key (every value) of the block can be split
   };
 
-  // Lanes that cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that terms or their
-  // products would be subnormal (float16 has no such numbers).
+  // The lanes whose number cannot be split: NaN, numbers beyond the largest bfloat16, and numbers so small that split
+  // terms could be subnormal (float16 has no such numbers).
   static MaskF unsplittable(VecF x) {
     const VecF size = abs(x);
     const MaskF unbounded = is_nan(x) | (broadcast(0x1.fep127f) < size);
@@ -83,8 +86,9 @@ struct PairOperands {
 
   static VecF clear(MaskF lanes, VecF x) { return select(lanes, broadcast(0.0f), x); }
 
-  // Stores the split terms of up to 32 adjacent numbers. Returns the lanes i where number i or i + 16 cannot be split.
-  static MaskF store_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
+  // Stores the split terms of up to 32 adjacent numbers. Returns a mask of the lanes i for which number i or number
+  // i + 16 cannot be split.
+  static MaskF store_split_terms(const E* p, std::int64_t n, float* cells, std::int64_t plane) {
     if constexpr (exact) {
       store(cells, load_cells(p, n));
       return broadcast(0.0f) < broadcast(0.0f);
@@ -92,7 +96,7 @@ struct PairOperands {
       VecF x[2] = {load_up_to(p, n), n > W ? load_up_to(p + W, n - W) : broadcast(0.0f)};
       const MaskF lanes[2] = {unsplittable(x[0]), unsplittable(x[1])};
       for (int i = 0; i < 2; ++i) x[i] = clear(lanes[i], x[i]);
-      for (int t = 0; t < Terms; ++t) {
+      for (int t = 0; t < SplitTerms; ++t) {
         VecF term[2];
         for (int i = 0; i < 2; ++i) {
           term[i] = round_to_bfloat(x[i]);
@@ -106,31 +110,34 @@ struct PairOperands {
 
   static void pack_queries(const Row* rows, int count, std::int64_t head_dim, int lanes, float* queries) {
     const std::int64_t depth = row_cells(head_dim), plane = depth * lanes;
-    float* flags = queries + Terms * plane;
+    float* flags = queries + SplitTerms * plane;
     for (int l = 0; l < lanes; ++l) flags[l] = 0;
-    float split[Terms][W];
-    for (int t = 0; t < Terms; ++t)
+    float split[SplitTerms][W];
+    for (int t = 0; t < SplitTerms; ++t)
       rows_to_columns(queries + t * plane, lanes, lanes, depth, [&](int row, std::int64_t c, int) {
         if (row >= count) return broadcast(0.0f);
         const E* query = static_cast<const E*>(rows[row].query);
-        if (any(store_terms(query + cell * c, head_dim - cell * c, split[0], W))) flags[row] = 1;
+        if (any(store_split_terms(query + cell * c, head_dim - cell * c, split[0], W))) flags[row] = 1;
         return load(split[t]);
       });
   }
 
   static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
-    Block block{memory,
+    Block block{rows.head_dim,
+                rows.value_dim,
+                memory,
                 static_cast<const E*>(keys.keys),
                 keys.key_step,
                 static_cast<const E*>(keys.values),
                 keys.value_step,
+                &rows.scoring,
                 true,
                 true};
     for (int key = 0; key < keys.count; ++key) {
       MaskF found = broadcast(0.0f) < broadcast(0.0f);
       for (std::int64_t c = 0; c < memory.key_step; c += W)
-        found = found | store_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
-                                    memory.keys + key * memory.key_step + c, memory.key_plane);
+        found = found | store_split_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
+                                          memory.keys + key * memory.key_step + c, memory.key_plane);
       memory.unsplittable[key] = any(found) ? 1 : 0;
       block.splits_keys = block.splits_keys && memory.unsplittable[key] == 0;
     }
@@ -138,38 +145,48 @@ struct PairOperands {
     return block;
   }
 
-  // Recomputes the scores of keys and rows that cannot be split, and all scores that became NaN. Such a NaN may be
-  // wrong: a term or a subnormal number may have counted as 0, or products of terms may be infinities of opposite sign.
-  static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                               std::int64_t head_dim, int lanes, float multiplier, float* scores) {
+  // Recomputes the scores of all keys and rows that hold a number that cannot be split, and all scores that became NaN,
+  // except hidden ones. Such a NaN may be wrong: the unit may have multiplied infinity by a subnormal number that
+  // counts as 0 or by a split term that is 0, or products of split terms may be infinities of opposite sign.
+  static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries, int lanes,
+                               float multiplier, float* scores) {
+    const std::int64_t head_dim = block.head_dim;
     MaskF undefined = broadcast(0.0f) < broadcast(0.0f);
     for (int i = 0; i < seen.count * lanes; i += W) undefined = undefined | is_nan(load(scores + i));
     if (exact && !any(undefined)) return;
-    const float* flags = queries.packed + Terms * row_cells(head_dim) * lanes;
+    const float* flags = queries.packed + SplitTerms * row_cells(head_dim) * lanes;
     const auto splits = [&](int row) { return exact || (block.splits_keys && flags[row] == 0); };
     for (int row = 0; row < queries.count; ++row) {
       if (!any(undefined) && splits(row)) continue;
       const E* query = static_cast<const E*>(queries.rows[row].query);
       for (int key = 0; key < seen.count; ++key) {
-        const int place = seen.skipped + key;
+        const int index = seen.skipped + key;
         float& score = scores[key * lanes + row];
-        const bool split = exact || (block.memory.unsplittable[place] == 0 && flags[row] == 0);
-        if (split && score == score) continue;
+        const bool split = exact || (block.memory.unsplittable[index] == 0 && flags[row] == 0);
+        if ((split && score == score) || hides<float>(queries.rows[row], *block.scoring, seen.first + key)) continue;
         float sum = 0;
         for (std::int64_t d = 0; d < head_dim; ++d)
-          sum = __builtin_fmaf(widen(query[d]), widen(block.keys[place * block.key_step + d]), sum);
+          sum = __builtin_fmaf(widen(query[d]), widen(block.keys[index * block.key_step + d]), sum);
         score = sum * multiplier;
       }
     }
   }
 
-  // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): probs of a key.
-  template <int Cols, class Prob>
-  static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, std::int64_t value_dim,
-                                      float* out, const ScoreTile<float>& tile) {
-    for (int key = 0; key < seen.count; ++key) {
-      const E* values = block.values + (seen.skipped + key) * block.value_step;
-      for (std::int64_t dim = 0; dim < value_dim; ++dim) {
+  // Adds values that cannot be split to the outputs of the rows that see them. prob(key, c): vector c of the probs of a
+  // key.
+  template <int Cols, class Prob, class Visibility>
+  static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, float* out,
+                                      const Visibility& visibility) {
+    const auto values_of = [&](int key) { return block.values + (seen.skipped + key) * block.value_step; };
+    const auto skips = [&](int key) { return splits(values_of(key), block.value_dim) || visibility.hides(key); };
+    int key = 0;
+    while (key < seen.count && skips(key)) ++key;
+    if (key == seen.count) return;
+    const ScoreTile<float> tile = visibility.described();
+    for (; key < seen.count; ++key) {
+      if (skips(key)) continue;
+      const E* values = values_of(key);
+      for (std::int64_t dim = 0; dim < block.value_dim; ++dim) {
         const VecF value = broadcast(widen(values[dim]));
         if (!any(unsplittable(value))) continue;
         for (int c = 0; c < Cols; ++c) {
@@ -181,13 +198,19 @@ struct PairOperands {
   }
 
  private:
+  static bool splits(const E* values, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i += W)
+      if (any(unsplittable(load_up_to(values + i, count - i)))) return false;
+    return true;
+  }
+
   // Packs pairs of keys into cells for each dim, 32 keys x 16 dims at a time. Returns false if some value cannot be
   // split.
   static bool pack_values(const E* values, std::int64_t step, int count, std::int64_t value_dim, const Memory& memory) {
     MaskF found = broadcast(0.0f) < broadcast(0.0f);
     for (std::int64_t d = 0; d < value_dim; d += W)
       for (int key = 0; key < count; key += cell * W) {
-        VecF square[Terms][W];
+        VecF square[SplitTerms][W];
         for (int i = 0; i < W; ++i) {
           VecF x[cell];
           for (int j = 0; j < cell; ++j) {
@@ -197,13 +220,13 @@ struct PairOperands {
             found = found | lanes;
             x[j] = clear(lanes, x[j]);
           }
-          for (int t = 0; t < Terms; ++t) {
+          for (int t = 0; t < SplitTerms; ++t) {
             square[t][i] = to_cells(x[0], x[1]);
             x[0] = x[0] - first_of(square[t][i]);
             x[1] = x[1] - second_of(square[t][i]);
           }
         }
-        for (int t = 0; t < Terms; ++t) {
+        for (int t = 0; t < SplitTerms; ++t) {
           transpose(square[t]);
           float* to = memory.values + t * memory.value_plane + d * memory.value_step + key / cell;
           for (int i = 0; i < W; ++i) store(to + i * memory.value_step, square[t][i]);

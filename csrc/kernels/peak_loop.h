@@ -1,10 +1,10 @@
-// The peak throughput of a unit.
+// The PeakLoop (kernel_set.h) of units that multiply vectors.
 #pragma once
 #include "kernels/tile_matmul.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-// Each sum is a recurrence that compilers may not simplify. `Chains` independent sums hide the latency of one.
+// Each sum is a recurrence that a compiler must not simplify. `Chains` independent sums hide the latency of one.
 template <class Unit, int Chains>
 inline double peak_loop(std::int64_t rounds) noexcept {
   using T = typename Unit::Real;

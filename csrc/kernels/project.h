@@ -7,13 +7,14 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// A part of the depth: at most depth_part elements, or one group of codes, which have the same scales.
-struct DepthPart {
+// A slice of the depth: at most depth_slice elements, or the depth of one group of codes, which share their scales.
+// `first` counts cells.
+struct DepthSlice {
   std::int64_t index, first;
   bool last;
 };
 
-// Multiplies several panels at once. With one row, a single panel has too few sums to keep the FMA units busy, and a
+// Multiplies one row by several panels at once. A single panel has too few sums to keep the FMA units busy, and a
 // single stream of weights cannot use the whole memory bandwidth.
 template <class Unit, int Panels, int Vectors, class A, class B, class T = typename Unit::Real>
 [[gnu::always_inline]] inline void multiply_row(const A* x, const B* b, std::int64_t panel_step, std::int64_t depth,
@@ -32,47 +33,48 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
 }
 
-// Adds the sums of one row and one panel to the sums of earlier parts of the depth. The panel's columns start at
-// `first`. If weights are codes, the sums are scaled first.
+// Adds the sums of one row and one panel to `out`, which holds the sums of earlier slices of the depth. Adds the bias
+// in the last slice. The panel's columns start at `first`. If weights are codes, the sums are scaled first.
 template <bool Scaled, int Vectors, class T>
-inline void store_row(const ProjectArgs& args, DepthPart part, std::int64_t row, std::int64_t first,
+inline void store_row(const ProjectArgs& args, DepthSlice slice, std::int64_t row, std::int64_t first,
                       const Vec<T> (&sums)[Vectors]) {
   constexpr int W = Vec<T>::width;
-  const T* bias = part.last ? static_cast<const T*>(args.bias) : nullptr;
+  const T* bias = slice.last ? static_cast<const T*>(args.bias) : nullptr;
   T* out = static_cast<T*>(args.out) + row * args.out_step;
   for (int c = 0; c < Vectors && first < args.columns; ++c, first += W) {
     Vec<T> sum = sums[c];
-    if constexpr (Scaled) sum = sum * load(args.scales + part.index * args.scale_step + first);
-    if (part.index > 0) sum = sum + load_up_to(out + first, args.columns - first);
+    if constexpr (Scaled) sum = sum * load(args.scales + slice.index * args.scale_step + first);
+    if (slice.index > 0) sum = sum + load_up_to(out + first, args.columns - first);
     store_up_to(out + first, bias ? sum + load(bias + first) : sum, args.columns - first);
   }
 }
 
-// A and B: the types of a cell of x and of the weights in memory.
+// A: the type of a cell of x in memory; B: of a cell of the weights.
 template <class Unit, int TileRows, int Vectors, class B = typename Unit::Real, class A = typename Unit::Real>
 inline void project(const ProjectArgs& args) noexcept {
   using T = typename Unit::Real;
   constexpr int width = Vectors * Vec<T>::width, together = 4;
   constexpr bool codes = scaled<B>;
   const std::int64_t all = ceil_div(args.depth, Unit::cell);
-  const std::int64_t most = codes ? all / args.groups : depth_part / Unit::cell;
+  const std::int64_t most = codes ? all / args.groups : depth_slice / Unit::cell;
   const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
-  for (DepthPart part{0, 0, false}; !part.last; part.first += most, ++part.index) {
-    const std::int64_t depth = all - part.first < most ? all - part.first : most;
-    part.last = part.first + depth == all;
-    const RowMajor<A> x{static_cast<const A*>(args.x) + part.first, args.x_step / Unit::cell};
-    const B* panel = static_cast<const B*>(args.panel) + part.first * width;
+  for (DepthSlice slice{0, 0, false}; !slice.last; slice.first += most, ++slice.index) {
+    const std::int64_t depth = all - slice.first < most ? all - slice.first : most;
+    slice.last = slice.first + depth == all;
+    const RowMajor<A> x{static_cast<const A*>(args.x) + slice.first, args.x_step / Unit::cell};
+    const B* panel = static_cast<const B*>(args.panel) + slice.first * width;
     std::int64_t first = 0;
     if (args.rows == 1)
       for (; first + (together - 1) * width < args.columns; first += together * width, panel += together * panel_step) {
         Vec<T> sums[together][Vectors];
         multiply_row<Unit>(x.data, panel, panel_step, depth, sums);
-        for (int p = 0; p < together; ++p) store_row<codes>(args, part, 0, first + p * width, sums[p]);
+        for (int p = 0; p < together; ++p) store_row<codes>(args, slice, 0, first + p * width, sums[p]);
       }
     for (; first < args.columns; first += width, panel += panel_step)
-      multiply_rows<TileRows, Vectors, Unit>(x, args.rows, panel, std::int64_t{width}, depth,
+      multiply_rows<TileRows, Vectors, Unit>(x, args.rows, RowMajor<B>{panel, width}, depth,
                                              [&](std::int64_t row, const auto& sums) {
-                                               for (const auto& s : sums) store_row<codes>(args, part, row++, first, s);
+                                               for (const auto& s : sums)
+                                                 store_row<codes>(args, slice, row++, first, s);
                                              });
   }
 }

@@ -6,7 +6,8 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The left operand: rows of x in memory. Where a tile exceeds the rows or the depth, it is padded with 0.
+// Loads tiles of the left operand: rows of x in memory. Tiles that reach beyond the rows or the depth are padded with
+// 0.
 struct ProjectedRows {
   const float* x;
   std::int64_t step, rows, depth;  // in cells

@@ -1,4 +1,5 @@
-// Linear projection of float32 rows with bfloat16 weights that are packed in pairs.
+// Linear projection of float32 rows with bfloat16 weights that are packed in pairs. The weights are widened to float32
+// and multiplied by FMA.
 #pragma once
 #include "kernels/project.h"
 

@@ -1,13 +1,13 @@
-// The row kernel's two products: vectors run along head_dim for q.k, and along value_dim for the sum of values. With
-// one or two rows, memory bandwidth is the limit, so keys and values are read sequentially, each row once. With more
-// rows, the load ports are a limit as well: several keys are processed at a time, so that each load of a query is used
-// for all of these keys, and memory is prefetched.
+// The row kernel's products of queries and keys: vectors run along head_dim. With one or two rows, memory bandwidth is
+// the limit, so keys are read one after the other. With more rows, the load ports are a limit as well, so several keys
+// are processed at a time: each load of a query is used for all of these keys. Keys are processed in chunks that stay
+// in L1 while all rows use them, and later keys are prefetched.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
 #include "kernels/row_values.h"
-#include "kernels/score_tile.h"
+#include "kernels/score_terms.h"
 #include "kernels/scratch.h"
 #include "kernels/values.h"
 
@@ -28,18 +28,19 @@ struct FmaDots {
   static constexpr bool flushes = false;
 };
 
-// MaxSums: vector accumulators that fit the registers along with their operands. E: type of keys and values in memory.
+// MaxSums: how many vector accumulators fit in the registers together with their operands. E: type of keys and values
+// in memory.
 template <class T, int MaxSums, class E, class Dots>
 struct RowProducts {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
   static constexpr int keys_ahead = 16;
-  // Up to this many rows, reading each key once and in order matters more than saving loads.
+  // Up to this many rows, reading one key after the other matters more than saving loads of queries.
   static constexpr int rows_by_key = 2;
 
   static std::int64_t padded(std::int64_t count) { return round_up(count, W); }
 
-  struct Scratch {
+  struct Memory {
     std::int64_t query_step, out_step;
     int score_step;
     T* queries;  // [row][query_step], as Dots loads them, zero-padded
@@ -47,29 +48,33 @@ struct RowProducts {
     T* scores;   // [row][score_step]
     T* terms;    // [row][score_step]
     T* rescale;
-    RowPlaces<T> places;
+    const void** value_rows;  // KeyBlock::value_rows without values that are not finite
+    E* zeros;                 // [value_dim]
+    RowLimits<T> limits;
     std::size_t bytes;
 
-    Scratch(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : Scratch(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
-    Scratch(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+    Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
+    Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : query_step(ceil_div(head_dim, Dots::elements) * W),
           out_step(padded(value_dim)),
           score_step(static_cast<int>(padded(key_block))),
-          places(carver, rows) {
+          limits(carver, rows) {
       queries = carver.take<T>(rows * query_step);
       out = carver.take<T>(rows * out_step);
       scores = carver.take<T>(std::int64_t{rows} * score_step);
       terms = carver.take<T>(std::int64_t{rows} * score_step);
       rescale = carver.take<T>(rows);
+      value_rows = carver.take<const void*>(key_block + rows_ahead);
+      zeros = carver.take<E>(value_dim);
       bytes = carver.used;
     }
-    explicit Scratch(const RowBlock& block)
-        : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
+    explicit Memory(const RowBlock& block)
+        : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
   // scores = q . k * multiplier
-  static void score(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+  static void score(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys) {
       const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
       if (block.count <= rows_by_key)
@@ -90,12 +95,12 @@ struct RowProducts {
   // Computes the scores of the keys in [first, last), `Rows` rows at a time and `Abreast` keys at a time. For the
   // remaining rows, `Rows` is halved.
   template <int Rows, int Abreast>
-  static void dot_rows(const RowBlock& block, const Scratch& s, const KeyBlock& keys, int first, int last, int row) {
+  static void dot_rows(const RowBlock& block, const Memory& s, const KeyBlock& keys, int first, int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     constexpr int elements = Dots::elements;
     const std::int64_t whole = block.head_dim / elements * elements, tail = block.head_dim - whole;
-    const Vec<T> multiplier = broadcast(static_cast<T>(block.terms.multiplier));
+    const Vec<T> multiplier = broadcast(static_cast<T>(block.scoring.multiplier));
     for (; row + Rows <= block.count; row += Rows)
       for (int j = first; j < last; j += Keys) {
         const T* queries = s.queries + row * s.query_step;
@@ -141,18 +146,20 @@ struct RowProducts {
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
-  // Uses scalar FMAs, which follow IEEE 754, to recompute products that became NaN.
+  // Recomputes products that became NaN, with scalar FMAs, which follow IEEE 754. Those of hidden keys are not needed.
   template <int Rows>
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;
     for (int i = 0; i < W; ++i) {
-      const int place = key + i % Keys;
-      if (products[i] == products[i] || place >= keys.count) continue;
-      const auto* query = static_cast<const typename Dots::Q*>(block.rows[row + i / Keys].query);
-      const E* data = row_of<E>(keys.key_rows, place);
+      const int index = key + i % Keys;
+      if (products[i] == products[i] || index >= keys.count) continue;
+      const Row& own = block.rows[row + i / Keys];
+      if (hides<T>(own, block.scoring, keys.first + index)) continue;
+      const auto* query = static_cast<const typename Dots::Q*>(own.query);
+      const E* data = row_of<E>(keys.key_rows, index);
       T sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(widen(query[d]), widen(data[d]), sum);
-      products[i] = sum * static_cast<T>(block.terms.multiplier);
+      products[i] = sum * static_cast<T>(block.scoring.multiplier);
     }
   }
 };

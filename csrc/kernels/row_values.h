@@ -3,7 +3,7 @@
 #include "kernels/ahead.h"
 #include "kernels/element_type.h"
 #include "kernels/kernel_set.h"
-#include "kernels/score_tile.h"
+#include "kernels/score_terms.h"
 #include "kernels/values.h"
 
 namespace selfattn::SELFATTN_ISA {
@@ -13,7 +13,8 @@ inline const E* row_of(const void* const* rows, int j) {
   return static_cast<const E*>(rows[j]);
 }
 
-// How many keys or values stay in L1 while several rows or dims reuse them: 32 rows of 128 floats are 16 KiB.
+// The number of keys or values that are processed at a time. They stay in L1 while all rows and dims use them: 32 rows
+// of 128 floats are 16 KiB.
 constexpr int chunk_keys = 32;
 
 struct ValueChunk {
@@ -27,9 +28,10 @@ struct ValueChunk {
         count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
 };
 
-// Adds the sums of a chunk's values, one per dim, to the outputs of a row.
-template <class T, class Scratch>
-inline void add_sum(const Scratch& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
+// Adds a chunk's sums for one vector of dims to the outputs of a row. The first chunk of a key block also rescales
+// these outputs.
+template <class T, class Memory>
+inline void add_sum(const Memory& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
   T* out = s.out + row * s.out_step + dim;
   const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
   store(out, fma(load(out), broadcast(rescale), sum));
@@ -42,22 +44,37 @@ inline bool sees(const ScoreTile<T>& tile, int row, int key) {
   return any(visible<AcrossKeys>(tile, row, key / W * W) & (iota(T()) == broadcast(static_cast<T>(key % W))));
 }
 
-// MaxSums: vector accumulators that fit the registers along with their operands. E: type of values in memory.
+// MaxSums: how many vector accumulators fit in the registers together with their operands. E: type of values in memory.
 template <class T, int MaxSums, class E>
 struct FmaValues {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
 
   // out = out * rescale + probs . values, one chunk of keys after another.
-  template <class Scratch>
-  static void accumulate(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
+  template <class Memory>
+  static void accumulate(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys)
       accumulate_rows<max_rows_at_once>(block, s, ValueChunk(keys, first), 0);
   }
 
-  // Computes the same sums in the same order, but skips hidden keys instead of multiplying them by 0.
-  template <class Scratch>
-  static void accumulate_visible(const RowBlock& block, const Scratch& s, const ScoreTile<T>& tile,
+  // Replaces values that are not finite and hidden from all rows by zeros. Returns false if a row sees one.
+  template <class Memory>
+  static bool replace_hidden(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile, KeyBlock& keys) {
+    for (std::int64_t d = 0; d < block.value_dim; ++d) s.zeros[d] = E();
+    for (int j = 0; j < keys.count + rows_ahead; ++j) {
+      s.value_rows[j] = keys.value_rows[j];
+      if (j >= keys.count || all_finite([&](int) { return row_of<E>(keys.value_rows, j); }, 1, block.value_dim))
+        continue;
+      if (!hides(tile, block.scoring, j)) return false;
+      s.value_rows[j] = s.zeros;
+    }
+    keys.value_rows = s.value_rows;
+    return true;
+  }
+
+  // Computes the same sums in the same order, but skips hidden keys instead of multiplying their values by 0.
+  template <class Memory>
+  static void accumulate_visible(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile,
                                  const KeyBlock& keys) {
     for (int r = 0; r < block.count; ++r)
       for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
@@ -80,10 +97,10 @@ struct FmaValues {
     return p;
   }
 
-  // Processes as many rows at a time as fit the registers, so that each value is loaded and widened once for all of
-  // these rows.
-  template <int Rows, class Scratch>
-  static void accumulate_rows(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row) {
+  // Processes `Rows` rows at a time, so that each value is loaded and widened once for all of these rows. For the
+  // remaining rows, `Rows` is halved.
+  template <int Rows, class Memory>
+  static void accumulate_rows(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row) {
     constexpr int columns = MaxSums / Rows;
     for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
     if constexpr (Rows > 1)
@@ -91,15 +108,15 @@ struct FmaValues {
   }
 
   // Processes `Cols` vectors of dims at a time. For the remaining dims, `Cols` is halved.
-  template <int Rows, int Cols, class Scratch>
-  static void accumulate_dims(const RowBlock& block, const Scratch& s, const ValueChunk& chunk, int row,
+  template <int Rows, int Cols, class Memory>
+  static void accumulate_dims(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row,
                               std::int64_t dim) {
     const auto sweep = [&](auto load_value) {
       Vec<T> sums[Rows][Cols];
       for (auto& line : sums)
         for (Vec<T>& sum : line) sum = broadcast(T(0));
       const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      const bool asks = row + Rows == block.count;  // the last rows prefetch the next chunk
+      const bool asks = row + Rows == block.count;  // only the last rows prefetch the next chunk
       for (int j = 0; j < chunk.count; ++j) {
         const E* value = one_base(row_of<E>(chunk.values, j) + dim);
         const E* later = one_base(row_of<E>(chunk.values, j + chunk_keys) + dim);

@@ -1,5 +1,6 @@
 // A tile of scores: some query rows against some keys. Its vectors run either across rows (each for one key) or across
-// keys (each for one row). The parameter `Axes` selects one, so that code that changes scores is written once for both.
+// keys (each for one row). The template parameter `Axes` (AcrossRows or AcrossKeys) selects the direction, so that code
+// that changes scores is written once for both.
 #pragma once
 #include <cstdint>
 
@@ -16,13 +17,13 @@ constexpr T largest = sizeof(T) == sizeof(float) ? static_cast<T>(__FLT_MAX__) :
 
 // What each row sees. Keys are counted from the tile's first key.
 template <class T>
-struct RowPlaces {
+struct RowLimits {
   T* begin;  // the row sees keys in [begin, end)
   T* end;
   T* distance;  // ALiBi distances are measured from this key
   T* slope;
 
-  RowPlaces(Carver& carver, int rows)
+  RowLimits(Carver& carver, int rows)
       : begin(carver.take<T>(rows)),
         end(carver.take<T>(rows)),
         distance(carver.take<T>(rows)),
@@ -32,16 +33,16 @@ struct RowPlaces {
 // scores[outer * step + lane]
 //
 // Functions in hot loops are always inlined, and other functions take a tile by value. GCC then knows which fields are
-// constant, and unrolls loops over lanes.
+// constant, and can unroll loops over lanes.
 template <class T>
 struct ScoreTile {
   T* scores;
   const T* terms;  // mask and bias, in the shape of the scores; null if `visible` need not read them
-  int outer;
-  int lanes;  // a multiple of the vector width
+  int outer;       // keys if vectors run across rows; rows if they run across keys
+  int lanes;       // a multiple of the vector width
   int step;
-  bool limited;  // some row sees only some keys of the tile
-  RowPlaces<T> places;
+  bool limited;  // whether keys or padding lanes may be outside a row's limits
+  RowLimits<T> limits;
   const Row* rows;
   int num_rows;
   bool shares_terms;  // all rows read the same mask and bias
@@ -49,6 +50,10 @@ struct ScoreTile {
   int num_keys;
 };
 
+// The two types for `Axes`. Three of their functions return a vector for the scores from [outer * step + lane] on:
+//   key          the key of each lane, counted from the tile's first key
+//   of_row       the number in `values` that belongs to each lane's row
+//   max_of_line  the maximum of each lane's row, from the maxima of single lanes
 struct AcrossRows {
   template <class T>
   static Vec<T> key(int outer, int) {
@@ -92,10 +97,10 @@ struct AcrossRows {
     for (int i = 0; i < at.n; ++i) use(first + i * tile.step, square[i]);
   }
 
-  template <class T, class RowPlace>
-  static void store_rows(const ScoreTile<T>& tile, RowPlace place) {
+  template <class T, class RowAddress>
+  static void store_rows(const ScoreTile<T>& tile, RowAddress address) {
     columns_to_rows<T>(
-        tile.num_rows, tile.num_keys, [&](int row) { return place(tile.rows[row]); },
+        tile.num_rows, tile.num_keys, [&](int row) { return address(tile.rows[row]); },
         [&](std::int64_t key, int row) { return load(tile.scores + key * tile.step + row); });
   }
 };
@@ -115,7 +120,7 @@ struct AcrossKeys {
   }
 
   // Calls use(cell, numbers) for vectors of numbers from all rows. row_chunk(row, key, n) returns n numbers of a row,
-  // starting at a key of the tile. `cell` points into `cells`, an array of the tile's shape.
+  // starting at the key with this index in the tile. `cell` points into `cells`, an array of the tile's shape.
   template <class T, class RowChunk, class Use>
   [[gnu::always_inline]] static void each_chunk(const ScoreTile<T>& tile, T* cells, RowChunk row_chunk, Use use) {
     constexpr int W = Vec<T>::width;
@@ -126,11 +131,11 @@ struct AcrossKeys {
       }
   }
 
-  // Stores each row's scores at place(row), in the order of keys.
-  template <class T, class RowPlace>
-  static void store_rows(const ScoreTile<T>& tile, RowPlace place) {
+  // Stores each row's scores at address(row), in the order of keys.
+  template <class T, class RowAddress>
+  static void store_rows(const ScoreTile<T>& tile, RowAddress address) {
     for (int r = 0; r < tile.num_rows; ++r) {
-      T* to = place(tile.rows[r]);
+      T* to = address(tile.rows[r]);
       for (int j = 0; j < tile.num_keys; j += Vec<T>::width)
         store_up_to(to + j, load(tile.scores + r * tile.step + j), tile.num_keys - j);
     }
@@ -149,7 +154,7 @@ template <class T, class Change>
 template <class Axes, class T>
 inline Mask<T> visible(const ScoreTile<T>& tile, int outer, int lane) {
   const Vec<T> key = Axes::template key<T>(outer, lane);
-  const RowPlaces<T>& row = tile.places;
+  const RowLimits<T>& row = tile.limits;
   Mask<T> seen = (Axes::of_row(row.begin, outer, lane) <= key) & (key < Axes::of_row(row.end, outer, lane));
   if (tile.terms) {
     const Vec<T> term = load(tile.terms + outer * tile.step + lane);

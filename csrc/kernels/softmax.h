@@ -16,12 +16,13 @@ struct ScoreLines {
 
 template <class T, int Cols>
 struct SoftmaxStep {
-  Vec<T> peak[Cols];     // maximum scores: of earlier blocks before the step, of this block as well after it
+  Vec<T> peak[Cols];     // maximum scores: before the step, of earlier blocks; after it, of this block as well
   Vec<T> rescale[Cols];  // factor that adapts earlier sums and outputs to the new maximum
-  Vec<T> sum[Cols];      // sums of this block's probs; vectors across keys are not reduced yet
+  Vec<T> sum[Cols];      // sums of this block's probs; with AcrossKeys, not yet summed over lanes
 };
 
-// probs = 2^(score - max). scaled(x) makes x a score. keep(prob, line, lane) stores the probs of `Cell` lines.
+// probs = 2^(score - max). scaled(x) turns a stored number into a score. keep(prob, line, lane) stores the probs of
+// `Cell` lines.
 template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
 [[gnu::always_inline]] inline void softmax(const ScoreLines<T>& lines, SoftmaxStep<T, Cols>& step, Scaled scaled,
                                            Keep keep) {
@@ -53,7 +54,7 @@ template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
   for (int c = 0; c < Cols; ++c) step.sum[c] = sum[c];
 }
 
-// Initial maximum and sum of a row. The sink is added to the denominator only.
+// Initial maximum and sum of a row. A sink counts as a score in the maximum and in the sum, but not in the outputs.
 template <class T>
 inline void start_softmax(double sink, T& row_max, T& row_sum) {
   row_max = static_cast<T>(sink);

@@ -1,4 +1,4 @@
-// Strips: the rows of a block that share registers.
+// A strip: rows of a block that share registers.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "simd/vec.h"
@@ -9,17 +9,17 @@ struct Strip {
   int first_row;
   int rows;
   int vectors;                        // registers that hold these rows
-  std::int64_t begin_min, begin_max;  // bounds of the rows' key_begin, not limited to a key block
-  std::int64_t end_min, end_max;      // bounds of the rows' key_end
+  std::int64_t begin_min, begin_max;  // least and largest key_begin of the rows; may lie outside the key block
+  std::int64_t end_min, end_max;      // least and largest key_end of the rows
   bool shares_terms;                  // all rows read the same mask and bias
 };
 
 template <class T>
-Strip make_strip(const Row* block_rows, const ScoreTerms& terms, int first_row, int count) {
+Strip make_strip(const Row* block_rows, const Scoring& scoring, int first_row, int count) {
   constexpr int W = Vec<T>::width;
   const Row* rows = block_rows + first_row;
   const std::int64_t begin = rows[0].key_begin, end = rows[0].key_end;
-  Strip strip{first_row, count, ceil_div(count, W), begin, begin, end, end, !terms.bias_at_hand};
+  Strip strip{first_row, count, ceil_div(count, W), begin, begin, end, end, !scoring.bias_at_hand};
   for (int i = 1; i < count; ++i) {
     const Row& row = rows[i];
     strip.begin_min = row.key_begin < strip.begin_min ? row.key_begin : strip.begin_min;

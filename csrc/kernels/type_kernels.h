@@ -1,4 +1,4 @@
-// Assembles the kernels of one element type for the ISA of this translation unit.
+// Assembles the kernels of one type of computation (float or double) for the ISA of this translation unit.
 #pragma once
 #include "kernels/attend_row.h"
 #include "kernels/attend_tile.h"
@@ -45,19 +45,43 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
     store_up_to(element + i, load_up_to(from + i, count - i), count - i);
 }
 
-// E: a type that is only stored. Codes have scales, which only the row kernel applies.
+template <class T, class E>
+inline void transpose(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
+                      void* to) noexcept {
+  // A few columns at a time, so that memory is read in a few sequential streams.
+  const auto store_as = [&](auto* result) {
+    for (std::int64_t first = 0; first < columns; first += Vec<T>::width) {
+      const std::int64_t left = columns - first;
+      columns_to_rows<T>(
+          static_cast<int>(rows), left < Vec<T>::width ? left : Vec<T>::width,
+          [&](int row) { return result + row * columns + first; },
+          [&](std::int64_t column, int row) {
+            return load_up_to(static_cast<const E*>(from) + (first + column) * step + row, rows - row);
+          });
+    }
+  };
+  to_type == dtype_of(E()) ? store_as(static_cast<E*>(to)) : store_as(static_cast<T*>(to));
+}
+
+// E: a type that is only stored; computations use float. Results are never rounded to codes, so codes have no `narrow`,
+// `transpose` or `finish`.
 template <class E, int TileRows, int TileVectors, int MaxSums>
 constexpr StoredKernels stored_kernels() {
-  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel, project<FmaUnit<float>, TileRows, TileVectors, E>,
-                        widen<E>, nullptr, nullptr};
+  StoredKernels kernels{&RowAttention<float, MaxSums, E>::kernel,
+                        project<FmaUnit<float>, TileRows, TileVectors, E>,
+                        widen<E>,
+                        nullptr,
+                        nullptr,
+                        nullptr};
   if constexpr (!scaled<E>) {
     kernels.narrow = narrow<E>;
+    kernels.transpose = transpose<float, E>;
     kernels.finish = finish<float, E>;
   }
   return kernels;
 }
 
-// The tile shapes and MaxSums are chosen to fit the registers: see each isa_*.cpp.
+// Tile shapes and MaxSums are chosen so that sums and operands fit in the registers: see each isa_*.cpp.
 template <class T, int TileRows, int TileVectors, int MaxSums, int RowLimit, int SumRows = TileRows,
           int SumVectors = TileVectors>
 constexpr TypeKernels type_kernels() {
@@ -75,7 +99,11 @@ constexpr TypeKernels type_kernels() {
   const auto stored = [&](auto element) -> StoredKernels& {
     return kernels.stored[static_cast<int>(dtype_of(element))];
   };
-  stored(T()) = {&RowAttention<T, MaxSums>::kernel, project<FmaUnit<T>, TileRows, TileVectors>, nullptr, nullptr,
+  stored(T()) = {&RowAttention<T, MaxSums>::kernel,
+                 project<FmaUnit<T>, TileRows, TileVectors>,
+                 nullptr,
+                 nullptr,
+                 transpose<T, T>,
                  finish<T, T>};
   if constexpr (sizeof(T) == sizeof(float)) {
     stored(Half()) = stored_kernels<Half, TileRows, TileVectors, MaxSums>();

@@ -1,12 +1,14 @@
-// 0 * NaN is NaN. Products include the values of hidden keys with weight 0, which is harmless only if they are finite.
-// So the values of tiles with hidden keys are scanned. If there is a NaN or Inf, a slower path skips the hidden keys.
+// 0 * NaN is NaN. Products include the values of hidden keys with weight 0, which is harmless only if these values are
+// finite. So if a tile has hidden keys, its values are scanned. If there is a NaN or Inf among them, a slower path
+// skips the hidden keys.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "kernels/pack.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-// row(r) points to value_dim numbers. Several sums hide the latency of one.
+// Whether all numbers of all rows are finite: 0 * x is 0 for finite x, and NaN otherwise. row(r) points to value_dim
+// numbers. Several chains of sums hide the latency of additions.
 template <class Row>
 inline bool all_finite(Row row, int rows, std::int64_t value_dim) {
   const auto zero = load_up_to(row(0), 0);

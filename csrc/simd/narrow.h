@@ -1,4 +1,4 @@
-// 16-bit and 8-bit numbers in memory. Computations use float.
+// 16-bit and 8-bit numbers in memory. They are converted to float for computation.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -42,7 +42,7 @@ inline float widen(Half x) {
   return float_of(sign | bits_of(static_cast<float>(fraction) * 0x1p-24f));
 }
 
-// Rounds to the nearest, ties to even. Overflow gives Inf.
+// to_bfloat and to_half round to nearest, ties to even. Overflow gives Inf.
 inline BFloat to_bfloat(float x) {
   const std::uint32_t bits = bits_of(x);
   const std::uint32_t upper = x != x ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -54,9 +54,9 @@ inline Half to_half(float x) {
   std::uint32_t half;
   if (size > 0x7f800000u)
     half = 0x7e00u | (size >> 13 & 1023u);
-  else if (size >= 0x477ff000u)  // rounds to 65536
+  else if (size >= 0x477ff000u)  // rounds to 65536 or more: overflow
     half = 0x7c00u;
-  else if (size < 0x38800000u)  // subnormal: the last bit of the sum is worth 2^-24
+  else if (size < 0x38800000u)  // subnormal: adding 0.5 rounds to a multiple of 2^-24
     half = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
   else
     half = (size + 0xfffu + (size >> 13 & 1u) - (112u << 23)) >> 13;

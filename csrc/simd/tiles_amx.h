@@ -1,4 +1,5 @@
-// AMX: eight tiles of 16 rows of 64 bytes. Tile numbers are encoded in instructions, so they are template arguments.
+// AMX: eight tiles, each of 16 rows of 64 bytes. Instructions encode the numbers of tiles, so these are template
+// arguments.
 #pragma once
 #if !defined(__AMX_TILE__) || !defined(__AMX_BF16__)
 #error "tiles_amx.h needs AMX-TILE and AMX-BF16"
@@ -7,7 +8,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Configures all tiles at full size. The thread may use them from here to release_tiles.
+// Configures all tiles at full size. The thread may use them until it calls release_tiles.
 inline void configure_tiles() {
   struct alignas(64) {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -35,7 +36,7 @@ inline void store_tile(float* p, std::int64_t step) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(step * 4), "i"(Tile) : "memory");
 }
 
-// Sums[m][n] += sum over k of Left[m][k] . Right[k][n], as products of cells.
+// Sums[m][n] += sum over k of dot(Left[m][k], Right[k][n]): the dot product of two cells.
 template <int Sums, int Left, int Right>
 inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Left), "i"(Right));

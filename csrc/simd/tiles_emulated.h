@@ -13,7 +13,7 @@ inline thread_local Tiles tiles;
 inline void configure_tiles() { tiles.configured = true; }
 inline void release_tiles() { tiles.configured = false; }
 
-// Traps if tiles are used before configure_tiles or after release_tiles, as a processor does.
+// Traps, as a processor does, if tiles are used before configure_tiles or after release_tiles.
 inline void need_tiles() {
   if (!tiles.configured) __builtin_trap();
 }
@@ -42,7 +42,7 @@ inline void store_tile(float* p, std::int64_t step) {
   }
 }
 
-// The unit flushes subnormal numbers to 0, both in operands and in sums.
+// AMX flushes subnormal numbers to 0, both in operands and in sums.
 inline VecF flushed(VecF x) { return select(abs(x) < broadcast(0x1p-126f), copy_sign(broadcast(0.0f), x), x); }
 
 template <int Sums, int Left, int Right>

@@ -1,15 +1,15 @@
 // The vector types and operations of the ISA that this translation unit is compiled for.
 #pragma once
 #ifndef SELFATTN_ISA
-#define SELFATTN_ISA portable  // keeps editors and analysers working on a kernel header alone
+#define SELFATTN_ISA portable  // lets editors and analysers parse a kernel header by itself
 #define SELFATTN_VEC "simd/vec_portable.h"
 #endif
 #include SELFATTN_VEC
 
 namespace selfattn::SELFATTN_ISA {
 
-// Goes through a buffer, which is fast enough because ends of rows are rare. Loops are bounded by the size of the
-// buffer as well, since the compiler does not know that n is smaller.
+// Partial loads and stores of narrow types go through a buffer. This is fast enough, because only the ends of rows need
+// it. The loops also check the size of the buffer, because the compiler does not know that n is smaller.
 template <class E>
 inline VecF load_partial_narrow(const E* p, int n) {
   E buffer[VecF::width] = {};

@@ -1,4 +1,4 @@
-// AVX2 and FMA: eight floats or four doubles. Every vec_*.h offers the same operations in the same order.
+// AVX2 and FMA: eight floats or four doubles. Every vec_*.h offers these operations.
 #pragma once
 #if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
 #error "vec_avx2.h needs AVX2, FMA and F16C"
@@ -48,7 +48,7 @@ inline __m256i first_lanes_f64(int n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
-// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// Construction, loads and stores. Partial loads and stores access only the first n lanes (n < width). A partial load
 // sets the other lanes to 0.
 inline VecF broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline VecD broadcast(double x) { return {_mm256_set1_pd(x)}; }
@@ -60,7 +60,7 @@ inline void store(float* p, VecF a) { _mm256_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm256_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm256_maskstore_ps(p, first_lanes_f32(n), a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm256_maskstore_pd(p, first_lanes_f64(n), a.r); }
-// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers. Stores round to nearest, ties to even. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
@@ -82,7 +82,8 @@ inline void store(BFloat* p, VecF a) {
 inline void store(Half* p, VecF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT));
 }
-// Forces a single load into a register. Compilers tend to repeat the load in each instruction that uses the value.
+// Makes the compiler load a value into a register once. Otherwise it tends to load the value again in each instruction
+// that uses it.
 inline VecF in_register(VecF a) {
   asm("" : "+x"(a.r));
   return a;
@@ -119,7 +120,7 @@ inline VecD copy_sign(VecD size, VecD sign) {
   return {_mm256_or_pd(abs(size).r, _mm256_and_pd(_mm256_set1_pd(-0.0), sign.r))};
 }
 
-// Comparisons are false where either operand is NaN, except is_nan.
+// All comparisons except is_nan are false in lanes where an operand is NaN.
 inline MaskF operator<(VecF a, VecF b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskD operator<(VecD a, VecD b) { return {_mm256_cmp_pd(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskF operator<=(VecF a, VecF b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LE_OQ)}; }
@@ -140,7 +141,8 @@ inline bool all(MaskD a) { return _mm256_movemask_pd(a.r) == 0xf; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm256_blendv_ps(b.r, a.r, where.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm256_blendv_pd(b.r, a.r, where.r)}; }
 
-// Building blocks of exp2: round to the nearest integer; x * 2^n for integral n, exactly 0 for n <= -127 (-1023).
+// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
+// 0 from n = -127 (double: -1023) downwards.
 inline VecF round(VecF a) { return {_mm256_round_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm256_round_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF scale_by_power(VecF x, VecF n) {
@@ -201,21 +203,21 @@ inline VecD load_hidden(const std::uint8_t* p, double) {
 inline VecF reverse(VecF a) { return {_mm256_permutevar8x32_ps(a.r, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0))}; }
 inline VecD reverse(VecD a) { return {_mm256_permute4x64_pd(a.r, 0x1b)}; }
 
-// Transposes a square of vectors.
+// Transposes a square matrix; each vector is a row.
 inline void transpose(VecF (&v)[8]) {
   __m256 t[8];
-  for (int i = 0; i < 8; i += 2) {  // pairs of rows, interleaved by single floats
+  for (int i = 0; i < 8; i += 2) {  // interleaves pairs of rows, float by float
     t[i] = _mm256_unpacklo_ps(v[i].r, v[i + 1].r);
     t[i + 1] = _mm256_unpackhi_ps(v[i].r, v[i + 1].r);
   }
   __m256 u[8];
-  for (int i = 0; i < 8; i += 4) {  // pairs of floats: columns of four rows
+  for (int i = 0; i < 8; i += 4) {  // joins pairs of floats: each 128-bit half has one column of four rows
     u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
     u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
     u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
     u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i) {  // 128-bit halves
+  for (int i = 0; i < 4; ++i) {  // exchanges 128-bit halves
     v[i].r = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
     v[i + 4].r = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
   }
@@ -245,7 +247,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(even));
 }
 inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.r, b.r)}; }
-// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
+// multiply gives 64-bit products. The lower half of a product is a word already; upper_half moves the upper half there.
 inline Words multiply(Words a, Words b) { return {_mm256_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm256_srli_epi64(a.r, 32)}; }
 // Whether each word is at least `limit`.
@@ -256,7 +258,7 @@ inline MaskF at_least(const Words (&a)[2], std::uint32_t limit) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, words))};
 }
 inline MaskD at_least(const Words (&a)[1], std::uint32_t limit) {
-  const __m256i words = _mm256_shuffle_epi32(a[0].r, 0xa0);  // in both halves of their lanes
+  const __m256i words = _mm256_shuffle_epi32(a[0].r, 0xa0);  // each word in both halves of its lane
   const __m256i larger = _mm256_max_epu32(words, _mm256_set1_epi32(static_cast<int>(limit)));
   return {_mm256_castsi256_pd(_mm256_cmpeq_epi32(larger, words))};
 }

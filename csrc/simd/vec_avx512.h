@@ -1,4 +1,4 @@
-// AVX-512: sixteen floats or eight doubles. Every vec_*.h offers the same operations in the same order.
+// AVX-512: sixteen floats or eight doubles. Every vec_*.h offers these operations.
 #pragma once
 #if !defined(__AVX512F__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__) || !defined(__AVX512BW__)
 #error "vec_avx512.h needs AVX-512 F, DQ, BW and VL"
@@ -44,7 +44,7 @@ using MaskD = Mask<double>;
 inline MaskF first_lanes_f32(int n) { return {static_cast<__mmask16>((1u << n) - 1u)}; }
 inline MaskD first_lanes_f64(int n) { return {static_cast<__mmask8>((1u << n) - 1u)}; }
 
-// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// Construction, loads and stores. Partial loads and stores access only the first n lanes (n < width). A partial load
 // sets the other lanes to 0.
 inline VecF broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline VecD broadcast(double x) { return {_mm512_set1_pd(x)}; }
@@ -56,7 +56,7 @@ inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.r); }
 inline void store(double* p, VecD a) { _mm512_storeu_pd(p, a.r); }
 inline void store_partial(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, first_lanes_f32(n).r, a.r); }
 inline void store_partial(double* p, VecD a, int n) { _mm512_mask_storeu_pd(p, first_lanes_f64(n).r, a.r); }
-// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers. Stores round to nearest, ties to even. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
@@ -77,7 +77,8 @@ inline void store(BFloat* p, VecF a) {
 inline void store(Half* p, VecF a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT));
 }
-// Forces a single load into a register. Compilers tend to repeat the load in each instruction that uses the value.
+// Makes the compiler load a value into a register once. Otherwise it tends to load the value again in each instruction
+// that uses it.
 inline VecF in_register(VecF a) {
   asm("" : "+v"(a.r));
   return a;
@@ -114,7 +115,7 @@ inline VecD copy_sign(VecD size, VecD sign) {
   return {_mm512_or_pd(_mm512_abs_pd(size.r), _mm512_and_pd(_mm512_set1_pd(-0.0), sign.r))};
 }
 
-// Comparisons are false where either operand is NaN, except is_nan.
+// All comparisons except is_nan are false in lanes where an operand is NaN.
 inline MaskF operator<(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskD operator<(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.r, b.r, _CMP_LT_OQ)}; }
 inline MaskF operator<=(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LE_OQ)}; }
@@ -135,8 +136,8 @@ inline bool all(MaskD a) { return a.r == 0xff; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm512_mask_blend_ps(where.r, b.r, a.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm512_mask_blend_pd(where.r, b.r, a.r)}; }
 
-// Building blocks of exp2: round to the nearest integer; x * 2^n for integral n (scalef also gives subnormal
-// results).
+// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n, including subnormal
+// results.
 inline VecF round(VecF a) { return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm512_roundscale_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF scale_by_power(VecF x, VecF n) { return {_mm512_scalef_ps(x.r, n.r)}; }
@@ -191,21 +192,21 @@ inline VecF reverse(VecF a) {
 }
 inline VecD reverse(VecD a) { return {_mm512_permutexvar_pd(_mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0), a.r)}; }
 
-// Transposes a square of vectors.
+// Transposes a square matrix; each vector is a row.
 inline void transpose(VecF (&v)[16]) {
   __m512 t[16];
-  for (int i = 0; i < 16; i += 2) {  // pairs of rows, interleaved by single floats
+  for (int i = 0; i < 16; i += 2) {  // interleaves pairs of rows, float by float
     t[i] = _mm512_unpacklo_ps(v[i].r, v[i + 1].r);
     t[i + 1] = _mm512_unpackhi_ps(v[i].r, v[i + 1].r);
   }
   __m512 u[16];
-  for (int i = 0; i < 16; i += 4) {  // quads of rows, by pairs of floats
+  for (int i = 0; i < 16; i += 4) {  // joins pairs of floats: each 128-bit lane has one column of four rows
     u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
     u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
     u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
     u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
   }
-  for (int i = 0; i < 4; ++i) {  // 128-bit lanes
+  for (int i = 0; i < 4; ++i) {  // rearranges 128-bit lanes
     const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
     const __m512 b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
     const __m512 c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
@@ -222,7 +223,7 @@ inline void transpose(VecD (&v)[8]) {
     t[i] = _mm512_unpacklo_pd(v[i].r, v[i + 1].r);
     t[i + 1] = _mm512_unpackhi_pd(v[i].r, v[i + 1].r);
   }
-  for (int i = 0; i < 2; ++i) {  // 128-bit lanes
+  for (int i = 0; i < 2; ++i) {  // rearranges 128-bit lanes
     const __m512d a = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
     const __m512d b = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
     const __m512d c = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88);
@@ -247,7 +248,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a.r));
 }
 inline Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.r, b.r)}; }
-// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
+// multiply gives 64-bit products. The lower half of a product is a word already; upper_half moves the upper half there.
 inline Words multiply(Words a, Words b) { return {_mm512_mul_epu32(a.r, b.r)}; }
 inline Words upper_half(Words a) { return {_mm512_srli_epi64(a.r, 32)}; }
 // Whether each word is at least `limit`.

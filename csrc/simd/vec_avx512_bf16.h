@@ -1,5 +1,6 @@
-// AVX-512 and its dot products of bfloat16: the operations of vec_avx512.h, plus cells. A cell is a lane that holds two
-// adjacent bfloat16, the first one in the lower half. Subnormal bfloat16 count as 0 in products.
+// AVX-512 with dot products of bfloat16: the operations of vec_avx512.h, and operations on cells. A cell is a 32-bit
+// lane that holds two adjacent bfloat16 numbers, the first one in the lower half. Subnormal numbers count as 0 in
+// products.
 #pragma once
 #if !defined(__AVX512BF16__)
 #error "vec_avx512_bf16.h needs AVX-512 BF16"
@@ -19,13 +20,14 @@ inline VecF add_products(VecF a, VecF b, VecF sum) {
 #endif
 }
 
-// Loads sixteen cells from 32 adjacent numbers in memory. If n < 32, the rest is 0.
+// Loads sixteen cells from 32 adjacent numbers in memory. If n < 32, only the first n numbers are read, and the others
+// are 0.
 inline VecF load_cells(const BFloat* p, std::int64_t n) {
   const __mmask32 present = n < 32 ? (1u << n) - 1u : ~0u;
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, p))};
 }
 
-// Makes cells from two vectors, lane by lane, rounded to the nearest.
+// Makes cells from two vectors: cell i holds lane i of `first` and lane i of `second`, rounded to nearest.
 inline VecF to_cells(VecF first, VecF second) {
   const __m512i order =
       _mm512_setr_epi32(0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007,
@@ -34,12 +36,12 @@ inline VecF to_cells(VecF first, VecF second) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)))};
 }
 
-// Makes cells from two vectors that are adjacent in memory, rounded to the nearest.
+// Makes cells from 32 adjacent numbers, of which `low` holds the first 16, rounded to nearest.
 inline VecF to_cells_in_order(VecF low, VecF high) {
   return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.r, low.r))};
 }
 
-// Stores the first and the second eight cells.
+// Stores the first eight cells to `low` and the other eight to `high`.
 inline void store_halves(float* low, float* high, VecF cells) {
   _mm256_storeu_ps(low, _mm512_castps512_ps256(cells.r));
   _mm256_storeu_ps(high, _mm512_extractf32x8_ps(cells.r, 1));

@@ -1,4 +1,4 @@
-// Advanced SIMD of AArch64: four floats or two doubles. Every vec_*.h offers the same operations in the same order.
+// Advanced SIMD of AArch64: four floats or two doubles. Every vec_*.h offers these operations.
 #pragma once
 #if !defined(__aarch64__) || !defined(__ARM_NEON) || defined(__AARCH64EB__)
 #error "vec_neon.h needs little-endian AArch64 with Advanced SIMD"
@@ -42,7 +42,7 @@ using VecD = Vec<double>;
 using MaskF = Mask<float>;
 using MaskD = Mask<double>;
 
-// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// Construction, loads and stores. Partial loads and stores access only the first n lanes (n < width). A partial load
 // sets the other lanes to 0.
 inline VecF broadcast(float x) { return {vdupq_n_f32(x)}; }
 inline VecD broadcast(double x) { return {vdupq_n_f64(x)}; }
@@ -69,7 +69,7 @@ inline void store_partial(float* p, VecF a, int n) {
 inline void store_partial(double* p, VecD a, int n) {
   if (n > 0) vst1q_lane_f64(p, a.r, 0);
 }
-// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers. Stores round to nearest, ties to even. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   uint16x4_t bits;
   std::memcpy(&bits, p, sizeof bits);
@@ -98,7 +98,7 @@ inline void store(Half* p, VecF a) {
   const uint16x4_t bits = vreinterpret_u16_f16(vcvt_f16_f32(a.r));
   std::memcpy(p, &bits, sizeof bits);
 }
-// Forces a single load into a register. Compilers tend to repeat the load in each instruction that uses the value.
+// Makes the compiler load a value into a register once. Otherwise it may load the value again before each use.
 inline VecF in_register(VecF a) {
   asm("" : "+w"(a.r));
   return a;
@@ -131,7 +131,7 @@ inline VecD abs(VecD a) { return {vabsq_f64(a.r)}; }
 inline VecF copy_sign(VecF size, VecF sign) { return {vbslq_f32(vdupq_n_u32(1u << 31), sign.r, size.r)}; }
 inline VecD copy_sign(VecD size, VecD sign) { return {vbslq_f64(vdupq_n_u64(std::uint64_t{1} << 63), sign.r, size.r)}; }
 
-// Comparisons are false where either operand is NaN, except is_nan.
+// All comparisons except is_nan are false in lanes where an operand is NaN.
 inline MaskF operator<(VecF a, VecF b) { return {vcltq_f32(a.r, b.r)}; }
 inline MaskD operator<(VecD a, VecD b) { return {vcltq_f64(a.r, b.r)}; }
 inline MaskF operator<=(VecF a, VecF b) { return {vcleq_f32(a.r, b.r)}; }
@@ -152,7 +152,8 @@ inline bool all(MaskD a) { return vminvq_u32(vreinterpretq_u32_u64(a.r)) != 0; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {vbslq_f32(where.r, a.r, b.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {vbslq_f64(where.r, a.r, b.r)}; }
 
-// Building blocks of exp2: round to the nearest integer; x * 2^n for integral n, exactly 0 for n <= -127 (-1023).
+// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
+// 0 from n = -127 (double: -1023) downwards.
 inline VecF round(VecF a) { return {vrndnq_f32(a.r)}; }
 inline VecD round(VecD a) { return {vrndnq_f64(a.r)}; }
 inline VecF scale_by_power(VecF x, VecF n) {
@@ -198,13 +199,13 @@ inline VecF reverse(VecF a) {
 }
 inline VecD reverse(VecD a) { return {vextq_f64(a.r, a.r, 1)}; }
 
-// Transposes a square of vectors.
+// Transposes a square matrix; each vector is a row.
 inline void transpose(VecF (&v)[4]) {
-  const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(v[0].r, v[1].r));  // pairs of rows, by single floats
+  const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(v[0].r, v[1].r));  // interleaves pairs of rows
   const float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(v[0].r, v[1].r));
   const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(v[2].r, v[3].r));
   const float64x2_t d = vreinterpretq_f64_f32(vtrn2q_f32(v[2].r, v[3].r));
-  v[0].r = vreinterpretq_f32_f64(vtrn1q_f64(a, c));  // pairs of floats: columns of four rows
+  v[0].r = vreinterpretq_f32_f64(vtrn1q_f64(a, c));  // joins pairs of floats to columns of four rows
   v[1].r = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
   v[2].r = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
   v[3].r = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
@@ -224,7 +225,7 @@ inline Words broadcast_word(std::uint32_t x) { return {vdupq_n_u64(x)}; }
 inline Words load_words(const std::uint32_t* p) { return {vmovl_u32(vld1_u32(p))}; }
 inline void store_words(std::uint32_t* p, Words a) { vst1_u32(p, vmovn_u64(a.r)); }
 inline Words operator^(Words a, Words b) { return {veorq_u64(a.r, b.r)}; }
-// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
+// multiply gives 64-bit products. The lower half of a product is a word already; upper_half moves the upper half there.
 inline Words multiply(Words a, Words b) { return {vmull_u32(vmovn_u64(a.r), vmovn_u64(b.r))}; }
 inline Words upper_half(Words a) { return {vshrq_n_u64(a.r, 32)}; }
 // Whether each word is at least `limit`.

@@ -1,5 +1,5 @@
-// Any CPU: 16-byte vectors with the compiler's vector extensions (SSE2 on x86-64, the baseline elsewhere).
-// Every vec_*.h offers the same operations.
+// Any CPU: 16-byte vectors with the compiler's vector extensions (SSE2 on x86-64, the baseline elsewhere). Every
+// vec_*.h offers these operations.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -24,11 +24,11 @@ struct Mask {
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 
-// Construction, loads and stores. Partial loads and stores access only the first n lanes, n < width. A partial load
+// Construction, loads and stores. Partial loads and stores access only the first n lanes (n < width). A partial load
 // sets the other lanes to 0.
 template <class T>
 inline Vec<T> broadcast(T x) {
-  return {x - typename Vec<T>::Register{}};  // x - 0 in every lane keeps the sign of a zero
+  return {x - typename Vec<T>::Register{}};  // subtracting 0 keeps the sign of a zero
 }
 template <class T>
 inline Vec<T> load(const T* p) {
@@ -50,7 +50,7 @@ template <class T>
 inline void store_partial(T* p, Vec<T> a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.r[i];
 }
-// Loads and stores of 16-bit numbers in memory; stores round to the nearest. 8-bit codes are only loaded.
+// Loads and stores of 16-bit numbers. Stores round to nearest, ties to even. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   VecF v{};
   for (int i = 0; i < VecF::width; ++i) {
@@ -86,7 +86,8 @@ inline void store(Half* p, VecF a) {
     std::memcpy(p + i, &element, sizeof element);
   }
 }
-// Forces a single load into a register. Nothing to do where loads are separate instructions.
+// Makes the compiler load a value into a register once. Nothing to do here: SSE2 arithmetic cannot read unaligned
+// memory, so such loads are separate instructions anyway.
 template <class T>
 inline Vec<T> in_register(Vec<T> a) {
   return a;
@@ -143,7 +144,7 @@ inline Vec<T> copy_sign(Vec<T> size, Vec<T> sign) {
   return {sign.r < 0 ? -abs(size).r : abs(size).r};
 }
 
-// Comparisons are false where either operand is NaN, except is_nan.
+// All comparisons except is_nan are false in lanes where an operand is NaN.
 template <class T>
 inline Mask<T> operator<(Vec<T> a, Vec<T> b) {
   return {a.r < b.r};
@@ -181,11 +182,12 @@ inline bool all(Mask<T> a) {
   return (halves[0] & halves[1]) == ~std::uint64_t{0};
 }
 
-// Building blocks of exp2: round to the nearest integer (|a| < 2^22 or 2^51); x * 2^n for integral n, exactly 0 for
-// n <= -127 (-1023).
+// Steps of exp2. round: to the nearest integer, for |a| < 2^22 (double: 2^51). scale_by_power: x * 2^n for
+// integral n; for finite x, exactly 0 from n = -127 (double: -1023) downwards.
 template <class T>
 inline Vec<T> round(Vec<T> a) {
-  const T magic = sizeof(T) == 4 ? static_cast<T>(12582912.0) : static_cast<T>(6755399441055744.0);  // 1.5 * 2^23, 2^52
+  // 1.5 * 2^23 (double: 1.5 * 2^52). Adding it rounds a to an integer.
+  const T magic = sizeof(T) == 4 ? static_cast<T>(12582912.0) : static_cast<T>(6755399441055744.0);
   return {(a.r + magic) - magic};
 }
 inline VecF scale_by_power(VecF x, VecF n) {
@@ -249,7 +251,7 @@ inline Vec<T> reverse(Vec<T> a) {
   return v;
 }
 
-// Transposes a square of vectors.
+// Transposes a square matrix; each vector is a row.
 template <class T, int N>
 inline void transpose(Vec<T> (&v)[N]) {
   static_assert(N == Vec<T>::width);
@@ -273,7 +275,7 @@ inline void store_words(std::uint32_t* p, Words a) {
   for (int i = 0; i < Words::width; ++i) p[i] = static_cast<std::uint32_t>(a.r[i]);
 }
 inline Words operator^(Words a, Words b) { return {a.r ^ b.r}; }
-// A product fills its 64-bit lane. Its lower half is already a word; upper_half makes its upper half the word.
+// multiply gives 64-bit products. The lower half of a product is a word already; upper_half moves the upper half there.
 inline Words multiply(Words a, Words b) { return {(a.r & 0xffffffff) * (b.r & 0xffffffff)}; }
 inline Words upper_half(Words a) { return {a.r >> 32}; }
 // Whether each word is at least `limit`.

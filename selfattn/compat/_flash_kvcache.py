@@ -7,6 +7,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .. import _core
 from .._arguments import as_array, flag, integers, is_float
 from .._keywords import hinted
 from .._typing import Array, No, Yes
@@ -156,19 +157,13 @@ def flash_attn_with_kvcache(
         in_order = options["causal"] or options["window"] is not None
         query = rotate(query, lengths, step=1 if in_order else 0)
         new = rotate(new[0], lengths), new[1]
-    rows = np.arange(len(query))
-    if new is None:
-        return _attend(pages, query, rows, total, starts, options)
-    slots = pages.slots(lengths, new[0].shape[1])
-    _check_distinct(slots, pages.page_size)
-    before = [side[slots] for side in (pages.k, pages.v)]  # indexing by arrays copies
+    if new is not None:
+        _check_distinct(pages.slots(lengths, new[0].shape[1]), pages.page_size)
+    step = pages.step(np.arange(len(query)), lengths, starts)
     try:
-        for side, tokens in zip((pages.k, pages.v), new, strict=True):
-            side[slots] = tokens
-        return _attend(pages, query, rows, total, starts, options)
+        return _attend(pages, step, query, options, new=new)
     except BaseException:
-        for side, old in zip((pages.k, pages.v), before, strict=True):
-            side[slots] = old
+        _core.undo(step)
         raise
 
 

@@ -156,7 +156,8 @@ def _varlen_pages(
     for i in range(count):
         rows = slice(int(starts_q[i]), int(starts_q[i + 1]))
         single = {**options, "alibi_slopes": None if own is None else own[i]}
-        pages.attend(q[rows][None], np.array([i]), lengths[i : i + 1], None, single, out[rows][None])
+        step = pages.step(np.array([i]), lengths[i : i + 1])
+        pages.attend(step, q[rows][None], single, out[rows][None])
     return out
 
 

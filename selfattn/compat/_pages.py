@@ -69,16 +69,10 @@ class Pages:
         tokens = first[:, None] + np.arange(count)
         return np.take_along_axis(self.table, tokens // self.page_size, axis=1), tokens % self.page_size
 
-    def attend(
-        self,
-        q: NDArray[Any],
-        rows: NDArray[Any],
-        lengths: NDArray[np.int64],
-        starts: NDArray[np.int64] | None,
-        options: dict[str, Any],
-        out: NDArray[Any] | None = None,
-    ) -> Any:
-        """Attend with q (B, Sq, H, D) to the pages in these rows of the table."""
+    def step(
+        self, rows: NDArray[Any], lengths: NDArray[np.int64], starts: NDArray[np.int64] | None = None
+    ) -> _core.Step:
+        """Describe a call on the sequences in these rows of the table to the core."""
         k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (self.k, self.v))
         store = _core.make_cache_store(
             k=k.swapaxes(1, 2),
@@ -88,6 +82,21 @@ class Pages:
             dtype=_core.DTYPES[self.k.dtype.name],
             window=-1,
         )
-        sequences = _core.make_page_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
+        table = _core.make_page_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)
+        return _core.Step(store=store, sequences=table)
+
+    def attend(
+        self,
+        step: _core.Step,
+        q: NDArray[Any],
+        options: dict[str, Any],
+        out: NDArray[Any] | None = None,
+        new: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    ) -> Any:
+        """Store new keys and values (B, T, Hkv, ·), then attend with q (B, Sq, H, D) to the pages of a step."""
         values = core_options(self.function, layout="bshd", **options)
-        return _core.attend_cache(self.function, store, sequences, _core.CacheInputs(q=q), out, values)
+        inputs = _core.CacheInputs(q=q)
+        if new is not None:
+            inputs.k, inputs.v = new
+            inputs.tokens = new[0].shape[1]
+        return _core.attend_cache(self.function, step, inputs, out, values)

@@ -62,8 +62,8 @@ def attention_forward(
     Sparse layers pass the keys that a query sees as `indices` (B, Sq, n), or as the `block_indices` of their indexer.
     Sinks (`sinks` or `s_aux`) are given per head, or per query: (B, H, Sq, 1).
     `cu_seq_lens_q` and `cu_seq_lens_k` are the bounds of sequences that are packed into one batch entry without padding
-    between them; each sequence attends only to itself. An `attention_mask` of numbers or booleans may separate them
-    instead.
+    between them; each sequence attends only to itself. An `attention_mask` of numbers or booleans also applies within
+    each sequence.
     """
     for name, given in kwargs.items():
         if given is not None and name not in _UNRELATED:

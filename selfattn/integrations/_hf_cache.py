@@ -18,7 +18,7 @@ _SLACK = 128  # least number of tokens to make room for in advance
 
 
 class Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
-    """A cache for `generate` and for models that appends in place; a `DynamicCache` copies all its tokens at each step.
+    """A cache for `generate` and for models. It appends in place; a `DynamicCache` copies all its tokens at each step.
 
     Any attention implementation can use this cache, but only selfattn reads 8-bit tokens without converting all of
     them. For layers that keep more than keys and values, such as layers of linear attention, the cache uses
@@ -166,7 +166,7 @@ class Layer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         return seen  # type: ignore[no-any-return]
 
     def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the first tokens, which all see each other; later queries may need only the newest."""
+        """Store the first tokens and return all of them; later queries may need only the newest."""
         added = kept = keys.shape[2]
         if self.record_past:
             self._undoable += added

@@ -47,7 +47,7 @@ class VisibleKeys(Deferred):
     options: dict[str, Any]  # options of selfattn.attention
     sizes: tuple[int, int, int]
     end: int  # no query sees keys from here on
-    prepared: dict[Any, _core.Options]  # the core's options, by those options of layers that hide no keys
+    prepared: dict[Any, _core.Options]  # results of `prepare`, by its arguments
 
     @staticmethod
     def describe(

@@ -29,7 +29,7 @@ def packed_bounds(
 ) -> Bounds | None:
     """Return where sequences start and end among queries and keys, or None if there is only one.
 
-    A dense mask may separate the sequences already, or hide nothing: so it is applied as well.
+    A dense mask is applied as well: it may separate the sequences, or hide nothing. A described mask must hide nothing.
     """
     dense = mask is not None and not (type(mask) is VisibleKeys and mask.made is None)
     cu_q, cu_k = (cu_k if cu_q is None else cu_q), (cu_q if cu_k is None else cu_k)

@@ -86,7 +86,7 @@ class Stored:
         new = Stored((like[0], like[1]), capacity, self.cache._store.name)
         for store, array in zip(new.cache._store.arrays(), arrays, strict=True):
             store[:, :, : end - start] = array
-        new.cache._ledger.publish(np.int64(end - start), np.int64(0))
+        new.cache._set(np.full(new.batch, end - start), np.zeros(new.batch, np.int64))
         return new
 
     def reorder(self, index: torch.Tensor, end: int) -> None:
@@ -141,7 +141,7 @@ def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
 
 
 def _suits(storage: str, dtype: torch.dtype) -> bool:
-    """Whether queries of a dtype can attend to stored tokens: of their own type, or of a narrower one."""
+    """Whether queries of a dtype can attend to stored tokens, which must have the same type or a narrower one."""
     own = name_of(dtype)
     return storage == own or _BYTES[storage] < _BYTES[own]
 
@@ -164,7 +164,7 @@ def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: 
 
 
 def _visible(options: dict[str, Any], kv_len: int) -> NDArray[np.bool_] | None:
-    """Return what the options about single keys leave visible, broadcasting to (B, H, Sq, Sk); remove these options."""
+    """Return which keys mask, kv_starts and kv_lens leave visible, broadcasting to (B, H, Sq, Sk); remove the three."""
     visible: NDArray[np.bool_] | None = options.pop("mask", None)
     for name, compare in (("kv_starts", np.greater_equal), ("kv_lens", np.less)):
         limits = options.pop(name, None)

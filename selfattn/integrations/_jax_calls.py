@@ -135,10 +135,10 @@ def _gradients_backward(static: Any, kept: Any, grads: Any) -> Any:
 
 
 def _untraced(traced: Any) -> tuple[Operands, Any]:
-    """Return the operands, and which gradients are wanted: bits, as the length of an array without elements.
+    """Return the operands, and which gradients are wanted, encoded as the length of an array without elements.
 
-    A compiled function may be differentiated for one argument, then for another. JAX keeps shapes for each of them, but
-    the structure of what backward rules get and return only once.
+    A compiled function may be differentiated for one argument, then for another. JAX keeps the shapes for each case,
+    but keeps only once how the values that backward rules get and return are nested.
     """
     operands = Operands(*(x if x is None else x.value for x in traced))
     wanted = [name for name in DIFFERENTIABLE if (x := getattr(traced, name)) is not None and x.perturbed]

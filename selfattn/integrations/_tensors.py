@@ -103,7 +103,7 @@ def _is_disguised(tensor: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func.grad`, `vmap` or the like is at work, for which operators have no gradients."""
+    """Whether `torch.func.grad`, `vmap` or the like is active. Operators have no gradients under these functions."""
     top = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
     return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize
 

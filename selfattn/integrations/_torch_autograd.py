@@ -138,7 +138,7 @@ def _forms(operator: Any, kernel: Callable[..., Any], keep: Any, pull_back: Any,
     """Make an operator differentiable and return it with functions of the same kind."""
 
     def below(*arguments: Any) -> Any:
-        """Compute inside the transformation that was applied last."""
+        """Compute at the level below the transformation that was applied last."""
         tensors = tuple(x for x in arguments if isinstance(x, torch.Tensor))
         return forms.run(tensors, records=False)(*arguments)
 

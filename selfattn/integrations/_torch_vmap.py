@@ -1,4 +1,4 @@
-"""Attention under torch.vmap: the new dimension becomes a batch dimension, so that there is still a single call."""
+"""Attention under torch.vmap: one call with a further batch dimension if possible, otherwise one call per entry."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import pytest
 from places import BENCHMARKS
 
 import selfattn
+from selfattn import _core
 from selfattn._bench.check import Mismatch, check, expected_parts, storage_error, unit_of
 from selfattn._bench.measure import check_all, check_storage, measure
 from selfattn._bench.options import Cache
@@ -99,8 +100,7 @@ def test_errors_of_codes_are_small_and_reported():
 
 def test_pages_are_in_random_order_and_shared():
     filled = Filled(SMALL["cascade"], SMALL["cascade"].make_arrays())
-    table = filled.cache._table
-    held = [table.held(table.rows[sequence]) for sequence in filled.sequences]
+    held = [_core.sequence(filled.cache._pool, sequence)[2].tolist() for sequence in filled.sequences]
     pages = [page for row in held for page in row[2:]]
     assert pages not in (sorted(pages), sorted(pages, reverse=True))
     assert len({tuple(row[:2]) for row in held}) == 1

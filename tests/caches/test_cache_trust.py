@@ -58,7 +58,7 @@ def test_refuses_queries_that_see_lost_tokens(normal: Any, kind: str) -> None:
     sa.attention_with_kvcache(normal(1, 1, 3, 4), cache, window=(0, 0), **own)
     with pytest.raises(ValueError, match="q has 3 queries for stored tokens, and the first would see tokens before"):
         sa.attention_with_kvcache(normal(1, 1, 3, 4), cache, window=(2, 0), **own)
-    with pytest.raises(ValueError, match="window is 3 to the left, but the cache keeps only what one of 2 sees"):
+    with pytest.raises(ValueError, match="3 to the left, but the cache keeps only the tokens that a window of 2 sees"):
         sa.attention_with_kvcache(k, cache, window=(3, 0), **own)
 
 

@@ -1,4 +1,4 @@
-"""Sizes: short files, short functions, and few parameters."""
+"""Sizes: short files, short functions, and few parameters, in Python and in C++."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import cpp_functions
 from places import ROOT
 
 LINES = 300
@@ -81,3 +82,43 @@ def test_functions_have_few_parameters() -> None:
             if parameters(node) > PARAMETERS and name not in public and not opened:
                 many.add(f"{module}.{name.rpartition('.')[2]}")
     assert many == set(MANY_PARAMETERS)
+
+
+def test_functions_in_cpp_are_short_and_have_few_parameters() -> None:
+    sources = [file for file in files("csrc", "tests/native") if file.suffix in {".cpp", ".h"}]
+    found = [(file.name, x) for file in sources for x in cpp_functions.functions(file.read_text(encoding="utf8"))]
+    assert len(found) > 1000
+    assert [x for x in found if x[1].lines > BODY or x[1].parameters > PARAMETERS] == []
+
+
+def test_functions_in_cpp_are_found() -> None:
+    text = """
+namespace a {  // {
+template <class T, int n>
+struct B : C<T> {
+  enum class D { e, f };
+  explicit B(int i, std::map<int, int> m = {{1, 2}, {3, 4}}) : i_(i), m_{m} {}
+  bool operator()(int i) const {
+    // a comment (
+    const char* text = "}";
+    return [&](int j, int k) { return j < k; }(i, '{');
+  }
+  bool operator<(const B& other) const noexcept { return i_ < other.i_; }
+  int i_ = {}, values[2] = {1, 2};
+  std::map<int, int> m_{};
+};
+template <void call(int, int)>
+auto g() -> std::pair<int, int> {
+  struct Local {
+    void h(int, int) {}
+  };
+  return {};
+}
+constexpr auto k = [](int i, T* const (&array)[3]) {
+  return i;
+};
+void declared(int, int, int);
+}  // namespace a
+"""
+    expected = [("B", 0, 2), ("operator", 3, 1), ("operator", 0, 1), ("g", 4, 0), ("[]", 1, 2)]
+    assert [tuple(x) for x in cpp_functions.functions(text)] == expected

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flash_reference import OPTIONS, close, paged, plain
 
-from selfattn import compat
+from selfattn import _core, compat
 
 
 def rotated(x: Any, cos: Any, sin: Any, places: Any, interleaved: bool) -> Any:
@@ -207,6 +207,27 @@ def test_errors_leave_caches_as_they_were(normal: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         compat.flash_attn_with_kvcache(**given)
     assert np.array_equal(caches, before)
+
+
+@pytest.mark.parametrize("kind", ["rows", "chosen rows", "pages"])
+def test_an_interrupt_leaves_caches_as_they_were(normal: Any, rng: Any, kind: str, monkeypatch: Any) -> None:
+    caches, original = Caches(normal, rng, kind, 6), _core.attend_cache
+    arrays = caches.k_cache, caches.v_cache
+    before = [array.tobytes() for array in arrays]
+    written = []
+
+    def then_interrupted(*arguments: Any) -> None:
+        original(*arguments)
+        written.extend(array.tobytes() for array in arrays)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_core, "attend_cache", then_interrupted)
+    caches.options["cache_seqlens"] = lengths = np.array([6, 3, 5])
+    with pytest.raises(KeyboardInterrupt):
+        compat.flash_attn_with_kvcache(normal(3, 2, 4, 8), *arrays, **caches.options)
+    assert all(new != old for new, old in zip(written, before, strict=True))
+    assert [array.tobytes() for array in arrays] == before
+    assert lengths.tolist() == [6, 3, 5]
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (1, 4), (4, 2), ()])

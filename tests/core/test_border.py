@@ -122,7 +122,7 @@ def test_calls_refuse_other_operands() -> None:
             _core.attention_varlen("f", other, None, options)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="GradientInputs is needed"):
             _core.attention_backward("f", (x, x, x), other, ("q",), options)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="RelativeTerms is needed"):
+        with pytest.raises(TypeError, match="RelativeInputs is needed"):
             _core.relative_attention("f", (x, x, x), other, None, options)  # type: ignore[arg-type]
 
 
@@ -144,6 +144,7 @@ def test_wrong_values_are_refused(name: str, wrong: Any) -> None:
         setattr(options, name, wrong)
     with pytest.raises(TypeError, match=f"^Options: {name} cannot be "):
         delattr(options, name)
+    assert fields_of(options) == FIELDS  # a refused value changes nothing
 
 
 @pytest.mark.parametrize(

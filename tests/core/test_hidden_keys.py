@@ -151,6 +151,23 @@ def test_hidden_values_are_inert_in_each_column(isa: str, normal: Any, q_len: in
         assert np.array_equal(sa.attention(q, k, spoiled, **options), expected)
 
 
+@pytest.mark.parametrize("q_len", [3, 50])
+@pytest.mark.parametrize("q_offset", [10, 30, 80])
+def test_values_that_only_some_rows_see(isa: str, normal: Any, q_len: int, q_offset: int) -> None:
+    # Some NaN are hidden from all rows, others reach the last rows.
+    q, k, v = normal(q_len, 8), normal(90, 8), normal(90, 8)
+    mask = np.arange(90) % 7 > 0
+    options = {"mask": mask, "causal": True, "q_offset": q_offset}
+    expected = sa.attention(q, k, v, **options)
+    v[~mask] = np.nan
+    v[q_offset + 2, 3] = np.inf
+    found = sa.attention(q, k, v, **options)
+    assert np.array_equal(found[:2], expected[:2])
+    sees = bool(mask[q_offset + 2])
+    assert np.isinf(found[2:, 3]).all() == sees
+    assert np.array_equal(np.delete(found[2:], 3, 1), np.delete(expected[2:], 3, 1))
+
+
 @pytest.mark.parametrize("slope", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("q_len", [3, 50])
 def test_no_slope_brings_a_hidden_key_back(isa: str, normal: Any, q_len: int, slope: float) -> None:

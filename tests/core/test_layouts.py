@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -46,6 +47,10 @@ def fortran(x: Any) -> Any:
     return np.asfortranarray(x)
 
 
+def columns(x: Any) -> Any:
+    return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2) if x.ndim > 1 else x
+
+
 def heads_last(x: Any) -> Any:
     return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3) if x.ndim > 2 else x
 
@@ -67,6 +72,7 @@ LAYOUTS = [
     misaligned,
     packed_record,
     fortran,
+    columns,
     heads_last,
     read_only,
     swapped,
@@ -120,6 +126,21 @@ def test_layouts_of_options(isa: str, normal: Any, rng: Any, layout: Any, q_len:
             q, k, v, alibi_slopes=layout(slopes), kv_lens=layout(lengths)[:, 0], q_offset=layout(lengths)[:, 0]
         )
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("q_len", [2, 70])
+def test_transposed_biases(isa: str, normal: Any, rng: Any, dtype: Any, q_len: int) -> None:
+    # Without groups, the biases of adjacent rows are adjacent numbers.
+    q, k, v = normal(2, 4, q_len, 8), normal(2, 4, 150, 8), normal(2, 4, 150, 8)
+    bias = normal(4, q_len, 150).astype(dtype)
+    bias[rng.random(bias.shape) < 0.3] = -np.inf
+    for options in ({}, {"mask": rng.random((q_len, 150)) < 0.7}, {"causal": True}):
+        expected = sa.attention(q, k, v, bias=bias, **options)
+        assert np.array_equal(sa.attention(q, k, v, bias=columns(bias), **options), expected)
+        # The numbers of a 16-bit bias are exact in float32.
+        if np.dtype(dtype).itemsize == 2:
+            assert np.array_equal(sa.attention(q, k, v, bias=bias.astype(np.float32), **options), expected)
 
 
 def test_zero_strides_are_not_expanded(isa: str, normal: Any) -> None:

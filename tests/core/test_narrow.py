@@ -16,6 +16,7 @@ from narrow_cases import (
     TILE_RANGES,
     TYPES,
     backwards,
+    columns,
     columns_apart,
     every_second,
     everything,
@@ -160,7 +161,7 @@ def test_mixtures_that_are_refused(q: str, k: str, v: str, message: str) -> None
 
 
 @types
-@pytest.mark.parametrize("layout", [backwards, columns_apart, every_second, heads_last, misaligned])
+@pytest.mark.parametrize("layout", [backwards, columns, columns_apart, every_second, heads_last, misaligned])
 @pytest.mark.parametrize("shape", [TILE, ROW, RANGES], ids=str)
 def test_strides_do_not_matter(isa: str, normal: Any, rng: Any, layout: Any, shape: Any, dtype: Any) -> None:
     q, k, v = operands(normal, shape, dtype)

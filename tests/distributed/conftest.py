@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mpi_run
 import pytest
-import ranks
 
 HERE = Path(__file__).parent
 
@@ -22,14 +22,14 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     def results(name: str, size: int) -> Any:
         if (name, size) not in found:
             found[name, size] = "the program failed before"
-            command = ("-m", "mpi4py", str(ranks.PROGRAM), str(HERE / f"{name}.py"))
-            done = ranks.run(size, *command, folder=tmp_path_factory.mktemp("ranks"))
+            command = ("-m", "mpi4py", str(mpi_run.PROGRAM), str(HERE / f"{name}.py"))
+            done = mpi_run.run(size, *command, folder=tmp_path_factory.mktemp("ranks"))
             printed = re.search(r"^RESULTS(.*)$", done.text, flags=re.M)
             found[name, size] = json.loads(printed[1]) if printed and done.code == 0 else done.text
         return found[name, size]
 
     def check(name: str, check: str, size: int) -> Any:
-        ranks.mpiexec()
+        mpi_run.mpiexec()
         all_found = results(name, size)
         assert isinstance(all_found, dict), all_found
         outcome = all_found[f"check_{check}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import ranks
+import mpi_run
 from places import ROOT
 
 
@@ -14,14 +14,14 @@ def test_program_runs_as_written(tmp_path: Path) -> None:
     (program,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     file = tmp_path / "program.py"
     file.write_text(program + "print(out.shape)\n", encoding="utf8")
-    done = ranks.run(3, "-m", "mpi4py", str(file), folder=tmp_path)
+    done = mpi_run.run(3, "-m", "mpi4py", str(file), folder=tmp_path)
     assert done.code == 0, done.text
     assert done.text.splitlines() == ["(1, 8, 1, 64)"] * 3
 
 
 def test_generation_over_ranks_is_that_of_one_rank(tmp_path: Path) -> None:
     program = str(ROOT / "examples" / "generate_ranks.py")
-    done = ranks.run(3, "-m", "mpi4py", program, "--tokens", "30", folder=tmp_path)
+    done = mpi_run.run(3, "-m", "mpi4py", program, "--tokens", "30", folder=tmp_path)
     assert done.code == 0, done.text
     assert "\nthe same tokens as on one rank" in done.text
     held = [int(n) for n in re.search(r"caches: \[(.*)\]", done.text)[1].split(",")]

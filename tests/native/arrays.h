@@ -1,5 +1,5 @@
-// Arrays for the native tests: any strides, in memory of exactly the size that they need, so that a sanitizer detects
-// reads and writes outside of it.
+// Arrays for the native tests, with any strides. Their memory has exactly the size that they need, so that a sanitizer
+// detects accesses outside it.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -13,13 +13,14 @@ namespace selfattn::native {
 
 using Extents = std::vector<std::int64_t>;
 
-// Layout of the elements; the default is C order without gaps. Vectors shorter than the number of axes are padded.
+// Layout of the elements; the default is C order without gaps. Axes for which `gaps`, `negative` or `repeated` has no
+// entry get 0 or false.
 struct Layout {
-  std::vector<int> order{};       // axes from the innermost outwards
+  std::vector<int> order{};       // axes from the innermost to the outermost; empty: C order
   Extents gaps{};                 // bytes left unused between the elements of an axis
-  std::vector<bool> negative{};   // axes that run backwards
+  std::vector<bool> negative{};   // axes with a negative stride
   std::vector<bool> repeated{};   // axes with stride 0
-  std::int64_t misalignment = 0;  // of the first byte
+  std::int64_t misalignment = 0;  // offset of the array from aligned memory, in bytes
 };
 
 class Array {
@@ -31,10 +32,10 @@ class Array {
   TensorView view() const;
   DType dtype() const { return dtype_; }
   const Extents& shape() const { return shape_; }
-  Extents& shape() { return shape_; }  // for arrays that claim a shape that they do not have
+  Extents& shape() { return shape_; }  // to make an array claim a shape that it does not have
   std::int64_t count() const;          // elements, repeated ones included
 
-  // Address of an element given by its position in C order.
+  // The address of the element at a position in C order.
   char* at(std::int64_t position) const;
   double number(std::int64_t position) const;
 
@@ -47,7 +48,7 @@ class Array {
     for (std::int64_t i = 0; i < total; ++i) f(address(shape, i));
   }
 
-  // The memory including gaps between the elements, to check that nothing was written to the gaps.
+  // All bytes, including gaps between the elements, to check that nothing was written to the gaps.
   std::vector<char> bytes() const { return {memory_.get(), memory_.get() + size_}; }
 
  private:

@@ -1,4 +1,4 @@
-// An attention call with memory for everything that it reads, and functions that compute it.
+// An attention call that owns the memory of its arguments, and functions that compute it.
 #pragma once
 #include <vector>
 
@@ -26,7 +26,7 @@ struct Results {
   Plan plan{};
   int threads = 0;
 
-  bool operator==(const Results& other) const;  // every bit of every element
+  bool operator==(const Results& other) const;  // compares every bit of every element
 };
 
 // Allocates the outputs that the case requests, and attaches them to its problem.
@@ -38,7 +38,7 @@ enum class Threads { as_planned, forced };
 Results compute(const Case& c, const KernelSet& kernels, int threads, Threads how = Threads::as_planned,
                 Interrupted interrupted = nullptr);
 
-// As above, with keys and values that are not those of the case.
+// As above, with `arguments` instead of the case's own, for example with keys and values in a cache.
 Results compute(const Case& c, const AttentionArguments& arguments, const KernelSet& kernels, int threads,
                 Threads how = Threads::as_planned, Interrupted interrupted = nullptr);
 

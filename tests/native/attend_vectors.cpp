@@ -1,4 +1,5 @@
-// attend_vectors ISA FILE: computes every case of the file on one instruction set and compares.
+// attend_vectors ISA FILE: computes every case of the file on one instruction set, and compares the results with the
+// file's.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -16,8 +17,8 @@
 namespace selfattn::test {
 namespace {
 
-// The errors that a matrix unit adds: `values` by rounding weights and values, and `scores`, per unit of sigma, by
-// splitting queries and keys. See docs/numerics.md.
+// The errors that a matrix unit adds (docs/numerics.md). `values` comes from rounding weights and values. `scores`
+// comes from splitting queries and keys, and is multiplied by sigma.
 struct Rounding {
   double values, scores;
 };
@@ -84,18 +85,18 @@ Results compute(const VectorCase& c, const KernelSet& kernels, int threads, bool
   return results;
 }
 
-// Some keys of an operand; `axis` is the axis of the keys, counted from the end.
-class Part {
+// A piece of an operand: some of its keys. `axis` is the axis of the keys, counted from the end.
+class PieceOf {
  public:
-  Part(const TensorView& whole, int axis, std::int64_t first, std::int64_t count) : view_(whole) {
+  PieceOf(const TensorView& whole, int axis, std::int64_t first, std::int64_t count) : view_(whole) {
     if (!whole || whole.ndim <= axis || whole.extent(axis) == 1) return;
     extents_.assign(whole.shape, whole.shape + whole.ndim);
     extents_[static_cast<std::size_t>(whole.ndim - 1 - axis)] = count;
     view_.shape = extents_.data();
     view_.data = static_cast<char*>(whole.data) + first * whole.stride(axis);
   }
-  Part(const Part&) = delete;
-  Part& operator=(const Part&) = delete;
+  PieceOf(const PieceOf&) = delete;
+  PieceOf& operator=(const PieceOf&) = delete;
   const TensorView& view() const { return view_; }
 
  private:
@@ -119,8 +120,8 @@ Results stream(const VectorCase& c, const KernelSet& kernels) {
   const std::int64_t cuts[] = {0, kv_len / 3, kv_len / 3 + 1, kv_len};
   for (int i = 0; i < 3; ++i) {
     const std::int64_t first = cuts[i], count = cuts[i + 1] - first;
-    const Part k(whole.k, axis, first, count), v(whole.v, axis, first, count);
-    const Part mask(whole.mask, 0, first, count), bias(whole.bias, 0, first, count);
+    const PieceOf k(whole.k, axis, first, count), v(whole.v, axis, first, count);
+    const PieceOf mask(whole.mask, 0, first, count), bias(whole.bias, 0, first, count);
     AttentionArguments piece = whole;
     piece.k = k.view();
     piece.v = v.view();
@@ -161,7 +162,7 @@ bool run(const VectorCase& c, const KernelSet& kernels) {
   const double lse = compare_lse(fused.lse, c.array("lse"), sigma, rounding.scores);
   const double pieces = streamed_error(c, kernels, sigma, rounding);
   const double weights = compare_weights(whole.weights, c.array("weights"), sigma, rounding.scores);
-  // Neither the number of threads nor the output of weights changes a result.
+  // A result depends neither on the number of threads nor on whether weights are returned.
   const bool same = same_bits(fused.out, whole.out) && same_bits(fused.lse, whole.lse);
   const bool passed = out <= 1 && lse <= 1 && weights <= 1 && pieces <= 1 && same;
   std::printf("%s %-32s %-4s kernel, of the bounds: out %.2f, lse %.2f, weights %.2f, in pieces %.2f%s\n",

@@ -31,7 +31,7 @@ template <class T>
 void set(T& x, double to) {
   x = static_cast<T>(to);
 }
-void set(BFloat& x, double to) {  // not rounded to the nearest, but that does not matter
+void set(BFloat& x, double to) {  // truncates instead of rounding, which does not matter here
   x.bits = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(to)) >> 16);
 }
 
@@ -67,8 +67,8 @@ int operand_lanes(const BackwardKernel& kernel) {
   return kernel.lanes * (sizeof(E) < sizeof(T) ? 2 : 1);
 }
 
-// A block of rows, each of which sees a different range of keys. Some see none, and some keys are seen by no row. E:
-// the type of operands, T: of everything else.
+// A block of rows whose ranges of visible keys differ. Some rows see no key, and some keys are seen by no row. E: the
+// type of operands; T: the type of everything else.
 template <class T, class E>
 struct Call {
   int count, keys, dim, value_dim;
@@ -118,11 +118,11 @@ struct Call {
   void run(const BackwardKernel& kernel, bool finite) {
     const std::size_t bytes = kernel.scratch_bytes(count, key_block, dim, value_dim);
     const GuardedMemory scratch((bytes + 63) / 64 * 64);
-    std::fill_n(scratch.data(), (bytes + 63) / 64 * 64, '\xff');  // NaN, if it is read before it is written
+    std::fill_n(scratch.data(), (bytes + 63) / 64 * 64, '\xff');  // NaN, to detect reads before the first write
     BackwardBlock block{};
     block.rows = rows.data();
     block.count = count;
-    block.terms.multiplier = multiplier;
+    block.scoring.multiplier = multiplier;
     block.head_dim = dim;
     block.value_dim = value_dim;
     block.queries = query.data();
@@ -198,8 +198,8 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   std::vector<double> dquery(static_cast<std::size_t>(count * dim)), dkey = numbers_of(call.dkey, keys, dim),
                                                                      dvalue = numbers_of(call.dvalue, keys, value_dim);
   call.run(kernel, true);
-  // Each sum has at most some hundred terms of at most about 20. Kernels that multiply pairs add products of rounded
-  // numbers.
+  // Each sum has at most a few hundred terms of magnitude up to about 20. Kernels that multiply pairs round probs and
+  // gradients of scores before they multiply them.
   const double limit = 4e3 * static_cast<double>(std::numeric_limits<T>::epsilon());
   const double sum_limit = sizeof(E) == sizeof(T) ? limit : 0.5;
   double error = 0;
@@ -210,7 +210,8 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   error = std::max(error, largest_difference(numbers_of(call.dvalue, keys, value_dim), dvalue));
   SELFATTN_CHECK(error <= sum_limit);
 
-  // The last key, which no row sees, and rows that see no key may hold anything: the results keep the same bits.
+  // No row sees the last key, and some rows see no key. NaN in this key and in these rows must not change a bit of the
+  // results.
   std::mt19937 again(11);
   Call<T, E> spoiled(kernel, again, count, keys, dim, value_dim);
   const double nan = std::numeric_limits<double>::quiet_NaN();
@@ -229,7 +230,7 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   SELFATTN_CHECK(numbers_of(spoiled.dvalue, keys, value_dim) == numbers_of(call.dvalue, keys, value_dim));
 }
 
-// Both rows end at an inaccessible page.
+// Checks `add` with rows that end at an inaccessible page.
 template <class T>
 void check_add(const BackwardKernel& kernel, int count) {
   std::mt19937 source(7);

@@ -1,4 +1,4 @@
-// Checks of the kernel of the backward pass, through the contract that its driver uses.
+// Checks of the kernels of the backward pass, through the interface that their driver uses.
 #pragma once
 #include "kernels/kernel_set.h"
 

@@ -14,7 +14,7 @@ std::int64_t integer(const Array& array, std::int64_t sequence) {
   return n;
 }
 
-// Codes of the row whose first element is at `position`; returns their scale.
+// Computes the codes of the row whose first element is at `position`, and returns their scale.
 float quantise(const Array& from, std::int64_t position, std::int64_t width, std::int8_t* codes) {
   double largest = 0;
   for (std::int64_t d = 0; d < width; ++d) largest = std::max(largest, std::fabs(from.number(position + d)));
@@ -85,7 +85,7 @@ std::int32_t* CachedCase::entries_of(std::int64_t sequence) const {
   return reinterpret_cast<std::int32_t*>(table_->data()) + sequence * runs_;
 }
 
-// Gives a page to each run that holds a key, and none to the others.
+// Gives a page to each run that holds a key, but no page to other runs.
 void CachedCase::give_pages() {
   slots_ = store_.page_size;
   runs_ = (length_ + slots_ - 1) / slots_;

@@ -1,5 +1,6 @@
-// The keys and values of a case as caches hold them: in pages in any order, in rings, or as codes with scales. Memory
-// ends after every run of keys, and slots without a key are NaN.
+// The keys and values of a case as caches hold them: in pages in any order, in rings, or as codes with scales. A run is
+// the keys of one head in one page; without pages, in one sequence. An inaccessible page of memory follows every run.
+// Slots without a key hold NaN.
 #pragma once
 #include <optional>
 
@@ -9,23 +10,23 @@
 namespace selfattn::native {
 
 struct Store {
-  std::int64_t page_size = 0;  // 0: a sequence is one run
-  bool ring = false;           // a ring has one slot for each key that is held
+  std::int64_t page_size = 0;  // 0: no pages
+  bool ring = false;           // each sequence is a ring that has room only for the keys it holds
   bool codes = false;
-  std::uint64_t seed = 1;  // of the pages' order
+  std::uint64_t seed = 1;  // for the order of the pages
 };
 
-// Whether a cache could hold the keys and values: they are (batch, heads, length, width) with every batch entry, or in
-// layout bshd.
+// Whether a cache could hold the keys and values: they have four axes, in either layout, and an entry for each batch
+// entry of the call.
 bool cacheable(const Case& c);
 
-// The exact numbers that the codes of an array's rows represent.
+// Rounds the rows of an array to codes. Returns the exact numbers that these codes represent.
 Array coded(const Array& from);
 
 class CachedCase {
  public:
   CachedCase(const Case& c, const Store& store);  // the case must be cacheable and outlive this object
-  CachedCase(const CachedCase&) = delete;         // views point to its own arrays
+  CachedCase(const CachedCase&) = delete;         // views point to members
   CachedCase& operator=(const CachedCase&) = delete;
 
   AttentionArguments arguments() const;
@@ -51,7 +52,7 @@ class CachedCase {
   const Store store_;
   const std::int64_t batch_, heads_, length_;
   const DType dtype_;
-  std::int64_t slots_ = 0;   // keys of a run
+  std::int64_t slots_ = 0;   // slots of a run
   std::int64_t runs_ = 1;    // of a sequence
   std::int64_t places_ = 0;  // runs of each head for which there is memory
   std::optional<test::GuardedMemory> table_;

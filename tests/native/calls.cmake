@@ -1,4 +1,4 @@
-# Programs that drive whole calls without Python: for sanitizers, fuzzers and emulators.
+# Programs that make whole calls without Python, also under sanitizers, fuzzers and emulators.
 add_library(selfattn_attend_case STATIC arrays.cpp attend_case.cpp)
 target_link_libraries(selfattn_attend_case PUBLIC selfattn_core)
 target_compile_options(selfattn_attend_case PRIVATE ${SELFATTN_WARNINGS})
@@ -8,7 +8,7 @@ target_link_libraries(stress_threads PRIVATE selfattn_attend_case)
 target_compile_options(stress_threads PRIVATE ${SELFATTN_WARNINGS})
 add_test(NAME stress_threads COMMAND stress_threads 2)
 
-# Keys and values as caches hold them.
+# Keys and values in the forms in which caches hold them.
 add_library(selfattn_cached_case STATIC cached_case.cpp definition.cpp)
 target_link_libraries(selfattn_cached_case PUBLIC selfattn_attend_case native_checks)
 target_compile_options(selfattn_cached_case PRIVATE ${SELFATTN_WARNINGS})
@@ -20,8 +20,8 @@ foreach(isa IN LISTS isas)
   set_tests_properties(cached_checks_${isa} PROPERTIES SKIP_RETURN_CODE ${skipped})
 endforeach()
 
-# The step of a cache: one program, because it does not depend on the instruction set.
-add_executable(cache_step_checks cache_step_checks.cpp)
+# Steps on a cache. They do not depend on the instruction set, so the test runs once.
+add_executable(cache_step_checks cache_step_checks.cpp page_checks.cpp)
 target_link_libraries(cache_step_checks PRIVATE selfattn_attend_case native_checks)
 target_compile_options(cache_step_checks PRIVATE ${SELFATTN_WARNINGS})
 add_test(NAME cache_step_checks COMMAND cache_step_checks)

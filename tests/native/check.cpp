@@ -17,7 +17,7 @@ const char* last_check = "nothing";
 long checks = 0;
 long failures = 0;
 
-// Counts a check. Returns whether its failure should be printed.
+// Counts a check. Returns whether it failed and the failure should be printed.
 bool failed(bool passed, const char* what) {
   last_check = what;
   ++checks;

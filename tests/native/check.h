@@ -6,7 +6,7 @@ namespace selfattn::test {
 
 constexpr int skipped = 77;  // exit status of a test that this machine cannot run
 
-// Names the subject of the following checks, also in case of a crash.
+// Names what the following checks test. Failures and crashes are reported with this name.
 void begin_section(const char* name);
 
 void expect(bool passed, const char* what, const char* file, int line);
@@ -14,10 +14,10 @@ void expect(bool passed, const char* what, const char* file, int line);
 // Zeros of either sign count as equal, and so do all NaNs.
 void expect_same(double got, double expected, const char* what);
 
-// Also prints the value, to show how close it is to its limit.
+// Prints the value even if it passes, to show how close it is to its limit.
 void expect_at_most(double value, double limit, const char* what);
 
-// A memory fault ends the program with the name of the section.
+// From now on, a memory fault prints the name of the section and ends the program.
 void report_faults();
 
 // Prints the number of checks and of failures. Returns the exit status.

@@ -23,14 +23,14 @@ double smallest_of(const Array& array) {
   }
 }
 
-// The relative error that rounding a result to 16 bits may add: half an ulp.
+// The relative error that rounding a result to a 16-bit type may add: half an ulp.
 double last_rounding(const Array& array) {
   return array.dtype() == DType::f16 ? 0x1p-11 : array.dtype() == DType::bf16 ? 0x1p-8 : 0;
 }
 
 double relative_bound(const Array& array, double sigma) { return (16 + 4 * sigma) * unit_of(array); }
 
-// The largest error divided by its bound. bound(i) is called for finite values only; other values must be the same.
+// The largest error divided by its bound. bound(i, y) is called for finite values only; other values must be equal.
 template <class Bound>
 double largest_share(const Array& got, const Array& exact, Bound bound) {
   if (got.size() != exact.size()) return wrong;
@@ -50,7 +50,7 @@ double compare_out(const Array& out, const Array& exact, const Array& magnitude,
   if (magnitude.size() != exact.size()) return wrong;
   return largest_share(out, exact, [&](std::int64_t i, double y) {
     const double bound = (relative_bound(out, sigma) + rounding) * magnitude.at(i);
-    // The result itself must be rounded to its type; below the normal numbers that is an absolute error.
+    // The result is rounded to its type. For subnormal results, the error of this rounding is absolute.
     return bound + (std::abs(y) + bound) * last_rounding(out) + smallest_of(out);
   });
 }
@@ -63,7 +63,8 @@ double compare_lse(const Array& lse, const Array& exact, double sigma, double sc
 
 double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding) {
   return largest_share(weights, exact, [&](std::int64_t, double y) {
-    // Numerator and denominator have errors. The error of a small weight grows with its logit, which includes biases.
+    // The numerator and the denominator of a weight both have errors. The error of a small weight grows with its logit,
+    // which includes biases.
     const double logit = y > 0 ? std::abs(std::log(y)) : 0;
     const double bound = relative_bound(weights, sigma) + sigma * score_rounding;
     return (2 * bound + 4 * logit * (unit_of(weights) + score_rounding)) * y + 1e-37;

@@ -6,11 +6,11 @@
 
 namespace selfattn::test {
 
-// The functions return the largest error divided by its bound. More than 1, or `wrong`, is a failure.
+// The compare functions return the largest error divided by its bound. A result above 1, such as `wrong`, is a failure.
 constexpr double wrong = std::numeric_limits<double>::infinity();
 
-// The unit that multiplies adds to the bounds: `rounding` to the bound of out, `score_rounding` per unit of sigma to
-// the others.
+// The bounds allow for errors of the unit that multiplies: `rounding` in out, and sigma * `score_rounding` in lse and
+// weights.
 double compare_out(const Array& out, const Array& exact, const Array& magnitude, double sigma, double rounding);
 double compare_lse(const Array& lse, const Array& exact, double sigma, double score_rounding);
 double compare_weights(const Array& weights, const Array& exact, double sigma, double score_rounding);

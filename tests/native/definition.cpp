@@ -13,7 +13,7 @@ namespace {
 using Wide = long double;
 constexpr Wide infinity = std::numeric_limits<Wide>::infinity();
 
-// The element that an array, broadcast to the shape of a result, has at `index`. The index has as many axes as the
+// The element at `index` of an array that is broadcast to the shape of a result. The index has as many axes as the
 // result.
 Wide element(const Array& array, const Extents& index) {
   std::int64_t position = 0;
@@ -25,7 +25,7 @@ Wide element(const Array& array, const Extents& index) {
   std::int64_t n;
   if (array.dtype() != DType::i64) return static_cast<Wide>(array.number(position));
   std::memcpy(&n, array.at(position), sizeof n);
-  return static_cast<Wide>(n);  // exact: 64 bits of mantissa
+  return static_cast<Wide>(n);  // exact: at least 64 bits of significand
 }
 
 struct Row {
@@ -115,7 +115,8 @@ class Definition {
   std::int64_t value_dim() const { return value_dim_; }
 
  private:
-  // Sequence (1) or head (2) axis of q, k or v, counted as in layout "bhsd".
+  // The extent of the sequence axis (from_end = 1) or head axis (2) of q, k or v. `from_end` counts as in layout
+  // "bhsd".
   std::int64_t axis(const Array& array, std::size_t from_end) const {
     const std::size_t ndim = array.shape().size();
     if (ndim == 2) return from_end == 2 ? 1 : array.shape()[0];
@@ -179,8 +180,8 @@ class Definition {
     return philox_word(place, o.seed, static_cast<int>(j % 4)) < threshold ? 0 : 1 / (1 - static_cast<Wide>(o.dropout));
   }
 
-  // The element of an array (heads, count, ...) or (count, ...) for the distance of query and key, which is clamped to
-  // both ends.
+  // The element of an array (heads, count, ...) or (count, ...) for the distance between query and key, clamped to the
+  // ends of the array.
   Wide by_distance(const Array& array, std::int64_t origin, const Row& row, std::int64_t j, std::int64_t d = -1) const {
     Extents index;
     if (d >= 0) index.push_back(d);
@@ -239,13 +240,13 @@ std::string judge_row(const Definition& definition, const Row& row, const Result
   const Exact exact = definition.compute(row);
   const DType dtype = results.out.dtype();
   const Wide unit = dtype == DType::f64 ? 0x1p-53L : 0x1p-24L;
-  // 16-bit numbers are rounded once more; below the normal numbers that is an absolute error.
+  // 16-bit results are rounded once more. For subnormal results, the error of this rounding is absolute.
   const Wide last = dtype == DType::f16    ? 0x1p-11L
                     : dtype == DType::bf16 ? 0x1p-8L
                                            : 0,
              least = last > 0 ? 0x1p-25L : 0;
-  // The bound of the worst case, not of the usual one: a fuzzer's arrays hold equal numbers, whose rounding errors have
-  // the same sign.
+  // This is a bound for the worst case, in which all rounding errors have the same sign. This happens, because a
+  // fuzzer's arrays may hold equal numbers.
   const auto dot = static_cast<Wide>(definition.head_dim()), keys = static_cast<Wide>(definition.kv_len());
   const Wide sums = 16 + 2 * std::min<Wide>(keys, 128) + keys / 64;
   const Wide tolerance = (sums + (4 + dot) * exact.sigma) * unit, tiny = 1e-37L;

@@ -1,4 +1,4 @@
-// Attention by its definition, one row at a time in wide precision, to check fuzzed results.
+// Attention by its definition, one row at a time in long double, to check results.
 #pragma once
 #include <string>
 
@@ -6,8 +6,9 @@
 
 namespace selfattn::native {
 
-// Compares rows of the results with the definition, as many as `effort` multiplications allow. In all rows, checks what
-// holds for any input of finite, moderate numbers. Returns what is wrong, or an empty text.
+// Compares some rows of the results with the definition, as many as about `effort` multiplications allow. Checks in all
+// rows that outputs are finite. The numbers of the case must be finite and moderate. Returns what is wrong, or an empty
+// text.
 std::string judge(const Case& c, const Results& results, double effort);
 
 }  // namespace selfattn::native

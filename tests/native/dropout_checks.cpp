@@ -12,7 +12,7 @@ using test::expect_same;
 constexpr std::uint32_t odd_words[] = {0, 1, 0x7fffffff, 0x80000000, 0xffffffff, 0xd2511f53, 0x12345678, 0xfffffffe};
 constexpr int odd_count = sizeof odd_words / sizeof *odd_words;
 
-// Words with upper halves that no operation may depend on.
+// Words in lanes whose upper halves are not 0. No result may depend on the upper halves.
 Words words_at(int first, int step) {
   std::uint32_t words[Words::width];
   for (int l = 0; l < Words::width; ++l) words[l] = odd_words[(first + step * l) % odd_count];
@@ -75,7 +75,7 @@ void check_known_answers() {
   }
 }
 
-// Factors of a tile, and the weights of each of its rows; both arrays end where the guard begins.
+// Checks the factors of a tile, and the weights of each of its rows. Both arrays end at a guard.
 template <class T>
 void check_factors(int count, std::int64_t first_key, int keys) {
   constexpr int W = Vec<T>::width, most_rows = 3 * W;
@@ -112,7 +112,7 @@ void check_all() {
   for (const int rows : row_counts)
     for (std::int64_t first = 0; first < 6; ++first)
       for (const int keys : key_counts) check_factors<T>(rows, first, keys);
-  check_factors<T>(2, (std::int64_t{1} << 34) - 5, 9);  // the word of the keys wraps around
+  check_factors<T>(2, (std::int64_t{1} << 34) - 5, 9);  // the counter's word for keys wraps around
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// emulation: the processor's tiles give results bit-identical to emulated tiles, whose bounds other tests check.
+// emulation: the processor's AMX tiles and emulated tiles give bit-identical results. Other tests check the accuracy of
+// emulated results.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -54,7 +55,7 @@ Case draw(Random& random, DType dtype, Precision precision) {
   return c;
 }
 
-// Bit-identical except for NaN, whose bits the processor does not specify.
+// Whether results are bit-identical, except for the bits of NaN, which AMX does not specify.
 bool agree(const Array& a, const Array& b) {
   if (a.count() != b.count()) return false;
   for (std::int64_t i = 0; i < a.count(); ++i) {
@@ -68,7 +69,7 @@ bool agree(const Results& a, const Results& b) {
   return agree(a.out, b.out) && agree(a.lse, b.lse) && (!a.weights || agree(a.weights, b.weights));
 }
 
-// Whether projections of both sets on the same numbers agree.
+// Whether projections of the same numbers with both sets agree.
 bool projections_agree(Random& random, const KernelSet& one, const KernelSet& other) {
   const std::int64_t rows = 1 + random.below(70), cells = 1 + random.below(60), columns = 1 + random.below(48);
   const std::int64_t whole = (cells + 15) / 16 * 16, width = one.f32.panel_columns;

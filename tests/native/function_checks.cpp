@@ -19,7 +19,7 @@ void sample(Point point, Function function, Visit visit) {
   }
 }
 
-// The error in units of 2^-24 (2^-53) of the exact value.
+// The relative error in units of 2^-24 (double: 2^-53).
 template <class T>
 double error_in_units(T got, long double exact) {
   const long double error = got - exact;
@@ -40,7 +40,7 @@ void check_exp2() {
       SELFATTN_CHECK(got == 0 || got == scale(T(1), power));
   }
   double worst = 0, worst_below = 0;
-  // 30 beyond the last normal power: results become subnormal, then 0.
+  // Down to 30 below the lowest normal power: results become subnormal, then 0.
   const double range = Limits<T>::lowest_power - 30.0;
   sample<T>([&](int i) { return range * i / samples; }, [](Vec<T> t) { return exp2(t); },
             [&](T t, T got) {

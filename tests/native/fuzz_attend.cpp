@@ -1,5 +1,5 @@
-// libFuzzer's target. Any bytes describe an attention call. The call must be refused with a message or give the correct
-// result, the same on one thread as on several, without accessing memory out of bounds.
+// libFuzzer's target. Any bytes describe an attention call. The call must be refused with a message, or give the
+// correct result, which must be the same on one thread and on several. It must not access memory out of bounds.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -38,23 +38,23 @@ void plan_only(const Described& d) {
   if (one != 1 || several < 1 || several > d.threads) fail("the number of threads for a plan");
 }
 
-// Units that round operands or weights have other bounds.
+// Whether results have the bounds that `judge` checks. They do not if a unit rounds operands or weights.
 bool exact(const Plan& plan) {
   return std::strcmp(plan.attend->unit, "fma") == 0 || std::strcmp(plan.attend->unit, "bfloat16 dots") == 0;
 }
 
-// Each run of keys takes a page of memory.
+// Whether a cache of these keys fits in memory: each run of keys takes at least a page.
 bool few_enough(const Case& c) { return c.k.count() + c.v.count() <= 20000; }
 
-// Gaps between the elements of `out` are not written: they still have their initial value.
+// Checks that gaps between the elements of `out` still have their initial value.
 void check_gaps(const Array& out) {
   out.each([&](char* p) { std::memset(p, 0xff, static_cast<std::size_t>(size_of(out.dtype()))); });
   for (const char byte : out.bytes())
     if (byte != '\xff') fail("bytes between the elements of out were written");
 }
 
-// In pages or a ring the result is bit-identical. With codes it is bit-identical to the result for codes in one array,
-// and correct for the numbers that the codes represent.
+// If keys are in pages or a ring, the result is bit-identical to `plain`. With codes, it is bit-identical to the result
+// for codes in one array, and correct for the numbers that the codes represent.
 void check_cached(Described& d, const Results& plain) {
   const CachedCase cached(d.input, d.store);
   const Results stored = compute(d.input, cached.arguments(), *d.kernels, d.threads, Threads::forced);

@@ -33,8 +33,8 @@ Layout read_layout(Bytes& bytes, std::size_t ndim, DType dtype, bool may_repeat)
 struct Values {
   Random random;
   double size;  // of the numbers
-  int odd;      // one in this many numbers is NaN, infinite or enormous; 0: none
-  int share;    // of every 256 entries of a mask, how many are True
+  int odd;      // one in this many numbers is NaN, infinite, 0, huge or tiny; 0: none
+  int share;    // average number of True among 256 entries of a mask
 };
 
 double real(Values& values, double size) {
@@ -62,6 +62,51 @@ void fill(Bytes& bytes, Name name, const Array& array, Values& values, std::int6
   });
 }
 
+void read_store(int bits, Store& store) {
+  constexpr std::int64_t page_sizes[] = {0, 1, 3, 16};
+  store.page_size = page_sizes[bits & 3];
+  store.ring = bits & 4 && store.page_size == 0;
+  store.codes = bits & 8;
+  store.seed = static_cast<std::uint64_t>(bits);
+}
+
+// A 16-bit type if the lowest bit of `narrow` is set; the next bit chooses which of the two.
+DType read_type(int narrow, int wide) {
+  if (narrow & 1) return narrow & 2 ? DType::bf16 : DType::f16;
+  return wide != 0 ? DType::f64 : DType::f32;
+}
+
+// What the first bytes choose.
+struct Kinds {
+  DType dtype, kv_dtype, bias_dtype;
+  bool spoiled;       // one shape is wrong
+  bool claims;        // some extents are larger than any memory
+  bool wrong_values;  // lengths may be wrong
+  bool starts, relative, table;
+};
+
+Kinds read_kinds(Bytes& bytes, Described& d) {
+  const std::vector<const KernelSet*>& sets = available_kernels();
+  d.kernels = sets[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(sets.size())))];
+  d.threads = 2 + static_cast<int>(bytes.below(3));
+  const int mode = bytes.next();
+  // If these bytes are 0, operands and bias have a 32-bit or 64-bit type, which `mode` chooses.
+  const int narrow_operands = bytes.next(), narrow_bias = bytes.next();
+  d.input.options.recent_mask = narrow_operands & 32;
+  read_store(narrow_bias >> 2, d.store);
+  d.cached = narrow_operands & 128;
+  const DType dtype = read_type(narrow_operands, mode & 1);
+  return {.dtype = dtype,
+          .kv_dtype = narrow_operands & 4 && !is_narrow(dtype) ? read_type(narrow_operands >> 3 | 1, 0) : dtype,
+          .bias_dtype = read_type(narrow_bias, mode & 2),
+          .spoiled = (mode & 12) == 12,
+          .claims = (mode & 48) == 48,
+          .wrong_values = (mode & 192) == 192,
+          .starts = (narrow_operands & 64) != 0,
+          .relative = (narrow_bias & 64) != 0,
+          .table = (narrow_bias & 128) != 0};
+}
+
 void read_options(Bytes& bytes, Described& d) {
   AttentionArguments& options = d.input.options;
   const int flags = bytes.next();
@@ -77,7 +122,7 @@ void read_options(Bytes& bytes, Described& d) {
 }
 
 // Reads terms by distance: relative vectors and a table, in forms that are always accepted.
-void read_distances(Bytes& bytes, bool relative, bool table, DType dtype, const Sizes& s, Values& values, Case& c) {
+void read_distances(Bytes& bytes, const Kinds& kinds, const Sizes& s, Values& values, Case& c) {
   const std::int64_t heads = s.kv_heads * s.group;
   const auto real_array = [&](Array& array, DType type, Extents shape, const Layout& layout) {
     array = Array(type, std::move(shape), layout);
@@ -85,15 +130,15 @@ void read_distances(Bytes& bytes, bool relative, bool table, DType dtype, const 
   };
   const std::int64_t count = 1 + bytes.below(bytes.one_of({2, 40, 300}));
   const std::int64_t origin = bytes.below(count);
-  if (relative) {
+  if (kinds.relative) {
     Extents shape{count, s.head_dim};
     if (bytes.flag()) shape.insert(shape.begin(), heads);
-    real_array(c.r, dtype, shape, read_layout(bytes, shape.size(), dtype, /*may_repeat=*/true));
+    real_array(c.r, kinds.kv_dtype, shape, read_layout(bytes, shape.size(), kinds.kv_dtype, /*may_repeat=*/true));
     real_array(c.u, DType::f64, {heads, s.head_dim}, {});
     real_array(c.w, DType::f64, {heads, s.head_dim}, {});
     c.options.r_origin = origin;
   }
-  if (table) {
+  if (kinds.table) {
     real_array(c.distance_bias, DType::f64, {heads, count}, {});
     c.options.distance_origin = origin;
     if (heads > 0 && bytes.flag())
@@ -106,18 +151,29 @@ void read_dropout(Bytes& bytes, AttentionArguments& options) {
   if (options.dropout != 0) options.seed = static_cast<std::uint64_t>(bytes.below(1 << 16)) * 0x9E3779B97F4A7C15u;
 }
 
-void read_store(int bits, Store& store) {
-  constexpr std::int64_t page_sizes[] = {0, 1, 3, 16};
-  store.page_size = page_sizes[bits & 3];
-  store.ring = bits & 4 && store.page_size == 0;
-  store.codes = bits & 8;
-  store.seed = static_cast<std::uint64_t>(bits);
-}
-
-// A 16-bit type if the lowest bit is set; the next bit chooses which of the two.
-DType read_type(int narrow, int wide) {
-  if (narrow & 1) return narrow & 2 ? DType::bf16 : DType::f16;
-  return wide != 0 ? DType::f64 : DType::f32;
+// Reads all arrays but those of read_distances. Returns false if NumPy could not have one of them.
+bool read_arrays(Bytes& bytes, const Kinds& kinds, const Sizes& sizes, const Shapes& shapes, Values& values,
+                 Described& d) {
+  Case& c = d.input;
+  Array* const arrays[names] = {
+      &c.q, &c.k, &c.v, &c.mask, &c.bias, &c.q_offset, &c.q_lens, &c.kv_lens, &c.alibi_slopes, &c.sinks, &c.kv_starts};
+  const DType dtypes[names] = {kinds.dtype,      kinds.kv_dtype, kinds.kv_dtype, DType::boolean,
+                               kinds.bias_dtype, DType::i64,     DType::i64,     DType::i64,
+                               DType::f64,       DType::f64,     DType::i64};
+  const std::int64_t limits[names] = {0, 0, 0, 0, 0, 40, sizes.q_len, sizes.kv_len, 0, 0, sizes.kv_len};
+  for (int i = 0; i < names; ++i) {
+    const Extents& shape = shapes.of[i];
+    if (!shapes.present[i]) continue;
+    if (!expressible(shape)) return false;
+    Layout layout = read_layout(bytes, shape.size(), dtypes[i], /*may_repeat=*/true);
+    if (!d.computable) layout.repeated.assign(shape.size(), true);
+    *arrays[i] = Array(dtypes[i], shape, layout);
+    fill(bytes, static_cast<Name>(i), *arrays[i], values, kinds.wrong_values && i < public_names ? -1 : limits[i]);
+  }
+  // The result has as many axes as the largest operand, in any order in memory.
+  const std::size_t ndim = std::max({shapes.of[q].size(), shapes.of[k].size(), shapes.of[v].size()});
+  c.out = read_layout(bytes, ndim, kinds.dtype, /*may_repeat=*/false);
+  return true;
 }
 
 }  // namespace
@@ -125,61 +181,31 @@ DType read_type(int narrow, int wide) {
 Described describe(const std::uint8_t* data, std::size_t size) {
   Bytes bytes(data, size);
   Described d;
-  const std::vector<const KernelSet*>& sets = available_kernels();
-  d.kernels = sets[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(sets.size())))];
-  d.threads = 2 + static_cast<int>(bytes.below(3));
-  const int mode = bytes.next();
-  // Two zeros leave the 32-bit and 64-bit types, between which `mode` chooses.
-  const int narrow_operands = bytes.next(), narrow_bias = bytes.next();
-  d.input.options.recent_mask = narrow_operands & 32;
-  read_store(narrow_bias >> 2, d.store);
-  d.cached = narrow_operands & 128;
-  const DType dtype = read_type(narrow_operands, mode & 1), bias_dtype = read_type(narrow_bias, mode & 2);
-  const DType kv_dtype = narrow_operands & 4 && !is_narrow(dtype) ? read_type(narrow_operands >> 3 | 1, 0) : dtype;
-  const bool spoiled = (mode & 12) == 12, claims = (mode & 48) == 48, wrong_values = (mode & 192) == 192;
+  const Kinds kinds = read_kinds(bytes, d);
   read_options(bytes, d);
-
   Sizes sizes = read_sizes(bytes);
-  if (claims) read_claims(bytes, sizes);
+  if (kinds.claims) read_claims(bytes, sizes);
   std::int64_t heads;
   if (__builtin_mul_overflow(sizes.kv_heads, sizes.group, &heads)) return d;
-  Extents shapes[names];
-  bool present[names] = {true, true, true};
-  present[kv_starts] = narrow_operands & 64;
-  read_shapes(bytes, sizes, d.input.options, shapes, present);
-  if (spoiled) spoil(bytes, shapes[bytes.below(public_names)]);
-  d.computable = !claims && affordable(sizes, shapes);
-  d.valid = !spoiled && !claims && !(wrong_values && (present[q_lens] || present[kv_lens]));
+  Shapes shapes;
+  shapes.present[kv_starts] = kinds.starts;
+  read_shapes(bytes, sizes, d.input.options, shapes);
+  if (kinds.spoiled) spoil(bytes, shapes.of[bytes.below(public_names)]);
+  d.computable = !kinds.claims && affordable(sizes, shapes);
+  d.valid =
+      !kinds.spoiled && !kinds.claims && !(kinds.wrong_values && (shapes.present[q_lens] || shapes.present[kv_lens]));
 
   Values values{Random(static_cast<std::uint64_t>(bytes.next())), bytes.one_of({1.0, 0.1, 2.0, 1e30}),
                 bytes.one_of({0, 0, 0, 3, 50, 2000}), bytes.one_of({128, 255, 250, 5, 0})};
   d.well_behaved = values.size <= 2 && values.odd == 0;
-  Array* const arrays[names] = {&d.input.q,      &d.input.k,        &d.input.v,
-                                &d.input.mask,   &d.input.bias,     &d.input.q_offset,
-                                &d.input.q_lens, &d.input.kv_lens,  &d.input.alibi_slopes,
-                                &d.input.sinks,  &d.input.kv_starts};
-  const DType dtypes[names] = {dtype,      kv_dtype,   kv_dtype,   DType::boolean, bias_dtype, DType::i64,
-                               DType::i64, DType::i64, DType::f64, DType::f64,     DType::i64};
-  const std::int64_t limits[names] = {0, 0, 0, 0, 0, 40, sizes.q_len, sizes.kv_len, 0, 0, sizes.kv_len};
-  for (int i = 0; i < names; ++i) {
-    if (!present[i]) continue;
-    if (!expressible(shapes[i])) {
-      d.input = Case{};
-      return d;
-    }
-    Layout layout = read_layout(bytes, shapes[i].size(), dtypes[i], /*may_repeat=*/true);
-    if (!d.computable) layout.repeated.assign(shapes[i].size(), true);
-    *arrays[i] = Array(dtypes[i], shapes[i], layout);
-    fill(bytes, static_cast<Name>(i), *arrays[i], values, wrong_values && i < public_names ? -1 : limits[i]);
+  if (!read_arrays(bytes, kinds, sizes, shapes, values, d)) {
+    d.input = Case{};
+    return d;
   }
-  // The result has as many axes as the largest operand, in any order in memory.
-  const std::size_t ndim = std::max({shapes[q].size(), shapes[k].size(), shapes[v].size()});
-  d.input.out = read_layout(bytes, ndim, dtype, /*may_repeat=*/false);
   // Read last, so that older inputs keep their meaning.
-  if (d.computable && !spoiled)
-    read_distances(bytes, narrow_bias & 64, narrow_bias & 128, kv_dtype, sizes, values, d.input);
+  if (d.computable && !kinds.spoiled) read_distances(bytes, kinds, sizes, values, d.input);
   read_dropout(bytes, d.input.options);
-  // Lengths of keys alone may leave the queries' positions ambiguous.
+  // With kv_lens alone, the positions of the queries may be ambiguous, and then the call is refused.
   if (d.input.kv_lens && !d.input.q_lens && !d.input.q_offset) d.valid = false;
   return d;
 }

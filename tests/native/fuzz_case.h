@@ -1,4 +1,4 @@
-// Bytes of a fuzzer -> an attention call.
+// Turns the bytes of a fuzzer into an attention call.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -5,23 +5,27 @@
 namespace selfattn::native {
 namespace {
 
-Extents operand_shape(Bytes& bytes, const Sizes& s, int ndim, std::int64_t heads, std::int64_t len, std::int64_t dim,
-                      bool bshd) {
-  if (ndim == 2) return {len, dim};
+// The last axes of q, k or v.
+struct LastAxes {
+  std::int64_t heads, length, dim;
+};
+
+Extents operand_shape(Bytes& bytes, const Sizes& s, int ndim, const LastAxes& last, bool bshd) {
+  if (ndim == 2) return {last.length, last.dim};
   Extents shape(s.batch.end() - (ndim - 3), s.batch.end());
   for (std::int64_t& extent : shape)
     if (bytes.next() % 4 == 1) extent = 1;
-  shape.insert(shape.end(), {bshd ? len : heads, bshd ? heads : len, dim});
+  shape.insert(shape.end(), {bshd ? last.length : last.heads, bshd ? last.heads : last.length, last.dim});
   return shape;
 }
 
-Extents broadcast_batch(const Extents (&shapes)[names]) {
+Extents broadcast_batch(const Shapes& shapes) {
   Extents batch;
   for (const Name name : {q, k, v})
-    for (std::size_t i = 3; i < shapes[name].size(); ++i) {
+    for (std::size_t i = 3; i < shapes.of[name].size(); ++i) {
       const std::size_t from_end = i - 3;
       if (batch.size() <= from_end) batch.resize(from_end + 1, 1);
-      const std::int64_t extent = shapes[name][shapes[name].size() - 1 - i];
+      const std::int64_t extent = shapes.of[name][shapes.of[name].size() - 1 - i];
       if (extent != 1) batch[from_end] = extent;
     }
   std::reverse(batch.begin(), batch.end());
@@ -50,7 +54,8 @@ Sizes read_sizes(Bytes& bytes) {
   if (s.ndim[k] == 2 || s.ndim[v] == 2 || s.ndim[q] == 2) s.kv_heads = 1;
   if (s.ndim[q] == 2) s.group = 1;
   constexpr std::int64_t lengths[] = {8, 40, 130, 3300};
-  const auto up_to = [&](std::int64_t n) { return (bytes.below(n + 1) + 1) % (n + 1); };  // 0 is the rare end
+  // A number in 0..n. A zero byte gives 1, so that a short input has no empty axis.
+  const auto up_to = [&](std::int64_t n) { return (bytes.below(n + 1) + 1) % (n + 1); };
   s.q_len = up_to(bytes.one_of(lengths) / 8 + 8);
   s.kv_len = up_to(bytes.one_of(lengths));
   s.head_dim = 1 + bytes.below(bytes.one_of({8, 40, 200}));
@@ -66,13 +71,12 @@ void read_claims(Bytes& bytes, Sizes& s) {
   s.head_dim = std::max<std::int64_t>(s.head_dim, 1);
 }
 
-void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Extents (&shapes)[names],
-                 bool (&present)[names]) {
+void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options, Shapes& shapes) {
   const bool bshd = options.layout == selfattn::Layout::bshd;
   const std::int64_t heads = s.kv_heads * s.group;
-  shapes[q] = operand_shape(bytes, s, s.ndim[q], heads, s.q_len, s.head_dim, bshd);
-  shapes[k] = operand_shape(bytes, s, s.ndim[k], s.kv_heads, s.kv_len, s.head_dim, bshd);
-  shapes[v] = operand_shape(bytes, s, s.ndim[v], s.kv_heads, s.kv_len, s.value_dim, bshd);
+  shapes.of[q] = operand_shape(bytes, s, s.ndim[q], {heads, s.q_len, s.head_dim}, bshd);
+  shapes.of[k] = operand_shape(bytes, s, s.ndim[k], {s.kv_heads, s.kv_len, s.head_dim}, bshd);
+  shapes.of[v] = operand_shape(bytes, s, s.ndim[v], {s.kv_heads, s.kv_len, s.value_dim}, bshd);
   const Extents batch = broadcast_batch(shapes);
   Extents scores = batch, per_head = batch;
   if (*std::max_element(s.ndim, s.ndim + 3) > 2) scores.push_back(heads);
@@ -80,16 +84,16 @@ void read_shapes(Bytes& bytes, const Sizes& s, const AttentionArguments& options
   per_head.push_back(heads);
   const Extents per_batch = batch.empty() ? Extents{1} : batch;
   const int wanted = bytes.next();
-  for (int name = mask; name < public_names; ++name) present[name] = wanted >> (name - mask) & 1;
+  for (int name = mask; name < public_names; ++name) shapes.present[name] = wanted >> (name - mask) & 1;
   for (const Name name : {mask, bias}) {
     Extents target = scores;
     if (name == mask && options.recent_mask) target.back() = s.q_len;
-    shapes[name] = broadcasting(bytes, target);
+    shapes.of[name] = broadcasting(bytes, target);
   }
-  for (const Name name : {q_offset, q_lens, kv_lens}) shapes[name] = broadcasting(bytes, per_batch);
-  shapes[alibi_slopes] = broadcasting(bytes, per_head);
-  shapes[sinks] = {heads};
-  if (present[kv_starts]) shapes[kv_starts] = broadcasting(bytes, per_batch);
+  for (const Name name : {q_offset, q_lens, kv_lens}) shapes.of[name] = broadcasting(bytes, per_batch);
+  shapes.of[alibi_slopes] = broadcasting(bytes, per_head);
+  shapes.of[sinks] = {heads};
+  if (shapes.present[kv_starts]) shapes.of[kv_starts] = broadcasting(bytes, per_batch);
 }
 
 void spoil(Bytes& bytes, Extents& shape) {
@@ -109,7 +113,7 @@ bool expressible(const Extents& shape) {
   return true;
 }
 
-bool affordable(const Sizes& s, const Extents (&shapes)[names]) {
+bool affordable(const Sizes& s, const Shapes& shapes) {
   double entries = 1;
   for (const std::int64_t n : broadcast_batch(shapes)) entries *= static_cast<double>(n);
   for (const std::int64_t n : {s.kv_heads, s.group, s.q_len + 1, s.kv_len + 1}) entries *= static_cast<double>(n);

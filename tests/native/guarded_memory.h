@@ -1,4 +1,5 @@
-// Memory between two inaccessible pages: a read or write beyond its ends is a fault.
+// Memory that ends where an inaccessible page, its guard, begins: an access beyond its end is a fault. Another guard
+// precedes the page in which it begins.
 #pragma once
 #include <cstddef>
 
@@ -6,14 +7,14 @@ namespace selfattn::test {
 
 class GuardedMemory {
  public:
-  explicit GuardedMemory(std::size_t bytes, std::size_t pieces = 1);  // `bytes` each
+  explicit GuardedMemory(std::size_t bytes, std::size_t pieces = 1);  // pieces of `bytes` bytes each
   ~GuardedMemory();
   GuardedMemory(GuardedMemory&& other) noexcept;
   GuardedMemory(const GuardedMemory&) = delete;
   GuardedMemory& operator=(const GuardedMemory&) = delete;
 
-  char* data() const { return first_; }       // ends where the second guard begins
-  std::size_t step() const { return step_; }  // bytes from piece to piece; each piece ends at a guard
+  char* data() const { return first_; }       // the first piece
+  std::size_t step() const { return step_; }  // bytes from one piece to the next; each piece ends at a guard
 
  private:
   char* map_;
@@ -22,7 +23,7 @@ class GuardedMemory {
   std::size_t mapped_;
 };
 
-// Pages with a guard on either side. All calls return the same pages.
+// Whole pages between two guards. All calls return the same pages.
 struct GuardedArea {
   char* begin;
   char* end;

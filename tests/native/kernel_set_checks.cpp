@@ -48,7 +48,7 @@ void check_project(const TypeKernels& kernels, DType dtype, bool fuses, int rows
     }
 }
 
-// Several panels at once give the same bits as each panel alone.
+// Several panels in one call give the same bits as one call for each panel.
 template <class T>
 void check_panels(const TypeKernels& kernels, DType dtype, int rows) {
   constexpr int depth = 5, panels = 6;
@@ -153,7 +153,7 @@ void check_weigh(const TypeKernels& kernels) {
     expect_same(scores.back(), -77, "weigh beyond its end");
     for (std::size_t i = 0; i < count; ++i) {
       const double exact = std::exp2(static_cast<double>(before[i]) - 1.5) * 0.25;
-      // Rounding t = score - 1.5 alone is worth |t| ln 2 units.
+      // Rounding t = score - 1.5 alone may change the result by |t| ln 2 / 2 epsilons.
       const double units = 5 + std::abs(static_cast<double>(before[i]) - 1.5);
       SELFATTN_CHECK(std::abs(scores[i] - exact) <= units * std::numeric_limits<T>::epsilon() * exact);
     }
@@ -171,8 +171,8 @@ void check_type(const TypeKernels& kernels, DType dtype, bool fuses) {
   SELFATTN_CHECK(kernels.peak_loop(10) >= 2 * 10);
 }
 
-// A type of numbers has the kernels that drivers call without a check in the table of the type in which it is computed,
-// and in no other table.
+// An element type has its kernels in the table of the type in which it is computed, and in no other table. Drivers call
+// them without checking for null.
 void check_table(const TypeKernels& kernels, DType computed) {
   for (int i = 0; i < dtype_count; ++i) {
     const auto dtype = static_cast<DType>(i);
@@ -186,7 +186,7 @@ void check_table(const TypeKernels& kernels, DType computed) {
   }
 }
 
-// Whole rows of any length, between memory that must not change.
+// Converts rows of any length that end at inaccessible memory.
 void check_conversion(const StoredKernels& stored, std::uint16_t one) {
   constexpr std::size_t most = 70;
   for (std::size_t count = 0; count < most; ++count) {

@@ -1,4 +1,4 @@
-// Checks of a kernel set's functions other than attention, through the contract that drivers use.
+// Checks of a kernel set's functions other than attention, through the interface that drivers use.
 #pragma once
 #include "kernels/kernel_set.h"
 

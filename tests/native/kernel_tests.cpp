@@ -1,4 +1,4 @@
-// kernel_tests_<isa>: the vector operations, functions, loops and kernels of one instruction set.
+// kernel_tests_<isa>: checks the vector operations, functions, loops and kernels of one instruction set.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

@@ -1,4 +1,4 @@
-// Numbers to try, and vectors viewed as arrays, for all checks of one instruction set.
+// What all checks of one instruction set share: numbers to try, and vectors as arrays of lanes.
 #pragma once
 #include <cstdint>
 
@@ -50,7 +50,7 @@ struct Lanes {
   Vec<T> vec() const { return load(lane); }
 };
 
-// Numbers of both signs with magnitudes around 1, the same in every run.
+// Numbers between -2 and 2, the same in every run.
 struct Numbers {
   std::uint32_t state = 12345;
 

@@ -16,7 +16,7 @@ void fill(T* p, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) p[i] = numbers.next<T>();
 }
 
-// Each sum must be bit-identical to one chain of FMAs in the order of k; the operands end where the guard begins.
+// Each sum must be bit-identical to one chain of FMAs in the order of k. The operands end at inaccessible memory.
 template <class T, int Rows, int Cols, bool transposed>
 void check_multiply(int rows, int depth) {
   constexpr int columns = Cols * Vec<T>::width;
@@ -32,10 +32,11 @@ void check_multiply(int rows, int depth) {
       ++finished[row++];
     }
   };
+  const RowMajor<T> right{b, columns};
   if constexpr (transposed)
-    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, right, depth, finish);
   else
-    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, right, depth, finish);
   for (int r = 0; r < rows; ++r) {
     SELFATTN_CHECK(finished[r] == 1);
     for (int n = 0; n < columns; ++n) {
@@ -56,7 +57,7 @@ void check_multiply_shapes() {
     }
 }
 
-// Packs rows that end at the guard, and unpacks them again.
+// Packs rows that end at inaccessible memory, and unpacks them again.
 template <class T>
 void check_packing(int rows, int count) {
   constexpr int W = Vec<T>::width;
@@ -85,7 +86,7 @@ void check_finite_scan() {
     constexpr T odd_ones[] = {infinity<T>, -infinity<T>, not_a_number<T>};
     T* const values = reinterpret_cast<T*>(test::guarded_area().end) - rows * dim;
     fill(values, rows * dim);
-    values[0] = Limits<T>::largest;  // the scan must not add up large numbers to infinity
+    values[0] = Limits<T>::largest;  // large finite numbers must not overflow in the scan
     const auto row_at = [&](int r) { return values + std::int64_t{r} * dim; };
     SELFATTN_CHECK(all_finite(row_at, rows, dim));
     for (int i = 0; i < rows * dim; ++i)

@@ -15,7 +15,7 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
-// Rows of results between guards, and their lses.
+// Rows of results and their log-sum-exps, each in guarded memory.
 class GuardedState {
  public:
   GuardedState(DType type, std::int64_t rows, std::int64_t columns)

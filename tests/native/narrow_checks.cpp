@@ -30,7 +30,8 @@ struct Format<BFloat> {
 template <class E>
 constexpr int infinite_bits = positive_count - (1 << Format<E>::fraction_bits);
 
-// The number that a pattern without sign represents; for infinity, the number that would follow the largest.
+// The number that a bit pattern without a sign represents. For the pattern of infinity: the number that would follow
+// the largest finite one.
 template <class E>
 double size_of_pattern(int bits) {
   constexpr int one = 1 << Format<E>::fraction_bits;
@@ -62,7 +63,7 @@ void check_every_pattern() {
   }
 }
 
-// Rounds x and -x: as alternating lanes of a vector that is stored, and each of them alone.
+// Rounds x and -x in two ways: by storing a vector in which they alternate, and by converting each alone.
 template <class E>
 void expect_narrowed(float x, int size, const char* what) {
   Lanes<float> numbers;
@@ -74,7 +75,8 @@ void expect_narrowed(float x, int size, const char* what) {
   expect_same(Format<E>::of(-x).bits, positive_count + size, what);
 }
 
-// Numbers that round to a pattern lie between the midpoints to its neighbours: tries these and the adjacent floats.
+// The numbers that round to a pattern lie between the midpoints to its two neighbours. Tries the midpoints and the
+// floats next to them.
 template <class E>
 void check_rounding() {
   for (int bits = 0; bits < infinite_bits<E>; ++bits) {
@@ -92,7 +94,7 @@ void check_rounding() {
 
 template <class E>
 void check_nan_stays() {
-  // Includes payloads whose bits are all cut off, and payloads whose rounding would carry into the exponent.
+  // Some payloads lose all their bits in the conversion. Others, if rounded, would carry into the exponent.
   constexpr std::uint32_t payloads[] = {0x1, 0x1000, 0x1fff, 0x7fff, 0x8000, 0x3fffff, 0x400000, 0x7fffff};
   constexpr std::uint32_t signs[] = {0, 0x80000000};
   for (const std::uint32_t payload : payloads)
@@ -131,7 +133,7 @@ void check_partial_stores() {
   E* const first = reinterpret_cast<E*>(area.begin);
   E* const end = reinterpret_cast<E*>(area.end);
   for (int n = 0; n <= W; ++n) {
-    E* const places[] = {first, first + 1, end - 3 * W, end - n};  // also against the guards
+    E* const places[] = {first, first + 1, end - 3 * W, end - n};  // also next to inaccessible memory
     for (E* const p : places) {
       for (E* q = first; q != end; ++q) q->bits = untouched;
       store_up_to(p, iota(float()), n);
@@ -153,7 +155,7 @@ void check_all() {
   check_partial_stores<E>();
 }
 
-// Loads all codes in every lane, from memory that ends after the last one.
+// Loads every code in every lane, from memory that ends at an inaccessible page.
 void check_codes() {
   test::begin_section(SELFATTN_TEXT(SELFATTN_ISA) " Int8");
   const test::GuardedArea area = test::guarded_area();

@@ -1,11 +1,11 @@
-// Random numbers of dropout, without vectors.
+// The random numbers of dropout, computed without vectors.
 #pragma once
 #include <cstdint>
 
 namespace selfattn {
 
-// One word of Philox4x32-10 (Salmon et al., 2011) as the paper defines it. Static: instruction sets must not share the
-// function.
+// One word of Philox4x32-10 (Salmon et al., 2011) as the paper defines it. Static, because code for different
+// instruction sets must not share inline functions.
 static inline std::uint32_t philox_word(const std::uint32_t (&counter)[4], std::uint64_t seed, int index) {
   std::uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]};
   std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};

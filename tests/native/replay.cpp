@@ -1,4 +1,4 @@
-// Runs the fuzzer's target on the files of a corpus, for compilers and machines without the fuzzer.
+// Runs the fuzzer's target on the files of a corpus. Needs no fuzzer, so it works with any compiler and machine.
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>

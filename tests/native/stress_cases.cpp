@@ -68,7 +68,7 @@ Case ragged() {
   return c;
 }
 
-Case copied() {  // neither queries, keys, values nor out can be used in place
+Case copied() {  // none of queries, keys, values and out can be used in place
   return make({2, 4, 4, 120, 120, 16}, DType::f32, Layout{.order = {2, 3, 1, 0}, .gaps = {4, 8, 4, 4}});
 }
 

@@ -17,10 +17,10 @@ struct StressCase {
 
 std::vector<StressCase> stress_cases();
 
-// One of these calls: its few tasks split the keys.
+// One of these calls. It has so few rows that its keys are split.
 Case decode();
 
-// A call that is far too long to finish. All heads have the same memory.
+// A call that would take far too long to finish. All its heads share the same memory.
 Case endless();
 
 }  // namespace selfattn::native

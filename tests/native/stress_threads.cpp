@@ -1,5 +1,5 @@
-// Runs calls on concurrent threads. To be built with ThreadSanitizer, which must report nothing. Every result must be
-// bit-identical to that of one thread. The argument is the number of rounds that concurrent callers share.
+// Makes calls from concurrent threads. Every result must be bit-identical to that of one thread. If built with
+// ThreadSanitizer, it must report nothing. The argument is the number of rounds that concurrent callers share.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -27,7 +27,7 @@ void expect(bool good, const std::string& what) {
 }
 
 struct Entry : StressCase {
-  Results expected{};  // of one thread
+  Results expected{};  // on one thread
   GradientArrays gradients{};
 };
 
@@ -59,7 +59,7 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
       const Results results = compute(entry.input, active_kernels(), threads);
       expect(results.threads > 1 || threads == 1, entry.name + " is worth a second thread");
       expect(results.finished && results == entry.expected, entry.name + " on " + std::to_string(threads));
-      // Also with more threads than tasks.
+      // Forced, so also with more threads than tasks.
       expect(compute(entry.input, active_kernels(), threads, Threads::forced) == entry.expected,
              entry.name + " forced");
       expect(differentiate(entry.input, active_kernels(), threads, Threads::forced) == entry.gradients,
@@ -67,7 +67,7 @@ void change_the_number_of_threads(const std::vector<Entry>& all) {
     }
 }
 
-// Several problems of one type at once; each result is bit-identical to that of the problem alone.
+// Computes several problems of one type in one call. Each result must be bit-identical to that of the problem alone.
 void compute_together(const std::vector<Entry>& all, int threads) {
   std::vector<Problem> problems;
   std::vector<Plan> plans;
@@ -141,7 +141,8 @@ void call_from_many_threads(const std::vector<Entry>& all, const Case& long_one,
   std::printf("%zu callers at once, %d rounds\n", callers.size(), rounds);
 }
 
-// The first call of a process chooses kernels, back end and number of threads; here several threads do so at once.
+// The first call of a process chooses kernels, back end and number of threads. Here, several threads make a first call
+// at once.
 void start_together() {
   const Case c = decode();
   std::atomic<int> ready{0};

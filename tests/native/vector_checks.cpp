@@ -29,7 +29,7 @@ constexpr T specials[] = {T(0),
 template <class T>
 constexpr int special_count = sizeof(specials<T>) / sizeof(T);
 
-// Calls f(a, b, c) with every pair of special numbers in every lane; adjacent lanes hold different numbers.
+// Calls f(a, b, c) with every pair (a, b) of special numbers in every lane. Adjacent lanes hold different numbers.
 template <class T, class F>
 void for_special_lanes(F f) {
   for (int i = 0; i < special_count<T>; ++i)
@@ -63,7 +63,7 @@ void check_arithmetic() {
       "fma", [](V a, V b, V c) { return fma(a, b, c); }, [](T a, T b, T c) { return scalar_fma(a, b, c); });
   check_operation<T>("max", [](V a, V b, V) { return max(a, b); }, [](T a, T b, T) { return a > b ? a : b; });
   check_operation<T>("abs", [](V a, V, V) { return abs(a); }, [](T a, T, T) { return a < 0 ? -a : a; });
-  // Which sign a NaN or a zero carries is not part of the contract.
+  // If the operand `sign` is NaN or 0, the sign of the result is unspecified.
   check_operation<T>(
       "copy_sign", [](V a, V b, V) { return select(is_nan(b) | (b == broadcast(T(0))), a, copy_sign(a, b)); },
       [](T a, T b, T) { return b != b || b == 0     ? a
@@ -129,7 +129,7 @@ void check_stores() {
   T* const first = reinterpret_cast<T*>(area.begin);
   T* const end = reinterpret_cast<T*>(area.end);
   for (int n = 0; n <= W; ++n) {
-    T* const places[] = {first, first + 1, end - 3 * W, end - n};  // also against the guards
+    T* const places[] = {first, first + 1, end - 3 * W, end - n};  // also next to inaccessible memory
     for (T* const p : places) {
       for (T* q = first; q != end; ++q) *q = T(-7);
       store_up_to(p, iota(T()), n);
@@ -165,7 +165,7 @@ void check_powers() {
     for (int power = Limits<T>::lowest_power - 200; power + Vec<T>::width <= -Limits<T>::lowest_power; ++power) {
       const Lanes<T> got(scale_by_power(broadcast(x), broadcast(static_cast<T>(power)) + iota(T())));
       for (int l = 0; l < Vec<T>::width; ++l)
-        // Below the lowest normal power, a result must be exact or flushed to 0.
+        // Below the lowest normal power, a result must be exact or 0.
         if (power + l >= Limits<T>::lowest_power || got.lane[l] != 0)
           expect_same(got.lane[l], scale(x, power + l), "scale_by_power");
     }

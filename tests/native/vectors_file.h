@@ -1,5 +1,5 @@
-// Reads test cases of attention from a file. It has lines of text; a line that announces an array is followed by the
-// array's bytes.
+// Reads test cases of attention from a file. The file consists of lines of text. A line that announces an array is
+// followed by the bytes of the array.
 //
 //   selfattn vectors 1
 //   case <name>
@@ -28,7 +28,7 @@ class Array {
   std::size_t bytes() const { return static_cast<std::size_t>(size() * size_of(dtype_)); }
   char* data() const { return memory_.data(); }
   TensorView view() const;
-  double at(std::int64_t i) const;  // of a float array, in the order of memory
+  double at(std::int64_t i) const;  // only for floating-point types; i counts elements in memory
 
  private:
   DType dtype_;
@@ -42,8 +42,8 @@ struct VectorCase {
   std::map<std::string, Array> arrays;
 
   double number(const std::string& key, double otherwise) const;
-  const Array& array(const std::string& key) const;  // throws where it is missing
-  TensorView view(const std::string& key) const;     // absent for an absent array
+  const Array& array(const std::string& key) const;  // throws if it is missing
+  TensorView view(const std::string& key) const;     // an absent view if the array is missing
 };
 
 // All cases. Throws std::runtime_error if the file is malformed.

@@ -48,7 +48,7 @@ class T5(NamedTuple):
 
 
 class Maker:
-    """Makes the cases of one element type, or of two: keys and values of the second."""
+    """Makes cases of one element type, or of two: `keys` is the type of keys and values."""
 
     def __init__(self, dtype: Any, seed: int, keys: Any = None) -> None:
         self.dtype = np.dtype(dtype)
@@ -61,7 +61,7 @@ class Maker:
     def qkv(
         self, q_len: int, kv_len: int, *, batch: tuple[int, ...] = (2,), heads: int = 2, kv_heads: int = 2, d: int = 16
     ) -> tuple[Array, Array, Array]:
-        """Heads of d, values of d + 3, so that vectors fit neither of them exactly."""
+        """Return operands with head_dim d and value_dim d + 3, which are never both multiples of a vector's width."""
         return (
             self.normal(*batch, heads, q_len, d),
             self.normal(*batch, kv_heads, kv_len, d).astype(self.keys, copy=False),
@@ -107,7 +107,7 @@ def masks(m: Maker) -> Iterator[Case]:
     yield m.case("mask-of-keys", m.qkv(20, 90), mask=m.mask(90))
     yield m.case("mask-of-pairs", m.qkv(30, 90), mask=m.mask(2, 2, 30, 90))
     mask = m.mask(60, 400)
-    mask[:, 120:270] = False  # two whole blocks of keys among those that are seen
+    mask[:, 120:270] = False  # a whole block of keys (128 to 255) between visible ones
     mask[7] = False
     yield m.case("mask-empties-tiles", m.qkv(60, 400), mask=mask)
     yield m.case("mask-empties-tiles-decode", m.qkv(1, 400), mask=mask[:1])
@@ -192,7 +192,7 @@ def dropouts(m: Maker) -> Iterator[Case]:
 def cases(dtype: Any) -> Iterator[Case]:
     m = Maker(dtype, seed=20)
     for i, q_len in enumerate(LENGTHS):
-        if i % 2 == (m.dtype in (np.float64, ml_dtypes.bfloat16)):  # the lengths alternate between the types
+        if i % 2 == (m.dtype in (np.float64, ml_dtypes.bfloat16)):  # each type gets every other length
             yield m.case(f"length-{q_len}", m.qkv(q_len, q_len + i, d=3 + 4 * i))
     groups: tuple[Callable[[Maker], Iterator[Case]], ...] = (
         shapes, limits, masks, scores, distances, odd_values, dropouts,
@@ -225,7 +225,7 @@ def write_array(file: BinaryIO, name: str, values: Any) -> None:
 
 
 def write_t5(file: BinaryIO, t5: T5, reference: ModuleType) -> None:
-    """Write the bias of each head and distance, and the place of distance 0."""
+    """Write the bias of each head and distance, and the index of distance 0."""
     origin = t5.max_distance if t5.bidirectional else 0
     terms = reference.t5_terms(t5, np.arange(-origin, t5.max_distance + 1)[None, None])
     write_array(file, "distance_bias", terms[:, 0])
@@ -256,10 +256,10 @@ def write_options(file: BinaryIO, options: dict[str, Any], reference: ModuleType
 
 
 def write_case(file: BinaryIO, case: Case, reference: ModuleType) -> None:
-    # Rounding to float64 adds an error of one unit, of the at least 16 that float64 results are allowed.
+    # Rounding exact results to float64 adds an error of one unit. The bound of float64 results is at least 16 units.
     precise = np.longdouble if case.q.dtype == np.float64 else np.float64
     exact = reference.attention(case.q, case.k, case.v, dtype=precise, **case.options)
-    # If some rows see NaN, the other rows keep their bound.
+    # sigma is computed with finite keys: a NaN that some rows see must not change the bound of other rows.
     finite = np.nan_to_num(case.k.astype(precise))
     sigma = reference.attention(case.q, finite, case.v, dtype=precise, **case.options).sigma
     trivial = case.k.shape[-2] == 0 or np.count_nonzero(exact.magnitude) * 4 < exact.magnitude.size

@@ -13,9 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from string import ascii_lowercase
 
+import mpi_run
 import pytest
-
-import ranks
 
 # Called by mpiexec as ssh would be: options, the host, the command.
 LAUNCHER = """#!/bin/sh
@@ -67,10 +66,10 @@ class Hosts:
         """Let a host disappear."""
         ip(f"-n {self.prefix}{host} link set eth0 down")
 
-    def start(self, *arguments: str, seconds: int = ranks.SECONDS) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, seconds: int = mpi_run.SECONDS) -> subprocess.Popen[str]:
         """Start Python with these arguments on one rank per host; messages go over TCP."""
         hosts = ",".join(f"10.77.0.{host}" for host in range(1, self.count + 1))
-        command = ["ip", "netns", "exec", f"{self.prefix}1", ranks.mpiexec(), "-launcher", "ssh"]
+        command = ["ip", "netns", "exec", f"{self.prefix}1", mpi_run.mpiexec(), "-launcher", "ssh"]
         command += ["-launcher-exec", str(self._launcher), "-hosts", hosts, "-iface", "eth0", "-n", str(self.count)]
         settings = {"RANK_SECONDS": str(seconds), "UCX_TLS": "tcp", "FI_PROVIDER": "tcp", "OMP_NUM_THREADS": "1"}
         for name, value in settings.items():

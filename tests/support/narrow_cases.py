@@ -54,6 +54,10 @@ def backwards(x: Any) -> Any:
     return np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1]
 
 
+def columns(x: Any) -> Any:
+    return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
 def columns_apart(x: Any) -> Any:
     wide = np.full((*x.shape[:-1], 3 * x.shape[-1]), np.nan).astype(x.dtype)
     wide[..., ::3] = x

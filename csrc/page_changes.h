@@ -1,0 +1,67 @@
+// The paged sequences of one call, and what the call changes besides storing tokens and setting lengths.
+#pragma once
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "cache.h"
+
+namespace selfattn {
+
+// A sequence whose pages may be any pages of the store.
+struct PagedSequence {
+  const std::int32_t* pages = nullptr;  // the first has token `start`; includes pages for the tokens to append
+  std::int64_t page_count = 0;
+  std::int64_t start = 0;
+  std::int64_t* length = nullptr;  // copied at the start of a step; a step that appends commits the new length here
+};
+
+void copy_page(const CacheStore& store, std::int64_t from, std::int64_t to);
+
+// Copies of stored tokens that a call overwrites.
+class KeptTokens {
+ public:
+  void keep(const CacheStore& store, std::int64_t page, std::int64_t first_slot, std::int64_t count);
+  void put_back() const;  // cannot fail
+
+ private:
+  struct Slots {  // of one head
+    char* first;
+    std::int64_t step, count, bytes;  // from slot to slot, number of slots, bytes of a slot
+    std::size_t copy;                 // where their copies start in copies_
+  };
+  std::vector<Slots> kept_;
+  std::vector<char> copies_;
+};
+
+// The base class is for pages that the caller of the core manages.
+class PageChanges {
+ public:
+  explicit PageChanges(std::vector<PagedSequence> sequences, std::int64_t tokens = 0)
+      : sequences_(std::move(sequences)), tokens_(tokens) {}
+  PageChanges(const PageChanges&) = delete;
+  PageChanges& operator=(const PageChanges&) = delete;
+  virtual ~PageChanges() = default;
+
+  const std::vector<PagedSequence>& sequences() const { return sequences_; }
+
+  // Before tokens are stored: keeps the tokens that will be overwritten. If it throws, nothing has changed.
+  virtual void claim(const CacheStore& store);
+  // The call has failed: puts these tokens back.
+  void abandon() const { kept_.put_back(); }
+  // Sets the lengths of all sequences.
+  void commit(const std::int64_t* lengths);
+  // Takes a commit back, if nothing has changed since.
+  void undo();
+
+ protected:
+  // What a commit changes besides lengths, and its reverse. Neither can fail.
+  virtual void exchange() {}
+  virtual void exchange_back() {}
+
+  std::vector<PagedSequence> sequences_;
+  const std::int64_t tokens_;  // that the call appends to each sequence
+  KeptTokens kept_;
+};
+
+}  // namespace selfattn
