@@ -258,7 +258,7 @@ class Group:
 def _share_of_cores(link: Link) -> int:
     """Return how many threads this rank may use, if the ranks of its machine share its cores."""
     mine = sorted(os.sched_getaffinity(0))
-    leader = link.leader_of_machine()
-    neighbours = [cores for other, cores in link.exchange("Group", (leader, mine)) if other == leader]
+    own = link.machines[link.rank]
+    neighbours = [cores for x, cores in zip(link.machines, link.exchange("Group", mine), strict=True) if x == own]
     share = sum(1 / sum(core in cores for cores in neighbours) for core in mine) / len(mine)
     return max(int(get_num_threads() * share + 1e-9), 1)

@@ -14,10 +14,11 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from ._relay import Relay, all_done, branches
+
 Bytes = NDArray[np.uint8]
 
 LARGEST = 1 << 30  # bytes of one message; counts of MPI are ints
-FEW = 2  # this many ranks get a message directly from its sender
 INLINE = 1016  # bytes of a small object that travel with its size
 # Questions whether a message has arrived: a few at once, while other processes may use the core, then with pauses.
 YIELDS = 20
@@ -37,12 +38,13 @@ class Link:
         self._pending: list[Any] = []
         self._comm, request = comm.Idup()
         self.wait("Group", [request])
+        self.machines: list[int] = self.exchange("Group", self._leader_of_machine())
 
     def close(self) -> None:
         """Free the communicator."""
         self._comm.Free()
 
-    def leader_of_machine(self) -> int:
+    def _leader_of_machine(self) -> int:
         """Return the lowest rank that shares memory with this one."""
         machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         leader = int(machine.group.Translate_ranks([0], self._comm.group)[0])
@@ -64,7 +66,7 @@ class Link:
     def wait(self, function: str, requests: Sequence[Any]) -> None:
         """Wait until all these messages have been sent or received."""
         start, pause, left = time.monotonic(), FIRST_PAUSE, YIELDS
-        while not self._done(function, requests):
+        while not all_done(function, requests):
             if left:
                 left -= 1
                 os.sched_yield()
@@ -79,24 +81,17 @@ class Link:
         done = {id(request) for request in requests}
         self._pending = [request for request in self._pending if id(request) not in done]
 
-    @staticmethod
-    def _done(function: str, requests: Sequence[Any]) -> bool:
-        try:
-            return bool(MPI.Request.Testall(requests))
-        except MPI.Exception as error:
-            raise ConnectionError(f"{function}: MPI has lost a rank or a message: {error}") from error
-
     @contextmanager
     def moving(self, requests: Sequence[Any]) -> Iterator[None]:
         """Let these messages travel while the caller computes: MPI moves them only while somebody asks for them."""
-        if MPI.Query_thread() < MPI.THREAD_SERIALIZED or MPI.Request.Testall(requests):
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED or all_done("Group", requests):
             yield
             return
         stop = threading.Event()
 
         def ask() -> None:
-            with suppress(MPI.Exception):  # `wait` will meet it again
-                while not stop.wait(LONGEST_PAUSE / 2) and not MPI.Request.Testall(requests):
+            with suppress(ConnectionError):  # `wait` will meet it again
+                while not stop.wait(LONGEST_PAUSE / 2) and not all_done("Group", requests):
                     pass
 
         thread = threading.Thread(target=ask, daemon=True)
@@ -107,19 +102,15 @@ class Link:
             stop.set()
             thread.join()
 
-    def spread(self, buffer: Bytes, root: int, receivers: Sequence[int]) -> list[Any]:
-        """Start to send the buffer of rank `root` to the buffers of others; all ranks call this."""
-        requests: list[Any] = []
-        for part in _parts(len(buffer)):
-            message = [buffer[part], MPI.BYTE]
-            if len(receivers) > FEW:  # all ranks get it, and pass it on to one another
-                requests.append(self._comm.Ibcast(message, root))
-            elif self.rank == root:
-                requests += [self._comm.Isend(message, rank) for rank in receivers]
-            elif self.rank in receivers:
-                requests.append(self._comm.Irecv(message, root))
-        self._pending += requests
-        return requests
+    def spread(self, buffer: Bytes, root: int, receivers: Sequence[int], place: int) -> list[Any]:
+        """Start to send the buffer of rank `root` to those of the receivers; the root and the receivers call this.
+
+        Messages of one root have ascending places, and so have those that a rank waits for at the same time.
+        """
+        source, targets = branches(self.rank, root, receivers, self.machines)
+        relay = Relay(self._comm, [buffer[part] for part in _parts(len(buffer))], root, (source, targets), place)
+        self._pending.append(relay)
+        return [relay]
 
     def gather(self, function: str, buffer: Bytes) -> NDArray[np.uint8]:
         """Return the buffers of all ranks, which have one size: (size, bytes)."""

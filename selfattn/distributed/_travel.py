@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ._call import Call
 from ._link import Bytes, Link
+from ._rows import Piece
 
 ALIGNMENT = 64
 CHUNK_BYTES = 4 << 20  # of one chunk: small in memory, and large enough to send at full speed
@@ -42,33 +43,54 @@ class Travel:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks that this rank wants."""
+        sent = self._send()
         buffers = (_Memory(), _Memory())
-        coming = self._send(buffers[0], *self.spans[0]) if self.spans else ([], [])
-        for i, (start, stop) in enumerate(self.spans):
+        spans = [span for span in self.spans if self._wants(self._link.rank, *span)]
+        coming = self._receive(buffers[0], *spans[0]) if spans else ([], [])
+        for i, (start, stop) in enumerate(spans):
             pieces, requests = coming
             self._link.wait(self._call.function, requests)
             # Only now, when nobody uses the other buffer any more, may the next chunk fill it.
-            coming = self._send(buffers[(i + 1) % 2], *self.spans[i + 1]) if i + 1 < len(self.spans) else ([], [])
-            if self._wants(self._link.rank, start, stop):
-                yield Chunk(start, stop, _joined(pieces), coming[1])
+            coming = self._receive(buffers[(i + 1) % 2], *spans[i + 1]) if i + 1 < len(spans) else ([], [])
+            yield Chunk(start, stop, _joined(pieces), coming[1])
+        self._link.wait(self._call.function, sent)
 
-    def _send(self, buffer: _Memory, start: int, stop: int) -> tuple[list[list[NDArray[Any]]], list[Any]]:
-        """Start to send the rows of a chunk; return the arrays of each piece, and the messages."""
+    def _send(self) -> list[Any]:
+        """Start to send all of this rank's rows, so that no rank waits until this one has time for it."""
+        sent = []
+        for start, stop in self.spans:
+            for piece in self._call.owners.between(start, stop):
+                receivers = self._receivers(piece.owner, start, stop) if piece.owner == self._link.rank else []
+                if receivers:
+                    rows = piece.stop - piece.start
+                    memory = np.empty(bytes_for(self._arrays, rows), np.uint8)
+                    for view, own in zip(views_of(memory, self._arrays, rows), self._own(piece), strict=True):
+                        view[...] = own
+                    sent += self._link.spread(memory, piece.owner, receivers, piece.start)
+        return sent
+
+    def _receive(self, buffer: _Memory, start: int, stop: int) -> tuple[list[list[NDArray[Any]]], list[Any]]:
+        """Start to receive the rows of a chunk; return the arrays of each piece, and the messages."""
         pieces = self._call.owners.between(start, stop)
-        receivers = [rank for rank in range(self._link.size) if self._wants(rank, start, stop)]
-        sizes = [sum(_bytes_of(array, piece.stop - piece.start) for array in self._arrays) for piece in pieces]
-        memory = buffer.of(sum(sizes))
-        found, requests, first = [], [], 0
-        for piece, size in zip(pieces, sizes, strict=True):
-            part = memory[first : first + size]
-            first += size
-            views = views_of(part, self._arrays, piece.stop - piece.start)
-            if piece.owner == self._link.rank:
-                for view, array in zip(views, self._arrays, strict=True):
-                    view[...] = array[..., piece.at : piece.at + piece.stop - piece.start, :]
-            requests += self._link.spread(part, piece.owner, [rank for rank in receivers if rank != piece.owner])
-            found.append(views)
+        foreign = [piece for piece in pieces if piece.owner != self._link.rank]
+        sizes = {piece: bytes_for(self._arrays, piece.stop - piece.start) for piece in foreign}
+        memory, first = buffer.of(sum(sizes.values())), 0
+        found, requests = [], []
+        for piece in pieces:
+            if piece not in sizes:
+                found.append(self._own(piece))
+                continue
+            part = memory[first : first + sizes[piece]]
+            first += sizes[piece]
+            found.append(views_of(part, self._arrays, piece.stop - piece.start))
+            requests += self._link.spread(part, piece.owner, self._receivers(piece.owner, start, stop), piece.start)
         return found, requests
+
+    def _own(self, piece: Piece) -> list[NDArray[Any]]:
+        return [array[..., piece.at : piece.at + piece.stop - piece.start, :] for array in self._arrays]
+
+    def _receivers(self, owner: int, start: int, stop: int) -> list[int]:
+        return [rank for rank in range(self._link.size) if rank != owner and self._wants(rank, start, stop)]
 
 
 class _Memory:

@@ -11,6 +11,7 @@ from rank_operands import one_process, operands, own, sha, state, whole
 
 import selfattn as sa
 from selfattn.distributed import Group, _link, _travel
+from selfattn.distributed._relay import branches
 from selfattn.distributed._rows import rows_of
 
 
@@ -33,6 +34,34 @@ def check_rows(group: Group) -> None:
                 ]
                 assert max(work) < 1.07 * min(work)
     assert np.array_equal(group.rows(50), rows_of("rows", 50, "zigzag", group.rank, group.size))
+
+
+def check_tree(group: Group) -> None:
+    """Each receiver gets the message once, from a rank that has it; nobody else takes part."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        size = int(rng.integers(1, 40))
+        machines = list(rng.integers(0, rng.integers(1, 9), size))
+        root = int(rng.integers(size))
+        receivers = [rank for rank in range(size) if rank != root and rng.random() < rng.random()]
+        found = [branches(rank, root, receivers, machines) for rank in range(size)]
+        sent = sorted(target for _, targets in found for target in targets)
+        assert sent == receivers
+        assert [rank for rank, (source, _) in enumerate(found) if source is not None] == receivers
+        assert all(
+            target_source == rank
+            for rank, (_, targets) in enumerate(found)
+            for target_source in (found[t][0] for t in targets)
+        )
+        between = sum(
+            machines[source] != machines[rank] for rank, (source, _) in enumerate(found) if source is not None
+        )
+        assert between == len({machines[rank] for rank in receivers} - {machines[root]})
+        has, step = {root}, 0
+        while len(has) < len(receivers) + 1:
+            has |= {target for rank in has for target in found[rank][1]}
+            step += 1
+        assert step <= 2 + np.log2(size)
 
 
 def options_of(rng: np.random.Generator, length: int) -> dict[str, Any]:
@@ -166,7 +195,7 @@ def check_threads_and_cuts(group: Group) -> None:
 def check_part_of_a_communicator(group: Group) -> None:
     """A group for each half of the ranks; both compute at once."""
     comm = MPI.COMM_WORLD.Split(group.rank % 2, group.rank)
-    part = Group(comm, num_threads=1, timeout=20)
+    part = Group(comm, num_threads=1, timeout=60)
     q, k, v = operands(60, seed=group.rank % 2)
     rows = part.rows(60)
     out = part.attention(*own(part, rows, q, k, v), rows=rows, causal=True)

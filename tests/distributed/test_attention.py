@@ -9,6 +9,7 @@ import pytest
 SIZES = [1, 2, 3, 4, 5]
 CHECKS = [
     "rows",
+    "tree",
     "heads",
     "layout_and_out",
     "any_rows",

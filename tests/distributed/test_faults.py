@@ -19,7 +19,7 @@ def test_a_rank_that_raises_ends_all_ranks(tmp_path: Path) -> None:
     done = mpi_run.run(3, "-m", "mpi4py", PROGRAM, "raises", "50", folder=tmp_path)
     assert done.code != 0
     assert "KeyError: 'not this rank'" in done.text
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_a_rank_that_raises_in_flight(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_rank_that_dies_in_flight(tmp_path: Path) -> None:
     start = time.monotonic()
     done = mpi_run.run(3, PROGRAM, "dies_in_flight", "50", folder=tmp_path)
     assert done.code != 0
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_ranks_that_wait_sleep(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert mpi_run.finish(process).code != 0
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_nothing_of_mpi_is_imported_with_selfattn(run_python: Any) -> None:

@@ -14,7 +14,7 @@ from hosts import hosts
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [3])
 def test_attention_on_hosts(tmp_path: Path, count: int) -> None:
     with hosts(count, tmp_path) as network:
         process = network.start("-m", "mpi4py", str(mpi_run.PROGRAM), str(HERE / "checks_backward.py"))
@@ -35,4 +35,4 @@ def test_a_host_that_disappears_ends_in_an_error(tmp_path: Path) -> None:
         done = mpi_run.finish(process)
     assert done.code != 0
     assert "TimeoutError: Group.attention: rank 0 has waited 3 s" in done.text
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 60

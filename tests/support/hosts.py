@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from string import ascii_lowercase
 
 import mpi_run
 import pytest
@@ -23,12 +24,16 @@ exec ip netns exec "PREFIX${host##*.}" sh -c "$*"
 """
 
 
+_letters = iter(ascii_lowercase)
+
+
 class Hosts:
     """`count` hosts, 10.77.0.1 and following."""
 
     def __init__(self, count: int, folder: Path) -> None:
         self.count, self.folder = count, folder
-        self.prefix = f"sa{os.getpid() % 100000}"
+        # Never used twice, because the system takes its time to remove what has been deleted.
+        self.prefix = f"sa{os.getpid() % 100000}{next(_letters)}"
         self._launcher = folder / "launcher"
         self._launcher.write_text(LAUNCHER.replace("PREFIX", self.prefix), encoding="utf8")
         self._launcher.chmod(self._launcher.stat().st_mode | stat.S_IXUSR)

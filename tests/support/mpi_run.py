@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-SECONDS = 60
+SECONDS = 120
 PROGRAM = Path(__file__).with_name("rank_checks.py")
 
 

@@ -40,7 +40,7 @@ def main(file: str) -> None:
     sys.path.insert(0, str(Path(file).parent))
     checks = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(checks)
-    group = Group(MPI.COMM_WORLD, timeout=20)
+    group = Group(MPI.COMM_WORLD, timeout=float(os.environ["RANK_SECONDS"]))
     found = {}
     for name, check in vars(checks).items():
         if name.startswith("check_"):

@@ -1,6 +1,6 @@
 """Attention over MPI ranks: the time of the slowest rank. Run it with different numbers of ranks and compare.
 
-mpiexec -n 2 python -m mpi4py benchmarks/ranks.py --threads 1
+mpiexec -n 2 python -m mpi4py benchmarks/over_ranks.py --threads 1
 """
 
 from __future__ import annotations
