@@ -1,7 +1,6 @@
 #include "page_pool.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "arithmetic.h"
 #include "cache.h"
@@ -57,7 +56,7 @@ void PagePool::remove(const char* function, std::int64_t id) {
   rows_.erase(id);
 }
 
-bool PagePool::put(std::int64_t id, Row row) {
+bool PagePool::put(std::int64_t id, const Row& row) {
   if (id < 0 || row.start < 0 || row.start > row.length || row.start % page_size_ != 0) return false;
   if (count(row) != static_cast<std::int64_t>(row.pages.size())) return false;
   std::vector<std::int32_t> sorted = row.pages;
@@ -65,7 +64,7 @@ bool PagePool::put(std::int64_t id, Row row) {
   const bool inside =
       sorted.empty() || (sorted.front() >= 0 && static_cast<std::size_t>(sorted.back()) < sharers_.size());
   if (!inside || std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) return false;
-  return rows_.try_emplace(id, std::move(row)).second;
+  return rows_.try_emplace(id, row).second;
 }
 
 void PagePool::release(std::int32_t page) {

@@ -38,7 +38,7 @@ class PagePool {
   void truncate(const char* function, std::int64_t id, std::int64_t length, std::int64_t window);
   void remove(const char* function, std::int64_t id);
   // Adds a sequence from a copy of a pool. Returns false if it is impossible. Its pages are not counted: see recount.
-  bool put(std::int64_t id, Row row);
+  bool put(std::int64_t id, const Row& row);
 
   // Changes by PageGrowth, which cannot fail.
   void take(std::int64_t count) { free_pages_.resize(free_pages_.size() - static_cast<std::size_t>(count)); }

@@ -1,11 +1,14 @@
 // cache_step_checks: what a step on a cache reads, claims, writes and commits, and the state in which a failed step
 // leaves the cache.
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "cache_call.h"
 #include "check.h"
 #include "held_cache.h"
 #include "page_checks.h"
+#include "page_growth.h"
 
 namespace selfattn::native {
 namespace {
@@ -107,10 +110,13 @@ void check_truncate() {
   SELFATTN_CHECK(held.holds(8, 13) && held.starts_at(1, 7));
 }
 
-// Attention over a cache; q, k and v are (batch, tokens, heads, width).
-Array attend_over(Held& held, const CacheInputs& inputs, std::int64_t left = -1) {
+enum class Stage { claimed, stored, attended, committed };
+
+// Attention over a cache, which fails after a stage; q, k and v are (batch, tokens, heads, width).
+Array attend_over(const CacheSource& source, const CacheInputs& inputs, std::int64_t left = -1,
+                  Stage last = Stage::committed) {
   Array out(DType::f32, {batch, inputs.q.extent(2), heads, value_width});
-  CacheStep step("attend", held.source(), inputs.k ? inputs.q.extent(2) : 0);
+  CacheStep step("attend", source, inputs.k ? inputs.q.extent(2) : 0);
   AttentionArguments arguments;
   arguments.layout = selfattn::Layout::bshd;
   arguments.causal = true;
@@ -118,8 +124,83 @@ Array attend_over(Held& held, const CacheInputs& inputs, std::int64_t left = -1)
   CacheCall call(step, inputs, arguments);
   attach_out(call.problem(), out.view());
   const Plan plan = make_plan(call.problem(), active_kernels());
-  step.run([&] { SELFATTN_CHECK(call.run(plan, 1, nullptr)); });
+  step.run([&] {
+    if (last == Stage::claimed) fail();
+    if (last == Stage::stored) step.store(active_kernels(), inputs.k, inputs.v), fail();
+    const bool finished = call.run(plan, 1, nullptr);
+    if (last == Stage::attended) fail();  // as after an interrupt
+    SELFATTN_CHECK(finished);
+  });
   return out;
+}
+
+using State = std::vector<std::int64_t>;
+
+// Calls `open` for the source of each call. `state` is what a cache must still hold after a call that failed.
+void fail_after_each_stage(const std::function<CacheSource()>& open, const std::function<State()>& state) {
+  const NewTokens tokens(2);
+  const Array q = numbers({batch, 2, heads, key_width}, 5);
+  const auto attend = [&](Stage last) {
+    attend_over(open(), {q.view(), tokens.k.view(), tokens.v.view(), {}, {}}, 3, last);
+  };
+  const State before = state();
+  for (const Stage last : {Stage::claimed, Stage::stored, Stage::attended})
+    SELFATTN_CHECK(fails([&] { attend(last); }) && state() == before);
+  attend(Stage::committed);
+  SELFATTN_CHECK(state() != before);
+}
+
+void check_every_stage() {
+  for (const std::int64_t window : {-1, 3}) {
+    test::begin_section(window < 0 ? "failures with a ledger" : "failures with a ring");
+    Held held;
+    held.store.window = window;
+    held.set(3, 5);
+    fail_after_each_stage([&] { return held.source(); }, [&] { return State(held.in_force(), held.in_force() + 2); });
+  }
+  std::unique_ptr<PageChanges> changes;
+  const auto bytes_of = [](const Held& held) {
+    const std::vector<char> k = held.k.bytes(), v = held.v.bytes();
+    State found(k.begin(), k.end());
+    found.insert(found.end(), v.begin(), v.end());
+    return found;
+  };
+
+  test::begin_section("failures in pages of the caller");
+  Held given(3);
+  const std::int32_t first[] = {2, 0}, second[] = {1};
+  std::int64_t lengths[] = {7, 5};
+  const auto open_given = [&] {
+    changes.reset(new PageChanges({{first, 2, 0, lengths}, {second, 1, 0, lengths + 1}}, 2));
+    return given.source(*changes);
+  };
+  fail_after_each_stage(open_given, [&] {
+    State found = bytes_of(given);
+    found.insert(found.end(), lengths, lengths + batch);
+    return found;
+  });
+
+  test::begin_section("failures in a pool whose pages are all in use");
+  Held pooled(4);
+  pooled.store.window = 3;
+  PagePool pool(4, slots);
+  const std::vector<std::int64_t> ids = {pool.add(), pool.add()};
+  const auto open_pool = [&](std::int64_t tokens) {
+    changes = std::make_unique<PageGrowth>(pool, PageGrowth::Call{"append", ids, tokens, 3});
+    return pooled.source(*changes);
+  };
+  append(open_pool(16), NewTokens(16));  // whole pages: all that is written later is in reused pages
+  fail_after_each_stage([&] { return open_pool(2); },
+                        [&] {
+                          State found = bytes_of(pooled);
+                          for (const auto& [id, row] : pool.rows()) {
+                            found.insert(found.end(), {row.length, row.start, pool.count(row)});
+                            found.insert(found.end(), row.pages.begin(), row.pages.begin() + pool.count(row));
+                          }
+                          for (std::int32_t page = 0; page < 4; ++page) found.push_back(pool.sharers(page));
+                          found.push_back(static_cast<std::int64_t>(pool.free_pages().size()));
+                          return found;
+                        });
 }
 
 void check_window() {
@@ -131,7 +212,7 @@ void check_window() {
   const auto reads = [&](std::int64_t count, std::int64_t left) {
     return [&held, count, left] {
       const Array q = numbers({batch, count, heads, key_width}, 5);
-      attend_over(held, {q.view(), {}, {}, {}, {}}, left);
+      attend_over(held.source(), {q.view(), {}, {}, {}, {}}, left);
     };
   };
   reads(1, 5)();
@@ -158,8 +239,8 @@ void check_rotation() {
 
   Held one, other;
   for (Held* held : {&one, &other}) held->set(2, 5);
-  const Array found = attend_over(one, {q.view(), tokens.k.view(), tokens.v.view(), {}, rope});
-  const Array expected = attend_over(other, {rotated_q.view(), rotated_k.view(), tokens.v.view(), {}, {}});
+  const Array found = attend_over(one.source(), {q.view(), tokens.k.view(), tokens.v.view(), {}, rope});
+  const Array expected = attend_over(other.source(), {rotated_q.view(), rotated_k.view(), tokens.v.view(), {}, {}});
   SELFATTN_CHECK(found.bytes() == expected.bytes() && one.k.bytes() == other.k.bytes());
   SELFATTN_CHECK(one.holds(5, 8) && other.holds(5, 8));
 
@@ -185,6 +266,7 @@ int main() {
   native::check_refusals();
   native::check_reorder();
   native::check_truncate();
+  native::check_every_stage();
   native::check_window();
   native::check_rotation();
   return test::finish("cache_step_checks");
