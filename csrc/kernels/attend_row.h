@@ -9,10 +9,10 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The parameters are those of RowProducts.
-template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>>
+// The parameters are those of RowProducts, and a class in its place.
+template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>,
+          class Products = RowProducts<T, MaxSums, E, Dots>>
 struct RowAttention {
-  using Products = RowProducts<T, MaxSums, E, Dots>;
   using Scratch = typename Products::Scratch;
   static constexpr int W = Vec<T>::width;
 
@@ -29,6 +29,7 @@ struct RowAttention {
       T* loaded = s.queries + r * s.query_step;
       for (std::int64_t d = 0; d < block.head_dim; d += Dots::elements, loaded += W)
         store(loaded, Dots::load_query(query + d, block.head_dim - d));
+      Products::prepare(block, s, r);
       for (std::int64_t d = 0; d < s.out_step; d += W) store(s.out + r * s.out_step + d, broadcast(T(0)));
     }
   }
@@ -106,7 +107,7 @@ struct RowAttention {
       const Vec<T> factor = output_factor(broadcast(static_cast<const T*>(block.row_sum)[r]), block.normalise);
       Out* out = static_cast<Out*>(block.rows[r].out);
       for (std::int64_t d = 0; d < block.value_dim; d += W)
-        store_up_to(out + d, load(s.out + r * s.out_step + d) * factor, block.value_dim - d);
+        store_up_to(out + d, Products::load_out(s, r, d) * factor, block.value_dim - d);
     }
   }
 

@@ -8,12 +8,13 @@
 #include "kernels/isa_avx512.h"
 #include "kernels/peak_loop.h"
 #include "kernels/project_widened.h"
+#include "kernels/row_codes.h"
 
 namespace selfattn::avx512_bf16 {
 
 void project_f32(const ProjectArgs& args) noexcept { project<WidenedUnit, 8, 3, float, FloatPair>(args); }
 
-// The AVX-512 kernels plus products of bfloat16. On CPUs that also have AVX512_FP16, a dot product was measured to take
+// The AVX-512 kernels plus products of bfloat16 and of bytes. On CPUs that also have AVX512_FP16, a dot product was measured to take
 // as long as four FMAs instead of one.
 extern constexpr KernelSet kernels{
     .name = "avx512_bf16",
@@ -27,6 +28,7 @@ extern constexpr KernelSet kernels{
                .f32_high = nullptr,
                .f32_medium = &TileAttention<PairEngine<float, 8>, 3>::kernel,
                .row_bf16 = &RowAttention<float, 16, BFloat, PairDots>::kernel,
+               .row_i8 = &RowAttention<float, 16, Int8, CodeDots, CodeProducts>::kernel,
                .project_bf16 = project<PairUnit, 8, 3>,
                .project_f32 = project_f32,
                .backward_bf16 = &TileBackward<BackwardPairs, 8, 3, 6, 4>::kernel,

@@ -71,7 +71,7 @@ struct KeyBlock {
   const float* key_scales;  // int8 only: one scale per key (number = code * scale), padded to whole vectors
   const float* value_scales;
 };
-constexpr int rows_ahead = 32;
+constexpr int rows_ahead = 64;
 
 struct RowBlock {
   const Row* rows;
@@ -257,7 +257,10 @@ struct TypeKernels {
   const StoredKernels& of(DType dtype) const { return stored[static_cast<int>(dtype)]; }
 };
 
-// Kernels that multiply bfloat16. Operands are bfloat16 already, or are split into or rounded to bfloat16. Null where
+// Integer sums of products of more codes could overflow.
+constexpr std::int64_t widest_codes = 32768;
+
+// Kernels that multiply bfloat16 or bytes. Operands are bfloat16 already, or are split into or rounded to bfloat16. Null where
 // the ISA has no such kernel that is faster than FMA.
 struct MatrixKernels {
   const AttendKernel* bf16;         // bfloat16 operands
@@ -266,6 +269,7 @@ struct MatrixKernels {
   const AttendKernel* f32_high;     // split into two
   const AttendKernel* f32_medium;   // rounded to one
   const AttendKernel* row_bf16;     // the row kernel, for bfloat16 operands
+  const AttendKernel* row_i8;       // for codes; up to widest_codes per row
   // x and weights are bfloat16. Rows of x are 4-byte aligned, and an odd depth is zero-padded. Panels are
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
@@ -287,7 +291,7 @@ struct KernelSet {
 enum Feature : std::uint32_t {
   feature_avx2_fma = 1u << 0,  // and F16C
   feature_avx512 = 1u << 1,    // F, DQ, VL and BW, with the registers enabled by the operating system
-  feature_avx512_bf16 = 1u << 2,
+  feature_avx512_bf16 = 1u << 2,  // and VNNI
   feature_avx512_fp16 = 1u << 3,
   feature_amx = 1u << 4,  // tiles, bfloat16 products, and the operating system's permission to use them
 };

@@ -68,6 +68,12 @@ struct RowProducts {
         : Scratch(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
+  // Prepares the loaded query of a row.
+  static void prepare(const RowBlock&, const Scratch&, int) {}
+
+  // The sums of values for a vector of dims.
+  static Vec<T> load_out(const Scratch& s, int row, std::int64_t dim) { return load(s.out + row * s.out_step + dim); }
+
   // scores = q . k * multiplier
   static void score(const RowBlock& block, const Scratch& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys) {
