@@ -8,8 +8,9 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
 
-// Prefetches a line into L1. A load that crosses two lines is fast only if both are in L1.
-inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Prefetches a line into L1. A load that crosses two lines is fast only if both are in L1. GCC drops calls of functions
+// that only prefetch unless it inlines them first.
+[[gnu::always_inline]] inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 template <class E>
 inline void fetch_lines(const E* row, std::int64_t width) {
