@@ -40,7 +40,9 @@ void plan_only(const Described& d) {
 
 // Units that round operands or weights have other bounds.
 bool exact(const Plan& plan) {
-  return std::strcmp(plan.attend->unit, "fma") == 0 || std::strcmp(plan.attend->unit, "bfloat16 dots") == 0;
+  for (const char* unit : {"fma", "bfloat16 dots", "int8 dots"})
+    if (std::strcmp(plan.attend->unit, unit) == 0) return true;
+  return false;
 }
 
 // Each run of keys takes a page of memory.
