@@ -14,8 +14,8 @@ namespace selfattn::avx512_bf16 {
 
 void project_f32(const ProjectArgs& args) noexcept { project<WidenedUnit, 8, 3, float, FloatPair>(args); }
 
-// The AVX-512 kernels plus products of bfloat16 and of bytes. On CPUs that also have AVX512_FP16, a dot product was measured to take
-// as long as four FMAs instead of one.
+// The AVX-512 kernels plus products of bfloat16 and of bytes. On CPUs that also have AVX512_FP16, a dot product was
+// measured to take as long as four FMAs instead of one.
 extern constexpr KernelSet kernels{
     .name = "avx512_bf16",
     .features = feature_avx512 | feature_avx512_bf16,

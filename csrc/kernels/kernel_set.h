@@ -260,8 +260,8 @@ struct TypeKernels {
 // Integer sums of products of more codes could overflow.
 constexpr std::int64_t widest_codes = 32768;
 
-// Kernels that multiply bfloat16 or bytes. Operands are bfloat16 already, or are split into or rounded to bfloat16. Null where
-// the ISA has no such kernel that is faster than FMA.
+// Kernels that multiply bfloat16 or bytes. Operands are bfloat16 already, or are split into or rounded to bfloat16.
+// Null where the ISA has no such kernel that is faster than FMA.
 struct MatrixKernels {
   const AttendKernel* bf16;         // bfloat16 operands
   const AttendKernel* f16;          // float16 operands, each split into two bfloat16
@@ -289,8 +289,8 @@ struct KernelSet {
 
 // Features of a CPU and its operating system that kernels require.
 enum Feature : std::uint32_t {
-  feature_avx2_fma = 1u << 0,  // and F16C
-  feature_avx512 = 1u << 1,    // F, DQ, VL and BW, with the registers enabled by the operating system
+  feature_avx2_fma = 1u << 0,     // and F16C
+  feature_avx512 = 1u << 1,       // F, DQ, VL and BW, with the registers enabled by the operating system
   feature_avx512_bf16 = 1u << 2,  // and VNNI
   feature_avx512_fp16 = 1u << 3,
   feature_amx = 1u << 4,  // tiles, bfloat16 products, and the operating system's permission to use them

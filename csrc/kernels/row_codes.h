@@ -1,8 +1,6 @@
 // The row kernel's products for 8-bit codes, with AVX512_VNNI. The numbers of a query are rounded to multiples of one
 // power of two, 24 bits relative to the largest of them.
 #pragma once
-#include <type_traits>
-
 #include "kernels/code_values.h"
 #include "kernels/row_products.h"
 
