@@ -61,7 +61,9 @@ std::uint32_t cpu_features() {
   constexpr std::uint32_t amx = 1u << 22 | 1u << 24;  // BF16, TILE
   constexpr std::uint64_t tiles = 0x60000;
   if (has(d, amx) && has(registers, tiles) && may_use_tiles()) features |= feature_amx;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, avx512_bf16)) features |= feature_avx512_bf16;
+  constexpr std::uint32_t avx512_vnni = 1u << 11;
+  const bool vnni = has(c, avx512_vnni);
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && vnni && has(a, avx512_bf16)) features |= feature_avx512_bf16;
   return features;
 }
 #else

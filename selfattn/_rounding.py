@@ -17,8 +17,8 @@ MATRIX_ROUNDINGS = {
 }
 
 
-# Units that multiply operands without rounding them; sums are float32.
-EXACT_UNITS = ("fma", "bfloat16 dots")
+# Units that multiply operands without rounding them, or to float32's 24 bits (int8 dots); sums are float32 or exact.
+EXACT_UNITS = ("fma", "bfloat16 dots", "int8 dots")
 
 
 def rounding(q: Any, k: Any, v: Any, precision: Precision = "highest", **options: Any) -> tuple[float, float]:

@@ -9,8 +9,8 @@ namespace selfattn::SELFATTN_ISA {
 constexpr std::int64_t cache_line = 64;
 
 // Prefetches a cache line into L1. L2 would not do: a load that crosses the boundary between two lines is fast only if
-// both are in L1.
-inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+// both are in L1. GCC removes calls of functions that only prefetch, unless it inlines them first.
+[[gnu::always_inline]] inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 template <class E>
 inline void fetch_lines(const E* row, std::int64_t width) {

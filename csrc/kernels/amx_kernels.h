@@ -25,6 +25,7 @@ constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
                  .f32_high = &amx_tile<float, 2>,
                  .f32_medium = &amx_tile<float, 1>,
                  .row_bf16 = nullptr,
+                 .row_i8 = nullptr,
                  .project_bf16 = project_amx,
                  .project_f32 = avx512_bf16::project_f32,
                  .backward_bf16 = nullptr,

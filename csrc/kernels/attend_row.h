@@ -9,10 +9,10 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The parameters are those of RowProducts.
-template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>>
+// The parameters are those of RowProducts, then the class of the products: RowProducts, or one with the same members.
+template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>,
+          class Products = RowProducts<T, MaxSums, E, Dots>>
 struct RowAttention {
-  using Products = RowProducts<T, MaxSums, E, Dots>;
   using Memory = typename Products::Memory;
   static constexpr int W = Vec<T>::width;
 
@@ -29,10 +29,17 @@ struct RowAttention {
       T* loaded = s.queries + r * s.query_step;
       for (std::int64_t d = 0; d < block.head_dim; d += Dots::elements, loaded += W)
         store(loaded, Dots::load_query(query + d, block.head_dim - d));
-      for (std::int64_t d = 0; d < s.out_step; d += W)
-        store(s.out + r * s.out_step + d,
-              block.resumes ? load_up_to(static_cast<const T*>(row.out) + d, block.value_dim - d) : broadcast(T(0)));
+      Products::prepare(block, s, r);
+      start_out(block, s, r);
     }
+  }
+
+  static void start_out(const RowBlock& block, const Memory& s, int row) {
+    for (std::int64_t d = 0; d < s.out_step; d += W) store(s.out + row * s.out_step + d, broadcast(T(0)));
+    if (!block.resumes) return;
+    const T* out = static_cast<const T*>(block.rows[row].out);
+    for (std::int64_t d = 0; d < block.value_dim; d += W)
+      Products::store_out(s, row, d, load_up_to(out + d, block.value_dim - d));
   }
 
   static void absorb(const RowBlock& block, const KeyBlock& keys) noexcept {
@@ -61,11 +68,19 @@ struct RowAttention {
     if constexpr (scaled<E>) change_scores(tile, [&](Vec<T> x, int, int l) { return x * load(keys.value_scales + l); });
     KeyBlock finite = keys;
     if ((limited || hidden) && !Products::finite_values(keys, block.value_dim) &&
-        (scaled<E> || !Products::Values::replace_hidden(block, s, tile, finite))) {
+        !replace_hidden(block, s, tile, finite)) {
       if (hidden) tile.terms = gather_terms<AcrossKeys>(tile, block.scoring, s.terms);
       return Products::Values::accumulate_visible(block, s, tile, keys);
     }
     Products::Values::accumulate(block, s, finite);
+  }
+
+  // Values with scales are not replaced: their codes are finite, and weights are multiplied by the scales.
+  static bool replace_hidden(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile, KeyBlock& keys) {
+    if constexpr (scaled<E>)
+      return false;
+    else
+      return Products::Values::replace_hidden(block, s, tile, keys);
   }
 
   // Whether some row does not see all lanes of the tile. Lanes that pad the last vector are beyond every row's end.
@@ -110,7 +125,7 @@ struct RowAttention {
       const Vec<T> factor = output_factor(broadcast(static_cast<const T*>(block.row_sum)[r]), block.normalise);
       Out* out = static_cast<Out*>(block.rows[r].out);
       for (std::int64_t d = 0; d < block.value_dim; d += W)
-        store_up_to(out + d, load(s.out + r * s.out_step + d) * factor, block.value_dim - d);
+        store_up_to(out + d, Products::load_out(s, r, d) * factor, block.value_dim - d);
     }
   }
 

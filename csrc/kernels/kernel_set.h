@@ -9,6 +9,7 @@
 
 #include "arithmetic.h"
 #include "dtype.h"
+#include "kernels/layer_arguments.h"
 
 namespace selfattn {
 
@@ -71,7 +72,7 @@ struct KeyBlock {
   const float* key_scales;  // int8 only: one scale per key (number = code * scale), padded to whole vectors
   const float* value_scales;
 };
-constexpr int rows_ahead = 32;
+constexpr int rows_ahead = 64;
 
 struct RowBlock {
   const Row* rows;
@@ -175,57 +176,6 @@ struct BackwardKernel {
   void (*add)(const void* from, std::int64_t count, void* to) noexcept;
 };
 
-// Deep weights are multiplied in slices of this depth. Each slice is multiplied for all rows and panels of a call
-// before the next one, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes are
-// multiplied group by group.
-constexpr std::int64_t depth_slice = 512;
-
-// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
-struct ProjectArgs {
-  const void* x;  // rows of depth contiguous elements, `x_step` elements apart
-  std::int64_t x_step;
-  std::int64_t rows;
-  std::int64_t depth;
-  const void* panel;  // [depth][panel_columns], zero-padded, in the type of the weights
-  const void* bias;   // panel_columns elements; null: none
-  void* out;          // rows of `columns` contiguous elements, `out_step` elements apart
-  std::int64_t out_step;
-  std::int64_t columns;         // more than panel_columns if further panels follow
-  std::int64_t panel_step = 0;  // bytes from one panel to the next
-  // Codes only: one factor for each group of weight rows and each column; `scale_step` elements from group to group.
-  const float* scales = nullptr;
-  std::int64_t scale_step = 0;
-  std::int64_t groups = 1;  // of equal depth
-};
-
-enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu };
-
-// out = activation(sums) + residual, or activation(gates) * sums + residual, for rows of contiguous elements.
-// Overwrites sums and gates.
-struct FinishArgs {
-  Activation activation;
-  void* sums;
-  void* gates;  // null: none
-  std::int64_t sums_step;
-  const void* residual;  // in the type of out; null: none
-  std::int64_t residual_step;
-  void* out;
-  std::int64_t out_step;
-  std::int64_t rows, columns;
-};
-
-// Adds the addend to a row, then normalises the row in place: subtracts the mean if `centred`, divides by the root of
-// the mean square plus epsilon, multiplies by the weight and adds the bias. All arrays have the type of computation.
-struct NormArgs {
-  void* row;
-  const void* addend;  // null: none
-  const void* weight;  // null: none
-  const void* bias;    // null: none
-  std::int64_t count;
-  double epsilon;
-  bool centred;
-};
-
 // Multiplies registers or tiles as fast as possible, for benchmarks. Returns the number of floating-point operations.
 using PeakLoop = double (*)(std::int64_t rounds) noexcept;
 
@@ -262,8 +212,12 @@ struct TypeKernels {
   const StoredKernels& of(DType dtype) const { return stored[static_cast<int>(dtype)]; }
 };
 
-// Kernels for operands that are bfloat16, or that are rounded to bfloat16 or split into a sum of bfloat16 numbers. A
-// pointer is null if the ISA has no such kernel, or none that is faster than FMA.
+// The integer sums of more products of codes could overflow.
+constexpr std::int64_t widest_codes = 32768;
+
+// Kernels for operands that are bfloat16, or that are rounded to bfloat16 or split into a sum of bfloat16 numbers, and
+// for codes that are multiplied as integers. A pointer is null if the ISA has no such kernel, or none that is faster
+// than FMA.
 struct MatrixKernels {
   const AttendKernel* bf16;         // bfloat16 operands
   const AttendKernel* f16;          // float16 operands, each split into two bfloat16
@@ -271,6 +225,7 @@ struct MatrixKernels {
   const AttendKernel* f32_high;     // split into two
   const AttendKernel* f32_medium;   // rounded to one
   const AttendKernel* row_bf16;     // the row kernel, for bfloat16 operands
+  const AttendKernel* row_i8;       // the row kernel, for codes; head_dim is at most widest_codes
   // x and weights are bfloat16. Rows of x are 4-byte aligned, and an odd depth is zero-padded. Panels are
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
@@ -290,9 +245,9 @@ struct KernelSet {
 
 // Features of a CPU and its operating system that kernels require.
 enum Feature : std::uint32_t {
-  feature_avx2_fma = 1u << 0,  // and F16C
-  feature_avx512 = 1u << 1,    // F, DQ, VL and BW, with the registers enabled by the operating system
-  feature_avx512_bf16 = 1u << 2,
+  feature_avx2_fma = 1u << 0,     // and F16C
+  feature_avx512 = 1u << 1,       // F, DQ, VL and BW, with the registers enabled by the operating system
+  feature_avx512_bf16 = 1u << 2,  // and VNNI
   feature_avx512_fp16 = 1u << 3,
   feature_amx = 1u << 4,  // tiles, bfloat16 products, and the operating system's permission to use them
 };

@@ -73,6 +73,15 @@ struct RowProducts {
         : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
+  // Called when the query of a row has been loaded.
+  static void prepare(const RowBlock&, const Memory&, int) {}
+
+  // The sums of values for a vector of dims.
+  static Vec<T> load_out(const Memory& s, int row, std::int64_t dim) { return load(s.out + row * s.out_step + dim); }
+  static void store_out(const Memory& s, int row, std::int64_t dim, Vec<T> sums) {
+    store(s.out + row * s.out_step + dim, sums);
+  }
+
   // scores = q . k * multiplier
   static void score(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
     for (int first = 0; first < keys.count; first += chunk_keys) {

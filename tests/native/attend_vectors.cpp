@@ -24,7 +24,7 @@ struct Rounding {
 };
 
 Rounding rounding_of(const Plan& plan, DType dtype) {
-  for (const char* exact : {"fma", "bfloat16 dots"})
+  for (const char* exact : {"fma", "bfloat16 dots", "int8 dots"})
     if (std::strcmp(plan.attend->unit, exact) == 0) return {0, 0};
   return dtype == DType::bf16 ? Rounding{0x1p-8, 0} : Rounding{0x1p-16, 0x1p-16};
 }

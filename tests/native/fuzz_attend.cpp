@@ -40,7 +40,9 @@ void plan_only(const Described& d) {
 
 // Whether results have the bounds that `judge` checks. They do not if a unit rounds operands or weights.
 bool exact(const Plan& plan) {
-  return std::strcmp(plan.attend->unit, "fma") == 0 || std::strcmp(plan.attend->unit, "bfloat16 dots") == 0;
+  for (const char* unit : {"fma", "bfloat16 dots", "int8 dots"})
+    if (std::strcmp(plan.attend->unit, unit) == 0) return true;
+  return false;
 }
 
 // Whether a cache of these keys fits in memory: each run of keys takes at least a page.

@@ -178,6 +178,19 @@ def random_options(
     return options
 
 
+def code_rounding(sequence: Sequence, q: Any, scale: float | None = None) -> tuple[float, float]:
+    """Return what rounding to 24 bits beside 8-bit codes may add: to a score, and to an output.
+
+    docs/numerics.md derives both amounts.
+    """
+    if sequence.k.stored.dtype != np.int8 or sa.active_isa() != "avx512_bf16":
+        return 0.0, 0.0
+    factor = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    of_keys = abs(sequence.k.values()).sum(axis=-1).max(initial=0)
+    of_queries = 2.0**-23 * (1 + 2.0**-7) * abs(q.astype(np.float64)).max(initial=0)
+    return factor * of_queries * of_keys, 2.0**-10 * float(sequence.v.scales.max(initial=0)) / 2
+
+
 def check_attention(
     assert_accurate: Callable[..., float],
     sequences: list[Sequence],
@@ -198,12 +211,14 @@ def check_attention(
     assert len(out) == len(sequences)
     for b, sequence in enumerate(sequences):
         exact = sequence.attend(q[b].astype(np.float64), **options)
-        assert_accurate(out[b], exact, trivial=True, rounded=rounded)
+        moved, beside = code_rounding(sequence, q[b], options.get("scale"))
+        of_values = rounded[0] + float(np.expm1(2 * moved))
+        assert_accurate(out[b], exact, trivial=True, rounded=(of_values, rounded[1]), beside=beside)
         if lse is None:
             continue
         finite = np.isfinite(exact.lse)
         assert np.array_equal(lse[b][~finite], exact.lse[~finite].astype(lse.dtype))
-        tolerance = (16 + 4 * exact.sigma) * 2.0**-24 + exact.sigma * rounded[1]
+        tolerance = (16 + 4 * exact.sigma) * 2.0**-24 + exact.sigma * rounded[1] + moved
         error = abs(lse[b][finite] - exact.lse[finite])
         assert np.all(error <= tolerance * (1 + abs(exact.lse[finite])))
 

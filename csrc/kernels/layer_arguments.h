@@ -1,0 +1,58 @@
+// The arguments of the kernels for layers: products with packed weights, what follows a product, norms.
+#pragma once
+#include <cstdint>
+
+namespace selfattn {
+
+// Deep weights are multiplied in slices of this depth. Each slice is multiplied for all rows and panels of a call
+// before the next one, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes are
+// multiplied group by group.
+constexpr std::int64_t depth_slice = 512;
+
+// out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
+struct ProjectArgs {
+  const void* x;  // rows of depth contiguous elements, `x_step` elements apart
+  std::int64_t x_step;
+  std::int64_t rows;
+  std::int64_t depth;
+  const void* panel;  // [depth][panel_columns], zero-padded, in the type of the weights
+  const void* bias;   // panel_columns elements; null: none
+  void* out;          // rows of `columns` contiguous elements, `out_step` elements apart
+  std::int64_t out_step;
+  std::int64_t columns;         // more than panel_columns if further panels follow
+  std::int64_t panel_step = 0;  // bytes from one panel to the next
+  // Codes only: one factor for each group of weight rows and each column; `scale_step` elements from group to group.
+  const float* scales = nullptr;
+  std::int64_t scale_step = 0;
+  std::int64_t groups = 1;  // of equal depth
+};
+
+enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu };
+
+// out = activation(sums) + residual, or activation(gates) * sums + residual, for rows of contiguous elements.
+// Overwrites sums and gates.
+struct FinishArgs {
+  Activation activation;
+  void* sums;
+  void* gates;  // null: none
+  std::int64_t sums_step;
+  const void* residual;  // in the type of out; null: none
+  std::int64_t residual_step;
+  void* out;
+  std::int64_t out_step;
+  std::int64_t rows, columns;
+};
+
+// Adds the addend to a row, then normalises the row in place: subtracts the mean if `centred`, divides by the root of
+// the mean square plus epsilon, multiplies by the weight and adds the bias. All arrays have the type of computation.
+struct NormArgs {
+  void* row;
+  const void* addend;  // null: none
+  const void* weight;  // null: none
+  const void* bias;    // null: none
+  std::int64_t count;
+  double epsilon;
+  bool centred;
+};
+
+}  // namespace selfattn
