@@ -1,5 +1,5 @@
-// Memory for the duration of a call or of an AttentionState. Up to 128 MiB in total is kept for later calls. Uses no locks, so it is safe with
-// many threads and after fork.
+// Memory for the duration of a call or of an AttentionState. Up to 128 MiB in total is kept for later calls. Uses no
+// locks, so it is safe with many threads and after fork.
 #pragma once
 #include <cstddef>
 #include <cstdint>
