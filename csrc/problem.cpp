@@ -124,9 +124,10 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
   scores.extent[scores.ndim - 1] = keys;
   check_broadcast(function, name, view, scores);
   operand = place_scores(problem, view);
-  // Kernels count from key 0, which a piece need not hold.
+  // Kernels count from key 0, which a piece need not hold. Integers, since the address may be outside the array.
   const auto before = static_cast<std::uint64_t>(problem.held.begin) * static_cast<std::uint64_t>(operand.column);
-  operand.data = reinterpret_cast<char*>(reinterpret_cast<std::uintptr_t>(operand.data) - before);
+  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(operand.data) - before;
+  operand.data = reinterpret_cast<char*>(start);  // NOLINT(performance-no-int-to-ptr)
 }
 
 // Places lengths or offsets: one integer per batch entry.

@@ -73,7 +73,7 @@ void absorb(const py::capsule& capsule, py::handle k, py::handle v, std::int64_t
 
 std::int64_t next_key(const py::capsule& capsule) { return held_by<HeldState>(capsule).state.next(); }
 
-py::tuple state_result(const py::capsule& capsule, py::object out) {
+py::tuple state_result(const py::capsule& capsule, const py::object& out) {
   constexpr const char* function = "AttentionState.result";
   const auto& held = held_by<HeldState>(capsule);
   held.state.check(function);
