@@ -18,7 +18,10 @@ class SharedLock:
         _locks.add(self)
 
     def _renew(self) -> None:
-        self.mutex = threading.Lock()
+        try:
+            self.mutex = threading.Lock()
+        except RuntimeError as error:  # how Python says that there is no memory for a lock
+            raise MemoryError("no memory for a lock") from error
         self.changed = threading.Condition(self.mutex)
         self.waiting = 0  # threads that wait for a change; if there are none, notifying, which is slow, is skipped
         self.readers = 0

@@ -13,7 +13,8 @@ def test_program_runs_as_written(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf8")
     (program,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     file = tmp_path / "program.py"
-    file.write_text(program + "print(out.shape)\n", encoding="utf8")
+    # In one write, so that ranks do not print into each other's lines.
+    file.write_text(program + "import sys; sys.stdout.write(f'{out.shape}\\n')\n", encoding="utf8")
     done = mpi_run.run(3, "-m", "mpi4py", str(file), folder=tmp_path)
     assert done.code == 0, done.text
     assert done.text.splitlines() == ["(1, 8, 1, 64)"] * 3
