@@ -146,7 +146,7 @@ struct TileAttention {
 
     const StripQueries<T> queries{rows, strip.rows, queries_of(block, s, strip.first_row)};
     T multiplier = static_cast<T>(block.terms.multiplier);
-    Engine::template score<Cols>(prepared, keys, queries, block.head_dim, block.value_dim, multiplier, s.scores);
+    Engine::template score<Cols>(prepared, keys, queries, block.head_dim, multiplier, s.scores);
     if (rows->relative) add_relative<AcrossRows>(tile, Engine::scales ? multiplier : T(1));
     if (Engine::scales || !can_defer_scale(block)) {
       if (!Engine::scales) change_scores(tile, [&](Vec<T> score, int, int) { return score * broadcast(multiplier); });
@@ -170,7 +170,7 @@ struct TileAttention {
     } else {
       exponentiate<Cols>(block, strip, lines, multiplier, rescale, keep);
     }
-    Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.head_dim, block.value_dim,
+    Engine::template accumulate<Cols>(prepared, keys, s.scores, rescale, block.value_dim,
                                       out_of(block, s, strip.first_row), limited || hidden, [&] {
                                         describe_rows(tile, lanes);
                                         if (hidden) tile.terms = gather_terms<AcrossRows>(tile, block.terms, s.terms);

@@ -43,7 +43,7 @@ struct AmxEngine : PairOperands<E, Terms> {
   // Computes scores without the multiplier.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                                      std::int64_t head_dim, std::int64_t, float, float* scores) {
+                                      std::int64_t head_dim, float, float* scores) {
     const std::int64_t depth = row_cells(head_dim), step = block.memory.key_step;
     const CellMatrix packed{queries.packed, Cols * W, depth * Cols * W};
     for (int key = 0; key < seen.count; key += 2 * W) {
@@ -65,7 +65,7 @@ struct AmxEngine : PairOperands<E, Terms> {
 
   template <int Cols, class Tile>
   static void accumulate(const Block& block, const SeenKeys& seen, const float*, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
+                         std::int64_t value_dim, float* out, bool, Tile tile) {
     rescale_sums<Cols>(rescale, value_dim, out);
     // Pads the probs with 0 up to the end of the last tile.
     const std::int64_t used = ceil_div(seen.count, cell), depth = row_cells(seen.count);

@@ -53,8 +53,7 @@ struct FmaEngine {
     std::int64_t key_step;
     const T* values;
     std::int64_t value_step;
-    const T* next_keys;
-    bool fetches;  // the strip that is computed first prefetches for all strips
+    LaterRows later_values, later_keys;  // the strip that is computed first prefetches them for all strips
   };
 
   static void start() {}
@@ -70,30 +69,23 @@ struct FmaEngine {
   }
 
   static Block prepare(const RowBlock&, const KeyBlock& keys, const Memory&) {
-    return {static_cast<const T*>(keys.keys),      keys.key_step, static_cast<const T*>(keys.values), keys.value_step,
-            static_cast<const T*>(keys.next_keys), true};
-  }
-
-  template <int Rows, int Cols>
-  static constexpr std::int64_t rows_of(const Vec<T> (&)[Rows][Cols]) {
-    return Rows;
+    return {static_cast<const T*>(keys.keys),
+            keys.key_step,
+            static_cast<const T*>(keys.values),
+            keys.value_step,
+            keys.later_values,
+            keys.later_keys};
   }
 
   // The two products are not inlined, so that their loops have all registers to themselves.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
-                                      std::int64_t head_dim, std::int64_t value_dim, T multiplier, T* scores) {
-    const Ahead<T> values{block.fetches ? block.values + seen.skipped * block.value_step : nullptr, block.value_step,
-                          value_dim};
-    multiply_rows<TileRows, Cols, FmaUnit<T>>(RowMajor<T>{block.keys + seen.skipped * block.key_step, block.key_step},
-                                              seen.count, queries.packed, Cols * W, head_dim,
-                                              [&](std::int64_t key, const auto& sums) {
-                                                T* score = scores + key * Cols * W;
-                                                values.fetch(key, key + rows_of(sums));
-                                                for (const auto& row : sums)
-                                                  for (int c = 0; c < Cols; ++c, score += W)
-                                                    store(score, row[c] * broadcast(multiplier));
-                                              });
+                                      std::int64_t head_dim, T multiplier, T* scores) {
+    const RowMajor<T> keys{block.keys + seen.skipped * block.key_step, block.key_step};
+    fetch_during(block.later_values, ceil_div(seen.count, TileRows), head_dim, [&](auto fetches) {
+      store_products<TileRows, Cols, FmaUnit<T>>(keys, seen.count, queries.packed, head_dim, multiplier, scores,
+                                                 fetches);
+    });
   }
 
   static void keep_probs(const Block&, const Vec<T> (&prob)[cell], T*, T* line, int lane) {
@@ -103,30 +95,24 @@ struct FmaEngine {
   // `hides`: some key of the block may be hidden from some row. tile() returns the ScoreTile that tells which.
   template <int Cols, class Tile>
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols],
-                         std::int64_t head_dim, std::int64_t value_dim, T* out, bool hides, Tile tile) {
+                         std::int64_t value_dim, T* out, bool hides, Tile tile) {
     const T* values = block.values + seen.skipped * block.value_step;
     if (hides && !all_finite([&](int j) { return values + j * block.value_step; }, seen.count, value_dim)) {
       accumulate_visible<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out, tile());
     } else {
-      const bool next = block.fetches && block.next_keys;
-      multiply_values<Cols>(values, block.value_step, seen.count, probs, rescale, value_dim, out,
-                            {next ? block.next_keys : nullptr, block.key_step, head_dim});
+      multiply_values<Cols>({values, block.value_step}, seen.count, probs, rescale, value_dim, out, block.later_keys);
     }
-    block.fetches = false;
+    block.later_values = block.later_keys = {};
   }
 
  private:
   template <int Cols>
-  [[gnu::noinline]] static void multiply_values(const T* values, std::int64_t value_step, int count, const T* probs,
+  [[gnu::noinline]] static void multiply_values(Transposed<T> values, int count, const T* probs,
                                                 const Vec<T> (&rescale)[Cols], std::int64_t value_dim, T* out,
-                                                const Ahead<T>& next_keys) {
-    multiply_rows<TileRows, Cols, FmaUnit<T>>(
-        Transposed<T>{values, value_step}, value_dim, probs, Cols * W, count, [&](std::int64_t dim, const auto& sums) {
-          T* o = out + dim * Cols * W;
-          next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
-          for (const auto& row : sums)
-            for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
-        });
+                                                const LaterRows& later_keys) {
+    fetch_during(later_keys, ceil_div(value_dim, TileRows), count, [&](auto fetches) {
+      add_products_to<TileRows, Cols, FmaUnit<T>>(values, value_dim, probs, count, rescale, out, fetches);
+    });
   }
 
   // Computes the same sums in the same order as multiply_rows, but skips hidden keys instead of multiplying them by 0.

@@ -40,7 +40,7 @@ struct PairEngine : PairOperands<E, 1> {
 
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
-                                      std::int64_t head_dim, std::int64_t, float multiplier, float* scores) {
+                                      std::int64_t head_dim, float multiplier, float* scores) {
     const std::int64_t step = block.memory.key_step;
     const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
     store_products<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, ceil_div(head_dim, cell), multiplier,
@@ -55,7 +55,7 @@ struct PairEngine : PairOperands<E, 1> {
 
   template <int Cols, class Tile>
   static void accumulate(const Block& block, const SeenKeys& seen, const float* probs, const VecF (&rescale)[Cols],
-                         std::int64_t, std::int64_t value_dim, float* out, bool, Tile tile) {
+                         std::int64_t value_dim, float* out, bool, Tile tile) {
     multiply_values<Cols>(block, seen, probs, rescale, value_dim, out);
     const auto prob = [&](int key, int c) {
       const VecF cells = load(probs + (key / cell * Cols + c) * W);

@@ -38,18 +38,29 @@ struct Transposed {
   Transposed from_row(std::int64_t r) const { return {data + r, step}; }
 };
 
-template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A, class B>
+// What a product does while it multiplies: nothing, or prefetching (Ahead). Tiles are computed in parts of `part_depth`
+// steps, each after a call of fetch.
+struct NoFetches {
+  static constexpr std::int64_t part_depth = std::int64_t{1} << 62;
+  void fetch() {}
+};
+
+template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A, class B, class Fetches>
 [[gnu::always_inline]] inline void multiply_tile(A a, const B* b, std::int64_t b_step, std::int64_t depth,
-                                                 Vec<T> (&sums)[Rows][Cols]) {
+                                                 Vec<T> (&sums)[Rows][Cols], Fetches& fetches) {
   Vec<T> own[Rows][Cols];  // a local array: on some ISAs GCC would store to the caller's array inside the loop
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Cols; ++c) own[r][c] = broadcast(T(0));
-  for (std::int64_t k = 0; k < depth; ++k, b += b_step) {
-    Vec<T> right[Cols];
-    for (int c = 0; c < Cols; ++c) right[c] = load(b + c * Vec<T>::width);
-    for (int r = 0; r < Rows; ++r) {
-      const auto left = broadcast(a.at(r, k));
-      for (int c = 0; c < Cols; ++c) own[r][c] = Unit::add_product(left, right[c], own[r][c]);
+  for (std::int64_t k = 0; k < depth;) {
+    fetches.fetch();
+    const std::int64_t end = depth - k < Fetches::part_depth ? depth : k + Fetches::part_depth;
+    for (; k < end; ++k, b += b_step) {
+      Vec<T> right[Cols];
+      for (int c = 0; c < Cols; ++c) right[c] = load(b + c * Vec<T>::width);
+      for (int r = 0; r < Rows; ++r) {
+        const auto left = broadcast(a.at(r, k));
+        for (int c = 0; c < Cols; ++c) own[r][c] = Unit::add_product(left, right[c], own[r][c]);
+      }
     }
   }
   for (int r = 0; r < Rows; ++r)
@@ -57,29 +68,44 @@ template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A
 }
 
 // Calls finish(first_row, sums) for each tile of `rows` rows. Tiles have `Rows` rows, halved for the remainder.
-template <int Rows, int Cols, class Unit, class A, class B, class Finish>
+template <int Rows, int Cols, class Unit, class A, class B, class Finish, class Fetches = NoFetches>
 [[gnu::always_inline]] inline void multiply_rows(A a, std::int64_t rows, const B* b, std::int64_t b_step,
-                                                 std::int64_t depth, Finish finish, std::int64_t done = 0) {
+                                                 std::int64_t depth, Finish finish, Fetches fetches = {},
+                                                 std::int64_t done = 0) {
   for (; rows - done >= Rows; done += Rows) {
     Vec<typename Unit::Real> sums[Rows][Cols];
-    multiply_tile<Rows, Cols, Unit>(a.from_row(done), b, b_step, depth, sums);
+    multiply_tile<Rows, Cols, Unit>(a.from_row(done), b, b_step, depth, sums, fetches);
     finish(done, sums);
   }
   if constexpr (Rows > 1) {
-    if (done < rows) multiply_rows<Rows / 2, Cols, Unit>(a, rows, b, b_step, depth, finish, done);
+    if (done < rows) multiply_rows<Rows / 2, Cols, Unit>(a, rows, b, b_step, depth, finish, fetches, done);
   }
 }
 
 // products[r][c] = factor * sum_k a(r, k) * b[k][c], all in lines of Cols vectors.
-template <int Rows, int Cols, class Unit, class T = typename Unit::Real>
+template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class Fetches = NoFetches>
 [[gnu::always_inline]] inline void store_products(RowMajor<T> a, std::int64_t rows, const T* b, std::int64_t depth,
-                                                  T factor, T* products) {
+                                                  T factor, T* products, Fetches fetches = {}) {
   constexpr int W = Vec<T>::width;
-  multiply_rows<Rows, Cols, Unit>(a, rows, b, Cols * W, depth, [&](std::int64_t first, const auto& sums) {
+  const auto finish = [&](std::int64_t first, const auto& sums) {
     T* to = products + first * Cols * W;
     for (const auto& row : sums)
       for (int c = 0; c < Cols; ++c, to += W) store(to, row[c] * broadcast(factor));
-  });
+  };
+  multiply_rows<Rows, Cols, Unit>(a, rows, b, Cols * W, depth, finish, fetches);
+}
+
+// out[r][c] = out[r][c] * rescale[c] + sum_k a(r, k) * b[k][c], all in lines of Cols vectors.
+template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A, class Fetches>
+[[gnu::always_inline]] inline void add_products_to(A a, std::int64_t rows, const T* b, std::int64_t depth,
+                                                   const Vec<T> (&rescale)[Cols], T* out, Fetches fetches) {
+  constexpr int W = Vec<T>::width;
+  const auto finish = [&](std::int64_t first, const auto& sums) {
+    T* o = out + first * Cols * W;
+    for (const auto& row : sums)
+      for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
+  };
+  multiply_rows<Rows, Cols, Unit>(a, rows, b, Cols * W, depth, finish, fetches);
 }
 
 }  // namespace selfattn::SELFATTN_ISA

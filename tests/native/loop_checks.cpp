@@ -16,6 +16,13 @@ void fill(T* p, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) p[i] = numbers.next<T>();
 }
 
+// Counts the parts of tiles, whose sums must continue from part to part.
+struct CountsParts {
+  static constexpr std::int64_t part_depth = 4;
+  int* parts;
+  void fetch() { ++*parts; }
+};
+
 // Each sum must be bit-identical to one chain of FMAs in the order of k; the operands end where the guard begins.
 template <class T, int Rows, int Cols, bool transposed>
 void check_multiply(int rows, int depth) {
@@ -25,17 +32,19 @@ void check_multiply(int rows, int depth) {
   T* const a = b - rows * depth;
   fill(a, rows * depth + depth * columns);
   T out[most_rows][columns];
-  int finished[most_rows] = {};
+  int finished[most_rows] = {}, tiles = 0, parts = 0;
   const auto finish = [&](std::int64_t row, const auto& sums) {
+    ++tiles;
     for (const auto& line : sums) {
       for (int c = 0; c < Cols; ++c) store(out[row] + c * Vec<T>::width, line[c]);
       ++finished[row++];
     }
   };
   if constexpr (transposed)
-    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, b, columns, depth, finish, CountsParts{&parts});
   else
-    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, b, columns, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, b, columns, depth, finish, CountsParts{&parts});
+  SELFATTN_CHECK(parts == tiles * ceil_div(depth, 4));
   for (int r = 0; r < rows; ++r) {
     SELFATTN_CHECK(finished[r] == 1);
     for (int n = 0; n < columns; ++n) {
