@@ -68,6 +68,12 @@ void KeySource::copy(const Input& input, std::int64_t first, int count) const {
   });
 }
 
+void KeySource::list_known(const Input& input, std::int64_t first, std::int64_t count) const {
+  each_run(input.operand, input.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
+    for (std::int64_t i = 0; i < keys; ++i) input.rows[index + i] = from + i * input.operand.row;
+  });
+}
+
 void KeySource::list(const Input& input, std::int64_t first, int count) const {
   if (input.copies) {
     const std::int64_t row = input.width * size_of(plan_.attend->keys);
@@ -77,10 +83,16 @@ void KeySource::list(const Input& input, std::int64_t first, int count) const {
   // The rows after the block are only prefetched. They are the keys that follow; past the end, the last valid key is
   // repeated.
   const std::int64_t known = std::min<std::int64_t>(count + rows_ahead, end_ - first);
-  each_run(input.operand, input.base, first, known, [&](const char* from, std::int64_t index, std::int64_t keys) {
-    for (std::int64_t i = 0; i < keys; ++i) input.rows[index + i] = from + i * input.operand.row;
-  });
+  list_known(input, first, known);
   for (std::int64_t i = known; i < count + rows_ahead; ++i) input.rows[i] = input.rows[known - 1];
+}
+
+// The rows of a block that a tile kernel prefetches, where the caller has them.
+LaterRows KeySource::later(const Input& input, std::int64_t first, int count) const {
+  const std::int64_t known = std::min<std::int64_t>(count, end_ - first);
+  if (known <= 0 || input.operand.column != size_of(input.operand.dtype)) return {};
+  list_known(input, first, known);
+  return {input.rows, known, input.width * size_of(input.operand.dtype)};
 }
 
 void KeySource::read_scales(const Input& input, std::int64_t first, int count) const {
@@ -108,8 +120,10 @@ KeyBlock KeySource::block(std::int64_t first, int count) const {
   block.key_step = keys.step;
   block.values = values.data;
   block.value_step = values.step;
-  if (!plan_.copies_keys && !plan_.attend->by_row && first + count + count <= problem_.held.end)
-    block.next_keys = static_cast<const char*>(keys.data) + count * problem_.key.row;
+  if (!plan_.attend->by_row) {
+    block.later_values = later(values_, values_.copies ? first + count : first, count);
+    block.later_keys = later(keys_, first + count, count);
+  }
   block.key_rows = keys_.rows;
   block.value_rows = values_.rows;
   const bool scaled = is_scaled(plan_.attend->keys);

@@ -38,6 +38,8 @@ class KeySource {
   Rows prepare(const Input& input, std::int64_t first, int count) const;
   void copy(const Input& input, std::int64_t first, int count) const;
   void list(const Input& input, std::int64_t first, int count) const;
+  void list_known(const Input& input, std::int64_t first, std::int64_t count) const;
+  LaterRows later(const Input& input, std::int64_t first, int count) const;
   void read_scales(const Input& input, std::int64_t first, int count) const;
 
   const Problem& problem_;

@@ -24,7 +24,7 @@ ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem)
   keys = take_if(plan.copies_keys, plan.key_block * problem.head_dim, plan.attend->keys);
   values = take_if(plan.copies_values, plan.key_block * problem.value_dim, plan.attend->keys);
   out = take_if(plan.copies_out, plan.block_rows * problem.value_dim, problem.dtype);
-  const std::int64_t listed = plan.attend->by_row ? plan.key_block + rows_ahead : 0;
+  const std::int64_t listed = plan.key_block + (plan.attend->by_row ? rows_ahead : 0);
   key_rows = carver.take<const void*>(listed);
   value_rows = carver.take<const void*>(listed);
   // Kernels read whole vectors of scales.

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/kernel_set.h"
+#include "kernels/tile_matmul.h"
 
 namespace selfattn::SELFATTN_ISA {
 
@@ -17,25 +18,46 @@ inline void fetch_lines(const E* row, std::int64_t width) {
   for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(E))) fetch_line(row + i);
 }
 
-// Prefetches `width` elements into L2.
-template <class T>
-inline void fetch(const T* row, std::int64_t width) {
-  for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(T)))
-    __builtin_prefetch(row + i, 0, 2);
-}
+// Prefetches rows into L2 while a product is computed: a few lines at a time, because many at once would occupy the
+// buffers of outstanding misses, and the product's own loads would wait for them.
+class Ahead {
+ public:
+  static constexpr std::int64_t interval = 32;
 
-// Rows to prefetch between the tiles of a product, so that they arrive while the product is computed.
-template <class T>
-struct Ahead {
-  const T* rows;  // null: nothing to prefetch
-  std::int64_t step;
-  std::int64_t width;
+  // For a product of `tiles` tiles.
+  Ahead(const LaterRows& rows, std::int64_t tiles, std::int64_t depth)
+      : row_(rows.rows),
+        end_(rows.rows + rows.count),
+        bytes_(rows.bytes),
+        lines_(ceil_div(rows.count * ceil_div(rows.bytes, cache_line), tiles * ceil_div(depth, interval))) {}
 
-  void fetch(std::int64_t from, std::int64_t to) const {
-    if (!rows) return;
-    for (std::int64_t r = from; r < to; ++r) selfattn::SELFATTN_ISA::fetch(rows + r * step, width);
+  void fetch() {
+    for (std::int64_t i = 0; i < lines_ && row_ != end_; ++i) {
+      __builtin_prefetch(static_cast<const char*>(*row_) + offset_, 0, 2);
+      offset_ += cache_line;
+      if (offset_ < bytes_) continue;
+      offset_ = 0;
+      ++row_;
+    }
   }
+
+ private:
+  const void* const* row_;
+  const void* const* end_;
+  std::int64_t bytes_;
+  std::int64_t offset_ = 0;
+  std::int64_t lines_;  // per fetch
 };
+
+// Calls product(fetches), where `fetches` prefetches the rows if there are any.
+template <class Product>
+[[gnu::always_inline]] inline void fetch_during(const LaterRows& rows, std::int64_t tiles, std::int64_t depth,
+                                                Product product) {
+  if (rows.count > 0 && tiles > 0 && depth > 0)
+    product(Ahead(rows, tiles, depth));
+  else
+    product(NoFetches());
+}
 
 // Reads one byte of each cache line in address order, which suits hardware prefetchers. Called before code that reads
 // the memory in another order.

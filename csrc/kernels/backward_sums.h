@@ -42,7 +42,7 @@ struct BackwardSums {
   [[gnu::noinline]] static void add_key_sums(const KeySums& sums, std::int64_t head_dim, T* to) {
     if (sums.skipped) return add_some_keys<Cols>(sums, head_dim, to);
     multiply_rows<TileRows, Cols, Unit>(Transposed<T>{sums.keys, sums.key_step}, head_dim,
-                                        RowMajor<T>{sums.factors, sums.factor_step}, cells<Unit>(sums.count),
+                                        RightOperand<T>{sums.factors, sums.factor_step, cells<Unit>(sums.count)},
                                         [&](std::int64_t dim, const auto& tile) {
                                           T* sum = to + dim * Cols * W;
                                           for (const auto& row : tile)
@@ -117,7 +117,7 @@ struct BackwardSums {
   [[gnu::noinline]] static void multiply_row_sums(const RowSums& sums, int keys, int rows, T* to, std::int64_t dim) {
     const std::int64_t step = sums.row_step;
     multiply_rows<SumRows, Cols, Unit>(RowMajor<T>{sums.factors, sums.factor_step}, keys,
-                                       RowMajor<T>{sums.rows + dim, step}, cells<Unit>(rows),
+                                       RightOperand<T>{sums.rows + dim, step, cells<Unit>(rows)},
                                        [&](std::int64_t key, const auto& tile) {
                                          T* sum = to + key * step + dim;
                                          for (const auto& row : tile) {

@@ -239,7 +239,8 @@ struct TileBackward {
   [[gnu::noinline]] static void multiply(const T* keys, const SeenKeys& seen, const T* packed, std::int64_t width,
                                          T factor, T* products) {
     const RowMajor<T> left{keys + seen.skipped * step(width), step(width)};
-    store_products<TileRows, Cols, Unit>(left, seen.count, packed, cells<Unit>(width), factor, products);
+    const RightOperand<T> right{packed, Cols * W, cells<Unit>(width)};
+    store_products<TileRows, Cols, Unit>(left, seen.count, right, factor, products);
   }
 
   static constexpr decltype(BackwardKernel::run_relative) run_relative() {

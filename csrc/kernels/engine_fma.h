@@ -57,9 +57,8 @@ struct FmaEngine {
     std::int64_t key_step;
     const T* values;
     std::int64_t value_step;
-    const T* next_keys;
-    T* clean_values;  // see Memory
-    bool fetches;     // true until the first strip is computed, which prefetches for all strips
+    T* clean_values;                     // see Memory
+    LaterRows later_values, later_keys;  // the strip that is computed first prefetches them for all strips
   };
 
   static void start() {}
@@ -81,31 +80,20 @@ struct FmaEngine {
             keys.key_step,
             static_cast<const T*>(keys.values),
             keys.value_step,
-            static_cast<const T*>(keys.next_keys),
             memory.values,
-            true};
-  }
-
-  template <int Rows, int Cols>
-  static constexpr std::int64_t rows_of(const Vec<T> (&)[Rows][Cols]) {
-    return Rows;
+            keys.later_values,
+            keys.later_keys};
   }
 
   // The two products are not inlined, so that their loops have all registers to themselves.
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
                                       T multiplier, T* scores) {
-    const Ahead<T> values{block.fetches ? block.values + seen.skipped * block.value_step : nullptr, block.value_step,
-                          block.value_dim};
-    multiply_rows<TileRows, Cols, FmaUnit<T>>(RowMajor<T>{block.keys + seen.skipped * block.key_step, block.key_step},
-                                              seen.count, RowMajor<T>{queries.packed, Cols * W}, block.head_dim,
-                                              [&](std::int64_t key, const auto& sums) {
-                                                T* score = scores + key * Cols * W;
-                                                values.fetch(key, key + rows_of(sums));
-                                                for (const auto& row : sums)
-                                                  for (int c = 0; c < Cols; ++c, score += W)
-                                                    store(score, row[c] * broadcast(multiplier));
-                                              });
+    const RowMajor<T> keys{block.keys + seen.skipped * block.key_step, block.key_step};
+    const RightOperand<T> packed{queries.packed, Cols * W, block.head_dim};
+    fetch_during(block.later_values, ceil_div(seen.count, TileRows), block.head_dim, [&](auto fetches) {
+      store_products<TileRows, Cols, FmaUnit<T>>(keys, seen.count, packed, multiplier, scores, fetches);
+    });
   }
 
   static void keep_probs(const Block&, const Vec<T> (&prob)[cell], T*, T* line, int lane) {
@@ -124,7 +112,7 @@ struct FmaEngine {
       multiply_values<Cols>(block, values, seen.count, probs, rescale, out);
     else
       accumulate_visible<Cols>(block, seen, probs, rescale, out, visibility.described());
-    block.fetches = false;
+    block.later_values = block.later_keys = {};
   }
 
  private:
@@ -152,16 +140,10 @@ struct FmaEngine {
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const Transposed<T>& values, int count,
                                                 const T* probs, const Vec<T> (&rescale)[Cols], T* out) {
-    const std::int64_t value_dim = block.value_dim;
-    const bool next = block.fetches && block.next_keys;
-    const Ahead<T> next_keys{next ? block.next_keys : nullptr, block.key_step, block.head_dim};
-    multiply_rows<TileRows, Cols, FmaUnit<T>>(
-        values, value_dim, RowMajor<T>{probs, Cols * W}, count, [&](std::int64_t dim, const auto& sums) {
-          T* o = out + dim * Cols * W;
-          next_keys.fetch(count * dim / value_dim, count * (dim + rows_of(sums)) / value_dim);
-          for (const auto& row : sums)
-            for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
-        });
+    const RightOperand<T> right{probs, Cols * W, count};
+    fetch_during(block.later_keys, ceil_div(block.value_dim, TileRows), count, [&](auto fetches) {
+      add_products_to<TileRows, Cols, FmaUnit<T>>(values, block.value_dim, right, rescale, out, fetches);
+    });
   }
 
   // Computes the same sums in the same order as multiply_values, but skips hidden keys instead of multiplying their

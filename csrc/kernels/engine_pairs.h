@@ -24,27 +24,58 @@ struct PairDots {
   static constexpr bool flushes = true;
 };
 
-// E: the type of the operands in memory. Each number is rounded to one bfloat16.
+// E: the type of the operands in memory. Each number is rounded to one bfloat16. Keys that are pairs of bfloat16
+// already are read in place. Values are joined, row by row, into cells of two keys.
 template <class E, int TileRows>
 struct PairEngine : PairOperands<E, 1> {
   using Operands = PairOperands<E, 1>;
-  using Block = typename Operands::Block;
   using Operands::cell;
+  using Operands::exact;
   using Operands::W;
   static constexpr const char* unit = "bfloat16 pairs";
   static constexpr int alignment = cell;
   static constexpr bool scales = true;
 
+  struct Memory : Operands::Memory {
+    Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
+        : Operands::Memory(carver, key_block, head_dim, value_dim) {
+      this->value_step = Operands::whole(value_dim);
+    }
+  };
+
+  struct Block : Operands::Block {
+    RowMajor<float> cells;  // of keys: in place, or packed
+    int count;
+    LaterRows later_values, later_keys;  // the strip that is computed first prefetches them for all strips
+    bool joined;                         // whether the values are packed already
+  };
+
   static void start() {}
   static void stop() {}
+
+  static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
+    Block block{Operands::original(rows, keys, memory),
+                {static_cast<const float*>(keys.keys), keys.key_step / cell},
+                keys.count,
+                keys.later_values,
+                keys.later_keys,
+                false};
+    const bool aligned = reinterpret_cast<std::uintptr_t>(keys.keys) % alignof(float) == 0;
+    if (exact && aligned && keys.key_step % cell == 0 && rows.head_dim % cell == 0) return block;
+    Operands::pack_keys(block, keys.count);
+    block.cells = {memory.keys, memory.key_step};
+    return block;
+  }
 
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                       float multiplier, float* scores) {
-    const std::int64_t step = block.memory.key_step;
-    const RowMajor<float> keys{block.memory.keys + seen.skipped * step, step};
-    store_products<TileRows, Cols, PairUnit>(keys, seen.count, queries.packed, ceil_div(block.head_dim, cell),
-                                             multiplier, scores);
+    const std::int64_t depth = ceil_div(block.head_dim, cell);
+    const RowMajor<float> keys = block.cells.from_row(seen.skipped);
+    const RightOperand<float> packed{queries.packed, Cols * W, depth};
+    fetch_during(block.later_values, ceil_div(seen.count, TileRows), depth, [&](auto fetches) {
+      store_products<TileRows, Cols, PairUnit>(keys, seen.count, packed, multiplier, scores, fetches);
+    });
     Operands::recompute_scores(block, seen, queries, Cols * W, multiplier, scores);
   }
 
@@ -54,9 +85,12 @@ struct PairEngine : PairOperands<E, 1> {
   }
 
   template <int Cols, class Visibility>
-  static void accumulate(const Block& block, const SeenKeys& seen, const float* probs, const VecF (&rescale)[Cols],
+  static void accumulate(Block& block, const SeenKeys& seen, const float* probs, const VecF (&rescale)[Cols],
                          float* out, const Visibility& visibility) {
+    if (!block.joined) block.splits_values = join_values(block);
+    block.joined = true;
     multiply_values<Cols>(block, seen, probs, rescale, out);
+    block.later_values = block.later_keys = {};
     const auto prob = [&](int key, int c) {
       const VecF cells = load(probs + (key / cell * Cols + c) * W);
       return key % cell == 0 ? first_of(cells) : second_of(cells);
@@ -68,13 +102,57 @@ struct PairEngine : PairOperands<E, 1> {
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, const float* probs,
                                                 const VecF (&rescale)[Cols], float* out) {
-    multiply_rows<TileRows, Cols, PairUnit>(
-        RowMajor<float>{block.memory.values + seen.skipped / cell, block.memory.value_step}, block.value_dim,
-        RowMajor<float>{probs, Cols * W}, ceil_div(seen.count, cell), [&](std::int64_t dim, const auto& sums) {
-          float* o = out + dim * Cols * W;
-          for (const auto& row : sums)
-            for (int c = 0; c < Cols; ++c, o += W) store(o, fma(load(o), rescale[c], row[c]));
-        });
+    const std::int64_t step = block.memory.value_step, depth = ceil_div(seen.count, cell);
+    const Transposed<float> values{block.memory.values + seen.skipped / cell * step, step};
+    const RightOperand<float> right{probs, Cols * W, depth};
+    fetch_during(block.later_keys, ceil_div(block.value_dim, TileRows), depth, [&](auto fetches) {
+      add_products_to<TileRows, Cols, PairUnit>(values, block.value_dim, right, rescale, out, fetches);
+    });
+  }
+
+  // Returns false if some value cannot be split.
+  [[gnu::noinline]] static bool join_values(const Block& block) {
+    const std::int64_t value_dim = block.value_dim;
+    if constexpr (exact)
+      if (join_as_they_are(block)) return true;
+    MaskF found = broadcast(0.0f) < broadcast(0.0f);
+    for (int key = 0; key < block.count; key += cell)
+      for (std::int64_t d = 0; d < value_dim; d += W) {
+        VecF x[cell];
+        for (int i = 0; i < cell; ++i) {
+          const E* value = block.values + (key + i) * block.value_step + d;
+          x[i] = key + i < block.count ? load_up_to(value, value_dim - d) : broadcast(0.0f);
+          const MaskF lanes = Operands::unsplittable(x[i]);
+          found = found | lanes;
+          x[i] = Operands::clear(lanes, x[i]);
+        }
+        store(block.memory.values + key / cell * block.memory.value_step + d, to_cells(x[0], x[1]));
+      }
+    return !any(found);
+  }
+
+  // Copies the bits of bfloat16 values. Returns false, after copying everything, if some value cannot be split.
+  static bool join_as_they_are(const Block& block) {
+    const std::int64_t value_dim = block.value_dim;
+    CellSizes sizes;
+    for (int key = 0; key < block.count; key += cell) {
+      const E* first = block.values + key * block.value_step;
+      const E* second = key + 1 < block.count ? first + block.value_step : nullptr;
+      float* to = block.memory.values + key / cell * block.memory.value_step;
+      const auto join = [&](std::int64_t d, std::int64_t n) {
+        const VecF a = load_cells(first + d, n), b = second ? load_cells(second + d, n) : broadcast(0.0f);
+        sizes.include(a);
+        sizes.include(b);
+        VecF low, high;
+        join_cells(a, b, low, high);
+        store(to + d, low);
+        if (n > W) store(to + d + W, high);
+      };
+      const std::int64_t whole = value_dim / (cell * W) * (cell * W);
+      for (std::int64_t d = 0; d < whole; d += cell * W) join(d, cell * W);
+      if (whole < value_dim) join(whole, value_dim - whole);
+    }
+    return sizes.within(0x1p-100f);
   }
 };
 

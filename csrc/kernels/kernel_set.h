@@ -57,6 +57,14 @@ struct Scoring {
   Dropout dropout;  // of the weights; only tile kernels apply it
 };
 
+// Rows of memory that will be read soon: `count` rows of `bytes` contiguous bytes, which may be
+// anywhere in memory.
+struct LaterRows {
+  const void* const* rows;
+  std::int64_t count;
+  std::int64_t bytes;
+};
+
 struct KeyBlock {
   std::int64_t first;  // index of the block's first key
   int count;
@@ -64,7 +72,9 @@ struct KeyBlock {
   std::int64_t key_step;
   const void* values;  // rows of value_dim contiguous elements, `value_step` elements apart
   std::int64_t value_step;
-  const void* next_keys;  // keys to prefetch for the next block, with the same count and step; null: unknown
+  // What tile kernels prefetch while they compute: values (of this block if they are read in place, else of the next
+  // block) and the keys of the next block.
+  LaterRows later_values, later_keys;
   // Kernels that read by row use these arrays instead of `keys` and `values`. Each holds pointers to `count` rows,
   // which may be anywhere in memory, then to rows_ahead more rows, which are only prefetched.
   const void* const* key_rows;

@@ -1,7 +1,8 @@
 // Operands of tile kernels whose units multiply bfloat16 in pairs (engine_fma.h defines the engine interface).
 //
 // Such a unit multiplies two adjacent numbers at once, so operands are stored in cells of two: queries and keys in
-// pairs of dims, probs and values in pairs of keys. Keys keep their layout and values are transposed, once per block.
+// pairs of dims, probs and values in pairs of keys. Keys keep their layout. Values are packed once per block: tiles
+// need them transposed, pairs do not.
 //
 // A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each split term is what the split terms before it
 // leave of x, rounded to the nearest bfloat16. Split terms are stored in `SplitTerms` planes, one after another. A
@@ -48,7 +49,7 @@ struct PairOperands {
 
   struct Memory {
     float* keys;                          // [split term][key][cells of head_dim]
-    float* values;                        // [split term][dim][cells of keys]
+    float* values;                        // [split term][dim][cells of keys]; of pairs [cells of keys][dim]
     unsigned char* unsplittable;          // per key: whether it holds a number that cannot be split
     std::int64_t key_step, value_step;    // cells from one row to the next
     std::int64_t key_plane, value_plane;  // cells from one split term's plane to the next
@@ -122,27 +123,36 @@ struct PairOperands {
       });
   }
 
+  static Block original(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
+    return {rows.head_dim,
+            rows.value_dim,
+            memory,
+            static_cast<const E*>(keys.keys),
+            keys.key_step,
+            static_cast<const E*>(keys.values),
+            keys.value_step,
+            &rows.scoring,
+            true,
+            true};
+  }
+
   static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
-    Block block{rows.head_dim,
-                rows.value_dim,
-                memory,
-                static_cast<const E*>(keys.keys),
-                keys.key_step,
-                static_cast<const E*>(keys.values),
-                keys.value_step,
-                &rows.scoring,
-                true,
-                true};
-    for (int key = 0; key < keys.count; ++key) {
+    Block block = original(rows, keys, memory);
+    pack_keys(block, keys.count);
+    block.splits_values = pack_values(block.values, keys.value_step, keys.count, rows.value_dim, memory);
+    return block;
+  }
+
+  static void pack_keys(Block& block, int count) {
+    const Memory& memory = block.memory;
+    for (int key = 0; key < count; ++key) {
       MaskF found = broadcast(0.0f) < broadcast(0.0f);
       for (std::int64_t c = 0; c < memory.key_step; c += W)
-        found = found | store_split_terms(block.keys + key * keys.key_step + cell * c, rows.head_dim - cell * c,
+        found = found | store_split_terms(block.keys + key * block.key_step + cell * c, block.head_dim - cell * c,
                                           memory.keys + key * memory.key_step + c, memory.key_plane);
       memory.unsplittable[key] = any(found) ? 1 : 0;
       block.splits_keys = block.splits_keys && memory.unsplittable[key] == 0;
     }
-    block.splits_values = pack_values(block.values, keys.value_step, keys.count, rows.value_dim, memory);
-    return block;
   }
 
   // Recomputes the scores of all keys and rows that hold a number that cannot be split, and all scores that became NaN,

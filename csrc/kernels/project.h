@@ -71,7 +71,7 @@ inline void project(const ProjectArgs& args) noexcept {
         for (int p = 0; p < together; ++p) store_row<codes>(args, slice, 0, first + p * width, sums[p]);
       }
     for (; first < args.columns; first += width, panel += panel_step)
-      multiply_rows<TileRows, Vectors, Unit>(x, args.rows, RowMajor<B>{panel, width}, depth,
+      multiply_rows<TileRows, Vectors, Unit>(x, args.rows, RightOperand<B>{panel, width, depth},
                                              [&](std::int64_t row, const auto& sums) {
                                                for (const auto& s : sums)
                                                  store_row<codes>(args, slice, row++, first, s);

@@ -36,6 +36,35 @@ inline VecF to_cells(VecF first, VecF second) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)))};
 }
 
+// Makes cells from the numbers of two rows, each loaded by load_cells: of the first sixteen numbers, then of the
+// others.
+inline void join_cells(VecF first, VecF second, VecF& low, VecF& high) {
+  const __m512i a = _mm512_castps_si512(first.r), b = _mm512_castps_si512(second.r);
+  const __m512i order =
+      _mm512_setr_epi32(0x00200000, 0x00210001, 0x00220002, 0x00230003, 0x00240004, 0x00250005, 0x00260006, 0x00270007,
+                        0x00280008, 0x00290009, 0x002a000a, 0x002b000b, 0x002c000c, 0x002d000d, 0x002e000e, 0x002f000f);
+  low = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, order, b))};
+  high = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b))};
+}
+
+// The smallest and largest absolute values of numbers in cells, except 0.
+struct CellSizes {
+  __m512i least = _mm512_set1_epi16(-1), most = _mm512_setzero_si512();  // twice the bits; `least` 1 less
+
+  void include(VecF cells) {
+    const __m512i bits = _mm512_castps_si512(cells.r);
+    const __m512i twice = _mm512_add_epi16(bits, bits);  // without the sign
+    most = _mm512_max_epu16(most, twice);
+    least = _mm512_min_epu16(least, _mm512_sub_epi16(twice, _mm512_set1_epi16(1)));  // 0 becomes the largest number
+  }
+  // Whether all numbers are finite, and 0 or at least `limit`.
+  bool within(float limit) const {
+    const auto lowest = static_cast<short>((bits_of(limit) >> 15) - 1);
+    const __mmask32 unbounded = _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(static_cast<short>(0xff00)));
+    return (unbounded | _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(lowest))) == 0;
+  }
+};
+
 // Makes cells from 32 adjacent numbers, of which `low` holds the first 16, rounded to nearest.
 inline VecF to_cells_in_order(VecF low, VecF high) {
   return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.r, low.r))};

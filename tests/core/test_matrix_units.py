@@ -137,6 +137,21 @@ def test_what_is_hidden_is_inert(mode: Any, normal: Any, garbage: float) -> None
         assert everything(q, k, v, precision=precision, **options) == clean
 
 
+@pytest.mark.parametrize("head_dim", [32, 33])
+def test_what_lies_between_rows_is_inert(mode: Any, normal: Any, head_dim: int) -> None:
+    # Rows start and end at odd places of memory, and numbers that are not theirs follow them.
+    dtype, precision = mode
+    q, k, v = operands(normal, dtype, 60, 141, head_dim, 20)
+    together = everything(q, k, v, precision=precision)
+    for before, after in itertools.product(range(3), range(3)):
+        apart = []
+        for x in (k, v):
+            memory = np.full((*x.shape[:2], x.shape[2] + 1, before + x.shape[3] + after), np.nan, dtype)
+            apart.append(memory[:, :, :-1, before : before + x.shape[3]])
+            apart[-1][...] = x
+        assert everything(q, *apart, precision=precision) == together
+
+
 @pytest.mark.parametrize("value", GARBAGE)
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_what_is_visible_counts(check: Any, normal: Any, mode: Any, name: str, value: float) -> None:

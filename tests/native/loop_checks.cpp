@@ -16,6 +16,13 @@ void fill(T* p, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) p[i] = numbers.next<T>();
 }
 
+// Counts the calls of fetch. A sum must continue where it was before the call.
+struct CountsFetches {
+  static constexpr std::int64_t interval = 4;
+  int* calls;
+  void fetch() { ++*calls; }
+};
+
 // Each sum must be bit-identical to one chain of FMAs in the order of k. The operands end at inaccessible memory.
 template <class T, int Rows, int Cols, bool transposed>
 void check_multiply(int rows, int depth) {
@@ -25,18 +32,20 @@ void check_multiply(int rows, int depth) {
   T* const a = b - rows * depth;
   fill(a, rows * depth + depth * columns);
   T out[most_rows][columns];
-  int finished[most_rows] = {};
+  int finished[most_rows] = {}, tiles = 0, calls = 0;
   const auto finish = [&](std::int64_t row, const auto& sums) {
+    ++tiles;
     for (const auto& line : sums) {
       for (int c = 0; c < Cols; ++c) store(out[row] + c * Vec<T>::width, line[c]);
       ++finished[row++];
     }
   };
-  const RowMajor<T> right{b, columns};
+  const RightOperand<T> right{b, columns, depth};
   if constexpr (transposed)
-    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, right, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(Transposed<T>{a, rows}, rows, right, finish, CountsFetches{&calls});
   else
-    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, right, depth, finish);
+    multiply_rows<Rows, Cols, FmaUnit<T>>(RowMajor<T>{a, depth}, rows, right, finish, CountsFetches{&calls});
+  SELFATTN_CHECK(calls == tiles * ceil_div(depth, CountsFetches::interval));
   for (int r = 0; r < rows; ++r) {
     SELFATTN_CHECK(finished[r] == 1);
     for (int n = 0; n < columns; ++n) {
