@@ -1,4 +1,5 @@
-// A self-attention layer in one call: projections of x to queries, keys and values, attention, output projection.
+// An attention layer in one call. Its steps are the projections of x (or of x and a context) to queries, keys and
+// values, then attention, then the output projection.
 #pragma once
 #include <cstddef>
 #include <cstdint>

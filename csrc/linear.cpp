@@ -62,7 +62,8 @@ std::int64_t most_rows(const LinearJob& job) {
 // weights again, so a task with deep weights has only one group.
 std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
 
-// Converts rows of x to contiguous rows of the type that the kernel reads.
+// Copies rows of x to contiguous, zero-padded rows of the type that the kernel reads. Normalises them first if the job
+// has a norm.
 void gather(const LinearJob& job, char* to, char* row, const char* from, std::int64_t rows) {
   const Projection& projection = job.projection;
   const RowsView& x = job.x;

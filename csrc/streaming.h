@@ -17,8 +17,8 @@ class AttentionState {
 
   std::int64_t next() const { return next_; }  // the key with which the next piece starts
 
-  // The problem of the piece from key `first` on, which must be the next one. The first piece allocates the memory, and
-  // decides on the number of KV heads, the width of values and the type of keys; refuses a later piece that differs.
+  // The problem of the piece from key `first` on, which must be the next one. For the first piece, allocates the memory
+  // and fixes the number of KV heads, the width of values and the type of keys. Refuses a later piece that differs.
   Problem problem_of(AttentionArguments arguments, std::int64_t first);
 
   // Absorbs a piece. Returns false if interrupted. Then some rows have absorbed it and others have not, so that the
@@ -28,7 +28,7 @@ class AttentionState {
   // The problem of the results; complete after attach_out and attach_lse. Refuses if nothing was absorbed yet.
   const Problem& results(const char* function) const;
 
-  // Writes the results over the keys absorbed so far. Returns false if interrupted; the state is as before.
+  // Writes the results of attention to all keys absorbed so far. Returns false if interrupted; the state is as before.
   bool finish(const Problem& results, const KernelSet& kernels, int num_threads, Interrupted interrupted) const;
 
   // Throws std::runtime_error if an absorb was not completed.

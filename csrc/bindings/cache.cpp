@@ -85,7 +85,7 @@ void reorder(py::object store, py::object ledger, const py::array& index) {
   arguments.step().reorder(integers(index));
 }
 
-// The Python layer has checked the shapes of the arrays of these two.
+// For truncate and set_lengths, the Python layer has checked the shapes of the arrays.
 void truncate(py::object store, py::object ledger, const py::array& lengths) {
   Step step = on_ledger(std::move(store), std::move(ledger));
   CacheArguments("truncate", step, 0).step().truncate("truncate", integers(lengths));

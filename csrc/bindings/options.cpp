@@ -33,7 +33,7 @@ constexpr Field<Options> fields[] = {
 #include "option_list.h"
 };
 
-// The views of arrays, by their elements.
+// For each word for elements in option_list.h, the function that makes a view of such an array.
 namespace view_of_elements {
 constexpr auto boolean = bool_view, real = float_view;
 // The Python layer has already converted these.

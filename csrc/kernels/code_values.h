@@ -132,7 +132,7 @@ struct CodeValues {
       if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
   }
 
-  // Sums of the first or the second eight dims of each quarter of 64 dims.
+  // Sums for half of 64 dims: from each 16 of them, the first eight (Half = 0) or the last eight (Half = 1).
   template <int Rows, int Half>
   struct Sums {
     Integers sums[Rows][2][code_digits];

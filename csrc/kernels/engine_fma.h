@@ -120,8 +120,8 @@ struct FmaEngine {
     return {block.values + seen.skipped * block.value_step, block.value_step};
   }
 
-  // Replaces `values` by a copy in which values that are not finite and hidden from all rows are 0. Returns false if a
-  // row sees one.
+  // Replaces `values` by a copy in which values that are not finite and hidden from all rows are 0. Returns false if
+  // some row sees a value that is not finite.
   template <class Visibility>
   static bool copy_finite(const Block& block, int count, const Visibility& visibility, Transposed<T>& values) {
     const std::int64_t value_dim = block.value_dim;

@@ -24,8 +24,9 @@ struct PairDots {
   static constexpr bool flushes = true;
 };
 
-// E: the type of the operands in memory. Each number is rounded to one bfloat16. Keys that are pairs of bfloat16
-// already are read in place. Values are joined, row by row, into cells of two keys.
+// E: the type of the operands in memory. Each number is rounded to one bfloat16. Keys whose rows in memory are
+// aligned pairs of bfloat16 are read in place, others are packed. Values are joined, row by row, into cells of two
+// keys.
 template <class E, int TileRows>
 struct PairEngine : PairOperands<E, 1> {
   using Operands = PairOperands<E, 1>;

@@ -157,7 +157,7 @@ inline Sight sight_of(const Row& row, const Scoring& scoring, std::int64_t key, 
   return seen == 0 ? Sight::nothing : seen == count ? Sight::everything : Sight::some;
 }
 
-// How many keys mask and bias leave visible in a tile, over all rows of the tile.
+// Whether mask and bias leave all, some or none of the keys of a tile visible, over all rows of the tile.
 template <class T>
 inline Sight sight_of(ScoreTile<T> tile, const Scoring& scoring) {
   const int different = tile.shares_terms ? 1 : tile.num_rows;
