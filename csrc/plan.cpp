@@ -74,7 +74,8 @@ const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& type
   const DType dtype = problem.key.dtype;
   // Chosen even if operands must be copied: kernels differ in their results, which must not depend on strides.
   if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
-  if (kernels.matrix.row_i8 && dtype == DType::i8 && problem.head_dim <= widest_codes) return kernels.matrix.row_i8;
+  if (kernels.matrix.row_i8 && dtype == DType::i8 && problem.dtype == DType::f32 && problem.head_dim <= widest_codes)
+    return kernels.matrix.row_i8;
   const AttendKernel* own = types.of(dtype).row;
   const bool reads = own && (is_scaled(dtype) || (in_place(problem.key, dtype) && in_place(problem.value, dtype)));
   return reads ? own : types.of(problem.dtype).row;

@@ -35,8 +35,9 @@ struct RowLanes {
   int count, lanes;
 };
 
-// The largest number of lines that dropout_factors writes for `keys` keys: it writes whole blocks of the cipher.
-constexpr std::int64_t factor_lines(std::int64_t keys) { return keys + 2 * (keys_per_block - 1); }
+// The largest number of lines that dropout_factors writes for `keys` keys: it writes whole pairs of keys, and whole
+// blocks of the cipher.
+constexpr std::int64_t factor_lines(std::int64_t keys) { return round_up(keys, 2) + 2 * (keys_per_block - 1); }
 
 // Computes the factors of weights, 0 or dropout.factor: factors[key][lane]. Returns the line of the first key. Some
 // kernels process keys in pairs: if the number of keys is odd, the second key of the last pair has a line, too.
