@@ -18,7 +18,7 @@ from ._typing import Array
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered from 1, in the order of csrc/kernels/kernel_set.h
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered from 1, in the order of csrc/kernels/layer_arguments.h
 _VERSION = 1  # version of the pickle format
 
 

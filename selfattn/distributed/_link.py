@@ -24,7 +24,7 @@ INLINE = 1016  # bytes of a small object that travel with its size
 YIELDS = 20
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 2e-3  # seconds
 
-# MPI may still write to the buffers of messages that nobody waits for any more: they must live as long as the process.
+# MPI may still write to the buffers of messages that are no longer waited for: they must live as long as the process.
 _unfinished: list[Any] = []
 
 

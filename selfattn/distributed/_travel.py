@@ -50,7 +50,7 @@ class Travel:
         for i, (start, stop) in enumerate(spans):
             pieces, requests = coming
             self._link.wait(self._call.function, requests)
-            # Only now, when nobody uses the other buffer any more, may the next chunk fill it.
+            # The next chunk may fill the other buffer only now, when that buffer is no longer used.
             coming = self._receive(buffers[(i + 1) % 2], *spans[i + 1]) if i + 1 < len(spans) else ([], [])
             yield Chunk(start, stop, _joined(pieces), coming[1])
         self._link.wait(self._call.function, sent)
