@@ -47,7 +47,7 @@ int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t la
   const std::int64_t fitting = bytes / row_bytes / smallest_key_block * smallest_key_block;
   const std::int64_t block = std::clamp<std::int64_t>(fitting, smallest_key_block, largest);
   // Pieces are cut at multiples of the largest block. Blocks must not straddle the cuts.
-  return static_cast<int>(problem.running ? std::bit_floor(static_cast<std::uint64_t>(block)) : block);
+  return static_cast<int>(problem.running ? std::bit_floor(static_cast<std::uint32_t>(block)) : block);
 }
 
 // The row kernel costs about as much per row as the tile kernel costs per lane. So it wins if the tile kernel would
