@@ -135,7 +135,7 @@ def asan(session: nox.Session) -> None:
     """Run CALLS and safety under AddressSanitizer and UndefinedBehaviorSanitizer (GCC); other folders after `--`."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
     # -O1: with sanitizers, -O2 would slow compilation by minutes to save seconds in the tests.
-    settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"]
+    settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1"]
     install_tests(session, *settings)
     environment = {
         "LD_PRELOAD": " ".join(sanitizer_runtimes()),
