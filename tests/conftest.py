@@ -111,11 +111,11 @@ def _assert_accurate(
     *,
     trivial: bool = False,
     rounded: tuple[float, float] = (0.0, 0.0),
-    beside: float = 0.0,
+    extra: float = 0.0,
 ) -> float:
     """Check |out - exact| <= (16 + 4 sigma) u magnitude; return the largest error as a share of its bound.
 
-    Rounding to a 16-bit type may add half an ulp of it, a matrix unit adds `rounding`, and `beside` is added as it is.
+    Rounding to a 16-bit type may add half an ulp of it, a matrix unit adds `rounding`, and `extra` is added as it is.
     A comparison of zeros only verifies nothing: it fails unless `trivial`.
     """
     assert out.shape == exact.out.shape
@@ -124,7 +124,7 @@ def _assert_accurate(
     assert trivial or out.size == 0 or np.count_nonzero(exact.magnitude > 0) * 4 >= exact.magnitude.size, "trivial"
     with np.errstate(invalid="ignore"):
         error = np.where(np.isfinite(exact.out), abs(out - exact.out), 0)
-    bound = ((16 + 4 * exact.sigma) * unit(dtype) + rounded[0] + exact.sigma * rounded[1]) * exact.magnitude + beside
+    bound = ((16 + 4 * exact.sigma) * unit(dtype) + rounded[0] + exact.sigma * rounded[1]) * exact.magnitude + extra
     # An error that changes a result may change its ulp as well.
     bound = bound + half_ulp(abs(exact.out) + bound, dtype)
     # The result itself must be rounded to out's type; below its normal numbers that is an absolute error.

@@ -37,7 +37,7 @@ def check_rows(group: Group) -> None:
 
 
 def check_tree(group: Group) -> None:
-    """Each receiver gets the message once, from a rank that has it; nobody else takes part."""
+    """Each receiver gets the message once, from a rank that has it; no other rank takes part."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         size = int(rng.integers(1, 40))

@@ -179,7 +179,7 @@ def random_options(
 
 
 def code_rounding(sequence: Sequence, q: Any, scale: float | None = None) -> tuple[float, float]:
-    """Return what rounding to 24 bits beside 8-bit codes may add: to a score, and to an output.
+    """Return what rounding to 24 bits may add where the other operand is 8-bit codes: to a score, and to an output.
 
     docs/numerics.md derives both amounts.
     """
@@ -211,9 +211,9 @@ def check_attention(
     assert len(out) == len(sequences)
     for b, sequence in enumerate(sequences):
         exact = sequence.attend(q[b].astype(np.float64), **options)
-        moved, beside = code_rounding(sequence, q[b], options.get("scale"))
+        moved, extra = code_rounding(sequence, q[b], options.get("scale"))
         of_values = rounded[0] + float(np.expm1(2 * moved))
-        assert_accurate(out[b], exact, trivial=True, rounded=(of_values, rounded[1]), beside=beside)
+        assert_accurate(out[b], exact, trivial=True, rounded=(of_values, rounded[1]), extra=extra)
         if lse is None:
             continue
         finite = np.isfinite(exact.lse)
