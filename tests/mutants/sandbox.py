@@ -24,10 +24,9 @@ class Sandbox:
         self.folder = folder
         self.matrix = matrix  # with this processor's kernels and emulated AMX
         self.build_folder = folder / "build"
-        for name in ("csrc", "cmake", "selfattn", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        for name in ("CMakeLists.txt", "pyproject.toml"):
-            shutil.copy(ROOT / name, folder)
+        # Everything, because tests also run the programs of docs/ and examples/.
+        unneeded = shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "*.so")
+        shutil.copytree(ROOT, folder, ignore=unneeded)
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf8")
         metadata = folder / "selfattn-0.dist-info"  # the package asks for its version
         metadata.mkdir()
