@@ -83,14 +83,16 @@ def integration(session: nox.Session) -> None:
 @nox.parametrize("version", ["lowest", "newest"])
 @nox.parametrize("package", list(BOUNDED))
 def versions(session: nox.Session, package: str, version: str) -> None:
-    """Test with the lowest and the newest version of a package that pyproject.toml accepts."""
+    """Test with the lowest version of a package that pyproject.toml accepts, and with the newest that CI knows."""
     lowest = version == "lowest"
     wanted = TORCH if package == "torch" else package
     if lowest:
         wanted = install_lowest(session, package)
     torch = [TORCH] if package == "transformers" else []
     own = f"{wheel(session)}[test]"
-    session.install("--upgrade", own, wanted, *torch)  # together, so that pip finds compatible versions
+    # The newest version is the one that CI pins, so that what runs depends on the commit and not on the day.
+    pinned = [] if lowest else ["--constraint", ".ci/constraints.txt"]
+    session.install("--upgrade", own, wanted, *torch, *pinned)  # together, so that pip finds compatible versions
     session.run("python", "-c", f"import {package}; print({package}.__name__, {package}.__version__)")
     # Old packages use features that other packages have since deprecated.
     warnings = ["-W", "ignore::DeprecationWarning"] if lowest else []

@@ -17,12 +17,9 @@ RotatedTokens::RotatedTokens(const TensorView& like, Layout layout)
 }
 
 CacheCall::CacheCall(CacheStep& step, const CacheInputs& inputs, const AttentionArguments& arguments)
-    : step_(step), inputs_(inputs), layout_(arguments.layout), problem_(make_problem(presented(step, arguments))) {
-  step.check_seen(arguments.function, problem_);
-}
+    : step_(step), inputs_(inputs), layout_(arguments.layout), problem_(step.problem_of(with_queries(arguments))) {}
 
-AttentionArguments CacheCall::presented(CacheStep& step, AttentionArguments arguments) {
-  step.present(arguments);
+AttentionArguments CacheCall::with_queries(AttentionArguments arguments) {
   arguments.q = inputs_.rope ? query_.emplace(inputs_.q, layout_).view() : inputs_.q;
   if (inputs_.rope && inputs_.k) key_.emplace(inputs_.k, layout_);
   return arguments;

@@ -40,7 +40,7 @@ class CacheCall {
   bool run(const Plan& plan, int num_threads, Interrupted interrupted) const;
 
  private:
-  AttentionArguments presented(CacheStep& step, AttentionArguments arguments);
+  AttentionArguments with_queries(AttentionArguments arguments);
   bool rotate(int num_threads, Interrupted interrupted) const;
 
   const CacheStep& step_;

@@ -103,13 +103,20 @@ void CacheStep::open_pages(const char* function) {
   if (started) use_starts();
 }
 
-void CacheStep::present(AttentionArguments& arguments) {
+Problem CacheStep::problem_of(AttentionArguments arguments) {
+  check_window(arguments);
+  keys_->present(arguments);
+  arguments.recent_mask = static_cast<bool>(arguments.mask);
+  Problem problem = make_problem(arguments);
+  check_seen(arguments.function, problem);
+  return problem;
+}
+
+void CacheStep::check_window(const AttentionArguments& arguments) const {
   const std::int64_t window = source_.store->window, left = arguments.window_left;
   if (window >= 0 && (left < 0 || left > window))
     refuse(arguments.function, "window"_arg, " is ", left < 0 ? "none" : std::to_string(left) + " to the left",
            ", but the cache keeps only the tokens that a window of ", window, " sees");
-  keys_->present(arguments);
-  arguments.recent_mask = static_cast<bool>(arguments.mask);
 }
 
 void CacheStep::check_seen(const char* function, const Problem& problem) const {

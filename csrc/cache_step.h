@@ -34,12 +34,10 @@ class CacheStep {
   const Cache& cache() const { return cache_; }
   const std::int64_t* lengths_after() const { return after_; }
 
-  // Sets the keys and values of an attention call to the contents of the cache after the append. Throws
-  // std::invalid_argument if the call may look farther to the left than the cache's window.
-  void present(AttentionArguments& arguments);
-
-  // Throws std::invalid_argument if a query of the call sees tokens that the cache no longer holds.
-  void check_seen(const char* function, const Problem& problem) const;
+  // The problem of an attention call whose keys and values are the contents of the cache after the append. Throws like
+  // make_problem, and if the call may look farther to the left than the cache's window, or if a query sees tokens that
+  // the cache no longer holds.
+  Problem problem_of(AttentionArguments arguments);
 
   // Writes new tokens (batch, tokens, heads, width) after the end of each sequence.
   void store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const;
@@ -72,6 +70,8 @@ class CacheStep {
   void check_room(const char* function) const;
   void open_pages(const char* function);
   void use_starts();
+  void check_window(const AttentionArguments& arguments) const;
+  void check_seen(const char* function, const Problem& problem) const;
   bool ring() const { return source_.ledger && source_.store->window >= 0; }
   // In a ring, publishes that the tokens to be overwritten are no longer held. This is not undone if the call fails.
   void claim() const;

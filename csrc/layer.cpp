@@ -63,9 +63,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   arguments.k = key_.view;
   arguments.v = value_.view;
   arguments.layout = Layout::bshd;
-  if (step) {
-    step->present(arguments);
-  } else if (!context) {
+  if (!step && !context) {
     arguments.same_tokens = true;
     // Query i and key i are the same token, even if only q_lens is given.
     if (!arguments.q_offset && !arguments.kv_lens) arguments.q_offset = first_token;
@@ -73,7 +71,7 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   // Overrides the caller's precision: the projections of a bfloat16 layer are only accurate to bfloat16, so its
   // attention may be, too.
   if (layer.query.pairs()) arguments.precision = Precision::medium;
-  problem_ = make_problem(arguments);
+  problem_ = step ? step->problem_of(arguments) : make_problem(arguments);
   if (layer.output)
     heads_.emplace(static_cast<std::size_t>(
         bytes_of(problem_.batch, problem_.q_len, layer.num_heads, layer.value_dim, size_of(dtype_))));

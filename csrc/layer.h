@@ -50,8 +50,8 @@ struct LayerMemory {
 class LayerCall {
  public:
   // `context` may be absent, and `step` null. With a step, x is (batch, tokens, d_model): its tokens are appended to
-  // the cache and attend to everything that the cache then holds. Throws like make_problem. Allocates the buffers for
-  // intermediate results.
+  // the cache and attend to everything that the cache then holds. Throws like make_problem and CacheStep::problem_of.
+  // Allocates the buffers for intermediate results.
   LayerCall(const LayerWeights& layer, const TensorView& x, const TensorView& context, const TensorView& positions,
             CacheStep* step, AttentionArguments arguments);
   Problem& problem() { return problem_; }  // to attach lse and weights

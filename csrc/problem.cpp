@@ -232,12 +232,16 @@ void place_relative(Problem& problem, const AttentionArguments& a) {
 void place_distance_bias(Problem& problem, const AttentionArguments& a) {
   const TensorView& view = a.distance_bias;
   if (!view) return;
+  if (view.ndim != 2 || view.extent(0) < 1)
+    refuse(a.function, "t5"_arg, " has a table of shape ", shape_text(view), ", but (heads, distances) is needed");
   if (view.extent(1) != problem.num_heads)
     refuse(a.function, "t5"_arg, " has a table for ", view.extent(1), " heads, but ", "q"_arg, " has ",
            problem.num_heads);
-  problem.distance_bias.rows = {static_cast<const char*>(view.data), view.dtype, view.stride(1), view.stride(0), 0};
-  problem.distance_bias.count = view.extent(0);
-  problem.distance_bias.origin = a.distance_origin;
+  const std::int64_t count = view.extent(0), origin = a.distance_origin;
+  if (origin < 0 || origin >= count)
+    refuse(a.function, "t5"_arg, " has distance 0 in column ", origin, ", but its table has ", count, " columns");
+  const PerHead rows{static_cast<const char*>(view.data), view.dtype, view.stride(1), view.stride(0), 0};
+  problem.distance_bias = {rows, count, origin};
 }
 
 // Kernels first multiply a product by scale * log2(e), or by scale / softcap. If this factor were not finite in the

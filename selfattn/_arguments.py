@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from ._foreign import ACCEPTED as ACCEPTED
 from ._foreign import from_foreign, is_masked
 
 LAYOUTS = tuple(_core.LAYOUTS)
+_Code = TypeVar("_Code")
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
@@ -153,7 +154,7 @@ def choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> No
         raise refusal(ValueError, function, name, f" is {value!r}, but it must be one of {listed}")
 
 
-def _code(function: str, name: str, word: Any, codes: dict[str, int]) -> int:
+def _code(function: str, name: str, word: Any, codes: dict[str, _Code]) -> _Code:
     choice(function, name, word, tuple(codes))
     return codes[word]
 

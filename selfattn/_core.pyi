@@ -8,10 +8,13 @@ from typing import Any, NewType, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-# The numbers by which the core knows the names that users pass.
-LAYOUTS: dict[str, int]
-PRECISIONS: dict[str, int]
-DTYPES: dict[str, int]
+# The numbers by which the core knows the words that users pass.
+Layout = NewType("Layout", int)
+Precision = NewType("Precision", int)
+DType = NewType("DType", int)
+LAYOUTS: dict[str, Layout]
+PRECISIONS: dict[str, Precision]
+DTYPES: dict[str, DType]
 
 class Options:
     """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
@@ -25,13 +28,13 @@ class Options:
     alibi_slopes: NDArray[np.float64] | None
     sinks: NDArray[np.float64] | None
     distance_bias: NDArray[np.float64] | None
-    layout: int
+    layout: Layout
     causal: bool
     window_left: int
     window_right: int
     scale: float | None
     softcap: float | None
-    precision: int
+    precision: Precision
     distance_origin: int
     dropout: float
     seed: int
@@ -249,7 +252,7 @@ def make_cache_store(
     v: NDArray[Any],
     k_scales: NDArray[np.float32] | None,  # (pages, heads, page_size)
     v_scales: NDArray[np.float32] | None,
-    dtype: int,
+    dtype: DType,
     window: int,  # the largest distance that queries may look to the left; -1: the cache keeps all tokens
 ) -> CacheStore: ...
 def make_ledger(

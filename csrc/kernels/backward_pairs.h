@@ -18,7 +18,7 @@ struct BackwardPairs : PairUnit {
         store(to + d, to_cells(load(first + d), second));
       }
     }
-    return to - (count + cell - 1) / cell * joined_step;
+    return to - ceil_div(count, cell) * joined_step;
   }
 
   static void keep_lines(const VecF (&numbers)[cell], float* line, std::int64_t step) {

@@ -41,7 +41,7 @@ inline void each_strip_of(int block_rows, Use use) {
 // The number of cells that hold `count` numbers.
 template <class Unit>
 constexpr std::int64_t cells(std::int64_t count) {
-  return (count + Unit::cell - 1) / Unit::cell;
+  return ceil_div(count, Unit::cell);
 }
 
 // The scratch memory of the kernel.

@@ -228,7 +228,6 @@ def bits(x: Any) -> Any:
     return None if x is None else (x.dtype, x.shape, np.ascontiguousarray(x).tobytes())
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable", "amx", "neon"], indirect=True)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 def test_a_layer_gives_its_weights_back(isa: str, dtype: Any) -> None:
     rng = np.random.default_rng(0)

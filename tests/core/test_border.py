@@ -166,6 +166,30 @@ def test_the_core_itself_refuses_numbers_that_it_cannot_use(name: str, wrong: li
         assert np.all(out == 7)
 
 
+@pytest.mark.parametrize(
+    ("shape", "origin", "message"),
+    [
+        ((), 0, r"shape \(\), but \(heads, distances\)"),
+        ((2,), 0, r"shape \(2,\), but"),
+        ((1, 2, 3), 0, r"shape \(1, 2, 3\), but"),
+        ((2, 0), 0, r"shape \(2, 0\), but"),
+        ((3, 5), 0, "for 3 heads, but q has 2"),
+        ((2, 5), 5, "distance 0 in column 5, but its table has 5 columns"),
+        ((2, 5), -1, "distance 0 in column -1"),
+    ],
+)
+def test_the_core_itself_refuses_tables_of_distances_that_it_cannot_read(
+    shape: tuple[int, ...], origin: int, message: str
+) -> None:
+    x = np.ones((1, 2, 3, 4), np.float32)
+    out = x * 7
+    options = _core.Options()
+    options.distance_bias, options.distance_origin = np.zeros(shape), origin
+    with pytest.raises(ValueError, match=f"^attention: t5 has .*{message}"):
+        _core.attention(x, x, x, out, options)
+    assert np.all(out == 7)
+
+
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="casual"):
         _core.Options().casual = True  # type: ignore[attr-defined]

@@ -1,14 +1,11 @@
 // cache_step_checks: what a step on a cache reads, claims, writes and commits, and the state in which a failed step
 // leaves the cache.
 #include <cstring>
-#include <memory>
-#include <vector>
 
-#include "cache_call.h"
 #include "check.h"
 #include "held_cache.h"
 #include "page_checks.h"
-#include "page_growth.h"
+#include "stage_checks.h"
 
 namespace selfattn::native {
 namespace {
@@ -110,99 +107,6 @@ void check_truncate() {
   SELFATTN_CHECK(held.holds(8, 13) && held.starts_at(1, 7));
 }
 
-enum class Stage { claimed, stored, attended, committed };
-
-// Attention over a cache, which fails after a stage; q, k and v are (batch, tokens, heads, width).
-Array attend_over(const CacheSource& source, const CacheInputs& inputs, std::int64_t left = -1,
-                  Stage last = Stage::committed) {
-  Array out(DType::f32, {batch, inputs.q.extent(2), heads, value_width});
-  CacheStep step("attend", source, inputs.k ? inputs.q.extent(2) : 0);
-  AttentionArguments arguments;
-  arguments.layout = selfattn::Layout::bshd;
-  arguments.causal = true;
-  arguments.window_left = left;
-  CacheCall call(step, inputs, arguments);
-  attach_out(call.problem(), out.view());
-  const Plan plan = make_plan(call.problem(), active_kernels());
-  step.run([&] {
-    if (last == Stage::claimed) fail();
-    if (last == Stage::stored) step.store(active_kernels(), inputs.k, inputs.v), fail();
-    const bool finished = call.run(plan, 1, nullptr);
-    if (last == Stage::attended) fail();  // as after an interrupt
-    SELFATTN_CHECK(finished);
-  });
-  return out;
-}
-
-using State = std::vector<std::int64_t>;
-
-// Calls `open` for the source of each call. `state` is what a cache must still hold after a call that failed.
-void fail_after_each_stage(const std::function<CacheSource()>& open, const std::function<State()>& state) {
-  const NewTokens tokens(2);
-  const Array q = numbers({batch, 2, heads, key_width}, 5);
-  const auto attend = [&](Stage last) {
-    attend_over(open(), {q.view(), tokens.k.view(), tokens.v.view(), {}, {}}, 3, last);
-  };
-  const State before = state();
-  for (const Stage last : {Stage::claimed, Stage::stored, Stage::attended})
-    SELFATTN_CHECK(fails([&] { attend(last); }) && state() == before);
-  attend(Stage::committed);
-  SELFATTN_CHECK(state() != before);
-}
-
-void check_every_stage() {
-  for (const std::int64_t window : {-1, 3}) {
-    test::begin_section(window < 0 ? "failures with a ledger" : "failures with a ring");
-    Held held;
-    held.store.window = window;
-    held.set(3, 5);
-    fail_after_each_stage([&] { return held.source(); }, [&] { return State(held.in_force(), held.in_force() + 2); });
-  }
-  std::unique_ptr<PageChanges> changes;
-  const auto bytes_of = [](const Held& held) {
-    const std::vector<char> k = held.k.bytes(), v = held.v.bytes();
-    State found(k.begin(), k.end());
-    found.insert(found.end(), v.begin(), v.end());
-    return found;
-  };
-
-  test::begin_section("failures in pages of the caller");
-  Held given(3);
-  const std::int32_t first[] = {2, 0}, second[] = {1};
-  std::int64_t lengths[] = {7, 5};
-  const auto open_given = [&] {
-    changes.reset(new PageChanges({{first, 2, 0, lengths}, {second, 1, 0, lengths + 1}}, 2));
-    return given.source(*changes);
-  };
-  fail_after_each_stage(open_given, [&] {
-    State found = bytes_of(given);
-    found.insert(found.end(), lengths, lengths + batch);
-    return found;
-  });
-
-  test::begin_section("failures in a pool whose pages are all in use");
-  Held pooled(4);
-  pooled.store.window = 3;
-  PagePool pool(4, slots);
-  const std::vector<std::int64_t> ids = {pool.add(), pool.add()};
-  const auto open_pool = [&](std::int64_t tokens) {
-    changes = std::make_unique<PageGrowth>(pool, PageGrowth::Call{"append", ids, tokens, 3});
-    return pooled.source(*changes);
-  };
-  append(open_pool(16), NewTokens(16));  // whole pages: all that is written later is in reused pages
-  fail_after_each_stage([&] { return open_pool(2); },
-                        [&] {
-                          State found = bytes_of(pooled);
-                          for (const auto& [id, row] : pool.rows()) {
-                            found.insert(found.end(), {row.length, row.start, pool.count(row)});
-                            found.insert(found.end(), row.pages.begin(), row.pages.begin() + pool.count(row));
-                          }
-                          for (std::int32_t page = 0; page < 4; ++page) found.push_back(pool.sharers(page));
-                          found.push_back(static_cast<std::int64_t>(pool.free_pages().size()));
-                          return found;
-                        });
-}
-
 void check_window() {
   test::begin_section("queries of a ring");
   Held held;
@@ -221,6 +125,15 @@ void check_window() {
       refuses(reads(1, 6), "window is 6 to the left, but the cache keeps only the tokens that a window of 5 sees"));
   SELFATTN_CHECK(refuses(reads(1, -1), "window is none"));
   SELFATTN_CHECK(refuses(reads(2, 5), "2 queries for stored tokens, and the first would see tokens before 3"));
+
+  test::begin_section("a layer's tokens in a ring");
+  const auto layer = [&held](std::int64_t left) { return [&held, left] { run_layer(held.source(), left); }; };
+  SELFATTN_CHECK(refuses(layer(6), "window is 6 to the left"));
+  layer(5)();
+  SELFATTN_CHECK(held.holds(11, 22) && held.starts_at(3, 14));
+  held.copies[2] = held.copies[6] = 9;  // by another process
+  SELFATTN_CHECK(refuses(layer(5), "the first would see tokens before 9, which sequence 0 no longer holds"));
+  SELFATTN_CHECK(held.holds(11, 22));
 }
 
 void check_rotation() {

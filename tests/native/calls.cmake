@@ -21,7 +21,7 @@ foreach(isa IN LISTS isas)
 endforeach()
 
 # Steps on a cache. They do not depend on the instruction set, so the test runs once.
-add_executable(cache_step_checks cache_step_checks.cpp page_checks.cpp)
+add_executable(cache_step_checks cache_step_checks.cpp page_checks.cpp stage_checks.cpp)
 target_link_libraries(cache_step_checks PRIVATE selfattn_attend_case native_checks)
 target_compile_options(cache_step_checks PRIVATE ${SELFATTN_WARNINGS})
 add_test(NAME cache_step_checks COMMAND cache_step_checks)
