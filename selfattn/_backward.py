@@ -150,7 +150,7 @@ class Operands:
         if name == "scale":
             return np.asarray(array.sum())
         if name == "t5":
-            return self.given["t5"].gradient(sum_to(array, (self._heads(), array.shape[-1])))  # type: ignore[no-any-return]
+            return self.given["t5"].gradient(sum_to(np.atleast_2d(array), (self._heads(), array.shape[-1])))  # type: ignore[no-any-return]
         per_head = np.atleast_1d(array.sum(axis=-1))
         given = getattr(self.options, name)
         return sum_to(per_head, given.shape)

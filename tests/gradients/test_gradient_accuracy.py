@@ -106,6 +106,7 @@ def test_every_option(isa: str, rng: Any, normal: Any, dtype: Any, name: str) ->
     ("q_shape", "k_shape", "v_shape", "options"),
     [
         ((20, 4), (30, 4), (30, 3), {"bias": np.zeros((20, 30), np.float32), "causal": True}),
+        ((20, 4), (30, 4), (30, 3), {"t5": sa.T5Bias(np.ones((8, 1)), max_distance=9), "sinks": [1.0]}),
         ((6, 20, 4), (1, 30, 4), (1, 30, 3), {"sinks": np.ones(6)}),
         ((3, 1, 4, 20, 4), (2, 2, 30, 4), (3, 2, 2, 30, 5), {"kv_lens": [[30, 20]], "q_offset": [[3], [4], [5]]}),
         ((2, 20, 4), (3, 1, 30, 4), (1, 1, 30, 3), {"bias": np.zeros((3, 2, 20, 30), np.float32), "scale": 0.5}),
@@ -179,13 +180,17 @@ def test_probabilities_sum_to_1_however_large_scores_are(isa: str, normal: Any, 
     assert np.allclose(found.sum(axis=-2), 50, rtol=1e-5 if dtype == np.float32 else 1e-13)
 
 
-def test_wrt_names_what_is_returned(normal: Any) -> None:
-    q, k, v = normal(2, 40, 8), normal(2, 60, 8), normal(2, 60, 8)
-    out, vjp = sa.attention_vjp(q, k, v)
+@EVERY
+def test_wrt_names_what_is_returned(isa: str, normal: Any, dtype: Any) -> None:
+    q, k, v = normal(2, 40, 8, dtype=dtype), normal(2, 60, 8, dtype=dtype), normal(2, 60, 8, dtype=dtype)
+    terms = {"sinks": [0.5, 2.0], "bias": normal(40, 60), "t5": sa.T5Bias(normal(32, 2))}
+    every = ("q", "k", "v", "scale", *terms)
+    out, vjp = sa.attention_vjp(q, k, v, wrt=every, **terms)
     everything = vjp(out)
-    assert [name for name, x in everything._asdict().items() if x is not None] == ["q", "k", "v"]
-    for names in ((), ("k",), ["v", "q"], ("q", "q")):
-        found = sa.attention_vjp(q, k, v, wrt=names)[1](out)
+    for names in ((), *((name,) for name in every), ["v", "q"], ("q", "q"), ("k", "scale")):
+        found = sa.attention_vjp(q, k, v, wrt=names, **terms)[1](out)
         for name, x in found._asdict().items():
             assert (x is not None) == (name in names)
             assert x is None or np.array_equal(x, getattr(everything, name))
+    found = sa.attention_vjp(q, k, v, **terms)[1](out)
+    assert [name for name, x in found._asdict().items() if x is not None] == ["q", "k", "v"]

@@ -32,6 +32,7 @@ def test_every_operand_next_to_a_guard_page(isa: str, seed: int, run_python: Any
         "piece",
         "ranges",
         "relative",
+        "relative_gradients",
         "rope",
         "row",
         "threads",
@@ -52,5 +53,8 @@ def test_one_element_too_far_is_caught(isa: str, run_python: Any) -> None:
         assert {("gradients", side, name) for name in ("q", "k", "v", *upstream)} < names
         assert {("layer", side, name) for name in ("x", "context", "w_q", "w_o", "b_q", "b_o", "positions")} < names
         assert {("relative", side, name) for name in ("q", "k", "v", "r", "u", "w", "out")} < names
+        of_both = ("q", "k", "v", "r", "u", "w", "grad_out", "result", "lse")
+        assert {("relative_gradients", side, name) for name in of_both} < names
         assert {("rope", side, name) for name in ("x", "positions", "out")} < names
-        assert {(kind, side, "result", "0") for kind in ("attention", "gradients", "layer")} < names
+        kinds = ("attention", "gradients", "relative_gradients", "layer")
+        assert {(kind, side, "result", "0") for kind in kinds} < names

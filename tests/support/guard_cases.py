@@ -19,7 +19,7 @@ LONG = (1025, 2049, 2175)  # few rows: the keys are split into ranges
 class Case(NamedTuple):
     """A call: arrays that may be placed anywhere, and everything else."""
 
-    kind: str  # attention, piece, gradients, layer, relative, rope
+    kind: str  # attention, piece, gradients, layer, relative, relative_gradients, rope
     arrays: dict[str, Any]
     settings: dict[str, Any]
 
@@ -43,6 +43,7 @@ def cases(seed: int) -> Any:
                 yield layer_case(rng, dtype, head_dim)
             for _ in range(2):
                 yield relative_case(rng, dtype, head_dim)
+            yield relative_gradient_case(rng, dtype, head_dim)
             if head_dim > 1:
                 yield rope_case(rng, dtype, head_dim)
 
@@ -93,16 +94,29 @@ def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int)
 
 def gradient_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
     case = attention_case(rng, dtype, head_dim, q_len, kv_len)
+    if rng.random() < 0.3:
+        heads = case.arrays["q"].shape[-2 if case.settings["layout"] == "bshd" else -3]
+        case.settings["t5"] = sa.T5Bias(rng.standard_normal((8, heads)), max_distance=30)
+    return with_gradients(rng, case, "gradients", ("q", "k", "v", "scale"))
+
+
+def relative_gradient_case(rng: Any, dtype: Any, head_dim: int) -> Case:
+    case = relative_case(rng, dtype, head_dim)
+    return with_gradients(rng, case, "relative_gradients", ("q", "k", "v", "r", "u", "w", "scale"))
+
+
+def with_gradients(rng: Any, case: Case, kind: str, names: tuple[str, ...]) -> Case:
+    """Return the call that computes some gradients of a call."""
     arrays = {name: x for name, x in case.arrays.items() if name != "out"}
     settings = {name: x for name, x in case.settings.items() if name not in ("return_lse", "return_weights")}
-    forward = call(Case("attention", arrays, {**settings, "return_lse": True, "return_weights": True}), arrays)
+    forward = call(Case(case.kind, arrays, {**settings, "return_lse": True, "return_weights": True}), arrays)
     arrays["result"], arrays["lse"] = forward[:2]
-    names = {"grad_out": forward[0], "grad_lse": forward[1], "grad_weights": forward[2]}
-    for name, like in names.items():
+    for name, like in {"grad_out": forward[0], "grad_lse": forward[1], "grad_weights": forward[2]}.items():
         if name == "grad_out" or rng.random() < 0.4:
             arrays[name] = rng.standard_normal(like.shape).astype(like.dtype)
-    terms = [name for name in ("bias", "alibi_slopes", "sinks") if name in arrays and rng.random() < 0.7]
-    return Case("gradients", arrays, {**settings, "wrt": ("q", "k", "v", "scale", *terms)})
+    terms = [name for name in ("bias", "alibi_slopes", "sinks", "t5") if name in {**arrays, **settings}]
+    wanted = [name for name in (*names, *terms) if rng.random() < 0.7]
+    return Case(kind, arrays, {**settings, "wrt": wanted or names})
 
 
 def piece_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
@@ -234,6 +248,9 @@ def call(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
     elif case.kind == "gradients":
         operands = [given.pop(name) for name in ("grad_out", "q", "k", "v", "result", "lse")]
         result = tuple(x for x in sa.attention_backward(*operands, **given) if x is not None)
+    elif case.kind == "relative_gradients":
+        operands = [given.pop(name) for name in ("grad_out", "q", "k", "v", "r", "u", "w", "result", "lse")]
+        result = tuple(x for x in sa.relative_attention_backward(*operands, **given) if x is not None)
     elif case.kind == "piece":
         piece = {name: given.pop(name) for name in ("k", "v", "mask", "bias") if name in given}
         out = given.pop("out", None)

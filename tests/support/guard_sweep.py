@@ -25,6 +25,7 @@ from guard_cases import (
     gradient_case,
     layer_case,
     relative_case,
+    relative_gradient_case,
     rope_case,
     term_cases,
 )
@@ -187,6 +188,7 @@ def whole_cases(rng: Any) -> Any:
         (gradient_case, {"q", "k", "v", "grad_out", "result"}, (np.float16, 33, 17, 33)),
         (rope_case, {"x", "positions", "out"}, (np.float32, 40)),
         (relative_case, {"q", "k", "v", "r", "u", "w", "out"}, (np.float32, 33)),
+        (relative_gradient_case, {"q", "k", "v", "r", "u", "w", "grad_out", "result", "lse"}, (np.float32, 33)),
     ):
         while wanted:
             case = make(rng, *arguments)
@@ -210,7 +212,9 @@ def without_limits(case: Case) -> Case:
     settings = {name: x for name, x in case.settings.items() if name != "window"}
     if case.kind != "rope":
         settings.update(causal=False, num_threads=1)
-    if case.kind == "relative":
+    if "wrt" in settings:
+        settings["wrt"] = ("q", "k", "v")
+    if "r" in arrays:
         arrays["r"], settings["r_origin"] = reached_distances(case)
     return Case(case.kind, arrays, settings)
 
