@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import flag, integers, reals
+from .._errors import refusal
 from .._keywords import hinted
 from .._typing import Array, No, Yes
 from .._varlen import attention_varlen
@@ -127,14 +128,14 @@ def flash_attn_varlen_func(
 def _starts(function: str, name: str, value: Any, longest: Any, limit: str) -> NDArray[np.int64]:
     starts = np.array(integers(function, name, value))
     if starts.ndim != 1 or len(starts) == 0:
-        raise ValueError(f"{function}: {name} has shape {starts.shape}, but (N + 1,) is needed")
+        raise refusal(ValueError, function, name, f" has shape {starts.shape}, but (N + 1,) is needed")
     if starts[0] != 0 or np.any(starts[1:] < starts[:-1]):
-        raise ValueError(f"{function}: {name} must start with 0 and never fall")
+        raise refusal(ValueError, function, name, " must start with 0 and never fall")
     if not is_integer(longest):
-        raise TypeError(f"{function}: {limit} is {longest!r}, but an integer is needed")
+        raise refusal(TypeError, function, limit, f" is {longest!r}, but an integer is needed")
     found = int(np.max(np.diff(starts), initial=0))
     if longest < found:
-        raise ValueError(f"{function}: {limit} is {longest}, but {name} has a sequence of {found}")
+        raise refusal(ValueError, function, limit, f" is {longest}, but ", name, f" has a sequence of {found}")
     return starts
 
 
