@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from .._foreign import BITS, type_name
 
+ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 _PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses that override it may have no memory
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -80,6 +82,17 @@ def bfloat16() -> Any:
     except ImportError:
         return BITS
     return np.dtype(bfloat16)
+
+
+def check_memory(function: str, name: str, tensor: Any) -> None:
+    """Raise unless this is a dense tensor in CPU memory."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{function}: {name} is a {type(tensor).__name__}, but a tensor is needed")
+    if not (tensor.is_cpu or tensor.is_meta):
+        raise TypeError(f"{function}: {name} is on device {tensor.device}, but only CPU memory is accepted")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{function}: {name} is a tensor of layout {kind}, but a dense one is needed")
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
