@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from . import _core
 from ._errors import refusal
 from ._foreign import ACCEPTED as ACCEPTED
-from ._foreign import from_foreign, is_masked
+from ._foreign import converted, from_foreign, is_masked, type_name
 
 LAYOUTS = tuple(_core.LAYOUTS)
 _Code = TypeVar("_Code")
@@ -19,7 +19,7 @@ _Code = TypeVar("_Code")
 
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether the core computes with this dtype; bfloat16, from another package, is recognized by its name."""
-    return dtype in (np.float32, np.float64, np.float16) or (dtype.name == "bfloat16" and dtype.itemsize == 2)
+    return dtype in (np.float32, np.float64, np.float16) or (type_name(dtype) == "bfloat16" and dtype.itemsize == 2)
 
 
 def as_array(function: str, name: str, value: Any) -> NDArray[Any]:
@@ -56,7 +56,7 @@ def reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
     array = as_array(function, name, value)
     if not is_float(array.dtype):
         raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
-    return array.astype(np.float64, copy=False)
+    return converted(array, np.dtype(np.float64))
 
 
 def real(function: str, name: str, value: Any) -> float:

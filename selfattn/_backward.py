@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import ACCEPTED, as_array, core_options, flag, is_float
 from ._errors import refusal
+from ._foreign import converted
 from ._typing import Array
 
 
@@ -140,7 +141,7 @@ class Operands:
         for name, array in found.items():
             if name in ("q", "k", "v", "bias"):
                 like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)  # type: ignore[assignment]
-                gradients[name] = sum_to(array, like.shape).astype(like.dtype, copy=False)
+                gradients[name] = converted(sum_to(array, like.shape), like.dtype)
             else:
                 gradients[name] = self._of_numbers(name, array).astype(computed_in(self.q.dtype))
         return gradients

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from ._errors import refusal
 
+# Holds tensors of bfloat16 where ml_dtypes is not installed. NumPy cannot compute with it, only the core can.
+BITS = np.dtype([("bfloat16", np.uint16)])
+
 ACCEPTED = "float16, bfloat16, float32 and float64 are accepted"
 
 
@@ -69,3 +72,21 @@ def _from_torch_bfloat16(function: str, name: str, tensor: Any) -> NDArray[Any]:
     if "ml_dtypes" not in sys.modules:  # not imported here, see is_masked
         raise refusal(TypeError, function, name, " is a tensor of bfloat16, which NumPy lacks: import ml_dtypes first")
     return np.asarray(tensor.view(sys.modules["torch"].uint16)).view("bfloat16")
+
+
+def type_name(dtype: np.dtype[Any]) -> str:
+    """Return the name of a dtype in the core."""
+    return "bfloat16" if dtype == BITS else dtype.name
+
+
+def converted(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array in another dtype, rounded to nearest; `BITS` counts as bfloat16."""
+    if BITS not in (array.dtype, dtype) or array.dtype == dtype:
+        return array.astype(dtype, copy=False)
+    if array.dtype == BITS:
+        wide = array.view(np.uint16).astype(np.uint32) << 16
+        return wide.view(np.float32).astype(dtype, copy=False)
+    bits = np.ascontiguousarray(array, np.float32).reshape(array.shape).view(np.uint32)
+    nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    narrow = np.where(bits << 1 > 0xFF000000, bits >> 16 | 0x40, nearest)  # NaN stays NaN
+    return narrow.astype(np.uint16).view(BITS)

@@ -15,9 +15,16 @@ namespace {
 static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "NumPy's shapes are viewed as int64");
 
 constexpr int bool_number = 0, float_number = 11, double_number = 12, half_number = 23;  // NPY_BOOL, NPY_FLOAT, ...
-constexpr int first_user_number = 256;                                                   // NPY_USERDEF
+constexpr int structure_number = 20, first_user_number = 256;                            // NPY_VOID, NPY_USERDEF
 
-std::string dtype_name(const py::array& array) { return py::str(array.dtype().attr("name")); }
+// A structure with one field has the field's name: the integrations hold tensors of bfloat16 in a structure with a
+// field of this name if no package defines the type.
+std::string dtype_name(const py::array& array) {
+  const py::dtype dtype = array.dtype();
+  if (dtype.num() != structure_number) return py::str(dtype.attr("name"));
+  const py::object fields = dtype.attr("names");
+  return !fields.is_none() && py::len(fields) == 1 ? py::str(fields[py::int_(0)]) : py::str(dtype.attr("name"));
+}
 
 template <class... Rule>
 [[noreturn]] void refuse_type(const char* function, const char* name, const std::string& got, const Rule&... rule) {
@@ -31,8 +38,10 @@ py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>
 bool is_bfloat(const py::array& array, int number) {
   static std::atomic<int> known{first_user_number - 1};  // no type has this number
   if (number == known.load(std::memory_order_relaxed)) return true;
-  if (number < first_user_number || array.itemsize() != narrow_size || dtype_name(array) != "bfloat16") return false;
-  known.store(number, std::memory_order_relaxed);
+  const bool structure = number == structure_number;
+  if ((number < first_user_number && !structure) || array.itemsize() != narrow_size || dtype_name(array) != "bfloat16")
+    return false;
+  if (!structure) known.store(number, std::memory_order_relaxed);
   return true;
 }
 

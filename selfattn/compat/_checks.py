@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._arguments import as_array, real
-from .._errors import renamed
+from .._errors import refusal, renamed
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -28,7 +28,7 @@ def own_names(function: str, **arguments: str) -> Callable[[Callable[_P, _R]], C
                 own = renamed(error, function, arguments)
                 if own is error:
                     raise
-                raise own from error
+                raise own from error.__cause__ or error  # packed operands are renamed twice
 
         return named
 
@@ -47,22 +47,23 @@ def equal_dtypes(function: str, **arrays: Any) -> None:
     (first_name, first), *others = arrays.items()
     for name, array in others:
         if array.dtype != first.dtype:
-            raise TypeError(
-                f"{function}: {name} has dtype {array.dtype} but {first_name} has {first.dtype}: they must be equal"
-            )
+            text = f" has dtype {array.dtype} but "
+            raise refusal(TypeError, function, name, text, first_name, f" has {first.dtype}: they must be equal")
 
 
 def no_dropout(function: str, dropout_p: Any) -> None:
     """Raise if dropout is not 0: it is for training only."""
     if real(function, "dropout_p", dropout_p) != 0:
-        raise ValueError(f"{function}: dropout_p is {dropout_p!r}, but there is no dropout at inference: pass 0.0")
+        text = f" is {dropout_p!r}, but there is no dropout at inference: pass 0.0"
+        raise refusal(ValueError, function, "dropout_p", text)
 
 
 def dimensions(function: str, count: int, **operands: NDArray[Any]) -> None:
     """Raise unless all operands have `count` dimensions."""
     for name, array in operands.items():
         if array.ndim != count:
-            raise ValueError(f"{function}: {name} has shape {array.shape}, but {count} dimensions are needed")
+            text = f" has shape {array.shape}, but {count} dimensions are needed"
+            raise refusal(ValueError, function, name, text)
 
 
 def is_integer(value: Any) -> bool:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from .._arguments import flag, real
 from .._attention import attention
+from .._errors import refusal
 from .._keywords import hinted
 from .._typing import Array, No, Yes
 from ._checks import arrays, dimensions, is_integer, no_dropout, own_names
@@ -137,6 +138,6 @@ def flash_options(function: str, scale: Any, causal: Any, window_size: Any, soft
 
 def _window(function: str, value: Any) -> tuple[int | None, int | None] | None:
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(is_integer(side) for side in value):
-        raise TypeError(f"{function}: window_size is {value!r}, but a pair of integers is needed")
+        raise refusal(TypeError, function, "window_size", f" is {value!r}, but a pair of integers is needed")
     left, right = (None if side < 0 else int(side) for side in value)
     return None if left is None and right is None else (left, right)

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from .._arguments import as_array, flag, integers, is_float
+from .._foreign import converted
 from .._keywords import hinted
 from .._typing import Array, No, Yes
 from ._checks import arrays, dimensions, is_integer, own_names
@@ -280,14 +281,14 @@ class _Rotation:
         farthest = int(np.max(places, initial=0))
         if farthest >= len(self.cos):
             raise ValueError(f"{_NAME}: rotary_cos has {len(self.cos)} positions, but position {farthest} is needed")
-        kind = np.promote_types(np.float32, x.dtype) if x.dtype.name != "bfloat16" else np.dtype(np.float32)
-        cos, sin = (table[places][:, :, None].astype(kind) for table in (self.cos, self.sin))
+        kind = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+        cos, sin = (converted(table[places][:, :, None], kind) for table in (self.cos, self.sin))
         half = cos.shape[-1]
         rotated = np.array(x)
         if self.interleaved:
             one, other = rotated[..., 0 : 2 * half : 2], rotated[..., 1 : 2 * half : 2]
         else:
             one, other = rotated[..., :half], rotated[..., half : 2 * half]
-        a, b = one.astype(kind), other.astype(kind)
-        one[...], other[...] = a * cos - b * sin, a * sin + b * cos
+        a, b = (np.array(converted(part, kind)) for part in (one, other))
+        one[...], other[...] = converted(a * cos - b * sin, x.dtype), converted(a * sin + b * cos, x.dtype)
         return rotated

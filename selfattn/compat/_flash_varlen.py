@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import flag, integers, reals
+from .._errors import refusal
 from .._keywords import hinted
 from .._typing import Array, No, Yes
 from .._varlen import attention_varlen
@@ -103,8 +104,8 @@ def flash_attn_varlen_func(
     flag(name, "deterministic", deterministic)
     q, k, v = arrays(name, q=q, k=k, v=v)
     dimensions(name, 3, q=q)
-    starts_q = _starts(name, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q, "max_seqlen_q")
-    starts_k = _starts(name, "cu_seqlens_k", cu_seqlens_k, max_seqlen_k, "max_seqlen_k")
+    starts_q = starts(name, "cu_seqlens_q", cu_seqlens_q, max_seqlen_q, "max_seqlen_q")
+    starts_k = starts(name, "cu_seqlens_k", cu_seqlens_k, max_seqlen_k, "max_seqlen_k")
     extras = flag(name, "return_attn_probs", return_attn_probs)
     options = flash_options(name, softmax_scale, causal, window_size, softcap)
     if block_table is not None:
@@ -124,18 +125,19 @@ def flash_attn_varlen_func(
     return out, lse, padded
 
 
-def _starts(function: str, name: str, value: Any, longest: Any, limit: str) -> NDArray[np.int64]:
-    starts = np.array(integers(function, name, value))
-    if starts.ndim != 1 or len(starts) == 0:
-        raise ValueError(f"{function}: {name} has shape {starts.shape}, but (N + 1,) is needed")
-    if starts[0] != 0 or np.any(starts[1:] < starts[:-1]):
-        raise ValueError(f"{function}: {name} must start with 0 and never fall")
+def starts(function: str, name: str, value: Any, longest: Any, limit: str) -> NDArray[np.int64]:
+    """Return checked bounds of sequences, none of which is longer than `longest`."""
+    found = np.array(integers(function, name, value))
+    if found.ndim != 1 or len(found) == 0:
+        raise refusal(ValueError, function, name, f" has shape {found.shape}, but (N + 1,) is needed")
+    if found[0] != 0 or np.any(found[1:] < found[:-1]):
+        raise refusal(ValueError, function, name, " must start with 0 and never fall")
     if not is_integer(longest):
-        raise TypeError(f"{function}: {limit} is {longest!r}, but an integer is needed")
-    found = int(np.max(np.diff(starts), initial=0))
-    if longest < found:
-        raise ValueError(f"{function}: {limit} is {longest}, but {name} has a sequence of {found}")
-    return starts
+        raise refusal(TypeError, function, limit, f" is {longest!r}, but an integer is needed")
+    most = int(np.max(np.diff(found), initial=0))
+    if longest < most:
+        raise refusal(ValueError, function, limit, f" is {longest}, but ", name, f" has a sequence of {most}")
+    return found
 
 
 def _varlen_pages(

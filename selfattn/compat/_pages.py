@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._arguments import core_options, integers
+from .._foreign import type_name
 
 _TYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -38,7 +39,7 @@ class Pages:
             strided = array.size > 0 and array.shape[3] > 1 and array.strides[3] != array.itemsize
             if strided or not array.flags.aligned:
                 raise ValueError(f"{function}: {side} holds pages whose last dimension is not contiguous")
-            if array.dtype.name not in _TYPES or array.dtype != k.dtype:
+            if type_name(array.dtype) not in _TYPES or array.dtype != k.dtype:
                 raise TypeError(f"{function}: {side} has dtype {array.dtype}, but one of {', '.join(_TYPES)} is needed")
         found = integers(function, name, table)
         if found.ndim != 2 or len(found) != count:
@@ -73,13 +74,13 @@ class Pages:
         self, rows: NDArray[Any], lengths: NDArray[np.int64], starts: NDArray[np.int64] | None = None
     ) -> _core.Step:
         """Describe a call on the sequences in these rows of the table to the core."""
-        k, v = (x.view(np.uint16) if x.dtype.name == "bfloat16" else x for x in (self.k, self.v))
+        k, v = (x.view(np.uint16) if type_name(x.dtype) == "bfloat16" else x for x in (self.k, self.v))
         store = _core.make_cache_store(
             k=k.swapaxes(1, 2),
             v=v.swapaxes(1, 2),
             k_scales=None,
             v_scales=None,
-            dtype=_core.DTYPES[self.k.dtype.name],
+            dtype=_core.DTYPES[type_name(self.k.dtype)],
             window=-1,
         )
         table = _core.make_page_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)

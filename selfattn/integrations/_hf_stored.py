@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import selfattn
 
 from .._cache import KVCache
+from .._foreign import BITS, converted
 from ._deferred import Deferred
 from ._tensors import bfloat16, name_of, to_array
 
@@ -151,6 +152,8 @@ def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: 
     kv_len, hidden = k.end - k.start, k.start  # the cache may hold older tokens, which no query sees
     options = {"causal": False, **options}
     options.pop("q_offset", None)
+    if "bias" in options and options["bias"].dtype == BITS:
+        options["bias"] = converted(options["bias"], np.dtype(np.float32))
     visible = _visible(options, kv_len)
     if visible is not None:
         numbers = np.where(visible, np.float32(0), np.float32(-np.inf))

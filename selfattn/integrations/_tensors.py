@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._foreign import BITS, type_name
+
+ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 _PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses that override it may have no memory
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -29,7 +33,7 @@ def opaque(function: _Function) -> _Function:
 
 
 def to_array(tensor: Any) -> NDArray[Any]:
-    """Return a view of a CPU tensor; bfloat16 becomes the dtype of ml_dtypes, since NumPy has none."""
+    """Return a view of a CPU tensor; NumPy has no bfloat16, see `bfloat16`."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_neg():  # a pending negation, as in the imaginary part of a conjugate
@@ -44,7 +48,7 @@ def to_array(tensor: Any) -> NDArray[Any]:
 def to_tensor(array: NDArray[Any]) -> Any:
     """Return a contiguous tensor, over the array's memory if that is contiguous."""
     array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes 0-d arrays 1-d
-    if array.dtype.name == "bfloat16":
+    if type_name(array.dtype) == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -72,12 +76,23 @@ def _array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 
 @cache
 def bfloat16() -> Any:
-    """Return the dtype of ml_dtypes."""
+    """Return the dtype of arrays over tensors of bfloat16: that of ml_dtypes, or one that only holds the bits."""
     try:
         from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise ImportError("selfattn: bfloat16 tensors need the package ml_dtypes (extra `transformers`)") from error
+    except ImportError:
+        return BITS
     return np.dtype(bfloat16)
+
+
+def check_memory(function: str, name: str, tensor: Any) -> None:
+    """Raise unless this is a dense tensor in CPU memory."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{function}: {name} is a {type(tensor).__name__}, but a tensor is needed")
+    if not (tensor.is_cpu or tensor.is_meta):
+        raise TypeError(f"{function}: {name} is on device {tensor.device}, but only CPU memory is accepted")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{function}: {name} is a tensor of layout {kind}, but a dense one is needed")
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -122,7 +122,8 @@ def _pull_back_twice(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? t5, "
-    "Tensor? scale, Tensor? mask, Tensor? q_offset, Tensor? q_lens, Tensor? kv_lens, Tensor? kv_starts, Tensor? seed, "
+    "Tensor? scale, Tensor? mask, Tensor? q_offset, Tensor? q_lens, Tensor? kv_lens, Tensor? kv_starts, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, "
     "bool causal, int left, int right, float? softcap, float dropout, bool bidirectional, int max_distance, "
     "str layout, str precision, int? num_threads, bool residuals, bool weights"
 )

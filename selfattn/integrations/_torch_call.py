@@ -11,6 +11,8 @@ from .. import _core
 from .._arguments import core_options, flag, window_sides
 from .._bias import T5Bias
 from .._gradients import attention_backward
+from .._packing import Packed
+from .._varlen_gradients import attention_varlen_backward
 from ._tensors import computed_in, to_array, to_tensor
 
 # The arguments that may have a gradient: the first fields of a Call, named as in `wrt` of attention_backward.
@@ -34,6 +36,8 @@ class Call(NamedTuple):
     q_lens: Any = None
     kv_lens: Any = None
     kv_starts: Any = None
+    cu_seqlens_q: Any = None  # with these two, q, k and v are packed sequences (total, heads, size)
+    cu_seqlens_k: Any = None
     seed: Any = None
     causal: bool = False
     left: int = -1  # the left side of the window; negative: unbounded
@@ -82,6 +86,11 @@ class Call(NamedTuple):
         tokens = (length, heads) if self.layout == "bshd" else (heads, length)
         return (*front, *tokens, width), (*front, heads, length)
 
+    @property
+    def packed(self) -> bool:
+        """Whether q, k and v are packed sequences."""
+        return self.cu_seqlens_q is not None
+
     def heads_last(self, operand: Any) -> bool:
         """Whether the head axis comes after the sequence axis."""
         return self.layout == "bshd" and operand.ndim > 2
@@ -120,18 +129,30 @@ def forward(*arguments: Any) -> tuple[Any, Any, Any, Any]:
     The second is empty for 32-bit and 64-bit operands, where it would equal out.
     """
     call = Call(*arguments)
-    options = core_options("attention", **call.options())
-    options.exact = options.return_lse = call.residuals
-    options.return_weights = call.weights
     dtype = computed_in(call.q.dtype) if call.residuals else call.q.dtype
     out = call.new_out(dtype)
-    done = _core.attention(to_array(call.q), to_array(call.k), to_array(call.v), to_array(out), options)
+    done = run(call, to_array(out))
     extras = [to_tensor(x) for x in done[1:]] if isinstance(done, tuple) else []
     lse = extras.pop(0) if call.residuals else _nothing(call)
     weights = extras.pop(0) if call.weights else _nothing(call)
     if dtype is call.q.dtype:
         return out, _nothing(call), lse, weights
     return out.to(call.q.dtype), out, lse, weights
+
+
+def run(call: Call, out: Any = None) -> Any:
+    """Return what the core does: arrays, and a list of weights for packed sequences."""
+    given = call.options()
+    slopes = given.pop("alibi_slopes", None) if call.packed else None
+    options = core_options("attention", **given)
+    options.exact = options.return_lse = call.residuals
+    options.return_weights = call.weights
+    q, k, v = (to_array(x) for x in call[:3])
+    if not call.packed:
+        return _core.attention(q, k, v, out, options)
+    packed = Packed.check("attention", (q, k, v), to_array(call.cu_seqlens_q), to_array(call.cu_seqlens_k))
+    inputs = packed.inputs("attention", None, None, None, slopes)
+    return _core.attention_varlen("attention", inputs, out, options)
 
 
 def forward_shapes(*arguments: Any) -> tuple[Any, Any, Any, Any]:
@@ -156,10 +177,18 @@ def backward(
     names = [name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want]
     upstream, q, k, v, result, row_lse = (to_array(x) for x in (grad_out, *call[:3], out, lse))
     upstream_lse, upstream_weights = (None if x is None else to_array(x) for x in (grad_lse, grad_weights))
-    found = attention_backward(
-        upstream, q, k, v, result, row_lse, wrt=names, grad_lse=upstream_lse, grad_weights=upstream_weights,
-        **call.options(),
-    )  # fmt: skip
+    options = call.options()
+    if call.packed:
+        del options["layout"]
+        bounds = to_array(call.cu_seqlens_q), to_array(call.cu_seqlens_k)
+        found = attention_varlen_backward(
+            upstream, q, k, v, result, row_lse, *bounds, wrt=names, grad_lse=upstream_lse, **options
+        )
+    else:
+        found = attention_backward(
+            upstream, q, k, v, result, row_lse, wrt=names, grad_lse=upstream_lse, grad_weights=upstream_weights,
+            **options,
+        )  # fmt: skip
     return tuple(
         to_tensor(getattr(found, name)).to(x.dtype).reshape(x.shape) if name in names else _nothing(call)
         for name, x in zip(DIFFERENTIABLE, call, strict=False)

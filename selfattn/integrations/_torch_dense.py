@@ -30,13 +30,13 @@ def dense_attention(call: Call) -> tuple[Any, Any, Any]:
         visible = visible & (bias != -math.inf)
         scores = scores + bias.masked_fill(bias == -math.inf, 0)
     if call.alibi_slopes is not None:
-        scores = scores - _per_head(call.alibi_slopes, dtype) * distance.abs()
+        scores = scores - _slopes(call, dtype) * distance.abs()
     if call.t5 is not None:
         scores = scores + _by_distance(call, distance).to(dtype)
     scores = scores.masked_fill(~visible, -math.inf)
     weights, lse = _softmax(call, scores)
     if call.dropout:
-        weights = weights * _dropout_factors(scores.shape, call.seed, call.dropout).to(dtype)
+        weights = weights * _factors(call, scores.shape).to(dtype)
     out = weights @ v
     if max(x.ndim for x in call[:3]) == 2:
         return out[0], lse[0], weights[0]
@@ -53,6 +53,30 @@ def _per_head(numbers: Any, dtype: torch.dtype) -> Any:
     return numbers.to(dtype)[..., None, None]
 
 
+def _slopes(call: Call, dtype: torch.dtype) -> Any:
+    if not call.packed or call.alibi_slopes.ndim == 1:
+        return _per_head(call.alibi_slopes, dtype)
+    sequence, _ = _places(call.cu_seqlens_q, call.q)
+    return call.alibi_slopes.to(dtype)[sequence].T[..., None]
+
+
+def _places(bounds: Any, packed: Any) -> tuple[Any, Any]:
+    """Return the sequence of each token, and its place in that sequence."""
+    tokens = torch.arange(packed.shape[0])
+    bounds = bounds.long()
+    sequence = torch.bucketize(tokens, bounds[1:], right=True)
+    return sequence, tokens - bounds[sequence]
+
+
+def _factors(call: Call, shape: Any) -> Any:
+    """Return the factors of dropout for each score."""
+    if not call.packed:
+        return _dropout_factors(shape, call.seed, call.dropout)
+    (sequence, query), (_, key) = _places(call.cu_seqlens_q, call.q), _places(call.cu_seqlens_k, call.k)
+    each = _dropout_factors((call.cu_seqlens_q.shape[0] - 1, *shape), call.seed, call.dropout)
+    return each[sequence[:, None], :, query[:, None], key].movedim(-1, 0)
+
+
 def _per_batch(numbers: Any) -> Any:
     """Return integers with axes for heads, queries and keys."""
     return numbers[..., None, None, None]
@@ -60,6 +84,10 @@ def _per_batch(numbers: Any) -> Any:
 
 def _distance(call: Call, q_len: int, kv_len: int) -> Any:
     """Return each query's position minus each key's."""
+    if call.packed:
+        (sequence, query), (_, key) = _places(call.cu_seqlens_q, call.q), _places(call.cu_seqlens_k, call.k)
+        last = (call.cu_seqlens_k.diff() - call.cu_seqlens_q.diff()).long()
+        return (query + last[sequence])[:, None] - key
     offset = call.q_offset
     if offset is None:
         offset = torch.as_tensor(kv_len if call.kv_lens is None else call.kv_lens)
@@ -71,6 +99,8 @@ def _visible(call: Call, distance: Any) -> Any:
     """Return which keys the queries see. Keys that a bias hides count as visible."""
     queries, keys = (torch.arange(n) for n in distance.shape[-2:])
     visible = torch.ones_like(distance, dtype=torch.bool)
+    if call.packed:
+        visible = _places(call.cu_seqlens_q, call.q)[0][:, None] == _places(call.cu_seqlens_k, call.k)[0]
     if call.causal:
         visible = visible & (distance >= 0)
     if call.left >= 0:

@@ -42,7 +42,7 @@ def map_backward(operator: Callable[..., Any], info: Any, dims: Sequence[Any], *
 def _can_fold(call: Call, dims: Call) -> bool:
     ranks = {_rank(x, dim) for x, dim in zip(call[:3], dims, strict=False)}
     others = [(x, dim) for name, x, dim in zip(Call._fields, call.tensors(), dims, strict=False) if name not in _SHAPED]
-    if call.dropout or any(dim is not None for _, dim in others):
+    if call.packed or call.dropout or any(dim is not None for _, dim in others):
         return False
     if ranks == {2}:  # the new dimension becomes the head axis: options with numbers per head would not fit
         return call.sinks is None and call.alibi_slopes is None and call.t5 is None

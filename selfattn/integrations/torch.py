@@ -1,4 +1,4 @@
-"""PyTorch's attention function for CPU tensors, and selfattn's own with all its options. Both are differentiable."""
+"""Attention of CPU tensors, with gradients: PyTorch's function, selfattn's own with all options, and flash-attn's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,37 @@ from ..compat._pytorch import attend, check_mask, check_mask_type, result_shape
 from . import _torch_autograd
 from ._dropout import dropout_options
 from ._runtime import share_runtime
-from ._tensors import computed_in, is_plain, to_array, wants_gradient
+from ._tensors import ACCEPTED, check_memory, computed_in, is_plain, to_array, wants_gradient
 from ._torch_call import TENSORS, Call, make_call
+from ._torch_flash import flash_attn_func, flash_attn_varlen_func
+from ._torch_flash_kvcache import flash_attn_with_kvcache
+from ._torch_flash_packed import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from ._torch_padding import pad_input, unpad_input
+from ._torch_rotary import apply_rotary_emb
 
-__all__ = ["T5Bias", "attention", "scaled_dot_product_attention"]
+__all__ = [
+    "T5Bias",
+    "apply_rotary_emb",
+    "attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "pad_input",
+    "scaled_dot_product_attention",
+    "unpad_input",
+]
 
 _NAME = "scaled_dot_product_attention"
 _OPTIONS = (_core_attention.__kwdefaults__ or {}).keys() - {"out"}
-_ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def scaled_dot_product_attention(
@@ -204,22 +227,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
 def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_memory(_NAME, name, tensor)
-        if tensor.dtype not in _ACCEPTED:
-            raise TypeError(f"{_NAME}: {name} has dtype {tensor.dtype}, but one of {_ACCEPTED} is needed")
+        if tensor.dtype not in ACCEPTED:
+            raise TypeError(f"{_NAME}: {name} has dtype {tensor.dtype}, but one of {ACCEPTED} is needed")
     if attn_mask is not None:
         if type(attn_mask).__name__ == "CausalBias":  # it has no elements, and in PyTorch 2.5 no properties
             raise TypeError(f"{_NAME}: attn_mask is a CausalBias: pass is_causal=True, or a tensor of bool")
         check_memory(_NAME, "attn_mask", attn_mask)
-
-
-def check_memory(function: str, name: str, tensor: Any) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{function}: {name} is a {type(tensor).__name__}, but a tensor is needed")
-    if not (tensor.is_cpu or tensor.is_meta):
-        raise TypeError(f"{function}: {name} is on device {tensor.device}, but only CPU memory is accepted")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{function}: {name} is a tensor of layout {kind}, but a dense one is needed")
 
 
 def _autocast(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, ...]:

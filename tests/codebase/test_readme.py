@@ -75,6 +75,7 @@ def test_docstrings_examples() -> None:
         "_varlen",
         "compat._flash_attn",
         "compat._flash_kvcache",
+        "compat._flash_packed",
         "compat._jax",
         "compat._pytorch",
     ):

@@ -18,6 +18,10 @@ SIGNATURES = {
     "flash_attn_func": f"q, k, v, {COMMON}",
     "flash_attn_varlen_func": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
     f"{COMMON}, block_table=None",
+    "flash_attn_qkvpacked_func": f"qkv, {COMMON}",
+    "flash_attn_kvpacked_func": f"q, kv, {COMMON}",
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {COMMON}",
+    "flash_attn_varlen_kvpacked_func": "q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, " + COMMON,
     "flash_attn_with_kvcache": "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
     "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, "
     "causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
@@ -108,6 +112,35 @@ def test_flash_attn_varlen_func_with_pages(normal: Any, rng: Any, name: str) -> 
     for b in range(3):
         rows, length = slice(*starts_q[b : b + 2]), lengths[b]
         close(out[rows], plain(q[rows], k[b, :length], v[b, :length], b, **OPTIONS[name])[0])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_packed_operands(normal: Any, name: str, varlen: bool) -> None:
+    """They give the bits of the separate operands, whose tests have formulas."""
+    front = (14,) if varlen else (3, 6)
+    qkv, kv = normal(*front, 3, 4, 8), normal(*front, 2, 2, 8)
+    q, k, v = (qkv[..., i, :, :] for i in range(3))
+    starts = np.array([0, 7, 7, 14])
+    one, two = ((starts, 7), (starts, starts, 7, 9)) if varlen else ((), ())
+    prefix = "flash_attn_varlen" if varlen else "flash_attn"
+    separate, of_all, of_keys = (getattr(compat, f"{prefix}_{x}func") for x in ("", "qkvpacked_", "kvpacked_"))
+    options = OPTIONS[name]
+    assert np.array_equal(of_all(qkv, *one, **options), separate(q, k, v, *one[:1] * 2, *one[1:] * 2, **options))
+    expected = separate(q, kv[..., 0, :, :], kv[..., 1, :, :], *two, **options, return_attn_probs=True)
+    found = of_keys(q, kv, *two, **options, return_attn_probs=True)
+    assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_packed_operands_are_read_in_place(normal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    module = inspect.getmodule(inspect.unwrap(compat.flash_attn_func))
+    monkeypatch.setattr(module, "attention", lambda *operands, **_: seen.extend(operands))
+    qkv = normal(2, 5, 3, 4, 8)
+    compat.flash_attn_qkvpacked_func(qkv)
+    for i, x in enumerate(seen):
+        assert x.ctypes.data == qkv[:, :, i].ctypes.data
+        assert x.strides == qkv[:, :, i].strides
 
 
 FLASH_ERRORS: dict[str, Any] = {

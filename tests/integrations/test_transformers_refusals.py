@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ import transformers_models as models  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers_models import layer, normal  # noqa: E402
 
-from selfattn.integrations import _tensors  # noqa: E402
 from selfattn.integrations._hf_attention import attention_forward  # noqa: E402
 from selfattn.integrations._hf_mask import make_mask  # noqa: E402
 from selfattn.integrations.transformers import register  # noqa: E402
@@ -149,15 +147,6 @@ def test_looks_at_the_base_classes_of_foreign_models() -> None:
     with pytest.raises(ValueError, match="Mine has its own attention code"):
         Mine(hf.DebertaV2Config(num_hidden_layers=1, attn_implementation="selfattn"))
     AttentionPooling(hf.BertConfig(num_hidden_layers=1, attn_implementation="selfattn"))
-
-
-def test_needs_ml_dtypes_for_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    _tensors.bfloat16.cache_clear()
-    attention_forward(layer(), normal(*X), normal(*X), normal(*X), None)
-    narrow = normal(*X).bfloat16()
-    with pytest.raises(ImportError, match=r"ml_dtypes \(extra `transformers`\)"):
-        attention_forward(layer(), narrow, narrow, narrow, None)
 
 
 def test_registering_again_changes_nothing() -> None:

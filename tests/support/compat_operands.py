@@ -28,6 +28,10 @@ VARLEN = {
     "max_seqlen_q": 9,
     "max_seqlen_k": 9,
 }
+QKV_PACKED = {"qkv": array(2, 5, 3, 4, 8)}
+KV_PACKED = {"q": array(2, 5, 4, 8), "kv": array(2, 6, 2, 2, 8)}
+VARLEN_QKV_PACKED = {"qkv": array(6, 3, 4, 8), "cu_seqlens": [0, 2, 6], "max_seqlen": 9}
+VARLEN_KV_PACKED = {name: x for name, x in VARLEN.items() if name not in ("k", "v")} | {"kv": array(6, 2, 2, 8)}
 KVCACHE = {"q": array(2, 1, 4, 8), "k_cache": array(2, 9, 2, 8), "v_cache": array(2, 9, 2, 8), "cache_seqlens": 4}
 PAGES = {"k": array(4, 3, 2, 8), "v": array(4, 3, 2, 8), "block_table": [[0], [1]]}
 
@@ -35,6 +39,10 @@ OPERANDS: dict[str, dict[str, Any]] = {
     "scaled_dot_product_attention": PYTORCH,
     "dot_product_attention": JAX,
     "flash_attn_func": FLASH,
+    "flash_attn_qkvpacked_func": QKV_PACKED,
+    "flash_attn_kvpacked_func": KV_PACKED,
     "flash_attn_varlen_func": VARLEN,
+    "flash_attn_varlen_qkvpacked_func": VARLEN_QKV_PACKED,
+    "flash_attn_varlen_kvpacked_func": VARLEN_KV_PACKED,
     "flash_attn_with_kvcache": KVCACHE,
 }
