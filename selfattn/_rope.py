@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ class RoPE:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if real("RoPE", "base", self.base) <= 0:
-            raise refusal(ValueError, "RoPE", "base", f" is {self.base!r}, but it must be finite and greater than 0")
+        if real("RoPE", "base", self.base) < 1e-300:  # powers of smaller numbers overflow
+            raise refusal(ValueError, "RoPE", "base", f" is {self.base!r}, but it must be finite and at least 1e-300")
         flag("RoPE", "interleaved", self.interleaved)
         if self.rotary_dim is not None and (
             isinstance(self.rotary_dim, bool) or not isinstance(self.rotary_dim, (int, np.integer))
@@ -58,7 +59,15 @@ class RoPE:
                 f" rotates {rotary_dim} elements, but head_dim is {head_dim}: rotary_dim must be even and at "
                 "most head_dim",
             )
-        return _core.Rope(base=float(self.base), rotary_dim=rotary_dim, interleaved=bool(self.interleaved))
+        return _tables(self, rotary_dim)
+
+
+@lru_cache(maxsize=256)
+def _tables(rope: RoPE, rotary_dim: int) -> _core.Rope:
+    base = float(rope.base)
+    # Python's power, because NumPy's may differ in the last bit between machines.
+    frequencies = np.array([base ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2)])
+    return _core.Rope(frequencies=frequencies, interleaved=bool(rope.interleaved))
 
 
 _PLAIN = RoPE()
