@@ -3,20 +3,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "carver.h"
 #include "rows.h"
 #include "scratch_pool.h"
 
 namespace selfattn {
 namespace {
-
-// Angle of pair i at position 1. Angles are double: at position 2^20 a float angle would be off by 0.06.
-void set_frequencies(const Rope& rope, double* frequencies) {
-  for (std::int64_t i = 0; i < rope.rotary_dim / 2; ++i) {
-    const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(rope.rotary_dim);
-    frequencies[i] = std::pow(rope.base, exponent);
-  }
-}
 
 template <class Get, class Put>
 void rotate_pairs(const Rope& rope, std::int64_t head_dim, const double* cosines, const double* sines, Get get,
@@ -69,31 +60,59 @@ std::int64_t token_count(const Rotation& rotation) {
   return tokens;
 }
 
-std::int64_t position_of(const Rotation& rotation, std::int64_t token) {
+// The position of one token. It has several coordinates if the rope has axes.
+struct Position {
+  std::int64_t index;       // of all coordinates, if there is no array
+  const char* coordinates;  // or null
+  std::int64_t step;        // from one coordinate to the next
+
+  std::int64_t operator[](std::int64_t axis) const {
+    if (!coordinates) return index;
+    std::int64_t coordinate;
+    std::memcpy(&coordinate, coordinates + axis * step, sizeof coordinate);
+    return coordinate;
+  }
+};
+
+Position position_of(const Rope& rope, const Rotation& rotation, std::int64_t token) {
   const std::int64_t length = rotation.from.extent(2);
-  if (!rotation.positions) return token % length + (rotation.ends ? rotation.ends[token / length] - length : 0);
-  const char* p = static_cast<const char*>(rotation.positions.data);
-  for (int axis = 0; axis < rotation.positions.ndim; ++axis) {
+  const TensorView& positions = rotation.positions;
+  if (!positions) return {token % length + (rotation.ends ? rotation.ends[token / length] - length : 0), nullptr, 0};
+  const int axes = positions.ndim - (rope.axes ? 1 : 0);
+  const char* p = static_cast<const char*>(positions.data);
+  for (int axis = 0; axis < axes; ++axis) {
     const std::int64_t extent = rotation.from.extent(axis + 2);
-    if (rotation.positions.extent(axis) != 1) p += token % extent * rotation.positions.stride(axis);
+    if (positions.extent(axis) != 1) p += token % extent * positions.stride(axis);
     token /= extent;
   }
-  std::int64_t position;
-  std::memcpy(&position, p, sizeof position);
-  return position;
+  return {0, p, rope.axes && positions.shape[0] != 1 ? positions.strides[0] : 0};
+}
+
+double entry(const TensorView& table, std::int64_t row, std::int64_t column) {
+  const char* data = static_cast<const char*>(table.data);
+  return read_real(data + row * table.stride(1) + column * table.stride(0), table.dtype);
+}
+
+// Sets the factors of each pair.
+void set_factors(const Rope& rope, const Position& position, bool inverse, double* cosines, double* sines) {
+  const double scaling = inverse ? -rope.scaling : rope.scaling;  // of the sines
+  for (std::int64_t i = 0; i < rope.rotary_dim / 2; ++i) {
+    const std::int64_t place = position[rope.axes ? rope.axes[i] : 0];
+    if (rope.frequencies) {
+      // Angles are double: at position 2^20 a float angle would be off by 0.06.
+      const double angle = static_cast<double>(place) * rope.frequencies[i];
+      cosines[i] = rope.scaling * std::cos(angle);
+      sines[i] = scaling * std::sin(angle);
+    } else {
+      cosines[i] = rope.scaling * entry(rope.cosines, place, i);
+      sines[i] = scaling * entry(rope.sines, place, i);
+    }
+  }
 }
 
 // Rotates all heads of one token. `cosines` has room for rotary_dim doubles; its second half is for the sines.
-void rotate_token(const Rope& rope, const Rotation& rotation, std::int64_t token, const double* frequencies,
-                  double* cosines) {
-  const std::int64_t half = rope.rotary_dim / 2;
-  double* sines = cosines + half;
-  const auto position = static_cast<double>(position_of(rotation, token));
-  for (std::int64_t i = 0; i < half; ++i) {
-    const double angle = position * frequencies[i];
-    cosines[i] = std::cos(angle);
-    sines[i] = std::sin(rotation.inverse ? -angle : angle);
-  }
+void rotate_token(const Rope& rope, const Rotation& rotation, std::int64_t token, double* cosines) {
+  set_factors(rope, position_of(rope, rotation, token), rotation.inverse, cosines, cosines + rope.rotary_dim / 2);
   const TensorView &from = rotation.from, &to = rotation.to;
   const char* source = static_cast<const char*>(from.data);
   char* target = static_cast<char*>(to.data);
@@ -115,21 +134,12 @@ bool rotate(const Rope& rope, const Rotation* rotations, int count, int num_thre
   static constexpr char kernel = 0;
   const Work work{&kernel, static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100, 0, tokens};
   const int threads = useful_threads(work, num_threads);
-  double *frequencies = nullptr, *cosines = nullptr;  // each thread has cosines of its own
-  const auto divide = [&](char* base) {
-    Carver carver{base};
-    frequencies = carver.take<double>(rope.rotary_dim / 2);
-    cosines = carver.take<double>(rope.rotary_dim * threads);
-    return carver.used;
-  };
-  const Scratch memory(divide(nullptr));
-  divide(memory.data());
-  set_frequencies(rope, frequencies);
+  const ThreadScratch factors(static_cast<std::size_t>(bytes_of(rope.rotary_dim, sizeof(double))), threads);
   TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t token, int thread) {
     const Rotation* rotation = rotations;
     for (; token >= token_count(*rotation); ++rotation) token -= token_count(*rotation);
-    rotate_token(rope, *rotation, token, frequencies, cosines + thread * rope.rotary_dim);
+    rotate_token(rope, *rotation, token, reinterpret_cast<double*>(factors.of(thread)));
   };
   return loop.run(body);
 }

@@ -1,4 +1,4 @@
-// Rotary position embedding: rotates pair i of a vector's elements by the angle position / base^(2 i / rotary_dim).
+// Rotary position embedding: rotates each pair of a vector's elements by an angle proportional to the token's position.
 #pragma once
 #include <cstdint>
 
@@ -7,16 +7,24 @@
 
 namespace selfattn {
 
+// How pairs are rotated. Refers to tables of the caller.
 struct Rope {
-  double base;
-  std::int64_t rotary_dim;  // even, at most head_dim; later elements are not rotated
-  bool interleaved;         // pairs (0, 1), (2, 3), ... instead of (0, rotary_dim/2), ...
+  std::int64_t rotary_dim = 0;  // even, at most head_dim; later elements are not rotated
+  bool interleaved = false;     // pairs (0, 1), (2, 3), ... instead of (0, rotary_dim/2), ...
+  double scaling = 1;           // factor of the rotated elements
+  // The angle of each pair at position 1. If null, row p of these tables holds the cosines and sines of position p.
+  const double* frequencies = nullptr;
+  TensorView cosines = {}, sines = {};  // (positions, rotary_dim/2), of any type of real numbers
+  // For each pair, the coordinate of the position that rotates it. Null: positions have one coordinate.
+  const std::int64_t* axes = nullptr;
 };
 
 // Vectors to rotate, (..., tokens, heads, head_dim). `to` has the shape of `from` and may be the same memory.
 struct Rotation {
   TensorView from, to;
-  TensorView positions;                // integers that broadcast to (..., tokens), or absent: 0, 1, 2, ...
+  // Integers that broadcast to (..., tokens), or absent: 0, 1, 2, ... With axes, a first axis of coordinates precedes
+  // these; without positions, all coordinates are equal.
+  TensorView positions;
   const std::int64_t* ends = nullptr;  // without positions: the last token of sequence b has position ends[b] - 1
   bool inverse = false;                // rotate by the negative angles
 };

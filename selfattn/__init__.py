@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 
 from . import _idle as _idle  # imported first, because it loads the core
 from . import reference as reference
+from ._apply_rope import apply_rope
 from ._attention import attention, explain
 from ._backward import Gradients
 from ._bias import T5Bias, alibi_slopes, t5_bias
@@ -22,7 +23,7 @@ from ._paged import PagedKVCache
 from ._quantized import QuantizedWeights, quantize
 from ._relative import relative_attention
 from ._relative_gradients import relative_attention_backward, relative_attention_vjp
-from ._rope import RoPE, apply_rope
+from ._rope import RoPE
 from ._self_attention import self_attention
 from ._states import merge_states
 from ._streaming import AttentionState

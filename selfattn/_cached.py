@@ -9,13 +9,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._any_cache import AnyCache
+from ._apply_rope import apply_rope
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
 from ._cache import KVCache
 from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
-from ._rope import RoPE, apply_rope, positions_for, rope_or_none
+from ._rope import RoPE, places_for, positions_for, rope_or_none
 from ._typing import Array, CachedOptions, Layout, No, Precision, Window, Yes
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def attention_with_kvcache(
     rope : RoPE or True, optional
         Rotates q and the new k.
     positions : integer array, shape (Sq,) or (B, Sq), optional
-        For rope: the positions of the tokens; default their positions in their sequences.
+        For rope: the positions of the tokens; default their positions in their sequences. With coordinates as in
+        `apply_rope` if the rope has `axes`.
     mask : array_like of bool, broadcasting to (B, H, Sq, Sq), optional
         Covers the newest Sq tokens only, True = attend; all earlier tokens are visible. For tree-shaped drafts.
     bias : array_like, broadcasting to (B, H, Sq, longest sequence), optional
@@ -175,7 +177,7 @@ def attention_with_kvcache(
     if positions is not None:
         if description is None:
             raise refusal(ValueError, _NAME, "positions", " is given without ", "rope", "")
-        positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens))
+        positions = positions_for(_NAME, positions, (len(q) if q.ndim else 0, tokens), description)
     rotation = None if description is None else description.for_core(_NAME, cache.head_dim)
     if out is not None:
         out_array(_NAME, out)
@@ -247,7 +249,9 @@ class _Cascade(NamedTuple):
         """Attend to the shared pages with the rows of all sequences as if they were one sequence; head axis first."""
         q = self.q
         if self.rope is not None:
-            places = first[:, None] + np.arange(tokens) if self.positions is None else self.positions
+            places = self.positions
+            if places is None:
+                places = places_for(self.rope, first[:, None] + np.arange(tokens))
             q = apply_rope(q, places, self.rope, layout=self.layout)
         heads_first = q.swapaxes(1, 2) if self.layout == "bshd" else q
         batch, heads, _, width = heads_first.shape

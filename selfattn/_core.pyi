@@ -49,13 +49,25 @@ class Options:
 # The operands of calls that take many. Their fields are those of csrc/bindings/operands.h.
 
 class Rope:
-    """A checked `RoPE`."""
+    """A checked `RoPE` for heads of one size: `frequencies`, or the caller's cosines and sines."""
 
-    base: float
-    rotary_dim: int
+    frequencies: NDArray[Any] | None
+    cosines: NDArray[Any] | None
+    sines: NDArray[Any] | None
+    axes: NDArray[Any] | None
+    scaling: float
     interleaved: bool
 
-    def __init__(self, *, base: float, rotary_dim: int, interleaved: bool) -> None: ...
+    def __init__(
+        self,
+        *,
+        frequencies: NDArray[np.float64] | None = None,  # for each pair
+        cosines: NDArray[Any] | None = None,  # for each position and pair
+        sines: NDArray[Any] | None = None,
+        axes: NDArray[np.int64] | None = None,  # for each pair
+        scaling: float = 1.0,
+        interleaved: bool = False,
+    ) -> None: ...
 
 class CacheInputs:
     """Operands of `attend_cache`."""

@@ -228,7 +228,8 @@ class SelfAttention(Immutable):
             The input of the keys and values (cross-attention).
         positions : integer array, shape (S,) or (..., S), optional
             Positions of the tokens of x, for `rope`; default 0, 1, 2, ... (with a cache: their positions in their
-            sequences). The position of a context's token is its index.
+            sequences). With coordinates as in `apply_rope` if the rope has `axes`. The position of a context's token
+            is its index.
         cache : KVCache or PagedKVCache, optional
             x is (batch, S, d_model): the S newest tokens of each sequence. Their keys and values are appended, and
             they attend to everything in the cache, causally unless ``causal=False``. `mask` then covers the S newest

@@ -157,30 +157,31 @@ def _input(name: str, value: Any, matrix: NDArray[Any]) -> NDArray[Any]:
 
 
 class _Rotation(NamedTuple):
-    """How queries and keys are rotated: rope for the core, and positions of the tokens of x, or None."""
+    """How queries and keys are rotated: rope, the same for the core, and positions of the tokens of x; or None."""
 
-    rope: _core.Rope | None
+    rope: RoPE | None
+    core: _core.Rope | None
     positions: Any
 
     @classmethod
     def check(cls, rope: Any, positions: Any, head_dim: int) -> _Rotation:
         description = rope_or_none(_NAME, rope)
         if description is not None:
-            return cls(description.for_core(_NAME, head_dim), positions)
+            return cls(description, description.for_core(_NAME, head_dim), positions)
         if positions is not None:
             raise refusal(ValueError, _NAME, "positions", " is given, but the layer has no rope")
-        return cls(None, None)
+        return cls(None, None, None)
 
     def placed(self, x: NDArray[Any]) -> _Rotation:
         """Return the rotation with checked positions for x."""
-        if self.positions is None:
+        if self.rope is None or self.positions is None:
             return self
-        return self._replace(positions=positions_for(_NAME, self.positions, x.shape[:-1]))
+        return self._replace(positions=positions_for(_NAME, self.positions, x.shape[:-1], self.rope))
 
     def apply(self, heads: NDArray[Any], positions: Any, *, inverse: bool) -> None:
         """Rotate (..., tokens, heads, head_dim) in place."""
-        if self.rope is not None:
-            _core.apply_rope(heads, positions, heads, self.rope, inverse)
+        if self.core is not None:
+            _core.apply_rope(heads, positions, heads, self.core, inverse)
 
 
 class _Layer:

@@ -40,7 +40,7 @@ def layer_inputs(function: str, layer: SelfAttention, inputs: Inputs, step: _cor
     if positions is not None:
         if layer._rope is None:
             raise refusal(ValueError, function, "positions", " is given, but the layer has no rope")
-        positions = positions_for(function, positions, x.shape[:-1])
+        positions = positions_for(function, positions, x.shape[:-1], layer._rope)
     if residual is not None:
         if not layer._has_output:
             raise refusal(ValueError, function, "residual", " is given, but the layer has no w_o")

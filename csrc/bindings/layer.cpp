@@ -22,8 +22,10 @@ class Layer {
 
   // All arrays have one dtype, and the Python layer has checked their shapes. Biases, w_o and rope may be None.
   Layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads, std::int64_t num_kv_heads,
-        py::handle rope, py::tuple norms)
-      : norms_(std::move(norms)), weights_(make(matrices, biases, num_heads, num_kv_heads, rope, norms_)) {}
+        py::object rope, py::tuple norms)
+      : rope_(std::move(rope)),
+        norms_(std::move(norms)),
+        weights_(make(matrices, biases, num_heads, num_kv_heads, rope_, norms_)) {}
 
   py::object call(const char* function, const LayerInputs& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs.x, context = inputs.context;
@@ -143,13 +145,15 @@ class Layer {
     return view;
   }
 
+  const py::object rope_;  // a _core.Rope or None
   const py::tuple norms_;  // capsules or None
   const LayerWeights weights_;
 };
 
 py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads,
-                       std::int64_t num_kv_heads, py::handle rope, py::tuple norms) {
-  return capsule_of(std::make_unique<Layer>(matrices, biases, num_heads, num_kv_heads, rope, std::move(norms)));
+                       std::int64_t num_kv_heads, py::object rope, py::tuple norms) {
+  return capsule_of(
+      std::make_unique<Layer>(matrices, biases, num_heads, num_kv_heads, std::move(rope), std::move(norms)));
 }
 
 // The inputs are one object, because pybind11 allocates memory for a call with more than six arguments.
@@ -164,8 +168,8 @@ py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
   return held_by<Layer>(capsule).unpack_all(matrices);
 }
 
-// x and out have the same shape (..., tokens, heads, head_dim); positions broadcasts to (..., tokens). The Python layer
-// has ensured this.
+// x and out have the same shape (..., tokens, heads, head_dim); positions broadcasts to (..., tokens), after a first
+// axis of coordinates if the rope has axes. The Python layer has ensured this.
 void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description, bool inverse) {
   const TensorView from = float_view("apply_rope", "x", x);
   const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);

@@ -1,12 +1,17 @@
 #include "bindings/operands.h"
 
+#include "bindings/arrays.h"
+
 namespace selfattn::bindings {
 namespace {
 
-constexpr Field<Rope> rope_fields[] = {
-    field<Rope, &Rope::base>("base"),
-    field<Rope, &Rope::rotary_dim>("rotary_dim"),
-    field<Rope, &Rope::interleaved>("interleaved"),
+constexpr Field<RopeTables> rope_fields[] = {
+    field<RopeTables, &RopeTables::frequencies>("frequencies"),
+    field<RopeTables, &RopeTables::cosines>("cosines"),
+    field<RopeTables, &RopeTables::sines>("sines"),
+    field<RopeTables, &RopeTables::axes>("axes"),
+    field<RopeTables, &RopeTables::scaling>("scaling"),
+    field<RopeTables, &RopeTables::interleaved>("interleaved"),
 };
 
 constexpr Field<CacheInputs> cache_fields[] = {
@@ -59,11 +64,23 @@ constexpr Field<GradientInputs> gradient_fields[] = {
 
 std::optional<Rope> rope_of(py::handle description) {
   if (description.is_none()) return std::nullopt;
-  return Record<Rope>::in(description);
+  const RopeTables& tables = Record<RopeTables>::in(description);
+  const TensorView frequencies = optional_view(tables.frequencies, DType::f64);
+  const TensorView axes = optional_view(tables.axes, DType::i64);
+  Rope rope{.interleaved = tables.interleaved, .scaling = tables.scaling};
+  if (frequencies) {
+    rope.frequencies = static_cast<const double*>(frequencies.data);
+  } else {
+    rope.cosines = float_view("rope", "cosines", tables.cosines);
+    rope.sines = float_view("rope", "sines", tables.sines);
+  }
+  rope.rotary_dim = 2 * (frequencies ? frequencies : rope.cosines).extent(0);
+  if (axes) rope.axes = static_cast<const std::int64_t*>(axes.data);
+  return rope;
 }
 
 void register_operands(py::module_& module) {
-  Record<Rope>::add(module, "Rope", rope_fields);
+  Record<RopeTables>::add(module, "Rope", rope_fields);
   Record<CacheInputs>::add(module, "CacheInputs", cache_fields);
   Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
   Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);

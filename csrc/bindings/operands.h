@@ -40,7 +40,15 @@ struct GradientInputs {
              grad_weights = py::none();
 };
 
-std::optional<Rope> rope_of(py::handle description);  // a _core.Rope or None
+// A rope for one head_dim. `frequencies`, float64, or `cosines` and `sines` are given; `axes`, int64, may be None. The
+// Python layer has checked the shapes; arrays of numbers per pair are contiguous.
+struct RopeTables {
+  py::object frequencies = py::none(), cosines = py::none(), sines = py::none(), axes = py::none();
+  double scaling = 1;
+  bool interleaved = false;
+};
+
+std::optional<Rope> rope_of(py::handle description);  // refers to the arrays of a _core.Rope; or None
 
 void register_operands(py::module_& module);
 

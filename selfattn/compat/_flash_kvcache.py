@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._arguments import as_array, flag, integers, is_float
-from .._foreign import converted
+from .._arguments import as_array, flag, integers
 from .._keywords import hinted
 from .._typing import Array, No, Yes
 from ._checks import arrays, dimensions, is_integer, own_names
 from ._flash_attn import Window, flash_options
 from ._pages import Pages
+from ._rotary import RotaryTables
 
 _NAME = "flash_attn_with_kvcache"
 
@@ -154,10 +154,10 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None or rotary_sin is not None:
         if new is None:
             raise ValueError(f"{_NAME}: rotary_cos and rotary_sin are given without k and v")
-        rotate = _Rotation(rotary_cos, rotary_sin, interleaved, query.shape[-1])
+        rotate = RotaryTables(_NAME, rotary_cos, rotary_sin, interleaved, query.shape[-1])
         in_order = options["causal"] or options["window"] is not None
-        query = rotate(query, lengths, step=1 if in_order else 0)
-        new = rotate(new[0], lengths), new[1]
+        query = rotate(query, lengths[:, None] + np.arange(query.shape[1]) * in_order)
+        new = rotate(new[0], lengths[:, None] + np.arange(new[0].shape[1])), new[1]
     if new is not None:
         _check_distinct(pages.slots(lengths, new[0].shape[1]), pages.page_size)
     step = pages.step(np.arange(len(query)), lengths, starts)
@@ -257,38 +257,3 @@ def _check_distinct(slots: tuple[NDArray[Any], NDArray[Any]], page_size: int) ->
     places = slots[0].astype(np.int64) * page_size + slots[1]
     if len(np.unique(places)) < places.size:
         raise ValueError(f"{_NAME}: two rows of k would be written to one place of the cache")
-
-
-class _Rotation:
-    """Rotary embedding from tables of cosines and sines."""
-
-    def __init__(self, cos: ArrayLike | None, sin: ArrayLike | None, interleaved: bool, head_dim: int) -> None:
-        if cos is None or sin is None:
-            raise ValueError(f"{_NAME}: rotary_cos and rotary_sin are needed together")
-        self.cos, self.sin = as_array(_NAME, "rotary_cos", cos), as_array(_NAME, "rotary_sin", sin)
-        self.interleaved = interleaved
-        for name, table in (("rotary_cos", self.cos), ("rotary_sin", self.sin)):
-            if not is_float(table.dtype):
-                raise TypeError(f"{_NAME}: {name} has dtype {table.dtype}, but floating-point numbers are needed")
-            if table.ndim != 2 or table.shape != self.cos.shape or 2 * table.shape[1] > head_dim:
-                raise ValueError(
-                    f"{_NAME}: {name} has shape {table.shape}, but (positions, rotary_dim / 2) is needed, the same "
-                    f"for both, with rotary_dim at most {head_dim}"
-                )
-
-    def __call__(self, x: NDArray[Any], first: NDArray[np.int64], step: int = 1) -> NDArray[Any]:
-        places = first[:, None] + step * np.arange(x.shape[1])
-        farthest = int(np.max(places, initial=0))
-        if farthest >= len(self.cos):
-            raise ValueError(f"{_NAME}: rotary_cos has {len(self.cos)} positions, but position {farthest} is needed")
-        kind = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-        cos, sin = (converted(table[places][:, :, None], kind) for table in (self.cos, self.sin))
-        half = cos.shape[-1]
-        rotated = np.array(x)
-        if self.interleaved:
-            one, other = rotated[..., 0 : 2 * half : 2], rotated[..., 1 : 2 * half : 2]
-        else:
-            one, other = rotated[..., :half], rotated[..., half : 2 * half]
-        a, b = (np.array(converted(part, kind)) for part in (one, other))
-        one[...], other[...] = converted(a * cos - b * sin, x.dtype), converted(a * sin + b * cos, x.dtype)
-        return rotated

@@ -15,6 +15,7 @@ from .._cached import attention_with_kvcache
 from .._errors import refusal
 from .._keywords import refuse_unknown
 from .._paged import PagedKVCache
+from .._rope import places_for, rope_or_none
 from .._states import merge_states
 from ._agree import Fact, failure, raise_failures
 from ._link import Link
@@ -118,9 +119,10 @@ class CacheCall:
         """Append, if it is this rank's turn, and attend to this rank's cache."""
         options = {**self.given, "num_threads": num_threads, "return_lse": True}
         count = self.q.shape[2]
-        if options.get("rope") is not None and "positions" not in options:
+        rope = rope_or_none(self.function, options.get("rope"))
+        if rope is not None and "positions" not in options:
             first = self.totals - (count if self.k is None else 0)
-            options["positions"] = first[:, None] + np.arange(count)
+            options["positions"] = places_for(rope, first[:, None] + np.arange(count))
         # Results stay in the type of computation until they are merged.
         q = self.q if self.q.dtype == np.float64 else self.q.astype(np.float32, copy=False)
         if rank == self.turn:

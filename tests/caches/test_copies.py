@@ -278,7 +278,9 @@ def test_a_layer_of_another_version_is_refused() -> None:
 
 @ways
 def test_what_else_is_public(way: Any) -> None:
-    assert way(sa.RoPE(500.0, 4, True)) == sa.RoPE(500.0, 4, True)
+    for rope in (sa.RoPE(500.0, 4, True), sa.RoPE(inv_freq=[0.3, 0.1], attention_scaling=1.5, axes=[0, 1])):
+        sa.apply_rope(np.ones((2, 4)), rope=rope)
+        assert way(rope) == rope
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 2, 9, 4))
     explanation = sa.explain(q, k, v)

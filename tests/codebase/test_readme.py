@@ -62,6 +62,7 @@ def test_docstrings_examples() -> None:
     import importlib
 
     for name in (
+        "_apply_rope",
         "_attention",
         "_bias",
         "_cache",

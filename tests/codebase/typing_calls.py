@@ -136,6 +136,8 @@ def paged(x: Array) -> None:
 
 def others(x: Array) -> None:
     assert_type(sa.apply_rope(x, [0, 1], sa.RoPE(base=1e6), layout="bshd", inverse=True), Array)
+    assert_type(sa.RoPE.from_config({"head_dim": 8}, layer_type="full_attention", seq_len=9), sa.RoPE)
+    sa.apply_rope(x, [[0], [1]], sa.RoPE(inv_freq=x, attention_scaling=1.5, axes=[0, 1]))
     assert_type(sa.merge_states([x, x], [x, x]), tuple[Array, Array])
     state = sa.AttentionState(x, kv_len=6, causal=True, window=(3, None), softcap=2.0)
     state.absorb(x, x, first=0, mask=x)

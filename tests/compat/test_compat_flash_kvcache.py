@@ -137,6 +137,21 @@ def test_narrow_caches_without_copies(normal: Any) -> None:
         close(out[1], plain(q[1], cache[0][1, :21], cache[1][1, :21])[0], tolerance)
 
 
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_tables_of_any_type(normal: Any, rng: Any, name: str) -> None:
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name == "bfloat16" else name)
+    angles = rng.uniform(0, 6, (9, 3))
+    cos, sin = (table[::-1].astype(dtype)[::-1] for table in (np.cos(angles), np.sin(angles)))
+    for x_dtype, ulp in ((np.float16, 2**-10), (np.float32, 2**-23), (np.float64, 2**-52)):
+        q, k, v = (x.astype(x_dtype) for x in normal(3, 1, 2, 2, 8))
+        cache = np.zeros((2, 1, 9, 2, 8), x_dtype)
+        compat.flash_attn_with_kvcache(q, cache[0], cache[1], k, v, cos, sin, cache_seqlens=4, rotary_interleaved=False)
+        wide = [table.astype(np.float64) for table in (cos, sin)]
+        wanted = rotated(k[0].astype(np.float64), *wide, np.arange(4, 6), False)
+        # Tables are used as they are, and the result is rounded once.
+        assert np.max(abs(cache[0, 0, 4:6] - wanted)) <= ulp * np.max(abs(wanted))
+
+
 def test_torch_tensors_are_caches_too(normal: Any) -> None:
     torch = pytest.importorskip("torch")
     q, k, v = normal(2, 1, 4, 8), normal(2, 1, 2, 8), normal(2, 1, 2, 8)

@@ -7,21 +7,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from layer_definition import rotate
 
 import selfattn as sa
 
 
 def exact(x: Any, positions: Any, rope: sa.RoPE) -> Any:
-    """(..., H, S, D) in long double, pair by pair; positions (..., S)."""
-    size = rope.rotary_dim or x.shape[-1]
-    x = x.astype(np.longdouble)
-    for i in range(size // 2):
-        first, second = (2 * i, 2 * i + 1) if rope.interleaved else (i, i + size // 2)
-        rate = np.longdouble(rope.base) ** (np.longdouble(-2 * i) / size)
-        angle = np.asarray(positions, np.longdouble)[..., None, :] * rate
-        a, b = x[..., first].copy(), x[..., second].copy()
-        x[..., first], x[..., second] = a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)
-    return x
+    return rotate(x, positions, rope, np.longdouble)
 
 
 ROPES = [sa.RoPE(), sa.RoPE(interleaved=True), sa.RoPE(1e6, 6), sa.RoPE(100.0, 4, True)]

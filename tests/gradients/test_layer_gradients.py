@@ -48,6 +48,12 @@ def cases(rng: Any) -> dict[str, dict[str, Any]]:
             "positions": np.arange(LENGTH) * 2,
         },
         "partial rope": {**layer(rng), "rope": sa.RoPE(50.0, 4), "positions": rng.integers(0, 99, (BATCH, LENGTH))},
+        "scaled rope": {**layer(rng), "rope": sa.RoPE(inv_freq=[1.0, 0.1, 0.3], attention_scaling=1.3)},
+        "coordinates": {
+            **layer(rng),
+            "rope": sa.RoPE(axes=[0, 1, 1]),
+            "positions": rng.integers(0, 99, (2, BATCH, LENGTH)),
+        },
         "context": {**cross(rng, BATCH), "rope": True, "positions": np.arange(LENGTH) + 3},
         "shared context": {**cross(rng), "kv_starts": 2},
         "context for a batch": {**cross(rng, 3, 1), "kv_lens": 6, "x": rng.standard_normal((BATCH, LENGTH, D_MODEL))},

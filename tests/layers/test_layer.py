@@ -83,7 +83,16 @@ def test_cross_attention(isa: str, make: Any, normal: Any) -> None:
     close(layer(x, context=context, kv_lens=5), expected(x, params, 4, 2, context=context, kv_lens=[[5, 5]] * 3)[0])
 
 
-@pytest.mark.parametrize("rope", [sa.RoPE(), sa.RoPE(interleaved=True), sa.RoPE(500.0, 4), sa.RoPE(1e4, 6, True)])
+ROPES = [
+    sa.RoPE(),
+    sa.RoPE(interleaved=True),
+    sa.RoPE(500.0, 4),
+    sa.RoPE(1e4, 6, True),
+    sa.RoPE(inv_freq=[1.0, 0.3, 0.0], attention_scaling=1.2),
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=str)
 def test_rope(isa: str, make: Any, normal: Any, rng: Any, rope: sa.RoPE) -> None:
     params = make(24, 4, 2, 8, 8, 24)
     layer = sa.SelfAttention(**params, num_heads=4, num_kv_heads=2, rope=rope)
@@ -99,6 +108,19 @@ def test_rope(isa: str, make: Any, normal: Any, rng: Any, rope: sa.RoPE) -> None
     context = normal(2, 30, 24)
     found = layer(x, context=context, positions=np.arange(50) + 7)
     close(found, expected(x, params, 4, 2, rope=rope, context=context, positions=np.arange(50) + 7)[0])
+
+
+def test_positions_with_coordinates(isa: str, make: Any, normal: Any, rng: Any) -> None:
+    params, rope = make(24, 4, 2, 8, 8, 24), sa.RoPE(100.0, axes=[0, 1, 2, 1])
+    layer = sa.SelfAttention(**params, num_heads=4, num_kv_heads=2, rope=rope)
+    x, context = normal(2, 20, 24), normal(2, 30, 24)
+    for positions in (None, rng.integers(0, 99, (3, 20)), rng.integers(0, 99, (3, 2, 20)), np.arange(20)[None]):
+        given = {} if positions is None else {"positions": positions}
+        many = np.arange(20) if positions is None else positions[:, None] if positions.ndim == 2 else positions
+        close(layer(x, **given), expected(x, params, 4, 2, rope=rope, positions=many)[0])
+        close(
+            layer(x, context=context, **given), expected(x, params, 4, 2, rope=rope, positions=many, context=context)[0]
+        )
 
 
 def test_rope_true_is_the_default_rope(make: Any, normal: Any) -> None:

@@ -1,5 +1,6 @@
 // cache_step_checks: what a step on a cache reads, claims, writes and commits, and the state in which a failed step
 // leaves the cache.
+#include <cmath>
 #include <cstring>
 
 #include "check.h"
@@ -138,7 +139,8 @@ void check_window() {
 
 void check_rotation() {
   test::begin_section("rotation, by a call and before it");
-  const Rope rope{100, 4, false};
+  const double frequencies[] = {1, 0.1};
+  const Rope rope{.rotary_dim = 4, .frequencies = frequencies};
   const Array q = numbers({batch, 3, heads, key_width}, 5);
   const NewTokens tokens(3);
   Array positions(DType::i64, {batch, 3});  // after 2 tokens of one sequence and 5 of the other
@@ -160,7 +162,9 @@ void check_rotation() {
   test::begin_section("rotation by many threads");
   const Array many = numbers({3, 500, 2, 64}, 6);
   Array by_one = numbers(many.shape(), 0), by_three = numbers(many.shape(), 0);
-  const Rope wide{10000, 64, true};
+  std::vector<double> all;
+  for (int i = 0; i < 32; ++i) all.push_back(std::pow(10000.0, -i / 32.0));
+  const Rope wide{.rotary_dim = 64, .interleaved = true, .frequencies = all.data()};
   const Rotation alone{many.view(), by_one.view(), {}}, together{many.view(), by_three.view(), {}};
   SELFATTN_CHECK(rotate(wide, &alone, 1, 1, nullptr) && rotate(wide, &together, 1, 3, nullptr));
   SELFATTN_CHECK(by_one.bytes() == by_three.bytes());

@@ -10,15 +10,21 @@ import selfattn as sa
 from selfattn import reference
 
 
-def rotate(x: Any, positions: Any, rope: sa.RoPE) -> Any:
-    """Rotate (..., H, S, D) in float64, pair by pair."""
+def rotate(x: Any, positions: Any, rope: sa.RoPE, kind: Any = np.float64) -> Any:
+    """Rotate (..., H, S, D) in float64 or another type, pair by pair. Positions are (..., S), or with rope.axes
+    (coordinates, ..., S); one-dimensional ones are the same for all coordinates."""
     size = rope.rotary_dim or x.shape[-1]
-    x = x.copy()
+    x, positions = x.astype(kind), np.asarray(positions, kind)
     for i in range(size // 2):
         first, second = (2 * i, 2 * i + 1) if rope.interleaved else (i, i + size // 2)
-        angle = np.asarray(positions)[..., None, :] * float(rope.base) ** (-2 * i / size)
+        rate = kind(rope.base) ** (kind(-2 * i) / size) if rope.inv_freq is None else kind(rope.inv_freq[i])
+        place = (
+            positions if rope.axes is None or positions.ndim == 1 else positions[min(rope.axes[i], len(positions) - 1)]
+        )
+        angle = place[..., None, :] * rate
+        cos, sin = (kind(rope.attention_scaling) * f(angle) for f in (np.cos, np.sin))
         a, b = x[..., first].copy(), x[..., second].copy()
-        x[..., first], x[..., second] = a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)
+        x[..., first], x[..., second] = a * cos - b * sin, a * sin + b * cos
     return x
 
 
