@@ -33,7 +33,7 @@ def attend_by_heads(link: Link, call: Call, num_threads: int) -> tuple[NDArray[A
     heads = [slice(x.start * group, x.stop * group) for x in kv]
     travelling = {name: call.options.given[name] for name in ("mask", "bias") if call.options.has_rows(name)}
     parts = [
-        (q[..., h, :, :], k[..., g, :, :], v[..., g, :, :], *(heads_of(x, h) for x in travelling.values()))
+        (q[..., h, :, :], k[..., g, :, :], v[..., g, :, :], *(heads_of(name, x, h) for name, x in travelling.items()))
         for h, g in zip(heads, kv, strict=True)
     ]
     whole = _to_heads(link, call, parts)

@@ -200,8 +200,9 @@ class Group:
         -----
         Keys and values travel for the gradient of q; then queries, the gradient of `out`, lse and one number per row
         (``Σ_d ∂out_d · out_d``) travel for the gradients of k and v, with the rows of mask and bias. So a gradient of
-        q, k or v is summed on one rank, in ascending order, and does not depend on the number of ranks. Gradients that
-        all rows share are summed in the order of the ranks: their last bits depend on which rank has which rows.
+        q, k or v is summed on one rank, in ascending order, and does not depend on the number of ranks, except that with
+        ALiBi the last bits for k and v depend on where runs of rows begin and end. Gradients that all rows share are
+        summed in the order of the ranks: their last bits depend on which rank has which rows.
         """
         function = "Group.attention_backward"
         arrays = {"q": q, "k": k, "v": v, "grad_out": grad_out, "out": out, "lse": lse}

@@ -146,21 +146,21 @@ class Options:
 def of_heads(function: str, given: Mapping[str, Any], heads: slice) -> dict[str, Any]:
     """Return options for some of the query heads."""
     found = dict(given)
-    for name in ("alibi_slopes", "sinks"):
+    for name in ("alibi_slopes", "sinks", "mask", "bias"):
         if found.get(name) is not None:
-            found[name] = as_array(function, name, found[name])[..., heads]
+            found[name] = heads_of(name, as_array(function, name, found[name]), heads)
     if found.get("t5") is not None:
-        t5 = found["t5"]
-        found["t5"] = T5Bias(as_array(function, "t5", t5.table)[:, heads], t5.bidirectional, t5.max_distance)
-    for name in ("mask", "bias"):
-        if found.get(name) is not None:
-            found[name] = heads_of(as_array(function, name, found[name]), heads)
+        table = heads_of("t5", as_array(function, "t5", found["t5"].table), heads)
+        found["t5"] = T5Bias(table, found["t5"].bidirectional, found["t5"].max_distance)
     return found
 
 
-def heads_of(array: NDArray[Any], heads: slice) -> NDArray[Any]:
-    """Return a mask or bias for some of the query heads."""
-    return array[..., heads, :, :] if array.ndim > 2 and array.shape[-3] > 1 else array
+def heads_of(name: str, array: NDArray[Any], heads: slice) -> NDArray[Any]:
+    """Return the part of an option for some of the query heads: all of it if all heads share it."""
+    axis = -3 if name in ("mask", "bias") else -1
+    if array.ndim < -axis or array.shape[axis] == 1:
+        return array
+    return array[..., heads] if axis == -1 else array[..., heads, :, :]
 
 
 def widened(array: NDArray[Any], before: int, after: int) -> NDArray[Any]:

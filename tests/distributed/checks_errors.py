@@ -129,4 +129,11 @@ def check_layers(group: Group) -> dict[str, str]:
         "width": error_of_all(group, lambda: made(x[..., :5])),
         "return_lse": error_of_all(group, lambda: made(x, return_lse=True)),
         "unknown": error_of_all(group, lambda: made(x, is_causal=True)),
+        "out": error_of_all(group, lambda: made(x, out=np.empty((2, 3, 31), np.float32))),
+        "post_norm": error_of_all(group, lambda: layer(*weights, post_norm=sa.RMSNorm(np.ones(31)))),
+        "norm": error_of_all(group, lambda: layer(*weights, norm=sa.RMSNorm() if odd else sa.LayerNorm())),
+        "setting": error_of_all(group, lambda: layer(*weights, kv_heads=8)),
+        "vjp": error_of_all(group, lambda: layer(*weights, norm=sa.RMSNorm()).vjp(x)),
+        "wrt": error_of_all(group, lambda: made.vjp(x, wrt=("x", "u"))),
+        "grad_y": error_of_all(group, lambda: made.vjp(x)[1](x[:1] if odd else x)),
     }
