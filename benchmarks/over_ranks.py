@@ -19,6 +19,8 @@ from selfattn.distributed import Group
 
 def attention(group: Group, args: argparse.Namespace) -> Callable[[], Any]:
     """Return a call of causal attention over a sequence that is spread over the ranks."""
+    if args.work == "each":
+        group = Group(MPI.COMM_SELF, num_threads=args.threads)
     rows = group.rows(args.length, args.order)
     rng = np.random.default_rng(group.rank)
     q = rng.standard_normal((1, args.heads, len(rows), args.head_dim), dtype=np.float32)
@@ -52,8 +54,9 @@ def seconds_of(call: Callable[[], Any]) -> float:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    works = ("attention", "alone", "decode", "decode-alone")
-    parser.add_argument("--work", choices=works, default="attention", help="alone: without a Group")
+    works = ("attention", "alone", "each", "decode", "decode-alone")
+    text = "alone: a rank's rows without a Group; each: every rank computes the whole sequence by itself"
+    parser.add_argument("--work", choices=works, default="attention", help=text)
     parser.add_argument("--by", choices=("keys", "heads"), default="keys")
     parser.add_argument("--order", choices=("zigzag", "contiguous"), default="zigzag")
     sizes = {"length": 8192, "heads": 8, "kv-heads": 8, "head-dim": 64, "repeats": 7}

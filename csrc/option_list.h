@@ -28,11 +28,16 @@ SELFATTN_ARRAY(distance_bias, f64)  // (num_heads, count)
 
 SELFATTN_SETTING(Layout, layout, Layout::bhsd)
 SELFATTN_SETTING(bool, causal, false)
+SELFATTN_SETTING(Precision, precision, Precision::highest)
 SELFATTN_SETTING(std::int64_t, window_left, -1)  // -1: unbounded
 SELFATTN_SETTING(std::int64_t, window_right, -1)
-SELFATTN_SETTING(Precision, precision, Precision::highest)
 SELFATTN_SETTING(double, dropout, 0)      // rate at which weights are dropped, in [0, 1)
 SELFATTN_SETTING(std::uint64_t, seed, 0)  // of dropout
+// For dropout, in a call that is a part of a larger problem: its first batch entry, head, query and key there.
+SELFATTN_SETTING(std::int64_t, first_entry, 0)
+SELFATTN_SETTING(std::int64_t, first_head, 0)
+SELFATTN_SETTING(std::int64_t, first_query, 0)
+SELFATTN_SETTING(std::int64_t, first_key, 0)
 
 SELFATTN_OPTION(std::optional<double>, scale, std::nullopt)  // absent: 1 / sqrt(head_dim)
 SELFATTN_OPTION(std::optional<double>, softcap, std::nullopt)

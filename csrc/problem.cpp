@@ -285,7 +285,6 @@ Problem make_problem(const AttentionArguments& a) {
   check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap.value_or(0);
-  problem.first_entry = a.first_entry;
   check_numbers(a, problem);
   place_per_head(problem, a);
   place_relative(problem, a);

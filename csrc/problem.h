@@ -136,8 +136,7 @@ struct AttentionArguments : AttentionOptions<TensorView> {
   std::int64_t key_page = 0, value_page = 0;
   TensorView key_scales, value_scales;  // (batch, num_kv_heads, kv_len)
   std::int64_t key_scale_page = 0, value_scale_page = 0;
-  bool recent_mask = false;      // the mask covers only the newest q_len keys
-  std::int64_t first_entry = 0;  // for dropout: batch entry b counts as entry first_entry + b
+  bool recent_mask = false;  // the mask covers only the newest q_len keys
 };
 
 struct Problem : Settings {
@@ -159,8 +158,7 @@ struct Problem : Settings {
   Operand out, lse, weights;  // lse and weights may be absent
   RunningSums running;        // absent: the call starts and finishes the sums of all rows
   double scale = 0;
-  double softcap = 0;  // 0: none
-  std::int64_t first_entry = 0;
+  double softcap = 0;                 // 0: none
   std::vector<BatchAxis> batch_axes;  // of all operands; most operands have none, only Operand::batch
 
   // Innermost first.

@@ -33,7 +33,7 @@ Dropout dropout_of(const Problem& problem) {
   if (problem.dropout == 0) return {};
   const double most = std::numeric_limits<std::uint32_t>::max();
   const double threshold = std::min(std::nearbyint(std::ldexp(problem.dropout, 32)), most);
-  return {1 / (1 - problem.dropout), static_cast<std::uint32_t>(threshold), problem.seed};
+  return {1 / (1 - problem.dropout), static_cast<std::uint32_t>(threshold), problem.seed, problem.first_key};
 }
 
 template <class T>
@@ -60,7 +60,8 @@ inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex
   row.slope = problem.alibi_slopes ? slope_of(problem, span.batch, index.head) : 0;
   row.omitted = row.slope == 0 ? 0 : base2(row.slope * std::abs(static_cast<double>(position - row.position)));
   row.sink = problem.sinks ? sink_of(problem, index.head) : -infinity;
-  const std::int64_t numbers[] = {problem.first_entry + span.batch, index.head, index.query};
+  const std::int64_t numbers[] = {problem.first_entry + span.batch, problem.first_head + index.head,
+                                  problem.first_query + index.query};
   for (int i = 0; i < 3; ++i) row.place[i] = static_cast<std::uint32_t>(numbers[i]);
 }
 

@@ -38,6 +38,10 @@ class Options:
     distance_origin: int
     dropout: float
     seed: int
+    first_entry: int
+    first_head: int
+    first_query: int
+    first_key: int
     return_lse: bool
     return_weights: bool
     exact: bool

@@ -86,11 +86,12 @@ class SelfAttention(Immutable):
     """
 
     __slots__ = (
-        "_core", "_has_output", "_norms", "_rope", "d_context", "d_model", "d_out", "dtype", "head_dim", "isa",
-        "num_heads", "num_kv_heads", "value_dim",
+        "_core", "_first_head", "_has_output", "_norms", "_rope", "d_context", "d_model", "d_out", "dtype", "head_dim",
+        "isa", "num_heads", "num_kv_heads", "value_dim",
     )  # fmt: skip
 
     _core: _core.Layer
+    _first_head: int  # for dropout: if the heads are some of a larger layer, their first one there
     _has_output: bool
     _norms: tuple[LayerNorm | RMSNorm | None, LayerNorm | RMSNorm | None]
     _rope: RoPE | None
@@ -145,6 +146,7 @@ class SelfAttention(Immutable):
         self._set(
             {
                 "_core": core,
+                "_first_head": 0,
                 "_has_output": w.o is not None,
                 "_norms": norms,
                 "_rope": description,
@@ -162,6 +164,11 @@ class SelfAttention(Immutable):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the unpacked weights: unpickling packs them for the machine it runs on."""
+        counts = (self.num_heads, self.num_kv_heads)
+        return _load, (type(self), _VERSION, *self._unpacked(), counts, self._rope, self._norms)
+
+    def _unpacked(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return copies of the matrices and the biases."""
         shapes = (
             (self.d_model, self.num_heads * self.head_dim),
             (self.d_context, self.num_kv_heads * self.head_dim),
@@ -172,9 +179,7 @@ class SelfAttention(Immutable):
         *biases, has_output = _core.unpack_layer(self._core, matrices)
         # Biases are kept in the computation type, which represents every number of the narrower dtype exactly.
         plain = tuple(None if bias is None else bias.astype(self.dtype) for bias in biases)
-        weights = matrices if has_output else (*matrices[:3], None)
-        counts = (self.num_heads, self.num_kv_heads)
-        return _load, (type(self), _VERSION, weights, plain, counts, self._rope, self._norms)
+        return matrices if has_output else (*matrices[:3], None), plain
 
     def __repr__(self) -> str:
         return (
@@ -275,6 +280,7 @@ class SelfAttention(Immutable):
         if not options.keys() <= _OPTIONS.keys():
             refuse_unknown(SelfAttention.__call__, options)
         values = core_options(function, **options)
+        values.first_head = self._first_head
         given = layer_inputs(function, self, inputs, step)
         if out is not None:
             out = out_array(function, out)

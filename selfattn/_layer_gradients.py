@@ -93,10 +93,20 @@ def self_attention_vjp(
     ((32, 32), (32, 32))
     """
     refuse_unknown(self_attention_vjp, options)
-    heads, kv_heads = head_counts(_NAME, num_heads, num_kv_heads)
-    w = Weights.check(_NAME, (w_q, w_k, w_v, w_o), heads, kv_heads)
-    given = zip("qkvo", (b_q, b_k, b_v, b_o), (w.q, w.k, w.v, w.o), strict=True)
+    weights = ((w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o))
+    inputs = {"context": context, "rope": rope, "positions": positions}
+    return differentiable(x, weights, (num_heads, num_kv_heads), wrt, {**inputs, **options})
+
+
+def differentiable(
+    x: Any, weights: Any, counts: tuple[Any, Any], wrt: Sequence[str], options: dict[str, Any], first_head: int = 0
+) -> tuple[Any, LayerVjp]:
+    """Do what `self_attention_vjp` does; for dropout, the first head counts as head `first_head`."""
+    heads, kv_heads = head_counts(_NAME, *counts)
+    w = Weights.check(_NAME, weights[0], heads, kv_heads)
+    given = zip("qkvo", weights[1], (w.q, w.k, w.v, w.o), strict=True)
     biases = {letter: vector(_NAME, letter, bias, matrix, w.q.dtype) for letter, bias, matrix in given}
+    context, rope, positions = (options.pop(name, None) for name in ("context", "rope", "positions"))
     turn = _Rotation.check(rope, positions, w.head_dim)
     named = {"w_o": w.o, "context": context, **{f"b_{letter}": bias for letter, bias in biases.items()}, **options}
     names = _names(wrt, named)
@@ -111,7 +121,7 @@ def self_attention_vjp(
             "w_k",
             f" has {len(w.k)} rows: without context they must agree",
         )
-    layer = _Layer(names, turn.placed(queries), context is None)
+    layer = _Layer(names, turn.placed(queries), context is None, first_head)
     q = layer.add("q", queries, w.q, biases["q"], heads)
     k = layer.add("k", keys, w.k, biases["k"], kv_heads)
     v = layer.add("v", keys, w.v, biases["v"], kv_heads)
@@ -187,8 +197,9 @@ class _Rotation(NamedTuple):
 class _Layer:
     """The projections of a call, and what to compute."""
 
-    def __init__(self, names: tuple[str, ...], turn: _Rotation, same_tokens: bool) -> None:
+    def __init__(self, names: tuple[str, ...], turn: _Rotation, same_tokens: bool, first_head: int) -> None:
         self.names = names
+        self.first_head = first_head
         self.turn = turn
         self.same_tokens = same_tokens
         self.products: dict[str, Product] = {}
@@ -242,6 +253,7 @@ class _Layer:
         wrt += [name for name in self.names if name in _TERMS]
         attended = Operands(_NAME, operands, {**options, "layout": "bshd"}, wrt)
         attended.options.same_tokens = self.same_tokens
+        attended.options.first_head = self.first_head
         return attended
 
     def _through(self, gradients: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
@@ -85,13 +86,18 @@ class AttentionState:
 
     @clean_signature(attention, without=("out", "return_lse", "return_weights"))
     def __init__(self, q: ArrayLike, *, kv_len: int, first: int = 0, **options: Unpack[StateOptions]) -> None:
-        function = "AttentionState"
         if not options.keys() <= _OPTIONS:
             refuse_unknown(AttentionState.__init__, options)
+        self._begin(q, kv_len, first, options)
+
+    def _begin(self, q: ArrayLike, kv_len: int, first: int, options: Mapping[str, Any], first_query: int = 0) -> None:
+        """Begin with queries of which, for dropout, the first counts as query `first_query`."""
+        function = "AttentionState"
         queries = np.array(as_array(function, "q", q), order="C")
         self.kv_len = integer_in(function, "kv_len", kv_len, 0, _MOST_KEYS)
         start = integer_in(function, "first", first, 0, self.kv_len)
         checked = core_options(function, **options)
+        checked.first_query = first_query
         own = checked.copy()
         self._mask, self._bias = own.mask, own.bias
         own.mask = own.bias = None

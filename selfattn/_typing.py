@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from ._bias import T5Bias
     from ._cache import KVCache
+    from ._norm import LayerNorm, RMSNorm
     from ._paged import PagedKVCache
     from ._rope import RoPE
 
@@ -147,8 +148,8 @@ class LayerCallOptions(LayerOptions, total=False):
     residual: ArrayLike | None
 
 
-class SelfAttentionOptions(LayerOptions, total=False):
-    """Options of `self_attention`."""
+class WeightOptions(TypedDict, total=False):
+    """Options of `SelfAttention`, which `self_attention` has as well."""
 
     b_q: ArrayLike | None
     b_k: ArrayLike | None
@@ -158,10 +159,26 @@ class SelfAttentionOptions(LayerOptions, total=False):
     rope: RoPE | bool | None
 
 
-class LayerVjpOptions(PaddedScoreOptions, total=False):
-    """Options of `self_attention_vjp`."""
+class LayerSettings(WeightOptions, total=False):
+    """Options of `SelfAttention`."""
+
+    norm: LayerNorm | RMSNorm | None
+    post_norm: LayerNorm | RMSNorm | None
+
+
+class SelfAttentionOptions(LayerOptions, WeightOptions, total=False):
+    """Options of `self_attention`."""
+
+
+class LayerScoreOptions(PaddedScoreOptions, total=False):
+    """Options of the attention in a layer."""
 
     q_offset: ArrayLike | None
+
+
+class LayerVjpOptions(LayerScoreOptions, total=False):
+    """Options of `self_attention_vjp`."""
+
     return_lse: bool
     return_weights: bool
 

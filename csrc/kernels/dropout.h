@@ -46,6 +46,7 @@ constexpr std::int64_t factor_lines(std::int64_t keys) { return round_up(keys, 2
 template <class T>
 [[gnu::noinline]] inline const T* dropout_factors(const Dropout dropout, const RowLanes tile, std::int64_t first_key,
                                                   int keys, T* factors) {
+  first_key += dropout.first_key;
   constexpr int W = Vec<T>::width, chains = W / Words::width;
   const Vec<T> factor = broadcast(static_cast<T>(dropout.factor)), zero = broadcast(T(0));
   const std::int64_t first = first_key / keys_per_block;
@@ -77,6 +78,7 @@ template <class T>
 inline void drop(const Dropout& dropout, const Row& row, std::int64_t first_key, std::int64_t count,
                  void* weights) noexcept {
   constexpr int lanes = Words::width;
+  first_key += dropout.first_key;
   const std::int64_t end = first_key + count;
   for (std::int64_t block = first_key / keys_per_block; block * keys_per_block < end; block += lanes) {
     Words words[1][4];

@@ -36,6 +36,7 @@ struct Dropout {
   double factor = 0;  // 0: there is no dropout
   std::uint32_t threshold = 0;
   std::uint64_t seed = 0;
+  std::int64_t first_key = 0;  // as which key 0 of the call counts
 
   explicit operator bool() const { return factor != 0; }
 };

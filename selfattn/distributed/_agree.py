@@ -28,6 +28,7 @@ class _Described(Protocol):
 
 
 _D = TypeVar("_D", bound=_Described)
+_T = TypeVar("_T")
 
 
 class _Failure(NamedTuple):
@@ -55,6 +56,20 @@ def agree(link: Link, function: str, prepare: Callable[[], _D]) -> tuple[_D, lis
     _compare([facts for facts, _ in found])
     assert mine is not None
     return mine, [own for _, own in found]
+
+
+def together(link: Link, function: str, compute: Callable[[], _T]) -> _T:
+    """Return what `compute` returns on this rank, or raise the error of any rank on all of them."""
+    error: Exception | None = None
+    result: _T | None = None
+    with link.flight(function):
+        try:
+            result = compute()
+        except Exception as raised:
+            error = raised
+        found = link.exchange(function, error and failure(error, function))
+    raise_failures(found, error)
+    return result  # type: ignore[return-value]
 
 
 def raise_failures(found: Sequence[Any], cause: Exception | None) -> None:

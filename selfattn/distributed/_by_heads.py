@@ -8,19 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._attention import attention
+from .. import _core
+from .._arguments import core_options
 from .._errors import refusal
 from ._call import Call
 from ._link import Link
+from ._options import heads_of
 from ._travel import bytes_for, views_of
 
 
 def check_by_heads(call: Call, size: int) -> None:
     """Check what is needed besides; equal on all ranks."""
-    for name in ("mask", "bias"):
-        if call.options.has_rows(name):
-            text = " has rows of its own on each rank, which do not travel: use by='keys'"
-            raise refusal(ValueError, call.function, name, text)
     heads = call.k.shape[-3] if call.k.ndim > 2 else 1
     if heads < size:
         text = f" is 'heads', which needs a KV head for each of {size} ranks, but there are {heads}: use by='keys'"
@@ -33,10 +31,17 @@ def attend_by_heads(link: Link, call: Call, num_threads: int) -> tuple[NDArray[A
     group = q.shape[-3] // k.shape[-3]
     kv = split(k.shape[-3], link.size)
     heads = [slice(x.start * group, x.stop * group) for x in kv]
-    parts = [(q[..., h, :, :], k[..., g, :, :], v[..., g, :, :]) for h, g in zip(heads, kv, strict=True)]
+    travelling = {name: call.options.given[name] for name in ("mask", "bias") if call.options.has_rows(name)}
+    parts = [
+        (q[..., h, :, :], k[..., g, :, :], v[..., g, :, :], *(heads_of(name, x, h) for name, x in travelling.items()))
+        for h, g in zip(heads, kv, strict=True)
+    ]
     whole = _to_heads(link, call, parts)
-    options = call.options.of_heads(heads[link.rank])
-    results = attention(*whole, q_offset=0, return_lse=True, num_threads=num_threads, **options)
+    given = {**call.options.of_heads(heads[link.rank]), **dict(zip(travelling, whole[3:], strict=True))}
+    options = core_options(call.function, q_offset=0, return_lse=True, num_threads=num_threads, **given)
+    options.first_head = heads[link.rank].start
+    all_q, all_k, all_v = whole[:3]
+    results = _core.attention_for(call.function, all_q, all_k, all_v, options)
     shape = (*np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), q.shape[-3], call.rows, v.shape[-1])
     out, lse = np.empty(shape, q.dtype), np.empty((*shape[:-1], 1), results[1].dtype)
     _to_rows(link, call, (results[0], results[1][..., None]), (out, lse), heads)

@@ -33,7 +33,8 @@ class RunState:
         q = widened(q[..., run.rows, :], self._before, self._after)
         options = {**call.options.scores(), **call.options.lengths((start, stop), (0, length))}
         first = next((span[0] for span in spans if self.sees(span)), 0)
-        self._state = AttentionState(q, kv_len=length, first=first, num_threads=num_threads, **options)
+        self._state = AttentionState.__new__(AttentionState)
+        self._state._begin(q, length, first, {**options, "num_threads": num_threads}, start)
         self._begun = False
 
     def sees(self, keys: tuple[int, int]) -> bool:
@@ -47,8 +48,11 @@ class RunState:
         if not self.sees(keys):
             return
         self._begun = True
-        terms = self._call.options.piece(self._run, self._before, self._after, keys)
-        self._state.absorb(k, v, first=chunk.start, **terms)
+        self._state.absorb(k, v, first=chunk.start, **self._call.options.piece(keys, self._rows))
+
+    def _rows(self, name: str) -> NDArray[Any]:
+        """Return the rows of mask or bias, with rows of zeros for the neighbours."""
+        return widened(self._call.options.given[name][..., self._run.rows, :], self._before, self._after)
 
     def result(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return out and lse of the run's rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,13 +76,14 @@ class Call:
             found.append(Fact(name, " has shape ", f"({', '.join(shape)})"))
         return [*self.more, *found, *self.options.facts()]
 
-    def own(self) -> list[Run]:
+    def own(self) -> tuple[list[Run], set[str]]:
         """Return what all ranks must know of this one."""
-        return self.runs
+        return self.runs, self.options.with_rows
 
-    def settle(self, runs: Sequence[Sequence[Run]]) -> None:
+    def settle(self, owns: Sequence[tuple[Sequence[Run], Collection[str]]]) -> None:
         """Check what depends on all ranks. All of them know the same now, and raise the same errors."""
-        self.owners = Owners(self.function, runs)
+        self.owners = Owners(self.function, [runs for runs, _ in owns])
+        self.options.settle([names for _, names in owns], self.owners)
         try:
             self.options.check_whole(self.q, self.k, self.v, self.owners.length)
         except (TypeError, ValueError) as error:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._backward import Gradients, checked_names, computed_in
+from .._backward import Gradients, Operands, Upstream, checked_names, computed_in, sum_to
 from .._errors import refusal
-from .._gradients import attention_backward
 from ._agree import Fact
 from ._by_keys import wants_keys
 from ._call import Call
@@ -19,7 +18,7 @@ from ._rows import Run
 from ._travel import Travel, Wants
 
 BLOCK = 512  # rows of a chunk are a multiple of this
-_NAMES = ("q", "k", "v")
+_SHARED = ("sinks", "alibi_slopes", "t5", "scale")  # arguments that all rows share
 
 
 class GradientCall(Call):
@@ -35,11 +34,7 @@ class GradientCall(Call):
         options: Mapping[str, Any],
     ) -> None:
         super().__init__(function, like, arrays, rows, options)
-        self.wrt = checked_names(function, wrt, {}, _NAMES)
-        if "scale" in self.wrt:
-            raise refusal(
-                ValueError, function, "wrt", " names 'scale', but only 'q', 'k' and 'v' are possible over ranks"
-            )
+        self.wrt = checked_names(function, wrt, self.options.given)
         for name in ("grad_out", "out", "lse", "grad_lse"):
             if name in self.arrays:
                 shape = self.out_shape if name in ("grad_out", "out") else (*self.out_shape[:-1], 1)
@@ -47,10 +42,6 @@ class GradientCall(Call):
                     kept = slice(None) if name in ("grad_out", "out") else slice(-1)
                     text = f" has shape {self.arrays[name].shape[kept]} but {shape[kept]} is needed (heads before rows)"
                     raise refusal(ValueError, function, name, text)
-        for name in ("mask", "bias"):
-            if self.options.has_rows(name) and self.wrt != ("q",):
-                text = " has rows of its own on each rank, which do not travel to the gradients of k and v"
-                raise refusal(ValueError, function, name, text)
         self.more = [Fact("wrt", " is ", repr(self.wrt))]
 
     def inner(self) -> NDArray[Any]:
@@ -62,25 +53,48 @@ class GradientCall(Call):
 
 
 def differentiate(link: Link, call: GradientCall, num_threads: int) -> Gradients:
-    """Return the gradients of this rank's rows."""
-    kind = computed_in(call.q.dtype)
-    sums = {name: np.zeros(call.arrays[name].shape, kind) for name in call.wrt}
-    backward = _Backward(call, call.inner(), kind, num_threads)
-    if "q" in sums:
+    """Return the gradients of this rank's rows, and of what all ranks share."""
+    backward = _Backward(call, num_threads)
+    of_queries = [name for name in call.wrt if name not in ("k", "v", "sinks")]
+    if of_queries:
         for chunk in Travel(link, call, (call.k, call.v), BLOCK, wants_keys(call)).chunks():
+            keys = (chunk.start, chunk.stop)
             with link.moving(chunk.coming):
-                backward.add_of_queries(sums["q"], (chunk.start, chunk.stop), chunk.arrays)
-    of_keys = {name: x for name, x in sums.items() if name != "q"}
+                for run in call.runs:
+                    if call.options.sees((run.start, run.stop), keys):
+                        backward.add_of_queries(of_queries, run, keys, chunk.arrays)
+    if "sinks" in call.wrt:  # no key is needed
+        for run in call.runs:
+            backward.add_of_queries(["sinks"], run, (0, 0), [call.k[..., :0, :], call.v[..., :0, :]])
+    of_keys = [name for name in call.wrt if name in ("k", "v")]
     if of_keys:
-        queries = (call.q, call.arrays["grad_out"], call.arrays["lse"], backward.inner)
-        for chunk in Travel(link, call, queries, BLOCK, _wants_queries(call)).chunks():
+        for chunk in Travel(link, call, backward.queries, BLOCK, _wants_queries(call)).chunks():
+            queries = (chunk.start, chunk.stop)
             with link.moving(chunk.coming):
-                backward.add_of_keys(of_keys, (chunk.start, chunk.stop), chunk.arrays)
-    rounded = {name: call.to_layout(x.astype(call.arrays[name].dtype, copy=False)) for name, x in sums.items()}
-    return Gradients(**rounded)
+                for run in call.runs:
+                    if call.options.sees(queries, (run.start, run.stop)):
+                        backward.add_of_keys(of_keys, run, queries, chunk.arrays)
+    sums = backward.sums
+    _sum_over_ranks(link, call, [sums[name] for name in call.wrt if _is_shared(call, name)])
+    return Gradients(**{name: backward.rounded(name) for name in call.wrt})
 
 
-def _wants_queries(call: GradientCall) -> Wants:
+def _is_shared(call: Call, name: str) -> bool:
+    return name in _SHARED or (name == "bias" and not call.options.has_rows("bias"))
+
+
+def _sum_over_ranks(link: Link, call: Call, arrays: Sequence[NDArray[np.float64]]) -> None:
+    """Replace each array by the sum of those of all ranks, in the order of the ranks."""
+    if not arrays:
+        return
+    mine = np.concatenate([array.ravel() for array in arrays])
+    ends = np.cumsum([array.size for array in arrays])
+    for rank, numbers in enumerate(link.gather(call.function, mine.view(np.uint8)).view(np.float64)):
+        for array, part in zip(arrays, np.split(numbers, ends[:-1]), strict=True):
+            array[...] = part.reshape(array.shape) + (array if rank else 0)
+
+
+def _wants_queries(call: Call) -> Wants:
     def wants(rank: int, start: int, stop: int) -> bool:
         return any(call.options.sees((start, stop), (run.start, run.stop)) for run in call.owners.runs[rank])
 
@@ -88,53 +102,77 @@ def _wants_queries(call: GradientCall) -> Wants:
 
 
 class _Backward:
-    """What all pieces of a backward pass share. All sums are in the type of computation, and are rounded once."""
+    """What all pieces of a backward pass share. All sums are in the type of computation or wider, and rounded once."""
 
-    def __init__(self, call: GradientCall, inner: NDArray[Any], kind: np.dtype[Any], num_threads: int) -> None:
-        self.call, self.inner, self._kind = call, inner, kind
-        self._options = {**call.options.scores(), "num_threads": num_threads, "accumulate": True}
+    def __init__(self, call: GradientCall, num_threads: int) -> None:
+        self.call = call
+        self._kind = computed_in(call.q.dtype)
+        self._options = {**call.options.scores(), "num_threads": num_threads}
+        self._with_rows = [name for name in ("mask", "bias") if call.options.has_rows(name)]
+        rows = [call.options.given[name] for name in self._with_rows]
+        self.queries = (call.q, call.arrays["grad_out"], call.arrays["lse"], call.inner(), *rows)
+        self.sums = {name: self._zeros(name) for name in call.wrt}
 
-    def add_of_queries(self, total: NDArray[Any], keys: tuple[int, int], arrays: list[NDArray[Any]]) -> None:
-        """Add what some keys contribute to the gradients of this rank's queries."""
-        call = self.call
-        k, v = (x.astype(self._kind, copy=False) for x in arrays)
-        for run in call.runs:
-            if not call.options.sees((run.start, run.stop), keys):
-                continue
-            q, grad_out, lse, inner = (
-                x[..., run.rows, :] for x in (call.q, call.arrays["grad_out"], call.arrays["lse"], self.inner)
-            )
-            given = (q.astype(self._kind, copy=False), grad_out.astype(self._kind, copy=False), lse, inner)
-            into = {"q": total[..., run.rows, :]}
-            self._add(into, run, ((run.start, run.stop), keys), given, (k, v))
+    def _zeros(self, name: str) -> NDArray[Any]:
+        if name in ("q", "k", "v"):
+            return np.zeros(self.call.arrays[name].shape, self._kind)
+        given: Any = self.call.options.given.get(name)
+        return np.zeros(() if name == "scale" else np.shape(given.table if name == "t5" else given), np.float64)
+
+    def rounded(self, name: str) -> NDArray[Any]:
+        """Return the sum of all pieces in the dtype of the result."""
+        found = self.sums[name]
+        if name in ("q", "k", "v"):
+            return self.call.to_layout(found.astype(self.call.arrays[name].dtype, copy=False))
+        return found.astype(self.call.options.given["bias"].dtype if name == "bias" else self._kind)
+
+    def add_of_queries(
+        self, names: Sequence[str], run: Run, keys: tuple[int, int], arrays: Sequence[NDArray[Any]]
+    ) -> None:
+        """Add what a run of this rank's queries and some keys contribute to gradients of anything but k and v."""
+        queries = [x[..., run.rows, :] for x in self.queries]
+        for name, array in self._piece(names, ((run.start, run.stop), keys), queries, arrays).items():
+            total = self.sums[name]
+            if name == "q":
+                total[..., run.rows, :] += array
+            elif name == "bias":
+                if total.ndim and total.shape[-1] != 1:
+                    total = total[..., slice(*keys)]
+                if "bias" in self._with_rows:
+                    total = total[..., run.rows, :]
+                total[...] += array
+            else:
+                total[...] += array
 
     def add_of_keys(
-        self, totals: dict[str, NDArray[Any]], queries: tuple[int, int], arrays: list[NDArray[Any]]
+        self, names: Sequence[str], run: Run, queries: tuple[int, int], arrays: Sequence[NDArray[Any]]
     ) -> None:
-        """Add what some queries contribute to the gradients of this rank's keys and values."""
-        call = self.call
-        q, grad_out, lse, inner = arrays
-        given = (q.astype(self._kind, copy=False), grad_out.astype(self._kind, copy=False), lse, inner)
-        for run in call.runs:
-            if not call.options.sees(queries, (run.start, run.stop)):
-                continue
-            k, v = (x[..., run.rows, :].astype(self._kind, copy=False) for x in (call.k, call.v))
-            into = {name: x[..., run.rows, :] for name, x in totals.items()}
-            self._add(into, run, (queries, (run.start, run.stop)), given, (k, v))
+        """Add what some queries contribute to the gradients of a run of this rank's keys and values."""
+        keys = [x[..., run.rows, :] for x in (self.call.k, self.call.v)]
+        for name, array in self._piece(names, (queries, (run.start, run.stop)), arrays, keys).items():
+            self.sums[name][..., run.rows, :] += array
 
-    def _add(
+    def _piece(
         self,
-        into: dict[str, NDArray[Any]],
-        run: Run,
+        names: Sequence[str],
         places: tuple[tuple[int, int], tuple[int, int]],
-        given: tuple[NDArray[Any], ...],
-        keys: tuple[NDArray[Any], NDArray[Any]],
-    ) -> None:
-        q, grad_out, lse, inner = given
-        options = {**self._options, **self.call.options.lengths(*places)}
-        options |= self.call.options.piece(run, 0, 0, places[1])
+        queries: Sequence[NDArray[Any]],
+        keys: Sequence[NDArray[Any]],
+    ) -> dict[str, NDArray[Any]]:
+        """Return the gradients of some queries and keys, whose positions are `places`."""
+        q, grad_out, k, v = (x.astype(self._kind, copy=False) for x in (*queries[:2], *keys))
+        lse, inner = (x[..., 0] for x in queries[2:4])
+        terms = self.call.options.piece(places[1], dict(zip(self._with_rows, queries[4:], strict=True)).__getitem__)
+        if "bias" in terms and terms["bias"].dtype.itemsize == 2:
+            terms["bias"] = terms["bias"].astype(np.float32)
+        options = {**self._options, **self.call.options.lengths(*places), **terms}
+        operands = Operands(self.call.function, (q, k, v), options, names)
+        operands.options.first_query, operands.options.first_key = places[0][0], places[1][0]
         # Only D = Σ ∂out · out − ∂lse is needed of out: with out = 0 it is −∂lse.
         nothing = np.broadcast_to(np.zeros((), self._kind), grad_out.shape)
-        attention_backward(
-            grad_out, q, *keys, nothing, lse[..., 0], grad_lse=-inner[..., 0], wrt=tuple(into), into=into, **options
-        )
+        found = operands.backward(Upstream(grad_out, -inner, None), nothing, lse)
+        like: dict[str, Any] = {"q": q, "k": k, "v": v, "bias": terms.get("bias")}
+        return {
+            name: operands._of_numbers(name, x) if name in _SHARED else sum_to(x, np.shape(like[name]))
+            for name, x in found.items()
+        }

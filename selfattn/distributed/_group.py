@@ -95,7 +95,7 @@ class Group:
         """
         return rows_of("Group.rows", length, order, self.rank, self.size)
 
-    @clean_signature(attention, without=("q_offset", "return_weights", "dropout", "seed"))
+    @clean_signature(attention, without=("q_offset", "return_weights"))
     def attention(
         self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, rows: ArrayLike, by: str = "keys", **options: Any
     ) -> Any:
@@ -115,10 +115,10 @@ class Group:
             computes while the next chunk travels; its memory is that of its own rows and of two chunks. "heads": every
             rank gets all rows of some heads; needs at least as many KV heads as ranks.
         **options
-            Options of `selfattn.attention`, except `q_offset`, `return_weights`, `dropout` and `seed`. They speak of
-            the whole sequence: `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys are the
-            same tokens). `mask` and `bias` broadcast to (..., H, rows, length of the whole sequence); with
-            ``by="heads"`` they must be the same for all rows. `num_threads` and `out` may differ between ranks.
+            Options of `selfattn.attention`, except `q_offset` and `return_weights`. They speak of the whole sequence:
+            `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys are the same tokens), and
+            `dropout` drops the weights that one process would drop. `mask` and `bias` broadcast to (..., H, rows,
+            length of the whole sequence). `num_threads` and `out` may differ between ranks.
 
         Returns
         -------
@@ -155,7 +155,7 @@ class Group:
             attend = attend_by_keys if by == "keys" else attend_by_heads
             return call.results(*attend(self._link, call, threads))
 
-    @clean_signature(attention_backward, without=("q_offset", "dropout", "seed", "grad_weights", "into", "accumulate"))
+    @clean_signature(attention_backward, without=("q_offset", "grad_weights", "into", "accumulate"))
     def attention_backward(
         self,
         grad_out: ArrayLike,
@@ -179,16 +179,17 @@ class Group:
         rows : integer array
             As for `attention`.
         wrt : sequence of str
-            "q", "k", "v" or some of them.
+            As for `selfattn.attention_backward`: "q", "k", "v", "bias", "sinks", "alibi_slopes", "t5", "scale".
         grad_lse : array_like, shape (..., H, rows), optional
             ∂L/∂lse.
         **options
-            The options that were passed to `attention`. `mask` and `bias` must be the same for all rows.
+            The options that were passed to `attention`.
 
         Returns
         -------
         Gradients
-            Those of this rank's rows, in the dtypes of q, k and v.
+            Those of this rank's rows of q, k, v, and of a bias that has rows of its own. The others are the same on all
+            ranks. Dtypes are those of `selfattn.attention_backward`.
 
         Raises
         ------
@@ -198,8 +199,10 @@ class Group:
         Notes
         -----
         Keys and values travel for the gradient of q; then queries, the gradient of `out`, lse and one number per row
-        (``Σ_d ∂out_d · out_d``) travel for the gradients of k and v. No gradient travels, so each is summed on one
-        rank, in ascending order.
+        (``Σ_d ∂out_d · out_d``) travel for the gradients of k and v, with the rows of mask and bias. So a gradient of
+        q, k or v is summed on one rank, in ascending order, and does not depend on the number of ranks, except that with
+        ALiBi the last bits for k and v depend on where runs of rows begin and end. Gradients that all rows share are
+        summed in the order of the ranks: their last bits depend on which rank has which rows.
         """
         function = "Group.attention_backward"
         arrays = {"q": q, "k": k, "v": v, "grad_out": grad_out, "out": out, "lse": lse}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,17 +16,15 @@ from .._bias import T5Bias
 from .._errors import refusal
 from .._keywords import refuse_unknown
 from ._agree import Fact
-from ._rows import Run
+from ._rows import Owners
 
 REFUSED = {
     "q_offset": "the positions of queries are those of rows",
     "return_weights": "no rank has all keys at once",
-    "dropout": "which weights are dropped depends on the index of a row in one array",
-    "seed": "there is no dropout",
 }
 _COMPARED = (
     "causal", "window", "kv_lens", "q_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks", "layout",
-    "return_lse", "precision", "t5",
+    "return_lse", "precision", "t5", "dropout", "seed",
 )  # fmt: skip
 
 
@@ -67,6 +65,7 @@ class Options:
         for name in ("q_lens", "kv_lens", "kv_starts"):
             if name in self.given:
                 self.given[name] = integers(function, name, self.given[name])
+        self.with_rows = {name for name in self._with_axis() if self.given[name].shape[-2] != 1}
         self._checked = dict(self.given)
         # Queries and keys are the same tokens.
         if "kv_lens" in self.given and "q_lens" not in self.given:
@@ -84,7 +83,7 @@ class Options:
 
     def scores(self) -> dict[str, Any]:
         """Return the options that are the same for all rows and keys."""
-        names = ("causal", "window", "scale", "softcap", "alibi_slopes", "sinks", "precision", "t5")
+        names = ("causal", "window", "scale", "softcap", "alibi_slopes", "sinks", "precision", "t5", "dropout", "seed")
         return {name: self.given[name] for name in names if name in self.given}
 
     def lengths(self, queries: tuple[int, int], keys: tuple[int, int]) -> dict[str, Any]:
@@ -112,23 +111,26 @@ class Options:
         """Return all options for some of the query heads."""
         return of_heads(self.function, self.given, heads)
 
+    def settle(self, with_rows: Sequence[Collection[str]], owners: Owners) -> None:
+        """Find whether mask and bias differ between rows, given what all ranks see. With one row it cannot be seen."""
+        single = all(owners.count(rank) <= 1 for rank in range(len(with_rows)))
+        self.with_rows = self._with_axis() if single else set().union(*with_rows)
+
+    def _with_axis(self) -> set[str]:
+        """Return which of mask and bias have an axis of rows."""
+        return {name for name in ("mask", "bias") if name in self.given and self.given[name].ndim > 1}
+
     def has_rows(self, name: str) -> bool:
         """Whether the mask or bias differs between rows."""
-        array = self.given.get(name)
-        return array is not None and array.ndim > 1 and array.shape[-2] != 1
+        return name in self.with_rows
 
-    def piece(self, run: Run, before: int, after: int, keys: tuple[int, int]) -> dict[str, Any]:
-        """Return mask and bias for a run of rows, with rows of zeros around it, and for a range of keys."""
+    def piece(self, keys: tuple[int, int], rows: Callable[[str], NDArray[Any]]) -> dict[str, Any]:
+        """Return mask and bias for a range of keys. `rows` gives the rows of one that differs between rows."""
         found: dict[str, Any] = {}
         for name in ("mask", "bias"):
-            if name not in self.given:
-                continue
-            array = self.given[name]
-            if array.ndim and array.shape[-1] != 1:
-                array = array[..., keys[0] : keys[1]]
-            if self.has_rows(name):
-                array = widened(array[..., run.rows, :], before, after)
-            found[name] = array
+            if name in self.given:
+                array = rows(name) if self.has_rows(name) else self.given[name]
+                found[name] = array[..., slice(*keys)] if array.ndim and array.shape[-1] != 1 else array
         return found
 
     def check_whole(self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], length: int) -> None:
@@ -144,17 +146,21 @@ class Options:
 def of_heads(function: str, given: Mapping[str, Any], heads: slice) -> dict[str, Any]:
     """Return options for some of the query heads."""
     found = dict(given)
-    for name in ("alibi_slopes", "sinks"):
+    for name in ("alibi_slopes", "sinks", "mask", "bias"):
         if found.get(name) is not None:
-            found[name] = as_array(function, name, found[name])[..., heads]
+            found[name] = heads_of(name, as_array(function, name, found[name]), heads)
     if found.get("t5") is not None:
-        t5 = found["t5"]
-        found["t5"] = T5Bias(as_array(function, "t5", t5.table)[:, heads], t5.bidirectional, t5.max_distance)
-    for name in ("mask", "bias"):
-        if found.get(name) is not None:
-            array = as_array(function, name, found[name])
-            found[name] = array[..., heads, :, :] if array.ndim > 2 and array.shape[-3] > 1 else array
+        table = heads_of("t5", as_array(function, "t5", found["t5"].table), heads)
+        found["t5"] = T5Bias(table, found["t5"].bidirectional, found["t5"].max_distance)
     return found
+
+
+def heads_of(name: str, array: NDArray[Any], heads: slice) -> NDArray[Any]:
+    """Return the part of an option for some of the query heads: all of it if all heads share it."""
+    axis = -3 if name in ("mask", "bias") else -1
+    if array.ndim < -axis or array.shape[axis] == 1:
+        return array
+    return array[..., heads] if axis == -1 else array[..., heads, :, :]
 
 
 def widened(array: NDArray[Any], before: int, after: int) -> NDArray[Any]:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import as_array
 from .._errors import refusal
-from .._keywords import clean_signature, hinted, refuse_unknown
+from .._keywords import clean_signature, hinted
 from .._layer import SelfAttention
+from .._layer_gradients import differentiable, self_attention_vjp
+from .._products import rounded, rows_of
+from .._typing import Array, LayerCallOptions, LayerScoreOptions, LayerSettings
 from .._weights import head_counts
-from ._agree import Fact, agree, failure, raise_failures
-from ._by_heads import split
-from ._decode import Held
-from ._options import of_heads, value_text
+from ._agree import agree, together
+from ._options import of_heads
+from ._split_part import NAME, LayerCall, Part, Upstream, of_all_heads
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ._group import Group
 
-_NAME = "SplitSelfAttention"
-_REFUSED = ("return_lse", "return_weights", "dropout", "seed", "out")
-_COMPARED = (
-    "causal", "q_offset", "window", "q_lens", "kv_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks",
-    "precision", "t5", "positions",
-)  # fmt: skip
+_VJP = f"{NAME}.vjp"
+_TERMS = ("bias", "sinks", "alibi_slopes", "t5", "scale")
+_OF_LAYER = ("b_q", "b_k", "b_v", "b_o", "num_heads", "num_kv_heads", "rope", "return_lse", "return_weights")
+_LayerVjp = Callable[[ArrayLike], dict[str, Array]]
 
 
 @hinted
@@ -42,11 +43,9 @@ class SplitSelfAttention:
         Has at most as many ranks as there are KV heads.
     w_q, w_k, w_v, w_o : array_like
         As for `SelfAttention`.
-    b_q, b_k, b_v, b_o : array_like, optional
-    num_heads, num_kv_heads : int
-    rope : RoPE or True, optional
-    norm : LayerNorm or RMSNorm, optional
-        The norm of x, before the projections.
+    num_heads : int
+    **settings
+        `b_q`, `b_k`, `b_v`, `b_o`, `num_kv_heads`, `rope`, `norm` and `post_norm`, as for `SelfAttention`.
 
     Attributes
     ----------
@@ -59,6 +58,7 @@ class SplitSelfAttention:
     same bits. These depend on the number of ranks.
     """
 
+    @clean_signature(SelfAttention.__init__)
     def __init__(
         self,
         group: Group,
@@ -67,36 +67,32 @@ class SplitSelfAttention:
         w_v: ArrayLike,
         w_o: ArrayLike,
         *,
-        b_q: ArrayLike | None = None,
-        b_k: ArrayLike | None = None,
-        b_v: ArrayLike | None = None,
-        b_o: ArrayLike | None = None,
         num_heads: int,
-        num_kv_heads: int | None = None,
-        rope: Any = None,
-        norm: Any = None,
+        **settings: Unpack[LayerSettings],
     ) -> None:
-        matrices = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
-        biases = {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
+        others: dict[str, Any] = {name: settings.get(name) for name in ("rope", "norm", "post_norm")}
+        weights: dict[str, Any] = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
+        weights |= {name: settings.get(name) for name in ("b_q", "b_k", "b_v", "b_o")}
         self._group = group
 
-        def prepare() -> _Part:
-            counts = head_counts(_NAME, num_heads, num_kv_heads)
-            return _Part(group, {**matrices, **biases}, counts, {"rope": rope, "norm": norm})
+        def prepare() -> Part:
+            return Part(group, weights, head_counts(NAME, num_heads, settings.get("num_kv_heads")), others)
 
-        part, _ = agree(group._link, _NAME, prepare)
-        self._layer, self.heads, self.kv_heads = part.layer, part.heads, part.kv_heads
+        part, _ = agree(group._link, NAME, prepare)
+        self._layer, self._post_norm = part.layer, part.post_norm
+        self._norms = (others["norm"], part.post_norm)
+        self.heads, self.kv_heads = part.heads, part.kv_heads
 
-    @clean_signature(SelfAttention.__call__, without=_REFUSED)
-    def __call__(self, x: ArrayLike, **options: Any) -> NDArray[Any]:
+    @clean_signature(SelfAttention.__call__, without=("return_lse", "return_weights"))
+    def __call__(self, x: ArrayLike, **options: Unpack[LayerCallOptions]) -> NDArray[Any]:
         """Apply the layer to x, which is the same on all ranks.
 
         Parameters
         ----------
         x : array_like, shape (..., S, d_model)
         **options
-            Options of `SelfAttention` for all heads, except `return_lse`, `return_weights`, `dropout`, `seed` and
-            `out`. `cache` and `sequences` are this rank's.
+            Options of `SelfAttention` for all heads, except `return_lse` and `return_weights`. `cache` and `sequences`
+            are this rank's.
 
         Returns
         -------
@@ -104,27 +100,101 @@ class SplitSelfAttention:
             The same on all ranks.
         """
         link = self._group._link
-        call, _ = agree(link, _NAME, lambda: _LayerCall(x, options))
-        error: Exception | None = None
-        part = np.empty((*call.x.shape[:-1], self._layer.d_out), call.x.dtype)
-        given = of_heads(_NAME, call.given, self.heads)
+
+        def prepare() -> LayerCall:
+            found = LayerCall(SplitSelfAttention.__call__, x, options)
+            found.check_out(self._layer.d_out)
+            return found
+
+        call, _ = agree(link, NAME, prepare)
+        given = of_heads(NAME, call.given, self.heads)
         if self._group.rank > 0:
             given.pop("residual", None)  # counts once
         given.setdefault("num_threads", self._group.num_threads)
         try:
-            with link.flight(_NAME):
-                try:
-                    part = self._layer(call.x, **given)
-                except Exception as raised:
-                    error = raised
-                found = link.exchange(_NAME, error and failure(error, _NAME))
-            raise_failures(found, error)
-            with link.flight(_NAME):
-                return self._sum(part)
+            part = together(link, NAME, lambda: self._layer(call.x, **given))
+            with link.flight(NAME):
+                y = self._sum(part)
         except BaseException:
             if call.held is not None:
                 call.held.restore()
             raise
+        if self._post_norm is not None:
+            y = self._post_norm(y)
+        if call.out is None:
+            return y
+        call.out[...] = y
+        return call.out
+
+    @clean_signature(self_attention_vjp, without=_OF_LAYER)
+    def vjp(
+        self,
+        x: ArrayLike,
+        *,
+        wrt: Sequence[str] = ("x", "w_q", "w_k", "w_v", "w_o"),
+        context: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        **options: Unpack[LayerScoreOptions],
+    ) -> tuple[NDArray[Any], _LayerVjp]:
+        """Apply the layer to x, and return a function that computes the gradients.
+
+        Parameters
+        ----------
+        x, context, positions, **options
+            As for `self_attention_vjp`, for all heads; the same on all ranks.
+        wrt : sequence of str
+            As for `self_attention_vjp`.
+
+        Returns
+        -------
+        y : ndarray, shape (..., S, d_out)
+            The same on all ranks.
+        vjp : callable
+            ``vjp(grad_y)`` is collective and returns a dict of the gradients by name. Those of the matrices, and of
+            `b_q`, `b_k` and `b_v`, are those of this rank's heads: of the columns (for `w_o`, the rows) that this rank
+            keeps. All others are the same on all ranks.
+
+        Raises
+        ------
+        TypeError, ValueError, TimeoutError
+            On every rank. Also if the layer has a norm: its gradient is not computed, so apply it outside the layer.
+        """
+        link = self._group._link
+        given: dict[str, Any] = {"context": context, "positions": positions, **options}
+
+        def prepare() -> LayerCall:
+            if any(self._norms):
+                raise refusal(ValueError, _VJP, "norm", " or post_norm is part of the layer: apply it outside")
+            return LayerCall(SplitSelfAttention.vjp, x, given, wrt)
+
+        call, _ = agree(link, _VJP, prepare)
+        own = of_heads(_VJP, {"rope": self._layer._rope, **call.given}, self.heads)
+        own.setdefault("num_threads", self._group.num_threads)
+        counts = (self._layer.num_heads, self._layer.num_kv_heads)
+        names = [name for name in wrt if name != "b_o"]  # which only one rank has
+
+        def forward() -> Any:
+            return differentiable(call.x, self._layer._unpacked(), counts, names, own, self.heads.start)
+
+        part, of_part = together(link, _VJP, forward)
+        with link.flight(_VJP):
+            y = self._sum(part)
+
+        def vjp(grad_y: ArrayLike) -> dict[str, Array]:
+            """Return the gradients, given that of y."""
+            upstream, _ = agree(link, _VJP, lambda: Upstream(grad_y, y))
+            found = together(link, _VJP, lambda: of_part(upstream.array))
+            if "b_o" in wrt:
+                total = rows_of(upstream.array, np.dtype(np.float64)).sum(axis=0)
+                found["b_o"] = rounded(total, call.x.dtype)
+            for name in [name for name in wrt if name in ("x", "context", *_TERMS)]:
+                if name in _TERMS:
+                    found[name] = of_all_heads(name, found[name], call.given.get(name), self.heads)
+                with link.flight(_VJP):
+                    found[name] = self._sum(found[name])
+            return {name: found[name] for name in wrt}
+
+        return y, vjp
 
     def _sum(self, part: NDArray[Any]) -> NDArray[Any]:
         """Return the sum over all ranks. Each rank sums one part of the numbers, and all get all parts."""
@@ -135,80 +205,10 @@ class SplitSelfAttention:
         padded[: flat.size] = flat
         outgoing = [x.view(np.uint8) for x in np.split(padded, group.size)]
         incoming = [np.empty(x.size, np.uint8) for x in outgoing]
-        link.swap(_NAME, outgoing, incoming)
+        link.swap(NAME, outgoing, incoming)
         kind = np.float64 if flat.dtype == np.float64 else np.float32
         total = np.zeros(share, kind)
         for buffer in incoming:
             total += buffer.view(flat.dtype)
-        rows = link.gather(_NAME, total.astype(flat.dtype).view(np.uint8))
+        rows = link.gather(NAME, total.astype(flat.dtype).view(np.uint8))
         return rows.reshape(-1).view(flat.dtype)[: flat.size].reshape(part.shape)
-
-
-class _Part:
-    """This rank's part of the weights."""
-
-    def __init__(self, group: Group, given: Mapping[str, Any], counts: tuple[int, int], others: dict[str, Any]) -> None:
-        heads, kv_heads = counts
-        if kv_heads < group.size:
-            text = f" is {kv_heads}, but every one of {group.size} ranks needs a KV head"
-            raise refusal(ValueError, _NAME, "num_kv_heads", text)
-        self.kv_heads = split(kv_heads, group.size)[group.rank]
-        ratio = heads // kv_heads
-        self.heads = slice(self.kv_heads.start * ratio, self.kv_heads.stop * ratio)
-        arrays = {name: as_array(_NAME, name, x) for name, x in given.items() if x is not None}
-        if "w_o" not in arrays:
-            raise refusal(ValueError, _NAME, "w_o", " is missing: without it there is nothing to sum")
-        self._facts = [Fact("num_heads", " is ", str(heads)), Fact("num_kv_heads", " is ", str(kv_heads))]
-        for name in given:
-            array = arrays.get(name)
-            text = "none" if array is None else f"{array.shape} of {array.dtype.name}"
-            self._facts.append(Fact(name, " is ", text))
-        self.layer = SelfAttention(**self._own(arrays, counts), **others)
-
-    def _own(self, arrays: Mapping[str, NDArray[Any]], counts: tuple[int, int]) -> dict[str, Any]:
-        own: dict[str, Any] = {
-            "num_heads": self.heads.stop - self.heads.start,
-            "num_kv_heads": self.kv_heads.stop - self.kv_heads.start,
-        }
-        for name, array in arrays.items():
-            which, count = (self.heads, counts[0]) if name[-1] in "qo" else (self.kv_heads, counts[1])
-            if name == "b_o":
-                own[name] = array if which.start == 0 else None  # counts once
-                continue
-            axis = 0 if name == "w_o" else -1
-            if not array.ndim or array.shape[axis] % count:
-                text = f" has shape {array.shape}, which {count} heads do not divide"
-                raise refusal(ValueError, _NAME, name, text)
-            width = array.shape[axis] // count
-            part = slice(which.start * width, which.stop * width)
-            own[name] = array[part] if axis == 0 else array[..., part]
-        return own
-
-    def facts(self) -> list[Fact]:
-        """Return what must be equal on all ranks."""
-        return self._facts
-
-    def own(self) -> None:
-        """Return what all ranks must know of this one."""
-
-
-class _LayerCall:
-    """The arguments of a call on one rank."""
-
-    def __init__(self, x: Any, options: Mapping[str, Any]) -> None:
-        for name in _REFUSED:
-            if options.get(name):
-                raise refusal(ValueError, _NAME, name, " cannot be used over ranks")
-        self.given = {name: value for name, value in options.items() if name not in _REFUSED}
-        refuse_unknown(SplitSelfAttention.__call__, self.given)
-        self.x = as_array(_NAME, "x", x)
-        cache = self.given.get("cache")
-        self.held = None if cache is None else Held(_NAME, cache, self.given.get("sequences"))
-
-    def facts(self) -> list[Fact]:
-        """Return what must be equal on all ranks."""
-        found = [Fact("x", " has dtype ", self.x.dtype.name), Fact("x", " has shape ", str(self.x.shape))]
-        return [*found, *(Fact(name, " is ", value_text(self.given.get(name))) for name in _COMPARED)]
-
-    def own(self) -> None:
-        """Return what all ranks must know of this one."""

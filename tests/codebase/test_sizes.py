@@ -20,7 +20,6 @@ LONG_FILES = {"selfattn/_core.pyi": "the types of one module"}
 MANY_PARAMETERS = {
     "_arguments.core_options": "the options of attention, by name",
     "distributed._group.attention_backward": "public; its package is not imported here, since MPI would start",
-    "distributed._split_layer.__init__": "public",
     "integrations._hf_attention.attention_forward": "called by transformers",
     "integrations._hf_mask.make_mask": "called by transformers",
     "integrations._hf_models.forward": "called by transformers",

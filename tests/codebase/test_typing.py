@@ -40,6 +40,7 @@ OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
     (sa.attention_with_kvcache, _typing.CachedOptions, {"return_lse", "return_weights"}),
     (sa.self_attention, _typing.SelfAttentionOptions, {"return_lse", "return_weights", "num_heads"}),
     (sa.self_attention_vjp, _typing.LayerVjpOptions, LAYER_OWN),
+    (sa.SelfAttention, _typing.LayerSettings, {"num_heads"}),
     (sa.SelfAttention.__call__, _typing.LayerCallOptions, {"return_lse", "return_weights"}),
     (compat.dot_product_attention, _jax._Options, {"return_residual"}),
 ]

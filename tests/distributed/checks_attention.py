@@ -6,8 +6,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from checks_backward import hashes_of_gradients
 from mpi4py import MPI
-from rank_operands import one_process, operands, own, sha, state, whole
+from rank_operands import one_process, operands, own, rows_of_options, sha, state, whole
 
 import selfattn as sa
 from selfattn.distributed import Group, _link, _travel
@@ -78,27 +79,21 @@ def options_of(rng: np.random.Generator, length: int) -> dict[str, Any]:
         "mask": rng.random((2, 1, length, length)) < 0.8,
         "bias": rng.standard_normal((4, length, length)).astype(np.float32),
         "t5": sa.T5Bias(rng.standard_normal((32, 4)).astype(np.float32)),
+        "dropout": 0.3,
     }
     for name in rng.choice(list(choices), 3, replace=False):
         found[str(name)] = choices[str(name)]
+    if "dropout" in found:
+        found["seed"] = 7
     if rng.integers(3) == 0:
         found["mask"] = rng.random((1, length)) < 0.7
-    return found
-
-
-def rows_of_options(options: dict[str, Any], rows: Any) -> dict[str, Any]:
-    """Return the options of one rank: its rows of mask and bias."""
-    found = dict(options)
-    for name in ("mask", "bias"):
-        if name in found and found[name].shape[-2] > 1:
-            found[name] = found[name][..., rows, :]
     return found
 
 
 def check_options(group: Group) -> list[str]:
     """A sweep against one process; returns hashes, which must not depend on the number of ranks."""
     hashes = []
-    for case in range(16):
+    for case in range(18):
         rng = np.random.default_rng(case)
         length = int(rng.choice([1, 3, 40, 130, 700, 1300]))
         dtype = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16][case % 4]
@@ -115,13 +110,19 @@ def check_options(group: Group) -> list[str]:
     return hashes
 
 
+def check_gradients(group: Group) -> list[str]:
+    return hashes_of_gradients(group)
+
+
 def check_heads(group: Group) -> None:
     for case in range(12):
         rng = np.random.default_rng(case)
         length = int(rng.choice([3, 130, 300]))
         q, k, v = operands(length, seed=case, heads=20, kv_heads=5 if group.size == 5 else 10)
-        options = {name: x for name, x in options_of(rng, length).items() if name not in ("mask", "bias")}
-        for name, per_head in (("alibi_slopes", sa.alibi_slopes(20)), ("sinks", np.linspace(-1, 1, 20))):
+        options = options_of(rng, length)
+        of_heads = {"alibi_slopes": sa.alibi_slopes(20), "sinks": np.linspace(-1, 1, 20)}
+        of_heads["bias"] = rng.standard_normal((20, length, length)).astype(np.float32)
+        for name, per_head in of_heads.items():
             if name in options:
                 options[name] = per_head
         if "t5" in options:
@@ -129,7 +130,8 @@ def check_heads(group: Group) -> None:
         if case % 3 == 0:
             options["mask"] = rng.random((20, 1, length)) < 0.7
         rows = group.rows(length)
-        out, lse = group.attention(*own(group, rows, q, k, v), rows=rows, by="heads", return_lse=True, **options)
+        given = rows_of_options(options, rows)
+        out, lse = group.attention(*own(group, rows, q, k, v), rows=rows, by="heads", return_lse=True, **given)
         expected = one_process(q, k, v, **options)
         assert sha(whole(group, rows, out), whole(group, rows, lse, -1)) == sha(*expected), (case, sorted(options))
 

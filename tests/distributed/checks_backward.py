@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rank_operands import error_of_all, one_process, operands, own, whole
+from rank_operands import error_of_all, one_process, operands, own, rows_of_options, sha, whole
 
 import selfattn as sa
 from selfattn.distributed import Group
@@ -21,35 +21,67 @@ def gradients(group: Group, q: Any, k: Any, v: Any, options: dict[str, Any], **m
     expected = sa.attention_backward(grad_out, q, k, v, out, lse, grad_lse=whole_lse, q_offset=0, **alone, **more)
     rows = group.rows(q.shape[-2])
     own_lse = None if whole_lse is None else whole_lse[..., rows]
-    given = {
-        name: x[..., rows, :] if name in ("mask", "bias") and x.shape[-2] > 1 else x for name, x in options.items()
-    }
+    given = rows_of_options(options, rows)
     arrays = own(group, rows, grad_out, q, k, v, out)
-    found = group.attention_backward(*arrays, lse[..., rows], rows=rows, grad_lse=own_lse, **given, **more)
-    return [None if x is None else whole(group, rows, x) for x in found[:3]], expected[:3]
+    found = group.attention_backward(*arrays, lse[..., rows], rows=rows, grad_lse=own_lse, **given, **more)._asdict()
+    for name, x in found.items():
+        with_rows = name in ("q", "k", "v") or (name == "bias" and np.shape(options.get("bias"))[-2:-1] > (1,))
+        found[name] = whole(group, rows, x) if with_rows and x is not None else x
+    return found, expected._asdict()
 
 
 def check_options(group: Group) -> None:
     rng = np.random.default_rng(2)
+    everything = ("bias", "k", "t5", "q", "scale", "alibi_slopes", "v", "sinks")
+    terms: dict[str, Any] = {"sinks": np.ones(4), "t5": sa.T5Bias(rng.standard_normal((32, 4)))}
     cases: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
         (130, {}, {}),
         (130, {"causal": True}, {"lse": True}),
         (700, {"causal": True, "window": (300, None)}, {}),
         (700, {"kv_lens": np.array([700, 300]), "kv_starts": np.array([5, 0]), "softcap": 3.0}, {}),
-        (130, {"alibi_slopes": sa.alibi_slopes(4), "causal": True, "sinks": np.ones(4)}, {}),
+        (130, {"alibi_slopes": sa.alibi_slopes(4), "causal": True, "sinks": np.ones(4)}, {"wrt": ("alibi_slopes",)}),
         (130, {"t5": sa.T5Bias(rng.standard_normal((32, 4))), "scale": 1.0}, {"wrt": ("k",)}),
-        (130, {"mask": rng.random((2, 1, 1, 130)) < 0.7, "bias": rng.standard_normal((1, 130))}, {}),
-        (130, {"mask": rng.random((130, 130)) < 0.7}, {"wrt": ("q",)}),
+        (130, {"mask": rng.random((2, 1, 1, 130)) < 0.7, "bias": rng.standard_normal((1, 130))}, {"wrt": ("bias",)}),
+        (130, {"mask": rng.random((130, 130)) < 0.7}, {"wrt": ("v", "sinks"), "lse": True, "sinks": np.ones(4)}),
         (2, {"causal": True}, {}),
         (1, {}, {"wrt": ("v", "q")}),
+        (600, {"dropout": 0.3, "seed": 5, "causal": True}, {}),
+        (3, {**terms, "alibi_slopes": np.ones((2, 4)), "bias": rng.standard_normal((3, 3))}, {"wrt": everything}),
     ]
+    biases = [(2, 1, 600, 600), (4, 600, 600), (600,), (4, 600, 1), (2, 1, 1, 1), ()]
+    for shape in biases:
+        options = {**terms, "alibi_slopes": rng.random((2, 1)), "bias": rng.standard_normal(shape), "dropout": 0.2}
+        options |= {"seed": 9, "mask": rng.random((4, 600, 600)) < 0.8, "causal": len(shape) == 3}
+        cases.append((600, options, {"wrt": everything, "lse": len(shape) == 1}))
     for length, options, more in cases:
+        if "sinks" in more:
+            options["sinks"] = more.pop("sinks")
         q, k, v = operands(length, dtype=np.float64)
         found, expected = gradients(group, q, k, v, options, **more)
-        for one, other in zip(found, expected, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                np.testing.assert_allclose(one, other, rtol=0, atol=1e-12, err_msg=str((length, sorted(options))))
+        for name, other in expected.items():
+            case = f"{name}: {length} {sorted(options)} {np.shape(options.get('bias'))}"
+            assert (found[name] is None) == (other is None), case
+            if other is not None:
+                assert found[name].dtype == other.dtype, case
+                np.testing.assert_allclose(found[name], other, rtol=1e-12, atol=1e-11, err_msg=case)
+
+
+def hashes_of_gradients(group: Group) -> list[str]:
+    """Return hashes of the gradients of rows, which must not depend on the number of ranks."""
+    hashes = []
+    rng = np.random.default_rng(0)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (np.float32, {"causal": True, "dropout": 0.1, "seed": 3}),
+        (np.float32, {"window": (200, 30), "bias": rng.standard_normal((4, 1100, 1100)).astype(np.float32)}),
+        (np.float16, {"kv_lens": [1100, 900], "sinks": np.ones(4)}),
+        (np.float64, {"softcap": 5.0, "kv_starts": [0, 30]}),
+    ]
+    for dtype, options in cases:
+        q, k, v = operands(1100, dtype=dtype)
+        wrt = ("q", "k", "v", *(["bias"] if "bias" in options else []))
+        found, _ = gradients(group, q, k, v, options, wrt=wrt)
+        hashes.append(sha(*(found[name] for name in wrt)))
+    return hashes
 
 
 def check_types(group: Group) -> None:
@@ -57,9 +89,10 @@ def check_types(group: Group) -> None:
     for dtype, tolerance in ((np.float32, 1e-5), (np.float16, 4e-3)):
         q, k, v = operands(600, dtype=dtype)
         found, expected = gradients(group, q, k, v, {"causal": True})
-        for one, other in zip(found, expected, strict=True):
-            assert one.dtype == dtype
-            np.testing.assert_allclose(one.astype(float), other.astype(float), rtol=tolerance, atol=tolerance)
+        for name in ("q", "k", "v"):
+            assert found[name].dtype == dtype
+            one, other = found[name].astype(float), expected[name].astype(float)
+            np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
 def check_layout(group: Group) -> None:
@@ -86,10 +119,11 @@ def check_errors(group: Group) -> dict[str, str]:
 
     return {
         "wrt": error(q, q, k, v, q, lse, wrt=("q",) if odd else ("k",)),
-        "sinks": error(q, q, k, v, q, lse, wrt=("sinks",), sinks=np.ones(4)),
-        "scale": error(q, q, k, v, q, lse, wrt=("scale",)),
+        "sinks": error(q, q, k, v, q, lse, wrt=("sinks",)),
+        "r": error(q, q, k, v, q, lse, wrt=("r",)),
         "grad_out": error(q[..., :3], q, k, v, q, lse),
         "lse": error(q, q, k, v, q, lse[:, :2]),
-        "mask": error(q, q, k, v, q, lse, mask=np.ones((len(rows), 60), bool)),
-        "dropout": error(q, q, k, v, q, lse, dropout=0.5, seed=1),
+        "mask": error(q, q, k, v, q, lse, mask=np.ones((60, 60), bool)),
+        "dropout": error(q, q, k, v, q, lse, dropout=0.5),
+        "seed": error(q, q, k, v, q, lse, dropout=0.5, seed=int(odd)),
     }

@@ -110,31 +110,35 @@ def check_errors(group: Group) -> dict[str, str]:
     }
 
 
+def weights_of_layer(rng: np.random.Generator, dtype: Any = np.float32) -> tuple[Any, dict[str, Any]]:
+    w_q, w_o = rng.standard_normal((2, 80, 80)).astype(dtype) / 9
+    w_k, w_v = rng.standard_normal((2, 80, 40)).astype(dtype) / 9
+    b_q, b_o = rng.standard_normal((2, 80)).astype(dtype)
+    b_k, b_v = rng.standard_normal((2, 40)).astype(dtype)
+    settings = {"num_heads": 10, "num_kv_heads": 5, "rope": True, "b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
+    return (w_q, w_k, w_v, w_o), settings
+
+
 def check_layer(group: Group) -> None:
     rng = np.random.default_rng(0)
-    w_q, w_o = rng.standard_normal((2, 80, 80), dtype=np.float32) / 9
-    w_k, w_v = rng.standard_normal((2, 80, 40), dtype=np.float32) / 9
-    b_q, b_o = rng.standard_normal((2, 80), dtype=np.float32)
-    b_k, b_v = rng.standard_normal((2, 40), dtype=np.float32)
-    settings = {"num_heads": 10, "num_kv_heads": 5, "rope": True, "b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
-    settings["norm"] = sa.RMSNorm(np.ones(80))
-    split, alone = (
-        SplitSelfAttention(group, w_q, w_k, w_v, w_o, **settings),
-        sa.SelfAttention(w_q, w_k, w_v, w_o, **settings),
-    )
+    weights, settings = weights_of_layer(rng)
+    settings |= {"norm": sa.RMSNorm(np.ones(80)), "post_norm": sa.LayerNorm(np.linspace(1, 2, 80))}
+    split, alone = SplitSelfAttention(group, *weights, **settings), sa.SelfAttention(*weights, **settings)
     x = rng.standard_normal((2, 9, 80), dtype=np.float32)
     cases: list[dict[str, Any]] = [
         {},
         {"causal": True, "residual": x},
         {"alibi_slopes": sa.alibi_slopes(10), "sinks": np.ones(10), "num_threads": 1},
+        {"alibi_slopes": np.ones((2, 1)), "dropout": 0.4, "seed": 3},
         {"t5": sa.T5Bias(rng.standard_normal((32, 10))), "scale": 1.0},
         {"mask": rng.random((10, 9, 9)) < 0.8, "bias": rng.standard_normal((1, 9, 9))},
         {"kv_lens": [9, 4], "causal": True},
     ]
     for options in cases:
-        found = split(x, **options)
-        np.testing.assert_allclose(found, alone(x, **options), rtol=0, atol=2e-5, err_msg=str(sorted(options)))
-        assert len(set(group._link.exchange("test", sha(found)))) == 1
+        out = np.empty_like(x)
+        assert split(x, **options, out=out) is out
+        np.testing.assert_allclose(out, alone(x, **options), rtol=0, atol=2e-5, err_msg=str(sorted(options)))
+        assert len(set(group._link.exchange("test", sha(out)))) == 1
     count = split.kv_heads.stop - split.kv_heads.start
     own, whole = sa.KVCache(2, count, 8, 20), sa.KVCache(2, 5, 8, 20)
     for part in (x[:, :6], x[:, 6:7], x[:, 7:]):
@@ -142,3 +146,32 @@ def check_layer(group: Group) -> None:
     text = error_of_all(group, lambda: split(x, cache=own if group.rank else sa.KVCache(2, count, 8, 3)))
     assert "capacity" in text or "full" in text, text
     assert lengths(own, None) == [9, 9]
+
+
+def check_layer_gradients(group: Group) -> None:
+    rng = np.random.default_rng(1)
+    weights, settings = weights_of_layer(rng, np.float64)
+    split = SplitSelfAttention(group, *weights, **settings)
+    x, context = rng.standard_normal((2, 9, 80)), rng.standard_normal((2, 7, 80))
+    terms = {"sinks": np.ones(10), "alibi_slopes": rng.random((2, 1)), "t5": sa.T5Bias(rng.standard_normal((32, 10)))}
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"causal": True}, ("x", "w_q", "w_k", "w_v", "w_o")),
+        ({"context": context, "dropout": 0.4, "seed": 3}, ("w_o", "context", "b_q", "b_k", "b_v", "x")),
+        ({**terms, "bias": rng.standard_normal((10, 9, 9))}, ("b_o", "bias", *terms, "scale")),
+        ({"bias": rng.standard_normal((9, 9)), "positions": np.arange(9)}, ("bias",)),
+    ]
+    for options, wrt in cases:
+        expected_y, expected_vjp = sa.self_attention_vjp(x, *weights, **settings, **options, wrt=wrt)
+        y, vjp = split.vjp(x, wrt=wrt, **options)
+        np.testing.assert_allclose(y, expected_y, rtol=0, atol=1e-12)
+        grad = rng.standard_normal(y.shape)
+        expected, found = expected_vjp(grad), vjp(grad)
+        assert list(found) == list(wrt)
+        for name, value in expected.items():
+            if name[:2] in ("w_", "b_") and name != "b_o":
+                heads = split.heads if name[2] in "qo" else split.kv_heads
+                columns = slice(heads.start * 8, heads.stop * 8)
+                value = value[columns] if name == "w_o" else value[..., columns]
+            else:
+                assert len(set(group._link.exchange("test", sha(found[name])))) == 1
+            np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-10, err_msg=name)

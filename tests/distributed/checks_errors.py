@@ -82,14 +82,13 @@ def check_what_all_do(group: Group) -> dict[str, str]:
         "mask_dtype": error(q, k, v, mask=np.ones((1, LENGTH), int)),
         "out": error(q, k, v, out=np.empty((3, 3), np.float32)),
         "is_causal": error(q, k, v, is_causal=True),
-        "dropout": error(q, k, v, dropout=0.1, seed=1),
+        "dropout": error(q, k, v, dropout=0.1),
         "q_offset": error(q, k, v, q_offset=0),
         "return_weights": error(q, k, v, return_weights=True),
         "by": error(q, k, v, by="rows"),
         "rows": error(q, k, v, rows=np.zeros((2, 2), int)),
         "negative_rows": error(q, k, v, rows=given["rows"] - 1),
         "too_few_heads": error(q[:, :1], k[:, :1], v[:, :1], by="heads"),
-        "mask_by_heads": error(q, k, v, by="heads", mask=np.ones((len(given["rows"]), LENGTH), bool)),
     }
 
 
@@ -130,4 +129,11 @@ def check_layers(group: Group) -> dict[str, str]:
         "width": error_of_all(group, lambda: made(x[..., :5])),
         "return_lse": error_of_all(group, lambda: made(x, return_lse=True)),
         "unknown": error_of_all(group, lambda: made(x, is_causal=True)),
+        "out": error_of_all(group, lambda: made(x, out=np.empty((2, 3, 31), np.float32))),
+        "post_norm": error_of_all(group, lambda: layer(*weights, post_norm=sa.RMSNorm(np.ones(31)))),
+        "norm": error_of_all(group, lambda: layer(*weights, norm=sa.RMSNorm() if odd else sa.LayerNorm())),
+        "setting": error_of_all(group, lambda: layer(*weights, kv_heads=8)),
+        "vjp": error_of_all(group, lambda: layer(*weights, norm=sa.RMSNorm()).vjp(x)),
+        "wrt": error_of_all(group, lambda: made.vjp(x, wrt=("x", "u"))),
+        "grad_y": error_of_all(group, lambda: made.vjp(x)[1](x[:1] if odd else x)),
     }

@@ -25,6 +25,15 @@ def own(group: Group, rows: Any, *arrays: Any) -> list[Any]:
     return [x[..., rows, :] for x in arrays]
 
 
+def rows_of_options(options: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """Return the options of one rank: its rows of mask and bias."""
+    found = dict(options)
+    for name in ("mask", "bias"):
+        if name in found and found[name].ndim > 1 and found[name].shape[-2] > 1:
+            found[name] = found[name][..., rows, :]
+    return found
+
+
 def whole(group: Group, rows: Any, array: Any, axis: int = -2) -> Any:
     """Return the rows of all ranks in the order of their positions."""
     found = group._link.exchange("test", (rows, np.moveaxis(array, axis, 0)))

@@ -9,12 +9,13 @@ import pytest
 NAME = "Group.attention_backward"
 ERRORS = {
     "wrt": f"ValueError: {NAME}: wrt is ('q',) on rank 1 but ('k',) on rank 0",
-    "sinks": f"ValueError: {NAME}: wrt names 'sinks', but ",
-    "scale": f"ValueError: {NAME}: wrt names 'scale', but only 'q', 'k' and 'v' are possible over ranks",
+    "sinks": f"ValueError: {NAME}: wrt names 'sinks', but there is no sinks",
+    "r": f"ValueError: {NAME}: wrt names 'r', but it must be one of ",
     "grad_out": f"ValueError: {NAME}: grad_out has shape (2, 4, 30, 3) but (2, 4, 30, 16) is needed",
     "lse": f"ValueError: {NAME}: lse has shape (2, 2, 30) but (2, 4, 30) is needed",
-    "mask": f"ValueError: {NAME}: mask has rows of its own on each rank",
-    "dropout": f"ValueError: {NAME}: dropout cannot be used over ranks",
+    "mask": f"ValueError: {NAME}: mask has 60 rows but rows has 30 positions",
+    "dropout": f"ValueError: {NAME}: dropout is 0.5 without a seed",
+    "seed": f"ValueError: {NAME}: seed is 1 on rank 1 but 0 on rank 0",
 }
 
 
@@ -22,6 +23,11 @@ ERRORS = {
 @pytest.mark.parametrize("check", ["options", "types", "layout"])
 def test_gradients(checked: Any, check: str, size: int) -> None:
     checked("checks_backward", check, size)
+
+
+def test_bits_do_not_depend_on_the_number_of_ranks(checked: Any) -> None:
+    hashes = {tuple(checked("checks_attention", "gradients", size)) for size in (1, 2, 3, 4, 5)}
+    assert len(hashes) == 1
 
 
 def test_errors(checked: Any) -> None:

@@ -24,7 +24,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("check", ["caches", "pages", "layout_and_mask", "layer"])
+@pytest.mark.parametrize("check", ["caches", "pages", "layout_and_mask", "layer", "layer_gradients"])
 def test_caches(checked: Any, check: str, size: int) -> None:
     checked("checks_caches", check, size)
 

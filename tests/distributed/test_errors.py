@@ -43,14 +43,13 @@ ALL = {
     "mask_dtype": f"TypeError: {NAME}: mask has dtype int64",
     "out": f"ValueError: {NAME}: out has shape (3, 3)",
     "is_causal": "TypeError: Group: unexpected keyword argument 'is_causal' (did you mean 'causal'?)",
-    "dropout": f"ValueError: {NAME}: dropout cannot be used over ranks: ",
+    "dropout": f"ValueError: {NAME}: dropout is 0.1 without a seed",
     "q_offset": f"ValueError: {NAME}: q_offset cannot be used over ranks: ",
     "return_weights": f"ValueError: {NAME}: return_weights cannot be used over ranks: ",
     "by": f"ValueError: {NAME}: by is 'rows', but it must be one of 'keys', 'heads'",
     "rows": f"ValueError: {NAME}: rows has shape (2, 2), but one axis is needed",
     "negative_rows": f"ValueError: {NAME}: rows holds -1, but positions start at 0 (on rank 0)",
     "too_few_heads": f"ValueError: {NAME}: by is 'heads', which needs a KV head for each of 3 ranks, but there are 1",
-    "mask_by_heads": f"ValueError: {NAME}: mask has rows of its own on each rank",
 }
 GROUPS = {
     "comm": "TypeError: Group: comm is a str, but an mpi4py communicator is needed",
@@ -69,6 +68,13 @@ LAYERS = {
     "width": f"ValueError: {LAYER}: x has ",
     "return_lse": f"ValueError: {LAYER}: return_lse cannot be used over ranks",
     "unknown": "TypeError: SplitSelfAttention: unexpected keyword argument 'is_causal' (did you mean 'causal'?)",
+    "out": f"ValueError: {LAYER}: out has shape (2, 3, 31) and dtype float32, but y has (2, 3, 32) and float32",
+    "post_norm": f"ValueError: {LAYER}: post_norm is of 31 numbers",
+    "norm": f"ValueError: {LAYER}: norm is a RMSNorm on rank 2 but LayerNorm on rank 0",
+    "setting": f"TypeError: {LAYER}: unexpected keyword argument 'kv_heads' (did you mean 'num_kv_heads'?)",
+    "vjp": f"ValueError: {LAYER}.vjp: norm or post_norm is part of the layer: apply it outside",
+    "wrt": f"ValueError: {LAYER}.vjp: wrt names 'u', but it must be one of ",
+    "grad_y": f"ValueError: {LAYER}.vjp: grad_y has shape (1, 3, 32) but (2, 3, 32) is needed (on rank 2)",
 }
 
 

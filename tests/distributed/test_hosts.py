@@ -9,15 +9,16 @@ from pathlib import Path
 
 import mpi_run
 import pytest
-from hosts import hosts
+from hosts import hosts, start_on
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("count", [3])
 def test_attention_on_hosts(tmp_path: Path, count: int) -> None:
-    with hosts(count, tmp_path) as network:
-        process = network.start("-m", "mpi4py", str(mpi_run.PROGRAM), str(HERE / "checks_backward.py"))
+    with hosts(count) as network:
+        program = ("-m", "mpi4py", str(mpi_run.PROGRAM), str(HERE / "checks_backward.py"))
+        process = start_on(network, *program, folder=tmp_path)
         done = mpi_run.finish(process)
     printed = re.search(r"^RESULTS(.*)$", done.text, flags=re.M)
     assert printed, done.text
@@ -26,8 +27,8 @@ def test_attention_on_hosts(tmp_path: Path, count: int) -> None:
 
 def test_a_host_that_disappears_ends_in_an_error(tmp_path: Path) -> None:
     program = str(Path(mpi_run.__file__).with_name("rank_faults.py"))
-    with hosts(2, tmp_path) as network:
-        process = network.start("-m", "mpi4py", program, "goes_on", "3")
+    with hosts(2) as network:
+        process = start_on(network, "-m", "mpi4py", program, "goes_on", "3", folder=tmp_path)
         assert process.stdout is not None
         assert "going on" in process.stdout.readline()
         network.unplug(2)

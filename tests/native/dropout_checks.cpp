@@ -77,16 +77,17 @@ void check_known_answers() {
 
 // Checks the factors of a tile, and the weights of each of its rows. Both arrays end at a guard.
 template <class T>
-void check_factors(int count, std::int64_t first_key, int keys) {
+void check_factors(int count, std::int64_t first_key, int keys, std::int64_t skipped = 0) {
   constexpr int W = Vec<T>::width, most_rows = 3 * W;
-  const Dropout dropout{1.25, 0x33333333, 0x0123456789abcdef};
+  const Dropout dropout{1.25, 0x33333333, 0x0123456789abcdef, skipped};
   Row rows[most_rows]{};
   for (int r = 0; r < count; ++r) {
     rows[r].place[0] = 3;
     rows[r].place[1] = static_cast<std::uint32_t>(r % 3);
     rows[r].place[2] = static_cast<std::uint32_t>(100 + r / 3);
   }
-  const auto exact = [&](int row, std::int64_t key) {
+  const auto exact = [&](int row, std::int64_t key_of_call) {
+    const std::int64_t key = skipped + key_of_call;
     const std::uint32_t* place = rows[row].place;
     const std::uint32_t counter[4] = {place[0], place[1], place[2], static_cast<std::uint32_t>(key / 4)};
     return philox_word(counter, dropout.seed, static_cast<int>(key % 4)) < dropout.threshold ? T(0) : T(1.25);
@@ -112,6 +113,7 @@ void check_all() {
   for (const int rows : row_counts)
     for (std::int64_t first = 0; first < 6; ++first)
       for (const int keys : key_counts) check_factors<T>(rows, first, keys);
+  check_factors<T>(3, 2, 9, 1001);
   check_factors<T>(2, (std::int64_t{1} << 34) - 5, 9);  // the counter's word for keys wraps around
 }
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,12 +42,16 @@ def mpiexec() -> str:
 
 def start(size: int, *arguments: str, folder: Path, seconds: int = SECONDS) -> subprocess.Popen[str]:
     """Start Python with these arguments on `size` ranks."""
-    environment = {**os.environ, "RANK_SECONDS": str(seconds), "OMP_NUM_THREADS": "2"}
-    command = [mpiexec(), "-n", str(size), sys.executable, *arguments]
+    settings = {"RANK_SECONDS": str(seconds), "OMP_NUM_THREADS": "2"}
+    return spawn([mpiexec(), "-n", str(size), sys.executable, *arguments], folder, settings)
+
+
+def spawn(command: Sequence[str], folder: Path, settings: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own."""
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment,
+        env={**os.environ, **(settings or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
