@@ -51,6 +51,8 @@ def check_caches(group: Group) -> None:
     for dtype in ("float32", "float16", "bfloat16"):
         follow(group, sa.KVCache(2, 2, 16, 100, dtype=dtype), sa.KVCache(2, 2, 16, 100, dtype=dtype))
     follow(group, sa.KVCache(2, 2, 16, 100), sa.KVCache(2, 2, 16, 100), rope=True, scale=0.3, softcap=5.0)
+    coordinates = sa.RoPE(axes=[0, 1] * 4)  # equal ones, the places in the whole sequence
+    follow(group, sa.KVCache(2, 2, 16, 100), sa.KVCache(2, 2, 16, 100), rope=coordinates)
     follow(group, sa.KVCache(2, 2, 16, 100), sa.KVCache(2, 2, 16, 100), sinks=np.ones(4))
     narrow = np.float16
     follow(group, sa.KVCache(2, 2, 16, 100, dtype=narrow), sa.KVCache(2, 2, 16, 100, dtype=narrow), dtype=narrow)

@@ -236,7 +236,11 @@ def rope_case(rng: Any, dtype: Any, head_dim: int) -> Case:
     arrays = {"x": x, "positions": rng.integers(0, 1 << 20, length)}
     if rng.random() < 0.7:
         arrays["out"] = np.empty_like(x)
-    rope = sa.RoPE(rotary_dim=head_dim // 2 * 2, interleaved=bool(rng.random() < 0.5))
+    axes = None
+    if rng.random() < 0.5:
+        axes = np.arange(head_dim // 2) % 2
+        arrays["positions"] = rng.integers(0, 1 << 20, (max(axes) + 1, length))
+    rope = sa.RoPE(rotary_dim=head_dim // 2 * 2, interleaved=bool(rng.random() < 0.5), axes=axes)
     return Case("rope", arrays, {"rope": rope})
 
 

@@ -115,6 +115,9 @@ def rope_call(rng: random.Random) -> Call:
     named: dict[str, Any] = {"rope": sa.RoPE(rotary_dim=shape[-1] // 2 * 2 or None)}
     if rng.random() < 0.5:
         named["positions"] = np.arange(shape[-2])
+    elif shape[-1] > 1 and rng.random() < 0.5:
+        named["rope"] = sa.RoPE(inv_freq=[0.5] * (shape[-1] // 2), axes=[1] * (shape[-1] // 2))
+        named["positions"] = np.zeros((2, shape[-2]), int)
     if rng.random() < 0.5:
         named["out"] = strided(rng, shape, dtype, OUTPUTS)
     return Call(sa.apply_rope, [floats(rng, dtype, *shape)], named)
