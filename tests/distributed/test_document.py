@@ -11,6 +11,8 @@ from pathlib import Path
 import mpi_run
 from places import ROOT
 
+import rank_model
+
 TEXT = (ROOT / "docs" / "distributed.md").read_text(encoding="utf8")
 # As srun, but all ranks are on this machine.
 SRUN = """#!/bin/sh
@@ -45,6 +47,11 @@ def test_script_for_slurm(tmp_path: Path) -> None:
     done = mpi_run.finish(mpi_run.spawn(["./program.sh"], tmp_path, settings))
     assert done.code == 0, done.text
     assert done.text.splitlines() == ["(1, 8, 1, 64)"] * 2
+
+
+def test_tables_are_those_of_the_model() -> None:
+    for table in rank_model.tables(rank_model.Work(0), 1e12, 1e-5):
+        assert f"\n\n{table}\n\n" in TEXT
 
 
 def test_generation_over_ranks_is_that_of_one_rank(tmp_path: Path) -> None:
