@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 BLOCK, CHUNK_BYTES, MOST_BLOCKS = 512, 4 << 20, 8  # as in selfattn/distributed/_travel.py
 RANKS, TOKENS, GBITS = (8, 64, 512, 4096), (10**5, 10**6, 10**7, 10**8), (10, 100, 400)
@@ -49,8 +50,8 @@ class Work(NamedTuple):
 
 
 def agreeing(ranks: int, network: Network) -> float:
-    """The seconds of two small messages from all to all."""
-    return 2 * _depth(ranks) * network.step
+    """The seconds of a small message from all to all."""
+    return _depth(ranks) * network.step
 
 
 def by_keys(ranks: int, work: Work, network: Network, computing: float) -> float:
@@ -85,28 +86,32 @@ def _depth(ranks: int) -> int:
     return math.ceil(math.log2(ranks))
 
 
-def tables(work: Work, flops: float, latency: float) -> Iterator[list[list[str]]]:
-    """Yield a table of times for each bandwidth, then those of hiding, of decoding and of memory."""
-    columns = [_power(tokens) for tokens in TOKENS]
-    for gbits in GBITS:
-        network = Network(gbits * 1e9 / 8, latency)
-
-        def cell(ranks: int, tokens: float, network: Network = network) -> str:
-            own = work._replace(tokens=tokens)
-            alone = own.computing(ranks, flops)
-            keys = by_keys(ranks, own, network, alone) / alone
-            heads = "–" if ranks > work.kv_heads else f"{by_heads(ranks, own, network, alone) / alone:.2f}"
-            return f"{_seconds(alone)} × {keys:.2f}, {heads}"
-
-        yield [[f"{gbits} Gbit/s", *columns], *([str(r), *(cell(r, s) for s in TOKENS)] for r in RANKS)]
+def tables(work: Work, flops: float, latency: float) -> list[str]:
+    """Return a table of times for each bandwidth, then those of hiding, of decoding and of memory."""
     networks = [Network(gbits * 1e9 / 8, latency) for gbits in GBITS]
-    head = [f"{gbits} Gbit/s" for gbits in GBITS]
-    hidden = [[_power(hidden_from(ranks, work, flops, network)) for network in networks] for ranks in RANKS]
-    yield [["keys are hidden from", *head], *([str(r), *row] for r, row in zip(RANKS, hidden, strict=True))]
-    steps = [[_seconds(by_states(ranks, work, network, 0)) for network in networks] for ranks in RANKS]
-    yield [["one new token", *head], *([str(r), *row] for r, row in zip(RANKS, steps, strict=True))]
+    found = []
+    for gbits, network in zip(GBITS, networks, strict=True):
+        found.append(_table(f"{gbits} Gbit/s", TOKENS, partial(_cell, work, flops, network)))
+    found.append(_table("hidden from", networks, lambda ranks, x: _round(hidden_from(ranks, work, flops, x))))
+    found.append(_table("one new token", networks, lambda ranks, x: _seconds(by_states(ranks, work, x, 0))))
     token = work.row(2 * work.heads + 4 * work.kv_heads)  # q, out, k, v, and the copy of k and v that is sent
-    yield [["memory", *columns], *([str(r), *(_bytes(s / r * token) for s in TOKENS)] for r in RANKS)]
+    return [*found, _table("memory", TOKENS, lambda ranks, tokens: _bytes(tokens / ranks * token))]
+
+
+def _table(name: str, columns: Sequence[Any], cell: Callable[[int, Any], str]) -> str:
+    """Return a table with a row for each number of ranks."""
+    heads = [f"{x.bandwidth * 8e-9:.0f} Gbit/s" if isinstance(x, Network) else _round(x) for x in columns]
+    rows = [[f"{ranks:,}", *(cell(ranks, x) for x in columns)] for ranks in RANKS]
+    lines = [[name, *heads], ["---"] * (1 + len(heads)), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(work: Work, flops: float, network: Network, ranks: int, tokens: float) -> str:
+    """Return the time of computing, and how many times as long calls take by keys and by heads."""
+    work = work._replace(tokens=tokens)
+    alone = work.computing(ranks, flops)
+    heads = "–" if ranks > work.kv_heads else f"{by_heads(ranks, work, network, alone) / alone:.2f}"
+    return f"{_seconds(alone)} × {by_keys(ranks, work, network, alone) / alone:.2f}, {heads}"
 
 
 def hidden_from(ranks: int, work: Work, flops: float, network: Network) -> float:
@@ -121,7 +126,7 @@ def hidden_from(ranks: int, work: Work, flops: float, network: Network) -> float
     return tokens
 
 
-def _power(number: float) -> str:
+def _round(number: float) -> str:
     return f"{float(f'{number:.2g}'):,.0f}"
 
 
@@ -143,9 +148,7 @@ def main() -> int:
     parser.add_argument("--flops", type=float, default=1e12, help="of a rank per second (default: 1e12, one socket)")
     parser.add_argument("--latency", type=float, default=1e-5, help="of a message, in seconds (default: 1e-5)")
     args = parser.parse_args()
-    for rows in tables(Work(0), args.flops, args.latency):
-        rows.insert(1, ["---"] * len(rows[0]))
-        print("\n".join("| " + " | ".join(row) + " |" for row in rows), end="\n\n")
+    print("\n\n".join(tables(Work(0), args.flops, args.latency)))
     return 0
 
 

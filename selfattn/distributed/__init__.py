@@ -12,6 +12,8 @@ from ..integrations._versions import check_version as _check_version
 _check_version(_mpi4py)
 
 from ._group import Group  # noqa: E402
+from ._messages import MessageComm  # noqa: E402
 from ._split_layer import SplitSelfAttention  # noqa: E402
+from ._spread import SpreadCache  # noqa: E402
 
-__all__ = ["Group", "SplitSelfAttention"]
+__all__ = ["Group", "MessageComm", "SplitSelfAttention", "SpreadCache"]

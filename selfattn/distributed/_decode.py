@@ -20,8 +20,7 @@ from .._states import merge_states
 from ._agree import Fact, failure, raise_failures
 from ._link import Link
 from ._options import value_text
-
-_BY_DISTANCE = ("window", "bias", "alibi_slopes", "t5")
+from ._spread import BY_DISTANCE, SpreadCache, terms
 
 
 class Held:
@@ -31,8 +30,6 @@ class Held:
         if not isinstance(cache, (KVCache, PagedKVCache)):
             text = f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
             raise refusal(TypeError, function, "cache", text)
-        if cache.window is not None:
-            raise refusal(ValueError, function, "cache", " has a window, which cannot be used over ranks")
         if isinstance(cache, PagedKVCache) and sequences is None:
             raise refusal(ValueError, function, "sequences", " is needed with a PagedKVCache")
         self._cache, self._sequences = cache, sequences
@@ -62,10 +59,6 @@ class CacheCall:
         """Check what one rank can check."""
         self.function = function
         self.given = {name: x for name, x in options.items() if x is not None}
-        for name in _BY_DISTANCE:
-            if name in self.given:
-                text = " cannot be used over ranks: a rank does not know the positions of the tokens in its cache"
-                raise refusal(ValueError, function, name, text)
         refuse_unknown(like, options)
         self.layout = self.given.pop("layout", "bhsd")
         self.return_lse = self.given.pop("return_lse", False)
@@ -78,11 +71,27 @@ class CacheCall:
         if k is None and self.q.shape[2] > 1 and self.given.get("causal", True):
             text = " is missing, but with several causal queries the newest tokens must be those of this call"
             raise refusal(ValueError, function, "k", text)
-        self.cache = cache
-        self.held = Held(function, cache, self.given.get("sequences"))
+        self.cache = cache.cache if isinstance(cache, SpreadCache) else cache
+        self.spread = cache if isinstance(cache, SpreadCache) else None
+        self.held = Held(function, self.cache, self.given.get("sequences"))
         if len(self.held.lengths) != self.q.shape[0]:
             text = f" has a batch of {self.q.shape[0]}, but there are {len(self.held.lengths)} sequences in "
             raise refusal(ValueError, function, "q", text, "cache", "")
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        """Raise if positions of the cache's tokens are needed, but not known."""
+        self.sequences = self.given.get("sequences", range(len(self.held.lengths)))
+        if self.spread is not None:
+            self.spread.check(self.function, self.sequences, self.held.lengths)
+            return
+        for name in BY_DISTANCE:
+            if name in self.given:
+                text = " needs the positions of the tokens in the cache: pass a SpreadCache"
+                raise refusal(ValueError, self.function, name, text)
+        if self.cache.window is not None:
+            text = " has a window, which needs the positions of its tokens: pass a SpreadCache"
+            raise refusal(ValueError, self.function, "cache", text)
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         array = as_array(self.function, name, value)
@@ -100,7 +109,7 @@ class CacheCall:
             found.append(Fact(name, " has shape ", "none" if array is None else str(array.shape)))
             sum_ = "none" if array is None else f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
             found.append(Fact(name, " has checksum ", sum_))
-        names = ("rope", "positions", "mask", "causal", "scale", "softcap", "sinks", "precision")
+        names = ("rope", "positions", "mask", "causal", "scale", "softcap", "sinks", "precision", *BY_DISTANCE)
         found += [Fact(name, " is ", value_text(self.given.get(name))) for name in names]
         found.append(Fact("cache", " has value_dim ", str(self.cache.value_dim)))
         return found
@@ -119,10 +128,13 @@ class CacheCall:
         """Append, if it is this rank's turn, and attend to this rank's cache."""
         options = {**self.given, "num_threads": num_threads, "return_lse": True}
         count = self.q.shape[2]
+        places = (self.totals - (count if self.k is None else 0))[:, None] + np.arange(count)
         rope = rope_or_none(self.function, options.get("rope"))
         if rope is not None and "positions" not in options:
-            first = self.totals - (count if self.k is None else 0)
-            options["positions"] = places_for(rope, first[:, None] + np.arange(count))
+            options["positions"] = places_for(rope, places)
+        if self.spread is not None:
+            options = {name: x for name, x in options.items() if name not in BY_DISTANCE}
+            options |= self._terms(places, rank == self.turn and self.k is not None)
         # Results stay in the type of computation until they are merged.
         q = self.q if self.q.dtype == np.float64 else self.q.astype(np.float32, copy=False)
         if rank == self.turn:
@@ -130,6 +142,21 @@ class CacheCall:
         # All tokens of this cache are older than the queries. Only one rank may count the sinks.
         plain = {name: x for name, x in options.items() if name not in ("mask", "sinks")}
         return attention_with_kvcache(q, self.cache, **{**plain, "causal": False})
+
+    def _terms(self, queries: NDArray[np.int64], appends: bool) -> dict[str, Any]:
+        assert self.spread is not None
+        keys = [self.spread.rows(sequence) for sequence in self.sequences]
+        if appends:
+            keys = [np.append(*both) for both in zip(keys, queries, strict=True)]
+        found = terms(self.function, self.given, keys, queries, self.q.shape[1])
+        if "bias" in found:
+            found["bias"] = found["bias"].astype(np.float64 if self.q.dtype == np.float64 else np.float32)
+        return found if self.cache.window is None else {"window": (self.cache.window, None), **found}
+
+    def commit(self, rank: int) -> None:
+        """Note that no rank has failed."""
+        if self.spread is not None and self.k is not None and rank == self.turn:
+            self.spread.add(self.sequences, self.totals, self.q.shape[2])
 
     def results(self, out: NDArray[Any], lse: NDArray[Any]) -> Any:
         """Return the results in the form that the caller asked for."""
@@ -151,7 +178,9 @@ def attend_cache(link: Link, call: CacheCall, num_threads: int) -> Any:
             failures = link.exchange(call.function, error and failure(error, call.function)) if found is None else []
         raise_failures(failures, error)
         assert found is not None
-        return call.results(*merge_states(*found))
+        results = call.results(*merge_states(*found))
+        call.commit(link.rank)
+        return results
     except BaseException:
         call.held.restore()
         raise

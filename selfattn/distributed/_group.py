@@ -25,6 +25,7 @@ from ._call import Call
 from ._decode import CacheCall, attend_cache
 from ._gradients import GradientCall, differentiate
 from ._link import Link
+from ._messages import MessageComm
 from ._rows import rows_of
 
 _BY = ("keys", "heads")
@@ -39,7 +40,7 @@ class Group:
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Intracomm
+    comm : mpi4py.MPI.Intracomm or MessageComm
         The communicator, for example ``MPI.COMM_WORLD``. It is duplicated: messages of the caller cannot be mixed up
         with those of the group.
     num_threads : int, optional
@@ -59,7 +60,7 @@ class Group:
     """
 
     def __init__(self, comm: Any, *, num_threads: int | None = None, timeout: float | None = 600.0) -> None:
-        if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        if not isinstance(comm, (MPI.Intracomm, MessageComm)) or comm == MPI.COMM_NULL:
             text = f" is a {type(comm).__name__}, but an mpi4py communicator is needed: Group(MPI.COMM_WORLD)"
             raise refusal(TypeError, "Group", "comm", text)
         if timeout is not None and real("Group", "timeout", timeout) <= 0:
@@ -200,9 +201,9 @@ class Group:
         -----
         Keys and values travel for the gradient of q; then queries, the gradient of `out`, lse and one number per row
         (``Σ_d ∂out_d · out_d``) travel for the gradients of k and v, with the rows of mask and bias. So a gradient of
-        q, k or v is summed on one rank, in ascending order, and does not depend on the number of ranks, except that with
-        ALiBi the last bits for k and v depend on where runs of rows begin and end. Gradients that all rows share are
-        summed in the order of the ranks: their last bits depend on which rank has which rows.
+        q, k or v is summed on one rank, in ascending order, and does not depend on the number of ranks; only with ALiBi
+        the last bits for k and v depend on where runs of rows begin and end. Gradients that all rows share are summed
+        in the order of the ranks: their last bits depend on which rank has which rows.
         """
         function = "Group.attention_backward"
         arrays = {"q": q, "k": k, "v": v, "grad_out": grad_out, "out": out, "lse": lse}
@@ -227,8 +228,8 @@ class Group:
         ----------
         q : array_like, shape (B, H, Sq, D)
             Queries of the newest Sq tokens: the same on all ranks.
-        cache : KVCache or PagedKVCache
-            This rank's cache, of any storage type. It has no window.
+        cache : KVCache, PagedKVCache or SpreadCache
+            This rank's cache, of any storage type. A cache with a window must be in a `SpreadCache`.
         k, v : array_like, shape (B, Hkv, Sq, D) and (B, Hkv, Sq, Dv), optional
             Keys and values of the newest tokens: the same on all ranks. The rank whose cache has the fewest tokens
             appends them (those of all sequences count; of equal ranks the first).
@@ -236,7 +237,8 @@ class Group:
             `sequences` (this rank's), `rope` and `positions`, `mask` (of the newest tokens), `causal`, `scale`,
             `softcap`, `sinks`, `layout`, `return_lse`, `precision`, `num_threads`: as for
             `selfattn.attention_with_kvcache`. A token's position is its place in the whole sequence, or what
-            `positions` says. Options that depend on the distance to older tokens are refused.
+            `positions` says. With a `SpreadCache` also `window`, `bias` (for all tokens of the whole sequence),
+            `alibi_slopes` and `t5`.
 
         Returns
         -------

@@ -14,11 +14,13 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from ._messages import MessageComm
 from ._relay import Relay, all_done, branches
 
 Bytes = NDArray[np.uint8]
 
 LARGEST = 1 << 30  # bytes of one message; counts of MPI are ints
+SWAP = 32000  # a tag: MPI guarantees tags up to 32767, and relays need fewer
 INLINE = 1016  # bytes of a small object that travel with its size
 # Questions whether a message has arrived: a few at once, while other processes may use the core, then with pauses.
 YIELDS = 20
@@ -38,14 +40,16 @@ class Link:
         self._pending: list[Any] = []
         self._comm, request = comm.Idup()
         self.wait("Group", [request])
-        self.machines: list[int] = self.exchange("Group", self._leader_of_machine())
+        self.machines: list[Any] = self.exchange("Group", self._machine())
 
     def close(self) -> None:
         """Free the communicator."""
         self._comm.Free()
 
-    def _leader_of_machine(self) -> int:
-        """Return the lowest rank that shares memory with this one."""
+    def _machine(self) -> Any:
+        """Return what is equal for ranks that share memory: with MPI, the lowest of these ranks."""
+        if isinstance(self._comm, MessageComm):
+            return self._comm.machine
         machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         leader = int(machine.group.Translate_ranks([0], self._comm.group)[0])
         machine.Free()
@@ -84,7 +88,8 @@ class Link:
     @contextmanager
     def moving(self, requests: Sequence[Any]) -> Iterator[None]:
         """Let these messages travel while the caller computes: MPI moves them only while somebody asks for them."""
-        if MPI.Query_thread() < MPI.THREAD_SERIALIZED or all_done("Group", requests):
+        is_mpi = isinstance(self._comm, MPI.Comm)
+        if (is_mpi and MPI.Query_thread() < MPI.THREAD_SERIALIZED) or all_done("Group", requests):
             yield
             return
         stop = threading.Event()
@@ -117,7 +122,7 @@ class Link:
         found = np.empty((self.size, len(buffer)), np.uint8)
         for part in _parts(len(buffer), LARGEST // self.size):
             received = np.empty((self.size, part.stop - part.start), np.uint8)
-            request = self._comm.Iallgather([buffer[part], MPI.BYTE], [received, MPI.BYTE])
+            request = self._comm.Iallgather(buffer[part], received)
             self._pending.append(request)
             self.wait(function, [request])
             found[:, part] = received
@@ -128,12 +133,10 @@ class Link:
         requests = []
         for step in range(1, self.size):
             source, target = (self.rank - step) % self.size, (self.rank + step) % self.size
-            requests += [
-                self._comm.Irecv([incoming[source][part], MPI.BYTE], source) for part in _parts(len(incoming[source]))
-            ]
-            requests += [
-                self._comm.Isend([outgoing[target][part], MPI.BYTE], target) for part in _parts(len(outgoing[target]))
-            ]
+            buffer = incoming[source]
+            requests += [self._comm.Irecv(buffer[part], source, SWAP) for part in _parts(len(buffer))]
+            buffer = outgoing[target]
+            requests += [self._comm.Isend(buffer[part], target, SWAP) for part in _parts(len(buffer))]
         self._pending += requests
         incoming[self.rank][...] = outgoing[self.rank]
         self.wait(function, requests)

@@ -19,7 +19,7 @@ class Relay:
     def __init__(self, comm: Any, parts: Sequence[NDArray[np.uint8]], root: int, ends: Ends, place: int) -> None:
         source, self._targets = ends
         self._comm, self._root = comm, root
-        self._parts = [[part, MPI.BYTE] for part in parts]
+        self._parts = parts
         # A root sends in the order of places, but what others pass on may overtake it.
         self._tag = 2 * (place % PLACES)
         tag = self._tag + (source != root)
@@ -29,20 +29,24 @@ class Relay:
 
     def Test(self) -> bool:
         """Whether the message has been received and passed on, as of `MPI.Request`."""
-        if not MPI.Request.Testall(self._requests):
+        if not _all_here(self._requests):
             return False
         if self._here:
             return True
         self._here = True
         tag = self._tag + (self._comm.rank != self._root)
         self._requests = [self._comm.Isend(part, target, tag) for target in self._targets for part in self._parts]
-        return bool(MPI.Request.Testall(self._requests))
+        return _all_here(self._requests)
+
+
+def _all_here(requests: Sequence[Any]) -> bool:
+    return not [request for request in requests if not request.Test()]  # asks for each, since asking moves them
 
 
 def all_done(function: str, requests: Sequence[Any]) -> bool:
-    """Whether all these messages have been sent or received; asks for each, since asking moves them."""
+    """Whether all these messages have been sent or received."""
     try:
-        return not [request for request in requests if not request.Test()]
+        return _all_here(requests)
     except MPI.Exception as error:
         raise ConnectionError(f"{function}: MPI has lost a rank or a message: {error}") from error
 

@@ -57,6 +57,8 @@ RUN = {
     r"\.venv/bin/mpiexec -n 2 \.venv/bin/python -m mpi4py examples/long_document\.py": (*MINILM, "mpi4py"),
     r"\.venv/bin/mpiexec -n 2 \.venv/bin/python -m mpi4py benchmarks/over_ranks\.py": ("mpi4py",),
     r"\.venv/bin/mpiexec -n 3 \.venv/bin/python -m mpi4py examples/generate_ranks\.py": ("mpi4py",),
+    r"\.venv/bin/python examples/dask_ranks\.py": ("mpi4py", "distributed"),
+    r"\.venv/bin/python examples/ray_ranks\.py": ("mpi4py", "ray"),
 }
 SHORTER = {"generate.py": ["--tokens", "20"]}  # a later option wins: without it, the check takes minutes
 

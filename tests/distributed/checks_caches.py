@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rank_operands import error_of_all, sha
+from rank_operands import error_of_all, raised, sha
 
 import selfattn as sa
-from selfattn.distributed import Group, SplitSelfAttention
+from selfattn.distributed import Group, SplitSelfAttention, SpreadCache
 
 STEPS = [50, 1, 1, 3, 1, 20, 1, 1, 1, 1]
 
@@ -81,6 +81,63 @@ def check_layout_and_mask(group: Group) -> None:
         np.testing.assert_allclose(found.swapaxes(1, 2), expected, rtol=0, atol=1e-5)
 
 
+def check_distances(group: Group) -> None:
+    """What depends on positions, with caches that know them; also caches with a window, and a prompt in two parts."""
+    rng = np.random.default_rng(4)
+    slopes, t5 = sa.alibi_slopes(4), sa.T5Bias(rng.standard_normal((32, 4)).astype(np.float32))
+    cases: list[dict[str, Any]] = [
+        {"window": (7, None)},
+        {"window": (20, 0), "alibi_slopes": np.stack([slopes, 2 * slopes]), "rope": True},
+        {"t5": t5, "sinks": np.ones(4)},
+        {"window": (2, None), "sinks": np.ones(4)},
+        {"bias": rng.standard_normal((2, 1, 1, 100)).astype(np.float32)},
+    ]
+    for case, options in enumerate(cases):
+        ring = 25 if case in (0, 3) else None
+        alone = sa.KVCache(2, 2, 16, 100, window=ring)
+        own = SpreadCache(sa.KVCache(2, 2, 16, 100, window=ring))
+        for step, count in enumerate([30, 1, 1, 3, 1, 20, 1, 1, 1, 1] * (1 + 2 * (ring is not None))):
+            q, k, v = tokens(step, count)
+            given = dict(options)
+            if "bias" in given:
+                given["bias"] = given["bias"][..., : int(alone.lengths[0]) + count]
+            found = group.attention_with_kvcache(q, own, k, v, return_lse=True, **given)
+            expected = sa.attention_with_kvcache(q, alone, k, v, return_lse=True, **given)
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5, err_msg=str((step, sorted(options))))
+            if step == 4:  # sequences of different lengths
+                ends = np.array([int(alone.lengths[0]), int(alone.lengths[1]) - 2])
+                alone.truncate(ends)
+                rows = [own.rows(b)[own.rows(b) < end] for b, end in enumerate(ends)]
+                own.cache.truncate([len(x) for x in rows])
+                for b, x in enumerate(rows):
+                    own.place(b, x)
+        q, _, _ = tokens(3, 1)
+        if "bias" not in options:
+            expected = sa.attention_with_kvcache(q, alone, **options)
+            np.testing.assert_allclose(group.attention_with_kvcache(q, own, **options), expected, rtol=0, atol=1e-5)
+
+
+def check_prompt(group: Group) -> None:
+    """A prompt that was computed together, then a paged cache with a window."""
+    q, k, v = tokens(1, 40)
+    rows = group.rows(40)
+    pages, alone = sa.PagedKVCache(30, 8, 2, 16, window=9), sa.KVCache(2, 2, 16, 100, window=9)
+    own = SpreadCache(pages)
+    sequences = [pages.allocate(), pages.allocate()]
+    for b, sequence in enumerate(sequences):
+        pages.append(sequence, k[b][:, rows], v[b][:, rows])
+        own.place(sequence, rows)
+    alone.append(k, v)
+    for step, count in enumerate((1, 5, 1, 1)):
+        q, k, v = tokens(step, count)
+        options = {"window": (9, None), "softcap": 3.0}
+        found = group.attention_with_kvcache(q, own, k, v, sequences=sequences, **options)
+        expected = sa.attention_with_kvcache(q, alone, k, v, **options)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert all(len(own.rows(sequence)) == pages.length(sequence) for sequence in sequences)
+
+
 def check_errors(group: Group) -> dict[str, str]:
     cache = sa.KVCache(2, 2, 16, 10 if group.rank == 0 else 5)
     q, k, v = tokens(0, 4)
@@ -106,6 +163,9 @@ def check_errors(group: Group) -> dict[str, str]:
         "window_of_cache": error(q, window, k, v),
         "sequences": error(q, pages, k, v),
         "window": error(q, cache, k, v, window=(3, 0)),
+        "positions": error(q, SpreadCache(cache), k, v, window=(3, 0)),
+        "rows": raised(lambda: SpreadCache(cache, [1, 0])),
+        "slopes": error(q, SpreadCache(cache, np.arange(before[0])), k, v, alibi_slopes=np.ones(4) * odd),
         "causal": error(q, cache, k, v, causal=odd),
         "batch": error(q[:1], cache, k[:1], v[:1]),
         "unknown": error(q, cache, k, v, cache_seqlens=3),
@@ -142,9 +202,12 @@ def check_layer(group: Group) -> None:
         np.testing.assert_allclose(out, alone(x, **options), rtol=0, atol=2e-5, err_msg=str(sorted(options)))
         assert len(set(group._link.exchange("test", sha(out)))) == 1
     count = split.kv_heads.stop - split.kv_heads.start
-    own, whole = sa.KVCache(2, count, 8, 20), sa.KVCache(2, 5, 8, 20)
-    for part in (x[:, :6], x[:, 6:7], x[:, 7:]):
-        np.testing.assert_allclose(split(part, cache=own), alone(part, cache=whole), rtol=0, atol=2e-5)
+    for window in (4, None):
+        own, whole = (sa.KVCache(2, heads, 8, 20, window=window) for heads in (count, 5))
+        for part in (x[:, :6], x[:, 6:7], x[:, 7:]):
+            options = {} if window is None else {"window": (window, 0)}
+            found, expected = split(part, cache=own, **options), alone(part, cache=whole, **options)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
     text = error_of_all(group, lambda: split(x, cache=own if group.rank else sa.KVCache(2, count, 8, 3)))
     assert "capacity" in text or "full" in text, text
     assert lengths(own, None) == [9, 9]

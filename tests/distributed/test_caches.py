@@ -14,17 +14,25 @@ ERRORS = {
     "missing": f"ValueError: {NAME}: k is missing, but with several causal queries",
     "v": f"ValueError: {NAME}: v is missing",
     "cache": f"TypeError: {NAME}: cache is a list, but a KVCache or PagedKVCache is needed (on rank 1)",
-    "window_of_cache": f"ValueError: {NAME}: cache has a window, which cannot be used over ranks",
+    "window_of_cache": f"ValueError: {NAME}: cache has a window, which needs the positions of its",
+    "positions": f"ValueError: {NAME}: cache has 4 tokens of sequence 0, but positions of 0 are known: use place",
+    "rows": "ValueError: SpreadCache.place: rows has shape (2,), but ascending positions are needed",
+    "slopes": f"ValueError: {NAME}: alibi_slopes is [1.0, 1.0, 1.0, 1.0] on rank 1 but [0.0, 0.0, 0.0, 0.0] on rank 0",
     "sequences": f"ValueError: {NAME}: sequences is needed with a PagedKVCache",
-    "window": f"ValueError: {NAME}: window cannot be used over ranks: ",
+    "window": f"ValueError: {NAME}: window needs the positions of the tokens in the cache: pass a SpreadCache",
     "causal": f"ValueError: {NAME}: causal is True on rank 1 but False on rank 0",
     "batch": f"ValueError: {NAME}: q has a batch of 1, but there are 2 sequences in cache",
     "unknown": "TypeError: Group: unexpected keyword argument 'cache_seqlens'",
 }
 
 
+CHECKS = ["caches", "pages", "layout_and_mask", "layer", "layer_gradients", "distances", "prompt"]
+
+
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("check", ["caches", "pages", "layout_and_mask", "layer", "layer_gradients"])
+@pytest.mark.parametrize(
+    "check", ["caches", "pages", "layout_and_mask", "layer", "layer_gradients", "distances", "prompt"]
+)
 def test_caches(checked: Any, check: str, size: int) -> None:
     checked("checks_caches", check, size)
 
