@@ -121,6 +121,7 @@ def check_errors(group: Group) -> dict[str, str]:
         "wrt": error(q, q, k, v, q, lse, wrt=("q",) if odd else ("k",)),
         "sinks": error(q, q, k, v, q, lse, wrt=("sinks",)),
         "r": error(q, q, k, v, q, lse, wrt=("r",)),
+        "grad_lse": error(q, q, k, v, q, lse, grad_lse=lse if odd else None),
         "grad_out": error(q[..., :3], q, k, v, q, lse),
         "lse": error(q, q, k, v, q, lse[:, :2]),
         "mask": error(q, q, k, v, q, lse, mask=np.ones((60, 60), bool)),
