@@ -42,7 +42,8 @@ class GradientCall(Call):
                     kept = slice(None) if name in ("grad_out", "out") else slice(-1)
                     text = f" has shape {self.arrays[name].shape[kept]} but {shape[kept]} is needed (heads before rows)"
                     raise refusal(ValueError, function, name, text)
-        self.more = [Fact("wrt", " is ", repr(self.wrt))]
+        grad_lse = "given" if "grad_lse" in self.arrays else "not given"
+        self.more = [Fact("wrt", " is ", repr(self.wrt)), Fact("grad_lse", " is ", grad_lse)]
 
     def inner(self) -> NDArray[Any]:
         """Return ``Σ_d ∂out_d · out_d − ∂lse`` of each row."""

@@ -70,17 +70,16 @@ class SplitSelfAttention:
         num_heads: int,
         **settings: Unpack[LayerSettings],
     ) -> None:
-        others: dict[str, Any] = {name: settings.get(name) for name in ("rope", "norm", "post_norm")}
+        others: dict[str, Any] = dict(settings)
+        kv_heads = others.pop("num_kv_heads", None)
         weights: dict[str, Any] = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
-        weights |= {name: settings.get(name) for name in ("b_q", "b_k", "b_v", "b_o")}
+        weights |= {name: others.pop(name, None) for name in ("b_q", "b_k", "b_v", "b_o")}
         self._group = group
-
-        def prepare() -> Part:
-            return Part(group, weights, head_counts(NAME, num_heads, settings.get("num_kv_heads")), others)
-
-        part, _ = agree(group._link, NAME, prepare)
+        part, _ = agree(
+            group._link, NAME, lambda: Part(group, weights, head_counts(NAME, num_heads, kv_heads), dict(others))
+        )
         self._layer, self._post_norm = part.layer, part.post_norm
-        self._norms = (others["norm"], part.post_norm)
+        self._norms = [name for name, x in others.items() if name != "rope" and x is not None]
         self.heads, self.kv_heads = part.heads, part.kv_heads
 
     @clean_signature(SelfAttention.__call__, without=("return_lse", "return_weights"))
@@ -163,8 +162,8 @@ class SplitSelfAttention:
         given: dict[str, Any] = {"context": context, "positions": positions, **options}
 
         def prepare() -> LayerCall:
-            if any(self._norms):
-                raise refusal(ValueError, _VJP, "norm", " or post_norm is part of the layer: apply it outside")
+            for name in self._norms:
+                raise refusal(ValueError, _VJP, name, " is part of the layer: apply it outside")
             return LayerCall(SplitSelfAttention.vjp, x, given, wrt)
 
         call, _ = agree(link, _VJP, prepare)

@@ -13,6 +13,7 @@ from .._errors import refusal
 from .._keywords import refuse_unknown
 from .._layer import SelfAttention
 from .._norm import norm_or_none
+from .._typing import LayerSettings
 from ._agree import Fact
 from ._by_heads import split
 from ._decode import Held
@@ -48,7 +49,7 @@ class Part:
             array = arrays.get(name)
             text = "none" if array is None else f"{array.shape} of {array.dtype.name}"
             self._facts.append(Fact(name, " is ", text))
-        for name in ("norm", "post_norm"):
+        for name in sorted(LayerSettings.__annotations__.keys() - given.keys() - {"num_kv_heads"}):
             self._facts.append(Fact(name, " is a ", type(others.get(name)).__name__))
         self.post_norm = others.pop("post_norm", None)
         self.layer = SelfAttention(**self._own(arrays, counts), **others)

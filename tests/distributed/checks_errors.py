@@ -132,6 +132,7 @@ def check_layers(group: Group) -> dict[str, str]:
         "out": error_of_all(group, lambda: made(x, out=np.empty((2, 3, 31), np.float32))),
         "post_norm": error_of_all(group, lambda: layer(*weights, post_norm=sa.RMSNorm(np.ones(31)))),
         "norm": error_of_all(group, lambda: layer(*weights, norm=sa.RMSNorm() if odd else sa.LayerNorm())),
+        "no_norm": error_of_all(group, lambda: layer(*weights, **({"norm": sa.RMSNorm()} if odd else {}))),
         "setting": error_of_all(group, lambda: layer(*weights, kv_heads=8)),
         "vjp": error_of_all(group, lambda: layer(*weights, norm=sa.RMSNorm()).vjp(x)),
         "wrt": error_of_all(group, lambda: made.vjp(x, wrt=("x", "u"))),

@@ -71,8 +71,9 @@ LAYERS = {
     "out": f"ValueError: {LAYER}: out has shape (2, 3, 31) and dtype float32, but y has (2, 3, 32) and float32",
     "post_norm": f"ValueError: {LAYER}: post_norm is of 31 numbers",
     "norm": f"ValueError: {LAYER}: norm is a RMSNorm on rank 2 but LayerNorm on rank 0",
+    "no_norm": f"ValueError: {LAYER}: norm is a RMSNorm on rank 2 but NoneType on rank 0",
     "setting": f"TypeError: {LAYER}: unexpected keyword argument 'kv_heads' (did you mean 'num_kv_heads'?)",
-    "vjp": f"ValueError: {LAYER}.vjp: norm or post_norm is part of the layer: apply it outside",
+    "vjp": f"ValueError: {LAYER}.vjp: norm is part of the layer: apply it outside",
     "wrt": f"ValueError: {LAYER}.vjp: wrt names 'u', but it must be one of ",
     "grad_y": f"ValueError: {LAYER}.vjp: grad_y has shape (1, 3, 32) but (2, 3, 32) is needed (on rank 2)",
 }
