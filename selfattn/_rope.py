@@ -28,6 +28,19 @@ class RoPE:
         Even; only the first rotary_dim elements of a head are rotated. Default: all of them.
     interleaved : bool, default False
         False: element i pairs with ``i + rotary_dim / 2`` (Llama, GPT-NeoX). True: adjacent elements pair (GPT-J).
+
+    Raises
+    ------
+    TypeError, ValueError
+        `base` is not a positive number, or `rotary_dim` is odd or below 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> rope = sa.RoPE(base=500000.0, rotary_dim=32)
+    >>> sa.apply_rope(np.ones((10, 64)), rope=rope).shape
+    (10, 64)
     """
 
     base: float = 10000.0
