@@ -37,6 +37,11 @@ def show_config(mode: Mode = "stdout") -> dict[str, Any] | None:
     dict or None
         version, compiler, flags, build_type, openmp (the version's date or None), isas (compiled in).
 
+    Raises
+    ------
+    ValueError
+        `mode` is another string.
+
     Examples
     --------
     >>> import selfattn as sa
@@ -65,6 +70,11 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
         None), parallel (openmp, threads or serial; shared openmp: PyTorch's runtime), subnormals (False: a library has
         disabled them in this thread), python, numpy, blas (NumPy's, with its threads and its core type), machine,
         openmp_runtimes (if threadpoolctl is installed), warnings (settings that make a service slow).
+
+    Raises
+    ------
+    ValueError
+        `mode` is another string.
 
     Examples
     --------

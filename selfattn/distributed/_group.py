@@ -53,6 +53,11 @@ class Group:
     rank, size : int
     num_threads : int
 
+    Raises
+    ------
+    TypeError, ValueError
+        `comm` is not a communicator, or a number is out of range.
+
     Notes
     -----
     A rank that waits sleeps, so that other processes can use its core. A group must not be used by two threads at once.

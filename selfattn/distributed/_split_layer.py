@@ -53,6 +53,11 @@ class SplitSelfAttention:
     heads, kv_heads : slice
         The query heads and the KV heads of this rank. A cache for this layer holds these KV heads only.
 
+    Raises
+    ------
+    TypeError, ValueError, TimeoutError
+        As `SelfAttention`, more ranks than KV heads, or ranks that differ; on every rank.
+
     Notes
     -----
     The outputs of the ranks are summed in the order of the ranks, in the type of computation, so that all ranks get the

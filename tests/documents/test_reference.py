@@ -6,11 +6,12 @@ import ast
 import doctest
 import importlib
 import importlib.util
-import pkgutil
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pages import DOCS
@@ -27,6 +28,8 @@ PUBLIC = {
     "selfattn.integrations.torch": ("torch", "ml_dtypes"),
     "selfattn.integrations.transformers": ("transformers", "torch", "ml_dtypes"),
 }
+# Their pages say it for all functions.
+WITHOUT_ERRORS = {"selfattn.compat", "selfattn.reference"}
 NEEDED = {**PUBLIC, "selfattn.integrations": ("transformers", "torch", "jax", "ml_dtypes")}
 
 
@@ -45,7 +48,9 @@ def listed() -> dict[str, set[str]]:
 
 def names(module: str) -> set[str]:
     """Return a module's list of public names, without importing it."""
-    (value,) = re.findall(r"^__all__ = (\[[^\]]*\])", source(module), flags=re.M)
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    (value,) = re.findall(r"^__all__ = (\[[^\]]*\])", file.read_text(encoding="utf8"), flags=re.M)
     return {name for name in ast.literal_eval(value) if not name.startswith("_")}
 
 
@@ -68,15 +73,27 @@ def test_every_public_name_has_an_example(module: str) -> None:
     assert [name for name in sorted(listed()[module]) if ">>> " not in (getattr(found, name).__doc__ or "")] == []
 
 
+@pytest.mark.parametrize("module", [name for name in listed() if name not in WITHOUT_ERRORS])
+def test_every_public_name_says_what_it_raises(module: str) -> None:
+    skip_unless_installed(module)
+    found = {name: getattr(importlib.import_module(module), name) for name in sorted(listed()[module])}
+    with_arguments = [name for name, value in found.items() if parameters(value) and not is_tuple(value)]
+    assert [name for name in with_arguments if "\nRaises\n" not in (inspect.getdoc(found[name]) or "")] == []
+
+
+def parameters(value: Any) -> list[str]:
+    return list(inspect.signature(value).parameters)
+
+
+def is_tuple(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, tuple)
+
+
 def modules() -> list[str]:
-    found = pkgutil.walk_packages([str(ROOT / "selfattn")], "selfattn.", onerror=lambda name: None)
-    return [module.name for module in found if ">>> " in source(module.name)]
-
-
-def source(module: str) -> str:
-    path = ROOT.joinpath(*module.split("."))
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return file.read_text(encoding="utf8") if file.exists() else ""
+    """Return the names of the modules with examples, without importing them."""
+    files = sorted((ROOT / "selfattn").rglob("*.py"))
+    with_examples = [file.relative_to(ROOT) for file in files if ">>> " in file.read_text(encoding="utf8")]
+    return [".".join(file.with_suffix("").parts) for file in with_examples]
 
 
 @pytest.mark.parametrize("module", modules())

@@ -96,7 +96,7 @@ def test_version(capsys):
     assert selfattn.__version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["bench", "--threads", "0"]])
+@pytest.mark.parametrize("argv", [["nonsense"], ["bench", "--threads", "0"]])
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
