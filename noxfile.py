@@ -13,6 +13,7 @@ import nox
 sys.path.append(str(Path(__file__).parent))
 from nox_steps import (
     EMULATED,
+    build_site,
     clang_compiler,
     cover_core,
     install_lowest,
@@ -77,6 +78,13 @@ def integration(session: nox.Session) -> None:
     install_tests(session)
     session.install(".[models]")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation's site in site/, warnings as errors; check links, blocks of code and examples."""
+    session.install(*PEERS)
+    build_site(session)
 
 
 @nox.session

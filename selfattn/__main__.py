@@ -1,4 +1,4 @@
-"""The command line: `selfattn info`, `selftest`, `bench`; also as `python -m selfattn`."""
+"""The command line: `selfattn info`, `selftest`, `bench`; without arguments it says what there is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import selfattn
 
-from . import _selftest
+from . import _overview, _selftest
 from ._bench import command
 from ._bench.workloads import QUICK
 
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | N
 
 def _run(argv: Sequence[str] | None, attention: Callable[..., Any] | None) -> int:
     args = _parser().parse_args(argv)
+    if args.command is None:
+        print(_overview.text())
+        return 0
     if args.command == "info":
         return _info(as_json=args.json)
     if args.command == "selftest":
@@ -53,7 +56,7 @@ def _run(argv: Sequence[str] | None, attention: Callable[..., Any] | None) -> in
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfattn", description=selfattn.__doc__)
     parser.add_argument("--version", action="version", version=f"selfattn {selfattn.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     info = commands.add_parser("info", help="how selfattn was built and what it runs on here")
     info.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("selftest", help="check results against float64 on this machine")

@@ -227,6 +227,11 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
         decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise (the operands that cannot be used
         in place), flops.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention`.
+
     Examples
     --------
     >>> import numpy as np

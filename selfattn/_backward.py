@@ -16,7 +16,25 @@ from ._typing import Array
 
 
 class Gradients(NamedTuple):
-    """The gradients that ``wrt`` names; the others are None. Each has the shape of its argument."""
+    """The gradients that ``wrt`` names; the others are None.
+
+    Attributes
+    ----------
+    q, k, v, bias : ndarray or None
+        In the shape and the dtype of the argument.
+    sinks, alibi_slopes, t5, scale, r, u, w : ndarray or None
+        In the shape of the argument and in the type of computation; t5 is the gradient of its table.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 8))
+    >>> out, vjp = sa.attention_vjp(q, k, v, wrt=("q", "v"))
+    >>> grads = vjp(np.ones_like(out))
+    >>> grads.q.shape, grads.k is None
+    ((4, 8), True)
+    """
 
     q: Array | None = None
     k: Array | None = None

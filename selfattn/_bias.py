@@ -28,6 +28,11 @@ def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
     ndarray of float32, shape (num_heads,)
         For `attention`'s ``alibi_slopes``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        `num_heads` is not an integer above 0.
+
     Examples
     --------
     >>> import selfattn as sa
@@ -75,6 +80,11 @@ def t5_bias(
     ndarray, shape (H, Sq, Sk)
         In table's dtype.
 
+    Raises
+    ------
+    TypeError, ValueError
+        A table of another shape or dtype, or a length or distance out of range.
+
     Examples
     --------
     >>> import numpy as np
@@ -108,6 +118,11 @@ class T5Bias:
         query share the bucket of distance 0.
     max_distance : int, default 128
         In tokens, at most 2²⁰; the last bucket holds all larger distances.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A table of another shape or dtype, or `max_distance` is below 1.
 
     Notes
     -----

@@ -47,6 +47,12 @@ class KVCache(AnyCache):
     batch, num_kv_heads, head_dim, value_dim, capacity, window : int
     nbytes : int
 
+    Raises
+    ------
+    TypeError, ValueError
+        A size out of range, an unknown dtype, a window that the capacity does not exceed, or a buffer that is too small
+        or holds another cache. A method that raises leaves the cache unchanged.
+
     Notes
     -----
     Calls from several threads are synchronized: many readers or one writer. If several processes share a buffer, only

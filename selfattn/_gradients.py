@@ -121,6 +121,12 @@ def attention_vjp(
     vjp : callable
         ``vjp(grad_out, grad_lse=None, grad_weights=None)`` returns the `Gradients`; it may be called several times.
 
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `attention`, or `wrt` names an argument that is not given. `vjp` raises a ValueError for a gradient of
+        another shape than the result's.
+
     Notes
     -----
     `out` is kept in the type of computation and lse in float64. The gradients are therefore more accurate than those

@@ -36,6 +36,17 @@ def show_config(mode: Mode = "stdout") -> dict[str, Any] | None:
     -------
     dict or None
         version, compiler, flags, build_type, openmp (the version's date or None), isas (compiled in).
+
+    Raises
+    ------
+    ValueError
+        `mode` is another string.
+
+    Examples
+    --------
+    >>> import selfattn as sa
+    >>> "portable" in sa.show_config(mode="dicts")["isas"]
+    True
     """
     return _show({"version": version("selfattn"), **_core.build_config()}, mode)
 
@@ -59,6 +70,17 @@ def show_runtime(mode: Mode = "stdout") -> dict[str, Any] | None:
         None), parallel (openmp, threads or serial; shared openmp: PyTorch's runtime), subnormals (False: a library has
         disabled them in this thread), python, numpy, blas (NumPy's, with its threads and its core type), machine,
         openmp_runtimes (if threadpoolctl is installed), warnings (settings that make a service slow).
+
+    Raises
+    ------
+    ValueError
+        `mode` is another string.
+
+    Examples
+    --------
+    >>> import selfattn as sa
+    >>> sa.show_runtime(mode="dicts")["threads"] == sa.get_num_threads()
+    True
     """
     threads, source = _core.default_threads()
     loaded = _blas.loaded()

@@ -70,6 +70,11 @@ class SelfAttention(Immutable):
     isa : str
         The instruction set that the weights are packed for: the one active when the layer was created.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Weights of different dtypes, or of shapes that do not fit together or to the numbers of heads.
+
     Notes
     -----
     A layer is immutable and may be called from many threads at once.

@@ -52,6 +52,11 @@ class Linear(Immutable):
     isa : str
         The instruction set that the weights are packed for: the one active when the layer was created.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Weights or vectors of an unsupported dtype or of shapes that do not fit together, or an unknown activation.
+
     Notes
     -----
     A layer is immutable and may be called from many threads at once. The bits of a row of y depend neither on the

@@ -198,6 +198,11 @@ class LayerNorm(_Norm):
     weight, bias : array_like, shape (d,), optional
     eps : float
 
+    Raises
+    ------
+    TypeError, ValueError
+        Vectors of an unsupported dtype or of different lengths, or a negative eps.
+
     Examples
     --------
     >>> import numpy as np
@@ -230,6 +235,11 @@ class RMSNorm(_Norm):
     ----------
     weight : array_like, shape (d,), optional
     eps : float
+
+    Raises
+    ------
+    TypeError, ValueError
+        A vector of an unsupported dtype, or a negative eps.
 
     Examples
     --------

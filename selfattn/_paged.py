@@ -47,6 +47,13 @@ class PagedKVCache(AnyCache):
     num_pages, page_size, num_kv_heads, head_dim, value_dim, window : int
     nbytes : int
 
+    Raises
+    ------
+    TypeError, ValueError
+        A size out of range, an unknown dtype, or a buffer that is too small or holds another cache. A method that
+        raises leaves the cache unchanged: a ValueError for an id that is not live, a MemoryError if there are too few
+        free pages.
+
     Notes
     -----
     Calls from several threads are synchronized: many readers or one writer. Paged caches are due to Kwon et al.,

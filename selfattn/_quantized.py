@@ -14,12 +14,26 @@ from ._typing import Array
 
 
 class QuantizedWeights(NamedTuple):
-    """A weight matrix as codes and scales, for `Linear` and `FeedForward`: see `quantize`."""
+    """A weight matrix as codes and scales, for `Linear` and `FeedForward`: see `quantize`.
+
+    Attributes
+    ----------
+    codes : ndarray of int8, shape (d_in, d_out)
+    scales : ndarray of float32, shape (groups, d_out)
+        One for each group of d_in / groups rows and each column.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> codes = np.array([[100, -50]], dtype=np.int8)
+    >>> weights = sa.QuantizedWeights(codes, np.array([[0.01, 0.02]], dtype=np.float32))
+    >>> sa.Linear(weights)(np.ones((1, 1), dtype=np.float32)).round(3)
+    array([[ 1., -1.]], dtype=float32)
+    """
 
     codes: Array
-    """int8, (d_in, d_out)"""
     scales: Array
-    """float32, (groups, d_out): one for each group of d_in / groups rows and each column"""
 
 
 @hinted

@@ -124,6 +124,11 @@ def relative_attention_vjp(
     out, vjp
         As from `attention_vjp`, with the results of `relative_attention`.
 
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `relative_attention`, or `wrt` names an argument that is not given.
+
     Examples
     --------
     >>> import numpy as np

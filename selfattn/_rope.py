@@ -41,10 +41,18 @@ class RoPE:
         For positions with several coordinates, such as the time, row and column of a part of a video. Pair i is rotated
         by coordinate ``axes[i]``, and `positions` has a leading axis of ``max(axes) + 1`` coordinates.
 
+    Raises
+    ------
+    TypeError, ValueError
+        `base` is not a positive number, or `rotary_dim` is odd or below 2.
+
     Examples
     --------
     >>> import numpy as np
     >>> import selfattn as sa
+    >>> rope = sa.RoPE(base=500000.0, rotary_dim=32)
+    >>> sa.apply_rope(np.ones((10, 64)), rope=rope).shape
+    (10, 64)
     >>> rows_and_columns = sa.RoPE(inv_freq=[1.0, 0.1, 1.0, 0.1], axes=[0, 0, 1, 1])
     >>> patches = np.ones((12, 8), dtype=np.float32)
     >>> sa.apply_rope(patches, np.indices((3, 4)).reshape(2, 12), rows_and_columns).shape

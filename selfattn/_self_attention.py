@@ -81,6 +81,11 @@ def self_attention(
     ndarray, shape (..., S, d_out)
         With `return_lse` and `return_weights` a tuple, as from `attention`.
 
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `SelfAttention` and its calls.
+
     Examples
     --------
     >>> import numpy as np

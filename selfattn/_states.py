@@ -38,6 +38,11 @@ def merge_states(
     lse : ndarray, shape (..., Sq)
         −inf, with out 0, for a row that saw no key in any part.
 
+    Raises
+    ------
+    TypeError, ValueError
+        No parts, or arrays of unsupported dtypes or of shapes that do not fit together.
+
     Notes
     -----
     Flash-decoding and ring attention are based on this identity, from Rabe and Staats, "Self-attention does not need

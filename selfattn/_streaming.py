@@ -52,6 +52,11 @@ class AttentionState:
         512. If all pieces but the last end at multiples of it, the result does not depend on where keys were cut, not
         even in the last bit. Other cuts change the order of sums, and so the rounding.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention`. `absorb` also refuses a piece that leaves a gap or goes beyond kv_len.
+
     Notes
     -----
     For a given instruction set the bits of the result depend neither on the number of threads nor on the batch size,

@@ -21,6 +21,19 @@ def set_num_threads(n: int | None) -> None:
     n : int or None
         None restores the detected default: the smallest of OpenMP's setting in the calling thread, the number of CPUs
         that the process may run on, and the control group's CPU quota rounded up.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `n` is not an integer above 0.
+
+    Examples
+    --------
+    >>> import selfattn as sa
+    >>> sa.set_num_threads(1)
+    >>> sa.get_num_threads()
+    1
+    >>> sa.set_num_threads(None)
     """
     _core.set_default_threads(thread_count("set_num_threads", n))
 
@@ -50,7 +63,14 @@ def isas() -> list[str]:
 
 
 def active_isa() -> str:
-    """Return the instruction set in use: the one that ``SELFATTN_ISA`` names, or the best if that is unset or empty."""
+    """Return the instruction set in use: the one that ``SELFATTN_ISA`` names, or the best if that is unset or empty.
+
+    Examples
+    --------
+    >>> import selfattn as sa
+    >>> sa.active_isa() in sa.isas()
+    True
+    """
     return str(_core.active_isa())
 
 
@@ -67,6 +87,13 @@ def use_isa(name: str) -> Iterator[None]:
     ------
     ValueError
         This machine cannot run it, or there is no such instruction set.
+
+    Examples
+    --------
+    >>> import selfattn as sa
+    >>> with sa.use_isa("portable"):
+    ...     sa.active_isa()
+    'portable'
     """
     choice("use_isa", "name", name, tuple(isas()))
     before = active_isa()

@@ -132,6 +132,11 @@ def attention_varlen_vjp(
         ``vjp(grad_out, grad_lse=None)`` returns the `Gradients`, in the form of `attention_varlen_backward`; it may be
         called several times.
 
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `attention_varlen`, or `wrt` names an argument that is not given.
+
     Notes
     -----
     As with `attention_vjp`, the gradients are more accurate than gradients computed from rounded results.

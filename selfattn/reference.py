@@ -32,7 +32,6 @@ class Result(NamedTuple):
     sigma: float  # the largest |scale| * sum_d |q_d k_d| of a visible pair
 
 
-@hinted
 def visibility(
     q_len: int,
     kv_len: int,
@@ -48,7 +47,12 @@ def visibility(
     kv_lens: ArrayLike | None = None,
     kv_starts: ArrayLike | None = None,
 ) -> NDArray[np.bool_]:
-    """Return which keys each query sees, (*batch, H, Sq, Sk)."""
+    """Return which keys each query sees, as booleans of shape ``(*batch, H, Sq, Sk)``.
+
+    >>> from selfattn import reference
+    >>> reference.visibility(2, 3, causal=True).astype(int).tolist()
+    [[[1, 1, 0], [1, 1, 1]]]
+    """
     visible = np.ones((*batch, num_heads, q_len, kv_len), dtype=bool)
     distance = distances(q_len, kv_len, batch, q_offset, q_lens, kv_lens)
     if causal:
@@ -106,6 +110,14 @@ def attention(
         As for `selfattn.relative_attention`; pass its mem_len as `q_offset`.
     dtype : dtype, default float64
         The type to compute in; `numpy.longdouble` to check float64 results.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import selfattn as sa
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 5, 8))
+    >>> bool(np.allclose(sa.attention(q, k, v), sa.reference.attention(q, k, v).out))
+    True
     """
     q, k, v = (np.asarray(x, dtype=dtype) for x in (q, k, v))
     ndim = max(q.ndim, k.ndim, v.ndim)
@@ -162,6 +174,14 @@ def attention_backward(
         As for `selfattn.attention_backward`; `wrt` may name r, u and w as well.
     **options
         The options of `attention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from selfattn import reference
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 5, 8))
+    >>> reference.attention_backward(np.ones((5, 8)), q, k, v).gradients["q"].shape
+    (5, 8)
     """
     dropout, seed = options.pop("dropout", 0.0), options.pop("seed", None)
     forward = attention(q, k, v, **options)

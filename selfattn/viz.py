@@ -82,6 +82,12 @@ def heatmap(
     appear as escapes (``\\n``). Tokens are cut to 20 columns. NaN and infinite weights are red. Above 512 tokens along
     an axis, adjacent tokens are grouped, and each group shows its largest weight. The title says if weights are not
     finite or grouped.
+
+    Examples
+    --------
+    >>> from selfattn import viz
+    >>> ax = viz.heatmap([[1.0, 0.0], [0.25, 0.75]], ["to", "Norway"])
+    >>> ax.figure.savefig("weights.png")
     """
     try:
         import matplotlib
@@ -160,6 +166,14 @@ def text(
     -----
     Tokens cannot control the terminal: invisible characters, such as a newline or an escape, appear as escapes
     (``\\n``, ``\\x1b``). Names are cut to 20 columns, and aligned by their width in a terminal.
+
+    Examples
+    --------
+    >>> from selfattn import viz
+    >>> print(viz.text([[1.0, 0.0], [0.25, 0.75]], ["to", "Norway"], title="weights"))
+    weights 2 × 2, float64; first token 62 %, row sums within 0.0e+00 of 1
+        to │█ │  0.0 bit
+    Norway │░▓│  0.8 bit
     """
     picture = read("text", weights, head, tokens, key_tokens, mask)
     title, log, vmax = read_style("text", title, log, vmax)

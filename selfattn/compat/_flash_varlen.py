@@ -98,6 +98,15 @@ def flash_attn_varlen_func(
     return_attn_probs      the log-sum-exps                        ValueError
     with block_table
     =====================  ======================================  =========================================
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from selfattn.compat import flash_attn_varlen_func
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 12, 4, 8), dtype=np.float32)
+    >>> bounds = [0, 5, 12]  # two sequences, of 5 and 7 tokens
+    >>> flash_attn_varlen_func(q, k, v, bounds, bounds, 7, 7, causal=True).shape
+    (12, 4, 8)
     """
     name = "flash_attn_varlen_func"
     no_dropout(name, dropout_p)

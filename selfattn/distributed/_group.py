@@ -54,9 +54,28 @@ class Group:
     rank, size : int
     num_threads : int
 
+    Raises
+    ------
+    TypeError, ValueError
+        `comm` is not a communicator, or a number is out of range.
+
     Notes
     -----
     A rank that waits sleeps, so that other processes can use its core. A group must not be used by two threads at once.
+    Ring attention is due to Liu et al. (2023), the split by heads to Jacobs et al., "DeepSpeed-Ulysses" (2023).
+
+    Examples
+    --------
+    Started by ``mpiexec -n 4 python -m mpi4py program.py``, each rank gets its own rows; here, one rank has all:
+
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from selfattn.distributed import Group
+    >>> group = Group(MPI.COMM_WORLD)
+    >>> rows = group.rows(100)
+    >>> q, k, v = np.random.default_rng(group.rank).standard_normal((3, 8, len(rows), 64))
+    >>> group.attention(q, k, v, rows=rows, causal=True).shape == (8, len(rows), 64)
+    True
     """
 
     def __init__(self, comm: Any, *, num_threads: int | None = None, timeout: float | None = 600.0) -> None:

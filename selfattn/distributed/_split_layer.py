@@ -52,10 +52,25 @@ class SplitSelfAttention:
     heads, kv_heads : slice
         The query heads and the KV heads of this rank. A cache for this layer holds these KV heads only.
 
+    Raises
+    ------
+    TypeError, ValueError, TimeoutError
+        As `SelfAttention`, more ranks than KV heads, or ranks that differ; on every rank.
+
     Notes
     -----
     The outputs of the ranks are summed in the order of the ranks, in the type of computation, so that all ranks get the
-    same bits. These depend on the number of ranks.
+    same bits. These depend on the number of ranks. The split is due to Shoeybi et al., "Megatron-LM" (2019).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from selfattn.distributed import Group, SplitSelfAttention
+    >>> w_q, w_k, w_v, w_o = np.random.default_rng(0).standard_normal((4, 64, 64)) / 8
+    >>> layer = SplitSelfAttention(Group(MPI.COMM_WORLD), w_q, w_k, w_v, w_o, num_heads=8)
+    >>> layer(np.ones((10, 64)), causal=True).shape
+    (10, 64)
     """
 
     @clean_signature(SelfAttention.__init__)

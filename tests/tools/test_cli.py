@@ -33,6 +33,18 @@ def test_info_json_holds_both_dictionaries(capsys):
     assert facts["runtime"]
 
 
+def test_without_arguments_it_says_what_there_is(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    for command in ("info", "selftest", "bench"):
+        assert f"selfattn {command} " in printed
+    missing = [name for name in selfattn.__all__ if name[0] != "_" and f"  sa.{name} " not in printed]
+    assert missing == []
+    assert "selfattn.integrations.torch" in printed
+    assert max(map(len, printed.splitlines())) <= 160
+    assert all(line.split(maxsplit=1)[1:] for line in printed.splitlines() if line.startswith("  "))
+
+
 def test_module_runs_as_a_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "selfattn", "info", "--json"],
@@ -84,7 +96,7 @@ def test_version(capsys):
     assert selfattn.__version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["bench", "--threads", "0"]])
+@pytest.mark.parametrize("argv", [["nonsense"], ["bench", "--threads", "0"]])
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
