@@ -19,6 +19,9 @@ class Broken:
     def __init__(self, reason: str, kind: type[Exception] = ValueError) -> None:
         self.reason, self.kind = reason, kind
 
+    def __repr__(self) -> str:
+        return f"Broken({self.reason!r})"  # without an address: names of tests must agree between processes
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         raise self.kind(self.reason)
 
