@@ -289,12 +289,11 @@ def deep(session: nox.Session) -> None:
         start = time.monotonic()
         command = ["nox", "--no-error-on-external-run", "--report", str(report.resolve()), "-s", name]
         session.run(*command, "--", *options, external=True, success_codes=range(256))
-        minutes = (time.monotonic() - start) / 60
         for part in json.loads(report.read_text(encoding="utf8"))["sessions"]:
             # Newer versions of nox list the names of a session.
             signature = part["signature"] if "signature" in part else part["signatures"][0]
             verdicts[signature] = part["result"]
-        session.log(f"{name}: {minutes:.1f} minutes")
+        session.log(f"{name}: {(time.monotonic() - start) / 60:.1f} minutes")
     for part, verdict in verdicts.items():
         session.log(f"{verdict:8} {part}")
     if not set(verdicts.values()) <= {"success", "skipped"}:

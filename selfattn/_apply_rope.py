@@ -49,6 +49,12 @@ def apply_rope(
     ndarray
         In x's shape and dtype. Angles are computed in double precision: accurate to 1e-5 even at position 2**20.
 
+    Raises
+    ------
+    TypeError, ValueError
+        x has an unsupported dtype, `positions` or `out` has another shape, or `rope` rotates more elements than a head
+        has.
+
     Examples
     --------
     >>> import numpy as np

@@ -73,8 +73,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "pieces": lambda: in_pieces(many),
         "rope": lambda: sa.apply_rope(many),
         "merge": lambda: merged(many),
-        # On one thread: otherwise the number of threads follows what earlier calls took.
-        "explain": lambda: str(sa.explain(many, many, many, num_threads=1)),
+        "explain": lambda: str(sa.explain(many, many, many, num_threads=1)),  # else the number follows measured times
         "refused": lambda: refused(many),
     }
 
