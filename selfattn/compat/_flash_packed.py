@@ -124,6 +124,16 @@ def flash_attn_kvpacked_func(
     -------
     out : ndarray, shape (B, Sq, H, D)
         With `return_attn_probs` a tuple, as from `flash_attn_func`, whose table of differences applies.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from selfattn.compat import flash_attn_kvpacked_func
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 10, 4, 8), dtype=np.float32)
+    >>> kv = rng.standard_normal((2, 12, 2, 1, 8), dtype=np.float32)
+    >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
+    (2, 10, 4, 8)
     """
     k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return flash_attn_func(
@@ -186,6 +196,15 @@ def flash_attn_varlen_qkvpacked_func(
     -------
     out : ndarray, shape (total, H, D)
         With `return_attn_probs` a tuple, as from `flash_attn_varlen_func`, whose tables of differences apply.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from selfattn.compat import flash_attn_varlen_qkvpacked_func
+    >>> rng = np.random.default_rng(0)
+    >>> qkv = rng.standard_normal((10, 3, 4, 8), dtype=np.float32)
+    >>> flash_attn_varlen_qkvpacked_func(qkv, [0, 3, 10], 7, causal=True).shape
+    (10, 4, 8)
     """
     q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
     return flash_attn_varlen_func(
@@ -251,6 +270,16 @@ def flash_attn_varlen_kvpacked_func(
     -------
     out : ndarray, shape (total_q, H, D)
         With `return_attn_probs` a tuple, as from `flash_attn_varlen_func`, whose tables of differences apply.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from selfattn.compat import flash_attn_varlen_kvpacked_func
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((5, 4, 8), dtype=np.float32)
+    >>> kv = rng.standard_normal((10, 2, 1, 8), dtype=np.float32)
+    >>> flash_attn_varlen_kvpacked_func(q, kv, [0, 2, 5], [0, 3, 10], 3, 7, causal=True).shape
+    (5, 4, 8)
     """
     k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
     return flash_attn_varlen_func(

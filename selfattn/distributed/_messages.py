@@ -39,9 +39,21 @@ class MessageComm:
     machine : str, optional
         Equal for ranks that share memory; default the name of the host. Between machines, messages travel along trees.
 
+    Raises
+    ------
+    TypeError, ValueError
+        `size` is not a positive integer, or `rank` is not one of 0 to size - 1.
+
     Examples
     --------
-    docs/distributed.md has recipes for Ray and Dask.
+    A single rank sends nothing. The guide has recipes for Ray and Dask.
+
+    >>> import numpy as np
+    >>> from selfattn.distributed import Group, MessageComm
+    >>> group = Group(MessageComm(0, 1, lambda target, message: None))
+    >>> q, k, v = np.ones((3, 2, 10, 8), dtype=np.float32)
+    >>> group.attention(q, k, v, rows=group.rows(10), causal=True).shape
+    (2, 10, 8)
     """
 
     def __init__(

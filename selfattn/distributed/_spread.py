@@ -34,6 +34,21 @@ class SpreadCache:
     Attributes
     ----------
     cache : KVCache or PagedKVCache
+
+    Raises
+    ------
+    TypeError, ValueError
+        `cache` is no cache, or `rows` do not ascend.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from selfattn import KVCache
+    >>> from selfattn.distributed import SpreadCache
+    >>> cache = KVCache(1, num_kv_heads=2, head_dim=8, capacity=10)
+    >>> cache.append(*np.ones((2, 1, 2, 3, 8), dtype=np.float32))
+    >>> SpreadCache(cache, rows=[0, 4, 5]).rows(0)
+    array([0, 4, 5])
     """
 
     def __init__(self, cache: KVCache | PagedKVCache, rows: ArrayLike | None = None) -> None:

@@ -140,6 +140,21 @@ def flash_attn_varlen_func(
     out : Tensor, shape (total_q, H, Dv)
         With `return_attn_probs` a tuple, as from `flash_attn_func`: softmax_lse is (H, total_q), and S_dmask
         (N, H, max_seqlen_q, max_seqlen_k).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As from `flash_attn_func`. Also if the bounds do not ascend from 0 to the total, a sequence is longer than the
+        maximum, or pages are given where gradients are wanted.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import flash_attn_varlen_func
+    >>> q, k, v = torch.randn(3, 10, 4, 8)
+    >>> bounds = torch.tensor([0, 3, 10])
+    >>> flash_attn_varlen_func(q, k, v, bounds, bounds, 7, 7, causal=True).shape
+    torch.Size([10, 4, 8])
     """
     name = "flash_attn_varlen_func"
     options = _options(name, (q, k, v), 3 if block_table is None else None, dropout_p, deterministic)

@@ -36,6 +36,19 @@ def flash_attn_qkvpacked_func(
     -------
     out : Tensor, shape (B, S, H, D)
         With `return_attn_probs` a tuple, as from `flash_attn_func`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As from `flash_attn_func`, with this function's names of the arguments.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import flash_attn_qkvpacked_func
+    >>> qkv = torch.randn(2, 10, 3, 4, 8)
+    >>> flash_attn_qkvpacked_func(qkv, causal=True).shape
+    torch.Size([2, 10, 4, 8])
     """
     q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
     return flash_attn_func(
@@ -70,6 +83,19 @@ def flash_attn_kvpacked_func(
     -------
     out : Tensor, shape (B, Sq, H, D)
         With `return_attn_probs` a tuple, as from `flash_attn_func`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As from `flash_attn_func`, with this function's names of the arguments.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import flash_attn_kvpacked_func
+    >>> q, kv = torch.randn(2, 10, 4, 8), torch.randn(2, 12, 2, 1, 8)
+    >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
+    torch.Size([2, 10, 4, 8])
     """
     k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return flash_attn_func(
@@ -111,6 +137,19 @@ def flash_attn_varlen_qkvpacked_func(
     -------
     out : Tensor, shape (total, H, D)
         With `return_attn_probs` a tuple, as from `flash_attn_varlen_func`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As from `flash_attn_varlen_func`, with this function's names of the arguments.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import flash_attn_varlen_qkvpacked_func
+    >>> qkv, bounds = torch.randn(10, 3, 4, 8), torch.tensor([0, 3, 10])
+    >>> flash_attn_varlen_qkvpacked_func(qkv, bounds, 7, causal=True).shape
+    torch.Size([10, 4, 8])
     """
     q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
     return flash_attn_varlen_func(
@@ -152,6 +191,20 @@ def flash_attn_varlen_kvpacked_func(
     -------
     out : Tensor, shape (total_q, H, D)
         With `return_attn_probs` a tuple, as from `flash_attn_varlen_func`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As from `flash_attn_varlen_func`, with this function's names of the arguments.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import flash_attn_varlen_kvpacked_func
+    >>> q, kv = torch.randn(5, 4, 8), torch.randn(10, 2, 1, 8)
+    >>> bounds = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 10])
+    >>> flash_attn_varlen_kvpacked_func(q, kv, *bounds, 3, 7, causal=True).shape
+    torch.Size([5, 4, 8])
     """
     k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
     return flash_attn_varlen_func(

@@ -32,6 +32,11 @@ def unpad_input(
     seqused : Tensor of int32, shape (B,)
         Number of real tokens of each sequence.
 
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is no CPU tensor, or a mask has another shape than (B, S).
+
     Examples
     --------
     >>> import torch
@@ -77,6 +82,18 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
     -------
     Tensor, shape (B, S, ...)
         0 in all other places.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is no CPU tensor, or `indices` has another length than hidden_states.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from selfattn.integrations.torch import pad_input
+    >>> pad_input(torch.ones(3, 1), torch.tensor([0, 1, 3]), 2, 2).flatten().tolist()
+    [1.0, 1.0, 0.0, 1.0]
     """
     for name, tensor in (("hidden_states", hidden_states), ("indices", indices)):
         check_memory("pad_input", name, tensor)

@@ -46,6 +46,11 @@ def apply_rotary_emb(
     Tensor
         In x's shape and dtype; x itself if `inplace`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is no CPU tensor, the tables do not fit x, or a position is not in the tables.
+
     Examples
     --------
     >>> import torch
