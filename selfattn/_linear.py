@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import ACCEPTED, as_array, choice, is_float, out_array, thread_count
+from ._arguments import as_array, choice, floats, is_float, out_array, thread_count
 from ._errors import refusal
 from ._immutable import Immutable
 from ._keywords import hinted
@@ -182,10 +182,7 @@ def matrix(function: str, name: str, value: Any) -> NDArray[Any] | QuantizedWeig
     """Return a checked weight matrix."""
     if isinstance(value, QuantizedWeights):
         return checked(function, name, value)
-    array = as_array(function, name, value)
-    if not is_float(array.dtype):
-        text = f" has dtype {array.dtype}, but {ACCEPTED}, and for 8 bits the result of quantize"
-        raise refusal(TypeError, function, name, text)
+    array = floats(function, name, value, also=", and for 8 bits the result of quantize")
     if array.ndim != 2 or 0 in array.shape:
         raise refusal(ValueError, function, name, f" has shape {array.shape}, but a matrix is needed")
     return array

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._arguments import ACCEPTED, as_array, is_float, thread_count
+from .._arguments import floats, thread_count
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
 from .._errors import refusal
@@ -84,9 +84,7 @@ class CacheCall:
             raise refusal(ValueError, function, "q", text, "cache", "")
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
-        array = as_array(self.function, name, value)
-        if not is_float(array.dtype):
-            raise refusal(TypeError, self.function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+        array = floats(self.function, name, value)
         if array.ndim != 4:
             raise refusal(ValueError, self.function, name, f" has shape {array.shape}, but 4 axes are needed")
         return array.swapaxes(1, 2) if self.layout == "bshd" else array
