@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 Layout = NewType("Layout", int)
 Precision = NewType("Precision", int)
 DType = NewType("DType", int)
+Activation = NewType("Activation", int)
 LAYOUTS: dict[str, Layout]
 PRECISIONS: dict[str, Precision]
 DTYPES: dict[str, DType]
+ACTIVATIONS: dict[str, Activation]
+
+# The names of the fields of Options, and of those that are arrays.
+OPTIONS: tuple[str, ...]
+ARRAY_OPTIONS: tuple[str, ...]
 
 class Options:
     """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
@@ -330,7 +336,7 @@ def make_linear(
     b: NDArray[Any] | None,
     w_gate: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None,
     b_gate: NDArray[Any] | None,
-    activation: int,  # 0: none
+    activation: Activation,
     /,
 ) -> Linear: ...
 def call_linear(

@@ -18,7 +18,7 @@ from ._typing import Array
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered from 1, in the order of csrc/kernels/layer_arguments.h
+_CODES = _core.ACTIVATIONS
 _VERSION = 1  # version of the pickle format
 
 
@@ -104,8 +104,8 @@ class Linear(Immutable):
             raise refusal(ValueError, function, names[3], f" is given without {names[2]}")
         gate_bias = None if gate is None else _bias(function, names[3], values[3], names[2], gate)
         if activation is not None:
-            choice(function, "activation", activation, ACTIVATIONS)
-        code = 0 if activation is None else 1 + ACTIVATIONS.index(activation)
+            choice(function, "activation", activation, tuple(name for name in _CODES if name != "none"))
+        code = _CODES["none" if activation is None else activation]
         core = _core.make_linear(w, b, gate, gate_bias, code)
         self._set(
             {

@@ -166,10 +166,10 @@ py::object attend_cache(py::handle function_name, py::handle step, py::handle op
   return results;
 }
 
-py::capsule make_cache_store(py::array k, py::array v, py::object k_scales, py::object v_scales, int dtype,
+py::capsule make_cache_store(py::array k, py::array v, py::object k_scales, py::object v_scales, py::handle dtype,
                              std::int64_t window) {
   return capsule_of(std::make_unique<HeldStore>(std::move(k), std::move(v), std::move(k_scales), std::move(v_scales),
-                                                static_cast<DType>(dtype), window));
+                                                code_of<DType>(dtype), window));
 }
 
 py::capsule make_ledger(py::array copies, py::array active) {
