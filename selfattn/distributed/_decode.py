@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ._link import Link
 from ._options import value_text
 
 _BY_DISTANCE = ("window", "bias", "alibi_slopes", "t5")
+_MAY_DIFFER = ("sequences", "layout", "return_lse", "num_threads")  # between ranks
 
 
 class Held:
@@ -66,6 +68,8 @@ class CacheCall:
                 text = " cannot be used over ranks: a rank does not know the positions of the tokens in its cache"
                 raise refusal(ValueError, function, name, text)
         refuse_unknown(like, options)
+        self._compared = [x.name for x in signature(like).parameters.values() if x.kind is x.KEYWORD_ONLY]
+        self._compared = [name for name in self._compared if name not in _MAY_DIFFER]
         self.layout = self.given.pop("layout", "bhsd")
         self.return_lse = self.given.pop("return_lse", False)
         self.num_threads = thread_count(function, self.given.pop("num_threads", None))
@@ -97,8 +101,7 @@ class CacheCall:
             found.append(Fact(name, " has shape ", "none" if array is None else str(array.shape)))
             sum_ = "none" if array is None else f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
             found.append(Fact(name, " has checksum ", sum_))
-        names = ("rope", "positions", "mask", "causal", "scale", "softcap", "sinks", "precision")
-        found += [Fact(name, " is ", value_text(self.given.get(name))) for name in names]
+        found += [Fact(name, " is ", value_text(self.given.get(name))) for name in self._compared]
         found.append(Fact("cache", " has value_dim ", str(self.cache.value_dim)))
         return found
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import as_array
+from .._attention import _DEFAULTS
 from .._errors import refusal
 from .._keywords import clean_signature, hinted, refuse_unknown
 from .._layer import SelfAttention
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
 
 _NAME = "SplitSelfAttention"
 _REFUSED = ("return_lse", "return_weights", "dropout", "seed", "out")
-_COMPARED = (
-    "causal", "q_offset", "window", "q_lens", "kv_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks",
-    "precision", "t5", "positions",
-)  # fmt: skip
+_COMPARED = [
+    *(name for name in _DEFAULTS if name not in ("mask", "bias", "layout", "num_threads", *_REFUSED)), "positions",
+]  # fmt: skip
 
 
 @hinted
