@@ -237,7 +237,7 @@ class _Cascade(NamedTuple):
             return _core.attend_cache(_NAME, step, inputs, out, self.options)
         if out is not None:
             shape = (*self.q.shape[:3], cache.value_dim)
-            _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
+            _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape), "q")
         options = self.options.copy()
         options.return_lse = True
         # Attend to the unshared part first, because that call checks all arguments. Both parts keep the computation

@@ -42,7 +42,7 @@ class Call:
         if self.options.out is not None:
             out = out_array(function, self.options.out)
             like_out = np.broadcast_to(np.empty((), self.q.dtype), self.out_shape)
-            _core.check_out(function, out, self.to_layout(like_out))
+            _core.check_out(function, out, self.to_layout(like_out), "q")
 
     def _checked(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """Return an array with its heads before its rows."""
