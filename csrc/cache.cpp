@@ -110,10 +110,11 @@ void CachedKeys::present(AttentionArguments& arguments) {
 }
 
 TokensView::TokensView(const TensorView& tokens, Layout layout) : view{tokens.data, tokens.dtype, 4, shape, strides} {
+  const int missing = 4 - tokens.ndim;
   for (int axis = 0; axis < 4; ++axis) {
-    const int from = layout == Layout::bshd || axis == 0 || axis == 3 ? axis : 3 - axis;
-    shape[axis] = tokens.shape[from];
-    strides[axis] = tokens.strides[from];
+    const int from = (layout == Layout::bshd || axis == 0 || axis == 3 ? axis : 3 - axis) - missing;
+    shape[axis] = from < 0 ? 1 : tokens.shape[from];
+    strides[axis] = from < 0 ? 0 : tokens.strides[from];
   }
 }
 

@@ -73,7 +73,8 @@ class CachedKeys {
 };
 
 // Views an array of tokens as (batch, tokens, heads, width). In layout bhsd the array has the axes (batch, heads,
-// tokens, width); in layout bshd it already has the axes of the view.
+// tokens, width); in layout bshd it already has the axes of the view. The tokens of one sequence may lack the first
+// axis.
 struct TokensView {
   std::int64_t shape[4], strides[4];
   TensorView view;

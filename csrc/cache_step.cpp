@@ -25,7 +25,7 @@ CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64
   const auto divide = [&](char* base) {
     Carver carver{base};
     for (std::int64_t** array : {&lengths_, &after_, &starts_}) *array = carver.take<std::int64_t>(source.batch);
-    rows_ = carver.take<Pages::Row>(source.batch);
+    tables_ = carver.take<Pages::Table>(source.batch);
     token_ = carver.take<char>(static_cast<std::int64_t>(row.bytes));
     return carver.used;
   };
@@ -82,7 +82,7 @@ void CacheStep::check_room(const char* function) const {
 void CacheStep::open_pages(const char* function) {
   static const std::int32_t nothing = 0;
   const std::int64_t page_size = source_.store->page_size, num_pages = source_.store->num_pages;
-  cache_.pages = {page_size, rows_};
+  cache_.pages = {page_size, tables_};
   bool started = false;
   for (std::int64_t b = 0; b < source_.batch; ++b) {
     const PagedSequence& sequence = source_.pages->sequences()[static_cast<std::size_t>(b)];
@@ -95,7 +95,7 @@ void CacheStep::open_pages(const char* function) {
     const std::int64_t used = std::max<std::int64_t>(ceil_div(length + more_, page_size) - first, 0);
     if (used > sequence.page_count - unread) refuse(function, "the pages of sequence ", b, " do not fit its length");
     const std::int32_t* const pages = used > 0 ? sequence.pages + unread : &nothing;
-    rows_[b] = {pages, first};
+    tables_[b] = {pages, first};
     const auto inside = [&](std::int32_t page) { return page >= 0 && page < num_pages; };
     if (!std::all_of(pages, pages + used, inside))
       refuse(function, "the pages of sequence ", b, " hold a number outside 0..", num_pages - 1);

@@ -83,7 +83,7 @@ class CacheStep {
   Cache cache_{};
   std::optional<Scratch> memory_;  // backs the following arrays
   std::int64_t *lengths_, *after_, *starts_;
-  Pages::Row* rows_;
+  Pages::Table* tables_;
   char* token_;  // a TokenMemory
   std::int64_t starts_step_ = sizeof(std::int64_t);
   std::optional<CachedKeys> keys_;

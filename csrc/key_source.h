@@ -44,7 +44,7 @@ class KeySource {
 
   const Problem& problem_;
   const Plan& plan_;
-  const Pages::Row pages_;
+  const Pages::Table pages_;
   const std::int64_t end_;  // of the batch entry's valid keys that are held
   const Input keys_, values_;
 };

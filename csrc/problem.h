@@ -52,17 +52,17 @@ struct BatchAxis {
 struct Pages {
   // The page table of one batch entry, from run `first` on. Run r consists of the keys [r * size, (r + 1) * size).
   // Without `numbers`, run r is in page r.
-  struct Row {
+  struct Table {
     const std::int32_t* numbers = nullptr;
     std::int64_t first = 0;
   };
-  std::int64_t size = 0;      // keys per page; 0: not paged
-  const Row* rows = nullptr;  // one per batch entry; null: no page tables
+  std::int64_t size = 0;          // keys per page; 0: not paged
+  const Table* tables = nullptr;  // one per batch entry; null: no page tables
 
-  Row of(std::int64_t batch_index) const { return rows ? rows[batch_index] : Row{}; }
+  Table of(std::int64_t batch_index) const { return tables ? tables[batch_index] : Table{}; }
   // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that the
   // sequence still holds. Such keys are masked, and the first page is read in their place.
-  std::int64_t offset(const Row& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
+  std::int64_t offset(const Table& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
     const std::int64_t run = key / size;
     const std::int64_t page = own.numbers ? own.numbers[run < own.first ? 0 : run - own.first] : run;

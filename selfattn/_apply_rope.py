@@ -80,14 +80,8 @@ def apply_rope(
     places = None if positions is None else positions_for(function, positions, tokens.shape[:-2], rope)
     if out is None:
         out = np.empty(array.shape, array.dtype)
-    elif out_array(function, out).shape != array.shape:
-        raise refusal(ValueError, function, "out", f" has shape {out.shape} but ", "x", f" has {array.shape}")
-    elif out.dtype != array.dtype:
-        raise refusal(TypeError, function, "out", f" has dtype {out.dtype} but ", "x", f" has {array.dtype}")
-    elif not out.flags.writeable:
-        raise refusal(ValueError, function, "out", " is read-only")
     else:
-        _core.check_own_memory(function, out)
+        _core.check_out(function, out_array(function, out), array, "x")
     same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
     if not same and np.may_share_memory(out, array):
         tokens = tokens.copy()

@@ -51,12 +51,17 @@ def integers(function: str, name: str, value: Any) -> NDArray[np.int64]:
     return own if own.shape == array.shape else np.broadcast_to(own, array.shape)
 
 
-def reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
-    """Return real numbers of any accepted type as float64."""
+def floats(function: str, name: str, value: Any, also: str = "") -> NDArray[Any]:
+    """Return an array of a type that the core computes with; `also` tells what else is accepted."""
     array = as_array(function, name, value)
     if not is_float(array.dtype):
-        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
-    return converted(array, np.dtype(np.float64))
+        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}{also}")
+    return array
+
+
+def reals(function: str, name: str, value: Any) -> NDArray[np.float64]:
+    """Return real numbers of any accepted type as float64."""
+    return converted(floats(function, name, value), np.dtype(np.float64))
 
 
 def real(function: str, name: str, value: Any) -> float:

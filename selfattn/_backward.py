@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import ACCEPTED, as_array, core_options, flag, is_float
+from ._arguments import as_array, core_options, flag, floats
 from ._errors import refusal
 from ._foreign import converted
 from ._typing import Array
@@ -122,10 +122,10 @@ class Operands:
     def backward(self, upstream: Upstream, out: NDArray[Any], lse: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return what the core computes: arrays with all axes of heads and batch."""
         grad_out = as_array(self.function, "grad_out", upstream.out)
-        grad_lse = None if upstream.lse is None else _floats(self.function, "grad_lse", upstream.lse)
+        grad_lse = None if upstream.lse is None else floats(self.function, "grad_lse", upstream.lse)
         grad_weights = None
         if upstream.weights is not None:
-            grad_weights = _floats(self.function, "grad_weights", upstream.weights)
+            grad_weights = floats(self.function, "grad_weights", upstream.weights)
             grad_weights = np.ascontiguousarray(grad_weights, dtype=computed_in(self.q.dtype))
             through = self._through_weights(grad_weights)
             if grad_lse is not None and grad_lse.shape != through.shape:
@@ -186,13 +186,6 @@ def sum_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         axis + extra for axis, n in enumerate(shape) if n == 1 and array.shape[axis + extra] != 1
     )
     return (array.sum(axis=axes) if axes else array).reshape(shape)
-
-
-def _floats(function: str, name: str, value: ArrayLike) -> NDArray[Any]:
-    array = as_array(function, name, value)
-    if not is_float(array.dtype):
-        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
-    return array
 
 
 def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:

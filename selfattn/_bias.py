@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._arguments import ACCEPTED, as_array, flag, is_float, whole_number
+from ._arguments import flag, floats, whole_number
 from ._errors import refusal
 from ._keywords import hinted
 
@@ -176,9 +176,7 @@ class _Buckets(NamedTuple):
 
     @classmethod
     def check(cls, function: str, table: ArrayLike, bidirectional: bool, max_distance: int) -> _Buckets:
-        array = as_array(function, "table", table)
-        if not is_float(array.dtype):
-            raise refusal(TypeError, function, "table", f" has dtype {array.dtype}, but {ACCEPTED}")
+        array = floats(function, "table", table)
         sides = 2 if flag(function, "bidirectional", bidirectional) else 1
         if array.ndim != 2 or array.shape[0] < 2 * sides or array.shape[0] % sides:
             even = ", an even number" if bidirectional else ""

@@ -181,11 +181,10 @@ def attention_with_kvcache(
     rotation = None if description is None else description.for_core(_NAME, cache.head_dim)
     if out is not None:
         out_array(_NAME, out)
-    if cascade is not False and flag(_NAME, "cascade", cascade) and isinstance(cache, PagedKVCache):
-        plain = window is None and bias is None and alibi_slopes is None and t5 is None and options.dropout == 0
-        if plain and not return_weights:
-            call = _Cascade(q, k, v, description, positions, layout, options)
-            return call.run(cache, sequences, tokens, out)
+    wanted = cascade is not False and flag(_NAME, "cascade", cascade)
+    if wanted and isinstance(cache, PagedKVCache) and _suits_cascade(options):
+        call = _Cascade(q, k, v, description, positions, layout, options)
+        return call.run(cache, sequences, tokens, out)
     appended = 0 if k is None else tokens
 
     def attend(step: _core.Step) -> Any:
@@ -193,6 +192,22 @@ def attention_with_kvcache(
         return _core.attend_cache(_NAME, step, inputs, out, options)
 
     return cache._run(_NAME, sequences, appended, attend)
+
+
+_WITH_CASCADE = {
+    "mask", "causal", "scale", "softcap", "sinks", "layout", "precision", "seed", "return_lse", "num_threads",
+}  # fmt: skip
+
+
+def _suits_cascade(options: _core.Options) -> bool:
+    """Whether only options are set that a cascade supports."""
+    default = _core.Options()
+    others = [name for name in _core.OPTIONS if name not in _WITH_CASCADE]
+    arrays = [name for name in others if name in _core.ARRAY_OPTIONS]
+    numbers = [name for name in others if name not in _core.ARRAY_OPTIONS]
+    return all(getattr(options, name) is None for name in arrays) and all(
+        getattr(options, name) == getattr(default, name) for name in numbers
+    )
 
 
 class _Cascade(NamedTuple):
@@ -224,7 +239,7 @@ class _Cascade(NamedTuple):
             return _core.attend_cache(_NAME, step, inputs, out, self.options)
         if out is not None:
             shape = (*self.q.shape[:3], cache.value_dim)
-            _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape))
+            _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape), "q")
         options = self.options.copy()
         options.return_lse = True
         # Attend to the unshared part first, because that call checks all arguments. Both parts keep the computation

@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 Layout = NewType("Layout", int)
 Precision = NewType("Precision", int)
 DType = NewType("DType", int)
+Activation = NewType("Activation", int)
 LAYOUTS: dict[str, Layout]
 PRECISIONS: dict[str, Precision]
 DTYPES: dict[str, DType]
+ACTIVATIONS: dict[str, Activation]
+
+# The names of the fields of Options, and of those that are arrays.
+OPTIONS: tuple[str, ...]
+ARRAY_OPTIONS: tuple[str, ...]
 
 class Options:
     """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
@@ -315,8 +321,9 @@ def recount_pages(pool: PagePool, /) -> None: ...
 
 # The leading pages that all sequences of a step share, and the lengths of the sequences.
 def common_pages(function: str, step: Step, /) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
-def check_out(function: str, out: NDArray[Any], like: NDArray[Any], /) -> None: ...
-def check_own_memory(function: str, out: NDArray[Any], /) -> None: ...
+
+# `like`, the argument of this name, has the shape and the dtype that out must have.
+def check_out(function: str, out: NDArray[Any], like: NDArray[Any], name: str, /) -> None: ...
 def merge_states(
     outs: list[NDArray[Any]], lses: list[NDArray[Any]], out: NDArray[Any], lse: NDArray[Any], num_threads: int, /
 ) -> None: ...
@@ -346,7 +353,7 @@ def make_linear(
     b: NDArray[Any] | None,
     w_gate: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None,
     b_gate: NDArray[Any] | None,
-    activation: int,  # 0: none
+    activation: Activation,
     /,
 ) -> Linear: ...
 def call_linear(

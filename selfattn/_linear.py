@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import ACCEPTED, as_array, choice, is_float, out_array, thread_count
+from ._arguments import as_array, choice, floats, is_float, out_array, thread_count
 from ._errors import refusal
 from ._immutable import Immutable
 from ._keywords import hinted
@@ -18,7 +18,7 @@ from ._typing import Array
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered from 1, in the order of csrc/kernels/layer_arguments.h
+_CODES = _core.ACTIVATIONS
 _VERSION = 1  # version of the pickle format
 
 
@@ -109,8 +109,8 @@ class Linear(Immutable):
             raise refusal(ValueError, function, names[3], f" is given without {names[2]}")
         gate_bias = None if gate is None else _bias(function, names[3], values[3], names[2], gate)
         if activation is not None:
-            choice(function, "activation", activation, ACTIVATIONS)
-        code = 0 if activation is None else 1 + ACTIVATIONS.index(activation)
+            choice(function, "activation", activation, tuple(name for name in _CODES if name != "none"))
+        code = _CODES["none" if activation is None else activation]
         core = _core.make_linear(w, b, gate, gate_bias, code)
         self._set(
             {
@@ -187,10 +187,7 @@ def matrix(function: str, name: str, value: Any) -> NDArray[Any] | QuantizedWeig
     """Return a checked weight matrix."""
     if isinstance(value, QuantizedWeights):
         return checked(function, name, value)
-    array = as_array(function, name, value)
-    if not is_float(array.dtype):
-        text = f" has dtype {array.dtype}, but {ACCEPTED}, and for 8 bits the result of quantize"
-        raise refusal(TypeError, function, name, text)
+    array = floats(function, name, value, also=", and for 8 bits the result of quantize")
     if array.ndim != 2 or 0 in array.shape:
         raise refusal(ValueError, function, name, f" has shape {array.shape}, but a matrix is needed")
     return array

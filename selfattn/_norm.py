@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import ACCEPTED, as_array, is_float, out_array, real
+from ._arguments import as_array, floats, is_float, out_array, real
 from ._errors import refusal
 from ._immutable import Immutable
 from ._keywords import hinted
@@ -144,9 +144,7 @@ def _epsilon(function: str, eps: Any) -> float:
 def _vector(function: str, name: str, value: Any, count: int | None, dtype: np.dtype[Any]) -> NDArray[Any] | None:
     if value is None:
         return None
-    array = as_array(function, name, value)
-    if not is_float(array.dtype):
-        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+    array = floats(function, name, value)
     if array.ndim != 1 or (count is not None and len(array) != count):
         needed = "a vector" if count is None else f"({count},)"
         raise refusal(ValueError, function, name, f" has shape {array.shape}, but {needed} is needed")

@@ -188,13 +188,8 @@ class PagedKVCache(AnyCache):
             There are not enough free pages. This error, like any other, leaves all sequences unchanged.
         """
         k, v = (as_array("append", name, x) for name, x in (("k", k), ("v", v)))
-        for name, x, width in (("k", k, self.head_dim), ("v", v, self.value_dim)):
-            wanted = (self.num_kv_heads, k.shape[1] if k.ndim == 3 else 0, width)
-            if x.shape != wanted:
-                raise refusal(
-                    ValueError, "append", name, f" has shape {x.shape}, but this cache and call need {wanted}"
-                )
-        self._run("append", (sequence,), k.shape[1], lambda step: _core.append("append", step, k[None], v[None]))
+        tokens = k.shape[1] if k.ndim == 3 else 0
+        self._run("append", (sequence,), tokens, lambda step: _core.append("append", step, k, v))
 
     def fork(self, sequence: int) -> int:
         """Return the id of a new sequence that starts as a copy of this one and shares its pages."""

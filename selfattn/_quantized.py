@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ._arguments import as_array, is_float, whole_number
+from ._arguments import as_array, floats, whole_number
 from ._errors import refusal
 from ._keywords import hinted
 from ._typing import Array
@@ -71,9 +71,7 @@ def quantize(w: ArrayLike, *, groups: int = 1) -> QuantizedWeights:
     array([[0.77, 0.  ]], dtype=float32)
     """
     function = "quantize"
-    array = as_array(function, "w", w)
-    if not is_float(array.dtype):
-        raise refusal(TypeError, function, "w", f" has dtype {array.dtype}, but real numbers are needed")
+    array = floats(function, "w", w)
     if array.ndim != 2 or 0 in array.shape:
         raise refusal(ValueError, function, "w", f" has shape {array.shape}, but a matrix is needed")
     count = whole_number(function, "groups", groups, 1)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import ACCEPTED, as_array, is_float
+from ._arguments import as_array, floats
 from ._errors import refusal
 from ._keywords import hinted
 
@@ -59,8 +59,8 @@ def merge_states(
     >>> bool(np.allclose(out, sa.attention(q, k, v), rtol=0, atol=1e-14))
     True
     """
-    values = [_real(f"outs[{i}]", x) for i, x in enumerate(_parts("outs", outs))]
-    logs = [_real(f"lses[{i}]", x) for i, x in enumerate(_parts("lses", lses))]
+    values = [floats("merge_states", f"outs[{i}]", x) for i, x in enumerate(_parts("outs", outs))]
+    logs = [floats("merge_states", f"lses[{i}]", x) for i, x in enumerate(_parts("lses", lses))]
     if not values:
         raise refusal(ValueError, "merge_states", "outs", " is empty, but there must be at least one part")
     if len(values) != len(logs):
@@ -82,13 +82,6 @@ def _parts(name: str, values: Any) -> list[Any]:
         if values.ndim == 0:
             raise refusal(TypeError, "merge_states", name, f" is {values!r}, but a sequence of arrays is needed")
     return list(values)
-
-
-def _real(name: str, value: Any) -> NDArray[Any]:
-    array = as_array("merge_states", name, value)
-    if not is_float(array.dtype):
-        raise refusal(TypeError, "merge_states", name, f" has dtype {array.dtype}, but {ACCEPTED}")
-    return array
 
 
 def _check(values: list[NDArray[Any]], logs: list[NDArray[Any]]) -> None:

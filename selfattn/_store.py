@@ -52,7 +52,7 @@ class Layout:
     value_dim: int
     header_bytes: int = 0
 
-    def pieces(self) -> list[tuple[int, Any, tuple[int, ...]]]:
+    def arrays(self) -> list[tuple[int, Any, tuple[int, ...]]]:
         """Return (offset, type, shape) of k, v and, for int8, their scales."""
         memory_type = np.dtype(_TYPES[self.name])
         rows = (self.blocks, self.heads, self.slots)
@@ -67,7 +67,7 @@ class Layout:
 
     def nbytes(self) -> int:
         """Return the size of the whole block."""
-        offset, kind, shape = self.pieces()[-1]
+        offset, kind, shape = self.arrays()[-1]
         return offset + _aligned(math.prod(shape) * kind.itemsize)
 
 
@@ -77,7 +77,7 @@ class Store:
     def __init__(self, function: str, layout: Layout, window: int | None, buffer: Any) -> None:
         self.name = layout.name
         self.memory = _memory(function, layout.nbytes(), buffer)
-        arrays = [np.ndarray(shape, kind, self.memory.data, offset) for offset, kind, shape in layout.pieces()]
+        arrays = [np.ndarray(shape, kind, self.memory.data, offset) for offset, kind, shape in layout.arrays()]
         self.k: NDArray[Any] = arrays[0]
         self.v: NDArray[Any] = arrays[1]
         self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None

@@ -106,10 +106,9 @@ class AttentionState:
         own = checked.copy()
         self._mask, self._bias = own.mask, own.bias
         own.mask = own.bias = None
-        if own.alibi_slopes is not None:
-            own.alibi_slopes = np.array(own.alibi_slopes)
-        if own.sinks is not None:
-            own.sinks = np.array(own.sinks)
+        for name in _core.ARRAY_OPTIONS:
+            if (array := getattr(own, name)) is not None:
+                setattr(own, name, np.array(array))
         self._key_axis = -3 if own.layout == _core.LAYOUTS["bshd"] and queries.ndim > 2 else -2
         self._core = _core.make_state(queries, self.kv_len, start, checked, own)
         self._lock = SharedLock()

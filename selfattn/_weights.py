@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arguments import ACCEPTED, as_array, is_float, whole_number
+from ._arguments import as_array, floats, whole_number
 from ._errors import refusal
 
 
@@ -63,9 +63,7 @@ def head_counts(function: str, num_heads: Any, num_kv_heads: Any) -> tuple[int, 
 
 
 def _matrix(function: str, name: str, value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
-    array = as_array(function, name, value)
-    if not is_float(array.dtype):
-        raise refusal(TypeError, function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+    array = floats(function, name, value)
     if dtype is not None and array.dtype != dtype:
         raise refusal(TypeError, function, name, f" has dtype {array.dtype} but ", "w_q", f" has {dtype}")
     if array.ndim != 2:

@@ -132,7 +132,7 @@ bool meet(const TensorView& a, const TensorView& b) {
   return x.begin < y.end && y.begin < x.end;
 }
 
-void check_own_memory(const char* function, const TensorView& out) {
+static void check_own_memory(const char* function, const TensorView& out) {
   struct Axis {
     std::int64_t stride, extent;
     int number;

@@ -29,8 +29,6 @@ TensorView view_of(const py::array& array, DType dtype);
 
 // Whether two arrays may share memory: their ranges of bytes, from the first to the last, overlap.
 bool meet(const TensorView& a, const TensorView& b);
-// Throws if elements of `out` share memory with each other.
-void check_own_memory(const char* function, const TensorView& out);
 // Checks an `out` argument: shape, dtype, writeable, no overlapping elements.
 void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype);
 

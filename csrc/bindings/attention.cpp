@@ -132,11 +132,8 @@ py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_val
 void register_attention(py::module_& module) {
   module.def("attention", &attention);
   module.def("attention_for", &attention_for);
-  module.def("check_own_memory", [](const char* function, const py::array& out) {
-    check_own_memory(function, float_view(function, "out", out));
-  });
-  module.def("check_out", [](const char* function, const py::array& out, const py::array& like) {
-    const TensorView view = float_view(function, "out", like);
+  module.def("check_out", [](const char* function, const py::array& out, const py::array& like, const char* name) {
+    const TensorView view = float_view(function, name, like);
     Shape shape;
     for (int axis = 0; axis < view.ndim; ++axis) shape.append(view.shape[axis]);
     check_out(function, out, shape, view.dtype);

@@ -29,6 +29,12 @@ Shape shape_of(std::int64_t batch, std::int64_t heads, std::int64_t count, std::
   return shape;
 }
 
+Shape last_axes(int rank, const Shape& shape) {
+  Shape last;
+  for (int axis = shape.ndim - rank; axis < shape.ndim; ++axis) last.append(shape.extent[axis]);
+  return last;
+}
+
 // A view of tokens. Tokens that may share memory with the cache are copied first, because storing could overwrite them
 // before they are read.
 class SafeTokens {
@@ -45,13 +51,19 @@ class SafeTokens {
   TensorView view_;
 };
 
+// Tokens (batch, heads, tokens, width) for a KVCache; (heads, tokens, width) for the sequence of a PagedKVCache.
 void append(const char* function, py::handle step, py::handle k, py::handle v) {
   const TensorView key = float_view(function, "k", k), value = matching_view(function, "v", v, "k", key.dtype);
-  const std::int64_t count = key.ndim == 4 ? key.extent(1) : 0;
-  CacheArguments arguments(function, Record<Step>::in(step), count);
+  Step& state = Record<Step>::in(step);
+  const int rank = state.ids.is_none() ? 4 : 3;
+  const std::int64_t count = key.ndim == rank ? key.extent(1) : 0;
+  CacheArguments arguments(function, state, count);
   const Cache& cache = arguments.cache();
-  check_tokens(function, "k", key, shape_of(cache.batch, cache.num_kv_heads, count, cache.key.width, Layout::bhsd));
-  check_tokens(function, "v", value, shape_of(cache.batch, cache.num_kv_heads, count, cache.value.width, Layout::bhsd));
+  const auto wanted = [&](std::int64_t width) {
+    return last_axes(rank, shape_of(cache.batch, cache.num_kv_heads, count, width, Layout::bhsd));
+  };
+  check_tokens(function, "k", key, wanted(cache.key.width));
+  check_tokens(function, "v", value, wanted(cache.value.width));
   const SafeTokens keys(k, key, arguments), values(v, value, arguments);
   const KernelSet& kernels = active_kernels();
   arguments.run([&] {
@@ -166,10 +178,10 @@ py::object attend_cache(py::handle function_name, py::handle step, py::handle op
   return results;
 }
 
-py::capsule make_cache_store(py::array k, py::array v, py::object k_scales, py::object v_scales, int dtype,
+py::capsule make_cache_store(py::array k, py::array v, py::object k_scales, py::object v_scales, py::handle dtype,
                              std::int64_t window) {
   return capsule_of(std::make_unique<HeldStore>(std::move(k), std::move(v), std::move(k_scales), std::move(v_scales),
-                                                static_cast<DType>(dtype), window));
+                                                code_of<DType>(dtype), window));
 }
 
 py::capsule make_ledger(py::array copies, py::array active) {

@@ -2,6 +2,7 @@
 #include "bindings/linear.h"
 
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <utility>
 
@@ -11,6 +12,12 @@
 #include "registry.h"
 
 namespace selfattn::bindings {
+
+// The words by which users choose an activation, in the order of the core's enum.
+constexpr const char* activation_words[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+static_assert(std::size(activation_words) == static_cast<std::size_t>(Activation::silu) + 1);
+template <>
+constexpr std::int64_t code_count<Activation> = std::size(activation_words);
 
 HeldNorm::HeldNorm(py::object w, py::object b, double epsilon, bool centred)
     : weight(std::move(w)), bias(std::move(b)), norm{data_of(weight), data_of(bias), epsilon, centred} {}
@@ -124,11 +131,11 @@ void check_dtype(const char* function, const TensorView& x, const Projection& pr
                                              : ": x must have their dtype");
 }
 
-py::capsule make_linear(py::handle w, py::handle b, py::handle w_gate, py::handle b_gate, int activation) {
+py::capsule make_linear(py::handle w, py::handle b, py::handle w_gate, py::handle b_gate, py::handle activation) {
   std::optional<Projection> gate;
   if (!w_gate.is_none()) gate.emplace(projection_of(w_gate, b_gate));
   return capsule_of(std::unique_ptr<HeldLinear>(
-      new HeldLinear{{projection_of(w, b), std::move(gate), static_cast<Activation>(activation)}}));
+      new HeldLinear{{projection_of(w, b), std::move(gate), code_of<Activation>(activation)}}));
 }
 
 py::object call_linear(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
@@ -228,6 +235,7 @@ py::object unpack(const Projection& projection, const TensorView& weights) {
 }
 
 void register_linear(py::module_& module) {
+  module.attr("ACTIVATIONS") = codes(activation_words);
   module.def("make_linear", &make_linear);
   module.def("call_linear", &call_linear);
   module.def("linear_isa", &linear_isa);

@@ -1,9 +1,6 @@
 #include "bindings/options.h"
 
 #include <algorithm>
-#include <span>
-
-#include "bindings/record.h"
 
 namespace selfattn::bindings {
 
@@ -41,22 +38,33 @@ constexpr auto i64 = [](const char*, const char*, py::handle array) { return opt
 constexpr auto f64 = [](const char*, const char*, py::handle array) { return optional_view(array, DType::f64); };
 }  // namespace view_of_elements
 
-py::dict codes(std::span<const char* const> words) {
-  py::dict d;
-  for (std::size_t code = 0; code < words.size(); ++code) d[words[code]] = code;
-  return d;
+constexpr const char* array_names[] = {
+#define SELFATTN_ARRAY(name, elements) #name,
+#include "option_list.h"
+};
+
+// The names of all options, or of those that are arrays.
+py::tuple option_names(bool arrays) {
+  const std::size_t count = arrays ? std::size(array_names) : std::size(fields);
+  py::tuple names(count);
+  for (std::size_t i = 0; i < count; ++i) names[i] = py::str(arrays ? array_names[i] : fields[i].name);
+  return names;
 }
 
 // The types that keys and values may have, by name.
 py::dict dtype_codes() {
   py::dict d;
-  for (int code = 0; code < dtype_count; ++code)
-    if (const DType dtype = computed_in(static_cast<DType>(code)); dtype == DType::f32 || dtype == DType::f64)
-      d[element_types[code].name] = code;
+  for (int code = 0; code < code_count<DType>; ++code) d[element_types[code].name] = code;
   return d;
 }
 
 }  // namespace
+
+py::dict codes(std::span<const char* const> words) {
+  py::dict d;
+  for (std::size_t code = 0; code < words.size(); ++code) d[words[code]] = code;
+  return d;
+}
 
 const Options& options_of(py::handle object) { return Record<Options>::in(object); }
 
@@ -87,6 +95,8 @@ void register_options(py::module_& module) {
   module.attr("LAYOUTS") = codes(layout_words);
   module.attr("PRECISIONS") = codes(precision_words);
   module.attr("DTYPES") = dtype_codes();
+  module.attr("OPTIONS") = option_names(false);
+  module.attr("ARRAY_OPTIONS") = option_names(true);
 }
 
 }  // namespace selfattn::bindings

@@ -1,9 +1,16 @@
 // The options of a call: _core.Options, which the Python layer fills from users' arguments. A call does not change it.
 #pragma once
+#include <span>
+
 #include "bindings/arrays.h"
+#include "bindings/record.h"
 #include "problem.h"
 
 namespace selfattn::bindings {
+
+// The types that keys and values may have, which come before the others.
+template <>
+constexpr std::int64_t code_count<DType> = static_cast<std::int64_t>(DType::i8) + 1;
 
 // An option that is an array. Null if it is absent.
 struct ArrayReference : py::object {
@@ -20,6 +27,9 @@ AttentionArguments arguments_of(const char* function, const Options& options, co
 
 // Whether `out` may share memory with an operand, so that writing `out` could change numbers that are still to be read.
 bool meets_any(const TensorView& out, const AttentionArguments& arguments);
+
+// The codes of words. A word's code is its index.
+py::dict codes(std::span<const char* const> words);
 
 void register_options(py::module_& module);
 

@@ -73,6 +73,14 @@ bool read(PyObject* value, Code& to) {
   return read_below(code_count<Code>, value, to);
 }
 
+// The code that a Python integer stands for. Throws TypeError for anything else.
+template <class Code>
+Code code_of(py::handle value) {
+  Code code{};
+  if (!read(value.ptr(), code)) throw py::type_error("_core: " + std::string(py::repr(value)) + " is not a code");
+  return code;
+}
+
 // Accepts any object. The binding checks the object's type where it uses the object.
 inline bool read(PyObject* value, py::object& to) {
   to = py::reinterpret_borrow<py::object>(value);

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from .._arguments import ACCEPTED, as_array, is_float, out_array
+from .._arguments import as_array, floats, out_array
 from .._errors import refusal, renamed
 from ._agree import Fact
 from ._options import Options
@@ -42,12 +42,11 @@ class Call:
         if self.options.out is not None:
             out = out_array(function, self.options.out)
             like_out = np.broadcast_to(np.empty((), self.q.dtype), self.out_shape)
-            _core.check_out(function, out, self.to_layout(like_out))
+            _core.check_out(function, out, self.to_layout(like_out), "q")
 
     def _checked(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """Return an array with its heads before its rows."""
-        if not is_float(array.dtype):
-            raise refusal(TypeError, self.function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+        array = floats(self.function, name, array)
         numbers = name in ("lse", "grad_lse")  # one per row
         if array.ndim < 2 - numbers:
             raise refusal(

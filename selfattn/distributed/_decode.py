@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._arguments import ACCEPTED, as_array, is_float, thread_count
+from .._arguments import floats, thread_count
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
 from .._errors import refusal
@@ -21,6 +22,8 @@ from ._agree import Fact, failure, raise_failures
 from ._link import Link
 from ._options import value_text
 from ._spread import BY_DISTANCE, SpreadCache, terms
+
+_MAY_DIFFER = ("sequences", "layout", "return_lse", "num_threads")  # between ranks
 
 
 class Held:
@@ -60,6 +63,8 @@ class CacheCall:
         self.function = function
         self.given = {name: x for name, x in options.items() if x is not None}
         refuse_unknown(like, options)
+        self._compared = [x.name for x in signature(like).parameters.values() if x.kind is x.KEYWORD_ONLY]
+        self._compared = [name for name in self._compared if name not in _MAY_DIFFER]
         self.layout = self.given.pop("layout", "bhsd")
         self.return_lse = self.given.pop("return_lse", False)
         self.num_threads = thread_count(function, self.given.pop("num_threads", None))
@@ -94,9 +99,7 @@ class CacheCall:
             raise refusal(ValueError, self.function, "cache", text)
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
-        array = as_array(self.function, name, value)
-        if not is_float(array.dtype):
-            raise refusal(TypeError, self.function, name, f" has dtype {array.dtype}, but {ACCEPTED}")
+        array = floats(self.function, name, value)
         if array.ndim != 4:
             raise refusal(ValueError, self.function, name, f" has shape {array.shape}, but 4 axes are needed")
         return array.swapaxes(1, 2) if self.layout == "bshd" else array
@@ -109,8 +112,7 @@ class CacheCall:
             found.append(Fact(name, " has shape ", "none" if array is None else str(array.shape)))
             sum_ = "none" if array is None else f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
             found.append(Fact(name, " has checksum ", sum_))
-        names = ("rope", "positions", "mask", "causal", "scale", "softcap", "sinks", "precision", *BY_DISTANCE)
-        found += [Fact(name, " is ", value_text(self.given.get(name))) for name in names]
+        found += [Fact(name, " is ", value_text(self.given.get(name))) for name in self._compared]
         found.append(Fact("cache", " has value_dim ", str(self.cache.value_dim)))
         return found
 

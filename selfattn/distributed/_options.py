@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._arguments import as_array, core_options, integers
+from .._attention import _DEFAULTS
 from .._bias import T5Bias
 from .._errors import refusal
 from .._keywords import refuse_unknown
@@ -22,10 +23,10 @@ REFUSED = {
     "q_offset": "the positions of queries are those of rows",
     "return_weights": "no rank has all keys at once",
 }
-_COMPARED = (
-    "causal", "window", "kv_lens", "q_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks", "layout",
-    "return_lse", "precision", "t5", "dropout", "seed",
-)  # fmt: skip
+# Options that differ between rows or keys.
+_BY_ROW = ("mask", "bias", "q_lens", "kv_lens", "kv_starts")
+# Each rank has its own rows of mask and bias, and may have its own number of threads.
+_COMPARED = [name for name in _DEFAULTS if name not in ("mask", "bias", "num_threads", *REFUSED)]
 
 
 _FAR = 1 << 62
@@ -83,8 +84,7 @@ class Options:
 
     def scores(self) -> dict[str, Any]:
         """Return the options that are the same for all rows and keys."""
-        names = ("causal", "window", "scale", "softcap", "alibi_slopes", "sinks", "precision", "t5", "dropout", "seed")
-        return {name: self.given[name] for name in names if name in self.given}
+        return {name: x for name, x in self.given.items() if name not in _BY_ROW}
 
     def lengths(self, queries: tuple[int, int], keys: tuple[int, int]) -> dict[str, Any]:
         """Return offset and lengths for the queries and the keys in two ranges of positions."""

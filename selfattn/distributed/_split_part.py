@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._arguments import as_array, out_array
+from .._attention import _DEFAULTS
 from .._errors import refusal
 from .._keywords import refuse_unknown
 from .._layer import SelfAttention
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 NAME = "SplitSelfAttention"
 _REFUSED = ("return_lse", "return_weights")
-_COMPARED = (
-    "causal", "q_offset", "window", "q_lens", "kv_lens", "kv_starts", "scale", "softcap", "alibi_slopes", "sinks",
-    "precision", "t5", "positions", "dropout", "seed",
-)  # fmt: skip
+_COMPARED = [
+    *(name for name in _DEFAULTS if name not in ("mask", "bias", "layout", "num_threads", *_REFUSED)),
+    "positions",
+]
 
 
 class Part:

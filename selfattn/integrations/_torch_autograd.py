@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
 from ._tensors import is_plain, is_transformed, wants_gradient
-from ._torch_call import DIFFERENTIABLE, Call, backward, backward_shapes, forward, forward_shapes
+from ._torch_call import DIFFERENTIABLE, TENSORS, Call, backward, backward_shapes, forward, forward_shapes
 from ._torch_dense import dense_attention
 from ._torch_vmap import map_backward, map_forward
 
@@ -120,12 +120,10 @@ def _pull_back_twice(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? t5, "
-    "Tensor? scale, Tensor? mask, Tensor? q_offset, Tensor? q_lens, Tensor? kv_lens, Tensor? kv_starts, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, "
-    "bool causal, int left, int right, float? softcap, float dropout, bool bidirectional, int max_distance, "
-    "str layout, str precision, int? num_threads, bool residuals, bool weights"
+_SCHEMA_TYPES = {bool: "bool", int: "int", int | None: "int?", float: "float", float | None: "float?", str: "str"}
+_OTHERS = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items() if name not in TENSORS]
+_ARGUMENTS = ", ".join(
+    ["Tensor query", "Tensor key", "Tensor value", *(f"Tensor? {name}" for name in TENSORS[3:]), *_OTHERS]
 )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from .. import _core
 from .._arguments import core_options, flag, window_sides
+from .._attention import _DEFAULTS
 from .._bias import T5Bias
 from .._gradients import attention_backward
 from .._packing import Packed
@@ -17,7 +18,6 @@ from ._tensors import computed_in, to_array, to_tensor
 
 # The arguments that may have a gradient: the first fields of a Call, named as in `wrt` of attention_backward.
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks", "alibi_slopes", "t5", "scale")
-_PER_BATCH = ("q_offset", "q_lens", "kv_lens", "kv_starts")
 
 
 class Call(NamedTuple):
@@ -58,12 +58,8 @@ class Call(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """Return the options of `attention`."""
-        options: dict[str, Any] = {
-            name: to_array(x)
-            for name in ("mask", "bias", "alibi_slopes", "sinks", *_PER_BATCH)
-            if (x := getattr(self, name)) is not None
-        }
-        options |= {name: getattr(self, name) for name in ("causal", "softcap", "layout", "precision", "num_threads")}
+        options: dict[str, Any] = {name: to_array(x) for name in _ARRAYS if (x := getattr(self, name)) is not None}
+        options |= {name: getattr(self, name) for name in _PLAIN}
         if self.left >= 0 or self.right >= 0:
             options["window"] = tuple(None if side < 0 else side for side in (self.left, self.right))
         if self.scale is not None:
@@ -104,11 +100,15 @@ class Call(NamedTuple):
 
 
 TENSORS = Call._fields[: Call._fields.index("causal")]
+# The options that `attention` takes in the same form. The others are scale, t5, dropout, seed and the window.
+_SAME = [name for name in Call._fields if name in _DEFAULTS and name not in ("scale", "t5", "dropout", "seed")]
+_ARRAYS = tuple(name for name in _SAME if name in TENSORS)
+_PLAIN = tuple(name for name in _SAME if name not in TENSORS)
 
 
 def make_call(q: Any, k: Any, v: Any, **options: Any) -> Call:
     """Return the call with these options of `attention`, some of which may be arrays or numbers instead of tensors."""
-    for name in (*_PER_BATCH, "mask", "bias", "sinks", "alibi_slopes"):
+    for name in _ARRAYS:
         if options.get(name) is not None:
             options[name] = torch.as_tensor(options[name])
     if (scale := options.get("scale")) is not None and not isinstance(scale, torch.Tensor):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import selfattn as sa
-from selfattn import _core, _typing
+from selfattn import _cached, _core, _linear, _typing
 from selfattn._arguments import core_options
 
 STUB = Path(sa.__file__).with_name("_core.pyi")
@@ -72,6 +72,20 @@ def test_stub_names_every_field() -> None:
     named = [x.target.id for x in fields.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
     assert named == list(FIELDS)
     assert sorted(named) == sorted(fields_of(_core.Options()))
+
+
+def test_the_core_names_its_options() -> None:
+    assert sorted(_core.OPTIONS) == sorted(FIELDS)
+    assert set(_core.ARRAY_OPTIONS) == {name for name, value in FIELDS.items() if isinstance(value, np.ndarray)}
+
+
+def test_only_options_that_a_cascade_supports_allow_one() -> None:
+    assert _cached._suits_cascade(_core.Options())
+    for name, value in FIELDS.items():
+        options = _core.Options()
+        setattr(options, name, value)
+        assert _cached._suits_cascade(options) is (name in _cached._WITH_CASCADE)
+    assert set(FIELDS) > _cached._WITH_CASCADE
 
 
 def test_a_call_passes_options_in_the_order_of_its_signature() -> None:
@@ -218,3 +232,13 @@ def test_words_have_the_codes_of_the_core() -> None:
     for words, codes in ((_typing.Layout, _core.LAYOUTS), (_typing.Precision, _core.PRECISIONS)):
         assert codes == {word: code for code, word in enumerate(get_args(words))}
     assert list(_core.DTYPES) == ["float32", "float64", "float16", "bfloat16", "int8"]
+    assert list(_core.ACTIVATIONS) == ["none", *get_args(_linear.Activation)]
+
+
+@pytest.mark.parametrize("code", [-1, 5, 1 << 40, None, "relu", 1.0])
+def test_other_codes_are_refused(code: Any) -> None:
+    with pytest.raises(TypeError, match="is not a code"):
+        _core.make_linear(np.eye(2), None, None, None, code)
+    array = np.zeros((1, 1, 1, 1), np.float32)
+    with pytest.raises(TypeError, match="is not a code"):
+        _core.make_cache_store(k=array, v=array, k_scales=None, v_scales=None, dtype=code, window=-1)

@@ -17,10 +17,21 @@ from torch_operands import (
     torch,
 )
 
+import selfattn
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(7)
+
+
+def test_the_operator_takes_every_option() -> None:
+    call = make_call(*qkv())
+    others = {"window": "left", "return_lse": "residuals", "return_weights": "weights"}
+    options = {others.get(name, name) for name in selfattn.attention.__kwdefaults__} - {"out"}
+    assert options <= set(call._fields)
+    taken = [x.name for x in operator._schema.arguments]
+    assert taken == ["query", "key", "value", *call._fields[3:]]
 
 
 OPCHECKED: dict[str, Any] = {

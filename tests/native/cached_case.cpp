@@ -92,7 +92,7 @@ void CachedCase::give_pages() {
   table_.emplace(static_cast<std::size_t>(batch_ * runs_) * sizeof(std::int32_t));
   for (std::int64_t b = 0; b < batch_; ++b) {
     const std::int64_t first = std::min(start_of(b) / slots_, std::max<std::int64_t>(runs_ - 1, 0));
-    rows_.push_back({entries_of(b) + first, first});
+    tables_.push_back({entries_of(b) + first, first});
   }
   std::vector<std::int32_t*> held;
   for (std::int64_t b = 0; b < batch_; ++b)
@@ -162,7 +162,7 @@ AttentionArguments CachedCase::arguments() const {
   a.v = {value_.rows->data(), dtype_, 4, value_.shape, value_.strides};
   if (paged() || store_.ring) a.pages.size = slots_;
   if (paged()) {
-    a.pages.rows = rows_.data();
+    a.pages.tables = tables_.data();
     a.key_page = heads_ * step_of(*key_.rows);
     a.value_page = heads_ * step_of(*value_.rows);
   }

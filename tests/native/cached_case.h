@@ -56,7 +56,7 @@ class CachedCase {
   std::int64_t runs_ = 1;    // of a sequence
   std::int64_t places_ = 0;  // runs of each head for which there is memory
   std::optional<test::GuardedMemory> table_;
-  std::vector<Pages::Row> rows_;
+  std::vector<Pages::Table> tables_;
   Side key_, value_;
 };
 

@@ -234,8 +234,8 @@ void check_pages() {
   CacheSource later = held.source(read);
   later.skipped = slots;
   CacheStep reading("attend", later, 0);
-  const Pages::Row& row = reading.cache().pages.rows[0];
-  SELFATTN_CHECK(row.numbers == first + 1 && row.first == 1 &&
+  const Pages::Table& table = reading.cache().pages.tables[0];
+  SELFATTN_CHECK(table.numbers == first + 1 && table.first == 1 &&
                  integer_at(static_cast<const char*>(reading.cache().starts.data)) == slots);
 
   test::begin_section("pages that are refused");
