@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 BLOCK, CHUNK_BYTES, MOST_BLOCKS = 512, 4 << 20, 8  # as in selfattn/distributed/_travel.py
+FEW = 8  # as in selfattn/distributed/_link.py
 RANKS, TOKENS, GBITS = (8, 64, 512, 4096), (10**5, 10**6, 10**7, 10**8), (10, 100, 400)
 
 
@@ -23,12 +24,12 @@ class Network(NamedTuple):
 
     bandwidth: float
     latency: float
-    overhead: float = 1e-4  # of a message in the program; most of it goes by until a rank that sleeps asks again
+    overhead: float = 1e-4  # of a message in the program
 
     @property
     def step(self) -> float:
-        """The time until a rank knows of a short message."""
-        return self.latency + self.overhead
+        """The time until a rank knows of a short message: it asks again after a quarter of the time it has waited."""
+        return 1.25 * self.latency + self.overhead
 
 
 class Work(NamedTuple):
@@ -51,7 +52,7 @@ class Work(NamedTuple):
 
 def agreeing(ranks: int, network: Network) -> float:
     """The seconds of a small message from all to all."""
-    return _depth(ranks) * network.step
+    return (1 if ranks <= FEW else _depth(ranks)) * network.step
 
 
 def by_keys(ranks: int, work: Work, network: Network, computing: float) -> float:
@@ -79,7 +80,7 @@ def by_heads(ranks: int, work: Work, network: Network, computing: float) -> floa
 def by_states(ranks: int, work: Work, network: Network, computing: float) -> float:
     """The seconds of `Group.attention_with_kvcache` for one new token."""
     gathered = ranks * work.heads * (work.head_dim + 1) * 4
-    return agreeing(ranks, network) + computing + gathered / network.bandwidth + _depth(ranks) * network.step
+    return 2 * agreeing(ranks, network) + computing + gathered / network.bandwidth
 
 
 def _depth(ranks: int) -> int:

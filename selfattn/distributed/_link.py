@@ -20,6 +20,7 @@ from ._relay import Relay, all_done, branches
 Bytes = NDArray[np.uint8]
 
 LARGEST = 1 << 30  # bytes of one message; counts of MPI are ints
+FEW = 8  # ranks that send small messages to all others at once: one step, where trees need several
 SWAP = 32000  # a tag: MPI guarantees tags up to 32767, and relays need fewer
 INLINE = 1016  # bytes of a small object that travel with its size
 # Questions whether a message has arrived: a few at once, while other processes may use the core, then with pauses.
@@ -117,9 +118,16 @@ class Link:
         self._pending.append(relay)
         return [relay]
 
+    def leaves(self, receivers: Sequence[int]) -> bool:
+        """Whether a receiver is on another machine."""
+        return any(self.machines[receiver] != self.machines[self.rank] for receiver in receivers)
+
     def gather(self, function: str, buffer: Bytes) -> NDArray[np.uint8]:
         """Return the buffers of all ranks, which have one size: (size, bytes)."""
         found = np.empty((self.size, len(buffer)), np.uint8)
+        if self.size <= FEW:
+            self.swap(function, [buffer] * self.size, list(found))
+            return found
         for part in _parts(len(buffer), LARGEST // self.size):
             received = np.empty((self.size, part.stop - part.start), np.uint8)
             request = self._comm.Iallgather(buffer[part], received)

@@ -22,7 +22,7 @@ Wants = Callable[[int, int, int], bool]
 
 
 class Chunk(NamedTuple):
-    """The rows of positions start..stop − 1 from all ranks, and the messages of the next chunk, still travelling."""
+    """The rows of positions start..stop − 1 from all ranks, and messages that are still travelling."""
 
     start: int
     stop: int
@@ -43,7 +43,7 @@ class Travel:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks that this rank wants."""
-        sent = self._send()
+        sent, leaving = self._send()
         buffers = (_Memory(), _Memory())
         spans = [span for span in self.spans if self._wants(self._link.rank, *span)]
         coming = self._receive(buffers[0], *spans[0]) if spans else ([], [])
@@ -52,12 +52,16 @@ class Travel:
             self._link.wait(self._call.function, requests)
             # The next chunk may fill the other buffer only now, when that buffer is no longer used.
             coming = self._receive(buffers[(i + 1) % 2], *spans[i + 1]) if i + 1 < len(spans) else ([], [])
-            yield Chunk(start, stop, _joined(pieces), coming[1])
+            yield Chunk(start, stop, _joined(pieces), [*coming[1], *leaving])
         self._link.wait(self._call.function, sent)
 
-    def _send(self) -> list[Any]:
-        """Start to send all of this rank's rows, so that no rank waits until this one has time for it."""
-        sent = []
+    def _send(self) -> tuple[list[Any], list[Any]]:
+        """Start to send all of this rank's rows; return the messages, and those that go to other machines.
+
+        MPI moves the latter only while somebody asks for them; ranks of this machine fetch theirs.
+        """
+        sent: list[Any] = []
+        leaving: list[Any] = []
         for start, stop in self.spans:
             for piece in self._call.owners.between(start, stop):
                 receivers = self._receivers(piece.owner, start, stop) if piece.owner == self._link.rank else []
@@ -66,8 +70,10 @@ class Travel:
                     memory = np.empty(bytes_for(self._arrays, rows), np.uint8)
                     for view, own in zip(views_of(memory, self._arrays, rows), self._own(piece), strict=True):
                         view[...] = own
-                    sent += self._link.spread(memory, piece.owner, receivers, piece.start)
-        return sent
+                    requests = self._link.spread(memory, piece.owner, receivers, piece.start)
+                    sent += requests
+                    leaving += requests if self._link.leaves(receivers) else []
+        return sent, leaving
 
     def _receive(self, buffer: _Memory, start: int, stop: int) -> tuple[list[list[NDArray[Any]]], list[Any]]:
         """Start to receive the rows of a chunk; return the arrays of each piece, and the messages."""
