@@ -35,7 +35,8 @@ class CacheStep {
   const std::int64_t* lengths_after() const { return after_; }
 
   // Sets the keys and values of an attention call to the contents of the cache after the append. Throws
-  // std::invalid_argument if the call may look farther to the left than the cache's window.
+  // std::invalid_argument if the call may look farther to the left than the cache's window, or if its kv_starts do not
+  // fit the cache.
   void present(AttentionArguments& arguments);
 
   // Throws std::invalid_argument if a query of the call sees tokens that the cache no longer holds.
@@ -72,6 +73,8 @@ class CacheStep {
   void check_room(const char* function) const;
   void open_pages(const char* function);
   void use_starts();
+  // Returns the starts of a call that hides further tokens at the start of sequences.
+  TensorView later_starts(const char* function, const TensorView& kv_starts);
   bool ring() const { return source_.ledger && source_.store->window >= 0; }
   // In a ring, publishes that the tokens to be overwritten are no longer held. This is not undone if the call fails.
   void claim() const;
@@ -82,7 +85,7 @@ class CacheStep {
   const std::int64_t more_;
   Cache cache_{};
   std::optional<Scratch> memory_;  // backs the following arrays
-  std::int64_t *lengths_, *after_, *starts_;
+  std::int64_t *lengths_, *after_, *starts_, *later_;
   Pages::Row* rows_;
   char* token_;  // a TokenMemory
   std::int64_t starts_step_ = sizeof(std::int64_t);

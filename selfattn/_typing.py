@@ -169,6 +169,7 @@ class LayerVjpOptions(PaddedScoreOptions, total=False):
 class CachedOptions(BatchOptions, total=False):
     """Options of `attention_with_kvcache`."""
 
+    kv_starts: ArrayLike | None
     sequences: ArrayLike | None
     rope: RoPE | bool | None
     positions: ArrayLike | None
@@ -179,6 +180,7 @@ class CachedOptions(BatchOptions, total=False):
 class VarlenGradientOptions(ScoreOptions, total=False):
     """Options of `attention_varlen_backward`."""
 
+    kv_starts: ArrayLike | None
     mask: Sequence[ArrayLike | None] | None
     bias: Sequence[ArrayLike | None] | None
     q_offset: ArrayLike | None
@@ -193,6 +195,7 @@ class VarlenVjpOptions(VarlenGradientOptions, total=False):
 class VarlenOptions(CommonOptions, total=False):
     """Options of `attention_varlen`."""
 
+    kv_starts: ArrayLike | None
     mask: Sequence[ArrayLike | None] | None
     bias: Sequence[ArrayLike | None] | None
     q_offset: ArrayLike | None

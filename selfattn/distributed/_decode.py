@@ -20,7 +20,7 @@ from ._agree import Fact, failure, raise_failures
 from ._link import Link
 from ._options import value_text
 
-_BY_DISTANCE = ("window", "bias", "alibi_slopes", "t5")
+_BY_DISTANCE = ("window", "kv_starts", "bias", "alibi_slopes", "t5")
 
 
 class Held:
