@@ -24,7 +24,8 @@ CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64
   const TokenMemory row(nullptr, std::max(store.key.width, store.value.width));
   const auto divide = [&](char* base) {
     Carver carver{base};
-    for (std::int64_t** array : {&lengths_, &after_, &starts_}) *array = carver.take<std::int64_t>(source.batch);
+    for (std::int64_t** array : {&lengths_, &after_, &starts_, &later_})
+      *array = carver.take<std::int64_t>(source.batch);
     tables_ = carver.take<Pages::Table>(source.batch);
     token_ = carver.take<char>(static_cast<std::int64_t>(row.bytes));
     return carver.used;
@@ -105,7 +106,9 @@ void CacheStep::open_pages(const char* function) {
 
 Problem CacheStep::problem_of(AttentionArguments arguments) {
   check_window(arguments);
+  const TensorView asked = arguments.kv_starts;
   keys_->present(arguments);
+  if (asked) arguments.kv_starts = later_starts(arguments.function, asked);
   arguments.recent_mask = static_cast<bool>(arguments.mask);
   Problem problem = make_problem(arguments);
   check_seen(arguments.function, problem);
@@ -117,6 +120,19 @@ void CacheStep::check_window(const AttentionArguments& arguments) const {
   if (window >= 0 && (left < 0 || left > window))
     refuse(arguments.function, "window"_arg, " is ", left < 0 ? "none" : std::to_string(left) + " to the left",
            ", but the cache keeps only the tokens that a window of ", window, " sees");
+}
+
+TensorView CacheStep::later_starts(const char* function, const TensorView& kv_starts) {
+  if (kv_starts.ndim > 1 || (kv_starts.ndim == 1 && kv_starts.shape[0] != source_.batch))
+    refuse(function, "kv_starts"_arg, " has shape ", shape_text(kv_starts), ", but (", source_.batch, ",) is needed");
+  const std::int64_t step = kv_starts.ndim == 1 ? kv_starts.strides[0] : 0;
+  for (std::int64_t b = 0; b < source_.batch; ++b) {
+    const std::int64_t start = integer_at(static_cast<const char*>(kv_starts.data) + b * step);
+    if (start < 0 || start > after_[b])
+      refuse(function, "kv_starts"_arg, " holds ", start, ", which is outside 0..", after_[b], " (sequence ", b, ")");
+    later_[b] = cache_.starts ? std::max(start, starts_[b]) : start;
+  }
+  return {later_, DType::i64, 1, &source_.batch, &starts_step_};
 }
 
 void CacheStep::check_seen(const char* function, const Problem& problem) const {

@@ -35,8 +35,8 @@ class CacheStep {
   const std::int64_t* lengths_after() const { return after_; }
 
   // The problem of an attention call whose keys and values are the contents of the cache after the append. Throws like
-  // make_problem, and if the call may look farther to the left than the cache's window, or if a query sees tokens that
-  // the cache no longer holds.
+  // make_problem, and if the call may look farther to the left than the cache's window, if a query sees tokens that the
+  // cache no longer holds, or if its kv_starts do not fit the cache.
   Problem problem_of(AttentionArguments arguments);
 
   // Writes new tokens (batch, tokens, heads, width) after the end of each sequence.
@@ -72,6 +72,8 @@ class CacheStep {
   void use_starts();
   void check_window(const AttentionArguments& arguments) const;
   void check_seen(const char* function, const Problem& problem) const;
+  // Returns the starts of a call that hides further tokens at the start of sequences.
+  TensorView later_starts(const char* function, const TensorView& kv_starts);
   bool ring() const { return source_.ledger && source_.store->window >= 0; }
   // In a ring, publishes that the tokens to be overwritten are no longer held. This is not undone if the call fails.
   void claim() const;
@@ -82,7 +84,7 @@ class CacheStep {
   const std::int64_t more_;
   Cache cache_{};
   std::optional<Scratch> memory_;  // backs the following arrays
-  std::int64_t *lengths_, *after_, *starts_;
+  std::int64_t *lengths_, *after_, *starts_, *later_;
   Pages::Table* tables_;
   char* token_;  // a TokenMemory
   std::int64_t starts_step_ = sizeof(std::int64_t);

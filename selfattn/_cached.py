@@ -66,6 +66,7 @@ def attention_with_kvcache(
     bias: ArrayLike | None = None,
     causal: bool = True,
     window: Window | None = None,
+    kv_starts: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -108,6 +109,8 @@ def attention_with_kvcache(
         Added to the scores, as in `attention`.
     causal : bool, default True
         Query i sees the tokens up to its own position. The last query is the last token of its sequence.
+    kv_starts : int or integer array, shape (B,), optional
+        The tokens before it are hidden, for left-padded prompts. The positions of the others do not change.
     window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
         As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most the cache's window.
     dropout, seed
@@ -116,7 +119,7 @@ def attention_with_kvcache(
     cascade : bool, default False
         Read the leading pages that all sequences share (forks of one prompt) once for all of them. The results over the
         shared pages and over the rest are merged by log-sum-exp, so the rounding of the result depends on the length of
-        the shared part. Has no effect if window, bias, alibi_slopes, t5, dropout or return_weights is given.
+        the shared part. Has no effect if window, kv_starts, bias, alibi_slopes, t5, dropout or return_weights is given.
     layout : {"bhsd", "bshd"}
         "bshd": the token axis of q, k, v and out comes before the head axis.
     return_weights : bool, default False
@@ -168,7 +171,7 @@ def attention_with_kvcache(
     if v is not None and (type(v) is not np.ndarray or not v.dtype.isnative):
         v = as_array(_NAME, "v", v)
     options = core_options(  # by position, see `attention`
-        _NAME, mask, bias, causal, None, window, None, None, None, scale, softcap,
+        _NAME, mask, bias, causal, None, window, None, None, kv_starts, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed,
     )  # fmt: skip
     description = None if rope is None else rope_or_none(_NAME, rope)

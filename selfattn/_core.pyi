@@ -134,6 +134,7 @@ class VarlenInputs:
     mask: list[NDArray[Any] | None] | None
     bias: list[NDArray[Any] | None] | None
     q_offset: NDArray[np.int64] | None
+    kv_starts: NDArray[np.int64] | None
     alibi_slopes: NDArray[np.float64] | None
 
     def __init__(
@@ -147,6 +148,7 @@ class VarlenInputs:
         mask: list[NDArray[Any] | None] | None = None,
         bias: list[NDArray[Any] | None] | None = None,
         q_offset: NDArray[np.int64] | None = None,  # (sequences,)
+        kv_starts: NDArray[np.int64] | None = None,  # (sequences,)
         alibi_slopes: NDArray[np.float64] | None = None,  # (sequences, heads)
     ) -> None: ...
 

@@ -243,8 +243,8 @@ class SelfAttention(Immutable):
         cache : KVCache or PagedKVCache, optional
             x is (batch, S, d_model): the S newest tokens of each sequence. Their keys and values are appended, and
             they attend to everything in the cache, causally unless ``causal=False``. `mask` then covers the S newest
-            tokens only, as in `attention_with_kvcache`. After an error the cache is unchanged,
-            except that a ring may have lost tokens that no later query can see.
+            tokens only, as in `attention_with_kvcache`, and `kv_starts` counts the cache's tokens. After an error the
+            cache is unchanged, except that a ring may have lost tokens that no later query can see.
         sequences : sequence of int
             With a PagedKVCache: the id of the sequence of each row of x.
         residual : array_like, shape of y, optional

@@ -26,7 +26,7 @@ def check_with_cache(function: str, cache: Any, context: Any, options: dict[str,
         raise refusal(
             ValueError, function, "context", " and ", "cache", " are given, but a cache holds the keys of ", "x", ""
         )
-    for name in ("q_offset", "q_lens", "kv_lens", "kv_starts"):
+    for name in ("q_offset", "q_lens", "kv_lens"):
         if options.get(name) is not None:
             raise refusal(ValueError, function, name, " is given, but a cache knows where its tokens are")
 

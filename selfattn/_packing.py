@@ -71,11 +71,14 @@ class Packed(NamedTuple):
         """Return a packed array in the form in which the caller passed the operands: packed, or as a list of arrays."""
         return np.split(array, starts[1:-1], axis) if self.lists else array
 
-    def inputs(self, function: str, mask: Any, bias: Any, q_offset: Any, alibi_slopes: Any) -> _core.VarlenInputs:
+    def inputs(
+        self, function: str, mask: Any, bias: Any, q_offset: Any, alibi_slopes: Any, kv_starts: Any = None
+    ) -> _core.VarlenInputs:
         """Return what the core takes: the operands, and the options that differ from sequence to sequence."""
         count = self.number
         heads = self.q.shape[1] if self.q.ndim > 1 else 1
         offsets = None if q_offset is None else integers(function, "q_offset", q_offset)
+        starts = None if kv_starts is None else integers(function, "kv_starts", kv_starts)
         slopes = None if alibi_slopes is None else reals(function, "alibi_slopes", alibi_slopes)
         return _core.VarlenInputs(
             q=self.q,
@@ -86,6 +89,7 @@ class Packed(NamedTuple):
             mask=_each(function, "mask", mask, count),
             bias=_each(function, "bias", bias, count),
             q_offset=None if offsets is None else _per_sequence(function, "q_offset", offsets, (count,)),
+            kv_starts=None if starts is None else _per_sequence(function, "kv_starts", starts, (count,)),
             alibi_slopes=None if slopes is None else _per_sequence(function, "alibi_slopes", slopes, (count, heads)),
         )
 

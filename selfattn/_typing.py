@@ -186,6 +186,7 @@ class LayerVjpOptions(LayerScoreOptions, total=False):
 class CachedOptions(BatchOptions, total=False):
     """Options of `attention_with_kvcache`."""
 
+    kv_starts: ArrayLike | None
     sequences: ArrayLike | None
     rope: RoPE | bool | None
     positions: ArrayLike | None
@@ -196,6 +197,7 @@ class CachedOptions(BatchOptions, total=False):
 class VarlenGradientOptions(ScoreOptions, total=False):
     """Options of `attention_varlen_backward`."""
 
+    kv_starts: ArrayLike | None
     mask: Sequence[ArrayLike | None] | None
     bias: Sequence[ArrayLike | None] | None
     q_offset: ArrayLike | None
@@ -210,6 +212,7 @@ class VarlenVjpOptions(VarlenGradientOptions, total=False):
 class VarlenOptions(CommonOptions, total=False):
     """Options of `attention_varlen`."""
 
+    kv_starts: ArrayLike | None
     mask: Sequence[ArrayLike | None] | None
     bias: Sequence[ArrayLike | None] | None
     q_offset: ArrayLike | None

@@ -84,6 +84,7 @@ def attention_varlen(
     causal: bool = False,
     q_offset: ArrayLike | None = None,
     window: Window | None = None,
+    kv_starts: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -114,6 +115,8 @@ def attention_varlen(
         One per sequence, as in `attention`, broadcasting to (H, queries of that sequence, keys of that sequence).
     q_offset : int or integer array, shape (N,), optional
         As in `attention`; default: the last query is aligned with the last key of its sequence.
+    kv_starts : int or integer array, shape (N,), optional
+        Keys before it, counted from the start of their sequence, are hidden. Positions do not change.
     alibi_slopes : array_like, shape (H,) or (N, H), optional
     causal, window, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
         As in `attention`.
@@ -152,7 +155,7 @@ def attention_varlen(
     packed = Packed.check(_NAME, (q, k, v), cu_seqlens_q, cu_seqlens_k)
     if packed.lists and out is not None:
         raise refusal(TypeError, _NAME, "out", " is for packed arrays, not for lists")
-    inputs = packed.inputs(_NAME, mask, bias, q_offset, alibi_slopes)
+    inputs = packed.inputs(_NAME, mask, bias, q_offset, alibi_slopes, kv_starts)
     options = core_options(
         _NAME, sinks=sinks, t5=t5, layout="bshd", causal=causal, window=window, scale=scale, softcap=softcap,
         precision=precision, return_lse=return_lse, return_weights=return_weights, num_threads=num_threads,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _HINTS = {"q_lens": "cu_seqlens_q", "kv_lens": "cu_seqlens_k"}
-_OWN = ("mask", "bias", "q_offset", "alibi_slopes")  # options that differ from sequence to sequence
+_OWN = ("mask", "bias", "q_offset", "alibi_slopes", "kv_starts")  # options that differ from sequence to sequence
 
 
 @clean_signature(attention_varlen, without=("out", "return_lse", "return_weights"))

@@ -42,6 +42,7 @@ constexpr Field<VarlenInputs> varlen_fields[] = {
     field<VarlenInputs, &VarlenInputs::mask>("mask"),
     field<VarlenInputs, &VarlenInputs::bias>("bias"),
     field<VarlenInputs, &VarlenInputs::q_offset>("q_offset"),
+    field<VarlenInputs, &VarlenInputs::kv_starts>("kv_starts"),
     field<VarlenInputs, &VarlenInputs::alibi_slopes>("alibi_slopes"),
 };
 

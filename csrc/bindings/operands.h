@@ -18,13 +18,14 @@ struct LayerInputs {
   py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), step = py::none();
 };
 
-// Operands of attention_varlen() and its gradients. The last four may be None. They replace the options of the same
+// Operands of attention_varlen() and its gradients. The last five may be None. They replace the options of the same
 // names, which are None in the call's options: `mask` and `bias` are lists with one item per sequence, and the first
-// axis of q_offset and alibi_slopes counts sequences. The Python layer has checked cu_seqlens and the lengths of these
-// lists and axes.
+// axis of q_offset, kv_starts and alibi_slopes counts sequences. The Python layer has checked cu_seqlens and the
+// lengths of these lists and axes.
 struct VarlenInputs {
   py::object q = py::none(), k = py::none(), v = py::none(), cu_seqlens_q = py::none(), cu_seqlens_k = py::none(),
-             mask = py::none(), bias = py::none(), q_offset = py::none(), alibi_slopes = py::none();
+             mask = py::none(), bias = py::none(), q_offset = py::none(), kv_starts = py::none(),
+             alibi_slopes = py::none();
 };
 
 // Operands of relative_attention() and its gradients, in addition to q, k and v.

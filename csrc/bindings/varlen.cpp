@@ -23,6 +23,13 @@ const std::int64_t* integers_of(py::handle array) {
   return static_cast<const std::int64_t*>(py::reinterpret_borrow<py::array>(array).data());
 }
 
+// The number that belongs to a sequence; absent if there is no array.
+TensorView number_of(py::handle array, std::size_t i) {
+  if (array.is_none()) return {};
+  const TensorView all = optional_view(array, DType::i64);
+  return {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(0), DType::i64, 0, nullptr, nullptr};
+}
+
 // Like make_problem, but error messages name the sequence as well.
 Problem problem_of(const AttentionArguments& arguments, std::size_t i) {
   try {
@@ -62,11 +69,8 @@ AttentionArguments Packed::arguments(const Options& options, std::size_t i, Sequ
     const py::object bias = inputs_.bias[py::int_(i)];
     if (!bias.is_none()) own.bias = float_view(function_, "bias", bias);
   }
-  if (!inputs_.q_offset.is_none()) {
-    const TensorView all = optional_view(inputs_.q_offset, DType::i64);
-    own.q_offset = {static_cast<char*>(all.data) + static_cast<std::int64_t>(i) * all.stride(0), DType::i64, 0, nullptr,
-                    nullptr};
-  }
+  own.q_offset = number_of(inputs_.q_offset, i);
+  own.kv_starts = number_of(inputs_.kv_starts, i);
   if (!inputs_.alibi_slopes.is_none()) {
     const TensorView all = optional_view(inputs_.alibi_slopes, DType::f64);
     sequence.slope_stride = all.stride(0);

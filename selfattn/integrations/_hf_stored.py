@@ -149,17 +149,22 @@ def _suits(storage: str, dtype: torch.dtype) -> bool:
 
 def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: dict[str, Any]) -> Any:
     """Attend to stored tokens with the options of `selfattn.attention`, and return what that function would return."""
-    kv_len, hidden = k.end - k.start, k.start  # the cache may hold older tokens, which no query sees
+    kv_len, hidden = k.end - k.start, k.start
     options = {"causal": False, **options}
     options.pop("q_offset", None)
     if "bias" in options and options["bias"].dtype == BITS:
         options["bias"] = converted(options["bias"], np.dtype(np.float32))
+    starts = options.pop("kv_starts", 0)
+    if hidden or np.any(starts):  # the cache may hold older tokens, which no query sees
+        options["kv_starts"] = np.broadcast_to(starts + hidden, k.cache.lengths.shape)
     visible = _visible(options, kv_len)
     if visible is not None:
         numbers = np.where(visible, np.float32(0), np.float32(-np.inf))
         options["bias"] = numbers + options["bias"].astype(np.float32) if "bias" in options else numbers
-    if hidden:
-        _hide_oldest(options, hidden, q.shape[2], kv_len)
+    if hidden and "bias" in options:  # it has no numbers for older tokens
+        bias = options["bias"]
+        older = np.zeros((*bias.shape[:-1], hidden), bias.dtype)
+        options["bias"] = np.concatenate((older, np.broadcast_to(bias, (*bias.shape[:-1], kv_len))), axis=-1)
     results = selfattn.attention_with_kvcache(q, k.cache, out=out, **options)
     if hidden and "return_weights" in options:
         return *results[:-1], results[-1][..., hidden:]
@@ -167,25 +172,10 @@ def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: 
 
 
 def _visible(options: dict[str, Any], kv_len: int) -> NDArray[np.bool_] | None:
-    """Return which keys mask, kv_starts and kv_lens leave visible, broadcasting to (B, H, Sq, Sk); remove the three."""
+    """Return which keys mask and kv_lens leave visible, broadcasting to (B, H, Sq, Sk); remove the two."""
     visible: NDArray[np.bool_] | None = options.pop("mask", None)
-    for name, compare in (("kv_starts", np.greater_equal), ("kv_lens", np.less)):
-        limits = options.pop(name, None)
-        if limits is not None:
-            inside = compare(np.arange(kv_len), limits[:, None])[:, None, None, :]
-            visible = inside if visible is None else visible & inside
-    return visible
-
-
-def _hide_oldest(options: dict[str, Any], hidden: int, q_len: int, kv_len: int) -> None:
-    """Hide tokens that the cache still holds, but that the model's layer no longer sees."""
-    if "bias" not in options:
-        if "window" in options:  # the window ends at the layer's oldest key
-            return
-        if q_len == 1:
-            options["window"] = (kv_len - 1, None)
-            return
-        options["bias"] = np.zeros((1, 1, 1, 1), np.float32)
-    bias = options["bias"]
-    older = np.full((*bias.shape[:-1], hidden), -np.inf, bias.dtype)
-    options["bias"] = np.concatenate((older, np.broadcast_to(bias, (*bias.shape[:-1], kv_len))), axis=-1)
+    lengths = options.pop("kv_lens", None)
+    if lengths is None:
+        return visible
+    inside: NDArray[np.bool_] = (np.arange(kv_len) < lengths[:, None])[:, None, None, :]
+    return inside if visible is None else visible & inside
