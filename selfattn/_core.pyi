@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 # The numbers by which the core knows the names that users pass.
 LAYOUTS: dict[str, int]
 PRECISIONS: dict[str, int]
-DTYPES: dict[str, int]
+ELEMENT_TYPES: dict[str, tuple[int, str, int, int, int]]  # the fields of _elements.ElementType
 
 class Options:
     """All arguments of a call except its operands; csrc/option_list.h has the defaults."""

@@ -47,12 +47,14 @@ py::dict codes(std::span<const char* const> words) {
   return d;
 }
 
-// The types that keys and values may have, by name.
-py::dict dtype_codes() {
+// The types that keys and values may have, by name: the fields of _elements.ElementType.
+py::dict stored_types() {
   py::dict d;
-  for (int code = 0; code < dtype_count; ++code)
-    if (const DType dtype = computed_in(static_cast<DType>(code)); dtype == DType::f32 || dtype == DType::f64)
-      d[element_types[code].name] = code;
+  for (int code = 0; code < dtype_count; ++code) {
+    const ElementType& type = element_types[code];
+    if (type.computed == DType::f32 || type.computed == DType::f64)
+      d[type.name] = py::make_tuple(code, type.memory, type.elements, type.bytes, type.codes);
+  }
   return d;
 }
 
@@ -86,7 +88,7 @@ void register_options(py::module_& module) {
   Record<Options>::add(module, "Options", fields);
   module.attr("LAYOUTS") = codes(layout_words);
   module.attr("PRECISIONS") = codes(precision_words);
-  module.attr("DTYPES") = dtype_codes();
+  module.attr("ELEMENT_TYPES") = stored_types();
 }
 
 }  // namespace selfattn::bindings
