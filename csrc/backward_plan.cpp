@@ -26,7 +26,7 @@ const BackwardKernel& kernel_for(const Problem& problem, const Gradients& gradie
   if (pairs && !problem.relative && suits(problem.query) && suits(problem.key) && suits(problem.value) &&
       suits(gradients.dout))
     return *pairs;
-  return problem.dtype == DType::f32 ? kernels.f32.backward : kernels.f64.backward;
+  return kernels.computing(problem.dtype).backward;
 }
 
 // Rows of operands are padded to whole vectors. A vector holds more numbers if they are narrow.
@@ -120,8 +120,7 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   plan.keys = operand_form(plan, problem, problem.head_dim);
   plan.values = operand_form(plan, problem, problem.value_dim);
   choose_blocks(plan, problem);
-  plan.relative = {&kernels, problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64, /*copies=*/true,
-                   plan.range_keys};
+  plan.relative = {&kernels, &kernels.computing(problem.dtype), /*copies=*/true, plan.range_keys};
   // There is room between rows, so that a row can be read with a shift of up to block_rows - 1 elements.
   plan.score_step =
       round_up(plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0), plan.kernel->lanes);

@@ -11,9 +11,9 @@
 namespace selfattn {
 namespace {
 
-// Quantises a row to codes -127..127 and returns the scale: x is about code * scale. An element that is not finite
+// Quantises a row to codes up to +-most and returns the scale: x is about code * scale. An element that is not finite
 // makes the whole row NaN.
-float quantise(const float* x, std::int64_t count, char* codes) {
+float quantise(const float* x, std::int64_t count, float most, char* codes) {
   float largest = 0;
   bool finite = true;
   for (std::int64_t i = 0; i < count; ++i) {
@@ -21,9 +21,8 @@ float quantise(const float* x, std::int64_t count, char* codes) {
     finite = finite && size <= std::numeric_limits<float>::max();
     largest = std::max(largest, size);
   }
-  constexpr float most = 127;
   float scale = largest / most;
-  // For the largest floats, 127 * scale could overflow.
+  // For the largest floats, most * scale could overflow.
   if (scale * most > std::numeric_limits<float>::max()) scale = std::nextafter(scale, 0.0f);
   if (!finite || scale == 0) {
     std::fill_n(codes, count, '\0');
@@ -141,9 +140,10 @@ void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Row
     if (cache.dtype == DType::f64)
       return gather_rows(kernels, to, cache.dtype, {{row.given, 0, size}, tokens.dtype}, 1, width);
     to_floats(kernels, row.given, tokens.dtype, width, row.floats);
-    if (cache.dtype != DType::i8)
+    if (!is_scaled(cache.dtype))
       return scatter_row(kernels, {to, size_of(cache.dtype), cache.dtype}, row.floats, DType::f32, width);
-    const float scale = quantise(reinterpret_cast<const float*>(row.floats), width, to);
+    const auto most = static_cast<float>(element_type(cache.dtype).codes);
+    const float scale = quantise(reinterpret_cast<const float*>(row.floats), width, most, to);
     std::memcpy(TokenAddress{cache.pages, cached.scales, b, h}.of(token), &scale, sizeof scale);
   };
   for (std::int64_t b = 0; b < cache.batch; ++b)

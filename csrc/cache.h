@@ -21,7 +21,7 @@ struct Cache {
   // Keys or values.
   struct Rows {
     TokenRows tokens;
-    TokenRows scales;  // float32, for int8 codes
+    TokenRows scales;  // float32, of codes
     std::int64_t width;
   };
   DType dtype;

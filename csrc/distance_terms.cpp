@@ -97,10 +97,8 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
     multiply(first, made_ - first);
   }
   if (!problem_.distance_bias) return;
-  if (problem_.dtype == DType::f32)
-    problem_.bias ? add_biases<float>(first, count) : fill_biases<float>(first, count);
-  else
-    problem_.bias ? add_biases<double>(first, count) : fill_biases<double>(first, count);
+  with_type(problem_.dtype,
+            [&]<class T>() { problem_.bias ? add_biases<T>(first, count) : fill_biases<T>(first, count); });
 }
 
 // Multiplies each query by the vectors of the distances to its keys. The distance i + offset - j of query i and key j

@@ -57,7 +57,7 @@ void KeySource::each_run(const Operand& operand, const char* base, std::int64_t 
 
 void KeySource::copy(const Input& input, std::int64_t first, int count) const {
   const DType type = plan_.attend->keys;
-  const std::int64_t row = input.width * size_of(type);
+  const std::int64_t row = row_bytes(type, input.width);
   each_run(input.operand, input.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
     char* to = input.copy + index * row;
     const SourceRows rows{{from, input.operand.row, input.operand.column}, input.operand.dtype};
@@ -76,7 +76,7 @@ void KeySource::list_known(const Input& input, std::int64_t first, std::int64_t 
 
 void KeySource::list(const Input& input, std::int64_t first, int count) const {
   if (input.copies) {
-    const std::int64_t row = input.width * size_of(plan_.attend->keys);
+    const std::int64_t row = row_bytes(plan_.attend->keys, input.width);
     for (int i = 0; i < count + rows_ahead; ++i) input.rows[i] = input.copy + std::min(i, count - 1) * row;
     return;
   }
@@ -92,7 +92,7 @@ LaterRows KeySource::later(const Input& input, std::int64_t first, int count) co
   const std::int64_t known = std::min<std::int64_t>(count, end_ - first);
   if (known <= 0 || input.operand.column != size_of(input.operand.dtype)) return {};
   list_known(input, first, known);
-  return {input.rows, known, input.width * size_of(input.operand.dtype)};
+  return {input.rows, known, row_bytes(input.operand.dtype, input.width)};
 }
 
 void KeySource::read_scales(const Input& input, std::int64_t first, int count) const {

@@ -14,7 +14,7 @@ class KeySource {
   KeyBlock block(std::int64_t first, int count) const;
 
  private:
-  // Keys or values, and the scales of their int8 codes.
+  // Keys or values, and the scales of their codes.
   struct Input {
     const Operand& operand;
     const Operand& scales;

@@ -15,8 +15,7 @@ constexpr std::int64_t rows_per_task = 32;
 
 void normalise(const KernelSet& kernels, const Norm& norm, DType dtype, char* row, const char* addend,
                std::int64_t count) {
-  const TypeKernels& types = dtype == DType::f32 ? kernels.f32 : kernels.f64;
-  types.normalise({row, addend, norm.weight, norm.bias, count, norm.epsilon, norm.centred});
+  kernels.computing(dtype).normalise({row, addend, norm.weight, norm.bias, count, norm.epsilon, norm.centred});
 }
 
 NormMemory::NormMemory(char* base, std::int64_t count, DType computation) {

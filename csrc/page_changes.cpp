@@ -13,7 +13,7 @@ void each_head(const CacheStore& store, std::int64_t page, std::int64_t slot, Us
   for (const Cache::Rows* side : {&store.key, &store.value})
     for (const TokenRows* rows : {&side->tokens, &side->scales}) {
       if (!rows->data) continue;
-      const std::int64_t bytes = rows == &side->scales ? size_of(DType::f32) : side->width * size_of(store.dtype);
+      const std::int64_t bytes = rows == &side->scales ? size_of(DType::f32) : row_bytes(store.dtype, side->width);
       char* const first = rows->data + page * rows->batch + slot * rows->row;
       for (std::int64_t head = 0; head < store.num_kv_heads; ++head) use(first + head * rows->head, *rows, bytes);
     }

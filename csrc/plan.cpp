@@ -67,15 +67,19 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 // The type of queries that kernels get: adding u or w widens 16-bit queries to the type of computation.
 DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
 
+// Whether the kernel's queries have the problem's type, or the type in which it is computed.
+bool suits(const AttendKernel& kernel, const Problem& problem) {
+  const DType queries = query_type(problem);
+  return (kernel.queries == queries || kernel.queries == computed_in(queries)) && problem.head_dim <= kernel.widest;
+}
+
 // Kernels widen narrow keys and values as they load them: decoding is limited by memory bandwidth, and narrow numbers
 // take less of it. Narrow numbers that cannot be read in place are converted to the type of computation, in copies.
 // Codes are copied only if there is no kernel for them.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
   // Chosen even if operands must be copied: kernels differ in their results, which must not depend on strides.
-  if (kernels.matrix.row_bf16 && dtype == DType::bf16 && query_type(problem) == dtype) return kernels.matrix.row_bf16;
-  if (kernels.matrix.row_i8 && dtype == DType::i8 && problem.dtype == DType::f32 && problem.head_dim <= widest_codes)
-    return kernels.matrix.row_i8;
+  if (const AttendKernel* dots = kernels.matrix.row[dtype]; dots && suits(*dots, problem)) return dots;
   const AttendKernel* own = types.of(dtype).row;
   const bool reads = own && (is_scaled(dtype) || (in_place(problem.key, dtype) && in_place(problem.value, dtype)));
   return reads ? own : types.of(problem.dtype).row;
@@ -145,7 +149,8 @@ void choose_kernel(Plan& plan, const Problem& problem) {
 double cache_bytes(const Problem& problem) {
   return static_cast<double>(problem.batch) * static_cast<double>(problem.num_kv_heads) *
          static_cast<double>(problem.held_keys()) *
-         static_cast<double>((problem.head_dim + problem.value_dim) * size_of(problem.key.dtype));
+         static_cast<double>(row_bytes(problem.key.dtype, problem.head_dim) +
+                             row_bytes(problem.value.dtype, problem.value_dim));
 }
 
 std::int64_t wanted_range(const Plan& plan) {
@@ -170,7 +175,7 @@ Ranges ranges_of(const Plan& plan, std::int64_t keys) {
 Plan make_plan(const Problem& problem, const KernelSet& kernels) {
   Plan plan{};
   plan.kernels = &kernels;
-  plan.types = problem.dtype == DType::f32 ? &kernels.f32 : &kernels.f64;
+  plan.types = &kernels.computing(problem.dtype);
   plan.rows = problem.q_len * problem.group_size;
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
-#include <limits>
 
 #include "arithmetic.h"
 #include "message.h"
@@ -248,8 +247,7 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
 // type of computation, every product of 0 would become NaN. NaN fails every comparison, so numbers that may be NaN are
 // refused unless they fulfil a condition.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
-  const double most = problem.dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max())
-                                                  : std::numeric_limits<double>::max();
+  const double most = largest_number(problem.dtype);
   if (!(std::abs(problem.scale) <= most / log2_e))
     refuse(a.function, "scale"_arg, " is ", problem.scale, ", but its absolute value must not exceed ", most / log2_e);
   if (a.softcap && !(*a.softcap > 0 && std::isfinite(*a.softcap)))

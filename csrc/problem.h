@@ -130,7 +130,7 @@ struct AttentionArguments : AttentionOptions<TensorView> {
   TensorView q, k, v, r, u, w;  // r (num_heads, count, head_dim) or (count, head_dim); u and w (num_heads, head_dim)
   std::optional<Piece> piece;
   std::int64_t r_origin = 0;
-  // For caches: the pages of k and v and the strides between them in bytes, and the scales of int8 codes.
+  // For caches: the pages of k and v and the strides between them in bytes, and the scales of codes.
   bool cached = false;  // queries are aligned with the newest keys, however few these are
   Pages pages;
   std::int64_t key_page = 0, value_page = 0;

@@ -39,7 +39,7 @@ void Projection::each_rows(const TensorView& weights, Copy copy) const {
 Projection::Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
                        const TensorView& scales)
     : kernels_(&kernels),
-      types_(computed_in(weights.dtype) == DType::f32 ? &kernels.f32 : &kernels.f64),
+      types_(&kernels.computing(computed_in(weights.dtype))),
       dtype_(weights.dtype),
       pairs_(weights.dtype == DType::bf16 && kernels.matrix.project_bf16 != nullptr),
       depth_(weights.shape[0]),

@@ -101,7 +101,7 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const Source
                  std::int64_t count) {
   const std::int64_t size = size_of(to_type);
   const DType computed = computed_in(from.dtype);
-  const auto transpose = (computed == DType::f32 ? kernels.f32 : kernels.f64).of(from.dtype).transpose;
+  const auto transpose = kernels.computing(computed).of(from.dtype).transpose;
   if (rows > 1 && transpose && (to_type == from.dtype || to_type == computed) && are_columns(from))
     return transpose(from.data, from.column / size_of(from.dtype), rows, count, to_type, to);
   if (from.dtype == to_type) return copy_rows({to, count * size, size}, from, rows, count, size);
@@ -118,7 +118,7 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const Source
 }
 
 void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
-  dtype == DType::f32 ? scale_elements<float>(row, count, factor) : scale_elements<double>(row, count, factor);
+  with_type(dtype, [&]<class T>() { scale_elements<T>(row, count, factor); });
 }
 
 void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count) {

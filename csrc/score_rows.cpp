@@ -14,11 +14,7 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 double base2(double x) { return x * log2_e; }
 
 // Clamps a finite number so that it stays finite in the type of computation, even in sums.
-double within_range(double x, DType dtype) {
-  const double most = dtype == DType::f32 ? static_cast<double>(std::numeric_limits<float>::max()) / 4
-                                          : std::numeric_limits<double>::max() / 4;
-  return clamp_finite(x, most);
-}
+double within_range(double x, DType dtype) { return clamp_finite(x, largest_number(dtype) / 4); }
 
 double slope_of(const Problem& problem, std::int64_t batch, std::int64_t head) {
   const double slope =
@@ -116,10 +112,7 @@ void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpa
   gather_rows(kernels, to.data, to.dtype, row, 1, problem.head_dim);
   if (!bias) return;
   const auto* added = reinterpret_cast<const double*>(bias.data + index.head * bias.head);
-  if (to.dtype == DType::f32)
-    add_row(reinterpret_cast<float*>(to.data), added, problem.head_dim);
-  else
-    add_row(reinterpret_cast<double*>(to.data), added, problem.head_dim);
+  with_type(to.dtype, [&]<class T>() { add_row(reinterpret_cast<T*>(to.data), added, problem.head_dim); });
 }
 
 Scoring scoring_of(const Problem& problem) {

@@ -90,8 +90,7 @@ class Finish {
     const ValidKeys valid = valid_keys(results_, span.batch);
     char* row = memory_.of(thread);
     for (int i = 0; i < span.valid; ++i)
-      results_.dtype == DType::f32 ? finish_row<float>(span, row_index(span, i), valid, row)
-                                   : finish_row<double>(span, row_index(span, i), valid, row);
+      with_type(results_.dtype, [&]<class T>() { finish_row<T>(span, row_index(span, i), valid, row); });
     clear_rows(results_, span);
   }
 

@@ -22,7 +22,7 @@ struct ThreadMemory {
   char* out;
   const void** key_rows;  // for kernels that take a pointer to each row
   const void** value_rows;
-  float* key_scales;  // of int8 codes
+  float* key_scales;  // of codes
   float* value_scales;
   std::uint8_t* masks;  // masks over the newest keys, expanded to a key block: [row][mask_step]
   std::int64_t mask_step;

@@ -15,7 +15,7 @@ DType = NewType("DType", int)
 Activation = NewType("Activation", int)
 LAYOUTS: dict[str, Layout]
 PRECISIONS: dict[str, Precision]
-DTYPES: dict[str, DType]
+ELEMENT_TYPES: dict[str, tuple[DType, str, int, int, int]]  # the fields of _elements.ElementType
 ACTIVATIONS: dict[str, Activation]
 
 # The names of the fields of Options, and of those that are arrays.

@@ -1,4 +1,4 @@
-"""The memory of a cache: keys, values, and the scales of int8 codes."""
+"""The memory of a cache: keys, values, and the scales of codes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ from numpy.typing import NDArray
 
 from . import _core
 from ._arguments import integer_in
+from ._elements import ELEMENT_TYPES
 from ._errors import refusal
 
-# The storage types, and the NumPy type that each has in memory.
-_TYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float64": np.float64,
-    "float16": np.float16,
-    "bfloat16": np.uint16,  # NumPy has no bfloat16; users see the dtype of ml_dtypes
-    "int8": np.int8,
-}
 _ALIGNMENT = 64
 
 
@@ -30,8 +23,8 @@ def storage_name(function: str, dtype: Any) -> str:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:
         name = repr(dtype)
-    if name not in _TYPES:
-        raise refusal(TypeError, function, "dtype", f" is {name}, but {', '.join(_TYPES)} are accepted")
+    if name not in ELEMENT_TYPES:
+        raise refusal(TypeError, function, "dtype", f" is {name}, but {', '.join(ELEMENT_TYPES)} are accepted")
     return name
 
 
@@ -53,11 +46,14 @@ class Layout:
     header_bytes: int = 0
 
     def arrays(self) -> list[tuple[int, Any, tuple[int, ...]]]:
-        """Return (offset, type, shape) of k, v and, for int8, their scales."""
-        memory_type = np.dtype(_TYPES[self.name])
+        """Return (offset, type, shape) of k, v and, for codes, their scales."""
+        stored = ELEMENT_TYPES[self.name]
+        memory_type = np.dtype(stored.memory)
         rows = (self.blocks, self.heads, self.slots)
-        wanted: list[tuple[Any, tuple[int, ...]]] = [(memory_type, (*rows, n)) for n in (self.head_dim, self.value_dim)]
-        if self.name == "int8":
+        wanted: list[tuple[Any, tuple[int, ...]]] = [
+            (memory_type, (*rows, stored.row_bytes(n) // memory_type.itemsize)) for n in (self.head_dim, self.value_dim)
+        ]
+        if stored.codes:
             wanted += [(np.dtype(np.float32), rows)] * 2
         found, offset = [], _aligned(self.header_bytes)
         for kind, shape in wanted:
@@ -87,7 +83,7 @@ class Store:
             v=self.v,
             k_scales=self.k_scales,
             v_scales=self.v_scales,
-            dtype=_core.DTYPES[layout.name],
+            dtype=ELEMENT_TYPES[layout.name].number,
             window=-1 if window is None else int(window),
         )
 
@@ -106,7 +102,7 @@ class Store:
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a read-only view in the dtype that users see."""
-        view = array.view(self.dtype) if self.name == "bfloat16" else array.view()
+        view = array.view(self.dtype) if array.dtype == ELEMENT_TYPES[self.name].memory else array.view()
         view.flags.writeable = False
         return view
 

@@ -40,7 +40,7 @@ py::object join(py::object out, const py::object& lse, const py::object& weights
 
 TensorView narrower_view(const char* function, const char* name, py::handle array, DType query) {
   const TensorView view = float_view(function, name, array);
-  return size_of(view.dtype) < size_of(query) ? view : matching_view(function, name, array, "q", query);
+  return takes_less(view.dtype, query) ? view : matching_view(function, name, array, "q", query);
 }
 
 TensorView key_view(const char* function, py::handle k, DType query) { return narrower_view(function, "k", k, query); }

@@ -110,7 +110,7 @@ void set_lengths(py::object store, py::object ledger, const py::array& lengths, 
 
 // Checks that the cache has the type of the queries or a narrower one.
 void check_type(const char* function, const Cache& cache, DType query) {
-  if (cache.dtype == query || size_of(cache.dtype) < size_of(query)) return;
+  if (cache.dtype == query || takes_less(cache.dtype, query)) return;
   refuse<TypeRefusal>(function, "the cache holds ", name_of(cache.dtype), ", but ", "q"_arg, " has ", name_of(query),
                       ": it must hold the same or a narrower type");
 }

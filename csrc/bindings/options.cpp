@@ -51,10 +51,14 @@ py::tuple option_names(bool arrays) {
   return names;
 }
 
-// The types that keys and values may have, by name.
-py::dict dtype_codes() {
+// The types that keys and values may have, by name: the fields of _elements.ElementType.
+py::dict stored_types() {
   py::dict d;
-  for (int code = 0; code < code_count<DType>; ++code) d[element_types[code].name] = code;
+  for (int code = 0; code < dtype_count; ++code) {
+    const ElementType& type = element_types[code];
+    if (type.computed == DType::f32 || type.computed == DType::f64)
+      d[type.name] = py::make_tuple(code, type.memory, type.elements, type.bytes, type.codes);
+  }
   return d;
 }
 
@@ -94,7 +98,7 @@ void register_options(py::module_& module) {
   Record<Options>::add(module, "Options", fields);
   module.attr("LAYOUTS") = codes(layout_words);
   module.attr("PRECISIONS") = codes(precision_words);
-  module.attr("DTYPES") = dtype_codes();
+  module.attr("ELEMENT_TYPES") = stored_types();
   module.attr("OPTIONS") = option_names(false);
   module.attr("ARRAY_OPTIONS") = option_names(true);
 }

@@ -129,9 +129,18 @@ struct RowAttention {
     }
   }
 
-  static constexpr AttendKernel kernel{
-      "row",  Dots::unit, dtype_of(typename Dots::Q()), dtype_of(E()), false, true, 1, scratch_bytes, begin,
-      absorb, finish};
+  static constexpr AttendKernel kernel{"row",
+                                       Dots::unit,
+                                       dtype_of(typename Dots::Q()),
+                                       dtype_of(E()),
+                                       false,
+                                       true,
+                                       1,
+                                       scratch_bytes,
+                                       begin,
+                                       absorb,
+                                       finish,
+                                       Products::widest};
 };
 
 }  // namespace selfattn::SELFATTN_ISA

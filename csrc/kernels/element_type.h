@@ -9,14 +9,11 @@ constexpr DType dtype_of(float) { return DType::f32; }
 constexpr DType dtype_of(double) { return DType::f64; }
 constexpr DType dtype_of(Half) { return DType::f16; }
 constexpr DType dtype_of(BFloat) { return DType::bf16; }
-
 constexpr DType dtype_of(Int8) { return DType::i8; }
 
 // Whether each row of this type has its own scale.
 template <class E>
-constexpr bool scaled = false;
-template <>
-inline constexpr bool scaled<Int8> = true;
+constexpr bool scaled = is_scaled(dtype_of(E()));
 
 // Calls `use` with a value of the C++ type that corresponds to `type`, the type of the outputs. T: the type of
 // computation.

@@ -14,6 +14,13 @@ namespace selfattn::avx512_bf16 {
 
 void project_f32(const ProjectArgs& args) noexcept { project<WidenedUnit, 8, 3, float, FloatPair>(args); }
 
+constexpr ByType<const AttendKernel*> row_kernels() {
+  ByType<const AttendKernel*> kernels{};
+  kernels[DType::bf16] = &RowAttention<float, 16, BFloat, PairDots>::kernel;
+  kernels[DType::i8] = &RowAttention<float, 16, Int8, CodeDots, CodeProducts>::kernel;
+  return kernels;
+}
+
 // The AVX-512 kernels, and kernels that multiply bfloat16 in pairs and bytes in fours. On CPUs that also have
 // AVX512_FP16, this set is not the default: there, a dot product of pairs was measured to take as long as four FMAs
 // instead of one.
@@ -28,8 +35,7 @@ extern constexpr KernelSet kernels{
                .f32_highest = nullptr,
                .f32_high = nullptr,
                .f32_medium = &TileAttention<PairEngine<float, 8>, 3>::kernel,
-               .row_bf16 = &RowAttention<float, 16, BFloat, PairDots>::kernel,
-               .row_i8 = &RowAttention<float, 16, Int8, CodeDots, CodeProducts>::kernel,
+               .row = row_kernels(),
                .project_bf16 = project<PairUnit, 8, 3>,
                .project_f32 = project_f32,
                .backward_bf16 = &TileBackward<BackwardPairs, 8, 3, 6, 4>::kernel,

@@ -80,7 +80,7 @@ struct KeyBlock {
   // which may be anywhere in memory, then to rows_ahead more rows, which are only prefetched.
   const void* const* key_rows;
   const void* const* value_rows;
-  const float* key_scales;  // int8 only: one scale per key (number = code * scale), padded to whole vectors
+  const float* key_scales;  // codes only: one scale per key (number = code * scale), padded to whole vectors
   const float* value_scales;
 };
 constexpr int rows_ahead = 64;
@@ -112,6 +112,7 @@ struct AttendKernel {
   void (*begin)(const RowBlock&) noexcept;
   void (*absorb)(const RowBlock&, const KeyBlock&) noexcept;
   void (*finish)(const RowBlock&) noexcept;
+  std::int64_t widest = INT64_MAX;  // the largest head_dim
 };
 
 // The backward pass of one block of query rows of a head against a range of keys. Queries, keys, values and the
@@ -205,10 +206,10 @@ struct StoredKernels {
 
 // The kernels of one type of computation: float or double.
 struct TypeKernels {
-  AttendKernel tile;                  // many rows: vectors run across query rows
-  StoredKernels stored[dtype_count];  // by DType: this type, and the types that are computed in it
-  int lanes;                          // elements per vector
-  int row_limit;                      // up to this many rows, row kernels are faster for any number of keys
+  AttendKernel tile;             // many rows: vectors run across query rows
+  ByType<StoredKernels> stored;  // this type, and the types that are computed in it
+  int lanes;                     // elements per vector
+  int row_limit;                 // up to this many rows, row kernels are faster for any number of keys
   int panel_columns;
   // panel[d][i] = rows[i][d]: packs panel_columns rows of `depth` elements into a panel for `project`.
   void (*pack_panel)(const void* const* rows, std::int64_t depth, void* panel) noexcept;
@@ -220,11 +221,8 @@ struct TypeKernels {
   PeakLoop peak_loop;
   BackwardKernel backward;
 
-  const StoredKernels& of(DType dtype) const { return stored[static_cast<int>(dtype)]; }
+  const StoredKernels& of(DType dtype) const { return stored[dtype]; }
 };
-
-// The integer sums of more products of codes could overflow.
-constexpr std::int64_t widest_codes = 32768;
 
 // Kernels for operands that are bfloat16, or that are rounded to bfloat16 or split into a sum of bfloat16 numbers, and
 // for codes that are multiplied as integers. A pointer is null if the ISA has no such kernel, or none that is faster
@@ -235,8 +233,8 @@ struct MatrixKernels {
   const AttendKernel* f32_highest;  // float32 operands, each split into three
   const AttendKernel* f32_high;     // split into two
   const AttendKernel* f32_medium;   // rounded to one
-  const AttendKernel* row_bf16;     // the row kernel, for bfloat16 operands
-  const AttendKernel* row_i8;       // the row kernel, for codes; head_dim is at most widest_codes
+  // Row kernels, by the type of keys and values.
+  ByType<const AttendKernel*> row;
   // x and weights are bfloat16. Rows of x are 4-byte aligned, and an odd depth is zero-padded. Panels are
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
@@ -252,6 +250,8 @@ struct KernelSet {
   const TypeKernels& f32;
   const TypeKernels& f64;
   MatrixKernels matrix;
+
+  const TypeKernels& computing(DType computed) const { return computed == DType::f32 ? f32 : f64; }
 };
 
 // Features of a CPU and its operating system that kernels require.

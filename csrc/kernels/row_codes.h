@@ -73,7 +73,8 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
   using Base = RowProducts<float, 16, Int8, CodeDots>;
   using Values = CodeValues;
   static constexpr int digit_bytes = CodeSums<1>::digit_bytes;
-  static constexpr int cells = 4;  // in a quarter of a vector
+  static constexpr int cells = 4;                // in a quarter of a vector
+  static constexpr std::int64_t widest = 32768;  // the integer sums of more products of codes could overflow
 
   // A query's number is integer * 2^power. Its digits are a vector each to start sums with, then the digits of each
   // cell of a quarter, as `add_products` takes them.

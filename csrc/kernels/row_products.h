@@ -35,6 +35,7 @@ struct RowProducts {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
   static constexpr int keys_ahead = 16;
+  static constexpr std::int64_t widest = INT64_MAX;  // the largest head_dim
   // Up to this many rows, reading one key after the other matters more than saving loads of queries.
   static constexpr int rows_by_key = 2;
 

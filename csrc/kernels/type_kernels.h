@@ -96,9 +96,7 @@ constexpr TypeKernels type_kernels() {
                       .normalise = normalise<T>,
                       .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,
                       .backward = TileBackward<BackwardFma<T>, TileRows, TileVectors, SumRows, SumVectors>::kernel};
-  const auto stored = [&](auto element) -> StoredKernels& {
-    return kernels.stored[static_cast<int>(dtype_of(element))];
-  };
+  const auto stored = [&](auto element) -> StoredKernels& { return kernels.stored[dtype_of(element)]; };
   stored(T()) = {&RowAttention<T, MaxSums>::kernel,
                  project<FmaUnit<T>, TileRows, TileVectors>,
                  nullptr,

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-DTYPES = tuple(ITEMSIZES)
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 PRECISIONS = ("highest", "high", "medium")
 
 # Suffixes of workload names, so that results of several dtypes can be shown together.

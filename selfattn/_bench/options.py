@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .numbers import ITEMSIZES
+from .._elements import ELEMENT_TYPES
 
 SCALE_BYTES = 4  # size of the float32 scale of a row of codes
 
@@ -55,7 +55,7 @@ class Cache:
     Attributes
     ----------
     dtype : str, optional
-        Storage dtype of the tokens: "int8" or a floating dtype; by default the workload's.
+        Storage dtype of the tokens; by default the workload's.
     page_size : int
         Tokens per page of a PagedKVCache, whose pages are in random order; 0 for a KVCache.
     shared : int
@@ -76,11 +76,7 @@ class Cache:
         """Return the name of the storage dtype for operands of `dtype`."""
         return self.dtype or dtype
 
-    def itemsize(self, dtype: str) -> int:
-        """Bytes of one stored number."""
-        return 1 if self.dtype == "int8" else ITEMSIZES[self.storage(dtype)]
-
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of the scales of a token's K and V per head."""
-        return 2 * SCALE_BYTES if self.dtype == "int8" else 0
+    def row_bytes(self, dtype: str, width: int) -> int:
+        """Bytes of a row of `width` stored numbers, and of its scale if it has one."""
+        stored = ELEMENT_TYPES[self.storage(dtype)]
+        return stored.row_bytes(width) + (SCALE_BYTES if stored.codes else 0)

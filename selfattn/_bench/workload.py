@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .._elements import ELEMENT_TYPES
 from .._typing import Precision
-from .numbers import ITEMSIZES, SUFFIXES, normal
+from .numbers import SUFFIXES, normal
 from .options import Cache, Options
 
 Array = NDArray[Any]
@@ -102,7 +103,7 @@ class Workload:
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZES[self.dtype]
+        return ELEMENT_TYPES[self.dtype].unit_bytes
 
     def kv_lens(self) -> NDArray[np.int64]:
         """Number of valid keys of every batch entry, shape (batch,)."""
@@ -171,7 +172,7 @@ class Workload:
     def kv_bytes(self) -> int:
         """Bytes of the valid rows of K and V, each counted once; in a cache's storage dtype if there is a cache."""
         cache = self.cache or Cache()
-        row = (self.head_dim + self.value_dim) * cache.itemsize(self.dtype) + cache.scale_bytes
+        row = cache.row_bytes(self.dtype, self.head_dim) + cache.row_bytes(self.dtype, self.value_dim)
         twice = (self.batch - 1) * cache.shared if cache.cascade else 0  # tokens of the prompt that all sequences share
         return self.num_kv_heads * row * (int(self.kv_lens().sum()) - twice)
 

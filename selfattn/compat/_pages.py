@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._arguments import core_options, integers
+from .._elements import ELEMENT_TYPES
 from .._foreign import type_name
 
 _TYPES = ("float32", "float64", "float16", "bfloat16")
@@ -74,13 +75,14 @@ class Pages:
         self, rows: NDArray[Any], lengths: NDArray[np.int64], starts: NDArray[np.int64] | None = None
     ) -> _core.Step:
         """Describe a call on the sequences in these rows of the table to the core."""
-        k, v = (x.view(np.uint16) if type_name(x.dtype) == "bfloat16" else x for x in (self.k, self.v))
+        stored = ELEMENT_TYPES[type_name(self.k.dtype)]
+        k, v = (x.view(stored.memory) for x in (self.k, self.v))
         store = _core.make_cache_store(
             k=k.swapaxes(1, 2),
             v=v.swapaxes(1, 2),
             k_scales=None,
             v_scales=None,
-            dtype=_core.DTYPES[type_name(self.k.dtype)],
+            dtype=stored.number,
             window=-1,
         )
         table = _core.make_page_table(pages=self.table[rows], lengths=np.ascontiguousarray(lengths), starts=starts)

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 import selfattn
 
 from .._cache import KVCache
+from .._elements import ELEMENT_TYPES
 from .._foreign import BITS, converted
 from ._deferred import Deferred
 from ._tensors import bfloat16, name_of, to_array
-
-_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Plain:
@@ -144,7 +143,7 @@ def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
 def _suits(storage: str, dtype: torch.dtype) -> bool:
     """Whether queries of a dtype can attend to stored tokens, which must have the same type or a narrower one."""
     own = name_of(dtype)
-    return storage == own or _BYTES[storage] < _BYTES[own]
+    return storage == own or ELEMENT_TYPES[storage].element_bytes < ELEMENT_TYPES[own].element_bytes
 
 
 def attend_stored(q: NDArray[Any], k: StoredTokens, out: NDArray[Any], options: dict[str, Any]) -> Any:

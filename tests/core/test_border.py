@@ -10,11 +10,12 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any, get_args
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import selfattn as sa
-from selfattn import _cached, _core, _linear, _typing
+from selfattn import _cached, _core, _elements, _linear, _typing
 from selfattn._arguments import core_options
 
 STUB = Path(sa.__file__).with_name("_core.pyi")
@@ -231,7 +232,6 @@ def test_arrays_are_released() -> None:
 def test_words_have_the_codes_of_the_core() -> None:
     for words, codes in ((_typing.Layout, _core.LAYOUTS), (_typing.Precision, _core.PRECISIONS)):
         assert codes == {word: code for code, word in enumerate(get_args(words))}
-    assert list(_core.DTYPES) == ["float32", "float64", "float16", "bfloat16", "int8"]
     assert list(_core.ACTIVATIONS) == ["none", *get_args(_linear.Activation)]
 
 
@@ -242,3 +242,15 @@ def test_other_codes_are_refused(code: Any) -> None:
     array = np.zeros((1, 1, 1, 1), np.float32)
     with pytest.raises(TypeError, match="is not a code"):
         _core.make_cache_store(k=array, v=array, k_scales=None, v_scales=None, dtype=code, window=-1)
+
+
+def test_element_types() -> None:
+    assert set(_elements.ELEMENT_TYPES) == set(get_args(get_args(_typing.StorageType)[0]))
+    for name, stored in _elements.ELEMENT_TYPES.items():
+        size = np.dtype(getattr(ml_dtypes, name, name)).itemsize
+        assert np.dtype(stored.memory).itemsize == size
+        assert [stored.row_bytes(count) for count in (0, 1, 3)] == [0, size, 3 * size]
+    assert [name for name, stored in _elements.ELEMENT_TYPES.items() if stored.codes] == ["int8"]
+    packed = _elements.ElementType(number=0, memory="uint8", elements=32, unit_bytes=18, codes=7)
+    assert [packed.row_bytes(count) for count in (0, 1, 32, 33)] == [0, 18, 18, 36]
+    assert packed.element_bytes == 4.5 / 8
