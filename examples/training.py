@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,44 +23,14 @@ Vjp = Callable[[Array], Array]
 CHUNK = 1 << 14  # numbers per call of an elementwise function, so that its temporaries stay in the cache
 
 
-def in_threads(compute: Callable[[slice], None], count: int, width: int = 1) -> None:
-    """Call ``compute`` for parts of ``count`` rows of ``width`` numbers, on as many threads as selfattn uses.
-
-    NumPy computes elementwise functions on the calling thread, but without the GIL.
-    """
-    step, threads = max(1, CHUNK // width), sa.get_num_threads()
-    if count <= step:
-        compute(slice(0, count))
-        return
-    bounds = [count * i // threads for i in range(threads + 1)]
-
-    def share(thread: int) -> None:
-        first, end = bounds[thread : thread + 2]
-        for start in range(first, end, step):
-            compute(slice(start, min(start + step, end)))
-
-    list(workers(threads).map(share, range(threads)))
-
-
-@cache
-def workers(threads: int) -> ThreadPoolExecutor:
-    """Return threads, which are started once."""
-    return ThreadPoolExecutor(threads)
-
-
-def rows_of(x: Array) -> Array:
-    """Return the vectors along the last axis as rows of a matrix."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def linear_vjp(x: Array, weight: Array, bias: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
     """Return x @ weight + bias."""
 
     def vjp(grad: Array) -> tuple[Array, Array, Array]:
-        rows, grads = rows_of(x), rows_of(grad)
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         return (grads @ weight.T).reshape(x.shape), rows.T @ grads, grads.sum(axis=0)
 
-    rows = rows_of(x) @ weight
+    rows = x.reshape(-1, x.shape[-1]) @ weight
     rows += bias
     return rows.reshape(*x.shape[:-1], -1), vjp
 
@@ -70,28 +39,34 @@ def layer_norm_vjp(
     x: Array, weight: Array, bias: Array, epsilon: float
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
     """Return x, normalised to mean 0 and variance 1, then scaled and shifted."""
-    rows = rows_of(x)
-    y, unit, rate = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows[:, :1])
-
-    def normalise(part: slice) -> None:
-        centred = rows[part] - rows[part].mean(axis=-1, keepdims=True)
-        rate[part] = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + x.dtype.type(epsilon))
-        unit[part] = centred * rate[part]
-        y[part] = unit[part] * weight + bias
+    centred = x - x.mean(axis=-1, keepdims=True)
+    rate = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + x.dtype.type(epsilon))
+    unit = centred * rate
 
     def vjp(grad: Array) -> tuple[Array, Array, Array]:
-        grads, found = rows_of(grad), np.empty_like(rows)
+        inner = grad * weight
+        along = inner.mean(axis=-1, keepdims=True) + unit * (inner * unit).mean(axis=-1, keepdims=True)
+        axes = tuple(range(grad.ndim - 1))
+        return rate * (inner - along), (grad * unit).sum(axis=axes), grad.sum(axis=axes)
 
-        def differentiate(part: slice) -> None:
-            inner, own = grads[part] * weight, unit[part]
-            along = inner.mean(axis=-1, keepdims=True) + own * (inner * own).mean(axis=-1, keepdims=True)
-            found[part] = rate[part] * (inner - along)
+    return unit * weight + bias, vjp
 
-        in_threads(differentiate, *found.shape)
-        return found.reshape(x.shape), np.einsum("ij,ij->j", grads, unit), grads.sum(axis=0)
 
-    in_threads(normalise, *rows.shape)
-    return y.reshape(x.shape), vjp
+def in_threads(compute: Callable[[slice], None], count: int) -> None:
+    """Call ``compute`` for chunks of ``count`` numbers, on as many threads as selfattn uses.
+
+    NumPy computes elementwise functions on the calling thread, but without the GIL.
+    """
+    threads = sa.get_num_threads()
+    bounds = [count * i // threads for i in range(threads + 1)]
+
+    def share(thread: int) -> None:
+        first, end = bounds[thread : thread + 2]
+        for start in range(first, end, CHUNK):
+            compute(slice(start, min(start + CHUNK, end)))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))
 
 
 def gelu_tanh_vjp(x: Array) -> tuple[Array, Vjp]:
@@ -108,13 +83,8 @@ def gelu_tanh_vjp(x: Array) -> tuple[Array, Vjp]:
         inner = rate * (1 + 3 * 0.044715 * square)
         slopes[chunk] = 0.5 * (1 + bent) + 0.5 * part * (1 - bent * bent) * inner
 
-    def vjp(grad: Array) -> Array:
-        grads, found = grad.reshape(-1), np.empty_like(flat)
-        in_threads(lambda part: np.multiply(grads[part], slopes[part], out=found[part]), x.size)
-        return found.reshape(x.shape)
-
     in_threads(compute, x.size)
-    return y, vjp
+    return y, lambda grad: grad * slope
 
 
 def relu_vjp(x: Array) -> tuple[Array, Vjp]:
@@ -129,27 +99,23 @@ def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> tupl
     Label smoothing (Szegedy et al., 2016) takes the share `smoothing` of the target's probability and spreads it over
     all words.
     """
-    rows, wanted = rows_of(logits), targets.reshape(-1)
-    grads, losses = np.empty_like(rows), np.empty(len(rows))
-
-    def compare(part: slice) -> None:
-        shifted = rows[part] - rows[part].max(axis=-1, keepdims=True)
-        probs = np.exp(shifted)
-        total = probs.sum(axis=-1, keepdims=True)
-        place = np.arange(len(probs)), wanted[part]
-        losses[part] = np.log(total[:, 0]) - (1 - smoothing) * shifted[place] - smoothing * shifted.mean(axis=-1)
-        probs /= total
-        probs -= smoothing / logits.shape[-1]
-        probs[place] -= 1 - smoothing
-        grads[part] = probs / len(wanted)
-
-    in_threads(compare, *rows.shape)
-    return float(losses.mean()), grads.reshape(logits.shape)
+    rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    shifted = rows - rows.max(axis=-1, keepdims=True)
+    probs = np.exp(shifted)
+    total = probs.sum(axis=-1, keepdims=True)
+    index = np.arange(len(wanted))
+    expected = (1 - smoothing) * shifted[index, wanted] + smoothing * shifted.mean(axis=-1)
+    loss = float((np.log(total[:, 0]) - expected).mean(dtype=np.float64))
+    probs /= total
+    probs -= smoothing / logits.shape[-1]
+    probs[index, wanted] -= 1 - smoothing
+    probs /= len(wanted)
+    return loss, probs.reshape(logits.shape)
 
 
 def embedding_gradient(ids: Array, grad: Array, count: int) -> Array:
     """Return the gradient of a table of `count` vectors, given the gradients of the vectors that `ids` took from it."""
-    rows, order = rows_of(grad), np.argsort(ids, axis=None, kind="stable")
+    rows, order = grad.reshape(-1, grad.shape[-1]), np.argsort(ids, axis=None, kind="stable")
     found, starts = np.unique(ids.reshape(-1)[order], return_index=True)
     table = np.zeros((count, grad.shape[-1]), dtype=grad.dtype)
     table[found] = np.add.reduceat(rows[order], starts, axis=0)
@@ -228,24 +194,19 @@ class AdamW:
     def update(self, weights: Weights, gradients: Mapping[str, Array], rate: float) -> None:
         """Change the weights in place."""
         self.steps += 1
+        unbias1, unbias2 = 1 - self.beta1**self.steps, 1 - self.beta2**self.steps
         for name, gradient in gradients.items():
             weight = weights[name]
             first = self.first.setdefault(name, np.zeros_like(weight))
             second = self.second.setdefault(name, np.zeros_like(weight))
-            mean = self.mean.setdefault(name, weight.copy()) if self.averaging else weight
-            change = partial(self._change, (weight, gradient, first, second, mean), rate)
-            in_threads(change, len(weight), weight.size // len(weight))
-
-    def _change(self, arrays: tuple[Array, ...], rate: float, part: slice) -> None:
-        unbias1, unbias2 = 1 - self.beta1**self.steps, 1 - self.beta2**self.steps
-        weight, gradient, first, second, mean = (x[part] for x in arrays)
-        first += (1 - self.beta1) * (gradient - first)
-        second += (1 - self.beta2) * (gradient * gradient - second)
-        if weight.ndim > 1:
-            weight *= 1 - rate * self.decay
-        weight -= (rate / unbias1) * first / (np.sqrt(second / unbias2) + self.epsilon)
-        if self.averaging:
-            mean += self.averaging * (weight - mean)
+            first += (1 - self.beta1) * (gradient - first)
+            second += (1 - self.beta2) * (gradient * gradient - second)
+            if weight.ndim > 1:
+                weight *= 1 - rate * self.decay
+            weight -= (rate / unbias1) * first / (np.sqrt(second / unbias2) + self.epsilon)
+            if self.averaging:
+                mean = self.mean.setdefault(name, weight.copy())
+                mean += self.averaging * (weight - mean)
 
     def state(self) -> dict[str, Any]:
         """Return everything that a checkpoint needs."""

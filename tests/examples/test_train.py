@@ -51,25 +51,6 @@ def test_gradients_are_slopes_of_the_loss(example: Any, training: Any) -> None:
         assert gradients[name][place] == pytest.approx((found[0] - found[1]) / (2 * step), abs=1e-8), name
 
 
-def test_parts_of_arrays_do_not_change_a_bit(
-    example: Any, training: Any, load_example: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Elementwise functions of a part of the rows at a time, in threads."""
-    parts = load_example("training")
-
-    def step() -> dict[str, Any]:
-        config, weights, tokens = small_model(example)
-        loss, gradients = training.loss_and_gradients(config, weights, tokens)
-        parts.AdamW(averaging=0.1).update(weights, gradients, 1e-3)
-        return {"loss": np.array(loss), **weights}
-
-    expected = step()
-    monkeypatch.setattr(parts, "CHUNK", 50)
-    for threads in (1, 2, 3):
-        monkeypatch.setattr(parts.sa, "get_num_threads", lambda threads=threads: threads)
-        assert all(np.array_equal(x, expected[name]) for name, x in step().items())
-
-
 def test_a_resumed_run_equals_one_without_a_pause(
     example: Any, load_example: Any, texts: Path, tmp_path: Path, capsys: Any
 ) -> None:
