@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from ._bias import T5Bias
     from ._cache import KVCache
+    from ._norm import LayerNorm, RMSNorm
     from ._paged import PagedKVCache
     from ._rope import RoPE
 
@@ -156,6 +157,8 @@ class SelfAttentionOptions(LayerOptions, total=False):
     b_o: ArrayLike | None
     num_kv_heads: int | None
     rope: RoPE | bool | None
+    q_norm: LayerNorm | RMSNorm | None
+    k_norm: LayerNorm | RMSNorm | None
 
 
 class LayerVjpOptions(PaddedScoreOptions, total=False):
