@@ -77,6 +77,23 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
         bytes_of(problem_.batch, problem_.q_len, layer.num_heads, layer.value_dim, size_of(dtype_))));
 }
 
+bool LayerCall::normalise(const HeadNorm& norm, const BufferView& heads, int num_threads,
+                          Interrupted interrupted) const {
+  if (!norm.norm) return true;
+  std::int64_t numbers = 1;
+  for (int axis = 0; axis < heads.view.ndim; ++axis) numbers *= heads.shape[axis];
+  const RowsView rows(heads.data(), dtype_, numbers / norm.count, norm.count);
+  return normalise_all({.kernels = *layer_.kernels,
+                        .norm = *norm.norm,
+                        .count = norm.count,
+                        .x = rows,
+                        .residual = nullptr,
+                        .out = heads.data(),
+                        .out_dtype = dtype_,
+                        .out_step = norm.count * size_of(dtype_)},
+                       num_threads, interrupted);
+}
+
 // Rotates queries and keys in place. `positions` belong to the tokens of x, so they apply to keys only if there is no
 // context.
 bool LayerCall::rotate(int num_threads, Interrupted interrupted) const {
@@ -119,6 +136,9 @@ bool LayerCall::run(const TensorView& out, const TensorView& residual, int num_t
       {layer_.value, RowsView(context_), value_.data(), dtype_, layer_.value.columns() * size, inner},
   };
   if (!run_all(inputs, 3, num_threads, interrupted)) return false;
+  if (!normalise(layer_.query_norm, query_, num_threads, interrupted) ||
+      !normalise(layer_.key_norm, key_, num_threads, interrupted))
+    return false;
   if (layer_.rope && !rotate(num_threads, interrupted)) return false;
   if (step_) step_->store(*layer_.kernels, key_.view, value_.view);
   if (!attend(problem_, plan, threads, interrupted)) return false;

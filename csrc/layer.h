@@ -14,6 +14,12 @@
 
 namespace selfattn {
 
+// The norm of queries or keys, between projection and rotation.
+struct HeadNorm {
+  const Norm* norm = nullptr;  // null: none
+  std::int64_t count = 0;      // numbers that are normalised together: a head, or all heads of a token
+};
+
 struct LayerWeights {
   const KernelSet* kernels;
   DType dtype;
@@ -23,6 +29,7 @@ struct LayerWeights {
   std::optional<Rope> rope;
   const Norm* norm;       // of x; null: none
   const Norm* post_norm;  // of the result
+  HeadNorm query_norm, key_norm;
 };
 
 // A view of a C-contiguous buffer with axes (batch..., length, heads, dim). The axes batch... and length are those of
@@ -63,6 +70,7 @@ class LayerCall {
 
  private:
   bool one_input() const { return context_.data == x_.data && context_.shape == x_.shape; }
+  bool normalise(const HeadNorm& norm, const BufferView& heads, int num_threads, Interrupted interrupted) const;
   bool rotate(int num_threads, Interrupted interrupted) const;
 
   const LayerWeights& layer_;

@@ -215,7 +215,7 @@ def make_layer(
     num_heads: int,
     num_kv_heads: int,
     rope: Rope | None,
-    norms: tuple[Norm | None, Norm | None],
+    norms: tuple[Norm | None, Norm | None, Norm | None, int, Norm | None, int],
     /,
 ) -> Layer: ...
 def call_layer(

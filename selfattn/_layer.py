@@ -13,6 +13,7 @@ from ._arguments import as_array, core_options, out_array
 from ._attention import _DEFAULTS, attention
 from ._cache import KVCache
 from ._errors import refusal
+from ._head_norms import AnyNorm, head_norms
 from ._immutable import Immutable
 from ._keywords import clean_signature, hinted, refuse_unknown
 from ._layer_inputs import Inputs, check_with_cache, layer_inputs
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from ._core import Step
 
-_VERSION = 2  # version of the pickle format
+_VERSION = 3  # version of the pickle format
 _Four = tuple[Any, Any, Any, Any]  # one value each for q, k, v and the output
 _Pair = tuple[Any, Any]
 _OPTIONS = {name: default for name, default in _DEFAULTS.items() if name != "layout"}
@@ -46,6 +47,7 @@ class SelfAttention(Immutable):
         Used literally as ``x @ w_q``. A PyTorch ``Linear`` holds the transpose: pass ``linear.weight.T``. float32,
         float64, float16 or bfloat16 (of ``ml_dtypes``); all weights and inputs share one dtype. In a 16-bit dtype y is
         rounded. On units that multiply bfloat16, the operands of each step's products are rounded as well.
+        Parts of one packed matrix may be given: they are read in place.
     w_k : array_like, shape (d_context, Hkv·D)
     w_v : array_like, shape (d_context, Hkv·Dv)
     w_o : array_like, shape (H·Dv, d_out), optional
@@ -58,6 +60,9 @@ class SelfAttention(Immutable):
         Hkv, a divisor of H; default H.
     rope : RoPE or True, optional
         Rotates q and k before attention.
+    q_norm, k_norm : LayerNorm or RMSNorm, optional
+        The norms of q and k, before they are rotated (Qwen 3, Gemma 3, OLMo 2). Vectors of D numbers apply to each
+        head, vectors of H·D (for k: Hkv·D) numbers to all heads of a token together. Without vectors: each head.
     norm : LayerNorm or RMSNorm, optional
         The norm of x, before the projections. It is not applied to a context.
     post_norm : LayerNorm or RMSNorm, optional
@@ -98,7 +103,7 @@ class SelfAttention(Immutable):
     _core: _core.Layer
     _first_head: int  # for dropout: if the heads are some of a larger layer, their first one there
     _has_output: bool
-    _norms: tuple[LayerNorm | RMSNorm | None, LayerNorm | RMSNorm | None]
+    _norms: tuple[AnyNorm, AnyNorm, AnyNorm, AnyNorm]  # of x, y, q and k
     _rope: RoPE | None
     d_context: int
     d_model: int
@@ -126,14 +131,16 @@ class SelfAttention(Immutable):
         rope: RoPE | bool | None = None,
         norm: LayerNorm | RMSNorm | None = None,
         post_norm: LayerNorm | RMSNorm | None = None,
+        q_norm: LayerNorm | RMSNorm | None = None,
+        k_norm: LayerNorm | RMSNorm | None = None,
     ) -> None:
         matrices, biases = (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o)
-        self._build("SelfAttention", matrices, biases, (num_heads, num_kv_heads), rope, (norm, post_norm))
+        self._build(
+            "SelfAttention", matrices, biases, (num_heads, num_kv_heads), rope, (norm, post_norm, q_norm, k_norm)
+        )
 
-    def _build(
-        self, function: str, weights: _Four, biases: _Four, counts: _Pair, rope: Any, norms: _Pair = (None, None)
-    ) -> None:
-        heads, kv_heads = head_counts(function, *counts)
+    def _build(self, function: str, weights: _Four, biases: _Four, counts: _Pair, rope: Any, norms: _Four) -> None:
+        heads, kv_heads = counted = head_counts(function, *counts)
         w = Weights.check(function, weights, heads, kv_heads)
         columns = (w.q, w.k, w.v, w.o)
         vectors = tuple(
@@ -147,7 +154,9 @@ class SelfAttention(Immutable):
         after = norm_or_none(function, "post_norm", norms[1], d_out, w.q.dtype)
         if after is not None and w.o is None:
             raise refusal(ValueError, function, "post_norm", " is given without w_o")
-        core = _core.make_layer(columns, vectors, heads, kv_heads, rotation, (before, after))
+        q, k = head_norms(function, norms[2:], counted, w.head_dim, w.q.dtype).values()
+        all_norms = (before, after, q.core, q.width, k.core, k.width)
+        core = _core.make_layer(columns, vectors, heads, kv_heads, rotation, all_norms)
         self._set(
             {
                 "_core": core,

@@ -13,7 +13,9 @@ from ._arguments import as_array, flag
 from ._attention import attention
 from ._backward import Operands, Upstream, computed_in
 from ._errors import refusal
+from ._head_norms import HeadNorm, head_norms
 from ._keywords import clean_signature, refuse_unknown
+from ._norm import LayerNorm, RMSNorm
 from ._products import Product, rounded, rows_of
 from ._rope import RoPE, positions_for, rope_or_none
 from ._typing import Array, LayerVjpOptions
@@ -27,7 +29,8 @@ LayerVjp = Callable[..., dict[str, Array]]
 _NAME = "self_attention_vjp"
 _WRT = ("x", "w_q", "w_k", "w_v", "w_o")
 _TERMS = ("bias", "sinks", "alibi_slopes", "t5", "scale")  # arguments of attention itself
-_KNOWN = (*_WRT, "b_q", "b_k", "b_v", "b_o", "context", *_TERMS)
+_NORMS = ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")
+_KNOWN = (*_WRT, "b_q", "b_k", "b_v", "b_o", "context", *_NORMS, *_TERMS)
 
 
 @clean_signature(attention, without=("layout", "out"))
@@ -47,6 +50,8 @@ def self_attention_vjp(
     num_kv_heads: int | None = None,
     context: ArrayLike | None = None,
     rope: RoPE | bool | None = None,
+    q_norm: LayerNorm | RMSNorm | None = None,
+    k_norm: LayerNorm | RMSNorm | None = None,
     positions: ArrayLike | None = None,
     **options: Unpack[LayerVjpOptions],
 ) -> tuple[Any, LayerVjp]:
@@ -54,11 +59,13 @@ def self_attention_vjp(
 
     Parameters
     ----------
-    x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, context, rope, positions
+    x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, context, rope, q_norm, k_norm,
+    positions
         As for `self_attention`. They must not change before `vjp` is called.
     wrt : sequence of str
-        Names of the arguments whose gradients are wanted: x, context, the matrices and their biases, and the options
-        "bias", "sinks", "alibi_slopes", "t5" and "scale". The default is x and the matrices that are given.
+        Names of the arguments whose gradients are wanted: x, context, the matrices and their biases, "q_norm.weight",
+        "q_norm.bias", "k_norm.weight" and "k_norm.bias", and the options "bias", "sinks", "alibi_slopes", "t5" and
+        "scale". The default is x and the matrices that are given.
     **options
         The options of `self_attention`, except ``out``.
 
@@ -94,7 +101,7 @@ def self_attention_vjp(
     """
     refuse_unknown(self_attention_vjp, options)
     weights = ((w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o))
-    inputs = {"context": context, "rope": rope, "positions": positions}
+    inputs = {"context": context, "rope": rope, "positions": positions, "q_norm": q_norm, "k_norm": k_norm}
     return differentiable(x, weights, (num_heads, num_kv_heads), wrt, {**inputs, **options})
 
 
@@ -107,8 +114,11 @@ def differentiable(
     given = zip("qkvo", weights[1], (w.q, w.k, w.v, w.o), strict=True)
     biases = {letter: vector(_NAME, letter, bias, matrix, w.q.dtype) for letter, bias, matrix in given}
     context, rope, positions = (options.pop(name, None) for name in ("context", "rope", "positions"))
+    head_norm = (options.pop("q_norm", None), options.pop("k_norm", None))
     turn = _Rotation.check(rope, positions, w.head_dim)
+    norms = head_norms(_NAME, head_norm, (heads, kv_heads), w.head_dim, w.q.dtype)
     named = {"w_o": w.o, "context": context, **{f"b_{letter}": bias for letter, bias in biases.items()}, **options}
+    named |= norms["q"].vectors() | norms["k"].vectors()
     names = _names(wrt, named)
     queries = _input("x", x, w.q)
     keys = queries if context is None else _input("context", context, w.k)
@@ -121,7 +131,7 @@ def differentiable(
             "w_k",
             f" has {len(w.k)} rows: without context they must agree",
         )
-    layer = _Layer(names, turn.placed(queries), context is None, first_head)
+    layer = _Layer(names, turn.placed(queries), norms, context is None, first_head)
     q = layer.add("q", queries, w.q, biases["q"], heads)
     k = layer.add("k", keys, w.k, biases["k"], kv_heads)
     v = layer.add("v", keys, w.v, biases["v"], kv_heads)
@@ -197,10 +207,19 @@ class _Rotation(NamedTuple):
 class _Layer:
     """The projections of a call, and what to compute."""
 
-    def __init__(self, names: tuple[str, ...], turn: _Rotation, same_tokens: bool, first_head: int) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        turn: _Rotation,
+        norms: Mapping[str, HeadNorm],
+        same_tokens: bool,
+        first_head: int,
+    ) -> None:
         self.names = names
         self.first_head = first_head
         self.turn = turn
+        self.norms = norms
+        self.projected: dict[str, NDArray[Any]] = {}  # queries and keys before their norms
         self.same_tokens = same_tokens
         self.products: dict[str, Product] = {}
         # Positions of the tokens of queries and of keys; None means their indices.
@@ -212,6 +231,8 @@ class _Layer:
         result = product.forward()
         result = result.reshape(*result.shape[:-1], heads, result.shape[-1] // heads)
         if letter in self.positions:
+            self.projected[letter] = result
+            result = self.norms[letter].apply(result)
             self.turn.apply(result, self.positions[letter], inverse=False)
         return result
 
@@ -249,7 +270,8 @@ class _Layer:
         if self.same_tokens and options.get("q_offset") is None and options.get("kv_lens") is None:
             options = {**options, "q_offset": 0}  # query i and key i are the same token, even if only q_lens is given
         source = {"q": "x", "k": "x" if self.same_tokens else "context", "v": "x" if self.same_tokens else "context"}
-        wrt = [x for x, of in source.items() if {of, f"w_{x}", f"b_{x}"} & set(self.names)]
+        own = {x: {of, f"w_{x}", f"b_{x}", f"{x}_norm.weight", f"{x}_norm.bias"} for x, of in source.items()}
+        wrt = [x for x, names in own.items() if names & set(self.names)]
         wrt += [name for name in self.names if name in _TERMS]
         attended = Operands(_NAME, operands, {**options, "layout": "bshd"}, wrt)
         attended.options.same_tokens = self.same_tokens
@@ -264,6 +286,8 @@ class _Layer:
             product, heads = self.products[letter], gradients.pop(letter)
             if letter in self.positions:
                 self.turn.apply(heads, self.positions[letter], inverse=True)
+                heads, of_norm = self.norms[letter].backward(self.projected[letter], heads, self.names)
+                found |= of_norm
             grad = heads.reshape(len(product.rows), product.w.shape[1])
             found |= product.of_weights(grad, self.names)
             name = "x" if letter == "q" or self.same_tokens else "context"

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from ._attention import attention
 from ._keywords import clean_signature, refuse_unknown
 from ._layer import _OPTIONS, SelfAttention
+from ._norm import LayerNorm, RMSNorm
 from ._rope import RoPE
 from ._typing import Array, No, SelfAttentionOptions, Yes
 
@@ -59,6 +60,8 @@ def self_attention(
     num_kv_heads: int | None = None,
     context: ArrayLike | None = None,
     rope: RoPE | bool | None = None,
+    q_norm: LayerNorm | RMSNorm | None = None,
+    k_norm: LayerNorm | RMSNorm | None = None,
     positions: ArrayLike | None = None,
     out: Array | None = None,
     **attention_options: Any,
@@ -71,7 +74,7 @@ def self_attention(
     Parameters
     ----------
     x : array_like, shape (..., S, d_model)
-    w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, rope
+    w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads, num_kv_heads, rope, q_norm, k_norm
         See `SelfAttention`.
     context, positions, out, **attention_options
         See `SelfAttention.__call__`.
@@ -100,5 +103,6 @@ def self_attention(
     if not attention_options.keys() <= _OPTIONS.keys():
         refuse_unknown(self_attention, attention_options)
     layer = SelfAttention.__new__(SelfAttention)
-    layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), (num_heads, num_kv_heads), rope)
+    counts, norms = (num_heads, num_kv_heads), (None, None, q_norm, k_norm)
+    layer._build("self_attention", (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o), counts, rope, norms)
     return layer._call("self_attention", (x, context, positions, None), out, attention_options)

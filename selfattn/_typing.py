@@ -157,6 +157,8 @@ class WeightOptions(TypedDict, total=False):
     b_o: ArrayLike | None
     num_kv_heads: int | None
     rope: RoPE | bool | None
+    q_norm: LayerNorm | RMSNorm | None
+    k_norm: LayerNorm | RMSNorm | None
 
 
 class LayerSettings(WeightOptions, total=False):

@@ -108,7 +108,9 @@ class Layer {
                        std::nullopt,
                        rope_of(rope),
                        norm_or_none(norms[0]),
-                       norm_or_none(norms[1])};
+                       norm_or_none(norms[1]),
+                       {norm_or_none(norms[2]), norms[3].cast<std::int64_t>()},
+                       {norm_or_none(norms[4]), norms[5].cast<std::int64_t>()}};
     if (!w_o.is_none()) layer.output.emplace(projection(w_o, 3));
     return layer;
   }
@@ -146,7 +148,9 @@ class Layer {
   }
 
   const py::object rope_;  // a _core.Rope or None
-  const py::tuple norms_;  // capsules or None
+  // Norms, as capsules or None: of x, of the result, of queries and of keys. The last two are followed by the count of
+  // numbers that they normalise together.
+  const py::tuple norms_;
   const LayerWeights weights_;
 };
 

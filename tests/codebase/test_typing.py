@@ -23,6 +23,7 @@ CACHE = sa.KVCache(1, 2, 8, capacity=10)
 
 GRADIENTS_OWN = {"wrt", "grad_lse", "grad_weights", "into", "accumulate"}
 LAYER_OWN = {"wrt", "b_q", "b_k", "b_v", "b_o", "num_heads", "num_kv_heads", "context", "rope", "positions"}
+LAYER_OWN |= {"q_norm", "k_norm"}
 
 # Functions, the dict of their options, and the keywords that each overload spells out.
 OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
