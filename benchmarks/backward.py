@@ -109,9 +109,11 @@ def option_runs() -> Runs:
     pairs = (shape.heads, shape.length, shape.length)
 
     def call(names: tuple[str, ...] = (), values: NDArray[Any] = v, **options: Any) -> Callable[[], Any]:
+        return alone(("q", "k", "v", *names), values, **options)
+
+    def alone(wrt: tuple[str, ...], values: NDArray[Any] = v, **options: Any) -> Callable[[], Any]:
         out, lse = sa.attention(q, k, values, return_lse=True, **options)
         grad = np.resize(grad_out, out.shape)
-        wrt = ("q", "k", "v", *names)
         return lambda: sa.attention_backward(grad, q, k, values, out, lse, wrt=wrt, **options)
 
     return {
@@ -124,6 +126,8 @@ def option_runs() -> Runs:
         "T5's table": call(("t5",), t5=sa.T5Bias(rng.standard_normal((32, shape.heads)))),
         "softcap": call(softcap=30.0),
         "dropout": call(dropout=0.1, seed=1),
+        "gradient of q alone": alone(("q",)),
+        "gradient of v alone": alone(("v",)),
         "half of the value width": call(values=np.ascontiguousarray(v[..., : shape.dim // 2])),
     }
 

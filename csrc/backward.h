@@ -39,6 +39,10 @@ struct Gradients {
   bool keeps_scores() const { return scores && !sums_scores(); }
   // Whether some result is a sum over all query rows and all key ranges of a head.
   bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
+  // Whether any result depends on the sums over keys, which are the gradients of queries through q.k.
+  bool through_keys() const { return query || scale || key_bias; }
+  // Whether any result depends on pairs of queries and keys. The gradients of sinks depend on rows only.
+  bool through_pairs() const { return through_keys() || key || value || scores || sums_scores() || of_heads(); }
   // Whether any result depends on the gradients of relative products.
   bool through_distances(const Problem& problem) const {
     return problem.relative && (query || scale || relative || relative_bias);

@@ -49,6 +49,15 @@ void choose_blocks(BackwardPlan& plan, const Problem& problem) {
   plan.block_rows = strip * static_cast<int>(std::max<std::int64_t>(strips, 1));
 }
 
+double flops_of(const Problem& problem, const Gradients& gradients) {
+  const std::int64_t of_head_dim = 1 + gradients.through_keys() + bool{gradients.key} + bool{problem.relative} +
+                                   2 * gradients.through_distances(problem);
+  const std::int64_t of_value_dim = 1 + bool{gradients.value};
+  return 2.0 * static_cast<double>(problem.batch * problem.num_heads) * static_cast<double>(problem.q_len) *
+         static_cast<double>(problem.kv_len) *
+         static_cast<double>(of_head_dim * problem.head_dim + of_value_dim * problem.value_dim);
+}
+
 RelativeMemory take_relative(Carver& carver, const BackwardPlan& plan, const Problem& problem,
                              const Gradients& gradients) {
   const std::int64_t size = size_of(problem.dtype), row = plan.key_step * size;
@@ -125,13 +134,11 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   plan.score_step =
       round_up(plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0), plan.kernel->lanes);
   plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);
-  plan.ranges = ceil_div(problem.kv_len, plan.range_keys);
+  plan.ranges = gradients.through_pairs() ? ceil_div(problem.kv_len, plan.range_keys) : 0;
   plan.buffers_dquery = gradients.query && !(gradients.query.in_place && gradients.query.dtype == problem.dtype);
   plan.row_tasks = problem.batch * problem.num_heads * plan.row_blocks;
   plan.tasks = plan.row_tasks + problem.batch * problem.num_kv_heads * plan.ranges;
-  plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *
-               static_cast<double>(problem.q_len) * static_cast<double>(problem.kv_len) *
-               static_cast<double>((problem.relative ? 6 : 3) * problem.head_dim + 2 * problem.value_dim);
+  plan.flops = flops_of(problem, gradients);
   plan.thread_bytes = BackwardThreadMemory(nullptr, plan, problem, gradients).bytes;
   plan.shared_bytes = BackwardShared(nullptr, plan, problem).bytes;
   return plan;

@@ -74,7 +74,8 @@ struct TileBackward {
            queries_of(block, s, strip));
       pack(static_cast<const T*>(block.dout) + strip.first_row * value_step, strip.rows, block.value_dim, lanes,
            dout_of(block, s, strip));
-      Sums::template clear<columns.value>(block.head_dim, s.dquery + strip.first_row * block.head_dim);
+      if (block.dquery)
+        Sums::template clear<columns.value>(block.head_dim, s.dquery + strip.first_row * block.head_dim);
     });
     const Rows rows{
         Unit::join(static_cast<const T*>(block.queries), key_step, block.count, block.head_dim, s.joined_queries),
@@ -84,9 +85,10 @@ struct TileBackward {
       absorb(block, s, rows,
              {block.first_key + done, count, static_cast<const T*>(block.keys) + done * key_step,
               static_cast<const T*>(block.values) + done * value_step,
-              static_cast<T*>(block.dkeys) + done * sum_step(block.head_dim),
-              static_cast<T*>(block.dvalues) + done * sum_step(block.value_dim), nullptr});
+              sums_at(block.dkeys, done * sum_step(block.head_dim)),
+              sums_at(block.dvalues, done * sum_step(block.value_dim)), nullptr});
     }
+    if (!block.dquery) return;
     each_strip(block, [&](const Strip& strip, auto columns) {
       Sums::template store_rows<columns.value>(
           s.dquery + strip.first_row * block.head_dim, strip.rows, block.head_dim,
@@ -116,6 +118,9 @@ struct TileBackward {
     return s.dout + strip.first_row * cells<Unit>(block.value_dim);
   }
 
+  // Sums from an element on; null if they are not wanted.
+  static T* sums_at(void* sums, std::int64_t element) { return sums ? static_cast<T*>(sums) + element : nullptr; }
+
   // Keys [begin, end).
   struct KeyRange {
     std::int64_t begin, end;
@@ -141,7 +146,8 @@ struct TileBackward {
     });
     const auto [from, to] = whole_cells(some, all);
     if (from == to) return;
-    keys.joined = Unit::join(keys.keys, step(block.head_dim), keys.count, block.head_dim, s.joined_keys);
+    if (block.dquery)
+      keys.joined = Unit::join(keys.keys, step(block.head_dim), keys.count, block.head_dim, s.joined_keys);
     const SeenKeys seen{from, static_cast<int>(from - keys.first), static_cast<int>(to - from)};
     each_strip(block, [&](const Strip& strip, auto columns) {
       hides = absorb_strip<decltype(columns)::value>(block, s, strip, keys, seen) || hides;
@@ -175,8 +181,8 @@ struct TileBackward {
                                                 count, row_count, sums + to * step);
       };
       if (row_count <= 0) continue;
-      add(s.dscores, rows.queries, key_step, keys.dkeys);
-      add(s.probs, rows.dout, value_step, keys.dvalues);
+      if (keys.dkeys) add(s.dscores, rows.queries, key_step, keys.dkeys);
+      if (keys.dvalues) add(s.probs, rows.dout, value_step, keys.dvalues);
     }
   }
 
@@ -218,7 +224,9 @@ struct TileBackward {
     multiply<Cols>(keys.keys, own, queries_of(block, s, strip), block.head_dim,
                    static_cast<T>(block.scoring.multiplier), s.scores);
     const bool hides = Scores::complete(block, s, tile, sight) || limited || count < seen.count;
-    multiply<Cols>(keys.values, own, dout_of(block, s, strip), block.value_dim, T(1), s.dprobs);
+    // If only gradients of values are wanted, dprobs is not computed, and the gradients of scores are meaningless.
+    if (block.dquery || block.dkeys || block.dscores || block.dproducts)
+      multiply<Cols>(keys.values, own, dout_of(block, s, strip), block.value_dim, T(1), s.dprobs);
     if (block.dweights) Scores::add_dweights(block, s, tile);
     const std::int64_t offset = before * s.block_lanes + strip.first_row;
     if (!block.finite) Scores::template keep_original<Cols>(s, offset, count);
@@ -226,6 +234,7 @@ struct TileBackward {
     const T* factors =
         dropout ? dropout_factors(dropout, {tile.rows, strip.rows, lanes}, from, count, s.factors) : nullptr;
     Scores::template differentiate<Cols>(block, s, strip, own, before, factors);
+    if (!block.dquery) return hides;
     const Skipped<T> skipped{hides && !block.finite ? s.original + offset : nullptr, minus_infinity<T>, s.block_lanes};
     const std::int64_t key_step = sum_step(block.head_dim);
     Sums::template add_key_sums<Cols>({keys.joined + own.skipped / cell * key_step, key_step, count,

@@ -131,13 +131,15 @@ struct BackwardBlock {
   const void* shift;
   const void* factor;
   const void* delta;
-  void* dquery;  // [row][head_dim], overwritten: the gradient of the queries, not yet multiplied by the scale
+  // [row][head_dim], overwritten: the gradient of the queries, not yet multiplied by the scale. Null: not wanted.
+  void* dquery;
   std::int64_t first_key;
   int key_count;
   int key_block;       // keys that are processed at a time
   const void* keys;    // [key][head_dim]
   const void* values;  // [key][value_dim]
-  void* dkeys;         // added to: the gradients of the keys, not yet multiplied by the scale, and of the values
+  // Added to: the gradients of the keys, not yet multiplied by the scale, and of the values. Null: not wanted.
+  void* dkeys;
   void* dvalues;
   bool finite;  // none of queries, dout, keys and values is NaN or infinite
   // [row][key]: the gradients of the scores, and of the scaled products from which the scores are computed. They differ

@@ -1,18 +1,12 @@
 #include "attend_case.h"
 
+#include <cstring>
+#include <utility>
+
 namespace selfattn::native {
 namespace {
 
 Extents extents(const Shape& shape) { return {shape.extent, shape.extent + shape.ndim}; }
-
-bool same_bits(const Array& a, const Array& b) {
-  if (static_cast<bool>(a) != static_cast<bool>(b)) return false;
-  if (!a) return true;
-  if (a.shape() != b.shape()) return false;
-  for (std::int64_t i = 0; i < a.count(); ++i)
-    if (std::memcmp(a.at(i), b.at(i), static_cast<std::size_t>(size_of(a.dtype()))) != 0) return false;
-  return true;
-}
 
 bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
@@ -39,6 +33,15 @@ void attach_distances(const Problem& problem, GradientArrays& found, Gradients& 
 }
 
 }  // namespace
+
+bool same_bits(const Array& a, const Array& b) {
+  if (static_cast<bool>(a) != static_cast<bool>(b)) return false;
+  if (!a) return true;
+  if (a.shape() != b.shape()) return false;
+  for (std::int64_t i = 0; i < a.count(); ++i)
+    if (std::memcmp(a.at(i), b.at(i), static_cast<std::size_t>(size_of(a.dtype()))) != 0) return false;
+  return true;
+}
 
 AttentionArguments Case::arguments() const {
   AttentionArguments a = options;
@@ -100,8 +103,8 @@ bool GradientArrays::operator==(const GradientArrays& other) const {
          same_bits(distance_bias, other.distance_bias);
 }
 
-GradientArrays differentiate(const Case& c, const KernelSet& kernels, int threads, Threads how,
-                             Interrupted interrupted) {
+GradientArrays differentiate(const Case& c, const KernelSet& kernels, int threads, Threads how, Interrupted interrupted,
+                             Wanted wanted) {
   Problem problem = make_problem(c.arguments());
   const Results results = attach_results(c, problem);
   const Array lse(problem.dtype, extents(lse_shape(problem)));
@@ -128,6 +131,13 @@ GradientArrays differentiate(const Case& c, const KernelSet& kernels, int thread
   if (c.alibi_slopes) gradients.slopes = gradients.scale + count;
   if (c.sinks) gradients.sinks = gradients.scale + 2 * count;
   attach_distances(problem, found, gradients);
+  if (wanted != Wanted::everything) {
+    const Gradients all = std::exchange(gradients, {});
+    gradients.dout = all.dout;
+    if (wanted == Wanted::query) gradients.query = all.query;
+    if (wanted == Wanted::key) gradients.key = all.key;
+    if (wanted == Wanted::value) gradients.value = all.value;
+  }
   const BackwardPlan plan = make_backward_plan(problem, gradients, kernels);
   const int used = how == Threads::forced ? threads : threads_for(plan, threads);
   found.finished = attend_backward(problem, gradients, plan, used, interrupted);

@@ -20,6 +20,9 @@ struct Case {
   AttentionArguments arguments() const;
 };
 
+// Whether two arrays have the same shape and bits, or are both absent.
+bool same_bits(const Array& a, const Array& b);
+
 struct Results {
   Array out, lse, weights;
   bool finished = false;
@@ -54,7 +57,9 @@ struct GradientArrays {
   bool operator==(const GradientArrays& other) const;
 };
 
+enum class Wanted { everything, query, key, value };
+
 GradientArrays differentiate(const Case& c, const KernelSet& kernels, int threads, Threads how = Threads::as_planned,
-                             Interrupted interrupted = nullptr);
+                             Interrupted interrupted = nullptr, Wanted wanted = Wanted::everything);
 
 }  // namespace selfattn::native

@@ -1,149 +1,17 @@
 #include "backward_checks.h"
 
 #include <algorithm>
-#include <bit>
+#include <array>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "backward_call.h"
 #include "check.h"
-#include "guarded_memory.h"
 
 namespace selfattn::test {
 namespace {
-
-constexpr int key_block = 24;
-constexpr double multiplier = 0.4;
-
-struct BFloat {
-  std::uint16_t bits;
-};
-
-template <class T>
-double number(T x) {
-  return static_cast<double>(x);
-}
-double number(BFloat x) { return static_cast<double>(std::bit_cast<float>(std::uint32_t{x.bits} << 16)); }
-
-template <class T>
-void set(T& x, double to) {
-  x = static_cast<T>(to);
-}
-void set(BFloat& x, double to) {  // truncates instead of rounding, which does not matter here
-  x.bits = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(to)) >> 16);
-}
-
-// Rows of `width` numbers, zero-padded to whole vectors, that end at an inaccessible page.
-template <class T>
-class Rows {
- public:
-  Rows(int count, int width, int lanes)
-      : step_((width + lanes - 1) / lanes * lanes),
-        count_(count),
-        memory_(static_cast<std::size_t>(count * step_) * sizeof(T)) {
-    std::fill_n(&at(0, 0), count * step_, T{});
-  }
-
-  Rows& random(std::mt19937& source, int width) {
-    std::uniform_real_distribution<double> distribution(-1, 1);
-    for (int i = 0; i < count_; ++i)
-      for (int d = 0; d < width; ++d) set(at(i, d), distribution(source));
-    return *this;
-  }
-
-  T& at(int row, int column) const { return reinterpret_cast<T*>(memory_.data())[row * step_ + column]; }
-  T* data() const { return &at(0, 0); }
-  int step() const { return step_; }
-
- private:
-  int step_, count_;
-  GuardedMemory memory_;
-};
-
-template <class T, class E>
-int operand_lanes(const BackwardKernel& kernel) {
-  return kernel.lanes * (sizeof(E) < sizeof(T) ? 2 : 1);
-}
-
-// A block of rows whose ranges of visible keys differ. Some rows see no key, and some keys are seen by no row. E: the
-// type of operands; T: the type of everything else.
-template <class T, class E>
-struct Call {
-  int count, keys, dim, value_dim;
-  Rows<E> query, key, value, dout;
-  Rows<T> dquery, dkey, dvalue, dscore, shift, factor, delta;
-  std::vector<Row> rows;
-
-  Call(const BackwardKernel& kernel, std::mt19937& source, int count_, int keys_, int dim_, int value_dim_)
-      : count(count_),
-        keys(keys_),
-        dim(dim_),
-        value_dim(value_dim_),
-        query(count, dim, operand_lanes<T, E>(kernel)),
-        key(keys, dim, operand_lanes<T, E>(kernel)),
-        value(keys, value_dim, operand_lanes<T, E>(kernel)),
-        dout(count, value_dim, operand_lanes<T, E>(kernel)),
-        dquery(count, dim, kernel.lanes),
-        dkey(keys, dim, kernel.lanes),
-        dvalue(keys, value_dim, kernel.lanes),
-        dscore(count, keys, kernel.lanes),
-        shift(1, count, kernel.strip_rows),
-        factor(1, count, kernel.strip_rows),
-        delta(1, count, kernel.strip_rows) {
-    query.random(source, dim);
-    key.random(source, dim);
-    value.random(source, value_dim);
-    dout.random(source, value_dim);
-    shift.random(source, count);
-    factor.random(source, count);
-    delta.random(source, count);
-    dkey.random(source, dim);  // as if other blocks of rows had added to it
-    dvalue.random(source, value_dim);
-    for (int i = 0; i < count; ++i) {
-      Row row{};
-      row.key_begin = i % 5 == 4 ? 3 : i % 3;
-      row.key_end = std::max<std::int64_t>(std::min<std::int64_t>(i * 7 % 90 + 1, keys - 1), row.key_begin);
-      row.sink = -std::numeric_limits<double>::infinity();
-      rows.push_back(row);
-    }
-  }
-
-  bool sees(int row, int k) const {
-    const Row& r = rows[static_cast<std::size_t>(row)];
-    return k >= r.key_begin && k < r.key_end;
-  }
-
-  void run(const BackwardKernel& kernel, bool finite) {
-    const std::size_t bytes = kernel.scratch_bytes(count, key_block, dim, value_dim);
-    const GuardedMemory scratch((bytes + 63) / 64 * 64);
-    std::fill_n(scratch.data(), (bytes + 63) / 64 * 64, '\xff');  // NaN, to detect reads before the first write
-    BackwardBlock block{};
-    block.rows = rows.data();
-    block.count = count;
-    block.scoring.multiplier = multiplier;
-    block.head_dim = dim;
-    block.value_dim = value_dim;
-    block.queries = query.data();
-    block.dout = dout.data();
-    block.shift = shift.data();
-    block.factor = factor.data();
-    block.delta = delta.data();
-    block.dquery = dquery.data();
-    block.key_count = keys;
-    block.key_block = key_block;
-    block.keys = key.data();
-    block.values = value.data();
-    block.dkeys = dkey.data();
-    block.dvalues = dvalue.data();
-    block.finite = finite;
-    block.dscores = dscore.data();
-    block.dscore_step = dscore.step();
-    block.scratch = scratch.data();
-    kernel.run(block);
-  }
-};
 
 template <class T>
 double dot(const Rows<T>& a, int i, const Rows<T>& b, int j, int width) {
@@ -230,6 +98,24 @@ void check_call(const BackwardKernel& kernel, int count, int keys, int dim, int 
   SELFATTN_CHECK(numbers_of(spoiled.dvalue, keys, value_dim) == numbers_of(call.dvalue, keys, value_dim));
 }
 
+// Each result alone has the bits that it has together with the others, and arrays that are not wanted are not touched.
+template <class T, class E>
+void check_alone(const BackwardKernel& kernel, int count, int keys, int dim, int value_dim) {
+  const auto results = [&](const Wanted& wanted) {
+    std::mt19937 source(11);
+    Call<T, E> call(kernel, source, count, keys, dim, value_dim);
+    call.run(kernel, true, wanted);
+    return std::array{numbers_of(call.dquery, count, dim), numbers_of(call.dkey, keys, dim),
+                      numbers_of(call.dvalue, keys, value_dim), numbers_of(call.dscore, count, keys)};
+  };
+  const auto together = results(everything), untouched = results({});
+  const Wanted alone[] = {{.dquery = true}, {.dkey = true}, {.dvalue = true}, {.dscore = true}};
+  for (std::size_t i = 0; i < std::size(alone); ++i) {
+    const auto found = results(alone[i]);
+    for (std::size_t j = 0; j < found.size(); ++j) SELFATTN_CHECK(found[j] == (i == j ? together : untouched)[j]);
+  }
+}
+
 // Checks `add` with rows that end at an inaccessible page.
 template <class T>
 void check_add(const BackwardKernel& kernel, int count) {
@@ -253,6 +139,7 @@ void check_calls(const BackwardKernel& kernel) {
       check_call<T, E>(kernel, count, keys, 1, kernel.lanes + 1);
       check_call<T, E>(kernel, count, keys, 2 * kernel.lanes, 3);
       check_call<T, E>(kernel, count, keys, 5 * kernel.lanes - 1, 4 * kernel.lanes);
+      check_alone<T, E>(kernel, count, keys, 2 * kernel.lanes + 1, kernel.lanes);
     }
 }
 

@@ -77,6 +77,12 @@ void check_gradients(const Described& d) {
   const GradientArrays several = differentiate(d.input, *d.kernels, d.threads, Threads::forced);
   if (!one.finished || !several.finished) fail("gradients did not finish, although nothing interrupted them");
   if (!(one == several)) fail("gradients with other bits on " + std::to_string(d.threads) + " threads");
+  const auto alone = [&](Wanted wanted) {
+    return differentiate(d.input, *d.kernels, 1, Threads::forced, nullptr, wanted);
+  };
+  if (!same_bits(alone(Wanted::query).query, one.query) || !same_bits(alone(Wanted::key).key, one.key) ||
+      !same_bits(alone(Wanted::value).value, one.value))
+    fail("a gradient alone has other bits than together with all others");
 }
 
 void compute_and_check(Described& d) {
