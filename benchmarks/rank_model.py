@@ -63,12 +63,14 @@ def by_keys(ranks: int, work: Work, network: Network, computing: float) -> float
     chunk = BLOCK * min(max(CHUNK_BYTES // (row * BLOCK), 1), MOST_BLOCKS)
     count = max(work.tokens / chunk, 1.0)
     owners = max(2 * ranks * chunk / work.tokens, 1)  # of one chunk
-    # A chunk comes along a tree, on which one rank after another sends it as often as the tree is deep.
-    busy = max(_depth(ranks) / owners, 1.0) * min(chunk, work.tokens) * row / network.bandwidth
-    travelling = busy + 3 * _depth(ranks) * network.step  # announced, asked for, sent
+    # A chunk comes along a tree, on which one rank after another sends it.
+    sends = sum(place.bit_length() for place in range(1, ranks)) / (ranks - 1)  # until a rank has it, on average
+    busy = max(sends / owners, 1.0) * min(chunk, work.tokens) * row / network.bandwidth
+    travelling = busy + 3 * sends * network.step  # announced, asked for, sent
     share = computing / count
     foreign = 1 - 1 / ranks
-    return agreeing(ranks, network) + travelling + count * (foreign * max(share, travelling) + share / ranks)
+    chunks = travelling + (count - 1) * max(share, travelling) + share  # all that travel while another is computed
+    return agreeing(ranks, network) + foreign * chunks + computing / ranks
 
 
 def by_heads(ranks: int, work: Work, network: Network, computing: float) -> float:

@@ -40,6 +40,8 @@ class Relay:
 
 
 def _all_here(requests: Sequence[Any]) -> bool:
+    if requests and isinstance(requests[0], MPI.Request):
+        return bool(MPI.Request.Testall(requests))
     return not [request for request in requests if not request.Test()]  # asks for each, since asking moves them
 
 

@@ -44,7 +44,7 @@ class Travel:
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks that this rank wants."""
         sent, leaving = self._send()
-        buffers = (_Memory(), _Memory())
+        buffers, whole = (_Memory(), _Memory()), _Memory()
         spans = [span for span in self.spans if self._wants(self._link.rank, *span)]
         coming = self._receive(buffers[0], *spans[0]) if spans else ([], [])
         for i, (start, stop) in enumerate(spans):
@@ -52,7 +52,7 @@ class Travel:
             self._link.wait(self._call.function, requests)
             # The next chunk may fill the other buffer only now, when that buffer is no longer used.
             coming = self._receive(buffers[(i + 1) % 2], *spans[i + 1]) if i + 1 < len(spans) else ([], [])
-            yield Chunk(start, stop, _joined(pieces), [*coming[1], *leaving])
+            yield Chunk(start, stop, self._joined(pieces, whole, stop - start), [*coming[1], *leaving])
         self._link.wait(self._call.function, sent)
 
     def _send(self) -> tuple[list[Any], list[Any]]:
@@ -91,6 +91,15 @@ class Travel:
             found.append(views_of(part, self._arrays, piece.stop - piece.start))
             requests += self._link.spread(part, piece.owner, self._receivers(piece.owner, start, stop), piece.start)
         return found, requests
+
+    def _joined(self, pieces: list[list[NDArray[Any]]], memory: _Memory, rows: int) -> list[NDArray[Any]]:
+        """Return the arrays of all pieces, one after another."""
+        if len(pieces) == 1:
+            return pieces[0]
+        found = views_of(memory.of(bytes_for(self._arrays, rows)), self._arrays, rows)
+        for parts, array in zip(zip(*pieces, strict=True), found, strict=True):
+            np.concatenate(parts, axis=-2, out=array)
+        return found
 
     def _own(self, piece: Piece) -> list[NDArray[Any]]:
         return [array[..., piece.at : piece.at + piece.stop - piece.start, :] for array in self._arrays]
@@ -131,10 +140,3 @@ def views_of(memory: Bytes, arrays: Sequence[NDArray[Any]], rows: int) -> list[N
 def _bytes_of(array: NDArray[Any], rows: int) -> int:
     size: int = math.prod(array.shape[:-2]) * rows * array.shape[-1] * array.dtype.itemsize
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _joined(pieces: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
-    """Return the arrays of all pieces, one after another."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return [np.concatenate(parts, axis=-2) for parts in zip(*pieces, strict=True)]
