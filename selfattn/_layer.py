@@ -157,24 +157,12 @@ class SelfAttention(Immutable):
         q, k = head_norms(function, norms[2:], counted, w.head_dim, w.q.dtype).values()
         all_norms = (before, after, q.core, q.width, k.core, k.width)
         core = _core.make_layer(columns, vectors, heads, kv_heads, rotation, all_norms)
-        self._set(
-            {
-                "_core": core,
-                "_first_head": 0,
-                "_has_output": w.o is not None,
-                "_norms": norms,
-                "_rope": description,
-                "d_context": w.k.shape[0],
-                "d_model": w.q.shape[0],
-                "d_out": d_out,
-                "dtype": w.q.dtype,
-                "head_dim": w.head_dim,
-                "isa": _core.layer_isa(core),
-                "num_heads": heads,
-                "num_kv_heads": kv_heads,
-                "value_dim": w.value_dim,
-            }
-        )
+        self._set({
+            "_core": core, "_first_head": 0, "_has_output": w.o is not None, "_norms": norms, "_rope": description,
+            "d_context": w.k.shape[0], "d_model": w.q.shape[0], "d_out": d_out, "dtype": w.q.dtype,
+            "head_dim": w.head_dim, "isa": _core.layer_isa(core), "num_heads": heads, "num_kv_heads": kv_heads,
+            "value_dim": w.value_dim,
+        })  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the unpacked weights: unpickling packs them for the machine it runs on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,9 +15,10 @@ from ._backward import Operands, Upstream, computed_in
 from ._errors import refusal
 from ._head_norms import HeadNorm, head_norms
 from ._keywords import clean_signature, refuse_unknown
+from ._layer_rotation import Rotation
 from ._norm import LayerNorm, RMSNorm
 from ._products import Product, rounded, rows_of
-from ._rope import RoPE, positions_for, rope_or_none
+from ._rope import RoPE
 from ._typing import Array, LayerVjpOptions
 from ._weights import Weights, head_counts, vector
 
@@ -115,7 +116,7 @@ def differentiable(
     biases = {letter: vector(_NAME, letter, bias, matrix, w.q.dtype) for letter, bias, matrix in given}
     context, rope, positions = (options.pop(name, None) for name in ("context", "rope", "positions"))
     head_norm = (options.pop("q_norm", None), options.pop("k_norm", None))
-    turn = _Rotation.check(rope, positions, w.head_dim)
+    turn = Rotation.check(_NAME, rope, positions, w.head_dim)
     norms = head_norms(_NAME, head_norm, (heads, kv_heads), w.head_dim, w.q.dtype)
     named = {"w_o": w.o, "context": context, **{f"b_{letter}": bias for letter, bias in biases.items()}, **options}
     named |= norms["q"].vectors() | norms["k"].vectors()
@@ -176,41 +177,13 @@ def _input(name: str, value: Any, matrix: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
-class _Rotation(NamedTuple):
-    """How queries and keys are rotated: rope, the same for the core, and positions of the tokens of x; or None."""
-
-    rope: RoPE | None
-    core: _core.Rope | None
-    positions: Any
-
-    @classmethod
-    def check(cls, rope: Any, positions: Any, head_dim: int) -> _Rotation:
-        description = rope_or_none(_NAME, rope)
-        if description is not None:
-            return cls(description, description.for_core(_NAME, head_dim), positions)
-        if positions is not None:
-            raise refusal(ValueError, _NAME, "positions", " is given, but the layer has no rope")
-        return cls(None, None, None)
-
-    def placed(self, x: NDArray[Any]) -> _Rotation:
-        """Return the rotation with checked positions for x."""
-        if self.rope is None or self.positions is None:
-            return self
-        return self._replace(positions=positions_for(_NAME, self.positions, x.shape[:-1], self.rope))
-
-    def apply(self, heads: NDArray[Any], positions: Any, *, inverse: bool) -> None:
-        """Rotate (..., tokens, heads, head_dim) in place."""
-        if self.core is not None:
-            _core.apply_rope(heads, positions, heads, self.core, inverse)
-
-
 class _Layer:
     """The projections of a call, and what to compute."""
 
     def __init__(
         self,
         names: tuple[str, ...],
-        turn: _Rotation,
+        turn: Rotation,
         norms: Mapping[str, HeadNorm],
         same_tokens: bool,
         first_head: int,
