@@ -33,12 +33,6 @@ KeySource::KeySource(const Problem& problem, const Plan& plan, const ThreadMemor
               memory.value_rows,
               memory.value_scales} {}
 
-// Number of keys from `key` on that are equally spaced in memory.
-std::int64_t KeySource::run_from(std::int64_t key) const {
-  const std::int64_t size = problem_.pages.size;
-  return size == 0 ? problem_.held.end - key : size - key % size;
-}
-
 const char* KeySource::at(const Operand& operand, const char* base, std::int64_t key) const {
   return base + problem_.pages.offset(pages_, key - problem_.held.begin, operand.page, operand.row);
 }
@@ -48,9 +42,12 @@ const char* KeySource::at(const Operand& operand, const char* base, std::int64_t
 template <class Use>
 void KeySource::each_run(const Operand& operand, const char* base, std::int64_t first, std::int64_t count,
                          Use use) const {
-  for (std::int64_t done = 0; done < count;) {
-    const std::int64_t keys = std::min(count - done, run_from(first + done));
-    use(at(operand, base, first + done), done, keys);
+  const Pages& pages = problem_.pages;
+  if (pages.size == 0) return use(at(operand, base, first), std::int64_t{0}, count);
+  std::int64_t run = first / pages.size, slot = first % pages.size;
+  for (std::int64_t done = 0; done < count; ++run, slot = 0) {
+    const std::int64_t keys = std::min(count - done, pages.size - slot);
+    use(base + pages.page_of(pages_, run) * operand.page + slot * operand.row, done, keys);
     done += keys;
   }
 }
@@ -70,7 +67,10 @@ void KeySource::copy(const Input& input, std::int64_t first, int count) const {
 
 void KeySource::list_known(const Input& input, std::int64_t first, std::int64_t count) const {
   each_run(input.operand, input.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
-    for (std::int64_t i = 0; i < keys; ++i) input.rows[index + i] = from + i * input.operand.row;
+    const std::int64_t step = input.operand.row;
+    const void** rows = input.rows + index;
+#pragma GCC unroll 8
+    for (std::int64_t i = 0; i < keys; ++i, from += step) rows[i] = from;
   });
 }
 
@@ -101,6 +101,10 @@ void KeySource::read_scales(const Input& input, std::int64_t first, int count) c
     copy_rows({to, 0, sizeof(float)}, {from, 0, input.scales.row}, 1, keys, sizeof(float));
   });
   std::fill_n(input.scale + count, rows_ahead, 0.0f);
+  // The scales of pages are far apart in memory, so that without this, each page's would be waited for.
+  const std::int64_t later = std::min<std::int64_t>(count, end_ - first - count);
+  each_run(input.scales, input.scale_base, first + count, later,
+           [](const char* from, std::int64_t, std::int64_t) { __builtin_prefetch(from); });
 }
 
 KeySource::Rows KeySource::prepare(const Input& input, std::int64_t first, int count) const {

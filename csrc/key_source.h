@@ -31,7 +31,6 @@ class KeySource {
     std::int64_t step;
   };
 
-  std::int64_t run_from(std::int64_t key) const;
   const char* at(const Operand& operand, const char* base, std::int64_t key) const;
   template <class Use>
   void each_run(const Operand& operand, const char* base, std::int64_t first, std::int64_t count, Use use) const;

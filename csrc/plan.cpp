@@ -114,6 +114,15 @@ std::int64_t relative_keys(const Plan& plan) {
   return std::max<std::int64_t>(relative_keys_wanted / plan.key_block, 1) * plan.key_block;
 }
 
+// Makes the last block about as large as the others, unless this takes more strips.
+std::int64_t equal_blocks(std::int64_t rows, std::int64_t block, int strip, int lanes) {
+  const auto strips = [&](std::int64_t size) {
+    return rows / size * ceil_div(size, strip) + ceil_div(rows % size, strip);
+  };
+  const std::int64_t equal = round_up(ceil_div(rows, ceil_div(rows, block)), lanes);
+  return strips(equal) > strips(block) ? block : equal;
+}
+
 void choose_kernel(Plan& plan, const Problem& problem) {
   if (row_kernel_pays(plan, problem)) {
     plan.attend = row_kernel(*plan.kernels, *plan.types, problem);
@@ -134,7 +143,11 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const std::int64_t wanted = plan.attend->packs ? packed_blocks_wanted : blocks_wanted;
   const std::int64_t strips = std::min(plan.rows / wanted / strip, fitting);
   const std::int64_t most = problem.relative ? relative_strips : most_strips;
-  plan.block_rows = strip * static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most));
+  // Each block packs all keys and values, so a prompt of three strips is one block.
+  const bool in_one = plan.attend->packs && plan.rows <= 3 * strip && fitting > 3 && most > 3;
+  plan.block_rows = strip * (in_one ? 3 : static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most)));
+  if (plan.rows > plan.block_rows)
+    plan.block_rows = static_cast<int>(equal_blocks(plan.rows, plan.block_rows, strip, plan.types->lanes));
   plan.block_rows = static_cast<int>(std::clamp<std::int64_t>(plan.rows, 1, plan.block_rows));
   // For very wide heads, use fewer rows to keep the scratch within its limit. Assume that all operands are copied:
   // block_rows affects the key ranges, and so the results, which must not depend on strides.

@@ -64,9 +64,10 @@ struct Pages {
   // sequence still holds. Such keys are masked, and the first page is read in their place.
   std::int64_t offset(const Table& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
-    const std::int64_t run = key / size;
-    const std::int64_t page = own.numbers ? own.numbers[run < own.first ? 0 : run - own.first] : run;
-    return page * page_step + key % size * row_step;
+    return page_of(own, key / size) * page_step + key % size * row_step;
+  }
+  std::int64_t page_of(const Row& own, std::int64_t run) const {
+    return own.numbers ? own.numbers[run < own.first ? 0 : run - own.first] : run;
   }
 };
 

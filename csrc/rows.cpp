@@ -86,6 +86,8 @@ void write_real(char* p, double x, DType dtype) {
 void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from, std::int64_t rows, std::int64_t count,
                std::int64_t size) {
   const auto bytes = static_cast<std::size_t>(size);
+  const auto is_dense = [&](const auto& array) { return array.column == size && array.row == count * size; };
+  if (rows > 1 && is_dense(to) && is_dense(from)) return copy_rows(to, from, 1, rows * count, size);
   for (std::int64_t r = 0; r < rows; ++r) {
     char* target = to.data + r * to.row;
     const char* source = from.data + r * from.row;

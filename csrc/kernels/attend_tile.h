@@ -41,9 +41,8 @@ struct TileAttention {
         : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
     Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : limits(carver, strip_rows), memory(carver, key_block, head_dim, value_dim) {
-      const int count = ceil_div(rows, strip_rows);
-      const std::int64_t lanes = round_up(rows, W);  // of all strips; the last strip may have fewer vectors
-      strips = carver.take<Strip>(count);
+      const std::int64_t lanes = round_up(rows, W);  // of all strips
+      strips = carver.take<Strip>(strips_of(rows));
       queries = carver.take<T>(lanes * Engine::query_cells(head_dim));
       out = carver.take<T>(lanes * Engine::dim_rows(value_dim));
       scores = carver.take<T>(Engine::key_rows(key_block) * strip_rows);
@@ -54,6 +53,8 @@ struct TileAttention {
         : Memory(block.scratch, block.count, block.key_block, block.head_dim, block.value_dim) {}
   };
 
+  static constexpr int strips_of(int rows) { return ceil_div(rows, strip_rows); }
+
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
     return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
   }
@@ -62,10 +63,11 @@ struct TileAttention {
     const Memory s(block);
     T* row_max = static_cast<T*>(block.row_max);
     T* row_sum = static_cast<T*>(block.row_sum);
-    for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
+    for (int first = 0, i = 0, strips = strips_of(block.count); i < strips; first += s.strips[i++].rows) {
       const int left = block.count - first;
-      s.strips[i] = make_strip<T>(block.rows, block.scoring, first, left < strip_rows ? left : strip_rows);
-      const int lanes = s.strips[i].vectors * W;
+      // Strips of nearly equal width: a strip of one vector has too few sums to keep the FMA units busy.
+      const int lanes = ceil_div(ceil_div(left, W), strips - i) * W;
+      s.strips[i] = make_strip<T>(block.rows, block.scoring, first, left < lanes ? left : lanes);
       for (int l = 0; l < lanes && !block.resumes; ++l) {
         const double sink = first + l < block.count ? block.rows[first + l].sink : minus_infinity<double>;
         start_softmax(sink, row_max[first + l], row_sum[first + l]);
@@ -96,7 +98,7 @@ struct TileAttention {
     // and these may use the tile registers.
     Engine::start();
     Block prepared = Engine::prepare(block, keys, s.memory);
-    for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
+    for (int i = 0; i < strips_of(block.count); ++i) {
       const Strip& strip = s.strips[i];
       // The keys of the block from the first to the last that any row of the strip can see.
       const std::int64_t end = keys.first + keys.count;
@@ -240,9 +242,9 @@ struct TileAttention {
   static void finish_as(const RowBlock& block) {
     const Memory s(block);
     const T* row_sum = static_cast<const T*>(block.row_sum);
-    for (int first = 0, i = 0; first < block.count; first += strip_rows, ++i) {
+    for (int i = 0; i < strips_of(block.count); ++i) {
       const Strip& strip = s.strips[i];
-      const int lanes = strip.vectors * W;
+      const int lanes = strip.vectors * W, first = strip.first_row;
       Vec<T> factor[Vectors];
       for (int c = 0; c < strip.vectors; ++c) factor[c] = output_factor(load(row_sum + first + c * W), block.normalise);
       const T* out = out_of(block, s, first);

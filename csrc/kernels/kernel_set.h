@@ -77,7 +77,7 @@ struct KeyBlock {
   // block) and the keys of the next block.
   LaterRows later_values, later_keys;
   // Kernels that read by row use these arrays instead of `keys` and `values`. Each holds pointers to `count` rows,
-  // which may be anywhere in memory, then to rows_ahead more rows, which are only prefetched.
+  // which may be anywhere in memory, then to rows_ahead more rows to prefetch. These may be read, but are not used.
   const void* const* key_rows;
   const void* const* value_rows;
   const float* key_scales;  // codes only: one scale per key (number = code * scale), padded to whole vectors

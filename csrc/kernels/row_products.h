@@ -34,7 +34,9 @@ template <class T, int MaxSums, class E, class Dots>
 struct RowProducts {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
-  static constexpr int keys_ahead = 16;
+  // About 12 KiB of rows of 128 numbers. Pages need this distance: hardware prefetchers start again in each of them.
+  static constexpr int keys_ahead = sizeof(E) < sizeof(float) ? 48 : 24;
+  static_assert(keys_ahead + W <= rows_ahead);
   static constexpr std::int64_t widest = INT64_MAX;  // the largest head_dim
   // Up to this many rows, reading one key after the other matters more than saving loads of queries.
   static constexpr int rows_by_key = 2;
@@ -103,9 +105,10 @@ struct RowProducts {
 
  private:
   // Computes the scores of the keys in [first, last), `Rows` rows at a time and `Abreast` keys at a time. For the
-  // remaining rows, `Rows` is halved.
+  // remaining rows, `Rows` is halved. Not inlined, so that the loop has all registers to itself.
   template <int Rows, int Abreast>
-  static void dot_rows(const RowBlock& block, const Memory& s, const KeyBlock& keys, int first, int last, int row) {
+  [[gnu::noinline]] static void dot_rows(const RowBlock& block, const Memory& s, const KeyBlock& keys, int first,
+                                         int last, int row) {
     constexpr int Keys = W / Rows;  // Rows * Keys sums fill one vector
     constexpr int abreast = Abreast < Keys ? Abreast : Keys;
     constexpr int elements = Dots::elements;
@@ -117,11 +120,12 @@ struct RowProducts {
         Vec<T> sums[W];
 #pragma GCC unroll 16
         for (int k = 0; k < Keys; k += abreast) {
-          const E* key[abreast];  // beyond the end, the last key is read again; its sums go to hidden lanes
-          for (int i = 0; i < abreast; ++i)
-            key[i] = row_of<E>(keys.key_rows, j + k + i < keys.count ? j + k + i : keys.count - 1);
-          const E* later[abreast];
-          for (int i = 0; i < abreast; ++i) later[i] = row_of<E>(keys.key_rows, j + k + i + keys_ahead);
+          const E* key[abreast];    // beyond the end, these are keys to prefetch; their sums go to hidden lanes
+          const E* later[abreast];  // to prefetch; the first rows do it for all rows
+          for (int i = 0; i < abreast; ++i) {
+            key[i] = row_of<E>(keys.key_rows, j + k + i);
+            later[i] = row_of<E>(keys.key_rows, j + k + i + (row == 0 ? keys_ahead : 0));
+          }
           Vec<T> dots[abreast][Rows];
           for (auto& line : dots)
             for (Vec<T>& dot : line) dot = broadcast(T(0));
@@ -131,7 +135,7 @@ struct RowProducts {
           const auto step = [&](std::int64_t d, auto load_key) {
             Vec<T> right[abreast];
             for (int i = 0; i < abreast; ++i) {
-              if (row == 0 && whole_lines) fetch_line(later[i] + d);
+              if (whole_lines) fetch_line(later[i] + d);
               right[i] = load_key(key[i] + d);
             }
             for (int r = 0; r < Rows; ++r) {

@@ -28,13 +28,15 @@ struct ValueChunk {
         count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
 };
 
-// Adds a chunk's sums for one vector of dims to the outputs of a row. The first chunk of a key block also rescales
-// these outputs.
-template <class T, class Memory>
-inline void add_sum(const Memory& s, const ValueChunk& chunk, int row, std::int64_t dim, Vec<T> sum) {
-  T* out = s.out + row * s.out_step + dim;
-  const T rescale = chunk.first_key == 0 ? s.rescale[row] : T(1);
-  store(out, fma(load(out), broadcast(rescale), sum));
+// The factor of a row's outputs before a chunk's sums are added: the first chunk of a key block rescales them.
+template <class T>
+inline Vec<T> rescale_of(const T* rescale, const ValueChunk& chunk, int row) {
+  return broadcast(chunk.first_key == 0 ? rescale[row] : T(1));
+}
+
+template <class T>
+inline void add_sum(T* out, Vec<T> rescale, Vec<T> sum) {
+  store(out, fma(load(out), rescale, sum));
 }
 
 // Whether a row sees a key of the tile.
@@ -87,7 +89,7 @@ struct FmaValues {
             const Vec<T> value = load_up_to(row_of<E>(keys.value_rows, j) + dim, block.value_dim - dim);
             sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
           }
-          add_sum(s, chunk, r, dim, sum);
+          add_sum(s.out + r * s.out_step + dim, rescale_of(s.rescale, chunk, r), sum);
         }
   }
 
@@ -112,33 +114,57 @@ struct FmaValues {
   template <int Rows, int Cols, class Memory>
   static void accumulate_dims(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row,
                               std::int64_t dim) {
-    const auto sweep = [&](auto load_value) {
-      Vec<T> sums[Rows][Cols];
-      for (auto& line : sums)
-        for (Vec<T>& sum : line) sum = broadcast(T(0));
-      const T* probs = s.scores + row * s.score_step + chunk.first_key;
-      const bool asks = row + Rows == block.count;  // only the last rows prefetch the next chunk
-      for (int j = 0; j < chunk.count; ++j) {
-        const E* value = one_base(row_of<E>(chunk.values, j) + dim);
-        const E* later = one_base(row_of<E>(chunk.values, j + chunk_keys) + dim);
-        for (int c = 0; c < Cols; ++c) {
-          if (asks && c * W * static_cast<int>(sizeof(E)) % cache_line == 0) fetch_line(later + c * W);
-          const Vec<T> right = in_register(load_value(value + c * W));
-          for (int r = 0; r < Rows; ++r) sums[r][c] = fma(broadcast(probs[r * s.score_step + j]), right, sums[r][c]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c) add_sum(s, chunk, row + r, dim + c * W, sums[r][c]);
+    const auto sum = [&](auto load_values) {
+      // Only the last rows prefetch the next chunk. The others prefetch what they read, which costs next to nothing.
+      const int ahead = row + Rows == block.count ? chunk_keys : 0;
+      sum_values<Rows, Cols>(s, chunk, row, dim, ahead, load_values);
     };
-    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sweep([](const E* p) { return load(p); });
+    for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sum([](const E* p, auto& x) { load_adjacent(p, x); });
     if constexpr (Cols > 1) {
       if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, chunk, row, dim);
     } else if (dim < block.value_dim) {
       const int tail = static_cast<int>(block.value_dim - dim);
-      sweep([tail](const E* p) { return load_partial(p, tail); });
+      sum([tail](const E* p, auto& x) { x[0] = load_partial(p, tail); });
     }
+  }
+
+  // load_values(p, x) loads two vectors; one if Cols is 1.
+  template <int Rows, int Cols, class Memory, class LoadValues>
+  static void sum_values(const Memory& s, const ValueChunk& chunk, int row, std::int64_t dim, int ahead,
+                         LoadValues load_values) {
+    constexpr int together = Cols > 1 ? 2 : 1;
+    Vec<T> sums[Rows][Cols];
+    for (auto& line : sums)
+      for (Vec<T>& sum : line) sum = broadcast(T(0));
+    const T* probs = s.scores + row * s.score_step + chunk.first_key;
+    for (int j = 0; j < chunk.count; ++j) {
+      const E* value = one_base(row_of<E>(chunk.values, j) + dim);
+      const E* later = one_base(row_of<E>(chunk.values, j + ahead) + dim);
+      for (int c = 0; c < Cols; c += together) {
+        Vec<T> right[together];
+        load_values(value + c * W, right);
+        for (int i = 0; i < together; ++i) {
+          if ((c + i) * W * static_cast<int>(sizeof(E)) % cache_line == 0) fetch_line(later + (c + i) * W);
+          right[i] = in_register(right[i]);
+          for (int r = 0; r < Rows; ++r)
+            sums[r][c + i] = fma(broadcast(probs[r * s.score_step + j]), right[i], sums[r][c + i]);
+        }
+      }
+    }
+    // Read before the first store, after which the compiler would read everything again.
+    const std::int64_t out_step = s.out_step;
+    T* out = s.out + row * out_step + dim;
+    Vec<T> rescale[Rows];
+    for (int r = 0; r < Rows; ++r) rescale[r] = rescale_of(s.rescale, chunk, row + r);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r, out += out_step)
+#pragma GCC unroll 16
+      for (int c = 0; c < Cols; c += together) {
+        Vec<T> ordered[together];
+        for (int i = 0; i < together; ++i) ordered[i] = sums[r][c + i];
+        put_in_order(ordered, E());
+        for (int i = 0; i < together; ++i) add_sum(out + (c + i) * W, rescale[r], ordered[i]);
+      }
   }
 };
 

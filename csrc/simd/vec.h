@@ -20,6 +20,14 @@ inline VecF load_partial(const BFloat* p, int n) { return load_partial_narrow(p,
 inline VecF load_partial(const Half* p, int n) { return load_partial_narrow(p, n); }
 inline VecF load_partial(const Int8* p, int n) { return load_partial_narrow(p, n); }
 
+// Loads adjacent numbers in the order that is fastest; put_in_order restores the order of memory.
+template <class E, class V, int N>
+inline void load_adjacent(const E* p, V (&x)[N]) {
+  for (int i = 0; i < N; ++i) x[i] = load(p + i * V::width);
+}
+template <class V, int N, class E>
+inline void put_in_order(V (&)[N], E) {}
+
 template <class E>
 inline void store_partial_narrow(E* p, VecF a, int n) {
   E buffer[VecF::width];

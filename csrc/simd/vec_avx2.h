@@ -92,6 +92,17 @@ inline VecD in_register(VecD a) {
   asm("" : "+x"(a.r));
   return a;
 }
+// Two vectors of bfloat16: those at even places, which only shift, and those at odd places, which only mask.
+inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
+  const __m256i bits = _mm256_castps_si256(in_register(VecF{_mm256_loadu_ps(reinterpret_cast<const float*>(p))}).r);
+  x[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+  x[1] = {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-0x10000)))};
+}
+inline void put_in_order(VecF (&x)[2], BFloat) {
+  const __m256 low = _mm256_unpacklo_ps(x[0].r, x[1].r), high = _mm256_unpackhi_ps(x[0].r, x[1].r);
+  x[0] = {_mm256_permute2f128_ps(low, high, 0x20)};
+  x[1] = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
 // 0, 1, 2, ...
 inline VecF iota(float) { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
 inline VecD iota(double) { return {_mm256_setr_pd(0, 1, 2, 3)}; }

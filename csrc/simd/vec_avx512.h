@@ -87,6 +87,19 @@ inline VecD in_register(VecD a) {
   asm("" : "+v"(a.r));
   return a;
 }
+// Two vectors of bfloat16: those at even places, which only shift, and those at odd places, which only mask.
+inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
+  const __m512i bits = _mm512_castps_si512(in_register(VecF{_mm512_loadu_ps(reinterpret_cast<const float*>(p))}).r);
+  x[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+  x[1] = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)))};
+}
+inline void put_in_order(VecF (&x)[2], BFloat) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const __m512 even = x[0].r, odd = x[1].r;
+  x[0] = {_mm512_permutex2var_ps(even, low, odd)};
+  x[1] = {_mm512_permutex2var_ps(even, high, odd)};
+}
 // 0, 1, 2, ...
 inline VecF iota(float) { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 inline VecD iota(double) { return {_mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)}; }

@@ -107,6 +107,12 @@ inline VecD in_register(VecD a) {
   asm("" : "+w"(a.r));
   return a;
 }
+// Two vectors of bfloat16; here in the order of memory.
+inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
+  x[0] = load(p);
+  x[1] = load(p + VecF::width);
+}
+inline void put_in_order(VecF (&)[2], BFloat) {}
 // 0, 1, 2, ...
 inline VecF iota(float) { return {float32x4_t{0, 1, 2, 3}}; }
 inline VecD iota(double) { return {float64x2_t{0, 1}}; }

@@ -92,6 +92,12 @@ template <class T>
 inline Vec<T> in_register(Vec<T> a) {
   return a;
 }
+// Two vectors of bfloat16; here in the order of memory.
+inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
+  x[0] = load(p);
+  x[1] = load(p + VecF::width);
+}
+inline void put_in_order(VecF (&)[2], BFloat) {}
 // 0, 1, 2, ...
 template <class T>
 inline Vec<T> iota(T) {

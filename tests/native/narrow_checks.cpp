@@ -52,13 +52,20 @@ void expect_widened(float got, int bits, const char* what) {
 
 template <class E>
 void check_every_pattern() {
-  for (int first = 0; first < pattern_count; first += W) {
-    E elements[W];
-    for (int l = 0; l < W; ++l) elements[l].bits = static_cast<std::uint16_t>(first + l);
-    const Lanes<float> got(load(static_cast<const E*>(elements)));
-    for (int l = 0; l < W; ++l) {
-      expect_widened<E>(got.lane[l], first + l, "load of 16 bits");
-      expect_widened<E>(widen(elements[l]), first + l, "widen");
+  for (int first = 0; first < pattern_count; first += 2 * W) {
+    E elements[2 * W];
+    for (int i = 0; i < 2 * W; ++i) elements[i].bits = static_cast<std::uint16_t>(first + i);
+    VecF two[2];
+    load_adjacent(static_cast<const E*>(elements), two);
+    put_in_order(two, E());
+    for (int half = 0; half < 2; ++half) {
+      const Lanes<float> got(load(static_cast<const E*>(elements) + half * W)), adjacent(two[half]);
+      for (int l = 0; l < W; ++l) {
+        const int bits = first + half * W + l;
+        expect_widened<E>(got.lane[l], bits, "load of 16 bits");
+        expect_widened<E>(adjacent.lane[l], bits, "load_adjacent of 16 bits");
+        expect_widened<E>(widen(elements[half * W + l]), bits, "widen");
+      }
     }
   }
 }
