@@ -2,8 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#include "arithmetic.h"
-
 namespace selfattn {
 
 // i8: codes of a quantised cache or of quantised weights.
@@ -46,7 +44,8 @@ constexpr const char* name_of(DType dtype) { return element_type(dtype).name; }
 // Of an element, or of a unit if elements share bytes: what strides along a row step over.
 constexpr std::int64_t size_of(DType dtype) { return element_type(dtype).bytes; }
 constexpr std::int64_t row_bytes(DType dtype, std::int64_t count) {
-  return ceil_div(count, element_type(dtype).elements) * size_of(dtype);
+  const std::int64_t elements = element_type(dtype).elements;
+  return (count + elements - 1) / elements * size_of(dtype);
 }
 constexpr DType computed_in(DType dtype) { return element_type(dtype).computed; }
 constexpr bool is_scaled(DType dtype) { return element_type(dtype).codes != 0; }
