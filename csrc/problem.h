@@ -66,7 +66,7 @@ struct Pages {
     if (size == 0) return key * row_step;
     return page_of(own, key / size) * page_step + key % size * row_step;
   }
-  std::int64_t page_of(const Row& own, std::int64_t run) const {
+  std::int64_t page_of(const Table& own, std::int64_t run) const {
     return own.numbers ? own.numbers[run < own.first ? 0 : run - own.first] : run;
   }
 };

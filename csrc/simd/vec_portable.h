@@ -39,7 +39,11 @@ inline Vec<T> load(const T* p) {
 template <class T>
 inline Vec<T> load_partial(const T* p, int n) {
   Vec<T> v{};
-  for (int i = 0; i < n; ++i) v.r[i] = p[i];
+  for (int i = 0; i < n; ++i) {  // memcpy: the caller's arrays may be misaligned
+    T element;
+    std::memcpy(&element, p + i, sizeof element);
+    v.r[i] = element;
+  }
   return v;
 }
 template <class T>
@@ -48,7 +52,10 @@ inline void store(T* p, Vec<T> a) {
 }
 template <class T>
 inline void store_partial(T* p, Vec<T> a, int n) {
-  for (int i = 0; i < n; ++i) p[i] = a.r[i];
+  for (int i = 0; i < n; ++i) {
+    const T element = a.r[i];
+    std::memcpy(p + i, &element, sizeof element);
+  }
 }
 // Loads and stores of 16-bit numbers. Stores round to nearest, ties to even. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
