@@ -37,13 +37,15 @@ inline Vec<T> load(const T* p) {
   return v;
 }
 template <class T>
+inline T element_at(const T* p) {  // arrays of callers may be misaligned
+  T element;
+  std::memcpy(&element, p, sizeof element);
+  return element;
+}
+template <class T>
 inline Vec<T> load_partial(const T* p, int n) {
   Vec<T> v{};
-  for (int i = 0; i < n; ++i) {  // memcpy: the caller's arrays may be misaligned
-    T element;
-    std::memcpy(&element, p + i, sizeof element);
-    v.r[i] = element;
-  }
+  for (int i = 0; i < n; ++i) v.r[i] = element_at(p + i);
   return v;
 }
 template <class T>
@@ -60,20 +62,12 @@ inline void store_partial(T* p, Vec<T> a, int n) {
 // Loads and stores of 16-bit numbers. Stores round to nearest, ties to even. 8-bit codes are only loaded.
 inline VecF load(const BFloat* p) {
   VecF v{};
-  for (int i = 0; i < VecF::width; ++i) {
-    BFloat element;
-    std::memcpy(&element, p + i, sizeof element);
-    v.r[i] = widen(element);
-  }
+  for (int i = 0; i < VecF::width; ++i) v.r[i] = widen(element_at(p + i));
   return v;
 }
 inline VecF load(const Half* p) {
   VecF v{};
-  for (int i = 0; i < VecF::width; ++i) {
-    Half element;
-    std::memcpy(&element, p + i, sizeof element);
-    v.r[i] = widen(element);
-  }
+  for (int i = 0; i < VecF::width; ++i) v.r[i] = widen(element_at(p + i));
   return v;
 }
 inline VecF load(const Int8* p) {

@@ -74,7 +74,7 @@ class Options:
 
     def facts(self) -> list[Fact]:
         """Return what must be equal on all ranks."""
-        known = {**self.given, "layout": self.layout, "return_lse": self.return_lse}
+        known = {**self._checked, "layout": self.layout, "return_lse": self.return_lse}
         facts = [Fact(name, " is ", value_text(known.get(name))) for name in _COMPARED]
         for name in ("mask", "bias"):
             array = self.given.get(name)

@@ -14,7 +14,7 @@ import pytest
 from places import ROOT
 
 import selfattn as sa
-from selfattn import _store, _typing, compat, viz
+from selfattn import _elements, _typing, compat, viz
 from selfattn.compat import _jax
 
 X = np.zeros((1, 2, 3, 8), np.float32)
@@ -65,9 +65,9 @@ def test_overloads_have_the_keywords_of_their_function(function: Any, options: A
     assert options.__optional_keys__ == set(options.__annotations__) == keywords(function) - own
 
 
-def test_storage_types_are_those_of_the_store() -> None:
+def test_storage_types_are_those_of_the_core() -> None:
     names, *_ = get_args(_typing.StorageType)
-    assert set(get_args(names)) == set(_store._TYPES)
+    assert set(get_args(names)) == set(_elements.ELEMENT_TYPES)
 
 
 def test_signatures_show_the_defaults() -> None:

@@ -40,6 +40,10 @@ FIELDS: dict[str, Any] = {
     "distance_origin": 3,
     "dropout": 0.25,
     "seed": (1 << 64) - 1,
+    "first_entry": 1,
+    "first_head": 2,
+    "first_query": 3,
+    "first_key": 4,
     "return_lse": True,
     "return_weights": True,
     "exact": True,
@@ -152,7 +156,7 @@ def test_a_copy_is_another() -> None:
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("wrong", [(), "1", object(), 1 << 80, -1, 1j])
 def test_wrong_values_are_refused(name: str, wrong: Any) -> None:
-    if wrong == -1 and name in ("window_left", "window_right", "distance_origin"):
+    if wrong == -1 and (name in ("window_left", "window_right", "distance_origin") or name.startswith("first_")):
         return
     options = filled()
     with pytest.raises(TypeError, match=f"^Options: {name} cannot be "):

@@ -161,7 +161,7 @@ def test_apply_rope(normal: Any, rng: Any, rope: sa.RoPE, dtype: Any) -> None:
         held = x.copy()
         assert sa.apply_rope(held, positions, rope, out=held) is held
         assert same(held, found)
-    with pytest.raises(TypeError, match=f"apply_rope: out has dtype float32 but x has {dtype.name}"):
+    with pytest.raises(TypeError, match=f"apply_rope: out has dtype float32, but the result is {dtype.name}"):
         sa.apply_rope(x, out=np.zeros(x.shape, np.float32))
 
 

@@ -32,6 +32,8 @@ void run(const CacheStep& step, const TensorView& k, const TensorView& v, Stage 
   });
 }
 
+constexpr double frequencies[key_width / 2] = {1, 0.1};
+
 // A layer with rotary embedding and an output projection.
 LayerWeights make_layer(std::int64_t width) {
   const KernelSet& kernels = active_kernels();
@@ -48,9 +50,11 @@ LayerWeights make_layer(std::int64_t width) {
                      projection(width, heads * key_width),
                      projection(width, heads * value_width),
                      std::nullopt,
-                     Rope{100, key_width, false},
+                     Rope{.rotary_dim = key_width, .frequencies = frequencies},
                      nullptr,
-                     nullptr};
+                     nullptr,
+                     {},
+                     {}};
   layer.output.emplace(projection(heads * value_width, width));
   return layer;
 }
