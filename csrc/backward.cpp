@@ -265,9 +265,8 @@ bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, I
   std::int64_t tasks = 0;
   for (std::int64_t i = 0; i < count; ++i) tasks += jobs[i].plan->tasks;
   if (tasks == 0) return true;
-  return with_type(jobs->problem->dtype, [&]<class T>() {
-    return BackwardRun<BackwardPart<T>>(jobs, count, threads, interrupted).execute();
-  });
+  return with_type(jobs->problem->dtype,
+                   [&]<class T> { return BackwardRun<BackwardPart<T>>(jobs, count, threads, interrupted).execute(); });
 }
 
 }  // namespace selfattn

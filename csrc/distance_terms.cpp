@@ -98,7 +98,7 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
   }
   if (!problem_.distance_bias) return;
   with_type(problem_.dtype,
-            [&]<class T>() { problem_.bias ? add_biases<T>(first, count) : fill_biases<T>(first, count); });
+            [&]<class T> { problem_.bias ? add_biases<T>(first, count) : fill_biases<T>(first, count); });
 }
 
 // Multiplies each query by the vectors of the distances to its keys. The distance i + offset - j of query i and key j

@@ -149,7 +149,7 @@ class Merge {
       gather_rows(kernels_, gathered, type, {{from, 0, part.stride(0)}, part.dtype}, 1, count);
       from = gathered;
     }
-    with_type(type, [&]<class T>() { add_weighted<T>(sum, from, count, source.weight); });
+    with_type(type, [&]<class T> { add_weighted<T>(sum, from, count, source.weight); });
   }
 
   const KernelSet& kernels_;

@@ -144,7 +144,7 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const std::int64_t strips = std::min(plan.rows / wanted / strip, fitting);
   const std::int64_t most = problem.relative ? relative_strips : most_strips;
   // Each block packs all keys and values, so a prompt of three strips is one block.
-  const bool in_one = plan.attend->packs && plan.rows <= 3 * strip && fitting > 3 && most > 3;
+  const bool in_one = plan.attend->packs && plan.rows <= std::int64_t{3} * strip && fitting > 3 && most > 3;
   plan.block_rows = strip * (in_one ? 3 : static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most)));
   if (plan.rows > plan.block_rows)
     plan.block_rows = static_cast<int>(equal_blocks(plan.rows, plan.block_rows, strip, plan.types->lanes));

@@ -208,11 +208,11 @@ double lse_of(double row_max, double row_sum, double omitted) {
 }
 
 void load_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
-  with_type(problem.dtype, [&]<class T>() { load<T>(problem, span, memory); });
+  with_type(problem.dtype, [&]<class T> { load<T>(problem, span, memory); });
 }
 
 void store_sums(const Problem& problem, const RowSpan& span, const ThreadMemory& memory) {
-  with_type(problem.dtype, [&]<class T>() { store<T>(problem, span, memory); });
+  with_type(problem.dtype, [&]<class T> { store<T>(problem, span, memory); });
 }
 
 void clear_rows(const Problem& problem, const RowSpan& span) {
@@ -229,7 +229,7 @@ void clear_rows(const Problem& problem, const RowSpan& span) {
 void merge_ranges(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block,
                   const RowSpan& span, const ThreadMemory& memory) {
   describe_rows(problem, plan, span, memory, /*with_sinks=*/false);
-  with_type(problem.dtype, [&]<class T>() { merge<T>(problem, plan, shared, block, span, memory); });
+  with_type(problem.dtype, [&]<class T> { merge<T>(problem, plan, shared, block, span, memory); });
   complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
 }
 

@@ -120,7 +120,7 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const Source
 }
 
 void scale_row(char* row, DType dtype, std::int64_t count, double factor) {
-  with_type(dtype, [&]<class T>() { scale_elements<T>(row, count, factor); });
+  with_type(dtype, [&]<class T> { scale_elements<T>(row, count, factor); });
 }
 
 void scatter_row(const KernelSet& kernels, const TargetRow& to, const char* from, DType from_type, std::int64_t count) {

@@ -112,7 +112,7 @@ void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpa
   gather_rows(kernels, to.data, to.dtype, row, 1, problem.head_dim);
   if (!bias) return;
   const auto* added = reinterpret_cast<const double*>(bias.data + index.head * bias.head);
-  with_type(to.dtype, [&]<class T>() { add_row(reinterpret_cast<T*>(to.data), added, problem.head_dim); });
+  with_type(to.dtype, [&]<class T> { add_row(reinterpret_cast<T*>(to.data), added, problem.head_dim); });
 }
 
 Scoring scoring_of(const Problem& problem) {

@@ -90,7 +90,7 @@ class Finish {
     const ValidKeys valid = valid_keys(results_, span.batch);
     char* row = memory_.of(thread);
     for (int i = 0; i < span.valid; ++i)
-      with_type(results_.dtype, [&]<class T>() { finish_row<T>(span, row_index(span, i), valid, row); });
+      with_type(results_.dtype, [&]<class T> { finish_row<T>(span, row_index(span, i), valid, row); });
     clear_rows(results_, span);
   }
 

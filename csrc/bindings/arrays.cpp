@@ -104,7 +104,7 @@ TensorView optional_view(py::handle object, DType dtype) {
 py::array new_array(const Shape& shape, DType dtype, py::handle like) {
   const std::vector<py::ssize_t> extents(shape.extent, shape.extent + shape.ndim);
   if (is_narrow(dtype)) return py::array(as_array(like).dtype(), extents);
-  return with_type(dtype, [&]<class T>() { return py::array(py::dtype::of<T>(), extents); });
+  return with_type(dtype, [&]<class T> { return py::array(py::dtype::of<T>(), extents); });
 }
 
 namespace {

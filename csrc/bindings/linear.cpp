@@ -17,7 +17,7 @@ namespace selfattn::bindings {
 constexpr const char* activation_words[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 static_assert(std::size(activation_words) == static_cast<std::size_t>(Activation::silu) + 1);
 template <>
-constexpr std::int64_t code_count<Activation> = std::size(activation_words);
+inline constexpr std::int64_t code_count<Activation> = std::size(activation_words);
 
 HeldNorm::HeldNorm(py::object w, py::object b, double epsilon, bool centred)
     : weight(std::move(w)), bias(std::move(b)), norm{data_of(weight), data_of(bias), epsilon, centred} {}

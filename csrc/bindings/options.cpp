@@ -9,9 +9,9 @@ namespace selfattn::bindings {
 constexpr const char* layout_words[] = {"bhsd", "bshd"};
 constexpr const char* precision_words[] = {"highest", "high", "medium"};
 template <>
-constexpr std::int64_t code_count<Layout> = std::size(layout_words);
+inline constexpr std::int64_t code_count<Layout> = std::size(layout_words);
 template <>
-constexpr std::int64_t code_count<Precision> = std::size(precision_words);
+inline constexpr std::int64_t code_count<Precision> = std::size(precision_words);
 
 static bool read(PyObject* value, ArrayReference& to) {
   const bool absent = value == Py_None;

@@ -10,7 +10,7 @@ namespace selfattn::bindings {
 
 // The types that keys and values may have, which come before the others.
 template <>
-constexpr std::int64_t code_count<DType> = static_cast<std::int64_t>(DType::i8) + 1;
+inline constexpr std::int64_t code_count<DType> = static_cast<std::int64_t>(DType::i8) + 1;
 
 // An option that is an array. Null if it is absent.
 struct ArrayReference : py::object {

@@ -65,7 +65,7 @@ inline bool read(PyObject* value, int& to) { return read_below(1 << 30, value, t
 
 // The number of values of an enumeration, whose codes are 0, 1, ...
 template <class Code>
-constexpr std::int64_t code_count = 0;
+inline constexpr std::int64_t code_count = 0;
 
 template <class Code>
   requires std::is_enum_v<Code>
