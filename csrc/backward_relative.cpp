@@ -56,7 +56,7 @@ void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span,
     std::memset(vector + width_bytes, 0, static_cast<std::size_t>(row_bytes - width_bytes));
   }
   const char* queries = gather_queries<T>(problem_, plan_, span, problem_.relative_bias, memory.relative.queries);
-  char* window = memory.relative.window + (plan_.block_rows - span.valid) * row_bytes;
+  char* window = gradients_.relative ? memory.relative.window + (plan_.block_rows - span.valid) * row_bytes : nullptr;
   plan_.kernel->run_relative(
       {.rows = memory.rows,
        .count = span.valid,
@@ -69,7 +69,7 @@ void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span,
        .queries = queries,
        .vectors = memory.relative.vectors,
        .dquery = gradients_.query || gradients_.scale || gradients_.relative_bias ? memory.relative.dquery : nullptr,
-       .dvectors = gradients_.relative ? window : nullptr,
+       .dvectors = window,
        .finite = plan_.kernel->finite(memory.relative.vectors + begin * row_bytes, (end - begin) * step) &&
                  plan_.kernel->finite(queries, span.valid * step),
        .scratch = memory.kernel_scratch});
