@@ -15,7 +15,7 @@ version = release = installed("selfattn")
 
 extensions = [
     "myst_parser",
-    "notebook_pages",  # beside this file
+    "notebook_pages",  # in the same folder as this file
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",

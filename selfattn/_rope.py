@@ -123,7 +123,7 @@ class RoPE:
         ----------
         config : dict
             What `config.json` holds, of the text part if the model has several; or an object with a method
-            ``to_dict()``. The parameters are in "rope_parameters" or, in older files, in "rope_scaling" and beside it.
+            ``to_dict()``. The parameters are in "rope_parameters" or, in older files, in "rope_scaling" and next to it.
             The ``rope_type`` is "default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional" or
             "axial"; "mrope_section", and "mrope_interleaved" if it is true, say which coordinate rotates which pair.
         layer_type : str, optional

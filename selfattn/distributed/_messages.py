@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .._arguments import integer_in, whole_number
 
 _Bytes = NDArray[np.uint8]
-_GATHER = -1  # a tag that nobody else uses
+_GATHER = -1  # a tag for this purpose only
 
 
 class Message(NamedTuple):

@@ -1,4 +1,4 @@
-"""Files about the project: the changelog's form, one version everywhere, and no addresses that nobody reads."""
+"""Files about the project: the changelog's form, one version everywhere, and no unread addresses."""
 
 from __future__ import annotations
 
