@@ -16,6 +16,14 @@ struct Int8 {  // a code; the number is code * scale, and scales are stored sepa
   std::int8_t code;
 };
 
+// An element of the caller's memory, which may be misaligned.
+template <class T>
+inline T element_at(const T* p) {
+  T element;
+  std::memcpy(&element, p, sizeof element);
+  return element;
+}
+
 inline float widen(float x) { return x; }
 inline float widen(Int8 x) { return static_cast<float>(x.code); }
 

@@ -37,12 +37,6 @@ inline Vec<T> load(const T* p) {
   return v;
 }
 template <class T>
-inline T element_at(const T* p) {  // arrays of callers may be misaligned
-  T element;
-  std::memcpy(&element, p, sizeof element);
-  return element;
-}
-template <class T>
 inline Vec<T> load_partial(const T* p, int n) {
   Vec<T> v{};
   for (int i = 0; i < n; ++i) v.r[i] = element_at(p + i);
