@@ -38,7 +38,8 @@ PEERS = [TORCH, "transformers", "accelerate", "ctranslate2", "jax", "onnx", "onn
 CALLS = ["core", "gradients", "caches", "layers", "compat"]
 # Modules of selfattn/ that check users' arguments: tests must cover every line of them.
 CHECKS = ["arguments", "attention", "keywords", "layer", "layer_inputs", "rope", "self_attention", "states", "weights"]
-# Packages whose lower bound in pyproject.toml is tested, and the tests that use them.
+# Packages whose lower bound in pyproject.toml is tested, and the tests that use them. .ci/run tests the newest
+# versions that the project knows, since .ci/constraints.txt pins them.
 BOUNDED = {
     "numpy": ["core", "gradients", "compat", "layers"],
     "torch": ["integrations", "compat"],
@@ -88,23 +89,16 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("version", ["lowest", "newest"])
 @nox.parametrize("package", list(BOUNDED))
-def versions(session: nox.Session, package: str, version: str) -> None:
-    """Test with the lowest version of a package that pyproject.toml accepts, and with the newest that CI knows."""
-    lowest = version == "lowest"
-    wanted = TORCH if package == "torch" else package
-    if lowest:
-        wanted = install_lowest(session, package)
+def versions(session: nox.Session, package: str) -> None:
+    """Test with the lowest version of a package that pyproject.toml accepts."""
+    wanted = install_lowest(session, package)
     torch = [TORCH] if package == "transformers" else []
-    own = f"{wheel(session)}[test]"
-    # The newest version is the one that CI pins, so that what runs depends on the commit and not on the day.
-    pinned = [] if lowest else ["--constraint", ".ci/constraints.txt"]
-    session.install("--upgrade", own, wanted, *torch, *pinned)  # together, so that pip finds compatible versions
+    # In one command, so that pip finds compatible versions.
+    session.install("--upgrade", f"{wheel(session)}[test]", wanted, *torch)
     session.run("python", "-c", f"import {package}; print({package}.__name__, {package}.__version__)")
     # Old packages use features that other packages have since deprecated.
-    warnings = ["-W", "ignore::DeprecationWarning"] if lowest else []
-    session.run("pytest", *warnings, *folders(BOUNDED[package]), *session.posargs)
+    session.run("pytest", "-W", "ignore::DeprecationWarning", *folders(BOUNDED[package]), *session.posargs)
 
 
 @nox.session
@@ -266,12 +260,13 @@ def isas(session: nox.Session) -> None:
         session.run("pytest", "-q", "-n", "2", "tests/processes", env={"SELFATTN_ISA": isa})
 
 
-# Sessions that .ci/run leaves out or runs only in part, longest first, with options.
+# Sessions that .ci/run leaves out or runs only in part, with options. The folders that .ci/run tests under
+# AddressSanitizer are not tested again.
 DEEP = {
-    "coverage": [],
+    "asan": folders(["core", "gradients", "compat", "safety"]),
     "mutants": ["--jobs", "2", "--sample", "40"],
-    "asan": [],
     "versions": [],
+    "coverage": [],
     "fuzz": ["60000"],
     "isas": [],
     "neon": [],
