@@ -98,7 +98,7 @@ def versions(session: nox.Session, package: str) -> None:
     session.install("--upgrade", f"{wheel(session)}[test]", wanted, *torch)
     session.run("python", "-c", f"import {package}; print({package}.__name__, {package}.__version__)")
     # Old packages use features that other packages have since deprecated.
-    session.run("pytest", "-W", "ignore::DeprecationWarning", *folders(BOUNDED[package]), *session.posargs)
+    session.run("pytest", "-n", "2", "-W", "ignore::DeprecationWarning", *folders(BOUNDED[package]), *session.posargs)
 
 
 @nox.session
