@@ -164,11 +164,13 @@ def _varlen_pages(
     count, heads = len(lengths), q.shape[1]
     own = None if slopes is None else _slopes(name, slopes, count, heads)
     out = np.empty((len(q), heads, v.shape[-1]), q.dtype)
-    for i in range(count):
-        rows = slice(int(starts_q[i]), int(starts_q[i + 1]))
-        single = {**options, "alibi_slopes": None if own is None else own[i]}
-        step = pages.step(np.array([i]), lengths[i : i + 1])
-        pages.attend(step, q[rows][None], single, out[rows][None])
+    queries = np.diff(starts_q)
+    # One call for all sequences that have the same number of queries.
+    for size in np.unique(queries):
+        members = np.flatnonzero(queries == size)
+        rows = starts_q[members, None] + np.arange(size)
+        group = {**options, "alibi_slopes": None if own is None else own[members]}
+        out[rows] = pages.attend(pages.step(members, lengths[members]), q[rows], group)
     return out
 
 
