@@ -94,7 +94,7 @@ class Group:
         return f"Group(rank={self.rank}, size={self.size}, num_threads={self.num_threads})"
 
     def close(self) -> None:
-        """Free the group's communicator. Not needed for a group that lives as long as the program."""
+        """Free the group's communicator; all ranks must call it. A group that lives as long as the program need not."""
         self._link.close()
 
     def rows(self, length: int, order: str = "zigzag") -> NDArray[np.int64]:
@@ -132,8 +132,9 @@ class Group:
             The positions of this rank's tokens, see `rows`. All ranks together have every position once.
         by : {"keys", "heads"}
             What travels. "keys": every rank gets all keys and values, a chunk at a time, in ascending order, and
-            computes while the next chunk travels; its memory is that of its own rows and of two chunks. "heads": every
-            rank gets all rows of some heads; needs at least as many KV heads as ranks.
+            computes while the next chunk travels. Besides its own rows, it holds two chunks, or three where a chunk
+            joins tokens of several ranks. "heads": every rank gets all rows of some heads; needs at least as many KV
+            heads as ranks.
         **options
             Options of `selfattn.attention`, except `q_offset` and `return_weights`. They speak of the whole sequence:
             `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys are the same tokens), and
