@@ -77,10 +77,9 @@ const char* gather_queries(const Problem& problem, const BackwardPlan& plan, con
   const SourceRows rows = rows_of(problem, problem.query, span);
   if (!bias) return gather(*plan.kernels, rows, span.valid, plan.keys, to);
   copy_padded(*plan.kernels, rows, span.valid, plan.keys, to);
-  const auto* added = reinterpret_cast<const double*>(bias.data + span.first_head * bias.head);
   T* row = reinterpret_cast<T*>(to);
   for (int i = 0; i < span.valid; ++i, row += plan.keys.step)
-    for (std::int64_t d = 0; d < problem.head_dim; ++d) row[d] += static_cast<T>(added[d]);
+    add_doubles(row, bias.data + span.first_head * bias.head, problem.head_dim);
   return to;
 }
 

@@ -39,6 +39,13 @@ void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from,
 void gather_rows(const KernelSet& kernels, char* to, DType to_type, const SourceRows& from, std::int64_t rows,
                  std::int64_t count);
 
+// Adds contiguous doubles, which may be misaligned, to a row.
+template <class T>
+void add_doubles(T* row, const char* added, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i)
+    row[i] += static_cast<T>(read_real(added + i * size_of(DType::f64), DType::f64));
+}
+
 // Multiplies a contiguous row of floats or doubles by `factor`.
 void scale_row(char* row, DType dtype, std::int64_t count, double factor);
 

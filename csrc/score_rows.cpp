@@ -32,11 +32,6 @@ Dropout dropout_of(const Problem& problem) {
   return {1 / (1 - problem.dropout), static_cast<std::uint32_t>(threshold), problem.seed, problem.first_key};
 }
 
-template <class T>
-void add_row(T* row, const double* added, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) row[i] += static_cast<T>(added[i]);
-}
-
 // Short calls spend several percent of their time here, so all of it is inlined into the loop over rows.
 inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex index, const ValidKeys& valid) {
   const KeyRange visible = visible_keys(index.query, valid);
@@ -111,8 +106,8 @@ void gather_query(const Problem& problem, const KernelSet& kernels, const RowSpa
   const SourceRows row{{element(problem, query, span, index), 0, query.column}, query.dtype};
   gather_rows(kernels, to.data, to.dtype, row, 1, problem.head_dim);
   if (!bias) return;
-  const auto* added = reinterpret_cast<const double*>(bias.data + index.head * bias.head);
-  with_type(to.dtype, [&]<class T> { add_row(reinterpret_cast<T*>(to.data), added, problem.head_dim); });
+  const char* added = bias.data + index.head * bias.head;
+  with_type(to.dtype, [&]<class T> { add_doubles(reinterpret_cast<T*>(to.data), added, problem.head_dim); });
 }
 
 Scoring scoring_of(const Problem& problem) {

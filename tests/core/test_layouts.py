@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from array_layouts import misaligned
 
 import selfattn as sa
 
@@ -27,14 +28,6 @@ def far_rows(x: Any) -> Any:
     wide = np.zeros((*x.shape[:-1], 1024), x.dtype)
     wide[..., : x.shape[-1]] = x
     return wide[..., : x.shape[-1]]
-
-
-def misaligned(x: Any) -> Any:
-    raw = np.zeros(x.nbytes + 1, np.uint8)
-    view = raw[1:].view(x.dtype).reshape(x.shape)
-    view[...] = x
-    assert x.itemsize == 1 or not view.flags.aligned
-    return view
 
 
 def packed_record(x: Any) -> Any:

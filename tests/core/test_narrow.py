@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from array_layouts import misaligned
 from narrow_cases import (
     RANGES,
     ROW,
@@ -51,13 +52,6 @@ def every_option(rng: Any, shape: Any, dtype: Any) -> list[dict[str, Any]]:
 
 def heads_last(x: Any) -> Any:
     return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3) if x.ndim > 2 else x
-
-
-def misaligned(x: Any) -> Any:
-    view = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
-    view[...] = x
-    assert not view.flags.aligned
-    return view
 
 
 @types

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from array_layouts import misaligned
 
 import selfattn as sa
 from selfattn import reference
@@ -183,9 +184,8 @@ def test_layout_strides_and_out_change_no_bit(isa: str, draw: Any) -> None:
     apart[:, 5:125, ::2][:, :, 3:19] = x.r
     strided = x._replace(r=apart[:, 5:125, ::2][:, :, 3:19], u=np.asfortranarray(x.u), w=x.w[::-1].copy()[::-1])
     assert np.array_equal(sa.relative_attention(*strided, mem_len=memory), out)
-    misaligned = np.frombuffer(b"\0" + x.r.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.r.shape)
-    assert not misaligned.flags.aligned
-    assert np.array_equal(sa.relative_attention(*x._replace(r=misaligned), mem_len=memory), out)
+    shifted = x._replace(r=misaligned(x.r), u=misaligned(x.u.astype(np.float64)), w=misaligned(x.w.astype(np.float64)))
+    assert np.array_equal(sa.relative_attention(*shifted, mem_len=memory), out)
     swapped = x._replace(**{name: np.ascontiguousarray(getattr(x, name).swapaxes(1, 2)) for name in "qkv"})
     target = np.empty((2, 50, 3, 16), np.float32)
     assert sa.relative_attention(*swapped, mem_len=memory, layout="bshd", out=target) is target

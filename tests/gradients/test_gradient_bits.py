@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from array_layouts import misaligned
 
 import selfattn as sa
 
@@ -114,9 +115,7 @@ def placed(x: Any, form: str) -> Any:
         wide = np.full((*x.shape[:-1], x.shape[-1] + 3), np.nan, x.dtype)
         wide[..., : x.shape[-1]] = x
         return wide[..., : x.shape[-1]]
-    shifted = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
-    shifted[...] = x
-    return shifted
+    return misaligned(x)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_layouts import misaligned
 from relative_cases import Case, Drawn, draw
 
 import selfattn as sa
@@ -89,6 +90,9 @@ def test_strides_and_layouts_change_no_bit(rng: Any) -> None:
     turned = x._replace(r=np.asfortranarray(x.r), u=x.u[:, ::-1].copy()[:, ::-1])
     _, vjp = sa.relative_attention_vjp(*turned, mem_len=30)
     assert all(np.array_equal(a, b) for a, b in zip(vjp(x.q)[-3:], expected[-3:], strict=True))
+    shifted = x._replace(r=misaligned(x.r), u=misaligned(x.u.astype(np.float64)), w=misaligned(x.w.astype(np.float64)))
+    _, vjp = sa.relative_attention_vjp(*shifted, mem_len=30)
+    assert all(np.array_equal(a, b) for a, b in zip(vjp(x.q), expected, strict=True))
     heads_last = x._replace(**{name: getattr(x, name).swapaxes(1, 2) for name in "qkv"})
     _, vjp = sa.relative_attention_vjp(*heads_last, mem_len=30, layout="bshd")
     found = vjp(heads_last.q)
