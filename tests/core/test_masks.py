@@ -219,3 +219,18 @@ def test_windows_and_offsets_beyond_any_length_do_not_cancel(isa: str, normal: A
     assert not sa.attention(x, x, x, **far).any()  # every key is more than 2**60 to the left
     near = {"window": (LARGEST, None), "q_offset": LARGEST - q_len}
     assert np.array_equal(sa.attention(x, x, x, **near), sa.attention(x, x, x))
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 50])
+def test_a_bias_of_nan_hides_no_key(isa: str, normal: Any, q_len: int) -> None:
+    q, k, v = normal(1, q_len, 8), normal(1, 300, 8), normal(1, 300, 8)
+    bias = np.zeros((1, q_len, 300), np.float32)
+    bias[:, :, 40:] = -np.inf
+    expected = sa.attention(q, k, v, bias=bias)
+    for key in (41, 250, 299):  # the only key of its block, or of many keys, that is not hidden
+        bias[0, q_len // 2, key] = np.nan
+        out = sa.attention(q, k, v, bias=bias)
+        assert np.isnan(out[0, q_len // 2]).all()
+        others = np.arange(q_len) != q_len // 2
+        assert np.array_equal(out[0, others], expected[0, others])
+        bias[0, q_len // 2, key] = -np.inf

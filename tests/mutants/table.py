@@ -18,19 +18,26 @@ class Mutant:
     old: str  # occurs exactly once in the file
     new: str
     why: str  # the purpose of the original
-    first: str  # the test module that should notice; the rest of its folder follows if it does not
+    first: str  # the test module that should notice, "errors" or "core/errors"; the rest of its folder runs after it
     equivalent: str = ""  # why no test can notice, where that is so
     matrix: bool = False  # of code for matrix units, which the portable build does not have
 
     def module(self, root: Path) -> Path:
         """Return the test module that should notice, in a copy of the project."""
-        return next((root / "tests").rglob(f"test_{self.first}.py"))
+        (module,) = self._modules(root)
+        return module
+
+    def _modules(self, root: Path) -> list[Path]:
+        folder, _, name = self.first.rpartition("/")
+        return list((root / "tests" / folder).rglob(f"test_{name}.py"))
 
     def problem(self) -> str:
         """Return why the mutant cannot be made, or nothing."""
         count = (ROOT / self.file).read_text(encoding="utf8").count(self.old)
         if self.old == self.new:
             return "changes nothing"
+        if len(self._modules(ROOT)) != 1:
+            return f"{len(self._modules(ROOT))} test modules instead of one are called {self.first}"
         return "" if count == 1 else f"{self.file} holds {count} times, instead of once: {self.old}"
 
 
