@@ -105,9 +105,8 @@ py::dict describe_plan(const Plan& plan, int num_threads) {
   d["ranges"] = plan.ranges;
   d["tasks"] = plan.tasks;
   d["threads"] = threads;
-  d["threads_source"] = threads == 1      ? "one thread is enough for this much work"
-                        : num_threads > 0 ? "num_threads argument"
-                                          : default_threads().source;
+  const ThreadDefault limit = num_threads > 0 ? ThreadDefault{num_threads, "num_threads argument"} : default_threads();
+  d["threads_source"] = threads == 1 && limit.count > 1 ? "one thread is enough for this much work" : limit.source;
   d["scratch_bytes_per_thread"] = plan.thread_bytes;
   d["shared_bytes"] = plan.shared_bytes;
   py::list copied;

@@ -172,6 +172,9 @@ def test_explain_tells_what_a_call_would_do(isa: str, normal: Any) -> None:
     assert decode["tasks"] == 4 * decode["ranges"]
     assert prefill["threads"] == 2
     assert prefill["threads_source"] == "num_threads argument"
+    for num_threads, source in ((1, "num_threads argument"), (2, "one thread is enough for this much work")):
+        tiny = sa.explain(few, few, few, num_threads=num_threads)
+        assert (tiny["threads"], tiny["threads_source"]) == (1, source)
     assert 0 < prefill["scratch_bytes_per_thread"] <= 2 << 20
     assert prefill["copied_blockwise"] == []
     assert sa.explain(many[..., ::2], many[..., ::2], many)["copied_blockwise"] == ["q", "k"]
