@@ -178,8 +178,8 @@ class Run {
       memory.rows[i].out = result.out + i * problem.value_dim * size_of(problem.dtype);
   }
 
-  // Blocks start at multiples of key_block, so a row's result does not depend on which keys its neighbours see. The
-  // first block of a piece may start later.
+  // Blocks start at multiples of key_block, so a row's result does not depend on the keys that other rows of the span
+  // see. The first block of a piece may start later.
   bool absorb_keys(const PreparedJob& job, const RowSpan& span, const KeyRange& range, const RowBlock& block,
                    const ThreadMemory& memory, int thread) noexcept {
     const Problem& problem = *job.problem;

@@ -6,7 +6,7 @@
 
 namespace selfattn {
 
-// Number of threads worth using for a plan, at most num_threads (0: the default). Results never depend on it.
+// Number of threads worth using for a plan, at most num_threads (0: the default). The number does not affect results.
 int threads_for(const Plan& plan, int num_threads);
 
 // Computes problem.out and, if attached, problem.lse and problem.weights. Allocates all memory before anything is

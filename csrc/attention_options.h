@@ -5,7 +5,7 @@
 
 namespace selfattn {
 
-// How far operands of float32 products may be rounded, where that is faster.
+// How far the operands of float32 products may be rounded. They are rounded only if this makes products faster.
 enum class Precision : std::uint8_t { highest, high, medium };
 
 // The order of the axes of q, k, v and out: heads before the sequence, or after it.
@@ -17,7 +17,7 @@ struct Settings {
 #include "option_list.h"
 };
 
-// All options. An array is a TensorView in the core, and a reference to Python's array in the bindings.
+// All options. An array is a TensorView in the core, and a reference to a Python array in the bindings.
 template <class Array>
 struct AttentionOptions : Settings {
 #define SELFATTN_ARRAY(name, elements) Array name{};

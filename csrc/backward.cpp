@@ -59,8 +59,9 @@ class BackwardPart {
     return make_span(problem_, batch, head, 1, block * plan_.block_rows, plan_.block_rows);
   }
 
-  // Waits until a task has finished or skipped the block of rows. That task was started before the calling thread's own
-  // task, by a thread that does not wait for the calling thread. Returns false if the call was interrupted.
+  // Waits until `task` has finished or skipped the block of rows. Returns false if the call was interrupted. `task` was
+  // started before the calling thread's own task. Tasks wait only for tasks that were started before them, so there is
+  // no deadlock.
   bool wait_for(std::int64_t task, std::int64_t block, int thread) noexcept {
     return wait_until(shared_.progress[task], block + 1, thread);
   }
@@ -87,8 +88,8 @@ class BackwardPart {
       if (seen.begin < task.first + task.count && task.first < seen.end && seen.begin < seen.end)
         if (!visit(task, span, seen, block, memory)) return;
       if (gradients_.of_heads() && !deliver(task, span, block, memory)) return;
-      // If heads share gradients of scores, the next task waits for this task alone. So even if this task skipped the
-      // block, it must have waited for the task before it.
+      // If heads share gradients of scores, the next task waits only for this task, not for the preceding task. So this
+      // task must wait for the preceding task, even if it skipped the block.
       if (gradients_.shares_scores && task.index % heads > 0 &&
           !wait_for(task.index - 1, blocks_before(block), task.thread))
         return;
@@ -132,8 +133,8 @@ class BackwardPart {
   }
 
   // Adds the sums over rows to the gradients of the head, after the task of the preceding range has done so. With
-  // relative products, a task waits after every block, even a skipped one: the task of the next range waits for this
-  // task alone, so this task must have waited for the task of the preceding range.
+  // relative products, this task waits for the task of the preceding range after every block, even a skipped one. The
+  // task of the next range waits only for this task, and so relies on this.
   bool deliver(BackwardTask& task, const RowSpan& span, std::int64_t block,
                const BackwardThreadMemory& memory) noexcept {
     const bool last_of_head = block % plan_.row_blocks == plan_.row_blocks - 1;

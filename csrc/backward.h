@@ -18,9 +18,10 @@ struct Gradients {
   Operand dlse;      // in lse's form; optional
   Operand dweights;  // (batch, num_heads, q_len, kv_len) in the type of computation, keys adjacent; optional
   Operand query, key, value;
-  // Gradients of the scores, summed over the axes along which the caller's operand is broadcast. The caller sets the
-  // arrays to 0. They have the type of computation, except those declared as double.
-  Operand scores;                   // (batch, num_heads, q_len, kv_len); broadcast axes have stride 0
+  // Gradients of operands that change scores. If an operand is broadcast along axes that its array has, the caller sums
+  // over these axes. The caller sets the arrays to 0 before the backward pass. They have the type of computation,
+  // except those declared as double.
+  Operand scores;                   // (batch, num_heads, q_len, kv_len); stride 0: summed over this axis
   bool shares_scores = false;       // several heads or batch entries share elements of `scores`
   char* key_sums = nullptr;         // (batch, num_heads, kv_len): sums over queries
   double* row_sums = nullptr;       // (batch, num_heads, q_len): sums over keys
@@ -39,9 +40,9 @@ struct Gradients {
   bool keeps_scores() const { return scores && !sums_scores(); }
   // Whether some result is a sum over all query rows and all key ranges of a head.
   bool of_heads() const { return distance_bias || relative || key_bias || relative_bias; }
-  // Whether any result depends on the sums over keys, which are the gradients of queries through q.k.
+  // Whether any result depends on the gradients of queries through q.k, which are sums over keys.
   bool through_keys() const { return query || scale || key_bias; }
-  // Whether any result depends on pairs of queries and keys. The gradients of sinks depend on rows only.
+  // Whether any result needs a pass over pairs of queries and keys. The gradients of sinks need only the rows.
   bool through_pairs() const { return through_keys() || key || value || scores || sums_scores() || of_heads(); }
   // Whether any result depends on the gradients of relative products.
   bool through_distances(const Problem& problem) const {
@@ -81,7 +82,7 @@ struct BackwardPlan {
 
 BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradients, const KernelSet& kernels);
 
-// Number of threads worth using for a plan, at most num_threads (0: the default). Results never depend on it.
+// Number of threads worth using for a plan, at most num_threads (0: the default). The number does not affect results.
 int threads_for(const BackwardPlan& plan, int num_threads);
 
 // Allocates all memory before anything is written; throws std::bad_alloc. Returns false if interrupted; the results are

@@ -15,21 +15,21 @@ struct RelativeMemory {
   char* dquery = nullptr;     // [block_rows][head_dim]
   char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: the vectors of the block's distances
   char* window = nullptr;     // as `vectors`: sums of the vectors' gradients, see backward_relative.h
-  // Sums of the current head, [head_dim]: gradients of the vectors at both ends of the table, and of the vectors that
-  // are added to queries.
+  // Sums of gradients for the current head, [head_dim] each: of the first and the last vector of the table, and of the
+  // vectors that are added to queries.
   double* ends[2] = {};
   double* key_bias = nullptr;
   double* relative_bias = nullptr;
 };
 
-// Rows of operands in the form that kernels need: the caller's rows if they have this form, else copies in the thread's
-// memory.
+// Rows of operands in the form that kernels need: the caller's rows if they have this form, otherwise copies in the
+// thread's memory.
 struct BackwardOperands {
   const char *queries, *dout;  // of the current block of rows
   const char *keys, *values;   // of the current task
 };
 
-// One thread's memory. Rows are padded to whole vectors.
+// One thread's memory. Rows are padded to whole SIMD vectors.
 struct BackwardThreadMemory {
   Row* rows;
   char* queries;  // [block_rows][head_dim]
@@ -52,7 +52,7 @@ struct BackwardThreadMemory {
   BackwardThreadMemory(char* base, const BackwardPlan& plan, const Problem& problem, const Gradients& gradients);
 };
 
-// Memory of all threads.
+// Memory that all threads share.
 struct BackwardShared {
   // Per row of each head, [batch][head][row_blocks * block_rows]: see BackwardBlock.
   char* shift;

@@ -1,4 +1,4 @@
-// What the kernel of the backward pass needs to know about each row before any key is visited.
+// Computes the numbers that the kernel of the backward pass needs for each row. Runs before any key is visited.
 #pragma once
 #include "backward_memory.h"
 #include "backward_rows.h"
@@ -17,9 +17,9 @@ class RowPreparation {
   void prepare(const RowSpan& span, const BackwardThreadMemory& memory) const;
 
  private:
-  // The largest magnitude of a log-sum-exp, in units of log2, from which a row's probabilities can be computed. Beyond
-  // it, an ulp of the scores or of the log-sum-exp is 1/8 or more. In practice only padding exceeds it: rows whose
-  // biases are all the lowest finite float. They are treated like rows that see no key.
+  // The largest magnitude of a log-sum-exp, in units of log2, from which a row's weights can be computed. Beyond this
+  // limit, an ulp of the scores or of the log-sum-exp is 1/8 or more. Rows beyond the limit are treated like rows that
+  // see no key. In practice, these are only padding: rows whose biases are all the lowest finite float.
   double largest_peak() const {
     return sizeof(T) == sizeof(float) || problem_.lse.dtype == DType::f32 ? 0x1p20 : 0x1p49;
   }

@@ -56,8 +56,8 @@ inline void copy_padded(const KernelSet& kernels, const SourceRows& from, std::i
   }
 }
 
-// Returns `count` rows in `form`: the rows of `from` themselves if they have this form, else copies in `to`. Rows of
-// 16-bit numbers must be aligned like floats, because kernels read pairs of them as floats.
+// Returns `count` rows in `form`: the rows of `from` themselves if they have this form, otherwise copies in `to`. Rows
+// of 16-bit numbers must be aligned like floats, because kernels read pairs of these numbers as floats.
 inline const char* gather(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
                           char* to) {
   const std::int64_t size = size_of(form.dtype), alignment = std::max<std::int64_t>(size, sizeof(float));
@@ -69,8 +69,8 @@ inline const char* gather(const KernelSet& kernels, const SourceRows& from, std:
   return to;
 }
 
-// Gathers the valid queries of a span in the form plan.keys. If there is a `bias`, adds the head's row of it; plan.keys
-// then has the type of computation.
+// Gathers the valid queries of a span in the form plan.keys. If there is a `bias`, adds the head's row of `bias` to
+// each query; plan.keys then has the type of computation.
 template <class T>
 const char* gather_queries(const Problem& problem, const BackwardPlan& plan, const RowSpan& span, const PerHead& bias,
                            char* to) {

@@ -75,8 +75,8 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
   }
 }
 
-// memory.columns holds one number per column. Adds to each row's sum the dot product of the row's gradients of scores
-// and the numbers of their columns.
+// memory.columns holds one number per column. For each row, multiplies the gradients of its scores by the numbers of
+// their columns, and adds the sum of these products to the row's element of `sums`.
 template <class T>
 void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardThreadMemory& memory, double* sums) const {
   const T* line = reinterpret_cast<const T*>(memory.columns) + span.valid - 1;

@@ -12,10 +12,10 @@ class ScoreSums {
   ScoreSums(const Problem& problem, const Gradients& gradients, const BackwardPlan& plan)
       : problem_(problem), gradients_(gradients), plan_(plan) {}
 
-  // Adds the block to the gradients of a bias that has an axis of keys, and to the thread's sums by distance.
+  // Adds the block's share to the gradients of a bias that has an axis of keys, and to the thread's sums by distance.
   void add_scores(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
-  // Adds the block to the gradients with one number per row: those of the scale, of ALiBi slopes, and of a bias without
-  // an axis of keys.
+  // Adds the block's share to the gradients that have one number per row: those of the scale, of ALiBi slopes, and of a
+  // bias without an axis of keys.
   void add_rows(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const;
   // Adds the thread's sums by distance to the sums of the head, and clears the thread's sums.
   void deliver_distances(const RowSpan& span, const BackwardThreadMemory& memory) const;

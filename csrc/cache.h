@@ -1,5 +1,5 @@
-// A cache of the keys and values of growing sequences: where tokens are stored, how new ones are written, and how
-// attention reads them. Owns no memory.
+// A cache of the keys and values of growing sequences: where tokens are stored, how new tokens are written, and how
+// attention reads all tokens. Nothing declared here owns memory.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -40,13 +40,13 @@ struct CacheStore {
   std::int64_t window = -1;  // the largest distance to the left that queries may see; -1: the cache keeps all tokens
 };
 
-// A sequence that holds the tokens from `start` to `length`, to be cut to its first `kept` tokens.
+// A sequence that holds the tokens [start, length). Its length will become `kept`.
 struct Cut {
   std::int64_t sequence, start, length, kept;
 };
 
-// Throws std::invalid_argument if the sequence has fewer tokens, or if queries with this window (-1: none) would then
-// see tokens that it no longer holds. `verb` follows the argument's name in the message.
+// Throws std::invalid_argument if `kept` is not in [0, length], or if queries after the cut could see tokens that the
+// sequence no longer holds, with this window (-1: none). `verb` follows the argument's name in the message.
 void check_cut(const char* function, const Argument& argument, const char* verb, const Cut& cut, std::int64_t window);
 
 // Presents a cache as the keys and values of an attention call.
@@ -73,8 +73,8 @@ class CachedKeys {
 };
 
 // Views an array of tokens as (batch, tokens, heads, width). In layout bhsd the array has the axes (batch, heads,
-// tokens, width); in layout bshd it already has the axes of the view. The tokens of one sequence may lack the first
-// axis.
+// tokens, width); in layout bshd it already has the axes of the view. If the array holds the tokens of one sequence, it
+// may lack the first axis.
 struct TokensView {
   std::int64_t shape[4], strides[4];
   TensorView view;

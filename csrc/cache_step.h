@@ -1,5 +1,5 @@
-// One call on a cache. The steps are the same for every kind of cache and every caller: copy the lengths, check them,
-// claim what will be overwritten, store new tokens, attend, and commit the new lengths last.
+// One call on a cache. The stages are the same for every kind of cache and every caller: copy the lengths, check them,
+// claim the tokens that will be overwritten, store new tokens, attend, and commit the new lengths last.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -11,7 +11,7 @@
 
 namespace selfattn {
 
-// The cache of a call: with a ledger, or with paged sequences.
+// The cache of a call. Its lengths are either in a ledger or in paged sequences; the other pointer is null.
 struct CacheSource {
   const CacheStore* store = nullptr;
   const Ledger* ledger = nullptr;
@@ -20,8 +20,8 @@ struct CacheSource {
   std::int64_t skipped = 0;  // tokens at the start of paged sequences that the call does not read; whole pages
 };
 
-// Reads lengths and starts only once, since other processes may change them, and then checks, uses and commits its own
-// copies.
+// Other processes may change lengths and starts during a call. CacheStep therefore reads each of them only once. It
+// checks, uses and commits its own copies.
 class CacheStep {
  public:
   // For a call that appends `more` tokens to each sequence. Throws std::invalid_argument if there is no room for them,
@@ -35,8 +35,8 @@ class CacheStep {
   const std::int64_t* lengths_after() const { return after_; }
 
   // The problem of an attention call whose keys and values are the contents of the cache after the append. Throws like
-  // make_problem, and if the call may look farther to the left than the cache's window, if a query sees tokens that the
-  // cache no longer holds, or if its kv_starts do not fit the cache.
+  // make_problem. Also throws if the call's window reaches farther to the left than the cache's window, if a query
+  // would see tokens that the cache no longer holds, or if the call's kv_starts do not fit the cache.
   Problem problem_of(AttentionArguments arguments);
 
   // Writes new tokens (batch, tokens, heads, width) after the end of each sequence.
@@ -62,7 +62,7 @@ class CacheStep {
   void reorder(const std::int64_t* index) const;
   // Keeps the first lengths[b] tokens of each sequence b. Throws like check_cut.
   void truncate(const char* function, const std::int64_t* lengths) const;
-  // Gives each sequence b the tokens from starts[b] to lengths[b], which are already in the cache's arrays.
+  // Gives each sequence b the tokens [starts[b], lengths[b]), which are already in the cache's arrays.
   void set(const std::int64_t* lengths, const std::int64_t* starts) const;
 
  private:
@@ -72,12 +72,12 @@ class CacheStep {
   void use_starts();
   void check_window(const AttentionArguments& arguments) const;
   void check_seen(const char* function, const Problem& problem) const;
-  // Returns the starts of a call that hides further tokens at the start of sequences.
+  // Returns the starts of a call with kv_starts: for each sequence, the later of the given start and the cache's start.
   TensorView later_starts(const char* function, const TensorView& kv_starts);
   bool ring() const { return source_.ledger && source_.store->window >= 0; }
-  // In a ring, publishes that the tokens to be overwritten are no longer held. This is not undone if the call fails.
+  // In a ring, publishes that the tokens to be overwritten are no longer held. A failed call does not undo this.
   void claim() const;
-  // Publishes after_ and starts_.
+  // Commits the lengths after_ and, in a ring, starts_. In a ledger without a ring, all starts are 0.
   void commit() const;
 
   const CacheSource source_;

@@ -1,4 +1,5 @@
-// kernels/scratch.h for drivers. Include it in source files only: kernels have a Carver of their own.
+// Makes the Carver of kernels/scratch.h available to drivers. Include this header only in .cpp files of drivers: each
+// instruction set has its own Carver, and a kernel that includes this header would not get that one.
 #pragma once
 
 #define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core

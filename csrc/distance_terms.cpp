@@ -21,7 +21,7 @@ HeadRows rows_of(const RowSpan& span, std::int64_t i) {
           row < span.valid ? ceil_div(span.valid - row, span.heads) : 0};
 }
 
-// Whether causal or window hide all keys at distances in [least, most].
+// Whether causal or window hides all keys at distances in [least, most].
 bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most) {
   const VisibleDistances visible = visible_distances(problem);
   return (visible.least && most < *visible.least) || (visible.most && least > *visible.most);
@@ -106,7 +106,7 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
 // batch, which is multiplied by all panels of distances that any of these queries needs:
 //
 //   column c of a batch: distance d - c, where d is the distance from query width - 1 of the batch to key `first`
-//   query n of a batch: its products start at column width - 1 - n
+//   query n of a batch: its products start at column width - 1 - n, which belongs to key `first`
 //
 // Consecutive batches need the same panels, shifted by one, so each panel is packed once for all batches.
 void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
@@ -136,8 +136,8 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
   }
 }
 
-// One line per head, shared by its queries: the biases of the last query start at the line's first element, the biases
-// of the query before it at the second element, and so on.
+// Fills one line of biases per head. The head's queries share the line: the biases of the last query start at the
+// line's first element, the biases of the last but one at the second element, and so on.
 template <class T>
 void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   for (std::int64_t i = 0; i < span_.heads; ++i) {

@@ -29,7 +29,7 @@ struct DistanceMemory {
   char* panel = nullptr;           // the packed panel
   char* products = nullptr;        // [row][step]
   std::int64_t step = 0;
-  char* biases = nullptr;  // one line per head of the group, or per row if the caller passes a bias too
+  char* biases = nullptr;  // lines of biases: one per head of the group, or per row if the caller passes a bias too
   std::int64_t bias_step = 0;
 };
 
@@ -44,8 +44,8 @@ class DistanceTerms {
   DistanceTerms(const Problem& problem, const RelativeProducts& relative, const RowSpan& span, Row* rows,
                 const DistanceMemory& memory);
 
-  // Points the rows to their terms for the keys [first, first + count). Blocks must come in order; `end` is the
-  // end of the last one.
+  // Points the rows to their terms for the keys [first, first + count). Must be called for the blocks of keys in order;
+  // `end` is the end of the last block.
   void prepare(std::int64_t first, int count, std::int64_t end);
 
  private:

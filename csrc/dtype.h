@@ -1,4 +1,4 @@
-// Element types, in one table. Each kernel set has a table of their kernels: TypeKernels::stored.
+// Element types, in one table. Each kernel set has a table of the kernels for these types: TypeKernels::stored.
 #pragma once
 #include <cstdint>
 
@@ -7,10 +7,10 @@ namespace selfattn {
 // i8: codes of a quantised cache or of quantised weights.
 enum class DType : std::uint8_t { f32, f64, f16, bf16, i8, i64, boolean };
 
-// Rows are stored in units of whole bytes. Elements of less than a byte share a unit; others are a unit each.
+// Rows are stored in units of whole bytes. Elements of less than a byte share a unit. Any other element is a unit.
 struct ElementType {
   const char* name;       // in NumPy
-  const char* memory;     // NumPy's type for memory with such elements: NumPy itself has no bfloat16
+  const char* memory;     // NumPy's type for memory with these elements; NumPy has no bfloat16
   std::int64_t elements;  // of a unit
   std::int64_t bytes;     // of a unit
   DType computed;         // the type in which its numbers are computed
@@ -30,7 +30,7 @@ constexpr ElementType element_types[] = {
 constexpr int dtype_count = sizeof(element_types) / sizeof(element_types[0]);
 static_assert(dtype_count == static_cast<int>(DType::boolean) + 1);
 
-// Something for each type.
+// One item for each type.
 template <class T>
 struct ByType {
   T items[dtype_count];
@@ -41,7 +41,7 @@ struct ByType {
 
 constexpr const ElementType& element_type(DType dtype) { return element_types[static_cast<int>(dtype)]; }
 constexpr const char* name_of(DType dtype) { return element_type(dtype).name; }
-// Of an element, or of a unit if elements share bytes: what strides along a row step over.
+// Bytes of an element, or of a unit if elements share units: the distance from one to the next in a contiguous row.
 constexpr std::int64_t size_of(DType dtype) { return element_type(dtype).bytes; }
 constexpr std::int64_t row_bytes(DType dtype, std::int64_t count) {
   const std::int64_t elements = element_type(dtype).elements;

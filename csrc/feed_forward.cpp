@@ -25,8 +25,8 @@ LinearJob first_job(const FeedForwardJob& job) {
           layer.activation};
 }
 
-// The job adds the residual. If a norm follows, the caller removes the residual from the job, because the norm then
-// adds it: to sums that have not been rounded yet.
+// The job adds the residual. If a norm follows, the caller removes the residual from the job. The norm then adds the
+// residual, to sums that are not rounded yet.
 LinearJob second_job(const FeedForwardJob& job) {
   const Projection& projection = job.second.projection;
   return {.projection = projection,
@@ -73,7 +73,7 @@ class RowTasks {
           bytes(carver.used + linear.bytes()) {}
   };
 
-  // The second product of one block. If a norm follows, the sums are not rounded before it.
+  // The second product of one block. If a norm follows, the sums are not rounded before the norm.
   LinearJob for_blocks(LinearJob second) const {
     second.x.rows = block_rows_;
     if (!job_.post_norm) return second;

@@ -1,4 +1,4 @@
-// The feed-forward half of a layer, and what it shares with the attention half.
+// The feed-forward half of a transformer layer, and run_normalised, which the attention half (layer.h) uses, too.
 #pragma once
 #include <optional>
 
@@ -36,7 +36,7 @@ class FeedForward {
 
  private:
   const FeedForwardJob job_;
-  // For all rows. The memory between the two products is set where it is allocated.
+  // The products for all rows. The pointers to the result of the first product are null until run() allocates memory.
   const LinearJob first_, second_;
 };
 

@@ -80,14 +80,14 @@ void KeySource::list(const Input& input, std::int64_t first, int count) const {
     for (int i = 0; i < count + rows_ahead; ++i) input.rows[i] = input.copy + std::min(i, count - 1) * row;
     return;
   }
-  // The rows after the block are only prefetched. They are the keys that follow; past the end, the last valid key is
+  // The rows after the block are only prefetched. They are the next keys. After the last valid key, that key is
   // repeated.
   const std::int64_t known = std::min<std::int64_t>(count + rows_ahead, end_ - first);
   list_known(input, first, known);
   for (std::int64_t i = known; i < count + rows_ahead; ++i) input.rows[i] = input.rows[known - 1];
 }
 
-// The rows of a block that a tile kernel prefetches, where the caller has them.
+// The rows of a block in the caller's memory, for a tile kernel to prefetch.
 LaterRows KeySource::later(const Input& input, std::int64_t first, int count) const {
   const std::int64_t known = std::min<std::int64_t>(count, end_ - first);
   if (known <= 0 || input.operand.column != size_of(input.operand.dtype)) return {};
@@ -101,7 +101,8 @@ void KeySource::read_scales(const Input& input, std::int64_t first, int count) c
     copy_rows({to, 0, sizeof(float)}, {from, 0, input.scales.row}, 1, keys, sizeof(float));
   });
   std::fill_n(input.scale + count, rows_ahead, 0.0f);
-  // The scales of pages are far apart in memory, so that without this, each page's would be waited for.
+  // Prefetches the scales of the next block. The scales of different pages are far apart in memory. Without a prefetch,
+  // the thread would wait for the scales of each page.
   const std::int64_t later = std::min<std::int64_t>(count, end_ - first - count);
   each_run(input.scales, input.scale_base, first + count, later,
            [](const char* from, std::int64_t, std::int64_t) { __builtin_prefetch(from); });

@@ -1,6 +1,6 @@
-// Supplies blocks of keys and values of one KV head of one batch entry. Kernels need rows of contiguous, aligned
-// elements of their type. A block is used in place if its memory has this form; otherwise it is copied, one block at a
-// time.
+// Supplies blocks of keys and values of one KV head of one batch entry. A kernel needs rows of contiguous, aligned
+// elements of one type. If the operand has this form, blocks are used in place; otherwise each block is copied when it
+// is needed.
 #pragma once
 #include "plan.h"
 #include "thread_memory.h"

@@ -65,11 +65,12 @@ LayerCall::LayerCall(const LayerWeights& layer, const TensorView& x, const Tenso
   arguments.layout = Layout::bshd;
   if (!step && !context) {
     arguments.same_tokens = true;
-    // Query i and key i are the same token, even if only q_lens is given.
+    // Query i and key i are the same token. Without a q_offset, the last valid query would be aligned with the last
+    // key, which is another token if only q_lens is given.
     if (!arguments.q_offset && !arguments.kv_lens) arguments.q_offset = first_token;
   }
-  // Overrides the caller's precision: the projections of a bfloat16 layer are only accurate to bfloat16, so its
-  // attention may be, too.
+  // Overrides the caller's precision: the projections of a bfloat16 layer are only accurate to bfloat16, so attention
+  // need not be more accurate.
   if (layer.query.pairs()) arguments.precision = Precision::medium;
   problem_ = step ? step->problem_of(arguments) : make_problem(arguments);
   if (layer.output)

@@ -1,5 +1,5 @@
-// An attention layer in one call. Its steps are the projections of x (or of x and a context) to queries, keys and
-// values, then attention, then the output projection.
+// An attention layer in one call: projects x (or x and a context) to queries, keys and values, then computes attention,
+// then applies the output projection.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -52,8 +52,9 @@ struct LayerMemory {
   LayerMemory(char* base, const LayerWeights& layer, std::int64_t query_rows, std::int64_t key_rows);
 };
 
-// One call of a layer. Sets q, k, v, the layout and the source of the keys in the attention arguments, and the
-// precision if the weights are multiplied as pairs of bfloat16. The caller sets the other options.
+// One call of a layer. It sets these attention arguments: q, k, v and the layout; without a cache and a context,
+// same_tokens and the default of q_offset; and the precision if the weights are multiplied as pairs of bfloat16. The
+// caller sets the other options.
 class LayerCall {
  public:
   // `context` may be absent, and `step` null. With a step, x is (batch, tokens, d_model): its tokens are appended to

@@ -5,17 +5,18 @@
 
 namespace selfattn {
 
-// There are two copies of the lengths, of which one is valid: a single 8-byte store changes all lengths together.
+// There are two copies of the lengths, and one of them is valid. A single 8-byte store makes the other copy valid, and
+// so changes all lengths at once.
 class Ledger {
  public:
   // `active` is the index of the valid copy, 0 or 1. `copies` is (2, 2, sequences): each copy has the lengths, then the
-  // first tokens still held.
+  // first token that each sequence still holds.
   Ledger(std::int64_t* active, std::int64_t* copies, std::int64_t sequences)
       : active_(active), copies_(copies), sequences_(sequences) {}
 
   // Reads each number exactly once.
   void read(std::int64_t* lengths, std::int64_t* starts) const;
-  // Writes the copy that is not valid, then makes it valid. Without starts, all are 0.
+  // Writes the copy that is not valid, then makes it valid. If `starts` is null, all starts are 0.
   void publish(const std::int64_t* lengths, const std::int64_t* starts) const;
   // Makes the other copy valid: the one that was valid before the last publish().
   void undo() const;

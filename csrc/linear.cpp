@@ -23,8 +23,8 @@ std::int64_t least_panels(const LinearJob& job) { return job.x.rows == 1 ? 4 : i
 
 }  // namespace
 
-// With deep weights, a task may have several panels. Each slice of the rows is then used several times while it is in
-// L2.
+// A task may have several panels if the weights are deep, i.e. if their depth exceeds one slice. Each slice of the rows
+// is then used several times while it is in L2.
 std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) ? 4 : least_panels(job); }
 
 namespace {
@@ -58,8 +58,8 @@ std::int64_t most_rows(const LinearJob& job) {
   return is_deep(job.projection) && in_place(job) ? most_deep_rows : LinearSpace::most_rows;
 }
 
-// The number of rows whose sums are finished together, while the sums are in L1. Each such group of rows reads the
-// weights again, so a task with deep weights has only one group.
+// The number of rows whose sums follow() finishes together, while the sums are in L1. follow() reads the weights again
+// for every finished_rows rows. With deep weights, it finishes all rows of a task together.
 std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
 
 // Copies rows of x to contiguous, zero-padded rows of the type that the kernel reads. Normalises them first if the job
@@ -151,7 +151,7 @@ LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count, std::int6
 
 void LinearSpace::forget() { *held_ = {}; }
 
-// Blocks of different lengths may begin with the same row, if rows of x overlap.
+// Compares the number of rows, too: if rows of x overlap, blocks of different lengths may begin with the same row.
 bool LinearSpace::holds(const char* from, std::int64_t rows, const LinearJob& job) const {
   if (held_->from != from || held_->rows < rows || !held_->job) return false;
   const LinearJob& other = *held_->job;

@@ -1,5 +1,5 @@
-// Linear layers: rows of x times packed weights, with a norm before the product, and activation, gate and residual
-// after it.
+// Linear layers: rows of x times packed weights. A norm may precede the product; activation, gate and residual may
+// follow it.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,7 @@
 namespace selfattn {
 
 // out = activation(norm(x) . w + b) + residual, or activation(norm(x) . w_gate + b_gate) * (norm(x) . w + b) +
-// residual. The elements of a row of out are contiguous. The residual may be out itself, if it has the same strides.
+// residual. The elements of a row of out are contiguous. The residual may be out itself, if both have the same strides.
 struct LinearJob {
   const Projection& projection;
   RowsView x;
@@ -43,7 +43,7 @@ class LinearSpace {
   // For blocks of at most `rows` rows.
   LinearSpace(char* base, const LinearJob* jobs, int count, std::int64_t rows);
   std::size_t bytes() const { return bytes_; }
-  void forget();  // call it before the first block
+  void forget();  // call it before the first block, and after rows of x have changed
   // The block has at most most_rows rows, or is a task of run_all.
   void run(const LinearJob& job, const LinearBlock& block) noexcept;
 

@@ -73,8 +73,8 @@ std::uint32_t cpu_features() { return 0; }
 #if defined(__linux__)
 namespace {
 
-// A set of CPUs. It must not be smaller than the set inside Linux, whose size depends on how Linux was built: it has at
-// most 8192 CPUs. 16 sets of 1024 CPUs are enough.
+// A set of CPUs. System calls need a set that is at least as large as the set inside Linux. The size of the set inside
+// Linux depends on how Linux was built, but is at most 8192 CPUs. 16 sets of 1024 CPUs are enough.
 class CpuSet {
  public:
   CpuSet() { known_ = sched_getaffinity(0, sizeof sets_, sets_) == 0; }  // of the calling thread

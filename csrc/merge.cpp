@@ -53,8 +53,9 @@ class Lines {
   std::int64_t rows_ = 1;
 };
 
-// Sets the weights of a row's parts, which sum to 1, and returns the parts' log-sum-exp. A part with lse -inf gets
-// weight 0. NaN makes everything NaN, and so does +inf, because inf - inf is NaN.
+// Sets the weights of a row's parts and returns the log-sum-exp of all parts. The weights sum to 1, except that all are
+// 0 if all parts have lse -inf: such a part always gets weight 0. If the lse of a part is NaN, all weights and the
+// result are NaN. The same holds for +inf, because inf - inf is NaN.
 double weigh(std::span<Source> sources, DType type) {
   double peak = -infinity, total = 0;
   for (Source& source : sources) {

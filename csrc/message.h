@@ -20,7 +20,7 @@ struct Argument {
 };
 constexpr Argument operator""_arg(const char* name, std::size_t) { return {name}; }
 
-// A message as alternating names and texts, so that a caller can replace the names by those of its own arguments:
+// A message as alternating names and texts, so that a caller can replace the names with those of its own arguments:
 // {"attention", ": ", "k", " has head_dim 64 but ", "q", " has 128"}. The first name is the function's.
 using Message = std::vector<std::string>;
 
@@ -55,7 +55,7 @@ class TypeRefusal : public Refusal {
   using Refusal::Refusal;
 };
 
-// Not enough memory of a fixed size: Python's MemoryError.
+// A memory of fixed size, such as a page pool, has too little room: Python's MemoryError.
 class MemoryRefusal : public Refusal {
  public:
   using Refusal::Refusal;

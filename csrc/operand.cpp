@@ -6,7 +6,7 @@ namespace selfattn {
 namespace {
 
 // Finds the view's batch axes, innermost first, and returns their number. Adjacent axes that one stride steps through
-// become one axis.
+// become one axis. Axes with stride 0 are left out.
 int find_axes(const Problem& problem, const TensorView& view, int trailing, BatchAxis* axes) {
   const Shape& shape = problem.batch_shape;
   const int missing = shape.ndim - leading_axes(view, trailing);

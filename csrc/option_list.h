@@ -1,5 +1,5 @@
-// Every option of a call. attention_options.h makes the core's options from this list, bindings/options the fields of
-// _core.Options.
+// Every option of a call. attention_options.h makes the core's options from this list, and bindings/options makes the
+// fields of _core.Options from it.
 //
 //   SELFATTN_ARRAY(name, elements)          an array of booleans, of any real numbers, of int64 (i64) or float64 (f64)
 //   SELFATTN_SETTING(type, name, initial)   an option that the computation uses as it is given
@@ -33,7 +33,7 @@ SELFATTN_SETTING(std::int64_t, window_left, -1)  // -1: unbounded
 SELFATTN_SETTING(std::int64_t, window_right, -1)
 SELFATTN_SETTING(double, dropout, 0)      // rate at which weights are dropped, in [0, 1)
 SELFATTN_SETTING(std::uint64_t, seed, 0)  // of dropout
-// For dropout, in a call that is a part of a larger problem: its first batch entry, head, query and key there.
+// For dropout, if the call computes a part of a larger problem: the first batch entry, head, query and key of the part.
 SELFATTN_SETTING(std::int64_t, first_entry, 0)
 SELFATTN_SETTING(std::int64_t, first_head, 0)
 SELFATTN_SETTING(std::int64_t, first_query, 0)

@@ -1,4 +1,5 @@
-// The paged sequences of one call, and what the call changes besides storing tokens and setting lengths.
+// The paged sequences of one call, and how the call changes them: it keeps copies of the tokens that it overwrites, and
+// commits new lengths and pages.
 #pragma once
 #include <cstdint>
 #include <utility>
@@ -10,7 +11,7 @@ namespace selfattn {
 
 // A sequence whose pages may be any pages of the store.
 struct PagedSequence {
-  const std::int32_t* pages = nullptr;  // the first has token `start`; includes pages for the tokens to append
+  const std::int32_t* pages = nullptr;  // the first page has token `start`; includes pages for the tokens to append
   std::int64_t page_count = 0;
   std::int64_t start = 0;
   std::int64_t* length = nullptr;  // copied at the start of a step; a step that appends commits the new length here
@@ -34,7 +35,8 @@ class KeptTokens {
   std::vector<char> copies_;
 };
 
-// The base class is for pages that the caller of the core manages.
+// Used directly if the caller of the core manages the pages: then a call does not change which pages a sequence holds.
+// PageGrowth derives from this class for the sequences of a pool.
 class PageChanges {
  public:
   explicit PageChanges(std::vector<PagedSequence> sequences, std::int64_t tokens = 0)
@@ -47,15 +49,15 @@ class PageChanges {
 
   // Before tokens are stored: keeps the tokens that will be overwritten. If it throws, nothing has changed.
   virtual void claim(const CacheStore& store);
-  // The call has failed: puts these tokens back.
+  // If the call fails: puts the kept tokens back.
   void abandon() const { kept_.put_back(); }
-  // Sets the lengths of all sequences.
+  // Sets the lengths of all sequences, and exchanges pages.
   void commit(const std::int64_t* lengths);
-  // Takes a commit back, if nothing has changed since.
+  // Reverts the commit. The sequences must not have changed since.
   void undo();
 
  protected:
-  // What a commit changes besides lengths, and its reverse. Neither can fail.
+  // exchange() makes the changes of a commit to anything but lengths; exchange_back() reverts them. Neither can fail.
   virtual void exchange() {}
   virtual void exchange_back() {}
 

@@ -53,14 +53,14 @@ void PageGrowth::plan(const Call& call) {
   gained_.insert(gained_.end(), given.begin(), given.begin() + (needed - taken_));
 }
 
-// How many pages of a row hold no token that the next token sees.
+// How many of a row's first pages hold only tokens that the next token does not see.
 std::int64_t PageGrowth::unseen(const PagePool::Row& row, std::int64_t window) const {
   const std::int64_t pages = (row.length - window) / pool_.page_size() - row.start / pool_.page_size();
   return std::max<std::int64_t>(pages, 0);
 }
 
-// The pages that no row holds after all of `lost_` are released; `left` gets how many rows still hold the pages of
-// `lost_`.
+// The pages that no row holds after all of `lost_` are released. Sets `left` to the number of rows that still hold each
+// page of `lost_`.
 std::vector<std::int32_t> PageGrowth::reusable(Counts& left) const {
   std::vector<std::int32_t> given;
   for (const std::int32_t page : lost_)
@@ -69,7 +69,7 @@ std::vector<std::int32_t> PageGrowth::reusable(Counts& left) const {
 }
 
 // How many pages the new tokens need. Finds the rows whose last page must be copied, because other rows share it.
-// `left`: for pages that some of the rows release, how many rows still hold them afterwards.
+// `left`: for each page that rows release, the number of rows that still hold it afterwards.
 std::int64_t PageGrowth::missing(Counts left) {
   copied_.clear();
   std::int64_t pages = 0;
@@ -82,7 +82,8 @@ std::int64_t PageGrowth::missing(Counts left) {
   }
   if (shared.empty()) return pages;
   copied_.resize(rows_.size());
-  // Shortest first: the last row to hold a shared page writes to it in place, after the tokens of the others.
+  // Shortest first: the last row that holds a shared page writes to it in place. This row is the longest of them, so it
+  // writes after the tokens of the others and overwrites none.
   std::stable_sort(shared.begin(), shared.end(),
                    [&](std::size_t a, std::size_t b) { return rows_[a]->length < rows_[b]->length; });
   for (const std::size_t b : shared) {
@@ -96,8 +97,8 @@ std::int64_t PageGrowth::missing(Counts left) {
   return pages;
 }
 
-// Gives a sequence its pages. Pages that are only added to a row follow those that it holds; otherwise, the row's pages
-// will be replaced.
+// Lists the pages of a sequence. If the row keeps all its pages, new pages are appended to the row's list. Otherwise, a
+// new list is made, which replaces the row's list at the commit.
 void PageGrowth::extend(std::size_t b, const std::int32_t*& fresh) {
   PagePool::Row& row = *rows_[b];
   const std::int64_t held = pool_.count(row), skipped = skipped_.empty() ? 0 : skipped_[b];
@@ -108,7 +109,7 @@ void PageGrowth::extend(std::size_t b, const std::int32_t*& fresh) {
     start += skipped * pool_.page_size();
     pages = &replaced_.emplace_back(Replacement{&row, {pages->begin() + skipped, pages->begin() + held}, start}).pages;
   } else if (tokens_ != 0) {
-    pages->resize(static_cast<std::size_t>(held));  // more are left over from a failed call
+    pages->resize(static_cast<std::size_t>(held));  // any pages after these are left over from a failed call
   }
   if (copied) {
     copies_.push_back({pages->back(), *fresh});

@@ -10,8 +10,8 @@
 namespace selfattn {
 
 // With a window, each sequence releases the pages that none of the new tokens sees. These pages are reused if there are
-// not enough free ones. The pool does not change before the commit, except that rows may get pages beyond those that
-// they hold.
+// not enough free ones. The pool does not change before the commit, except that pages may be appended to a row's list.
+// The row does not hold them until the commit.
 class PageGrowth : public PageChanges {
  public:
   struct Call {
@@ -48,7 +48,7 @@ class PageGrowth : public PageChanges {
 
   PagePool& pool_;
   std::vector<PagePool::Row*> rows_;
-  std::vector<std::int64_t> skipped_;  // first pages that each row releases; empty: none
+  std::vector<std::int64_t> skipped_;  // number of first pages that each row releases; empty: none
   std::vector<bool> copied_;           // whether each row's last page must be copied; empty: none
   std::int64_t taken_ = 0;             // pages from the end of the free list
   std::vector<std::int32_t> gained_, lost_, reused_;

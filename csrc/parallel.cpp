@@ -240,7 +240,7 @@ void set_default_threads(int count) { chosen_threads.store(count, std::memory_or
 
 void share_runtime([[maybe_unused]] Runtime runtime) {
 #if defined(SELFATTN_OPENMP)
-  // The previous Runtime is never deleted: another thread may be starting a region there.
+  // The previous Runtime is never deleted: another thread may be starting a region with it.
   shared.store(runtime.run && runtime.threads ? new Runtime(runtime) : nullptr, std::memory_order_release);
 #endif
 }

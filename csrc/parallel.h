@@ -21,9 +21,9 @@ constexpr int caller_thread = 0;
 // calling thread. If threads cannot be started, the team is smaller than the returned size.
 int run_region(const Region& region, int num_threads);
 
-// Default number of threads of a call: the number given to set_default_threads, else the least of four limits. These
-// are OpenMP's setting in this thread, the hardware's threads, the CPUs in this thread's affinity, and the control
-// group's quota, rounded up. `source` names the limit that decided.
+// Default number of threads of a call: the number given to set_default_threads or, without one, the least of four
+// limits. These are OpenMP's setting in this thread, the hardware's threads, the CPUs in this thread's affinity, and
+// the control group's quota, rounded up. `source` names the limit that decided.
 struct ThreadDefault {
   int count;
   const char* source;

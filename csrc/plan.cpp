@@ -34,8 +34,8 @@ constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
 constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, even for huge broadcast views
-// The relative products of this many keys stay in L2 until the keys are processed. More keys amortise the additional
-// panels at the edges better.
+// The relative products of this many keys stay in L2 until the keys are processed. Each such stretch of keys needs
+// additional panels for the distances at its ends. With more keys per stretch, this costs less per key.
 constexpr std::int64_t relative_keys_wanted = 512;
 constexpr int relative_strips = 2;
 
@@ -46,20 +46,22 @@ int choose_key_block(const Problem& problem, std::int64_t bytes, std::int64_t la
   const std::int64_t row_bytes = (problem.head_dim + problem.value_dim) * size_of(problem.dtype);
   const std::int64_t fitting = bytes / row_bytes / smallest_key_block * smallest_key_block;
   const std::int64_t block = std::clamp<std::int64_t>(fitting, smallest_key_block, largest);
-  // Pieces are cut at multiples of the largest block. Blocks must not straddle the cuts.
+  // If pieces are cut at multiples of largest_row_key_block, results must not depend on the cuts. So the block size is
+  // a power of two: then no block straddles a cut.
   return static_cast<int>(problem.running ? std::bit_floor(static_cast<std::uint32_t>(block)) : block);
 }
 
-// The row kernel costs about as much per row as the tile kernel costs per lane. So it wins if the tile kernel would
-// leave at least a quarter of the lanes of one or two vectors empty, provided that there are many keys. The choice must
-// not depend on the number of keys, because results would then depend on it, too. A few queries of grouped heads
-// indicate decoding, which has many keys.
+// The row kernel costs about as much per row as the tile kernel costs per lane. So the row kernel wins if the tile
+// kernel would leave at least a quarter of the lanes of one or two vectors empty and there are many keys. The choice
+// must not depend on the number of keys, because results would then depend on that number, too. A few queries of
+// grouped heads indicate decoding, which has many keys.
 bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (problem.dropout != 0) return false;  // only the tile kernel applies dropout
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = round_up(plan.rows, vector);
-  // The tile kernel needs 16-bit keys widened or packed; a single vector of rows does not amortise that.
+  // The tile kernel needs 16-bit keys widened or packed. One vector of rows does not amortise that, nor do one and a
+  // half with grouped heads.
   if (is_narrow(problem.key.dtype) && plan.rows <= (problem.group_size > 1 ? 3 * vector / 2 : vector)) return true;
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }
@@ -67,7 +69,8 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
 // The type of queries that kernels get: adding u or w widens 16-bit queries to the type of computation.
 DType query_type(const Problem& problem) { return problem.relative ? problem.dtype : problem.query.dtype; }
 
-// Whether the kernel's queries have the problem's type, or the type in which it is computed.
+// Whether the kernel takes the problem's queries, in their own type or converted to the type of computation, and its
+// head_dim.
 bool suits(const AttendKernel& kernel, const Problem& problem) {
   const DType queries = query_type(problem);
   return (kernel.queries == queries || kernel.queries == computed_in(queries)) && problem.head_dim <= kernel.widest;
@@ -75,7 +78,7 @@ bool suits(const AttendKernel& kernel, const Problem& problem) {
 
 // Kernels widen narrow keys and values as they load them: decoding is limited by memory bandwidth, and narrow numbers
 // take less of it. Narrow numbers that cannot be read in place are converted to the type of computation, in copies.
-// Codes are copied only if there is no kernel for them.
+// Codes are converted only if there is no kernel for them.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const DType dtype = problem.key.dtype;
   // Chosen even if operands must be copied: kernels differ in their results, which must not depend on strides.
@@ -85,7 +88,7 @@ const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& type
   return reads ? own : types.of(problem.dtype).row;
 }
 
-// The kernel on the matrix unit, if it supports the operands and is faster; else the one on FMA.
+// The kernel on the matrix unit if there is one for these operands that is faster than FMA, otherwise the one on FMA.
 const AttendKernel* tile_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
   const MatrixKernels& matrix = kernels.matrix;
   const auto all = [&](DType dtype) {
@@ -143,7 +146,7 @@ void choose_kernel(Plan& plan, const Problem& problem) {
   const std::int64_t wanted = plan.attend->packs ? packed_blocks_wanted : blocks_wanted;
   const std::int64_t strips = std::min(plan.rows / wanted / strip, fitting);
   const std::int64_t most = problem.relative ? relative_strips : most_strips;
-  // Each block packs all keys and values, so a prompt of three strips is one block.
+  // Each block packs all keys and values, so a prompt of at most three strips is one block.
   const bool in_one = plan.attend->packs && plan.rows <= std::int64_t{3} * strip && fitting > 3 && most > 3;
   plan.block_rows = strip * (in_one ? 3 : static_cast<int>(std::clamp<std::int64_t>(strips, fewest_strips, most)));
   if (plan.rows > plan.block_rows)
@@ -193,7 +196,7 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels) {
   choose_kernel(plan, problem);
   plan.row_blocks = ceil_div(plan.rows, plan.block_rows);
 
-  // Running sums are continued in the order of the keys.
+  // Keys are not split if there are running sums, because these are continued in the order of the keys.
   plan.splits_keys = plan.row_blocks <= row_blocks_with_ranges && !problem.running;
   plan.range_keys = ranges_of(plan, problem.kv_len).keys;
   plan.ranges = most_ranges_of(plan, problem.kv_len);

@@ -19,7 +19,7 @@ struct Plan {
   int block_rows;           // query rows of one task
   std::int64_t row_blocks;  // of one KV head
   int key_block;            // keys per block; the last block may have fewer
-  bool splits_keys;         // whether tasks may have a range of the keys each
+  bool splits_keys;         // whether a task may process only a range of the keys
   std::int64_t range_keys;  // keys of one task, for an entry with kv_len keys
   std::int64_t ranges;      // largest number of key ranges of an entry; the results of several ranges are merged
   std::int64_t tasks;

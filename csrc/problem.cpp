@@ -123,7 +123,8 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
   scores.extent[scores.ndim - 1] = keys;
   check_broadcast(function, name, view, scores);
   operand = place_scores(problem, view);
-  // Kernels count from key 0, which a piece need not hold. Integers, since the address may be outside the array.
+  // Kernels need the address of key 0, which a piece need not hold. This address may be outside the array, so it is
+  // computed with integers.
   const auto before = static_cast<std::uint64_t>(problem.held.begin) * static_cast<std::uint64_t>(operand.column);
   const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(operand.data) - before;
   operand.data = reinterpret_cast<char*>(start);  // NOLINT(performance-no-int-to-ptr)
@@ -244,8 +245,8 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
 }
 
 // Kernels first multiply a product by scale * log2(e), or by scale / softcap. If this factor were not finite in the
-// type of computation, every product of 0 would become NaN. NaN fails every comparison, so numbers that may be NaN are
-// refused unless they fulfil a condition.
+// type of computation, every product that is 0 would become NaN. Numbers that may be NaN are refused by conditions of
+// the form !(valid), because NaN fails every comparison.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = largest_number(problem.dtype);
   if (!(std::abs(problem.scale) <= most / log2_e))

@@ -47,7 +47,7 @@ struct BatchAxis {
   std::int64_t stride;
 };
 
-// Keys and values in pages of `size` keys, which may be in any order. Operand::page is the stride between pages in
+// Keys and values in pages of `size` keys. The pages may be in any order. Operand::page is the stride between pages in
 // bytes. A ring buffer has no page tables and a page stride of 0, so that all its runs of keys share one page.
 struct Pages {
   // The page table of one batch entry, from run `first` on. Run r consists of the keys [r * size, (r + 1) * size).
@@ -61,7 +61,7 @@ struct Pages {
 
   Table of(std::int64_t batch_index) const { return tables ? tables[batch_index] : Table{}; }
   // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that the
-  // sequence still holds. Such keys are masked, and the first page is read in their place.
+  // sequence still holds. Such keys are hidden, and the first page is read in their place.
   std::int64_t offset(const Table& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
     if (size == 0) return key * row_step;
     return page_of(own, key / size) * page_step + key % size * row_step;
@@ -186,7 +186,7 @@ static_assert(sizeof(Problem) < 2048);  // a call of many sequences has one for 
 std::int64_t integer_at(const char* p);
 
 // Throws std::invalid_argument; the message names the function, the argument, its value and the rule. Until attach_out,
-// the problem describes `out` as a new array of the queries' type, so that it can be planned, but not computed.
+// the problem describes `out` as a new array of the queries' type: the problem can be planned, but not computed.
 Problem make_problem(const AttentionArguments& arguments);
 
 // The shape of an array like q, k, v or out, with all batch axes, in the problem's layout.
@@ -195,7 +195,8 @@ Shape out_shape(const Problem& problem);
 Shape lse_shape(const Problem& problem);
 Shape weights_shape(const Problem& problem);
 
-// Operands for arrays of the shapes rows_shape and lse_shape, and for one that broadcasts to weights_shape.
+// Operands for arrays: place_rows takes the shape rows_shape, place_per_row takes lse_shape, and place_scores takes any
+// shape that broadcasts to weights_shape.
 Operand place_rows(Problem& problem, const TensorView& view);
 Operand place_per_row(Problem& problem, const TensorView& view);
 Operand place_scores(Problem& problem, const TensorView& view);

@@ -25,7 +25,7 @@ class Projection {
   DType dtype() const { return dtype_; }
   DType computation() const { return computed_in(dtype_); }
   // The type to which rows of type `x` must be converted: bfloat16 if both x and the weights are bfloat16 and a matrix
-  // unit multiplies them in pairs along the depth, else the type of computation.
+  // unit multiplies them in pairs along the depth, otherwise the type of computation.
   DType operand(DType x) const { return pairs_ && x == dtype_ ? dtype_ : computation(); }
   // Whether pairs of numbers share a cell of a panel. Rows of x must then have an even number of elements.
   bool pairs() const { return pairs_; }

@@ -14,8 +14,8 @@ std::span<const KernelSet* const> compiled_kernels();
 // The kernel sets that this machine can run, best first.
 const std::vector<const KernelSet*>& available_kernels();
 
-// The set in use: the selected set, else the set that SELFATTN_ISA names, else the default. Throws
-// std::invalid_argument if SELFATTN_ISA names none of the available sets.
+// The set in use: the set that select_kernels() selected. If none was selected, the set that SELFATTN_ISA names, or the
+// default if SELFATTN_ISA is not set. Throws std::invalid_argument if SELFATTN_ISA names none of the available sets.
 const KernelSet& active_kernels();
 
 // Selects another set for the whole process.

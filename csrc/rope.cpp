@@ -62,7 +62,7 @@ std::int64_t token_count(const Rotation& rotation) {
 
 // The position of one token. It has several coordinates if the rope has axes.
 struct Position {
-  std::int64_t index;       // of all coordinates, if there is no array
+  std::int64_t index;       // the value of all coordinates, if there is no array
   const char* coordinates;  // or null
   std::int64_t step;        // from one coordinate to the next
 

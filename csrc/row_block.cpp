@@ -54,7 +54,7 @@ void finish_weights(const Problem& problem, const Plan& plan, const Row& row, do
   zero(row.key_end, problem.kv_len);
 }
 
-// Nothing is read before or after the keys that are held.
+// Limits a row's keys to those that the operands hold. Nothing before or after them may be read.
 void clip_row(Row& row, const KeyRange& held) {
   const KeyRange keys = common({row.key_begin, row.key_end}, held);
   row.key_begin = keys.begin;
@@ -78,7 +78,7 @@ void merge(const Problem& problem, const Plan& plan, const Shared& shared, std::
       const Partial part = shared.partial(plan, problem, block, r);
       const T part_max = reinterpret_cast<const T*>(part.row_max)[i];
       const T part_sum = reinterpret_cast<const T*>(part.row_sum)[i];
-      if (part_sum == T(0)) continue;  // the row sees no key in this range
+      if (part_sum == T(0)) continue;  // the range adds nothing to the row
       const T highest = part_max < peak ? peak : part_max;
       const T shift = highest == static_cast<T>(-infinity) ? T(0) : highest;
       const T keep = std::exp2(peak - shift), take = std::exp2(part_max - shift);

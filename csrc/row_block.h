@@ -34,8 +34,7 @@ void store_sums(const Problem& problem, const RowSpan& span, const ThreadMemory&
 // Writes the empty results of rows beyond q_lens.
 void clear_rows(const Problem& problem, const RowSpan& span);
 
-// Merges the partial results of a row block in the order of its key ranges, as if the ranges had been absorbed one
-// after the other.
+// Merges the partial results of a row block in the order of its key ranges.
 void merge_ranges(const Problem& problem, const Plan& plan, const Shared& shared, std::int64_t block,
                   const RowSpan& span, const ThreadMemory& memory);
 

@@ -7,8 +7,8 @@
 
 namespace selfattn {
 
-// Rows of one or several heads of a KV head, ordered by query, then by head, so that the heads of a query are adjacent
-// and see the same keys.
+// Rows of one or several heads of a KV head, ordered by query, then by head. So the rows of one query are adjacent.
+// Before mask and bias, they see the same keys.
 struct RowSpan {
   std::int64_t batch;
   std::int64_t first_head, heads;
@@ -43,7 +43,8 @@ inline char* element(const Problem& problem, const Operand& operand, const RowSp
   return problem.at(operand, span.batch) + index.head * operand.head + index.query * operand.row;
 }
 
-// Keys that any valid row of the span may see, before mask and bias; only keys that the operands hold.
+// The range of the keys that at least one valid row of the span may see, before mask and bias. The operands hold all
+// keys of the range.
 KeyRange span_keys(const Problem& problem, const RowSpan& span);
 
 // A row's mask at its first column, or null.

@@ -18,8 +18,8 @@ namespace {
 
 constexpr std::int64_t rows_per_task = 64;
 
-// Divides the memory of the sums of a problem's rows into contiguous arrays, and places these. Returns their bytes. A
-// null base only counts.
+// Divides memory into contiguous arrays for the sums of a problem's rows, and places these arrays. Returns their size
+// in bytes. If `base` is null, only the size is of use.
 std::size_t place_sums(Problem& problem, char* base) {
   Carver carver{base};
   const auto next = [&](const Shape& shape, DType dtype, Operand (*place)(Problem&, const TensorView&)) {
@@ -47,7 +47,7 @@ void check_keys(const AttentionArguments& a, std::int64_t next) {
     refuse(a.function, "k"_arg, " has ", count, " keys from key ", first, " on, but ", "kv_len"_arg, " is ", kv_len);
 }
 
-// The rows are those of q, whatever the pieces are.
+// The number of rows must not depend on the piece. So the leading dimensions of k and v must not broadcast q.
 void check_shapes(const Problem& problem, const AttentionArguments& a) {
   const Shape whole = rows_shape(problem, problem.num_heads, problem.q_len, problem.head_dim);
   if (a.q.ndim != whole.ndim || !std::equal(whole.extent, whole.extent + whole.ndim, a.q.shape))
@@ -55,7 +55,7 @@ void check_shapes(const Problem& problem, const AttentionArguments& a) {
            "v"_arg, " would broadcast to ", to_text(whole.extent, whole.ndim), ": pass q in that shape");
 }
 
-// Later pieces continue the sums of the first.
+// A later piece must agree with the pieces before, because it continues their sums.
 void check_later(const Problem& problem, const Problem& earlier, const AttentionArguments& a) {
   if (problem.num_kv_heads != earlier.num_kv_heads)
     refuse(a.function, "k"_arg, " has ", problem.num_kv_heads, " heads, but the pieces before had ",

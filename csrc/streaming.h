@@ -17,12 +17,13 @@ class AttentionState {
 
   std::int64_t next() const { return next_; }  // the key with which the next piece starts
 
-  // The problem of the piece from key `first` on, which must be the next one. For the first piece, allocates the memory
-  // and fixes the number of KV heads, the width of values and the type of keys. Refuses a later piece that differs.
+  // The problem of the piece that starts with key `first`, which must be next(). For the first piece, allocates the
+  // memory and fixes the number of KV heads, the width of values and the type of keys. Refuses a later piece that
+  // differs.
   Problem problem_of(AttentionArguments arguments, std::int64_t first);
 
-  // Absorbs a piece. Returns false if interrupted. Then some rows have absorbed it and others have not, so that the
-  // state is of no use any more.
+  // Absorbs a piece. Returns false if interrupted. In this case some rows have absorbed the piece and others have not,
+  // and the state cannot be used any more.
   bool absorb(const Problem& problem, const Plan& plan, int threads, Interrupted interrupted);
 
   // The problem of the results; complete after attach_out and attach_lse. Refuses if nothing was absorbed yet.
@@ -37,7 +38,7 @@ class AttentionState {
  private:
   const std::int64_t kv_len_;
   std::int64_t next_;
-  std::optional<Scratch> memory_;  // the sums; from the pool, since states often follow one another
+  std::optional<Scratch> memory_;  // the sums; from the scratch pool, since states often follow one another
   Problem last_;                   // of the last piece, whose keys and values may be gone
   bool begun_ = false;
   bool complete_ = true;

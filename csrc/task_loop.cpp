@@ -17,11 +17,11 @@ constexpr double least_asleep = 25e-6;
 constexpr double least_awake = 10e-6;
 // Longer work always gets all threads.
 constexpr double long_enough = 1e-3;
-// A team counts as awake if less than this time has passed since its last region ended. A call belongs to a loop if
-// less than this time has passed since the last call ended. Idle threads spin at least as long before they sleep
-// (selfattn/_idle.py).
+// A team counts as awake if less than this time has passed since its last region ended. A call follows the last call
+// immediately if less than this time has passed since that call ended. Idle threads spin for at least this time before
+// they sleep (selfattn/_idle.py).
 constexpr std::chrono::microseconds at_once{10};
-// How many such calls in a row form a loop.
+// How many calls must follow one another immediately to form a loop.
 constexpr int loop_calls = 8;
 
 // The rates of one core of a current server: float32 operations, and bytes read from the last-level cache. They give a

@@ -21,9 +21,9 @@ struct Work {
 };
 
 // Number of threads that are expected to finish this work soonest. num_threads is the limit that the caller chose: all
-// these threads are used if each gets enough work. 0 means the default number: then only as many threads are used
-// as make the call faster (docs/decisions/0013). Finding the default takes system calls, so it is only done if more
-// than one thread is worth using. Results never depend on this number.
+// these threads are used if each gets enough work. 0 means that the default number is the limit. In this case fewer
+// threads are used if they are expected to be faster (docs/decisions/0013). Finding the default takes system calls, so
+// it is only done if more than one thread is worth using. Results never depend on this number.
 int useful_threads(const Work& work, int num_threads);
 inline int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
   return useful_threads({nullptr, flops, bytes, tasks}, num_threads);

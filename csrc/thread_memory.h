@@ -1,5 +1,5 @@
-// The layout of the scratch memory of a call. make_plan uses it to compute sizes and attend() to divide memory, so
-// that they always agree.
+// The layout of the scratch memory of a call. make_plan computes sizes with it, and attend() divides memory with it, so
+// that the two always agree.
 #pragma once
 #include <atomic>
 #include <cstddef>

@@ -17,8 +17,8 @@ static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "NumPy's shapes are v
 constexpr int bool_number = 0, float_number = 11, double_number = 12, half_number = 23;  // NPY_BOOL, NPY_FLOAT, ...
 constexpr int structure_number = 20, first_user_number = 256;                            // NPY_VOID, NPY_USERDEF
 
-// A structure with one field has the field's name: the integrations hold tensors of bfloat16 in a structure with a
-// field of this name if no package defines the type.
+// For a structure with one field, returns the field's name. The Python layer holds bfloat16 in such a structure if no
+// package defines the type, and names the field bfloat16.
 std::string dtype_name(const py::array& array) {
   const py::dtype dtype = array.dtype();
   if (dtype.num() != structure_number) return py::str(dtype.attr("name"));

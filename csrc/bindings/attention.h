@@ -7,8 +7,9 @@
 
 namespace selfattn::bindings {
 
-// Where a call writes: into `given` if `direct`, else into a new array, which deliver() copies to `given` if that is
-// not None. `direct` needs a given array that shares no memory with operands that are still to be read.
+// The array into which a call writes. If `direct`, it is `given`. Otherwise it is a new array, and deliver() copies it
+// to `given` unless `given` is None. `direct` needs a given array that shares no memory with operands that are still to
+// be read.
 struct Destination {
   py::object given;  // or None
   py::array array;
@@ -18,7 +19,8 @@ struct Destination {
   py::object deliver();  // the object to return, with the result in it
 };
 
-// Returns `out` alone if lse and weights are None, else a tuple of `out` and those of the two that are not None.
+// Returns `out` alone if lse and weights are None. Otherwise returns a tuple of `out` and those of the two that are not
+// None.
 py::object join(py::object out, const py::object& lse, const py::object& weights);
 
 // Keys may have a narrower type than queries, as in a cache that saves memory. Values have the keys' type.

@@ -73,7 +73,8 @@ void append(const char* function, py::handle step, py::handle k, py::handle v) {
   });
 }
 
-// Takes back the last call of a step if it has committed, for example because an interrupt came after the commit.
+// Takes back the last call that used a Step, if that call has committed. The Python layer does so, for example, if an
+// interrupt came after the commit.
 void undo(py::handle object) {
   Step& step = Record<Step>::in(object);
   if (!step.committed) return;

@@ -70,11 +70,11 @@ struct HeldPool {
 // The id of a sequence in a pool, from a Python integer of any size.
 std::int64_t id_of(const char* function, py::handle id);
 
-// The cache of one call, and what takes the call back after its commit.
+// The cache of a call, and the state with which `undo` takes the call back after its commit.
 struct Step {
   py::object store = py::none(), sequences = py::none();  // capsules: a store; a ledger, a page table or a pool
-  py::object ids = py::none();                            // of the sequences in a pool, a list
-  std::shared_ptr<PageChanges> pages;                     // of the last call
+  py::object ids = py::none();                            // with a pool: the list of the ids of its sequences
+  std::shared_ptr<PageChanges> pages;                     // the page changes of the last call
   bool committed = false;                                 // whether the last call has changed lengths
 };
 

@@ -1,4 +1,4 @@
-// What the functions that compute gradients share: checks of their operands, and arrays for their results.
+// Helpers for the functions that compute gradients: checks of their operands, and arrays for their results.
 #pragma once
 #include "backward.h"
 #include "bindings/arrays.h"
@@ -16,10 +16,10 @@ TensorView lse_view(const char* function, py::handle array, const Shape& shape);
 
 py::array zeros(const Shape& shape, DType dtype);
 
-// Allocates the gradient of a bias. If the bias has one key, the core sums over keys; else, if it has one query, the
-// core sums over queries. The caller sums over the other axes along which the bias is broadcast. If it has several keys
-// and several queries, the core computes all sums, in the bias's own shape: an array with every query, key and head
-// would be too large.
+// Allocates the gradient of a bias. If the bias has one key, the core sums over keys. Otherwise, if the bias has one
+// query, the core sums over queries. In both cases the caller sums over the other axes along which the bias is
+// broadcast. If the bias has several keys and several queries, the core computes all sums, in the shape of the bias: an
+// array with every query, key and head would be too large.
 py::array bias_gradient(Problem& problem, const TensorView& bias, Gradients& gradients);
 
 }  // namespace selfattn::bindings

@@ -148,8 +148,8 @@ class Layer {
   }
 
   const py::object rope_;  // a _core.Rope or None
-  // Norms, as capsules or None: of x, of the result, of queries and of keys. The last two are followed by the count of
-  // numbers that they normalise together.
+  // The norms of x, of the result, of queries and of keys, as capsules or None. The norm of queries and the norm of
+  // keys are each followed by the count of numbers that are normalised together.
   const py::tuple norms_;
   const LayerWeights weights_;
 };

@@ -1,4 +1,4 @@
-// Norms that Python holds as capsules, and what the bindings of layers and of linear layers share.
+// Norms that Python holds as capsules, and functions that the bindings of SelfAttention and of linear layers share.
 #pragma once
 #include "bindings/arrays.h"
 #include "feed_forward.h"
@@ -19,7 +19,7 @@ struct HeldNorm {
   static const char* data_of(py::handle vector);
 };
 
-// The norm in a capsule, or null for None. Its vectors are as long as the rows.
+// The norm in a capsule, or null for None. The Python layer has checked that its vectors are as long as the rows.
 const Norm* norm_or_none(py::handle capsule);
 
 // Whether two views have the same memory, shape and strides.

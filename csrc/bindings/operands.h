@@ -1,4 +1,4 @@
-// Types of the module that hold the operands of calls with many operands.
+// Python types of _core that hold the operands of calls. Used where a call has many operands.
 #pragma once
 #include "bindings/record.h"
 #include "rope.h"
@@ -49,7 +49,7 @@ struct RopeTables {
   bool interleaved = false;
 };
 
-std::optional<Rope> rope_of(py::handle description);  // refers to the arrays of a _core.Rope; or None
+std::optional<Rope> rope_of(py::handle description);  // nullopt for None; a Rope refers to arrays of `description`
 
 void register_operands(py::module_& module);
 

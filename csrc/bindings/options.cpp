@@ -30,7 +30,7 @@ constexpr Field<Options> fields[] = {
 #include "option_list.h"
 };
 
-// For each word for elements in option_list.h, the function that makes a view of such an array.
+// Functions that make a view of an array option. Each is named after a kind of elements in option_list.h.
 namespace view_of_elements {
 constexpr auto boolean = bool_view, real = float_view;
 // The Python layer has already converted these.
@@ -51,7 +51,7 @@ py::tuple option_names(bool arrays) {
   return names;
 }
 
-// The types that keys and values may have, by name: the fields of _elements.ElementType.
+// The types that keys and values may have, by name. Each is a tuple of the fields of _elements.ElementType.
 py::dict stored_types() {
   py::dict d;
   for (int code = 0; code < dtype_count; ++code) {

@@ -1,4 +1,4 @@
-// The options of a call: _core.Options, which the Python layer fills from users' arguments. A call does not change it.
+// The options of a call: _core.Options, which the Python layer fills from users' arguments. Calls do not change them.
 #pragma once
 #include <span>
 
@@ -8,7 +8,7 @@
 
 namespace selfattn::bindings {
 
-// The types that keys and values may have, which come before the others.
+// The number of types that keys and values may have. They are the first types of DType.
 template <>
 inline constexpr std::int64_t code_count<DType> = static_cast<std::int64_t>(DType::i8) + 1;
 

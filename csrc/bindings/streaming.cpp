@@ -12,7 +12,7 @@
 namespace selfattn::bindings {
 namespace {
 
-// The queries and options of a state, and its sums. The Python layer owns these arrays and does not change them.
+// The queries and options of a state, and its sums. The Python layer does not change the arrays of queries and options.
 struct HeldState {
   static constexpr const char* capsule_name = "selfattn.AttentionState";
 
@@ -50,7 +50,7 @@ py::capsule make_state(py::object q, std::int64_t kv_len, std::int64_t first, py
   return capsule_of(std::make_unique<HeldState>(std::move(q), std::move(own), kv_len, first));
 }
 
-// Absorbs the keys from `first` on, which mask and bias cover.
+// Absorbs k and v, whose first key is key `first`. mask and bias cover only these keys.
 void absorb(const py::capsule& capsule, py::handle k, py::handle v, std::int64_t first, py::handle mask,
             py::handle bias) {
   constexpr const char* function = "AttentionState.absorb";

@@ -45,7 +45,7 @@ class PerSequence {
   PerSequence(const PerSequence&) = delete;
   PerSequence& operator=(const PerSequence&) = delete;
 
-  // Makes the items in order.
+  // Constructs item i. The caller constructs the items in order: 0, 1, ...
   template <class... Arguments>
   T& make(std::size_t i, Arguments&&... arguments) {
     ::new (items_ + i) T{arguments...};

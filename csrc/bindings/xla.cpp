@@ -22,8 +22,8 @@ using xla::Lengths;
 enum Given : std::int64_t { bias_given = 1, mask_given = 2, query_lengths_given = 4, key_lengths_given = 8 };
 enum Wanted : std::int64_t { query_wanted = 1, key_wanted = 2, value_wanted = 4, bias_wanted = 8 };
 
-// The operands of attention, as views that `arguments` refers to. Query, key and value are the arguments from `first`
-// on; the operands that may be absent start at argument `rest`.
+// The operands of attention, as views that `arguments` refers to. Query, key and value are XLA's arguments from `first`
+// on; the operands that may be absent start at XLA's argument `rest`.
 class Operands {
  public:
   Operands(const Call& call, std::int64_t first, std::int64_t rest)
@@ -69,7 +69,7 @@ void attend_xla(const Call& call) {
   attend(problem, plan, threads_for(plan, 0), nullptr);
 }
 
-// The gradient of the bias, in its own shape.
+// The gradient of the bias, in the shape of the bias.
 class BiasGradient {
  public:
   BiasGradient(Problem& problem, const xla::Buffer& buffer)

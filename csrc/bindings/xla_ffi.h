@@ -1,5 +1,6 @@
-// What this project uses of XLA's foreign function interface. XLA keeps these layouts stable and marks additions by the
-// minor version. So building needs no header of XLA, and one binary works with all versions of jaxlib since 0.6.
+// Declares the parts of XLA's foreign function interface that this project uses. XLA keeps these layouts stable and
+// marks additions by the minor version. So building needs no header of XLA, and one binary works with all versions of
+// jaxlib since 0.6.
 #pragma once
 #include <cstddef>
 #include <cstdint>

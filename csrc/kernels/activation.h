@@ -75,8 +75,9 @@ inline Vec<T> gelu_tanh(Vec<T> x) {
   return gate_by_logistic(finite, finite * factor);
 }
 
-// x times the standard normal distribution function, computed as max(x, 0) - a Q(a) with a = |x|. exp_minus gets
-// a^2 / 2 in two parts: c^2 / 2, where c is a rounded to sixteenths, so that this part is exact, and the remainder.
+// x times the standard normal distribution function, computed as max(x, 0) - a Q(a) with a = |x|. The argument of
+// exp_minus has two parts. The first is c^2/2, where c is a rounded to a multiple of 1/16. It is exact. The second is
+// (a^2 - c^2)/2.
 template <class T>
 inline Vec<T> gelu(Vec<T> x) {
   const Vec<T> half = broadcast(T(0.5)), centre = broadcast(Normal<T>::centre);

@@ -9,7 +9,7 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr std::int64_t cache_line = 64;
 
-// Prefetches a cache line into L1. L2 would not do: a load that crosses the boundary between two lines is fast only if
+// Prefetches a cache line into L1. L2 is not enough: a load that crosses the boundary between two lines is fast only if
 // both are in L1. GCC removes calls of functions that only prefetch, unless it inlines them first.
 [[gnu::always_inline]] inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
 
@@ -18,8 +18,8 @@ inline void fetch_lines(const E* row, std::int64_t width) {
   for (std::int64_t i = 0; i < width; i += cache_line / static_cast<std::int64_t>(sizeof(E))) fetch_line(row + i);
 }
 
-// Prefetches rows into L2 while a product is computed: a few lines at a time, because many at once would occupy the
-// buffers of outstanding misses, and the product's own loads would wait for them.
+// Prefetches rows into L2 while a product is computed, a few lines at a time. Many prefetches at once would occupy the
+// buffers for outstanding misses, and the product's own loads would wait for a free buffer.
 class Ahead {
  public:
   static constexpr std::int64_t interval = 32;

@@ -26,7 +26,7 @@ inline void each_tile(Use use) {
 }
 
 // Tiles 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<tile, row>(term, k) loads the
-// tile of the left operand in tile row `row`, from cell k on, into tile `tile`. Of split operands, the products of
+// tile of the left operand in tile row `row`, from cell k on, into tile `tile`. With split operands, the products of
 // small split terms are added first. If the sums start at 0, small products are thus added to each other before large
 // ones are added.
 template <int SplitTerms, int Rows, int Cols, class LoadLeft>

@@ -75,7 +75,8 @@ struct RowAttention {
     Products::Values::accumulate(block, s, finite);
   }
 
-  // Values with scales are not replaced: their codes are finite, and weights are multiplied by the scales.
+  // Codes need no replacement, because they are finite. A scale that is not finite makes the weight not finite: the
+  // weights have been multiplied by the scales.
   static bool replace_hidden(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile, KeyBlock& keys) {
     if constexpr (scaled<E>)
       return false;

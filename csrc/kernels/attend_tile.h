@@ -6,8 +6,9 @@
 //
 // An engine computes the products (engine_fma.h defines the interface). A block of rows consists of strips. A strip has
 // at most as many rows as `Vectors` registers have lanes. Each strip skips the keys before the first and after the last
-// key that its rows can see. So at a causal or window limit, a row computes the scores of at most as many hidden keys
-// as a strip has rows, and of half as many on average. An engine with an `alignment` may add a few.
+// key that its rows can see. So at a causal or window limit, the scores of some hidden keys are computed. Their number
+// per row is at most the number of rows of a strip, and half of it on average. An engine with an `alignment` may add a
+// few hidden keys.
 #pragma once
 #include "kernels/ahead.h"
 #include "kernels/dropout.h"
@@ -216,8 +217,8 @@ struct TileAttention {
         Visibility{tile.limited || hidden, block.scoring, tile, hidden ? s.terms : nullptr});
   }
 
-  // Multiplies scores by `factor`, unless the engine has scaled them, and computes their probs, which keep(prob, line,
-  // lane) stores.
+  // Multiplies scores by `factor`, unless the engine has scaled them, and computes their probs. keep(prob, line, lane)
+  // stores the probs.
   template <int Cols, class Keep>
   [[gnu::always_inline]] static void exponentiate(const RowBlock& block, const Strip& strip, const ScoreLines<T>& lines,
                                                   T factor, Vec<T> (&rescale)[Cols], Keep keep) {

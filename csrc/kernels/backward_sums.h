@@ -27,8 +27,8 @@ struct BackwardSums {
   using T = typename Unit::Real;
   static constexpr int W = Vec<T>::width, cell = Unit::cell;
 
-  // sums[dim][row] += sum over keys of keys[key][dim] * factors[key][row], for a strip of `Cols` vectors. Both operands
-  // have cells of keys.
+  // sums[dim][row] += sum over keys of keys[key][dim] * factors[key][row], for a strip of `Cols` vectors. In both
+  // operands, a cell holds adjacent keys.
   struct KeySums {
     const T* keys;
     std::int64_t key_step;
@@ -50,7 +50,8 @@ struct BackwardSums {
                                         });
   }
 
-  // sums[key][dim] += sum over rows of factors[key][row] * rows[row][dim]. Both operands have cells of rows.
+  // sums[key][dim] += sum over rows of factors[key][row] * rows[row][dim]. In both operands, a cell holds adjacent
+  // rows.
   struct RowSums {
     const T* factors;
     std::int64_t factor_step;

@@ -126,7 +126,7 @@ struct TileBackward {
     std::int64_t begin, end;
   };
 
-  // The part of `seen` within `all`, extended to whole cells. The keys that this adds are treated as hidden.
+  // The intersection of `seen` and `all`, extended to whole cells. The added keys are treated as hidden.
   static KeyRange whole_cells(const KeyRange& seen, const KeyRange& all) {
     if (seen.begin >= all.end || seen.end <= all.begin || seen.begin >= seen.end) return {all.end, all.end};
     const std::int64_t begin = seen.begin > all.begin ? seen.begin : all.begin;

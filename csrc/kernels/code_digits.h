@@ -1,5 +1,5 @@
-// Numbers of 24 bits as three digits of 8 bits, which are multiplied by 8-bit codes. Products of bytes and their sums
-// are exact.
+// 24-bit integers as three 8-bit digits. Kernels multiply the digits by 8-bit codes. The products and their sums are
+// integers, and exact.
 #pragma once
 #include "simd/bytes_avx512.h"
 
@@ -7,7 +7,7 @@ namespace selfattn::SELFATTN_ISA {
 
 constexpr int code_digits = 3;  // the highest comes first
 
-// The number whose digits were multiplied: the sums of their products, joined.
+// Joins the sums of products of each digit into the sum of products of the whole number.
 inline VecF join_digits(const VecF (&sums)[code_digits]) {
   VecF joined = sums[0];
 #pragma GCC unroll 4
@@ -15,7 +15,7 @@ inline VecF join_digits(const VecF (&sums)[code_digits]) {
   return joined;
 }
 
-// An n with x < 2^n, for x >= 0. At least -126: subnormal numbers have the unit of the smallest normal ones.
+// An n with x < 2^n, for x >= 0. It is -126 for 0 and for all subnormal numbers.
 inline int power_above(float x) { return static_cast<int>(bits_of(x) >> 23) - 126; }
 
 // Rounds x / 2^power to integers, for results below 2^24.

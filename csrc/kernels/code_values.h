@@ -1,12 +1,13 @@
-// The row kernel's sums of values that are 8-bit codes, with AVX512_VNNI. The weights of a chunk of keys are rounded to
-// multiples of one power of two, 24 bits relative to the largest of them.
+// The row kernel's sums of values that are 8-bit codes, with AVX512_VNNI. A row's weights for a chunk of keys are
+// rounded to integer multiples of one power of two. The power is chosen so that the largest of these integers has 24
+// bits.
 #pragma once
 #include "kernels/code_digits.h"
 #include "kernels/row_values.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-// The values of up to 64 keys. Their number is rounded up to whole cells: the weights of further keys are 0.
+// The values of up to 64 keys. The number of keys is rounded up to whole cells. The added keys have weight 0.
 struct CodeChunk {
   static constexpr int most_keys = 64, cell_keys = 4;
   const void* const* values;
@@ -33,7 +34,7 @@ template <int Rows>
 struct CodeWeights {
   alignas(64) std::uint8_t digits[Rows][code_digits][CodeChunk::most_keys];
   float power[Rows];    // weight = integer * 2^power
-  float rescale[Rows];  // of what was summed before
+  float rescale[Rows];  // the factor of earlier sums
   bool usual[Rows];     // false: some weight is negative or not finite, and all integers are 0
 
   template <class Memory>
@@ -77,7 +78,7 @@ struct CodeValues {
       accumulate_rows<max_rows_at_once>(block, s, CodeChunk(keys, first), 0);
   }
 
-  // The same, if hidden keys have weights that are not finite.
+  // The same as `accumulate`, but skips hidden keys, because their weights may not be finite.
   template <class Memory>
   static void accumulate_visible(const RowBlock& block, const Memory& s, const ScoreTile<float>& tile,
                                  const KeyBlock& keys) {
@@ -102,7 +103,8 @@ struct CodeValues {
   }
 
  private:
-  // Outputs are stored in the order of sums: first the first cell of each quarter of 64 dims, then the second, ...
+  // Outputs are stored in the order in which registers hold the sums. 64 dims are four quarters of four cells. The
+  // first cells of the four quarters come first, then the second cells, and so on.
   static constexpr std::int64_t index_of(std::int64_t dim) {
     const std::int64_t within = dim % Bytes::width, quarter = within / W, cell = within % W / 4;
     return dim - within + cell * W + quarter * 4 + dim % 4;
@@ -132,7 +134,7 @@ struct CodeValues {
       if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
   }
 
-  // Sums for half of 64 dims: from each 16 of them, the first eight (Half = 0) or the last eight (Half = 1).
+  // Sums for 32 of 64 dims: the first eight (Half = 0) or the last eight (Half = 1) of each quarter of 16 dims.
   template <int Rows, int Half>
   struct Sums {
     Integers sums[Rows][2][code_digits];
@@ -146,7 +148,7 @@ struct CodeValues {
         for (int n = 0; n < code_digits; ++n) sums[r][0][n] = sums[r][1][n] = broadcast(0);
       for (int j = 0; j < chunk.count; j += CodeChunk::cell_keys) {
         const void* const* values = chunk.values + j;
-        if (asks) {  // the other half asks for two further keys
+        if (asks) {  // the other half prefetches the other two keys of the cell
           fetch_line(row_of<Int8>(values, rows_ahead + 2 * Half) + dim);
           fetch_line(row_of<Int8>(values, rows_ahead + 2 * Half + 1) + dim);
         }
@@ -181,7 +183,7 @@ struct CodeValues {
     }
   };
 
-  // Adds the products of one row, whose integers were 0, in float.
+  // Adds the products of one row in float. Called for rows whose weights are not `usual`: their integers are 0.
   template <class Memory>
   static void add_floats(const RowBlock& block, const Memory& s, const CodeChunk& chunk, int row) {
     const float* weights = s.scores + row * s.score_step + chunk.first_key;

@@ -100,8 +100,8 @@ struct FmaEngine {
     store(line + lane, prob[0]);  // replaces the score
   }
 
-  // If all rows hide a value that is not finite, a copy has 0 in its place. If some row sees such a value, a slower
-  // path skips hidden keys.
+  // If a value that is not finite is hidden from all rows, the product reads a copy with 0 in its place. If some row
+  // sees such a value, a slower path skips hidden keys.
   template <int Cols, class Visibility>
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols], T* out,
                          const Visibility& visibility) {

@@ -36,7 +36,7 @@ struct Dropout {
   double factor = 0;  // 0: there is no dropout
   std::uint32_t threshold = 0;
   std::uint64_t seed = 0;
-  std::int64_t first_key = 0;  // as which key 0 of the call counts
+  std::int64_t first_key = 0;  // the index that the call's key 0 has for dropout
 
   explicit operator bool() const { return factor != 0; }
 };
@@ -77,7 +77,8 @@ struct KeyBlock {
   // block) and the keys of the next block.
   LaterRows later_values, later_keys;
   // Kernels that read by row use these arrays instead of `keys` and `values`. Each holds pointers to `count` rows,
-  // which may be anywhere in memory, then to rows_ahead more rows to prefetch. These may be read, but are not used.
+  // which may be anywhere in memory, then pointers to rows_ahead more rows. Kernels prefetch those rows and may load
+  // them, but do not use the loaded numbers.
   const void* const* key_rows;
   const void* const* value_rows;
   const float* key_scales;  // codes only: one scale per key (number = code * scale), padded to whole vectors
@@ -248,7 +249,7 @@ struct MatrixKernels {
 struct KernelSet {
   const char* name;
   std::uint32_t features;          // bits of Feature that the machine must have
-  std::uint32_t not_default_with;  // if the machine has one of these, the next set is faster than this one
+  std::uint32_t not_default_with;  // bits of Feature: on a machine with one of them, the next set is faster
   const TypeKernels& f32;
   const TypeKernels& f64;
   MatrixKernels matrix;

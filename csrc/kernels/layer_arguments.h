@@ -1,12 +1,12 @@
-// The arguments of the kernels for layers: products with packed weights, what follows a product, norms.
+// The arguments of the kernels for layers: products with packed weights, the steps after a product, and norms.
 #pragma once
 #include <cstdint>
 
 namespace selfattn {
 
-// Deep weights are multiplied in slices of this depth. Each slice is multiplied for all rows and panels of a call
-// before the next one, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes are
-// multiplied group by group.
+// Products with a larger depth are computed in slices of this depth. Each slice is multiplied for all rows and panels
+// of a call before the next slice, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes
+// are multiplied group by group.
 constexpr std::int64_t depth_slice = 512;
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
@@ -43,8 +43,8 @@ struct FinishArgs {
   std::int64_t rows, columns;
 };
 
-// Adds the addend to a row, then normalises the row in place: subtracts the mean if `centred`, divides by the root of
-// the mean square plus epsilon, multiplies by the weight and adds the bias. All arrays have the type of computation.
+// Adds the addend to a row, then normalises the row in place: subtracts the mean if `centred`, divides by the square
+// root of (mean square + epsilon), multiplies by the weight and adds the bias. All arrays have the type of computation.
 struct NormArgs {
   void* row;
   const void* addend;  // null: none

@@ -1,18 +1,20 @@
 // Operands of tile kernels whose units multiply bfloat16 in pairs (engine_fma.h defines the engine interface).
 //
 // Such a unit multiplies two adjacent numbers at once, so operands are stored in cells of two: queries and keys in
-// pairs of dims, probs and values in pairs of keys. Keys keep their layout. Values are packed once per block: tiles
-// need them transposed, pairs do not.
+// pairs of dims, probs and values in pairs of keys. Keys keep their layout. Values are packed once per block. AMX needs
+// them transposed; AVX512_BF16 does not.
 //
-// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each split term is what the split terms before it
-// leave of x, rounded to the nearest bfloat16. Split terms are stored in `SplitTerms` planes, one after another. A
-// product is the sum of the products of split terms i and j with i + j < SplitTerms. Two split terms carry 16 bits of
-// the significand, three carry all 24.
+// A number that bfloat16 cannot represent is split: x = x0 + x1 + ... Each split term is the remainder of x after the
+// split terms before it, rounded to the nearest bfloat16. Split terms are stored in `SplitTerms` planes, one after
+// another. A product is the sum of the products of split terms i and j with i + j < SplitTerms. Two split terms carry
+// 16 bits of the significand, three carry all 24.
 //
 // Some numbers are not split: NaN, Inf, numbers beyond the largest bfloat16, and numbers whose split terms could be
-// subnormal. The unit multiplies 0 in their place, and FMA multiplies them afterwards: the scores to which they
-// contribute are recomputed one by one, and values are multiplied by probs and added to the outputs. Only scores and
-// outputs that such a number contributes to are changed, so results are bit-identical whatever hidden keys hold.
+// subnormal. The unit multiplies 0 in their place. FMA multiplies them afterwards: scores of queries or keys that hold
+// such a number are recomputed one by one, and such values are multiplied by probs and added to the outputs. All other
+// scores and outputs stay as they are, so the bits of results do not depend on the contents of hidden keys. bfloat16
+// queries and keys are an exception: the unit multiplies them as they are, and only scores that became NaN are
+// recomputed.
 #pragma once
 #include "kernels/element_type.h"
 #include "kernels/engine_fma.h"
@@ -49,7 +51,7 @@ struct PairOperands {
 
   struct Memory {
     float* keys;                          // [split term][key][cells of head_dim]
-    float* values;                        // [split term][dim][cells of keys]; of pairs [cells of keys][dim]
+    float* values;                        // [split term][dim][cells of keys]; in PairEngine [cells of keys][dim]
     unsigned char* unsplittable;          // per key: whether it holds a number that cannot be split
     std::int64_t key_step, value_step;    // cells from one row to the next
     std::int64_t key_plane, value_plane;  // cells from one split term's plane to the next
@@ -155,9 +157,9 @@ struct PairOperands {
     }
   }
 
-  // Recomputes the scores of all keys and rows that hold a number that cannot be split, and all scores that became NaN,
-  // except hidden ones. Such a NaN may be wrong: the unit may have multiplied infinity by a subnormal number that
-  // counts as 0 or by a split term that is 0, or products of split terms may be infinities of opposite sign.
+  // Recomputes the scores of all keys and rows that hold a number that cannot be split, and all scores that became NaN.
+  // Skips hidden keys. A NaN may be wrong: the unit may have multiplied infinity by a subnormal number that it treats
+  // as 0, or products of split terms may be infinities of opposite sign.
   static void recompute_scores(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries, int lanes,
                                float multiplier, float* scores) {
     const std::int64_t head_dim = block.head_dim;

@@ -4,7 +4,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// Each sum is a recurrence that a compiler must not simplify. `Chains` independent sums hide the latency of one.
+// Each sum is a recurrence, which the compiler cannot simplify. `Chains` independent sums hide the latency of one.
 template <class Unit, int Chains>
 inline double peak_loop(std::int64_t rounds) noexcept {
   using T = typename Unit::Real;

@@ -1,5 +1,5 @@
-// The row kernel's products for 8-bit codes, with AVX512_VNNI. The numbers of a query are rounded to multiples of one
-// power of two, 24 bits relative to the largest of them.
+// The row kernel's products for 8-bit codes, with AVX512_VNNI. The numbers of a query are rounded to integer multiples
+// of one power of two. The power is chosen so that the largest of these integers, with its sign, fits in 24 bits.
 #pragma once
 #include "kernels/code_values.h"
 #include "kernels/row_products.h"
@@ -10,18 +10,18 @@ struct CodeDots : FmaDots<float, Int8> {
   static constexpr const char* unit = "int8 dots";
 };
 
-// The products of `Rows` queries and some keys, digit by digit. A quarter of a vector has the sums of four keys, and
-// the quarters have the sums over different dims.
+// The products of `Rows` queries and some keys, digit by digit. A vector of sums belongs to a group of four keys. Each
+// quarter of the vector has one sum for each of these keys. The four quarters sum over different dims.
 template <int Rows>
 struct CodeSums {
-  static constexpr int Groups = 8 / Rows;  // of keys: as many sums as fit in the registers
+  static constexpr int Groups = 8 / Rows;  // of four keys: their sums fit in the registers
   static constexpr int keys_at_once = 4;
   static constexpr int keys = Groups * keys_at_once;
   Integers sums[Rows][code_digits][Groups];
 
   static constexpr int digit_bytes = code_digits * Bytes::width;
 
-  // `digits` points to those of the first query. Sums start with the first vectors.
+  // Loads the initial values of the sums. `digits`: the vectors of the first query (see CodeProducts::Memory).
   [[gnu::always_inline]] void start(const std::int8_t* digits, std::int64_t digit_step) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
@@ -31,7 +31,7 @@ struct CodeSums {
         for (int g = 0; g < Groups; ++g) sums[r][n][g] = load_integers(digits + r * digit_step + n * Bytes::width);
   }
 
-  // Multiplies the first or the second eight codes of each quarter.
+  // Multiplies the first eight (Half = 0) or the last eight (Half = 1) codes of each quarter.
   template <int Half, class Load>
   [[gnu::always_inline]] void add_half(const std::int8_t* digits, std::int64_t digit_step, Load load_codes) {
     Bytes codes[Groups][2];
@@ -57,7 +57,8 @@ struct CodeSums {
         }
   }
 
-  // The sums of four groups: of two rows, of one row, or of half the keys of a row.
+  // The sums of four groups of keys from `First` on. With four rows these groups belong to two rows, with two rows to
+  // one row. With one row they are half of the row's groups.
   template <int First>
   [[gnu::always_inline]] VecF joined() const {
     VecF digit[code_digits];
@@ -76,8 +77,10 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
   static constexpr int cells = 4;                // in a quarter of a vector
   static constexpr std::int64_t widest = 32768;  // the integer sums of more products of codes could overflow
 
-  // A query's number is integer * 2^power. Its digits are a vector each to start sums with, then the digits of each
-  // cell of a quarter, as `add_products` takes them.
+  // Each number of a query is integer * 2^power. `digits` starts, for each query, with one vector per digit, which
+  // holds the initial values of the sums. The digits of the query follow, 64 dims at a time. For each of the four cells
+  // of a quarter there is one vector per digit, in which this cell is repeated over its quarter, as `add_products`
+  // needs it.
   struct Memory : Base::Memory {
     std::int64_t digit_step;
     std::int8_t* digits;
@@ -107,14 +110,14 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
       finite = finite & (x <= broadcast(largest<float>));
       size = max(size, x);
     }
-    // Three such digits reach 127 * 65536 + 127 * 256 + 127, which is 2^23 divided by 1.004.
+    // The largest number with three such digits is 127 * 65536 + 127 * 256 + 127, which is 2^23 divided by 1.004.
     const int power = power_above(reduce_max(size) * (1 + 0x1p-7f)) - 23;
     s.power[row] = all(finite) ? static_cast<float>(power) : __builtin_nanf("");
     std::int8_t* first = s.digits + row * s.digit_step;
     Integers totals[code_digits] = {broadcast(0), broadcast(0), broadcast(0)};
     for (std::int64_t d = 0; d < block.head_dim; d += Bytes::width)
       split(query + d, block.head_dim - d, power, first + digit_bytes + d / Bytes::width * cells * digit_bytes, totals);
-    // Codes are multiplied plus 128.
+    // The unit multiplies code + 128, so sums start from -128 times the sum of the digits.
     for (int n = 0; n < code_digits; ++n)
       store_in_first_quarter(first + n * Bytes::width, -128 * reduce_sum(totals[n]));
   }

@@ -160,7 +160,8 @@ struct RowProducts {
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);
   }
 
-  // Recomputes products that became NaN, with scalar FMAs, which follow IEEE 754. Those of hidden keys are not needed.
+  // Recomputes products that became NaN, with scalar FMAs, which follow IEEE 754. Products of hidden keys are not
+  // needed.
   template <int Rows>
   static void recompute_dots(const RowBlock& block, const KeyBlock& keys, int row, int key, T* products) {
     constexpr int Keys = W / Rows;

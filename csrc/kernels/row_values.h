@@ -28,7 +28,8 @@ struct ValueChunk {
         count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
 };
 
-// The factor of a row's outputs before a chunk's sums are added: the first chunk of a key block rescales them.
+// The factor by which a row's outputs are multiplied before a chunk's sums are added. The outputs are rescaled only for
+// the first chunk of a key block.
 template <class T>
 inline Vec<T> rescale_of(const T* rescale, const ValueChunk& chunk, int row) {
   return broadcast(chunk.first_key == 0 ? rescale[row] : T(1));
@@ -151,7 +152,8 @@ struct FmaValues {
         }
       }
     }
-    // Read before the first store, after which the compiler would read everything again.
+    // Members of s are read before the first store. After a store the compiler would read them again, because it
+    // assumes that the store may have changed them.
     const std::int64_t out_step = s.out_step;
     T* out = s.out + row * out_step + dim;
     Vec<T> rescale[Rows];

@@ -46,8 +46,8 @@ struct RightOperand {
   std::int64_t depth;
 };
 
-// What a product does while it multiplies: it calls fetch before every `interval` steps along k. NoFetches does
-// nothing, Ahead prefetches.
+// A product calls fetches.fetch() before every `interval` steps along k. NoFetches does nothing; Ahead (ahead.h)
+// prefetches.
 struct NoFetches {
   static constexpr std::int64_t interval = std::int64_t{1} << 62;
   void fetch() {}

@@ -26,7 +26,7 @@ inline Bytes in_register(Bytes a) {
   asm("" : "+v"(a.r));
   return a;
 }
-// Signed bytes plus 128, which are unsigned.
+// Adds 128 to signed bytes. The results are unsigned.
 inline Bytes plus_128(Bytes a) { return {_mm512_xor_si512(a.r, _mm512_set1_epi8(-128))}; }
 // The same four bytes in every cell. A cell has four bytes, a quarter has four cells.
 inline Bytes broadcast_cell(const std::uint8_t* p) {
@@ -34,14 +34,14 @@ inline Bytes broadcast_cell(const std::uint8_t* p) {
   __builtin_memcpy(&cell, p, sizeof cell);
   return {_mm512_set1_epi32(cell)};
 }
-// One cell of each quarter, in all cells of that quarter.
+// Copies one cell of each quarter to all cells of that quarter.
 template <int Cell>
 inline Bytes repeat_cell(Bytes a) {
   return {_mm512_shuffle_epi32(a.r, static_cast<_MM_PERM_ENUM>(Cell * 0x55))};
 }
 
-// Two cells of each quarter, 2 * Half and 2 * Half + 1, from four rows: in both results, the cells of a quarter come
-// from rows 0 to 3.
+// Transposes two cells of each quarter of four rows. In each quarter of cells[c], cell r is cell 2 * Half + c of the
+// same quarter of rows[r].
 template <int Half>
 inline void transpose_cells(const Bytes (&rows)[4], Bytes (&cells)[2]) {
   const auto pairs = [](Bytes a, Bytes b) {
@@ -52,7 +52,8 @@ inline void transpose_cells(const Bytes (&rows)[4], Bytes (&cells)[2]) {
   cells[1].r = _mm512_unpackhi_epi64(first, second);
 }
 
-// Eight bytes of each quarter, from 8 * Half on, from four rows: each cell of the results has one byte of rows 0 to 3.
+// Transposes eight bytes of each quarter of four rows. In each quarter of cells[c], cell i has one byte of each row:
+// byte 8 * Half + 4 * c + i of the same quarter.
 template <int Half>
 inline void transpose_bytes(const Bytes (&rows)[4], Bytes (&cells)[2]) {
   const auto pairs = [](Bytes a, Bytes b) {
@@ -65,29 +66,29 @@ inline void transpose_bytes(const Bytes (&rows)[4], Bytes (&cells)[2]) {
 
 inline Integers load_integers(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Integers operator+(Integers a, Integers b) { return {_mm512_add_epi32(a.r, b.r)}; }
-// Rounds to the nearest.
+// Rounds to the nearest integer.
 inline Integers to_integers(VecF a) { return {_mm512_cvtps_epi32(a.r)}; }
 inline VecF to_floats(Integers a) { return {_mm512_cvtepi32_ps(a.r)}; }
-// As a signed number.
+// The lowest byte of each integer, as a signed number.
 inline Integers lowest_bytes(Integers a) { return {_mm512_srai_epi32(_mm512_slli_epi32(a.r, 24), 24)}; }
 inline Integers divided_by_256(Integers a) { return {_mm512_srai_epi32(a.r, 8)}; }  // rounded down
 inline Integers broadcast(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline std::int32_t reduce_sum(Integers a) { return _mm512_reduce_add_epi32(a.r); }
-// The lowest byte of each integer.
+// Stores the lowest byte of each integer.
 inline void store_lowest_bytes(void* p, Integers a) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.r));
 }
-// Only the first quarter, with the same number in all cells; the others are 0.
+// Stores a vector with x in all cells of the first quarter and 0 in the other quarters.
 inline void store_in_first_quarter(void* p, std::int32_t x) { _mm512_storeu_si512(p, _mm512_maskz_set1_epi32(0xf, x)); }
 
-// sum + the products of four unsigned bytes and four signed bytes, per cell. GCC spills sums if it knows the
-// instruction.
+// sum + the dot product of four unsigned bytes and four signed bytes, per cell. Inline assembly, because GCC spills
+// sums if it sees the intrinsic.
 inline Integers add_products(Bytes of_unsigned, Bytes of_signed, Integers sum) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.r) : "v"(of_unsigned.r), "v"(of_signed.r));
   return sum;
 }
 
-// Adds up the four quarters of each vector. The result has the sums of v[0] in its first quarter, and so on.
+// Adds up the four quarters of each vector. The quarters of the result are the sums of a, b, c and d, in this order.
 inline Integers reduce_quarters(Integers a, Integers b, Integers c, Integers d) {
   const auto halve = [](__m512i x, __m512i y) {
     return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));

@@ -36,7 +36,7 @@ inline void store_tile(float* p, std::int64_t step) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(step * 4), "i"(Tile) : "memory");
 }
 
-// Sums[m][n] += sum over k of dot(Left[m][k], Right[k][n]): the dot product of two cells.
+// Sums[m][n] += sum over k of dot(Left[m][k], Right[k][n]), where dot is the dot product of two cells.
 template <int Sums, int Left, int Right>
 inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Left), "i"(Right));

@@ -9,7 +9,7 @@
 namespace selfattn::SELFATTN_ISA {
 
 // Partial loads and stores of narrow types go through a buffer. This is fast enough, because only the ends of rows need
-// it. The loops also check the size of the buffer, because the compiler does not know that n is smaller.
+// them. The loops also check the size of the buffer, because the compiler does not know that n is smaller.
 template <class E>
 inline VecF load_partial_narrow(const E* p, int n) {
   E buffer[VecF::width] = {};

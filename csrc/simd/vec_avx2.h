@@ -92,7 +92,8 @@ inline VecD in_register(VecD a) {
   asm("" : "+x"(a.r));
   return a;
 }
-// Two vectors of bfloat16: those at even places, which only shift, and those at odd places, which only mask.
+// Loads two vectors of bfloat16: the numbers at even indices, which only need a shift, and those at odd indices, which
+// only need a bitwise AND.
 inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
   const __m256i bits = _mm256_castps_si256(in_register(VecF{_mm256_loadu_ps(reinterpret_cast<const float*>(p))}).r);
   x[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
@@ -152,8 +153,8 @@ inline bool all(MaskD a) { return _mm256_movemask_pd(a.r) == 0xf; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm256_blendv_ps(b.r, a.r, where.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm256_blendv_pd(b.r, a.r, where.r)}; }
 
-// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
-// 0 from n = -127 (double: -1023) downwards.
+// Steps of exp2. round() rounds to the nearest integer. scale_by_power() returns x * 2^n for an integral n. If x is
+// finite and n <= -127 (double: -1023), the result is exactly 0.
 inline VecF round(VecF a) { return {_mm256_round_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm256_round_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF scale_by_power(VecF x, VecF n) {

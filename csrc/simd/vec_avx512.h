@@ -87,7 +87,8 @@ inline VecD in_register(VecD a) {
   asm("" : "+v"(a.r));
   return a;
 }
-// Two vectors of bfloat16: those at even places, which only shift, and those at odd places, which only mask.
+// Loads two vectors of bfloat16: the numbers at even indices, which only need a shift, and those at odd indices, which
+// only need a bitwise AND.
 inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
   const __m512i bits = _mm512_castps_si512(in_register(VecF{_mm512_loadu_ps(reinterpret_cast<const float*>(p))}).r);
   x[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
@@ -149,8 +150,8 @@ inline bool all(MaskD a) { return a.r == 0xff; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {_mm512_mask_blend_ps(where.r, b.r, a.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {_mm512_mask_blend_pd(where.r, b.r, a.r)}; }
 
-// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n, including subnormal
-// results.
+// Steps of exp2. round() rounds to the nearest integer. scale_by_power() returns x * 2^n for an integral n. Results may
+// be subnormal.
 inline VecF round(VecF a) { return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD round(VecD a) { return {_mm512_roundscale_pd(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF scale_by_power(VecF x, VecF n) { return {_mm512_scalef_ps(x.r, n.r)}; }

@@ -36,8 +36,8 @@ inline VecF to_cells(VecF first, VecF second) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)))};
 }
 
-// Makes cells from the numbers of two rows, each loaded by load_cells: of the first sixteen numbers, then of the
-// others.
+// Makes cells from two rows of 32 numbers, each loaded by load_cells: each cell has one number of each row. The first
+// sixteen cells go to `low`, the other sixteen to `high`.
 inline void join_cells(VecF first, VecF second, VecF& low, VecF& high) {
   const __m512i a = _mm512_castps_si512(first.r), b = _mm512_castps_si512(second.r);
   const __m512i order =
@@ -47,17 +47,18 @@ inline void join_cells(VecF first, VecF second, VecF& low, VecF& high) {
   high = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b))};
 }
 
-// The smallest and largest absolute values of numbers in cells, except 0.
+// The smallest and largest absolute values of numbers in cells, except 0. Both are stored as bits shifted left by 1, so
+// that the sign is lost; `least` is 1 less, so that 0 becomes the largest number.
 struct CellSizes {
-  __m512i least = _mm512_set1_epi16(-1), most = _mm512_setzero_si512();  // twice the bits; `least` 1 less
+  __m512i least = _mm512_set1_epi16(-1), most = _mm512_setzero_si512();
 
   void include(VecF cells) {
     const __m512i bits = _mm512_castps_si512(cells.r);
-    const __m512i twice = _mm512_add_epi16(bits, bits);  // without the sign
+    const __m512i twice = _mm512_add_epi16(bits, bits);
     most = _mm512_max_epu16(most, twice);
-    least = _mm512_min_epu16(least, _mm512_sub_epi16(twice, _mm512_set1_epi16(1)));  // 0 becomes the largest number
+    least = _mm512_min_epu16(least, _mm512_sub_epi16(twice, _mm512_set1_epi16(1)));
   }
-  // Whether all numbers are finite, and 0 or at least `limit`.
+  // Whether each number is finite, and its absolute value is either 0 or at least `limit`.
   bool within(float limit) const {
     const auto lowest = static_cast<short>((bits_of(limit) >> 15) - 1);
     const __mmask32 unbounded = _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(static_cast<short>(0xff00)));

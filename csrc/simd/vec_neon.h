@@ -107,7 +107,7 @@ inline VecD in_register(VecD a) {
   asm("" : "+w"(a.r));
   return a;
 }
-// Two vectors of bfloat16; here in the order of memory.
+// Loads two vectors of bfloat16; here in the order of memory.
 inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
   x[0] = load(p);
   x[1] = load(p + VecF::width);
@@ -158,8 +158,8 @@ inline bool all(MaskD a) { return vminvq_u32(vreinterpretq_u32_u64(a.r)) != 0; }
 inline VecF select(MaskF where, VecF a, VecF b) { return {vbslq_f32(where.r, a.r, b.r)}; }
 inline VecD select(MaskD where, VecD a, VecD b) { return {vbslq_f64(where.r, a.r, b.r)}; }
 
-// Steps of exp2. round: to the nearest integer. scale_by_power: x * 2^n for integral n; for finite x, exactly
-// 0 from n = -127 (double: -1023) downwards.
+// Steps of exp2. round() rounds to the nearest integer. scale_by_power() returns x * 2^n for an integral n. If x is
+// finite and n <= -127 (double: -1023), the result is exactly 0.
 inline VecF round(VecF a) { return {vrndnq_f32(a.r)}; }
 inline VecD round(VecD a) { return {vrndnq_f64(a.r)}; }
 inline VecF scale_by_power(VecF x, VecF n) {

@@ -87,7 +87,7 @@ template <class T>
 inline Vec<T> in_register(Vec<T> a) {
   return a;
 }
-// Two vectors of bfloat16; here in the order of memory.
+// Loads two vectors of bfloat16; here in the order of memory.
 inline void load_adjacent(const BFloat* p, VecF (&x)[2]) {
   x[0] = load(p);
   x[1] = load(p + VecF::width);
@@ -183,8 +183,8 @@ inline bool all(Mask<T> a) {
   return (halves[0] & halves[1]) == ~std::uint64_t{0};
 }
 
-// Steps of exp2. round: to the nearest integer, for |a| < 2^22 (double: 2^51). scale_by_power: x * 2^n for
-// integral n; for finite x, exactly 0 from n = -127 (double: -1023) downwards.
+// Steps of exp2. round() rounds to the nearest integer if |a| < 2^22 (double: 2^51). scale_by_power() returns x * 2^n
+// for an integral n. If x is finite and n <= -127 (double: -1023), the result is exactly 0.
 template <class T>
 inline Vec<T> round(Vec<T> a) {
   // 1.5 * 2^23 (double: 1.5 * 2^52). Adding it rounds a to an integer.
