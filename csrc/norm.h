@@ -2,8 +2,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <optional>
 
 #include "kernels/kernel_set.h"
 #include "projection.h"

@@ -1,8 +1,5 @@
 // Runs work on a team of threads. The only place that calls OpenMP. Safe after fork.
 #pragma once
-#include <atomic>
-#include <cstdint>
-
 namespace selfattn {
 
 // `work(context, thread)` runs once on each thread of the team; `thread` counts the threads of the region from 0.

@@ -1,7 +1,5 @@
 #include "thread_memory.h"
 
-#include <algorithm>
-
 #include "arithmetic.h"
 #include "carver.h"
 

@@ -17,7 +17,7 @@ struct Integers {  // signed, of 32 bits
 };
 
 inline Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
-// The first n of 64 bytes; the others are 0.
+// The first n < 64 bytes; the others are 0.
 inline Bytes load_bytes(const void* p, std::int64_t n) {
   return {_mm512_maskz_loadu_epi8((std::uint64_t{1} << n) - 1, p)};
 }

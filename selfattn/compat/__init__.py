@@ -1,8 +1,8 @@
 """Attention with the function names, argument orders and causal alignments of other libraries, on NumPy arrays.
 
 Each function is a thin wrapper around selfattn's own, so that existing code only needs to change an import. A table in
-its docstring lists the differences from the original. An argument that cannot be mapped raises an error that names it;
-no argument is silently ignored.
+its docstring lists the differences from the original. An argument that cannot be mapped raises an error that names it.
+Arguments that change nothing here, such as ``deterministic``, are in these tables too.
 """
 
 from __future__ import annotations
