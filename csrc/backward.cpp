@@ -89,7 +89,7 @@ class BackwardPart {
         if (!visit(task, span, seen, block, memory)) return;
       if (gradients_.of_heads() && !deliver(task, span, block, memory)) return;
       // If heads share gradients of scores, the next task waits only for this task, not for the preceding task. So this
-      // task must wait for the preceding task, even if it skipped the block.
+      // task must wait for the preceding task, even if this task skipped the block.
       if (gradients_.shares_scores && task.index % heads > 0 &&
           !wait_for(task.index - 1, blocks_before(block), task.thread))
         return;

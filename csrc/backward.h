@@ -18,9 +18,9 @@ struct Gradients {
   Operand dlse;      // in lse's form; optional
   Operand dweights;  // (batch, num_heads, q_len, kv_len) in the type of computation, keys adjacent; optional
   Operand query, key, value;
-  // Gradients of operands that change scores. If an operand is broadcast along axes that its array has, the caller sums
-  // over these axes. The caller sets the arrays to 0 before the backward pass. They have the type of computation,
-  // except those declared as double.
+  // Gradients of operands that change scores. Each comment gives the shape of the gradient's array. If the operand is
+  // broadcast along some of these axes, the caller sums the array over them afterwards. The caller sets the arrays to 0
+  // before the backward pass. They have the type of computation, except those declared as double.
   Operand scores;                   // (batch, num_heads, q_len, kv_len); stride 0: summed over this axis
   bool shares_scores = false;       // several heads or batch entries share elements of `scores`
   char* key_sums = nullptr;         // (batch, num_heads, kv_len): sums over queries

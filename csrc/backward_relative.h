@@ -12,9 +12,9 @@ namespace selfattn {
 //   [block_rows, block_rows + count - 1)     distances that the preceding block had, too
 //
 // No later block of the task has the distances of the last n columns. After each block, the task adds these n columns
-// to the head's part of Gradients::relative, and moves each other column to the index that is larger by n. So when a
-// task has finished a block, it has added its sums for every distance between that block and the next range of keys.
-// The task of the next range waits for this, so that the order of sums is fixed.
+// to the head's part of Gradients::relative, and moves all remaining columns up by n indices. So when a task has
+// finished a block, it has added its sums for all distances from queries of that block to keys of the next range. The
+// task of the next range waits for this, so that the order of sums is fixed.
 template <class T>
 class RelativeSums {
  public:

@@ -36,7 +36,8 @@ bool CacheCall::rotate(int num_threads, Interrupted interrupted) const {
 }
 
 bool CacheCall::run(const Plan& plan, int num_threads, Interrupted interrupted) const {
-  // Called before rotate(), because the result depends on the time since the last call.
+  // Called before rotate(), because this number depends on the time since the end of the last call, and rotate() takes
+  // time.
   const int threads = threads_for(plan, num_threads);
   if (inputs_.rope && !rotate(num_threads, interrupted)) return false;
   if (inputs_.k) {

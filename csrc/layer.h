@@ -52,9 +52,9 @@ struct LayerMemory {
   LayerMemory(char* base, const LayerWeights& layer, std::int64_t query_rows, std::int64_t key_rows);
 };
 
-// One call of a layer. It sets these attention arguments: q, k, v and the layout; without a cache and a context,
-// same_tokens and the default of q_offset; and the precision if the weights are multiplied as pairs of bfloat16. The
-// caller sets the other options.
+// One call of a layer. It always sets the attention arguments q, k, v and layout. If there is neither a cache nor a
+// context, it also sets same_tokens and the default of q_offset. If the weights are multiplied as pairs of bfloat16, it
+// also sets the precision. The caller sets the other options.
 class LayerCall {
  public:
   // `context` may be absent, and `step` null. With a step, x is (batch, tokens, d_model): its tokens are appended to

@@ -53,8 +53,8 @@ class Lines {
   std::int64_t rows_ = 1;
 };
 
-// Sets the weights of a row's parts and returns the log-sum-exp of all parts. The weights sum to 1, except that all are
-// 0 if all parts have lse -inf: such a part always gets weight 0. If the lse of a part is NaN, all weights and the
+// Sets the weights of a row's parts and returns the log-sum-exp of all parts. The weights sum to 1, or are all 0 if all
+// parts have lse -inf. A part with lse -inf always gets weight 0. If the lse of a part is NaN, all weights and the
 // result are NaN. The same holds for +inf, because inf - inf is NaN.
 double weigh(std::span<Source> sources, DType type) {
   double peak = -infinity, total = 0;

@@ -60,8 +60,8 @@ bool row_kernel_pays(const Plan& plan, const Problem& problem) {
   if (plan.rows <= plan.types->row_limit) return true;
   const std::int64_t vector = plan.types->lanes;
   const std::int64_t lanes = round_up(plan.rows, vector);
-  // The tile kernel needs 16-bit keys widened or packed. One vector of rows does not amortise that, nor do one and a
-  // half with grouped heads.
+  // The tile kernel needs 16-bit keys widened or packed. One vector of rows does not amortise that. With grouped heads,
+  // one and a half vectors do not amortise it either.
   if (is_narrow(problem.key.dtype) && plan.rows <= (problem.group_size > 1 ? 3 * vector / 2 : vector)) return true;
   return problem.group_size > 1 && lanes <= 2 * vector && 4 * plan.rows <= 3 * lanes;
 }

@@ -245,8 +245,8 @@ void place_distance_bias(Problem& problem, const AttentionArguments& a) {
 }
 
 // Kernels first multiply a product by scale * log2(e), or by scale / softcap. If this factor were not finite in the
-// type of computation, every product that is 0 would become NaN. Numbers that may be NaN are refused by conditions of
-// the form !(valid), because NaN fails every comparison.
+// type of computation, every product that is 0 would become NaN. The numbers that a caller passes may be NaN. The
+// first condition on each number has the form !(valid), which refuses NaN, because NaN fails every comparison.
 void check_numbers(const AttentionArguments& a, const Problem& problem) {
   const double most = largest_number(problem.dtype);
   if (!(std::abs(problem.scale) <= most / log2_e))

@@ -44,7 +44,8 @@ inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex
   // A constant added to all scores of a row cancels in softmax, but the differences between the scores are lost to
   // rounding if the constant is large. So ALiBi distances are counted from the visible key nearest to the query's
   // position, and `omitted` is the constant that this change adds to all scores of the row. It is subtracted from lse.
-  // A sink has no distance: with one, the constant does not cancel and must stay.
+  // A sink has no distance, so the change would not add the constant to the sink's score. With sinks, distances are
+  // therefore counted from the query's position.
   const std::int64_t position = index.query + valid.offset;
   row.position =
       problem.sinks ? position : std::clamp(position, visible.begin, std::max(visible.begin, visible.end - 1));

@@ -1,5 +1,5 @@
-// Attention over keys that arrive in pieces. Between two pieces each row keeps its output, which is not normalised, its
-// maximum and its sum, as kernels leave them (RunningSums). So the pieces of a row are summed like blocks of keys of
+// Attention over keys that arrive in pieces. Between two pieces, each row keeps its maximum, its sum and its output
+// before normalisation, as kernels leave them (RunningSums). So the pieces of a row are summed like blocks of keys of
 // one call, and nothing is merged.
 #pragma once
 #include <optional>

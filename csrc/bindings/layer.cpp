@@ -172,8 +172,8 @@ py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
   return held_by<Layer>(capsule).unpack_all(matrices);
 }
 
-// x and out have the same shape (..., tokens, heads, head_dim); positions broadcasts to (..., tokens), after a first
-// axis of coordinates if the rope has axes. The Python layer has ensured this.
+// x and out have the same shape (..., tokens, heads, head_dim). positions broadcasts to (..., tokens). If the rope has
+// axes, positions has an additional first axis for the coordinates. The Python layer has ensured this.
 void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description, bool inverse) {
   const TensorView from = float_view("apply_rope", "x", x);
   const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);

@@ -41,8 +41,9 @@ struct GradientInputs {
              grad_weights = py::none();
 };
 
-// A rope for one head_dim. `frequencies`, float64, or `cosines` and `sines` are given; `axes`, int64, may be None. The
-// Python layer has checked the shapes; arrays of numbers per pair are contiguous.
+// A rope for one head_dim. It has either `frequencies` (float64), or `cosines` and `sines`. `axes` (int64) may be None.
+// `frequencies` and `axes` are contiguous, with one number for each pair of dims. The Python layer has checked the
+// shapes.
 struct RopeTables {
   py::object frequencies = py::none(), cosines = py::none(), sines = py::none(), axes = py::none();
   double scaling = 1;

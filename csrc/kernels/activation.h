@@ -76,8 +76,8 @@ inline Vec<T> gelu_tanh(Vec<T> x) {
 }
 
 // x times the standard normal distribution function, computed as max(x, 0) - a Q(a) with a = |x|. The argument of
-// exp_minus has two parts. The first is c^2/2, where c is a rounded to a multiple of 1/16. It is exact. The second is
-// (a^2 - c^2)/2.
+// exp_minus has two parts. The first is c^2/2, where c is the multiple of 1/16 that is nearest to `a`. It is exact. The
+// second is (a^2 - c^2)/2.
 template <class T>
 inline Vec<T> gelu(Vec<T> x) {
   const Vec<T> half = broadcast(T(0.5)), centre = broadcast(Normal<T>::centre);

@@ -1,4 +1,5 @@
-// A tile kernel's two products with FMA: K and V are read in place, never packed or copied.
+// A tile kernel's two products with FMA: K and V are read in place, not packed. V is copied only if some key is hidden
+// and some value is not finite.
 //
 // An engine lays out operands for its unit and multiplies them:
 //   start, stop     called before and after all other work on a block of keys

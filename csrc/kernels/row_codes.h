@@ -78,9 +78,9 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
   static constexpr std::int64_t widest = 32768;  // the integer sums of more products of codes could overflow
 
   // Each number of a query is integer * 2^power. `digits` starts, for each query, with one vector per digit, which
-  // holds the initial values of the sums. The digits of the query follow, 64 dims at a time. For each of the four cells
-  // of a quarter there is one vector per digit, in which this cell is repeated over its quarter, as `add_products`
-  // needs it.
+  // holds the initial values of the sums. The digits of the query follow, 64 dims at a time. A quarter of these dims
+  // has four cells. For each i from 0 to 3 there is one vector per digit, in which every quarter holds its cell i four
+  // times, as `add_products` needs it.
   struct Memory : Base::Memory {
     std::int64_t digit_step;
     std::int8_t* digits;

@@ -34,7 +34,8 @@ template <class T, int MaxSums, class E, class Dots>
 struct RowProducts {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
-  // About 12 KiB of rows of 128 numbers. Pages need this distance: hardware prefetchers start again in each of them.
+  // For float and 16-bit keys, 12 KiB of rows of 128 numbers. The pages of a KV cache need this distance: hardware
+  // prefetchers start again in each page.
   static constexpr int keys_ahead = sizeof(E) < sizeof(float) ? 48 : 24;
   static_assert(keys_ahead + W <= rows_ahead);
   static constexpr std::int64_t widest = INT64_MAX;  // the largest head_dim

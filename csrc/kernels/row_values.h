@@ -60,8 +60,8 @@ struct FmaValues {
       accumulate_rows<max_rows_at_once>(block, s, ValueChunk(keys, first), 0);
   }
 
-  // Replaces values that are not finite and hidden from all rows by zeros. Returns false if some row sees a
-  // value that is not finite.
+  // If a key is hidden from all rows and one of its values is not finite, its values are replaced by zeros. Returns
+  // false if some row sees a value that is not finite.
   template <class Memory>
   static bool replace_hidden(const RowBlock& block, const Memory& s, const ScoreTile<T>& tile, KeyBlock& keys) {
     for (std::int64_t d = 0; d < block.value_dim; ++d) s.zeros[d] = E();

@@ -1,6 +1,6 @@
 // 0 * NaN is NaN. Products include the values of hidden keys with weight 0, which is harmless only if these values are
-// finite. So if a tile has hidden keys, its values are scanned. If there is a NaN or Inf among them, a slower path
-// skips the hidden keys.
+// finite. So if a tile has hidden keys, its values are scanned for NaN and Inf. If only keys that no row sees have such
+// values, zeros take their place. If some row sees such a value, a slower path skips the hidden keys.
 #pragma once
 #include "kernels/kernel_set.h"
 #include "kernels/pack.h"
