@@ -57,7 +57,7 @@ class PageChanges {
   void undo();
 
  protected:
-  // exchange() makes the changes of a commit to anything but lengths; exchange_back() reverts them. Neither can fail.
+  // exchange() makes all changes of a commit except those of lengths; exchange_back() reverts them. Neither can fail.
   virtual void exchange() {}
   virtual void exchange_back() {}
 

@@ -45,7 +45,7 @@ AttentionArguments arguments_of(const char* function, py::handle q, py::handle k
 // over keys or over queries, its gradient has all heads and batch entries, and the caller sums over them. Otherwise it
 // has the shape of the bias. The gradients of r, u, w and T5's table have all heads and batch entries. The gradients of
 // the scale, ALiBi's slopes and sinks have one number per query row; the caller sums these numbers. `operands` are the
-// arrays q, k and v. No array of `given` lacks or broadcasts an axis; grad_weights is in the type of computation.
+// arrays q, k and v. The arrays of `given` have all axes at full length; grad_weights is in the type of computation.
 py::dict gradients_of(const AttentionArguments& arguments, const py::tuple& operands, const GradientInputs& given,
                       const py::sequence& wrt);
 

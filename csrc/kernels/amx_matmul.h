@@ -26,9 +26,9 @@ inline void each_tile(Use use) {
 }
 
 // Tile registers 0-3 hold the sums, 4 and 5 the left operand, 6 and 7 the right one. load_left<register, row>(term, k)
-// loads a register from the left operand: from its split term `term`, tile row `row`, and cell k on. With split
-// operands, the products of small split terms are added first. If the sums start at 0, small products are thus added to
-// each other before large ones are added.
+// loads a register with a tile of the left operand: of the split term `term`, in row `row` of tiles, starting at cell
+// k. With split operands, the products of small split terms are added first. If the sums start at 0, small products are
+// thus added to each other before large ones are added.
 template <int SplitTerms, int Rows, int Cols, class LoadLeft>
 inline void multiply_cells(LoadLeft load_left, const CellMatrix& right, std::int64_t depth) {
   for (int order = SplitTerms - 1; order >= 0; --order)

@@ -57,8 +57,8 @@ struct CodeSums {
         }
   }
 
-  // The sums of four groups of keys from `First` on. With four rows these groups belong to two rows, with two rows to
-  // one row. With one row they are half of the row's groups.
+  // The sums of four groups of keys from `First` on. If Rows is 4, these are all groups of two rows. If Rows is 2, they
+  // are all groups of one row. If Rows is 1, they are half of the row's groups.
   template <int First>
   [[gnu::always_inline]] VecF joined() const {
     VecF digit[code_digits];
@@ -78,9 +78,9 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
   static constexpr std::int64_t widest = 32768;  // the integer sums of more products of codes could overflow
 
   // Each number of a query is integer * 2^power. `digits` starts, for each query, with one vector per digit, which
-  // holds the initial values of the sums. The digits of the query follow, 64 dims at a time. A quarter of these dims
-  // has four cells. For each i from 0 to 3 there is one vector per digit, in which every quarter holds its cell i four
-  // times, as `add_products` needs it.
+  // holds the initial values of the sums. The digits of the query follow, 64 dims at a time. Of each digit, 64 dims
+  // have 64 bytes: four quarters of four cells. For each i from 0 to 3, there is one vector per digit. In each quarter
+  // of this vector, all four cells are copies of cell i of the same quarter of the digits, as `add_products` needs it.
   struct Memory : Base::Memory {
     std::int64_t digit_step;
     std::int8_t* digits;
