@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ._rope_config import Parameters
 
 _NAME = "RoPE.from_config"
+MOST_ROTATED = 1 << 16  # elements of a head. A view can claim any size, and each pair takes a power in Python
 _Found = tuple[NDArray[np.float64], float]  # for each pair the angle at position 1; the factor of rotated elements
 
 
@@ -43,11 +44,11 @@ def _dynamic(p: Parameters) -> _Found:
 
 
 def _yarn(p: Parameters) -> _Found:
-    """Slow down the pairs that turn less than `beta_slow` times in the trained length; keep those that turn often."""
+    """Slow down pairs with fewer than `beta_slow` rotations in the trained length; keep those with many."""
     plain = frequencies(p.base, p.dim)
 
-    def pair(turns: float) -> float:
-        return p.dim * math.log(p.trained / (turns * 2 * math.pi)) / (2 * math.log(p.base))
+    def pair(rotations: float) -> float:
+        return p.dim * math.log(p.trained / (rotations * 2 * math.pi)) / (2 * math.log(p.base))
 
     low, high = pair(p.positive("beta_fast", 32.0)), pair(p.positive("beta_slow", 1.0))
     if flag(_NAME, "truncate", p.own.get("truncate", True)):

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import flag, integers, real, reals
 from ._errors import refusal
-from ._frequencies import frequencies
+from ._frequencies import MOST_ROTATED, frequencies
 from ._keywords import hinted
 from ._rope_config import from_config
 
@@ -88,6 +88,7 @@ class RoPE:
 
     def _keep_frequencies(self, given: ArrayLike) -> None:
         array = reals("RoPE", "inv_freq", given)
+        _check_count("inv_freq", array.size, MOST_ROTATED // 2)
         if array.ndim != 1 or not array.size or not np.isfinite(array).all():
             text = f" has shape {array.shape}, but" if array.ndim != 1 or not array.size else " is not finite:"
             raise refusal(ValueError, "RoPE", "inv_freq", f"{text} one finite number for each pair is needed")
@@ -101,6 +102,7 @@ class RoPE:
 
     def _keep_axes(self, given: Sequence[int]) -> None:
         array = integers("RoPE", "axes", given)
+        _check_count("axes", array.size, MOST_ROTATED // 2)
         if array.ndim != 1 or not array.size or array.min() < 0:
             text = f" is {given!r}, but a coordinate from 0 for each pair is needed"
             raise refusal(ValueError, "RoPE", "axes", text)
@@ -181,10 +183,18 @@ class RoPE:
                 f" rotates {rotary_dim} elements, but head_dim is {head_dim}: rotary_dim must be even and at "
                 "most head_dim",
             )
+        if rotary_dim > MOST_ROTATED:
+            text = f" rotates {rotary_dim} elements, but at most {MOST_ROTATED} are supported"
+            raise refusal(ValueError, function, "rope", text)
         if self.axes is not None and 2 * len(self.axes) != rotary_dim:
             text = f" rotates {rotary_dim // 2} pairs, but has {len(self.axes)} axes: one for each pair is needed"
             raise refusal(ValueError, function, "rope", text)
         return _tables(self, rotary_dim)
+
+
+def _check_count(name: str, count: int, most: int) -> None:
+    if count > most:
+        raise refusal(ValueError, "RoPE", name, f" has {count} numbers, but at most {most} are supported")
 
 
 @lru_cache(maxsize=256)

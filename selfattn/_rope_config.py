@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ._arguments import flag, integer_in, real, whole_number
 from ._errors import refusal
-from ._frequencies import ROPE_TYPES
+from ._frequencies import MOST_ROTATED, ROPE_TYPES
 
 _NAME = "RoPE.from_config"
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
@@ -140,16 +140,17 @@ class Parameters:
     @cached_property
     def head_dim(self) -> int:
         if self.given_head_dim is not None:
-            return whole_number(_NAME, "head_dim", self.given_head_dim, 2)
+            return integer_in(_NAME, "head_dim", self.given_head_dim, 2, MOST_ROTATED)
         if self.model.get("per_layer_config") or self.model.get("global_head_dim"):
             text = " is needed, because this model has layers with heads of different sizes"
             raise refusal(ValueError, _NAME, "head_dim", text)
         for key in ("qk_rope_head_dim", "head_dim"):
             if self.model.get(key):
-                return whole_number(_NAME, key, self.model[key], 2)
+                return integer_in(_NAME, key, self.model[key], 2, MOST_ROTATED)
         width = whole_number(_NAME, "hidden_size", self.of_model("embed_dim", "n_embd", "hidden_size"), 2)
+        least = max(1, -(-width // MOST_ROTATED))
         heads = self.of_model("num_heads", "n_head", "num_attention_heads")
-        return width // integer_in(_NAME, "num_attention_heads", heads, 1, width // 2)
+        return width // integer_in(_NAME, "num_attention_heads", heads, least, width // 2)
 
     @cached_property
     def rotated_part(self) -> float | None:

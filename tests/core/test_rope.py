@@ -141,3 +141,14 @@ def test_descriptions_of_bad_types(bad: dict[str, Any]) -> None:
 def test_bad_descriptions(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="RoPE: "):
         sa.RoPE(**bad)
+
+
+def test_claimed_sizes_are_refused_at_once() -> None:
+    wide = np.broadcast_to(np.ones(1, np.float32), (1, 1 << 40))
+    with pytest.raises(ValueError, match="apply_rope: rope rotates 1099511627776 elements, but at most 65536 are"):
+        sa.apply_rope(wide)
+    for name, one in (("inv_freq", np.ones(1)), ("axes", np.ones(1, np.int64))):
+        with pytest.raises(ValueError, match=f"RoPE: {name} has 1099511627776 numbers, but at most 32768 are"):
+            sa.RoPE(**{name: np.broadcast_to(one, 1 << 40)})
+    with pytest.raises(ValueError, match="head_dim is 1099511627776, but it must be in 2"):
+        sa.RoPE.from_config({"rope_theta": 10000.0, "head_dim": 1 << 40})

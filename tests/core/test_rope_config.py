@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "num_attention_heads is missing": ({"hidden_size": 8}, {}),
     "max_position_embeddings is missing": ({"head_dim": 8, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}),
     "head_dim is needed, because this model has layers": ({"head_dim": 8, "global_head_dim": 16}, {}),
-    "head_dim is 1, but it must be at least 2": (config({}), {"head_dim": 1}),
+    "head_dim is 1, but it must be in 2": (config({}), {"head_dim": 1}),
     "seq_len is 0": (config({}), {"seq_len": 0}),
     "layer_type is 3, but a str": (config({}), {"layer_type": 3}),
     "interleaved is 1": (config({}), {"interleaved": 1}),
