@@ -103,6 +103,15 @@ def install_lowest(session: nox.Session, package: str) -> str:
     return wanted
 
 
+def unpinned(session: nox.Session, packages: list[str]) -> str:
+    """Return a copy of CI's constraints that lets pip choose the versions of these packages."""
+    lines = Path(".ci/constraints.txt").read_text(encoding="utf8").splitlines()
+    kept = [line for line in lines if re.split(r"[=<> ]", line)[0].replace("-", "_").lower() not in packages]
+    found = Path(session.create_tmp()).resolve() / "constraints.txt"
+    found.write_text("\n".join(kept) + "\n", encoding="utf8")
+    return str(found)
+
+
 def cover_core(session: nox.Session, build: Path) -> None:
     """Check the core's line coverage, and that every line that views operands or hides keys is covered."""
     found = str(build / "lines.json")

@@ -21,6 +21,7 @@ from nox_steps import (
     run_native,
     sanitized,
     sanitizer_runtimes,
+    unpinned,
     wheel,
 )
 
@@ -92,7 +93,7 @@ def docs(session: nox.Session) -> None:
 @nox.parametrize("package", list(BOUNDED))
 def versions(session: nox.Session, package: str) -> None:
     """Test with the lowest version of a package that pyproject.toml accepts."""
-    session.env["PIP_CONSTRAINT"] = ""  # it may ask for newer versions
+    session.env["PIP_CONSTRAINT"] = unpinned(session, list(BOUNDED))
     wanted = install_lowest(session, package)
     torch = [TORCH] if package == "transformers" else []
     # In one command, so that pip finds compatible versions.
@@ -278,13 +279,16 @@ DEEP = {
 def deep(session: nox.Session) -> None:
     """Run the sessions of DEEP and report which passed; give the base revision of your changes after `--`."""
     verdicts = {}
+    # The same versions on every day.
+    pinned = str(Path(".ci/constraints.txt").resolve())
+    environment = {"PIP_CONSTRAINT": pinned, "PIP_BUILD_CONSTRAINT": pinned}
     for name, options in DEEP.items():
         report = Path(session.create_tmp()) / f"{name}.json"
         if name == "mutants" and session.posargs:
             options = ["--jobs", "2", "--changed", *session.posargs]
         start = time.monotonic()
         command = ["nox", "--no-error-on-external-run", "--report", str(report.resolve()), "-s", name]
-        session.run(*command, "--", *options, external=True, success_codes=range(256))
+        session.run(*command, "--", *options, env=environment, external=True, success_codes=range(256))
         for part in json.loads(report.read_text(encoding="utf8"))["sessions"]:
             # Newer versions of nox list the names of a session.
             signature = part["signature"] if "signature" in part else part["signatures"][0]

@@ -116,7 +116,7 @@ def differentiable(
     biases = {letter: vector(_NAME, letter, bias, matrix, w.q.dtype) for letter, bias, matrix in given}
     context, rope, positions = (options.pop(name, None) for name in ("context", "rope", "positions"))
     head_norm = (options.pop("q_norm", None), options.pop("k_norm", None))
-    turn = Rotation.check(_NAME, rope, positions, w.head_dim)
+    rotation = Rotation.check(_NAME, rope, positions, w.head_dim)
     norms = head_norms(_NAME, head_norm, (heads, kv_heads), w.head_dim, w.q.dtype)
     named = {"w_o": w.o, "context": context, **{f"b_{letter}": bias for letter, bias in biases.items()}, **options}
     named |= norms["q"].vectors() | norms["k"].vectors()
@@ -132,7 +132,7 @@ def differentiable(
             "w_k",
             f" has {len(w.k)} rows: without context they must agree",
         )
-    layer = _Layer(names, turn.placed(queries), norms, context is None, first_head)
+    layer = _Layer(names, rotation.placed(queries), norms, context is None, first_head)
     q = layer.add("q", queries, w.q, biases["q"], heads)
     k = layer.add("k", keys, w.k, biases["k"], kv_heads)
     v = layer.add("v", keys, w.v, biases["v"], kv_heads)
@@ -183,20 +183,20 @@ class _Layer:
     def __init__(
         self,
         names: tuple[str, ...],
-        turn: Rotation,
+        rotation: Rotation,
         norms: Mapping[str, HeadNorm],
         same_tokens: bool,
         first_head: int,
     ) -> None:
         self.names = names
         self.first_head = first_head
-        self.turn = turn
+        self.rotation = rotation
         self.norms = norms
         self.projected: dict[str, NDArray[Any]] = {}  # queries and keys before their norms
         self.same_tokens = same_tokens
         self.products: dict[str, Product] = {}
         # Positions of the tokens of queries and of keys; None means their indices.
-        self.positions = {"q": turn.positions, "k": turn.positions if same_tokens else None}
+        self.positions = {"q": rotation.positions, "k": rotation.positions if same_tokens else None}
 
     def add(self, letter: str, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None, heads: int) -> NDArray[Any]:
         """Project x to queries, keys or values, and return them as (..., tokens, heads, size)."""
@@ -206,7 +206,7 @@ class _Layer:
         if letter in self.positions:
             self.projected[letter] = result
             result = self.norms[letter].apply(result)
-            self.turn.apply(result, self.positions[letter], inverse=False)
+            self.rotation.apply(result, self.positions[letter], inverse=False)
         return result
 
     def attend(
@@ -258,7 +258,7 @@ class _Layer:
         for letter in [letter for letter in "qkv" if letter in gradients]:
             product, heads = self.products[letter], gradients.pop(letter)
             if letter in self.positions:
-                self.turn.apply(heads, self.positions[letter], inverse=True)
+                self.rotation.apply(heads, self.positions[letter], inverse=True)
                 heads, of_norm = self.norms[letter].backward(self.projected[letter], heads, self.names)
                 found |= of_norm
             grad = heads.reshape(len(product.rows), product.w.shape[1])

@@ -73,7 +73,7 @@ bool read(PyObject* value, Code& to) {
   return read_below(code_count<Code>, value, to);
 }
 
-// The code that a Python integer stands for. Throws TypeError for anything else.
+// The code with the number of a Python integer. Throws TypeError for anything else.
 template <class Code>
 Code code_of(py::handle value) {
   Code code{};

@@ -11,7 +11,7 @@ struct Bytes {
   static constexpr int width = 64;
   __m512i r;
 };
-struct Integers {  // signed, of 32 bits
+struct Integers {  // signed, 32-bit
   static constexpr int width = 16;
   __m512i r;
 };

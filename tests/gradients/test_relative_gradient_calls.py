@@ -27,7 +27,7 @@ def test_alone_or_together(rng: Any) -> None:
         assert sum(gradient is not None for gradient in alone) == 1
 
 
-def test_t5_bias_beside_distances(rng: Any) -> None:
+def test_t5_bias_together_with_distances(rng: Any) -> None:
     case = Case(segment=70, memory=450)
     x, grad_out = draw(rng, case, np.float64), draw(rng, case, np.float64).q
     weights = rng.standard_normal((32, 2))
