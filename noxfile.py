@@ -149,7 +149,7 @@ def asan(session: nox.Session) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
     }
-    environment |= {"OMP_WAIT_POLICY": "passive", "SELFATTN_HOSTILE_CALLS": "20000"}
+    environment |= {"OMP_WAIT_POLICY": "passive", "SELFATTN_HOSTILE_CALLS": "12000"}
     running = ["-n", "2", "-p", "no:cacheprovider", "-m", "not unsanitized"]
     session.run("pytest", *running, *(session.posargs or folders([*CALLS, "safety"])), env=environment)
 

@@ -70,7 +70,7 @@ def test_hidden_operands_are_inert(isa: str, rng: Any) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"window": (350, 40), "causal": False, "r_origin": 100}, {"q_lens": [700, 333]}], ids=str
 )
-def test_threads_and_repetition_change_no_bit(rng: Any, options: dict[str, Any]) -> None:
+def test_threads_and_repetition_change_no_bit(isa: str, rng: Any, options: dict[str, Any]) -> None:
     x = draw(rng, Case(batch=2, segment=700, memory=900, heads=2, kv_heads=1, dim=16, rows=500), np.float32)
     grad_out = draw(rng, Case(batch=2, segment=700), np.float32).q
     _, vjp = sa.relative_attention_vjp(*x, mem_len=900, wrt=ALL, num_threads=1, **options)
@@ -82,7 +82,7 @@ def test_threads_and_repetition_change_no_bit(rng: Any, options: dict[str, Any])
             assert np.array_equal(getattr(found, name), getattr(expected, name)), (name, threads)
 
 
-def test_strides_and_layouts_change_no_bit(rng: Any) -> None:
+def test_strides_and_layouts_change_no_bit(isa: str, rng: Any) -> None:
     case = Case(segment=50, memory=30, heads=2, kv_heads=2, options={})
     x = draw(rng, case, np.float32)
     _, vjp = sa.relative_attention_vjp(*x, mem_len=30)

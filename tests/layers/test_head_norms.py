@@ -78,7 +78,7 @@ def test_definition(isa: str, rng: Any, normal: Any, kind: str, dtype: Any, rope
     close(layer(x, context=context), definition(x, w, own, rope, context=context))
 
 
-def test_bits_and_pickles(rng: Any, normal: Any) -> None:
+def test_bits_and_pickles(isa: str, rng: Any, normal: Any) -> None:
     own = norms(rng, "layer norms")
     layer = sa.SelfAttention(
         **weights(rng), num_heads=HEADS, num_kv_heads=KV_HEADS, rope=True, norm=sa.RMSNorm(), **own

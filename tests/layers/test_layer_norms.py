@@ -55,7 +55,7 @@ def test_layer_is_its_steps(isa: str, rng: Any, params: Any, normal: Any, dtype:
         assert np.array_equal(again(x, residual=x), both(x, residual=x))
 
 
-def test_bits(rng: Any, params: Any, normal: Any) -> None:
+def test_bits(isa: str, rng: Any, params: Any, normal: Any) -> None:
     for norm in norms(rng, np.float32):
         layer = sa.SelfAttention(**params(np.float32), norm=norm, post_norm=norm)
         x = normal(3, 130, 24)

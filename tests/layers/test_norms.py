@@ -52,7 +52,7 @@ def test_mean_of_large_numbers(normal: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides_residual_out_and_threads(normal: Any, dtype: Any) -> None:
+def test_strides_residual_out_and_threads(isa: str, normal: Any, dtype: Any) -> None:
     x, residual = normal(5, 40, 33, dtype=dtype), normal(5, 40, 33, dtype=dtype)
     weight = normal(33, dtype=dtype)
     for norm in (sa.layer_norm, sa.rms_norm):
