@@ -17,6 +17,8 @@ from packaging.utils import parse_wheel_filename
 LARGEST = 3 << 20  # bytes of a wheel
 # An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
+# Environment variables with which pip installs the same versions on every day.
+PINNED = dict.fromkeys(["PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"], str(Path(".ci/constraints.txt").resolve()))
 
 
 def install_tests(session: nox.Session, *settings: str) -> None:

@@ -13,6 +13,7 @@ import nox
 sys.path.append(str(Path(__file__).parent))
 from nox_steps import (
     EMULATED,
+    PINNED,
     build_package,
     build_site,
     build_wheels,
@@ -281,16 +282,13 @@ DEEP = {
 def deep(session: nox.Session) -> None:
     """Run the sessions of DEEP and report which passed; give the base revision of your changes after `--`."""
     verdicts = {}
-    # The same versions on every day.
-    pinned = str(Path(".ci/constraints.txt").resolve())
-    environment = {"PIP_CONSTRAINT": pinned, "PIP_BUILD_CONSTRAINT": pinned}
     for name, options in DEEP.items():
         report = Path(session.create_tmp()) / f"{name}.json"
         if name == "mutants" and session.posargs:
             options = ["--jobs", "2", "--changed", *session.posargs]
         start = time.monotonic()
         command = ["nox", "--no-error-on-external-run", "--report", str(report.resolve()), "-s", name]
-        session.run(*command, "--", *options, env=environment, external=True, success_codes=range(256))
+        session.run(*command, "--", *options, env=PINNED, external=True, success_codes=range(256))
         for part in json.loads(report.read_text(encoding="utf8"))["sessions"]:
             # Newer versions of nox list the names of a session.
             signature = part["signature"] if "signature" in part else part["signatures"][0]
