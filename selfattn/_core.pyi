@@ -169,6 +169,16 @@ class LayerNorms:
         k_width: int,
     ) -> None: ...
 
+class FeedForwardWeights:
+    """The layers and the norms of a feed-forward network."""
+
+    first: Linear
+    second: Linear
+    norm: Norm | None
+    post_norm: Norm | None
+
+    def __init__(self, *, first: Linear, second: Linear, norm: Norm | None, post_norm: Norm | None) -> None: ...
+
 class VarlenInputs:
     """Operands of `attention_varlen`, and the options that differ from sequence to sequence."""
 
@@ -412,7 +422,7 @@ def unpack_linear(
     layer: Linear, matrices: tuple[NDArray[Any] | tuple[NDArray[Any], NDArray[Any]], ...], /
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None]: ...
 def call_feed_forward(
-    parts: tuple[Linear, Linear, Norm | None, Norm | None],
+    weights: FeedForwardWeights,
     function: str,
     x: NDArray[Any],
     residual: NDArray[Any] | None,

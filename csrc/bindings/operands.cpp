@@ -46,6 +46,13 @@ constexpr Field<LayerNorms> norm_fields[] = {
     field<LayerNorms, &LayerNorms::q_width>("q_width"), field<LayerNorms, &LayerNorms::k_width>("k_width"),
 };
 
+constexpr Field<FeedForwardWeights> feed_forward_fields[] = {
+    field<FeedForwardWeights, &FeedForwardWeights::first>("first"),
+    field<FeedForwardWeights, &FeedForwardWeights::second>("second"),
+    field<FeedForwardWeights, &FeedForwardWeights::norm>("norm"),
+    field<FeedForwardWeights, &FeedForwardWeights::post_norm>("post_norm"),
+};
+
 constexpr Field<VarlenInputs> varlen_fields[] = {
     field<VarlenInputs, &VarlenInputs::q>("q"),
     field<VarlenInputs, &VarlenInputs::k>("k"),
@@ -99,6 +106,7 @@ void register_operands(py::module_& module) {
   Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
   Record<UnpackedWeights>::add(module, "UnpackedWeights", weight_fields);
   Record<LayerNorms>::add(module, "LayerNorms", norm_fields);
+  Record<FeedForwardWeights>::add(module, "FeedForwardWeights", feed_forward_fields);
   Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);
   Record<RelativeInputs>::add(module, "RelativeInputs", relative_fields);
   Record<GradientInputs>::add(module, "GradientInputs", gradient_fields);

@@ -31,6 +31,11 @@ struct LayerNorms {
   std::int64_t q_width = 0, k_width = 0;
 };
 
+// The two linear layers and the norms of a feed-forward network, as capsules. The norms may be None.
+struct FeedForwardWeights {
+  py::object first = py::none(), second = py::none(), norm = py::none(), post_norm = py::none();
+};
+
 // Operands of attention_varlen() and its gradients. The last five may be None. They replace the options of the same
 // names, which are None in the call's options: `mask` and `bias` are lists with one item per sequence, and the first
 // axis of q_offset, kv_starts and alibi_slopes counts sequences. The Python layer has checked cu_seqlens and the
