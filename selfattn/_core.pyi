@@ -395,6 +395,10 @@ def state_result(state: AttentionState, out: NDArray[Any] | None, /) -> tuple[ND
 xla_attention: object  # capsules: handlers for XLA
 xla_attention_backward: object
 
+# The bits of the handlers' attributes `given` and `wrt`, in the order of the arguments and of the results.
+XLA_GIVEN: dict[str, int]
+XLA_WANTED: dict[str, int]
+
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
 
 # Matrices of codes come as pairs with their scales, (groups, columns).
