@@ -123,6 +123,62 @@ class LayerInputs:
         step: Step | None = None,
     ) -> None: ...
 
+class UnpackedWeights:
+    """Weights and biases of a layer."""
+
+    w_q: NDArray[Any]
+    w_k: NDArray[Any]
+    w_v: NDArray[Any]
+    w_o: NDArray[Any] | None
+    b_q: NDArray[Any] | None
+    b_k: NDArray[Any] | None
+    b_v: NDArray[Any] | None
+    b_o: NDArray[Any] | None
+
+    def __init__(
+        self,
+        *,
+        w_q: NDArray[Any],
+        w_k: NDArray[Any],
+        w_v: NDArray[Any],
+        w_o: NDArray[Any] | None,
+        b_q: NDArray[Any] | None = None,
+        b_k: NDArray[Any] | None = None,
+        b_v: NDArray[Any] | None = None,
+        b_o: NDArray[Any] | None = None,
+    ) -> None: ...
+
+class LayerNorms:
+    """Norms of a layer: of x, of the result, of queries and of keys."""
+
+    norm: Norm | None
+    post_norm: Norm | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    q_width: int
+    k_width: int
+
+    def __init__(
+        self,
+        *,
+        norm: Norm | None,
+        post_norm: Norm | None,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        q_width: int,  # numbers that q_norm normalises together
+        k_width: int,
+    ) -> None: ...
+
+class FeedForwardWeights:
+    """The layers and the norms of a feed-forward network."""
+
+    first: Linear
+    second: Linear
+    norm: Norm | None
+    post_norm: Norm | None
+
+    def __init__(self, *, first: Linear, second: Linear, norm: Norm | None, post_norm: Norm | None) -> None: ...
+
 class VarlenInputs:
     """Operands of `attention_varlen`, and the options that differ from sequence to sequence."""
 
@@ -210,13 +266,7 @@ class Step:
     ) -> None: ...
 
 def make_layer(
-    weights: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None],
-    biases: tuple[NDArray[Any] | None, ...],
-    num_heads: int,
-    num_kv_heads: int,
-    rope: Rope | None,
-    norms: tuple[Norm | None, Norm | None, Norm | None, int, Norm | None, int],
-    /,
+    weights: UnpackedWeights, norms: LayerNorms, num_heads: int, num_kv_heads: int, rope: Rope | None, /
 ) -> Layer: ...
 def call_layer(
     layer: Layer,
@@ -227,10 +277,8 @@ def call_layer(
     /,
 ) -> Any: ...
 
-# Fills the four matrices, the last one only if there is one. Returns their biases, and whether there is a w_o.
-def unpack_layer(
-    layer: Layer, weights: tuple[NDArray[Any], ...], /
-) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None, bool]: ...
+# Fills the matrices and sets the biases; w_o may be None only if the layer has none.
+def unpack_layer(layer: Layer, weights: UnpackedWeights, /) -> None: ...
 def layer_isa(layer: Layer, /) -> str: ...
 def attention(
     q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any] | None, options: Options, /
@@ -347,6 +395,10 @@ def state_result(state: AttentionState, out: NDArray[Any] | None, /) -> tuple[ND
 xla_attention: object  # capsules: handlers for XLA
 xla_attention_backward: object
 
+# The bits of the handlers' attributes `given` and `wrt`, in the order of the arguments and of the results.
+XLA_GIVEN: dict[str, int]
+XLA_WANTED: dict[str, int]
+
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
 
 # Matrices of codes come as pairs with their scales, (groups, columns).
@@ -374,7 +426,7 @@ def unpack_linear(
     layer: Linear, matrices: tuple[NDArray[Any] | tuple[NDArray[Any], NDArray[Any]], ...], /
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None]: ...
 def call_feed_forward(
-    parts: tuple[Linear, Linear, Norm | None, Norm | None],
+    weights: FeedForwardWeights,
     function: str,
     x: NDArray[Any],
     residual: NDArray[Any] | None,

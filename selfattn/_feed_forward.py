@@ -75,12 +75,12 @@ class FeedForward(Immutable):
     (2, 5, 8)
     """
 
-    __slots__ = ("_first", "_norms", "_parts", "_second", "d_hidden", "d_in", "d_out", "dtype", "isa")
+    __slots__ = ("_core", "_first", "_norms", "_second", "d_hidden", "d_in", "d_out", "dtype", "isa")
 
+    _core: _core.FeedForwardWeights
     _first: Linear
     _second: Linear
     _norms: tuple[LayerNorm | RMSNorm | None, LayerNorm | RMSNorm | None]
-    _parts: tuple[_core.Linear, _core.Linear, _core.Norm | None, _core.Norm | None]
     d_hidden: int
     d_in: int
     d_out: int
@@ -112,14 +112,18 @@ class FeedForward(Immutable):
 
     def _join(self, first: Linear, second: Linear, norm: Any, post_norm: Any) -> None:
         function = "FeedForward"
-        before = norm_or_none(function, "norm", norm, first.d_in, first.dtype)
-        after = norm_or_none(function, "post_norm", post_norm, second.d_out, first.dtype)
+        weights = _core.FeedForwardWeights(
+            first=first._core,
+            second=second._core,
+            norm=norm_or_none(function, "norm", norm, first.d_in, first.dtype),
+            post_norm=norm_or_none(function, "post_norm", post_norm, second.d_out, first.dtype),
+        )
         self._set(
             {
+                "_core": weights,
                 "_first": first,
                 "_second": second,
                 "_norms": (norm, post_norm),
-                "_parts": (first._core, second._core, before, after),
                 "d_in": first.d_in,
                 "d_hidden": first.d_out,
                 "d_out": second.d_out,
@@ -162,7 +166,7 @@ class FeedForward(Immutable):
         y : ndarray, shape (..., d_out), dtype of x
         """
         arguments = row_arguments("FeedForward", x, residual, out, num_threads)
-        return _core.call_feed_forward(self._parts, *arguments)
+        return _core.call_feed_forward(self._core, *arguments)
 
 
 def _load(version: int, *parts: Any) -> FeedForward:

@@ -21,7 +21,7 @@ from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._paged import PagedKVCache
 from ._rope import RoPE, rope_or_none
 from ._typing import Array, LayerCallOptions, No, Yes
-from ._weights import Weights, head_counts, vector
+from ._weights import Weights, head_counts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,21 +142,22 @@ class SelfAttention(Immutable):
     def _build(self, function: str, weights: _Four, biases: _Four, counts: _Pair, rope: Any, norms: _Four) -> None:
         heads, kv_heads = counted = head_counts(function, *counts)
         w = Weights.check(function, weights, heads, kv_heads)
-        columns = (w.q, w.k, w.v, w.o)
-        vectors = tuple(
-            vector(function, name, bias, matrix, w.q.dtype)
-            for name, bias, matrix in zip("qkvo", biases, columns, strict=True)
-        )
+        b = w.biases(function, biases)
         description = rope_or_none(function, rope)
         rotation = None if description is None else description.for_core(function, w.head_dim)
         d_out = heads * w.value_dim if w.o is None else w.o.shape[1]
-        before = norm_or_none(function, "norm", norms[0], w.q.shape[0], w.q.dtype)
-        after = norm_or_none(function, "post_norm", norms[1], d_out, w.q.dtype)
-        if after is not None and w.o is None:
+        norm, post_norm, q_norm, k_norm = norms
+        pre = norm_or_none(function, "norm", norm, w.q.shape[0], w.q.dtype)
+        post = norm_or_none(function, "post_norm", post_norm, d_out, w.q.dtype)
+        if post is not None and w.o is None:
             raise refusal(ValueError, function, "post_norm", " is given without w_o")
-        q, k = head_norms(function, norms[2:], counted, w.head_dim, w.q.dtype).values()
-        all_norms = (before, after, q.core, q.width, k.core, k.width)
-        core = _core.make_layer(columns, vectors, heads, kv_heads, rotation, all_norms)
+        of_heads = head_norms(function, (q_norm, k_norm), counted, w.head_dim, w.q.dtype)
+        q, k = of_heads["q"], of_heads["k"]
+        core = _core.make_layer(
+            _core.UnpackedWeights(w_q=w.q, w_k=w.k, w_v=w.v, w_o=w.o, b_q=b["q"], b_k=b["k"], b_v=b["v"], b_o=b["o"]),
+            _core.LayerNorms(norm=pre, post_norm=post, q_norm=q.core, k_norm=k.core, q_width=q.width, k_width=k.width),
+            heads, kv_heads, rotation,
+        )  # fmt: skip
         self._set({
             "_core": core, "_first_head": 0, "_has_output": w.o is not None, "_norms": norms, "_rope": description,
             "d_context": w.k.shape[0], "d_model": w.q.shape[0], "d_out": d_out, "dtype": w.q.dtype,
@@ -169,19 +170,18 @@ class SelfAttention(Immutable):
         counts = (self.num_heads, self.num_kv_heads)
         return _load, (type(self), _VERSION, *self._unpacked(), counts, self._rope, self._norms)
 
-    def _unpacked(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def _unpacked(self) -> tuple[_Four, tuple[Any, ...]]:
         """Return copies of the matrices and the biases."""
-        shapes = (
-            (self.d_model, self.num_heads * self.head_dim),
-            (self.d_context, self.num_kv_heads * self.head_dim),
-            (self.d_context, self.num_kv_heads * self.value_dim),
-            (self.num_heads * self.value_dim, self.d_out),
+        to = _core.UnpackedWeights(
+            w_q=np.empty((self.d_model, self.num_heads * self.head_dim), self.dtype),
+            w_k=np.empty((self.d_context, self.num_kv_heads * self.head_dim), self.dtype),
+            w_v=np.empty((self.d_context, self.num_kv_heads * self.value_dim), self.dtype),
+            w_o=np.empty((self.num_heads * self.value_dim, self.d_out), self.dtype) if self._has_output else None,
         )
-        matrices = tuple(np.empty(shape, self.dtype) for shape in shapes)
-        *biases, has_output = _core.unpack_layer(self._core, matrices)
+        _core.unpack_layer(self._core, to)
         # Biases are kept in the computation type, which represents every number of the narrower dtype exactly.
-        plain = tuple(None if bias is None else bias.astype(self.dtype) for bias in biases)
-        return matrices if has_output else (*matrices[:3], None), plain
+        biases = (None if b is None else b.astype(self.dtype) for b in (to.b_q, to.b_k, to.b_v, to.b_o))
+        return (to.w_q, to.w_k, to.w_v, to.w_o), tuple(biases)
 
     def __repr__(self) -> str:
         return (
@@ -268,13 +268,14 @@ class SelfAttention(Immutable):
 
     def _step(self, inputs: Inputs, cache: AnyCache, sequences: Any, out: Any, options: dict[str, Any]) -> Any:
         function = "SelfAttention"
-        x = as_array(function, "x", inputs[0])
-        check_with_cache(function, cache, inputs[1], options)
+        x, context, positions, residual = inputs
+        x = as_array(function, "x", x)
+        check_with_cache(function, cache, context, options)
         options = {"causal": True, **options}
         tokens = x.shape[-2] if x.ndim > 1 else 0
 
         def call(step: Step) -> Any:
-            return self._call(function, (x, *inputs[1:]), out, options, step)
+            return self._call(function, (x, context, positions, residual), out, options, step)
 
         return cache._run(function, sequences, tokens, call)
 

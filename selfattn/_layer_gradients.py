@@ -20,7 +20,7 @@ from ._norm import LayerNorm, RMSNorm
 from ._products import Product, rounded, rows_of
 from ._rope import RoPE
 from ._typing import Array, LayerVjpOptions
-from ._weights import Weights, head_counts, vector
+from ._weights import Weights, head_counts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,8 +112,7 @@ def differentiable(
     """Do what `self_attention_vjp` does; for dropout, the first head counts as head `first_head`."""
     heads, kv_heads = head_counts(_NAME, *counts)
     w = Weights.check(_NAME, weights[0], heads, kv_heads)
-    given = zip("qkvo", weights[1], (w.q, w.k, w.v, w.o), strict=True)
-    biases = {letter: vector(_NAME, letter, bias, matrix, w.q.dtype) for letter, bias, matrix in given}
+    biases = w.biases(_NAME, weights[1])
     context, rope, positions = (options.pop(name, None) for name in ("context", "rope", "positions"))
     head_norm = (options.pop("q_norm", None), options.pop("k_norm", None))
     rotation = Rotation.check(_NAME, rope, positions, w.head_dim)

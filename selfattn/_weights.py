@@ -50,6 +50,11 @@ class Weights(NamedTuple):
             )
         return cls(q, k, v, o, head_dim, value_dim)
 
+    def biases(self, function: str, vectors: tuple[Any, Any, Any, Any]) -> dict[str, NDArray[Any] | None]:
+        """Return the checked biases of the matrices, by the letters of these."""
+        given = zip("qkvo", vectors, (self.q, self.k, self.v, self.o), strict=True)
+        return {letter: _vector(function, letter, bias, matrix, self.q.dtype) for letter, bias, matrix in given}
+
 
 def head_counts(function: str, num_heads: Any, num_kv_heads: Any) -> tuple[int, int]:
     """Return the checked numbers of heads of queries and of keys."""
@@ -71,7 +76,7 @@ def _matrix(function: str, name: str, value: Any, dtype: np.dtype[Any] | None) -
     return array
 
 
-def vector(
+def _vector(
     function: str, letter: str, value: Any, matrix: NDArray[Any] | None, dtype: np.dtype[Any]
 ) -> NDArray[Any] | None:
     if value is None:

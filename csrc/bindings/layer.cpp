@@ -20,12 +20,10 @@ class Layer {
  public:
   static constexpr const char* capsule_name = "selfattn.Layer";
 
-  // All arrays have one dtype, and the Python layer has checked their shapes. Biases, w_o and rope may be None.
-  Layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads, std::int64_t num_kv_heads,
-        py::object rope, py::tuple norms)
-      : rope_(std::move(rope)),
-        norms_(std::move(norms)),
-        weights_(make(matrices, biases, num_heads, num_kv_heads, rope_, norms_)) {}
+  // All arrays have one dtype, and the Python layer has checked their shapes. The rope may be None.
+  Layer(const UnpackedWeights& weights, const LayerNorms& norms, std::int64_t num_heads, std::int64_t num_kv_heads,
+        py::object rope)
+      : rope_(std::move(rope)), norms_(norms), weights_(make(weights, norms_, num_heads, num_kv_heads, rope_)) {}
 
   py::object call(const char* function, const LayerInputs& inputs, py::object out, py::handle option_values) const {
     const py::handle x = inputs.x, context = inputs.context;
@@ -71,47 +69,42 @@ class Layer {
 
   const char* isa() const { return weights_.kernels->name; }
 
-  // Writes the weights to the matrices w_q, w_k, w_v and, if there is one, w_o. Returns the four biases, each an array
-  // or None, and whether there is a w_o.
-  py::tuple unpack_all(const py::tuple& matrices) const {
-    const Projection* const projections[] = {&weights_.query, &weights_.key, &weights_.value,
-                                             weights_.output ? &*weights_.output : nullptr};
-    py::tuple found(5);
-    for (std::size_t i = 0; i < 4; ++i) {
-      found[i] = py::none();
-      if (!projections[i]) continue;
-      found[i] = unpack(*projections[i], view_of(py::reinterpret_borrow<py::array>(matrices[i]), weights_.dtype));
-    }
-    found[4] = py::bool_(projections[3] != nullptr);
-    return found;
+  // Writes the weights to the matrices, and sets the biases. w_o and b_o are used only if the layer has them.
+  void unpack_all(UnpackedWeights& to) const {
+    const auto unpack_one = [&](const Projection& projection, py::handle matrix) {
+      return unpack(projection, view_of(py::reinterpret_borrow<py::array>(matrix), weights_.dtype));
+    };
+    to.b_q = unpack_one(weights_.query, to.w_q);
+    to.b_k = unpack_one(weights_.key, to.w_k);
+    to.b_v = unpack_one(weights_.value, to.w_v);
+    if (weights_.output) to.b_o = unpack_one(*weights_.output, to.w_o);
   }
 
  private:
-  static LayerWeights make(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads,
-                           std::int64_t num_kv_heads, py::handle rope, const py::tuple& norms) {
-    const py::handle w_q = matrices[0], w_v = matrices[2], w_o = matrices[3];
+  static LayerWeights make(const UnpackedWeights& from, const LayerNorms& norms, std::int64_t num_heads,
+                           std::int64_t num_kv_heads, py::handle rope) {
     const KernelSet& kernels = active_kernels();
-    const DType dtype = float_view("SelfAttention", "w_q", w_q).dtype;
-    const auto projection = [&](py::handle weights, std::size_t bias) {
-      return Projection(kernels, optional_view(weights, dtype), optional_view(biases[bias], dtype));
+    const DType dtype = float_view("SelfAttention", "w_q", from.w_q).dtype;
+    const auto projection = [&](py::handle weights, py::handle bias) {
+      return Projection(kernels, optional_view(weights, dtype), optional_view(bias, dtype));
     };
     const auto columns = [](py::handle w) { return py::reinterpret_borrow<py::array>(w).shape(1); };
     LayerWeights layer{&kernels,
                        dtype,
                        num_heads,
                        num_kv_heads,
-                       columns(w_q) / num_heads,
-                       columns(w_v) / num_kv_heads,
-                       projection(w_q, 0),
-                       projection(matrices[1], 1),
-                       projection(w_v, 2),
+                       columns(from.w_q) / num_heads,
+                       columns(from.w_v) / num_kv_heads,
+                       projection(from.w_q, from.b_q),
+                       projection(from.w_k, from.b_k),
+                       projection(from.w_v, from.b_v),
                        std::nullopt,
                        rope_of(rope),
-                       norm_or_none(norms[0]),
-                       norm_or_none(norms[1]),
-                       {norm_or_none(norms[2]), norms[3].cast<std::int64_t>()},
-                       {norm_or_none(norms[4]), norms[5].cast<std::int64_t>()}};
-    if (!w_o.is_none()) layer.output.emplace(projection(w_o, 3));
+                       norm_or_none(norms.norm),
+                       norm_or_none(norms.post_norm),
+                       {norm_or_none(norms.q_norm), norms.q_width},
+                       {norm_or_none(norms.k_norm), norms.k_width}};
+    if (!from.w_o.is_none()) layer.output.emplace(projection(from.w_o, from.b_o));
     return layer;
   }
 
@@ -148,16 +141,14 @@ class Layer {
   }
 
   const py::object rope_;  // a _core.Rope or None
-  // The norms of x, of the result, of queries and of keys, as capsules or None. The norm of queries and the norm of
-  // keys are each followed by the count of numbers that are normalised together.
-  const py::tuple norms_;
+  const LayerNorms norms_;
   const LayerWeights weights_;
 };
 
-py::capsule make_layer(const py::tuple& matrices, const py::tuple& biases, std::int64_t num_heads,
-                       std::int64_t num_kv_heads, py::object rope, py::tuple norms) {
-  return capsule_of(
-      std::make_unique<Layer>(matrices, biases, num_heads, num_kv_heads, std::move(rope), std::move(norms)));
+py::capsule make_layer(py::handle weights, py::handle norms, std::int64_t num_heads, std::int64_t num_kv_heads,
+                       py::object rope) {
+  return capsule_of(std::make_unique<Layer>(Record<UnpackedWeights>::in(weights), Record<LayerNorms>::in(norms),
+                                            num_heads, num_kv_heads, std::move(rope)));
 }
 
 // The inputs are one object, because pybind11 allocates memory for a call with more than six arguments.
@@ -168,8 +159,8 @@ py::object call_layer(const py::capsule& capsule, const char* function, py::hand
 
 const char* layer_isa(const py::capsule& capsule) { return held_by<Layer>(capsule).isa(); }
 
-py::tuple unpack_layer(const py::capsule& capsule, const py::tuple& matrices) {
-  return held_by<Layer>(capsule).unpack_all(matrices);
+void unpack_layer(const py::capsule& capsule, py::handle weights) {
+  held_by<Layer>(capsule).unpack_all(Record<UnpackedWeights>::in(weights));
 }
 
 // x and out have the same shape (..., tokens, heads, head_dim). positions broadcasts to (..., tokens). If the rope has

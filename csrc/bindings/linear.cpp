@@ -189,15 +189,16 @@ py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
   return found;
 }
 
-// `capsules` are two layers and two norms, which the caller must keep alive. Norms may be None.
-py::object call_feed_forward(const py::tuple& capsules, const char* function, py::handle x, py::handle residual,
+// The caller must neither change nor release `weights`, a _core.FeedForwardWeights.
+py::object call_feed_forward(py::handle weights, const char* function, py::handle x, py::handle residual,
                              py::object out, int num_threads) {
-  const LinearWeights& first = held_by<HeldLinear>(capsules[0]).weights;
-  const LinearWeights& second = held_by<HeldLinear>(capsules[1]).weights;
+  const FeedForwardWeights& capsules = Record<FeedForwardWeights>::in(weights);
+  const LinearWeights& first = held_by<HeldLinear>(capsules.first).weights;
+  const LinearWeights& second = held_by<HeldLinear>(capsules.second).weights;
   const RowCall call(function, x, first.projection.depth(), residual, second.projection.columns());
   check_dtype(function, call.x, first.projection);
   // Read here, because the work runs without the GIL.
-  const Norm *const norm = norm_or_none(capsules[2]), *const post_norm = norm_or_none(capsules[3]);
+  const Norm *const norm = norm_or_none(capsules.norm), *const post_norm = norm_or_none(capsules.post_norm);
   const auto job = [&](const RowsView& rows, const RowsView* added, char* result) {
     return FeedForward({first, second, norm, post_norm, rows, added, result, call.x.dtype});
   };

@@ -33,6 +33,26 @@ constexpr Field<LayerInputs> layer_fields[] = {
     field<LayerInputs, &LayerInputs::step>("step"),
 };
 
+constexpr Field<UnpackedWeights> weight_fields[] = {
+    field<UnpackedWeights, &UnpackedWeights::w_q>("w_q"), field<UnpackedWeights, &UnpackedWeights::w_k>("w_k"),
+    field<UnpackedWeights, &UnpackedWeights::w_v>("w_v"), field<UnpackedWeights, &UnpackedWeights::w_o>("w_o"),
+    field<UnpackedWeights, &UnpackedWeights::b_q>("b_q"), field<UnpackedWeights, &UnpackedWeights::b_k>("b_k"),
+    field<UnpackedWeights, &UnpackedWeights::b_v>("b_v"), field<UnpackedWeights, &UnpackedWeights::b_o>("b_o"),
+};
+
+constexpr Field<LayerNorms> norm_fields[] = {
+    field<LayerNorms, &LayerNorms::norm>("norm"),       field<LayerNorms, &LayerNorms::post_norm>("post_norm"),
+    field<LayerNorms, &LayerNorms::q_norm>("q_norm"),   field<LayerNorms, &LayerNorms::k_norm>("k_norm"),
+    field<LayerNorms, &LayerNorms::q_width>("q_width"), field<LayerNorms, &LayerNorms::k_width>("k_width"),
+};
+
+constexpr Field<FeedForwardWeights> feed_forward_fields[] = {
+    field<FeedForwardWeights, &FeedForwardWeights::first>("first"),
+    field<FeedForwardWeights, &FeedForwardWeights::second>("second"),
+    field<FeedForwardWeights, &FeedForwardWeights::norm>("norm"),
+    field<FeedForwardWeights, &FeedForwardWeights::post_norm>("post_norm"),
+};
+
 constexpr Field<VarlenInputs> varlen_fields[] = {
     field<VarlenInputs, &VarlenInputs::q>("q"),
     field<VarlenInputs, &VarlenInputs::k>("k"),
@@ -84,6 +104,9 @@ void register_operands(py::module_& module) {
   Record<RopeTables>::add(module, "Rope", rope_fields);
   Record<CacheInputs>::add(module, "CacheInputs", cache_fields);
   Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
+  Record<UnpackedWeights>::add(module, "UnpackedWeights", weight_fields);
+  Record<LayerNorms>::add(module, "LayerNorms", norm_fields);
+  Record<FeedForwardWeights>::add(module, "FeedForwardWeights", feed_forward_fields);
   Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);
   Record<RelativeInputs>::add(module, "RelativeInputs", relative_fields);
   Record<GradientInputs>::add(module, "GradientInputs", gradient_fields);

@@ -18,6 +18,24 @@ struct LayerInputs {
   py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), step = py::none();
 };
 
+// Weights and biases of a layer. The last five may be None.
+struct UnpackedWeights {
+  py::object w_q = py::none(), w_k = py::none(), w_v = py::none(), w_o = py::none();
+  py::object b_q = py::none(), b_k = py::none(), b_v = py::none(), b_o = py::none();
+};
+
+// Norms of a layer: of x, of the result, of queries and of keys, as capsules or None. `q_width` and `k_width` count the
+// numbers that q_norm and k_norm normalise together.
+struct LayerNorms {
+  py::object norm = py::none(), post_norm = py::none(), q_norm = py::none(), k_norm = py::none();
+  std::int64_t q_width = 0, k_width = 0;
+};
+
+// The two linear layers and the norms of a feed-forward network, as capsules. The norms may be None.
+struct FeedForwardWeights {
+  py::object first = py::none(), second = py::none(), norm = py::none(), post_norm = py::none();
+};
+
 // Operands of attention_varlen() and its gradients. The last five may be None. They replace the options of the same
 // names, which are None in the call's options: `mask` and `bias` are lists with one item per sequence, and the first
 // axis of q_offset, kv_starts and alibi_slopes counts sequences. The Python layer has checked cu_seqlens and the

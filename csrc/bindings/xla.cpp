@@ -19,8 +19,8 @@ using xla::Doubles;
 using xla::Lengths;
 
 // The bits of the attributes `given` and `wrt`.
-enum Given : std::int64_t { bias_given = 1, mask_given = 2, query_lengths_given = 4, key_lengths_given = 8 };
-enum Wanted : std::int64_t { query_wanted = 1, key_wanted = 2, value_wanted = 4, bias_wanted = 8 };
+constexpr std::int64_t bias_given = 1, mask_given = 2, query_lengths_given = 4, key_lengths_given = 8;
+constexpr std::int64_t query_wanted = 1, key_wanted = 2, value_wanted = 4, bias_wanted = 8;
 
 // The operands of attention, as views that `arguments` refers to. Query, key and value are XLA's arguments from `first`
 // on; the operands that may be absent start at XLA's argument `rest`.
@@ -196,6 +196,12 @@ py::capsule capsule() {
 }  // namespace
 
 void register_xla(py::module_& module) {
+  using py::literals::operator""_a;
+  // By the names of JAX's operands, in the order of a handler's arguments and results.
+  module.attr("XLA_GIVEN") = py::dict("bias"_a = bias_given, "mask"_a = mask_given,
+                                      "query_lengths"_a = query_lengths_given, "key_lengths"_a = key_lengths_given);
+  module.attr("XLA_WANTED") =
+      py::dict("query"_a = query_wanted, "key"_a = key_wanted, "value"_a = value_wanted, "bias"_a = bias_wanted);
   module.attr("xla_attention") = capsule<&attend_xla>();
   module.attr("xla_attention_backward") = capsule<&differentiate_xla>();
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,11 +42,8 @@ class Operands(NamedTuple):
     query_lengths: Any = None
     key_lengths: Any = None
 
-    def given(self) -> list[Any]:
-        return [array for array in self if array is not None]
 
-
-DIFFERENTIABLE = ("query", "key", "value", "bias")
+DIFFERENTIABLE = tuple(_core.XLA_WANTED)
 
 
 def _for(operands: Operands, gradients: dict[str, Any]) -> Operands:
@@ -75,7 +73,7 @@ def _attend_forward(config: Config, traced: Any) -> Any:
 
 def _attend_backward(config: Config, kept: Any, grad_out: Any) -> tuple[Operands]:
     operands, out, lse, wanted = kept
-    wrt = tuple(name for i, name in enumerate(DIFFERENTIABLE) if wanted.shape[0] >> i & 1)
+    wrt = tuple(name for name, bit in _core.XLA_WANTED.items() if wanted.shape[0] & bit)
     if not wrt or isinstance(grad_out, jax.custom_derivatives.SymbolicZero):
         return (_for(operands, {}),)
     gradients = _gradients((config, wrt), grad_out, operands, out, lse)
@@ -111,7 +109,7 @@ def _gradients_function(static: Any, grad_out: Any, operands: Operands, out: Any
         jax.ShapeDtypeStruct(array.shape, computed if name == "bias" else array.dtype)
         for name, array in zip(wrt, arrays, strict=True)
     )
-    found = _call(_BACKWARD, results, config, operands, (grad_out,), (out, lse), wrt=_bits(DIFFERENTIABLE, wrt))
+    found = _call(_BACKWARD, results, config, operands, (grad_out,), (out, lse), wrt=_bits(_core.XLA_WANTED, wrt))
     return tuple(gradient.astype(array.dtype) for gradient, array in zip(found, arrays, strict=True))
 
 
@@ -142,15 +140,15 @@ def _untraced(traced: Any) -> tuple[Operands, Any]:
     """
     operands = Operands(*(x if x is None else x.value for x in traced))
     wanted = [name for name in DIFFERENTIABLE if (x := getattr(traced, name)) is not None and x.perturbed]
-    return operands, jnp.zeros((_bits(DIFFERENTIABLE, wanted), 0), bool)
+    return operands, jnp.zeros((_bits(_core.XLA_WANTED, wanted), 0), bool)
 
 
 def _computed_in(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def _bits(names: tuple[str, ...], chosen: Any) -> int:
-    return sum(1 << i for i, name in enumerate(names) if name in chosen)
+def _bits(bits: dict[str, int], names: Iterable[str]) -> int:
+    return sum(bits[name] for name in names)
 
 
 def _call(
@@ -163,11 +161,11 @@ def _call(
     **flags: int,
 ) -> Any:
     """Call a handler of csrc/bindings/xla.cpp."""
-    optional = Operands._fields[3:]
-    given = _bits(optional, [name for name in optional if getattr(operands, name) is not None])
+    given = {name: array for name in _core.XLA_GIVEN if (array := getattr(operands, name)) is not None}
+    heads = (operands.query, operands.key, operands.value)
+    attributes = config.attributes(given=_bits(_core.XLA_GIVEN, given), **flags)
     call = jax.ffi.ffi_call(target, results, vmap_method="expand_dims")  # unmapped arrays are not repeated
-    arrays = operands.given()
-    return call(*before, *arrays[:3], *between, *arrays[3:], **config.attributes(given=given, **flags))
+    return call(*before, *heads, *between, *given.values(), **attributes)
 
 
 def _with_gradient(function: Any, forward: Any, backward: Any, *, symbolic_zeros: bool) -> Any:

@@ -143,6 +143,10 @@ def test_calls_refuse_other_operands() -> None:
             _core.attention_backward("f", (x, x, x), other, ("q",), options)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="RelativeInputs is needed"):
             _core.relative_attention("f", (x, x, x), other, None, options)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="UnpackedWeights is needed"):
+            _core.make_layer(other, _core.LayerNorms(), 1, 1, None)  # type: ignore[arg-type,call-arg]
+        with pytest.raises(TypeError, match="FeedForwardWeights is needed"):
+            _core.call_feed_forward(other, "f", x, None, None, 1)  # type: ignore[arg-type]
 
 
 def test_a_copy_is_another() -> None:
