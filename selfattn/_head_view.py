@@ -25,13 +25,10 @@ _ROW, _COLUMN, _LINES, _GAP = (
 )  # pixels: a token's height, a letter's width, lines' width, between panels
 _TOP = 40  # pixels above the tokens of a panel
 _BLUE, _RED = "#0072b2", "#d55e00"  # two colours that colour-blind people can tell apart
-_STYLE = (
-    '.selfattn-view{max-width:100%;height:auto;background:#fff;font:12px "DejaVu Sans Mono",Menlo,Consolas,monospace}'
-    ".selfattn-view text{fill:#111}.selfattn-view .note{fill:#555}"
-    f".selfattn-view line{{stroke:{_BLUE};stroke-linecap:round}}"
-    f".selfattn-view .strange{{stroke:{_RED};stroke-dasharray:4 3}}"
-    ".selfattn-view .panel:has(.query:hover) .query:not(:hover){opacity:.12}"
-)
+_BLACK, _GREY = "#111", "#555"
+_FONT = "font:12px 'DejaVu Sans Mono',Menlo,Consolas,monospace"
+# All but this is in attributes: Jupyter drops the rules of notebooks that it does not trust.
+_HOVER = ".selfattn-view .panel:has(.query:hover) .query:not(:hover){opacity:.12}"
 
 
 class HeadView(NamedTuple):
@@ -134,9 +131,9 @@ def _svg(pictures: list[Picture], title: str, least: float) -> str:
     height = below + 36 + 16 * len(notes)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="selfattn-view" role="img" width="{width:.0f}" '
-        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
-        f'<rect width="100%" height="100%" fill="#fff"/>{_text(_GAP, 22, title, "", "font-weight:bold")}',
+        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:100%;height:auto;{_FONT}">',
+        f"<title>{escape(title)}</title><style>{_HOVER}</style>",
+        f'<rect width="100%" height="100%" fill="#fff"/>{_text(_GAP, 22, title, "font-weight:bold")}',
     ]
     for i, picture in enumerate(pictures):
         x, y = _GAP + i % across * wide, 36 + i // across * high
@@ -154,12 +151,12 @@ def _panel(picture: Picture, sides: list[list[str]], margins: list[float], scale
     """Yield a head's tokens and lines; `scale` is the largest and the smallest weight of a line."""
     left, right = margins[0], margins[0] + _LINES
     if picture.head is not None:
-        yield _text(left + _LINES / 2, 12, f"head {picture.head}", "", "text-anchor:middle;font-weight:bold")
-    yield _text(left - 6, 30, "query", "note", "text-anchor:end") + _text(right + 6, 30, "key", "note")
+        yield _text(left + _LINES / 2, 12, f"head {picture.head}", "text-anchor:middle;font-weight:bold")
+    yield _text(left - 6, 30, "query", "text-anchor:end", _GREY) + _text(right + 6, 30, "key", colour=_GREY)
     for i, key in enumerate(sides[1]):
         yield _text(right + 6, _TOP + _ROW * i + 13, key)
     for i, (query, row) in enumerate(zip(sides[0], picture.weights, strict=True)):
-        lines = [_text(left - 6, _TOP + _ROW * i + 13, query, "", "text-anchor:end")]
+        lines = [_text(left - 6, _TOP + _ROW * i + 13, query, "text-anchor:end")]
         for j in np.argsort(row, kind="stable"):  # the widest is on top
             weight = float(row[j])
             if weight >= scale[1] or not np.isfinite(weight):
@@ -170,13 +167,13 @@ def _panel(picture: Picture, sides: list[list[str]], margins: list[float], scale
 
 def _legend(y: float, top: float, least: float, notes: list[str]) -> Iterator[str]:
     x = float(_GAP)
-    yield _text(x, y + 20, "weight", "note")
+    yield _text(x, y + 20, "weight", colour=_GREY)
     x += 7 * _COLUMN
     for weight in dict.fromkeys([least, (least + top) / 2, top]):
-        yield _line((x, y + 16, x + 30, y + 16), weight, top) + _text(x + 36, y + 20, f"{weight:.2g}", "note")
+        yield _line((x, y + 16, x + 30, y + 16), weight, top) + _text(x + 36, y + 20, f"{weight:.2g}", colour=_GREY)
         x += 100
     for i, note in enumerate(notes):
-        yield _text(_GAP, y + 40 + 16 * i, note, "note")
+        yield _text(_GAP, y + 40 + 16 * i, note, colour=_GREY)
 
 
 def _notes(pictures: list[Picture], least: float) -> list[str]:
@@ -191,15 +188,15 @@ def _notes(pictures: list[Picture], least: float) -> list[str]:
 
 def _line(ends: tuple[float, float, float, float], weight: float, top: float, tip: str = "") -> str:
     share = weight / top if np.isfinite(weight) else 0.5
-    kind = "" if np.isfinite(weight) else ' class="strange"'
+    kind = f'stroke="{_BLUE}"' if np.isfinite(weight) else f'stroke="{_RED}" stroke-dasharray="4 3"'
     places = " ".join(f'{name}="{x:.1f}"' for name, x in zip(("x1", "y1", "x2", "y2"), ends, strict=True))
     shown = f"<title>{escape(tip)}</title>" if tip else ""
     return (
-        f'<line{kind} {places} stroke-width="{0.6 + 3.4 * share:.2f}" '
+        f'<line {kind} {places} stroke-width="{0.6 + 3.4 * share:.2f}" '
         f'stroke-opacity="{0.2 + 0.8 * share:.2f}">{shown}</line>'
     )
 
 
-def _text(x: float, y: float, text: str, kind: str = "", style: str = "") -> str:
-    extra = (f' class="{kind}"' if kind else "") + (f' style="{style}"' if style else "")
+def _text(x: float, y: float, text: str, style: str = "", colour: str = _BLACK) -> str:
+    extra = f' fill="{colour}"' + (f' style="{style}"' if style else "")
     return f'<text x="{x:.1f}" y="{y:.1f}"{extra} xml:space="preserve">{escape(text)}</text>'

@@ -91,7 +91,7 @@ def test_nan_is_seen() -> None:
     weights = WEIGHTS.copy()
     weights[1, 2] = np.nan
     root = tree(viz.head_view(weights, TOKENS))
-    assert [line.findtext(SVG + "title") for line in root.iter(SVG + "line") if line.get("class")] == [
+    assert [line.findtext(SVG + "title") for line in root.iter(SVG + "line") if line.get("stroke-dasharray")] == [
         "went → north: nan"
     ]
     assert "dashed: NaN or infinite weights (1)" in texts(root)
@@ -161,6 +161,12 @@ def test_no_token_becomes_markup(tmp_path: Path) -> None:
     page.feed(saved(tmp_path, "view.html").read_text(encoding="utf8"))
     assert set(page.elements) == ELEMENTS
     assert page.texts.count(TITLE) == 3
+
+
+def test_lines_are_seen_without_rules_of_style() -> None:
+    root = tree(viz.head_view(np.full((2, 2), np.nan) + np.diag([1, 0]), TOKENS[:2]))
+    assert all(line.get("stroke") for line in root.iter(SVG + "line"))
+    assert re.fullmatch(r"\S+ \S+:has\(\S+\) \S+:not\(:hover\)\{opacity:[.\d]+\}", root.findtext(SVG + "style") or "")
 
 
 def test_nothing_is_loaded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,13 @@ def test_long_tokens_leave_room_for_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("largest", [1e308, 1.7e308, 1e-310, -1.7e308])
 def test_weights_of_any_size(figure: Any, largest: float) -> None:
     heads = np.full((3, 2, 2), largest)
-    for scale in ({}, {"log": True}, {"vmax": 1e-320}, {"vmax": 1e308}):
+    for scale in ({}, {"log": True}, {"power": 0.3}, {"vmax": 1e-320}, {"vmax": 1e308}):
         with np.errstate(all="raise"):
             assert viz.text(heads, head="mean", **scale).count("\n") == 2
             viz.heatmap(heads, head="mean", ax=figure.add_subplot(), **scale)
+    for options in ({}, {"head": "mean"}, {"skip": ["a"]}, {"least": 1e-300}):
+        with np.errstate(all="raise"):
+            ET.fromstring(viz.head_view(heads, ["a", "b"], **options).svg)
 
 
 def test_weights_of_other_libraries(figure: Any) -> None:
