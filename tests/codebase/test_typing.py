@@ -103,6 +103,7 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str, str]] = {
     "t5_bias": (lambda **x: sa.t5_bias(np.eye(8), 3, 3, **x), "max_distnce", "max_distance"),
     "merge_states": (lambda **x: sa.merge_states([X], **x), "lse", "lses"),
     "heatmap": (lambda **x: viz.heatmap(np.eye(2), **x), "tokns", "tokens"),
+    "head_view": (lambda **x: viz.head_view(np.eye(2), **x), "heads", "head"),
     "text": (lambda **x: viz.text(np.eye(2), **x), "tokns", "tokens"),
     "attention (reference)": (lambda **x: sa.reference.attention(X, X, X, **x), "casual", "causal"),
     "dot_product_attention": (lambda **x: compat.dot_product_attention(X, X, X, **x), "casual", "is_causal"),

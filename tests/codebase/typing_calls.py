@@ -152,6 +152,7 @@ def others(x: Array) -> None:
     with sa.use_isa("portable"):
         sa.set_num_threads(None)
     assert_type(viz.text(x, head="mean"), str)
+    assert_type(viz.head_view(x, skip=["a"]), viz.HeadView)
     sa.apply_rope(x, layout="bsdh")  # type: ignore[arg-type]
     sa.apply_rope(x, position=[0])  # type: ignore[call-arg]
     sa.RoPE(theta=1e6)  # type: ignore[call-arg]
@@ -164,6 +165,7 @@ def others(x: Array) -> None:
     sa.no_such_function()  # type: ignore[attr-defined]
     viz.text(x, head="main")  # type: ignore[arg-type]
     viz.heatmap(x, titel="x")  # type: ignore[call-arg]
+    viz.heatmap(x, power="half")  # type: ignore[arg-type]
 
 
 def other_libraries_names(x: Array) -> None:

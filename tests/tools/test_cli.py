@@ -1,4 +1,4 @@
-"""The command line: info, selftest, bench."""
+"""The command line: info, selftest, bench. `test_demo.py` tests demo."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_info_json_holds_both_dictionaries(capsys):
 def test_without_arguments_it_says_what_there_is(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    for command in ("info", "selftest", "bench"):
+    for command in ("info", "selftest", "demo", "bench"):
         assert f"selfattn {command} " in printed
     missing = [name for name in selfattn.__all__ if name[0] != "_" and f"  sa.{name} " not in printed]
     assert missing == []

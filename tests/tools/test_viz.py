@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,6 @@ def test_errors(figure: Any, arguments: Any, exception: Any, message: str) -> No
         viz.heatmap(**{"weights": WEIGHTS, "ax": figure.add_subplot(), **arguments})
 
 
-@pytest.mark.parametrize("draw", ["heatmap", "text"])
 @pytest.mark.parametrize(
     ("arguments", "exception", "message"),
     [
@@ -106,14 +106,20 @@ def test_errors(figure: Any, arguments: Any, exception: Any, message: str) -> No
         ({"log": 1}, TypeError, "log is 1, but True or False is needed"),
         ({"vmax": "1"}, TypeError, "vmax is '1', but a real number is needed"),
         ({"vmax": 0.0}, ValueError, "vmax is 0.0, but it must be greater than 0"),
+        ({"power": -1}, ValueError, "power is -1.0, but it must be greater than 0"),
+        ({"power": 0.5, "log": True}, ValueError, "power is 0.5, but log is True: choose one scale"),
         ({"mask": np.zeros((2, 3), bool)}, ValueError, r"mask has shape \(2, 3\)"),
+        ({"skip": "he"}, TypeError, "skip is 'he', but a sequence of strings is needed"),
+        ({"skip": ["he"]}, ValueError, "skip has 'he', which is none of the tokens"),
+        ({"tokens": TOKENS, "skip": TOKENS}, ValueError, r"skip is \[.*\], which leaves no query or no key to draw"),
     ],
 )
-def test_both_refuse_the_same(draw: str, arguments: Any, exception: Any, message: str) -> None:
-    if draw == "heatmap":
-        pytest.importorskip("matplotlib")
-    with pytest.raises(exception, match=f"{draw}: {message}"):
-        getattr(viz, draw)(**{"weights": WEIGHTS, **arguments})
+def test_all_refuse_the_same(arguments: Any, exception: Any, message: str) -> None:
+    pytest.importorskip("matplotlib")
+    lines = [] if {"log", "vmax", "power"} & {*arguments} else [viz.head_view]
+    for draw in (viz.heatmap, viz.text, *lines):
+        with pytest.raises(exception, match=f"{draw.__name__}: {message}"):
+            draw(**{"weights": WEIGHTS, **arguments})
     with pytest.raises(ValueError, match="text: width is 0, but it must be at least 1"):
         viz.text(WEIGHTS, width=0)
 
@@ -161,10 +167,13 @@ def test_long_tokens_leave_room_for_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("largest", [1e308, 1.7e308, 1e-310, -1.7e308])
 def test_weights_of_any_size(figure: Any, largest: float) -> None:
     heads = np.full((3, 2, 2), largest)
-    for scale in ({}, {"log": True}, {"vmax": 1e-320}, {"vmax": 1e308}):
+    for scale in ({}, {"log": True}, {"power": 0.3}, {"vmax": 1e-320}, {"vmax": 1e308}):
         with np.errstate(all="raise"):
             assert viz.text(heads, head="mean", **scale).count("\n") == 2
             viz.heatmap(heads, head="mean", ax=figure.add_subplot(), **scale)
+    for options in ({}, {"head": "mean"}, {"skip": ["a"]}, {"least": 1e-300}):
+        with np.errstate(all="raise"):
+            ET.fromstring(viz.head_view(heads, ["a", "b"], **options).svg)
 
 
 def test_weights_of_other_libraries(figure: Any) -> None:
@@ -233,3 +242,46 @@ def test_text() -> None:
     assert max(map(len, wide[1:])) <= 60
     assert "largest of" in wide[0]
     assert viz.text(np.zeros((0, 4))).count("\n") == 0
+
+
+def test_tokens_can_be_left_out(figure: Any) -> None:
+    tokens = ["[CLS]", "went", "north"]
+    ax = viz.heatmap(WEIGHTS, tokens, ax=figure.add_subplot(), skip=["[CLS]"], mask=np.tri(3, dtype=bool))
+    assert np.array_equal(ax.images[0].get_array().filled(-1), [[0.75, -1], [0.25, 0.25]])
+    assert ax.images[0].norm.vmax == 0.75  # not 1, the weight of [CLS]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["went", "north"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["went", "north"]
+    assert ax.get_title() == "attention weights\nwithout [CLS] (38 % of the weight)"
+    lines = viz.text(WEIGHTS, tokens, skip=["[CLS]"]).splitlines()
+    assert lines[0].endswith("first token 38 %, row sums within 0.0e+00 of 1; without [CLS] (38 % of the weight)")
+    assert lines[1:] == [" went │█ │  0.8 bit", "north │▒▒│  1.5 bit"]  # the entropies of complete rows
+    crossed = viz.heatmap(WEIGHTS, TOKENS, key_tokens=["a", "b", "a"], ax=figure.add_subplot(), skip=["a"])
+    assert np.array_equal(crossed.images[0].get_array(), WEIGHTS[:, 1:2])
+
+
+def test_power_lifts_small_weights(figure: Any) -> None:
+    ax = viz.heatmap(WEIGHTS, ax=figure.add_subplot(), power=0.5)
+    assert np.allclose(ax.images[0].norm(WEIGHTS), WEIGHTS**0.5)
+    labels = [label.get_text() for label in ax.figure.axes[1].get_yticklabels()]
+    assert labels == ["0", "0.04", "0.16", "0.36", "0.64", "1"]
+    assert viz.text([[1.0, 0.3, 0.05]], power=0.5).splitlines()[1].split("│")[1] == "█▓░"
+    assert viz.text([[1.0, 0.3, 0.05]]).splitlines()[1].split("│")[1] == "█▒░"
+
+
+def test_values_can_be_read(figure: Any) -> None:
+    ax = viz.heatmap(WEIGHTS, ax=figure.add_subplot(), values=True, mask=np.tri(3, dtype=bool))
+    written = {text.get_position(): text for text in ax.texts}  # (key, query)
+    assert {place: text.get_text() for place, text in written.items()} == {
+        (0, 0): "1", (0, 1): ".25", (1, 1): ".75", (0, 2): ".50", (1, 2): ".25", (2, 2): ".25"
+    }  # fmt: skip
+    assert (written[0, 0].get_color(), written[0, 1].get_color()) == ("black", "white")
+    assert len(viz.heatmap(WEIGHTS, ax=figure.add_subplot()).texts) == 0
+    large = viz.heatmap(np.full((50, 64), 0.25), values=True)
+    large.figure.draw_without_rendering()
+    cell = large.get_window_extent().width / 64
+    assert max(text.get_window_extent().width for text in large.texts) < cell
+    assert min(text.get_fontsize() for text in large.texts) >= 6
+    with pytest.raises(ValueError, match="heatmap: values is True, but there are 1 × 65 weights to draw: at most 64"):
+        viz.heatmap(np.zeros((1, 65)), values=True)
+    strange = viz.heatmap([[np.nan, -0.5, 12.0]], ax=figure.add_subplot(), values=True)
+    assert [text.get_text() for text in strange.texts] == ["nan", "-0.5", "1e+01"]

@@ -1,0 +1,1 @@
+"""The command `selfattn demo`: the attention of a trained model in a sentence (extra ``[examples]``)."""
