@@ -31,7 +31,17 @@ template <class... Rule>
   refuse<TypeRefusal>(function, Argument{name}, " has dtype ", got, ", but ", rule...);
 }
 
-py::array as_array(py::handle object) { return py::reinterpret_borrow<py::array>(object); }
+// The Python layer converts arguments to ndarrays. An object of another type would crash the process.
+py::array as_array(py::handle object) {
+  if (!py::isinstance<py::array>(object)) throw py::type_error("the core takes only arrays of NumPy");
+  return py::reinterpret_borrow<py::array>(object);
+}
+
+py::array named_array(const char* function, const char* name, py::handle object) {
+  if (py::isinstance<py::array>(object)) return py::reinterpret_borrow<py::array>(object);
+  refuse<TypeRefusal>(function, Argument{name}, " is of type ", Py_TYPE(object.ptr())->tp_name,
+                      ", but an array is needed");
+}
 
 // NumPy itself has no type number for bfloat16. The type is recognised by its name, without importing the package that
 // defines it. Looking up a name is slow, so the type's number is kept; it does not change while the process runs.
@@ -72,7 +82,7 @@ TensorView view_of(const py::array& array, DType dtype) {
 }
 
 TensorView float_view(const char* function, const char* name, py::handle object) {
-  const py::array array = as_array(object);
+  const py::array array = named_array(function, name, object);
   if (const std::optional<DType> dtype = float_type(array)) return view_of(array, *dtype);
   refuse_type(function, name, dtype_name(array),
               "float16, bfloat16, float32 and float64 are accepted: convert it with .astype(numpy.float32)");
@@ -88,7 +98,7 @@ TensorView matching_view(const char* function, const char* name, py::handle obje
 
 TensorView bool_view(const char* function, const char* name, py::handle object) {
   if (object.is_none()) return {};
-  const py::array array = as_array(object);
+  const py::array array = named_array(function, name, object);
   if (array.dtype().num() != bool_number)
     refuse_type(function, name, dtype_name(array),
                 "a mask must be bool, with True where to attend: if 1 means attend, pass `array != 0`; pass numbers "
