@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import as_array, core_options, flag, floats
 from ._errors import refusal
-from ._foreign import converted
+from ._foreign import converted, is_masked
 from ._typing import Array
 
 
@@ -201,7 +202,7 @@ def checked_names(
     if isinstance(wrt, str) or not isinstance(wrt, Sequence):
         raise refusal(TypeError, function, "wrt", f" is {wrt!r}, but a sequence of names is needed")
     for name in wrt:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise refusal(
                 ValueError, function, "wrt", f" names {name!r}, but it must be one of {', '.join(map(repr, known))}"
             )
@@ -229,12 +230,16 @@ def targets_of(
     for name, array in targets.items():
         if name not in wrt:
             raise refusal(ValueError, function, "into", f" has {name!r}, which ", "wrt", " does not name")
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray) or is_masked(array):
             raise refusal(
                 TypeError, function, "into", f"[{name!r}] is of type {type(array).__name__}, but an ndarray is needed"
             )
         if not array.flags.writeable:
             raise refusal(ValueError, function, "into", f"[{name!r}] is read-only")
+        _core.check_own_memory(function, "into", f"[{name!r}]", array)
+    for first, second in combinations(targets, 2):
+        if np.shares_memory(targets[first], targets[second]):
+            raise refusal(ValueError, function, "into", f"[{first!r}] and [{second!r}] share memory")
     return targets
 
 

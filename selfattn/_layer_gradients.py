@@ -228,7 +228,7 @@ class _Layer:
             """Return the gradients, given the gradients of y, lse and weights."""
             grad = _upstream(grad_y, y.shape, dtype)
             found = {} if last is None else last.of_weights(grad, self.names)
-            if attended.wrt:
+            if attended.wrt or grad_lse is not None or grad_weights is not None:  # these are checked in any case
                 of_heads = (grad if last is None else last.of_input(grad)).reshape(heads.shape)
                 upstream = Upstream(of_heads, grad_lse, grad_weights)
                 found |= self._through(attended.in_shape(attended.backward(upstream, heads, exact_lse)))

@@ -93,7 +93,8 @@ def attention_varlen_backward(
     refuse_unknown(attention_varlen_backward, options, _HINTS)
     function = "attention_varlen_backward"
     sequences = _Sequences(function, Packed.check(function, (q, k, v), cu_seqlens_q, cu_seqlens_k), options, wrt)
-    given = None if into is None else _flat(into._asdict() if isinstance(into, Gradients) else into)
+    given = into._asdict() if isinstance(into, Gradients) else into
+    given = _flat(given) if isinstance(given, Mapping) else given
     targets = targets_of(function, given, accumulate, sequences.names())
     upstream = sequences.rows("grad_out", grad_out), sequences.columns("grad_lse", grad_lse)
     found = sequences.backward(upstream, sequences.rows("out", out), sequences.columns("lse", lse))
@@ -204,7 +205,7 @@ class _Sequences:
         """Return an array that has the rows of q, packed."""
         if not self.packed.lists:
             return as_array(self.function, name, value)
-        array, starts = joined(self.function, name, value)
+        array, starts = joined(self.function, name, self._list(name, value))
         if not np.array_equal(starts, self.packed.queries):
             lengths = np.diff(self.packed.queries)
             raise refusal(
@@ -212,11 +213,17 @@ class _Sequences:
             )
         return array
 
+    def _list(self, name: str, value: Any) -> Sequence[Any]:
+        if not isinstance(value, (list, tuple)):
+            text = f" is of type {type(value).__name__}, but a list is needed, as for "
+            raise refusal(TypeError, self.function, name, text, "q", "")
+        return value
+
     def columns(self, name: str, value: Any) -> NDArray[Any] | None:
         """Return an array (H, total_q), packed."""
         if value is None or not self.packed.lists:
             return None if value is None else as_array(self.function, name, value)
-        parts = [as_array(self.function, f"{name}[{i}]", x) for i, x in enumerate(value)]
+        parts = [as_array(self.function, f"{name}[{i}]", x) for i, x in enumerate(self._list(name, value))]
         shapes = [(self.packed.q.shape[1], n) for n in np.diff(self.packed.queries).tolist()]
         if [part.shape for part in parts] != shapes:
             raise refusal(

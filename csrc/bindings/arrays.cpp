@@ -142,22 +142,22 @@ bool meet(const TensorView& a, const TensorView& b) {
   return x.begin < y.end && y.begin < x.end;
 }
 
-static void check_own_memory(const char* function, const TensorView& out) {
+void check_own_memory(const char* function, const char* name, const char* part, const py::array& array) {
   struct Axis {
     std::int64_t stride, extent;
     int number;
   };
   Axis axes[max_axes];
   int count = 0;
-  for (int axis = 0; axis < out.ndim; ++axis) {
-    if (out.shape[axis] == 0) return;
-    if (out.shape[axis] > 1) axes[count++] = {std::abs(out.strides[axis]), out.shape[axis], axis};
+  for (int axis = 0; axis < array.ndim(); ++axis) {
+    if (array.shape(axis) == 0) return;
+    if (array.shape(axis) > 1) axes[count++] = {std::abs(array.strides(axis)), array.shape(axis), axis};
   }
   std::sort(axes, axes + count, [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
-  std::int64_t filled = size_of(out.dtype);  // bytes that the axes up to here span
+  std::int64_t filled = array.itemsize();  // bytes that the axes up to here span
   for (int i = 0; i < count; ++i) {
     if (axes[i].stride < filled)
-      refuse(function, "out"_arg, " has stride ", axes[i].stride, " along axis ", axes[i].number,
+      refuse(function, Argument{name}, part, " has stride ", axes[i].stride, " along axis ", axes[i].number,
              ", so that its elements share memory");
     filled += (axes[i].extent - 1) * axes[i].stride;
   }
@@ -173,7 +173,7 @@ void check_out(const char* function, const py::array& out, const Shape& shape, D
     refuse(function, "out"_arg, " has shape ", shape_text(view), " but the result has ",
            to_text(shape.extent, shape.ndim));
   if (!out.writeable()) refuse(function, "out"_arg, " is read-only");
-  check_own_memory(function, view);
+  check_own_memory(function, "out", "", out);
 }
 
 bool interrupted() {

@@ -31,6 +31,9 @@ TensorView view_of(const py::array& array, DType dtype);
 bool meet(const TensorView& a, const TensorView& b);
 // Checks an `out` argument: shape, dtype, writeable, no overlapping elements.
 void check_out(const char* function, const py::array& out, const Shape& shape, DType dtype);
+// Throws std::invalid_argument if elements of an array share memory, as in a broadcast array. The message calls the
+// array `name`, followed by `part`.
+void check_own_memory(const char* function, const char* name, const char* part, const py::array& array);
 
 // Takes the GIL, runs pending signal handlers and returns whether one raised. The exception stays set.
 bool interrupted();

@@ -137,6 +137,7 @@ void register_attention(py::module_& module) {
     for (int axis = 0; axis < view.ndim; ++axis) shape.append(view.shape[axis]);
     check_out(function, out, shape, view.dtype);
   });
+  module.def("check_own_memory", &check_own_memory);
   module.def("explain", &explain);
 }
 

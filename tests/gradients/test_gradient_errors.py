@@ -59,6 +59,14 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"into": [Q]}, TypeError, "into is of type list, but Gradients or a mapping is needed"),
     ({"into": {"q": [1.0]}}, TypeError, "into['q'] is of type list, but an ndarray is needed"),
     ({"into": {"q": READ_ONLY}}, ValueError, "into['q'] is read-only"),
+    ({"into": {"q": np.ma.zeros(Q.shape, Q.dtype)}}, TypeError, "into['q'] is of type MaskedArray, but an ndarray is"),
+    ({"into": dict.fromkeys("kv", array(2, 2, 7, 8))}, ValueError, "into['k'] and ['v'] share memory"),
+    (
+        {"into": {"q": np.lib.stride_tricks.as_strided(array(1), Q.shape, (0,) * 4, writeable=True)}},
+        ValueError,
+        "into['q'] has stride 0 along axis ",
+    ),
+    ({"wrt": [np.zeros(2), np.zeros(2)]}, ValueError, "wrt names array([0., 0.]), but it must be one of"),
     ({"into": {"lse": LSE}}, ValueError, "into has 'lse', which wrt does not name"),
     ({"into": {"v": array(2, 2, 7, 8)}, "wrt": ("q",)}, ValueError, "into has 'v', which wrt does not name"),
     (

@@ -23,6 +23,9 @@ GIVEN = {"cu_seqlens_q": [0, 3, 5], "cu_seqlens_k": [0, 2, 5], "wrt": ("q",)}
         ({"grad_out": np.zeros((5, 2, 8), "f4")}, TypeError, "grad_out has dtype float32, but float64 is needed"),
         ({"out": np.zeros((4, 2, 8))}, ValueError, "out has shape (4, 2, 8) but (5, 2, 8) is needed"),
         ({"lse": np.zeros((5, 2))}, ValueError, "lse has shape (5, 2) but (2, 5) is needed"),
+        ({"lse": None}, TypeError, "lse is of type NoneType, but an array is needed"),
+        ({"into": 3}, TypeError, "into is of type int, but Gradients or a mapping is needed"),
+        ({"into": []}, TypeError, "into is of type list, but Gradients or a mapping is needed"),
         ({"grad_lse": np.zeros(5)}, ValueError, "grad_lse has shape (5,) but (2, 5) is needed"),
         (
             {"k": np.zeros((5, 3, 8))},
@@ -59,6 +62,13 @@ def test_errors(changed: dict[str, Any], exception: type[Exception], message: st
 
 def test_errors_of_lists() -> None:
     x = [np.zeros((3, 2, 8)), np.zeros((2, 2, 8))]
+    given = {"grad_out": x, "q": x, "k": x, "v": x, "out": x, "lse": [np.zeros((2, 3)), np.zeros((2, 2))]}
+    for name, value in (("grad_out", None), ("out", 3), ("lse", 3.0), ("grad_lse", np.zeros((2, 5)))):
+        text = rf"^attention_varlen_backward: {name} is of type {type(value).__name__}, but a list is needed, as for q$"
+        with pytest.raises(TypeError, match=text):
+            sa.attention_varlen_backward(**{**given, name: value})
+    with pytest.raises(TypeError, match="lse is of type NoneType, but an array is needed"):
+        sa.attention_varlen_backward(**{**given, "lse": None})
     _, vjp = sa.attention_varlen_vjp(x, x, x)
     with pytest.raises(ValueError, match=r"^attention_varlen_vjp: grad_out has lengths \[2 3\] but q has \[3 2\]"):
         vjp(x[::-1])
