@@ -76,7 +76,7 @@ def test_a_call_goes_on_with_the_threads_that_the_system_grants(run_python: Any,
         x = np.random.default_rng(0).standard_normal((4, 8, 300, 64), dtype=np.float32)
         expected = sa.attention(x, x, x, num_threads=1)
         if os.getuid() == 0:
-            os.setuid(54321)  # the limit does not hold for root
+            os.setuid(1_000_000 + os.getpid())  # root has no limit, and other tests have their own users
         late = threading.Thread(target=lambda: (go.wait(), found.append(sa.attention(x, x, x, num_threads=4))))
         go, found = threading.Event(), []
         late.start()
@@ -100,7 +100,7 @@ def test_teams_that_start_at_once_share_the_threads_that_the_system_grants(run_p
 
         x = np.zeros((1, 8, 512, 64), np.float32)
         if os.getuid() == 0:
-            os.setuid(54321)  # the limit does not hold for root
+            os.setuid(1_000_000 + os.getpid())  # root has no limit, and other tests have their own users
         go = threading.Barrier(4)
         def work():
             go.wait()
