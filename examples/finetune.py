@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from minilm import model_folder
 from training import learning_rate
+from training_options import add_options, check_options
 from training_run import save_curves, show_progress
 
 IMPLEMENTATIONS = ("sdpa", "selfattn")
@@ -163,14 +163,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options, checked."""
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = {"steps": 60, "batch": 16, "train": 800, "test": 400, "show": 6}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    add_options(parser, sizes)
     parser.add_argument("--rate", type=float, default=1e-4, help="the highest learning rate (default: 1e-4)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=Path("loss.png"), help="where the loss curves go")
     args = parser.parse_args(arguments)
-    if min(getattr(args, name) for name in sizes) < 1:
-        parser.error("all sizes must be at least 1")
+    check_options(parser, args, dict.fromkeys(sizes, 1) | {"show": 0})
     return args
 
 

@@ -18,10 +18,12 @@ from generate import Chooser, generate, new_caches
 from gpt_training import loss_and_gradients
 from nn import Array
 from training import AdamW, Weights, learning_rate
-from training_run import Step, add_options, check_options, save_curves, start, train
+from training_options import add_checkpoint_options, add_options, check_checkpoint_options, check_options
+from training_run import Step, save_curves, start, train
 
 TEXTS = Path(__file__).resolve().parent.parent / "docs"
 KINDS = {".md", ".txt", ".rst", ".py"}
+DEFINING = ("layers", "width", "heads", "length")  # options that a resumed run must share with its checkpoint
 
 
 def read_texts(folder: Path) -> Array:
@@ -43,11 +45,19 @@ def step_on(data: Array, config: Config, args: argparse.Namespace) -> Step:
 
 
 def write(config: Config, weights: Weights, prompt: str, tokens: int, seed: int) -> str:
-    """Return the prompt and what the model writes after it; keys and values stay in caches."""
-    ids = encode(prompt)
+    """Return the prompt and what the model writes after it; keys and values stay in caches.
+
+    Only the positions of a training piece have learned vectors. So when they are used up, the model continues from the
+    second half of what it has read and written, at position 0 and with new caches.
+    """
+    ids, model = encode(prompt)[-config.max_length :], Decoder(config, weights)
     chooser = Chooser(temperature=0.8, seed=seed, allowed=np.array([10, *range(32, 127)]))
-    caches = new_caches(config, len(ids) + tokens)
-    produced = generate(Decoder(config, weights), caches, ids, tokens, chooser)
+    produced: list[int] = []
+    while len(produced) < tokens:
+        count = min(tokens - len(produced), config.max_length - len(ids) + 1)  # the last token is not read
+        found = list(generate(model, new_caches(config, config.max_length), ids, count, chooser))
+        produced += found
+        ids = np.append(ids, found)[-((config.max_length + 1) // 2) :]
     return prompt + "".join(map(chr, produced))
 
 
@@ -61,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    config = Config(args.layers, args.width, args.heads, args.heads, VOCABULARY, max(args.length, 64 + args.write))
-    run = start(random_weights(config, args.seed), AdamW(), args)
+    config = Config(args.layers, args.width, args.heads, args.heads, VOCABULARY, args.length)
+    run = start(random_weights(config, args.seed), AdamW(), args, DEFINING)
     count = sum(x.size for x in run.weights.values())
     print(f"{len(data):,} bytes of text, {count:,} weights, {args.batch} x {args.length} tokens a step")
     rates = partial(learning_rate, peak=args.rate, warm_up=args.warm_up, steps=args.steps)
@@ -87,10 +97,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "write": 300,
     }
     add_options(parser, sizes)
+    add_checkpoint_options(parser)
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate (default: 1e-3)")
     parser.add_argument("--prompt", default="Attention ")
     args = parser.parse_args(arguments)
-    check_options(parser, args, [name for name in sizes if name not in ("warm-up", "write")])
+    check_options(parser, args, dict.fromkeys(sizes, 1) | {"warm-up": 0, "write": 0})
+    check_checkpoint_options(parser, args)
     if not 1 <= len(args.prompt.encode()) <= 64:
         parser.error("the prompt must have 1 to 64 bytes")
     return args

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from number_words import english, portuguese, vocabulary, words
 from training import AdamW, Weights, inverse_root_rate
-from training_run import Step, add_options, check_options, save_curves, start, train
+from training_options import add_checkpoint_options, add_options, check_checkpoint_options, check_options
+from training_run import Step, save_curves, start, train
 from transformer import END, PADDING, START, Transformer, generate
 from transformer_layers import Config
 from transformer_training import loss_and_gradients, random_weights
@@ -24,6 +25,8 @@ DIGITS = 9
 SHORTEST = 3  # digits of a number that may be kept for the test: all shorter numbers are needed for training
 AVERAGING = 0.01  # share of each step in the moving average of the weights, which translates
 LONGEST = 24  # most tokens of a translation, including its end
+# Options that a resumed run must share with its checkpoint. The last two choose the numbers that it must never see.
+DEFINING = ("layers", "width", "heads", "seed", "test")
 TOGETHER = 200  # numbers that are translated at a time
 
 SPECIAL = {END: "</s>", PADDING: "<pad>", START: "<s>"}
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = Config("marian", args.layers, args.width, args.heads)
     kept = held_out(args.seed, args.test)
     optimiser = AdamW(beta2=0.98, epsilon=1e-9, decay=0.0, averaging=AVERAGING)
-    run = start(random_weights(config, len(WORDS), args.seed), optimiser, args)
+    run = start(random_weights(config, len(WORDS), args.seed), optimiser, args, DEFINING)
     count = sum(x.size for x in run.weights.values())
     print(f"{len(WORDS)} tokens, {count:,} weights, {args.batch} numbers a step; {len(kept):,} others for the test")
     train(run, step_on(config, kept, args), lambda n: args.rate * inverse_root_rate(n, args.width, args.warm_up), args)
@@ -100,10 +103,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = {"steps": 1500, "batch": 64, "layers": 2, "width": 128, "heads": 4, "warm-up": 250, "test": 2000, "show": 8}
     add_options(parser, sizes)
+    add_checkpoint_options(parser)
     parser.add_argument("--rate", type=float, default=0.25, help="times the paper's learning rate (default: 0.25)")
     parser.add_argument("--smoothing", type=float, default=0.0, help="of labels; the paper's is 0.1 (default: 0)")
     args = parser.parse_args(arguments)
-    check_options(parser, args, list(sizes))
+    check_options(parser, args, dict.fromkeys(sizes, 1) | {"show": 0})
+    check_checkpoint_options(parser, args)
     if args.width % 2:
         parser.error("the width must be even: its halves are sines and cosines")
     if not 0 <= args.smoothing < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,33 +22,49 @@ Step = Callable[[Weights, int], tuple[float, Weights, int]]
 
 @dataclass
 class Run:
-    """A training run: everything that a checkpoint keeps."""
+    """A training run: everything that a checkpoint keeps. The settings are the options that define the model."""
 
     weights: Weights
     optimiser: AdamW
     losses: list[float] = field(default_factory=list)
+    settings: Mapping[str, int] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint. An existing one is replaced only after the new one is complete."""
         arrays = {f"weight/{name}": x for name, x in self.weights.items()}
         arrays |= {f"optimiser/{name}": x for name, x in self.optimiser.state().items()}
-        new = path.with_suffix(".new.npz")
+        arrays |= {f"setting/{name}": np.array(x) for name, x in self.settings.items()}
+        new = unfinished(path)
         np.savez(new, losses=np.array(self.losses), **arrays)
         new.replace(path)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint. Raise ValueError if the checkpoint is from a model of other sizes."""
-        with np.load(path) as file:
-            parts: dict[str, Weights] = {"weight": {}, "optimiser": {}}
-            for name in file.files:
-                kind, _, rest = name.partition("/")
-                if rest:
-                    parts[kind][rest] = file[name]
-            losses = file["losses"].tolist()
+        """Continue from a checkpoint. Raise ValueError if it is damaged, or if the settings of its run are others."""
+        parts: dict[str, Weights] = {"weight": {}, "optimiser": {}, "setting": {}}
+        try:
+            with zipfile.ZipFile(path), np.load(path) as file:
+                for name in file.files:
+                    kind, _, rest = name.partition("/")
+                    if rest:
+                        parts[kind][rest] = file[name]
+                losses = file["losses"].tolist()
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a whole checkpoint of this program ({error})") from error
+        found = {name: x.item() for name, x in parts["setting"].items()}
+        if found.keys() != self.settings.keys():
+            raise ValueError(f"{path} is a checkpoint of another program or version")
+        other = [f"--{name} {found[name]}, not {x}" for name, x in self.settings.items() if found[name] != x]
+        if other:
+            raise ValueError(f"{path} is of a run with {' and '.join(other)}")
         if shapes(parts["weight"]) != shapes(self.weights):
             raise ValueError(f"{path} is of a model of other sizes")
         self.weights, self.losses = parts["weight"], losses
         self.optimiser.restore(parts["optimiser"])
+
+
+def unfinished(path: Path) -> Path:
+    """Return the file that a checkpoint is written to, before it replaces the old checkpoint."""
+    return path.with_suffix(".new.npz")
 
 
 def shapes(weights: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -55,9 +72,9 @@ def shapes(weights: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     return {name: x.shape for name, x in weights.items()}
 
 
-def start(weights: Weights, optimiser: AdamW, args: argparse.Namespace) -> Run:
-    """Return a new run, or with `args.resume` the one in the checkpoint."""
-    run = Run(weights, optimiser)
+def start(weights: Weights, optimiser: AdamW, args: argparse.Namespace, defining: Sequence[str]) -> Run:
+    """Return a new run, or with `args.resume` the one in the checkpoint; its `defining` options must be the same."""
+    run = Run(weights, optimiser, settings={name: getattr(args, name) for name in defining})
     try:
         if args.resume:
             run.load(args.checkpoint)
@@ -115,24 +132,3 @@ def save_curves(curves: Mapping[str, Sequence[float]], unit: str, path: Path) ->
     axes.legend()
     figure.savefig(path, dpi=120)
     print(f"loss curve: {path}")
-
-
-def add_options(parser: argparse.ArgumentParser, sizes: Mapping[str, int]) -> None:
-    """Add an option for each size, with its default, and the options of every run."""
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=Path("loss.png"), help="where the loss curve goes")
-    parser.add_argument("--checkpoint", type=Path, help="an .npz file that keeps the state of the training")
-    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints (default: 60)")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
-
-
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: Sequence[str]) -> None:
-    """Exit with a message if an option that all runs have is impossible."""
-    if any(getattr(args, name.replace("-", "_")) < 1 for name in sizes):
-        parser.error("all sizes must be at least 1")
-    if args.width % args.heads:
-        parser.error("heads must divide the width")
-    if args.resume and not (args.checkpoint and args.checkpoint.exists()):
-        parser.error("--resume needs an existing --checkpoint")

@@ -87,7 +87,8 @@ def self_attention_vjp(
     Notes
     -----
     Matrices are multiplied by NumPy, whose BLAS has threads of its own: `num_threads` applies to attention only, and
-    the last bits may depend on the BLAS. 16-bit arguments are converted to float32, and results are rounded once.
+    the last bits of y and of gradients may depend on the BLAS, its threads and the batch size. 16-bit arguments are
+    converted to float32, and results are rounded once.
 
     Examples
     --------

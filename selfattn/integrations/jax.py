@@ -80,9 +80,10 @@ def dot_product_attention(
 
     Gradients of query, key, value and bias are fused as well, and computed only if they are needed. For them, the
     forward pass keeps the result in the type of computation and the log-sum-exp of each row in float64, even where JAX
-    has no float64. Second derivatives by `jax.grad` are computed in plain JAX, with memory for all scores. Forward mode
-    (`jax.jvp`, `jax.hessian`) raises JAX's error for functions with a custom gradient: use
-    ``jax.jacrev(jax.jacrev(f))``.
+    has no float64. Second derivatives by `jax.grad` are computed in plain JAX, with memory for all scores. They are not
+    defined if a hidden key or value is not finite: a NaN or infinity there reaches second derivatives of visible keys
+    too, while results and first derivatives ignore it. Forward mode (`jax.jvp`, `jax.hessian`) raises JAX's error for
+    functions with a custom gradient: use ``jax.jacrev(jax.jacrev(f))``.
 
     A call runs on selfattn's threads (`selfattn.set_num_threads`), and cannot be interrupted. Each of XLA's threads
     that calls selfattn keeps a team of its own.

@@ -58,7 +58,7 @@ def test_examples_are_what_they_say(example: Any) -> None:
 def test_impossible_options_and_missing_packages(example: Any, capsys: Any, monkeypatch: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         example.main(["--steps", "0"])
-    assert "error: all sizes must be at least 1" in capsys.readouterr().err
+    assert "error: --steps must be at least 1, not 0" in capsys.readouterr().err
     monkeypatch.setattr(example, "model_folder", lambda: importlib.import_module("no_such_package"))
     assert example.main([]) == 1
     assert capsys.readouterr().err.startswith("finetune.py: No module named 'no_such_package'")

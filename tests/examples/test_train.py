@@ -73,8 +73,8 @@ def stopped(example: Any, running: Any, args: Any, after: int) -> None:
         if step == after:
             raise KeyboardInterrupt
 
-    config = example.Config(1, 16, 2, 2, 256, 69)
-    run = running.start(example.random_weights(config), example.AdamW(), args)
+    config = example.Config(1, 16, 2, 2, 256, 16)
+    run = running.start(example.random_weights(config), example.AdamW(), args, example.DEFINING)
     rates = partial(example.learning_rate, peak=args.rate, warm_up=args.warm_up, steps=args.steps)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "show_progress", stop)
@@ -94,6 +94,39 @@ def test_it_learns_and_writes(example: Any, texts: Path, tmp_path: Path, capsys:
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_may_write_more_or_less(example: Any, texts: Path, tmp_path: Path, capsys: Any) -> None:
+    kept = tmp_path / "kept.npz"
+    common = [str(texts), *TINY, "--picture", str(tmp_path / "loss.png"), "--checkpoint", str(kept), "--prompt", "A"]
+    assert example.main([*common, "--steps", "1", "--write", "60"]) == 0
+    for count in (0, 20, 70):
+        capsys.readouterr()
+        assert example.main([*common, "--steps", "1", "--write", str(count), "--resume"]) == 0
+        assert len(capsys.readouterr().out.partition("\nA")[2]) == count + 1, "the text and the end of the line"
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+def test_it_writes_with_learned_positions_only(example: Any, load_example: Any, monkeypatch: Any, length: int) -> None:
+    config = example.Config(1, 16, 2, 2, 256, length)
+    weights, prompt = example.random_weights(config), "attend"
+    read: list[int] = []
+
+    class Watched(example.Decoder):
+        def __call__(self, tokens: Any, start: int, caches: Any) -> Any:
+            read.append(start + tokens.shape[1])
+            return super().__call__(tokens, start, caches)
+
+    monkeypatch.setattr(example, "Decoder", Watched)
+    text = example.write(config, weights, prompt, 40, seed=3)
+    assert text.startswith(prompt)
+    assert len(text) == len(prompt) + 40
+    assert max(read) == length
+    if length == 16:
+        parts = load_example("generate")
+        chooser = example.Chooser(0.8, 3, np.array([10, *range(32, 127)]))
+        plain = parts.generate_again(parts.Decoder(config, weights), example.encode(prompt), 11, chooser)
+        assert text[6:17] == "".join(map(chr, plain)), "until the positions are used up"
 
 
 def test_what_it_cannot_do_it_says(example: Any, texts: Path, tmp_path: Path, capsys: Any) -> None:

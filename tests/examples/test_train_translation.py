@@ -140,7 +140,7 @@ def test_a_resumed_run_equals_one_without_a_pause(example: Any, tmp_path: Path, 
         assert all(np.array_equal(one[name], other[name]) for name in one.files)
         assert len(one["losses"]) == 6
     assert "step 6 of 6" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="is of a model of other sizes"):
+    with pytest.raises(SystemExit, match="is of a run with --width 16, not 32"):
         example.main([*common, "--width", "32", "--checkpoint", str(halves), "--resume"])
 
 
