@@ -103,7 +103,7 @@ class RoPE:
     def _keep_axes(self, given: Sequence[int]) -> None:
         array = integers("RoPE", "axes", given)
         _check_count("axes", array.size, MOST_ROTATED // 2)
-        if array.ndim != 1 or not array.size or array.min() < 0:
+        if array.ndim != 1 or not array.size or np.min(array) < 0:
             text = f" is {given!r}, but a coordinate from 0 for each pair is needed"
             raise refusal(ValueError, "RoPE", "axes", text)
         object.__setattr__(self, "axes", tuple(array.tolist()))

@@ -54,8 +54,8 @@ def runs_of(function: str, rows: Any) -> list[Run]:
         raise refusal(ValueError, function, "rows", f" has shape {positions.shape}, but one axis is needed")
     if not positions.size:
         return []
-    if positions.min() < 0:
-        raise refusal(ValueError, function, "rows", f" holds {positions.min()}, but positions start at 0")
+    if np.min(positions) < 0:
+        raise refusal(ValueError, function, "rows", f" holds {np.min(positions)}, but positions start at 0")
     cuts = np.flatnonzero(np.diff(positions) != 1) + 1
     return [
         Run(int(positions[a]), int(positions[b - 1]) + 1, int(a))
