@@ -126,7 +126,7 @@ def _attend_plainly(
         or "sinks" in module._parameters
         or _collector.get()
         or torch._C._get_tracing_state()
-        or (torch.is_grad_enabled() and wants_gradient(query, key, value))
+        or wants_gradient(query, key, value)
     ):
         return None
     try:

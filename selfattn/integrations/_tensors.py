@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd import forward_ad
 
+from .._arguments import as_array
+from .._errors import refusal
 from .._foreign import BITS, type_name
 
 ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -95,6 +98,23 @@ def check_memory(function: str, name: str, tensor: Any) -> None:
         raise TypeError(f"{function}: {name} is a tensor of layout {kind}, but a dense one is needed")
 
 
+def as_operand(function: str, name: str, value: Any) -> Any:
+    """Return a tensor of the value, which may also be an array or numbers, in CPU memory."""
+    if not isinstance(value, torch.Tensor):
+        value = _converted(function, name, value)
+    check_memory(function, name, value)
+    return value
+
+
+def _converted(function: str, name: str, value: Any) -> Any:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        array = as_array(function, name, value)  # names the argument if this is no array either
+        text = f" has dtype {array.dtype}, but a tensor, an array or numbers are needed, of a type that PyTorch has"
+        raise refusal(TypeError, function, name, text) from error
+
+
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which the core computes for operands of this dtype."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -124,8 +144,34 @@ def is_transformed() -> bool:
 
 
 def wants_gradient(*tensors: Any) -> bool:
-    """Whether gradients are recorded for any of the tensors."""
-    return torch.is_grad_enabled() and any(x is not None and (x.requires_grad or _is_traced(x)) for x in tensors)
+    """Whether gradients are recorded for any of the tensors, in either mode of differentiation."""
+    if torch.is_grad_enabled() and any(x is not None and (x.requires_grad or _is_traced(x)) for x in tensors):
+        return True
+    return forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors)
+
+
+def has_tangent(tensor: Any) -> bool:
+    """Whether this is a dual tensor of forward-mode differentiation, at the current level of `torch.func`."""
+    if tensor is None or forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor):
+        return False  # a batch's tangents are found when its level is left
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def no_tangents(function: str, **tensors: Any) -> None:
+    """Raise if one of the tensors is a dual tensor, whose tangent would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and has_tangent(tensor):
+            raise forward_mode_refusal(function, name)
+
+
+def forward_mode_refusal(function: str, name: str) -> NotImplementedError:
+    """Return the error for a tangent."""
+    text = " has a tangent, but there is no forward-mode differentiation: use reverse mode, such as torch.func.vjp"
+    return refusal(NotImplementedError, function, name, text)
 
 
 def _is_traced(tensor: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from ._tensors import is_plain, is_transformed, wants_gradient
+from ._tensors import forward_mode_refusal, is_plain, is_transformed, no_tangents, wants_gradient
 from ._torch_call import DIFFERENTIABLE, TENSORS, Call, backward, backward_shapes, forward, forward_shapes
 from ._torch_dense import dense_attention
 from ._torch_vmap import map_backward, map_forward
@@ -16,11 +16,13 @@ from ._torch_vmap import map_backward, map_forward
 _COUNT = len(DIFFERENTIABLE)
 _UPSTREAM = 3  # the gradients of out, lse and weights are the first arguments of the backward operator
 _BEFORE_CALL = 6  # and these are followed by out, lse, and which gradients are wanted
+_UPSTREAM_NAMES = ("grad_out", "grad_lse", "grad_weights", "out", "lse", "wanted")
 
 
 def attend(call: Call) -> tuple[Any, Any, Any]:
     """Return out, lse (in float64) and weights; the last two are empty if the call does not ask for them."""
     tensors = call.tensors()
+    _FORWARD.check(*call)
     records = wants_gradient(*tensors)
     if records:
         call = Call(*call[:-2], True, call.weights)  # the compiler of PyTorch 2.5 does not know _replace
@@ -35,6 +37,17 @@ class _Forms(NamedTuple):
     operator: Any
     function: Any
     transformed: Any
+    names: tuple[str, ...]  # of the arguments
+
+    def check(self, *arguments: Any) -> None:
+        """Raise if an argument has a tangent."""
+        no_tangents("attention", **dict(zip(self.names, arguments, strict=True)))
+
+    def refuse(self, *tangents: Any) -> Any:
+        """Raise for the first tangent."""
+        raise forward_mode_refusal(
+            "attention", next(name for name, x in zip(self.names, tangents, strict=True) if x is not None)
+        )
 
     def run(self, tensors: tuple[Any, ...], records: bool) -> Callable[..., Any]:
         """Return the fastest form that works for these tensors; it depends on whether gradients are recorded."""
@@ -77,8 +90,9 @@ def _pull_back(ctx: Any, grad_out: Any, _: Any, grad_lse: Any, grad_weights: Any
         grad_out = torch.zeros_like(out, dtype=call.q.dtype)
     wanted = list(ctx.needs_input_grad[:_COUNT])
     tensors = (grad_out, grad_lse, grad_weights, out, lse, *call.tensors())
-    run = _BACKWARD.run(tensors, wants_gradient(*tensors))
-    found = run(grad_out, grad_lse, grad_weights, out, lse, wanted, *call)
+    every = grad_out, grad_lse, grad_weights, out, lse, wanted, *call
+    _BACKWARD.check(*every)
+    found = _BACKWARD.run(tensors, wants_gradient(*tensors))(*every)
     gradients = (x if want else None for x, want in zip(found, wanted, strict=True))
     return (*gradients, *[None] * (len(call) - _COUNT))
 
@@ -133,20 +147,30 @@ def _operator(name: str, compute: Any, shapes: Any, schema: str) -> Any:
     return made
 
 
-def _forms(operator: Any, kernel: Callable[..., Any], keep: Any, pull_back: Any, fold: Any) -> _Forms:
-    """Make an operator differentiable and return it with functions of the same kind."""
+def _forms(
+    operator: Any, kernel: Callable[..., Any], keep: Any, pull_back: Any, fold: Any, before: tuple[str, ...] = ()
+) -> _Forms:
+    """Make an operator differentiable and return it with functions of the same kind.
+
+    `before` are the names of the arguments before the call's.
+    """
 
     def below(*arguments: Any) -> Any:
         """Compute at the level below the transformation that was applied last."""
+        forms.check(*arguments)
         tensors = tuple(x for x in arguments if isinstance(x, torch.Tensor))
         return forms.run(tensors, records=False)(*arguments)
 
-    members = {"setup_context": staticmethod(keep), "backward": staticmethod(pull_back)}
+    members = {
+        "setup_context": staticmethod(keep),
+        "backward": staticmethod(pull_back),
+        "jvp": staticmethod(lambda ctx, *tangents: forms.refuse(*tangents)),
+    }
     function = type("Selfattn", (torch.autograd.Function,), {"forward": staticmethod(kernel), **members})
     transformed: Any = type("SelfattnTransformed", (torch.autograd.Function,), members)
     transformed.forward = staticmethod(below)
     transformed.vmap = staticmethod(lambda *arguments: fold(transformed.apply, *arguments))
-    forms = _Forms(kernel, operator, function, transformed)
+    forms = _Forms(kernel, operator, function, transformed, (*before, *Call._fields))
     operator.register_autograd(pull_back, setup_context=keep)
     operator.register_vmap(partial(fold, operator))
     return forms
@@ -161,4 +185,4 @@ backward_operator = _operator(
     f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * _COUNT)})",
 )
 _FORWARD = _forms(operator, forward, _keep, _pull_back, map_forward)
-_BACKWARD = _forms(backward_operator, backward, _keep_all, _pull_back_twice, map_backward)
+_BACKWARD = _forms(backward_operator, backward, _keep_all, _pull_back_twice, map_backward, _UPSTREAM_NAMES)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _core
-from .._arguments import core_options, flag, window_sides
+from .._arguments import core_options, flag, real, window_sides
 from .._attention import _DEFAULTS
 from .._bias import T5Bias
+from .._errors import refusal
 from .._gradients import attention_backward
 from .._packing import Packed
 from .._varlen_gradients import attention_varlen_backward
-from ._tensors import computed_in, to_array, to_tensor
+from ._tensors import as_operand, computed_in, to_array, to_tensor
 
 # The arguments that may have a gradient: the first fields of a Call, named as in `wrt` of attention_backward.
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks", "alibi_slopes", "t5", "scale")
@@ -110,17 +111,33 @@ def make_call(q: Any, k: Any, v: Any, **options: Any) -> Call:
     """Return the call with these options of `attention`, some of which may be arrays or numbers instead of tensors."""
     for name in _ARRAYS:
         if options.get(name) is not None:
-            options[name] = torch.as_tensor(options[name])
-    if (scale := options.get("scale")) is not None and not isinstance(scale, torch.Tensor):
-        options["scale"] = torch.full((), scale, dtype=torch.float64)
+            options[name] = as_operand("attention", name, options[name])
+    if (scale := options.get("scale")) is not None:
+        options["scale"] = _scale(scale)
     if (window := options.pop("window", None)) is not None:
         options["left"], options["right"] = window_sides("attention", window)
     options["residuals"] = flag("attention", "return_lse", options.pop("return_lse", False))
     options["weights"] = flag("attention", "return_weights", options.pop("return_weights", False))
     if (t5 := options.pop("t5", None)) is not None:
+        if not hasattr(t5, "table"):
+            text = f" is a {type(t5).__name__}, but a T5Bias is needed: T5Bias(table)"
+            raise refusal(TypeError, "attention", "t5", text)
         options["bidirectional"], options["max_distance"] = t5.bidirectional, t5.max_distance
-        options["t5"] = torch.as_tensor(t5.table)
+        options["t5"] = as_operand("attention", "t5", t5.table)
     return Call(q, k, v, **options)
+
+
+def _scale(scale: Any) -> Any:
+    """Return a tensor with one element."""
+    if not isinstance(scale, torch.Tensor):
+        number = scale if torch.compiler.is_compiling() else real("attention", "scale", scale)
+        return torch.full((), number, dtype=torch.float64)
+    if scale.numel() != 1:
+        text = f" has shape {tuple(scale.shape)}, but a number, or a tensor with one element, is needed"
+        raise refusal(ValueError, "attention", "scale", text)
+    if scale.dtype is torch.bool or scale.is_complex():
+        raise refusal(TypeError, "attention", "scale", f" has dtype {scale.dtype}, but a real number is needed")
+    return scale
 
 
 def forward(*arguments: Any) -> tuple[Any, Any, Any, Any]:

@@ -15,9 +15,11 @@ from . import _torch_autograd
 from ._dropout import dropout_options
 from ._tensors import (
     ACCEPTED,
+    as_operand,
     check_memory,
     computed_in,
     is_plain,
+    no_tangents,
     opaque,
     to_array,
     to_tensor,
@@ -79,6 +81,8 @@ def flash_attn_func(
     ------
     TypeError, ValueError
         Tensors without CPU memory, other dtypes, shapes that do not fit together.
+    NotImplementedError
+        Tensors with tangents: there is no forward-mode differentiation.
 
     Notes
     -----
@@ -97,7 +101,8 @@ def flash_attn_func(
     options = _options(name, (q, k, v), 4, dropout_p, deterministic)
     options |= flash_options(name, softmax_scale, causal, window_size, softcap)
     extras = flag(name, "return_attn_probs", return_attn_probs)
-    return _dense(make_call(q, k, v, **options, alibi_slopes=alibi_slopes, return_lse=extras), extras)
+    slopes = None if alibi_slopes is None else as_operand(name, "alibi_slopes", alibi_slopes)
+    return _dense(make_call(q, k, v, **options, alibi_slopes=slopes, return_lse=extras), extras)
 
 
 def flash_attn_varlen_func(
@@ -161,6 +166,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         if wants_gradient(q, k, v):
             raise ValueError(f"{name}: block_table is given, but pages have no gradients: call it under torch.no_grad")
+        no_tangents(name, alibi_slopes=alibi_slopes)
         values = to_array(q), to_array(k), to_array(v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         paged = compat.flash_attn_varlen_func(
             *values, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -168,13 +174,14 @@ def flash_attn_varlen_func(
         )  # fmt: skip
         return to_tensor(paged)
     options |= flash_options(name, softmax_scale, causal, window_size, softcap)
-    bounds = torch.as_tensor(cu_seqlens_q), torch.as_tensor(cu_seqlens_k)
+    bounds = as_operand(name, "cu_seqlens_q", cu_seqlens_q), as_operand(name, "cu_seqlens_k", cu_seqlens_k)
     if is_plain(*bounds):  # compilers cannot look at the bounds
         starts(name, "cu_seqlens_q", bounds[0], max_seqlen_q, "max_seqlen_q")
         starts(name, "cu_seqlens_k", bounds[1], max_seqlen_k, "max_seqlen_k")
     options["cu_seqlens_q"], options["cu_seqlens_k"] = bounds
     extras = flag(name, "return_attn_probs", return_attn_probs)
-    call = make_call(q, k, v, **options, alibi_slopes=alibi_slopes, return_lse=extras)
+    slopes = None if alibi_slopes is None else as_operand(name, "alibi_slopes", alibi_slopes)
+    call = make_call(q, k, v, **options, alibi_slopes=slopes, return_lse=extras)
     return _packed(call, extras, (max_seqlen_q, max_seqlen_k))
 
 
@@ -187,6 +194,7 @@ def check_operands(function: str, ndim: int | None, **tensors: Any) -> None:
         if ndim is not None and tensor.ndim != ndim:
             raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}, but {ndim} dimensions are needed")
     equal_dtypes(function, **tensors)
+    no_tangents(function, **tensors)
 
 
 def _options(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import compat
-from ._tensors import check_memory, opaque, to_array, to_tensor
+from ._tensors import check_memory, no_tangents, opaque, to_array, to_tensor
 from ._torch_flash import Window, check_operands
 
 _NAME = "flash_attn_with_kvcache"
@@ -65,6 +65,8 @@ def flash_attn_with_kvcache(
     ------
     TypeError, ValueError
         The caches are then unchanged.
+    NotImplementedError
+        Tensors with tangents: there is no forward-mode differentiation.
 
     Examples
     --------
@@ -88,6 +90,7 @@ def flash_attn_with_kvcache(
         "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table,
         "alibi_slopes": alibi_slopes,
     }  # fmt: skip
+    no_tangents(_NAME, **given)
     result = compat.flash_attn_with_kvcache(
         to_array(q), to_array(k_cache), to_array(v_cache), softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, rotary_interleaved=rotary_interleaved, num_splits=num_splits,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._torch_call import DIFFERENTIABLE, Call
+from ._torch_call import DIFFERENTIABLE, Call, backward_shapes, forward_shapes
 
 _BEFORE_CALL = 6  # number of the backward operator's arguments before the call's
 _SHAPED = {"q", "k", "v", "bias", "mask"}  # the fields with the axes of scores or operands
@@ -18,7 +18,8 @@ def map_forward(operator: Callable[..., Any], info: Any, dims: Sequence[Any], *a
     """Return the results of the forward operator and where their new dimension is."""
     call, where = Call(*arguments), Call(*dims)
     if not _can_fold(call, where):
-        return _one_by_one(operator, info.batch_size, dims, arguments)
+        compute = operator if info.batch_size else forward_shapes
+        return _one_by_one(compute, info.batch_size, dims, arguments)
     results = operator(*_fold(call, where, info.batch_size))
     return results, tuple(0 if x.ndim > 1 else None for x in results)
 
@@ -29,7 +30,8 @@ def map_backward(operator: Callable[..., Any], info: Any, dims: Sequence[Any], *
     *upstream, wanted = arguments[:_BEFORE_CALL]
     per_call = any(want and name not in _SHAPED for want, name in zip(wanted, DIFFERENTIABLE, strict=True))
     if per_call or not _can_fold(call, where):
-        return _one_by_one(operator, info.batch_size, dims, arguments)
+        compute = operator if info.batch_size else backward_shapes
+        return _one_by_one(compute, info.batch_size, dims, arguments)
     moved = [None if x is None else _first(x, dim, info.batch_size) for x, dim in zip(upstream, dims, strict=False)]
     results = operator(*moved, wanted, *_fold(call, where, info.batch_size))
     shaped = (
@@ -72,9 +74,14 @@ def _first(x: Any, dim: int | None, size: int) -> Any:
 
 
 def _one_by_one(operator: Callable[..., Any], size: int, dims: Sequence[Any], arguments: Sequence[Any]) -> _Results:
+    def entry(x: Any, dim: Any, i: int) -> Any:
+        if not isinstance(dim, int):
+            return x
+        return x.select(dim, i) if size else x.new_empty(x.movedim(dim, 0).shape[1:])
+
     entries = [
-        operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(arguments, dims, strict=True)))
-        for i in range(size)
+        operator(*(entry(x, dim, i) for x, dim in zip(arguments, dims, strict=True)))
+        for i in range(size or 1)  # without entries, one that has their shape
     ]
-    results = tuple(torch.stack(parts) for parts in zip(*entries, strict=True))
+    results = tuple(torch.stack(parts)[:size] for parts in zip(*entries, strict=True))
     return results, (0,) * len(results)

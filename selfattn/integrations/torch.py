@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._arguments import flag
+from .._arguments import flag, real
 from .._attention import attention as _core_attention
 from .._keywords import clean_signature, refuse_unknown
 from ..compat._checks import own_names
@@ -14,8 +14,8 @@ from ..compat._pytorch import attend, check_mask, check_mask_type, result_shape
 from . import _torch_autograd
 from ._dropout import dropout_options
 from ._runtime import share_runtime
-from ._tensors import ACCEPTED, check_memory, computed_in, is_plain, to_array, wants_gradient
-from ._torch_call import TENSORS, Call, make_call
+from ._tensors import ACCEPTED, as_operand, check_memory, computed_in, is_plain, to_array, wants_gradient
+from ._torch_call import TENSORS, make_call
 from ._torch_flash import flash_attn_func, flash_attn_varlen_func
 from ._torch_flash_kvcache import flash_attn_with_kvcache
 from ._torch_flash_packed import (
@@ -61,7 +61,7 @@ def scaled_dot_product_attention(
     """Compute ``torch.nn.functional.scaled_dot_product_attention`` of CPU tensors, without copying them.
 
     Differentiable, also twice. Works under `torch.compile` (also ``fullgraph=True``), `torch.export` and `torch.func`,
-    as the operator ``selfattn::sdpa``.
+    as the operator ``selfattn::sdpa``. ``torch.func.grad`` inside a compiled function is not supported.
 
     Parameters
     ----------
@@ -91,6 +91,8 @@ def scaled_dot_product_attention(
     ------
     TypeError, ValueError
         Tensors on other devices; sparse, nested or quantised tensors; other dtypes; shapes that do not fit together.
+    NotImplementedError
+        Tensors with tangents, as in `torch.func.jvp`.
 
     Notes
     -----
@@ -102,7 +104,7 @@ def scaled_dot_product_attention(
 
     For gradients, out (in float32 for 16-bit operands) and one float64 per query and head are kept; scores are computed
     again. Only second derivatives store all scores. Second derivatives are not defined for hidden keys that are not
-    finite. There is no forward-mode differentiation.
+    finite. There is no forward-mode differentiation: tensors with tangents are refused.
 
     Examples
     --------
@@ -136,12 +138,14 @@ def scaled_dot_product_attention(
     options = {"bias" if attn_mask is None or attn_mask.is_floating_point() else "mask": attn_mask, **dropout}
     if is_causal:
         options["causal"], options["q_offset"] = True, 0
-    return _attend(make_call(query, key, value, scale=scale, **options))
+    if scale is not None and not torch.compiler.is_compiling():
+        scale = real(_NAME, "scale", scale)
+    return _attend(query, key, value, scale=scale, **options)
 
 
 @own_names(_NAME, q="query", k="key", v="value", mask="attn_mask", bias="attn_mask")
-def _attend(call: Call) -> Any:
-    out, _, _ = _torch_autograd.attend(call)
+def _attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
+    out, _, _ = _torch_autograd.attend(make_call(query, key, value, **options))
     return out
 
 
@@ -199,12 +203,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
     ------
     TypeError, ValueError
         As `selfattn.attention`, and for tensors without CPU memory.
+    NotImplementedError
+        Tensors with tangents, as in `torch.func.jvp`.
 
     Notes
     -----
-    As for `scaled_dot_product_attention`, except that autocast does not apply. With 16-bit operands on units
-    that multiply bfloat16, the result of a call that records gradients may differ by rounding from the result without
-    them.
+    As for `scaled_dot_product_attention`. Autocast applies to q, k, v and ``bias``, and not to the other options. With
+    16-bit operands on units that multiply bfloat16, the result of a call that records gradients may differ by rounding
+    from the result without them.
 
     Examples
     --------
@@ -221,6 +227,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
         refuse_unknown(attention, options)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_memory(function, name, tensor)
+    if torch.is_autocast_enabled("cpu"):
+        bias = options.get("bias")
+        bias = None if bias is None else as_operand(function, "bias", bias)
+        q, k, v, options["bias"] = _autocast(q, k, v, bias)
     options.update(dropout_options(function, "dropout", options.pop("dropout", 0.0), options.pop("seed", None)))
     call = make_call(q, k, v, **options)
     for name, tensor in zip(TENSORS, call.tensors(), strict=True):

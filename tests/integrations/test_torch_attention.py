@@ -118,6 +118,28 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "flag": (lambda q, k, v: attention(q, k, v, return_lse=1), TypeError, "return_lse is 1"),
     "rate": (lambda q, k, v: attention(q, k, v, dropout=1.0), ValueError, "dropout is 1.0, but it must be"),
     "seed": (lambda q, k, v: attention(q, k, v, dropout=0.5, seed=-1), ValueError, "seed is -1"),
+    "dropout": (lambda q, k, v: attention(q, k, v, dropout="x"), TypeError, "dropout is 'x', but a real number"),
+    "dropout flag": (lambda q, k, v: attention(q, k, v, dropout=False), TypeError, "dropout is False, but a real num"),
+    "unused seed": (lambda q, k, v: attention(q, k, v, seed="x"), TypeError, "seed is 'x', but an integer"),
+    "scale": (lambda q, k, v: attention(q, k, v, scale="x"), TypeError, "scale is 'x', but a real number is needed"),
+    "scale flag": (lambda q, k, v: attention(q, k, v, scale=True), TypeError, "scale is True, but a real number"),
+    "infinite scale": (lambda q, k, v: attention(q, k, v, scale=float("inf")), ValueError, "scale is inf, but it must"),
+    "scales": (
+        lambda q, k, v: attention(q, k, v, scale=torch.tensor([0.5, 1.0])), ValueError,
+        r"scale has shape \(2,\), but a number, or a tensor with one element",
+    ),
+    "bool scale": (
+        lambda q, k, v: attention(q, k, v, scale=torch.tensor(True)), TypeError, "scale has dtype torch.bool"),
+    "t5": (lambda q, k, v: attention(q, k, v, t5=3), TypeError, "t5 is a int, but a T5Bias is needed"),
+    "table": (lambda q, k, v: attention(q, k, v, t5=T5Bias("x")), TypeError, "t5 has dtype <U1, but a tensor"),
+    **{
+        name: (
+            lambda q, k, v, name=name: attention(q, k, v, **{name: ["x"]}), TypeError,
+            f"{name} has dtype <U1, but a tensor, an array or numbers are needed",
+        )
+        for name in ("mask", "bias", "sinks", "alibi_slopes", "q_offset", "q_lens", "kv_lens", "kv_starts")
+    },
+    "object": (lambda q, k, v: attention(q, k, v, sinks=object()), TypeError, "sinks of type object is not an array"),
     "layout": (lambda q, k, v: attention(q, k, v, layout="sbhd"), ValueError, "layout is 'sbhd'"),
 }  # fmt: skip
 
@@ -127,6 +149,35 @@ def test_errors(name: str) -> None:
     call, kind, message = BAD[name]
     with pytest.raises(kind, match=f"^attention: .*{message}"):
         call(*qkv())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_as_the_original(kind: Any) -> None:
+    q, k, v = qkv()
+    bias, sinks = torch.randn(9, 7), torch.randn(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected = torch.nn.functional.linear(q, torch.eye(16))
+        found, lse = attention(projected, k.to(kind), v, bias=bias, sinks=sinks, return_lse=True)
+        from_array = attention(projected, k.to(kind), v, bias=bias.numpy(), sinks=sinks.numpy())
+        wide = attention(q.double(), k.double(), v.double(), bias=bias.double(), mask=torch.ones(9, 7) > 0)
+    narrow = [x.to(torch.bfloat16) for x in (q, k.to(kind), v, bias)]
+    expected, expected_lse = attention(*narrow[:3], bias=narrow[3], sinks=sinks, return_lse=True)
+    assert found.dtype == projected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    assert torch.equal(from_array, expected)
+    assert torch.equal(lse, expected_lse)
+    assert wide.dtype == torch.float64
+
+
+def test_gradients_under_autocast() -> None:
+    def narrow(*x: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return attention(*x[:3], bias=x[3])
+
+    tensors = (*qkv(), torch.randn(9, 7))
+    found = gradients(narrow, *tensors)
+    expected = gradients(lambda *x: attention(*x[:3], bias=x[3]), *(x.bfloat16() for x in tensors))
+    assert all(x.dtype == torch.float32 and torch.equal(x, y.float()) for x, y in zip(found, expected, strict=True))
 
 
 def test_signature_is_that_of_arrays() -> None:

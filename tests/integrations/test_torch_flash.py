@@ -216,6 +216,14 @@ ERRORS: dict[str, Any] = {
     "flash_attn_func: window_size is 3": lambda f: f.flash_attn_func(X, X, X, window_size=3),
     "flash_attn_func: deterministic is 0": lambda f: f.flash_attn_func(X, X, X, deterministic=0),
     "flash_attn_func: alibi_slopes has shape": lambda f: f.flash_attn_func(X, X, X, alibi_slopes=torch.ones(3)),
+    "flash_attn_func: alibi_slopes has dtype <U1": lambda f: f.flash_attn_func(X, X, X, alibi_slopes=["x"] * 4),
+    "flash_attn_func: alibi_slopes is a tensor of layout": lambda f: f.flash_attn_func(
+        X, X, X, alibi_slopes=torch.ones(4).to_sparse()
+    ),
+    "flash_attn_func: dropout_p is '1'": lambda f: f.flash_attn_func(X, X, X, "1"),
+    "flash_attn_varlen_func: cu_seqlens_k has dtype <U1": lambda f: f.flash_attn_varlen_func(
+        X[0], X[0], X[0], torch.tensor([0, 3]), ["x"], 3, 3
+    ),
     "flash_attn_varlen_func: max_seqlen_k is 2, but": lambda f: f.flash_attn_varlen_func(
         X[0], X[0], X[0], torch.tensor([0, 3]), torch.tensor([0, 3]), 3, 2
     ),

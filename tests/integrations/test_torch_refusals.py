@@ -35,6 +35,15 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "uneven": (lambda q, k, v: sdpa(q, k[:, :2], v[:, :1], enable_gqa=True), ValueError, "value has 1 heads but key h"),
     "no heads": (lambda q, k, v: sdpa(q[0, 0], k, v, enable_gqa=True), ValueError, "needs a dimension of heads"),
     "flag": (lambda q, k, v: sdpa(q, k, v, is_causal=1), TypeError, "is_causal is 1"),
+    "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p="x"), TypeError, "_attention: dropout_p is 'x', but a real"),
+    "dropout flag": (lambda q, k, v: sdpa(q, k, v, dropout_p=False), TypeError, "_attention: dropout_p is False"),
+    **{
+        f"recorded scale {scale!r}": (
+            lambda q, k, v, scale=scale: sdpa(q.requires_grad_(), k, v, scale=scale), TypeError,
+            "^scaled_dot_product_attention: scale is .*, but a real number is needed",
+        )
+        for scale in ("x", True, torch.tensor([0.5, 1.0]))
+    },
     "scale": (lambda q, k, v: sdpa(q, k, v, scale=float("nan")), ValueError, "scale is nan"),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch_operands import compiling, integration, make_call, original, qkv, sdpa, torch
+from torch_operands import integration, make_call, original, qkv, sdpa, torch
 
 grad, vjp, vmap = torch.func.grad, torch.func.vjp, torch.func.vmap
 EVERY = (0, 1, 2, 3)
@@ -105,6 +105,20 @@ def test_batches_of_numbers_per_head() -> None:
     assert_close(found, tuple(torch.stack(parts) for parts in zip(*each, strict=True)))
 
 
+def test_empty_batches_of_numbers_per_head() -> None:
+    q, k, v, _ = operands()
+    sinks, lengths = torch.randn(0, 4), torch.ones(3, 0, 2, dtype=torch.int64)
+
+    def call(sinks: Any) -> Any:
+        return integration.attention(q, k, v, sinks=sinks).sum()
+
+    assert vmap(call)(sinks).shape == (0,)
+    assert vmap(grad(call))(sinks).shape == sinks.shape
+    assert grad(lambda sinks: vmap(call)(sinks).sum())(sinks).shape == sinks.shape
+    results = vmap(lambda n: integration.attention(q, k, v, kv_lens=n[0], return_lse=True), 1)(lengths)
+    assert [x.shape for x in results] == [(0, 2, 4, 9, 16), (0, 2, 4, 9)]
+
+
 def test_batches_of_upstream_gradients() -> None:
     q, k, v, mask = (x.requires_grad_() for x in operands())
     upstream = torch.randn(3, 2, 4, 9, 16)
@@ -140,10 +154,3 @@ def test_functionalized() -> None:
     assert torch.equal(
         torch.func.functionalize(lambda q: sdpa(q.mul_(2), k, v, mask))(q.clone()), sdpa(2 * q, k, v, mask)
     )
-
-
-@compiling
-def test_forward_mode_is_refused() -> None:
-    q, k, v, _ = operands()
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-        torch.func.jvp(lambda q: sdpa(q, k, v), (q,), (q,))
