@@ -17,6 +17,14 @@ from packaging.utils import parse_wheel_filename
 LARGEST = 3 << 20  # bytes of a wheel
 # An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
+# Environment variables for tests under sanitizers. detect_stack_use_after_return is a default from GCC 13 on, but GCC
+# does not align its frames to the 64 bytes that vectors of AVX-512 need.
+SANITIZED = {
+    "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:allocator_may_return_null=1:detect_stack_use_after_return=0",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "PYTHONMALLOC": "malloc",
+    "OMP_WAIT_POLICY": "passive",
+}
 # Environment variables with which pip installs the same versions on every day.
 PINNED = dict.fromkeys(["PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"], str(Path(".ci/constraints.txt").resolve()))
 

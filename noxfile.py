@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent))
 from nox_steps import (
     EMULATED,
     PINNED,
+    SANITIZED,
     build_package,
     build_site,
     build_wheels,
@@ -144,16 +145,10 @@ def bench(session: nox.Session, script: str) -> None:
 def asan(session: nox.Session) -> None:
     """Run CALLS and safety under AddressSanitizer and UndefinedBehaviorSanitizer (GCC); other folders after `--`."""
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
-    # -O1: with sanitizers, -O2 would slow compilation by minutes to save seconds in the tests.
+    # -O1: with sanitizers, -O2 would take minutes longer to compile.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1"]
     install_tests(session, *settings)
-    environment = {
-        "LD_PRELOAD": " ".join(sanitizer_runtimes()),
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        "PYTHONMALLOC": "malloc",
-    }
-    environment |= {"OMP_WAIT_POLICY": "passive", "SELFATTN_HOSTILE_CALLS": "12000"}
+    environment = SANITIZED | {"LD_PRELOAD": " ".join(sanitizer_runtimes()), "SELFATTN_HOSTILE_CALLS": "12000"}
     running = ["-n", "2", "-p", "no:cacheprovider", "-m", "not unsanitized"]
     session.run("pytest", *running, *(session.posargs or folders([*CALLS, "safety"])), env=environment)
 
@@ -268,7 +263,7 @@ def isas(session: nox.Session) -> None:
 # Sessions that .ci/run leaves out or runs only in part, with options. The folders that .ci/run tests under
 # AddressSanitizer are not tested again.
 DEEP = {
-    "asan": folders(["core", "gradients", "compat", "safety"]),
+    "asan": folders(["core", "gradients", "layers", "compat", "safety"]),
     "mutants": ["--jobs", "2", "--sample", "16"],
     "versions": [],
     "coverage": [],
