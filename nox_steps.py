@@ -17,6 +17,8 @@ from packaging.utils import parse_wheel_filename
 LARGEST = 3 << 20  # bytes of a wheel
 # An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
+# The std::thread back end.
+WITHOUT_OPENMP = "SELFATTN_USE_OPENMP=OFF"
 # Environment variables for tests under sanitizers. detect_stack_use_after_return is a default from GCC 13 on, but GCC
 # does not align its frames to the 64 bytes that vectors of AVX-512 need.
 SANITIZED = {
@@ -116,28 +118,21 @@ def build_wheels(session: nox.Session) -> None:
     session.run("cibuildwheel", *session.posargs)
 
 
-def sanitized(session: nox.Session, program: str, *settings: str) -> str:
-    """Build a program of tests/native with the std::thread back end, and return its path."""
-    session.install("cmake", "ninja")
-    build = Path(session.create_tmp()).resolve() / "build"
-    shutil.rmtree(build, ignore_errors=True)
-    defines = ["-DSELFATTN_BUILD_PYTHON=OFF", "-DSELFATTN_BUILD_NATIVE_TESTS=ON", "-DSELFATTN_USE_OPENMP=OFF"]
-    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", "-DSELFATTN_WERROR=ON", *defines, *settings)
-    session.run("cmake", "--build", str(build), "--target", program)
-    return str(build / "tests" / "native" / program)
-
-
-def run_native(session: nox.Session, *settings: str) -> None:
-    """Build the tests that do not need Python, and run them on every instruction set of the build."""
+def build_native(session: nox.Session, *options: str, targets: tuple[str, ...] = ()) -> Path:
+    """Build the core and its tests without Python in an empty folder, with warnings as errors; return the folder."""
     session.install("numpy", "ml_dtypes", "cmake", "ninja")
-    build = Path(session.create_tmp()) / "native"
+    build = Path(session.create_tmp()).resolve() / "native"
     shutil.rmtree(build, ignore_errors=True)
-    defines = ["CMAKE_BUILD_TYPE=Release", "SELFATTN_BUILD_PYTHON=OFF", "SELFATTN_BUILD_NATIVE_TESTS=ON"]
-    options = [f"-D{name}" for name in (*defines, "SELFATTN_WERROR=ON", EMULATED)]
-    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *options, *settings)
-    session.run("cmake", "--build", str(build))
+    parts = ["-DSELFATTN_BUILD_PYTHON=OFF", "-DSELFATTN_BUILD_NATIVE_TESTS=ON", "-DSELFATTN_WERROR=ON"]
+    session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *parts, *options)
+    session.run("cmake", "--build", str(build), *(["--target", *targets] if targets else []))
+    return build
+
+
+def run_native(session: nox.Session, build: Path, *options: str) -> None:
+    """Run the tests of a folder that `build_native` made, on every instruction set of the build."""
     session.run("python", "tests/native/write_vectors.py", str(build / "vectors.bin"))
-    session.run("ctest", "--test-dir", str(build), "--output-on-failure", *session.posargs)
+    session.run("ctest", "--test-dir", str(build), "--parallel", "2", "--output-on-failure", *options)
 
 
 def clang_compiler(session: nox.Session) -> str:

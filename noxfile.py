@@ -15,6 +15,8 @@ from nox_steps import (
     EMULATED,
     PINNED,
     SANITIZED,
+    WITHOUT_OPENMP,
+    build_native,
     build_package,
     build_site,
     build_wheels,
@@ -24,7 +26,6 @@ from nox_steps import (
     install_lowest,
     install_tests,
     run_native,
-    sanitized,
     sanitizer_runtimes,
     unpinned,
     wheel,
@@ -110,8 +111,8 @@ def versions(session: nox.Session, package: str) -> None:
 
 @nox.session
 def native(session: nox.Session) -> None:
-    """Test the core without Python."""
-    run_native(session)
+    """Test the core without Python; options of ctest after `--`."""
+    run_native(session, build_native(session, "-DCMAKE_BUILD_TYPE=Release", f"-D{EMULATED}"), *session.posargs)
 
 
 @nox.session
@@ -120,7 +121,8 @@ def neon(session: nox.Session) -> None:
     missing = [name for name in ("aarch64-linux-gnu-g++", "qemu-aarch64") if not shutil.which(name)]
     if missing:
         session.skip(f"needs {' and '.join(missing)}")
-    run_native(session, "--toolchain", "cmake/aarch64-linux-gnu.cmake")
+    settings = ["-DCMAKE_BUILD_TYPE=Release", f"-D{EMULATED}", "--toolchain", "cmake/aarch64-linux-gnu.cmake"]
+    run_native(session, build_native(session, *settings), *session.posargs)
 
 
 @nox.session
@@ -156,26 +158,30 @@ def asan(session: nox.Session) -> None:
 @nox.session
 def tsan(session: nox.Session) -> None:
     """Run calls from many threads under ThreadSanitizer; give the number of rounds after `--`."""
-    # Debug symbols for readable reports. No OpenMP: ThreadSanitizer would report libgomp's barriers as races.
-    settings = ["-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
-    program = sanitized(session, "stress_threads", *settings)
+    # Debug symbols for readable reports. ThreadSanitizer would report libgomp's barriers as races.
+    settings = ["-DSELFATTN_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", f"-D{WITHOUT_OPENMP}"]
+    build = build_native(session, *settings, targets=("stress_threads",))
+    program = str(build / "tests" / "native" / "stress_threads")
     environment = {"TSAN_OPTIONS": "halt_on_error=1"}
     session.run(program, *(session.posargs or ["10"]), env=environment, external=True)
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Fuzz attention with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer; number of runs after `--`."""
+    """Run the tests of `native` and libFuzzer under both sanitizers of `asan` (Clang); number of runs after `--`."""
     session.env["CXX"] = clang_compiler(session)
+    session.env |= SANITIZED
     # A debug build keeps assertions enabled.
     settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O2 -fno-sanitize-recover=all"]
-    program = sanitized(session, "fuzz_attend", "-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", *settings)
-    found = Path(session.create_tmp()).resolve() / "found"
-    shutil.rmtree(found, ignore_errors=True)
+    settings += ["-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", f"-D{WITHOUT_OPENMP}"]
+    build = build_native(session, *settings)
+    run_native(session, build)
+    found = build / "found"
     found.mkdir()
     # A fixed seed and number of runs, so that the outcome for a commit is deterministic.
     limits = [f"-runs={(session.posargs or ['200000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
     folders = [str(found), str(Path("tests/native/corpus").resolve())]
+    program = str(build / "tests" / "native" / "fuzz_attend")
     session.run(program, *limits, f"-artifact_prefix={found}/", *folders, external=True)
 
 
@@ -216,7 +222,7 @@ def tidy(session: nox.Session) -> None:
     build = Path(session.create_tmp()) / "tidy"
     pybind = session.run("python", "-m", "pybind11", "--cmakedir", silent=True)
     # Without OpenMP, since the header belongs to another compiler.
-    defines = [f"-Dpybind11_DIR={str(pybind).strip()}", "-DSELFATTN_USE_OPENMP=OFF"]
+    defines = [f"-Dpybind11_DIR={str(pybind).strip()}", f"-D{WITHOUT_OPENMP}"]
     session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *defines)
     # One process per CPU. Kernels are left out: each would be checked once per instruction set.
     session.run("run-clang-tidy.py", "-quiet", "-p", str(build), r"/csrc/(?!kernels/isa_)")
@@ -226,7 +232,7 @@ def tidy(session: nox.Session) -> None:
 def clang(session: nox.Session) -> None:
     """Build with Clang, with warnings as errors and the std::thread back end, and run the tests."""
     session.env["CXX"] = clang_compiler(session)
-    defines = ["-Ccmake.define.SELFATTN_WERROR=ON", "-Ccmake.define.SELFATTN_USE_OPENMP=OFF"]
+    defines = ["-Ccmake.define.SELFATTN_WERROR=ON", f"-Ccmake.define.{WITHOUT_OPENMP}"]
     install_tests(session, *defines)
     session.run("pytest", *folders(["layers", "caches"]), *session.posargs)
 
@@ -249,26 +255,13 @@ def release(session: nox.Session) -> None:
     check_release(session, [Path(name) for name in session.posargs], Path("sbom.cdx.json"))
 
 
-@nox.session
-def isas(session: nox.Session) -> None:
-    """Run the self-test and tests/processes with each instruction set, forced by an environment variable."""
-    install_tests(session)
-    with session.chdir(session.create_tmp()):
-        listed = session.run("python", "-c", "import selfattn; print(*selfattn.isas())", silent=True)
-    for isa in str(listed).split():
-        session.run("selfattn", "selftest", env={"SELFATTN_ISA": isa})
-        session.run("pytest", "-q", "-n", "2", "tests/processes", env={"SELFATTN_ISA": isa})
-
-
-# Sessions that .ci/run leaves out or runs only in part, with options. The folders that .ci/run tests under
-# AddressSanitizer are not tested again.
+# Sessions that .ci/run leaves out or runs only in part, with options. Both sanitizers and coverage use a build with
+# AMX emulated, so that tests run on every instruction set of x86-64; `neon` tests the one of AArch64.
 DEEP = {
-    "asan": folders(["core", "gradients", "layers", "compat", "safety"]),
-    "mutants": ["--jobs", "2", "--sample", "16"],
-    "versions": [],
+    "asan": [],
+    "mutants": ["--jobs", "2", "--sample", "12"],
     "coverage": [],
     "fuzz": ["30000"],
-    "isas": [],
     "neon": [],
 }
 
