@@ -24,7 +24,7 @@ from ._bench.check import (
 from ._bench.numbers import DTYPES, bound_of, numpy_dtype, rounded_bound, why_no_numbers
 from ._bench.peers import OWN
 from ._bench.workload import Array
-from ._bench.workloads import block_workload
+from ._bench.workloads import layer_workload
 
 Attention = Callable[..., Any]
 Options = dict[str, Any]
@@ -261,8 +261,8 @@ def _dtypes() -> list[str]:
 
 def _check_layers() -> Tally:
     tally = Tally("layer")
-    grouped = replace(block_workload("", "", 2, 37, 96, 6), num_kv_heads=2)
-    for block in (grouped, block_workload("", "", 1, 70, 128, 2)):
+    grouped = replace(layer_workload("", "", 2, 37, 96, 6), num_kv_heads=2)
+    for layer in (grouped, layer_workload("", "", 1, 70, 128, 2)):
         for dtype in _dtypes():
             workload = replace(block, dtype=dtype)
             arrays = workload.make_arrays()

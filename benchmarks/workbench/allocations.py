@@ -38,8 +38,8 @@ CASES = (
     "alibi-causal-1k",
     "decode-4k-gqa",
     "f64-512",
-    "projection-block-384",
-    "projection-block",
+    "projection-layer-384",
+    "projection-layer",
 )
 STEPS = ("cache-step", "cache-step-paged")  # WARM_CALLS + CALLS are fewer than cached.STEPS, so no rewind is counted
 RESULT_CASE = "vit-197"  # also called without `out`, which allocates, to verify that the counter works

@@ -16,7 +16,7 @@ AXES: tuple[tuple[str, Precision], ...] = (
     ("bfloat16", "highest"),
     ("float16", "highest"),
 )
-FAMILIES = ("prefill", "decode", "few", "tiny", "block")
+FAMILIES = ("prefill", "decode", "few", "tiny", "layer")
 
 AMX = "amx"  # part of the names of ISAs with AMX
 SOFTMAX = ("heads-32", "heads-64")  # calls that separate the softmax's time from that of the products
@@ -72,7 +72,7 @@ def _tiny(group: Group) -> tuple[Target, ...]:
     return (Target("pytorch", each=2.0, only=_names(group, lambda w: w.kv_len > 1)),)
 
 
-def _block(group: Group) -> tuple[Target, ...]:
+def _layer(group: Group) -> tuple[Target, ...]:
     return (Target("pytorch", each=1.5, only=_names(group, lambda w: w.d_model == 768)),)
 
 
@@ -84,5 +84,5 @@ _TARGETS: dict[tuple[str, str, str], Callable[[Group], tuple[Target, ...]]] = {
     ("decode", "float16", "highest"): _decode,
     ("tiny", "bfloat16", "highest"): _tiny,
     ("tiny", "float16", "highest"): _tiny,
-    ("block", "bfloat16", "highest"): _block,
+    ("layer", "bfloat16", "highest"): _layer,
 }

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from selfattn._bench.options import Options
 from selfattn._bench.workload import Workload
-from selfattn._bench.workloads import WORKLOADS, attention_workload, block_workload
+from selfattn._bench.workloads import WORKLOADS, attention_workload, layer_workload
 
 from .axes import AMX, varied_groups
 from .target import Group, Target
@@ -71,9 +71,9 @@ _TINY_CALLS = (WORKLOADS["tiny-64"], WORKLOADS["tiny-16"], WORKLOADS["tiny-24"])
 _OVERHEAD = attention_workload("tiny-1", "one pair of numbers: nothing but call overhead", 1, 1, 1)
 TINY = (*_TINY_CALLS, _OVERHEAD)
 
-BLOCK = tuple(
-    block_workload(
-        f"block-{d_model}-{length}-b{batch}", f"a layer of width {d_model}, batch {batch}", batch, length, d_model, 12
+LAYER = tuple(
+    layer_workload(
+        f"layer-{d_model}-{length}-b{batch}", f"a layer of width {d_model}, batch {batch}", batch, length, d_model, 12
     )
     for d_model in (384, 768)
     for length in (128, 256, 512)
@@ -162,7 +162,7 @@ _GROUPS: dict[str, Group] = {
                 Target(TIME, each=3e-6, threads=1, only=(_OVERHEAD.name,)),
             ),
         ),
-        Group("block", "SelfAttention: projections and attention", BLOCK, (Target("pytorch", each=1.25),)),
+        Group("layer", "SelfAttention: projections and attention", LAYER, (Target("pytorch", each=1.25),)),
         Group(
             "options",
             "Options against the same call without",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from selfattn._bench.dense import dense_bias, dense_mask, square_causal
-from selfattn._bench.peer import BLOCK_INPUTS, MAX_SCORES_BYTES, Peer, Run
+from selfattn._bench.peer import LAYER_INPUTS, MAX_SCORES_BYTES, Peer, Run
 from selfattn._bench.workload import Array, Arrays, Workload
 
 
@@ -39,27 +39,27 @@ class Jax(Peer):
             "bias": dense_bias(workload, arrays),
         }
         options = {name: jax.device_put(array) for name, array in options.items() if array is not None}
-        block = workload.kind == "block"
-        operands = [arrays[n] for n in ("x", *BLOCK_INPUTS)] if block else [arrays[n].swapaxes(1, 2) for n in "qkv"]
+        layer = workload.kind == "layer"
+        operands = [arrays[n] for n in ("x", *LAYER_INPUTS)] if layer else [arrays[n].swapaxes(1, 2) for n in "qkv"]
         operands = [jax.device_put(np.ascontiguousarray(array)) for array in operands]
 
         def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, **options)
 
-        def attend_block(x: Any, *weights: Any) -> Any:
+        def attend_layer(x: Any, *weights: Any) -> Any:
             *operands, options = weights
-            return _block(workload, attend, x, operands, options)
+            return _layer(workload, attend, x, operands, options)
 
-        call = jax.jit(attend_block if block else attend)
+        call = jax.jit(attend_layer if layer else attend)
 
         def run() -> Any:
             out = call(*operands, options).block_until_ready()
-            return out if block else _Swapped(out)
+            return out if layer else _Swapped(out)
 
         return run
 
 
-def _block(workload: Workload, attend: Any, x: Any, operands: list[Any], options: dict[str, Any]) -> Any:
+def _layer(workload: Workload, attend: Any, x: Any, operands: list[Any], options: dict[str, Any]) -> Any:
     w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o = operands
     rows = (workload.batch, workload.q_len)
     q = (x @ w_q + b_q).reshape(*rows, workload.num_heads, -1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from selfattn._bench.dense import additive_mask, dense_mask, square_causal
-from selfattn._bench.peer import BLOCK_INPUTS, MAX_SCORES_BYTES, CannotRun, Peer, Run
+from selfattn._bench.peer import LAYER_INPUTS, MAX_SCORES_BYTES, CannotRun, Peer, Run
 from selfattn._bench.workload import Array, Arrays, Workload
 
 OPSET = 23
@@ -16,7 +16,7 @@ IR_VERSION = 10  # the first that supports opset 23
 
 
 class OnnxRuntime(Peer):
-    """A model with one Attention node; for a block, with MatMul and Add around it."""
+    """A model with one Attention node; for a layer, with MatMul and Add around it."""
 
     name, label, module = "onnxruntime", "ONNX Runtime", "onnxruntime"
 
@@ -76,7 +76,7 @@ def _mask(workload: Workload, arrays: Arrays) -> tuple[Array | None, bool]:
 
 
 def _out_shape(workload: Workload) -> tuple[int, ...]:
-    if workload.kind == "block":
+    if workload.kind == "layer":
         return (workload.batch, workload.q_len, workload.d_model)
     return (workload.batch, workload.num_heads, workload.q_len, workload.value_dim)
 
@@ -94,25 +94,25 @@ def _model(workload: Workload, arrays: Arrays, mask: Array | None, causal: bool)
     """Build the model, and return it with its input arrays."""
     helper = importlib.import_module("onnx.helper")
     numpy_helper = importlib.import_module("onnx.numpy_helper")
-    block = workload.kind == "block"
-    names = ("x",) if block else ("q", "k", "v")
+    layer = workload.kind == "layer"
+    names = ("x",) if layer else ("q", "k", "v")
     feeds = {name: np.ascontiguousarray(arrays[name]) for name in names}
     if mask is not None:
         feeds["mask"] = mask
     attributes: dict[str, Any] = {"is_causal": int(causal), "scale": workload.scale}
     if workload.options.softcap is not None:
         attributes["softcap"] = workload.options.softcap
-    if block:
+    if layer:
         attributes["q_num_heads"] = workload.num_heads
         attributes["kv_num_heads"] = workload.num_kv_heads
     attention = helper.make_node(
         "Attention",
         ["q", "k", "v", *(["mask"] if mask is not None else [])],
-        ["concat" if block else "out"],
+        ["concat" if layer else "out"],
         **attributes,
     )
-    nodes = _block_nodes(helper, attention) if block else [attention]
-    weights = BLOCK_INPUTS if block else ()
+    nodes = _layer_nodes(helper, attention) if layer else [attention]
+    weights = LAYER_INPUTS if layer else ()
     graph = helper.make_graph(
         nodes,
         workload.name,
@@ -124,7 +124,7 @@ def _model(workload: Workload, arrays: Arrays, mask: Array | None, causal: bool)
     return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION), feeds
 
 
-def _block_nodes(helper: Any, attention: Any) -> list[Any]:
+def _layer_nodes(helper: Any, attention: Any) -> list[Any]:
     """Add the projections of x before the attention node, and the output projection after it."""
 
     def linear(source: str, name: str, target: str) -> list[Any]:

@@ -15,7 +15,7 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}  # the type that it may compute i
 
 
 class OpenVino(Peer):
-    """A compiled model with one attention node; for a block, with MatMul and Add around it.
+    """A compiled model with one attention node; for a layer, with MatMul and Add around it.
 
     The node does not support grouped query heads. If it applies the causal mask itself, K and V are repeated
     beforehand. Otherwise the heads of a group become additional rows of one head, which reads K and V once.
@@ -29,7 +29,7 @@ class OpenVino(Peer):
             return "computes in float32 or bfloat16"
         if workload.options.softcap is not None:
             return "ScaledDotProductAttention has no softcap"
-        if workload.kind == "block" and workload.group_size > 1:
+        if workload.kind == "layer" and workload.group_size > 1:
             return "its node has no groups of heads"
         return ""
 
@@ -38,7 +38,7 @@ class OpenVino(Peer):
         openvino = importlib.import_module("openvino")
         causal = square_causal(workload)
         mask = None if causal else _mask(workload, arrays)
-        if workload.kind == "block":
+        if workload.kind == "layer":
             feeds = {"x": arrays["x"]}
             out = np.empty_like(arrays["x"])
         else:
@@ -55,7 +55,7 @@ class OpenVino(Peer):
         for index, array in enumerate(feeds.values()):
             request.set_input_tensor(index, _tensor(openvino, array))
         request.set_output_tensor(0, _tensor(openvino, out))
-        # The block's node is the only one whose result has three axes.
+        # The layer's node is the only one whose result has three axes.
         result = out if out.ndim == 3 else out.reshape(workload.batch, workload.num_heads, workload.q_len, -1)
 
         def run() -> Array:
@@ -116,12 +116,12 @@ def _repeated(workload: Workload, arrays: Arrays) -> dict[str, Array]:
 def _model(openvino: Any, workload: Workload, arrays: Arrays, feeds: dict[str, Array], causal: bool) -> Any:
     ops = importlib.import_module("openvino.opset13")
     inputs = {name: ops.parameter(array.shape, _type(openvino, array), name=name) for name, array in feeds.items()}
-    block = workload.kind == "block"
-    weights = {name: ops.constant(_tensor(openvino, array)) for name, array in arrays.items()} if block else {}
-    q, k, v = _projected(ops, workload, weights, inputs["x"]) if block else (inputs[name] for name in "qkv")
+    layer = workload.kind == "layer"
+    weights = {name: ops.constant(_tensor(openvino, array)) for name, array in arrays.items()} if layer else {}
+    q, k, v = _projected(ops, workload, weights, inputs["x"]) if layer else (inputs[name] for name in "qkv")
     options = {"attention_mask": inputs["mask"]} if "mask" in inputs else {}
     out = ops.scaled_dot_product_attention(q, k, v, causal=causal, **options)
-    if block:
+    if layer:
         rows = ops.transpose(out, np.array([0, 2, 1, 3]))
         concat = ops.reshape(rows, np.array([workload.batch, workload.q_len, -1]), False)
         out = _linear(ops, weights, concat, "o")
@@ -129,7 +129,7 @@ def _model(openvino: Any, workload: Workload, arrays: Arrays, feeds: dict[str, A
 
 
 def _projected(ops: Any, workload: Workload, weights: dict[str, Any], x: Any) -> tuple[Any, ...]:
-    """Return q, k and v of a block, shape (batch, heads, length, dim); blocks have no grouped heads."""
+    """Return q, k and v of a layer, shape (batch, heads, length, dim); layers have no grouped heads."""
     shape = np.array([workload.batch, workload.q_len, workload.num_heads, -1])
     order = np.array([0, 2, 1, 3])
     return tuple(ops.transpose(ops.reshape(_linear(ops, weights, x, name), shape, False), order) for name in "qkv")

@@ -59,7 +59,7 @@ class NarrowHeads(OwnOnCaches):
 
     def why_not(self, workload: Workload) -> str:
         """See `Peer.why_not`."""
-        if workload.kind == "block":
+        if workload.kind == "layer":
             return "it has projections"
         return "" if min(workload.head_dim, workload.value_dim) > self.head_dim else "its heads are no wider"
 

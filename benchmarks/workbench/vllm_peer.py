@@ -38,7 +38,7 @@ class Vllm(Peer):
     def why_not(self, workload: Workload) -> str:
         """See `Peer.why_not`."""
         options = workload.options
-        if workload.kind == "block":
+        if workload.kind == "layer":
             return "it has no projections"
         if workload.dtype == "float64" or workload.head_dim != workload.value_dim:
             return "it needs equal head_dim and value_dim, and not float64"

@@ -99,8 +99,8 @@ def expected_parts(workload: Workload, arrays: Arrays) -> list[Expected]:
     `arrays` are the arrays that the call reads (`Peer.held`).
     """
     unit = unit_of(workload)
-    if workload.kind == "block":
-        return _block_parts(workload, arrays, unit)
+    if workload.kind == "layer":
+        return _layer_parts(workload, arrays, unit)
     parts = []
     entries = _few(workload.batch)
     heads = _few(workload.num_heads)
@@ -158,7 +158,7 @@ def _cut(array: Array, index: tuple[slice, ...]) -> Array:
     return array[tuple(whole if array.shape[i] == 1 else part for i, part in enumerate(index))]
 
 
-def _block_parts(workload: Workload, arrays: Arrays, unit: str) -> list[Expected]:
+def _layer_parts(workload: Workload, arrays: Arrays, unit: str) -> list[Expected]:
     """Projections and attention in float64 for the first, middle and last batch entries."""
     # On a matrix unit, projections of a bfloat16 layer are rounded between the steps, as float32 operands would be.
     axis = ("float32", "medium") if workload.dtype == "bfloat16" else (workload.dtype, workload.precision)

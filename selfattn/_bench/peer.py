@@ -22,7 +22,7 @@ Run = Callable[[], Any]
 
 MAX_SCORES_BYTES = 2**31  # largest score matrix that a peer may store: 2 GiB
 
-BLOCK_INPUTS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o")
+LAYER_INPUTS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o")
 
 
 class CannotRun(Exception):
@@ -103,8 +103,8 @@ class Own(Peer):
         options = {**workload.attention_options(arrays), "num_threads": threads}
         if workload.precision != "highest":
             options["precision"] = workload.precision
-        if workload.kind == "block":
-            weights: dict[str, Any] = {name: arrays[name] for name in BLOCK_INPUTS}
+        if workload.kind == "layer":
+            weights: dict[str, Any] = {name: arrays[name] for name in LAYER_INPUTS}
             layer = selfattn.SelfAttention(**weights, num_heads=workload.num_heads, num_kv_heads=workload.num_kv_heads)
             return partial(layer, arrays["x"], **options)
         return partial(selfattn.attention, *(arrays[name] for name in "qkv"), **options)
@@ -140,15 +140,15 @@ class NumPy(Peer):
         if workload.kind == "attention":
             q, k, v = (arrays[name] for name in "qkv")
             return lambda: attend(q, k, v)
-        x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o = (arrays[n] for n in ("x", *BLOCK_INPUTS))
+        x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o = (arrays[n] for n in ("x", *LAYER_INPUTS))
 
-        def block() -> Array:
+        def layer() -> Array:
             q = split_heads(x @ w_q + b_q, workload.num_heads)
             k = split_heads(x @ w_k + b_k, workload.num_kv_heads)
             v = split_heads(x @ w_v + b_v, workload.num_kv_heads)
             return np.asarray(join_heads(attend(q, k, v)) @ w_o + b_o)
 
-        return block
+        return layer
 
 
 def numpy_attention(

@@ -35,8 +35,8 @@ class PyTorch(Peer):
         torch.set_float32_matmul_precision(workload.precision)
         options = self._sdpa_options(torch, workload, arrays)
         sdpa = torch.nn.functional.scaled_dot_product_attention
-        if workload.kind == "block":
-            return self._block(torch, workload, arrays, options)
+        if workload.kind == "layer":
+            return self._layer(torch, workload, arrays, options)
         q, k, v = (tensor(torch, arrays[name]) for name in "qkv")
 
         def run() -> Any:
@@ -75,7 +75,7 @@ class PyTorch(Peer):
         return added
 
     @staticmethod
-    def _block(torch: Any, workload: Workload, arrays: Arrays, options: dict[str, Any]) -> Run:
+    def _layer(torch: Any, workload: Workload, arrays: Arrays, options: dict[str, Any]) -> Run:
         """One Linear for q, k and v, SDPA, and a Linear, as in PyTorch's own layer."""
         functional = torch.nn.functional
         x = tensor(torch, arrays["x"])

@@ -31,17 +31,17 @@ TILE_PERIOD = 4  # one in this many squares is visible
 
 @dataclass(frozen=True)
 class Workload:
-    """One named case of attention, or of a whole attention block with its projections.
+    """One named case of attention, or of a whole layer with its projections.
 
     Attributes
     ----------
     name, why : str
         The name, and one line about what the case represents.
-    kind : {"attention", "block"}
-        "block" is x @ w_q, w_k, w_v, attention, @ w_o, with biases.
+    kind : {"attention", "layer"}
+        "layer" is x @ w_q, w_k, w_v, attention, @ w_o, with biases.
     batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, value_dim : int
     d_model : int
-        Width of x in a block, 0 otherwise.
+        Width of x in a layer, 0 otherwise.
     dtype : str
     precision : {"highest", "high", "medium"}
     options : Options
@@ -53,7 +53,7 @@ class Workload:
 
     name: str
     why: str
-    kind: Literal["attention", "block"]
+    kind: Literal["attention", "layer"]
     batch: int
     num_heads: int
     num_kv_heads: int
@@ -157,7 +157,7 @@ class Workload:
         return 2 * (self.head_dim + self.value_dim) * self.num_heads * self.visible_pairs()
 
     def projection_flops(self) -> int:
-        """FLOPs of a block's four projections, 2 M N K each; 0 for plain attention."""
+        """FLOPs of a layer's four projections, 2 M N K each; 0 for plain attention."""
         if self.kind == "attention":
             return 0
         query_columns = self.num_heads * (self.head_dim + self.value_dim)
@@ -179,7 +179,7 @@ class Workload:
     def operand_bytes(self) -> int:
         """Bytes of all arrays that a call must read or write, each counted once."""
         arrays = sum(math.prod(shape) for shape, _ in self._random_arrays().values())
-        width = self.d_model if self.kind == "block" else self.num_heads * self.value_dim
+        width = self.d_model if self.kind == "layer" else self.num_heads * self.value_dim
         mask = self.q_len * self.kv_len if self.options.mask in ("pairs", "tiles") else 0
         return (arrays + self.batch * self.q_len * width) * self.itemsize + mask
 
@@ -188,7 +188,7 @@ class Workload:
         """Whether reading K and V, rather than arithmetic, limits the speed, as in decode; always true for caches."""
         if self.cache is not None:
             return True
-        if self.kind == "block" or self.q_len >= self.kv_len:
+        if self.kind == "layer" or self.q_len >= self.kv_len:
             return False
         return self.flops() * self.itemsize < MEMORY_BOUND_INTENSITY * self.kv_bytes()
 
@@ -199,7 +199,7 @@ class Workload:
         -------
         dict
             q, k, v and the options that are arrays, or x, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o
-            for a block.
+            for a layer.
         """
         rng = np.random.default_rng(seed)
         arrays = {
@@ -225,8 +225,8 @@ class Workload:
 
     def _random_arrays(self) -> RandomArrays:
         """Shape and standard deviation of every array of normal random numbers."""
-        if self.kind == "block":
-            return self._block_arrays()
+        if self.kind == "layer":
+            return self._layer_arrays()
         key_rows = (self.batch, self.num_kv_heads, self.kv_len)
         shapes: RandomArrays = {
             "q": ((self.batch, self.num_heads, self.q_len, self.head_dim), 1.0),
@@ -237,7 +237,7 @@ class Workload:
             shapes["bias"] = ((1, self.num_heads, self.q_len, self.kv_len), SOFT_BIAS)
         return shapes
 
-    def _block_arrays(self) -> RandomArrays:
+    def _layer_arrays(self) -> RandomArrays:
         columns = {
             "q": self.num_heads * self.head_dim,
             "k": self.num_kv_heads * self.head_dim,

@@ -18,7 +18,7 @@ QUICK = (
     "vit-197",
     "prefill-1k-causal",
     "decode-4k-gqa",
-    "projection-block",
+    "projection-layer",
 )
 
 
@@ -60,13 +60,13 @@ def attention_workload(
     )
 
 
-def block_workload(name: str, why: str, batch: int, seq_len: int, d_model: int, num_heads: int) -> Workload:
+def layer_workload(name: str, why: str, batch: int, seq_len: int, d_model: int, num_heads: int) -> Workload:
     """Describe one call of a `SelfAttention` layer with d_model = num_heads * head_dim."""
     head_dim = d_model // num_heads
     return Workload(
         name=name,
         why=why,
-        kind="block",
+        kind="layer",
         batch=batch,
         num_heads=num_heads,
         num_kv_heads=num_heads,
@@ -168,9 +168,9 @@ _DECODE = [
     ),
 ]
 
-_BLOCKS = [
-    block_workload("projection-block-384", "a MiniLM layer's attention", 8, 128, 384, 12),
-    block_workload("projection-block", "a BERT base layer's attention", 1, 512, 768, 12),
+_LAYERS = [
+    layer_workload("projection-layer-384", "a MiniLM layer's attention", 8, 128, 384, 12),
+    layer_workload("projection-layer", "a BERT base layer's attention", 1, 512, 768, 12),
 ]
 
 ALL: tuple[Workload, ...] = (
@@ -180,7 +180,7 @@ ALL: tuple[Workload, ...] = (
     *_ODD,
     *_OPTIONS,
     *_DECODE,
-    *_BLOCKS,
+    *_LAYERS,
 )
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in ALL}
 

@@ -27,7 +27,7 @@ from selfattn._bench.peers import OWN, PEERS, others
 from selfattn._bench.report import table
 from selfattn._bench.timing import Peaks
 from selfattn._bench.workload import Workload
-from selfattn._bench.workloads import WORKLOADS, attention_workload, block_workload
+from selfattn._bench.workloads import WORKLOADS, attention_workload, layer_workload
 from workbench.peers import NARROW_HEADS
 
 NARROW = ("bfloat16", "float16")
@@ -39,7 +39,7 @@ CASES = (
     attention_workload("few", "a test", (4, 2), (4, 70), 32, causal=True),
     attention_workload("decode", "a test", (8, 2), (1, 300), 64, causal=True),
     attention_workload("masked", "a test", 2, (20, 30), 16, mask="pairs", bias=True, alibi=True),
-    block_workload("block", "a test", 2, 30, 64, 4),
+    layer_workload("layer", "a test", 2, 30, 64, 4),
 )
 
 

@@ -25,14 +25,14 @@ def arguments(*options, of=targets_command):
 
 
 def test_every_family_has_a_group_of_every_kind():
-    for family in ("prefill", "decode", "few", "tiny", "block"):
+    for family in ("prefill", "decode", "few", "tiny", "layer"):
         for dtype, precision in AXES:
             group = GROUPS[f"{family}-{SUFFIX[dtype if precision == 'highest' else precision]}"]
             assert (group.family, group.dtype, group.precision) == (family, dtype, precision)
             assert group.workloads == tuple(w.varied(dtype, precision) for w in GROUPS[family].workloads)
             assert (dtype if precision == "highest" else precision) in group.title
     assert {group.family for group in GROUPS.values() if group.name != group.family} == {
-        "prefill", "decode", "few", "tiny", "block",
+        "prefill", "decode", "few", "tiny", "layer",
     }  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def test_targets_are_the_promised_ones():
     for suffix in ("bf16", "f16"):
         assert wanted(f"tiny-{suffix}") == {("pytorch", 2.0, None, "", "", 3)}
         assert wanted(f"decode-{suffix}") == {("pytorch", 3.5, None, "", "", 0), ("peak", 0.85, None, "", "", 0)}
-    assert wanted("block-bf16") == {("pytorch", 1.5, None, "", "", 6)}
-    assert all(target.threads is None for name in ("prefill-bf16", "block-bf16") for target in GROUPS[name].targets)
+    assert wanted("layer-bf16") == {("pytorch", 1.5, None, "", "", 6)}
+    assert all(target.threads is None for name in ("prefill-bf16", "layer-bf16") for target in GROUPS[name].targets)
 
 
 def made_group(*targets):
@@ -98,7 +98,7 @@ def test_groups_are_chosen_by_family_type_and_precision():
     assert chosen("--groups", "decode") == ["decode", "decode-bf16", "decode-f16"]
     assert chosen("--groups", "few-bf16", "tiny-f16") == ["few-bf16", "tiny-f16"]
     assert chosen("--groups", "few", "tiny", "--dtype", "bfloat16") == ["few-bf16", "tiny-bf16"]
-    assert chosen("--groups", "block", "--precision", "high", "medium") == ["block-high", "block-medium"]
+    assert chosen("--groups", "layer", "--precision", "high", "medium") == ["layer-high", "layer-medium"]
     assert chosen("--dtype", "float64") == ["float64"]
     assert chosen("--workloads", "few-2x3000-high") == ["few-high"]
     with pytest.raises(ValueError, match="no group"):

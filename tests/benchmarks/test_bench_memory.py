@@ -61,13 +61,13 @@ def test_a_quadratic_peak_is_a_failure(script, monkeypatch, capsys):
 
 
 def test_scratch_is_what_explain_says(script, monkeypatch, capsys):
-    found = memory.scratch([WORKLOADS["tiny-16"], WORKLOADS["projection-block"], WORKLOADS["decode-32k-gqa"]], 2)
+    found = memory.scratch([WORKLOADS["tiny-16"], WORKLOADS["projection-layer"], WORKLOADS["decode-32k-gqa"]], 2)
     assert set(found) == {"tiny-16", "tiny-16, strided", "decode-32k-gqa", "decode-32k-gqa, strided"}
     assert found["tiny-16, strided"][0] > found["tiny-16"][0]
     assert found["decode-32k-gqa"][1] > found["tiny-16"][1]
     assert script.show_scratch(2)
     printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:-1]]
-    assert set(printed) == {group.name for group in GROUPS.values() if group.family != "block"} | {"wide"}
+    assert set(printed) == {group.name for group in GROUPS.values() if group.family != "layer"} | {"wide"}
     monkeypatch.setattr(script, "scratch", lambda workloads, threads: {"x": (2**21 + 1, 0)})
     assert not script.show_scratch(2)
 

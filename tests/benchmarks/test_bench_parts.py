@@ -12,14 +12,14 @@ from selfattn._bench.measure import check_all, measure
 from selfattn._bench.peers import OWN
 from selfattn._bench.report import table
 from selfattn._bench.timing import Quartiles
-from selfattn._bench.workloads import attention_workload, block_workload
+from selfattn._bench.workloads import attention_workload, layer_workload
 from workbench import parts
 from workbench.grid import GROUPS
 from workbench.peers import NARROW_HEADS
 
 TYPES = {"bfloat16": "bf16", "float16": "f16"}
 WIDE = attention_workload("wide", "a test", 2, 33, 128)
-BLOCK = block_workload("block", "a test", 2, 30, 64, 4)
+LAYER = layer_workload("layer", "a test", 2, 30, 64, 4)
 
 
 def with_heads(result, **seconds):
@@ -62,7 +62,7 @@ def test_narrower_heads_are_another_question():
         check_all(
             workload, arrays, {"selfattn": OWN.prepare(workload, arrays, 1), heads.name: lambda: out * 2}, [heads]
         )
-    assert heads.why_not(BLOCK)
+    assert heads.why_not(LAYER)
 
 
 def test_parts_are_drawn(made_up, monkeypatch, tmp_path):

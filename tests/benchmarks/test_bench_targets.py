@@ -41,7 +41,7 @@ def test_the_grid_is_the_promised_one():
     assert {w.kv_len for w in GROUPS["decode"].workloads} == {4096, 32768}
     bound_by_memory = {w.name for w in IN_GROUPS if w.memory_bound and (w.dtype, w.precision) == FIRST}
     assert bound_by_memory == {w.name for w in GROUPS["decode"].workloads} | {"few-2x3000-mha", "few-4x3000-mha"}
-    assert len(GROUPS["block"].workloads) == 12
+    assert len(GROUPS["layer"].workloads) == 12
 
 
 @pytest.mark.parametrize("workload", IN_GROUPS, ids=lambda w: w.name)

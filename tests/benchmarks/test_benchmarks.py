@@ -28,7 +28,7 @@ PROMISED_NAMES = (
     "long-8k-causal",
     "decode-4k-gqa",
     "tiny-16",
-    "projection-block",
+    "projection-layer",
 )
 
 
@@ -54,7 +54,7 @@ def small(workload: Workload) -> Workload:
         kv_len=kv_len,
         head_dim=head_dim,
         value_dim=head_dim,
-        d_model=24 if workload.kind == "block" else 0,
+        d_model=24 if workload.kind == "layer" else 0,
         options=options,
     )
 
@@ -118,8 +118,8 @@ def test_flops_of_known_cases():
     assert WORKLOADS["bert-512"].flops() == 4 * 512 * 512 * 64 * 12
     causal = WORKLOADS["prefill-2k-causal"]
     assert causal.flops() == 4 * (2048 * 2049 // 2) * 128 * 32
-    block = WORKLOADS["projection-block"]
-    assert block.projection_flops() == 4 * (2 * 512 * 768 * 768)
+    layer = WORKLOADS["projection-layer"]
+    assert layer.projection_flops() == 4 * (2 * 512 * 768 * 768)
     decode = WORKLOADS["decode-4k-gqa"]
     assert decode.kv_bytes() == 2 * 8 * 4096 * 128 * 4
 
@@ -134,7 +134,7 @@ def test_arrays_have_the_shapes_and_are_reproducible():
         first, second = workload.make_arrays(3), workload.make_arrays(3)
         for name, array in first.items():
             assert np.array_equal(array, second[name])
-        main = first["x" if workload.kind == "block" else "q"]
+        main = first["x" if workload.kind == "layer" else "q"]
         assert main.dtype == workload.dtype
         assert not np.array_equal(main, workload.make_arrays(4)["q" if "q" in first else "x"])
 
