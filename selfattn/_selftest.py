@@ -264,7 +264,7 @@ def _check_layers() -> Tally:
     grouped = replace(layer_workload("", "", 2, 37, 96, 6), num_kv_heads=2)
     for layer in (grouped, layer_workload("", "", 1, 70, 128, 2)):
         for dtype in _dtypes():
-            workload = replace(block, dtype=dtype)
+            workload = replace(layer, dtype=dtype)
             arrays = workload.make_arrays()
             for isa in selfattn.isas():
                 with _use_isa(isa):

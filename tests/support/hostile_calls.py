@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hostile_caches
+import hostile_gradients
 import numpy as np
 from hostile_arrays import FLOATS, OUTPUTS, Call, floats, hostile, strided
 
@@ -153,6 +154,7 @@ MAKERS = [
     explain_call,
     piece_call,
     *hostile_caches.MAKERS,
+    *hostile_gradients.MAKERS,
 ]
 NAMES = [
     "is_causal",
@@ -167,4 +169,4 @@ NAMES = [
     "mem_len",
     "r_origin",
 ]
-NAMES += ["sequences", "cascade", "dtype", "buffer", "cu_seqlens_q"]
+NAMES += ["sequences", "cascade", "dtype", "buffer", "cu_seqlens_q", "wrt", "into", "accumulate", "grad_lse"]
