@@ -146,6 +146,12 @@ def not_a_number(q, k, v, **options):
     return answer
 
 
+@pytest.fixture
+def one_isa(monkeypatch):
+    monkeypatch.setattr(selfattn, "isas", lambda: ["portable"])
+
+
+@pytest.mark.usefixtures("one_isa")
 @pytest.mark.parametrize("wrong", [slightly_wrong, ignores_masks, raises, not_a_number])
 def test_selftest_exits_with_1_on_a_wrong_kernel(wrong, capsys):
     assert main(["selftest"], attention=wrong) == 1
@@ -154,6 +160,7 @@ def test_selftest_exits_with_1_on_a_wrong_kernel(wrong, capsys):
     assert "passed" not in printed
 
 
+@pytest.mark.usefixtures("one_isa")
 def test_selftest_names_the_failing_group_only(capsys):
     main(["selftest"], attention=ignores_masks)
     lines = capsys.readouterr().out.splitlines()
