@@ -234,7 +234,7 @@ def clang(session: nox.Session) -> None:
     session.env["CXX"] = clang_compiler(session)
     defines = ["-Ccmake.define.SELFATTN_WERROR=ON", f"-Ccmake.define.{WITHOUT_OPENMP}"]
     install_tests(session, *defines)
-    session.run("pytest", *folders(["layers", "caches"]), *session.posargs)
+    session.run("pytest", "-n", "2", *folders(["layers", "caches"]), *session.posargs)
 
 
 @nox.session
