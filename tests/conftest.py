@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
-from places import ROOT
+from instruction_sets import KNOWN_ISAS, ON_EVERY_ISA, is_marked, lists_isas, repeats_avx512
 
 import selfattn
 from selfattn import reference
 from selfattn._rounding import rounding
-
-KERNELS = ROOT / "csrc" / "kernels"
-KNOWN_ISAS = sorted(file.stem.removeprefix("isa_") for file in KERNELS.glob("isa_*.cpp"))
-# Instruction sets that differ from AVX-512 where 16-bit numbers are multiplied, and where precision is below "highest".
-EXTENSIONS = {"avx512_bf16", "amx", "amx_emulated"}
-WIDE = {"float32", "float64"}
 
 # Profiles of hypothesis. Examples depend on the test alone unless `--hypothesis-profile random` asks for new ones.
 settings.register_profile("same", derandomize=True)
@@ -50,36 +46,27 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    own = any(mark.args[0] == "isa" for mark in metafunc.definition.iter_markers("parametrize"))
-    if "isa" in metafunc.fixturenames and not own:
+    test = metafunc.definition
+    needed = test.path.parent.name in ON_EVERY_ISA and not is_marked(test)
+    asked = "isa" in inspect.signature(metafunc.function).parameters
+    if (needed or asked) and not lists_isas(test):
         metafunc.parametrize("isa", KNOWN_ISAS, indirect=True)
 
 
-def repeats_avx512(item: pytest.Item) -> bool:
-    """Whether a test on an extension of AVX-512 would only repeat kernels that it runs on AVX-512."""
-    call = getattr(item, "callspec", None)
-    if call is None or call.params.get("isa") not in EXTENSIONS:
-        return False
-    dtype = call.params.get("dtype")
-    types = set() if dtype is None else {dtype if isinstance(dtype, str) else np.dtype(dtype).name}
-    for mark in item.iter_markers("dtypes"):
-        types |= set(mark.args)
-    return bool(types) and types <= WIDE and call.params.get("precision", "highest") == "highest"
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    repeated = [item for item in items if repeats_avx512(item)]
-    config.hook.pytest_deselected(items=repeated)
-    items[:] = [item for item in items if item not in set(repeated)]
+    repeated = {item for item in items if repeats_avx512(item)}
+    config.hook.pytest_deselected(items=[item for item in items if item in repeated])
+    items[:] = [item for item in items if item not in repeated]
 
 
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test on each instruction set."""
-    if request.param not in selfattn.isas():
-        pytest.skip(f"this machine has no {request.param}")
-    with selfattn.use_isa(request.param):
-        yield request.param
+@pytest.fixture(autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """Select the instruction set of this run of the test, if it has one."""
+    name = getattr(request, "param", None)
+    if name is not None and name not in selfattn.isas():
+        pytest.skip(f"this machine has no {name}")
+    with nullcontext() if name is None else selfattn.use_isa(name):
+        yield name
 
 
 @pytest.fixture

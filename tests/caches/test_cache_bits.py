@@ -261,6 +261,7 @@ def test_a_bias_with_a_mask_has_its_own_columns(isa: str, normal: Any) -> None:
         sa.attention_with_kvcache(q, cache, bias=bias[..., :5], mask=everything)
 
 
+@pytest.mark.one_isa(reason="selects each set itself")
 def test_nothing_is_read_where_a_released_page_would_be(run_python: Any) -> None:
     # An inaccessible page precedes the pool: a block of keys that starts before the first one held must
     # not read it.

@@ -118,6 +118,7 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("name", CALLS)
 def test_an_exception_anywhere(name: str, error: type[BaseException]) -> None:
@@ -140,6 +141,7 @@ def test_an_exception_anywhere(name: str, error: type[BaseException]) -> None:
     assert point > 5
 
 
+@pytest.mark.one_isa
 def test_rows_after_a_failed_fork() -> None:
     cache = paged()
     for point in range(1, 200):
@@ -165,6 +167,7 @@ def test_a_step_on_a_full_cache_takes_what_is_out_of_sight(kind: str) -> None:
     assert np.array_equal(sa.attention_with_kvcache(x(1, 1), cache, window=(0, 0), **options)[0], (x(2) + 4)[:, 1:])
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("make", [batch, roomy, paged])
 def test_lengths_after_an_interrupt_that_follows_the_commit(make: Callable[[], Any], monkeypatch: Any) -> None:
     cache = make()

@@ -69,6 +69,7 @@ def test_new_tokens_and_rope(normal: Any) -> None:
     assert not out[1].any()
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("starts", "message"),
     [

@@ -48,6 +48,7 @@ def test_sharers_of_a_page_survive_a_failed_call(normal: Any) -> None:
     assert [sa.attention_with_kvcache(q, cache, sequences=[s]).tobytes() for s in (a, b)] == before
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("kind", ["ring", "paged"])
 def test_refuses_queries_that_see_lost_tokens(normal: Any, kind: str) -> None:
     k = normal(1, 1, 1, 4)
@@ -92,6 +93,7 @@ def test_offsets_that_change_after_they_were_checked(normal: Any) -> None:
     assert np.array_equal(found, sa.attention_varlen(q, k, v, [0, 3, 10]))
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("length", [-(1 << 32), -1, 1 << 62])
 def test_lengths_that_change_in_the_buffer(normal: Any, window: Any, length: int) -> None:
@@ -106,6 +108,7 @@ def test_lengths_that_change_in_the_buffer(normal: Any, window: Any, length: int
         sa.KVCache(2, 2, 8, 20, window=window, buffer=memory)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("strange", [7, 2, -1, 1 << 62])
 def test_any_number_in_the_buffer_names_one_of_both_copies(strange: int) -> None:
     memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20))
@@ -119,6 +122,7 @@ def test_any_number_in_the_buffer_names_one_of_both_copies(strange: int) -> None
     assert cache.lengths.tolist() == [0, 0]
 
 
+@pytest.mark.one_isa
 def test_a_cache_whose_making_was_cut_off_is_made_again() -> None:
     memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20))
     sa.KVCache(2, 2, 8, 20, buffer=memory)
@@ -164,6 +168,7 @@ def test_new_tokens_of_any_type(normal: Any, stored: str, new: str) -> None:
         sa.attention_with_kvcache(q, one, k, v.astype(np.float64 if new != "float64" else np.float32))
 
 
+@pytest.mark.one_isa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_lengths_that_another_process_keeps_changing(run_python: Any) -> None:
     # If lengths were read again after the check, tokens could be written far outside of the buffer.
@@ -206,6 +211,7 @@ def test_lengths_that_another_process_keeps_changing(run_python: Any) -> None:
     )
 
 
+@pytest.mark.one_isa
 def test_lengths_that_change_while_the_core_computes(run_python: Any) -> None:
     # Rotating the queries takes a while without the GIL; the new tokens are stored after that.
     run_python(

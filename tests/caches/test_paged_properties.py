@@ -227,6 +227,7 @@ def test_any_order_of_calls(isa: str, assert_accurate: Any) -> None:
     run_state_machine_as_test(lambda: Paged(assert_accurate), settings=SETTINGS)  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.one_isa
 def test_too_few_pages_are_counted_in_the_message() -> None:
     cache = sa.PagedKVCache(5, 4, 1, 2)
     name, x = cache.allocate(), np.ones((1, 30, 2), np.float32)
@@ -236,6 +237,7 @@ def test_too_few_pages_are_counted_in_the_message() -> None:
     assert (cache.length(name), cache.num_free_pages) == (6, 3)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("name", [True, np.bool_(True), 1.0, "1", None, 2, -1, [1]])
 def test_only_ids_are_ids(name: Any) -> None:
     cache = sa.PagedKVCache(5, 4, 1, 2)

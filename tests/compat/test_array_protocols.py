@@ -9,6 +9,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.one_isa
+
 
 class OnlyDLPack:
     def __init__(self, array: Any) -> None:

@@ -28,6 +28,7 @@ def listed(function: Any) -> str:
     return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
 
 
+@pytest.mark.one_isa
 def test_names_and_order_of_arguments_as_in_pytorch() -> None:
     assert listed(compat.scaled_dot_product_attention) == PYTORCH
     kinds = [p.kind for p in inspect.signature(compat.scaled_dot_product_attention).parameters.values()]
@@ -35,6 +36,7 @@ def test_names_and_order_of_arguments_as_in_pytorch() -> None:
     assert [kind is keyword_only for kind in kinds] == [False] * 6 + [True] * 2
 
 
+@pytest.mark.one_isa
 @pytest.mark.filterwarnings("ignore")
 def test_names_and_order_of_arguments_as_in_jax() -> None:
     jax = pytest.importorskip("jax")
@@ -59,6 +61,7 @@ PYTORCH_CASES: dict[str, Any] = {
 }
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("case", PYTORCH_CASES)
 def test_scaled_dot_product_attention(normal: Any, rng: Any, case: str, kind: str) -> None:
@@ -189,6 +192,7 @@ JAX_ERRORS: dict[str, Any] = {
 }
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("message", PYTORCH_ERRORS)
 def test_errors_of_scaled_dot_product_attention(normal: Any, message: str) -> None:
     given = {"query": normal(1, 2, 5, 8), "key": normal(1, 2, 6, 8), "value": normal(1, 2, 6, 8)}
@@ -196,6 +200,7 @@ def test_errors_of_scaled_dot_product_attention(normal: Any, message: str) -> No
         compat.scaled_dot_product_attention(**{**given, **PYTORCH_ERRORS[message]})
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("message", JAX_ERRORS)
 def test_errors_of_dot_product_attention(normal: Any, message: str) -> None:
     given = {"query": normal(1, 5, 2, 8), "key": normal(1, 6, 2, 8), "value": normal(1, 6, 2, 8)}
@@ -210,6 +215,7 @@ def test_docstrings_examples(name: str) -> None:
     assert result.failed == 0
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("name", compat.__all__)
 def test_docstrings_tell_the_differences(name: str) -> None:
     """Each docstring has a table, or refers to that of the function for separate operands."""

@@ -39,6 +39,7 @@ def call(function: Any, reference: Any, given: Any, options: dict[str, Any], tol
     assert np.array_equal(function(**given, **options), out)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_names_and_order_of_arguments(name: str) -> None:
     parameters = inspect.signature(getattr(compat, name)).parameters.values()
@@ -47,6 +48,7 @@ def test_names_and_order_of_arguments(name: str) -> None:
     assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("lengths", [(6, 6), (4, 9), (9, 4), (1, 8)], ids=str)
 @pytest.mark.parametrize("groups", [4, 2])
@@ -83,6 +85,7 @@ def test_narrow_types(normal: Any) -> None:
 VARLEN = {"starts_q": [0, 4, 4, 10], "starts_k": [0, 7, 9, 14]}
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flash_attn_varlen_func(normal: Any, name: str) -> None:
     starts_q, starts_k = (np.array(x, np.int32) for x in VARLEN.values())
@@ -101,6 +104,7 @@ def test_flash_attn_varlen_func(normal: Any, name: str) -> None:
     assert np.array_equal(compat.flash_attn_varlen_func(*given, **OPTIONS[name]), out)
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flash_attn_varlen_func_with_pages(normal: Any, rng: Any, name: str) -> None:
     starts_q, lengths = np.array(VARLEN["starts_q"]), np.array([7, 2, 5])
@@ -114,6 +118,7 @@ def test_flash_attn_varlen_func_with_pages(normal: Any, rng: Any, name: str) -> 
         close(out[rows], plain(q[rows], k[b, :length], v[b, :length], b, **OPTIONS[name])[0])
 
 
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("varlen", [False, True])
 def test_packed_operands(normal: Any, name: str, varlen: bool) -> None:
@@ -132,6 +137,7 @@ def test_packed_operands(normal: Any, name: str, varlen: bool) -> None:
     assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.one_isa
 def test_packed_operands_are_read_in_place(normal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     module = inspect.getmodule(inspect.unwrap(compat.flash_attn_func))
@@ -168,6 +174,7 @@ VARLEN_ERRORS: dict[str, Any] = {
 }
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("message", FLASH_ERRORS)
 @pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
 def test_errors(normal: Any, name: str, message: str) -> None:
@@ -180,6 +187,7 @@ def test_errors(normal: Any, name: str, message: str) -> None:
         getattr(compat, name)(**given)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("message", VARLEN_ERRORS)
 def test_errors_of_flash_attn_varlen_func(normal: Any, message: str) -> None:
     given: dict[str, Any] = {"q": normal(5, 4, 8), "k": normal(5, 2, 8), "v": normal(5, 2, 8)}

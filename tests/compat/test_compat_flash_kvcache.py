@@ -61,17 +61,19 @@ def in_order(options: Any) -> bool:
     return options.get("causal", False) or options.get("window_size", (-1, -1)) != (-1, -1)
 
 
+# Numbers of queries and of new tokens, and their rotation. Without new tokens, rotation is an error.
+STEPS = [(q_len, new, rotary) for q_len, new in ((1, 1), (3, 3), (2, 4)) for rotary in (None, "interleaved", "halves")]
+STEPS += [(1, 0, None), (5, 0, None)]
+
+
+@pytest.mark.dtypes("float32")
 @pytest.mark.parametrize("kind", ["rows", "chosen rows", "pages"])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("tokens", [(1, 0), (1, 1), (3, 3), (2, 4), (5, 0)], ids=str)
-@pytest.mark.parametrize("rotary", [None, "interleaved", "halves"])
+@pytest.mark.parametrize(("q_len", "new", "rotary"), STEPS)
 @pytest.mark.parametrize("leftpad", [False, True])
 def test_flash_attn_with_kvcache(
-    normal: Any, rng: Any, kind: str, name: str, tokens: Any, rotary: Any, leftpad: bool
+    normal: Any, rng: Any, kind: str, name: str, q_len: int, new: int, rotary: str | None, leftpad: bool
 ) -> None:
-    q_len, new = tokens
-    if rotary and not new:
-        rotary = None  # nothing to rotate, which raises another error
     caches, q = Caches(normal, rng, kind, new), normal(3, q_len, 4, 8)
     options = dict(caches.options)
     angles = rng.uniform(0, 6, (12, 3))
@@ -137,6 +139,7 @@ def test_narrow_caches_without_copies(normal: Any) -> None:
         close(out[1], plain(q[1], cache[0][1, :21], cache[1][1, :21])[0], tolerance)
 
 
+@pytest.mark.one_isa(reason="rotation is scalar code")
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 def test_tables_of_any_type(normal: Any, rng: Any, name: str) -> None:
     dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name == "bfloat16" else name)
@@ -210,6 +213,7 @@ CACHE_ERRORS: dict[str, Any] = {
 }
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("message", CACHE_ERRORS)
 def test_errors_leave_caches_as_they_were(normal: Any, message: str) -> None:
     caches = normal(2, 2, 9, 2, 8)
@@ -224,6 +228,7 @@ def test_errors_leave_caches_as_they_were(normal: Any, message: str) -> None:
     assert np.array_equal(caches, before)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("kind", ["rows", "chosen rows", "pages"])
 def test_an_interrupt_leaves_caches_as_they_were(normal: Any, rng: Any, kind: str, monkeypatch: Any) -> None:
     caches, original = Caches(normal, rng, kind, 6), _core.attend_cache
@@ -245,6 +250,7 @@ def test_an_interrupt_leaves_caches_as_they_were(normal: Any, rng: Any, kind: st
     assert lengths.tolist() == [6, 3, 5]
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("shape", [(3,), (1,), (1, 4), (4, 2), ()])
 def test_slopes_with_pages_have_a_shape(shape: Any) -> None:
     from selfattn.compat import flash_attn_varlen_func

@@ -12,6 +12,8 @@ from compat_operands import OPERANDS
 
 from selfattn import compat
 
+pytestmark = pytest.mark.one_isa
+
 CALLS = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 

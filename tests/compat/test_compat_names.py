@@ -13,6 +13,8 @@ from compat_operands import OPERANDS, array
 
 from selfattn import compat
 
+pytestmark = pytest.mark.one_isa
+
 # Each is wrong, or at least unusual, for most arguments.
 ODD: list[Any] = [
     None,

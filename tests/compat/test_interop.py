@@ -38,6 +38,7 @@ def x(normal: Any) -> Any:
     return normal(2, 3, 40, 8)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("wrap", [WithArray, OnlyDLPack, list, np.matrix, memoryview], ids=lambda w: w.__name__)
 @pytest.mark.filterwarnings("ignore:the matrix subclass")
 def test_wrapped_arrays(x: Any, wrap: Any) -> None:
@@ -49,6 +50,7 @@ def test_wrapped_arrays(x: Any, wrap: Any) -> None:
     assert np.array_equal(out, sa.attention(x, x, x))
 
 
+@pytest.mark.one_isa
 def test_subclasses_and_memmap(x: Any, tmp_path: Path) -> None:
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=x.shape)
     mapped[...] = x
@@ -59,6 +61,7 @@ def test_subclasses_and_memmap(x: Any, tmp_path: Path) -> None:
         assert np.array_equal(out, sa.attention(x, x, x, causal=True))
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("device", [(2, 0), (8, 1), (13, 0)])
 def test_other_devices_are_refused(x: Any, device: Any) -> None:
     with pytest.raises(
@@ -67,6 +70,7 @@ def test_other_devices_are_refused(x: Any, device: Any) -> None:
         sa.attention(x, OnlyDLPack(x, device), x)
 
 
+@pytest.mark.one_isa
 def test_torch_tensors(x: Any) -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.from_numpy(x)
@@ -172,6 +176,7 @@ def flat(result: Any) -> list[Any]:
     return [result]
 
 
+@pytest.mark.one_isa
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", FOREIGN, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -190,6 +195,7 @@ def test_every_function_takes_them(normal: Any, make: Any, name: str) -> None:
         assert np.array_equal(mine, theirs)
 
 
+@pytest.mark.one_isa
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", FOREIGN, ids=lambda f: f.__name__)
 def test_views_of_their_memory(x: Any, make: Any) -> None:
@@ -199,6 +205,7 @@ def test_views_of_their_memory(x: Any, make: Any) -> None:
     assert first.dtype.name == {"jax_bfloat16": "bfloat16", "torch_float16": "float16"}.get(make.__name__, "float32")
 
 
+@pytest.mark.one_isa
 @pytest.mark.filterwarnings("ignore")
 def test_traced_arrays_are_refused(x: Any) -> None:
     jax = pytest.importorskip("jax")
@@ -206,6 +213,7 @@ def test_traced_arrays_are_refused(x: Any) -> None:
         jax.jit(lambda y: sa.attention(y, y, y))(x)
 
 
+@pytest.mark.one_isa
 def test_torch_bfloat16_is_read_in_place(x: Any) -> None:
     torch = pytest.importorskip("torch")
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -238,6 +246,7 @@ class LikeTorchBfloat16:
         return self.bits.view(dtype)
 
 
+@pytest.mark.one_isa
 def test_torch_bfloat16_needs_ml_dtypes(x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     array = x.astype(ml_dtypes.bfloat16)
@@ -249,6 +258,7 @@ def test_torch_bfloat16_needs_ml_dtypes(x: Any, monkeypatch: pytest.MonkeyPatch)
         sa.attention(tensor, tensor, tensor)
 
 
+@pytest.mark.one_isa
 @pytest.mark.filterwarnings("ignore")
 def test_dlpack_of_jax_bfloat16(x: Any) -> None:
     narrow = OnlyDLPack(jax_bfloat16(x))

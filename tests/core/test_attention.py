@@ -163,6 +163,7 @@ def test_lists_are_arrays() -> None:
     assert np.allclose(out, [[1 - weight + 3 * weight]], rtol=1e-15)
 
 
+@pytest.mark.one_isa(reason="calls the reference alone")
 def test_against_a_loop(normal: Any) -> None:
     # The reference itself, element by element.
     q, k, v = normal(5, 3, dtype=np.float64), normal(6, 3, dtype=np.float64), normal(6, 2, dtype=np.float64)

@@ -18,6 +18,8 @@ import selfattn as sa
 from selfattn import _cached, _core, _elements, _linear, _typing
 from selfattn._arguments import core_options
 
+pytestmark = pytest.mark.one_isa
+
 STUB = Path(sa.__file__).with_name("_core.pyi")
 
 FIELDS: dict[str, Any] = {

@@ -47,6 +47,7 @@ KNOWN = [  # counter, key and result, from the test vectors of Random123
 ]
 
 
+@pytest.mark.one_isa(reason="calls the reference alone")
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
 def test_known_answers(counter: str, key: str, result: str) -> None:
     words, (low, high) = hexadecimal(counter), hexadecimal(key)
@@ -269,10 +270,10 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(("options", "error", "message"), ERRORS, ids=lambda x: str(x)[:40])
 def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    x = np.ones((2, 3, 4), np.float32)
-    out = np.full_like(x, 7)
+    x, out = np.ones((2, 3, 4), np.float32), np.full((2, 3, 4), 7, np.float32)
     calls = {
         "attention": lambda: sa.attention(x, x, x, out=out, **options),
         "attention_varlen": lambda: sa.attention_varlen(x, x, x, [0, 2], out=out, **options),
@@ -294,7 +295,6 @@ def test_errors(options: dict[str, Any], error: type[Exception], message: str) -
 
 
 def test_a_numpy_integer_is_a_seed() -> None:
-    x = np.ones((2, 3, 4), np.float32)
-    seed = np.uint64(2**64 - 1)
+    x, seed = np.ones((2, 3, 4), np.float32), np.uint64(2**64 - 1)
     found = sa.attention(x, x, x, dropout=np.float32(0.5), seed=seed)  # type: ignore[arg-type]
     assert np.array_equal(found, sa.attention(x, x, x, dropout=0.5, seed=2**64 - 1))

@@ -13,6 +13,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.one_isa
+
 Q = np.zeros((2, 4, 5, 8), np.float32)
 K = np.zeros((2, 2, 7, 8), np.float32)
 

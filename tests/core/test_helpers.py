@@ -12,6 +12,7 @@ import pytest
 import selfattn as sa
 
 
+@pytest.mark.one_isa
 class TestAlibiSlopes:
     def test_powers_of_two(self) -> None:
         assert sa.alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
@@ -52,6 +53,7 @@ def t5_bucket(distance: int, bidirectional: bool, buckets: int, max_distance: in
 
 
 class TestT5Bias:
+    @pytest.mark.one_isa
     @pytest.mark.parametrize("bidirectional", [True, False])
     @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 50), (8, 300)])
     def test_against_the_scalar_rule(self, rng: Any, bidirectional: bool, buckets: int, max_distance: int) -> None:
@@ -64,6 +66,7 @@ class TestT5Bias:
                 bucket = t5_bucket(j - i - 200, bidirectional, buckets, max_distance)
                 assert np.array_equal(bias[:, i, j], table[bucket]), (i, j)
 
+    @pytest.mark.one_isa
     @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
     def test_result_has_the_tables_dtype(self, normal: Any, dtype: Any) -> None:
         table = normal(32, 2, dtype=dtype)
@@ -76,6 +79,7 @@ class TestT5Bias:
         bias = sa.t5_bias(normal(32, 2, dtype=dtype), 30, 50)
         check(normal(1, 2, 30, 8), normal(1, 2, 50, 8), normal(1, 2, 50, 8), bias=bias, scale=1.0)
 
+    @pytest.mark.one_isa
     @pytest.mark.parametrize(
         ("arguments", "exception", "message"),
         [

@@ -182,6 +182,7 @@ def test_rows_that_see_nothing(isa: str, rng: Any, shape: Any, how: str) -> None
     assert np.allclose(lse, sinks[:, None], rtol=1e-6)
 
 
+@pytest.mark.one_isa(reason="calls the reference alone")
 def test_reference_sees_what_the_definition_says() -> None:
     seen = reference.visibility(3, 5, (), 1, causal=True, window=(2, None))[0]
     assert seen.astype(int).tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]

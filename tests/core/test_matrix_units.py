@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -28,16 +27,13 @@ UNITS = {
 LENGTHS = [13, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 127, 128, 129, 160, 257]
 
 
-@pytest.fixture(
-    params=[(isa, *mode) for isa, modes in UNITS.items() for mode in modes], ids=lambda x: f"{x[0]}-{x[1]}-{x[2]}"
+# Types and precisions of calls that run on a matrix unit.
+on_units = pytest.mark.parametrize(
+    ("isa", "dtype", "precision"),
+    [(isa, *mode) for isa, modes in UNITS.items() for mode in modes],
+    ids=str,
+    indirect=["isa"],
 )
-def mode(request: pytest.FixtureRequest) -> Iterator[tuple[np.dtype[Any], str]]:
-    """Type and precision of calls that run on a matrix unit."""
-    isa, dtype, precision = request.param
-    if isa not in sa.isas():
-        pytest.skip(f"this machine has no {isa}")
-    with sa.use_isa(isa):
-        yield dtype, precision
 
 
 def operands(normal: Any, dtype: Any, q_len: int, kv_len: int, head_dim: int, value_dim: int) -> tuple[Any, Any, Any]:
@@ -64,9 +60,9 @@ def test_the_unit_is_the_set_s(isa: str, normal: Any, dtype: Any, precision: str
     assert sa.explain(wide, wide, wide, precision=precision)["unit"] == "fma"
 
 
+@on_units
 @pytest.mark.parametrize("kv_len", LENGTHS)
-def test_every_end_of_a_tile(mode: Any, check: Any, normal: Any, kv_len: int) -> None:
-    dtype, precision = mode
+def test_every_end_of_a_tile(dtype: Any, precision: str, check: Any, normal: Any, kv_len: int) -> None:
     for q_len, (head_dim, value_dim) in zip(
         LENGTHS[kv_len % 3 :: 3],
         itertools.cycle([(1, 17), (31, 16), (32, 33), (33, 1), (64, 15), (65, 64), (96, 32)]),
@@ -76,8 +72,8 @@ def test_every_end_of_a_tile(mode: Any, check: Any, normal: Any, kv_len: int) ->
         check(q, k, v, precision=precision, causal=kv_len % 2 == 0, trivial=True)
 
 
-def test_masks_that_empty_tiles(mode: Any, check: Any, normal: Any, rng: Any) -> None:
-    dtype, precision = mode
+@on_units
+def test_masks_that_empty_tiles(dtype: Any, precision: str, check: Any, normal: Any, rng: Any) -> None:
     q, k, v = operands(normal, dtype, 100, 300, 40, 24)
     mask = np.zeros((100, 300), bool)
     mask[:33, 128:160] = True
@@ -99,15 +95,15 @@ def test_masks_that_empty_tiles(mode: Any, check: Any, normal: Any, rng: Any) ->
         check(q, k, v, precision=precision, trivial=True, **options)
 
 
+@on_units
 @pytest.mark.parametrize("sigma", [30, 300])
-def test_large_logits(mode: Any, check: Any, normal: Any, sigma: int) -> None:
-    dtype, precision = mode
+def test_large_logits(dtype: Any, precision: str, check: Any, normal: Any, sigma: int) -> None:
     q, k, v = operands(normal, dtype, 60, 700, 64, 64)
     check(q, k, v, precision=precision, scale=float(sigma / reference.attention(q, k, v, scale=1.0).sigma))
 
 
-def test_threads_and_batch_do_not_matter(mode: Any, normal: Any) -> None:
-    dtype, precision = mode
+@on_units
+def test_threads_and_batch_do_not_matter(dtype: Any, precision: str, normal: Any) -> None:
     q, k, v = operands(normal, dtype, 150, 333, 48, 40)
     whole = sa.attention(q, k, v, causal=True, precision=precision, num_threads=1)
     for threads in (2, 3, 7):
@@ -121,9 +117,9 @@ def test_threads_and_batch_do_not_matter(mode: Any, normal: Any) -> None:
 GARBAGE = [np.nan, np.inf, -np.inf, 3.4e38, 1e-39, -2e-35]
 
 
+@on_units
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_what_is_hidden_is_inert(mode: Any, normal: Any, garbage: float) -> None:
-    dtype, precision = mode
+def test_what_is_hidden_is_inert(dtype: Any, precision: str, normal: Any, garbage: float) -> None:
     q, k, v = operands(normal, dtype, 90, 200, 33, 20)
     mask = np.ones((90, 200), bool)
     mask[:, 77] = mask[:, 130:] = False
@@ -137,10 +133,10 @@ def test_what_is_hidden_is_inert(mode: Any, normal: Any, garbage: float) -> None
         assert everything(q, k, v, precision=precision, **options) == clean
 
 
+@on_units
 @pytest.mark.parametrize("head_dim", [32, 33])
-def test_what_lies_between_rows_is_inert(mode: Any, normal: Any, head_dim: int) -> None:
+def test_what_lies_between_rows_is_inert(dtype: Any, precision: str, normal: Any, head_dim: int) -> None:
     # Rows start and end at odd places of memory, and numbers that are not theirs follow them.
-    dtype, precision = mode
     q, k, v = operands(normal, dtype, 60, 141, head_dim, 20)
     together = everything(q, k, v, precision=precision)
     for before, after in itertools.product(range(3), range(3)):
@@ -152,10 +148,10 @@ def test_what_lies_between_rows_is_inert(mode: Any, normal: Any, head_dim: int) 
         assert everything(q, *apart, precision=precision) == together
 
 
+@on_units
 @pytest.mark.parametrize("value", GARBAGE)
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_what_is_visible_counts(check: Any, normal: Any, mode: Any, name: str, value: float) -> None:
-    dtype, precision = mode
+def test_what_is_visible_counts(check: Any, normal: Any, dtype: Any, precision: str, name: str, value: float) -> None:
     q, k, v = operands(normal, dtype, 70, 150, 40, 20)
     place = {"q": q, "k": k, "v": v}[name]
     if dtype == BFLOAT16 and np.isfinite(value):
@@ -196,16 +192,16 @@ def test_a_mode_errs_as_its_name_says(isa: str, normal: Any, precision: str, lea
         assert error > least
 
 
+@on_units
 @pytest.mark.parametrize("scale", [1e-46, 1e-40, -1e-46])
-def test_a_scale_that_float32_does_not_hold(check: Any, normal: Any, mode: Any, scale: float) -> None:
-    dtype, precision = mode
+def test_a_scale_that_float32_does_not_hold(check: Any, normal: Any, dtype: Any, precision: str, scale: float) -> None:
     q, k, v = operands(normal, dtype, 60, 60, 16, 16)
     check(q, k, v, precision=precision, causal=True, scale=scale)
 
 
+@on_units
 @pytest.mark.parametrize("size", [1e-36, 1e-37])
-def test_products_that_are_subnormal(check: Any, normal: Any, mode: Any, size: float) -> None:
-    dtype, precision = mode
+def test_products_that_are_subnormal(check: Any, normal: Any, dtype: Any, precision: str, size: float) -> None:
     if dtype == FLOAT16:
         pytest.skip("float16 holds no such number")
     q, k, v = operands(normal, dtype, 60, 60, 32, 16)
@@ -246,8 +242,8 @@ def test_strides_of_wide_heads_do_not_matter(isa: str, normal: Any) -> None:
             assert "out" not in plan["copied_blockwise"]
 
 
-def test_a_signal_handler_may_attend(normal: Any, mode: Any) -> None:
-    dtype, precision = mode
+@on_units
+def test_a_signal_handler_may_attend(normal: Any, dtype: Any, precision: str) -> None:
     q, k = normal(1, 300, 64, dtype=dtype), normal(1, 9000, 64, dtype=dtype)
     small = normal(1, 64, 64, dtype=dtype)
     expected = sa.attention(q, k, k, precision=precision, num_threads=1)

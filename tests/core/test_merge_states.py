@@ -214,6 +214,7 @@ class TestMergeStates:
         assert out == 2.0
         assert np.isclose(lse, 2000 + math.log(2))
 
+    @pytest.mark.one_isa
     @pytest.mark.parametrize(
         ("outs", "lses", "exception", "message"),
         [

@@ -119,6 +119,7 @@ def test_out_may_be_an_operand(isa: str, normal: Any, dtype: Any) -> None:
         assert same((sa.attention(*qkv, out=qkv[which]),), (expected,))
 
 
+@pytest.mark.one_isa
 @types
 def test_out_of_another_type_is_refused(normal: Any, dtype: Any) -> None:
     q, k, v = operands(normal, ROW, dtype)
@@ -132,6 +133,7 @@ def test_out_of_another_type_is_refused(normal: Any, dtype: Any) -> None:
         sa.attention(q.astype(np.float32), k, v, out=np.zeros((2, 4, 2, 17), dtype))
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("q", "k", "v", "message"),
     [
@@ -200,6 +202,7 @@ def test_empty(isa: str, dtype: Any) -> None:
     assert sa.attention(zeros(0, 3, 8), zeros(0, 4, 8), zeros(0, 4, 8)).dtype == dtype
 
 
+@pytest.mark.one_isa
 def test_bfloat16_is_known_without_importing_its_package(run_python: Any) -> None:
     code = """
         import sys

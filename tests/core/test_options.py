@@ -137,6 +137,7 @@ class TestOut:
         expected = sa.attention(q, q, q, bias=bias)
         assert np.array_equal(sa.attention(q, q, q, bias=bias, out=bias.reshape(-1)[:480].reshape(60, 8)), expected)
 
+    @pytest.mark.one_isa
     def test_is_refused(self, normal: Any) -> None:
         q = normal(2, 5, 8)
         good = np.zeros_like(q)

@@ -233,6 +233,7 @@ GOOD = {
 }
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("changes", "exception", "message"),
     [

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the same scalar code for every instruction set, so that no test takes `isa`."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from layer_definition import rotate
 
 import selfattn as sa
+
+pytestmark = pytest.mark.one_isa(reason="rotation is scalar code")
 
 
 def exact(x: Any, positions: Any, rope: sa.RoPE) -> Any:

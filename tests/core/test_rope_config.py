@@ -10,6 +10,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.one_isa
+
 BASE, DIM = 500000.0, 64
 RATES = BASE ** -(np.arange(0, DIM, 2) / DIM)
 LENGTHS = {"max_position_embeddings": 65536}

@@ -12,6 +12,7 @@ from layer_definition import rotate
 
 import selfattn as sa
 
+scalar = pytest.mark.one_isa(reason="rotation is scalar code")
 ROPES = {
     "frequencies": sa.RoPE(inv_freq=[1.0, 0.25, 0.0, 1e-3]),
     "factor": sa.RoPE(inv_freq=[1.0, 0.3], attention_scaling=1.25, interleaved=True),
@@ -23,6 +24,7 @@ ROPES = {
 ERRORS = {np.float32: 2**-24, np.float64: 2**-31, np.float16: 2**-11, ml_dtypes.bfloat16: 2**-8}
 
 
+@scalar
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("dtype", ERRORS, ids=lambda x: x.__name__)
 def test_against_long_double(normal: Any, rng: Any, name: str, dtype: Any) -> None:
@@ -43,6 +45,7 @@ def test_against_long_double(normal: Any, rng: Any, name: str, dtype: Any) -> No
         assert np.array_equal(swapped.swapaxes(1, 2), found)
 
 
+@scalar
 def test_angles_at_far_positions() -> None:
     frequencies = np.random.default_rng(0).uniform(0, 1, 32)
     x = np.concatenate([np.ones((1, 32)), np.zeros((1, 32))], axis=1)
@@ -52,6 +55,7 @@ def test_angles_at_far_positions() -> None:
         assert np.max(abs(turned - np.concatenate([np.cos(angles), np.sin(angles)]))) < 1e-9
 
 
+@scalar
 @pytest.mark.parametrize("name", ROPES)
 def test_the_inverse_is_the_gradient(normal: Any, rng: Any, name: str) -> None:
     rope, (x, y) = ROPES[name], normal(2, 2, 3, 20, 8, dtype=np.float64)
@@ -63,6 +67,7 @@ def test_the_inverse_is_the_gradient(normal: Any, rng: Any, name: str) -> None:
     assert np.allclose(again, x[..., turned] * rope.attention_scaling**2, rtol=0, atol=1e-12)
 
 
+@scalar
 def test_frequencies_of_a_base_give_the_same_bits(normal: Any) -> None:
     x = normal(3, 40, 16, dtype=np.float64)
     plain = sa.RoPE(500.0, 12)
@@ -71,6 +76,7 @@ def test_frequencies_of_a_base_give_the_same_bits(normal: Any) -> None:
     assert np.array_equal(sa.apply_rope(x, rope=plain), sa.apply_rope(x, rope=replace(given, attention_scaling=1)))
 
 
+@scalar
 def test_equal_coordinates_are_a_position(normal: Any, rng: Any) -> None:
     x, places = normal(2, 3, 10, 8), rng.integers(0, 99, (2, 10))
     rope = sa.RoPE(axes=[1, 0, 2, 1])
@@ -116,6 +122,7 @@ def test_forks_rotate_by_coordinates(isa: str, normal: Any, rng: Any) -> None:
     assert np.allclose(steps[1], steps[3], rtol=0, atol=1e-6)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -139,6 +146,7 @@ def test_bad_descriptions(given: dict[str, Any], message: str) -> None:
         sa.RoPE(**given)
 
 
+@pytest.mark.one_isa
 def test_positions_need_their_coordinates() -> None:
     x, rope = np.zeros((2, 3, 5, 8)), sa.RoPE(axes=[0, 1, 2, 0])
     needed = r"but \(coordinates, ..., S\) is needed, with 3 coordinates for rope"

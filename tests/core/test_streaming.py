@@ -286,6 +286,7 @@ def test_out(isa: str, normal: Any, dtype: Any) -> None:
     assert same(state.result(), expected)
 
 
+@pytest.mark.one_isa(reason="selects each set itself")
 def test_instruction_sets_may_change_in_between(normal: Any) -> None:
     q, k, v = normal(2, 70, 40), *normal(2, 2, 300, 40)
     state = sa.AttentionState(q, kv_len=300, causal=True)

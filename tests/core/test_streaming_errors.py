@@ -22,6 +22,7 @@ def same(a: Any, b: Any) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.one_isa
 def test_no_copies() -> None:
     state = sa.AttentionState(np.zeros((2, 3)), kv_len=5)
     for call in (copy.copy, copy.deepcopy, pickle.dumps):
@@ -33,6 +34,7 @@ X = zeros(2, 4, 10, 8)
 NARROW = {"k": zeros(2, 2, 10, 8, dtype=np.float16), "v": zeros(2, 2, 10, 6, dtype=np.float16)}
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -60,6 +62,7 @@ def test_errors_of_the_constructor(arguments: dict[str, Any], error: Any, messag
         sa.AttentionState(**{"q": X, "kv_len": 100, **arguments})
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -89,6 +92,7 @@ def test_errors_of_a_piece_leave_the_state_unchanged(arguments: dict[str, Any], 
     assert same(state.result(), expected)
 
 
+@pytest.mark.one_isa
 def test_q_must_have_all_leading_dimensions(normal: Any) -> None:
     state = sa.AttentionState(normal(1, 2, 5, 8), kv_len=9)
     with pytest.raises(ValueError, match=r"absorb: q has shape \(1, 2, 5, 8\), which the leading dimensions of k and"):

@@ -127,6 +127,7 @@ def test_bits_depend_on_neither_threads_nor_neighbours(isa: str, arrays: Any, ta
     assert np.array_equal(one, out[1, 2])
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_buckets_are_those_of_transformers(bidirectional: bool) -> None:
     torch = pytest.importorskip("torch")
@@ -139,6 +140,7 @@ def test_buckets_are_those_of_transformers(bidirectional: bool) -> None:
     assert np.array_equal(found, buckets)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("t5", "exception", "message"),
     [
@@ -157,6 +159,7 @@ def test_errors(arrays: Any, t5: Any, exception: type[Exception], message: str) 
         sa.attention(*arrays(SHAPES[0]), t5=t5())
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("offset", [2.7, "a", None, True])
 def test_places_are_integers(offset: Any) -> None:
     assert sa.t5_bias(np.zeros((32, 2)), 3, 3, q_offset=-4).shape == (2, 3, 3)

@@ -229,6 +229,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(("changed", "exception", "message"), BAD_CALLS)
 def test_what_is_refused(changed: dict[str, Any], exception: Any, message: str) -> None:
     arguments: dict[str, Any] = {
@@ -244,6 +245,7 @@ def test_what_is_refused(changed: dict[str, Any], exception: Any, message: str) 
     assert (arguments["out"] == 5).all()
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("given", ["q", "k", "v"])
 def test_lists_go_with_lists(given: str) -> None:
     lists = {name: [np.ones((n, 2, 8), np.float32) for n in (3, 4)] for name in "qkv"}

@@ -92,6 +92,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(("changed", "exception", "message"), CASES, ids=lambda x: str(x)[:40])
 def test_bad_input(changed: dict[str, Any], exception: type[Exception], message: str) -> None:
     into = {name: np.full_like(x, 7) for name, x in (("q", Q), ("k", K), ("v", K))}
@@ -102,6 +103,7 @@ def test_bad_input(changed: dict[str, Any], exception: type[Exception], message:
     assert not READ_ONLY.any()
 
 
+@pytest.mark.one_isa
 def test_the_function_that_was_called_is_named() -> None:
     with pytest.raises(ValueError, match=r"^attention_vjp: wrt names 'bias', but there is no bias$"):
         sa.attention_vjp(Q, K, K, wrt=("bias",))
@@ -161,6 +163,7 @@ def test_into_may_overlap_with_the_operands(name: str, accumulate: bool) -> None
     assert np.array_equal(found.v, expected.v)  # type: ignore[arg-type]
 
 
+@pytest.mark.one_isa
 def test_random_bad_calls_raise_only_what_is_documented(rng: Any) -> None:
     plain = [None, True, 0, -1, 3, 2.5, np.nan, 1 << 70, "bhsd", b"", (), (1, 2), ("q", "bias"), [1, 2], [[1.0]], {}]
     shapes = [(), (4,), (2, 4, 5, 7), (0, 3), (2, 4, 5, 8), (2, 4, 5), (1,) * 32]

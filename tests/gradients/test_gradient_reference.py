@@ -10,6 +10,8 @@ import pytest
 import selfattn as sa
 from selfattn import reference
 
+pytestmark = pytest.mark.one_isa(reason="calls the reference alone")
+
 INF = float("inf")
 
 

@@ -102,6 +102,7 @@ def test_types(rng: Any, dtype: Any) -> None:
         assert error < {2: 0.05, 4: 1e-5}[np.dtype(dtype).itemsize], name
 
 
+@pytest.mark.one_isa
 def test_errors(rng: Any) -> None:
     given = call(rng, "keys only")
     with pytest.raises(ValueError, match=r"wrt names 'q_norm.weight', but there is no q_norm.weight"):

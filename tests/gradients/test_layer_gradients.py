@@ -210,6 +210,7 @@ def test_only_what_is_wanted(isa: str, rng: Any) -> None:
     assert sa.self_attention_vjp(**layer(rng), wrt=())[1](y) == {}
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("changed", "exception", "message"),
     [
@@ -244,12 +245,14 @@ def test_errors(rng: Any, changed: dict[str, Any], exception: type[Exception], m
         sa.self_attention_vjp(**{**layer(rng), **changed})
 
 
+@pytest.mark.one_isa
 def test_keys_of_x_need_weights_for_x(rng: Any) -> None:
     message = "x has d_model 10 but w_k has 6 rows: without context they must agree"
     with pytest.raises(ValueError, match=f"^self_attention_vjp: {message}"):
         sa.self_attention_vjp(**layer(rng, D_CONTEXT))
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("grad_y", "exception", "message"),
     [

@@ -134,6 +134,7 @@ def test_empty(rng: Any) -> None:
     assert not grads.u.any()
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -155,6 +156,7 @@ def test_errors(rng: Any, change: dict[str, Any], message: str) -> None:
     assert str(caught.value).partition(": ")[2].startswith(message)
 
 
+@pytest.mark.one_isa
 def test_misspelt_options(rng: Any) -> None:
     x = draw(rng, Case(segment=3), np.float32)
     with pytest.raises(TypeError, match=r"^relative_attention_vjp: .*'memlen' \(did you mean 'mem_len'\?\)$"):

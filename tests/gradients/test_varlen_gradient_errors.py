@@ -10,6 +10,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.one_isa
+
 GIVEN = {"cu_seqlens_q": [0, 3, 5], "cu_seqlens_k": [0, 2, 5], "wrt": ("q",)}
 
 

@@ -120,6 +120,7 @@ def test_narrow_layers(isa: str, rng: Any, normal: Any, dtype: str) -> None:
     assert np.max(abs(y.astype(np.float64) - definition(x, w, own, None))) < tolerance
 
 
+@pytest.mark.one_isa
 def test_errors(rng: Any) -> None:
     w = weights(rng)
     for name, count in (("q_norm", 24), ("k_norm", 12)):

@@ -280,6 +280,7 @@ def test_empty(isa: str, make: Any, normal: Any) -> None:
     assert layer(normal(2, 0, 16)).shape == (2, 0, 5)
 
 
+@pytest.mark.one_isa
 def test_positions_must_fit(make: Any, normal: Any) -> None:
     layer = sa.SelfAttention(**make(16, 2, 2, 8, 8, None), num_heads=2, rope=True)
     for positions in ([0, 1], 3, [[0] * 5] * 3):

@@ -127,6 +127,7 @@ def test_out_may_be_x(isa: str, rng: Any) -> None:
     assert np.array_equal(layer(x, cache=make_cache(2), out=x), expected)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -156,6 +157,7 @@ def test_refused_calls_leave_the_cache_as_it_was(rng: Any, change: Any, error: A
     assert (cache.k.tobytes(), cache.lengths.tolist()) == before
 
 
+@pytest.mark.one_isa
 def test_sequences_without_a_cache(rng: Any) -> None:
     with pytest.raises(ValueError, match="sequences is given without a cache"):
         make_layer(rng)(np.zeros((1, 2, WIDTH), np.float32), sequences=[0])

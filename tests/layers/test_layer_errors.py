@@ -9,6 +9,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.one_isa
+
 WEIGHTS = ("w_q", "w_k", "w_v", "w_o")
 
 

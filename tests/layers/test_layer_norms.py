@@ -81,6 +81,7 @@ def test_steps_on_a_cache(params: Any, normal: Any) -> None:
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("changed", "exception", "message"),
     [
@@ -95,6 +96,7 @@ def test_bad_norms(params: Any, changed: Any, exception: Any, message: str) -> N
         sa.SelfAttention(**{**params(np.float32), **changed})
 
 
+@pytest.mark.one_isa
 def test_bad_residuals(params: Any, normal: Any) -> None:
     options = params(np.float32)
     layer = sa.SelfAttention(**options)

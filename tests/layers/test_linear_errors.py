@@ -10,6 +10,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.one_isa
+
 W = np.zeros((4, 6), np.float32)
 
 

@@ -133,6 +133,7 @@ def test_float16_overflows_where_it_rounds_beyond(isa: str, sign: int, added: fl
     assert layer(one) == sign * result  # 255 · 256 is 224 less than the largest float16
 
 
+@pytest.mark.one_isa
 @types
 def test_types_must_agree(rng: Any, normal: Any, dtype: Any) -> None:
     other = TYPES[1 - TYPES.index(dtype)]
@@ -148,6 +149,7 @@ def test_types_must_agree(rng: Any, normal: Any, dtype: Any) -> None:
             sa.self_attention(x, **params, num_heads=4, num_kv_heads=2, context=x.astype(wrong))
 
 
+@pytest.mark.one_isa(reason="rotation is scalar code")
 @types
 @pytest.mark.parametrize("rope", [sa.RoPE(), sa.RoPE(interleaved=True), sa.RoPE(100.0, 4, True)], ids=str)
 def test_apply_rope(normal: Any, rng: Any, rope: sa.RoPE, dtype: Any) -> None:

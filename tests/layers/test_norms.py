@@ -84,6 +84,7 @@ def test_values_that_are_not_finite(normal: Any) -> None:
     assert np.array_equal(y[::2], sa.layer_norm(x[::2]))
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("call", "exception", "message"),
     [

@@ -51,6 +51,7 @@ def test_columns_of_zeros() -> None:
     assert not sa.Linear(weights)(np.ones((2, 4), np.float32)).any()
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("call", "exception", "message"),
     [

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from places import SUPPORT
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own accounts")
+pytestmark = [
+    pytest.mark.one_isa,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own accounts"),
+]
 
 START = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import hostile_run; "
 CALLS = int(os.environ.get("SELFATTN_HOSTILE_CALLS", "150000"))  # of them about 27 % are good

@@ -13,6 +13,7 @@ START = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import soak_caches; 
 OPERATIONS = int(os.environ.get("SELFATTN_CACHE_OPERATIONS", "100000"))
 
 
+@pytest.mark.one_isa
 @pytest.mark.unsanitized
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' own accounts")
 def test_many_calls_leave_no_memory_behind(run_python: Any) -> None:

@@ -1,0 +1,54 @@
+"""Tests whose results may depend on kernels run on every instruction set, or say why not."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections import defaultdict
+
+from instruction_sets import EXTENSIONS, KNOWN_ISAS, ON_EVERY_ISA
+from places import ROOT, TESTS
+
+# Prints for each run of a test: the test, its instruction set, whether it is marked, whether it has a list of its own.
+COLLECT = """
+import json, sys
+import pytest
+
+class Printer:
+    def pytest_collection_finish(self, session):
+        from instruction_sets import is_marked, lists_isas
+        for item in session.items:
+            isa = item.callspec.params.get("isa") if hasattr(item, "callspec") else None
+            run = [item.nodeid.split("[")[0], isa, is_marked(item), lists_isas(item)]
+            print(json.dumps(run), file=sys.stderr)  # pytest itself prints to stdout
+
+sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[Printer()]))
+"""
+
+
+def test_tests_run_on_every_instruction_set_or_say_why_not() -> None:
+    command = [sys.executable, "-c", COLLECT, *(str(TESTS / name) for name in ON_EVERY_ISA)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr
+    found: dict[tuple[str, bool, bool], set[str | None]] = defaultdict(set)
+    for line in printed.splitlines():
+        test, isa, marked, lists = json.loads(line)
+        found[test, marked, lists].add(isa)
+    assert len(found) > 500
+    # Tests of wide types alone do not repeat the kernels of AVX-512.
+    least = set(KNOWN_ISAS) - EXTENSIONS
+    for (test, marked, lists), isas in found.items():
+        if marked:
+            assert isas == {None}, f"{test} is marked one_isa, but takes isa"
+        elif not lists:
+            assert least <= isas, f"{test} runs on {isas or 'the default set'}, but is not marked one_isa"
+
+
+def test_tests_that_call_the_core_have_folders_of_this_rule() -> None:
+    for line in ast.parse((ROOT / "noxfile.py").read_text(encoding="utf8")).body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "CALLS":
+            assert {*ast.literal_eval(line.value), "safety"} == set(ON_EVERY_ISA)
+            break
+    else:
+        raise AssertionError("noxfile.py has no CALLS")
