@@ -170,7 +170,7 @@ def tsan(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Run the tests of `native` and libFuzzer under both sanitizers of `asan` (Clang); number of runs after `--`."""
     session.env["CXX"] = clang_compiler(session)
-    session.env |= SANITIZED
+    session.env.update(SANITIZED)
     # A debug build keeps assertions enabled.
     settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O2 -fno-sanitize-recover=all"]
     settings += ["-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", f"-D{WITHOUT_OPENMP}"]
