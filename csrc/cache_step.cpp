@@ -98,8 +98,10 @@ void CacheStep::open_pages(const char* function) {
     const std::int32_t* const pages = used > 0 ? sequence.pages + unread : &nothing;
     tables_[b] = {pages, first};
     const auto inside = [&](std::int32_t page) { return page >= 0 && page < num_pages; };
-    if (!std::all_of(pages, pages + used, inside))
-      refuse(function, "the pages of sequence ", b, " hold a number outside 0..", num_pages - 1);
+    const std::int64_t sound = std::find_if_not(pages, pages + used, inside) - pages;
+    if (sound < used)
+      refuse(function, "block_table"_arg, " gives sequence ", b, " a page outside 0..", num_pages - 1, " (entry ",
+             first + sound, ")");
   }
   if (started) use_starts();
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +51,7 @@ class Gradients(NamedTuple):
 
 
 Vjp = Callable[..., Gradients]
+_Operands = TypeVar("_Operands", bound="Operands")
 _OPTIONAL = ("bias", "sinks", "alibi_slopes", "t5")
 
 
@@ -68,12 +69,25 @@ class Operands:
     always: tuple[str, ...] = ("q", "k", "v")  # names of arguments that every call has
 
     def __init__(
-        self, function: str, arrays: Sequence[ArrayLike], options: Mapping[str, Any], wrt: Sequence[str]
+        self, function: str, arrays: Sequence[ArrayLike], options: Mapping[str, Any], wrt: tuple[str, ...]
     ) -> None:
         self.function = function
         self.given = options
         self.convert(arrays, options)
-        self.wrt = checked_names(function, wrt, options, self.always)
+        self.wrt = wrt
+
+    @classmethod
+    def check(
+        cls: type[_Operands],
+        function: str,
+        arrays: Sequence[ArrayLike],
+        options: Mapping[str, Any],
+        wrt: Sequence[str],
+    ) -> _Operands:
+        """Return the converted arguments for a caller's `wrt`."""
+        operands = cls(function, arrays, options, ())
+        operands.wrt = checked_names(function, wrt, {**dict.fromkeys(cls.always, True), **score_arguments(options)})
+        return operands
 
     def convert(self, arrays: Sequence[ArrayLike], options: Mapping[str, Any]) -> None:
         """Set the attributes that hold converted arguments."""
@@ -129,10 +143,8 @@ class Operands:
             grad_weights = floats(self.function, "grad_weights", upstream.weights)
             grad_weights = np.ascontiguousarray(grad_weights, dtype=computed_in(self.q.dtype))
             through = self._through_weights(grad_weights)
-            if grad_lse is not None and grad_lse.shape != through.shape:
-                raise refusal(
-                    ValueError, self.function, "grad_lse", f" has shape {grad_lse.shape} but {through.shape} is needed"
-                )
+            if grad_lse is not None:
+                _core.check_shape(self.function, "grad_lse", grad_lse, through)
             grad_lse = -through if grad_lse is None else grad_lse - through
         return self.differentiate(
             _core.GradientInputs(grad_out=grad_out, out=out, lse=lse, grad_lse=grad_lse, grad_weights=grad_weights)
@@ -143,13 +155,7 @@ class Operands:
         options = self.options.copy()
         options.return_lse, options.return_weights = False, True
         _, weights = self.forward(options)
-        if weights.shape != grad_weights.shape:
-            raise refusal(
-                ValueError,
-                self.function,
-                "grad_weights",
-                f" has shape {grad_weights.shape} but {weights.shape} is needed",
-            )
+        _core.check_shape(self.function, "grad_weights", grad_weights, weights)
         counted = np.where(weights == 0, 0, grad_weights)  # gradients of hidden keys' weights may be anything
         total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
         return total
@@ -194,19 +200,20 @@ def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def checked_names(
-    function: str, wrt: Sequence[str], options: Mapping[str, Any], always: tuple[str, ...] = ("q", "k", "v")
-) -> tuple[str, ...]:
-    """Return the checked names of arguments whose gradients are wanted."""
-    known = (*always, *_OPTIONAL, "scale")
+def score_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that may have a gradient, by name; None for those that are not given. Scale has a default."""
+    return {**{name: options.get(name) for name in _OPTIONAL}, "scale": True}
+
+
+def checked_names(function: str, wrt: Sequence[str], arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the checked names of arguments whose gradients are wanted; an argument that is not given is None."""
     if isinstance(wrt, str) or not isinstance(wrt, Sequence):
         raise refusal(TypeError, function, "wrt", f" is {wrt!r}, but a sequence of names is needed")
     for name in wrt:
-        if not isinstance(name, str) or name not in known:
-            raise refusal(
-                ValueError, function, "wrt", f" names {name!r}, but it must be one of {', '.join(map(repr, known))}"
-            )
-        if name in _OPTIONAL and options.get(name) is None:
+        if not isinstance(name, str) or name not in arguments:
+            known = ", ".join(map(repr, arguments))
+            raise refusal(ValueError, function, "wrt", f" names {name!r}, but it must be one of {known}")
+        if arguments[name] is None:
             raise refusal(ValueError, function, "wrt", f" names {name!r}, but there is no ", name, "")
     return tuple(wrt)
 

@@ -95,7 +95,7 @@ def attention_backward(
     """
     refuse_unknown(attention_backward, options)
     function = "attention_backward"
-    operands = Operands(function, (q, k, v), options, wrt)
+    operands = Operands.check(function, (q, k, v), options, wrt)
     return operands.deliver(Upstream(grad_out, grad_lse, grad_weights), out, lse, into, accumulate)
 
 
@@ -144,4 +144,4 @@ def attention_vjp(
     (2, 4, 10, 8)
     """
     refuse_unknown(attention_vjp, options)
-    return Operands("attention_vjp", (q, k, v), options, wrt).vjp()
+    return Operands.check("attention_vjp", (q, k, v), options, wrt).vjp()

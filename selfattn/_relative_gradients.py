@@ -92,7 +92,7 @@ def relative_attention_backward(
     (12, 8)
     """
     refuse_unknown(relative_attention_backward, options)
-    operands = _RelativeOperands("relative_attention_backward", (q, k, v, r, u, w), options, wrt)
+    operands = _RelativeOperands.check("relative_attention_backward", (q, k, v, r, u, w), options, wrt)
     return operands.deliver(Upstream(grad_out, grad_lse, grad_weights), out, lse, into, accumulate)
 
 
@@ -141,7 +141,7 @@ def relative_attention_vjp(
     (4, 8)
     """
     refuse_unknown(relative_attention_vjp, options)
-    return _RelativeOperands("relative_attention_vjp", (q, k, v, r, u, w), options, wrt).vjp()
+    return _RelativeOperands.check("relative_attention_vjp", (q, k, v, r, u, w), options, wrt).vjp()
 
 
 class _RelativeOperands(Operands):

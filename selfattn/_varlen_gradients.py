@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, flag
-from ._backward import Gradients, Vjp, checked_names, computed_in, sum_to, targets_of, write
+from ._backward import Gradients, Vjp, checked_names, computed_in, score_arguments, sum_to, targets_of, write
 from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._packing import Packed, joined
@@ -183,7 +183,7 @@ class _Sequences:
         shared = {name: value for name, value in options.items() if name not in _OWN}
         self.options = core_options(function, layout="bshd", **shared)
         self.slopes_shape = np.shape(options.get("alibi_slopes", 0.0))
-        self.wrt = checked_names(function, wrt, options)
+        self.wrt = checked_names(function, wrt, {**dict.fromkeys("qkv", True), **score_arguments(options)})
 
     @property
     def biases(self) -> list[NDArray[Any] | None]:

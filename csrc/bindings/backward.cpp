@@ -113,8 +113,23 @@ py::dict attention_backward(const char* function, const py::tuple& operands, py:
   return gradients_of(arguments, operands, Record<GradientInputs>::in(upstream), wrt);
 }
 
+// Checks that the gradient of a result has the shape of `like`.
+void check_shape(const char* function, const char* name, py::handle array, py::handle like) {
+  shaped_view(function, name, array, shape_of(float_view(function, name, like)));
+}
+
+// Checks that the gradient of a result has the shape of `like`, and its dtype or the type of computation.
+void check_gradient(const char* function, const char* name, py::handle array, py::handle like) {
+  const TensorView result = float_view(function, name, like);
+  result_view(function, name, array, shape_of(result), result.dtype);
+}
+
 }  // namespace
 
-void register_backward(py::module_& module) { module.def("attention_backward", &attention_backward); }
+void register_backward(py::module_& module) {
+  module.def("attention_backward", &attention_backward);
+  module.def("check_shape", &check_shape);
+  module.def("check_gradient", &check_gradient);
+}
 
 }  // namespace selfattn::bindings
