@@ -169,6 +169,27 @@ class LayerNorms:
         k_width: int,
     ) -> None: ...
 
+class UnpackedLinear:
+    """Weights and biases of a linear layer and of its gate."""
+
+    w: NDArray[Any]
+    scales: NDArray[np.float32] | None
+    b: NDArray[Any] | None
+    w_gate: NDArray[Any] | None
+    gate_scales: NDArray[np.float32] | None
+    b_gate: NDArray[Any] | None
+
+    def __init__(
+        self,
+        *,
+        w: NDArray[Any],
+        scales: NDArray[np.float32] | None = None,  # (groups, columns), if w holds codes
+        b: NDArray[Any] | None = None,
+        w_gate: NDArray[Any] | None = None,
+        gate_scales: NDArray[np.float32] | None = None,
+        b_gate: NDArray[Any] | None = None,
+    ) -> None: ...
+
 class FeedForwardWeights:
     """The layers and the norms of a feed-forward network."""
 
@@ -410,16 +431,7 @@ XLA_GIVEN: dict[str, int]
 XLA_WANTED: dict[str, int]
 
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
-
-# Matrices of codes come as pairs with their scales, (groups, columns).
-def make_linear(
-    w: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]],
-    b: NDArray[Any] | None,
-    w_gate: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None,
-    b_gate: NDArray[Any] | None,
-    activation: Activation,
-    /,
-) -> Linear: ...
+def make_linear(weights: UnpackedLinear, activation: Activation, /) -> Linear: ...
 def call_linear(
     layer: Linear,
     function: str,
@@ -431,10 +443,8 @@ def call_linear(
 ) -> NDArray[Any]: ...
 def linear_isa(layer: Linear, /) -> str: ...
 
-# Fills the matrices w and, if there is one, w_gate; returns their biases.
-def unpack_linear(
-    layer: Linear, matrices: tuple[NDArray[Any] | tuple[NDArray[Any], NDArray[Any]], ...], /
-) -> tuple[NDArray[Any] | None, NDArray[Any] | None]: ...
+# Fills the matrices and scales, and sets the biases.
+def unpack_linear(layer: Linear, weights: UnpackedLinear, /) -> None: ...
 def call_feed_forward(
     weights: FeedForwardWeights,
     function: str,

@@ -145,6 +145,8 @@ def test_calls_refuse_other_operands() -> None:
             _core.relative_attention("f", (x, x, x), other, None, options)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="UnpackedWeights is needed"):
             _core.make_layer(other, _core.LayerNorms(), 1, 1, None)  # type: ignore[arg-type,call-arg]
+        with pytest.raises(TypeError, match="UnpackedLinear is needed"):
+            _core.make_linear(other, _core.ACTIVATIONS["none"])  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="FeedForwardWeights is needed"):
             _core.call_feed_forward(other, "f", x, None, None, 1)  # type: ignore[arg-type]
 
@@ -246,7 +248,7 @@ def test_words_have_the_codes_of_the_core() -> None:
 @pytest.mark.parametrize("code", [-1, 5, 1 << 40, None, "relu", 1.0])
 def test_other_codes_are_refused(code: Any) -> None:
     with pytest.raises(TypeError, match="is not a code"):
-        _core.make_linear(np.eye(2), None, None, None, code)
+        _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), code)
     array = np.zeros((1, 1, 1, 1), np.float32)
     with pytest.raises(TypeError, match="is not a code"):
         _core.make_cache_store(k=array, v=array, k_scales=None, v_scales=None, dtype=code, window=-1)
