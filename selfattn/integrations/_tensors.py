@@ -98,6 +98,13 @@ def check_memory(function: str, name: str, tensor: Any) -> None:
         raise TypeError(f"{function}: {name} is a tensor of layout {kind}, but a dense one is needed")
 
 
+def check_integers(function: str, name: str, tensor: Any) -> None:
+    """Raise unless this is a dense tensor of integers in CPU memory."""
+    check_memory(function, name, tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+        raise TypeError(f"{function}: {name} has dtype {tensor.dtype}, but integers are needed")
+
+
 def as_operand(function: str, name: str, value: Any) -> Any:
     """Return a tensor of the value, which may also be an array or numbers, in CPU memory."""
     if not isinstance(value, torch.Tensor):
