@@ -112,10 +112,11 @@ class Operands:
     ) -> Gradients:
         """Return the gradients, or write them to the caller's arrays."""
         targets = targets_of(self.function, into, accumulate, self.wrt)
+        self.options.exact = bool(accumulate)  # gradients are rounded after they are added
         out_array = as_array(self.function, "out", out)
         lse_array = as_array(self.function, "lse", lse)
-        gradients = self.in_shape(self.backward(upstream, out_array, lse_array))
-        return _deliver(self.function, gradients, targets, accumulate)
+        totals = self.in_shape(self.backward(upstream, out_array, lse_array))
+        return Gradients(**delivered(self.function, totals, self.dtype_of, targets, accumulate))
 
     def vjp(self) -> tuple[Any, Vjp]:
         """Compute the forward pass and return the function that computes its gradients."""
@@ -129,7 +130,7 @@ class Operands:
         ) -> Gradients:
             """Return the gradients, given the gradients of out, lse and weights."""
             upstream = Upstream(grad_out, grad_lse, grad_weights)
-            return Gradients(**self.in_shape(self.backward(upstream, exact_out, exact_lse)))
+            return Gradients(**self.rounded(self.backward(upstream, exact_out, exact_lse)))
 
         lse = [exact_lse.astype(exact_out.dtype)] if self.options.return_lse else []
         return (out, *lse, *weights) if lse or weights else out, vjp
@@ -160,16 +161,27 @@ class Operands:
         total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
         return total
 
+    def rounded(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the gradients in the shapes and dtypes of the arguments, given the core's results."""
+        return delivered(self.function, self.in_shape(found), self.dtype_of, {}, False)
+
     def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Sum the core's results over the axes along which arguments were broadcast; convert to their dtypes."""
-        gradients: dict[str, NDArray[Any]] = {}
+        """Sum the core's results over the axes along which arguments were broadcast; the sums are not rounded."""
+        totals: dict[str, NDArray[Any]] = {}
         for name, array in found.items():
             if name in ("q", "k", "v", "bias"):
-                like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)  # type: ignore[assignment]
-                gradients[name] = converted(sum_to(array, like.shape), like.dtype)
+                like = self.options.bias if name == "bias" else getattr(self, name)
+                totals[name] = sum_to(array, like.shape)
             else:
-                gradients[name] = self._of_numbers(name, array).astype(computed_in(self.q.dtype))
-        return gradients
+                totals[name] = self._of_numbers(name, array)
+        return totals
+
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """Return the dtype of a gradient."""
+        if name in ("q", "k", "v", "bias"):
+            like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)
+            return like.dtype
+        return computed_in(self.q.dtype)
 
     def _of_numbers(self, name: str, array: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""
@@ -250,29 +262,31 @@ def targets_of(
     return targets
 
 
-def _deliver(
-    function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool
-) -> Gradients:
-    """Write gradients to the caller's arrays, where there are any, and return them."""
-    write(function, gradients, targets, accumulate)
-    return Gradients(**gradients)
-
-
-def write(function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool) -> None:
-    """Write gradients to the caller's arrays, and put these arrays into the dict."""
+def delivered(
+    function: str,
+    totals: Mapping[str, NDArray[Any]],
+    dtype_of: Callable[[str], np.dtype[Any]],
+    targets: Mapping[str, Array],
+    accumulate: bool,
+) -> dict[str, NDArray[Any]]:
+    """Return gradients in their dtypes, in the caller's arrays where there are any. `totals` may be overwritten."""
     for name, target in targets.items():
-        array = gradients[name]
-        if target.shape != array.shape or target.dtype != array.dtype:
+        shape, dtype = totals[name].shape, dtype_of(name)
+        if target.shape != shape or target.dtype != dtype:
             raise refusal(
                 ValueError,
                 function,
                 "into",
-                f"[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has {array.shape} "
-                f"and {array.dtype}",
+                f"[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has {shape} "
+                f"and {dtype}",
             )
-    for name, target in targets.items():
-        if accumulate:
-            target += gradients[name]
-        else:
-            target[...] = gradients[name]
-        gradients[name] = target
+    gradients: dict[str, NDArray[Any]] = {}
+    for name, found in totals.items():
+        total, own = found, targets.get(name)
+        if own is not None and accumulate:
+            total += converted(own, total.dtype)
+        gradients[name] = converted(total, dtype_of(name))
+        if own is not None:
+            own[...] = gradients[name]
+            gradients[name] = own
+    return gradients

@@ -59,7 +59,8 @@ def attention_backward(
     into : Gradients or mapping of names to ndarrays, optional
         Arrays for the gradients: each with exactly the shape and dtype of the gradient that it gets.
     accumulate : bool, default False
-        Add to the arrays in `into` instead of overwriting them.
+        Add to the arrays in `into` instead of overwriting them. 16-bit arrays are added to in float32: each sum is
+        rounded once.
     **options
         The options of `attention`, with the values that were passed to it.
 

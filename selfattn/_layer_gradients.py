@@ -184,7 +184,7 @@ class _Layer:
             if attended.wrt or grad_lse is not None or grad_weights is not None:  # these are checked in any case
                 of_heads = (grad if last is None else last.of_input(grad)).reshape(heads.shape)
                 upstream = Upstream(of_heads, grad_lse, grad_weights)
-                found |= self._through(attended.in_shape(attended.backward(upstream, heads, exact_lse)))
+                found |= self._through(attended.rounded(attended.backward(upstream, heads, exact_lse)))
             return {name: found[name] for name in self.names}
 
         if not (lse or weights):
