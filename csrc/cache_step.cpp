@@ -51,10 +51,8 @@ void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_
 void CacheStep::open_ledger(const char* function) {
   const std::int64_t batch = source_.batch, capacity = source_.store->page_size;
   source_.ledger->read(lengths_, starts_);
-  constexpr std::int64_t longest_ring = std::int64_t{1} << 61;
-  const std::int64_t longest = ring() ? longest_ring : capacity;
   for (std::int64_t b = 0; b < batch; ++b)
-    if (lengths_[b] < 0 || lengths_[b] > longest || starts_[b] < 0 || starts_[b] > lengths_[b])
+    if (!is_possible(starts_[b], lengths_[b], capacity, ring()))
       refuse(function, "the cache's buffer says that sequence ", b, " has the tokens ", starts_[b], " to ", lengths_[b],
              ", which is impossible");
   check_room(function);

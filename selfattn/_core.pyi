@@ -335,6 +335,7 @@ def make_ledger(
     copies: NDArray[np.int64],  # (2, 2, sequences): two copies of (length, first token still held)
     active: NDArray[np.int64],  # (1,): the copy that is valid
 ) -> Ledger: ...
+def is_possible(start: int, length: int, capacity: int, ring: bool, /) -> bool: ...
 def make_page_table(
     *,
     pages: NDArray[np.int32],  # (sequences, pages), C-contiguous, also for the tokens that the call appends
