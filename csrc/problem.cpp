@@ -277,6 +277,7 @@ Problem make_problem(const AttentionArguments& a) {
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
   check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "q");
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
+  // CacheStep has checked the lengths and starts of a cache.
   if (!a.cached) check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "k");
   if (a.same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
   check_alignment(problem, a);
