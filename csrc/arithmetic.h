@@ -8,6 +8,13 @@ namespace selfattn {
 constexpr double log2_e = 1.4426950408889634074;
 constexpr double ln_2 = 0.69314718055994530942;
 
+// Clamps a finite number to [-most, most]; NaN and infinities stay. Always inlined, because drivers and kernels are
+// compiled for different instruction sets.
+[[gnu::always_inline]] constexpr double clamp_finite(double x, double most) {
+  if (!__builtin_isfinite(x)) return x;
+  return x < -most ? -most : x > most ? most : x;
+}
+
 // a / b rounded up, for non-negative a and positive b. Cannot overflow.
 template <class A, class B>
 constexpr auto ceil_div(A a, B b) {

@@ -51,10 +51,8 @@ void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_
 void CacheStep::open_ledger(const char* function) {
   const std::int64_t batch = source_.batch, capacity = source_.store->page_size;
   source_.ledger->read(lengths_, starts_);
-  constexpr std::int64_t longest_ring = std::int64_t{1} << 61;
-  const std::int64_t longest = ring() ? longest_ring : capacity;
   for (std::int64_t b = 0; b < batch; ++b)
-    if (lengths_[b] < 0 || lengths_[b] > longest || starts_[b] < 0 || starts_[b] > lengths_[b])
+    if (!is_possible(starts_[b], lengths_[b], capacity, ring()))
       refuse(function, "the cache's buffer says that sequence ", b, " has the tokens ", starts_[b], " to ", lengths_[b],
              ", which is impossible");
   check_room(function);
@@ -98,8 +96,10 @@ void CacheStep::open_pages(const char* function) {
     const std::int32_t* const pages = used > 0 ? sequence.pages + unread : &nothing;
     tables_[b] = {pages, first};
     const auto inside = [&](std::int32_t page) { return page >= 0 && page < num_pages; };
-    if (!std::all_of(pages, pages + used, inside))
-      refuse(function, "the pages of sequence ", b, " hold a number outside 0..", num_pages - 1);
+    const std::int64_t sound = std::find_if_not(pages, pages + used, inside) - pages;
+    if (sound < used)
+      refuse(function, "block_table"_arg, " gives sequence ", b, " a page outside 0..", num_pages - 1, " (entry ",
+             first + sound, ")");
   }
   if (started) use_starts();
 }

@@ -12,6 +12,12 @@ void copy_shared(std::int64_t* to, std::int64_t* from, std::int64_t count) {
 
 }  // namespace
 
+bool is_possible(std::int64_t start, std::int64_t length, std::int64_t capacity, bool ring) {
+  constexpr std::int64_t longest = (std::int64_t{1} << 61) - 1;  // beyond it, positions could overflow
+  if (start < 0 || start > length || length - start > capacity) return false;
+  return ring ? length <= longest : start == 0;
+}
+
 std::int64_t Ledger::valid() const { return std::atomic_ref(*active_).load(std::memory_order_acquire) & 1; }
 
 void Ledger::make_valid(std::int64_t copy) const { std::atomic_ref(*active_).store(copy, std::memory_order_release); }

@@ -5,6 +5,9 @@
 
 namespace selfattn {
 
+// Whether a sequence of a cache with this capacity can hold the tokens [start, length). `ring`: the cache has a window.
+bool is_possible(std::int64_t start, std::int64_t length, std::int64_t capacity, bool ring);
+
 // There are two copies of the lengths, and one of them is valid. A single 8-byte store makes the other copy valid, and
 // so changes all lengths at once.
 class Ledger {

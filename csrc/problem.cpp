@@ -277,11 +277,12 @@ Problem make_problem(const AttentionArguments& a) {
   place_per_batch(problem, problem.q_lens, a.function, "q_lens", a.q_lens);
   check_lengths(problem, problem.q_lens, a.function, "q_lens", problem.q_len, "q");
   place_per_batch(problem, problem.kv_lens, a.function, "kv_lens", a.kv_lens);
-  check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "k");
+  // CacheStep has checked the lengths and starts of a cache.
+  if (!a.cached) check_lengths(problem, problem.kv_lens, a.function, "kv_lens", problem.kv_len, "k");
   if (a.same_tokens && !problem.q_lens) problem.q_lens = problem.kv_lens;
   check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
-  check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
+  if (!a.cached) check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap.value_or(0);
   check_numbers(a, problem);

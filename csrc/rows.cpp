@@ -1,7 +1,6 @@
 #include "rows.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
@@ -52,8 +51,6 @@ bool are_columns(const SourceRows& from) {
 }
 
 }  // namespace
-
-double clamp_finite(double x, double most) { return std::isfinite(x) ? std::clamp(x, -most, most) : x; }
 
 double read_real(const char* p, DType dtype) {
   switch (dtype) {

@@ -7,9 +7,6 @@
 
 namespace selfattn {
 
-// Clamps a finite number to [-most, most].
-double clamp_finite(double x, double most);
-
 double read_real(const char* p, DType dtype);
 void write_real(char* p, double x, DType dtype);
 

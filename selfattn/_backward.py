@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +51,7 @@ class Gradients(NamedTuple):
 
 
 Vjp = Callable[..., Gradients]
+_Operands = TypeVar("_Operands", bound="Operands")
 _OPTIONAL = ("bias", "sinks", "alibi_slopes", "t5")
 
 
@@ -68,12 +69,25 @@ class Operands:
     always: tuple[str, ...] = ("q", "k", "v")  # names of arguments that every call has
 
     def __init__(
-        self, function: str, arrays: Sequence[ArrayLike], options: Mapping[str, Any], wrt: Sequence[str]
+        self, function: str, arrays: Sequence[ArrayLike], options: Mapping[str, Any], wrt: tuple[str, ...]
     ) -> None:
         self.function = function
         self.given = options
         self.convert(arrays, options)
-        self.wrt = checked_names(function, wrt, options, self.always)
+        self.wrt = wrt
+
+    @classmethod
+    def check(
+        cls: type[_Operands],
+        function: str,
+        arrays: Sequence[ArrayLike],
+        options: Mapping[str, Any],
+        wrt: Sequence[str],
+    ) -> _Operands:
+        """Return the converted arguments for a caller's `wrt`."""
+        operands = cls(function, arrays, options, ())
+        operands.wrt = checked_names(function, wrt, {**dict.fromkeys(cls.always, True), **score_arguments(options)})
+        return operands
 
     def convert(self, arrays: Sequence[ArrayLike], options: Mapping[str, Any]) -> None:
         """Set the attributes that hold converted arguments."""
@@ -98,10 +112,11 @@ class Operands:
     ) -> Gradients:
         """Return the gradients, or write them to the caller's arrays."""
         targets = targets_of(self.function, into, accumulate, self.wrt)
+        self.options.exact = bool(accumulate)  # gradients are rounded after they are added
         out_array = as_array(self.function, "out", out)
         lse_array = as_array(self.function, "lse", lse)
-        gradients = self.in_shape(self.backward(upstream, out_array, lse_array))
-        return _deliver(self.function, gradients, targets, accumulate)
+        totals = self.in_shape(self.backward(upstream, out_array, lse_array))
+        return Gradients(**delivered(self.function, totals, self.dtype_of, targets, accumulate))
 
     def vjp(self) -> tuple[Any, Vjp]:
         """Compute the forward pass and return the function that computes its gradients."""
@@ -115,7 +130,7 @@ class Operands:
         ) -> Gradients:
             """Return the gradients, given the gradients of out, lse and weights."""
             upstream = Upstream(grad_out, grad_lse, grad_weights)
-            return Gradients(**self.in_shape(self.backward(upstream, exact_out, exact_lse)))
+            return Gradients(**self.rounded(self.backward(upstream, exact_out, exact_lse)))
 
         lse = [exact_lse.astype(exact_out.dtype)] if self.options.return_lse else []
         return (out, *lse, *weights) if lse or weights else out, vjp
@@ -129,10 +144,8 @@ class Operands:
             grad_weights = floats(self.function, "grad_weights", upstream.weights)
             grad_weights = np.ascontiguousarray(grad_weights, dtype=computed_in(self.q.dtype))
             through = self._through_weights(grad_weights)
-            if grad_lse is not None and grad_lse.shape != through.shape:
-                raise refusal(
-                    ValueError, self.function, "grad_lse", f" has shape {grad_lse.shape} but {through.shape} is needed"
-                )
+            if grad_lse is not None:
+                _core.check_shape(self.function, "grad_lse", grad_lse, through)
             grad_lse = -through if grad_lse is None else grad_lse - through
         return self.differentiate(
             _core.GradientInputs(grad_out=grad_out, out=out, lse=lse, grad_lse=grad_lse, grad_weights=grad_weights)
@@ -143,27 +156,32 @@ class Operands:
         options = self.options.copy()
         options.return_lse, options.return_weights = False, True
         _, weights = self.forward(options)
-        if weights.shape != grad_weights.shape:
-            raise refusal(
-                ValueError,
-                self.function,
-                "grad_weights",
-                f" has shape {grad_weights.shape} but {weights.shape} is needed",
-            )
+        _core.check_shape(self.function, "grad_weights", grad_weights, weights)
         counted = np.where(weights == 0, 0, grad_weights)  # gradients of hidden keys' weights may be anything
         total: NDArray[Any] = np.einsum("...j,...j->...", weights, counted, dtype=np.float64, casting="safe")
         return total
 
+    def rounded(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the gradients in the shapes and dtypes of the arguments, given the core's results."""
+        return delivered(self.function, self.in_shape(found), self.dtype_of, {}, False)
+
     def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Sum the core's results over the axes along which arguments were broadcast; convert to their dtypes."""
-        gradients: dict[str, NDArray[Any]] = {}
+        """Sum the core's results over the axes along which arguments were broadcast; the sums are not rounded."""
+        totals: dict[str, NDArray[Any]] = {}
         for name, array in found.items():
             if name in ("q", "k", "v", "bias"):
-                like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)  # type: ignore[assignment]
-                gradients[name] = converted(sum_to(array, like.shape), like.dtype)
+                like = self.options.bias if name == "bias" else getattr(self, name)
+                totals[name] = sum_to(array, like.shape)
             else:
-                gradients[name] = self._of_numbers(name, array).astype(computed_in(self.q.dtype))
-        return gradients
+                totals[name] = self._of_numbers(name, array)
+        return totals
+
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """Return the dtype of a gradient."""
+        if name in ("q", "k", "v", "bias"):
+            like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)
+            return like.dtype
+        return computed_in(self.q.dtype)
 
     def _of_numbers(self, name: str, array: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""
@@ -194,19 +212,20 @@ def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def checked_names(
-    function: str, wrt: Sequence[str], options: Mapping[str, Any], always: tuple[str, ...] = ("q", "k", "v")
-) -> tuple[str, ...]:
-    """Return the checked names of arguments whose gradients are wanted."""
-    known = (*always, *_OPTIONAL, "scale")
+def score_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that may have a gradient, by name; None for those that are not given. Scale has a default."""
+    return {**{name: options.get(name) for name in _OPTIONAL}, "scale": True}
+
+
+def checked_names(function: str, wrt: Sequence[str], arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the checked names of arguments whose gradients are wanted; an argument that is not given is None."""
     if isinstance(wrt, str) or not isinstance(wrt, Sequence):
         raise refusal(TypeError, function, "wrt", f" is {wrt!r}, but a sequence of names is needed")
     for name in wrt:
-        if not isinstance(name, str) or name not in known:
-            raise refusal(
-                ValueError, function, "wrt", f" names {name!r}, but it must be one of {', '.join(map(repr, known))}"
-            )
-        if name in _OPTIONAL and options.get(name) is None:
+        if not isinstance(name, str) or name not in arguments:
+            known = ", ".join(map(repr, arguments))
+            raise refusal(ValueError, function, "wrt", f" names {name!r}, but it must be one of {known}")
+        if arguments[name] is None:
             raise refusal(ValueError, function, "wrt", f" names {name!r}, but there is no ", name, "")
     return tuple(wrt)
 
@@ -243,29 +262,31 @@ def targets_of(
     return targets
 
 
-def _deliver(
-    function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool
-) -> Gradients:
-    """Write gradients to the caller's arrays, where there are any, and return them."""
-    write(function, gradients, targets, accumulate)
-    return Gradients(**gradients)
-
-
-def write(function: str, gradients: dict[str, NDArray[Any]], targets: dict[str, Array], accumulate: bool) -> None:
-    """Write gradients to the caller's arrays, and put these arrays into the dict."""
+def delivered(
+    function: str,
+    totals: Mapping[str, NDArray[Any]],
+    dtype_of: Callable[[str], np.dtype[Any]],
+    targets: Mapping[str, Array],
+    accumulate: bool,
+) -> dict[str, NDArray[Any]]:
+    """Return gradients in their dtypes, in the caller's arrays where there are any. `totals` may be overwritten."""
     for name, target in targets.items():
-        array = gradients[name]
-        if target.shape != array.shape or target.dtype != array.dtype:
+        shape, dtype = totals[name].shape, dtype_of(name)
+        if target.shape != shape or target.dtype != dtype:
             raise refusal(
                 ValueError,
                 function,
                 "into",
-                f"[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has {array.shape} "
-                f"and {array.dtype}",
+                f"[{name!r}] has shape {target.shape} and dtype {target.dtype}, but the gradient has {shape} "
+                f"and {dtype}",
             )
-    for name, target in targets.items():
-        if accumulate:
-            target += gradients[name]
-        else:
-            target[...] = gradients[name]
-        gradients[name] = target
+    gradients: dict[str, NDArray[Any]] = {}
+    for name, found in totals.items():
+        total, own = found, targets.get(name)
+        if own is not None and accumulate:
+            total += converted(own, total.dtype)
+        gradients[name] = converted(total, dtype_of(name))
+        if own is not None:
+            own[...] = gradients[name]
+            gradients[name] = own
+    return gradients

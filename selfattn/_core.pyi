@@ -23,37 +23,10 @@ OPTIONS: tuple[str, ...]
 ARRAY_OPTIONS: tuple[str, ...]
 
 class Options:
-    """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
+    """All arguments of a call except its operands: the fields of csrc/option_list.h, which `Options` checks itself."""
 
-    mask: NDArray[Any] | None
-    bias: NDArray[Any] | None
-    q_offset: NDArray[np.int64] | None
-    q_lens: NDArray[np.int64] | None
-    kv_lens: NDArray[np.int64] | None
-    kv_starts: NDArray[np.int64] | None
-    alibi_slopes: NDArray[np.float64] | None
-    sinks: NDArray[np.float64] | None
-    distance_bias: NDArray[np.float64] | None
-    layout: Layout
-    causal: bool
-    window_left: int
-    window_right: int
-    scale: float | None
-    softcap: float | None
-    precision: Precision
-    distance_origin: int
-    dropout: float
-    seed: int
-    first_entry: int
-    first_head: int
-    first_query: int
-    first_key: int
-    return_lse: bool
-    return_weights: bool
-    exact: bool
-    same_tokens: bool
-    num_threads: int
-
+    def __getattr__(self, name: str, /) -> Any: ...
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
     def copy(self) -> Options: ...
 
 # The operands of calls that take many. Their fields are those of csrc/bindings/operands.h.
@@ -169,6 +142,27 @@ class LayerNorms:
         k_width: int,
     ) -> None: ...
 
+class UnpackedLinear:
+    """Weights and biases of a linear layer and of its gate."""
+
+    w: NDArray[Any]
+    scales: NDArray[np.float32] | None
+    b: NDArray[Any] | None
+    w_gate: NDArray[Any] | None
+    gate_scales: NDArray[np.float32] | None
+    b_gate: NDArray[Any] | None
+
+    def __init__(
+        self,
+        *,
+        w: NDArray[Any],
+        scales: NDArray[np.float32] | None = None,  # (groups, columns), if w holds codes
+        b: NDArray[Any] | None = None,
+        w_gate: NDArray[Any] | None = None,
+        gate_scales: NDArray[np.float32] | None = None,
+        b_gate: NDArray[Any] | None = None,
+    ) -> None: ...
+
 class FeedForwardWeights:
     """The layers and the norms of a feed-forward network."""
 
@@ -279,6 +273,11 @@ def call_layer(
 
 # Fills the matrices and sets the biases; w_o may be None only if the layer has none.
 def unpack_layer(layer: Layer, weights: UnpackedWeights, /) -> None: ...
+
+# Checks x and context against the weights, as `call_layer` does.
+def check_layer_inputs(
+    function: str, x: NDArray[Any], context: NDArray[Any] | None, w_q: NDArray[Any], w_k: NDArray[Any], /
+) -> None: ...
 def layer_isa(layer: Layer, /) -> str: ...
 def attention(
     q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], out: NDArray[Any] | None, options: Options, /
@@ -292,6 +291,10 @@ def attention_backward(
     options: Options,
     /,
 ) -> dict[str, NDArray[Any]]: ...
+
+# Check the gradient of a result: the shape of `like`; `check_gradient` also the dtype of `like` or that of computation.
+def check_shape(function: str, name: str, array: NDArray[Any], like: NDArray[Any], /) -> None: ...
+def check_gradient(function: str, name: str, array: NDArray[Any], like: NDArray[Any], /) -> None: ...
 def attention_varlen(function: str, inputs: VarlenInputs, out: NDArray[Any] | None, options: Options, /) -> Any: ...
 def attention_varlen_backward(
     function: str,
@@ -332,6 +335,7 @@ def make_ledger(
     copies: NDArray[np.int64],  # (2, 2, sequences): two copies of (length, first token still held)
     active: NDArray[np.int64],  # (1,): the copy that is valid
 ) -> Ledger: ...
+def is_possible(start: int, length: int, capacity: int, ring: bool, /) -> bool: ...
 def make_page_table(
     *,
     pages: NDArray[np.int32],  # (sequences, pages), C-contiguous, also for the tokens that the call appends
@@ -401,16 +405,7 @@ XLA_GIVEN: dict[str, int]
 XLA_WANTED: dict[str, int]
 
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
-
-# Matrices of codes come as pairs with their scales, (groups, columns).
-def make_linear(
-    w: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]],
-    b: NDArray[Any] | None,
-    w_gate: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]] | None,
-    b_gate: NDArray[Any] | None,
-    activation: Activation,
-    /,
-) -> Linear: ...
+def make_linear(weights: UnpackedLinear, activation: Activation, /) -> Linear: ...
 def call_linear(
     layer: Linear,
     function: str,
@@ -422,10 +417,8 @@ def call_linear(
 ) -> NDArray[Any]: ...
 def linear_isa(layer: Linear, /) -> str: ...
 
-# Fills the matrices w and, if there is one, w_gate; returns their biases.
-def unpack_linear(
-    layer: Linear, matrices: tuple[NDArray[Any] | tuple[NDArray[Any], NDArray[Any]], ...], /
-) -> tuple[NDArray[Any] | None, NDArray[Any] | None]: ...
+# Fills the matrices and scales, and sets the biases.
+def unpack_linear(layer: Linear, weights: UnpackedLinear, /) -> None: ...
 def call_feed_forward(
     weights: FeedForwardWeights,
     function: str,

@@ -59,7 +59,8 @@ def attention_backward(
     into : Gradients or mapping of names to ndarrays, optional
         Arrays for the gradients: each with exactly the shape and dtype of the gradient that it gets.
     accumulate : bool, default False
-        Add to the arrays in `into` instead of overwriting them.
+        Add to the arrays in `into` instead of overwriting them. 16-bit arrays are added to in float32: each sum is
+        rounded once.
     **options
         The options of `attention`, with the values that were passed to it.
 
@@ -95,7 +96,7 @@ def attention_backward(
     """
     refuse_unknown(attention_backward, options)
     function = "attention_backward"
-    operands = Operands(function, (q, k, v), options, wrt)
+    operands = Operands.check(function, (q, k, v), options, wrt)
     return operands.deliver(Upstream(grad_out, grad_lse, grad_weights), out, lse, into, accumulate)
 
 
@@ -144,4 +145,4 @@ def attention_vjp(
     (2, 4, 10, 8)
     """
     refuse_unknown(attention_vjp, options)
-    return Operands("attention_vjp", (q, k, v), options, wrt).vjp()
+    return Operands.check("attention_vjp", (q, k, v), options, wrt).vjp()

@@ -11,8 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arguments import as_array, flag
 from ._attention import attention
-from ._backward import Operands, Upstream, computed_in
-from ._errors import refusal
+from ._backward import Operands, Upstream, checked_names, computed_in, score_arguments
 from ._head_norms import HeadNorm, head_norms
 from ._keywords import clean_signature, refuse_unknown
 from ._layer_rotation import Rotation
@@ -30,8 +29,6 @@ LayerVjp = Callable[..., dict[str, Array]]
 _NAME = "self_attention_vjp"
 _WRT = ("x", "w_q", "w_k", "w_v", "w_o")
 _TERMS = ("bias", "sinks", "alibi_slopes", "t5", "scale")  # arguments of attention itself
-_NORMS = ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")
-_KNOWN = (*_WRT, "b_q", "b_k", "b_v", "b_o", "context", *_NORMS, *_TERMS)
 
 
 @clean_signature(attention, without=("layout", "out"))
@@ -118,63 +115,18 @@ def differentiable(
     head_norm = (options.pop("q_norm", None), options.pop("k_norm", None))
     rotation = Rotation.check(_NAME, rope, positions, w.head_dim)
     norms = head_norms(_NAME, head_norm, (heads, kv_heads), w.head_dim, w.q.dtype)
-    named = {"w_o": w.o, "context": context, **{f"b_{letter}": bias for letter, bias in biases.items()}, **options}
-    named |= norms["q"].vectors() | norms["k"].vectors()
-    names = _names(wrt, named)
-    queries = _input("x", x, w.q)
-    keys = queries if context is None else _input("context", context, w.k)
-    if context is None and len(w.k) != len(w.q):
-        raise refusal(
-            ValueError,
-            _NAME,
-            "x",
-            f" has d_model {len(w.q)} but ",
-            "w_k",
-            f" has {len(w.k)} rows: without context they must agree",
-        )
+    named = {"x": x, **{f"w_{letter}": getattr(w, letter) for letter in "qkvo"}}
+    named |= {f"b_{letter}": bias for letter, bias in biases.items()} | {"context": context}
+    named |= norms["q"].vectors() | norms["k"].vectors() | score_arguments(options)
+    names = checked_names(_NAME, _WRT[:-1] if wrt == _WRT and w.o is None else wrt, named)
+    queries = as_array(_NAME, "x", x)
+    keys = queries if context is None else as_array(_NAME, "context", context)
+    _core.check_layer_inputs(_NAME, queries, None if context is None else keys, w.q, w.k)
     layer = _Layer(names, rotation.placed(queries), norms, context is None, first_head)
     q = layer.add("q", queries, w.q, biases["q"], heads)
     k = layer.add("k", keys, w.k, biases["k"], kv_heads)
     v = layer.add("v", keys, w.v, biases["v"], kv_heads)
     return layer.attend((q, k, v), (w.o, biases["o"]), options)
-
-
-def _names(wrt: Sequence[str], given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the checked names of arguments whose gradients are wanted."""
-    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
-        raise refusal(TypeError, _NAME, "wrt", f" is {wrt!r}, but a sequence of names is needed")
-    if wrt == _WRT and given["w_o"] is None:
-        return _WRT[:-1]
-    for name in wrt:
-        if name not in _KNOWN:
-            raise refusal(
-                ValueError, _NAME, "wrt", f" names {name!r}, but it must be one of {', '.join(map(repr, _KNOWN))}"
-            )
-        if name not in ("x", "w_q", "w_k", "w_v", "scale") and given.get(name) is None:
-            raise refusal(ValueError, _NAME, "wrt", f" names {name!r}, but there is no ", name, "")
-    return tuple(wrt)
-
-
-def _input(name: str, value: Any, matrix: NDArray[Any]) -> NDArray[Any]:
-    array = as_array(_NAME, name, value)
-    if array.dtype != matrix.dtype:
-        raise refusal(
-            TypeError,
-            _NAME,
-            name,
-            f" has dtype {array.dtype}, but ",
-            "w_q",
-            f" has {matrix.dtype}: they must agree, convert one with .astype",
-        )
-    if array.ndim < 2:
-        raise refusal(
-            ValueError, _NAME, name, f" has shape {array.shape} but needs 2 dimensions or more: (..., S, d_model)"
-        )
-    if array.shape[-1] != len(matrix):
-        raise refusal(
-            ValueError, _NAME, name, f" has d_model {array.shape[-1]} but the weights have {len(matrix)} rows"
-        )
-    return array
 
 
 class _Layer:
@@ -232,7 +184,7 @@ class _Layer:
             if attended.wrt or grad_lse is not None or grad_weights is not None:  # these are checked in any case
                 of_heads = (grad if last is None else last.of_input(grad)).reshape(heads.shape)
                 upstream = Upstream(of_heads, grad_lse, grad_weights)
-                found |= self._through(attended.in_shape(attended.backward(upstream, heads, exact_lse)))
+                found |= self._through(attended.rounded(attended.backward(upstream, heads, exact_lse)))
             return {name: found[name] for name in self.names}
 
         if not (lse or weights):
@@ -246,7 +198,7 @@ class _Layer:
         own = {x: {of, f"w_{x}", f"b_{x}", f"{x}_norm.weight", f"{x}_norm.bias"} for x, of in source.items()}
         wrt = [x for x, names in own.items() if names & set(self.names)]
         wrt += [name for name in self.names if name in _TERMS]
-        attended = Operands(_NAME, operands, {**options, "layout": "bshd"}, wrt)
+        attended = Operands(_NAME, operands, {**options, "layout": "bshd"}, tuple(wrt))
         attended.options.same_tokens = self.same_tokens
         attended.options.first_head = self.first_head
         return attended
@@ -276,10 +228,5 @@ class _Layer:
 def _upstream(grad_y: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return the gradient of y as (rows, columns) in the type of computation."""
     grad = as_array(_NAME, "grad_y", grad_y)
-    if grad.shape != shape:
-        raise refusal(ValueError, _NAME, "grad_y", f" has shape {grad.shape} but {shape} is needed")
-    computed = computed_in(dtype)
-    if grad.dtype not in (dtype, computed):
-        rule = f"{dtype}" if dtype == computed else f"{dtype} or float32"
-        raise refusal(TypeError, _NAME, "grad_y", f" has dtype {grad.dtype}, but {rule} is needed")
-    return rows_of(grad, computed)
+    _core.check_gradient(_NAME, "grad_y", grad, np.broadcast_to(np.empty((), dtype), shape))
+    return rows_of(grad, computed_in(dtype))

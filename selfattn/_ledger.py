@@ -10,7 +10,6 @@ from ._errors import refusal
 from ._store import Layout
 
 _VERSION = 1
-_LONGEST = (1 << 61) - 1  # tokens in a ring; beyond this, positions could overflow
 _FIXED = 16  # integers before the lengths: magic, version, description, index of the valid copy of the lengths
 _ACTIVE = 9
 
@@ -65,10 +64,7 @@ class Ledger:
         return all(map(self._is_possible, lengths.ravel().tolist(), starts.ravel().tolist()))
 
     def _is_possible(self, length: int, start: int) -> bool:
-        # Python's own integers are fastest here.
-        if self.window is None:
-            return start == 0 <= length <= self.capacity
-        return 0 <= start <= length <= _LONGEST and length - start <= self.capacity
+        return _core.is_possible(start, length, self.capacity, self.window is not None)
 
 
 def _description(layout: Layout, window: int) -> tuple[int, ...]:

@@ -111,11 +111,15 @@ class Linear(Immutable):
         if activation is not None:
             choice(function, "activation", activation, tuple(name for name in _CODES if name != "none"))
         code = _CODES["none" if activation is None else activation]
-        core = _core.make_linear(w, b, gate, gate_bias, code)
+        (codes, scales), (gate_codes, gate_scales) = _parts(w), _parts(gate)
+        weights = _core.UnpackedLinear(
+            w=codes, scales=scales, b=b, w_gate=gate_codes, gate_scales=gate_scales, b_gate=gate_bias
+        )
+        core = _core.make_linear(weights, code)
         self._set(
             {
                 "_core": core,
-                "_groups": tuple(len(m.scales) for m in (w, gate) if isinstance(m, QuantizedWeights)),
+                "_groups": tuple(len(x) for x in (scales, gate_scales) if x is not None),
                 "_gated": gate is not None,
                 "activation": activation,
                 "d_in": shape[0],
@@ -128,12 +132,16 @@ class Linear(Immutable):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the unpacked weights: unpickling packs them for the machine it runs on."""
         shape = (self.d_in, self.d_out)
-        matrices: tuple[Any, ...] = tuple(np.empty(shape, self.dtype) for _ in range(1 + self._gated))
-        if self._groups:
-            scales = (np.empty((groups, self.d_out), np.float32) for groups in self._groups)
-            matrices = tuple(QuantizedWeights(*pair) for pair in zip(matrices, scales, strict=True))
-        b, b_gate = _core.unpack_linear(self._core, matrices)
-        return _load, (_VERSION, matrices[0], b, matrices[1] if self._gated else None, b_gate, self.activation)
+        scales, gate_scales = (*(np.empty((n, self.d_out), np.float32) for n in self._groups), None, None)[:2]
+        to = _core.UnpackedLinear(
+            w=np.empty(shape, self.dtype),
+            scales=scales,
+            w_gate=np.empty(shape, self.dtype) if self._gated else None,
+            gate_scales=gate_scales,
+        )
+        _core.unpack_linear(self._core, to)
+        w, w_gate = _joined(to.w, to.scales), _joined(to.w_gate, to.gate_scales)
+        return _load, (_VERSION, w, to.b, w_gate, to.b_gate, self.activation)
 
     def __repr__(self) -> str:
         gate = ", gated" if self._gated else ""
@@ -191,6 +199,16 @@ def matrix(function: str, name: str, value: Any) -> NDArray[Any] | QuantizedWeig
     if array.ndim != 2 or 0 in array.shape:
         raise refusal(ValueError, function, name, f" has shape {array.shape}, but a matrix is needed")
     return array
+
+
+def _parts(weights: NDArray[Any] | QuantizedWeights | None) -> tuple[Any, Any]:
+    """Return a matrix of numbers or codes, and the scales of codes."""
+    return weights if isinstance(weights, QuantizedWeights) else (weights, None)
+
+
+def _joined(matrix: Any, scales: Any) -> Any:
+    """Undo `_parts`."""
+    return matrix if scales is None else QuantizedWeights(matrix, scales)
 
 
 def _bias(function: str, name: str, value: Any, of: str, w: Any) -> NDArray[Any] | None:

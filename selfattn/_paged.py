@@ -114,28 +114,29 @@ class PagedKVCache(AnyCache):
         if not isinstance(sequences, dict) or not _is_count(after):
             raise self._damaged("no sequences by id")
         pages = self._integers("pages", pages, len(pages))
-        there = set(pages.tolist())
-        if len(there) != len(pages) or not all(0 <= page < self.num_pages for page in there):
-            raise self._damaged(f"pages that are not different numbers in 0..{self.num_pages - 1}")
+        held: set[int] = set()
         pool = _core.make_page_pool(self.num_pages, self.page_size, after)
         for name, description in sequences.items():
             if not _is_count(name) or name >= after:
                 raise self._damaged(f"the id {name!r}, but the next one is {after}")
-            row = self._row_of(description, there)
-            if row is None or not _core.put_sequence(pool, name, *row):
+            row = self._row_of(description)
+            if row is None or not _core.put_sequence(pool, name, *row):  # which checks the numbers of the pages
                 raise self._damaged(f"a sequence {name} that is impossible")
+            held.update(row[2].tolist())
+        if pages.tolist() != sorted(held):
+            raise self._damaged("pages that are not those of its sequences")
         self._fill(pages, contents["tokens"])
         _core.recount_pages(pool)
         self._pool = pool
 
-    def _row_of(self, description: Any, there: set[int]) -> tuple[int, int, NDArray[np.int32]] | None:
-        """Return (length, start, pages) from a pickle; None if they are impossible or a page is not in `there`."""
+    def _row_of(self, description: Any) -> tuple[int, int, NDArray[np.int32]] | None:
+        """Return (length, start, pages) from a pickle; None if they are not numbers or are impossible."""
         try:
             length, start, held = description
             pages = array("i", held)
         except (TypeError, ValueError, OverflowError):
             return None
-        sound = _is_count(length) and _is_count(start) and there.issuperset(pages)
+        sound = _is_count(length) and _is_count(start)
         lost = sound and start > 0 and self.window is None
         return (length, start, np.array(pages, np.int32)) if sound and not lost else None
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._backward import Gradients, Operands, Upstream, Vjp, computed_in
+from ._backward import Gradients, Operands, Upstream, Vjp
 from ._keywords import clean_signature, refuse_unknown
 from ._relative import prepare, relative_attention
 from ._typing import Array, RelativeGradientOptions, RelativeVjpOptions
@@ -92,7 +92,7 @@ def relative_attention_backward(
     (12, 8)
     """
     refuse_unknown(relative_attention_backward, options)
-    operands = _RelativeOperands("relative_attention_backward", (q, k, v, r, u, w), options, wrt)
+    operands = _RelativeOperands.check("relative_attention_backward", (q, k, v, r, u, w), options, wrt)
     return operands.deliver(Upstream(grad_out, grad_lse, grad_weights), out, lse, into, accumulate)
 
 
@@ -141,7 +141,7 @@ def relative_attention_vjp(
     (4, 8)
     """
     refuse_unknown(relative_attention_vjp, options)
-    return _RelativeOperands("relative_attention_vjp", (q, k, v, r, u, w), options, wrt).vjp()
+    return _RelativeOperands.check("relative_attention_vjp", (q, k, v, r, u, w), options, wrt).vjp()
 
 
 class _RelativeOperands(Operands):
@@ -164,12 +164,15 @@ class _RelativeOperands(Operands):
 
     def in_shape(self, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Sum the core's results over batch entries, and over heads if they share r."""
-        gradients = super().in_shape({name: array for name, array in found.items() if name not in ("r", "u", "w")})
+        totals = super().in_shape({name: array for name, array in found.items() if name not in ("r", "u", "w")})
         for name, given in (("r", self.terms.r), ("u", self.terms.u), ("w", self.terms.w)):
             if name not in found:
                 continue
             array = found[name]
             shared = tuple(range(array.ndim - given.ndim))
-            total = array.sum(axis=shared, dtype=np.float64).reshape(given.shape)
-            gradients[name] = total.astype(given.dtype if name == "r" else computed_in(self.q.dtype))
-        return gradients
+            totals[name] = array.sum(axis=shared, dtype=np.float64).reshape(given.shape)
+        return totals
+
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """Return the dtype of a gradient."""
+        return self.terms.r.dtype if name == "r" else super().dtype_of(name)

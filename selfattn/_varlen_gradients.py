@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, flag
-from ._backward import Gradients, Vjp, checked_names, computed_in, sum_to, targets_of, write
+from ._backward import Gradients, Vjp, checked_names, computed_in, delivered, score_arguments, sum_to, targets_of
 from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
 from ._packing import Packed, joined
@@ -63,7 +63,7 @@ def attention_varlen_backward(
     into : Gradients or mapping of names to ndarrays, optional
         Arrays for the gradients, or lists of arrays where the gradient is a list.
     accumulate : bool, default False
-        Add to the arrays in `into` instead of overwriting them.
+        Add to the arrays in `into` instead of overwriting them, as in `attention_backward`.
     **options
         The options of `attention_varlen`, with the values that were passed to it.
 
@@ -96,11 +96,10 @@ def attention_varlen_backward(
     given = into._asdict() if isinstance(into, Gradients) else into
     given = _flat(given) if isinstance(given, Mapping) else given
     targets = targets_of(function, given, accumulate, sequences.names())
+    sequences.options.exact = bool(accumulate)  # gradients are rounded after they are added
     upstream = sequences.rows("grad_out", grad_out), sequences.columns("grad_lse", grad_lse)
     found = sequences.backward(upstream, sequences.rows("out", out), sequences.columns("lse", lse))
-    flat = _flat(found)
-    write(function, flat, targets, accumulate)
-    return Gradients(**{name: _nested(name, value, flat) for name, value in found.items()})
+    return sequences.deliver(found, targets, accumulate)
 
 
 @clean_signature(attention_varlen, without=("out", "return_weights"))
@@ -165,7 +164,7 @@ def attention_varlen_vjp(
     def vjp(grad_out: Any, grad_lse: Any = None) -> Gradients:
         """Return the gradients, given the gradients of out and lse."""
         upstream = sequences.rows("grad_out", grad_out), sequences.columns("grad_lse", grad_lse)
-        return Gradients(**sequences.backward(upstream, exact_out, exact_lse))
+        return sequences.deliver(sequences.backward(upstream, exact_out, exact_lse), {}, False)
 
     if not return_lse:
         return out, vjp
@@ -183,7 +182,7 @@ class _Sequences:
         shared = {name: value for name, value in options.items() if name not in _OWN}
         self.options = core_options(function, layout="bshd", **shared)
         self.slopes_shape = np.shape(options.get("alibi_slopes", 0.0))
-        self.wrt = checked_names(function, wrt, options)
+        self.wrt = checked_names(function, wrt, {**dict.fromkeys("qkv", True), **score_arguments(options)})
 
     @property
     def biases(self) -> list[NDArray[Any] | None]:
@@ -234,7 +233,7 @@ class _Sequences:
     def backward(
         self, upstream: tuple[NDArray[Any], NDArray[Any] | None], out: NDArray[Any], lse: NDArray[Any] | None
     ) -> dict[str, Any]:
-        """Return the gradients in the form in which the caller passed the arguments."""
+        """Return the gradients, not rounded, in the form in which the caller passed the arguments."""
         grad_out, grad_lse = upstream
         found = _core.attention_varlen_backward(
             self.function,
@@ -250,23 +249,36 @@ class _Sequences:
             return self.packed.split(found, self.packed.queries if name == "q" else self.packed.keys)
         if name == "bias":
             return [
-                None if bias is None else sum_to(array, bias.shape).astype(bias.dtype, copy=False)
+                None if bias is None else sum_to(array, bias.shape)
                 for array, bias in zip(found, self.biases, strict=True)
             ]
-        return self._of_numbers(name, found).astype(computed_in(self.packed.q.dtype))
+        return self._of_numbers(name, found)
+
+    def deliver(self, found: Mapping[str, Any], targets: Mapping[str, Any], accumulate: bool) -> Gradients:
+        """Return what `backward` returned in the dtypes of the gradients, in the caller's arrays if there are any."""
+        flat = delivered(self.function, _flat(found), self._dtype_of, targets, accumulate)
+        return Gradients(**{name: _nested(name, value, flat) for name, value in found.items()})
+
+    def _dtype_of(self, name: str) -> np.dtype[Any]:
+        argument, _, index = name.partition("[")
+        if argument in ("q", "k", "v"):
+            return getattr(self.packed, argument).dtype  # type: ignore[no-any-return]
+        if argument == "bias":
+            return self.biases[int(index[:-1])].dtype  # type: ignore[union-attr]
+        return computed_in(self.packed.q.dtype)
 
     def _of_numbers(self, name: str, found: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""
         heads = self.packed.q.shape[1]
         if name == "t5":
-            total = np.zeros(self.options.distance_bias.shape)  # type: ignore[union-attr]
+            total = np.zeros(self.options.distance_bias.shape)
             for array in found:
                 total += array
             return self.t5.gradient(total)  # type: ignore[union-attr, no-any-return]
         if name == "scale":
             return np.asarray(sum((array.sum() for array in found), 0.0))
         per_head = np.array([array.sum(axis=-1) for array in found]).reshape(self.packed.number, heads)
-        return sum_to(per_head, self.slopes_shape if name == "alibi_slopes" else self.options.sinks.shape)  # type: ignore[union-attr]
+        return sum_to(per_head, self.slopes_shape if name == "alibi_slopes" else self.options.sinks.shape)
 
 
 def _flat(named: Mapping[str, Any]) -> dict[str, Any]:

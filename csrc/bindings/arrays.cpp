@@ -81,6 +81,12 @@ TensorView view_of(const py::array& array, DType dtype) {
   return view;
 }
 
+Shape shape_of(const TensorView& view) {
+  Shape shape;
+  for (int axis = 0; axis < view.ndim; ++axis) shape.append(view.shape[axis]);
+  return shape;
+}
+
 TensorView float_view(const char* function, const char* name, py::handle object) {
   const py::array array = named_array(function, name, object);
   if (const std::optional<DType> dtype = float_type(array)) return view_of(array, *dtype);

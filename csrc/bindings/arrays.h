@@ -26,6 +26,7 @@ TensorView matching_view(const char* function, const char* name, py::handle arra
 // package.
 py::array new_array(const Shape& shape, DType dtype, py::handle like = py::none());
 TensorView view_of(const py::array& array, DType dtype);
+Shape shape_of(const TensorView& view);
 
 // Whether two arrays may share memory: their ranges of bytes, from the first to the last, overlap.
 bool meet(const TensorView& a, const TensorView& b);

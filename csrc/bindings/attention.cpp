@@ -133,9 +133,7 @@ void register_attention(py::module_& module) {
   module.def("attention_for", &attention_for);
   module.def("check_out", [](const char* function, const py::array& out, const py::array& like, const char* name) {
     const TensorView view = float_view(function, name, like);
-    Shape shape;
-    for (int axis = 0; axis < view.ndim; ++axis) shape.append(view.shape[axis]);
-    check_out(function, out, shape, view.dtype);
+    check_out(function, out, shape_of(view), view.dtype);
   });
   module.def("check_own_memory", &check_own_memory);
   module.def("explain", &explain);

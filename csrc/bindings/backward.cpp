@@ -46,15 +46,16 @@ class Results {
  private:
   bool wants(const char* name) const { return wrt_.contains(name); }
 
-  // Allocates the gradient of q, k or v. It has the operand's dtype if the operand has all axes. Otherwise it has the
-  // type of computation, because the caller still has to sum over the axes that were broadcast.
+  // Allocates the gradient of q, k or v. It has the operand's dtype if the operand has all axes and the gradient is not
+  // wanted exact. Otherwise it has the type of computation, because the caller still has to add to it or to sum over
+  // the axes that were broadcast.
   void place(const char* name, Operand& operand, py::handle like, std::int64_t heads, std::int64_t length,
              std::int64_t dim) {
     if (!wants(name)) return;
     const Shape shape = rows_shape(problem_, heads, length, dim);
     const TensorView view = float_view(arguments_.function, name, like);
     const bool whole = view.ndim == shape.ndim && std::equal(shape.extent, shape.extent + shape.ndim, view.shape);
-    const DType dtype = whole ? view.dtype : problem_.dtype;
+    const DType dtype = whole && !arguments_.exact ? view.dtype : problem_.dtype;
     const py::array array = new_array(shape, dtype, like);
     operand = place_rows(problem_, view_of(array, dtype));
     arrays[name] = array;
@@ -113,8 +114,23 @@ py::dict attention_backward(const char* function, const py::tuple& operands, py:
   return gradients_of(arguments, operands, Record<GradientInputs>::in(upstream), wrt);
 }
 
+// Checks that the gradient of a result has the shape of `like`.
+void check_shape(const char* function, const char* name, py::handle array, py::handle like) {
+  shaped_view(function, name, array, shape_of(float_view(function, name, like)));
+}
+
+// Checks that the gradient of a result has the shape of `like`, and its dtype or the type of computation.
+void check_gradient(const char* function, const char* name, py::handle array, py::handle like) {
+  const TensorView result = float_view(function, name, like);
+  result_view(function, name, array, shape_of(result), result.dtype);
+}
+
 }  // namespace
 
-void register_backward(py::module_& module) { module.def("attention_backward", &attention_backward); }
+void register_backward(py::module_& module) {
+  module.def("attention_backward", &attention_backward);
+  module.def("check_shape", &check_shape);
+  module.def("check_gradient", &check_gradient);
+}
 
 }  // namespace selfattn::bindings

@@ -208,6 +208,7 @@ void register_cache(py::module_& module) {
              "window"_a);
   module.def("make_ledger", &make_ledger, py::kw_only(), "copies"_a, "active"_a);
   module.def("make_page_table", &make_page_table, py::kw_only(), "pages"_a, "lengths"_a, "starts"_a);
+  module.def("is_possible", &is_possible);
   module.def("append", &append);
   module.def("attend_cache", &attend_cache);
   module.def("undo", &undo);

@@ -51,9 +51,7 @@ py::array bias_gradient(Problem& problem, const TensorView& bias, Gradients& gra
     gradients.key_sums = static_cast<char*>(const_cast<void*>(array.data()));
     return array;
   }
-  shape = {};
-  for (int axis = 0; axis < bias.ndim; ++axis) shape.append(bias.shape[axis]);
-  py::array array = zeros(shape, problem.dtype);
+  py::array array = zeros(shape_of(bias), problem.dtype);
   gradients.scores = place_scores(problem, view_of(array, problem.dtype));
   gradients.shares_scores = array.size() != problem.batch * problem.num_heads * problem.q_len * problem.kv_len;
   return array;

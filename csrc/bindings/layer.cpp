@@ -16,6 +16,34 @@ namespace selfattn::bindings {
 
 namespace {
 
+// What a layer's weights require of x and context: their dtype, and the rows of w_q and of w_k.
+struct Needed {
+  DType dtype;
+  std::int64_t query_rows, key_rows;
+};
+
+TensorView input_view(const char* function, const char* name, py::handle array, DType dtype, std::int64_t depth) {
+  const TensorView view = matching_view(function, name, array, "w_q", dtype);
+  if (view.ndim < 2 || view.ndim >= max_axes)
+    refuse(function, Argument{name}, " has shape ", shape_text(view),
+           " but needs 2 dimensions or more: (..., S, d_model)");
+  if (view.extent(0) != depth)
+    refuse(function, Argument{name}, " has d_model ", view.extent(0), " but the weights have ", depth, " rows");
+  return view;
+}
+
+// The views of x and context; context may be None.
+std::pair<TensorView, TensorView> checked(const char* function, py::handle x, py::handle context,
+                                          const Needed& needed) {
+  const auto [dtype, query_rows, key_rows] = needed;
+  const TensorView input = input_view(function, "x", x, dtype, query_rows);
+  if (!context.is_none()) return {input, input_view(function, "context", context, dtype, key_rows)};
+  if (key_rows != query_rows)
+    refuse(function, "x"_arg, " has d_model ", query_rows, " but ", "w_k"_arg, " has ", key_rows,
+           " rows: without context they must agree");
+  return {input, {}};
+}
+
 class Layer {
  public:
   static constexpr const char* capsule_name = "selfattn.Layer";
@@ -26,13 +54,9 @@ class Layer {
       : rope_(std::move(rope)), norms_(norms), weights_(make(weights, norms_, num_heads, num_kv_heads, rope_)) {}
 
   py::object call(const char* function, const LayerInputs& inputs, py::object out, py::handle option_values) const {
-    const py::handle x = inputs.x, context = inputs.context;
-    const TensorView input = input_view(function, "x", x, weights_.query.depth());
-    const TensorView other =
-        context.is_none() ? TensorView{} : input_view(function, "context", context, weights_.key.depth());
-    if (!other && weights_.key.depth() != weights_.query.depth())
-      refuse(function, "x"_arg, " has d_model ", weights_.query.depth(), " but ", "w_k"_arg, " has ",
-             weights_.key.depth(), " rows: without context they must agree");
+    const py::handle x = inputs.x;
+    const auto [input, other] =
+        checked(function, x, inputs.context, {weights_.dtype, weights_.query.depth(), weights_.key.depth()});
     const TensorView positions = optional_view(inputs.positions, DType::i64);
     std::optional<CacheArguments> source;
     open_cache(source, function, inputs.step, input);
@@ -130,16 +154,6 @@ class Layer {
                           name_of(computed));
   }
 
-  TensorView input_view(const char* function, const char* name, py::handle array, std::int64_t depth) const {
-    const TensorView view = matching_view(function, name, array, "w_q", weights_.dtype);
-    if (view.ndim < 2 || view.ndim >= max_axes)
-      refuse(function, Argument{name}, " has shape ", shape_text(view),
-             " but needs 2 dimensions or more: (..., S, d_model)");
-    if (view.extent(0) != depth)
-      refuse(function, Argument{name}, " has d_model ", view.extent(0), " but the weights have ", depth, " rows");
-    return view;
-  }
-
   const py::object rope_;  // a _core.Rope or None
   const LayerNorms norms_;
   const LayerWeights weights_;
@@ -155,6 +169,12 @@ py::capsule make_layer(py::handle weights, py::handle norms, std::int64_t num_he
 py::object call_layer(const py::capsule& capsule, const char* function, py::handle inputs, py::object out,
                       py::handle option_values) {
   return held_by<Layer>(capsule).call(function, Record<LayerInputs>::in(inputs), std::move(out), option_values);
+}
+
+// For the gradients of a layer, which Python computes. The Python layer has checked the matrices.
+void check_layer_inputs(const char* function, py::handle x, py::handle context, const py::array& w_q,
+                        const py::array& w_k) {
+  checked(function, x, context, {float_view(function, "w_q", w_q).dtype, w_q.shape(0), w_k.shape(0)});
 }
 
 const char* layer_isa(const py::capsule& capsule) { return held_by<Layer>(capsule).isa(); }
@@ -179,6 +199,7 @@ void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle r
 void register_layer(py::module_& module) {
   module.def("make_layer", &make_layer);
   module.def("call_layer", &call_layer);
+  module.def("check_layer_inputs", &check_layer_inputs);
   module.def("layer_isa", &layer_isa);
   module.def("unpack_layer", &unpack_layer);
   module.def("apply_rope", &apply_rope);

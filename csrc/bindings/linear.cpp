@@ -105,13 +105,11 @@ struct RowCall {
   }
 };
 
-// `weights` is a matrix of numbers, or a pair: a matrix of codes, and their scales. The Python layer has checked them.
-Projection projection_of(py::handle weights, py::handle bias) {
+// `matrix` holds numbers if `scales` is None, otherwise codes. The Python layer has checked them.
+Projection projection_of(py::handle matrix, py::handle scales, py::handle bias) {
   const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
-  if (!py::isinstance<py::tuple>(weights))
-    return Projection(active_kernels(), float_view("Linear", "w", weights), added);
-  const py::tuple pair = py::reinterpret_borrow<py::tuple>(weights);
-  return Projection(active_kernels(), optional_view(pair[0], DType::i8), added, optional_view(pair[1], DType::f32));
+  if (scales.is_none()) return Projection(active_kernels(), float_view("Linear", "w", matrix), added);
+  return Projection(active_kernels(), optional_view(matrix, DType::i8), added, optional_view(scales, DType::f32));
 }
 
 struct HeldLinear {
@@ -131,11 +129,12 @@ void check_dtype(const char* function, const TensorView& x, const Projection& pr
                                              : ": x must have their dtype");
 }
 
-py::capsule make_linear(py::handle w, py::handle b, py::handle w_gate, py::handle b_gate, py::handle activation) {
+py::capsule make_linear(py::handle weights, py::handle activation) {
+  const UnpackedLinear& from = Record<UnpackedLinear>::in(weights);
   std::optional<Projection> gate;
-  if (!w_gate.is_none()) gate.emplace(projection_of(w_gate, b_gate));
+  if (!from.w_gate.is_none()) gate.emplace(projection_of(from.w_gate, from.gate_scales, from.b_gate));
   return capsule_of(std::unique_ptr<HeldLinear>(
-      new HeldLinear{{projection_of(w, b), std::move(gate), code_of<Activation>(activation)}}));
+      new HeldLinear{{projection_of(from.w, from.scales, from.b), std::move(gate), code_of<Activation>(activation)}}));
 }
 
 py::object call_linear(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
@@ -164,29 +163,22 @@ const char* linear_isa(const py::capsule& capsule) {
   return held_by<HeldLinear>(capsule).weights.projection.kernels().name;
 }
 
-// If the weights are codes, `matrix` is a pair of arrays, for codes and for scales: fills the scales and returns the
-// array for codes. Otherwise returns `matrix`.
-py::handle unpack_scales(const Projection& projection, py::handle matrix) {
-  if (!is_scaled(projection.dtype())) return matrix;
-  const py::tuple pair = py::reinterpret_borrow<py::tuple>(matrix);
-  float* to = static_cast<float*>(py::reinterpret_borrow<py::array>(pair[1]).mutable_data());
-  for (std::int64_t group = 0; group < projection.groups(); ++group, to += projection.columns())
-    std::copy_n(projection.scales(group), projection.columns(), to);
-  return pair[0];
+// Fills a matrix and, if it holds codes, their scales. Returns the bias as an array, or None.
+py::object unpack_with_scales(const Projection& projection, py::handle matrix, py::handle scales) {
+  if (is_scaled(projection.dtype())) {
+    float* to = static_cast<float*>(py::reinterpret_borrow<py::array>(scales).mutable_data());
+    for (std::int64_t group = 0; group < projection.groups(); ++group, to += projection.columns())
+      std::copy_n(projection.scales(group), projection.columns(), to);
+  }
+  return unpack(projection, view_of(py::reinterpret_borrow<py::array>(matrix), projection.dtype()));
 }
 
-// Writes the weights to the matrices w and, if there is one, w_gate. Returns their biases, each an array or None.
-py::tuple unpack_linear(const py::capsule& capsule, const py::tuple& matrices) {
+// Fills the matrices and scales, and sets the biases. w_gate and b_gate are used only if the layer has a gate.
+void unpack_linear(const py::capsule& capsule, py::handle weights) {
   const LinearWeights& layer = held_by<HeldLinear>(capsule).weights;
-  const Projection* const projections[] = {&layer.projection, layer.gate ? &*layer.gate : nullptr};
-  py::tuple found(2);
-  for (std::size_t i = 0; i < 2; ++i) {
-    found[i] = py::none();
-    if (!projections[i]) continue;
-    const py::handle matrix = unpack_scales(*projections[i], matrices[i]);
-    found[i] = unpack(*projections[i], view_of(py::reinterpret_borrow<py::array>(matrix), projections[i]->dtype()));
-  }
-  return found;
+  UnpackedLinear& to = Record<UnpackedLinear>::in(weights);
+  to.b = unpack_with_scales(layer.projection, to.w, to.scales);
+  if (layer.gate) to.b_gate = unpack_with_scales(*layer.gate, to.w_gate, to.gate_scales);
 }
 
 // The caller must neither change nor release `weights`, a _core.FeedForwardWeights.

@@ -46,6 +46,15 @@ constexpr Field<LayerNorms> norm_fields[] = {
     field<LayerNorms, &LayerNorms::q_width>("q_width"), field<LayerNorms, &LayerNorms::k_width>("k_width"),
 };
 
+constexpr Field<UnpackedLinear> linear_fields[] = {
+    field<UnpackedLinear, &UnpackedLinear::w>("w"),
+    field<UnpackedLinear, &UnpackedLinear::scales>("scales"),
+    field<UnpackedLinear, &UnpackedLinear::b>("b"),
+    field<UnpackedLinear, &UnpackedLinear::w_gate>("w_gate"),
+    field<UnpackedLinear, &UnpackedLinear::gate_scales>("gate_scales"),
+    field<UnpackedLinear, &UnpackedLinear::b_gate>("b_gate"),
+};
+
 constexpr Field<FeedForwardWeights> feed_forward_fields[] = {
     field<FeedForwardWeights, &FeedForwardWeights::first>("first"),
     field<FeedForwardWeights, &FeedForwardWeights::second>("second"),
@@ -106,6 +115,7 @@ void register_operands(py::module_& module) {
   Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
   Record<UnpackedWeights>::add(module, "UnpackedWeights", weight_fields);
   Record<LayerNorms>::add(module, "LayerNorms", norm_fields);
+  Record<UnpackedLinear>::add(module, "UnpackedLinear", linear_fields);
   Record<FeedForwardWeights>::add(module, "FeedForwardWeights", feed_forward_fields);
   Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);
   Record<RelativeInputs>::add(module, "RelativeInputs", relative_fields);

@@ -31,6 +31,13 @@ struct LayerNorms {
   std::int64_t q_width = 0, k_width = 0;
 };
 
+// Weights and biases of a linear layer, and of its gate. All but w may be None. If w (w_gate) holds codes, `scales`
+// (`gate_scales`) are the scales of its groups.
+struct UnpackedLinear {
+  py::object w = py::none(), scales = py::none(), b = py::none();
+  py::object w_gate = py::none(), gate_scales = py::none(), b_gate = py::none();
+};
+
 // The two linear layers and the norms of a feed-forward network, as capsules. The norms may be None.
 struct FeedForwardWeights {
   py::object first = py::none(), second = py::none(), norm = py::none(), post_norm = py::none();

@@ -19,8 +19,8 @@ Shape packed_shape(const TensorView& like, std::int64_t last) {
 // The results of all sequences: packed arrays for q, k and v, lists for the others.
 class PackedResults {
  public:
-  PackedResults(const Packed& packed, const VarlenInputs& inputs, const py::sequence& wrt)
-      : packed_(packed), wrt_(wrt) {
+  PackedResults(const Packed& packed, const VarlenInputs& inputs, const py::sequence& wrt, bool exact)
+      : packed_(packed), wrt_(wrt), exact_(exact) {
     query_ = array_for("q", packed.q, inputs.q);
     key_ = array_for("k", packed.k, inputs.k);
     value_ = array_for("v", packed.v, inputs.v);
@@ -58,9 +58,10 @@ class PackedResults {
 
   TensorView array_for(const char* name, const TensorView& operand, py::handle like) {
     if (!wants(name)) return {};
-    const py::array array = new_array(packed_shape(operand, operand.shape[2]), operand.dtype, like);
+    const DType dtype = exact_ ? computed_in(packed_.q.dtype) : operand.dtype;
+    const py::array array = new_array(packed_shape(operand, operand.shape[2]), dtype, like);
     arrays[name] = array;
-    return view_of(array, operand.dtype);
+    return view_of(array, dtype);
   }
 
   void append(const char* name, const py::object& array) { arrays[name].attr("append")(array); }
@@ -74,6 +75,7 @@ class PackedResults {
 
   const Packed& packed_;
   const py::sequence& wrt_;
+  const bool exact_;
   TensorView query_, key_, value_;
 };
 
@@ -110,7 +112,7 @@ py::dict attention_varlen_backward(const char* function, py::handle operands, py
   const TensorView lse = lse_view(function, given.lse, rows);
   const TensorView dlse =
       given.grad_lse.is_none() ? TensorView{} : shaped_view(function, "grad_lse", given.grad_lse, rows);
-  PackedResults found(packed, inputs, wrt);
+  PackedResults found(packed, inputs, wrt, options.exact);
   PerSequence<Gradients> gradients(packed.count);
   for (std::size_t i = 0; i < packed.count; ++i) {
     Problem& problem = sequences[i].problem;

@@ -67,10 +67,7 @@ inline T bias_at(const char* p, DType type) {
   if (type == DType::f32) return static_cast<T>(read<float>(p));
   if (type == DType::f16) return static_cast<T>(widen(read<Half>(p)));
   if (type == DType::bf16) return static_cast<T>(widen(read<BFloat>(p)));
-  const double x = read<double>(p);
-  if (x < -largest<T> && x > minus_infinity<double>) return -largest<T>;
-  if (x > largest<T> && x < -minus_infinity<double>) return largest<T>;
-  return static_cast<T>(x);
+  return static_cast<T>(clamp_finite(read<double>(p), static_cast<double>(largest<T>)));
 }
 
 // Calls use(pointer) if the numbers of a bias array at `p` can be loaded as a vector of adjacent numbers. Returns

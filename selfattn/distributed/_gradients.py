@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._backward import Gradients, Operands, Upstream, checked_names, computed_in, sum_to
+from .._backward import Gradients, Operands, Upstream, checked_names, computed_in, score_arguments, sum_to
 from .._errors import refusal
 from ._agree import Fact
 from ._by_keys import wants_keys
@@ -34,7 +34,8 @@ class GradientCall(Call):
         options: Mapping[str, Any],
     ) -> None:
         super().__init__(function, like, arrays, rows, options)
-        self.wrt = checked_names(function, wrt, self.options.given)
+        arguments = {**dict.fromkeys("qkv", True), **score_arguments(self.options.given)}
+        self.wrt = checked_names(function, wrt, arguments)
         for name in ("grad_out", "out", "lse", "grad_lse"):
             if name in self.arrays:
                 shape = self.out_shape if name in ("grad_out", "out") else (*self.out_shape[:-1], 1)
@@ -167,7 +168,7 @@ class _Backward:
         if "bias" in terms and terms["bias"].dtype.itemsize == 2:
             terms["bias"] = terms["bias"].astype(np.float32)
         options = {**self._options, **self.call.options.lengths(*places), **terms}
-        operands = Operands(self.call.function, (q, k, v), options, names)
+        operands = Operands(self.call.function, (q, k, v), options, tuple(names))
         operands.options.first_query, operands.options.first_key = places[0][0], places[1][0]
         # Only D = Σ ∂out · out − ∂lse is needed of out: with out = 0 it is −∂lse.
         nothing = np.broadcast_to(np.zeros((), self._kind), grad_out.shape)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _core
 from .._arguments import as_array, out_array
 from .._attention import _DEFAULTS
 from .._errors import refusal
@@ -122,9 +123,7 @@ class Upstream:
 
     def __init__(self, grad_y: Any, like: NDArray[Any]) -> None:
         self.array = as_array(NAME, "grad_y", grad_y)
-        if self.array.shape != like.shape:
-            text = f" has shape {self.array.shape} but {like.shape} is needed"
-            raise refusal(ValueError, NAME, "grad_y", text)
+        _core.check_gradient(NAME, "grad_y", self.array, like)
 
     def facts(self) -> list[Fact]:
         """Return what must be equal on all ranks."""

@@ -19,6 +19,20 @@ ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # subclasses that override it may have no memory
 
+# PyTorch has no public names for these. Where one is missing, the answer is the one that costs only time: memory is not
+# read directly, so that PyTorch itself does what it can with the operator.
+_functorch = getattr(torch._C, "_functorch", None)
+_level = getattr(_functorch, "maybe_current_level", lambda: 0)
+_interpreter = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+_functionalize = getattr(getattr(_functorch, "TransformType", None), "Functionalize", None)
+_is_batch = getattr(_functorch, "is_batchedtensor", lambda tensor: False)
+_is_legacy_batch = getattr(_functorch, "is_legacy_batchedtensor", lambda tensor: True)
+_is_wrapper = getattr(_functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
+_inside = getattr(_functorch, "get_unwrapped", lambda tensor: None)
+_count_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
+_keeps_tangents = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -98,6 +112,13 @@ def check_memory(function: str, name: str, tensor: Any) -> None:
         raise TypeError(f"{function}: {name} is a tensor of layout {kind}, but a dense one is needed")
 
 
+def check_integers(function: str, name: str, tensor: Any) -> None:
+    """Raise unless this is a dense tensor of integers in CPU memory."""
+    check_memory(function, name, tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+        raise TypeError(f"{function}: {name} has dtype {tensor.dtype}, but integers are needed")
+
+
 def as_operand(function: str, name: str, value: Any) -> Any:
     """Return a tensor of the value, which may also be an array or numbers, in CPU memory."""
     if not isinstance(value, torch.Tensor):
@@ -125,43 +146,48 @@ def is_plain(*tensors: Any) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.overrides.has_torch_function(tensors)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
+        or _count_modes()
+        or _level() is not None
+        or _tracing_state() is not None
         or any(x is not None and (x.is_meta or _is_disguised(x)) for x in tensors)
     )
 
 
 def _is_disguised(tensor: Any) -> bool:
     """Whether a tensor has no memory of its own: some subclasses, and batches of upstream gradients (legacy vmap)."""
-    return type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor).__torch_dispatch__ is not _PLAIN_DISPATCH or _is_legacy_batch(tensor)
 
 
 def is_transformed() -> bool:
     """Whether `torch.func.grad`, `vmap` or the like is active. Operators have no gradients under these functions."""
-    top = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
-    return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize
+    top = None if torch.compiler.is_compiling() else _interpreter()
+    return top is not None and top.key() != _functionalize
 
 
 def wants_gradient(*tensors: Any) -> bool:
     """Whether gradients are recorded for any of the tensors, in either mode of differentiation."""
     if torch.is_grad_enabled() and any(x is not None and (x.requires_grad or _is_traced(x)) for x in tensors):
         return True
-    return forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors)
+    return _may_have_tangents() and any(has_tangent(x) for x in tensors)
+
+
+def _may_have_tangents() -> bool:
+    """Whether forward-mode differentiation is active."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def has_tangent(tensor: Any) -> bool:
     """Whether this is a dual tensor of forward-mode differentiation, at the current level of `torch.func`."""
-    if tensor is None or forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+    if tensor is None or not _may_have_tangents() or not _keeps_tangents():
         return False
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor):
+    if torch.compiler.is_compiling() or _is_batch(tensor):
         return False  # a batch's tangents are found when its level is left
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def no_tangents(function: str, **tensors: Any) -> None:
     """Raise if one of the tensors is a dual tensor, whose tangent would be lost."""
-    if forward_ad._current_level < 0:
+    if not _may_have_tangents():
         return
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and has_tangent(tensor):
@@ -176,7 +202,7 @@ def forward_mode_refusal(function: str, name: str) -> NotImplementedError:
 
 def _is_traced(tensor: Any) -> bool:
     """Whether the tensor inside a `torch.func` wrapper, or inside several nested wrappers, requires grad."""
-    if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch.compiler.is_compiling() or not _is_wrapper(tensor):
         return False
-    inner = torch._C._functorch.get_unwrapped(tensor)
-    return inner.requires_grad or _is_traced(inner)
+    inner = _inside(tensor)
+    return inner is None or inner.requires_grad or _is_traced(inner)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._tensors import check_memory
+from .._arguments import whole_number
+from ._tensors import check_integers, check_memory, is_plain
 
 
 def unpad_input(
@@ -86,7 +87,8 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
     Raises
     ------
     TypeError, ValueError
-        An argument is no CPU tensor, or `indices` has another length than hidden_states.
+        An argument is no CPU tensor or no integer, or `indices` has another length than hidden_states or a number
+        outside 0..B · S − 1.
 
     Examples
     --------
@@ -95,12 +97,19 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
     >>> pad_input(torch.ones(3, 1), torch.tensor([0, 1, 3]), 2, 2).flatten().tolist()
     [1.0, 1.0, 0.0, 1.0]
     """
-    for name, tensor in (("hidden_states", hidden_states), ("indices", indices)):
-        check_memory("pad_input", name, tensor)
+    check_memory("pad_input", "hidden_states", hidden_states)
+    check_integers("pad_input", "indices", indices)
+    if not torch.compiler.is_compiling():  # a compiler's integers have a type of their own
+        batch, seqlen = whole_number("pad_input", "batch", batch, 0), whole_number("pad_input", "seqlen", seqlen, 0)
     if indices.ndim != 1 or hidden_states.shape[:1] != indices.shape:
         raise ValueError(
             f"pad_input: indices has shape {tuple(indices.shape)}, but {tuple(hidden_states.shape[:1])} is needed: the "
             "first dimension of hidden_states"
         )
+    if is_plain(indices) and indices.numel():  # compilers cannot look at numbers
+        first, last = int(indices.min()), int(indices.max())
+        if first < 0 or last >= batch * seqlen:
+            wrong = first if first < 0 else last
+            raise ValueError(f"pad_input: indices holds {wrong}, which is outside 0..{batch * seqlen - 1}")
     flat = hidden_states.new_zeros((batch * seqlen, *hidden_states.shape[1:]))
     return flat.index_copy(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))

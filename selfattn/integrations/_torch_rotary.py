@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .._arguments import flag
-from ._tensors import ACCEPTED, check_memory, computed_in, is_plain
+from .._arguments import flag, integer
+from ._tensors import ACCEPTED, check_integers, check_memory, computed_in, is_plain
 
 _NAME = "apply_rotary_emb"
 
@@ -105,16 +105,35 @@ def _check(x: Any, cos: Any, sin: Any, ndim: int) -> None:
 
 def _positions(x: Any, offsets: Any, cu_seqlens: Any) -> Any:
     """Return the position of each token: (S,), (B, S) or (total,)."""
-    count = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-    if isinstance(offsets, torch.Tensor) and offsets.shape != (count,):
-        raise ValueError(f"{_NAME}: seqlen_offsets has shape {tuple(offsets.shape)}, but ({count},) is needed")
+    if cu_seqlens is not None:
+        _check_starts(cu_seqlens, len(x))
+    _check_offsets(offsets, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
     if cu_seqlens is None:
         tokens = torch.arange(x.shape[1])
         return tokens + (offsets[:, None] if isinstance(offsets, torch.Tensor) else offsets)
-    if is_plain(cu_seqlens) and (
-        int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(x) or (cu_seqlens.diff() < 0).any()
-    ):
-        raise ValueError(f"{_NAME}: cu_seqlens must start with 0, never fall and end with {len(x)}")
     tokens = torch.arange(len(x))
     sequence = torch.bucketize(tokens, cu_seqlens[1:].long(), right=True)
     return tokens - cu_seqlens[sequence] + (offsets[sequence] if isinstance(offsets, torch.Tensor) else offsets)
+
+
+def _check_offsets(offsets: Any, count: int) -> None:
+    if not isinstance(offsets, torch.Tensor):
+        if not torch.compiler.is_compiling():  # a compiler's integers have a type of their own
+            integer(_NAME, "seqlen_offsets", offsets)
+        return
+    check_integers(_NAME, "seqlen_offsets", offsets)
+    if offsets.shape != (count,):
+        raise ValueError(f"{_NAME}: seqlen_offsets has shape {tuple(offsets.shape)}, but ({count},) is needed")
+
+
+def _check_starts(starts: Any, total: int) -> None:
+    check_integers(_NAME, "cu_seqlens", starts)
+    if starts.ndim != 1 or len(starts) == 0:
+        raise ValueError(f"{_NAME}: cu_seqlens has shape {tuple(starts.shape)}, but (N + 1,) is needed")
+    if not is_plain(starts):  # compilers cannot look at numbers
+        return
+    first, last = int(starts[0]), int(starts[-1])
+    if first != 0 or last != total:
+        raise ValueError(f"{_NAME}: cu_seqlens goes from {first} to {last}, but x has the rows 0 to {total}")
+    for i in (starts.diff() < 0).nonzero().flatten().tolist()[:1]:
+        raise ValueError(f"{_NAME}: cu_seqlens falls from {int(starts[i])} to {int(starts[i + 1])} (sequence {i})")

@@ -109,6 +109,20 @@ def test_lengths_that_change_in_the_buffer(normal: Any, window: Any, length: int
 
 
 @pytest.mark.one_isa
+@pytest.mark.parametrize(("window", "start", "length"), [(None, 1, 5), (5, 1, 22), (5, 6, 5)])
+def test_starts_that_change_in_the_buffer(normal: Any, window: Any, start: int, length: int) -> None:
+    memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20, window=window))
+    cache = sa.KVCache(2, 2, 8, 20, window=window, buffer=memory)
+    words = np.frombuffer(memory, np.int64)
+    words[16:24:4], words[18:24:4] = length, start  # of the first sequence, in both copies
+    message = f"the cache's buffer says that sequence 0 has the tokens {start} to {length}, which is impossible"
+    with pytest.raises(ValueError, match=f"append: {message}"):
+        cache.append(normal(2, 2, 1, 8), normal(2, 2, 1, 8))
+    with pytest.raises(ValueError, match=f"KVCache: {message}"):
+        _ = cache.lengths
+
+
+@pytest.mark.one_isa
 @pytest.mark.parametrize("strange", [7, 2, -1, 1 << 62])
 def test_any_number_in_the_buffer_names_one_of_both_copies(strange: int) -> None:
     memory = bytearray(sa.KVCache.buffer_size(2, 2, 8, 20))

@@ -216,6 +216,7 @@ def test_only_what_is_wanted(isa: str, rng: Any) -> None:
     [
         ({"wrt": "x"}, TypeError, "wrt is 'x', but a sequence of names is needed"),
         ({"wrt": ("q",)}, ValueError, "wrt names 'q', but it must be one of 'x', 'w_q', "),
+        ({"wrt": [{}]}, ValueError, "wrt names {}, but it must be one of 'x', 'w_q', "),
         ({"wrt": ("context",)}, ValueError, "wrt names 'context', but there is no context"),
         ({"wrt": ("b_k",), "b_k": None}, ValueError, "wrt names 'b_k', but there is no b_k"),
         ({"wrt": ("sinks",)}, ValueError, "wrt names 'sinks', but there is no sinks"),
@@ -226,6 +227,7 @@ def test_only_what_is_wanted(isa: str, rng: Any) -> None:
             TypeError,
             "x has dtype float32, but w_q has float64: they must agree, convert one with .astype",
         ),
+        ({"context": np.zeros(6)}, ValueError, "context has shape (6,) but needs 2 dimensions or more"),
         ({"context": np.zeros((3, 6))}, ValueError, "context has d_model 6 but the weights have 10 rows"),
         ({"context": np.zeros((3, 4, D_MODEL))}, ValueError, "the leading dimensions (3,) of k do not broadcast"),
         ({"num_heads": 5}, ValueError, "num_heads 5 is not a multiple of num_kv_heads 2"),

@@ -82,6 +82,42 @@ def test_an_exact_out_makes_gradients_more_accurate(isa: str, normal: Any, dtype
     assert errors[0] * 2 < errors[1]
 
 
+def is_rounded_once(found: Any, start: Any, exact: Any) -> bool:
+    """Whether start + exact is at most half a unit in the last place from `found`, apart from rounding in float32."""
+    total, unit = start.astype(np.float64) + exact, np.spacing(abs(found)).astype(np.float64)
+    return bool(np.all(abs(found.astype(np.float64) - total) <= unit / 2 + 5e-6))
+
+
+def test_sums_in_the_callers_arrays_are_rounded_once(normal: Any) -> None:
+    q, k, v = (normal(*shape, dtype=np.float16) for shape in ((2, 2, 50, 9), (2, 2, 70, 9), (1, 2, 70, 9)))
+    bias, grad_out = normal(50, 70, dtype=np.float16), normal(2, 2, 50, 9, dtype=np.float16)
+    wide = [x.astype(np.float64) for x in (grad_out, q, k, v)]
+    out, lse = sa.attention(q.astype(np.float32), k, v, bias=bias, return_lse=True)
+    exact_results = sa.attention(*wide[1:], bias=bias.astype(np.float64), return_lse=True)
+    wrt = ("q", "k", "v", "bias")  # v and bias are broadcast
+    exact = sa.attention_backward(*wide, *exact_results, wrt=wrt, bias=bias.astype(np.float64))
+    start = {name: normal(*x.shape, dtype=np.float16) for name, x in zip(wrt, (q, k, v, bias), strict=True)}
+    into = {name: x.copy() for name, x in start.items()}
+    sa.attention_backward(grad_out, q, k, v, out, lse, wrt=wrt, bias=bias, into=into, accumulate=True)
+    rounded = sa.attention_backward(grad_out, q, k, v, out, lse, wrt=wrt, bias=bias)
+    for name in wrt:
+        assert is_rounded_once(into[name], start[name], getattr(exact, name)), name
+        assert not is_rounded_once(start[name] + getattr(rounded, name), start[name], getattr(exact, name))
+
+
+def test_sums_in_the_callers_arrays_of_packed_sequences_are_rounded_once(normal: Any) -> None:
+    q, k, v, grad_out = (normal(60, 2, 9, dtype=np.float16) for _ in range(4))
+    starts, wide = [0, 25, 60], [x.astype(np.float64) for x in (grad_out, q, k, v)]
+    out, lse = sa.attention_varlen(q.astype(np.float32), k, v, starts, return_lse=True)
+    exact_results = sa.attention_varlen(*wide[1:], starts, return_lse=True)
+    exact = sa.attention_varlen_backward(*wide, *exact_results, starts)
+    start = {name: normal(60, 2, 9, dtype=np.float16) for name in "qkv"}
+    into = {name: x.copy() for name, x in start.items()}
+    sa.attention_varlen_backward(grad_out, q, k, v, out, lse, starts, into=into, accumulate=True)
+    for name in "qkv":
+        assert is_rounded_once(into[name], start[name], getattr(exact, name)), name
+
+
 # Those of docs/numerics.md: largest error of q and k relative to the sum of absolute values, then of v.
 FIGURES = {
     "float32": (3.9e-8, 2.5e-7),

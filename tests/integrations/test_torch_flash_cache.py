@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -157,6 +158,25 @@ def test_errors_of_padding() -> None:
         integration.pad_input(randn(2, 6), torch.arange(3), 1, 4)
 
 
+PAD_ERRORS: dict[str, dict[str, Any]] = {
+    "indices is a list, but a tensor is needed": {"indices": [0, 1]},
+    "indices has dtype torch.float32, but integers are needed": {"indices": torch.zeros(2)},
+    "indices holds 8, which is outside 0..7": {"indices": torch.tensor([0, 8])},
+    "indices holds -1, which is outside 0..7": {"indices": torch.tensor([-1, 9])},
+    "batch is 2.0, but an integer is needed": {"batch": 2.0},
+    "batch is -2, but it must be at least 0": {"batch": -2},
+    "seqlen is None, but an integer is needed": {"seqlen": None},
+    "hidden_states is a list, but a tensor is needed": {"hidden_states": [0, 1]},
+}
+
+
+@pytest.mark.parametrize("message", PAD_ERRORS)
+def test_errors_of_pad_input(message: str) -> None:
+    given = {"hidden_states": torch.ones(2, 3), "indices": torch.tensor([0, 5]), "batch": 2, "seqlen": 4}
+    with pytest.raises((TypeError, ValueError), match=f"^pad_input: {re.escape(message)}$"):
+        integration.pad_input(**{**given, **PAD_ERRORS[message]})
+
+
 def rotated(x: Any, cos: Any, sin: Any, places: Any, interleaved: bool) -> Any:
     """Multiply pairs by complex numbers of length 1, in float64."""
     half = cos.shape[1]
@@ -194,6 +214,10 @@ def test_apply_rotary_emb(packed: bool, offsets: Any, interleaved: bool, dtype: 
     assert torch.equal(again, found)
 
 
+def in_one(cu_seqlens: Any) -> dict[str, Any]:
+    return {"x": torch.ones(5, 2, 8), "cu_seqlens": cu_seqlens, "max_seqlen": 5}
+
+
 ROTARY_ERRORS: dict[str, dict[str, Any]] = {
     "cos has the positions 0 to 19, but position 20 is needed": {"seqlen_offsets": 16},
     "but position -1 is needed": {"seqlen_offsets": torch.tensor([-1, 0, 2])},
@@ -201,7 +225,16 @@ ROTARY_ERRORS: dict[str, dict[str, Any]] = {
     "sin has shape": {"sin": torch.ones(20, 2)},
     "with rotary_dim at most 8": {"cos": torch.ones(20, 5), "sin": torch.ones(20, 5)},
     "cu_seqlens is given without max_seqlen": {"x": torch.ones(5, 2, 8), "cu_seqlens": torch.tensor([0, 5])},
-    "cu_seqlens must start with 0": {"x": torch.ones(5, 2, 8), "cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 4},
+    "cu_seqlens goes from 0 to 4, but x has the rows 0 to 5": in_one(torch.tensor([0, 4])),
+    "cu_seqlens goes from 1 to 5, but x has the rows 0 to 5": in_one(torch.tensor([1, 5])),
+    "cu_seqlens falls from 4 to 2 \\(sequence 1\\)": in_one(torch.tensor([0, 4, 2, 5])),
+    "cu_seqlens has shape \\(0,\\), but \\(N \\+ 1,\\) is needed": in_one(torch.tensor([]).long()),
+    "cu_seqlens has shape \\(\\), but \\(N \\+ 1,\\) is needed": in_one(torch.tensor(5)),
+    "cu_seqlens has dtype torch.float32, but integers are needed": in_one(torch.tensor([0.0, 5.0])),
+    "cu_seqlens is a list, but a tensor is needed": in_one([0, 5]),
+    "seqlen_offsets is '1', but an integer is needed": {"seqlen_offsets": "1"},
+    "seqlen_offsets is True, but an integer is needed": {"seqlen_offsets": True},
+    "seqlen_offsets has dtype torch.bool, but integers are needed": {"seqlen_offsets": torch.ones(3).bool()},
     "x has shape": {"x": torch.ones(5, 2, 8)},
     "x has dtype torch.int64": {"x": torch.ones(3, 5, 2, 8).long()},
     "interleaved is 1": {"interleaved": 1},

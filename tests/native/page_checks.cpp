@@ -247,8 +247,8 @@ void check_pages() {
   };
   const std::int32_t outside[] = {1, 4}, negative[] = {-1};
   SELFATTN_CHECK(refuses(paged(outside, 1, 0, 7), "the pages of sequence 0 do not fit its length"));
-  SELFATTN_CHECK(refuses(paged(outside, 2, 0, 7), "hold a number outside 0..3"));
-  SELFATTN_CHECK(refuses(paged(negative, 1, 0, 0), "hold a number outside 0..3"));
+  SELFATTN_CHECK(refuses(paged(outside, 2, 0, 7), "gives sequence 0 a page outside 0..3"));
+  SELFATTN_CHECK(refuses(paged(negative, 1, 0, 0), "gives sequence 0 a page outside 0..3"));
   SELFATTN_CHECK(refuses(paged(outside, 2, 3, 2), "has the tokens 3 to 2, which is impossible"));
   SELFATTN_CHECK(held.untouched());
 }
