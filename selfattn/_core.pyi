@@ -23,10 +23,37 @@ OPTIONS: tuple[str, ...]
 ARRAY_OPTIONS: tuple[str, ...]
 
 class Options:
-    """All arguments of a call except its operands: the fields of csrc/option_list.h, which `Options` checks itself."""
+    """All arguments of a call except its operands; csrc/option_list.h has the defaults."""
 
-    def __getattr__(self, name: str, /) -> Any: ...
-    def __setattr__(self, name: str, value: Any, /) -> None: ...
+    mask: NDArray[Any] | None
+    bias: NDArray[Any] | None
+    q_offset: NDArray[np.int64] | None
+    q_lens: NDArray[np.int64] | None
+    kv_lens: NDArray[np.int64] | None
+    kv_starts: NDArray[np.int64] | None
+    alibi_slopes: NDArray[np.float64] | None
+    sinks: NDArray[np.float64] | None
+    distance_bias: NDArray[np.float64] | None
+    layout: Layout
+    causal: bool
+    window_left: int
+    window_right: int
+    scale: float | None
+    softcap: float | None
+    precision: Precision
+    distance_origin: int
+    dropout: float
+    seed: int
+    first_entry: int
+    first_head: int
+    first_query: int
+    first_key: int
+    return_lse: bool
+    return_weights: bool
+    exact: bool
+    same_tokens: bool
+    num_threads: int
+
     def copy(self) -> Options: ...
 
 # The operands of calls that take many. Their fields are those of csrc/bindings/operands.h.
