@@ -170,8 +170,7 @@ class Operands:
         totals: dict[str, NDArray[Any]] = {}
         for name, array in found.items():
             if name in ("q", "k", "v", "bias"):
-                like = self.options.bias if name == "bias" else getattr(self, name)
-                totals[name] = sum_to(array, like.shape)
+                totals[name] = sum_to(array, self._argument(name).shape)
             else:
                 totals[name] = self._of_numbers(name, array)
         return totals
@@ -179,9 +178,11 @@ class Operands:
     def dtype_of(self, name: str) -> np.dtype[Any]:
         """Return the dtype of a gradient."""
         if name in ("q", "k", "v", "bias"):
-            like: NDArray[Any] = self.options.bias if name == "bias" else getattr(self, name)
-            return like.dtype
+            return self._argument(name).dtype
         return computed_in(self.q.dtype)
+
+    def _argument(self, name: str) -> NDArray[Any]:
+        return self.options.bias if name == "bias" else getattr(self, name)  # type: ignore[return-value]
 
     def _of_numbers(self, name: str, array: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""
@@ -219,7 +220,7 @@ def score_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def checked_names(function: str, wrt: Sequence[str], arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the checked names of arguments whose gradients are wanted; an argument that is not given is None."""
-    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+    if isinstance(wrt, (str, memoryview)) or not isinstance(wrt, Sequence):
         raise refusal(TypeError, function, "wrt", f" is {wrt!r}, but a sequence of names is needed")
     for name in wrt:
         if not isinstance(name, str) or name not in arguments:

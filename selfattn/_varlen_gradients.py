@@ -271,14 +271,14 @@ class _Sequences:
         """Sum what the core returns for each row of queries (sinks, slopes, scale) or each distance (T5's table)."""
         heads = self.packed.q.shape[1]
         if name == "t5":
-            total = np.zeros(self.options.distance_bias.shape)
+            total = np.zeros(self.options.distance_bias.shape)  # type: ignore[union-attr]
             for array in found:
                 total += array
             return self.t5.gradient(total)  # type: ignore[union-attr, no-any-return]
         if name == "scale":
             return np.asarray(sum((array.sum() for array in found), 0.0))
         per_head = np.array([array.sum(axis=-1) for array in found]).reshape(self.packed.number, heads)
-        return sum_to(per_head, self.slopes_shape if name == "alibi_slopes" else self.options.sinks.shape)
+        return sum_to(per_head, self.slopes_shape if name == "alibi_slopes" else self.options.sinks.shape)  # type: ignore[union-attr]
 
 
 def _flat(named: Mapping[str, Any]) -> dict[str, Any]:
