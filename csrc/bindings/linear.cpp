@@ -111,7 +111,7 @@ Projection projection_of(py::handle weights, py::handle bias) {
   if (!py::isinstance<py::tuple>(weights))
     return Projection(active_kernels(), float_view("Linear", "w", weights), added);
   const py::tuple pair = py::reinterpret_borrow<py::tuple>(weights);
-  return Projection(active_kernels(), optional_view(pair[0], DType::i8), added, optional_view(pair[1], DType::f32));
+  return Projection(active_kernels(), code_view(pair[0]), added, optional_view(pair[1], DType::f32));
 }
 
 struct HeldLinear {

@@ -25,7 +25,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     **{f"pickle-{p}": lambda x, p=p: pickle.loads(pickle.dumps(x, p)) for p in range(2, pickle.HIGHEST_PROTOCOL + 1)},
 }
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-storage = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8"])
+storage = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8", "int4"])
 
 
 def tokens(seed: int, *shape: int) -> tuple[Any, Any]:
