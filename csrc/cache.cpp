@@ -11,31 +11,6 @@
 namespace selfattn {
 namespace {
 
-// Quantises a row to codes up to +-most and returns the scale: x is about code * scale. An element that is not finite
-// makes the whole row NaN.
-float quantise(const float* x, std::int64_t count, float most, char* codes) {
-  float largest = 0;
-  bool finite = true;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float size = std::abs(x[i]);
-    finite = finite && size <= std::numeric_limits<float>::max();
-    largest = std::max(largest, size);
-  }
-  float scale = largest / most;
-  // For the largest floats, most * scale could overflow.
-  if (scale * most > std::numeric_limits<float>::max()) scale = std::nextafter(scale, 0.0f);
-  if (!finite || scale == 0) {
-    std::fill_n(codes, count, '\0');
-    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  }
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float code = std::clamp(std::nearbyint(x[i] / scale), -most, most);
-    const auto byte = static_cast<std::int8_t>(code);
-    std::memcpy(codes + i, &byte, 1);
-  }
-  return scale;
-}
-
 // Converts a contiguous row of any type to floats.
 void to_floats(const KernelSet& kernels, const char* from, DType type, std::int64_t count, char* to) {
   if (type != DType::f64) return gather_rows(kernels, to, DType::f32, {{from, 0, size_of(type)}, type}, 1, count);
@@ -142,8 +117,7 @@ void store_tokens(const KernelSet& kernels, const Cache& cache, const Cache::Row
     to_floats(kernels, row.given, tokens.dtype, width, row.floats);
     if (!is_scaled(cache.dtype))
       return scatter_row(kernels, {to, size_of(cache.dtype), cache.dtype}, row.floats, DType::f32, width);
-    const auto most = static_cast<float>(element_type(cache.dtype).codes);
-    const float scale = quantise(reinterpret_cast<const float*>(row.floats), width, most, to);
+    const float scale = element_type(cache.dtype).quantise(reinterpret_cast<const float*>(row.floats), width, to);
     std::memcpy(TokenAddress{cache.pages, cached.scales, b, h}.of(token), &scale, sizeof scale);
   };
   for (std::int64_t b = 0; b < cache.batch; ++b)

@@ -59,7 +59,7 @@ void KeySource::copy(const Input& input, std::int64_t first, int count) const {
     char* to = input.copy + index * row;
     const SourceRows rows{{from, input.operand.row, input.operand.column}, input.operand.dtype};
     gather_rows(*plan_.kernels, to, type, rows, keys, input.width);
-    if (input.scales)
+    if (input.scales && !is_scaled(type))
       for (std::int64_t i = 0; i < keys; ++i)
         scale_row(to + i * row, type, input.width, static_cast<double>(input.scale[index + i]));
   });

@@ -58,14 +58,14 @@ void place(Problem& problem, Operand& operand, const TensorView& view, const Axe
   operand.in_place =
       are_in_place(view.data, view.dtype, operand.column, {operand.row, operand.head, operand.page, operand.batch});
   for (const BatchAxis& axis : problem.axes_of(operand))
-    operand.in_place = operand.in_place && axis.stride % size_of(view.dtype) == 0;
+    operand.in_place = operand.in_place && axis.stride % alignment_of(view.dtype) == 0;
 }
 
 bool are_in_place(const void* data, DType dtype, std::int64_t column, std::initializer_list<std::int64_t> strides) {
-  const std::int64_t size = size_of(dtype);
-  bool aligned = reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(size) == 0;
-  for (const std::int64_t stride : strides) aligned = aligned && stride % size == 0;
-  return aligned && column == size;
+  const std::int64_t grid = alignment_of(dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(grid) == 0;
+  for (const std::int64_t stride : strides) aligned = aligned && stride % grid == 0;
+  return aligned && column == size_of(dtype);
 }
 
 Shape rows_shape(const Problem& problem, std::int64_t heads, std::int64_t length, std::int64_t dim) {

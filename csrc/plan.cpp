@@ -78,9 +78,9 @@ bool suits(const AttendKernel& kernel, const Problem& problem) {
 
 // Kernels widen narrow keys and values as they load them: decoding is limited by memory bandwidth, and narrow numbers
 // take less of it. Narrow numbers that cannot be read in place are converted to the type of computation, in copies.
-// Codes are converted only if there is no kernel for them.
+// Codes are converted only if there is no kernel for them. Elements that share words are unpacked, in copies.
 const AttendKernel* row_kernel(const KernelSet& kernels, const TypeKernels& types, const Problem& problem) {
-  const DType dtype = problem.key.dtype;
+  const DType dtype = unpacked_type(problem.key.dtype);
   // Chosen even if operands must be copied: kernels differ in their results, which must not depend on strides.
   if (const AttendKernel* dots = kernels.matrix.row[dtype]; dots && suits(*dots, problem)) return dots;
   const AttendKernel* own = types.of(dtype).row;

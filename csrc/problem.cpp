@@ -16,7 +16,7 @@ constexpr std::int64_t widest = (std::int64_t{1} << 31) - 1;
 
 // The most elements that a result may have: more than any machine can address. Up to this number, no count of tasks and
 // no size overflows.
-constexpr std::int64_t most_elements = std::int64_t{1} << 47;
+constexpr std::int64_t most_in_result = std::int64_t{1} << 47;
 
 void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
   const struct {
@@ -50,7 +50,7 @@ void check_size(const Problem& problem, const char* function) {
   bool fits = true;
   for (const std::int64_t n : {problem.batch, problem.num_heads, problem.q_len, problem.value_dim + 1})
     fits = fits && !__builtin_mul_overflow(elements, std::max<std::int64_t>(n, 1), &elements);
-  if (fits && elements <= most_elements) return;
+  if (fits && elements <= most_in_result) return;
   const Shape shape = out_shape(problem);
   refuse(function, "the result would have shape ", to_text(shape.extent, shape.ndim),
          ", which is larger than any memory");

@@ -3,25 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#define SELFATTN_ISA core  // compiles this header with baseline flags, in namespace core
-#include "simd/narrow.h"
-
 namespace selfattn {
 namespace {
 
 constexpr std::int64_t run = 256;  // strided elements that are converted at a time, in a contiguous buffer
-
-template <class E>
-E read(const char* p) {
-  E element;
-  std::memcpy(&element, p, sizeof element);
-  return element;
-}
-
-template <class E>
-void write(char* p, E element) {
-  std::memcpy(p, &element, sizeof element);
-}
 
 template <class T>
 void scale_elements(char* row, std::int64_t count, double factor) {
@@ -29,12 +14,15 @@ void scale_elements(char* row, std::int64_t count, double factor) {
   for (std::int64_t i = 0; i < count; ++i) elements[i] *= static_cast<T>(factor);
 }
 
+bool is_aligned(const char* p, DType dtype) {
+  return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(alignment_of(dtype)) == 0;
+}
+
 void widen_row(const KernelSet& kernels, char* to, const SourceRows& from, std::int64_t count) {
   const auto widen = kernels.f32.of(from.dtype).widen;
   const std::int64_t size = size_of(from.dtype);
   float* floats = reinterpret_cast<float*>(to);
-  if (from.column == size && reinterpret_cast<std::uintptr_t>(from.data) % static_cast<std::uintptr_t>(size) == 0)
-    return widen(from.data, count, floats);
+  if (from.column == size && is_aligned(from.data, from.dtype)) return widen(from.data, count, floats);
   alignas(64) char together[run * narrow_size];
   for (std::int64_t first = 0; first < count; first += run) {
     const std::int64_t n = std::min(run, count - first);
@@ -43,42 +31,35 @@ void widen_row(const KernelSet& kernels, char* to, const SourceRows& from, std::
   }
 }
 
+// The words of a row are adjacent: only caches store such types.
+void unpack_row(const KernelSet& kernels, char* to, DType to_type, const SourceRows& from, std::int64_t count) {
+  const ElementType& type = element_type(from.dtype);
+  const StoredKernels& stored = kernels.computing(type.computed).of(from.dtype);
+  if (to_type == type.unpacked) return stored.unpack(from.data, count, to);
+  if (to_type == DType::f32) return stored.widen(from.data, count, reinterpret_cast<float*>(to));
+  double numbers[most_elements];  // rare: to double
+  for (std::int64_t first = 0; first < count; first += type.elements) {
+    type.read(from.data + first / type.elements * type.bytes, numbers);
+    for (std::int64_t i = 0; i < std::min(type.elements, count - first); ++i)
+      write_real(to + (first + i) * size_of(to_type), numbers[i], to_type);
+  }
+}
+
 // Whether the rows are the columns of contiguous rows in memory.
 bool are_columns(const SourceRows& from) {
   const std::int64_t size = size_of(from.dtype);
-  return from.row == size && from.column != size && from.column % size == 0 &&
-         reinterpret_cast<std::uintptr_t>(from.data) % static_cast<std::uintptr_t>(size) == 0;
+  return from.row == size && from.column != size && from.column % size == 0 && is_aligned(from.data, from.dtype);
 }
 
 }  // namespace
 
 double read_real(const char* p, DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return read<double>(p);
-    case DType::f16:
-      return static_cast<double>(core::widen(read<core::Half>(p)));
-    case DType::bf16:
-      return static_cast<double>(core::widen(read<core::BFloat>(p)));
-    case DType::i8:
-      return read<std::int8_t>(p);
-    default:
-      return static_cast<double>(read<float>(p));
-  }
+  double x;
+  element_type(dtype).read(p, &x);
+  return x;
 }
 
-void write_real(char* p, double x, DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return write(p, x);
-    case DType::f16:
-      return write(p, core::to_half(static_cast<float>(x)));
-    case DType::bf16:
-      return write(p, core::to_bfloat(static_cast<float>(x)));
-    default:
-      return write(p, static_cast<float>(x));
-  }
-}
+void write_real(char* p, double x, DType dtype) { element_type(dtype).write(p, &x); }
 
 void copy_rows(const StridedRows<char>& to, const StridedRows<const char>& from, std::int64_t rows, std::int64_t count,
                std::int64_t size) {
@@ -103,10 +84,15 @@ void gather_rows(const KernelSet& kernels, char* to, DType to_type, const Source
   const auto transpose = kernels.computing(computed).of(from.dtype).transpose;
   if (rows > 1 && transpose && (to_type == from.dtype || to_type == computed) && are_columns(from))
     return transpose(from.data, from.column / size_of(from.dtype), rows, count, to_type, to);
-  if (from.dtype == to_type) return copy_rows({to, count * size, size}, from, rows, count, size);
+  if (from.dtype == to_type) {
+    const std::int64_t words = words_of(to_type, count);
+    return copy_rows({to, words * size, size}, from, rows, words, size);
+  }
   SourceRows row = from;
   for (std::int64_t r = 0; r < rows; ++r, to += count * size, row.data += from.row) {
-    if (computed == DType::f32 && from.dtype != DType::f32 && to_type == DType::f32)
+    if (shares_words(from.dtype))
+      unpack_row(kernels, to, to_type, row, count);
+    else if (computed == DType::f32 && from.dtype != DType::f32 && to_type == DType::f32)
       widen_row(kernels, to, row, count);
     else if (is_narrow(to_type) && from.dtype == DType::f32 && from.column == size_of(from.dtype))
       scatter_row(kernels, {to, size, to_type}, row.data, from.dtype, count);

@@ -12,7 +12,7 @@ struct TensorView {
   DType dtype = DType::f32;
   int ndim = -1;  // -1: the argument is absent; 0 is a scalar, whose shape may be null
   const std::int64_t* shape = nullptr;
-  const std::int64_t* strides = nullptr;  // bytes
+  const std::int64_t* strides = nullptr;  // bytes; of the last axis of a cache's rows: from one word to the next
 
   explicit operator bool() const { return ndim >= 0; }
   // Counted from the end: axis 0 is the last one.

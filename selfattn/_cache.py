@@ -30,9 +30,9 @@ class KVCache(AnyCache):
         Maximum number of tokens per sequence.
     value_dim : int, optional
         Size of v's heads; default head_dim.
-    dtype : {"float32", "float16", "bfloat16", "int8", "float64"} or dtype
+    dtype : {"float32", "float16", "bfloat16", "int8", "int4", "float64"} or dtype
         Storage type of the tokens. "int8": int8 codes with a float32 scale per token and head, ``x ≈ code · scale``
-        with ``scale = max|x| / 127``.
+        with ``scale = max|x| / 127``. "int4": 32 numbers share 17 bytes, and each row has a scale (see Notes).
     window : int, optional
         The largest distance, in tokens, that any query will look to the left. With a window the cache is a ring:
         sequences grow without limit, and a token is overwritten once no query can see it. At most ``capacity − window``
@@ -58,6 +58,9 @@ class KVCache(AnyCache):
     Calls from several threads are synchronized: many readers or one writer. If several processes share a buffer, only
     one of them may write at a time, and the others must not use the cache until it is done. If a process is killed
     while it appends, the cache holds the tokens of all complete appends.
+
+    An int4 cache stores 32 numbers of a row as 16 bytes of codes c from 0 to 15 and one byte with a multiple m and a
+    zero z: ``x ≈ scale · m · (c − z)``. `k` and `v` are then views of these bytes.
 
     Examples
     --------
@@ -145,7 +148,10 @@ class KVCache(AnyCache):
 
     @property
     def k(self) -> NDArray[Any]:
-        """The stored keys, (batch, num_kv_heads, capacity, head_dim), read-only; codes if the storage is int8."""
+        """The stored keys, (batch, num_kv_heads, capacity, head_dim), read-only; codes if the storage is int8.
+
+        If the storage is int4, the last axis has the bytes of a row: 17 for 32 numbers.
+        """
         return self._store.view(self._store.k)
 
     @property
@@ -155,12 +161,12 @@ class KVCache(AnyCache):
 
     @property
     def k_scales(self) -> NDArray[np.float32] | None:
-        """The scales of int8 keys, (batch, num_kv_heads, capacity), or None."""
+        """The scales of int8 or int4 keys, (batch, num_kv_heads, capacity), or None."""
         return None if self._store.k_scales is None else self._store.view(self._store.k_scales)
 
     @property
     def v_scales(self) -> NDArray[np.float32] | None:
-        """The scales of int8 values, (batch, num_kv_heads, capacity), or None."""
+        """The scales of int8 or int4 values, (batch, num_kv_heads, capacity), or None."""
         return None if self._store.v_scales is None else self._store.view(self._store.v_scales)
 
     def append(self, k: ArrayLike, v: ArrayLike) -> None:

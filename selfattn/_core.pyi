@@ -350,13 +350,13 @@ def relative_attention_backward(
 ) -> dict[str, NDArray[Any]]: ...
 def make_cache_store(
     *,
-    k: NDArray[Any],  # (pages, heads, page_size, width)
-    v: NDArray[Any],
-    k_scales: NDArray[np.float32] | None,  # (pages, heads, page_size)
-    v_scales: NDArray[np.float32] | None,
+    # (pages, heads, page_size, words), scales (pages, heads, page_size) of codes, elements in a row
+    k: tuple[NDArray[Any], NDArray[np.float32] | None, int],
+    v: tuple[NDArray[Any], NDArray[np.float32] | None, int],
     dtype: DType,
     window: int,  # the largest distance that queries may look to the left; -1: the cache keeps all tokens
 ) -> CacheStore: ...
+def unpack(rows: NDArray[Any], dtype: DType, width: int, /) -> NDArray[np.float32]: ...
 def make_ledger(
     *,
     copies: NDArray[np.int64],  # (2, 2, sequences): two copies of (length, first token still held)

@@ -33,7 +33,7 @@ class PagedKVCache(AnyCache):
         Number of heads of k and v, and size of k's heads.
     value_dim : int, optional
         Size of v's heads; default head_dim.
-    dtype : {"float32", "float16", "bfloat16", "int8", "float64"} or dtype
+    dtype : {"float32", "float16", "bfloat16", "int8", "int4", "float64"} or dtype
         Storage type of the tokens, see `KVCache`.
     window : int, optional
         The largest distance, in tokens, that any query will look to the left. Appending releases the pages that no

@@ -8,9 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ._arguments import as_array, floats, whole_number
+from ._elements import ELEMENT_TYPES
 from ._errors import refusal
 from ._keywords import hinted
 from ._typing import Array
+
+_QUANTIZED = ELEMENT_TYPES["int8"]
+"""The type of the codes that `quantize` makes."""
+_CODES = [name for name, stored in ELEMENT_TYPES.items() if stored.codes and stored.elements == 1]
+"""The types of codes that layers take: kernels read them one by one."""
 
 
 class QuantizedWeights(NamedTuple):
@@ -80,17 +86,18 @@ def quantize(w: ArrayLike, *, groups: int = 1) -> QuantizedWeights:
     parts = array.astype(np.float64).reshape(count, -1, array.shape[1])
     if not np.isfinite(parts).all():
         raise refusal(ValueError, function, "w", " holds numbers that are not finite")
-    scales = (abs(parts).max(axis=1) / 127).astype(np.float32)
+    scales = (abs(parts).max(axis=1) / _QUANTIZED.codes).astype(np.float32)
     divisors = np.where(scales > 0, scales, 1)[:, None]
-    codes = np.clip(np.rint(parts / divisors), -127, 127).astype(np.int8)
+    codes = np.clip(np.rint(parts / divisors), -_QUANTIZED.codes, _QUANTIZED.codes).astype(_QUANTIZED.memory)
     return QuantizedWeights(codes.reshape(array.shape), scales)
 
 
 def checked(function: str, name: str, weights: QuantizedWeights) -> QuantizedWeights:
     """Return codes and scales that fit together, or raise an error."""
     codes, scales = (as_array(function, name, part) for part in weights)
-    if codes.dtype != np.int8 or scales.dtype != np.float32:
-        text = f" has codes of {codes.dtype} and scales of {scales.dtype}, but int8 and float32 are needed"
+    if codes.dtype.name not in _CODES or scales.dtype != np.float32:
+        wanted = " or ".join(_CODES)
+        text = f" has codes of {codes.dtype} and scales of {scales.dtype}, but {wanted} and float32 are needed"
         raise refusal(TypeError, function, name, text)
     if codes.ndim != 2 or 0 in codes.shape:
         raise refusal(ValueError, function, name, f" has codes of shape {codes.shape}, but a matrix is needed")

@@ -51,7 +51,7 @@ class Layout:
         memory_type = np.dtype(stored.memory)
         rows = (self.blocks, self.heads, self.slots)
         wanted: list[tuple[Any, tuple[int, ...]]] = [
-            (memory_type, (*rows, stored.row_bytes(n) // memory_type.itemsize)) for n in (self.head_dim, self.value_dim)
+            (memory_type, (*rows, stored.words(n))) for n in (self.head_dim, self.value_dim)
         ]
         if stored.codes:
             wanted += [(np.dtype(np.float32), rows)] * 2
@@ -79,10 +79,8 @@ class Store:
         self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None
         self.v_scales: NDArray[np.float32] | None = arrays[3] if len(arrays) > 2 else None
         self.core = _core.make_cache_store(
-            k=self.k,
-            v=self.v,
-            k_scales=self.k_scales,
-            v_scales=self.v_scales,
+            k=(self.k, self.k_scales, layout.head_dim),
+            v=(self.v, self.v_scales, layout.value_dim),
             dtype=ELEMENT_TYPES[layout.name].number,
             window=-1 if window is None else int(window),
         )
@@ -101,8 +99,10 @@ class Store:
         return [self.k, self.v, *(x for x in scales if x is not None)]
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Return a read-only view in the dtype that users see."""
-        view = array.view(self.dtype) if array.dtype == ELEMENT_TYPES[self.name].memory else array.view()
+        """Return a read-only view in the dtype that users see; of words with several elements, their bytes."""
+        stored = ELEMENT_TYPES[self.name]
+        tokens = array.dtype == stored.memory
+        view = array.view((np.uint8 if stored.elements > 1 else self.dtype) if tokens else array.dtype)
         view.flags.writeable = False
         return view
 

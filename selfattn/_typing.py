@@ -26,7 +26,10 @@ Layout = Literal["bhsd", "bshd"]
 Precision = Literal["highest", "high", "medium"]
 Window = tuple[int | None, int | None]
 StorageType = (
-    Literal["float32", "float16", "bfloat16", "int8", "float64"] | np.dtype[Any] | type[np.generic] | type[float]
+    Literal["float32", "float16", "bfloat16", "int8", "int4", "float64"]
+    | np.dtype[Any]
+    | type[np.generic]
+    | type[float]
 )
 
 

@@ -117,6 +117,16 @@ TensorView optional_view(py::handle object, DType dtype) {
   return object.is_none() ? TensorView{} : view_of(as_array(object), dtype);
 }
 
+TensorView code_view(py::handle object) {
+  const py::array array = as_array(object);
+  const std::string name = dtype_name(array);
+  for (int i = 0; i < stored_count; ++i) {
+    const auto dtype = static_cast<DType>(i);
+    if (is_scaled(dtype) && !shares_words(dtype) && name == element_type(dtype).memory) return view_of(array, dtype);
+  }
+  throw py::type_error("the core takes only arrays of codes");
+}
+
 py::array new_array(const Shape& shape, DType dtype, py::handle like) {
   const std::vector<py::ssize_t> extents(shape.extent, shape.extent + shape.ndim);
   if (is_narrow(dtype)) return py::array(as_array(like).dtype(), extents);

@@ -19,6 +19,9 @@ TensorView bool_view(const char* function, const char* name, py::handle array);
 // None gives an absent view. The Python layer has already converted the argument to `dtype`.
 TensorView optional_view(py::handle array, DType dtype);
 
+// A view of codes that do not share words; the Python layer has checked their dtype.
+TensorView code_view(py::handle array);
+
 // The view of an array whose dtype must be `like`, the dtype of the argument `like_name`.
 TensorView matching_view(const char* function, const char* name, py::handle array, const char* like_name, DType like);
 

@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "bindings/attention.h"
 #include "bindings/cache_arguments.h"
 #include "message.h"
 #include "registry.h"
+#include "rows.h"
 
 namespace selfattn::bindings {
 namespace {
@@ -179,10 +181,20 @@ py::object attend_cache(py::handle function_name, py::handle step, py::handle op
   return results;
 }
 
-py::capsule make_cache_store(py::array k, py::array v, py::object k_scales, py::object v_scales, py::handle dtype,
-                             std::int64_t window) {
-  return capsule_of(std::make_unique<HeldStore>(std::move(k), std::move(v), std::move(k_scales), std::move(v_scales),
-                                                code_of<DType>(dtype), window));
+py::capsule make_cache_store(const py::tuple& k, const py::tuple& v, py::handle dtype, std::int64_t window) {
+  return capsule_of(std::make_unique<HeldStore>(k, v, code_of<DType>(dtype), window));
+}
+
+// Converts contiguous rows of stored elements (..., words) to floats (..., width), without their scales.
+py::array unpack(const py::array& rows, py::handle dtype, std::int64_t width) {
+  const DType from = code_of<DType>(dtype);
+  std::vector<py::ssize_t> extents(rows.shape(), rows.shape() + rows.ndim());
+  extents.back() = width;
+  py::array_t<float> numbers(extents);
+  const std::int64_t count = width == 0 ? 0 : numbers.size() / width, bytes = row_bytes(from, width);
+  const SourceRows source{{static_cast<const char*>(rows.data()), bytes, size_of(from)}, from};
+  gather_rows(active_kernels(), reinterpret_cast<char*>(numbers.mutable_data()), DType::f32, source, count, width);
+  return numbers;
 }
 
 py::capsule make_ledger(py::array copies, py::array active) {
@@ -204,8 +216,8 @@ constexpr Field<Step> step_fields[] = {
 void register_cache(py::module_& module) {
   using py::literals::operator""_a;
   Record<Step>::add(module, "Step", step_fields);
-  module.def("make_cache_store", &make_cache_store, py::kw_only(), "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "dtype"_a,
-             "window"_a);
+  module.def("make_cache_store", &make_cache_store, py::kw_only(), "k"_a, "v"_a, "dtype"_a, "window"_a);
+  module.def("unpack", &unpack);
   module.def("make_ledger", &make_ledger, py::kw_only(), "copies"_a, "active"_a);
   module.def("make_page_table", &make_page_table, py::kw_only(), "pages"_a, "lengths"_a, "starts"_a);
   module.def("is_possible", &is_possible);

@@ -38,21 +38,18 @@ std::vector<std::int64_t> ids_of(const char* function, py::handle list) {
 
 }  // namespace
 
-HeldStore::HeldStore(py::array keys, py::array values, py::object key_scales, py::object value_scales, DType dtype,
-                     std::int64_t window)
-    : k(std::move(keys)),
-      v(std::move(values)),
-      k_scales(std::move(key_scales)),
-      v_scales(std::move(value_scales)),
-      store{dtype,
-            k.shape(0),
-            k.shape(1),
-            k.shape(2),
-            {rows_of(k), rows_of(k_scales), k.shape(3)},
-            {rows_of(v), rows_of(v_scales), v.shape(3)},
-            window},
-      key(view_of(k, dtype)),
-      value(view_of(v, dtype)) {}
+HeldTokens::HeldTokens(const py::tuple& parts, DType dtype)
+    : tokens(py::reinterpret_borrow<py::array>(parts[0])),
+      scales(parts[1]),
+      width(py::cast<std::int64_t>(parts[2])),
+      view(view_of(tokens, dtype)) {}
+
+Cache::Rows HeldTokens::rows() const { return {rows_of(tokens), rows_of(scales), width}; }
+
+HeldStore::HeldStore(const py::tuple& k, const py::tuple& v, DType dtype, std::int64_t window)
+    : key(k, dtype),
+      value(v, dtype),
+      store{dtype, key.tokens.shape(0), key.tokens.shape(1), key.tokens.shape(2), key.rows(), value.rows(), window} {}
 
 HeldLedger::HeldLedger(py::array lengths, py::array which)
     : copies(std::move(lengths)),

@@ -28,17 +28,27 @@ T& held_by(py::handle capsule) {
   return *static_cast<T*>(held);
 }
 
-// A cache's arrays (pages, heads, page_size, width), unpacked once for all calls.
+// The keys or values of a cache: an array (pages, heads, page_size, words), and the scales of codes.
+struct HeldTokens {
+  // From a tuple: the array, its scales or None, and the number of elements in a row.
+  HeldTokens(const py::tuple& parts, DType dtype);
+  Cache::Rows rows() const;
+
+  const py::array tokens;
+  const py::object scales;
+  const std::int64_t width;
+  const TensorView view;
+};
+
+// A cache's arrays, unpacked once for all calls.
 struct HeldStore {
   static constexpr const char* capsule_name = "selfattn.CacheStore";
 
-  HeldStore(py::array k, py::array v, py::object k_scales, py::object v_scales, DType dtype, std::int64_t window);
-  bool meets(const TensorView& view) const { return meet(view, key) || meet(view, value); }
+  HeldStore(const py::tuple& k, const py::tuple& v, DType dtype, std::int64_t window);
+  bool meets(const TensorView& view) const { return meet(view, key.view) || meet(view, value.view); }
 
-  const py::array k, v;
-  const py::object k_scales, v_scales;  // arrays or None
+  const HeldTokens key, value;
   const CacheStore store;
-  const TensorView key, value;
 };
 
 struct HeldLedger {

@@ -149,7 +149,7 @@ class Layer {
     check("head_dim", cache.key.width, weights_.head_dim);
     check("value_dim", cache.value.width, weights_.value_dim);
     const DType computed = computed_in(weights_.dtype);
-    if (cache.dtype != computed && size_of(cache.dtype) >= size_of(computed))
+    if (cache.dtype != computed && !takes_less(cache.dtype, computed))
       refuse<TypeRefusal>(function, "the cache holds ", name_of(cache.dtype), ", but the layer computes in ",
                           name_of(computed));
   }

@@ -109,7 +109,7 @@ struct RowCall {
 Projection projection_of(py::handle matrix, py::handle scales, py::handle bias) {
   const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
   if (scales.is_none()) return Projection(active_kernels(), float_view("Linear", "w", matrix), added);
-  return Projection(active_kernels(), optional_view(matrix, DType::i8), added, optional_view(scales, DType::f32));
+  return Projection(active_kernels(), code_view(matrix), added, optional_view(scales, DType::f32));
 }
 
 struct HeldLinear {

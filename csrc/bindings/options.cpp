@@ -54,10 +54,9 @@ py::tuple option_names(bool arrays) {
 // The types that keys and values may have, by name. Each is a tuple of the fields of _elements.ElementType.
 py::dict stored_types() {
   py::dict d;
-  for (int code = 0; code < dtype_count; ++code) {
+  for (int code = 0; code < stored_count; ++code) {
     const ElementType& type = element_types[code];
-    if (type.computed == DType::f32 || type.computed == DType::f64)
-      d[type.name] = py::make_tuple(code, type.memory, type.elements, type.bytes, type.codes);
+    d[type.name] = py::make_tuple(code, type.memory, type.elements, type.bytes, type.codes);
   }
   return d;
 }

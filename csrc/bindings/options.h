@@ -8,9 +8,9 @@
 
 namespace selfattn::bindings {
 
-// The number of types that keys and values may have. They are the first types of DType.
+// Of the types that keys and values may have.
 template <>
-inline constexpr std::int64_t code_count<DType> = static_cast<std::int64_t>(DType::i8) + 1;
+inline constexpr std::int64_t code_count<DType> = stored_count;
 
 // An option that is an array. Null if it is absent.
 struct ArrayReference : py::object {

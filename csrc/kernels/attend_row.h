@@ -13,6 +13,7 @@ namespace selfattn::SELFATTN_ISA {
 template <class T, int MaxSums, class E = T, class Dots = FmaDots<T, E>,
           class Products = RowProducts<T, MaxSums, E, Dots>>
 struct RowAttention {
+  static_assert(steps_elements<E>);
   using Memory = typename Products::Memory;
   static constexpr int W = Vec<T>::width;
 

@@ -10,10 +10,15 @@ constexpr DType dtype_of(double) { return DType::f64; }
 constexpr DType dtype_of(Half) { return DType::f16; }
 constexpr DType dtype_of(BFloat) { return DType::bf16; }
 constexpr DType dtype_of(Int8) { return DType::i8; }
+constexpr DType dtype_of(Int4) { return DType::i4; }
 
 // Whether each row of this type has its own scale.
 template <class E>
 constexpr bool scaled = is_scaled(dtype_of(E()));
+
+// Whether kernels of products read the type from memory. They step one element at a time.
+template <class E>
+constexpr bool steps_elements = !shares_words(dtype_of(E()));
 
 // Calls `use` with a value of the C++ type that corresponds to `type`, the type of the outputs. T: the type of
 // computation.

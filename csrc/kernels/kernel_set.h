@@ -105,7 +105,7 @@ struct AttendKernel {
   const char* name;
   const char* unit;  // the CPU's execution unit for the products
   DType queries;     // type of queries in memory; maxima and sums have the type of computation
-  DType keys;        // type of keys and values in memory
+  DType keys;        // type of keys and values in memory, with one element per word
   bool packs;        // copies keys and values, which pays off only with many rows in a block
   bool by_row;       // reads keys and values through KeyBlock::key_rows and value_rows
   int strip_rows;    // rows that share registers; the number of rows in a block should be a multiple of it
@@ -205,6 +205,8 @@ struct StoredKernels {
   void (*transpose)(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
                     void* to) noexcept;
   void (*finish)(const FinishArgs&) noexcept;  // for results of this type
+  // Converts contiguous words to the unpacked type, for types with several elements per word.
+  void (*unpack)(const void* words, std::int64_t count, void* to) noexcept;
 };
 
 // The kernels of one type of computation: float or double.

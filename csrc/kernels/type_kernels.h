@@ -38,6 +38,31 @@ inline void widen(const void* from, std::int64_t count, float* to) noexcept {
     store_up_to(to + i, load_up_to(element + i, count - i), count - i);
 }
 
+// Calls use(index, count, elements) for the elements of each word, converted to the unpacked type.
+template <class Word, class Use>
+inline void each_word(const void* words, std::int64_t count, Use use) {
+  const Word* word = static_cast<const Word*>(words);
+  for (std::int64_t i = 0; i < count; i += Word::elements, ++word) {
+    Int8 elements[Word::elements];
+    unpack(element_at(word), elements);
+    use(i, count - i < Word::elements ? count - i : Word::elements, static_cast<const Int8*>(elements));
+  }
+}
+
+template <class Word>
+inline void unpack_words(const void* words, std::int64_t count, void* to) noexcept {
+  each_word<Word>(words, count, [&](std::int64_t first, std::int64_t n, const Int8* elements) {
+    std::memcpy(static_cast<Int8*>(to) + first, elements, static_cast<std::size_t>(n));
+  });
+}
+
+template <class Word>
+inline void widen_words(const void* words, std::int64_t count, float* to) noexcept {
+  each_word<Word>(words, count, [&](std::int64_t first, std::int64_t n, const Int8* elements) {
+    widen<Int8>(elements, n, to + first);
+  });
+}
+
 template <class E>
 inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
   E* element = static_cast<E*>(to);
@@ -72,6 +97,7 @@ constexpr StoredKernels stored_kernels() {
                         widen<E>,
                         nullptr,
                         nullptr,
+                        nullptr,
                         nullptr};
   if constexpr (!scaled<E>) {
     kernels.narrow = narrow<E>;
@@ -79,6 +105,13 @@ constexpr StoredKernels stored_kernels() {
     kernels.finish = finish<float, E>;
   }
   return kernels;
+}
+
+// Word: several elements of a type that is only stored. Kernels of products read its elements unpacked.
+template <class Word>
+constexpr StoredKernels word_kernels() {
+  static_assert(unpacked_type(dtype_of(Word())) == DType::i8 && sizeof(Word) == size_of(dtype_of(Word())));
+  return {nullptr, nullptr, widen_words<Word>, nullptr, nullptr, nullptr, unpack_words<Word>};
 }
 
 // Tile shapes and MaxSums are chosen so that sums and operands fit in the registers: see each isa_*.cpp.
@@ -102,11 +135,13 @@ constexpr TypeKernels type_kernels() {
                  nullptr,
                  nullptr,
                  transpose<T, T>,
-                 finish<T, T>};
+                 finish<T, T>,
+                 nullptr};
   if constexpr (sizeof(T) == sizeof(float)) {
     stored(Half()) = stored_kernels<Half, TileRows, TileVectors, MaxSums>();
     stored(BFloat()) = stored_kernels<BFloat, TileRows, TileVectors, MaxSums>();
     stored(Int8()) = stored_kernels<Int8, TileRows, TileVectors, MaxSums>();
+    stored(Int4()) = word_kernels<Int4>();
   }
   return kernels;
 }

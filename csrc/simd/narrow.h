@@ -1,4 +1,4 @@
-// 16-bit and 8-bit numbers in memory. They are converted to float for computation.
+// Numbers of 16, 8 and 4 bits in memory. They are converted to float for computation.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,6 +15,31 @@ struct BFloat {  // the upper half of a float
 struct Int8 {  // a code; the number is code * scale, and scales are stored separately
   std::int8_t code;
 };
+
+// A word of 4-bit codes, a group of numbers with its own step and zero: a number is multiple * (code - zero) * scale.
+// The integer multiple * (code - zero) fits in an Int8, whatever the bytes are.
+struct Int4 {
+  static constexpr int elements = 32, half = 16, most_multiple = 8;
+  std::uint8_t codes[half];  // of elements i (low bits) and half + i (high bits)
+  std::uint8_t group;        // multiple - 1 (3 bits), one bit that is not used, zero (4 bits)
+
+  static std::uint8_t group_of(int multiple, int zero) { return static_cast<std::uint8_t>((multiple - 1) | zero << 4); }
+  int multiple() const { return (group & 7) + 1; }
+  int zero() const { return group >> 4; }
+  void set(int element, int code) {
+    std::uint8_t& pair = codes[element % half];
+    pair = static_cast<std::uint8_t>(pair | code << (element < half ? 0 : 4));
+  }
+};
+static_assert(sizeof(Int4) == Int4::half + 1);
+
+inline void unpack(const Int4& word, Int8* to) {
+  const int multiple = word.multiple(), zero = word.zero();
+  for (int i = 0; i < Int4::half; ++i) {
+    to[i].code = static_cast<std::int8_t>(multiple * ((word.codes[i] & 15) - zero));
+    to[i + Int4::half].code = static_cast<std::int8_t>(multiple * ((word.codes[i] >> 4) - zero));
+  }
+}
 
 // An element of the caller's memory, which may be misaligned.
 template <class T>

@@ -103,7 +103,7 @@ class Workload:
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ELEMENT_TYPES[self.dtype].unit_bytes
+        return ELEMENT_TYPES[self.dtype].word_bytes
 
     def kv_lens(self) -> NDArray[np.int64]:
         """Number of valid keys of every batch entry, shape (batch,)."""

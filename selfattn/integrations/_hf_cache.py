@@ -30,7 +30,7 @@ class Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
     config : PreTrainedConfig, optional
         The model's configuration. It tells which layers have a sliding window: these layers keep only the window's
         tokens.
-    dtype : {"int8", "float32", "float16", "bfloat16"} or dtype, optional
+    dtype : {"int8", "int4", "float32", "float16", "bfloat16"} or dtype, optional
         Storage type, as in `selfattn.KVCache`; by default the model's type. "int8" takes half the memory of bfloat16.
         The prompt attends to its own keys before they are rounded.
 

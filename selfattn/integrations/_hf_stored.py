@@ -82,7 +82,8 @@ class Stored:
         if isinstance(sequences, torch.Tensor):
             sequences = to_array(sequences)
         arrays = [array[sequences, :, start:end] for array in self.cache._store.arrays()]
-        like = [torch.empty((*x.shape[:2], 0, x.shape[3]), dtype=self.dtype) for x in arrays[:2]]
+        widths = (self.cache.head_dim, self.cache.value_dim)
+        like = [torch.empty((*arrays[0].shape[:2], 0, width), dtype=self.dtype) for width in widths]
         new = Stored((like[0], like[1]), capacity, self.cache._store.name)
         for store, array in zip(new.cache._store.arrays(), arrays, strict=True):
             store[:, :, : end - start] = array
@@ -109,24 +110,20 @@ class StoredTokens(Deferred):
         """Return descriptions of the keys and values in a cache."""
         store = cache._store
         keys, values = (
-            StoredTokens.without_memory((*tokens.shape[:2], end - start, tokens.shape[3]), dtype)
-            for tokens in (store.k, store.v)
+            StoredTokens.without_memory((cache.batch, cache.num_kv_heads, end - start, width), dtype)
+            for width in (cache.head_dim, cache.value_dim)
         )
         for described, tokens, scales in ((keys, store.k, store.k_scales), (values, store.v, store.v_scales)):
             described.cache, described.start, described.end, described.made = cache, start, end, None
-            described.make = partial(_converted, tokens, scales, slice(start, end), dtype)
+            words, row_scales = tokens[:, :, start:end], None if scales is None else scales[:, :, start:end]
+            described.make = partial(_converted, store.name, words, row_scales, described.shape[3], dtype)
         return keys, values
 
 
 def _converted(
-    tokens: NDArray[Any], scales: NDArray[np.float32] | None, part: slice, dtype: torch.dtype
+    name: str, words: NDArray[Any], scales: NDArray[np.float32] | None, width: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    numbers = torch.from_numpy(tokens[:, :, part])
-    if tokens.dtype == np.uint16:
-        numbers = numbers.view(torch.bfloat16)
-    if scales is not None:
-        numbers = numbers * torch.from_numpy(scales[:, :, part, None])
-    return numbers.to(dtype)
+    return torch.from_numpy(ELEMENT_TYPES[name].numbers(words, scales, width)).to(dtype)
 
 
 def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_model import STORAGE, Sequence, check_attention, random_options, storage_dtype
+from cache_model import CODES, STORAGE, Sequence, check_attention, random_options, storage_dtype
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -34,7 +34,8 @@ class Contiguous(RuleBasedStateMachine):
         self.assert_accurate = assert_accurate
 
     @initialize(
-        batch=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 3), dim=st.integers(1, 12),
+        batch=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 3),
+        dim=st.integers(1, 12) | st.sampled_from([32, 33, 70]),
         value_dim=st.one_of(st.none(), st.integers(1, 9)), capacity=st.integers(1, 40), dtype=st.sampled_from(STORAGE),
         window=st.one_of(st.none(), st.integers(0, 12)),
     )  # fmt: skip
@@ -72,7 +73,7 @@ class Contiguous(RuleBasedStateMachine):
             for tokens, found in ((row.k, cache.k), (row.v, cache.v)):
                 assert found.dtype == tokens.stored.dtype
                 assert found[b][:, slots].tobytes() == tokens.stored[:, kept].tobytes()
-            if self.named["dtype"] == "int8":
+            if self.named["dtype"] in CODES:
                 for tokens, found in ((row.k, cache.k_scales), (row.v, cache.v_scales)):
                     assert found[b][:, slots].tobytes() == tokens.scales[:, kept].tobytes()
 
@@ -85,7 +86,7 @@ class Contiguous(RuleBasedStateMachine):
     def tokens(self, seed: int, count: int, dtype: Any = None) -> list[Any]:
         rng = np.random.default_rng(seed)
         batch, kv_heads, *_ = self.shape
-        dtype = np.float32 if dtype is None or dtype == np.int8 else dtype
+        dtype = np.float32 if dtype is None or self.named["dtype"] in CODES else dtype
         return [rng.standard_normal((batch, kv_heads, count, dim)).astype(dtype) for dim in self.dims]
 
     def has_room(self, count: int) -> bool:

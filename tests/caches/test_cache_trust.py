@@ -160,8 +160,9 @@ def test_cascade_of_no_tokens(normal: Any, layout: str) -> None:
     assert out.shape == (*shape[:3], 5)
 
 
-def test_the_largest_float_as_codes(normal: Any) -> None:
-    cache = sa.KVCache(1, 1, 4, 4, dtype="int8")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_the_largest_float_as_codes(normal: Any, dtype: str) -> None:
+    cache = sa.KVCache(1, 1, 4, 4, dtype=dtype)
     largest = np.finfo(np.float32).max
     cache.append(np.zeros((1, 1, 1, 4), np.float32), np.full((1, 1, 1, 4), largest))
     out = sa.attention_with_kvcache(normal(1, 1, 1, 4), cache)
@@ -170,7 +171,7 @@ def test_the_largest_float_as_codes(normal: Any) -> None:
 
 
 @pytest.mark.parametrize("new", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("stored", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("stored", ["float16", "float32", "int8", "int4"])
 def test_new_tokens_of_any_type(normal: Any, stored: str, new: str) -> None:
     q, k, v = normal(2, 2, 3, 8), normal(2, 2, 3, 8).astype(new), normal(2, 2, 3, 8).astype(new)
     one, other = (sa.KVCache(2, 2, 8, 9, dtype=stored) for _ in range(2))

@@ -1,4 +1,4 @@
-"""8-bit codes: the bound of docs/numerics.md, and numbers that are not finite, in every shape of the row kernel."""
+"""Codes: the bound of docs/numerics.md, and numbers that are not finite, in every shape of the row kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_model import Sequence, check_attention
+from cache_model import CODES, Sequence, check_attention
 
 import selfattn as sa
 
@@ -15,16 +15,21 @@ pytestmark = pytest.mark.matrix
 LENGTH = 700
 
 
-def filled(k: Any, v: Any) -> tuple[sa.KVCache, list[Sequence], Any]:
-    """Return a cache with the tokens (Hkv, length, ·), its model, and its memory."""
-    shape = (1, k.shape[0], k.shape[2], k.shape[1])
-    named: dict[str, Any] = {"value_dim": v.shape[2], "dtype": "int8"}
-    memory = np.zeros(sa.KVCache.buffer_size(*shape, **named), np.uint8)
-    cache = sa.KVCache(*shape, buffer=memory, **named)
-    cache.append(k[np.newaxis], v[np.newaxis])
-    model = Sequence(k.shape[0], k.shape[2], v.shape[2], "int8")
-    model.append(k, v)
-    return cache, [model], memory
+@pytest.fixture(params=CODES)
+def filled(request: Any) -> Any:
+    """Return a function that returns a cache with the tokens (Hkv, length, ·), its model, and its memory."""
+
+    def fill(k: Any, v: Any) -> tuple[sa.KVCache, list[Sequence], Any]:
+        shape = (1, k.shape[0], k.shape[2], k.shape[1])
+        named: dict[str, Any] = {"value_dim": v.shape[2], "dtype": request.param}
+        memory = np.zeros(sa.KVCache.buffer_size(*shape, **named), np.uint8)
+        cache = sa.KVCache(*shape, buffer=memory, **named)
+        cache.append(k[np.newaxis], v[np.newaxis])
+        model = Sequence(k.shape[0], k.shape[2], v.shape[2], request.param)
+        model.append(k, v)
+        return cache, [model], memory
+
+    return fill
 
 
 def writable(view: Any, memory: Any) -> Any:
@@ -40,7 +45,9 @@ def answer(q: Any, cache: sa.KVCache, **options: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(128, 128), (64, 80), (5, 3), (130, 64), (200, 129)])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
-def test_the_bound(isa: str, normal: Any, assert_accurate: Any, group: int, dim: int, value_dim: int) -> None:
+def test_the_bound(
+    isa: str, filled: Any, normal: Any, assert_accurate: Any, group: int, dim: int, value_dim: int
+) -> None:
     for length in (1, 15, 64, 65, 514, LENGTH):
         k, v = normal(2, length, dim), normal(2, length, value_dim)
         cache, model, _ = filled(k, v)
@@ -49,7 +56,7 @@ def test_the_bound(isa: str, normal: Any, assert_accurate: Any, group: int, dim:
             check_attention(assert_accurate, model, q, *answer(q, cache))
 
 
-def test_the_bound_for_large_numbers_beside_small_ones(isa: str, normal: Any, assert_accurate: Any) -> None:
+def test_large_numbers_beside_small_ones(isa: str, filled: Any, normal: Any, assert_accurate: Any) -> None:
     # Where a key has 0, the query's largest number decides how the others are rounded; likewise the largest weight.
     q, k, v = normal(1, 4, 1, 64), normal(1, LENGTH, 64), normal(1, LENGTH, 64)
     q[..., 0], k[..., 0] = 1000, 0
@@ -61,13 +68,13 @@ def test_the_bound_for_large_numbers_beside_small_ones(isa: str, normal: Any, as
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_numbers_of_any_size(isa: str, normal: Any, assert_accurate: Any, scale: float) -> None:
+def test_numbers_of_any_size(isa: str, filled: Any, normal: Any, assert_accurate: Any, scale: float) -> None:
     q, k, v = normal(1, 4, 1, 64) * np.float32(scale), normal(1, LENGTH, 64), normal(1, LENGTH, 64)
     for cache, model, _ in (filled(k / np.float32(scale), v), filled(k / np.float32(scale), v * np.float32(scale))):
         check_attention(assert_accurate, model, q, *answer(q, cache))
 
 
-def test_subnormal_queries_are_exact(isa: str) -> None:
+def test_subnormal_queries_are_exact(isa: str, filled: Any) -> None:
     q = np.full((1, 1, 1, 4), 3e-45, np.float32)
     cache, _, _ = filled(np.ones((1, 2, 4), np.float32), np.ones((1, 2, 4), np.float32))
     lse = answer(q, cache, scale=1e38)[1]
@@ -76,7 +83,7 @@ def test_subnormal_queries_are_exact(isa: str) -> None:
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("group", [1, 2, 4, 5])
-def test_hidden_tokens_do_not_matter(isa: str, normal: Any, group: int, odd: float) -> None:
+def test_hidden_tokens_do_not_matter(isa: str, filled: Any, normal: Any, group: int, odd: float) -> None:
     # The first query does not see the odd tokens, the second one does.
     q, k, v = normal(1, group, 2, 40), normal(1, 70, 40), normal(1, 70, 40)
     unlike = np.array([[False, False], [True, True]])
@@ -95,7 +102,7 @@ def test_hidden_tokens_do_not_matter(isa: str, normal: Any, group: int, odd: flo
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
-def test_a_query_that_is_not_finite_is_alone(isa: str, normal: Any, group: int, odd: float) -> None:
+def test_a_query_that_is_not_finite_is_alone(isa: str, filled: Any, normal: Any, group: int, odd: float) -> None:
     q, k, v = normal(1, group, 1, 70), normal(1, 130, 70), normal(1, 130, 70)
     cache, _, _ = filled(k, v)
     out, lse = answer(q, cache)
@@ -110,7 +117,7 @@ def test_a_query_that_is_not_finite_is_alone(isa: str, normal: Any, group: int, 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, -0.01])
 @pytest.mark.parametrize("group", [1, 4, 5])
-def test_scales_of_any_value(isa: str, normal: Any, assert_accurate: Any, group: int, odd: float) -> None:
+def test_scales_of_any_value(isa: str, filled: Any, normal: Any, assert_accurate: Any, group: int, odd: float) -> None:
     q, k, v = normal(1, group, 1, 70), normal(1, 130, 70), normal(1, 130, 70)
     cache, model, memory = filled(k, v)
     model[0].v.scales = model[0].v.scales.copy()
@@ -124,7 +131,7 @@ def test_scales_of_any_value(isa: str, normal: Any, assert_accurate: Any, group:
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
-def test_rows_of_a_group_are_each_alone(isa: str, normal: Any, group: int) -> None:
+def test_rows_of_a_group_are_each_alone(isa: str, filled: Any, normal: Any, group: int) -> None:
     q, k, v = normal(1, group, 1, 100), normal(1, LENGTH, 100), normal(1, LENGTH, 100)
     cache, _, _ = filled(k, v)
     together = answer(q, cache)

@@ -19,7 +19,7 @@ import selfattn as sa
 from selfattn import reference
 
 pytestmark = pytest.mark.one_isa
-storage = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8"])
+storage = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8", "int4"])
 
 
 def tokens(seed: int, *shape: int) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_model import (
+    CODES,
     STORAGE,
     PagedModel,
     Sequence,
@@ -75,7 +76,7 @@ class Paged(RuleBasedStateMachine):
             return
         k, v = read_through_attention(self.cache, sequence.length - first, sequences=[name])
         # The product of a code and its scale may be rounded, and a score before it enters lse.
-        of_v = 2.0**-23 if self.named["dtype"] == "int8" else 0.0
+        of_v = 2.0**-23 if self.named["dtype"] in CODES else 0.0
         for found, tokens, tolerance in ((k, sequence.k, 2.0**-21), (v, sequence.v, of_v)):
             wanted = tokens.values()[:, first:]
             assert np.all(abs(found[0] - wanted) <= tolerance * abs(wanted))
@@ -105,7 +106,7 @@ class Paged(RuleBasedStateMachine):
     def append(self, seed: int, count: int, wide: bool, data: Any) -> None:
         name = self.any_live(data)
         k, v = self.tokens(seed, 1, self.shape[2], count)
-        if not wide and self.named["dtype"] != "int8":
+        if not wide and self.named["dtype"] not in CODES:
             k, v = (x.astype(storage_dtype(self.named["dtype"])) for x in (k, v))
         if self.model.fits([name], count):
             self.cache.append(name, k[0], v[0])

@@ -247,22 +247,23 @@ def test_words_have_the_codes_of_the_core() -> None:
     assert list(_core.ACTIVATIONS) == ["none", *get_args(_linear.Activation)]
 
 
-@pytest.mark.parametrize("code", [-1, 5, 1 << 40, None, "relu", 1.0])
+@pytest.mark.parametrize("code", [-1, 6, 1 << 40, None, "relu", 1.0])
 def test_other_codes_are_refused(code: Any) -> None:
     with pytest.raises(TypeError, match="is not a code"):
         _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), code)
     array = np.zeros((1, 1, 1, 1), np.float32)
     with pytest.raises(TypeError, match="is not a code"):
-        _core.make_cache_store(k=array, v=array, k_scales=None, v_scales=None, dtype=code, window=-1)
+        _core.make_cache_store(k=(array, None, 1), v=(array, None, 1), dtype=code, window=-1)
 
 
 def test_element_types() -> None:
     assert set(_elements.ELEMENT_TYPES) == set(get_args(get_args(_typing.StorageType)[0]))
     for name, stored in _elements.ELEMENT_TYPES.items():
-        size = np.dtype(getattr(ml_dtypes, name, name)).itemsize
-        assert np.dtype(stored.memory).itemsize == size
-        assert [stored.row_bytes(count) for count in (0, 1, 3)] == [0, size, 3 * size]
-    assert [name for name, stored in _elements.ELEMENT_TYPES.items() if stored.codes] == ["int8"]
-    packed = _elements.ElementType(number=0, memory="uint8", elements=32, unit_bytes=18, codes=7)
-    assert [packed.row_bytes(count) for count in (0, 1, 32, 33)] == [0, 18, 18, 36]
-    assert packed.element_bytes == 4.5 / 8
+        assert np.dtype(stored.memory).itemsize == stored.word_bytes
+        if stored.elements == 1:
+            size = np.dtype(getattr(ml_dtypes, name, name)).itemsize
+            assert [stored.row_bytes(count) for count in (0, 1, 3)] == [0, size, 3 * size]
+    assert [name for name, stored in _elements.ELEMENT_TYPES.items() if stored.codes] == ["int8", "int4"]
+    packed = _elements.ELEMENT_TYPES["int4"]
+    assert [packed.row_bytes(count) for count in (0, 1, 32, 33)] == [0, 17, 17, 34]
+    assert packed.element_bytes == 4.25 / 8

@@ -201,8 +201,8 @@ def test_refuses_what_it_cannot_do() -> None:
     model, fed = models.build("llama"), models.inputs("llama")
     with pytest.raises(ValueError, match="selfattn: offloading is True"):
         Cache(model.config, offloading=True)
-    with pytest.raises(TypeError, match="Cache: dtype is int4"):
-        Cache(model.config, dtype="int4")
+    with pytest.raises(TypeError, match="Cache: dtype is int2"):
+        Cache(model.config, dtype="int2")
     with torch.enable_grad(), pytest.raises(RuntimeError, match=r"selfattn: a Cache has no gradients: .*DynamicCache"):
         model(**fed, past_key_values=Cache(model.config), use_cache=True)
     layer = _hf_cache.Layer()

@@ -64,7 +64,7 @@ def masks(q_len: int, kv_len: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_what_hides_keys(q_len: int, dtype: str, window: int | None, reads: list[Any]) -> None:
     q = normal(BATCH, 4, q_len, 8, seed=7)

@@ -78,6 +78,8 @@ void store(char* address, DType dtype, double x) {
       return put(static_cast<std::int64_t>(x));
     case DType::i8:
       return put(static_cast<std::int8_t>(x));
+    case DType::i4:  // has no elements with an address
+      return;
     case DType::boolean:
       return put(static_cast<std::uint8_t>(x != 0));
   }
@@ -100,6 +102,8 @@ double load(const char* address, DType dtype) {
       return get(std::int64_t{0});
     case DType::i8:
       return get(std::int8_t{0});
+    case DType::i4:
+      break;
     case DType::boolean:
       return get(std::uint8_t{0});
   }

@@ -14,14 +14,21 @@ std::int64_t integer(const Array& array, std::int64_t sequence) {
   return n;
 }
 
-// Computes the codes of the row whose first element is at `position`, and returns their scale.
-float quantise(const Array& from, std::int64_t position, std::int64_t width, std::int8_t* codes) {
+// Computes the codes of the row whose first element is at `position`, and returns their scale. 8-bit codes are computed
+// independently of the core.
+float quantise(const Array& from, std::int64_t position, std::int64_t width, DType dtype, char* words) {
+  if (dtype != DType::i8) {
+    std::vector<float> row(static_cast<std::size_t>(width));
+    for (std::int64_t d = 0; d < width; ++d)
+      row[static_cast<std::size_t>(d)] = static_cast<float>(from.number(position + d));
+    return element_type(dtype).quantise(row.data(), width, words);
+  }
   double largest = 0;
   for (std::int64_t d = 0; d < width; ++d) largest = std::max(largest, std::fabs(from.number(position + d)));
   const float scale = static_cast<float>(largest / 127);
   for (std::int64_t d = 0; d < width; ++d) {
     const double code = scale == 0 ? 0 : std::nearbyint(from.number(position + d) / static_cast<double>(scale));
-    codes[d] = static_cast<std::int8_t>(std::clamp(code, -127.0, 127.0));
+    words[d] = static_cast<char>(static_cast<std::int8_t>(std::clamp(code, -127.0, 127.0)));
   }
   return scale;
 }
@@ -43,14 +50,18 @@ bool cacheable(const Case& c) {
   return q.size() < 4 || q[0] == 1 || q[0] == k[0];
 }
 
-Array coded(const Array& from) {
+Array coded(const Array& from, DType codes) {
   Array to(DType::f64, from.shape());
   const std::int64_t width = from.shape().back(), rows = width == 0 ? 0 : from.count() / width;
-  std::vector<std::int8_t> codes(static_cast<std::size_t>(width));
+  const ElementType& type = element_type(codes);
+  std::vector<char> words(static_cast<std::size_t>(row_bytes(codes, width)));
+  std::vector<double> numbers(static_cast<std::size_t>(words_of(codes, width) * type.elements));
   for (std::int64_t row = 0; row < rows; ++row) {
-    const double scale = static_cast<double>(quantise(from, row * width, width, codes.data()));
+    const double scale = static_cast<double>(quantise(from, row * width, width, codes, words.data()));
+    for (std::int64_t i = 0; i < words_of(codes, width); ++i)
+      type.read(words.data() + i * type.bytes, numbers.data() + i * type.elements);
     for (std::int64_t d = 0; d < width; ++d)
-      store(to.at(row * width + d), DType::f64, codes[static_cast<std::size_t>(d)] * scale);
+      store(to.at(row * width + d), DType::f64, numbers[static_cast<std::size_t>(d)] * scale);
   }
   return to;
 }
@@ -61,7 +72,7 @@ CachedCase::CachedCase(const Case& c, const Store& store)
       batch_(c.k.shape()[0]),
       heads_(c.k.shape()[c.options.layout == selfattn::Layout::bshd ? 2 : 1]),
       length_(c.k.shape()[c.options.layout == selfattn::Layout::bshd ? 1 : 2]),
-      dtype_(store.codes ? DType::i8 : c.k.dtype()) {
+      dtype_(store.codes.value_or(c.k.dtype())) {
   if (paged()) {
     give_pages();
   } else {
@@ -110,7 +121,7 @@ void CachedCase::give_pages() {
 
 void CachedCase::fill(Side& side, const Array& from) {
   side.width = from.shape().back();
-  side.rows.emplace(not_a_number(slots_ * side.width * size_of(dtype_), places_ * heads_));
+  side.rows.emplace(not_a_number(slots_ * row_bytes(dtype_, side.width), places_ * heads_));
   if (store_.codes) side.scales.emplace(not_a_number(slots_ * size_of(DType::f32), places_ * heads_));
   describe(side);
   for (std::int64_t b = 0; b < batch_; ++b)
@@ -127,13 +138,13 @@ void CachedCase::fill(Side& side, const Array& from) {
 // `position`: the position of the row's first element in the array. `place`: the number of slots before the row.
 void CachedCase::write_row(const Side& side, const Array& from, std::int64_t position, std::int64_t place) const {
   const std::int64_t size = size_of(dtype_), piece = place / slots_, slot = place % slots_;
-  char* to = side.rows->data() + piece * step_of(*side.rows) + slot * side.width * size;
+  char* to = side.rows->data() + piece * step_of(*side.rows) + slot * row_bytes(dtype_, side.width);
   if (!store_.codes) {
     for (std::int64_t d = 0; d < side.width; ++d)
       std::memcpy(to + d * size, from.at(position + d), static_cast<std::size_t>(size));
     return;
   }
-  const float scale = quantise(from, position, side.width, reinterpret_cast<std::int8_t*>(to));
+  const float scale = quantise(from, position, side.width, dtype_, to);
   std::memcpy(side.scales->data() + piece * step_of(*side.scales) + slot * size_of(DType::f32), &scale, sizeof scale);
 }
 
@@ -147,7 +158,7 @@ void CachedCase::describe(Side& side) const {
   side.shape[3] = side.width;
   side.strides[0] = paged() ? 0 : heads_ * step;
   side.strides[head] = step;
-  side.strides[key] = side.width * size_of(dtype_);
+  side.strides[key] = row_bytes(dtype_, side.width);
   side.strides[3] = size_of(dtype_);
   if (!side.scales) return;
   const std::int64_t scale_step = step_of(*side.scales);

@@ -10,18 +10,18 @@
 namespace selfattn::native {
 
 struct Store {
-  std::int64_t page_size = 0;  // 0: no pages
-  bool ring = false;           // each sequence is a ring that has room only for the keys it holds
-  bool codes = false;
-  std::uint64_t seed = 1;  // for the order of the pages
+  std::int64_t page_size = 0;    // 0: no pages
+  bool ring = false;             // each sequence is a ring that has room only for the keys it holds
+  std::optional<DType> codes{};  // the type of the codes, if the cache holds codes
+  std::uint64_t seed = 1;        // for the order of the pages
 };
 
 // Whether a cache could hold the keys and values: they have four axes, in either layout, and an entry for each batch
 // entry of the call.
 bool cacheable(const Case& c);
 
-// Rounds the rows of an array to codes. Returns the exact numbers that these codes represent.
-Array coded(const Array& from);
+// Rounds the rows of an array to codes of a type. Returns the exact numbers that these codes represent.
+Array coded(const Array& from, DType codes);
 
 class CachedCase {
  public:

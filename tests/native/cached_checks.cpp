@@ -72,16 +72,17 @@ class Checks {
     if (form_.q_len >= 40) SELFATTN_CHECK(!plain.plan.attend->by_row);
     if (form_.q_len < 10) SELFATTN_CHECK(plain.plan.ranges > 1);
     if (std::strcmp(plain.plan.attend->unit, "fma") == 0) expect_right(case_, plain);
-    compare(plain, /*codes=*/false);
-
-    begin("codes");
-    const CachedCase codes(case_, {.codes = true});
-    const Results of_codes = native::compute(case_, codes.arguments(), kernels_, 1);
-    Case exact = make(form_);
-    exact.k = coded(case_.k);
-    exact.v = coded(case_.v);
-    expect_right(exact, of_codes);
-    compare(of_codes, /*codes=*/true);
+    compare(plain, std::nullopt);
+    for (const DType codes : {DType::i8, DType::i4}) {
+      begin(name_of(codes));
+      const CachedCase held(case_, {.codes = codes});
+      const Results of_codes = native::compute(case_, held.arguments(), kernels_, 1);
+      Case exact = make(form_);
+      exact.k = coded(case_.k, codes);
+      exact.v = coded(case_.v, codes);
+      expect_right(exact, of_codes);
+      compare(of_codes, codes);
+    }
   }
 
  private:
@@ -97,12 +98,13 @@ class Checks {
   }
 
   // Compares all bits, on one thread and on several.
-  void compare(const Results& expected, bool codes) {
+  void compare(const Results& expected, std::optional<DType> codes) {
+    const std::string of = codes ? std::string(" of ") + name_of(*codes) : "";
     for (const std::int64_t page_size : {1, 3, 16}) {
-      begin(("pages of " + std::to_string(page_size) + (codes ? ", codes" : "")).c_str());
+      begin(("pages of " + std::to_string(page_size) + of).c_str());
       compare(expected, {.page_size = page_size, .codes = codes, .seed = static_cast<std::uint64_t>(page_size)});
     }
-    begin(codes ? "a ring of codes" : "a ring");
+    begin(("a ring" + of).c_str());
     compare(expected, {.ring = true, .codes = codes});
   }
 

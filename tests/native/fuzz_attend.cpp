@@ -65,11 +65,11 @@ void check_cached(Described& d, const Results& plain) {
     if (!(stored == plain)) fail("results differ if a cache holds the keys");
     return;
   }
-  const CachedCase in_order(d.input, {.codes = true});
+  const CachedCase in_order(d.input, {.codes = d.store.codes});
   if (!(stored == compute(d.input, in_order.arguments(), *d.kernels, 1, Threads::forced)))
     fail("results differ if a cache holds codes");
-  d.input.k = coded(d.input.k);
-  d.input.v = coded(d.input.v);
+  d.input.k = coded(d.input.k, *d.store.codes);
+  d.input.v = coded(d.input.v, *d.store.codes);
   if (const std::string wrong = judge(d.input, stored, effort); !wrong.empty()) fail("of codes: " + wrong);
 }
 

@@ -66,7 +66,7 @@ void read_store(int bits, Store& store) {
   constexpr std::int64_t page_sizes[] = {0, 1, 3, 16};
   store.page_size = page_sizes[bits & 3];
   store.ring = bits & 4 && store.page_size == 0;
-  store.codes = bits & 8;
+  if (bits & 8) store.codes = bits & 16 ? DType::i4 : DType::i8;
   store.seed = static_cast<std::uint64_t>(bits);
 }
 

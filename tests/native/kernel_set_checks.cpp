@@ -178,8 +178,10 @@ void check_table(const TypeKernels& kernels, DType computed) {
     const auto dtype = static_cast<DType>(i);
     const StoredKernels& stored = kernels.of(dtype);
     const bool here = computed_in(dtype) == computed;
-    SELFATTN_CHECK((stored.row != nullptr) == here && (!here || stored.row->keys == dtype));
-    SELFATTN_CHECK((stored.project != nullptr) == here);
+    const bool steps = here && !shares_words(dtype);
+    SELFATTN_CHECK((stored.row != nullptr) == steps && (!steps || stored.row->keys == dtype));
+    SELFATTN_CHECK((stored.project != nullptr) == steps);
+    SELFATTN_CHECK((stored.unpack != nullptr) == (here && !steps));
     SELFATTN_CHECK((stored.widen != nullptr) == (here && dtype != computed));
     SELFATTN_CHECK((stored.finish != nullptr) == (here && !is_scaled(dtype)));
     SELFATTN_CHECK((stored.narrow != nullptr) == (here && is_narrow(dtype)));

@@ -13,11 +13,14 @@ import selfattn as sa
 from selfattn import reference
 from selfattn._rounding import MATRIX_ROUNDINGS
 
-STORAGE = ["float32", "float16", "bfloat16", "int8"]
+STORAGE = ["float32", "float16", "bfloat16", "int8", "int4"]
+
+CODES = ["int8", "int4"]
 
 
 def storage_dtype(name: str) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    """Return the dtype of an array of a cache, as users see it."""
+    return np.dtype({"bfloat16": ml_dtypes.bfloat16, "int4": np.uint8}.get(name, name))
 
 
 def quantised(x: Any) -> tuple[Any, Any]:
@@ -29,15 +32,53 @@ def quantised(x: Any) -> tuple[Any, Any]:
     return np.clip(codes, -127, 127).astype(np.int8), scales
 
 
+def groups_of(x: Any) -> Any:
+    """Return the last axis in groups of 32, the last of which is padded with zeros."""
+    count = -(-x.shape[-1] // 32)
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 32 * count - x.shape[-1])])
+    return padded.reshape(*x.shape[:-1], count, 32)
+
+
+def packed(x: Any) -> tuple[Any, Any]:
+    """Return words of 17 bytes with 32 codes of 4 bits, and the scale of each row."""
+    groups = groups_of(np.asarray(x, np.float32).astype(np.float64))
+    low = groups.min(axis=-1, initial=0)
+    extents = groups.max(axis=-1, initial=0) - low
+    most = extents.max(axis=-1, initial=0)
+    scales = (most / 120).astype(np.float32)
+    scales = np.where(scales.astype(np.float64) * 120 < most, np.nextafter(scales, np.float32(np.inf)), scales)
+    largest = np.finfo(np.float32).max
+    scales = np.where(scales.astype(np.float64) * 120 > largest, np.nextafter(scales, np.float32(0)), scales)
+    divisors = np.where(scales == 0, 1, scales.astype(np.float64))[..., np.newaxis]
+    multiples = np.clip(np.ceil(extents / 15 / divisors), 1, 8)
+    steps = multiples * divisors
+    zeros = np.clip(np.rint(-low / steps), 0, 15)
+    codes = np.clip(zeros[..., np.newaxis] + np.rint(groups / steps[..., np.newaxis]), 0, 15).astype(np.uint8)
+    pairs = codes[..., :16] | codes[..., 16:] << 4
+    words = np.concatenate([pairs, ((multiples - 1 + 16 * zeros).astype(np.uint8))[..., np.newaxis]], axis=-1)
+    return words.reshape(*x.shape[:-1], 17 * words.shape[-2]), scales
+
+
+def unpacked(words: Any, dim: int) -> Any:
+    """Return the integers that words of 4-bit codes stand for, (..., dim)."""
+    count = words.shape[-1] // 17
+    parts = words.reshape(*words.shape[:-1], count, 17).astype(np.int64)
+    codes = np.concatenate([parts[..., :16] & 15, parts[..., :16] >> 4], axis=-1)
+    numbers = (parts[..., 16:] % 8 + 1) * (codes - (parts[..., 16:] >> 4))
+    return numbers.reshape(*words.shape[:-1], 32 * count)[..., :dim]
+
+
 class Tokens:
-    """The keys or the values of one sequence as they are stored, (heads, length, dim), and scales (heads, length)."""
+    """The keys or the values of one sequence as they are stored, (heads, length, ·), and scales (heads, length)."""
 
     def __init__(self, heads: int, dim: int, dtype: str) -> None:
-        self.stored = np.zeros((heads, 0, dim), storage_dtype(dtype))
+        self.dim, self.dtype = dim, dtype
+        self.stored = np.zeros((heads, 0, -(-dim // 32) * 17 if dtype == "int4" else dim), storage_dtype(dtype))
         self.scales = np.zeros((heads, 0), np.float32)
 
     def append(self, x: Any) -> None:
-        codes, scales = quantised(x) if self.stored.dtype == np.int8 else (x, np.ones(x.shape[:2], np.float32))
+        quantise = {"int8": quantised, "int4": packed}.get(self.dtype)
+        codes, scales = quantise(x) if quantise else (x, np.ones(x.shape[:2], np.float32))
         self.stored = np.concatenate([self.stored, codes.astype(self.stored.dtype)], axis=1)
         self.scales = np.concatenate([self.scales, scales], axis=1)
 
@@ -45,7 +86,8 @@ class Tokens:
         self.stored, self.scales = self.stored[:, :length], self.scales[:, :length]
 
     def values(self) -> Any:
-        return self.stored.astype(np.float64) * self.scales[..., np.newaxis].astype(np.float64)
+        stored = unpacked(self.stored, self.dim) if self.dtype == "int4" else self.stored
+        return stored.astype(np.float64) * self.scales[..., np.newaxis].astype(np.float64)
 
 
 class Sequence:
@@ -71,7 +113,7 @@ class Sequence:
         twin = Sequence.__new__(Sequence)
         for name, tokens in (("k", self.k), ("v", self.v)):
             other = Tokens.__new__(Tokens)
-            other.stored, other.scales = tokens.stored, tokens.scales
+            vars(other).update(vars(tokens))
             setattr(twin, name, other)
         return twin
 
@@ -179,11 +221,11 @@ def random_options(
 
 
 def code_rounding(sequence: Sequence, q: Any, scale: float | None = None) -> tuple[float, float]:
-    """Return what rounding to 24 bits may add where the other operand is 8-bit codes: to a score, and to an output.
+    """Return what rounding to 24 bits may add where the other operand is codes: to a score, and to an output.
 
     docs/numerics.md derives both amounts.
     """
-    if sequence.k.stored.dtype != np.int8 or sa.active_isa() != "avx512_bf16":
+    if sequence.k.dtype not in CODES or sa.active_isa() != "avx512_bf16":
         return 0.0, 0.0
     factor = q.shape[-1] ** -0.5 if scale is None else abs(scale)
     of_keys = abs(sequence.k.values()).sum(axis=-1).max(initial=0)

@@ -11,7 +11,7 @@ from hostile_arrays import FLOATS, OUTPUTS, Call, floats, strided
 
 import selfattn as sa
 
-STORAGE = ["float32", "float64", "float16", "bfloat16", "int8"]
+STORAGE = ["float32", "float64", "float16", "bfloat16", "int8", "int4"]
 CAPACITY, PAGE = 8, 2
 
 

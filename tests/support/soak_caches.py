@@ -16,7 +16,7 @@ import numpy as np
 import selfattn as sa
 
 HEADS, DIM, CAPACITY, PAGES, PAGE = 2, 8, 96, 48, 8
-DTYPES = ["float32", "float16", "bfloat16", "int8"]
+DTYPES = ["float32", "float16", "bfloat16", "int8", "int4"]
 ENOUGH = 8  # live sequences
 
 
