@@ -197,10 +197,10 @@ class Run {
     if (problem.relative || problem.distance_bias)
       by_distance.emplace(problem, RelativeProducts{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys},
                           span, memory.rows, memory.distance);
-    const std::int64_t step = plan.key_block;
-    for (std::int64_t first = std::max(begin / step * step, problem.held.begin), next; first < end; first = next) {
+    const std::int64_t size = plan.key_block;
+    for (std::int64_t first = std::max(begin / size * size, problem.held.begin), next; first < end; first = next) {
       if (loop_->should_stop(thread)) return false;
-      next = std::min((first / step + 1) * step, end);
+      next = std::min((first / size + 1) * size, end);
       const int count = static_cast<int>(next - first);
       const bool masked = !problem.recent_mask || first + count > masked_from;
       if (problem.recent_mask && problem.mask && masked) spread_masks(problem, span, memory, first, count);

@@ -113,23 +113,23 @@ class BackwardPart {
     memory.operands.values = gather(*plan_.kernels, source(problem_.value), task.count, plan_.values, memory.values);
     if (gradients_.distance_bias) std::fill_n(memory.distance_sums, problem_.distance_bias.count, 0.0);
     relative_.start(memory);
-    clear(memory.dkeys, task.count * plan_.key_step);
-    clear(memory.dvalues, task.count * plan_.value_step);
-    task.finite = plan_.kernel->finite(memory.operands.keys, task.count * plan_.keys.step) &&
-                  plan_.kernel->finite(memory.operands.values, task.count * plan_.values.step);
+    clear(memory.dkeys, task.count * plan_.key_stride);
+    clear(memory.dvalues, task.count * plan_.value_stride);
+    task.finite = plan_.kernel->finite(memory.operands.keys, task.count * plan_.keys.stride) &&
+                  plan_.kernel->finite(memory.operands.values, task.count * plan_.values.stride);
   }
 
   void store_keys(const BackwardTask& task, const BackwardThreadMemory& memory) const {
-    const auto store = [&](const Operand& operand, char* rows, std::int64_t width, std::int64_t step, double factor) {
+    const auto store = [&](const Operand& operand, char* rows, std::int64_t width, std::int64_t stride, double factor) {
       if (!operand) return;
       char* to = problem_.at(operand, task.batch) + task.kv_head * operand.head + task.first * operand.row;
-      for (int i = 0; i < task.count; ++i, to += operand.row, rows += step * size) {
+      for (int i = 0; i < task.count; ++i, to += operand.row, rows += stride * size) {
         if (factor != 1) scale_row(rows, type_of<T>, width, factor);
         scatter_row(*plan_.kernels, {to, operand.column, operand.dtype}, rows, type_of<T>, width);
       }
     };
-    store(gradients_.key, memory.dkeys, problem_.head_dim, plan_.key_step, problem_.scale);
-    store(gradients_.value, memory.dvalues, problem_.value_dim, plan_.value_step, 1);
+    store(gradients_.key, memory.dkeys, problem_.head_dim, plan_.key_stride, problem_.scale);
+    store(gradients_.value, memory.dvalues, problem_.value_dim, plan_.value_stride, 1);
   }
 
   // Adds the sums over rows to the gradients of the head, after the task of the preceding range has done so. With
@@ -158,8 +158,8 @@ class BackwardPart {
     const std::int64_t row_task =
         (span.batch * problem_.num_heads + span.first_head) * plan_.row_blocks + block % plan_.row_blocks;
     if (!wait_until(shared_.rows_prepared[row_task], 1, task.thread)) return false;
-    if (memory.dscores) clear(memory.dscores, span.valid * plan_.score_step);
-    if (memory.relative.dproducts) clear(memory.relative.dproducts, plan_.block_rows + span.valid * plan_.score_step);
+    if (memory.dscores) clear(memory.dscores, span.valid * plan_.score_stride);
+    if (memory.relative.dproducts) clear(memory.relative.dproducts, plan_.block_rows + span.valid * plan_.score_stride);
     plan_.kernel->run(block_of(task, span, memory));
     relative_.visit(task, span, memory);
 
@@ -179,8 +179,8 @@ class BackwardPart {
   BackwardBlock block_of(const BackwardTask& task, const RowSpan& span, const BackwardThreadMemory& memory) const {
     const std::int64_t row = padded_row_index(problem_, plan_, span) * size;
     const bool keeps = gradients_.keeps_scores();
-    const bool finite = task.finite && plan_.kernel->finite(memory.operands.queries, span.valid * plan_.keys.step) &&
-                        plan_.kernel->finite(memory.operands.dout, span.valid * plan_.values.step);
+    const bool finite = task.finite && plan_.kernel->finite(memory.operands.queries, span.valid * plan_.keys.stride) &&
+                        plan_.kernel->finite(memory.operands.dout, span.valid * plan_.values.stride);
     return {
         .rows = memory.rows,
         .count = span.valid,
@@ -203,20 +203,20 @@ class BackwardPart {
         .finite = finite,
         .dscores =
             keeps ? element(problem_, gradients_.scores, span, row_index(span, 0)) + task.first * size : memory.dscores,
-        .dscore_step = keeps ? gradients_.scores.row / size : plan_.score_step,
+        .dscore_stride = keeps ? gradients_.scores.row / size : plan_.score_stride,
         .dproducts = memory.relative.dproducts ? memory.relative.dproducts + plan_.block_rows * size : nullptr,
-        .dproduct_step = plan_.score_step,
+        .dproduct_stride = plan_.score_stride,
         .dweights = gradients_.dweights ? element(problem_, gradients_.dweights, span, row_index(span, 0)) : nullptr,
-        .dweight_step = gradients_.dweights.row / size,
+        .dweight_stride = gradients_.dweights.row / size,
         .scratch = memory.kernel_scratch};
   }
 
   void add_dquery(const RowSpan& span, const BackwardThreadMemory& memory, bool first, bool last) const {
     const T scale = static_cast<T>(problem_.scale);
     for (int i = 0; i < span.valid; ++i) {
-      T* own = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_step;
+      T* own = reinterpret_cast<T*>(memory.dquery) + i * plan_.key_stride;
       if (problem_.relative) {
-        const T* relative = reinterpret_cast<const T*>(memory.relative.dquery) + i * plan_.key_step;
+        const T* relative = reinterpret_cast<const T*>(memory.relative.dquery) + i * plan_.key_stride;
         for (std::int64_t d = 0; d < problem_.head_dim; ++d) own[d] += relative[d];
       }
       char* result = element(problem_, gradients_.query, span, row_index(span, i));

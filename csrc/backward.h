@@ -50,10 +50,10 @@ struct Gradients {
   }
 };
 
-// The form of rows in memory: `width` contiguous numbers, zero-padded to `step` numbers.
+// The form of rows in memory: `width` contiguous numbers, zero-padded to `stride` numbers.
 struct PaddedRows {
   std::int64_t width;
-  std::int64_t step;  // elements from one row to the next
+  std::int64_t stride;  // elements from one row to the next
   DType dtype;
 };
 
@@ -69,12 +69,12 @@ struct BackwardPlan {
   int range_keys;           // keys of a range
   std::int64_t ranges;      // of one KV head
   RelativeProducts relative;
-  PaddedRows keys, values;            // the form of operands with head_dim and with value_dim columns
-  std::int64_t key_step, value_step;  // elements from one row of sums to the next, for keys and for values
-  std::int64_t score_step;            // elements from one row to the next, for gradients of scores and of products
-  bool buffers_dquery;                // gradients of queries are summed in scratch memory, then converted
-  std::int64_t row_tasks;             // they come before all range tasks
-  std::int64_t tasks;                 // row tasks and range tasks
+  PaddedRows keys, values;                // the form of operands with head_dim and with value_dim columns
+  std::int64_t key_stride, value_stride;  // elements from one row of sums to the next, for keys and for values
+  std::int64_t score_stride;              // elements from one row to the next, for gradients of scores and of products
+  bool buffers_dquery;                    // gradients of queries are summed in scratch memory, then converted
+  std::int64_t row_tasks;                 // they come before all range tasks
+  std::int64_t tasks;                     // row tasks and range tasks
   std::size_t thread_bytes;
   std::size_t shared_bytes;
   double flops;

@@ -10,7 +10,7 @@ namespace selfattn {
 
 // Memory for the gradients of relative products.
 struct RelativeMemory {
-  char* dproducts = nullptr;  // block_rows elements of margin, then [block_rows][score_step]
+  char* dproducts = nullptr;  // block_rows elements of margin, then [block_rows][score_stride]
   char* queries = nullptr;    // [block_rows][head_dim]: queries plus relative_bias
   char* dquery = nullptr;     // [block_rows][head_dim]
   char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: the vectors of the block's distances
@@ -40,8 +40,8 @@ struct BackwardThreadMemory {
   char* values;   // [range_keys][value_dim]
   char* dkeys;
   char* dvalues;
-  char* dscores;  // [block_rows][score_step]
-  char* columns;  // [block_rows + score_step]: one number per column of a block, see backward_sums.cpp
+  char* dscores;  // [block_rows][score_stride]
+  char* columns;  // [block_rows + score_stride]: one number per column of a block, see backward_sums.cpp
   char* kernel_scratch;
   BackwardOperands operands{};
   DistanceMemory distance;

@@ -37,8 +37,8 @@ PaddedRows operand_form(const BackwardPlan& plan, const Problem& problem, std::i
 
 // Block sizes fix the order of sums. They do not depend on lengths, so that padding does not change results.
 void choose_blocks(BackwardPlan& plan, const Problem& problem) {
-  const std::int64_t row_bytes = (plan.key_step + plan.value_step) * size_of(problem.dtype);
-  const std::int64_t operand_bytes = (plan.keys.step + plan.values.step) * size_of(plan.kernel->operands);
+  const std::int64_t row_bytes = (plan.key_stride + plan.value_stride) * size_of(problem.dtype);
+  const std::int64_t operand_bytes = (plan.keys.stride + plan.values.stride) * size_of(plan.kernel->operands);
   const std::int64_t fitting = range_bytes / (operand_bytes + row_bytes);
   plan.key_block = static_cast<int>(std::clamp<std::int64_t>(fitting / smallest_key_block * smallest_key_block,
                                                              smallest_key_block, largest_key_block));
@@ -60,11 +60,11 @@ double flops_of(const Problem& problem, const Gradients& gradients) {
 
 RelativeMemory take_relative(Carver& carver, const BackwardPlan& plan, const Problem& problem,
                              const Gradients& gradients) {
-  const std::int64_t size = size_of(problem.dtype), row = plan.key_step * size;
+  const std::int64_t size = size_of(problem.dtype), row = plan.key_stride * size;
   const std::int64_t columns = plan.block_rows + plan.range_keys - 1;
   RelativeMemory memory;
   if (gradients.through_distances(problem)) {
-    memory.dproducts = carver.take<char>(plan.block_rows * (plan.score_step + 1) * size);
+    memory.dproducts = carver.take<char>(plan.block_rows * (plan.score_stride + 1) * size);
     memory.queries = carver.take<char>(plan.block_rows * row);
     memory.dquery = carver.take<char>(plan.block_rows * row);
     memory.vectors = carver.take<char>(columns * row);
@@ -86,19 +86,19 @@ BackwardThreadMemory::BackwardThreadMemory(char* base, const BackwardPlan& plan,
   Carver carver{base};
   const auto take = [&](std::int64_t count) { return carver.take<char>(count * size); };
   const auto take_rows = [&](const PaddedRows& form, std::int64_t count) {
-    return carver.take<char>(count * form.step * size_of(form.dtype));
+    return carver.take<char>(count * form.stride * size_of(form.dtype));
   };
   rows = carver.take<Row>(rows_);
   queries = take_rows(plan.keys, rows_);
-  dout = take(rows_ * plan.value_step);
-  out = take(rows_ * plan.value_step);
-  dquery = take(rows_ * plan.key_step);
+  dout = take(rows_ * plan.value_stride);
+  out = take(rows_ * plan.value_stride);
+  dquery = take(rows_ * plan.key_stride);
   keys = take_rows(plan.keys, keys_);
   values = take_rows(plan.values, keys_);
-  dkeys = take(keys_ * plan.key_step);
-  dvalues = take(keys_ * plan.value_step);
-  dscores = gradients.sums_scores() ? take(rows_ * plan.score_step) : nullptr;
-  columns = gradients.sums_scores() ? take(rows_ + plan.score_step) : nullptr;
+  dkeys = take(keys_ * plan.key_stride);
+  dvalues = take(keys_ * plan.value_stride);
+  dscores = gradients.sums_scores() ? take(rows_ * plan.score_stride) : nullptr;
+  columns = gradients.sums_scores() ? take(rows_ + plan.score_stride) : nullptr;
   kernel_scratch = carver.take<char>(static_cast<std::int64_t>(
       plan.kernel->scratch_bytes(plan.block_rows, plan.key_block, problem.head_dim, problem.value_dim)));
   distance = take_distance_memory(carver, problem, plan.relative, rows_, keys_);
@@ -124,14 +124,14 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   BackwardPlan plan{};
   plan.kernels = &kernels;
   plan.kernel = &kernel_for(problem, gradients, kernels);
-  plan.key_step = round_up(problem.head_dim, plan.kernel->lanes);
-  plan.value_step = round_up(problem.value_dim, plan.kernel->lanes);
+  plan.key_stride = round_up(problem.head_dim, plan.kernel->lanes);
+  plan.value_stride = round_up(problem.value_dim, plan.kernel->lanes);
   plan.keys = operand_form(plan, problem, problem.head_dim);
   plan.values = operand_form(plan, problem, problem.value_dim);
   choose_blocks(plan, problem);
   plan.relative = {&kernels, &kernels.computing(problem.dtype), /*copies=*/true, plan.range_keys};
   // There is room between rows, so that a row can be read with a shift of up to block_rows - 1 elements.
-  plan.score_step =
+  plan.score_stride =
       round_up(plan.range_keys + (gradients.through_distances(problem) ? plan.block_rows : 0), plan.kernel->lanes);
   plan.row_blocks = ceil_div(problem.q_len, plan.block_rows);
   plan.ranges = gradients.through_pairs() ? ceil_div(problem.kv_len, plan.range_keys) : 0;

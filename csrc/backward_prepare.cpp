@@ -9,13 +9,13 @@ template <class T>
 void RowPreparation<T>::prepare(const RowSpan& span, const BackwardThreadMemory& memory) const {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const std::int64_t lanes = plan_.kernel->lanes, first = padded_row_index(problem_, plan_, span);
-  const std::int64_t step = plan_.value_step;
+  const std::int64_t stride = plan_.value_stride;
   T* shift = reinterpret_cast<T*>(shared_.shift) + first;
   T* factor = reinterpret_cast<T*>(shared_.factor) + first;
   T* delta = reinterpret_cast<T*>(shared_.delta) + first;
   const auto rows = [&](const Operand& operand, char* copy) {
-    return gather(*plan_.kernels, rows_of(problem_, operand, span), span.valid, {problem_.value_dim, step, type_of<T>},
-                  copy);
+    return gather(*plan_.kernels, rows_of(problem_, operand, span), span.valid,
+                  {problem_.value_dim, stride, type_of<T>}, copy);
   };
   const char* dout = rows(gradients_.dout, memory.dout);
   const char* out = rows(problem_.out, memory.out);
@@ -24,8 +24,8 @@ void RowPreparation<T>::prepare(const RowSpan& span, const BackwardThreadMemory&
   for (int i = 0; i < span.valid; ++i) {
     const RowIndex index = row_index(span, i);
     const double lse = read_real(element(problem_, problem_.lse, span, index), problem_.lse.dtype);
-    const std::int64_t at = i * step * static_cast<std::int64_t>(sizeof(T));
-    double sum = plan_.kernel->dot(dout + at, out + at, step);
+    const std::int64_t at = i * stride * static_cast<std::int64_t>(sizeof(T));
+    double sum = plan_.kernel->dot(dout + at, out + at, stride);
     if (gradients_.dlse) sum -= read_real(element(problem_, gradients_.dlse, span, index), gradients_.dlse.dtype);
     const Row row = describe_row(problem_, span, index, valid);
     const double peak = lse * log2_e + row.omitted;

@@ -8,9 +8,9 @@ namespace selfattn {
 namespace {
 
 template <class T>
-void add_rows(const char* rows, int count, std::int64_t width, std::int64_t step, double* sums) {
+void add_rows(const char* rows, int count, std::int64_t width, std::int64_t stride, double* sums) {
   const T* row = reinterpret_cast<const T*>(rows);
-  for (int i = 0; i < count; ++i, row += step)
+  for (int i = 0; i < count; ++i, row += stride)
     for (std::int64_t d = 0; d < width; ++d) sums[d] += static_cast<double>(row[d]);
 }
 
@@ -20,7 +20,7 @@ template <class T>
 void RelativeSums<T>::start(const BackwardThreadMemory& memory) const {
   const std::int64_t columns = plan_.block_rows + plan_.range_keys - 1;
   if (gradients_.relative) {
-    std::fill_n(reinterpret_cast<T*>(memory.relative.window), columns * plan_.key_step, T(0));
+    std::fill_n(reinterpret_cast<T*>(memory.relative.window), columns * plan_.key_stride, T(0));
     for (double* end : memory.relative.ends) std::fill_n(end, problem_.head_dim, 0.0);
   }
   if (gradients_.key_bias) std::fill_n(memory.relative.key_bias, problem_.head_dim, 0.0);
@@ -32,15 +32,15 @@ void RelativeSums<T>::visit(BackwardTask& task, const RowSpan& span, const Backw
   if (gradients_.through_distances(problem_)) multiply(task, span, memory);
   if (gradients_.relative) task.carried = task.count - 1 + span.valid;
   if (gradients_.key_bias)
-    add_rows<T>(memory.dquery, span.valid, problem_.head_dim, plan_.key_step, memory.relative.key_bias);
+    add_rows<T>(memory.dquery, span.valid, problem_.head_dim, plan_.key_stride, memory.relative.key_bias);
   if (gradients_.relative_bias)
-    add_rows<T>(memory.relative.dquery, span.valid, problem_.head_dim, plan_.key_step, memory.relative.relative_bias);
+    add_rows<T>(memory.relative.dquery, span.valid, problem_.head_dim, plan_.key_stride, memory.relative.relative_bias);
 }
 
 template <class T>
 void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span,
                                const BackwardThreadMemory& memory) const {
-  const std::int64_t step = plan_.key_step, row_bytes = step * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t stride = plan_.key_stride, row_bytes = stride * static_cast<std::int64_t>(sizeof(T));
   const PerHead& rows = problem_.relative.rows;
   // The distance of the first column; it falls by 1 from column to column.
   const std::int64_t farthest = span.first + span.valid - 1 + problem_.offset_of(span.batch) - task.first;
@@ -65,13 +65,13 @@ void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span,
        .key_count = task.count,
        .column_block = plan_.key_block,
        .dproducts = memory.relative.dproducts + plan_.block_rows * static_cast<std::int64_t>(sizeof(T)),
-       .dproduct_step = plan_.score_step,
+       .dproduct_stride = plan_.score_stride,
        .queries = queries,
        .vectors = memory.relative.vectors,
        .dquery = gradients_.query || gradients_.scale || gradients_.relative_bias ? memory.relative.dquery : nullptr,
        .dvectors = window,
-       .finite = plan_.kernel->finite(memory.relative.vectors + begin * row_bytes, (end - begin) * step) &&
-                 plan_.kernel->finite(queries, span.valid * step),
+       .finite = plan_.kernel->finite(memory.relative.vectors + begin * row_bytes, (end - begin) * stride) &&
+                 plan_.kernel->finite(queries, span.valid * stride),
        .scratch = memory.kernel_scratch});
 }
 
@@ -79,15 +79,15 @@ template <class T>
 void RelativeSums<T>::deliver(BackwardTask& task, const RowSpan& span, bool last_of_head,
                               const BackwardThreadMemory& memory) const {
   if (task.carried > 0) {
-    const std::int64_t step = plan_.key_step, shared = task.count - 1;
-    T* first = reinterpret_cast<T*>(memory.relative.window) + (plan_.block_rows - span.valid) * step;
+    const std::int64_t stride = plan_.key_stride, shared = task.count - 1;
+    T* first = reinterpret_cast<T*>(memory.relative.window) + (plan_.block_rows - span.valid) * stride;
     const std::int64_t next = std::min(span.first + span.valid, problem_.queries_of(span.batch));
     const std::int64_t farthest = next - 1 + problem_.offset_of(span.batch) - task.first;
     const std::int64_t kept = last_of_head ? 0 : shared;
     for (std::int64_t column = kept; column < shared + span.valid; ++column)
-      add_column(span, farthest - column, first + column * step, memory);
-    std::copy_backward(first, first + kept * step, first + (kept + span.valid) * step);
-    std::fill_n(first, span.valid * step, T(0));
+      add_column(span, farthest - column, first + column * stride, memory);
+    std::copy_backward(first, first + kept * stride, first + (kept + span.valid) * stride);
+    std::fill_n(first, span.valid * stride, T(0));
     task.carried = last_of_head ? 0 : std::max<std::int64_t>(task.carried - span.valid, 0);
   }
   if (last_of_head) deliver_head(span, memory);
@@ -110,7 +110,7 @@ void RelativeSums<T>::add_column(const RowSpan& span, std::int64_t distance, T* 
             ((span.batch * problem_.num_heads + span.first_head) * count + row) * width;
     for (std::int64_t d = 0; d < width; ++d) to[d] += scale * sums[d];
   }
-  std::fill_n(sums, plan_.key_step, T(0));
+  std::fill_n(sums, plan_.key_stride, T(0));
 }
 
 template <class T>

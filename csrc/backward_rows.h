@@ -49,10 +49,10 @@ inline void clear_rows(const Problem& problem, const Operand& operand, const Row
 inline void copy_padded(const KernelSet& kernels, const SourceRows& from, std::int64_t count, const PaddedRows& form,
                         char* to) {
   const std::int64_t size = size_of(form.dtype), width = form.width;
-  if (width == form.step) return gather_rows(kernels, to, form.dtype, from, count, width);
-  for (std::int64_t r = 0; r < count; ++r, to += form.step * size) {
+  if (width == form.stride) return gather_rows(kernels, to, form.dtype, from, count, width);
+  for (std::int64_t r = 0; r < count; ++r, to += form.stride * size) {
     gather_rows(kernels, to, form.dtype, {{from.data + r * from.row, 0, from.column}, from.dtype}, 1, width);
-    std::memset(to + width * size, 0, static_cast<std::size_t>((form.step - width) * size));
+    std::memset(to + width * size, 0, static_cast<std::size_t>((form.stride - width) * size));
   }
 }
 
@@ -62,8 +62,8 @@ inline const char* gather(const KernelSet& kernels, const SourceRows& from, std:
                           char* to) {
   const std::int64_t size = size_of(form.dtype), alignment = std::max<std::int64_t>(size, sizeof(float));
   const bool aligned = reinterpret_cast<std::uintptr_t>(from.data) % static_cast<std::uintptr_t>(alignment) == 0;
-  if (form.width == form.step && from.dtype == form.dtype && aligned && from.column == size &&
-      from.row == form.step * size)
+  if (form.width == form.stride && from.dtype == form.dtype && aligned && from.column == size &&
+      from.row == form.stride * size)
     return from.data;
   copy_padded(kernels, from, count, form, to);
   return to;
@@ -78,7 +78,7 @@ const char* gather_queries(const Problem& problem, const BackwardPlan& plan, con
   if (!bias) return gather(*plan.kernels, rows, span.valid, plan.keys, to);
   copy_padded(*plan.kernels, rows, span.valid, plan.keys, to);
   T* row = reinterpret_cast<T*>(to);
-  for (int i = 0; i < span.valid; ++i, row += plan.keys.step)
+  for (int i = 0; i < span.valid; ++i, row += plan.keys.stride)
     add_doubles(row, bias.data + span.first_head * bias.head, problem.head_dim);
   return to;
 }

@@ -11,7 +11,7 @@ namespace {
 template <class T>
 double dot(const char* queries, const PaddedRows& form, const T* gradient, int row) {
   const std::int64_t size = size_of(form.dtype);
-  const char* query = queries + row * form.step * size;
+  const char* query = queries + row * form.stride * size;
   double sum = 0;
   for (std::int64_t d = 0; d < form.width; ++d)
     if (gradient[d] != 0) sum += read_real(query + d * size, form.dtype) * static_cast<double>(gradient[d]);
@@ -56,14 +56,14 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
   if (gradients_.scale)
     for (int i = 0; i < span.valid; ++i) {
       const auto row = [&](const char* gradients) {
-        return reinterpret_cast<const T*>(gradients) + i * plan_.key_step;
+        return reinterpret_cast<const T*>(gradients) + i * plan_.key_stride;
       };
       double sum = dot(memory.operands.queries, plan_.keys, row(memory.dquery), i);
       if (problem_.relative) sum += dot(memory.relative.queries, plan_.keys, row(memory.relative.dquery), i);
       gradients_.scale[index + i] += sum;
     }
   T* line = reinterpret_cast<T*>(memory.columns);
-  const std::int64_t columns = plan_.block_rows + plan_.score_step;
+  const std::int64_t columns = plan_.block_rows + plan_.score_stride;
   if (gradients_.slopes) {
     const std::int64_t first = farthest(task, span);
     for (std::int64_t c = 0; c < columns; ++c) line[c] = static_cast<T>(-std::abs(first - c));
@@ -80,7 +80,8 @@ void ScoreSums<T>::add_rows(const BackwardTask& task, const RowSpan& span, const
 template <class T>
 void ScoreSums<T>::multiply_rows(const RowSpan& span, const BackwardThreadMemory& memory, double* sums) const {
   const T* line = reinterpret_cast<const T*>(memory.columns) + span.valid - 1;
-  for (int i = 0; i < span.valid; ++i) sums[i] += plan_.kernel->dot(dscores_of(memory, i), line - i, plan_.score_step);
+  for (int i = 0; i < span.valid; ++i)
+    sums[i] += plan_.kernel->dot(dscores_of(memory, i), line - i, plan_.score_stride);
 }
 
 template <class T>

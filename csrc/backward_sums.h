@@ -30,7 +30,7 @@ class ScoreSums {
   }
 
   const T* dscores_of(const BackwardThreadMemory& memory, int row) const {
-    return reinterpret_cast<const T*>(memory.dscores) + row * plan_.score_step;
+    return reinterpret_cast<const T*>(memory.dscores) + row * plan_.score_stride;
   }
 
   const Problem& problem_;

@@ -125,9 +125,9 @@ void CacheStep::check_window(const AttentionArguments& arguments) const {
 TensorView CacheStep::later_starts(const char* function, const TensorView& kv_starts) {
   if (kv_starts.ndim > 1 || (kv_starts.ndim == 1 && kv_starts.shape[0] != source_.batch))
     refuse(function, "kv_starts"_arg, " has shape ", shape_text(kv_starts), ", but (", source_.batch, ",) is needed");
-  const std::int64_t step = kv_starts.ndim == 1 ? kv_starts.strides[0] : 0;
+  const std::int64_t stride = kv_starts.ndim == 1 ? kv_starts.strides[0] : 0;
   for (std::int64_t b = 0; b < source_.batch; ++b) {
-    const std::int64_t start = integer_at(static_cast<const char*>(kv_starts.data) + b * step);
+    const std::int64_t start = integer_at(static_cast<const char*>(kv_starts.data) + b * stride);
     if (start < 0 || start > after_[b])
       refuse(function, "kv_starts"_arg, " holds ", start, ", which is outside 0..", after_[b], " (sequence ", b, ")");
     later_[b] = cache_.starts ? std::max(start, starts_[b]) : start;

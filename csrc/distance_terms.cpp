@@ -68,11 +68,11 @@ DistanceMemory take_distance_memory(Carver& carver, const Problem& problem, cons
   memory.vectors = carver.take<const void*>(width);
   memory.copies = take_if(relative.copies, width * problem.head_dim);
   memory.panel = take_if(width > 0, width * problem.head_dim);
-  memory.step = width > 0 ? round_up(relative.keys + width - 1, width) : 0;
-  memory.products = take_if(width > 0, rows * memory.step);
-  memory.bias_step = keys + (problem.bias ? 0 : rows);
+  memory.stride = width > 0 ? round_up(relative.keys + width - 1, width) : 0;
+  memory.products = take_if(width > 0, rows * memory.stride);
+  memory.bias_stride = keys + (problem.bias ? 0 : rows);
   const std::int64_t lines = problem.bias ? rows : std::min(problem.group_size, rows);
-  memory.biases = take_if(static_cast<bool>(problem.distance_bias), lines * memory.bias_step);
+  memory.biases = take_if(static_cast<bool>(problem.distance_bias), lines * memory.bias_stride);
   return memory;
 }
 
@@ -125,13 +125,13 @@ void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
         if (index < 0 || index >= panels) continue;
         relative_.types->of(problem_.dtype)
             .project({memory_.queries + row * depth * size, group * depth, std::min(width, rows.count - batch * width),
-                      depth, memory_.panel, nullptr, memory_.products + (row * memory_.step + index * width) * size,
-                      group * memory_.step, static_cast<int>(width)});
+                      depth, memory_.panel, nullptr, memory_.products + (row * memory_.stride + index * width) * size,
+                      group * memory_.stride, static_cast<int>(width)});
       }
     }
     for (std::int64_t n = 0; n < rows.count; ++n) {
       const std::int64_t row = rows.row + n * group, own = width - 1 - n % width;
-      rows_[row].relative = memory_.products + (row * memory_.step + own - first) * size;
+      rows_[row].relative = memory_.products + (row * memory_.stride + own - first) * size;
     }
   }
 }
@@ -143,7 +143,7 @@ void DistanceTerms::fill_biases(std::int64_t first, int count) const {
   for (std::int64_t i = 0; i < span_.heads; ++i) {
     const HeadRows rows = rows_of(span_, i);
     if (rows.count == 0) continue;
-    T* line = reinterpret_cast<T*>(memory_.biases) + rows.row * memory_.bias_step;
+    T* line = reinterpret_cast<T*>(memory_.biases) + rows.row * memory_.bias_stride;
     const std::int64_t last = rows.query + rows.count - 1;
     for (std::int64_t n = 0; n < count + rows.count - 1; ++n)
       line[n] = bias_at<T>(problem_, rows.head, last + offset_ - first - n);
@@ -163,7 +163,7 @@ void DistanceTerms::add_biases(std::int64_t first, int count) const {
       const std::int64_t row = rows.row + n * span_.heads, query = rows.query + n;
       const char* bias = problem_.at(problem_.bias, span_.batch) + rows.head * problem_.bias.head +
                          query * problem_.bias.row + first * problem_.bias.column;
-      T* line = reinterpret_cast<T*>(memory_.biases) + row * memory_.bias_step;
+      T* line = reinterpret_cast<T*>(memory_.biases) + row * memory_.bias_stride;
       for (int j = 0; j < count; ++j) {
         const double given = read_real(bias + j * problem_.bias.column, problem_.bias.dtype);
         const T own = bias_at<T>(problem_, rows.head, query + offset_ - first - j);

@@ -27,10 +27,10 @@ struct DistanceMemory {
   const void** vectors = nullptr;  // pointers to the vectors of a panel
   char* copies = nullptr;          // copies of these vectors, if kernels cannot read them in place
   char* panel = nullptr;           // the packed panel
-  char* products = nullptr;        // [row][step]
-  std::int64_t step = 0;
+  char* products = nullptr;        // [row][stride]
+  std::int64_t stride = 0;
   char* biases = nullptr;  // lines of biases: one per head of the group, or per row if the caller passes a bias too
-  std::int64_t bias_step = 0;
+  std::int64_t bias_stride = 0;
 };
 
 // Takes the memory for blocks of `rows` rows and `keys` keys.

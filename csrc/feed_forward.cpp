@@ -33,7 +33,7 @@ LinearJob second_job(const FeedForwardJob& job) {
           .x = RowsView(nullptr, projection.operand(job.dtype), job.x.total(), projection.depth()),
           .out = job.out,
           .out_dtype = job.dtype,
-          .out_step = projection.columns() * size_of(job.dtype),
+          .out_stride = projection.columns() * size_of(job.dtype),
           .residual = job.residual};
 }
 
@@ -66,8 +66,8 @@ class RowTasks {
 
     Space(const RowTasks& tasks, char* base) : Space(tasks, Carver{base}) {}
     Space(const RowTasks& tasks, Carver carver)
-        : hidden(carver.take<char>(tasks.block_rows_ * tasks.jobs_[0].out_step)),
-          wide(carver.take<char>(tasks.job_.post_norm ? tasks.block_rows_ * tasks.jobs_[1].out_step : 0)),
+        : hidden(carver.take<char>(tasks.block_rows_ * tasks.jobs_[0].out_stride)),
+          wide(carver.take<char>(tasks.job_.post_norm ? tasks.block_rows_ * tasks.jobs_[1].out_stride : 0)),
           norm(carver.take<char>(tasks.norm_bytes())),
           linear(carver.base ? carver.base + carver.used : nullptr, tasks.jobs_, 2, tasks.block_rows_),
           bytes(carver.used + linear.bytes()) {}
@@ -78,7 +78,7 @@ class RowTasks {
     second.x.rows = block_rows_;
     if (!job_.post_norm) return second;
     second.out_dtype = computation();
-    second.out_step = columns() * size_of(computation());
+    second.out_stride = columns() * size_of(computation());
     second.residual = nullptr;
     return second;
   }
@@ -103,17 +103,18 @@ class RowTasks {
     LinearJob second = jobs_[1];
     second.x.data = space.hidden;
     second.first_row = row;
-    run_panels(space.linear, second, {0, 0, rows, {}, job_.post_norm ? space.wide : job_.out + row * second.out_step});
+    run_panels(space.linear, second,
+               {0, 0, rows, {}, job_.post_norm ? space.wide : job_.out + row * second.out_stride});
     if (!job_.post_norm) return;
-    const std::int64_t step = columns() * size_of(job_.dtype);
+    const std::int64_t stride = columns() * size_of(job_.dtype);
     const NormJob norm{job_.first.projection.kernels(),
                        *job_.post_norm,
                        columns(),
                        RowsView(space.wide, computation(), rows, columns()),
                        job_.residual,
-                       job_.out + row * step,
+                       job_.out + row * stride,
                        job_.dtype,
-                       step,
+                       stride,
                        row};
     for (std::int64_t r = 0; r < rows; ++r) normalise_row(norm, r, space.norm);
   }
@@ -134,11 +135,11 @@ bool run_normalised(const LinearJob& job, const Norm* norm, int num_threads, Int
   LinearJob product = job;
   product.out = sums.data();
   product.out_dtype = wide;
-  product.out_step = columns * size_of(wide);
+  product.out_stride = columns * size_of(wide);
   product.residual = nullptr;
   return run_all(&product, 1, num_threads, interrupted) &&
          normalise_all({job.projection.kernels(), *norm, columns, RowsView(sums.data(), wide, rows, columns),
-                        job.residual, job.out, job.out_dtype, job.out_step},
+                        job.residual, job.out, job.out_dtype, job.out_stride},
                        num_threads, interrupted);
 }
 
@@ -151,7 +152,7 @@ bool FeedForward::run(int num_threads, Interrupted interrupted) const {
   const int threads = useful_threads(work, 0, ceil_div(rows, rows_per_thread), num_threads);
   if (rows >= 2 * rows_per_thread && useful_threads(work, 0, rows, num_threads) == threads)
     return RowTasks(job_, first_, second_, threads).run(threads, interrupted);
-  const Scratch hidden(static_cast<std::size_t>(bytes_of(rows, first_.out_step)));
+  const Scratch hidden(static_cast<std::size_t>(bytes_of(rows, first_.out_stride)));
   LinearJob first = first_, second = second_;
   first.out = hidden.data();
   second.x.data = hidden.data();

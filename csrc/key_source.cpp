@@ -67,10 +67,10 @@ void KeySource::copy(const Input& input, std::int64_t first, int count) const {
 
 void KeySource::list_known(const Input& input, std::int64_t first, std::int64_t count) const {
   each_run(input.operand, input.base, first, count, [&](const char* from, std::int64_t index, std::int64_t keys) {
-    const std::int64_t step = input.operand.row;
+    const std::int64_t stride = input.operand.row;
     const void** rows = input.rows + index;
 #pragma GCC unroll 8
-    for (std::int64_t i = 0; i < keys; ++i, from += step) rows[i] = from;
+    for (std::int64_t i = 0; i < keys; ++i, from += stride) rows[i] = from;
   });
 }
 
@@ -122,9 +122,9 @@ KeyBlock KeySource::block(std::int64_t first, int count) const {
   block.first = first;
   block.count = count;
   block.keys = keys.data;
-  block.key_step = keys.step;
+  block.key_stride = keys.stride;
   block.values = values.data;
-  block.value_step = values.step;
+  block.value_stride = values.stride;
   if (!plan_.attend->by_row) {
     block.later_values = later(values_, values_.copies ? first + count : first, count);
     block.later_keys = later(keys_, first + count, count);

@@ -28,7 +28,7 @@ class KeySource {
   };
   struct Rows {
     const void* data;
-    std::int64_t step;
+    std::int64_t stride;
   };
 
   const char* at(const Operand& operand, const char* base, std::int64_t key) const;

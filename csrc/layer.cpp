@@ -91,7 +91,7 @@ bool LayerCall::normalise(const HeadNorm& norm, const BufferView& heads, int num
                         .residual = nullptr,
                         .out = heads.data(),
                         .out_dtype = dtype_,
-                        .out_step = norm.count * size_of(dtype_)},
+                        .out_stride = norm.count * size_of(dtype_)},
                        num_threads, interrupted);
 }
 
@@ -150,7 +150,7 @@ bool LayerCall::run(const TensorView& out, const TensorView& residual, int num_t
                          .x = RowsView(heads.data(), dtype_, problem_.batch * problem_.q_len, joined),
                          .out = static_cast<char*>(out.data),
                          .out_dtype = out.dtype,
-                         .out_step = layer_.output->columns() * size_of(out.dtype),
+                         .out_stride = layer_.output->columns() * size_of(out.dtype),
                          .residual = added ? &*added : nullptr},
                         layer_.post_norm, num_threads, interrupted);
 }

@@ -30,7 +30,7 @@ std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) 
 namespace {
 
 // Elements of a row in the buffer for x: pairs need an even depth.
-std::int64_t x_step(const Projection& projection) {
+std::int64_t x_stride(const Projection& projection) {
   return projection.pairs() ? round_up(projection.depth(), 2) : projection.depth();
 }
 
@@ -43,7 +43,7 @@ bool in_place(const LinearJob& job) {
   bool aligned = reinterpret_cast<std::uintptr_t>(x.data) % static_cast<std::uintptr_t>(grid) == 0 &&
                  x.row % grid == 0 && x.column == size_of(dtype);
   for (const BatchAxis& axis : x.axes) aligned = aligned && axis.stride % grid == 0;
-  return !job.norm && x.dtype == dtype && aligned && x_step(job.projection) == job.projection.depth();
+  return !job.norm && x.dtype == dtype && aligned && x_stride(job.projection) == job.projection.depth();
 }
 
 // Whether nothing follows the product, so that the kernel can write its sums directly to out.
@@ -68,11 +68,11 @@ void gather(const LinearJob& job, char* to, char* row, const char* from, std::in
   const Projection& projection = job.projection;
   const RowsView& x = job.x;
   const DType dtype = operand(job), computation = projection.computation();
-  const std::int64_t depth = projection.depth(), step = x_step(projection), size = size_of(dtype);
+  const std::int64_t depth = projection.depth(), stride = x_stride(projection), size = size_of(dtype);
   const KernelSet& kernels = projection.kernels();
-  if (!job.norm && step == depth)
+  if (!job.norm && stride == depth)
     return gather_rows(kernels, to, dtype, {{from, x.row, x.column}, x.dtype}, rows, depth);
-  for (std::int64_t r = 0; r < rows; ++r, to += step * size, from += x.row) {
+  for (std::int64_t r = 0; r < rows; ++r, to += stride * size, from += x.row) {
     const SourceRows source{{from, x.row, x.column}, x.dtype};
     if (job.norm) {
       gather_rows(kernels, row, computation, source, 1, depth);
@@ -81,7 +81,7 @@ void gather(const LinearJob& job, char* to, char* row, const char* from, std::in
     } else {
       gather_rows(kernels, to, dtype, source, 1, depth);
     }
-    std::memset(to + depth * size, 0, static_cast<std::size_t>((step - depth) * size));
+    std::memset(to + depth * size, 0, static_cast<std::size_t>((stride - depth) * size));
   }
 }
 
@@ -104,7 +104,7 @@ class Blocking {
             first,
             std::min(rows, x_rows_ - first),
             {panel, std::min(panels, panels_ - panel)},
-            job.out + (outer * x_rows_ + first) * job.out_step};
+            job.out + (outer * x_rows_ + first) * job.out_stride};
   }
 
   std::int64_t rows, panels, tasks;  // rows and panels of a task; number of tasks
@@ -133,7 +133,7 @@ LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count, std::int6
     const std::int64_t own = std::min({rows, job->x.rows, selfattn::most_rows(*job)});
     const std::int64_t tile =
         bytes_of(std::min(own, finished_rows(*job)), most_panels(*job), projection.panel_columns(), size);
-    if (!in_place(*job)) x = std::max(x, bytes_of(own, x_step(projection), size_of(operand(*job))));
+    if (!in_place(*job)) x = std::max(x, bytes_of(own, x_stride(projection), size_of(operand(*job))));
     if (job->norm) row = std::max(row, bytes_of(projection.depth(), size));
     if (!plain(*job)) sums = std::max(sums, tile);
     if (job->gate) gates = std::max(gates, tile);
@@ -163,23 +163,23 @@ bool LinearSpace::holds(const char* from, std::int64_t rows, const LinearJob& jo
 void LinearSpace::run(const LinearJob& job, const LinearBlock& block) noexcept {
   const Projection& projection = job.projection;
   const char* from = job.x.at(block.outer) + block.first * job.x.row;
-  std::int64_t step = job.x.row / size_of(operand(job));
+  std::int64_t stride = job.x.row / size_of(operand(job));
   if (!in_place(job)) {
     if (!holds(from, block.rows, job)) {
       gather(job, x_, row_, from, block.rows);
       *held_ = {from, block.rows, &job};
     }
     from = x_;
-    step = x_step(projection);
+    stride = x_stride(projection);
   }
-  if (!plain(job)) return follow(job, block, from, step);
+  if (!plain(job)) return follow(job, block, from, stride);
   const std::int64_t size = size_of(job.out_dtype);
   projection.project(block.panels,
-                     {operand(job), from, step, block.rows,
-                      block.out + block.panels.first * projection.panel_columns() * size, job.out_step / size});
+                     {operand(job), from, stride, block.rows,
+                      block.out + block.panels.first * projection.panel_columns() * size, job.out_stride / size});
 }
 
-void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t step) noexcept {
+void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t stride) noexcept {
   const Projection& projection = job.projection;
   const std::int64_t size = size_of(job.out_dtype), first = block.panels.first * projection.panel_columns();
   const std::int64_t width = block.panels.count * projection.panel_columns();
@@ -188,9 +188,9 @@ void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const c
   const std::int64_t together = finished_rows(job);
   for (std::int64_t done = 0; done < block.rows; done += together) {
     const std::int64_t rows = std::min(together, block.rows - done);
-    const char* from = x + done * step * size_of(operand(job));
-    projection.project(block.panels, {operand(job), from, step, rows, sums_, width});
-    if (job.gate) job.gate->project(block.panels, {operand(job), from, step, rows, gates_, width});
+    const char* from = x + done * stride * size_of(operand(job));
+    projection.project(block.panels, {operand(job), from, stride, rows, sums_, width});
+    if (job.gate) job.gate->project(block.panels, {operand(job), from, stride, rows, gates_, width});
     if (job.residual) {
       const std::int64_t row = job.first_row + block.outer * job.x.rows + block.first + done;
       for (std::int64_t r = 0; r < rows; ++r)
@@ -199,7 +199,7 @@ void LinearSpace::follow(const LinearJob& job, const LinearBlock& block, const c
                   size);
     }
     finish({job.activation, sums_, job.gate ? gates_ : nullptr, width, job.residual ? residual_ : nullptr, width,
-            block.out + done * job.out_step + first * size, job.out_step / size, rows, columns});
+            block.out + done * job.out_stride + first * size, job.out_stride / size, rows, columns});
   }
 }
 

@@ -16,7 +16,7 @@ struct LinearJob {
   RowsView x;
   char* out;
   DType out_dtype;
-  std::int64_t out_step;  // bytes from row to row
+  std::int64_t out_stride;  // bytes from row to row
   const Norm* norm = nullptr;
   const Projection* gate = nullptr;  // has as many columns as `projection`
   Activation activation = Activation::none;
@@ -50,7 +50,7 @@ class LinearSpace {
   static constexpr std::int64_t most_rows = 96;
 
  private:
-  void follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t x_step) noexcept;
+  void follow(const LinearJob& job, const LinearBlock& block, const char* x, std::int64_t x_stride) noexcept;
   bool holds(const char* from, std::int64_t rows, const LinearJob& job) const;
 
   // Identifies the rows of x in the buffer `x_`. The next block often needs these rows again, for other panels or for

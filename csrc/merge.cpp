@@ -35,9 +35,9 @@ class Lines {
 
   std::int64_t rows() const { return rows_; }
   std::int64_t length() const { return along_ < 0 ? 1 : shape_[along_]; }
-  std::int64_t step(const TensorView& view) const { return along_ < 0 ? 0 : view.strides[along_]; }
+  std::int64_t stride(const TensorView& view) const { return along_ < 0 ? 0 : view.strides[along_]; }
   char* row(const TensorView& view, std::int64_t line, std::int64_t index) const {
-    std::int64_t offset = index * step(view);
+    std::int64_t offset = index * stride(view);
     for (int axis = axes_ - 1; axis >= 0; --axis) {
       if (axis == along_) continue;
       offset += line % shape_[axis] * view.strides[axis];
@@ -114,11 +114,11 @@ class Merge {
       for (std::int64_t column = 0; column < columns_; column += run)
         merge_run(sources, out, column, std::min(run, columns_ - column));
       for (std::size_t p = 0; p < sources.size(); ++p) {
-        sources[p].out += lines_.step(parts_[p].out);
-        sources[p].lse += lines_.step(parts_[p].lse);
+        sources[p].out += lines_.stride(parts_[p].out);
+        sources[p].lse += lines_.stride(parts_[p].lse);
       }
-      out += lines_.step(merged_.out);
-      lse += lines_.step(merged_.lse);
+      out += lines_.stride(merged_.out);
+      lse += lines_.stride(merged_.lse);
     }
   }
 

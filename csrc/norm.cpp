@@ -34,8 +34,8 @@ void normalise_row(const NormJob& job, std::int64_t row, char* scratch) {
   gather(own.row, job.x, row);
   if (job.residual) gather(own.addend, *job.residual, job.first_row + row);
   normalise(job.kernels, job.norm, computation, own.row, job.residual ? own.addend : nullptr, job.count);
-  scatter_row(job.kernels, {job.out + row * job.out_step, size_of(job.out_dtype), job.out_dtype}, own.row, computation,
-              job.count);
+  scatter_row(job.kernels, {job.out + row * job.out_stride, size_of(job.out_dtype), job.out_dtype}, own.row,
+              computation, job.count);
 }
 
 double flops(const NormJob& job) { return 16 * static_cast<double>(job.x.total()) * static_cast<double>(job.count); }

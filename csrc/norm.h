@@ -31,7 +31,7 @@ struct NormJob {
   const RowsView* residual;  // null: none
   char* out;
   DType out_dtype;
-  std::int64_t out_step;       // bytes from row to row
+  std::int64_t out_stride;     // bytes from row to row
   std::int64_t first_row = 0;  // of the residual
 };
 

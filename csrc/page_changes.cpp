@@ -38,7 +38,7 @@ void KeptTokens::keep(const CacheStore& store, std::int64_t page, std::int64_t f
 
 void KeptTokens::put_back() const {
   for (const Slots& kept : kept_)
-    copy_rows({kept.first, kept.step, 1}, {copies_.data() + kept.copy, kept.bytes, 1}, kept.count, kept.bytes, 1);
+    copy_rows({kept.first, kept.stride, 1}, {copies_.data() + kept.copy, kept.bytes, 1}, kept.count, kept.bytes, 1);
 }
 
 void PageChanges::claim(const CacheStore& store) {

@@ -28,8 +28,8 @@ class KeptTokens {
  private:
   struct Slots {  // of one head
     char* first;
-    std::int64_t step, count, bytes;  // from slot to slot, number of slots, bytes of a slot
-    std::size_t copy;                 // where their copies start in copies_
+    std::int64_t stride, count, bytes;  // from slot to slot, number of slots, bytes of a slot
+    std::size_t copy;                   // where their copies start in copies_
   };
   std::vector<Slots> kept_;
   std::vector<char> copies_;

@@ -62,9 +62,9 @@ struct Pages {
   Table of(std::int64_t batch_index) const { return tables ? tables[batch_index] : Table{}; }
   // Offset of a key from its operand's base, in bytes. A block of keys may start before the first key that the
   // sequence still holds. Such keys are hidden, and the first page is read in their place.
-  std::int64_t offset(const Table& own, std::int64_t key, std::int64_t page_step, std::int64_t row_step) const {
-    if (size == 0) return key * row_step;
-    return page_of(own, key / size) * page_step + key % size * row_step;
+  std::int64_t offset(const Table& own, std::int64_t key, std::int64_t page_stride, std::int64_t row_stride) const {
+    if (size == 0) return key * row_stride;
+    return page_of(own, key / size) * page_stride + key % size * row_stride;
   }
   std::int64_t page_of(const Table& own, std::int64_t run) const {
     return own.numbers ? own.numbers[run < own.first ? 0 : run - own.first] : run;

@@ -86,8 +86,8 @@ void Projection::project(Panels panels, const Rows& rows) const noexcept {
   const auto kernel = !pairs_                  ? types_->of(dtype_).project
                       : rows.operand == dtype_ ? kernels_->matrix.project_bf16
                                                : kernels_->matrix.project_f32;
-  kernel({rows.x, rows.x_step, rows.count, depth_, panels_.get() + panels.first * panel_bytes(),
-          bias_ ? bias_.get() + first * size_of(computation()) : nullptr, rows.out, rows.out_step, columns_of(panels),
+  kernel({rows.x, rows.x_stride, rows.count, depth_, panels_.get() + panels.first * panel_bytes(),
+          bias_ ? bias_.get() + first * size_of(computation()) : nullptr, rows.out, rows.out_stride, columns_of(panels),
           panel_bytes(), groups_ > 0 ? scales(0) + first : nullptr, padded_columns(),
           std::max<std::int64_t>(groups_, 1)});
 }

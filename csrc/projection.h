@@ -54,9 +54,9 @@ class Projection {
   struct Rows {
     DType operand;
     const void* x;
-    std::int64_t x_step, count;
+    std::int64_t x_stride, count;
     void* out;
-    std::int64_t out_step;
+    std::int64_t out_stride;
   };
   // Computes the columns of these panels for some rows.
   void project(Panels panels, const Rows& rows) const noexcept;

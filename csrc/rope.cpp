@@ -38,12 +38,12 @@ void put_element(char* p, double value) {
 // Rotates one vector. In `cosines`, the sines follow the cosines.
 void rotate_vector(const Rope& rope, const Rotation& rotation, const double* cosines, const char* from, char* to) {
   const DType dtype = rotation.from.dtype;
-  const std::int64_t from_step = rotation.from.stride(0), to_step = rotation.to.stride(0);
+  const std::int64_t from_stride = rotation.from.stride(0), to_stride = rotation.to.stride(0);
   const auto rotate_by = [&](auto read, auto write) {
     rotate_pairs(
         rope, rotation.from.extent(0), cosines, cosines + rope.rotary_dim / 2,
-        [&](std::int64_t i) { return read(from + i * from_step); },
-        [&](std::int64_t i, double x) { write(to + i * to_step, x); });
+        [&](std::int64_t i) { return read(from + i * from_stride); },
+        [&](std::int64_t i, double x) { write(to + i * to_stride, x); });
   };
   if (dtype == DType::f32)
     rotate_by([](const char* p) { return element_at<float>(p); }, [](char* p, double x) { put_element<float>(p, x); });
@@ -64,12 +64,12 @@ std::int64_t token_count(const Rotation& rotation) {
 struct Position {
   std::int64_t index;       // the value of all coordinates, if there is no array
   const char* coordinates;  // or null
-  std::int64_t step;        // from one coordinate to the next
+  std::int64_t stride;      // from one coordinate to the next
 
   std::int64_t operator[](std::int64_t axis) const {
     if (!coordinates) return index;
     std::int64_t coordinate;
-    std::memcpy(&coordinate, coordinates + axis * step, sizeof coordinate);
+    std::memcpy(&coordinate, coordinates + axis * stride, sizeof coordinate);
     return coordinate;
   }
 };

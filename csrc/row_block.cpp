@@ -12,8 +12,8 @@ namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-void fill_row(char* p, std::int64_t step, std::int64_t count, double x, DType dtype) {
-  for (std::int64_t i = 0; i < count; ++i) write_real(p + i * step, x, dtype);
+void fill_row(char* p, std::int64_t stride, std::int64_t count, double x, DType dtype) {
+  for (std::int64_t i = 0; i < count; ++i) write_real(p + i * stride, x, dtype);
 }
 
 // Whether a row sees any key. If a row sees a key but all its scores are -inf, its result is NaN, as in IEEE
@@ -173,7 +173,7 @@ void spread_masks(const Problem& problem, const RowSpan& span, const ThreadMemor
   const std::int64_t masked_from = problem.masked_from(span.batch);
   for (int i = 0; i < span.valid; ++i) {
     const std::uint8_t* mask = mask_of(problem, span, row_index(span, i));
-    std::uint8_t* spread = memory.masks + std::int64_t{i} * memory.mask_step;
+    std::uint8_t* spread = memory.masks + std::int64_t{i} * memory.mask_stride;
     for (int j = 0; j < count; ++j) {
       const std::int64_t column = first + j - masked_from;
       spread[j] = column < 0 ? 1 : mask[column * problem.mask.column];

@@ -54,7 +54,7 @@ inline void fill(Row& row, const Problem& problem, const RowSpan& span, RowIndex
   row.sink = problem.sinks ? sink_of(problem, index.head) : -infinity;
   const std::int64_t numbers[] = {problem.first_entry + span.batch, problem.first_head + index.head,
                                   problem.first_query + index.query};
-  for (int i = 0; i < 3; ++i) row.place[i] = static_cast<std::uint32_t>(numbers[i]);
+  for (int i = 0; i < 3; ++i) row.coordinates[i] = static_cast<std::uint32_t>(numbers[i]);
 }
 
 }  // namespace
@@ -120,15 +120,15 @@ Scoring scoring_of(const Problem& problem) {
   scoring.softcap = capped ? base2(problem.softcap) : 0;
   scoring.alibi = static_cast<bool>(problem.alibi_slopes);
   scoring.mask = static_cast<bool>(problem.mask);
-  scoring.mask_step = problem.recent_mask ? 1 : problem.mask.column;
+  scoring.mask_stride = problem.recent_mask ? 1 : problem.mask.column;
   scoring.bias = static_cast<bool>(problem.bias);
   scoring.bias_type = problem.bias.dtype;
-  scoring.bias_step = problem.bias.column;
+  scoring.bias_stride = problem.bias.column;
   scoring.dropout = dropout_of(problem);
   if (problem.distance_bias) {
     scoring.bias = true;
     scoring.bias_type = problem.dtype;
-    scoring.bias_step = size_of(problem.dtype);
+    scoring.bias_stride = size_of(problem.dtype);
     scoring.bias_at_hand = true;
     scoring.toeplitz = problem.group_size == 1 && !problem.bias && !problem.mask;
   }

@@ -29,8 +29,8 @@ ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem)
   const std::int64_t scaled = is_scaled(problem.key.dtype) ? plan.key_block + rows_ahead : 0;
   key_scales = carver.take<float>(scaled);
   value_scales = carver.take<float>(scaled);
-  mask_step = plan.key_block;
-  masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_step : 0);
+  mask_stride = plan.key_block;
+  masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_stride : 0);
   const RelativeProducts relative{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys};
   distance = take_distance_memory(carver, problem, relative, plan.block_rows, plan.key_block);
   bytes = carver.used;

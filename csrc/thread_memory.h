@@ -24,8 +24,8 @@ struct ThreadMemory {
   const void** value_rows;
   float* key_scales;  // of codes
   float* value_scales;
-  std::uint8_t* masks;  // masks over the newest keys, expanded to a key block: [row][mask_step]
-  std::int64_t mask_step;
+  std::uint8_t* masks;  // masks over the newest keys, expanded to a key block: [row][mask_stride]
+  std::int64_t mask_stride;
   DistanceMemory distance;
   std::size_t bytes;
 

@@ -14,7 +14,7 @@ from ._foreign import ACCEPTED as ACCEPTED
 from ._foreign import converted, from_foreign, is_masked, type_name
 
 LAYOUTS = tuple(_core.LAYOUTS)
-_Code = TypeVar("_Code")
+_Number = TypeVar("_Number")
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
@@ -159,9 +159,9 @@ def choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> No
         raise refusal(ValueError, function, name, f" is {value!r}, but it must be one of {listed}")
 
 
-def _code(function: str, name: str, word: Any, codes: dict[str, _Code]) -> _Code:
-    choice(function, name, word, tuple(codes))
-    return codes[word]
+def _number_of(function: str, name: str, chosen: Any, numbers: dict[str, _Number]) -> _Number:
+    choice(function, name, chosen, tuple(numbers))
+    return numbers[chosen]
 
 
 def core_options(
@@ -214,13 +214,13 @@ def core_options(
     if sinks is not None:
         options.sinks = reals(function, "sinks", sinks)
     if type(layout) is not str or layout != "bhsd":  # comparing an array would raise
-        options.layout = _code(function, "layout", layout, _core.LAYOUTS)
+        options.layout = _number_of(function, "layout", layout, _core.LAYOUTS)
     if return_lse is not False:
         options.return_lse = flag(function, "return_lse", return_lse)
     if return_weights is not False:
         options.return_weights = flag(function, "return_weights", return_weights)
     if type(precision) is not str or precision != "highest":
-        options.precision = _code(function, "precision", precision, _core.PRECISIONS)
+        options.precision = _number_of(function, "precision", precision, _core.PRECISIONS)
     if num_threads is not None:
         options.num_threads = thread_count(function, num_threads)
     if t5 is not None:

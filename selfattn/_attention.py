@@ -167,7 +167,7 @@ def attention(
     ones propagate as in IEEE arithmetic. 16-bit operands are read without a converted copy and summed in float32; `out`
     is rounded to q's dtype, and on units that multiply bfloat16 the weights are rounded as well. For a given
     instruction set, shape and options, the result of a batch entry and KV head depends, to the last bit, on nothing but
-    its own operands. (With dropout, also on its place in the batch.)
+    its own operands. (With dropout, also on its index in the batch.)
 
     Attention is due to Vaswani et al., "Attention is all you need" (2017); the one-pass softmax to Milakov and
     Gimelshein (2018) and Dao et al., "FlashAttention" (2022).

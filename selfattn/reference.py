@@ -216,9 +216,9 @@ def dropout_factors(shape: tuple[int, ...], rate: float, seed: int | None, first
     """
     *batch, _, _, kv_len = shape
     entries = int(np.prod(batch, dtype=np.int64))
-    places = np.indices((entries, *shape[-3:-1], -(-kv_len // 4)), dtype=np.uint64)
-    places[0] += np.uint64(first)
-    words = philox(np.moveaxis(places, 0, -1), int(seed or 0))
+    coordinates = np.indices((entries, *shape[-3:-1], -(-kv_len // 4)), dtype=np.uint64)
+    coordinates[0] += np.uint64(first)
+    words = philox(np.moveaxis(coordinates, 0, -1), int(seed or 0))
     threshold = min(round(rate * 2**32), 2**32 - 1)
     factors = np.where(words >= np.uint64(threshold), 1 / (1 - rate), 0)
     return factors.reshape(*shape[:-1], -(-kv_len // 4) * 4)[..., :kv_len]

@@ -182,12 +182,12 @@ py::object attend_cache(py::handle function_name, py::handle step, py::handle op
 }
 
 py::capsule make_cache_store(const py::tuple& k, const py::tuple& v, py::handle dtype, std::int64_t window) {
-  return capsule_of(std::make_unique<HeldStore>(k, v, code_of<DType>(dtype), window));
+  return capsule_of(std::make_unique<HeldStore>(k, v, enum_of<DType>(dtype), window));
 }
 
 // Converts contiguous rows of stored elements (..., words) to floats (..., width), without their scales.
 py::array unpack(const py::array& rows, py::handle dtype, std::int64_t width) {
-  const DType from = code_of<DType>(dtype);
+  const DType from = enum_of<DType>(dtype);
   std::vector<py::ssize_t> extents(rows.shape(), rows.shape() + rows.ndim());
   extents.back() = width;
   py::array_t<float> numbers(extents);

@@ -14,10 +14,10 @@
 namespace selfattn::bindings {
 
 // The words by which users choose an activation, in the order of the core's enum.
-constexpr const char* activation_words[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-static_assert(std::size(activation_words) == static_cast<std::size_t>(Activation::silu) + 1);
+constexpr const char* activation_names[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+static_assert(std::size(activation_names) == static_cast<std::size_t>(Activation::silu) + 1);
 template <>
-inline constexpr std::int64_t code_count<Activation> = std::size(activation_words);
+inline constexpr std::int64_t enum_count<Activation> = std::size(activation_names);
 
 HeldNorm::HeldNorm(py::object w, py::object b, double epsilon, bool centred)
     : weight(std::move(w)), bias(std::move(b)), norm{data_of(weight), data_of(bias), epsilon, centred} {}
@@ -134,7 +134,7 @@ py::capsule make_linear(py::handle weights, py::handle activation) {
   std::optional<Projection> gate;
   if (!from.w_gate.is_none()) gate.emplace(projection_of(from.w_gate, from.gate_scales, from.b_gate));
   return capsule_of(std::unique_ptr<HeldLinear>(
-      new HeldLinear{{projection_of(from.w, from.scales, from.b), std::move(gate), code_of<Activation>(activation)}}));
+      new HeldLinear{{projection_of(from.w, from.scales, from.b), std::move(gate), enum_of<Activation>(activation)}}));
 }
 
 py::object call_linear(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
@@ -228,7 +228,7 @@ py::object unpack(const Projection& projection, const TensorView& weights) {
 }
 
 void register_linear(py::module_& module) {
-  module.attr("ACTIVATIONS") = codes(activation_words);
+  module.attr("ACTIVATIONS") = numbers_of(activation_names);
   module.def("make_linear", &make_linear);
   module.def("call_linear", &call_linear);
   module.def("linear_isa", &linear_isa);

@@ -4,14 +4,14 @@
 
 namespace selfattn::bindings {
 
-// The words by which users choose a layout or a precision. The code of a word is its index here, and its value in the
+// The names by which users choose a layout or a precision. The number of a name is its index here, and its value in the
 // core's enum.
-constexpr const char* layout_words[] = {"bhsd", "bshd"};
-constexpr const char* precision_words[] = {"highest", "high", "medium"};
+constexpr const char* layout_names[] = {"bhsd", "bshd"};
+constexpr const char* precision_names[] = {"highest", "high", "medium"};
 template <>
-inline constexpr std::int64_t code_count<Layout> = std::size(layout_words);
+inline constexpr std::int64_t enum_count<Layout> = std::size(layout_names);
 template <>
-inline constexpr std::int64_t code_count<Precision> = std::size(precision_words);
+inline constexpr std::int64_t enum_count<Precision> = std::size(precision_names);
 
 static bool read(PyObject* value, ArrayReference& to) {
   const bool absent = value == Py_None;
@@ -54,18 +54,18 @@ py::tuple option_names(bool arrays) {
 // The types that keys and values may have, by name. Each is a tuple of the fields of _elements.ElementType.
 py::dict stored_types() {
   py::dict d;
-  for (int code = 0; code < stored_count; ++code) {
-    const ElementType& type = element_types[code];
-    d[type.name] = py::make_tuple(code, type.memory, type.elements, type.bytes, type.codes);
+  for (int number = 0; number < stored_count; ++number) {
+    const ElementType& type = element_types[number];
+    d[type.name] = py::make_tuple(number, type.memory, type.elements, type.bytes, type.codes);
   }
   return d;
 }
 
 }  // namespace
 
-py::dict codes(std::span<const char* const> words) {
+py::dict numbers_of(std::span<const char* const> names) {
   py::dict d;
-  for (std::size_t code = 0; code < words.size(); ++code) d[words[code]] = code;
+  for (std::size_t number = 0; number < names.size(); ++number) d[names[number]] = number;
   return d;
 }
 
@@ -95,8 +95,8 @@ bool meets_any(const TensorView& out, const AttentionArguments& a) {
 
 void register_options(py::module_& module) {
   Record<Options>::add(module, "Options", fields);
-  module.attr("LAYOUTS") = codes(layout_words);
-  module.attr("PRECISIONS") = codes(precision_words);
+  module.attr("LAYOUTS") = numbers_of(layout_names);
+  module.attr("PRECISIONS") = numbers_of(precision_names);
   module.attr("ELEMENT_TYPES") = stored_types();
   module.attr("OPTIONS") = option_names(false);
   module.attr("ARRAY_OPTIONS") = option_names(true);

@@ -10,7 +10,7 @@ namespace selfattn::bindings {
 
 // Of the types that keys and values may have.
 template <>
-inline constexpr std::int64_t code_count<DType> = stored_count;
+inline constexpr std::int64_t enum_count<DType> = stored_count;
 
 // An option that is an array. Null if it is absent.
 struct ArrayReference : py::object {
@@ -28,8 +28,8 @@ AttentionArguments arguments_of(const char* function, const Options& options, co
 // Whether `out` may share memory with an operand, so that writing `out` could change numbers that are still to be read.
 bool meets_any(const TensorView& out, const AttentionArguments& arguments);
 
-// The codes of words. A word's code is its index.
-py::dict codes(std::span<const char* const> words);
+// The number of each name, which is its index.
+py::dict numbers_of(std::span<const char* const> names);
 
 void register_options(py::module_& module);
 

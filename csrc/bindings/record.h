@@ -63,22 +63,23 @@ bool read_below(std::int64_t count, PyObject* value, T& to) {
 
 inline bool read(PyObject* value, int& to) { return read_below(1 << 30, value, to); }
 
-// The number of values of an enumeration, whose codes are 0, 1, ...
-template <class Code>
-inline constexpr std::int64_t code_count = 0;
+// The number of values of an enumeration. The values are 0, 1, ...
+template <class Enum>
+inline constexpr std::int64_t enum_count = 0;
 
-template <class Code>
-  requires std::is_enum_v<Code>
-bool read(PyObject* value, Code& to) {
-  return read_below(code_count<Code>, value, to);
+template <class Enum>
+  requires std::is_enum_v<Enum>
+bool read(PyObject* value, Enum& to) {
+  return read_below(enum_count<Enum>, value, to);
 }
 
-// The code with the number of a Python integer. Throws TypeError for anything else.
-template <class Code>
-Code code_of(py::handle value) {
-  Code code{};
-  if (!read(value.ptr(), code)) throw py::type_error("_core: " + std::string(py::repr(value)) + " is not a code");
-  return code;
+// The value of an enumeration with the number of a Python integer. Throws TypeError for anything else.
+template <class Enum>
+Enum enum_of(py::handle value) {
+  Enum found{};
+  if (!read(value.ptr(), found))
+    throw py::type_error("_core: " + std::string(py::repr(value)) + " is not the number of a choice");
+  return found;
 }
 
 // Accepts any object. The binding checks the object's type where it uses the object.
@@ -94,9 +95,9 @@ inline PyObject* written(std::int64_t value) { return PyLong_FromLongLong(value)
 inline PyObject* written(std::uint64_t value) { return PyLong_FromUnsignedLongLong(value); }
 inline PyObject* written(const py::object& value) { return Py_NewRef(value.ptr()); }
 inline PyObject* written(const std::optional<double>& value) { return value ? written(*value) : Py_NewRef(Py_None); }
-template <class Code>
-  requires std::is_enum_v<Code>
-PyObject* written(Code value) {
+template <class Enum>
+  requires std::is_enum_v<Enum>
+PyObject* written(Enum value) {
   return PyLong_FromLong(static_cast<long>(value));
 }
 

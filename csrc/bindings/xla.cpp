@@ -108,7 +108,7 @@ class BiasGradient {
 
  private:
   template <class T>
-  void add(const T* from, std::int64_t length, std::int64_t step) {
+  void add(const T* from, std::int64_t length, std::int64_t stride) {
     std::vector<double> totals(static_cast<std::size_t>(size_));
     char* start = static_cast<char*>(array_.view.data);
     const std::int64_t element = size_of(array_.view.dtype);
@@ -116,7 +116,7 @@ class BiasGradient {
       for (std::int64_t h = 0; h < problem_.num_heads; ++h) {
         const std::int64_t first = problem_.at(target_, b) - start + h * target_.head;
         for (std::int64_t i = 0; i < length; ++i)
-          totals[static_cast<std::size_t>((first + i * step) / element)] += *from++;
+          totals[static_cast<std::size_t>((first + i * stride) / element)] += *from++;
       }
     for (std::int64_t i = 0; i < size_; ++i) write(i, totals[static_cast<std::size_t>(i)]);
   }

@@ -67,12 +67,13 @@ inline void touch(const char* memory, std::int64_t bytes) {
 }
 
 // Touches the rows' biases for the keys [first, end), row by row. Strips then read these biases column by column.
-inline void touch_biases(const Row* rows, int count, std::int64_t step, std::int64_t first, std::int64_t end) {
-  if (step > cache_line || step < -cache_line) return;  // most lines between two biases of a row belong to other rows
+inline void touch_biases(const Row* rows, int count, std::int64_t stride, std::int64_t first, std::int64_t end) {
+  if (stride > cache_line || stride < -cache_line)
+    return;  // most lines between two biases of a row belong to other rows
   for (int r = 0; r < count; ++r) {
     const std::int64_t last = rows[r].key_end < end ? rows[r].key_end : end;
     if (first < last && (r == 0 || rows[r].bias != rows[r - 1].bias))
-      touch(rows[r].bias + first * step, (last - first - 1) * step + 1);  // up to the last key
+      touch(rows[r].bias + first * stride, (last - first - 1) * stride + 1);  // up to the last key
   }
 }
 

@@ -12,8 +12,8 @@ constexpr int tile_rows = 16, tile_cells = 16;
 // A matrix of cells. A matrix of split numbers has one plane of cells per split term.
 struct CellMatrix {
   const float* data;
-  std::int64_t step;   // cells from one row to the next
-  std::int64_t plane;  // cells from one split term's plane to the next
+  std::int64_t stride;  // cells from one row to the next
+  std::int64_t plane;   // cells from one split term's plane to the next
 };
 
 // Calls use<row, column>() for each of Rows x Cols tiles.
@@ -34,11 +34,11 @@ inline void multiply_cells(LoadLeft load_left, const CellMatrix& right, std::int
   for (int order = SplitTerms - 1; order >= 0; --order)
     for (int i = order; i >= 0; --i) {
       const float* b = right.data + (order - i) * right.plane;
-      for (std::int64_t k = 0; k < depth; k += tile_cells, b += tile_cells * right.step) {
+      for (std::int64_t k = 0; k < depth; k += tile_cells, b += tile_cells * right.stride) {
         load_left.template operator()<4, 0>(i, k);
         if constexpr (Rows > 1) load_left.template operator()<5, 1>(i, k);
-        load_tile<6>(b, right.step);
-        if constexpr (Cols > 1) load_tile<7>(b + VecF::width, right.step);
+        load_tile<6>(b, right.stride);
+        if constexpr (Cols > 1) load_tile<7>(b + VecF::width, right.stride);
         each_tile<Rows, Cols>([]<int R, int C>() { multiply_tiles<2 * R + C, 4 + R, 6 + C>(); });
       }
     }
@@ -50,15 +50,15 @@ inline void clear_sums() {
 }
 
 template <int Rows, int Cols>
-inline void load_sums(const float* sums, std::int64_t step) {
+inline void load_sums(const float* sums, std::int64_t stride) {
   each_tile<Rows, Cols>(
-      [&]<int R, int C>() { load_tile<2 * R + C>(sums + R * tile_rows * step + C * VecF::width, step); });
+      [&]<int R, int C>() { load_tile<2 * R + C>(sums + R * tile_rows * stride + C * VecF::width, stride); });
 }
 
 template <int Rows, int Cols>
-inline void store_sums(float* sums, std::int64_t step) {
+inline void store_sums(float* sums, std::int64_t stride) {
   each_tile<Rows, Cols>(
-      [&]<int R, int C>() { store_tile<2 * R + C>(sums + R * tile_rows * step + C * VecF::width, step); });
+      [&]<int R, int C>() { store_tile<2 * R + C>(sums + R * tile_rows * stride + C * VecF::width, stride); });
 }
 
 // The PeakLoop (kernel_set.h) of AMX.

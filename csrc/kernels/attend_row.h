@@ -27,7 +27,7 @@ struct RowAttention {
       const Row& row = block.rows[r];
       if (!block.resumes) start_softmax(row.sink, static_cast<T*>(block.row_max)[r], static_cast<T*>(block.row_sum)[r]);
       const typename Dots::Q* query = static_cast<const typename Dots::Q*>(row.query);
-      T* loaded = s.queries + r * s.query_step;
+      T* loaded = s.queries + r * s.query_stride;
       for (std::int64_t d = 0; d < block.head_dim; d += Dots::elements, loaded += W)
         store(loaded, Dots::load_query(query + d, block.head_dim - d));
       Products::prepare(block, s, r);
@@ -36,7 +36,7 @@ struct RowAttention {
   }
 
   static void start_out(const RowBlock& block, const Memory& s, int row) {
-    for (std::int64_t d = 0; d < s.out_step; d += W) store(s.out + row * s.out_step + d, broadcast(T(0)));
+    for (std::int64_t d = 0; d < s.out_stride; d += W) store(s.out + row * s.out_stride + d, broadcast(T(0)));
     if (!block.resumes) return;
     const T* out = static_cast<const T*>(block.rows[row].out);
     for (std::int64_t d = 0; d < block.value_dim; d += W)
@@ -50,7 +50,7 @@ struct RowAttention {
                       .terms = nullptr,
                       .outer = block.count,
                       .lanes = static_cast<int>(Products::padded(keys.count)),
-                      .step = s.score_step,
+                      .stride = s.score_stride,
                       .limited = limited,
                       .limits = s.limits,
                       .rows = block.rows,
@@ -99,7 +99,7 @@ struct RowAttention {
   static void exponentiate(const RowBlock& block, const ScoreTile<T>& tile, int row, T& rescale) {
     T& row_max = static_cast<T*>(block.row_max)[row];
     T& row_sum = static_cast<T*>(block.row_sum)[row];
-    T* scores = tile.scores + row * tile.step;
+    T* scores = tile.scores + row * tile.stride;
     SoftmaxStep<T, 1> step;
     step.peak[0] = broadcast(row_max);
     softmax<AcrossKeys, 1>(

@@ -125,11 +125,11 @@ struct TileAttention {
   // window fit in L2 and leave room for other data.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
-    const std::int64_t step = block.scoring.bias_step;
-    const std::int64_t fitting = bytes / (block.count * (step > 0 ? step : 1)) / block.key_block;
+    const std::int64_t stride = block.scoring.bias_stride;
+    const std::int64_t fitting = bytes / (block.count * (stride > 0 ? stride : 1)) / block.key_block;
     const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
     if (keys.first % window != 0) return;
-    touch_biases(block.rows, block.count, step, keys.first, keys.first + window);
+    touch_biases(block.rows, block.count, stride, keys.first, keys.first + window);
   }
 
   // Whether the multiplier can be applied later, while exponentials are computed. It can if no step in between needs
@@ -147,7 +147,7 @@ struct TileAttention {
             .terms = nullptr,
             .outer = keys.count,
             .lanes = lanes,
-            .step = lanes,
+            .stride = lanes,
             .limited = strip.begin_max > keys.first || strip.end_min < keys.first + keys.count,
             .limits = s.limits,
             .rows = rows,

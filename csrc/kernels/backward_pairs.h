@@ -9,20 +9,20 @@ namespace selfattn::SELFATTN_ISA {
 struct BackwardPairs : PairUnit {
   using Element = BFloat;
 
-  static const float* join(const float* rows, std::int64_t step, int count, std::int64_t width, float* to) {
-    const std::int64_t joined_step = padded<float>(width);
-    for (int row = 0; row < count; row += cell, rows += cell * step, to += joined_step) {
+  static const float* join(const float* rows, std::int64_t stride, int count, std::int64_t width, float* to) {
+    const std::int64_t joined_stride = padded<float>(width);
+    for (int row = 0; row < count; row += cell, rows += cell * stride, to += joined_stride) {
       const BFloat* first = reinterpret_cast<const BFloat*>(rows);
       for (std::int64_t d = 0; d < width; d += VecF::width) {
-        const VecF second = row + 1 < count ? load(first + cell * step + d) : broadcast(0.0f);
+        const VecF second = row + 1 < count ? load(first + cell * stride + d) : broadcast(0.0f);
         store(to + d, to_cells(load(first + d), second));
       }
     }
-    return to - ceil_div(count, cell) * joined_step;
+    return to - ceil_div(count, cell) * joined_stride;
   }
 
-  static void keep_lines(const VecF (&numbers)[cell], float* line, std::int64_t step) {
-    store_halves(line, line + step, to_cells_in_order(numbers[0], numbers[1]));
+  static void keep_lines(const VecF (&numbers)[cell], float* line, std::int64_t stride) {
+    store_halves(line, line + stride, to_cells_in_order(numbers[0], numbers[1]));
   }
   static void keep_joined(const VecF (&numbers)[cell], float* line) { store(line, to_cells(numbers[0], numbers[1])); }
 

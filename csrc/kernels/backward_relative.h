@@ -39,7 +39,7 @@ struct RelativeBackward {
 
   static void run(const RelativeBlock& block) noexcept {
     const Memory s(block.scratch, block.count, block.column_block, block.head_dim);
-    const std::int64_t step = padded<T>(block.head_dim);
+    const std::int64_t stride = padded<T>(block.head_dim);
     each_strip_of<T, Vectors>(block.count, [&](int first, int, auto columns) {
       Sums::template clear<columns.value>(block.head_dim, s.dquery + first * block.head_dim);
     });
@@ -49,13 +49,13 @@ struct RelativeBackward {
     if (!block.dquery) return;
     each_strip_of<T, Vectors>(block.count, [&](int first, int rows, auto columns) {
       Sums::template store_rows<columns.value>(s.dquery + first * block.head_dim, rows, block.head_dim,
-                                               static_cast<T*>(block.dquery) + first * step, step);
+                                               static_cast<T*>(block.dquery) + first * stride, stride);
     });
   }
 
  private:
   static void absorb(const RelativeBlock& block, const Memory& s, ColumnRange all) {
-    const std::int64_t step = padded<T>(block.head_dim);
+    const std::int64_t stride = padded<T>(block.head_dim);
     const ColumnRange seen = seen_columns(block, 0, block.count, all);
     if (seen.begin == seen.end) return;
     const Skipped<T> zeros{block.finite ? nullptr : s.factors, T(0), s.block_lanes};
@@ -65,14 +65,14 @@ struct RelativeBackward {
       if (own.begin == own.end || !block.dquery) return;
       const std::int64_t offset = (own.begin - seen.begin) * s.block_lanes + first;
       Sums::template add_key_sums<columns.value>(
-          {static_cast<const T*>(block.vectors) + own.begin * step, step, own.end - own.begin, s.factors + offset,
+          {static_cast<const T*>(block.vectors) + own.begin * stride, stride, own.end - own.begin, s.factors + offset,
            s.block_lanes, zeros.from(offset)},
           block.head_dim, s.dquery + first * block.head_dim);
     });
     if (block.dvectors)
       Sums::template add_row_sums<SumVectors>(
-          {s.factors, s.block_lanes, static_cast<const T*>(block.queries), step, zeros}, seen.end - seen.begin,
-          block.count, static_cast<T*>(block.dvectors) + seen.begin * step);
+          {s.factors, s.block_lanes, static_cast<const T*>(block.queries), stride, zeros}, seen.end - seen.begin,
+          block.count, static_cast<T*>(block.dvectors) + seen.begin * stride);
   }
 
   // The columns of `all` from the first to the last in which one of the rows sees a key. If there is none,
@@ -99,7 +99,7 @@ struct RelativeBackward {
     rows_to_columns(
         s.factors + first, s.block_lanes, lanes, columns.end - columns.begin, [&](int row, std::int64_t column, int n) {
           const std::int64_t i = first + row;
-          return row < rows ? load_up_to(dproducts + i * (block.dproduct_step + 1) + column, n) : broadcast(T(0));
+          return row < rows ? load_up_to(dproducts + i * (block.dproduct_stride + 1) + column, n) : broadcast(T(0));
         });
   }
 };

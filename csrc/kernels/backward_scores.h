@@ -23,7 +23,7 @@ struct BackwardScores {
       const Vec<T> cap = broadcast(static_cast<T>(scoring.softcap)), one = broadcast(T(1));
       change_scores(tile, [&](Vec<T> score, int o, int l) {
         const Vec<T> bent = tanh(score);
-        store(s.slopes + o * tile.step + l, one - bent * bent);
+        store(s.slopes + o * tile.stride + l, one - bent * bent);
         return cap * bent;
       });
       scoring.softcap = 0;  // already applied
@@ -34,7 +34,7 @@ struct BackwardScores {
   static void add_dweights(const BackwardBlock& block, const Memory& s, const ScoreTile<T>& tile) {
     const T* weights = static_cast<const T*>(block.dweights);
     const auto chunk = [&](const Row& row, int key, int n) {
-      return load_up_to(weights + (&row - block.rows) * block.dweight_step + tile.first_key + key, n);
+      return load_up_to(weights + (&row - block.rows) * block.dweight_stride + tile.first_key + key, n);
     };
     AcrossRows::each_chunk(tile, s.dprobs, chunk, [](T* cell, Vec<T> added) { store(cell, load(cell) + added); });
   }
@@ -74,10 +74,10 @@ struct BackwardScores {
       change_cells<Cols, false>(block, s, strip, {before, seen.count}, nullptr);
     const std::int64_t first = seen.first - block.first_key;
     if (block.dscores)
-      keep({s.dprobs, Cols * W}, strip, seen.count, static_cast<T*>(block.dscores) + first, block.dscore_step);
+      keep({s.dprobs, Cols * W}, strip, seen.count, static_cast<T*>(block.dscores) + first, block.dscore_stride);
     if (cell == 1 && block.dproducts)
       keep({s.line(s.dscores, before, strip.first_row), s.block_lanes}, strip, seen.count,
-           static_cast<T*>(block.dproducts) + first, block.dproduct_step);
+           static_cast<T*>(block.dproducts) + first, block.dproduct_stride);
   }
 
  private:
@@ -131,14 +131,14 @@ struct BackwardScores {
   // Numbers of the rows of a strip, [key][row].
   struct Lines {
     const T* numbers;
-    std::int64_t step;
+    std::int64_t stride;
   };
 
   // Stores `lines` row by row.
-  static void keep(const Lines& lines, const Strip& strip, std::int64_t keys, T* rows, std::int64_t step) {
+  static void keep(const Lines& lines, const Strip& strip, std::int64_t keys, T* rows, std::int64_t stride) {
     columns_to_rows<T>(
-        strip.rows, keys, [&](int row) { return rows + (strip.first_row + row) * step; },
-        [&](std::int64_t key, int row) { return load(lines.numbers + key * lines.step + row); });
+        strip.rows, keys, [&](int row) { return rows + (strip.first_row + row) * stride; },
+        [&](std::int64_t key, int row) { return load(lines.numbers + key * lines.stride + row); });
   }
 };
 

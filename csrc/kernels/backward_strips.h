@@ -9,7 +9,7 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// `count` rounded up to whole vectors: the step between rows of operands (in cells) or of sums (in elements).
+// `count` rounded up to whole vectors: the stride between rows of operands (in cells) or of sums (in elements).
 template <class T>
 constexpr std::int64_t padded(std::int64_t count) {
   return round_up(count, Vec<T>::width);

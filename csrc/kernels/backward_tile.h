@@ -55,8 +55,8 @@ struct TileBackward {
   };
 
   // Cells from one row of operands to the next, and elements from one row of sums to the next.
-  static std::int64_t step(std::int64_t width) { return padded<T>(cells<Unit>(width)); }
-  static std::int64_t sum_step(std::int64_t width) { return padded<T>(width); }
+  static std::int64_t stride(std::int64_t width) { return padded<T>(cells<Unit>(width)); }
+  static std::int64_t sum_stride(std::int64_t width) { return padded<T>(width); }
 
   static std::size_t scratch_bytes(int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim) {
     return Memory(nullptr, rows, key_block, head_dim, value_dim).bytes;
@@ -64,35 +64,35 @@ struct TileBackward {
 
   static void run(const BackwardBlock& block) noexcept {
     const Memory s(block);
-    const std::int64_t key_step = step(block.head_dim), value_step = step(block.value_dim);
+    const std::int64_t key_stride = stride(block.head_dim), value_stride = stride(block.value_dim);
     if (block.scoring.bias && !block.scoring.bias_at_hand)
-      touch_biases(block.rows, block.count, block.scoring.bias_step, block.first_key,
+      touch_biases(block.rows, block.count, block.scoring.bias_stride, block.first_key,
                    block.first_key + block.key_count);
     each_strip(block, [&](const Strip& strip, auto columns) {
       const int lanes = columns.value * W;
-      pack(static_cast<const T*>(block.queries) + strip.first_row * key_step, strip.rows, block.head_dim, lanes,
+      pack(static_cast<const T*>(block.queries) + strip.first_row * key_stride, strip.rows, block.head_dim, lanes,
            queries_of(block, s, strip));
-      pack(static_cast<const T*>(block.dout) + strip.first_row * value_step, strip.rows, block.value_dim, lanes,
+      pack(static_cast<const T*>(block.dout) + strip.first_row * value_stride, strip.rows, block.value_dim, lanes,
            dout_of(block, s, strip));
       if (block.dquery)
         Sums::template clear<columns.value>(block.head_dim, s.dquery + strip.first_row * block.head_dim);
     });
     const Rows rows{
-        Unit::join(static_cast<const T*>(block.queries), key_step, block.count, block.head_dim, s.joined_queries),
-        Unit::join(static_cast<const T*>(block.dout), value_step, block.count, block.value_dim, s.joined_dout)};
+        Unit::join(static_cast<const T*>(block.queries), key_stride, block.count, block.head_dim, s.joined_queries),
+        Unit::join(static_cast<const T*>(block.dout), value_stride, block.count, block.value_dim, s.joined_dout)};
     for (int done = 0; done < block.key_count; done += block.key_block) {
       const int left = block.key_count - done, count = left < block.key_block ? left : block.key_block;
       absorb(block, s, rows,
-             {block.first_key + done, count, static_cast<const T*>(block.keys) + done * key_step,
-              static_cast<const T*>(block.values) + done * value_step,
-              sums_at(block.dkeys, done * sum_step(block.head_dim)),
-              sums_at(block.dvalues, done * sum_step(block.value_dim)), nullptr});
+             {block.first_key + done, count, static_cast<const T*>(block.keys) + done * key_stride,
+              static_cast<const T*>(block.values) + done * value_stride,
+              sums_at(block.dkeys, done * sum_stride(block.head_dim)),
+              sums_at(block.dvalues, done * sum_stride(block.value_dim)), nullptr});
     }
     if (!block.dquery) return;
     each_strip(block, [&](const Strip& strip, auto columns) {
       Sums::template store_rows<columns.value>(
           s.dquery + strip.first_row * block.head_dim, strip.rows, block.head_dim,
-          static_cast<T*>(block.dquery) + strip.first_row * sum_step(block.head_dim), sum_step(block.head_dim));
+          static_cast<T*>(block.dquery) + strip.first_row * sum_stride(block.head_dim), sum_stride(block.head_dim));
     });
   }
 
@@ -107,7 +107,7 @@ struct TileBackward {
 
   static void pack(const T* rows, int count, std::int64_t width, int lanes, T* columns) {
     rows_to_columns(columns, lanes, lanes, cells<Unit>(width), [&](int row, std::int64_t c, int) {
-      return row < count ? load(rows + row * step(width) + c) : broadcast(T(0));
+      return row < count ? load(rows + row * stride(width) + c) : broadcast(T(0));
     });
   }
 
@@ -147,7 +147,7 @@ struct TileBackward {
     const auto [from, to] = whole_cells(some, all);
     if (from == to) return;
     if (block.dquery)
-      keys.joined = Unit::join(keys.keys, step(block.head_dim), keys.count, block.head_dim, s.joined_keys);
+      keys.joined = Unit::join(keys.keys, stride(block.head_dim), keys.count, block.head_dim, s.joined_keys);
     const SeenKeys seen{from, static_cast<int>(from - keys.first), static_cast<int>(to - from)};
     each_strip(block, [&](const Strip& strip, auto columns) {
       hides = absorb_strip<decltype(columns)::value>(block, s, strip, keys, seen) || hides;
@@ -159,7 +159,7 @@ struct TileBackward {
   // from the first strips: the sums over a key's rows leave out the strips that do not see the key.
   static void add_row_sums(const BackwardBlock& block, const Memory& s, const Rows& rows, const Keys& keys,
                            const SeenKeys& seen, bool careful) {
-    const std::int64_t key_step = sum_step(block.head_dim), value_step = sum_step(block.value_dim);
+    const std::int64_t key_stride = sum_stride(block.head_dim), value_stride = sum_stride(block.value_dim);
     const KeyRange all{seen.first, seen.first + seen.count};
     for (std::int64_t key = all.begin, next = all.end; key < all.end; key = next, next = all.end) {
       int first_row = block.count, end_row = 0;
@@ -175,14 +175,14 @@ struct TileBackward {
       const int row_count = end_row - first_row;
       const std::int64_t offset = before * s.block_lanes + first_row, to = seen.skipped + before;
       const Skipped<T> hidden{careful ? s.original + offset : nullptr, minus_infinity<T>, s.block_lanes};
-      const auto add = [&](T* factors, const T* operands, std::int64_t step, T* sums) {
+      const auto add = [&](T* factors, const T* operands, std::int64_t stride, T* sums) {
         Sums::template add_row_sums<SumVectors>({s.line(factors, before, first_row), s.block_lanes / cell,
-                                                 operands + first_row / cell * step, step, hidden},
-                                                count, row_count, sums + to * step);
+                                                 operands + first_row / cell * stride, stride, hidden},
+                                                count, row_count, sums + to * stride);
       };
       if (row_count <= 0) continue;
-      if (keys.dkeys) add(s.dscores, rows.queries, key_step, keys.dkeys);
-      if (keys.dvalues) add(s.probs, rows.dout, value_step, keys.dvalues);
+      if (keys.dkeys) add(s.dscores, rows.queries, key_stride, keys.dkeys);
+      if (keys.dvalues) add(s.probs, rows.dout, value_stride, keys.dvalues);
     }
   }
 
@@ -206,7 +206,7 @@ struct TileBackward {
                       .terms = nullptr,
                       .outer = count,
                       .lanes = lanes,
-                      .step = lanes,
+                      .stride = lanes,
                       .limited = limited,
                       .limits = s.limits,
                       .rows = block.rows + strip.first_row,
@@ -236,8 +236,8 @@ struct TileBackward {
     Scores::template differentiate<Cols>(block, s, strip, own, before, factors);
     if (!block.dquery) return hides;
     const Skipped<T> skipped{hides && !block.finite ? s.original + offset : nullptr, minus_infinity<T>, s.block_lanes};
-    const std::int64_t key_step = sum_step(block.head_dim);
-    Sums::template add_key_sums<Cols>({keys.joined + own.skipped / cell * key_step, key_step, count,
+    const std::int64_t key_stride = sum_stride(block.head_dim);
+    Sums::template add_key_sums<Cols>({keys.joined + own.skipped / cell * key_stride, key_stride, count,
                                        s.joined(before, strip.first_row), s.block_lanes, skipped},
                                       block.head_dim, s.dquery + strip.first_row * block.head_dim);
     return hides;
@@ -247,7 +247,7 @@ struct TileBackward {
   template <int Cols>
   [[gnu::noinline]] static void multiply(const T* keys, const SeenKeys& seen, const T* packed, std::int64_t width,
                                          T factor, T* products) {
-    const RowMajor<T> left{keys + seen.skipped * step(width), step(width)};
+    const RowMajor<T> left{keys + seen.skipped * stride(width), stride(width)};
     const RightOperand<T> right{packed, Cols * W, cells<Unit>(width)};
     store_products<TileRows, Cols, Unit>(left, seen.count, right, factor, products);
   }

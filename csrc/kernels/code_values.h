@@ -41,7 +41,7 @@ struct CodeWeights {
   CodeWeights(const Memory& s, const CodeChunk& chunk, int row) {
     for (int r = 0; r < Rows; ++r) {
       rescale[r] = chunk.first_key == 0 ? s.rescale[row + r] : 1.0f;
-      round(r, s.scores + (row + r) * s.score_step + chunk.first_key, chunk.count);
+      round(r, s.scores + (row + r) * s.score_stride + chunk.first_key, chunk.count);
     }
   }
 
@@ -91,7 +91,7 @@ struct CodeValues {
   template <class Memory>
   static VecF load_out(const Memory& s, int row, std::int64_t dim) {
     float numbers[W];
-    for (int i = 0; i < W; ++i) numbers[i] = s.out[row * s.out_step + index_of(dim + i)];
+    for (int i = 0; i < W; ++i) numbers[i] = s.out[row * s.out_stride + index_of(dim + i)];
     return load(numbers);
   }
 
@@ -99,7 +99,7 @@ struct CodeValues {
   static void store_out(const Memory& s, int row, std::int64_t dim, VecF sums) {
     float numbers[W];
     store(numbers, sums);
-    for (int i = 0; i < W; ++i) s.out[row * s.out_step + index_of(dim + i)] = numbers[i];
+    for (int i = 0; i < W; ++i) s.out[row * s.out_stride + index_of(dim + i)] = numbers[i];
   }
 
  private:
@@ -117,10 +117,10 @@ struct CodeValues {
       const bool asks = chunk.followed && row + Rows == block.count;  // the last rows prefetch the next chunk
       for (std::int64_t dim = 0; dim < block.value_dim; dim += Bytes::width) {
         const std::int64_t left = block.value_dim - dim;
-        float* out = s.out + row * s.out_step + dim;
+        float* out = s.out + row * s.out_stride + dim;
         const auto sum_halves = [&](auto load_codes) {
-          Sums<Rows, 0>(chunk, dim, weights, asks, load_codes).add_to(out, s.out_step, weights);
-          Sums<Rows, 1>(chunk, dim, weights, asks, load_codes).add_to(out, s.out_step, weights);
+          Sums<Rows, 0>(chunk, dim, weights, asks, load_codes).add_to(out, s.out_stride, weights);
+          Sums<Rows, 1>(chunk, dim, weights, asks, load_codes).add_to(out, s.out_stride, weights);
         };
         if (left < Bytes::width)
           sum_halves([left](const Int8* p) { return load_bytes(p, left); });
@@ -167,7 +167,7 @@ struct CodeValues {
       }
     }
 
-    [[gnu::always_inline]] void add_to(float* out, std::int64_t out_step, const CodeWeights<Rows>& weights) const {
+    [[gnu::always_inline]] void add_to(float* out, std::int64_t out_stride, const CodeWeights<Rows>& weights) const {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const VecF power = broadcast(weights.power[r]), rescale = broadcast(weights.rescale[r]);
@@ -176,7 +176,7 @@ struct CodeValues {
           VecF digit[code_digits];
 #pragma GCC unroll 4
           for (int n = 0; n < code_digits; ++n) digit[n] = to_floats(sums[r][c][n]);
-          float* to = out + r * out_step + (2 * Half + c) * W;
+          float* to = out + r * out_stride + (2 * Half + c) * W;
           store(to, fma(load(to), rescale, scale_by_power(join_digits(digit), power)));
         }
       }
@@ -186,12 +186,12 @@ struct CodeValues {
   // Adds the products of one row in float. Called for rows whose weights are not `usual`: their integers are 0.
   template <class Memory>
   static void add_floats(const RowBlock& block, const Memory& s, const CodeChunk& chunk, int row) {
-    const float* weights = s.scores + row * s.score_step + chunk.first_key;
+    const float* weights = s.scores + row * s.score_stride + chunk.first_key;
     for (std::int64_t dim = 0; dim < block.value_dim; ++dim) {
       float sum = 0;
       for (int j = 0; j < chunk.count; ++j)
         sum = __builtin_fmaf(weights[j], widen(row_of<Int8>(chunk.values, j)[dim]), sum);
-      s.out[row * s.out_step + index_of(dim)] += sum;
+      s.out[row * s.out_stride + index_of(dim)] += sum;
     }
   }
 };

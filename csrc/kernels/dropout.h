@@ -52,14 +52,14 @@ template <class T>
   const std::int64_t first = first_key / keys_per_block;
   const std::int64_t end = ceil_div(first_key + round_up(keys, 2), keys_per_block);
   for (int lane = 0; lane < tile.lanes; lane += W) {
-    std::uint32_t place[3][W] = {};
+    std::uint32_t coordinates[3][W] = {};
     for (int i = 0; i < W && lane + i < tile.count; ++i)
-      for (int w = 0; w < 3; ++w) place[w][i] = tile.rows[lane + i].place[w];
+      for (int w = 0; w < 3; ++w) coordinates[w][i] = tile.rows[lane + i].coordinates[w];
     T* line = factors + lane;
     for (std::int64_t block = first; block < end; ++block) {
       Words words[chains][4];
       for (int c = 0; c < chains; ++c) {
-        for (int w = 0; w < 3; ++w) words[c][w] = load_words(place[w] + c * Words::width);
+        for (int w = 0; w < 3; ++w) words[c][w] = load_words(coordinates[w] + c * Words::width);
         words[c][3] = broadcast_word(static_cast<std::uint32_t>(block));
       }
       philox(words, dropout.seed);
@@ -82,7 +82,7 @@ inline void drop(const Dropout& dropout, const Row& row, std::int64_t first_key,
   const std::int64_t end = first_key + count;
   for (std::int64_t block = first_key / keys_per_block; block * keys_per_block < end; block += lanes) {
     Words words[1][4];
-    for (int w = 0; w < 3; ++w) words[0][w] = broadcast_word(row.place[w]);
+    for (int w = 0; w < 3; ++w) words[0][w] = broadcast_word(row.coordinates[w]);
     std::uint32_t word[keys_per_block][lanes];
     for (int i = 0; i < lanes; ++i) word[0][i] = static_cast<std::uint32_t>(block + i);
     words[0][3] = load_words(word[0]);

@@ -44,10 +44,10 @@ struct AmxEngine : PairOperands<E, SplitTerms> {
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<float>& queries,
                                       float, float* scores) {
-    const std::int64_t depth = row_cells(block.head_dim), step = block.memory.key_step;
+    const std::int64_t depth = row_cells(block.head_dim), stride = block.memory.key_stride;
     const CellMatrix packed{queries.packed, Cols * W, depth * Cols * W};
     for (int key = 0; key < seen.count; key += 2 * W) {
-      const CellMatrix keys{block.memory.keys + (seen.skipped + key) * step, step, block.memory.key_plane};
+      const CellMatrix keys{block.memory.keys + (seen.skipped + key) * stride, stride, block.memory.key_plane};
       multiply_rows_of<Cols>(seen.count - key, keys, packed, depth, scores + key * Cols * W, /*adds=*/false);
     }
     Operands::recompute_scores(block, seen, queries, Cols * W, 1.0f, scores);
@@ -99,10 +99,11 @@ struct AmxEngine : PairOperands<E, SplitTerms> {
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, std::int64_t depth,
                                                 float* out) {
-    const std::int64_t step = block.memory.value_step, value_dim = block.value_dim;
+    const std::int64_t stride = block.memory.value_stride, value_dim = block.value_dim;
     const CellMatrix probs{block.probs, Cols * W, block.prob_plane};
     for (std::int64_t dim = 0; dim < value_dim; dim += 2 * W) {
-      const CellMatrix values{block.memory.values + dim * step + seen.skipped / cell, step, block.memory.value_plane};
+      const CellMatrix values{block.memory.values + dim * stride + seen.skipped / cell, stride,
+                              block.memory.value_plane};
       multiply_rows_of<Cols>(value_dim - dim, values, probs, depth, out + dim * Cols * W, /*adds=*/true);
     }
   }
@@ -124,7 +125,7 @@ struct AmxEngine : PairOperands<E, SplitTerms> {
     else
       clear_sums<Rows, Cols>();
     const auto load_left = [&]<int Tile, int R>(int term, std::int64_t k) {
-      load_tile<Tile>(a.data + term * a.plane + R * tile_rows * a.step + k, a.step);
+      load_tile<Tile>(a.data + term * a.plane + R * tile_rows * a.stride + k, a.stride);
     };
     multiply_cells<SplitTerms, Rows, Cols>(load_left, b, depth);
     store_sums<Rows, Cols>(sums, Cols * W);

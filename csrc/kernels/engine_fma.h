@@ -55,9 +55,9 @@ struct FmaEngine {
   struct Block {
     std::int64_t head_dim, value_dim;
     const T* keys;
-    std::int64_t key_step;
+    std::int64_t key_stride;
     const T* values;
-    std::int64_t value_step;
+    std::int64_t value_stride;
     T* clean_values;                     // see Memory
     LaterRows later_values, later_keys;  // the strip that is computed first prefetches them for all strips
   };
@@ -78,9 +78,9 @@ struct FmaEngine {
     return {rows.head_dim,
             rows.value_dim,
             static_cast<const T*>(keys.keys),
-            keys.key_step,
+            keys.key_stride,
             static_cast<const T*>(keys.values),
-            keys.value_step,
+            keys.value_stride,
             memory.values,
             keys.later_values,
             keys.later_keys};
@@ -90,7 +90,7 @@ struct FmaEngine {
   template <int Cols>
   [[gnu::noinline]] static void score(const Block& block, const SeenKeys& seen, const StripQueries<T>& queries,
                                       T multiplier, T* scores) {
-    const RowMajor<T> keys{block.keys + seen.skipped * block.key_step, block.key_step};
+    const RowMajor<T> keys{block.keys + seen.skipped * block.key_stride, block.key_stride};
     const RightOperand<T> packed{queries.packed, Cols * W, block.head_dim};
     fetch_during(block.later_values, ceil_div(seen.count, TileRows), block.head_dim, [&](auto fetches) {
       store_products<TileRows, Cols, FmaUnit<T>>(keys, seen.count, packed, multiplier, scores, fetches);
@@ -107,7 +107,7 @@ struct FmaEngine {
   static void accumulate(Block& block, const SeenKeys& seen, const T* probs, const Vec<T> (&rescale)[Cols], T* out,
                          const Visibility& visibility) {
     Transposed<T> values = values_of(block, seen);
-    const auto value = [&](int key) { return values.data + key * values.step; };
+    const auto value = [&](int key) { return values.data + key * values.stride; };
     const bool finite = !visibility.hides_some || all_finite(value, seen.count, block.value_dim);
     if (finite || copy_finite(block, seen.count, visibility, values))
       multiply_values<Cols>(block, values, seen.count, probs, rescale, out);
@@ -118,7 +118,7 @@ struct FmaEngine {
 
  private:
   static Transposed<T> values_of(const Block& block, const SeenKeys& seen) {
-    return {block.values + seen.skipped * block.value_step, block.value_step};
+    return {block.values + seen.skipped * block.value_stride, block.value_stride};
   }
 
   // Replaces `values` by a copy in which values that are not finite and hidden from all rows are 0. Returns false if
@@ -128,7 +128,7 @@ struct FmaEngine {
     const std::int64_t value_dim = block.value_dim;
     T* to = block.clean_values;
     for (int key = 0; key < count; ++key, to += value_dim) {
-      const T* from = values.data + key * values.step;
+      const T* from = values.data + key * values.stride;
       const bool finite = all_finite([&](int) { return from; }, 1, value_dim);
       if (!finite && !visibility.hides(key)) return false;
       for (std::int64_t d = 0; d < value_dim; d += W)
@@ -157,7 +157,7 @@ struct FmaEngine {
       for (int c = 0; c < Cols; ++c, out += W) {
         Vec<T> sum = broadcast(T(0));
         for (int key = 0; key < seen.count; ++key) {
-          const Vec<T> value = broadcast(values[key * block.value_step + dim]);
+          const Vec<T> value = broadcast(values[key * block.value_stride + dim]);
           const Vec<T> prob = load(probs + (key * Cols + c) * W);
           sum = select(visible<AcrossRows>(tile, key, c * W), fma(value, prob, sum), sum);
         }

@@ -40,7 +40,7 @@ struct PairEngine : PairOperands<E, 1> {
   struct Memory : Operands::Memory {
     Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Operands::Memory(carver, key_block, head_dim, value_dim) {
-      this->value_step = Operands::whole(value_dim);
+      this->value_stride = Operands::whole(value_dim);
     }
   };
 
@@ -56,15 +56,15 @@ struct PairEngine : PairOperands<E, 1> {
 
   static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
     Block block{Operands::original(rows, keys, memory),
-                {static_cast<const float*>(keys.keys), keys.key_step / cell},
+                {static_cast<const float*>(keys.keys), keys.key_stride / cell},
                 keys.count,
                 keys.later_values,
                 keys.later_keys,
                 false};
     const bool aligned = reinterpret_cast<std::uintptr_t>(keys.keys) % alignof(float) == 0;
-    if (exact && aligned && keys.key_step % cell == 0 && rows.head_dim % cell == 0) return block;
+    if (exact && aligned && keys.key_stride % cell == 0 && rows.head_dim % cell == 0) return block;
     Operands::pack_keys(block, keys.count);
-    block.cells = {memory.keys, memory.key_step};
+    block.cells = {memory.keys, memory.key_stride};
     return block;
   }
 
@@ -103,8 +103,8 @@ struct PairEngine : PairOperands<E, 1> {
   template <int Cols>
   [[gnu::noinline]] static void multiply_values(const Block& block, const SeenKeys& seen, const float* probs,
                                                 const VecF (&rescale)[Cols], float* out) {
-    const std::int64_t step = block.memory.value_step, depth = ceil_div(seen.count, cell);
-    const Transposed<float> values{block.memory.values + seen.skipped / cell * step, step};
+    const std::int64_t stride = block.memory.value_stride, depth = ceil_div(seen.count, cell);
+    const Transposed<float> values{block.memory.values + seen.skipped / cell * stride, stride};
     const RightOperand<float> right{probs, Cols * W, depth};
     fetch_during(block.later_keys, ceil_div(block.value_dim, TileRows), depth, [&](auto fetches) {
       add_products_to<TileRows, Cols, PairUnit>(values, block.value_dim, right, rescale, out, fetches);
@@ -121,13 +121,13 @@ struct PairEngine : PairOperands<E, 1> {
       for (std::int64_t d = 0; d < value_dim; d += W) {
         VecF x[cell];
         for (int i = 0; i < cell; ++i) {
-          const E* value = block.values + (key + i) * block.value_step + d;
+          const E* value = block.values + (key + i) * block.value_stride + d;
           x[i] = key + i < block.count ? load_up_to(value, value_dim - d) : broadcast(0.0f);
           const MaskF lanes = Operands::unsplittable(x[i]);
           found = found | lanes;
           x[i] = Operands::clear(lanes, x[i]);
         }
-        store(block.memory.values + key / cell * block.memory.value_step + d, to_cells(x[0], x[1]));
+        store(block.memory.values + key / cell * block.memory.value_stride + d, to_cells(x[0], x[1]));
       }
     return !any(found);
   }
@@ -137,9 +137,9 @@ struct PairEngine : PairOperands<E, 1> {
     const std::int64_t value_dim = block.value_dim;
     CellSizes sizes;
     for (int key = 0; key < block.count; key += cell) {
-      const E* first = block.values + key * block.value_step;
-      const E* second = key + 1 < block.count ? first + block.value_step : nullptr;
-      float* to = block.memory.values + key / cell * block.memory.value_step;
+      const E* first = block.values + key * block.value_stride;
+      const E* second = key + 1 < block.count ? first + block.value_stride : nullptr;
+      float* to = block.memory.values + key / cell * block.memory.value_stride;
       const auto join = [&](std::int64_t d, std::int64_t n) {
         const VecF a = load_cells(first + d, n), b = second ? load_cells(second + d, n) : broadcast(0.0f);
         sizes.include(a);

@@ -11,7 +11,7 @@ inline void finish(const FinishArgs& args) noexcept {
   T* gates = static_cast<T*>(args.gates);
   const E* residual = static_cast<const E*>(args.residual);
   E* out = static_cast<E*>(args.out);
-  for (std::int64_t r = 0; r < args.rows; ++r, sums += args.sums_step, out += args.out_step) {
+  for (std::int64_t r = 0; r < args.rows; ++r, sums += args.sums_stride, out += args.out_stride) {
     activate<T>(args.activation, gates ? gates : sums, args.columns);
     for (std::int64_t i = 0; i < args.columns; i += Vec<T>::width) {
       const std::int64_t left = args.columns - i;
@@ -20,8 +20,8 @@ inline void finish(const FinishArgs& args) noexcept {
       if (residual) v = v + load_up_to(residual + i, left);
       store_up_to(out + i, v, left);
     }
-    if (gates) gates += args.sums_step;
-    if (residual) residual += args.residual_step;
+    if (gates) gates += args.sums_stride;
+    if (residual) residual += args.residual_stride;
   }
 }
 

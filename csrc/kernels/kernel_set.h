@@ -27,11 +27,11 @@ struct Row {
   double slope;              // ALiBi slope
   double omitted;            // what clamping `position` adds to every score (log2 units); subtracted from lse
   double sink;               // logit whose exponential is added to the softmax's denominator (log2 units), or -inf
-  std::uint32_t place[3];    // identifies the row for dropout: batch entry, head, query
+  std::uint32_t coordinates[3];  // identifies the row for dropout: batch entry, head, query
 };
 
-// A weight is dropped if the random 32-bit word of its place (batch entry, head, query, key) is below the threshold;
-// otherwise it is multiplied by the factor (decision 11).
+// A weight is dropped if the random 32-bit word of its coordinates (batch entry, head, query, key) is below the
+// threshold; otherwise it is multiplied by the factor (decision 11).
 struct Dropout {
   double factor = 0;  // 0: there is no dropout
   std::uint32_t threshold = 0;
@@ -53,8 +53,8 @@ struct Scoring {
   // The bias is at hand, there is no mask, and all rows read their biases from one array: the bias of each row starts
   // one element before that of the previous row.
   bool toeplitz = false;
-  std::int64_t mask_step = 0;  // bytes from one key to the next
-  std::int64_t bias_step = 0;
+  std::int64_t mask_stride = 0;  // bytes from one key to the next
+  std::int64_t bias_stride = 0;
   Dropout dropout;  // of the weights; only tile kernels apply it
 };
 
@@ -69,10 +69,10 @@ struct LaterRows {
 struct KeyBlock {
   std::int64_t first;  // index of the block's first key
   int count;
-  const void* keys;  // rows of head_dim contiguous elements, `key_step` elements apart
-  std::int64_t key_step;
-  const void* values;  // rows of value_dim contiguous elements, `value_step` elements apart
-  std::int64_t value_step;
+  const void* keys;  // rows of head_dim contiguous elements, `key_stride` elements apart
+  std::int64_t key_stride;
+  const void* values;  // rows of value_dim contiguous elements, `value_stride` elements apart
+  std::int64_t value_stride;
   // What tile kernels prefetch while they compute: values (of this block if they are read in place, else of the next
   // block) and the keys of the next block.
   LaterRows later_values, later_keys;
@@ -146,11 +146,11 @@ struct BackwardBlock {
   // [row][key]: the gradients of the scores, and of the scaled products from which the scores are computed. They differ
   // if there is a softcap. Null: not wanted. Keys that no row of a strip sees may be left unwritten.
   void* dscores;
-  std::int64_t dscore_step;  // elements from one row to the next
+  std::int64_t dscore_stride;  // elements from one row to the next
   void* dproducts;
-  std::int64_t dproduct_step;
-  const void* dweights;       // from row 0 and key 0 on: added to the gradients of probs; null: none
-  std::int64_t dweight_step;  // elements from one row to the next
+  std::int64_t dproduct_stride;
+  const void* dweights;         // from row 0 and key 0 on: added to the gradients of probs; null: none
+  std::int64_t dweight_stride;  // elements from one row to the next
   void* scratch;
 };
 
@@ -167,7 +167,7 @@ struct RelativeBlock {
   int column_block;       // BackwardBlock::key_block
   const void* dproducts;  // BackwardBlock::dproducts, with 0 for pairs that were not written, and in the count - 1
                           // elements before and after the keys of each row
-  std::int64_t dproduct_step;
+  std::int64_t dproduct_stride;
   const void* queries;  // [row][head_dim]
   const void* vectors;  // [column][head_dim]: the vector of each column's distance
   void* dquery;         // [row][head_dim], overwritten: the gradient of the queries; null: not wanted
@@ -201,8 +201,8 @@ struct StoredKernels {
   // Convert contiguous numbers to float, and floats to a 16-bit type. Null for types of computation.
   void (*widen)(const void* from, std::int64_t count, float* to) noexcept;
   void (*narrow)(const float* from, std::int64_t count, void* to) noexcept;
-  // to[r][c] = from[c * step + r], in this type or the type of computation; r < rows, c < columns.
-  void (*transpose)(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
+  // to[r][c] = from[c * stride + r], in this type or the type of computation; r < rows, c < columns.
+  void (*transpose)(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, DType to_type,
                     void* to) noexcept;
   void (*finish)(const FinishArgs&) noexcept;  // for results of this type
   // Converts contiguous words to the unpacked type, for types with several elements per word.

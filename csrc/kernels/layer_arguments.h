@@ -11,19 +11,19 @@ constexpr std::int64_t depth_slice = 512;
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
 struct ProjectArgs {
-  const void* x;  // rows of depth contiguous elements, `x_step` elements apart
-  std::int64_t x_step;
+  const void* x;  // rows of depth contiguous elements, `x_stride` elements apart
+  std::int64_t x_stride;
   std::int64_t rows;
   std::int64_t depth;
   const void* panel;  // [depth][panel_columns], zero-padded, in the type of the weights
   const void* bias;   // panel_columns elements; null: none
-  void* out;          // rows of `columns` contiguous elements, `out_step` elements apart
-  std::int64_t out_step;
-  std::int64_t columns;         // more than panel_columns if further panels follow
-  std::int64_t panel_step = 0;  // bytes from one panel to the next
-  // Codes only: one factor for each group of weight rows and each column; `scale_step` elements from group to group.
+  void* out;          // rows of `columns` contiguous elements, `out_stride` elements apart
+  std::int64_t out_stride;
+  std::int64_t columns;           // more than panel_columns if further panels follow
+  std::int64_t panel_stride = 0;  // bytes from one panel to the next
+  // Codes only: one factor for each group of weight rows and each column; `scale_stride` elements from group to group.
   const float* scales = nullptr;
-  std::int64_t scale_step = 0;
+  std::int64_t scale_stride = 0;
   std::int64_t groups = 1;  // of equal depth
 };
 
@@ -35,11 +35,11 @@ struct FinishArgs {
   Activation activation;
   void* sums;
   void* gates;  // null: none
-  std::int64_t sums_step;
+  std::int64_t sums_stride;
   const void* residual;  // in the type of out; null: none
-  std::int64_t residual_step;
+  std::int64_t residual_stride;
   void* out;
-  std::int64_t out_step;
+  std::int64_t out_stride;
   std::int64_t rows, columns;
 };
 

@@ -19,10 +19,10 @@ inline void store_up_to(E* p, Vec<T> a, std::int64_t n) {
     store_partial(p, a, static_cast<int>(n));
 }
 
-// Transposes rows into columns: columns[j * step + i] is element j of row i. row_chunk(i, j, n) returns n elements of
+// Transposes rows into columns: columns[j * stride + i] is element j of row i. row_chunk(i, j, n) returns n elements of
 // row i, starting at element j.
 template <class T, class RowChunk>
-inline void rows_to_columns(T* columns, std::int64_t step, int rows, std::int64_t count, RowChunk row_chunk) {
+inline void rows_to_columns(T* columns, std::int64_t stride, int rows, std::int64_t count, RowChunk row_chunk) {
   constexpr int W = Vec<T>::width;
   for (int i = 0; i < rows; i += W)
     for (std::int64_t j = 0; j < count; j += W) {
@@ -30,7 +30,7 @@ inline void rows_to_columns(T* columns, std::int64_t step, int rows, std::int64_
       Vec<T> square[W];
       for (int l = 0; l < W; ++l) square[l] = row_chunk(i + l, j, n);
       transpose(square);
-      for (int l = 0; l < n; ++l) store(columns + (j + l) * step + i, square[l]);
+      for (int l = 0; l < n; ++l) store(columns + (j + l) * stride + i, square[l]);
     }
 }
 

@@ -50,17 +50,17 @@ struct PairOperands {
   static constexpr std::int64_t query_cells(std::int64_t head_dim) { return SplitTerms * row_cells(head_dim) + 1; }
 
   struct Memory {
-    float* keys;                          // [split term][key][cells of head_dim]
-    float* values;                        // [split term][dim][cells of keys]; in PairEngine [cells of keys][dim]
-    unsigned char* unsplittable;          // per key: whether it holds a number that cannot be split
-    std::int64_t key_step, value_step;    // cells from one row to the next
-    std::int64_t key_plane, value_plane;  // cells from one split term's plane to the next
+    float* keys;                            // [split term][key][cells of head_dim]
+    float* values;                          // [split term][dim][cells of keys]; in PairEngine [cells of keys][dim]
+    unsigned char* unsplittable;            // per key: whether it holds a number that cannot be split
+    std::int64_t key_stride, value_stride;  // cells from one row to the next
+    std::int64_t key_plane, value_plane;    // cells from one split term's plane to the next
 
     Memory(Carver& carver, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : key_step(row_cells(head_dim)),
-          value_step(row_cells(key_block)),
-          key_plane(key_rows(key_block) * key_step),
-          value_plane(dim_rows(value_dim) * value_step) {
+        : key_stride(row_cells(head_dim)),
+          value_stride(row_cells(key_block)),
+          key_plane(key_rows(key_block) * key_stride),
+          value_plane(dim_rows(value_dim) * value_stride) {
       keys = carver.take<float>(SplitTerms * key_plane);
       values = carver.take<float>(SplitTerms * value_plane);
       unsplittable = carver.take<unsigned char>(key_block);
@@ -71,9 +71,9 @@ struct PairOperands {
     std::int64_t head_dim, value_dim;
     Memory memory;
     const E* keys;  // the original keys and values, not packed
-    std::int64_t key_step;
+    std::int64_t key_stride;
     const E* values;
-    std::int64_t value_step;
+    std::int64_t value_stride;
     const Scoring* scoring;
     bool splits_keys, splits_values;  // whether every key (every value) of the block can be split
   };
@@ -130,9 +130,9 @@ struct PairOperands {
             rows.value_dim,
             memory,
             static_cast<const E*>(keys.keys),
-            keys.key_step,
+            keys.key_stride,
             static_cast<const E*>(keys.values),
-            keys.value_step,
+            keys.value_stride,
             &rows.scoring,
             true,
             true};
@@ -141,7 +141,7 @@ struct PairOperands {
   static Block prepare(const RowBlock& rows, const KeyBlock& keys, const Memory& memory) {
     Block block = original(rows, keys, memory);
     pack_keys(block, keys.count);
-    block.splits_values = pack_values(block.values, keys.value_step, keys.count, rows.value_dim, memory);
+    block.splits_values = pack_values(block.values, keys.value_stride, keys.count, rows.value_dim, memory);
     return block;
   }
 
@@ -149,9 +149,9 @@ struct PairOperands {
     const Memory& memory = block.memory;
     for (int key = 0; key < count; ++key) {
       MaskF found = broadcast(0.0f) < broadcast(0.0f);
-      for (std::int64_t c = 0; c < memory.key_step; c += W)
-        found = found | store_split_terms(block.keys + key * block.key_step + cell * c, block.head_dim - cell * c,
-                                          memory.keys + key * memory.key_step + c, memory.key_plane);
+      for (std::int64_t c = 0; c < memory.key_stride; c += W)
+        found = found | store_split_terms(block.keys + key * block.key_stride + cell * c, block.head_dim - cell * c,
+                                          memory.keys + key * memory.key_stride + c, memory.key_plane);
       memory.unsplittable[key] = any(found) ? 1 : 0;
       block.splits_keys = block.splits_keys && memory.unsplittable[key] == 0;
     }
@@ -178,7 +178,7 @@ struct PairOperands {
         if ((split && score == score) || hides<float>(queries.rows[row], *block.scoring, seen.first + key)) continue;
         float sum = 0;
         for (std::int64_t d = 0; d < head_dim; ++d)
-          sum = __builtin_fmaf(widen(query[d]), widen(block.keys[index * block.key_step + d]), sum);
+          sum = __builtin_fmaf(widen(query[d]), widen(block.keys[index * block.key_stride + d]), sum);
         score = sum * multiplier;
       }
     }
@@ -189,7 +189,7 @@ struct PairOperands {
   template <int Cols, class Prob, class Visibility>
   static void add_unsplittable_values(const Block& block, const SeenKeys& seen, Prob prob, float* out,
                                       const Visibility& visibility) {
-    const auto values_of = [&](int key) { return block.values + (seen.skipped + key) * block.value_step; };
+    const auto values_of = [&](int key) { return block.values + (seen.skipped + key) * block.value_stride; };
     const auto skips = [&](int key) { return splits(values_of(key), block.value_dim) || visibility.hides(key); };
     int key = 0;
     while (key < seen.count && skips(key)) ++key;
@@ -218,7 +218,8 @@ struct PairOperands {
 
   // Packs pairs of keys into cells for each dim, 32 keys x 16 dims at a time. Returns false if some value cannot be
   // split.
-  static bool pack_values(const E* values, std::int64_t step, int count, std::int64_t value_dim, const Memory& memory) {
+  static bool pack_values(const E* values, std::int64_t stride, int count, std::int64_t value_dim,
+                          const Memory& memory) {
     MaskF found = broadcast(0.0f) < broadcast(0.0f);
     for (std::int64_t d = 0; d < value_dim; d += W)
       for (int key = 0; key < count; key += cell * W) {
@@ -227,7 +228,7 @@ struct PairOperands {
           VecF x[cell];
           for (int j = 0; j < cell; ++j) {
             const int k = key + cell * i + j;
-            x[j] = k < count ? load_up_to(values + k * step + d, value_dim - d) : broadcast(0.0f);
+            x[j] = k < count ? load_up_to(values + k * stride + d, value_dim - d) : broadcast(0.0f);
             const MaskF lanes = unsplittable(x[j]);
             found = found | lanes;
             x[j] = clear(lanes, x[j]);
@@ -240,8 +241,8 @@ struct PairOperands {
         }
         for (int t = 0; t < SplitTerms; ++t) {
           transpose(square[t]);
-          float* to = memory.values + t * memory.value_plane + d * memory.value_step + key / cell;
-          for (int i = 0; i < W; ++i) store(to + i * memory.value_step, square[t][i]);
+          float* to = memory.values + t * memory.value_plane + d * memory.value_stride + key / cell;
+          for (int i = 0; i < W; ++i) store(to + i * memory.value_stride, square[t][i]);
         }
       }
     return !any(found);

@@ -17,7 +17,7 @@ struct DepthSlice {
 // Multiplies one row by several panels at once. A single panel has too few sums to keep the FMA units busy, and a
 // single stream of weights cannot use the whole memory bandwidth.
 template <class Unit, int Panels, int Vectors, class A, class B, class T = typename Unit::Real>
-[[gnu::always_inline]] inline void multiply_row(const A* x, const B* b, std::int64_t panel_step, std::int64_t depth,
+[[gnu::always_inline]] inline void multiply_row(const A* x, const B* b, std::int64_t panel_stride, std::int64_t depth,
                                                 Vec<T> (&sums)[Panels][Vectors]) {
   constexpr int W = Vec<T>::width;
   Vec<T> own[Panels][Vectors];
@@ -27,7 +27,7 @@ template <class Unit, int Panels, int Vectors, class A, class B, class T = typen
     const auto left = broadcast(x[k]);
     for (int p = 0; p < Panels; ++p)
       for (int c = 0; c < Vectors; ++c)
-        own[p][c] = Unit::add_product(left, load(b + p * panel_step + c * W), own[p][c]);
+        own[p][c] = Unit::add_product(left, load(b + p * panel_stride + c * W), own[p][c]);
   }
   for (int p = 0; p < Panels; ++p)
     for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
@@ -40,10 +40,10 @@ inline void store_row(const ProjectArgs& args, DepthSlice slice, std::int64_t ro
                       const Vec<T> (&sums)[Vectors]) {
   constexpr int W = Vec<T>::width;
   const T* bias = slice.last ? static_cast<const T*>(args.bias) : nullptr;
-  T* out = static_cast<T*>(args.out) + row * args.out_step;
+  T* out = static_cast<T*>(args.out) + row * args.out_stride;
   for (int c = 0; c < Vectors && first < args.columns; ++c, first += W) {
     Vec<T> sum = sums[c];
-    if constexpr (Scaled) sum = sum * load(args.scales + slice.index * args.scale_step + first);
+    if constexpr (Scaled) sum = sum * load(args.scales + slice.index * args.scale_stride + first);
     if (slice.index > 0) sum = sum + load_up_to(out + first, args.columns - first);
     store_up_to(out + first, bias ? sum + load(bias + first) : sum, args.columns - first);
   }
@@ -57,20 +57,21 @@ inline void project(const ProjectArgs& args) noexcept {
   constexpr bool codes = scaled<B>;
   const std::int64_t all = ceil_div(args.depth, Unit::cell);
   const std::int64_t most = codes ? all / args.groups : depth_slice / Unit::cell;
-  const std::int64_t panel_step = args.panel_step / static_cast<std::int64_t>(sizeof(B));
+  const std::int64_t panel_stride = args.panel_stride / static_cast<std::int64_t>(sizeof(B));
   for (DepthSlice slice{0, 0, false}; !slice.last; slice.first += most, ++slice.index) {
     const std::int64_t depth = all - slice.first < most ? all - slice.first : most;
     slice.last = slice.first + depth == all;
-    const RowMajor<A> x{static_cast<const A*>(args.x) + slice.first, args.x_step / Unit::cell};
+    const RowMajor<A> x{static_cast<const A*>(args.x) + slice.first, args.x_stride / Unit::cell};
     const B* panel = static_cast<const B*>(args.panel) + slice.first * width;
     std::int64_t first = 0;
     if (args.rows == 1)
-      for (; first + (together - 1) * width < args.columns; first += together * width, panel += together * panel_step) {
+      for (; first + (together - 1) * width < args.columns;
+           first += together * width, panel += together * panel_stride) {
         Vec<T> sums[together][Vectors];
-        multiply_row<Unit>(x.data, panel, panel_step, depth, sums);
+        multiply_row<Unit>(x.data, panel, panel_stride, depth, sums);
         for (int p = 0; p < together; ++p) store_row<codes>(args, slice, 0, first + p * width, sums[p]);
       }
-    for (; first < args.columns; first += width, panel += panel_step)
+    for (; first < args.columns; first += width, panel += panel_stride)
       multiply_rows<TileRows, Vectors, Unit>(x, args.rows, RightOperand<B>{panel, width, depth},
                                              [&](std::int64_t row, const auto& sums) {
                                                for (const auto& s : sums)

@@ -22,18 +22,18 @@ struct CodeSums {
   static constexpr int digit_bytes = code_digits * Bytes::width;
 
   // Loads the initial values of the sums. `digits`: the vectors of the first query (see CodeProducts::Memory).
-  [[gnu::always_inline]] void start(const std::int8_t* digits, std::int64_t digit_step) {
+  [[gnu::always_inline]] void start(const std::int8_t* digits, std::int64_t digit_stride) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
       for (int n = 0; n < code_digits; ++n)
 #pragma GCC unroll 8
-        for (int g = 0; g < Groups; ++g) sums[r][n][g] = load_integers(digits + r * digit_step + n * Bytes::width);
+        for (int g = 0; g < Groups; ++g) sums[r][n][g] = load_integers(digits + r * digit_stride + n * Bytes::width);
   }
 
   // Multiplies the first eight (Half = 0) or the last eight (Half = 1) codes of each quarter.
   template <int Half, class Load>
-  [[gnu::always_inline]] void add_half(const std::int8_t* digits, std::int64_t digit_step, Load load_codes) {
+  [[gnu::always_inline]] void add_half(const std::int8_t* digits, std::int64_t digit_stride, Load load_codes) {
     Bytes codes[Groups][2];
 #pragma GCC unroll 8
     for (int g = 0; g < Groups; ++g) {
@@ -50,7 +50,7 @@ struct CodeSums {
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
         for (int n = 0; n < code_digits; ++n) {
-          const std::int64_t cell = r * digit_step + (2 * Half + c) * digit_bytes + n * Bytes::width;
+          const std::int64_t cell = r * digit_stride + (2 * Half + c) * digit_bytes + n * Bytes::width;
           const Bytes digit = in_register(load_bytes(digits + cell));
 #pragma GCC unroll 8
           for (int g = 0; g < Groups; ++g) sums[r][n][g] = add_products(codes[g][c], digit, sums[r][n][g]);
@@ -82,17 +82,17 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
   // have 64 bytes: four quarters of four cells. For each i from 0 to 3, there is one vector per digit. In each quarter
   // of this vector, all four cells are copies of cell i of the same quarter of the digits, as `add_products` needs it.
   struct Memory : Base::Memory {
-    std::int64_t digit_step;
+    std::int64_t digit_stride;
     std::int8_t* digits;
     float* power;  // NaN: the query is not finite
 
     Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Base::Memory(base, rows, key_block, head_dim, value_dim),
-          digit_step((1 + cells * ceil_div(head_dim, Bytes::width)) * digit_bytes) {
+          digit_stride((1 + cells * ceil_div(head_dim, Bytes::width)) * digit_bytes) {
       Carver carver{static_cast<char*>(base), bytes};
-      out_step = round_up(value_dim, Bytes::width);
-      out = carver.take<float>(rows * out_step);
-      digits = carver.take<std::int8_t>(rows * digit_step);
+      out_stride = round_up(value_dim, Bytes::width);
+      out = carver.take<float>(rows * out_stride);
+      digits = carver.take<std::int8_t>(rows * digit_stride);
       power = carver.take<float>(rows);
       bytes = carver.used;
     }
@@ -102,7 +102,7 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
 
   // Rounds a query, and splits it into digits from -128 to 127.
   static void prepare(const RowBlock& block, const Memory& s, int row) {
-    const float* query = s.queries + row * s.query_step;
+    const float* query = s.queries + row * s.query_stride;
     VecF size = broadcast(0.0f);
     Mask<float> finite = size == size;
     for (std::int64_t d = 0; d < block.head_dim; d += W) {
@@ -113,7 +113,7 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
     // The largest number with three such digits is 127 * 65536 + 127 * 256 + 127, which is 2^23 divided by 1.004.
     const int power = power_above(reduce_max(size) * (1 + 0x1p-7f)) - 23;
     s.power[row] = all(finite) ? static_cast<float>(power) : __builtin_nanf("");
-    std::int8_t* first = s.digits + row * s.digit_step;
+    std::int8_t* first = s.digits + row * s.digit_stride;
     Integers totals[code_digits] = {broadcast(0), broadcast(0), broadcast(0)};
     for (std::int64_t d = 0; d < block.head_dim; d += Bytes::width)
       split(query + d, block.head_dim - d, power, first + digit_bytes + d / Bytes::width * cells * digit_bytes, totals);
@@ -131,7 +131,7 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
         dot_rows<max_rows_at_once, false>(block, s, keys, first, 0);
     const VecF multiplier = broadcast(static_cast<float>(block.scoring.multiplier));
     for (int r = 0; r < block.count; ++r) {
-      float* scores = s.scores + r * s.score_step;
+      float* scores = s.scores + r * s.score_stride;
       const VecF power = broadcast(s.power[r]);
       for (int j = 0; j < keys.count; j += W) store(scores + j, scale_by_power(load(scores + j), power) * multiplier);
       if (s.power[r] != s.power[r]) recompute(block, s, keys, r);
@@ -166,14 +166,14 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
   // Computes the products of a chunk's keys. Whole: rows of keys are whole vectors of bytes.
   template <int Rows, bool Whole>
   static void dot_rows(const RowBlock& block, const Memory& s, const KeyBlock& keys, int first, int row) {
-    constexpr int step = CodeSums<Rows>::keys;
+    constexpr int stride = CodeSums<Rows>::keys;
     const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
     for (; row + Rows <= block.count; row += Rows)
-      for (int j = first; j < last; j += step) {
-        const void* repeated[step + rows_ahead];
+      for (int j = first; j < last; j += stride) {
+        const void* repeated[stride + rows_ahead];
         const void* const* rows = keys.key_rows + j;
-        if (const int left = keys.count - j; left < step) {  // beyond the end, the last key is read again
-          for (int i = 0; i < step + rows_ahead; ++i) repeated[i] = rows[i < left ? i : left - 1];
+        if (const int left = keys.count - j; left < stride) {  // beyond the end, the last key is read again
+          for (int i = 0; i < stride + rows_ahead; ++i) repeated[i] = rows[i < left ? i : left - 1];
           rows = repeated;
         }
         dot_keys<Rows, Whole>(block, s, rows, row, j);
@@ -186,10 +186,10 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
   [[gnu::noinline]] static void dot_keys(const RowBlock& block, const Memory& s, const void* const* rows, int row,
                                          int first) {
     using Sums = CodeSums<Rows>;
-    const std::int64_t digit_step = s.digit_step, head_dim = block.head_dim;
-    const std::int8_t* digits = s.digits + row * digit_step;
+    const std::int64_t digit_stride = s.digit_stride, head_dim = block.head_dim;
+    const std::int8_t* digits = s.digits + row * digit_stride;
     Sums sums;
-    sums.start(digits, digit_step);
+    sums.start(digits, digit_stride);
     digits += digit_bytes;
     for (std::int64_t d = 0; d < head_dim; d += Bytes::width, digits += cells * digit_bytes) {
       if (row == 0)
@@ -198,28 +198,28 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
         const Int8* codes = row_of<Int8>(rows, i) + d;
         return Whole || head_dim - d >= Bytes::width ? load_bytes(codes) : load_bytes(codes, head_dim - d);
       };
-      sums.template add_half<0>(digits, digit_step, load_codes);
-      sums.template add_half<1>(digits, digit_step, load_codes);
+      sums.template add_half<0>(digits, digit_stride, load_codes);
+      sums.template add_half<1>(digits, digit_stride, load_codes);
     }
-    float* scores = s.scores + row * s.score_step + first;
+    float* scores = s.scores + row * s.score_stride + first;
     if constexpr (Rows == 4) {
-      store_halves(scores, scores + s.score_step, sums.template joined<0>());
-      store_halves(scores + 2 * s.score_step, scores + 3 * s.score_step, sums.template joined<4>());
+      store_halves(scores, scores + s.score_stride, sums.template joined<0>());
+      store_halves(scores + 2 * s.score_stride, scores + 3 * s.score_stride, sums.template joined<4>());
     } else {
       store(scores, sums.template joined<0>());
-      if (Rows == 2 || first + W < s.score_step)
-        store(scores + (Rows == 2 ? s.score_step : W), sums.template joined<4>());
+      if (Rows == 2 || first + W < s.score_stride)
+        store(scores + (Rows == 2 ? s.score_stride : W), sums.template joined<4>());
     }
   }
 
   // Computes a row's scores in float, so that a query that is not finite gives what IEEE 754 says.
   static void recompute(const RowBlock& block, const Memory& s, const KeyBlock& keys, int row) {
-    const float* query = s.queries + row * s.query_step;
+    const float* query = s.queries + row * s.query_stride;
     for (int j = 0; j < keys.count; ++j) {
       const Int8* codes = row_of<Int8>(keys.key_rows, j);
       float sum = 0;
       for (std::int64_t d = 0; d < block.head_dim; ++d) sum = __builtin_fmaf(query[d], widen(codes[d]), sum);
-      s.scores[row * s.score_step + j] = sum * static_cast<float>(block.scoring.multiplier);
+      s.scores[row * s.score_stride + j] = sum * static_cast<float>(block.scoring.multiplier);
     }
   }
 };

@@ -45,12 +45,12 @@ struct RowProducts {
   static std::int64_t padded(std::int64_t count) { return round_up(count, W); }
 
   struct Memory {
-    std::int64_t query_step, out_step;
-    int score_step;
-    T* queries;  // [row][query_step], as Dots loads them, zero-padded
-    T* out;      // [row][out_step]
-    T* scores;   // [row][score_step]
-    T* terms;    // [row][score_step]
+    std::int64_t query_stride, out_stride;
+    int score_stride;
+    T* queries;  // [row][query_stride], as Dots loads them, zero-padded
+    T* out;      // [row][out_stride]
+    T* scores;   // [row][score_stride]
+    T* terms;    // [row][score_stride]
     T* rescale;
     const void** value_rows;  // KeyBlock::value_rows without values that are not finite
     E* zeros;                 // [value_dim]
@@ -60,14 +60,14 @@ struct RowProducts {
     Memory(void* base, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
         : Memory(Carver{static_cast<char*>(base)}, rows, key_block, head_dim, value_dim) {}
     Memory(Carver carver, int rows, int key_block, std::int64_t head_dim, std::int64_t value_dim)
-        : query_step(ceil_div(head_dim, Dots::elements) * W),
-          out_step(padded(value_dim)),
-          score_step(static_cast<int>(padded(key_block))),
+        : query_stride(ceil_div(head_dim, Dots::elements) * W),
+          out_stride(padded(value_dim)),
+          score_stride(static_cast<int>(padded(key_block))),
           limits(carver, rows) {
-      queries = carver.take<T>(rows * query_step);
-      out = carver.take<T>(rows * out_step);
-      scores = carver.take<T>(std::int64_t{rows} * score_step);
-      terms = carver.take<T>(std::int64_t{rows} * score_step);
+      queries = carver.take<T>(rows * query_stride);
+      out = carver.take<T>(rows * out_stride);
+      scores = carver.take<T>(std::int64_t{rows} * score_stride);
+      terms = carver.take<T>(std::int64_t{rows} * score_stride);
       rescale = carver.take<T>(rows);
       value_rows = carver.take<const void*>(key_block + rows_ahead);
       zeros = carver.take<E>(value_dim);
@@ -81,9 +81,9 @@ struct RowProducts {
   static void prepare(const RowBlock&, const Memory&, int) {}
 
   // The sums of values for a vector of dims.
-  static Vec<T> load_out(const Memory& s, int row, std::int64_t dim) { return load(s.out + row * s.out_step + dim); }
+  static Vec<T> load_out(const Memory& s, int row, std::int64_t dim) { return load(s.out + row * s.out_stride + dim); }
   static void store_out(const Memory& s, int row, std::int64_t dim, Vec<T> sums) {
-    store(s.out + row * s.out_step + dim, sums);
+    store(s.out + row * s.out_stride + dim, sums);
   }
 
   // scores = q . k * multiplier
@@ -117,7 +117,7 @@ struct RowProducts {
     const Vec<T> multiplier = broadcast(static_cast<T>(block.scoring.multiplier));
     for (; row + Rows <= block.count; row += Rows)
       for (int j = first; j < last; j += Keys) {
-        const T* queries = s.queries + row * s.query_step;
+        const T* queries = s.queries + row * s.query_stride;
         Vec<T> sums[W];
 #pragma GCC unroll 16
         for (int k = 0; k < Keys; k += abreast) {
@@ -140,7 +140,7 @@ struct RowProducts {
               right[i] = load_key(key[i] + d);
             }
             for (int r = 0; r < Rows; ++r) {
-              const Vec<T> query = in_register(load(queries + r * s.query_step + d / (elements / W)));
+              const Vec<T> query = in_register(load(queries + r * s.query_stride + d / (elements / W)));
               for (int i = 0; i < abreast; ++i) dots[i][r] = Dots::add_product(query, right[i], dots[i][r]);
             }
           };
@@ -155,7 +155,7 @@ struct RowProducts {
         if constexpr (Dots::flushes)
           if (any(is_nan(dots))) recompute_dots<Rows>(block, keys, row, j, products);
         for (int r = 0; r < Rows; ++r)
-          for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_step + j + k] = products[r * Keys + k];
+          for (int k = 0; k < Keys; ++k) s.scores[(row + r) * s.score_stride + j + k] = products[r * Keys + k];
       }
     if constexpr (Rows > 1)
       if (row < block.count) dot_rows<Rows / 2, Abreast>(block, s, keys, first, last, row);

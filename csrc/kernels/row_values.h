@@ -88,9 +88,9 @@ struct FmaValues {
           for (int j = first; j < first + chunk.count; ++j) {
             if (!sees(tile, r, j)) continue;
             const Vec<T> value = load_up_to(row_of<E>(keys.value_rows, j) + dim, block.value_dim - dim);
-            sum = fma(broadcast(s.scores[r * s.score_step + j]), value, sum);
+            sum = fma(broadcast(s.scores[r * s.score_stride + j]), value, sum);
           }
-          add_sum(s.out + r * s.out_step + dim, rescale_of(s.rescale, chunk, r), sum);
+          add_sum(s.out + r * s.out_stride + dim, rescale_of(s.rescale, chunk, r), sum);
         }
   }
 
@@ -137,7 +137,7 @@ struct FmaValues {
     Vec<T> sums[Rows][Cols];
     for (auto& line : sums)
       for (Vec<T>& sum : line) sum = broadcast(T(0));
-    const T* probs = s.scores + row * s.score_step + chunk.first_key;
+    const T* probs = s.scores + row * s.score_stride + chunk.first_key;
     for (int j = 0; j < chunk.count; ++j) {
       const E* value = one_base(row_of<E>(chunk.values, j) + dim);
       const E* later = one_base(row_of<E>(chunk.values, j + ahead) + dim);
@@ -148,18 +148,18 @@ struct FmaValues {
           if ((c + i) * W * static_cast<int>(sizeof(E)) % cache_line == 0) fetch_line(later + (c + i) * W);
           right[i] = in_register(right[i]);
           for (int r = 0; r < Rows; ++r)
-            sums[r][c + i] = fma(broadcast(probs[r * s.score_step + j]), right[i], sums[r][c + i]);
+            sums[r][c + i] = fma(broadcast(probs[r * s.score_stride + j]), right[i], sums[r][c + i]);
         }
       }
     }
     // Members of s are read before the first store. After a store the compiler would read them again, because it
     // assumes that the store may have changed them.
-    const std::int64_t out_step = s.out_step;
-    T* out = s.out + row * out_step + dim;
+    const std::int64_t out_stride = s.out_stride;
+    T* out = s.out + row * out_stride + dim;
     Vec<T> rescale[Rows];
     for (int r = 0; r < Rows; ++r) rescale[r] = rescale_of(s.rescale, chunk, row + r);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r, out += out_step)
+    for (int r = 0; r < Rows; ++r, out += out_stride)
 #pragma GCC unroll 16
       for (int c = 0; c < Cols; c += together) {
         Vec<T> ordered[together];

@@ -92,22 +92,22 @@ inline Vec<T> term_chunk(const Row& row, const Scoring& scoring, std::int64_t ke
   constexpr int W = Vec<T>::width;
   Vec<T> term = broadcast(T(0));
   if (row.bias) {
-    const char* bias = row.bias + key * scoring.bias_step;
-    if (scoring.bias_step == 0) {
+    const char* bias = row.bias + key * scoring.bias_stride;
+    if (scoring.bias_stride == 0) {
       term = broadcast(bias_at<T>(bias, scoring.bias_type));
-    } else if (n < W || scoring.bias_step != size_of(scoring.bias_type) ||
+    } else if (n < W || scoring.bias_stride != size_of(scoring.bias_type) ||
                !with_numbers<T>(bias, scoring.bias_type, [&](const auto* numbers) { term = load(numbers); })) {
       T buffer[W];
       for (int j = 0; j < W; ++j)
-        buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * scoring.bias_step, scoring.bias_type);
+        buffer[j] = bias_at<T>(bias + (j < n ? j : n - 1) * scoring.bias_stride, scoring.bias_type);
       term = load(buffer);
     }
   }
   if (scoring.mask) {
-    const std::uint8_t* mask = row.mask + key * scoring.mask_step;
+    const std::uint8_t* mask = row.mask + key * scoring.mask_stride;
     std::uint8_t buffer[16] = {};
-    if (scoring.mask_step != 1 || n < W) {
-      for (int j = 0; j < W; ++j) buffer[j] = mask[(j < n ? j : n - 1) * scoring.mask_step];
+    if (scoring.mask_stride != 1 || n < W) {
+      for (int j = 0; j < W; ++j) buffer[j] = mask[(j < n ? j : n - 1) * scoring.mask_stride];
       mask = buffer;
     }
     const Vec<T> hidden = load_hidden(mask, T());
@@ -120,8 +120,8 @@ inline Vec<T> term_chunk(const Row& row, const Scoring& scoring, std::int64_t ke
 template <class T>
 inline bool hides(const Row& row, const Scoring& scoring, std::int64_t key) {
   if (key < row.key_begin || key >= row.key_end) return true;
-  if (scoring.mask && row.mask[key * scoring.mask_step] == 0) return true;
-  return scoring.bias && bias_at<T>(row.bias + key * scoring.bias_step, scoring.bias_type) == minus_infinity<T>;
+  if (scoring.mask && row.mask[key * scoring.mask_stride] == 0) return true;
+  return scoring.bias && bias_at<T>(row.bias + key * scoring.bias_stride, scoring.bias_type) == minus_infinity<T>;
 }
 
 // Whether a key of a tile is hidden from all rows of the tile.
@@ -145,12 +145,12 @@ inline Sight sight_of(const Row& row, const Scoring& scoring, std::int64_t key, 
     }
     return Sight::nothing;
   }
-  const std::uint8_t* mask = row.mask + key * scoring.mask_step;
+  const std::uint8_t* mask = row.mask + key * scoring.mask_stride;
   int seen = 0;
-  if (scoring.mask_step == 1)
+  if (scoring.mask_stride == 1)
     for (int j = 0; j < count; ++j) seen += mask[j] != 0;
   else
-    for (int j = 0; j < count; ++j) seen += mask[j * scoring.mask_step] != 0;
+    for (int j = 0; j < count; ++j) seen += mask[j * scoring.mask_stride] != 0;
   return seen == 0 ? Sight::nothing : seen == count ? Sight::everything : Sight::some;
 }
 
@@ -211,23 +211,23 @@ struct TileTerms {
     constexpr int W = Vec<T>::width;
     for (int j = 0; j < tile.num_keys; j += W) {
       const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
-      T* first = cells + j * tile.step;
+      T* first = cells + j * tile.stride;
       if (tile.shares_terms) {  // the terms depend on keys only: read once, then broadcast
         T shared[W];
         store(shared, (*this)(tile.rows[0], j, n));
         for (int i = 0; i < n; ++i)
-          for (int l = 0; l < tile.lanes; l += W) use(first + i * tile.step + l, broadcast(shared[i]));
+          for (int l = 0; l < tile.lanes; l += W) use(first + i * tile.stride + l, broadcast(shared[i]));
         continue;
       }
       for (int l = 0; l < tile.lanes; l += W) {
         if (scoring.toeplitz && l + W <= tile.num_rows) {
           const T* last = reinterpret_cast<const T*>(tile.rows[l + W - 1].bias) + tile.first_key + j;
-          for (int i = 0; i < n; ++i) use(first + i * tile.step + l, reverse(load(last + i)));
+          for (int i = 0; i < n; ++i) use(first + i * tile.stride + l, reverse(load(last + i)));
         } else if (are_adjacent(l)) {
-          const char* bias = tile.rows[l].bias + (tile.first_key + j) * scoring.bias_step;
-          for (int i = 0; i < n; ++i, bias += scoring.bias_step)
+          const char* bias = tile.rows[l].bias + (tile.first_key + j) * scoring.bias_stride;
+          for (int i = 0; i < n; ++i, bias += scoring.bias_stride)
             with_numbers<T>(bias, scoring.bias_type,
-                            [&](const auto* numbers) { use(first + i * tile.step + l, load(numbers)); });
+                            [&](const auto* numbers) { use(first + i * tile.stride + l, load(numbers)); });
         } else {
           AcrossRows::each_of_square(tile, cells, AcrossRows::Square{j, n, l}, *this, use);
         }
@@ -241,7 +241,7 @@ struct TileTerms {
   bool are_adjacent(int lane) const {
     const std::int64_t size = size_of(scoring.bias_type);
     const Row* rows = tile.rows + lane;
-    if (scoring.mask || scoring.bias_step == size || scoring.bias_step % size != 0 ||
+    if (scoring.mask || scoring.bias_stride == size || scoring.bias_stride % size != 0 ||
         lane + Vec<T>::width > tile.num_rows)
       return false;
     if (!with_numbers<T>(rows[0].bias, scoring.bias_type, [](const auto*) {})) return false;

@@ -30,7 +30,7 @@ struct RowLimits {
         slope(carver.take<T>(rows)) {}
 };
 
-// scores[outer * step + lane]
+// scores[outer * stride + lane]
 //
 // Functions in hot loops are always inlined, and other functions take a tile by value. GCC then knows which fields are
 // constant, and can unroll loops over lanes.
@@ -40,7 +40,7 @@ struct ScoreTile {
   const T* terms;  // mask and bias, in the shape of the scores; null if `visible` need not read them
   int outer;       // keys if vectors run across rows; rows if they run across keys
   int lanes;       // a multiple of the vector width
-  int step;
+  int stride;
   bool limited;  // whether keys or padding lanes may be outside a row's limits
   RowLimits<T> limits;
   const Row* rows;
@@ -50,7 +50,7 @@ struct ScoreTile {
   int num_keys;
 };
 
-// The two types for `Axes`. Three of their functions return a vector for the scores from [outer * step + lane] on:
+// The two types for `Axes`. Three of their functions return a vector for the scores from [outer * stride + lane] on:
 //   key          the key of each lane, counted from the tile's first key
 //   of_row       the number in `values` that belongs to each lane's row
 //   max_of_line  the maximum of each lane's row, from the maxima of single lanes
@@ -93,15 +93,15 @@ struct AcrossRows {
     for (int i = 0; i < W; ++i)
       square[i] = at.lane + i < tile.num_rows ? row_chunk(tile.rows[at.lane + i], at.key, at.n) : broadcast(T(0));
     transpose(square);
-    T* first = cells + at.key * tile.step + at.lane;
-    for (int i = 0; i < at.n; ++i) use(first + i * tile.step, square[i]);
+    T* first = cells + at.key * tile.stride + at.lane;
+    for (int i = 0; i < at.n; ++i) use(first + i * tile.stride, square[i]);
   }
 
   template <class T, class RowAddress>
   static void store_rows(const ScoreTile<T>& tile, RowAddress address) {
     columns_to_rows<T>(
         tile.num_rows, tile.num_keys, [&](int row) { return address(tile.rows[row]); },
-        [&](std::int64_t key, int row) { return load(tile.scores + key * tile.step + row); });
+        [&](std::int64_t key, int row) { return load(tile.scores + key * tile.stride + row); });
   }
 };
 
@@ -127,7 +127,7 @@ struct AcrossKeys {
     for (int r = 0; r < tile.num_rows; ++r)
       for (int j = 0; j < tile.num_keys; j += W) {
         const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
-        use(cells + r * tile.step + j, row_chunk(tile.rows[r], j, n));
+        use(cells + r * tile.stride + j, row_chunk(tile.rows[r], j, n));
       }
   }
 
@@ -137,7 +137,7 @@ struct AcrossKeys {
     for (int r = 0; r < tile.num_rows; ++r) {
       T* to = address(tile.rows[r]);
       for (int j = 0; j < tile.num_keys; j += Vec<T>::width)
-        store_up_to(to + j, load(tile.scores + r * tile.step + j), tile.num_keys - j);
+        store_up_to(to + j, load(tile.scores + r * tile.stride + j), tile.num_keys - j);
     }
   }
 };
@@ -146,7 +146,7 @@ template <class T, class Change>
 [[gnu::always_inline]] inline void change_scores(const ScoreTile<T>& tile, Change change) {
   for (int o = 0; o < tile.outer; ++o)
     for (int l = 0; l < tile.lanes; l += Vec<T>::width) {
-      T* score = tile.scores + o * tile.step + l;
+      T* score = tile.scores + o * tile.stride + l;
       store(score, change(load(score), o, l));
     }
 }
@@ -157,7 +157,7 @@ inline Mask<T> visible(const ScoreTile<T>& tile, int outer, int lane) {
   const RowLimits<T>& row = tile.limits;
   Mask<T> seen = (Axes::of_row(row.begin, outer, lane) <= key) & (key < Axes::of_row(row.end, outer, lane));
   if (tile.terms) {
-    const Vec<T> term = load(tile.terms + outer * tile.step + lane);
+    const Vec<T> term = load(tile.terms + outer * tile.stride + lane);
     seen = seen & ((broadcast(minus_infinity<T>) < term) | is_nan(term));
   }
   return seen;

@@ -5,13 +5,13 @@
 
 namespace selfattn::SELFATTN_ISA {
 
-// The scores of one softmax: lines of Cols vectors, `step` elements apart. `end` is a pointer, so that loops need no
+// The scores of one softmax: lines of Cols vectors, `stride` elements apart. `end` is a pointer, so that loops need no
 // other counter.
 template <class T>
 struct ScoreLines {
   T* scores;
   T* end;
-  int step;
+  int stride;
 };
 
 template <class T, int Cols>
@@ -30,7 +30,7 @@ template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
   const Vec<T> nothing = broadcast(minus_infinity<T>);
   Vec<T> peak[Cols], shift[Cols], sum[Cols];
   for (int c = 0; c < Cols; ++c) peak[c] = step.peak[c];
-  for (const T* line = lines.scores; line < lines.end; line += lines.step)
+  for (const T* line = lines.scores; line < lines.end; line += lines.stride)
     for (int c = 0; c < Cols; ++c) peak[c] = max(peak[c], scaled(load(line + c * W)));
   for (int c = 0; c < Cols; ++c) {
     peak[c] = Axes::max_of_line(peak[c]);
@@ -40,11 +40,11 @@ template <class Axes, int Cell, class T, int Cols, class Scaled, class Keep>
     step.peak[c] = peak[c];
     sum[c] = broadcast(T(0));
   }
-  for (T* line = lines.scores; line < lines.end; line += Cell * lines.step)
+  for (T* line = lines.scores; line < lines.end; line += Cell * lines.stride)
     for (int c = 0; c < Cols; ++c) {
       Vec<T> prob[Cell];
       for (int i = 0; i < Cell; ++i) {
-        const T* score = line + i * lines.step;
+        const T* score = line + i * lines.stride;
         const bool there = i == 0 || score < lines.end;
         prob[i] = there ? exp2(scaled(load(score + c * W)) - shift[c]) : broadcast(T(0));
         sum[c] = sum[c] + prob[i];

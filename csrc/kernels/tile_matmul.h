@@ -26,23 +26,23 @@ struct FmaUnit {
 template <class T>
 struct RowMajor {
   const T* data;
-  std::int64_t step;  // cells from one row to the next
-  T at(int r, std::int64_t k) const { return data[r * step + k]; }
-  RowMajor from_row(std::int64_t r) const { return {data + r * step, step}; }
+  std::int64_t stride;  // cells from one row to the next
+  T at(int r, std::int64_t k) const { return data[r * stride + k]; }
+  RowMajor from_row(std::int64_t r) const { return {data + r * stride, stride}; }
 };
 template <class T>
 struct Transposed {
   const T* data;
-  std::int64_t step;
-  T at(int r, std::int64_t k) const { return data[k * step + r]; }
-  Transposed from_row(std::int64_t r) const { return {data + r, step}; }
+  std::int64_t stride;
+  T at(int r, std::int64_t k) const { return data[k * stride + r]; }
+  Transposed from_row(std::int64_t r) const { return {data + r, stride}; }
 };
 
 // The right operand of a product: `depth` lines of vectors.
 template <class T>
 struct RightOperand {
   const T* data;
-  std::int64_t step;  // cells from one line to the next
+  std::int64_t stride;  // cells from one line to the next
   std::int64_t depth;
 };
 
@@ -61,7 +61,7 @@ template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A
   for (std::int64_t k = 0; k < b.depth;) {
     fetches.fetch();
     const std::int64_t end = b.depth - k < Fetches::interval ? b.depth : k + Fetches::interval;
-    for (; k < end; ++k, b.data += b.step) {
+    for (; k < end; ++k, b.data += b.stride) {
       Vec<T> right[Cols];
       for (int c = 0; c < Cols; ++c) right[c] = load(b.data + c * Vec<T>::width);
       for (int r = 0; r < Rows; ++r) {

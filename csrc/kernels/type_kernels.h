@@ -71,7 +71,7 @@ inline void narrow(const float* from, std::int64_t count, void* to) noexcept {
 }
 
 template <class T, class E>
-inline void transpose(const void* from, std::int64_t step, std::int64_t rows, std::int64_t columns, DType to_type,
+inline void transpose(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, DType to_type,
                       void* to) noexcept {
   // A few columns at a time, so that memory is read in a few sequential streams.
   const auto store_as = [&](auto* result) {
@@ -81,7 +81,7 @@ inline void transpose(const void* from, std::int64_t step, std::int64_t rows, st
           static_cast<int>(rows), left < Vec<T>::width ? left : Vec<T>::width,
           [&](int row) { return result + row * columns + first; },
           [&](std::int64_t column, int row) {
-            return load_up_to(static_cast<const E*>(from) + (first + column) * step + row, rows - row);
+            return load_up_to(static_cast<const E*>(from) + (first + column) * stride + row, rows - row);
           });
     }
   };

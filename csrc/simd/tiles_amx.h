@@ -25,15 +25,15 @@ inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
 }
 
-// `step`: floats (or cells of two bfloat16) from one row to the next.
+// `stride`: floats (or cells of two bfloat16) from one row to the next.
 template <int Tile>
-inline void load_tile(const float* p, std::int64_t step) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(step * 4), "i"(Tile) : "memory");
+inline void load_tile(const float* p, std::int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride * 4), "i"(Tile) : "memory");
 }
 
 template <int Tile>
-inline void store_tile(float* p, std::int64_t step) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(step * 4), "i"(Tile) : "memory");
+inline void store_tile(float* p, std::int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride * 4), "i"(Tile) : "memory");
 }
 
 // Sums[m][n] += sum over k of dot(Left[m][k], Right[k][n]), where dot is the dot product of two cells.

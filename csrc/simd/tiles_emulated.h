@@ -25,20 +25,20 @@ inline void clear_tile() {
 }
 
 template <int Tile>
-inline void load_tile(const float* p, std::int64_t step) {
+inline void load_tile(const float* p, std::int64_t stride) {
   need_tiles();
   for (VecF& row : tiles.row[Tile]) {
     row = load(p);
-    p += step;
+    p += stride;
   }
 }
 
 template <int Tile>
-inline void store_tile(float* p, std::int64_t step) {
+inline void store_tile(float* p, std::int64_t stride) {
   need_tiles();
   for (const VecF& row : tiles.row[Tile]) {
     store(p, row);
-    p += step;
+    p += stride;
   }
 }
 

@@ -249,10 +249,10 @@ def test_words_have_the_codes_of_the_core() -> None:
 
 @pytest.mark.parametrize("code", [-1, 6, 1 << 40, None, "relu", 1.0])
 def test_other_codes_are_refused(code: Any) -> None:
-    with pytest.raises(TypeError, match="is not a code"):
+    with pytest.raises(TypeError, match="is not the number of a choice"):
         _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), code)
     array = np.zeros((1, 1, 1, 1), np.float32)
-    with pytest.raises(TypeError, match="is not a code"):
+    with pytest.raises(TypeError, match="is not the number of a choice"):
         _core.make_cache_store(k=(array, None, 1), v=(array, None, 1), dtype=code, window=-1)
 
 

@@ -38,10 +38,10 @@ template <class T>
 class Rows {
  public:
   Rows(int count, int width, int lanes)
-      : step_((width + lanes - 1) / lanes * lanes),
+      : stride_((width + lanes - 1) / lanes * lanes),
         count_(count),
-        memory_(static_cast<std::size_t>(count * step_) * sizeof(T)) {
-    std::fill_n(&at(0, 0), count * step_, T{});
+        memory_(static_cast<std::size_t>(count * stride_) * sizeof(T)) {
+    std::fill_n(&at(0, 0), count * stride_, T{});
   }
 
   Rows& random(std::mt19937& source, int width) {
@@ -51,12 +51,12 @@ class Rows {
     return *this;
   }
 
-  T& at(int row, int column) const { return reinterpret_cast<T*>(memory_.data())[row * step_ + column]; }
+  T& at(int row, int column) const { return reinterpret_cast<T*>(memory_.data())[row * stride_ + column]; }
   T* data() const { return &at(0, 0); }
-  int step() const { return step_; }
+  int stride() const { return stride_; }
 
  private:
-  int step_, count_;
+  int stride_, count_;
   GuardedMemory memory_;
 };
 
@@ -143,7 +143,7 @@ struct Call {
     block.dvalues = wanted.dvalue ? dvalue.data() : nullptr;
     block.finite = finite;
     block.dscores = wanted.dscore ? dscore.data() : nullptr;
-    block.dscore_step = dscore.step();
+    block.dscore_stride = dscore.stride();
     block.scratch = scratch.data();
     kernel.run(block);
   }

@@ -36,11 +36,11 @@ float quantise(const Array& from, std::int64_t position, std::int64_t width, DTy
 test::GuardedMemory not_a_number(std::int64_t bytes, std::int64_t pieces) {
   const auto count = static_cast<std::size_t>(pieces), size = static_cast<std::size_t>(bytes);
   test::GuardedMemory memory(size, count);
-  for (std::size_t i = 0; i < count; ++i) std::memset(memory.data() + i * memory.step(), 0xff, size);
+  for (std::size_t i = 0; i < count; ++i) std::memset(memory.data() + i * memory.stride(), 0xff, size);
   return memory;
 }
 
-std::int64_t step_of(const test::GuardedMemory& memory) { return static_cast<std::int64_t>(memory.step()); }
+std::int64_t stride_of(const test::GuardedMemory& memory) { return static_cast<std::int64_t>(memory.stride()); }
 
 }  // namespace
 
@@ -138,32 +138,32 @@ void CachedCase::fill(Side& side, const Array& from) {
 // `position`: the position of the row's first element in the array. `place`: the number of slots before the row.
 void CachedCase::write_row(const Side& side, const Array& from, std::int64_t position, std::int64_t place) const {
   const std::int64_t size = size_of(dtype_), piece = place / slots_, slot = place % slots_;
-  char* to = side.rows->data() + piece * step_of(*side.rows) + slot * row_bytes(dtype_, side.width);
+  char* to = side.rows->data() + piece * stride_of(*side.rows) + slot * row_bytes(dtype_, side.width);
   if (!store_.codes) {
     for (std::int64_t d = 0; d < side.width; ++d)
       std::memcpy(to + d * size, from.at(position + d), static_cast<std::size_t>(size));
     return;
   }
   const float scale = quantise(from, position, side.width, dtype_, to);
-  std::memcpy(side.scales->data() + piece * step_of(*side.scales) + slot * size_of(DType::f32), &scale, sizeof scale);
+  std::memcpy(side.scales->data() + piece * stride_of(*side.scales) + slot * size_of(DType::f32), &scale, sizeof scale);
 }
 
 void CachedCase::describe(Side& side) const {
   const std::size_t head = case_.options.layout == selfattn::Layout::bshd ? 2 : 1,
                     key = case_.options.layout == selfattn::Layout::bshd ? 1 : 2;
-  const std::int64_t step = step_of(*side.rows);
+  const std::int64_t stride = stride_of(*side.rows);
   side.shape[0] = side.scale_shape[0] = batch_;
   side.shape[head] = side.scale_shape[1] = heads_;
   side.shape[key] = side.scale_shape[2] = length_;
   side.shape[3] = side.width;
-  side.strides[0] = paged() ? 0 : heads_ * step;
-  side.strides[head] = step;
+  side.strides[0] = paged() ? 0 : heads_ * stride;
+  side.strides[head] = stride;
   side.strides[key] = row_bytes(dtype_, side.width);
   side.strides[3] = size_of(dtype_);
   if (!side.scales) return;
-  const std::int64_t scale_step = step_of(*side.scales);
-  side.scale_strides[0] = paged() ? 0 : heads_ * scale_step;
-  side.scale_strides[1] = scale_step;
+  const std::int64_t scale_stride = stride_of(*side.scales);
+  side.scale_strides[0] = paged() ? 0 : heads_ * scale_stride;
+  side.scale_strides[1] = scale_stride;
   side.scale_strides[2] = size_of(DType::f32);
 }
 
@@ -174,15 +174,15 @@ AttentionArguments CachedCase::arguments() const {
   if (paged() || store_.ring) a.pages.size = slots_;
   if (paged()) {
     a.pages.tables = tables_.data();
-    a.key_page = heads_ * step_of(*key_.rows);
-    a.value_page = heads_ * step_of(*value_.rows);
+    a.key_page = heads_ * stride_of(*key_.rows);
+    a.value_page = heads_ * stride_of(*value_.rows);
   }
   if (!store_.codes) return a;
   a.key_scales = {key_.scales->data(), DType::f32, 3, key_.scale_shape, key_.scale_strides};
   a.value_scales = {value_.scales->data(), DType::f32, 3, value_.scale_shape, value_.scale_strides};
   if (paged()) {
-    a.key_scale_page = heads_ * step_of(*key_.scales);
-    a.value_scale_page = heads_ * step_of(*value_.scales);
+    a.key_scale_page = heads_ * stride_of(*key_.scales);
+    a.value_scale_page = heads_ * stride_of(*value_.scales);
   }
   return a;
 }

@@ -175,9 +175,11 @@ class Definition {
     const AttentionArguments& o = c_.options;
     if (o.dropout == 0) return 1;
     const auto word = [](std::int64_t n) { return static_cast<std::uint32_t>(n); };
-    const std::uint32_t place[] = {word(row.entry + o.first_entry), word(row.head), word(row.query), word(j / 4)};
+    const std::uint32_t coordinates[] = {word(row.entry + o.first_entry), word(row.head), word(row.query), word(j / 4)};
     const double threshold = std::nearbyint(std::ldexp(o.dropout, 32));
-    return philox_word(place, o.seed, static_cast<int>(j % 4)) < threshold ? 0 : 1 / (1 - static_cast<Wide>(o.dropout));
+    return philox_word(coordinates, o.seed, static_cast<int>(j % 4)) < threshold
+               ? 0
+               : 1 / (1 - static_cast<Wide>(o.dropout));
   }
 
   // The element of an array (heads, count, ...) or (count, ...) for the distance between query and key, clamped to the

@@ -82,14 +82,15 @@ void check_factors(int count, std::int64_t first_key, int keys, std::int64_t ski
   const Dropout dropout{1.25, 0x33333333, 0x0123456789abcdef, skipped};
   Row rows[most_rows]{};
   for (int r = 0; r < count; ++r) {
-    rows[r].place[0] = 3;
-    rows[r].place[1] = static_cast<std::uint32_t>(r % 3);
-    rows[r].place[2] = static_cast<std::uint32_t>(100 + r / 3);
+    rows[r].coordinates[0] = 3;
+    rows[r].coordinates[1] = static_cast<std::uint32_t>(r % 3);
+    rows[r].coordinates[2] = static_cast<std::uint32_t>(100 + r / 3);
   }
   const auto exact = [&](int row, std::int64_t key_of_call) {
     const std::int64_t key = skipped + key_of_call;
-    const std::uint32_t* place = rows[row].place;
-    const std::uint32_t counter[4] = {place[0], place[1], place[2], static_cast<std::uint32_t>(key / 4)};
+    const std::uint32_t* coordinates = rows[row].coordinates;
+    const std::uint32_t counter[4] = {coordinates[0], coordinates[1], coordinates[2],
+                                      static_cast<std::uint32_t>(key / 4)};
     return philox_word(counter, dropout.seed, static_cast<int>(key % 4)) < dropout.threshold ? T(0) : T(1.25);
   };
   const int lanes = (count + W - 1) / W * W;

@@ -13,13 +13,13 @@ class GuardedMemory {
   GuardedMemory(const GuardedMemory&) = delete;
   GuardedMemory& operator=(const GuardedMemory&) = delete;
 
-  char* data() const { return first_; }       // the first piece
-  std::size_t step() const { return step_; }  // bytes from one piece to the next; each piece ends at a guard
+  char* data() const { return first_; }           // the first piece
+  std::size_t stride() const { return stride_; }  // bytes from one piece to the next; each piece ends at a guard
 
  private:
   char* map_;
   char* first_;
-  std::size_t step_;
+  std::size_t stride_;
   std::size_t mapped_;
 };
 

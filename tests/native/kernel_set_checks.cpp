@@ -31,12 +31,12 @@ void check_project(const TypeKernels& kernels, DType dtype, bool fuses, int rows
   const auto x = numbers<T>(static_cast<std::size_t>(rows * depth));
   const auto panel = numbers<T>(static_cast<std::size_t>(depth * panel_columns));
   const auto bias = numbers<T>(static_cast<std::size_t>(panel_columns));
-  const int out_step = columns + gap;
-  std::vector<T> out(static_cast<std::size_t>(rows * out_step), untouched);
+  const int out_stride = columns + gap;
+  std::vector<T> out(static_cast<std::size_t>(rows * out_stride), untouched);
   kernels.of(dtype).project(
-      {x.data(), depth, rows, depth, panel.data(), with_bias ? bias.data() : nullptr, out.data(), out_step, columns});
+      {x.data(), depth, rows, depth, panel.data(), with_bias ? bias.data() : nullptr, out.data(), out_stride, columns});
   for (int i = 0; i < rows; ++i)
-    for (int n = 0; n < out_step; ++n) {
+    for (int n = 0; n < out_stride; ++n) {
       T sum = 0;
       for (int k = 0; k < depth && n < columns; ++k) {
         const T a = x[static_cast<std::size_t>(i * depth + k)],
@@ -44,7 +44,7 @@ void check_project(const TypeKernels& kernels, DType dtype, bool fuses, int rows
         sum = fuses ? std::fma(a, b, sum) : a * b + sum;
       }
       if (with_bias && n < columns) sum += bias[static_cast<std::size_t>(n)];
-      expect_same(out[static_cast<std::size_t>(i * out_step + n)], n < columns ? sum : untouched, "project");
+      expect_same(out[static_cast<std::size_t>(i * out_stride + n)], n < columns ? sum : untouched, "project");
     }
 }
 
@@ -87,16 +87,16 @@ template <class T>
 void check_finish(const TypeKernels& kernels, DType dtype, Activation activation, bool gated, bool added) {
   constexpr int rows = 3;
   for (int columns = 1; columns < 2 * kernels.lanes + 3; ++columns) {
-    const int step = columns + 2;
-    const auto count = static_cast<std::size_t>(rows * step);
+    const int stride = columns + 2;
+    const auto count = static_cast<std::size_t>(rows * stride);
     auto sums = numbers<T>(count), gates = numbers<T>(count);
     for (T& gate : gates) gate = 3 * gate + 1;
     const auto product = sums, gate = gates, residual = numbers<T>(count);
     std::vector<T> out(count, T(-77));
-    kernels.of(dtype).finish({activation, sums.data(), gated ? gates.data() : nullptr, step,
-                              added ? residual.data() : nullptr, step, out.data(), step, rows, columns});
+    kernels.of(dtype).finish({activation, sums.data(), gated ? gates.data() : nullptr, stride,
+                              added ? residual.data() : nullptr, stride, out.data(), stride, rows, columns});
     for (std::size_t i = 0; i < count; ++i) {
-      if (static_cast<int>(i) % step >= columns) {
+      if (static_cast<int>(i) % stride >= columns) {
         expect_same(out[i], T(-77), "finish beyond a row's end");
         continue;
       }
