@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections import defaultdict
 
-from instruction_sets import EXTENSIONS, KNOWN_ISAS, ON_EVERY_ISA
+from instruction_sets import EXTENSIONS, ON_EVERY_ISA
 from places import ROOT, TESTS
+
+import selfattn
 
 # Prints for each run of a test: the test, its instruction set, whether it is marked, whether it has a list of its own.
 COLLECT = """
@@ -37,7 +39,7 @@ def test_tests_run_on_every_instruction_set_or_say_why_not() -> None:
         found[test, marked, lists].add(isa)
     assert len(found) > 500
     # Tests of wide types alone do not repeat the kernels of AVX-512.
-    least = set(KNOWN_ISAS) - EXTENSIONS
+    least = set(selfattn.isas()) - EXTENSIONS
     for (test, marked, lists), isas in found.items():
         if marked:
             assert isas == {None}, f"{test} is marked one_isa, but takes isa"
