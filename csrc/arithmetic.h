@@ -27,6 +27,13 @@ constexpr auto round_up(A a, B b) {
   return ceil_div(a, b) * b;
 }
 
+// The greatest multiple of b that is not greater than a, for positive b.
+template <class T>
+constexpr T round_down(T a, T b) {
+  const T rest = a % b;
+  return a - (rest < 0 ? rest + b : rest);
+}
+
 // Rounds a number of bytes up to whole cache lines.
 constexpr std::size_t whole_lines(std::size_t bytes) { return round_up(bytes, std::size_t{64}); }
 

@@ -31,6 +31,7 @@ SELFATTN_SETTING(bool, causal, false)
 SELFATTN_SETTING(Precision, precision, Precision::highest)
 SELFATTN_SETTING(std::int64_t, window_left, -1)  // -1: unbounded
 SELFATTN_SETTING(std::int64_t, window_right, -1)
+SELFATTN_SETTING(std::int64_t, chunk, 0)  // queries see keys of their own chunk of this many positions; 0: all
 SELFATTN_SETTING(double, dropout, 0)      // rate at which weights are dropped, in [0, 1)
 SELFATTN_SETTING(std::uint64_t, seed, 0)  // of dropout
 // For dropout, if the call computes a part of a larger problem: the first batch entry, head, query and key of the part.

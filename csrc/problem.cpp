@@ -14,6 +14,9 @@ namespace {
 // The largest width that is accepted. Broadcast views can claim any width; up to this one, no scratch size overflows.
 constexpr std::int64_t widest = (std::int64_t{1} << 31) - 1;
 
+// The longest chunk of keys. With it, no position of a chunk's end overflows.
+constexpr std::int64_t most_chunk = std::int64_t{1} << 60;
+
 // The most elements that a result may have: more than any machine can address. Up to this number, no count of tasks and
 // no size overflows.
 constexpr std::int64_t most_in_result = std::int64_t{1} << 47;
@@ -168,7 +171,8 @@ void check_lengths(const Problem& problem, const Operand& operand, const char* f
 }
 
 bool depends_on_positions(const AttentionArguments& a) {
-  return a.causal || a.window_left >= 0 || a.window_right >= 0 || a.alibi_slopes || a.distance_bias || a.r;
+  return a.causal || a.chunk != 0 || a.window_left >= 0 || a.window_right >= 0 || a.alibi_slopes || a.distance_bias ||
+         a.r;
 }
 
 // An entry with fewer valid keys than queries nearly always comes from a right-padded batch. Aligning its last query,
@@ -256,6 +260,8 @@ void check_numbers(const AttentionArguments& a, const Problem& problem) {
   if (problem.softcap != 0 && std::abs(problem.scale) / problem.softcap > most)
     refuse(a.function, "softcap"_arg, " is ", problem.softcap, ", but ", "scale"_arg, " / ", "softcap"_arg,
            " must not exceed ", most);
+  if (problem.chunk < 0 || problem.chunk > most_chunk)
+    refuse(a.function, "chunk"_arg, " is ", problem.chunk, ", but it must be in 1..", most_chunk);
   if (!(problem.dropout >= 0 && problem.dropout < 1))
     refuse(a.function, "dropout"_arg, " is ", problem.dropout, ", but it must be at least 0 and less than 1");
 }

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "arithmetic.h"
 #include "attention_options.h"
 #include "tensor_view.h"
 
@@ -142,6 +143,7 @@ struct AttentionArguments : AttentionOptions<TensorView> {
 
 struct Problem : Settings {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
+  bool recent_mask = false;  // the mask covers only the newest q_len keys
   int ndim = 0;              // of out
   Shape batch_shape;
   std::int64_t batch = 1;  // number of entries
@@ -154,7 +156,6 @@ struct Problem : Settings {
   PerHead key_bias, relative_bias;  // head_dim contiguous doubles
   ByDistance distance_bias;         // T5: doubles, added to scores like a bias
   Pages pages;
-  bool recent_mask = false;
   KeyRange held{0, 0};        // the keys that the operands hold: all keys, or a piece
   Operand out, lse, weights;  // lse and weights may be absent
   RunningSums running;        // absent: the call starts and finishes the sums of all rows
@@ -216,12 +217,18 @@ struct ValidKeys {
   std::int64_t begin, end;   // the valid keys of a batch entry
   std::int64_t offset;       // the key aligned with query 0
   std::int64_t first, last;  // causal and window let query i see the keys first + i to last + i
+  std::int64_t chunk;        // length of the chunks of keys; 0: none
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.
 inline KeyRange visible_keys(std::int64_t query, const ValidKeys& valid) {
-  const std::int64_t begin = std::max(valid.begin, query + valid.first);
-  const std::int64_t end = std::max<std::int64_t>(std::min(valid.end, query + valid.last + 1), 0);
+  std::int64_t begin = std::max(valid.begin, query + valid.first), end = std::min(valid.end, query + valid.last + 1);
+  if (valid.chunk != 0) {
+    const std::int64_t chunk = round_down(query + valid.offset, valid.chunk);
+    begin = std::max(begin, chunk);
+    end = std::min(end, chunk + valid.chunk);
+  }
+  end = std::max<std::int64_t>(end, 0);
   return {std::min(begin, end), end};
 }
 

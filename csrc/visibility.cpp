@@ -50,7 +50,7 @@ VisibleDistances visible_distances(const Problem& problem) {
 ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
   const std::int64_t offset = problem.exact_offset_of(b);
   const VisibleDistances distances = visible_distances(problem);
-  ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far};
+  ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far, problem.chunk};
   // Offset and distance may cancel, so they are added exactly, and only the sum is clamped.
   if (distances.most) valid.first = far_sum(offset, -*distances.most);
   if (distances.least) valid.last = far_sum(offset, -*distances.least);

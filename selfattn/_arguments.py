@@ -186,6 +186,7 @@ def core_options(
     t5: Any = None,
     dropout: Any = 0.0,
     seed: Any = None,
+    chunk: Any = None,
 ) -> _core.Options:
     """Return the options of `attention`, passed in its order, in the core's form; check what the core cannot check."""
     options = _core.Options()
@@ -227,6 +228,8 @@ def core_options(
         options.distance_bias, options.distance_origin = _t5(function, t5)
     if type(dropout) is not float or dropout != 0.0 or seed is not None:
         options.dropout, options.seed = _dropout(function, dropout, seed)
+    if chunk is not None:
+        options.chunk = whole_number(function, "chunk", chunk, 1)
     return options
 
 

@@ -71,6 +71,7 @@ def attention(
     t5: T5Bias | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    chunk: int | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
@@ -100,10 +101,13 @@ def attention(
         aligns its last valid query with its last valid key.
     window : (left, right), optional
         Key j is visible iff ``−left <= j − (i + offset) <= right``, in tokens; None = unbounded on that side.
+    chunk : int, optional
+        Keys are visible only in the query's own chunk of this many positions: ``j // chunk == (i + offset) // chunk``.
+        With `causal`, this is the chunked attention of Llama 4.
     q_lens, kv_lens : integer array (B,), optional
         Number of valid queries and keys in each batch entry. Rows from q_lens on give 0 (lse −inf); keys from kv_lens
-        on are hidden. Pass both for a right-padded batch. If positions matter (causal, window, alibi_slopes, t5), a
-        kv_lens below Sq without q_lens or q_offset is a ValueError.
+        on are hidden. Pass both for a right-padded batch. If positions matter (causal, window, chunk, alibi_slopes,
+        t5), a kv_lens below Sq without q_lens or q_offset is a ValueError.
     kv_starts : integer array (B,), optional
         First valid key of each batch entry, in 0..Sk: the keys before it are hidden, as in a left-padded batch. If an
         entry's kv_starts is not below its kv_lens, no key of the entry is visible. Positions still count from the start
@@ -193,7 +197,7 @@ def attention(
     # of this function.
     options = core_options(
         "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts, scale, softcap,
-        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed,
+        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed, chunk,
     )  # fmt: skip
     if out is None:
         return _core.attention(q, k, v, None, options)

@@ -81,6 +81,7 @@ def attention_with_kvcache(
     t5: T5Bias | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    chunk: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Append new tokens to a cache and attend to everything in it, in one call.
@@ -111,8 +112,9 @@ def attention_with_kvcache(
         Query i sees the tokens up to its own position. The last query is the last token of its sequence.
     kv_starts : int or integer array, shape (B,), optional
         The tokens before it are hidden, for left-padded prompts. The positions of the others do not change.
-    window, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
-        As in `attention`. A cache with a window needs ``window=(left, ...)`` with left at most the cache's window.
+    window, chunk, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
+        As in `attention`; chunks count from the first token of a sequence. A cache with a window needs
+        ``window=(left, ...)`` with left at most the cache's window.
     dropout, seed
         As in `attention`. Queries are counted from the first query of this call, so each step needs another seed; keys
         are counted from the start of their sequence.
@@ -172,7 +174,7 @@ def attention_with_kvcache(
         v = as_array(_NAME, "v", v)
     options = core_options(  # by position, see `attention`
         _NAME, mask, bias, causal, None, window, None, None, kv_starts, scale, softcap,
-        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed,
+        alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed, chunk,
     )  # fmt: skip
     description = None if rope is None else rope_or_none(_NAME, rope)
     token_axis = 1 if layout == "bshd" else 2

@@ -42,6 +42,7 @@ class Options:
     softcap: float | None
     precision: Precision
     distance_origin: int
+    chunk: int
     dropout: float
     seed: int
     first_entry: int

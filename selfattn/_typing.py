@@ -38,6 +38,7 @@ class ScoreOptions(TypedDict, total=False):
 
     causal: bool
     window: Window | None
+    chunk: int | None
     scale: float | None
     softcap: float | None
     alibi_slopes: ArrayLike | None

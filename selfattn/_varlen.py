@@ -97,6 +97,7 @@ def attention_varlen(
     t5: T5Bias | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    chunk: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Attend within each of N sequences of different lengths; each result is bit-identical to that of a separate call.
@@ -118,7 +119,7 @@ def attention_varlen(
     kv_starts : int or integer array, shape (N,), optional
         Keys before it, counted from the start of their sequence, are hidden. Positions do not change.
     alibi_slopes : array_like, shape (H,) or (N, H), optional
-    causal, window, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
+    causal, window, chunk, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
         As in `attention`.
     dropout, seed
         As in `attention`: sequence i counts as batch entry i, and its queries and keys are counted from its own start.
@@ -159,7 +160,7 @@ def attention_varlen(
     options = core_options(
         _NAME, sinks=sinks, t5=t5, layout="bshd", causal=causal, window=window, scale=scale, softcap=softcap,
         precision=precision, return_lse=return_lse, return_weights=return_weights, num_threads=num_threads,
-        dropout=dropout, seed=seed,
+        dropout=dropout, seed=seed, chunk=chunk,
     )  # fmt: skip
     target = None if out is None else out_array(_NAME, out)
     result = _core.attention_varlen(_NAME, inputs, target, options)

@@ -46,6 +46,7 @@ def visibility(
     q_lens: ArrayLike | None = None,
     kv_lens: ArrayLike | None = None,
     kv_starts: ArrayLike | None = None,
+    chunk: int | None = None,
 ) -> NDArray[np.bool_]:
     """Return which keys each query sees, as booleans of shape ``(*batch, H, Sq, Sk)``.
 
@@ -62,6 +63,9 @@ def visibility(
         visible &= distance >= -left
     if right is not None:
         visible &= distance <= right
+    if chunk is not None:
+        keys_at = np.arange(kv_len)
+        visible &= keys_at // chunk == (keys_at - distance) // chunk
     keys, queries = per_batch(kv_lens, batch), per_batch(q_lens, batch)
     if keys is not None:
         visible &= np.arange(kv_len) < keys
@@ -99,6 +103,7 @@ def attention(
     t5: T5Bias | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    chunk: int | None = None,
     relative: tuple[Any, ...] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> Result:
@@ -130,9 +135,15 @@ def attention(
     limits: dict[str, Any] = {"q_offset": q_offset, "q_lens": q_lens, "kv_lens": kv_lens}
     visible = visibility(
         q_len, kv_len, batch, num_heads, mask=mask, bias=bias, causal=causal, window=window, kv_starts=kv_starts,
-        **limits,
+        chunk=chunk, **limits,
     )  # fmt: skip
-    positions_count = causal or alibi_slopes is not None or t5 is not None or any(x is not None for x in window or ())
+    positions_count = (
+        causal
+        or chunk is not None
+        or alibi_slopes is not None
+        or t5 is not None
+        or any(x is not None for x in window or ())
+    )
     if positions_count and q_lens is None and q_offset is None:
         _refuse_shorter_keys(kv_lens, q_len)
     scale = 1 / np.sqrt(head_dim) if scale is None else scale

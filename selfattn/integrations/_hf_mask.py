@@ -20,8 +20,20 @@ from ._deferred import Deferred
 _INTERSECTION = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _TWO_SIDED = masking_utils.sliding_window_bidirectional_overlay(1).__code__
+_CHUNKS = masking_utils.chunked_overlay(1, torch.zeros(1)).__code__
 _ATEN = torch.ops.aten
 _SUMS = {_ATEN.add, _ATEN.add_, _ATEN._foreach_add, _ATEN._foreach_add_}  # in all their overloads, such as `out=`
+
+
+class Chunks(NamedTuple):
+    """Queries see the keys of their own chunk of `size` tokens, counted from the end of the padding on the left."""
+
+    size: int
+    padding: NDArray[np.int64]  # (B,)
+
+    def starts(self, position: int) -> NDArray[np.int64]:
+        """Return where the chunk of a position starts in each batch entry."""
+        return position - (position - self.padding) % self.size
 
 
 class Pattern(NamedTuple):
@@ -30,6 +42,7 @@ class Pattern(NamedTuple):
     causal: bool
     left: int | None = None
     right: int | None = None
+    chunks: Chunks | None = None
 
 
 _CAUSAL, _EVERYTHING = Pattern(causal=True), Pattern(causal=False)
@@ -139,11 +152,18 @@ def make_mask(
     if end <= 0:
         return make()  # type: ignore[no-any-return, unused-ignore]
     options = _options(pattern, q_length, offset, end)
+    chunked = _chunked(pattern.chunks, q_length, q_offset, kv_offset)
+    if chunked is None:
+        return make()  # type: ignore[no-any-return, unused-ignore]
+    options |= chunked
     if attention_mask is not None:
         keys = _real_keys(attention_mask, kv_offset, end)
         if np.count_nonzero(keys) < keys.size:
-            options |= _padding(keys)
-    if options and ("causal" in options or "window" in options) and ("kv_lens" in options or end != offset + q_length):
+            padding = _padding(keys)
+            if "kv_starts" in padding and "kv_starts" in options:
+                padding["kv_starts"] = np.maximum(padding["kv_starts"], options["kv_starts"])
+            options |= padding
+    if options.keys() & {"causal", "window", "chunk"} and ("kv_lens" in options or end != offset + q_length):
         options["q_offset"] = np.array(offset)
     return VisibleKeys.describe((batch_size, q_length, kv_length), end, options, make)
 
@@ -169,6 +189,9 @@ def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
     if code is _WINDOW and base is masking_utils.causal_mask_function:
         left = _captured(overlay) - 1
         return Pattern(causal=True, left=left) if left >= 0 else None
+    if code is _CHUNKS and base is masking_utils.causal_mask_function:
+        size, padding = (cell.cell_contents for cell in overlay.__closure__)  # in the order of their names
+        return Pattern(causal=True, chunks=Chunks(int(size), padding.numpy().astype(np.int64)))
     if code is _TWO_SIDED and base is masking_utils.bidirectional_mask_function:
         reach = _captured(overlay)
         return Pattern(causal=False, left=reach, right=reach) if reach >= 0 else None
@@ -182,13 +205,27 @@ def _captured(function: Any) -> Any:
 
 def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str, Any]:
     """Return the options that hide keys; an option that would hide none is left out."""
-    causal, left, right = pattern
+    causal, left, right, _ = pattern
     # A single query sees all keys before `end`.
     options: dict[str, Any] = {"causal": True} if causal and q_length > 1 else {}
     far_left = left is not None and offset + q_length - 1 > left
     if far_left or (right is not None and end - 1 - offset > right):
         options["window"] = (left, right)
     return options
+
+
+def _chunked(chunks: Chunks | None, q_length: int, q_offset: int, kv_offset: int) -> dict[str, Any] | None:
+    """Return the options for chunks; None if the chunks of batch entries start at different keys."""
+    if chunks is None:
+        return {}
+    starts = np.maximum(chunks.starts(q_offset) - kv_offset, 0)
+    if q_length == 1:
+        return {"kv_starts": starts} if starts.any() else {}
+    if (chunks.starts(q_offset + q_length - 1) == chunks.starts(q_offset)).all():  # all queries are in one chunk
+        return {"kv_starts": starts} if starts.any() else {}
+    if (chunks.padding % chunks.size).any() or kv_offset % chunks.size:
+        return None
+    return {"chunk": chunks.size}
 
 
 def _is_plain(attention_mask: torch.Tensor | None, batch_size: int) -> bool:

@@ -66,7 +66,7 @@ def attend_packed(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what `attend` returns for one batch entry; extras: sinks per query, and the rate of dropout."""
     sinks, dropout = extras
-    together = {"causal", "window", "scale", "softcap", "num_threads", "sinks"}
+    together = {"causal", "window", "chunk", "scale", "softcap", "num_threads", "sinks"}
     if options.keys() <= together and not dropout and not wants_gradient(*operands, options.get("sinks")):
         return _attend_together(operands, options, bounds), None
     # One call per sequence, so that its gradients and its dropout are computed as for the sequence alone.

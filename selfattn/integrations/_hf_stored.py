@@ -132,7 +132,7 @@ def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
         return False
     if not (k.cache is v.cache and k.start == v.start and k.end == v.end == k.cache.lengths[0]):
         return False
-    if not _suits(k.cache._store.name, k.dtype):
+    if not _suits(k.cache._store.name, k.dtype) or k.start % options.get("chunk", 1):  # chunks count from token 0
         return False
     return bool(options.get("q_offset", k.shape[2] - q_len) == k.shape[2] - q_len)
 

@@ -43,6 +43,7 @@ class Call(NamedTuple):
     causal: bool = False
     left: int = -1  # the left side of the window; negative: unbounded
     right: int = -1
+    chunk: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
     bidirectional: bool = True

@@ -36,6 +36,7 @@ FIELDS: dict[str, Any] = {
     "causal": True,
     "window_left": 1 << 60,
     "window_right": 0,
+    "chunk": 5,
     "scale": 0.5,
     "softcap": 2.0,
     "precision": 2,

@@ -26,6 +26,7 @@ PATTERNS = {
     "bidirectional": masking_utils.bidirectional_mask_function,
     "two-sided": masking_utils.sliding_window_bidirectional_mask_function(3),
     "chunks": masking_utils.chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)),
+    "shifted chunks": masking_utils.chunked_causal_mask_function(4, torch.tensor([2, 0, 5])),
 }
 # q_length, kv_length, q_offset, kv_offset: a prompt, steps, a chunk, static tails, windows that have moved on,
 # a first key that just falls out of the window, and queries after the last key.
@@ -102,9 +103,8 @@ def test_a_described_mask_is_the_dense_one(pattern: str, padding: str) -> None:
         assert mask.shape == dense.shape
         assert mask.dtype == dense.dtype
         assert torch.equal(mask & True, dense)
-    described = pattern != "chunks"
-    assert VisibleKeys in kinds if described else kinds == {torch.Tensor}
-    assert not described or torch.Tensor not in kinds
+    # Several chunks that start at different keys need a dense mask.
+    assert kinds == ({VisibleKeys, torch.Tensor} if pattern == "shifted chunks" else {VisibleKeys})
 
 
 def test_masks_are_as_small_as_they_can_be() -> None:
@@ -124,6 +124,10 @@ def test_masks_are_as_small_as_they_can_be() -> None:
     assert make_mask(**common, mask_function=wide).options == {"causal": True}
     narrow = make_mask(**common, mask_function=PATTERNS["window"])
     assert narrow.options == {"causal": True, "window": (3, None)}
+    assert make_mask(**common, mask_function=PATTERNS["chunks"]).options == {"causal": True, "chunk": 4}
+    one_chunk = {"batch_size": 3, "q_length": 2, "kv_length": 6, "q_offset": 4, "mask_function": PATTERNS["chunks"]}
+    mask = make_mask(**one_chunk)
+    assert (set(mask.options), mask.options["kv_starts"].tolist()) == ({"causal", "kv_starts"}, [4, 4, 4])
     step = make_mask(batch_size=1, q_length=1, kv_length=4096, q_offset=torch.tensor(99), allow_is_causal_skip=False)
     assert (step.options, step.end) == ({}, 100)
     assert step.made is None

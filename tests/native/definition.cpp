@@ -5,6 +5,7 @@
 #include <limits>
 #include <sstream>
 
+#include "arithmetic.h"
 #include "philox.h"
 
 namespace selfattn::native {
@@ -157,6 +158,13 @@ class Definition {
     return column >= 0 && element(c_.mask, scores(row, column)) == 0;
   }
 
+  // Whether a key is in the chunk of a position. Positions beyond the limits are in no chunk that has a key.
+  bool in_chunk(Wide position, std::int64_t j) const {
+    constexpr Wide limit = std::int64_t{1} << 60;
+    const auto near = static_cast<std::int64_t>(std::clamp(position, -limit, limit));
+    return round_down(near, c_.options.chunk) == round_down(j, c_.options.chunk);
+  }
+
   bool visible(const Row& row, std::int64_t j) const {
     const AttentionArguments& o = c_.options;
     const Wide away = distance(row, j);
@@ -165,6 +173,7 @@ class Definition {
     if (o.causal && away > 0) return false;
     if (o.window_left >= 0 && away < -static_cast<Wide>(o.window_left)) return false;
     if (o.window_right >= 0 && away > static_cast<Wide>(o.window_right)) return false;
+    if (o.chunk != 0 && !in_chunk(static_cast<Wide>(j) - away, j)) return false;
     if (c_.mask && masked(row, j)) return false;
     if (c_.distance_bias && by_distance(c_.distance_bias, o.distance_origin, row, j) == -infinity) return false;
     return !c_.bias || element(c_.bias, scores(row, j)) != -infinity;

@@ -205,6 +205,7 @@ Described describe(const std::uint8_t* data, std::size_t size) {
   // Read last, so that older inputs keep their meaning.
   if (d.computable && !kinds.spoiled) read_distances(bytes, kinds, sizes, values, d.input);
   read_dropout(bytes, d.input.options);
+  d.input.options.chunk = bytes.one_of({0, 0, 0, 1, 7, 33, 128});
   // With kv_lens alone, the positions of the queries may be ambiguous, and then the call is refused.
   if (d.input.kv_lens && !d.input.q_lens && !d.input.q_offset) d.valid = false;
   return d;

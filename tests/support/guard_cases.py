@@ -160,6 +160,8 @@ def score_settings(rng: Any) -> dict[str, Any]:
     }
     if rng.random() < 0.3:
         settings["window"] = tuple(None if rng.random() < 0.2 else int(n) for n in rng.integers(0, 70, 2))
+    if rng.random() < 0.2:
+        settings["chunk"] = int(rng.integers(1, 70))
     if rng.random() < 0.3:
         settings["softcap"] = 5.0
     if rng.random() < 0.3:

@@ -91,7 +91,7 @@ class Sweep:
 def compare(case: Case, out: Any) -> None:
     """Compare the result of an attention with the reference."""
     q, k, v, options = attention_arguments(case)
-    named = ("causal", "window", "softcap", "layout", "dropout", "seed")
+    named = ("causal", "window", "chunk", "softcap", "layout", "dropout", "seed")
     kept = {name: case.settings[name] for name in named if name in case.settings}
     exact = reference.attention(q, k, v, **options, **kept)
     largest = {
@@ -209,7 +209,7 @@ def without_limits(case: Case) -> Case:
             arrays[name] = np.full_like(arrays[name], lengths)
     if "kv_starts" in arrays:
         arrays["kv_starts"] = np.zeros_like(arrays["kv_starts"])
-    settings = {name: x for name, x in case.settings.items() if name != "window"}
+    settings = {name: x for name, x in case.settings.items() if name not in ("window", "chunk")}
     if case.kind != "rope":
         settings.update(causal=False, num_threads=1)
     if "wrt" in settings:

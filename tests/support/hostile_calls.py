@@ -45,6 +45,7 @@ def attention_call(rng: random.Random) -> Call:
         "causal": lambda: True,
         "q_offset": lambda: np.arange(batch),
         "window": lambda: (rng.randrange(9), None),
+        "chunk": lambda: rng.randrange(1, 9),
         "q_lens": lambda: np.full(batch, q_len),
         "kv_lens": lambda: np.full(batch, kv_len),
         "kv_starts": lambda: np.full(batch, kv_len // 2),

@@ -45,6 +45,8 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
         side = st.one_of(st.none(), st.integers(0, 150))
         options["window"] = (draw(side), draw(side))
     if draw(st.booleans()):
+        options["chunk"] = draw(st.integers(1, 99))
+    if draw(st.booleans()):
         options["mask"] = rng.random(broadcast()) < draw(st.sampled_from([0.1, 0.5, 0.95]))
     if draw(st.booleans()):
         options["bias"] = rng.standard_normal(broadcast()).astype(draw(st.sampled_from(TYPES)))
