@@ -8,12 +8,12 @@ namespace {
 // Finds the view's batch axes, innermost first, and returns their number. Adjacent axes that one stride steps through
 // become one axis. Axes with stride 0 are left out.
 int find_axes(const Problem& problem, const TensorView& view, int trailing, BatchAxis* axes) {
-  const Shape& shape = problem.batch_shape;
-  const int missing = shape.ndim - leading_axes(view, trailing);
+  const std::span extents = problem.batch_shape.extents();
+  const int ndim = static_cast<int>(extents.size()), missing = ndim - leading_axes(view, trailing);
   int count = 0;
   std::int64_t inside = 1;
-  for (int axis = shape.ndim - 1; axis >= 0 && problem.batch > 0; --axis) {
-    const std::int64_t extent = shape.extent[axis];
+  for (int axis = ndim - 1; axis >= 0 && problem.batch > 0; --axis) {
+    const std::int64_t extent = extents[static_cast<std::size_t>(axis)];
     const std::int64_t stride = axis < missing || view.shape[axis - missing] == 1 ? 0 : view.strides[axis - missing];
     BatchAxis* last = count > 0 ? axes + count - 1 : nullptr;
     if (last && last->inside * last->extent == inside && last->stride * last->extent == stride)
@@ -69,7 +69,7 @@ bool are_in_place(const void* data, DType dtype, std::int64_t column, std::initi
 }
 
 Shape rows_shape(const Problem& problem, std::int64_t heads, std::int64_t length, std::int64_t dim) {
-  Shape shape = problem.batch_shape;
+  Shape shape(problem.batch_shape.extents());
   const bool heads_last = problem.ndim > 2 && problem.layout == Layout::bshd;
   if (problem.ndim > 2) shape.append(heads_last ? length : heads);
   shape.append(heads_last ? heads : length);
@@ -82,7 +82,7 @@ Shape out_shape(const Problem& problem) {
 }
 
 Shape lse_shape(const Problem& problem) {
-  Shape shape = problem.batch_shape;
+  Shape shape(problem.batch_shape.extents());
   if (problem.ndim > 2) shape.append(problem.num_heads);
   shape.append(problem.q_len);
   return shape;

@@ -26,7 +26,7 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
     const char* name;
     const TensorView& view;
   } operands[] = {{"q", arguments.q}, {"k", arguments.k}, {"v", arguments.v}};
-  Shape& shape = problem.batch_shape;
+  Shape shape;
   shape.ndim = std::max(problem.ndim - 3, 0);
   std::fill_n(shape.extent, shape.ndim, 1);
   for (const auto& [name, view] : operands) {
@@ -41,6 +41,7 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
       extent = view.shape[i];
     }
   }
+  problem.batch_shape.assign(shape.extents());
   for (int axis = 0; axis < shape.ndim; ++axis)
     if (__builtin_mul_overflow(problem.batch, shape.extent[axis], &problem.batch))
       refuse(arguments.function, "the leading dimensions ", to_text(shape.extent, shape.ndim),
@@ -137,7 +138,7 @@ void place_score_operand(Problem& problem, Operand& operand, const char* functio
 void place_per_batch(Problem& problem, Operand& operand, const char* function, const char* name,
                      const TensorView& view) {
   if (!view) return;
-  Shape target = problem.batch_shape;
+  Shape target(problem.batch_shape.extents());
   if (target.ndim == 0) target.append(1);
   check_broadcast(function, name, view, target);
   place_batch(problem, operand, view, 0);
@@ -191,7 +192,7 @@ void check_alignment(const Problem& problem, const AttentionArguments& a) {
 
 void place_per_head(Problem& problem, const AttentionArguments& a) {
   if (a.alibi_slopes) {
-    Shape target = problem.batch_shape;
+    Shape target(problem.batch_shape.extents());
     target.append(problem.num_heads);
     check_broadcast(a.function, "alibi_slopes", a.alibi_slopes, target);
     place_batch(problem, problem.alibi_slopes, a.alibi_slopes, 1);

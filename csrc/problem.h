@@ -20,7 +20,32 @@ constexpr int max_axes = 64;  // NumPy's own limit
 struct Shape {
   int ndim = 0;
   std::int64_t extent[max_axes];
+
+  Shape() = default;
+  explicit Shape(std::span<const std::int64_t> extents) {
+    for (const std::int64_t n : extents) append(n);
+  }
   void append(std::int64_t n) { extent[ndim++] = n; }
+  std::span<const std::int64_t> extents() const { return {extent, static_cast<std::size_t>(ndim)}; }
+};
+
+// The extents of any number of axes, of which there are rarely more than a few.
+class FewAxes {
+ public:
+  void assign(std::span<const std::int64_t> extents) {
+    ndim_ = extents.size();
+    if (ndim_ > few)
+      many_.assign(extents.begin(), extents.end());
+    else
+      std::copy(extents.begin(), extents.end(), few_);
+  }
+  std::span<const std::int64_t> extents() const { return ndim_ > few ? std::span(many_) : std::span(few_, ndim_); }
+
+ private:
+  static constexpr std::size_t few = 6;
+  std::size_t ndim_ = 0;
+  std::int64_t few_[few];
+  std::vector<std::int64_t> many_;
 };
 
 // An array in the problem's form. An axis that it lacks or broadcasts has stride 0. Strides are in bytes.
@@ -145,7 +170,7 @@ struct Problem : Settings {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
   bool recent_mask = false;  // the mask covers only the newest q_len keys
   int ndim = 0;              // of out
-  Shape batch_shape;
+  FewAxes batch_shape;  // the leading axes of all operands, broadcast
   std::int64_t batch = 1;  // number of entries
   std::int64_t num_heads = 0, num_kv_heads = 0, group_size = 0;
   std::int64_t q_len = 0, kv_len = 0, head_dim = 0, value_dim = 0;
@@ -181,7 +206,7 @@ struct Problem : Settings {
   std::int64_t offset_of(std::int64_t batch_index) const;  // exact_offset_of, clamped so that sums cannot overflow
 };
 
-static_assert(sizeof(Problem) < 2048);  // a call of many sequences has one for each
+static_assert(sizeof(Problem) <= 1728);  // a call of many sequences has one for each
 
 // Returns the int64 at an address that may be unaligned.
 std::int64_t integer_at(const char* p);
