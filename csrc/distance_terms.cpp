@@ -24,7 +24,7 @@ HeadRows rows_of(const RowSpan& span, std::int64_t i) {
 // Whether causal or window hides all keys at distances in [least, most].
 bool out_of_sight(const Problem& problem, std::int64_t least, std::int64_t most) {
   const VisibleDistances visible = visible_distances(problem);
-  return (visible.least && most < *visible.least) || (visible.most && least > *visible.most);
+  return (visible.least && !problem.prefix_lens && most < *visible.least) || (visible.most && least > *visible.most);
 }
 
 // Packs the vectors of the distances `distance`, `distance` - 1, ... as the columns of one panel.

@@ -190,6 +190,14 @@ void check_alignment(const Problem& problem, const AttentionArguments& a) {
   each_number(problem, problem.kv_lens, check);
 }
 
+// With a limit to the left, the visible keys of a query would no longer be adjacent.
+void check_prefix(const AttentionArguments& a) {
+  if (!a.prefix_lens) return;
+  if (a.window_left >= 0)
+    refuse(a.function, "prefix_lens"_arg, " cannot be used with a ", "window"_arg, " to the left");
+  if (a.chunk != 0) refuse(a.function, "prefix_lens"_arg, " cannot be used with ", "chunk"_arg);
+}
+
 void place_per_head(Problem& problem, const AttentionArguments& a) {
   if (a.alibi_slopes) {
     Shape target(problem.batch_shape.extents());
@@ -290,6 +298,9 @@ Problem make_problem(const AttentionArguments& a) {
   check_alignment(problem, a);
   place_per_batch(problem, problem.kv_starts, a.function, "kv_starts", a.kv_starts);
   if (!a.cached) check_lengths(problem, problem.kv_starts, a.function, "kv_starts", problem.kv_len, "k");
+  place_per_batch(problem, problem.prefix_lens, a.function, "prefix_lens", a.prefix_lens);
+  check_lengths(problem, problem.prefix_lens, a.function, "prefix_lens", problem.kv_len, "k");
+  check_prefix(a);
   problem.scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   problem.softcap = a.softcap.value_or(0);
   check_numbers(a, problem);

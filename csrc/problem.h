@@ -170,12 +170,12 @@ struct Problem : Settings {
   DType dtype = DType::f32;  // of the computation, of lse and of weights
   bool recent_mask = false;  // the mask covers only the newest q_len keys
   int ndim = 0;              // of out
-  FewAxes batch_shape;  // the leading axes of all operands, broadcast
-  std::int64_t batch = 1;  // number of entries
+  FewAxes batch_shape;       // the leading axes of all operands, broadcast
+  std::int64_t batch = 1;    // number of entries
   std::int64_t num_heads = 0, num_kv_heads = 0, group_size = 0;
   std::int64_t q_len = 0, kv_len = 0, head_dim = 0, value_dim = 0;
   Operand query, key, value, mask, bias, q_offset, q_lens, kv_lens, alibi_slopes, sinks;
-  Operand key_scales, value_scales, kv_starts;
+  Operand key_scales, value_scales, kv_starts, prefix_lens;
   // Transformer-XL: the product is (query + key_bias) . key + (query + relative_bias) . relative.
   ByDistance relative;              // vectors of head_dim elements
   PerHead key_bias, relative_bias;  // head_dim contiguous doubles
@@ -199,6 +199,7 @@ struct Problem : Settings {
   }
   std::int64_t held_keys() const { return held.end - held.begin; }
   std::int64_t keys_of(std::int64_t batch_index) const;          // end of an entry's valid keys
+  std::int64_t prefix_of(std::int64_t batch_index) const;        // every query sees the keys before it; may be 0
   std::int64_t start_of(std::int64_t batch_index) const;         // first key that the entry still holds
   std::int64_t masked_from(std::int64_t batch_index) const;      // the key of the mask's first column
   std::int64_t queries_of(std::int64_t batch_index) const;       // number of valid queries
@@ -243,11 +244,13 @@ struct ValidKeys {
   std::int64_t offset;       // the key aligned with query 0
   std::int64_t first, last;  // causal and window let query i see the keys first + i to last + i
   std::int64_t chunk;        // length of the chunks of keys; 0: none
+  std::int64_t prefix;       // end of the keys that every query sees
 };
 ValidKeys valid_keys(const Problem& problem, std::int64_t batch_index);
 // The keys that a query of a batch entry may see, before mask and bias.
 inline KeyRange visible_keys(std::int64_t query, const ValidKeys& valid) {
-  std::int64_t begin = std::max(valid.begin, query + valid.first), end = std::min(valid.end, query + valid.last + 1);
+  std::int64_t begin = std::max(valid.begin, query + valid.first),
+               end = std::min(valid.end, std::max(query + valid.last + 1, valid.prefix));
   if (valid.chunk != 0) {
     const std::int64_t chunk = round_down(query + valid.offset, valid.chunk);
     begin = std::max(begin, chunk);

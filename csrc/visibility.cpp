@@ -27,6 +27,8 @@ std::int64_t integer_at(const char* p) {
 
 std::int64_t Problem::keys_of(std::int64_t b) const { return kv_lens ? integer_at(at(kv_lens, b)) : kv_len; }
 
+std::int64_t Problem::prefix_of(std::int64_t b) const { return prefix_lens ? integer_at(at(prefix_lens, b)) : 0; }
+
 std::int64_t Problem::start_of(std::int64_t b) const { return kv_starts ? integer_at(at(kv_starts, b)) : 0; }
 
 std::int64_t Problem::masked_from(std::int64_t b) const { return recent_mask ? keys_of(b) - q_len : 0; }
@@ -50,7 +52,8 @@ VisibleDistances visible_distances(const Problem& problem) {
 ValidKeys valid_keys(const Problem& problem, std::int64_t b) {
   const std::int64_t offset = problem.exact_offset_of(b);
   const VisibleDistances distances = visible_distances(problem);
-  ValidKeys valid{problem.start_of(b), problem.keys_of(b), clamp_far(offset), -far, far, problem.chunk};
+  ValidKeys valid{problem.start_of(b), problem.keys_of(b),  clamp_far(offset), -far, far,
+                  problem.chunk,       problem.prefix_of(b)};
   // Offset and distance may cancel, so they are added exactly, and only the sum is clamped.
   if (distances.most) valid.first = far_sum(offset, -*distances.most);
   if (distances.least) valid.last = far_sum(offset, -*distances.least);

@@ -187,6 +187,7 @@ def core_options(
     dropout: Any = 0.0,
     seed: Any = None,
     chunk: Any = None,
+    prefix_lens: Any = None,
 ) -> _core.Options:
     """Return the options of `attention`, passed in its order, in the core's form; check what the core cannot check."""
     options = _core.Options()
@@ -230,6 +231,8 @@ def core_options(
         options.dropout, options.seed = _dropout(function, dropout, seed)
     if chunk is not None:
         options.chunk = whole_number(function, "chunk", chunk, 1)
+    if prefix_lens is not None:
+        options.prefix_lens = integers(function, "prefix_lens", prefix_lens)
     return options
 
 

@@ -72,6 +72,7 @@ def attention(
     dropout: float = 0.0,
     seed: int | None = None,
     chunk: int | None = None,
+    prefix_lens: ArrayLike | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
@@ -112,6 +113,9 @@ def attention(
         First valid key of each batch entry, in 0..Sk: the keys before it are hidden, as in a left-padded batch. If an
         entry's kv_starts is not below its kv_lens, no key of the entry is visible. Positions still count from the start
         of k: the offset does not depend on kv_starts.
+    prefix_lens : integer array (B,), optional
+        Every query sees the keys before it, 0..Sk, as in a prefix language model; `causal` and the right side of
+        `window` limit only what comes after. Cannot be combined with a left side of `window` or with `chunk`.
     scale : float, optional
         Factor applied to the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional
@@ -198,6 +202,7 @@ def attention(
     options = core_options(
         "attention", mask, bias, causal, q_offset, window, q_lens, kv_lens, kv_starts, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed, chunk,
+        prefix_lens,
     )  # fmt: skip
     if out is None:
         return _core.attention(q, k, v, None, options)

@@ -82,6 +82,7 @@ def attention_with_kvcache(
     dropout: float = 0.0,
     seed: int | None = None,
     chunk: int | None = None,
+    prefix_lens: ArrayLike | None = None,
     **unknown: Any,
 ) -> Any:
     """Append new tokens to a cache and attend to everything in it, in one call.
@@ -112,6 +113,8 @@ def attention_with_kvcache(
         Query i sees the tokens up to its own position. The last query is the last token of its sequence.
     kv_starts : int or integer array, shape (B,), optional
         The tokens before it are hidden, for left-padded prompts. The positions of the others do not change.
+    prefix_lens : int or integer array, shape (B,), optional
+        All queries see the tokens before it, as in `attention`. At most the number of tokens in the longest sequence.
     window, chunk, scale, softcap, alibi_slopes, sinks, return_lse, precision, num_threads, t5
         As in `attention`; chunks count from the first token of a sequence. A cache with a window needs
         ``window=(left, ...)`` with left at most the cache's window.
@@ -175,6 +178,7 @@ def attention_with_kvcache(
     options = core_options(  # by position, see `attention`
         _NAME, mask, bias, causal, None, window, None, None, kv_starts, scale, softcap,
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed, chunk,
+        prefix_lens,
     )  # fmt: skip
     description = None if rope is None else rope_or_none(_NAME, rope)
     token_axis = 1 if layout == "bshd" else 2

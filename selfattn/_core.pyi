@@ -31,6 +31,7 @@ class Options:
     q_lens: NDArray[np.int64] | None
     kv_lens: NDArray[np.int64] | None
     kv_starts: NDArray[np.int64] | None
+    prefix_lens: NDArray[np.int64] | None
     alibi_slopes: NDArray[np.float64] | None
     sinks: NDArray[np.float64] | None
     distance_bias: NDArray[np.float64] | None
@@ -213,6 +214,7 @@ class VarlenInputs:
     bias: list[NDArray[Any] | None] | None
     q_offset: NDArray[np.int64] | None
     kv_starts: NDArray[np.int64] | None
+    prefix_lens: NDArray[np.int64] | None
     alibi_slopes: NDArray[np.float64] | None
 
     def __init__(
@@ -227,6 +229,7 @@ class VarlenInputs:
         bias: list[NDArray[Any] | None] | None = None,
         q_offset: NDArray[np.int64] | None = None,  # (sequences,)
         kv_starts: NDArray[np.int64] | None = None,  # (sequences,)
+        prefix_lens: NDArray[np.int64] | None = None,  # (sequences,)
         alibi_slopes: NDArray[np.float64] | None = None,  # (sequences, heads)
     ) -> None: ...
 

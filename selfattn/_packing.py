@@ -71,27 +71,20 @@ class Packed(NamedTuple):
         """Return a packed array in the form in which the caller passed the operands: packed, or as a list of arrays."""
         return np.split(array, starts[1:-1], axis) if self.lists else array
 
-    def inputs(
-        self, function: str, mask: Any, bias: Any, q_offset: Any, alibi_slopes: Any, kv_starts: Any = None
-    ) -> _core.VarlenInputs:
-        """Return what the core takes: the operands, and the options that differ from sequence to sequence."""
-        count = self.number
-        heads = self.q.shape[1] if self.q.ndim > 1 else 1
-        offsets = None if q_offset is None else integers(function, "q_offset", q_offset)
-        starts = None if kv_starts is None else integers(function, "kv_starts", kv_starts)
-        slopes = None if alibi_slopes is None else reals(function, "alibi_slopes", alibi_slopes)
-        return _core.VarlenInputs(
-            q=self.q,
-            k=self.k,
-            v=self.v,
-            cu_seqlens_q=self.queries,
-            cu_seqlens_k=self.keys,
-            mask=_each(function, "mask", mask, count),
-            bias=_each(function, "bias", bias, count),
-            q_offset=None if offsets is None else _per_sequence(function, "q_offset", offsets, (count,)),
-            kv_starts=None if starts is None else _per_sequence(function, "kv_starts", starts, (count,)),
-            alibi_slopes=None if slopes is None else _per_sequence(function, "alibi_slopes", slopes, (count, heads)),
-        )
+    def inputs(self, function: str, **own: Any) -> _core.VarlenInputs:
+        """Return what the core takes: the operands, and the options that differ from sequence to sequence (`OWN`)."""
+        inputs = _core.VarlenInputs(q=self.q, k=self.k, v=self.v, cu_seqlens_q=self.queries, cu_seqlens_k=self.keys)
+        for name in ("mask", "bias"):
+            setattr(inputs, name, _each(function, name, own.get(name), self.number))
+        for name in ("q_offset", "kv_starts", "prefix_lens"):
+            if own.get(name) is not None:
+                numbers = integers(function, name, own[name])
+                setattr(inputs, name, _per_sequence(function, name, numbers, (self.number,)))
+        if own.get("alibi_slopes") is not None:
+            heads = self.q.shape[1] if self.q.ndim > 1 else 1
+            slopes = reals(function, "alibi_slopes", own["alibi_slopes"])
+            inputs.alibi_slopes = _per_sequence(function, "alibi_slopes", slopes, (self.number, heads))
+        return inputs
 
 
 def joined(function: str, name: str, arrays: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -141,3 +134,7 @@ def _per_sequence(function: str, name: str, array: NDArray[Any], shape: tuple[in
     except ValueError:
         text = f" has shape {array.shape}, which does not broadcast to {shape}"
         raise refusal(ValueError, function, name, text) from None
+
+
+# Options that differ from sequence to sequence.
+OWN = ("mask", "bias", "q_offset", "alibi_slopes", "kv_starts", "prefix_lens")

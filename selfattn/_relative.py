@@ -82,6 +82,7 @@ def relative_attention(
     dropout: float = 0.0,
     seed: int | None = None,
     chunk: int | None = None,
+    prefix_lens: ArrayLike | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Attend to a segment and the memory before it by content and distance (Dai et al., "Transformer-XL", 2019).
@@ -114,7 +115,7 @@ def relative_attention(
         As in `attention`; the original's ``same_length`` is ``(mem_len − 1, 0)``.
     mask, bias, q_lens, kv_lens, kv_starts, scale, softcap, alibi_slopes, sinks, layout, return_lse, return_weights, out
         As in `attention`; `layout` concerns q, k, v and out. The default scale is ``1 / sqrt(D)``.
-    precision, num_threads, t5, dropout, seed, chunk
+    precision, num_threads, t5, dropout, seed, chunk, prefix_lens
         As in `attention`.
 
     Returns
@@ -151,6 +152,7 @@ def relative_attention(
         bias=bias, q_lens=q_lens, kv_lens=kv_lens, kv_starts=kv_starts, alibi_slopes=alibi_slopes, sinks=sinks, t5=t5,
         window=window, scale=scale, softcap=softcap, precision=precision, return_lse=return_lse,
         return_weights=return_weights, num_threads=num_threads, dropout=dropout, seed=seed, chunk=chunk,
+        prefix_lens=prefix_lens,
     )  # fmt: skip
     return _core.relative_attention(_NAME, inputs, terms, None if out is None else out_array(_NAME, out), options)
 

@@ -69,6 +69,7 @@ class PaddedOptions(BatchOptions, total=False):
     q_lens: ArrayLike | None
     kv_lens: ArrayLike | None
     kv_starts: ArrayLike | None
+    prefix_lens: ArrayLike | None
 
 
 class AttentionOptions(PaddedOptions, total=False):
@@ -93,6 +94,7 @@ class PaddedScoreOptions(ScoreOptions, total=False):
     q_lens: ArrayLike | None
     kv_lens: ArrayLike | None
     kv_starts: ArrayLike | None
+    prefix_lens: ArrayLike | None
 
 
 class GradientOptions(PaddedScoreOptions, total=False):
@@ -193,6 +195,7 @@ class CachedOptions(BatchOptions, total=False):
     """Options of `attention_with_kvcache`."""
 
     kv_starts: ArrayLike | None
+    prefix_lens: ArrayLike | None
     sequences: ArrayLike | None
     rope: RoPE | bool | None
     positions: ArrayLike | None
@@ -204,6 +207,7 @@ class VarlenGradientOptions(ScoreOptions, total=False):
     """Options of `attention_varlen_backward`."""
 
     kv_starts: ArrayLike | None
+    prefix_lens: ArrayLike | None
     mask: Sequence[ArrayLike | None] | None
     bias: Sequence[ArrayLike | None] | None
     q_offset: ArrayLike | None
@@ -219,6 +223,7 @@ class VarlenOptions(CommonOptions, total=False):
     """Options of `attention_varlen`."""
 
     kv_starts: ArrayLike | None
+    prefix_lens: ArrayLike | None
     mask: Sequence[ArrayLike | None] | None
     bias: Sequence[ArrayLike | None] | None
     q_offset: ArrayLike | None

@@ -98,6 +98,7 @@ def attention_varlen(
     dropout: float = 0.0,
     seed: int | None = None,
     chunk: int | None = None,
+    prefix_lens: ArrayLike | None = None,
     **unknown: Any,
 ) -> Any:
     """Attend within each of N sequences of different lengths; each result is bit-identical to that of a separate call.
@@ -118,6 +119,8 @@ def attention_varlen(
         As in `attention`; default: the last query is aligned with the last key of its sequence.
     kv_starts : int or integer array, shape (N,), optional
         Keys before it, counted from the start of their sequence, are hidden. Positions do not change.
+    prefix_lens : int or integer array, shape (N,), optional
+        As in `attention`, counted from the start of each sequence; at most its length.
     alibi_slopes : array_like, shape (H,) or (N, H), optional
     causal, window, chunk, scale, softcap, sinks, return_lse, return_weights, precision, num_threads, t5
         As in `attention`.
@@ -156,7 +159,10 @@ def attention_varlen(
     packed = Packed.check(_NAME, (q, k, v), cu_seqlens_q, cu_seqlens_k)
     if packed.lists and out is not None:
         raise refusal(TypeError, _NAME, "out", " is for packed arrays, not for lists")
-    inputs = packed.inputs(_NAME, mask, bias, q_offset, alibi_slopes, kv_starts)
+    inputs = packed.inputs(
+        _NAME, mask=mask, bias=bias, q_offset=q_offset, alibi_slopes=alibi_slopes, kv_starts=kv_starts,
+        prefix_lens=prefix_lens,
+    )  # fmt: skip
     options = core_options(
         _NAME, sinks=sinks, t5=t5, layout="bshd", causal=causal, window=window, scale=scale, softcap=softcap,
         precision=precision, return_lse=return_lse, return_weights=return_weights, num_threads=num_threads,

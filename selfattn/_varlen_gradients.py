@@ -13,7 +13,7 @@ from ._arguments import as_array, core_options, flag
 from ._backward import Gradients, Vjp, checked_names, computed_in, delivered, score_arguments, sum_to, targets_of
 from ._errors import refusal
 from ._keywords import clean_signature, refuse_unknown
-from ._packing import Packed, joined
+from ._packing import OWN, Packed, joined
 from ._typing import VarlenGradientOptions, VarlenVjpOptions
 from ._varlen import attention_varlen
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _HINTS = {"q_lens": "cu_seqlens_q", "kv_lens": "cu_seqlens_k"}
-_OWN = ("mask", "bias", "q_offset", "alibi_slopes", "kv_starts")  # options that differ from sequence to sequence
 
 
 @clean_signature(attention_varlen, without=("out", "return_lse", "return_weights"))
@@ -178,8 +177,8 @@ class _Sequences:
         self.function = function
         self.packed = packed
         self.t5 = options.get("t5")
-        self.inputs = packed.inputs(function, *[options.get(name) for name in _OWN])
-        shared = {name: value for name, value in options.items() if name not in _OWN}
+        self.inputs = packed.inputs(function, **{name: options.get(name) for name in OWN})
+        shared = {name: value for name, value in options.items() if name not in OWN}
         self.options = core_options(function, layout="bshd", **shared)
         self.slopes_shape = np.shape(options.get("alibi_slopes", 0.0))
         self.wrt = checked_names(function, wrt, {**dict.fromkeys("qkv", True), **score_arguments(options)})

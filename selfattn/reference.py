@@ -47,6 +47,7 @@ def visibility(
     kv_lens: ArrayLike | None = None,
     kv_starts: ArrayLike | None = None,
     chunk: int | None = None,
+    prefix_lens: ArrayLike | None = None,
 ) -> NDArray[np.bool_]:
     """Return which keys each query sees, as booleans of shape ``(*batch, H, Sq, Sk)``.
 
@@ -63,6 +64,9 @@ def visibility(
         visible &= distance >= -left
     if right is not None:
         visible &= distance <= right
+    prefix = per_batch(prefix_lens, batch)
+    if prefix is not None:
+        visible |= np.arange(kv_len) < prefix
     if chunk is not None:
         keys_at = np.arange(kv_len)
         visible &= keys_at // chunk == (keys_at - distance) // chunk
@@ -104,6 +108,7 @@ def attention(
     dropout: float = 0.0,
     seed: int | None = None,
     chunk: int | None = None,
+    prefix_lens: ArrayLike | None = None,
     relative: tuple[Any, ...] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> Result:
@@ -135,7 +140,7 @@ def attention(
     limits: dict[str, Any] = {"q_offset": q_offset, "q_lens": q_lens, "kv_lens": kv_lens}
     visible = visibility(
         q_len, kv_len, batch, num_heads, mask=mask, bias=bias, causal=causal, window=window, kv_starts=kv_starts,
-        chunk=chunk, **limits,
+        chunk=chunk, prefix_lens=prefix_lens, **limits,
     )  # fmt: skip
     positions_count = (
         causal

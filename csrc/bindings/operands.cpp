@@ -72,6 +72,7 @@ constexpr Field<VarlenInputs> varlen_fields[] = {
     field<VarlenInputs, &VarlenInputs::bias>("bias"),
     field<VarlenInputs, &VarlenInputs::q_offset>("q_offset"),
     field<VarlenInputs, &VarlenInputs::kv_starts>("kv_starts"),
+    field<VarlenInputs, &VarlenInputs::prefix_lens>("prefix_lens"),
     field<VarlenInputs, &VarlenInputs::alibi_slopes>("alibi_slopes"),
 };
 

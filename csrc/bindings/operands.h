@@ -18,7 +18,7 @@ struct LayerInputs {
   py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), step = py::none();
 };
 
-// Weights and biases of a layer. The last five may be None.
+// Weights and biases of a layer. The last six may be None.
 struct UnpackedWeights {
   py::object w_q = py::none(), w_k = py::none(), w_v = py::none(), w_o = py::none();
   py::object b_q = py::none(), b_k = py::none(), b_v = py::none(), b_o = py::none();
@@ -45,12 +45,12 @@ struct FeedForwardWeights {
 
 // Operands of attention_varlen() and its gradients. The last five may be None. They replace the options of the same
 // names, which are None in the call's options: `mask` and `bias` are lists with one item per sequence, and the first
-// axis of q_offset, kv_starts and alibi_slopes counts sequences. The Python layer has checked cu_seqlens and the
-// lengths of these lists and axes.
+// axis of q_offset, kv_starts, prefix_lens and alibi_slopes counts sequences. The Python layer has checked cu_seqlens
+// and the lengths of these lists and axes.
 struct VarlenInputs {
   py::object q = py::none(), k = py::none(), v = py::none(), cu_seqlens_q = py::none(), cu_seqlens_k = py::none(),
              mask = py::none(), bias = py::none(), q_offset = py::none(), kv_starts = py::none(),
-             alibi_slopes = py::none();
+             prefix_lens = py::none(), alibi_slopes = py::none();
 };
 
 // Operands of relative_attention() and its gradients, in addition to q, k and v.

@@ -71,6 +71,7 @@ AttentionArguments Packed::arguments(const Options& options, std::size_t i, Sequ
   }
   own.q_offset = number_of(inputs_.q_offset, i);
   own.kv_starts = number_of(inputs_.kv_starts, i);
+  own.prefix_lens = number_of(inputs_.prefix_lens, i);
   if (!inputs_.alibi_slopes.is_none()) {
     const TensorView all = optional_view(inputs_.alibi_slopes, DType::f64);
     sequence.slope_stride = all.stride(0);

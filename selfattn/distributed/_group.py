@@ -115,7 +115,7 @@ class Group:
         """
         return rows_of("Group.rows", length, order, self.rank, self.size)
 
-    @clean_signature(attention, without=("q_offset", "return_weights", "chunk"))
+    @clean_signature(attention, without=("q_offset", "return_weights", "prefix_lens", "chunk"))
     def attention(
         self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, rows: ArrayLike, by: str = "keys", **options: Any
     ) -> Any:
@@ -136,10 +136,10 @@ class Group:
             joins tokens of several ranks. "heads": every rank gets all rows of some heads; needs at least as many KV
             heads as ranks.
         **options
-            Options of `selfattn.attention`, except `q_offset`, `chunk` and `return_weights`. They speak of the whole
-            sequence: `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys are the same
-            tokens), and `dropout` drops the weights that one process would drop. `mask` and `bias` broadcast to (...,
-            H, rows, length of the whole sequence). `num_threads` and `out` may differ between ranks.
+            Options of `selfattn.attention`, except `q_offset`, `prefix_lens`, `chunk` and `return_weights`. They
+            speak of the whole sequence: `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys
+            are the same tokens), and `dropout` drops the weights that one process would drop. `mask` and `bias`
+            broadcast to (..., H, rows, length of the whole sequence). `num_threads` and `out` may differ between ranks.
 
         Returns
         -------
@@ -176,7 +176,9 @@ class Group:
             attend = attend_by_keys if by == "keys" else attend_by_heads
             return call.results(*attend(self._link, call, threads))
 
-    @clean_signature(attention_backward, without=("q_offset", "chunk", "grad_weights", "into", "accumulate"))
+    @clean_signature(
+        attention_backward, without=("q_offset", "prefix_lens", "chunk", "grad_weights", "into", "accumulate")
+    )
     def attention_backward(
         self,
         grad_out: ArrayLike,
@@ -236,7 +238,9 @@ class Group:
         with self._link.flight(function):
             return differentiate(self._link, call, call.options.num_threads or self.num_threads)
 
-    @clean_signature(attention_with_kvcache, without=("return_weights", "dropout", "seed", "chunk", "cascade", "out"))
+    @clean_signature(
+        attention_with_kvcache, without=("return_weights", "dropout", "seed", "prefix_lens", "chunk", "cascade", "out")
+    )
     def attention_with_kvcache(
         self, q: ArrayLike, cache: Any, k: ArrayLike | None = None, v: ArrayLike | None = None, **options: Any
     ) -> Any:

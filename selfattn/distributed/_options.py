@@ -22,6 +22,7 @@ from ._rows import Owners
 REFUSED = {
     "q_offset": "the positions of queries are those of rows",
     "return_weights": "no rank has all keys at once",
+    "prefix_lens": "a rank skips keys that causality hides",
     "chunk": "ranks count keys from the start of their own part",
 }
 # Options that differ between rows or keys.

@@ -37,6 +37,7 @@ class Call(NamedTuple):
     q_lens: Any = None
     kv_lens: Any = None
     kv_starts: Any = None
+    prefix_lens: Any = None
     cu_seqlens_q: Any = None  # with these two, q, k and v are packed sequences (total, heads, size)
     cu_seqlens_k: Any = None
     seed: Any = None
@@ -169,7 +170,7 @@ def run(call: Call, out: Any = None) -> Any:
     if not call.packed:
         return _core.attention(q, k, v, out, options)
     packed = Packed.check("attention", (q, k, v), to_array(call.cu_seqlens_q), to_array(call.cu_seqlens_k))
-    inputs = packed.inputs("attention", None, None, None, slopes)
+    inputs = packed.inputs("attention", alibi_slopes=slopes)
     return _core.attention_varlen("attention", inputs, out, options)
 
 

@@ -107,6 +107,8 @@ def _visible(call: Call, distance: Any) -> Any:
         visible = visible & (distance <= call.left)
     if call.right >= 0:
         visible = visible & (-distance <= call.right)
+    if call.prefix_lens is not None:
+        visible = visible | (keys < _per_batch(call.prefix_lens))
     if call.chunk is not None:
         visible = visible & (keys // call.chunk == torch.div(keys + distance, call.chunk, rounding_mode="floor"))
     if call.kv_lens is not None:

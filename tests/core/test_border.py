@@ -29,6 +29,7 @@ FIELDS: dict[str, Any] = {
     "q_lens": np.array(1),
     "kv_lens": np.array(1),
     "kv_starts": np.array(1),
+    "prefix_lens": np.array(1),
     "alibi_slopes": np.ones(3),
     "sinks": np.ones(3),
     "distance_bias": np.ones((3, 4)),

@@ -96,7 +96,14 @@ def check_accepted(group: Group) -> None:
     """Defaults may be named, and what is this rank's own may differ."""
     (q, k, v), given, odd = calls(group)
     expected = group.attention(q, k, v, **given)
-    options = {"dropout": 0.0, "seed": None, "q_offset": None, "return_weights": False, "chunk": None}
+    options = {
+        "dropout": 0.0,
+        "seed": None,
+        "q_offset": None,
+        "return_weights": False,
+        "chunk": None,
+        "prefix_lens": None,
+    }
     found = group.attention(q, k, v, **given, **options, num_threads=1 + odd, out=np.empty_like(q) if odd else None)
     assert np.array_equal(found, expected)
 

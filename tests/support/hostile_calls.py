@@ -49,6 +49,7 @@ def attention_call(rng: random.Random) -> Call:
         "q_lens": lambda: np.full(batch, q_len),
         "kv_lens": lambda: np.full(batch, kv_len),
         "kv_starts": lambda: np.full(batch, kv_len // 2),
+        "prefix_lens": lambda: np.full(batch, kv_len // 2),
         "scale": lambda: 0.5,
         "softcap": lambda: 3.0,
         "alibi_slopes": lambda: floats(rng, dtype, heads),

@@ -46,6 +46,8 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
         options["window"] = (draw(side), draw(side))
     if draw(st.booleans()):
         options["chunk"] = draw(st.integers(1, 99))
+    elif options.get("window", (None, None))[0] is None and draw(st.booleans()):
+        options["prefix_lens"] = rng.integers(0, kv_len + 1, batch)
     if draw(st.booleans()):
         options["mask"] = rng.random(broadcast()) < draw(st.sampled_from([0.1, 0.5, 0.95]))
     if draw(st.booleans()):
