@@ -11,6 +11,9 @@ from . import _core
 from ._arguments import as_array, integers, reals
 from ._errors import refusal
 
+# Options that differ from sequence to sequence.
+OWN = ("mask", "bias", "q_offset", "alibi_slopes", "kv_starts", "prefix_lens")
+
 
 class Packed(NamedTuple):
     """Sequences in arrays (total, heads, size), and the first row of each sequence, followed by the total."""
@@ -134,7 +137,3 @@ def _per_sequence(function: str, name: str, array: NDArray[Any], shape: tuple[in
     except ValueError:
         text = f" has shape {array.shape}, which does not broadcast to {shape}"
         raise refusal(ValueError, function, name, text) from None
-
-
-# Options that differ from sequence to sequence.
-OWN = ("mask", "bias", "q_offset", "alibi_slopes", "kv_starts", "prefix_lens")
