@@ -74,7 +74,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the whole suite, on every instruction set of this machine."""
+    """Run the whole suite; tests of the core run on every instruction set of this machine."""
     install_tests(session)
     session.run("pytest", *session.posargs)
 
@@ -274,6 +274,7 @@ def deep(session: nox.Session) -> None:
         report = Path(session.create_tmp()) / f"{name}.json"
         if name == "mutants" and session.posargs:
             options = ["--jobs", "2", "--changed", *session.posargs]
+        report.unlink(missing_ok=True)
         start = time.monotonic()
         command = ["nox", "--no-error-on-external-run", "--report", str(report.resolve()), "-s", name]
         session.run(*command, "--", *options, env=PINNED, external=True, success_codes=range(256))

@@ -78,7 +78,7 @@ void CachedKeys::present(AttentionArguments& arguments) {
   arguments.value_scales = scales(value_scales_, cache_.value.scales);
   arguments.key_scale_page = cache_.key.scales.page;
   arguments.value_scale_page = cache_.value.scales.page;
-  arguments.kv_lens = {const_cast<std::int64_t*>(lengths_), DType::i64, 1, &count_, &step_};
+  arguments.kv_lens = {const_cast<std::int64_t*>(lengths_), DType::i64, 1, &count_, &stride_};
   arguments.kv_starts = cache_.starts;
   arguments.cached = true;
 }

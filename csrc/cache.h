@@ -68,7 +68,7 @@ class CachedKeys {
   const Cache& cache_;
   const std::int64_t* lengths_;
   std::int64_t longest_ = 0;
-  std::int64_t count_, step_ = sizeof(std::int64_t);
+  std::int64_t count_, stride_ = sizeof(std::int64_t);
   View keys_, values_, key_scales_, value_scales_;
 };
 

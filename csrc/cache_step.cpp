@@ -46,7 +46,7 @@ CacheStep::CacheStep(const char* function, const CacheSource& source, std::int64
   keys_.emplace(cache_, after_);
 }
 
-void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_.batch, &starts_step_}; }
+void CacheStep::use_starts() { cache_.starts = {starts_, DType::i64, 1, &source_.batch, &starts_stride_}; }
 
 void CacheStep::open_ledger(const char* function) {
   const std::int64_t batch = source_.batch, capacity = source_.store->page_size;
@@ -132,7 +132,7 @@ TensorView CacheStep::later_starts(const char* function, const TensorView& kv_st
       refuse(function, "kv_starts"_arg, " holds ", start, ", which is outside 0..", after_[b], " (sequence ", b, ")");
     later_[b] = cache_.starts ? std::max(start, starts_[b]) : start;
   }
-  return {later_, DType::i64, 1, &source_.batch, &starts_step_};
+  return {later_, DType::i64, 1, &source_.batch, &starts_stride_};
 }
 
 void CacheStep::check_seen(const char* function, const Problem& problem) const {

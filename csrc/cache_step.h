@@ -87,7 +87,7 @@ class CacheStep {
   std::int64_t *lengths_, *after_, *starts_, *later_;
   Pages::Table* tables_;
   char* token_;  // a TokenMemory
-  std::int64_t starts_step_ = sizeof(std::int64_t);
+  std::int64_t starts_stride_ = sizeof(std::int64_t);
   std::optional<CachedKeys> keys_;
 };
 

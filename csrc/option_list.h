@@ -21,7 +21,7 @@ SELFATTN_ARRAY(bias, real)
 SELFATTN_ARRAY(q_offset, i64)
 SELFATTN_ARRAY(q_lens, i64)
 SELFATTN_ARRAY(kv_lens, i64)
-SELFATTN_ARRAY(kv_starts, i64)    // the first key that each sequence still holds
+SELFATTN_ARRAY(kv_starts, i64)    // the first valid key; in a cache, the first that the sequence still holds
 SELFATTN_ARRAY(prefix_lens, i64)  // every query sees the keys before it
 SELFATTN_ARRAY(alibi_slopes, f64)
 SELFATTN_ARRAY(sinks, f64)

@@ -97,15 +97,15 @@ double entry(const TensorView& table, std::int64_t row, std::int64_t column) {
 void set_factors(const Rope& rope, const Position& position, bool inverse, double* cosines, double* sines) {
   const double scaling = inverse ? -rope.scaling : rope.scaling;  // of the sines
   for (std::int64_t i = 0; i < rope.rotary_dim / 2; ++i) {
-    const std::int64_t place = position[rope.axes ? rope.axes[i] : 0];
+    const std::int64_t coordinate = position[rope.axes ? rope.axes[i] : 0];
     if (rope.frequencies) {
       // Angles are double: at position 2^20 a float angle would be off by 0.06.
-      const double angle = static_cast<double>(place) * rope.frequencies[i];
+      const double angle = static_cast<double>(coordinate) * rope.frequencies[i];
       cosines[i] = rope.scaling * std::cos(angle);
       sines[i] = scaling * std::sin(angle);
     } else {
-      cosines[i] = rope.scaling * entry(rope.cosines, place, i);
-      sines[i] = scaling * entry(rope.sines, place, i);
+      cosines[i] = rope.scaling * entry(rope.cosines, coordinate, i);
+      sines[i] = scaling * entry(rope.sines, coordinate, i);
     }
   }
 }

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 
 namespace selfattn {
@@ -54,6 +55,7 @@ bool are_columns(const SourceRows& from) {
 }  // namespace
 
 double read_real(const char* p, DType dtype) {
+  assert(!shares_words(dtype));
   double x;
   element_type(dtype).read(p, &x);
   return x;

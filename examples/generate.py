@@ -20,7 +20,7 @@ from nn import Array
 import selfattn as sa
 
 PROMPT = "Attention is all you need, said the cache, and remembered every word."
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 PRINTABLE = np.arange(32, 127)  # what may be chosen: random weights would write control characters to the terminal
 
 
@@ -86,7 +86,7 @@ def bytes_per_token(caches: Sequence[Any], prompt: int, tokens: int) -> float:
     it."""
     cache = caches[0]
     kept = cache.k[..., :1, :].nbytes + cache.v[..., :1, :].nbytes
-    if np.dtype(cache.k.dtype) == np.int8:
+    if cache.k_scales is not None:
         kept += cache.k_scales[..., :1].nbytes + cache.v_scales[..., :1].nbytes
     steps = range(prompt + 1, prompt + tokens)
     return float(len(caches) * kept * sum(steps) / max(len(steps), 1))

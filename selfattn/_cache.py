@@ -93,7 +93,7 @@ class KVCache(AnyCache):
         buffer: Any = None,
     ) -> None:
         layout = _layout((batch, num_kv_heads, head_dim, capacity), value_dim, dtype, window)
-        self.batch, self.num_kv_heads, self.capacity = layout.blocks, layout.heads, layout.slots
+        self.batch, self.num_kv_heads, self.capacity = layout.pages, layout.heads, layout.slots
         self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
         self.window = window
         self._store = Store("KVCache", layout, window, buffer)

@@ -8,7 +8,7 @@ from typing import Any, NewType, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-# The numbers by which the core knows the words that users pass.
+# The numbers by which the core knows the names that users pass.
 Layout = NewType("Layout", int)
 Precision = NewType("Precision", int)
 DType = NewType("DType", int)
@@ -192,6 +192,21 @@ class UnpackedLinear:
         b_gate: NDArray[Any] | None = None,
     ) -> None: ...
 
+class CacheTokens:
+    """The keys or values of a cache."""
+
+    rows: NDArray[Any]
+    scales: NDArray[np.float32] | None
+    width: int
+
+    def __init__(
+        self,
+        *,
+        rows: NDArray[Any],  # (pages, heads, page_size, words)
+        scales: NDArray[np.float32] | None = None,  # (pages, heads, page_size), of codes
+        width: int,  # elements in a row
+    ) -> None: ...
+
 class FeedForwardWeights:
     """The layers and the norms of a feed-forward network."""
 
@@ -354,9 +369,8 @@ def relative_attention_backward(
 ) -> dict[str, NDArray[Any]]: ...
 def make_cache_store(
     *,
-    # (pages, heads, page_size, words), scales (pages, heads, page_size) of codes, elements in a row
-    k: tuple[NDArray[Any], NDArray[np.float32] | None, int],
-    v: tuple[NDArray[Any], NDArray[np.float32] | None, int],
+    k: CacheTokens,
+    v: CacheTokens,
     dtype: DType,
     window: int,  # the largest distance that queries may look to the left; -1: the cache keeps all tokens
 ) -> CacheStore: ...

@@ -89,7 +89,7 @@ class PagedKVCache(AnyCache):
         buffer: Any = None,
     ) -> None:
         layout = _layout(num_pages, page_size, num_kv_heads, head_dim, value_dim, dtype)
-        self.num_pages, self.num_kv_heads, self.page_size = layout.blocks, layout.heads, layout.slots
+        self.num_pages, self.num_kv_heads, self.page_size = layout.pages, layout.heads, layout.slots
         self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
         self.window = None if window is None else count("PagedKVCache", "window", window, least=0)
         self._store = Store("PagedKVCache", layout, self.window, buffer)

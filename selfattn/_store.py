@@ -38,9 +38,9 @@ class Layout:
     """Where the arrays of a cache are in its buffer, which begins with a header."""
 
     name: str
-    blocks: int  # batch entries, or pages
+    pages: int  # a cache without pages has one for each batch entry
     heads: int
-    slots: int  # tokens per block
+    slots: int  # tokens per page
     head_dim: int
     value_dim: int
     header_bytes: int = 0
@@ -49,7 +49,7 @@ class Layout:
         """Return (offset, type, shape) of k, v and, for codes, their scales."""
         stored = ELEMENT_TYPES[self.name]
         memory_type = np.dtype(stored.memory)
-        rows = (self.blocks, self.heads, self.slots)
+        rows = (self.pages, self.heads, self.slots)
         wanted: list[tuple[Any, tuple[int, ...]]] = [
             (memory_type, (*rows, stored.words(n))) for n in (self.head_dim, self.value_dim)
         ]
@@ -79,8 +79,8 @@ class Store:
         self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None
         self.v_scales: NDArray[np.float32] | None = arrays[3] if len(arrays) > 2 else None
         self.core = _core.make_cache_store(
-            k=(self.k, self.k_scales, layout.head_dim),
-            v=(self.v, self.v_scales, layout.value_dim),
+            k=_core.CacheTokens(rows=self.k, scales=self.k_scales, width=layout.head_dim),
+            v=_core.CacheTokens(rows=self.v, scales=self.v_scales, width=layout.value_dim),
             dtype=ELEMENT_TYPES[layout.name].number,
             window=-1 if window is None else int(window),
         )
@@ -94,7 +94,7 @@ class Store:
             raise TypeError(f"NumPy knows no {self.name}: import ml_dtypes first") from None
 
     def arrays(self) -> list[NDArray[Any]]:
-        """Return all arrays that hold tokens, each (blocks, heads, slots, ...)."""
+        """Return all arrays that hold tokens, each (pages, heads, slots, ...)."""
         scales = (self.k_scales, self.v_scales)
         return [self.k, self.v, *(x for x in scales if x is not None)]
 

@@ -181,11 +181,13 @@ py::object attend_cache(py::handle function_name, py::handle step, py::handle op
   return results;
 }
 
-py::capsule make_cache_store(const py::tuple& k, const py::tuple& v, py::handle dtype, std::int64_t window) {
-  return capsule_of(std::make_unique<HeldStore>(k, v, enum_of<DType>(dtype), window));
+py::capsule make_cache_store(py::handle k, py::handle v, py::handle dtype, std::int64_t window) {
+  const CacheTokens &keys = Record<CacheTokens>::in(k), &values = Record<CacheTokens>::in(v);
+  return capsule_of(std::make_unique<HeldStore>(keys, values, enum_of<DType>(dtype), window));
 }
 
-// Converts contiguous rows of stored elements (..., words) to floats (..., width), without their scales.
+// Converts contiguous rows of stored elements (..., words) to floats (..., width), without their scales. The Python
+// layer has checked that `rows` has an axis of words, enough of them for `width`.
 py::array unpack(const py::array& rows, py::handle dtype, std::int64_t width) {
   const DType from = enum_of<DType>(dtype);
   std::vector<py::ssize_t> extents(rows.shape(), rows.shape() + rows.ndim());

@@ -38,15 +38,12 @@ std::vector<std::int64_t> ids_of(const char* function, py::handle list) {
 
 }  // namespace
 
-HeldTokens::HeldTokens(const py::tuple& parts, DType dtype)
-    : tokens(py::reinterpret_borrow<py::array>(parts[0])),
-      scales(parts[1]),
-      width(py::cast<std::int64_t>(parts[2])),
-      view(view_of(tokens, dtype)) {}
+HeldTokens::HeldTokens(const CacheTokens& from, DType dtype)
+    : tokens(py::cast<py::array>(from.rows)), scales(from.scales), width(from.width), view(view_of(tokens, dtype)) {}
 
 Cache::Rows HeldTokens::rows() const { return {rows_of(tokens), rows_of(scales), width}; }
 
-HeldStore::HeldStore(const py::tuple& k, const py::tuple& v, DType dtype, std::int64_t window)
+HeldStore::HeldStore(const CacheTokens& k, const CacheTokens& v, DType dtype, std::int64_t window)
     : key(k, dtype),
       value(v, dtype),
       store{dtype, key.tokens.shape(0), key.tokens.shape(1), key.tokens.shape(2), key.rows(), value.rows(), window} {}

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "bindings/arrays.h"
-#include "bindings/record.h"
+#include "bindings/operands.h"
 #include "cache_step.h"
 #include "page_pool.h"
 
@@ -28,10 +28,9 @@ T& held_by(py::handle capsule) {
   return *static_cast<T*>(held);
 }
 
-// The keys or values of a cache: an array (pages, heads, page_size, words), and the scales of codes.
+// The keys or values of a cache.
 struct HeldTokens {
-  // From a tuple: the array, its scales or None, and the number of elements in a row.
-  HeldTokens(const py::tuple& parts, DType dtype);
+  HeldTokens(const CacheTokens& from, DType dtype);
   Cache::Rows rows() const;
 
   const py::array tokens;
@@ -44,7 +43,7 @@ struct HeldTokens {
 struct HeldStore {
   static constexpr const char* capsule_name = "selfattn.CacheStore";
 
-  HeldStore(const py::tuple& k, const py::tuple& v, DType dtype, std::int64_t window);
+  HeldStore(const CacheTokens& k, const CacheTokens& v, DType dtype, std::int64_t window);
   bool meets(const TensorView& view) const { return meet(view, key.view) || meet(view, value.view); }
 
   const HeldTokens key, value;

@@ -13,7 +13,7 @@
 
 namespace selfattn::bindings {
 
-// The words by which users choose an activation, in the order of the core's enum.
+// The names by which users choose an activation, in the order of the core's enum.
 constexpr const char* activation_names[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 static_assert(std::size(activation_names) == static_cast<std::size_t>(Activation::silu) + 1);
 template <>

@@ -25,6 +25,12 @@ constexpr Field<CacheInputs> cache_fields[] = {
     field<CacheInputs, &CacheInputs::tokens>("tokens"),
 };
 
+constexpr Field<CacheTokens> token_fields[] = {
+    field<CacheTokens, &CacheTokens::rows>("rows"),
+    field<CacheTokens, &CacheTokens::scales>("scales"),
+    field<CacheTokens, &CacheTokens::width>("width"),
+};
+
 constexpr Field<LayerInputs> layer_fields[] = {
     field<LayerInputs, &LayerInputs::x>("x"),
     field<LayerInputs, &LayerInputs::context>("context"),
@@ -113,6 +119,7 @@ std::optional<Rope> rope_of(py::handle description) {
 void register_operands(py::module_& module) {
   Record<RopeTables>::add(module, "Rope", rope_fields);
   Record<CacheInputs>::add(module, "CacheInputs", cache_fields);
+  Record<CacheTokens>::add(module, "CacheTokens", token_fields);
   Record<LayerInputs>::add(module, "LayerInputs", layer_fields);
   Record<UnpackedWeights>::add(module, "UnpackedWeights", weight_fields);
   Record<LayerNorms>::add(module, "LayerNorms", norm_fields);

@@ -13,12 +13,19 @@ struct CacheInputs {
   std::int64_t tokens = -1;  // tokens of k and v; -1: as many as queries
 };
 
+// The keys or values of a cache: an array (pages, heads, page_size, words), the scales (pages, heads, page_size) of
+// codes, else None, and the number of elements in a row.
+struct CacheTokens {
+  py::object rows = py::none(), scales = py::none();
+  std::int64_t width = 0;
+};
+
 // Operands of call_layer(). All but x may be None. `step` is a _core.Step.
 struct LayerInputs {
   py::object x = py::none(), context = py::none(), positions = py::none(), residual = py::none(), step = py::none();
 };
 
-// Weights and biases of a layer. The last six may be None.
+// Weights and biases of a layer. The last five may be None.
 struct UnpackedWeights {
   py::object w_q = py::none(), w_k = py::none(), w_v = py::none(), w_o = py::none();
   py::object b_q = py::none(), b_k = py::none(), b_v = py::none(), b_o = py::none();
@@ -43,7 +50,7 @@ struct FeedForwardWeights {
   py::object first = py::none(), second = py::none(), norm = py::none(), post_norm = py::none();
 };
 
-// Operands of attention_varlen() and its gradients. The last five may be None. They replace the options of the same
+// Operands of attention_varlen() and its gradients. The last six may be None. They replace the options of the same
 // names, which are None in the call's options: `mask` and `bias` are lists with one item per sequence, and the first
 // axis of q_offset, kv_starts, prefix_lens and alibi_slopes counts sequences. The Python layer has checked cu_seqlens
 // and the lengths of these lists and axes.

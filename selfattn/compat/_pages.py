@@ -73,8 +73,8 @@ class Pages:
         stored = ELEMENT_TYPES[type_name(self.k.dtype)]
         k, v = (x.view(stored.memory) for x in (self.k, self.v))
         store = _core.make_cache_store(
-            k=(k.swapaxes(1, 2), None, k.shape[3]),
-            v=(v.swapaxes(1, 2), None, v.shape[3]),
+            k=_core.CacheTokens(rows=k.swapaxes(1, 2), width=k.shape[3]),
+            v=_core.CacheTokens(rows=v.swapaxes(1, 2), width=v.shape[3]),
             dtype=stored.number,
             window=-1,
         )

@@ -1,4 +1,4 @@
-"""Rules of the codebase: which file may include what, and that no symbol of a kernel leaves its namespace."""
+"""Rules of the codebase: which file may include what, and how the core is divided."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ WIDTH = 120
 FOLDERS = (ROOT, ROOT / "csrc", ROOT / "benchmarks")
 DOCUMENTS = [
     *(file for folder in FOLDERS for file in sorted(folder.glob("*.md"))),
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(file for kind in ("*.md", "*.rst") for file in (ROOT / "docs").rglob(kind)),
 ]
 
 

@@ -243,19 +243,19 @@ def test_arrays_are_released() -> None:
     assert sys.getrefcount(mask) == before
 
 
-def test_words_have_the_codes_of_the_core() -> None:
-    for words, codes in ((_typing.Layout, _core.LAYOUTS), (_typing.Precision, _core.PRECISIONS)):
-        assert codes == {word: code for code, word in enumerate(get_args(words))}
+def test_names_have_the_numbers_of_the_core() -> None:
+    for names, numbers in ((_typing.Layout, _core.LAYOUTS), (_typing.Precision, _core.PRECISIONS)):
+        assert numbers == {name: number for number, name in enumerate(get_args(names))}
     assert list(_core.ACTIVATIONS) == ["none", *get_args(_linear.Activation)]
 
 
-@pytest.mark.parametrize("code", [-1, 6, 1 << 40, None, "relu", 1.0])
-def test_other_codes_are_refused(code: Any) -> None:
+@pytest.mark.parametrize("number", [-1, 6, 1 << 40, None, "relu", 1.0])
+def test_other_numbers_are_refused(number: Any) -> None:
     with pytest.raises(TypeError, match="is not the number of a choice"):
-        _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), code)
-    array = np.zeros((1, 1, 1, 1), np.float32)
+        _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), number)
+    rows = _core.CacheTokens(rows=np.zeros((1, 1, 1, 1), np.float32), width=1)
     with pytest.raises(TypeError, match="is not the number of a choice"):
-        _core.make_cache_store(k=(array, None, 1), v=(array, None, 1), dtype=code, window=-1)
+        _core.make_cache_store(k=rows, v=rows, dtype=number, window=-1)
 
 
 def test_element_types() -> None:

@@ -139,7 +139,7 @@ def test_bits_depend_on_nothing_else(isa: str, normal: Any) -> None:
     assert np.array_equal(sa.attention(*others, **options)[0][1], out[1])
     spread = [np.repeat(x, 2, axis=-1)[..., ::2] for x in (q, k, v)]
     assert np.array_equal(sa.attention(*spread, **options)[0], out)
-    # The place in the arrays decides, not that in a block.
+    # The coordinates in the arrays decide, not those in a block.
     late = sa.attention(q, k, v, mask=np.arange(300) >= 101, **options)[1]
     assert np.array_equal(late[..., 101:] == 0, weights[..., 101:] == 0)
     few = sa.attention(q[:, :, :7], k[:, :, :131], v[:, :, :131], **options)[1]
