@@ -28,7 +28,7 @@ class Ledger:
     def __init__(self, memory: NDArray[np.uint8], layout: Layout, window: int | None, cache: object) -> None:
         self.capacity, self.window = layout.slots, window
         self.header = memory[: layout.header_bytes].view(np.int64)
-        self.copies = self.header[_FIXED:].reshape(2, 2, layout.blocks)
+        self.copies = self.header[_FIXED:].reshape(2, 2, layout.pages)
         self._open(_description(layout, -1 if window is None else int(window)), cache)
         self.core = _core.make_ledger(copies=self.copies, active=self.header[_ACTIVE : _ACTIVE + 1])
 
@@ -69,5 +69,5 @@ class Ledger:
 
 def _description(layout: Layout, window: int) -> tuple[int, ...]:
     magic, kind = (int.from_bytes(text.ljust(8, b"\0"), "little") for text in (b"selfattn", layout.name.encode()))
-    sizes = (layout.blocks, layout.heads, layout.head_dim, layout.value_dim, layout.slots)
+    sizes = (layout.pages, layout.heads, layout.head_dim, layout.value_dim, layout.slots)
     return (magic, _VERSION, *sizes, kind, window)
