@@ -94,6 +94,11 @@ CASES = {
         lambda: hf.Gemma2Config(**GROUPED, sliding_window=7, attn_logit_softcapping=1.5, query_pre_attn_scalar=8)
     ),
     "gemma3": Case(lambda: hf.Gemma3TextConfig(**GROUPED, sliding_window=7, query_pre_attn_scalar=8)),
+    "llama4": Case(
+        lambda: hf.Llama4TextConfig(
+            **GROUPED, attention_chunk_size=7, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48
+        )
+    ),
     "phi3": Case(lambda: hf.Phi3Config(**{**BASE, "num_key_value_heads": 2})),
     "gpt_oss": Case(_mixture),
     "deepseek_v4": Case(
