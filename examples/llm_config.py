@@ -121,11 +121,9 @@ class Config:
         """Return the rotation of a layer's queries and keys, or None if it has none."""
         if not self.values.get("no_rope_layers", {layer: True})[layer]:
             return None
-        kind, interleaved = (
-            self.values["layer_types"][layer],
-            self.values.get("rope_interleave", self.family.interleaved),
-        )
-        return sa.RoPE.from_config(self.values, layer_type=kind, seq_len=self.length, interleaved=interleaved)
+        interleaved = self.values.get("rope_interleave", self.family.interleaved)
+        options: dict[str, Any] = {"layer_type": self.values["layer_types"][layer], "seq_len": self.length}
+        return sa.RoPE.from_config(self.values, interleaved=interleaved, **options)
 
     def norm(self, weights: Weights, name: str, epsilon: float | None = None) -> Any:
         """Return a norm of the file, or None if it has none of this name."""

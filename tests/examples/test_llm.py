@@ -32,7 +32,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 0.7
 GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 20}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
 MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
-MLA |= {**EXPERTS, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2}
+MLA |= {"n_routed_experts": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 20}
+MLA |= {"num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
 QWEN = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 LLAMA_4 = {"head_dim": 16, "num_hidden_layers": 4, "intermediate_size_mlp": 80, "num_local_experts": 4}
 LLAMA_4 |= {"attention_chunk_size": 12, "floor_scale": 16, "interleave_moe_layer_step": 2, "attn_scale": 0.8}
@@ -177,6 +178,8 @@ def test_settings_of_older_files(llm: Any) -> None:
     assert [gemma.window(layer) for layer in range(6)] == [8, 8, 8, 8, 8, None]
     assert gemma.rope(5).inv_freq[1] == pytest.approx(1e6 ** (-1 / 8))
     assert gemma.rope(4).inv_freq[1] == pytest.approx(1e4 ** (-1 / 8))
+    gemma2 = llm.Config(sizes | {"model_type": "gemma2", **GEMMA})
+    assert [gemma2.window(layer) for layer in range(3)] == [8, None, 8]
     qwen = sizes | {"model_type": "qwen2", **QWEN}
     assert [llm.Config(qwen).window(layer) for layer in range(3)] == [None, 8, 8]
     assert llm.Config(qwen | {"use_sliding_window": False}).window(2) is None
@@ -238,6 +241,9 @@ def test_pieces_of_text_with_letters_in_several_tokens(llm: Any) -> None:
     assert "ç" in found
     assert "\ufffd" not in "".join(found)
     assert list(llm.pieces(tokenizer, ids[:2], [vocabulary["<0xE6>"]])) == ["\ufffd"]
+    tokenizer.add_special_tokens(["<pad>"])
+    skipped = [tokenizer.token_to_id(word) for word in ("<pad>", "▁", "b")]
+    assert "".join(llm.pieces(tokenizer, ids[:2], skipped)) == " b"
 
 
 def test_the_end_of_the_text_ends_it(
