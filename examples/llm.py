@@ -31,7 +31,8 @@ class Block:
     """x += norm(attention(norm(x))); x += norm(feed_forward(norm(x))). Each family has some of the norms."""
 
     def __init__(self, weights: Weights, config: Config, layer: int) -> None:
-        before, self.after, between, self.last = (config.norm(weights, name) for name in config.family.norms)
+        norms = (config.norm(weights, name) if name else None for name in config.family.norms)
+        before, self.after, between, self.last = norms
         self.attention = config.family.attention(weights.below("self_attn."), config, layer, before)
         inner, experts = weights.below(config.family.feed_forward), config.family.experts
         mixed = experts is not None and f"{experts.router}.weight" in inner
@@ -67,7 +68,7 @@ class Decoder:
         self.config, self.vectors = config, weights[table]
         self.head = sa.Linear(weights.get("lm_head.weight", self.vectors).T)
         weights = weights.below(table.removesuffix("embed_tokens.weight"))
-        self.norm = config.norm(weights, "norm") or sa.RMSNorm(eps=config.epsilon)
+        self.norm = config.norm(weights, "norm")
         self.blocks = []
         for layer in range(config.layers):
             self.blocks.append(Block(weights.below(f"layers.{layer}."), config, layer))

@@ -125,9 +125,7 @@ class Config:
         options: dict[str, Any] = {"layer_type": self.values["layer_types"][layer], "seq_len": self.length}
         return sa.RoPE.from_config(self.values, interleaved=interleaved, **options)
 
-    def norm(self, weights: Weights, name: str, epsilon: float | None = None) -> Any:
-        """Return a norm of the file, or None if it has none of this name."""
-        if f"{name}.weight" not in weights:
-            return None
+    def norm(self, weights: Weights, name: str, epsilon: float | None = None) -> sa.RMSNorm:
+        """Return a norm of the file."""
         weight = weights[f"{name}.weight"].astype(np.float32) + self.family.norm_offset
         return sa.RMSNorm(weight, eps=self.epsilon if epsilon is None else epsilon)

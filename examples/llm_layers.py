@@ -39,7 +39,9 @@ def plain_attention(weights: Weights, config: Config, layer: int, norm: Norm, he
     sizes = [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
     (w_q, b_q), (w_k, b_k), (w_v, b_v) = matrices(weights, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes)
     counts: dict[str, Any] = {"num_heads": config.heads, "num_kv_heads": config.kv_heads}
-    norms: dict[str, Any] = {name: config.norm(weights, name) or head_norm for name in ("q_norm", "k_norm")}
+    norms: dict[str, Any] = {
+        name: config.norm(weights, name) if f"{name}.weight" in weights else head_norm for name in ("q_norm", "k_norm")
+    }
     w_o, b_o = weights["o_proj.weight"].T, weights.get("o_proj.bias")
     biases = {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
     return sa.SelfAttention(w_q, w_k, w_v, w_o, **biases, **counts, **norms, norm=norm, rope=config.rope(layer))

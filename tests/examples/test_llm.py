@@ -280,7 +280,7 @@ def test_what_is_wrong_is_named(folder: Path, llm: Any, tmp_path: Path, capsys: 
         (copy(layer_types=["mamba"] * 3),): "but 3 of full_attention and sliding_attention are needed",
         (copy(model_type="deepseek_v3"),): "v_head_dim is missing in config.json",
         (copy(num_hidden_layers=4),): "but 4 of full_attention and sliding_attention are needed",
-        (copy(num_hidden_layers=4, layer_types=None),): "the weight model.layers.3.self_attn.q_proj.weight is missing",
+        (copy(num_hidden_layers=4, layer_types=None),): "the weight model.layers.3.input_layernorm.weight is missing",
         (str(folder), ""): "the prompt has 0 tokens",
         (str(folder), "Hi", "--tokens", "400"): "and the model 400 positions",
     }.items():
