@@ -41,7 +41,7 @@ EXCEPTIONS = {
     r"nox ": "builds and tests for minutes",
 }
 # These take minutes or need a user's file: check only that they start and accept the options.
-MINUTES = "gpt2|transcribe|train|train_translation|finetune"
+MINUTES = "gpt2|llm|transcribe|train|train_translation|finetune"
 ONLY_HELP = rf"\.venv/bin/(python benchmarks/|python examples/({MINUTES})\.py|selfattn bench)"
 SERVERS = r"(cd \S+ && )?(\w+=\S* )*(\.\./)?\.venv/bin/(uvicorn|gunicorn) "
 CLIENTS = r"curl |(\w+=\S* )*\.venv/bin/python examples/load_service\.py"
