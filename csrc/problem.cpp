@@ -1,7 +1,6 @@
 #include "problem.h"
 
 #include <algorithm>
-#include <cassert>
 #include <cmath>
 
 #include "arithmetic.h"
@@ -31,10 +30,9 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
   shape.ndim = std::max(problem.ndim - 3, 0);
   std::fill_n(shape.extent, shape.ndim, 1);
   for (const auto& [name, view] : operands) {
-    const int leading = leading_axes(view, 3);
-    assert(leading <= shape.ndim);
+    const int leading = leading_axes(view, 3), missing = std::max(shape.ndim - leading, 0);
     for (int i = 0; i < leading; ++i) {
-      std::int64_t& extent = shape.extent[shape.ndim - leading + i];
+      std::int64_t& extent = shape.extent[missing + i];
       if (view.shape[i] == 1 || view.shape[i] == extent) continue;
       if (extent != 1)
         refuse(arguments.function, "the leading dimensions ", to_text(view.shape, leading), " of ", Argument{name},

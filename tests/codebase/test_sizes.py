@@ -19,6 +19,7 @@ LONG_FILES = {"selfattn/_core.pyi": "the types of one module"}
 # Functions with more parameters that are not public, and why.
 MANY_PARAMETERS = {
     "_arguments.core_options": "the options of attention, by name",
+    "_reference_visibility.visibility": "public, as reference.visibility",
     "distributed._group.attention_backward": "public; its package is not imported here, since MPI would start",
     "integrations._hf_attention.attention_forward": "called by transformers",
     "integrations._hf_mask.make_mask": "called by transformers",

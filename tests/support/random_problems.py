@@ -15,6 +15,34 @@ TYPES = [np.float32, np.float64, *NARROW]
 lengths = st.one_of(st.integers(1, 20), st.sampled_from([47, 48, 49, 96, 97, 127, 128, 129, 300]))
 
 
+def limits(draw: Any, rng: np.random.Generator, sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """Return options that limit by positions and lengths which keys are visible."""
+    batch, q_len, kv_len = sizes
+    options: dict[str, Any] = {}
+    if draw(st.booleans()):
+        options["causal"] = True
+    if draw(st.booleans()):
+        options["q_offset"] = (
+            rng.integers(-q_len, kv_len + 5, batch) if draw(st.booleans()) else draw(st.integers(-9, 99))
+        )
+    if draw(st.booleans()):
+        side = st.one_of(st.none(), st.integers(0, 150))
+        options["window"] = (draw(side), draw(side))
+    if draw(st.booleans()):
+        options["chunk"] = draw(st.integers(1, 99))
+    elif options.get("window", (None, None))[0] is None and draw(st.booleans()):
+        options["prefix_lens"] = rng.integers(0, kv_len + 1, batch)
+    if draw(st.booleans()):
+        options["kv_lens"] = rng.integers(0, kv_len + 1, batch)
+        if "q_offset" not in options:  # lengths below q_len are ambiguous without q_lens
+            options["q_lens"] = rng.integers(0, q_len + 1, batch)
+    if draw(st.booleans()):
+        options["q_lens"] = rng.integers(0, q_len + 1, batch)
+    if draw(st.booleans()):
+        options["kv_starts"] = rng.integers(0, kv_len + 1, batch)
+    return options
+
+
 @st.composite
 def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
     rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
@@ -35,31 +63,11 @@ def problems(draw: Any) -> tuple[list[Any], dict[str, Any]]:
     def broadcast() -> tuple[int, ...]:
         return tuple(n if draw(st.booleans()) else 1 for n in scores)
 
-    if draw(st.booleans()):
-        options["causal"] = True
-    if draw(st.booleans()):
-        options["q_offset"] = (
-            rng.integers(-q_len, kv_len + 5, batch) if draw(st.booleans()) else draw(st.integers(-9, 99))
-        )
-    if draw(st.booleans()):
-        side = st.one_of(st.none(), st.integers(0, 150))
-        options["window"] = (draw(side), draw(side))
-    if draw(st.booleans()):
-        options["chunk"] = draw(st.integers(1, 99))
-    elif options.get("window", (None, None))[0] is None and draw(st.booleans()):
-        options["prefix_lens"] = rng.integers(0, kv_len + 1, batch)
+    options |= limits(draw, rng, (batch, q_len, kv_len))
     if draw(st.booleans()):
         options["mask"] = rng.random(broadcast()) < draw(st.sampled_from([0.1, 0.5, 0.95]))
     if draw(st.booleans()):
         options["bias"] = rng.standard_normal(broadcast()).astype(draw(st.sampled_from(TYPES)))
-    if draw(st.booleans()):
-        options["kv_lens"] = rng.integers(0, kv_len + 1, batch)
-        if "q_offset" not in options:  # lengths below q_len are ambiguous without q_lens
-            options["q_lens"] = rng.integers(0, q_len + 1, batch)
-    if draw(st.booleans()):
-        options["q_lens"] = rng.integers(0, q_len + 1, batch)
-    if draw(st.booleans()):
-        options["kv_starts"] = rng.integers(0, kv_len + 1, batch)
     if draw(st.booleans()):
         options["softcap"] = draw(st.floats(0.1, 30))
     if draw(st.booleans()):
