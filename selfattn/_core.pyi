@@ -39,11 +39,11 @@ class Options:
     causal: bool
     window_left: int
     window_right: int
+    chunk: int
     scale: float | None
     softcap: float | None
     precision: Precision
     distance_origin: int
-    chunk: int
     dropout: float
     seed: int
     first_entry: int
