@@ -30,7 +30,8 @@ void broadcast_batch(Problem& problem, const AttentionArguments& arguments) {
   shape.ndim = std::max(problem.ndim - 3, 0);
   std::fill_n(shape.extent, shape.ndim, 1);
   for (const auto& [name, view] : operands) {
-    const int leading = leading_axes(view, 3), missing = std::max(shape.ndim - leading, 0);
+    const int leading = leading_axes(view, 3),
+              missing = std::max(shape.ndim - leading, 0);  // never less than 0: ndim is the largest
     for (int i = 0; i < leading; ++i) {
       std::int64_t& extent = shape.extent[missing + i];
       if (view.shape[i] == 1 || view.shape[i] == extent) continue;

@@ -126,7 +126,8 @@ class LatentAttention:
         turned = np.broadcast_to(shared[..., None, self.rank :], (*shape[:3], self.rotated))
         k = np.concatenate([turned, expanded[..., : self.plain]], axis=-1)
         options |= {"scale": self.scale, "rope": self.rope, "layout": "bshd"}
-        y = sa.attention_with_kvcache(q, cache, k, expanded[..., self.plain :], **options)
+        q, k, v = (part.astype(np.float32, copy=False) for part in (q, k, expanded[..., self.plain :]))
+        y = sa.attention_with_kvcache(q, cache, k, v, **options).astype(x.dtype, copy=False)
         return self.output(y.reshape(*x.shape[:2], -1), residual=residual)
 
 

@@ -124,7 +124,8 @@ def attention_with_kvcache(
     cascade : bool, default False
         Read the leading pages that all sequences share (forks of one prompt) once for all of them. The results over the
         shared pages and over the rest are merged by log-sum-exp, so the rounding of the result depends on the length of
-        the shared part. Has no effect if window, kv_starts, bias, alibi_slopes, t5, dropout or return_weights is given.
+        the shared part. Has no effect if window, chunk, kv_starts, prefix_lens, bias, alibi_slopes, t5, dropout or
+        return_weights is given.
     layout : {"bhsd", "bshd"}
         "bshd": the token axis of q, k, v and out comes before the head axis.
     return_weights : bool, default False

@@ -249,11 +249,9 @@ class SelfAttention(Immutable):
         out : ndarray, optional
             Array for y. May be `residual` itself.
         **options
-            The options of `attention` except `layout`: mask, bias, causal, q_offset, window, q_lens, kv_lens,
-            kv_starts, scale, softcap, alibi_slopes, sinks, return_lse, return_weights, precision, num_threads, t5,
-            dropout, seed. Shapes are as for the heads: mask and bias broadcast to (..., H, S, Sk). If there is neither
-            a context nor a cache, queries and keys are the same tokens: kv_lens also serves as q_lens, and query i is
-            aligned with key i unless q_offset or both lengths are given.
+            The options of `attention` except `layout`. Shapes are as for the heads: mask and bias broadcast to
+            (..., H, S, Sk). If there is neither a context nor a cache, queries and keys are the same tokens: kv_lens
+            also serves as q_lens, and query i is aligned with key i unless q_offset or both lengths are given.
 
         Returns
         -------

@@ -40,8 +40,9 @@ class AttentionState:
         The first key that will be absorbed, in 0..kv_len. The keys before it are hidden from all queries.
     **options
         The options of `attention` except out, return_lse and return_weights. They speak of all kv_len keys, as if these
-        were given at once: by default, causal, window, ALiBi and T5 align the last query with key ``kv_len − 1``. mask
-        and bias, for all kv_len keys, are kept without a copy and must not change; or `absorb` takes their pieces.
+        were given at once: by default, causal, window, chunk, ALiBi and T5 align the last query with key
+        ``kv_len − 1``. mask and bias, for all kv_len keys, are kept without a copy and must not change; or `absorb`
+        takes their pieces.
 
     Attributes
     ----------

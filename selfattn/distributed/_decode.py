@@ -87,9 +87,8 @@ class CacheCall:
     def _check_positions(self) -> None:
         """Raise if positions of the cache's tokens are needed, but not known."""
         self.sequences = self.given.get("sequences", range(len(self.held.lengths)))
-        for name in ("kv_starts", "prefix_lens", "chunk"):
-            if name in self.given:
-                raise refusal(ValueError, self.function, name, " cannot be used with a cache over ranks")
+        if "kv_starts" in self.given:
+            raise refusal(ValueError, self.function, "kv_starts", " cannot be used with a cache over ranks")
         if self.spread is not None:
             self.spread.check(self.function, self.sequences, self.held.lengths)
             return

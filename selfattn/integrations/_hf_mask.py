@@ -191,6 +191,8 @@ def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
         return Pattern(causal=True, left=left) if left >= 0 else None
     if code is _CHUNKS and base is masking_utils.causal_mask_function:
         size, padding = (cell.cell_contents for cell in overlay.__closure__)  # in the order of their names
+        if type(padding) is not torch.Tensor or not padding.is_cpu:
+            return None
         return Pattern(causal=True, chunks=Chunks(int(size), padding.numpy().astype(np.int64)))
     if code is _TWO_SIDED and base is masking_utils.bidirectional_mask_function:
         reach = _captured(overlay)
@@ -215,7 +217,7 @@ def _options(pattern: Pattern, q_length: int, offset: int, end: int) -> dict[str
 
 
 def _chunked(chunks: Chunks | None, q_length: int, q_offset: int, kv_offset: int) -> dict[str, Any] | None:
-    """Return the options for chunks; None if the chunks of batch entries start at different keys."""
+    """Return the options for chunks; None if queries are in several chunks that do not start at multiples of a size."""
     if chunks is None:
         return {}
     starts = np.maximum(chunks.starts(q_offset) - kv_offset, 0)

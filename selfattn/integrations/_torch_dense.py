@@ -100,7 +100,8 @@ def _visible(call: Call, distance: Any) -> Any:
     queries, keys = (torch.arange(n) for n in distance.shape[-2:])
     visible = torch.ones_like(distance, dtype=torch.bool)
     if call.packed:
-        visible = _places(call.cu_seqlens_q, call.q)[0][:, None] == _places(call.cu_seqlens_k, call.k)[0]
+        sequence, keys = _places(call.cu_seqlens_k, call.k)
+        visible = _places(call.cu_seqlens_q, call.q)[0][:, None] == sequence
     if call.causal:
         visible = visible & (distance >= 0)
     if call.left >= 0:

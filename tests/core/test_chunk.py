@@ -58,8 +58,10 @@ def test_keys_of_other_chunks_are_inert(normal: Any, value: float) -> None:
 def test_other_functions(normal: Any) -> None:
     q, k, v = (normal(1, 2, 50, 8, dtype=np.float64) for _ in range(3))
     exact = reference.attention(q, k, v, causal=True, chunk=12).out
-    packed = sa.attention_varlen(*(x[0].swapaxes(0, 1) for x in (q, k, v)), [0, 50], causal=True, chunk=12)
-    assert np.allclose(packed.swapaxes(0, 1)[None], exact, rtol=0, atol=1e-12)
+    twice = [np.concatenate([x[0].swapaxes(0, 1)] * 2) for x in (q, k, v)]
+    packed = sa.attention_varlen(*twice, [0, 50, 100], causal=True, chunk=12)
+    assert np.array_equal(packed[:50], packed[50:])
+    assert np.allclose(packed[:50].swapaxes(0, 1)[None], exact, rtol=0, atol=1e-12)
     for cache, sequences in (
         (sa.KVCache(1, 2, 8, 64, dtype="float64"), {}),
         (sa.PagedKVCache(9, 8, 2, 8, dtype="float64"), None),

@@ -167,6 +167,8 @@ def check_errors(group: Group) -> dict[str, str]:
         "rows": raised(lambda: SpreadCache(cache, [1, 0])),
         "slopes": error(q, SpreadCache(cache, np.arange(before[0])), k, v, alibi_slopes=np.ones(4) * odd),
         "causal": error(q, cache, k, v, causal=odd),
+        "chunk": error(q, cache, k, v, chunk=100),
+        "prefix_lens": error(q, cache, k, v, prefix_lens=3),
         "batch": error(q[:1], cache, k[:1], v[:1]),
         "unknown": error(q, cache, k, v, cache_seqlens=3),
     }

@@ -85,6 +85,8 @@ def check_what_all_do(group: Group) -> dict[str, str]:
         "dropout": error(q, k, v, dropout=0.1),
         "q_offset": error(q, k, v, q_offset=0),
         "return_weights": error(q, k, v, return_weights=True),
+        "chunk": error(q, k, v, chunk=100),
+        "prefix_lens": error(q, k, v, prefix_lens=3),
         "by": error(q, k, v, by="rows"),
         "rows": error(q, k, v, rows=np.zeros((2, 2), int)),
         "negative_rows": error(q, k, v, rows=given["rows"] - 1),

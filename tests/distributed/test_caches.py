@@ -21,6 +21,8 @@ ERRORS = {
     "sequences": f"ValueError: {NAME}: sequences is needed with a PagedKVCache",
     "window": f"ValueError: {NAME}: window needs the positions of the tokens in the cache: pass a SpreadCache",
     "causal": f"ValueError: {NAME}: causal is True on rank 1 but False on rank 0",
+    "chunk": "TypeError: Group: unexpected keyword argument 'chunk'",
+    "prefix_lens": "TypeError: Group: unexpected keyword argument 'prefix_lens'",
     "batch": f"ValueError: {NAME}: q has a batch of 1, but there are 2 sequences in cache",
     "unknown": "TypeError: Group: unexpected keyword argument 'cache_seqlens'",
 }

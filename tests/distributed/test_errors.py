@@ -46,6 +46,8 @@ ALL = {
     "dropout": f"ValueError: {NAME}: dropout is 0.1 without a seed",
     "q_offset": f"ValueError: {NAME}: q_offset cannot be used over ranks: ",
     "return_weights": f"ValueError: {NAME}: return_weights cannot be used over ranks: ",
+    "chunk": f"ValueError: {NAME}: chunk cannot be used over ranks: ",
+    "prefix_lens": f"ValueError: {NAME}: prefix_lens cannot be used over ranks: ",
     "by": f"ValueError: {NAME}: by is 'rows', but it must be one of 'keys', 'heads'",
     "rows": f"ValueError: {NAME}: rows has shape (2, 2), but one axis is needed",
     "negative_rows": f"ValueError: {NAME}: rows holds -1, but positions start at 0 (on rank 0)",

@@ -172,6 +172,13 @@ def test_caches_of_other_types(llm: Any, tmp_path: Path, dtype: str, error: floa
     assert 0 < np.max(abs(model(ids, 0, model.new_caches(30, 30, dtype)) - model(ids)[:, -1:])) < error
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latent_attention_in_bfloat16(llm: Any, tmp_path: Path, dtype: str) -> None:
+    build(*CONFIGS["deepseek-v3"]).bfloat16().save_pretrained(tmp_path)
+    wide, narrow, ids = load(llm, tmp_path), load(llm, tmp_path, "bfloat16"), draw(1, 30)
+    assert 0 < np.max(abs(narrow(ids, 0, narrow.new_caches(30, 30, dtype)) - wide(ids)[:, -1:])) < 0.5
+
+
 def test_settings_of_older_files(llm: Any) -> None:
     sizes = SIZES | {"rms_norm_eps": 1e-6, "hidden_act": "silu", "num_hidden_layers": 6}
     gemma = llm.Config(sizes | {"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4, **GEMMA})

@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lengths": {"kv_lens": [7, 4], "q_lens": np.array([9, 5]), "kv_starts": torch.tensor([0, 2])},
     "masked": {"mask": torch.ones(9, 7).tril(2) > 0, "bias": torch.linspace(-1, 1, 7)[None], "scale": 0.4},
     "per head": {"sinks": torch.ones(4), "alibi_slopes": sa.alibi_slopes(4), "softcap": 3, "scale": 2},
+    "chunk": {"causal": True, "chunk": 3},
+    "prefix": {"causal": True, "prefix_lens": torch.tensor([5, 2])},
     "rest": {"precision": "medium", "num_threads": 1, "t5": sa.T5Bias(np.ones((8, 4), np.float32))},
 }
 
@@ -65,6 +67,14 @@ def test_everything_has_both_derivatives() -> None:
     arguments = doubles((2, 2, 3, 2), (2, 1, 4, 2), (2, 1, 4, 1), (3, 4), (2,), (2, 2), (4, 2), ())
     assert gradcheck(call, arguments, nondet_tol=0)
     assert gradgradcheck(call, arguments, nondet_tol=0, fast_mode=True)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 2}, {"prefix_lens": torch.tensor([3, 1])}])
+def test_both_derivatives_of_chunks_and_prefixes(options: dict[str, Any]) -> None:
+    arguments = doubles((2, 2, 3, 2), (2, 1, 4, 2), (2, 1, 4, 1))
+    call: Any = lambda *x: attention(*x, causal=True, **options)  # noqa: E731
+    assert gradcheck(call, arguments, nondet_tol=0)
+    assert gradgradcheck(call, arguments, nondet_tol=0)
 
 
 def test_tokens_before_heads() -> None:
@@ -137,7 +147,9 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
             lambda q, k, v, name=name: attention(q, k, v, **{name: ["x"]}), TypeError,
             f"{name} has dtype <U1, but a tensor, an array or numbers are needed",
         )
-        for name in ("mask", "bias", "sinks", "alibi_slopes", "q_offset", "q_lens", "kv_lens", "kv_starts")
+        for name in (
+            "mask", "bias", "sinks", "alibi_slopes", "q_offset", "q_lens", "kv_lens", "kv_starts", "prefix_lens",
+        )
     },
     "object": (lambda q, k, v: attention(q, k, v, sinks=object()), TypeError, "sinks of type object is not an array"),
     "layout": (lambda q, k, v: attention(q, k, v, layout="sbhd"), ValueError, "layout is 'sbhd'"),

@@ -128,6 +128,9 @@ def test_masks_are_as_small_as_they_can_be() -> None:
     one_chunk = {"batch_size": 3, "q_length": 2, "kv_length": 6, "q_offset": 4, "mask_function": PATTERNS["chunks"]}
     mask = make_mask(**one_chunk)
     assert (set(mask.options), mask.options["kv_starts"].tolist()) == ({"causal", "kv_starts"}, [4, 4, 4])
+    two_chunks = {"batch_size": 3, "q_length": 6, "kv_length": 9, "q_offset": 12, "mask_function": PATTERNS["chunks"]}
+    assert make_mask(**two_chunks, kv_offset=8).options["chunk"] == 4
+    assert type(make_mask(**two_chunks, kv_offset=9)) is torch.Tensor  # chunks of the kept keys start elsewhere
     step = make_mask(batch_size=1, q_length=1, kv_length=4096, q_offset=torch.tensor(99), allow_is_causal_skip=False)
     assert (step.options, step.end) == ({}, 100)
     assert step.made is None
