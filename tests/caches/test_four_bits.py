@@ -1,4 +1,4 @@
-"""Codes of 4 bits: what is stored, and that attention computes with the numbers that the words stand for."""
+"""Codes of 4 bits: what is stored, and that attention computes with the numbers that the words represent."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def packed(x: Any) -> tuple[Any, Any]:
 
 
 def unpacked(words: Any, dim: int) -> Any:
-    """Return the integers that words of 4-bit codes stand for, (..., dim)."""
+    """Return the integers that words of 4-bit codes represent, (..., dim)."""
     count = words.shape[-1] // 17
     parts = words.reshape(*words.shape[:-1], count, 17).astype(np.int64)
     codes = np.concatenate([parts[..., :16] & 15, parts[..., :16] >> 4], axis=-1)
