@@ -43,3 +43,11 @@ def test_the_readme_names_every_file_of_the_workbench():
     text = (BENCHMARKS / "README.md").read_text(encoding="utf8")
     names = {file.name for file in (BENCHMARKS / "workbench").glob("*.py")} - {"__init__.py"}
     assert {name for name in names if f"`{name}`" not in text} == set()
+
+
+def test_two_installations_are_compared_in_turns():
+    options = ["--other", sys.executable, "--seconds", "0.01", "--calls", "tiny-16 f32", "pages of 16 int8"]
+    *_, tiny, pages, last = run_script("builds.py", *options).splitlines()
+    assert tiny.startswith("tiny-16 f32 ")
+    assert pages.startswith("pages of 16 int8 ")
+    assert last.startswith("geometric mean of 2: ")
