@@ -277,7 +277,16 @@ def deep(session: nox.Session) -> None:
             options = ["--jobs", "2", "--changed", *session.posargs]
         report.unlink(missing_ok=True)
         start = time.monotonic()
-        command = ["nox", "--no-error-on-external-run", "--report", str(report.resolve()), "-s", name]
+        command = [
+            sys.executable,
+            "-m",
+            "nox",
+            "--no-error-on-external-run",
+            "--report",
+            str(report.resolve()),
+            "-s",
+            name,
+        ]
         session.run(*command, "--", *options, env=PINNED, external=True, success_codes=range(256))
         for part in json.loads(report.read_text(encoding="utf8"))["sessions"]:
             # Newer versions of nox list the names of a session.
