@@ -13,7 +13,7 @@ from selfattn._bench.workloads import attention_workload
 
 from .cache_variants import CONTIGUOUS, ONE_QUERY, TWICE
 from .target import Group, Target
-from .yardstick import OVERHEAD, PEAK
+from .yardstick import OVERHEAD, PEAK, UNIT
 
 GQA = (32, 8)
 LONG = 8192
@@ -83,9 +83,15 @@ STEPS = (
 )
 
 
-def _in_types(group: Group, types: tuple[str, ...] = ("bfloat16",)) -> tuple[Group, ...]:
-    """Return a group and its copies in other dtypes, with the same targets."""
-    return (group, *(_twin(group, dtype) for dtype in types))
+def _in_types(group: Group) -> tuple[Group, ...]:
+    """Return a group and its copy in bfloat16, with the same targets."""
+    return (group, _twin(group, "bfloat16"))
+
+
+def _judged(group: Group, dtype: str, *targets: Target) -> Group:
+    """Return a group of float32 workloads in a dtype, with targets that name these workloads."""
+    judged = replace(group, targets=targets)
+    return judged if dtype == "float32" else _twin(judged, dtype)
 
 
 def _twin(group: Group, dtype: str) -> Group:
@@ -103,12 +109,26 @@ _MIXED = Group(
     (Target("pytorch", each=3.0), Target(PEAK, each=1 / 1.1)),
 )
 
+_IN_L3, _IN_MEMORY = ((workload.name,) for workload in DECODE)  # where K and V are in 16 bits on common processors
+_DECODE = Group("decode", "Decode: one query", DECODE, ())
+_QUERIES = Group("queries", "Several new queries", QUERIES, ())
+
+
+def _decode(dtype: str, *peaks: Target) -> Group:
+    return _judged(_DECODE, dtype, Target("pytorch", each=3.5), *peaks)
+
+
+def _queries(dtype: str, limit: float) -> Group:
+    return _judged(_QUERIES, dtype, Target(ONE_QUERY, each=limit, only=_EIGHT), Target("pytorch", each=1.0))
+
+
 CACHE_GROUPS: dict[str, Group] = {
     group.name: group
     for group in (
-        *_in_types(
-            Group("decode", "Decode: one query", DECODE, (Target("pytorch", each=3.5), Target(PEAK, each=0.9))),
-            ("bfloat16", "float16"),
+        _decode("float32", Target(PEAK, each=0.75, only=_IN_L3), Target(PEAK, each=0.85, only=_IN_MEMORY)),
+        *(
+            _decode(dtype, Target(PEAK, 0.65, only=_IN_L3), Target(PEAK, 0.85, threads=2, only=_IN_MEMORY))
+            for dtype in ("bfloat16", "float16")
         ),
         _MIXED,
         _twin(replace(_MIXED, workloads=(*MIXED, *MANY_MIXED)), "bfloat16"),
@@ -121,24 +141,36 @@ CACHE_GROUPS: dict[str, Group] = {
                 variants=("group-1",),
             )
         ),
+        _queries("float32", 2.3),
+        _queries("bfloat16", 3.0),
+        *_in_types(
+            Group("paged", "Pages compared with a contiguous cache", PAGED, (Target(CONTIGUOUS, each=1.08),)),
+        ),
         *_in_types(
             Group(
-                "queries",
-                "Several new queries",
-                QUERIES,
-                (Target(ONE_QUERY, each=1.5, only=_EIGHT), Target("pytorch", each=1.0)),
+                "int8",
+                "8-bit codes compared with bfloat16",
+                INT8,
+                (Target("bf16-cache", each=1.6, only=(INT8[-1].name,)),),
             )
         ),
         *_in_types(
-            Group("paged", "Pages compared with a contiguous cache", PAGED, (Target(CONTIGUOUS, each=1.1),)),
+            Group(
+                "cascade",
+                "One prompt that many answers share",
+                CASCADE,
+                (Target(UNIT, each=0.75),),
+                variants=("no-cascade",),
+            )
         ),
-        *_in_types(Group("int8", "8-bit codes compared with bfloat16", INT8, (Target("bf16-cache", each=1.6),))),
-        *_in_types(Group("cascade", "One prompt that many answers share", CASCADE, (Target("no-cascade", each=5.0),))),
         Group(
             OVERHEAD_GROUP,
             "A step: overhead besides arithmetic",
             STEPS,
-            (Target(OVERHEAD, each=5e-6, threads=1, only=(STEPS[0].name,)),),
+            tuple(
+                Target(OVERHEAD, each=limit, threads=1, only=(step.name,))
+                for step, limit in zip(STEPS, (3e-6, 4e-6), strict=True)
+            ),
             variants=("core", TWICE),
         ),
     )

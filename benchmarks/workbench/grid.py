@@ -56,7 +56,17 @@ ODD = (
     _odd(8, 250, 256, causal=True),
 )
 
+# Shares of the peak, in float32 and, for the unit that multiplies pairs, in bfloat16.
+_SHARES = {"embed-128": 0.72, "bert-128": 0.8, "vit-197": 0.8, "mask-bool-512": 0.76, "bias-512": 0.72}
+_PAIR_SHARES = {"bert-128": 0.6, "prefill-2k-d64": 0.75}
+SHORT = tuple(WORKLOADS[name] for name in (*_SHARES, "prefill-2k-d64"))
+
 DECODE = (WORKLOADS["decode-4k-gqa"], WORKLOADS["decode-32k-gqa"])
+UNGROUPED = (
+    WORKLOADS["decode-4k-mha"],
+    attention_workload("decode-4k-mha-d64", "one new token, 12 heads of 64", 12, (1, 4096), 64, causal=True),
+    attention_workload("decode-32k-mha-d64", "one new token, 12 heads of 64", 12, (1, 32768), 64, causal=True),
+)
 
 
 def _few(heads: int | tuple[int, int], count: int, suffix: str = "") -> Workload:
@@ -136,12 +146,24 @@ _GROUPS: dict[str, Group] = {
                 Target("single", each=1.85, threads=2, longer_than=1e-3),
             ),
         ),
+        Group(
+            "short",
+            "Short prompts of common models",
+            SHORT,
+            tuple(Target(PEAK, each=share, threads=1, only=(name,)) for name, share in _SHARES.items()),
+        ),
         Group("odd", "Mid-size and odd shapes", ODD, (Target("pytorch", each=1.1, mean=1.5),)),
         Group(
             "decode",
             "Decode: one query against many keys",
             DECODE,
             (Target("pytorch", each=3.0), Target(PEAK, each=0.85)),
+        ),
+        Group(
+            "ungrouped",
+            "Decode without groups",
+            UNGROUPED,
+            (Target(PEAK, each=0.92, threads=1), Target("numpy", each=1.0)),
         ),
         Group(
             "few",
@@ -181,7 +203,17 @@ _GROUPS: dict[str, Group] = {
     )
 }
 
-GROUPS: dict[str, Group] = {**_GROUPS, **{group.name: group for group in varied_groups(_GROUPS)}}
+_SHORT_IN_PAIRS = (
+    _GROUPS["short"]
+    .varied("bfloat16", "highest")
+    .judged_by(tuple(Target(PEAK, share, threads=1, only=(f"{name}-bf16",)) for name, share in _PAIR_SHARES.items()))
+)
+
+GROUPS: dict[str, Group] = {
+    **_GROUPS,
+    _SHORT_IN_PAIRS.name: _SHORT_IN_PAIRS,
+    **{group.name: group for group in varied_groups(_GROUPS)},
+}
 
 EVERY: dict[str, Workload] = {
     **WORKLOADS,

@@ -25,8 +25,8 @@ LIMITS = {
 }
 
 
-def hold(isa: str) -> None:
-    """Set the environment variables for the measuring processes.
+def variables(isa: str) -> dict[str, str]:
+    """Return the environment variables that limit a process.
 
     Raises
     ------
@@ -35,5 +35,9 @@ def hold(isa: str) -> None:
     """
     if isa not in selfattn.isas():
         raise ValueError(f"bench: this machine has no {isa}, only {', '.join(selfattn.isas())}")
-    os.environ.update(LIMITS[isa])
-    os.environ["SELFATTN_ISA"] = isa
+    return {**LIMITS[isa], "SELFATTN_ISA": isa}
+
+
+def hold(isa: str) -> None:
+    """Set the environment variables for the measuring processes; raises ValueError as `variables` does."""
+    os.environ.update(variables(isa))

@@ -12,6 +12,8 @@ import numpy as np
 
 from selfattn._bench.timing import interleave
 
+from .limits import LIMITS, variables
+
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -20,9 +22,11 @@ def parse(parser: argparse.ArgumentParser, seconds: float) -> argparse.Namespace
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=seconds, help="per line")
+    parser.add_argument("--isa", choices=LIMITS, help="limit all libraries that can be limited to an instruction set")
     args = parser.parse_args()
-    if any(os.environ.get(name) != str(args.threads) for name in POOLS):  # libraries read them when they are loaded
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(POOLS, str(args.threads)))
+    wanted = dict.fromkeys(POOLS, str(args.threads)) | (variables(args.isa) if args.isa else {})
+    if not wanted.items() <= os.environ.items():  # libraries read them when they are loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
     return args
 
 

@@ -14,6 +14,7 @@ from selfattn._bench.workload import Workload
 from .cache_variants import CONTIGUOUS, ONE_QUERY, TWICE
 
 PEAK = "peak"
+UNIT = "unit"
 FEWER = "fewer"
 TIME = "time"
 OVERHEAD = "overhead"
@@ -89,6 +90,16 @@ class Peak(Yardstick):
         return f"{value:.0%}"
 
 
+class UnitPeak(Peak):
+    """The fraction of the peak rate of the execution unit, for calls that read little for each multiplication."""
+
+    label = "peak of the unit"
+
+    def value(self, result: Result, results: Sequence[Result]) -> float | None:
+        """See `Yardstick.value`."""
+        return result.workload.flops() / result.times[OWN.name].median / result.flop_peak
+
+
 class FewerQueries(Yardstick):
     """Queries per second, relative to the next smaller number of queries that was measured in the same series.
 
@@ -159,6 +170,7 @@ def _queries_per_second(result: Result) -> float:
 YARDSTICKS: dict[str, Yardstick] = {
     **{name: PeerTime(name) for name in PEERS if name != OWN.name},
     PEAK: Peak(),
+    UNIT: UnitPeak(),
     FEWER: FewerQueries(),
     TIME: CallTime(),
     **{name: TimesOf(name) for name in (CONTIGUOUS, ONE_QUERY)},

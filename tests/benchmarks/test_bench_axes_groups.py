@@ -32,7 +32,7 @@ def test_every_family_has_a_group_of_every_kind():
             assert group.workloads == tuple(w.varied(dtype, precision) for w in GROUPS[family].workloads)
             assert (dtype if precision == "highest" else precision) in group.title
     assert {group.family for group in GROUPS.values() if group.name != group.family} == {
-        "prefill", "decode", "few", "tiny", "layer",
+        "prefill", "short", "decode", "few", "tiny", "layer",
     }  # fmt: skip
 
 

@@ -187,13 +187,12 @@ def test_workloads_fit_in_memory_and_survive_json(workload):
 
 # Results that just meet each target, and results that just miss it.
 VERDICTS = {
-    "decode": ("cache-decode-4k", {"pytorch": 3.5, BANDWIDTH: 0.9}, {"pytorch": 3.49, BANDWIDTH: 0.89}),
+    "decode": ("cache-decode-4k", {"pytorch": 3.5, BANDWIDTH: 0.75}, {"pytorch": 3.49, BANDWIDTH: 0.74}),
     "decode-bf16": ("cache-decode-32k-bf16", {"vllm": 1.0}, {"vllm": 0.99}),
     "mixed-bf16": ("cache-mixed-32-paged-bf16", {"pytorch": 3, BANDWIDTH: 0.91}, {"pytorch": 2.9, BANDWIDTH: 0.9}),
-    "queries": ("cache-queries-8-g4", {"one-query": 1 / 1.49}, {"one-query": 1 / 1.51}),
-    "paged-bf16": ("cache-paged-16-bf16", {"contiguous": 1 / 1.09}, {"contiguous": 1 / 1.11}),
-    "int8": ("cache-int8-8k", {"bf16-cache": 1.6}, {"bf16-cache": 1.59}),
-    "cascade": ("cache-cascade-16", {"no-cascade": 5.0}, {"no-cascade": 4.9}),
+    "queries": ("cache-queries-8-g4", {"one-query": 1 / 2.29}, {"one-query": 1 / 2.31}),
+    "paged-bf16": ("cache-paged-16-bf16", {"contiguous": 1 / 1.07}, {"contiguous": 1 / 1.09}),
+    "int8": ("cache-int8-32k", {"bf16-cache": 1.6}, {"bf16-cache": 1.59}),
 }
 
 
@@ -202,17 +201,26 @@ def test_each_target_can_be_met_and_missed(group, made_up):
     name, enough, too_little = VERDICTS[group]
     for ratios, state in ((enough, "met"), (too_little, "missed")):
         result = made_up(name, **{BANDWIDTH: 0.95, **ratios})
-        verdicts = {v.target.against.replace("peak", BANDWIDTH): v.state for v in judge(CACHE_GROUPS[group], [result])}
-        assert {against: verdicts[against] for against in ratios} == dict.fromkeys(ratios, state)
+        verdicts = {
+            (v.target.against.replace("peak", BANDWIDTH), v.state) for v in judge(CACHE_GROUPS[group], [result])
+        }
+        assert {(against, state) for against in ratios} <= verdicts
+
+
+def test_a_cascade_is_judged_by_the_peak_of_the_unit(made_up):
+    assert [
+        judge(CACHE_GROUPS["cascade"], [made_up("cache-cascade-16", fraction=fraction)])[0].state
+        for fraction in (0.751, 0.749)
+    ] == ["met", "missed"]
 
 
 def test_the_overhead_is_what_a_line_through_two_steps_has_without_keys(made_up):
-    def verdict(twice, seconds=5.2e-6):
+    def verdict(twice, seconds=3.2e-6):
         result = made_up("cache-step", seconds=seconds, **{"twice-the-keys": twice})
         return str(judge(CACHE_GROUPS["overhead"], [result])[0])
 
-    assert verdict(1.1) == "overhead of a step, 1 thread, 1 workload: cache-step at most 5 us: 4.68 us: met"
-    assert verdict(1.01).endswith("5.15 us: missed")
+    assert verdict(1.1) == "overhead of a step, 1 thread, 1 workload: cache-step at most 3 us: 2.88 us: met"
+    assert verdict(1.01).endswith("3.17 us: missed")
     assert judge(CACHE_GROUPS["overhead"], [made_up("cache-step", 2, **{"twice-the-keys": 1.0})]) == []
 
 
@@ -252,7 +260,7 @@ def run_script(*options: str) -> subprocess.CompletedProcess[str]:
 def test_the_script_lists():
     listed = run_script("--list").stdout
     assert all(name in listed for name in ON_CACHES)
-    assert "target time over that of selfattn on a contiguous cache: each at most 1.10x" in listed
+    assert "target time over that of selfattn on a contiguous cache: each at most 1.08x" in listed
 
 
 def test_the_script_measures_judges_and_writes(tmp_path):
@@ -260,7 +268,7 @@ def test_the_script_measures_judges_and_writes(tmp_path):
     done = run_script(
         "--workloads", "cache-step", "--threads", "1", "--peers", "numpy", "--seconds", "0.02", "--json", str(file)
     )
-    assert "overhead of a step, 1 thread, 1 workload: cache-step at most 5 us: " in done.stdout
+    assert "overhead of a step, 1 thread, 1 workload: cache-step at most 3 us: " in done.stdout
     assert "NumPy: cache-step: it appends nothing" in done.stdout
     assert done.returncode == (done.stdout.splitlines()[-1] != "no target missed")
     (record,) = json.loads(file.read_text())["results"]
