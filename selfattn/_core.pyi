@@ -207,6 +207,18 @@ class CacheTokens:
         width: int,  # elements in a row
     ) -> None: ...
 
+class NormForm:
+    """A norm; its vectors are contiguous and have the type of computation."""
+
+    weight: NDArray[Any] | None
+    bias: NDArray[Any] | None
+    eps: float
+    centred: bool
+
+    def __init__(
+        self, *, weight: NDArray[Any] | None, bias: NDArray[Any] | None, eps: float, centred: bool
+    ) -> None: ...
+
 class FeedForwardWeights:
     """The layers and the norms of a feed-forward network."""
 
@@ -474,10 +486,9 @@ def call_feed_forward(
     /,
 ) -> NDArray[Any]: ...
 
-# Vectors are contiguous and have the type of computation.
-def make_norm(weight: NDArray[Any] | None, bias: NDArray[Any] | None, eps: float, centred: bool, /) -> Norm: ...
-def call_norm(
-    norm: Norm, function: str, x: NDArray[Any], residual: NDArray[Any] | None, out: NDArray[Any] | None, /
+def make_norm(form: NormForm, /) -> Norm: ...
+def normalise(
+    form: NormForm, function: str, x: NDArray[Any], residual: NDArray[Any] | None, out: NDArray[Any] | None, /
 ) -> NDArray[Any]: ...
 def apply_rope(
     x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, inverse: bool, /

@@ -126,7 +126,8 @@ def _call(function: str, x: Any, form: _Form, residual: Any, out: Any) -> Array:
         residual = as_array(function, "residual", residual)
     if out is not None:
         out = out_array(function, out)
-    return _core.call_norm(_core.make_norm(weight, bias, epsilon, centred), function, x, residual, out)
+    norm = _core.NormForm(weight=weight, bias=bias, eps=epsilon, centred=centred)
+    return _core.normalise(norm, function, x, residual, out)
 
 
 def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -184,7 +185,7 @@ class _Norm(Immutable):
         weight, bias = (
             None if part is None else np.ascontiguousarray(part, dtype) for part in (self.weight, self.bias)
         )
-        return _core.make_norm(weight, bias, self.eps, self._centred)
+        return _core.make_norm(_core.NormForm(weight=weight, bias=bias, eps=self.eps, centred=self._centred))
 
 
 @hinted

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+import selfattn
 from selfattn._bench.peers import OWN, PEERS
 from selfattn._bench.workloads import WORKLOADS
 
@@ -40,6 +41,10 @@ CASES = (
     "f64-512",
     "projection-layer-384",
     "projection-layer",
+    "Linear",
+    "FeedForward",
+    "layer_norm",
+    "rms_norm",
 )
 STEPS = ("cache-step", "cache-step-paged")  # WARM_CALLS + CALLS are fewer than cached.STEPS, so no rewind is counted
 RESULT_CASE = "vit-197"  # also called without `out`, which allocates, to verify that the counter works
@@ -62,7 +67,7 @@ def count(source: Path, threads: int, cases: Sequence[str] = CASES) -> dict[str,
         The C source of the library that counts.
     threads : int
     cases : sequence of str
-        Names of workloads.
+        Names of workloads, or of functions and classes of the package.
 
     Returns
     -------
@@ -112,12 +117,30 @@ def count_here(threads: int, cases: Sequence[str]) -> dict[str, tuple[int, int]]
 
 
 def _calls(threads: int, cases: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    around = _around_attention(threads)
     for name in cases:
-        workload = {**WORKLOADS, **ON_CACHES}[name]
-        call: Callable[..., Any] = PEERS[OWN.name].prepare(workload, workload.make_arrays(), threads)
+        call = around[name] if name in around else _attention(name, threads)
         yield name, partial(call, out=np.empty_like(call()))
         if name == RESULT_CASE:
             yield f"{name}{NO_OUT}", call
+
+
+def _attention(name: str, threads: int) -> Callable[..., Any]:
+    workload = {**WORKLOADS, **ON_CACHES}[name]
+    return PEERS[OWN.name].prepare(workload, workload.make_arrays(), threads)
+
+
+def _around_attention(threads: int) -> dict[str, Callable[..., Any]]:
+    """Return calls of what surrounds attention in a layer, by name."""
+    x, w = np.ones((64, 384), np.float32), np.ones((384, 384), np.float32)
+    weight, linear = np.ones(384, np.float32), selfattn.Linear(w, activation="gelu")
+    feed_forward = selfattn.FeedForward(w, w, norm=selfattn.LayerNorm(weight))
+    return {
+        "Linear": partial(linear, x, residual=x, num_threads=threads),
+        "FeedForward": partial(feed_forward, x, residual=x, num_threads=threads),
+        "layer_norm": partial(selfattn.layer_norm, x, weight, residual=x),
+        "rms_norm": partial(selfattn.rms_norm, x, weight),
+    }
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ static_assert(std::size(activation_names) == static_cast<std::size_t>(Activation
 template <>
 inline constexpr std::int64_t enum_count<Activation> = std::size(activation_names);
 
-HeldNorm::HeldNorm(py::object w, py::object b, double epsilon, bool centred)
-    : weight(std::move(w)), bias(std::move(b)), norm{data_of(weight), data_of(bias), epsilon, centred} {}
+HeldNorm::HeldNorm(const NormForm& form)
+    : weight(form.weight), bias(form.bias), norm{data_of(weight), data_of(bias), form.epsilon, form.centred} {}
 
 const char* HeldNorm::data_of(py::handle vector) {
   return vector.is_none() ? nullptr : static_cast<const char*>(py::reinterpret_borrow<py::array>(vector).data());
@@ -198,13 +198,12 @@ py::object call_feed_forward(py::handle weights, const char* function, py::handl
                   [&](const FeedForward& all) { return all.run(num_threads, interrupted); });
 }
 
-py::capsule make_norm(py::object weight, py::object bias, double epsilon, bool centred) {
-  return capsule_of(std::make_unique<HeldNorm>(std::move(weight), std::move(bias), epsilon, centred));
-}
+py::capsule make_norm(py::handle form) { return capsule_of(std::make_unique<HeldNorm>(Record<NormForm>::in(form))); }
 
-py::object call_norm(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,
-                     py::object out) {
-  const Norm& norm = held_by<HeldNorm>(capsule).norm;
+// Not by a capsule of make_norm(), whose memory would be allocated in every call.
+py::object normalise(py::handle form, const char* function, py::handle x, py::handle residual, py::object out) {
+  const HeldNorm held(Record<NormForm>::in(form));
+  const Norm& norm = held.norm;
   const TensorView view = float_view(function, "x", x);
   const std::int64_t count = view.ndim > 0 ? view.extent(0) : 0;
   const RowCall call(function, x, count, residual, count);
@@ -235,7 +234,7 @@ void register_linear(py::module_& module) {
   module.def("unpack_linear", &unpack_linear);
   module.def("call_feed_forward", &call_feed_forward);
   module.def("make_norm", &make_norm);
-  module.def("call_norm", &call_norm);
+  module.def("normalise", &normalise);
 }
 
 }  // namespace selfattn::bindings

@@ -1,6 +1,7 @@
 // Norms that Python holds as capsules, and functions that the bindings of SelfAttention and of linear layers share.
 #pragma once
 #include "bindings/arrays.h"
+#include "bindings/operands.h"
 #include "feed_forward.h"
 
 namespace selfattn::bindings {
@@ -10,7 +11,7 @@ namespace selfattn::bindings {
 struct HeldNorm {
   static constexpr const char* capsule_name = "selfattn.Norm";
 
-  HeldNorm(py::object weight, py::object bias, double epsilon, bool centred);
+  explicit HeldNorm(const NormForm& form);
 
   const py::object weight, bias;
   const Norm norm;

@@ -61,6 +61,13 @@ constexpr Field<UnpackedLinear> linear_fields[] = {
     field<UnpackedLinear, &UnpackedLinear::b_gate>("b_gate"),
 };
 
+constexpr Field<NormForm> form_fields[] = {
+    field<NormForm, &NormForm::weight>("weight"),
+    field<NormForm, &NormForm::bias>("bias"),
+    field<NormForm, &NormForm::epsilon>("eps"),
+    field<NormForm, &NormForm::centred>("centred"),
+};
+
 constexpr Field<FeedForwardWeights> feed_forward_fields[] = {
     field<FeedForwardWeights, &FeedForwardWeights::first>("first"),
     field<FeedForwardWeights, &FeedForwardWeights::second>("second"),
@@ -124,6 +131,7 @@ void register_operands(py::module_& module) {
   Record<UnpackedWeights>::add(module, "UnpackedWeights", weight_fields);
   Record<LayerNorms>::add(module, "LayerNorms", norm_fields);
   Record<UnpackedLinear>::add(module, "UnpackedLinear", linear_fields);
+  Record<NormForm>::add(module, "NormForm", form_fields);
   Record<FeedForwardWeights>::add(module, "FeedForwardWeights", feed_forward_fields);
   Record<VarlenInputs>::add(module, "VarlenInputs", varlen_fields);
   Record<RelativeInputs>::add(module, "RelativeInputs", relative_fields);

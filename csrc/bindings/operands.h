@@ -45,6 +45,13 @@ struct UnpackedLinear {
   py::object w_gate = py::none(), gate_scales = py::none(), b_gate = py::none();
 };
 
+// A norm. The vectors are contiguous and have the type of computation; each may be None.
+struct NormForm {
+  py::object weight = py::none(), bias = py::none();
+  double epsilon = 0;
+  bool centred = false;
+};
+
 // The two linear layers and the norms of a feed-forward network, as capsules. The norms may be None.
 struct FeedForwardWeights {
   py::object first = py::none(), second = py::none(), norm = py::none(), post_norm = py::none();

@@ -126,6 +126,14 @@ CASES = {
         before = layer(data, num_threads=2)
         assert in_child(lambda: np.array_equal(layer(data, num_threads=2), before))
     """,
+    "feed-forward": """
+        w = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
+        norm = sa.LayerNorm(np.ones(64, np.float32))
+        model = sa.FeedForward(w, w, norm=norm)
+        data = np.random.default_rng(2).standard_normal((800, 64)).astype(np.float32)
+        before = model(data, num_threads=2)
+        assert in_child(lambda: np.array_equal(model(data, num_threads=2), before))
+    """,
 }
 
 
