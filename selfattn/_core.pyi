@@ -485,7 +485,6 @@ def call_feed_forward(
     num_threads: int,
     /,
 ) -> NDArray[Any]: ...
-
 def make_norm(form: NormForm, /) -> Norm: ...
 def normalise(
     form: NormForm, function: str, x: NDArray[Any], residual: NDArray[Any] | None, out: NDArray[Any] | None, /

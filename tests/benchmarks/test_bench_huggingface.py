@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from places import BENCHMARKS
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -79,3 +82,12 @@ def test_a_wrong_cache_is_not_timed() -> None:
     steps.caches["Cache"].crop(-1)
     with pytest.raises(hf_caches.Mismatch, match="selfattn, Cache, float32: results differ by"):
         steps.check()
+
+
+def test_overhead_has_a_line_for_each_case_and_type() -> None:
+    command = [sys.executable, str(BENCHMARKS / "hf_overhead.py"), "--seconds", "0.01", "--dtype", "float32"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cases = ("mask, one sequence", "attention, one sequence", "mask, 4 sequences", "attention, 4 sequences")
+    lines = printed.splitlines()[1:]
+    assert len(lines) == len(cases)
+    assert all(case in line and "sdpa" in line for case, line in zip(cases, lines, strict=True))
