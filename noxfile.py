@@ -145,7 +145,13 @@ def bench(session: nox.Session, script: str) -> None:
 
 @nox.session
 def asan(session: nox.Session) -> None:
-    """Run CALLS and safety under AddressSanitizer and UndefinedBehaviorSanitizer (GCC); other folders after `--`."""
+    """Run CALLS and safety under AddressSanitizer and UndefinedBehaviorSanitizer (GCC); other folders after `--`.
+
+    Other folders that use the core are left out. `processes`, `distributed`, `tools` and `examples` start child
+    processes, each of which would need the preloaded runtime; some preload a library of their own or measure memory.
+    `integrations` and `examples` load PyTorch, JAX and others, in which sanitizers report findings of their own. And
+    time is short: all parts of `deep` together may take 75 minutes.
+    """
     settings = ["-Ccmake.define.SELFATTN_SANITIZE=address,undefined", "-Ccmake.build-type=RelWithDebInfo"]
     # -O1: with sanitizers, -O2 would take minutes longer to compile.
     settings += [f"-Ccmake.define.{EMULATED}", "-Ccmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1"]
@@ -179,7 +185,7 @@ def fuzz(session: nox.Session) -> None:
     found = build / "found"
     found.mkdir()
     # A fixed seed and number of runs, so that the outcome for a commit is deterministic.
-    limits = [f"-runs={(session.posargs or ['200000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
+    limits = [f"-runs={(session.posargs or ['30000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
     folders = [str(found), str(Path("tests/native/corpus").resolve())]
     program = str(build / "tests" / "native" / "fuzz_attend")
     session.run(program, *limits, f"-artifact_prefix={found}/", *folders, external=True)
@@ -256,13 +262,14 @@ def release(session: nox.Session) -> None:
 
 
 # Sessions that .ci/run leaves out or runs only in part, with options. Both sanitizers and coverage use a build with
-# AMX emulated, so that tests run on every instruction set of x86-64; `neon` tests the one of AArch64.
+# AMX emulated, so that tests run on every instruction set of x86-64; `neon` tests the one of AArch64. The sample of
+# mutants is for calls without a base revision, and for changes in folders that have no mutants.
 DEEP = {
     "asan": [],
     "clang": [],
     "mutants": ["--jobs", "2", "--sample", "12"],
     "coverage": [],
-    "fuzz": ["30000"],
+    "fuzz": [],
     "neon": [],
 }
 
@@ -274,19 +281,11 @@ def deep(session: nox.Session) -> None:
     for name, options in DEEP.items():
         report = Path(session.create_tmp()) / f"{name}.json"
         if name == "mutants" and session.posargs:
-            options = ["--jobs", "2", "--changed", *session.posargs]
+            options = [*options, "--changed", *session.posargs]
         report.unlink(missing_ok=True)
         start = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "nox",
-            "--no-error-on-external-run",
-            "--report",
-            str(report.resolve()),
-            "-s",
-            name,
-        ]
+        nox_itself = [sys.executable, "-m", "nox", "--no-error-on-external-run"]
+        command = [*nox_itself, "--report", str(report.resolve()), "-s", name]
         session.run(*command, "--", *options, env=PINNED, external=True, success_codes=range(256))
         for part in json.loads(report.read_text(encoding="utf8"))["sessions"]:
             # Newer versions of nox list the names of a session.

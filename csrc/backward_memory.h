@@ -14,7 +14,7 @@ struct RelativeMemory {
   char* queries = nullptr;    // [block_rows][head_dim]: queries plus relative_bias
   char* dquery = nullptr;     // [block_rows][head_dim]
   char* vectors = nullptr;    // [block_rows + range_keys - 1][head_dim]: the vectors of the block's distances
-  char* window = nullptr;     // as `vectors`: sums of the vectors' gradients, see backward_relative.h
+  char* dvectors = nullptr;   // as `vectors`: sums of the vectors' gradients, see backward_relative.h
   // Sums of gradients for the current head, [head_dim] each: of the first and the last vector of the table, and of the
   // vectors that are added to queries.
   double* ends[2] = {};

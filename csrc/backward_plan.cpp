@@ -70,7 +70,7 @@ RelativeMemory take_relative(Carver& carver, const BackwardPlan& plan, const Pro
     memory.vectors = carver.take<char>(columns * row);
   }
   if (gradients.relative) {
-    memory.window = carver.take<char>(columns * row);
+    memory.dvectors = carver.take<char>(columns * row);
     for (double*& end : memory.ends) end = carver.take<double>(problem.head_dim);
   }
   if (gradients.key_bias) memory.key_bias = carver.take<double>(problem.head_dim);

@@ -20,7 +20,7 @@ template <class T>
 void RelativeSums<T>::start(const BackwardThreadMemory& memory) const {
   const std::int64_t columns = plan_.block_rows + plan_.range_keys - 1;
   if (gradients_.relative) {
-    std::fill_n(reinterpret_cast<T*>(memory.relative.window), columns * plan_.key_stride, T(0));
+    std::fill_n(reinterpret_cast<T*>(memory.relative.dvectors), columns * plan_.key_stride, T(0));
     for (double* end : memory.relative.ends) std::fill_n(end, problem_.head_dim, 0.0);
   }
   if (gradients_.key_bias) std::fill_n(memory.relative.key_bias, problem_.head_dim, 0.0);
@@ -56,7 +56,8 @@ void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span,
     std::memset(vector + width_bytes, 0, static_cast<std::size_t>(row_bytes - width_bytes));
   }
   const char* queries = gather_queries<T>(problem_, plan_, span, problem_.relative_bias, memory.relative.queries);
-  char* window = gradients_.relative ? memory.relative.window + (plan_.block_rows - span.valid) * row_bytes : nullptr;
+  char* dvectors =
+      gradients_.relative ? memory.relative.dvectors + (plan_.block_rows - span.valid) * row_bytes : nullptr;
   plan_.kernel->run_relative(
       {.rows = memory.rows,
        .count = span.valid,
@@ -69,7 +70,7 @@ void RelativeSums<T>::multiply(const BackwardTask& task, const RowSpan& span,
        .queries = queries,
        .vectors = memory.relative.vectors,
        .dquery = gradients_.query || gradients_.scale || gradients_.relative_bias ? memory.relative.dquery : nullptr,
-       .dvectors = window,
+       .dvectors = dvectors,
        .finite = plan_.kernel->finite(memory.relative.vectors + begin * row_bytes, (end - begin) * stride) &&
                  plan_.kernel->finite(queries, span.valid * stride),
        .scratch = memory.kernel_scratch});
@@ -80,7 +81,7 @@ void RelativeSums<T>::deliver(BackwardTask& task, const RowSpan& span, bool last
                               const BackwardThreadMemory& memory) const {
   if (task.carried > 0) {
     const std::int64_t stride = plan_.key_stride, shared = task.count - 1;
-    T* first = reinterpret_cast<T*>(memory.relative.window) + (plan_.block_rows - span.valid) * stride;
+    T* first = reinterpret_cast<T*>(memory.relative.dvectors) + (plan_.block_rows - span.valid) * stride;
     const std::int64_t next = std::min(span.first + span.valid, problem_.queries_of(span.batch));
     const std::int64_t farthest = next - 1 + problem_.offset_of(span.batch) - task.first;
     const std::int64_t kept = last_of_head ? 0 : shared;
@@ -93,7 +94,7 @@ void RelativeSums<T>::deliver(BackwardTask& task, const RowSpan& span, bool last
   if (last_of_head) deliver_head(span, memory);
 }
 
-// Adds a column of the window to the gradient of its distance's vector, and clears the column. Distances at or beyond
+// Adds a column of the sums to the gradient of its distance's vector, and clears the column. Distances at or beyond
 // an end of the table use its first or last vector. The gradients of these two vectors are summed in the thread's
 // memory, and deliver_head adds the sums once per head.
 template <class T>

@@ -5,8 +5,8 @@
 
 namespace selfattn {
 
-// Consecutive blocks of a head share most distances. A task therefore keeps its sums in a window that has one column
-// for each distance of the current block. For a block of n rows and `count` keys, these columns of the window are used:
+// Consecutive blocks of a head share most distances. A task therefore keeps its sums in an array with one column for
+// each distance of the current block. For a block of n rows and `count` keys, these columns of the array are used:
 //
 //   [block_rows - n, block_rows)             distances that no earlier row had
 //   [block_rows, block_rows + count - 1)     distances that the preceding block had, too

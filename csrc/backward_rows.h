@@ -17,7 +17,7 @@ struct BackwardTask {
   std::int64_t first = 0;  // first key
   int count = 0;
   bool finite = false;       // no key or value of the task is NaN or infinite
-  std::int64_t carried = 0;  // number of distances whose sums are in RelativeMemory::window
+  std::int64_t carried = 0;  // number of distances whose sums are in RelativeMemory::dvectors
 };
 
 template <class T>

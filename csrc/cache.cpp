@@ -37,8 +37,7 @@ struct TokenAddress {
 void check_cut(const char* function, const Argument& argument, const char* verb, const Cut& cut, std::int64_t window) {
   if (cut.kept < 0 || cut.kept > cut.length)
     refuse(function, argument, verb, cut.kept, ", which is outside 0..", cut.length, " (sequence ", cut.sequence, ")");
-  const std::int64_t seen = window < 0 ? 0 : std::max<std::int64_t>(cut.kept - window, 0);
-  if (cut.kept > 0 && cut.start > seen)
+  if (cut.kept > 0 && cut.start > first_seen(cut.kept, window))
     refuse(function, argument, verb, cut.kept, ", but a window of ", window, " would then see tokens before ",
            cut.start, ", which sequence ", cut.sequence, " no longer holds");
 }

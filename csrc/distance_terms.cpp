@@ -103,28 +103,28 @@ void DistanceTerms::prepare(std::int64_t first, int count, std::int64_t end) {
 
 // Multiplies each query by the vectors of the distances to its keys. The distance i + offset - j of query i and key j
 // falls by 1 from key to key and grows by 1 from query to query. `width` (panel_columns) consecutive queries form a
-// batch, which is multiplied by all panels of distances that any of these queries needs:
+// band, which is multiplied by all panels of distances that any of these queries needs:
 //
-//   column c of a batch: distance d - c, where d is the distance from query width - 1 of the batch to key `first`
-//   query n of a batch: its products start at column width - 1 - n, which belongs to key `first`
+//   column c of a band: distance d - c, where d is the distance from query width - 1 of the band to key `first`
+//   query n of a band: its products start at column width - 1 - n, which belongs to key `first`
 //
-// Consecutive batches need the same panels, shifted by one, so each panel is packed once for all batches.
+// Consecutive bands need the same panels, shifted by one, so each panel is packed once for all bands.
 void DistanceTerms::multiply(std::int64_t first, std::int64_t count) {
   const std::int64_t width = relative_.types->panel_columns, size = size_of(problem_.dtype), depth = problem_.head_dim;
   const std::int64_t group = span_.heads, panels = ceil_div(count + width - 1, width);
   for (std::int64_t i = 0; i < group; ++i) {
     const HeadRows rows = rows_of(span_, i);
-    const std::int64_t batches = ceil_div(rows.count, width);
-    const std::int64_t farthest = rows.query + offset_ + batches * width - 1 - first;
-    for (std::int64_t panel = 0; panel < panels + batches - 1 && rows.count > 0; ++panel) {
+    const std::int64_t bands = ceil_div(rows.count, width);
+    const std::int64_t farthest = rows.query + offset_ + bands * width - 1 - first;
+    for (std::int64_t panel = 0; panel < panels + bands - 1 && rows.count > 0; ++panel) {
       const std::int64_t distance = farthest - panel * width;
       if (out_of_sight(problem_, distance - width + 1, distance)) continue;
       pack(problem_, relative_, memory_, rows.head, distance);
-      for (std::int64_t batch = 0; batch < batches; ++batch) {
-        const std::int64_t index = panel - (batches - 1 - batch), row = rows.row + batch * width * group;
+      for (std::int64_t band = 0; band < bands; ++band) {
+        const std::int64_t index = panel - (bands - 1 - band), row = rows.row + band * width * group;
         if (index < 0 || index >= panels) continue;
         relative_.types->of(problem_.dtype)
-            .project({memory_.queries + row * depth * size, group * depth, std::min(width, rows.count - batch * width),
+            .project({memory_.queries + row * depth * size, group * depth, std::min(width, rows.count - band * width),
                       depth, memory_.panel, nullptr, memory_.products + (row * memory_.stride + index * width) * size,
                       group * memory_.stride, static_cast<int>(width)});
       }

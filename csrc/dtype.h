@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "arithmetic.h"
+
 namespace selfattn {
 
 // i8, i4: codes of a quantised cache; i8 also of quantised weights. First come the types that keys and values may have.
@@ -64,8 +66,7 @@ constexpr const char* name_of(DType dtype) { return element_type(dtype).name; }
 constexpr std::int64_t size_of(DType dtype) { return element_type(dtype).bytes; }
 constexpr bool shares_words(DType dtype) { return element_type(dtype).elements > 1; }
 constexpr std::int64_t words_of(DType dtype, std::int64_t count) {
-  const std::int64_t elements = element_type(dtype).elements;
-  return (count + elements - 1) / elements;
+  return ceil_div(count, element_type(dtype).elements);
 }
 constexpr std::int64_t row_bytes(DType dtype, std::int64_t count) { return words_of(dtype, count) * size_of(dtype); }
 // Kernels need addresses and distances that are multiples of this. A word with several elements is a string of bytes.

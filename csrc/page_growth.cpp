@@ -55,7 +55,7 @@ void PageGrowth::plan(const Call& call) {
 
 // How many of a row's first pages hold only tokens that the next token does not see.
 std::int64_t PageGrowth::unseen(const PagePool::Row& row, std::int64_t window) const {
-  const std::int64_t pages = (row.length - window) / pool_.page_size() - row.start / pool_.page_size();
+  const std::int64_t pages = first_seen(row.length, window) / pool_.page_size() - row.start / pool_.page_size();
   return std::max<std::int64_t>(pages, 0);
 }
 

@@ -259,5 +259,10 @@ inline KeyRange visible_keys(std::int64_t query, const ValidKeys& valid) {
   end = std::max<std::int64_t>(end, 0);
   return {std::min(begin, end), end};
 }
+// The first token that a query at a position, and so any later query, sees through a window: visible_keys(...).begin of
+// a query that sees `window` tokens to its left. A negative window is unbounded.
+constexpr std::int64_t first_seen(std::int64_t position, std::int64_t window) {
+  return window < 0 ? 0 : std::max<std::int64_t>(position - window, 0);
+}
 
 }  // namespace selfattn

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _core
 from ._copying import Copyable
+from ._errors import refusal
 
 
 class AnyCache(Copyable):
@@ -47,3 +48,9 @@ class AnyCache(Copyable):
     @abstractmethod
     def _step(self, function: str, sequences: Any) -> _core.Step:
         """Describe one call on these sequences to the core."""
+
+
+def no_cache(function: str, given: Any) -> TypeError:
+    """Return the error for an argument `cache` that is not a cache."""
+    text = f" is a {type(given).__name__}, but a KVCache or PagedKVCache is needed"
+    return refusal(TypeError, function, "cache", text)

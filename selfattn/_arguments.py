@@ -240,8 +240,14 @@ def _t5(function: str, value: Any) -> tuple[NDArray[np.float64], int]:
     from ._bias import T5Bias  # imported here, since _bias imports this module
 
     if not isinstance(value, T5Bias):
-        raise refusal(TypeError, function, "t5", f" is a {type(value).__name__}, but a T5Bias is needed: T5Bias(table)")
+        raise no_t5_bias(function, value)
     return value.for_core()
+
+
+def no_t5_bias(function: str, given: Any) -> TypeError:
+    """Return the error for an argument `t5` that is not a T5Bias."""
+    text = f" is a {type(given).__name__}, but a T5Bias is needed: T5Bias(table)"
+    return refusal(TypeError, function, "t5", text)
 
 
 def out_array(function: str, out: Any) -> NDArray[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._any_cache import AnyCache
+from ._any_cache import AnyCache, no_cache
 from ._apply_rope import apply_rope
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
@@ -164,9 +164,7 @@ def attention_with_kvcache(
     if unknown:
         refuse_unknown(attention_with_kvcache, unknown)
     if not isinstance(cache, AnyCache):
-        raise refusal(
-            TypeError, _NAME, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
-        )
+        raise no_cache(_NAME, cache)
     if type(q) is not np.ndarray or not q.dtype.isnative:
         q = as_array(_NAME, "q", q)
     if (k is None) != (v is None):

@@ -8,6 +8,8 @@ from typing import Any, NewType, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ._elements import ElementFields
+
 # The numbers by which the core knows the names that users pass.
 Layout = NewType("Layout", int)
 Precision = NewType("Precision", int)
@@ -15,7 +17,7 @@ DType = NewType("DType", int)
 Activation = NewType("Activation", int)
 LAYOUTS: dict[str, Layout]
 PRECISIONS: dict[str, Precision]
-ELEMENT_TYPES: dict[str, tuple[DType, str, int, int, int]]  # the fields of _elements.ElementType
+ELEMENT_TYPES: dict[str, ElementFields]
 ACTIVATIONS: dict[str, Activation]
 
 # The names of the fields of Options, and of those that are arrays.

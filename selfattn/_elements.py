@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+
+
+class ElementFields(TypedDict):
+    """What the core says of a type: the fields of ElementType."""
+
+    number: _core.DType
+    memory: str
+    elements: int
+    word_bytes: int
+    codes: int
 
 
 class ElementType(NamedTuple):
@@ -42,4 +52,4 @@ class ElementType(NamedTuple):
         return numbers if scales is None else np.multiply(numbers, scales[..., None], out=numbers)
 
 
-ELEMENT_TYPES = {name: ElementType(*fields) for name, fields in _core.ELEMENT_TYPES.items()}
+ELEMENT_TYPES = {name: ElementType(**fields) for name, fields in _core.ELEMENT_TYPES.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._any_cache import AnyCache
+from ._any_cache import AnyCache, no_cache
 from ._arguments import as_array
 from ._errors import refusal
 from ._rope import positions_for
@@ -19,9 +19,7 @@ Inputs = tuple[Any, Any, Any, Any]  # x, context, positions, residual
 def check_with_cache(function: str, cache: Any, context: Any, options: dict[str, Any]) -> None:
     """Raise if `cache` is not a cache, or if another argument sets what the cache determines."""
     if not isinstance(cache, AnyCache):
-        raise refusal(
-            TypeError, function, "cache", f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
-        )
+        raise no_cache(function, cache)
     if context is not None:
         raise refusal(
             ValueError, function, "context", " and ", "cache", " are given, but a cache holds the keys of ", "x", ""

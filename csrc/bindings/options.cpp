@@ -51,12 +51,14 @@ py::tuple option_names(bool arrays) {
   return names;
 }
 
-// The types that keys and values may have, by name. Each is a tuple of the fields of _elements.ElementType.
+// The types that keys and values may have, by name.
 py::dict stored_types() {
   py::dict d;
   for (int number = 0; number < stored_count; ++number) {
     const ElementType& type = element_types[number];
-    d[type.name] = py::make_tuple(number, type.memory, type.elements, type.bytes, type.codes);
+    d[type.name] =
+        py::dict(py::arg("number") = number, py::arg("memory") = type.memory, py::arg("elements") = type.elements,
+                 py::arg("word_bytes") = type.bytes, py::arg("codes") = type.codes);
   }
   return d;
 }

@@ -121,15 +121,15 @@ struct TileAttention {
     return s.queries + first_row * Engine::query_cells(block.head_dim);
   }
 
-  // Reads the bias row by row before strips read it column by column, for one window of keys at a time. The biases of a
-  // window fit in L2 and leave room for other data.
+  // Reads the bias row by row before strips read it column by column, for a few blocks of keys at a time. The biases of
+  // these keys fit in L2 and leave room for other data.
   static void touch_bias(const RowBlock& block, const KeyBlock& keys) {
     constexpr std::int64_t bytes = 384 << 10;
     const std::int64_t stride = block.scoring.bias_stride;
     const std::int64_t fitting = bytes / (block.count * (stride > 0 ? stride : 1)) / block.key_block;
-    const std::int64_t window = (fitting > 1 ? fitting : 1) * block.key_block;
-    if (keys.first % window != 0) return;
-    touch_biases(block.rows, block.count, stride, keys.first, keys.first + window);
+    const std::int64_t count = (fitting > 1 ? fitting : 1) * block.key_block;
+    if (keys.first % count != 0) return;
+    touch_biases(block.rows, block.count, stride, keys.first, keys.first + count);
   }
 
   // Whether the multiplier can be applied later, while exponentials are computed. It can if no step in between needs
@@ -162,14 +162,14 @@ struct TileAttention {
     bool hides_some;  // whether some key may be hidden from some row
     const Scoring& scoring;
     const ScoreTile<T>& tile;
-    T* cells;  // memory for mask and bias in the shape of the tile; null if they hide no key
+    T* terms;  // memory for mask and bias in the shape of the tile; null if they hide no key
 
     bool hides(int key) const { return selfattn::SELFATTN_ISA::hides(tile, scoring, key); }  // from all rows
     // A tile for `visible`.
     ScoreTile<T> described() const {
       ScoreTile<T> result = tile;
       describe_rows(result, tile.lanes);
-      if (cells) result.terms = gather_terms<AcrossRows>(result, scoring, cells);
+      if (terms) result.terms = gather_terms<AcrossRows>(result, scoring, terms);
       return result;
     }
   };

@@ -33,10 +33,10 @@ struct BackwardScores {
 
   static void add_dweights(const BackwardBlock& block, const Memory& s, const ScoreTile<T>& tile) {
     const T* weights = static_cast<const T*>(block.dweights);
-    const auto chunk = [&](const Row& row, int key, int n) {
+    const auto vector = [&](const Row& row, int key, int n) {
       return load_up_to(weights + (&row - block.rows) * block.dweight_stride + tile.first_key + key, n);
     };
-    AcrossRows::each_chunk(tile, s.dprobs, chunk, [](T* cell, Vec<T> added) { store(cell, load(cell) + added); });
+    AcrossRows::each_vector(tile, s.dprobs, vector, [](T* dprob, Vec<T> added) { store(dprob, load(dprob) + added); });
   }
 
   // Marks the keys with the indices [from, to) as hidden from all rows of a strip.

@@ -18,8 +18,8 @@ inline VecF join_digits(const VecF (&sums)[code_digits]) {
 // An n with x < 2^n, for x >= 0. It is -126 for 0 and for all subnormal numbers.
 inline int power_above(float x) { return static_cast<int>(bits_of(x) >> 23) - 126; }
 
-// Rounds x / 2^power to integers, for results below 2^24.
-inline Integers in_units(VecF x, int power) {
+// The multiples of 2^power that are nearest to x, for multiples below 2^24.
+inline Integers in_multiples(VecF x, int power) {
   return to_integers(scale_by_power(x, broadcast(static_cast<float>(-power))));
 }
 

@@ -1,4 +1,4 @@
-// The row kernel's sums of values that are 8-bit codes, with AVX512_VNNI. A row's weights for a chunk of keys are
+// The row kernel's sums of values that are 8-bit codes, with AVX512_VNNI. A row's weights for a bunch of keys are
 // rounded to integer multiples of one power of two. The power is chosen so that the largest of these integers has 24
 // bits.
 #pragma once
@@ -8,7 +8,7 @@
 namespace selfattn::SELFATTN_ISA {
 
 // The values of up to 64 keys. The number of keys is rounded up to whole cells. The added keys have weight 0.
-struct CodeChunk {
+struct CodeBunch {
   static constexpr int most_keys = 64, cell_keys = 4;
   const void* const* values;
   int first_key;
@@ -16,7 +16,7 @@ struct CodeChunk {
   bool followed;  // whether rows_ahead more values follow, which can be prefetched
   const void* repeated[most_keys];
 
-  CodeChunk(const KeyBlock& keys, int first)
+  CodeBunch(const KeyBlock& keys, int first)
       : values(keys.value_rows + first),
         first_key(first),
         count(keys.count - first < most_keys ? keys.count - first : most_keys),
@@ -29,19 +29,19 @@ struct CodeChunk {
   }
 };
 
-// The weights of some rows for the keys of a chunk.
+// The weights of some rows for the keys of a bunch.
 template <int Rows>
 struct CodeWeights {
-  alignas(64) std::uint8_t digits[Rows][code_digits][CodeChunk::most_keys];
+  alignas(64) std::uint8_t digits[Rows][code_digits][CodeBunch::most_keys];
   float power[Rows];    // weight = integer * 2^power
   float rescale[Rows];  // the factor of earlier sums
   bool usual[Rows];     // false: some weight is negative or not finite, and all integers are 0
 
   template <class Memory>
-  CodeWeights(const Memory& s, const CodeChunk& chunk, int row) {
+  CodeWeights(const Memory& s, const CodeBunch& bunch, int row) {
     for (int r = 0; r < Rows; ++r) {
-      rescale[r] = chunk.first_key == 0 ? s.rescale[row + r] : 1.0f;
-      round(r, s.scores + (row + r) * s.score_stride + chunk.first_key, chunk.count);
+      rescale[r] = bunch.first_key == 0 ? s.rescale[row + r] : 1.0f;
+      round(r, s.scores + (row + r) * s.score_stride + bunch.first_key, bunch.count);
     }
   }
 
@@ -57,10 +57,10 @@ struct CodeWeights {
       peak = max(peak, weight);
     }
     usual[r] = all(good);
-    const int unit = power_above(reduce_max(peak)) - 8 * code_digits;
-    power[r] = static_cast<float>(unit);
+    const int exponent = power_above(reduce_max(peak)) - 8 * code_digits;
+    power[r] = static_cast<float>(exponent);
     for (int j = 0; j < count; j += W) {
-      Integers rest = usual[r] ? in_units(load(weights + j), unit) : broadcast(0);
+      Integers rest = usual[r] ? in_multiples(load(weights + j), exponent) : broadcast(0);
       for (int n = code_digits - 1; n >= 0; --n, rest = divided_by_256(rest))
         store_lowest_bytes(digits[r][n] + j, rest);
     }
@@ -71,11 +71,11 @@ struct CodeValues {
   static constexpr int W = VecF::width;
   static constexpr int max_rows_at_once = 4;
 
-  // out = out * rescale + probs . values, one chunk of keys after another.
+  // out = out * rescale + probs . values, one bunch of keys after another.
   template <class Memory>
   static void accumulate(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
-    for (int first = 0; first < keys.count; first += CodeChunk::most_keys)
-      accumulate_rows<max_rows_at_once>(block, s, CodeChunk(keys, first), 0);
+    for (int first = 0; first < keys.count; first += CodeBunch::most_keys)
+      accumulate_rows<max_rows_at_once>(block, s, CodeBunch(keys, first), 0);
   }
 
   // The same as `accumulate`, but skips hidden keys, because their weights may not be finite.
@@ -111,16 +111,16 @@ struct CodeValues {
   }
 
   template <int Rows, class Memory>
-  static void accumulate_rows(const RowBlock& block, const Memory& s, const CodeChunk& chunk, int row) {
+  static void accumulate_rows(const RowBlock& block, const Memory& s, const CodeBunch& bunch, int row) {
     for (; row + Rows <= block.count; row += Rows) {
-      const CodeWeights<Rows> weights(s, chunk, row);
-      const bool asks = chunk.followed && row + Rows == block.count;  // the last rows prefetch the next chunk
+      const CodeWeights<Rows> weights(s, bunch, row);
+      const bool asks = bunch.followed && row + Rows == block.count;  // the last rows prefetch the next bunch
       for (std::int64_t dim = 0; dim < block.value_dim; dim += Bytes::width) {
         const std::int64_t left = block.value_dim - dim;
         float* out = s.out + row * s.out_stride + dim;
         const auto sum_halves = [&](auto load_codes) {
-          Sums<Rows, 0>(chunk, dim, weights, asks, load_codes).add_to(out, s.out_stride, weights);
-          Sums<Rows, 1>(chunk, dim, weights, asks, load_codes).add_to(out, s.out_stride, weights);
+          Sums<Rows, 0>(bunch, dim, weights, asks, load_codes).add_to(out, s.out_stride, weights);
+          Sums<Rows, 1>(bunch, dim, weights, asks, load_codes).add_to(out, s.out_stride, weights);
         };
         if (left < Bytes::width)
           sum_halves([left](const Int8* p) { return load_bytes(p, left); });
@@ -128,10 +128,10 @@ struct CodeValues {
           sum_halves([](const Int8* p) { return load_bytes(p); });
       }
       for (int r = 0; r < Rows; ++r)
-        if (!weights.usual[r]) add_floats(block, s, chunk, row + r);
+        if (!weights.usual[r]) add_floats(block, s, bunch, row + r);
     }
     if constexpr (Rows > 1)
-      if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
+      if (row < block.count) accumulate_rows<Rows / 2>(block, s, bunch, row);
   }
 
   // Sums for 32 of 64 dims: the first eight (Half = 0) or the last eight (Half = 1) of each quarter of 16 dims.
@@ -140,21 +140,21 @@ struct CodeValues {
     Integers sums[Rows][2][code_digits];
 
     template <class Load>
-    [[gnu::always_inline]] Sums(const CodeChunk& chunk, std::int64_t dim, const CodeWeights<Rows>& weights, bool asks,
+    [[gnu::always_inline]] Sums(const CodeBunch& bunch, std::int64_t dim, const CodeWeights<Rows>& weights, bool asks,
                                 Load load_codes) {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
         for (int n = 0; n < code_digits; ++n) sums[r][0][n] = sums[r][1][n] = broadcast(0);
-      for (int j = 0; j < chunk.count; j += CodeChunk::cell_keys) {
-        const void* const* values = chunk.values + j;
+      for (int j = 0; j < bunch.count; j += CodeBunch::cell_keys) {
+        const void* const* values = bunch.values + j;
         if (asks) {  // the other half prefetches the other two keys of the cell
           fetch_line(row_of<Int8>(values, rows_ahead + 2 * Half) + dim);
           fetch_line(row_of<Int8>(values, rows_ahead + 2 * Half + 1) + dim);
         }
-        Bytes rows[CodeChunk::cell_keys], codes[2];
+        Bytes rows[CodeBunch::cell_keys], codes[2];
 #pragma GCC unroll 4
-        for (int i = 0; i < CodeChunk::cell_keys; ++i) rows[i] = load_codes(row_of<Int8>(values, i) + dim);
+        for (int i = 0; i < CodeBunch::cell_keys; ++i) rows[i] = load_codes(row_of<Int8>(values, i) + dim);
         transpose_bytes<Half>(rows, codes);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r)
@@ -185,12 +185,12 @@ struct CodeValues {
 
   // Adds the products of one row in float. Called for rows whose weights are not `usual`: their integers are 0.
   template <class Memory>
-  static void add_floats(const RowBlock& block, const Memory& s, const CodeChunk& chunk, int row) {
-    const float* weights = s.scores + row * s.score_stride + chunk.first_key;
+  static void add_floats(const RowBlock& block, const Memory& s, const CodeBunch& bunch, int row) {
+    const float* weights = s.scores + row * s.score_stride + bunch.first_key;
     for (std::int64_t dim = 0; dim < block.value_dim; ++dim) {
       float sum = 0;
-      for (int j = 0; j < chunk.count; ++j)
-        sum = __builtin_fmaf(weights[j], widen(row_of<Int8>(chunk.values, j)[dim]), sum);
+      for (int j = 0; j < bunch.count; ++j)
+        sum = __builtin_fmaf(weights[j], widen(row_of<Int8>(bunch.values, j)[dim]), sum);
       s.out[row * s.out_stride + index_of(dim)] += sum;
     }
   }

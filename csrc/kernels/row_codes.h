@@ -124,7 +124,7 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
 
   // scores = q . k * multiplier
   static void score(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
-    for (int first = 0; first < keys.count; first += chunk_keys)
+    for (int first = 0; first < keys.count; first += bunch_keys)
       if (block.head_dim % Bytes::width == 0)
         dot_rows<max_rows_at_once, true>(block, s, keys, first, 0);
       else
@@ -147,7 +147,7 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
                     Integers (&totals)[code_digits]) {
     alignas(64) std::int8_t digits[code_digits][Bytes::width] = {};
     for (int i = 0; i < Bytes::width && i < count; i += W) {
-      Integers rest = in_units(load(numbers + i), power);
+      Integers rest = in_multiples(load(numbers + i), power);
       for (int n = code_digits - 1; n >= 0; --n) {
         store_lowest_bytes(digits[n] + i, rest);
         totals[n] = totals[n] + lowest_bytes(rest);
@@ -163,11 +163,11 @@ struct CodeProducts : RowProducts<float, 16, Int8, CodeDots> {
     }
   }
 
-  // Computes the products of a chunk's keys. Whole: rows of keys are whole vectors of bytes.
+  // Computes the products of a bunch's keys. Whole: rows of keys are whole vectors of bytes.
   template <int Rows, bool Whole>
   static void dot_rows(const RowBlock& block, const Memory& s, const KeyBlock& keys, int first, int row) {
     constexpr int stride = CodeSums<Rows>::keys;
-    const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
+    const int last = keys.count - first < bunch_keys ? keys.count : first + bunch_keys;
     for (; row + Rows <= block.count; row += Rows)
       for (int j = first; j < last; j += stride) {
         const void* repeated[stride + rows_ahead];

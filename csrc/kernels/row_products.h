@@ -1,6 +1,6 @@
 // The row kernel's products of queries and keys: vectors run along head_dim. With one or two rows, memory bandwidth is
 // the limit, so keys are read one after the other. With more rows, the load ports are a limit as well, so several keys
-// are processed at a time: each load of a query is used for all of these keys. Keys are processed in chunks that stay
+// are processed at a time: each load of a query is used for all of these keys. Keys are processed in bunches that stay
 // in L1 while all rows use them, and later keys are prefetched.
 #pragma once
 #include "kernels/ahead.h"
@@ -88,8 +88,8 @@ struct RowProducts {
 
   // scores = q . k * multiplier
   static void score(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
-    for (int first = 0; first < keys.count; first += chunk_keys) {
-      const int last = keys.count - first < chunk_keys ? keys.count : first + chunk_keys;
+    for (int first = 0; first < keys.count; first += bunch_keys) {
+      const int last = keys.count - first < bunch_keys ? keys.count : first + bunch_keys;
       if (block.count <= rows_by_key)
         dot_rows<max_rows_at_once, 1>(block, s, keys, first, last, 0);
       else

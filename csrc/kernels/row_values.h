@@ -13,26 +13,26 @@ inline const E* row_of(const void* const* rows, int j) {
   return static_cast<const E*>(rows[j]);
 }
 
-// The number of keys or values that are processed at a time. They stay in L1 while all rows and dims use them: 32 rows
-// of 128 floats are 16 KiB.
-constexpr int chunk_keys = 32;
+// The number of keys in a bunch: keys or values that are processed together. They stay in L1 while all rows and dims
+// use them: 32 rows of 128 floats are 16 KiB.
+constexpr int bunch_keys = 32;
 
-struct ValueChunk {
+struct ValueBunch {
   const void* const* values;
   int first_key;
   int count;
 
-  ValueChunk(const KeyBlock& keys, int first)
+  ValueBunch(const KeyBlock& keys, int first)
       : values(keys.value_rows + first),
         first_key(first),
-        count(keys.count - first < chunk_keys ? keys.count - first : chunk_keys) {}
+        count(keys.count - first < bunch_keys ? keys.count - first : bunch_keys) {}
 };
 
-// The factor by which a row's outputs are multiplied before a chunk's sums are added. The outputs are rescaled only for
-// the first chunk of a key block.
+// The factor by which a row's outputs are multiplied before a bunch's sums are added. The outputs are rescaled only for
+// the first bunch of a key block.
 template <class T>
-inline Vec<T> rescale_of(const T* rescale, const ValueChunk& chunk, int row) {
-  return broadcast(chunk.first_key == 0 ? rescale[row] : T(1));
+inline Vec<T> rescale_of(const T* rescale, const ValueBunch& bunch, int row) {
+  return broadcast(bunch.first_key == 0 ? rescale[row] : T(1));
 }
 
 template <class T>
@@ -53,11 +53,11 @@ struct FmaValues {
   static constexpr int W = Vec<T>::width;
   static constexpr int max_rows_at_once = W < 4 ? W : 4;
 
-  // out = out * rescale + probs . values, one chunk of keys after another.
+  // out = out * rescale + probs . values, one bunch of keys after another.
   template <class Memory>
   static void accumulate(const RowBlock& block, const Memory& s, const KeyBlock& keys) {
-    for (int first = 0; first < keys.count; first += chunk_keys)
-      accumulate_rows<max_rows_at_once>(block, s, ValueChunk(keys, first), 0);
+    for (int first = 0; first < keys.count; first += bunch_keys)
+      accumulate_rows<max_rows_at_once>(block, s, ValueBunch(keys, first), 0);
   }
 
   // If a key is hidden from all rows and one of its values is not finite, its values are replaced by zeros. Returns
@@ -82,15 +82,15 @@ struct FmaValues {
                                  const KeyBlock& keys) {
     for (int r = 0; r < block.count; ++r)
       for (std::int64_t dim = 0; dim < block.value_dim; dim += W)
-        for (int first = 0; first < keys.count; first += chunk_keys) {
-          const ValueChunk chunk(keys, first);
+        for (int first = 0; first < keys.count; first += bunch_keys) {
+          const ValueBunch bunch(keys, first);
           Vec<T> sum = broadcast(T(0));
-          for (int j = first; j < first + chunk.count; ++j) {
+          for (int j = first; j < first + bunch.count; ++j) {
             if (!sees(tile, r, j)) continue;
             const Vec<T> value = load_up_to(row_of<E>(keys.value_rows, j) + dim, block.value_dim - dim);
             sum = fma(broadcast(s.scores[r * s.score_stride + j]), value, sum);
           }
-          add_sum(s.out + r * s.out_stride + dim, rescale_of(s.rescale, chunk, r), sum);
+          add_sum(s.out + r * s.out_stride + dim, rescale_of(s.rescale, bunch, r), sum);
         }
   }
 
@@ -104,25 +104,25 @@ struct FmaValues {
   // Processes `Rows` rows at a time, so that each value is loaded and widened once for all of these rows. For the
   // remaining rows, `Rows` is halved.
   template <int Rows, class Memory>
-  static void accumulate_rows(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row) {
+  static void accumulate_rows(const RowBlock& block, const Memory& s, const ValueBunch& bunch, int row) {
     constexpr int columns = MaxSums / Rows;
-    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, chunk, row, 0);
+    for (; row + Rows <= block.count; row += Rows) accumulate_dims<Rows, columns>(block, s, bunch, row, 0);
     if constexpr (Rows > 1)
-      if (row < block.count) accumulate_rows<Rows / 2>(block, s, chunk, row);
+      if (row < block.count) accumulate_rows<Rows / 2>(block, s, bunch, row);
   }
 
   // Processes `Cols` vectors of dims at a time. For the remaining dims, `Cols` is halved.
   template <int Rows, int Cols, class Memory>
-  static void accumulate_dims(const RowBlock& block, const Memory& s, const ValueChunk& chunk, int row,
+  static void accumulate_dims(const RowBlock& block, const Memory& s, const ValueBunch& bunch, int row,
                               std::int64_t dim) {
     const auto sum = [&](auto load_values) {
-      // Only the last rows prefetch the next chunk. The others prefetch what they read, which costs next to nothing.
-      const int ahead = row + Rows == block.count ? chunk_keys : 0;
-      sum_values<Rows, Cols>(s, chunk, row, dim, ahead, load_values);
+      // Only the last rows prefetch the next bunch. The others prefetch what they read, which costs next to nothing.
+      const int ahead = row + Rows == block.count ? bunch_keys : 0;
+      sum_values<Rows, Cols>(s, bunch, row, dim, ahead, load_values);
     };
     for (; block.value_dim - dim >= Cols * W; dim += Cols * W) sum([](const E* p, auto& x) { load_adjacent(p, x); });
     if constexpr (Cols > 1) {
-      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, chunk, row, dim);
+      if (dim < block.value_dim) accumulate_dims<Rows, Cols / 2>(block, s, bunch, row, dim);
     } else if (dim < block.value_dim) {
       const int tail = static_cast<int>(block.value_dim - dim);
       sum([tail](const E* p, auto& x) { x[0] = load_partial(p, tail); });
@@ -131,16 +131,16 @@ struct FmaValues {
 
   // load_values(p, x) loads two vectors; one if Cols is 1.
   template <int Rows, int Cols, class Memory, class LoadValues>
-  static void sum_values(const Memory& s, const ValueChunk& chunk, int row, std::int64_t dim, int ahead,
+  static void sum_values(const Memory& s, const ValueBunch& bunch, int row, std::int64_t dim, int ahead,
                          LoadValues load_values) {
     constexpr int together = Cols > 1 ? 2 : 1;
     Vec<T> sums[Rows][Cols];
     for (auto& line : sums)
       for (Vec<T>& sum : line) sum = broadcast(T(0));
-    const T* probs = s.scores + row * s.score_stride + chunk.first_key;
-    for (int j = 0; j < chunk.count; ++j) {
-      const E* value = one_base(row_of<E>(chunk.values, j) + dim);
-      const E* later = one_base(row_of<E>(chunk.values, j + ahead) + dim);
+    const T* probs = s.scores + row * s.score_stride + bunch.first_key;
+    for (int j = 0; j < bunch.count; ++j) {
+      const E* value = one_base(row_of<E>(bunch.values, j) + dim);
+      const E* later = one_base(row_of<E>(bunch.values, j + ahead) + dim);
       for (int c = 0; c < Cols; c += together) {
         Vec<T> right[together];
         load_values(value + c * W, right);
@@ -157,7 +157,7 @@ struct FmaValues {
     const std::int64_t out_stride = s.out_stride;
     T* out = s.out + row * out_stride + dim;
     Vec<T> rescale[Rows];
-    for (int r = 0; r < Rows; ++r) rescale[r] = rescale_of(s.rescale, chunk, row + r);
+    for (int r = 0; r < Rows; ++r) rescale[r] = rescale_of(s.rescale, bunch, row + r);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r, out += out_stride)
 #pragma GCC unroll 16

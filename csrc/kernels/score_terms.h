@@ -38,7 +38,7 @@ template <class Axes, class T>
 
 inline bool has_terms(const Scoring& scoring) { return scoring.mask || scoring.bias; }
 
-// Adds the terms from term_chunk to scores, and records whether they may have hidden any key.
+// Adds the terms from term_vector to scores, and records whether they may have hidden any key.
 template <class T>
 struct AddTerm {
   // Some callers mask keys with the lowest finite number. Conversion to log2 units must not turn it into -inf.
@@ -88,7 +88,7 @@ template <class T, class Use>
 // Mask and bias of one row for n <= width keys, starting at `key`: the bias, or -inf where the mask hides the key.
 // Lanes from n on repeat the last key.
 template <class T>
-inline Vec<T> term_chunk(const Row& row, const Scoring& scoring, std::int64_t key, int n) {
+inline Vec<T> term_vector(const Row& row, const Scoring& scoring, std::int64_t key, int n) {
   constexpr int W = Vec<T>::width;
   Vec<T> term = broadcast(T(0));
   if (row.bias) {
@@ -140,7 +140,7 @@ template <class T>
 inline Sight sight_of(const Row& row, const Scoring& scoring, std::int64_t key, int count) {
   if (!scoring.mask || row.bias) {
     for (int j = 0; j < count; j += Vec<T>::width) {
-      const Vec<T> term = term_chunk<T>(row, scoring, key + j, count - j < Vec<T>::width ? count - j : Vec<T>::width);
+      const Vec<T> term = term_vector<T>(row, scoring, key + j, count - j < Vec<T>::width ? count - j : Vec<T>::width);
       if (!all(term == broadcast(minus_infinity<T>))) return Sight::some;
     }
     return Sight::nothing;
@@ -183,11 +183,11 @@ inline void describe_rows(ScoreTile<T> tile, int lanes) {
 // scores += Row::relative * factor
 template <class Axes, class T>
 [[gnu::always_inline]] inline void add_relative(const ScoreTile<T>& tile, T factor) {
-  const auto chunk = [&](const Row& row, int key, int n) {
+  const auto vector = [&](const Row& row, int key, int n) {
     return load_up_to(static_cast<const T*>(row.relative) + tile.first_key + key, n);
   };
-  Axes::each_chunk(tile, tile.scores, chunk,
-                   [&](T* score, Vec<T> relative) { store(score, fma(relative, broadcast(factor), load(score))); });
+  Axes::each_vector(tile, tile.scores, vector,
+                    [&](T* score, Vec<T> relative) { store(score, fma(relative, broadcast(factor), load(score))); });
 }
 
 // Mask and bias of a tile's rows.
@@ -197,21 +197,21 @@ struct TileTerms {
   const Scoring& scoring;
 
   Vec<T> operator()(const Row& row, int key, int n) const {
-    return term_chunk<T>(row, scoring, tile.first_key + key, n);
+    return term_vector<T>(row, scoring, tile.first_key + key, n);
   }
 
-  // Calls use(cell, terms) for all keys and rows. `cell` points into `cells`, an array of the tile's shape.
+  // Calls use(address, terms) for all keys and rows. `address` points into `array`, which has the tile's shape.
   template <class Use>
-  [[gnu::always_inline]] void each(AcrossKeys, T* cells, Use use) const {
-    AcrossKeys::each_chunk(tile, cells, *this, use);
+  [[gnu::always_inline]] void each(AcrossKeys, T* array, Use use) const {
+    AcrossKeys::each_vector(tile, array, *this, use);
   }
 
   template <class Use>
-  [[gnu::always_inline]] void each(AcrossRows, T* cells, Use use) const {
+  [[gnu::always_inline]] void each(AcrossRows, T* array, Use use) const {
     constexpr int W = Vec<T>::width;
     for (int j = 0; j < tile.num_keys; j += W) {
       const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
-      T* first = cells + j * tile.stride;
+      T* first = array + j * tile.stride;
       if (tile.shares_terms) {  // the terms depend on keys only: read once, then broadcast
         T shared[W];
         store(shared, (*this)(tile.rows[0], j, n));
@@ -229,7 +229,7 @@ struct TileTerms {
             with_numbers<T>(bias, scoring.bias_type,
                             [&](const auto* numbers) { use(first + i * tile.stride + l, load(numbers)); });
         } else {
-          AcrossRows::each_of_square(tile, cells, AcrossRows::Square{j, n, l}, *this, use);
+          AcrossRows::each_of_square(tile, array, AcrossRows::Square{j, n, l}, *this, use);
         }
       }
     }
@@ -263,7 +263,7 @@ template <class Axes, class T>
 // Stores mask and bias without the scores, for the rare tile that needs them a second time.
 template <class Axes, class T>
 inline const T* gather_terms(ScoreTile<T> tile, const Scoring& scoring, T* to) {
-  TileTerms<T>{tile, scoring}.each(Axes(), to, [](T* cell, Vec<T> term) { store(cell, term); });
+  TileTerms<T>{tile, scoring}.each(Axes(), to, [](T* address, Vec<T> term) { store(address, term); });
   return to;
 }
 

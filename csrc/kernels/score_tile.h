@@ -75,25 +75,25 @@ struct AcrossRows {
     int lane;
   };
 
-  template <class T, class RowChunk, class Use>
-  [[gnu::always_inline]] static void each_chunk(const ScoreTile<T>& tile, T* cells, RowChunk row_chunk, Use use) {
+  template <class T, class RowVector, class Use>
+  [[gnu::always_inline]] static void each_vector(const ScoreTile<T>& tile, T* array, RowVector row_vector, Use use) {
     constexpr int W = Vec<T>::width;
     for (int j = 0; j < tile.num_keys; j += W) {
       const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
-      for (int l = 0; l < tile.lanes; l += W) each_of_square(tile, cells, Square{j, n, l}, row_chunk, use);
+      for (int l = 0; l < tile.lanes; l += W) each_of_square(tile, array, Square{j, n, l}, row_vector, use);
     }
   }
 
   // Transposes W x W squares in registers. Lanes without a row get 0.
-  template <class T, class RowChunk, class Use>
-  [[gnu::always_inline]] static void each_of_square(const ScoreTile<T>& tile, T* cells, Square at, RowChunk row_chunk,
+  template <class T, class RowVector, class Use>
+  [[gnu::always_inline]] static void each_of_square(const ScoreTile<T>& tile, T* array, Square at, RowVector row_vector,
                                                     Use use) {
     constexpr int W = Vec<T>::width;
     Vec<T> square[W];
     for (int i = 0; i < W; ++i)
-      square[i] = at.lane + i < tile.num_rows ? row_chunk(tile.rows[at.lane + i], at.key, at.n) : broadcast(T(0));
+      square[i] = at.lane + i < tile.num_rows ? row_vector(tile.rows[at.lane + i], at.key, at.n) : broadcast(T(0));
     transpose(square);
-    T* first = cells + at.key * tile.stride + at.lane;
+    T* first = array + at.key * tile.stride + at.lane;
     for (int i = 0; i < at.n; ++i) use(first + i * tile.stride, square[i]);
   }
 
@@ -119,15 +119,15 @@ struct AcrossKeys {
     return broadcast(reduce_max(a));
   }
 
-  // Calls use(cell, numbers) for vectors of numbers from all rows. row_chunk(row, key, n) returns n numbers of a row,
-  // starting at the key with this index in the tile. `cell` points into `cells`, an array of the tile's shape.
-  template <class T, class RowChunk, class Use>
-  [[gnu::always_inline]] static void each_chunk(const ScoreTile<T>& tile, T* cells, RowChunk row_chunk, Use use) {
+  // Calls use(address, numbers) for vectors of numbers from all rows. row_vector(row, key, n) returns n numbers of a
+  // row, starting at the key with this index in the tile. `address` points into `array`, which has the tile's shape.
+  template <class T, class RowVector, class Use>
+  [[gnu::always_inline]] static void each_vector(const ScoreTile<T>& tile, T* array, RowVector row_vector, Use use) {
     constexpr int W = Vec<T>::width;
     for (int r = 0; r < tile.num_rows; ++r)
       for (int j = 0; j < tile.num_keys; j += W) {
         const int n = tile.num_keys - j < W ? tile.num_keys - j : W;
-        use(cells + r * tile.stride + j, row_chunk(tile.rows[r], j, n));
+        use(array + r * tile.stride + j, row_vector(tile.rows[r], j, n));
       }
   }
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._any_cache import no_cache
 from .._arguments import floats, thread_count
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
@@ -31,8 +32,7 @@ class Held:
 
     def __init__(self, function: str, cache: Any, sequences: Any) -> None:
         if not isinstance(cache, (KVCache, PagedKVCache)):
-            text = f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
-            raise refusal(TypeError, function, "cache", text)
+            raise no_cache(function, cache)
         if isinstance(cache, PagedKVCache) and sequences is None:
             raise refusal(ValueError, function, "sequences", " is needed with a PagedKVCache")
         self._cache, self._sequences = cache, sequences

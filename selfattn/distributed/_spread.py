@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .._any_cache import no_cache
 from .._arguments import as_array, integers, reals, whole_number, window_sides
 from .._cache import KVCache
 from .._errors import refusal
@@ -53,8 +54,7 @@ class SpreadCache:
 
     def __init__(self, cache: KVCache | PagedKVCache, rows: ArrayLike | None = None) -> None:
         if not isinstance(cache, (KVCache, PagedKVCache)):
-            text = f" is a {type(cache).__name__}, but a KVCache or PagedKVCache is needed"
-            raise refusal(TypeError, "SpreadCache", "cache", text)
+            raise no_cache("SpreadCache", cache)
         self.cache = cache
         self._rows: dict[int, _Positions] = {}
         if rows is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _core
-from .._arguments import core_options, flag, real, window_sides
+from .._arguments import core_options, flag, no_t5_bias, real, window_sides
 from .._attention import _DEFAULTS
 from .._bias import T5Bias
 from .._errors import refusal
@@ -122,8 +122,7 @@ def make_call(q: Any, k: Any, v: Any, **options: Any) -> Call:
     options["weights"] = flag("attention", "return_weights", options.pop("return_weights", False))
     if (t5 := options.pop("t5", None)) is not None:
         if not hasattr(t5, "table"):
-            text = f" is a {type(t5).__name__}, but a T5Bias is needed: T5Bias(table)"
-            raise refusal(TypeError, "attention", "t5", text)
+            raise no_t5_bias("attention", t5)
         options["bidirectional"], options["max_distance"] = t5.bidirectional, t5.max_distance
         options["t5"] = as_operand("attention", "t5", t5.table)
     return Call(q, k, v, **options)

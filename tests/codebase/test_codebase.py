@@ -17,7 +17,7 @@ INCLUDE_RULES = [
     ("kernels/*", r'"(simd|kernels)/|"(arithmetic|dtype)\.h"|<c(stdint|stddef|string)>|SELFATTN_VEC', None),
     ("simd/*", r'<((immintrin|arm_neon)\.h|c(stdint|string))>|SELFATTN_VEC|"simd/', None),
     ("arithmetic.h", r"<c(stddef|stdint)>", None),
-    ("dtype.h", r"<cstdint>", None),
+    ("dtype.h", r'<cstdint>|"arithmetic\.h"', None),
     ("problem.h", r'<|"(arithmetic|attention_options|tensor_view)\.h"', r"immintrin|arm_neon|pybind11"),
     ("tensor_view.h", r'<|"dtype\.h"', r"immintrin|arm_neon|pybind11"),
     ("plan.*", r'<|"(plan|thread_memory|problem|kernels/kernel_set)\.h"', r"immintrin|arm_neon|chrono|<thread>|omp\.h"),

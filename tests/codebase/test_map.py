@@ -16,12 +16,25 @@ def section(page: Path, title: str) -> str:
     return found[0]
 
 
-def unnamed(files: list[Path], text: str) -> set[str]:
-    """Return the files that no name or pattern in backticks matches; `name` matches name.h and name.cpp."""
-    patterns = re.findall(r"`([^`\s]+)`", text)
+def names_in(text: str) -> list[str]:
+    return re.findall(r"`([^`\s]+)`", text)
+
+
+def unnamed(files: list[Path], patterns: list[str]) -> set[str]:
+    """Return the files that no name or pattern matches; `name` matches name.h and name.cpp."""
     return {
         file.name for file in files if not any(fnmatch(name, p) for p in patterns for name in (file.name, file.stem))
     }
+
+
+def names_by_folder(text: str) -> dict[str, list[str]]:
+    """Return the names in the first column, by the folder at the start of the row, "." without one."""
+    found: dict[str, list[str]] = {}
+    for row in re.findall(r"^\| (.*?) \|", text, flags=re.M):
+        names = names_in(row)
+        folder = names.pop(0).rstrip("/") if names and names[0].endswith("/") else "."
+        found.setdefault(folder, []).extend(names)
+    return found
 
 
 def test_every_file_of_the_core_is_on_its_map() -> None:
@@ -33,24 +46,37 @@ def test_every_file_of_the_core_is_on_its_map() -> None:
     ):
         files = [file for file in (ROOT / "csrc" / folder).iterdir() if file.suffix in {".h", ".cpp"}]
         assert len(files) > 5
-        assert unnamed(files, section(ROOT / "csrc" / "README.md", title)) == set(), folder
+        assert unnamed(files, names_in(section(ROOT / "csrc" / "README.md", title))) == set(), folder
 
 
 def test_every_python_module_is_on_the_map() -> None:
-    files = [file for file in (ROOT / "selfattn").rglob("*.py*") if file.suffix in {".py", ".pyi"}]
+    package = ROOT / "selfattn"
+    files = [file for file in package.rglob("*.py*") if file.suffix in {".py", ".pyi"}]
     assert len(files) > 50
-    assert unnamed(files, section(ROOT / "docs" / "architecture.md", "Python modules")) == set()
+    named = names_by_folder(section(ROOT / "docs" / "architecture.md", "Python modules"))
+    for folder in {file.parent for file in files}:
+        # A folder on the map includes its __init__.py.
+        inside = [file for file in files if file.parent == folder and (folder == package or file.stem != "__init__")]
+        path = folder.relative_to(package).as_posix()
+        assert unnamed(inside, named.get(path, [])) == set(), path
 
 
 def test_files_on_the_maps_exist() -> None:
-    for page, title in (("csrc/README.md", ""), ("docs/architecture.md", "Python modules")):
-        text = section(ROOT / page, title) if title else (ROOT / page).read_text(encoding="utf8")
-        folder = ROOT / ("csrc" if title == "" else "selfattn")
-        known = {name for file in folder.rglob("*.*") for name in (file.name, file.stem)}
-        for row in re.findall(r"^\| (.*?) \|", text, flags=re.M):
-            for pattern in re.findall(r"`([^`\s/]+)`", row):
-                assert any(fnmatch(name, pattern) for name in known), f"{page} names {pattern}"
+    core = (ROOT / "csrc" / "README.md").read_text(encoding="utf8")
+    known = {name for file in (ROOT / "csrc").rglob("*.*") for name in (file.name, file.stem)}
+    for row in re.findall(r"^\| (.*?) \|", core, flags=re.M):
+        for pattern in re.findall(r"`([^`\s/]+)`", row):
+            assert any(fnmatch(name, pattern) for name in known), f"csrc/README.md names {pattern}"
+    for folder, names in names_by_folder(section(ROOT / "docs" / "architecture.md", "Python modules")).items():
+        for name in names:
+            assert (ROOT / "selfattn" / folder / name).is_file(), f"architecture.md names {folder}/{name}"
 
 
 def test_a_file_without_a_place_is_found() -> None:
-    assert unnamed([Path("a.h"), Path("a.cpp"), Path("b.h"), Path("isa_c.cpp")], "| `a` | `isa_*.cpp` |") == {"b.h"}
+    files = [Path("a.h"), Path("a.cpp"), Path("b.h"), Path("isa_c.cpp")]
+    assert unnamed(files, names_in("| `a` | `isa_*.cpp` |")) == {"b.h"}
+
+
+def test_a_name_counts_in_its_own_folder_only() -> None:
+    text = "| `a.py`, `b.py` | of `c.py` |\n| `inner/`: `d.py` | more |\n| `inner/`: `e.py` | more |\n"
+    assert names_by_folder(text) == {".": ["a.py", "b.py"], "inner": ["d.py", "e.py"]}

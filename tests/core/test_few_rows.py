@@ -1,4 +1,4 @@
-"""Few query rows: every end of a pair, a vector, a chunk and a block of keys, and of the vectors along a row."""
+"""Few query rows: every end of a pair, a vector, a bunch and a block of keys, and of the vectors along a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import selfattn as sa
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 types = pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16], ids=str)
-# Around pairs, vectors of 16, chunks of 32 and blocks of 512 keys.
+# Around pairs, vectors of 16, bunches of 32 and blocks of 512 keys.
 LENGTHS = [1, 2, 3, 15, 16, 17, 31, 32, 33, 34, 47, 63, 64, 65, 511, 512, 513, 543, 545]
 WIDTHS = [1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 127, 128, 129, 160]
 

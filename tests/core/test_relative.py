@@ -11,8 +11,8 @@ from array_layouts import misaligned
 import selfattn as sa
 from selfattn import reference
 
-# batch, heads, kv heads, segment, memory, head_dim, value_dim: row and tile kernel, several blocks, chunks of keys and
-# row blocks, grouped heads, ranges of keys.
+# batch, heads, kv heads, segment, memory, head_dim, value_dim: row and tile kernel, several blocks, stretches of keys
+# and row blocks, grouped heads, ranges of keys.
 SHAPES = [
     (1, 1, 1, 1, 0, 8, 8),
     (2, 2, 2, 5, 3, 16, 7),

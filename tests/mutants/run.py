@@ -2,7 +2,8 @@
 
     python tests/mutants/run.py                 all mutants
     python tests/mutants/run.py --sample 6      six of them, others at every commit
-    python tests/mutants/run.py --changed REV   those in folders where something changed since a revision
+    python tests/mutants/run.py --changed REV   those in folders where something changed since a revision; if there are
+                                                none, those of --sample
     python tests/mutants/run.py --only NAME     one; may be repeated
     python tests/mutants/run.py --check         only whether every mutant's line still exists
 
@@ -60,7 +61,10 @@ def choose(mutants: list[Mutant], arguments: argparse.Namespace) -> list[Mutant]
         return [mutant for mutant in mutants if mutant.name in arguments.only]
     if arguments.changed:
         folders = changed_folders(arguments.changed)
-        return [mutant for mutant in mutants if Path(mutant.file).parent in folders]
+        chosen = [mutant for mutant in mutants if Path(mutant.file).parent in folders]
+        if chosen or not arguments.sample:
+            return chosen
+        print(f"no mutant is in a folder that differs from {arguments.changed}: a sample runs instead")
     if arguments.sample:
         able = [mutant for mutant in mutants if not mutant.equivalent]
         return random.Random(arguments.seed).sample(able, min(arguments.sample, len(able)))
@@ -145,7 +149,10 @@ def main() -> None:
     if arguments.check:
         print(f"{len(mutants)} mutants apply")
         return
-    if not report(run_all(choose(mutants, arguments), arguments.jobs)):
+    fates = run_all(choose(mutants, arguments), arguments.jobs)
+    if not fates:
+        sys.exit("no mutant was run, so nothing was tested")
+    if not report(fates):
         sys.exit(1)
 
 

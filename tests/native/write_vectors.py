@@ -152,7 +152,7 @@ def distances(m: Maker) -> Iterator[Case]:
 
     yield relative("decode", 1, 600, 601, 0)
     yield relative("segment", 60, 70, 130, 0)
-    yield relative("chunks", 50, 700, 750, 0, own=False)
+    yield relative("long-memory", 50, 700, 750, 0, own=False)
     yield relative("clamped", 33, 40, 5, 0)
     yield relative("two-sided", 70, 30, 90, 40)
     for bidirectional in (False, True):

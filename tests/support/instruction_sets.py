@@ -26,13 +26,20 @@ def is_marked(test: pytest.Item) -> bool:
     return test.get_closest_marker("one_isa") is not None
 
 
+def types_of(item: pytest.Item) -> set[str]:
+    """Return the types that a run of a test says it uses."""
+    call = getattr(item, "callspec", None)
+    dtype = None if call is None else call.params.get("dtype")
+    types = set() if dtype is None else {dtype if isinstance(dtype, str) else np.dtype(dtype).name}
+    for mark in item.iter_markers("dtypes"):
+        types |= set(mark.args)
+    return types
+
+
 def repeats_avx512(item: pytest.Item) -> bool:
     """Whether a test on an extension of AVX-512 would only repeat kernels that it runs on AVX-512."""
     call = getattr(item, "callspec", None)
     if call is None or call.params.get("isa") not in EXTENSIONS:
         return False
-    dtype = call.params.get("dtype")
-    types = set() if dtype is None else {dtype if isinstance(dtype, str) else np.dtype(dtype).name}
-    for mark in item.iter_markers("dtypes"):
-        types |= set(mark.args)
+    types = types_of(item)
     return bool(types) and types <= WIDE and call.params.get("precision", "highest") == "highest"
