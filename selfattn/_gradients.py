@@ -134,8 +134,8 @@ def attention_vjp(
     -----
     `out` is kept in the type of computation and lse in float64. The gradients are therefore more accurate than those
     that `attention_backward` computes from rounded results. With 16-bit operands on units that multiply bfloat16, `out`
-    may differ from the result of `attention` by rounding. A query whose absolute lse, in units of log2, exceeds 2²⁰ (2⁴⁹
-    in float64) is treated as if it saw no key, as in `attention_backward`.
+    may differ from the result of `attention` by rounding. A query whose absolute lse, in units of log2, exceeds 2²⁰
+    (2⁴⁹ in float64) is treated as if it saw no key, as in `attention_backward`.
 
     Examples
     --------

@@ -102,6 +102,14 @@ def test_every_option(isa: str, rng: Any, normal: Any, dtype: Any, name: str) ->
     check(q, k, v, **options_by_name(rng)[name])
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_lower_precision(isa: str, rng: Any, normal: Any, dtype: Any, precision: str) -> None:
+    q, k, v = (normal(1, h, n, 32, dtype=dtype) for h, n in ((2, 41), (1, 110), (1, 110)))
+    check(q, k, v, precision=precision, causal=True, q_offset=60)
+    check(q, k, v, precision=precision, bias=normal(41, 110), softcap=3.0, sinks=rng.standard_normal(2))
+
+
 @pytest.mark.parametrize(
     ("q_shape", "k_shape", "v_shape", "options"),
     [
