@@ -1,4 +1,4 @@
-"""What a layer computes for a token has the same bits for any number of threads, neighbours in the batch and strides."""
+"""What a layer computes for a token has the same bits for any number of threads, neighbours in the batch, strides."""
 
 from __future__ import annotations
 
