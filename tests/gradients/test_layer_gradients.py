@@ -279,8 +279,7 @@ def test_errors(rng: Any, changed: dict[str, Any], exception: type[Exception], m
 
 @pytest.mark.one_isa
 def test_keys_of_x_need_weights_for_x(rng: Any) -> None:
-    message = "x has d_model 10 but w_k has 6 rows: without context they must agree"
-    with pytest.raises(ValueError, match=f"^self_attention_vjp: {message}"):
+    with pytest.raises(ValueError, match=r"^self_attention_vjp: x has d_model 10 but w_k has 6 rows: without context "):
         sa.self_attention_vjp(**layer(rng, D_CONTEXT))
 
 
