@@ -14,7 +14,7 @@ import nox
 from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
 
-LARGEST = 3 << 20  # bytes of a wheel
+LARGEST = 3_000_000  # bytes of a wheel
 # An additional instruction set that emulates AMX, to test its kernels on machines without AMX.
 EMULATED = "SELFATTN_EMULATE_AMX=ON"
 # The std::thread back end.

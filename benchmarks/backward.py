@@ -3,7 +3,8 @@
     python benchmarks/backward.py --threads 1 2
 
 Results are compared before anything is timed. Rounds are interleaved in one process; medians are printed. The fraction
-of the FMA peak counts the five products of the visible pairs, and the peak is measured next to each row.
+of the peak counts the five products of the visible pairs. The peak is that of the unit that multiplies, and is measured
+next to each row. With several numbers of threads, the last tables give the times with the first relative to the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import selfattn as sa
 from selfattn._bench.timing import Peaks, Quartiles, interleave, ratios
 
 Runs = dict[str, Callable[[], Any]]
+COLUMNS = "batch, heads, KV heads, length, dim, causal"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # of the largest element
 
 
@@ -52,6 +54,7 @@ SHAPES = [
     Shape(1, 8, 2, 2048, 64, True),
     Shape(1, 8, 8, 2048, 128, True),
     Shape(1, 4, 4, 4096, 64, False),
+    Shape(1, 2, 2, 4096, 64, False),
     Shape(1, 2, 2, 4096, 128, True),
     Shape(1, 1, 1, 4096, 64, False),
 ]
@@ -86,19 +89,26 @@ def as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
 
 def runs_of(shape: Shape, dtype: torch.dtype) -> Runs:
     """Return calls that compute the same gradients from results at hand."""
-    (grad_out, q, k, v), (tensor_grad, *inputs) = operands(shape, dtype)
-    out, lse = sa.attention(q, k, v, causal=shape.causal, return_lse=True)
+    arrays, (tensor_grad, *inputs) = operands(shape, dtype)
     leaves = [x.requires_grad_() for x in inputs]
     tensor_out = torch.nn.functional.scaled_dot_product_attention(
         *leaves, is_causal=shape.causal, enable_gqa=shape.heads != shape.kv_heads
     )
     runs: Runs = {
-        "selfattn": lambda: sa.attention_backward(grad_out, q, k, v, out, lse, causal=shape.causal),
+        "selfattn": own_run(shape, arrays),
         "PyTorch": lambda: torch.autograd.grad(tensor_out, leaves, tensor_grad, retain_graph=True),
     }
     for found, other in zip(runs["selfattn"]()[:3], runs["PyTorch"](), strict=True):
         compare(found, as_numpy(other), TOLERANCE[str(dtype).removeprefix("torch.")])
     return runs
+
+
+def own_run(shape: Shape, arrays: Operands, num_threads: int | None = None) -> Callable[[], Any]:
+    """Return a call that computes gradients from results at hand."""
+    grad_out, q, k, v = arrays
+    out, lse = sa.attention(q, k, v, causal=shape.causal, return_lse=True)
+    options: Any = {"causal": shape.causal, "num_threads": num_threads}
+    return lambda: sa.attention_backward(grad_out, q, k, v, out, lse, **options)
 
 
 def option_runs() -> Runs:
@@ -142,18 +152,32 @@ def compare(found: Any, other: Any, tolerance: float) -> None:
 
 def print_shapes(dtype: str, threads: int, seconds: float) -> None:
     """Print one row for each shape."""
+    in_pairs = dtype == "bfloat16" and sa.active_isa() == "avx512_bf16"  # all other backward passes multiply by FMA
     print(f"\n{dtype}, {threads} thread{'s' * (threads > 1)}\n")
-    print("| batch, heads, KV heads, length, dim, causal | selfattn | times PyTorch | of the FMA peak |")
+    print(f"| {COLUMNS} | selfattn | times PyTorch | of the peak of {'bfloat16 pairs' if in_pairs else 'FMA'} |")
     print("|---|---|---|---|")
     speedups = []
     for shape in SHAPES:
         times = interleave(runs_of(shape, getattr(torch, dtype)), seconds)
         own = Quartiles.of(times["selfattn"]).median
         ratio = ratios(times, "selfattn")["PyTorch"].median
-        share = shape.flops / own / Peaks(threads, 0.2).flops("float32")
+        share = shape.flops / own / Peaks(threads, 0.2).flops("bfloat16" if in_pairs else "float32")
         speedups.append(ratio)
         print(f"| {tuple(shape)} | {own * 1e3:.2f} ms | {ratio:.2f} | {share:.0%} |", flush=True)
     print(f"\ngeometric mean {np.exp(np.mean(np.log(speedups))):.2f}, lowest {min(speedups):.2f}")
+
+
+def print_scaling(dtype: str, threads: list[int], seconds: float) -> None:
+    """Print how many times faster each shape is with more threads than with the first number of threads."""
+    first, *others = threads
+    print(f"\n{dtype}, time with {first} thread{'s' * (first > 1)} / time with others\n")
+    print(f"| {COLUMNS} | {' | '.join(f'{n} threads' for n in others)} |")
+    print("|---" * (1 + len(others)) + "|")
+    for shape in SHAPES:
+        arrays, _ = operands(shape, getattr(torch, dtype))
+        times = interleave({str(n): own_run(shape, arrays, n) for n in threads}, seconds)
+        found = [ratios(times, str(n))[str(first)].median for n in others]
+        print(f"| {tuple(shape)} | {' | '.join(f'{ratio:.2f}' for ratio in found)} |", flush=True)
 
 
 def forward_runs() -> Runs:
@@ -186,7 +210,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(TOLERANCE))
+    parser.add_argument("--dtype", nargs="+", default=list(TOLERANCE), choices=list(TOLERANCE))
     parser.add_argument("--seconds", type=float, default=2.0, help="per row (default: %(default)s)")
     args = parser.parse_args()
     for threads in args.threads:
@@ -195,6 +219,9 @@ def main() -> None:
         for dtype in args.dtype:
             print_shapes(dtype, threads, args.seconds)
         print_options(threads, args.seconds)
+    if len(args.threads) > 1:
+        for dtype in args.dtype:
+            print_scaling(dtype, args.threads, args.seconds)
 
 
 if __name__ == "__main__":

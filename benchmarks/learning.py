@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 decoder, gpt_training, training = (importlib.import_module(name) for name in ("decoder", "gpt_training", "training"))
 
 Runs = dict[str, Callable[[], Any]]
-LAYERS = [(8, 64), (8, 128), (8, 256), (4, 512)]  # batch, length
+LAYERS = [(8, 64), (8, 128), (8, 256), (4, 512), (2, 1024), (1, 2048)]  # batch, length
 # layers, width, heads, batch, length: the example's default, and a larger model
 MODELS = [(4, 256, 8, 8, 256), (6, 384, 6, 8, 256)]
 TOLERANCE = 1e-3

@@ -285,7 +285,10 @@ def delivered(
     for name, found in totals.items():
         total, own = found, targets.get(name)
         if own is not None and accumulate:
-            total += converted(own, total.dtype)
+            # The caller's array may be wider than the computation, as that of a float64 bias of float32 queries.
+            wider = np.promote_types(total.dtype, computed_in(own.dtype))
+            total = converted(total, wider)
+            total += converted(own, wider)
         gradients[name] = converted(total, dtype_of(name))
         if own is not None:
             own[...] = gradients[name]

@@ -80,8 +80,10 @@ def attention_backward(
     -----
     With P = softmax(S), D_i = Σ_d ∂out_id · out_id − ∂lse_i and dP = ∂out · vᵀ: ∂v = Pᵀ · ∂out, dS = P ∘ (dP − D),
     ∂q = scale · dS · k, ∂k = scale · dSᵀ · q (Dao, "FlashAttention-2", 2023). A hidden key has gradient 0, whatever it
-    holds. A query that sees no key has gradient 0 too. For a given instruction set, shape and options, gradients do not
-    depend on the number of threads, the rest of the batch or strides, not even in the last bit.
+    holds. A query that sees no key has gradient 0 too, and adds nothing to other gradients. A query whose absolute lse,
+    in units of log2, exceeds 2²⁰ (2⁴⁹ if lse and the computation are float64) is treated in the same way, because the
+    rounding error of such an lse is too large. For a given instruction set, shape and options, gradients do not depend
+    on the number of threads, the rest of the batch or strides, not even in the last bit.
 
     Examples
     --------
@@ -132,7 +134,8 @@ def attention_vjp(
     -----
     `out` is kept in the type of computation and lse in float64. The gradients are therefore more accurate than those
     that `attention_backward` computes from rounded results. With 16-bit operands on units that multiply bfloat16, `out`
-    may differ from the result of `attention` by rounding.
+    may differ from the result of `attention` by rounding. A query whose absolute lse, in units of log2, exceeds 2²⁰
+    (2⁴⁹ in float64) is treated as if it saw no key, as in `attention_backward`.
 
     Examples
     --------

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, flag
+from ._arguments import as_array, flag, thread_count
 from ._attention import attention
 from ._backward import Operands, Upstream, checked_names, computed_in, score_arguments
 from ._head_norms import HeadNorm, head_norms
@@ -83,9 +83,10 @@ def self_attention_vjp(
 
     Notes
     -----
-    Matrices are multiplied by NumPy, whose BLAS has threads of its own: `num_threads` applies to attention only, and
-    the last bits of y and of gradients may depend on the BLAS, its threads and the batch size. 16-bit arguments are
-    converted to float32, and results are rounded once.
+    The bits of y and of the gradients of x and context depend neither on threads, nor on strides, nor on the other
+    entries of the batch. (A context that several entries share gets the sum of their gradients.) The gradients of the
+    matrices are sums over all tokens, computed by NumPy: their last bits may depend on NumPy's BLAS and its threads,
+    which `num_threads` does not set. 16-bit arguments are converted to float32, and results are rounded once.
 
     Examples
     --------
@@ -122,7 +123,9 @@ def differentiable(
     queries = as_array(_NAME, "x", x)
     keys = queries if context is None else as_array(_NAME, "context", context)
     _core.check_layer_inputs(_NAME, queries, None if context is None else keys, w.q, w.k)
-    layer = _Layer(names, rotation.placed(queries), norms, context is None, first_head)
+    threads = thread_count(_NAME, options.get("num_threads"))
+    layer = _Layer(names, rotation.placed(queries), norms, context is None, threads)
+    layer.first_head = first_head
     q = layer.add("q", queries, w.q, biases["q"], heads)
     k = layer.add("k", keys, w.k, biases["k"], kv_heads)
     v = layer.add("v", keys, w.v, biases["v"], kv_heads)
@@ -138,10 +141,11 @@ class _Layer:
         rotation: Rotation,
         norms: Mapping[str, HeadNorm],
         same_tokens: bool,
-        first_head: int,
+        num_threads: int,
     ) -> None:
         self.names = names
-        self.first_head = first_head
+        self.num_threads = num_threads
+        self.first_head = 0
         self.rotation = rotation
         self.norms = norms
         self.projected: dict[str, NDArray[Any]] = {}  # queries and keys before their norms
@@ -152,7 +156,7 @@ class _Layer:
 
     def add(self, letter: str, x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None, heads: int) -> NDArray[Any]:
         """Project x to queries, keys or values, and return them as (..., tokens, heads, size)."""
-        product = self.products[letter] = Product(letter, x, w, b)
+        product = self.products[letter] = Product(letter, x, w, b, self.num_threads)
         result = product.forward()
         result = result.reshape(*result.shape[:-1], heads, result.shape[-1] // heads)
         if letter in self.positions:
@@ -172,7 +176,7 @@ class _Layer:
         forward.return_lse, forward.return_weights, forward.exact = True, weights, True
         heads, exact_lse, *rest = _core.attention_for(_NAME, *operands, forward)
         joined = heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
-        last = None if output[0] is None else Product("o", joined, output[0], output[1])
+        last = None if output[0] is None else Product("o", joined, output[0], output[1], self.num_threads)
         y = joined.copy() if last is None else last.forward()
 
         def vjp(
@@ -180,11 +184,13 @@ class _Layer:
         ) -> dict[str, Array]:
             """Return the gradients, given the gradients of y, lse and weights."""
             grad = _upstream(grad_y, y.shape, dtype)
-            found = {} if last is None else last.of_weights(grad, self.names)
+            found: dict[str, Array] = {}
             if attended.wrt or grad_lse is not None or grad_weights is not None:  # these are checked in any case
                 of_heads = (grad if last is None else last.of_input(grad)).reshape(heads.shape)
                 upstream = Upstream(of_heads, grad_lse, grad_weights)
                 found |= self._through(attended.rounded(attended.backward(upstream, heads, exact_lse)))
+            if last is not None:
+                found |= last.of_weights(grad, self.names)
             return {name: found[name] for name in self.names}
 
         if not (lse or weights):
@@ -207,14 +213,14 @@ class _Layer:
         """Return the gradients of inputs and weights, given the gradients of queries, keys and values."""
         found: dict[str, NDArray[Any]] = {}
         inputs: dict[str, NDArray[Any]] = {}
+        grads: dict[str, NDArray[Any]] = {}
         for letter in [letter for letter in "qkv" if letter in gradients]:
             product, heads = self.products[letter], gradients.pop(letter)
             if letter in self.positions:
                 self.rotation.apply(heads, self.positions[letter], inverse=True)
                 heads, of_norm = self.norms[letter].backward(self.projected[letter], heads, self.names)
                 found |= of_norm
-            grad = heads.reshape(len(product.rows), product.w.shape[1])
-            found |= product.of_weights(grad, self.names)
+            grad = grads[letter] = heads.reshape(len(product.rows), product.w.shape[1])
             name = "x" if letter == "q" or self.same_tokens else "context"
             if name in self.names:
                 part = product.of_input(grad)
@@ -222,6 +228,8 @@ class _Layer:
         for name, total in inputs.items():
             like = self.products["q" if name == "x" else "k"]
             found[name] = rounded(total.reshape(like.shape), like.dtype)
+        for letter, grad in grads.items():  # last: after a product of NumPy's, the threads of its BLAS may spin
+            found |= self.products[letter].of_weights(grad, self.names)
         return {**found, **gradients}
 
 

@@ -102,6 +102,14 @@ def test_every_option(isa: str, rng: Any, normal: Any, dtype: Any, name: str) ->
     check(q, k, v, **options_by_name(rng)[name])
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_lower_precision(isa: str, rng: Any, normal: Any, dtype: Any, precision: str) -> None:
+    q, k, v = (normal(1, h, n, 32, dtype=dtype) for h, n in ((2, 41), (1, 110), (1, 110)))
+    check(q, k, v, precision=precision, causal=True, q_offset=60)
+    check(q, k, v, precision=precision, bias=normal(41, 110), softcap=3.0, sinks=rng.standard_normal(2))
+
+
 @pytest.mark.parametrize(
     ("q_shape", "k_shape", "v_shape", "options"),
     [
@@ -170,8 +178,22 @@ def test_what_a_whole_row_shares_has_no_gradient(isa: str, normal: Any, shape: A
     assert np.all(abs(found) <= 1e-4)
 
 
+# Half of the limits of lse in units of log2, beyond which gradients are 0, and twice these limits.
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 2.0**20), (np.float64, 2.0**49)])
+def test_rows_with_scores_beyond_the_limit_count_as_empty(isa: str, normal: Any, dtype: Any, limit: float) -> None:
+    q, k, v = (normal(1, n, 8, dtype=dtype) for n in (50, 130, 130))
+    sizes = np.where(np.arange(50) % 3 == 1, 2, 0.5) * np.where(np.arange(50) % 2 == 1, -limit, limit)
+    bias = (sizes[:, None] * np.log(2)).astype(dtype)
+    out, vjp = sa.attention_vjp(q, k, v, wrt=("q",), bias=bias)
+    found = vjp(1 + out).q
+    assert found is not None
+    beyond = abs(sizes) > limit
+    assert not found[:, beyond].any()
+    assert found[:, ~beyond].any(axis=-1).all()
+
+
 @WIDE
-def test_probabilities_sum_to_1_however_large_scores_are(isa: str, normal: Any, dtype: Any) -> None:
+def test_probabilities_sum_to_1_up_to_scores_of_1e5(isa: str, normal: Any, dtype: Any) -> None:
     q, k, v = (normal(1, n, 8, dtype=dtype) for n in (50, 130, 130))
     bias = normal(50, 1, dtype=dtype) * dtype(3e4)
     out, vjp = sa.attention_vjp(q, k, v, bias=bias)

@@ -143,6 +143,19 @@ def test_numbers_accumulate_as_well() -> None:
     assert all(np.array_equal(a, 2 * b) for a, b in zip([x for x in twice if x is not None], kept, strict=True))
 
 
+@pytest.mark.parametrize("value", [1 / 3, 1e300, -1e-300])
+def test_arrays_wider_than_the_computation_keep_their_digits(value: float) -> None:
+    own = np.full((4, 5, 7), value)
+    options: dict[str, Any] = {"bias": np.zeros(own.shape), "wrt": ("bias",), "accumulate": True}
+    nothing = np.zeros_like(OUT)
+    sa.attention_backward(nothing, Q, K, K, OUT, LSE, into={"bias": own}, **options)
+    assert np.all(own == value)
+    expected = sa.attention_backward(Q, Q, K, K, OUT, LSE, bias=options["bias"], wrt=("bias",)).bias
+    assert expected is not None
+    sa.attention_backward(Q, Q, K, K, OUT, LSE, into={"bias": own}, **options)
+    assert np.allclose(own, value + expected, rtol=1e-15, atol=1e-6)
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("name", ["q", "k", "v", "grad_out", "out"])
 def test_into_may_overlap_with_the_operands(name: str, accumulate: bool) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from layer_definition import expected
 
 import selfattn as sa
 
@@ -65,6 +67,9 @@ def cases(rng: Any) -> dict[str, dict[str, Any]]:
         "bias": {**layer(rng), "bias": rng.standard_normal((HEADS, LENGTH, LENGTH)), "scale": 0.3},
         "slopes": {**layer(rng), "alibi_slopes": rng.random(HEADS), "sinks": rng.standard_normal(HEADS)},
         "t5": {**layer(rng), "t5": t5, "num_threads": 2, "precision": "highest"},
+        "chunk": {**layer(rng), "chunk": 4, "causal": True, "sinks": rng.standard_normal(HEADS)},
+        "prefix": {**layer(rng), "prefix_lens": [5, 0], "causal": True, "rope": True},
+        "dropout": {**layer(rng), "dropout": 0.3, "seed": 11, "causal": True},
     }
 
 
@@ -140,6 +145,31 @@ def test_y_is_that_of_self_attention(isa: str, rng: Any, dtype: Any) -> None:
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         finite = np.isfinite(one.astype(np.float64))
         assert np.allclose(one[finite].astype(float), other[finite].astype(float), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.one_isa
+def test_every_option_occurs() -> None:
+    occurring = set().union(*cases(np.random.default_rng(0)).values())
+    elsewhere = {"wrt", "q_norm", "k_norm", "return_lse", "return_weights"}
+    assert set(inspect.signature(sa.self_attention_vjp).parameters) - elsewhere <= occurring
+
+
+@pytest.mark.dtypes("float64")
+def test_dropout_by_definition(isa: str, rng: Any) -> None:
+    """Central differences of the layer's definition, whose factors of dropout are those of `reference`."""
+    options: dict[str, Any] = {"dropout": 0.4, "seed": 2**63 + 5, "window": (4, 1), "q_offset": 0}
+    call = layer(rng)
+    y, vjp = sa.self_attention_vjp(**call, **options, wrt=("x", *WEIGHTS, *BIASES))
+    grad_y = rng.standard_normal(y.shape)
+
+    def loss(changed: dict[str, Any]) -> float:
+        params = {name: changed[name] for name in (*WEIGHTS, *BIASES)}
+        return float(np.vdot(grad_y, expected(changed["x"], params, HEADS, KV_HEADS, **options)[0]))
+
+    for name, gradient in vjp(grad_y).items():
+        step = rng.standard_normal(gradient.shape) * 1e-5
+        slope = (loss(nudged(call, name, step)) - loss(nudged(call, name, -step))) / 2
+        assert np.isclose(slope, np.vdot(gradient, step), rtol=1e-5, atol=1e-10), name
 
 
 @pytest.mark.dtypes("float64")
@@ -249,8 +279,7 @@ def test_errors(rng: Any, changed: dict[str, Any], exception: type[Exception], m
 
 @pytest.mark.one_isa
 def test_keys_of_x_need_weights_for_x(rng: Any) -> None:
-    message = "x has d_model 10 but w_k has 6 rows: without context they must agree"
-    with pytest.raises(ValueError, match=f"^self_attention_vjp: {message}"):
+    with pytest.raises(ValueError, match=r"^self_attention_vjp: x has d_model 10 but w_k has 6 rows: without context "):
         sa.self_attention_vjp(**layer(rng, D_CONTEXT))
 
 

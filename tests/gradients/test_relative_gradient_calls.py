@@ -124,6 +124,16 @@ def test_backward_writes_and_adds(rng: Any) -> None:
     assert sa.relative_attention_backward(x.q, *narrow, out, lse, mem_len=4).r.dtype == np.float16
 
 
+@pytest.mark.parametrize("value", [1 / 3, 1e300])
+def test_arrays_wider_than_the_computation_keep_their_digits(rng: Any, value: float) -> None:
+    x = draw(rng, Case(segment=20), np.float32)
+    own, bias = np.full((20, 20), value), np.zeros((20, 20))
+    out, lse = sa.relative_attention(*x, bias=bias, return_lse=True)
+    call = (np.zeros_like(out), *x, out, lse)
+    sa.relative_attention_backward(*call, wrt=("bias",), bias=bias, into={"bias": own}, accumulate=True)
+    assert np.all(own == value)
+
+
 def test_empty(rng: Any) -> None:
     x = draw(rng, Case(segment=3), np.float32)
     empty = x._replace(q=x.q[:0], k=x.k[:0], v=x.v[:0])

@@ -98,6 +98,7 @@ def test_options(isa: str, rng: Any, dtype: Any) -> None:
         {"mask": mask, "bias": rng.standard_normal(shape).astype(dtype)},
         {"mask": mask, "bias": rng.standard_normal(shape).astype(dtype), "softcap": 2.0},
         {"q_lens": [60, 13], "kv_lens": [510, 300], "kv_starts": [3, 17]},
+        {"mask": mask, "softcap": 2.0, "dropout": 0.3, "seed": 2**63 + 5},
     ):
         wrt = (*ALL, "bias") if "bias" in options else ALL
         hold(rng, case._replace(options=options), dtype, wrt)

@@ -229,6 +229,18 @@ def test_into_and_accumulate(isa: str, rng: Any) -> None:
     assert all(map(np.array_equal, into.bias, expected.bias))
 
 
+@pytest.mark.dtypes("float32")
+@pytest.mark.parametrize("value", [1 / 3, 1e300])
+def test_arrays_wider_than_the_computation_keep_their_digits(isa: str, rng: Any, value: float) -> None:
+    _, *arrays = operands(rng)
+    bias = [np.zeros((HEADS, *lens)) for lens in zip(Q_LENS, KV_LENS, strict=True)]
+    out, lse = sa.attention_varlen(*arrays, Q_ENDS, K_ENDS, bias=bias, return_lse=True)
+    into = {"bias": [np.full_like(x, value) for x in bias]}
+    call = (np.zeros_like(out), *arrays, out, lse, Q_ENDS, K_ENDS)
+    sa.attention_varlen_backward(*call, wrt=("bias",), bias=bias, into=into, accumulate=True)
+    assert all(np.all(x == value) for x in into["bias"])
+
+
 @pytest.mark.dtypes("float64")
 @pytest.mark.parametrize("lens", [[], [0], [0, 0], [0, 3, 0]])
 def test_nothing_at_all(isa: str, rng: Any, lens: list[int]) -> None:

@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_operands import FLOATS, checkpoint, compiling, gradients, integration, make_call, qkv, sdpa, torch
+from torch_operands import (
+    FLOATS,
+    checkpoint,
+    compiling,
+    gradients,
+    integration,
+    make_call,
+    qkv,
+    sdpa,
+    skip_without_inductor,
+    torch,
+)
 
 import selfattn as sa
 from selfattn.integrations import _dropout
@@ -102,7 +113,12 @@ def test_gradients_are_those_of_arrays(dtype: Any) -> None:
 
 
 @compiling
-def test_compiled() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "inductor":
+        skip_without_inductor()
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
     def block(q: Any, k: Any, v: Any, sinks: Any, table: Any, scale: Any) -> Any:
         options = {"causal": True, "window": (3, None), "sinks": sinks, "t5": T5Bias(table), "scale": scale}
         out, lse = attention(2 * q, k, v, return_lse=True, **options)
@@ -110,7 +126,7 @@ def test_compiled() -> None:
 
     torch._dynamo.reset()
     tensors = (*qkv(kv_len=9), torch.randn(4), torch.randn(8, 4), torch.tensor(0.3))
-    found = gradients(torch.compile(block, backend="aot_eager", fullgraph=True), *tensors)
+    found = gradients(torch.compile(block, backend=backend, fullgraph=True), *tensors)
     for x, y in zip(found, gradients(block, *tensors), strict=True):
         torch.testing.assert_close(x, y)
 

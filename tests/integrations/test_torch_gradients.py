@@ -15,6 +15,7 @@ from torch_operands import (
     checkpoint,
     compiling,
     gradients,
+    integration,
     make_call,
     operator,
     original,
@@ -218,15 +219,34 @@ def test_second_derivatives_have_the_factors_of_dropout_in_full_precision() -> N
     assert set(factors.unique().tolist()) == {0.0, 1 / 0.7}
 
 
+def leaf(*shape: int) -> Any:
+    return randn(*shape).requires_grad_()
+
+
+OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "bias and scale": lambda: {"bias": leaf(9, 7), "scale": torch.tensor(0.3, requires_grad=True)},
+    "dropout": lambda: {"bias": leaf(9, 7), "dropout": 0.3, "seed": torch.tensor(5)},
+    "alibi": lambda: {"alibi_slopes": leaf(4), "causal": True, "q_offset": torch.tensor([0, 3])},
+    "t5": lambda: {"t5": integration.T5Bias(leaf(8, 4), max_distance=5)},
+    "chunk": lambda: {"causal": True, "chunk": 3},
+    "prefix": lambda: {"causal": True, "prefix_lens": torch.tensor([5, 2])},
+    "softcap": lambda: {"softcap": 2.0, "mask": torch.rand(2, 1, 9, 7) < 0.7},
+    "lengths": lambda: {"q_lens": torch.tensor([9, 5]), "kv_lens": torch.tensor([7, 4])},
+    "sinks and window": lambda: {"sinks": leaf(4), "window": (3, 1)},
+    "weights": lambda: {"return_weights": True},
+}
+
+
 @compiling
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "seed": torch.tensor(5)}], ids=["plain", "dropout"])
-def test_operators_are_well_behaved(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_operators_are_well_behaved(name: str) -> None:
     q, k, v = (x.requires_grad_() for x in qkv(torch.bfloat16))
-    call = make_call(q, k, v, bias=torch.randn(9, 7).requires_grad_(), return_lse=True, scale=0.3, **options)
+    call = make_call(q, k, v, return_lse=True, **OPTIONS[name]())
     results = torch.library.opcheck(operator, tuple(call))
-    out, exact, lse, _ = (x.detach() for x in operator(*call))
-    wanted = [True] * 4 + [False] * 4
-    arguments = (torch.randn_like(out).requires_grad_(), torch.randn_like(lse), None, exact, lse, wanted, *call)
+    out, exact, lse, weights = (x.detach() for x in operator(*call))
+    wanted = [x is not None and x.requires_grad for x in call[:8]]
+    of_weights = torch.randn_like(weights) if weights.numel() else None
+    arguments = (torch.randn_like(out).requires_grad_(), torch.randn_like(lse), of_weights, exact, lse, wanted, *call)
     for found in (results, torch.library.opcheck(backward_operator, arguments)):
         assert set(found.values()) == {"SUCCESS"}
 

@@ -14,6 +14,7 @@ from torch_operands import (
     qkv,
     randn,
     sdpa,
+    skip_without_inductor,
     torch,
 )
 
@@ -88,12 +89,7 @@ def test_compiled(compile_whole: Any, dynamic: bool) -> None:
 
 @compiling
 def test_compiled_by_default(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception as error:  # of a class that is not public
-        pytest.skip(f"inductor has no C++ compiler: {error}")
+    skip_without_inductor()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     results = []

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from selfattn.reference import dropout_factors
+
 
 class Case(NamedTuple):
     """What a call gets: extents, the rows of r, and options."""
@@ -106,11 +108,12 @@ def exact_gradients(x: Drawn, grad_out: Any, case: Case, grad_lse: Any = None) -
     scores = scores if cap is None else cap * np.tanh(scores / cap)
     seen = np.broadcast_to(visible(case, options), scores.shape)
     probs = probabilities(scores + options.get("bias", 0), seen)
-    dprobs = np.einsum("bhie,bhje->bhij", grad_out, v)
+    factors = dropout_factors(scores.shape, options["dropout"], options["seed"]) if "dropout" in options else 1.0
+    dprobs = factors * np.einsum("bhie,bhje->bhij", grad_out, v)
     delta = (probs * dprobs).sum(-1, keepdims=True)
     added = 0 if grad_lse is None else grad_lse[..., None]
     dscores = probs * (dprobs - delta + added)
-    size_of_dprobs = np.einsum("bhie,bhje->bhij", abs(grad_out), abs(v))
+    size_of_dprobs = factors * np.einsum("bhie,bhje->bhij", abs(grad_out), abs(v))
     size = probs * (size_of_dprobs + (probs * size_of_dprobs).sum(-1, keepdims=True) + abs(added))
 
     def gradients(kind: Any, d: Any, rows: tuple[Any, Any], product: Any) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def exact_gradients(x: Drawn, grad_out: Any, case: Case, grad_lse: Any = None) -
         found = {
             "q": content + relative,
             "k": np.einsum("bhij,bhid->bhjd", part, content_rows),
-            "v": np.einsum("bhij,bhie->bhje", probs, kind(grad_out)),
+            "v": np.einsum("bhij,bhie->bhje", probs * factors, kind(grad_out)),
             "r": dr.sum(0) if case.shared else dr,
             "u": content.sum((0, 2)),
             "w": relative.sum((0, 2)),

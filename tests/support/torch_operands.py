@@ -41,6 +41,15 @@ def assert_same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
 
 
+def skip_without_inductor() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of a class that is not public
+        pytest.skip(f"inductor has no C++ compiler: {error}")
+
+
 def qkv(dtype: Any = torch.float32, q_len: int = 9, kv_len: int = 7, heads: int = 4, groups: int = 4) -> Any:
     return randn(2, heads, q_len, 16, dtype=dtype), *(randn(2, groups, kv_len, 16, dtype=dtype) for _ in "kv")
 
