@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._arguments import floats, thread_count
+from .._arguments import floats, thread_count, window_sides
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
 from .._errors import refusal
@@ -20,7 +19,8 @@ from .._rope import places_for, rope_or_none
 from .._states import merge_states
 from ._agree import Fact, failure, raise_failures
 from ._link import Link
-from ._options import value_text
+from ._options import checksum, value_text
+from ._rows import Owners, runs_of
 from ._spread import BY_DISTANCE, SpreadCache, terms
 
 _MAY_DIFFER = ("sequences", "layout", "return_lse", "num_threads")  # between ranks
@@ -91,6 +91,7 @@ class CacheCall:
             raise refusal(ValueError, self.function, "kv_starts", " cannot be used with a cache over ranks")
         if self.spread is not None:
             self.spread.check(self.function, self.sequences, self.held.lengths)
+            self._check_window()
             return
         for name in BY_DISTANCE:
             if name in self.given:
@@ -99,6 +100,16 @@ class CacheCall:
         if self.cache.window is not None:
             text = " has a window, which needs the positions of its tokens: pass a SpreadCache"
             raise refusal(ValueError, self.function, "cache", text)
+
+    def _check_window(self) -> None:
+        """Raise, as one process does, if queries may see tokens that a cache with a window has lost."""
+        kept = self.cache.window
+        if kept is None:
+            return
+        left = window_sides(self.function, self.given["window"])[0] if "window" in self.given else -1
+        if left < 0 or left > kept:
+            text = f" is {'none' if left < 0 else f'{left} to the left'}, but the cache keeps only the tokens that a "
+            raise refusal(ValueError, self.function, "window", f"{text}window of {kept} sees")
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         array = floats(self.function, name, value)
@@ -112,21 +123,32 @@ class CacheCall:
         for name, array in (("q", self.q), ("k", self.k), ("v", self.v)):
             found.append(Fact(name, " has dtype ", "none" if array is None else array.dtype.name))
             found.append(Fact(name, " has shape ", "none" if array is None else str(array.shape)))
-            sum_ = "none" if array is None else f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
-            found.append(Fact(name, " has checksum ", sum_))
+            found.append(Fact(name, " has checksum ", "none" if array is None else checksum(array)))
         found += [Fact(name, " is ", value_text(self.given.get(name))) for name in self._compared]
-        found.append(Fact("cache", " has value_dim ", str(self.cache.value_dim)))
+        kinds = "a SpreadCache" if self.spread is not None else "no SpreadCache"
+        found.append(Fact("cache", " is ", kinds))
+        for name in ("num_kv_heads", "head_dim", "value_dim", "window"):
+            found.append(Fact("cache", f" has {name} ", str(getattr(self.cache, name))))
         return found
 
-    def own(self) -> list[int]:
+    def own(self) -> tuple[list[int], bool]:
         """Return what all ranks must know of this one."""
-        return self.held.lengths
+        return self.held.lengths, self.spread is not None and self.spread.is_new(self.sequences)
 
-    def settle(self, lengths: Sequence[Sequence[int]]) -> None:
-        """Find whose turn it is; equal on all ranks."""
+    def settle(self, link: Link, owns: Sequence[tuple[Sequence[int], bool]]) -> None:
+        """Find whose turn it is, and check positions that a rank has been told since the last call."""
+        lengths = [own for own, _ in owns]
         tokens = [sum(own) for own in lengths]
         self.turn = tokens.index(min(tokens))
         self.totals = np.array(lengths, np.int64).sum(axis=0)
+        if self.spread is None or not any(is_new for _, is_new in owns):
+            return
+        with link.flight(self.function):
+            runs = [runs_of(self.function, self.spread.rows(sequence)) for sequence in self.sequences]
+            of_ranks = link.exchange(self.function, runs)
+        for of_sequence in zip(*of_ranks, strict=True):
+            Owners(self.function, of_sequence)
+        self.spread.forget_new(self.sequences)
 
     def attend(self, rank: int, num_threads: int) -> Any:
         """Append, if it is this rank's turn, and attend to this rank's cache."""

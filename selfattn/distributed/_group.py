@@ -280,7 +280,7 @@ class Group:
         call, owns = agree(
             self._link, function, lambda: CacheCall(function, Group.attention_with_kvcache, (q, cache, k, v), options)
         )
-        call.settle(owns)
+        call.settle(self._link, owns)
         return attend_cache(self._link, call, call.num_threads or self.num_threads)
 
 

@@ -122,6 +122,15 @@ class Options:
         """Return which of mask and bias have an axis of rows."""
         return {name for name in ("mask", "bias") if name in self.given and self.given[name].ndim > 1}
 
+    def checksums(self) -> dict[str, str]:
+        """Return a checksum of the mask and of the bias, each if this rank's array may be meant for all rows."""
+        names = [name for name in ("mask", "bias") if name in self.given and name not in self.with_rows]
+        return {name: checksum(self.given[name]) for name in names}
+
+    def shared(self) -> list[str]:
+        """Return which of mask and bias are the same for all rows, and so must be the same on all ranks."""
+        return [name for name in ("mask", "bias") if name in self.given and not self.has_rows(name)]
+
     def has_rows(self, name: str) -> bool:
         """Whether the mask or bias differs between rows."""
         return name in self.with_rows
@@ -195,4 +204,9 @@ def value_text(value: Any) -> str:
     array = np.ascontiguousarray(as_array("", "", value))
     if array.size <= 8:
         return f"{array.tolist()}"
-    return f"an array {array.shape} of {array.dtype} with checksum {zlib.crc32(array.tobytes()):08x}"
+    return f"an array {array.shape} of {array.dtype} with checksum {checksum(array)}"
+
+
+def checksum(array: NDArray[Any]) -> str:
+    """Return a short text that is equal for equal arrays of one shape."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"

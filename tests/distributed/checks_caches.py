@@ -91,9 +91,10 @@ def check_distances(group: Group) -> None:
         {"t5": t5, "sinks": np.ones(4)},
         {"window": (2, None), "sinks": np.ones(4)},
         {"bias": rng.standard_normal((2, 1, 1, 100)).astype(np.float32)},
+        {"window": (25, None), "alibi_slopes": slopes},
     ]
     for case, options in enumerate(cases):
-        ring = 25 if case in (0, 3) else None
+        ring = 25 if case in (0, 3, 5) else None
         alone = sa.KVCache(2, 2, 16, 100, window=ring)
         own = SpreadCache(sa.KVCache(2, 2, 16, 100, window=ring))
         for step, count in enumerate([30, 1, 1, 3, 1, 20, 1, 1, 1, 1] * (1 + 2 * (ring is not None))):
@@ -138,6 +139,38 @@ def check_prompt(group: Group) -> None:
     assert all(len(own.rows(sequence)) == pages.length(sequence) for sequence in sequences)
 
 
+def check_rings(group: Group) -> dict[str, str]:
+    """A cache with a window refuses, at the first call and as in one process, what would need the tokens it loses."""
+    found = {}
+    pages = sa.PagedKVCache(8, 4, 2, 16, window=4)
+    sequences = [pages.allocate(), pages.allocate()]
+    ring = sa.KVCache(2, 2, 16, 20, window=4)
+    cases: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "slopes": {"alibi_slopes": np.ones(4)},
+        "right": {"window": (None, 0)},
+        "farther": {"window": (5, None)},
+        "mixed": {"window": (1000, None), "softcap": 3.0, "sinks": np.ones(4)},
+    }
+
+    def error(cache: Any, count: int, options: dict[str, Any], **more: Any) -> str:
+        q, k, v = tokens(0, count)
+        own, alone = SpreadCache(cache), sa.KVCache(2, 2, 16, 20, window=4)
+        text = error_of_all(group, lambda: group.attention_with_kvcache(q, own, k, v, **options, **more))
+        expected = raised(lambda: sa.attention_with_kvcache(q, alone, k, v, **options))
+        assert text == expected.replace("attention", "Group.attention"), text
+        assert lengths(cache, more.get("sequences")) == [0, 0]
+        return text
+
+    for name, options in cases.items():
+        for count in (1, 2):
+            found[name] = error(ring, count, options)
+            assert error(pages, count, options, sequences=sequences) == found[name]
+    q, k, v = tokens(0, 1)
+    group.attention_with_kvcache(q, SpreadCache(ring), k, v, window=(4, None))
+    return found
+
+
 def check_errors(group: Group) -> dict[str, str]:
     cache = sa.KVCache(2, 2, 16, 10 if group.rank == 0 else 5)
     q, k, v = tokens(0, 4)
@@ -152,6 +185,8 @@ def check_errors(group: Group) -> dict[str, str]:
         return text
 
     window = sa.KVCache(2, 2, 16, 10, window=4)
+    full = sa.KVCache(2, 2, 16, 10)
+    full.append(k, v)
     many_q, many_k, many_v = tokens(1, 6)
     return {
         "q": error(q + odd, cache, k, v),
@@ -166,6 +201,13 @@ def check_errors(group: Group) -> dict[str, str]:
         "positions": error(q, SpreadCache(cache), k, v, window=(3, 0)),
         "rows": raised(lambda: SpreadCache(cache, [1, 0])),
         "slopes": error(q, SpreadCache(cache, np.arange(before[0])), k, v, alibi_slopes=np.ones(4) * odd),
+        "overlap": error(q, SpreadCache(full, range(4)), k, v, window=(3, 0)),
+        "gap": error(q, SpreadCache(full, range(5 * group.rank, 5 * group.rank + 4)), k, v, window=(3, 0)),
+        "kv_heads": error(q, sa.KVCache(2, 1 if odd else 2, 16, 10), k, v),
+        "head_dim": error(q, sa.KVCache(2, 2, 8 if odd else 16, 10, value_dim=16), k, v),
+        "value_dim": error(q, sa.KVCache(2, 2, 16, 10, value_dim=8 if odd else 16), k, v),
+        "kept": error(q, SpreadCache(sa.KVCache(2, 2, 16, 10, window=3 + odd)), k, v, window=(3, 0)),
+        "kind": error(q, SpreadCache(full, range(4)) if odd else full, k, v),
         "causal": error(q, cache, k, v, causal=odd),
         "chunk": error(q, cache, k, v, chunk=100),
         "prefix_lens": error(q, cache, k, v, prefix_lens=3),

@@ -20,6 +20,13 @@ ERRORS = {
     "slopes": f"ValueError: {NAME}: alibi_slopes is [1.0, 1.0, 1.0, 1.0] on rank 1 but [0.0, 0.0, 0.0, 0.0] on rank 0",
     "sequences": f"ValueError: {NAME}: sequences is needed with a PagedKVCache",
     "window": f"ValueError: {NAME}: window needs the positions of the tokens in the cache: pass a SpreadCache",
+    "overlap": f"ValueError: {NAME}: rows overlap: position 0 is on ranks 0 and 1",
+    "gap": f"ValueError: {NAME}: rows leave a gap: no rank has position 4",
+    "kv_heads": f"ValueError: {NAME}: cache has num_kv_heads 1 on rank 1 but 2 on rank 0",
+    "head_dim": f"ValueError: {NAME}: cache has head_dim 8 on rank 1 but 16 on rank 0",
+    "value_dim": f"ValueError: {NAME}: cache has value_dim 8 on rank 1 but 16 on rank 0",
+    "kept": f"ValueError: {NAME}: cache has window 4 on rank 1 but 3 on rank 0",
+    "kind": f"ValueError: {NAME}: cache is a SpreadCache on rank 1 but no SpreadCache on rank 0",
     "causal": f"ValueError: {NAME}: causal is True on rank 1 but False on rank 0",
     "chunk": "TypeError: Group: unexpected keyword argument 'chunk'",
     "prefix_lens": "TypeError: Group: unexpected keyword argument 'prefix_lens'",
@@ -32,11 +39,17 @@ CHECKS = ["caches", "pages", "layout_and_mask", "layer", "layer_gradients", "dis
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize(
-    "check", ["caches", "pages", "layout_and_mask", "layer", "layer_gradients", "distances", "prompt"]
-)
+@pytest.mark.parametrize("check", CHECKS)
 def test_caches(checked: Any, check: str, size: int) -> None:
     checked("checks_caches", check, size)
+
+
+def test_a_ring_refuses_what_needs_lost_tokens(checked: Any) -> None:
+    found = checked("checks_caches", "rings", 2)
+    for name, left in (("nothing", "none"), ("slopes", "none"), ("right", "none"), ("farther", "5 to the left")):
+        text = f"window is {left}, but the cache keeps only the tokens that a window of 4 sees"
+        assert found[name] == f"ValueError: {NAME}: {text}"
+    assert len(found) == 5
 
 
 def test_errors(checked: Any) -> None:

@@ -29,6 +29,9 @@ DIFFERS = {
     "t5": f"ValueError: {NAME}: t5 is T5Bias(an array (32, 4) of float64 with checksum ",
     "mask": f"TypeError: {NAME}: mask has dtype not given on rank 2 but bool on rank 0",
     "bias": f"TypeError: {NAME}: bias has dtype float64 on rank 2 but float32 on rank 0",
+    "mask_of_all_rows": f"ValueError: {NAME}: mask has checksum ",
+    "mask_of_keys": f"ValueError: {NAME}: mask has checksum ",
+    "bias_of_all_rows": f"ValueError: {NAME}: bias has checksum ",
     "layout": f"ValueError: {NAME}: q has 4 rows but rows has 20 positions (on rank 2)",
     "return_lse": f"ValueError: {NAME}: return_lse is False on rank 2 but True on rank 0",
     "precision": f"ValueError: {NAME}: precision is 'high' on rank 2 but 'highest' on rank 0",
@@ -90,6 +93,7 @@ def test_errors(checked: Any, check: str, expected: dict[str, str]) -> None:
     assert found.keys() == expected.keys()
     wrong = {name: text for name, text in found.items() if not text.startswith(expected[name])}
     assert wrong == {}
+    assert all("on rank 2 but" in text for text in found.values() if "checksum" in text)
 
 
 def test_what_may_differ(checked: Any) -> None:
