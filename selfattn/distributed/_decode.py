@@ -87,8 +87,6 @@ class CacheCall:
     def _check_positions(self) -> None:
         """Raise if positions of the cache's tokens are needed, but not known."""
         self.sequences = self.given.get("sequences", range(len(self.held.lengths)))
-        if "kv_starts" in self.given:
-            raise refusal(ValueError, self.function, "kv_starts", " cannot be used with a cache over ranks")
         if self.spread is not None:
             self.spread.check(self.function, self.sequences, self.held.lengths)
             self._check_window()

@@ -209,6 +209,7 @@ def check_errors(group: Group) -> dict[str, str]:
         "kept": error(q, SpreadCache(sa.KVCache(2, 2, 16, 10, window=3 + odd)), k, v, window=(3, 0)),
         "kind": error(q, SpreadCache(full, range(4)) if odd else full, k, v),
         "causal": error(q, cache, k, v, causal=odd),
+        "kv_starts": error(q, cache, k, v, kv_starts=3),
         "chunk": error(q, cache, k, v, chunk=100),
         "prefix_lens": error(q, cache, k, v, prefix_lens=3),
         "batch": error(q[:1], cache, k[:1], v[:1]),

@@ -10,6 +10,7 @@ SIZES = [1, 2, 3, 4, 5]
 CHECKS = [
     "rows",
     "tree",
+    "sees",
     "heads",
     "layout_and_out",
     "any_rows",

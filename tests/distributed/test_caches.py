@@ -28,6 +28,7 @@ ERRORS = {
     "kept": f"ValueError: {NAME}: cache has window 4 on rank 1 but 3 on rank 0",
     "kind": f"ValueError: {NAME}: cache is a SpreadCache on rank 1 but no SpreadCache on rank 0",
     "causal": f"ValueError: {NAME}: causal is True on rank 1 but False on rank 0",
+    "kv_starts": "TypeError: Group: unexpected keyword argument 'kv_starts'",
     "chunk": "TypeError: Group: unexpected keyword argument 'chunk'",
     "prefix_lens": "TypeError: Group: unexpected keyword argument 'prefix_lens'",
     "batch": f"ValueError: {NAME}: q has a batch of 1, but there are 2 sequences in cache",
