@@ -244,7 +244,7 @@ def check_many_small_calls(group: Group) -> None:
     arrays = own(group, rows, q, k, v)
     used = []
     for _ in range(4):
-        for _ in range(500 if group.size == 2 else 20):
+        for _ in range(2500 if group.size == 2 else 20):
             group.attention(*arrays, rows=rows)
         with open("/proc/self/statm") as file:
             used.append(int(file.read().split()[1]) * 4096)

@@ -120,19 +120,15 @@ def check_errors(group: Group) -> dict[str, str]:
     rows = group.rows(60)
     q, k, v = own(group, rows, q, k, v)
     lse = q[..., 0]
-    odd = group.rank == group.size - 1
 
     def error(*arrays: Any, **options: Any) -> str:
         return error_of_all(group, lambda: group.attention_backward(*arrays, rows=rows, **options))
 
     return {
-        "wrt": error(q, q, k, v, q, lse, wrt=("q",) if odd else ("k",)),
         "sinks": error(q, q, k, v, q, lse, wrt=("sinks",)),
         "r": error(q, q, k, v, q, lse, wrt=("r",)),
-        "grad_lse": error(q, q, k, v, q, lse, grad_lse=lse if odd else None),
         "grad_out": error(q[..., :3], q, k, v, q, lse),
         "lse": error(q, q, k, v, q, lse[:, :2]),
         "mask": error(q, q, k, v, q, lse, mask=np.ones((60, 60), bool)),
         "dropout": error(q, q, k, v, q, lse, dropout=0.5),
-        "seed": error(q, q, k, v, q, lse, dropout=0.5, seed=int(odd)),
     }

@@ -189,8 +189,6 @@ def check_errors(group: Group) -> dict[str, str]:
     full.append(k, v)
     many_q, many_k, many_v = tokens(1, 6)
     return {
-        "q": error(q + odd, cache, k, v),
-        "k": error(q, cache, k, v + odd),
         "full": error(many_q, cache, many_k, many_v),
         "missing": error(q, cache),
         "v": error(q, cache, k),
@@ -200,7 +198,6 @@ def check_errors(group: Group) -> dict[str, str]:
         "window": error(q, cache, k, v, window=(3, 0)),
         "positions": error(q, SpreadCache(cache), k, v, window=(3, 0)),
         "rows": raised(lambda: SpreadCache(cache, [1, 0])),
-        "slopes": error(q, SpreadCache(cache, np.arange(before[0])), k, v, alibi_slopes=np.ones(4) * odd),
         "overlap": error(q, SpreadCache(full, range(4)), k, v, window=(3, 0)),
         "gap": error(q, SpreadCache(full, range(5 * group.rank, 5 * group.rank + 4)), k, v, window=(3, 0)),
         "kv_heads": error(q, sa.KVCache(2, 1 if odd else 2, 16, 10), k, v),
@@ -208,7 +205,6 @@ def check_errors(group: Group) -> dict[str, str]:
         "value_dim": error(q, sa.KVCache(2, 2, 16, 10, value_dim=8 if odd else 16), k, v),
         "kept": error(q, SpreadCache(sa.KVCache(2, 2, 16, 10, window=3 + odd)), k, v, window=(3, 0)),
         "kind": error(q, SpreadCache(full, range(4)) if odd else full, k, v),
-        "causal": error(q, cache, k, v, causal=odd),
         "kv_starts": error(q, cache, k, v, kv_starts=3),
         "chunk": error(q, cache, k, v, chunk=100),
         "prefix_lens": error(q, cache, k, v, prefix_lens=3),
