@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -235,6 +236,26 @@ def check_part_of_a_communicator(group: Group) -> None:
     close([whole(part, rows, out)], [sa.attention(q, k, v, causal=True)])
     part.close()
     comm.Free()
+
+
+def check_memory(group: Group) -> list[Any]:
+    """Return the rows of a rank, the bytes of a chunk, and the peak of the memory that a call adds, on each rank."""
+    length, found = 8192, []
+    rows = group.rows(length)
+    q, k, v = np.ones((3, 2, len(rows), 16), np.float32)
+    row_bytes = k[:, :1].nbytes + v[:, :1].nbytes
+    for chunk_bytes in (1, 2048 * row_bytes):
+        usual, _travel.CHUNK_BYTES = _travel.CHUNK_BYTES, chunk_bytes
+        try:
+            tracemalloc.start()
+            group.attention(q, k, v, rows=rows, causal=True)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            _travel.CHUNK_BYTES = usual
+        keys = max(chunk_bytes // row_bytes, sa.AttentionState.block_keys)
+        found += group._link.exchange("test", (len(rows), keys * row_bytes, peak))
+    return found
 
 
 def check_many_small_calls(group: Group) -> None:
