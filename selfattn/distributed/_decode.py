@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._apply_rope import apply_rope
 from .._arguments import floats, thread_count, window_sides
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
@@ -76,6 +77,9 @@ class CacheCall:
         if k is None and self.q.shape[2] > 1 and self.given.get("causal", True):
             text = " is missing, but with several causal queries the newest tokens must be those of this call"
             raise refusal(ValueError, function, "k", text)
+        if k is None and "mask" in self.given:
+            text = " is given without k, but it covers the newest tokens, which must be those of this call"
+            raise refusal(ValueError, function, "mask", text)
         self.cache = cache.cache if isinstance(cache, SpreadCache) else cache
         self.spread = cache if isinstance(cache, SpreadCache) else None
         self.held = Held(function, self.cache, self.given.get("sequences"))
@@ -161,11 +165,30 @@ class CacheCall:
             options |= self._terms(places, rank == self.turn and self.k is not None)
         # Results stay in the type of computation until they are merged.
         q = self.q if self.q.dtype == np.float64 else self.q.astype(np.float32, copy=False)
-        if rank == self.turn:
+        if rank == self.turn and self.k is not None:
             return attention_with_kvcache(q, self.cache, self.k, self.v, **options)
-        # All tokens of this cache are older than the queries. Only one rank may count the sinks.
-        plain = {name: x for name, x in options.items() if name not in ("mask", "sinks")}
-        return attention_with_kvcache(q, self.cache, **{**plain, "causal": False})
+        # All queries see all tokens of this cache that options by distance do not hide. One rank counts the sinks.
+        absent = ("mask",) if rank == self.turn else ("mask", "sinks")
+        plain = {name: x for name, x in options.items() if name not in absent} | {"causal": False}
+        if count == 1 or self.k is None or self.cache.window is None:
+            return attention_with_kvcache(q, self.cache, **plain)
+        return self._attend_to_ring(q, plain)
+
+    def _attend_to_ring(self, q: NDArray[Any], options: dict[str, Any]) -> Any:
+        """Attend with several queries to a cache that may have lost what its newest tokens, as queries, would see.
+
+        The queries are later tokens than those of the cache. As heads of one query, they see no more than it keeps.
+        """
+        rope = rope_or_none(self.function, options.pop("rope", None))
+        if rope is not None:
+            q = apply_rope(q, options.pop("positions"), rope)
+        batch, heads, count, width = q.shape
+        if "bias" in options:
+            bias = options["bias"]
+            bias = np.broadcast_to(bias, (batch, heads, count, bias.shape[-1]))
+            options["bias"] = bias.reshape(batch, heads * count, 1, -1)
+        out, lse = attention_with_kvcache(q.reshape(batch, heads * count, 1, width), self.cache, **options)
+        return out.reshape(batch, heads, count, -1), lse.reshape(batch, heads, count)
 
     def _terms(self, queries: NDArray[np.int64], appends: bool) -> dict[str, Any]:
         assert self.spread is not None

@@ -274,7 +274,7 @@ class Group:
         Raises
         ------
         TypeError, ValueError, TimeoutError
-            As `attention`. No cache has changed.
+            As `attention`. No cache has changed, except that one with a window may have lost old tokens.
         """
         function = "Group.attention_with_kvcache"
         call, owns = agree(

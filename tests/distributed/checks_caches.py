@@ -139,38 +139,6 @@ def check_prompt(group: Group) -> None:
     assert all(len(own.rows(sequence)) == pages.length(sequence) for sequence in sequences)
 
 
-def check_rings(group: Group) -> dict[str, str]:
-    """A cache with a window refuses, at the first call and as in one process, what would need the tokens it loses."""
-    found = {}
-    pages = sa.PagedKVCache(8, 4, 2, 16, window=4)
-    sequences = [pages.allocate(), pages.allocate()]
-    ring = sa.KVCache(2, 2, 16, 20, window=4)
-    cases: dict[str, dict[str, Any]] = {
-        "nothing": {},
-        "slopes": {"alibi_slopes": np.ones(4)},
-        "right": {"window": (None, 0)},
-        "farther": {"window": (5, None)},
-        "mixed": {"window": (1000, None), "softcap": 3.0, "sinks": np.ones(4)},
-    }
-
-    def error(cache: Any, count: int, options: dict[str, Any], **more: Any) -> str:
-        q, k, v = tokens(0, count)
-        own, alone = SpreadCache(cache), sa.KVCache(2, 2, 16, 20, window=4)
-        text = error_of_all(group, lambda: group.attention_with_kvcache(q, own, k, v, **options, **more))
-        expected = raised(lambda: sa.attention_with_kvcache(q, alone, k, v, **options))
-        assert text == expected.replace("attention", "Group.attention"), text
-        assert lengths(cache, more.get("sequences")) == [0, 0]
-        return text
-
-    for name, options in cases.items():
-        for count in (1, 2):
-            found[name] = error(ring, count, options)
-            assert error(pages, count, options, sequences=sequences) == found[name]
-    q, k, v = tokens(0, 1)
-    group.attention_with_kvcache(q, SpreadCache(ring), k, v, window=(4, None))
-    return found
-
-
 def check_errors(group: Group) -> dict[str, str]:
     cache = sa.KVCache(2, 2, 16, 10 if group.rank == 0 else 5)
     q, k, v = tokens(0, 4)
@@ -192,6 +160,7 @@ def check_errors(group: Group) -> dict[str, str]:
         "full": error(many_q, cache, many_k, many_v),
         "missing": error(q, cache),
         "v": error(q, cache, k),
+        "mask": error(q, cache, mask=np.eye(4, dtype=bool), causal=False),
         "cache": error(q, [] if odd else cache, k, v),
         "window_of_cache": error(q, window, k, v),
         "sequences": error(q, pages, k, v),

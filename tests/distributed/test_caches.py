@@ -11,6 +11,7 @@ ERRORS = {
     "full": "ValueError: ",
     "missing": f"ValueError: {NAME}: k is missing, but with several causal queries",
     "v": f"ValueError: {NAME}: v is missing",
+    "mask": f"ValueError: {NAME}: mask is given without k, but it covers the newest tokens",
     "cache": f"TypeError: {NAME}: cache is a list, but a KVCache or PagedKVCache is needed (on rank 1)",
     "window_of_cache": f"ValueError: {NAME}: cache has a window, which needs the positions of its",
     "positions": f"ValueError: {NAME}: cache has 4 tokens of sequence 0, but positions of 0 are known: use place",
@@ -41,8 +42,13 @@ def test_caches(checked: Any, check: str, size: int) -> None:
     checked("checks_caches", check, size)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_rings_take_steps_of_several_tokens(checked: Any, size: int) -> None:
+    checked("checks_rings", "steps", size)
+
+
 def test_a_ring_refuses_what_needs_lost_tokens(checked: Any) -> None:
-    found = checked("checks_caches", "rings", 2)
+    found = checked("checks_rings", "refused", 2)
     for name, left in (("nothing", "none"), ("slopes", "none"), ("right", "none"), ("farther", "5 to the left")):
         text = f"window is {left}, but the cache keeps only the tokens that a window of 4 sees"
         assert found[name] == f"ValueError: {NAME}: {text}"
