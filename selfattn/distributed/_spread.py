@@ -22,7 +22,9 @@ class SpreadCache:
 
     Pass it to `Group.attention_with_kvcache` in place of the cache. This is needed for caches with a window and for
     options by distance: window, bias, ALiBi and T5. `attention_with_kvcache` keeps the positions up to date. Tokens
-    that are appended or removed in another way must be told with `place`.
+    that are appended or removed in another way must be told with `place`. All ranks together hold every position once;
+    the next call compares the positions that were told, and raises a ValueError on all ranks if they overlap or leave a
+    gap.
 
     Parameters
     ----------
