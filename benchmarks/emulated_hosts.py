@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces, and a switch between them with a given bandwidth and delay.
 
 The switch is a thread of this process, to which each host is connected by a TUN device. So nothing of the kernel's
-traffic control is needed, which many kernels lack. Making hosts needs root, `ip` and /dev/net/tun.
+traffic control is needed: many kernels lack its delays (netem). Making hosts needs root, `ip` and /dev/net/tun.
 """
 
 from __future__ import annotations

@@ -23,33 +23,42 @@ HEADS, HEAD_DIM = 8, 64
 CASES = [("keys", 2048, 8), ("keys", 8192, 8), ("keys", 8192, 2), ("heads", 8192, 8), ("decode", 16384, 8)]
 
 
-def measure(network: Hosts, mpiexec: str, folder: Path, *arguments: str) -> float:
-    """Return the seconds that over_ranks.py prints."""
-    command = network.mpiexec(mpiexec, folder, {"OMP_NUM_THREADS": "1"})
-    command += [sys.executable, "-m", "mpi4py", str(PROGRAM), "--threads", "1", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    found = re.search(r": ([\d.]+) ms", done.stdout)
-    if found is None:
-        raise RuntimeError(f"over_ranks.py has failed:\n{done.stdout}{done.stderr}")
-    return float(found[1]) / 1e3
+class Measured:
+    """Measurements on some hosts. What only computes is measured once, whatever travels in the calls that follow."""
 
+    def __init__(self, network: Hosts, mpiexec: str, folder: Path, repeats: str) -> None:
+        self._network = network
+        self._command = network.mpiexec(mpiexec, folder, {"OMP_NUM_THREADS": "1"})
+        self._command += [sys.executable, "-m", "mpi4py", str(PROGRAM), "--threads", "1", "--repeats", repeats]
+        self._known: dict[tuple[str, ...], float] = {}
 
-def case(network: Hosts, settings: tuple[str, Path, str], model: Network, work: tuple[str, int, int]) -> list[str]:
-    """Measure one kind of work; return a line of the table."""
-    mpiexec, folder, repeats = settings
-    by, length, kv_heads = work
-    sizes = ("--length", str(length), "--kv-heads", str(kv_heads), "--repeats", repeats)
-    shape = Work(length, HEADS, kv_heads, HEAD_DIM, itemsize=4)
-    if by == "decode":
-        computing = measure(network, mpiexec, folder, *sizes, "--work", "decode-alone")
-        expected = by_states(network.count, shape, model, computing)
-        measured = measure(network, mpiexec, folder, *sizes, "--work", "decode")
-    else:
-        computing = measure(network, mpiexec, folder, *sizes, "--work", "each") / network.count
-        expected = {"keys": by_keys, "heads": by_heads}[by](network.count, shape, model, computing)
-        measured = measure(network, mpiexec, folder, *sizes, "--by", by)
-    times = [f"{1e3 * x:.1f} ms" for x in (computing, measured, expected)]
-    return [str(network.count), by, f"{length:,}", str(kv_heads), *times, f"{expected / measured:.2f}"]
+    def seconds(self, *arguments: str) -> float:
+        """Return the seconds that over_ranks.py prints."""
+        if arguments not in self._known:
+            done = subprocess.run(
+                [*self._command, *arguments], capture_output=True, text=True, timeout=120, check=False
+            )
+            found = re.search(r": ([\d.]+) ms", done.stdout)
+            if found is None:
+                raise RuntimeError(f"over_ranks.py has failed:\n{done.stdout}{done.stderr}")
+            self._known[arguments] = float(found[1]) / 1e3
+        return self._known[arguments]
+
+    def line(self, model: Network, by: str, length: int, kv_heads: int) -> list[str]:
+        """Measure one kind of work; return a line of the table."""
+        count = self._network.count
+        sizes = ("--length", str(length), "--kv-heads", str(kv_heads))
+        shape = Work(length, HEADS, kv_heads, HEAD_DIM, itemsize=4)
+        if by == "decode":
+            computing = self.seconds(*sizes, "--work", "decode-alone")
+            expected = by_states(count, shape, model, computing)
+            measured = self.seconds(*sizes, "--work", "decode")
+        else:
+            computing = self.seconds(*sizes, "--work", "each") / count
+            expected = {"keys": by_keys, "heads": by_heads}[by](count, shape, model, computing)
+            measured = self.seconds(*sizes, "--by", by)
+        times = [f"{1e3 * x:.1f} ms" for x in (computing, measured, expected)]
+        return [str(count), by, f"{length:,}", str(kv_heads), *times, f"{expected / measured:.2f}"]
 
 
 def main() -> int:
@@ -71,9 +80,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for count in args.hosts:
             with Hosts(count, rate=model.bandwidth, delay=model.latency) as network:
+                measured = Measured(network, args.mpiexec, Path(folder), args.repeats)
                 for work in CASES:
-                    row = case(network, (args.mpiexec, Path(folder), args.repeats), model, work)
-                    print("| " + " | ".join(row) + " |", flush=True)
+                    print("| " + " | ".join(measured.line(model, *work)) + " |", flush=True)
     return 0
 
 

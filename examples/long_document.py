@@ -9,6 +9,8 @@ model has learned 512 positions; in a longer document several neighbours share o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import sys
 import time
@@ -52,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, default=TEXTS, help="default: this project's documents")
     parser.add_argument("--tokens", type=int, default=4000, help="at most this many (default: 4000)")
+    parser.add_argument("--memory", type=float, help="MiB per rank for the document: say whether they suffice")
     args = parser.parse_args()
     try:
         from minilm import MiniLM
@@ -63,19 +66,29 @@ def main() -> int:
     text = "\n".join(file.read_text(encoding="utf8") for file in args.files)
     ids = model.ids(text)[: args.tokens]
     group = Group(MPI.COMM_WORLD)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    before, start = memory("VmRSS"), time.perf_counter()
+    encode(model.bert, ids[: group.size], group)  # touches the weights, which any document needs
+    before, start = settled_memory(), time.perf_counter()
     rows, x = encode(model.bert, ids, group)
     seconds = time.perf_counter() - start
-    needed = MPI.COMM_WORLD.gather(memory("VmHWM") - before)
+    needed = MPI.COMM_WORLD.gather((memory("VmHWM") - before) / 2**10)
     whole = together(rows, x)
     if whole is not None and needed is not None:
         vector = whole.mean(axis=0, dtype=np.float64)
         print(f"{len(ids)} tokens on {group.size} ranks with {group.num_threads} threads each: {seconds:.2f} s")
-        print(f"memory for the document: at most {max(needed) / 2**10:.0f} MiB per rank")
+        print(f"memory for the document, by rank: {', '.join(f'{n:.0f}' for n in needed)} MiB")
+        if args.memory is not None:
+            print(f"a budget of {args.memory:g} MiB per rank is {'kept' if max(needed) <= args.memory else 'exceeded'}")
         print(f"the document's vector begins with {np.round(vector / np.linalg.norm(vector), 4)[:4]}")
         print(f"SHA-256 of all vectors: {hashlib.sha256(whole.tobytes()).hexdigest()[:16]}")
     return 0
+
+
+def settled_memory() -> int:
+    """Return the memory of this process in KiB, without what is free already; its peak counts from here on."""
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
 
 
 def memory(name: str) -> int:

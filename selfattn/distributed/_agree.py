@@ -106,12 +106,17 @@ def _compare(described: Sequence[Sequence[Fact]]) -> None:
     )
     for column in zip(*described, strict=False):
         argument, verb, _ = column[0]
+        compare(names[0], argument, verb, [fact.value for fact in column])
 
-        def error(usual: str, differs: str, i: int, j: int, argument: str = argument, verb: str = verb) -> Exception:
-            kind = TypeError if "dtype" in verb else ValueError
-            return refusal(kind, names[0], argument, f"{verb}{differs} on rank {i} but {usual} on rank {j}")
 
-        _compare_one([fact.value for fact in column], error)
+def compare(function: str, argument: str, verb: str, values: Sequence[str]) -> None:
+    """Raise, equally on all ranks, if what they say of an argument differs."""
+
+    def error(usual: str, differs: str, i: int, j: int) -> Exception:
+        kind = TypeError if "dtype" in verb else ValueError
+        return refusal(kind, function, argument, f"{verb}{differs} on rank {i} but {usual} on rank {j}")
+
+    _compare_one(values, error)
 
 
 def _compare_one(values: Sequence[str], error: Callable[[str, str, int, int], Exception]) -> None:

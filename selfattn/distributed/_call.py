@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import _core
 from .._arguments import as_array, floats, out_array
 from .._errors import refusal, renamed
-from ._agree import Fact
+from ._agree import Fact, compare
 from ._options import Options
 from ._rows import Owners, Run, runs_of
 
@@ -75,14 +75,16 @@ class Call:
             found.append(Fact(name, " has shape ", f"({', '.join(shape)})"))
         return [*self.more, *found, *self.options.facts()]
 
-    def own(self) -> tuple[list[Run], set[str]]:
+    def own(self) -> tuple[list[Run], set[str], dict[str, str]]:
         """Return what all ranks must know of this one."""
-        return self.runs, self.options.with_rows
+        return self.runs, self.options.with_rows, self.options.checksums()
 
-    def settle(self, owns: Sequence[tuple[Sequence[Run], Collection[str]]]) -> None:
+    def settle(self, owns: Sequence[tuple[Sequence[Run], Collection[str], Mapping[str, str]]]) -> None:
         """Check what depends on all ranks. All of them know the same now, and raise the same errors."""
-        self.owners = Owners(self.function, [runs for runs, _ in owns])
-        self.options.settle([names for _, names in owns], self.owners)
+        self.owners = Owners(self.function, [runs for runs, _, _ in owns])
+        self.options.settle([names for _, names, _ in owns], self.owners)
+        for name in self.options.shared():
+            compare(self.function, name, " has checksum ", [sums[name] for _, _, sums in owns])
         try:
             self.options.check_whole(self.q, self.k, self.v, self.owners.length)
         except (TypeError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._any_cache import no_cache
-from .._arguments import floats, thread_count
+from .._apply_rope import apply_rope
+from .._arguments import floats, thread_count, window_sides
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
 from .._errors import refusal
@@ -21,7 +21,8 @@ from .._rope import places_for, rope_or_none
 from .._states import merge_states
 from ._agree import Fact, failure, raise_failures
 from ._link import Link
-from ._options import value_text
+from ._options import checksum, value_text
+from ._rows import Owners, runs_of
 from ._spread import BY_DISTANCE, SpreadCache, terms
 
 _MAY_DIFFER = ("sequences", "layout", "return_lse", "num_threads")  # between ranks
@@ -76,6 +77,9 @@ class CacheCall:
         if k is None and self.q.shape[2] > 1 and self.given.get("causal", True):
             text = " is missing, but with several causal queries the newest tokens must be those of this call"
             raise refusal(ValueError, function, "k", text)
+        if k is None and "mask" in self.given:
+            text = " is given without k, but it covers the newest tokens, which must be those of this call"
+            raise refusal(ValueError, function, "mask", text)
         self.cache = cache.cache if isinstance(cache, SpreadCache) else cache
         self.spread = cache if isinstance(cache, SpreadCache) else None
         self.held = Held(function, self.cache, self.given.get("sequences"))
@@ -87,10 +91,9 @@ class CacheCall:
     def _check_positions(self) -> None:
         """Raise if positions of the cache's tokens are needed, but not known."""
         self.sequences = self.given.get("sequences", range(len(self.held.lengths)))
-        if "kv_starts" in self.given:
-            raise refusal(ValueError, self.function, "kv_starts", " cannot be used with a cache over ranks")
         if self.spread is not None:
             self.spread.check(self.function, self.sequences, self.held.lengths)
+            self._check_window()
             return
         for name in BY_DISTANCE:
             if name in self.given:
@@ -99,6 +102,16 @@ class CacheCall:
         if self.cache.window is not None:
             text = " has a window, which needs the positions of its tokens: pass a SpreadCache"
             raise refusal(ValueError, self.function, "cache", text)
+
+    def _check_window(self) -> None:
+        """Raise, as one process does, if queries may see tokens that a cache with a window has lost."""
+        kept = self.cache.window
+        if kept is None:
+            return
+        left = window_sides(self.function, self.given["window"])[0] if "window" in self.given else -1
+        if left < 0 or left > kept:
+            text = f" is {'none' if left < 0 else f'{left} to the left'}, but the cache keeps only the tokens that a "
+            raise refusal(ValueError, self.function, "window", f"{text}window of {kept} sees")
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         array = floats(self.function, name, value)
@@ -112,21 +125,32 @@ class CacheCall:
         for name, array in (("q", self.q), ("k", self.k), ("v", self.v)):
             found.append(Fact(name, " has dtype ", "none" if array is None else array.dtype.name))
             found.append(Fact(name, " has shape ", "none" if array is None else str(array.shape)))
-            sum_ = "none" if array is None else f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
-            found.append(Fact(name, " has checksum ", sum_))
+            found.append(Fact(name, " has checksum ", "none" if array is None else checksum(array)))
         found += [Fact(name, " is ", value_text(self.given.get(name))) for name in self._compared]
-        found.append(Fact("cache", " has value_dim ", str(self.cache.value_dim)))
+        kinds = "a SpreadCache" if self.spread is not None else "no SpreadCache"
+        found.append(Fact("cache", " is ", kinds))
+        for name in ("num_kv_heads", "head_dim", "value_dim", "window"):
+            found.append(Fact("cache", f" has {name} ", str(getattr(self.cache, name))))
         return found
 
-    def own(self) -> list[int]:
+    def own(self) -> tuple[list[int], bool]:
         """Return what all ranks must know of this one."""
-        return self.held.lengths
+        return self.held.lengths, self.spread is not None and self.spread.is_new(self.sequences)
 
-    def settle(self, lengths: Sequence[Sequence[int]]) -> None:
-        """Find whose turn it is; equal on all ranks."""
+    def settle(self, link: Link, owns: Sequence[tuple[Sequence[int], bool]]) -> None:
+        """Find whose turn it is, and check positions that a rank has been told since the last call."""
+        lengths = [own for own, _ in owns]
         tokens = [sum(own) for own in lengths]
         self.turn = tokens.index(min(tokens))
         self.totals = np.array(lengths, np.int64).sum(axis=0)
+        if self.spread is None or not any(is_new for _, is_new in owns):
+            return
+        with link.flight(self.function):
+            runs = [runs_of(self.function, self.spread.rows(sequence)) for sequence in self.sequences]
+            of_ranks = link.exchange(self.function, runs)
+        for of_sequence in zip(*of_ranks, strict=True):
+            Owners(self.function, of_sequence)
+        self.spread.forget_new(self.sequences)
 
     def attend(self, rank: int, num_threads: int) -> Any:
         """Append, if it is this rank's turn, and attend to this rank's cache."""
@@ -141,11 +165,30 @@ class CacheCall:
             options |= self._terms(places, rank == self.turn and self.k is not None)
         # Results stay in the type of computation until they are merged.
         q = self.q if self.q.dtype == np.float64 else self.q.astype(np.float32, copy=False)
-        if rank == self.turn:
+        if rank == self.turn and self.k is not None:
             return attention_with_kvcache(q, self.cache, self.k, self.v, **options)
-        # All tokens of this cache are older than the queries. Only one rank may count the sinks.
-        plain = {name: x for name, x in options.items() if name not in ("mask", "sinks")}
-        return attention_with_kvcache(q, self.cache, **{**plain, "causal": False})
+        # All queries see all tokens of this cache that options by distance do not hide. One rank counts the sinks.
+        absent = ("mask",) if rank == self.turn else ("mask", "sinks")
+        plain = {name: x for name, x in options.items() if name not in absent} | {"causal": False}
+        if count == 1 or self.k is None or self.cache.window is None:
+            return attention_with_kvcache(q, self.cache, **plain)
+        return self._attend_to_ring(q, plain)
+
+    def _attend_to_ring(self, q: NDArray[Any], options: dict[str, Any]) -> Any:
+        """Attend with several queries to a cache that may have lost what its newest tokens, as queries, would see.
+
+        The queries are later tokens than those of the cache. As heads of one query, they see no more than it keeps.
+        """
+        rope = rope_or_none(self.function, options.pop("rope", None))
+        if rope is not None:
+            q = apply_rope(q, options.pop("positions"), rope)
+        batch, heads, count, width = q.shape
+        if "bias" in options:
+            bias = options["bias"]
+            bias = np.broadcast_to(bias, (batch, heads, count, bias.shape[-1]))
+            options["bias"] = bias.reshape(batch, heads * count, 1, -1)
+        out, lse = attention_with_kvcache(q.reshape(batch, heads * count, 1, width), self.cache, **options)
+        return out.reshape(batch, heads, count, -1), lse.reshape(batch, heads, count)
 
     def _terms(self, queries: NDArray[np.int64], appends: bool) -> dict[str, Any]:
         assert self.spread is not None

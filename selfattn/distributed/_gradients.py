@@ -110,6 +110,7 @@ class _Backward:
         self.call = call
         self._kind = computed_in(call.q.dtype)
         self._options = {**call.options.scores(), "num_threads": num_threads}
+        self._options.pop("chunk", None)  # each piece lies in one chunk
         self._with_rows = [name for name in ("mask", "bias") if call.options.has_rows(name)]
         rows = [call.options.given[name] for name in self._with_rows]
         self.queries = (call.q, call.arrays["grad_out"], call.arrays["lse"], call.inner(), *rows)
@@ -132,27 +133,28 @@ class _Backward:
         self, names: Sequence[str], run: Run, keys: tuple[int, int], arrays: Sequence[NDArray[Any]]
     ) -> None:
         """Add what a run of this rank's queries and some keys contribute to gradients of anything but k and v."""
-        queries = [x[..., run.rows, :] for x in self.queries]
-        for name, array in self._piece(names, ((run.start, run.stop), keys), queries, arrays).items():
-            total = self.sums[name]
-            if name == "q":
-                total[..., run.rows, :] += array
-            elif name == "bias":
-                if total.ndim and total.shape[-1] != 1:
-                    total = total[..., slice(*keys)]
-                if "bias" in self._with_rows:
-                    total = total[..., run.rows, :]
-                total[...] += array
-            else:
+        for rows, columns in self.call.options.parts((run.start, run.stop), keys):
+            part = run.part(*rows)
+            queries = [x[..., part.rows, :] for x in self.queries]
+            own = [x[..., columns[0] - keys[0] : columns[1] - keys[0], :] for x in arrays]
+            for name, array in self._piece(names, (rows, columns), queries, own).items():
+                total = self.sums[name]
+                if name == "bias" and total.ndim and total.shape[-1] != 1:
+                    total = total[..., slice(*columns)]
+                if name == "q" or (name == "bias" and name in self._with_rows):
+                    total = total[..., part.rows, :]
                 total[...] += array
 
     def add_of_keys(
         self, names: Sequence[str], run: Run, queries: tuple[int, int], arrays: Sequence[NDArray[Any]]
     ) -> None:
         """Add what some queries contribute to the gradients of a run of this rank's keys and values."""
-        keys = [x[..., run.rows, :] for x in (self.call.k, self.call.v)]
-        for name, array in self._piece(names, (queries, (run.start, run.stop)), arrays, keys).items():
-            self.sums[name][..., run.rows, :] += array
+        for rows, columns in self.call.options.parts(queries, (run.start, run.stop)):
+            part = run.part(*columns)
+            keys = [x[..., part.rows, :] for x in (self.call.k, self.call.v)]
+            own = [x[..., rows[0] - queries[0] : rows[1] - queries[0], :] for x in arrays]
+            for name, array in self._piece(names, (rows, columns), own, keys).items():
+                self.sums[name][..., part.rows, :] += array
 
     def _piece(
         self,

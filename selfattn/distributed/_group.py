@@ -115,7 +115,7 @@ class Group:
         """
         return rows_of("Group.rows", length, order, self.rank, self.size)
 
-    @clean_signature(attention, without=("q_offset", "return_weights", "prefix_lens", "chunk"))
+    @clean_signature(attention, without=("q_offset", "return_weights"))
     def attention(
         self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, rows: ArrayLike, by: str = "keys", **options: Any
     ) -> Any:
@@ -136,10 +136,11 @@ class Group:
             joins tokens of several ranks. "heads": every rank gets all rows of some heads; needs at least as many KV
             heads as ranks.
         **options
-            Options of `selfattn.attention`, except `q_offset`, `prefix_lens`, `chunk` and `return_weights`. They
-            speak of the whole sequence: `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys
-            are the same tokens), and `dropout` drops the weights that one process would drop. `mask` and `bias`
-            broadcast to (..., H, rows, length of the whole sequence). `num_threads` and `out` may differ between ranks.
+            Options of `selfattn.attention`, except `q_offset` and `return_weights`. They speak of the whole
+            sequence: `kv_lens` counts its valid tokens (and serves as `q_lens`, as queries and keys are the same
+            tokens), `chunk` counts positions from its start, and `dropout` drops the weights that one process would
+            drop. `mask` and `bias` broadcast to (..., H, rows, length of the whole sequence). `num_threads` and `out`
+            may differ between ranks.
 
         Returns
         -------
@@ -176,9 +177,7 @@ class Group:
             attend = attend_by_keys if by == "keys" else attend_by_heads
             return call.results(*attend(self._link, call, threads))
 
-    @clean_signature(
-        attention_backward, without=("q_offset", "prefix_lens", "chunk", "grad_weights", "into", "accumulate")
-    )
+    @clean_signature(attention_backward, without=("q_offset", "grad_weights", "into", "accumulate"))
     def attention_backward(
         self,
         grad_out: ArrayLike,
@@ -239,7 +238,8 @@ class Group:
             return differentiate(self._link, call, call.options.num_threads or self.num_threads)
 
     @clean_signature(
-        attention_with_kvcache, without=("return_weights", "dropout", "seed", "prefix_lens", "chunk", "cascade", "out")
+        attention_with_kvcache,
+        without=("return_weights", "dropout", "seed", "kv_starts", "prefix_lens", "chunk", "cascade", "out"),
     )
     def attention_with_kvcache(
         self, q: ArrayLike, cache: Any, k: ArrayLike | None = None, v: ArrayLike | None = None, **options: Any
@@ -274,19 +274,24 @@ class Group:
         Raises
         ------
         TypeError, ValueError, TimeoutError
-            As `attention`. No cache has changed.
+            As `attention`. No cache has changed, except that one with a window may have lost old tokens.
         """
         function = "Group.attention_with_kvcache"
         call, owns = agree(
             self._link, function, lambda: CacheCall(function, Group.attention_with_kvcache, (q, cache, k, v), options)
         )
-        call.settle(owns)
+        call.settle(self._link, owns)
         return attend_cache(self._link, call, call.num_threads or self.num_threads)
+
+
+def _affinity() -> set[int]:
+    """Return the cores that this process may use; where the system does not tell, as on macOS, all of them."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _share_of_cores(link: Link) -> int:
     """Return how many threads this rank may use, if the ranks of its machine share its cores."""
-    mine = sorted(os.sched_getaffinity(0))
+    mine = sorted(_affinity())
     own = link.machines[link.rank]
     neighbours = [cores for x, cores in zip(link.machines, link.exchange("Group", mine), strict=True) if x == own]
     share = sum(1 / sum(core in cores for cores in neighbours) for core in mine) / len(mine)

@@ -22,11 +22,10 @@ from ._rows import Owners
 REFUSED = {
     "q_offset": "the positions of queries are those of rows",
     "return_weights": "no rank has all keys at once",
-    "prefix_lens": "a rank skips keys that causality hides",
-    "chunk": "ranks count keys from the start of their own part",
 }
 # Options that differ between rows or keys.
-_BY_ROW = ("mask", "bias", "q_lens", "kv_lens", "kv_starts")
+_LENGTHS = ("q_lens", "kv_lens", "kv_starts", "prefix_lens")
+_BY_ROW = ("mask", "bias", *_LENGTHS)
 # Each rank has its own rows of mask and bias, and may have its own number of threads.
 _COMPARED = [name for name in _DEFAULTS if name not in ("mask", "bias", "num_threads", *REFUSED)]
 
@@ -35,13 +34,18 @@ _FAR = 1 << 62
 
 
 class _Reach(NamedTuple):
-    """What queries may see: keys so far to the left and right, and the positions of valid queries and keys."""
+    """What queries may see: keys so far to the left and right, before the end of a prefix, and in their own chunk.
+
+    Also the positions of valid queries and keys.
+    """
 
     left: int
     right: int
     q_end: int
     kv_begin: int
     kv_end: int
+    prefix: int
+    chunk: int
 
 
 class Options:
@@ -65,7 +69,7 @@ class Options:
         for name in ("mask", "bias"):
             if name in self.given:
                 self.given[name] = as_array(function, name, self.given[name])
-        for name in ("q_lens", "kv_lens", "kv_starts"):
+        for name in _LENGTHS:
             if name in self.given:
                 self.given[name] = integers(function, name, self.given[name])
         self.with_rows = {name for name in self._with_axis() if self.given[name].shape[-2] != 1}
@@ -91,15 +95,18 @@ class Options:
     def lengths(self, queries: tuple[int, int], keys: tuple[int, int]) -> dict[str, Any]:
         """Return offset and lengths for the queries and the keys in two ranges of positions."""
         found: dict[str, Any] = {"q_offset": queries[0] - keys[0]}
-        for name, (first, stop) in (("q_lens", queries), ("kv_lens", keys), ("kv_starts", keys)):
+        for name in _LENGTHS:
             if name in self.given:
+                first, stop = queries if name == "q_lens" else keys
                 found[name] = np.clip(self.given[name] - first, 0, stop - first)
         return found
 
     def sees(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
         """Whether queries in one range of positions may see keys in another one."""
         reach = self._reach
-        near = keys[0] < queries[1] + reach.right and keys[1] > queries[0] - reach.left
+        near = keys[0] < max(queries[1] + reach.right, reach.prefix) and keys[1] > queries[0] - reach.left
+        if reach.chunk:
+            near = near and len(_common_chunks(reach.chunk, queries, keys)) > 0
         return near and queries[0] < reach.q_end and reach.kv_begin < keys[1] and keys[0] < reach.kv_end
 
     @cached_property
@@ -107,7 +114,22 @@ class Options:
         left, right = (_FAR if side is None else int(side) for side in self.given.get("window", (None, None)))
         ends = [int(self.given[name].max(initial=0)) if name in self.given else _FAR for name in ("q_lens", "kv_lens")]
         begin = int(self.given["kv_starts"].min(initial=_FAR)) if "kv_starts" in self.given else 0
-        return _Reach(left, 0 if self.given.get("causal") else right, ends[0], begin, ends[1])
+        prefix = int(self.given["prefix_lens"].max(initial=0)) if "prefix_lens" in self.given else 0
+        chunk = int(self.given.get("chunk", 0))
+        return _Reach(left, 0 if self.given.get("causal") else right, ends[0], begin, ends[1], prefix, chunk)
+
+    def parts(
+        self, queries: tuple[int, int], keys: tuple[int, int]
+    ) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:
+        """Return the queries and keys of each chunk that has both; without chunks, all of them."""
+        size = self._reach.chunk
+        if not size or keys[0] == keys[1]:
+            return [(queries, keys)]
+
+        def within(chunk: int, span: tuple[int, int]) -> tuple[int, int]:
+            return max(span[0], chunk * size), min(span[1], (chunk + 1) * size)
+
+        return [(within(chunk, queries), within(chunk, keys)) for chunk in _common_chunks(size, queries, keys)]
 
     def of_heads(self, heads: slice) -> dict[str, Any]:
         """Return all options for some of the query heads."""
@@ -121,6 +143,15 @@ class Options:
     def _with_axis(self) -> set[str]:
         """Return which of mask and bias have an axis of rows."""
         return {name for name in ("mask", "bias") if name in self.given and self.given[name].ndim > 1}
+
+    def checksums(self) -> dict[str, str]:
+        """Return a checksum of the mask and of the bias, each if this rank's array may be meant for all rows."""
+        names = [name for name in ("mask", "bias") if name in self.given and name not in self.with_rows]
+        return {name: checksum(self.given[name]) for name in names}
+
+    def shared(self) -> list[str]:
+        """Return which of mask and bias are the same for all rows, and so must be the same on all ranks."""
+        return [name for name in ("mask", "bias") if name in self.given and not self.has_rows(name)]
 
     def has_rows(self, name: str) -> bool:
         """Whether the mask or bias differs between rows."""
@@ -143,6 +174,11 @@ class Options:
                 whole[name] = _of_length(whole[name], length)
         q, k, v = (_of_length(array, length) for array in (q, k, v))
         _core.explain(q, k, v, core_options(self.function, q_offset=0, **whole))
+
+
+def _common_chunks(size: int, queries: tuple[int, int], keys: tuple[int, int]) -> range:
+    """Return the chunks of `size` positions that have some of these queries and some of these keys."""
+    return range(max(queries[0], keys[0]) // size, (min(queries[1], keys[1]) - 1) // size + 1)
 
 
 def of_heads(function: str, given: Mapping[str, Any], heads: slice) -> dict[str, Any]:
@@ -195,4 +231,9 @@ def value_text(value: Any) -> str:
     array = np.ascontiguousarray(as_array("", "", value))
     if array.size <= 8:
         return f"{array.tolist()}"
-    return f"an array {array.shape} of {array.dtype} with checksum {zlib.crc32(array.tobytes()):08x}"
+    return f"an array {array.shape} of {array.dtype} with checksum {checksum(array)}"
+
+
+def checksum(array: NDArray[Any]) -> str:
+    """Return a short text that is equal for equal arrays of one shape."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"

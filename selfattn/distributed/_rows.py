@@ -26,6 +26,10 @@ class Run(NamedTuple):
         """The rows of the rank's arrays."""
         return slice(self.at, self.at + self.stop - self.start)
 
+    def part(self, start: int, stop: int) -> Run:
+        """The run of some of these positions."""
+        return Run(start, stop, self.at + start - self.start)
+
 
 class Piece(NamedTuple):
     """Consecutive positions that one rank has, and its rows."""

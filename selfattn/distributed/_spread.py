@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ class SpreadCache:
 
     Pass it to `Group.attention_with_kvcache` in place of the cache. This is needed for caches with a window and for
     options by distance: window, bias, ALiBi and T5. `attention_with_kvcache` keeps the positions up to date. Tokens
-    that are appended or removed in another way must be told with `place`.
+    that are appended or removed in another way must be told with `place`. All ranks together hold every position once;
+    the next call compares the positions that were told, and raises a ValueError on all ranks if they overlap or leave a
+    gap.
 
     Parameters
     ----------
@@ -57,6 +59,7 @@ class SpreadCache:
             raise no_cache("SpreadCache", cache)
         self.cache = cache
         self._rows: dict[int, _Positions] = {}
+        self._new: set[int] = set()  # sequences whose positions no call has compared with those of other ranks
         if rows is not None:
             for sequence in range(cache.batch if isinstance(cache, KVCache) else 0):
                 self.place(sequence, rows)
@@ -75,7 +78,9 @@ class SpreadCache:
         if positions.ndim != 1 or np.any(np.diff(positions, prepend=-1) <= 0):
             text = f" has shape {positions.shape}, but ascending positions are needed"
             raise refusal(ValueError, "SpreadCache.place", "rows", text)
-        self._rows[whole_number("SpreadCache.place", "sequence", sequence, 0)] = positions
+        index = whole_number("SpreadCache.place", "sequence", sequence, 0)
+        self._rows[index] = positions
+        self._new.add(index)
 
     def rows(self, sequence: int) -> _Positions:
         """Return the positions of the tokens of a sequence that are in this cache."""
@@ -89,6 +94,14 @@ class SpreadCache:
             if known != length:
                 text = f" has {length} tokens of sequence {sequence}, but positions of {known} are known: use place"
                 raise refusal(ValueError, function, "cache", text)
+
+    def is_new(self, sequences: Iterable[int]) -> bool:
+        """Whether positions of any of these sequences have been told since the ranks last compared them."""
+        return not self._new.isdisjoint(sequences)
+
+    def forget_new(self, sequences: Iterable[int]) -> None:
+        """Note that the positions of these sequences fit to those of the other ranks."""
+        self._new.difference_update(sequences)
 
     def add(self, sequences: Sequence[int], first: NDArray[np.int64], count: int) -> None:
         """Note that `count` tokens from position `first` on have been appended to each sequence."""

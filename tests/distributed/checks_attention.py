@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +13,7 @@ from rank_operands import one_process, operands, own, rows_of_options, sha, stat
 
 import selfattn as sa
 from selfattn.distributed import Group, _link, _travel
+from selfattn.distributed._options import Options
 from selfattn.distributed._relay import branches
 from selfattn.distributed._rows import rows_of
 
@@ -65,7 +67,7 @@ def check_tree(group: Group) -> None:
         assert step <= 2 + np.log2(size)
 
 
-def options_of(rng: np.random.Generator, length: int) -> dict[str, Any]:
+def options_of(rng: np.random.Generator, length: int, case: int) -> dict[str, Any]:
     """Return random options; mask and bias are for all rows."""
     found: dict[str, Any] = {"causal": bool(rng.integers(2))}
     choices = {
@@ -87,18 +89,48 @@ def options_of(rng: np.random.Generator, length: int) -> dict[str, Any]:
         found["seed"] = 7
     if rng.integers(3) == 0:
         found["mask"] = rng.random((1, length)) < 0.7
+    if case % 4 == 1:
+        found["chunk"] = int(rng.integers(1, 300))
+    if case % 4 == 2:
+        found["prefix_lens"] = rng.integers(0, length + 1, 2)
+        found.pop("window", None)
     return found
+
+
+def check_sees(group: Group) -> None:
+    """A rank asks for keys that one of its rows may see, and for no others."""
+    rng = np.random.default_rng(0)
+    skipped = 0
+    for _ in range(400):
+        options: dict[str, Any] = [
+            {"causal": True},
+            {"window": (int(rng.integers(9)), int(rng.integers(9)))},
+            {"chunk": int(rng.integers(1, 20))},
+            {"chunk": int(rng.integers(1, 20)), "causal": True},
+            {"prefix_lens": rng.integers(0, 40, 1), "causal": True},
+            {"prefix_lens": rng.integers(0, 40, 1), "window": (None, int(rng.integers(9)))},
+            {"kv_lens": rng.integers(20, 40, 1), "kv_starts": rng.integers(0, 20, 1)},
+        ][int(rng.integers(7))]
+        queries, keys = (tuple(sorted(rng.choice(41, 2, replace=False).tolist())) for _ in range(2))
+        shape = (1, 1, 40, 1)
+        bias = np.full((40, 40), -np.inf)
+        bias[slice(*queries), slice(*keys)] = 0
+        _, lse = one_process(*np.zeros((3, *shape)), bias=bias, **options)
+        found = Options("test", Group.attention, options).sees(queries, keys)
+        assert found == bool(np.isfinite(lse).any()), (queries, keys, options)
+        skipped += not found
+    assert 40 < skipped < 300, skipped
 
 
 def check_options(group: Group) -> list[str]:
     """A sweep against one process; returns hashes, which must not depend on the number of ranks."""
     hashes = []
-    for case in range(18):
+    for case in range(24):
         rng = np.random.default_rng(case)
         length = int(rng.choice([1, 3, 40, 130, 700, 1300]))
         dtype = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16][case % 4]
         q, k, v = operands(length, seed=case, dtype=dtype)
-        options = options_of(rng, length)
+        options = options_of(rng, length, case)
         rows = group.rows(length, ["zigzag", "contiguous"][case % 2])
         _travel.CHUNK_BYTES = [1, 4 << 20][case % 3 == 0]  # the fewest keys in a chunk, or many
         given = rows_of_options(options, rows)
@@ -115,11 +147,11 @@ def check_gradients(group: Group) -> list[str]:
 
 
 def check_heads(group: Group) -> None:
-    for case in range(12):
+    for case in range(16):
         rng = np.random.default_rng(case)
         length = int(rng.choice([3, 130, 300]))
         q, k, v = operands(length, seed=case, heads=20, kv_heads=5 if group.size == 5 else 10)
-        options = options_of(rng, length)
+        options = options_of(rng, length, case)
         of_heads = {"alibi_slopes": sa.alibi_slopes(20), "sinks": np.linspace(-1, 1, 20)}
         of_heads["bias"] = rng.standard_normal((20, length, length)).astype(np.float32)
         for name, per_head in of_heads.items():
@@ -206,6 +238,26 @@ def check_part_of_a_communicator(group: Group) -> None:
     comm.Free()
 
 
+def check_memory(group: Group) -> list[Any]:
+    """Return the rows of a rank, the bytes of a chunk, and the peak of the memory that a call adds, on each rank."""
+    length, found = 8192, []
+    rows = group.rows(length)
+    q, k, v = np.ones((3, 2, len(rows), 16), np.float32)
+    row_bytes = k[:, :1].nbytes + v[:, :1].nbytes
+    for chunk_bytes in (1, 2048 * row_bytes):
+        usual, _travel.CHUNK_BYTES = _travel.CHUNK_BYTES, chunk_bytes
+        try:
+            tracemalloc.start()
+            group.attention(q, k, v, rows=rows, causal=True)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            _travel.CHUNK_BYTES = usual
+        keys = max(chunk_bytes // row_bytes, sa.AttentionState.block_keys)
+        found += group._link.exchange("test", (len(rows), keys * row_bytes, peak))
+    return found
+
+
 def check_many_small_calls(group: Group) -> None:
     """Neither memory nor the number of messages grows."""
     q, k, v = operands(group.size)
@@ -213,7 +265,7 @@ def check_many_small_calls(group: Group) -> None:
     arrays = own(group, rows, q, k, v)
     used = []
     for _ in range(4):
-        for _ in range(500 if group.size == 2 else 20):
+        for _ in range(2500 if group.size == 2 else 20):
             group.attention(*arrays, rows=rows)
         with open("/proc/self/statm") as file:
             used.append(int(file.read().split()[1]) * 4096)

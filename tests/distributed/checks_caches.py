@@ -91,9 +91,10 @@ def check_distances(group: Group) -> None:
         {"t5": t5, "sinks": np.ones(4)},
         {"window": (2, None), "sinks": np.ones(4)},
         {"bias": rng.standard_normal((2, 1, 1, 100)).astype(np.float32)},
+        {"window": (25, None), "alibi_slopes": slopes},
     ]
     for case, options in enumerate(cases):
-        ring = 25 if case in (0, 3) else None
+        ring = 25 if case in (0, 3, 5) else None
         alone = sa.KVCache(2, 2, 16, 100, window=ring)
         own = SpreadCache(sa.KVCache(2, 2, 16, 100, window=ring))
         for step, count in enumerate([30, 1, 1, 3, 1, 20, 1, 1, 1, 1] * (1 + 2 * (ring is not None))):
@@ -152,21 +153,28 @@ def check_errors(group: Group) -> dict[str, str]:
         return text
 
     window = sa.KVCache(2, 2, 16, 10, window=4)
+    full = sa.KVCache(2, 2, 16, 10)
+    full.append(k, v)
     many_q, many_k, many_v = tokens(1, 6)
     return {
-        "q": error(q + odd, cache, k, v),
-        "k": error(q, cache, k, v + odd),
         "full": error(many_q, cache, many_k, many_v),
         "missing": error(q, cache),
         "v": error(q, cache, k),
+        "mask": error(q, cache, mask=np.eye(4, dtype=bool), causal=False),
         "cache": error(q, [] if odd else cache, k, v),
         "window_of_cache": error(q, window, k, v),
         "sequences": error(q, pages, k, v),
         "window": error(q, cache, k, v, window=(3, 0)),
         "positions": error(q, SpreadCache(cache), k, v, window=(3, 0)),
         "rows": raised(lambda: SpreadCache(cache, [1, 0])),
-        "slopes": error(q, SpreadCache(cache, np.arange(before[0])), k, v, alibi_slopes=np.ones(4) * odd),
-        "causal": error(q, cache, k, v, causal=odd),
+        "overlap": error(q, SpreadCache(full, range(4)), k, v, window=(3, 0)),
+        "gap": error(q, SpreadCache(full, range(5 * group.rank, 5 * group.rank + 4)), k, v, window=(3, 0)),
+        "kv_heads": error(q, sa.KVCache(2, 1 if odd else 2, 16, 10), k, v),
+        "head_dim": error(q, sa.KVCache(2, 2, 8 if odd else 16, 10, value_dim=16), k, v),
+        "value_dim": error(q, sa.KVCache(2, 2, 16, 10, value_dim=8 if odd else 16), k, v),
+        "kept": error(q, SpreadCache(sa.KVCache(2, 2, 16, 10, window=3 + odd)), k, v, window=(3, 0)),
+        "kind": error(q, SpreadCache(full, range(4)) if odd else full, k, v),
+        "kv_starts": error(q, cache, k, v, kv_starts=3),
         "chunk": error(q, cache, k, v, chunk=100),
         "prefix_lens": error(q, cache, k, v, prefix_lens=3),
         "batch": error(q[:1], cache, k[:1], v[:1]),

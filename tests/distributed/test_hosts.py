@@ -14,15 +14,18 @@ from hosts import hosts, start_on
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("count", [3])
-def test_attention_on_hosts(tmp_path: Path, count: int) -> None:
-    with hosts(count) as network:
-        program = ("-m", "mpi4py", str(mpi_run.PROGRAM), str(HERE / "checks_backward.py"))
+@pytest.mark.parametrize("checks", ["checks_attention", "checks_backward", "checks_caches"])
+def test_checks_on_three_hosts(tmp_path: Path, checks: str) -> None:
+    """Keys, heads, gradients, caches and errors; each check compares with one process."""
+    with hosts(3) as network:
+        program = ("-m", "mpi4py", str(mpi_run.PROGRAM), str(HERE / f"{checks}.py"))
         process = start_on(network, *program, folder=tmp_path)
         done = mpi_run.finish(process)
     printed = re.search(r"^RESULTS(.*)$", done.text, flags=re.M)
     assert printed, done.text
-    assert all("errors" not in outcome for outcome in json.loads(printed[1]).values()), done.text
+    found = json.loads(printed[1])
+    assert len(found) > 3
+    assert all("errors" not in outcome for outcome in found.values()), done.text
 
 
 def test_a_host_that_disappears_ends_in_an_error(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_same_vectors_as_the_model(load_example: Any, tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text(TEXT, encoding="utf8")
     command = ["-m", "mpi4py", str(EXAMPLES / "long_document.py"), str(file)]
-    printed = [mpi_run.run(size, *command, folder=tmp_path) for size in (1, 2, 3)]
+    budgets = {1: "0.01", 2: "100", 3: "100"}
+    printed = [mpi_run.run(n, *command, "--memory", budget, folder=tmp_path) for n, budget in budgets.items()]
     assert [done.code for done in printed] == [0, 0, 0], printed
     assert len({re.search(r"SHA-256.*", done.text)[0] for done in printed}) == 1
     bert = load_example("minilm").MiniLM().bert
@@ -34,3 +35,6 @@ def test_same_vectors_as_the_model(load_example: Any, tmp_path: Path) -> None:
     found = re.search(r"begins with \[(.*)\]", printed[0].text)[1].split()
     np.testing.assert_allclose(np.array(found, float), expected, rtol=0, atol=2e-4)
     assert f"{len(ids)} tokens on 3 ranks" in printed[2].text
+    assert re.search(r"memory for the document, by rank: \d+, \d+, \d+ MiB", printed[2].text)
+    assert "a budget of 0.01 MiB per rank is exceeded" in printed[0].text
+    assert "a budget of 100 MiB per rank is kept" in printed[2].text

@@ -1,0 +1,100 @@
+"""Each argument in turn: the last rank passes something else, and all ranks must raise the same error.
+
+See rank_checks.py. The results are the errors by argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import numpy as np
+from rank_operands import error_of_all, operands, own
+
+import selfattn as sa
+from selfattn.distributed import Group, SpreadCache
+
+LENGTH = 60
+ALLOWED = {"self", "rows", "num_threads", "out", "sequences", "cache", "layout"}  # have tests of their own
+# What most ranks pass, and what the last one does.
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "alibi_slopes": (np.ones(4), np.zeros(4)),
+    "bias": (np.zeros(LENGTH), np.ones(LENGTH)),
+    "causal": (True, False),
+    "chunk": (100, 50),
+    "dropout": (0.1, 0.2),
+    "kv_lens": ([60, 50], [60, 51]),
+    "kv_starts": ([0, 5], [0, 6]),
+    "mask": (np.ones(LENGTH, bool), np.arange(LENGTH) > 0),
+    "precision": ("highest", "high"),
+    "prefix_lens": ([3, 60], [3, 59]),
+    "q_lens": ([60, 50], None),
+    "return_lse": (True, False),
+    "scale": (None, 0.5),
+    "seed": (1, 2),
+    "sinks": (np.ones(4), None),
+    "softcap": (None, 2.0),
+    "t5": (sa.T5Bias(np.full((32, 4), 1.0)), sa.T5Bias(np.full((32, 4), 2.0))),
+    "window": ((3, 0), (4, 0)),
+}
+WITH = {"seed": {"dropout": 0.1}, "dropout": {"seed": 1}, "positions": {"rope": True}}
+
+
+def sweep(
+    group: Group,
+    method: Callable[..., Any],
+    arrays: dict[str, Any],
+    fixed: dict[str, Any],
+    pairs: dict[str, tuple[Any, Any]],
+) -> dict[str, str]:
+    """Return the error of each argument of a method; all of them are in `arrays`, `pairs`, `fixed` or ALLOWED."""
+    known = signature(method).parameters.keys()
+    names = known - (ALLOWED - arrays.keys()) - fixed.keys()
+    assert names <= arrays.keys() | pairs.keys()
+    odd = group.rank == group.size - 1
+    found = {}
+    for name in sorted(names):
+        given = {**arrays, **fixed, **WITH.get(name, {})}
+        given[name] = arrays[name].astype(np.float64 if odd else np.float32) if name in arrays else pairs[name][odd]
+        found[name] = error_of_all(group, lambda given=given: method(**given))  # type: ignore[misc]
+    return found
+
+
+def check_attention(group: Group) -> dict[str, str]:
+    rows = group.rows(LENGTH)
+    q, k, v = own(group, rows, *operands(LENGTH))
+    pairs = {**OPTIONS, "by": ("keys", "heads")}
+    found = sweep(group, group.attention, {"q": q, "k": k, "v": v}, {"rows": rows}, pairs)
+    odd = group.rank == group.size - 1
+    given = [x.swapaxes(1, 2) if odd else x for x in (q, k, v)]
+    layout = "bshd" if odd else "bhsd"
+    return {**found, "layout": error_of_all(group, lambda: group.attention(*given, rows=rows, layout=layout))}
+
+
+def check_backward(group: Group) -> dict[str, str]:
+    rows = group.rows(LENGTH)
+    q, k, v = own(group, rows, *operands(LENGTH))
+    arrays = {"q": q, "k": k, "v": v, "grad_out": q, "out": q, "lse": q[..., 0]}
+    pairs = {**OPTIONS, "wrt": (("q",), ("k",)), "grad_lse": (q[..., 0], None)}
+    return sweep(group, group.attention_backward, arrays, {"rows": rows}, pairs)
+
+
+def check_caches(group: Group) -> dict[str, str]:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 4, 1, 16), dtype=np.float32)
+    arrays = {"q": q, "k": k[:, :2], "v": v[:, :2]}
+    fixed = {"cache": SpreadCache(sa.KVCache(2, 2, 16, 20)), "return_lse": True}
+    pairs = {
+        **OPTIONS,
+        "bias": (np.zeros(1), np.ones(1)),
+        "mask": ([[True]], [[False]]),
+        "positions": ([3], [4]),
+        "rope": (True, sa.RoPE(base=500.0)),
+    }
+    found = sweep(group, group.attention_with_kvcache, arrays, fixed, pairs)
+    odd = group.rank == group.size - 1
+    for name, array in arrays.items():
+        given = {**arrays, **fixed, name: array + odd}
+        found[f"values of {name}"] = error_of_all(group, lambda given=given: group.attention_with_kvcache(**given))
+    return found
