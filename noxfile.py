@@ -267,7 +267,7 @@ def release(session: nox.Session) -> None:
 DEEP = {
     "asan": [],
     "clang": [],
-    "mutants": ["--jobs", "2", "--sample", "12"],
+    "mutants": ["--jobs", "2", "--sample", "8"],
     "coverage": [],
     "fuzz": [],
     "neon": [],

@@ -207,13 +207,6 @@ def test_each_target_can_be_met_and_missed(group, made_up):
         assert {(against, state) for against in ratios} <= verdicts
 
 
-def test_a_cascade_is_judged_by_the_peak_of_the_unit(made_up):
-    assert [
-        judge(CACHE_GROUPS["cascade"], [made_up("cache-cascade-16", fraction=fraction)])[0].state
-        for fraction in (0.751, 0.749)
-    ] == ["met", "missed"]
-
-
 def test_the_overhead_is_what_a_line_through_two_steps_has_without_keys(made_up):
     def verdict(twice, seconds=3.2e-6):
         result = made_up("cache-step", seconds=seconds, **{"twice-the-keys": twice})

@@ -7,6 +7,7 @@ import pytest
 from selfattn._bench.peer import MAX_SCORES_BYTES, Own
 from selfattn._bench.peers import PEERS
 from selfattn._bench.workloads import WORKLOADS
+from workbench.cache_grid import CACHE_GROUPS
 from workbench.grid import EVERY, GROUPS
 from workbench.target import Group, Target, judge
 from workbench.yardstick import FEWER, PEAK, TIME, YARDSTICKS
@@ -191,3 +192,8 @@ def test_groups_add_the_variants_they_are_held_against():
 
 def test_variants_are_of_selfattn():
     assert all(isinstance(PEERS[name], Own) for name in ("plain", "single"))
+
+
+def test_a_cascade_is_judged_by_the_peak_of_the_unit(made_up):
+    results = [made_up("cache-cascade-16", fraction=fraction) for fraction in (0.751, 0.749)]
+    assert [judge(CACHE_GROUPS["cascade"], [result])[0].state for result in results] == ["met", "missed"]
