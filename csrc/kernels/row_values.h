@@ -141,11 +141,15 @@ struct FmaValues {
     for (int j = 0; j < bunch.count; ++j) {
       const E* value = one_base(row_of<E>(bunch.values, j) + dim);
       const E* later = one_base(row_of<E>(bunch.values, j + ahead) + dim);
+      const E* soon = one_base(row_of<E>(bunch.values, j + 2) + dim);
       for (int c = 0; c < Cols; c += together) {
         Vec<T> right[together];
         load_values(value + c * W, right);
         for (int i = 0; i < together; ++i) {
-          if ((c + i) * W * static_cast<int>(sizeof(E)) % cache_line == 0) fetch_line(later + (c + i) * W);
+          if ((c + i) * W * static_cast<int>(sizeof(E)) % cache_line == 0) {
+            fetch_line(later + (c + i) * W);
+            fetch_near_line(soon + (c + i) * W);
+          }
           right[i] = in_register(right[i]);
           for (int r = 0; r < Rows; ++r)
             sums[r][c + i] = fma(broadcast(probs[r * s.score_stride + j]), right[i], sums[r][c + i]);
