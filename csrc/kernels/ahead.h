@@ -14,9 +14,12 @@ constexpr std::int64_t cache_line = 64;
 // prefetch, unless it inlines them first.
 [[gnu::always_inline]] inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Prefetches a cache line, which fetch_line() has prefetched, from L2 into L1: a load that crosses the boundary between
-// two lines is fast only if both are in L1.
-[[gnu::always_inline]] inline void fetch_near_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Prefetches two cache lines: one that is needed later into L2, and one that is needed soon from L2 into L1. A load
+// that crosses the boundary between two lines is fast only if both are in L1.
+[[gnu::always_inline]] inline void fetch_ahead(const void* later, const void* soon) {
+  fetch_line(later);
+  __builtin_prefetch(soon, 0, 3);
+}
 
 template <class E>
 inline void fetch_lines(const E* row, std::int64_t width) {

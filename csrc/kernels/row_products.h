@@ -136,10 +136,7 @@ struct RowProducts {
           const auto step = [&](std::int64_t d, auto load_key) {
             Vec<T> right[abreast];
             for (int i = 0; i < abreast; ++i) {
-              if (whole_lines) {
-                fetch_line(later[i] + d);
-                fetch_near_line(key[i] + d + 2 * elements);
-              }
+              if (whole_lines) fetch_ahead(later[i] + d, key[i] + d + 2 * elements);
               right[i] = load_key(key[i] + d);
             }
             for (int r = 0; r < Rows; ++r) {

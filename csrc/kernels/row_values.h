@@ -146,10 +146,8 @@ struct FmaValues {
         Vec<T> right[together];
         load_values(value + c * W, right);
         for (int i = 0; i < together; ++i) {
-          if ((c + i) * W * static_cast<int>(sizeof(E)) % cache_line == 0) {
-            fetch_line(later + (c + i) * W);
-            fetch_near_line(soon + (c + i) * W);
-          }
+          const int d = (c + i) * W;
+          if (d * static_cast<int>(sizeof(E)) % cache_line == 0) fetch_ahead(later + d, soon + d);
           right[i] = in_register(right[i]);
           for (int r = 0; r < Rows; ++r)
             sums[r][c + i] = fma(broadcast(probs[r * s.score_stride + j]), right[i], sums[r][c + i]);
