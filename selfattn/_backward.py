@@ -282,15 +282,14 @@ def delivered(
                 f"and {dtype}",
             )
     gradients: dict[str, NDArray[Any]] = {}
-    for name, found in totals.items():
-        total, own = found, targets.get(name)
-        if own is not None and accumulate:
-            # The caller's array may be wider than the computation, as that of a float64 bias of float32 queries.
-            wider = np.promote_types(total.dtype, computed_in(own.dtype))
-            total = converted(total, wider)
-            total += converted(own, wider)
-        gradients[name] = converted(total, dtype_of(name))
-        if own is not None:
-            own[...] = gradients[name]
-            gradients[name] = own
-    return gradients
+    with np.errstate(all="ignore"):  # as in the core, where a sum that is too large becomes inf
+        for name, total in totals.items():
+            if accumulate and name in targets:
+                # The caller's array may be wider than the computation, as that of a float64 bias of float32 queries.
+                wider = np.promote_types(total.dtype, computed_in(targets[name].dtype))
+                gradients[name] = converted(converted(total, wider) + converted(targets[name], wider), dtype_of(name))
+            else:
+                gradients[name] = converted(total, dtype_of(name))
+    for name, own in targets.items():  # after all sums, so that an error leaves the caller's arrays as they were
+        own[...] = gradients[name]
+    return {**gradients, **targets}

@@ -83,10 +83,9 @@ def self_attention_vjp(
 
     Notes
     -----
-    The bits of y and of the gradients of x and context depend neither on threads, nor on strides, nor on the other
-    entries of the batch. (A context that several entries share gets the sum of their gradients.) The gradients of the
-    matrices are sums over all tokens, computed by NumPy: their last bits may depend on NumPy's BLAS and its threads,
-    which `num_threads` does not set. 16-bit arguments are converted to float32, and results are rounded once.
+    The bits of y and of all gradients depend neither on threads nor on strides. Those of y and of the gradients of x
+    and context do not depend on the other entries of the batch either. (A context that several entries share gets the
+    sum of their gradients.) 16-bit arguments are converted to float32, and results are rounded once.
 
     Examples
     --------
@@ -213,14 +212,14 @@ class _Layer:
         """Return the gradients of inputs and weights, given the gradients of queries, keys and values."""
         found: dict[str, NDArray[Any]] = {}
         inputs: dict[str, NDArray[Any]] = {}
-        grads: dict[str, NDArray[Any]] = {}
         for letter in [letter for letter in "qkv" if letter in gradients]:
             product, heads = self.products[letter], gradients.pop(letter)
             if letter in self.positions:
                 self.rotation.apply(heads, self.positions[letter], inverse=True)
                 heads, of_norm = self.norms[letter].backward(self.projected[letter], heads, self.names)
                 found |= of_norm
-            grad = grads[letter] = heads.reshape(len(product.rows), product.w.shape[1])
+            grad = heads.reshape(len(product.rows), product.w.shape[1])
+            found |= product.of_weights(grad, self.names)
             name = "x" if letter == "q" or self.same_tokens else "context"
             if name in self.names:
                 part = product.of_input(grad)
@@ -228,8 +227,6 @@ class _Layer:
         for name, total in inputs.items():
             like = self.products["q" if name == "x" else "k"]
             found[name] = rounded(total.reshape(like.shape), like.dtype)
-        for letter, grad in grads.items():  # last: after a product of NumPy's, the threads of its BLAS may spin
-            found |= self.products[letter].of_weights(grad, self.names)
         return {**found, **gradients}
 
 

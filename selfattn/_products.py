@@ -1,7 +1,7 @@
 """Products of inputs with weights, and their gradients.
 
-The core multiplies rows by weights: the bits of a row depend neither on the other rows nor on threads. Gradients of
-weights are sums over all rows. NumPy computes them, since the core would first have to pack one of two large factors.
+The core computes all products, so no bits depend on threads. Those of a row do not depend on the other rows either; the
+gradients of weights are sums over all rows, in a fixed order.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Product:
         found = {}
         with np.errstate(all="ignore"):
             if f"w_{self.letter}" in names:
-                product = self.rows.T @ grad
+                product = self._of_matrix(self.rows, grad)
                 if not np.isfinite(product).all():  # rows with gradient 0, such as padding, count as 0
-                    product = np.where(grad.any(axis=1, keepdims=True), self.rows, 0).T @ grad
+                    product = self._of_matrix(np.where(grad.any(axis=1, keepdims=True), self.rows, 0), grad)
                 found[f"w_{self.letter}"] = rounded(product, self.dtype)
             if f"b_{self.letter}" in names:
                 found[f"b_{self.letter}"] = rounded(grad.sum(axis=0, dtype=np.float64), self.dtype)
@@ -54,6 +54,11 @@ class Product:
         """Return the gradient of x, (rows, depth), in the type of computation."""
         # The core packs a matrix faster if its rows are contiguous.
         return self._multiply(grad, np.ascontiguousarray(self.w.T), None)
+
+    def _of_matrix(self, rows: NDArray[Any], grad: NDArray[Any]) -> NDArray[Any]:
+        if not len(rows):
+            return np.zeros(self.w.shape, self.w.dtype)
+        return self._multiply(np.ascontiguousarray(rows.T), grad, None)
 
     def _multiply(self, rows: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None) -> NDArray[Any]:
         packed = _core.make_linear(_core.UnpackedLinear(w=w, b=b), _core.ACTIVATIONS["none"])

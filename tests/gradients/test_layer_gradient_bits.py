@@ -13,6 +13,7 @@ import selfattn as sa
 
 BATCH, LENGTH, D_MODEL, D_CONTEXT, HEADS, KV_HEADS, DIM = 33, 70, 48, 40, 4, 2, 16
 EVERY = pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+WEIGHTS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_o")
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True, "rope": True},
     "norms": {"norms": True, "window": (9, 9)},
@@ -29,10 +30,10 @@ def problem(rng: Any, dtype: Any, cross: bool = False) -> dict[str, Any]:
     return {name: (rng.standard_normal(shape) / 4).astype(dtype) for name, shape in shapes.items()}
 
 
-def results(given: dict[str, Any], **options: Any) -> list[Any]:
-    """Return y and the gradients of x and context."""
+def results(given: dict[str, Any], *weights: str, **options: Any) -> list[Any]:
+    """Return y and the gradients of x, context and the named weights."""
     given = {**given, **options}
-    grad_y, wrt = given.pop("grad_y"), [name for name in ("x", "context") if name in given]
+    grad_y, wrt = given.pop("grad_y"), [name for name in ("x", "context", *weights) if name in given]
     if given.pop("norms", False):
         ones = np.ones(DIM, given["w_q"].dtype)
         given["q_norm"], given["k_norm"] = sa.RMSNorm(ones), sa.LayerNorm(ones)
@@ -58,13 +59,23 @@ def test_an_entry_alone_gives_the_same_bits(isa: str, rng: Any, dtype: Any, name
 @EVERY
 def test_threads_do_not_matter(isa: str, rng: Any, dtype: Any) -> None:
     given = problem(rng, dtype)
-    expected = results(given, num_threads=1)
+    expected = results(given, *WEIGHTS, num_threads=1)
     for threads in (2, 3, 7):
-        assert same(results(given, num_threads=threads), expected)
+        assert same(results(given, *WEIGHTS, num_threads=threads), expected)
+
+
+def test_threads_of_the_blas_do_not_matter(rng: Any) -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    given = problem(rng, np.float32)
+    found = []
+    for threads in (1, 2):
+        with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+            found.append(results(given, *WEIGHTS))
+    assert same(*found)
 
 
 @EVERY
 @pytest.mark.parametrize("place", [np.asfortranarray, misaligned, lambda x: x[..., ::-1].copy()[..., ::-1]])
 def test_strides_and_alignment_do_not_matter(isa: str, rng: Any, dtype: Any, place: Any) -> None:
     given = problem(rng, dtype, cross=True)
-    assert same(results({name: place(x) for name, x in given.items()}), results(given))
+    assert same(results({name: place(x) for name, x in given.items()}, *WEIGHTS), results(given, *WEIGHTS))
