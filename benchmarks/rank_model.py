@@ -97,7 +97,8 @@ def tables(work: Work, flops: float, latency: float) -> list[str]:
         found.append(_table(f"{gbits} Gbit/s", TOKENS, partial(_cell, work, flops, network)))
     found.append(_table("hidden from", networks, lambda ranks, x: _round(hidden_from(ranks, work, flops, x))))
     found.append(_table("one new token", networks, lambda ranks, x: _seconds(by_states(ranks, work, x, 0))))
-    token = work.row(2 * work.heads + 4 * work.kv_heads)  # q, out, k, v, and the copy of k and v that is sent
+    # q, its copy in the state, out, k, v, and the copy of k and v that is sent; then the state's sums in float32.
+    token = work.row(3 * work.heads + 4 * work.kv_heads) + work.heads * (work.head_dim + 2) * 4
     return [*found, _table("memory", TOKENS, lambda ranks, tokens: _bytes(tokens / ranks * token))]
 
 
