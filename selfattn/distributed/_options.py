@@ -16,6 +16,7 @@ from .._attention import _DEFAULTS
 from .._bias import T5Bias
 from .._errors import refusal
 from .._keywords import refuse_unknown
+from .._norm import LayerNorm, RMSNorm
 from ._agree import Fact
 from ._rows import Owners
 
@@ -235,6 +236,8 @@ def value_text(value: Any) -> str:
     if isinstance(value, T5Bias):
         table = np.asarray(value.table)
         return f"T5Bias({value_text(table)}, {value.bidirectional}, {value.max_distance})"
+    if isinstance(value, (LayerNorm, RMSNorm)):
+        return f"{type(value).__name__}({value_text(value.weight)}, {value_text(value.bias)}, {value.eps})"
     if value is None or isinstance(value, np.generic):
         return "not given" if value is None else repr(value.item())
     if not hasattr(value, "__array__") and not hasattr(value, "__dlpack__"):

@@ -218,7 +218,9 @@ def check_layer(group: Group) -> None:
             options = {} if window is None else {"window": (window, 0)}
             found, expected = split(part, cache=own, **options), alone(part, cache=whole, **options)
             np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
-    text = error_of_all(group, lambda: split(x, cache=own if group.rank else sa.KVCache(2, count, 8, 3)))
+    full = sa.KVCache(2, count, 8, 9)
+    full.append(*np.ones((2, 2, count, 9, 8), np.float32))
+    text = error_of_all(group, lambda: split(x, cache=own if group.rank else full))
     assert "capacity" in text or "full" in text, text
     assert lengths(own, None) == [9, 9]
 
