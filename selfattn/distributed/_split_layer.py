@@ -36,9 +36,9 @@ _LayerVjp = Callable[[ArrayLike], dict[str, Array]]
 class SplitSelfAttention:
     """`SelfAttention` whose heads are split over the ranks of a group; the outputs of all ranks are summed.
 
-    Every rank gives the whole weights, for example read from a `numpy.memmap`, and keeps those of its own heads. Their
-    values are not compared with those of other ranks, unlike those of all other arguments. Creating a layer and calling
-    it are collective.
+    Every rank gives the whole weights, for example read from a `numpy.memmap`, and keeps those of its own heads. The
+    ranks compare all other arrays, but of the matrices only shapes and dtypes. Creating a layer and calling it are
+    collective.
 
     Parameters
     ----------

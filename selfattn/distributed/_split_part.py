@@ -52,6 +52,8 @@ class Part:
         for name in given:
             array = arrays.get(name)
             text = "none" if array is None else f"{array.shape} of {array.dtype.name}"
+            if array is not None and name[0] == "b":  # matrices need not be read as a whole
+                text += f" with checksum {checksum(array)}"
             self._facts.append(Fact(name, " is ", text))
         for name in sorted(LayerSettings.__annotations__.keys() - given.keys() - {"num_kv_heads"}):
             self._facts.append(Fact(name, " is ", value_text(others.get(name))))

@@ -128,6 +128,9 @@ def check_layer(group: Group) -> dict[str, str]:
     for i, rope in enumerate((True, sa.RoPE(base=500.0))):
         settings = {"rope": rope if odd else sa.RoPE()}
         found[f"values of rope {i}"] = error_of_all(group, lambda settings=settings: layer_of(group, **settings))
+    for name in ("b_q", "b_k", "b_v", "b_o"):
+        settings = {name: np.full(16, 1.0 + odd, np.float32)}
+        found[f"values of {name}"] = error_of_all(group, lambda settings=settings: layer_of(group, **settings))
     for name, count in (("norm", 16), ("post_norm", 16), ("q_norm", 4), ("k_norm", 4)):
         settings = {name: sa.RMSNorm(np.full(count, 1.0 + odd))}
         found[f"values of {name}"] = error_of_all(group, lambda settings=settings: layer_of(group, **settings))
