@@ -79,12 +79,13 @@ class Call:
         """Return what all ranks must know of this one."""
         return self.runs, self.options.with_rows, self.options.checksums()
 
-    def settle(self, owns: Sequence[tuple[Sequence[Run], Collection[str], Mapping[str, str]]]) -> None:
+    def settle(self, owns: Sequence[tuple[Sequence[Run], Collection[str], Mapping[str, str]]], rank: int) -> None:
         """Check what depends on all ranks. All of them know the same now, and raise the same errors."""
         self.owners = Owners(self.function, [runs for runs, _, _ in owns])
-        self.options.settle([names for _, names, _ in owns], self.owners)
+        checksums = [sums for _, _, sums in owns]
+        self.options.settle([names for _, names, _ in owns], checksums, self.owners, rank)
         for name in self.options.shared():
-            compare(self.function, name, " has checksum ", [sums[name] for _, _, sums in owns])
+            compare(self.function, name, " has checksum ", [sums[name] for sums in checksums])
         try:
             self.options.check_whole(self.q, self.k, self.v, self.owners.length)
         except (TypeError, ValueError) as error:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _core
 from .._any_cache import no_cache
 from .._apply_rope import apply_rope
-from .._arguments import floats, thread_count, window_sides
+from .._arguments import core_options, floats, thread_count, window_sides
 from .._cache import KVCache
 from .._cached import attention_with_kvcache
-from .._errors import refusal
+from .._errors import refusal, renamed
 from .._keywords import refuse_unknown
 from .._paged import PagedKVCache
 from .._rope import places_for, rope_or_none
@@ -138,12 +139,15 @@ class CacheCall:
         return self.held.lengths, self.spread is not None and self.spread.is_new(self.sequences)
 
     def settle(self, link: Link, owns: Sequence[tuple[Sequence[int], bool]]) -> None:
-        """Find whose turn it is, and check positions that a rank has been told since the last call."""
+        """Check what depends on all ranks: options by distance, and positions told since the last call."""
         lengths = [own for own, _ in owns]
         tokens = [sum(own) for own in lengths]
         self.turn = tokens.index(min(tokens))
         self.totals = np.array(lengths, np.int64).sum(axis=0)
-        if self.spread is None or not any(is_new for _, is_new in owns):
+        if self.spread is None:
+            return
+        self._check_terms()
+        if not any(is_new for _, is_new in owns):
             return
         with link.flight(self.function):
             runs = [runs_of(self.function, self.spread.rows(sequence)) for sequence in self.sequences]
@@ -151,6 +155,22 @@ class CacheCall:
         for of_sequence in zip(*of_ranks, strict=True):
             Owners(self.function, of_sequence)
         self.spread.forget_new(self.sequences)
+
+    def _check_terms(self) -> None:
+        """Check the shapes of options by distance as one process does, which has all keys; equal on all ranks."""
+        given = {name: self.given[name] for name in BY_DISTANCE if name in self.given}
+        if not given:
+            return
+        tokens = int(self.totals.max(initial=0)) + (0 if self.k is None else self.q.shape[2])
+        shape = (len(self.q), self.cache.num_kv_heads, tokens)
+        k, v = (
+            np.broadcast_to(np.zeros((), self.q.dtype), (*shape, width))
+            for width in (self.cache.head_dim, self.cache.value_dim)
+        )
+        try:
+            _core.explain(self.q, k, v, core_options(self.function, **given))
+        except (TypeError, ValueError) as error:
+            raise renamed(error, self.function, {"k": "cache", "v": "cache"}) from None
 
     def attend(self, rank: int, num_threads: int) -> Any:
         """Append, if it is this rank's turn, and attend to this rank's cache."""

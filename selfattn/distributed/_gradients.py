@@ -127,7 +127,10 @@ class _Backward:
         found = self.sums[name]
         if name in ("q", "k", "v"):
             return self.call.to_layout(found.astype(self.call.arrays[name].dtype, copy=False))
-        return found.astype(self.call.options.given["bias"].dtype if name == "bias" else self._kind)
+        if name != "bias":
+            return found.astype(self._kind)
+        bias = self.call.options.checked["bias"]  # may have one row for all rows of this rank
+        return sum_to(found, bias.shape).astype(bias.dtype)
 
     def add_of_queries(
         self, names: Sequence[str], run: Run, keys: tuple[int, int], arrays: Sequence[NDArray[Any]]

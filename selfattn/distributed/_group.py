@@ -169,7 +169,7 @@ class Group:
             return found
 
         call, runs = agree(self._link, function, prepare)
-        call.settle(runs)
+        call.settle(runs, self.rank)
         threads = call.options.num_threads or self.num_threads
         if by == "heads":
             check_by_heads(call, self.size)
@@ -211,7 +211,8 @@ class Group:
         -------
         Gradients
             Those of this rank's rows of q, k, v, and of a bias that has rows of its own. The others are the same on all
-            ranks. Dtypes are those of `selfattn.attention_backward`.
+            ranks. If no rank has more than one row, a bias that is the same on all ranks counts as one that all rows
+            share. Dtypes are those of `selfattn.attention_backward`.
 
         Raises
         ------
@@ -233,7 +234,7 @@ class Group:
         call, runs = agree(
             self._link, function, lambda: GradientCall(function, Group.attention_backward, arrays, rows, wrt, options)
         )
-        call.settle(runs)
+        call.settle(runs, self.rank)
         with self._link.flight(function):
             return differentiate(self._link, call, call.options.num_threads or self.num_threads)
 

@@ -16,6 +16,7 @@ from .._attention import _DEFAULTS
 from .._bias import T5Bias
 from .._errors import refusal
 from .._keywords import refuse_unknown
+from .._norm import LayerNorm, RMSNorm
 from ._agree import Fact
 from ._rows import Owners
 
@@ -73,14 +74,14 @@ class Options:
             if name in self.given:
                 self.given[name] = integers(function, name, self.given[name])
         self.with_rows = {name for name in self._with_axis() if self.given[name].shape[-2] != 1}
-        self._checked = dict(self.given)
+        self.checked = dict(self.given)
         # Queries and keys are the same tokens.
         if "kv_lens" in self.given and "q_lens" not in self.given:
             self.given["q_lens"] = self.given["kv_lens"]
 
     def facts(self) -> list[Fact]:
         """Return what must be equal on all ranks."""
-        known = {**self._checked, "layout": self.layout, "return_lse": self.return_lse}
+        known = {**self.checked, "layout": self.layout, "return_lse": self.return_lse}
         facts = [Fact(name, " is ", value_text(known.get(name))) for name in _COMPARED]
         for name in ("mask", "bias"):
             array = self.given.get(name)
@@ -135,10 +136,21 @@ class Options:
         """Return all options for some of the query heads."""
         return of_heads(self.function, self.given, heads)
 
-    def settle(self, with_rows: Sequence[Collection[str]], owners: Owners) -> None:
-        """Find whether mask and bias differ between rows, given what all ranks see. With one row it cannot be seen."""
-        single = all(owners.count(rank) <= 1 for rank in range(len(with_rows)))
-        self.with_rows = self._with_axis() if single else set().union(*with_rows)
+    def settle(
+        self, with_rows: Sequence[Collection[str]], checksums: Sequence[Mapping[str, str]], owners: Owners, rank: int
+    ) -> None:
+        """Find whether mask and bias differ between rows, given what all ranks see; give each row of this rank its own.
+
+        If no rank has two rows, shapes do not tell: an array that is the same on all ranks is shared by all rows.
+        """
+        self.with_rows = set().union(*with_rows)
+        if all(owners.count(other) <= 1 for other in range(len(with_rows))):
+            for name in self._with_axis() - self.with_rows:
+                if len({sums[name] for sums in checksums}) > 1:
+                    self.with_rows.add(name)
+        for name in self.with_rows:
+            array = self.given[name]
+            self.given[name] = np.broadcast_to(array, (*array.shape[:-2], owners.count(rank), array.shape[-1]))
 
     def _with_axis(self) -> set[str]:
         """Return which of mask and bias have an axis of rows."""
@@ -168,7 +180,7 @@ class Options:
 
     def check_whole(self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], length: int) -> None:
         """Check all shapes as `attention` would if one rank had all rows; equal on all ranks."""
-        whole = dict(self._checked)
+        whole = dict(self.checked)
         for name in ("mask", "bias"):
             if self.has_rows(name):
                 whole[name] = _of_length(whole[name], length)
@@ -224,6 +236,8 @@ def value_text(value: Any) -> str:
     if isinstance(value, T5Bias):
         table = np.asarray(value.table)
         return f"T5Bias({value_text(table)}, {value.bidirectional}, {value.max_distance})"
+    if isinstance(value, (LayerNorm, RMSNorm)):
+        return f"{type(value).__name__}({value_text(value.weight)}, {value_text(value.bias)}, {value.eps})"
     if value is None or isinstance(value, np.generic):
         return "not given" if value is None else repr(value.item())
     if not hasattr(value, "__array__") and not hasattr(value, "__dlpack__"):

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 _VJP = f"{NAME}.vjp"
 _TERMS = ("bias", "sinks", "alibi_slopes", "t5", "scale")
-_OF_LAYER = ("b_q", "b_k", "b_v", "b_o", "num_heads", "num_kv_heads", "rope", "return_lse", "return_weights")
+_OF_LAYER = (
+    "b_q", "b_k", "b_v", "b_o", "num_heads", "num_kv_heads", "rope", "q_norm", "k_norm", "return_lse", "return_weights",
+)  # fmt: skip
 _LayerVjp = Callable[[ArrayLike], dict[str, Array]]
 
 
@@ -34,8 +36,9 @@ _LayerVjp = Callable[[ArrayLike], dict[str, Array]]
 class SplitSelfAttention:
     """`SelfAttention` whose heads are split over the ranks of a group; the outputs of all ranks are summed.
 
-    Every rank gives the whole weights, for example read from a `numpy.memmap`, and keeps those of its own heads.
-    Creating a layer and calling it are collective.
+    Every rank gives the whole weights, for example read from a `numpy.memmap`, and keeps those of its own heads. The
+    ranks compare all other arrays, but of the matrices only shapes and dtypes. Creating a layer and calling it are
+    collective.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from .._typing import LayerSettings
 from ._agree import Fact
 from ._by_heads import split
 from ._decode import Held
-from ._options import heads_of, value_text
+from ._options import checksum, heads_of, value_text
 
 if TYPE_CHECKING:
     from ._group import Group
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 NAME = "SplitSelfAttention"
 _REFUSED = ("return_lse", "return_weights")
 _COMPARED = [
-    *(name for name in _DEFAULTS if name not in ("mask", "bias", "layout", "num_threads", *_REFUSED)),
+    *(name for name in _DEFAULTS if name not in ("layout", "num_threads", *_REFUSED)),
     "positions",
+    "context",
+    "residual",
 ]
 
 
@@ -50,9 +52,11 @@ class Part:
         for name in given:
             array = arrays.get(name)
             text = "none" if array is None else f"{array.shape} of {array.dtype.name}"
+            if array is not None and name[0] == "b":  # matrices need not be read as a whole
+                text += f" with checksum {checksum(array)}"
             self._facts.append(Fact(name, " is ", text))
         for name in sorted(LayerSettings.__annotations__.keys() - given.keys() - {"num_kv_heads"}):
-            self._facts.append(Fact(name, " is a ", type(others.get(name)).__name__))
+            self._facts.append(Fact(name, " is ", value_text(others.get(name))))
         self.post_norm = others.pop("post_norm", None)
         self.layer = SelfAttention(**self._own(arrays, counts), **others)
         self.layer._set({"_first_head": self.heads.start})
@@ -111,7 +115,10 @@ class LayerCall:
     def facts(self) -> list[Fact]:
         """Return what must be equal on all ranks."""
         found = [Fact("x", " has dtype ", self.x.dtype.name), Fact("x", " has shape ", str(self.x.shape))]
+        found.append(Fact("x", " has checksum ", checksum(self.x)))
         found.append(Fact("wrt", " is ", repr(tuple(self._wrt))))
+        found.append(Fact("cache", " has lengths ", "none" if self.held is None else str(self.held.lengths)))
+        found.append(Fact("cache", " has window ", str(getattr(self.given.get("cache"), "window", None))))
         return [*found, *(Fact(name, " is ", value_text(self.given.get(name))) for name in _COMPARED)]
 
     def own(self) -> None:
@@ -127,7 +134,10 @@ class Upstream:
 
     def facts(self) -> list[Fact]:
         """Return what must be equal on all ranks."""
-        return [Fact("grad_y", " has dtype ", self.array.dtype.name)]
+        return [
+            Fact("grad_y", " has dtype ", self.array.dtype.name),
+            Fact("grad_y", " has checksum ", checksum(self.array)),
+        ]
 
     def own(self) -> None:
         """Return what all ranks must know of this one."""

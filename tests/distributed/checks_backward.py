@@ -115,6 +115,40 @@ def check_layout(group: Group) -> None:
         assert np.array_equal(one.swapaxes(1, 2), other)
 
 
+def check_bias_of_one_row(group: Group) -> None:
+    """One rank has one row of bias and mask for all of its rows; the others have a row for each."""
+    q, k, v = operands(60, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    bias, mask = rng.standard_normal((4, 1, 60)), rng.random((1, 60)) < 0.8
+    out, lse = sa.attention(q, k, v, bias=bias, mask=mask, return_lse=True)
+    expected = sa.attention_backward(q, q, k, v, out, lse, bias=np.repeat(bias, 60, 1), mask=mask, wrt=("bias", "k"))
+    assert expected.bias is not None
+    for order in ("zigzag", "contiguous"):
+        rows = group.rows(60, order)
+        given: dict[str, Any] = {"rows": rows, "bias": bias, "mask": mask}
+        if group.rank > 0:
+            given |= {"bias": np.repeat(bias, len(rows), 1), "mask": np.repeat(mask, len(rows), 0)}
+        arrays = own(group, rows, q, k, v)
+        for by in ("keys", "heads")[: 1 + (group.size <= 2)]:
+            found = group.attention(*arrays, **given, by=by)
+            np.testing.assert_allclose(found, out[..., rows, :], rtol=0, atol=1e-12)
+        results = out[..., rows, :], lse[..., rows]
+        grads = group.attention_backward(q[..., rows, :], *arrays, *results, **given, wrt=("bias", "k"))
+        of_rows = expected.bias[:, rows]
+        of_rows = of_rows if group.rank else of_rows.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(grads.bias, of_rows, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(grads.k, expected.k[..., rows, :], rtol=0, atol=1e-11)
+
+
+def check_bias_of_few_rows(group: Group) -> None:
+    """No rank has two rows: a bias that is the same on all ranks is shared by all rows."""
+    for length in (1, 2):
+        q, k, v = operands(length, dtype=np.float64)
+        bias = np.random.default_rng(0).standard_normal((4, 1, length))
+        found, expected = gradients(group, q, k, v, {"bias": bias}, wrt=("bias",))
+        np.testing.assert_allclose(found["bias"], expected["bias"], rtol=0, atol=1e-12)
+
+
 def check_errors(group: Group) -> dict[str, str]:
     q, k, v = operands(60)
     rows = group.rows(60)

@@ -155,6 +155,7 @@ def check_errors(group: Group) -> dict[str, str]:
     window = sa.KVCache(2, 2, 16, 10, window=4)
     full = sa.KVCache(2, 2, 16, 10)
     full.append(k, v)
+    empty = sa.KVCache(2, 2, 16, 10)
     many_q, many_k, many_v = tokens(1, 6)
     return {
         "full": error(many_q, cache, many_k, many_v),
@@ -179,6 +180,11 @@ def check_errors(group: Group) -> dict[str, str]:
         "prefix_lens": error(q, cache, k, v, prefix_lens=3),
         "batch": error(q[:1], cache, k[:1], v[:1]),
         "unknown": error(q, cache, k, v, cache_seqlens=3),
+        "bias_too_wide": error(q, SpreadCache(empty), k, v, bias=np.zeros((1, 5), np.float32)),
+        "bias_too_narrow": error(q, SpreadCache(empty), k, v, bias=np.zeros((1, 3), np.float32)),
+        "bias_of_batch": error(q, SpreadCache(empty), k, v, bias=np.zeros((3, 1, 1, 4), np.float32)),
+        "heads_of_t5": error(q, SpreadCache(empty), k, v, t5=sa.T5Bias(np.ones((32, 1)))),
+        "heads_of_slopes": error(q, SpreadCache(empty), k, v, alibi_slopes=np.ones(3)),
     }
 
 
@@ -218,7 +224,9 @@ def check_layer(group: Group) -> None:
             options = {} if window is None else {"window": (window, 0)}
             found, expected = split(part, cache=own, **options), alone(part, cache=whole, **options)
             np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
-    text = error_of_all(group, lambda: split(x, cache=own if group.rank else sa.KVCache(2, count, 8, 3)))
+    full = sa.KVCache(2, count, 8, 9)
+    full.append(*np.ones((2, 2, count, 9, 8), np.float32))
+    text = error_of_all(group, lambda: split(x, cache=own if group.rank else full))
     assert "capacity" in text or "full" in text, text
     assert lengths(own, None) == [9, 9]
 

@@ -13,7 +13,7 @@ import numpy as np
 from rank_operands import error_of_all, operands, own
 
 import selfattn as sa
-from selfattn.distributed import Group, SpreadCache
+from selfattn.distributed import Group, SplitSelfAttention, SpreadCache
 
 LENGTH = 60
 ALLOWED = {"self", "rows", "num_threads", "out", "sequences", "cache", "layout"}  # have tests of their own
@@ -55,7 +55,7 @@ def sweep(
     odd = group.rank == group.size - 1
     found = {}
     for name in sorted(names):
-        given = {**arrays, **fixed, **WITH.get(name, {})}
+        given = {**arrays, **fixed, **{other: x for other, x in WITH.get(name, {}).items() if other in known}}
         given[name] = arrays[name].astype(np.float64 if odd else np.float32) if name in arrays else pairs[name][odd]
         found[name] = error_of_all(group, lambda given=given: method(**given))  # type: ignore[misc]
     return found
@@ -98,3 +98,46 @@ def check_caches(group: Group) -> dict[str, str]:
         given = {**arrays, **fixed, name: array + odd}
         found[f"values of {name}"] = error_of_all(group, lambda given=given: group.attention_with_kvcache(**given))
     return found
+
+
+def layer_of(group: Group, **settings: Any) -> SplitSelfAttention:
+    return SplitSelfAttention(group, *np.ones((4, 16, 16), np.float32), num_heads=4, **settings)
+
+
+# What most ranks pass to a layer, and what the last one does.
+OF_LAYER: dict[str, tuple[Any, Any]] = {
+    **OPTIONS,
+    "context": (np.zeros((2, LENGTH, 16)), np.ones((2, LENGTH, 16))),
+    "positions": (np.arange(LENGTH), np.arange(LENGTH) + 1),
+    "q_offset": (0, 1),
+    "residual": (np.zeros((2, LENGTH, 16)), np.ones((2, LENGTH, 16))),
+    "wrt": (("x",), ("w_q",)),
+}
+X = np.ones((2, LENGTH, 16), np.float32)
+
+
+def check_layer(group: Group) -> dict[str, str]:
+    layer, odd = layer_of(group), group.rank == group.size - 1
+    found = sweep(group, layer.__call__, {"x": X}, {}, OF_LAYER)
+    count = layer.kv_heads.stop - layer.kv_heads.start
+    caches = [sa.KVCache(2, count, 4, 99), sa.KVCache(2, count, 4, 99), sa.KVCache(2, count, 4, 99, window=5)]
+    caches[1].append(*np.ones((2, 2, count, 1, 4), np.float32))
+    for i, other in enumerate((None, *caches[1:])):
+        cache = other if odd else caches[0]
+        found[f"values of cache {i}"] = error_of_all(group, lambda cache=cache: layer(X, cache=cache))
+    for i, rope in enumerate((True, sa.RoPE(base=500.0))):
+        settings = {"rope": rope if odd else sa.RoPE()}
+        found[f"values of rope {i}"] = error_of_all(group, lambda settings=settings: layer_of(group, **settings))
+    for name in ("b_q", "b_k", "b_v", "b_o"):
+        settings = {name: np.full(16, 1.0 + odd, np.float32)}
+        found[f"values of {name}"] = error_of_all(group, lambda settings=settings: layer_of(group, **settings))
+    for name, count in (("norm", 16), ("post_norm", 16), ("q_norm", 4), ("k_norm", 4)):
+        settings = {name: sa.RMSNorm(np.full(count, 1.0 + odd))}
+        found[f"values of {name}"] = error_of_all(group, lambda settings=settings: layer_of(group, **settings))
+    return {**found, "values of x": error_of_all(group, lambda: layer(X + odd))}
+
+
+def check_layer_gradients(group: Group) -> dict[str, str]:
+    layer, odd = layer_of(group), group.rank == group.size - 1
+    found = sweep(group, layer.vjp, {"x": X}, {}, OF_LAYER)
+    return {**found, "values of grad_y": error_of_all(group, lambda: layer.vjp(X)[1](X + odd))}

@@ -18,7 +18,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("check", ["options", "types", "layout"])
+@pytest.mark.parametrize("check", ["options", "types", "layout", "bias_of_one_row", "bias_of_few_rows"])
 def test_gradients(checked: Any, check: str, size: int) -> None:
     checked("checks_backward", check, size)
 

@@ -29,6 +29,11 @@ ERRORS = {
     "chunk": "TypeError: Group: unexpected keyword argument 'chunk'",
     "prefix_lens": "TypeError: Group: unexpected keyword argument 'prefix_lens'",
     "batch": f"ValueError: {NAME}: q has a batch of 1, but there are 2 sequences in cache",
+    "bias_too_wide": f"ValueError: {NAME}: bias has shape (1, 5), which ",
+    "bias_too_narrow": f"ValueError: {NAME}: bias has shape (1, 3), which ",
+    "bias_of_batch": f"ValueError: {NAME}: bias has shape (3, 1, 1, 4), which ",
+    "heads_of_t5": f"ValueError: {NAME}: t5 ",
+    "heads_of_slopes": f"ValueError: {NAME}: alibi_slopes ",
     "unknown": "TypeError: Group: unexpected keyword argument 'cache_seqlens'",
 }
 

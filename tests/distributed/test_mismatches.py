@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-METHODS = {"attention": "attention", "backward": "attention_backward", "caches": "attention_with_kvcache"}
+METHODS = {
+    "attention": "Group.attention",
+    "backward": "Group.attention_backward",
+    "caches": "Group.attention_with_kvcache",
+    "layer": "SplitSelfAttention",
+    "layer_gradients": "SplitSelfAttention.vjp",
+}
 
 
 @pytest.mark.parametrize("check", METHODS)
@@ -16,6 +22,7 @@ def test_each_argument_in_turn(checked: Any, check: str) -> None:
     for name, text in found.items():
         kind, _, rest = text.partition(": ")
         assert kind == ("TypeError" if " has dtype " in rest else "ValueError"), text
-        assert rest.startswith(f"Group.{METHODS[check]}: {name.removeprefix('values of ')} "), text
+        argument = name.removeprefix("values of ").split()[0]
+        assert rest.startswith(f"{METHODS[check]}: {argument} "), text
         assert " on rank 2 but " in rest, text
         assert rest.endswith(" on rank 0"), text
