@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import workbench  # noqa: F401  # registers the peers of the scripts
 from places import BENCHMARKS
 
 from selfattn._bench.peers import PEERS
