@@ -6,9 +6,9 @@ import json
 import subprocess
 import sys
 
-import workbench  # noqa: F401  # registers the peers of the scripts
 from places import BENCHMARKS
 
+import workbench  # noqa: F401  # registers the peers of the scripts
 from selfattn._bench.peers import PEERS
 from selfattn._bench.workloads import WORKLOADS
 
