@@ -185,7 +185,7 @@ def fuzz(session: nox.Session) -> None:
     found = build / "found"
     found.mkdir()
     # A fixed seed and number of runs, so that the outcome for a commit is deterministic.
-    limits = [f"-runs={(session.posargs or ['30000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
+    limits = [f"-runs={(session.posargs or ['200000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
     folders = [str(found), str(Path("tests/native/corpus").resolve())]
     program = str(build / "tests" / "native" / "fuzz_attend")
     session.run(program, *limits, f"-artifact_prefix={found}/", *folders, external=True)
@@ -267,9 +267,9 @@ def release(session: nox.Session) -> None:
 DEEP = {
     "asan": [],
     "clang": [],
-    "mutants": ["--jobs", "2", "--sample", "8"],
+    "mutants": ["--jobs", "2", "--sample", "12"],
     "coverage": [],
-    "fuzz": [],
+    "fuzz": ["30000"],
     "neon": [],
 }
 
