@@ -29,8 +29,10 @@ std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) 
 
 namespace {
 
-// Elements of a row in the buffer for x: pairs need an even depth.
+// Elements of a row in the buffer for x: pairs need an even depth. Digits are bytes, and a float follows each row of
+// digits.
 std::int64_t x_stride(const Projection& projection) {
+  if (projection.digits() > 0) return projection.digits() * (projection.depth() / digit_cell + 1);
   return projection.pairs() ? round_up(projection.depth(), 2) : projection.depth();
 }
 
@@ -43,7 +45,8 @@ bool in_place(const LinearJob& job) {
   bool aligned = reinterpret_cast<std::uintptr_t>(x.data) % static_cast<std::uintptr_t>(grid) == 0 &&
                  x.row % grid == 0 && x.column == size_of(dtype);
   for (const BatchAxis& axis : x.axes) aligned = aligned && axis.stride % grid == 0;
-  return !job.norm && x.dtype == dtype && aligned && x_stride(job.projection) == job.projection.depth();
+  return !job.norm && job.projection.digits() == 0 && x.dtype == dtype && aligned &&
+         x_stride(job.projection) == job.projection.depth();
 }
 
 // Whether nothing follows the product, so that the kernel can write its sums directly to out.
@@ -62,25 +65,33 @@ std::int64_t most_rows(const LinearJob& job) {
 // for every finished_rows rows. With deep weights, it finishes all rows of a task together.
 std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
 
-// Copies rows of x to contiguous, zero-padded rows of the type that the kernel reads. Normalises them first if the job
-// has a norm.
+// Whether rows of x take the type of computation before they are what the kernel reads.
+bool in_two_steps(const LinearJob& job) { return job.norm || job.projection.digits() > 0; }
+
+// Copies rows of x to contiguous rows of what the kernel reads: zero-padded rows of its type, or digits. Normalises
+// them first if the job has a norm.
 void gather(const LinearJob& job, char* to, char* row, const char* from, std::int64_t rows) {
   const Projection& projection = job.projection;
   const RowsView& x = job.x;
   const DType dtype = operand(job), computation = projection.computation();
   const std::int64_t depth = projection.depth(), stride = x_stride(projection), size = size_of(dtype);
   const KernelSet& kernels = projection.kernels();
-  if (!job.norm && stride == depth)
+  if (!in_two_steps(job) && stride == depth)
     return gather_rows(kernels, to, dtype, {{from, x.row, x.column}, x.dtype}, rows, depth);
   for (std::int64_t r = 0; r < rows; ++r, to += stride * size, from += x.row) {
     const SourceRows source{{from, x.row, x.column}, x.dtype};
-    if (job.norm) {
+    if (in_two_steps(job)) {
       gather_rows(kernels, row, computation, source, 1, depth);
-      normalise(kernels, *job.norm, computation, row, nullptr, depth);
-      scatter_row(kernels, {to, size, dtype}, row, computation, depth);
-    } else {
-      gather_rows(kernels, to, dtype, source, 1, depth);
+      if (job.norm) normalise(kernels, *job.norm, computation, row, nullptr, depth);
     }
+    if (const int digits = projection.digits(); digits > 0) {
+      kernels.matrix.split_digits(reinterpret_cast<const float*>(row), depth, digits, to);
+      continue;
+    }
+    if (job.norm)
+      scatter_row(kernels, {to, size, dtype}, row, computation, depth);
+    else
+      gather_rows(kernels, to, dtype, source, 1, depth);
     std::memset(to + depth * size, 0, static_cast<std::size_t>((stride - depth) * size));
   }
 }
@@ -118,9 +129,12 @@ class Blocking {
 
 }  // namespace
 
+// A product of four digits and codes takes as long as one multiply-add.
 double flops(const LinearJob& job) {
-  return 2.0 * static_cast<double>(job.x.total()) * static_cast<double>(job.projection.depth()) *
-         static_cast<double>(job.projection.columns()) * (job.gate ? 2 : 1);
+  const int digits = job.projection.digits();
+  return 2.0 * (digits > 0 ? static_cast<double>(digits) / digit_cell : 1) * static_cast<double>(job.x.total()) *
+         static_cast<double>(job.projection.depth()) * static_cast<double>(job.projection.columns()) *
+         (job.gate ? 2 : 1);
 }
 
 double weight_bytes(const LinearJob& job) { return static_cast<double>(job.projection.bytes()) * (job.gate ? 2 : 1); }
@@ -134,7 +148,7 @@ LinearSpace::LinearSpace(char* base, const LinearJob* jobs, int count, std::int6
     const std::int64_t tile =
         bytes_of(std::min(own, finished_rows(*job)), most_panels(*job), projection.panel_columns(), size);
     if (!in_place(*job)) x = std::max(x, bytes_of(own, x_stride(projection), size_of(operand(*job))));
-    if (job->norm) row = std::max(row, bytes_of(projection.depth(), size));
+    if (in_two_steps(*job)) row = std::max(row, bytes_of(projection.depth(), size));
     if (!plain(*job)) sums = std::max(sums, tile);
     if (job->gate) gates = std::max(gates, tile);
     if (job->residual) residual = std::max(residual, tile);
@@ -157,7 +171,7 @@ bool LinearSpace::holds(const char* from, std::int64_t rows, const LinearJob& jo
   const LinearJob& other = *held_->job;
   return &other == &job || (other.x.row == job.x.row && other.x.column == job.x.column && other.x.rows == job.x.rows &&
                             other.norm == job.norm && other.projection.depth() == job.projection.depth() &&
-                            operand(other) == operand(job));
+                            other.projection.digits() == job.projection.digits() && operand(other) == operand(job));
 }
 
 void LinearSpace::run(const LinearJob& job, const LinearBlock& block) noexcept {

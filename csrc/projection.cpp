@@ -21,10 +21,11 @@ StridedRows<const char> source(const MatrixRows& rows) { return {rows.data, rows
 void Projection::Free::operator()(char* p) const { std::free(p); }
 
 // Calls copy(packed, plain, rows, columns, size) for rows that are equally spaced both in a panel and in the matrix:
-// all rows of a panel, or every other row if pairs of rows form cells.
+// all rows of a panel, or every second or fourth row if that many rows form cells.
 template <class Copy>
 void Projection::each_rows(const TensorView& weights, Copy copy) const {
-  const std::int64_t size = size_of(dtype_), width = panel_columns(), together = pairs_ ? 2 : 1;
+  const std::int64_t size = size_of(dtype_), width = panel_columns();
+  const std::int64_t together = digits_ > 0 ? digit_cell : pairs_ ? 2 : 1;
   const std::int64_t row = weights.strides[0], column = weights.strides[1];
   for (std::int64_t first = 0; first < columns_; first += width) {
     char* panel = panels_.get() + first * panel_rows() * size;
@@ -37,11 +38,12 @@ void Projection::each_rows(const TensorView& weights, Copy copy) const {
 }
 
 Projection::Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
-                       const TensorView& scales)
+                       const TensorView& scales, int digits)
     : kernels_(&kernels),
       types_(&kernels.computing(computed_in(weights.dtype))),
       dtype_(weights.dtype),
       pairs_(weights.dtype == DType::bf16 && kernels.matrix.project_bf16 != nullptr),
+      digits_(digits),
       depth_(weights.shape[0]),
       columns_(weights.shape[1]) {
   const std::int64_t width = panel_columns(), size = size_of(dtype_), wide = size_of(computation());
@@ -59,11 +61,30 @@ Projection::Projection(const KernelSet& kernels, const TensorView& weights, cons
               {static_cast<const char*>(scales.data), scales.strides[0], scales.strides[1]}, groups_, columns_,
               size_of(DType::f32));
   }
+  if (digits_ > 0) sum_codes(weights);
   if (!bias) return;
   bias_.reset(allocate_aligned(static_cast<std::size_t>(bytes_of(panels(), width, wide))));
   std::memset(bias_.get(), 0, static_cast<std::size_t>(panels() * width * wide));
   const SourceRows row{{static_cast<const char*>(bias.data), 0, bias.strides[0]}, bias.dtype};
   gather_rows(kernels, bias_.get(), computation(), row, 1, columns_);
+}
+
+int Projection::digits_for(const KernelSet& kernels, Precision precision, std::int64_t group_depth) {
+  if (!kernels.matrix.project_codes || group_depth % digit_cell != 0) return 0;
+  return precision == Precision::highest ? 0 : precision == Precision::high ? most_digits : 1;
+}
+
+void Projection::sum_codes(const TensorView& weights) {
+  const std::int64_t group = depth_ / groups_;
+  for (std::int64_t first = 0, next; first < depth_; first = next) {
+    next = std::min(first + code_slice, (first / group + 1) * group);
+    starts_.resize(starts_.size() + static_cast<std::size_t>(padded_columns()));
+    std::int32_t* starts = &*(starts_.end() - padded_columns());
+    for (std::int64_t row = first; row < next; ++row)
+      for (std::int64_t column = 0; column < columns_; ++column)
+        starts[column] -=
+            128 * static_cast<const std::int8_t*>(weights.data)[row * weights.strides[0] + column * weights.strides[1]];
+  }
 }
 
 std::int64_t Projection::panel_rows() const {
@@ -83,13 +104,14 @@ std::int64_t Projection::columns_of(Panels panels) const {
 
 void Projection::project(Panels panels, const Rows& rows) const noexcept {
   const std::int64_t first = panels.first * panel_columns();
-  const auto kernel = !pairs_                  ? types_->of(dtype_).project
+  const auto kernel = digits_ > 0              ? kernels_->matrix.project_codes
+                      : !pairs_                ? types_->of(dtype_).project
                       : rows.operand == dtype_ ? kernels_->matrix.project_bf16
                                                : kernels_->matrix.project_f32;
   kernel({rows.x, rows.x_stride, rows.count, depth_, panels_.get() + panels.first * panel_bytes(),
           bias_ ? bias_.get() + first * size_of(computation()) : nullptr, rows.out, rows.out_stride, columns_of(panels),
           panel_bytes(), groups_ > 0 ? scales(0) + first : nullptr, padded_columns(),
-          std::max<std::int64_t>(groups_, 1)});
+          std::max<std::int64_t>(groups_, 1), digits_ > 0 ? starts_.data() + first : nullptr, digits_});
 }
 
 RowsView::RowsView(const TensorView& x)

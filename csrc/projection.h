@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arithmetic.h"
+#include "attention_options.h"
 #include "kernels/kernel_set.h"
 #include "problem.h"
 
@@ -16,8 +17,12 @@ class Projection {
  public:
   // `weights` is 2-D, `bias` 1-D or absent; any strides. Codes have float32 `scales` (groups, columns): a weight is
   // code * scale. A group consists of adjacent rows of the weights, and all groups have equally many rows.
-  Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias,
-             const TensorView& scales = {});
+  // `digits`: see digits_for; 0 for numbers.
+  Projection(const KernelSet& kernels, const TensorView& weights, const TensorView& bias, const TensorView& scales = {},
+             int digits = 0);
+  // The number of 8-bit digits into which numbers of x are split, to be multiplied by codes as integers. 0: codes are
+  // widened to float instead, because full precision is wanted or the kernels cannot multiply such groups of codes.
+  static int digits_for(const KernelSet& kernels, Precision precision, std::int64_t group_depth);
   std::int64_t depth() const { return depth_; }
   std::int64_t columns() const { return columns_; }
   std::int64_t panels() const { return ceil_div(columns_, types_->panel_columns); }
@@ -29,6 +34,7 @@ class Projection {
   DType operand(DType x) const { return pairs_ && x == dtype_ ? dtype_ : computation(); }
   // Whether pairs of numbers share a cell of a panel. Rows of x must then have an even number of elements.
   bool pairs() const { return pairs_; }
+  int digits() const { return digits_; }
   const KernelSet& kernels() const { return *kernels_; }
   const StoredKernels& kernels_of(DType dtype) const { return types_->of(dtype); }
   std::int64_t bytes() const { return panels() * panel_bytes(); }
@@ -49,8 +55,8 @@ class Projection {
   };
   std::int64_t columns_of(Panels panels) const;
 
-  // Rows of x are contiguous elements of type operand (for pairs, see MatrixKernels); rows of out are contiguous
-  // elements of the type of computation. Steps are in elements.
+  // Rows of x are contiguous elements of type operand (for pairs and digits, see MatrixKernels); rows of out are
+  // contiguous elements of the type of computation. Steps are in elements.
   struct Rows {
     DType operand;
     const void* x;
@@ -67,6 +73,7 @@ class Projection {
   std::int64_t panel_bytes() const { return panel_rows() * panel_columns() * size_of(dtype_); }
   template <class Copy>
   void each_rows(const TensorView& weights, Copy copy) const;
+  void sum_codes(const TensorView& weights);
 
   struct Free {
     void operator()(char* p) const;
@@ -75,10 +82,12 @@ class Projection {
   const TypeKernels* types_;
   DType dtype_;
   bool pairs_;
+  int digits_;
   std::int64_t depth_, columns_, groups_ = 0;
   std::unique_ptr<char, Free> panels_;
   std::unique_ptr<char, Free> scales_;  // (groups, padded columns), or null
   std::unique_ptr<char, Free> bias_;
+  std::vector<std::int32_t> starts_;  // ProjectArgs::starts
 };
 
 // x (..., S, d_model) as rows. Leading axes are merged with S where one stride steps through all of them.

@@ -464,7 +464,9 @@ XLA_GIVEN: dict[str, int]
 XLA_WANTED: dict[str, int]
 
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
-def make_linear(weights: UnpackedLinear, activation: Activation, /) -> Linear: ...
+
+# The precision counts for codes only.
+def make_linear(weights: UnpackedLinear, activation: Activation, precision: Precision, /) -> Linear: ...
 def call_linear(
     layer: Linear,
     function: str,

@@ -14,7 +14,7 @@ from ._keywords import hinted
 from ._linear import Activation, Linear, row_arguments
 from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._quantized import QuantizedWeights
-from ._typing import Array
+from ._typing import Array, Precision
 
 _VERSION = 1  # version of the pickle format
 
@@ -43,6 +43,8 @@ class FeedForward(Immutable):
         The norm of x, before the first product.
     post_norm : LayerNorm or RMSNorm, optional
         The norm of the result, after the residual is added.
+    precision : {"highest", "high", "medium"}
+        Of both products, for 8-bit codes only: see `Linear`.
 
     Attributes
     ----------
@@ -99,11 +101,12 @@ class FeedForward(Immutable):
         b_gate: ArrayLike | None = None,
         norm: LayerNorm | RMSNorm | None = None,
         post_norm: LayerNorm | RMSNorm | None = None,
+        precision: Precision = "highest",
     ) -> None:
         function = "FeedForward"
         first, second = Linear.__new__(Linear), Linear.__new__(Linear)
-        first._build(function, ("w_1", "b_1", "w_gate", "b_gate"), (w_1, b_1, w_gate, b_gate), activation)
-        second._build(function, ("w_2", "b_2", "", ""), (w_2, b_2, None, None), None)
+        first._build(function, ("w_1", "b_1", "w_gate", "b_gate"), (w_1, b_1, w_gate, b_gate), activation, precision)
+        second._build(function, ("w_2", "b_2", "", ""), (w_2, b_2, None, None), None, precision)
         if second.dtype != first.dtype:
             raise refusal(TypeError, function, "w_2", f" has dtype {second.dtype} but w_1 has {first.dtype}")
         if second.d_in != first.d_out:

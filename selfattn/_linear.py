@@ -14,12 +14,12 @@ from ._immutable import Immutable
 from ._keywords import hinted
 from ._norm import computed_in
 from ._quantized import QuantizedWeights, checked, dtype_and_shape
-from ._typing import Array
+from ._typing import Array, Precision
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
 _CODES = _core.ACTIVATIONS
-_VERSION = 1  # version of the pickle format
+_VERSION = 2  # version of the pickle format
 
 
 @hinted
@@ -42,6 +42,13 @@ class Linear(Immutable):
     w_gate, b_gate : array_like, optional
         Like w and b. The activation is then applied to the gate: "gelu" gives GeGLU, "silu" SwiGLU, None a product of
         two linear maps.
+    precision : {"highest", "high", "medium"}
+        For 8-bit codes only: how exactly each row of x takes part. "highest": in float32. "high" and "medium": rounded
+        to integers of 16 or 8 bits times one float32 factor, so that integers are multiplied (Dettmers et al.,
+        "LLM.int8()", 2022: the factor of a row). Then a result is off by at most ``max|x| / 65278`` or ``max|x| / 254``
+        times the sum of abs(w) over a column, in addition to the error of `quantize`, and a row that holds NaN or
+        infinity becomes NaN. Instruction sets without products of bytes compute as with "highest"; so does any other
+        if a group of rows of w is not a multiple of 4 long.
 
     Attributes
     ----------
@@ -49,13 +56,15 @@ class Linear(Immutable):
     dtype : numpy.dtype
         The dtype of w.
     activation : str or None
+    precision : str
     isa : str
         The instruction set that the weights are packed for: the one active when the layer was created.
 
     Raises
     ------
     TypeError, ValueError
-        Weights or vectors of an unsupported dtype or of shapes that do not fit together, or an unknown activation.
+        Weights or vectors of an unsupported dtype or of shapes that do not fit together, an unknown activation or
+        precision, or a precision other than "highest" for weights that are not codes.
 
     Notes
     -----
@@ -72,7 +81,7 @@ class Linear(Immutable):
            [4. , 0.5]])
     """
 
-    __slots__ = ("_core", "_gated", "_groups", "activation", "d_in", "d_out", "dtype", "isa")
+    __slots__ = ("_core", "_gated", "_groups", "activation", "d_in", "d_out", "dtype", "isa", "precision")
 
     _core: _core.Linear
     _gated: bool
@@ -82,6 +91,7 @@ class Linear(Immutable):
     d_out: int
     dtype: np.dtype[Any]
     isa: str
+    precision: Precision
 
     def __init__(
         self,
@@ -91,10 +101,13 @@ class Linear(Immutable):
         activation: Activation | None = None,
         w_gate: ArrayLike | QuantizedWeights | None = None,
         b_gate: ArrayLike | None = None,
+        precision: Precision = "highest",
     ) -> None:
-        self._build("Linear", ("w", "b", "w_gate", "b_gate"), (w, b, w_gate, b_gate), activation)
+        self._build("Linear", ("w", "b", "w_gate", "b_gate"), (w, b, w_gate, b_gate), activation, precision)
 
-    def _build(self, function: str, names: tuple[str, ...], values: tuple[Any, ...], activation: Any) -> None:
+    def _build(
+        self, function: str, names: tuple[str, ...], values: tuple[Any, ...], activation: Any, precision: Any
+    ) -> None:
         w = matrix(function, names[0], values[0])
         dtype, shape = dtype_and_shape(w)
         b = _bias(function, names[1], values[1], names[0], w)
@@ -115,7 +128,10 @@ class Linear(Immutable):
         weights = _core.UnpackedLinear(
             w=codes, scales=scales, b=b, w_gate=gate_codes, gate_scales=gate_scales, b_gate=gate_bias
         )
-        core = _core.make_linear(weights, code)
+        choice(function, "precision", precision, tuple(_core.PRECISIONS))
+        if precision != "highest" and scales is None:
+            raise refusal(ValueError, function, "precision", f" is {precision!r}, but {names[0]} does not hold codes")
+        core = _core.make_linear(weights, code, _core.PRECISIONS[precision])
         self._set(
             {
                 "_core": core,
@@ -126,6 +142,7 @@ class Linear(Immutable):
                 "d_out": shape[1],
                 "dtype": dtype,
                 "isa": _core.linear_isa(core),
+                "precision": precision,
             }
         )
 
@@ -141,13 +158,14 @@ class Linear(Immutable):
         )
         _core.unpack_linear(self._core, to)
         w, w_gate = _joined(to.w, to.scales), _joined(to.w_gate, to.gate_scales)
-        return _load, (_VERSION, w, to.b, w_gate, to.b_gate, self.activation)
+        return _load, (_VERSION, w, to.b, w_gate, to.b_gate, self.activation, self.precision)
 
     def __repr__(self) -> str:
         gate = ", gated" if self._gated else ""
+        precision = f", precision={self.precision!r}" if self._groups else ""
         return (
-            f"Linear(d_in={self.d_in}, d_out={self.d_out}, activation={self.activation!r}{gate}, dtype={self.dtype}, "
-            f"isa={self.isa!r})"
+            f"Linear(d_in={self.d_in}, d_out={self.d_out}, activation={self.activation!r}{gate}, dtype={self.dtype}"
+            f"{precision}, isa={self.isa!r})"
         )
 
     def __call__(
@@ -223,7 +241,7 @@ def _bias(function: str, name: str, value: Any, of: str, w: Any) -> NDArray[Any]
 
 
 def _load(version: int, *parts: Any) -> Linear:
-    if version != _VERSION:
-        raise ValueError(f"Linear: the pickle has version {version!r}, but {_VERSION} is known")
-    w, b, w_gate, b_gate, activation = parts
-    return Linear(w, b, activation=activation, w_gate=w_gate, b_gate=b_gate)
+    if version not in (1, _VERSION):
+        raise ValueError(f"Linear: the pickle has version {version!r}, but 1 and {_VERSION} are known")
+    w, b, w_gate, b_gate, activation, *precision = parts  # version 1 has no precision
+    return Linear(w, b, activation=activation, w_gate=w_gate, b_gate=b_gate, precision=(*precision, "highest")[0])

@@ -61,7 +61,8 @@ class Product:
         return self._multiply(np.ascontiguousarray(rows.T), grad, None)
 
     def _multiply(self, rows: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None) -> NDArray[Any]:
-        packed = _core.make_linear(_core.UnpackedLinear(w=w, b=b), _core.ACTIVATIONS["none"])
+        weights = _core.UnpackedLinear(w=w, b=b)
+        packed = _core.make_linear(weights, _core.ACTIVATIONS["none"], _core.PRECISIONS["highest"])
         return _core.call_linear(packed, _NAME, rows, None, None, self.num_threads)
 
 

@@ -1,6 +1,7 @@
 // The core's part of Linear, FeedForward and the norms.
 #include "bindings/linear.h"
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <memory>
@@ -8,6 +9,7 @@
 
 #include "bindings/attention.h"
 #include "bindings/cache_arguments.h"
+#include "bindings/options.h"
 #include "message.h"
 #include "registry.h"
 
@@ -105,12 +107,23 @@ struct RowCall {
   }
 };
 
-// `matrix` holds numbers if `scales` is None, otherwise codes. The Python layer has checked them.
-Projection projection_of(py::handle matrix, py::handle scales, py::handle bias) {
-  const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
-  if (scales.is_none()) return Projection(active_kernels(), float_view("Linear", "w", matrix), added);
-  return Projection(active_kernels(), code_view(matrix), added, optional_view(scales, DType::f32));
-}
+// A matrix and its bias. The matrix holds numbers if `scales` is None, otherwise codes. The Python layer has checked
+// them.
+struct Matrix {
+  py::handle matrix, scales, bias;
+
+  // Projection::digits_for
+  int digits_for(Precision precision) const {
+    if (scales.is_none()) return 0;
+    const std::int64_t rows = code_view(matrix).shape[0], groups = optional_view(scales, DType::f32).shape[0];
+    return Projection::digits_for(active_kernels(), precision, rows / groups);
+  }
+  Projection packed(int digits) const {
+    const TensorView added = bias.is_none() ? TensorView{} : float_view("Linear", "b", bias);
+    if (scales.is_none()) return Projection(active_kernels(), float_view("Linear", "w", matrix), added);
+    return Projection(active_kernels(), code_view(matrix), added, optional_view(scales, DType::f32), digits);
+  }
+};
 
 struct HeldLinear {
   static constexpr const char* capsule_name = "selfattn.Linear";
@@ -129,12 +142,19 @@ void check_dtype(const char* function, const TensorView& x, const Projection& pr
                                              : ": x must have their dtype");
 }
 
-py::capsule make_linear(py::handle weights, py::handle activation) {
+// The precision counts for codes only.
+py::capsule make_linear(py::handle weights, py::handle activation, py::handle precision) {
   const UnpackedLinear& from = Record<UnpackedLinear>::in(weights);
+  const Matrix matrix{from.w, from.scales, from.b}, gate_matrix{from.w_gate, from.gate_scales, from.b_gate};
+  const Precision wanted = enum_of<Precision>(precision);
   std::optional<Projection> gate;
-  if (!from.w_gate.is_none()) gate.emplace(projection_of(from.w_gate, from.gate_scales, from.b_gate));
+  int digits = matrix.digits_for(wanted);
+  if (!from.w_gate.is_none()) {  // both matrices read the same digits, or the same numbers
+    digits = std::min(digits, gate_matrix.digits_for(wanted));
+    gate.emplace(gate_matrix.packed(digits));
+  }
   return capsule_of(std::unique_ptr<HeldLinear>(
-      new HeldLinear{{projection_of(from.w, from.scales, from.b), std::move(gate), enum_of<Activation>(activation)}}));
+      new HeldLinear{{matrix.packed(digits), std::move(gate), enum_of<Activation>(activation)}}));
 }
 
 py::object call_linear(const py::capsule& capsule, const char* function, py::handle x, py::handle residual,

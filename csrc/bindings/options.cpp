@@ -4,14 +4,10 @@
 
 namespace selfattn::bindings {
 
-// The names by which users choose a layout or a precision. The number of a name is its index here, and its value in the
-// core's enum.
+// The names by which users choose a layout. The number of a name is its index here, and its value in the core's enum.
 constexpr const char* layout_names[] = {"bhsd", "bshd"};
-constexpr const char* precision_names[] = {"highest", "high", "medium"};
 template <>
 inline constexpr std::int64_t enum_count<Layout> = std::size(layout_names);
-template <>
-inline constexpr std::int64_t enum_count<Precision> = std::size(precision_names);
 
 static bool read(PyObject* value, ArrayReference& to) {
   const bool absent = value == Py_None;

@@ -12,6 +12,11 @@ namespace selfattn::bindings {
 template <>
 inline constexpr std::int64_t enum_count<DType> = stored_count;
 
+// The names by which users choose a precision, in the order of the core's enum.
+constexpr const char* precision_names[] = {"highest", "high", "medium"};
+template <>
+inline constexpr std::int64_t enum_count<Precision> = std::size(precision_names);
+
 // An option that is an array. Null if it is absent.
 struct ArrayReference : py::object {
   using py::object::object;

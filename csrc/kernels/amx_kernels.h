@@ -27,6 +27,8 @@ constexpr KernelSet amx_kernels(const char* name, std::uint32_t feature) {
                  .row = {},
                  .project_bf16 = project_amx,
                  .project_f32 = avx512_bf16::project_f32,
+                 .project_codes = avx512_bf16::project_codes,
+                 .split_digits = avx512_bf16::split_digits,
                  .backward_bf16 = nullptr,
                  .peak_loop = tile_loop},
   };

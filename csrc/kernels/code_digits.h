@@ -1,17 +1,18 @@
-// 24-bit integers as three 8-bit digits. Kernels multiply the digits by 8-bit codes. The products and their sums are
-// integers, and exact.
+// Integers as 8-bit digits. Kernels multiply the digits by 8-bit codes. The products and their sums are integers, and
+// exact.
 #pragma once
 #include "simd/bytes_avx512.h"
 
 namespace selfattn::SELFATTN_ISA {
 
-constexpr int code_digits = 3;  // the highest comes first
+constexpr int code_digits = 3;  // of the 24-bit integers in attention; the highest comes first
 
 // Joins the sums of products of each digit into the sum of products of the whole number.
-inline VecF join_digits(const VecF (&sums)[code_digits]) {
+template <int Digits>
+inline VecF join_digits(const VecF (&sums)[Digits]) {
   VecF joined = sums[0];
 #pragma GCC unroll 4
-  for (int n = 1; n < code_digits; ++n) joined = fma(joined, broadcast(256.0f), sums[n]);
+  for (int n = 1; n < Digits; ++n) joined = fma(joined, broadcast(256.0f), sums[n]);
   return joined;
 }
 

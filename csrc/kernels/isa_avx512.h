@@ -11,5 +11,7 @@ extern const TypeKernels f32, f64;
 namespace selfattn::avx512_bf16 {
 
 void project_f32(const ProjectArgs&) noexcept;
+void project_codes(const ProjectArgs&) noexcept;
+void split_digits(const float* x, std::int64_t depth, int digits, void* to) noexcept;
 
 }  // namespace selfattn::avx512_bf16

@@ -7,12 +7,21 @@
 #include "kernels/engine_pairs.h"
 #include "kernels/isa_avx512.h"
 #include "kernels/peak_loop.h"
+#include "kernels/project_codes.h"
 #include "kernels/project_widened.h"
 #include "kernels/row_codes.h"
 
 namespace selfattn::avx512_bf16 {
 
 void project_f32(const ProjectArgs& args) noexcept { project<WidenedUnit, 8, 3, float, FloatPair>(args); }
+
+void project_codes(const ProjectArgs& args) noexcept {
+  args.digits == 1 ? project_codes<1, 8, 3>(args) : project_codes<2, 8, 3>(args);
+}
+
+void split_digits(const float* x, std::int64_t depth, int digits, void* to) noexcept {
+  digits == 1 ? split_row<1>(x, depth, to) : split_row<2>(x, depth, to);
+}
 
 constexpr ByType<const AttendKernel*> row_kernels() {
   ByType<const AttendKernel*> kernels{};
@@ -38,6 +47,8 @@ extern constexpr KernelSet kernels{
                .row = row_kernels(),
                .project_bf16 = project<PairUnit, 8, 3>,
                .project_f32 = project_f32,
+               .project_codes = project_codes,
+               .split_digits = split_digits,
                .backward_bf16 = &TileBackward<BackwardPairs, 8, 3, 6, 4>::kernel,
                .peak_loop = peak_loop<PairUnit, 16>},
 };

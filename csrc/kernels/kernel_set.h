@@ -244,7 +244,12 @@ struct MatrixKernels {
   // [cells][panel_columns]: a cell is a pair along the depth, and the number of cells is a multiple of 16.
   void (*project_bf16)(const ProjectArgs&) noexcept;
   void (*project_f32)(const ProjectArgs&) noexcept;  // x is float32, products use FMA; panels as for project_bf16
-  const BackwardKernel* backward_bf16;               // bfloat16 operands
+  // Weights are codes. Rows of x are split into `digits` rows of digits by split_digits. Panels are
+  // [cells][panel_columns]: a cell is digit_cell codes along the depth. Groups consist of whole cells.
+  void (*project_codes)(const ProjectArgs&) noexcept;
+  // Writes, for each digit, a row of `depth` bytes followed by a float. `depth` is a multiple of digit_cell.
+  void (*split_digits)(const float* x, std::int64_t depth, int digits, void* to) noexcept;
+  const BackwardKernel* backward_bf16;  // bfloat16 operands
   PeakLoop peak_loop;
 };
 

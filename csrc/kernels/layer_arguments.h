@@ -8,6 +8,11 @@ namespace selfattn {
 // of a call before the next slice, so that the slices in use stay in L2. AMX multiplies the whole depth at once; codes
 // are multiplied group by group.
 constexpr std::int64_t depth_slice = 512;
+// The largest depth of a slice if rows of x are split into digits, whose sums then cannot overflow.
+constexpr std::int64_t code_slice = 2048;
+// Digits and codes are multiplied in cells of four along the depth.
+constexpr int digit_cell = 4;
+constexpr int most_digits = 2;
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
 struct ProjectArgs {
@@ -25,6 +30,9 @@ struct ProjectArgs {
   const float* scales = nullptr;
   std::int64_t scale_stride = 0;
   std::int64_t groups = 1;  // of equal depth
+  // Digits only: for each slice and column, -128 times the sum of the codes, since the unit multiplies digit + 128.
+  const std::int32_t* starts = nullptr;
+  int digits = 0;  // of a number in x
 };
 
 enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu };

@@ -14,38 +14,49 @@ struct DepthSlice {
   bool last;
 };
 
-// Multiplies one row by several panels at once. A single panel has too few sums to keep the FMA units busy, and a
-// single stream of weights cannot use the whole memory bandwidth.
-template <class Unit, int Panels, int Vectors, class A, class B, class T = typename Unit::Real>
-[[gnu::always_inline]] inline void multiply_row(const A* x, const B* b, std::int64_t panel_stride, std::int64_t depth,
-                                                Vec<T> (&sums)[Panels][Vectors]) {
+// Multiplies a single row of x, or its rows of digits, by several panels at once. A single panel has too few sums to
+// keep the FMA units busy, and a single stream of weights cannot use the whole memory bandwidth.
+template <class Unit, int Panels, int Rows, int Vectors, class A, class B, class T = typename Unit::Real>
+[[gnu::always_inline]] inline void multiply_row(RowMajor<A> x, const B* b, std::int64_t panel_stride,
+                                                std::int64_t depth, Vec<T> (&sums)[Panels][Rows][Vectors]) {
   constexpr int W = Vec<T>::width;
-  Vec<T> own[Panels][Vectors];
+  Vec<T> own[Panels][Rows][Vectors];
   for (auto& panel : own)
-    for (auto& sum : panel) sum = broadcast(T(0));
+    for (auto& row : panel)
+      for (auto& sum : row) sum = Vec<T>{};
   for (std::int64_t k = 0; k < depth; ++k, b += Vectors * W) {
-    const auto left = broadcast(x[k]);
+    decltype(broadcast(x.at(0, k))) left[Rows];
+    for (int r = 0; r < Rows; ++r) left[r] = broadcast(x.at(r, k));
     for (int p = 0; p < Panels; ++p)
-      for (int c = 0; c < Vectors; ++c)
-        own[p][c] = Unit::add_product(left, load(b + p * panel_stride + c * W), own[p][c]);
+      for (int c = 0; c < Vectors; ++c) {
+        const auto right = load(b + p * panel_stride + c * W);
+        for (int r = 0; r < Rows; ++r) own[p][r][c] = Unit::add_product(left[r], right, own[p][r][c]);
+      }
   }
   for (int p = 0; p < Panels; ++p)
-    for (int c = 0; c < Vectors; ++c) sums[p][c] = own[p][c];
+    for (int r = 0; r < Rows; ++r)
+      for (int c = 0; c < Vectors; ++c) sums[p][r][c] = own[p][r][c];
 }
 
-// Adds the sums of one row and one panel to `out`, which holds the sums of earlier slices of the depth. Adds the bias
-// in the last slice. The panel's columns start at `first`. If weights are codes, the sums are scaled first.
+// Adds a vector of sums to `out`, which holds the sums of earlier slices of the depth. Adds the bias in the last slice.
+template <class V>
+inline void store_sum(const ProjectArgs& args, DepthSlice slice, std::int64_t row, std::int64_t column, V sum) {
+  using T = decltype(reduce_max(sum));
+  T* out = static_cast<T*>(args.out) + row * args.out_stride + column;
+  if (slice.index > 0) sum = sum + load_up_to(out, args.columns - column);
+  if (slice.last && args.bias) sum = sum + load(static_cast<const T*>(args.bias) + column);
+  store_up_to(out, sum, args.columns - column);
+}
+
+// Adds the sums of one row and one panel to `out`. The panel's columns start at `first`. If weights are codes, the sums
+// are scaled first.
 template <bool Scaled, int Vectors, class T>
 inline void store_row(const ProjectArgs& args, DepthSlice slice, std::int64_t row, std::int64_t first,
                       const Vec<T> (&sums)[Vectors]) {
-  constexpr int W = Vec<T>::width;
-  const T* bias = slice.last ? static_cast<const T*>(args.bias) : nullptr;
-  T* out = static_cast<T*>(args.out) + row * args.out_stride;
-  for (int c = 0; c < Vectors && first < args.columns; ++c, first += W) {
+  for (int c = 0; c < Vectors && first < args.columns; ++c, first += Vec<T>::width) {
     Vec<T> sum = sums[c];
     if constexpr (Scaled) sum = sum * load(args.scales + slice.index * args.scale_stride + first);
-    if (slice.index > 0) sum = sum + load_up_to(out + first, args.columns - first);
-    store_up_to(out + first, bias ? sum + load(bias + first) : sum, args.columns - first);
+    store_sum(args, slice, row, first, sum);
   }
 }
 
@@ -67,9 +78,9 @@ inline void project(const ProjectArgs& args) noexcept {
     if (args.rows == 1)
       for (; first + (together - 1) * width < args.columns;
            first += together * width, panel += together * panel_stride) {
-        Vec<T> sums[together][Vectors];
-        multiply_row<Unit>(x.data, panel, panel_stride, depth, sums);
-        for (int p = 0; p < together; ++p) store_row<codes>(args, slice, 0, first + p * width, sums[p]);
+        Vec<T> sums[together][1][Vectors];
+        multiply_row<Unit>(x, panel, panel_stride, depth, sums);
+        for (int p = 0; p < together; ++p) store_row<codes>(args, slice, 0, first + p * width, sums[p][0]);
       }
     for (; first < args.columns; first += width, panel += panel_stride)
       multiply_rows<TileRows, Vectors, Unit>(x, args.rows, RightOperand<B>{panel, width, depth},

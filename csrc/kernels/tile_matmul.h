@@ -57,12 +57,12 @@ template <int Rows, int Cols, class Unit, class T = typename Unit::Real, class A
 [[gnu::always_inline]] inline void multiply_tile(A a, RightOperand<B> b, Fetches& fetches, Vec<T> (&sums)[Rows][Cols]) {
   Vec<T> own[Rows][Cols];  // a local array: on some ISAs GCC would store to the caller's array inside the loop
   for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Cols; ++c) own[r][c] = broadcast(T(0));
+    for (int c = 0; c < Cols; ++c) own[r][c] = Vec<T>{};
   for (std::int64_t k = 0; k < b.depth;) {
     fetches.fetch();
     const std::int64_t end = b.depth - k < Fetches::interval ? b.depth : k + Fetches::interval;
     for (; k < end; ++k, b.data += b.stride) {
-      Vec<T> right[Cols];
+      decltype(load(b.data)) right[Cols];
       for (int c = 0; c < Cols; ++c) right[c] = load(b.data + c * Vec<T>::width);
       for (int r = 0; r < Rows; ++r) {
         const auto left = broadcast(a.at(r, k));

@@ -11,10 +11,12 @@ struct Bytes {
   static constexpr int width = 64;
   __m512i r;
 };
-struct Integers {  // signed, 32-bit
+template <>
+struct Vec<std::int32_t> {
   static constexpr int width = 16;
   __m512i r;
 };
+using Integers = Vec<std::int32_t>;
 
 inline Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 // The first n < 64 bytes; the others are 0.
@@ -29,10 +31,11 @@ inline Bytes in_register(Bytes a) {
 // Adds 128 to signed bytes. The results are unsigned.
 inline Bytes plus_128(Bytes a) { return {_mm512_xor_si512(a.r, _mm512_set1_epi8(-128))}; }
 // The same four bytes in every cell. A cell has four bytes, a quarter has four cells.
+inline Bytes broadcast_cell(std::int32_t cell) { return {_mm512_set1_epi32(cell)}; }
 inline Bytes broadcast_cell(const std::uint8_t* p) {
   std::int32_t cell;
   __builtin_memcpy(&cell, p, sizeof cell);
-  return {_mm512_set1_epi32(cell)};
+  return broadcast_cell(cell);
 }
 // Copies one cell of each quarter to all cells of that quarter.
 template <int Cell>

@@ -45,6 +45,95 @@ def test_against_the_numbers_that_codes_represent(isa: str, normal: Any, groups:
             assert np.array_equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
+# Instruction sets whose unit multiplies bytes; the others compute as with "highest".
+MULTIPLIES_BYTES = ("avx512_bf16", "amx", "amx_emulated")
+LARGEST = {"high": 127 * 256 + 127, "medium": 127}
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_as_integers(isa: str, rng: Any, normal: Any, precision: Any, groups: int) -> None:
+    """Integers that reach the largest one are taken as they are, so that results are exact."""
+    for depth, columns in ((12, 1), (36, 49), (60, 250), (6156, 200)):
+        weights = sa.QuantizedWeights(
+            rng.integers(-127, 128, (depth, columns), np.int8), np.exp2(rng.integers(-3, 4, (groups, columns)), dtype="f4")
+        )
+        b = np.float32(rng.integers(-50, 50, columns))
+        linear = sa.Linear(weights, b, precision=precision)
+        x = rng.integers(-LARGEST[precision], LARGEST[precision] + 1, (193, depth)).astype(np.float32)
+        x[:, rng.integers(depth)] = LARGEST[precision]
+        for rows in (1, 2, 5, 9, 100, 193):
+            exact = x[:rows].astype(np.float64) @ widened(weights) + b
+            units = 3 * groups + 3 * depth // 2048 + 3 if isa in MULTIPLIES_BYTES else 4 * np.sqrt(depth)
+            assert np.all(abs(linear(x[:rows]) - exact) <= 2.0**-24 * units * (abs(x[:rows]) @ abs(widened(weights))))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_error_of_rows_as_integers(isa: str, normal: Any, precision: Any) -> None:
+    for depth, columns, groups in ((8, 3, 2), (60, 49, 3), (1028, 130, 1)):
+        w, b = normal(depth, columns), normal(columns)
+        weights, gate = sa.quantize(w, groups=groups), sa.quantize(normal(depth, columns))
+        linear = sa.Linear(weights, b, precision=precision)
+        x = normal(40, depth) * np.float32(10.0) ** np.linspace(-41, 34, 40, dtype=np.float32)[:, None]
+        exact = x.astype(np.float64) @ widened(weights) + b
+        largest = abs(x).max(axis=1, keepdims=True).astype(np.float64)
+        step = largest / (2 * LARGEST[precision]) * (1 + 2.0**-20) + 2.0**-149
+        bound = step * abs(widened(weights)).sum(axis=0) + 1e-6 * (abs(x) @ abs(widened(weights)) + abs(b))
+        y = linear(x)
+        assert np.all(abs(y - exact) <= bound)
+        assert np.array_equal(linear(np.asfortranarray(x)), y)
+        for rows, threads in ((1, 1), (3, 2), (17, 3)):
+            assert np.array_equal(linear(x[-rows:], num_threads=threads), y[-rows:])
+        again = pickle.loads(pickle.dumps(linear))
+        assert repr(again) == repr(linear)
+        assert f"precision={precision!r}" in repr(again)
+        x = normal(5, depth)
+        for dtype in (np.float16, ml_dtypes.bfloat16):
+            narrow = x.astype(dtype)
+            assert np.array_equal(linear(narrow), linear(narrow.astype(np.float32)).astype(dtype))
+        gated = sa.Linear(weights, b, w_gate=gate, precision=precision, activation="relu")
+        value, factor = sa.Linear(gate, precision=precision)(x), linear(x)
+        assert np.array_equal(gated(x), np.maximum(value, 0) * factor)
+        options = {"norm": sa.RMSNorm(), "precision": precision, "activation": "relu"}
+        ff = sa.FeedForward(weights, sa.quantize(w.T, groups=1), b, **options)
+        x = normal(130, depth)
+        hidden = np.maximum(linear(sa.rms_norm(x)), 0)
+        second = sa.Linear(sa.quantize(w.T), precision=precision if columns % 4 == 0 else "highest")
+        for rows in (1, 130):
+            assert np.allclose(ff(x[:rows], residual=x[:rows]), second(hidden)[:rows] + x[:rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_rows_that_are_zero_or_not_finite(isa: str, normal: Any, precision: Any) -> None:
+    linear = sa.Linear(sa.quantize(normal(20, 30)), precision=precision)
+    x = normal(5, 20)
+    x[1], x[2, 3], x[3, 19] = 0, np.nan, -np.inf
+    y = linear(x)
+    assert np.array_equal(y[[0, 4]], linear(x[[0, 4]]))
+    assert np.isfinite(y[[0, 4]]).all()
+    assert not y[1].any()
+    assert np.isnan(y[2]).all()
+    assert not np.isfinite(y[3]).any()
+
+
+def test_groups_that_are_not_whole_cells(isa: str, normal: Any) -> None:
+    """Such codes, and a gate with such codes, are multiplied as floats."""
+    odd, even = sa.quantize(normal(12, 9), groups=2), sa.quantize(normal(12, 9), groups=3)
+    x = normal(7, 12)
+    for w, gate in ((odd, None), (odd, even), (even, odd)):
+        best = sa.Linear(w, w_gate=gate)(x)
+        assert np.array_equal(sa.Linear(w, w_gate=gate, precision="medium")(x), best)
+
+
+@pytest.mark.one_isa
+def test_pickles_of_the_first_version(normal: Any) -> None:
+    linear = sa.Linear(normal(4, 3), normal(3))
+    load, (_, *parts) = linear.__reduce__()
+    assert np.array_equal(load(1, *parts[:-1])(np.ones(4, np.float32)), linear(np.ones(4, np.float32)))
+    with pytest.raises(ValueError, match="version 3, but 1 and 2 are known"):
+        load(3, *parts)
+
+
 def test_columns_of_zeros() -> None:
     weights = sa.quantize(np.zeros((4, 3)))
     assert not weights.codes.any()
@@ -71,6 +160,9 @@ def test_columns_of_zeros() -> None:
             r"Linear: w has scales of shape \(3, 5\), but \(groups, 5\) are needed, where groups divide 4",
         ),
         (lambda w: sa.Linear(sa.quantize(w), w[0]), TypeError, "Linear: b has dtype float64 but w has int8"),
+        (lambda w: sa.Linear(w, precision="high"), ValueError, "Linear: precision is 'high', but w does not hold codes"),
+        (lambda w: sa.Linear(sa.quantize(w), precision="low"), ValueError, "Linear: precision is 'low'"),
+        (lambda w: sa.FeedForward(w, w.T, precision="medium"), ValueError, "FeedForward: precision is 'medium', but w_1"),
         (lambda w: sa.Linear(sa.quantize(w))(w[:, :4]), TypeError, "weights have int8: x must be float32, float16 or"),
     ],
 )
