@@ -1,6 +1,8 @@
 """Time one linear layer with selfattn, PyTorch's `nn.Linear` and NumPy's `matmul`, over rows and sizes.
 
-Run `python benchmarks/linear.py --help` for the options. PyTorch is left out where it is not installed.
+Run `python benchmarks/linear.py --help` for the options. PyTorch is left out where it is not installed. The types
+"int8-highest", "int8-high" and "int8-medium" are float32 rows of x with 8-bit weights at a precision of `Linear`; they
+are compared with PyTorch's layer in float32 and with its dynamically quantized layer.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,21 +28,26 @@ def calls(dtype: str, rows: int, depth: int, columns: int, threads: int) -> dict
     import selfattn as sa
 
     rng = np.random.default_rng(0)
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    precision: Any
+    stored, _, precision = dtype.partition("-")
+    kind = {"bfloat16": ml_dtypes.bfloat16, "int8": np.float32}.get(stored, stored)
     x, w = rng.standard_normal((rows, depth)).astype(kind), rng.standard_normal((depth, columns)).astype(kind)
     b = rng.standard_normal(columns).astype(kind)
-    layer, out = sa.Linear(w, b), np.empty((rows, columns), kind)
+    layer = sa.Linear(sa.quantize(w), b, precision=precision) if precision else sa.Linear(w, b)
+    out = np.empty((rows, columns), kind)
     runs: dict[str, Callable[[], Any]] = {"selfattn": lambda: layer(x, out=out, num_threads=threads)}
     if dtype in ("float32", "float64"):
         product = np.empty((rows, columns), kind)
         runs["numpy"] = lambda: np.add(np.matmul(x, w, out=product), b, out=product)
     if importlib.util.find_spec("torch"):
         runs["pytorch"] = torch_call(x, w, b, threads)
+        if precision:
+            runs["pytorch int8"] = torch_call(x, w, b, threads, quantized=True)
     return runs
 
 
-def torch_call(x: Any, w: Any, b: Any, threads: int) -> Callable[[], Any]:
-    """Return PyTorch's call."""
+def torch_call(x: Any, w: Any, b: Any, threads: int, quantized: bool = False) -> Callable[[], Any]:
+    """Return PyTorch's call. A quantized layer has one scale for all weights, and one for all numbers of x."""
     import torch
 
     torch.set_num_threads(threads)
@@ -51,6 +59,11 @@ def torch_call(x: Any, w: Any, b: Any, threads: int) -> Callable[[], Any]:
     layer = torch.nn.Linear(*w.shape, dtype=dtype).requires_grad_(False)
     layer.weight.copy_(tensor(w.T))
     layer.bias.copy_(tensor(b))
+    if quantized:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch moves quantization to another package
+            kinds = {torch.nn.Linear}
+            layer = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), kinds, dtype=torch.qint8)
     rows = tensor(x)
     torch.inference_mode().__enter__()
     return lambda: layer(rows)

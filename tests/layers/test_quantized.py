@@ -55,9 +55,8 @@ LARGEST = {"high": 127 * 256 + 127, "medium": 127}
 def test_rows_as_integers(isa: str, rng: Any, normal: Any, precision: Any, groups: int) -> None:
     """Integers that reach the largest one are taken as they are, so that results are exact."""
     for depth, columns in ((12, 1), (36, 49), (60, 250), (6156, 200)):
-        weights = sa.QuantizedWeights(
-            rng.integers(-127, 128, (depth, columns), np.int8), np.exp2(rng.integers(-3, 4, (groups, columns)), dtype="f4")
-        )
+        codes = rng.integers(-127, 128, (depth, columns), np.int8)
+        weights = sa.QuantizedWeights(codes, np.exp2(rng.integers(-3, 4, (groups, columns)), dtype="f4"))
         b = np.float32(rng.integers(-50, 50, columns))
         linear = sa.Linear(weights, b, precision=precision)
         x = rng.integers(-LARGEST[precision], LARGEST[precision] + 1, (193, depth)).astype(np.float32)
@@ -160,9 +159,17 @@ def test_columns_of_zeros() -> None:
             r"Linear: w has scales of shape \(3, 5\), but \(groups, 5\) are needed, where groups divide 4",
         ),
         (lambda w: sa.Linear(sa.quantize(w), w[0]), TypeError, "Linear: b has dtype float64 but w has int8"),
-        (lambda w: sa.Linear(w, precision="high"), ValueError, "Linear: precision is 'high', but w does not hold codes"),
+        (
+            lambda w: sa.Linear(w, precision="high"),
+            ValueError,
+            "Linear: precision is 'high', but w does not hold codes",
+        ),
         (lambda w: sa.Linear(sa.quantize(w), precision="low"), ValueError, "Linear: precision is 'low'"),
-        (lambda w: sa.FeedForward(w, w.T, precision="medium"), ValueError, "FeedForward: precision is 'medium', but w_1"),
+        (
+            lambda w: sa.FeedForward(w, w.T, precision="medium"),
+            ValueError,
+            "FeedForward: precision is 'medium', but w_1",
+        ),
         (lambda w: sa.Linear(sa.quantize(w))(w[:, :4]), TypeError, "weights have int8: x must be float32, float16 or"),
     ],
 )
