@@ -259,7 +259,8 @@ bool attend_backward(const Problem& problem, const Gradients& gradients, const B
 }
 
 int threads_for(const BackwardPlan& plan, int num_threads) {
-  return useful_threads(plan.flops, 0, plan.tasks, num_threads);
+  const BackwardJob job{nullptr, nullptr, &plan};
+  return threads_for(&job, 1, num_threads);
 }
 
 bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted) {

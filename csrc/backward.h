@@ -100,6 +100,7 @@ struct BackwardJob {
 // must have the same type of computation, and their gradients must not share memory.
 bool attend_backward(const BackwardJob* jobs, std::int64_t count, int threads, Interrupted interrupted);
 
+Work work_of(const BackwardJob* jobs, std::int64_t count);
 // Number of threads worth using for all jobs together.
 int threads_for(const BackwardJob* jobs, std::int64_t count, int num_threads);
 

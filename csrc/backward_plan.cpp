@@ -144,14 +144,17 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
   return plan;
 }
 
-int threads_for(const BackwardJob* jobs, std::int64_t count, int num_threads) {
-  double flops = 0;
-  std::int64_t tasks = 0;
+Work work_of(const BackwardJob* jobs, std::int64_t count) {
+  Work work{count > 0 ? jobs->plan->kernel : nullptr, 0, 0, 0};
   for (std::int64_t i = 0; i < count; ++i) {
-    flops += jobs[i].plan->flops;
-    tasks += jobs[i].plan->tasks;
+    work.flops += jobs[i].plan->flops;
+    work.tasks += jobs[i].plan->tasks;
   }
-  return useful_threads(flops, 0, tasks, num_threads);
+  return work;
+}
+
+int threads_for(const BackwardJob* jobs, std::int64_t count, int num_threads) {
+  return useful_threads(work_of(jobs, count), num_threads);
 }
 
 }  // namespace selfattn

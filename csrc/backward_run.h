@@ -21,7 +21,7 @@ class BackwardRun {
       : sizes_(jobs, count),
         shared_(sizes_.shared_bytes),
         own_(sizes_.thread_bytes, threads),
-        loop_(sizes_.row_tasks + sizes_.range_tasks, threads, interrupted) {
+        loop_(work_of(jobs, count), threads, interrupted) {
     // Problems with long tasks first, so that no thread is left alone with such a task at the end.
     std::vector<BackwardJob> ordered(jobs, jobs + count);
     std::sort(ordered.begin(), ordered.end(),

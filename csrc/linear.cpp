@@ -29,10 +29,10 @@ std::int64_t most_panels(const LinearJob& job) { return is_deep(job.projection) 
 
 namespace {
 
-// Elements of a row in the buffer for x: pairs need an even depth. Digits are bytes, and a float follows each row of
-// digits.
+// Elements of a row in the buffer for x: pairs need an even depth, digits are bytes in rows of their own.
 std::int64_t x_stride(const Projection& projection) {
-  if (projection.digits() > 0) return projection.digits() * (projection.depth() / digit_cell + 1);
+  if (projection.digits() > 0)
+    return projection.digits() * ((projection.depth() + digit_scale_bytes) / size_of(DType::f32));
   return projection.pairs() ? round_up(projection.depth(), 2) : projection.depth();
 }
 
@@ -65,7 +65,7 @@ std::int64_t most_rows(const LinearJob& job) {
 // for every finished_rows rows. With deep weights, it finishes all rows of a task together.
 std::int64_t finished_rows(const LinearJob& job) { return is_deep(job.projection) ? most_rows(job) : 32; }
 
-// Whether rows of x take the type of computation before they are what the kernel reads.
+// Whether rows of x are converted to the type of computation first, and then to what the kernel reads.
 bool in_two_steps(const LinearJob& job) { return job.norm || job.projection.digits() > 0; }
 
 // Copies rows of x to contiguous rows of what the kernel reads: zero-padded rows of its type, or digits. Normalises
@@ -136,6 +136,8 @@ double flops(const LinearJob& job) {
          static_cast<double>(job.projection.depth()) * static_cast<double>(job.projection.columns()) *
          (job.gate ? 2 : 1);
 }
+
+const void* kernel_of(const LinearJob& job) { return &job.projection.kernels_of(job.projection.dtype()); }
 
 double weight_bytes(const LinearJob& job) { return static_cast<double>(job.projection.bytes()) * (job.gate ? 2 : 1); }
 
@@ -223,7 +225,7 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
       return sum + Blocking(job, threads).tasks;
     });
   };
-  Work work{&jobs->projection.kernels(), 0, 0, tasks(most_threads)};
+  Work work{kernel_of(*jobs), 0, 0, tasks(most_threads)};
   for (int i = 0; i < count; ++i) {
     work.flops += flops(jobs[i]);
     work.bytes += weight_bytes(jobs[i]);

@@ -26,6 +26,8 @@ struct LinearJob {
 
 double flops(const LinearJob& job);
 double weight_bytes(const LinearJob& job);
+// Identifies the kind of work (task_loop.h).
+const void* kernel_of(const LinearJob& job);
 // The largest number of panels that a task takes.
 std::int64_t most_panels(const LinearJob& job);
 

@@ -93,11 +93,11 @@ class Merge {
         block_(std::max<std::int64_t>(elements_per_task / std::max<std::int64_t>(columns_, 1), 1)),
         blocks_(ceil_div(lines_.length(), block_)),
         tasks_(lines_.rows() == 0 ? 0 : lines_.rows() / lines_.length() * blocks_),
-        threads_(useful_threads(0, bytes(), tasks_, num_threads)),
+        threads_(useful_threads(work(), num_threads)),
         memory_(static_cast<std::size_t>(bytes_of(parts.size(), sizeof(Source))), threads_) {}
 
   bool run_tasks(Interrupted interrupted) {
-    TaskLoop loop(tasks_, threads_, interrupted);
+    TaskLoop loop(work(), threads_, interrupted);
     return loop.run(*this);
   }
 
@@ -123,6 +123,10 @@ class Merge {
   }
 
  private:
+  Work work() const {
+    static constexpr char kernel = 0;
+    return {&kernel, 0, bytes(), tasks_};
+  }
   double bytes() const {
     const double elements = static_cast<double>(lines_.rows()) * static_cast<double>(columns_ + 1);
     return elements * static_cast<double>(size_of(merged_.out.dtype)) * static_cast<double>(parts_.size() + 1);

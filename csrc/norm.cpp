@@ -43,9 +43,10 @@ double flops(const NormJob& job) { return 16 * static_cast<double>(job.x.total()
 bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted) {
   const std::int64_t rows = job.x.total(), tasks = ceil_div(rows, rows_per_task);
   const double bytes = 2 * static_cast<double>(rows * job.count * size_of(job.x.dtype));
-  const int threads = useful_threads(flops(job), bytes, tasks, num_threads);
+  const Work work{&job.kernels.computing(computed_in(job.x.dtype)).normalise, flops(job), bytes, tasks};
+  const int threads = useful_threads(work, num_threads);
   const ThreadScratch memory(NormMemory(nullptr, job.count, computed_in(job.x.dtype)).bytes, threads);
-  TaskLoop loop(tasks, threads, interrupted);
+  TaskLoop loop(work, threads, interrupted);
   const auto body = [&](std::int64_t task, int thread) {
     const std::int64_t first = task * rows_per_task;
     for (std::int64_t row = first; row < std::min(rows, first + rows_per_task); ++row)

@@ -77,9 +77,9 @@ class Finish {
         blocks_(ceil_div(results.q_len, rows_per_task)),
         tasks_(results.batch * results.num_heads * blocks_),
         row_bytes_(bytes_of(std::max<std::int64_t>(results.value_dim, 1), size_of(results.dtype))),
-        threads_(useful_threads(0, bytes(), tasks_, num_threads)),
+        threads_(useful_threads(work(), num_threads)),
         memory_(static_cast<std::size_t>(row_bytes_), threads_),
-        loop_(tasks_, threads_, interrupted) {}
+        loop_(work(), threads_, interrupted) {}
 
   bool execute() { return loop_.run(*this); }
 
@@ -95,6 +95,10 @@ class Finish {
   }
 
  private:
+  Work work() const {
+    static constexpr char kernel = 0;
+    return {&kernel, 0, bytes(), tasks_};
+  }
   double bytes() const {
     return 2 * static_cast<double>(results_.batch * results_.num_heads) * static_cast<double>(results_.q_len) *
            static_cast<double>(row_bytes_);

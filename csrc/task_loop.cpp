@@ -43,7 +43,7 @@ Estimate& slowness_of(const Work& work) {
 
 // Time that the work takes on one thread.
 double expected(const Work& work) {
-  const float slower = work.kernel ? slowness_of(work).load(std::memory_order_relaxed) : 0;
+  const float slower = slowness_of(work).load(std::memory_order_relaxed);
   return guess(work) * (slower > 0 ? static_cast<double>(slower) : 1);
 }
 
@@ -132,10 +132,10 @@ int useful_threads(const Work& work, int num_threads) {
 
 void TaskLoop::learn(Clock::time_point start, int used, bool finished) const {
   const bool was_awake = follows(start, rhythm.region_end);
-  if (used == 1 && (!work_.kernel || guess(work_) < 1e-6)) return;  // too short to be worth reading the clock
+  if (used == 1 && guess(work_) < 1e-6) return;  // too short to be worth reading the clock
   const Clock::time_point end = Clock::now();
   if (used > 1) rhythm.region_end = end.time_since_epoch().count();
-  if (!work_.kernel || !finished || own_.tasks == 0) return;
+  if (!finished || own_.tasks == 0) return;
   if (guess(work_) <= 0) return;  // no operations and no bytes: the time cannot be divided by 0
   const std::chrono::duration<double> own = own_.time, all = end - start;
   const double alone = own.count() * static_cast<double>(work_.tasks) / static_cast<double>(own_.tasks);

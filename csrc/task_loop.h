@@ -13,7 +13,7 @@ namespace selfattn {
 using Interrupted = bool (*)();
 
 // What a region is about to compute. The time that work takes is learned for each kernel: `kernel` is any address that
-// identifies one kind of work. If `kernel` is null, nothing is learned.
+// identifies one kind of work.
 struct Work {
   const void* kernel;
   double flops, bytes;
@@ -25,9 +25,6 @@ struct Work {
 // threads are used if they are expected to be faster (docs/decisions/0013). Finding the default takes system calls, so
 // it is only done if more than one thread is worth using. Results never depend on this number.
 int useful_threads(const Work& work, int num_threads);
-inline int useful_threads(double flops, double bytes, std::int64_t tasks, int num_threads) {
-  return useful_threads({nullptr, flops, bytes, tasks}, num_threads);
-}
 
 // Calls that follow one another immediately form a loop. A loop may wake a team that a single call would leave asleep.
 void note_end_of_call();
@@ -38,8 +35,6 @@ class TaskLoop {
  public:
   TaskLoop(const Work& work, int threads, Interrupted interrupted)
       : work_(work), threads_(threads), interrupted_(interrupted) {}
-  TaskLoop(std::int64_t tasks, int threads, Interrupted interrupted)
-      : TaskLoop(Work{nullptr, 0, 0, tasks}, threads, interrupted) {}
 
   // Calls task(index, thread) for every index, thread < threads. Returns false if it was stopped before the end.
   template <class F>

@@ -64,6 +64,10 @@ PAGED = tuple(
     _on_cache(f"paged-{size}", f"pages of {size} tokens in random order", (1, LONG), cache=Cache(page_size=size))
     for size in (16, 64)
 )
+PAGED_INT8 = tuple(
+    _on_cache(f"paged-int8-{size}", f"pages of {size} tokens of int8", (1, LONG), cache=Cache("int8", page_size=size))
+    for size in (16, 64)
+)
 INT8 = tuple(
     _on_cache(f"int8-{label}", f"one query, {length:,} keys of int8", (1, length), cache=Cache("int8"))
     for label, length in (("8k", LONG), ("32k", 4 * LONG))
@@ -101,6 +105,7 @@ def _twin(group: Group, dtype: str) -> Group:
     return twin.judged_by(targets, group.variants)
 
 
+_PAGED = Group("paged", "Pages compared with a contiguous cache", PAGED, (Target(CONTIGUOUS, each=1.08),))
 _MIXED = Group(
     "mixed",
     "Mixed lengths in a batch (for PyTorch padding and a boolean mask)",
@@ -143,9 +148,9 @@ CACHE_GROUPS: dict[str, Group] = {
         ),
         _queries("float32", 2.3),
         _queries("bfloat16", 3.0),
-        *_in_types(
-            Group("paged", "Pages compared with a contiguous cache", PAGED, (Target(CONTIGUOUS, each=1.08),)),
-        ),
+        *_in_types(_PAGED),
+        _twin(_PAGED, "float16"),
+        Group("paged-int8", "Pages of 8-bit codes", PAGED_INT8, (Target(CONTIGUOUS, each=1.08),)),
         *_in_types(
             Group(
                 "int8",

@@ -247,7 +247,7 @@ struct MatrixKernels {
   // Weights are codes. Rows of x are split into `digits` rows of digits by split_digits. Panels are
   // [cells][panel_columns]: a cell is digit_cell codes along the depth. Groups consist of whole cells.
   void (*project_codes)(const ProjectArgs&) noexcept;
-  // Writes, for each digit, a row of `depth` bytes followed by a float. `depth` is a multiple of digit_cell.
+  // Writes, for each digit, a row of `depth` bytes followed by digit_scale_bytes. `depth` is a multiple of digit_cell.
   void (*split_digits)(const float* x, std::int64_t depth, int digits, void* to) noexcept;
   const BackwardKernel* backward_bf16;  // bfloat16 operands
   PeakLoop peak_loop;

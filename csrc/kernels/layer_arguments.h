@@ -13,6 +13,7 @@ constexpr std::int64_t code_slice = 2048;
 // Digits and codes are multiplied in cells of four along the depth.
 constexpr int digit_cell = 4;
 constexpr int most_digits = 2;
+constexpr int digit_scale_bytes = 8;  // after each row of digits
 
 // out[i][n] = sum_k x[i][k] * weights[k][n] + bias[n] for one panel of columns, or for several adjacent panels.
 struct ProjectArgs {

@@ -39,8 +39,16 @@ inline void store_digits(Integers integers, std::int64_t count, std::uint8_t* to
   }
 }
 
-// Rounds a row of x to multiples of max|x| / largest_integer, and splits the multiples into digits. Each row of digits
-// is followed by that quotient, or by NaN if a number is not finite.
+// After each row of digits: an integer is worth factor * 2^power. They are kept apart, since their product may be
+// subnormal.
+struct DigitScale {
+  float factor;  // NaN: a number of the row is not finite
+  float power;
+};
+constexpr int scale_cells = sizeof(DigitScale) / sizeof(DigitCell);
+static_assert(scale_cells * digit_cell == digit_scale_bytes);
+
+// Rounds a row of x to multiples of max|x| / largest_integer, and splits the multiples into digits.
 template <int Digits>
 inline void split_row(const float* x, std::int64_t depth, void* to) {
   constexpr int W = VecF::width;
@@ -51,19 +59,18 @@ inline void split_row(const float* x, std::int64_t depth, void* to) {
     finite = finite & (a <= broadcast(largest<float>));
     size = max(size, a);
   }
-  // Numbers are divided by a power of two first: the factor of subnormal numbers would overflow.
-  const int power = power_above(reduce_max(size));
-  const VecF down = broadcast(static_cast<float>(-power)), up = broadcast(static_cast<float>(power));
+  // Numbers are divided by a power of two first: the divisor of subnormal numbers would overflow.
+  const float power = static_cast<float>(power_above(reduce_max(size)));
+  const VecF down = broadcast(-power);
   const float most = reduce_max(scale_by_power(size, down));
   const VecF factor = broadcast(most > 0 ? largest_integer<Digits> / most : 0);
-  const std::int64_t stride = depth + digit_cell;
+  const std::int64_t stride = depth + digit_scale_bytes;
   std::uint8_t* digits = static_cast<std::uint8_t*>(to);
   for (std::int64_t d = 0; d < depth; d += W) {
     const VecF scaled = scale_by_power(load_up_to(x + d, depth - d), down);
     store_digits<Digits>(to_integers(scaled * factor), depth - d, digits + d, stride);
   }
-  const float quotient = reduce_max(scale_by_power(broadcast(most / largest_integer<Digits>), up));
-  const float scale = all(finite) ? quotient : __builtin_nanf("");
+  const DigitScale scale{all(finite) ? most / largest_integer<Digits> : __builtin_nanf(""), power};
   for (int n = 0; n < Digits; ++n) std::memcpy(digits + n * stride + depth, &scale, sizeof scale);
 }
 
@@ -77,24 +84,29 @@ struct CodeSlice {
 template <int Digits, int Vectors>
 inline void store_code_row(const ProjectArgs& args, const CodeSlice& part, std::int64_t row, std::int64_t column,
                            const Integers (*sums)[Vectors]) {
-  const std::int64_t stride = args.depth / digit_cell + 1;
-  const VecF scale = broadcast(static_cast<const float*>(args.x)[(row * Digits + 1) * stride - 1]);
+  const std::int64_t cells = args.depth / digit_cell;
+  DigitScale scale;
+  std::memcpy(&scale, static_cast<const DigitCell*>(args.x) + row * Digits * (cells + scale_cells) + cells,
+              sizeof scale);
   for (int c = 0; c < Vectors && column < args.columns; ++c, column += VecF::width) {
     const Integers start = load_integers(args.starts + part.slice.index * args.scale_stride + column);
     VecF digits[Digits];
     for (int n = 0; n < Digits; ++n) digits[n] = to_floats(sums[n][c] + start);
-    // The scale of the weights comes first: it is small, so that the product of the two factors cannot overflow.
-    const VecF sum = join_digits(digits) * load(args.scales + part.group * args.scale_stride + column);
-    store_sum(args, part.slice, row, column, sum * scale);
+    // The powers of two are applied last, at once: before that, nothing overflows or becomes subnormal.
+    const VecF weight = load(args.scales + part.group * args.scale_stride + column);
+    const VecF sum = join_digits(digits) * broadcast(scale.factor) * significand(weight);
+    const VecF scaled = scale_by_power(sum, exponent(weight) + broadcast(scale.power));
+    store_sum(args, part.slice, row, column, scaled);
   }
 }
 
-// Rows of digits are multiplied as rows of x are by other kernels.
+// Each row of digits is one row of the product.
 template <int Digits, int TileRows, int Vectors>
 inline void multiply_slice(const ProjectArgs& args, const CodeSlice& part, std::int64_t depth) {
   constexpr int width = Vectors * VecF::width, together = 4;
   const std::int64_t panel_stride = args.panel_stride / static_cast<std::int64_t>(sizeof(CodeCell));
-  const RowMajor<DigitCell> x{static_cast<const DigitCell*>(args.x) + part.slice.first, args.depth / digit_cell + 1};
+  const RowMajor<DigitCell> x{static_cast<const DigitCell*>(args.x) + part.slice.first,
+                              args.depth / digit_cell + scale_cells};
   const CodeCell* panel = static_cast<const CodeCell*>(args.panel) + part.slice.first * width;
   std::int64_t column = 0;
   if (args.rows == 1)

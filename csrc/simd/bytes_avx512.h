@@ -72,6 +72,9 @@ inline Integers operator+(Integers a, Integers b) { return {_mm512_add_epi32(a.r
 // Rounds to the nearest integer.
 inline Integers to_integers(VecF a) { return {_mm512_cvtps_epi32(a.r)}; }
 inline VecF to_floats(Integers a) { return {_mm512_cvtepi32_ps(a.r)}; }
+// x = significand(x) * 2^exponent(x), with a significand from 1 to 2 or from -2 to -1. For x = 0: 1 and -infinity.
+inline VecF significand(VecF a) { return {_mm512_getmant_ps(a.r, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src)}; }
+inline VecF exponent(VecF a) { return {_mm512_getexp_ps(a.r)}; }
 // The lowest byte of each integer, as a signed number.
 inline Integers lowest_bytes(Integers a) { return {_mm512_srai_epi32(_mm512_slli_epi32(a.r, 24), 24)}; }
 inline Integers divided_by_256(Integers a) { return {_mm512_srai_epi32(a.r, 8)}; }  // rounded down

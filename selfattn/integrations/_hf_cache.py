@@ -1,4 +1,4 @@
-"""The cache for transformers: a `KVCache` per layer, which grows by itself and is read in place."""
+"""The cache for transformers: each layer has arrays or a `KVCache` that grow by themselves and are read in place."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ LARGEST = {"high": 127 * 256 + 127, "medium": 127}
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_rows_as_integers(isa: str, rng: Any, normal: Any, precision: Any, groups: int) -> None:
+def test_rows_as_integers(isa: str, rng: Any, precision: Any, groups: int) -> None:
     """Integers that reach the largest one are taken as they are, so that results are exact."""
     for depth, columns in ((12, 1), (36, 49), (60, 250), (6156, 200)):
         codes = rng.integers(-127, 128, (depth, columns), np.int8)
@@ -65,6 +65,9 @@ def test_rows_as_integers(isa: str, rng: Any, normal: Any, precision: Any, group
             exact = x[:rows].astype(np.float64) @ widened(weights) + b
             units = 3 * groups + 3 * depth // 2048 + 3 if isa in MULTIPLIES_BYTES else 4 * np.sqrt(depth)
             assert np.all(abs(linear(x[:rows]) - exact) <= 2.0**-24 * units * (abs(x[:rows]) @ abs(widened(weights))))
+        x = rng.standard_normal((9, depth)).astype(np.float32)
+        rounds = not np.array_equal(linear(x), sa.Linear(weights, b)(x))
+        assert rounds == (isa in MULTIPLIES_BYTES and depth // groups % 4 == 0)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -74,12 +77,16 @@ def test_error_of_rows_as_integers(isa: str, normal: Any, precision: Any) -> Non
         weights, gate = sa.quantize(w, groups=groups), sa.quantize(normal(depth, columns))
         linear = sa.Linear(weights, b, precision=precision)
         x = normal(40, depth) * np.float32(10.0) ** np.linspace(-41, 34, 40, dtype=np.float32)[:, None]
-        exact = x.astype(np.float64) @ widened(weights) + b
-        largest = abs(x).max(axis=1, keepdims=True).astype(np.float64)
-        step = largest / (2 * LARGEST[precision]) * (1 + 2.0**-20) + 2.0**-149
-        bound = step * abs(widened(weights)).sum(axis=0) + 1e-6 * (abs(x) @ abs(widened(weights)) + abs(b))
+        for scale in (1e-36, 1e-4, 1.0, 1e33):
+            scaled = sa.QuantizedWeights(weights.codes, weights.scales * np.float32(scale))
+            exact, sizes = x.astype(np.float64) @ widened(scaled), abs(widened(scaled))
+            largest = abs(x).max(axis=1, keepdims=True).astype(np.float64)
+            bound = largest / (2 * LARGEST[precision]) * sizes.sum(axis=0) + 1e-6 * (abs(x) @ sizes) + depth * 2.0**-149
+            inside = abs(x) @ sizes < 1e38
+            with np.errstate(over="ignore"):
+                found = sa.Linear(scaled, precision=precision)(x)
+            assert np.all((abs(found - exact) <= bound)[inside])
         y = linear(x)
-        assert np.all(abs(y - exact) <= bound)
         assert np.array_equal(linear(np.asfortranarray(x)), y)
         for rows, threads in ((1, 1), (3, 2), (17, 3)):
             assert np.array_equal(linear(x[-rows:], num_threads=threads), y[-rows:])
