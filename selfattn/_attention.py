@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _core
-from ._arguments import as_array, core_options, out_array
+from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
+from ._key_mass import attend_with_key_mass
 from ._keywords import clean_signature, refuse_unknown
 from ._typing import Array, AttentionOptions, ExplainOptions, Layout, No, Precision, Window, Yes
 
@@ -41,7 +42,7 @@ def attention(
 @overload
 def attention(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: bool = ..., return_weights: bool = ...,
-    **options: Unpack[AttentionOptions]
+    return_key_mass: bool = ..., **options: Unpack[AttentionOptions]
 ) -> Any: ...
 # fmt: on
 @clean_signature()
@@ -65,6 +66,7 @@ def attention(
     layout: Layout = "bhsd",
     return_lse: bool = False,
     return_weights: bool = False,
+    return_key_mass: bool = False,
     out: Array | None = None,
     precision: Precision = "highest",
     num_threads: int | None = None,
@@ -131,6 +133,9 @@ def attention(
         Also return the log-sum-exp of each row's scores (natural logarithm, sink included).
     return_weights : bool, default False
         Also return the attention weights, which needs memory for Sq × Sk numbers per head.
+    return_key_mass : bool, default False
+        Also return what each key receives: the sum over the queries of its attention weights, without storing these.
+        The weights are computed a second time for it. For the last n queries only, pass ``q[..., -n:, :]``.
     out : ndarray, optional
         Array for the result, with exactly the result's shape and dtype, and any strides. May overlap with an input.
     precision : {"highest", "high", "medium"}
@@ -158,6 +163,8 @@ def attention(
         Only with `return_lse`; float64 for float64 queries, else float32.
     weights : ndarray, shape (..., H, Sq, Sk)
         Only with `return_weights`; in lse's dtype.
+    key_mass : ndarray, shape (..., H, Sk)
+        Only with `return_key_mass`; the last result, in lse's dtype.
 
     Raises
     ------
@@ -204,9 +211,11 @@ def attention(
         alibi_slopes, sinks, layout, return_lse, return_weights, precision, num_threads, t5, dropout, seed, chunk,
         prefix_lens,
     )  # fmt: skip
-    if out is None:
-        return _core.attention(q, k, v, None, options)
-    return _core.attention(q, k, v, out_array("attention", out), options)
+    if out is not None:
+        out = out_array("attention", out)
+    if return_key_mass is not False and flag("attention", "return_key_mass", return_key_mass):
+        return attend_with_key_mass((q, k, v), out, options)
+    return _core.attention(q, k, v, out, options)
 
 
 class Explanation(dict[str, Any]):
@@ -217,7 +226,7 @@ class Explanation(dict[str, Any]):
         return "\n".join(f"{name:{width}}  {value}" for name, value in self.items())
 
 
-@clean_signature(attention)
+@clean_signature(attention, without=("return_key_mass",))
 def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainOptions]) -> Explanation:
     """Tell which kernel, instruction set, blocks, threads and memory a call of `attention` would use, and why.
 
@@ -255,4 +264,7 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
     return Explanation(_core.explain(q, k, v, core_options("explain", **known)))
 
 
-_DEFAULTS: dict[str, Any] = {name: x for name, x in (attention.__kwdefaults__ or {}).items() if name != "out"}
+# The options that the core knows.
+_DEFAULTS: dict[str, Any] = {
+    name: x for name, x in (attention.__kwdefaults__ or {}).items() if name not in ("out", "return_key_mass")
+}

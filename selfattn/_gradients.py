@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@clean_signature(attention, without=("out", "return_lse", "return_weights"))
+@clean_signature(attention, without=("out", "return_lse", "return_weights", "return_key_mass"))
 def attention_backward(
     grad_out: ArrayLike,
     q: ArrayLike,
@@ -102,7 +102,7 @@ def attention_backward(
     return operands.deliver(Upstream(grad_out, grad_lse, grad_weights), out, lse, into, accumulate)
 
 
-@clean_signature(attention, without=("out",))
+@clean_signature(attention, without=("out", "return_key_mass"))
 def attention_vjp(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, wrt: Sequence[str] = ("q", "k", "v"), **options: Unpack[VjpOptions]
 ) -> tuple[Any, Vjp]:
@@ -115,7 +115,7 @@ def attention_vjp(
     wrt : sequence of str
         As for `attention_backward`.
     **options
-        The options of `attention`, except ``out``.
+        The options of `attention`, except ``out`` and ``return_key_mass``.
 
     Returns
     -------

@@ -31,7 +31,7 @@ _WRT = ("x", "w_q", "w_k", "w_v", "w_o")
 _TERMS = ("bias", "sinks", "alibi_slopes", "t5", "scale")  # arguments of attention itself
 
 
-@clean_signature(attention, without=("layout", "out"))
+@clean_signature(attention, without=("layout", "out", "return_key_mass"))
 def self_attention_vjp(
     x: ArrayLike,
     w_q: ArrayLike,

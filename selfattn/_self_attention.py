@@ -44,7 +44,7 @@ def self_attention(
     return_lse: bool = ..., return_weights: bool = ..., **options: Unpack[SelfAttentionOptions]
 ) -> Any: ...
 # fmt: on
-@clean_signature(attention, without=("layout",))
+@clean_signature(attention, without=("layout", "return_key_mass"))
 def self_attention(
     x: ArrayLike,
     w_q: ArrayLike,

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, integer_in, out_array
-from ._attention import attention
+from ._attention import _DEFAULTS, attention
 from ._errors import refusal
 from ._keywords import clean_signature, hinted, refuse_unknown
 from ._lock import SharedLock
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _MOST_KEYS = 1 << 47
-_OPTIONS = (attention.__kwdefaults__ or {}).keys() - {"out", "return_lse", "return_weights"}
+_OPTIONS = _DEFAULTS.keys() - {"return_lse", "return_weights"}
 
 
 class AttentionState:
@@ -39,7 +39,7 @@ class AttentionState:
     first : int, default 0
         The first key that will be absorbed, in 0..kv_len. The keys before it are hidden from all queries.
     **options
-        The options of `attention` except out, return_lse and return_weights. They speak of all kv_len keys, as if these
+        The options of `attention` except out and those that return more. They speak of all kv_len keys, as if these
         were given at once: by default, causal, window, chunk, ALiBi and T5 align the last query with key
         ``kv_len − 1``. mask and bias, for all kv_len keys, are kept without a copy and must not change; or `absorb`
         takes their pieces.
@@ -90,7 +90,7 @@ class AttentionState:
 
     block_keys: ClassVar[int] = 512
 
-    @clean_signature(attention, without=("out", "return_lse", "return_weights"))
+    @clean_signature(attention, without=("out", "return_lse", "return_weights", "return_key_mass"))
     def __init__(self, q: ArrayLike, *, kv_len: int, first: int = 0, **options: Unpack[StateOptions]) -> None:
         if not options.keys() <= _OPTIONS:
             refuse_unknown(AttentionState.__init__, options)

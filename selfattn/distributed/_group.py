@@ -115,7 +115,7 @@ class Group:
         """
         return rows_of("Group.rows", length, order, self.rank, self.size)
 
-    @clean_signature(attention, without=("q_offset", "return_weights"))
+    @clean_signature(attention, without=("q_offset", "return_weights", "return_key_mass"))
     def attention(
         self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, rows: ArrayLike, by: str = "keys", **options: Any
     ) -> Any:

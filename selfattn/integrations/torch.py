@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._arguments import flag, real
+from .._attention import _DEFAULTS
 from .._attention import attention as _core_attention
 from .._keywords import clean_signature, refuse_unknown
 from ..compat._checks import own_names
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 _NAME = "scaled_dot_product_attention"
-_OPTIONS = (_core_attention.__kwdefaults__ or {}).keys() - {"out"}
+_OPTIONS = _DEFAULTS.keys()
 
 
 def scaled_dot_product_attention(
@@ -179,7 +180,7 @@ class T5Bias(NamedTuple):
     max_distance: int = 128
 
 
-@clean_signature(_core_attention, without=("out",))
+@clean_signature(_core_attention, without=("out", "return_key_mass"))
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
     """Compute `selfattn.attention` of CPU tensors, differentiably.
 
