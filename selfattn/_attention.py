@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 from . import _core
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
+from ._chosen_keys import attend_to_chosen
+from ._errors import refusal
 from ._key_mass import attend_with_key_mass
 from ._keywords import clean_signature, refuse_unknown
 from ._typing import Array, AttentionOptions, ExplainOptions, Layout, No, Precision, Window, Yes
@@ -75,6 +77,7 @@ def attention(
     seed: int | None = None,
     chunk: int | None = None,
     prefix_lens: ArrayLike | None = None,
+    key_indices: ArrayLike | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
@@ -118,6 +121,10 @@ def attention(
     prefix_lens : integer array (B,), optional
         Every query sees the keys before it, 0..Sk, as in a prefix language model; `causal` and the right side of
         `window` limit only what comes after. Cannot be combined with a left side of `window` or with `chunk`.
+    key_indices : integer array (..., H, Sq, n), optional
+        Query i sees only the n keys that are named here, in addition to all other limits; −1 names no key, and a key
+        that is named twice counts once. The head axis may be H, Hkv or 1 long, and leading axes may be 1. Time and
+        memory are proportional to n. Cannot be combined with `dropout`, `return_weights` and `return_key_mass`.
     scale : float, optional
         Factor applied to the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional
@@ -213,7 +220,12 @@ def attention(
     )  # fmt: skip
     if out is not None:
         out = out_array("attention", out)
-    if return_key_mass is not False and flag("attention", "return_key_mass", return_key_mass):
+    mass = return_key_mass is not False and flag("attention", "return_key_mass", return_key_mass)
+    if key_indices is not None:
+        if mass:
+            raise refusal(ValueError, "attention", "key_indices", " cannot be used with ", "return_key_mass", "")
+        return attend_to_chosen((q, k, v), key_indices, out, options)
+    if mass:
         return attend_with_key_mass((q, k, v), out, options)
     return _core.attention(q, k, v, out, options)
 
@@ -226,7 +238,11 @@ class Explanation(dict[str, Any]):
         return "\n".join(f"{name:{width}}  {value}" for name, value in self.items())
 
 
-@clean_signature(attention, without=("return_key_mass",))
+# Options that no other function has.
+ONLY_HERE = ("return_key_mass", "key_indices")
+
+
+@clean_signature(attention, without=ONLY_HERE)
 def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainOptions]) -> Explanation:
     """Tell which kernel, instruction set, blocks, threads and memory a call of `attention` would use, and why.
 
@@ -266,5 +282,5 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
 
 # The options that the core knows.
 _DEFAULTS: dict[str, Any] = {
-    name: x for name, x in (attention.__kwdefaults__ or {}).items() if name not in ("out", "return_key_mass")
+    name: x for name, x in (attention.__kwdefaults__ or {}).items() if name not in ("out", *ONLY_HERE)
 }

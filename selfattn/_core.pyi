@@ -465,6 +465,9 @@ XLA_WANTED: dict[str, int]
 
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
 
+# (..., q_len, 3): a query's position, and the begin and the end of the keys that it may see, before mask and bias.
+def visible_keys(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> NDArray[np.int64]: ...
+
 # The precision counts for codes only.
 def make_linear(weights: UnpackedLinear, activation: Activation, precision: Precision, /) -> Linear: ...
 def call_linear(

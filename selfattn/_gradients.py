@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from ._attention import attention
+from ._attention import ONLY_HERE, attention
 from ._backward import Gradients, Operands, Upstream, Vjp
 from ._keywords import clean_signature, refuse_unknown
 from ._typing import Array, GradientOptions, VjpOptions
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@clean_signature(attention, without=("out", "return_lse", "return_weights", "return_key_mass"))
+@clean_signature(attention, without=("out", "return_lse", "return_weights", *ONLY_HERE))
 def attention_backward(
     grad_out: ArrayLike,
     q: ArrayLike,
@@ -102,7 +102,7 @@ def attention_backward(
     return operands.deliver(Upstream(grad_out, grad_lse, grad_weights), out, lse, into, accumulate)
 
 
-@clean_signature(attention, without=("out", "return_key_mass"))
+@clean_signature(attention, without=("out", *ONLY_HERE))
 def attention_vjp(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, wrt: Sequence[str] = ("q", "k", "v"), **options: Unpack[VjpOptions]
 ) -> tuple[Any, Vjp]:
@@ -115,7 +115,7 @@ def attention_vjp(
     wrt : sequence of str
         As for `attention_backward`.
     **options
-        The options of `attention`, except ``out`` and ``return_key_mass``.
+        The options of `attention`, except ``out``, ``key_indices`` and ``return_key_mass``.
 
     Returns
     -------

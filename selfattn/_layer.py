@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from . import _core
 from ._any_cache import AnyCache
 from ._arguments import as_array, core_options, out_array
-from ._attention import _DEFAULTS, attention
+from ._attention import _DEFAULTS, ONLY_HERE, attention
 from ._cache import KVCache
 from ._errors import refusal
 from ._head_norms import AnyNorm, head_norms
@@ -212,7 +212,7 @@ class SelfAttention(Immutable):
         self, x: ArrayLike, *, return_lse: bool = ..., return_weights: bool = ..., **options: Unpack[LayerCallOptions]
     ) -> Any: ...
     # fmt: on
-    @clean_signature(attention, without=("layout", "return_key_mass"))
+    @clean_signature(attention, without=("layout", *ONLY_HERE))
     def __call__(
         self,
         x: ArrayLike,
@@ -249,10 +249,10 @@ class SelfAttention(Immutable):
         out : ndarray, optional
             Array for y. May be `residual` itself.
         **options
-            The options of `attention` except `layout` and `return_key_mass`. Shapes are as for the heads: mask and
-            bias broadcast to (..., H, S, Sk). If there is neither a context nor a cache, queries and keys are the same
-            tokens: kv_lens also serves as q_lens, and query i is aligned with key i unless q_offset or both lengths are
-            given.
+            The options of `attention` except `layout`, `key_indices` and `return_key_mass`. Shapes are as for the
+            heads: mask and bias broadcast to (..., H, S, Sk). If there is neither a context nor a cache, queries and
+            keys are the same tokens: kv_lens also serves as q_lens, and query i is aligned with key i unless q_offset
+            or both lengths are given.
 
         Returns
         -------

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, flag, thread_count
-from ._attention import attention
+from ._attention import ONLY_HERE, attention
 from ._backward import Operands, Upstream, checked_names, computed_in, score_arguments
 from ._head_norms import HeadNorm, head_norms
 from ._keywords import clean_signature, refuse_unknown
@@ -31,7 +31,7 @@ _WRT = ("x", "w_q", "w_k", "w_v", "w_o")
 _TERMS = ("bias", "sinks", "alibi_slopes", "t5", "scale")  # arguments of attention itself
 
 
-@clean_signature(attention, without=("layout", "out", "return_key_mass"))
+@clean_signature(attention, without=("layout", "out", *ONLY_HERE))
 def self_attention_vjp(
     x: ArrayLike,
     w_q: ArrayLike,

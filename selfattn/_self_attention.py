@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from numpy.typing import ArrayLike
 
-from ._attention import attention
+from ._attention import ONLY_HERE, attention
 from ._keywords import clean_signature, refuse_unknown
 from ._layer import _OPTIONS, SelfAttention
 from ._norm import LayerNorm, RMSNorm
@@ -44,7 +44,7 @@ def self_attention(
     return_lse: bool = ..., return_weights: bool = ..., **options: Unpack[SelfAttentionOptions]
 ) -> Any: ...
 # fmt: on
-@clean_signature(attention, without=("layout", "return_key_mass"))
+@clean_signature(attention, without=("layout", *ONLY_HERE))
 def self_attention(
     x: ArrayLike,
     w_q: ArrayLike,

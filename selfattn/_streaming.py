@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, core_options, integer_in, out_array
-from ._attention import _DEFAULTS, attention
+from ._attention import _DEFAULTS, ONLY_HERE, attention
 from ._errors import refusal
 from ._keywords import clean_signature, hinted, refuse_unknown
 from ._lock import SharedLock
@@ -90,7 +90,7 @@ class AttentionState:
 
     block_keys: ClassVar[int] = 512
 
-    @clean_signature(attention, without=("out", "return_lse", "return_weights", "return_key_mass"))
+    @clean_signature(attention, without=("out", "return_lse", "return_weights", *ONLY_HERE))
     def __init__(self, q: ArrayLike, *, kv_len: int, first: int = 0, **options: Unpack[StateOptions]) -> None:
         if not options.keys() <= _OPTIONS:
             refuse_unknown(AttentionState.__init__, options)

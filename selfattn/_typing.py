@@ -73,7 +73,7 @@ class PaddedOptions(BatchOptions, total=False):
 
 
 class AttentionOptions(PaddedOptions, total=False):
-    """Options of `attention`."""
+    """Options of `attention` and `explain`."""
 
     q_offset: ArrayLike | None
     layout: Layout

@@ -1,6 +1,7 @@
 #include "bindings/attention.h"
 
 #include <utility>
+#include <vector>
 
 #include "attend.h"
 #include "parallel.h"
@@ -126,6 +127,24 @@ py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_val
   return describe_plan(plan, arguments.num_threads);
 }
 
+// For each query (..., q_len): its position, and the begin and the end of the keys that it may see, before mask and
+// bias. Checks the arguments as `attention` does.
+py::array_t<std::int64_t> visible_keys_of(py::handle q, py::handle k, py::handle v, py::handle option_values) {
+  const Problem problem = make_problem(arguments_of("attention", q, k, v, options_of(option_values)));
+  std::vector<py::ssize_t> shape(problem.batch_shape.extents().begin(), problem.batch_shape.extents().end());
+  shape.insert(shape.end(), {problem.q_len, 3});
+  py::array_t<std::int64_t> found(shape);
+  std::int64_t* next = found.mutable_data();
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    const ValidKeys valid = valid_keys(problem, b);
+    for (std::int64_t query = 0; query < problem.q_len; ++query) {
+      const KeyRange keys = query < problem.queries_of(b) ? visible_keys(query, valid) : KeyRange{0, 0};
+      for (const std::int64_t number : {query + valid.offset, keys.begin, keys.end}) *next++ = number;
+    }
+  }
+  return found;
+}
+
 }  // namespace
 
 void register_attention(py::module_& module) {
@@ -137,6 +156,7 @@ void register_attention(py::module_& module) {
   });
   module.def("check_own_memory", &check_own_memory);
   module.def("explain", &explain);
+  module.def("visible_keys", &visible_keys_of);
 }
 
 }  // namespace selfattn::bindings

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import choice, real, thread_count
-from .._attention import attention
+from .._attention import ONLY_HERE, attention
 from .._backward import Gradients
 from .._cached import attention_with_kvcache
 from .._errors import refusal
@@ -115,7 +115,7 @@ class Group:
         """
         return rows_of("Group.rows", length, order, self.rank, self.size)
 
-    @clean_signature(attention, without=("q_offset", "return_weights", "return_key_mass"))
+    @clean_signature(attention, without=("q_offset", "return_weights", *ONLY_HERE))
     def attention(
         self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, rows: ArrayLike, by: str = "keys", **options: Any
     ) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._arguments import flag, real
-from .._attention import _DEFAULTS
+from .._attention import _DEFAULTS, ONLY_HERE
 from .._attention import attention as _core_attention
 from .._keywords import clean_signature, refuse_unknown
 from ..compat._checks import own_names
@@ -180,7 +180,7 @@ class T5Bias(NamedTuple):
     max_distance: int = 128
 
 
-@clean_signature(_core_attention, without=("out", "return_key_mass"))
+@clean_signature(_core_attention, without=("out", *ONLY_HERE))
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
     """Compute `selfattn.attention` of CPU tensors, differentiably.
 

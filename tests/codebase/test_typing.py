@@ -27,7 +27,7 @@ LAYER_OWN |= {"q_norm", "k_norm"}
 
 # Functions, the dict of their options, and the keywords that each overload spells out.
 OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
-    (sa.attention, _typing.AttentionOptions, {"return_lse", "return_weights", "return_key_mass"}),
+    (sa.attention, _typing.AttentionOptions, {"return_lse", "return_weights", "return_key_mass", "key_indices"}),
     (sa.explain, _typing.ExplainOptions, set()),
     (sa.attention_backward, _typing.GradientOptions, GRADIENTS_OWN),
     (sa.attention_vjp, _typing.VjpOptions, {"wrt"}),

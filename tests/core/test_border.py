@@ -17,6 +17,7 @@ import pytest
 import selfattn as sa
 from selfattn import _cached, _core, _elements, _linear, _typing
 from selfattn._arguments import core_options
+from selfattn._attention import ONLY_HERE
 
 pytestmark = pytest.mark.one_isa
 
@@ -99,7 +100,8 @@ def test_only_options_that_a_cascade_supports_allow_one() -> None:
 
 def test_a_call_passes_options_in_the_order_of_its_signature() -> None:
     taken = list(signature(core_options).parameters.values())[1:]
-    offered = [x for x in signature(sa.attention).parameters.values() if x.kind is x.KEYWORD_ONLY and x.name != "out"]
+    own = ("out", *ONLY_HERE)
+    offered = [x for x in signature(sa.attention).parameters.values() if x.kind is x.KEYWORD_ONLY and x.name not in own]
     assert [(x.name, x.default) for x in taken] == [(x.name, x.default) for x in offered]
 
 
@@ -150,7 +152,7 @@ def test_calls_refuse_other_operands() -> None:
         with pytest.raises(TypeError, match="UnpackedWeights is needed"):
             _core.make_layer(other, _core.LayerNorms(), 1, 1, None)  # type: ignore[arg-type,call-arg]
         with pytest.raises(TypeError, match="UnpackedLinear is needed"):
-            _core.make_linear(other, _core.ACTIVATIONS["none"])  # type: ignore[arg-type]
+            _core.make_linear(other, _core.ACTIVATIONS["none"], _core.PRECISIONS["highest"])  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="FeedForwardWeights is needed"):
             _core.call_feed_forward(other, "f", x, None, None, 1)  # type: ignore[arg-type]
 
@@ -254,7 +256,9 @@ def test_names_have_the_numbers_of_the_core() -> None:
 @pytest.mark.parametrize("number", [-1, 6, 1 << 40, None, "relu", 1.0])
 def test_other_numbers_are_refused(number: Any) -> None:
     with pytest.raises(TypeError, match="is not the number of a choice"):
-        _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), number)
+        _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), number, _core.PRECISIONS["highest"])
+    with pytest.raises(TypeError, match="is not the number of a choice"):
+        _core.make_linear(_core.UnpackedLinear(w=np.eye(2)), _core.ACTIVATIONS["none"], number)
     rows = _core.CacheTokens(rows=np.zeros((1, 1, 1, 1), np.float32), width=1)
     with pytest.raises(TypeError, match="is not the number of a choice"):
         _core.make_cache_store(k=rows, v=rows, dtype=number, window=-1)

@@ -1,0 +1,155 @@
+"""Keys that are chosen by index, compared with a mask that hides all other keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import selfattn as sa
+from selfattn import reference
+
+BFLOAT = np.dtype(ml_dtypes.bfloat16)
+BATCH, HEADS, KV_HEADS, QUERIES, KEYS = 2, 6, 2, 23, 41
+ROUNDING = {"float64": 2.0**-48, "float32": 2.0**-19, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def chosen_mask(indices: Any) -> Any:
+    """Return which keys are chosen, (..., queries, keys)."""
+    mask = np.zeros((*indices.shape[:-1], KEYS + 1), bool)
+    np.put_along_axis(mask, np.asarray(indices, np.int64), True, axis=-1)  # -1 is the last column
+    return mask[..., :KEYS]
+
+
+def per_head(mask: Any) -> Any:
+    return np.repeat(mask, HEADS // KV_HEADS, axis=1) if mask.shape[1] == KV_HEADS else mask
+
+
+def operands(normal: Any, dtype: Any) -> Any:
+    keys, values = (normal(BATCH, KV_HEADS, KEYS, width, dtype=dtype) for width in (16, 5))
+    return normal(BATCH, HEADS, QUERIES, 16, dtype=dtype), keys, values
+
+
+def check(q: Any, k: Any, v: Any, indices: Any, **options: Any) -> None:
+    found, lse = sa.attention(q, k, v, key_indices=indices, return_lse=True, **options)
+    mask = per_head(chosen_mask(indices)) & options.pop("mask", True)
+    exact = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), mask=mask, **options)
+    assert found.dtype == q.dtype
+    assert np.all(abs(found.astype(np.float64) - exact.out) <= ROUNDING[q.dtype.name] * (exact.magnitude + 1e-30))
+    same = np.where(
+        np.isinf(exact.lse), lse == exact.lse, abs(lse - np.where(np.isinf(exact.lse), 0, exact.lse)) < 2e-5
+    )
+    assert same.all()
+
+
+CASES: dict[str, Any] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (7, 2), "q_offset": 5},
+    "lengths": {"kv_lens": np.array([17, 41]), "q_lens": np.array([11, 0])},
+    "starts": {"kv_starts": np.array([3, 41])},
+    "chunk": {"causal": True, "chunk": 7},
+    "prefix": {"causal": True, "prefix_lens": np.array([9, 0])},
+    "sinks": {"sinks": np.linspace(-1, 1, HEADS)},
+    "softcap": {"softcap": 2.0, "scale": 0.7},
+    "alibi": {"alibi_slopes": np.linspace(0.1, 1, HEADS), "causal": True},
+    "alibi per entry": {"alibi_slopes": np.linspace(0.1, 1, 2 * HEADS).reshape(2, HEADS)},
+    "t5": {"t5": sa.T5Bias(np.linspace(-2, 2, 32 * HEADS).reshape(32, HEADS)), "scale": 1.0},
+    "mask": {"mask": np.random.default_rng(1).random((BATCH, 1, QUERIES, KEYS)) < 0.7},
+    "mask per head": {"mask": np.random.default_rng(2).random((HEADS, QUERIES, KEYS)) < 0.5},
+    "bias": {"bias": np.random.default_rng(3).standard_normal((HEADS, 1, KEYS)).astype("f4")},
+}
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT], ids=str)
+@pytest.mark.parametrize("heads", [1, KV_HEADS, HEADS])
+def test_as_with_a_mask(isa: str, rng: Any, normal: Any, dtype: Any, heads: int) -> None:
+    q, k, v = operands(normal, dtype)
+    for n in (1, 3, 40, 90):
+        indices = rng.integers(-1, KEYS, (BATCH, heads, QUERIES, n))
+        check(q, k, v, indices)
+    check(q, k, v, np.full((BATCH, heads, QUERIES, 3), -1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_options(isa: str, rng: Any, normal: Any, case: str) -> None:
+    for dtype in (np.float32, np.float64):
+        q, k, v = operands(normal, dtype)
+        for heads in (1, KV_HEADS, HEADS):
+            check(q, k, v, rng.integers(-1, KEYS, (BATCH, heads, QUERIES, 12), np.int32), **CASES[case])
+
+
+def test_shapes_layouts_and_out(isa: str, rng: Any, normal: Any) -> None:
+    q, k, v = operands(normal, np.float32)
+    indices = rng.integers(-1, KEYS, (1, 1, QUERIES, 9))
+    whole, lse = sa.attention(q, k, v, key_indices=indices, return_lse=True)
+    assert np.array_equal(sa.attention(q, k, v, key_indices=indices[0]), whole)
+    assert np.array_equal(sa.attention(q, k, v, key_indices=indices[0, 0]), whole)
+    assert np.array_equal(
+        sa.attention(q[0], k[0], v[0], key_indices=indices[0, 0].astype(np.uint8 if indices.min() >= 0 else np.int16)),
+        whole[0],
+    )
+    one = sa.attention(q[0, 0], k[0, 0], v[0, 0], key_indices=indices[0, 0], return_lse=True)
+    assert np.allclose(one[0], whole[0, 0], atol=1e-6)
+    assert np.allclose(one[1], lse[0, 0], atol=1e-6)
+    swapped = [x.swapaxes(1, 2) for x in (q, k, v)]
+    assert np.array_equal(sa.attention(*swapped, layout="bshd", key_indices=indices), whole.swapaxes(1, 2))
+    deep = sa.attention(np.stack([q, q]), k, v, key_indices=indices)
+    assert np.array_equal(deep[1], whole)
+    for out in (np.empty_like(whole), np.empty_like(whole)[:, ::-1]):
+        assert sa.attention(q, k, v, key_indices=indices, out=out) is out
+        assert np.array_equal(out, whole)
+    wide = q.copy()
+    same = sa.attention(wide, k, k, key_indices=indices)
+    assert np.array_equal(sa.attention(wide, k, k, key_indices=indices, out=wide), same)
+    for strided in (np.repeat(k, 2, axis=3)[..., ::2], np.asfortranarray(k), k[:, :, ::-1].copy()[:, :, ::-1]):
+        assert np.array_equal(sa.attention(q, strided, v, key_indices=indices), whole)
+    narrow = sa.attention(q, k.astype(np.float16), v.astype(np.float16), key_indices=indices)
+    assert np.allclose(narrow, whole, atol=5e-3)
+    empty = sa.attention(q, k[:, :, :0], v[:, :, :0], key_indices=np.full((QUERIES, 4), -1), return_lse=True)
+    assert not empty[0].any()
+    assert np.all(empty[1] == -np.inf)
+    assert not sa.attention(q, k, v, key_indices=np.empty((QUERIES, 0), int)).any()
+
+
+def test_other_keys_are_not_read(isa: str, rng: Any, normal: Any) -> None:
+    q, k, v = operands(normal, np.float32)
+    indices = rng.integers(0, 20, (QUERIES, 9))
+    found = sa.attention(q, k, v, key_indices=indices)
+    for threads in (1, 2, 3):
+        assert np.array_equal(sa.attention(q, k, v, key_indices=indices[:, ::-1], num_threads=threads), found)
+    k[:, :, 20:], v[:, :, 20:] = np.nan, np.inf
+    assert np.array_equal(sa.attention(q, k, v, key_indices=indices), found)
+    assert np.array_equal(sa.attention(q[1:], k[1:], v[1:], key_indices=indices), found[1:])
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize(
+    ("options", "exception", "message"),
+    [
+        ({"key_indices": np.zeros((QUERIES, 2))}, TypeError, "key_indices has dtype float64, but integers are needed"),
+        ({"key_indices": np.zeros((QUERIES + 1, 2), int)}, ValueError, r"key_indices has shape \(24, 2\), but"),
+        ({"key_indices": np.zeros((5, QUERIES, 2), int)}, ValueError, r"key_indices has shape \(5, 23, 2\), but"),
+        ({"key_indices": np.zeros((3, 1, QUERIES, 2), int)}, ValueError, "key_indices has shape"),
+        ({"key_indices": np.zeros(QUERIES, int)}, ValueError, "key_indices has shape"),
+        ({"key_indices": np.full((QUERIES, 2), KEYS)}, ValueError, "key_indices holds 41, which is outside -1..40"),
+        ({"key_indices": np.full((QUERIES, 2), -2)}, ValueError, "key_indices holds -2, which is outside -1..40"),
+        (
+            {"key_indices": np.full((QUERIES, 2), 1 << 63, np.uint64)},
+            ValueError,
+            "key_indices holds 9223372036854775808",
+        ),
+        ({"dropout": 0.1, "seed": 1}, ValueError, "key_indices cannot be used with dropout"),
+        ({"return_weights": True}, ValueError, "key_indices cannot be used with return_weights"),
+        ({"return_key_mass": True}, ValueError, "key_indices cannot be used with return_key_mass"),
+        ({"mask": np.ones((QUERIES, KEYS + 1), bool)}, ValueError, "attention: mask has shape"),
+        ({"out": np.empty((1, 2), np.float32)}, ValueError, "attention: out has shape"),
+        ({"kv_lens": [KEYS + 1, 0]}, ValueError, "attention: kv_lens holds 42"),
+    ],
+)
+def test_refusals(normal: Any, options: Any, exception: Any, message: str) -> None:
+    q, k, v = operands(normal, np.float32)
+    with pytest.raises(exception, match=message):
+        sa.attention(q, k, v, **({"key_indices": np.zeros((QUERIES, 2), int)} | options))
