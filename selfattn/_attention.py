@@ -44,7 +44,7 @@ def attention(
 @overload
 def attention(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: bool = ..., return_weights: bool = ...,
-    return_key_mass: bool = ..., **options: Unpack[AttentionOptions]
+    return_key_mass: bool = ..., key_indices: ArrayLike | None = ..., **options: Unpack[AttentionOptions]
 ) -> Any: ...
 # fmt: on
 @clean_signature()

@@ -73,7 +73,7 @@ class PaddedOptions(BatchOptions, total=False):
 
 
 class AttentionOptions(PaddedOptions, total=False):
-    """Options of `attention` and `explain`."""
+    """Options of `attention`, except those that no other function has."""
 
     q_offset: ArrayLike | None
     layout: Layout
