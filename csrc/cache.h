@@ -32,6 +32,9 @@ struct Cache {
   TensorView starts;            // first token that each sequence still holds; absent: 0
 };
 
+// Whether values are the first numbers of the keys, in the same memory.
+inline bool shares_rows(const Cache& cache) { return cache.key.tokens.data == cache.value.tokens.data; }
+
 // The arrays of a cache: pages of `page_size` tokens for each head.
 struct CacheStore {
   DType dtype = DType::f32;

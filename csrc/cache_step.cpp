@@ -149,7 +149,7 @@ void CacheStep::check_seen(const char* function, const Problem& problem) const {
 
 void CacheStep::store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const {
   store_tokens(kernels, cache_, cache_.key, keys, token_);
-  store_tokens(kernels, cache_, cache_.value, values, token_);
+  if (!shares_rows(cache_)) store_tokens(kernels, cache_, cache_.value, values, token_);
 }
 
 void CacheStep::claim() const {
@@ -171,7 +171,8 @@ void CacheStep::reorder(const std::int64_t* index) const {
   std::int64_t most = 0;
   for (const TokenRows* rows : arrays) most = std::max(most, used * rows->row);
   const Scratch copy(static_cast<std::size_t>(bytes_of(cache_.batch, most)));  // one head of all sequences
-  for (const TokenRows* rows : arrays)
+  for (const TokenRows* rows : arrays) {
+    if (shares_rows(cache_) && (rows == &cache_.value.tokens || rows == &cache_.value.scales)) continue;
     for (std::int64_t head = 0; rows->data && used > 0 && head < cache_.num_kv_heads; ++head) {
       const auto bytes = static_cast<std::size_t>(used * rows->row);
       const auto at = [&](std::int64_t b) { return rows->data + b * rows->batch + head * rows->head; };
@@ -181,6 +182,7 @@ void CacheStep::reorder(const std::int64_t* index) const {
       for (std::int64_t b = 0; b < cache_.batch; ++b)
         if (index[b] != b) std::memcpy(at(b), kept(b), bytes);
     }
+  }
   for (std::int64_t b = 0; b < cache_.batch; ++b) after_[b] = lengths_[index[b]];
   std::copy_n(starts_, cache_.batch, lengths_);
   for (std::int64_t b = 0; b < cache_.batch; ++b) starts_[b] = lengths_[index[b]];

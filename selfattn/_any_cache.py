@@ -7,16 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import _core
+from ._arguments import as_array
 from ._copying import Copyable
 from ._errors import refusal
+from ._typing import Values
 
 
 class AnyCache(Copyable):
     """Base class of both caches: memory, a lock, and the steps of a call that uses the cache."""
 
     window: int | None
+    head_dim: int
+    value_dim: int
+    values: Values
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -29,8 +35,9 @@ class AnyCache(Copyable):
         return self._store.memory.nbytes
 
     def __repr__(self) -> str:
-        *sizes, window = (f"{name}={getattr(self, name)}" for name in self._made_with)
-        return f"{type(self).__name__}({', '.join(sizes)}, dtype={self._store.name!r}, {window})"
+        *sizes, window, values = (f"{name}={getattr(self, name)!r}" for name in self._made_with)
+        own = "" if self.values == "own" else f", {values}"
+        return f"{type(self).__name__}({', '.join(sizes)}, dtype={self._store.name!r}, {window}{own})"
 
     def _run(self, function: str, sequences: Any, tokens: int, call: Callable[[_core.Step], Any]) -> Any:
         """Run `call`, which appends `tokens` tokens to each sequence and may read the cache.
@@ -44,6 +51,14 @@ class AnyCache(Copyable):
             except BaseException:
                 _core.undo(step)
                 raise
+
+    def _values_of(self, function: str, k: NDArray[Any], v: Any) -> NDArray[Any]:
+        """Return new values as an array; if they are a prefix of the keys, as a view of these."""
+        if self.values == "own":
+            return as_array(function, "v", v)
+        if v is not None:
+            raise refusal(ValueError, function, "v", " is given, but the cache takes it from ", "k", "")
+        return k[..., : self.value_dim] if k.ndim else k
 
     @abstractmethod
     def _step(self, function: str, sequences: Any) -> _core.Step:

@@ -14,8 +14,8 @@ from ._errors import refusal
 from ._keywords import hinted
 from ._ledger import Ledger, header_bytes
 from ._lock import SharedLock
-from ._store import Layout, Store, count, storage_name
-from ._typing import StorageType
+from ._store import Layout, Store, count, storage_name, values_width
+from ._typing import StorageType, Values
 
 
 @hinted
@@ -33,6 +33,9 @@ class KVCache(AnyCache):
     dtype : {"float32", "float16", "bfloat16", "int8", "int4", "float64"} or dtype
         Storage type of the tokens. "int8": int8 codes with a float32 scale per token and head, ``x ≈ code · scale``
         with ``scale = max|x| / 127``. "int4": 32 numbers share 17 bytes, and each row has a scale (see Notes).
+    values : {"own", "prefix"}
+        "prefix": the values are the first value_dim numbers of the keys, and are not stored again, as in DeepSeek's
+        latent attention. `append` and `attention_with_kvcache` then take k only.
     window : int, optional
         The largest distance, in tokens, that any query will look to the left. With a window the cache is a ring:
         sequences grow without limit, and a token is overwritten once no query can see it. At most ``capacity − window``
@@ -45,6 +48,7 @@ class KVCache(AnyCache):
     Attributes
     ----------
     batch, num_kv_heads, head_dim, value_dim, capacity, window : int
+    values : str
     nbytes : int
 
     Raises
@@ -77,7 +81,7 @@ class KVCache(AnyCache):
     array([5, 3])
     """
 
-    _made_with = ("batch", "num_kv_heads", "head_dim", "capacity", "value_dim", "window")
+    _made_with = ("batch", "num_kv_heads", "head_dim", "capacity", "value_dim", "window", "values")
     _made = ("_store", "_lock", "_ledger")
 
     def __init__(
@@ -90,11 +94,12 @@ class KVCache(AnyCache):
         value_dim: int | None = None,
         dtype: StorageType = "float32",
         window: int | None = None,
+        values: Values = "own",
         buffer: Any = None,
     ) -> None:
-        layout = _layout((batch, num_kv_heads, head_dim, capacity), value_dim, dtype, window)
+        layout = _layout((batch, num_kv_heads, head_dim, capacity), value_dim, dtype, window, values)
         self.batch, self.num_kv_heads, self.capacity = layout.pages, layout.heads, layout.slots
-        self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
+        self.head_dim, self.value_dim, self.values = layout.head_dim, layout.value_dim, values
         self.window = window
         self._store = Store("KVCache", layout, window, buffer)
         self._lock = SharedLock()
@@ -134,9 +139,10 @@ class KVCache(AnyCache):
         value_dim: int | None = None,
         dtype: StorageType = "float32",
         window: int | None = None,
+        values: Values = "own",
     ) -> int:
         """Return the bytes that a buffer for such a cache must have."""
-        return _layout((batch, num_kv_heads, head_dim, capacity), value_dim, dtype, window).nbytes()
+        return _layout((batch, num_kv_heads, head_dim, capacity), value_dim, dtype, window, values).nbytes()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -169,21 +175,23 @@ class KVCache(AnyCache):
         """The scales of int8 or int4 values, (batch, num_kv_heads, capacity), or None."""
         return None if self._store.v_scales is None else self._store.view(self._store.v_scales)
 
-    def append(self, k: ArrayLike, v: ArrayLike) -> None:
+    def append(self, k: ArrayLike, v: ArrayLike | None = None) -> None:
         """Append T tokens to every sequence.
 
         Parameters
         ----------
         k : array_like, shape (batch, num_kv_heads, T, head_dim)
         v : array_like, shape (batch, num_kv_heads, T, value_dim)
-            Both in one floating dtype. Tokens are rounded to the storage type (float64 via float32).
+            None if values are a prefix of the keys. Both are in one floating dtype. Tokens are rounded to the storage
+            type (float64 via float32).
 
         Raises
         ------
         ValueError
             The shape is wrong, or there is no room for T tokens. The cache is unchanged.
         """
-        k, v = as_array("append", "k", k), as_array("append", "v", v)
+        k = as_array("append", "k", k)
+        v = self._values_of("append", k, v)
         tokens = k.shape[2] if k.ndim == 4 else 0
         self._run("append", None, tokens, lambda step: _core.append("append", step, k, v))
 
@@ -231,12 +239,12 @@ class KVCache(AnyCache):
         return _core.Step(store=self._store.core, sequences=self._ledger.core)
 
 
-def _layout(sizes: tuple[Any, Any, Any, Any], value_dim: Any, dtype: Any, window: Any) -> Layout:
+def _layout(sizes: tuple[Any, Any, Any, Any], value_dim: Any, dtype: Any, window: Any, values: Any) -> Layout:
     function = "KVCache"
     name = storage_name(function, dtype)
     names = ("batch", "num_kv_heads", "head_dim", "capacity")
     batch, num_kv_heads, head_dim, capacity = (count(function, *size) for size in zip(names, sizes, strict=True))
-    value_dim = head_dim if value_dim is None else count(function, "value_dim", value_dim)
+    value_dim, prefix = values_width(function, head_dim, value_dim, values, name)
     if window is not None and count(function, "window", window, least=0) >= capacity:
         raise refusal(ValueError, function, "window", f" is {window}, but it must be less than the capacity {capacity}")
-    return Layout(name, batch, num_kv_heads, capacity, head_dim, value_dim, header_bytes(batch))
+    return Layout(name, batch, num_kv_heads, capacity, head_dim, value_dim, header_bytes(batch), prefix)

@@ -167,11 +167,13 @@ def attention_with_kvcache(
         raise no_cache(_NAME, cache)
     if type(q) is not np.ndarray or not q.dtype.isnative:
         q = as_array(_NAME, "q", q)
+    if k is not None and (type(k) is not np.ndarray or not k.dtype.isnative):
+        k = as_array(_NAME, "k", k)
+    if cache.values != "own":
+        v = _prefix_of(cache, k, v, rope)
     if (k is None) != (v is None):
         given, absent = ("v", "k") if k is None else ("k", "v")
         raise refusal(ValueError, _NAME, given, " is given without ", absent, "")
-    if k is not None and (type(k) is not np.ndarray or not k.dtype.isnative):
-        k = as_array(_NAME, "k", k)
     if v is not None and (type(v) is not np.ndarray or not v.dtype.isnative):
         v = as_array(_NAME, "v", v)
     options = core_options(  # by position, see `attention`
@@ -200,6 +202,13 @@ def attention_with_kvcache(
         return _core.attend_cache(_NAME, step, inputs, out, options)
 
     return cache._run(_NAME, sequences, appended, attend)
+
+
+def _prefix_of(cache: AnyCache, k: Any, v: Any, rope: Any) -> Any:
+    """Return the new values of a cache that takes them from the new keys."""
+    if rope is not None:
+        raise refusal(ValueError, _NAME, "rope", " is given, but values are a part of keys: rotate q and k before")
+    return v if k is None else cache._values_of(_NAME, k, v)
 
 
 _WITH_CASCADE = {

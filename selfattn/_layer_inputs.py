@@ -20,6 +20,8 @@ def check_with_cache(function: str, cache: Any, context: Any, options: dict[str,
     """Raise if `cache` is not a cache, or if another argument sets what the cache determines."""
     if not isinstance(cache, AnyCache):
         raise no_cache(function, cache)
+    if cache.values != "own":
+        raise refusal(ValueError, function, "cache", " takes its values from the keys, but a layer computes both")
     if context is not None:
         raise refusal(
             ValueError, function, "context", " and ", "cache", " are given, but a cache holds the keys of ", "x", ""

@@ -69,5 +69,6 @@ class Ledger:
 
 def _description(layout: Layout, window: int) -> tuple[int, ...]:
     magic, kind = (int.from_bytes(text.ljust(8, b"\0"), "little") for text in (b"selfattn", layout.name.encode()))
-    sizes = (layout.pages, layout.heads, layout.head_dim, layout.value_dim, layout.slots)
+    value_dim = -layout.value_dim if layout.prefix else layout.value_dim
+    sizes = (layout.pages, layout.heads, layout.head_dim, value_dim, layout.slots)
     return (magic, _VERSION, *sizes, kind, window)

@@ -14,8 +14,8 @@ from ._arguments import as_array, integers
 from ._errors import refusal
 from ._keywords import hinted
 from ._lock import SharedLock
-from ._store import Layout, Store, count, storage_name
-from ._typing import StorageType
+from ._store import Layout, Store, count, storage_name, values_width
+from ._typing import StorageType, Values
 
 
 @hinted
@@ -35,6 +35,9 @@ class PagedKVCache(AnyCache):
         Size of v's heads; default head_dim.
     dtype : {"float32", "float16", "bfloat16", "int8", "int4", "float64"} or dtype
         Storage type of the tokens, see `KVCache`.
+    values : {"own", "prefix"}
+        "prefix": the values are the first value_dim numbers of the keys, and are not stored again, as in DeepSeek's
+        latent attention. `append` and `attention_with_kvcache` then take k only.
     window : int, optional
         The largest distance, in tokens, that any query will look to the left. Appending releases the pages that no
         query can see any more.
@@ -45,6 +48,7 @@ class PagedKVCache(AnyCache):
     Attributes
     ----------
     num_pages, page_size, num_kv_heads, head_dim, value_dim, window : int
+    values : str
     nbytes : int
 
     Raises
@@ -73,7 +77,7 @@ class PagedKVCache(AnyCache):
     97
     """
 
-    _made_with = ("num_pages", "page_size", "num_kv_heads", "head_dim", "value_dim", "window")
+    _made_with = ("num_pages", "page_size", "num_kv_heads", "head_dim", "value_dim", "window", "values")
     _made = ("_store", "_lock", "_pool")
 
     def __init__(
@@ -86,11 +90,12 @@ class PagedKVCache(AnyCache):
         value_dim: int | None = None,
         dtype: StorageType = "float32",
         window: int | None = None,
+        values: Values = "own",
         buffer: Any = None,
     ) -> None:
-        layout = _layout(num_pages, page_size, num_kv_heads, head_dim, value_dim, dtype)
+        layout = _layout((num_pages, page_size, num_kv_heads, head_dim), value_dim, dtype, values)
         self.num_pages, self.num_kv_heads, self.page_size = layout.pages, layout.heads, layout.slots
-        self.head_dim, self.value_dim = layout.head_dim, layout.value_dim
+        self.head_dim, self.value_dim, self.values = layout.head_dim, layout.value_dim, values
         self.window = None if window is None else count("PagedKVCache", "window", window, least=0)
         self._store = Store("PagedKVCache", layout, self.window, buffer)
         self._lock = SharedLock()
@@ -150,9 +155,10 @@ class PagedKVCache(AnyCache):
         value_dim: int | None = None,
         dtype: StorageType = "float32",
         window: int | None = None,
+        values: Values = "own",
     ) -> int:
         """Return the bytes that a buffer for such a cache must have; the window does not matter."""
-        return _layout(num_pages, page_size, num_kv_heads, head_dim, value_dim, dtype).nbytes()
+        return _layout((num_pages, page_size, num_kv_heads, head_dim), value_dim, dtype, values).nbytes()
 
     @property
     def num_free_pages(self) -> int:
@@ -173,7 +179,7 @@ class PagedKVCache(AnyCache):
         """Return how many tokens a sequence has."""
         return _core.length_of(self._pool, _id("length", sequence))
 
-    def append(self, sequence: int, k: ArrayLike, v: ArrayLike) -> None:
+    def append(self, sequence: int, k: ArrayLike, v: ArrayLike | None = None) -> None:
         """Append T tokens to a sequence.
 
         Parameters
@@ -181,14 +187,16 @@ class PagedKVCache(AnyCache):
         sequence : int
         k : array_like, shape (num_kv_heads, T, head_dim)
         v : array_like, shape (num_kv_heads, T, value_dim)
-            Both in one floating dtype. Tokens are rounded to the storage type.
+            None if values are a prefix of the keys. Both are in one floating dtype. Tokens are rounded to the storage
+            type.
 
         Raises
         ------
         MemoryError
             There are not enough free pages. This error, like any other, leaves all sequences unchanged.
         """
-        k, v = (as_array("append", name, x) for name, x in (("k", k), ("v", v)))
+        k = as_array("append", "k", k)
+        v = self._values_of("append", k, v)
         tokens = k.shape[1] if k.ndim == 3 else 0
         self._run("append", (sequence,), tokens, lambda step: _core.append("append", step, k, v))
 
@@ -235,10 +243,10 @@ def _ids(function: str, sequences: Any) -> list[int]:
     return ids.tolist()  # type: ignore[no-any-return]
 
 
-def _layout(num_pages: Any, page_size: Any, num_kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any) -> Layout:
+def _layout(sizes: tuple[Any, Any, Any, Any], value_dim: Any, dtype: Any, values: Any) -> Layout:
     function = "PagedKVCache"
     name = storage_name(function, dtype)
-    pages, size = count(function, "num_pages", num_pages), count(function, "page_size", page_size)
-    heads, width = count(function, "num_kv_heads", num_kv_heads), count(function, "head_dim", head_dim)
-    value_width = width if value_dim is None else count(function, "value_dim", value_dim)
-    return Layout(name, pages, heads, size, width, value_width)
+    names = ("num_pages", "page_size", "num_kv_heads", "head_dim")
+    pages, size, heads, width = (count(function, *given) for given in zip(names, sizes, strict=True))
+    value_width, prefix = values_width(function, width, value_dim, values, name)
+    return Layout(name, pages, heads, size, width, value_width, prefix=prefix)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arguments import integer_in
+from ._arguments import choice, integer_in
 from ._elements import ELEMENT_TYPES
 from ._errors import refusal
 
@@ -26,6 +26,20 @@ def storage_name(function: str, dtype: Any) -> str:
     if name not in ELEMENT_TYPES:
         raise refusal(TypeError, function, "dtype", f" is {name}, but {', '.join(ELEMENT_TYPES)} are accepted")
     return name
+
+
+def values_width(function: str, head_dim: int, value_dim: Any, values: Any, dtype: str) -> tuple[int, bool]:
+    """Return the checked size of v's heads, and whether values are a prefix of the keys."""
+    choice(function, "values", values, ("own", "prefix"))
+    width = head_dim if value_dim is None else count(function, "value_dim", value_dim)
+    prefix = values == "prefix"
+    elements = ELEMENT_TYPES[dtype].elements
+    if prefix and (width > head_dim or width % elements):
+        rule = f"at most head_dim = {head_dim}" + (
+            f", and a multiple of {elements} for {dtype}" if elements > 1 else ""
+        )
+        raise refusal(ValueError, function, "value_dim", f" is {width}, but as a prefix of the keys it must be {rule}")
+    return width, prefix
 
 
 def count(function: str, name: str, value: Any, least: int = 1) -> int:
@@ -44,9 +58,10 @@ class Layout:
     head_dim: int
     value_dim: int
     header_bytes: int = 0
+    prefix: bool = False  # values are the first value_dim numbers of keys
 
     def arrays(self) -> list[tuple[int, Any, tuple[int, ...]]]:
-        """Return (offset, type, shape) of k, v and, for codes, their scales."""
+        """Return (offset, type, shape) of k, v and, for codes, their scales; without v if it is a prefix of k."""
         stored = ELEMENT_TYPES[self.name]
         memory_type = np.dtype(stored.memory)
         rows = (self.pages, self.heads, self.slots)
@@ -55,6 +70,8 @@ class Layout:
         ]
         if stored.codes:
             wanted += [(np.dtype(np.float32), rows)] * 2
+        if self.prefix:
+            wanted = wanted[::2]
         found, offset = [], _aligned(self.header_bytes)
         for kind, shape in wanted:
             found.append((offset, kind, shape))
@@ -74,14 +91,18 @@ class Store:
         self.name = layout.name
         self.memory = _memory(function, layout.nbytes(), buffer)
         arrays = [np.ndarray(shape, kind, self.memory.data, offset) for offset, kind, shape in layout.arrays()]
+        self._arrays = arrays
+        stored = ELEMENT_TYPES[layout.name]
         self.k: NDArray[Any] = arrays[0]
-        self.v: NDArray[Any] = arrays[1]
-        self.k_scales: NDArray[np.float32] | None = arrays[2] if len(arrays) > 2 else None
-        self.v_scales: NDArray[np.float32] | None = arrays[3] if len(arrays) > 2 else None
+        self.v: NDArray[Any] = arrays[0][..., : stored.words(layout.value_dim)] if layout.prefix else arrays[1]
+        self.k_scales: NDArray[np.float32] | None = None
+        self.v_scales: NDArray[np.float32] | None = None
+        if stored.codes:
+            self.k_scales, self.v_scales = arrays[1 if layout.prefix else 2], arrays[-1]
         self.core = _core.make_cache_store(
             k=_core.CacheTokens(rows=self.k, scales=self.k_scales, width=layout.head_dim),
             v=_core.CacheTokens(rows=self.v, scales=self.v_scales, width=layout.value_dim),
-            dtype=ELEMENT_TYPES[layout.name].number,
+            dtype=stored.number,
             window=-1 if window is None else int(window),
         )
 
@@ -95,8 +116,7 @@ class Store:
 
     def arrays(self) -> list[NDArray[Any]]:
         """Return all arrays that hold tokens, each (pages, heads, slots, ...)."""
-        scales = (self.k_scales, self.v_scales)
-        return [self.k, self.v, *(x for x in scales if x is not None)]
+        return list(self._arrays)
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a read-only view in the dtype that users see; of words with several elements, their bytes."""

@@ -25,6 +25,7 @@ No = Literal[False]
 Layout = Literal["bhsd", "bshd"]
 Precision = Literal["highest", "high", "medium"]
 Window = tuple[int | None, int | None]
+Values = Literal["own", "prefix"]
 StorageType = (
     Literal["float32", "float16", "bfloat16", "int8", "int4", "float64"]
     | np.dtype[Any]

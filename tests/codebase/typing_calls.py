@@ -117,7 +117,7 @@ def caches(x: Array) -> None:
     sa.KVCache.buffer_size(1, 2, 8, 10, dtype="int7")  # type: ignore[arg-type]
     cache.no_such_method()  # type: ignore[attr-defined]
     cache.batch = "three"  # type: ignore[assignment]
-    cache.append(x)  # type: ignore[call-arg]
+    cache.append()  # type: ignore[call-arg]
 
 
 def paged(x: Array) -> None:
