@@ -50,6 +50,7 @@ class Block:
         """Return a cache for `capacity` tokens, `chunk` of which come at once; a window needs only a ring of them."""
         layer = self.attention
         options: dict[str, Any] = {"capacity": capacity, "value_dim": layer.value_dim, "dtype": dtype}
+        options["values"] = getattr(layer, "values", "own")
         if self.window is not None and self.window + chunk < capacity:
             options |= {"capacity": self.window + chunk, "window": self.window}
         return sa.KVCache(batch, layer.num_kv_heads, layer.head_dim, **options)
