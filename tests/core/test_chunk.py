@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import selfattn as sa
-from selfattn import reference
+from selfattn import _core, reference
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -97,3 +97,14 @@ def test_errors(normal: Any, chunk: Any, error: type[Exception], message: str) -
         sa.attention(q, q, q, chunk=chunk)
     with pytest.raises(ValueError, match="kv_lens holds 3, which is less than the 5 queries"):
         sa.attention(q[None], q[None], q[None], chunk=2, kv_lens=[3])
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("chunk", [-1, (1 << 60) + 1])
+def test_the_core_checks_what_other_callers_pass(normal: Any, chunk: int) -> None:
+    """XLA's handlers, for example, pass numbers that no Python function has checked."""
+    q = normal(2, 5, 8)
+    options = _core.Options()
+    options.chunk = chunk
+    with pytest.raises(ValueError, match=f"attention: chunk is {chunk}, but it must be in 1..{1 << 60}"):
+        _core.attention(q, q, q, None, options)

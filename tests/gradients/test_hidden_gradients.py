@@ -11,7 +11,7 @@ import pytest
 import selfattn as sa
 from selfattn import reference
 
-pytestmark = pytest.mark.dtypes("float32", "float64")
+pytestmark = [pytest.mark.dtypes("float32", "float64"), pytest.mark.matrix]
 
 # Some instruction sets multiply bfloat16 in pairs of keys or of rows, one of which may be hidden.
 BOTH = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])

@@ -11,6 +11,8 @@ from gradient_bounds import Comparison, check, multiplies_pairs
 
 import selfattn as sa
 
+pytestmark = pytest.mark.matrix
+
 NARROW = pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 
 

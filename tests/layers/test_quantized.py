@@ -11,6 +11,8 @@ import pytest
 
 import selfattn as sa
 
+pytestmark = pytest.mark.matrix
+
 
 def widened(weights: sa.QuantizedWeights) -> Any:
     codes = weights.codes.astype(np.float64).reshape(len(weights.scales), -1, weights.codes.shape[1])

@@ -38,6 +38,8 @@ class Mutant:
             return "changes nothing"
         if len(self._modules(ROOT)) != 1:
             return f"{len(self._modules(ROOT))} test modules instead of one are called {self.first}"
+        if self.matrix and "mark.matrix" not in self.module(ROOT).read_text(encoding="utf8"):
+            return f"no test of {self.first} is marked `matrix`"
         return "" if count == 1 else f"{self.file} holds {count} times, instead of once: {self.old}"
 
 
