@@ -142,7 +142,8 @@ def attention(
         Also return the attention weights, which needs memory for Sq × Sk numbers per head.
     return_key_mass : bool, default False
         Also return what each key receives: the sum over the queries of its attention weights, without storing these.
-        The weights are computed a second time for it. For the last n queries only, pass ``q[..., -n:, :]``.
+        The weights are computed a second time for it, as in a backward pass; docs/numerics.md says how exactly. For
+        the last n queries only, pass ``q[..., -n:, :]``.
     out : ndarray, optional
         Array for the result, with exactly the result's shape and dtype, and any strides. May overlap with an input.
     precision : {"highest", "high", "medium"}

@@ -38,9 +38,9 @@ def attend_to_chosen(arrays: Arrays, key_indices: ArrayLike, out: NDArray[Any] |
         for heads, kv_heads, own in _groups(indices[entry], q.shape[-3], k.shape[-3]):
             chosen = _Chosen(own, ranges[entry][:, 1:])
             part = (q[entry][heads], k[entry][kv_heads], v[entry][kv_heads])
-            own_options = _for_heads(options, heads, terms.at(entry, heads, chosen), q.dtype)
-            found = _attend(part, chosen, own_options)
-            result[entry][heads], lse[entry][heads] = found
+            added, omitted = terms.at(entry, heads, chosen)
+            found, found_lse = _attend(part, chosen, _for_heads(options, heads, added, q.dtype))
+            result[entry][heads], lse[entry][heads] = found, found_lse - omitted
     result = _in_layout(result, flat, options)
     if out is not None:
         out[...] = result
@@ -119,11 +119,13 @@ class _Chosen:
         keys[~kept] = beyond
         if not kept.all():
             keys.sort(axis=-1)
-        self.lengths = kept.sum(axis=-1)
+        self.lengths = np.ascontiguousarray(kept.sum(axis=-1))
         keys = keys[:, : max(int(self.lengths.max(initial=0)), 1)]
-        self.keys: NDArray[np.int32] = np.where(keys == beyond, 0, keys).astype(np.int32)
+        self.named = keys != beyond
+        # The core reads the keys of one query after another.
+        self.keys: NDArray[np.int32] = np.ascontiguousarray(np.where(self.named, keys, 0), np.int32)
         if not self.keys.shape[1]:
-            self.keys = np.zeros((len(self.keys), 1), np.int32)
+            self.keys, self.named = np.zeros((len(keys), 1), np.int32), np.zeros((len(keys), 1), bool)
 
 
 class _Terms:
@@ -137,15 +139,26 @@ class _Terms:
         slopes = options.alibi_slopes
         self.slopes = None if slopes is None else np.broadcast_to(slopes, shape[:-2])
 
-    def at(self, entry: tuple[int, ...], heads: slice, chosen: _Chosen) -> NDArray[Any] | None:
-        """Return the terms of some heads of a batch entry, (queries, heads, 1, keys), or None."""
+    def at(self, entry: tuple[int, ...], heads: slice, chosen: _Chosen) -> tuple[NDArray[Any] | None, Any]:
+        """Return the terms of some heads of a batch entry, (queries, heads, 1, keys), or None; and what is omitted.
+
+        Terms are rounded to the type of computation. So ALiBi omits what a row's terms have in common, (heads,
+        queries), which only lse depends on. With sinks, which get no terms, nothing is omitted.
+        """
+        omitted: Any = 0.0
         options, keys = self.options, chosen.keys[None].astype(np.int64)  # (1, queries, keys)
         terms: Any = None
         if self.bias is not None:
             terms = np.take_along_axis(self.bias[entry][heads], keys, axis=-1).astype(np.float64)
         distances = self.positions[entry][None, :, None] - keys
         if self.slopes is not None:
-            terms = -self.slopes[entry][heads][:, None, None] * abs(distances) + (0 if terms is None else terms)
+            far = np.where(chosen.named, abs(distances), np.iinfo(np.int64).max)
+            least = np.where(chosen.named.any(axis=-1), far.min(axis=-1), 0)
+            if options.sinks is not None:
+                least[...] = 0
+            slopes = self.slopes[entry][heads][:, None]
+            omitted = slopes * least
+            terms = -slopes[..., None] * (abs(distances) - least[..., None]) + (0 if terms is None else terms)
         if options.distance_bias is not None:
             table = np.atleast_2d(options.distance_bias)
             columns = np.clip(distances + options.distance_origin, 0, table.shape[1] - 1)
@@ -154,7 +167,7 @@ class _Terms:
         if self.mask is not None:
             seen = np.take_along_axis(self.mask[entry][heads], keys, axis=-1)
             terms = np.where(seen, 0.0 if terms is None else terms, -np.inf)
-        return None if terms is None else terms.swapaxes(0, 1)[:, :, None]
+        return None if terms is None else terms.swapaxes(0, 1)[:, :, None], omitted
 
 
 class _Tokens(NamedTuple):
@@ -183,7 +196,9 @@ def _for_heads(options: _core.Options, heads: slice, terms: NDArray[Any] | None,
     if options.sinks is not None:
         own.sinks = options.sinks[heads]
     if terms is not None:
-        own.bias = terms.astype(computed_in(dtype))
+        computed = computed_in(dtype)
+        most = np.finfo(computed).max / 2  # finite biases are clamped to it, as in the core
+        own.bias = np.where(np.isinf(terms), terms, np.clip(terms, -most, most)).astype(computed)
     own.return_lse = True
     return own
 

@@ -9,32 +9,34 @@ from numpy.typing import NDArray
 
 from . import _core
 
+Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
-def attend_with_key_mass(
-    arrays: tuple[NDArray[Any], NDArray[Any], NDArray[Any]], out: NDArray[Any] | None, options: _core.Options
-) -> Any:
+
+def attend_with_key_mass(arrays: Arrays, out: NDArray[Any] | None, options: _core.Options) -> Any:
     """Return the results of `attention` for these options, and the key mass as the last of them."""
     asked = options.copy()
-    asked.return_lse = True
-    others = [array for name in _core.ARRAY_OPTIONS if (array := getattr(options, name)) is not None]
-    target = out
-    if out is not None and any(np.may_share_memory(out, array) for array in (*arrays, *others)):
-        target = np.empty_like(out)  # the operands are read again after the first pass
-    result, lse, *weights = _core.attention(*arrays, target, asked)
-    mass = _received(arrays[0], arrays[1], lse, options)
-    if out is not None and out is not target:
+    # A lse in float64: an error of lse is a factor of all weights of a row.
+    asked.return_lse = asked.exact = True
+    exact, lse, *weights = _core.attention(*arrays, None, asked)
+    result = exact.astype(arrays[0].dtype, copy=False)
+    if out is not None:
+        _core.check_out("attention", out, result, "q")
+    mass = _received(arrays, lse, options)
+    if out is not None:  # only now, since it may be one of the operands
         out[...] = result
         result = out
-    return (result, *([lse] if options.return_lse else []), *weights, mass)
+    wanted = [lse.astype(exact.dtype)] if options.return_lse else []
+    return (result, *wanted, *weights, mass)
 
 
-def _received(q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any], options: _core.Options) -> NDArray[Any]:
+def _received(arrays: Arrays, lse: NDArray[np.float64], options: _core.Options) -> NDArray[Any]:
     """Sum the weights of each query head over the queries, one block of weights at a time.
 
     The gradient of the values is Pᵀ · grad_out, where P are the weights. So if values have one dim per head of a group,
     and the gradient of out is 1 in the dim of its head and 0 in the others, the gradient of the values is the key mass.
     """
-    flat = q.ndim == 2
+    q, k, v = arrays
+    flat = lse.ndim == 1
     heads_first = options.layout != _core.LAYOUTS["bshd"]
     heads, kv_heads = (1, 1) if flat else (x.shape[-3 if heads_first else -2] for x in (q, k))
     group = heads // kv_heads
@@ -44,7 +46,7 @@ def _received(q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any], options: _cor
     shape = (rows, group) if flat else (*batch, heads, rows, group) if heads_first else (*batch, rows, heads, group)
     if heads_first and not flat:
         own = own[:, None]
-    values = np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], group))
+    values = np.broadcast_to(np.zeros((), k.dtype), (*v.shape[:-1], group))
     given = _core.GradientInputs(
         grad_out=np.broadcast_to(own, shape), out=np.broadcast_to(np.zeros((), q.dtype), shape), lse=lse
     )

@@ -114,6 +114,29 @@ def test_shapes_layouts_and_out(isa: str, rng: Any, normal: Any) -> None:
     assert not sa.attention(q, k, v, key_indices=np.empty((QUERIES, 0), int)).any()
 
 
+def test_indices_with_any_strides(isa: str, rng: Any, normal: Any) -> None:
+    q, k, v = operands(normal, np.float32)
+    indices = rng.integers(-1, KEYS, (QUERIES, 12))
+    found = sa.attention(q, k, v, key_indices=indices)
+    for other in (np.asfortranarray(indices), np.ascontiguousarray(indices.T).T, np.repeat(indices, 2, axis=1)[:, ::2]):
+        assert np.array_equal(sa.attention(q, k, v, key_indices=other), found)
+    check(q, k, v, np.broadcast_to(np.arange(0, KEYS, 3), (BATCH, 1, QUERIES, 14)))
+
+
+def test_large_terms(isa: str, rng: Any, normal: Any) -> None:
+    """ALiBi's distances are measured from the nearest chosen key; finite biases are clamped."""
+    q, k, v = operands(normal, np.float32)
+    indices = rng.integers(-1, KEYS, (BATCH, 1, QUERIES, 12))
+    for offset in (10**4, 10**8):
+        options = {"alibi_slopes": np.linspace(0.1, 1, HEADS), "q_offset": offset}
+        found = sa.attention(q, k, v, key_indices=indices, **options)
+        assert np.allclose(found, sa.attention(q, k, v, mask=per_head(chosen_mask(indices)), **options), atol=1e-5)
+    for bias in (-1e300, 1e300):
+        found = sa.attention(q, k, v, key_indices=indices, bias=np.full((1, 1), bias))
+        plain = sa.attention(q, k, v, mask=per_head(chosen_mask(indices)), bias=np.full((1, 1), bias))
+        assert np.allclose(found, plain, atol=1e-5)
+
+
 def test_other_keys_are_not_read(isa: str, rng: Any, normal: Any) -> None:
     q, k, v = operands(normal, np.float32)
     indices = rng.integers(0, 20, (QUERIES, 9))

@@ -114,11 +114,31 @@ def test_bits_and_hidden_keys(isa: str, normal: Any) -> None:
     assert np.array_equal(sa.attention(q, k, k, kv_lens=lens, return_key_mass=True)[-1], clean)
 
 
+def test_large_scores(isa: str, normal: Any) -> None:
+    """An error of lse would be a factor of all weights of a row."""
+    q, k = normal(1, 4, 30, 8), normal(1, 2, 40, 8)
+    for options in (
+        {"bias": np.full((1, 1), -1e5, np.float32)},
+        {"alibi_slopes": np.full(4, 0.5), "q_offset": 100_000},
+    ):
+        _, weights, mass = sa.attention(q, k, k, return_weights=True, return_key_mass=True, **options)
+        assert np.allclose(mass, weights.sum(axis=-2), rtol=1e-4)
+
+
+def test_values_with_a_larger_batch(isa: str, normal: Any) -> None:
+    q, k, v = normal(1, 4, 5, 8), normal(1, 2, 9, 8), normal(3, 2, 9, 4)
+    mass = sa.attention(q, k, v, return_key_mass=True)[1]
+    assert mass.shape == (3, 4, 9)
+    assert np.allclose(mass, expected(q, k, k), rtol=1e-5)
+
+
 @pytest.mark.one_isa
 def test_refusals(normal: Any) -> None:
     q = normal(2, 3, 8)
     with pytest.raises(TypeError, match="attention: return_key_mass is 1"):
         sa.attention(q, q, q, return_key_mass=1)
+    with pytest.raises(ValueError, match="attention: out has shape"):
+        sa.attention(q, q, q, return_key_mass=True, out=q[:1].copy())
     for call in (sa.attention_vjp, sa.explain):
         with pytest.raises(TypeError, match="unexpected keyword argument 'return_key_mass'"):
             call(q, q, q, return_key_mass=True)
