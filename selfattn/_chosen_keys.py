@@ -15,6 +15,7 @@ from ._errors import refusal
 
 _NAME = "attention"
 _REFUSED = ("return_weights", "dropout")
+_MOST_KEYS = np.iinfo(np.int32).max  # by which pages are numbered
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
@@ -72,6 +73,10 @@ def _user_shape(result: NDArray[Any], flat: bool, options: _core.Options) -> tup
 def _checked(given: ArrayLike, wanted: tuple[int, ...], keys: tuple[int, ...], flat: bool) -> NDArray[np.int64]:
     """Return the indices with the axes (*batch, 1, KV heads or heads, queries, n)."""
     kv_heads, kv_len = keys
+    if kv_len > _MOST_KEYS:
+        raise refusal(
+            ValueError, _NAME, "k", f" has {kv_len} keys, but ", "key_indices", f" needs at most {_MOST_KEYS}"
+        )
     array = as_array(_NAME, "key_indices", given)
     if array.dtype.kind not in "iu":
         raise refusal(TypeError, _NAME, "key_indices", f" has dtype {array.dtype}, but integers are needed")
@@ -112,7 +117,7 @@ class _Chosen:
     """The chosen keys that each query sees: ascending, each once, at the start of its row of `keys`."""
 
     def __init__(self, indices: NDArray[Any], ranges: NDArray[np.int64]) -> None:
-        beyond = np.int64(np.iinfo(np.int32).max)
+        beyond = np.int64(_MOST_KEYS)  # no key has this index
         keys = np.sort(indices.astype(np.int64), axis=-1)
         kept = (keys >= ranges[:, :1]) & (keys < ranges[:, 1:])
         kept[:, 1:] &= keys[:, 1:] != keys[:, :-1]

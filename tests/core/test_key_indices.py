@@ -149,6 +149,13 @@ def test_other_keys_are_not_read(isa: str, rng: Any, normal: Any) -> None:
 
 
 @pytest.mark.one_isa
+def test_more_keys_than_pages_can_be_numbered(normal: Any) -> None:
+    k = np.broadcast_to(np.zeros((1, 1, 4), np.float32), (1, 1 << 31, 4))
+    with pytest.raises(ValueError, match=f"attention: k has {1 << 31} keys, but key_indices needs at most"):
+        sa.attention(normal(1, 2, 4), k, k, key_indices=np.zeros((2, 3), int))
+
+
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("options", "exception", "message"),
     [
