@@ -285,7 +285,7 @@ def test_what_is_wrong_is_named(folder: Path, llm: Any, tmp_path: Path, capsys: 
         (copy(model_type="gpt2"),): "model_type 'gpt2' is none of llama, mistral, qwen2, qwen3, ",
         (copy(hidden_activation="swish"),): "activation 'swish' is none of silu, gelu, gelu_pytorch_tanh, relu",
         (copy(layer_types=["mamba"] * 3),): "but 3 of full_attention and sliding_attention are needed",
-        (copy(model_type="deepseek_v3"),): "v_head_dim is missing in config.json",
+        (copy(model_type="deepseek_v3"),): "kv_lora_rank is missing in config.json",
         (copy(num_hidden_layers=4),): "but 4 of full_attention and sliding_attention are needed",
         (copy(num_hidden_layers=4, layer_types=None),): "the weight model.layers.3.input_layernorm.weight is missing",
         (str(folder), ""): "the prompt has 0 tokens",
