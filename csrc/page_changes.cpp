@@ -41,6 +41,11 @@ void KeptTokens::put_back() const {
     copy_rows({kept.first, kept.stride, 1}, {copies_.data() + kept.copy, kept.bytes, 1}, kept.count, kept.bytes, 1);
 }
 
+void KeptTokens::clear() {
+  kept_.clear();
+  copies_.clear();
+}
+
 void PageChanges::claim(const CacheStore& store) {
   for (const PagedSequence& sequence : sequences_) {
     const std::int64_t first = *sequence.length, end = first + tokens_;

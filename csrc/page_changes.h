@@ -24,6 +24,7 @@ class KeptTokens {
  public:
   void keep(const CacheStore& store, std::int64_t page, std::int64_t first_slot, std::int64_t count);
   void put_back() const;  // cannot fail
+  void clear();
 
  private:
   struct Slots {  // of one head
@@ -62,7 +63,7 @@ class PageChanges {
   virtual void exchange_back() {}
 
   std::vector<PagedSequence> sequences_;
-  const std::int64_t tokens_;  // that the call appends to each sequence
+  std::int64_t tokens_;  // that the call appends to each sequence
   KeptTokens kept_;
 };
 

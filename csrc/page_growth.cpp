@@ -8,13 +8,27 @@
 
 namespace selfattn {
 
-PageGrowth::PageGrowth(PagePool& pool, const Call& call) : PageChanges({}, call.tokens), pool_(pool) {
+void PageGrowth::begin(const Call& call) {
+  clear();
+  tokens_ = call.tokens;
   find_rows(call);
   if (call.tokens != 0) plan(call);
   const std::int32_t* fresh = gained_.data();
   sequences_.reserve(rows_.size());
   for (std::size_t b = 0; b < rows_.size(); ++b) extend(b, fresh);
   for (const Copy& copy : copies_) lost_.push_back(copy.from);
+}
+
+void PageGrowth::clear() {
+  sequences_.clear();
+  kept_.clear();
+  rows_.clear();
+  skipped_.clear();
+  copied_.clear();
+  taken_ = 0;
+  for (auto* pages : {&gained_, &lost_, &reused_}) pages->clear();
+  copies_.clear();
+  replaced_.clear();
 }
 
 void PageGrowth::find_rows(const Call& call) {
@@ -116,6 +130,7 @@ void PageGrowth::extend(std::size_t b, const std::int32_t*& fresh) {
     pages->back() = *fresh++;
   }
   const std::int64_t more = pool_.runs(row.length + tokens_) - pool_.runs(row.length);
+  if (more > 0) pages->reserve(32);  // so that the list of a short sequence is allocated once
   pages->insert(pages->end(), fresh, fresh + more);
   fresh += more;
   sequences_.push_back({pages->data(), static_cast<std::int64_t>(pages->size()), start, &row.length});

@@ -20,9 +20,11 @@ class PageGrowth : public PageChanges {
     std::int64_t tokens;
     std::int64_t window;  // -1: none
   };
-  // Throws std::invalid_argument for sequences that are not live or are named twice, and MemoryRefusal if there are not
-  // enough pages. The pool must outlive this object.
-  PageGrowth(PagePool& pool, const Call& call);
+  explicit PageGrowth(PagePool& pool) : PageChanges({}), pool_(pool) {}  // the pool must outlive this object
+  // Makes this object that of another call, in the memory that it has. Throws std::invalid_argument for sequences that
+  // are not live or are named twice, and MemoryRefusal if there are not enough pages.
+  void begin(const Call& call);
+  const PagePool& pool() const { return pool_; }
   void claim(const CacheStore& store) override;
 
  private:
@@ -36,6 +38,7 @@ class PageGrowth : public PageChanges {
     std::int32_t from, to;
   };
 
+  void clear();
   void find_rows(const Call& call);
   void plan(const Call& call);
   std::int64_t unseen(const PagePool::Row& row, std::int64_t window) const;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ class AnyCache(Copyable):
     head_dim: int
     value_dim: int
     values: Values
+    _idle: deque[_core.Step]  # of calls that have returned; a list would allocate memory for each of them
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -47,7 +49,9 @@ class AnyCache(Copyable):
         with self._lock.writing if tokens else self._lock.reading:
             step = self._step(function, sequences)
             try:
-                return call(step)
+                result = call(step)
+                self._idle.append(step)
+                return result
             except BaseException:
                 _core.undo(step)
                 raise
@@ -63,6 +67,15 @@ class AnyCache(Copyable):
     @abstractmethod
     def _step(self, function: str, sequences: Any) -> _core.Step:
         """Describe one call on these sequences to the core."""
+
+    def _step_on(self, sequences: Any, ids: list[int] | None = None) -> _core.Step:
+        """Return a step for the core's description of the sequences: one of an earlier call, for its memory, or new."""
+        try:
+            step = self._idle.pop()
+        except IndexError:
+            return _core.Step(store=self._store.core, sequences=sequences, ids=ids)
+        _core.renew(step, ids)
+        return step
 
 
 def no_cache(function: str, given: Any) -> TypeError:

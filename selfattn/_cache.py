@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class KVCache(AnyCache):
     """
 
     _made_with = ("batch", "num_kv_heads", "head_dim", "capacity", "value_dim", "window", "values")
-    _made = ("_store", "_lock", "_ledger")
+    _made = ("_store", "_lock", "_idle", "_ledger")
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class KVCache(AnyCache):
         self.head_dim, self.value_dim, self.values = layout.head_dim, layout.value_dim, values
         self.window = window
         self._store = Store("KVCache", layout, window, buffer)
-        self._lock = SharedLock()
+        self._lock, self._idle = SharedLock(), deque()
         self._ledger = Ledger(self._store.memory, layout, window, self)
 
     def _make(self, **arguments: Any) -> None:
@@ -236,7 +237,7 @@ class KVCache(AnyCache):
             raise refusal(
                 ValueError, function, "sequences", " is for a PagedKVCache; a KVCache has all of its batch in order"
             )
-        return _core.Step(store=self._store.core, sequences=self._ledger.core)
+        return self._step_on(self._ledger.core)
 
 
 def _layout(sizes: tuple[Any, Any, Any, Any], value_dim: Any, dtype: Any, window: Any, values: Any) -> Layout:

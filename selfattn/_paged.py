@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class PagedKVCache(AnyCache):
     """
 
     _made_with = ("num_pages", "page_size", "num_kv_heads", "head_dim", "value_dim", "window", "values")
-    _made = ("_store", "_lock", "_pool")
+    _made = ("_store", "_lock", "_idle", "_pool")
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class PagedKVCache(AnyCache):
         self.head_dim, self.value_dim, self.values = layout.head_dim, layout.value_dim, values
         self.window = None if window is None else count("PagedKVCache", "window", window, least=0)
         self._store = Store("PagedKVCache", layout, self.window, buffer)
-        self._lock = SharedLock()
+        self._lock, self._idle = SharedLock(), deque()
         self._pool = _core.make_page_pool(self.num_pages, self.page_size, 0)
 
     def _make(self, **arguments: Any) -> None:
@@ -132,7 +133,7 @@ class PagedKVCache(AnyCache):
             raise self._damaged("pages that are not those of its sequences")
         self._fill(pages, contents["tokens"])
         _core.recount_pages(pool)
-        self._pool = pool
+        self._pool, self._idle = pool, deque()  # an idle step knows the old pool
 
     def _row_of(self, description: Any) -> tuple[int, int, NDArray[np.int32]] | None:
         """Return (length, start, pages) from a pickle; None if they are not numbers or are impossible."""
@@ -220,7 +221,7 @@ class PagedKVCache(AnyCache):
     def _step(self, function: str, sequences: Any) -> _core.Step:
         if sequences is None:
             raise refusal(ValueError, function, "sequences", " is missing: a PagedKVCache needs one id per row of q")
-        return _core.Step(store=self._store.core, sequences=self._pool, ids=_ids(function, sequences))
+        return self._step_on(self._pool, _ids(function, sequences))
 
 
 def _is_count(value: Any) -> bool:

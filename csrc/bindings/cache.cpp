@@ -84,7 +84,14 @@ void undo(py::handle object) {
   step.pages ? step.pages->undo() : held_by<HeldLedger>(step.sequences).ledger.undo();
 }
 
-Step on_ledger(py::object store, py::object ledger) { return {std::move(store), std::move(ledger), py::none(), {}}; }
+// Prepares a Step for another call, with the ids of a pool or None.
+void renew(py::handle object, py::object ids) {
+  Step& step = Record<Step>::in(object);
+  step.ids = std::move(ids);
+  step.committed = false;
+}
+
+Step on_ledger(py::object store, py::object ledger) { return {std::move(store), std::move(ledger)}; }
 
 const std::int64_t* integers(const py::array& array) { return static_cast<const std::int64_t*>(array.data()); }
 
@@ -226,6 +233,7 @@ void register_cache(py::module_& module) {
   module.def("append", &append);
   module.def("attend_cache", &attend_cache);
   module.def("undo", &undo);
+  module.def("renew", &renew);
   module.def("reorder", &reorder);
   module.def("truncate", &truncate);
   module.def("set_lengths", &set_lengths);

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "message.h"
-#include "page_growth.h"
 
 namespace selfattn::bindings {
 namespace {
@@ -28,12 +27,6 @@ std::int64_t* integers_of(const py::array& array) {
 template <class T>
 bool holds(py::handle object) {
   return PyCapsule_IsValid(object.ptr(), T::capsule_name) != 0;
-}
-
-std::vector<std::int64_t> ids_of(const char* function, py::handle list) {
-  std::vector<std::int64_t> ids;
-  for (const py::handle id : py::reinterpret_borrow<py::list>(list)) ids.push_back(id_of(function, id));
-  return ids;
 }
 
 }  // namespace
@@ -92,12 +85,20 @@ CacheSource CacheArguments::source(const char* function, std::int64_t skipped) c
   if (holds<HeldTable>(sequences)) {
     state_.pages = std::make_shared<PageChanges>(held_by<HeldTable>(sequences).sequences(store.page_size), more_);
   } else {
-    PagePool& pool = held_by<HeldPool>(sequences).pool;
-    const std::vector<std::int64_t> ids = ids_of(function, state_.ids);
-    state_.pages = std::make_shared<PageGrowth>(pool, PageGrowth::Call{function, ids, more_, store.window});
+    grow(function, held_by<HeldPool>(sequences).pool);
   }
   const auto batch = static_cast<std::int64_t>(state_.pages->sequences().size());
   return {&store, nullptr, state_.pages.get(), batch, skipped};
+}
+
+// A Step that served another call has what this one needs, so that most calls allocate nothing here.
+void CacheArguments::grow(const char* function, PagePool& pool) const {
+  state_.numbers.clear();
+  for (const py::handle id : py::reinterpret_borrow<py::list>(state_.ids))
+    state_.numbers.push_back(id_of(function, id));
+  if (!state_.growth || &state_.growth->pool() != &pool) state_.growth = std::make_shared<PageGrowth>(pool);
+  state_.pages = state_.growth;
+  state_.growth->begin({function, state_.numbers, more_, held_.store.window});
 }
 
 }  // namespace selfattn::bindings

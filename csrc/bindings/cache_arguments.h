@@ -7,7 +7,7 @@
 #include "bindings/arrays.h"
 #include "bindings/operands.h"
 #include "cache_step.h"
-#include "page_pool.h"
+#include "page_growth.h"
 
 namespace selfattn::bindings {
 
@@ -83,7 +83,9 @@ std::int64_t id_of(const char* function, py::handle id);
 struct Step {
   py::object store = py::none(), sequences = py::none();  // capsules: a store; a ledger, a page table or a pool
   py::object ids = py::none();                            // with a pool: the list of the ids of its sequences
-  std::shared_ptr<PageChanges> pages;                     // the page changes of the last call
+  std::shared_ptr<PageChanges> pages = nullptr;           // the page changes of the last call
+  std::shared_ptr<PageGrowth> growth = nullptr;           // the same with a pool, else null
+  std::vector<std::int64_t> numbers = {};                 // of `ids`; kept for its memory
   bool committed = false;                                 // whether the last call has changed lengths
 };
 
@@ -105,6 +107,7 @@ class CacheArguments {
 
  private:
   CacheSource source(const char* function, std::int64_t skipped) const;
+  void grow(const char* function, PagePool& pool) const;
 
   Step& state_;
   const HeldStore& held_;

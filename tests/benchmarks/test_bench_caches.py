@@ -233,9 +233,7 @@ def test_steps_are_counted_without_a_rewind():
 @pytest.mark.skipif(bool(allocations.why_not()), reason=allocations.why_not())
 def test_allocations_of_steps_are_counted(script):
     counts = allocations.count(script.SHIM, 1, ("tiny-16", *allocations.STEPS))
-    assert set(counts) == {"tiny-16", *allocations.STEPS}
-    assert counts["tiny-16"] == (0, 0)
-    assert counts["cache-step"] == (0, 0)
+    assert counts == dict.fromkeys(("tiny-16", *allocations.STEPS), (0, 0))
 
 
 @pytest.fixture

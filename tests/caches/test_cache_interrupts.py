@@ -186,6 +186,20 @@ def test_lengths_after_an_interrupt_that_follows_the_commit(make: Callable[[], A
     assert everything(cache) == before
 
 
+@pytest.mark.one_isa
+@pytest.mark.parametrize("make", [batch, roomy, paged])
+def test_a_refused_call_leaves_the_call_before_it(make: Callable[[], Any]) -> None:
+    cache = make()
+    cache.append(x(1, 3), x(1, 3)) if make is batch else cache.append(0, x(1), x(1))
+    before = everything(cache)
+    refused = np.ones((3 if make is batch else 1, 1, 1, 4), np.int64)  # before the core reads the step
+    options = {} if make is batch else {"sequences": [0]}
+    for _ in range(2):
+        with pytest.raises(TypeError, match="q has dtype int64"):
+            sa.attention_with_kvcache(refused, cache, **options)
+        assert everything(cache) == before
+
+
 def test_a_failed_step_gives_reused_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = sa.PagedKVCache(3, 1, 1, 4, window=0)
     name = cache.allocate()

@@ -1,7 +1,6 @@
 #include "page_checks.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "check.h"
@@ -45,6 +44,7 @@ struct Pooled {
   std::int64_t count;
   Held held;
   PagePool pool;
+  PageGrowth growth{pool};
 
   explicit Pooled(std::int64_t pages, std::int64_t window = -1) : count(pages), held(pages), pool(pages, slots) {
     held.store.window = window;
@@ -56,12 +56,10 @@ struct Pooled {
     pool.recount();
     return before == now();
   }
-  // Appends tokens and returns what takes the step back.
-  std::unique_ptr<PageChanges> append(
-      const Ids& ids, const NewTokens& tokens, const std::function<void()>& then = [] {}) {
-    auto growth =
-        std::make_unique<PageGrowth>(pool, PageGrowth::Call{"append", ids, tokens.k.shape()[1], held.store.window});
-    native::append(held.source(*growth), tokens, then);
+  // Appends tokens and returns what takes the step back. One object serves all calls, as in a cache.
+  PageChanges& append(const Ids& ids, const NewTokens& tokens, const std::function<void()>& then = [] {}) {
+    growth.begin({"append", ids, tokens.k.shape()[1], held.store.window});
+    native::append(held.source(growth), tokens, then);
     return growth;
   }
   bool has(std::int64_t id, std::int64_t token, const NewTokens& tokens, std::int64_t b, std::int64_t t) {
@@ -83,11 +81,11 @@ void check_shared_pages() {
   const std::int64_t twin = cache.pool.fork("fork", first);
   const Contents forked = cache.now();
   SELFATTN_CHECK(fails([&] { cache.append({twin}, two, fail); }) && cache.now() == forked);
-  const auto step = cache.append({twin}, two);
+  PageChanges& step = cache.append({twin}, two);
   SELFATTN_CHECK(cache.row(twin).pages == (Numbers{0, 2}) && cache.row(twin).length == 12);
   SELFATTN_CHECK(cache.has(twin, 9, ten, 0, 9) && cache.has(twin, 10, two, 0, 0) && cache.pool.sharers(0) == 2);
   SELFATTN_CHECK(cache.row(first).pages == (Numbers{0, 1}) && cache.row(first).length == 10 && cache.is_sound());
-  step->undo();
+  step.undo();
   SELFATTN_CHECK(cache.now() == forked && cache.has(twin, 9, ten, 0, 9));
 
   test::begin_section("the last row to hold a shared page writes to it in place");
@@ -116,13 +114,19 @@ void check_reused_pages() {
     return cache.now() == before && cache.held.k.bytes() == keys && cache.held.v.bytes() == values;
   };
   SELFATTN_CHECK(fails([&] { cache.append({id}, more, fail); }) && unchanged());
-  const auto step = cache.append({id}, more);
+  PageChanges& step = cache.append({id}, more);
   SELFATTN_CHECK(cache.row(id).pages == (Numbers{2, 0, 1}) && cache.row(id).start == 16 && cache.row(id).length == 33);
   SELFATTN_CHECK(cache.has(id, 23, many, 0, 23) && cache.has(id, 32, more, 0, 8) && cache.is_sound());
   SELFATTN_CHECK(cache.held.k.bytes() != keys);
-  step->undo();
+  step.undo();
   SELFATTN_CHECK(unchanged());
   SELFATTN_CHECK(refuses([&] { cache.pool.truncate("truncate", id, 25, 5); }, "length is 25, which is outside 0..24"));
+
+  test::begin_section("a step after one that overwrote pages");
+  cache.append({id}, more);
+  SELFATTN_CHECK(fails([&] { cache.append({id}, NewTokens(1, 1), fail); }) && cache.has(id, 32, more, 0, 8));
+  cache.append({id}, NewTokens(1, 1)).undo();
+  SELFATTN_CHECK(cache.has(id, 32, more, 0, 8));
 }
 
 bool lacks_memory(const std::function<void()>& call, const std::string& reason) {
@@ -189,9 +193,9 @@ void check_any_order() {
           Ids ids{any()};
           if (const std::int64_t other = any(); other != ids[0]) ids.push_back(other);
           const NewTokens tokens(1 + random.below(9), static_cast<std::int64_t>(ids.size()));
-          const auto step = cache.append(ids, tokens, kind == 4 ? fail : [] {});
+          PageChanges& step = cache.append(ids, tokens, kind == 4 ? fail : [] {});
           changes = kind != 5;
-          if (!changes) step->undo();
+          if (!changes) step.undo();
         }
       } catch (const std::exception&) {
         changes = false;

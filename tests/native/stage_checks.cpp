@@ -150,7 +150,9 @@ void fail_in_pool(const Call& call) {
   const std::vector<std::int64_t> ids = {pool.add(), pool.add()};
   std::unique_ptr<PageChanges> changes;
   const auto open = [&](std::int64_t tokens) {
-    changes = std::make_unique<PageGrowth>(pool, PageGrowth::Call{"append", ids, tokens, 3});
+    auto growth = std::make_unique<PageGrowth>(pool);
+    growth->begin({"append", ids, tokens, 3});
+    changes = std::move(growth);
     return held.source(*changes);
   };
   append(open(16), NewTokens(16));  // whole pages: all that is written later is in reused pages
