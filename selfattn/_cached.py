@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import _core
 from ._any_cache import AnyCache, no_cache
-from ._apply_rope import apply_rope
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
 from ._cache import KVCache
+from ._cascade import Cascade, suits_cascade
 from ._errors import refusal
+from ._head_norms import AnyNorm, normalised
 from ._keywords import clean_signature, refuse_unknown
 from ._paged import PagedKVCache
-from ._rope import RoPE, places_for, positions_for, rope_or_none
+from ._rope import RoPE, positions_for, rope_or_none
 from ._typing import Array, CachedOptions, Layout, No, Precision, Window, Yes
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def attention_with_kvcache(
     sequences: ArrayLike | None = None,
     rope: RoPE | bool | None = None,
     positions: ArrayLike | None = None,
+    q_norm: AnyNorm = None,
+    k_norm: AnyNorm = None,
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     causal: bool = True,
@@ -105,6 +108,9 @@ def attention_with_kvcache(
     positions : integer array, shape (Sq,) or (B, Sq), optional
         For rope: the positions of the tokens; default their positions in their sequences. With coordinates as in
         `apply_rope` if the rope has `axes`.
+    q_norm, k_norm : LayerNorm or RMSNorm, optional
+        Norms of q and of the new k, before rope, as in Qwen 3. A weight of head_dim numbers normalises each head, a
+        weight of heads · head_dim numbers all heads of a token together.
     mask : array_like of bool, broadcasting to (B, H, Sq, Sq), optional
         Covers the newest Sq tokens only, True = attend; all earlier tokens are visible. For tree-shaped drafts.
     bias : array_like, broadcasting to (B, H, Sq, longest sequence), optional
@@ -169,8 +175,14 @@ def attention_with_kvcache(
         q = as_array(_NAME, "q", q)
     if k is not None and (type(k) is not np.ndarray or not k.dtype.isnative):
         k = as_array(_NAME, "k", k)
+    if q_norm is not None:
+        q = normalised(_NAME, "q_norm", q_norm, q, layout)
+    if k_norm is not None:
+        if k is None:
+            raise refusal(ValueError, _NAME, "k_norm", " is given without ", "k", "")
+        k = normalised(_NAME, "k_norm", k_norm, k, layout)
     if cache.values != "own":
-        v = _prefix_of(cache, k, v, rope)
+        v = _prefix_of(cache, k, v, {"rope": rope, "k_norm": k_norm})
     if (k is None) != (v is None):
         given, absent = ("v", "k") if k is None else ("k", "v")
         raise refusal(ValueError, _NAME, given, " is given without ", absent, "")
@@ -192,8 +204,8 @@ def attention_with_kvcache(
     if out is not None:
         out_array(_NAME, out)
     wanted = cascade is not False and flag(_NAME, "cascade", cascade)
-    if wanted and isinstance(cache, PagedKVCache) and _suits_cascade(options):
-        call = _Cascade(q, k, v, description, positions, layout, options)
+    if wanted and isinstance(cache, PagedKVCache) and suits_cascade(options):
+        call = Cascade(q, k, v, description, positions, layout, options)
         return call.run(cache, sequences, tokens, out)
     appended = 0 if k is None else tokens
 
@@ -204,97 +216,10 @@ def attention_with_kvcache(
     return cache._run(_NAME, sequences, appended, attend)
 
 
-def _prefix_of(cache: AnyCache, k: Any, v: Any, rope: Any) -> Any:
-    """Return the new values of a cache that takes them from the new keys."""
-    if rope is not None:
-        raise refusal(ValueError, _NAME, "rope", " is given, but values are a part of keys: rotate q and k before")
+def _prefix_of(cache: AnyCache, k: Any, v: Any, changes: dict[str, Any]) -> Any:
+    """Return the new values of a cache that takes them from the new keys; `changes` are options that change keys."""
+    for name, given in changes.items():
+        if given is not None:
+            text = " is given, but values are a part of keys: change q and k before"
+            raise refusal(ValueError, _NAME, name, text)
     return v if k is None else cache._values_of(_NAME, k, v)
-
-
-_WITH_CASCADE = {
-    "mask", "causal", "scale", "softcap", "sinks", "layout", "precision", "seed", "return_lse", "num_threads",
-}  # fmt: skip
-
-
-def _suits_cascade(options: _core.Options) -> bool:
-    """Whether only options are set that a cascade supports."""
-    default = _core.Options()
-    others = [name for name in _core.OPTIONS if name not in _WITH_CASCADE]
-    arrays = [name for name in others if name in _core.ARRAY_OPTIONS]
-    numbers = [name for name in others if name not in _core.ARRAY_OPTIONS]
-    return all(getattr(options, name) is None for name in arrays) and all(
-        getattr(options, name) == getattr(default, name) for name in numbers
-    )
-
-
-class _Cascade(NamedTuple):
-    """One call in two parts: the pages that all sequences share, and the remaining pages of each sequence."""
-
-    q: Any
-    k: Any
-    v: Any
-    rope: Any
-    positions: Any
-    layout: Layout
-    options: _core.Options
-
-    def run(self, cache: PagedKVCache, sequences: Any, tokens: int, out: Any) -> Any:
-        appended = 0 if self.k is None else tokens
-        return cache._run(_NAME, sequences, appended, lambda step: self._attend(cache, step, appended, out))
-
-    def _attend(self, cache: PagedKVCache, step: _core.Step, appended: int, out: Any) -> Any:
-        rotation = None if self.rope is None else self.rope.for_core(_NAME, cache.head_dim)
-        inputs = _core.CacheInputs(q=self.q, k=self.k, v=self.v, rope=rotation, positions=self.positions)
-        token_axis = 1 if self.layout == "bshd" else 2
-        tokens = self.q.shape[token_axis] if self.q.ndim == 4 else 0
-        pages, lengths = _core.common_pages(_NAME, step)
-        first = lengths + appended - tokens
-        # Share only whole pages that every query sees completely and that were filled before this call.
-        seen = int(first.min(initial=0 if len(lengths) < 2 else 1 << 60)) // cache.page_size
-        pages = pages[: max(seen, 0)]
-        if not len(pages):
-            return _core.attend_cache(_NAME, step, inputs, out, self.options)
-        if out is not None:
-            shape = (*self.q.shape[:3], cache.value_dim)
-            _core.check_out(_NAME, out, np.broadcast_to(np.empty((), self.q.dtype), shape), "q")
-        options = self.options.copy()
-        options.return_lse = True
-        # Attend to the unshared part first, because that call checks all arguments. Both parts keep the computation
-        # type, so that the result is rounded only once.
-        inputs.skipped, inputs.unrounded = len(pages) * cache.page_size, True
-        own, own_lse = _core.attend_cache(_NAME, step, inputs, None, options)
-        prefix, prefix_lse = self._attend_prefix(cache, pages, first, tokens, options)
-        if out is None:
-            out = own if own.dtype == self.q.dtype else np.empty(own.shape, self.q.dtype)
-        own, merged = (x.swapaxes(1, 2) if self.layout == "bshd" else x for x in (own, out))
-        _core.merge_states([prefix, own], [prefix_lse, own_lse], merged, own_lse, options.num_threads)
-        return (out, own_lse) if self.options.return_lse else out
-
-    def _attend_prefix(
-        self,
-        cache: PagedKVCache,
-        pages: NDArray[np.int32],
-        first: NDArray[np.int64],
-        tokens: int,
-        options: _core.Options,
-    ) -> tuple[Any, Any]:
-        """Attend to the shared pages with the rows of all sequences as if they were one sequence; head axis first."""
-        q = self.q
-        if self.rope is not None:
-            places = self.positions
-            if places is None:
-                places = places_for(self.rope, first[:, None] + np.arange(tokens))
-            q = apply_rope(q, places, self.rope, layout=self.layout)
-        heads_first = q.swapaxes(1, 2) if self.layout == "bshd" else q
-        batch, heads, _, width = heads_first.shape
-        rows = np.ascontiguousarray(heads_first.swapaxes(0, 1)).reshape(1, heads, batch * tokens, width)
-        # No causal limit, mask or sinks here: the whole prefix is visible, and only one part may count the sinks.
-        plain = options.copy()
-        plain.mask, plain.causal, plain.sinks, plain.layout = None, False, None, _core.LAYOUTS["bhsd"]
-        inputs = _core.CacheInputs(q=rows, unrounded=True)
-        lengths = np.array([len(pages) * cache.page_size])
-        table = _core.make_page_table(pages=pages[None], lengths=lengths, starts=None)
-        step = _core.Step(store=cache._store.core, sequences=table)
-        out, lse = _core.attend_cache(_NAME, step, inputs, None, plain)
-        out = out.reshape(heads, batch, tokens, cache.value_dim)
-        return out.swapaxes(0, 1), lse.reshape(heads, batch, tokens).swapaxes(0, 1)

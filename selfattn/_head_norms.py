@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from ._arguments import is_float
 from ._errors import refusal
 from ._norm import LayerNorm, RMSNorm, norm_or_none
 from ._products import rounded
+from ._typing import Layout
 
 AnyNorm = LayerNorm | RMSNorm | None
 
@@ -97,6 +99,21 @@ def head_norms(
         letter: HeadNorm.check(function, f"{letter}_norm", norm, (count, size), dtype)
         for letter, norm, count in zip("qk", norms, counts, strict=True)
     }
+
+
+def normalised(function: str, name: str, norm: AnyNorm, heads: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """Return queries or keys of a batch after their norm; what the core will refuse is returned as it is."""
+    if heads.ndim != 4 or not is_float(heads.dtype):
+        return heads
+    tokens_first = layout == "bshd"
+    count, size = heads.shape[2 if tokens_first else 1], heads.shape[3]
+    own = HeadNorm.check(function, name, norm, (count, size), heads.dtype)
+    assert own.norm is not None
+    if own.width == size:
+        return own.norm(heads)
+    tokens = heads if tokens_first else heads.swapaxes(1, 2)
+    result = own.norm(tokens.reshape(*tokens.shape[:2], own.width)).reshape(tokens.shape)
+    return result if tokens_first else result.swapaxes(1, 2)
 
 
 def _mean(rows: NDArray[Any]) -> NDArray[Any]:

@@ -200,6 +200,8 @@ class CachedOptions(BatchOptions, total=False):
     sequences: ArrayLike | None
     rope: RoPE | bool | None
     positions: ArrayLike | None
+    q_norm: LayerNorm | RMSNorm | None
+    k_norm: LayerNorm | RMSNorm | None
     cascade: bool
     layout: Layout
 

@@ -240,7 +240,10 @@ class Group:
 
     @clean_signature(
         attention_with_kvcache,
-        without=("return_weights", "dropout", "seed", "kv_starts", "prefix_lens", "chunk", "cascade", "out"),
+        without=(
+            *("return_weights", "dropout", "seed", "kv_starts", "prefix_lens", "chunk", "cascade", "out"),
+            *("q_norm", "k_norm"),
+        ),
     )
     def attention_with_kvcache(
         self, q: ArrayLike, cache: Any, k: ArrayLike | None = None, v: ArrayLike | None = None, **options: Any

@@ -16,7 +16,7 @@ from selfattn import _core
 
 FILES = {
     str(Path(sa.__file__).with_name(name))
-    for name in ("_any_cache.py", "_cache.py", "_cached.py", "_ledger.py", "_paged.py")
+    for name in ("_any_cache.py", "_cache.py", "_cached.py", "_cascade.py", "_ledger.py", "_paged.py")
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import selfattn as sa
-from selfattn import _cached, _core, _elements, _linear, _typing
+from selfattn import _cascade, _core, _elements, _linear, _typing
 from selfattn._arguments import core_options
 from selfattn._attention import ONLY_HERE
 
@@ -90,12 +90,12 @@ def test_the_core_names_its_options() -> None:
 
 
 def test_only_options_that_a_cascade_supports_allow_one() -> None:
-    assert _cached._suits_cascade(_core.Options())
+    assert _cascade.suits_cascade(_core.Options())
     for name, value in FIELDS.items():
         options = _core.Options()
         setattr(options, name, value)
-        assert _cached._suits_cascade(options) is (name in _cached._WITH_CASCADE)
-    assert set(FIELDS) > _cached._WITH_CASCADE
+        assert _cascade.suits_cascade(options) is (name in _cascade._WITH_CASCADE)
+    assert set(FIELDS) > _cascade._WITH_CASCADE
 
 
 def test_a_call_passes_options_in_the_order_of_its_signature() -> None:
