@@ -16,13 +16,17 @@ from .target import Group, Target
 from .yardstick import OVERHEAD, PEAK, UNIT
 
 GQA = (32, 8)
+LATENT_DIMS = (
+    576,
+    512,
+)  # DeepSeek-V2 and V3: a latent of 512 numbers and a rotated key of 64; the values are the latent
 LONG = 8192
 OVERHEAD_GROUP = "overhead"
 SHORTEST, LONGEST = 100, 8000  # range of the mixed lengths
 STEP_KEYS = 33  # number of keys in the first step; 96 on average
 
 
-def _on_cache(name: str, why: str, lens: tuple[int, int], heads: Any = GQA, dim: int = 128, **options: Any) -> Workload:
+def _on_cache(name: str, why: str, lens: tuple[int, int], heads: Any = GQA, dim: Any = 128, **options: Any) -> Workload:
     cache = options.pop("cache", Cache())
     causal = lens[0] > 1
     workload = attention_workload(f"cache-{name}", why, heads, lens, dim, causal=causal, **options)
@@ -80,6 +84,19 @@ CASCADE = (
         batch=16,
         cache=Cache(page_size=16, shared=4096, cascade=True),
     ),
+)
+LATENTS = tuple(
+    _on_cache(
+        f"latents-{label}-h{heads}",
+        f"one query of {heads} heads, {length:,} latents",
+        (1, length),
+        (heads, 1),
+        LATENT_DIMS,
+        dtype="bfloat16",
+        cache=Cache(values="prefix"),
+    )
+    for label, length in (("4k", 4096), ("32k", 8 * 4096))
+    for heads in (16, 128)
 )
 STEPS = (
     _on_cache("step", "append a token and attend", (1, STEP_KEYS), 1, 8, cache=Cache(step=True)),
@@ -167,6 +184,12 @@ CACHE_GROUPS: dict[str, Group] = {
                 (Target(UNIT, each=0.75),),
                 variants=("no-cascade",),
             )
+        ),
+        Group(
+            "latents",
+            "Latent attention: keys and values in one row, bfloat16",
+            LATENTS,
+            (Target(UNIT, each=0.70),),  # with 16 heads and more, arithmetic takes longer than reading
         ),
         Group(
             OVERHEAD_GROUP,

@@ -56,6 +56,11 @@ def _description(workload: Workload) -> Cache:
     return workload.cache
 
 
+def _given(workload: Workload) -> str:
+    """Return the names of the arrays that are appended."""
+    return "kv" if _description(workload).values == "own" else "k"
+
+
 def _contiguous(workload: Workload, arrays: Arrays, lengths: list[int]) -> selfattn.KVCache:
     held = max(lengths)
     cache = selfattn.KVCache(
@@ -65,9 +70,10 @@ def _contiguous(workload: Workload, arrays: Arrays, lengths: list[int]) -> selfa
         held + STEPS * _description(workload).step,
         value_dim=workload.value_dim,
         dtype=_description(workload).storage(workload.dtype),
+        values=_description(workload).values,
     )
     # Also write the rows after the end of shorter sequences: untouched memory would be faster to read.
-    cache.append(*(arrays[name][:, :, :held] for name in "kv"))
+    cache.append(*(arrays[name][:, :, :held] for name in _given(workload)))
     if min(lengths) < held:
         cache.truncate(lengths)
     return cache
@@ -84,21 +90,22 @@ def _paged(workload: Workload, arrays: Arrays, lengths: list[int]) -> tuple[self
         workload.head_dim,
         value_dim=workload.value_dim,
         dtype=description.storage(workload.dtype),
+        values=description.values,
     )
-    _scatter(cache, arrays)
+    _scatter(cache, workload, arrays)
     prompt = cache.allocate()
     if shared:
-        cache.append(prompt, *(arrays[name][0, :, :shared] for name in "kv"))
+        cache.append(prompt, *(arrays[name][0, :, :shared] for name in _given(workload)))
     sequences = [cache.fork(prompt) for _ in lengths]
     for b, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-        cache.append(sequence, *(arrays[name][b, :, shared:length] for name in "kv"))
+        cache.append(sequence, *(arrays[name][b, :, shared:length] for name in _given(workload)))
     cache.free(prompt)
     return cache, sequences
 
 
-def _scatter(cache: selfattn.PagedKVCache, arrays: Arrays) -> None:
+def _scatter(cache: selfattn.PagedKVCache, workload: Workload, arrays: Arrays) -> None:
     """Allocate all pages and free them in random order, so that they will be reused in that order."""
-    token = [arrays[name][0, :, :1] for name in "kv"]
+    token = [arrays[name][0, :, :1] for name in _given(workload)]
     sequences = [cache.allocate() for _ in range(cache.num_pages)]
     for sequence in sequences:
         cache.append(sequence, *token)
@@ -108,7 +115,7 @@ def _scatter(cache: selfattn.PagedKVCache, arrays: Arrays) -> None:
 
 def contiguous(workload: Workload) -> Workload:
     """Return the same workload on a KVCache that is only read."""
-    return replace(workload, cache=Cache(_description(workload).dtype))
+    return replace(workload, cache=Cache(_description(workload).dtype, values=_description(workload).values))
 
 
 def stored(workload: Workload, arrays: Arrays) -> Arrays:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .._elements import ELEMENT_TYPES
+from .._typing import Values
 
 SCALE_BYTES = 4  # size of the float32 scale of a row of codes
 
@@ -64,6 +65,8 @@ class Cache:
         Whether the call uses ``cascade=True``, to read the shared tokens once for all sequences.
     step : bool
         Whether the call also appends the last token, and writes to an `out`.
+    values : {"own", "prefix"}
+        "prefix": the values are the first numbers of the keys, stored once.
     """
 
     dtype: str | None = None
@@ -71,6 +74,7 @@ class Cache:
     shared: int = 0
     cascade: bool = False
     step: bool = False
+    values: Values = "own"
 
     def storage(self, dtype: str) -> Any:
         """Return the name of the storage dtype for operands of `dtype`."""

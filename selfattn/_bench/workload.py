@@ -172,7 +172,8 @@ class Workload:
     def kv_bytes(self) -> int:
         """Bytes of the valid rows of K and V, each counted once; in a cache's storage dtype if there is a cache."""
         cache = self.cache or Cache()
-        row = cache.row_bytes(self.dtype, self.head_dim) + cache.row_bytes(self.dtype, self.value_dim)
+        row = cache.row_bytes(self.dtype, self.head_dim)
+        row += cache.row_bytes(self.dtype, self.value_dim) if cache.values == "own" else 0
         twice = (self.batch - 1) * cache.shared if cache.cascade else 0  # tokens of the prompt that all sequences share
         return self.num_kv_heads * row * (int(self.kv_lens().sum()) - twice)
 
@@ -209,6 +210,8 @@ class Workload:
         if self.cache is not None:
             for name in "kv":
                 arrays[name][1:, :, : self.cache.shared] = arrays[name][:1, :, : self.cache.shared]
+            if self.cache.values == "prefix":
+                arrays["v"] = arrays["k"][..., : self.value_dim]
         if self.options.mask == "pairs":
             arrays["mask"] = rng.random((1, 1, self.q_len, self.kv_len)) < VISIBLE_SHARE
             arrays["mask"][..., 0] = True  # every row sees a key, since peers disagree about rows without one

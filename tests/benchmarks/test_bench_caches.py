@@ -50,6 +50,8 @@ SMALL = {
     "cascade": small(Cache(page_size=8, shared=16, cascade=True), batch=3),
     "step": small(Cache(step=True), batch=1),
     "paged-step": small(Cache(page_size=8, step=True), batch=1),
+    "latents": replace(small(Cache(values="prefix")), value_dim=12),
+    "paged-latents": replace(small(Cache(page_size=8, values="prefix")), value_dim=12),
 }
 
 
@@ -74,10 +76,11 @@ def test_every_way_to_a_cache_is_right(name, dtype):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_cache_that_holds_something_else_is_found(name, monkeypatch):
+def test_a_cache_that_holds_something_else_is_found(name):
     workload = SMALL[name]
     arrays = workload.make_arrays()
-    run = OWN.prepare(workload, {**arrays, "v": arrays["v"] + np.float32(1e-3)}, 1)
+    changed = "v" if workload.cache.values == "own" else "k"
+    run = OWN.prepare(workload, {**arrays, changed: arrays[changed] + np.float32(1e-3)}, 1)
     with pytest.raises(Mismatch):
         check("a test", np.asarray(run()), expected_parts(workload, stored(workload, arrays)))
 
