@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from places import BENCHMARKS
+from scripts import load_script
 
 import selfattn
 from selfattn import _core
@@ -241,10 +241,7 @@ def test_allocations_of_steps_are_counted(script):
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("caches_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("caches")
 
 
 def run_script(*options: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from places import BENCHMARKS
+from scripts import load_script
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -30,6 +31,21 @@ def _threads() -> Iterator[None]:
     yield
     torch.set_num_threads(before)
     selfattn.set_num_threads(None)
+
+
+def test_the_decoder_of_the_example_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("llm")
+    monkeypatch.setattr(script, "VOCABULARY", 64)
+    monkeypatch.setattr(script, "LENGTHS", (9,))
+    monkeypatch.setattr(script, "PROMPT", 5)
+    for dtype in ("float32", "bfloat16"):
+        models = script.Models(dtype, hf_models.LLAMA_1B.tiny(), 1)
+        for name, calls in script.cases(models):
+            script.check(name, calls, hf_models.WORST[dtype])
+            assert 0 < models.share_outside(calls["selfattn"]) < 1
+    calls["sdpa"] = lambda: calls["selfattn"]() + 1
+    with pytest.raises(hf_models.Mismatch, match="prompt of 5: logits differ by"):
+        script.check(name, calls, 0.04)
 
 
 def test_measures_every_group_and_writes_a_table(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from places import BENCHMARKS
+from scripts import load_script
 
 from selfattn._bench.workloads import WORKLOADS
 from workbench import allocations, memory
@@ -21,10 +21,7 @@ needs_shim = pytest.mark.skipif(bool(allocations.why_not()), reason=allocations.
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("memory_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("memory")
 
 
 def run_script(*options: str) -> str:
