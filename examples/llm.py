@@ -41,6 +41,8 @@ class Block:
         self.options = {"scale": config.scale, "softcap": config.values.get("attn_logit_softcapping")}
         if self.window is not None:
             self.options["window"] = (self.window, 0)
+        if config.chunk(layer):
+            self.options["chunk"] = config.chunk(layer)
 
     def __call__(self, x: Array, cache: sa.KVCache) -> Array:
         x = add(partial(self.attention, cache=cache, **self.options), x, self.after)

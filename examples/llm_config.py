@@ -117,6 +117,11 @@ class Config:
         full = self.values["layer_types"][layer] == FULL
         return None if full else int(self.values[self.family.local[1]]) - 1
 
+    def chunk(self, layer: int) -> int | None:
+        """Return the size of the chunks of positions that a layer's queries see only their own of; None: no chunks."""
+        chunked = self.values["layer_types"][layer] == "chunked_attention"
+        return int(self.values["attention_chunk_size"]) if chunked else None
+
     def rope(self, layer: int) -> sa.RoPE | None:
         """Return the rotation of a layer's queries and keys, or None if it has none."""
         if not self.values.get("no_rope_layers", {layer: True})[layer]:

@@ -47,24 +47,21 @@ def plain_attention(weights: Weights, config: Config, layer: int, norm: Norm, he
     return sa.SelfAttention(w_q, w_k, w_v, w_o, **biases, **counts, **norms, norm=norm, rope=config.rope(layer))
 
 
-class InPieces:
-    """Attention with options that depend on the position and the batch.
+class ScaledByPosition:
+    """Attention whose scale changes where the position + 1 is a multiple of `size`, so tokens are cut there."""
 
-    They change where position + shift is a multiple of `size`, so tokens are cut there.
-    """
-
-    def __init__(self, layer: sa.SelfAttention, options: Callable[[int, int], Any], size: int, shift: int = 0) -> None:
-        self.layer, self.options, self.size, self.shift = layer, options, size, shift
+    def __init__(self, layer: sa.SelfAttention, scale: Callable[[int], float], size: int) -> None:
+        self.layer, self.scale, self.size = layer, scale, size
         self.num_kv_heads, self.head_dim, self.value_dim = layer.num_kv_heads, layer.head_dim, layer.value_dim
 
     def __call__(self, x: Array, *, cache: sa.KVCache, residual: Array | None = None, **options: Any) -> Array:
         start = int(cache.lengths[0])
         end = start + x.shape[1]
-        first = start + self.size - (start + self.shift) % self.size
+        first = start + self.size - (start + 1) % self.size
         parts = []
         for a, b in pairwise([start, *range(first, end, self.size), end]):
             piece = x[:, a - start : b - start]
-            parts.append(self.layer(piece, cache=cache, **options | self.options(a, len(x))))
+            parts.append(self.layer(piece, cache=cache, **options | {"scale": self.scale(a)}))
         y = np.concatenate(parts, axis=1)
         return y if residual is None else residual + y
 
@@ -75,17 +72,13 @@ def llama4_attention(weights: Weights, config: Config, layer: int, norm: Norm) -
     # In the model this norm follows the rotation, which changes no lengths.
     head_norm = sa.RMSNorm(eps=config.epsilon) if rotated and values["use_qk_norm"] else None
     attention = plain_attention(weights, config, layer, norm, head_norm)
-    if config.window(layer) is not None:
-        size = values["attention_chunk_size"]
-        return InPieces(attention, lambda position, batch: {"kv_starts": np.full(batch, position // size * size)}, size)
     if rotated or not values["attn_temperature_tuning"]:
         return attention
 
-    def scale(position: int, batch: int) -> dict[str, float]:
-        growth = np.log1p((position + 1) // values["floor_scale"]) * values["attn_scale"]
-        return {"scale": config.scale * (1.0 + growth)}
+    def scale(position: int) -> float:
+        return config.scale * float(1.0 + np.log1p((position + 1) // values["floor_scale"]) * values["attn_scale"])
 
-    return InPieces(attention, scale, values["floor_scale"], 1)
+    return ScaledByPosition(attention, scale, values["floor_scale"])
 
 
 class LatentAttention:
