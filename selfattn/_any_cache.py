@@ -68,13 +68,13 @@ class AnyCache(Copyable):
     def _step(self, function: str, sequences: Any) -> _core.Step:
         """Describe one call on these sequences to the core."""
 
-    def _step_on(self, sequences: Any, ids: list[int] | None = None) -> _core.Step:
+    def _step_on(self, sequences: _core.Ledger | _core.PagePool, ids: list[int] | None = None) -> _core.Step:
         """Return a step for the core's description of the sequences: one of an earlier call, for its memory, or new."""
         try:
             step = self._idle.pop()
         except IndexError:
             return _core.Step(store=self._store.core, sequences=sequences, ids=ids)
-        _core.renew(step, ids)
+        _core.renew(step, sequences, ids)
         return step
 
 

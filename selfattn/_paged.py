@@ -133,7 +133,7 @@ class PagedKVCache(AnyCache):
             raise self._damaged("pages that are not those of its sequences")
         self._fill(pages, contents["tokens"])
         _core.recount_pages(pool)
-        self._pool, self._idle = pool, deque()  # an idle step knows the old pool
+        self._pool = pool
 
     def _row_of(self, description: Any) -> tuple[int, int, NDArray[np.int32]] | None:
         """Return (length, start, pages) from a pickle; None if they are not numbers or are impossible."""

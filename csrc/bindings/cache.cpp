@@ -84,9 +84,10 @@ void undo(py::handle object) {
   step.pages ? step.pages->undo() : held_by<HeldLedger>(step.sequences).ledger.undo();
 }
 
-// Prepares a Step for another call, with the ids of a pool or None.
-void renew(py::handle object, py::object ids) {
+// Prepares a Step for another call on the same store.
+void renew(py::handle object, py::object sequences, py::object ids) {
   Step& step = Record<Step>::in(object);
+  step.sequences = std::move(sequences);
   step.ids = std::move(ids);
   step.committed = false;
 }
