@@ -40,7 +40,7 @@ struct PreparedJob {
 std::int64_t tasks_per_block(const PreparedJob& job) { return job.problem->num_kv_heads * job.plan->ranges; }
 
 Work work_of(const Job* jobs, std::int64_t count) {
-  Work work{count > 0 ? jobs->plan->attend : nullptr, 0, 0, 0};
+  Work work{"attention", count > 0 ? jobs->plan->attend : nullptr, 0, 0, 0};
   for (std::int64_t i = 0; i < count; ++i) {
     work.flops += jobs[i].plan->flops;
     work.bytes += jobs[i].plan->bytes;
@@ -244,6 +244,10 @@ bool attend(const Job* jobs, std::int64_t count, int threads, Interrupted interr
   bool nothing = true;
   for (std::int64_t i = 0; i < count; ++i) nothing = nothing && writes_nothing(*jobs[i].problem, *jobs[i].plan);
   if (nothing) return true;
+  if (Rehearsal* rehearsal = Rehearsal::active()) {
+    for (std::int64_t i = 0; i < count; ++i) rehearsal->add(*jobs[i].plan, threads);
+    return true;
+  }
   return Run(jobs, count, threads, interrupted).execute();
 }
 

@@ -145,7 +145,7 @@ BackwardPlan make_backward_plan(const Problem& problem, const Gradients& gradien
 }
 
 Work work_of(const BackwardJob* jobs, std::int64_t count) {
-  Work work{count > 0 ? jobs->plan->kernel : nullptr, 0, 0, 0};
+  Work work{"attention gradients", count > 0 ? jobs->plan->kernel : nullptr, 0, 0, 0};
   for (std::int64_t i = 0; i < count; ++i) {
     work.flops += jobs[i].plan->flops;
     work.tasks += jobs[i].plan->tasks;

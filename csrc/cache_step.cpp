@@ -148,6 +148,7 @@ void CacheStep::check_seen(const char* function, const Problem& problem) const {
 }
 
 void CacheStep::store(const KernelSet& kernels, const TensorView& keys, const TensorView& values) const {
+  if (Rehearsal::active()) return;
   store_tokens(kernels, cache_, cache_.key, keys, token_);
   if (!shares_rows(cache_)) store_tokens(kernels, cache_, cache_.value, values, token_);
 }

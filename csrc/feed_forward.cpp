@@ -49,7 +49,7 @@ class RowTasks {
 
   bool run(const Work& work, int threads, Interrupted interrupted) {
     const std::int64_t blocks = ceil_div(job_.x.rows, block_rows_);
-    TaskLoop loop({work.kernel, work.flops, work.bytes, job_.x.outer * blocks}, threads, interrupted);
+    TaskLoop loop({work.name, work.kernel, work.flops, work.bytes, job_.x.outer * blocks}, threads, interrupted);
     const auto body = [&](std::int64_t task, int thread) {
       const std::int64_t first = task % blocks * block_rows_;
       run_block(task / blocks, first, std::min(block_rows_, job_.x.rows - first), Space(*this, memory_.of(thread)));
@@ -148,7 +148,7 @@ FeedForward::FeedForward(const FeedForwardJob& job) : job_(job), first_(first_jo
 bool FeedForward::run(int num_threads, Interrupted interrupted) const {
   const std::int64_t rows = job_.x.total();
   if (rows == 0) return true;
-  Work work{kernel_of(first_), flops(*this), 0, ceil_div(rows, rows_per_thread)};
+  Work work{"feed-forward", kernel_of(first_), flops(*this), 0, ceil_div(rows, rows_per_thread)};
   const int threads = useful_threads(work, num_threads);
   work.tasks = rows;
   if (rows >= 2 * rows_per_thread && useful_threads(work, num_threads) == threads)

@@ -225,7 +225,7 @@ bool run_all(const LinearJob* jobs, int count, int num_threads, Interrupted inte
       return sum + Blocking(job, threads).tasks;
     });
   };
-  Work work{kernel_of(*jobs), 0, 0, tasks(most_threads)};
+  Work work{"linear", kernel_of(*jobs), 0, 0, tasks(most_threads)};
   for (int i = 0; i < count; ++i) {
     work.flops += flops(jobs[i]);
     work.bytes += weight_bytes(jobs[i]);

@@ -125,7 +125,7 @@ class Merge {
  private:
   Work work() const {
     static constexpr char kernel = 0;
-    return {&kernel, 0, bytes(), tasks_};
+    return {"merge", &kernel, 0, bytes(), tasks_};
   }
   double bytes() const {
     const double elements = static_cast<double>(lines_.rows()) * static_cast<double>(columns_ + 1);

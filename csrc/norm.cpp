@@ -44,7 +44,7 @@ bool normalise_all(const NormJob& job, int num_threads, Interrupted interrupted)
   const std::int64_t rows = job.x.total(), tasks = ceil_div(rows, rows_per_task);
   const double bytes = 2 * static_cast<double>(rows * job.count * size_of(job.x.dtype));
   const void* kernel = static_cast<const void*>(&job.kernels.computing(computed_in(job.x.dtype)).normalise);
-  const Work work{kernel, flops(job), bytes, tasks};
+  const Work work{"norm", kernel, flops(job), bytes, tasks};
   const int threads = useful_threads(work, num_threads);
   const ThreadScratch memory(NormMemory(nullptr, job.count, computed_in(job.x.dtype)).bytes, threads);
   TaskLoop loop(work, threads, interrupted);

@@ -132,7 +132,8 @@ bool rotate(const Rope& rope, const Rotation* rotations, int count, int num_thre
   std::int64_t tokens = 0;
   for (int i = 0; i < count; ++i) tokens += token_count(rotations[i]);
   static constexpr char kernel = 0;
-  const Work work{&kernel, static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100, 0, tokens};
+  const Work work{"rotation", &kernel, static_cast<double>(tokens) * static_cast<double>(rope.rotary_dim) * 100, 0,
+                  tokens};
   const int threads = useful_threads(work, num_threads);
   const ThreadScratch factors(static_cast<std::size_t>(bytes_of(rope.rotary_dim, sizeof(double))), threads);
   TaskLoop loop(work, threads, interrupted);

@@ -97,7 +97,7 @@ class Finish {
  private:
   Work work() const {
     static constexpr char kernel = 0;
-    return {&kernel, 0, bytes(), tasks_};
+    return {"end of a stream", &kernel, 0, bytes(), tasks_};
   }
   double bytes() const {
     return 2 * static_cast<double>(results_.batch * results_.num_heads) * static_cast<double>(results_.q_len) *

@@ -6,6 +6,9 @@
 #include <cmath>
 
 namespace selfattn {
+
+thread_local constinit Rehearsal* Rehearsal::active_ = nullptr;
+
 namespace {
 
 using Clock = std::chrono::steady_clock;

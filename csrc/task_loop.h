@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "parallel.h"
+#include "rehearsal.h"
 
 namespace selfattn {
 
@@ -15,6 +16,7 @@ using Interrupted = bool (*)();
 // What a region is about to compute. The time that work takes is learned for each kernel: `kernel` is any address that
 // identifies one kind of work.
 struct Work {
+  const char* name;  // of the kind of work, for people
   const void* kernel;
   double flops, bytes;
   std::int64_t tasks;
@@ -39,6 +41,10 @@ class TaskLoop {
   // Calls task(index, thread) for every index, thread < threads. Returns false if it was stopped before the end.
   template <class F>
   bool run(F& task) {
+    if (Rehearsal* rehearsal = Rehearsal::active()) {
+      rehearsal->add(work_, threads_);
+      return true;
+    }
     struct Context {
       TaskLoop& loop;
       F& task;

@@ -12,6 +12,7 @@ from ._backward import Gradients
 from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache
 from ._cached import attention_with_kvcache
+from ._explain_call import explain_call
 from ._feed_forward import FeedForward
 from ._gradients import attention_backward, attention_vjp
 from ._info import show_config, show_runtime
@@ -58,6 +59,7 @@ __all__ = [
     "attention_vjp",
     "attention_with_kvcache",
     "explain",
+    "explain_call",
     "get_num_threads",
     "isas",
     "layer_norm",

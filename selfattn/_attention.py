@@ -232,18 +232,20 @@ def attention(
 
 
 class Explanation(dict[str, Any]):
-    """The plan of a call. `str()` is for people, the entries are for programs."""
+    """The plan of a call. `str()` is for people, the entries are for programs; ``parts`` has the plans of parts."""
 
     def __str__(self) -> str:
-        width = max(len(name) for name in self)
-        return "\n".join(f"{name:{width}}  {value}" for name, value in self.items())
+        whole = {name: value for name, value in self.items() if name != "parts"}
+        width = max(len(name) for name in whole)
+        own = "\n".join(f"{name:{width}}  {value}" for name, value in whole.items())
+        return "\n\n".join([own, *map(str, self.get("parts", ()))])
 
 
 # Options that no other function has.
 ONLY_HERE = ("return_key_mass", "key_indices")
 
 
-@clean_signature(attention, without=ONLY_HERE)
+@clean_signature(attention, without=(*ONLY_HERE, "out"))
 def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainOptions]) -> Explanation:
     """Tell which kernel, instruction set, blocks, threads and memory a call of `attention` would use, and why.
 
@@ -261,6 +263,10 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
         block_rows (per task), key_block, range_keys (keys per task) and ranges (their number), tasks, threads and what
         decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise (the operands that cannot be used
         in place), flops.
+
+    See Also
+    --------
+    explain_call : The same for other calls.
 
     Raises
     ------

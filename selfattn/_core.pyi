@@ -3,6 +3,7 @@
 Its ValueErrors and TypeErrors about arguments have an attribute ``message_parts``; see `_errors.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, NewType, TypeAlias
 
 import numpy as np
@@ -466,6 +467,8 @@ xla_attention_backward: object
 XLA_GIVEN: dict[str, int]
 XLA_WANTED: dict[str, int]
 
+# Makes a call that computes nothing, and describes its regions; a region of attention as `explain` does.
+def rehearse(call: Callable[[], Any], /) -> list[dict[str, Any]]: ...
 def explain(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: Options, /) -> dict[str, Any]: ...
 
 # (..., q_len, 3): a query's position, and the begin and the end of the keys that it may see, before mask and bias.

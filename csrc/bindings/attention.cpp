@@ -14,6 +14,7 @@ Destination::Destination(py::object out, bool direct, const Shape& shape, DType 
 
 py::object Destination::deliver() {
   if (given.is_none() || array.is(given)) return std::move(array);
+  if (Rehearsal::active()) return std::move(given);
   given.attr("__setitem__")(py::ellipsis(), array);
   return std::move(given);
 }
@@ -92,8 +93,9 @@ py::object attention_for(const char* function, py::handle q, py::handle k, py::h
   return attend_to(arguments_of(function, q, k, v, options_of(option_values)), py::none(), q);
 }
 
-py::dict describe_plan(const Plan& plan, int num_threads) {
-  const int threads = threads_for(plan, num_threads);
+}  // namespace
+
+py::dict description_of(const Plan& plan, int threads, const char* threads_source) {
   py::dict d;
   d["isa"] = plan.kernels->name;
   d["kernel"] = plan.attend->name;
@@ -106,8 +108,7 @@ py::dict describe_plan(const Plan& plan, int num_threads) {
   d["ranges"] = plan.ranges;
   d["tasks"] = plan.tasks;
   d["threads"] = threads;
-  const ThreadDefault limit = num_threads > 0 ? ThreadDefault{num_threads, "num_threads argument"} : default_threads();
-  d["threads_source"] = threads == 1 && limit.count > 1 ? "one thread is enough for this much work" : limit.source;
+  if (threads_source) d["threads_source"] = threads_source;
   d["scratch_bytes_per_thread"] = plan.thread_bytes;
   d["shared_bytes"] = plan.shared_bytes;
   py::list copied;
@@ -120,11 +121,16 @@ py::dict describe_plan(const Plan& plan, int num_threads) {
   return d;
 }
 
+namespace {
+
 py::dict explain(py::handle q, py::handle k, py::handle v, py::handle option_values) {
   const AttentionArguments arguments = arguments_of("explain", q, k, v, options_of(option_values));
   const Plan plan = make_plan(make_problem(arguments), active_kernels());
   forget_last_call();
-  return describe_plan(plan, arguments.num_threads);
+  const int given = arguments.num_threads, threads = threads_for(plan, given);
+  const ThreadDefault limit = given > 0 ? ThreadDefault{given, "num_threads argument"} : default_threads();
+  const bool few = threads == 1 && limit.count > 1;
+  return description_of(plan, threads, few ? "one thread is enough for this much work" : limit.source);
 }
 
 // For each query (..., q_len): its position, and the begin and the end of the keys that it may see, before mask and

@@ -38,6 +38,10 @@ struct Extras {
 // Checks the arguments, computes into `out` or a new array like `like`, and returns the requested results.
 py::object attend_to(const AttentionArguments& arguments, py::object out, py::handle like);
 
+// What `explain` says of a plan, of the number of threads that execute it, and of what limits this number if it is
+// known.
+py::dict description_of(const Plan& plan, int threads, const char* threads_source = nullptr);
+
 // The arguments of a call, from arrays.
 AttentionArguments arguments_of(const char* function, py::handle q, py::handle k, py::handle v, const Options& options);
 
@@ -58,6 +62,7 @@ void register_varlen(py::module_& module);
 void register_varlen_backward(py::module_& module);
 void register_machine(py::module_& module);
 void register_merge(py::module_& module);
+void register_rehearsal(py::module_& module);
 void register_relative(py::module_& module);
 void register_streaming(py::module_& module);
 void register_xla(py::module_& module);

@@ -102,7 +102,7 @@ class CacheArguments {
   template <class Work>
   void run(Work work) {
     step_.run(work);
-    state_.committed = more_ != 0;
+    state_.committed = more_ != 0 && !Rehearsal::active();
   }
 
  private:
