@@ -18,7 +18,7 @@ PYBIND11_MODULE(_core, module) {
   selfattn::bindings::register_machine(module);
   selfattn::bindings::register_merge(module);
   selfattn::bindings::register_rehearsal(module);
-  register_relative(module);
+  selfattn::bindings::register_relative(module);
   selfattn::bindings::register_streaming(module);
   selfattn::bindings::register_xla(module);
 }
