@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -272,14 +273,11 @@ class KVCache(AnyCache):
             still, moves = np.array([unmoved(row) for row in kept]), Moves(self._store, rotation)
             for b, (row, first) in enumerate(zip(kept, still.tolist(), strict=True)):
                 moves.add(row, first, np.array([b]), np.array([b]))
-            try:
-                self._set(still, starts)  # the tokens that a buffer holds if the process is killed now
-                moves.apply()
-                self._set(np.array([row.shape[-1] for row in kept]), starts)
-            except BaseException:
-                moves.undo()
-                self._set(lengths, starts)
-                raise
+            # If the process is killed halfway, its buffer has the tokens that stay where they are.
+            before, between, after = (
+                partial(self._set, x, starts) for x in (lengths, still, np.array([row.shape[-1] for row in kept]))
+            )
+            moves.run(between, after, before)
 
     def _step(self, function: str, sequences: Any) -> _core.Step:
         if sequences is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -112,6 +113,17 @@ class Moves:
         origin, target = ((row[at // self._slots], heads, at % self._slots) for row, at in ((held, old), (pages, new)))
         self._moves.append(_Move(origin, target, old - new))
         self._overwritten.append([array[target] for array in self._arrays])
+
+    def run(self, claim: Callable[[], None], commit: Callable[[], None], restore: Callable[[], None]) -> None:
+        """Move all tokens between `claim` and `commit`. If anything fails, undo it, and `restore` lengths or pages."""
+        try:
+            claim()
+            self.apply()
+            commit()
+        except BaseException:
+            self.undo()
+            restore()
+            raise
 
     def apply(self) -> None:
         """Move all tokens. `rope` rotates the keys, which are the first array."""

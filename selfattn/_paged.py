@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -241,13 +242,7 @@ class PagedKVCache(AnyCache):
             plan.choose(kept)
             after, moves = plan.pool(kept.shape[-1]), Moves(self._store, rotation)
             moves.add(kept, plan.first, plan.held, plan.pages)
-            try:
-                moves.apply()
-                self._pool = after
-            except BaseException:
-                moves.undo()
-                self._pool = before
-                raise
+            moves.run(lambda: None, partial(setattr, self, "_pool", after), partial(setattr, self, "_pool", before))
 
     def free(self, sequence: int) -> None:
         """Delete a sequence; pages that no other sequence shares become free."""

@@ -18,7 +18,7 @@ FILES = {
     str(Path(sa.__file__).with_name(name))
     for name in ("_any_cache.py", "_cache.py", "_cached.py", "_ledger.py", "_paged.py")
 }
-MOVES = (str(Path(sa.__file__).with_name("_evict.py")), "apply")  # all else in this file only plans a call
+MOVES = {(str(Path(sa.__file__).with_name("_evict.py")), name) for name in ("run", "apply")}  # the others only plan
 
 
 def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) -> bool:
@@ -31,7 +31,7 @@ def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) ->
     def trace(frame: Any, event: str, argument: Any) -> Any:
         nonlocal seen
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if (file not in FILES and (file, name) != MOVES) or name == "_run":
+        if (file not in FILES and (file, name) not in MOVES) or name == "_run":
             return None
         frame.f_trace_opcodes = True
         line = frame.f_lineno and linecache.getline(frame.f_code.co_filename, frame.f_lineno)
