@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from . import _core
 from ._any_cache import AnyCache
 from ._arguments import as_array, integers
 from ._errors import refusal
+from ._evict import Moves, evict_arguments, kept_rows, unmoved
 from ._keywords import hinted
 from ._ledger import Ledger, header_bytes
 from ._lock import SharedLock
+from ._rope import RoPE
 from ._store import Layout, Store, count, storage_name, values_width
 from ._typing import StorageType, Values
 
@@ -62,7 +65,8 @@ class KVCache(AnyCache):
     -----
     Calls from several threads are synchronized: many readers or one writer. If several processes share a buffer, only
     one of them may write at a time, and the others must not use the cache until it is done. If a process is killed
-    while it appends, the cache holds the tokens of all complete appends.
+    while it appends, the cache holds the tokens of all complete appends; if it is killed while it evicts, each sequence
+    holds at least the tokens before its first evicted one.
 
     An int4 cache stores 32 numbers of a row as 16 bytes of codes c from 0 to 15 and one byte with a multiple m and a
     zero z: ``x ≈ scale · m · (c − z)``. `k` and `v` are then views of these bytes.
@@ -231,6 +235,50 @@ class KVCache(AnyCache):
             raise refusal(ValueError, "reorder", "index", f" holds {index[i]}, which is outside 0..{self.batch - 1}")
         with self._lock.writing:
             _core.reorder(self._store.core, self._ledger.core, index)
+
+    def evict(self, keep: ArrayLike, rope: RoPE | bool | None = None) -> None:
+        """Remove tokens anywhere in the sequences. The others keep their order and move together.
+
+        Parameters
+        ----------
+        keep : integer array, shape (batch, n) or (batch, num_kv_heads, n)
+            Ascending indices of the tokens that stay. Heads may keep other tokens, but not another number of them. If
+            sequences keep different numbers, -1 fills the ends of rows.
+        rope : RoPE or True, optional
+            Rotate the keys, which are rotated for their indices, on to their new indices. Default: keys do not change.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong indices, a cache with a window, or `rope` for codes, for keys that contain the values, or with `axes`.
+
+        Notes
+        -----
+        Without `rope`, later calls of `attention_with_kvcache` need ``positions=``: a token's place in the text is no
+        longer its index. All options but `rope` count indices: causal limits, windows, `alibi_slopes`, `bias`, ...
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import selfattn as sa
+        >>> cache = sa.KVCache(2, num_kv_heads=1, head_dim=1, capacity=8)
+        >>> cache.append(*[np.arange(10, dtype=np.float32).reshape(2, 1, 5, 1)] * 2)
+        >>> cache.evict([[0, 3, 4], [1, 2, -1]])
+        >>> cache.lengths, cache.k[0, 0, :3, 0]
+        (array([3, 2]), array([0., 3., 4.], dtype=float32))
+        """
+        indices, rotation = evict_arguments(self, keep, (self.batch,), rope)
+        with self._lock.writing:
+            lengths, starts = self._ledger.state()
+            kept = kept_rows(indices, lengths, range(self.batch))
+            still, moves = np.array([unmoved(row) for row in kept]), Moves(self._store, rotation)
+            for b, (row, first) in enumerate(zip(kept, still.tolist(), strict=True)):
+                moves.add(row, first, np.array([b]), np.array([b]))
+            # If the process is killed halfway, its buffer has the tokens that stay where they are.
+            before, between, after = (
+                partial(self._set, x, starts) for x in (lengths, still, np.array([row.shape[-1] for row in kept]))
+            )
+            moves.run(between, after, before)
 
     def _step(self, function: str, sequences: Any) -> _core.Step:
         if sequences is not None:

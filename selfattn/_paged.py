@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from . import _core
 from ._any_cache import AnyCache
 from ._arguments import as_array, integers
 from ._errors import refusal
+from ._evict import Moves, Repaging, evict_arguments, kept_rows
 from ._keywords import hinted
 from ._lock import SharedLock
+from ._rope import RoPE
 from ._store import Layout, Store, count, storage_name, values_width
 from ._typing import StorageType, Values
 
@@ -212,6 +215,35 @@ class PagedKVCache(AnyCache):
         with self._lock.writing:
             window = -1 if self.window is None else self.window
             _core.truncate_sequence(self._pool, _id("truncate", sequence), length, window)
+
+    def evict(self, sequence: int, keep: ArrayLike, rope: RoPE | bool | None = None) -> None:
+        """Remove tokens anywhere in a sequence. The others keep their order and move together.
+
+        Other sequences do not change: a sequence that shares pages gets pages of its own from the first one whose
+        tokens move. Pages that are no longer needed are released.
+
+        Parameters
+        ----------
+        sequence : int
+        keep : integer array, shape (n,) or (num_kv_heads, n)
+            The indices of the tokens that stay, ascending, as in `KVCache.evict`.
+        rope : RoPE or True, optional
+            Rotate the kept keys for their new indices, as in `KVCache.evict`.
+
+        Raises
+        ------
+        MemoryError
+            There are not enough free pages. This error, like any other, leaves all sequences unchanged.
+        """
+        name = _id("evict", sequence)
+        indices, rotation = evict_arguments(self, keep, (), rope)
+        with self._lock.writing:
+            before, plan = self._pool, Repaging(self._pool, self.num_pages, self.page_size, name)
+            (kept,) = kept_rows(indices, [plan.length], [name])
+            plan.choose(kept)
+            after, moves = plan.pool(kept.shape[-1]), Moves(self._store, rotation)
+            moves.add(kept, plan.first, plan.held, plan.pages)
+            moves.run(lambda: None, partial(setattr, self, "_pool", after), partial(setattr, self, "_pool", before))
 
     def free(self, sequence: int) -> None:
         """Delete a sequence; pages that no other sequence shares become free."""

@@ -18,6 +18,7 @@ FILES = {
     str(Path(sa.__file__).with_name(name))
     for name in ("_any_cache.py", "_cache.py", "_cached.py", "_cascade.py", "_ledger.py", "_paged.py")
 }
+MOVES = {(str(Path(sa.__file__).with_name("_evict.py")), name) for name in ("run", "apply")}  # the others only plan
 
 
 def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) -> bool:
@@ -29,7 +30,8 @@ def raise_at(point: int, error: type[BaseException], call: Callable[[], Any]) ->
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         nonlocal seen
-        if frame.f_code.co_filename not in FILES or frame.f_code.co_name == "_run":
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if (file not in FILES and (file, name) not in MOVES) or name == "_run":
             return None
         frame.f_trace_opcodes = True
         line = frame.f_lineno and linecache.getline(frame.f_code.co_filename, frame.f_lineno)
@@ -112,9 +114,12 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         paged,
         lambda cache: sa.attention_with_kvcache(x(1, 2), cache, x(1, 2), x(1, 2), sequences=[1, 0], cascade=True),
     ),
+    "evict": (paged, lambda cache: cache.evict(1, [0, 3, 4])),
+    "evict-in-place": (roomy, lambda cache: cache.evict(0, [0, 3, 4], True)),
     "batch-append": (batch, lambda cache: cache.append(x(2, 3), x(2, 3))),
     "batch-truncate": (batch, lambda cache: cache.truncate([1, 2, 3])),
     "batch-reorder": (batch, lambda cache: cache.reorder([2, 2, 0])),
+    "batch-evict": (batch, lambda cache: cache.evict([[0, 1, 4], [0, 1, 2], [2, 3, -1]], True)),
 }
 
 

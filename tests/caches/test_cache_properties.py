@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_model import CODES, STORAGE, Sequence, check_attention, random_options, storage_dtype
+from cache_model import CODES, STORAGE, Sequence, check_attention, random_keep, random_options, storage_dtype
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -188,6 +188,22 @@ class Contiguous(RuleBasedStateMachine):
         self.rows = [self.rows[i].copy() for i in index]
         self.written = [self.written[i] for i in index]
 
+    @rule(seed=seeds)
+    def evict(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        kept = [random_keep(rng, self.shape[1], row.length) for row in self.rows]
+        most = max(row.shape[-1] for row in kept)
+        keep = np.full((len(kept), max(len(row) for row in kept), most), -1)
+        for b, row in enumerate(kept):
+            keep[b, :, : row.shape[-1]] = row
+        keep = keep[:, 0] if keep.shape[1] == 1 and rng.random() < 0.5 else keep
+        if self.window is not None:
+            self.refused(ValueError, self.cache.evict, keep)
+            return
+        self.cache.evict(keep)
+        for row, own in zip(self.rows, kept, strict=True):
+            row.evict(own)
+
     @rule()
     def open_again(self) -> None:
         self.cache = sa.KVCache(*self.shape, **self.named, buffer=self.buffer)
@@ -220,6 +236,8 @@ def bad_calls(machine: Contiguous, k: Any, v: Any) -> list[tuple[Any, ...]]:
         (cache.append, too_many, np.zeros((*too_many.shape[:3], machine.dims[1]), np.float32)),
         *((cache.truncate, x) for x in (-1, longer, [0] * (batch + 1), 0.5, True, None, [-1] * batch, 1 << 70)),
         *((cache.reorder, x) for x in ([batch] * batch, [-1] * batch, [0] * (batch + 1), 0, [0.0] * batch, None, [])),
+        *((cache.evict, np.full((batch, 1), x)) for x in (-2, longer, 0.0, True)),
+        *((cache.evict, x) for x in (None, 0, [0], np.zeros((batch + 1, 0), int), [[0, 0]] * batch, [[-1, 0]] * batch)),
         *((attend, x, cache) for x in (q[0], q[..., :0], q.astype(int), np.concatenate([q, q]), None)),
         (attend, q, cache, k),
         (attend, q, cache, None, v),

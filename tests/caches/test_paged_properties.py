@@ -13,6 +13,7 @@ from cache_model import (
     PagedModel,
     Sequence,
     check_attention,
+    random_keep,
     random_options,
     read_through_attention,
     storage_dtype,
@@ -133,6 +134,22 @@ class Paged(RuleBasedStateMachine):
             self.model.truncate(name, length)
 
     @some_live
+    @rule(seed=seeds, data=st.data())
+    def evict(self, seed: int, data: Any) -> None:
+        name = self.any_live(data)
+        kept = random_keep(np.random.default_rng(seed), self.shape[2], self.model.sequences[name].length)
+        if self.window is not None:
+            self.refused(ValueError, self.cache.evict, name, kept)
+            return
+        after = {**self.model.tables, name: self.model.table_of_kept(name, kept)}
+        if self.model.used(after) > self.model.num_pages:
+            self.refused(MemoryError, self.cache.evict, name, kept)
+            return
+        self.cache.evict(name, kept)
+        self.model.tables = after
+        self.model.sequences[name].evict(kept)
+
+    @some_live
     @rule(data=st.data())
     def free(self, data: Any) -> None:
         name = self.any_live(data)
@@ -214,6 +231,8 @@ def bad_calls(machine: Paged, name: int, k: Any, v: Any) -> list[tuple[Any, ...]
         *((cache.append, bad, k, v) for bad in names),
         *((cache.truncate, bad, 0) for bad in names),
         *((cache.truncate, name, x) for x in (-1, cache.length(name) + 1, None, 0.5, True, 1 << 70)),
+        *((cache.evict, bad, np.zeros(0, int)) for bad in names),
+        *((cache.evict, name, x) for x in (None, 0, [cache.length(name)], [-2], [0.0], [True], [0, 0], [[[0]]])),
         *((cache.append, name, x, v) for x in (k[0], k[None], k[..., :0], k.astype(int), np.concatenate([k, k], 1))),
         *((cache.append, name, k, x) for x in (v[0], None, np.concatenate([v, v]), v.astype(complex))),
         *((partial(attend, q, cache, k[None], v[None], sequences=bad),) for bad in bad_sequences),

@@ -144,6 +144,7 @@ def test_errors_about_arguments_keep_the_names_in_their_messages() -> None:
     """
     others = {
         "_copying": 2,  # a pickle
+        "_evict": 2,  # a cache with a window; too few pages
         "_feed_forward": 1,  # a pickle
         "_idle": 1,  # the missing core
         "_immutable": 2,  # attributes

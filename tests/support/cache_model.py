@@ -85,6 +85,10 @@ class Tokens:
     def truncate(self, length: int) -> None:
         self.stored, self.scales = self.stored[:, :length], self.scales[:, :length]
 
+    def evict(self, kept: Any) -> None:
+        rows = np.arange(len(self.stored))[:, np.newaxis], kept
+        self.stored, self.scales = self.stored[rows], self.scales[rows]
+
     def values(self) -> Any:
         stored = unpacked(self.stored, self.dim) if self.dtype == "int4" else self.stored
         return stored.astype(np.float64) * self.scales[..., np.newaxis].astype(np.float64)
@@ -108,6 +112,10 @@ class Sequence:
     def truncate(self, length: int) -> None:
         self.k.truncate(length)
         self.v.truncate(length)
+
+    def evict(self, kept: Any) -> None:
+        self.k.evict(kept)
+        self.v.evict(kept)
 
     def copy(self) -> Sequence:
         twin = Sequence.__new__(Sequence)
@@ -147,6 +155,12 @@ class PagedModel:
     def truncate(self, name: int, length: int) -> None:
         self.sequences[name].truncate(length)
         del self.tables[name][-(-length // self.page_size) :]
+
+    def table_of_kept(self, name: int, kept: Any) -> list[object | None]:
+        """Return the table of a sequence of which only the tokens `kept`, (heads or 1, n), are left."""
+        still, pages = (kept == np.arange(kept.shape[-1])).all(axis=0), -(-kept.shape[-1] // self.page_size)
+        whole = pages if still.all() else int(still.sum()) // self.page_size
+        return [*self.tables[name][:whole], *(object() for _ in range(pages - whole))]
 
     def released(self, names: Iterable[int]) -> dict[int, list[object | None]]:
         """Return all tables without the pages of `names` that no further token sees."""
@@ -194,6 +208,14 @@ class PagedModel:
     @property
     def num_free_pages(self) -> int:
         return self.num_pages - self.used(self.tables)
+
+
+def random_keep(rng: Any, heads: int, length: int) -> Any:
+    """Return the indices (heads or 1, n) of tokens that stay: often of the first tokens and some others."""
+    count, rows = rng.integers(length + 1), rng.choice([1, heads])
+    first = rng.integers(count + 1)
+    others = [np.sort(rng.permutation(np.arange(first, length))[: count - first]) for _ in range(rows)]
+    return np.stack([np.concatenate([np.arange(first), row]) for row in others]).astype(np.int64)
 
 
 def random_options(
