@@ -15,9 +15,9 @@ from selfattn._arguments import core_options
 
 BFLOAT = np.dtype(ml_dtypes.bfloat16)
 ROUNDING = {"float64": 2.0**-48, "float32": 2.0**-19, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-HEADS, QUERIES, KEYS = 4, 270, 300  # more than a block of queries, and some tiles of keys
+HEADS, QUERIES, KEYS = 4, 70, 300  # several blocks of queries, see `small_blocks`, and of tiles of keys
 IDS = np.stack([np.arange(KEYS) // 90, np.sort(np.arange(KEYS) % 5)])
-OWN = np.stack([np.arange(QUERIES) // 70, np.full(QUERIES, 9)])  # in the second entry, no query finds its document
+OWN = np.stack([np.arange(QUERIES) // 20, np.full(QUERIES, 9)])  # in the second entry, no query finds its document
 DENSE = np.random.default_rng(1).random((HEADS, QUERIES, KEYS)) < 0.4
 
 EXPRESSIONS: dict[str, Any] = {
@@ -40,7 +40,7 @@ EXPRESSIONS: dict[str, Any] = {
 OPTIONS: dict[str, Any] = {
     "plain": {},
     "offset": {"q_offset": np.array([5, 100])},
-    "lengths": {"kv_lens": np.array([250, KEYS]), "q_lens": np.array([200, QUERIES]), "kv_starts": np.array([3, 150])},
+    "lengths": {"kv_lens": np.array([250, KEYS]), "q_lens": np.array([50, QUERIES]), "kv_starts": np.array([3, 150])},
     "limits": {"causal": True, "window": (150, 3), "sinks": np.linspace(-1, 1, HEADS)},
     "prefix": {"causal": True, "prefix_lens": np.array([40, 7])},
     "chunk": {"chunk": 64, "softcap": 2.0, "scale": 0.7},
@@ -50,6 +50,11 @@ OPTIONS: dict[str, Any] = {
         "bias": np.random.default_rng(3).standard_normal((HEADS, QUERIES, 1)).astype("f4"),
     },
 }
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_masked, "BLOCK_QUERIES", 32)
 
 
 def operands(normal: Any, dtype: Any = np.float32) -> Any:
@@ -75,6 +80,7 @@ def check(mask: Any, arrays: Any, **options: Any) -> None:
     assert np.all(abs(lse[~unseen] - exact.lse[~unseen]) < 2e-5)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("name", EXPRESSIONS)
 @pytest.mark.one_isa  # a mask is turned into arguments of the core, whose kernels are tested elsewhere
 def test_against_the_reference(normal: Any, name: str) -> None:
@@ -83,6 +89,7 @@ def test_against_the_reference(normal: Any, name: str) -> None:
         check(EXPRESSIONS[name], arrays, **OPTIONS[options])
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.one_isa  # as above
 @pytest.mark.parametrize("dtype", [np.dtype(np.float64), np.dtype(np.float16), BFLOAT], ids=str)
 def test_types(normal: Any, dtype: Any) -> None:
@@ -110,6 +117,7 @@ def test_lowered_masks_are_options(normal: Any, mask: Any, options: Any) -> None
     assert sa.explain(q, k, v, mask=mask) == sa.explain(q, k, v, **options)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.one_isa  # as above
 def test_results_beside_out(normal: Any) -> None:
     q, k, v = operands(normal)
@@ -125,6 +133,7 @@ def test_results_beside_out(normal: Any) -> None:
         assert np.allclose(dropped[0][0], dropped[1][0], atol=1e-5)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.one_isa  # as above
 def test_shapes_layouts_and_out(normal: Any) -> None:
     q, k, v = operands(normal)
@@ -149,6 +158,7 @@ def test_shapes_layouts_and_out(normal: Any) -> None:
         assert not empty[0].any()
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_bits_and_hidden_keys(isa: str, normal: Any) -> None:
     q, k, v = operands(normal)
     mask = masks.documents(IDS, OWN) | masks.prefix(3)
