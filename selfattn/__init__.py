@@ -5,13 +5,15 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 
 from . import _idle as _idle  # imported first, because it loads the core
+from . import masks as masks
 from . import reference as reference
 from ._apply_rope import apply_rope
-from ._attention import attention, explain
+from ._attention import attention
 from ._backward import Gradients
 from ._bias import T5Bias, alibi_slopes, t5_bias
 from ._cache import KVCache
 from ._cached import attention_with_kvcache
+from ._explain import explain
 from ._explain_call import explain_call
 from ._feed_forward import FeedForward
 from ._gradients import attention_backward, attention_vjp

@@ -14,7 +14,9 @@ from ._chosen_keys import attend_to_chosen
 from ._errors import refusal
 from ._key_mass import attend_with_key_mass
 from ._keywords import clean_signature, refuse_unknown
-from ._typing import Array, AttentionOptions, ExplainOptions, Layout, No, Precision, Window, Yes
+from ._mask_nodes import Mask
+from ._masked import NOT_WITH_CHOSEN, attend_in_blocks, masked
+from ._typing import Array, AttentionOptions, Layout, No, Precision, Window, Yes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,7 +55,7 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
     bias: ArrayLike | None = None,
     causal: bool = False,
     q_offset: ArrayLike | None = None,
@@ -96,8 +98,9 @@ def attention(
         ``h`` uses KV head ``h // (H // Hkv)``.
     v : array_like, shape (..., Hkv, Sk, Dv)
         Values, in k's dtype.
-    mask : array_like of bool, optional
-        True = attend. Broadcasts to (..., H, Sq, Sk) in both layouts.
+    mask : array_like of bool or masks.Mask, optional
+        True = attend. Broadcasts to (..., H, Sq, Sk) in both layouts. A mask of `selfattn.masks` needs no memory for
+        the pairs, and keys that it hides from many adjacent queries are not read.
     bias : array_like of any dtype that q may have, optional
         Added to the scores; −inf hides a key exactly as False in `mask` does. Broadcasts as `mask` does.
     causal : bool, default False
@@ -212,6 +215,9 @@ def attention(
         k = as_array("attention", "k", k)
     if type(v) is not np.ndarray or not v.dtype.isnative:
         v = as_array("attention", "v", v)
+    lazy = None
+    if isinstance(mask, Mask):
+        lazy, mask = mask, None
     # Options are passed by position: Python builds a dict for more than 15 keywords, which takes longer than the rest
     # of this function.
     options = core_options(
@@ -222,6 +228,13 @@ def attention(
     if out is not None:
         out = out_array("attention", out)
     mass = return_key_mass is not False and flag("attention", "return_key_mass", return_key_mass)
+    if lazy is not None:
+        call = masked("attention", (q, k, v), lazy, options)
+        if call.rest is not None:
+            if key_indices is not None:
+                raise refusal(ValueError, "attention", "key_indices", *NOT_WITH_CHOSEN)
+            return attend_in_blocks(call, mass, out)
+        options = call.options
     if key_indices is not None:
         if mass:
             raise refusal(ValueError, "attention", "key_indices", " cannot be used with ", "return_key_mass", "")
@@ -231,61 +244,8 @@ def attention(
     return _core.attention(q, k, v, out, options)
 
 
-class Explanation(dict[str, Any]):
-    """The plan of a call. `str()` is for people, the entries are for programs; ``parts`` has the plans of parts."""
-
-    def __str__(self) -> str:
-        whole = {name: value for name, value in self.items() if name != "parts"}
-        width = max(len(name) for name in whole)
-        own = "\n".join(f"{name:{width}}  {value}" for name, value in whole.items())
-        return "\n\n".join([own, *map(str, self.get("parts", ()))])
-
-
 # Options that no other function has.
 ONLY_HERE = ("return_key_mass", "key_indices")
-
-
-@clean_signature(attention, without=(*ONLY_HERE, "out"))
-def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainOptions]) -> Explanation:
-    """Tell which kernel, instruction set, blocks, threads and memory a call of `attention` would use, and why.
-
-    Parameters
-    ----------
-    q, k, v : array_like
-        As for `attention`; their values are not read.
-    **options
-        The options of `attention`.
-
-    Returns
-    -------
-    Explanation
-        A dict with a readable `str()`: isa, kernel, the unit that multiplies, the reason, query_rows (per KV head) and
-        block_rows (per task), key_block, range_keys (keys per task) and ranges (their number), tasks, threads and what
-        decided their number, scratch_bytes_per_thread, shared_bytes, copied_blockwise (the operands that cannot be used
-        in place), flops.
-
-    See Also
-    --------
-    explain_call : The same for other calls.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `attention`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import selfattn as sa
-    >>> x = np.zeros((1, 8, 512, 64), dtype=np.float32)
-    >>> sa.explain(x, x, x)["kernel"]
-    'tile'
-    """
-    refuse_unknown(explain, options)
-    known = {name: options.get(name, default) for name, default in _DEFAULTS.items()}
-    q, k, v = (as_array("explain", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    return Explanation(_core.explain(q, k, v, core_options("explain", **known)))
-
 
 # The options that the core knows.
 _DEFAULTS: dict[str, Any] = {

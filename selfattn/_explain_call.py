@@ -8,9 +8,10 @@ from typing import Any
 
 from . import _core
 from ._apply_rope import apply_rope
-from ._attention import Explanation, attention
+from ._attention import attention
 from ._cached import attention_with_kvcache
 from ._errors import refusal
+from ._explain import Explanation
 from ._feed_forward import FeedForward
 from ._gradients import attention_backward
 from ._layer import SelfAttention

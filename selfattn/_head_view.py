@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from ._arguments import as_array, real
 from ._errors import refusal
+from ._mask_nodes import Mask
 from ._picture import MARGIN, Picture, num_columns, read, read_style, shorten, without
 
 _MOST_TOKENS, _MOST_HEADS = 128, 32
@@ -91,7 +92,7 @@ def view(
     weights: ArrayLike,
     head: int | str | None,
     names: tuple[Sequence[str] | None, Sequence[str] | None],
-    mask: ArrayLike | None,
+    mask: ArrayLike | Mask | None,
     style: tuple[Any, Sequence[str] | None, Any],
 ) -> HeadView:
     """Return the picture; `names` are those of queries and keys, `style` is title, skip and least."""

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import as_array, flag, is_float, real
 from ._errors import refusal
+from ._mask_nodes import Mask
 
 LEAST = 1e-4  # the weight at the dark end of a logarithmic scale
 MARGIN = 20  # number of columns for a name
@@ -44,7 +45,7 @@ def read(
     head: int | str | None,
     tokens: Sequence[str] | None,
     key_tokens: Sequence[str] | None,
-    mask: ArrayLike | None,
+    mask: ArrayLike | Mask | None,
 ) -> Picture:
     """Return the weights of one head with the names of its rows and columns."""
     array = as_array(function, "weights", weights)
@@ -209,8 +210,8 @@ def _one_head(function: str, array: NDArray[Any], head: int | str | None) -> NDA
     )
 
 
-def _mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    array = as_array(function, "mask", mask)
+def _mask(function: str, mask: ArrayLike | Mask, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    array = mask.array(*shape[-2:]) if isinstance(mask, Mask) else as_array(function, "mask", mask)
     if array.dtype != bool:
         raise refusal(TypeError, function, "mask", f" has dtype {array.dtype}, but bool is needed, True = attend")
     try:

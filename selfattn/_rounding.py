@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._attention import explain
+from ._explain import explain
 from ._typing import Precision
 
 # The error that products on a matrix unit add, relative to the sum of p|v|: (from rounding weights and values, per unit

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from ._bias import T5Bias
     from ._cache import KVCache
+    from ._mask_nodes import Mask
     from ._norm import LayerNorm, RMSNorm
     from ._paged import PagedKVCache
     from ._rope import RoPE
@@ -64,7 +65,7 @@ class BatchOptions(CommonOptions, total=False):
     bias: ArrayLike | None
 
 
-class PaddedOptions(BatchOptions, total=False):
+class Lengths(TypedDict, total=False):
     """Options of functions whose sequences may be shorter than their array."""
 
     q_lens: ArrayLike | None
@@ -73,9 +74,15 @@ class PaddedOptions(BatchOptions, total=False):
     prefix_lens: ArrayLike | None
 
 
-class AttentionOptions(PaddedOptions, total=False):
+class PaddedOptions(BatchOptions, Lengths, total=False):
+    """Options of these functions, if they take a batch as one array."""
+
+
+class AttentionOptions(CommonOptions, Lengths, total=False):
     """Options of `attention`, except those that no other function has."""
 
+    mask: ArrayLike | Mask | None
+    bias: ArrayLike | None
     q_offset: ArrayLike | None
     layout: Layout
 

@@ -17,6 +17,7 @@ from ._arguments import flag, whole_number
 from ._head_view import HeadView as HeadView
 from ._head_view import view
 from ._keywords import hinted
+from ._mask_nodes import Mask
 from ._picture import ignoring_overflow, read, read_style, without
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def heatmap(
     head: int | Literal["mean"] | None = None,
     title: str | None = None,
     log: bool = False,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
     vmax: float | None = None,
     power: float | None = None,
     skip: Sequence[str] | None = None,
@@ -57,7 +58,7 @@ def heatmap(
     title : str, optional
     log : bool, default False
         Use a logarithmic colour scale, from 1e-4.
-    mask : array_like of bool, optional
+    mask : array_like of bool or masks.Mask, optional
         True = attend, (Sq, Sk) or broadcastable to it. Hidden pairs are drawn grey and hatched, to tell them from a
         weight of 0.
     vmax : float, optional
@@ -113,7 +114,7 @@ def text(
     width: int = 100,
     title: str | None = None,
     log: bool = False,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
     vmax: float | None = None,
     power: float | None = None,
     skip: Sequence[str] | None = None,
@@ -171,7 +172,7 @@ def head_view(
     key_tokens: Sequence[str] | None = None,
     head: int | Literal["mean"] | None = None,
     title: str | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
     skip: Sequence[str] | None = None,
     least: float = 0.05,
 ) -> HeadView:
@@ -183,7 +184,7 @@ def head_view(
         As for `heatmap`. At most 128 tokens and 32 heads.
     head : int or "mean", optional
         The only head to draw; "mean" averages the heads. By default, all heads are drawn.
-    mask : array_like of bool, optional
+    mask : array_like of bool or masks.Mask, optional
         True = attend, (Sq, Sk) or broadcastable to it. Hidden pairs have no line.
     least : float, default 0.05
         Smaller weights have no line.

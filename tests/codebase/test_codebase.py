@@ -153,6 +153,7 @@ def test_errors_about_arguments_keep_the_names_in_their_messages() -> None:
         "_ledger": 1,  # the memory of a cache
         "_linear": 1,  # a pickle
         "_lock": 1,  # no memory
+        "_mask_nodes": 2,  # operators, and the conversion to an array, which have no named arguments
         "_store": 1,  # a missing package
         "_streaming": 1,  # a pickle
     }

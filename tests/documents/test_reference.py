@@ -23,6 +23,7 @@ import selfattn
 PUBLIC = {
     "selfattn": (),
     "selfattn.compat": (),
+    "selfattn.masks": (),
     "selfattn.distributed": ("mpi4py",),
     "selfattn.integrations.jax": ("jax",),
     "selfattn.integrations.torch": ("torch", "ml_dtypes"),
