@@ -30,6 +30,10 @@ from ._rows import rows_of
 
 _BY = ("keys", "heads")
 
+_NOT_OVER_RANKS = (
+    "return_weights", "dropout", "seed", "kv_starts", "prefix_lens", "chunk", "cascade", "out", "q_norm", "k_norm",
+)  # fmt: skip
+
 
 class Group:
     """The ranks of a communicator, which compute attention over sequences that are spread over them.
@@ -238,13 +242,7 @@ class Group:
         with self._link.flight(function):
             return differentiate(self._link, call, call.options.num_threads or self.num_threads)
 
-    @clean_signature(
-        attention_with_kvcache,
-        without=(
-            *("return_weights", "dropout", "seed", "kv_starts", "prefix_lens", "chunk", "cascade", "out"),
-            *("q_norm", "k_norm"),
-        ),
-    )
+    @clean_signature(attention_with_kvcache, without=_NOT_OVER_RANKS)
     def attention_with_kvcache(
         self, q: ArrayLike, cache: Any, k: ArrayLike | None = None, v: ArrayLike | None = None, **options: Any
     ) -> Any:
