@@ -28,7 +28,7 @@ class Explanation(dict[str, Any]):
         return "\n\n".join([own, *map(str, self.get("parts", ()))])
 
 
-@clean_signature(attention, without=(*ONLY_HERE, "out"))
+@clean_signature(attention, without=ONLY_HERE)
 def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainOptions]) -> Explanation:
     """Tell which kernel, instruction set, blocks, threads and memory a call of `attention` would use, and why.
 
