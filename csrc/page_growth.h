@@ -21,10 +21,9 @@ class PageGrowth : public PageChanges {
     std::int64_t window;  // -1: none
   };
   explicit PageGrowth(PagePool& pool) : PageChanges({}), pool_(pool) {}  // the pool must outlive this object
-  // Makes this object that of another call, in the memory that it has. Throws std::invalid_argument for sequences that
+  // Begins another call, and reuses the memory of the call before. Throws std::invalid_argument for sequences that
   // are not live or are named twice, and MemoryRefusal if there are not enough pages.
   void begin(const Call& call);
-  const PagePool& pool() const { return pool_; }
   void claim(const CacheStore& store) override;
 
  private:

@@ -61,7 +61,7 @@ class H2O:
 
 
 def snapkv(cache: sa.KVCache, q: Array, budget: int, recent: int, pool: int = 7) -> None:
-    """Evict the tokens of a prompt that its last `recent` queries (and the tokens beside what they see) do not need."""
+    """Evict the tokens of a prompt that are neither seen by its last `recent` queries nor near such a token."""
     length = cache.lengths[0]
     stored = cache.k[:, :, :length], cache.v[:, :, :length]
     _, mass = sa.attention(q[:, :, -recent:], *stored, causal=True, return_key_mass=True)

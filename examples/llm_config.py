@@ -118,7 +118,7 @@ class Config:
         return None if full else int(self.values[self.family.local[1]]) - 1
 
     def chunk(self, layer: int) -> int | None:
-        """Return the size of the chunks of positions that a layer's queries see only their own of; None: no chunks."""
+        """Return a layer's chunk size, whose queries see only keys of their own chunk; None: it has no chunks."""
         chunked = self.values["layer_types"][layer] == "chunked_attention"
         return int(self.values["attention_chunk_size"]) if chunked else None
 

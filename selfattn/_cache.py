@@ -242,10 +242,11 @@ class KVCache(AnyCache):
         Parameters
         ----------
         keep : integer array, shape (batch, n) or (batch, num_kv_heads, n)
-            Ascending indices of the tokens that stay. Heads may keep other tokens, but not another number of them. If
-            sequences keep different numbers, -1 fills the ends of rows.
+            Ascending indices of the tokens that stay. Heads may keep different tokens, but equally many. If sequences
+            keep different numbers, -1 fills the ends of rows.
         rope : RoPE or True, optional
-            Rotate the keys, which are rotated for their indices, on to their new indices. Default: keys do not change.
+            The rotation of the stored keys, which are then rotated further, to their new indices. Default: keys do not
+            change.
 
         Raises
         ------

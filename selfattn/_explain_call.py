@@ -1,4 +1,4 @@
-"""The plans of any call: it is made in a rehearsal, in which the core computes nothing."""
+"""The plans of calls other than `attention`: a call is made in a rehearsal, in which the core computes nothing."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _numbers(part: range) -> NDArray[np.int64]:
 
 
 def _with_axes(offset: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Return the offset with axes behind that of the heads."""
+    """Return the offset with axes after that of the heads."""
     return offset.reshape(*offset.shape, *[1] * count) if offset.ndim else offset
 
 

@@ -1,4 +1,4 @@
-"""Masks as options: what the core knows itself is better said by its options than by an array."""
+"""Masks as options of the core, which take no array and are faster."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ._mask_nodes import And, Mask, Or
 def lowered(mask: Mask, options: _core.Options, lengths: tuple[int, int]) -> tuple[_core.Options, Mask | None]:
     """Return options that hide what they hid and a part of the mask, and the rest of the mask, if any.
 
-    `lengths` are the numbers of queries and keys. A term of a conjunction becomes an option if that is exactly equal.
+    `lengths` are the numbers of queries and keys. A member of a conjunction becomes an option if that is exactly equal.
     The prefix of the options exempts from the causal option, but not from a mask; so nothing is lowered next to it.
     """
     own = options.copy()
-    terms = list(mask.terms) if isinstance(mask, And) else [mask]
+    members = list(mask.members) if isinstance(mask, And) else [mask]
     if own.prefix_lens is None:
-        _set_offset(own, terms)
-        terms = [term for term in terms if not _becomes_limit(term, own, lengths)]
-        terms = [term for term in terms if not _becomes_prefix(term, own, lengths[1])]
-    if not terms:
+        _set_offset(own, members)
+        members = [member for member in members if not _becomes_limit(member, own, lengths)]
+        members = [member for member in members if not _becomes_prefix(member, own, lengths[1])]
+    if not members:
         return own, None
-    rest = terms[0] if len(terms) == 1 else And(*terms)
+    rest = members[0] if len(members) == 1 else And(*members)
     if isinstance(rest, Dense):
         own.mask = rest.values
         return own, None
     return own, rest
 
 
-def _set_offset(options: _core.Options, terms: list[Mask]) -> None:
-    """Make the offset of causal terms that of the call, if nothing else depends on the latter."""
-    fixed = {term.offset for term in terms if isinstance(term, Causal) and term.offset is not None}
+def _set_offset(options: _core.Options, members: list[Mask]) -> None:
+    """Make the offset of causal members that of the call, if nothing else depends on the latter."""
+    fixed = {member.offset for member in members if isinstance(member, Causal) and member.offset is not None}
     taken = options.q_offset is not None or options.alibi_slopes is not None or options.distance_bias is not None
-    if len(fixed) == 1 and not (taken or _limits(options) or any(term.positional for term in terms)):
+    if len(fixed) == 1 and not (taken or _limits(options) or any(member.positional for member in members)):
         options.q_offset = np.array(fixed.pop())
 
 
@@ -42,15 +42,15 @@ def _limits(options: _core.Options) -> bool:
     return bool(options.causal or options.chunk or options.window_left >= 0 or options.window_right >= 0)
 
 
-def _becomes_limit(term: Mask, options: _core.Options, lengths: tuple[int, int]) -> bool:
-    """Whether the options now say what the term says."""
-    if isinstance(term, Causal) and _is_offset(term.offset, options, lengths):
+def _becomes_limit(member: Mask, options: _core.Options, lengths: tuple[int, int]) -> bool:
+    """Whether the options now say what the member says."""
+    if isinstance(member, Causal) and _is_offset(member.offset, options, lengths):
         options.causal = True
-    elif isinstance(term, Window):
-        options.window_left = _narrower(options.window_left, term.left)
-        options.window_right = _narrower(options.window_right, term.right)
-    elif isinstance(term, Chunk) and options.chunk in (0, term.size):
-        options.chunk = term.size
+    elif isinstance(member, Window):
+        options.window_left = _narrower(options.window_left, member.left)
+        options.window_right = _narrower(options.window_right, member.right)
+    elif isinstance(member, Chunk) and options.chunk in (0, member.size):
+        options.chunk = member.size
     else:
         return False
     return True
@@ -70,15 +70,15 @@ def _narrower(one: int, other: int) -> int:
     return max(one, other) if min(one, other) < 0 else min(one, other)
 
 
-def _becomes_prefix(term: Mask, options: _core.Options, kv_len: int) -> bool:
-    """Whether the options now say what the term says: a prefix, joined by | with limits to the right."""
-    if _limits(options) or not (isinstance(term, Or) and len(term.terms) == 2):
+def _becomes_prefix(member: Mask, options: _core.Options, kv_len: int) -> bool:
+    """Whether the options now say what the member says: a prefix, joined by | with limits to the right."""
+    if _limits(options) or not (isinstance(member, Or) and len(member.members) == 2):
         return False
-    prefixes = [part for part in term.terms if isinstance(part, Prefix)]
-    others = [part for part in term.terms if not isinstance(part, Prefix)]
+    prefixes = [part for part in member.members if isinstance(part, Prefix)]
+    others = [part for part in member.members if not isinstance(part, Prefix)]
     if len(prefixes) != 1:
         return False
-    limits = others[0].terms if isinstance(others[0], And) else others
+    limits = others[0].members if isinstance(others[0], And) else others
     if not all(isinstance(x, Limit) and _is_to_the_right(x) for x in limits):
         return False
     for limit in limits:

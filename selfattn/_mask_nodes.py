@@ -137,23 +137,23 @@ class Joined(Mask):
     join: np.ufunc
 
     def __init__(self, *masks: Mask) -> None:
-        self.terms: tuple[Mask, ...] = ()
+        self.members: tuple[Mask, ...] = ()
         for mask in masks:
-            self.terms += mask.terms if isinstance(mask, Joined) and type(mask) is type(self) else (mask,)
-        self.positional = any(term.positional for term in self.terms)
+            self.members += mask.members if isinstance(mask, Joined) and type(mask) is type(self) else (mask,)
+        self.positional = any(member.positional for member in self.members)
 
     def visible(self, queries: range, keys: range, grid: Grid) -> Bools:
-        return reduce(self.join, (term.visible(queries, keys, grid) for term in self.terms))
+        return reduce(self.join, (member.visible(queries, keys, grid) for member in self.members))
 
     def seen(self, queries: range, grid: Grid) -> Seen:
-        return Seen(*(reduce(self.join, of) for of in zip(*(x.seen(queries, grid) for x in self.terms), strict=True)))
+        return Seen(*(reduce(self.join, of) for of in zip(*(x.seen(queries, grid) for x in self.members), strict=True)))
 
     def check(self, grid: Grid) -> None:
-        for term in self.terms:
-            term.check(grid)
+        for member in self.members:
+            member.check(grid)
 
     def __repr__(self) -> str:
-        return f" {self.sign} ".join(f"({x})" if isinstance(x, Joined) else repr(x) for x in self.terms)
+        return f" {self.sign} ".join(f"({x})" if isinstance(x, Joined) else repr(x) for x in self.members)
 
 
 class And(Joined):
@@ -167,22 +167,22 @@ class Or(Joined):
 
 
 class Not(Mask):
-    def __init__(self, term: Mask) -> None:
-        self.term = term
-        self.positional = term.positional
+    def __init__(self, member: Mask) -> None:
+        self.member = member
+        self.positional = member.positional
 
     def visible(self, queries: range, keys: range, grid: Grid) -> Bools:
-        return np.logical_not(self.term.visible(queries, keys, grid))
+        return np.logical_not(self.member.visible(queries, keys, grid))
 
     def seen(self, queries: range, grid: Grid) -> Seen:
-        some, every = self.term.seen(queries, grid)
+        some, every = self.member.seen(queries, grid)
         return Seen(~every, ~some)
 
     def check(self, grid: Grid) -> None:
-        self.term.check(grid)
+        self.member.check(grid)
 
     def __invert__(self) -> Mask:
-        return self.term
+        return self.member
 
     def __repr__(self) -> str:
-        return f"~({self.term})" if isinstance(self.term, Joined) else f"~{self.term}"
+        return f"~({self.member})" if isinstance(self.member, Joined) else f"~{self.member}"

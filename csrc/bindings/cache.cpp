@@ -87,7 +87,7 @@ void undo(py::handle object) {
 // Prepares a Step for another call on the same store.
 void renew(py::handle object, py::object sequences, py::object ids) {
   Step& step = Record<Step>::in(object);
-  step.sequences = std::move(sequences);
+  if (!step.sequences.is(sequences)) step = Step{step.store, std::move(sequences)};  // what it held is of others
   step.ids = std::move(ids);
   step.committed = false;
 }

@@ -96,7 +96,7 @@ void CacheArguments::grow(const char* function, PagePool& pool) const {
   state_.numbers.clear();
   for (const py::handle id : py::reinterpret_borrow<py::list>(state_.ids))
     state_.numbers.push_back(id_of(function, id));
-  if (!state_.growth || &state_.growth->pool() != &pool) state_.growth = std::make_shared<PageGrowth>(pool);
+  if (!state_.growth) state_.growth = std::make_shared<PageGrowth>(pool);
   state_.pages = state_.growth;
   state_.growth->begin({function, state_.numbers, more_, held_.store.window});
 }

@@ -1,4 +1,4 @@
-// The plans of any call: it is made in a rehearsal, which computes nothing.
+// The plans of a call, which is made in a rehearsal: nothing is computed.
 #include "rehearsal.h"
 
 #include <optional>
@@ -50,7 +50,7 @@ class Recorder : public Rehearsal {
 
 // Makes a call in a rehearsal, and describes its parallel regions in their order. The results of the call are dropped.
 py::list rehearse(const py::function& call) {
-  const Recorder recorder;
+  Recorder recorder;
   call();
   forget_last_call();
   return recorder.description();
