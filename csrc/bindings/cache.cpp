@@ -84,22 +84,27 @@ void undo(py::handle object) {
   step.pages ? step.pages->undo() : held_by<HeldLedger>(step.sequences).ledger.undo();
 }
 
+Step step_on(py::object store, py::object sequences) {
+  Step step;
+  step.store = std::move(store);
+  step.sequences = std::move(sequences);
+  return step;
+}
+
 // Prepares a Step for another call on the same store.
 void renew(py::handle object, py::object sequences, py::object ids) {
   Step& step = Record<Step>::in(object);
-  if (!step.sequences.is(sequences)) step = Step{step.store, std::move(sequences)};  // what it held is of others
+  if (!step.sequences.is(sequences)) step = step_on(step.store, std::move(sequences));  // what it held is of others
   step.ids = std::move(ids);
   step.committed = false;
 }
-
-Step on_ledger(py::object store, py::object ledger) { return {std::move(store), std::move(ledger)}; }
 
 const std::int64_t* integers(const py::array& array) { return static_cast<const std::int64_t*>(array.data()); }
 
 // Reorders all heads in one call, so that no interrupt can come between two heads. The Python layer has checked the
 // index.
 void reorder(py::object store, py::object ledger, const py::array& index) {
-  Step step = on_ledger(std::move(store), std::move(ledger));
+  Step step = step_on(std::move(store), std::move(ledger));
   CacheArguments arguments("reorder", step, 0);
   const Cache& cache = arguments.cache();
   double rows = 0;
@@ -110,12 +115,12 @@ void reorder(py::object store, py::object ledger, const py::array& index) {
 
 // For truncate and set_lengths, the Python layer has checked the shapes of the arrays.
 void truncate(py::object store, py::object ledger, const py::array& lengths) {
-  Step step = on_ledger(std::move(store), std::move(ledger));
+  Step step = step_on(std::move(store), std::move(ledger));
   CacheArguments("truncate", step, 0).step().truncate("truncate", integers(lengths));
 }
 
 void set_lengths(py::object store, py::object ledger, const py::array& lengths, const py::array& starts) {
-  Step step = on_ledger(std::move(store), std::move(ledger));
+  Step step = step_on(std::move(store), std::move(ledger));
   CacheArguments("KVCache", step, 0).step().set(integers(lengths), integers(starts));
 }
 

@@ -83,9 +83,9 @@ std::int64_t id_of(const char* function, py::handle id);
 struct Step {
   py::object store = py::none(), sequences = py::none();  // capsules: a store; a ledger, a page table or a pool
   py::object ids = py::none();                            // with a pool: the list of the ids of its sequences
-  std::shared_ptr<PageChanges> pages = nullptr;           // the page changes of the last call
-  std::shared_ptr<PageGrowth> growth = nullptr;           // `pages` if there is a pool, else null
-  std::vector<std::int64_t> numbers = {};                 // `ids` as numbers; kept to reuse its memory
+  std::shared_ptr<PageChanges> pages;                     // the page changes of the last call
+  std::shared_ptr<PageGrowth> growth;                     // `pages` if there is a pool, else null
+  std::vector<std::int64_t> numbers;                      // `ids` as numbers; kept to reuse its memory
   bool committed = false;                                 // whether the last call has changed lengths
 };
 
