@@ -35,6 +35,8 @@ def evict_arguments(cache: AnyCache, keep: Any, batch: tuple[int, ...], rope: An
             "only a cache without a window can lose tokens from the middle"
         )
     heads = cache._store.k.shape[1]
+    if not isinstance(keep, np.ndarray) and np.size(keep) == 0:  # without elements, NumPy takes a list for floats
+        keep = np.zeros(np.shape(keep), np.int64)
     array = integers(_NAME, "keep", keep)
     shape = array.shape
     if array.ndim == len(batch) + 1:

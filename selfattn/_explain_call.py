@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
+
+import numpy as np
 
 from . import _core
 from ._apply_rope import apply_rope
@@ -31,7 +34,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     attention, attention_varlen, attention_with_kvcache, relative_attention, self_attention, attention_backward,
     attention_varlen_backward, relative_attention_backward, merge_states, layer_norm, rms_norm, apply_rope,
 )  # fmt: skip
-_WRITTEN = ("out", "into")  # arguments that a call writes to
+_WRITTEN = ("out", "into")  # arguments that a call writes to; `out` of a backward function is only read
 
 
 def explain_call(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
@@ -44,8 +47,8 @@ def explain_call(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expl
         function of one of them, `merge_states`, `layer_norm`, `rms_norm`, `apply_rope`, or a layer: `SelfAttention`,
         `Linear`, `FeedForward`, `LayerNorm` or `RMSNorm`.
     *args, **kwargs
-        The arguments of the call, except `out` and `into`. They are checked as the call checks them. A cache keeps its
-        tokens and lengths.
+        The arguments of the call, except those that it writes to, `out` and `into`. They are checked as the call checks
+        them. A cache keeps its tokens and lengths.
 
     Returns
     -------
@@ -65,7 +68,8 @@ def explain_call(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expl
     -----
     The call is made in full, except for what the core computes. So its results are allocated, and if it converts or
     packs arguments, it does so. What NumPy computes with the results of the core, for example a sum over the batch, is
-    computed of unspecified numbers.
+    computed of unspecified numbers. Code of the arguments that runs meanwhile, such as an ``__array__`` method, must
+    not call this package: its calls would compute nothing either.
 
     Examples
     --------
@@ -83,8 +87,10 @@ def explain_call(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expl
         known = ", ".join(function.__name__ for function in _FUNCTIONS)
         what = getattr(call, "__name__", type(call).__name__)
         raise refusal(TypeError, _NAME, "call", f" is {what}, but {known} or a layer is needed")
+    known_names = signature(call).parameters
     for name in _WRITTEN:
-        if kwargs.get(name) is not None:
+        if kwargs.get(name) is not None and name in known_names and known_names[name].kind is Parameter.KEYWORD_ONLY:
             raise refusal(ValueError, _NAME, name, " is given, but nothing is computed that could be written to it")
-    parts = [Explanation(part) for part in _core.rehearse(partial(call, *args, **kwargs))]
+    with np.errstate(all="ignore"):  # NumPy may compute with results of the core, which are unspecified
+        parts = [Explanation(part) for part in _core.rehearse(partial(call, *args, **kwargs))]
     return Explanation(isa=active_isa(), flops=sum(part["flops"] for part in parts), parts=parts)

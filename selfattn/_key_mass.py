@@ -41,7 +41,7 @@ def _received(arrays: Arrays, lse: NDArray[np.float64], options: _core.Options) 
     heads, kv_heads = (1, 1) if flat else (x.shape[-3 if heads_first else -2] for x in (q, k))
     group = heads // kv_heads
     own = np.tile(np.eye(group, dtype=q.dtype), (kv_heads, 1))  # (heads, group)
-    rows = q.shape[-2] if heads_first else q.shape[-3]
+    rows = q.shape[-2] if flat or heads_first else q.shape[-3]
     batch = lse.shape[:-2]
     shape = (rows, group) if flat else (*batch, heads, rows, group) if heads_first else (*batch, rows, heads, group)
     if heads_first and not flat:

@@ -12,7 +12,7 @@ from . import _core
 from ._errors import refusal
 from ._key_mass import Arrays, attend_with_key_mass
 from ._mask_lowering import lowered
-from ._mask_nodes import FAR, TILE_KEYS, Bools, Grid, Mask
+from ._mask_nodes import TILE_KEYS, Bools, Grid, Mask
 
 # The rest of the error for key_indices.
 NOT_WITH_CHOSEN = (" cannot be used with this ", "mask", ": pass ", "mask", ".array(q_len, kv_len)")
@@ -52,7 +52,7 @@ def masked(function: str, arrays: Arrays, mask: Mask, options: _core.Options) ->
         return Masked(arrays, own, None, Grid(function, q_len, kv_len, np.array(0)), np.empty((0, 3), np.int64))
     asked = own.copy()
     if rest.positional and asked.window_right < 0:
-        asked.window_right = FAR  # hides nothing, but now the core checks that positions are clear
+        asked.window_right = np.iinfo(np.int64).max  # hides nothing, but now the core checks that positions are clear
     ranges = _core.visible_keys(*arrays, asked)
     grid = Grid(function, q_len, kv_len, _offset(ranges))
     rest.check(grid)
@@ -139,7 +139,7 @@ def options_of(call: Masked, block: Block) -> _core.Options:
     own.first_query = given.first_query + first
     own.kv_starts, own.kv_lens = block.begin, block.end
     if given.q_lens is not None:
-        own.q_lens = np.clip(given.q_lens - first, 0, count)
+        own.q_lens = np.asarray(np.clip(given.q_lens - first, 0, count))
     if given.bias is not None and given.bias.ndim > 1 and given.bias.shape[-2] != 1:
         own.bias = given.bias[_at(-2, block.queries)]
     own.mask = block.mask

@@ -59,8 +59,8 @@ def heatmap(
     log : bool, default False
         Use a logarithmic colour scale, from 1e-4.
     mask : array_like of bool or masks.Mask, optional
-        True = attend, (Sq, Sk) or broadcastable to it. Hidden pairs are drawn grey and hatched, to tell them from a
-        weight of 0.
+        True = attend, (Sq, Sk) or broadcastable to it; an expression has the offset Sk − Sq. Hidden pairs are drawn
+        grey and hatched, to tell them from a weight of 0.
     vmax : float, optional
         Weight of the brightest colour, for a common scale in several pictures. Default: the largest weight.
     power : float, optional
@@ -185,7 +185,7 @@ def head_view(
     head : int or "mean", optional
         The only head to draw; "mean" averages the heads. By default, all heads are drawn.
     mask : array_like of bool or masks.Mask, optional
-        True = attend, (Sq, Sk) or broadcastable to it. Hidden pairs have no line.
+        True = attend, (Sq, Sk) or broadcastable to it; an expression has the offset Sk − Sq. Hidden pairs have no line.
     least : float, default 0.05
         Smaller weights have no line.
 

@@ -173,6 +173,19 @@ def test_a_process_that_is_killed(normal: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.one_isa
+def test_nothing_stays(normal: Any) -> None:
+    cache, pages = sa.KVCache(2, 1, 8, 9), sa.PagedKVCache(4, 4, 1, 8)
+    x = normal(2, 1, 5, 8)
+    cache.append(x, x)
+    cache.evict([[], []])
+    assert cache.lengths.tolist() == [0, 0]
+    name = pages.allocate()
+    pages.append(name, x[0], x[0])
+    pages.evict(name, [])
+    assert (pages.length(name), pages.num_free_pages) == (0, 4)
+
+
+@pytest.mark.one_isa
 def test_refusals(normal: Any) -> None:
     k = normal(BATCH, KV_HEADS, LENGTH, DIM)
     found = Both()

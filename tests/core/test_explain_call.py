@@ -95,7 +95,7 @@ def test_every_call(layer: sa.SelfAttention) -> None:
     layer_cache = sa.KVCache(2, 2, 16, 100)
     expected: list[tuple[list[str], tuple[Any, ...], dict[str, Any]]] = [
         (["attention"], (sa.relative_attention, *relative), {}),
-        (["attention gradients"], (sa.attention_backward, x, x, x, x, out, lse), {}),
+        (["attention gradients"], (sa.attention_backward, x, x, x, x), {"out": out, "lse": lse}),
         (["norm"], (sa.rms_norm, rows), {}),
         (["norm"], (sa.LayerNorm(), rows), {}),
         (["rotation"], (sa.apply_rope, x), {}),
@@ -163,6 +163,10 @@ def test_what_cannot_be_told_is_refused() -> None:
     x = zeros(2, 4, 8)
     with pytest.raises(ValueError, match=r"^explain_call: out is given, but nothing is computed"):
         sa.explain_call(sa.attention, x, x, x, out=x.copy())
+    with pytest.raises(ValueError, match=r"^explain_call: into is given"):
+        sa.explain_call(sa.attention_backward, x, x, x, x, x, x[..., 0], into={"q": x.copy()})
+    with pytest.raises(TypeError, match=r"into"):
+        sa.explain_call(sa.attention, x, x, x, into=x.copy())
     with pytest.raises(TypeError, match=r"^explain_call: call is set_num_threads, but attention, .* or a layer"):
         sa.explain_call(sa.set_num_threads, 1)
 

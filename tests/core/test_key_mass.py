@@ -142,3 +142,11 @@ def test_refusals(normal: Any) -> None:
     for call in (sa.attention_vjp, sa.explain):
         with pytest.raises(TypeError, match="unexpected keyword argument 'return_key_mass'"):
             call(q, q, q, return_key_mass=True)
+
+
+@pytest.mark.one_isa
+def test_one_head_in_either_layout(normal: Any) -> None:
+    q, k = normal(5, 8), normal(7, 8)
+    out, mass = sa.attention(q, k, k, return_key_mass=True)
+    for whole, same in zip((out, mass), sa.attention(q, k, k, layout="bshd", return_key_mass=True), strict=True):
+        assert np.array_equal(whole, same)

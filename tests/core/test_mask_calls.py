@@ -213,3 +213,19 @@ def test_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 20_000**2 / 40
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.one_isa
+def test_one_length_for_all(normal: Any) -> None:
+    x, mask = normal(2, 6, 8), ~masks.prefix(1)
+    expected = sa.attention(x, x, x, q_lens=3, kv_lens=5, mask=mask.array(6, 6))
+    assert np.array_equal(sa.attention(x, x, x, q_lens=3, kv_lens=5, mask=mask), expected)
+    assert sa.explain(x, x, x, q_lens=3, kv_lens=5, mask=mask)["blocks_of_queries"] == 1
+
+
+@pytest.mark.one_isa
+def test_offsets_beyond_any_position(normal: Any) -> None:
+    x, mask = normal(2, 6, 8), masks.window(5, None) | masks.prefix(0)
+    for offset in (-(1 << 61), 1 << 61):
+        assert np.array_equal(sa.attention(x, x, x, q_offset=offset, mask=mask),
+                              sa.attention(x, x, x, q_offset=offset, window=(5, None)))  # fmt: skip
