@@ -137,6 +137,31 @@ def run_native(session: nox.Session, build: Path, *options: str) -> None:
     session.run("ctest", "--test-dir", str(build), "--parallel", "2", "--output-on-failure", *options)
 
 
+def run_fuzzers(session: nox.Session, build: Path, runs: int) -> None:
+    """Let the fuzzer of a folder that `build_native` made test that many inputs, half of them in each of two processes.
+
+    The seeds and the numbers of runs are fixed, and no process sees what another finds. So the outcome for a commit is
+    always the same.
+    """
+    corpus = Path("tests/native/corpus").resolve()
+    running = []
+    for seed in (1, 2):
+        found = build / f"found-{seed}"
+        found.mkdir()
+        options = [f"-runs={runs // 2}", f"-seed={seed}", "-timeout=10", "-max_len=256", "-len_control=0"]
+        command = [build / "tests/native/fuzz_attend", *options, f"-artifact_prefix={found}/", found, corpus]
+        log = (build / f"fuzz-{seed}.log").open("w+", encoding="utf8", errors="replace")
+        process = subprocess.Popen(command, env={**os.environ, **SANITIZED}, stdout=log, stderr=log)
+        running.append((process, log))
+    codes = [process.wait() for process, _ in running]
+    for code, (_, log) in zip(codes, running, strict=True):
+        log.seek(0)
+        session.log("\n".join(log.read().splitlines()[-1 if code == 0 else -60 :]))
+        log.close()
+    if any(codes):
+        session.error("the fuzzer has found a failure")
+
+
 def clang_compiler(session: nox.Session) -> str:
     """Return the newest Clang from version 16 on; a clang++ without a version in its name may be older."""
     found = [name for version in range(30, 15, -1) if shutil.which(name := f"clang++-{version}")]

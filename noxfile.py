@@ -25,6 +25,7 @@ from nox_steps import (
     cover_core,
     install_lowest,
     install_tests,
+    run_fuzzers,
     run_native,
     sanitizer_runtimes,
     unpinned,
@@ -182,13 +183,7 @@ def fuzz(session: nox.Session) -> None:
     settings += ["-DSELFATTN_SANITIZE=fuzzer-no-link,address,undefined", f"-D{WITHOUT_OPENMP}"]
     build = build_native(session, *settings)
     run_native(session, build)
-    found = build / "found"
-    found.mkdir()
-    # A fixed seed and number of runs, so that the outcome for a commit is deterministic.
-    limits = [f"-runs={(session.posargs or ['200000'])[0]}", "-seed=1", "-timeout=10", "-max_len=256", "-len_control=0"]
-    folders = [str(found), str(Path("tests/native/corpus").resolve())]
-    program = str(build / "tests" / "native" / "fuzz_attend")
-    session.run(program, *limits, f"-artifact_prefix={found}/", *folders, external=True)
+    run_fuzzers(session, build, int((session.posargs or ["200000"])[0]))
 
 
 @nox.session
