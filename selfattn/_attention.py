@@ -99,7 +99,7 @@ def attention(
     v : array_like, shape (..., Hkv, Sk, Dv)
         Values, in k's dtype.
     mask : array_like of bool or masks.Mask, optional
-        True = attend. Broadcasts to (..., H, Sq, Sk) in both layouts. A mask of `selfattn.masks` needs no memory for
+        True = attend. Broadcasts to (..., H, Sq, Sk) in both layouts. A mask of ``selfattn.masks`` needs no memory for
         the pairs, and keys that it hides from many adjacent queries are not read.
     bias : array_like of any dtype that q may have, optional
         Added to the scores; −inf hides a key exactly as False in `mask` does. Broadcasts as `mask` does.

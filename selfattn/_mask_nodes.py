@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 class Mask:
     """Which keys each query may attend to, as an expression without memory for the pairs.
 
-    The functions of `selfattn.masks` make masks. ``a & b`` is visible where both are, ``a | b`` where one of them is,
+    The functions of ``selfattn.masks`` make masks. ``a & b`` is visible where both are, ``a | b`` where one of them is,
     and ``~a`` where a is hidden. Masks cannot be changed.
 
     Examples
