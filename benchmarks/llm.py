@@ -15,13 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from workbench.hf_models import LLAMA_1B, WORST, Mismatch, Shape, decoder
+from workbench.hf_models import LLAMA_1B, Mismatch, Shape, decoder
 from workbench.lines import compare_times, parse
 from workbench.minilm_peers import import_example
 
 VOCABULARY = 128_256
 PROMPT = 512
 LENGTHS = (512, 4096)  # tokens in the cache before the new one
+# Largest relative error (RMS). Both libraries round to bfloat16 after each operation, but not after the same ones.
+WORST = {"float32": 1e-4, "bfloat16": 0.1}
 Calls = dict[str, Callable[[], Any]]
 
 

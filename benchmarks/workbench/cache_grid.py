@@ -95,8 +95,8 @@ LATENTS = tuple(
         dtype="bfloat16",
         cache=Cache(values="prefix"),
     )
-    for label, length in (("4k", 4096), ("32k", 8 * 4096))
-    for heads in (16, 128)
+    # With 128 heads and 32k latents, the float64 reference would need 19 GB.
+    for label, length, heads in (("4k", 4096, 16), ("4k", 4096, 128), ("32k", 8 * 4096, 16))
 )
 STEPS = (
     _on_cache("step", "append a token and attend", (1, STEP_KEYS), 1, 8, cache=Cache(step=True)),

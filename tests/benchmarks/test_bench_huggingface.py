@@ -41,7 +41,7 @@ def test_the_decoder_of_the_example_is_compared(monkeypatch: pytest.MonkeyPatch)
     for dtype in ("float32", "bfloat16"):
         models = script.Models(dtype, hf_models.LLAMA_1B.tiny(), 1)
         for name, calls in script.cases(models):
-            script.check(name, calls, hf_models.WORST[dtype])
+            script.check(name, calls, script.WORST[dtype])
             assert 0 < models.share_outside(calls["selfattn"]) < 1
     calls["sdpa"] = lambda: calls["selfattn"]() + 1
     with pytest.raises(hf_models.Mismatch, match="prompt of 5: logits differ by"):
