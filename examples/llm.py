@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from generate import Chooser, generate, read_prompt, status
 from llm_config import FAMILIES, Config
+from llm_latent import ChosenAttention, IndexedCache
 from llm_layers import Experts, feed_forward
 from llm_weights import CONFIG, FILES, TOKENIZER, Weights, end_tokens, read_json
 from nn import Array
@@ -24,6 +25,7 @@ from nn import Array
 import selfattn as sa
 
 PROMPT = "Last month he went to Norway, and"
+Cache = sa.KVCache | IndexedCache
 CACHES = ("float32", "float16", "bfloat16", "int8", "int4")
 
 
@@ -44,17 +46,22 @@ class Block:
         if config.chunk(layer):
             self.options["chunk"] = config.chunk(layer)
 
-    def __call__(self, x: Array, cache: sa.KVCache) -> Array:
+    def __call__(self, x: Array, cache: Cache) -> Array:
         x = add(partial(self.attention, cache=cache, **self.options), x, self.after)
         return add(self.feed_forward, x, self.last)
 
-    def new_cache(self, capacity: int, chunk: int, dtype: str, batch: int) -> sa.KVCache:
-        """Return a cache for `capacity` tokens, `chunk` of which come at once; a window needs only a ring of them."""
+    def new_cache(self, capacity: int, chunk: int, dtype: str, batch: int, before: Cache | None) -> Cache:
+        """Return a cache for `capacity` tokens, `chunk` of which come at once; a window needs only a ring of them.
+
+        `before` is the cache of the layer before.
+        """
         layer = self.attention
         options: dict[str, Any] = {"capacity": capacity, "value_dim": layer.value_dim, "dtype": dtype}
         options["values"] = getattr(layer, "values", "own")
         if self.window is not None and self.window + chunk < capacity:
             options |= {"capacity": self.window + chunk, "window": self.window}
+        if isinstance(layer, ChosenAttention):
+            return layer.new_cache(batch, options, before)
         return sa.KVCache(batch, layer.num_kv_heads, layer.head_dim, **options)
 
 
@@ -77,7 +84,7 @@ class Decoder:
             self.blocks.append(Block(weights.below(f"layers.{layer}."), config, layer))
             progress(layer + 1)
 
-    def hidden(self, ids: Array, caches: Sequence[sa.KVCache]) -> Array:
+    def hidden(self, ids: Array, caches: Sequence[Cache]) -> Array:
         """Return the vectors (B, S, width) of tokens (B, S) after all blocks. Earlier tokens are in the caches."""
         x = self.vectors[ids]
         if self.config.family.scaled_embedding:
@@ -90,7 +97,7 @@ class Decoder:
         scores, cap = self.head(x).astype(np.float32), self.config.values.get("final_logit_softcapping")
         return scores if cap is None else cap * np.tanh(scores / cap)
 
-    def __call__(self, ids: Array, start: int = 0, caches: Sequence[sa.KVCache] | None = None) -> Array:
+    def __call__(self, ids: Array, start: int = 0, caches: Sequence[Cache] | None = None) -> Array:
         """Return logits: of all tokens (B, S, vocabulary), or with caches only of the last ones (B, 1, vocabulary).
 
         The first token's position is `start`, the number of tokens in the caches.
@@ -99,9 +106,12 @@ class Decoder:
             return self.logits(self.hidden(ids, self.new_caches(ids.shape[1], ids.shape[1], batch=len(ids))))
         return self.logits(self.hidden(ids, caches)[:, -1:])
 
-    def new_caches(self, capacity: int, chunk: int, dtype: str = "float32", batch: int = 1) -> list[sa.KVCache]:
+    def new_caches(self, capacity: int, chunk: int, dtype: str = "float32", batch: int = 1) -> list[Cache]:
         """Return a cache for each block."""
-        return [block.new_cache(capacity, chunk, dtype, batch) for block in self.blocks]
+        caches: list[Cache] = []
+        for block in self.blocks:
+            caches.append(block.new_cache(capacity, chunk, dtype, batch, caches[-1] if caches else None))
+        return caches
 
 
 def pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import llm_latent as latent
 import llm_layers as layers
 import numpy as np
 from llm_weights import Weights
@@ -13,7 +14,6 @@ from llm_weights import Weights
 import selfattn as sa
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-FULL = "full_attention"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Family:
     feed_forward: str = "mlp."
     experts: Mixture | None = None
     interleaved: bool = False  # whether the rotation pairs adjacent elements, if the file does not say it
+    interleaved_index: bool = False  # the same of the index by which queries choose keys
+    full: str = "full_attention"  # the name of layers whose queries may see all tokens before their own
     # Layers that see only near tokens: their name, the key of their size, and which they are if the file does not say
     local: tuple[str, str] = ("sliding_attention", "sliding_window")
     is_local: Callable[[Mapping[str, Any], int], bool] = lambda values, layer: True
@@ -50,6 +52,8 @@ class Family:
 AROUND = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 AFTER = ("", "post_attention_layernorm", "", "post_feedforward_layernorm")
 GEMMA: dict[str, Any] = {"norms": AROUND, "norm_offset": 1.0, "scaled_embedding": True}
+CHOSEN: dict[str, Any] = {"attention": latent.ChosenAttention, "full": "indexed_attention", "interleaved": True}
+CHOSEN |= {"experts": Mixture(layers.deepseek3_route)}
 QWEN: dict[str, Any] = {"is_local": lambda values, layer: layer >= values["max_window_layers"]}
 FAMILIES = {
     "llama": Family(),
@@ -69,8 +73,10 @@ FAMILIES = {
         local=("chunked_attention", "attention_chunk_size"),
         is_local=lambda values, layer: bool(values["no_rope_layers"][layer]),
     ),
-    "deepseek_v2": Family(attention=layers.LatentAttention, experts=Mixture(layers.deepseek2_route), interleaved=True),
-    "deepseek_v3": Family(attention=layers.LatentAttention, experts=Mixture(layers.deepseek3_route), interleaved=True),
+    "deepseek_v2": Family(attention=latent.LatentAttention, experts=Mixture(layers.deepseek2_route), interleaved=True),
+    "deepseek_v3": Family(attention=latent.LatentAttention, experts=Mixture(layers.deepseek3_route), interleaved=True),
+    "deepseek_v32": Family(**CHOSEN),
+    "glm_moe_dsa": Family(**CHOSEN, interleaved_index=True),
 }
 
 
@@ -103,18 +109,18 @@ class Config:
 
     def layer_types(self) -> list[str]:
         """Return for each layer whether it sees all tokens before or only near ones."""
-        given, (local, size) = self.values.get("layer_types"), self.family.local
+        given, full, (local, size) = self.values.get("layer_types"), self.family.full, self.family.local
         if not given:
             limited = self.values.get(size) and self.values.get("use_sliding_window", True)
             near = [limited and self.family.is_local(self.values, layer) for layer in range(self.layers)]
-            return [local if one else FULL for one in near]
-        if len(given) != self.layers or not set(given) <= {FULL, local}:
-            raise ValueError(f"layer_types is {given}, but {self.layers} of {FULL} and {local} are needed")
+            return [local if one else full for one in near]
+        if len(given) != self.layers or not set(given) <= {full, local}:
+            raise ValueError(f"layer_types is {given}, but {self.layers} of {full} and {local} are needed")
         return list(given)
 
     def window(self, layer: int) -> int | None:
         """Return how many tokens before its own a layer's query may see; None: all."""
-        full = self.values["layer_types"][layer] == FULL
+        full = self.values["layer_types"][layer] == self.family.full
         return None if full else int(self.values[self.family.local[1]]) - 1
 
     def chunk(self, layer: int) -> int | None:

@@ -81,54 +81,6 @@ def llama4_attention(weights: Weights, config: Config, layer: int, norm: Norm) -
     return ScaledByPosition(attention, scale, values["floor_scale"])
 
 
-class LatentAttention:
-    """DeepSeek's attention (MLA): keys and values are projections of a short vector, the latent, that all heads share.
-
-    The projection to keys is applied to the queries instead, and the projection to values to the results. So the cache
-    holds only latents, which are the keys and the values of a single head. A second part of each key, the same for all
-    heads, is rotated.
-    """
-
-    num_kv_heads, values = 1, "prefix"
-
-    def __init__(self, weights: Weights, config: Config, layer: int, norm: Norm) -> None:
-        values = config.values
-        self.rank, self.plain, rotated = (values[x] for x in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"))
-        self.heads, self.head_dim, self.value_dim = config.heads, self.rank + rotated, self.rank
-        self.norm, self.rope, self.scale = norm, config.rope(layer), (self.plain + rotated) ** -0.5
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if rope.get("mscale_all_dim") and rope["factor"] > 1:
-            self.scale *= (0.1 * rope["mscale_all_dim"] * np.log(rope["factor"]) + 1.0) ** 2
-
-        def linear(name: str) -> sa.Linear:
-            return sa.Linear(weights[f"{name}.weight"].T, weights.get(f"{name}.bias"))
-
-        if "q_a_proj.weight" in weights:  # queries are projections of a short vector, too
-            self.query = [linear("q_a_proj"), config.norm(weights, "q_a_layernorm", 1e-6), linear("q_b_proj")]
-        else:
-            self.query = [linear("q_proj")]
-        self.shared, self.output = linear("kv_a_proj_with_mqa"), linear("o_proj")
-        self.latent_norm = config.norm(weights, "kv_a_layernorm", 1e-6)
-        expand = weights["kv_b_proj.weight"].astype(np.float32).reshape(self.heads, -1, self.rank)
-        self.to_keys, self.to_values = expand[:, : self.plain], expand[:, self.plain :].swapaxes(1, 2)
-
-    def __call__(self, x: Array, *, cache: sa.KVCache, residual: Array | None = None, **options: Any) -> Array:
-        x = self.norm(x)
-        shared, q = self.shared(x), x
-        for step in self.query:
-            q = step(q)
-        positions = cache.lengths[:, None] + np.arange(x.shape[1])
-        q = q.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2).astype(np.float32)
-        k = shared[:, None].astype(np.float32)  # one head
-        latent = self.latent_norm(shared[..., : self.rank])[:, None].astype(np.float32)
-        rotated = [sa.apply_rope(part, positions, self.rope) for part in (q[..., self.plain :], k[..., self.rank :])]
-        q = np.concatenate([q[..., : self.plain] @ self.to_keys, rotated[0]], axis=-1)
-        k = np.concatenate([latent, rotated[1]], axis=-1)
-        y = sa.attention_with_kvcache(q, cache, k, **options | {"scale": self.scale}) @ self.to_values
-        y = y.swapaxes(1, 2).reshape(*x.shape[:2], -1).astype(x.dtype)
-        return self.output(y, residual=residual)
-
-
 def feed_forward(weights: Weights, config: Config, norm: Norm = None) -> sa.FeedForward:
     """Return activation(x w_gate) · (x w_1) times w_2."""
     names, width = ("gate_proj", "up_proj"), config.values["intermediate_size"]
