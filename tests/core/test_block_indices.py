@@ -184,7 +184,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"block_indices": ONE, "block_size": (1, -3)}, ValueError, "block_size is -3, but it must be at least 1"),
     ({"block_indices": ONE, "block_size": True}, TypeError, "block_size is True, but an integer is needed"),
     ({"block_indices": ONE, "block_size": 8.0}, TypeError, "block_size is 8.0, but an integer is needed"),
-    ({"block_indices": ONE, "block_size": (1, 2, 3)}, TypeError, r"block_size is \(1, 2, 3\), but an integer or a pair"),
+    (
+        {"block_indices": ONE, "block_size": (1, 2, 3)},
+        TypeError,
+        r"block_size is \(1, 2, 3\), but an integer or a pair",
+    ),
     ({"block_indices": ONE * 1.0}, TypeError, "block_indices has dtype float64, but integers are needed"),
     ({"block_indices": ONE[:2]}, ValueError, r"block_indices has shape \(2, 2\), but \(..., 6, 2 or 1, 23 or 1, n\)"),
     ({"block_indices": ONE, "block_size": (6, 8)}, ValueError, r"shape \(23, 2\), but \(..., 6, 2 or 1, 4 or 1, n\)"),

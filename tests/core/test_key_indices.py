@@ -74,9 +74,7 @@ def test_indices_with_any_strides(isa: str, rng: Any, normal: Any) -> None:
     same = np.broadcast_to(np.arange(0, KEYS, 3), (BATCH, 1, QUERIES, 14))
     check(q, k, v, chosen_mask(same), key_indices=same)
     endless = np.broadcast_to(indices[:, :1], (QUERIES, 1 << 40))
-    assert np.array_equal(
-        sa.attention(q, k, v, key_indices=endless), sa.attention(q, k, v, key_indices=indices[:, :1])
-    )
+    assert np.array_equal(sa.attention(q, k, v, key_indices=endless), sa.attention(q, k, v, key_indices=indices[:, :1]))
 
 
 def test_large_terms(isa: str, rng: Any, normal: Any) -> None:
