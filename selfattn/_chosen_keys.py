@@ -74,8 +74,8 @@ def attend_to_chosen(arrays: Arrays, choice: Choice, out: NDArray[Any] | None, o
                 place = Place(entry, own_heads, queries)
                 chosen = Chosen(own[rows], ranges[entry][queries, 1:], blocks)
                 added, omitted = terms.at(place, chosen)
-                own_options = _for_heads(options, own_heads, added, q.dtype)
-                found, found_lse = _attend(store, q[entry][own_heads, queries], chosen, own_options)
+                paged = _for_pages(options, own_heads, chosen, added, q.dtype)
+                found, found_lse = _attend(store, q[entry][own_heads, queries], chosen, paged)
                 shown[entry][own_heads, queries] = found
                 lse[entry][own_heads, queries] = found_lse - omitted
     if options.q_lens is not None:  # later queries have no sink either
@@ -98,7 +98,7 @@ def _checked(
     choice: Choice, blocks: Blocks, wanted: tuple[int, ...], kv_heads: int, flat: bool
 ) -> NDArray[np.integer[Any]]:
     """Return the indices with the axes (*batch, 1, KV heads or heads, rows, n), where n is at least 1."""
-    name, count = choice.argument, blocks.count
+    name, count = choice.argument, blocks.total
     if count > _MOST_PAGES:
         most = _MOST_PAGES * blocks.size
         raise refusal(ValueError, _NAME, "k", f" has {blocks.kv_len} keys, but ", name, f" needs at most {most}")
@@ -165,13 +165,18 @@ def _tokens(array: NDArray[Any], blocks: Blocks) -> _core.CacheTokens:
     heads, _, width = memory.shape
     head, key, item = memory.strides
     # The last page may end after the array. No sequence is long enough to reach that part.
-    pages = as_strided(memory, (blocks.count, heads, blocks.size, width), (blocks.size * key, head, key, item))
+    pages = as_strided(memory, (blocks.total, heads, blocks.size, width), (blocks.size * key, head, key, item))
     return _core.CacheTokens(rows=pages, width=array.shape[-1])
 
 
-def _for_heads(options: _core.Options, heads: slice, terms: NDArray[Any] | None, dtype: np.dtype[Any]) -> _core.Options:
-    """Return the options that do not depend on the positions of keys, for some heads."""
+def _for_pages(
+    options: _core.Options, heads: slice, chosen: Chosen, terms: NDArray[Any] | None, dtype: np.dtype[Any]
+) -> _core.Options:
+    """Return the options for some heads and the tokens of pages instead of all keys."""
     own = _core.Options()
+    if chosen.causal is not None:
+        own.causal = True
+        own.q_offset, own.prefix_lens = chosen.causal
     for name in ("scale", "softcap", "precision", "num_threads"):
         setattr(own, name, getattr(options, name))
     if options.sinks is not None:

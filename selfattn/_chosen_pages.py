@@ -19,8 +19,8 @@ class Blocks(NamedTuple):
     kv_len: int
 
     @property
-    def count(self) -> int:
-        """Number of blocks, which is also an index that no block has."""
+    def total(self) -> int:
+        """The number of blocks, which is also an index that no block has."""
         return -(-self.kv_len // self.size)
 
 
@@ -28,51 +28,72 @@ class Chosen:
     """The chosen blocks of some rows of indices (rows, n) whose queries see the keys in `ranges` (queries, 2).
 
     Each row serves an equal number of queries. For the core it is a sequence: `pages` are its blocks, ascending and
-    each once. Its tokens are from `starts` to `lengths`, so that those that no query sees are not read. A query may see
-    fewer keys than another query of its row. Only then is `uneven` True.
+    each once, `starts` and `lengths` are the first and the last token that a query of the row sees. A query may see
+    fewer tokens than others of its row. If all rows have the form of a causal limit, `causal` has its numbers:
+    query i sees the tokens to i + offset, and those before the prefix. If they do not, `uneven` is True.
     """
 
     def __init__(self, indices: NDArray[Any], ranges: Indices, blocks: Blocks) -> None:
         self._blocks = blocks
         self._rows, self._queries = len(indices), len(ranges) // len(indices)
-        size = blocks.size
         begin, end = np.moveaxis(ranges.reshape(self._rows, self._queries, 2), -1, 0)
-        sees = begin < end
-        first = np.where(sees, begin, blocks.kv_len).min(axis=-1)
-        last = np.where(sees, end, 0).max(axis=-1)
-        chosen = np.sort(indices.astype(np.int64), axis=-1)
-        kept = ((chosen + 1) * size > first[:, None]) & (chosen * size < last[:, None])  # which -1 never is
-        kept[:, 1:] &= chosen[:, 1:] != chosen[:, :-1]
-        chosen[~kept] = blocks.count
-        if not kept.all():
-            chosen.sort(axis=-1)
-        counts = kept.sum(axis=-1)
-        self._chosen = chosen = chosen[:, : max(int(counts.max()), 1)]
-        lowest = np.maximum(chosen[:, 0] * size, first)
-        final = np.take_along_axis(chosen, np.maximum(counts - 1, 0)[:, None], axis=-1)[:, 0]
-        highest = np.minimum((final + 1) * size, last)
-        some = counts > 0
-        self.starts = np.where(some, lowest - chosen[:, 0] * size, 0)
-        self.lengths = np.where(some, (counts - 1) * size + highest - final * size, 0)
-        self._ranges = begin[..., None], end[..., None]
-        self.uneven = bool(np.any(some[:, None] & ((begin > lowest[:, None]) | (end < highest[:, None]))))
+        self._chosen = _kept(indices, begin, end, blocks)
         # The core reads the pages of one row after another.
-        self.pages = np.ascontiguousarray(np.where(chosen < blocks.count, chosen, 0), np.int32)
+        self.pages = np.ascontiguousarray(np.where(self._chosen < blocks.total, self._chosen, 0), np.int32)
+        self._begin, self._end = self._tokens_before(begin), self._tokens_before(end)
+        sees = self._begin < self._end
+        self.lengths = np.where(sees, self._end, 0).max(axis=-1)
+        self.starts = np.where(sees, self._begin, self.lengths[:, None]).min(axis=-1)
+        same = (self._begin == self.starts[:, None]) & (self._end == self.lengths[:, None])
+        self.causal = None if same.all() else self._causal_limits()
+        self.uneven = self.causal is None and not same.all()
+
+    def _tokens_before(self, keys: Indices) -> Indices:
+        """Return how many tokens of each row are before a key of each query (rows, queries of a row)."""
+        size = self._blocks.size
+        begun = np.count_nonzero(self._chosen[:, None] * size < keys[..., None], axis=-1)
+        last = np.take_along_axis(self._chosen, np.maximum(begun - 1, 0), axis=-1)
+        return np.where(begun > 0, (begun - 1) * size + np.minimum(keys - last * size, size), 0)
+
+    def _causal_limits(self) -> tuple[Indices, Indices] | None:
+        """Return the offset and the prefix of each row, with which a causal limit shows each query its tokens."""
+        if np.any(self._begin > self.starts[:, None]):
+            return None
+        steps, prefixes = np.arange(self._queries), self._end[:, :1]
+        rise = np.argmax(self._end > prefixes, axis=-1)[:, None]  # the first query that sees more than query 0
+        ends = np.take_along_axis(self._end, rise, axis=-1) - rise
+        if np.any(self._end != np.clip(ends + steps, prefixes, self.lengths[:, None])):
+            return None
+        return ends[:, 0] - 1, prefixes[:, 0]
 
     def keys(self) -> Indices:
-        """Return the index of each token of the pages (rows, tokens); kv_len or more: there is no such key."""
+        """Return the key of each token of the pages (rows, tokens); for tokens after a row's own, any key."""
         keys = self._chosen[:, :, None] * self._blocks.size + np.arange(self._blocks.size)
-        return keys.reshape(self._rows, -1)[:, : max(int(self.lengths.max()), 1)]
+        return np.minimum(keys.reshape(self._rows, -1)[:, : int(self.lengths.max())], self._blocks.kv_len - 1)
 
-    def visible(self, keys: Indices) -> NDArray[np.bool_]:
-        """Return which of the keys each query may see, (rows, queries of a row, tokens)."""
-        begin, end = self._ranges
-        return (keys[:, None] >= begin) & (keys[:, None] < end)
+    def visible(self) -> NDArray[np.bool_]:
+        """Return which tokens each query sees (rows, queries of a row, tokens)."""
+        tokens = np.arange(int(self.lengths.max()))
+        return (tokens >= self._begin[..., None]) & (tokens < self._end[..., None])
 
     def by_row(self, array: NDArray[Any]) -> NDArray[Any]:
         """View an array (heads, queries, width) as (heads, rows, queries of a row, width)."""
         heads, _, width = array.shape
         return array.reshape(heads, self._rows, self._queries, width)
+
+
+def _kept(indices: NDArray[Any], begin: Indices, end: Indices, blocks: Blocks) -> Indices:
+    """Return the blocks with keys from a row's least `begin` to its largest `end`, at the start of each row."""
+    sees = begin < end
+    first = np.where(sees, begin, blocks.kv_len).min(axis=-1)[:, None]
+    last = np.where(sees, end, 0).max(axis=-1)[:, None]
+    chosen = np.sort(indices.astype(np.int64), axis=-1)
+    kept = ((chosen + 1) * blocks.size > first) & (chosen * blocks.size < last)  # which -1 never is
+    kept[:, 1:] &= chosen[:, 1:] != chosen[:, :-1]
+    chosen[~kept] = blocks.total
+    if not kept.all():
+        chosen.sort(axis=-1)
+    return chosen[:, : max(int(kept.sum(axis=-1).max()), 1)]
 
 
 class Place(NamedTuple):
@@ -89,7 +110,6 @@ class Terms:
     def __init__(self, options: _core.Options, shape: tuple[int, ...], positions: Indices) -> None:
         """Take the shape of all pairs (..., heads, q_len, kv_len), and the positions of queries (..., q_len)."""
         self._positions = positions
-        self._last_key = shape[-1] - 1
         self._mask = None if options.mask is None else np.broadcast_to(options.mask, shape)
         self._bias = None if options.bias is None else np.broadcast_to(options.bias, shape)
         slopes = options.alibi_slopes
@@ -108,9 +128,7 @@ class Terms:
         given = any(x is not None for x in (self._mask, self._bias, self._slopes, self._table))
         if not chosen.lengths.any() or not (given or chosen.uneven):
             return None, 0.0
-        keys = chosen.keys()
-        visible = chosen.visible(keys)
-        keys = np.minimum(keys, self._last_key)[:, None]
+        keys, visible = chosen.keys()[:, None], chosen.visible()
         distances = self._positions[place.entry][place.queries].reshape(len(keys), -1, 1) - keys
         parts: list[Any] = []
         omitted: Any = 0.0

@@ -13,6 +13,7 @@ from random_problems import checked, problems
 
 import selfattn as sa
 from selfattn import masks
+from selfattn._chosen_pages import Blocks, Chosen
 
 # Blocks of queries and keys that divide 23 queries and 41 keys or do not, and that hold more than all.
 BLOCKS = [(1, 1), (1, 8), (5, 16), (23, 7), (8, 41), (100, 1 << 60)]
@@ -152,6 +153,20 @@ def test_masks_that_become_options(rng: Any, normal: Any) -> None:
     more = {"block_indices": indices, "block_size": (5, 8)}
     found = sa.attention(q, k, v, mask=masks.causal() & masks.window(9, None), **more)
     assert np.array_equal(found, sa.attention(q, k, v, causal=True, window=(9, None), **more))
+
+
+@pytest.mark.parametrize("named", [[0, 3, 4], [0, 3, -1], [0, 4, -1], [4, 4, 4], [1, 2, -1], [0, 3, 5]])
+def test_a_causal_limit_remains_one(isa: str, normal: Any, named: list[int]) -> None:
+    """Where the queries of a block see the tokens of its pages as by a causal limit, no bias is needed."""
+    q, k, v = operands(normal, np.float32)
+    q = q[:, :, :20]
+    indices = np.array([named, [0, 5, 6]])  # 10 queries each, which are at the keys from 15 on, and from 25 on
+    options = {"block_indices": indices, "block_size": (10, 5), "causal": True, "q_offset": 15}
+    check(q, k, v, chosen_mask(indices, (10, 5), (20, KEYS))[None, None], kv_starts=[2, 2], **options)
+    positions = np.arange(15, 35)[:, None]
+    chosen = Chosen(indices, np.hstack([np.full_like(positions, 2), positions + 1]), Blocks(5, KEYS))
+    assert not chosen.uneven
+    assert chosen.causal is not None
 
 
 @pytest.mark.one_isa
