@@ -27,10 +27,11 @@ class Blocks(NamedTuple):
 class Chosen:
     """The chosen blocks of some rows of indices (rows, n) whose queries see the keys in `ranges` (queries, 2).
 
-    Each row serves an equal number of queries. For the core it is a sequence: `pages` are its blocks, ascending and
-    each once, `starts` and `lengths` are the first and the last token that a query of the row sees. A query may see
-    fewer tokens than others of its row. If all rows have the form of a causal limit, `causal` has its numbers:
-    query i sees the tokens to i + offset, and those before the prefix. If they do not, `uneven` is True.
+    All rows serve equally many queries. For the core, a row is a sequence: `pages` are its blocks, ascending and each
+    once, and its queries see no tokens of them before `starts` or from `lengths` on. If a query sees fewer tokens than
+    another of its row, but in each row as by a causal limit, then `causal` has the numbers of these limits, an offset
+    and a prefix for each row: query i sees the tokens to i + offset, and those before the prefix. Otherwise `uneven` is
+    True.
     """
 
     def __init__(self, indices: NDArray[Any], ranges: Indices, blocks: Blocks) -> None:
@@ -69,7 +70,8 @@ class Chosen:
     def keys(self) -> Indices:
         """Return the key of each token of the pages (rows, tokens); for tokens after a row's own, any key."""
         keys = self._chosen[:, :, None] * self._blocks.size + np.arange(self._blocks.size)
-        return np.minimum(keys.reshape(self._rows, -1)[:, : int(self.lengths.max())], self._blocks.kv_len - 1)
+        named: Indices = keys.reshape(self._rows, -1)[:, : int(self.lengths.max())]
+        return np.minimum(named, self._blocks.kv_len - 1)
 
     def visible(self) -> NDArray[np.bool_]:
         """Return which tokens each query sees (rows, queries of a row, tokens)."""
@@ -129,11 +131,12 @@ class Terms:
         if not chosen.lengths.any() or not (given or chosen.uneven):
             return None, 0.0
         keys, visible = chosen.keys()[:, None], chosen.visible()
-        distances = self._positions[place.entry][place.queries].reshape(len(keys), -1, 1) - keys
         parts: list[Any] = []
         omitted: Any = 0.0
         if self._bias is not None:
             parts.append(_of_keys(self._bias, place, chosen, keys).astype(np.float64))
+        if self._slopes is not None or self._table is not None:
+            distances = self._positions[place.entry][place.queries].reshape(len(keys), -1, 1) - keys
         if self._slopes is not None:
             slopes = self._slopes[place.entry][place.heads][:, None, None]
             least = self._least(distances, visible)

@@ -27,9 +27,10 @@ def test_options(isa: str, rng: Any, normal: Any, case: str) -> None:
     for dtype in (np.float32, np.float64):
         q, k, v = operands(normal, dtype)
         for heads in (1, KV_HEADS, HEADS):
-            for rows in (QUERIES, 1):
-                indices = rng.integers(-1, KEYS, (BATCH, heads, rows, 12), np.int32)
-                check(q, k, v, chosen_mask(indices), key_indices=indices, **CASES[case])
+            indices = rng.integers(-1, KEYS, (BATCH, heads, QUERIES, 12), np.int32)
+            check(q, k, v, chosen_mask(indices), key_indices=indices, **CASES[case])
+    shared = indices[:, :1, :1]  # by all queries
+    check(q, k, v, chosen_mask(shared), key_indices=shared, **CASES[case])
 
 
 def test_shapes_layouts_and_out(isa: str, rng: Any, normal: Any) -> None:
