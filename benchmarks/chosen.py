@@ -1,4 +1,4 @@
-"""Time attention to chosen keys, compared with a plain call on as many keys, and the key mass with a call without it.
+"""Time attention to chosen keys and blocks, compared with a plain call on as many keys, and the key mass.
 
 Run `python benchmarks/chosen.py --help` for the options.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from workbench.lines import compare_times, parse
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 64
-CHOSEN, KEYS = 2048, 65_536
+CHOSEN, KEYS, BLOCK = 2048, 65_536, 64
 PROMPTS = {"prompt of 512": (512, False), "prompt of 2048": (2048, False), "causal prompt of 2048": (2048, True)}
 
 
@@ -29,22 +29,41 @@ def operands(dtype: str, q_len: int, kv_len: int) -> tuple[Any, Any, Any]:
     return q, k, v
 
 
+def choose(rng: Any, shape: tuple[int, ...], size: int, count: int) -> Any:
+    """Draw `count` different numbers below `size` for each element of `shape`."""
+    import numpy as np
+
+    numbers = np.broadcast_to(np.arange(size, dtype=np.int32), (*shape, size))
+    return np.ascontiguousarray(rng.permuted(numbers, axis=-1)[..., :count])
+
+
 def chosen_calls(dtype: str, q_len: int, threads: int) -> dict[str, Callable[[], Any]]:
     """Return a plain call on as many keys as are chosen, and calls that choose them for each query."""
+    from functools import partial
+
     import numpy as np
 
     import selfattn as sa
 
     q, k, v = operands(dtype, q_len, KEYS)
     rng = np.random.default_rng(1)
-    scattered = rng.permuted(np.tile(np.arange(KEYS, dtype=np.int32), (q_len, 1)), axis=1)[:, :CHOSEN]
-    blocks = rng.integers(0, KEYS // 64, (q_len, CHOSEN // 64, 1)) * 64 + np.arange(64)
+    scattered = choose(rng, (q_len,), KEYS, CHOSEN)
+    blocks = choose(rng, (KV_HEADS, q_len), KEYS // BLOCK, CHOSEN // BLOCK)
+    keys = (blocks[0, ..., None] * BLOCK + np.arange(BLOCK)).reshape(q_len, -1)
     few = [np.ascontiguousarray(x[:, :, :CHOSEN]) for x in (k, v)]
-    return {
+    call = partial(sa.attention, q, k, v, num_threads=threads)
+    calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: sa.attention(q, *few, num_threads=threads),
-        "scattered keys": lambda: sa.attention(q, k, v, key_indices=scattered, num_threads=threads),
-        "blocks of 64": lambda: sa.attention(q, k, v, key_indices=blocks.reshape(q_len, -1), num_threads=threads),
+        "scattered keys": lambda: call(key_indices=scattered),
+        f"blocks of {BLOCK}": lambda: call(key_indices=keys),
+        "block_indices": lambda: call(block_indices=blocks[0], block_size=BLOCK),
+        "for each KV head": lambda: call(block_indices=blocks, block_size=BLOCK),
     }
+    if q_len > 1:
+        rows = -(-q_len // BLOCK)
+        calls["for blocks of queries"] = lambda: call(block_indices=blocks[0, :rows], block_size=(BLOCK, BLOCK))
+        calls["for all queries"] = lambda: call(block_indices=blocks[0, :1], block_size=BLOCK)
+    return calls
 
 
 def mass_calls(dtype: str, length: int, causal: bool, threads: int) -> dict[str, Callable[[], Any]]:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from . import _core
 from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
-from ._chosen_keys import attend_to_chosen
+from ._chosen_keys import attend_to_chosen, choice_of
 from ._errors import refusal
 from ._key_mass import attend_with_key_mass
 from ._keywords import clean_signature, refuse_unknown
@@ -46,7 +46,8 @@ def attention(
 @overload
 def attention(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: bool = ..., return_weights: bool = ...,
-    return_key_mass: bool = ..., key_indices: ArrayLike | None = ..., **options: Unpack[AttentionOptions]
+    return_key_mass: bool = ..., key_indices: ArrayLike | None = ..., block_indices: ArrayLike | None = ...,
+    block_size: int | tuple[int, int] | None = ..., **options: Unpack[AttentionOptions]
 ) -> Any: ...
 # fmt: on
 @clean_signature()
@@ -80,6 +81,8 @@ def attention(
     chunk: int | None = None,
     prefix_lens: ArrayLike | None = None,
     key_indices: ArrayLike | None = None,
+    block_indices: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
@@ -126,8 +129,16 @@ def attention(
         `window` limit only what comes after. Cannot be combined with a left side of `window` or with `chunk`.
     key_indices : integer array (..., H, Sq, n), optional
         Query i sees only the n keys that are named here, in addition to all other limits; −1 names no key, and a key
-        that is named twice counts once. The head axis may be H, Hkv or 1 long, and leading axes may be 1. Time and
-        memory are proportional to n. Cannot be combined with `dropout`, `return_weights` and `return_key_mass`.
+        that is named twice counts once. The head axis may be H, Hkv or 1 long, the axis of queries Sq or 1, and leading
+        axes may be 1. Time and memory are proportional to n. Cannot be combined with `dropout`, `return_weights` and
+        `return_key_mass`.
+    block_indices : integer array (..., H, Sq, n), optional
+        Query i sees only the keys of the n blocks that are named here; otherwise as `key_indices`. Blocks take less
+        time than as many keys, and least if many queries share them.
+    block_size : int or (int, int), optional
+        Required with `block_indices`, the number N of keys in a block: block b has the keys ``b·N`` to ``b·N + N − 1``,
+        and the last one may be shorter. A pair (M, N) also divides queries into blocks of M. Then the axis of queries
+        in `block_indices` has ⌈Sq / M⌉ rows, and query i uses row ``i // M``.
     scale : float, optional
         Factor applied to the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional
@@ -227,25 +238,28 @@ def attention(
     )  # fmt: skip
     if out is not None:
         out = out_array("attention", out)
+    choice = None
+    if key_indices is not None or block_indices is not None or block_size is not None:
+        choice = choice_of(key_indices, block_indices, block_size)
     mass = return_key_mass is not False and flag("attention", "return_key_mass", return_key_mass)
     if lazy is not None:
         call = masked("attention", (q, k, v), lazy, options)
         if call.rest is not None:
-            if key_indices is not None:
-                raise refusal(ValueError, "attention", "key_indices", *NOT_WITH_CHOSEN)
+            if choice is not None:
+                raise refusal(ValueError, "attention", choice.argument, *NOT_WITH_CHOSEN)
             return attend_in_blocks(call, mass, out)
         options = call.options
-    if key_indices is not None:
+    if choice is not None:
         if mass:
-            raise refusal(ValueError, "attention", "key_indices", " cannot be used with ", "return_key_mass", "")
-        return attend_to_chosen((q, k, v), key_indices, out, options)
+            raise refusal(ValueError, "attention", choice.argument, " cannot be used with ", "return_key_mass", "")
+        return attend_to_chosen((q, k, v), choice, out, options)
     if mass:
         return attend_with_key_mass((q, k, v), out, options)
     return _core.attention(q, k, v, out, options)
 
 
 # Options that no other function has.
-ONLY_HERE = ("return_key_mass", "key_indices")
+ONLY_HERE = ("return_key_mass", "key_indices", "block_indices", "block_size")
 
 # The options that the core knows.
 _DEFAULTS: dict[str, Any] = {

@@ -115,7 +115,8 @@ def attention_vjp(
     wrt : sequence of str
         As for `attention_backward`.
     **options
-        The options of `attention`, except ``out``, ``key_indices`` and ``return_key_mass``.
+        The options of `attention`, except ``out``, ``return_key_mass``, and ``key_indices``, ``block_indices`` and
+        ``block_size``.
 
     Returns
     -------

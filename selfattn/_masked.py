@@ -14,7 +14,7 @@ from ._key_mass import Arrays, attend_with_key_mass
 from ._mask_lowering import lowered
 from ._mask_nodes import TILE_KEYS, Bools, Grid, Mask
 
-# The rest of the error for key_indices.
+# The rest of the error for key_indices and block_indices.
 NOT_WITH_CHOSEN = (" cannot be used with this ", "mask", ": pass ", "mask", ".array(q_len, kv_len)")
 BLOCK_QUERIES = 256  # enough rows that the core need not divide the keys between threads
 

@@ -15,6 +15,7 @@ from places import ROOT
 
 import selfattn as sa
 from selfattn import _elements, _typing, compat, viz
+from selfattn._attention import ONLY_HERE
 from selfattn.compat import _jax
 
 X = np.zeros((1, 2, 3, 8), np.float32)
@@ -27,7 +28,7 @@ LAYER_OWN |= {"q_norm", "k_norm"}
 
 # Functions, the dict of their options, and the keywords that each overload spells out.
 OPTIONS: list[tuple[Callable[..., Any], Any, set[str]]] = [
-    (sa.attention, _typing.AttentionOptions, {"return_lse", "return_weights", "return_key_mass", "key_indices"}),
+    (sa.attention, _typing.AttentionOptions, {"return_lse", "return_weights", *ONLY_HERE}),
     (sa.explain, _typing.ExplainOptions, set()),
     (sa.attention_backward, _typing.GradientOptions, GRADIENTS_OWN),
     (sa.attention_vjp, _typing.VjpOptions, {"wrt"}),

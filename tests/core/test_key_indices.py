@@ -4,73 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from chosen_cases import BATCH, CASES, HEADS, KEYS, KV_HEADS, QUERIES, TYPES, check, chosen_mask, operands, per_head
 
 import selfattn as sa
-from selfattn import reference
-
-BFLOAT = np.dtype(ml_dtypes.bfloat16)
-BATCH, HEADS, KV_HEADS, QUERIES, KEYS = 2, 6, 2, 23, 41
-ROUNDING = {"float64": 2.0**-48, "float32": 2.0**-19, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
-def chosen_mask(indices: Any) -> Any:
-    """Return which keys are chosen, (..., queries, keys)."""
-    mask = np.zeros((*indices.shape[:-1], KEYS + 1), bool)
-    np.put_along_axis(mask, np.asarray(indices, np.int64), True, axis=-1)  # -1 is the last column
-    return mask[..., :KEYS]
-
-
-def per_head(mask: Any) -> Any:
-    return np.repeat(mask, HEADS // KV_HEADS, axis=1) if mask.shape[1] == KV_HEADS else mask
-
-
-def operands(normal: Any, dtype: Any) -> Any:
-    keys, values = (normal(BATCH, KV_HEADS, KEYS, width, dtype=dtype) for width in (16, 5))
-    return normal(BATCH, HEADS, QUERIES, 16, dtype=dtype), keys, values
-
-
-def check(q: Any, k: Any, v: Any, indices: Any, **options: Any) -> None:
-    found, lse = sa.attention(q, k, v, key_indices=indices, return_lse=True, **options)
-    mask = per_head(chosen_mask(indices)) & options.pop("mask", True)
-    exact = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), mask=mask, **options)
-    assert found.dtype == q.dtype
-    assert np.all(abs(found.astype(np.float64) - exact.out) <= ROUNDING[q.dtype.name] * (exact.magnitude + 1e-30))
-    same = np.where(
-        np.isinf(exact.lse), lse == exact.lse, abs(lse - np.where(np.isinf(exact.lse), 0, exact.lse)) < 2e-5
-    )
-    assert same.all()
-
-
-CASES: dict[str, Any] = {
-    "plain": {},
-    "causal": {"causal": True},
-    "window": {"window": (7, 2), "q_offset": 5},
-    "lengths": {"kv_lens": np.array([17, 41]), "q_lens": np.array([11, 0])},
-    "starts": {"kv_starts": np.array([3, 41])},
-    "chunk": {"causal": True, "chunk": 7},
-    "prefix": {"causal": True, "prefix_lens": np.array([9, 0])},
-    "sinks": {"sinks": np.linspace(-1, 1, HEADS)},
-    "softcap": {"softcap": 2.0, "scale": 0.7},
-    "alibi": {"alibi_slopes": np.linspace(0.1, 1, HEADS), "causal": True},
-    "alibi per entry": {"alibi_slopes": np.linspace(0.1, 1, 2 * HEADS).reshape(2, HEADS)},
-    "t5": {"t5": sa.T5Bias(np.linspace(-2, 2, 32 * HEADS).reshape(32, HEADS)), "scale": 1.0},
-    "mask": {"mask": np.random.default_rng(1).random((BATCH, 1, QUERIES, KEYS)) < 0.7},
-    "mask per head": {"mask": np.random.default_rng(2).random((HEADS, QUERIES, KEYS)) < 0.5},
-    "bias": {"bias": np.random.default_rng(3).standard_normal((HEADS, 1, KEYS)).astype("f4")},
-}
-
-
-@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT], ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("heads", [1, KV_HEADS, HEADS])
 def test_as_with_a_mask(isa: str, rng: Any, normal: Any, dtype: Any, heads: int) -> None:
     q, k, v = operands(normal, dtype)
     for n in (1, 3, 40, 90):
         indices = rng.integers(-1, KEYS, (BATCH, heads, QUERIES, n))
-        check(q, k, v, indices)
-    check(q, k, v, np.full((BATCH, heads, QUERIES, 3), -1))
+        check(q, k, v, chosen_mask(indices), key_indices=indices)
+    none = np.full((BATCH, heads, QUERIES, 3), -1)
+    check(q, k, v, chosen_mask(none), key_indices=none)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,7 +27,10 @@ def test_options(isa: str, rng: Any, normal: Any, case: str) -> None:
     for dtype in (np.float32, np.float64):
         q, k, v = operands(normal, dtype)
         for heads in (1, KV_HEADS, HEADS):
-            check(q, k, v, rng.integers(-1, KEYS, (BATCH, heads, QUERIES, 12), np.int32), **CASES[case])
+            indices = rng.integers(-1, KEYS, (BATCH, heads, QUERIES, 12), np.int32)
+            check(q, k, v, chosen_mask(indices), key_indices=indices, **CASES[case])
+    shared = indices[:, :1, :1]  # by all queries
+    check(q, k, v, chosen_mask(shared), key_indices=shared, **CASES[case])
 
 
 def test_shapes_layouts_and_out(isa: str, rng: Any, normal: Any) -> None:
@@ -120,7 +72,10 @@ def test_indices_with_any_strides(isa: str, rng: Any, normal: Any) -> None:
     found = sa.attention(q, k, v, key_indices=indices)
     for other in (np.asfortranarray(indices), np.ascontiguousarray(indices.T).T, np.repeat(indices, 2, axis=1)[:, ::2]):
         assert np.array_equal(sa.attention(q, k, v, key_indices=other), found)
-    check(q, k, v, np.broadcast_to(np.arange(0, KEYS, 3), (BATCH, 1, QUERIES, 14)))
+    same = np.broadcast_to(np.arange(0, KEYS, 3), (BATCH, 1, QUERIES, 14))
+    check(q, k, v, chosen_mask(same), key_indices=same)
+    endless = np.broadcast_to(indices[:, :1], (QUERIES, 1 << 40))
+    assert np.array_equal(sa.attention(q, k, v, key_indices=endless), sa.attention(q, k, v, key_indices=indices[:, :1]))
 
 
 def test_large_terms(isa: str, rng: Any, normal: Any) -> None:

@@ -21,6 +21,7 @@ from torch_operands import (
 )
 
 import selfattn as sa
+from selfattn._attention import ONLY_HERE
 from selfattn.integrations import _dropout
 
 gradcheck, gradgradcheck = torch.autograd.gradcheck, torch.autograd.gradgradcheck
@@ -210,7 +211,7 @@ def test_gradients_under_autocast() -> None:
 
 def test_signature_is_that_of_arrays() -> None:
     found, expected = inspect.signature(attention).parameters, inspect.signature(sa.attention).parameters
-    assert list(found) == [name for name in expected if name not in ("out", "return_key_mass", "key_indices")]
+    assert list(found) == [name for name in expected if name not in ("out", *ONLY_HERE)]
 
 
 def test_seeds_of_dropout() -> None:

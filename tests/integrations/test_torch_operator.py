@@ -19,6 +19,7 @@ from torch_operands import (
 )
 
 import selfattn
+from selfattn._attention import ONLY_HERE
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +30,7 @@ def seed() -> None:
 def test_the_operator_takes_every_option() -> None:
     call = make_call(*qkv())
     others = {"window": "left", "return_lse": "residuals", "return_weights": "weights"}
-    options = {others.get(name, name) for name in selfattn.attention.__kwdefaults__} - {
-        "out",
-        "return_key_mass",
-        "key_indices",
-    }
+    options = {others.get(name, name) for name in selfattn.attention.__kwdefaults__} - {"out", *ONLY_HERE}
     assert options <= set(call._fields)
     taken = [x.name for x in operator._schema.arguments]
     assert taken == ["query", "key", "value", *call._fields[3:]]

@@ -27,6 +27,7 @@ def test_every_operand_next_to_a_guard_page(isa: str, seed: int, run_python: Any
     met = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", printed)}
     assert met.keys() == {
         "attention",
+        "chosen",
         "gradients",
         "layer",
         "piece",

@@ -19,7 +19,7 @@ LONG = (1025, 2049, 2175)  # few rows: the keys are split into ranges
 class Case(NamedTuple):
     """A call: arrays that may be placed anywhere, and everything else."""
 
-    kind: str  # attention, piece, gradients, layer, relative, relative_gradients, rope
+    kind: str  # attention, chosen, piece, gradients, layer, relative, relative_gradients, rope
     arrays: dict[str, Any]
     settings: dict[str, Any]
 
@@ -38,6 +38,7 @@ def cases(seed: int) -> Any:
             yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[:3])), int(rng.choice(LONG)))
             yield attention_case(rng, dtype, head_dim, int(rng.choice(LENGTHS[3:])), int(rng.choice(LONG)))
             yield gradient_case(rng, dtype, head_dim, int(rng.choice(LENGTHS)), int(rng.choice(LENGTHS)))
+            yield chosen_case(rng, dtype, head_dim, int(rng.choice(LENGTHS)), int(rng.choice(LENGTHS)))
             yield piece_case(rng, dtype, head_dim, int(rng.choice(LENGTHS)), int(rng.choice(LENGTHS)))
             for _ in range(4):
                 yield layer_case(rng, dtype, head_dim)
@@ -90,6 +91,17 @@ def attention_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int)
     if rng.random() < 0.7:
         arrays["out"] = tokens(heads, q_len, value_dim)
     return Case("attention", arrays, {**score_settings(rng), "layout": "bshd" if bshd else "bhsd"})
+
+
+def chosen_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
+    """Draw a call whose queries choose blocks of keys; the last block may reach beyond the keys."""
+    case = attention_case(rng, dtype, head_dim, q_len, kv_len)
+    settings = {name: x for name, x in case.settings.items() if name not in ("return_weights", "dropout", "seed")}
+    block = int(rng.integers(1, 9)), int(rng.integers(1, 40))
+    rows, count = -(-q_len // block[0]), -(-kv_len // block[1])
+    indices = rng.integers(-1, count, (1, 1, rows, 3))
+    indices[..., 0] = count - 1
+    return Case("chosen", {**case.arrays, "block_indices": indices}, {**settings, "block_size": block})
 
 
 def gradient_case(rng: Any, dtype: Any, head_dim: int, q_len: int, kv_len: int) -> Case:
@@ -249,7 +261,7 @@ def rope_case(rng: Any, dtype: Any, head_dim: int) -> Case:
 def call(case: Case, arrays: dict[str, Any]) -> tuple[Any, ...]:
     """Make the call with these arrays, which may be copies of the case's arrays; return all results."""
     given = {**arrays, **case.settings}
-    if case.kind == "attention":
+    if case.kind in ("attention", "chosen"):
         result = sa.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
     elif case.kind == "gradients":
         operands = [given.pop(name) for name in ("grad_out", "q", "k", "v", "result", "lse")]

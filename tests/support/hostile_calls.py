@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,18 @@ def attention_call(rng: random.Random) -> Call:
     if "out" in named and rng.random() < 0.1:
         return Call(sa.attention, [q, k, v], {**named, "out": q})
     return Call(sa.attention, [q, k, v], named)
+
+
+def chosen_call(rng: random.Random) -> Call:
+    """Make a call of attention that chooses keys, or blocks of keys for blocks of queries."""
+    call = attention_call(rng)
+    (batch, _, q_len, _), (_, kv_heads, kv_len, _) = (x.shape for x in call.positional[:2])
+    queries, keys = rng.choice(((1, 1), (1, 3), (2, 3), (9, 2)))
+    shape = rng.choice((batch, 1)), rng.choice((kv_heads, 1)), rng.choice((-(-q_len // queries), 1)), rng.randrange(4)
+    indices = np.array([rng.randrange(-1, -(-kv_len // keys)) for _ in range(math.prod(shape))], int).reshape(shape)
+    chosen = {"key_indices": indices} if keys == 1 else {"block_indices": indices, "block_size": (queries, keys)}
+    kept = {name: x for name, x in call.named.items() if name not in ("return_weights", "dropout", "seed")}
+    return call._replace(named={**kept, **chosen})
 
 
 def relative_call(rng: random.Random) -> Call:
@@ -148,6 +161,7 @@ def explain_call(rng: random.Random) -> Call:
 
 MAKERS = [
     *[attention_call] * 4,
+    chosen_call,
     layer_call,
     layer_call,
     relative_call,
