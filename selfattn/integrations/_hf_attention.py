@@ -16,7 +16,7 @@ from ._dropout import dropout_options
 from ._hf_mask import VisibleKeys
 from ._hf_packed import attend_packed, packed_bounds
 from ._hf_sinks import absorb, add_sinks
-from ._hf_sparse import as_array, keep_selected, on_cpu, selected, selected_blocks
+from ._hf_sparse import Selection, as_array, on_cpu
 from ._hf_stored import StoredTokens, attend_stored, can_attend
 from ._tensors import bfloat16, empty_pair, opaque, to_array, wants_gradient
 from ._torch_call import make_call
@@ -86,13 +86,14 @@ def attention_forward(
             k, v = k[:, :, :end], v[:, :, :end]
     if position_bias is not None:
         _add_bias(options, position_bias, end)
-    if indices is not None:
-        keep_selected(options, selected(indices, q, key), end)
-    if block_indices is not None:
-        keep_selected(options, selected_blocks(module, block_indices, q, key), end)
+    selection = Selection.of(module, indices, block_indices, q, key)
     by_query = add_sinks(options, module, sinks, s_aux, q)
     if output_attentions or _weights_are_recorded():
         options["return_weights"] = True
+    if selection is not None:
+        packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+        plain = not (packed or dropout or "return_weights" in options or _has_gradient((q, k, v), options, by_query))
+        _select(options, selection, (q.shape[1], k.shape[1], end), plain)
     if scaling is not None and type(scaling) is not float:
         scaling = float(scaling)
     options["scale"], options["softcap"] = scaling, softcap
@@ -155,7 +156,7 @@ def _attend(
     kv_len: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the result (B, Sq, H, D), and the weights of all `kv_len` keys if requested."""
-    if "dropout" in options or wants_gradient(*operands, options.get("bias"), options.get("sinks"), sinks):
+    if "dropout" in options or _has_gradient(operands, options, sinks):
         result, lse, weights = _torch_autograd.attend(make_call(*operands, **options))
         result = result.transpose(1, 2).contiguous()
     else:
@@ -165,6 +166,21 @@ def _attend(
     if "return_weights" not in options:
         return result, None
     return result, torch.nn.functional.pad(weights, (0, kv_len - weights.shape[-1])).to(result.dtype)
+
+
+def _has_gradient(operands: tuple[torch.Tensor, ...], options: dict[str, Any], sinks: torch.Tensor | None) -> bool:
+    return wants_gradient(*operands, options.get("bias"), options.get("sinks"), sinks)
+
+
+def _select(options: dict[str, Any], selection: Selection, shape: tuple[int, int, int], plain: bool) -> None:
+    """Hide the keys that are not selected; `plain`: the call has no option that needs a mask for that."""
+    heads, kv_heads, kv_len = shape
+    chosen = selection.options(kv_heads, kv_len) if plain else None
+    if chosen is not None:
+        options |= chosen
+        return
+    mask = selection.mask(heads, kv_len)
+    options["mask"] = options["mask"] & mask if "mask" in options else mask
 
 
 def _attend_now(

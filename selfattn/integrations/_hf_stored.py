@@ -130,6 +130,8 @@ def can_attend(q_len: int, k: Any, v: Any, options: dict[str, Any]) -> bool:
     """Whether these are the newest tokens of one cache, and the queries are the last of these tokens."""
     if type(k) is not StoredTokens or type(v) is not StoredTokens:
         return False
+    if "key_indices" in options or "block_indices" in options:  # which caches do not take
+        return False
     if not (k.cache is v.cache and k.start == v.start and k.end == v.end == k.cache.lengths[0]):
         return False
     if not _suits(k.cache._store.name, k.dtype) or k.start % options.get("chunk", 1):  # chunks count from token 0

@@ -14,6 +14,7 @@ pytest.importorskip("ml_dtypes")
 from transformers_models import layer, normal  # noqa: E402
 
 import selfattn  # noqa: E402
+from selfattn.integrations import _hf_sparse  # noqa: E402
 from selfattn.integrations._hf_attention import attention_forward  # noqa: E402
 from selfattn.integrations._hf_mask import make_mask  # noqa: E402
 from selfattn.integrations.transformers import register  # noqa: E402
@@ -68,6 +69,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# The option that takes what a model selects. The other models make masks of their own.
+CHOSEN_BY = {
+    "MiniMaxM3VLTextModel": "block_indices",
+    **dict.fromkeys(
+        ("DeepseekV32Model", "GlmMoeDsaModel", "AXK2Model", "HYV4Model", "HYV4VLTextModel", "MistralLarge4TextModel",
+         "Dots3NoteTextModel"), "key_indices"),
+}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     register()
@@ -91,8 +101,10 @@ def build(name: str) -> Any:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_choose_keys(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = 1 if padded else 100  # numbers of keys, or a mask
+    monkeypatch.setattr(_hf_sparse, "COST", {"single": cost, "many": cost})
     model = build(name)
-    calls = []
+    calls: list[dict[str, Any]] = []
     attention = selfattn.attention
     monkeypatch.setattr(selfattn, "attention", lambda *x, **options: calls.append(options) or attention(*x, **options))
     ids = torch.randint(3, 99, (2, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -110,6 +122,8 @@ def test_models_that_choose_keys(name: str, padded: bool, monkeypatch: pytest.Mo
         found[implementation] = torch.cat([whole, steps[0]])
         assert bool(calls) == (implementation == "selfattn")
     assert (found["selfattn"] - found["eager"]).abs().max() < 5e-5 * found["eager"].abs().max()
+    chosen = {option for call in calls for option in call} & {"key_indices", "block_indices"}
+    assert chosen == ({CHOSEN_BY[name]} if padded and name in CHOSEN_BY else set())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,8 +148,10 @@ def test_sinks_of_single_queries(dtype: Any) -> None:
     assert mask.made is None
 
 
+@pytest.mark.parametrize("cost", [1, 100])
 @pytest.mark.parametrize("kind", ["none", "described", "dense", "numbers"])
-def test_indices_work_with_every_mask(kind: str) -> None:
+def test_indices_work_with_every_mask(kind: str, cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_hf_sparse, "COST", {"single": cost, "many": cost})
     q, k, v = normal(2, 4, 3, 8), normal(2, 2, 9, 8, seed=1), normal(2, 2, 9, 8, seed=2)
     indices = torch.stack([torch.randperm(7)[:4] for _ in range(6)]).view(2, 3, 4).int()
     indices[0, 1, 2:] = -1  # none
