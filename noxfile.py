@@ -262,9 +262,9 @@ def release(session: nox.Session) -> None:
 DEEP = {
     "asan": [],
     "clang": [],
-    "mutants": ["--jobs", "2", "--sample", "12"],
+    "mutants": ["--jobs", "2", "--sample", "7"],
     "coverage": [],
-    "fuzz": ["30000"],
+    "fuzz": ["15000"],
     "neon": [],
 }
 
