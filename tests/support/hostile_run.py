@@ -78,13 +78,13 @@ def many(seed: int, count: int) -> None:
 def grow(seed: int, count: int) -> None:
     """Make the same calls again and again; print the smallest growth of the process from one time to the next.
 
-    A leak adds memory each time. The allocator may take memory at any one time and keep it.
+    A leak adds memory each time. The allocator may take memory the first few times and keep it.
     """
     warnings.simplefilter("ignore")
     limit_memory(2 << 30)
     runner = Runner()
     sizes = []
-    for _ in range(5):
+    for _ in range(9):
         for index in range(count):
             runner.run(seed, index)
         sizes.append(resident())
