@@ -20,12 +20,12 @@ namespace selfattn {
 namespace {
 
 struct Task {
-  std::int64_t job, batch, kv_head, row_block, range;
+  std::int64_t job, batch, kv_head, row_task, range;
 };
 
-// The tasks of one block of query rows of a batch entry: one for each KV head and each range of keys.
+// The tasks of one row task (Plan::row_tasks) of a batch entry: one for each KV head and each range of keys.
 struct RowTasks {
-  std::int64_t job, batch, row_block;
+  std::int64_t job, batch, row_task;
   std::int64_t cost;
   std::int64_t first_task;
 };
@@ -37,7 +37,7 @@ struct PreparedJob {
   Shared shared;
 };
 
-std::int64_t tasks_per_block(const PreparedJob& job) { return job.problem->num_kv_heads * job.plan->ranges; }
+std::int64_t tasks_per_row_task(const PreparedJob& job) { return job.problem->num_kv_heads * job.plan->ranges; }
 
 Work work_of(const Job* jobs, std::int64_t count) {
   Work work{"attention", count > 0 ? jobs->plan->attend : nullptr, 0, 0, 0};
@@ -54,19 +54,19 @@ class Run {
   Run(const Job* jobs, std::int64_t count, int threads, Interrupted interrupted)
       : count_(count), ordered_(count > 1 || threads > 1) {
     std::size_t shared_bytes = 0;
-    std::int64_t blocks = 0;
+    std::int64_t row_tasks = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       const Plan& plan = *jobs[i].plan;
       shared_bytes += plan.shared_bytes;
       thread_bytes_ = std::max(thread_bytes_, plan.thread_bytes);
-      blocks += jobs[i].problem->batch * plan.row_blocks;
+      row_tasks += jobs[i].problem->batch * plan.row_tasks;
     }
     char* shared = nullptr;
     const auto divide = [&](char* base) {
       Carver carver{base};
       jobs_ = carver.take<PreparedJob>(count);
       shared = carver.take<char>(static_cast<std::int64_t>(shared_bytes));
-      order_ = carver.take<RowTasks>(ordered_ ? blocks : 0);
+      order_ = carver.take<RowTasks>(ordered_ ? row_tasks : 0);
       threads_memory_ = carver.take<char>(static_cast<std::int64_t>(thread_bytes_) * threads);
       return carver.used;
     };
@@ -79,6 +79,7 @@ class Run {
       const PreparedJob* job =
           ::new (jobs_ + i) PreparedJob{&problem, &plan, scoring_of(problem), Shared(shared, plan, problem)};
       std::uninitialized_value_construct_n(job->shared.finished, job->shared.row_blocks);
+      std::uninitialized_value_construct_n(job->shared.mass.finished, job->shared.mass.kv_heads);
       shared += plan.shared_bytes;
     }
     if (ordered_) order_tasks();
@@ -91,7 +92,13 @@ class Run {
     const Task task = task_at(index);
     const PreparedJob& job = jobs_[task.job];
     char* own = threads_memory_ + thread_bytes_ * static_cast<std::size_t>(thread);
-    attend_task(job, task, ThreadMemory(own, *job.plan, *job.problem), thread);
+    ThreadMemory memory(own, *job.plan, *job.problem);
+    bool completed = false;
+    for (std::int64_t block = task.row_task; block < job.plan->row_blocks; block += job.plan->row_tasks) {
+      completed = attend_block(job, task, block, memory, thread);
+      if (loop_->should_stop(thread)) return;
+    }
+    if (job.problem->key_mass && completed) job.shared.mass.finish(*job.plan, *job.problem, kv_index(job, task));
   }
 
  private:
@@ -100,33 +107,38 @@ class Run {
     RowTasks* next = order_;
     for (std::int64_t i = 0; i < count_; ++i) {
       const Problem& problem = *jobs_[i].problem;
-      for (std::int64_t block = 0; block < jobs_[i].plan->row_blocks; ++block)
-        for (std::int64_t b = 0; b < problem.batch; ++b) {
-          const RowSpan span = span_of(problem, *jobs_[i].plan, b, 0, block);
-          const KeyRange keys = span_keys(problem, span);
-          // Nearly all blocks of one problem have equally many rows, so that the number of keys suffices as the cost.
-          // Blocks of different problems may have different numbers of rows.
-          const std::int64_t rows = count_ > 1 ? span.valid : 1;
-          *next++ = {i, b, block, (keys.end - keys.begin) * rows, 0};
-        }
+      for (std::int64_t row_task = 0; row_task < jobs_[i].plan->row_tasks; ++row_task)
+        for (std::int64_t b = 0; b < problem.batch; ++b) *next++ = {i, b, row_task, cost_of(jobs_[i], b, row_task), 0};
     }
     end_ = next;
     std::sort(order_, end_, [](const RowTasks& a, const RowTasks& b) {
-      return std::tie(b.cost, b.row_block, a.job, a.batch) < std::tie(a.cost, a.row_block, b.job, b.batch);
+      return std::tie(b.cost, b.row_task, a.job, a.batch) < std::tie(a.cost, a.row_task, b.job, b.batch);
     });
     std::int64_t tasks = 0;
     for (RowTasks* rows = order_; rows != end_; ++rows) {
       rows->first_task = tasks;
-      tasks += tasks_per_block(jobs_[rows->job]);
+      tasks += tasks_per_row_task(jobs_[rows->job]);
     }
+  }
+
+  std::int64_t cost_of(const PreparedJob& job, std::int64_t batch, std::int64_t row_task) const {
+    std::int64_t cost = 0;
+    for (std::int64_t block = row_task; block < job.plan->row_blocks; block += job.plan->row_tasks) {
+      const RowSpan span = span_of(*job.problem, *job.plan, batch, 0, block);
+      const KeyRange keys = span_keys(*job.problem, span);
+      // Nearly all blocks of one problem have equally many rows, so that the number of keys suffices as the cost.
+      // Blocks of different problems may have different numbers of rows.
+      cost += (keys.end - keys.begin) * (count_ > 1 ? span.valid : 1);
+    }
+    return cost;
   }
 
   Task task_at(std::int64_t index) const {
     if (!ordered_) {
       const Plan& plan = *jobs_->plan;
-      const std::int64_t per_block = tasks_per_block(*jobs_), block = index / per_block;
-      index %= per_block;
-      return {0, block / plan.row_blocks, index / plan.ranges, block % plan.row_blocks, index % plan.ranges};
+      const std::int64_t each = tasks_per_row_task(*jobs_), row_task = index / each;
+      index %= each;
+      return {0, row_task / plan.row_tasks, index / plan.ranges, row_task % plan.row_tasks, index % plan.ranges};
     }
     const RowTasks& rows =
         *(std::upper_bound(order_, end_, index,
@@ -134,21 +146,37 @@ class Run {
           1);
     const std::int64_t ranges = jobs_[rows.job].plan->ranges;
     index -= rows.first_task;
-    return {rows.job, rows.batch, index / ranges, rows.row_block, index % ranges};
+    return {rows.job, rows.batch, index / ranges, rows.row_task, index % ranges};
   }
 
-  void attend_task(const PreparedJob& job, const Task& task, const ThreadMemory& memory, int thread) noexcept {
+  static std::int64_t kv_index(const PreparedJob& job, const Task& task) {
+    return task.batch * job.problem->num_kv_heads + task.kv_head;
+  }
+
+  static double* mass_of(const PreparedJob& job, const Task& task, std::int64_t row_block) {
+    if (!job.problem->key_mass) return nullptr;
+    return job.shared.mass.of(*job.plan, *job.problem, kv_index(job, task), row_block);
+  }
+
+  // Returns whether the results of the row block are complete now.
+  bool attend_block(const PreparedJob& job, const Task& task, std::int64_t row_block, ThreadMemory& memory,
+                    int thread) noexcept {
     const Problem& problem = *job.problem;
     const Plan& plan = *job.plan;
-    const RowSpan span = span_of(problem, plan, task.batch, task.kv_head, task.row_block);
+    const RowSpan span = span_of(problem, plan, task.batch, task.kv_head, row_block);
     if (task.range == 0) clear_rows(problem, span);
     const Ranges ranges = ranges_of(plan, problem.keys_of(task.batch));
-    if (span.valid == 0 || task.range >= ranges.count) return;
+    if (task.range >= ranges.count) return false;
+    if (span.valid == 0) {
+      if (task.range == 0) memory.mass = mass_of(job, task, row_block);
+      return task.range == 0;
+    }
     const bool split = ranges.count > 1;
     const RunningSums& running = problem.running;
-    if (running.begun && is_empty(span_keys(problem, span))) return;
-    const std::int64_t block_index =
-        (task.batch * problem.num_kv_heads + task.kv_head) * plan.row_blocks + task.row_block;
+    if (running.begun && is_empty(span_keys(problem, span))) return true;
+    const std::int64_t block_index = kv_index(job, task) * plan.row_blocks + row_block;
+    // The ranges of a row block store their scores in the same rows.
+    if (plan.keeps_scores && plan.ranges > 1) memory.scores = job.shared.scores_of(plan, problem, block_index);
     describe_rows(problem, plan, span, memory, /*with_sinks=*/problem.sinks && !split);
 
     RowBlock block{memory.rows,       span.valid,     plan.key_block, problem.head_dim,
@@ -158,18 +186,32 @@ class Run {
     if (split) redirect(problem, block, memory, job.shared.partial(plan, problem, block_index, task.range));
     plan.attend->begin(block);
     const KeyRange keys{task.range * ranges.keys, (task.range + 1) * ranges.keys};
-    if (!absorb_keys(job, span, keys, block, memory, thread)) return;
+    if (!absorb_keys(job, span, keys, block, memory, thread)) return false;
     plan.attend->finish(block);
-    if (running) return store_sums(problem, span, memory);
-    if (!split) return complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
+    if (running) {
+      store_sums(problem, span, memory);
+      return true;
+    }
+    if (split && !finishes_last(job, span, memory, block_index, task.range)) return false;
+    memory.mass = mass_of(job, task, row_block);
+    if (split)
+      merge_ranges(problem, plan, job.shared, block_index, span, memory);
+    else
+      complete_rows(problem, plan, span, memory, memory.row_max, memory.row_sum);
+    return true;
+  }
 
-    const Partial result = job.shared.partial(plan, problem, block_index, task.range);
+  // Keeps the results of a key range. Returns whether the row block's other ranges have finished before.
+  static bool finishes_last(const PreparedJob& job, const RowSpan& span, const ThreadMemory& memory,
+                            std::int64_t block_index, std::int64_t range) {
+    const Problem& problem = *job.problem;
+    const Partial result = job.shared.partial(*job.plan, problem, block_index, range);
     const auto bytes = static_cast<std::size_t>(span.valid * size_of(problem.dtype));
     std::memcpy(result.row_max, memory.row_max, bytes);
     std::memcpy(result.row_sum, memory.row_sum, bytes);
-    // The thread that finishes last merges. Acquire-release makes the other ranges' results visible to it.
-    if (job.shared.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == ranges.count)
-      merge_ranges(problem, plan, job.shared, block_index, span, memory);
+    // Acquire-release makes the other ranges' results visible to the thread that finishes last, which merges them.
+    const std::int64_t count = ranges_of(*job.plan, problem.keys_of(span.batch)).count;
+    return job.shared.finished[block_index].fetch_add(1, std::memory_order_acq_rel) + 1 == count;
   }
 
   static void redirect(const Problem& problem, const RowBlock& block, const ThreadMemory& memory,
@@ -221,7 +263,8 @@ class Run {
 };
 
 bool writes_nothing(const Problem& problem, const Plan& plan) {
-  return plan.tasks == 0 || (problem.value_dim == 0 && !problem.lse && !problem.weights && !problem.running);
+  return plan.tasks == 0 ||
+         (problem.value_dim == 0 && !problem.lse && !problem.weights && !problem.key_mass && !problem.running);
 }
 
 }  // namespace

@@ -25,6 +25,13 @@ int find_axes(const Problem& problem, const TensorView& view, int trailing, Batc
   return count;
 }
 
+Shape per_head_shape(const Problem& problem, std::int64_t length) {
+  Shape shape(problem.batch_shape.extents());
+  if (problem.ndim > 2) shape.append(problem.num_heads);
+  shape.append(length);
+  return shape;
+}
+
 }  // namespace
 
 Axes trailing_axes(const TensorView& view, Layout layout) {
@@ -81,12 +88,9 @@ Shape out_shape(const Problem& problem) {
   return rows_shape(problem, problem.num_heads, problem.q_len, problem.value_dim);
 }
 
-Shape lse_shape(const Problem& problem) {
-  Shape shape(problem.batch_shape.extents());
-  if (problem.ndim > 2) shape.append(problem.num_heads);
-  shape.append(problem.q_len);
-  return shape;
-}
+Shape lse_shape(const Problem& problem) { return per_head_shape(problem, problem.q_len); }
+
+Shape key_mass_shape(const Problem& problem) { return per_head_shape(problem, problem.kv_len); }
 
 Shape weights_shape(const Problem& problem) {
   Shape shape = lse_shape(problem);
@@ -125,5 +129,7 @@ void attach_lse(Problem& problem, const TensorView& lse) { problem.lse = place_p
 void attach_weights(Problem& problem, const TensorView& weights) {
   place(problem, problem.weights, weights, trailing_axes(weights, Layout::bhsd));
 }
+
+void attach_key_mass(Problem& problem, const TensorView& mass) { problem.key_mass = place_per_row(problem, mass); }
 
 }  // namespace selfattn

@@ -47,6 +47,7 @@ SELFATTN_OPTION(std::int64_t, distance_origin, 0)  // the column of distance_bia
 SELFATTN_OPTION(bool, same_tokens, false)          // query i and key i are the same token
 SELFATTN_OPTION(bool, return_lse, false)
 SELFATTN_OPTION(bool, return_weights, false)
+SELFATTN_OPTION(bool, return_key_mass, false)
 SELFATTN_OPTION(bool, exact, false)   // return out and gradients in the type of computation, and lse in float64
 SELFATTN_OPTION(int, num_threads, 0)  // 0: the default
 

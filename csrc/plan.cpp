@@ -33,6 +33,9 @@ constexpr std::int64_t widest_packed = 4096;  // head_dim + value_dim
 constexpr std::int64_t row_range_keys = 1024;
 constexpr std::int64_t tile_range_keys = 2048;
 constexpr std::int64_t row_blocks_with_ranges = 2;
+// For the key mass, each row task has its own sums. So there are few row tasks, but enough to balance threads.
+constexpr std::int64_t row_tasks_with_mass = 8;
+static_assert(row_tasks_with_mass >= row_blocks_with_ranges);  // a row task whose keys are split has one row block
 constexpr std::int64_t most_ranges = 256;  // bounds the memory for partial results, even for huge broadcast views
 // The relative products of this many keys stay in L2 until the keys are processed. Each such stretch of keys needs
 // additional panels for the distances at its ends. With more keys per stretch, this costs less per key.
@@ -203,7 +206,9 @@ Plan make_plan(const Problem& problem, const KernelSet& kernels) {
   const bool rounds = is_narrow(problem.out.dtype) && problem.out.in_place && plan.ranges == 1;
   plan.out_type = rounds ? problem.out.dtype : problem.dtype;
   plan.copies_out = !in_place(problem.out, plan.out_type);
-  plan.tasks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.ranges;
+  plan.row_tasks = problem.key_mass ? std::min(plan.row_blocks, row_tasks_with_mass) : plan.row_blocks;
+  plan.keeps_scores = problem.key_mass && !problem.weights;
+  plan.tasks = problem.batch * problem.num_kv_heads * plan.row_tasks * plan.ranges;
 
   const std::int64_t products = problem.relative ? 2 : 1;
   plan.flops = 2.0 * static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) *

@@ -18,6 +18,7 @@ struct Plan {
   std::int64_t rows;        // query rows of one KV head: q_len * group_size
   int block_rows;           // query rows of one task
   std::int64_t row_blocks;  // of one KV head
+  std::int64_t row_tasks;   // of one KV head; row task t computes the row blocks t, t + row_tasks, ...
   int key_block;            // keys per block; the last block may have fewer
   bool splits_keys;         // whether a task may process only a range of the keys
   std::int64_t range_keys;  // keys of one task, for an entry with kv_len keys
@@ -25,6 +26,7 @@ struct Plan {
   std::int64_t tasks;
   bool copies_queries, copies_keys, copies_values, copies_out;  // operands that kernels cannot read or write in place
   bool copies_relative;
+  bool keeps_scores;           // of whole rows, in scratch, to compute the key mass from them
   std::int64_t relative_keys;  // keys for which relative products are computed at a time
   DType out_type;            // what kernels write: the type of computation, or out's type if they write to out directly
   std::size_t thread_bytes;  // scratch of one thread

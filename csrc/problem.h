@@ -183,6 +183,7 @@ struct Problem : Settings {
   Pages pages;
   KeyRange held{0, 0};        // the keys that the operands hold: all keys, or a piece
   Operand out, lse, weights;  // lse and weights may be absent
+  Operand key_mass;           // the sum of the weights of each key over the queries; may be absent
   RunningSums running;        // absent: the call starts and finishes the sums of all rows
   double scale = 0;
   double softcap = 0;                 // 0: none
@@ -221,6 +222,7 @@ Shape rows_shape(const Problem& problem, std::int64_t heads, std::int64_t length
 Shape out_shape(const Problem& problem);
 Shape lse_shape(const Problem& problem);
 Shape weights_shape(const Problem& problem);
+Shape key_mass_shape(const Problem& problem);
 
 // Operands for arrays: place_rows takes the shape rows_shape, place_per_row takes lse_shape, and place_scores takes any
 // shape that broadcasts to weights_shape.
@@ -231,6 +233,7 @@ Operand place_scores(Problem& problem, const TensorView& view);
 void attach_out(Problem& problem, const TensorView& out);
 void attach_lse(Problem& problem, const TensorView& lse);
 void attach_weights(Problem& problem, const TensorView& weights);
+void attach_key_mass(Problem& problem, const TensorView& mass);  // all zeros
 
 // The distances i + offset - j of query i and key j at which causal and window let the query see the key; absent:
 // unbounded.

@@ -16,6 +16,11 @@ void fill_row(char* p, std::int64_t stride, std::int64_t count, double x, DType 
   for (std::int64_t i = 0; i < count; ++i) write_real(p + i * stride, x, dtype);
 }
 
+struct RowSums {
+  double max, sum;
+  bool undefined;  // the row sees a key, but its sum is 0
+};
+
 // Whether a row sees any key. If a row sees a key but all its scores are -inf, its result is NaN, as in IEEE
 // arithmetic. A row that sees no key gets 0.
 bool sees_a_key(const Problem& problem, const RowSpan& span, RowIndex index, const Row& row) {
@@ -33,25 +38,27 @@ bool sees_a_key(const Problem& problem, const RowSpan& span, RowIndex index, con
   return false;
 }
 
-// Turns scores into weights. Keys outside the row's range have no scores and get weight 0.
-void finish_weights(const Problem& problem, const Plan& plan, const Row& row, double row_max, double row_sum,
-                    bool undefined) {
+// Turns the scores of a row into weights, and adds these to `mass` if it is not null.
+void finish_weights(const Problem& problem, const Plan& plan, const Row& row, const RowSums& sums, double* mass) {
+  const std::int64_t size = size_of(problem.dtype), count = row.key_end - row.key_begin;
+  char* weights = static_cast<char*>(row.scores) + row.key_begin * size;
+  if (sums.undefined)
+    fill_row(weights, size, count, std::numeric_limits<double>::quiet_NaN(), problem.dtype);
+  else if (sums.sum == 0)
+    std::memset(weights, 0, static_cast<std::size_t>(count * size));
+  else
+    plan.types->weigh(weights, count, sums.max, 1.0 / sums.sum);
+  if (const Dropout dropout = scoring_of(problem).dropout)
+    plan.types->drop(dropout, row, row.key_begin, count, weights);
+  if (mass) plan.types->add(weights, count, mass + row.key_begin);
+}
+
+// Keys outside the row's range have no scores and get weight 0.
+void clear_hidden_weights(const Problem& problem, const Row& row) {
   char* weights = static_cast<char*>(row.scores);
   const std::int64_t size = size_of(problem.dtype);
-  const auto zero = [&](std::int64_t from, std::int64_t to) {
-    std::memset(weights + from * size, 0, static_cast<std::size_t>((to - from) * size));
-  };
-  zero(0, row.key_begin);
-  if (undefined)
-    fill_row(weights + row.key_begin * size, size, row.key_end - row.key_begin,
-             std::numeric_limits<double>::quiet_NaN(), problem.dtype);
-  else if (row_sum == 0)
-    zero(row.key_begin, row.key_end);
-  else
-    plan.types->weigh(weights + row.key_begin * size, row.key_end - row.key_begin, row_max, 1.0 / row_sum);
-  if (const Dropout dropout = scoring_of(problem).dropout)
-    plan.types->drop(dropout, row, row.key_begin, row.key_end - row.key_begin, weights + row.key_begin * size);
-  zero(row.key_end, problem.kv_len);
+  std::memset(weights, 0, static_cast<std::size_t>(row.key_begin * size));
+  std::memset(weights + row.key_end * size, 0, static_cast<std::size_t>((problem.kv_len - row.key_end) * size));
 }
 
 // Limits a row's keys to those that the operands hold. Nothing before or after them may be read.
@@ -164,7 +171,8 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     row.out = plan.copies_out ? memory.out + i * problem.value_dim * size
                               : out + index.head * problem.out.head + index.query * problem.out.row;
     if (problem.running) clip_row(row, problem.held);
-    row.scores = problem.weights ? element(problem, problem.weights, span, index) : nullptr;
+    if (problem.weights) row.scores = element(problem, problem.weights, span, index);
+    if (plan.keeps_scores) row.scores = memory.scores + i * problem.kv_len * size;
   }
 }
 
@@ -191,6 +199,7 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
     const double max = read_real(row_max + i * size, problem.dtype);
     const double sum = read_real(row_sum + i * size, problem.dtype);
     const bool undefined = sum == 0 && sees_a_key(problem, span, index, row);
+    double* mass = problem.key_mass ? memory.mass + (index.head - span.first_head) * problem.kv_len : nullptr;
     if (undefined)
       fill_row(static_cast<char*>(row.out), size_of(plan.out_type), problem.value_dim,
                std::numeric_limits<double>::quiet_NaN(), plan.out_type);
@@ -199,7 +208,8 @@ void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span
                   static_cast<char*>(row.out), problem.dtype, problem.value_dim);
     if (problem.lse)
       write_real(element(problem, problem.lse, span, index), lse_of(max, sum, row.omitted), problem.lse.dtype);
-    if (problem.weights) finish_weights(problem, plan, row, max, sum, undefined);
+    if (row.scores) finish_weights(problem, plan, row, {max, sum, undefined}, mass);
+    if (problem.weights) clear_hidden_weights(problem, row);
   }
 }
 

@@ -20,7 +20,8 @@ void describe_rows(const Problem& problem, const Plan& plan, const RowSpan& span
 void spread_masks(const Problem& problem, const RowSpan& span, const ThreadMemory& memory, std::int64_t first,
                   int count);
 
-// Computes lse and weights from row_max and row_sum, and copies outputs that were computed in scratch to `out`.
+// Computes lse and weights from row_max and row_sum, adds the weights to memory.mass for the key mass, and copies
+// outputs that were computed in scratch to `out`.
 void complete_rows(const Problem& problem, const Plan& plan, const RowSpan& span, const ThreadMemory& memory,
                    const char* row_max, const char* row_sum);
 

@@ -4,6 +4,13 @@
 #include "carver.h"
 
 namespace selfattn {
+namespace {
+
+std::int64_t score_bytes(const Plan& plan, const Problem& problem) {
+  return plan.keeps_scores ? plan.block_rows * problem.kv_len * size_of(problem.dtype) : 0;
+}
+
+}  // namespace
 
 ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem) {
   const std::int64_t size = size_of(problem.dtype);
@@ -33,6 +40,8 @@ ThreadMemory::ThreadMemory(char* base, const Plan& plan, const Problem& problem)
   masks = carver.take<std::uint8_t>(problem.recent_mask ? plan.block_rows * mask_stride : 0);
   const RelativeProducts relative{plan.kernels, plan.types, plan.copies_relative, plan.relative_keys};
   distance = take_distance_memory(carver, problem, relative, plan.block_rows, plan.key_block);
+  scores = carver.take<char>(plan.ranges == 1 ? score_bytes(plan, problem) : 0);
+  mass = nullptr;
   bytes = carver.used;
 }
 
@@ -49,6 +58,8 @@ Shared::Shared(char* base, const Plan& plan, const Problem& problem) {
   Carver carver{base};
   row_blocks = plan.ranges > 1 ? problem.batch * problem.num_kv_heads * plan.row_blocks : 0;
   finished = carver.take<std::atomic<std::int32_t>>(row_blocks);
+  scores = carver.take<char>(row_blocks * score_bytes(plan, problem));
+  mass = take_key_mass(carver, plan, problem);
   partial_bytes = Partial(nullptr, plan, problem).bytes;
   partials = carver.take<char>(row_blocks * plan.ranges * static_cast<std::int64_t>(partial_bytes));
   bytes = carver.used;
@@ -56,6 +67,10 @@ Shared::Shared(char* base, const Plan& plan, const Problem& problem) {
 
 Partial Shared::partial(const Plan& plan, const Problem& problem, std::int64_t block, std::int64_t range) const {
   return {partials + static_cast<std::size_t>(block * plan.ranges + range) * partial_bytes, plan, problem};
+}
+
+char* Shared::scores_of(const Plan& plan, const Problem& problem, std::int64_t block) const {
+  return scores + block * score_bytes(plan, problem);
 }
 
 }  // namespace selfattn

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "distance_terms.h"
+#include "key_mass.h"
 #include "plan.h"
 
 namespace selfattn {
@@ -27,6 +28,8 @@ struct ThreadMemory {
   std::uint8_t* masks;  // masks over the newest keys, expanded to a key block: [row][mask_stride]
   std::int64_t mask_stride;
   DistanceMemory distance;
+  char* scores;  // if the plan keeps scores: [row][kv_len]
+  double* mass;  // the sums to which the weights of the rows are added: see KeyMass::of; set for each task
   std::size_t bytes;
 
   ThreadMemory(char* base, const Plan& plan, const Problem& problem);
@@ -45,12 +48,15 @@ struct Partial {
 struct Shared {
   std::int64_t row_blocks;              // of all batch entries and KV heads; 0 if keys are not split into ranges
   std::atomic<std::int32_t>* finished;  // number of finished ranges of each row block
+  char* scores;                         // if the plan keeps scores: [row block][row][kv_len]
+  KeyMass mass;
   char* partials;
   std::size_t partial_bytes;  // of one range of one row block
   std::size_t bytes;
 
   Shared(char* base, const Plan& plan, const Problem& problem);
   Partial partial(const Plan& plan, const Problem& problem, std::int64_t block, std::int64_t range) const;
+  char* scores_of(const Plan& plan, const Problem& problem, std::int64_t block) const;
 };
 
 }  // namespace selfattn

@@ -76,7 +76,7 @@ def apply_rope(
             ValueError, function, "x", f" has shape {array.shape} but needs 2 dimensions or more: (..., S, D)"
         )
     description = rope.for_core(function, array.shape[-1])
-    tokens = _tokens_first(array, layout)
+    tokens = tokens_first(array, layout)
     places = None if positions is None else positions_for(function, positions, tokens.shape[:-2], rope)
     if out is None:
         out = np.empty(array.shape, array.dtype)
@@ -85,11 +85,11 @@ def apply_rope(
     same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
     if not same and np.may_share_memory(out, array):
         tokens = tokens.copy()
-    _core.apply_rope(tokens, places, _tokens_first(out, layout), description, backwards)
+    _core.apply_rope(tokens, places, tokens_first(out, layout), description, backwards, 1)
     return out
 
 
-def _tokens_first(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
+def tokens_first(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
     """Return x, in either layout, as a view (..., S, H, D)."""
     if x.ndim == 2:
         return x[:, np.newaxis]

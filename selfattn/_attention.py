@@ -12,10 +12,11 @@ from ._arguments import as_array, core_options, flag, out_array
 from ._bias import T5Bias
 from ._chosen_keys import attend_to_chosen, choice_of
 from ._errors import refusal
-from ._key_mass import attend_with_key_mass
 from ._keywords import clean_signature, refuse_unknown
 from ._mask_nodes import Mask
 from ._masked import NOT_WITH_CHOSEN, attend_in_blocks, masked
+from ._rope import RoPE
+from ._rotated import rotated
 from ._typing import Array, AttentionOptions, Layout, No, Precision, Window, Yes
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def attention(
 def attention(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: bool = ..., return_weights: bool = ...,
     return_key_mass: bool = ..., key_indices: ArrayLike | None = ..., block_indices: ArrayLike | None = ...,
-    block_size: int | tuple[int, int] | None = ..., **options: Unpack[AttentionOptions]
+    block_size: int | tuple[int, int] | None = ..., rope: RoPE | bool | None = ..., positions: ArrayLike | None = ...,
+    **options: Unpack[AttentionOptions]
 ) -> Any: ...
 # fmt: on
 @clean_signature()
@@ -83,6 +85,8 @@ def attention(
     key_indices: ArrayLike | None = None,
     block_indices: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
+    rope: RoPE | bool | None = None,
+    positions: ArrayLike | None = None,
     **unknown: Any,
 ) -> Any:
     r"""Compute ``softmax(scale · q kᵀ) · v`` in one fused pass.
@@ -139,6 +143,12 @@ def attention(
         Required with `block_indices`, the number N of keys in a block: block b has the keys ``b·N`` to ``b·N + N − 1``,
         and the last one may be shorter. A pair (M, N) also divides queries into blocks of M. Then the axis of queries
         in `block_indices` has ⌈Sq / M⌉ rows, and query i uses row ``i // M``.
+    rope : RoPE or True, optional
+        Rotate q and k by their positions before everything else, as `apply_rope` does; True means ``RoPE()``. Needs
+        memory for a copy of q and k.
+    positions : integer array, shape (Sk,) or (B, Sk), optional
+        For rope: the positions of the keys; default 0, 1, 2, ... With coordinates as in `apply_rope` if the rope has
+        `axes`. A query has the position of the key that it is aligned with, which is key ``i + offset``.
     scale : float, optional
         Factor applied to the scores, default ``1 / sqrt(D)``. Any finite number.
     softcap : float, optional
@@ -155,9 +165,9 @@ def attention(
     return_weights : bool, default False
         Also return the attention weights, which needs memory for Sq × Sk numbers per head.
     return_key_mass : bool, default False
-        Also return what each key receives: the sum over the queries of its attention weights, without storing these.
-        The weights are computed a second time for it, as in a backward pass; docs/numerics.md says how exactly. For
-        the last n queries only, pass ``q[..., -n:, :]``.
+        Also return what each key receives: the sum over the queries of its attention weights. Each thread stores the
+        weights of one block of queries, a few hundred rows of Sk numbers; docs/numerics.md says how exact the sum is.
+        For the last n queries only, pass ``q[..., -n:, :]``.
     out : ndarray, optional
         Array for the result, with exactly the result's shape and dtype, and any strides. May overlap with an input.
     precision : {"highest", "high", "medium"}
@@ -242,24 +252,26 @@ def attention(
     if key_indices is not None or block_indices is not None or block_size is not None:
         choice = choice_of(key_indices, block_indices, block_size)
     mass = return_key_mass is not False and flag("attention", "return_key_mass", return_key_mass)
+    if rope is not None or positions is not None:
+        q, k, v = rotated((q, k, v), rope, positions, layout, options)
     if lazy is not None:
         call = masked("attention", (q, k, v), lazy, options)
         if call.rest is not None:
             if choice is not None:
                 raise refusal(ValueError, "attention", choice.argument, *NOT_WITH_CHOSEN)
-            return attend_in_blocks(call, mass, out)
+            call.options.return_key_mass = mass
+            return attend_in_blocks(call, out)
         options = call.options
     if choice is not None:
         if mass:
             raise refusal(ValueError, "attention", choice.argument, " cannot be used with ", "return_key_mass", "")
         return attend_to_chosen((q, k, v), choice, out, options)
-    if mass:
-        return attend_with_key_mass((q, k, v), out, options)
+    options.return_key_mass = mass
     return _core.attention(q, k, v, out, options)
 
 
 # Options that no other function has.
-ONLY_HERE = ("return_key_mass", "key_indices", "block_indices", "block_size")
+ONLY_HERE = ("return_key_mass", "key_indices", "block_indices", "block_size", "rope", "positions")
 
 # The options that the core knows.
 _DEFAULTS: dict[str, Any] = {

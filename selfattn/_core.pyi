@@ -55,6 +55,7 @@ class Options:
     first_key: int
     return_lse: bool
     return_weights: bool
+    return_key_mass: bool
     exact: bool
     same_tokens: bool
     num_threads: int
@@ -503,7 +504,13 @@ def normalise(
     form: NormForm, function: str, x: NDArray[Any], residual: NDArray[Any] | None, out: NDArray[Any] | None, /
 ) -> NDArray[Any]: ...
 def apply_rope(
-    x: NDArray[Any], positions: NDArray[Any] | None, out: NDArray[Any], rope: Rope, inverse: bool, /
+    x: NDArray[Any],
+    positions: NDArray[Any] | None,
+    out: NDArray[Any],
+    rope: Rope,
+    inverse: bool,
+    num_threads: int,
+    /,
 ) -> None: ...
 def isas() -> list[str]: ...
 def active_isa() -> str: ...

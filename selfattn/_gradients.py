@@ -115,8 +115,8 @@ def attention_vjp(
     wrt : sequence of str
         As for `attention_backward`.
     **options
-        The options of `attention`, except ``out``, ``return_key_mass``, and ``key_indices``, ``block_indices`` and
-        ``block_size``.
+        The options of `attention`, except ``out``, ``return_key_mass``, ``key_indices``, ``block_indices``,
+        ``block_size``, ``rope`` and ``positions``.
 
     Returns
     -------

@@ -249,7 +249,7 @@ class SelfAttention(Immutable):
         out : ndarray, optional
             Array for y. May be `residual` itself.
         **options
-            The options of `attention` except `layout`, `return_key_mass`, `key_indices`, `block_indices` and
+            The options of `attention` except `layout`, `rope`, `return_key_mass`, `key_indices`, `block_indices` and
             `block_size`. Shapes are as for the heads: mask and bias broadcast to (..., H, S, Sk). If there is neither a
             context nor a cache, queries and keys are the same tokens: kv_lens also serves as q_lens, and query i is
             aligned with key i unless q_offset or both lengths are given.

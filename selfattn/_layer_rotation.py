@@ -37,4 +37,4 @@ class Rotation(NamedTuple):
     def apply(self, heads: NDArray[Any], positions: Any, *, inverse: bool) -> None:
         """Rotate (..., tokens, heads, head_dim) in place."""
         if self.core is not None:
-            _core.apply_rope(heads, positions, heads, self.core, inverse)
+            _core.apply_rope(heads, positions, heads, self.core, inverse, 1)

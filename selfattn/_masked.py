@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from . import _core
 from ._errors import refusal
-from ._key_mass import Arrays, attend_with_key_mass
 from ._mask_lowering import lowered
 from ._mask_nodes import TILE_KEYS, Bools, Grid, Mask
 
+Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 # The rest of the error for key_indices and block_indices.
 NOT_WITH_CHOSEN = (" cannot be used with this ", "mask", ": pass ", "mask", ".array(q_len, kv_len)")
 BLOCK_QUERIES = 256  # enough rows that the core need not divide the keys between threads
@@ -50,14 +50,19 @@ def masked(function: str, arrays: Arrays, mask: Mask, options: _core.Options) ->
     own, rest = lowered(mask, options, (q_len, kv_len))
     if rest is None:
         return Masked(arrays, own, None, Grid(function, q_len, kv_len, np.array(0)), np.empty((0, 3), np.int64))
-    asked = own.copy()
-    if rest.positional and asked.window_right < 0:
-        asked.window_right = np.iinfo(np.int64).max  # hides nothing, but now the core checks that positions are clear
-    ranges = _core.visible_keys(*arrays, asked)
+    ranges = _core.visible_keys(*arrays, with_positions(own) if rest.positional else own)
     grid = Grid(function, q_len, kv_len, _offset(ranges))
     rest.check(grid)
     _check_leading(rest, grid, (*ranges.shape[:-2], _heads(q, options)))
     return Masked(arrays, own, rest if ranges.size and kv_len else None, grid, ranges)  # no pairs: nothing to hide
+
+
+def with_positions(options: _core.Options) -> _core.Options:
+    """Return options for which positions matter: the core refuses them if lengths leave open what positions are."""
+    own = options.copy()
+    if own.window_right < 0:
+        own.window_right = np.iinfo(np.int64).max  # hides nothing
+    return own
 
 
 def _row_axis(array: NDArray[Any], options: _core.Options) -> int:
@@ -156,14 +161,14 @@ def _at(axis: int, part: range) -> tuple[Any, ...]:
     return (..., slice(part.start, part.stop), *[slice(None)] * (-1 - axis))
 
 
-def attend_in_blocks(call: Masked, mass: bool, out: NDArray[Any] | None) -> Any:
+def attend_in_blocks(call: Masked, out: NDArray[Any] | None) -> Any:
     """Return what `attention` returns for a call with a rest of its mask."""
     q, k, v = call.arrays
+    mass = call.options.return_key_mass
     results: list[NDArray[Any]] = []
     for block in call.blocks():
         own = options_of(call, block)
-        part = (q[rows_of(q, block, own)], k, v)
-        found = attend_with_key_mass(part, None, own) if mass else _core.attention(*part, None, own)
+        found = _core.attention(q[rows_of(q, block, own)], k, v, None, own)
         parts = [found] if isinstance(found, np.ndarray) else list(found)
         axes = [_row_axis(parts[0], own), *[-1] * own.return_lse, *[-2] * own.return_weights]
         if not results:

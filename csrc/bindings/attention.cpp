@@ -1,5 +1,6 @@
 #include "bindings/attention.h"
 
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -31,13 +32,21 @@ Extras::Extras(const AttentionArguments& arguments, Problem& problem) {
     attach_weights(problem, view_of(array, problem.dtype));
     weights = array;
   }
+  if (arguments.return_key_mass) {
+    py::array array = new_array(key_mass_shape(problem), problem.dtype);
+    std::memset(array.mutable_data(), 0, static_cast<std::size_t>(array.nbytes()));
+    attach_key_mass(problem, view_of(array, problem.dtype));
+    key_mass = std::move(array);
+  }
 }
 
-py::object join(py::object out, const py::object& lse, const py::object& weights) {
-  if (lse.is_none() && weights.is_none()) return out;
-  if (weights.is_none()) return py::make_tuple(out, lse);
-  if (lse.is_none()) return py::make_tuple(out, weights);
-  return py::make_tuple(out, lse, weights);
+py::object join(py::object out, const py::object& lse, const py::object& weights, const py::object& key_mass) {
+  if (lse.is_none() && weights.is_none() && key_mass.is_none()) return out;
+  py::list results;
+  results.append(std::move(out));
+  for (const py::object* extra : {&lse, &weights, &key_mass})
+    if (!extra->is_none()) results.append(*extra);
+  return py::tuple(results);
 }
 
 TensorView narrower_view(const char* function, const char* name, py::handle array, DType query) {

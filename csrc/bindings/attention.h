@@ -19,9 +19,10 @@ struct Destination {
   py::object deliver();  // the object to return, with the result in it
 };
 
-// Returns `out` alone if lse and weights are None. Otherwise returns a tuple of `out` and those of the two that are not
+// Returns `out` alone if all others are None. Otherwise returns a tuple of `out` and those of the others that are not
 // None.
-py::object join(py::object out, const py::object& lse, const py::object& weights);
+py::object join(py::object out, const py::object& lse, const py::object& weights,
+                const py::object& key_mass = py::none());
 
 // Keys may have a narrower type than queries, as in a cache that saves memory. Values have the keys' type.
 TensorView narrower_view(const char* function, const char* name, py::handle array, DType query);
@@ -30,9 +31,9 @@ TensorView value_view(const char* function, py::handle v, DType query, DType key
 
 // The requested results other than out, allocated and attached to the problem.
 struct Extras {
-  py::object lse = py::none(), weights = py::none();
+  py::object lse = py::none(), weights = py::none(), key_mass = py::none();
   Extras(const AttentionArguments& arguments, Problem& problem);
-  py::object join(py::object out) const { return bindings::join(std::move(out), lse, weights); }
+  py::object join(py::object out) const { return bindings::join(std::move(out), lse, weights, key_mass); }
 };
 
 // Checks the arguments, computes into `out` or a new array like `like`, and returns the requested results.

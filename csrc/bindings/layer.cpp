@@ -185,13 +185,14 @@ void unpack_layer(const py::capsule& capsule, py::handle weights) {
 
 // x and out have the same shape (..., tokens, heads, head_dim). positions broadcasts to (..., tokens). If the rope has
 // axes, positions has an additional first axis for the coordinates. The Python layer has ensured this.
-void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description, bool inverse) {
+void apply_rope(py::handle x, py::handle positions, py::handle out, py::handle rope_description, bool inverse,
+                int num_threads) {
   const TensorView from = float_view("apply_rope", "x", x);
   const TensorView to = view_of(py::reinterpret_borrow<py::array>(out), from.dtype);
   const Rotation all{from, to, optional_view(positions, DType::i64), nullptr, inverse};
   const Rope rope = *rope_of(rope_description);
   const py::gil_scoped_release release;
-  rotate(rope, &all, 1, 1, nullptr);
+  rotate(rope, &all, 1, num_threads, nullptr);
 }
 
 }  // namespace

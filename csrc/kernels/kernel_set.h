@@ -220,6 +220,8 @@ struct TypeKernels {
   void (*pack_panel)(const void* const* rows, std::int64_t depth, void* panel) noexcept;
   // scores[j] = exp2(scores[j] - row_max) * factor
   void (*weigh)(void* scores, std::int64_t count, double row_max, double factor) noexcept;
+  // sums[j] += numbers[j]
+  void (*add)(const void* numbers, std::int64_t count, double* sums) noexcept;
   // Applies dropout to the weights of a row for the keys [first, first + count).
   void (*drop)(const Dropout& dropout, const Row& row, std::int64_t first, std::int64_t count, void* weights) noexcept;
   void (*normalise)(const NormArgs&) noexcept;

@@ -25,6 +25,12 @@ inline void weigh(void* scores, std::int64_t count, double row_max, double facto
   }
 }
 
+template <class T>
+inline void add(const void* numbers, std::int64_t count, double* sums) noexcept {
+  const T* number = static_cast<const T*>(numbers);
+  for (std::int64_t j = 0; j < count; ++j) sums[j] += static_cast<double>(number[j]);
+}
+
 template <class T, int Columns>
 inline void pack_panel(const void* const* rows, std::int64_t depth, void* panel) noexcept {
   rows_to_columns(static_cast<T*>(panel), Columns, Columns, depth,
@@ -125,6 +131,7 @@ constexpr TypeKernels type_kernels() {
                       .panel_columns = TileVectors * Vec<T>::width,
                       .pack_panel = pack_panel<T, TileVectors * Vec<T>::width>,
                       .weigh = weigh<T>,
+                      .add = add<T>,
                       .drop = drop<T>,
                       .normalise = normalise<T>,
                       .peak_loop = peak_loop<FmaUnit<T>, MaxSums>,

@@ -40,5 +40,5 @@ class RotaryTables:
                 f"{self.function}: rotary_cos has {self.length} positions, but position {farthest} is needed"
             )
         rotated = np.empty(x.shape, x.dtype)
-        _core.apply_rope(x, positions, rotated, self.core, False)
+        _core.apply_rope(x, positions, rotated, self.core, False, 1)
         return rotated

@@ -23,7 +23,7 @@ INCLUDE_RULES = [
     ("plan.*", r'<|"(plan|thread_memory|problem|kernels/kernel_set)\.h"', r"immintrin|arm_neon|chrono|<thread>|omp\.h"),
     (
         "thread_memory.*",
-        r'<|"(thread_memory|plan|distance_terms|arithmetic|carver)\.h"',
+        r'<|"(thread_memory|plan|distance_terms|key_mass|arithmetic|carver)\.h"',
         r"immintrin|arm_neon|chrono|<thread>|omp\.h",
     ),
     ("registry.cpp", None, r"simd/|kernels/(?!kernel_set)"),

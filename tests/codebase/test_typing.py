@@ -121,7 +121,7 @@ MISSPELT: dict[str, tuple[Callable[..., Any], str, str]] = {
 
 # Keywords of other functions, which the one that was called does not have.
 ELSEWHERE: dict[str, tuple[Callable[..., Any], str]] = {
-    "attention": (lambda **x: sa.attention(X, X, X, **x), "rope"),
+    "attention": (lambda **x: sa.attention(X, X, X, **x), "sequences"),
     "explain": (lambda **x: sa.explain(X, X, X, **x), "sequences"),
     "attention_with_kvcache": (lambda **x: sa.attention_with_kvcache(X, CACHE, **x), "kv_lens"),
     "attention_with_kvcache (another's)": (lambda **x: sa.attention_with_kvcache(X, CACHE, **x), "cache_seqlens"),

@@ -51,6 +51,7 @@ FIELDS: dict[str, Any] = {
     "first_key": 4,
     "return_lse": True,
     "return_weights": True,
+    "return_key_mass": True,
     "exact": True,
     "same_tokens": True,
     "num_threads": 4096,
