@@ -66,14 +66,15 @@ def chosen_calls(dtype: str, q_len: int, threads: int) -> dict[str, Callable[[],
     return calls
 
 
-def mass_calls(dtype: str, length: int, causal: bool, threads: int) -> dict[str, Callable[[], Any]]:
-    """Return a call without and with the key mass."""
+def prompt_calls(dtype: str, length: int, causal: bool, threads: int) -> dict[str, Callable[[], Any]]:
+    """Return a plain call, one that also returns the key mass, and one that rotates q and k first."""
     import selfattn as sa
 
     q, k, v = operands(dtype, length, length)
     return {
         "plain": lambda: sa.attention(q, k, v, causal=causal, num_threads=threads),
         "key mass": lambda: sa.attention(q, k, v, causal=causal, return_key_mass=True, num_threads=threads),
+        "rope": lambda: sa.attention(q, k, v, causal=causal, rope=True, num_threads=threads),
     }
 
 
@@ -84,7 +85,7 @@ def main() -> int:
     for dtype in args.dtype:
         cases = {f"{n} queries, {CHOSEN} of {KEYS} keys": chosen_calls(dtype, n, args.threads) for n in (1, 256)}
         for name, (length, causal) in PROMPTS.items():
-            cases[name] = mass_calls(dtype, length, causal, args.threads)
+            cases[name] = prompt_calls(dtype, length, causal, args.threads)
         for name, calls in cases.items():
             seconds, ratios = compare_times(calls, args.seconds)
             print(f"{dtype:9} {name:36} {seconds * 1e6:9.0f} us  {ratios}", flush=True)
