@@ -32,15 +32,17 @@ def rotated(arrays: Arrays, rope: Any, positions: Any, layout: Layout, options: 
     # The key that each query is aligned with, (..., Sq).
     aligned = _core.visible_keys(q, k, v, with_positions(options))[..., 0]
     core = description.for_core(_NAME, q.shape[-1])
-    if not aligned.size:
+    tokens = tokens_first(k, layout)
+    of_keys = None
+    if positions is not None:
+        of_keys = positions_for(_NAME, positions, tokens.shape[:-2], description)
+    if not aligned.size or not tokens.size:  # no scores
         return arrays
     first = aligned.reshape(-1, aligned.shape[-1])[0]
     if np.all(aligned == first):
         aligned = first
-    of_keys, of_queries = None, places_for(description, aligned)
-    if positions is not None:
-        tokens = tokens_first(k, layout)
-        of_keys = positions_for(_NAME, positions, tokens.shape[:-2], description)
+    of_queries = places_for(description, aligned)
+    if of_keys is not None:
         _check_aligned(aligned, tokens.shape[-3], options.q_lens)
         of_queries = _at(of_keys, aligned, tokens.shape[-3], coordinates=description.axes is not None)
     q = _with_batch(q, of_queries.shape[description.axes is not None : -1])
@@ -65,9 +67,10 @@ def _check_aligned(aligned: Integers, kv_len: int, q_lens: Integers | None) -> N
 
 def _at(of_keys: Integers, aligned: Integers, kv_len: int, *, coordinates: bool) -> Integers:
     """Return the positions of the queries, which are those of the keys that they are aligned with."""
-    leading = of_keys.shape[: int(coordinates)]
-    batch = np.broadcast_shapes(of_keys.shape[int(coordinates) : -1], aligned.shape[:-1])
-    keys = np.broadcast_to(of_keys, (*leading, *batch, kv_len))
+    leading, own = of_keys.shape[: int(coordinates)], of_keys.shape[int(coordinates) : -1]
+    batch = np.broadcast_shapes(own, aligned.shape[:-1])
+    missing = (1,) * (len(batch) - len(own))  # batch axes, which come after the axis of coordinates
+    keys = np.broadcast_to(of_keys.reshape(*leading, *missing, *own, kv_len), (*leading, *batch, kv_len))
     index = np.broadcast_to(np.clip(aligned, 0, kv_len - 1), (*leading, *batch, aligned.shape[-1]))
     return np.take_along_axis(keys, index, axis=-1)
 

@@ -69,6 +69,18 @@ def test_given_positions(normal: Any) -> None:
 
 
 @pytest.mark.one_isa
+def test_coordinates_of_entries_with_different_offsets(normal: Any) -> None:
+    for batch in (2, 3):  # as many as coordinates, and more
+        q, k, v = normal(batch, 1, 6, 8), normal(batch, 1, 6, 8), normal(batch, 1, 6, 8)
+        keys = np.stack([np.arange(6), 10 * np.arange(6)])
+        lens = np.arange(6, 6 - batch, -1)
+        index = np.clip(np.arange(6) + 6 - lens[:, None], 0, 5)
+        expected = sa.attention(sa.apply_rope(q, keys[:, index], GRID), sa.apply_rope(k, keys, GRID), v, q_lens=lens)
+        assert np.array_equal(sa.attention(q, k, v, rope=GRID, positions=keys, q_lens=lens), expected)
+        assert np.array_equal(sa.attention(q, k, v, rope=GRID, positions=keys[:, None], q_lens=lens), expected)
+
+
+@pytest.mark.one_isa
 def test_with_other_options(normal: Any) -> None:
     q, k, v = normal(1, 4, 40, 16), normal(1, 2, 40, 16), normal(1, 2, 40, 16)
     turned = sa.apply_rope(q), sa.apply_rope(k), v
@@ -89,8 +101,11 @@ def test_without_queries_or_keys() -> None:
     for queries, keys, batch in ((0, 3, 2), (3, 0, 2), (3, 3, 0)):
         q, k = np.zeros((batch, 2, queries, 8), np.float32), np.zeros((batch, 2, keys, 8), np.float32)
         assert np.array_equal(sa.attention(q, k, k, rope=True), np.zeros_like(q))
-    with pytest.raises(ValueError, match=r"positions has the positions of keys 0 to -1, but query 0 .* key -3"):
-        sa.attention(*[np.zeros((1, 2, n, 8), np.float32) for n in (3, 0, 0)], rope=True, positions=np.zeros(0, int))
+    for queries, keys, lens in ((3, 0, None), (3, 0, [0]), (0, 3, None)):
+        q, k = (np.zeros((1, 2, n, 8), np.float32) for n in (queries, keys))
+        assert not sa.attention(q, k, k, rope=True, positions=np.arange(keys), q_lens=lens).any()
+        with pytest.raises(ValueError, match=r"positions has shape \(7,\)"):
+            sa.attention(q, k, k, rope=True, positions=np.arange(7))
 
 
 @pytest.mark.one_isa
