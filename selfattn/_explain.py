@@ -37,7 +37,8 @@ def explain(q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Unpack[ExplainO
     q, k, v : array_like
         As for `attention`; their values are not read.
     **options
-        The options of `attention`.
+        The options of `attention`, except ``return_key_mass``, ``key_indices``, ``block_indices``, ``block_size``,
+        ``rope`` and ``positions``: `explain_call` takes these as well.
 
     Returns
     -------

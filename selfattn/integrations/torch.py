@@ -189,10 +189,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
     q, k, v : Tensor
         As for `selfattn.attention`.
     **options
-        The options of `selfattn.attention`, except ``out``. ``mask``, ``bias``, ``q_offset``, ``q_lens``, ``kv_lens``,
-        ``kv_starts``, ``prefix_lens``, ``scale``, ``alibi_slopes`` and ``sinks`` may be tensors, arrays or numbers;
-        ``t5`` is a `T5Bias` of this module or of selfattn. If they require grad, ``bias``, ``scale`` (a tensor with one
-        element), ``alibi_slopes``, ``sinks`` and the table of ``t5`` get gradients as q, k and v do.
+        The options of `selfattn.attention`, except ``out``, ``return_key_mass``, ``key_indices``, ``block_indices``,
+        ``block_size``, ``rope``, ``positions`` and the masks of ``selfattn.masks``. ``mask``, ``bias``, ``q_offset``,
+        ``q_lens``, ``kv_lens``, ``kv_starts``, ``prefix_lens``, ``scale``, ``alibi_slopes`` and ``sinks`` may be
+        tensors, arrays or numbers; ``t5`` is a `T5Bias` of this module or of selfattn. If they require grad, ``bias``,
+        ``scale`` (a tensor with one element), ``alibi_slopes``, ``sinks`` and the table of ``t5`` get gradients as q, k
+        and v do.
 
     Returns
     -------
