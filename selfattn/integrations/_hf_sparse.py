@@ -34,6 +34,14 @@ def check_shape(name: str, tensor: torch.Tensor, *needed: int | None) -> None:
         raise ValueError(f"selfattn: {name} has shape {tuple(tensor.shape)}, but ({axes}) is needed")
 
 
+def _check_numbers(name: str, chosen: torch.Tensor, count: int, kind: str) -> None:
+    """Raise unless all numbers are integers below `count`."""
+    if as_array(name, chosen).dtype.kind != "i":
+        raise TypeError(f"selfattn: {name} has dtype {chosen.dtype}, but integers are needed")
+    if chosen.numel() and chosen.max() >= count:
+        raise ValueError(f"selfattn: {name} has {chosen.max()}, but there are {count} {kind}")
+
+
 class Selection(NamedTuple):
     """The keys that each query sees besides what a mask says."""
 
@@ -52,15 +60,13 @@ class Selection(NamedTuple):
         indexer = getattr(module, "indexer", None)
         if indices is not None:
             check_shape("indices", indices, batch, q_len, None)
-            if as_array("indices", indices).dtype.kind != "i":
-                raise TypeError(f"selfattn: indices has dtype {indices.dtype}, but integers are needed")
-            if indices.numel() and indices.max() >= kv_len:
-                raise ValueError(f"selfattn: indices has {indices.max()}, but there are {kv_len} keys")
+            _check_numbers("indices", indices, kv_len, "keys")
         if blocks is not None:
             if not hasattr(indexer, "block_size"):
                 text = f"block_indices is given, but {type(module).__name__} has no indexer to read it"
                 raise TypeError(f"selfattn: {text}")
             check_shape("block_indices", blocks, batch, None, q_len, None)
+            _check_numbers("block_indices", blocks, -(-kv_len // indexer.block_size), "blocks")
         return cls(indices, blocks, indexer)
 
     def options(self, kv_heads: int, kv_len: int) -> dict[str, Any] | None:

@@ -37,7 +37,15 @@ REFUSED = {
     "paged": (TypeError, "unexpected keyword argument 'cache'", {"cache": SimpleNamespace()}),
     "blocks of three axes": (
         ValueError, r"block_indices has shape \(1, 5, 2\), but \(1, any, 5, any\) is needed",
-        {"module": layer(indexer=SimpleNamespace(build_block_mask=max)), "block_indices": torch.zeros(1, 5, 2)},
+        {"module": layer(indexer=SimpleNamespace(block_size=4)), "block_indices": torch.zeros(1, 5, 2)},
+    ),
+    "blocks beyond": (
+        ValueError, "block_indices has 2, but there are 2 blocks",
+        {"module": layer(indexer=SimpleNamespace(block_size=4)), "block_indices": torch.full((1, 1, 5, 1), 2)},
+    ),
+    "blocks that are none": (
+        TypeError, "block_indices has dtype torch.float32",
+        {"module": layer(indexer=SimpleNamespace(block_size=4)), "block_indices": torch.zeros(1, 1, 5, 1)},
     ),
     "indices of others": (
         ValueError, r"indices has shape \(1, 4, 2\), but \(1, 5, any\) is needed", {"indices": torch.zeros(1, 4, 2)},
