@@ -57,7 +57,7 @@ class Selection(NamedTuple):
         if indices is None and blocks is None:
             return None
         batch, q_len, kv_len = max(q.shape[0], k.shape[0]), q.shape[2], k.shape[2]
-        indexer = getattr(module, "indexer", None)
+        indexer: Any = getattr(module, "indexer", None)
         if indices is not None:
             check_shape("indices", indices, batch, q_len, None)
             _check_numbers("indices", indices, kv_len, "keys")
