@@ -16,7 +16,7 @@ struct Plan {
   const AttendKernel* attend;
   const char* reason;       // why this kernel was chosen
   std::int64_t rows;        // query rows of one KV head: q_len * group_size
-  int block_rows;           // query rows of one task
+  int block_rows;           // query rows of one row block
   std::int64_t row_blocks;  // of one KV head
   std::int64_t row_tasks;   // of one KV head; row task t computes the row blocks t, t + row_tasks, ...
   int key_block;            // keys per block; the last block may have fewer

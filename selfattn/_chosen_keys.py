@@ -15,11 +15,11 @@ from ._backward import computed_in
 from ._chosen_pages import Blocks, Chosen, Place, Terms
 from ._elements import ELEMENT_TYPES
 from ._errors import refusal
+from ._masked import Arrays
 
 _NAME = "attention"
 _REFUSED = ("return_weights", "dropout")
 _MOST_PAGES = np.iinfo(np.int32).max  # by which pages are numbered
-Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 class Choice(NamedTuple):

@@ -14,7 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llm_models import CONFIGS, GEMMA, LONGEST, QWEN, SIZES, build, draw, greedy, load, logits_of, torch, transformers
+from llm_models import (
+    CONFIGS,
+    GEMMA,
+    LONGEST,
+    QWEN,
+    SIZES,
+    build,
+    draw,
+    greedy,
+    load,
+    logits_of,
+    pair_of,
+    torch,
+    transformers,
+)
 from places import EXAMPLES
 
 
@@ -32,9 +46,7 @@ def llm(load_example: Any) -> Any:
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request: pytest.FixtureRequest, llm: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    peer, folder = build(*CONFIGS[request.param]), tmp_path_factory.mktemp("model")
-    peer.save_pretrained(folder)
-    return load(llm, folder), peer
+    return pair_of(request.param, llm, tmp_path_factory.mktemp("model"))
 
 
 def test_logits(pair: tuple[Any, Any]) -> None:

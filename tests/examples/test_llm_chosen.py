@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llm_models import CHOSEN, CONFIGS, build, draw, load, logits_of
+from llm_models import CHOSEN, CONFIGS, build, draw, load, logits_of, pair_of
 
 NAMES = ("deepseek-v3.2", "glm-dsa")
 
@@ -25,9 +25,7 @@ def latent(load_example: Any) -> Any:
 
 @pytest.fixture(scope="module", params=NAMES)
 def pair(request: pytest.FixtureRequest, llm: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    peer, folder = build(*CONFIGS[request.param]), tmp_path_factory.mktemp("model")
-    peer.save_pretrained(folder)
-    return load(llm, folder), peer
+    return pair_of(request.param, llm, tmp_path_factory.mktemp("model"))
 
 
 def indices_of(peer: Any, ids: Any) -> list[Any]:

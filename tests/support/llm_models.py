@@ -83,6 +83,13 @@ def load(llm: Any, folder: Path, dtype: str = "float32") -> Any:
     return llm.Decoder(llm.Config(values, LONGEST), llm.Weights(folder, dtype))
 
 
+def pair_of(name: str, llm: Any, folder: Path) -> tuple[Any, Any]:
+    """Return the decoder of llm.py and transformers' model with the same weights."""
+    peer = build(*CONFIGS[name])
+    peer.save_pretrained(folder)
+    return load(llm, folder), peer
+
+
 def draw(*shape: int) -> Any:
     return np.random.default_rng(3).integers(1, SIZES["vocab_size"], shape)
 
