@@ -155,13 +155,14 @@ def test_one_head_in_either_layout(normal: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), BFLOAT], ids=str)
 def test_many_row_blocks_and_divided_keys(isa: str, normal: Any, dtype: Any) -> None:
     """A task sums several row blocks, or the keys of a row block are divided between tasks."""
-    for queries, keys in ((1100, 70), (1, 4200), (20, 4200)):
-        q, k, v = (normal(1, *shape, dtype=dtype) for shape in ((2, queries, 8), (1, keys, 8), (1, keys, 3)))
+    for queries, keys, kv_heads in ((1100, 70, 1), (1, 4200, 8), (20, 4200, 8)):
+        shapes = ((max(kv_heads, 2), queries, 8), (kv_heads, keys, 8), (kv_heads, keys, 3))
+        q, k, v = (normal(1, *shape, dtype=dtype) for shape in shapes)
         for options in ({}, {"causal": True, "q_lens": [queries - queries // 3], "kv_lens": [keys - 5]}):
             mass = sa.attention(q, k, v, **options, return_key_mass=True)[-1]
             exact = expected(q, k, v, **options)
             steps = {"bfloat16": 2.0**-8, "float64": 1e-13}.get(dtype.name, 4e-6)
             assert np.all(abs(mass - exact) <= steps * (exact + 1e-3 * queries))
-            for threads in (1, 3):
+            for threads in (1, 3, 3, 3):
                 again = sa.attention(q, k, v, **options, return_key_mass=True, num_threads=threads)[-1]
                 assert np.array_equal(again, mass)
